@@ -1,0 +1,204 @@
+"""The one mechanism: a module's class is swapped for a cached subclass whose `forward` runs adapters around its own.
+
+    Linear                       Linear (adapted)
+      forward(x)         =>        forward(x) = chain(x)
+                                   peftcore: Adapters        the adapters, a child module
+                                     default: ...
+                                   chain: After(Around(... own forward))
+
+No module is replaced or renamed: base keys of `state_dict()` stay, `isinstance` holds, hooks and tied
+weights survive. The chain is built when the set of active adapters changes, not in `forward`. The
+adapted class keeps the original's name, since transformers writes it into `config.json` and
+accelerate finds blocks by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
+TRAINED = "peftcore_trained"  # the child of the model that keeps the values of `Train` placements
+_CHAIN = "_peftcore_chain"
+_ACTIVE = "_peftcore_active"
+_OWN_FORWARD = "_peftcore_own_forward"
+
+
+class Adapters(nn.Module):
+    """The adapters of one module by name. Not a `ModuleDict`, which refuses names such as `keys`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.behind: set[str] = set()  # names of the adapters that stand behind the module, not around it
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules
+
+    def __getitem__(self, name: str) -> nn.Module:
+        return self._modules[name]
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+
+class Base:
+    """The module's own forward, as the innermost adapter sees it."""
+
+    __slots__ = ("_forward", "module")
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module = module
+        self._forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(self.module, *args, **kwargs)
+
+
+class _AroundLink:
+    __slots__ = ("_adapter", "_base", "module")
+
+    def __init__(self, adapter: nn.Module, base: Any) -> None:
+        self.module = base.module
+        self._adapter = adapter
+        self._base = base
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._adapter(self._base, *args, **kwargs)
+
+
+class _AfterLink(_AroundLink):
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._base(*args, **kwargs)
+        if isinstance(output, tuple):
+            return (self._adapter(output[0]), *output[1:])
+        return self._adapter(output)
+
+
+def attach(module: nn.Module, name: str, adapter: nn.Module, *, behind: bool = False) -> None:
+    """Give `module` the adapter `name`, inactive; the module's class is swapped at the first one."""
+    if not is_adapted(module):
+        if "forward" in module.__dict__:  # an instance's own forward, as accelerate's hooks set it
+            module.__dict__[_OWN_FORWARD] = module.__dict__.pop("forward")
+        module.__class__ = _adapted_class(type(module))
+        module.add_module(CHILD, Adapters())
+        activate(module, ())
+    adapters = module._modules[CHILD]
+    adapters._modules[name] = adapter
+    if behind:
+        adapters.behind.add(name)
+
+
+def detach(module: nn.Module, name: str) -> None:
+    """Take the adapter `name` off `module`; with the last one the module is what it was."""
+    adapters = module._modules[CHILD]
+    activate(module, tuple(active for active in module.__dict__[_ACTIVE] if active != name))
+    del adapters._modules[name]
+    adapters.behind.discard(name)
+    if not len(adapters):
+        del module._modules[CHILD], module.__dict__[_CHAIN], module.__dict__[_ACTIVE]
+        module.__class__ = type(module)._peftcore_original
+        if _OWN_FORWARD in module.__dict__:
+            module.__dict__["forward"] = module.__dict__.pop(_OWN_FORWARD)
+
+
+def activate(module: nn.Module, names: Sequence[str]) -> None:
+    """Rebuild the chain of an adapted module: its own forward inside, then the adapters `names` in order."""
+    adapters: Adapters = module._modules[CHILD]
+    chain: Any = Base(module, _own_forward if _OWN_FORWARD in module.__dict__ else original_forward(module))
+    for name in names:
+        link = _AfterLink if name in adapters.behind else _AroundLink
+        chain = link(adapters[name], chain)
+    module.__dict__[_ACTIVE] = tuple(names)
+    module.__dict__[_CHAIN] = chain
+
+
+def adapters_of(module: nn.Module) -> Adapters | None:
+    """The adapters of a module, or None where it has none."""
+    return module._modules.get(CHILD) if is_adapted(module) else None
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Has `module` an adapter, active or not?"""
+    return "_peftcore_original" in type(module).__dict__
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of `module` without adapters."""
+    return type(module)._peftcore_original if is_adapted(module) else type(module)
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The unbound forward of `module` without adapters."""
+    return original_class(module).forward
+
+
+def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of the model itself, without what peftcore put there; a shared module once."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield path, module
+        for name, child in module._modules.items():
+            if child is not None and name not in (CHILD, TRAINED):
+                yield from walk(child, f"{path}.{name}" if path else name)
+
+    yield from walk(model, prefix)
+
+
+def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of the model itself, adapters left out; a tied parameter under each of its names."""
+    for path, module in base_modules(model):
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                yield (f"{path}.{name}" if path else name), parameter
+
+
+def _own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return module.__dict__[_OWN_FORWARD](*args, **kwargs)
+
+
+@cache
+def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return self._peftcore_chain(*args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        # The class cannot be imported by name: make the original, then swap again.
+        _, _, state, *rest = super(adapted, self).__reduce_ex__(protocol)
+        state = {key: value for key, value in state.items() if key != _CHAIN}
+        return (_rebuild, (cls,), state, *rest)
+
+    def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
+        super(adapted, self).__setstate__(state)
+        activate(self, self.__dict__[_ACTIVE])
+
+    # transformers, accelerate and the Trainer read a forward's signature.
+    forward.__wrapped__ = cls.forward
+    forward.__doc__ = cls.forward.__doc__
+    adapted = type(cls)(
+        cls.__name__,
+        (cls,),
+        {
+            "forward": forward,
+            "__reduce_ex__": __reduce_ex__,
+            "__setstate__": __setstate__,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+            "_peftcore_original": cls,
+        },
+    )
+    return adapted
+
+
+def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    adapted = _adapted_class(cls)
+    return adapted.__new__(adapted)

@@ -1,0 +1,124 @@
+"""Facts of a model family: what it is for, and where its backbone, embedding and heads are.
+
+Read off the model itself (transformers' models all say these things); a plugin's
+`peftcore_architecture` hook answers first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+
+from torch import nn
+
+from peftcore.adapted import base_modules, original_forward
+from peftcore.registry import registry
+
+# The argument by which a model takes its attention cache: transformers names it by release.
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+# Class-name endings of models with a head that pre-training did not train, and PEFT's task types for them.
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForImageClassification": None,
+    "ForMultipleChoice": None,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a placement may need to know of a model; None or empty where the model does not say.
+
+    Args:
+        task_type: PEFT's name of the task (`CAUSAL_LM`, `SEQ_2_SEQ_LM`, `SEQ_CLS`, ...).
+        is_encoder_decoder: has an encoder and a decoder (T5).
+        backbone: path of the module that embeds and runs the layers; "" is the model itself.
+        encoder, decoder: paths of the two stacks of an encoder-decoder.
+        embedding: path of the token embedding.
+        output_head: path of the head that gives token logits.
+        task_heads: paths of the heads that pre-training did not train (a classifier's).
+        cache_argument: name under which the backbone's forward takes the attention cache.
+        hidden_size, num_layers, num_heads, num_kv_heads, head_dim: sizes.
+    """
+
+    task_type: str | None = None
+    is_encoder_decoder: bool = False
+    backbone: str = ""
+    encoder: str | None = None
+    decoder: str | None = None
+    embedding: str | None = None
+    output_head: str | None = None
+    task_heads: tuple[str, ...] = ()
+    cache_argument: str | None = None
+    hidden_size: int | None = None
+    num_layers: int | None = None
+    num_heads: int | None = None
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+
+
+def detect(model: nn.Module) -> Architecture:
+    """The architecture of `model`, from a plugin's hook or the model's own words."""
+    told = registry.hook.peftcore_architecture(model=model)
+    return told if told is not None else _read(model)
+
+
+def _read(model: nn.Module) -> Architecture:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_input_embeddings"):
+        return Architecture()
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    paths = {id(module): path for path, module in base_modules(model)}
+
+    def path_of(module: nn.Module | None) -> str | None:
+        return paths.get(id(module))
+
+    backbone = path_of(getattr(model, "base_model", None)) or ""
+    output_head = path_of(_call(model, "get_output_embeddings"))
+    is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    task_type, has_task_head = _task(model, is_encoder_decoder, output_head)
+    arguments = inspect.signature(original_forward(model.get_submodule(backbone))).parameters
+    heads = getattr(config, "num_attention_heads", None)
+    hidden_size = getattr(config, "hidden_size", None)
+    return Architecture(
+        task_type=task_type,
+        is_encoder_decoder=is_encoder_decoder,
+        backbone=backbone,
+        encoder=path_of(_call(model, "get_encoder")) if is_encoder_decoder else None,
+        decoder=path_of(_call(model, "get_decoder")) if is_encoder_decoder else None,
+        embedding=path_of(_call(model, "get_input_embeddings")),
+        output_head=output_head,
+        task_heads=tuple(
+            name
+            for name, child in model.named_children()
+            if has_task_head and name != backbone.split(".")[0] and any(True for _ in child.parameters())
+        ),
+        cache_argument=next((name for name in _CACHE_ARGUMENTS if name in arguments), None),
+        hidden_size=hidden_size,
+        num_layers=getattr(config, "num_hidden_layers", None),
+        num_heads=heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or (hidden_size // heads if hidden_size and heads else None),
+    )
+
+
+def _call(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return getattr(model, name)()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _task(model: nn.Module, is_encoder_decoder: bool, output_head: str | None) -> tuple[str | None, bool]:
+    name = type(model).__name__
+    for ending, task_type in _TASKS.items():
+        if name.endswith(ending):
+            return task_type, True
+    if output_head is not None and is_encoder_decoder:
+        return "SEQ_2_SEQ_LM", False
+    if output_head is not None and name.endswith(("ForCausalLM", "LMHeadModel")):
+        return "CAUSAL_LM", False
+    return None, False

@@ -1,0 +1,61 @@
+"""Facts about the compiled extension, for `peftcore doctor` and bug reports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from peftcore.ops import _extension
+
+# Ratios measured by benchmarks/nf4.py on two AVX-512 cores, 4096 x 4096.
+COSTS = {
+    "extension": "4-bit operators run on their PyTorch references: the same values, about 100 times slower and with "
+    "temporaries several times the size of the tensor",
+    "cuda": "4-bit operators on CUDA tensors run on their PyTorch references: the same values, several passes over "
+    "memory instead of one",
+}
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What `_C` is, or why it is not there."""
+
+    available: bool
+    missing_because: str = ""  # empty when available
+    version: str = ""
+    commit: str = ""
+    compiler: str = ""
+    torch_built_with: str = ""
+    torch_running: str = torch.__version__
+    cpu_level: str = "reference"  # in use
+    cpu_levels: tuple[str, ...] = ()  # of this build, runnable on this CPU
+    compiled_cpu_levels: tuple[str, ...] = ()
+    cuda_compiler: str = ""
+    cuda_architectures: tuple[str, ...] = ()  # empty: built without CUDA
+    cuda_missing_because: str = ""
+    costs: tuple[str, ...] = field(default=())  # what the missing parts cost, a sentence each
+
+
+def build_info() -> BuildInfo:
+    """Look at the extension that this process uses. CUDA counts as missing only where PyTorch sees a device."""
+    record, module = _extension.record, _extension.extension
+    if module is None:
+        return BuildInfo(False, _extension.missing_because, costs=(COSTS["extension"],))
+    facts = module.build_facts()
+    architectures = tuple(facts["cuda_architectures"])
+    note = "" if architectures else str(record.get("cuda_note") or "it was built without CUDA")
+    return BuildInfo(
+        available=True,
+        version=facts["version"],
+        commit=facts["commit"],
+        compiler=facts["compiler"],
+        torch_built_with=facts["torch"],
+        cpu_level=module.cpu_level(),
+        cpu_levels=tuple(module.cpu_levels()),
+        compiled_cpu_levels=tuple(facts["cpu_levels"]),
+        cuda_compiler=facts["cuda_compiler"],
+        cuda_architectures=architectures,
+        cuda_missing_because=note,
+        costs=(COSTS["cuda"],) if note and torch.cuda.is_available() else (),
+    )

@@ -1,0 +1,332 @@
+"""Apply, activate, disable and remove adapters.
+
+What is applied to a model is kept on the model itself (`state_of`), so that a deep copy or a pickle
+carries it along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore import adapted, prompts
+from peftcore.architecture import detect
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.method import After, Around, Method, Train
+from peftcore.registry import registry
+from peftcore.trained import TrainedParameters
+
+_STATE = "_peftcore_state"
+
+
+@dataclass
+class Applied:
+    """One adapter on a model: its method, its config with all choices explicit, and where it stands."""
+
+    method: str
+    config: Any
+    paths: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    trainable: bool = True
+
+
+@dataclass
+class State:
+    """What is applied to a model, the active adapters in the order of their chain, and what the base was."""
+
+    applied: dict[str, Applied] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    merged: Any = None  # peftcore.merge.Merged
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A method's placements on one model: adapters at modules, and names of parameters that are trained."""
+
+    method: Method
+    config: Any
+    around: tuple[Around | After, ...]
+    trained: tuple[str, ...]
+
+
+def apply(
+    model: nn.Module,
+    method: str | Any,
+    /,
+    *,
+    adapter: str = "default",
+    dtype: torch.dtype | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """Fine-tune `model` by `method`: freeze its parameters and give it a trainable, active adapter.
+
+    Args:
+        method: name of an installed method, with the fields of its config as keywords, or a config object.
+        adapter: name of the new adapter. Adapters that stand already stay, active and trainable.
+        dtype: of the adapter's parameters; by default float32 beside a 16-bit or quantized base, so that
+            small updates are not rounded away, else the dtype of the layer.
+
+    Returns:
+        The same model, changed in place.
+
+    Raises:
+        PluginError: the method is not installed or broken.
+        PeftcoreError: a field, pattern or name is wrong. The model is then as it was.
+    """
+    state = state_of(model) or State()
+    _check_name(adapter, state)
+    _refuse_merged(state, "apply another adapter")
+    placed = place(model, method, fields)
+    for placement in placed.around:
+        module = model.get_submodule(placement.path)
+        placement.adapter.to(*device_and_dtype(module, dtype)).train(model.training)
+
+    if not state.applied:
+        state.requires_grad = {name: p.requires_grad for name, p in adapted.base_parameters(model)}
+        for _, parameter in adapted.base_parameters(model):
+            parameter.requires_grad_(False)
+    for placement in placed.around:
+        module = model.get_submodule(placement.path)
+        adapted.attach(module, adapter, placement.adapter, behind=isinstance(placement, After))
+    if placed.trained:
+        TrainedParameters.attach(model, adapter, placed.trained)
+    paths = tuple(placement.path for placement in placed.around)
+    state.applied[adapter] = Applied(placed.method.name, placed.config, paths, placed.trained)
+    model.__dict__[_STATE] = state
+    _set_active(model, (*state.active, adapter))
+    return model
+
+
+def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
+    """What a method would put where on `model`, checked; the model is left alone."""
+    if hasattr(model, "_orig_mod"):
+        raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
+    chosen, config = _method_and_config(method, fields)
+    architecture = detect(model)
+    if hasattr(config, "resolved"):
+        config = config.resolved(model, architecture)
+    around: list[Around | After] = []
+    trained: list[str] = []
+    for placement in chosen.place(model, config, architecture):
+        if isinstance(placement, Train):
+            trained += placement.names
+        elif isinstance(placement, (Around, After)):
+            around.append(placement)
+        else:
+            around += prompts.compiled(model, architecture, placement)
+    placed = Placed(chosen, config, tuple(around), tuple(dict.fromkeys(trained)))
+    _check_placed(model, placed)
+    return placed
+
+
+def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device | None, torch.dtype]:
+    """Where an adapter of `module` lives, and in what dtype, by `apply`'s rule."""
+    device = next((p.device for _, p in adapted.base_parameters(module)), None)
+    own = next((p.dtype for _, p in adapted.base_parameters(module) if p.is_floating_point()), torch.float32)
+    return device, dtype or (own if own.itemsize >= 4 else torch.float32)
+
+
+def activate(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Let the adapters `names` act, in this order, and train; all others rest and are frozen.
+
+    Raises:
+        PeftcoreError: a name is unknown, two of them train one parameter, or the model is merged.
+    """
+    state = _require_state(model)
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        applied(model, name)
+    if len(set(names)) < len(names):
+        raise PeftcoreError(f"activate: an adapter is named twice in {list(names)}")
+    _refuse_merged(state, "activate adapters")
+    _refuse_shared(state, names)
+    _set_active(model, names)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model computes what its base computes; afterwards the same adapters act again."""
+    state = _require_state(model)
+    _refuse_merged(state, "disable adapters")
+    active = state.active
+    _set_active(model, ())
+    try:
+        yield model
+    finally:
+        _set_active(model, tuple(name for name in active if name in state.applied))
+
+
+def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
+    """Take an adapter off. With the last one gone the model is, bit for bit, what it was before `apply`."""
+    state = _require_state(model)
+    entry = applied(model, adapter)
+    _refuse_merged(state, f"remove '{adapter}'")
+    _set_active(model, tuple(name for name in state.active if name != adapter))
+    for path in entry.paths:
+        adapted.detach(model.get_submodule(path), adapter)
+    if entry.trained:
+        TrainedParameters.detach(model, adapter)
+    del state.applied[adapter]
+    if not state.applied:
+        for name, parameter in adapted.base_parameters(model):
+            parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
+        del model.__dict__[_STATE]
+    return model
+
+
+def after_step(model: nn.Module, step: int, total_steps: int) -> None:
+    """Tell the methods of the active adapters that an optimizer step is done; trainers call this."""
+    state = _require_state(model)
+    for name in state.active:
+        entry = state.applied[name]
+        method = registry.method(entry.method)
+        if method.after_step is not None:
+            adapters = [adapted.adapters_of(model.get_submodule(path))[name] for path in entry.paths]
+            method.after_step(adapters, entry.config, step, total_steps)
+
+
+def state_of(model: nn.Module) -> State | None:
+    """What is applied to `model`, or None."""
+    return model.__dict__.get(_STATE)
+
+
+def applied(model: nn.Module, adapter: str) -> Applied:
+    """The record of one adapter.
+
+    Raises:
+        PeftcoreError: no such adapter is applied.
+    """
+    state = _require_state(model)
+    if adapter not in state.applied:
+        there = ", ".join(state.applied)
+        raise PeftcoreError(f"no adapter '{adapter}' is applied (applied: {there}){nearest(adapter, state.applied)}")
+    return state.applied[adapter]
+
+
+def adapter_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+    """(path of the adapted module, adapter) for every placement of `adapter`."""
+    for path in applied(model, adapter).paths:
+        yield path, adapted.adapters_of(model.get_submodule(path))[adapter]
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of all that `adapter` trains, those of the base included."""
+    for path, module in adapter_modules(model, adapter):
+        for name, parameter in module.named_parameters():
+            yield (f"{path}.{name}" if path else name), parameter
+    if applied(model, adapter).trained:
+        yield from TrainedParameters.of(model, adapter).values(model)
+
+
+def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
+    """Let `adapter` train when active, or keep it frozen."""
+    applied(model, adapter).trainable = trainable
+    _set_active(model, state_of(model).active)
+
+
+def _set_active(model: nn.Module, names: tuple[str, ...]) -> None:
+    state = state_of(model)
+    for name, entry in state.applied.items():
+        if entry.trained and name not in names:
+            TrainedParameters.of(model, name).activate(model, False)
+    state.active = names
+    for path in {path for entry in state.applied.values() for path in entry.paths}:
+        module = model.get_submodule(path)
+        adapted.activate(module, [name for name in names if name in adapted.adapters_of(module)])
+    for name in names:
+        if state.applied[name].trained:
+            TrainedParameters.of(model, name).activate(model, True)
+    for name, entry in state.applied.items():
+        for _, parameter in adapter_parameters(model, name):
+            parameter.requires_grad_(entry.trainable and name in names)
+
+
+def _method_and_config(method: str | Any, fields: dict[str, Any]) -> tuple[Method, Any]:
+    if not isinstance(method, str):
+        if fields:
+            raise PeftcoreError(f"give the fields {sorted(fields)} in the config, or the method by its name")
+        return registry.method_of_config(method), method
+    chosen = registry.method(method)
+    known = [f.name for f in dataclasses.fields(chosen.config_class)]
+    for name in fields:
+        if name not in known:
+            raise PeftcoreError(
+                f"{chosen.config_class.__name__} has no field '{name}'{nearest(name, known)}. "
+                f"Its fields: {', '.join(known)}"
+            )
+    try:
+        return chosen, chosen.config_class(**fields)
+    except TypeError as error:
+        raise PeftcoreError(f"{chosen.config_class.__name__}: {error}") from error
+
+
+def _check_name(adapter: str, state: State) -> None:
+    if not isinstance(adapter, str) or not adapter:
+        raise PeftcoreError(f"an adapter's name is a non-empty string, found {adapter!r}")
+    for wrong in "./\\\0":
+        if wrong in adapter:
+            raise PeftcoreError(
+                f"the adapter name {adapter!r} contains {wrong!r}, which paths and keys use. Choose another"
+            )
+    if hasattr(nn.Module, adapter):
+        raise PeftcoreError(f"the adapter name '{adapter}' is an attribute of torch.nn.Module. Choose another")
+    if adapter in state.applied:
+        raise PeftcoreError(
+            f"an adapter '{adapter}' is applied already ({state.applied[adapter].method}). "
+            f"Give another name (adapter=...), or take it off first: peftcore.remove(model, '{adapter}')"
+        )
+
+
+def _check_placed(model: nn.Module, placed: Placed) -> None:
+    method = placed.method.name
+    modules = dict(adapted.base_modules(model))
+    seen: set[str] = set()
+    for path in (placement.path for placement in placed.around):
+        if path not in modules:
+            raise PeftcoreError(f"{method} places an adapter at '{path}', which is no module{nearest(path, modules)}")
+        if path in seen:
+            raise PeftcoreError(f"{method} places two adapters at '{path}'; one module takes one of each name")
+        seen.add(path)
+    if not placed.around and not placed.trained:
+        raise PeftcoreError(f"{method} places nothing on {type(model).__name__}")
+    parameters = dict(adapted.base_parameters(model))
+    for name in placed.trained:
+        if name not in parameters:
+            raise PeftcoreError(f"{method} trains '{name}', which is no parameter{nearest(name, parameters)}")
+        dtype = parameters[name].dtype
+        if not dtype.is_floating_point:
+            raise PeftcoreError(f"{method} trains '{name}' of dtype {dtype}, which has no gradient")
+    state = state_of(model) or State()
+    entry = Applied(method, None, trained=placed.trained)  # it joins the active ones
+    _refuse_shared(State({**state.applied, "(new)": entry}), (*state.active, "(new)"))
+
+
+def _refuse_shared(state: State, active: Sequence[str]) -> None:
+    owner: dict[str, str] = {}
+    for name in active:
+        for parameter in state.applied[name].trained:
+            other = owner.setdefault(parameter, name)
+            if other != name:
+                raise PeftcoreError(
+                    f"'{parameter}' is trained by the active adapter '{other}' already. Two at a time cannot train "
+                    f"one parameter: let '{other}' rest first, with peftcore.activate(model, [...])"
+                )
+
+
+def _refuse_merged(state: State, what: str) -> None:
+    if state.merged is not None:
+        raise PeftcoreError(f"cannot {what}: adapters are merged into the base. First peftcore.unmerge(model)")
+
+
+def _require_state(model: nn.Module) -> State:
+    state = state_of(model)
+    if state is None:
+        raise PeftcoreError("no adapter is applied to this model. Try: peftcore.apply(model, 'METHOD')")
+    return state

@@ -1,0 +1,36 @@
+"""The whole contract of a plugin: four hooks, called when plugins are found or a method is applied, never later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from peftcore.architecture import Architecture
+    from peftcore.method import Method, WeightFormat
+
+hookspec = pluggy.HookspecMarker("peftcore")
+hookimpl = pluggy.HookimplMarker("peftcore")
+
+
+@hookspec
+def peftcore_methods() -> list[Method]:
+    """The fine-tuning methods of this plugin. Each method's name is that of the plugin's entry point."""
+
+
+@hookspec
+def peftcore_weight_formats() -> list[WeightFormat]:
+    """How to read and write a kind of stored weight, for modules whose weight is no plain dense tensor."""
+
+
+@hookspec(firstresult=True)
+def peftcore_architecture(model: nn.Module) -> Architecture | None:
+    """The facts of a model family that `peftcore.architecture.detect` cannot see; None for other models."""
+
+
+@hookspec
+def peftcore_commands(app: Any) -> None:
+    """Add commands to the command line: `app` is the `typer.Typer` of `peftcore`."""

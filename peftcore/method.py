@@ -1,0 +1,133 @@
+"""A method turns a config into placements: what stands where in the model. The core knows these five and no method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from peftcore.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Around:
+    """`adapter(base, *args, **kwargs) -> output` in place of the forward of the module at `path`.
+
+    `base(*args, **kwargs)` runs what the adapter stands around, `base.module` is the module itself.
+    An adapter with `merged(weight) -> weight` (a pure function, fp32, in the layout of
+    :class:`WeightFormat`) can be merged.
+    """
+
+    path: str
+    adapter: nn.Module
+
+
+@dataclass(frozen=True)
+class After:
+    """`adapter(y) -> y` behind the module at `path`; of a tuple output it sees and replaces the first element."""
+
+    path: str
+    adapter: nn.Module
+
+
+@dataclass(frozen=True)
+class SoftPrompt:
+    """`adapter() -> [tokens, hidden]`, vectors that stand before the embedded input of the backbone."""
+
+    adapter: nn.Module
+
+
+@dataclass(frozen=True)
+class PrefixKV:
+    """`adapter() -> [layers, 2, kv_heads, tokens, head_dim]`: keys and values that stand first in the cache."""
+
+    adapter: nn.Module
+
+
+@dataclass(frozen=True)
+class Train:
+    """Parameters of the base, by full name, that are trained themselves. The base's own values are kept aside."""
+
+    names: Sequence[str]
+
+
+Placement = Around | After | SoftPrompt | PrefixKV | Train
+
+
+def tensor_name(placement: Placement, name: str) -> str:
+    """The name on disk of the tensor `name` of a placement, in Hugging Face PEFT's format.
+
+    `base_model.model.` + module path + name; vectors of a prompt bear their bare name.
+    """
+    match placement:
+        case Around(path) | After(path):
+            return f"base_model.model.{path}.{name}" if path else f"base_model.model.{name}"
+        case Train():
+            return f"base_model.model.{name}"
+        case _:
+            return name
+
+
+@dataclass(frozen=True)
+class StateRules:
+    """How a method's adapters look on disk.
+
+    Args:
+        peft_type: the key by which a file's method is known, PEFT's where PEFT has the method (`LORA`).
+        tensor_name: (placement, name of the tensor in its adapter) -> name on disk. Names must be distinct.
+            For `Train` the name is the parameter's; `P.base_layer.bias` where the same adapter stands around P.
+        ignored_fields: fields of others' `adapter_config.json` that do not change what the adapter computes.
+        write_config: (fields of our config as JSON) -> fields on disk, where they differ.
+        read_config: (fields on disk) -> fields of our config; the place for upgrades of older files.
+        read_tensors: (tensors on disk, config) -> tensors under today's names; likewise for older files.
+    """
+
+    peft_type: str
+    tensor_name: Callable[[Placement, str], str] = tensor_name
+    ignored_fields: frozenset[str] = frozenset()
+    write_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    read_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    read_tensors: Callable[[dict[str, Tensor], Any], Mapping[str, Tensor]] = lambda tensors, _config: tensors
+
+
+@dataclass(frozen=True)
+class Method:
+    """A fine-tuning method.
+
+    Args:
+        name: what `apply(model, name)` takes; equals the entry point's name.
+        config_class: a frozen dataclass; fields bear PEFT's names where PEFT has the method. It may have
+            `resolved(model, architecture) -> config`, which makes explicit what depends on the model.
+        place: (model, config, architecture) -> placements. It builds adapters and changes nothing; under
+            `torch.device("meta")` it must allocate nothing.
+        state: how adapters look on disk.
+        after_step: (adapters, config, step, total_steps) -> None, after each optimizer step, for methods
+            with a schedule of their own.
+    """
+
+    name: str
+    config_class: type
+    place: Callable[[nn.Module, Any, Architecture], Sequence[Placement]]
+    state: StateRules
+    after_step: Callable[[Sequence[nn.Module], Any, int, int], None] | None = None
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """How the weight of a kind of module is read as a dense tensor, and written back.
+
+    Args:
+        name: for messages, such as `dense`.
+        matches: (module) -> does this format read it? The first format that does is used; plugins come first.
+        read: (module) -> dense weight, in the layout the layer's functional form takes (`[out, in]` for a linear).
+        write: (module, dense weight) -> the new stored tensors by parameter or buffer name, in their final
+            dtype; the core puts them in place and keeps the ones they replace.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    read: Callable[[nn.Module], Tensor]
+    write: Callable[[nn.Module, Tensor], dict[str, Tensor]] = field(repr=False)

@@ -1,0 +1,209 @@
+"""Which methods are installed. Plugins are found by entry point and imported one by one; a broken one breaks no other.
+
+pluggy's own `load_setuptools_entrypoints` is not used: it imports every plugin at once, one failure
+stops all, and a second distribution of the same name is dropped in silence.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass, field
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+import pluggy
+
+from peftcore import hookspecs
+from peftcore.errors import PeftcoreError, PluginError, nearest
+from peftcore.method import Method, WeightFormat
+
+GROUP = "peftcore"
+STRICT = "PEFTCORE_STRICT_PLUGINS"
+
+
+@dataclass
+class Plugin:
+    """One installed plugin: who provides it, what it offers, or why it cannot be used."""
+
+    name: str
+    distribution: str = "-"
+    version: str = "-"
+    hooks: list[str] = field(default_factory=list)
+    methods: list[Method] = field(default_factory=list)
+    error: str | None = None
+
+
+class Registry:
+    """The plugins of one process. Discovery runs once, at the first question."""
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager("peftcore")
+        self._manager.add_hookspecs(hookspecs)
+        self._plugins: dict[str, Plugin] | None = None
+
+    @property
+    def hook(self) -> Any:
+        """pluggy's hook caller, with every working plugin registered."""
+        self.plugins()
+        return self._manager.hook
+
+    def plugins(self) -> list[Plugin]:
+        """All plugins, broken ones included, by name."""
+        if self._plugins is None:
+            self._plugins = {}
+            self._discover()
+        return sorted(self._plugins.values(), key=lambda plugin: plugin.name)
+
+    def methods(self) -> dict[str, Method]:
+        """The usable methods by name."""
+        return {method.name: method for plugin in self.plugins() for method in plugin.methods}
+
+    def method(self, name: str) -> Method:
+        """The method `name`.
+
+        Raises:
+            PluginError: it is not installed, or its plugin is broken.
+        """
+        methods = self.methods()
+        if name in methods:
+            return methods[name]
+        broken = self._plugins.get(name)
+        if broken is not None and broken.error:
+            raise PluginError(f"the plugin '{name}' ({broken.distribution} {broken.version}) is broken: {broken.error}")
+        installed = ", ".join(methods) or "none"
+        raise PluginError(
+            f"no PEFT method '{name}' is installed (installed: {installed}){nearest(name, methods)}. "
+            f"Try: pip install peftcore-{name}"
+        )
+
+    def method_of_config(self, config: Any) -> Method:
+        """The method whose config class is that of `config`."""
+        for method in self.methods().values():
+            if type(config) is method.config_class:
+                return method
+        raise PluginError(
+            f"{type(config).__name__} is the config of no installed method "
+            f"(installed: {', '.join(m.config_class.__name__ for m in self.methods().values()) or 'none'})"
+        )
+
+    def method_of_peft_type(self, peft_type: str) -> Method:
+        """The method that reads files of this `peft_type`."""
+        methods = self.methods()
+        for method in methods.values():
+            if method.state.peft_type == peft_type:
+                return method
+        known = ", ".join(f"{m.state.peft_type} ({m.name})" for m in methods.values()) or "none"
+        guess = peft_type.lower().replace("_", "-")
+        raise PluginError(
+            f"no installed method reads peft_type '{peft_type}' (installed: {known}). Try: pip install peftcore-{guess}"
+        )
+
+    def weight_formats(self) -> list[WeightFormat]:
+        """The formats of all plugins."""
+        return [weight_format for formats in self.hook.peftcore_weight_formats() for weight_format in formats]
+
+    def register(self, name: str, plugin: Any, distribution: str = "-", version: str = "-") -> Plugin:
+        """Register the plugin object `plugin` (a module, or any object with hooks) under the entry-point name `name`.
+
+        Raises:
+            PluginError: a hook is misspelt, a method is malformed, or its name or peft_type is taken.
+        """
+        self.plugins()
+        if name in self._plugins and not self._plugins[name].error:
+            raise PluginError(f"a plugin '{name}' is registered already, by {self._plugins[name].distribution}")
+        entry = Plugin(name, distribution, version)
+        entry.methods = self._register(entry, plugin)
+        self._plugins[name] = entry
+        return entry
+
+    def unregister(self, name: str) -> None:
+        """Forget the plugin `name`."""
+        self.plugins()
+        if self._plugins.pop(name, None) is not None and self._manager.get_plugin(name) is not None:
+            self._manager.unregister(name=name)
+
+    def _discover(self) -> None:
+        found: dict[str, list[EntryPoint]] = defaultdict(list)
+        for entry_point in entry_points(group=GROUP):
+            same = [(e.value, e.dist and e.dist.name) for e in found[entry_point.name]]
+            if (entry_point.value, entry_point.dist and entry_point.dist.name) not in same:
+                found[entry_point.name].append(entry_point)
+        for name, candidates in sorted(found.items()):
+            owners = [f"{e.dist.name} {e.dist.version}" if e.dist else "an unknown distribution" for e in candidates]
+            dist = candidates[0].dist
+            entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
+            self._plugins[name] = entry
+            try:
+                if len(candidates) > 1:
+                    entry.distribution = ", ".join(owners)
+                    raise PluginError(
+                        f"{len(owners)} distributions provide '{name}': {'; '.join(owners)}. Uninstall all but one"
+                    )
+                entry.methods = self._register(entry, candidates[0].load())
+            except Exception as error:
+                entry.error = str(error) if isinstance(error, PeftcoreError) else f"{type(error).__name__}: {error}"
+                message = (
+                    f"peftcore plugin '{name}' ({entry.distribution} {entry.version}) is not usable: {entry.error}"
+                )
+                if os.environ.get(STRICT) == "1":
+                    self._plugins = None
+                    raise PluginError(message) from error
+                warnings.warn(message, stacklevel=4)
+
+    def _register(self, entry: Plugin, plugin: Any) -> list[Method]:
+        _check_hook_names(self._manager, entry.name, plugin)
+        try:
+            self._manager.register(plugin, name=entry.name)
+            self._manager.check_pending()
+            callers = self._manager.get_hookcallers(plugin) or []
+            entry.hooks = sorted(caller.name for caller in callers)
+            subset = self._manager.subset_hook_caller(
+                "peftcore_methods", [p for p in self._manager.get_plugins() if p is not plugin]
+            )
+            methods = [method for offered in subset() for method in offered]
+            for method in methods:
+                self._check_method(entry, method)
+        except Exception:
+            if self._manager.get_plugin(entry.name) is not None:
+                self._manager.unregister(name=entry.name)
+            raise
+        return methods
+
+    def _check_method(self, entry: Plugin, method: Method) -> None:
+        if not isinstance(method, Method):
+            raise PluginError(f"peftcore_methods() must return peftcore.Method objects, found {type(method).__name__}")
+        if method.name != entry.name:
+            raise PluginError(
+                f"the method is named '{method.name}' but its entry point '{entry.name}'. Give both the same name"
+            )
+        config_class = method.config_class
+        if not (dataclasses.is_dataclass(config_class) and config_class.__dataclass_params__.frozen):
+            raise PluginError(f"config_class {config_class!r} must be a frozen dataclass")
+        for other in self._plugins.values():
+            for taken in other.methods:
+                if other is not entry and taken.state.peft_type == method.state.peft_type:
+                    raise PluginError(
+                        f"peft_type '{method.state.peft_type}' is taken by '{taken.name}' ({other.distribution} "
+                        f"{other.version}); {entry.distribution} {entry.version} claims it too. Uninstall one"
+                    )
+
+
+def _check_hook_names(manager: pluggy.PluginManager, name: str, plugin: Any) -> None:
+    """A misspelt hook is an error that shows the nearest real one."""
+    known = [attribute for attribute in dir(hookspecs) if attribute.startswith("peftcore_")]
+    for attribute in dir(plugin):
+        if manager.parse_hookimpl_opts(plugin, attribute) is not None and attribute not in known:
+            raise PluginError(
+                f"'{attribute}' is no hook of peftcore{nearest(attribute, known)}. The hooks are: {', '.join(known)}"
+            )
+
+
+registry = Registry()
+
+
+def methods() -> dict[str, Method]:
+    """The usable installed methods by name."""
+    return registry.methods()

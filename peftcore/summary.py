@@ -1,0 +1,153 @@
+"""What is trainable, and what it weighs: of a model with adapters, and of one before `apply`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore.adapted import base_parameters
+from peftcore.engine import adapter_parameters, device_and_dtype, place, state_of
+from peftcore.targets import match_counts
+from peftcore.trained import TrainedParameters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `apply` would place.
+
+    Args:
+        rows: (path or parameter name, kind, parameters, bytes) of every placement.
+        matches: per pattern of `target_modules`, after resolving, how many modules it matches.
+    """
+
+    method: str
+    config: Any
+    rows: tuple[tuple[str, str, int, int], ...]
+    matches: dict[str, int]
+    base_parameters: int
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(row[2] for row in self.rows)
+
+    @property
+    def trainable_bytes(self) -> int:
+        return sum(row[3] for row in self.rows)
+
+    def __str__(self) -> str:
+        kinds = Counter(kind for _, kind, _, _ in self.rows)
+        lines = [
+            f"{self.method}: {', '.join(f'{count} x {kind}' for kind, count in kinds.items())}",
+            f"trainable: {self.trainable_parameters:,} of {self.base_parameters:,} parameters "
+            f"({share(self.trainable_parameters, self.base_parameters)}), {megabytes(self.trainable_bytes)}",
+        ]
+        lines += [f"  {pattern}: {count} modules" for pattern, count in self.matches.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """One adapter: its method, how many modules it stands at, and its size."""
+
+    name: str
+    method: str
+    active: bool
+    modules: int
+    trained: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is applied to a model. `trainable_parameters` counts what an optimizer would change now."""
+
+    adapters: tuple[AdapterSummary, ...]
+    base_parameters: int
+    base_bytes: int
+    trainable_parameters: int
+    merged: bool
+
+    def __str__(self) -> str:
+        lines = [
+            f"base: {self.base_parameters:,} parameters, {megabytes(self.base_bytes)}"
+            + (" (adapters merged into it)" if self.merged else ""),
+            f"trainable: {self.trainable_parameters:,} ({share(self.trainable_parameters, self.base_parameters)})",
+        ]
+        lines += [
+            f"  {a.name}: {a.method}, {'active' if a.active else 'resting'}, {a.modules} modules"
+            + (f", {a.trained} parameters of the base" if a.trained else "")
+            + f", {a.parameters:,} parameters, {megabytes(a.bytes)}"
+            for a in self.adapters
+        ]
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = None, **fields: Any) -> Plan:
+    """What `apply` with the same arguments would place, and what it would cost.
+
+    The model is left alone, and the adapters are made on the meta device: nothing is allocated.
+    """
+    with torch.device("meta"):
+        placed = place(model, method, fields)
+    parameters = dict(base_parameters(model))
+    rows = []
+    for placement in placed.around:
+        _, kept = device_and_dtype(model.get_submodule(placement.path), dtype)
+        count = sum(p.numel() for p in placement.adapter.parameters())
+        rows.append((placement.path, type(placement.adapter).__name__, count, count * kept.itemsize))
+    rows += [(name, "trained parameter", parameters[name].numel(), parameters[name].nbytes) for name in placed.trained]
+    target_modules = getattr(placed.config, "target_modules", None)
+    return Plan(
+        method=placed.method.name,
+        config=placed.config,
+        rows=tuple(rows),
+        matches=match_counts(model, target_modules) if target_modules else {},
+        base_parameters=sum({id(p): p.numel() for p in parameters.values()}.values()),
+    )
+
+
+def summary(model: nn.Module) -> Summary:
+    """What is applied to `model`, what of it is trainable, and what it weighs. Works on any model."""
+    state = state_of(model)
+    base = {id(p): p for _, p in base_parameters(model)}
+    adapters = []
+    for name, entry in state.applied.items() if state else ():
+        parameters = [p for _, p in adapter_parameters(model, name)]
+        if entry.trained:
+            trained = TrainedParameters.of(model, name)
+            for (_, original), (_, value) in zip(trained.originals(model), trained.values(model), strict=True):
+                base.pop(id(value), None)
+                base[id(original)] = original
+        adapters.append(
+            AdapterSummary(
+                name=name,
+                method=entry.method,
+                active=name in state.active,
+                modules=len(entry.paths),
+                trained=len(entry.trained),
+                parameters=sum(p.numel() for p in parameters),
+                bytes=sum(p.nbytes for p in parameters),
+            )
+        )
+    return Summary(
+        adapters=tuple(adapters),
+        base_parameters=sum(p.numel() for p in base.values()),
+        base_bytes=sum(p.nbytes for p in base.values()),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        merged=state is not None and state.merged is not None,
+    )
+
+
+def share(part: int, whole: int) -> str:
+    """`1.23 %`."""
+    return f"{100 * part / whole:.2f} %" if whole else "-"
+
+
+def megabytes(count: int) -> str:
+    """`12.3 MB` (decimal), or kB below one."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"

@@ -1,0 +1,271 @@
+"""Which modules a config means: suffix lists, regular expressions, `all-linear`, exclusions and layer choices.
+
+Matching is Hugging Face PEFT's, so that one config selects the same modules there and here, but a
+pattern that matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from peftcore.adapted import base_modules, base_parameters, original_class
+from peftcore.architecture import Architecture
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.method import Train
+
+ALL_LINEAR = "all-linear"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Is this transformers' Conv1D (GPT-2), a linear whose weight is stored `[in, out]`?"""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer in the sense of `all-linear`."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Is `path` the module that a list entry means: the path itself, or its end after a dot?"""
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def select(
+    model: nn.Module,
+    architecture: Architecture,
+    *,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    supported: Any = is_linear,
+) -> dict[str, nn.Module]:
+    """The modules meant, by path, in the model's order.
+
+    Args:
+        target_modules: list of suffixes, a regular expression that matches the whole path, or `all-linear`:
+            every linear layer but the output head and the task's heads.
+        exclude_modules: list of suffixes or a regular expression, taken away from the selection.
+        layers_to_transform: layer indices; `layers_pattern` names the list of layers (`layers`, `h`), by
+            default the first numbered part of a path counts.
+        modules_to_save: modules trained whole; nothing in them is selected.
+        supported: (module) -> can the method adapt it?
+
+    Raises:
+        PeftcoreError: a pattern matches nothing, or a module that the method cannot adapt.
+    """
+    modules = dict(base_modules(model))
+    excluded = _excluded(modules, exclude_modules)
+    inside_saved = {path for path in modules if any(_is_inside(saved, path) for saved in modules_to_save or ())}
+
+    if target_modules == ALL_LINEAR:
+        heads = {architecture.output_head, *architecture.task_heads} - {None}
+        chosen = [
+            path
+            for path, module in modules.items()
+            if is_linear(module) and not any(path == head or path.startswith(f"{head}.") for head in heads)
+        ]
+        if not chosen:
+            raise PeftcoreError(
+                f"target_modules='{ALL_LINEAR}' found no linear layer in {type(model).__name__}. "
+                f"Name the modules: {_examples(modules, supported)}"
+            )
+    elif isinstance(target_modules, str):
+        chosen = _by_regex(modules, target_modules, supported)
+    else:
+        chosen = _by_suffix(modules, target_modules, supported)
+
+    chosen = [path for path in chosen if path not in excluded and path not in inside_saved]
+    if layers_to_transform is not None:
+        chosen = _of_layers(chosen, layers_to_transform, layers_pattern)
+    if not chosen:
+        raise PeftcoreError(
+            f"target_modules={target_modules!r} leaves nothing after exclude_modules={exclude_modules!r} and "
+            f"modules_to_save={modules_to_save!r}"
+        )
+    _refuse_bypassed(modules, chosen)
+    return {path: modules[path] for path in chosen}
+
+
+def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, int]:
+    """How many modules each pattern of `target_modules` matches."""
+    paths = [path for path, _ in base_modules(model)]
+    if isinstance(target_modules, str):
+        return {target_modules: sum(bool(re.fullmatch(target_modules, path)) for path in paths)}
+    return {pattern: sum(matches(pattern, path) for path in paths) for pattern in target_modules}
+
+
+def minimal_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
+    """The shortest list of suffixes that selects `chosen` and no other module: what a saved config says."""
+    chosen = set(chosen)
+    others = [path for path, _ in base_modules(model) if path not in chosen]
+    selects_other = lru_cache(lambda suffix: any(matches(suffix, other) for other in others))
+    suffixes: set[str] = set()
+    for path in sorted(chosen):
+        parts = path.split(".")
+        ends = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        suffix = next((end for end in ends if not selects_other(end)), None)
+        if suffix is None:
+            raise PeftcoreError(f"no suffix selects '{path}' alone. Give target_modules as a regular expression")
+        suffixes.add(suffix)
+    return sorted(s for s in suffixes if not any(s != other and s.endswith(f".{other}") for other in suffixes))
+
+
+def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
+    """The parameters of the modules that `modules_to_save` means, to be trained themselves.
+
+    Raises:
+        PeftcoreError: an entry matches no module with parameters.
+    """
+    names = [name for name, _ in base_parameters(model)]
+    found: list[str] = []
+    for pattern in modules_to_save:
+        paths = [path for path, _ in base_modules(model) if path and matches(pattern, path)]
+        inside = [name for name in names if any(name.startswith(f"{path}.") for path in paths)]
+        if not inside:
+            known = {part for path, _ in base_modules(model) for part in (path, path.rpartition(".")[2])}
+            raise PeftcoreError(
+                f"modules_to_save: '{pattern}' matches no module with parameters{nearest(pattern, known)}"
+            )
+        found += inside
+    return Train(tuple(dict.fromkeys(found)))
+
+
+def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
+    """The parameters named `bias`, of the whole model or of the modules `paths`."""
+    names = [name for name, _ in base_parameters(model) if name.rpartition(".")[2] == "bias"]
+    if paths is not None:
+        paths = set(paths)
+        names = [name for name in names if name.rpartition(".")[0] in paths]
+    return Train(tuple(names))
+
+
+def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first key of a `rank_pattern` or `alpha_pattern` that matches `path`."""
+    for key, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({key})$", path):
+            return value
+    return default
+
+
+def drop_unmatched(model: nn.Module, entries: Sequence[str]) -> list[str]:
+    """The entries that match a module of `model`.
+
+    Files of PEFT name modules that a model may lack (`classifier` and `score` for every classifier).
+    Reading one, the tensors decide what must be there; the list need not.
+    """
+    paths = [path for path, _ in base_modules(model)]
+    return [entry for entry in entries if any(matches(entry, path) for path in paths)]
+
+
+def _is_inside(saved: str, path: str) -> bool:
+    return re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", path) is not None
+
+
+def _excluded(modules: dict[str, nn.Module], patterns: str | Sequence[str] | None) -> set[str]:
+    if not patterns:
+        return set()
+    if isinstance(patterns, str):
+        regex = _compile(patterns, "exclude_modules")
+        found = {path for path in modules if regex.fullmatch(path)}
+        if not found:
+            raise PeftcoreError(f"exclude_modules={patterns!r} matches no module")
+        return found
+    for pattern in patterns:
+        if not any(matches(pattern, path) for path in modules):
+            raise PeftcoreError(f"exclude_modules: '{pattern}' matches no module{_nearest_path(pattern, modules)}")
+    return {path for path in modules if any(matches(pattern, path) for pattern in patterns)}
+
+
+def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Any) -> list[str]:
+    regex = _compile(pattern, "target_modules")
+    found = [path for path in modules if regex.fullmatch(path)]
+    chosen = [path for path in found if supported(modules[path])]
+    if not chosen:
+        what = (
+            f"matches only {_kinds(modules, found)}, which this method cannot adapt" if found else "matches no module"
+        )
+        raise PeftcoreError(
+            f"target_modules={pattern!r}, a regular expression for whole paths, {what}. "
+            f"Paths here look like: {_examples(modules, supported)}"
+        )
+    return chosen
+
+
+def _by_suffix(modules: dict[str, nn.Module], patterns: Sequence[str], supported: Any) -> list[str]:
+    if not patterns:
+        raise PeftcoreError("target_modules is an empty list. Name modules, or use 'all-linear'")
+    for pattern in patterns:
+        found = [path for path in modules if matches(pattern, path)]
+        if not found:
+            raise PeftcoreError(f"target_modules: '{pattern}' matches no module{_nearest_path(pattern, modules)}")
+        wrong = [path for path in found if not supported(modules[path])]
+        if wrong:
+            raise PeftcoreError(
+                f"target_modules: '{pattern}' matches {_kinds(modules, wrong)} (such as '{wrong[0]}'), which this "
+                f"method cannot adapt. Modules it can: {_examples(modules, supported)}"
+            )
+    return [path for path in modules if any(matches(pattern, path) for pattern in patterns)]
+
+
+def _of_layers(paths: list[str], layers: int | Sequence[int], pattern: str | Sequence[str] | None) -> list[str]:
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    names = [pattern] if isinstance(pattern, str) else list(pattern or [r"[^.]*"])
+    regexes = [_compile(rf"(?:.*?\.)??(?:{name})\.(\d+)\..*", "layers_pattern") for name in names]
+
+    def index(path: str) -> int | None:
+        found = next((match for regex in regexes if (match := regex.fullmatch(path))), None)
+        return int(found[1]) if found else None
+
+    indices = {path: index(path) for path in paths}
+    missing = wanted - set(indices.values())
+    if missing:
+        there = sorted({i for i in indices.values() if i is not None})
+        raise PeftcoreError(
+            f"layers_to_transform: no targeted module lies in layer {sorted(missing)} "
+            f"(layers found: {there if there else f'none by layers_pattern={pattern!r}'})"
+        )
+    return [path for path in paths if indices[path] in wanted]
+
+
+def _refuse_bypassed(modules: dict[str, nn.Module], chosen: Iterable[str]) -> None:
+    """`nn.MultiheadAttention` reads the weights of its projection and never calls it: an adapter there does nothing."""
+    for path in chosen:
+        parent = modules.get(path.rpartition(".")[0])
+        if parent is not None and issubclass(original_class(parent), nn.MultiheadAttention):
+            raise PeftcoreError(
+                f"'{path}' belongs to nn.MultiheadAttention, which reads its weight and never calls it: an adapter "
+                f"there would do nothing. Exclude it: exclude_modules=['{path.rpartition('.')[2]}']"
+            )
+
+
+def _compile(pattern: str, field: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise PeftcoreError(f"{field}={pattern!r} is no regular expression: {error}") from None
+
+
+def _nearest_path(pattern: str, modules: dict[str, nn.Module]) -> str:
+    names = {part for path in modules for part in (path, path.rpartition(".")[2]) if part and not part.isdigit()}
+    return (
+        nearest(pattern, sorted(names))
+        or f". Names here: {', '.join(sorted(names - {p for p in names if '.' in p})[:12])}"
+    )
+
+
+def _kinds(modules: dict[str, nn.Module], paths: Iterable[str]) -> str:
+    return ", ".join(sorted({original_class(modules[path]).__name__ for path in paths}))
+
+
+def _examples(modules: dict[str, nn.Module], supported: Any) -> str:
+    return ", ".join([f"'{path}'" for path, module in modules.items() if path and supported(module)][:3]) or "none"

@@ -1,0 +1,231 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): y = W x + scale · B A x, with W frozen and A, B thin.
+
+            y [out]
+            |
+           (+)----------------.
+            |                 |  · scale = lora_alpha / r
+      .-----+-----.       .---+---.
+      |           |       |   B   |  [out, r], zero at the start
+      |     W     |       '---+---'
+      |  [out,in] |           |  [r]
+      |  (frozen) |       .---+---.
+      |           |       |   A   |  [r, in], random at the start
+      '-----+-----'       '---+---'
+            |                 |  dropout
+            '--------+--------'
+                  x [in]
+
+Trained: r · (in + out) numbers instead of in · out. `merged` adds scale · B A to W: no cost at inference.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import targets
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The fields and defaults bear the names of Hugging Face PEFT's `LoraConfig`.
+
+    Args:
+        r: rank of the update. lora_alpha: the update is scaled by lora_alpha / r, with use_rslora by
+            lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
+        lora_dropout: probability with which an input of A is dropped in training.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
+        rank_pattern, alpha_pattern: r and lora_alpha of single modules, `{regex for the path's end: value}`.
+        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), or
+            False (both random: the adapter changes the model from the start).
+        bias: which biases are trained too: "none", "all", or "lora_only" (those of adapted modules).
+        fan_in_fan_out: written for PEFT, which wants it True for GPT-2; here a layer's layout is read off the layer.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = targets.ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] | None = None
+    use_rslora: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True
+    bias: Literal["none", "all", "lora_only"] = "none"
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        for r in (self.r, *self.rank_pattern.values()):
+            if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
+                raise peftcore.PeftcoreError(f"r must be a positive whole number, found {r!r}")
+        if not 0 <= self.lora_dropout < 1:
+            raise peftcore.PeftcoreError(f"lora_dropout must be in [0, 1), found {self.lora_dropout!r}")
+        if self.init_lora_weights not in (True, False, "gaussian"):
+            raise peftcore.PeftcoreError(
+                f"init_lora_weights must be True, False or 'gaussian', found {self.init_lora_weights!r}"
+            )
+        if self.bias not in ("none", "all", "lora_only"):
+            raise peftcore.PeftcoreError(f"bias must be 'none', 'all' or 'lora_only', found {self.bias!r}")
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LoraConfig:
+        """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
+        saved = list(architecture.task_heads if self.modules_to_save is None else self.modules_to_save)
+        config = replace(self, modules_to_save=saved or None)
+        chosen = selected(model, config, architecture)
+        if self.target_modules == targets.ALL_LINEAR:
+            config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
+        return replace(config, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
+
+
+class Lora(nn.Module):
+    """What the kinds of layer share: two factors, their scale, their dropout. Subclasses say how B A acts."""
+
+    def __init__(self, config: LoraConfig, path: str, a_shape: Sequence[int], b_shape: Sequence[int]) -> None:
+        super().__init__()
+        r = targets.pattern_value(config.rank_pattern, path, config.r)
+        alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.p = config.lora_dropout
+        self.lora_A = nn.Parameter(torch.empty(r, *a_shape))
+        self.lora_B = nn.Parameter(torch.zeros(b_shape[0], r, *b_shape[1:]))
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if config.init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        return f"r={self.lora_A.shape[0]}, scale={self.scale:g}" + (f", dropout={self.p}" if self.p else "")
+
+    def delta(self) -> Tensor:
+        """scale · B A in the layout of the layer's weight, fp32."""
+        return self.scale * (self.lora_B.float() @ self.lora_A.float())
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + self.delta()
+
+
+class LoraLinear(Lora):
+    """nn.Linear and transformers' Conv1D. A `[r, in]`, B `[out, r]`; x `[..., in]` -> y `[..., out]`."""
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        y = base(x)
+        # The factors, often fp32, are rounded to the dtype of x: casting them costs less than casting x.
+        s = F.linear(F.dropout(x, self.p, self.training), self.lora_A.to(x.dtype))  # [..., r]
+        b = self.lora_B.to(s.dtype)
+        # One pass over y adds and scales.
+        return torch.addmm(y.flatten(0, -2), s.flatten(0, -2), b.T, alpha=self.scale).view(y.shape)
+
+
+class LoraConv(Lora):
+    """nn.Conv1d and nn.Conv2d: A convolves with the layer's kernel to r channels, B mixes them pointwise."""
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        layer = base.module
+        conv = F.conv1d if self.lora_A.dim() == 3 else F.conv2d
+        y = base(x)
+        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        padding = layer.padding
+        x = F.dropout(x, self.p, self.training)
+        if layer.padding_mode != "zeros":
+            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
+        return y + self.scale * conv(conv(x, a, None, layer.stride, padding, layer.dilation), b)
+
+    def delta(self) -> Tensor:
+        return self.scale * torch.einsum("or,ri...->oi...", self.lora_B.flatten(1).float(), self.lora_A.float())
+
+
+class LoraEmbedding(Lora):
+    """nn.Embedding: A `[r, vocabulary]` is looked up, B `[dim, r]` maps to the embedding."""
+
+    def forward(self, base: Any, tokens: Tensor) -> Tensor:
+        y = base(tokens)
+        s = F.embedding(tokens, self.lora_A.T, base.module.padding_idx)  # [..., r]
+        return y + self.scale * F.linear(s, self.lora_B).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        return super().delta().T  # [vocabulary, dim]
+
+
+def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
+    """The LoRA of one layer."""
+    if targets.is_conv1d(module):
+        return LoraLinear(config, path, [module.nx], [module.nf])
+    if isinstance(module, nn.Embedding):
+        adapter = LoraEmbedding(config, path, [module.num_embeddings], [module.embedding_dim])
+        if config.init_lora_weights is not False:  # as in the paper's code and PEFT: here A is zero, B normal
+            nn.init.zeros_(adapter.lora_A)
+            nn.init.normal_(adapter.lora_B)
+        return adapter
+    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+        if module.groups != 1:
+            raise peftcore.PeftcoreError(
+                f"'{path}' is a convolution in {module.groups} groups, which LoRA cannot adapt"
+            )
+        ones = [1] * len(module.kernel_size)
+        return LoraConv(config, path, [module.in_channels, *module.kernel_size], [module.out_channels, *ones])
+    return LoraLinear(config, path, [module.in_features], [module.out_features])
+
+
+def supported(module: nn.Module) -> bool:
+    """Can LoRA adapt this layer?"""
+    return targets.is_linear(module) or isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d))
+
+
+def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
+    """The layers that the config means, by path."""
+    return targets.select(
+        model,
+        architecture,
+        target_modules=config.target_modules,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        modules_to_save=config.modules_to_save,
+        supported=supported,
+    )
+
+
+def place(
+    model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture
+) -> list[peftcore.Around | peftcore.Train]:
+    chosen = selected(model, config, architecture)
+    placements: list[Any] = [
+        peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()
+    ]
+    if config.modules_to_save:
+        placements.append(targets.trained_modules(model, config.modules_to_save))
+    if config.bias != "none":
+        placements.append(targets.biases(model, None if config.bias == "all" else chosen))
+    return placements
+
+
+def tensor_name(placement: Any, name: str) -> str:
+    """PEFT keeps A and B of a linear in modules of their own, those of an embedding as plain parameters."""
+    if isinstance(getattr(placement, "adapter", None), LoraEmbedding):
+        name = name.replace("lora_", "lora_embedding_")
+    elif isinstance(placement, peftcore.Around):
+        name = f"{name}.weight"
+    return peftcore.tensor_name(placement, name)
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="LORA",
+        tensor_name=tensor_name,
+        ignored_fields=frozenset({"megatron_core", "qalora_group_size"}),  # settings of features that are off
+    )
+    return [peftcore.Method("lora", LoraConfig, place, rules)]
