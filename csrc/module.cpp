@@ -1,0 +1,55 @@
+// Python module peftcore._C: build facts and the SIMD level. Loading it registers the operators' kernels,
+// whose schemas stand in peftcore/ops.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <sstream>
+
+#include "build_facts.h"
+#include "common/cpu_features.h"
+
+namespace py = pybind11;
+
+namespace peftcore {
+namespace {
+
+std::vector<std::string> split(const std::string& list) {
+    std::vector<std::string> parts;
+    std::istringstream stream(list);
+    for (std::string part; std::getline(stream, part, ',');) parts.push_back(part);
+    return parts;
+}
+
+py::dict facts() {
+    const BuildFacts built = build_facts();
+    py::dict result;
+    result["version"] = built.version;
+    result["commit"] = built.commit;
+    result["compiler"] = built.compiler;
+    result["torch"] = built.torch;
+    result["cuda_compiler"] = built.cuda_compiler;
+    result["cuda_architectures"] = split(built.cuda_architectures);
+    result["cpu_levels"] = split(built.cpu_levels);
+    return result;
+}
+
+std::vector<std::string> cpu_levels() {
+    std::vector<std::string> names;
+    for (CpuLevel level : available_cpu_levels()) names.push_back(cpu_level_name(level));
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() =
+        "peftcore's compiled extension: build facts, SIMD level, and the operators' CPU and CUDA kernels";
+    m.def("build_facts", &facts, "What this binary was built from and with.");
+    m.def("cpu_levels", &cpu_levels, "SIMD levels of this build that this CPU can run, lowest first.");
+    m.def("cpu_level", [] { return std::string(cpu_level_name(cpu_level())); }, "The SIMD level in use.");
+    m.def("set_cpu_level", &set_cpu_level, py::arg("name"),
+          "Use another SIMD level; ValueError if it is not among cpu_levels().");
+    cpu_level();  // a misspelt PEFTCORE_CPU_LEVEL fails here, at import
+}
+
+}  // namespace peftcore

@@ -1,0 +1,107 @@
+// The loops over blocks that all SIMD levels share; a level supplies what happens inside one.
+//
+//   struct Level {
+//     struct Encoder { explicit Encoder(const Codebook&); };                      tables in registers
+//     template <T> static uint32_t absmax_bits(const T* x, int64_t count);       count % 32 == 0
+//     template <T> static void encode(const T* x, int64_t count, float inverse, const Encoder&, uint8_t*
+//     out); struct Decoder { explicit Decoder(const float* code); }; template <T> static void decode(const
+//     uint8_t*, int64_t count, float scale, const Decoder&, T*, bool stream); static void fence(); after
+//     streaming stores
+//   };
+#pragma once
+
+#include "nf4/cpu/kernels.h"
+
+namespace peftcore {
+namespace nf4 {
+
+// NaN-propagating max of |x| on bit patterns: as integers, magnitudes order like floats with NaN above
+// infinity.
+template <typename T>
+static inline uint32_t magnitude_bits(T x) {
+    return float_bits(to_float(x)) & 0x7fffffffu;
+}
+
+template <typename T>
+static void quantize_partial_block(const T* x, int64_t count, const Codebook& book, uint8_t* out,
+                                   float* absmax) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t bits = magnitude_bits(x[i]);
+        largest = bits > largest ? bits : largest;
+    }
+    float scale = bits_float(largest);
+    if (scale < kSmallestScale) scale = kSmallestScale;
+    *absmax = scale;
+    for (int64_t i = 0; i < count; i += 2) {
+        const uint8_t high = encode(to_float(x[i]) / scale, book);
+        const uint8_t low = encode(i + 1 < count ? to_float(x[i + 1]) / scale : 0.0f, book);
+        out[i / 2] = uint8_t(high << 4 | low);
+    }
+}
+
+template <typename Level, typename T>
+static void quantize_blocks(const QuantizeArgs& args, int64_t first, int64_t last) {
+    const T* x = static_cast<const T*>(args.x);
+    const int64_t size = args.blocksize;
+    const typename Level::Encoder encoder(args.book);
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t begin = block * size;
+        uint8_t* out = args.packed + begin / 2;
+        if (begin + size > args.count) {
+            quantize_partial_block(x + begin, args.count - begin, args.book, out, args.absmax + block);
+            continue;
+        }
+        const float absmax = bits_float(Level::absmax_bits(x + begin, size));
+        args.absmax[block] = absmax;
+        const float inverse = 1.0f / (absmax < kSmallestScale ? kSmallestScale : absmax);
+        Level::encode(x + begin, size, inverse, encoder, out);
+    }
+}
+
+template <typename Level, typename T>
+static void dequantize_blocks(const DequantizeArgs& args, int64_t first, int64_t last) {
+    T* out = static_cast<T*>(args.out);
+    const int64_t size = args.blocksize;
+    const typename Level::Decoder decoder(args.code);
+    for (int64_t block = first; block < last; ++block) {
+        const int64_t begin = block * size;
+        const float scale = args.scales[block];
+        const int64_t count = begin + size > args.count ? args.count - begin : size;
+        const int64_t whole = count / 32 * 32;
+        if (whole > 0)
+            Level::decode(args.packed + begin / 2, whole, scale, decoder, out + begin, args.stream);
+        for (int64_t i = whole; i < count; ++i) {
+            const uint8_t byte = args.packed[(begin + i) / 2];
+            out[begin + i] = from_float<T>(args.code[i % 2 ? byte & 15 : byte >> 4] * scale);
+        }
+    }
+    if (args.stream) Level::fence();
+}
+
+template <typename Level>
+static void quantize_any(const QuantizeArgs& args, int64_t first, int64_t last) {
+    switch (args.dtype) {
+        case Dtype::kFloat:
+            return quantize_blocks<Level, float>(args, first, last);
+        case Dtype::kHalf:
+            return quantize_blocks<Level, Half>(args, first, last);
+        case Dtype::kBFloat16:
+            return quantize_blocks<Level, BFloat16>(args, first, last);
+    }
+}
+
+template <typename Level>
+static void dequantize_any(const DequantizeArgs& args, int64_t first, int64_t last) {
+    switch (args.dtype) {
+        case Dtype::kFloat:
+            return dequantize_blocks<Level, float>(args, first, last);
+        case Dtype::kHalf:
+            return dequantize_blocks<Level, Half>(args, first, last);
+        case Dtype::kBFloat16:
+            return dequantize_blocks<Level, BFloat16>(args, first, last);
+    }
+}
+
+}  // namespace nf4
+}  // namespace peftcore

@@ -1,0 +1,178 @@
+// The 4-bit operators on CPU. Schemas: peftcore/ops/nf4.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "nf4/arguments.h"
+#include "nf4/cpu/kernels.h"
+
+namespace peftcore {
+namespace nf4 {
+namespace {
+
+constexpr int64_t kValuesPerTask = 32768;
+// From here on an output cannot stay in a cache, and writing around it saves reading every line first.
+constexpr int64_t kStreamBytes = int64_t(16) << 20;
+
+Kernels kernels() {
+    switch (cpu_level()) {
+#if defined(PEFTCORE_HAVE_AVX512)
+        case CpuLevel::kAvx512:
+            return avx512_kernels();
+#endif
+#if defined(PEFTCORE_HAVE_AVX2)
+        case CpuLevel::kAvx2:
+            return avx2_kernels();
+#endif
+        default:
+            return portable_kernels();
+    }
+}
+
+int64_t grain(int64_t blocksize) { return std::max<int64_t>(1, kValuesPerTask / blocksize); }
+
+void check_finite(const Tensor& code, const char* op, const char* name) {
+    const float* values = code.const_data_ptr<float>();
+    for (int64_t i = 0; i < code.numel(); ++i)
+        TORCH_CHECK_VALUE(std::isfinite(values[i]), op, ": ", name, "[", i, "] must be finite, found ",
+                          values[i]);
+}
+
+std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& code, int64_t blocksize) {
+    const char* op = "quantize_4bit";
+    QuantizeArgs args;
+    args.dtype = kernel_dtype(x.scalar_type(), op);
+    check_blocksize(blocksize, op);
+    const Tensor book = code_argument(code, 16, x.device(), op, "code");
+    check_finite(book, op, "code");
+    const Tensor source = x.contiguous();
+    const int64_t count = source.numel(), blocks = ceil_div(count, blocksize);
+    Tensor packed = at::empty({ceil_div(count, 2), 1}, x.options().dtype(at::kByte));
+    Tensor absmax = at::empty({blocks}, x.options().dtype(at::kFloat));
+    args.x = source.const_data_ptr();
+    args.count = count;
+    args.blocksize = blocksize;
+    args.book = make_codebook(book.const_data_ptr<float>());
+    args.packed = packed.mutable_data_ptr<uint8_t>();
+    args.absmax = absmax.mutable_data_ptr<float>();
+    const Kernels level = kernels();
+    at::parallel_for(0, blocks, grain(blocksize),
+                     [&](int64_t first, int64_t last) { level.quantize(args, first, last); });
+    return {packed, absmax};
+}
+
+void dequantize_into(const Packed& packed, const Tensor& out) {
+    DequantizeArgs args;
+    args.packed = packed.bytes.const_data_ptr<uint8_t>();
+    if (packed.nested.present) {
+        args.scales.quantized = packed.scales.const_data_ptr<uint8_t>();
+        args.scales.nested_absmax = packed.nested.absmax.const_data_ptr<float>();
+        args.scales.nested_code = packed.nested.code.const_data_ptr<float>();
+        args.scales.offset = *packed.nested.offset.const_data_ptr<float>();
+        args.scales.nested_shift = packed.nested.shift;
+    } else {
+        args.scales.absmax = packed.scales.const_data_ptr<float>();
+    }
+    std::copy_n(packed.code.const_data_ptr<float>(), 16, args.code);
+    args.count = packed.count;
+    args.blocksize = packed.blocksize;
+    args.dtype = kernel_dtype(out.scalar_type(), "dequantize_4bit");
+    args.out = out.mutable_data_ptr();
+    args.stream = out.nbytes() >= size_t(kStreamBytes) && reinterpret_cast<uintptr_t>(args.out) % 64 == 0;
+    const Kernels level = kernels();
+    at::parallel_for(0, packed.scales.numel(), grain(packed.blocksize),
+                     [&](int64_t first, int64_t last) { level.dequantize(args, first, last); });
+}
+
+Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t blocksize,
+                       at::IntArrayRef shape, at::ScalarType dtype,
+                       const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                       const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
+    const char* op = "dequantize_4bit";
+    kernel_dtype(dtype, op);
+    const Packed checked = packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code,
+                                            nested_offset, nested_blocksize, count_of(shape, op), op);
+    Tensor out = at::empty(shape, packed.options().dtype(dtype));
+    dequantize_into(checked, out);
+    return out;
+}
+
+void dequantize_4bit_out(const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t blocksize,
+                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                         const std::optional<Tensor>& nested_offset, int64_t nested_blocksize,
+                         at::Tensor out) {
+    const char* op = "dequantize_4bit";
+    kernel_dtype(out.scalar_type(), op);
+    check_tensor(out, out.scalar_type(), packed.device(), op, "out");
+    const Packed checked = packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code,
+                                            nested_offset, nested_blocksize, out.numel(), op);
+    if (out.is_contiguous()) return dequantize_into(checked, out);
+    Tensor dense = at::empty(out.sizes(), out.options());
+    dequantize_into(checked, dense);
+    out.copy_(dense);
+}
+
+// The nearest of 256 sorted entries; of two equally near ones the smaller. NaN takes the last.
+uint8_t nearest(float scaled, const float* midpoint) {
+    int index = 0;
+    for (int step = 128; step > 0; step /= 2)
+        if (!(scaled <= midpoint[index + step - 1])) index += step;
+    return uint8_t(index);
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& code,
+                                                   int64_t blocksize) {
+    const char* op = "quantize_absmax";
+    check_tensor(absmax, at::kFloat, absmax.device(), op, "absmax");
+    check_blocksize(blocksize, op);
+    const Tensor map = code_argument(code, 256, absmax.device(), op, "code");
+    check_finite(map, op, "code");
+    const Tensor source = absmax.contiguous();
+    const int64_t count = source.numel(), blocks = ceil_div(count, blocksize);
+    Tensor offset = count > 0 ? source.mean() : at::zeros({}, source.options());
+    Tensor quantized = at::empty({count}, source.options().dtype(at::kByte));
+    Tensor scales = at::empty({blocks}, source.options());
+
+    const float* values = map.const_data_ptr<float>();
+    float midpoint[255];
+    for (int i = 0; i < 255; ++i) {
+        TORCH_CHECK_VALUE(values[i] <= values[i + 1], op, ": code must be sorted, found code[", i,
+                          "] = ", values[i], " > code[", i + 1, "] = ", values[i + 1]);
+        midpoint[i] = (values[i] + values[i + 1]) / 2;
+    }
+    const float mean = *offset.const_data_ptr<float>();
+    const float* in = source.const_data_ptr<float>();
+    uint8_t* out = quantized.mutable_data_ptr<uint8_t>();
+    float* block_scale = scales.mutable_data_ptr<float>();
+    at::parallel_for(0, blocks, grain(blocksize), [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; ++block) {
+            const int64_t begin = block * blocksize, end = std::min(begin + blocksize, count);
+            uint32_t bits = 0;
+            for (int64_t i = begin; i < end; ++i)
+                bits = std::max(bits, float_bits(in[i] - mean) & 0x7fffffffu);
+            const float scale = bits_float(bits);
+            const float inverse = 1.0f / (scale < kSmallestScale ? kSmallestScale : scale);
+            block_scale[block] = scale;
+            for (int64_t i = begin; i < end; ++i) out[i] = nearest((in[i] - mean) * inverse, midpoint);
+        }
+    });
+    return {quantized, scales, offset};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peftcore, CPU, m) {
+    m.impl("quantize_4bit", &quantize_4bit);
+    m.impl("quantize_absmax", &quantize_absmax);
+    m.impl("dequantize_4bit", &dequantize_4bit);
+    m.impl("dequantize_4bit.out", &dequantize_4bit_out);
+}
+
+}  // namespace nf4
+}  // namespace peftcore

@@ -1,0 +1,30 @@
+"""The arithmetic as PyTorch operators (`torch.ops.peftcore.*`), each with a plain-PyTorch reference beside it.
+
+A compiled kernel is used where the extension has one for the device; every other device runs the reference.
+"""
+
+from peftcore.ops._extension import extension
+from peftcore.ops.nf4 import (
+    DYNAMIC8,
+    FP4,
+    NF4,
+    NestedScales,
+    codebook,
+    dequantize_4bit,
+    dequantize_absmax,
+    quantize_4bit,
+    quantize_absmax,
+)
+
+__all__ = [
+    "DYNAMIC8",
+    "FP4",
+    "NF4",
+    "NestedScales",
+    "codebook",
+    "dequantize_4bit",
+    "dequantize_absmax",
+    "extension",
+    "quantize_4bit",
+    "quantize_absmax",
+]

@@ -1,0 +1,63 @@
+"""Loads peftcore._C, the compiled kernels. Without it every operator runs on its PyTorch reference."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps peftcore (from a checkout: -e .)"
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What the build wrote about itself; empty if there was none or it cannot be read."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def release(version: str) -> str:
+    """Major and minor of a PyTorch version: within one, the C++ interface stays the same."""
+    match = re.match(r"\d+\.\d+", version)
+    return match.group() if match else version
+
+
+def why_not(record: dict[str, Any], torch_version: str = torch.__version__) -> tuple[str, bool]:
+    """Why the recorded build must not be loaded, and whether that is worth a warning; ("", False) if it may be."""
+    if os.environ.get("PEFTCORE_EXT") == "0":
+        return "switched off by PEFTCORE_EXT=0", False
+    if not record:
+        return f"it was never built here. Build it: {REBUILD}", False
+    if not record.get("built"):
+        return f"it was not built: {record.get('reason', 'no reason recorded')}", False
+    built_with = str(record.get("torch", "unknown"))
+    if release(built_with) != release(torch_version):
+        return f"it was built with PyTorch {built_with}, this is {torch_version}. Rebuild it: {REBUILD}", True
+    return "", False
+
+
+def load(record: dict[str, Any]) -> tuple[ModuleType | None, str]:
+    """The module, or None and the reason."""
+    reason, warn = why_not(record)
+    module = None
+    if not reason:
+        try:
+            module = importlib.import_module("peftcore._C")
+        except ImportError as error:
+            reason, warn = f"it does not load: {error}. Rebuild it: {REBUILD}", True
+    if warn:
+        warnings.warn(f"peftcore runs without its compiled extension: {reason}", RuntimeWarning, stacklevel=2)
+    return module, reason
+
+
+record = read_record(Path(__file__).resolve().parents[1] / "_build.json")
+extension, missing_because = load(record)

@@ -1,0 +1,304 @@
+"""Builds peftcore/_C, the C++/CUDA extension, with ninja.
+
+The package installs without it too: then the operators run on their PyTorch references, and `peftcore doctor` says
+why. What happened is recorded in peftcore/_build.json, beside the binary.
+
+Environment:
+    PEFTCORE_REQUIRE_EXT=1   a failed build is an error (default: a notice)
+    PEFTCORE_CUDA=0|1        leave CUDA out | demand it (default: when nvcc is there)
+    PEFTCORE_CUDA_ARCHS      default "80;90+PTX"
+    PEFTCORE_SANITIZE        for example "address,undefined": instrument the host code
+    CXX, NVCC, CUDA_HOME     which compilers
+    MAX_JOBS                 compilations at once
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+RECORD = "_build.json"
+
+# Files compiled for one SIMD level carry its name; every other file is built for the plain target.
+SIMD = {
+    "avx2": ["-mavx2", "-mf16c"],
+    "avx512": ["-mavx2", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+}
+
+
+class BuildFailed(Exception):
+    """The extension cannot be built; the message says why and what to do."""
+
+
+def lines_of(command):
+    """Standard output, or nothing when the command is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout.strip().split("\n")
+    except (OSError, subprocess.CalledProcessError):
+        return [""]
+
+
+def flag(name):
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name} must be 0 or 1, found {value!r}")
+    return None if value == "" else value == "1"
+
+
+def compiler():
+    cxx = shlex.split(os.environ.get("CXX", ""))
+    for candidate in [cxx] if cxx else [["g++"], ["c++"], ["clang++"]]:
+        if shutil.which(candidate[0]):
+            return candidate
+    wanted = cxx[0] if cxx else "g++, c++ or clang++"
+    raise BuildFailed(f"no C++ compiler: {wanted} not found. Try: apt install g++ (or set CXX)")
+
+
+def ninja():
+    try:
+        import ninja as package
+
+        return str(Path(package.BIN_DIR) / "ninja")
+    except ImportError:
+        found = shutil.which("ninja")
+        if found is None:
+            raise BuildFailed("ninja not found. Try: pip install ninja") from None
+        return found
+
+
+def nvcc():
+    wanted = os.environ.get("NVCC")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    for candidate in [wanted] if wanted else [*(f"{home}/bin/nvcc" for home in homes if home), "nvcc"]:
+        found = shutil.which(candidate)
+        if found:
+            return Path(found).resolve()
+    return None
+
+
+def architectures():
+    """-gencode flags and names, from "80;90+PTX"."""
+    flags, names = [], []
+    for entry in os.environ.get("PEFTCORE_CUDA_ARCHS", "80;90+PTX").split(";"):
+        match = re.fullmatch(r"(\d+a?)(\+PTX)?", entry.strip())
+        if match is None:
+            raise SystemExit(f"PEFTCORE_CUDA_ARCHS: {entry!r} is no architecture such as 80 or 90+PTX")
+        number, ptx = match.groups()
+        code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+        names += [f"sm_{number}"] + ([f"compute_{number}"] if ptx else [])
+    return flags, names
+
+
+def torch_facts():
+    try:
+        import torch
+    except ImportError as error:
+        raise BuildFailed(
+            f"PyTorch cannot be imported ({error}). Install it, then build with pip install --no-build-isolation ."
+        ) from None
+    base = Path(torch.__file__).parent
+    return {
+        "version": torch.__version__,
+        "include": [base / "include", base / "include" / "torch" / "csrc" / "api" / "include"],
+        "lib": base / "lib",
+        "abi": int(torch.compiled_with_cxx11_abi()),
+    }
+
+
+def escape(path):
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
+def quoted(value):
+    return shlex.quote(f'-D{value[0]}="{value[1]}"')
+
+
+def source_levels(machine):
+    return list(SIMD) if machine in ("x86_64", "AMD64") else []
+
+
+class Build:
+    """One ninja build: what goes in, where it goes, and what to record of it."""
+
+    def __init__(self, output, folder, version):
+        self.output, self.folder = output, folder
+        self.cxx, self.ninja, self.torch = compiler(), ninja(), torch_facts()
+        self.levels = source_levels(platform.machine())
+        self.cuda_wanted = flag("PEFTCORE_CUDA")
+        self.nvcc = None if self.cuda_wanted is False else nvcc()
+        if self.cuda_wanted and self.nvcc is None:
+            raise SystemExit(
+                "PEFTCORE_CUDA=1, but nvcc was not found (looked at NVCC, CUDA_HOME, CUDA_PATH, "
+                "/usr/local/cuda and PATH). Set CUDA_HOME, or unset PEFTCORE_CUDA"
+            )
+        self.cuda_note = (
+            None
+            if self.nvcc
+            else ("switched off by PEFTCORE_CUDA=0" if self.cuda_wanted is False else "nvcc was not found")
+        )
+        self.version = version
+
+    def facts(self):
+        return {
+            "version": self.version,
+            "commit": lines_of(["git", "describe", "--always", "--dirty", "--abbrev=12"])[0] or "unknown",
+            "compiler": lines_of([*self.cxx, "--version"])[0],
+            "torch": self.torch["version"],
+            "cuda_compiler": lines_of([self.nvcc, "--version"])[-1] if self.nvcc else "",
+            "cuda_architectures": architectures()[1] if self.nvcc else [],
+            "cpu_levels": ["portable", *self.levels],
+        }
+
+    def sources(self):
+        skip = {level for level in SIMD if level not in self.levels}
+        for path in sorted(CSRC.rglob("*.cpp")):
+            if path.stem not in skip and (self.nvcc or path.name != "binding.cpp"):
+                yield path
+        if self.nvcc:
+            yield from sorted(CSRC.rglob("*.cu"))
+
+    def ninja_file(self, facts):
+        import pybind11
+
+        sanitize = os.environ.get("PEFTCORE_SANITIZE", "")
+        instrument = f"-fsanitize={sanitize} -fno-omit-frame-pointer -g -O1" if sanitize else ""
+        includes = [CSRC, *self.torch["include"], pybind11.get_include(), sysconfig.get_path("include")]
+        defines = [f"-DPEFTCORE_HAVE_{level.upper()}" for level in self.levels]
+        common = [
+            "-O3",
+            "-fPIC",
+            "-std=c++20",
+            "-fvisibility=hidden",
+            "-fopenmp",
+            "-ffp-contract=off",
+            "-Wall",
+            "-Wextra",
+            "-Wno-unused-parameter",
+            f"-D_GLIBCXX_USE_CXX11_ABI={self.torch['abi']}",
+            "-DTORCH_ASSERT_ONLY_METHOD_OPERATORS",
+            *defines,
+            f"-I{includes[0]}",
+            *(f"-isystem {shlex.quote(str(path))}" for path in includes[1:]),
+        ]
+        strings = [
+            quoted(
+                (
+                    "PEFTCORE_" + key.upper().replace("CUDA_COMPILER", "NVCC"),
+                    ",".join(value) if isinstance(value, list) else value,
+                )
+            )
+            for key, value in facts.items()
+        ]
+        # A relative rpath would tie the binary to one environment; peftcore imports torch first instead.
+        link = [f"-L{self.torch['lib']}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        if self.nvcc:
+            home = self.nvcc.parent.parent
+            link += [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        lines = [
+            "ninja_required_version = 1.5",
+            f"cxx = {shlex.join(self.cxx)}",
+            f"cflags = {' '.join(common)} {instrument}",
+            "rule cxx",
+            "  command = $cxx $cflags $extra -MMD -MF $out.d -c $in -o $out",
+            "  deps = gcc",
+            "  depfile = $out.d",
+            "  description = C++ $in",
+            "rule link",
+            f"  command = $cxx -shared $in -o $out -fopenmp {instrument} {' '.join(link)}",
+            "  description = link $out",
+        ]
+        if self.nvcc:
+            lines += [
+                "rule nvcc",
+                f"  command = {self.nvcc} -O3 -std=c++17 -lineinfo -Xptxas -v --compiler-options "
+                f"-fPIC,-fvisibility=hidden {' '.join(architectures()[0])} -I{CSRC} -MD -MF $out.d -c $in -o $out",
+                "  deps = gcc",
+                "  depfile = $out.d",
+                "  description = CUDA $in",
+            ]
+        objects = []
+        for source in self.sources():
+            target = escape(self.folder / source.relative_to(ROOT)) + ".o"
+            objects.append(target)
+            lines.append(f"build {target}: {'nvcc' if source.suffix == '.cu' else 'cxx'} {escape(source)}")
+            if source.stem in SIMD:
+                lines.append(f"  extra = {' '.join(SIMD[source.stem])}")
+            elif source.name == "build_facts.cpp":
+                lines.append("  extra = " + " ".join(strings).replace("$", "$$"))
+        lines.append(f"build {escape(self.output)}: link {' '.join(objects)}")
+        lines.append(f"default {escape(self.output)}")
+        return "\n".join(lines) + "\n"
+
+    def run(self):
+        """Builds; returns the facts. Without CUDA if only that part fails and it was not demanded."""
+        facts = self.facts()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "build.ninja").write_text(self.ninja_file(facts))
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        done = subprocess.run([self.ninja, "-C", str(self.folder), "-j", jobs], capture_output=True, text=True)
+        print(done.stdout, done.stderr, sep="\n", flush=True)
+        if done.returncode == 0:
+            return facts | {"cuda_note": self.cuda_note}
+        tail = "\n".join((done.stdout + done.stderr).strip().split("\n")[-30:])
+        if self.nvcc and not self.cuda_wanted and ".cu.o" in done.stdout:
+            print("the CUDA kernels do not compile; building without them", file=sys.stderr)
+            self.nvcc, self.cuda_note = None, f"the CUDA kernels did not compile:\n{tail}"
+            return self.run()
+        raise BuildFailed(f"compilation failed:\n{tail}")
+
+
+class BuildExtension(build_ext):
+    def build_extension(self, ext):
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        output.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Not pip's temporary folder: ninja builds what changed. One for each kind of build.
+            kind = [sysconfig.get_config_var("SOABI"), Path(compiler()[0]).name, os.environ.get("PEFTCORE_SANITIZE")]
+            folder = ROOT / "build" / "-".join(filter(None, ["ninja", *kind]))
+            build = Build(folder / output.name, folder, self.distribution.get_version())
+            record = {"built": True} | build.run()
+            shutil.copyfile(build.output, output)
+        except (BuildFailed, OSError) as error:
+            if flag("PEFTCORE_REQUIRE_EXT"):
+                raise SystemExit(f"PEFTCORE_REQUIRE_EXT=1, but the extension was not built: {error}") from None
+            output.unlink(missing_ok=True)
+            record = {"built": False, "reason": str(error)}
+            print(
+                f"\npeftcore is installed WITHOUT its compiled extension: {error}\n"
+                "Operators run on their PyTorch references: right, but slower. See: peftcore doctor\n",
+                file=sys.stderr,
+                flush=True,
+            )
+        (output.parent / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+
+    def copy_extensions_to_source(self):
+        """In place (editable) installs: the binary and its record go beside the sources."""
+        super().copy_extensions_to_source()
+        for ext in self.extensions:
+            built = Path(self.build_lib) / self.get_ext_filename(ext.name)
+            if not built.exists():
+                (ROOT / "peftcore" / built.name).unlink(missing_ok=True)
+            shutil.copyfile(built.parent / RECORD, ROOT / "peftcore" / RECORD)
+
+    def get_source_files(self):
+        """For source archives: setuptools knows no sources of its own."""
+        return [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.is_file()]
+
+
+setup(
+    # Optional: setuptools must not insist on a file that no compiler made.
+    ext_modules=[Extension("peftcore._C", sources=[], optional=True)],
+    cmdclass={"build_ext": BuildExtension},
+)

@@ -1,0 +1,182 @@
+"""The extension as a binary: its facts, its SIMD levels, and life without it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import peftcore
+from peftcore import ops
+from peftcore.build_info import build_info
+from peftcore.ops import _extension
+
+ROOT = Path(peftcore.__file__).parents[1]
+needs_extension = pytest.mark.skipif(ops.extension is None, reason=f"no _C: {_extension.missing_because}")
+
+ROUND_TRIP = """
+import torch
+from peftcore import ops
+from peftcore.build_info import build_info
+x = torch.arange(-100, 100).view(10, 20) / 7
+packed, absmax = ops.quantize_4bit(x)
+y = ops.dequantize_4bit(packed, absmax, shape=x.shape, dtype=x.dtype)
+assert (x - y).abs().max() < 0.16 * x.abs().max()
+print(build_info().cpu_level, build_info().missing_because, y.sum().item(), sep="|")
+"""
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@needs_extension
+def test_facts():
+    info = build_info()
+    assert info.available and not info.missing_because
+    assert info.compiler and info.commit and info.version
+    assert _extension.release(info.torch_built_with) == _extension.release(torch.__version__)
+    assert info.compiled_cpu_levels[0] == "portable" and info.cpu_level in info.cpu_levels
+    assert set(info.cpu_levels) <= set(info.compiled_cpu_levels)
+    assert bool(info.cuda_architectures) != bool(info.cuda_missing_because)
+    assert bool(info.cuda_architectures) == bool(info.cuda_compiler)
+
+
+@needs_extension
+def test_a_level_is_chosen_by_name():
+    before = ops.extension.cpu_level()
+    with pytest.raises(ValueError, match=r"no CPU level 'avx3'.*available: portable"):
+        ops.extension.set_cpu_level("avx3")
+    assert ops.extension.cpu_level() == before
+    ops.extension.set_cpu_level("portable")
+    assert ops.extension.cpu_level() == "portable"
+    ops.extension.set_cpu_level(before)
+
+
+@needs_extension
+def test_the_environment_chooses_a_level():
+    done = python(ROUND_TRIP, PEFTCORE_CPU_LEVEL="portable")
+    assert done.stdout.startswith("portable||"), done.stderr
+    done = python("import peftcore.ops", PEFTCORE_CPU_LEVEL="fast")
+    assert "no CPU level 'fast'" in done.stderr
+
+
+def test_without_the_extension_references_give_the_same_values():
+    without = python(ROUND_TRIP, PEFTCORE_EXT="0")
+    assert without.stdout.startswith("reference|switched off by PEFTCORE_EXT=0|"), without.stderr
+    assert without.stdout.split("|")[-1] == python(ROUND_TRIP).stdout.split("|")[-1]
+
+
+@pytest.mark.slow
+def test_operators_pass_opcheck_without_the_extension():
+    tests = str(ROOT / "tests" / "ops" / "test_nf4.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests, "-k", "opcheck or compiles or fake"],
+        env={**os.environ, "PEFTCORE_EXT": "0"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("record", "reason", "warned"),
+    [
+        ({}, "never built here. Build it: pip install", False),
+        ({"built": False, "reason": "no C++ compiler: g++ not found"}, "not built: no C\\+\\+ compiler", False),
+        ({"built": True, "torch": "1.13.1+cu117"}, "built with PyTorch 1.13.1\\+cu117, this is .* Rebuild", True),
+    ],
+)
+def test_a_build_that_does_not_fit_is_not_loaded(record, reason, warned):
+    if warned:
+        with pytest.warns(RuntimeWarning, match=f"without its compiled extension: it was {reason}"):
+            module, why = _extension.load(record)
+    else:
+        module, why = _extension.load(record)
+    assert module is None and re.search(reason, why)
+
+
+def test_a_patch_release_of_pytorch_fits():
+    assert _extension.why_not({"built": True, "torch": "2.13.0+cpu"}, "2.13.1+cu130") == ("", False)
+    assert _extension.why_not({"built": True, "torch": "2.13.0"}, "2.14.0")[1]
+
+
+def test_an_extension_that_does_not_load_is_reported(monkeypatch):
+    def broken(name):
+        raise ImportError("undefined symbol: _ZN2at5emptyE")
+
+    monkeypatch.setattr(_extension.importlib, "import_module", broken)
+    with pytest.warns(RuntimeWarning, match="it does not load: undefined symbol.*Rebuild"):
+        module, why = _extension.load({"built": True, "torch": torch.__version__})
+    assert module is None and "undefined symbol" in why
+
+
+def test_a_damaged_record_counts_as_none(tmp_path):
+    path = tmp_path / "_build.json"
+    assert _extension.read_record(path) == {}
+    for text in ("{", "[1]", "\x00"):
+        path.write_text(text)
+        assert _extension.read_record(path) == {}
+
+
+def test_doctor_is_told_what_is_missing_and_what_it_costs(monkeypatch):
+    monkeypatch.setattr(_extension, "extension", None)
+    monkeypatch.setattr(_extension, "missing_because", "it was not built: no C++ compiler")
+    info = build_info()
+    assert not info.available and info.cpu_level == "reference"
+    assert "no C++ compiler" in info.missing_because and "slower" in info.costs[0]
+
+
+# --- setup.py ------------------------------------------------------------
+
+
+def build(tmp_path, **environment):
+    """build_ext into a folder of its own; returns the process and the record."""
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    path = tmp_path / "peftcore" / "_build.json"
+    return done, json.loads(path.read_text()) if path.exists() else None
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_package_installs_and_says_why(tmp_path):
+    done, record = build(tmp_path, CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    assert record["built"] is False and "no-such-compiler not found" in record["reason"]
+    assert "installed WITHOUT its compiled extension" in done.stderr
+    assert not list(tmp_path.rglob("_C*"))
+
+
+@pytest.mark.slow
+def test_a_demanded_build_that_fails_is_an_error(tmp_path):
+    done, record = build(tmp_path, CXX="false", PEFTCORE_CUDA="0", PEFTCORE_REQUIRE_EXT="1")
+    assert done.returncode != 0 and record is None
+    assert "PEFTCORE_REQUIRE_EXT=1, but the extension was not built: compilation failed" in done.stderr
+
+
+@pytest.mark.slow
+def test_cuda_demanded_without_nvcc_is_an_error(tmp_path):
+    done, _ = build(tmp_path, CXX="true", PEFTCORE_CUDA="1", NVCC="no-such-nvcc")
+    assert done.returncode != 0 and "PEFTCORE_CUDA=1, but nvcc was not found" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_switch_that_is_neither_0_nor_1_is_an_error(tmp_path):
+    done, _ = build(tmp_path, PEFTCORE_CUDA="yes")
+    assert done.returncode != 0 and "PEFTCORE_CUDA must be 0 or 1, found 'yes'" in done.stderr
