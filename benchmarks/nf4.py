@@ -1,0 +1,146 @@
+"""NF4 quantize and dequantize beside bitsandbytes and a plain copy, in one run, on the same threads.
+
+    python benchmarks/nf4.py [--size 4096] [--threads 2] [--seconds 3]
+
+Rows are interleaved: every round times each of them once, in random order, so a busy machine slows all alike. "fresh" allocates its
+result on every call, as a model does that calls the peer; "mapped" writes to memory that is there already. The floor
+is the bytes that must move over the copy bandwidth measured in the same run. Set MALLOC_MMAP_THRESHOLD_=4294967296
+and MALLOC_TRIM_THRESHOLD_=4294967296 to take page faults out of every "fresh" row.
+"""
+
+import argparse
+import logging
+import os
+import random
+import statistics
+import time
+
+import torch
+
+from peftcore import ops
+from peftcore.build_info import build_info
+
+logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
+
+
+def interleaved(rows, seconds):
+    """Times in ms of each row's calls."""
+    times = {name: [] for name in rows}
+    for call in rows.values():
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < 5:
+        for name, call in random.sample(list(rows.items()), len(rows)):
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def table(title, rows, floor_ms, seconds, against):
+    print(f"\n{title}\n{'':34}{'min':>9}{'median':>9}{'IQR':>8}  {'of floor':>8}  ratio to {against}")
+    times = interleaved(rows, seconds)
+    base = statistics.median(times[against])
+    print(f"{'floor':34}{floor_ms:9.2f}")
+    for name, row in times.items():
+        low, median, high = statistics.quantiles(row, n=4)
+        share = floor_ms / median
+        print(f"{name:34}{min(row):9.2f}{median:9.2f}{high - low:8.2f}  {share:8.0%}  {median / base:8.3f}")
+
+
+def mapped_bitsandbytes(bnb, packed, state, out):
+    """Its C function on our memory: what its operator does, without the allocation."""
+    import ctypes
+
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[out.dtype]
+    function = getattr(bnb.lib, f"cdequantize_blockwise_cpu_nf4_{name}")
+    rows, columns = out.shape
+
+    def call():
+        function(
+            *(bnb.get_ptr(t) for t in (packed, state.absmax, out)),
+            *(ctypes.c_longlong(n) for n in (state.blocksize, rows, columns)),
+        )
+
+    return call
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=4096)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=3)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    import bitsandbytes.functional as bnb
+
+    size = options.size
+    info = build_info()
+    print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, ", end="")
+    print(f"extension: {info.cpu_level} ({info.compiler or info.missing_because}), {size} x {size}")
+
+    x = torch.randn(size, size)
+    target = torch.empty_like(x)
+    copy = interleaved({"copy": lambda: target.copy_(x)}, 1)["copy"]
+    bandwidth = 2 * x.nbytes / min(copy) / 1e6  # GB/s
+    print(f"copy: {bandwidth:.1f} GB/s")
+
+    def floor(*sizes):
+        return sum(sizes) / bandwidth / 1e6
+
+    levels = info.cpu_levels
+    in_use = info.cpu_level
+
+    def at(level, call):
+        def run():
+            ops.extension.set_cpu_level(level)
+            call()
+            ops.extension.set_cpu_level(in_use)
+
+        return run
+
+    for dtype in (torch.float32, torch.bfloat16):
+        source = x.to(dtype)
+        packed, absmax = ops.quantize_4bit(source)
+        rows = {f"peftcore {level}": at(level, lambda s=source: ops.quantize_4bit(s)) for level in reversed(levels)}
+        if not rows:
+            rows["peftcore reference"] = lambda s=source: ops.quantize_4bit(s)
+        rows["bitsandbytes"] = lambda s=source: bnb.quantize_4bit(s, quant_type="nf4")
+        name = str(dtype).removeprefix("torch.")
+        needs = floor(source.nbytes, packed.nbytes, absmax.nbytes)
+        table(f"quantize {name} (ms)", rows, needs, options.seconds, "bitsandbytes")
+
+    quantized, nested = ops.quantize_absmax(absmax)
+    theirs, state = bnb.quantize_4bit(x, quant_type="nf4")
+    assert torch.equal(ops.quantize_4bit(x)[0], theirs)
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        state.dtype = dtype
+        out, other = torch.empty(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
+        dense = x.to(dtype)
+        packed, absmax = ops.quantize_4bit(x)
+        wanted = bnb.dequantize_4bit(theirs, state)
+        assert torch.equal(ops.dequantize_4bit(packed, absmax, out=out), wanted)
+        needs = floor(packed.nbytes, absmax.nbytes, out.nbytes)
+
+        def into(p=packed, a=absmax, o=out):
+            ops.dequantize_4bit(p, a, out=o)
+
+        rows = {f"peftcore {level}": at(level, into) for level in reversed(levels)} or {"peftcore reference": into}
+        rows["peftcore, nested scales"] = lambda p=packed, o=out: ops.dequantize_4bit(
+            p, quantized, nested=nested, out=o
+        )
+        rows["bitsandbytes' kernel"] = mapped_bitsandbytes(bnb, theirs, state, other)
+        rows["torch fill_"] = lambda o=other: o.fill_(1)
+        rows["torch copy_"] = lambda o=other, d=dense: o.copy_(d)
+        table(f"dequantize to {name}, mapped (ms)", rows, needs, options.seconds, "bitsandbytes' kernel")
+        rows = {
+            "peftcore": lambda p=packed, a=absmax, d=dtype: ops.dequantize_4bit(p, a, shape=(size, size), dtype=d),
+            "bitsandbytes": lambda s=state: bnb.dequantize_4bit(theirs, s),
+            "torch clone": lambda d=dense: d.clone(),
+        }
+        table(f"dequantize to {name}, fresh (ms)", rows, needs, options.seconds, "bitsandbytes")
+
+
+if __name__ == "__main__":
+    main()
