@@ -366,8 +366,10 @@ def checkpointing(case: _Case) -> str | None:
     for kwargs in (None, {"use_reentrant": False}, {"use_reentrant": True}):
         model = case.model().train()
         if kwargs is not None:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
-            model.enable_input_require_grads()
+            enable = getattr(model, "activation_checkpointing_enable", None)  # renamed in transformers 5
+            (enable or model.gradient_checkpointing_enable)(kwargs)
+            if kwargs["use_reentrant"]:
+                model.enable_input_require_grads()
         model(**case.inputs(), use_cache=False)[0].square().mean().backward()
         found = {name: p.grad for name, p in adapter_parameters(model, "default")}
         wanted = wanted or found
