@@ -156,7 +156,7 @@ class Build:
             "commit": lines_of(["git", "describe", "--always", "--dirty", "--abbrev=12"])[0] or "unknown",
             "compiler": lines_of([*self.cxx, "--version"])[0],
             "torch": self.torch["version"],
-            "cuda_compiler": lines_of([self.nvcc, "--version"])[-1] if self.nvcc else "",
+            "cuda_compiler": lines_of([self.nvcc, "--version"])[-2:][0] if self.nvcc else "",
             "cuda_architectures": architectures()[1] if self.nvcc else [],
             "cpu_levels": ["portable", *self.levels],
         }

@@ -2,7 +2,8 @@
 
     python benchmarks/nf4.py [--size 4096] [--threads 2] [--seconds 3]
 
-Rows are interleaved: every round times each of them once, in random order, so a busy machine slows all alike. "fresh" allocates its
+Rows are interleaved: every round times each of them once, in random order, so a
+busy machine slows all alike. "fresh" allocates its
 result on every call, as a model does that calls the peer; "mapped" writes to memory that is there already. The floor
 is the bytes that must move over the copy bandwidth measured in the same run. Set MALLOC_MMAP_THRESHOLD_=4294967296
 and MALLOC_TRIM_THRESHOLD_=4294967296 to take page faults out of every "fresh" row.

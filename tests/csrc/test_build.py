@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,17 @@ def test_the_environment_chooses_a_level():
     assert done.stdout.startswith("portable||"), done.stderr
     done = python("import peftcore.ops", PEFTCORE_CPU_LEVEL="fast")
     assert "no CPU level 'fast'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("source", sorted((ROOT / "csrc").rglob("*.cu")), ids=lambda path: path.name)
+def test_cuda_kernels_do_not_spill(source, tmp_path):
+    flags = ["-O3", "-std=c++17", "-arch=sm_90", "-cubin", "-Xptxas", "-v", f"-I{ROOT / 'csrc'}"]
+    done = subprocess.run(["nvcc", *flags, str(source), "-o", str(tmp_path / "out")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spills and set(spills) == {("0", "0", "0")}, done.stderr
 
 
 def test_without_the_extension_references_give_the_same_values():

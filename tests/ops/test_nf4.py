@@ -18,14 +18,29 @@ with warnings.catch_warnings():
     import bitsandbytes.functional as bnb
 
 LEVELS = ["reference", *(ops.extension.cpu_levels() if ops.extension else [])]
+if torch.cuda.is_available():
+    LEVELS.append("cuda")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 CODES = {"nf4": ops.NF4, "fp4": ops.FP4}
 examples = settings(max_examples=60, deadline=None, derandomize=True)
 
 
+def on_cuda(operator):
+    """Runs an operator on the GPU with arguments and results on the CPU."""
+
+    def move(value, device):
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    def call(*args):
+        result = operator(*(move(arg, "cuda") for arg in args))
+        return move(result, "cpu") if isinstance(result, torch.Tensor) else tuple(move(r, "cpu") for r in result)
+
+    return call
+
+
 class at_level:
-    """The operators at one SIMD level, or their references."""
+    """The operators at one SIMD level, on a GPU, or their references."""
 
     def __init__(self, level):
         self.level = level
@@ -33,13 +48,16 @@ class at_level:
     def __enter__(self):
         if self.level == "reference":
             return nf4._quantize_4bit, nf4._dequantize_4bit, nf4._quantize_absmax
+        namespace = torch.ops.peftcore
+        operators = namespace.quantize_4bit, namespace.dequantize_4bit, namespace.quantize_absmax
+        if self.level == "cuda":
+            return tuple(map(on_cuda, operators))
         self.before = ops.extension.cpu_level()
         ops.extension.set_cpu_level(self.level)
-        namespace = torch.ops.peftcore
-        return namespace.quantize_4bit, namespace.dequantize_4bit, namespace.quantize_absmax
+        return operators
 
     def __exit__(self, *_):
-        if self.level != "reference":
+        if self.level not in ("reference", "cuda"):
             ops.extension.set_cpu_level(self.before)
 
 

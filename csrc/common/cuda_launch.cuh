@@ -1,0 +1,37 @@
+// What a .cu file includes: CUDA, or the emulator that stands in for it (tests/emulator), and the one way to
+// launch.
+//
+// A .cu file holds kernels and extern "C" launchers that take pointers, sizes and a stream and return nullptr
+// or an error message. It includes no PyTorch header, so that nvcc compiles it beside any PyTorch and a C++
+// compiler compiles it for the emulator.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#if defined(PEFTCORE_EMULATOR)
+
+#include "emulator.h"
+
+#define PEFTCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+    ::emulator::launch(dim3(grid), dim3(block), shared_bytes, [=] { kernel(__VA_ARGS__); })
+
+#else
+
+#include <cuda_runtime.h>
+
+#define PEFTCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                 \
+    (kernel<<<dim3(grid), dim3(block), shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
+     ::peftcore::launch_error())
+
+namespace peftcore {
+
+// nullptr, or why the launch just made failed.
+inline const char* launch_error() {
+    const cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace peftcore
+
+#endif

@@ -1,0 +1,116 @@
+// The 4-bit operators on CUDA: checks, allocation, the current stream, and the launchers. Schemas:
+// peftcore/ops/nf4.py.
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mean.h>
+#include <ATen/ops/zeros.h>
+#include <c10/core/DeviceGuard.h>
+#include <torch/library.h>
+
+#include "common/cuda_stream.h"
+#include "nf4/arguments.h"
+#include "nf4/cuda/nf4_cuda.h"
+
+namespace peftcore {
+namespace nf4 {
+namespace {
+
+void check_launch(const char* error, const char* op) {
+    TORCH_CHECK(error == nullptr, op, ": the CUDA kernel was not launched: ", error);
+}
+
+std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& code, int64_t blocksize) {
+    const char* op = "quantize_4bit";
+    const Dtype dtype = kernel_dtype(x.scalar_type(), op);
+    check_blocksize(blocksize, op);
+    const c10::DeviceGuard guard(x.device());
+    const Tensor book = code_argument(code, 16, x.device(), op, "code");
+    const Tensor source = x.contiguous();
+    const int64_t count = source.numel();
+    Tensor packed = at::empty({ceil_div(count, 2), 1}, x.options().dtype(at::kByte));
+    Tensor absmax = at::empty({ceil_div(count, blocksize)}, x.options().dtype(at::kFloat));
+    check_launch(peftcore_nf4_quantize(source.const_data_ptr(), int(dtype), book.const_data_ptr<float>(),
+                                       count, int(blocksize), packed.mutable_data_ptr<uint8_t>(),
+                                       absmax.mutable_data_ptr<float>(), current_cuda_stream(x.device())),
+                 op);
+    return {packed, absmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& code,
+                                                   int64_t blocksize) {
+    const char* op = "quantize_absmax";
+    check_tensor(absmax, at::kFloat, absmax.device(), op, "absmax");
+    check_blocksize(blocksize, op);
+    const c10::DeviceGuard guard(absmax.device());
+    const Tensor map = code_argument(code, 256, absmax.device(), op, "code");
+    const Tensor source = absmax.contiguous();
+    const int64_t count = source.numel();
+    Tensor offset = count > 0 ? at::mean(source) : at::zeros({}, source.options());
+    Tensor quantized = at::empty({count}, source.options().dtype(at::kByte));
+    Tensor scales = at::empty({ceil_div(count, blocksize)}, source.options());
+    check_launch(
+        peftcore_nf4_quantize_absmax(source.const_data_ptr<float>(), map.const_data_ptr<float>(),
+                                     offset.const_data_ptr<float>(), count, int(blocksize),
+                                     quantized.mutable_data_ptr<uint8_t>(), scales.mutable_data_ptr<float>(),
+                                     current_cuda_stream(absmax.device())),
+        op);
+    return {quantized, scales, offset};
+}
+
+void dequantize_into(const Packed& packed, int64_t nested_blocksize, const Tensor& out) {
+    const char* op = "dequantize_4bit";
+    const c10::DeviceGuard guard(out.device());
+    const Nested& nested = packed.nested;
+    const float* none = nullptr;
+    check_launch(
+        peftcore_nf4_dequantize(packed.bytes.const_data_ptr<uint8_t>(), packed.scales.const_data_ptr(),
+                                packed.code.const_data_ptr<float>(), int(packed.blocksize),
+                                nested.present ? nested.absmax.const_data_ptr<float>() : none,
+                                nested.present ? nested.code.const_data_ptr<float>() : none,
+                                nested.present ? nested.offset.const_data_ptr<float>() : none,
+                                int(nested_blocksize), packed.count, out.mutable_data_ptr(),
+                                int(kernel_dtype(out.scalar_type(), op)), current_cuda_stream(out.device())),
+        op);
+}
+
+Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t blocksize,
+                       at::IntArrayRef shape, at::ScalarType dtype,
+                       const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                       const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
+    const char* op = "dequantize_4bit";
+    kernel_dtype(dtype, op);
+    const c10::DeviceGuard guard(packed.device());
+    const Packed checked = packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code,
+                                            nested_offset, nested_blocksize, count_of(shape, op), op);
+    Tensor out = at::empty(shape, packed.options().dtype(dtype));
+    dequantize_into(checked, nested_blocksize, out);
+    return out;
+}
+
+void dequantize_4bit_out(const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t blocksize,
+                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                         const std::optional<Tensor>& nested_offset, int64_t nested_blocksize,
+                         at::Tensor out) {
+    const char* op = "dequantize_4bit";
+    kernel_dtype(out.scalar_type(), op);
+    check_tensor(out, out.scalar_type(), packed.device(), op, "out");
+    const c10::DeviceGuard guard(packed.device());
+    const Packed checked = packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code,
+                                            nested_offset, nested_blocksize, out.numel(), op);
+    if (out.is_contiguous()) return dequantize_into(checked, nested_blocksize, out);
+    Tensor dense = at::empty(out.sizes(), out.options());
+    dequantize_into(checked, nested_blocksize, dense);
+    out.copy_(dense);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peftcore, CUDA, m) {
+    m.impl("quantize_4bit", &quantize_4bit);
+    m.impl("quantize_absmax", &quantize_absmax);
+    m.impl("dequantize_4bit", &dequantize_4bit);
+    m.impl("dequantize_4bit.out", &dequantize_4bit_out);
+}
+
+}  // namespace nf4
+}  // namespace peftcore

@@ -1,0 +1,23 @@
+// Launchers of the 4-bit CUDA kernels. Pointers are device memory, `stream` a cudaStream_t, dtypes
+// peftcore::nf4::Dtype. They return nullptr, or why the launch failed. Arguments are checked by the caller
+// (nf4/arguments.h).
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+const char* peftcore_nf4_quantize(const void* x, int dtype, const float* code, int64_t count, int blocksize,
+                                  uint8_t* packed, float* absmax, void* stream);
+
+// Scales to 8 bits around *offset, the nearest of 256 sorted entries.
+const char* peftcore_nf4_quantize_absmax(const float* absmax, const float* code, const float* offset,
+                                         int64_t count, int blocksize, uint8_t* quantized,
+                                         float* nested_absmax, void* stream);
+
+// `absmax` is fp32, or with `nested_absmax` uint8.
+const char* peftcore_nf4_dequantize(const uint8_t* packed, const void* absmax, const float* code,
+                                    int blocksize, const float* nested_absmax, const float* nested_code,
+                                    const float* nested_offset, int nested_blocksize, int64_t count,
+                                    void* out, int dtype, void* stream);
+}

@@ -1,0 +1,180 @@
+// 4-bit quantization on CUDA: 8 values a thread, blocksize / 8 threads a block of values.
+//
+// A thread loads its values in 16-byte pieces, the threads of a block agree on the largest magnitude (by
+// shuffles within a warp, through shared memory beyond), and each writes its 8 codes as one 32-bit word.
+#include "common/cuda_launch.cuh"
+#include "nf4/cuda/nf4_cuda.h"
+#include "nf4/nf4.h"
+
+namespace peftcore {
+namespace nf4 {
+namespace {
+
+constexpr int kValues = 8;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+__device__ __forceinline__ uint32_t max_magnitude(uint32_t largest, float value) {
+    const uint32_t bits = float_bits(value) & 0x7fffffffu;  // NaN orders above infinity
+    return bits > largest ? bits : largest;
+}
+
+// The largest of `threads` neighbouring lanes' values; `threads` is a power of two up to 32.
+__device__ __forceinline__ uint32_t max_over_lanes(uint32_t largest, int threads) {
+    for (int offset = threads / 2; offset > 0; offset /= 2) {
+        const uint32_t other = __shfl_xor_sync(kFullWarp, largest, offset);
+        largest = other > largest ? other : largest;
+    }
+    return largest;
+}
+
+template <typename T>
+__device__ __forceinline__ void load_values(const T* x, int64_t begin, int64_t count, bool aligned,
+                                            float* values) {
+    if (aligned && begin + kValues <= count) {
+        constexpr int kPieces = kValues * sizeof(T) / 16;
+        constexpr int kPerPiece = 16 / sizeof(T);
+        for (int piece = 0; piece < kPieces; ++piece) {
+            union {
+                uint4 vector;
+                T items[kPerPiece];
+            } loaded;
+            loaded.vector = reinterpret_cast<const uint4*>(x + begin)[piece];
+            for (int i = 0; i < kPerPiece; ++i) values[piece * kPerPiece + i] = to_float(loaded.items[i]);
+        }
+        return;
+    }
+    for (int i = 0; i < kValues; ++i) values[i] = begin + i < count ? to_float(x[begin + i]) : 0.0f;
+}
+
+// blockDim.x is a multiple of 32 and of blocksize / 8.
+template <typename T>
+__global__ void __launch_bounds__(512)
+    quantize_kernel(const T* __restrict__ x, const float* __restrict__ code, int64_t count, int blocksize,
+                    bool aligned, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
+    __shared__ float threshold[16];
+    __shared__ uint32_t order[16];
+    __shared__ uint32_t warp_largest[16];
+    const int thread = threadIdx.x;
+    if (thread < 16) {
+        const float mine = code[thread];
+        int rank = 0;
+        for (int j = 0; j < 16; ++j) rank += code[j] < mine || (code[j] == mine && j < thread);
+        order[rank] = thread;
+    }
+    __syncthreads();
+    if (thread < 15) threshold[thread] = (code[order[thread]] + code[order[thread + 1]]) / 2;
+    __syncthreads();
+
+    const int threads = blocksize / kValues;
+    const int64_t begin = (int64_t(blockIdx.x) * blockDim.x + thread) * kValues;
+    float values[kValues];
+    load_values(x, begin, count, aligned, values);
+
+    uint32_t largest = 0;
+    for (int i = 0; i < kValues; ++i) largest = max_magnitude(largest, values[i]);
+    largest = max_over_lanes(largest, threads < 32 ? threads : 32);
+    if (threads > 32) {
+        if (thread % 32 == 0) warp_largest[thread / 32] = largest;
+        __syncthreads();
+        const int first = thread / threads * (threads / 32);
+        for (int i = 0; i < threads / 32; ++i) {
+            const uint32_t other = warp_largest[first + i];
+            largest = other > largest ? other : largest;
+        }
+    }
+
+    if (begin >= count) return;
+    const int64_t block = begin / blocksize;
+    const bool partial = (block + 1) * blocksize > count;
+    float scale = bits_float(largest);
+    const float raised = scale < kSmallestScale ? kSmallestScale : scale;
+    if (partial) scale = raised;
+    if (begin % blocksize == 0) absmax[block] = scale;
+    const float inverse = 1.0f / raised;
+
+    uint32_t word = 0;
+    for (int i = 0; i < kValues; ++i) {
+        const float scaled = partial ? values[i] / raised : values[i] * inverse;
+        int rank = 0;
+        for (int step = 8; step > 0; step /= 2)
+            if (!(scaled <= threshold[rank + step - 1])) rank += step;
+        word |= order[rank] << (i / 2 * 8 + (i % 2 ? 0 : 4));
+    }
+    if (begin + kValues <= count) {
+        *reinterpret_cast<uint32_t*>(packed + begin / 2) = word;
+    } else {
+        for (int i = 0; begin + 2 * i < count; ++i) packed[begin / 2 + i] = uint8_t(word >> 8 * i);
+    }
+}
+
+// One block of threads a block of scales.
+__global__ void __launch_bounds__(256)
+    quantize_absmax_kernel(const float* __restrict__ absmax, const float* __restrict__ code,
+                           const float* __restrict__ offset, int64_t count, int blocksize,
+                           uint8_t* __restrict__ quantized, float* __restrict__ nested_absmax) {
+    __shared__ float midpoint[255];
+    __shared__ uint32_t warp_largest[8];
+    const int thread = threadIdx.x;
+    if (thread < 255) midpoint[thread] = (code[thread] + code[thread + 1]) / 2;
+    const int64_t begin = int64_t(blockIdx.x) * blocksize;
+    const int64_t end = begin + blocksize < count ? begin + blocksize : count;
+    const float mean = *offset;
+    uint32_t largest = 0;
+    for (int64_t i = begin + thread; i < end; i += blockDim.x)
+        largest = max_magnitude(largest, absmax[i] - mean);
+    largest = max_over_lanes(largest, 32);
+    if (thread % 32 == 0) warp_largest[thread / 32] = largest;
+    __syncthreads();
+    for (int i = 0; i < 8; ++i) largest = warp_largest[i] > largest ? warp_largest[i] : largest;
+    const float scale = bits_float(largest);
+    const float inverse = 1.0f / (scale < kSmallestScale ? kSmallestScale : scale);
+    if (thread == 0) nested_absmax[blockIdx.x] = scale;
+    for (int64_t i = begin + thread; i < end; i += blockDim.x) {
+        const float scaled = (absmax[i] - mean) * inverse;
+        int index = 0;
+        for (int step = 128; step > 0; step /= 2)
+            if (!(scaled <= midpoint[index + step - 1])) index += step;
+        quantized[i] = uint8_t(index);
+    }
+}
+
+template <typename T>
+const char* launch_quantize(const void* x, const float* code, int64_t count, int blocksize, uint8_t* packed,
+                            float* absmax, void* stream) {
+    const int threads = blocksize / kValues > 256 ? blocksize / kValues : 256;
+    const int64_t blocks = (count + int64_t(threads) * kValues - 1) / (int64_t(threads) * kValues);
+    if (blocks > 0x7fffffff) return "more than 2^42 elements";
+    const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
+    return PEFTCORE_LAUNCH(quantize_kernel<T>, unsigned(blocks), threads, 0, stream, static_cast<const T*>(x),
+                           code, count, blocksize, aligned, packed, absmax);
+}
+
+}  // namespace
+}  // namespace nf4
+}  // namespace peftcore
+
+extern "C" const char* peftcore_nf4_quantize(const void* x, int dtype, const float* code, int64_t count,
+                                             int blocksize, uint8_t* packed, float* absmax, void* stream) {
+    using namespace peftcore::nf4;
+    if (count == 0) return nullptr;
+    switch (Dtype(dtype)) {
+        case Dtype::kFloat:
+            return launch_quantize<float>(x, code, count, blocksize, packed, absmax, stream);
+        case Dtype::kHalf:
+            return launch_quantize<peftcore::Half>(x, code, count, blocksize, packed, absmax, stream);
+        case Dtype::kBFloat16:
+            return launch_quantize<peftcore::BFloat16>(x, code, count, blocksize, packed, absmax, stream);
+    }
+    return "unknown dtype";
+}
+
+extern "C" const char* peftcore_nf4_quantize_absmax(const float* absmax, const float* code,
+                                                    const float* offset, int64_t count, int blocksize,
+                                                    uint8_t* quantized, float* nested_absmax, void* stream) {
+    using namespace peftcore::nf4;
+    if (count == 0) return nullptr;
+    const int64_t blocks = (count + blocksize - 1) / blocksize;
+    if (blocks > 0x7fffffff) return "more than 2^31 blocks of scales";
+    return PEFTCORE_LAUNCH(quantize_absmax_kernel, unsigned(blocks), 256, 0, stream, absmax, code, offset,
+                           count, blocksize, quantized, nested_absmax);
+}
