@@ -85,7 +85,7 @@ def attach(module: nn.Module, name: str, adapter: nn.Module, *, behind: bool = F
         if "forward" in module.__dict__:  # an instance's own forward, as accelerate's hooks set it
             module.__dict__[_OWN_FORWARD] = module.__dict__.pop("forward")
         module.__class__ = _adapted_class(type(module))
-        module.add_module(CHILD, Adapters())
+        module.add_module(CHILD, Adapters().train(module.training))
         activate(module, ())
     adapters = module._modules[CHILD]
     adapters._modules[name] = adapter

@@ -76,7 +76,7 @@ class StateRules:
     """How a method's adapters look on disk.
 
     Args:
-        peft_type: the key by which a file's method is known, PEFT's where PEFT has the method (`LORA`).
+        peft_type: the key by which a file's method is known, that of Hugging Face PEFT where it has the method.
         tensor_name: (placement, name of the tensor in its adapter) -> name on disk. Names must be distinct.
             For `Train` the name is the parameter's; `P.base_layer.bias` where the same adapter stands around P.
         ignored_fields: fields of others' `adapter_config.json` that do not change what the adapter computes.

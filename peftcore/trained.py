@@ -26,7 +26,7 @@ class TrainedParameters(nn.Module):
     def attach(model: nn.Module, adapter: str, names: Iterable[str]) -> None:
         """Give `model` resting copies of the parameters `names`; their values are the base's."""
         if TRAINED not in model._modules:
-            model.add_module(TRAINED, Adapters())
+            model.add_module(TRAINED, Adapters().train(model.training))
         base = list(base_parameters(model))
         by_name = dict(base)
         slots: dict[str, list[str]] = {}
@@ -36,7 +36,7 @@ class TrainedParameters(nn.Module):
             if id(parameter) not in taken:  # a tied parameter, named twice, is one
                 taken.add(id(parameter))
                 slots[name] = [name, *(other for other, p in base if p is parameter and other != name)]
-        trained = TrainedParameters(slots)
+        trained = TrainedParameters(slots).train(model.training)
         for name in slots:
             trained._parameters[_key(name)] = nn.Parameter(by_name[name].detach().clone())
         model._modules[TRAINED]._modules[adapter] = trained

@@ -1,0 +1,274 @@
+"""Saving survives kills and full disks; loading is strict and says what does not fit."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+
+import peftcore
+from peftcore import checkpoint
+from peftcore.engine import adapter_parameters
+
+pytestmark = pytest.mark.usefixtures("toys")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The folder of a saved adapter that triples q_proj."""
+    return peftcore.save(peftcore.apply(tiny.llama(), "around", value=3.0), tmp_path / "adapter")
+
+
+def test_round_trip(saved: Path) -> None:
+    model = peftcore.load(tiny.llama(), saved, adapter="again")
+    assert {p.item() for _, p in adapter_parameters(model, "again")} == {3.0}
+    wanted = tiny.logits(peftcore.apply(tiny.llama(), "around", value=3.0))
+    assert torch.equal(tiny.logits(model), wanted)
+
+
+def test_the_files(saved: Path) -> None:
+    assert sorted(os.listdir(saved)) == ["adapter_config.json", "adapter_model.safetensors"]
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["peft_type"] == "TOY_AROUND"
+    assert config["task_type"] == "CAUSAL_LM"
+    assert config["inference_mode"] is True
+    tensors = safetensors.torch.load_file(saved / "adapter_model.safetensors")
+    assert sorted(tensors) == [f"base_model.model.model.layers.{i}.self_attn.q_proj.gain" for i in range(2)]
+
+
+def test_names_of_every_placement() -> None:
+    for kind, wanted in {
+        "after": "base_model.model.model.layers.0.self_attn.shift",
+        "soft": "vectors",
+        "prefix": "vectors",
+    }.items():
+        assert list(checkpoint.tensors_on_disk(peftcore.apply(tiny.llama(), kind), "default")) == [wanted]
+    model = peftcore.apply(tiny.llama(), "train", names=("lm_head.weight",))
+    assert list(checkpoint.tensors_on_disk(model, "default")) == ["base_model.model.lm_head.weight"]
+
+
+@pytest.mark.parametrize("kind", ["after", "soft", "prefix"])
+def test_round_trip_of_every_placement(kind: str, tmp_path: Path) -> None:
+    model = peftcore.apply(tiny.llama(), kind)
+    peftcore.save(model, tmp_path)
+    assert torch.equal(tiny.logits(peftcore.load(tiny.llama(), tmp_path)), tiny.logits(model))
+
+
+def test_trainable_and_dtype(saved: Path, tmp_path: Path) -> None:
+    model = peftcore.load(tiny.llama(), saved, trainable=False)
+    assert not any(p.requires_grad for p in model.parameters())
+    peftcore.save(model, tmp_path / "half", dtype=torch.bfloat16)
+    tensors = safetensors.torch.load_file(tmp_path / "half" / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+
+
+def test_which_of_several_must_be_said(tmp_path: Path) -> None:
+    model = peftcore.apply(peftcore.apply(tiny.llama(), "around", adapter="a"), "after", adapter="b")
+    with pytest.raises(peftcore.PeftcoreError, match=r"several adapters are applied: a, b. Say which"):
+        peftcore.save(model, tmp_path)
+    peftcore.save(model, tmp_path, adapter="b")
+
+
+def test_restore_fills_an_applied_adapter(saved: Path) -> None:
+    model = peftcore.apply(tiny.llama(), "around", value=1.0)
+    checkpoint.restore(model, saved)
+    assert {p.item() for _, p in adapter_parameters(model, "default")} == {3.0}
+    other = peftcore.apply(tiny.llama(), "after")
+    with pytest.raises(peftcore.CheckpointError, match="holds around, the adapter 'default' is after"):
+        checkpoint.restore(other, saved)
+
+
+def break_json(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{not json")
+
+
+def no_peft_type(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
+def unknown_type(folder: Path) -> None:
+    edit(folder, peft_type="UNHEARD_OF")
+
+
+def unknown_field(folder: Path) -> None:
+    edit(folder, magic=7)
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def lengthen(folder: Path) -> None:
+    with open(folder / "adapter_model.safetensors", "ab") as out:
+        out.write(b"x" * 9)
+
+
+def huge_header(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+
+
+def empty(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+
+
+def pickle_only(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def no_tensors(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+
+
+def rewrite(folder: Path, change) -> None:
+    file = folder / "adapter_model.safetensors"
+    safetensors.torch.save_file(change(safetensors.torch.load_file(file)), file)
+
+
+def missing_tensor(folder: Path) -> None:
+    rewrite(folder, lambda tensors: dict(list(tensors.items())[:1]))
+
+
+def extra_tensor(folder: Path) -> None:
+    rewrite(
+        folder, lambda tensors: {**tensors, "base_model.model.model.layers.7.self_attn.q_proj.gain": torch.ones(())}
+    )
+
+
+def wrong_shape(folder: Path) -> None:
+    rewrite(folder, lambda tensors: {name: torch.ones(2) for name in tensors})
+
+
+def edit(folder: Path, **changes) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_json, r"adapter_config.json' cannot be read as JSON: Expecting property name"),
+        (no_peft_type, r"names no peft_type"),
+        (unknown_type, r"no installed method reads peft_type 'UNHEARD_OF'.*pip install peftcore-unheard-of"),
+        (unknown_field, r"uses magic=7, which the installed plugin 'around' does not know"),
+        (truncate, r"is no whole safetensors file.*cut off"),
+        (lengthen, r"is no whole safetensors file"),
+        (huge_header, r"is no whole safetensors file"),
+        (empty, r"\(0 bytes\) is no whole safetensors file"),
+        (pickle_only, r"'adapter_model.bin', a pickle, which can run any code and is never read"),
+        (no_tensors, r"holds no adapter: adapter_model.safetensors is missing"),
+        (missing_tensor, r"1 tensors are missing, such as 'base_model.model.model.layers.1.self_attn.q_proj.gain'"),
+        (extra_tensor, r"1 tensors have no place, such as 'base_model.model.model.layers.7"),
+        (wrong_shape, r"has shape \[2\], the model needs \[\]"),
+    ],
+)
+def test_damaged_folders(saved: Path, damage, message: str) -> None:
+    damage(saved)
+    model = tiny.llama()
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.load(model, saved)
+    assert not any("peftcore" in key for key in model.state_dict())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_failed_load_leaves_the_active_adapters(saved: Path) -> None:
+    wrong_shape(saved)
+    model = peftcore.apply(tiny.llama(), "around", adapter="mine")
+    acting = tiny.logits(model)
+    with pytest.raises(peftcore.CheckpointError):
+        peftcore.load(model, saved)
+    assert torch.equal(tiny.logits(model), acting)
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(peftcore.CheckpointError, match="there is no folder"):
+        peftcore.load(tiny.llama(), tmp_path / "nowhere")
+
+
+def test_another_base_of_the_same_shape(saved: Path) -> None:
+    other = tiny.llama(seed=1)
+    with pytest.raises(peftcore.CheckpointError, match=r"trained on another base: the values of .* differ by 1\d\d %"):
+        peftcore.load(other, saved)
+    peftcore.load(other, saved, check_base=False)
+
+
+def test_the_same_base_in_another_dtype(saved: Path) -> None:
+    peftcore.load(tiny.llama().to(torch.bfloat16), saved)
+
+
+def test_a_file_in_the_way_of_the_folder(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(peftcore.CheckpointError, match="could not be saved"):
+        peftcore.save(peftcore.apply(tiny.llama(), "around"), tmp_path / "file")
+
+
+def test_a_full_disk_leaves_the_old_adapter(saved: Path) -> None:
+    model = peftcore.apply(tiny.llama(), "around", value=9.0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, before[1]))  # the config fits, the tensors do not
+        with pytest.raises(peftcore.CheckpointError, match=r"could not be saved.*What lay there before is unharmed"):
+            peftcore.save(model, saved)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    loaded = peftcore.load(tiny.llama(), saved)
+    assert {p.item() for _, p in adapter_parameters(loaded, "default")} == {3.0}
+
+
+def test_a_kill_between_the_renames_is_repaired(saved: Path, monkeypatch) -> None:
+    real, calls = os.replace, []
+
+    def cut_off(source, target):
+        calls.append(target)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        peftcore.save(peftcore.apply(tiny.llama(), "around", value=9.0, target_modules=("k_proj",)), saved)
+    monkeypatch.undo()
+    loaded = peftcore.load(tiny.llama(), saved)  # new tensors are of k_proj, the config in place says q_proj
+    parameters = dict(adapter_parameters(loaded, "default"))
+    assert all("k_proj" in name for name in parameters) and {p.item() for p in parameters.values()} == {9.0}
+
+
+@pytest.mark.slow
+def test_kill_while_saving_leaves_a_whole_adapter(tmp_path: Path) -> None:
+    """SIGKILL at random points of a save loop: whatever is there loads, and is one of the two that were saved."""
+    script = textwrap.dedent(
+        f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import tiny, peftcore
+        with tiny.installed(tiny.method("around")):
+            one = peftcore.apply(tiny.llama(), "around", value=1.0)
+            two = peftcore.apply(tiny.llama(), "around", value=2.0, target_modules=("k_proj",))
+            print("ready", flush=True)
+            while True:
+                peftcore.save(one, sys.argv[1])
+                peftcore.save(two, sys.argv[1])
+        """
+    )
+    for attempt in range(6):
+        folder = tmp_path / str(attempt)
+        process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, str(folder)], stdout=subprocess.PIPE)
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.3 + 0.037 * attempt)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        parameters = dict(adapter_parameters(peftcore.load(tiny.llama(), folder), "default"))
+        kinds = {(name.split(".")[4], value.item()) for name, value in parameters.items()}
+        assert kinds in ({("q_proj", 1.0)}, {("k_proj", 2.0)})

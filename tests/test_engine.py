@@ -1,0 +1,207 @@
+"""Apply, activate, disable, remove: what each changes, what each refuses."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import peftcore
+from peftcore.engine import adapter_parameters
+
+pytestmark = pytest.mark.usefixtures("toys")
+
+
+def trainable(model: nn.Module) -> list[str]:
+    return [name for name, p in model.named_parameters() if p.requires_grad]
+
+
+def test_apply_freezes_the_base_and_trains_the_adapter() -> None:
+    model = tiny.llama()
+    assert peftcore.apply(model, "around") is model
+    assert trainable(model) == [f"model.layers.{i}.self_attn.q_proj.peftcore.default.gain" for i in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["around", "after", "soft", "prefix"])
+def test_each_placement_acts_rests_and_leaves(kind: str) -> None:
+    model = tiny.llama()
+    base, state = tiny.logits(model), {k: v.clone() for k, v in model.state_dict().items()}
+    peftcore.apply(model, kind)
+    acting = tiny.logits(model)
+    assert acting.shape == base.shape
+    assert (acting - base).abs().max() > 1e-3
+    with peftcore.disabled(model):
+        assert torch.equal(tiny.logits(model), base)
+    assert torch.equal(tiny.logits(model), acting)
+    peftcore.remove(model)
+    assert torch.equal(tiny.logits(model), base)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in state.items())
+
+
+def test_train_placement_acts_rests_and_leaves() -> None:
+    model = tiny.llama()
+    base, parameter = tiny.logits(model), model.lm_head.weight
+    peftcore.apply(model, "train", names=("lm_head.weight",))
+    assert trainable(model) == ["lm_head.weight"]
+    assert torch.equal(tiny.logits(model), base)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    torch.testing.assert_close(tiny.logits(model), 2 * base)
+    with peftcore.disabled(model):
+        assert torch.equal(tiny.logits(model), base)
+    peftcore.remove(model)
+    assert model.lm_head.weight is parameter
+    assert torch.equal(tiny.logits(model), base)
+
+
+def test_a_second_apply_leaves_the_first_trainable() -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    peftcore.apply(model, "after", adapter="second")
+    assert len(trainable(model)) == 3
+
+
+def test_adapters_of_several_methods_compose_in_order() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    x = torch.eye(2)
+    peftcore.apply(model, "around", target_modules=("0",), value=2.0, adapter="two")
+    peftcore.apply(model, "around", target_modules=("0",), value=5.0, adapter="five")
+    torch.testing.assert_close(model(x), 10 * model[0].weight.T)
+    peftcore.activate(model, "five")
+    torch.testing.assert_close(model(x), 5 * model[0].weight.T)
+    peftcore.activate(model, [])
+    torch.testing.assert_close(model(x), model[0].weight.T)
+
+
+def test_activate_freezes_those_at_rest() -> None:
+    model = peftcore.apply(tiny.llama(), "around", adapter="a")
+    peftcore.apply(model, "around", adapter="b")
+    peftcore.activate(model, "b")
+    assert all(".peftcore.b." in name for name in trainable(model))
+
+
+def test_requires_grad_comes_back() -> None:
+    model = tiny.llama()
+    model.lm_head.weight.requires_grad_(False)
+    peftcore.remove(peftcore.apply(model, "around"))
+    assert not model.lm_head.weight.requires_grad
+    assert model.model.norm.weight.requires_grad
+
+
+def test_disabled_comes_back_after_an_exception() -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    acting = tiny.logits(model)
+    with pytest.raises(RuntimeError, match="inside"), peftcore.disabled(model):
+        raise RuntimeError("inside")
+    assert torch.equal(tiny.logits(model), acting)
+
+
+@pytest.mark.parametrize(
+    ("base", "asked", "wanted"),
+    [
+        (torch.float32, None, torch.float32),
+        (torch.bfloat16, None, torch.float32),
+        (torch.float64, None, torch.float64),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    ],
+)
+def test_dtype_of_the_adapter(base, asked, wanted) -> None:
+    model = peftcore.apply(tiny.llama().to(base), "around", dtype=asked)
+    assert {p.dtype for _, p in adapter_parameters(model, "default")} == {wanted}
+
+
+def test_the_adapter_takes_the_mode_of_its_module() -> None:
+    model = peftcore.apply(tiny.llama().train(), "around")
+    assert all(module.training for module in model.modules())
+    model = peftcore.apply(tiny.llama().eval(), "around")
+    assert not any(module.training for module in model.modules())
+
+
+def test_after_step_reaches_the_method() -> None:
+    calls = []
+    method = tiny.method("stepping", after_step=lambda *args: calls.append(args))
+    with tiny.installed(method):
+        model = peftcore.apply(tiny.llama(), "stepping")
+        peftcore.after_step(model, 3, 10)
+    ((adapters, config, step, total),) = calls
+    assert [type(a) for a in adapters] == [tiny.Scaled, tiny.Scaled]
+    assert (type(config), step, total) == (method.config_class, 3, 10)
+
+
+def test_two_cannot_train_one_parameter_at_a_time_but_in_turn() -> None:
+    model = tiny.llama()
+    base = tiny.logits(model)
+    peftcore.apply(model, "train", names=("lm_head.weight",), adapter="a")
+    with pytest.raises(peftcore.PeftcoreError, match=r"'lm_head.weight' is trained by the active adapter 'a'"):
+        peftcore.apply(model, "train", names=("lm_head.weight",), adapter="b")
+    peftcore.activate(model, [])
+    peftcore.apply(model, "train", names=("lm_head.weight",), adapter="b")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    with pytest.raises(peftcore.PeftcoreError, match="trained by the active adapter"):
+        peftcore.activate(model, ["a", "b"])
+    peftcore.activate(model, "a")
+    assert torch.equal(tiny.logits(model), base)
+    peftcore.activate(model, "b")
+    torch.testing.assert_close(tiny.logits(model), 3 * base)
+    peftcore.remove(model, "b")
+    peftcore.remove(model, "a")
+    assert torch.equal(tiny.logits(model), base)
+
+
+def test_tied_parameters_are_trained_as_one() -> None:
+    model = tiny.gpt2()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    peftcore.apply(model, "train", names=("lm_head.weight",))
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert trainable(model) == ["transformer.wte.weight"]
+    peftcore.activate(model, [])
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: peftcore.apply(m, "nope"), r"no PEFT method 'nope' is installed \(installed: .*around.*pip install"),
+        (lambda m: peftcore.apply(m, "arond"), r"nearest: 'around'"),
+        (lambda m: peftcore.apply(m, "around", valu=1), r"has no field 'valu' \(nearest: 'value'"),
+        (lambda m: peftcore.apply(m, "around", adapter="a.b"), r"the adapter name 'a.b' contains '.'"),
+        (lambda m: peftcore.apply(m, "around", adapter="../x"), r"contains"),
+        (lambda m: peftcore.apply(m, "around", adapter=""), r"non-empty string"),
+        (lambda m: peftcore.apply(m, "around", adapter="train"), r"attribute of torch.nn.Module"),
+        (lambda m: peftcore.apply(m, "train", names=("lm_head.wait",)), r"no parameter \(nearest: 'lm_head.weight'"),
+        (lambda m: peftcore.apply(m, "train"), r"places nothing on LlamaForCausalLM"),
+        (lambda m: peftcore.apply(m, object()), r"object is the config of no installed method"),
+        (lambda m: peftcore.activate(m, "x"), r"no adapter is applied"),
+        (lambda m: peftcore.remove(m, "x"), r"no adapter is applied"),
+        (lambda m: peftcore.apply(torch.compile(m, backend="eager"), "around"), r"the model is compiled"),
+    ],
+)
+def test_refusals_leave_the_model_alone(call, message: str) -> None:
+    model = tiny.llama()
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        call(model)
+    assert type(model).__dict__.get("_peftcore_original") is None
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any("peftcore" in key for key in model.state_dict())
+
+
+def test_a_name_twice_is_refused_and_the_first_stays() -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    acting = tiny.logits(model)
+    with pytest.raises(peftcore.PeftcoreError, match=r"'default' is applied already \(around\).*remove"):
+        peftcore.apply(model, "after")
+    assert torch.equal(tiny.logits(model), acting)
+
+
+def test_unknown_adapters_are_named_with_the_nearest() -> None:
+    model = peftcore.apply(tiny.llama(), "around", adapter="french")
+    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter 'frensh' is applied \(applied: french\).*'french'"):
+        peftcore.activate(model, "frensh")
+
+
+def test_two_adapters_at_one_path_are_refused() -> None:
+    def twice(model, config, architecture):
+        return [peftcore.Around("lm_head", tiny.Scaled(1.0)), peftcore.After("lm_head", tiny.Shifted(1.0))]
+
+    with tiny.installed(tiny.method("twice", twice)), pytest.raises(peftcore.PeftcoreError, match="two adapters at"):
+        peftcore.apply(tiny.llama(), "twice")

@@ -1,0 +1,142 @@
+"""One merge loop: equal to the forward, refused where it cannot be, undone bit for bit."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import peftcore
+
+pytestmark = pytest.mark.usefixtures("toys")
+
+
+def test_merge_equals_forward_and_unmerge_is_exact() -> None:
+    model = peftcore.apply(tiny.llama(), "around", value=3.0)
+    acting = tiny.logits(model)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    before = weight.detach().clone()
+    peftcore.merge(model)
+    torch.testing.assert_close(model.model.layers[0].self_attn.q_proj.weight, 3 * before)
+    torch.testing.assert_close(tiny.logits(model), acting)
+    assert peftcore.summary(model).merged
+    peftcore.unmerge(model)
+    assert model.model.layers[0].self_attn.q_proj.weight is weight and torch.equal(weight, before)
+    assert torch.equal(tiny.logits(model), acting)
+
+
+def test_adapters_merge_in_the_order_of_their_chain() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False))
+    for name, value in (("two", 2.0), ("five", 5.0)):
+        peftcore.apply(model, "around", target_modules=("0",), value=value, adapter=name)
+    before = model[0].weight.detach().clone()
+    peftcore.merge(model)
+    torch.testing.assert_close(model[0].weight.detach(), 10 * before)
+
+
+def test_merge_for_good_leaves_a_plain_model() -> None:
+    model = peftcore.apply(tiny.llama(), "around", value=3.0)
+    acting, keys = tiny.logits(model), list(tiny.llama().state_dict())
+    peftcore.merge(model, keep_adapters=False)
+    torch.testing.assert_close(tiny.logits(model), acting)
+    assert list(model.state_dict()) == keys
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.raises(peftcore.PeftcoreError, match="no adapter is applied"):
+        peftcore.unmerge(model)
+
+
+def test_a_conv1d_is_stored_transposed() -> None:
+    model = peftcore.apply(tiny.gpt2(), "around", target_modules=("c_attn",))
+    model.transformer.h[0].attn.c_attn.bias.data.zero_()
+    acting = tiny.logits(model)
+    peftcore.merge(model)
+    assert model.transformer.h[0].attn.c_attn.weight.shape == (32, 96)
+    torch.testing.assert_close(tiny.logits(model), acting)
+
+
+@pytest.mark.parametrize("untie_first", [False, True])
+def test_a_tied_weight_is_refused_or_untied(untie_first: bool) -> None:
+    model = tiny.gpt2()
+    peftcore.apply(model, "around", target_modules=("lm_head",), value=3.0)
+    acting = tiny.logits(model)
+    if not untie_first:
+        with pytest.raises(peftcore.PeftcoreError, match=r"'lm_head' is tied to 'transformer.wte.weight'.*untie=True"):
+            peftcore.merge(model)
+    with pytest.warns(UserWarning, match="untied 'lm_head' from"):
+        peftcore.merge(model, untie=True)
+    torch.testing.assert_close(tiny.logits(model), acting)
+    assert model.config.tie_word_embeddings is False
+    peftcore.unmerge(model)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model.config.tie_word_embeddings is True
+
+
+@pytest.mark.parametrize("keep_adapters", [True, False])
+def test_values_that_are_not_finite_are_refused_and_nothing_changes(keep_adapters: bool) -> None:
+    model = peftcore.apply(tiny.llama(), "around", value=3.0)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    bad = model.model.layers[1].self_attn.q_proj.peftcore["default"].gain
+    with torch.no_grad():
+        bad.fill_(float("nan"))
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"into 'model.layers.1.self_attn.q_proj' gives values that are not"
+    ):
+        peftcore.merge(model, keep_adapters=keep_adapters)
+    for name, parameter in model.named_parameters():
+        assert parameter is bad or torch.equal(parameter, before[name]), name
+
+
+def test_overflow_in_half_precision_is_refused() -> None:
+    model = peftcore.apply(tiny.llama().half(), "around", value=1e7)
+    with pytest.raises(peftcore.PeftcoreError, match=r"not finite in torch.float16"):
+        peftcore.merge(model)
+
+
+@pytest.mark.parametrize("kind", ["after", "soft", "prefix"])
+def test_what_is_no_change_of_a_weight_is_refused(kind: str) -> None:
+    model = peftcore.apply(tiny.llama(), kind)
+    with pytest.raises(peftcore.PeftcoreError, match=rf"'default' \({kind}\) cannot be merged"):
+        peftcore.merge(model)
+
+
+def test_trained_parameters_merge_by_value() -> None:
+    model = tiny.gpt2()
+    original = model.lm_head.weight
+    peftcore.apply(model, "train", names=("lm_head.weight",))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    acting = tiny.logits(model)
+    peftcore.merge(model)
+    assert torch.equal(tiny.logits(model), acting)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    peftcore.unmerge(model)
+    assert torch.equal(tiny.logits(model), acting)
+    peftcore.merge(model, keep_adapters=False)
+    assert torch.equal(tiny.logits(model), acting)
+    assert original is not model.lm_head.weight
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m: peftcore.apply(m, "around", adapter="b"),
+        lambda m: peftcore.activate(m, "default"),
+        lambda m: peftcore.remove(m, "default"),
+        lambda m: peftcore.merge(m),
+        lambda m: peftcore.save(m, "unused"),
+    ],
+)
+def test_while_merged_the_base_is_not_the_base(call) -> None:
+    model = peftcore.merge(peftcore.apply(tiny.llama(), "around"))
+    with pytest.raises(peftcore.PeftcoreError, match=r"merged into the base. First peftcore.unmerge"):
+        call(model)
+
+
+def test_nothing_to_merge() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match="no adapter is applied"):
+        peftcore.merge(tiny.llama())
+    model = peftcore.apply(tiny.llama(), "around")
+    with pytest.raises(peftcore.PeftcoreError, match="nothing is merged"):
+        peftcore.unmerge(model)
+    peftcore.activate(model, [])
+    with pytest.raises(peftcore.PeftcoreError, match="no adapter is active"):
+        peftcore.merge(model)

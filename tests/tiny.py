@@ -1,0 +1,176 @@
+"""Tiny models of each kind with random weights, and toy methods: one for every placement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.registry import registry
+from peftcore.testing import tiny_llama as llama
+
+TOKENS = torch.tensor([[5, 17, 3, 60, 41, 22, 9], [8, 4, 77, 31, 2, 50, 63]])
+
+
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, **special)).eval()
+
+
+def bert_classifier() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return BertForSequenceClassification(BertConfig(vocab_size=96, num_labels=3, **sizes)).eval()
+
+
+def roberta_classifier() -> nn.Module:
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    special = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    return RobertaForSequenceClassification(RobertaConfig(vocab_size=96, num_labels=3, **special, **sizes)).eval()
+
+
+def t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=96, decoder_start_token_id=0, **sizes)).eval()
+
+
+def convnet() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding="same", dilation=2), nn.Flatten()
+    ).eval()
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "bert": bert_classifier, "t5": t5}
+
+
+def inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Tokens for any of `MODELS`."""
+    call = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS)}
+    if model.config.is_encoder_decoder:
+        call["decoder_input_ids"] = TOKENS[:, :4]
+    return call
+
+
+def logits(model: nn.Module, **changes: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**{**inputs(model), **changes}).logits
+
+
+# Toy methods
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    target_modules: tuple[str, ...] = ("q_proj",)
+    value: float = 2.0
+    names: tuple[str, ...] = ()
+
+
+class Scaled(nn.Module):
+    """y = gain · base(x)."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(value))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return self.gain.to(x.dtype) * base(x)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return self.gain * weight
+
+
+class Shifted(nn.Module):
+    """y -> y + shift."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.tensor(value))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + self.shift.to(y.dtype)
+
+
+class Vectors(nn.Module):
+    """Vectors of a given shape."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(0.1 * torch.randn(*shape))
+
+    def forward(self) -> Tensor:
+        return self.vectors
+
+
+def _paths(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[str]:
+    return list(peftcore.targets.select(model, architecture, target_modules=config.target_modules))
+
+
+def _around(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
+    return [peftcore.Around(path, Scaled(config.value)) for path in _paths(model, config, architecture)]
+
+
+def _after(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
+    return [peftcore.After("model.layers.0.self_attn", Shifted(config.value))]
+
+
+def _soft_prompt(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
+    return [peftcore.SoftPrompt(Vectors(3, architecture.hidden_size))]
+
+
+def _prefix(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
+    a = architecture
+    return [peftcore.PrefixKV(Vectors(a.num_layers, 2, a.num_kv_heads, 3, a.head_dim))]
+
+
+def _train(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
+    return [peftcore.Train(config.names)]
+
+
+PLACES = {"around": _around, "after": _after, "soft": _soft_prompt, "prefix": _prefix, "train": _train}
+
+
+class Plugin:
+    """A plugin object that offers `methods`."""
+
+    def __init__(self, *methods: peftcore.Method) -> None:
+        self._methods = list(methods)
+
+    @peftcore.hookimpl
+    def peftcore_methods(self) -> list[peftcore.Method]:
+        return self._methods
+
+
+def method(name: str, place: Any = _around, **changes: Any) -> peftcore.Method:
+    config = dataclass(frozen=True)(type(f"Toy{name.title()}Config", (ToyConfig,), {}))
+    rules = peftcore.StateRules(peft_type=f"TOY_{name.upper()}")
+    return peftcore.Method(name, config, place, changes.pop("state", rules), **changes)
+
+
+@contextmanager
+def installed(*methods: peftcore.Method) -> Iterator[None]:
+    """Within the block each method is registered as a plugin of its own."""
+    for each in methods:
+        registry.register(each.name, Plugin(each), distribution=f"peftcore-{each.name}", version="1.0")
+    try:
+        yield
+    finally:
+        for each in methods:
+            registry.unregister(each.name)
