@@ -8,7 +8,18 @@ from peftcore.engine import activate, after_step, apply, disabled, remove
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.hookspecs import hookimpl
 from peftcore.merge import merge, unmerge
-from peftcore.method import After, Around, Method, PrefixKV, SoftPrompt, StateRules, Train, WeightFormat, tensor_name
+from peftcore.method import (
+    After,
+    Around,
+    ForeignFormat,
+    Method,
+    PrefixKV,
+    SoftPrompt,
+    StateRules,
+    Train,
+    WeightFormat,
+    tensor_name,
+)
 from peftcore.registry import methods
 from peftcore.summary import plan, summary
 
@@ -22,6 +33,7 @@ __all__ = [
     "Architecture",
     "Around",
     "CheckpointError",
+    "ForeignFormat",
     "Method",
     "PeftcoreError",
     "PluginError",

@@ -13,6 +13,7 @@ from torch import nn
 
 from peftcore.adapted import base_modules, original_forward
 from peftcore.registry import registry
+from peftcore.sublayers import Sublayer, find
 
 # The argument by which a model takes its attention cache: transformers names it by release.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
@@ -41,6 +42,7 @@ class Architecture:
         task_heads: paths of the heads that pre-training did not train (a classifier's).
         cache_argument: name under which the backbone's forward takes the attention cache.
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim: sizes.
+        sublayers: attention and feed-forward of every layer; none where the kind of layer is not known.
     """
 
     task_type: str | None = None
@@ -57,6 +59,7 @@ class Architecture:
     num_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
+    sublayers: tuple[Sublayer, ...] = ()
 
 
 def detect(model: nn.Module) -> Architecture:
@@ -68,7 +71,7 @@ def detect(model: nn.Module) -> Architecture:
 def _read(model: nn.Module) -> Architecture:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings"):
-        return Architecture()
+        return Architecture(sublayers=find(model))
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     paths = {id(module): path for path, module in base_modules(model)}
@@ -102,6 +105,7 @@ def _read(model: nn.Module) -> Architecture:
         num_heads=heads,
         num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or (hidden_size // heads if hidden_size and heads else None),
+        sublayers=find(model),
     )
 
 

@@ -26,7 +26,7 @@ from peftcore import engine
 from peftcore.architecture import detect
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
 from peftcore.fingerprint import difference, fingerprint, untouched_parameters
-from peftcore.method import After, Around, Method, PrefixKV, SoftPrompt, Train
+from peftcore.method import After, Around, ForeignFormat, Method, PrefixKV, SoftPrompt, Train
 from peftcore.prompts import PrefixAround, SoftPromptAround
 from peftcore.registry import registry
 from peftcore.targets import drop_unmatched
@@ -101,7 +101,8 @@ def load(
     dtype: torch.dtype | None = None,
     check_base: bool = True,
 ) -> nn.Module:
-    """Apply the adapter that lies in the folder `path`, written here or by Hugging Face PEFT.
+    """Apply the adapter that lies in the folder `path`, written here, by Hugging Face PEFT, or in a plugin's
+    foreign format.
 
     Args:
         adapter: its name on this model.
@@ -113,7 +114,7 @@ def load(
         CheckpointError: the files cannot be read, or do not fit the model. The model is then as it was.
     """
     folder = Path(path)
-    method, config, tensors, metadata = read(folder)
+    _, config, tensors, metadata = read(folder, model)
     if check_base and "peftcore_base" in metadata:
         found = difference(_untouched(model), metadata["peftcore_base"])
         if found:
@@ -130,7 +131,7 @@ def load(
     active = state.active if state else ()
     engine.apply(model, dataclasses.replace(config, **changes), adapter=adapter, dtype=dtype)
     try:
-        fill(model, adapter, method.state.read_tensors(tensors, config), folder)
+        fill(model, adapter, tensors, folder)
     except BaseException:
         engine.remove(model, adapter)
         if engine.state_of(model):
@@ -144,19 +145,46 @@ def load(
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
     """Give the applied `adapter` the values that lie in the folder `path`, which must be of the same method."""
     folder = Path(path)
-    method, config, tensors, _ = read(folder)
+    method, _, tensors, _ = read(folder, model)
     entry = engine.applied(model, adapter)
     if method.name != entry.method:
         raise CheckpointError(f"'{folder}' holds {method.name}, the adapter '{adapter}' is {entry.method}")
-    fill(model, adapter, method.state.read_tensors(tensors, config), folder)
+    fill(model, adapter, tensors, folder)
 
 
-def read(folder: Path) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
-    """(method, config, tensors, metadata) of an adapter folder."""
+def read(folder: Path, model: nn.Module) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
+    """(method, config, tensors by today's names, metadata) of an adapter folder."""
+    foreign = _foreign(folder)
+    if foreign is not None:
+        return _read_foreign(folder, model, *foreign)
     tensors, metadata = read_tensors(folder)
     fields = read_config(folder, metadata)
     method = registry.method_of_peft_type(fields["peft_type"])
-    return method, _config_from_disk(folder, method, fields), tensors, metadata
+    config = _config_from_disk(folder, method, fields)
+    return method, config, dict(method.state.read_tensors(tensors, config)), metadata
+
+
+def _foreign(folder: Path) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:
+    """(method, format, fields) where the folder is another library's, by a config without peft_type."""
+    try:
+        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(fields, dict) or "peft_type" in fields:
+        return None
+    formats = ((method, foreign) for method in registry.methods().values() for foreign in method.state.foreign)
+    return next(((method, foreign, fields) for method, foreign in formats if foreign.matches(fields)), None)
+
+
+def _read_foreign(
+    folder: Path, model: nn.Module, method: Method, foreign: ForeignFormat, fields: dict[str, Any]
+) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
+    tensors, _ = read_tensors(folder, foreign.tensors)
+    try:
+        config, tensors = foreign.read(model, fields, tensors)
+    except PeftcoreError as error:
+        raise CheckpointError(f"'{folder}', of {foreign.name}, cannot be read: {error}") from error
+    return method, config, tensors, {}
 
 
 def read_config(folder: Path, metadata: dict[str, str] | None = None) -> dict[str, Any]:
@@ -180,19 +208,19 @@ def read_config(folder: Path, metadata: dict[str, str] | None = None) -> dict[st
     return fields
 
 
-def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of `adapter_model.safetensors`."""
+def read_tensors(folder: Path, name: str = TENSORS) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of `adapter_model.safetensors`, or of another file of the folder."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder '{folder}'")
-    file = folder / TENSORS
+    file = folder / name
     if not file.exists():
         pickles = [name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
         if pickles:
             raise CheckpointError(
                 f"'{folder}' holds '{pickles[0]}', a pickle, which can run any code and is never read here. "
-                f"Have its author save it as {TENSORS}, or convert it where you trust it"
+                f"Have its author save it as {name}, or convert it where you trust it"
             )
-        raise CheckpointError(f"'{folder}' holds no adapter: {TENSORS} is missing")
+        raise CheckpointError(f"'{folder}' holds no adapter: {name} is missing")
     try:
         with safe_open(file, framework="pt") as archive:
             return {name: archive.get_tensor(name) for name in archive.keys()}, archive.metadata() or {}  # noqa: SIM118

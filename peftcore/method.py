@@ -72,6 +72,24 @@ def tensor_name(placement: Placement, name: str) -> str:
 
 
 @dataclass(frozen=True)
+class ForeignFormat:
+    """Adapter folders of another library, which a method can read; it never writes them.
+
+    Args:
+        name: for messages, such as `the library adapters`.
+        tensors: name of its safetensors file.
+        matches: (fields of an `adapter_config.json` without `peft_type`) -> is it this format?
+        read: (model, fields, tensors) -> (config, tensors by the names that they have on disk here). It raises
+            a PeftcoreError for what this method cannot compute.
+    """
+
+    name: str
+    tensors: str
+    matches: Callable[[dict[str, Any]], bool]
+    read: Callable[[nn.Module, dict[str, Any], dict[str, Tensor]], tuple[Any, dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
 class StateRules:
     """How a method's adapters look on disk.
 
@@ -83,6 +101,7 @@ class StateRules:
         write_config: (fields of our config as JSON) -> fields on disk, where they differ.
         read_config: (fields on disk) -> fields of our config; the place for upgrades of older files.
         read_tensors: (tensors on disk, config) -> tensors under today's names; likewise for older files.
+        foreign: formats of other libraries that the method reads.
     """
 
     peft_type: str
@@ -91,6 +110,7 @@ class StateRules:
     write_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     read_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     read_tensors: Callable[[dict[str, Tensor], Any], Mapping[str, Tensor]] = lambda tensors, _config: tensors
+    foreign: Sequence[ForeignFormat] = ()
 
 
 @dataclass(frozen=True)
