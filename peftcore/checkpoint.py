@@ -47,13 +47,19 @@ _EMPTY = (None, False, "", [], {}, 0)
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], *, adapter: str | None = None, dtype: torch.dtype | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter: str | None = None,
+    dtype: torch.dtype | None = None,
+    resumable: bool = True,
 ) -> Path:
     """Write an adapter to the folder `path`.
 
     Args:
         adapter: which one; may be left out where there is only one.
         dtype: of the floating tensors on disk; by default theirs.
+        resumable: False leaves out what only further training needs (`StateRules.exported`).
 
     Returns:
         The folder.
@@ -68,7 +74,7 @@ def save(
     config = json.dumps(_config_on_disk(model, method, entry.config), indent=2, sort_keys=True) + "\n"
     tensors = {
         name: (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
-        for name, tensor in tensors_on_disk(model, adapter).items()
+        for name, tensor in tensors_on_disk(model, adapter, own=resumable, exported=True).items()
     }
     metadata = {
         "format": "pt",
@@ -160,7 +166,7 @@ def read(folder: Path, model: nn.Module) -> tuple[Method, Any, dict[str, Tensor]
     tensors, metadata = read_tensors(folder)
     fields = read_config(folder, metadata)
     method = registry.method_of_peft_type(fields["peft_type"])
-    config = _config_from_disk(folder, method, fields)
+    config = method.state.config_on_disk(_config_from_disk(folder, method, fields), tensors)
     return method, config, dict(method.state.read_tensors(tensors, config)), metadata
 
 
@@ -231,8 +237,13 @@ def read_tensors(folder: Path, name: str = TENSORS) -> tuple[dict[str, Tensor], 
         ) from error
 
 
-def tensors_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Every tensor of an applied adapter under its name on disk."""
+def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exported: bool = False) -> dict[str, Tensor]:
+    """Every tensor of an applied adapter under its name on disk.
+
+    Args:
+        own: also those of modules that have exported ones.
+        exported: with the ones for other readers.
+    """
     entry = engine.applied(model, adapter)
     rules = registry.method(entry.method).state
     found: dict[str, Tensor] = {}
@@ -254,8 +265,11 @@ def tensors_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
             case _:
                 behind = adapter in model.get_submodule(path)._modules["peftcore"].behind
                 placement = (After if behind else Around)(path, module)
-        for name, tensor in module.state_dict(keep_vars=True).items():
-            add(placement, name, tensor)
+        others = rules.exported(module) if exported else {}
+        found.update(others)
+        if own or not others:
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                add(placement, name, tensor)
     if entry.trained:
         for name, parameter in TrainedParameters.of(model, adapter).values(model):
             path, _, attribute = name.rpartition(".")
@@ -267,9 +281,10 @@ def tensors_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy `tensors` into the applied `adapter`: none missing, none too many, no shape that differs."""
     expected = tensors_on_disk(model, adapter)
-    tensors = dict(tensors)
-    for name in [name for name in tensors if name not in expected and _is_copy_of_base(model, name, tensors[name])]:
-        del tensors[name]
+    exported = tensors_on_disk(model, adapter, exported=True)  # where the adapter's own tensors say the same
+    extra = [name for name in tensors if name not in expected]
+    repeats = {name for name in extra if name in exported or _is_copy_of_base(model, name, tensors[name])}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in repeats}
     missing = sorted(expected.keys() - tensors.keys())
     extra = sorted(tensors.keys() - expected.keys())
     if missing or extra:

@@ -101,6 +101,11 @@ class StateRules:
         write_config: (fields of our config as JSON) -> fields on disk, where they differ.
         read_config: (fields on disk) -> fields of our config; the place for upgrades of older files.
         read_tensors: (tensors on disk, config) -> tensors under today's names; likewise for older files.
+        exported: (adapter) -> tensors by name on disk from which others compute what the adapter computes, where its
+            own tensors are more than that (a reparameterisation). Written beside its own, or with
+            `save(..., resumable=False)` in their place.
+        config_on_disk: (config, tensors on disk) -> config of an adapter that has these tensors, where the file
+            holds only what was exported.
         foreign: formats of other libraries that the method reads.
     """
 
@@ -110,6 +115,8 @@ class StateRules:
     write_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     read_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     read_tensors: Callable[[dict[str, Tensor], Any], Mapping[str, Tensor]] = lambda tensors, _config: tensors
+    exported: Callable[[nn.Module], Mapping[str, Tensor]] = lambda _adapter: {}
+    config_on_disk: Callable[[Any, Mapping[str, Tensor]], Any] = lambda config, _tensors: config
     foreign: Sequence[ForeignFormat] = ()
 
 
