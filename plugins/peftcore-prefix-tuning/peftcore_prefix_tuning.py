@@ -1,0 +1,151 @@
+"""Prefix tuning (Li and Liang 2021, arXiv 2101.00190): in every layer, n trained keys and values come first.
+
+    layer l:   softmax( q · [K_l ; k(x)]ᵀ / √d ) · [V_l ; v(x)]        K_l, V_l [kv_heads, n, head_dim] are trained
+
+    stored as  P [n, 2 · layers · kv_heads · head_dim], where the columns of layer l are K_l, then V_l
+    projected  P = W_2 tanh(W_1 E + b_1) + b_2,  E [n, token_dim], W_1 [hidden, token_dim]: steadier to train
+
+Trained: 2 · n · layers · kv_heads · head_dim numbers. The projection is a reparameterisation for training: the file
+for users of the adapter holds P, that for training on E and W, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import targets
+
+
+@dataclass(frozen=True)
+class PrefixTuningConfig:
+    """The fields bear the names of Hugging Face PEFT's `PrefixTuningConfig`.
+
+    Args:
+        num_virtual_tokens: n.
+        prefix_projection: train the prefix through a network of two layers.
+        encoder_hidden_size: hidden size of that network. None: token_dim.
+        init_weights: None (random) or "zero": keys and values start at zero.
+        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        token_dim, num_attention_heads, num_layers: kv_heads · head_dim, kv_heads, layers; read off the model.
+        num_transformer_submodules: in an encoder-decoder 2 (None) lays the prefix out as PEFT does, whose decoder
+            layer l takes the part of layer 2l mod layers; 1 gives each layer its own, which PEFT cannot read.
+    """
+
+    num_virtual_tokens: int = 20
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
+    init_weights: Literal["zero"] | None = None
+    modules_to_save: Sequence[str] | None = None
+    token_dim: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    num_transformer_submodules: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_virtual_tokens", "encoder_hidden_size"):
+            value = getattr(self, name)
+            if value is None and name == "encoder_hidden_size":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise peftcore.PeftcoreError(f"{name} must be a positive whole number, found {value!r}")
+        if self.init_weights not in (None, "zero"):
+            raise peftcore.PeftcoreError(f"init_weights must be None or 'zero', found {self.init_weights!r}")
+        if self.num_transformer_submodules not in (None, 1, 2):
+            raise peftcore.PeftcoreError(
+                f"num_transformer_submodules must be 1 or 2, found {self.num_transformer_submodules!r}"
+            )
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PrefixTuningConfig:
+        """The sizes of the model's attention made explicit."""
+        saved = list(architecture.task_heads if self.modules_to_save is None else self.modules_to_save)
+        heads, head_dim = architecture.num_kv_heads, architecture.head_dim
+        layers = architecture.num_layers
+        if architecture.is_encoder_decoder:
+            config = model.get_submodule(architecture.decoder).config
+            layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+        if not (heads and head_dim and layers):
+            raise peftcore.PeftcoreError(
+                f"{type(model).__name__} does not say how many layers and heads it has. A plugin's "
+                "peftcore_architecture hook can"
+            )
+        found = {"token_dim": heads * head_dim, "num_attention_heads": heads, "num_layers": layers}
+        for name, value in found.items():
+            if getattr(self, name) not in (None, value):
+                raise peftcore.PeftcoreError(
+                    f"{name}={getattr(self, name)} does not fit {type(model).__name__}, which has {value} "
+                    f"({layers} layers, {heads} key-value heads of {head_dim}). Leave it out"
+                )
+        return replace(
+            self,
+            **found,
+            modules_to_save=saved or None,
+            encoder_hidden_size=self.encoder_hidden_size or found["token_dim"],
+            num_transformer_submodules=self.num_transformer_submodules or 1 + architecture.is_encoder_decoder,
+        )
+
+
+class Prefix(nn.Module):
+    """The prefix of all layers: P itself, or E and the network that makes P of it."""
+
+    def __init__(self, config: PrefixTuningConfig) -> None:
+        super().__init__()
+        n, layers, width = config.num_virtual_tokens, config.num_layers, config.token_dim
+        self.shape = (n, layers, 2, config.num_attention_heads, -1)
+        self.layers = [2 * i % layers for i in range(layers)] if config.num_transformer_submodules == 2 else None
+        if config.prefix_projection:
+            self.embedding = nn.Parameter(torch.empty(n, width).normal_())
+            hidden = config.encoder_hidden_size
+            self.projection = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, layers * 2 * width))
+            start = self.projection[-1].parameters()
+        else:
+            self.prompt_embeddings = nn.Parameter(torch.empty(n, layers * 2 * width).normal_())
+            start = [self.prompt_embeddings]
+        if config.init_weights == "zero":
+            for parameter in start:
+                nn.init.zeros_(parameter)
+
+    def rows(self) -> Tensor:
+        """P `[n, 2 · layers · kv_heads · head_dim]`."""
+        return self.projection(self.embedding) if hasattr(self, "projection") else self.prompt_embeddings
+
+    def forward(self) -> Tensor:
+        prefix = self.rows().view(self.shape).permute(1, 2, 3, 0, 4)  # [layers, 2, kv_heads, n, head_dim]
+        return prefix if self.layers is None else prefix[self.layers]
+
+
+def place(
+    model: nn.Module, config: PrefixTuningConfig, architecture: peftcore.Architecture
+) -> list[peftcore.PrefixKV | peftcore.Train]:
+    placements: list[Any] = [peftcore.PrefixKV(Prefix(config))]
+    if config.modules_to_save:
+        placements.append(targets.trained_modules(model, config.modules_to_save))
+    return placements
+
+
+def tensor_name(placement: Any, name: str) -> str:
+    """PEFT wraps the model once less than for other methods."""
+    return f"base_model.{name}" if isinstance(placement, peftcore.Train) else name
+
+
+def exported(adapter: nn.Module) -> dict[str, Tensor]:
+    """P, for those who know no projection."""
+    return {"prompt_embeddings": adapter.rows()} if hasattr(adapter, "projection") else {}
+
+
+def config_on_disk(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> PrefixTuningConfig:
+    """A file without the projection holds P, whatever it was trained by."""
+    return config if "embedding" in tensors else replace(config, prefix_projection=False)
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="PREFIX_TUNING", tensor_name=tensor_name, exported=exported, config_on_disk=config_on_disk
+    )
+    return [peftcore.Method("prefix-tuning", PrefixTuningConfig, place, rules)]

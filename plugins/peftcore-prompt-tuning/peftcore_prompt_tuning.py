@@ -1,0 +1,153 @@
+"""Prompt tuning (Lester et al. 2021, arXiv 2104.08691): n trained vectors stand before the embedded input.
+
+         y_1 ........ y_m               the output, for the tokens of the input
+          |            |
+      .---+------------+---.
+      |   frozen model     |
+      '---+------------+---'
+     |    |            |
+    P [n, hidden]   E(x_1) … E(x_m)     P is trained, E is the token embedding (frozen)
+
+Trained: n · hidden numbers. Nothing of the model changes, so there is nothing to merge.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import targets
+
+
+@dataclass(frozen=True)
+class PromptTuningConfig:
+    """The fields bear the names of Hugging Face PEFT's `PromptTuningConfig`.
+
+    Args:
+        num_virtual_tokens: n. Lester et al. find little gain beyond 20.
+        prompt_tuning_init: where the first values come from: "RANDOM" (normal, std 1), "SAMPLE_VOCAB" (the embeddings
+            of random tokens) or "TEXT" (those of a text, repeated or cut to n tokens).
+        prompt_tuning_init_text, tokenizer_name_or_path, tokenizer_kwargs: the text and its tokenizer, for "TEXT".
+        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT, read off the model.
+            PEFT keeps n rows for each submodule, two in an encoder-decoder, and uses the first n, in the encoder.
+        initialize: False for values that come from a file; not written.
+    """
+
+    num_virtual_tokens: int = 20
+    prompt_tuning_init: Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"] = "RANDOM"
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+    modules_to_save: Sequence[str] | None = None
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_transformer_submodules: int | None = None
+    initialize: bool = True
+
+    def __post_init__(self) -> None:
+        n, init = self.num_virtual_tokens, self.prompt_tuning_init
+        if not isinstance(n, int) or isinstance(n, bool) or n <= 0:
+            raise peftcore.PeftcoreError(f"num_virtual_tokens must be a positive whole number, found {n!r}")
+        if init not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
+            raise peftcore.PeftcoreError(
+                f"prompt_tuning_init must be 'RANDOM', 'SAMPLE_VOCAB' or 'TEXT', found {init!r}"
+            )
+        if init == "TEXT" and not (self.prompt_tuning_init_text and self.tokenizer_name_or_path):
+            raise peftcore.PeftcoreError(
+                "prompt_tuning_init='TEXT' needs prompt_tuning_init_text and tokenizer_name_or_path, found "
+                f"{self.prompt_tuning_init_text!r} and {self.tokenizer_name_or_path!r}"
+            )
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PromptTuningConfig:
+        """The choices that depend on the model made explicit."""
+        saved = list(architecture.task_heads if self.modules_to_save is None else self.modules_to_save)
+        width = model.get_submodule(architecture.embedding).embedding_dim if architecture.embedding else None
+        return replace(
+            self,
+            modules_to_save=saved or None,
+            token_dim=self.token_dim or width,
+            num_layers=self.num_layers or architecture.num_layers,
+            num_attention_heads=self.num_attention_heads or architecture.num_heads,
+            num_transformer_submodules=self.num_transformer_submodules or 1 + architecture.is_encoder_decoder,
+        )
+
+
+class Prompt(nn.Module):
+    """`prompt_embeddings [n · submodules, hidden]`, of which the first n are the prompt."""
+
+    def __init__(self, rows: Tensor, tokens: int) -> None:
+        super().__init__()
+        self.prompt_embeddings = nn.Parameter(rows)
+        self.tokens = tokens
+
+    def forward(self) -> Tensor:
+        return self.prompt_embeddings[: self.tokens]
+
+
+def first_values(config: PromptTuningConfig, embedding: nn.Module | None) -> Tensor:
+    """`[n · submodules, hidden]`, fp32, by `prompt_tuning_init`."""
+    count = config.num_virtual_tokens * config.num_transformer_submodules
+    rows = torch.empty(count, config.token_dim or 0)
+    if rows.is_meta or not config.initialize:
+        return rows
+    if config.prompt_tuning_init == "RANDOM":
+        return rows.normal_()
+    if config.prompt_tuning_init == "SAMPLE_VOCAB":
+        tokens = torch.randint(embedding.num_embeddings, (count,))
+    else:
+        text = text_tokens(config)
+        tokens = torch.tensor((text * count)[:count])
+    with torch.no_grad():
+        return embedding(tokens.to(embedding.weight.device)).float().clone()
+
+
+def text_tokens(config: PromptTuningConfig) -> list[int]:
+    """The tokens of `prompt_tuning_init_text`."""
+    from transformers import AutoTokenizer
+
+    kwargs = dict(config.tokenizer_kwargs or {})
+    if kwargs.pop("trust_remote_code", False):
+        raise peftcore.PeftcoreError("tokenizer_kwargs asks for trust_remote_code: a config must not run code")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **kwargs)
+    except (OSError, ValueError) as error:
+        raise peftcore.PeftcoreError(
+            f"the tokenizer '{config.tokenizer_name_or_path}' of prompt_tuning_init='TEXT' cannot be loaded: {error}"
+        ) from error
+    tokens = tokenizer(config.prompt_tuning_init_text)["input_ids"]
+    if not tokens:
+        raise peftcore.PeftcoreError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens")
+    return tokens
+
+
+def place(
+    model: nn.Module, config: PromptTuningConfig, architecture: peftcore.Architecture
+) -> list[peftcore.SoftPrompt | peftcore.Train]:
+    embedding = model.get_submodule(architecture.embedding) if architecture.embedding else None
+    placements: list[Any] = [peftcore.SoftPrompt(Prompt(first_values(config, embedding), config.num_virtual_tokens))]
+    if config.modules_to_save:
+        placements.append(targets.trained_modules(model, config.modules_to_save))
+    return placements
+
+
+def tensor_name(placement: Any, name: str) -> str:
+    """PEFT wraps the model once less than for other methods."""
+    return f"base_model.{name}" if isinstance(placement, peftcore.Train) else name
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="PROMPT_TUNING",
+        tensor_name=tensor_name,
+        write_config=lambda fields: {name: value for name, value in fields.items() if name != "initialize"},
+        read_config=lambda fields: {**fields, "initialize": False},
+    )
+    return [peftcore.Method("prompt-tuning", PromptTuningConfig, place, rules)]
