@@ -96,8 +96,12 @@ def _read(model: nn.Module) -> Architecture:
         output_head=output_head,
         task_heads=tuple(
             name
-            for name, child in model.named_children()
-            if has_task_head and name != backbone.split(".")[0] and any(True for _ in child.parameters())
+            for name, child in base_modules(model)
+            if has_task_head
+            and name
+            and "." not in name
+            and name != backbone.split(".")[0]
+            and any(True for _ in child.parameters())
         ),
         cache_argument=next((name for name in _CACHE_ARGUMENTS if name in arguments), None),
         hidden_size=hidden_size,
