@@ -1,0 +1,16 @@
+"""The command `peftcore`."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command line; where its libraries are not installed, say how to install them."""
+    try:
+        from peftcore.cli.app import run
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("typer", "rich", "click"):
+            raise
+        sys.exit(f"peftcore: the command line needs '{error.name}'. Try: pip install peftcore[train]")
+    run()

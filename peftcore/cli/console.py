@@ -1,0 +1,59 @@
+"""What the commands print with."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from peftcore.errors import PeftcoreError
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def say(message: str, style: str | None = None) -> None:
+    """Print a line as it is: no markup, no wrapping."""
+    out.print(Text(message, style=style or ""), soft_wrap=True)
+
+
+def warn(message: str) -> None:
+    """Print a warning to standard error."""
+    err.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+
+
+def fail(message: str) -> NoReturn:
+    """Print an error to standard error and end the command with status 1."""
+    err.print(Text(f"error: {message}", style="bold red"), soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), title: str | None = None) -> None:
+    """Print a table. Cells are text, never markup."""
+    columns = list(columns)
+    grid = Table(title=title, title_justify="left", show_header=any(columns), box=None, pad_edge=False, padding=(0, 2))
+    for column in columns:
+        grid.add_column(column, overflow="fold")
+    for row in rows:
+        grid.add_row(*(Text(str(cell)) for cell in row))
+    out.print(grid)
+
+
+def require(*modules: str, extra: str = "train") -> None:
+    """Import the libraries of an extra.
+
+    Raises:
+        PeftcoreError: one is not installed; the message says how to install it.
+    """
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            raise PeftcoreError(
+                f"this needs '{error.name}', which is not installed. Try: pip install peftcore[{extra}]"
+            ) from error

@@ -1,0 +1,78 @@
+"""`peftcore doctor`: what this installation has, what it lacks, what that costs and how to get it."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+import warnings
+from importlib.metadata import version
+
+from peftcore.cli.console import out, say, table, warn
+
+# What each optional library is for, and the extra that brings it.
+LIBRARIES = {
+    "transformers": ("train, eval, generate, merge, plan", "train"),
+    "accelerate": ("train", "train"),
+    "matplotlib": ("the loss curve of train's report", "train"),
+    "psutil": ("the memory figures of train", "train"),
+    "gguf": (".gguf files as base models", "gguf"),
+}
+
+
+def doctor() -> None:
+    """Look at the installation. Nothing is changed."""
+    import torch
+
+    from peftcore.build_info import build_info
+
+    build = build_info()
+    cuda = f"{torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "no device"
+    rows = [
+        ("peftcore", version("peftcore")),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("PyTorch", torch.__version__),
+        ("CUDA", cuda),
+        ("threads", torch.get_num_threads()),
+        ("extension", "works" if build.available else f"missing: {build.missing_because}"),
+    ]
+    if build.available:
+        rows += [
+            ("  built from", f"{build.version}, commit {build.commit}"),
+            ("  compiler", build.compiler),
+            ("  built with PyTorch", build.torch_built_with),
+            ("  SIMD level", f"{build.cpu_level} (this CPU can: {', '.join(build.cpu_levels)})"),
+            ("  CUDA", ", ".join(build.cuda_architectures) or f"none: {build.cuda_missing_because}"),
+        ]
+    missing = []
+    for name, (used_for, extra) in LIBRARIES.items():
+        try:
+            importlib.import_module(name)
+            rows.append((name, version(name)))
+        except Exception as error:  # a library that fails to import is as good as missing, whatever it raises
+            rows.append((name, f"missing: {error}"))
+            missing.append(f"'{name}' is missing; it is needed for {used_for}. Try: pip install peftcore[{extra}]")
+    rows += _plugins(missing)
+    table(rows)
+    out.print()
+    missing += [f"costs: {cost}" for cost in build.costs]
+    if not build.available:
+        missing.append(
+            "to build the extension: install a C++20 compiler and ninja, then from a source checkout "
+            "pip install --no-build-isolation -e ."
+        )
+    for line in missing:
+        warn(line)
+    if not missing:
+        say("nothing is missing", "green")
+
+
+def _plugins(missing: list[str]) -> list[tuple[str, str]]:
+    from peftcore.registry import registry
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = registry.plugins()
+    missing += [f"the plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in found if p.error]
+    if not any(p.methods for p in found):
+        missing.append("no method is installed. A method is a package: pip install peftcore-METHOD")
+    return [("methods", ", ".join(method.name for p in found for method in p.methods) or "none")]

@@ -1,0 +1,45 @@
+"""`peftcore eval`: loss and perplexity, or accuracy, of a base and its adapter on a file."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from peftcore.cli import options
+from peftcore.cli.console import table
+
+
+def evaluate(
+    adapter: options.Adapter,
+    data: Annotated[str, typer.Option("--data", "-d", help="Examples, .jsonl or .tsv.")],
+    model: options.BaseModel = None,
+    labels: options.Labels = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of an example; default as trained.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Measure a base and its adapter on a file of examples.
+
+    A classifier's base has a random head: its figures say what chance gives.
+    """
+    from peftcore import data as examples
+    from peftcore.cli import models
+
+    task = models.adapter_task(adapter, labels)
+    rows = examples.read_rows(data, task.task)
+    base = models.base_of(adapter, model)
+    tokenizer = models.load_tokenizer(base)
+    from peftcore.cli import tasks
+
+    encoded = tasks.encode(rows, task.task, tokenizer, max_length or task.max_length, task.labels)
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels)
+    before = tasks.measure(loaded, encoded.examples, tokenizer, batch_size)
+    models.load_adapter(loaded, adapter)
+    after = tasks.measure(loaded, encoded.examples, tokenizer, batch_size)
+    figures = after.as_dict()
+    table(
+        ((name, f"{value:.4f}", f"{figures[name]:.4f}") for name, value in before.as_dict().items()),
+        (f"{len(rows):,} examples", "base", "with the adapter"),
+    )

@@ -1,0 +1,56 @@
+"""`peftcore generate`: what a model with an adapter answers to a prompt; a classifier answers with a label."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftcore.cli import options
+from peftcore.cli.console import say
+from peftcore.errors import PeftcoreError
+
+
+def generate(
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer to.")],
+    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="Adapter folder; without, the base.")] = None,
+    model: options.BaseModel = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show what the base answers.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    labels: options.Labels = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Answer a prompt with an adapter's model, and with --compare also with its base."""
+    from peftcore import data
+    from peftcore.cli import models
+
+    if adapter is None and model is None:
+        raise PeftcoreError("name an adapter (--adapter FOLDER), a model (--model MODEL), or both")
+    if adapter is None:
+        task, base = models.AdapterTask(data.LANGUAGE_MODEL, 512), models.resolve(str(model))
+    else:
+        task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels)
+    tokenizer = models.load_tokenizer(base)
+    from peftcore.cli import tasks
+
+    def answer() -> str:
+        if task.task == data.CLASSIFICATION:
+            return tasks.classify(loaded, tokenizer, prompt, task.labels, task.max_length)
+        return tasks.answer(
+            loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
+
+    if adapter is None:
+        say(answer())
+        return
+    if compare:
+        say("base:", "bold")
+        say(answer().strip() + "\n")
+        say("with the adapter:", "bold")
+    models.load_adapter(loaded, adapter)
+    say(answer().strip() if compare else answer())

@@ -1,0 +1,47 @@
+"""`peftcore info`: what lies in an adapter folder, ours or PEFT's; its base is not needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftcore.cli.console import table
+
+
+def info(adapter: Annotated[Path, typer.Argument(help="Adapter folder.")]) -> None:
+    """Show an adapter's method, config, base and size."""
+    from peftcore import checkpoint
+    from peftcore.errors import PluginError
+    from peftcore.registry import registry
+    from peftcore.summary import megabytes
+
+    tensors, metadata = checkpoint.read_tensors(adapter)
+    fields = checkpoint.read_config(adapter, metadata)
+    try:
+        method = registry.method_of_peft_type(fields["peft_type"]).name
+    except PluginError as error:
+        method = str(error)
+    written_by = fields.get("peft_version") and f"PEFT {fields['peft_version']}"
+    if "peftcore_version" in metadata:
+        written_by = f"peftcore {metadata['peftcore_version']}"
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    rows = [
+        ("peft_type", fields["peft_type"]),
+        ("method", method),
+        ("task", fields.get("task_type") or "-"),
+        ("base", fields.get("base_model_name_or_path") or "-"),
+        ("base is checked on load", "yes" if "peftcore_base" in metadata else "no: the file has no fingerprint"),
+        ("written by", written_by or "-"),
+        ("tensors", f"{len(tensors):,}, {', '.join(dtypes)}"),
+        ("parameters", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
+        ("size", megabytes(sum(tensor.nbytes for tensor in tensors.values()))),
+    ]
+    told = {"peft_type", "task_type", "base_model_name_or_path", "peft_version", "inference_mode"}
+    rows += [
+        (f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else value)
+        for name, value in sorted(fields.items())
+        if name not in told and value not in (None, False, "", [], {})
+    ]
+    table(rows)

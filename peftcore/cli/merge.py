@@ -1,0 +1,46 @@
+"""`peftcore merge`: a plain transformers folder with an adapter worked into the weights."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftcore.cli import options
+from peftcore.cli.console import say, warn
+from peftcore.errors import PeftcoreError
+
+
+def merge(
+    adapter: options.Adapter,
+    output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the merged model.")],
+    model: options.BaseModel = None,
+    labels: options.Labels = None,
+    untie: Annotated[bool, typer.Option("--untie", help="Give an adapted tied embedding its own weight.")] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Write the merged model and its tokenizer: a folder that transformers loads without peftcore."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise PeftcoreError(f"'{output}' exists already. Give a new folder: --output FOLDER")
+    import peftcore
+    from peftcore.cli import models
+
+    task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
+    tokenizer = models.load_tokenizer(base)
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels)
+    models.load_adapter(loaded, adapter)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peftcore.merge(loaded, keep_adapters=False, untie=untie)
+    for warning in caught:
+        warn(str(warning.message))
+    try:
+        loaded.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+    except OSError as error:
+        raise PeftcoreError(f"the merged model could not be saved to '{output}': {error.strerror or error}") from error
+    size = sum(file.stat().st_size for file in output.iterdir())
+    say(f"{output} ({size / 1e6:.1f} MB): {type(loaded).__name__} with the adapter merged in")

@@ -1,0 +1,219 @@
+"""Base models and tokenizers (a hub id, a folder, a .gguf file) and adapter folders, as the commands name them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcore import data
+from peftcore.cli.console import require
+from peftcore.errors import CheckpointError, PeftcoreError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TASK_FILE = "peftcore_task.json"
+DTYPES = ("auto", "fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class AdapterTask:
+    """What an adapter was trained for; lies beside it as `peftcore_task.json`, which PEFT passes over."""
+
+    task: str
+    max_length: int
+    labels: tuple[str, ...] = ()
+
+    def write(self, folder: Path) -> None:
+        """Write it into the adapter's folder."""
+        (folder / TASK_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
+    """What the adapter in `folder` is for; where no file of ours says so (PEFT wrote it), read off the adapter.
+
+    Args:
+        labels: a classifier's labels in the order of its outputs, separated by commas.
+
+    Raises:
+        PeftcoreError: the folder holds no adapter, or one for a task that no command runs.
+    """
+    from peftcore import checkpoint
+
+    given = tuple(part.strip() for part in labels.split(",")) if labels else ()
+    fields = checkpoint.read_config(folder)
+    try:
+        told = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
+        found = AdapterTask(told["task"], int(told["max_length"]), tuple(told["labels"]))
+    except FileNotFoundError:
+        found = _read_off(folder, fields)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: {error}. It may be deleted") from error
+    if given and len(given) != len(found.labels):
+        raise PeftcoreError(f"--labels names {len(given)} labels, the adapter has {len(found.labels)}")
+    return AdapterTask(found.task, found.max_length, given or found.labels)
+
+
+def base_of(folder: Path, model: str | None) -> str:
+    """The base of an adapter: `model` if given, else what the adapter names."""
+    from peftcore import checkpoint
+
+    named = model or checkpoint.read_config(folder).get("base_model_name_or_path")
+    if not named:
+        raise PeftcoreError(f"'{folder}' does not say what base it was trained on. Name it: --model MODEL")
+    return str(named)
+
+
+def resolve(model: str) -> str:
+    """A path as an absolute one, so that an adapter finds its base from anywhere; a hub id as it is.
+
+    Raises:
+        PeftcoreError: it is a path, and nothing lies there.
+    """
+    path = Path(model).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    if model.startswith((".", "/", "~")) or path.suffix == ".gguf" or model.count("/") > 1:
+        raise PeftcoreError(f"there is no model at '{model}'. A hub id has the form NAME or OWNER/NAME")
+    return model
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a base; padding, where it has none, is its end-of-text token."""
+    quiet()
+    from transformers import AutoTokenizer
+
+    tokenizer = _load(AutoTokenizer.from_pretrained, model, "tokenizer")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def load_model(
+    model: str, task: str, *, dtype: str = "auto", device: str = "auto", labels: tuple[str, ...] = ()
+) -> PreTrainedModel:
+    """A base for `task`, in evaluation mode on its device."""
+    quiet()
+    loaded = _load(
+        _auto_class(task).from_pretrained, model, "model", dtype=torch_dtype(dtype, device), **_names(labels)
+    )
+    loaded.config._name_or_path = model  # for a .gguf file transformers would note its folder alone
+    if model.endswith(".gguf") and getattr(loaded, "hf_quantizer", None) is not None:
+        loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
+    _set_padding(loaded, model)
+    return loaded.to(torch_device(device)).eval()
+
+
+def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrainedModel:
+    """A base without its weights, on the meta device: shapes only."""
+    quiet()
+    import torch
+    from transformers import AutoConfig
+
+    config = _load(AutoConfig.from_pretrained, model, "configuration", **_names(labels))
+    with torch.device("meta"):
+        return _auto_class(task).from_config(config)
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Load the adapter in `folder`, frozen."""
+    import peftcore
+
+    return peftcore.load(model, folder, trainable=False).eval()
+
+
+def torch_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise PeftcoreError(f"'{device}' is no device. Try: auto, cpu, cuda, cuda:1") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise PeftcoreError(f"device '{device}': this PyTorch ({torch.__version__}) sees no CUDA device")
+    return found
+
+
+def torch_dtype(dtype: str, device: str) -> torch.dtype:
+    """`auto` is bf16 on a CUDA device that has it, else fp32."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise PeftcoreError(f"--dtype is one of {', '.join(DTYPES)}, found '{dtype}'")
+    on_cuda = torch_device(device).type == "cuda"
+    if dtype == "bf16" or (dtype == "auto" and on_cuda and torch.cuda.is_bf16_supported()):
+        return torch.bfloat16
+    return torch.float32
+
+
+def quiet() -> None:
+    """Import transformers; its progress bars and notices give way to the commands' own.
+
+    Raises:
+        PeftcoreError: it is not installed.
+    """
+    require("transformers")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
+    where = model
+    hidden: Any = contextlib.nullcontext()
+    if model.endswith(".gguf"):
+        require("gguf", extra="gguf")
+        where, options["gguf_file"] = str(Path(model).parent), Path(model).name
+        hidden = contextlib.redirect_stderr(io.StringIO())  # a bar that no setting of transformers turns off
+    try:
+        with hidden:
+            return loader(where, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {reason}") from error
+
+
+def _auto_class(task: str) -> Any:
+    import transformers
+
+    if task == data.CLASSIFICATION:
+        return transformers.AutoModelForSequenceClassification
+    return transformers.AutoModelForCausalLM
+
+
+def _names(labels: tuple[str, ...]) -> dict[str, Any]:
+    if not labels:
+        return {}
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+
+def _set_padding(loaded: PreTrainedModel, model: str) -> None:
+    """Classifiers on decoders find the last token by it."""
+    if getattr(loaded.config, "pad_token_id", None) is None:
+        loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
+
+
+def _read_off(folder: Path, fields: dict[str, Any]) -> AdapterTask:
+    from peftcore import checkpoint
+
+    if fields.get("task_type") in (None, "CAUSAL_LM"):
+        return AdapterTask(data.LANGUAGE_MODEL, 512)
+    if fields["task_type"] != "SEQ_CLS":
+        raise PeftcoreError(f"'{folder}' is for the task {fields['task_type']}, which no command runs. Use the library")
+    tensors, _ = checkpoint.read_tensors(folder)
+    saved = fields.get("modules_to_save") or ["classifier", "score"]
+    heads = [tensor for name, tensor in tensors.items() if any(f".{module}." in name for module in saved)]
+    if not heads:
+        raise CheckpointError(f"'{folder}' holds no classification head among its tensors")
+    return AdapterTask(data.CLASSIFICATION, 512, tuple(str(i) for i in range(heads[-1].shape[0])))

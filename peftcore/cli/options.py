@@ -1,0 +1,50 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftcore.errors import PluginError
+
+Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or a .gguf file.")]
+BaseModel = Annotated[
+    str | None, typer.Option("--model", "-m", help="The adapter's base, if it is not where the adapter says.")
+]
+Adapter = Annotated[Path, typer.Option("--adapter", "-a", help="Adapter folder, ours or written by PEFT.")]
+MethodName = Annotated[
+    str | None, typer.Option("--method", help="Fine-tuning method; may be left out where only one is installed.")
+]
+Fields = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="A field of the method's config, such as r=16. Repeatable."),
+]
+Dtype = Annotated[str, typer.Option(help="Of the base: fp32, bf16, or auto (bf16 on a GPU that has it, else fp32).")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
+Task = Annotated[
+    str | None, typer.Option(help="causal-lm or classification; read off the file's first line if left out.")
+]
+Labels = Annotated[
+    str | None, typer.Option(help="A classifier's labels in the order of its outputs, for adapters that PEFT wrote.")
+]
+
+
+def chosen_method(name: str | None, settings: list[str] | None) -> tuple[str, dict[str, Any]]:
+    """The method meant, and the fields that `--set` gives to it.
+
+    Raises:
+        PeftcoreError: it is not installed, none is named and several are, or a field is wrong.
+    """
+    from peftcore.cli.fields import parse
+    from peftcore.registry import registry
+
+    if name is None:
+        installed = registry.methods()
+        if len(installed) != 1:
+            found = ", ".join(installed) or "none; look at: peftcore plugins"
+            raise PluginError(f"say which method: --method NAME (installed: {found})")
+        name = next(iter(installed))
+    method = registry.method(name)
+    return name, parse(method.config_class, settings or [])

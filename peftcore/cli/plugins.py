@@ -1,0 +1,33 @@
+"""`peftcore plugins`: what is installed, what it offers, and what is broken and why."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+from peftcore.cli.console import say, table
+
+
+def plugins() -> None:
+    """List the installed plugins; broken ones with the reason."""
+    from peftcore.registry import STRICT, registry
+
+    # The list shows what is broken; it must not break of it.
+    strict = os.environ.pop(STRICT, None)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = registry.plugins()
+    finally:
+        if strict is not None:
+            os.environ[STRICT] = strict
+    if not found:
+        say("no plugin is installed. A method is a package: pip install peftcore-METHOD")
+        return
+    table(
+        (
+            (p.name, p.distribution, p.version, ", ".join(p.hooks) or "-", f"broken: {p.error}" if p.error else "works")
+            for p in found
+        ),
+        ("plugin", "distribution", "version", "hooks", "state"),
+    )

@@ -1,0 +1,141 @@
+"""What a training run shows while it goes: a bar with loss, tokens a second and memory, and a line per evaluation.
+
+Also the orderly stop: the first Ctrl-C (or SIGTERM) ends the run after the step at hand with a
+checkpoint, the second one at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from peftcore.cli.console import out, say, warn
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Meter(TrainerCallback):
+    """Counts training time and tokens, and shows them. Steps count from where this process began."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.tokens = 0
+        self._tokens_before = 0
+        self._began = 0.0
+        self._loss = float("nan")
+        self._progress: Progress | None = None
+        self._bar: Any = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._tokens_before = state.num_input_tokens_seen
+        if out.is_terminal:
+            self._progress = Progress(
+                TextColumn("training"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[facts]}"),
+                TimeRemainingColumn(),
+                console=out,
+            )
+            self._bar = self._progress.add_task(
+                "training", total=state.max_steps, completed=state.global_step, facts=""
+            )
+            self._progress.start()
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.seconds += time.perf_counter() - self._began
+        self.tokens = state.num_input_tokens_seen - self._tokens_before
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=state.global_step, facts=self._facts())
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self._loss = logs["loss"]
+            every = max(1, state.max_steps // 20)  # lines, where no bar can move
+            if self._progress is None and state.global_step % every == 0:
+                say(f"step {state.global_step}/{state.max_steps}  {self._facts()}")
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _facts(self) -> str:
+        return f"loss {self._loss:.4f}  {self.tokens_per_second:,.0f} tokens/s  {gigabytes(current_memory())}"
+
+
+class OrderlyStop(TrainerCallback):
+    """Within the block, the first SIGINT or SIGTERM asks for a checkpoint and a stop at the next step's end."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> OrderlyStop:
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+            self._before = {number: signal.signal(number, self._request) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        warn("stopping after this step, with a checkpoint; once more to stop at once")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+def current_memory() -> int:
+    """Bytes that this process has resident, or on CUDA has allocated there."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated()
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def peak_memory() -> dict[str, int]:
+    """The most bytes that this process has had, resident and where there is CUDA also allocated there."""
+    if sys.platform == "win32":
+        import psutil
+
+        found = {"memory": psutil.Process().memory_info().peak_wset}
+    else:
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        found = {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if torch.cuda.is_available():
+        found["CUDA memory"] = torch.cuda.max_memory_allocated()
+    return found
+
+
+def gigabytes(count: int) -> str:
+    """`1.23 GB` (decimal)."""
+    return f"{count / 1e9:.2f} GB"

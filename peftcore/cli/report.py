@@ -1,0 +1,106 @@
+"""`report.html`: one file with the loss curve as an embedded picture and a table of the run."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 56rem; margin: 2.5rem auto; padding: 0 1rem }}
+h1 {{ font-size: 1.5rem; margin-bottom: 0 }} h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem }}
+p.note {{ color: #5a6475; margin-top: .2rem }} img {{ width: 100%; height: auto }}
+table {{ border-collapse: collapse; width: 100% }}
+td, th {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e3e7ee; vertical-align: top }}
+td:first-child {{ color: #5a6475; white-space: nowrap; width: 14rem }}
+td {{ overflow-wrap: anywhere }}
+pre {{ background: #f4f6f9; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere }}
+</style></head><body>
+<h1>{title}</h1><p class="note">{note}</p>
+{body}
+</body></html>
+"""
+
+
+def write(
+    path: Path,
+    *,
+    title: str,
+    note: str,
+    history: Sequence[dict[str, Any]],
+    before: dict[str, float],
+    sections: Sequence[tuple[str, Sequence[tuple[Any, ...]]]],
+    commands: Sequence[str],
+) -> None:
+    """Write the report.
+
+    Args:
+        history: Trainer's log: dicts with `step` and `loss`, `eval_loss`, `eval_accuracy`.
+        before: the base's metrics, drawn at step 0.
+        sections: (heading, rows of a table) in the order of the page.
+        commands: how to use the adapter.
+    """
+    picture = base64.b64encode(curve(history, before)).decode()
+    body = [f'<img alt="Loss over the steps of training" src="data:image/png;base64,{picture}">']
+    for heading, rows in sections:
+        body.append(f"<h2>{html.escape(heading)}</h2>")
+        body.append(_table(rows))
+    body.append("<h2>Use it</h2><pre>" + html.escape("\n".join(commands)) + "</pre>")
+    page = _PAGE.format(title=html.escape(title), note=html.escape(note), body="\n".join(body))
+    path.write_text(page, encoding="utf-8")
+
+
+def curve(history: Sequence[dict[str, Any]], before: dict[str, float]) -> bytes:
+    """The loss curve as a PNG: training loss with its running mean, held-out loss, and accuracy where there is one."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    steps, losses = _series(history, "loss")
+    if steps:
+        axes.plot(steps, losses, color="#9db4d8", linewidth=1, label="training")
+        axes.plot(steps, running_mean(losses), color="#2457a6", linewidth=2, label="training, running mean")
+    eval_steps, eval_losses = _series(history, "eval_loss")
+    axes.plot(
+        [0, *eval_steps], [before["loss"], *eval_losses], "o-", color="#c2521a", linewidth=1.5, label="held out", ms=5
+    )
+    axes.set(xlabel="step", ylabel="loss")
+    axes.set_xlim(left=0)
+    axes.grid(color="#e3e7ee")
+    lines = axes.get_lines()
+    if "accuracy" in before:
+        right = axes.twinx()
+        accuracy_steps, accuracies = _series(history, "eval_accuracy")
+        values = [100 * value for value in (before["accuracy"], *accuracies)]
+        right.plot([0, *accuracy_steps], values, "s--", color="#2e8b57", linewidth=1.5, ms=5, label="held-out accuracy")
+        right.set_ylabel("accuracy (%)")
+        lines = [*lines, *right.get_lines()]
+    axes.legend(lines, [line.get_label() for line in lines], frameon=False, loc="best")
+    for side in ("top",):
+        axes.spines[side].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def running_mean(values: Sequence[float], share: float = 0.9) -> list[float]:
+    """The exponential mean of what has come so far, without the bias of its start."""
+    total, weight, means = 0.0, 0.0, []
+    for value in values:
+        total, weight = share * total + (1 - share) * value, share * weight + (1 - share)
+        means.append(total / weight)
+    return means
+
+
+def _series(history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = {entry["step"]: entry[key] for entry in history if key in entry}
+    return list(found), list(found.values())
+
+
+def _table(rows: Sequence[tuple[Any, ...]]) -> str:
+    cells = ["".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) for row in rows]
+    return "<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>"

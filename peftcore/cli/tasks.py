@@ -1,0 +1,201 @@
+"""The two tasks: how rows become tensors, and what is measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from peftcore import data
+from peftcore.data import Row
+from peftcore.errors import PeftcoreError
+
+IGNORED = -100  # a label that the loss passes over
+
+Example = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Mean loss over `count` predictions (tokens, or examples); `accuracy` where there are classes."""
+
+    loss: float
+    count: int
+    accuracy: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+    def as_dict(self) -> dict[str, float]:
+        """`loss`, and `perplexity` or `accuracy`."""
+        if self.accuracy is None:
+            return {"loss": self.loss, "perplexity": self.perplexity}
+        return {"loss": self.loss, "accuracy": self.accuracy}
+
+    def __str__(self) -> str:
+        if self.accuracy is None:
+            return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}"
+        return f"loss {self.loss:.4f}, accuracy {100 * self.accuracy:.1f} %"
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples as token ids, and how many rows were longer than allowed."""
+
+    examples: list[Example]
+    cut: int
+
+
+def encode(
+    rows: Sequence[Row], task: str, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str] = ()
+) -> Encoded:
+    """Rows as `input_ids` and `labels`.
+
+    A text longer than `max_length` tokens is divided; of a prompt with its completion the prompt's
+    beginning is dropped; what is to be classified is cut at its end.
+
+    Raises:
+        PeftcoreError: a row gives no token, or its label is unknown.
+    """
+    if max_length < 2:
+        raise PeftcoreError(f"the length must be at least 2 tokens, found {max_length}")
+    if task == data.CLASSIFICATION:
+        return _encode_classes(rows, tokenizer, max_length, labels)
+    examples, cut = [], 0
+    for row in rows:
+        ids = tokenizer(row.text)["input_ids"]
+        end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        if row.completion is None:
+            ids = ids + end
+            cut += len(ids) > max_length
+            pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
+            # One token alone has nothing to predict.
+            found = [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
+        else:
+            answer = tokenizer(row.completion, add_special_tokens=False)["input_ids"] + end
+            cut += len(ids) + len(answer) > max_length
+            answer = answer[: max_length - 1]
+            ids = ids[len(ids) - min(len(ids), max_length - len(answer)) :]
+            ids = ids or (answer[:1] and [_start(tokenizer)])
+            found = [{"input_ids": ids + answer, "labels": [IGNORED] * len(ids) + answer}] if answer else []
+        if not found:
+            raise PeftcoreError(f"{row.where}: nothing to learn here after tokenizing")
+        examples += found
+    return Encoded(examples, cut)
+
+
+def collate(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], dict[str, Tensor]]:
+    """Examples as one padded batch: `input_ids`, `attention_mask` [batch, length]; `labels` likewise, or [batch]."""
+    padding = tokenizer.pad_token_id or 0
+
+    def batch(examples: list[Example]) -> dict[str, Tensor]:
+        length = max(len(example["input_ids"]) for example in examples)
+
+        def padded(key: str, value: int) -> Tensor:
+            return torch.tensor([e[key] + [value] * (length - len(e[key])) for e in examples])
+
+        found = {
+            "input_ids": padded("input_ids", padding),
+            "attention_mask": torch.tensor(
+                [[1] * len(e["input_ids"]) + [0] * (length - len(e["input_ids"])) for e in examples]
+            ),
+        }
+        if isinstance(examples[0]["labels"], list):
+            return found | {"labels": padded("labels", IGNORED)}
+        return found | {"labels": torch.tensor([example["labels"] for example in examples])}
+
+    return batch
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 16
+) -> Metrics:
+    """Loss over every predicted token or example, each counted once, whatever the batches; no randomness is drawn."""
+    batch = collate(tokenizer)
+    device = next(model.parameters()).device
+    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))  # little padding
+    was_training = model.training
+    model.eval()
+    loss, count, right = 0.0, 0, 0
+    try:
+        for start in range(0, len(ordered), batch_size):
+            inputs = {name: t.to(device) for name, t in batch(ordered[start : start + batch_size]).items()}
+            output = model(**inputs)
+            labels = inputs["labels"]
+            predicted = int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
+            loss += float(output.loss) * predicted
+            count += predicted
+            if labels.dim() == 1:
+                right += int((output.logits.argmax(-1) == labels).sum())
+    finally:
+        model.train(was_training)
+    is_classifier = not isinstance(examples[0]["labels"], list)
+    return Metrics(loss / count, count, right / count if is_classifier else None)
+
+
+@torch.no_grad()
+def answer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """What a language model writes after `prompt`: its likeliest tokens, or with a temperature drawn ones."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    if inputs["input_ids"].shape[1] == 0:
+        inputs = {"input_ids": torch.tensor([[_start(tokenizer)]], device=next(model.parameters()).device)}
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokens = model.generate(
+            **inputs,
+            **sampling,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def classify(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, labels: Sequence[str], max_length: int
+) -> str:
+    """The likeliest label of `text`, with its probability."""
+    inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length)
+    inputs = {name: inputs[name].to(next(model.parameters()).device) for name in ("input_ids", "attention_mask")}
+    probabilities = model(**inputs).logits[0].float().softmax(-1)
+    best = int(probabilities.argmax())
+    return f"{labels[best]} ({100 * probabilities[best]:.1f} %)"
+
+
+def _encode_classes(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str]
+) -> Encoded:
+    ids = data.label_ids(list(rows), list(labels))
+    encoded = [tokenizer(row.text)["input_ids"] for row in rows]
+    shortened = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)["input_ids"]
+    for row, tokens in zip(rows, shortened, strict=True):
+        if not tokens:
+            raise PeftcoreError(f"{row.where}: the text gives no token")
+    examples = [{"input_ids": tokens, "labels": label} for tokens, label in zip(shortened, ids, strict=True)]
+    return Encoded(examples, sum(len(tokens) > max_length for tokens in encoded))
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token to begin with where the prompt is empty."""
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+        if token is not None:
+            return token
+    raise PeftcoreError("the prompt is empty, and the tokenizer has no token to begin with")

@@ -1,0 +1,182 @@
+"""`peftcore train`: an adapter from a model and a file of examples."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peftcore.cli import options
+from peftcore.cli.console import out, require, say, table
+from peftcore.errors import PeftcoreError
+
+if TYPE_CHECKING:
+    from peftcore.cli.training import Result, Settings
+
+
+def train(
+    model: options.Model,
+    data: Annotated[str, typer.Option("--data", "-d", help="Examples, .jsonl or .tsv.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run; the adapter lies in it.")],
+    task: options.Task = None,
+    method: options.MethodName = None,
+    fields: options.Fields = None,
+    eval_data: Annotated[str | None, typer.Option(help="Examples to evaluate on.")] = None,
+    holdout: Annotated[float, typer.Option(help="Without --eval-data: share of the examples held out.")] = 0.1,
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 8,
+    grad_accum: Annotated[int, typer.Option(min=1, help="Batches that make one step.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
+    scheduler: Annotated[
+        str, typer.Option(help="Trainer's lr_scheduler_type: linear, cosine, constant, ...")
+    ] = "linear",
+    warmup: Annotated[float, typer.Option(min=0, help="Share of the steps, or from 1 up their number.")] = 0.03,
+    weight_decay: Annotated[float, typer.Option(min=0)] = 0.0,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example at most.")] = 512,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    seed: Annotated[int, typer.Option(help="Of the split, the adapter's start, the order and dropout.")] = 0,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
+    optim: Annotated[str, typer.Option(help="Trainer's optim.")] = "adamw_torch",
+    optim_args: Annotated[str | None, typer.Option(help="Trainer's optim_args, such as betas=(0.9,0.95).")] = None,
+    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations; default 5 in all.")] = None,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; default 5 in all.")] = None,
+    keep: Annotated[int, typer.Option(min=2, help="Checkpoints kept.")] = 2,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on exactly from the newest whole checkpoint.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where a run lies.")] = False,
+    sample: Annotated[str | None, typer.Option(help="A prompt to answer before and after (causal-lm).")] = None,
+    sample_tokens: Annotated[int, typer.Option(min=1, help="Tokens of that answer at most.")] = 48,
+) -> None:
+    """Fine-tune a model on a file of examples.
+
+    Language modelling learns from .jsonl lines {"text": ...} or {"prompt": ..., "completion": ...} (only the
+    completion is learned); classification from {"text": ..., "label": ...}, or .tsv with the columns text and label.
+    """
+    from peftcore import data as examples
+    from peftcore.cli import models
+
+    task = task or examples.guess_task(data)
+    if task not in examples.TASKS:
+        raise PeftcoreError(f"--task is one of {', '.join(examples.TASKS)}, found '{task}'")
+    if sample is not None and task == examples.CLASSIFICATION:
+        raise PeftcoreError("--sample is a prompt for a language model; a classifier writes nothing")
+    if lr <= 0 or epochs <= 0:
+        raise PeftcoreError(f"--lr and --epochs must be above 0, found {lr:g} and {epochs:g}")
+    for file in filter(None, (data, eval_data)):
+        examples.read_rows(file, task)  # wrong lines show before anything is loaded
+    require("transformers", "accelerate", "matplotlib", "psutil")
+    models.quiet()
+    from peftcore.cli import training
+
+    name, chosen = options.chosen_method(method, fields)
+    settings = training.Settings(
+        model=models.resolve(model),
+        data=_absolute(data),
+        task=task,
+        method=name,
+        fields=chosen,
+        eval_data=_absolute(eval_data) if eval_data else None,
+        holdout=holdout,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        grad_accum=grad_accum,
+        lr=lr,
+        scheduler=scheduler,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        max_length=max_length,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        gradient_checkpointing=gradient_checkpointing,
+        optim=optim,
+        optim_args=optim_args,
+        eval_every=eval_every,
+        save_every=save_every,
+        keep=keep,
+    )
+    training.prepare_folder(output, settings, resume=resume, overwrite=overwrite)
+    try:
+        result = training.run(settings, output, resume=resume, sample=sample, sample_tokens=sample_tokens)
+    except training.Stopped as stopped:
+        say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To go on:\n  {_again()}", "bold")
+        raise typer.Exit(130) from None
+    _show(settings, result, output)
+
+
+def _show(settings: Settings, result: Result, output: Path) -> None:
+    """Print the result, and write `report.html`."""
+    from peftcore.cli import report
+
+    facts = _facts(result)
+    commands = _commands(settings, result)
+    rows = [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in _before_after(result)]
+    report.write(
+        output / "report.html",
+        title=f"{settings.method} on {Path(settings.model).name}",
+        note=f"{settings.task}, {result.steps:,} steps; held out: {result.eval_rows:,} examples",
+        history=result.history,
+        before=result.before.as_dict(),
+        sections=[
+            ("Held out", [("", "before", "after"), *rows]),
+            ("The run", facts),
+            *([("A sample", result.samples)] if result.samples else []),
+            ("Settings", [(name, value) for name, value in settings.plain().items() if value is not None]),
+        ],
+        commands=commands,
+    )
+    out.print()
+    table(rows, ("held out", "before", "after"))
+    out.print()
+    table(facts)
+    for writer, text in result.samples:
+        say(f"\n{writer} writes:", "bold")
+        say(text.strip())
+    say(f"\nreport: {output / 'report.html'}\nuse it:", "bold")
+    for command in commands:
+        say(f"  {command}")
+
+
+def _before_after(result: Result) -> list[tuple[str, float, float]]:
+    after = result.after.as_dict()
+    return [(name, value, after[name]) for name, value in result.before.as_dict().items()]
+
+
+def _facts(result: Result) -> list[tuple[str, str]]:
+    from peftcore.cli.progress import gigabytes
+    from peftcore.summary import megabytes, share
+
+    trainable, base = result.summary.trainable_parameters, result.summary.base_parameters
+    return [
+        ("trainable parameters", f"{trainable:,} of {base:,} ({share(trainable, base)})"),
+        ("adapter", f"{result.adapter} ({megabytes(result.adapter_bytes)})"),
+        ("examples", f"{result.train_rows:,} to train, {result.eval_rows:,} held out"),
+        ("steps", f"{result.steps:,}"),
+        ("time", f"{result.seconds:.0f} s, of it {result.training_seconds:.0f} s in training steps"),
+        ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
+        *((f"peak {name}", gigabytes(count)) for name, count in result.peak.items()),
+    ]
+
+
+def _commands(settings: Settings, result: Result) -> list[str]:
+    adapter = shlex.quote(str(result.adapter))
+    evaluation = shlex.quote(settings.eval_data or settings.data)
+    return [
+        f'peftcore generate --adapter {adapter} --prompt "..."',
+        f"peftcore eval --adapter {adapter} --data {evaluation}",
+        f"peftcore merge --adapter {adapter} --output MERGED",
+    ]
+
+
+def _again() -> str:
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+    return shlex.join(["peftcore", *arguments, "--resume"])
+
+
+def _absolute(path: Any) -> str:
+    return str(Path(path).expanduser().resolve())

@@ -1,0 +1,295 @@
+"""One training run: settings in; an adapter folder, checkpoints and facts for the report out.
+
+OUTPUT/run.json       the settings; --resume refuses others
+OUTPUT/checkpoints/   adapter, optimizer, scheduler, RNG and trainer state
+OUTPUT/adapter/       the result, in Hugging Face PEFT's format
+OUTPUT/report.html
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+import warnings
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import PrinterCallback, TrainingArguments, set_seed
+
+import peftcore
+from peftcore import data
+from peftcore.cli import models, progress, tasks
+from peftcore.cli.console import say, warn
+from peftcore.cli.models import AdapterTask
+from peftcore.errors import PeftcoreError
+from peftcore.integrations.transformers import AdapterTrainer, latest_checkpoint
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides the course of a run. `fields` are those of the method's config."""
+
+    model: str
+    data: str
+    task: str
+    method: str
+    fields: dict[str, Any] = field(default_factory=dict)
+    eval_data: str | None = None
+    holdout: float = 0.1
+    epochs: float = 3.0
+    steps: int | None = None
+    batch_size: int = 8
+    grad_accum: int = 1
+    lr: float = 2e-4
+    scheduler: str = "linear"
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    max_length: int = 512
+    dtype: str = "auto"
+    device: str = "auto"
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    optim: str = "adamw_torch"
+    optim_args: str | None = None
+    eval_every: int | None = None
+    save_every: int | None = None
+    keep: int = 2
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run found. `samples`: (what wrote it, text)."""
+
+    before: tasks.Metrics
+    after: tasks.Metrics
+    history: list[dict[str, Any]]
+    summary: peftcore.summary
+    steps: int
+    train_rows: int
+    eval_rows: int
+    seconds: float
+    training_seconds: float
+    tokens_per_second: float
+    peak: dict[str, int]
+    adapter: Path
+    adapter_bytes: int
+    samples: list[tuple[str, str]]
+
+
+class Stopped(Exception):
+    """The run was asked to stop; it can be resumed from its checkpoint."""
+
+    def __init__(self, step: int, steps: int) -> None:
+        super().__init__(f"stopped at step {step} of {steps}")
+
+
+class MeasuringTrainer(AdapterTrainer):
+    """Evaluates with `tasks.measure`, so that every figure of a run is the same mean over tokens or examples."""
+
+    def __init__(self, *args: Any, tokenizer: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.tokenizer = tokenizer
+        self.last: tuple[int, tasks.Metrics] | None = None  # (step, metrics)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        found = tasks.measure(self._bare_model(), self.eval_dataset, self.tokenizer)
+        self.last = (self.state.global_step, found)
+        say(f"step {self.state.global_step}/{self.state.max_steps}  held out: {found}", "bold")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.as_dict().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
+    """Make the run's folder and note the settings there.
+
+    Raises:
+        PeftcoreError: it holds something already, or a run with other settings is to be resumed.
+    """
+    note = output / RUN_FILE
+    if resume and note.exists():
+        try:
+            before = json.loads(note.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise PeftcoreError(f"'{note}' cannot be read: {error}. Start anew: --overwrite") from error
+        now = settings.plain()
+        for name in before.keys() | now.keys():
+            if before.get(name) != now.get(name):
+                raise PeftcoreError(
+                    f"the run in '{output}' had {name}={before.get(name)!r}, now it is {now.get(name)!r}. "
+                    "To continue exactly, resume with the same settings; to start anew: --overwrite"
+                )
+        return
+    if output.exists() and not output.is_dir():
+        raise PeftcoreError(f"'{output}' is a file. Give a folder: --output FOLDER")
+    if output.is_dir() and any(output.iterdir()):
+        if not (overwrite and note.exists()):
+            what = "a run" if note.exists() else "something else"
+            hint = "--resume continues it, --overwrite starts anew" if note.exists() else "Give another folder"
+            raise PeftcoreError(f"'{output}' holds {what} already. {hint}")
+        for name in ("checkpoints", "adapter"):
+            shutil.rmtree(output / name, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(settings.plain(), indent=2) + "\n", encoding="utf-8")
+
+
+def run(settings: Settings, output: Path, *, resume: bool, sample: str | None, sample_tokens: int) -> Result:
+    """Train, evaluate before and after, and save the adapter.
+
+    Raises:
+        PeftcoreError: the data, the model or a setting is wrong.
+        Stopped: Ctrl-C; a checkpoint is there.
+    """
+    began = time.perf_counter()
+    train_rows, eval_rows = _rows(settings)
+    labels = tuple(data.labels_of(train_rows)) if settings.task == data.CLASSIFICATION else ()
+    tokenizer = models.load_tokenizer(settings.model)
+    train = _encoded("training", train_rows, settings, tokenizer, labels)
+    held_out = _encoded("held-out", eval_rows, settings, tokenizer, labels)
+
+    set_seed(settings.seed)  # also draws a classifier's new head
+    say(f"loading {settings.model}")
+    model = models.load_model(
+        settings.model, settings.task, dtype=settings.dtype, device=settings.device, labels=labels
+    )
+    peftcore.apply(model, settings.method, **settings.fields)
+    summary = peftcore.summary(model)
+    say(str(summary))
+
+    def written() -> str:
+        return tasks.answer(model.eval(), tokenizer, sample or "", max_new_tokens=sample_tokens)
+
+    with peftcore.disabled(model):
+        before = tasks.measure(model, held_out, tokenizer)
+        samples = [("base", written())] if sample is not None else []
+    say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
+
+    meter, stop = progress.Meter(), progress.OrderlyStop()
+    trainer = MeasuringTrainer(
+        model=model,
+        args=_arguments(settings, output, len(train)),
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=tasks.collate(tokenizer),
+        callbacks=[meter, stop],
+        tokenizer=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    from_checkpoint = _checkpoint(output) if resume else None
+    try:
+        with stop:
+            trainer.train(resume_from_checkpoint=from_checkpoint)
+    finally:
+        meter.close()
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(trainer.state.global_step, trainer.state.max_steps)
+
+    step, after = trainer.last or (-1, before)
+    if step != trainer.state.global_step:
+        trainer.evaluate()
+        after = trainer.last[1]
+    if sample is not None:
+        samples.append(("with the adapter", written()))
+    adapter = peftcore.save(model, output / "adapter")
+    AdapterTask(settings.task, settings.max_length, labels).write(adapter)
+    return Result(
+        before=before,
+        after=after,
+        history=trainer.state.log_history,
+        summary=summary,
+        steps=trainer.state.global_step,
+        train_rows=len(train_rows),
+        eval_rows=len(eval_rows),
+        seconds=time.perf_counter() - began,
+        training_seconds=meter.seconds,
+        tokens_per_second=meter.tokens_per_second,
+        peak=progress.peak_memory(),
+        adapter=adapter,
+        adapter_bytes=sum(file.stat().st_size for file in adapter.iterdir()),
+        samples=samples,
+    )
+
+
+def _rows(settings: Settings) -> tuple[list[data.Row], list[data.Row]]:
+    rows = data.read_rows(settings.data, settings.task)
+    if settings.eval_data is not None:
+        return rows, data.read_rows(settings.eval_data, settings.task)
+    return data.hold_out(rows, settings.holdout, settings.seed)
+
+
+def _encoded(what: str, rows: list[data.Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]) -> list:
+    encoded = tasks.encode(rows, settings.task, tokenizer, settings.max_length, labels)
+    if encoded.cut:
+        warn(
+            f"{encoded.cut:,} of {len(rows):,} {what} examples are longer than {settings.max_length} tokens "
+            "(--max-length) and were cut or divided"
+        )
+    return encoded.examples
+
+
+def _arguments(settings: Settings, output: Path, examples: int) -> TrainingArguments:
+    per_epoch = math.ceil(math.ceil(examples / settings.batch_size) / settings.grad_accum)
+    steps = settings.steps or math.ceil(per_epoch * settings.epochs)
+    often = max(1, math.ceil(steps / 5))
+    try:
+        return TrainingArguments(
+            output_dir=str(output / "checkpoints"),
+            num_train_epochs=settings.epochs,
+            max_steps=settings.steps or -1,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.grad_accum,
+            learning_rate=settings.lr,
+            lr_scheduler_type=settings.scheduler,
+            warmup_steps=settings.warmup if settings.warmup >= 1 else math.ceil(steps * settings.warmup),
+            weight_decay=settings.weight_decay,
+            optim=settings.optim,
+            optim_args=settings.optim_args,
+            seed=settings.seed,
+            **_checkpointing(settings.gradient_checkpointing),
+            eval_strategy="steps",
+            eval_steps=settings.eval_every or often,
+            save_strategy="steps",
+            save_steps=settings.save_every or often,
+            save_total_limit=max(2, settings.keep),  # the last complete one stays while the next is written
+            logging_steps=max(1, steps // 100),
+            include_num_input_tokens_seen="non_padding",
+            use_cpu=models.torch_device(settings.device).type == "cpu",
+            dataloader_pin_memory=models.torch_device(settings.device).type == "cuda",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        )
+    except (ValueError, ImportError) as error:
+        raise PeftcoreError(f"transformers' Trainer refuses these settings: {error}") from error
+
+
+def _checkpointing(wanted: bool) -> dict[str, Any]:
+    """Trainer's settings for gradient checkpointing, by the name that this release gives it."""
+    if not wanted:
+        return {}
+    names = {known.name for known in fields(TrainingArguments)}
+    name = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+
+
+def _checkpoint(output: Path) -> str | None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = latest_checkpoint(output / "checkpoints")
+    for warning in caught:
+        warn(str(warning.message))
+    if found is None:
+        warn(f"'{output}' holds no complete checkpoint; starting from the beginning")
+    else:
+        say(f"resuming from {found}")
+    return found

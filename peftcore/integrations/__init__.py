@@ -1,0 +1,1 @@
+"""What lets other libraries train and save models that carry adapters."""
