@@ -126,7 +126,8 @@ class LoraLinear(Lora):
         s = F.linear(F.dropout(x, self.p, self.training), self.lora_A.to(x.dtype))  # [..., r]
         b = self.lora_B.to(s.dtype)
         # One pass over y adds and scales.
-        return torch.addmm(y.flatten(0, -2), s.flatten(0, -2), b.T, alpha=self.scale).view(y.shape)
+        rows = torch.addmm(y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), b.T, alpha=self.scale)
+        return rows.view(y.shape)
 
 
 class LoraConv(Lora):
@@ -221,11 +222,17 @@ def tensor_name(placement: Any, name: str) -> str:
     return peftcore.tensor_name(placement, name)
 
 
+def read_tensors(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """With bias="all" PEFT writes the biases of modules_to_save, and those they replace, a second time."""
+    return {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
+
+
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
     rules = peftcore.StateRules(
         peft_type="LORA",
         tensor_name=tensor_name,
+        read_tensors=read_tensors,
         ignored_fields=frozenset({"megatron_core", "qalora_group_size"}),  # settings of features that are off
     )
     return [peftcore.Method("lora", LoraConfig, place, rules)]

@@ -1,10 +1,23 @@
 """LoRA passes the conformance suite, on each kind of model."""
 
 import pytest
+import tiny
 from peftcore_lora import LoraConfig
 
 from peftcore.testing import check_method
 
 
-def test_llama() -> None:
-    check_method(LoraConfig(r=4, lora_alpha=8))
+@pytest.mark.parametrize("kind", list(tiny.MODELS))
+def test_conformance(kind: str) -> None:
+    report = check_method(LoraConfig(r=4, lora_alpha=8), make_model=tiny.MODELS[kind])
+    assert [r.name for r in report.results if r.reason] == (
+        []
+        if kind in ("llama", "gpt2")
+        else ["generate, with and without cache, equals one full forward", "left-padded batches"]
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_conformance_with_inductor() -> None:
+    check_method(LoraConfig(r=4, lora_alpha=8), compile_backend="inductor")

@@ -1,0 +1,151 @@
+"""The layers, the config and the arithmetic of LoRA."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peftcore_lora import LoraConfig
+from torch import nn
+
+import peftcore
+from peftcore.engine import adapter_parameters
+from peftcore.testing import disturb
+
+LAYERS: dict[str, tuple[Any, Any]] = {
+    "linear": (lambda: nn.Linear(6, 4), lambda: torch.randn(3, 5, 6)),
+    "linear without bias": (lambda: nn.Linear(6, 4, bias=False), lambda: torch.randn(6)),
+    "embedding": (lambda: nn.Embedding(11, 4), lambda: torch.randint(0, 11, (3, 5))),
+    "padded embedding": (lambda: nn.Embedding(11, 4, padding_idx=2), lambda: torch.randint(0, 11, (3, 5))),
+    "conv1d": (lambda: nn.Conv1d(3, 4, 3, stride=2, padding=1), lambda: torch.randn(2, 3, 9)),
+    "conv2d": (lambda: nn.Conv2d(3, 4, (3, 5), padding="same"), lambda: torch.randn(2, 3, 9, 8)),
+    "dilated conv2d": (lambda: nn.Conv2d(3, 4, 3, dilation=2, stride=2), lambda: torch.randn(2, 3, 9, 8)),
+    "reflecting conv2d": (
+        lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+        lambda: torch.randn(2, 3, 9, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(LAYERS))
+def test_layers_merge_to_what_they_compute(kind: str) -> None:
+    make, make_input = LAYERS[kind]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make()), make_input()
+    base = model(x)
+    peftcore.apply(model, "lora", r=2, lora_alpha=6, target_modules=["0"])
+    assert torch.equal(model(x), base)
+    disturb(model, "default", seed=1, std=1.0)
+    acting = model(x)
+    assert (acting - base).abs().max() > 0.1
+    peftcore.merge(model)
+    torch.testing.assert_close(model(x), acting, rtol=1e-4, atol=1e-5)
+    peftcore.unmerge(model)
+    assert torch.equal(model(x), acting)
+
+
+@given(
+    out=st.integers(1, 9),
+    inside=st.integers(1, 9),
+    r=st.integers(1, 4),
+    rows=st.integers(0, 5),
+    alpha=st.floats(0.5, 64),
+)
+@settings(max_examples=40, deadline=None)
+def test_linear_equals_the_formula_in_float64(out: int, inside: int, r: int, rows: int, alpha: float) -> None:
+    model = nn.Sequential(nn.Linear(inside, out)).double()
+    peftcore.apply(model, "lora", r=r, lora_alpha=alpha, target_modules=["0"])
+    disturb(model, "default", seed=1)
+    a, b = (p for _, p in adapter_parameters(model, "default"))
+    x = torch.randn(rows, inside, dtype=torch.float64)
+    wanted = x @ (model[0].weight + alpha / r * b @ a).T + model[0].bias
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_parameters_and_scale() -> None:
+    model = nn.Sequential(nn.Linear(6, 4))
+    peftcore.apply(model, "lora", r=3, lora_alpha=12, target_modules=["0"])
+    adapter = model[0].peftcore["default"]
+    assert (tuple(adapter.lora_A.shape), tuple(adapter.lora_B.shape), adapter.scale) == ((3, 6), (4, 3), 4.0)
+    peftcore.remove(model)
+    peftcore.apply(model, "lora", r=4, lora_alpha=12, use_rslora=True, target_modules=["0"])
+    assert model[0].peftcore["default"].scale == pytest.approx(12 / math.sqrt(4))
+    assert "r=4, scale=6" in repr(model)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = nn.Sequential(nn.Linear(64, 4)).train()
+    peftcore.apply(model, "lora", r=2, lora_dropout=0.5, target_modules=["0"])
+    disturb(model, "default", seed=1)
+    x = torch.randn(3, 64)
+    assert not torch.equal(model(x), model(x))
+    assert torch.equal(model.eval()(x), model(x))
+
+
+def test_initial_values() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(400, 300))
+    found = {}
+    for init in (True, "gaussian", False):
+        peftcore.apply(model, "lora", r=8, init_lora_weights=init, target_modules=["0"])
+        found[init] = [p.detach() for _, p in adapter_parameters(model, "default")]
+        peftcore.remove(model)
+    assert found[True][0].abs().max() <= 1 / math.sqrt(400) and not found[True][1].any()
+    assert found["gaussian"][0].std().item() == pytest.approx(1 / 8, rel=0.05) and not found["gaussian"][1].any()
+    assert found[False][1].any()
+
+
+def test_a_classifier_head_is_trained_by_default() -> None:
+    model = peftcore.apply(tiny.bert_classifier(), "lora", target_modules=["query"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad and "peftcore" not in name}
+    assert trained == {"classifier.weight", "classifier.bias"}
+    model = peftcore.apply(tiny.bert_classifier(), "lora", target_modules=["query"], modules_to_save=[])
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "peftcore" not in name)
+
+
+@pytest.mark.parametrize(("bias", "count"), [("none", 0), ("lora_only", 2), ("all", 19)])
+def test_biases(bias: str, count: int) -> None:
+    model = peftcore.apply(tiny.bert_classifier(), "lora", target_modules=["query"], bias=bias, modules_to_save=[])
+    assert sum(p.requires_grad for name, p in model.named_parameters() if name.endswith("bias")) == count
+
+
+def test_the_saved_config_is_explicit() -> None:
+    config = peftcore.plan(tiny.gpt2(), "lora").config
+    assert config.target_modules == ["c_attn", "c_fc", "c_proj"]
+    assert config.fan_in_fan_out is True
+    assert peftcore.plan(tiny.bert_classifier(), "lora").config.modules_to_save == ["classifier"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 0}, r"r must be a positive whole number, found 0"),
+        ({"r": -3}, r"found -3"),
+        ({"r": 2.5}, r"found 2.5"),
+        ({"rank_pattern": {"q_proj": 0}}, r"r must be a positive whole number, found 0"),
+        ({"lora_dropout": 1.0}, r"lora_dropout must be in \[0, 1\), found 1.0"),
+        ({"init_lora_weights": "olora"}, r"found 'olora'"),
+        ({"bias": "some"}, r"bias must be 'none', 'all' or 'lora_only', found 'some'"),
+        ({"rank": 4}, r"LoraConfig has no field 'rank' \(nearest: 'rank_pattern'"),
+        ({"target_modules": ["input_layernorm"]}, r"'input_layernorm' matches LlamaRMSNorm"),
+    ],
+)
+def test_bad_fields(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.apply(tiny.llama(), "lora", **fields)
+
+
+def test_grouped_convolutions_are_refused() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match="convolution in 2 groups"):
+        peftcore.apply(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "lora", target_modules=["0"])
+
+
+def test_found_through_its_entry_point() -> None:
+    method = peftcore.methods()["lora"]
+    assert method.config_class is LoraConfig
+    assert method.state.peft_type == "LORA"
