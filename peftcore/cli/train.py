@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -110,11 +111,12 @@ def train(
 
 
 def _show(settings: Settings, result: Result, output: Path) -> None:
-    """Print the result, and write `report.html`."""
+    """Print the result, and write `report.html` and, for programs, `result.json`."""
     from peftcore.cli import report
 
     facts = _facts(result)
     commands = _commands(settings, result)
+    (output / "result.json").write_text(json.dumps(result.plain(), indent=2) + "\n", encoding="utf-8")
     rows = [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in _before_after(result)]
     report.write(
         output / "report.html",

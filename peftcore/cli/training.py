@@ -26,6 +26,7 @@ from peftcore.cli.console import say, warn
 from peftcore.cli.models import AdapterTask
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import AdapterTrainer, latest_checkpoint
+from peftcore.summary import Summary
 
 RUN_FILE = "run.json"
 
@@ -72,7 +73,7 @@ class Result:
     before: tasks.Metrics
     after: tasks.Metrics
     history: list[dict[str, Any]]
-    summary: peftcore.summary
+    summary: Summary
     steps: int
     train_rows: int
     eval_rows: int
@@ -83,6 +84,24 @@ class Result:
     adapter: Path
     adapter_bytes: int
     samples: list[tuple[str, str]]
+
+    def plain(self) -> dict[str, Any]:
+        """The figures as JSON keeps them; the history is in the checkpoints."""
+        return {
+            "before": self.before.as_dict(),
+            "after": self.after.as_dict(),
+            "trainable_parameters": self.summary.trainable_parameters,
+            "base_parameters": self.summary.base_parameters,
+            "steps": self.steps,
+            "train_rows": self.train_rows,
+            "eval_rows": self.eval_rows,
+            "seconds": round(self.seconds, 1),
+            "training_seconds": round(self.training_seconds, 1),
+            "tokens_per_second": round(self.tokens_per_second, 1),
+            "peak": self.peak,
+            "adapter_bytes": self.adapter_bytes,
+            "samples": self.samples,
+        }
 
 
 class Stopped(Exception):

@@ -1,0 +1,54 @@
+# One command each: make demo | test | lint | fix | bench. What they need is installed into .venv by the first call;
+# stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check --quiet
+# Built against the PyTorch in .venv, which therefore comes first; plugins are packages of their own.
+BUILD := $(PIP) --no-build-isolation
+PLUGINS := $(sort $(patsubst %/,%,$(dir $(wildcard plugins/*/pyproject.toml))))
+PACKAGING := pyproject.toml setup.py $(PLUGINS:%=%/pyproject.toml)
+CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
+CSRC := $(filter csrc/%,$(CXX_FILES))
+
+.PHONY: demo test lint fix bench clean
+
+demo: $(VENV)/train.stamp
+	$(PY) benchmarks/demo/run.py
+
+test: $(VENV)/dev.stamp
+	$(PY) -m pytest
+
+lint: $(VENV)/dev.stamp
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+
+fix: $(VENV)/dev.stamp
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+bench: $(VENV)/dev.stamp
+	for file in benchmarks/*.py; do echo "== $$file" && $(PY) $$file || exit 1; done
+
+clean:
+	rm -rf $(VENV) .demo build dist *.egg-info plugins/*/*.egg-info peftcore/_C*.so peftcore/_build.json
+
+$(VENV)/torch.stamp:
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing PyTorch and the build tools into $(VENV)"
+	$(PIP) "torch>=2.9" numpy "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
+	@touch $@
+
+$(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)
+	@echo "building the extension, installing peftcore and its plugins"
+	$(BUILD) -e ".[train,gguf]"
+	$(BUILD) --no-deps $(PLUGINS:%=-e ./%)
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/train.stamp
+	@echo "installing what tests, linters and benchmarks need"
+	$(BUILD) -e ".[dev]"
+	@touch $@
