@@ -13,12 +13,19 @@
 
 #include "emulator.h"
 
+#define PEFTCORE_SHARED(type, name, ...)      \
+    alignas(16) static type name __VA_ARGS__; \
+    static const ::emulator::SharedArray name##_registered(&name, sizeof name)
+
 #define PEFTCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     ::emulator::launch(dim3(grid), dim3(block), shared_bytes, [=] { kernel(__VA_ARGS__); })
 
 #else
 
 #include <cuda_runtime.h>
+
+// An array in shared memory on a 16-byte boundary: PEFTCORE_SHARED(float, tile, [16][32]).
+#define PEFTCORE_SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
 
 #define PEFTCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                 \
     (kernel<<<dim3(grid), dim3(block), shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \

@@ -44,9 +44,9 @@ __device__ __forceinline__ float scale_of(const DequantizeParams& p, const float
 
 template <typename T, bool kNested>
 __global__ void __launch_bounds__(kThreads) dequantize_kernel(const DequantizeParams p, T* __restrict__ out) {
-    __shared__ float code[16];
-    __shared__ float nested_code[kNested ? 256 : 1];
-    __shared__ __align__(16) uint8_t staged[kWarps][kTileBytes];
+    PEFTCORE_SHARED(float, code, [16]);
+    PEFTCORE_SHARED(float, nested_code, [kNested ? 256 : 1]);
+    PEFTCORE_SHARED(uint8_t, staged, [kWarps][kTileBytes]);
     constexpr int kPerStore = 16 / sizeof(T);
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

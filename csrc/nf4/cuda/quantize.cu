@@ -50,10 +50,10 @@ __device__ __forceinline__ void load_values(const T* x, int64_t begin, int64_t c
 template <typename T>
 __global__ void __launch_bounds__(512)
     quantize_kernel(const T* __restrict__ x, const float* __restrict__ code, int64_t count, int blocksize,
-                    bool aligned, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
-    __shared__ float threshold[16];
-    __shared__ uint32_t order[16];
-    __shared__ uint32_t warp_largest[16];
+                    bool aligned, bool words, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
+    PEFTCORE_SHARED(float, threshold, [16]);
+    PEFTCORE_SHARED(uint32_t, order, [16]);
+    PEFTCORE_SHARED(uint32_t, warp_largest, [16]);
     const int thread = threadIdx.x;
     if (thread < 16) {
         const float mine = code[thread];
@@ -100,10 +100,11 @@ __global__ void __launch_bounds__(512)
             if (!(scaled <= threshold[rank + step - 1])) rank += step;
         word |= order[rank] << (i / 2 * 8 + (i % 2 ? 0 : 4));
     }
-    if (begin + kValues <= count) {
+    if (words && begin + kValues <= count) {
         *reinterpret_cast<uint32_t*>(packed + begin / 2) = word;
     } else {
-        for (int i = 0; begin + 2 * i < count; ++i) packed[begin / 2 + i] = uint8_t(word >> 8 * i);
+        for (int i = 0; 2 * i < kValues && begin + 2 * i < count; ++i)
+            packed[begin / 2 + i] = uint8_t(word >> 8 * i);
     }
 }
 
@@ -112,8 +113,8 @@ __global__ void __launch_bounds__(256)
     quantize_absmax_kernel(const float* __restrict__ absmax, const float* __restrict__ code,
                            const float* __restrict__ offset, int64_t count, int blocksize,
                            uint8_t* __restrict__ quantized, float* __restrict__ nested_absmax) {
-    __shared__ float midpoint[255];
-    __shared__ uint32_t warp_largest[8];
+    PEFTCORE_SHARED(float, midpoint, [255]);
+    PEFTCORE_SHARED(uint32_t, warp_largest, [8]);
     const int thread = threadIdx.x;
     if (thread < 255) midpoint[thread] = (code[thread] + code[thread + 1]) / 2;
     const int64_t begin = int64_t(blockIdx.x) * blocksize;
@@ -145,8 +146,9 @@ const char* launch_quantize(const void* x, const float* code, int64_t count, int
     const int64_t blocks = (count + int64_t(threads) * kValues - 1) / (int64_t(threads) * kValues);
     if (blocks > 0x7fffffff) return "more than 2^42 elements";
     const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
+    const bool words = reinterpret_cast<uintptr_t>(packed) % 4 == 0;
     return PEFTCORE_LAUNCH(quantize_kernel<T>, unsigned(blocks), threads, 0, stream, static_cast<const T*>(x),
-                           code, count, blocksize, aligned, packed, absmax);
+                           code, count, blocksize, aligned, words, packed, absmax);
 }
 
 }  // namespace

@@ -1,0 +1,108 @@
+"""Compiles the .cu files for the emulator, once for each state of the sources."""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "emulator"
+FLAGS = "-std=c++20 -g -O1 -fPIC -ffp-contract=off -DPEFTCORE_EMULATOR -Wall -Wextra -Werror "
+FLAGS += f"-Wno-unknown-pragmas -Wno-unused-parameter -I{HERE} -I{ROOT / 'csrc'}"
+SANITIZE = " -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+SIMD = {"avx2": " -mavx2 -mf16c", "avx512": " -mavx2 -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"}
+
+
+def compiler():
+    cxx = os.environ.get("CXX") or shutil.which("g++")
+    if cxx is None:
+        pytest.skip("no g++")
+    return cxx
+
+
+def run_compiler(target, *arguments):
+    """Compile to `target` unless it is there; a run that is cut off leaves nothing of that name."""
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f"{target.name}.{os.getpid()}")
+    done = subprocess.run([compiler(), *arguments, "-o", str(beside)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    beside.rename(target)
+    return target
+
+
+def compile_emulated(name, sources, flags, link):
+    """The path of a binary of `sources`; the .cu files among them are compiled as C++. Unchanged ones are kept."""
+    headers = sorted([*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), *HERE.glob("*.h")])
+    common = b"".join(path.read_bytes() for path in headers) + compiler().encode()
+    folder = ROOT / "build" / "emulator"
+
+    def compile_one(source):
+        own = flags + SIMD.get(source.stem, "")
+        digest = hashlib.sha256(common + own.encode() + source.read_bytes()).hexdigest()[:16]
+        target = folder / f"{source.stem}-{digest}.o"
+        return run_compiler(target, *own.split(), "-x", "c++", "-c", str(source))
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(compile_one, sources))
+    digest = hashlib.sha256("".join([link, *(path.name for path in objects)]).encode()).hexdigest()[:16]
+    return run_compiler(folder / f"{name}-{digest}", *flags.split(), *map(str, objects), *link.split())
+
+
+def launcher(library, name):
+    """A launcher as a function that raises RuntimeError with its message. Tensors are passed by address."""
+    function = getattr(library, name)
+    function.restype = ctypes.c_char_p
+
+    def argument(value):
+        if hasattr(value, "data_ptr"):
+            return ctypes.c_void_p(value.data_ptr())
+        if value is None:
+            return ctypes.c_void_p()
+        return value
+
+    def call(*args, seed=0):
+        library.emulator_seed(ctypes.c_uint64(seed))
+        error = function(*map(argument, args), None)
+        if error is not None:
+            raise RuntimeError(error.decode())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def emulated():
+    """name -> launcher of the kernels in csrc and of the toys."""
+    sources = [*sorted(ROOT.glob("csrc/**/*.cu")), HERE / "toys.cu", HERE / "seed.cpp"]
+    library = ctypes.CDLL(str(compile_emulated("kernels.so", sources, FLAGS, "-shared")))
+    return lambda name: launcher(library, name)
+
+
+@pytest.fixture(scope="session")
+def sanitized():
+    """Runs tests/emulator/sanitized.cpp with arguments, under AddressSanitizer and UndefinedBehaviorSanitizer."""
+    sources = [*sorted(ROOT.glob("csrc/**/*.cu")), HERE / "toys.cu", HERE / "sanitized.cpp"]
+    sources += [*sorted(ROOT.glob("csrc/nf4/cpu/[ap]*.cpp")), ROOT / "csrc" / "common" / "cpu_features.cpp"]
+    flags = FLAGS + SANITIZE
+    if platform.machine() in ("x86_64", "AMD64"):
+        flags += " -DPEFTCORE_HAVE_AVX2 -DPEFTCORE_HAVE_AVX512"
+    else:
+        sources = [path for path in sources if path.stem not in SIMD]
+    binary = compile_emulated("sanitized", sources, flags, "")
+
+    def run(*args):
+        # Fake stacks for every fiber would cost ten times the run.
+        options = {
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+            "UBSAN_OPTIONS": "print_stacktrace=0",
+        }
+        return subprocess.run([binary, *map(str, args)], env={**os.environ, **options}, capture_output=True, text=True)
+
+    return run

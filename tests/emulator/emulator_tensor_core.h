@@ -1,0 +1,100 @@
+// The emulator's side of csrc/common/tensor_core.cuh: fragments as the PTX ISA lays them out (mma.m16n8k16,
+// ldmatrix), and cp.async that does not arrive before it is waited for.
+#pragma once
+
+#include "common/half.h"
+#include "emulator.h"
+
+namespace peftcore {
+
+template <typename T>
+struct MmaOperand {
+    float* d;
+    const uint32_t *a, *b;
+};
+
+// d[16 x 8] += a[16 x 16] b[16 x 8]. The sum is kept in double: hardware's order of additions is not
+// specified.
+template <typename T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    MmaOperand<T> mine{d, a, b};
+    emulator::meet(0xffffffffu, "mma.m16n8k16", mine, [](MmaOperand<T>** all) {
+        auto half_of = [](uint32_t word, int which) { return to_float(T{uint16_t(word >> 16 * which)}); };
+        float a_full[16][16], b_full[16][8];
+        for (int lane = 0; lane < 32; ++lane) {
+            const int group = lane / 4, pair = lane % 4 * 2;
+            for (int i = 0; i < 2; ++i) {
+                for (int r = 0; r < 4; ++r)
+                    a_full[group + r % 2 * 8][pair + i + r / 2 * 8] = half_of(all[lane]->a[r], i);
+                for (int r = 0; r < 2; ++r) b_full[pair + i + r * 8][group] = half_of(all[lane]->b[r], i);
+            }
+        }
+        for (int lane = 0; lane < 32; ++lane)
+            for (int r = 0; r < 4; ++r) {
+                const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
+                double sum = all[lane]->d[r];
+                for (int k = 0; k < 16; ++k) sum += double(a_full[row][k]) * b_full[k][column];
+                all[lane]->d[r] = float(sum);
+            }
+    });
+}
+
+struct LdmatrixOperand {
+    uint32_t* r;
+    const void* row;
+};
+
+template <int kMatrices, bool kTranspose>
+void emulated_ldmatrix(uint32_t* r, const void* row) {
+    LdmatrixOperand mine{r, row};
+    if (reinterpret_cast<uintptr_t>(row) % 16 != 0 && emulator::lane() < 8 * kMatrices)
+        emulator::fail("ldmatrix: lane " + std::to_string(emulator::lane()) +
+                       " gives a row off a 16-byte boundary");
+    emulator::meet(0xffffffffu, kTranspose ? "ldmatrix.trans" : "ldmatrix", mine, [](LdmatrixOperand** all) {
+        for (int matrix = 0; matrix < kMatrices; ++matrix)
+            for (int lane = 0; lane < 32; ++lane) {
+                uint32_t word = 0;
+                for (int i = 0; i < 2; ++i) {
+                    const int row = kTranspose ? lane % 4 * 2 + i : lane / 4;
+                    const int column = kTranspose ? lane / 4 : lane % 4 * 2 + i;
+                    const uint16_t* source = static_cast<const uint16_t*>(all[matrix * 8 + row]->row);
+                    word |= uint32_t(source[column]) << 16 * i;
+                }
+                all[lane]->r[matrix] = word;
+            }
+    });
+}
+
+inline void ldmatrix_x2(uint32_t (&r)[2], const void* row) { emulated_ldmatrix<2, false>(r, row); }
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emulated_ldmatrix<4, false>(r, row); }
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { emulated_ldmatrix<2, true>(r, row); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { emulated_ldmatrix<4, true>(r, row); }
+
+// 16 bytes to shared memory, of which the first `bytes` come from `from` and the rest are zero.
+inline void cp_async_16(void* to, const void* from, int bytes = 16) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (bytes && reinterpret_cast<uintptr_t>(from) % 16 != 0))
+        emulator::fail("cp.async: an address off a 16-byte boundary");
+    memset(to, 0xff, 16);  // whoever reads before the wait sees this
+    emulator::machine.fibers[emulator::machine.current].copies.push_back({to, from, bytes, 16 - bytes});
+}
+
+inline void cp_async_commit() {
+    emulator::Fiber& fiber = emulator::machine.fibers[emulator::machine.current];
+    fiber.groups.push_back(std::move(fiber.copies));
+    fiber.copies.clear();
+}
+
+// Until at most kPending of this thread's groups are on their way.
+template <int kPending>
+void cp_async_wait() {
+    emulator::Fiber& fiber = emulator::machine.fibers[emulator::machine.current];
+    while (int(fiber.groups.size()) > kPending) {
+        for (const emulator::Copy& copy : fiber.groups.front()) {
+            if (copy.bytes) memcpy(copy.to, copy.from, copy.bytes);
+            if (copy.zeros) memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.zeros);
+        }
+        fiber.groups.erase(fiber.groups.begin());
+    }
+}
+
+}  // namespace peftcore

@@ -1,0 +1,139 @@
+// The kernels on memory of exactly the size they may touch, for a run under sanitizers.
+//
+//   sanitized nf4 SEED        every NF4 kernel over shapes that are no multiples of anything, beside the CPU
+//   kernels sanitized read LIMIT      a toy that reads beyond 100 values when LIMIT is more sanitized shared
+//   INDEX    a toy that writes values[INDEX] of 32 in shared memory
+#include <cstdlib>
+#include <memory>
+#include <random>
+
+#include "emulator.h"
+#include "nf4/cpu/kernels.h"
+#include "nf4/cuda/nf4_cuda.h"
+
+extern "C" const char* toy_neighbour(const int*, int*, int, int, void*);
+extern "C" const char* toy_shared(int*, int, void*);
+
+namespace {
+
+using namespace peftcore;
+using namespace peftcore::nf4;
+
+const float kCode[16] = {-1.0f, -0.7f, -0.52f, -0.39f, -0.28f, -0.18f, -0.09f, 0.0f,
+                         0.08f, 0.16f, 0.25f,  0.34f,  0.44f,  0.56f,  0.72f,  1.0f};
+
+void require(bool condition, const char* what, int64_t count, int blocksize) {
+    if (condition) return;
+    printf("%s: count %lld, block size %d\n", what, (long long)count, blocksize);
+    exit(1);
+}
+
+// Exactly `count` elements, plus `skip` in front to move it off its alignment.
+template <typename T>
+struct Array {
+    Array(int64_t count, int64_t skip = 0)
+        : memory(new T[count + skip]), data(memory.get() + skip), count(count) {}
+    bool operator==(const Array& other) const {
+        return count == other.count && (count == 0 || memcmp(data, other.data, count * sizeof(T)) == 0);
+    }
+    std::unique_ptr<T[]> memory;
+    T* data;
+    int64_t count;
+};
+
+template <typename T>
+void compare(int64_t count, int blocksize, int skip, Dtype dtype, const Kernels& cpu, std::mt19937& random) {
+    const int64_t blocks = (count + blocksize - 1) / blocksize, bytes = (count + 1) / 2;
+    Array<T> x(count, skip), y(count, skip), y_cpu(count, skip);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < count; ++i) x.data[i] = from_float<T>(normal(random));
+    Array<uint8_t> packed(bytes, skip), packed_cpu(bytes, skip);
+    Array<float> absmax(blocks), absmax_cpu(blocks), code(16);
+    std::copy_n(kCode, 16, code.data);
+    const char* error = peftcore_nf4_quantize(x.data, int(dtype), code.data, count, blocksize, packed.data,
+                                              absmax.data, nullptr);
+    require(error == nullptr, error ? error : "", count, blocksize);
+    cpu.quantize({x.data, dtype, count, blocksize, make_codebook(kCode), packed_cpu.data, absmax_cpu.data}, 0,
+                 blocks);
+    require(packed == packed_cpu, "codes differ", count, blocksize);
+    require(absmax == absmax_cpu, "scales differ", count, blocksize);
+
+    const int64_t outer = (blocks + 31) / 32;
+    Array<float> map(256), offset(1), nested(outer);
+    Array<uint8_t> quantized(blocks);
+    for (int i = 0; i < 256; ++i) map.data[i] = (i - 127) / 128.0f;
+    offset.data[0] = 1.5f;
+    error = peftcore_nf4_quantize_absmax(absmax.data, map.data, offset.data, blocks, 32, quantized.data,
+                                         nested.data, nullptr);
+    require(error == nullptr, error ? error : "", count, blocksize);
+    for (bool double_quantized : {false, true}) {
+        error = peftcore_nf4_dequantize(packed.data, double_quantized ? (void*)quantized.data : absmax.data,
+                                        code.data, blocksize, double_quantized ? nested.data : nullptr,
+                                        map.data, offset.data, 32, count, y.data, int(dtype), nullptr);
+        require(error == nullptr, error ? error : "", count, blocksize);
+        DequantizeArgs args{packed.data, {}, {}, count, blocksize, dtype, y_cpu.data, false};
+        std::copy_n(kCode, 16, args.code);
+        if (double_quantized)
+            args.scales = {nullptr, quantized.data, nested.data, map.data, offset.data[0], 5};
+        else
+            args.scales.absmax = absmax.data;
+        cpu.dequantize(args, 0, blocks);
+        require(y == y_cpu, "values differ", count, blocksize);
+    }
+}
+
+Kernels kernels_at(CpuLevel level) {
+    switch (level) {
+#if defined(PEFTCORE_HAVE_AVX2)
+        case CpuLevel::kAvx512:
+            return avx512_kernels();
+        case CpuLevel::kAvx2:
+            return avx2_kernels();
+#endif
+        default:
+            return portable_kernels();
+    }
+}
+
+int run_nf4(uint64_t seed) {
+    emulator::machine.seed = seed;
+    std::mt19937 random(static_cast<unsigned>(seed));
+    for (CpuLevel level : available_cpu_levels()) {
+        const Kernels cpu = kernels_at(level);
+        int cases = 0;
+        for (int blocksize : {32, 64, 512, 4096})
+            for (int64_t count : {1, 31, 64, 1023, 1024, 2050, 8209})
+                for (int skip : {0, 1}) {
+                    compare<float>(count, blocksize, skip, Dtype::kFloat, cpu, random);
+                    compare<Half>(count, blocksize, skip, Dtype::kHalf, cpu, random);
+                    compare<BFloat16>(count, blocksize, skip, Dtype::kBFloat16, cpu, random);
+                    cases += 3;
+                }
+        printf("%s: %d cases agree\n", cpu_level_name(level), cases);
+    }
+    return 0;
+}
+
+int report(const char* error) {
+    puts(error ? error : "nothing found");
+    return error != nullptr;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    const std::string what = argc > 2 ? argv[1] : "";
+    const int number = argc > 2 ? atoi(argv[2]) : 0;
+    if (what == "nf4") return run_nf4(uint64_t(number));
+    if (what == "read") {
+        Array<int> in(100), out(100);
+        std::fill_n(in.data, 100, 1);
+        return report(toy_neighbour(in.data, out.data, 100, number, nullptr));
+    }
+    if (what == "shared") {
+        Array<int> out(32);
+        return report(toy_shared(out.data, number, nullptr));
+    }
+    fprintf(stderr, "usage: sanitized nf4 SEED | read LIMIT | shared INDEX\n");
+    return 2;
+}
