@@ -375,7 +375,8 @@ def checkpointing(case: _Case) -> str | None:
         wanted = wanted or found
         for name, gradient in found.items():
             assert gradient is not None, f"{kwargs}: '{name}' gets no gradient"
-            _same(gradient, wanted[name], f"{kwargs}: gradient of '{name}'", 1e-5 * wanted[name].abs().max().item())
+            limit = 1e-5 * wanted[name].abs().max().item() + 1e-7  # a gradient that is zero but for rounding
+            _same(gradient, wanted[name], f"{kwargs}: gradient of '{name}'", limit)
 
 
 @_check
