@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -48,6 +48,7 @@ def select(
     layers_pattern: str | Sequence[str] | None = None,
     modules_to_save: Sequence[str] | None = None,
     supported: Any = is_linear,
+    own_parameters: bool = False,
 ) -> dict[str, nn.Module]:
     """The modules meant, by path, in the model's order.
 
@@ -59,6 +60,8 @@ def select(
             default the first numbered part of a path counts.
         modules_to_save: modules trained whole; nothing in them is selected.
         supported: (module) -> can the method adapt it?
+        own_parameters: the method trains the modules' own parameters, so it does not matter whether their
+            forward is called (see `refuse_bypassed`).
 
     Raises:
         PeftcoreError: a pattern matches nothing, or a module that the method cannot adapt.
@@ -92,7 +95,8 @@ def select(
             f"target_modules={target_modules!r} leaves nothing after exclude_modules={exclude_modules!r} and "
             f"modules_to_save={modules_to_save!r}"
         )
-    _refuse_bypassed(modules, chosen)
+    if not own_parameters:
+        refuse_bypassed(modules, chosen)
     return {path: modules[path] for path in chosen}
 
 
@@ -167,6 +171,17 @@ def drop_unmatched(model: nn.Module, entries: Sequence[str]) -> list[str]:
     return [entry for entry in entries if any(matches(entry, path) for path in paths)]
 
 
+def refuse_bypassed(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> None:
+    """`nn.MultiheadAttention` reads the weights of its projection and never calls it: an adapter there does nothing."""
+    for path in chosen:
+        parent = modules.get(path.rpartition(".")[0])
+        if parent is not None and issubclass(original_class(parent), nn.MultiheadAttention):
+            raise PeftcoreError(
+                f"'{path}' belongs to nn.MultiheadAttention, which reads its weight and never calls it: an adapter "
+                f"there would do nothing. Exclude it: exclude_modules=['{path.rpartition('.')[2]}']"
+            )
+
+
 def _is_inside(saved: str, path: str) -> bool:
     return re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", path) is not None
 
@@ -235,17 +250,6 @@ def _of_layers(paths: list[str], layers: int | Sequence[int], pattern: str | Seq
             f"(layers found: {there if there else f'none by layers_pattern={pattern!r}'})"
         )
     return [path for path in paths if indices[path] in wanted]
-
-
-def _refuse_bypassed(modules: dict[str, nn.Module], chosen: Iterable[str]) -> None:
-    """`nn.MultiheadAttention` reads the weights of its projection and never calls it: an adapter there does nothing."""
-    for path in chosen:
-        parent = modules.get(path.rpartition(".")[0])
-        if parent is not None and issubclass(original_class(parent), nn.MultiheadAttention):
-            raise PeftcoreError(
-                f"'{path}' belongs to nn.MultiheadAttention, which reads its weight and never calls it: an adapter "
-                f"there would do nothing. Exclude it: exclude_modules=['{path.rpartition('.')[2]}']"
-            )
 
 
 def _compile(pattern: str, field: str) -> re.Pattern[str]:

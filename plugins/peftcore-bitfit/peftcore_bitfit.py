@@ -1,0 +1,147 @@
+"""BitFit (Ben Zaken et al. 2022, arXiv 2106.10199): of y = W x + b only b is trained.
+
+            y [out]
+            |
+           (+)---- b [out]      trained
+            |
+      .-----+-----.
+      |     W     |  [out, in]  frozen
+      '-----+-----'
+            |
+            x [in]
+
+Every bias is, or those of the queries and of the feed-forward's inner layer, which section 4.3 finds to move
+most. A layer without a bias can be given one that starts at zero. Existing biases merge by value; an added one
+has no place in the base and does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import targets
+
+ALL = "all"
+QUERY_INTERMEDIATE = "query-intermediate"
+
+
+@dataclass(frozen=True)
+class BitFitConfig:
+    """Which biases are trained.
+
+    Args:
+        target_modules: "all" modules with a bias (norms too); "query-intermediate", the paper's subset: the
+            projection to queries and the feed-forward's layer to its inner size (b_q and b_m2); or a list of
+            suffixes or a regular expression, see `peftcore.targets.select`.
+        exclude_modules, layers_to_transform, layers_pattern: see there.
+        add_missing: give chosen linear layers without a bias one that starts at zero ("all": every linear layer
+            but the output head and the task's heads).
+        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+    """
+
+    target_modules: str | Sequence[str] = ALL
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    add_missing: bool = False
+    modules_to_save: Sequence[str] | None = None
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> BitFitConfig:
+        """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
+        saved = list(architecture.task_heads if self.modules_to_save is None else self.modules_to_save)
+        config = replace(self, modules_to_save=saved)
+        if self.target_modules == QUERY_INTERMEDIATE:
+            chosen = selected(model, config, architecture)
+            config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
+        return config
+
+
+class AddedBias(nn.Module):
+    """y + b for a layer that has no b; y `[..., out]`."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + self.bias.to(y.dtype)
+
+
+def bias_names(module: nn.Module) -> list[str]:
+    """The module's own biases: `bias`, `in_proj_bias`, `bias_ih_l0`, ..."""
+    return [
+        name
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 1 and "bias" in name.split("_")
+    ]
+
+
+def selected(model: nn.Module, config: BitFitConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
+    """The modules that the config means, by path: each has a bias or is to get one."""
+    pattern = wanted = config.target_modules
+    if pattern == ALL:
+        wanted = ".*"
+    elif pattern == QUERY_INTERMEDIATE:
+        wanted = query_and_intermediate(model, architecture)
+    chosen = targets.select(
+        model,
+        architecture,
+        target_modules=wanted,
+        exclude_modules=config.exclude_modules,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+        modules_to_save=config.modules_to_save,
+        supported=lambda module: bool(bias_names(module)) or targets.is_linear(module),
+        own_parameters=True,
+    )
+    missing = {path: module for path, module in chosen.items() if not bias_names(module)}
+    if pattern == ALL:
+        heads = {architecture.output_head, *architecture.task_heads}
+        dropped = heads & missing.keys() if config.add_missing else missing.keys()
+        chosen = {path: module for path, module in chosen.items() if path not in dropped}
+    if not chosen or (missing and not config.add_missing and pattern != ALL):
+        raise peftcore.PeftcoreError(
+            f"{type(model).__name__} lacks biases to train: target_modules={pattern!r} means {len(missing)} linear "
+            f"layers without one, such as '{next(iter(missing), None)}'. add_missing=True gives them one that starts "
+            "at zero"
+        )
+    targets.refuse_bypassed(dict(model.named_modules()), chosen.keys() & missing.keys())
+    return chosen
+
+
+def query_and_intermediate(model: nn.Module, architecture: peftcore.Architecture) -> list[str]:
+    """The paths of the paper's subset."""
+    attention = [sublayer.query for sublayer in architecture.sublayers if sublayer.kind == "attention"]
+    inner = [path for sublayer in architecture.sublayers for path in sublayer.inner]
+    if not attention or not inner or None in attention:
+        why = "queries share a layer with keys and values" if None in attention else "the layers' parts are not known"
+        raise peftcore.PeftcoreError(
+            f"target_modules='{QUERY_INTERMEDIATE}' cannot be told apart in {type(model).__name__}: {why}. "
+            "Name the modules, as in target_modules=['q_proj', 'fc1'] (GPT-2: ['c_attn', 'c_fc'])"
+        )
+    return [*attention, *inner]
+
+
+def place(model: nn.Module, config: BitFitConfig, architecture: peftcore.Architecture) -> list[Any]:
+    chosen = selected(model, config, architecture)
+    trained = [f"{path}.{name}" if path else name for path, module in chosen.items() for name in bias_names(module)]
+    placements: list[Any] = [
+        peftcore.After(path, AddedBias(module.nf if targets.is_conv1d(module) else module.out_features))
+        for path, module in chosen.items()
+        if not bias_names(module)
+    ]
+    placements.append(peftcore.Train(tuple(trained)))
+    if config.modules_to_save:
+        placements.append(targets.trained_modules(model, config.modules_to_save))
+    return placements
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    return [peftcore.Method("bitfit", BitFitConfig, place, peftcore.StateRules(peft_type="BITFIT"))]
