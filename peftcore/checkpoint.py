@@ -23,6 +23,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from peftcore import engine
+from peftcore.adapted import base_parameters
 from peftcore.architecture import detect
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
 from peftcore.fingerprint import difference, fingerprint, untouched_parameters
@@ -120,7 +121,7 @@ def load(
         CheckpointError: the files cannot be read, or do not fit the model. The model is then as it was.
     """
     folder = Path(path)
-    _, config, tensors, metadata = read(folder, model)
+    method, config, tensors, metadata = read(folder, model)
     if check_base and "peftcore_base" in metadata:
         found = difference(_untouched(model), metadata["peftcore_base"])
         if found:
@@ -133,6 +134,9 @@ def load(
         for name in ("target_modules", "modules_to_save", "exclude_modules")
         if isinstance(value := getattr(config, name, None), (list, tuple)) and value
     }
+    heads = _unnamed_heads(model, method, changes.get("modules_to_save"), tensors)
+    if heads:
+        changes["modules_to_save"] = [*changes["modules_to_save"], *heads]
     state = engine.state_of(model)
     active = state.active if state else ()
     engine.apply(model, dataclasses.replace(config, **changes), adapter=adapter, dtype=dtype)
@@ -305,6 +309,18 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     with torch.no_grad():
         for name, tensor in tensors.items():
             expected[name].copy_(tensor)
+
+
+def _unnamed_heads(model: nn.Module, method: Method, saved: list[str] | None, tensors: dict[str, Tensor]) -> list[str]:
+    """Heads that the file holds and its config does not name: for PEFT 'classifier' means 'pre_classifier', too."""
+    if not saved:
+        return []
+
+    def in_file(path: str) -> bool:
+        names = [f"{path}.{name}" for name, _ in base_parameters(model.get_submodule(path))]
+        return all(method.state.tensor_name(Train((name,)), name) in tensors for name in names)
+
+    return [head for head in detect(model).task_heads if head not in saved and in_file(head)]
 
 
 def _is_copy_of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
