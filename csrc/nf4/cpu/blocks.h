@@ -40,22 +40,35 @@ static void quantize_partial_block(const T* x, int64_t count, const Codebook& bo
     }
 }
 
+// Blocks go in groups that stay in the first cache, a pass for scales, one for their reciprocals, and one for
+// codes: within one block each of these waits for the one before.
+constexpr int kGroupValues = 2048;
+
 template <typename Level, typename T>
 static void quantize_blocks(const QuantizeArgs& args, int64_t first, int64_t last) {
     const T* x = static_cast<const T*>(args.x);
     const int64_t size = args.blocksize;
     const typename Level::Encoder encoder(args.book);
-    for (int64_t block = first; block < last; ++block) {
-        const int64_t begin = block * size;
-        uint8_t* out = args.packed + begin / 2;
-        if (begin + size > args.count) {
-            quantize_partial_block(x + begin, args.count - begin, args.book, out, args.absmax + block);
-            continue;
+    const int64_t whole = args.count / size;  // blocks, of which none is partial
+    const int64_t end = last < whole ? last : whole;
+    const int64_t group = size < kGroupValues ? kGroupValues / size : 1;
+    for (int64_t start = first; start < end; start += group) {
+        const int64_t stop = start + group < end ? start + group : end;
+        float inverse[kGroupValues / kMinBlocksize];
+        for (int64_t block = start; block < stop; ++block)
+            args.absmax[block] = bits_float(Level::absmax_bits(x + block * size, size));
+        for (int64_t i = 0; i < stop - start; ++i) {
+            const float absmax = args.absmax[start + i];
+            inverse[i] = 1.0f / (absmax < kSmallestScale ? kSmallestScale : absmax);
         }
-        const float absmax = bits_float(Level::absmax_bits(x + begin, size));
-        args.absmax[block] = absmax;
-        const float inverse = 1.0f / (absmax < kSmallestScale ? kSmallestScale : absmax);
-        Level::encode(x + begin, size, inverse, encoder, out);
+        for (int64_t block = start; block < stop; ++block)
+            Level::encode(x + block * size, size, inverse[block - start], encoder,
+                          args.packed + block * size / 2);
+    }
+    if (last > whole) {
+        const int64_t begin = whole * size;
+        quantize_partial_block(x + begin, args.count - begin, args.book, args.packed + begin / 2,
+                               args.absmax + whole);
     }
 }
 
