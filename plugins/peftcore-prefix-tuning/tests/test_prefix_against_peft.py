@@ -1,0 +1,185 @@
+"""Hugging Face PEFT reads what is saved here, and the other way round, with the same logits."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.testing import disturb
+
+
+def deep_t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(vocab_size=96, decoder_start_token_id=0, **sizes)).eval()
+
+
+def llama_classifier() -> nn.Module:
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(1)
+    config = tiny.llama().config
+    config.num_labels = 3
+    return LlamaForSequenceClassification(config).eval()
+
+
+def wide_qwen3() -> nn.Module:
+    """A head_dim of its own: heads · head_dim is not the hidden size."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=96, num_key_value_heads=2, head_dim=12, **sizes)).eval()
+
+
+MODELS = {
+    "llama": tiny.llama,
+    "gpt2": tiny.gpt2,
+    "t5": tiny.t5,
+    "deep t5": deep_t5,
+    "wide qwen3": wide_qwen3,
+}
+
+
+@pytest.fixture(params=list(MODELS))
+def bases(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
+    """(a base for us, the same base for PEFT)."""
+    return MODELS[request.param](), MODELS[request.param]()
+
+
+def quiet(call: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT warns of names that transformers has deprecated, and of its own optional kernels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(*args, **kwargs)
+
+
+def logits(model: nn.Module, **changes: Any) -> Tensor:
+    """Logits of a model of ours or PEFT's."""
+    call = {**tiny.inputs(model.get_base_model() if isinstance(model, peft.PeftModel) else model), **changes}
+    with torch.no_grad():
+        return quiet(model, **call).logits
+
+
+def compare(ours: nn.Module, theirs: nn.Module) -> None:
+    """The same logits, for rows of one length, without a mask, and for a row that is padded on the right."""
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(ours, attention_mask=None), logits(theirs, attention_mask=None), rtol=0, atol=1e-5
+    )
+    tokens, mask = tiny.TOKENS.clone(), torch.ones_like(tiny.TOKENS)
+    tokens[1, 5:], mask[1, 5:] = ours.config.pad_token_id or 0, 0
+    found, wanted = (logits(model, input_ids=tokens, attention_mask=mask) for model in (ours, theirs))
+    if found.shape[:2] == mask.shape:
+        found, wanted = found[mask == 1], wanted[mask == 1]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def trained_by_peft(model: nn.Module, **fields: Any) -> nn.Module:
+    task = peftcore.architecture.detect(model).task_type
+    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4, **fields)
+    model = quiet(peft.get_peft_model, model, config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+PROJECTION = {"prefix_projection": True, "encoder_hidden_size": 7}
+
+
+@pytest.mark.parametrize("fields", [{}, PROJECTION], ids=["direct", "projected"])
+@pytest.mark.parametrize("resumable", [True, False])
+def test_peft_reads_ours(
+    bases: tuple[nn.Module, nn.Module], fields: dict[str, Any], resumable: bool, tmp_path: Path
+) -> None:
+    ours, theirs = bases
+    base = logits(ours)
+    peftcore.apply(ours, "prefix-tuning", num_virtual_tokens=4, **fields)
+    disturb(ours, "default", seed=1)
+    assert (logits(ours) - base).abs().max() > 1e-3
+    peftcore.save(ours, tmp_path, resumable=resumable)
+    compare(ours, quiet(peft.PeftModel.from_pretrained, theirs, tmp_path).eval())
+
+
+@pytest.mark.parametrize("fields", [{}, PROJECTION], ids=["direct", "projected"])
+def test_ours_reads_peft(bases: tuple[nn.Module, nn.Module], fields: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = bases
+    theirs = trained_by_peft(theirs, **fields)
+    quiet(theirs.save_pretrained, tmp_path)
+    base = logits(ours)
+    peftcore.load(ours, tmp_path)
+    assert (logits(ours) - base).abs().max() > 1e-3
+    compare(ours, theirs)
+
+
+@pytest.mark.parametrize("fields", [{}, PROJECTION], ids=["direct", "projected"])
+def test_files_are_peft_s(fields: dict[str, Any], tmp_path: Path) -> None:
+    """The same keys in both files; the projection's tensors only where training may go on."""
+    quiet(trained_by_peft(tiny.llama(), **fields).save_pretrained, tmp_path / "peft")
+    model = peftcore.apply(tiny.llama(), "prefix-tuning", num_virtual_tokens=4, **fields)
+    peftcore.save(model, tmp_path / "ours", resumable=False)
+    peftcore.save(model, tmp_path / "resumable")
+    ours, theirs = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "peft"))
+    assert ours == {name: value for name, value in theirs.items() if name != "peft_version"}
+    ours, theirs, resumable = (
+        {name: tensor.shape for name, tensor in peftcore.checkpoint.read_tensors(tmp_path / folder)[0].items()}
+        for folder in ("ours", "peft", "resumable")
+    )
+    assert ours == theirs
+    assert len(resumable) == (6 if fields else 1)
+
+
+def test_the_loss_and_gradients_are_peft_s(tmp_path: Path) -> None:
+    theirs = trained_by_peft(tiny.llama())
+    quiet(theirs.save_pretrained, tmp_path)
+    ours = peftcore.load(tiny.llama(), tmp_path)
+    losses = [quiet(model, input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss for model in (ours, theirs)]
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-6)
+    for loss in losses:
+        loss.backward()
+    found, wanted = (next(p.grad for p in model.parameters() if p.requires_grad) for model in (ours, theirs))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [tiny.bert_classifier, tiny.roberta_classifier, llama_classifier])
+def test_classifiers(make: Any, tmp_path: Path) -> None:
+    """PEFT asks classifiers for an argument that transformers has renamed; it means its prefix in their cache."""
+    theirs = trained_by_peft(make())
+    with pytest.raises(ValueError, match="does not support past key values"):
+        logits(theirs)
+    quiet(theirs.save_pretrained, tmp_path)
+    ours = peftcore.load(make(), tmp_path)
+    mask, base = torch.ones_like(tiny.TOKENS), theirs.get_base_model()
+    if not hasattr(base, "score"):
+        mask[1, 5:] = 0
+    with torch.no_grad():
+        extended = torch.cat([torch.ones(2, 4, dtype=torch.long), mask], dim=1)
+        output = base.base_model(input_ids=tiny.TOKENS, attention_mask=extended, cache=theirs.get_prompt(2))
+        if hasattr(base, "score"):
+            wanted = base.score(output.last_hidden_state[:, -1])
+        else:
+            pooled = getattr(output, "pooler_output", None)
+            wanted = base.classifier(output.last_hidden_state if pooled is None else pooled)
+    torch.testing.assert_close(logits(ours, attention_mask=mask), wanted, rtol=0, atol=1e-5)
+
+
+def test_peft_refuses_gradient_checkpointing() -> None:
+    """... which works here, see `test_gradient_checkpointing`."""
+    model = tiny.llama()
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match="does not work with gradient checkpointing"):
+        trained_by_peft(model)

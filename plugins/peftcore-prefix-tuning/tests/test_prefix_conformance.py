@@ -1,0 +1,28 @@
+"""Prefix tuning passes the conformance suite, on each kind of model, with and without its projection."""
+
+import pytest
+import tiny
+from peftcore_prefix_tuning import PrefixTuningConfig
+
+from peftcore.testing import check_method
+
+NOT_APPLICABLE = {
+    "identity at the start": "keys before those of the input take part of the attention, whatever their values",
+    "merge equals forward, unmerge is bit exact": "a prefix is no change of a weight",
+}
+MODELS = {**tiny.MODELS, "roberta": tiny.roberta_classifier}
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_conformance(kind: str) -> None:
+    check_method(
+        PrefixTuningConfig(num_virtual_tokens=4),
+        make_model=MODELS[kind],
+        not_applicable=NOT_APPLICABLE,
+        compile_backend="aot_eager" if kind == "llama" else "eager",
+    )
+
+
+def test_conformance_with_projection() -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=7)
+    check_method(config, not_applicable=NOT_APPLICABLE, compile_backend="eager")
