@@ -122,10 +122,15 @@ class LoraLinear(Lora):
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         y = base(x)
-        # The factors, often fp32, are rounded to the dtype of x: casting them costs less than casting x.
-        s = F.linear(F.dropout(x, self.p, self.training), self.lora_A.to(x.dtype))  # [..., r]
-        b = self.lora_B.to(s.dtype)
-        # One pass over y adds and scales.
+        a, b = self.lora_A, self.lora_B
+        if a.dtype is not x.dtype:  # fp32 factors beside a 16-bit x: casting them costs less than casting x
+            a, b = a.to(x.dtype), b.to(x.dtype)
+        if self.p and self.training:
+            x = F.dropout(x, self.p)
+        s = F.linear(x, a)  # [..., r]
+        # One pass over y scales and adds; it wants matrices.
+        if y.dim() == 2:
+            return torch.addmm(y, s, b.T, alpha=self.scale)
         rows = torch.addmm(y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), b.T, alpha=self.scale)
         return rows.view(y.shape)
 

@@ -87,6 +87,19 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(model.eval()(x), model(x))
 
 
+def test_autocast() -> None:
+    model = tiny.llama()
+    peftcore.apply(model, "lora", r=4)
+    disturb(model, "default", seed=1)
+    wanted = tiny.logits(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model(**tiny.inputs(model)).logits
+        found.float().square().mean().backward()
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), wanted, rtol=0, atol=0.05 * wanted.abs().max().item())
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for _, p in adapter_parameters(model, "default"))
+
+
 def test_initial_values() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(400, 300))

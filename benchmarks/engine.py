@@ -1,0 +1,160 @@
+"""What an adapter costs beside the frozen model: a call, a training step, peak memory, and applying it. peft beside it.
+
+    python benchmarks/engine.py [--threads 2] [--seconds 20]
+
+The model has the shape of SmolLM2-135M (30 layers, hidden 576, 9 heads of which 3 hold keys, 49,152 tokens) and random
+weights; batch 4 x 128, r=16 on every linear layer, no dropout. "frozen" computes the gradient of its input and trains
+nothing. Floor of a step: the products' operations (forward and the input's gradient) over the rate of a large product
+measured in the same run.
+"""
+
+import argparse
+import json
+import logging
+import os
+import time
+import warnings
+
+import measure
+import torch
+
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
+
+R = 16
+BATCH, LENGTH = 4, 128
+
+
+def llama(layers=30, dtype=torch.bfloat16):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).train()
+    torch.set_default_dtype(torch.float32)
+    return model.requires_grad_(False)
+
+
+def with_adapter(kind, model):
+    """The model as each library trains it."""
+    if kind == "peftcore":
+        import peftcore
+
+        return peftcore.apply(model, "lora", r=R, lora_alpha=R)
+    if kind == "peft":
+        import peft
+
+        config = peft.LoraConfig(r=R, lora_alpha=R, target_modules="all-linear", task_type="CAUSAL_LM")
+        return peft.get_peft_model(model, config)
+    model.enable_input_require_grads()
+    return model
+
+
+def stepper(kind, model):
+    """A training step: forward, backward, and AdamW where there is something to train."""
+    model = with_adapter(kind, model)
+    tokens = torch.randint(0, 49152, (BATCH, LENGTH), generator=torch.Generator().manual_seed(1))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+
+    def step():
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def calls(seconds):
+    """Time of one call of a 16 x 16 layer: what the wrapper itself costs."""
+    import peft
+
+    import peftcore
+
+    x = torch.randn(1, 16)
+    layers = {
+        kind: torch.nn.Sequential(torch.nn.Linear(16, 16)).requires_grad_(False)
+        for kind in ("linear", "peftcore", "resting", "peft")
+    }
+    peftcore.apply(layers["peftcore"], "lora", r=R, target_modules=["0"])
+    peftcore.apply(layers["resting"], "lora", r=R, target_modules=["0"])
+    peftcore.activate(layers["resting"], [])
+    peft.inject_adapter_in_model(peft.LoraConfig(r=R, target_modules=["0"]), layers["peft"])
+
+    def many(layer):
+        def call():
+            for _ in range(500):
+                layer(x)
+
+        return call
+
+    with torch.no_grad():
+        times = measure.interleaved({kind: many(layer[0]) for kind, layer in layers.items()}, seconds)
+    base = measure.spread(times["linear"])[1] * 2  # microseconds a call
+    print("\na call of a 16 x 16 layer, without gradients (µs)\n" + " " * 22 + "median      IQR   over the linear")
+    for kind, row in times.items():
+        _, median, iqr = measure.spread(row)
+        print(f"{kind:18}{median * 2:10.1f}{iqr * 2:9.1f}{median * 2 - base:14.1f}")
+
+
+def steps(seconds):
+    """Time of a training step, interleaved, and the peak memory of each in a process of its own."""
+    kinds = ("frozen", "peftcore", "peft")
+    times = measure.interleaved({kind: stepper(kind, llama()) for kind in kinds}, seconds)
+    peaks = {kind: measure.in_child(__file__, "--peak", kind, "--threads", torch.get_num_threads()) for kind in kinds}
+    base = measure.spread(times["frozen"])[1]
+    print(f"\na training step, 135M Llama shape, bf16, batch {BATCH} x {LENGTH}\n{'floor':12}{floor():9.0f} ms")
+    print(" " * 16 + "min   median      IQR   to frozen   peak MB")
+    for kind, row in times.items():
+        low, median, iqr = measure.spread(row)
+        print(f"{kind:12}{low:7.0f}{median:9.0f}{iqr:9.0f}{median / base:11.3f}{peaks[kind]['peak']:11.0f}")
+
+
+def floor():
+    """Operations of a step (2 a weight and token, forward and again for the gradient) over the measured rate."""
+    a = torch.randn(2048, 2048, dtype=torch.bfloat16)
+    rate = 2 * 2048**3 / min(measure.interleaved({"product": lambda: a @ a}, 1)["product"])  # operations a ms
+    weights = sum(p.numel() for p in llama().parameters() if p.dim() == 2)
+    return 2 * 2 * weights * BATCH * LENGTH / rate
+
+
+def applying():
+    """Time to apply to 32 layers, 224 linear layers."""
+    print("\napplying r=16 to 32 layers, 224 linear layers (ms)")
+    times = {"peftcore": [], "peft": []}
+    for _ in range(7):
+        for kind, row in times.items():
+            model = llama(layers=32)
+            start = time.perf_counter()
+            with_adapter(kind, model)
+            row.append((time.perf_counter() - start) * 1e3)
+    for kind, row in times.items():
+        low, median, iqr = measure.spread(row)
+        print(f"{kind:12}min {low:6.0f}   median {median:6.0f}   IQR {iqr:5.0f}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=40)
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        step = stepper(options.peak, llama())
+        measure.reset_peak()
+        for _ in range(2):
+            step()
+        print(json.dumps({"peak": measure.peak_megabytes()}))
+        return
+    print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}")
+    calls(options.seconds / 8)
+    applying()
+    steps(options.seconds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What benchmarks share: rows timed in turn, so that a busy machine slows all alike, and peak memory of a child."""
+
+import json
+import random
+import statistics
+import subprocess
+import sys
+import time
+
+
+def interleaved(rows, seconds, least=5):
+    """Times in ms of each row's calls: every round calls each row once, in random order."""
+    times = {name: [] for name in rows}
+    for call in rows.values():
+        call()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or min(map(len, times.values())) < least:
+        for name, call in random.sample(list(rows.items()), len(rows)):
+            start = time.perf_counter()
+            call()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def spread(times):
+    """(minimum, median, interquartile range)."""
+    low, median, high = statistics.quantiles(times, n=4)
+    return min(times), median, high - low
+
+
+def in_child(file, *arguments):
+    """Run `file` in a process of its own and return the JSON that it prints last."""
+    out = subprocess.run([sys.executable, file, *map(str, arguments)], capture_output=True, text=True)
+    if out.returncode:
+        raise RuntimeError(out.stderr)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def reset_peak():
+    """Forget what this process has held at most (Linux)."""
+    with open("/proc/self/clear_refs", "w") as out:
+        out.write("5")
+
+
+def peak_megabytes():
+    """The most memory this process has held since `reset_peak`."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1e3
