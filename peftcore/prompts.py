@@ -70,17 +70,18 @@ def _soft_prompt(
             Around(architecture.encoder, SoftPromptAround(adapter, encoder, tokens, keeps=True)),
             Around(architecture.decoder, CrossMask(decoder)),
         ]
-    backbone = model.get_submodule(architecture.backbone)
+    path = _entry(model, architecture)
+    backbone = model.get_submodule(path)
     causal = _is_causal(backbone, architecture)
     if architecture.task_type == "SEQ_CLS" and not causal:
         # The head pools a bidirectional encoder's output, by position 0 or by the mask: it must see the whole.
         return [Around("", SoftPromptAround(adapter, model, tokens, keeps=True))]
-    around = SoftPromptAround(adapter, backbone, tokens, cache_argument=architecture.cache_argument, causal=causal)
-    return [Around(architecture.backbone, around)]
+    around = SoftPromptAround(adapter, backbone, tokens, cache_argument=_cache_argument(backbone), causal=causal)
+    return [Around(path, around)]
 
 
 def _prefix(model: nn.Module, architecture: Architecture, adapter: nn.Module, shape: tuple[int, ...]) -> list[Around]:
-    path = architecture.decoder if architecture.is_encoder_decoder else architecture.backbone
+    path = _entry(model, architecture)
     backbone = model.get_submodule(path)
     argument = _cache_argument(backbone)
     attentions = _attentions(backbone, path)
@@ -291,6 +292,20 @@ class CrossMask(_Backbone):
         if states is not None and mask is not None and mask.shape[-1] < states.shape[1]:
             call["encoder_attention_mask"] = _prepend(mask, torch.ones, states.shape[1] - mask.shape[-1])
         return base(**call)
+
+
+def _entry(model: nn.Module, architecture: Architecture) -> str:
+    """Path of the module that is called with tokens, at prefill and at each step.
+
+    Heads of some models (OPT, models with images) call a decoder inside the backbone, not the backbone.
+    """
+    if architecture.is_encoder_decoder:
+        return architecture.decoder
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = dict(base_modules(model.get_submodule(architecture.backbone), architecture.backbone))
+    if decoder is not None and "inputs_embeds" in inspect.signature(original_forward(decoder)).parameters:
+        return next((path for path, module in inside.items() if module is decoder), architecture.backbone)
+    return architecture.backbone
 
 
 def _attentions(backbone: nn.Module, prefix: str) -> dict[str, nn.Module]:
