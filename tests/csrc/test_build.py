@@ -93,7 +93,7 @@ def test_without_the_extension_references_give_the_same_values():
 def test_operators_pass_opcheck_without_the_extension():
     tests = str(ROOT / "tests" / "ops" / "test_nf4.py")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests, "-k", "opcheck or compiles or fake"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests, "-k", "opcheck"],
         env={**os.environ, "PEFTCORE_EXT": "0"},
         cwd=ROOT,
         capture_output=True,

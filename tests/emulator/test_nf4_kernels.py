@@ -56,7 +56,7 @@ cases = {
 }
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(**cases)
 def test_quantize(emulated, count, dtype, blocksize, name, seed, offset):
     x = data(count, dtype, seed, offset)
@@ -65,7 +65,7 @@ def test_quantize(emulated, count, dtype, blocksize, name, seed, offset):
     assert torch.equal(packed, wanted[0]) and torch.equal(bits(absmax), bits(wanted[1]))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(**cases, out_dtype=st.sampled_from(DTYPES), nested=st.booleans())
 def test_dequantize(emulated, count, dtype, blocksize, name, seed, offset, out_dtype, nested):
     packed, absmax = ops.quantize_4bit(data(count, dtype, seed, 0), CODES[name], blocksize)

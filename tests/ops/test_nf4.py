@@ -23,7 +23,7 @@ if torch.cuda.is_available():
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 CODES = {"nf4": ops.NF4, "fp4": ops.FP4}
-examples = settings(max_examples=60, deadline=None, derandomize=True)
+examples = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def on_cuda(operator):
@@ -214,18 +214,19 @@ def test_levels_give_equal_bits(level, x, blocksize, offset, dtype, transpose):
 @pytest.mark.parametrize("level", LEVELS[1:])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_large_tensors_bypass_the_cache_with_the_same_bits(level, dtype):
-    x = data("heavy", (2049, 4099), torch.bfloat16, 0)
+    count = 2**27 // dtype.itemsize + 4099  # from 128 MiB
+    x = data("heavy", (64 * 1009,), torch.bfloat16, 0).repeat(-(-count // (64 * 1009)))[:count]
     with at_level(level) as (quantize, dequantize, _):
         packed, absmax = quantize(x, ops.NF4, 64)
         value = dequantize(packed, absmax, ops.NF4, 64, x.shape, dtype)
     part = 64 * 1001
     head = nf4._dequantize_4bit(packed[: part // 2], absmax[:1001], ops.NF4, 64, (part,), dtype)
-    assert torch.equal(bits(value.flatten()[:part]), bits(head))
-    tail = x.flatten()[x.numel() // part * part :]
+    assert torch.equal(bits(value[:part]), bits(head))
+    tail = x[x.numel() // part * part :]
     tail_packed, tail_absmax = nf4._quantize_4bit(tail, ops.NF4, 64)
     assert torch.equal(packed[-tail_packed.numel() :], tail_packed)
     wanted = nf4._dequantize_4bit(tail_packed, tail_absmax, ops.NF4, 64, tail.shape, dtype)
-    assert torch.equal(bits(value.flatten()[-tail.numel() :]), bits(wanted))
+    assert torch.equal(bits(value[-tail.numel() :]), bits(wanted))
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -17,8 +17,9 @@ namespace nf4 {
 namespace {
 
 constexpr int64_t kValuesPerTask = 32768;
-// From here on an output cannot stay in a cache, and writing around it saves reading every line first.
-constexpr int64_t kStreamBytes = int64_t(16) << 20;
+// From here on writing around the cache is faster: measured against ordinary stores with 32 MB of third-level
+// cache, which still holds part of an output several times its size.
+constexpr int64_t kStreamBytes = int64_t(128) << 20;
 
 Kernels kernels() {
     switch (cpu_level()) {
