@@ -36,7 +36,9 @@ def fail(message: str) -> NoReturn:
 def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), title: str | None = None) -> None:
     """Print a table. Cells are text, never markup."""
     columns = list(columns)
-    grid = Table(title=title, title_justify="left", show_header=any(columns), box=None, pad_edge=False, padding=(0, 2))
+    grid = Table(
+        title=title, title_justify="left", show_header=any(columns), box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for column in columns:
         grid.add_column(column, overflow="fold")
     for row in rows:

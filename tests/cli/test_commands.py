@@ -1,0 +1,157 @@
+"""The commands that look at the installation, those of plugins, and how a missing library reads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from commands import Run
+
+import peftcore
+from peftcore.cli import app as application
+from peftcore.registry import Plugin, registry
+
+
+def test_plugins_show_what_is_broken(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Plugin("limp", "peftcore-limp", "0.3", error="ImportError: no leg")
+    monkeypatch.setitem(registry._plugins or (registry.methods() and registry._plugins), "limp", broken)
+    output = run("plugins").output
+    assert "lora" in output and "peftcore_methods" in output and "works" in output
+    assert "peftcore-limp" in output and "0.3" in output and "broken: ImportError: no leg" in output.replace("\n", " ")
+
+
+def test_plugins_survives_a_broken_one_in_strict_mode(tmp_path: Path) -> None:
+    """A plugin that raises on import, really installed: `plugins` and `doctor` list it, `methods` still works."""
+    (tmp_path / "peftcore_limp.py").write_text("raise RuntimeError('no leg')\n")
+    info = tmp_path / "peftcore_limp-0.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: peftcore-limp\nVersion: 0.3\n")
+    (info / "entry_points.txt").write_text("[peftcore]\nlimp = peftcore_limp\n")
+    listed = command("plugins", path=tmp_path, PEFTCORE_STRICT_PLUGINS="1", COLUMNS="200")
+    assert listed.returncode == 0, listed.stderr
+    assert "broken: RuntimeError: no leg" in listed.stdout
+    assert "'limp' (peftcore-limp) is broken" in command("doctor", path=tmp_path).stderr
+    assert "lora" in command("methods", path=tmp_path).stdout
+    asked = command("methods", "limp", path=tmp_path)
+    assert asked.returncode == 1 and "the plugin 'limp' (peftcore-limp 0.3) is broken" in asked.stderr
+
+
+def test_methods(run: Run) -> None:
+    assert "LORA" in run("methods").output
+    fields = run("methods", "lora").output
+    assert "rank_pattern" in fields and "true or false or one of gaussian" in fields.replace("\n", " ")
+    assert "no PEFT method 'lorra' is installed" in run("methods", "lorra", code=1).output
+
+
+def test_doctor(run: Run) -> None:
+    import torch
+
+    output = run("doctor").output
+    assert torch.__version__ in output and "extension" in output and "lora" in output
+
+
+def test_doctor_says_what_is_missing_and_what_it_costs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftcore import build_info
+
+    gone = build_info.BuildInfo(False, "no C++ compiler", costs=("operators are slow",))
+    monkeypatch.setattr(build_info, "build_info", lambda: gone)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    output = run("doctor").output
+    assert "missing: no C++ compiler" in output and "costs: operators are slow" in output
+    assert "'gguf' is missing; it is needed for .gguf files as base models. Try: pip install peftcore[gguf]" in output
+    assert "pip install --no-build-isolation" in output
+
+
+def test_plan_loads_no_weights(run: Run, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "shape").mkdir()
+    (tmp_path / "shape" / "config.json").write_text((llama / "config.json").read_text())
+    output = run(
+        "plan", "-m", tmp_path / "shape", "--method", "lora", "--set", "target_modules=q_proj", "--full"
+    ).output
+    assert "trainable: 1,024 of" in output and "q_proj: 2 modules" in output  # 2 · 8 · (32 + 32)
+    assert "model.layers.1.self_attn.q_proj" in output
+    head = run("plan", "-m", tmp_path / "shape", "--method", "lora", "--labels", "a,b,c").output
+    assert "trained parameter" in head
+
+
+def test_info_without_the_method(run: Run, tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SOMETHING_NEW", "depth": 3}))
+    save_file({"a": torch.zeros(3, 4)}, tmp_path / "adapter_model.safetensors")
+    output = run("info", tmp_path).output.replace("\n", " ")
+    assert "SOMETHING_NEW" in output and "depth" in output and "12" in output
+    assert "pip install peftcore-something-new" in " ".join(output.split())
+    assert "there is no folder" in run("info", tmp_path / "nothing", code=1).output
+
+
+def test_a_plugin_adds_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    class Greeter:
+        @peftcore.hookimpl
+        def peftcore_commands(self, app: Any) -> None:
+            @app.command("greet")
+            def greet(name: str) -> None:
+                """Say hello."""
+                print(f"hello {name}")
+
+    registry.register("greeter", Greeter())
+    here = SimpleNamespace(module=__name__)
+    monkeypatch.setattr(application, "entry_points", lambda group: [here])
+    try:
+        for arguments, expected in ((["greet", "you"], "hello you"), (["--help"], "Say hello.")):
+            with pytest.raises(SystemExit) as end:
+                application.run(arguments)
+            assert end.value.code == 0
+            assert expected in capsys.readouterr().out
+    finally:
+        registry.unregister("greeter")
+
+
+def test_no_plugin_is_imported_for_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "plugins", lambda: pytest.fail("a plugin was imported"))
+    application.build(["--help"])
+    application.build(["train", "--help"])
+
+
+def test_an_unknown_command(run: Run) -> None:
+    assert "No such command 'trian'" in run("trian", code=2).output
+
+
+def test_without_typer_the_command_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('No module named typer', name='typer')\n")
+    done = command("--help", path=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "peftcore: the command line needs 'typer'. Try: pip install peftcore[train]"
+
+
+def test_without_transformers_train_says_what_to_install(
+    run: Run, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    error = run("train", "-m", "x", "-d", reviews, "-o", tmp_path / "run", code=1).output
+    assert "this needs 'accelerate', which is not installed. Try: pip install peftcore[train]" in error
+
+
+def test_which_method_must_be_said_where_there_are_several(run: Run, llama: Path, toys: None) -> None:
+    error = run("plan", "-m", llama, code=1).output
+    assert "say which method: --method NAME (installed: " in error and "around" in error
+
+
+def command(*arguments: str, path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `peftcore` in a process of its own, with `path` before the installed packages."""
+    import os
+
+    code = f"import sys; sys.path.insert(0, {str(path)!r}); from peftcore.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "160", **environment},
+        timeout=120,
+    )

@@ -1,0 +1,295 @@
+"""`train`, and what its output is good for: `eval`, `generate`, `merge`, `info`, and going on after a stop."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import Run, write_jsonl
+from safetensors.torch import load_file
+
+import peftcore
+from peftcore.cli import progress
+
+METHOD = ("--method", "lora", "--set", "r=4", "--set", "lora_alpha=8")
+STEPS = ("--steps", 6, "--batch-size", 4, "--lr", "0.02", "--save-every", 2, "--eval-every", 3)
+
+
+def result_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "result.json").read_text())
+
+
+@pytest.fixture
+def writer(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> Path:
+    """The folder of a finished language-model run."""
+    output = tmp_path / "writer"
+    run("train", "-m", llama, "-d", reviews, "-o", output, "--eval-data", reviews, *METHOD, *STEPS, "--epochs", 9)
+    return output
+
+
+def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    found = result_of(writer)
+    assert found["after"]["loss"] < 0.7 * found["before"]["loss"]
+    assert found["steps"] == 6 and found["eval_rows"] == 14
+    assert found["adapter_bytes"] < 60_000 and found["tokens_per_second"] > 0 and found["peak"]["memory"] > 1e7
+
+    report = (writer / "report.html").read_text()
+    picture = base64.b64decode(re.search(r"data:image/png;base64,([^\"]+)", report)[1])
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    assert f"peftcore generate --adapter {writer / 'adapter'}" in report
+    assert f"{found['before']['loss']:.4f}" in report and f"{found['after']['loss']:.4f}" in report
+    assert "http" not in report.replace(str(writer), ""), "the report must need nothing from elsewhere"
+
+    evaluated = run("eval", "--adapter", writer / "adapter", "-d", reviews).output
+    assert f"{found['before']['loss']:.4f}" in evaluated and f"{found['after']['loss']:.4f}" in evaluated
+
+    both = run("generate", "--adapter", writer / "adapter", "-p", "the film is good", "--compare").output
+    base = run("generate", "--model", llama, "-p", "the film is good").output
+    assert base.strip() in both
+    alone = run("generate", "--adapter", writer / "adapter", "-p", "the film is good").output
+    assert alone.strip() in both and alone != base
+
+    run("merge", "--adapter", writer / "adapter", "--output", tmp_path / "merged")
+    from transformers import AutoModelForCausalLM
+
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    model = peftcore.load(AutoModelForCausalLM.from_pretrained(llama), writer / "adapter")
+    tokens = torch.tensor([[1, 4, 5, 6, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(tokens).logits, model.eval()(tokens).logits, atol=1e-5, rtol=1e-5)
+    refused = run("merge", "--adapter", writer / "adapter", "--output", tmp_path / "merged", code=1).output
+    assert "exists already" in refused
+
+    about = run("info", writer / "adapter").output
+    assert "LORA" in about and "CAUSAL_LM" in about and str(llama)[:20] in about
+
+
+def test_only_the_completion_is_learned(run: Run, llama: Path, tmp_path: Path) -> None:
+    """The loss of the base over completions, by hand."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    data = write_jsonl(tmp_path / "one.jsonl", [{"prompt": "the film is", "completion": "very dull"}])
+    output = tmp_path / "run"
+    run("train", "-m", llama, "-d", data, "--eval-data", data, "-o", output, *METHOD, "--steps", 1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama), AutoTokenizer.from_pretrained(llama)
+    tokens = torch.tensor([tokenizer("the film is very dull")["input_ids"] + [tokenizer.eos_token_id]])
+    with torch.no_grad():
+        chances = model(tokens).logits.log_softmax(-1)
+    wanted = -sum(chances[0, i - 1, tokens[0, i]] for i in (3, 4, 5)) / 3
+    assert result_of(output)["before"]["loss"] == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_checkpoints_hold_the_adapter_only(writer: Path) -> None:
+    folders = sorted((writer / "checkpoints").iterdir())
+    assert [folder.name for folder in folders] == ["checkpoint-4", "checkpoint-6"]
+    for folder in folders:
+        names = {file.name for file in folder.iterdir()}
+        assert {"adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "complete.json"} <= names
+        assert not {"model.safetensors", "pytorch_model.bin"} & names
+        assert all("lora" in name for name in load_file(folder / "adapter_model.safetensors"))
+
+
+def test_classifier_end_to_end(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = ("--batch-size", 4, "--lr", "0.01", "--steps", 40, "--save-every", 40, *METHOD)
+    run("train", "-m", bert, "-d", labelled, "--eval-data", labelled, "-o", output, *arguments)
+    found = result_of(output)
+    assert found["after"]["accuracy"] == 1.0 and found["before"]["accuracy"] < 1.0
+    assert json.loads((output / "adapter" / "peftcore_task.json").read_text())["labels"] == ["down", "up"]
+    assert "accuracy" in (output / "report.html").read_text()
+    for word, label in (("good", "up"), ("bad", "down")):
+        answer = run("generate", "--adapter", output / "adapter", "-p", f"the story is {word}").output
+        assert answer.startswith(label)
+    assert "1.0000" in run("eval", "--adapter", output / "adapter", "-d", labelled).output
+
+    strange = write_jsonl(tmp_path / "strange.jsonl", [{"text": "a", "label": "up"}, {"text": "a", "label": "upp"}])
+    error = run("eval", "--adapter", output / "adapter", "-d", strange, code=1).output
+    assert f"{strange}:2: the label 'upp' is unknown (nearest: 'up')" in error
+    assert "The model knows: down, up" in error
+
+
+def test_classifier_from_tsv_on_a_held_out_split(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in labelled.read_text().splitlines()]
+    data = tmp_path / "rows.tsv"
+    data.write_text("label\ttext\n" + "".join(f"{row['label']}\t{row['text']}\n" for row in rows))
+    output = tmp_path / "run"
+    run("train", "-m", bert, "-d", data, "-o", output, *METHOD, "--steps", 1, "--holdout", "0.25")
+    assert (result_of(output)["train_rows"], result_of(output)["eval_rows"]) == (12, 4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft
+def test_what_peft_wrote(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
+    """eval and generate take a classifier that PEFT trained: labels come as an option, the base from its config."""
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(1)
+    model = get_peft_model(
+        AutoModelForSequenceClassification.from_pretrained(bert), LoraConfig(task_type=TaskType.SEQ_CLS, r=2)
+    )
+    model.save_pretrained(tmp_path / "theirs")
+    assert "PEFT" in run("info", tmp_path / "theirs").output
+    assert "accuracy" in run("eval", "-a", tmp_path / "theirs", "-d", labelled, "--labels", "down,up").output
+    answer = run("generate", "-a", tmp_path / "theirs", "-p", "good", "--labels", "down,up").output
+    assert re.match(r"(down|up) \(\d", answer)
+    error = run("generate", "-a", tmp_path / "theirs", "-p", "good", "--labels", "down", code=1).output
+    assert "--labels names 1 labels, the adapter has 2" in error
+
+
+# Stopping and going on
+
+
+def train_arguments(llama: Path, reviews: Path, output: Path) -> list[Any]:
+    dropout = ("--set", "lora_dropout=0.2")  # draws from the random state at every step
+    data = ("-m", llama, "-d", reviews, "-o", output, "--grad-accum", 2)
+    return ["train", *data, *METHOD, *dropout, "--steps", 8, "--batch-size", 2, "--lr", "0.02", "--save-every", 2]
+
+
+def same_tensors(*runs: Path) -> bool:
+    """Bit for bit the same adapter."""
+    first, second = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def history(run: Path) -> list[dict[str, float]]:
+    """What was logged at each step, times left out."""
+    state = json.loads((run / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
+    timed = {"train_runtime", "train_tokens_per_second"}
+    return [{key: value for key, value in entry.items() if key not in timed} for entry in state["log_history"]]
+
+
+def interrupt_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during training step `step`."""
+    original = progress.Meter.on_step_end
+
+    def interrupting(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        if state.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(progress.Meter, "on_step_end", interrupting)
+
+
+def test_resume_is_bit_exact(
+    run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    run(*train_arguments(llama, reviews, whole))
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        patch.setattr(sys, "argv", ["peftcore", "train", "-o", "a folder"])
+        stopped = run(*train_arguments(llama, reviews, parted), code=130).output
+    assert "stopped at step 5 of 8; a checkpoint is in" in stopped
+    assert "peftcore train -o 'a folder' --resume" in stopped
+    assert not (parted / "adapter").exists()
+
+    resumed = run(*train_arguments(llama, reviews, parted), "--resume").output
+    assert f"resuming from {parted / 'checkpoints' / 'checkpoint-5'}" in resumed
+    assert same_tensors(whole, parted)
+    assert history(whole) == history(parted)
+
+
+def test_a_checkpoint_that_was_cut_off_is_skipped(
+    run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    run(*train_arguments(llama, reviews, whole))
+    with monkeypatch.context() as patch:
+        interrupt_at(5, patch)
+        run(*train_arguments(llama, reviews, parted), code=130)
+    file = parted / "checkpoints" / "checkpoint-5" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:100])
+    resumed = run(*train_arguments(llama, reviews, parted), "--resume").output
+    assert "checkpoint-5' was cut off while it was written (optimizer.pt has 100 of" in resumed
+    assert "checkpoint-4" in resumed
+    for folder in (whole, parted):
+        assert (folder / "checkpoints" / "checkpoint-8" / "complete.json").exists()
+    assert same_tensors(whole, parted)
+
+
+def test_resume_with_other_settings_is_refused(run: Run, writer: Path, llama: Path, reviews: Path) -> None:
+    same = ("train", "-m", llama, "-d", reviews, "-o", writer, "--eval-data", reviews, *METHOD, "--epochs", 9)
+    error = run(*same, *STEPS, "--seed", 1, "--resume", code=1).output
+    assert "had seed=0, now it is 1" in error
+    error = run(*same, *STEPS, code=1).output
+    assert "holds a run already. --resume continues it, --overwrite starts anew" in error
+    run(*same, *STEPS, "--overwrite")
+
+
+def test_resume_without_a_checkpoint_starts_anew(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    output = run(*train_arguments(llama, reviews, tmp_path / "run"), "--resume").output
+    assert "holds no complete checkpoint; starting from the beginning" in output
+
+
+def test_a_folder_that_is_no_run_is_left_alone(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").write_text("here")
+    error = run(*train_arguments(llama, reviews, other), "--overwrite", code=1).output
+    assert "holds something else already" in error and (other / "precious").read_text() == "here"
+
+
+# Settings
+
+
+def test_gradient_checkpointing_changes_no_value(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    plain, checkpointed = tmp_path / "plain", tmp_path / "checkpointed"
+    arguments = ("train", "-m", llama, "-d", reviews, *METHOD, "--steps", 2, "--lr", "0.02")
+    run(*arguments, "-o", plain)
+    run(*arguments, "-o", checkpointed, "--gradient-checkpointing")
+    assert result_of(plain)["after"]["loss"] == pytest.approx(result_of(checkpointed)["after"]["loss"], abs=1e-6)
+
+
+def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    arguments = ("train", "-m", llama, "-d", reviews, "-o", output, *METHOD, *STEPS)
+    run(
+        *arguments,
+        "--dtype",
+        "bf16",
+        "--optim",
+        "sgd",
+        "--scheduler",
+        "cosine",
+        "--sample",
+        "the film",
+        "--sample-tokens",
+        4,
+    )
+    tensors = load_file(output / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}, "an adapter beside a bf16 base is fp32"
+    assert [writer for writer, _ in result_of(output)["samples"]] == ["base", "with the adapter"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--set", "rr=4"), "LoraConfig has no field 'rr' (nearest: 'r')"),
+        (("--set", "r=four"), "'r' takes a whole number, found 'four'"),
+        (("--set", "r=0"), "r must be a positive whole number, found 0"),
+        (("--set", "target_modules=q_prj"), "'q_prj' matches no module"),
+        (("--method", "lorra"), "no PEFT method 'lorra' is installed"),
+        (("--dtype", "fp8"), "--dtype is one of auto, fp32, bf16, found 'fp8'"),
+        (("--optim", "adamm"), "adamm"),
+        (("--holdout", "1.5"), "must be between 0 and 1, found 1.5"),
+        (("--lr", "0"), "--lr and --epochs must be above 0"),
+        (("--task", "poetry"), "--task is one of causal-lm, classification, found 'poetry'"),
+        (("--model", "./nowhere"), "there is no model at './nowhere'"),
+        (("--device", "tpu9"), "'tpu9' is no device"),
+    ],
+)
+def test_wrong_settings(
+    run: Run, llama: Path, reviews: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    method = () if "--method" in arguments else ("--method", "lora")
+    error = run("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--steps", 1, *method, *arguments, code=1)
+    assert message in error.output
+    assert "Traceback" not in error.output
