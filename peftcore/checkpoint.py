@@ -1,16 +1,8 @@
-"""Save and load one adapter: `adapter_config.json` and `adapter_model.safetensors`, in Hugging Face PEFT's format.
-
-Loading is strict. Saving writes both files beside the old ones and then renames, so that a full disk
-or a killed process leaves an adapter that loads: the old one, or the new one. A kill between the two
-renames leaves new tensors and the new config under its temporary name; the tensors' metadata hold the
-config's hash, by which `load` finds it.
-"""
+"""Save and load adapters, in Hugging Face PEFT's format, and load strictly: what does not fit is an error."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 from importlib.metadata import version
@@ -18,23 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from peftcore import engine
+from peftcore import adapter_files, engine
 from peftcore.adapted import base_parameters
+from peftcore.adapter_files import CONFIG, TENSORS, read_config, read_tensors
 from peftcore.architecture import detect
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
-from peftcore.fingerprint import difference, fingerprint, untouched_parameters
+from peftcore.fingerprint import difference, fingerprint
 from peftcore.method import After, Around, ForeignFormat, Method, PrefixKV, SoftPrompt, Train
 from peftcore.prompts import PrefixAround, SoftPromptAround
 from peftcore.registry import registry
 from peftcore.targets import drop_unmatched
 from peftcore.trained import TrainedParameters
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
+_TOGETHER = "peftcore_together"
 _COMMON = {
     "peft_type",
     "task_type",
@@ -55,10 +45,11 @@ def save(
     dtype: torch.dtype | None = None,
     resumable: bool = True,
 ) -> Path:
-    """Write an adapter to the folder `path`.
+    """Write an adapter to the folder `path`, or all of a model's adapters.
 
     Args:
-        adapter: which one; may be left out where there is only one.
+        adapter: which one. Left out: all. Of several, `default` lies in the folder itself and the others in folders
+            of their name, as in PEFT; `load` finds them together, in the order in which they act.
         dtype: of the floating tensors on disk; by default theirs.
         resumable: False leaves out what only further training needs (`StateRules.exported`).
 
@@ -68,51 +59,50 @@ def save(
     Raises:
         CheckpointError: the folder cannot be written. What lay there is unharmed.
     """
-    adapter = adapter if adapter is not None else _only(model)
+    names = list(engine._require_state(model).applied) if adapter is None else [adapter]
+    folder = Path(path)
+    active = engine.state_of(model).active
+    together = {} if len(names) == 1 else {_TOGETHER: json.dumps({"adapters": names, "active": active})}
+    for name in names:
+        _save(model, place(folder, name) if together else folder, name, dtype, resumable, together)
+    return folder
+
+
+def place(folder: Path, adapter: str) -> Path:
+    """Where an adapter lies in the folder of several, as in PEFT: `default` in it, others in folders of their name."""
+    return folder if adapter == "default" else folder / adapter
+
+
+def _save(
+    model: nn.Module, folder: Path, adapter: str, dtype: torch.dtype | None, resumable: bool, metadata: dict[str, str]
+) -> None:
     entry = engine.applied(model, adapter)
     engine._refuse_merged(engine.state_of(model), "save")
     method = registry.method(entry.method)
-    config = json.dumps(_config_on_disk(model, method, entry.config), indent=2, sort_keys=True) + "\n"
     tensors = {
         name: (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in tensors_on_disk(model, adapter, own=resumable, exported=True).items()
     }
-    metadata = {
-        "format": "pt",
-        "peftcore_version": version("peftcore"),
-        "peftcore_config_sha256": _sha256(config),
-        "peftcore_base": fingerprint(_untouched(model)),
-    }
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        new_config = _write_beside(folder / CONFIG, config.encode())
-        new_tensors = _write_beside(folder / TENSORS, to_bytes(tensors, metadata))
-        os.replace(new_tensors, folder / TENSORS)
-        os.replace(new_config, folder / CONFIG)
-        _sync_folder(folder)
-    except OSError as error:
-        raise CheckpointError(
-            f"the adapter '{adapter}' could not be saved to '{folder}': {error.strerror or error}. "
-            "What lay there before is unharmed"
-        ) from error
-    return folder
+    about = {"peftcore_version": version("peftcore"), "peftcore_base": fingerprint(base_values(model))}
+    adapter_files.write(folder, _config_on_disk(model, method, entry.config), tensors, {**about, **metadata})
 
 
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
     *,
-    adapter: str = "default",
+    adapter: str | None = None,
     trainable: bool = True,
     dtype: torch.dtype | None = None,
     check_base: bool = True,
 ) -> nn.Module:
-    """Apply the adapter that lies in the folder `path`, written here, by Hugging Face PEFT, or in a plugin's
-    foreign format.
+    """Apply the adapter that lies in the folder `path`, or those that were saved there together.
+
+    The folder was written here, by Hugging Face PEFT, or in a foreign format that a plugin reads.
 
     Args:
-        adapter: its name on this model.
+        adapter: the name of the folder's own adapter on this model, `default` if left out. Adapters that were saved
+            together are all loaded if it is left out, under the names they had.
         trainable: False freezes it.
         dtype: of its parameters, as for `apply`.
         check_base: compare the fingerprint of the base that the adapter was trained on, where the file has one.
@@ -121,9 +111,33 @@ def load(
         CheckpointError: the files cannot be read, or do not fit the model. The model is then as it was.
     """
     folder = Path(path)
+    together = _saved_together(folder) if adapter is None else None
+    names = together["adapters"] if together else [adapter or "default"]
+    before = engine.state_of(model)
+    active = before.active if before else ()
+    done: list[str] = []
+    try:
+        for name in names:
+            if together and engine.state_of(model):
+                engine.activate(model, [])  # two that train one parameter may lie together
+            _load(model, place(folder, name) if together else folder, name, dtype, check_base)
+            done.append(name)
+            engine.set_trainable(model, name, trainable)
+        if together:
+            engine.activate(model, [*active, *together["active"]])
+    except BaseException:
+        for name in done:
+            engine.remove(model, name)
+        if engine.state_of(model):
+            engine._set_active(model, active)
+        raise
+    return model
+
+
+def _load(model: nn.Module, folder: Path, adapter: str, dtype: torch.dtype | None, check_base: bool) -> None:
     method, config, tensors, metadata = read(folder, model)
     if check_base and "peftcore_base" in metadata:
-        found = difference(_untouched(model), metadata["peftcore_base"])
+        found = difference(base_values(model), metadata["peftcore_base"])
         if found:
             raise CheckpointError(
                 f"'{folder}' was trained on another base: {found}. "
@@ -137,19 +151,23 @@ def load(
     heads = _unnamed_heads(model, method, changes.get("modules_to_save"), tensors)
     if heads:
         changes["modules_to_save"] = [*changes["modules_to_save"], *heads]
-    state = engine.state_of(model)
-    active = state.active if state else ()
     engine.apply(model, dataclasses.replace(config, **changes), adapter=adapter, dtype=dtype)
     try:
         fill(model, adapter, tensors, folder)
     except BaseException:
         engine.remove(model, adapter)
-        if engine.state_of(model):
-            engine._set_active(model, active)
         raise
-    if not trainable:
-        engine.set_trainable(model, adapter, False)
-    return model
+
+
+def _saved_together(folder: Path) -> dict[str, list[str]] | None:
+    """{adapters, active} of the adapters that were saved to `folder` in one call, or None."""
+    if not folder.is_dir():
+        return None
+    for place_ in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        told = adapter_files.read_metadata(place_).get(_TOGETHER)
+        if told and all((place(folder, name) / TENSORS).is_file() for name in json.loads(told)["adapters"]):
+            return json.loads(told)
+    return None
 
 
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
@@ -195,50 +213,6 @@ def _read_foreign(
     except PeftcoreError as error:
         raise CheckpointError(f"'{folder}', of {foreign.name}, cannot be read: {error}") from error
     return method, config, tensors, {}
-
-
-def read_config(folder: Path, metadata: dict[str, str] | None = None) -> dict[str, Any]:
-    """The fields of `adapter_config.json`."""
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder '{folder}'")
-    file = folder / CONFIG
-    wanted = (metadata or {}).get("peftcore_config_sha256")
-    beside = _beside(file)
-    with contextlib.suppress(OSError):
-        if wanted and beside.exists() and _sha256(beside.read_text()) == wanted:
-            file = beside  # a save was cut off between its two renames
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"'{folder}' holds no adapter: {CONFIG} is missing") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"'{file}' cannot be read as JSON: {error}") from error
-    if not isinstance(fields, dict) or not isinstance(fields.get("peft_type"), str):
-        raise CheckpointError(f"'{file}' names no peft_type: it is no adapter in the format of Hugging Face PEFT")
-    return fields
-
-
-def read_tensors(folder: Path, name: str = TENSORS) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) of `adapter_model.safetensors`, or of another file of the folder."""
-    if not folder.is_dir():
-        raise CheckpointError(f"there is no folder '{folder}'")
-    file = folder / name
-    if not file.exists():
-        pickles = [name for name in os.listdir(folder) if name.endswith((".bin", ".pt", ".pth", ".pkl"))]
-        if pickles:
-            raise CheckpointError(
-                f"'{folder}' holds '{pickles[0]}', a pickle, which can run any code and is never read here. "
-                f"Have its author save it as {name}, or convert it where you trust it"
-            )
-        raise CheckpointError(f"'{folder}' holds no adapter: {name} is missing")
-    try:
-        with safe_open(file, framework="pt") as archive:
-            return {name: archive.get_tensor(name) for name in archive.keys()}, archive.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        size = file.stat().st_size if file.is_file() else 0
-        raise CheckpointError(
-            f"'{file}' ({size:,} bytes) is no whole safetensors file: {error}. It may be cut off; copy it again"
-        ) from error
 
 
 def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exported: bool = False) -> dict[str, Tensor]:
@@ -326,7 +300,7 @@ def _unnamed_heads(model: nn.Module, method: Method, saved: list[str] | None, te
 def _is_copy_of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
     """PEFT saves the embedding's own weight beside an adapter of it; where it is the base's, nothing is lost."""
     own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    base = dict(untouched_parameters(model, set())).get(own)
+    base = base_values(model).get(own)
     return base is not None and base.shape == tensor.shape and torch.equal(base.cpu().to(tensor.dtype), tensor)
 
 
@@ -360,44 +334,13 @@ def _config_from_disk(folder: Path, method: Method, fields: dict[str, Any]) -> A
         raise CheckpointError(f"'{folder / CONFIG}' is no valid config of '{method.name}': {error}") from error
 
 
-def _only(model: nn.Module) -> str:
-    names = list(engine._require_state(model).applied)
-    if len(names) > 1:
-        raise PeftcoreError(f"several adapters are applied: {', '.join(names)}. Say which: adapter=...")
-    return names[0]
-
-
-def _untouched(model: nn.Module) -> dict[str, Tensor]:
+def base_values(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the base by name, where an adapter's own copy stands in their place the base's."""
+    found = dict(base_parameters(model))
     state = engine.state_of(model)
-    trained = {name for entry in state.applied.values() for name in entry.trained} if state else set()
-    return untouched_parameters(model, trained)
-
-
-def _beside(file: Path) -> Path:
-    return file.with_name(f".{file.name}.tmp")
-
-
-def _write_beside(file: Path, content: bytes) -> Path:
-    beside = _beside(file)
-    try:
-        with open(beside, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-    except OSError:
-        beside.unlink(missing_ok=True)
-        raise
-    return beside
-
-
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every file system can
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    for name, entry in state.applied.items() if state else ():
+        if entry.trained:
+            trained = TrainedParameters.of(model, name)
+            for first, original in trained.originals(model) if trained.active else ():
+                found.update(dict.fromkeys(trained.slots[first], original))
+    return {name: parameter.detach() for name, parameter in found.items()}

@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 
 import torch
-from torch import Tensor, nn
-
-from peftcore.adapted import base_parameters
+from torch import Tensor
 
 _TENSORS = 16
 _VALUES = 32
@@ -40,11 +38,6 @@ def difference(parameters: dict[str, Tensor], expected: str) -> str | None:
         if error > _TOLERANCE:
             return f"the values of '{name}' differ by {100 * error.item():.0f} %"
     return None
-
-
-def untouched_parameters(model: nn.Module, trained: set[str]) -> dict[str, Tensor]:
-    """The parameters of the base that no adapter has changed, by name."""
-    return {name: p.detach() for name, p in base_parameters(model) if name not in trained}
 
 
 def _sample(tensor: Tensor) -> Tensor:

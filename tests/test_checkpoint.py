@@ -18,6 +18,7 @@ import torch
 import peftcore
 from peftcore import checkpoint
 from peftcore.engine import adapter_parameters
+from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -71,11 +72,62 @@ def test_trainable_and_dtype(saved: Path, tmp_path: Path) -> None:
     assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
 
 
-def test_which_of_several_must_be_said(tmp_path: Path) -> None:
-    model = peftcore.apply(peftcore.apply(tiny.llama(), "around", adapter="a"), "after", adapter="b")
-    with pytest.raises(peftcore.PeftcoreError, match=r"several adapters are applied: a, b. Say which"):
-        peftcore.save(model, tmp_path)
-    peftcore.save(model, tmp_path, adapter="b")
+def several() -> torch.nn.Module:
+    """Three adapters, two of which train one parameter in turn; `b` and then `default` act."""
+    model = peftcore.apply(tiny.llama(), "around", value=3.0)
+    peftcore.apply(model, "train", names=("lm_head.weight",), adapter="a")
+    peftcore.activate(model, [])
+    peftcore.apply(model, "train", names=("lm_head.weight",), adapter="b")
+    disturb(model, "b", seed=1)
+    peftcore.activate(model, ["b", "default"])
+    return model
+
+
+def test_several_are_saved_and_loaded_together(tmp_path: Path) -> None:
+    model = several()
+    peftcore.save(model, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "a",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "b",
+    ]
+    loaded = peftcore.load(tiny.llama(), tmp_path)
+    assert [a.name for a in peftcore.summary(loaded).adapters] == ["default", "a", "b"]
+    assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    for names in (["a"], ["b"], ["default", "a"]):
+        peftcore.activate(model, names)
+        peftcore.activate(loaded, names)
+        assert torch.equal(tiny.logits(loaded), tiny.logits(model))
+    alone = peftcore.load(tiny.llama(), tmp_path / "b", adapter="only")
+    peftcore.activate(model, "b")
+    assert torch.equal(tiny.logits(alone), tiny.logits(model))
+
+
+def test_one_of_several_that_does_not_load_takes_all_back(tmp_path: Path) -> None:
+    peftcore.save(several(), tmp_path)
+    truncate(tmp_path / "b")
+    model = peftcore.apply(tiny.llama(), "around", adapter="mine")
+    acting = tiny.logits(model)
+    with pytest.raises(peftcore.CheckpointError, match="no whole safetensors file"):
+        peftcore.load(model, tmp_path)
+    assert torch.equal(tiny.logits(model), acting)
+    assert [a.name for a in peftcore.summary(model).adapters] == ["mine"]
+
+
+def test_checkpoints_beside_an_adapter_are_not_loaded_with_it(saved: Path) -> None:
+    peftcore.save(peftcore.apply(tiny.llama(), "around"), saved / "checkpoint-3")
+    model = peftcore.load(tiny.llama(), saved)
+    assert [a.name for a in peftcore.summary(model).adapters] == ["default"]
+
+
+def test_the_base_is_told_by_its_own_values(tmp_path: Path) -> None:
+    """An adapter on the model that trains a sampled parameter does not make it another base."""
+    peftcore.save(peftcore.apply(tiny.llama(), "around"), tmp_path)
+    model = peftcore.apply(tiny.llama(), "train", names=("lm_head.weight",), adapter="head")
+    disturb(model, "head", seed=1, std=2.0)
+    peftcore.load(model, tmp_path)
+    assert peftcore.summary(model).adapters[1].active
 
 
 def test_restore_fills_an_applied_adapter(saved: Path) -> None:
@@ -219,6 +271,7 @@ def test_a_full_disk_leaves_the_old_adapter(saved: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, before[1]))  # the config fits, the tensors do not
         with pytest.raises(peftcore.CheckpointError, match=r"could not be saved.*What lay there before is unharmed"):
             peftcore.save(model, saved)
+        assert sorted(os.listdir(saved)) == ["adapter_config.json", "adapter_model.safetensors"]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

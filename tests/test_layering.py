@@ -14,7 +14,7 @@ ORDER = [
     {"errors", "method", "hookspecs", "ops", "build_info"},
     {"registry", "adapted", "sublayers"},
     {"architecture"},
-    {"targets", "prompts", "trained", "fingerprint"},
+    {"targets", "prompts", "trained", "fingerprint", "adapter_files"},
     {"engine"},
     {"merge", "checkpoint", "summary", "quantization", "optim"},
     {"testing", "data", "integrations"},
