@@ -47,7 +47,7 @@ def compiled(model: nn.Module, architecture: Architecture, placement: SoftPrompt
         raise PeftcoreError(f"the adapter of a {kind} returns {wanted}, found a tensor of shape {list(shape)}")
     tokens = shape[0] if isinstance(placement, SoftPrompt) else shape[3]
     context = getattr(_config(model), "max_position_embeddings", None)
-    if isinstance(context, int) and tokens >= context:
+    if isinstance(context, int) and 0 < context <= tokens:
         raise PeftcoreError(
             f"a prompt of {tokens} tokens leaves no room for input: the context of {type(model).__name__} is "
             f"{context} tokens. Take fewer"
@@ -95,6 +95,16 @@ def _prefix(model: nn.Module, architecture: Architecture, adapter: nn.Module, sh
         raise PeftcoreError(
             f"the prefix has keys and values for {shape[0]} layers, {type(model).__name__} has attention with a cache "
             f"in {len(layers)}: {sorted(layers)}"
+        )
+    from transformers.cache_utils import DynamicLayer
+
+    cache = _new_cache(backbone)
+    kept = getattr(cache, "self_attention_cache", cache).layers
+    recurrent = [i for i, layer in enumerate(kept) if not isinstance(layer, DynamicLayer)]
+    if recurrent:
+        raise PeftcoreError(
+            f"layers {recurrent} of {type(model).__name__} keep a recurrent state, which has no keys and values for "
+            "PrefixKV. A soft prompt needs none"
         )
     around = PrefixAround(
         adapter,
@@ -144,7 +154,7 @@ class _Backbone(nn.Module):
     def _cached(self, call: dict[str, Any]) -> tuple[Any, int]:
         """(cache or None, how many tokens it holds beside prefixes)."""
         cache = call.get(self._cache_argument) if self._cache_argument else None
-        length = 0 if cache is None else cache.get_seq_length()
+        length = 0 if cache is None else _seen(cache)
         return cache, length - getattr(cache, _IN_CACHE, 0) if length else 0
 
     def _make_room(self, call: dict[str, Any], past: int) -> None:
@@ -217,7 +227,7 @@ class PrefixAround(_Backbone):
             cache = call[self._cache_argument] = _new_cache(base.module)
         dtype = base.module.get_input_embeddings().weight.dtype
         layers = getattr(cache, "self_attention_cache", cache)
-        before = getattr(cache, _IN_CACHE, 0) if cache.get_seq_length() else 0  # another prefix's
+        before = getattr(cache, _IN_CACHE, 0) if _seen(cache) else 0  # another prefix's
         for layer, (key, value) in enumerate(self.adapter().to(dtype).unbind(0)):  # [kv_heads, tokens, head_dim] each
             shape = (given.shape[0], *key.shape)
             layers.update(key.expand(shape), value.expand(shape), layer)
@@ -354,6 +364,14 @@ def _new_cache(backbone: nn.Module) -> Any:
     if getattr(backbone.config, "is_encoder_decoder", False):
         return EncoderDecoderCache(cache, DynamicCache(config=backbone.config))
     return cache
+
+
+def _seen(cache: Any) -> int:
+    """How many tokens a cache holds; of one with recurrent states only, whether it holds any."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return int(cache.has_previous_state())
 
 
 def _prepend(tensor: Tensor, fill: Any, tokens: int) -> Tensor:
