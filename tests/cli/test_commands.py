@@ -113,6 +113,11 @@ def test_a_plugin_adds_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         registry.unregister("greeter")
 
 
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from peftcore.cli.app import build; build(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
 def test_no_plugin_is_imported_for_help(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "plugins", lambda: pytest.fail("a plugin was imported"))
     application.build(["--help"])
