@@ -22,6 +22,7 @@ from peftcore.method import Method, WeightFormat
 
 GROUP = "peftcore"
 STRICT = "PEFTCORE_STRICT_PLUGINS"
+API = 1  # of plugins; raised when a plugin written for the last one would no longer work
 
 
 @dataclass
@@ -154,6 +155,7 @@ class Registry:
                 warnings.warn(message, stacklevel=4)
 
     def _register(self, entry: Plugin, plugin: Any) -> list[Method]:
+        _check_api(plugin)
         _check_hook_names(self._manager, entry.name, plugin)
         try:
             self._manager.register(plugin, name=entry.name)
@@ -189,6 +191,14 @@ class Registry:
                         f"peft_type '{method.state.peft_type}' is taken by '{taken.name}' ({other.distribution} "
                         f"{other.version}); {entry.distribution} {entry.version} claims it too. Uninstall one"
                     )
+
+
+def _check_api(plugin: Any) -> None:
+    """A plugin may say `peftcore_api = 1`, the plugin API that it was written for."""
+    api = getattr(plugin, "peftcore_api", API)
+    if api != API:
+        older = "peftcore" if isinstance(api, int) and api > API else "the plugin"
+        raise PluginError(f"it was written for plugin API {api}, this peftcore has {API}. Upgrade {older}")
 
 
 def _check_hook_names(manager: pluggy.PluginManager, name: str, plugin: Any) -> None:

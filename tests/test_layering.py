@@ -18,7 +18,7 @@ ORDER = [
     {"engine"},
     {"merge", "checkpoint", "summary", "quantization", "optim"},
     {"testing", "data", "integrations"},
-    {"cli"},
+    {"cli", "__main__"},
 ]
 
 

@@ -119,6 +119,15 @@ def test_malformed_methods(discover, plugin, message: str) -> None:
         assert registry.methods() == {}
 
 
+@pytest.mark.parametrize(("api", "upgrade"), [(2, "peftcore"), (0, "the plugin")])
+def test_another_plugin_api_says_what_to_upgrade(discover, api: int, upgrade: str) -> None:
+    plugin = tiny.Plugin(tiny.method("scale"))
+    plugin.peftcore_api = api
+    registry = discover(("scale", plugin, "peftcore-scale"))
+    with pytest.warns(UserWarning, match=rf"plugin API {api}, this peftcore has 1. Upgrade {upgrade}"):
+        assert registry.methods() == {}
+
+
 def test_unknown_method_says_what_to_install(discover) -> None:
     with pytest.raises(
         peftcore.PluginError, match=r"no PEFT method 'x' is installed \(installed: none\). Try: pip install peftcore-x"

@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from peftcore.cli import doctor, evaluate, generate, info, merge, methods, plan, plugins, train
+from peftcore.cli import doctor, evaluate, generate, info, merge, methods, new_plugin, plan, plugins, train
 from peftcore.cli.console import fail, warn
 from peftcore.errors import PeftcoreError
 
@@ -30,6 +30,7 @@ COMMANDS = {
     "info": info.info,
     "methods": methods.methods,
     "plugins": plugins.plugins,
+    "new-plugin": new_plugin.new_plugin,
     "doctor": doctor.doctor,
 }
 HOOK = "peftcore_commands"

@@ -1,0 +1,271 @@
+"""`peftcore new-plugin`: a complete package of a method, which installs, passes its test and trains at once."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from string import Template
+from typing import Annotated
+
+import typer
+
+from peftcore.cli.console import say
+from peftcore.errors import PeftcoreError
+
+
+class Kind(str, Enum):
+    """Which placement the new method uses."""
+
+    around = "around"
+    after = "after"
+    soft_prompt = "soft-prompt"
+    prefix = "prefix"
+    train = "train"
+
+
+def new_plugin(
+    name: Annotated[str, typer.Argument(help="The method's name: small letters, digits and hyphens.")],
+    kind: Annotated[Kind, typer.Option("--kind", help="What the method places.")] = Kind.around,
+    folder: Annotated[Path, typer.Option("--folder", help="Where the package's folder is made.")] = Path("."),
+) -> None:
+    """Write the package of a new method: pyproject.toml, README.md, a module and its test."""
+    package = write(name, kind.value, folder)
+    say(f"wrote {package}. Next:")
+    say(f"  pip install --no-build-isolation -e {package}")
+    say(f"  python -m pytest {package}")
+
+
+def write(name: str, kind: str, folder: Path) -> Path:
+    """Write the package `peftcore-NAME` to `folder`, and return its folder.
+
+    Raises:
+        PeftcoreError: the name cannot be a method's, or the folder is there already.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
+        raise PeftcoreError(f"a method's name has small letters, digits and single hyphens, found '{name}'")
+    package = folder / f"peftcore-{name}"
+    if package.exists():
+        raise PeftcoreError(f"'{package}' is there already. Choose another name or folder")
+    module = f"peftcore_{name.replace('-', '_')}"
+    words = {
+        "name": name,
+        "module": module,
+        "title": "".join(part.title() for part in name.split("-")),
+        "peft_type": name.upper().replace("-", "_"),
+        "excused": "".join(f'    "{check}": "{reason}",\n' for check, reason in _EXCUSED[kind].items()),
+    }
+    files = {
+        "pyproject.toml": _PYPROJECT,
+        "README.md": _README,
+        f"{module}.py": _MODULES[kind],
+        f"tests/test_{module.removeprefix('peftcore_')}.py": _TEST,
+    }
+    for path, text in files.items():
+        (package / path).parent.mkdir(parents=True, exist_ok=True)
+        (package / path).write_text(Template(text).substitute(words), encoding="utf-8")
+    return package
+
+
+_PYPROJECT = """\
+[build-system]
+requires = ["setuptools>=77"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "peftcore-$name"
+version = "0.1.0"
+description = "$title for peftcore"
+readme = "README.md"
+requires-python = ">=3.10"
+dependencies = ["peftcore>=0.1"]
+
+[project.entry-points.peftcore]
+$name = "$module"
+
+[tool.setuptools]
+py-modules = ["$module"]
+"""
+
+_README = """\
+# peftcore-$name
+
+A fine-tuning method for peftcore.
+
+```python
+import peftcore
+
+model = peftcore.apply(model, "$name")
+```
+"""
+
+_TEST = '''\
+"""$title passes the conformance suite."""
+
+from $module import ${title}Config
+
+from peftcore.testing import check_method
+
+# Checks that this method cannot pass, each with its reason.
+NOT_APPLICABLE = {
+$excused}
+
+
+def test_conformance() -> None:
+    check_method(${title}Config(), not_applicable=NOT_APPLICABLE)
+'''
+
+_HEAD = '''\
+"""$title: {formula}"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+
+peftcore_api = 1
+
+
+@dataclass(frozen=True)
+class ${title}Config:
+{fields}
+
+'''
+
+_HOOK = """
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(peft_type="$peft_type")
+    return [peftcore.Method("$name", ${title}Config, place, rules)]
+"""
+
+_TARGETS = '''\
+    """target_modules: suffixes, a regular expression for whole paths, or all-linear."""
+
+    target_modules: str | list[str] = "all-linear"
+'''
+
+_TOKENS = '''\
+    """num_virtual_tokens: how many vectors are learned."""
+
+    num_virtual_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        if self.num_virtual_tokens <= 0:
+            raise peftcore.PeftcoreError(f"num_virtual_tokens must be positive, found {self.num_virtual_tokens}")
+'''
+
+_SELECT = """\
+def place(model: nn.Module, config: ${title}Config, architecture: peftcore.Architecture) -> list[Any]:
+    layers = peftcore.targets.select(model, architecture, target_modules=config.target_modules)
+"""
+
+_MODULES = {
+    "around": _HEAD.replace("{formula}", "y = gain · base(x), one learned gain for each output.").replace(
+        "{fields}", _TARGETS
+    )
+    + '''\
+class $title(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(size))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return base(x) * self.gain.to(x.dtype)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight [out, in] that computes the same without the adapter."""
+        return weight * self.gain[:, None]
+
+
+'''
+    + _SELECT
+    + "    return [peftcore.Around(path, $title(layer.out_features)) for path, layer in layers.items()]\n"
+    + _HOOK,
+    "after": _HEAD.replace("{formula}", "y -> y + shift, one learned shift for each output.").replace(
+        "{fields}", _TARGETS
+    )
+    + """\
+class $title(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(size))
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + self.shift.to(y.dtype)
+
+
+"""
+    + _SELECT
+    + "    return [peftcore.After(path, $title(layer.out_features)) for path, layer in layers.items()]\n"
+    + _HOOK,
+    "soft-prompt": _HEAD.replace("{formula}", "learned vectors [tokens, hidden] before the input.").replace(
+        "{fields}", _TOKENS
+    )
+    + """\
+class $title(nn.Module):
+    def __init__(self, tokens: int, hidden_size: int) -> None:
+        super().__init__()
+        self.prompt = nn.Parameter(0.02 * torch.randn(tokens, hidden_size))
+
+    def forward(self) -> Tensor:
+        return self.prompt
+
+
+def place(model: nn.Module, config: ${title}Config, architecture: peftcore.Architecture) -> list[Any]:
+    return [peftcore.SoftPrompt($title(config.num_virtual_tokens, architecture.hidden_size))]
+"""
+    + _HOOK,
+    "prefix": _HEAD.replace("{formula}", "learned keys and values before those of the input, in every layer.").replace(
+        "{fields}", _TOKENS
+    )
+    + """\
+class $title(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.prefix = nn.Parameter(0.02 * torch.randn(shape))
+
+    def forward(self) -> Tensor:
+        return self.prefix
+
+
+def place(model: nn.Module, config: ${title}Config, architecture: peftcore.Architecture) -> list[Any]:
+    a = architecture
+    return [peftcore.PrefixKV($title(a.num_layers, 2, a.num_kv_heads, config.num_virtual_tokens, a.head_dim))]
+"""
+    + _HOOK,
+    "train": _HEAD.replace("{formula}", "some parameters of the base are trained themselves.")
+    .replace("import torch\nfrom torch import Tensor, nn\n", "from torch import nn\n")
+    .replace(
+        "{fields}",
+        '''\
+    """ending: parameters whose names end so are trained."""
+
+    ending: str = "norm.weight"
+''',
+    )
+    + """\
+def place(model: nn.Module, config: ${title}Config, architecture: peftcore.Architecture) -> list[Any]:
+    names = [name for name, _ in model.named_parameters() if name.endswith(config.ending)]
+    if not names:
+        raise peftcore.PeftcoreError(f"no parameter's name ends with '{config.ending}'")
+    return [peftcore.Train(names)]
+"""
+    + _HOOK,
+}
+
+_NO_WEIGHT = {"merge equals forward, unmerge is bit exact": "it is no change of a weight"}
+_PROMPT = {**_NO_WEIGHT, "identity at the start": "the vectors act from the start"}
+_EXCUSED: dict[str, dict[str, str]] = {
+    "around": {},
+    "after": _NO_WEIGHT,
+    "soft-prompt": _PROMPT,
+    "prefix": _PROMPT,
+    "train": {},
+}

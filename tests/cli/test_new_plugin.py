@@ -1,0 +1,104 @@
+"""`peftcore new-plugin`: what it writes installs, passes its test, trains, saves, loads, and goes again."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import peftcore
+from peftcore.cli.new_plugin import Kind, write
+from peftcore.registry import registry
+from peftcore.testing import CHECKS
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in Kind])
+def test_each_kind_passes_the_suite(kind: str, tmp_path: Path, monkeypatch) -> None:
+    if kind != "around":  # tracing is slow, and tried on one kind
+        monkeypatch.delitem(CHECKS, "torch.compile(fullgraph=True)")
+    name = f"fresh-{kind}"
+    package = write(name, kind, tmp_path)
+    (file,) = package.glob("*.py")
+    assert len(file.read_text().splitlines()) < 60
+    modules = {}
+    for path in (file, *package.glob("tests/*.py")):
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        modules[path.stem] = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, path.stem, modules[path.stem])
+        spec.loader.exec_module(modules[path.stem])
+        if path == file:
+            registry.register(name, modules[file.stem])
+    try:
+        modules[f"test_{file.stem.removeprefix('peftcore_')}"].test_conformance()
+    finally:
+        registry.unregister(name)
+    lint = subprocess.run([sys.executable, "-m", "ruff", "check", package, "--isolated", "--select", "F"], check=False)
+    assert lint.returncode == 0
+
+
+@pytest.mark.parametrize("name", ["Gain", "two--hyphens", "9lives", "a.b", "../x", "-x", ""])
+def test_names_that_no_method_can_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(peftcore.PeftcoreError, match="small letters, digits and single hyphens"):
+        write(name, "around", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "peftcore-gain").mkdir()
+    with pytest.raises(peftcore.PeftcoreError, match="is there already"):
+        write("gain", "around", tmp_path)
+
+
+USE = """
+import sys, tiny, torch, peftcore
+model = peftcore.apply(tiny.llama(), "fresh")
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+losses = []
+for _ in range(5):
+    optimizer.zero_grad()
+    loss = model(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], losses
+peftcore.save(model, sys.argv[1])
+assert torch.equal(tiny.logits(peftcore.load(tiny.llama(), sys.argv[1])), tiny.logits(model))
+"""
+
+
+@pytest.mark.slow
+def test_installed_with_pip_used_and_uninstalled(tmp_path: Path) -> None:
+    package = write("fresh", "around", tmp_path)
+    site, adapter = tmp_path / "site", tmp_path / "adapter"
+    install = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "--target",
+        site,
+        package,
+    ]
+    subprocess.run(install, check=True, capture_output=True)
+
+    def python(*arguments: object, with_plugin: bool) -> subprocess.CompletedProcess:
+        paths = [str(Path(__file__).parent.parent), *([str(site)] if with_plugin else [])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        command = [sys.executable, "-W", "ignore", *map(str, arguments)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+    listed = python("-m", "peftcore", "plugins", with_plugin=True)
+    assert "peftcore-fresh" in listed.stdout, listed
+    used = python("-c", USE, adapter, with_plugin=True)
+    assert used.returncode == 0, used.stderr
+    load = "import sys, tiny, peftcore; peftcore.load(tiny.llama(), sys.argv[1])"
+    gone = python("-c", load, adapter, with_plugin=False)
+    assert "no installed method reads peft_type 'FRESH'" in gone.stderr
+    assert "pip install peftcore-fresh" in gone.stderr
