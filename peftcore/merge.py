@@ -119,14 +119,26 @@ def weight_format(module: nn.Module) -> WeightFormat:
 
 
 def _check_mergeable(model: nn.Module, names: tuple[str, ...]) -> None:
-    for name in names:
-        for path, adapter in engine.adapter_modules(model, name):
-            if not hasattr(adapter, "merged"):
-                method = engine.applied(model, name).method
-                raise PeftcoreError(
-                    f"the adapter '{name}' ({method}) cannot be merged: at '{path}' it is no change of a weight. "
-                    f"Let it rest before merging: peftcore.activate(model, [...])"
-                )
+    cannot = {
+        name: path
+        for name in names
+        for path, adapter in engine.adapter_modules(model, name)
+        if not hasattr(adapter, "merged")
+    }
+    if not cannot:
+        return
+    method = {name: engine.applied(model, name).method for name in names}
+    can = [name for name in names if name not in cannot]
+    name, path = next(iter(cannot.items()))
+    raise PeftcoreError(
+        f"the adapter '{name}' ({method[name]}) cannot be merged: at '{path}' it is no change of a weight. "
+        + (
+            f"Of the active ones {', '.join(f'{other} ({method[other]})' for other in can)} can: "
+            f"peftcore.activate(model, {can}), then merge"
+            if can
+            else "No active adapter can"
+        )
+    )
 
 
 def _merged_tensors(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
