@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import targets
+from peftcore.errors import nearest
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -94,7 +95,8 @@ class AdapterConfig:
             (self.placement not in SUBLAYERS, f"placement is one of {', '.join(SUBLAYERS)}; found {self.placement!r}"),
             (
                 self.non_linearity not in ACTIVATIONS,
-                f"non_linearity '{self.non_linearity}' is unknown. It is one of {', '.join(ACTIVATIONS)}",
+                f"non_linearity '{self.non_linearity}' is unknown{nearest(self.non_linearity, ACTIVATIONS)}. "
+                f"It is one of {', '.join(ACTIVATIONS)}",
             ),
             (
                 size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1),
@@ -245,9 +247,8 @@ def chosen_sublayers(model: nn.Module, config: AdapterConfig, architecture: peft
     wanted = {layers} if isinstance(layers, int) else set(layers)
     there = {sublayer.layer for sublayer in found}
     if not wanted or wanted - there:
-        raise peftcore.PeftcoreError(
-            f"layers_to_transform: there is no layer {sorted(wanted - there)} (layers: {sorted(there)})"
-        )
+        wrong = f"there is no layer {sorted(wanted - there)}" if wanted else "it names no layer"
+        raise peftcore.PeftcoreError(f"layers_to_transform: {wrong} (layers: {sorted(there)})")
     return [sublayer for sublayer in found if sublayer.layer in wanted]
 
 

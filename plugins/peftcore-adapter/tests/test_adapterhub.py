@@ -1,0 +1,113 @@
+"""Bottlenecks that the library `adapters` 1.3.0 saved compute here what they compute there (adapterhub/make.py)."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+import peftcore
+
+FOLDERS = Path(__file__).parent / "adapterhub"
+spec = importlib.util.spec_from_file_location("adapterhub_make", FOLDERS / "make.py")
+make = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(make)
+
+
+@pytest.mark.parametrize(
+    "name", ["bert-seq_bn", "bert-par_bn", "distilbert-double_seq_bn", "llama-seq_bn", "t5-double_seq_bn"]
+)
+def test_computes_the_same(name: str, tmp_path: Path) -> None:
+    wanted = load_file(FOLDERS / name / "output.safetensors")["output"]
+    model = make.filled(getattr(make, name.split("-")[0])())
+    inputs = make.inputs(model)
+    with torch.no_grad():
+        base = model(**inputs)[0]
+        peftcore.load(model, FOLDERS / name)
+        torch.testing.assert_close(model(**inputs)[0], wanted, rtol=1e-4, atol=1e-5)
+        assert (base - wanted).abs().max() > 0.1
+        peftcore.save(model, tmp_path)  # in our own format
+        twin = make.filled(getattr(make, name.split("-")[0])())
+        peftcore.load(twin, tmp_path)
+        assert torch.equal(twin(**inputs)[0], model(**inputs)[0])
+
+
+def test_layers_left_out_stay_so() -> None:
+    model = make.filled(make.llama())
+    peftcore.load(model, FOLDERS / "llama-seq_bn")
+    assert peftcore.engine.applied(model, "default").paths == ("model.layers.1",)
+
+
+def changed(folder: Path, **settings: Any) -> Path:
+    shutil.copytree(FOLDERS / "bert-seq_bn", folder)
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    fields["config"].update(settings)
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"phm_layer": True}, "it uses phm_layer=True"),
+        ({"inv_adapter": "nice"}, "it uses inv_adapter='nice'"),
+        ({"ln_after": True}, "it uses ln_after=True"),
+        ({"original_ln_after": False}, "it uses original_ln_after=False"),
+        ({"residual_before_ln": False}, "it uses residual_before_ln=False"),
+        ({"scaling": "learned"}, "it uses scaling='learned'; only a number"),
+        ({"reduction_factor": {"default": 4}}, "only a number"),
+        ({"non_linearity": "prelu"}, "non_linearity 'prelu' is unknown"),
+    ],
+)
+def test_what_would_compute_something_else_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    model = make.filled(make.bert())
+    with pytest.raises(peftcore.CheckpointError, match=f"of the library adapters, cannot be read.*{message}"):
+        peftcore.load(model, changed(tmp_path / "a", **settings))
+    assert peftcore.engine.state_of(model) is None
+
+
+def test_parallel_on_a_pre_norm_model_is_refused(tmp_path: Path) -> None:
+    folder = changed(tmp_path / "a", is_parallel=True, original_ln_before=False)
+    tensors = load_file(folder / "adapter.safetensors")
+    renamed = {
+        key.replace("encoder.layer.", "model.layers.").replace(".output.", ".output_adapters."): tensor
+        for key, tensor in tensors.items()
+    }
+    save_file(renamed, folder / "adapter.safetensors")
+    with pytest.raises(peftcore.CheckpointError, match="reads what comes before the norm of LlamaForCausalLM"):
+        peftcore.load(make.filled(make.llama()), folder)
+
+
+def test_not_of_this_model_or_not_a_bottleneck(tmp_path: Path) -> None:
+    with pytest.raises(peftcore.CheckpointError, match="is no known sublayer of this model"):
+        peftcore.load(torch.nn.Sequential(torch.nn.Linear(2, 2)), FOLDERS / "bert-seq_bn")
+    folder = changed(tmp_path / "a")
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    fields["config"] = {"architecture": "lora", "r": 8}
+    (folder / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(peftcore.CheckpointError, match=r"no bottleneck adapter .architecture: 'lora'"):
+        peftcore.load(make.filled(make.bert()), folder)
+    stranger = changed(tmp_path / "b")
+    save_file({"heads.task.weight": torch.zeros(2)}, stranger / "adapter.safetensors")
+    with pytest.raises(peftcore.CheckpointError, match=r"'heads.task.weight' belongs to no bottleneck"):
+        peftcore.load(make.filled(make.bert()), stranger)
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    folder = changed(tmp_path / "a")
+    (folder / "adapter.safetensors").rename(folder / "pytorch_adapter.bin")
+    with pytest.raises(peftcore.CheckpointError, match=r"a pickle, .* save it as adapter.safetensors"):
+        peftcore.load(make.filled(make.bert()), folder)
+
+
+def test_a_config_of_nobody_keeps_the_core_s_message(tmp_path: Path) -> None:
+    shutil.copytree(FOLDERS / "bert-seq_bn", tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").write_text('{"r": 8}')
+    (tmp_path / "a" / "adapter.safetensors").rename(tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(peftcore.CheckpointError, match="names no peft_type"):
+        peftcore.load(tiny.llama(), tmp_path / "a")
