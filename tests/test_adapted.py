@@ -9,6 +9,7 @@ import tiny
 import torch
 from torch import nn
 
+import peftcore
 from peftcore import adapted
 
 
@@ -125,3 +126,16 @@ def test_tied_parameters_under_each_of_their_names() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[1].weight = model[0].weight
     assert [name for name, p in adapted.base_parameters(model) if p is model[0].weight] == ["0.weight", "1.weight"]
+
+
+def test_a_sequential_runs_as_before(toys: None) -> None:
+    """Its children are called in turn, and what peftcore keeps there is a child."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU())), torch.randn(3, 4)
+    base = model(x)
+    peftcore.apply(model, "train", names=("0.bias",))
+    assert torch.equal(model(x), base)
+    adapted.attach(model[1], "behind", tiny.Shifted(2.0), behind=True)
+    assert torch.equal(model(x), base)
+    adapted.activate(model[1], ["behind"])
+    assert torch.equal(model(x), base + 2.0)
