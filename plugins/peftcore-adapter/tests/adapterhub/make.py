@@ -64,6 +64,7 @@ def main():
         (t5, "double_seq_bn", DoubleSeqBnConfig(reduction_factor=4, cross_adapter=True)),
     ):
         model = filled(make())
+        torch.manual_seed(0)
         adapters.init(model)
         model.add_adapter("task", config=config)
         model.set_active_adapters("task")
