@@ -127,7 +127,6 @@ class AdapterConfig:
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> AdapterConfig:
         """A classifier's head named, so that a saved config means the same anywhere."""
-        saved = list(architecture.task_heads if self.modules_to_save is None else self.modules_to_save)
         return replace(self, modules_to_save=saved)
 
 
@@ -273,8 +272,6 @@ def place(model: nn.Module, config: AdapterConfig, architecture: peftcore.Archit
                 placements.append(peftcore.Around(path, Parallel(config, path, module, width, out_width)))
             else:
                 placements.append(peftcore.After(path, Series(config, path, out_width)))
-    if config.modules_to_save:
-        placements.append(targets.trained_modules(model, config.modules_to_save))
     return placements
 
 

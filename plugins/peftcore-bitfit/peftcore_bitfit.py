@@ -54,7 +54,6 @@ class BitFitConfig:
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> BitFitConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
-        saved = list(architecture.task_heads if self.modules_to_save is None else self.modules_to_save)
         config = replace(self, modules_to_save=saved)
         if self.target_modules == QUERY_INTERMEDIATE:
             chosen = selected(model, config, architecture)
@@ -137,8 +136,6 @@ def place(model: nn.Module, config: BitFitConfig, architecture: peftcore.Archite
         if not bias_names(module)
     ]
     placements.append(peftcore.Train(tuple(trained)))
-    if config.modules_to_save:
-        placements.append(targets.trained_modules(model, config.modules_to_save))
     return placements
 
 
