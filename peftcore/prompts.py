@@ -187,11 +187,18 @@ class SoftPromptAround(_Backbone):
     def __init__(self, *args: Any, keeps: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._keeps = keeps
+        # Without position ids a model counts padding (MPT) or runs over it (Mamba): it must not part prompt and input.
+        self._behind_padding = self._causal and not self._counts
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         _, past = self._cached(call)
+        mask = call.get("attention_mask")
         self._make_room(call, past)
+        order = back = None
+        if mask is not None and self._behind_padding:
+            order, back = _orders(mask, self.tokens)
+            call["attention_mask"] = call["attention_mask"].gather(-1, order)
         if past > 0:
             return base(**call)
         embedded = call.get("inputs_embeds")
@@ -199,7 +206,8 @@ class SoftPromptAround(_Backbone):
             embedded = base.module.get_input_embeddings()(call["input_ids"])  # [batch, length, hidden]
         prompt = self.adapter().to(embedded.dtype).expand(embedded.shape[0], -1, -1)
         call["input_ids"] = None
-        call["inputs_embeds"] = torch.cat([prompt, embedded], dim=1)  # [batch, tokens + length, hidden]
+        rows = torch.cat([prompt, embedded], dim=1)  # [batch, tokens + length, hidden]
+        call["inputs_embeds"] = rows if order is None else _taken(rows, order)
         positions = call.get("position_ids")
         if positions is not None:
             own = torch.arange(-self.tokens, 0, device=positions.device, dtype=positions.dtype)
@@ -208,7 +216,7 @@ class SoftPromptAround(_Backbone):
         if call.get("token_type_ids") is not None:
             call["token_type_ids"] = _prepend(call["token_type_ids"], torch.zeros, self.tokens)
         output = base(**call)
-        return output if self._keeps else _without_prompt(output, self.tokens)
+        return output if self._keeps else _without_prompt(output, self.tokens, back)
 
 
 class PrefixAround(_Backbone):
@@ -379,12 +387,30 @@ def _prepend(tensor: Tensor, fill: Any, tokens: int) -> Tensor:
     return torch.cat([head, tensor], dim=-1)
 
 
-def _without_prompt(output: Any, tokens: int) -> Any:
+def _orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Indices that put a prompt from the front behind each row's left padding, and those of the input in the result."""
+    padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # [batch, 1]
+    place = torch.arange(tokens + mask.shape[-1], device=mask.device)
+    order = torch.where(place < padding, place + tokens, torch.where(place < padding + tokens, place - padding, place))
+    place = place[: mask.shape[-1]]
+    return order, torch.where(place < padding, place, place + tokens)
+
+
+def _taken(states: Tensor, order: Tensor) -> Tensor:
+    return states.gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def _without_prompt(output: Any, tokens: int, back: Tensor | None = None) -> Any:
+    """The output at the input's tokens: behind the prompt, or at the places `back`."""
+
+    def cut(states: Tensor) -> Tensor:
+        return states[:, tokens:] if back is None else _taken(states, back)
+
     if isinstance(output, tuple):
-        return (output[0][:, tokens:], *output[1:])
-    output.last_hidden_state = output.last_hidden_state[:, tokens:]
+        return (cut(output[0]), *output[1:])
+    output.last_hidden_state = cut(output.last_hidden_state)
     if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = tuple(states[:, tokens:] for states in output.hidden_states)
+        output.hidden_states = tuple(cut(states) for states in output.hidden_states)
     return output
 
 

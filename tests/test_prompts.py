@@ -59,6 +59,24 @@ def bart() -> nn.Module:
 
 
 DECODERS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "opt": opt, "bloom": bloom, "gemma3": gemma3}
+
+
+def mpt() -> nn.Module:
+    """A decoder whose ALiBi counts padding."""
+    from transformers import MptConfig, MptForCausalLM
+
+    torch.manual_seed(0)
+    return MptForCausalLM(MptConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=4)).eval()
+
+
+def mamba() -> nn.Module:
+    """A recurrence, whose cache holds no tokens."""
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    return MambaForCausalLM(MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, pad_token_id=0)).eval()
+
+
 ENCODER_DECODERS = {"t5": tiny.t5, "bart": bart}
 
 
@@ -152,8 +170,9 @@ def test_generate(make: Callable[[], nn.Module], kind: str) -> None:
     assert torch.equal(outs[0].sequences, outs[1].sequences)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", DECODERS.values(), ids=DECODERS)
+@pytest.mark.parametrize(
+    ("make", "kind"), [*((make, kind) for make in DECODERS.values() for kind in KINDS), (mpt, "soft"), (mamba, "soft")]
+)
 def test_generate_with_rows_of_different_length(make: Callable[[], nn.Module], kind: str) -> None:
     """A row that is padded on the left gives the logits it gives alone."""
     model = applied(make(), kind)
