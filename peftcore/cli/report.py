@@ -57,6 +57,7 @@ def write(
 def curve(history: Sequence[dict[str, Any]], before: dict[str, float]) -> bytes:
     """The loss curve as a PNG: training loss with its running mean, held-out loss, and accuracy where there is one."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
@@ -70,6 +71,7 @@ def curve(history: Sequence[dict[str, Any]], before: dict[str, float]) -> bytes:
     )
     axes.set(xlabel="step", ylabel="loss")
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#e3e7ee")
     lines = axes.get_lines()
     if "accuracy" in before:
@@ -78,10 +80,10 @@ def curve(history: Sequence[dict[str, Any]], before: dict[str, float]) -> bytes:
         values = [100 * value for value in (before["accuracy"], *accuracies)]
         right.plot([0, *accuracy_steps], values, "s--", color="#2e8b57", linewidth=1.5, ms=5, label="held-out accuracy")
         right.set_ylabel("accuracy (%)")
+        right.spines["top"].set_visible(False)
         lines = [*lines, *right.get_lines()]
     axes.legend(lines, [line.get_label() for line in lines], frameon=False, loc="best")
-    for side in ("top",):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
