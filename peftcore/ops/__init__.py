@@ -4,6 +4,7 @@ A compiled kernel is used where the extension has one for the device; every othe
 """
 
 from peftcore.ops._extension import extension
+from peftcore.ops.linear_4bit import free_workspace, linear_4bit
 from peftcore.ops.nf4 import (
     DYNAMIC8,
     FP4,
@@ -25,6 +26,8 @@ __all__ = [
     "dequantize_4bit",
     "dequantize_absmax",
     "extension",
+    "free_workspace",
+    "linear_4bit",
     "quantize_4bit",
     "quantize_absmax",
 ]
