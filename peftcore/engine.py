@@ -20,6 +20,7 @@ from peftcore.architecture import detect
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import After, Around, Method, Train
 from peftcore.registry import registry
+from peftcore.targets import trained_modules
 from peftcore.trained import TrainedParameters
 
 _STATE = "_peftcore_state"
@@ -110,11 +111,15 @@ def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed
         raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
     chosen, config = _method_and_config(method, fields)
     architecture = detect(model)
+    saved = getattr(config, "modules_to_save", ())
+    if saved is None and architecture.task_heads:
+        saved = list(architecture.task_heads)
+        config = dataclasses.replace(config, modules_to_save=saved)
     if hasattr(config, "resolved"):
         config = config.resolved(model, architecture)
     around: list[Around | After] = []
     trained: list[str] = []
-    for placement in chosen.place(model, config, architecture):
+    for placement in [*chosen.place(model, config, architecture), trained_modules(model, saved or ())]:
         if isinstance(placement, Train):
             trained += placement.names
         elif isinstance(placement, (Around, After)):

@@ -128,6 +128,8 @@ class Method:
         name: what `apply(model, name)` takes; equals the entry point's name.
         config_class: a frozen dataclass; fields bear PEFT's names where PEFT has the method. It may have
             `resolved(model, architecture) -> config`, which makes explicit what depends on the model.
+            A field `modules_to_save` is the core's business: these modules are trained whole, and None means the
+            heads that pre-training did not train (a classifier's).
         place: (model, config, architecture) -> placements. It builds adapters and changes nothing; under
             `torch.device("meta")` it must allocate nothing.
         state: how adapters look on disk.

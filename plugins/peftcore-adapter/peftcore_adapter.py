@@ -21,7 +21,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import peftcore_adapter_hub
@@ -124,10 +124,6 @@ class AdapterConfig:
         ):
             if wrong:
                 raise peftcore.PeftcoreError(message)
-
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> AdapterConfig:
-        """A classifier's head named, so that a saved config means the same anywhere."""
-        return replace(self, modules_to_save=saved)
 
 
 class Bottleneck(nn.Module):

@@ -54,11 +54,10 @@ class BitFitConfig:
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> BitFitConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
-        config = replace(self, modules_to_save=saved)
-        if self.target_modules == QUERY_INTERMEDIATE:
-            chosen = selected(model, config, architecture)
-            config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
-        return config
+        if self.target_modules != QUERY_INTERMEDIATE:
+            return self
+        chosen = selected(model, self, architecture)
+        return replace(self, target_modules=targets.minimal_suffixes(model, chosen))
 
 
 class AddedBias(nn.Module):

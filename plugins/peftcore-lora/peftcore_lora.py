@@ -80,9 +80,7 @@ class LoraConfig:
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LoraConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
-        saved = list(architecture.task_heads if self.modules_to_save is None else self.modules_to_save)
-        config = replace(self, modules_to_save=saved or None)
-        chosen = selected(model, config, architecture)
+        chosen, config = selected(model, self, architecture), self
         if self.target_modules == targets.ALL_LINEAR:
             config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
         return replace(config, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
@@ -211,8 +209,6 @@ def place(
     placements: list[Any] = [
         peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()
     ]
-    if config.modules_to_save:
-        placements.append(targets.trained_modules(model, config.modules_to_save))
     if config.bias != "none":
         placements.append(targets.biases(model, None if config.bias == "all" else chosen))
     return placements

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import targets
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,6 @@ class PrefixTuningConfig:
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PrefixTuningConfig:
         """The sizes of the model's attention made explicit."""
-        saved = list(architecture.task_heads if self.modules_to_save is None else self.modules_to_save)
         heads, head_dim = architecture.num_kv_heads, architecture.head_dim
         layers = architecture.num_layers
         if architecture.is_encoder_decoder:
@@ -84,7 +82,6 @@ class PrefixTuningConfig:
         return replace(
             self,
             **found,
-            modules_to_save=saved or None,
             encoder_hidden_size=self.encoder_hidden_size or found["token_dim"],
             num_transformer_submodules=self.num_transformer_submodules or 1 + architecture.is_encoder_decoder,
         )
@@ -119,13 +116,8 @@ class Prefix(nn.Module):
         return prefix if self.layers is None else prefix[self.layers]
 
 
-def place(
-    model: nn.Module, config: PrefixTuningConfig, architecture: peftcore.Architecture
-) -> list[peftcore.PrefixKV | peftcore.Train]:
-    placements: list[Any] = [peftcore.PrefixKV(Prefix(config))]
-    if config.modules_to_save:
-        placements.append(targets.trained_modules(model, config.modules_to_save))
-    return placements
+def place(model: nn.Module, config: PrefixTuningConfig, architecture: peftcore.Architecture) -> list[peftcore.PrefixKV]:
+    return [peftcore.PrefixKV(Prefix(config))]
 
 
 def tensor_name(placement: Any, name: str) -> str:

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import targets
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,9 @@ class PromptTuningConfig:
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PromptTuningConfig:
         """The choices that depend on the model made explicit."""
-        saved = list(architecture.task_heads if self.modules_to_save is None else self.modules_to_save)
         width = model.get_submodule(architecture.embedding).embedding_dim if architecture.embedding else None
         return replace(
             self,
-            modules_to_save=saved or None,
             token_dim=self.token_dim or width,
             num_layers=self.num_layers or architecture.num_layers,
             num_attention_heads=self.num_attention_heads or architecture.num_heads,
@@ -129,12 +126,9 @@ def text_tokens(config: PromptTuningConfig) -> list[int]:
 
 def place(
     model: nn.Module, config: PromptTuningConfig, architecture: peftcore.Architecture
-) -> list[peftcore.SoftPrompt | peftcore.Train]:
+) -> list[peftcore.SoftPrompt]:
     embedding = model.get_submodule(architecture.embedding) if architecture.embedding else None
-    placements: list[Any] = [peftcore.SoftPrompt(Prompt(first_values(config, embedding), config.num_virtual_tokens))]
-    if config.modules_to_save:
-        placements.append(targets.trained_modules(model, config.modules_to_save))
-    return placements
+    return [peftcore.SoftPrompt(Prompt(first_values(config, embedding), config.num_virtual_tokens))]
 
 
 def tensor_name(placement: Any, name: str) -> str:

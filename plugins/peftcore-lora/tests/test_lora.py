@@ -162,3 +162,10 @@ def test_found_through_its_entry_point() -> None:
     method = peftcore.methods()["lora"]
     assert method.config_class is LoraConfig
     assert method.state.peft_type == "LORA"
+
+
+def test_a_head_left_alone_stays_so_through_a_file(tmp_path) -> None:
+    model = peftcore.apply(tiny.bert_classifier(), "lora", target_modules=["query"], modules_to_save=[])
+    peftcore.save(model, tmp_path)
+    loaded = peftcore.load(tiny.bert_classifier(), tmp_path)
+    assert peftcore.summary(loaded).adapters[0].trained == 0
