@@ -22,6 +22,7 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 import peftcore
 from peftcore import data
 from peftcore.cli import models, progress, tasks
+from peftcore.cli.batches import LikeLengths
 from peftcore.cli.console import say, warn
 from peftcore.cli.models import AdapterTask
 from peftcore.errors import PeftcoreError
@@ -112,12 +113,16 @@ class Stopped(Exception):
 
 
 class MeasuringTrainer(AdapterTrainer):
-    """Evaluates with `tasks.measure`, so that every figure of a run is the same mean over tokens or examples."""
+    """Batches of like lengths; evaluates with `tasks.measure`, so that every figure is the same kind of mean."""
 
     def __init__(self, *args: Any, tokenizer: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.tokenizer = tokenizer
         self.last: tuple[int, tasks.Metrics] | None = None  # (step, metrics)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
+        lengths = [len(example["input_ids"]) for example in self.train_dataset]
+        return LikeLengths(lengths, self.args.train_batch_size, self.args.seed)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         found = tasks.measure(self._bare_model(), self.eval_dataset, self.tokenizer)

@@ -1,0 +1,41 @@
+"""The order of the examples: random, but batches hold examples of like length, so that little is padding."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+
+from torch.utils.data import Sampler
+
+_BATCHES = 50  # are filled from one random draw, sorted by length
+
+
+class LikeLengths(Sampler[int]):
+    """Indices in an order that depends on the seed and the epoch alone, which is what makes resuming exact.
+
+    Args:
+        lengths: tokens of each example.
+        batch_size: as the data loader's, which takes the indices in turn.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        draw = random.Random(f"{self.seed} {self.epoch}")
+        order = list(range(len(self.lengths)))
+        draw.shuffle(order)
+        batches, rest = [], len(order) % self.batch_size
+        whole, last = order[: len(order) - rest], order[len(order) - rest :]
+        for start in range(0, len(whole), _BATCHES * self.batch_size):
+            drawn = sorted(whole[start : start + _BATCHES * self.batch_size], key=self.lengths.__getitem__)
+            batches += [drawn[i : i + self.batch_size] for i in range(0, len(drawn), self.batch_size)]
+        draw.shuffle(batches)
+        return iter([index for batch in (*batches, last) for index in batch])
