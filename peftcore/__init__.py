@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         WeightFormat,
         tensor_name,
     )
+    from peftcore.quantization import dequantize, quantize
     from peftcore.registry import methods
     from peftcore.summary import plan, summary
 
@@ -53,12 +54,14 @@ __all__ = [
     "activate",
     "after_step",
     "apply",
+    "dequantize",
     "disabled",
     "hookimpl",
     "load",
     "merge",
     "methods",
     "plan",
+    "quantize",
     "remove",
     "save",
     "summary",
@@ -91,6 +94,8 @@ _HOMES = {
     "Train": "method",
     "WeightFormat": "method",
     "tensor_name": "method",
+    "dequantize": "quantization",
+    "quantize": "quantization",
     "methods": "registry",
     "plan": "summary",
     "summary": "summary",

@@ -270,7 +270,7 @@ def linear_4bit(
         TypeError, ValueError: an argument that does not fit the others. RuntimeError: differentiated twice.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
     if bias is not None and bias.dtype != x.dtype:
         bias = bias.to(x.dtype)

@@ -1,0 +1,205 @@
+"""A linear layer whose weight is kept in 4 bits: y = x Wᵀ + b, W dequantized on the way (`ops.linear_4bit`).
+
+An `nn.Linear` whose `weight` is a frozen uint8 parameter `[ceil(out · in / 2), 1]`; scales and codebooks are buffers.
+`state_dict()` has bitsandbytes' keys (see format.py). Casts of the module (`.to(dtype)`, `.half()`) change the bias
+and leave the quantized weight as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import ops
+from peftcore.errors import PeftcoreError
+from peftcore.ops import NestedScales
+from peftcore.quantization.format import PARTS, QuantState, from_tensors, pack, to_tensors, unpack
+
+BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
+
+
+class QuantizedLinear(nn.Linear):
+    """See the module. Made from a dense layer by `peftcore.quantize`, or empty, to be filled by `load_state_dict`.
+
+    Args:
+        compute_dtype: of the product; the input is cast to it and the output back. None: the input's.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        quant_type: str = "nf4",
+        blocksize: int = 64,
+        double_quant: bool = True,
+        compute_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.compute_dtype = compute_dtype
+        weight = torch.zeros(out_features, in_features, device=device, dtype=dtype)
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
+        self.set_quantized(*pack(weight, quant_type, blocksize=blocksize, double_quant=double_quant))
+
+    @property
+    def is_quantized(self) -> bool:
+        """False where merging has put a dense weight in."""
+        return self.weight.dtype is torch.uint8
+
+    @property
+    def quant_state(self) -> QuantState:
+        """What turns `weight` back into numbers."""
+        return QuantState(
+            self.quant_type,
+            (self.out_features, self.in_features),
+            self.weight_dtype,
+            self.blocksize,
+            self.absmax,
+            self.quant_map,
+            self._nested(),
+        )
+
+    def set_quantized(self, packed: Tensor, state: QuantState) -> None:
+        """Take a packed weight and its state."""
+        self.quant_type, self.blocksize, self.weight_dtype = state.quant_type, state.blocksize, state.dtype
+        held = self._parameters.get("weight")
+        if held is not None and held.dtype is torch.uint8 and not held.is_meta:
+            held.data = packed
+        else:
+            self.weight = nn.Parameter(packed, requires_grad=False)
+        nested = state.nested
+        self.nested_blocksize = nested.blocksize if nested else 256
+        values = (state.absmax, state.code, *(nested[:3] if nested else (None, None, None)))
+        for name, value in zip(BUFFERS, values, strict=True):
+            self.register_buffer(name, value)
+
+    def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight `[out, in]`, by default in the dtype that it had."""
+        return unpack(self.weight.detach(), self.quant_state, dtype or self.weight_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.is_quantized:
+            return F.linear(x, self.weight, self.bias)
+        dtype = self.compute_dtype
+        if dtype is None or dtype is x.dtype:
+            return self._multiply(x)
+        return self._multiply(x.to(dtype)).to(x.dtype)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        return ops.linear_4bit(
+            x,
+            self.weight,
+            self.absmax,
+            self.quant_map,
+            self.out_features,
+            self.bias,
+            blocksize=self.blocksize,
+            nested=self._nested(),
+        )
+
+    def _nested(self) -> NestedScales | None:
+        if self.nested_absmax is None:
+            return None
+        return NestedScales(self.nested_absmax, self.nested_quant_map, self.nested_offset, self.nested_blocksize)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        # A cast to half precision would round the scales, and `type(dtype)` read bytes as numbers.
+        kept = {id(self._buffers.get(name)) for name in BUFFERS} | ({id(self.weight)} if self.is_quantized else set())
+        return super()._apply(lambda t: _moved(t, fn) if id(t) in kept else fn(t), recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, parameter in self._parameters.items():
+            if parameter is not None:
+                destination[prefix + name] = parameter if keep_vars else parameter.detach()
+        if self.is_quantized and not self.weight.is_meta:
+            for part, tensor in to_tensors(self.quant_state).items():
+                destination[f"{prefix}weight.{part}"] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        name = f"{prefix}weight"
+        parts = {part: state_dict[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state_dict}
+        if name in state_dict:
+            try:
+                self._load_weight(state_dict[name], parts, name)
+            except (PeftcoreError, TypeError, ValueError) as error:
+                error_msgs.append(str(error))
+        elif strict:
+            missing_keys.append(name)
+        rest = {key: value for key, value in state_dict.items() if key not in (name, *(f"{name}.{p}" for p in parts))}
+        held = {key: self._buffers.pop(key) for key in BUFFERS if key in self._buffers}
+        weight = self._parameters.pop("weight")
+        try:
+            arguments = (rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            super()._load_from_state_dict(*arguments)
+        finally:
+            self._buffers.update(held)
+            self._parameters = {"weight": weight, **self._parameters}
+
+    def _load_weight(self, weight: Tensor, parts: dict[str, Tensor], name: str) -> None:
+        shape = (self.out_features, self.in_features)
+        device = weight.device if self.weight.is_meta else self.weight.device
+        if not parts and weight.is_floating_point():
+            if tuple(weight.shape) != shape:
+                raise PeftcoreError(f"'{name}' has shape {list(weight.shape)}, this layer {list(shape)}")
+            double_quant = self.nested_absmax is not None
+            refuse_non_finite(weight, name)
+            packed, state = pack(
+                weight.to(device), self.quant_type, blocksize=self.blocksize, double_quant=double_quant
+            )
+        else:
+            packed, state = from_tensors(weight, parts, name)
+            if state.shape != shape:
+                raise PeftcoreError(f"'{name}' has shape {list(state.shape)}, this layer {list(shape)}")
+            packed = packed.to(device, copy=True)
+        self.set_quantized(packed, to_device(state, device))
+
+    def extra_repr(self) -> str:
+        kept = self.quant_type if self.is_quantized else "dense"
+        double = ", double_quant" if self.nested_absmax is not None else ""
+        text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{text}, {kept}, blocksize={self.blocksize}{double}"
+
+
+def to_device(state: QuantState, device: torch.device) -> QuantState:
+    """The same state on another device."""
+    nested = state.nested and NestedScales(*(t.to(device) for t in state.nested[:3]), state.nested.blocksize)
+    absmax, code = state.absmax.to(device), state.code.to(device)
+    return QuantState(state.quant_type, state.shape, state.dtype, state.blocksize, absmax, code, nested)
+
+
+def refuse_non_finite(weight: Tensor, name: str) -> None:
+    """Raise a PeftcoreError that names the first value of `weight` that is NaN or infinite."""
+    if weight.numel() and not all(bound.isfinite() for bound in torch.aminmax(weight)):
+        index = (~weight.isfinite()).nonzero()[0].tolist()
+        raise PeftcoreError(
+            f"'{name}' holds {weight[tuple(index)].item()} at index {index}: a block with it cannot be quantized. "
+            "Repair the weight, or leave the layer dense: skip=[...]"
+        )
+
+
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """`fn`, which moves or casts, on the bytes of `tensor`; where it changes their dtype, only the move is kept."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    found = fn(flat)
+    if found is flat:
+        return tensor
+    if found.dtype is not torch.uint8 or found.shape != flat.shape:
+        return tensor.to(found.device)
+    return found.view(tensor.dtype).view(tensor.shape)
