@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peftcore.engine import activate, after_step, apply, disabled, remove
     from peftcore.errors import CheckpointError, PeftcoreError, PluginError
     from peftcore.hookspecs import hookimpl
-    from peftcore.merge import merge, unmerge
+    from peftcore.merge import merge, merge_loss, unmerge
     from peftcore.method import (
         After,
         Around,
@@ -59,6 +59,7 @@ __all__ = [
     "hookimpl",
     "load",
     "merge",
+    "merge_loss",
     "methods",
     "plan",
     "quantize",
@@ -83,6 +84,7 @@ _HOMES = {
     "PluginError": "errors",
     "hookimpl": "hookspecs",
     "merge": "merge",
+    "merge_loss": "merge",
     "unmerge": "merge",
     "After": "method",
     "Around": "method",

@@ -3,21 +3,28 @@
 The weight is read through its format in fp32, each active adapter's pure `merged(weight)` is applied,
 and the result is rounded once to the stored dtype. The base's parameters are put aside, not
 overwritten, so `unmerge` is bit exact.
+
+What a format of few bits loses of the adapters is measured per layer, and refused above a limit:
+
+    lost = |stored - wanted| / |wanted - before|     (Frobenius norms)
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from peftcore import engine
-from peftcore.adapted import adapters_of, base_parameters
+from peftcore.adapted import adapters_of, base_parameters, is_adapted
 from peftcore.errors import PeftcoreError
 from peftcore.method import WeightFormat
+from peftcore.quantization.convert import note_in_config
+from peftcore.quantization.weight_format import QUANTIZED
 from peftcore.registry import registry
 from peftcore.targets import is_conv1d
 from peftcore.trained import TrainedParameters
@@ -43,9 +50,31 @@ class Merged:
     active: tuple[str, ...]
     aside: dict[str, Tensor] = field(default_factory=dict)
     tied: bool | None = None  # the model config's tie_word_embeddings, where merging untied them
+    lost: dict[str, float] = field(default_factory=dict)  # by path, where a weight has few bits
 
 
-def merge(model: nn.Module, *, keep_adapters: bool = True, untie: bool = False) -> nn.Module:
+@dataclass
+class _Layer:
+    """One adapted weight, merged: what is to be stored, and what of the adapters that loses (None: nothing)."""
+
+    path: str
+    tensors: dict[str, Tensor]
+    lost: float | None
+    plain: Callable[[nn.Module], None] | None = None  # after a merge for good
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        for attribute, tensor in self.tensors.items():
+            yield f"{self.path}.{attribute}" if self.path else attribute, tensor
+
+
+def merge(
+    model: nn.Module,
+    *,
+    keep_adapters: bool = True,
+    untie: bool = False,
+    dtype: torch.dtype | None = None,
+    max_loss: float = 0.1,
+) -> nn.Module:
     """Work the active adapters into the base's weights.
 
     Args:
@@ -53,10 +82,13 @@ def merge(model: nn.Module, *, keep_adapters: bool = True, untie: bool = False) 
             off for good, and nothing is kept: the model is a plain one with new weights.
         untie: a weight that another module shares (tied embeddings) is refused, since merging would change
             that module too; with True the adapted module gets a weight of its own.
+        dtype: quantized weights that adapters change become dense ones of this dtype. For good (`keep_adapters` is
+            False) the whole model is cast to it. None: they are quantized again, see `max_loss`.
+        max_loss: the share of the adapters' change that quantizing again may lose, in any layer; see `merge_loss`.
 
     Raises:
-        PeftcoreError: an adapter cannot be merged, a weight is tied, or a result is not finite. The model
-            is then as it was.
+        PeftcoreError: an adapter cannot be merged, a weight is tied, a result is not finite, or quantizing again
+            would lose more than `max_loss`. The model is then as it was.
     """
     state = engine._require_state(model)
     engine._refuse_merged(state, "merge")
@@ -70,17 +102,22 @@ def merge(model: nn.Module, *, keep_adapters: bool = True, untie: bool = False) 
             "merge(model, untie=True) gives the adapted module a weight of its own"
         )
     if keep_adapters:
-        new = dict(_merged_tensors(model, state.active))
-    else:
-        for _ in _merged_tensors(model, state.active):
-            pass  # every result is checked before the first is written
-        new = _merged_tensors(model, state.active)
+        layers = list(_merged_layers(model, state.active, dtype))
+        lost = {layer.path: layer.lost for layer in layers if layer.lost is not None}
+    else:  # every result is checked before the first is written, and none is kept meanwhile
+        lost = _lost(model, state.active, dtype)
+        layers = _merged_layers(model, state.active, dtype)
+    _check_lost(lost, max_loss)
 
-    merged = Merged(state.active)
-    for name, tensor in list(new.items()) if keep_adapters else new:
-        aside = _exchange(model, name, tensor)
-        if keep_adapters:
-            merged.aside[name] = aside
+    merged = Merged(state.active, lost=lost)
+    plain = {}
+    for layer in layers:
+        for name, tensor in layer.named():
+            aside = _exchange(model, name, tensor)
+            if keep_adapters:
+                merged.aside[name] = aside
+        if layer.plain is not None:
+            plain[layer.path] = layer.plain
     if tied:
         merged.tied = _untie_config(model, tied)
     for name in state.active:
@@ -91,7 +128,26 @@ def merge(model: nn.Module, *, keep_adapters: bool = True, untie: bool = False) 
     else:
         for name in merged.active:
             engine.remove(model, name)
+        for path, make_plain in plain.items():
+            module = model.get_submodule(path)
+            if not is_adapted(module):
+                make_plain(module)
+        if plain:
+            model.to(dtype)
+    if plain:
+        note_in_config(model)
     return model
+
+
+def merge_loss(model: nn.Module) -> dict[str, float]:
+    """What of the active adapters' change `merge` would lose in each quantized layer, by path; the model is left alone.
+
+    0 is nothing, 1 means that the error is as large as the change itself. Dense layers are not listed.
+    """
+    state = engine._require_state(model)
+    engine._refuse_merged(state, "measure")
+    _check_mergeable(model, state.active)
+    return _lost(model, state.active, None)
 
 
 def unmerge(model: nn.Module) -> nn.Module:
@@ -106,13 +162,15 @@ def unmerge(model: nn.Module) -> nn.Module:
         _exchange(model, name, tensor)
     if merged.tied is not None:
         model.config.tie_word_embeddings = merged.tied
+    if hasattr(getattr(model, "config", None), "quantization_config"):
+        note_in_config(model)
     engine._set_active(model, merged.active)
     return model
 
 
 def weight_format(module: nn.Module) -> WeightFormat:
     """The format that reads the weight of `module`; those of plugins are asked first."""
-    for candidate in (*registry.weight_formats(), TRANSPOSED, DENSE):
+    for candidate in (*registry.weight_formats(), QUANTIZED, TRANSPOSED, DENSE):
         if candidate.matches(module):
             return candidate
     raise PeftcoreError(f"no weight format reads {type(module).__name__}; a plugin can provide one")
@@ -141,25 +199,56 @@ def _check_mergeable(model: nn.Module, names: tuple[str, ...]) -> None:
     )
 
 
-def _merged_tensors(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
-    """(name of a stored tensor, its new value) for every adapted weight, checked to be finite."""
+def _merged_layers(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> Iterator[_Layer]:
+    """Every adapted weight, merged and checked to be finite."""
     paths = dict.fromkeys(path for name in names for path in engine.applied(model, name).paths)
     for path in paths:
         module = model.get_submodule(path)
         adapters = adapters_of(module)
         chosen = weight_format(module)
         with torch.no_grad():
-            weight = chosen.read(module).float()
+            before = weight = chosen.read(module).float()
             for name in names:
                 if name in adapters:
                     weight = adapters[name].merged(weight)
-            for attribute, tensor in chosen.write(module, weight).items():
-                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                    raise PeftcoreError(
-                        f"merging {list(names)} into '{path}' gives values that are not finite in {tensor.dtype}. "
-                        "The adapter holds NaN or infinity, or the sum overflows; nothing was changed"
-                    )
-                yield f"{path}.{attribute}" if path else attribute, tensor
+            if chosen.decode is None:
+                layer = _Layer(path, chosen.write(module, weight), None)
+            elif dtype is not None:
+                layer = _Layer(path, {"weight": weight.to(dtype)}, None, chosen.plain)
+            elif torch.equal(weight, before):
+                continue  # quantizing again could only round the base anew
+            else:
+                tensors = chosen.write(module, weight)
+                change = (weight - before).norm()
+                layer = _Layer(path, tensors, ((chosen.decode(module, tensors) - weight).norm() / change).item())
+        bad = [t.dtype for t in layer.tensors.values() if t.is_floating_point() and not torch.isfinite(t).all()]
+        if bad or not math.isfinite(layer.lost or 0):
+            raise PeftcoreError(
+                f"merging {list(names)} into '{path}' gives values that are not finite in {(bad or [chosen.name])[0]}. "
+                "The adapter holds NaN or infinity, or the sum overflows; nothing was changed"
+            )
+        yield layer
+
+
+def _lost(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> dict[str, float]:
+    return {layer.path: layer.lost for layer in _merged_layers(model, names, dtype) if layer.lost is not None}
+
+
+def _check_lost(lost: dict[str, float], max_loss: float) -> None:
+    if not lost:
+        return
+    worst = max(lost, key=lambda path: lost[path])
+    mean = sum(lost.values()) / len(lost)
+    what = (
+        f"quantized again, {len(lost)} merged layers lose {mean:.0%} of what the adapters change on average, "
+        f"at worst {lost[worst]:.0%} ('{worst}')"
+    )
+    if lost[worst] > max_loss:
+        raise PeftcoreError(
+            f"{what}; max_loss={max_loss:g} allows {max_loss:.0%}. Nothing was changed. Merge into 16 bits: "
+            "peftcore.merge(model, dtype=torch.bfloat16). Layer by layer: peftcore.merge_loss(model)"
+        )
+    warnings.warn(what, stacklevel=3)
 
 
 def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:

@@ -154,9 +154,15 @@ class WeightFormat:
         read: (module) -> dense weight, in the layout the layer's functional form takes (`[out, in]` for a linear).
         write: (module, dense weight) -> the new stored tensors by parameter or buffer name, in their final
             dtype; the core puts them in place and keeps the ones they replace.
+        decode: (module, what `write` gave) -> the dense weight that it stands for, fp32. A format that rounds
+            coarsely has it: merging then measures what is lost of the adapters, and with `merge(dtype=...)` puts a
+            dense `weight` in place, with which the module must be able to compute.
+        plain: (module) -> None, with `decode`: make a module that holds a dense weight an ordinary one for good.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
     read: Callable[[nn.Module], Tensor]
     write: Callable[[nn.Module, Tensor], dict[str, Tensor]] = field(repr=False)
+    decode: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
+    plain: Callable[[nn.Module], None] | None = None

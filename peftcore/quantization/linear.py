@@ -87,7 +87,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_quantized:
-            return F.linear(x, self.weight, self.bias)
+            bias = self.bias if self.bias is None else self.bias.to(self.weight.dtype)
+            return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
         dtype = self.compute_dtype
         if dtype is None or dtype is x.dtype:
             return self._multiply(x)

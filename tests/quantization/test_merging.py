@@ -1,0 +1,164 @@
+"""Merging into 4 bits: what is lost is measured and refused; into 16 bits instead, and back bit for bit."""
+
+import json
+import warnings
+
+import pytest
+import torch
+from quantized import gpt2, llama, logits
+from torch import nn
+
+import peftcore
+from peftcore.quantization import QuantizedLinear
+from peftcore.testing import disturb
+
+LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
+NAMES = [f"model.layers.{i}.{name}" for i in range(2) for name in ("mlp.up_proj", "self_attn.q_proj")]
+
+
+def adapted(std=0.02, model=None, **quantization):
+    model = peftcore.apply(peftcore.quantize(model or llama(), **quantization), "lora", **LORA)
+    disturb(model, "default", 1, std=std)
+    return model
+
+
+def states(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(found, wanted):
+    assert list(found) == list(wanted)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+def lost_in(layer, delta, quantized_again):
+    before = layer.dequantized(torch.float32)
+    return ((quantized_again - before - delta).norm() / delta.norm()).item()
+
+
+def test_the_loss_is_measured_layer_by_layer():
+    model = adapted()
+    before = states(model)
+    lost = peftcore.merge_loss(model)
+    assert sorted(lost) == sorted(NAMES)
+    same(states(model), before)
+    layer = model.model.layers[0].self_attn.q_proj
+    delta = layer.peftcore["default"].delta().detach()
+    wanted = layer.dequantized(torch.float32) + delta
+    again = peftcore.quantize(nn.Sequential(nn.Linear(64, 64)))[0]
+    again.load_state_dict({"weight": wanted, "bias": torch.zeros(64)})
+    assert lost[NAMES[1]] == pytest.approx(lost_in(layer, delta, again.dequantized()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("relative", "low", "high"), [(0.02, 0.9, 1.4), (0.1, 0.6, 1.0), (5.0, 0.0, 0.15)])
+def test_small_changes_are_lost_and_large_ones_are_not(relative, low, high):
+    """For a change of 2 % of the weight the error of quantizing again is as large as the change itself."""
+    torch.manual_seed(0)
+    model = peftcore.quantize(nn.Sequential(nn.Linear(256, 256, bias=False)))
+    size = model[0].dequantized().norm()
+    peftcore.apply(model, "lora", r=16, lora_alpha=16, target_modules=["0"])
+    disturb(model, "default", 1)
+    adapter = model[0].peftcore["default"]
+    with torch.no_grad():
+        adapter.lora_B *= relative * size / adapter.delta().norm()
+    assert low < peftcore.merge_loss(model)["0"] < high
+
+
+@pytest.mark.parametrize("keep_adapters", [True, False])
+def test_too_much_is_refused_and_nothing_changes(keep_adapters):
+    model = adapted()
+    before, wanted = states(model), logits(model)
+    message = r"4 merged layers lose \d+% .* max_loss=0.1 allows 10%. .*merge\(model, dtype=torch.bfloat16\)"
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.merge(model, keep_adapters=keep_adapters)
+    same(states(model), before)
+    assert torch.equal(logits(model), wanted)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_what_is_allowed_is_written_and_reported(double_quant):
+    model = adapted(std=0.5, double_quant=double_quant)
+    before, wanted = states(model), logits(model)
+    with pytest.warns(UserWarning, match="4 merged layers lose .* on average"):
+        peftcore.merge(model, max_loss=1.0)
+    lost = peftcore.engine.state_of(model).merged.lost
+    assert sorted(lost) == sorted(NAMES) and 0 < max(lost.values()) < 0.5
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.is_quantized and layer.weight.dtype == torch.uint8 and not layer.weight.requires_grad
+    assert (logits(model) - wanted).norm() < 0.5 * wanted.norm()
+    peftcore.unmerge(model)
+    same(states(model), before)
+    assert torch.equal(logits(model), wanted)
+
+
+def test_16_bits_hold_the_merged_weight():
+    model = adapted(std=0.2, model=llama(torch.bfloat16))
+    before, wanted = states(model), logits(model)
+    config = model.config.quantization_config
+    peftcore.merge(model, dtype=torch.bfloat16)
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.weight.dtype == torch.bfloat16 and layer.weight.shape == (64, 64)
+    assert "model.layers.0.self_attn.q_proj.weight.absmax" not in model.state_dict()
+    assert NAMES[1] in model.config.quantization_config["llm_int8_skip_modules"]
+    assert (logits(model) - wanted).norm() < 0.02 * wanted.norm()
+    peftcore.unmerge(model)
+    same(states(model), before)
+    assert torch.equal(logits(model), wanted) and model.config.quantization_config == config
+
+
+def test_a_dense_weight_of_another_dtype_than_the_model_computes():
+    model = adapted(std=0.2)
+    wanted = logits(model)
+    peftcore.merge(model, dtype=torch.bfloat16)
+    assert logits(model).dtype == torch.float32
+    assert (logits(model) - wanted).norm() < 0.02 * wanted.norm()
+    peftcore.unmerge(model)
+    assert torch.equal(logits(model), wanted)
+
+
+def test_for_good_in_16_bits_gives_plain_layers(tmp_path):
+    model = adapted(std=0.2)
+    wanted = logits(model)
+    peftcore.merge(model, dtype=torch.bfloat16, keep_adapters=False)
+    assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert type(model.model.layers[0].self_attn.k_proj) is QuantizedLinear
+    assert logits(model).dtype == torch.bfloat16
+    assert (logits(model).float() - wanted).norm() < 0.03 * wanted.norm()
+    model.save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert sorted(fields["llm_int8_skip_modules"]) == sorted([*NAMES, "lm_head"])
+
+
+def test_every_layer_dense_leaves_no_trace_of_quantization():
+    model = peftcore.apply(peftcore.quantize(gpt2()), "lora", r=2)
+    peftcore.merge(model, dtype=torch.float32, keep_adapters=False)
+    assert not hasattr(model.config, "quantization_config")
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def test_an_adapter_at_its_start_changes_no_bit():
+    model = peftcore.apply(peftcore.quantize(llama()), "lora", **LORA)
+    before = states(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peftcore.merge(model)
+    same({name: value for name, value in states(model).items() if name in before}, before)
+
+
+def test_not_finite_is_refused():
+    model = adapted()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.peftcore["default"].lora_B[0, 0] = torch.nan
+    for dtype in (None, torch.bfloat16):
+        with pytest.raises(peftcore.PeftcoreError, match=r"into 'model.layers.0.self_attn.q_proj' gives .* not finite"):
+            peftcore.merge(model, dtype=dtype, max_loss=10)
+
+
+def test_after_a_cast_unmerging_is_exact():
+    model = adapted(std=0.2)
+    bits = {name: t.clone() for name, t in model.state_dict().items() if "q_proj.weight" in name}
+    peftcore.merge(model, dtype=torch.float32)
+    model.to(torch.bfloat16)
+    peftcore.unmerge(model)
+    found = model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in bits.items())
