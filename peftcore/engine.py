@@ -85,6 +85,9 @@ def apply(
     _check_name(adapter, state)
     _refuse_merged(state, "apply another adapter")
     placed = place(model, method, fields)
+    if placed.method.prepare is not None:
+        placed.method.prepare(model, placed.config)
+    method, config = _recorded(placed)
     for placement in placed.around:
         module = model.get_submodule(placement.path)
         placement.adapter.to(*device_and_dtype(module, dtype)).train(model.training)
@@ -99,7 +102,7 @@ def apply(
     if placed.trained:
         TrainedParameters.attach(model, adapter, placed.trained)
     paths = tuple(placement.path for placement in placed.around)
-    state.applied[adapter] = Applied(placed.method.name, placed.config, paths, placed.trained)
+    state.applied[adapter] = Applied(method.name, config, paths, placed.trained)
     model.__dict__[_STATE] = state
     _set_active(model, (*state.active, adapter))
     return model
@@ -270,6 +273,14 @@ def _method_and_config(method: str | Any, fields: dict[str, Any]) -> tuple[Metho
         return chosen, chosen.config_class(**fields)
     except TypeError as error:
         raise PeftcoreError(f"{chosen.config_class.__name__}: {error}") from error
+
+
+def _recorded(placed: Placed) -> tuple[Method, Any]:
+    """The method whose adapter this is, and its config."""
+    if placed.method.recorded_as is None:
+        return placed.method, placed.config
+    config = placed.method.recorded_as(placed.config)
+    return registry.method_of_config(config), config
 
 
 def _check_name(adapter: str, state: State) -> None:

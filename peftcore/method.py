@@ -135,6 +135,10 @@ class Method:
         state: how adapters look on disk.
         after_step: (adapters, config, step, total_steps) -> None, after each optimizer step, for methods
             with a schedule of their own.
+        prepare: (model, config) -> None. What `apply`, and nothing else, does to the base once the placements are
+            checked: it may change how weights are stored, and no module's path. `remove` does not undo it.
+        recorded_as: (config) -> config of another method, for one that only prepares the base: the adapter is then
+            the other's in every respect, on disk too, and `state` is not asked.
     """
 
     name: str
@@ -142,6 +146,8 @@ class Method:
     place: Callable[[nn.Module, Any, Architecture], Sequence[Placement]]
     state: StateRules
     after_step: Callable[[Sequence[nn.Module], Any, int, int], None] | None = None
+    prepare: Callable[[nn.Module, Any], None] | None = None
+    recorded_as: Callable[[Any], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class Registry:
 
     def method_of_peft_type(self, peft_type: str) -> Method:
         """The method that reads files of this `peft_type`."""
-        methods = self.methods()
+        methods = {name: method for name, method in self.methods().items() if method.recorded_as is None}
         for method in methods.values():
             if method.state.peft_type == peft_type:
                 return method
@@ -184,9 +184,12 @@ class Registry:
         config_class = method.config_class
         if not (dataclasses.is_dataclass(config_class) and config_class.__dataclass_params__.frozen):
             raise PluginError(f"config_class {config_class!r} must be a frozen dataclass")
+        if method.recorded_as is not None:
+            return  # it owns no files
         for other in self._plugins.values():
             for taken in other.methods:
-                if other is not entry and taken.state.peft_type == method.state.peft_type:
+                same = taken.recorded_as is None and taken.state.peft_type == method.state.peft_type
+                if other is not entry and same:
                     raise PluginError(
                         f"peft_type '{method.state.peft_type}' is taken by '{taken.name}' ({other.distribution} "
                         f"{other.version}); {entry.distribution} {entry.version} claims it too. Uninstall one"

@@ -10,7 +10,7 @@ Double quantization stores the scales themselves in 8 bits, around their mean (`
 
     a[b] = nested_code[s[b]] * nested_absmax[b // nested_blocksize] + offset, each step rounded to fp32
 
-Source: QLoRA, arXiv 2305.14314, section 3 and appendix E. The bits of codes, scales and values are those of
+Source: Dettmers et al., arXiv 2305.14314, section 3 and appendix E. The bits of codes, scales and values are those of
 bitsandbytes 0.50 on CPU, so packed weights move either way unchanged: a full block is multiplied by the fp32
 reciprocal of its scale, the partial block at the end is divided by it, scales below 1e-38 count as 1e-38.
 Its 8-bit codes of scales come from a coarse table on CPU; here, as on its CUDA side, they are the nearest.
@@ -36,7 +36,7 @@ MIN_BLOCKSIZE, MAX_BLOCKSIZE = 32, 4096
 SMALLEST_SCALE = 1e-38
 
 # The quantiles of a standard normal at 8 points evenly spaced below and 9 above one half, normalised to [-1, 1],
-# the two middle ones merged to an exact zero (QLoRA, appendix E).
+# the two middle ones merged to an exact zero (arXiv 2305.14314, appendix E).
 NF4 = torch.tensor(
     [
         -1.0,

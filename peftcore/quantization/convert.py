@@ -30,7 +30,7 @@ def quantize(
     compute_dtype: torch.dtype | None = None,
     blocksize: int = 64,
 ) -> nn.Module:
-    """Keep the weights of `model`'s linear layers (transformers' Conv1D too) in 4 bits (QLoRA, arXiv 2305.14314).
+    """Keep the weights of `model`'s linear layers (transformers' Conv1D too) in 4 bits (arXiv 2305.14314).
 
     The layers stay where they are and become `QuantizedLinear`, an `nn.Linear`. Left dense are embeddings, a weight
     that such a module shares (a tied output head), and subclasses of `nn.Linear`. Layers that are quantized already,
@@ -92,6 +92,14 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             make_plain(module, first.weight)
     note_in_config(model)
     return model
+
+
+def default_skip(model: nn.Module) -> list[str]:
+    """What `quantize` leaves dense unless told otherwise: paths of heads, and what the class keeps in float32."""
+    architecture = detect(model)
+    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
+    paths = [path for path, _ in base_modules(model) if any(matches(name, path) for name in kept)]
+    return [path for path in (architecture.output_head, *architecture.task_heads, *paths) if path]
 
 
 def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Module]:
@@ -203,9 +211,7 @@ def _skipped(model: nn.Module, modules: dict[str, nn.Module], skip: Sequence[str
     if isinstance(skip, str):
         raise PeftcoreError(f"skip is a list of module names, found the string {skip!r}. Try: skip=[{skip!r}]")
     if skip is None:
-        architecture = detect(model)
-        kept = [p for p in modules if any(matches(k, p) for k in getattr(model, "_keep_in_fp32_modules", None) or ())]
-        return [path for path in (architecture.output_head, *architecture.task_heads, *kept) if path is not None]
+        return default_skip(model)
     found = []
     for pattern in skip:
         paths = [path for path in modules if matches(pattern, path)]

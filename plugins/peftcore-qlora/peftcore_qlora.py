@@ -1,0 +1,83 @@
+"""QLoRA (Dettmers et al. 2023, arXiv 2305.14314): y = dequantize(W₄) x + scale · B A x, with W₄ in 4 bits and frozen.
+
+            y [out]
+            |
+           (+)----------------.
+            |                 |  · scale = lora_alpha / r
+      .-----+------.      .---+---.
+      | dequantize |      |   B   |  [out, r]
+      |    W₄      |      '---+---'
+      |  4 bits a  |      .---+---.
+      |   weight   |      |   A   |  [r, in]
+      '-----+------'      '---+---'
+            '--------+--------'
+                  x [in]
+
+`apply` quantizes the base, once, and then all is LoRA: the adapter is one of `peftcore-lora`, and so is its file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import peftcore_lora
+import torch
+from torch import nn
+
+import peftcore
+from peftcore import quantization
+
+
+@dataclass(frozen=True)
+class QLoraConfig(peftcore_lora.LoraConfig):
+    """LoRA's fields, and how the base is quantized. A base that is quantized already is taken as it is.
+
+    Args:
+        quant_type, double_quant, blocksize, compute_dtype: see `peftcore.quantize`.
+        skip: modules that stay dense; None means the heads. What modules_to_save trains stays dense anyway.
+    """
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    double_quant: bool = True
+    blocksize: int = 64
+    compute_dtype: str | None = None
+    skip: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compute_dtype not in (None, "float32", "bfloat16", "float16"):
+            raise peftcore.PeftcoreError(
+                f"compute_dtype must be 'float32', 'bfloat16', 'float16' or None, found {self.compute_dtype!r}"
+            )
+
+
+def prepare(model: nn.Module, config: QLoraConfig) -> None:
+    """Quantize the base, unless it is quantized."""
+    if next(quantization.quantized_layers(model), None) is not None:
+        return
+    skip = [
+        *(quantization.default_skip(model) if config.skip is None else config.skip),
+        *(config.modules_to_save or ()),
+    ]
+    peftcore.quantize(
+        model,
+        config.quant_type,
+        double_quant=config.double_quant,
+        skip=skip,
+        compute_dtype=getattr(torch, config.compute_dtype) if config.compute_dtype else None,
+        blocksize=config.blocksize,
+    )
+
+
+def as_lora(config: QLoraConfig) -> peftcore_lora.LoraConfig:
+    """What the adapter is once the base is quantized."""
+    names = (f.name for f in fields(peftcore_lora.LoraConfig))
+    return peftcore_lora.LoraConfig(**{name: getattr(config, name) for name in names})
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    (lora,) = peftcore_lora.peftcore_methods()
+    return [peftcore.Method("qlora", QLoraConfig, lora.place, lora.state, prepare=prepare, recorded_as=as_lora)]
