@@ -4,7 +4,7 @@
 
 10,604 snippets with the mean of twenty people's ratings, -4 to 4 (Hutto and Gilbert, ICWSM 2014). Those with
 |rating| > 0.5 are used, in an order drawn from a fixed seed: 1,000 are held out from both tasks, 6,000 train the
-classifier, 800 the language model, which learns to write a review of the asked kind.
+classifier, 480 the language model, which learns to write a review of the asked kind.
 """
 
 import io
@@ -16,7 +16,7 @@ from pathlib import Path
 
 INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-HELD_OUT, CLASSIFIER, WRITER, WRITER_HELD_OUT = 1000, 6000, 800, 200
+HELD_OUT, CLASSIFIER, WRITER, WRITER_HELD_OUT = 1000, 6000, 480, 150
 
 
 def snippets(archive: Path) -> list[tuple[float, str]]:

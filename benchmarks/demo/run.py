@@ -68,7 +68,7 @@ def main(folder: Path) -> None:
     # fmt: off
     peftcore(folder, "train", "--model", WRITER, "--data", "data/write_train.jsonl",
              "--eval-data", "data/write_test.jsonl", "--method", "lora", "--set", "r=8", "--set", "lora_alpha=16",
-             "--epochs", "1", "--batch-size", "8", "--lr", "5e-4", "--max-length", "96", "--eval-every", "50",
+             "--epochs", "1", "--batch-size", "8", "--lr", "5e-4", "--max-length", "96", "--eval-every", "30",
              "--sample", PROMPT,
              "--output", "writer", "--overwrite")
     peftcore(folder, "train", "--model", CLASSIFIER, "--data", "data/classify_train.jsonl",

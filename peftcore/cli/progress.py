@@ -6,6 +6,7 @@ checkpoint, the second one at once.
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from peftcore.cli.console import out, say, warn
+from peftcore.errors import PeftcoreError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -66,6 +68,11 @@ class Meter(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
             self._loss = logs["loss"]
+            if not math.isfinite(self._loss):
+                raise PeftcoreError(
+                    f"the loss is {self._loss} at step {state.global_step}: training has diverged. Start anew with a "
+                    "lower learning rate (--lr LR --overwrite)"
+                )
             every = max(1, state.max_steps // 20)  # lines, where no bar can move
             if self._progress is None and state.global_step % every == 0:
                 say(f"step {state.global_step}/{state.max_steps}  {self._facts()}")

@@ -286,6 +286,7 @@ def _arguments(settings: Settings, output: Path, examples: int) -> TrainingArgum
             save_steps=settings.save_every or often,
             save_total_limit=max(2, settings.keep),  # the last complete one stays while the next is written
             logging_steps=max(1, steps // 100),
+            logging_nan_inf_filter=False,  # a loss that is not finite must be seen
             include_num_input_tokens_seen="non_padding",
             use_cpu=models.torch_device(settings.device).type == "cpu",
             dataloader_pin_memory=models.torch_device(settings.device).type == "cuda",
