@@ -31,9 +31,11 @@ CSRC = ROOT / "csrc"
 RECORD = "_build.json"
 
 # Files compiled for one SIMD level carry its name; every other file is built for the plain target.
+AVX512 = ["-mavx2", "-mf16c", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 SIMD = {
-    "avx2": ["-mavx2", "-mf16c"],
-    "avx512": ["-mavx2", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"],
+    "avx2": ["-mavx2", "-mf16c", "-mfma"],
+    "avx512": AVX512,
+    "avx512bf16": [*AVX512, "-mavx512bf16"],
 }
 
 

@@ -13,7 +13,8 @@ bool cpu_has(CpuLevel level) {
             return true;
 #if defined(PEFTCORE_HAVE_AVX2)
         case CpuLevel::kAvx2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") &&
+                   __builtin_cpu_supports("fma");
 #endif
 #if defined(PEFTCORE_HAVE_AVX512)
         case CpuLevel::kAvx512:
@@ -57,6 +58,15 @@ const char* cpu_level_name(CpuLevel level) {
         default:
             return "portable";
     }
+}
+
+bool cpu_has_bf16_dot() {
+#if defined(PEFTCORE_HAVE_AVX512BF16)
+    static const bool has = cpu_has(CpuLevel::kAvx512) && __builtin_cpu_supports("avx512bf16");
+    return has;
+#else
+    return false;
+#endif
 }
 
 std::vector<CpuLevel> available_cpu_levels() {

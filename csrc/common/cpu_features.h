@@ -18,6 +18,9 @@ std::vector<CpuLevel> available_cpu_levels();
 // available level.
 CpuLevel cpu_level();
 
+// Whether AVX-512 here includes dot products of bf16.
+bool cpu_has_bf16_dot();
+
 // Changes the level in use; throws std::invalid_argument for a name that is not available here.
 void set_cpu_level(const std::string& name);
 

@@ -16,7 +16,8 @@ HERE = ROOT / "tests" / "emulator"
 FLAGS = "-std=c++20 -g -O1 -fPIC -ffp-contract=off -DPEFTCORE_EMULATOR -Wall -Wextra -Werror "
 FLAGS += f"-Wno-unknown-pragmas -Wno-unused-parameter -I{HERE} -I{ROOT / 'csrc'}"
 SANITIZE = " -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-SIMD = {"avx2": " -mavx2 -mf16c", "avx512": " -mavx2 -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq"}
+AVX512 = " -mavx2 -mf16c -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
+SIMD = {"avx2": " -mavx2 -mf16c -mfma", "avx512": AVX512, "avx512bf16": AVX512 + " -mavx512bf16"}
 
 
 def compiler():

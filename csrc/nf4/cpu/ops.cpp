@@ -9,17 +9,10 @@
 #include <algorithm>
 #include <cmath>
 
-#include "nf4/arguments.h"
-#include "nf4/cpu/kernels.h"
+#include "nf4/cpu/dequantize.h"
 
 namespace peftcore {
 namespace nf4 {
-namespace {
-
-constexpr int64_t kValuesPerTask = 32768;
-// From here on writing around the cache is faster: measured against ordinary stores with 32 MB of third-level
-// cache, which still holds part of an output several times its size.
-constexpr int64_t kStreamBytes = int64_t(128) << 20;
 
 Kernels kernels() {
     switch (cpu_level()) {
@@ -35,6 +28,27 @@ Kernels kernels() {
             return portable_kernels();
     }
 }
+
+Scales scales_of(const Packed& packed) {
+    Scales scales;
+    if (packed.nested.present) {
+        scales.quantized = packed.scales.const_data_ptr<uint8_t>();
+        scales.nested_absmax = packed.nested.absmax.const_data_ptr<float>();
+        scales.nested_code = packed.nested.code.const_data_ptr<float>();
+        scales.offset = *packed.nested.offset.const_data_ptr<float>();
+        scales.nested_shift = packed.nested.shift;
+    } else {
+        scales.absmax = packed.scales.const_data_ptr<float>();
+    }
+    return scales;
+}
+
+namespace {
+
+constexpr int64_t kValuesPerTask = 32768;
+// From here on writing around the cache is faster: measured against ordinary stores with 32 MB of third-level
+// cache, which still holds part of an output several times its size.
+constexpr int64_t kStreamBytes = int64_t(128) << 20;
 
 int64_t grain(int64_t blocksize) { return std::max<int64_t>(1, kValuesPerTask / blocksize); }
 
@@ -71,15 +85,7 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& code, in
 void dequantize_into(const Packed& packed, const Tensor& out) {
     DequantizeArgs args;
     args.packed = packed.bytes.const_data_ptr<uint8_t>();
-    if (packed.nested.present) {
-        args.scales.quantized = packed.scales.const_data_ptr<uint8_t>();
-        args.scales.nested_absmax = packed.nested.absmax.const_data_ptr<float>();
-        args.scales.nested_code = packed.nested.code.const_data_ptr<float>();
-        args.scales.offset = *packed.nested.offset.const_data_ptr<float>();
-        args.scales.nested_shift = packed.nested.shift;
-    } else {
-        args.scales.absmax = packed.scales.const_data_ptr<float>();
-    }
+    args.scales = scales_of(packed);
     std::copy_n(packed.code.const_data_ptr<float>(), 16, args.code);
     args.count = packed.count;
     args.blocksize = packed.blocksize;

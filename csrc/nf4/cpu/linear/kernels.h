@@ -1,0 +1,91 @@
+// y = x Wᵀ + b for few rows of x, straight from 4 bits: what each SIMD level supplies.
+//
+// Two ways. "rows" reads a row of W at a time, 8 values (one 32-bit word) a lane: word >> 4 j is then the
+// lookup's index of the lane's j-th value, x being stored in that order, and a lane has one scale. Products
+// and sums are fp32. "tile" turns 32 rows of W into bf16 and uses the bf16 dot product; the scales are
+// multiplied in fp32, once a block, so what is rounded is the codebook's entry.
+#pragma once
+
+#include <cstdint>
+
+#include "nf4/nf4.h"
+
+namespace peftcore {
+namespace nf4 {
+
+struct LinearArgs {
+    const uint8_t* packed;
+    Scales scales;
+    float code[16];
+    int shift;               // log2 of the block size
+    int64_t columns, batch;  // of W, of x
+    int64_t rows;
+    const void* x;     // as the kernel's `arrange` made it
+    const void* bias;  // of `dtype`, or nullptr
+    void* y;           // [batch, rows] of `dtype`
+    Dtype dtype;
+};
+
+struct LinearKernel {
+    int64_t granule;      // rows of W that one call computes together
+    int max_batch;        // rows of x that it takes
+    int column_multiple;  // of the columns
+    int64_t (*arranged_bytes)(int64_t batch, int64_t columns);
+    void (*arrange)(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out);
+    void (*run)(const LinearArgs&, int64_t first_row, int64_t last_row);
+};
+
+LinearKernel portable_linear();
+LinearKernel avx2_linear();
+LinearKernel avx512_linear();
+LinearKernel avx512bf16_linear();  // x in bf16 only
+
+// W's scales of elements [begin, end), one a block that they touch, followed by 16 zeros.
+static inline void copy_scales(const LinearArgs& args, int64_t begin, int64_t end, float* out) {
+    const int64_t first = begin >> args.shift, last = ((end - 1) >> args.shift) + 1;
+    const Scales scales = args.scales;
+    if (scales.quantized == nullptr) {
+        for (int64_t b = first; b < last; ++b) out[b - first] = scales.absmax[b];
+    } else {
+        for (int64_t b = first; b < last;) {
+            const int64_t run = ((b >> scales.nested_shift) + 1) << scales.nested_shift;
+            const int64_t stop = run < last ? run : last;
+            const float outer = scales.nested_absmax[b >> scales.nested_shift];
+            for (; b < stop; ++b) {
+                const float product = scales.nested_code[scales.quantized[b]] * outer;
+                out[b - first] = product + scales.offset;
+            }
+        }
+    }
+    for (int i = 0; i < 16; ++i) out[last - first + i] = 0;
+}
+
+static inline float load_any(const void* from, Dtype dtype, int64_t i) {
+    switch (dtype) {
+        case Dtype::kHalf:
+            return to_float(static_cast<const Half*>(from)[i]);
+        case Dtype::kBFloat16:
+            return to_float(static_cast<const BFloat16*>(from)[i]);
+        default:
+            return static_cast<const float*>(from)[i];
+    }
+}
+
+// The only rounding of a result.
+static inline void store_result(const LinearArgs& args, int64_t m, int64_t n, float sum) {
+    const float value = args.bias == nullptr ? sum : sum + load_any(args.bias, args.dtype, n);
+    const int64_t i = m * args.rows + n;
+    switch (args.dtype) {
+        case Dtype::kHalf:
+            static_cast<Half*>(args.y)[i] = from_float<Half>(value);
+            break;
+        case Dtype::kBFloat16:
+            static_cast<BFloat16*>(args.y)[i] = from_float<BFloat16>(value);
+            break;
+        default:
+            static_cast<float*>(args.y)[i] = value;
+    }
+}
+
+}  // namespace nf4
+}  // namespace peftcore

@@ -1,0 +1,155 @@
+// linear_4bit and its gradient on CPU. Schemas: peftcore/ops/linear_4bit.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "nf4/cpu/dequantize.h"
+#include "nf4/cpu/linear/kernels.h"
+#include "nf4/cpu/linear/panel.h"
+#include "nf4/linear_arguments.h"
+
+namespace peftcore {
+namespace nf4 {
+namespace {
+
+constexpr int64_t kProductsPerTask = 1 << 17;
+constexpr int64_t kTileFrom = 3;
+
+LinearKernel rows_kernel() {
+    switch (cpu_level()) {
+#if defined(PEFTCORE_HAVE_AVX512)
+        case CpuLevel::kAvx512:
+            return avx512_linear();
+#endif
+#if defined(PEFTCORE_HAVE_AVX2)
+        case CpuLevel::kAvx2:
+            return avx2_linear();
+#endif
+        default:
+            return portable_linear();
+    }
+}
+
+// The kernel for `batch` rows of x, or none: then the library's GEMM on panels is faster, or the shape is not
+// one that the kernels read.
+std::optional<LinearKernel> choose(const Packed& packed, Dtype dtype, int64_t batch, int64_t columns) {
+    const float* code = packed.code.const_data_ptr<float>();
+    if (!std::all_of(code, code + 16, [](float value) { return std::isfinite(value); })) return {};
+    const auto fits = [&](const LinearKernel& kernel) {
+        return batch <= kernel.max_batch && columns % kernel.column_multiple == 0;
+    };
+#if defined(PEFTCORE_HAVE_AVX512BF16)
+    if (batch >= kTileFrom && dtype == Dtype::kBFloat16 && cpu_level() == CpuLevel::kAvx512 &&
+        cpu_has_bf16_dot()) {
+        const LinearKernel kernel = avx512bf16_linear();
+        if (fits(kernel)) return kernel;
+    }
+#endif
+    const LinearKernel kernel = rows_kernel();
+    if (fits(kernel)) return kernel;
+    return {};
+}
+
+void small(const LinearKernel& kernel, const Packed& packed, const Tensor& x, const Tensor& bias,
+           const Tensor& y) {
+    LinearArgs args;
+    args.packed = packed.bytes.const_data_ptr<uint8_t>();
+    args.scales = scales_of(packed);
+    std::copy_n(packed.code.const_data_ptr<float>(), 16, args.code);
+    args.shift = shift_of(packed.blocksize);
+    args.batch = x.size(0);
+    args.columns = x.size(1);
+    args.rows = y.size(1);
+    args.dtype = kernel_dtype(x.scalar_type(), "linear_4bit");
+    void* arranged = workspace(kernel.arranged_bytes(args.batch, args.columns));
+    kernel.arrange(x.const_data_ptr(), args.dtype, args.batch, args.columns, arranged);
+    args.x = arranged;
+    args.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
+    args.y = y.mutable_data_ptr();
+    const int64_t units = ceil_div(args.rows, kernel.granule);
+    const int64_t grain = ceil_div(kProductsPerTask, args.columns * args.batch * kernel.granule);
+    at::parallel_for(0, units, grain, [&](int64_t first, int64_t last) {
+        kernel.run(args, first * kernel.granule, std::min(last * kernel.granule, args.rows));
+    });
+}
+
+Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, const Tensor& code,
+                   int64_t blocksize, int64_t out_features, const std::optional<Tensor>& bias,
+                   const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+                   const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
+    const char* op = "linear_4bit";
+    const Dtype dtype = kernel_dtype(x.scalar_type(), op);
+    const Tensor added = linear_bias(x, out_features, bias, op);
+    const int64_t columns = x.size(-1);
+    const Packed weight =
+        packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset,
+                         nested_blocksize, count_of({out_features, columns}, op), op);
+    Tensor y = at::empty(with_last(x, out_features), x.options());
+    if (y.numel() == 0) return y;
+    const int64_t batch = y.numel() / out_features;
+    const Tensor flat = x.contiguous().view({batch, columns}), result = y.view({batch, out_features});
+    if (columns == 0) {
+        added.defined() ? result.copy_(added) : result.zero_();
+        return y;
+    }
+    if (const auto kernel = choose(weight, dtype, batch, columns)) {
+        small(*kernel, weight, flat, added, result);
+        return y;
+    }
+    const int64_t step = std::max<int64_t>(1, kPanelBytes / (columns * x.element_size()));
+    for (int64_t first = 0; first < out_features; first += step) {
+        const int64_t last = std::min(first + step, out_features);
+        const Tensor panel = dequantized_panel(weight, columns, {first, last}, {0, columns}, x.options());
+        Tensor out = result.narrow(1, first, last - first);
+        if (added.defined())
+            at::cpu::addmm_out(out, added.narrow(0, first, last - first), flat, panel.t());
+        else
+            at::cpu::mm_out(out, flat, panel.t());
+    }
+    return y;
+}
+
+// Panels are columns of W: each gives columns of the result, and no sum crosses panels.
+Tensor linear_4bit_backward(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
+                            const Tensor& code, int64_t blocksize, int64_t in_features,
+                            const std::optional<Tensor>& nested_absmax,
+                            const std::optional<Tensor>& nested_code,
+                            const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
+    const char* op = "linear_4bit_backward";
+    kernel_dtype(grad.scalar_type(), op);
+    linear_bias(grad, 0, {}, op);
+    const int64_t rows = grad.size(-1);
+    const Packed weight =
+        packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset,
+                         nested_blocksize, count_of({rows, in_features}, op), op);
+    Tensor dx = at::empty(with_last(grad, in_features), grad.options());
+    if (dx.numel() == 0) return dx;
+    if (rows == 0) return dx.zero_();
+    const int64_t batch = dx.numel() / in_features;
+    const Tensor flat = grad.contiguous().view({batch, rows}), result = dx.view({batch, in_features});
+    const int64_t fit = kPanelBytes / (rows * grad.element_size());
+    const int64_t step = std::max<int64_t>(kPanelColumns, fit / kPanelColumns * kPanelColumns);
+    for (int64_t first = 0; first < in_features; first += step) {
+        const int64_t last = std::min(first + step, in_features);
+        const Tensor panel = dequantized_panel(weight, in_features, {0, rows}, {first, last}, grad.options());
+        Tensor out = result.narrow(1, first, last - first);
+        at::cpu::mm_out(out, flat, panel);
+    }
+    return dx;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peftcore, CPU, m) {
+    m.impl("linear_4bit", &linear_4bit);
+    m.impl("linear_4bit_backward", &linear_4bit_backward);
+}
+
+}  // namespace nf4
+}  // namespace peftcore

@@ -1,0 +1,137 @@
+// The "rows" way (see kernels.h), the same loops at every SIMD level:
+//
+//   struct Level {
+//     static constexpr int kLanes, kRows;                     words of a chunk, rows of W read together
+//     using Vector; using Words;                              kLanes of fp32, of uint32
+//     static Vector zero(), load(const float*), fma(Vector a, Vector b, Vector c);          a b + c
+//     static Words load_words(const uint8_t*, int count);     the first `count` words, then zeros
+//     struct Table { explicit Table(const float* code); Vector operator()(Words, int shift) const; };
+//     static Vector scales(const float*, int64_t within, int shift);     of each lane's word: see
+//     `LinearRows` static float sum(Vector);
+//   };
+#pragma once
+
+#include <vector>
+
+#include "nf4/cpu/linear/kernels.h"
+
+namespace peftcore {
+namespace nf4 {
+
+template <typename Level>
+struct LinearRows {
+    static constexpr int kChunk = Level::kLanes * 8;  // values
+    static constexpr int kMaxTile = 4;                // rows of x that share a lookup
+    using Vector = typename Level::Vector;
+
+    static int64_t chunks(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
+
+    static int64_t arranged_bytes(int64_t batch, int64_t columns) {
+        return batch * chunks(columns) * kChunk * int64_t(sizeof(float));
+    }
+
+    // [batch][chunk][j][lane]: value j ^ 1 of the lane's word, as the even value is the high nibble.
+    template <typename T>
+    static void arrange_as(const T* x, int64_t batch, int64_t columns, float* out) {
+        for (int64_t m = 0; m < batch; ++m, x += columns)
+            for (int64_t begin = 0; begin < columns; begin += kChunk, out += kChunk)
+                for (int lane = 0; lane < Level::kLanes; ++lane)
+                    for (int j = 0; j < 8; ++j) {
+                        const int64_t k = begin + lane * 8 + (j ^ 1);
+                        out[j * Level::kLanes + lane] = k < columns ? to_float(x[k]) : 0.0f;
+                    }
+    }
+
+    static void arrange(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out) {
+        float* to = static_cast<float*>(out);
+        switch (dtype) {
+            case Dtype::kFloat:
+                return arrange_as(static_cast<const float*>(x), batch, columns, to);
+            case Dtype::kHalf:
+                return arrange_as(static_cast<const Half*>(x), batch, columns, to);
+            case Dtype::kBFloat16:
+                return arrange_as(static_cast<const BFloat16*>(x), batch, columns, to);
+        }
+    }
+
+    // Rows [n, n + kRows) of W by rows [m, m + kTile) of x. `scales[r]` begins with the block of row n + r's
+    // first value.
+    template <int kRows, int kTile>
+    static void multiply(const LinearArgs& args, const typename Level::Table& table,
+                         const float* const* scales, int64_t n, int64_t m) {
+        const int64_t columns = args.columns, count = chunks(columns), mask = (int64_t(1) << args.shift) - 1;
+        const float* x = static_cast<const float*>(args.x) + m * count * kChunk;
+        Vector sums[kRows][kTile];
+        for (auto& row : sums)
+            for (Vector& sum : row) sum = Level::zero();
+        for (int64_t c = 0; c < count; ++c) {
+            const int64_t k = c * kChunk;
+            const int words = columns - k < kChunk ? int(columns - k) / 8 : Level::kLanes;
+            typename Level::Words word[kRows];
+            for (int r = 0; r < kRows; ++r)
+                word[r] = Level::load_words(args.packed + ((n + r) * columns + k) / 2, words);
+            Vector part[kRows][kTile];
+            for (auto& row : part)
+                for (Vector& sum : row) sum = Level::zero();
+#pragma GCC unroll 8
+            for (int j = 0; j < 8; ++j)
+#pragma GCC unroll 2
+                for (int r = 0; r < kRows; ++r) {
+                    const Vector w = table(word[r], 4 * j);
+#pragma GCC unroll 4
+                    for (int i = 0; i < kTile; ++i)
+                        part[r][i] = Level::fma(
+                            w, Level::load(x + (i * count + c) * kChunk + j * Level::kLanes), part[r][i]);
+                }
+            for (int r = 0; r < kRows; ++r) {
+                const int64_t first = (n + r) * columns, at = first + k;
+                const float* from = scales[r] + ((at >> args.shift) - (first >> args.shift));
+                const Vector scale = Level::scales(from, at & mask, args.shift);
+                for (int i = 0; i < kTile; ++i) sums[r][i] = Level::fma(scale, part[r][i], sums[r][i]);
+            }
+        }
+        for (int r = 0; r < kRows; ++r)
+            for (int i = 0; i < kTile; ++i) store_result(args, m + i, n + r, Level::sum(sums[r][i]));
+    }
+
+    template <int kRows>
+    static void multiply_all(const LinearArgs& args, const typename Level::Table& table,
+                             const float* const* scales, int64_t n) {
+        int64_t m = 0;
+        for (; m + kMaxTile <= args.batch; m += kMaxTile)
+            multiply<kRows, kMaxTile>(args, table, scales, n, m);
+        switch (args.batch - m) {
+            case 3:
+                return multiply<kRows, 3>(args, table, scales, n, m);
+            case 2:
+                return multiply<kRows, 2>(args, table, scales, n, m);
+            case 1:
+                return multiply<kRows, 1>(args, table, scales, n, m);
+        }
+    }
+
+    static void run(const LinearArgs& args, int64_t first, int64_t last) {
+        const typename Level::Table table(args.code);
+        const int64_t columns = args.columns, capacity = (columns >> args.shift) + 2 + 16;
+        std::vector<float> memory(size_t(capacity * Level::kRows));
+        const float* scales[Level::kRows];
+        for (int64_t n = first; n < last;) {
+            const int rows = last - n < Level::kRows ? 1 : Level::kRows;
+            for (int r = 0; r < rows; ++r) {
+                float* to = memory.data() + r * capacity;
+                copy_scales(args, (n + r) * columns, (n + r + 1) * columns, to);
+                scales[r] = to;
+            }
+            if (rows == 1)
+                multiply_all<1>(args, table, scales, n);
+            else
+                multiply_all<Level::kRows>(args, table, scales, n);
+            n += rows;
+        }
+    }
+
+    static LinearKernel kernel(int max_batch) { return {1, max_batch, 8, arranged_bytes, arrange, run}; }
+};
+
+}  // namespace nf4
+}  // namespace peftcore
