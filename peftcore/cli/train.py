@@ -120,7 +120,7 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
     rows = [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in _before_after(result)]
     report.write(
         output / "report.html",
-        title=f"{settings.method} on {Path(settings.model).name}",
+        title=f"{settings.method} on {'/'.join(Path(settings.model).parts[-2:])}",
         note=f"{settings.task}, {result.steps:,} steps; held out: {result.eval_rows:,} examples",
         history=result.history,
         before=result.before.as_dict(),
