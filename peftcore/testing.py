@@ -9,6 +9,7 @@ import copy
 import pickle
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.adapted import base_parameters
 from peftcore.engine import adapter_parameters, set_trainable
+from peftcore.quantization import quantize
 from peftcore.registry import registry
 
 
@@ -343,6 +345,12 @@ def copying(case: _Case) -> None:
 @_check
 def compiling(case: _Case) -> None:
     """torch.compile(fullgraph=True)"""
+    with warnings.catch_warnings():  # PyTorch's tracing of an `autograd.Function` makes an instance, and warns of it
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+        _compile(case)
+
+
+def _compile(case: _Case) -> None:
     model, inputs = case.model(), case.inputs()
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend=case.compile_backend)
@@ -377,6 +385,27 @@ def checkpointing(case: _Case) -> str | None:
             assert gradient is not None, f"{kwargs}: '{name}' gets no gradient"
             limit = 1e-5 * wanted[name].abs().max().item() + 1e-7  # a gradient that is zero but for rounding
             _same(gradient, wanted[name], f"{kwargs}: gradient of '{name}'", limit)
+
+
+@_check
+def quantized_base(case: _Case) -> None:
+    """a quantized base (NF4)"""
+    base, inputs = quantize(case.base()), case.inputs()
+    packed = [p for _, p in base_parameters(base) if p.dtype is torch.uint8]
+    bits = [p.clone() for p in packed]
+    model = case.add(base, 1, "default")
+    _loss(model, inputs).backward()
+    for name, parameter in adapter_parameters(model, "default"):
+        assert parameter.grad is not None, f"'{name}' gets no gradient"
+        assert torch.isfinite(parameter.grad).all(), f"the gradient of '{name}' is not finite"
+    with tempfile.TemporaryDirectory() as folder:
+        peftcore.save(model, folder)
+        fresh = peftcore.load(quantize(case.base()), folder)
+    _same(logits(fresh, inputs), logits(model, inputs), "output after save and load")
+    peftcore.remove(model, "default")
+    _same(logits(model, inputs), logits(quantize(case.base()), inputs), "removed")
+    for parameter, before in zip(packed, bits, strict=True):
+        _same(parameter, before, "a weight in 4 bits")
 
 
 @_check

@@ -131,7 +131,7 @@ def peft_on_bitsandbytes(**fields: Any) -> nn.Module:
 
 
 def losses(model: nn.Module, steps: int = 20) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     found = []
     for step in range(steps):
         tokens = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(step % 4))
@@ -153,5 +153,5 @@ def test_the_losses_are_those_of_peft_on_bitsandbytes() -> None:
         for name, parameter in adapter_parameters(ours, "default"):
             parameter.copy_(start[f"base_model.model.{name}"])
     wanted, found = losses(theirs), losses(ours)
-    assert wanted[-1] < 0.9 * wanted[0]
+    assert wanted[-1] < 0.95 * wanted[0]
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-2, atol=0)
