@@ -17,8 +17,9 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 demo: $(VENV)/train.stamp
 	$(PY) benchmarks/demo/run.py
 
+# Two workers of one thread: tiny matrices gain nothing by more, and threads that wait for one another cost much.
 test: $(VENV)/dev.stamp
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
