@@ -5,6 +5,7 @@
 // that a word holds. x is arranged in the same pairs and broadcast.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "nf4/cpu/linear/kernels.h"
@@ -16,6 +17,7 @@ namespace {
 constexpr int kVectors = 2, kRows = 16 * kVectors;
 constexpr int kStep = 64, kHalfStep = 32;  // columns that share a scale
 constexpr int kTile = 8;                   // rows of x
+constexpr int kDecoded = 8;                // pairs multiplied for each call of `decode`
 constexpr int kPair[4] = {1, 0, 3, 2};     // and the value 4 places on
 
 int64_t arranged_bytes(int64_t batch, int64_t columns) { return batch * columns * int64_t(sizeof(uint16_t)); }
@@ -32,10 +34,25 @@ void arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
             }
 }
 
-inline __m512i four_rows(const uint8_t* const* rows, int64_t offset) {
-    const auto at = [&](int i) {
-        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + offset));
-    };
+// A cache line of each row, copied to lie side by side: rows that are a power of two apart share so few sets
+// of the first cache that their lines would be gone before their second half is read.
+constexpr int kLine = 64, kLineColumns = 2 * kLine;
+struct Lines {
+    alignas(64) uint8_t row[kRows][kLine];
+};
+
+inline void copy_line(const uint8_t* row, int64_t at, int64_t bytes, uint8_t* out) {
+    if (at + kLine <= bytes) {
+        _mm512_store_si512(out, _mm512_loadu_si512(row + at));
+        _mm_prefetch(reinterpret_cast<const char*>(row + at + 2 * kLine), _MM_HINT_T1);
+    } else if (at < bytes) {
+        _mm256_store_si256(reinterpret_cast<__m256i*>(out),
+                           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + at)));
+    }
+}
+
+inline __m512i four_rows(const uint8_t* line) {
+    const auto at = [&](int i) { return _mm_load_si128(reinterpret_cast<const __m128i*>(line + i * kLine)); };
     __m512i result = _mm512_castsi128_si512(at(0));
     result = _mm512_inserti32x4(result, at(4), 1);
     result = _mm512_inserti32x4(result, at(8), 2);
@@ -43,9 +60,9 @@ inline __m512i four_rows(const uint8_t* const* rows, int64_t offset) {
 }
 
 // 32 columns of 16 rows, as 16 vectors of pairs, `stride` vectors apart.
-inline void decode(const uint8_t* const* rows, int64_t offset, __m512i table, __m512i* out, int stride) {
-    const __m512i a = four_rows(rows, offset), b = four_rows(rows + 1, offset);
-    const __m512i c = four_rows(rows + 2, offset), d = four_rows(rows + 3, offset);
+inline void decode(const uint8_t* line, __m512i table, __m512i* out, int stride) {
+    const __m512i a = four_rows(line), b = four_rows(line + kLine);
+    const __m512i c = four_rows(line + 2 * kLine), d = four_rows(line + 3 * kLine);
     const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
     const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
     const __m512i words[4] = {_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
@@ -60,21 +77,26 @@ inline void decode(const uint8_t* const* rows, int64_t offset, __m512i table, __
     }
 }
 
-// sums[m][row] += scale[row] * (values x), over `pairs` pairs of columns.
-template <int kCount>
+// sums[m][row] += scale[row] * (values x), over `pairs` pairs of columns. `between(i)` runs after every
+// kDecoded of them: work that the processor does beside the dot products, which keep only some of its ports
+// busy.
+template <int kCount, typename Between>
 inline void multiply(const __m512i* values, int pairs, const uint32_t* x, int64_t batch, const __m512* scale,
-                     float* sums) {
+                     float* sums, const Between& between) {
     __m512 part[kCount][kVectors];
     for (auto& row : part)
         for (__m512& sum : row) sum = _mm512_setzero_ps();
-    for (int p = 0; p < pairs; ++p, x += batch, values += kVectors)
+    for (int begin = 0; begin < pairs; begin += kDecoded) {
+        between(begin / kDecoded);
+        for (int p = 0; p < kDecoded; ++p, x += batch, values += kVectors)
 #pragma GCC unroll 8
-        for (int m = 0; m < kCount; ++m) {
-            const __m512bh pair = __m512bh(_mm512_set1_epi32(int(x[m])));
+            for (int m = 0; m < kCount; ++m) {
+                const __m512bh pair = __m512bh(_mm512_set1_epi32(int(x[m])));
 #pragma GCC unroll 2
-            for (int v = 0; v < kVectors; ++v)
-                part[m][v] = _mm512_dpbf16_ps(part[m][v], __m512bh(values[v]), pair);
-        }
+                for (int v = 0; v < kVectors; ++v)
+                    part[m][v] = _mm512_dpbf16_ps(part[m][v], __m512bh(values[v]), pair);
+            }
+    }
     for (int m = 0; m < kCount; ++m)
         for (int v = 0; v < kVectors; ++v) {
             float* sum = sums + m * kRows + 16 * v;
@@ -82,23 +104,25 @@ inline void multiply(const __m512i* values, int pairs, const uint32_t* x, int64_
         }
 }
 
-void multiply_rest(int64_t count, const __m512i* values, int pairs, const uint32_t* x, int64_t batch,
-                   const __m512* scale, float* sums) {
+template <typename... Arguments>
+inline void multiply_some(int64_t count, const Arguments&... arguments) {
     switch (count) {
         case 1:
-            return multiply<1>(values, pairs, x, batch, scale, sums);
+            return multiply<1>(arguments...);
         case 2:
-            return multiply<2>(values, pairs, x, batch, scale, sums);
+            return multiply<2>(arguments...);
         case 3:
-            return multiply<3>(values, pairs, x, batch, scale, sums);
+            return multiply<3>(arguments...);
         case 4:
-            return multiply<4>(values, pairs, x, batch, scale, sums);
+            return multiply<4>(arguments...);
         case 5:
-            return multiply<5>(values, pairs, x, batch, scale, sums);
+            return multiply<5>(arguments...);
         case 6:
-            return multiply<6>(values, pairs, x, batch, scale, sums);
+            return multiply<6>(arguments...);
         case 7:
-            return multiply<7>(values, pairs, x, batch, scale, sums);
+            return multiply<7>(arguments...);
+        default:
+            return multiply<kTile>(arguments...);
     }
 }
 
@@ -111,7 +135,9 @@ void run(const LinearArgs& args, int64_t first, int64_t last) {
     const int64_t columns = args.columns, batch = args.batch;
     const int64_t capacity = (columns >> args.shift) + 2 + 16;
     std::vector<float> sums(size_t(batch * kRows)), scales(size_t(kRows * capacity));
-    alignas(64) __m512i values[kStep / 2 * kVectors];
+    const int parts = step / kHalfStep * kVectors;
+    Lines lines[3];                                       // that are decoded, that come next, that are copied
+    alignas(64) __m512i values[2][kStep / 2 * kVectors];  // of this step and of the next
     for (int64_t n = first; n < last; n += kRows) {
         const uint8_t* packed[kRows];
         const float* row_scales[kRows];
@@ -126,19 +152,35 @@ void run(const LinearArgs& args, int64_t first, int64_t last) {
             row_scales[r] = to - (begin[r] >> args.shift);
         }
         std::fill(sums.begin(), sums.end(), 0.0f);
+        // Part i of the columns from k on: one vector of rows, half a step.
+        const auto decode_part = [&](int64_t k, int i, __m512i* out) {
+            const int v = i % kVectors, half = i / kVectors;
+            const uint8_t* line = lines[k / kLineColumns % 3].row[16 * v] + k % kLineColumns / 2 + half * 16;
+            decode(line, table, out + half * 16 * kVectors + v, kVectors);
+        };
+        const auto copy_rows = [&](int64_t line, int begin, int end) {
+            for (int r = begin; r < end; ++r)
+                copy_line(packed[r], line * kLine, columns / 2, lines[line % 3].row[r]);
+        };
+        copy_rows(0, 0, kRows);
+        copy_rows(1, 0, kRows);
+        for (int i = 0; i < parts; ++i) decode_part(0, i, values[0]);
         for (int64_t k = 0; k < columns; k += step) {
-            for (int v = 0; v < kVectors; ++v)
-                for (int half = 0; half < step / kHalfStep; ++half)
-                    decode(packed + 16 * v, k / 2 + half * 16, table, values + half * 16 * kVectors + v,
-                           kVectors);
+            __m512i *now = values[k / step % 2], *next = values[(k / step + 1) % 2];
+            const bool more = k + step < columns;
             alignas(64) float scale[kRows];
             for (int r = 0; r < kRows; ++r) scale[r] = row_scales[r][(begin[r] + k) >> args.shift];
             const __m512 factor[kVectors] = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)};
             const uint32_t* x = static_cast<const uint32_t*>(args.x) + k / 2 * batch;
-            int64_t m = 0;
-            for (; m + kTile <= batch; m += kTile)
-                multiply<kTile>(values, step / 2, x + m, batch, factor, sums.data() + m * kRows);
-            multiply_rest(batch - m, values, step / 2, x + m, batch, factor, sums.data() + m * kRows);
+            multiply_some(
+                std::min<int64_t>(batch, kTile), now, step / 2, x, batch, factor, sums.data(), [&](int i) {
+                    const int done = int(k % kLineColumns / kHalfStep) * kVectors + i;  // of 8 for each line
+                    copy_rows(k / kLineColumns + 2, 4 * done, 4 * done + 4);
+                    if (more) decode_part(k + step, i, next);
+                });
+            for (int64_t m = kTile; m < batch; m += kTile)
+                multiply_some(std::min<int64_t>(batch - m, kTile), now, step / 2, x + m, batch, factor,
+                              sums.data() + m * kRows, [](int) {});
         }
         const int64_t rows = last - n < kRows ? last - n : kRows;
         for (int64_t m = 0; m < batch; ++m)

@@ -19,6 +19,8 @@ namespace nf4 {
 namespace {
 
 constexpr int64_t kProductsPerTask = 1 << 17;
+// Measured on Zen 4, 4096 x 4096: below, unpacking 32 rows into bf16 costs more than fp32 products; from the
+// kernels' `max_batch` on, the library is as fast on panels as they are.
 constexpr int64_t kTileFrom = 3;
 
 LinearKernel rows_kernel() {
