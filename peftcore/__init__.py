@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         tensor_name,
     )
     from peftcore.quantization import dequantize, quantize
+    from peftcore.quantization.huggingface import NF4Config
     from peftcore.registry import methods
     from peftcore.summary import plan, summary
 
@@ -44,6 +45,7 @@ __all__ = [
     "CheckpointError",
     "ForeignFormat",
     "Method",
+    "NF4Config",
     "PeftcoreError",
     "PluginError",
     "PrefixKV",
@@ -96,6 +98,7 @@ _HOMES = {
     "Train": "method",
     "WeightFormat": "method",
     "tensor_name": "method",
+    "NF4Config": "quantization.huggingface",
     "dequantize": "quantization",
     "quantize": "quantization",
     "methods": "registry",

@@ -29,7 +29,14 @@ def gpt2() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    special = {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "attn_pdrop": 0,
+        "embd_pdrop": 0,
+        "resid_pdrop": 0,
+    }
     return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_embd=64, n_layer=2, n_head=4, n_positions=64, **special)).eval()
 
 

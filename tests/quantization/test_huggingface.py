@@ -1,0 +1,154 @@
+"""transformers: quantized as it loads, saved for bitsandbytes, read from bitsandbytes, in bounded memory."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from quantized import gpt2, llama, logits
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+import peftcore
+from peftcore.quantization import QuantizedLinear, quantized_layers
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def kinds(model):
+    return {path for path, _ in quantized_layers(model)}
+
+
+def same(found, wanted):
+    found, wanted = found.state_dict(), wanted.state_dict()
+    assert set(found) == set(wanted)
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
+@pytest.fixture(params=["llama", "tied llama", "gpt2"])
+def dense(request, tmp_path):
+    """(a folder with a dense model, the same model)."""
+    model = {"llama": llama, "tied llama": lambda: llama(tie_word_embeddings=True), "gpt2": gpt2}[request.param]()
+    model.save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense", model
+
+
+def test_from_pretrained_quantizes_as_it_loads(dense):
+    folder, model = dense
+    found = AutoModelForCausalLM.from_pretrained(folder, quantization_config=peftcore.NF4Config())
+    wanted = peftcore.quantize(model)
+    same(found, wanted)
+    assert torch.equal(logits(found), logits(wanted))
+    assert found.config.quantization_config == wanted.config.quantization_config
+
+
+def test_load_is_the_same(dense):
+    folder, model = dense
+    found = peftcore.quantization.load(folder, "nf4", double_quant=False, blocksize=128)
+    same(found, peftcore.quantize(model, double_quant=False, blocksize=128))
+    assert type(found) is type(model) and not found.training
+
+
+def test_arguments_reach_the_layers(tmp_path):
+    llama().save_pretrained(tmp_path)
+    config = peftcore.NF4Config("fp4", skip=["mlp", "lm_head"], compute_dtype=torch.bfloat16)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    layer = found.model.layers[0].self_attn.q_proj
+    assert (layer.quant_type, layer.compute_dtype, len(kinds(found))) == ("fp4", torch.bfloat16, 8)
+    assert peftcore.NF4Config.from_dict(json.loads(json.dumps(config.to_dict()))).skip == ["mlp", "lm_head"]
+
+
+def test_saved_and_read_by_bitsandbytes_and_here(dense, tmp_path):
+    folder, _ = dense
+    ours = peftcore.quantization.load(folder)
+    ours.save_pretrained(tmp_path / "quantized")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized").train()
+    assert any(type(module).__module__.startswith("bitsandbytes") for module in theirs.modules())
+    assert not any(isinstance(module, QuantizedLinear) for module in theirs.modules())
+    torch.testing.assert_close(logits(theirs.train()), logits(ours), rtol=1e-4, atol=1e-5)
+
+    again = peftcore.quantization.load(tmp_path / "quantized")
+    same(again, ours)
+    assert torch.equal(logits(again), logits(ours)) and type(again) is type(ours)
+    again.save_pretrained(tmp_path / "again")
+    same(peftcore.quantization.load(tmp_path / "again"), ours)
+
+
+def test_a_checkpoint_that_bitsandbytes_quantized(tmp_path):
+    llama().save_pretrained(tmp_path / "dense")
+    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config).train()
+    theirs.save_pretrained(tmp_path / "quantized")
+    ours = peftcore.quantization.load(tmp_path / "quantized")
+    assert len(kinds(ours)) == 14 and ours.model.layers[0].mlp.up_proj.nested_absmax is None
+    torch.testing.assert_close(logits(ours), logits(theirs.train()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loaded_model_trains_with_transformers_trainer(tmp_path):
+    from peftcore.integrations.transformers import AdapterTrainer
+
+    llama().save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=peftcore.NF4Config())
+    peftcore.apply(model, "qlora", r=2)
+    tokens = torch.arange(3, 12)
+    rows = [{"input_ids": tokens, "labels": tokens}] * 4
+    arguments = transformers.TrainingArguments(
+        str(tmp_path / "run"), max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no"
+    )
+    result = AdapterTrainer(model=model, args=arguments, train_dataset=rows).train()
+    assert result.global_step == 2
+
+
+def test_values_that_are_not_finite_are_named(tmp_path):
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"'model.layers.1.mlp.up_proj.weight' holds nan at index \[3, 5\]"
+    ):
+        peftcore.quantization.load(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path):
+    peftcore.quantize(llama()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight.absmax"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(peftcore.CheckpointError, match=r"lacks 'model.layers.1.mlp.up_proj.weight.absmax'"):
+        peftcore.quantization.load(tmp_path)
+
+
+def test_another_quantization_is_refused(tmp_path):
+    llama().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(peftcore.PeftcoreError, match="is quantized by 'gptq', which is not read here"):
+        peftcore.quantization.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"quant_type": "int4"}, "no 4-bit type"),
+        ({"blocksize": 3}, "a power of two"),
+        ({"compute_dtype": "int8"}, "compute_dtype must be one of"),
+    ],
+)
+def test_a_wrong_config(fields, message):
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.NF4Config(**fields)
+
+
+def test_importing_peftcore_imports_no_transformers():
+    code = "import peftcore, peftcore.quantization, sys; peftcore.quantize; print('transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_a_layer_outside_transformers_needs_no_config():
+    assert not hasattr(peftcore.quantize(nn.Sequential(nn.Linear(64, 64))), "config")
