@@ -163,11 +163,20 @@ def _saved_together(folder: Path) -> dict[str, list[str]] | None:
     """{adapters, active} of the adapters that were saved to `folder` in one call, or None."""
     if not folder.is_dir():
         return None
-    for place_ in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
-        told = adapter_files.read_metadata(place_).get(_TOGETHER)
-        if told and all((place(folder, name) / TENSORS).is_file() for name in json.loads(told)["adapters"]):
-            return json.loads(told)
-    return None
+    inside = [folder] if (folder / TENSORS).exists() else sorted(path for path in folder.iterdir() if path.is_dir())
+    told = next((told for path in inside if (told := adapter_files.read_metadata(path).get(_TOGETHER))), None)
+    if told is None:
+        return None
+    try:
+        together = json.loads(told)
+        names, active = together["adapters"], together["active"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"'{folder}' does not say which adapters it holds: {error!r}") from error
+    for name in (*names, *active):
+        engine.check_name(name)  # it becomes a part of a path
+    if not set(active) <= set(names):
+        raise CheckpointError(f"'{folder}' lets {active} act, but holds {names}")
+    return together if all((place(folder, name) / TENSORS).is_file() for name in names) else None
 
 
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:

@@ -82,7 +82,7 @@ def apply(
         PeftcoreError: a field, pattern or name is wrong. The model is then as it was.
     """
     state = state_of(model) or State()
-    _check_name(adapter, state)
+    _check_new(adapter, state)
     _refuse_merged(state, "apply another adapter")
     placed = place(model, method, fields)
     if placed.method.prepare is not None:
@@ -283,7 +283,8 @@ def _recorded(placed: Placed) -> tuple[Method, Any]:
     return registry.method_of_config(config), config
 
 
-def _check_name(adapter: str, state: State) -> None:
+def check_name(adapter: Any) -> None:
+    """Raise a PeftcoreError unless `adapter` can be the name of an adapter, a part of keys and paths."""
     if not isinstance(adapter, str) or not adapter:
         raise PeftcoreError(f"an adapter's name is a non-empty string, found {adapter!r}")
     for wrong in "./\\\0":
@@ -293,6 +294,10 @@ def _check_name(adapter: str, state: State) -> None:
             )
     if hasattr(nn.Module, adapter):
         raise PeftcoreError(f"the adapter name '{adapter}' is an attribute of torch.nn.Module. Choose another")
+
+
+def _check_new(adapter: str, state: State) -> None:
+    check_name(adapter)
     if adapter in state.applied:
         raise PeftcoreError(
             f"an adapter '{adapter}' is applied already ({state.applied[adapter].method}). "

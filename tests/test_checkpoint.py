@@ -115,6 +115,22 @@ def test_one_of_several_that_does_not_load_takes_all_back(tmp_path: Path) -> Non
     assert [a.name for a in peftcore.summary(model).adapters] == ["mine"]
 
 
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ('{"adapters": ["../outside"], "active": []}', r"the adapter name '../outside' contains '.'"),
+        ('{"adapters": ["default"], "active": ["other"]}', r"lets \['other'\] act, but holds \['default'\]"),
+        ('{"adapters": 3}', r"does not say which adapters it holds"),
+        ("nonsense", r"does not say which adapters it holds"),
+    ],
+)
+def test_names_in_a_file_are_not_trusted(saved: Path, told: str, message: str) -> None:
+    file = saved / "adapter_model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, {"peftcore_together": told})
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.load(tiny.llama(), saved)
+
+
 def test_checkpoints_beside_an_adapter_are_not_loaded_with_it(saved: Path) -> None:
     peftcore.save(peftcore.apply(tiny.llama(), "around"), saved / "checkpoint-3")
     model = peftcore.load(tiny.llama(), saved)
