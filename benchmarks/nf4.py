@@ -12,10 +12,9 @@ and MALLOC_TRIM_THRESHOLD_=4294967296 to take page faults out of every "fresh" r
 import argparse
 import logging
 import os
-import random
 import statistics
-import time
 
+import measure
 import torch
 
 from peftcore import ops
@@ -24,29 +23,14 @@ from peftcore.build_info import build_info
 logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
 
 
-def interleaved(rows, seconds):
-    """Times in ms of each row's calls."""
-    times = {name: [] for name in rows}
-    for call in rows.values():
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or min(map(len, times.values())) < 5:
-        for name, call in random.sample(list(rows.items()), len(rows)):
-            start = time.perf_counter()
-            call()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    return times
-
-
 def table(title, rows, floor_ms, seconds, against):
     print(f"\n{title}\n{'':34}{'min':>9}{'median':>9}{'IQR':>8}  {'of floor':>8}  ratio to {against}")
-    times = interleaved(rows, seconds)
+    times = measure.interleaved(rows, seconds)
     base = statistics.median(times[against])
     print(f"{'floor':34}{floor_ms:9.2f}")
     for name, row in times.items():
-        low, median, high = statistics.quantiles(row, n=4)
-        share = floor_ms / median
-        print(f"{name:34}{min(row):9.2f}{median:9.2f}{high - low:8.2f}  {share:8.0%}  {median / base:8.3f}")
+        low, median, iqr = measure.spread(row)
+        print(f"{name:34}{low:9.2f}{median:9.2f}{iqr:8.2f}  {floor_ms / median:8.0%}  {median / base:8.3f}")
 
 
 def mapped_bitsandbytes(bnb, packed, state, out):
@@ -82,7 +66,7 @@ def main():
 
     x = torch.randn(size, size)
     target = torch.empty_like(x)
-    copy = interleaved({"copy": lambda: target.copy_(x)}, 1)["copy"]
+    copy = measure.interleaved({"copy": lambda: target.copy_(x)}, 1)["copy"]
     bandwidth = 2 * x.nbytes / min(copy) / 1e6  # GB/s
     print(f"copy: {bandwidth:.1f} GB/s")
 
