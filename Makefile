@@ -32,7 +32,7 @@ fix: $(VENV)/dev.stamp
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/dev.stamp
-	for file in benchmarks/*.py; do echo "== $$file" && $(PY) $$file || exit 1; done
+	for file in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do echo "== $$file" && $(PY) $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) .demo build dist *.egg-info plugins/*/*.egg-info peftcore/_C*.so peftcore/_build.json
