@@ -1,8 +1,10 @@
 // The kernels on memory of exactly the size they may touch, for a run under sanitizers.
 //
-//   sanitized nf4 SEED        every NF4 kernel over shapes that are no multiples of anything, beside the CPU
-//   kernels sanitized read LIMIT      a toy that reads beyond 100 values when LIMIT is more sanitized shared
-//   INDEX    a toy that writes values[INDEX] of 32 in shared memory
+//   sanitized nf4 SEED      the NF4 kernels over shapes that are no multiples of anything, beside the CPU's
+//   sanitized linear SEED   linear_4bit's kernels likewise, beside sums in double
+//   sanitized read LIMIT    a toy that reads beyond 100 values when LIMIT is more
+//   sanitized shared INDEX  a toy that writes values[INDEX] of 32 in shared memory
+#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <random>
@@ -114,6 +116,69 @@ int run_nf4(uint64_t seed) {
     return 0;
 }
 
+// linear_4bit's kernels beside a sum in double. Tolerance: fp32 sums and one rounding to T.
+template <typename T>
+void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int skip, bool nested,
+                    Dtype dtype, std::mt19937& random) {
+    const int64_t count = rows * columns, blocks = (count + blocksize - 1) / blocksize;
+    Array<uint8_t> packed((count + 1) / 2, skip), quantized(blocks);
+    Array<float> absmax(blocks), code(16), map(256), offset(1), outer((blocks + 31) / 32);
+    Array<T> x(batch * columns, skip), bias(rows), y(batch * rows, skip);
+    std::normal_distribution<float> normal;
+    std::copy_n(kCode, 16, code.data);
+    for (int64_t i = 0; i < packed.count; ++i) packed.data[i] = uint8_t(random());
+    for (int64_t i = 0; i < blocks; ++i) quantized.data[i] = uint8_t(random());
+    for (int64_t i = 0; i < outer.count; ++i) outer.data[i] = 1 + float(i);
+    for (int i = 0; i < 256; ++i) map.data[i] = (i - 127) / 128.0f;
+    offset.data[0] = 1.5f;
+    for (int64_t i = 0; i < blocks; ++i)
+        absmax.data[i] = map.data[quantized.data[i]] * outer.data[i / 32] + offset.data[0];
+    for (int64_t i = 0; i < x.count; ++i) x.data[i] = from_float<T>(normal(random));
+    for (int64_t i = 0; i < rows; ++i) bias.data[i] = from_float<T>(normal(random));
+    const char* error = peftcore_nf4_linear(x.data, int(dtype), batch, packed.data,
+                                            nested ? (void*)quantized.data : absmax.data, code.data,
+                                            blocksize, nested ? outer.data : nullptr, map.data, offset.data,
+                                            32, rows, columns, bias.data, y.data, nullptr);
+    require(error == nullptr, error ? error : "", count, blocksize);
+    for (int m = 0; m < batch; ++m)
+        for (int64_t n = 0; n < rows; ++n) {
+            double sum = to_float(bias.data[n]), magnitude = std::fabs(sum);
+            for (int64_t k = 0; k < columns; ++k) {
+                const int64_t i = n * columns + k;
+                const int q = i % 2 ? packed.data[i / 2] & 15 : packed.data[i / 2] >> 4;
+                const double w = to_float(from_float<T>(kCode[q] * absmax.data[i / blocksize]));
+                const double product = w * to_float(x.data[m * columns + k]);
+                sum += product;
+                magnitude += std::fabs(product);
+            }
+            const double found = to_float(y.data[m * rows + n]);
+            const double eps = dtype == Dtype::kBFloat16 ? 0x1p-8 : dtype == Dtype::kHalf ? 0x1p-11 : 0x1p-24;
+            require(std::fabs(found - sum) <= magnitude * 0x1p-18 + std::fabs(sum) * eps, "linear differs",
+                    count, blocksize);
+        }
+}
+
+int run_linear(uint64_t seed) {
+    emulator::machine.seed = seed;
+    std::mt19937 random(static_cast<unsigned>(seed));
+    int cases = 0;
+    for (int64_t rows : {1, 17, 33})
+        for (int64_t columns : {1, 32, 75, 96, 352})
+            for (int batch : {1, 9, 24})
+                for (int skip : {0, 1}) {
+                    const int blocksize = cases % 2 ? 64 : 32;
+                    const bool nested = cases / 3 % 2;
+                    compare_linear<float>(rows, columns, batch, blocksize, skip, nested, Dtype::kFloat,
+                                          random);
+                    compare_linear<Half>(rows, columns, batch, blocksize, skip, nested, Dtype::kHalf, random);
+                    compare_linear<BFloat16>(rows, columns, batch, blocksize, skip, nested, Dtype::kBFloat16,
+                                             random);
+                    cases += 3;
+                }
+    printf("%d cases agree\n", cases);
+    return 0;
+}
+
 int report(const char* error) {
     puts(error ? error : "nothing found");
     return error != nullptr;
@@ -125,6 +190,7 @@ int main(int argc, char** argv) {
     const std::string what = argc > 2 ? argv[1] : "";
     const int number = argc > 2 ? atoi(argv[2]) : 0;
     if (what == "nf4") return run_nf4(uint64_t(number));
+    if (what == "linear") return run_linear(uint64_t(number));
     if (what == "read") {
         Array<int> in(100), out(100);
         std::fill_n(in.data, 100, 1);
@@ -134,6 +200,6 @@ int main(int argc, char** argv) {
         Array<int> out(32);
         return report(toy_shared(out.data, number, nullptr));
     }
-    fprintf(stderr, "usage: sanitized nf4 SEED | read LIMIT | shared INDEX\n");
+    fprintf(stderr, "usage: sanitized nf4 SEED | linear SEED | read LIMIT | shared INDEX\n");
     return 2;
 }

@@ -89,6 +89,7 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
     const Dtype dtype = kernel_dtype(x.scalar_type(), op);
     const Tensor added = linear_bias(x, out_features, bias, op);
     const int64_t columns = x.size(-1);
+    check_tensor(packed, at::kByte, x.device(), op, "packed");
     const Packed weight =
         packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset,
                          nested_blocksize, count_of({out_features, columns}, op), op);
@@ -127,6 +128,7 @@ Tensor linear_4bit_backward(const Tensor& grad, const Tensor& packed, const Tens
     kernel_dtype(grad.scalar_type(), op);
     linear_bias(grad, 0, {}, op);
     const int64_t rows = grad.size(-1);
+    check_tensor(packed, at::kByte, grad.device(), op, "packed");
     const Packed weight =
         packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset,
                          nested_blocksize, count_of({rows, in_features}, op), op);

@@ -1,0 +1,283 @@
+// y = x Wᵀ + b for few rows of x, straight from 4 bits. No GPU was at hand: written for bandwidth, proved on
+// the emulator.
+//
+// tensor_kernel (fp16, bf16): a block computes 16 rows of W, which are the 16 rows of an mma; x's rows are
+// its columns. The warps of a block share out the columns of W in stages of 64, which arrive by cp.async,
+// several on their way at a time, and add up in shared memory in a fixed order. A weight is code * scale in
+// fp32, rounded once to x's dtype: the bits that dequantization gives.
+//
+// simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W.
+#include "common/cuda_launch.cuh"
+#include "common/half.h"
+#include "common/tensor_core.cuh"
+#include "nf4/cuda/nf4_cuda.h"
+#include "nf4/nf4.h"
+
+namespace peftcore {
+namespace nf4 {
+namespace {
+
+constexpr int kWarps = 4, kThreads = 32 * kWarps;
+constexpr int kRows = 16;                    // of W in a block
+constexpr int kStage = 64;                   // columns of W in a stage of a warp
+constexpr int kWeightRow = kStage / 2 + 16;  // bytes: a stage's row, and 16 that spread rows over the banks
+constexpr int kInputRow = kStage * 2 + 16;
+constexpr int kSimpleTile = 8;  // rows of x that a warp of simple_kernel takes together
+
+struct LinearParams {
+    const uint8_t* packed;
+    const void* absmax;
+    const float* code;
+    const float* nested_absmax;
+    const float* nested_code;
+    const float* nested_offset;
+    int shift, nested_shift;  // log2 of the block sizes
+    int64_t rows, columns;    // of W
+    int batch;                // rows of x
+    const void* x;
+    const void* bias;  // of x's dtype, or nullptr
+    void* y;
+};
+
+template <bool kNested>
+__device__ __forceinline__ float scale_of(const LinearParams& p, const float* nested_code, float offset,
+                                          int64_t block) {
+    if constexpr (kNested) {
+        const uint8_t quantized = static_cast<const uint8_t*>(p.absmax)[block];
+        // Rounded twice, not fused: the bits of the CPU kernels.
+        return __fadd_rn(__fmul_rn(nested_code[quantized], p.nested_absmax[block >> p.nested_shift]), offset);
+    } else {
+        return static_cast<const float*>(p.absmax)[block];
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void store_result(const LinearParams& p, int64_t m, int64_t n, float sum) {
+    if (p.bias != nullptr) sum += to_float(static_cast<const T*>(p.bias)[n]);
+    static_cast<T*>(p.y)[m * p.rows + n] = from_float<T>(sum);
+}
+
+// The two values of a byte, the even one in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t value_pair(const float* code, uint32_t byte, float scale) {
+    const T even = from_float<T>(code[byte >> 4 & 15] * scale), odd = from_float<T>(code[byte & 15] * scale);
+    return uint32_t(even.bits) | uint32_t(odd.bits) << 16;
+}
+
+// A stage's 16 rows of W and kTiles * 8 rows of x, from column `k` on. What lies beyond either is zero.
+template <typename T, int kTiles>
+__device__ __forceinline__ void fetch(const LinearParams& p, int64_t n, int64_t k, int lane,
+                                      uint8_t (*weight)[kWeightRow], uint8_t (*input)[kInputRow]) {
+    {
+        const int row = lane / 2, piece = lane % 2;  // 32 pieces of 32 columns
+        const int64_t column = k + piece * 32;
+        const bool inside = n + row < p.rows && column < p.columns;
+        const int64_t offset = inside ? ((n + row) * p.columns + column) / 2 : 0;
+        cp_async_16(&weight[row][piece * 16], p.packed + offset, inside ? 16 : 0);
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i) {  // kTiles * 64 pieces of 8 columns
+        const int row = (i * 32 + lane) / 8, piece = lane % 8;
+        const int64_t column = k + piece * 8;
+        const bool inside = row < p.batch && column < p.columns;
+        const int64_t offset = inside ? row * p.columns + column : 0;
+        cp_async_16(&input[row][piece * 16], static_cast<const T*>(p.x) + offset, inside ? 16 : 0);
+    }
+}
+
+// kTiles: of 8 rows of x. kStages: of a warp, all but one on their way.
+template <typename T, int kTiles, int kStages, bool kNested>
+__global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) {
+    PEFTCORE_SHARED(float, code, [16]);
+    PEFTCORE_SHARED(float, nested_code, [kNested ? 256 : 1]);
+    PEFTCORE_SHARED(uint8_t, weight, [kWarps][kStages][kRows][kWeightRow]);
+    PEFTCORE_SHARED(uint8_t, input, [kWarps][kStages][kTiles * 8][kInputRow]);
+    PEFTCORE_SHARED(float, sums, [kWarps][kTiles * 8][kRows + 1]);
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int group = lane / 4, pair = lane % 4;  // of mma fragments: rows group and group + 8
+    const int64_t n = int64_t(blockIdx.x) * kRows;
+    if (threadIdx.x < 16) code[threadIdx.x] = p.code[threadIdx.x];
+    float offset = 0;
+    if constexpr (kNested) {
+        for (int i = threadIdx.x; i < 256; i += kThreads) nested_code[i] = p.nested_code[i];
+        offset = *p.nested_offset;
+    }
+    __syncthreads();
+
+    float d[kTiles][4] = {};
+    const int64_t stages = (p.columns + kStage - 1) / kStage;
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) {
+        const int64_t stage = int64_t(s) * kWarps + warp;
+        if (stage < stages) fetch<T, kTiles>(p, n, stage * kStage, lane, weight[warp][s], input[warp][s]);
+        cp_async_commit();
+    }
+    int slot = 0;
+    for (int64_t stage = warp; stage < stages; stage += kWarps) {
+        cp_async_wait<kStages - 2>();
+        __syncwarp();  // this stage has arrived, and the one before has been read
+        const int64_t ahead = stage + int64_t(kStages - 1) * kWarps;
+        const int free = (slot + kStages - 1) % kStages;
+        if (ahead < stages)
+            fetch<T, kTiles>(p, n, ahead * kStage, lane, weight[warp][free], input[warp][free]);
+        cp_async_commit();
+
+        const int64_t k = stage * kStage;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {  // 32 columns, which share a row's scale
+            float scale[2] = {};
+            uint4 words[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                const int64_t row = n + group + 8 * r, column = k + half * 32;
+                if (row < p.rows && column < p.columns)
+                    scale[r] =
+                        scale_of<kNested>(p, nested_code, offset, (row * p.columns + column) >> p.shift);
+                words[r] = *reinterpret_cast<const uint4*>(&weight[warp][slot][group + 8 * r][half * 16]);
+            }
+#pragma unroll
+            for (int step = 0; step < 2;
+                 ++step) {  // 16 columns: two words of eight, of which a lane has a byte
+                const uint32_t low[2] = {step ? words[0].z : words[0].x, step ? words[1].z : words[1].x};
+                const uint32_t high[2] = {step ? words[0].w : words[0].y, step ? words[1].w : words[1].y};
+                uint32_t a[4];
+#pragma unroll
+                for (int r = 0; r < 2; ++r) {
+                    a[r] = value_pair<T>(code, low[r] >> 8 * pair, scale[r]);
+                    a[2 + r] = value_pair<T>(code, high[r] >> 8 * pair, scale[r]);
+                }
+                const int column = half * 32 + step * 16;
+#pragma unroll
+                for (int tile = 0; tile < kTiles; ++tile) {
+                    uint32_t b[2];
+                    const int row = tile * 8 + lane % 8, part = lane / 8 % 2;
+                    ldmatrix_x2(b, &input[warp][slot][row][(column + part * 8) * 2]);
+                    mma_m16n8k16<T>(d[tile], a, b);
+                }
+            }
+        }
+        slot = (slot + 1) % kStages;
+    }
+    cp_async_wait<0>();
+
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[warp][tile * 8 + pair * 2 + i % 2][group + i / 2 * 8] = d[tile][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTiles * 8 * kRows; i += kThreads) {
+        const int m = i / kRows, row = i % kRows;
+        if (m >= p.batch || n + row >= p.rows) continue;
+        float total = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) total += sums[w][m][row];
+        store_result<T>(p, m, n + row, total);
+    }
+}
+
+template <typename T, bool kNested>
+__global__ void __launch_bounds__(kThreads) simple_kernel(const LinearParams p) {
+    PEFTCORE_SHARED(float, code, [16]);
+    PEFTCORE_SHARED(float, nested_code, [kNested ? 256 : 1]);
+    if (threadIdx.x < 16) code[threadIdx.x] = p.code[threadIdx.x];
+    float offset = 0;
+    if constexpr (kNested) {
+        for (int i = threadIdx.x; i < 256; i += kThreads) nested_code[i] = p.nested_code[i];
+        offset = *p.nested_offset;
+    }
+    __syncthreads();
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int64_t n = int64_t(blockIdx.x) * kWarps + warp;
+    if (n >= p.rows) return;
+    const int first = int(blockIdx.y) * kSimpleTile;
+    const T* x = static_cast<const T*>(p.x);
+    float sum[kSimpleTile] = {};
+    for (int64_t k = lane; k < p.columns; k += 32) {
+        const int64_t i = n * p.columns + k;
+        const uint8_t byte = p.packed[i / 2];
+        const float scale = scale_of<kNested>(p, nested_code, offset, i >> p.shift);
+        const float w = to_float(from_float<T>(code[i % 2 ? byte & 15 : byte >> 4] * scale));
+#pragma unroll
+        for (int m = 0; m < kSimpleTile; ++m)
+            if (first + m < p.batch) sum[m] += w * to_float(x[(first + m) * p.columns + k]);
+    }
+#pragma unroll
+    for (int m = 0; m < kSimpleTile; ++m) {
+        for (int distance = 16; distance > 0; distance /= 2)
+            sum[m] += __shfl_xor_sync(0xffffffffu, sum[m], distance);
+        if (lane == 0 && first + m < p.batch) store_result<T>(p, first + m, n, sum[m]);
+    }
+}
+
+template <typename T, bool kNested>
+const char* launch_simple(const LinearParams& p, void* stream) {
+    const dim3 grid(unsigned((p.rows + kWarps - 1) / kWarps),
+                    unsigned((p.batch + kSimpleTile - 1) / kSimpleTile));
+    return PEFTCORE_LAUNCH((simple_kernel<T, kNested>), grid, kThreads, 0, stream, p);
+}
+
+template <typename T, bool kNested>
+const char* launch_tensor(const LinearParams& p, void* stream) {
+    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+    if (p.columns % 32 != 0 || !aligned(p.x) || !aligned(p.packed))
+        return launch_simple<T, kNested>(p, stream);
+    const unsigned blocks = unsigned((p.rows + kRows - 1) / kRows);
+    // As many stages as 48 KiB of shared memory hold.
+    if (p.batch <= 8)
+        return PEFTCORE_LAUNCH((tensor_kernel<T, 1, 4, kNested>), blocks, kThreads, 0, stream, p);
+    if (p.batch <= 16)
+        return PEFTCORE_LAUNCH((tensor_kernel<T, 2, 3, kNested>), blocks, kThreads, 0, stream, p);
+    return PEFTCORE_LAUNCH((tensor_kernel<T, 3, 2, kNested>), blocks, kThreads, 0, stream, p);
+}
+
+template <bool kNested>
+const char* launch(const LinearParams& p, Dtype dtype, void* stream) {
+    switch (dtype) {
+        case Dtype::kFloat:
+            return launch_simple<float, kNested>(p, stream);
+        case Dtype::kHalf:
+            return launch_tensor<Half, kNested>(p, stream);
+        case Dtype::kBFloat16:
+            return launch_tensor<BFloat16, kNested>(p, stream);
+    }
+    return "unknown dtype";
+}
+
+int log2_of(int power_of_two) {
+    int shift = 0;
+    while (1 << shift < power_of_two) ++shift;
+    return shift;
+}
+
+}  // namespace
+}  // namespace nf4
+}  // namespace peftcore
+
+extern "C" const char* peftcore_nf4_linear(const void* x, int dtype, int batch, const uint8_t* packed,
+                                           const void* absmax, const float* code, int blocksize,
+                                           const float* nested_absmax, const float* nested_code,
+                                           const float* nested_offset, int nested_blocksize, int64_t rows,
+                                           int64_t columns, const void* bias, void* y, void* stream) {
+    using namespace peftcore::nf4;
+    if (batch == 0 || rows == 0) return nullptr;
+    if (batch > kLinearMaxBatch) return "more rows of x than the kernel takes";
+    LinearParams p;
+    p.packed = packed;
+    p.absmax = absmax;
+    p.code = code;
+    p.nested_absmax = nested_absmax;
+    p.nested_code = nested_code;
+    p.nested_offset = nested_offset;
+    p.shift = log2_of(blocksize);
+    p.nested_shift = log2_of(nested_blocksize);
+    p.rows = rows;
+    p.columns = columns;
+    p.batch = batch;
+    p.x = x;
+    p.bias = bias;
+    p.y = y;
+    return nested_absmax != nullptr ? launch<true>(p, Dtype(dtype), stream)
+                                    : launch<false>(p, Dtype(dtype), stream);
+}

@@ -1,0 +1,111 @@
+"""linear_4bit's CUDA kernels on the emulator against float64, over shapes that are no multiples of anything."""
+
+from ctypes import c_int64
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftcore import ops
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CODES = {"nf4": ops.NF4, "fp4": ops.FP4}
+
+
+def case(rows, columns, batch, dtype, blocksize, nested, seed, code="nf4"):
+    """(arguments of `run`, the result in float64, the sum of its terms' magnitudes)."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, columns, generator=generator)
+    packed, absmax = ops.quantize_4bit(w, CODES[code], blocksize)
+    scales = None
+    if nested:
+        absmax, scales = ops.quantize_absmax(absmax, blocksize=32)
+    arguments = {"blocksize": blocksize, "nested": scales, "shape": (rows, columns), "code": CODES[code]}
+    # Each value is rounded once to x's dtype, as the kernels do.
+    dense = ops.dequantize_4bit(packed, absmax, dtype=dtype, **arguments).double()
+    x = torch.randn(batch, columns, generator=generator).to(dtype)
+    bias = torch.randn(rows, generator=generator).to(dtype)
+    wanted = x.double() @ dense.T + bias.double()
+    magnitude = x.double().abs() @ dense.abs().T + bias.double().abs()
+    return (x, packed, absmax, CODES[code], blocksize, scales, rows, bias), wanted, magnitude
+
+
+def run(emulated, x, packed, absmax, code, blocksize, scales, rows, bias, seed=0, offset=0):
+    """The launcher's result, `offset` values behind an allocation whose rest must stay as it is."""
+    batch, columns = x.shape
+    count = batch * rows
+    memory = torch.full((count + offset + 4,), 7, dtype=x.dtype)
+    y = memory[offset : offset + count]
+    given = (x, DTYPES.index(x.dtype), batch, packed, absmax, code, blocksize)
+    nested = (None, None, None, 256) if scales is None else tuple(scales)
+    sizes = (c_int64(rows), c_int64(columns))
+    emulated("peftcore_nf4_linear")(*given, *nested, *sizes, bias, y, seed=seed)
+    assert (memory[:offset] == 7).all() and (memory[offset + count :] == 7).all()
+    return y.view(batch, rows)
+
+
+def check(found, wanted, magnitude):
+    # fp32 sums in another order, and one rounding of the result.
+    error = (found.double() - wanted).abs()
+    eps = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}[found.dtype]
+    assert (error <= magnitude * 2.0**-18 + wanted.abs() * eps + 2.0**-24).all()
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 70),
+    columns=st.one_of(st.integers(1, 300), st.integers(1, 24).map(lambda n: 32 * n)),
+    batch=st.integers(1, 24),
+    dtype=st.sampled_from(DTYPES),
+    blocksize=st.sampled_from([32, 64, 256, 4096]),
+    nested=st.booleans(),
+    seed=st.integers(0, 10**6),
+    code=st.sampled_from(["nf4", "fp4"]),
+    offset=st.integers(0, 3),
+    bias=st.booleans(),
+)
+def test_against_float64(emulated, rows, columns, batch, dtype, blocksize, nested, seed, code, offset, bias):
+    arguments, wanted, magnitude = case(rows, columns, batch, dtype, blocksize, nested, seed, code)
+    if not bias:
+        wanted = wanted - arguments[-1].double()
+        arguments = (*arguments[:-1], None)
+    check(run(emulated, *arguments, seed=seed, offset=offset), wanted, magnitude)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("batch", [1, 8, 9, 16, 17, 24])
+@pytest.mark.parametrize("columns", [32, 96, 576, 1024, 1056, 75])
+def test_every_way_through_the_launcher(emulated, dtype, batch, columns):
+    arguments, wanted, magnitude = case(37, columns, batch, dtype, 64, True, columns + batch)
+    check(run(emulated, *arguments), wanted, magnitude)
+
+
+def test_an_x_off_its_alignment(emulated):
+    arguments, wanted, magnitude = case(20, 128, 5, torch.bfloat16, 64, True, 3)
+    moved = torch.zeros(5 * 128 + 1, dtype=torch.bfloat16)[1:].view(5, 128)
+    moved.copy_(arguments[0])
+    check(run(emulated, moved, *arguments[1:]), wanted, magnitude)
+
+
+@pytest.mark.parametrize("columns", [1024, 75])
+def test_every_order_of_threads_gives_the_same_bits(emulated, columns):
+    arguments, _, _ = case(40, columns, 11, torch.bfloat16, 64, True, 1)
+    first = run(emulated, *arguments, seed=0)
+    for seed in range(1, 12):
+        assert torch.equal(run(emulated, *arguments, seed=seed), first)
+
+
+def test_nothing_to_do_and_too_much(emulated):
+    arguments, _, _ = case(8, 64, 0, torch.half, 64, False, 1)
+    assert run(emulated, *arguments).numel() == 0
+    arguments, _, _ = case(8, 64, 25, torch.half, 64, False, 1)
+    with pytest.raises(RuntimeError, match="more rows of x than the kernel takes"):
+        run(emulated, *arguments)
+
+
+@pytest.mark.slow
+def test_stays_within_its_memory(sanitized):
+    done = sanitized("linear", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cases agree" in done.stdout
