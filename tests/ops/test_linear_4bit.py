@@ -118,7 +118,9 @@ def test_autocast_computes_as_for_a_dense_linear(dtype):
         found = linear_4bit_function(x, *quantized, 8, bias, **keywords)
         wanted = F.linear(x, dense.float(), bias)
     assert found.dtype == wanted.dtype == dtype
-    torch.testing.assert_close(found, wanted, rtol=EPS[dtype], atol=EPS[dtype])
+    # Where a kernel keeps more of the weight's bits than the dense product has, they differ by what that rounds.
+    magnitude = x.detach().abs().double() @ dense.abs().T + bias.abs().double()
+    assert ((found.double() - wanted.double()).abs() <= 2 * EPS[dtype] * magnitude).all()
     found.sum().backward()
     assert x.grad.dtype == torch.float32
 
@@ -169,7 +171,7 @@ def test_nothing_in_or_out(n, k, rows):
         ({"x": torch.tensor(1.0)}, ValueError, "at least one dimension"),
         ({"bias": torch.ones(7)}, ValueError, r"bias must be \[8\], found \[7\]"),
         ({"out_features": 9}, ValueError, "packed must hold 288"),
-        ({"packed": torch.zeros(256, 1)}, TypeError, "packed must be torch.uint8"),
+        ({"packed": torch.zeros(256, 1)}, TypeError, "packed must be (torch.uint8|Byte)"),
     ],
 )
 def test_arguments_that_do_not_fit(change, error, message):

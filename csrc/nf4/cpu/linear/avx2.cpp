@@ -51,7 +51,7 @@ struct Avx2 {
 
 }  // namespace
 
-LinearKernel avx2_linear() { return LinearRows<Avx2>::kernel(4); }
+LinearKernel avx2_linear() { return LinearRows<Avx2>::kernel(12, 16, 4); }
 
 }  // namespace nf4
 }  // namespace peftcore

@@ -42,7 +42,7 @@ struct Avx512 {
 
 }  // namespace
 
-LinearKernel avx512_linear() { return LinearRows<Avx512>::kernel(8); }
+LinearKernel avx512_linear() { return LinearRows<Avx512>::kernel(24, 32, 8); }
 
 }  // namespace nf4
 }  // namespace peftcore

@@ -190,7 +190,7 @@ void run(const LinearArgs& args, int64_t first, int64_t last) {
 
 }  // namespace
 
-LinearKernel avx512bf16_linear() { return {kRows, 32, kStep, arranged_bytes, arrange, run}; }
+LinearKernel avx512bf16_linear() { return {kRows, {0, 0, 32}, kStep, arranged_bytes, arrange, run}; }
 
 }  // namespace nf4
 }  // namespace peftcore

@@ -4,6 +4,8 @@
 // lookup's index of the lane's j-th value, x being stored in that order, and a lane has one scale. Products
 // and sums are fp32. "tile" turns 32 rows of W into bf16 and uses the bf16 dot product; the scales are
 // multiplied in fp32, once a block, so what is rounded is the codebook's entry.
+//
+// Plain C++ has neither: looking values up one by one took 18 ms for 4096 x 4096, panels 12.
 #pragma once
 
 #include <cstdint>
@@ -27,15 +29,14 @@ struct LinearArgs {
 };
 
 struct LinearKernel {
-    int64_t granule;      // rows of W that one call computes together
-    int max_batch;        // rows of x that it takes
-    int column_multiple;  // of the columns
+    int64_t granule;       // rows of W that one call computes together
+    int64_t max_batch[3];  // rows of x up to which it is faster than panels, by Dtype
+    int column_multiple;   // of the columns
     int64_t (*arranged_bytes)(int64_t batch, int64_t columns);
     void (*arrange)(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out);
     void (*run)(const LinearArgs&, int64_t first_row, int64_t last_row);
 };
 
-LinearKernel portable_linear();
 LinearKernel avx2_linear();
 LinearKernel avx512_linear();
 LinearKernel avx512bf16_linear();  // x in bf16 only

@@ -19,11 +19,11 @@ namespace nf4 {
 namespace {
 
 constexpr int64_t kProductsPerTask = 1 << 17;
-// Measured on Zen 4, 4096 x 4096: below, unpacking 32 rows into bf16 costs more than fp32 products; from the
-// kernels' `max_batch` on, the library is as fast on panels as they are.
+// Measured on Zen 4, 4096 x 4096, with kernels' max_batch: below, unpacking 32 rows of W into bf16 costs more
+// than fp32 products.
 constexpr int64_t kTileFrom = 3;
 
-LinearKernel rows_kernel() {
+std::optional<LinearKernel> rows_kernel() {
     switch (cpu_level()) {
 #if defined(PEFTCORE_HAVE_AVX512)
         case CpuLevel::kAvx512:
@@ -34,7 +34,7 @@ LinearKernel rows_kernel() {
             return avx2_linear();
 #endif
         default:
-            return portable_linear();
+            return {};
     }
 }
 
@@ -43,19 +43,22 @@ LinearKernel rows_kernel() {
 std::optional<LinearKernel> choose(const Packed& packed, Dtype dtype, int64_t batch, int64_t columns) {
     const float* code = packed.code.const_data_ptr<float>();
     if (!std::all_of(code, code + 16, [](float value) { return std::isfinite(value); })) return {};
-    const auto fits = [&](const LinearKernel& kernel) {
-        return batch <= kernel.max_batch && columns % kernel.column_multiple == 0;
+    // Without dot products of bf16 the library is as slow in it as in fp16.
+    const bool bf16_dot = cpu_has_bf16_dot();
+    const Dtype as = dtype == Dtype::kBFloat16 && !bf16_dot ? Dtype::kHalf : dtype;
+    const auto fits = [&](const std::optional<LinearKernel>& kernel) {
+        return kernel && batch <= kernel->max_batch[int(as)] && columns % kernel->column_multiple == 0;
     };
+    std::optional<LinearKernel> kernel;
 #if defined(PEFTCORE_HAVE_AVX512BF16)
-    if (batch >= kTileFrom && dtype == Dtype::kBFloat16 && cpu_level() == CpuLevel::kAvx512 &&
-        cpu_has_bf16_dot()) {
-        const LinearKernel kernel = avx512bf16_linear();
+    if (bf16_dot && dtype == Dtype::kBFloat16 && batch >= kTileFrom && cpu_level() == CpuLevel::kAvx512) {
+        kernel = avx512bf16_linear();
         if (fits(kernel)) return kernel;
     }
 #endif
-    const LinearKernel kernel = rows_kernel();
-    if (fits(kernel)) return kernel;
-    return {};
+    kernel = rows_kernel();
+    if (!fits(kernel)) kernel.reset();
+    return kernel;
 }
 
 void small(const LinearKernel& kernel, const Packed& packed, const Tensor& x, const Tensor& bias,

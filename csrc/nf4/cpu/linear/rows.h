@@ -130,7 +130,9 @@ struct LinearRows {
         }
     }
 
-    static LinearKernel kernel(int max_batch) { return {1, max_batch, 8, arranged_bytes, arrange, run}; }
+    static LinearKernel kernel(int64_t fp32, int64_t fp16, int64_t bf16) {
+        return {1, {fp32, fp16, bf16}, 8, arranged_bytes, arrange, run};
+    }
 };
 
 }  // namespace nf4
