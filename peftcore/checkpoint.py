@@ -83,7 +83,10 @@ def _save(
         name: (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
         for name, tensor in tensors_on_disk(model, adapter, own=resumable, exported=True).items()
     }
-    about = {"peftcore_version": version("peftcore"), "peftcore_base": fingerprint(base_values(model))}
+    # What the adapter has a copy of may be anything in the base, such as a head that is drawn anew by every load.
+    own = _own_slots(model, adapter)
+    base = {name: value for name, value in base_values(model).items() if name not in own}
+    about = {"peftcore_version": version("peftcore"), "peftcore_base": fingerprint(base)}
     adapter_files.write(folder, _config_on_disk(model, method, entry.config), tensors, {**about, **metadata})
 
 
@@ -341,6 +344,13 @@ def _config_from_disk(folder: Path, method: Method, fields: dict[str, Any]) -> A
         return method.config_class(**{name: value for name, value in fields.items() if name in known})
     except (TypeError, PeftcoreError) as error:
         raise CheckpointError(f"'{folder / CONFIG}' is no valid config of '{method.name}': {error}") from error
+
+
+def _own_slots(model: nn.Module, adapter: str) -> set[str]:
+    """The names of the base's parameters that `adapter` has a copy of."""
+    if not engine.applied(model, adapter).trained:
+        return set()
+    return {slot for slots in TrainedParameters.of(model, adapter).slots.values() for slot in slots}
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:
