@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftcore.ops._extension import extension
 from peftcore.ops._library import define
 from peftcore.ops.nf4 import _NESTED, NestedScales, _check_dequantize, _check_dtype, _value
 
@@ -45,6 +46,8 @@ def _workspace(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 def free_workspace() -> None:
     """Give back the memory that this thread keeps between calls on CPU."""
     _local.bytes = None
+    if extension is not None:
+        extension.free_workspace()
 
 
 def _panel_rows(rows: int, row_bytes: int, multiple: int, limit: int) -> int:

@@ -140,7 +140,7 @@ Tensor linear_4bit_backward(const Tensor& grad, const Tensor& packed, const Tens
     if (rows == 0) return dx.zero_();
     const int64_t batch = dx.numel() / in_features;
     const Tensor flat = grad.contiguous().view({batch, rows}), result = dx.view({batch, in_features});
-    const int64_t fit = kPanelBytes / (rows * grad.element_size());
+    const int64_t fit = kBackwardPanelBytes / (rows * grad.element_size());
     const int64_t step = std::max<int64_t>(kPanelColumns, fit / kPanelColumns * kPanelColumns);
     for (int64_t first = 0; first < in_features; first += step) {
         const int64_t last = std::min(first + step, in_features);

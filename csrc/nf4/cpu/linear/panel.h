@@ -8,9 +8,11 @@
 namespace peftcore {
 namespace nf4 {
 
-// Measured with 4096 x 4096 in bf16 on two cores with 32 MB of third-level cache: a panel that stays there
-// costs the product nothing.
+// Measured with 4096 x 4096 in bf16, 256 rows of x, on a core with 32 MB of third-level cache: forward, a
+// panel of 4 MiB stays in the cache and costs 1 to 4 % of the product; in the gradient the library multiplies
+// by panels of a few hundred columns up to 15 % slower than by the whole weight.
 constexpr int64_t kPanelBytes = int64_t(4) << 20;
+constexpr int64_t kBackwardPanelBytes = int64_t(32) << 20;
 // Panels of columns are a multiple of this, so that a segment of a row is whole blocks or pieces of larger
 // ones.
 constexpr int64_t kPanelColumns = 64;

@@ -1,0 +1,181 @@
+"""linear_4bit's compiled kernels against float64: every SIMD level, dtype and way through, whatever the threads."""
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftcore import ops
+
+if ops.extension is None:
+    pytest.skip("needs the compiled extension", allow_module_level=True)
+
+OPS = torch.ops.peftcore
+LEVELS = ops.extension.cpu_levels()
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+CODES = {"nf4": ops.NF4, "fp4": ops.FP4}
+# Of each term, since a weight or its codebook entry may be rounded once to x's dtype, and of the result.
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+BATCHES = [0, 1, 2, 3, 4, 5, 8, 9, 12, 16, 24, 25, 31, 32, 33, 70]  # around each limit of a kernel
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    before = ops.extension.cpu_level()
+    ops.extension.set_cpu_level(request.param)
+    yield request.param
+    ops.extension.set_cpu_level(before)
+
+
+def weight(rows, columns, blocksize=64, nested=True, code="nf4", seed=0):
+    """(arguments between x and out_features, those behind bias, the weight in float64)."""
+    w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    packed, absmax = ops.quantize_4bit(w, CODES[code], blocksize)
+    scales = None
+    if nested:
+        absmax, scales = ops.quantize_absmax(absmax, blocksize=32)
+    given = {"shape": (rows, columns), "dtype": torch.float32, "blocksize": blocksize}
+    dense = ops.dequantize_4bit(packed, absmax, CODES[code], nested=scales, **given)
+    return (packed, absmax, CODES[code], blocksize), tuple(scales or ()), dense.double()
+
+
+def values(shape, dtype, seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(found, a, b, bias=None):
+    """found = a b + bias, where a and b are float64; fp32 sums add 2^-18 of the terms' magnitudes."""
+    exact, magnitude = a @ b, a.abs() @ b.abs()
+    if bias is not None:
+        exact, magnitude = exact + bias.double(), magnitude + bias.abs().double()
+    eps = EPS[found.dtype]
+    bound = magnitude * (2.0**-18 + eps) + exact.abs() * eps + torch.finfo(found.dtype).tiny
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+def check(rows, columns, batch, dtype, blocksize, nested, code="nf4", bias=True):
+    quantized, scales, dense = weight(rows, columns, blocksize, nested, code)
+    x, grad = values((batch, columns), dtype), values((batch, rows), dtype, 2)
+    b = values((rows,), dtype, 3) if bias else None
+    assert_near(OPS.linear_4bit(x, *quantized, rows, b, *scales), x.double(), dense.T, b)
+    assert_near(OPS.linear_4bit_backward(grad, *quantized, columns, *scales), grad.double(), dense)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("columns", "blocksize"), [(64, 64), (192, 32), (328, 64), (576, 128), (75, 32)])
+def test_every_number_of_rows(level, batch, dtype, columns, blocksize):
+    check(37, columns, batch, dtype, blocksize, nested=True)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(1, 80),
+    columns=st.sampled_from([1, 8, 64]).flatmap(lambda step: st.integers(1, 640 // step).map(lambda n: step * n)),
+    batch=st.integers(0, 40),
+    dtype=st.sampled_from(DTYPES),
+    blocksize=st.sampled_from([32, 64, 128, 256, 512, 1024, 2048, 4096]),
+    nested=st.booleans(),
+    code=st.sampled_from(["nf4", "fp4"]),
+    bias=st.booleans(),
+    level=st.sampled_from(LEVELS),
+)
+def test_shapes_whose_blocks_cross_rows(rows, columns, batch, dtype, blocksize, nested, code, bias, level):
+    before = ops.extension.cpu_level()
+    ops.extension.set_cpu_level(level)
+    try:
+        check(rows, columns, batch, dtype, blocksize, nested, code, bias)
+    finally:
+        ops.extension.set_cpu_level(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(2100, 1088), (1025, 4099), (131072 * 2, 72)])
+def test_more_than_one_panel(dtype, rows, columns):
+    check(rows, columns, 33, dtype, 64, nested=True)
+
+
+@pytest.mark.skipif(LEVELS == ["portable"], reason="the library's product, whose sums are its own business")
+@pytest.mark.parametrize("batch", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("simd", LEVELS[1:])
+def test_the_number_of_threads_changes_no_bit(simd, batch, dtype):
+    rows, columns = 515, 1024
+    quantized, scales, _ = weight(rows, columns)
+    x = values((batch, columns), dtype)
+    before = torch.get_num_threads(), ops.extension.cpu_level()
+    ops.extension.set_cpu_level(simd)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(OPS.linear_4bit(x, *quantized, rows, None, *scales))
+    torch.set_num_threads(before[0])
+    ops.extension.set_cpu_level(before[1])
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("batch", [2, 5, 40])
+def test_x_that_is_not_contiguous(level, batch):
+    quantized, scales, dense = weight(20, 128)
+    for dtype in DTYPES:
+        x, grad = values((128, batch), dtype).T, values((20, batch), dtype).T
+        assert_near(OPS.linear_4bit(x, *quantized, 20, None, *scales), x.double(), dense.T)
+        assert_near(OPS.linear_4bit_backward(grad, *quantized, 128, *scales), grad.double(), dense)
+        expanded = values((1, 128), dtype).expand(batch, 128)
+        assert_near(OPS.linear_4bit(expanded, *quantized, 20, None, *scales), expanded.double(), dense.T)
+
+
+def test_leading_dimensions_stay(level):
+    quantized, scales, dense = weight(20, 128)
+    for shape in ((128,), (1, 128), (2, 3, 128), (2, 0, 128)):
+        x = values(shape, torch.bfloat16)
+        y = OPS.linear_4bit(x, *quantized, 20, None, *scales)
+        assert y.shape == (*shape[:-1], 20)
+        assert_near(y.reshape(-1, 20), x.double().reshape(-1, 128), dense.T)
+
+
+def test_infinite_and_nan_inputs_show_in_their_row_only(level):
+    quantized, scales, _ = weight(20, 128)
+    for batch in (2, 4, 40):
+        x = values((batch, 128), torch.bfloat16)
+        x[1, 5] = torch.nan
+        y = OPS.linear_4bit(x, *quantized, 20, None, *scales)
+        assert y[1].isnan().all() and y[0].isfinite().all() and y[2:].isfinite().all()
+
+
+def test_threads_of_the_caller_do_not_share_a_workspace():
+    quantized, scales, dense = weight(300, 256)
+    failed = []
+
+    def work(seed):
+        for batch in (1, 7, 50):
+            x = values((batch, 256), torch.float32, seed)
+            try:
+                assert_near(OPS.linear_4bit(x, *quantized, 300, None, *scales), x.double(), dense.T)
+            except AssertionError as error:
+                failed.append(error)
+        ops.free_workspace()
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU")
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [64, 352, 75])
+def test_on_a_gpu(batch, dtype, columns):
+    quantized, scales, dense = weight(37, columns)
+    x, grad, bias = values((batch, columns), dtype), values((batch, 37), dtype, 2), values((37,), dtype, 3)
+    packed, absmax, code, blocksize = quantized
+    there = [*(t.cuda() for t in (packed, absmax, code)), blocksize]
+    nested = [t.cuda() if isinstance(t, torch.Tensor) else t for t in scales]
+    assert_near(OPS.linear_4bit(x.cuda(), *there, 37, bias.cuda(), *nested).cpu(), x.double(), dense.T, bias)
+    assert_near(OPS.linear_4bit_backward(grad.cuda(), *there, columns, *nested).cpu(), grad.double(), dense)
