@@ -108,7 +108,8 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
         small(*kernel, weight, flat, added, result);
         return y;
     }
-    const int64_t step = std::max<int64_t>(1, kPanelBytes / (columns * x.element_size()));
+    const int64_t limit = batch < kLargePanelsFrom ? kPanelBytes : kLargePanelBytes;
+    const int64_t step = std::max<int64_t>(1, limit / (columns * x.element_size()));
     for (int64_t first = 0; first < out_features; first += step) {
         const int64_t last = std::min(first + step, out_features);
         const Tensor panel = dequantized_panel(weight, columns, {first, last}, {0, columns}, x.options());
@@ -140,7 +141,7 @@ Tensor linear_4bit_backward(const Tensor& grad, const Tensor& packed, const Tens
     if (rows == 0) return dx.zero_();
     const int64_t batch = dx.numel() / in_features;
     const Tensor flat = grad.contiguous().view({batch, rows}), result = dx.view({batch, in_features});
-    const int64_t fit = kBackwardPanelBytes / (rows * grad.element_size());
+    const int64_t fit = kLargePanelBytes / (rows * grad.element_size());
     const int64_t step = std::max<int64_t>(kPanelColumns, fit / kPanelColumns * kPanelColumns);
     for (int64_t first = 0; first < in_features; first += step) {
         const int64_t last = std::min(first + step, in_features);
