@@ -5,7 +5,7 @@
 // and sums are fp32. "tile" turns 32 rows of W into bf16 and uses the bf16 dot product; the scales are
 // multiplied in fp32, once a block, so what is rounded is the codebook's entry.
 //
-// Plain C++ has neither: looking values up one by one took 18 ms for 4096 x 4096, panels 12.
+// Plain C++ has neither: looking values up one by one took 17 to 20 ms for 4096 x 4096, unpacking a panel 10.
 #pragma once
 
 #include <cstdint>
