@@ -225,7 +225,7 @@ def test_adapters_come_after():
 
 def test_a_compiled_model_and_hooked_layers_are_refused():
     with pytest.raises(peftcore.PeftcoreError, match="compiled"):
-        peftcore.quantize(torch.compile(llama()))
+        peftcore.quantize(torch.compile(llama(), backend="eager"))
     model = llama()
     model.model.layers[0].mlp.up_proj.forward = lambda x: x
     with pytest.raises(peftcore.PeftcoreError, match=r"'model.layers.0.mlp.up_proj' has a forward of its own"):
