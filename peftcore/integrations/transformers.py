@@ -67,7 +67,7 @@ class AdapterTrainer(Trainer):
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write every adapter that trains: `default` into `folder` itself, others into `folder/NAME`."""
     for name in _training(model):
-        checkpoint.save(model, _place(folder, name), adapter=name)
+        checkpoint.save(model, checkpoint.place(Path(folder), name), adapter=name)
 
 
 def restore_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -77,7 +77,7 @@ def restore_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         CheckpointError: one is not there, or does not fit.
     """
     for name in _training(model):
-        checkpoint.restore(model, _place(folder, name), adapter=name)
+        checkpoint.restore(model, checkpoint.place(Path(folder), name), adapter=name)
 
 
 def mark_complete(folder: Path) -> None:
@@ -122,7 +122,3 @@ def _what_is_wrong(folder: Path) -> str | None:
 def _training(model: nn.Module) -> list[str]:
     state = engine.state_of(model)
     return [name for name in state.active if state.applied[name].trainable] if state else []
-
-
-def _place(folder: str | os.PathLike[str], adapter: str) -> Path:
-    return Path(folder) if adapter == "default" else Path(folder) / adapter
