@@ -156,7 +156,8 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
         return
     if output.exists() and not output.is_dir():
         raise PeftcoreError(f"'{output}' is a file. Give a folder: --output FOLDER")
-    if output.is_dir() and any(output.iterdir()):
+    # Settings alone are of a run that failed before it made anything: nothing is lost.
+    if output.is_dir() and any(path != note for path in output.iterdir()):
         if not (overwrite and note.exists()):
             what = "a run" if note.exists() else "something else"
             hint = "--resume continues it, --overwrite starts anew" if note.exists() else "Give another folder"

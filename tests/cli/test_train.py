@@ -294,3 +294,18 @@ def test_wrong_settings(
     error = run("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--steps", 1, *method, *arguments, code=1)
     assert message in error.output
     assert "Traceback" not in error.output
+
+
+def test_a_run_that_failed_before_it_made_anything_does_not_block_its_folder(tmp_path: Path) -> None:
+    from peftcore.cli.training import RUN_FILE, prepare_folder
+
+    class Noted:
+        def plain(self) -> dict[str, int]:
+            return {"steps": 1}
+
+    for _ in range(2):
+        prepare_folder(tmp_path / "run", Noted(), resume=False, overwrite=False)
+    (tmp_path / "run" / "checkpoints").mkdir()
+    with pytest.raises(peftcore.PeftcoreError, match="holds a run already"):
+        prepare_folder(tmp_path / "run", Noted(), resume=False, overwrite=False)
+    assert (tmp_path / "run" / RUN_FILE).exists()
