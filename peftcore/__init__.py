@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         WeightFormat,
         tensor_name,
     )
+    from peftcore.parallel import TrainingState, load_sharded, shard
     from peftcore.quantization import dequantize, quantize
     from peftcore.quantization.huggingface import NF4Config
     from peftcore.registry import methods
@@ -52,6 +53,7 @@ __all__ = [
     "SoftPrompt",
     "StateRules",
     "Train",
+    "TrainingState",
     "WeightFormat",
     "activate",
     "after_step",
@@ -60,6 +62,7 @@ __all__ = [
     "disabled",
     "hookimpl",
     "load",
+    "load_sharded",
     "merge",
     "merge_loss",
     "methods",
@@ -67,6 +70,7 @@ __all__ = [
     "quantize",
     "remove",
     "save",
+    "shard",
     "summary",
     "tensor_name",
     "unmerge",
@@ -98,6 +102,9 @@ _HOMES = {
     "Train": "method",
     "WeightFormat": "method",
     "tensor_name": "method",
+    "TrainingState": "parallel",
+    "load_sharded": "parallel",
+    "shard": "parallel",
     "NF4Config": "quantization.huggingface",
     "dequantize": "quantization",
     "quantize": "quantization",

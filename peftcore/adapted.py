@@ -25,6 +25,7 @@ TRAINED = "peftcore_trained"  # the child of the model that keeps the values of 
 _CHAIN = "_peftcore_chain"
 _ACTIVE = "_peftcore_active"
 _OWN_FORWARD = "_peftcore_own_forward"
+_WRAPPED = "_checkpoint_wrapped_module"  # the one child of PyTorch's wrapper for activation checkpointing
 
 
 class Adapters(nn.Module):
@@ -128,6 +129,11 @@ def adapters_of(module: nn.Module) -> Adapters | None:
 
 def is_adapted(module: nn.Module) -> bool:
     """Has `module` an adapter, active or not?"""
+    return hasattr(type(module), "_peftcore_original")  # `fully_shard` may have swapped the class once more
+
+
+def is_outermost(module: nn.Module) -> bool:
+    """Is the class that adapters gave to `module` still its own, not the base of another one (`fully_shard`'s)?"""
     return "_peftcore_original" in type(module).__dict__
 
 
@@ -152,7 +158,7 @@ def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
         yield path, module
         for name, child in module._modules.items():
             if child is not None and name not in (CHILD, TRAINED):
-                yield from walk(child, f"{path}.{name}" if path else name)
+                yield from walk(child, path if name == _WRAPPED else f"{path}.{name}" if path else name)
 
     yield from walk(model, prefix)
 

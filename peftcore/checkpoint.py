@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import adapter_files, engine
+from peftcore import adapter_files, engine, ranks
 from peftcore.adapted import base_parameters
 from peftcore.adapter_files import CONFIG, TENSORS, read_config, read_tensors
 from peftcore.architecture import detect
@@ -47,6 +47,9 @@ def save(
 ) -> Path:
     """Write an adapter to the folder `path`, or all of a model's adapters.
 
+    In a distributed run rank 0 writes. Where the model is sharded every rank must call this, and returns when the
+    files are there; else the other ranks return at once.
+
     Args:
         adapter: which one. Left out: all. Of several, `default` lies in the folder itself and the others in folders
             of their name, as in PEFT; `load` finds them together, in the order in which they act.
@@ -79,15 +82,25 @@ def _save(
     entry = engine.applied(model, adapter)
     engine._refuse_merged(engine.state_of(model), "save")
     method = registry.method(entry.method)
+    sharded = ranks.is_sharded(model)
+    if not sharded and ranks.rank() > 0:
+        return
+    ranks.gather_up(model)
     tensors = {
-        name: (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).detach().cpu().contiguous()
+        name: _for_disk(tensor, dtype)
         for name, tensor in tensors_on_disk(model, adapter, own=resumable, exported=True).items()
     }
     # What the adapter has a copy of may be anything in the base, such as a head that is drawn anew by every load.
-    own = _own_slots(model, adapter)
+    own = own_slots(model, adapter)
     base = {name: value for name, value in base_values(model).items() if name not in own}
     about = {"peftcore_version": version("peftcore"), "peftcore_base": fingerprint(base)}
-    adapter_files.write(folder, _config_on_disk(model, method, entry.config), tensors, {**about, **metadata})
+    fields = _config_on_disk(model, method, entry.config)
+    ranks.once(lambda: adapter_files.write(folder, fields, tensors, {**about, **metadata}), together=sharded)
+
+
+def _for_disk(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = ranks.whole(tensor.detach())
+    return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).cpu().contiguous()
 
 
 def load(
@@ -255,7 +268,10 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
             case _:
                 behind = adapter in model.get_submodule(path)._modules["peftcore"].behind
                 placement = (After if behind else Around)(path, module)
-        others = rules.exported(module) if exported else {}
+        others = {}
+        if exported:
+            with ranks.whole_parameters(module):
+                others = rules.exported(module)
         found.update(others)
         if own or not others:
             for name, tensor in module.state_dict(keep_vars=True).items():
@@ -270,6 +286,7 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
 
 def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy `tensors` into the applied `adapter`: none missing, none too many, no shape that differs."""
+    ranks.gather_up(model)
     expected = tensors_on_disk(model, adapter)
     exported = tensors_on_disk(model, adapter, exported=True)  # where the adapter's own tensors say the same
     extra = [name for name in tensors if name not in expected]
@@ -294,7 +311,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
             )
     with torch.no_grad():
         for name, tensor in tensors.items():
-            expected[name].copy_(tensor)
+            ranks.fill(expected[name], tensor)
 
 
 def _unnamed_heads(model: nn.Module, method: Method, saved: list[str] | None, tensors: dict[str, Tensor]) -> list[str]:
@@ -313,7 +330,11 @@ def _is_copy_of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
     """PEFT saves the embedding's own weight beside an adapter of it; where it is the base's, nothing is lost."""
     own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
     base = base_values(model).get(own)
-    return base is not None and base.shape == tensor.shape and torch.equal(base.cpu().to(tensor.dtype), tensor)
+    return (
+        base is not None
+        and base.shape == tensor.shape
+        and torch.equal(ranks.whole(base).cpu().to(tensor.dtype), tensor)
+    )
 
 
 def _config_on_disk(model: nn.Module, method: Method, config: Any) -> dict[str, Any]:
@@ -346,7 +367,7 @@ def _config_from_disk(folder: Path, method: Method, fields: dict[str, Any]) -> A
         raise CheckpointError(f"'{folder / CONFIG}' is no valid config of '{method.name}': {error}") from error
 
 
-def _own_slots(model: nn.Module, adapter: str) -> set[str]:
+def own_slots(model: nn.Module, adapter: str) -> set[str]:
     """The names of the base's parameters that `adapter` has a copy of."""
     if not engine.applied(model, adapter).trained:
         return set()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore import adapted, prompts
+from peftcore import adapted, prompts, ranks
 from peftcore.architecture import detect
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import After, Around, Method, Train
@@ -176,6 +176,8 @@ def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
     state = _require_state(model)
     entry = applied(model, adapter)
     _refuse_merged(state, f"remove '{adapter}'")
+    if not all(adapted.is_outermost(model.get_submodule(path)) for path in entry.paths):
+        ranks.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
     _set_active(model, tuple(name for name in state.active if name != adapter))
     for path in entry.paths:
         adapted.detach(model.get_submodule(path), adapter)

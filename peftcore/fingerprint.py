@@ -11,13 +11,18 @@ import json
 import torch
 from torch import Tensor
 
+from peftcore import ranks
+
 _TENSORS = 16
 _VALUES = 32
 _TOLERANCE = 0.02
 
 
 def fingerprint(parameters: dict[str, Tensor]) -> str:
-    """JSON `{name: [shape, values]}` of up to 16 floating tensors spread over the model, 32 values each."""
+    """JSON `{name: [shape, values]}` of up to 16 floating tensors spread over the model, 32 values each.
+
+    Collective where they are sharded.
+    """
     names = sorted(name for name, p in parameters.items() if p.is_floating_point() and p.dim() > 1 and not p.is_meta)
     chosen = [names[i * len(names) // _TENSORS] for i in range(_TENSORS)] if len(names) > _TENSORS else names
     return json.dumps({name: [list(parameters[name].shape), _sample(parameters[name]).tolist()] for name in chosen})
@@ -41,6 +46,6 @@ def difference(parameters: dict[str, Tensor], expected: str) -> str | None:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().reshape(-1)
+    flat = ranks.whole(tensor.detach()).reshape(-1)
     steps = torch.arange(_VALUES, device=flat.device) * max(1, flat.numel() // _VALUES)
     return flat[steps[steps < flat.numel()]].float().cpu()

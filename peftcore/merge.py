@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from peftcore import engine
+from peftcore import engine, ranks
 from peftcore.adapted import adapters_of, base_parameters, is_adapted
 from peftcore.errors import PeftcoreError
 from peftcore.method import WeightFormat
@@ -92,6 +92,7 @@ def merge(
     """
     state = engine._require_state(model)
     engine._refuse_merged(state, "merge")
+    ranks.refuse_sharded(model, "merge")
     if not state.active:
         raise PeftcoreError("no adapter is active. Choose what to merge: peftcore.activate(model, [...])")
     _check_mergeable(model, state.active)

@@ -11,7 +11,9 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
+from peftcore import ranks
 from peftcore.adapted import TRAINED, Adapters, base_parameters
+from peftcore.errors import PeftcoreError
 
 
 class TrainedParameters(nn.Module):
@@ -33,6 +35,8 @@ class TrainedParameters(nn.Module):
         taken: set[int] = set()
         for name in names:
             parameter = by_name[name]
+            if ranks.is_part(parameter):
+                raise PeftcoreError(f"'{name}' is sharded and cannot be trained from here on. Apply first, then shard")
             if id(parameter) not in taken:  # a tied parameter, named twice, is one
                 taken.add(id(parameter))
                 slots[name] = [name, *(other for other, p in base if p is parameter and other != name)]
@@ -57,6 +61,8 @@ class TrainedParameters(nn.Module):
         """Put the adapter's parameters into the model, or the base's back."""
         if active == self.active:
             return
+        if any(ranks.is_part(parameter) for _, parameter in self.originals(model)):
+            ranks.refuse_sharded(model, "exchange trained parameters for those of the base")
         for name, slots in self.slots.items():
             key = _key(name)
             inside, aside = _slot(model, name), self._parameters[key]

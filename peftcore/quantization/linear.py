@@ -72,7 +72,8 @@ class QuantizedLinear(nn.Linear):
         self.quant_type, self.blocksize, self.weight_dtype = state.quant_type, state.blocksize, state.dtype
         held = self._parameters.get("weight")
         if held is not None and held.dtype is torch.uint8 and not held.is_meta:
-            held.data = packed
+            if held is not packed:
+                held.data = packed
         else:
             self.weight = nn.Parameter(packed, requires_grad=False)
         nested = state.nested

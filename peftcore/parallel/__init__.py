@@ -1,0 +1,7 @@
+"""More than one process, on PyTorch's own engines: FSDP2 for the base, averaged or sharded adapters, DCP for state."""
+
+from peftcore.parallel.loading import load_sharded
+from peftcore.parallel.sharding import check_ranks, shard
+from peftcore.parallel.state import TrainingState
+
+__all__ = ["TrainingState", "check_ranks", "load_sharded", "shard"]

@@ -1,0 +1,168 @@
+"""A model with adapters over the ranks: the frozen base sharded by `fully_shard`, the adapters replicated or sharded.
+
+Packed 4-bit weights are parameters like any other and are sharded; their scales, a thirtieth of them, are buffers and
+whole on every rank. Replicated adapters are the same on every rank, which their averaged gradients keep true:
+
+    grad = 1/n · (grad of rank 0 + ... + grad of rank n-1)      one message a dtype, at the end of a backward pass
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.autograd import Variable
+
+from peftcore import ranks
+from peftcore.adapted import base_modules, base_parameters
+from peftcore.engine import adapter_parameters, state_of
+from peftcore.errors import PeftcoreError
+from peftcore.trained import TrainedParameters
+
+CHOICES = ("replicate", "shard")
+# transformers' Trainer averages replicated parameters itself unless they bear this mark.
+_AVERAGED = "_replicated_grad_hook_registered"
+
+
+def shard(
+    model: nn.Module,
+    mesh: Any = None,
+    *,
+    adapters: str = "replicate",
+    mixed_precision: Any = None,
+    offload: bool = False,
+    reshard_after_forward: bool = True,
+) -> nn.Module:
+    """Shard a model over the ranks of a distributed run (FSDP2), block by block. Collective.
+
+    Args:
+        mesh: a `DeviceMesh` of one dimension, or of two for replicas of shards; None: all ranks.
+        adapters: `replicate` keeps them whole on every rank, as plain parameters that any optimizer takes and any
+            number of ranks resumes; `shard` divides them, too, where they are large.
+        mixed_precision: a `torch.distributed.fsdp.MixedPrecisionPolicy`. 4-bit weights keep their bytes.
+        offload: keep the shards in the host's memory (`CPUOffloadPolicy`).
+        reshard_after_forward: give a block's whole weights back before the backward pass needs them again.
+
+    Returns:
+        The same model. Adapters have rank 0's values.
+
+    Raises:
+        PeftcoreError: no distributed run has begun, the ranks hold different models or adapters, or an argument is
+            wrong. The model is then as it was.
+    """
+    from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    if adapters not in CHOICES:
+        raise PeftcoreError(f"adapters must be one of {', '.join(CHOICES)}, found {adapters!r}")
+    check_running()
+    state = state_of(model)
+    if state is not None and state.merged is not None:
+        raise PeftcoreError("adapters are merged into the base. Shard after peftcore.unmerge, or a plain merged model")
+    check_ranks(model)
+    trained = [p for name in (state.applied if state else ()) for _, p in adapter_parameters(model, name)]
+    aside = list(_aside(model))
+    if adapters == "shard" and isinstance(model, FSDPModule) and not all(map(ranks.is_part, trained)):
+        raise PeftcoreError("the base is sharded already: adapters that come afterwards can only be replicated")
+    whole = [p for p in trained if not ranks.is_part(p)]
+    for parameter in whole:
+        distributed.broadcast(parameter.detach(), src=0)
+    if not isinstance(model, FSDPModule):
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            "mp_policy": mixed_precision or MixedPrecisionPolicy(),
+            "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
+            # What a trained parameter has replaced takes no part in any forward: to gather it would be idle work.
+            "ignored_params": {*aside, *(whole if adapters == "replicate" else ())},
+        }
+        for block in blocks(model):
+            fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
+        fully_shard(model, **options)
+    if adapters == "replicate":
+        groups = [mesh.get_group(i) for i in range(mesh.ndim)] if mesh is not None else [distributed.group.WORLD]
+        _GradientMean([p for p in whole if not hasattr(p, _AVERAGED)], groups)
+    return model
+
+
+def check_running() -> None:
+    """Raise a PeftcoreError unless a distributed run has begun."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise PeftcoreError(
+            "no distributed run has begun. Start the script with `torchrun --nproc-per-node N script.py`, and call "
+            "torch.distributed.init_process_group() first"
+        )
+
+
+def check_ranks(model: nn.Module) -> None:
+    """Raise a PeftcoreError on every rank unless all hold the same model with the same adapters. Collective."""
+    base = {id(p): (name, p) for name, p in base_parameters(model)}.values()
+    facts = {"base": f"{type(model).__name__} with {_digest(base)}"}
+    state = state_of(model)
+    for name, entry in state.applied.items() if state else ():
+        resting = "" if name in state.active else ", resting"
+        facts[name] = f"{entry.method}, {entry.config}, {_digest(adapter_parameters(model, name))}{resting}"
+    ranks.agree(facts, "adapters")
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The repeated blocks of a model: the members of its outermost `ModuleList`s."""
+    outer: list[str] = []
+    for path, module in base_modules(model):
+        if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{other}.") for other in outer):
+            outer.append(path)
+            yield from (block for block in module if any(True for _ in block.parameters()))
+
+
+class _GradientMean:
+    """Averages the gradients of replicated parameters over the ranks when a backward pass has ended."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
+        self.parameters, self.groups, self.waits = parameters, groups, False
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._note)
+            setattr(parameter, _AVERAGED, True)
+
+    def _note(self, parameter: Tensor) -> None:
+        if not self.waits:
+            self.waits = True
+            Variable._execution_engine.queue_callback(self._average)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        self.waits = False
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for parameter in self.parameters:
+            if parameter.requires_grad:
+                by_dtype.setdefault(parameter.dtype, []).append(parameter)
+        for parameters in by_dtype.values():
+            # With each gradient goes a 1, so that what no rank has used stays without one.
+            pieces = [p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in parameters]
+            used = torch.tensor([p.grad is not None for p in parameters], dtype=pieces[0].dtype).to(pieces[0].device)
+            message = torch.cat([*pieces, used])
+            for group in self.groups:
+                distributed.all_reduce(message, group=group)
+                message /= distributed.get_world_size(group)
+            *means, used = message.split([*map(torch.numel, pieces), len(parameters)])
+            for parameter, mean, share in zip(parameters, means, used.tolist(), strict=True):
+                if parameter.grad is not None:
+                    parameter.grad.copy_(mean.view_as(parameter))
+                elif share:
+                    parameter.grad = mean.view_as(parameter).clone()
+
+
+def _aside(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Parameters that trained ones have replaced in the model, or resting ones that will replace others."""
+    state = state_of(model)
+    for name, entry in state.applied.items() if state else ():
+        if entry.trained:
+            yield from TrainedParameters.of(model, name).parameters()
+
+
+def _digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """`12 tensors of 3,456 values (1a2b3c4d)`: names, shapes and dtypes."""
+    parameters = list(parameters)
+    told = "\n".join(f"{name} {list(p.shape)} {p.dtype}" for name, p in parameters)
+    values = sum(p.numel() for _, p in parameters)
+    return f"{len(parameters)} tensors of {values:,} values ({hashlib.sha256(told.encode()).hexdigest()[:8]})"

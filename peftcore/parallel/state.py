@@ -1,0 +1,73 @@
+"""Adapters and optimizer as `torch.distributed.checkpoint` (DCP) saves and loads them, on any number of ranks.
+
+dcp.save({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+dcp.load({"training": TrainingState(model, optimizer)}, checkpoint_id=folder)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.stateful import Stateful
+from torch.optim import Optimizer
+
+from peftcore import ranks
+from peftcore.checkpoint import base_values, own_slots
+from peftcore.engine import adapter_parameters, state_of
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.fingerprint import difference, fingerprint
+
+
+class TrainingState(Stateful):
+    """All that further training needs of a model with adapters: their values, and the optimizer's. Collective.
+
+    Args:
+        model: with adapters; sharded, in DDP, or plain.
+        optimizer: of its trainable parameters.
+        others: what else has `state_dict` and `load_state_dict`, such as `scheduler=...`.
+
+    Raises:
+        CheckpointError: at load, where the checkpoint is of another base. Nothing is changed then.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, **others: Any) -> None:
+        self.model = getattr(model, "module", model) if state_of(model) is None else model
+        self.optimizer, self.others = optimizer, others
+        if state_of(self.model) is None:
+            raise PeftcoreError("no adapter is applied to this model. Try: peftcore.apply(model, 'METHOD')")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adapters by name, optimizer state by parameter name, the base's fingerprint."""
+        ranks.gather_up(self.model)
+        return {
+            # Copies: loading fills them in place, before anything is checked.
+            "adapters": {name: parameter.detach().clone() for name, parameter in self._adapters()},
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "base": fingerprint(self._base()),
+            **{name: other.state_dict() for name, other in self.others.items()},
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what `dcp.load` read."""
+        found = difference(self._base(), state_dict["base"])
+        if found:
+            raise CheckpointError(f"the checkpoint is of another base: {found}")
+        with torch.no_grad():
+            for name, parameter in self._adapters():
+                parameter.copy_(state_dict["adapters"][name])
+        set_optimizer_state_dict(self.model, self.optimizer, state_dict["optimizer"])
+        for name, other in self.others.items():
+            other.load_state_dict(state_dict[name])
+
+    def _adapters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for adapter in state_of(self.model).applied:
+            for name, parameter in adapter_parameters(self.model, adapter):
+                yield f"{adapter}.{name}", parameter
+
+    def _base(self) -> dict[str, Tensor]:
+        own = {slot for adapter in state_of(self.model).applied for slot in own_slots(self.model, adapter)}
+        return {name: value for name, value in base_values(self.model).items() if name not in own}

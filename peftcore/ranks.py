@@ -1,0 +1,140 @@
+"""Ranks of a distributed run: whole tensors out of sharded ones, one writer, and all of one mind.
+
+Without `torch.distributed` there is one rank, and a tensor is whole already. Functions marked collective must be
+called by every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from peftcore.errors import PeftcoreError
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return distributed.get_rank() if _running() else 0
+
+
+def count() -> int:
+    """How many ranks there are."""
+    return distributed.get_world_size() if _running() else 1
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Does every rank hold a part of `module`'s parameters only (`fully_shard`)?"""
+    return any(map(is_part, module.parameters()))
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Is it a DTensor, a part of a whole?"""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or what a sharded one is a part of. Collective for the latter."""
+    return tensor.full_tensor() if is_part(tensor) else tensor
+
+
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the sharded parameters of `module` are whole ones. Collective where there are such."""
+    parts = [
+        (m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and is_part(p)
+    ]
+    for owner, name, parameter in parts:
+        owner._parameters[name] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+    try:
+        yield module
+    finally:
+        for owner, name, parameter in parts:
+            owner._parameters[name] = parameter
+
+
+def fill(parameter: Tensor, value: Tensor) -> None:
+    """Copy `value` into `parameter`; into a sharded one, this rank's part of it."""
+    if is_part(parameter):
+        from torch.distributed.tensor import distribute_tensor
+
+        value = value.to(parameter.device_mesh.device_type, parameter.dtype)
+        # Every rank has the value: none is asked for it.
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(value.to_local())
+    else:
+        parameter.copy_(value)
+
+
+def refuse_sharded(module: nn.Module, what: str) -> None:
+    """Raise a PeftcoreError if `module` is sharded. `what`: what cannot be done then, such as `merge`."""
+    if is_sharded(module):
+        raise PeftcoreError(
+            f"cannot {what}: the model is sharded, and no rank holds a whole weight. "
+            "Save the adapter, and do it in one process"
+        )
+
+
+def gather_up(module: nn.Module) -> None:
+    """Let `fully_shard` take back whole parameters that a forward left in their slots."""
+    for part in module.modules():
+        if hasattr(part, "unshard") and hasattr(part, "reshard"):
+            part.reshard()
+
+
+def once(action: Callable[[], Any], *, together: bool) -> None:
+    """Run `action` on rank 0 alone.
+
+    Args:
+        together: all ranks wait for its end, and raise what it raises (collective). Else the others go on at once.
+    """
+    told: list[Exception | None] = [None]
+    if rank() == 0:
+        try:
+            action()
+        except Exception as error:
+            if not together or count() == 1:
+                raise
+            told = [error]
+    if together and count() > 1:
+        distributed.broadcast_object_list(told, src=0)
+        if told[0] is not None:
+            raise told[0]
+
+
+def agree(facts: dict[str, Any], what: str) -> None:
+    """Raise a PeftcoreError on every rank unless all give the same `facts`. Collective.
+
+    Args:
+        what: of which these are the facts, for the message, such as `adapters`.
+    """
+    if count() == 1:
+        return
+    everyone: list[Any] = [None] * count()
+    distributed.all_gather_object(everyone, facts)
+    first = everyone[0]
+    for number, others in enumerate(everyone):
+        for name in [*first, *(name for name in others if name not in first)]:
+            mine, theirs = first.get(name, "nothing"), others.get(name, "nothing")
+            if mine != theirs:
+                raise PeftcoreError(
+                    f"ranks have different {what}: '{name}' is {mine} on rank 0, and {theirs} on rank {number}. "
+                    "Give every rank the same model, and apply with the same arguments"
+                )
+
+
+def any_of(flag: bool) -> bool:
+    """Is it true on any rank? Collective."""
+    if count() == 1:
+        return flag
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    found = torch.tensor(int(flag), device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return bool(found)
+
+
+def _running() -> bool:
+    return distributed.is_available() and distributed.is_initialized()

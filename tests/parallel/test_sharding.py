@@ -1,0 +1,21 @@
+"""Two ranks compute what one process computes, for every method, on dense and 4-bit bases."""
+
+from __future__ import annotations
+
+import pytest
+import rank_work
+from processes import run
+
+from peftcore.registry import registry
+
+
+def test_every_method_is_tried() -> None:
+    assert {case.partition(",")[0] for case in rank_work.CASES} == set(registry.methods())
+
+
+@pytest.mark.parametrize("hows", [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"]], ids=str)
+def test_gradients_and_a_step_are_those_of_one_process(hows: list[str]) -> None:
+    for found in run(rank_work.all_against_one_process, hows):
+        assert len(found) == len(rank_work.CASES) * len(hows)
+        wrong = {name: far for name, far in found.items() if max(far) > 1e-6}
+        assert not wrong

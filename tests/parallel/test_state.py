@@ -1,0 +1,154 @@
+"""Saving, loading and resuming on other numbers of ranks; what cannot work is said."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import rank_work
+import torch
+from processes import kill_one, run
+
+import peftcore
+from peftcore.engine import adapter_parameters
+
+
+@pytest.mark.parametrize("how", ["replicate", "shard"])
+@pytest.mark.parametrize("case", ["lora, 4 bits", "bitfit", "prefix-tuning"])
+def test_a_sharded_adapter_is_saved_whole_and_loads_in_one_process(case: str, how: str, tmp_path: Path) -> None:
+    first, second = run(rank_work.saved, case, how, str(tmp_path / "adapter"))
+    assert rank_work.farthest(first, second) == 0
+    kind, _, quantized = rank_work.CASES[case]
+    base = rank_work.model(kind)
+    if quantized:
+        peftcore.quantize(base)
+    loaded = peftcore.load(base, tmp_path / "adapter")
+    assert rank_work.farthest(dict(adapter_parameters(loaded, "default")), first) == 0
+
+
+def test_every_rank_learns_that_rank_0_could_not_write(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for told in run(rank_work.save_where_rank_0_cannot, str(tmp_path / "file")):
+        assert "the adapter could not be saved" in told
+
+
+def test_rank_0_writes_in_ddp(tmp_path: Path) -> None:
+    run(rank_work.save_in_ddp, str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.slow
+def test_a_rank_killed_in_a_save_leaves_a_whole_adapter(tmp_path: Path) -> None:
+    """SIGKILL at random points of the saves of a sharded model, 50 times."""
+    base = rank_work.model()
+    for attempt in range(50):
+        kill_one(rank_work.saving, str(tmp_path), after=random.uniform(0, 0.03))
+        peftcore.load(base, tmp_path)
+        found = {value for _, p in adapter_parameters(base, "default") for value in p.unique().tolist()}
+        assert found in ({1.0}, {2.0}), attempt
+        peftcore.remove(base)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("r", r"ranks have different adapters: 'default' is lora, .*r=3.* on rank 0, and lora, .*r=4.* on rank 1"),
+        ("targets", r"'default' is lora, .*v_proj.* on rank 0, and lora, .*q_proj.* on rank 1"),
+        ("base", r"'base' is Llama.* on rank 0, and GPT2LMHeadModel with .* on rank 1"),
+    ],
+)
+def test_ranks_that_differ(what: str, message: str) -> None:
+    for told in run(rank_work.different, what):
+        assert re.search(message, told), told
+
+
+def test_what_a_sharded_model_refuses() -> None:
+    for told in run(rank_work.refused):
+        merging, removing, wrong, late, trained = told
+        assert merging.startswith("cannot merge: the model is sharded")
+        assert removing.startswith("cannot remove 'default': the model is sharded")
+        assert wrong == "adapters must be one of replicate, shard, found 'both'"
+        assert late.startswith("the base is sharded already")
+        assert trained.endswith("is sharded and cannot be trained from here on. Apply first, then shard")
+
+
+def test_shard_needs_a_distributed_run() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=r"no distributed run has begun.*torchrun"):
+        peftcore.shard(rank_work.adapted())
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("replicate", 2), ("alone", 1)),
+        (("alone", 1), ("replicate", 2)),
+        (("shard", 2), ("replicate", 1)),
+        (("ddp", 2), ("shard", 2)),
+        (("shard", 2), ("shard", 3)),
+    ],
+    ids=str,
+)
+def test_resume_on_another_number_of_ranks_continues_the_curve(
+    before: tuple[str, int], after: tuple[str, int], tmp_path: Path
+) -> None:
+    [whole] = run(rank_work.curve, "alone", str(tmp_path / "whole"), 0, 6, ranks=1)
+    folder = str(tmp_path / "checkpoint")
+    first = run(rank_work.curve, before[0], folder, 0, 3, ranks=before[1])[0]
+    second = run(rank_work.curve, after[0], folder, 3, 6, ranks=after[1])[0]
+    assert [*first, *second] == pytest.approx(whole, abs=1e-5)
+    assert len(set(whole)) == 6
+
+
+def test_resume_on_another_base_changes_nothing(tmp_path: Path) -> None:
+    run(rank_work.curve, "replicate", str(tmp_path), 0, 1)
+    [told] = run(rank_work.resume_on_another_base, str(tmp_path), ranks=1)
+    assert "the checkpoint is of another base: the values of" in told
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("model")
+    rank_work.model().save_pretrained(found, max_shard_size="20KB")
+    return found
+
+
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+def test_a_model_is_sharded_as_it_is_read(folder: Path, quant_type: str | None) -> None:
+    base = rank_work.model()
+    if quant_type:
+        peftcore.quantize(base, quant_type)
+    wanted = dict(base.named_parameters())
+    losses = []
+    for whole, found, held in run(rank_work.load_sharded, str(folder), quant_type):
+        assert whole.keys() == wanted.keys()
+        assert all(torch.equal(whole[name], wanted[name]) for name in wanted)
+        assert held["here"] < 0.53 * held["all"]
+        losses.append(found)
+    assert losses[0][1] < losses[0][0] + 1 and losses[0] != losses[1]
+
+
+def test_bits_of_a_quantized_checkpoint_stay(tmp_path: Path) -> None:
+    quantized = peftcore.quantize(rank_work.model())
+    quantized.save_pretrained(tmp_path)
+    wanted = dict(quantized.named_parameters())
+    whole, _, _ = run(rank_work.load_sharded, str(tmp_path), None)[0]
+    assert all(torch.equal(whole[name], wanted[name]) for name in wanted)
+
+
+def test_a_checkpoint_that_lacks_a_file_or_a_tensor(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "file")
+    file = sorted((tmp_path / "file").glob("model-*.safetensors"))[1]
+    file.unlink()
+    for told in run(rank_work.damaged, str(tmp_path / "file")):
+        assert "is not whole" in told and file.name in told
+
+    shutil.copytree(folder, tmp_path / "tensor")
+    index = json.loads((tmp_path / "tensor" / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["model.norm.weight"]
+    (tmp_path / "tensor" / "model.safetensors.index.json").write_text(json.dumps(index))
+    for told in run(rank_work.damaged, str(tmp_path / "tensor")):
+        assert "1 tensors are missing, such as 'model.norm.weight'" in told

@@ -1,0 +1,115 @@
+"""Several ranks on one machine: `run(work, *arguments)` calls a function on each, a process of its own (gloo, CPU)."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+# The server imports these once; a rank is then a fork of it, which takes milliseconds.
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    [
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.gpt2.modeling_gpt2",
+        "torch.distributed.checkpoint.state_dict",
+        "torch.distributed.fsdp",
+        "accelerate",
+        "peftcore.parallel",
+    ]
+)
+
+
+def run(work: Callable[..., Any], *arguments: Any, ranks: int = 2, seconds: float = 120) -> list[Any]:
+    """What `work(*arguments)` returns on each rank. It and its arguments are pickled, so it stands in a module.
+
+    Raises:
+        AssertionError: a rank failed, with what it raised; or they did not end in time.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = _started(_rank, ranks, folder, work, arguments)
+        found: dict[int, Any] = {}
+        try:
+            while len(found) < ranks:
+                ready = wait([pipe for i, pipe in enumerate(pipes) if i not in found], timeout=seconds)
+                assert ready, f"ranks {sorted({*range(ranks)} - found.keys())} have not ended after {seconds} s"
+                for pipe in ready:
+                    rank = pipes.index(pipe)
+                    try:
+                        failed, value = pickle.loads(pipe.recv_bytes())
+                    except EOFError:
+                        failed, value = True, "the process died"
+                    assert not failed, f"rank {rank}:\n{value}"
+                    found[rank] = value
+        finally:
+            for process in processes:
+                if len(found) < ranks:
+                    process.kill()
+                process.join()
+                process.close()
+    return [found[rank] for rank in range(ranks)]
+
+
+def kill_one(work: Callable[..., Any], *arguments: Any, after: float, ranks: int = 2) -> None:
+    """SIGKILL rank 0 some seconds after every rank's `work(pipe, *arguments)`, which never ends, has sent a word."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipes, processes = _started(_endless, ranks, folder, work, arguments)
+        for pipe in pipes:
+            assert pipe.poll(60) and pipe.recv_bytes()
+        time.sleep(after)
+        for process in processes:
+            process.kill()
+            process.join()
+            process.close()
+
+
+def _started(
+    target: Callable[..., None], ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> tuple[list[Connection], list[Any]]:
+    pipes, processes = [], []
+    for rank in range(ranks):
+        here, there = _CONTEXT.Pipe(duplex=False)
+        process = _CONTEXT.Process(target=target, args=(there, folder, rank, ranks, work, arguments))
+        process.start()
+        there.close()
+        pipes.append(here)
+        processes.append(process)
+    return pipes, processes
+
+
+def _begin(folder: str, rank: int, ranks: int) -> None:
+    import torch
+    from torch import distributed
+
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+
+
+def _endless(
+    pipe: Connection, folder: str, rank: int, ranks: int, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    with open(os.devnull, "w") as nothing:  # what a rank says when the other one dies
+        os.dup2(nothing.fileno(), 2)
+    _begin(folder, rank, ranks)
+    work(pipe, *arguments)
+
+
+def _rank(
+    pipe: Connection, folder: str, rank: int, ranks: int, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    from torch import distributed
+
+    try:
+        _begin(folder, rank, ranks)
+        found = (False, work(*arguments))
+    except BaseException:
+        found = (True, traceback.format_exc())
+    pipe.send_bytes(pickle.dumps(found))  # `send` would share a tensor's memory, which dies with this process
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,273 @@
+"""What the ranks of the tests in tests/parallel do. In a module of its own, since their processes import it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+
+import peftcore
+from peftcore import ranks
+from peftcore.engine import adapter_parameters
+from peftcore.testing import disturb
+
+# Every installed method, on a base where its gradients are not zero; sizes do not divide by the number of ranks.
+CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "lora": ("llama", {"r": 3, "lora_alpha": 6}, False),
+    "lora, 4 bits": ("llama", {"r": 3, "lora_alpha": 6}, True),
+    "qlora": ("llama", {"r": 3, "lora_alpha": 6}, False),
+    "adapter": ("llama", {"bottleneck_size": 5}, False),
+    "adapter, 4 bits": ("llama", {"bottleneck_size": 5}, True),
+    "prompt-tuning": ("llama", {"num_virtual_tokens": 3}, False),
+    "prompt-tuning, 4 bits": ("llama", {"num_virtual_tokens": 3}, True),
+    "prefix-tuning": ("llama", {"num_virtual_tokens": 3}, False),
+    "prefix-tuning, 4 bits": ("llama", {"num_virtual_tokens": 3}, True),
+    "bitfit": ("gpt2", {}, False),
+    "bitfit, 4 bits": ("gpt2", {}, True),
+}
+TOKENS = torch.randint(3, 90, (6, 7), generator=torch.Generator().manual_seed(3))
+
+
+def model(kind: str = "llama", seed: int = 0) -> nn.Module:
+    """A tiny model with a vocabulary of 97, which no even number divides."""
+    torch.manual_seed(seed)
+    if kind == "gpt2":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        off = {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0, "bos_token_id": 1, "eos_token_id": 2}
+        return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=36, n_layer=2, n_head=4, n_positions=32, **off))
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 36, "intermediate_size": 45, "num_hidden_layers": 3, "vocab_size": 97}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 9 * 2, "tie_word_embeddings": True}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+
+
+def adapted(case: str = "lora") -> nn.Module:
+    kind, fields, quantized = CASES[case]
+    found = model(kind)
+    if quantized:
+        peftcore.quantize(found)
+    peftcore.apply(found, case.partition(",")[0], **fields)
+    disturb(found, "default", seed=1, std=0.05)
+    return found.train()
+
+
+def loss(found: nn.Module, tokens: Tensor) -> Tensor:
+    return found(input_ids=tokens, labels=tokens).loss
+
+
+def mine(tokens: Tensor = TOKENS) -> Tensor:
+    """This rank's rows."""
+    return tokens.chunk(ranks.count())[ranks.rank()]
+
+
+def step(found: nn.Module, tokens: Tensor, optimizer: torch.optim.Optimizer) -> float:
+    value = loss(found, tokens)
+    value.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return value.item()
+
+
+def optimizer_of(found: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in found.parameters() if p.requires_grad], lr=0.01, foreach=False)
+
+
+def values(found: nn.Module, attribute: str | None = None) -> dict[str, Tensor]:
+    """Whole parameters of the adapter by name, or their gradients."""
+    ranks.gather_up(found)
+    chosen = ((n, p if attribute is None else getattr(p, attribute)) for n, p in adapter_parameters(found, "default"))
+    return {name: ranks.whole(t.detach()).clone() for name, t in chosen if t is not None}
+
+
+def farthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    assert found.keys() == wanted.keys()
+    return max((found[name] - wanted[name]).abs().max().item() for name in wanted)
+
+
+def against_one_process(case: str, how: str) -> tuple[float, float]:
+    """(largest difference of a gradient, of a value after one step) from one process on the whole batch."""
+    alone, spread = adapted(case), adapted(case)
+    bare = spread
+    if how == "ddp":
+        spread = nn.parallel.DistributedDataParallel(spread)
+    else:
+        if how == "offload":
+            peftcore.shard(spread, offload=True)
+        else:
+            peftcore.shard(spread, adapters=how.partition(" ")[0])
+        frozen = [p for p in bare.parameters() if not p.requires_grad and p.numel() > 1000]
+        assert frozen and all(isinstance(p, DTensor) for p in frozen)
+    if "checkpointing" in how:
+        bare.gradient_checkpointing_enable({"use_reentrant": False})
+    loss(alone, TOKENS).backward()
+    loss(spread, mine()).backward()
+    gradients = farthest(values(bare, "grad"), values(alone, "grad"))
+    for trained in (alone, bare):
+        trainable = [p for p in trained.parameters() if p.requires_grad]
+        torch.optim.SGD(trainable, lr=0.1, foreach=False).step()
+    return gradients, farthest(values(bare), values(alone))
+
+
+def all_against_one_process(hows: list[str]) -> dict[str, tuple[float, float]]:
+    warnings.simplefilter("ignore")
+    return {f"{case} / {how}": against_one_process(case, how) for case in CASES for how in hows}
+
+
+def saved(case: str, how: str, folder: str) -> dict[str, Tensor]:
+    """Save a sharded adapter, and load it again onto the sharded base it came from."""
+    found = adapted(case)
+    peftcore.shard(found, adapters=how)
+    optimizer = optimizer_of(found)
+    step(found, mine(), optimizer)
+    wanted = values(found)
+    peftcore.save(found, folder)
+    step(found, mine(), optimizer)
+    assert farthest(values(found), wanted) > 0
+    with torch.no_grad():
+        found(input_ids=TOKENS)  # leaves the root's parameters whole
+    peftcore.checkpoint.restore(found, folder)
+    assert farthest(values(found), wanted) == 0
+    return wanted
+
+
+def save_where_rank_0_cannot(folder: str) -> str:
+    found = adapted()
+    peftcore.shard(found)
+    try:
+        peftcore.save(found, folder)
+    except peftcore.CheckpointError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def save_in_ddp(folder: str) -> None:
+    """Ranks other than 0 neither write nor wait."""
+    if ranks.rank() == 1:
+        peftcore.save(adapted(), folder)
+    distributed.barrier()
+    if ranks.rank() == 0:
+        peftcore.save(adapted(), f"{folder}/adapter")
+
+
+def different(what: str) -> str:
+    """Ranks that do not hold the same."""
+    odd = ranks.rank() == 1
+    found = model(seed=0)
+    if what == "base" and odd:
+        found = model("gpt2")
+    fields = {"r": 4 if what == "r" and odd else 3}
+    if what == "targets":
+        fields["target_modules"] = ["q_proj" if odd else "v_proj"]
+    peftcore.apply(found, "lora", **fields)
+    try:
+        peftcore.shard(found)
+    except peftcore.PeftcoreError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def refused() -> list[str]:
+    """What a sharded model does not do."""
+    told = []
+    found, trained = adapted(), adapted("bitfit")
+    for one in (found, trained):
+        peftcore.shard(one)
+    base = peftcore.shard(model())
+    calls = [
+        lambda: peftcore.merge(found),
+        lambda: peftcore.remove(adapted_root),
+        lambda: peftcore.shard(found, adapters="both"),
+        lambda: peftcore.shard(peftcore.apply(base, "lora"), adapters="shard"),
+        lambda: peftcore.apply(base, "lora", adapter="other", modules_to_save=["norm"]),
+    ]
+    adapted_root = peftcore.shard(peftcore.apply(model().model, "prompt-tuning", num_virtual_tokens=2))
+    for call in calls:
+        try:
+            call()
+        except peftcore.PeftcoreError as error:
+            told.append(str(error))
+        else:
+            told.append("nothing was raised")
+    return told
+
+
+def curve(how: str, folder: str, begin: int, end: int, case: str = "lora") -> list[float]:
+    """Losses of the steps from `begin` to `end`, with a DCP checkpoint before the first, if it is there, and after."""
+    import torch.distributed.checkpoint as dcp
+
+    found = adapted(case)
+    spread: nn.Module = found
+    if how == "ddp":
+        spread = nn.parallel.DistributedDataParallel(found)
+    elif how != "alone":
+        peftcore.shard(found, adapters=how)
+    optimizer = optimizer_of(found)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
+    state = {"training": peftcore.TrainingState(spread, optimizer, scheduler=scheduler)}
+    if begin:
+        dcp.load(state, checkpoint_id=folder)
+    losses = []
+    for number in range(begin, end):
+        tokens = torch.randint(3, 90, (6, 7), generator=torch.Generator().manual_seed(number))
+        value = torch.tensor(step(spread, mine(tokens), optimizer))
+        scheduler.step()
+        distributed.all_reduce(value)
+        losses.append(value.item() / ranks.count())
+    dcp.save(state, checkpoint_id=folder)
+    return losses
+
+
+def resume_on_another_base(folder: str) -> str:
+    import torch.distributed.checkpoint as dcp
+
+    found = peftcore.apply(model(seed=5), "lora", **CASES["lora"][1])
+    before = values(found)
+    optimizer = optimizer_of(found)
+    try:
+        dcp.load({"training": peftcore.TrainingState(found, optimizer)}, checkpoint_id=folder)
+    except Exception as error:
+        assert farthest(values(found), before) == 0
+        return str(error)
+    return "nothing was raised"
+
+
+def load_sharded(folder: str, quant_type: str | None) -> tuple[dict[str, Tensor], list[float], dict[str, int]]:
+    """(whole base, losses of two steps, bytes held by this rank and in all)."""
+    base = peftcore.load_sharded(folder, quant_type)
+    whole = {name: ranks.whole(p.detach()).clone() for name, p in base.named_parameters()}
+    parts = {id(p): p for p in base.parameters()}.values()
+    held = {"here": sum(p.to_local().nbytes for p in parts), "all": sum(p.nbytes for p in parts)}
+    torch.manual_seed(ranks.rank())  # the adapter starts differently on each rank, until it is given to all
+    found = peftcore.shard(peftcore.apply(base, "lora", r=3).train())
+    optimizer = optimizer_of(found)
+    losses = [step(found, mine(), optimizer) for _ in range(2)]
+    return whole, losses, held
+
+
+def damaged(folder: str) -> str:
+    try:
+        peftcore.load_sharded(folder)
+    except peftcore.CheckpointError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def saving(pipe: Any, folder: str) -> None:
+    """Save two adapters in turn, until killed."""
+    pair = []
+    for value in (1.0, 2.0):
+        found = peftcore.apply(model(), "lora", r=2)
+        with torch.no_grad():
+            for _, parameter in adapter_parameters(found, "default"):
+                parameter.fill_(value)
+        pair.append(peftcore.shard(found, adapters="shard"))
+    peftcore.save(pair[0], folder)
+    pipe.send_bytes(b"ready")
+    while True:
+        for found in pair:
+            peftcore.save(found, folder)
