@@ -1,4 +1,4 @@
-# One command each: make demo | test | lint | fix | bench. What they need is installed into .venv by the first call;
+# One command each: make demo | test | lint | fix | bench | matrix | compare. What they need is installed into .venv by the first call;
 # stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ PACKAGING := pyproject.toml setup.py $(PLUGINS:%=%/pyproject.toml)
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
 CSRC := $(filter csrc/%,$(CXX_FILES))
 
-.PHONY: demo test lint fix bench clean
+.PHONY: demo test lint fix bench matrix compare clean
 
 demo: $(VENV)/train.stamp
 	$(PY) benchmarks/demo/run.py
@@ -30,6 +30,14 @@ fix: $(VENV)/dev.stamp
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+# The README's table of methods, from conformance runs; a test fails when it is stale.
+matrix: $(VENV)/dev.stamp
+	OMP_NUM_THREADS=1 $(PY) tests/matrix.py
+
+# Every method on the demo's classifier, three seeds each, peft beside it: half an hour on two cores. It can be resumed.
+compare: $(VENV)/dev.stamp
+	$(PY) benchmarks/demo/compare.py
 
 bench: $(VENV)/dev.stamp
 	for file in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do echo "== $$file" && $(PY) $$file || exit 1; done

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -107,10 +108,16 @@ def _read(model: nn.Module) -> Architecture:
         hidden_size=hidden_size,
         num_layers=getattr(config, "num_hidden_layers", None),
         num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        num_kv_heads=getattr(config, "num_key_value_heads", None) or _falcon_heads(config) or heads,
         head_dim=getattr(config, "head_dim", None) or (hidden_size // heads if hidden_size and heads else None),
         sublayers=find(model),
     )
+
+
+def _falcon_heads(config: Any) -> int | None:
+    """Falcon caches one head where all queries share it, and else as many as there are queries."""
+    one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", True)
+    return 1 if one else None
 
 
 def _call(model: nn.Module, name: str) -> nn.Module | None:

@@ -139,6 +139,7 @@ class Method:
             checked: it may change how weights are stored, and no module's path. `remove` does not undo it.
         recorded_as: (config) -> config of another method, for one that only prepares the base: the adapter is then
             the other's in every respect, on disk too, and `state` is not asked.
+        learning_rate: of AdamW, with which training starts where nobody says another.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Method:
     after_step: Callable[[Sequence[nn.Module], Any, int, int], None] | None = None
     prepare: Callable[[nn.Module, Any], None] | None = None
     recorded_as: Callable[[Any], Any] | None = None
+    learning_rate: float = 2e-4
 
 
 @dataclass(frozen=True)

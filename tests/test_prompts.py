@@ -15,6 +15,8 @@ import peftcore
 from peftcore import PeftcoreError, engine, prompts
 from peftcore.architecture import detect
 from peftcore.engine import adapter_parameters
+from peftcore.prompts.backbone import Backbone, learned_context
+from peftcore.prompts.prefix import PrefixLayer
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -67,6 +69,26 @@ def mpt() -> nn.Module:
 
     torch.manual_seed(0)
     return MptForCausalLM(MptConfig(vocab_size=96, d_model=32, n_layers=2, n_heads=4)).eval()
+
+
+def falcon(**heads: Any) -> nn.Module:
+    """A decoder that caches one head for all queries, or in its newer form one for each."""
+    from transformers import FalconConfig, FalconForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+    return FalconForCausalLM(FalconConfig(vocab_size=96, **sizes, **heads)).eval()
+
+
+def deepseek() -> nn.Module:
+    """Latent attention: keys of 12 numbers a head, values of 8."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "first_k_dense_replace": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": 8, "kv_lora_rank": 8}
+    heads |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    return DeepseekV3ForCausalLM(DeepseekV3Config(vocab_size=96, pad_token_id=0, **sizes, **heads)).eval()
 
 
 def mamba() -> nn.Module:
@@ -137,7 +159,7 @@ def test_definition(make: Callable[[], nn.Module], kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_mask_stays_missing(kind: str) -> None:
     model, seen = applied(tiny.llama(), kind), []
-    own = prompts._Backbone._make_room
+    own = Backbone._make_room
     around = model.model.peftcore["default"]
     around._make_room = lambda call, past: (own(around, call, past), seen.append(call))
     logits(model, tiny.TOKENS)
@@ -186,6 +208,23 @@ def test_generate_with_rows_of_different_length(make: Callable[[], nn.Module], k
             wanted = generate(model, alone, use_cache=use_cache)
             close(torch.stack(out.logits, 1)[row], torch.stack(wanted.logits, 1)[0], atol=1e-4)
         check_steps(model, out, batch.shape[1], mask)
+
+
+@pytest.mark.parametrize("heads", [{}, {"multi_query": False}, {"new_decoder_architecture": True, "num_kv_heads": 2}])
+def test_falcon_s_heads(heads: dict[str, Any]) -> None:
+    model = applied(falcon(**heads), "prefix")
+    out = generate(model, tiny.TOKENS)
+    check_steps(model, out, tiny.TOKENS.shape[1])
+
+
+def test_a_prefix_and_padding_that_counts() -> None:
+    """MPT's distances count padding: rows padded on the right are as alone, others are refused."""
+    model = applied(mpt(), "prefix")
+    mask = torch.ones_like(tiny.TOKENS)
+    mask[1, 4:] = 0
+    close(logits(model, tiny.TOKENS, mask)[1, :4], logits(model, tiny.TOKENS[1:, :4])[0])
+    with pytest.raises(PeftcoreError, match="MptModel counts padding in its distances"):
+        logits(model, tiny.TOKENS, mask.flip(1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -347,7 +386,7 @@ def test_copies_are_independent(make: Callable[[], nn.Module], kind: str) -> Non
     twin = copy.deepcopy(model)
     assert torch.equal(tiny.logits(twin), wanted)
     own = next(parameter for _, parameter in adapter_parameters(twin, "default"))
-    layers = [module for module in twin.modules() if isinstance(module, prompts.PrefixLayer)]
+    layers = [module for module in twin.modules() if isinstance(module, PrefixLayer)]
     assert bool(layers) == (kind == "prefix")
     assert all(next(layer._adapter[0].parameters()) is own for layer in layers)
     with torch.no_grad():
@@ -410,7 +449,7 @@ def test_bf16(make: Callable[[], nn.Module], kind: str) -> None:
 def test_input_that_leaves_no_room(make: Callable[[], nn.Module], kind: str) -> None:
     """Where positions are learned, the prompt takes some of them."""
     model = make()
-    context = prompts._learned_context(model.base_model)
+    context = learned_context(model.base_model)
     assert context == (510 if "Roberta" in type(model).__name__ else 64)
     applied(model, kind)
     tokens = torch.full((1, context - N), 5)
@@ -447,6 +486,9 @@ def test_models_that_cannot() -> None:
     with pytest.raises(PeftcoreError, match="needs attention that takes a cache; that of DistilBertModel takes none"):
         prompts.compiled(distilbert, detect(distilbert), peftcore.PrefixKV(Vectors(2, 2, 4, 3, 8)))
     assert torch.isfinite(peftcore.apply(distilbert, "soft")(tiny.TOKENS)[0]).all()
+    with pytest.raises(PeftcoreError, match="DeepseekV3ForCausalLM has latent attention"):
+        peftcore.apply(deepseek(), "prefix")
+    check_steps(soft := applied(deepseek(), "soft"), generate(soft, tiny.TOKENS), tiny.TOKENS.shape[1])
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
     vit = ViTModel(ViTConfig(image_size=8, patch_size=4, **sizes))
     with pytest.raises(PeftcoreError, match=r"needs|takes"):

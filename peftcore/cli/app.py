@@ -17,12 +17,13 @@ from typing import Any
 
 import typer
 
-from peftcore.cli import doctor, evaluate, generate, info, merge, methods, new_plugin, plan, plugins, train
+from peftcore.cli import compare, doctor, evaluate, generate, info, merge, methods, new_plugin, plan, plugins, train
 from peftcore.cli.console import fail, warn
 from peftcore.errors import PeftcoreError
 
 COMMANDS = {
     "train": train.train,
+    "compare": compare.compare,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
     "merge": merge.merge,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import shlex
+import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -31,6 +33,12 @@ def fail(message: str) -> NoReturn:
     """Print an error to standard error and end the command with status 1."""
     err.print(Text(f"error: {message}", style="bold red"), soft_wrap=True)
     raise typer.Exit(1)
+
+
+def again() -> str:
+    """The command at hand, as one that goes on."""
+    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+    return shlex.join(["peftcore", *arguments, "--resume"])
 
 
 def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), title: str | None = None) -> None:

@@ -9,6 +9,8 @@ import typer
 
 from peftcore.errors import PluginError
 
+FULL = "full"  # stands for a method: every parameter of the model is trained, the reference of a comparison
+
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or a .gguf file.")]
 BaseModel = Annotated[
     str | None, typer.Option("--model", "-m", help="The adapter's base, if it is not where the adapter says.")

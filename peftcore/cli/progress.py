@@ -7,10 +7,13 @@ checkpoint, the second one at once.
 from __future__ import annotations
 
 import math
+import re
 import signal
+import statistics
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -28,13 +31,22 @@ class Meter(TrainerCallback):
     """Counts training time and tokens, and shows them. Steps count from where this process began."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self.steps: list[float] = []  # seconds of each
         self.tokens = 0
         self._tokens_before = 0
         self._began = 0.0
         self._loss = float("nan")
         self._progress: Progress | None = None
         self._bar: Any = None
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.steps)
+
+    @property
+    def step_seconds(self) -> float:
+        """Of the median step."""
+        return statistics.median(self.steps) if self.steps else 0.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -60,7 +72,7 @@ class Meter(TrainerCallback):
         self._began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.seconds += time.perf_counter() - self._began
+        self.steps.append(time.perf_counter() - self._began)
         self.tokens = state.num_input_tokens_seen - self._tokens_before
         if self._progress is not None:
             self._progress.update(self._bar, completed=state.global_step, facts=self._facts())
@@ -129,15 +141,17 @@ def current_memory() -> int:
 
 def peak_memory() -> dict[str, int]:
     """The most bytes that this process has had, resident and where there is CUDA also allocated there."""
-    if sys.platform == "win32":
+    if sys.platform == "linux":  # ru_maxrss would begin with what the parent held
+        status = Path("/proc/self/status").read_text()
+        found = {"memory": 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[1])}
+    elif sys.platform == "win32":
         import psutil
 
         found = {"memory": psutil.Process().memory_info().peak_wset}
     else:
         import resource
 
-        unit = 1 if sys.platform == "darwin" else 1024
-        found = {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+        found = {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # bytes on macOS
     if torch.cuda.is_available():
         found["CUDA memory"] = torch.cuda.max_memory_allocated()
     return found

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from peftcore.cli import options
-from peftcore.cli.console import out, require, say, table
+from peftcore.cli.console import again, out, require, say, table
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
@@ -31,7 +30,7 @@ def train(
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 8,
     grad_accum: Annotated[int, typer.Option(min=1, help="Batches that make one step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-4,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default the method's.")] = None,
     scheduler: Annotated[
         str, typer.Option(help="Trainer's lr_scheduler_type: linear, cosine, constant, ...")
     ] = "linear",
@@ -65,13 +64,14 @@ def train(
         raise PeftcoreError(f"--task is one of {', '.join(examples.TASKS)}, found '{task}'")
     if sample is not None and task == examples.CLASSIFICATION:
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes nothing")
-    if lr <= 0 or epochs <= 0:
-        raise PeftcoreError(f"--lr and --epochs must be above 0, found {lr:g} and {epochs:g}")
+    if epochs <= 0 or (lr is not None and lr <= 0):
+        raise PeftcoreError(f"--lr and --epochs must be above 0, found {lr} and {epochs:g}")
     for file in filter(None, (data, eval_data)):
         examples.read_rows(file, task)  # wrong lines show before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
     models.quiet()
     from peftcore.cli import training
+    from peftcore.registry import registry
 
     name, chosen = options.chosen_method(method, fields)
     settings = training.Settings(
@@ -86,7 +86,7 @@ def train(
         steps=steps,
         batch_size=batch_size,
         grad_accum=grad_accum,
-        lr=lr,
+        lr=registry.method(name).learning_rate if lr is None else lr,
         scheduler=scheduler,
         warmup=warmup,
         weight_decay=weight_decay,
@@ -105,7 +105,7 @@ def train(
     try:
         result = training.run(settings, output, resume=resume, sample=sample, sample_tokens=sample_tokens)
     except training.Stopped as stopped:
-        say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To go on:\n  {_again()}", "bold")
+        say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To go on:\n  {again()}", "bold")
         raise typer.Exit(130) from None
     _show(settings, result, output)
 
@@ -173,11 +173,6 @@ def _commands(settings: Settings, result: Result) -> list[str]:
         f"peftcore eval --adapter {adapter} --data {evaluation}",
         f"peftcore merge --adapter {adapter} --output MERGED",
     ]
-
-
-def _again() -> str:
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
-    return shlex.join(["peftcore", *arguments, "--resume"])
 
 
 def _absolute(path: Any) -> str:

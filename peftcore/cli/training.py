@@ -8,6 +8,7 @@ OUTPUT/report.html
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
@@ -25,8 +26,9 @@ from peftcore.cli import models, progress, tasks
 from peftcore.cli.batches import LikeLengths
 from peftcore.cli.console import say, warn
 from peftcore.cli.models import AdapterTask
+from peftcore.cli.options import FULL
 from peftcore.errors import PeftcoreError
-from peftcore.integrations.transformers import AdapterTrainer, latest_checkpoint
+from peftcore.integrations.transformers import AdapterTrainer, AfterStep, latest_checkpoint
 from peftcore.summary import Summary
 
 RUN_FILE = "run.json"
@@ -80,6 +82,7 @@ class Result:
     eval_rows: int
     seconds: float
     training_seconds: float
+    step_seconds: float
     tokens_per_second: float
     peak: dict[str, int]
     adapter: Path
@@ -98,6 +101,7 @@ class Result:
             "eval_rows": self.eval_rows,
             "seconds": round(self.seconds, 1),
             "training_seconds": round(self.training_seconds, 1),
+            "step_seconds": self.step_seconds,
             "tokens_per_second": round(self.tokens_per_second, 1),
             "peak": self.peak,
             "adapter_bytes": self.adapter_bytes,
@@ -168,7 +172,9 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
     note.write_text(json.dumps(settings.plain(), indent=2) + "\n", encoding="utf-8")
 
 
-def run(settings: Settings, output: Path, *, resume: bool, sample: str | None, sample_tokens: int) -> Result:
+def run(
+    settings: Settings, output: Path, *, resume: bool, sample: str | None = None, sample_tokens: int = 48
+) -> Result:
     """Train, evaluate before and after, and save the adapter.
 
     Raises:
@@ -176,25 +182,28 @@ def run(settings: Settings, output: Path, *, resume: bool, sample: str | None, s
         Stopped: Ctrl-C; a checkpoint is there.
     """
     began = time.perf_counter()
-    train_rows, eval_rows = _rows(settings)
+    train_rows, eval_rows = rows_of(settings)
     labels = tuple(data.labels_of(train_rows)) if settings.task == data.CLASSIFICATION else ()
     tokenizer = models.load_tokenizer(settings.model)
-    train = _encoded("training", train_rows, settings, tokenizer, labels)
-    held_out = _encoded("held-out", eval_rows, settings, tokenizer, labels)
+    train = encoded("training", train_rows, settings, tokenizer, labels)
+    held_out = encoded("held-out", eval_rows, settings, tokenizer, labels)
 
     set_seed(settings.seed)  # also draws a classifier's new head
     say(f"loading {settings.model}")
     model = models.load_model(
         settings.model, settings.task, dtype=settings.dtype, device=settings.device, labels=labels
     )
-    peftcore.apply(model, settings.method, **settings.fields)
+    if settings.method == FULL:
+        model.requires_grad_(True)
+    else:
+        peftcore.apply(model, settings.method, **settings.fields)
     summary = peftcore.summary(model)
     say(str(summary))
 
     def written() -> str:
         return tasks.answer(model.eval(), tokenizer, sample or "", max_new_tokens=sample_tokens)
 
-    with peftcore.disabled(model):
+    with peftcore.disabled(model) if settings.method != FULL else contextlib.nullcontext():
         before = tasks.measure(model, held_out, tokenizer)
         samples = [("base", written())] if sample is not None else []
     say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
@@ -202,7 +211,7 @@ def run(settings: Settings, output: Path, *, resume: bool, sample: str | None, s
     meter, stop = progress.Meter(), progress.OrderlyStop()
     trainer = MeasuringTrainer(
         model=model,
-        args=_arguments(settings, output, len(train)),
+        args=arguments(settings, output, len(train)),
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=tasks.collate(tokenizer),
@@ -210,6 +219,8 @@ def run(settings: Settings, output: Path, *, resume: bool, sample: str | None, s
         tokenizer=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
+    if settings.method == FULL:
+        trainer.remove_callback(AfterStep)
     from_checkpoint = _checkpoint(output) if resume else None
     try:
         with stop:
@@ -225,8 +236,12 @@ def run(settings: Settings, output: Path, *, resume: bool, sample: str | None, s
         after = trainer.last[1]
     if sample is not None:
         samples.append(("with the adapter", written()))
-    adapter = peftcore.save(model, output / "adapter")
-    AdapterTask(settings.task, settings.max_length, labels).write(adapter)
+    adapter = output / "adapter"
+    if settings.method == FULL:
+        model.save_pretrained(adapter)
+    else:
+        peftcore.save(model, adapter)
+        AdapterTask(settings.task, settings.max_length, labels).write(adapter)
     return Result(
         before=before,
         after=after,
@@ -237,6 +252,7 @@ def run(settings: Settings, output: Path, *, resume: bool, sample: str | None, s
         eval_rows=len(eval_rows),
         seconds=time.perf_counter() - began,
         training_seconds=meter.seconds,
+        step_seconds=meter.step_seconds,
         tokens_per_second=meter.tokens_per_second,
         peak=progress.peak_memory(),
         adapter=adapter,
@@ -245,14 +261,16 @@ def run(settings: Settings, output: Path, *, resume: bool, sample: str | None, s
     )
 
 
-def _rows(settings: Settings) -> tuple[list[data.Row], list[data.Row]]:
+def rows_of(settings: Settings) -> tuple[list[data.Row], list[data.Row]]:
+    """(examples to train on, held-out ones)."""
     rows = data.read_rows(settings.data, settings.task)
     if settings.eval_data is not None:
         return rows, data.read_rows(settings.eval_data, settings.task)
     return data.hold_out(rows, settings.holdout, settings.seed)
 
 
-def _encoded(what: str, rows: list[data.Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]) -> list:
+def encoded(what: str, rows: list[data.Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]) -> list:
+    """Rows as token ids; `what` they are, for the warning that some are too long."""
     encoded = tasks.encode(rows, settings.task, tokenizer, settings.max_length, labels)
     if encoded.cut:
         warn(
@@ -262,7 +280,8 @@ def _encoded(what: str, rows: list[data.Row], settings: Settings, tokenizer: Any
     return encoded.examples
 
 
-def _arguments(settings: Settings, output: Path, examples: int) -> TrainingArguments:
+def arguments(settings: Settings, output: Path, examples: int) -> TrainingArguments:
+    """Trainer's settings for so many examples."""
     per_epoch = math.ceil(math.ceil(examples / settings.batch_size) / settings.grad_accum)
     steps = settings.steps or math.ceil(per_epoch * settings.epochs)
     often = max(1, math.ceil(steps / 5))
@@ -283,7 +302,7 @@ def _arguments(settings: Settings, output: Path, examples: int) -> TrainingArgum
             **_checkpointing(settings.gradient_checkpointing),
             eval_strategy="steps",
             eval_steps=settings.eval_every or often,
-            save_strategy="steps",
+            save_strategy="no" if settings.method == FULL else "steps",  # a checkpoint holds adapters only
             save_steps=settings.save_every or often,
             save_total_limit=max(2, settings.keep),  # the last complete one stays while the next is written
             logging_steps=max(1, steps // 100),

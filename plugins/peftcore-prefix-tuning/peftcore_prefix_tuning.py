@@ -140,4 +140,4 @@ def peftcore_methods() -> list[peftcore.Method]:
     rules = peftcore.StateRules(
         peft_type="PREFIX_TUNING", tensor_name=tensor_name, exported=exported, config_on_disk=config_on_disk
     )
-    return [peftcore.Method("prefix-tuning", PrefixTuningConfig, place, rules)]
+    return [peftcore.Method("prefix-tuning", PrefixTuningConfig, place, rules, learning_rate=1e-2)]

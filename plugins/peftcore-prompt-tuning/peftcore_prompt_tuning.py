@@ -144,4 +144,4 @@ def peftcore_methods() -> list[peftcore.Method]:
         write_config=lambda fields: {name: value for name, value in fields.items() if name != "initialize"},
         read_config=lambda fields: {**fields, "initialize": False},
     )
-    return [peftcore.Method("prompt-tuning", PromptTuningConfig, place, rules)]
+    return [peftcore.Method("prompt-tuning", PromptTuningConfig, place, rules, learning_rate=3e-2)]

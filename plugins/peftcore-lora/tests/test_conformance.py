@@ -1,5 +1,6 @@
 """LoRA passes the conformance suite, on each kind of model."""
 
+import matrix
 import pytest
 import tiny
 from peftcore_lora import LoraConfig
@@ -10,11 +11,9 @@ from peftcore.testing import check_method
 @pytest.mark.parametrize("kind", list(tiny.MODELS))
 def test_conformance(kind: str) -> None:
     report = check_method(LoraConfig(r=4, lora_alpha=8), make_model=tiny.MODELS[kind])
-    assert [r.name for r in report.results if r.reason] == (
-        []
-        if kind in ("llama", "gpt2")
-        else ["generate, with and without cache, equals one full forward", "left-padded batches"]
-    )
+    assert {result.reason for result in report.results} == {None, *(["the model does not generate"] * (kind == "bert"))}
+    if kind == "llama":
+        matrix.check(report)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Prompt tuning passes the conformance suite, on each kind of model."""
 
+import matrix
 import pytest
 import tiny
 from peftcore_prompt_tuning import PromptTuningConfig
@@ -17,7 +18,9 @@ MODELS = {**tiny.MODELS, "roberta": tiny.roberta_classifier}
 @pytest.mark.parametrize("kind", list(MODELS))
 def test_conformance(kind: str) -> None:
     excused = NOT_APPLICABLE if kind == "llama" else {**NOT_APPLICABLE, **COMPILED}
-    check_method(PromptTuningConfig(num_virtual_tokens=4), make_model=MODELS[kind], not_applicable=excused)
+    report = check_method(PromptTuningConfig(num_virtual_tokens=4), make_model=MODELS[kind], not_applicable=excused)
+    if kind == "llama":
+        matrix.check(report)
 
 
 @pytest.mark.slow

@@ -1,0 +1,132 @@
+"""Every method on the demo's classifier, three seeds each, and peft beside those it has, with the same settings.
+
+    python benchmarks/demo/compare.py [FOLDER]
+
+FOLDER is the demo's (default: .demo at the top of the repository). MiniLM-L6 learns from 1,600 movie-review snippets,
+one pass in batches of 16, and is measured on 500 others. A second call keeps the runs that are finished. The learning
+rates are the best of two or three that were tried with one seed.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from run import CLASSIFIER, ROOT, fetch, peftcore
+
+SEEDS = 3
+METHODS = (
+    "lora r=8 lora_alpha=16 lr=1e-3",
+    "qlora r=8 lora_alpha=16 lr=1e-3",
+    "adapter lr=2e-3",
+    "adapter is_parallel=true scaling=4 lr=2e-3",
+    "prefix-tuning lr=3e-2",
+    "prompt-tuning lr=0.3",
+    "bitfit lr=5e-3",
+    "full lr=2e-4",
+)
+# What peft has; its settings are read off our runs.
+PEERS = {
+    "lora r=8 lora_alpha=16": ("LoraConfig", {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
+    "prefix-tuning": ("PrefixTuningConfig", {"num_virtual_tokens": 20}),
+    "prompt-tuning": ("PromptTuningConfig", {"num_virtual_tokens": 20}),
+}
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    fetch(folder)
+    for name, count in (("train", 1600), ("test", 500)):
+        lines = (folder / f"data/classify_{name}.jsonl").read_text().splitlines(keepends=True)
+        (folder / f"data/compare_{name}.jsonl").write_text("".join(lines[:count]))
+    # fmt: off
+    peftcore(folder, "compare", "--model", CLASSIFIER, "--data", "data/compare_train.jsonl",
+             "--eval-data", "data/compare_test.jsonl", *(word for text in METHODS for word in ("--method", text)),
+             "--seeds", str(SEEDS), "--epochs", "1", "--batch-size", "16", "--max-length", "64",
+             "--output", "compare", "--resume")
+    # fmt: on
+    beside_peft(folder / "compare")
+
+
+def beside_peft(output: Path) -> None:
+    """Run peft, each time in a process of its own, and print both."""
+    print(f"\n{'held-out accuracy, %':28}{'peftcore':>16}{'peft':>16}{'step, ms':>12}{'peft':>8}")
+    for label in PEERS:
+        ours, theirs = [], []
+        for seed in range(SEEDS):
+            run = output / "runs" / label / f"seed-{seed}"
+            found = run / "peft.json"
+            if not found.exists():
+                subprocess.run([sys.executable, __file__, "--peft", label, run], check=True, stdout=subprocess.DEVNULL)
+            theirs.append(json.loads(found.read_text()))
+            ours.append(json.loads((run / "result.json").read_text()))
+        if "error" in theirs[0]:
+            print(f"{label:28}{shown(ours):>16}   peft: {theirs[0]['error']}")
+            continue
+        assert ours[0]["trainable_parameters"] == theirs[0]["trainable_parameters"], label
+        steps = [1e3 * statistics.median(run["step_seconds"] for run in runs) for runs in (ours, theirs)]
+        print(f"{label:28}{shown(ours):>16}{shown(theirs):>16}{steps[0]:12.0f}{steps[1]:8.0f}")
+
+
+def shown(runs: list[dict]) -> str:
+    values = [100 * run["after"]["accuracy"] for run in runs]
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def train_with_peft(label: str, run: Path) -> dict:
+    """The run in the folder `run` with peft in place of peftcore."""
+    import warnings
+
+    import peft
+    from transformers import PrinterCallback, set_seed
+
+    from peftcore import data
+    from peftcore.cli import models, progress, tasks, training
+    from peftcore.integrations.transformers import AfterStep
+
+    warnings.simplefilter("ignore")
+    settings = training.Settings(**json.loads((run / training.RUN_FILE).read_text()))
+    train_rows, eval_rows = training.rows_of(settings)
+    labels = tuple(data.labels_of(train_rows))
+    tokenizer = models.load_tokenizer(settings.model)
+    train, held_out = (training.encoded("", rows, settings, tokenizer, labels) for rows in (train_rows, eval_rows))
+    set_seed(settings.seed)
+    model = models.load_model(settings.model, settings.task, device="cpu", labels=labels)
+    config, fields = PEERS[label]
+    model = peft.get_peft_model(model, getattr(peft, config)(task_type="SEQ_CLS", **fields))
+    meter = progress.Meter()
+    arguments = training.arguments(settings, run / "peft", len(train))
+    arguments.save_strategy = "no"
+    trainer = training.MeasuringTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=tasks.collate(tokenizer),
+        callbacks=[meter],
+        tokenizer=tokenizer,
+    )
+    for callback in (PrinterCallback, AfterStep):
+        trainer.remove_callback(callback)
+    trainer.train()
+    return {
+        "after": tasks.measure(model, held_out, tokenizer).as_dict(),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "step_seconds": meter.step_seconds,
+        "peak": progress.peak_memory(),
+    }
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--peft"]:
+        try:
+            result = train_with_peft(sys.argv[2], Path(sys.argv[3]))
+        except ValueError as error:  # peft 0.21 cannot run every method on every model
+            result = {"error": str(error)}
+        (Path(sys.argv[3]) / "peft.json").write_text(json.dumps(result, indent=2) + "\n")
+    else:
+        began = time.perf_counter()
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / ".demo")
+        print(f"\n{time.perf_counter() - began:.0f} s in all")

@@ -1,0 +1,219 @@
+"""`peftcore compare`: several methods on one model and one set of examples.
+
+OUTPUT/report.json, table.md, compare.png    what was found, written anew after every run
+OUTPUT/runs/METHOD/seed-N/                   one run, in a process of its own
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import signal
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from peftcore.cli import options
+from peftcore.cli.console import again, out, require, say, warn
+from peftcore.errors import PeftcoreError
+
+if TYPE_CHECKING:
+    from peftcore.cli.training import Settings
+
+FULL_LEARNING_RATE = 5e-5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method with its settings. `label` is what the user wrote, without lr unless rows differ in it alone."""
+
+    label: str
+    method: str
+    lr: float
+    fields: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder under `runs`."""
+        return re.sub(r"[^\w=.,-]+", " ", self.label)
+
+
+def compare(
+    model: options.Model,
+    data: Annotated[str, typer.Option("--data", "-d", help="Examples, .jsonl or .tsv.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report and the runs.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="'NAME FIELD=VALUE ...'",
+            help="A method with fields of its config and lr=RATE. Repeatable; default: every installed method.",
+        ),
+    ] = None,
+    full: Annotated[bool, typer.Option(help="Train the whole model, too, where it fits.")] = True,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with the seeds 0, 1, ...")] = 3,
+    task: options.Task = None,
+    eval_data: Annotated[str | None, typer.Option(help="Examples to evaluate on.")] = None,
+    holdout: Annotated[float, typer.Option(help="Without --eval-data: share of the examples held out.")] = 0.1,
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 8,
+    max_length: Annotated[int, typer.Option(min=2, help="Tokens of an example at most.")] = 512,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs, and go on.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where a comparison lies.")] = False,
+) -> None:
+    """Compare methods: held-out accuracy or loss, parameters, size on disk, peak memory and time of a step.
+
+    Each run is one of `peftcore train` with the learning rate of its method, unless lr=RATE says another.
+    A run that fails is a row with its reason. `--method full` is the whole model.
+    """
+    from peftcore import data as examples
+    from peftcore.cli import models
+
+    task = task or examples.guess_task(data)
+    for file in filter(None, (data, eval_data)):
+        examples.read_rows(file, task)  # wrong lines show before anything is loaded
+    if epochs <= 0:
+        raise PeftcoreError(f"--epochs must be above 0, found {epochs:g}")
+    entries = chosen_entries(method, full)
+    require("transformers", "accelerate", "matplotlib", "psutil")
+    models.quiet()
+    from peftcore.cli import training
+
+    common = training.Settings(
+        model=models.resolve(model),
+        data=str(Path(data).expanduser().resolve()),
+        task=task,
+        method="",
+        eval_data=str(Path(eval_data).expanduser().resolve()) if eval_data else None,
+        holdout=holdout,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        max_length=max_length,
+        dtype=dtype,
+        device=device,
+        eval_every=sys.maxsize,  # once, at the end
+    )
+    _prepare_folder(output, resume, overwrite)
+    _run_all(common, entries, seeds, output)
+
+
+def chosen_entries(texts: list[str] | None, full: bool) -> list[Entry]:
+    """What `--method` names, each `NAME FIELD=VALUE ...`, by default every installed method; the whole model last.
+
+    Raises:
+        PeftcoreError: a method is not installed, a field or rate is wrong, or two rows are the same.
+    """
+    from peftcore.registry import registry
+
+    entries = [_entry(text) for text in (texts or registry.methods())]
+    if full and not any(entry.method == options.FULL for entry in entries):
+        entries.append(_entry(options.FULL))
+    labels = Counter(entry.label for entry in entries)
+    entries = [
+        replace(entry, label=f"{entry.label} lr={entry.lr:g}") if labels[entry.label] > 1 else entry
+        for entry in entries
+    ]
+    for entry in entries:
+        if sum(other.folder == entry.folder for other in entries) > 1:
+            raise PeftcoreError(f"--method '{entry.label}' is given twice")
+    return entries
+
+
+def _entry(text: str) -> Entry:
+    from peftcore.registry import registry
+
+    try:
+        name, *settings = shlex.split(text)
+    except ValueError as error:
+        raise PeftcoreError(f"--method '{text}': expected 'NAME FIELD=VALUE ...' ({error})") from None
+    rates = [setting.partition("=")[2] for setting in settings if setting.startswith("lr=")]
+    settings = [setting for setting in settings if not setting.startswith("lr=")]
+    try:
+        lr = float(rates[-1]) if rates else None
+    except ValueError:
+        lr = 0.0
+    if lr is not None and not lr > 0:
+        raise PeftcoreError(f"--method '{text}': lr takes a number above 0, found '{rates[-1]}'")
+    label = " ".join([name, *settings])
+    if name == options.FULL:
+        if settings:
+            raise PeftcoreError(f"--method '{text}': the whole model has no field but lr, found '{settings[0]}'")
+        return Entry(label, name, lr or FULL_LEARNING_RATE)
+    name, fields = options.chosen_method(name, settings)
+    return Entry(label, name, lr or registry.method(name).learning_rate, fields)
+
+
+def _prepare_folder(output: Path, resume: bool, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise PeftcoreError(f"'{output}' is a file. Give a folder: --output FOLDER")
+    runs = output / "runs"
+    if output.is_dir() and any(output.iterdir()) and not (resume and runs.is_dir()):
+        if not (overwrite and runs.is_dir()):
+            what = "a comparison" if runs.is_dir() else "something else"
+            hint = "--resume keeps what is finished, --overwrite starts anew" if runs.is_dir() else "Give another"
+            raise PeftcoreError(f"'{output}' holds {what} already. {hint}")
+        shutil.rmtree(runs)
+    runs.mkdir(parents=True, exist_ok=True)
+
+
+def _run_all(common: Settings, entries: list[Entry], seeds: int, output: Path) -> None:
+    """Every method with the first seed, then with the next: what is there early compares all of them."""
+    from peftcore.cli import row
+    from peftcore.cli.comparison import Comparison
+
+    found = Comparison(common, [(entry.label, entry.lr) for entry in entries])
+    too_big = {options.FULL: reason} if (reason := _does_not_fit(common)) else {}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    runs = [(entry, seed) for seed in range(seeds) for entry in entries]
+    with out.status("") as status:
+        for number, (entry, seed) in enumerate(runs, 1):
+            name = f"{number}/{len(runs)}  {entry.label}, seed {seed}"
+            settings = replace(common, method=entry.method, fields=entry.fields, lr=entry.lr, seed=seed)
+            folder = output / "runs" / entry.folder / f"seed-{seed}"
+
+            def show(line: str, name: str = name) -> None:
+                status.update(escape(f"{name}  {line}"))
+
+            show("starting")
+            try:
+                result = (
+                    {"error": too_big[entry.method]} if entry.method in too_big else row.run(folder, settings, show)
+                )
+            except KeyboardInterrupt:
+                say(f"stopped; finished runs are in {output}. To go on:\n  {again()}", "bold")
+                raise typer.Exit(130) from None
+            found.add(entry.label, seed, result)
+            found.write(output)
+            say(f"{name}: {found.sentence(result)}")
+    out.print()
+    found.show()
+    for label, reason in found.failures():
+        warn(f"{label}: {reason}")
+    say(f"\nreport: {', '.join(str(output / name) for name in found.files)}", "bold")
+
+
+def _does_not_fit(common: Settings) -> str | None:
+    """Why the whole model is not trained here, if its weights, gradients and AdamW's two moments need too much."""
+    import psutil
+    import torch
+
+    from peftcore.cli import models
+
+    device = models.torch_device(common.device)
+    size = models.torch_dtype(common.dtype, common.device).itemsize
+    needed = 4 * size * sum(p.numel() for p in models.empty_model(common.model, common.task).parameters())
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed <= free:
+        return None
+    return (
+        f"not run: it needs {needed / 1e9:.1f} GB for weights, gradients and AdamW alone, {free / 1e9:.1f} GB are free"
+    )

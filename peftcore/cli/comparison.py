@@ -1,0 +1,164 @@
+"""What a comparison found: as a table, as Markdown, as JSON, and as a chart of small multiples."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peftcore import data
+from peftcore.cli.chart import Panel, small_multiples
+from peftcore.cli.console import table
+from peftcore.cli.options import FULL
+from peftcore.cli.progress import gigabytes
+from peftcore.summary import megabytes
+
+if TYPE_CHECKING:
+    from peftcore.cli.training import Settings
+
+
+@dataclass
+class Line:
+    """One method's runs: results by seed, as `training.Result.plain` has them or {"error": reason}."""
+
+    label: str
+    lr: float
+    runs: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> list[dict[str, Any]]:
+        return [run for run in self.runs.values() if "error" not in run]
+
+    @property
+    def error(self) -> str | None:
+        """The reason of the first run that failed."""
+        return next((run["error"] for run in self.runs.values() if "error" in run), None)
+
+    def values(self, metric: str, when: str = "after") -> list[float]:
+        """A held-out metric, one value a seed."""
+        return [run[when][metric] for run in self.finished]
+
+    def figure(self, name: str) -> float:
+        """The median over the seeds of another figure; "peak" is that of the device."""
+        found = [run[name] if name != "peak" else list(run["peak"].values())[-1] for run in self.finished]
+        return statistics.median(found)
+
+
+class Comparison:
+    """Rows in the order of the command; what is missing yet is left out."""
+
+    files = ("report.json", "table.md", "compare.png")
+
+    def __init__(self, settings: Settings, rows: Sequence[tuple[str, float]]) -> None:
+        self.settings = settings
+        self.metric = "accuracy" if settings.task == data.CLASSIFICATION else "loss"
+        self.lines = [Line(label, lr) for label, lr in rows]
+
+    def add(self, label: str, seed: int, result: dict[str, Any]) -> None:
+        """Note the result of a run."""
+        next(line for line in self.lines if line.label == label).runs[seed] = result
+
+    def sentence(self, result: dict[str, Any]) -> str:
+        """One run in a few words."""
+        if "error" in result:
+            return f"failed: {result['error']}"
+        return f"{self.metric} {self.shown([result['after'][self.metric]])}, {result['seconds']:.0f} s"
+
+    def shown(self, values: Sequence[float]) -> str:
+        """Mean ± standard deviation of the metric over seeds."""
+        scale, digits, unit = (100, 1, " %") if self.metric == "accuracy" else (1, 3, "")
+        mean = f"{scale * statistics.mean(values):.{digits}f}"
+        spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return mean + spread + unit
+
+    def failures(self) -> list[tuple[str, str]]:
+        """(label, reason) of methods with a run that failed."""
+        return [(line.label, line.error) for line in self.lines if line.error]
+
+    def columns(self) -> tuple[str, ...]:
+        return ("method", "learning rate", self.metric, "trained", "size", "peak memory", "step")
+
+    def cells(self) -> list[tuple[str, ...]]:
+        """The table, without its heading; the first row is the model before training."""
+        rows = [("before training", "", self.shown(self.before()), "", "", "", "")] if self.before() else []
+        for line in self.lines:
+            if not line.finished:
+                rows += [(line.label, f"{line.lr:g}", "failed", "", "", "", "")] if line.error else []
+                continue
+            rows.append(
+                (
+                    line.label,
+                    f"{line.lr:g}",
+                    self.shown(line.values(self.metric)),
+                    f"{line.finished[0]['trainable_parameters']:,}",
+                    megabytes(line.figure("adapter_bytes")),
+                    gigabytes(line.figure("peak")),
+                    f"{1e3 * line.figure('step_seconds'):,.0f} ms",
+                )
+            )
+        return rows
+
+    def before(self) -> list[float]:
+        """The metric of the untrained model, one value a seed."""
+        return max((line.values(self.metric, "before") for line in self.lines), key=len, default=[])
+
+    def show(self) -> None:
+        """Print the table."""
+        table(self.cells(), self.columns())
+
+    def markdown(self) -> str:
+        """The table as Markdown, reasons of failures below."""
+        rows = [self.columns(), ("---",) * len(self.columns()), *self.cells()]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+        lines += ["", *(f"{label} failed: {reason}" for label, reason in self.failures())]
+        return "\n".join(lines).strip() + "\n"
+
+    def write(self, folder: Path) -> None:
+        """Write the three files."""
+        told = {
+            "settings": {k: v for k, v in self.settings.plain().items() if k not in ("method", "fields", "lr", "seed")},
+            "rows": [{"method": line.label, "lr": line.lr, "runs": line.runs} for line in self.lines],
+        }
+        (folder / "report.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
+        if any(line.finished for line in self.lines):
+            (folder / "compare.png").write_bytes(self.picture())
+
+    def picture(self) -> bytes:
+        """The chart as a PNG."""
+        lines = [line for line in self.lines if line.finished]
+        scale = 100 if self.metric == "accuracy" else 1
+        values = [[scale * value for value in line.values(self.metric)] for line in lines]
+        seeds = max(map(len, values))
+        before = scale * statistics.mean(self.before())
+        trained = [line.finished[0]["trainable_parameters"] for line in lines]
+        peak = [line.figure("peak") / 1e6 for line in lines]
+        step = [1e3 * line.figure("step_seconds") for line in lines]
+        panels = [
+            Panel(
+                f"held-out {self.metric}"
+                + (" (%)" if scale == 100 else "")
+                + (f", {seeds} seeds" if seeds > 1 else ""),
+                [statistics.mean(found) for found in values],
+                [self.shown(line.values(self.metric)).removesuffix(" %") for line in lines],
+                spreads=[statistics.stdev(found) if len(found) > 1 else 0.0 for found in values],
+                line=(before, "before training"),
+            ),
+            Panel("trained parameters", trained, [_short(count) for count in trained], log=True),
+            Panel("peak memory (MB)", peak, [f"{value:,.0f}" for value in peak]),
+            Panel("step (ms)", step, [f"{value:,.0f}" for value in step]),
+        ]
+        model = "/".join(Path(self.settings.model).parts[-2:])
+        title = f"{model} on {Path(self.settings.data).name}"
+        return small_multiples([line.label for line in lines], panels, FULL, title)
+
+
+def _short(count: int) -> str:
+    """`1.2 M`."""
+    for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g} {name}"
+    return str(count)

@@ -1,0 +1,54 @@
+"""Soft prompts and prefixes as adapters around the backbone: embeddings, mask, token types, positions and cache.
+
+    SoftPrompt      p_1 … p_n  x_1 … x_m   before the first layer      mask  1 … 1  mask
+    PrefixKV        k_1 … k_n  k(x_1) …    in every layer's attention  positions of x: n, n + 1, …
+
+Both enter at prefill only, while the cache is empty; afterwards the cache holds them, and only the mask
+and given positions grow. A soft prompt is cut off the output again, so labels, losses and heads above
+the backbone need to know nothing, and a loss with it is over the same tokens as one without: the input's first,
+which the prompt's last vector predicts, is not among them. Several may be active: soft prompts stand in the order
+of activation, `[first, …, last, tokens]`, prefixes likewise in the cache, in front of the soft prompts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from peftcore.architecture import Architecture
+from peftcore.errors import PeftcoreError
+from peftcore.method import Around, PrefixKV, SoftPrompt
+from peftcore.prompts.backbone import text_config
+from peftcore.prompts.prefix import PrefixAround, place_prefix
+from peftcore.prompts.soft import SoftPromptAround, place_soft_prompt
+
+__all__ = ["PrefixAround", "SoftPromptAround", "compiled"]
+
+
+def compiled(model: nn.Module, architecture: Architecture, placement: SoftPrompt | PrefixKV) -> list[Around]:
+    """The placement as adapters around modules of `model`.
+
+    Raises:
+        PeftcoreError: the model has no token embedding or no cache, shapes do not fit, or no room is left for input.
+    """
+    kind = type(placement).__name__
+    if architecture.embedding is None:
+        raise PeftcoreError(
+            f"{kind} needs a model with a token embedding; {type(model).__name__} names none. A plugin's "
+            f"peftcore_architecture hook can"
+        )
+    with torch.no_grad():
+        shape = tuple(placement.adapter().shape)
+    wanted = "[tokens, hidden]" if isinstance(placement, SoftPrompt) else "[layers, 2, kv_heads, tokens, head_dim]"
+    if len(shape) != wanted.count(",") + 1:
+        raise PeftcoreError(f"the adapter of a {kind} returns {wanted}, found a tensor of shape {list(shape)}")
+    tokens = shape[0] if isinstance(placement, SoftPrompt) else shape[3]
+    context = getattr(text_config(model), "max_position_embeddings", None)
+    if isinstance(context, int) and 0 < context <= tokens:
+        raise PeftcoreError(
+            f"a prompt of {tokens} tokens leaves no room for input: the context of {type(model).__name__} is "
+            f"{context} tokens. Take fewer"
+        )
+    if isinstance(placement, SoftPrompt):
+        return place_soft_prompt(model, architecture, placement.adapter, *shape)
+    return place_prefix(model, architecture, placement.adapter, shape)

@@ -1,0 +1,142 @@
+"""What soft prompts and prefixes share: where a backbone is, how it is called, and room in its mask and positions."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapted import base_modules, original_forward
+from peftcore.architecture import Architecture
+from peftcore.errors import PeftcoreError
+
+# The names under which attention modules take the cache.
+_CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
+IN_CACHE = "_peftcore_prefix"  # attribute of a cache: how many of its tokens are prefixes
+
+
+class Backbone(nn.Module):
+    """An adapter around a backbone, which reads the call by the backbone's own argument names.
+
+    Args:
+        tokens: how many the adapter puts before the input.
+        cache_argument: name of the backbone's argument that is the attention cache.
+        causal: positions are computed for padded batches, as `generate` does; an encoder counts from its start.
+    """
+
+    def __init__(
+        self,
+        adapter: nn.Module | None,
+        module: nn.Module,
+        tokens: int = 0,
+        *,
+        cache_argument: str | None = None,
+        causal: bool = False,
+    ) -> None:
+        super().__init__()
+        self.adapter = adapter
+        self.tokens = tokens
+        self._names = tuple(inspect.signature(original_forward(module)).parameters)[1:]
+        self._cache_argument = cache_argument
+        self._causal = causal
+        self._counts = causal and "position_ids" in self._names
+        self._context = learned_context(module)
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.tokens}"
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        call = dict(zip(self._names, args, strict=False))
+        call.update(kwargs)
+        return call
+
+    def _cached(self, call: dict[str, Any]) -> tuple[Any, int]:
+        """(cache or None, how many tokens it holds beside prefixes)."""
+        cache = call.get(self._cache_argument) if self._cache_argument else None
+        length = 0 if cache is None else seen(cache)
+        return cache, length - getattr(cache, IN_CACHE, 0) if length else 0
+
+    def _make_room(self, call: dict[str, Any], past: int) -> None:
+        """Extend the mask by the adapter's tokens, and shift positions behind them."""
+        inputs = call.get("inputs_embeds")
+        length = (call["input_ids"] if inputs is None else inputs).shape[1]
+        if self._context and past + self.tokens + length > self._context:
+            raise PeftcoreError(
+                f"{past + length} tokens of input and a prompt of {self.tokens} are more than the "
+                f"{self._context} positions that this model has learned. Shorten the input"
+            )
+        mask, positions = call.get("attention_mask"), call.get("position_ids")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise PeftcoreError(
+                "a prompt needs a 2-d attention mask [batch, tokens] to extend, found "
+                f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__} (static caches make those; "
+                "generate with the dynamic one)"
+            )
+        if positions is None and mask is not None and self._counts:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # tokens count, padding does not
+        if positions is not None:
+            call["position_ids"] = positions + self.tokens
+        if mask is not None:
+            call["attention_mask"] = prepend(mask, torch.ones, self.tokens)
+
+
+def entry(model: nn.Module, architecture: Architecture) -> str:
+    """Path of the module that is called with tokens, at prefill and at each step.
+
+    Heads of some models (OPT, models with images) call a decoder inside the backbone, not the backbone.
+    """
+    if architecture.is_encoder_decoder:
+        return architecture.decoder
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    inside = dict(base_modules(model.get_submodule(architecture.backbone), architecture.backbone))
+    if decoder is not None and "inputs_embeds" in inspect.signature(original_forward(decoder)).parameters:
+        return next((path for path, module in inside.items() if module is decoder), architecture.backbone)
+    return architecture.backbone
+
+
+def cache_argument(module: nn.Module) -> str | None:
+    """The name under which `module` takes the attention cache."""
+    names = inspect.signature(original_forward(module)).parameters
+    return next((name for name in _CACHE_ARGUMENTS if name in names), None)
+
+
+def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
+    """Does it read from left to right?"""
+    said = [m.is_causal for m in backbone.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    return any(said) if said else architecture.cache_argument is not None
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model, which those with images keep apart."""
+    config = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def learned_context(backbone: nn.Module) -> int | None:
+    """How many positions a table of learned ones has; None where positions are computed."""
+    context = getattr(text_config(backbone), "max_position_embeddings", None)
+    if not isinstance(context, int) or not hasattr(backbone, "get_input_embeddings"):
+        return None
+    tokens = backbone.get_input_embeddings()
+    for module in backbone.modules():
+        if isinstance(module, nn.Embedding) and module is not tokens:
+            offset = getattr(module, "offset", 0)  # OPT and BART keep 2 free in addition, RoBERTa within
+            if module.num_embeddings == context + offset:
+                return context - (0 if module.padding_idx is None or offset else module.padding_idx + 1)
+    return None
+
+
+def seen(cache: Any) -> int:
+    """How many tokens a cache holds; of one with recurrent states only, whether it holds any."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return int(cache.has_previous_state())
+
+
+def prepend(tensor: Tensor, fill: Any, tokens: int) -> Tensor:
+    """`tensor [batch, n]` with `tokens` columns made by `fill` (torch.ones, torch.zeros) before it."""
+    head = fill(tensor.shape[0], tokens, dtype=tensor.dtype, device=tensor.device)
+    return torch.cat([head, tensor], dim=-1)

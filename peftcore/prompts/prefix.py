@@ -1,0 +1,176 @@
+"""A prefix: keys and values that stand first in the attention cache of every layer."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapted import base_modules, original_forward
+from peftcore.architecture import Architecture
+from peftcore.errors import PeftcoreError
+from peftcore.method import Around
+from peftcore.prompts.backbone import IN_CACHE, Backbone, cache_argument, entry, is_causal, seen
+
+# What only cross-attention is given.
+_CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
+_COUNTS_PADDING = ("mpt",)  # families whose attention takes its distances from places, padding included
+
+
+def place_prefix(
+    model: nn.Module, architecture: Architecture, adapter: nn.Module, shape: tuple[int, ...]
+) -> list[Around]:
+    path = entry(model, architecture)
+    backbone = model.get_submodule(path)
+    argument = cache_argument(backbone)
+    attentions = _attentions(backbone, path)
+    if argument is None or not attentions:
+        raise PeftcoreError(
+            f"PrefixKV needs attention that takes a cache; that of {type(model).__name__} takes none. "
+            "A soft prompt needs none"
+        )
+    if getattr(backbone.config, "kv_lora_rank", None):
+        raise PeftcoreError(
+            f"{type(model).__name__} has latent attention, whose keys and values differ in width: PrefixKV gives both "
+            "the same. A soft prompt works"
+        )
+    layers = {module.layer_idx for module in attentions.values()}
+    if layers != set(range(shape[0])):
+        raise PeftcoreError(
+            f"the prefix has keys and values for {shape[0]} layers, {type(model).__name__} has attention with a cache "
+            f"in {len(layers)}: {sorted(layers)}"
+        )
+    from transformers.cache_utils import DynamicLayer
+
+    cache = _new_cache(backbone)
+    kept = getattr(cache, "self_attention_cache", cache).layers
+    recurrent = [i for i, layer in enumerate(kept) if not isinstance(layer, DynamicLayer)]
+    if recurrent:
+        raise PeftcoreError(
+            f"layers {recurrent} of {type(model).__name__} keep a recurrent state, which has no keys and values for "
+            "PrefixKV. A soft prompt needs none"
+        )
+    around = PrefixAround(
+        adapter,
+        backbone,
+        shape[3],
+        cache_argument=argument,
+        causal=architecture.is_encoder_decoder or is_causal(backbone, architecture),
+    )
+    return [Around(path, around), *(Around(at, PrefixLayer(adapter, module)) for at, module in attentions.items())]
+
+
+class PrefixAround(Backbone):
+    """`adapter() -> [layers, 2, kv_heads, tokens, head_dim]`, put into the empty cache before the first token."""
+
+    def __init__(self, adapter: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(adapter, module, *args, **kwargs)
+        self._counts_padding = getattr(module.config, "model_type", None) in _COUNTS_PADDING
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        call = self._call(args, kwargs)
+        cache, past = self._cached(call)
+        if self._counts_padding and call.get("attention_mask") is not None and not call["attention_mask"][:, 0].all():
+            raise PeftcoreError(
+                f"{type(base.module).__name__} counts padding in its distances, which then would part the prefix from "
+                "the input: pad rows on the right, or give rows of one length"
+            )
+        self._make_room(call, past)
+        if past > 0:
+            return base(**call)
+        given = call.get("inputs_embeds")
+        given = given if given is not None else call["input_ids"]
+        own = cache is None
+        if own:
+            cache = call[self._cache_argument] = _new_cache(base.module)
+        dtype = base.module.get_input_embeddings().weight.dtype
+        layers = getattr(cache, "self_attention_cache", cache)
+        before = getattr(cache, IN_CACHE, 0) if seen(cache) else 0  # another prefix's
+        for layer, (key, value) in enumerate(self.adapter().to(dtype).unbind(0)):  # [kv_heads, tokens, head_dim] each
+            shape = (given.shape[0], *key.shape)
+            layers.update(key.expand(shape), value.expand(shape), layer)
+        setattr(cache, IN_CACHE, before + self.tokens)
+        output = base(**call)
+        return output if not own or self._wants_cache(base.module, call) else _without(output, self._cache_argument)
+
+    def _wants_cache(self, module: nn.Module, call: dict[str, Any]) -> bool:
+        if not self._causal:
+            return False
+        asked = call.get("use_cache")
+        asked = getattr(module.config, "use_cache", False) if asked is None else asked
+        return bool(asked) and not (module.training and getattr(module, "gradient_checkpointing", False))
+
+
+class PrefixLayer(nn.Module):
+    """One attention module, where activation checkpointing takes the cache away from its layer.
+
+    The layer runs again in the backward pass, so it must not write into a cache; here it gets one that stores
+    nothing and holds this layer's part of the prefix, computed anew so that every run has its own graph.
+    """
+
+    def __init__(self, adapter: nn.Module, module: nn.Module) -> None:
+        super().__init__()
+        self._adapter = (adapter,)  # its owner is the adapter around the backbone: no parameters here
+        self._layer = module.layer_idx
+        self._names = tuple(inspect.signature(original_forward(module)).parameters)[1:]
+        self._cache_argument = cache_argument(module)
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        call = dict(zip(self._names, args, strict=False))
+        call.update(kwargs)
+        cache = call.get(self._cache_argument)
+        if any(call.get(name) is not None for name in _CROSS_ARGUMENTS) or not (
+            cache is None or isinstance(cache, _Stateless)
+        ):
+            return base(*args, **kwargs)
+        key, value = self._adapter[0]()[self._layer]  # [kv_heads, tokens, head_dim] each
+        call[self._cache_argument] = _Stateless(key, value, cache)
+        return base(**call)
+
+
+class _Stateless:
+    """A cache of one layer that stores nothing: keys and values come back with the prefix before them."""
+
+    is_compileable = False
+
+    def __init__(self, key: Tensor, value: Tensor, before: _Stateless | None) -> None:
+        self._key = key if before is None else torch.cat([before._key, key], dim=1)
+        self._value = value if before is None else torch.cat([before._value, value], dim=1)
+
+    def update(self, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        shape = (key.shape[0], *self._key.shape)
+        return (
+            torch.cat([self._key.to(key.dtype).expand(shape), key], dim=2),
+            torch.cat([self._value.to(value.dtype).expand(shape), value], dim=2),
+        )
+
+    def get_seq_length(self, *_args: Any) -> int:
+        return self._key.shape[1]
+
+
+def _attentions(backbone: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """The innermost modules that take a cache and know their layer, by path: the attention modules."""
+    found = {
+        path: module
+        for path, module in base_modules(backbone, prefix)
+        if isinstance(getattr(module, "layer_idx", None), int) and cache_argument(module) is not None
+    }
+    return {path: module for path, module in found.items() if not any(o.startswith(f"{path}.") for o in found)}
+
+
+def _new_cache(backbone: nn.Module) -> Any:
+    from transformers import DynamicCache, EncoderDecoderCache
+
+    cache = DynamicCache(config=backbone.config)
+    if getattr(backbone.config, "is_encoder_decoder", False):
+        return EncoderDecoderCache(cache, DynamicCache(config=backbone.config))
+    return cache
+
+
+def _without(output: Any, name: str) -> Any:
+    """A model output without the entry `name`, which the caller did not ask for."""
+    if isinstance(output, tuple) or name not in output:
+        return output
+    return type(output)(**{key: value for key, value in output.items() if key != name})

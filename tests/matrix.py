@@ -1,0 +1,88 @@
+"""The README's table of methods, made from conformance runs: `make matrix`.
+
+A conformance test gives its report to `check`, which compares it with that of the last `make matrix`, kept in
+tests/matrix.json; a test of the README compares the table with the file. So a table that is no longer true fails,
+and nothing is run twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from peftcore.registry import registry
+from peftcore.testing import Report
+
+ROOT = Path(__file__).parent.parent
+REPORTS = Path(__file__).with_name("matrix.json")
+WRITING = "PEFTCORE_WRITE_MATRIX"
+START, END = "<!-- matrix: made by `make matrix` -->", "<!-- end of matrix -->"
+COLUMNS = {
+    "merge": "merge equals forward, unmerge is bit exact",
+    "4-bit base": "a quantized base (NF4)",
+    "compile": "torch.compile(fullgraph=True)",
+    "checkpointing": "gradient checkpointing",
+    "cache": "generate, with and without cache, equals one full forward",
+    "padded batches": "generate for rows of different lengths, with and without cache, equals each row alone",
+    "switching": "two adapters are switched",
+    "PEFT's files": "Hugging Face PEFT computes the same from the file",
+}
+
+
+def check(report: Report) -> None:
+    """Compare a report with the one that the README's table was made from, or in `make matrix` keep it."""
+    reports = read()
+    found = {result.name: result.reason for result in report.results}
+    if os.environ.get(WRITING):
+        REPORTS.write_text(json.dumps({**reports, report.method: found}, indent=1, sort_keys=True) + "\n")
+        return
+    assert reports.get(report.method) == found, f"the README's row of {report.method} is stale. Run: make matrix"
+
+
+def read() -> dict[str, dict[str, str | None]]:
+    """{method: {check: why it is not applicable, or None}}."""
+    return json.loads(REPORTS.read_text()) if REPORTS.exists() else {}
+
+
+def table(reports: dict[str, dict[str, str | None]]) -> str:
+    """The table, with the reasons as notes."""
+    notes: list[str] = []
+
+    def cell(reason: str | None) -> str:
+        if reason is None:
+            return "yes"
+        if reason not in notes:
+            notes.append(reason)
+        return f"no ({notes.index(reason) + 1})"
+
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for method, checks in sorted(reports.items()):
+        lines.append(f"| `{method}` | " + " | ".join(cell(checks[name]) for name in COLUMNS.values()) + " |")
+    return "\n".join([*lines, "", *(f"({i}) {note}  " for i, note in enumerate(notes, 1))]) + "\n"
+
+
+def section(text: str) -> str:
+    """What the README has between the markers."""
+    return re.search(f"{re.escape(START)}\n(.*?){re.escape(END)}", text, re.DOTALL)[1]
+
+
+def main() -> None:
+    tests = sorted(map(str, ROOT.glob("plugins/*/tests/test_*conformance.py")))
+    REPORTS.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-k", "conformance", "-m", "not slow", *tests]
+    subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, WRITING: "1"})
+    missing = registry.methods().keys() - read().keys()
+    if missing:
+        sys.exit(f"no conformance run of {', '.join(sorted(missing))} gave its report to matrix.check")
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, rest = text.split(START)
+    readme.write_text(f"{before}{START}\n{table(read())}{END}{rest.split(END)[1]}")
+
+
+if __name__ == "__main__":
+    main()
