@@ -16,6 +16,7 @@ from peftcore.ops.nf4 import (
     quantize_4bit,
     quantize_absmax,
 )
+from peftcore.ops.optim import optim_step_
 
 __all__ = [
     "DYNAMIC8",
@@ -28,6 +29,7 @@ __all__ = [
     "extension",
     "free_workspace",
     "linear_4bit",
+    "optim_step_",
     "quantize_4bit",
     "quantize_absmax",
 ]

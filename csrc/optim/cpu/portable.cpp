@@ -1,0 +1,43 @@
+// Plain C++: any CPU, and the reading of what the SIMD levels do.
+#include "optim/cpu/loops.h"
+
+namespace peftcore {
+namespace optim {
+namespace {
+
+struct Portable : Scalar {
+    static const float* signed_table() { return signed_map().value; }
+    static const float* unsigned_table() { return unsigned_map().value; }
+
+    struct Largest {
+        uint32_t bits = 0;
+        void take(float x) {
+            const uint32_t magnitude = float_bits(x) & 0x7fffffffu;
+            bits = magnitude > bits ? magnitude : bits;
+        }
+        float value() const { return bits_float(bits); }
+    };
+
+    static void decode(const uint8_t* codes, const float* table, float absmax, float* out) {
+        for (int i = 0; i < kBlock; ++i) out[i] = table[codes[i]] * absmax;
+    }
+
+    template <bool kSigned>
+    static void encode(const float* x, float inverse, const Encoder& encoder, uint8_t* codes) {
+        for (int i = 0; i < kBlock; ++i)
+            codes[i] =
+                kSigned ? encode_signed(x[i] * inverse, encoder) : encode_unsigned(x[i] * inverse, encoder);
+    }
+
+    static float widen_half(const uint16_t* x) { return to_float(Half{*x}); }
+    static float widen_bfloat16(const uint16_t* x) { return to_float(BFloat16{*x}); }
+    static void narrow_half(float x, uint16_t* out) { *out = from_float<Half>(x).bits; }
+    static void narrow_bfloat16(float x, uint16_t* out) { *out = from_float<BFloat16>(x).bits; }
+};
+
+}  // namespace
+
+Kernels portable_kernels() { return kernels_of<Portable>(); }
+
+}  // namespace optim
+}  // namespace peftcore

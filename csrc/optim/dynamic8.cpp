@@ -1,0 +1,77 @@
+#include "optim/dynamic8.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace peftcore {
+namespace optim {
+namespace {
+
+// Edge `i` of `parts` equal parts of [0.1, 1] in fp32, counted from the nearer end (as torch.linspace does).
+float edge(int i, int parts) {
+    const float step = (1.0f - 0.1f) / float(parts);
+    return i < (parts + 1) / 2 ? 0.1f + step * float(i) : 1.0f - step * float(parts - i);
+}
+
+Map make_map(bool is_signed) {
+    const int s = is_signed ? 0 : 1;
+    Map map = {};
+    float* value = map.value;
+    int count = 0;
+    value[count++] = 0.0f;
+    value[count++] = 1.0f;
+    for (int d = 0; d < 7; ++d) {
+        const int parts = 1 << (d + s);
+        for (int i = 0; i < parts; ++i) {
+            const float middle = (edge(i, parts) + edge(i + 1, parts)) / 2.0f;
+            value[count] = middle * float(std::pow(10.0, d - 6));
+            if (is_signed) value[count + 1] = -value[count];
+            count += 2 - s;
+        }
+    }
+    std::sort(value, value + 256);
+
+    // Region 0 is what counts as zero (unsigned: the smallest entry), 1 to 7 are the decades, 8 is the
+    // entry 1.
+    Encoder& encoder = map.encoder;
+    const int zero = is_signed ? 127 : -1;  // the code of magnitude n is zero + n
+    float begin[9];
+    begin[0] = 0;
+    begin[1] = is_signed ? value[zero + 1] / 2 : value[1];
+    for (int region = 2; region <= 8; ++region) {
+        const int first = 1 << (region - 1 + s);
+        begin[region] = (value[zero + first - 1] + value[zero + first]) / 2;
+    }
+    encoder.shift[0] = encoder.last[0] = is_signed ? 0 : 2;
+    encoder.shift[8] = encoder.last[8] = float(1 << (7 + s));
+    for (int d = 0; d < 7; ++d) {
+        const double parts = 1 << (d + s);
+        encoder.slope[d + 1] = float(parts * std::pow(10.0, 6 - d) / 0.9);
+        encoder.shift[d + 1] = float(parts * 8 / 9);
+        encoder.last[d + 1] = float(2 * parts - 1);
+    }
+    for (int exponent = -31; exponent <= 0; ++exponent) {
+        const float low = std::ldexp(1.0f, exponent), high = 2 * low;
+        int region = 0;
+        while (region < 8 && begin[region + 1] < low) ++region;
+        const int index = (127 + exponent) & 31;
+        encoder.base[index] = region;
+        encoder.threshold[index] = region < 8 && begin[region + 1] < high ? begin[region + 1] : INFINITY;
+    }
+    return map;
+}
+
+}  // namespace
+
+const Map& signed_map() {
+    static const Map map = make_map(true);
+    return map;
+}
+
+const Map& unsigned_map() {
+    static const Map map = make_map(false);
+    return map;
+}
+
+}  // namespace optim
+}  // namespace peftcore
