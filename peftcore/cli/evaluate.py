@@ -17,6 +17,7 @@ def evaluate(
     labels: options.Labels = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of an example; default as trained.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
+    quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
@@ -34,7 +35,7 @@ def evaluate(
     from peftcore.cli import tasks
 
     encoded = tasks.encode(rows, task.task, tokenizer, max_length or task.max_length, task.labels)
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels)
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     before = tasks.measure(loaded, encoded.examples, tokenizer, batch_size)
     models.load_adapter(loaded, adapter)
     after = tasks.measure(loaded, encoded.examples, tokenizer, batch_size)

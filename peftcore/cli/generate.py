@@ -21,6 +21,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
     labels: options.Labels = None,
+    quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
@@ -34,7 +35,7 @@ def generate(
         task, base = models.AdapterTask(data.LANGUAGE_MODEL, 512), models.resolve(str(model))
     else:
         task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels)
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     tokenizer = models.load_tokenizer(base)
     from peftcore.cli import tasks
 

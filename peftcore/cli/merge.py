@@ -19,10 +19,14 @@ def merge(
     model: options.BaseModel = None,
     labels: options.Labels = None,
     untie: Annotated[bool, typer.Option("--untie", help="Give an adapted tied embedding its own weight.")] = False,
+    quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Write the merged model and its tokenizer: a folder that transformers loads without peftcore."""
+    """Write the merged model and its tokenizer: a folder that transformers loads without peftcore.
+
+    With --quantize the adapter is merged into the values that the 4 bits stand for, and those are written.
+    """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PeftcoreError(f"'{output}' exists already. Give a new folder: --output FOLDER")
     import peftcore
@@ -30,11 +34,14 @@ def merge(
 
     task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
     tokenizer = models.load_tokenizer(base)
-    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels)
+    loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     models.load_adapter(loaded, adapter)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        peftcore.merge(loaded, keep_adapters=False, untie=untie)
+        dense = models.torch_dtype(dtype, device) if quantize else None
+        peftcore.merge(loaded, keep_adapters=False, untie=untie, dtype=dense)
+    if quantize:
+        peftcore.quantization.dequantize(loaded, dense)  # layers that the adapter leaves alone
     for warning in caught:
         warn(str(warning.message))
     try:

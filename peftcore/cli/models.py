@@ -96,16 +96,30 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(
-    model: str, task: str, *, dtype: str = "auto", device: str = "auto", labels: tuple[str, ...] = ()
+    model: str,
+    task: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    labels: tuple[str, ...] = (),
+    quantize: str | None = None,
 ) -> PreTrainedModel:
-    """A base for `task`, in evaluation mode on its device."""
+    """A base for `task`, in evaluation mode on its device; with `quantize` its linear layers are in 4 bits."""
     quiet()
-    loaded = _load(
-        _auto_class(task).from_pretrained, model, "model", dtype=torch_dtype(dtype, device), **_names(labels)
-    )
+    loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_names(labels)}
+    is_gguf = model.endswith(".gguf")
+    if quantize is not None:
+        from peftcore import quantization
+
+        quantization.check_quant_type(quantize)
+        if not is_gguf:  # transformers reads such a file whole
+            loader, options = quantization.load, {**options, "quant_type": quantize, "model_class": _auto_class(task)}
+    loaded = _load(loader, model, "model", **options)
     loaded.config._name_or_path = model  # for a .gguf file transformers would note its folder alone
-    if model.endswith(".gguf") and getattr(loaded, "hf_quantizer", None) is not None:
+    if is_gguf and getattr(loaded, "hf_quantizer", None) is not None:
         loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
+    if is_gguf and quantize is not None:
+        quantization.quantize(loaded, quantize)
     _set_padding(loaded, model)
     return loaded.to(torch_device(device)).eval()
 

@@ -10,12 +10,13 @@ from torch import nn
 
 from peftcore.errors import PeftcoreError
 from peftcore.quantization.convert import default_skip, dequantize, quantize, quantized_layers
-from peftcore.quantization.format import QuantState, pack, unpack
+from peftcore.quantization.format import QuantState, check_quant_type, pack, unpack
 from peftcore.quantization.linear import QuantizedLinear
 
 __all__ = [
     "QuantState",
     "QuantizedLinear",
+    "check_quant_type",
     "default_skip",
     "dequantize",
     "load",

@@ -29,7 +29,11 @@ _failures: list[PeftcoreError] = []  # what transformers, while it loads, turns 
 
 @register_quantization_config(METHOD)
 class NF4Config(QuantizationConfigMixin):
-    """How `from_pretrained` quantizes; the arguments are those of `peftcore.quantize`."""
+    """How `from_pretrained` quantizes a dense checkpoint; the arguments are those of `peftcore.quantize`.
+
+    For a checkpoint that bitsandbytes quantized, transformers takes bitsandbytes' config only and raises ValueError:
+    read it with `peftcore.quantization.load`.
+    """
 
     def __init__(
         self,
@@ -189,7 +193,8 @@ def load(
 
     where = os.fspath(path)
     ours = NF4Config(quant_type, double_quant, skip, compute_dtype, blocksize)
-    config = transformers.AutoConfig.from_pretrained(where)
+    config, _ = transformers.AutoConfig.from_pretrained(where, return_unused_kwargs=True, **options)
+    options = {name: value for name, value in options.items() if not hasattr(config, name)}
     told = getattr(config, "quantization_config", None)
     if told is None:
         options["quantization_config"] = ours

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from commands import Run
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import peftcore
 
 METHOD = ("--method", "qlora", "--set", "r=4", "--set", "lora_alpha=8", "--set", "blocksize=32")
 STEPS = ("--batch-size", 4, "--lr", "0.02", "--save-every", 2, "--eval-every", 3, "--steps")
@@ -25,6 +29,54 @@ def test_train_and_use(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> 
     run("generate", "--adapter", output / "adapter", "-p", "the film is good")
     run("merge", "--adapter", output / "adapter", "--output", tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+def held_out_losses(output: str) -> list[float]:
+    """(the base's, with the adapter) from what `eval` prints."""
+    return [float(word) for word in next(line for line in output.splitlines() if "loss" in line).split()[-2:]]
+
+
+@pytest.mark.parametrize("target", ["all-linear", "q_proj"])
+def test_the_base_in_4_bits_again(run: Run, llama: Path, reviews: Path, tmp_path: Path, target: str) -> None:
+    """--quantize evaluates and merges what was trained; layers that the adapter leaves alone come out dense too."""
+    output = tmp_path / "run"
+    method = ("--method", "qlora", "--set", "r=4", "--set", f"target_modules={target}")
+    run("train", "-m", llama, "-d", reviews, "-o", output, "--eval-data", reviews, *method, *STEPS, 6)
+    found = json.loads((output / "result.json").read_text())
+    given = ("--adapter", output / "adapter", "--quantize", "nf4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # about a base other than the one it was trained on
+        losses = held_out_losses(run("eval", *given, "-d", reviews).output)
+    assert losses == pytest.approx([found["before"]["loss"], found["after"]["loss"]], abs=1e-4)
+    run("generate", *given, "-p", "the film is good", "--max-new-tokens", 2)
+
+    run("merge", *given, "--output", tmp_path / "merged")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    wanted = peftcore.quantize(AutoModelForCausalLM.from_pretrained(llama))
+    untouched = "model.layers.0.mlp.up_proj" if target == "q_proj" else "lm_head"
+    expected = wanted.get_submodule(untouched)
+    dense = expected.dequantized() if target == "q_proj" else expected.weight
+    assert torch.equal(model.get_submodule(untouched).weight, dense)
+    assert not any("absmax" in name for name in model.state_dict())
+    assert not hasattr(model.config, "quantization_config")
+    dense_losses = held_out_losses(run("eval", "--adapter", output / "adapter", "-d", reviews).output)
+    assert abs(dense_losses[0] - losses[0]) > 1e-4  # the dense base is another one
+
+
+def test_a_classifier_on_a_base_in_4_bits(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    method = ("--method", "qlora", "--set", "r=4")
+    run("train", "-m", bert, "-d", labelled, "-o", output, "--eval-data", labelled, *method, *STEPS, 6)
+    found = json.loads((output / "result.json").read_text())
+    given = ("--adapter", output / "adapter", "--quantize", "nf4")
+    loss = held_out_losses(run("eval", *given, "-d", labelled).output)[1]
+    assert loss == pytest.approx(found["after"]["loss"], abs=1e-4)
+    assert run("generate", *given, "-p", "the story is good").output.strip().startswith(("up", "down"))
+
+
+def test_an_unknown_4_bit_type(run: Run, llama: Path, tmp_path: Path) -> None:
+    output = run("generate", "-m", llama, "--quantize", "int4", "-p", "the", code=1).output
+    assert "there is no 4-bit type 'int4'. Choose one of: nf4, fp4" in " ".join(output.split())
 
 
 def test_a_classifier(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:

@@ -85,6 +85,18 @@ def test_a_checkpoint_that_bitsandbytes_quantized(tmp_path):
     ours = peftcore.quantization.load(tmp_path / "quantized")
     assert len(kinds(ours)) == 14 and ours.model.layers[0].mlp.up_proj.nested_absmax is None
     torch.testing.assert_close(logits(ours), logits(theirs.train()), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"quantized with BitsAndBytesConfig but you are passing a NF4Config"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", quantization_config=peftcore.NF4Config())
+
+
+def test_options_of_from_pretrained_reach_the_config(tmp_path):
+    llama().save_pretrained(tmp_path)
+    labels = {0: "no", 1: "yes", 2: "perhaps"}
+    classes = {"model_class": transformers.AutoModelForSequenceClassification, "id2label": labels}
+    found = peftcore.quantization.load(tmp_path, attn_implementation="eager", use_cache=False, **classes)
+    assert found.config.id2label == labels and found.score.weight.shape == (3, 64)
+    assert found.config._attn_implementation == "eager" and found.config.use_cache is False
+    assert len(kinds(found)) == 14
 
 
 def test_a_loaded_model_trains_with_transformers_trainer(tmp_path):
