@@ -162,6 +162,10 @@ class Registry:
             self._manager.check_pending()
             callers = self._manager.get_hookcallers(plugin) or []
             entry.hooks = sorted(caller.name for caller in callers)
+            if not entry.hooks:
+                raise PluginError(
+                    "it has no hook. Mark its functions with @peftcore.hookimpl, at least peftcore_methods()"
+                )
             subset = self._manager.subset_hook_caller(
                 "peftcore_methods", [p for p in self._manager.get_plugins() if p is not plugin]
             )

@@ -108,6 +108,7 @@ def test_a_hook_with_a_wrong_argument_is_broken(discover) -> None:
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
+        (types.ModuleType("empty"), r"it has no hook. Mark its functions with @peftcore.hookimpl"),
         (tiny.Plugin(tiny.method("other")), r"the method is named 'other' but its entry point 'named'"),
         (tiny.Plugin("text"), r"must return peftcore.Method objects, found str"),
         (tiny.Plugin(peftcore.Method("named", dict, None, peftcore.StateRules("X"))), r"must be a frozen dataclass"),
