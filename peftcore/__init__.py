@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         StateRules,
         Train,
         WeightFormat,
+        prompt_tensor_name,
         tensor_name,
     )
     from peftcore.parallel import TrainingState, load_sharded, shard
@@ -67,6 +68,7 @@ __all__ = [
     "merge_loss",
     "methods",
     "plan",
+    "prompt_tensor_name",
     "quantize",
     "remove",
     "save",
@@ -101,6 +103,7 @@ _HOMES = {
     "StateRules": "method",
     "Train": "method",
     "WeightFormat": "method",
+    "prompt_tensor_name": "method",
     "tensor_name": "method",
     "TrainingState": "parallel",
     "load_sharded": "parallel",

@@ -217,6 +217,19 @@ def read(folder: Path, model: nn.Module) -> tuple[Method, Any, dict[str, Tensor]
     return method, config, dict(method.state.read_tensors(tensors, config)), metadata
 
 
+def about(folder: Path) -> tuple[dict[str, Any], ForeignFormat | None]:
+    """What an adapter folder says of itself: the fields of its config as PEFT names them, and its foreign format.
+
+    Raises:
+        CheckpointError: it holds no adapter.
+    """
+    foreign = _foreign(folder)
+    if foreign is None:
+        return read_config(folder, adapter_files.read_metadata(folder)), None
+    method, form, fields = foreign
+    return {"peft_type": method.state.peft_type, **form.about(fields)}, form
+
+
 def _foreign(folder: Path) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:
     """(method, format, fields) where the folder is another library's, by a config without peft_type."""
     try:

@@ -71,6 +71,11 @@ def tensor_name(placement: Placement, name: str) -> str:
             return name
 
 
+def prompt_tensor_name(placement: Placement, name: str) -> str:
+    """The same for methods of prompts and prefixes, around whose models PEFT has one wrapper less."""
+    return f"base_model.{name}" if isinstance(placement, Train) else name
+
+
 @dataclass(frozen=True)
 class ForeignFormat:
     """Adapter folders of another library, which a method can read; it never writes them.
@@ -81,12 +86,15 @@ class ForeignFormat:
         matches: (fields of an `adapter_config.json` without `peft_type`) -> is it this format?
         read: (model, fields, tensors) -> (config, tensors by the names that they have on disk here). It raises
             a PeftcoreError for what this method cannot compute.
+        about: (fields) -> the same facts as an `adapter_config.json` of PEFT has them: base_model_name_or_path, and
+            fields of the method that are worth showing.
     """
 
     name: str
     tensors: str
     matches: Callable[[dict[str, Any]], bool]
     read: Callable[[nn.Module, dict[str, Any], dict[str, Tensor]], tuple[Any, dict[str, Tensor]]]
+    about: Callable[[dict[str, Any]], dict[str, Any]] = lambda _fields: {}
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from peftcore.adapted import base_modules, base_parameters, original_class
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import Train
+from peftcore.sublayers import Sublayer
 
 ALL_LINEAR = "all-linear"
 
@@ -31,6 +32,11 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """A linear layer in the sense of `all-linear`."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """(input, output) of a linear layer."""
+    return (module.nx, module.nf) if is_conv1d(module) else (module.in_features, module.out_features)
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -98,6 +104,35 @@ def select(
     if not own_parameters:
         refuse_bypassed(modules, chosen)
     return {path: modules[path] for path in chosen}
+
+
+def select_by(config: Any, model: nn.Module, architecture: Architecture, **others: Any) -> dict[str, nn.Module]:
+    """`select` with the fields of a config that bear the names of its arguments; `others` come first."""
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    return select(model, architecture, **{**{name: getattr(config, name) for name in fields}, **others})
+
+
+def sublayers(
+    model: nn.Module, architecture: Architecture, kinds: Collection[str], layers: int | Sequence[int] | None = None
+) -> list[Sublayer]:
+    """The known sublayers of these kinds, in all layers or those with the indices `layers`.
+
+    Raises:
+        PeftcoreError: the kind of layer is not known, or an index is none.
+    """
+    found = [sublayer for sublayer in architecture.sublayers if sublayer.kind in kinds]
+    if not found:
+        linear = [path for path, module in base_modules(model) if is_linear(module)][:3]
+        raise PeftcoreError(
+            f"where {type(model).__name__} has its attention and feed-forward is not known. Name modules: "
+            f"target_modules=[...]; linear layers here: {', '.join(linear) or 'none'}"
+        )
+    wanted = {layers} if isinstance(layers, int) else None if layers is None else set(layers)
+    there = {sublayer.layer for sublayer in found}
+    if wanted is not None and (not wanted or wanted - there):
+        wrong = f"there is no layer {sorted(wanted - there)}" if wanted else "it names no layer"
+        raise PeftcoreError(f"layers_to_transform: {wrong} (layers: {sorted(there)})")
+    return [sublayer for sublayer in found if wanted is None or sublayer.layer in wanted]
 
 
 def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, int]:

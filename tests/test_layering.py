@@ -11,7 +11,7 @@ CORE = ROOT / "peftcore"
 
 # Each may import the rooms to its left, and none to its right.
 ORDER = [
-    {"errors", "method", "hookspecs", "ops", "build_info", "ranks"},
+    {"errors", "validation", "method", "hookspecs", "ops", "build_info", "ranks"},
     {"registry", "adapted", "sublayers"},
     {"architecture"},
     {"targets", "prompts", "trained", "fingerprint", "adapter_files"},

@@ -42,6 +42,15 @@ def roberta_classifier() -> nn.Module:
     return RobertaForSequenceClassification(RobertaConfig(vocab_size=96, num_labels=3, **special, **sizes)).eval()
 
 
+def llama_classifier() -> nn.Module:
+    from transformers import LlamaForSequenceClassification
+
+    torch.manual_seed(1)
+    config = llama().config
+    config.num_labels = 3
+    return LlamaForSequenceClassification(config).eval()
+
+
 def t5() -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 

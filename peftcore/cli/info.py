@@ -1,4 +1,4 @@
-"""`peftcore info`: what lies in an adapter folder, ours or PEFT's; its base is not needed."""
+"""`peftcore info`: what lies in an adapter folder, ours, PEFT's or another library's; its base is not needed."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def info(adapter: Annotated[Path, typer.Argument(help="Adapter folder.")]) -> No
     from peftcore.registry import registry
     from peftcore.summary import megabytes
 
-    tensors, metadata = checkpoint.read_tensors(adapter)
-    fields = checkpoint.read_config(adapter, metadata)
+    fields, foreign = checkpoint.about(adapter)
+    tensors, metadata = checkpoint.read_tensors(adapter, foreign.tensors if foreign else checkpoint.TENSORS)
     try:
         method = registry.method_of_peft_type(fields["peft_type"]).name
     except PluginError as error:
         method = str(error)
-    written_by = fields.get("peft_version") and f"PEFT {fields['peft_version']}"
+    written_by = foreign.name if foreign else fields.get("peft_version") and f"PEFT {fields['peft_version']}"
     if "peftcore_version" in metadata:
         written_by = f"peftcore {metadata['peftcore_version']}"
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})

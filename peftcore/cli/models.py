@@ -39,7 +39,8 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     """What the adapter in `folder` is for; where no file of ours says so (PEFT wrote it), read off the adapter.
 
     Args:
-        labels: a classifier's labels in the order of its outputs, separated by commas.
+        labels: a classifier's labels in the order of its outputs, separated by commas. An adapter of a foreign format
+            is a classifier's where they are given.
 
     Raises:
         PeftcoreError: the folder holds no adapter, or one for a task that no command runs.
@@ -47,11 +48,13 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     from peftcore import checkpoint
 
     given = tuple(part.strip() for part in labels.split(",")) if labels else ()
-    fields = checkpoint.read_config(folder)
+    fields, foreign = checkpoint.about(folder)
     try:
         told = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
         found = AdapterTask(told["task"], int(told["max_length"]), tuple(told["labels"]))
     except FileNotFoundError:
+        if foreign is not None:  # it does not say; heads lie elsewhere, and are the base's own
+            return AdapterTask(data.CLASSIFICATION if given else data.LANGUAGE_MODEL, 512, given)
         found = _read_off(folder, fields)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: {error}. It may be deleted") from error
@@ -64,7 +67,7 @@ def base_of(folder: Path, model: str | None) -> str:
     """The base of an adapter: `model` if given, else what the adapter names."""
     from peftcore import checkpoint
 
-    named = model or checkpoint.read_config(folder).get("base_model_name_or_path")
+    named = model or checkpoint.about(folder)[0].get("base_model_name_or_path")
     if not named:
         raise PeftcoreError(f"'{folder}' does not say what base it was trained on. Name it: --model MODEL")
     return str(named)

@@ -15,7 +15,9 @@ Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder,
 BaseModel = Annotated[
     str | None, typer.Option("--model", "-m", help="The adapter's base, if it is not where the adapter says.")
 ]
-Adapter = Annotated[Path, typer.Option("--adapter", "-a", help="Adapter folder, ours or written by PEFT.")]
+Adapter = Annotated[
+    Path, typer.Option("--adapter", "-a", help="Adapter folder, ours, PEFT's or of a library that a plugin reads.")
+]
 MethodName = Annotated[
     str | None, typer.Option("--method", help="Fine-tuning method; may be left out where only one is installed.")
 ]

@@ -22,6 +22,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import peftcore_adapter_hub
@@ -30,21 +31,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftcore
-from peftcore import targets
-from peftcore.errors import nearest
+from peftcore import targets, validation
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu,
-    "leakyrelu": F.leaky_relu,
-    "elu": F.elu,
-    "mish": F.mish,
+    **{name: getattr(F, name) for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "mish")},
+    **{"swish": F.silu, "leakyrelu": F.leaky_relu, "gelu_new": partial(F.gelu, approximate="tanh")},  # AdapterHub's
     "linear": lambda x: x,
 }
 SUBLAYERS = {
@@ -90,40 +81,26 @@ class AdapterConfig:
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        size = self.bottleneck_size
-        for wrong, message in (
-            (self.placement not in SUBLAYERS, f"placement is one of {', '.join(SUBLAYERS)}; found {self.placement!r}"),
-            (
-                self.non_linearity not in ACTIVATIONS,
-                f"non_linearity '{self.non_linearity}' is unknown{nearest(self.non_linearity, ACTIVATIONS)}. "
-                f"It is one of {', '.join(ACTIVATIONS)}",
-            ),
-            (
-                size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1),
-                f"bottleneck_size must be a positive whole number, found {size!r}",
-            ),
-            (
-                not self.reduction_factor >= 1,
-                f"reduction_factor must be at least 1, found {self.reduction_factor!r}: a bottleneck wider than the "
-                "layer is none",
-            ),
-            (not math.isfinite(self.scaling), f"scaling must be finite, found {self.scaling!r}"),
-            (not 0 <= self.dropout < 1, f"dropout must be in [0, 1), found {self.dropout!r}"),
-            (
-                self.is_parallel and self.original_ln_before,
-                "is_parallel and original_ln_before exclude each other: a parallel adapter stands behind nothing",
-            ),
-            (
-                self.target_modules is not None and (self.original_ln_before or self.cross_adapter),
-                "original_ln_before and cross_adapter choose among known sublayers; target_modules names modules",
-            ),
-            (
-                self.target_modules is None and bool(self.exclude_modules or self.layers_pattern),
-                "exclude_modules and layers_pattern go with target_modules; layers_to_transform goes without",
-            ),
-        ):
-            if wrong:
-                raise peftcore.PeftcoreError(message)
+        validation.one_of(SUBLAYERS, placement=self.placement)
+        validation.one_of(ACTIVATIONS, non_linearity=self.non_linearity)
+        validation.probability(dropout=self.dropout)
+        if self.bottleneck_size is not None:
+            validation.positive_whole(bottleneck_size=self.bottleneck_size)
+        require, named = validation.require, self.target_modules is not None
+        require(self.reduction_factor >= 1, f"reduction_factor must be at least 1, found {self.reduction_factor!r}")
+        require(math.isfinite(self.scaling), f"scaling must be finite, found {self.scaling!r}")
+        require(
+            not (self.is_parallel and self.original_ln_before),
+            "is_parallel and original_ln_before exclude each other: a parallel adapter stands behind nothing",
+        )
+        require(
+            not (named and (self.original_ln_before or self.cross_adapter)),
+            "original_ln_before and cross_adapter choose among known sublayers; target_modules names modules",
+        )
+        require(
+            named or not (self.exclude_modules or self.layers_pattern),
+            "exclude_modules and layers_pattern go with target_modules; layers_to_transform goes without",
+        )
 
 
 class Bottleneck(nn.Module):
@@ -193,17 +170,23 @@ class BesideResidual(Bottleneck):
 
 def widths(model: nn.Module, path: str, architecture: peftcore.Architecture) -> tuple[int, int]:
     """(width of the input, width of the output) of a module."""
-    module = model.get_submodule(path)
-    if targets.is_conv1d(module):
-        return module.nx, module.nf
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    if architecture.hidden_size is None:
-        raise peftcore.PeftcoreError(
-            f"the width of '{path}' ({type(module).__name__}) is not known, since {type(model).__name__} names no "
-            "hidden_size. Name linear layers in target_modules"
-        )
-    return architecture.hidden_size, architecture.hidden_size
+    module, width = model.get_submodule(path), architecture.hidden_size
+    if targets.is_linear(module):
+        return targets.sizes(module)
+    validation.require(
+        width is not None,
+        f"the width of '{path}' ({type(module).__name__}) is not known, since {type(model).__name__} names no "
+        "hidden_size. Name linear layers in target_modules",
+    )
+    return width, width
+
+
+def at_module(model: nn.Module, path: str, config: AdapterConfig, architecture: peftcore.Architecture) -> Any:
+    """The placement beside or behind a module."""
+    width, out_width = widths(model, path, architecture)
+    if config.is_parallel:
+        return peftcore.Around(path, Parallel(config, path, model.get_submodule(path), width, out_width))
+    return peftcore.After(path, Series(config, path, out_width))
 
 
 def of_sublayer(model: nn.Module, sublayer: Any, config: AdapterConfig, architecture: peftcore.Architecture) -> Any:
@@ -211,64 +194,27 @@ def of_sublayer(model: nn.Module, sublayer: Any, config: AdapterConfig, architec
     width = widths(model, sublayer.output, architecture)[1]
     if config.is_parallel and sublayer.adds_residual:
         return peftcore.Around(sublayer.whole, BesideResidual(config, sublayer.whole, width))
-    if config.is_parallel:
-        adapter = Parallel(config, sublayer.whole, model.get_submodule(sublayer.whole), width, width)
-        return peftcore.Around(sublayer.whole, adapter)
     if not config.original_ln_before:
-        return peftcore.After(sublayer.output, Series(config, sublayer.output, width))
+        return at_module(model, sublayer.whole if config.is_parallel else sublayer.output, config, architecture)
     if sublayer.norm is not None:
         return peftcore.Around(sublayer.norm, BehindNorm(config, sublayer.norm, width))
-    if sublayer.stream is not None:
-        return peftcore.After(sublayer.stream, Series(config, sublayer.stream, width))
-    raise peftcore.PeftcoreError(
+    validation.require(
+        sublayer.stream is not None,
         f"original_ln_before: no module of {type(model).__name__} gives what comes behind the residual of "
-        f"'{sublayer.output}'. Use placement='pfeiffer', or original_ln_before=False"
+        f"'{sublayer.output}'. Use placement='pfeiffer', or original_ln_before=False",
     )
-
-
-def chosen_sublayers(model: nn.Module, config: AdapterConfig, architecture: peftcore.Architecture) -> list[Any]:
-    """The known sublayers that the config means."""
-    kinds = SUBLAYERS[config.placement] | ({"cross_attention"} if config.cross_adapter else set())
-    found = [sublayer for sublayer in architecture.sublayers if sublayer.kind in kinds]
-    if not found:
-        linear = [path for path, module in model.named_modules() if targets.is_linear(module)][:3]
-        raise peftcore.PeftcoreError(
-            f"where {type(model).__name__} has its attention and feed-forward is not known. Name modules whose output "
-            f"a bottleneck shall follow: target_modules=[...]; linear layers here: {', '.join(linear) or 'none'}"
-        )
-    if config.layers_to_transform is None:
-        return found
-    layers = config.layers_to_transform
-    wanted = {layers} if isinstance(layers, int) else set(layers)
-    there = {sublayer.layer for sublayer in found}
-    if not wanted or wanted - there:
-        wrong = f"there is no layer {sorted(wanted - there)}" if wanted else "it names no layer"
-        raise peftcore.PeftcoreError(f"layers_to_transform: {wrong} (layers: {sorted(there)})")
-    return [sublayer for sublayer in found if sublayer.layer in wanted]
+    return peftcore.After(sublayer.stream, Series(config, sublayer.stream, width))
 
 
 def place(model: nn.Module, config: AdapterConfig, architecture: peftcore.Architecture) -> list[Any]:
-    placements: list[Any] = []
     if config.target_modules is None:
-        for sublayer in chosen_sublayers(model, config, architecture):
-            placements.append(of_sublayer(model, sublayer, config, architecture))
-    else:
-        for path, module in targets.select(
-            model,
-            architecture,
-            target_modules=config.target_modules,
-            exclude_modules=config.exclude_modules,
-            layers_to_transform=config.layers_to_transform,
-            layers_pattern=config.layers_pattern,
-            modules_to_save=config.modules_to_save,
-            supported=lambda module: not isinstance(module, nn.ModuleList),
-        ).items():
-            width, out_width = widths(model, path, architecture)
-            if config.is_parallel:
-                placements.append(peftcore.Around(path, Parallel(config, path, module, width, out_width)))
-            else:
-                placements.append(peftcore.After(path, Series(config, path, out_width)))
-    return placements
+        kinds = SUBLAYERS[config.placement] | ({"cross_attention"} if config.cross_adapter else set())
+        found = targets.sublayers(model, architecture, kinds, config.layers_to_transform)
+        return [of_sublayer(model, sublayer, config, architecture) for sublayer in found]
+    chosen = targets.select_by(
+        config, model, architecture, supported=lambda module: not isinstance(module, nn.ModuleList)
+    )
+    return [at_module(model, path, config, architecture) for path in chosen]
 
 
 @peftcore.hookimpl

@@ -125,4 +125,9 @@ def _in_decoder(stack: str) -> bool:
     return "decoder" in stack.split(".")
 
 
-FORMAT = peftcore.ForeignFormat("the library adapters", "adapter.safetensors", matches, read)
+def about(fields: dict[str, Any]) -> dict[str, Any]:
+    """The base, and all settings of the bottleneck."""
+    return {"base_model_name_or_path": fields.get("model_name") or None, **fields["config"]}
+
+
+FORMAT = peftcore.ForeignFormat("the library adapters", "adapter.safetensors", matches, read, about)

@@ -87,14 +87,11 @@ def selected(model: nn.Module, config: BitFitConfig, architecture: peftcore.Arch
         wanted = ".*"
     elif pattern == QUERY_INTERMEDIATE:
         wanted = query_and_intermediate(model, architecture)
-    chosen = targets.select(
+    chosen = targets.select_by(
+        config,
         model,
         architecture,
         target_modules=wanted,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        modules_to_save=config.modules_to_save,
         supported=lambda module: bool(bias_names(module)) or targets.is_linear(module),
         own_parameters=True,
     )
@@ -130,7 +127,7 @@ def place(model: nn.Module, config: BitFitConfig, architecture: peftcore.Archite
     chosen = selected(model, config, architecture)
     trained = [f"{path}.{name}" if path else name for path, module in chosen.items() for name in bias_names(module)]
     placements: list[Any] = [
-        peftcore.After(path, AddedBias(module.nf if targets.is_conv1d(module) else module.out_features))
+        peftcore.After(path, AddedBias(targets.sizes(module)[1]))
         for path, module in chosen.items()
         if not bias_names(module)
     ]

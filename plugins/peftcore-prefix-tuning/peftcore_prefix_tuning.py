@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore import validation
 
 
 @dataclass(frozen=True)
@@ -47,18 +48,11 @@ class PrefixTuningConfig:
     num_transformer_submodules: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_virtual_tokens", "encoder_hidden_size"):
-            value = getattr(self, name)
-            if value is None and name == "encoder_hidden_size":
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise peftcore.PeftcoreError(f"{name} must be a positive whole number, found {value!r}")
-        if self.init_weights not in (None, "zero"):
-            raise peftcore.PeftcoreError(f"init_weights must be None or 'zero', found {self.init_weights!r}")
-        if self.num_transformer_submodules not in (None, 1, 2):
-            raise peftcore.PeftcoreError(
-                f"num_transformer_submodules must be 1 or 2, found {self.num_transformer_submodules!r}"
-            )
+        validation.positive_whole(num_virtual_tokens=self.num_virtual_tokens)
+        if self.encoder_hidden_size is not None:
+            validation.positive_whole(encoder_hidden_size=self.encoder_hidden_size)
+        validation.one_of((None, "zero"), init_weights=self.init_weights)
+        validation.one_of((None, 1, 2), num_transformer_submodules=self.num_transformer_submodules)
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PrefixTuningConfig:
         """The sizes of the model's attention made explicit."""
@@ -120,11 +114,6 @@ def place(model: nn.Module, config: PrefixTuningConfig, architecture: peftcore.A
     return [peftcore.PrefixKV(Prefix(config))]
 
 
-def tensor_name(placement: Any, name: str) -> str:
-    """PEFT wraps the model once less than for other methods."""
-    return f"base_model.{name}" if isinstance(placement, peftcore.Train) else name
-
-
 def exported(adapter: nn.Module) -> dict[str, Tensor]:
     """P, for those who know no projection."""
     return {"prompt_embeddings": adapter.rows()} if hasattr(adapter, "projection") else {}
@@ -138,6 +127,9 @@ def config_on_disk(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) ->
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
     rules = peftcore.StateRules(
-        peft_type="PREFIX_TUNING", tensor_name=tensor_name, exported=exported, config_on_disk=config_on_disk
+        peft_type="PREFIX_TUNING",
+        tensor_name=peftcore.prompt_tensor_name,
+        exported=exported,
+        config_on_disk=config_on_disk,
     )
     return [peftcore.Method("prefix-tuning", PrefixTuningConfig, place, rules, learning_rate=1e-2)]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore import validation
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,13 @@ class PromptTuningConfig:
     initialize: bool = True
 
     def __post_init__(self) -> None:
-        n, init = self.num_virtual_tokens, self.prompt_tuning_init
-        if not isinstance(n, int) or isinstance(n, bool) or n <= 0:
-            raise peftcore.PeftcoreError(f"num_virtual_tokens must be a positive whole number, found {n!r}")
-        if init not in ("RANDOM", "SAMPLE_VOCAB", "TEXT"):
-            raise peftcore.PeftcoreError(
-                f"prompt_tuning_init must be 'RANDOM', 'SAMPLE_VOCAB' or 'TEXT', found {init!r}"
-            )
-        if init == "TEXT" and not (self.prompt_tuning_init_text and self.tokenizer_name_or_path):
-            raise peftcore.PeftcoreError(
-                "prompt_tuning_init='TEXT' needs prompt_tuning_init_text and tokenizer_name_or_path, found "
-                f"{self.prompt_tuning_init_text!r} and {self.tokenizer_name_or_path!r}"
-            )
+        validation.positive_whole(num_virtual_tokens=self.num_virtual_tokens)
+        validation.one_of(("RANDOM", "SAMPLE_VOCAB", "TEXT"), prompt_tuning_init=self.prompt_tuning_init)
+        validation.require(
+            self.prompt_tuning_init != "TEXT" or bool(self.prompt_tuning_init_text and self.tokenizer_name_or_path),
+            "prompt_tuning_init='TEXT' needs prompt_tuning_init_text and tokenizer_name_or_path, found "
+            f"{self.prompt_tuning_init_text!r} and {self.tokenizer_name_or_path!r}",
+        )
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PromptTuningConfig:
         """The choices that depend on the model made explicit."""
@@ -131,16 +127,11 @@ def place(
     return [peftcore.SoftPrompt(Prompt(first_values(config, embedding), config.num_virtual_tokens))]
 
 
-def tensor_name(placement: Any, name: str) -> str:
-    """PEFT wraps the model once less than for other methods."""
-    return f"base_model.{name}" if isinstance(placement, peftcore.Train) else name
-
-
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
     rules = peftcore.StateRules(
         peft_type="PROMPT_TUNING",
-        tensor_name=tensor_name,
+        tensor_name=peftcore.prompt_tensor_name,
         write_config=lambda fields: {name: value for name, value in fields.items() if name != "initialize"},
         read_config=lambda fields: {**fields, "initialize": False},
     )

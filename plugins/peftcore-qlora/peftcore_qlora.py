@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore import quantization
+from peftcore import quantization, validation
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,7 @@ class QLoraConfig(peftcore_lora.LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.compute_dtype not in (None, "float32", "bfloat16", "float16"):
-            raise peftcore.PeftcoreError(
-                f"compute_dtype must be 'float32', 'bfloat16', 'float16' or None, found {self.compute_dtype!r}"
-            )
+        validation.one_of((None, "float32", "bfloat16", "float16"), compute_dtype=self.compute_dtype)
 
 
 def prepare(model: nn.Module, config: QLoraConfig) -> None:

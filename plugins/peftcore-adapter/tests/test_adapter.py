@@ -254,8 +254,11 @@ def test_merging_says_that_it_cannot_and_what_can() -> None:
         ({"bottleneck_size": 33}, r"bottleneck_size=33 is wider than 'model.layers.0.self_attn' \(32\)"),
         ({"bottleneck_size": 0}, "must be a positive whole number, found 0"),
         ({"reduction_factor": 0.5}, "reduction_factor must be at least 1, found 0.5"),
-        ({"non_linearity": "rellu"}, "'rellu' is unknown .nearest: 'relu'"),
-        ({"placement": "pfeifer"}, "placement is one of houlsby, pfeiffer, attention; found 'pfeifer'"),
+        ({"non_linearity": "rellu"}, "non_linearity must be 'relu', .* or 'linear', found 'rellu' .nearest: 'relu'"),
+        (
+            {"placement": "pfeifer"},
+            "must be 'houlsby', 'pfeiffer' or 'attention', found 'pfeifer' .nearest: 'pfeiffer'",
+        ),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), found 1.0"),
         ({"scaling": math.nan}, "scaling must be finite, found nan"),
         ({"is_parallel": True, "original_ln_before": True}, "exclude each other"),

@@ -61,7 +61,7 @@ def changed(folder: Path, **settings: Any) -> Path:
         ({"residual_before_ln": False}, "it uses residual_before_ln=False"),
         ({"scaling": "learned"}, "it uses scaling='learned'; only a number"),
         ({"reduction_factor": {"default": 4}}, "only a number"),
-        ({"non_linearity": "prelu"}, "non_linearity 'prelu' is unknown"),
+        ({"non_linearity": "prelu"}, "non_linearity must be .* found 'prelu'"),
     ],
 )
 def test_what_would_compute_something_else_is_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -111,3 +111,56 @@ def test_a_config_of_nobody_keeps_the_core_s_message(tmp_path: Path) -> None:
     (tmp_path / "a" / "adapter.safetensors").rename(tmp_path / "a" / "adapter_model.safetensors")
     with pytest.raises(peftcore.CheckpointError, match="names no peft_type"):
         peftcore.load(tiny.llama(), tmp_path / "a")
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`command("eval", ...)`: a command on the folder of the Llama's adapter, with its base; returns what it prints."""
+    from commands import SPECIAL, WORDS, save_tokenizer
+    from typer.testing import CliRunner
+
+    from peftcore.cli import console
+    from peftcore.cli.app import build
+
+    monkeypatch.setattr(console.out, "width", 200)
+    base = tmp_path / "base"
+    make.filled(make.llama()).save_pretrained(base)
+    save_tokenizer(base)
+    assert len(SPECIAL + WORDS) <= 32
+
+    def call(name: str, *arguments: Any, code: int = 0) -> str:
+        where = (
+            ["--adapter", FOLDERS / "llama-seq_bn", "--model", base] if name != "info" else [FOLDERS / "llama-seq_bn"]
+        )
+        words = [str(word) for word in (name, *where, *arguments)]
+        result = CliRunner().invoke(build(words), words)
+        assert result.exit_code == code, result.output
+        return result.output
+
+    return call
+
+
+def test_commands_take_such_folders(command: Any, tmp_path: Path) -> None:
+    shown = command("info")
+    assert "the library adapters" in shown and "BOTTLENECK_ADAPTER" in shown and "reduction_factor" in shown
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "the film is good and bright"}) + "\n")
+    rows = command("eval", "--data", tmp_path / "rows.jsonl").splitlines()
+    base, adapted = next(line.split()[1:] for line in rows if line.startswith("loss"))
+    assert float(base) != float(adapted)
+    answers = {command("generate", "--prompt", "the film is", *more) for more in ((), ("--compare",))}
+    assert len(answers) == 2 and any("with the adapter:" in answer for answer in answers)
+    refused = command("merge", "--output", tmp_path / "merged", code=1)
+    assert "(adapter) cannot be merged" in refused and not (tmp_path / "merged").exists()
+
+
+def test_a_folder_that_names_no_base(tmp_path: Path) -> None:
+    from peftcore.cli import models
+
+    assert models.base_of(FOLDERS / "bert-seq_bn", "some/base") == "some/base"
+    with pytest.raises(peftcore.PeftcoreError, match="does not say what base it was trained on"):
+        models.base_of(FOLDERS / "bert-seq_bn", None)
+    shutil.copytree(FOLDERS / "bert-seq_bn", tmp_path / "a")
+    fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({**fields, "model_name": "google/bert"}))
+    assert models.base_of(tmp_path / "a", None) == "google/bert"
+    assert models.adapter_task(tmp_path / "a", "down,up") == models.AdapterTask("classification", 512, ("down", "up"))

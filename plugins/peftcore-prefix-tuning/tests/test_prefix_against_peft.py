@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
+import beside_peft
 import peft
 import pytest
 import tiny
 import torch
-from torch import Tensor, nn
+from beside_peft import compare_padded, logits, quiet
+from torch import nn
 
 import peftcore
 from peftcore.testing import disturb
@@ -23,15 +24,6 @@ def deep_t5() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 3, "num_heads": 4}
     return T5ForConditionalGeneration(T5Config(vocab_size=96, decoder_start_token_id=0, **sizes)).eval()
-
-
-def llama_classifier() -> nn.Module:
-    from transformers import LlamaForSequenceClassification
-
-    torch.manual_seed(1)
-    config = tiny.llama().config
-    config.num_labels = 3
-    return LlamaForSequenceClassification(config).eval()
 
 
 def wide_qwen3() -> nn.Module:
@@ -58,44 +50,17 @@ def bases(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     return MODELS[request.param](), MODELS[request.param]()
 
 
-def quiet(call: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT warns of names that transformers has deprecated, and of its own optional kernels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return call(*args, **kwargs)
-
-
-def logits(model: nn.Module, **changes: Any) -> Tensor:
-    """Logits of a model of ours or PEFT's."""
-    call = {**tiny.inputs(model.get_base_model() if isinstance(model, peft.PeftModel) else model), **changes}
-    with torch.no_grad():
-        return quiet(model, **call).logits
-
-
 def compare(ours: nn.Module, theirs: nn.Module) -> None:
     """The same logits, for rows of one length, without a mask, and for a row that is padded on the right."""
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
     torch.testing.assert_close(
         logits(ours, attention_mask=None), logits(theirs, attention_mask=None), rtol=0, atol=1e-5
     )
-    tokens, mask = tiny.TOKENS.clone(), torch.ones_like(tiny.TOKENS)
-    tokens[1, 5:], mask[1, 5:] = ours.config.pad_token_id or 0, 0
-    found, wanted = (logits(model, input_ids=tokens, attention_mask=mask) for model in (ours, theirs))
-    if found.shape[:2] == mask.shape:
-        found, wanted = found[mask == 1], wanted[mask == 1]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    compare_padded(ours, theirs)
 
 
 def trained_by_peft(model: nn.Module, **fields: Any) -> nn.Module:
-    task = peftcore.architecture.detect(model).task_type
-    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=4, **fields)
-    model = quiet(peft.get_peft_model, model, config).eval()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
+    return beside_peft.trained_by_peft(model, peft.PrefixTuningConfig, **fields)
 
 
 PROJECTION = {"prefix_projection": True, "encoder_hidden_size": 7}
@@ -155,7 +120,7 @@ def test_the_loss_and_gradients_are_peft_s(tmp_path: Path) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [tiny.bert_classifier, tiny.roberta_classifier, llama_classifier])
+@pytest.mark.parametrize("make", [tiny.bert_classifier, tiny.roberta_classifier, tiny.llama_classifier])
 def test_classifiers(make: Any, tmp_path: Path) -> None:
     """PEFT asks classifiers for an argument that transformers has renamed; it means its prefix in their cache."""
     theirs = trained_by_peft(make())

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
-from typing import Any
 
+import beside_peft
 import peft
 import pytest
 import tiny
 import torch
-from torch import Tensor, nn
+from beside_peft import compare_padded, logits, quiet
+from torch import nn
 
 import peftcore
 from peftcore.testing import disturb
-
-
-def llama_classifier() -> nn.Module:
-    from transformers import LlamaForSequenceClassification
-
-    torch.manual_seed(1)
-    config = tiny.llama().config
-    config.num_labels = 3
-    return LlamaForSequenceClassification(config).eval()
 
 
 def distilbert_classifier() -> nn.Module:
@@ -53,7 +44,7 @@ MODELS = {
     **tiny.MODELS,
     "roberta": tiny.roberta_classifier,
     "distilbert": distilbert_classifier,
-    "llama classifier": llama_classifier,
+    "llama classifier": tiny.llama_classifier,
     "bert tagger": bert_tagger,
     "mistral": mistral,
 }
@@ -65,46 +56,18 @@ def bases(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     return MODELS[request.param](), MODELS[request.param]()
 
 
-def quiet(call: Any, *args: Any, **kwargs: Any) -> Any:
-    """PEFT warns of names that transformers has deprecated, and of its own optional kernels."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return call(*args, **kwargs)
-
-
-def logits(model: nn.Module, **changes: Any) -> Tensor:
-    """Logits of a model of ours or PEFT's for the caller's tokens; PEFT gives those of the prompt, too."""
-    call = {**tiny.inputs(model.get_base_model() if isinstance(model, peft.PeftModel) else model), **changes}
-    with torch.no_grad():
-        found = quiet(model, **call).logits
-    return found[:, -call.get("decoder_input_ids", call["input_ids"]).shape[1] :] if found.dim() == 3 else found
-
-
 def compare(ours: nn.Module, theirs: nn.Module) -> None:
     """The same logits, for rows of one length and for a row that is padded on the right."""
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
     if hasattr(ours, "score"):
         return  # PEFT gives a decoder's classifier no token ids, so that it pools the padding
-    tokens, mask = tiny.TOKENS.clone(), torch.ones_like(tiny.TOKENS)
-    tokens[1, 5:], mask[1, 5:] = ours.config.pad_token_id or 0, 0
-    found, wanted = (logits(model, input_ids=tokens, attention_mask=mask) for model in (ours, theirs))
-    if found.shape[:2] == mask.shape:
-        found, wanted = found[mask == 1], wanted[mask == 1]
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    compare_padded(ours, theirs)
 
 
-def trained_by_peft(model: nn.Module, **fields: Any) -> nn.Module:
-    task = peftcore.architecture.detect(model).task_type
-    if model.config.model_type == "distilbert":
-        fields.update(token_dim=32, num_attention_heads=4)  # PEFT does not find them
-    config = peft.PromptTuningConfig(task_type=task, num_virtual_tokens=4, **fields)
-    model = quiet(peft.get_peft_model, model, config).eval()
-    generator = torch.Generator().manual_seed(2)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
+def trained_by_peft(model: nn.Module) -> nn.Module:
+    # PEFT does not find the sizes of DistilBERT.
+    sizes = {"token_dim": 32, "num_attention_heads": 4} if model.config.model_type == "distilbert" else {}
+    return beside_peft.trained_by_peft(model, peft.PromptTuningConfig, **sizes)
 
 
 def test_peft_reads_ours(bases: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:
@@ -142,7 +105,11 @@ def test_files_are_peft_s(tmp_path: Path) -> None:
 
 
 def test_the_loss_counts_the_input_s_tokens() -> None:
-    """PEFT counts the input's first token in addition, which the prompt's last vector predicts."""
+    """PEFT counts the input's first token in addition, which the prompt's last vector predicts.
+
+    Here the loss is over the tokens of the base's loss: Trainer divides by their number, and an evaluation compares
+    the two.
+    """
     ours = peftcore.apply(tiny.llama(), "prompt-tuning", num_virtual_tokens=4)
     theirs = trained_by_peft(tiny.llama())
     peftcore.engine.applied(ours, "default")

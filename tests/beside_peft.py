@@ -1,0 +1,51 @@
+"""What tests that put Hugging Face PEFT beside prompts and prefixes share."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+import tiny
+import torch
+from torch import Tensor, nn
+
+import peftcore
+
+
+def quiet(call: Any, *args: Any, **kwargs: Any) -> Any:
+    """PEFT warns of names that transformers has deprecated, and of its own optional kernels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return call(*args, **kwargs)
+
+
+def logits(model: nn.Module, **changes: Any) -> Tensor:
+    """Logits of a model of ours or PEFT's for the caller's tokens; PEFT gives those of a prompt, too."""
+    call = {**tiny.inputs(model.get_base_model() if isinstance(model, peft.PeftModel) else model), **changes}
+    with torch.no_grad():
+        found = quiet(model, **call).logits
+    return found[:, -call.get("decoder_input_ids", call["input_ids"]).shape[1] :] if found.dim() == 3 else found
+
+
+def compare_padded(ours: nn.Module, theirs: nn.Module) -> None:
+    """The same logits for a row that is padded on the right."""
+    tokens, mask = tiny.TOKENS.clone(), torch.ones_like(tiny.TOKENS)
+    tokens[1, 5:], mask[1, 5:] = ours.config.pad_token_id or 0, 0
+    found, wanted = (logits(model, input_ids=tokens, attention_mask=mask) for model in (ours, theirs))
+    if found.shape[:2] == mask.shape:
+        found, wanted = found[mask == 1], wanted[mask == 1]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def trained_by_peft(model: nn.Module, config_class: type, **fields: Any) -> nn.Module:
+    """A model of PEFT's with four virtual tokens, whose values are not those of the start."""
+    task = peftcore.architecture.detect(model).task_type
+    config = config_class(task_type=task, num_virtual_tokens=4, **fields)
+    model = quiet(peft.get_peft_model, model, config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return model
