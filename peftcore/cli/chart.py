@@ -69,7 +69,7 @@ def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: s
             )
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GREY)
-        axes.tick_params(length=0, labelsize=8.5, colors="#5a6475")
+        axes.tick_params(which="both", length=0, labelsize=8.5, colors="#5a6475")
         axes.set_axisbelow(True)
         axes.grid(axis="x", color=PALE)
     grid[0].set_yticks(rows, labels, fontsize=10, color=INK)

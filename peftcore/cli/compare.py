@@ -132,9 +132,11 @@ def _entry(text: str) -> Entry:
     from peftcore.registry import registry
 
     try:
-        name, *settings = shlex.split(text)
+        name, *settings = shlex.split(text) or [""]
     except ValueError as error:
         raise PeftcoreError(f"--method '{text}': expected 'NAME FIELD=VALUE ...' ({error})") from None
+    if not name:
+        raise PeftcoreError("--method '': expected 'NAME FIELD=VALUE ...'")
     rates = [setting.partition("=")[2] for setting in settings if setting.startswith("lr=")]
     settings = [setting for setting in settings if not setting.startswith("lr=")]
     try:
@@ -214,6 +216,5 @@ def _does_not_fit(common: Settings) -> str | None:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed <= free:
         return None
-    return (
-        f"not run: it needs {needed / 1e9:.1f} GB for weights, gradients and AdamW alone, {free / 1e9:.1f} GB are free"
-    )
+    what = "weights, gradients and AdamW's moments"
+    return f"{what} alone need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"

@@ -126,7 +126,7 @@ class OrderlyStop(TrainerCallback):
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.requested:
-            control.should_save = True
+            control.should_save = args.save_strategy != "no"
             control.should_training_stop = True
 
 

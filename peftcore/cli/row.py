@@ -51,14 +51,15 @@ def _in_child(folder: Path, show: Callable[[str], None]) -> int:
     command = [sys.executable, "-u", "-m", __name__, str(folder)]
     # In a session of its own: Ctrl-C is for this process, which asks the run for an orderly stop.
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    with open(folder / "log.txt", "w", encoding="utf-8") as log, subprocess.Popen(command, **pipes) as child:
+    with open(folder / "log.txt", "a", 1, encoding="utf-8") as log, subprocess.Popen(command, **pipes) as child:
         stopping = False
         while True:
             try:
                 for line in child.stdout:
                     log.write(line)
                     show(line.strip())
-                return child.wait()
+                status = child.wait()
+                return _STOPPED if stopping else status
             except KeyboardInterrupt:
                 if stopping:
                     child.kill()

@@ -1,0 +1,180 @@
+"""`compare`: rows, failures, what a second call keeps, and runs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import Run
+
+from peftcore import PeftcoreError
+from peftcore.cli import compare, row
+from peftcore.cli.comparison import Comparison
+from peftcore.cli.training import Settings
+
+SIZE = ("--steps", 2, "--batch-size", 4, "--max-length", 16)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Runs need no process of their own here; the list has the folders of those that were run."""
+    ran: list[str] = []
+
+    def child(folder: Path, show: Any) -> int:
+        ran.append(f"{folder.parent.name}/{folder.name}")
+        return row._main(folder)
+
+    monkeypatch.setattr(row, "_in_child", child)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return ran
+
+
+def test_rows_failures_and_what_is_kept(
+    run: Run, in_this_process: list[str], bert: Path, labelled: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    methods = ("--method", "lora r=2 lr=1e-2", "--method", "adapter bottleneck_size=64")
+    arguments = ("compare", "-m", bert, "-d", labelled, "--eval-data", labelled, "-o", output, *SIZE)
+    shown = run(*arguments, *methods, "--seeds", 2).output
+    assert "bottleneck_size=64 is wider than" in shown and "4/6  lora r=2, seed 1: accuracy" in shown
+    report = json.loads((output / "report.json").read_text())
+    rows = {each["method"]: each for each in report["rows"]}
+    assert list(rows) == ["lora r=2", "adapter bottleneck_size=64", "full"]
+    assert rows["lora r=2"]["lr"] == 0.01 and rows["full"]["lr"] == compare.FULL_LEARNING_RATE
+    lora, full = rows["lora r=2"]["runs"]["1"], rows["full"]["runs"]["1"]
+    assert full["trainable_parameters"] == full["base_parameters"] > 15 * lora["trainable_parameters"]
+    assert full["before"] == lora["before"], "the same head from the same seed"
+    assert full["after"] != full["before"] and full["adapter_bytes"] > 4 * full["base_parameters"]
+    assert set(rows["adapter bottleneck_size=64"]["runs"]["0"]) == {"error"}
+    assert (output / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "| adapter bottleneck_size=64 | 0.0003 | failed |" in (output / "table.md").read_text()
+    assert (output / "runs" / "lora r=2" / "seed-0" / "adapter" / "adapter_model.safetensors").exists()
+
+    assert "holds a comparison already. --resume keeps what is finished" in run(*arguments, *methods, code=1).output
+    in_this_process.clear()
+    run(*arguments, "--method", "lora r=2 lr=1e-2", "--method", "bitfit", "--no-full", "--seeds", 2, "--resume")
+    assert in_this_process == ["bitfit/seed-0", "bitfit/seed-1"]
+    changed = run(*arguments, "--method", "lora r=2 lr=2e-2", "--no-full", "--resume", code=1).output
+    assert "had lr=0.01, now it is 0.02" in changed
+    run(*arguments, "--method", "lora r=2 lr=2e-2", "--no-full", "--seeds", 1, "--overwrite")
+    assert [path.name for path in (output / "runs").iterdir()] == ["lora r=2"]
+
+
+def test_a_language_model_is_compared_by_its_loss(
+    run: Run, in_this_process: list[str], llama: Path, reviews: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    run("compare", "-m", llama, "-d", reviews, "-o", output, *SIZE, "--method", "lora r=2", "--seeds", 1)
+    table = (output / "table.md").read_text()
+    found = json.loads((output / "report.json").read_text())["rows"][0]["runs"]["0"]
+    assert f"| lora r=2 | 0.0002 | {found['after']['loss']:.3f} |" in table and "| loss |" in table
+
+
+def test_a_cut_off_comparison_goes_on(
+    run: Run, in_this_process: list[str], bert: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = row._in_child
+    arguments = ("compare", "-m", bert, "-d", labelled, "-o", tmp_path / "out", *SIZE, "--seeds", 1, "--no-full")
+    methods = ("--method", "lora r=2", "--method", "bitfit")
+
+    def stopped(folder: Path, show: Any) -> int:
+        return whole(folder, show) if "lora" in str(folder) else row._STOPPED
+
+    monkeypatch.setattr(row, "_in_child", stopped)
+    shown = run(*arguments, *methods, code=130).output
+    assert "finished runs are in" in shown and "--resume" in shown
+    monkeypatch.setattr(row, "_in_child", whole)
+    in_this_process.clear()
+    run(*arguments, *methods, "--resume")
+    assert in_this_process == ["bitfit/seed-0"]
+
+
+@pytest.mark.slow
+def test_runs_in_processes_of_their_own(bert: Path, labelled: Path, tmp_path: Path) -> None:
+    """A signal asks the run at hand for a checkpoint, from which the next call goes on."""
+    command = [sys.executable, "-m", "peftcore", "compare", "-m", bert, "-d", labelled, "-o", tmp_path / "out"]
+    command += ["--no-full", "--seeds", "1", "--method", "lora r=2", "--steps", "4000", "--batch-size", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, env=environment)
+    folder = tmp_path / "out" / "runs" / "lora r=2" / "seed-0"
+    log = folder / "log.txt"
+    end = time.monotonic() + 120
+    while not (log.exists() and "step 200/4000" in log.read_text()) and time.monotonic() < end:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    shown = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "--resume" in shown
+    assert not (folder / "result.json").exists()
+    states = [json.loads(path.read_text()) for path in folder.glob("checkpoints/*/trainer_state.json")]
+    assert max(state["global_step"] for state in states) >= 200
+
+
+def fake(accuracy: float, before: float = 0.5, **changes: Any) -> dict[str, Any]:
+    figures = {"trainable_parameters": 1234, "adapter_bytes": 5000, "peak": {"memory": 10**9}, "step_seconds": 0.25}
+    return {"before": {"accuracy": before}, "after": {"accuracy": accuracy}, "seconds": 3.0, **figures, **changes}
+
+
+def test_mean_and_spread() -> None:
+    found = Comparison(Settings("m", "d.jsonl", "classification", ""), [("a", 1e-3), ("b", 0.3), ("late", 1.0)])
+    values = (0.8, 0.9, 0.85)
+    for seed, value in enumerate(values):
+        found.add("a", seed, fake(value, before=0.4 + seed / 10, step_seconds=0.1 * (seed + 1)))
+    found.add("b", 0, {"error": "it broke"})
+    assert statistics.stdev(values) == pytest.approx(0.05)
+    assert found.cells() == [
+        ("before training", "", "50.0 ± 10.0 %", "", "", "", ""),
+        ("a", "0.001", "85.0 ± 5.0 %", "1,234", "5.0 kB", "1.00 GB", "200 ms"),
+        ("b", "0.3", "failed", "", "", "", ""),
+    ]
+    assert found.markdown().endswith("\n\nb failed: it broke\n")
+    assert found.picture().startswith(b"\x89PNG")
+
+
+def test_every_installed_method_and_the_whole_model_by_default() -> None:
+    from peftcore.registry import registry
+
+    entries = compare.chosen_entries(None, full=True)
+    assert [entry.method for entry in entries] == [*registry.methods(), "full"]
+    assert all(entry.lr == registry.method(entry.method).learning_rate for entry in entries[:-1])
+    rates = compare.chosen_entries(["lora lr=1e-3", "lora lr=1e-4"], full=False)
+    assert [entry.label for entry in rates] == ["lora lr=0.001", "lora lr=0.0001"]
+    assert compare.chosen_entries(["full lr=1e-4"], full=True)[0].lr == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (["lorra"], "no PEFT method 'lorra' is installed"),
+        (["lora rank=4"], "LoraConfig has no field 'rank'"),
+        (["lora r=four"], "'r' takes a whole number, found 'four'"),
+        (["lora lr=fast"], "lr takes a number above 0, found 'fast'"),
+        (["lora lr=-1"], "lr takes a number above 0, found '-1'"),
+        (["lora r=4", "lora r=4"], "'lora r=4 lr=0.0002' is given twice"),
+        (["full r=4"], "the whole model has no field but lr, found 'r=4'"),
+        (["lora 'r=4"], "expected 'NAME FIELD=VALUE ...' .No closing quotation"),
+        ([""], "expected 'NAME FIELD=VALUE ...'"),
+    ],
+)
+def test_wrong_methods(methods: list[str], message: str) -> None:
+    with pytest.raises(PeftcoreError, match=message):
+        compare.chosen_entries(methods, full=False)
+
+
+def test_a_model_that_is_too_big_is_a_row_with_its_reason(
+    run: Run, in_this_process: list[str], bert: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 1000})())
+    output = tmp_path / "out"
+    shown = run("compare", "-m", bert, "-d", labelled, "-o", output, *SIZE, "--method", "bitfit", "--seeds", 1).output
+    assert "full, seed 0: failed: weights, gradients and AdamW's moments alone need" in shown
+    assert in_this_process == ["bitfit/seed-0"]
