@@ -7,9 +7,11 @@ carries it along.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -105,6 +107,8 @@ def apply(
     state.applied[adapter] = Applied(method.name, config, paths, placed.trained)
     model.__dict__[_STATE] = state
     _set_active(model, (*state.active, adapter))
+    if "transformers" in sys.modules and hasattr(model, "save_pretrained"):  # it must know how to save such a model
+        import_module("peftcore.integrations.pretrained")
     return model
 
 

@@ -84,7 +84,6 @@ def train_with_peft(label: str, run: Path) -> dict:
 
     from peftcore import data
     from peftcore.cli import models, progress, tasks, training
-    from peftcore.integrations.transformers import AfterStep
 
     warnings.simplefilter("ignore")
     settings = training.Settings(**json.loads((run / training.RUN_FILE).read_text()))
@@ -108,8 +107,7 @@ def train_with_peft(label: str, run: Path) -> dict:
         callbacks=[meter],
         tokenizer=tokenizer,
     )
-    for callback in (PrinterCallback, AfterStep):
-        trainer.remove_callback(callback)
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return {
         "after": tasks.measure(model, held_out, tokenizer).as_dict(),

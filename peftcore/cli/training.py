@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import peftcore
 from peftcore import data
@@ -28,7 +28,7 @@ from peftcore.cli.console import say, warn
 from peftcore.cli.models import AdapterTask
 from peftcore.cli.options import FULL
 from peftcore.errors import PeftcoreError
-from peftcore.integrations.transformers import AdapterTrainer, AfterStep, latest_checkpoint
+from peftcore.integrations.transformers import bare_model, latest_checkpoint
 from peftcore.summary import Summary
 
 RUN_FILE = "run.json"
@@ -116,7 +116,7 @@ class Stopped(Exception):
         super().__init__(f"stopped at step {step} of {steps}")
 
 
-class MeasuringTrainer(AdapterTrainer):
+class MeasuringTrainer(Trainer):
     """Batches of like lengths; evaluates with `tasks.measure`, so that every figure is the same kind of mean."""
 
     def __init__(self, *args: Any, tokenizer: Any, **kwargs: Any) -> None:
@@ -129,7 +129,7 @@ class MeasuringTrainer(AdapterTrainer):
         return LikeLengths(lengths, self.args.train_batch_size, self.args.seed)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        found = tasks.measure(self._bare_model(), self.eval_dataset, self.tokenizer)
+        found = tasks.measure(bare_model(self), self.eval_dataset, self.tokenizer)
         self.last = (self.state.global_step, found)
         say(f"step {self.state.global_step}/{self.state.max_steps}  held out: {found}", "bold")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.as_dict().items()}
@@ -219,8 +219,6 @@ def run(
         tokenizer=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    if settings.method == FULL:
-        trainer.remove_callback(AfterStep)
     from_checkpoint = _checkpoint(output) if resume else None
     try:
         with stop:

@@ -1,29 +1,43 @@
-"""transformers' `Trainer` for a model with adapters: checkpoints hold the adapters only, and resuming is exact.
+"""transformers' `Trainer` and what is made of it (TRL's `SFTTrainer`), unchanged, on a model with adapters.
 
-    trainer = AdapterTrainer(model=peftcore.apply(model, ...), args=..., train_dataset=...)
-    trainer.train(resume_from_checkpoint=latest_checkpoint(folder))
+    trainer = Trainer(model=peftcore.apply(model, ...), args=..., train_dataset=...)
+    trainer.train(resume_from_checkpoint=True)
 
 A checkpoint is Trainer's own folder (optimizer, scheduler, RNG, trainer state) with the adapter in
 Hugging Face PEFT's format in place of the model; an adapter that is not named `default` lies in a
 folder of its name, as in PEFT. The file `complete.json`, written last, lists every other file with
 its size: a checkpoint without it, or whose files differ, was cut off.
+
+Importing this module teaches `Trainer` (see `pretrained.py`). A model that `peftcore.shard` has
+sharded is trained as it is, with replicated adapters; of one that accelerate shards (FSDP2), the
+optimizer's state is saved by accelerate.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import trainer as transformers_trainer
+from transformers.trainer import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peftcore import checkpoint, engine
+from peftcore import checkpoint, engine, ranks
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.integrations.pretrained import teach
+from peftcore.parallel import check_ranks
 
 COMPLETE = "complete.json"
+_QUANTIZED_WITH_ADAPTERS = "_hf_peft_config_loaded"
 
 
 class AfterStep(TrainerCallback):
@@ -35,33 +49,153 @@ class AfterStep(TrainerCallback):
         engine.after_step(kwargs["model"], state.global_step + 1, state.max_steps)
 
 
-class AdapterTrainer(Trainer):
-    """`Trainer` that writes and reads the trainable adapters in place of the whole model."""
+def bare_model(trainer: Trainer) -> nn.Module | None:
+    """The model that `trainer` trains, out of what compiles it or spreads it."""
+    model = getattr(trainer, "model", None)
+    return model if model is None else trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.add_callback(AfterStep())
 
-    def _bare_model(self) -> nn.Module:
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    model = kwargs.get("model", args[0] if args else None)
+    if not isinstance(model, nn.Module) or engine.state_of(model) is None:
+        return own(trainer, *args, **kwargs)
+    with _adapters_on_quantized(model):
+        own(trainer, *args, **kwargs)
+    trainer.add_callback(AfterStep())
+    if ranks.is_sharded(model):
+        if any(ranks.is_part(p) for p in model.parameters() if p.requires_grad):
+            raise PeftcoreError(
+                "Trainer keeps the optimizer's state on rank 0 and cannot keep that of sharded adapters. "
+                "Replicate them: peftcore.shard(model, adapters='replicate')"
+            )
+        # What transformers itself shards is neither wrapped nor moved; the state of replicated adapters can be saved.
+        trainer.is_distributed_loading_by_transformers = True
+    return None
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.args.should_save:
-            save_adapters(self._bare_model(), output_dir or self.args.output_dir)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / COMPLETE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            mark_complete(folder)
+@contextlib.contextmanager
+def _adapters_on_quantized(model: nn.Module) -> Iterator[None]:
+    """Trainer refuses a quantized model unless adapters stand on it, and knows those of PEFT by this attribute."""
+    before = model.__dict__.get(_QUANTIZED_WITH_ADAPTERS)
+    model.__dict__[_QUANTIZED_WITH_ADAPTERS] = True
+    try:
+        yield
+    finally:
+        del model.__dict__[_QUANTIZED_WITH_ADAPTERS]
+        if before is not None:
+            model.__dict__[_QUANTIZED_WITH_ADAPTERS] = before
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        restore_adapters(self._bare_model(), resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:
-        restore_adapters(self._bare_model(), self.state.best_model_checkpoint)
+def _prepare_for_training(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not ranks.is_sharded(bare_model(trainer)):
+        check_ranks(bare_model(trainer))  # DDP's own message names no adapter
+    return own(*args, **kwargs)
+
+
+def _train(
+    trainer: Trainer, own: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    if resume_from_checkpoint is True:
+        resume_from_checkpoint = latest_checkpoint(trainer.args.output_dir)
+        if resume_from_checkpoint is None:
+            raise CheckpointError(f"'{trainer.args.output_dir}' holds no whole checkpoint to resume from")
+    return own(resume_from_checkpoint, *args, **kwargs)
+
+
+def _save_model(
+    trainer: Trainer, own: Callable[..., Any], output_dir: str | None = None, _internal_call: bool = False
+) -> None:
+    if not trainer.is_fsdp_enabled:
+        return own(output_dir, _internal_call)
+    trainer._save(output_dir)  # own would gather the whole model first
+    if trainer.args.push_to_hub and not _internal_call:
+        trainer.push_to_hub(commit_message="Model save")
+    return None
+
+
+def _save(trainer: Trainer, own: Callable[..., Any], output_dir: str | None = None, state_dict: Any = None) -> None:
+    folder = output_dir or trainer.args.output_dir
+    if engine.state_of(bare_model(trainer)).merged is not None:
+        return own(output_dir, state_dict)
+    if not trainer.args.should_save and not ranks.is_sharded(bare_model(trainer)):
+        return None
+    save_adapters(bare_model(trainer), folder)
+    if trainer.args.should_save:
+        reader = trainer.processing_class or getattr(trainer.data_collator, "tokenizer", None)
+        if reader is not None:
+            reader.save_pretrained(folder)
+        torch.save(trainer.args, Path(folder) / transformers_trainer.TRAINING_ARGS_NAME)
+    return None
+
+
+def _save_checkpoint(trainer: Trainer, own: Callable[..., Any], model: nn.Module, trial: Any) -> None:
+    run = Path(trainer._get_output_dir(trial=trial))
+    folder = run / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
+    if trainer.args.should_save:
+        (folder / COMPLETE).unlink(missing_ok=True)
+    # Older checkpoints go when this one is whole, not before.
+    limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
+    try:
+        own(model, trial)
+    finally:
+        trainer.args.save_total_limit = limit
+    trainer.accelerator.wait_for_everyone()  # each rank writes the state of its RNG
+    if trainer.args.should_save:
+        mark_complete(folder)
+        transformers_trainer.rotate_checkpoints(
+            output_dir=str(run),
+            save_total_limit=limit,
+            best_model_checkpoint=trainer.state.best_model_checkpoint,
+            use_mtime=True,
+        )
+
+
+def _save_optimizer_and_scheduler(trainer: Trainer, own: Callable[..., Any], output_dir: str) -> None:
+    if not trainer.is_fsdp_enabled:
+        return own(output_dir)
+    from accelerate.utils import save_fsdp_optimizer  # own would save the whole model beside it
+
+    accelerator = trainer.accelerator
+    save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, trainer.optimizer, trainer.model, output_dir)
+    if trainer.args.should_save:
+        torch.save(trainer.lr_scheduler.state_dict(), Path(output_dir) / transformers_trainer.SCHEDULER_NAME)
+    return None
+
+
+def _load_from_checkpoint(
+    trainer: Trainer, own: Callable[..., Any], resume_from_checkpoint: str, model: nn.Module | None = None
+) -> None:
+    wrong = _what_is_wrong(Path(resume_from_checkpoint))
+    if wrong is not None:
+        raise CheckpointError(
+            f"the checkpoint '{resume_from_checkpoint}' was cut off while it was written ({wrong}). "
+            "train(resume_from_checkpoint=True) takes the newest whole one"
+        )
+    restore_adapters(bare_model(trainer), resume_from_checkpoint)
+
+
+def _load_best_model(trainer: Trainer, own: Callable[..., Any]) -> None:
+    restore_adapters(bare_model(trainer), trainer.state.best_model_checkpoint)
+
+
+def _create_model_card(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Trainer's own card, which then says that the folder holds an adapter, of which base and method."""
+    if not trainer.is_world_process_zero():
+        return
+    from huggingface_hub import ModelCard
+
+    file = Path(trainer.args.output_dir) / "README.md"
+    file.unlink(missing_ok=True)  # one that says `peft` makes Trainer ask the model for PEFT's own card
+    own(*args, **kwargs)
+    model = bare_model(trainer)
+    card = ModelCard.load(file)
+    base = getattr(model.config, "_name_or_path", "")
+    if base and not os.path.isdir(base):
+        card.data.base_model = base
+    card.data.library_name = "peft"  # the library that reads these files
+    methods = [engine.applied(model, name).method for name in _training(model)]
+    card.data.tags = list(dict.fromkeys([*(card.data.tags or []), "peftcore", *methods]))
+    card.save(file)
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -122,3 +256,29 @@ def _what_is_wrong(folder: Path) -> str | None:
 def _training(model: nn.Module) -> list[str]:
     state = engine.state_of(model)
     return [name for name in state.active if state.applied[name].trainable] if state else []
+
+
+def _teach_trainer() -> None:
+    own = Trainer.__init__
+
+    @functools.wraps(own)
+    def init(trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        _init(own, trainer, *args, **kwargs)
+
+    Trainer.__init__ = init
+    for ours in (
+        _prepare_for_training,
+        _train,
+        _save_model,
+        _save,
+        _save_checkpoint,
+        _save_optimizer_and_scheduler,
+        _load_from_checkpoint,
+        _load_best_model,
+        _create_model_card,
+    ):
+        name = ours.__name__ if hasattr(Trainer, ours.__name__) else ours.__name__[1:]
+        teach(Trainer, name, ours, bare_model)
+
+
+_teach_trainer()

@@ -1,18 +1,21 @@
-"""AdapterTrainer: adapters in checkpoints, methods told of every step, checkpoints that were cut off."""
+"""Trainer, unchanged: adapters in checkpoints, methods told of every step, checkpoints that were cut off."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import quantized
 import tiny
 import torch
 from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 import peftcore
-from peftcore.integrations.transformers import AdapterTrainer, latest_checkpoint, mark_complete, restore_adapters
+from peftcore.integrations.transformers import latest_checkpoint, mark_complete, restore_adapters
 
 
 class Rows(Dataset):
@@ -24,9 +27,14 @@ class Rows(Dataset):
         return {"input_ids": ids, "labels": ids}
 
 
-def trainer(model: torch.nn.Module, folder: Path, **changes: Any) -> AdapterTrainer:
-    from transformers import TrainingArguments
-
+def trainer(
+    model: torch.nn.Module,
+    folder: Path,
+    eval_data: Any = None,
+    metrics: Any = None,
+    processing_class: Any = None,
+    **changes: Any,
+) -> Trainer:
     settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.05}
     arguments = TrainingArguments(
         str(folder),
@@ -34,10 +42,10 @@ def trainer(model: torch.nn.Module, folder: Path, **changes: Any) -> AdapterTrai
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **settings,
-        **changes,
+        **{**settings, **changes},
     )
-    return AdapterTrainer(model=model, args=arguments, train_dataset=Rows())
+    others = {"eval_dataset": eval_data, "compute_metrics": metrics, "processing_class": processing_class}
+    return Trainer(model=model, args=arguments, train_dataset=Rows(), **others)
 
 
 def values(model: torch.nn.Module) -> list[torch.Tensor]:
@@ -120,3 +128,122 @@ def test_a_save_that_fails_leaves_no_complete_checkpoint(
         run.train()
     with pytest.warns(UserWarning, match="was cut off"):
         assert latest_checkpoint(tmp_path) is None
+
+
+def test_it_goes_on_from_the_newest_whole_checkpoint(toys: None, tmp_path: Path) -> None:
+    whole = peftcore.apply(tiny.llama(), "around", value=1.5)
+    trainer(whole, tmp_path / "run").train()
+    (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").write_bytes(b"cut off")
+    resumed = peftcore.apply(tiny.llama(), "around", value=1.5)
+    again = trainer(resumed, tmp_path / "run")
+    with pytest.raises(peftcore.CheckpointError, match=r"checkpoint-4' was cut off .*optimizer.pt has 7 of"):
+        again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
+    with pytest.warns(UserWarning, match="checkpoint-4' was cut off"):
+        again.train(resume_from_checkpoint=True)
+    assert all(torch.equal(a, b) for a, b in zip(values(whole), values(resumed), strict=True))
+    nothing = trainer(peftcore.apply(tiny.llama(), "around"), tmp_path / "nothing")
+    with pytest.raises(peftcore.CheckpointError, match="holds no whole checkpoint"):
+        nothing.train(resume_from_checkpoint=True)
+
+
+def test_resume_is_exact_with_dropout_and_a_scheduler(tmp_path: Path) -> None:
+    def model() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return peftcore.apply(tiny.llama(), "lora", r=2, lora_dropout=0.3)
+
+    changes = {"lr_scheduler_type": "cosine", "warmup_steps": 1}
+    whole, resumed = model(), model()
+    first = trainer(whole, tmp_path, **changes)
+    first.train()
+    second = trainer(resumed, tmp_path, **changes)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert all(torch.equal(a, b) for a, b in zip(values(whole), values(resumed), strict=True))
+    states = [t.optimizer.state_dict()["state"] for t in (first, second)]
+    assert all(torch.equal(states[0][i]["exp_avg_sq"], states[1][i]["exp_avg_sq"]) for i in states[0])
+
+
+def test_the_best_of_a_run_is_loaded(toys: None, tmp_path: Path) -> None:
+    from transformers import EvalPrediction
+
+    losses = iter([3.0, 1.0, 2.0, 4.0])
+
+    def metrics(_: EvalPrediction) -> dict[str, float]:
+        return {"grade": next(losses)}
+
+    model = peftcore.apply(tiny.llama(), "around", value=1.5)
+    changes = {"load_best_model_at_end": True, "metric_for_best_model": "grade", "greater_is_better": False}
+    changes |= {"eval_strategy": "steps", "eval_steps": 1}
+    run = trainer(model, tmp_path, save_steps=1, save_total_limit=1, eval_data=Rows(), metrics=metrics, **changes)
+    run.train()
+    found = dict(peftcore.engine.adapter_parameters(model, "default"))
+    best = peftcore.load(tiny.llama(), tmp_path / "checkpoint-2")
+    assert all(torch.equal(found[name], p) for name, p in peftcore.engine.adapter_parameters(best, "default"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_the_limit_of_checkpoints_counts_whole_ones(
+    toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a limit of one, a save that is cut off has not yet taken the one before."""
+    run = trainer(peftcore.apply(tiny.llama(), "around"), tmp_path, save_total_limit=1)
+    save = run._save_rng_state
+
+    def killed(folder: str) -> None:
+        if folder.endswith("-4"):
+            raise KeyboardInterrupt
+        save(folder)
+
+    monkeypatch.setattr(run, "_save_rng_state", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    with pytest.warns(UserWarning, match="checkpoint-4' was cut off"):
+        assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_a_base_that_transformers_quantized_is_accepted(tmp_path: Path) -> None:
+    """Trainer refuses one by itself: there are no adapters that it knows."""
+    quantized.llama().save_pretrained(tmp_path / "base")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of bitsandbytes
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+        with pytest.raises(ValueError, match="purely quantized"):
+            trainer(base, tmp_path / "run")
+        model = peftcore.apply(base, "lora", r=2)
+        before = values(model)
+        trainer(model, tmp_path / "run").train()
+    assert not any(torch.equal(a, b) for a, b in zip(before[1::2], values(model)[1::2], strict=True))
+    assert "_hf_peft_config_loaded" not in model.__dict__
+    assert not (tmp_path / "run" / "checkpoint-4" / "model.safetensors").exists()
+
+
+def test_the_model_card_needs_no_network(toys: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import socket
+
+    from huggingface_hub import ModelCard
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "create_connection", refused)
+    monkeypatch.setattr(socket, "getaddrinfo", refused)
+    model = peftcore.apply(tiny.llama(), "around")
+    model.config._name_or_path = "org/base"
+    run = trainer(model, tmp_path)
+    for _ in range(2):
+        run.create_model_card(model_name="mine", license="mit")
+    card = ModelCard.load(tmp_path / "README.md").data
+    assert (card.base_model, card.library_name, card.license) == ("org/base", "peft", "mit")
+    assert {"peftcore", "around"} <= set(card.tags)
+
+
+def test_a_tokenizer_is_saved_with_the_adapter(toys: None, tmp_path: Path) -> None:
+    from commands import save_tokenizer
+    from transformers import AutoTokenizer
+
+    save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    run = trainer(peftcore.apply(tiny.llama(), "around"), tmp_path / "run", processing_class=tokenizer)
+    run.save_model(str(tmp_path / "saved"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == tokenizer.get_vocab()
+    peftcore.load(tiny.llama(), tmp_path / "saved")

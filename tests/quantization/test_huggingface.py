@@ -100,7 +100,7 @@ def test_options_of_from_pretrained_reach_the_config(tmp_path):
 
 
 def test_a_loaded_model_trains_with_transformers_trainer(tmp_path):
-    from peftcore.integrations.transformers import AdapterTrainer
+    from transformers import Trainer
 
     llama().save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=peftcore.NF4Config())
@@ -110,7 +110,7 @@ def test_a_loaded_model_trains_with_transformers_trainer(tmp_path):
     arguments = transformers.TrainingArguments(
         str(tmp_path / "run"), max_steps=2, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no"
     )
-    result = AdapterTrainer(model=model, args=arguments, train_dataset=rows).train()
+    result = Trainer(model=model, args=arguments, train_dataset=rows).train()
     assert result.global_step == 2
 
 
