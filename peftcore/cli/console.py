@@ -19,6 +19,15 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
+_speaker = ""  # which process errors are of, where there are several
+
+
+def silence(name: str) -> None:
+    """Print nothing but errors from here on, and those under this name."""
+    global _speaker
+    out.quiet, _speaker = True, f"{name}: "
+
+
 def say(message: str, style: str | None = None) -> None:
     """Print a line as it is: no markup, no wrapping."""
     out.print(Text(message, style=style or ""), soft_wrap=True)
@@ -26,12 +35,13 @@ def say(message: str, style: str | None = None) -> None:
 
 def warn(message: str) -> None:
     """Print a warning to standard error."""
-    err.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
+    if not out.quiet:
+        err.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
 
 def fail(message: str) -> NoReturn:
     """Print an error to standard error and end the command with status 1."""
-    err.print(Text(f"error: {message}", style="bold red"), soft_wrap=True)
+    err.print(Text(f"{_speaker}error: {message}", style="bold red"), soft_wrap=True)
     raise typer.Exit(1)
 
 

@@ -21,6 +21,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
+from peftcore import ranks
 from peftcore.cli.console import out, say, warn
 from peftcore.errors import PeftcoreError
 
@@ -125,6 +126,7 @@ class OrderlyStop(TrainerCallback):
         warn("stopping after this step, with a checkpoint; once more to stop at once")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.requested = ranks.any_of(self.requested)  # the signal may reach ranks at different steps
         if self.requested:
             control.should_save = args.save_strategy != "no"
             control.should_training_stop = True

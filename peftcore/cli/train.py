@@ -28,7 +28,7 @@ def train(
     holdout: Annotated[float, typer.Option(help="Without --eval-data: share of the examples held out.")] = 0.1,
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once, in each process.")] = 8,
     grad_accum: Annotated[int, typer.Option(min=1, help="Batches that make one step.")] = 1,
     lr: Annotated[float | None, typer.Option(help="Learning rate; default the method's.")] = None,
     scheduler: Annotated[
@@ -40,6 +40,9 @@ def train(
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the split, the adapter's start, the order and dropout.")] = 0,
+    parallel: Annotated[
+        str | None, typer.Option(help="Under torchrun: ddp (a copy of the base per process) or fsdp2 (shards of it).")
+    ] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     optim: Annotated[str, typer.Option(help="Trainer's optim.")] = "adamw_torch",
     optim_args: Annotated[str | None, typer.Option(help="Trainer's optim_args, such as betas=(0.9,0.95).")] = None,
@@ -70,9 +73,11 @@ def train(
         examples.read_rows(file, task)  # wrong lines show before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
     models.quiet()
-    from peftcore.cli import training
+    from peftcore import ranks
+    from peftcore.cli import spread, training
     from peftcore.registry import registry
 
+    spread.join(parallel, device)
     name, chosen = options.chosen_method(method, fields)
     settings = training.Settings(
         model=models.resolve(model),
@@ -95,19 +100,23 @@ def train(
         device=device,
         seed=seed,
         gradient_checkpointing=gradient_checkpointing,
+        parallel=parallel,
+        ranks=ranks.count(),
         optim=optim,
         optim_args=optim_args,
         eval_every=eval_every,
         save_every=save_every,
         keep=keep,
     )
-    training.prepare_folder(output, settings, resume=resume, overwrite=overwrite)
+    ranks.once(lambda: training.prepare_folder(output, settings, resume=resume, overwrite=overwrite), together=True)
     try:
         result = training.run(settings, output, resume=resume, sample=sample, sample_tokens=sample_tokens)
     except training.Stopped as stopped:
         say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To go on:\n  {again()}", "bold")
         raise typer.Exit(130) from None
-    _show(settings, result, output)
+    if ranks.rank() == 0:
+        _show(settings, result, output)
+    spread.leave()
 
 
 def _show(settings: Settings, result: Result, output: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
 
 import peftcore
-from peftcore import data
+from peftcore import data, ranks
 from peftcore.cli import models, progress, tasks
 from peftcore.cli.batches import LikeLengths
 from peftcore.cli.console import say, warn
@@ -58,6 +58,8 @@ class Settings:
     device: str = "auto"
     seed: int = 0
     gradient_checkpointing: bool = False
+    parallel: str | None = None
+    ranks: int = 1
     optim: str = "adamw_torch"
     optim_args: str | None = None
     eval_every: int | None = None
@@ -208,6 +210,8 @@ def run(
         samples = [("base", written())] if sample is not None else []
     say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
 
+    if settings.parallel == "fsdp2":
+        peftcore.shard(model)
     meter, stop = progress.Meter(), progress.OrderlyStop()
     trainer = MeasuringTrainer(
         model=model,
@@ -239,7 +243,7 @@ def run(
         model.save_pretrained(adapter)
     else:
         peftcore.save(model, adapter)
-        AdapterTask(settings.task, settings.max_length, labels).write(adapter)
+        ranks.once(lambda: AdapterTask(settings.task, settings.max_length, labels).write(adapter), together=True)
     return Result(
         before=before,
         after=after,
@@ -280,7 +284,7 @@ def encoded(what: str, rows: list[data.Row], settings: Settings, tokenizer: Any,
 
 def arguments(settings: Settings, output: Path, examples: int) -> TrainingArguments:
     """Trainer's settings for so many examples."""
-    per_epoch = math.ceil(math.ceil(examples / settings.batch_size) / settings.grad_accum)
+    per_epoch = math.ceil(math.ceil(examples / (settings.batch_size * settings.ranks)) / settings.grad_accum)
     steps = settings.steps or math.ceil(per_epoch * settings.epochs)
     often = max(1, math.ceil(steps / 5))
     try:
