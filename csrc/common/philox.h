@@ -1,26 +1,33 @@
-// Philox4x32-10: random bits as a pure function of a key and a counter, the same on every device.
-//
-// Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011).
+// Philox4x32 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), shared by host and device:
+// a counter and a key give four words, whatever was computed before. Seven rounds are the fewest that pass
+// BigCrush, ten the authors' own choice.
 #pragma once
 
 #include "common/half.h"
 
 namespace peftcore {
 
-struct Philox4 {
-    uint32_t x[4];
+constexpr int kPhiloxRounds = 7;
+constexpr uint32_t kPhiloxMultiply0 = 0xD2511F53u, kPhiloxMultiply1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxWeyl0 = 0x9E3779B9u, kPhiloxWeyl1 = 0xBB67AE85u;
+
+struct PhiloxWords {
+    uint32_t word[4];
 };
 
-static PEFTCORE_HD Philox4 philox(uint64_t key, uint64_t low, uint64_t high) {
-    Philox4 c = {{uint32_t(low), uint32_t(low >> 32), uint32_t(high), uint32_t(high >> 32)}};
-    uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-    for (int round = 0; round < 10; ++round) {
-        const uint64_t a = uint64_t(0xd2511f53u) * c.x[0], b = uint64_t(0xcd9e8d57u) * c.x[2];
-        c = {{uint32_t(b >> 32) ^ c.x[1] ^ k0, uint32_t(b), uint32_t(a >> 32) ^ c.x[3] ^ k1, uint32_t(a)}};
-        k0 += 0x9e3779b9u;
-        k1 += 0xbb67ae85u;
+template <int kRounds = kPhiloxRounds>
+static PEFTCORE_HD PhiloxWords philox(PhiloxWords counter, uint32_t key0, uint32_t key1) {
+    uint32_t a = counter.word[0], b = counter.word[1], c = counter.word[2], d = counter.word[3];
+    for (int round = 0; round < kRounds; ++round) {
+        const uint64_t p = uint64_t(a) * kPhiloxMultiply0, q = uint64_t(c) * kPhiloxMultiply1;
+        a = uint32_t(q >> 32) ^ b ^ key0;
+        b = uint32_t(q);
+        c = uint32_t(p >> 32) ^ d ^ key1;
+        d = uint32_t(p);
+        key0 += kPhiloxWeyl0;
+        key1 += kPhiloxWeyl1;
     }
-    return c;
+    return {{a, b, c, d}};
 }
 
 }  // namespace peftcore

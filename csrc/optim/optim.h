@@ -100,9 +100,16 @@ static PEFTCORE_HD Half round_stochastic(float value, uint32_t random, Half*) {
     return {uint16_t(sign | (fixed + (random & 0xffffu)) >> 16)};
 }
 
-// The 16 random bits of element `index`: 8 elements share one call of the generator.
-static PEFTCORE_HD uint32_t random_bits(const Philox4& drawn, int64_t index) {
-    return drawn.x[index >> 1 & 3] >> (index & 1) * 16;
+// The random bits of eight elements, number `group` of a tensor, for rounding it in a step.
+static PEFTCORE_HD PhiloxWords rounding_words(int64_t stream, int64_t group, int64_t step) {
+    const PhiloxWords counter = {
+        {uint32_t(group), uint32_t(uint64_t(group) >> 32), uint32_t(step), uint32_t(uint64_t(step) >> 32)}};
+    return philox<10>(counter, uint32_t(stream), uint32_t(uint64_t(stream) >> 32));
+}
+
+// Element `index`'s 16 of them.
+static PEFTCORE_HD uint32_t random_bits(const PhiloxWords& drawn, int64_t index) {
+    return drawn.word[index >> 1 & 3] >> (index & 1) * 16;
 }
 
 }  // namespace optim

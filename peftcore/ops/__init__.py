@@ -5,6 +5,7 @@ A compiled kernel is used where the extension has one for the device; every othe
 
 from peftcore.ops._extension import extension
 from peftcore.ops.linear_4bit import free_workspace, linear_4bit
+from peftcore.ops.lora import PackedWeight, lora_linear, lora_linear_per_sample
 from peftcore.ops.nf4 import (
     DYNAMIC8,
     FP4,
@@ -23,12 +24,15 @@ __all__ = [
     "FP4",
     "NF4",
     "NestedScales",
+    "PackedWeight",
     "codebook",
     "dequantize_4bit",
     "dequantize_absmax",
     "extension",
     "free_workspace",
     "linear_4bit",
+    "lora_linear",
+    "lora_linear_per_sample",
     "optim_step_",
     "quantize_4bit",
     "quantize_absmax",

@@ -185,14 +185,14 @@ static void narrow(const float* x, int64_t count, Dtype dtype, void* out) {
 }
 
 // Sixteen calls of the generator side by side, so that the compiler can use whatever vectors there are.
-static inline void draw(int64_t stream, int64_t step, int64_t group, Philox4* drawn) {
-    for (int i = 0; i < 16; ++i) drawn[i] = philox(uint64_t(stream), uint64_t(group + i), uint64_t(step));
+static inline void draw(int64_t stream, int64_t step, int64_t group, PhiloxWords* drawn) {
+    for (int i = 0; i < 16; ++i) drawn[i] = rounding_words(stream, group + i, step);
 }
 
 template <typename T>
 static void narrow_at_random(const float* x, int64_t count, T* out, int64_t stream, int64_t step,
                              int64_t first) {
-    Philox4 drawn[16];
+    PhiloxWords drawn[16];
     for (int64_t i = 0; i < count; ++i) {
         if (i % 128 == 0) draw(stream, step, (first + i) / 8, drawn);
         out[i] = round_stochastic(x[i], random_bits(drawn[i % 128 / 8], i), out);

@@ -1,0 +1,38 @@
+// y = x Wᵀ + bias + S Bᵀ, S = c (keep ∘ x) Aᵀ: what host and device share, the dropout mask.
+//
+//   S  = c (keep ∘ x) Aᵀ           c = scale / (1 - p), rounded once to x's dtype
+//   T  = c dy B                    the same for the gradient
+//   dx = dy W + keep ∘ (T A)
+//   dA = Tᵀ (keep ∘ x)             (T carries c)
+//   dB = dyᵀ S                     (S carries c)
+//
+// keep(m, k), for row m of x [M, K] (its leading dimensions flattened) and column k:
+//   counter = (k / 8, m low, m high, 0), key = (seed low, seed high): Philox4x32-7 gives four words
+//   u       = bits 16 (k % 2) .. + 15 of word (k % 8) / 2
+//   keep    = u >= threshold, threshold = round(65536 p) of dropout_p: so p here is threshold / 65536
+#pragma once
+
+#include "common/philox.h"
+
+namespace peftcore {
+namespace lora {
+
+struct Dropout {
+    uint32_t threshold = 0;  // of 65536; 0 keeps all
+    uint32_t key0 = 0, key1 = 0;
+};
+
+constexpr int kColumnsPerCounter = 8;
+
+static PEFTCORE_HD PhiloxWords dropout_words(const Dropout& dropout, int64_t row, int64_t columns_over_8) {
+    return philox({{uint32_t(columns_over_8), uint32_t(row), uint32_t(uint64_t(row) >> 32), 0u}},
+                  dropout.key0, dropout.key1);
+}
+
+// 0 or 1 for column 8 columns_over_8 + `within`, from its counter's words.
+static PEFTCORE_HD uint32_t keeps(const PhiloxWords& words, int within, uint32_t threshold) {
+    return ((words.word[within / 2] >> (16 * (within % 2))) & 0xffffu) >= threshold;
+}
+
+}  // namespace lora
+}  // namespace peftcore
