@@ -16,14 +16,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from peftcore.per_sample import PerSample
+
+if TYPE_CHECKING:
+    from peftcore.ops import PackedWeight
 
 CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
 TRAINED = "peftcore_trained"  # the child of the model that keeps the values of `Train` placements
 _CHAIN = "_peftcore_chain"
 _ACTIVE = "_peftcore_active"
+_SAMPLES = "_peftcore_samples"
 _OWN_FORWARD = "_peftcore_own_forward"
 _WRAPPED = "_checkpoint_wrapped_module"  # the one child of PyTorch's wrapper for activation checkpointing
 
@@ -52,14 +58,28 @@ class Adapters(nn.Module):
 class Base:
     """The module's own forward, as the innermost adapter sees it."""
 
-    __slots__ = ("_forward", "module")
+    __slots__ = ("_forward", "_operands", "module")
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self.module = module
         self._forward = forward
+        # A class that multiplies by a weight of its own says so, where its forward is not overridden.
+        cls = next((c for c in original_class(module).__mro__ if c.__dict__.get("forward") is forward), None)
+        self._operands = _dense_operands if cls is nn.Linear else vars(cls).get("linear_operands") if cls else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(self.module, *args, **kwargs)
+
+    def linear_operands(self, x: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
+        """(weight `[out, in]`, bias) where calling this with x is x Wᵀ + b and no more, W frozen; else None."""
+        return None if self._operands is None else self._operands(self.module, x)
+
+
+def _dense_operands(module: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    weight = module.weight
+    if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad:
+        return None
+    return weight, module.bias
 
 
 class _AroundLink:
@@ -72,6 +92,9 @@ class _AroundLink:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._adapter(self._base, *args, **kwargs)
+
+    def linear_operands(self, x: Tensor) -> None:
+        """None: an adapter stands between."""
 
 
 class _AfterLink(_AroundLink):
@@ -101,24 +124,33 @@ def attach(module: nn.Module, name: str, adapter: nn.Module, *, behind: bool = F
 def detach(module: nn.Module, name: str) -> None:
     """Take the adapter `name` off `module`; with the last one the module is what it was."""
     adapters = module._modules[CHILD]
-    activate(module, tuple(active for active in module.__dict__[_ACTIVE] if active != name))
+    active = tuple(active for active in module.__dict__[_ACTIVE] if active != name)
+    activate(module, active, module.__dict__[_SAMPLES])
     del adapters._modules[name]
     adapters.behind.discard(name)
     if not len(adapters):
-        del module._modules[CHILD], module.__dict__[_CHAIN], module.__dict__[_ACTIVE]
+        del module._modules[CHILD], module.__dict__[_CHAIN], module.__dict__[_ACTIVE], module.__dict__[_SAMPLES]
         module.__class__ = type(module)._peftcore_original
         if _OWN_FORWARD in module.__dict__:
             module.__dict__["forward"] = module.__dict__.pop(_OWN_FORWARD)
 
 
-def activate(module: nn.Module, names: Sequence[str]) -> None:
-    """Rebuild the chain of an adapted module: its own forward inside, then the adapters `names` in order."""
+def activate(module: nn.Module, names: Sequence[str], samples: Sequence[str | None] | None = None) -> None:
+    """Rebuild the chain of an adapted module: its own forward inside, then the adapters `names` in order.
+
+    With `samples`, a name or None for each sample of a batch, they do not follow each other: each has its samples.
+    """
     adapters: Adapters = module._modules[CHILD]
     chain: Any = Base(module, _own_forward if _OWN_FORWARD in module.__dict__ else original_forward(module))
+    base, links = chain, {}
     for name in names:
         link = _AfterLink if name in adapters.behind else _AroundLink
-        chain = link(adapters[name], chain)
+        chain = link(adapters[name], base if samples is not None else chain)
+        links[name] = adapters[name], chain
+    if samples is not None and names:
+        chain = PerSample(base, links, samples, behind=all(name in adapters.behind for name in names))
     module.__dict__[_ACTIVE] = tuple(names)
+    module.__dict__[_SAMPLES] = samples
     module.__dict__[_CHAIN] = chain
 
 
@@ -188,7 +220,7 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
         super(adapted, self).__setstate__(state)
-        activate(self, self.__dict__[_ACTIVE])
+        activate(self, self.__dict__[_ACTIVE], self.__dict__.get(_SAMPLES))
 
     # transformers, accelerate and the Trainer read a forward's signature.
     forward.__wrapped__ = cls.forward

@@ -47,6 +47,7 @@ class State:
     active: tuple[str, ...] = ()
     requires_grad: dict[str, bool] = field(default_factory=dict)
     merged: Any = None  # peftcore.merge.Merged
+    samples: tuple[str | None, ...] | None = None  # with activate(..., per_sample=True): whose each sample is
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ def apply(
     state = state_of(model) or State()
     _check_new(adapter, state)
     _refuse_merged(state, "apply another adapter")
+    refuse_per_sample(state, "apply another adapter")
     placed = place(model, method, fields)
     if placed.method.prepare is not None:
         placed.method.prepare(model, placed.config)
@@ -145,21 +147,35 @@ def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torc
     return device, dtype or (own if own.itemsize >= 4 else torch.float32)
 
 
-def activate(model: nn.Module, names: str | Sequence[str]) -> None:
+def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample: bool = False) -> None:
     """Let the adapters `names` act, in this order, and train; all others rest and are frozen.
 
+    Args:
+        per_sample: `names` has an adapter, or None, for each sample of a batch, and each sample passes through its
+            own. The batch, dimension 0 of every input, must then be as long as `names`. For inference: the fused
+            operator is used without gradients.
+
     Raises:
-        PeftcoreError: a name is unknown, two of them train one parameter, or the model is merged.
+        PeftcoreError: a name is unknown, two of them train one parameter, or the model is merged. With per_sample
+            an adapter that acts on a whole batch: prompts, prefixes and parameters of the base.
     """
     state = _require_state(model)
     names = (names,) if isinstance(names, str) else tuple(names)
+    samples = names if per_sample else None
+    if per_sample:
+        names = tuple(dict.fromkeys(name for name in names if name is not None))
     for name in names:
         applied(model, name)
     if len(set(names)) < len(names):
-        raise PeftcoreError(f"activate: an adapter is named twice in {list(names)}")
+        raise PeftcoreError(
+            f"activate: an adapter is named twice in {list(names)}. For a name for each sample of a batch: "
+            "per_sample=True"
+        )
     _refuse_merged(state, "activate adapters")
+    if per_sample:
+        _refuse_whole_batch(model, names)
     _refuse_shared(state, names)
-    _set_active(model, names)
+    _set_active(model, names, samples)
 
 
 @contextmanager
@@ -167,12 +183,12 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model computes what its base computes; afterwards the same adapters act again."""
     state = _require_state(model)
     _refuse_merged(state, "disable adapters")
-    active = state.active
+    active, samples = state.active, state.samples
     _set_active(model, ())
     try:
         yield model
     finally:
-        _set_active(model, tuple(name for name in active if name in state.applied))
+        _set_active(model, tuple(name for name in active if name in state.applied), samples)
 
 
 def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
@@ -182,7 +198,7 @@ def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
     _refuse_merged(state, f"remove '{adapter}'")
     if not all(adapted.is_outermost(model.get_submodule(path)) for path in entry.paths):
         ranks.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
-    _set_active(model, tuple(name for name in state.active if name != adapter))
+    _set_active(model, tuple(name for name in state.active if name != adapter), state.samples)
     for path in entry.paths:
         adapted.detach(model.get_submodule(path), adapter)
     if entry.trained:
@@ -242,18 +258,19 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn
 def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     """Let `adapter` train when active, or keep it frozen."""
     applied(model, adapter).trainable = trainable
-    _set_active(model, state_of(model).active)
+    _set_active(model, state_of(model).active, state_of(model).samples)
 
 
-def _set_active(model: nn.Module, names: tuple[str, ...]) -> None:
+def _set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | None, ...] | None = None) -> None:
     state = state_of(model)
     for name, entry in state.applied.items():
         if entry.trained and name not in names:
             TrainedParameters.of(model, name).activate(model, False)
     state.active = names
+    state.samples = samples and tuple(name if name in names else None for name in samples)
     for path in {path for entry in state.applied.values() for path in entry.paths}:
         module = model.get_submodule(path)
-        adapted.activate(module, [name for name in names if name in adapted.adapters_of(module)])
+        adapted.activate(module, [name for name in names if name in adapted.adapters_of(module)], state.samples)
     for name in names:
         if state.applied[name].trained:
             TrainedParameters.of(model, name).activate(model, True)
@@ -350,6 +367,24 @@ def _refuse_shared(state: State, active: Sequence[str]) -> None:
 def _refuse_merged(state: State, what: str) -> None:
     if state.merged is not None:
         raise PeftcoreError(f"cannot {what}: adapters are merged into the base. First peftcore.unmerge(model)")
+
+
+def refuse_per_sample(state: State, what: str) -> None:
+    """Raise a PeftcoreError if each sample of a batch has an adapter of its own."""
+    if state.samples is not None:
+        raise PeftcoreError(
+            f"cannot {what} while each sample has its own. First let some act on all: peftcore.activate(model, [...])"
+        )
+
+
+def _refuse_whole_batch(model: nn.Module, names: Sequence[str]) -> None:
+    for name in names:
+        entry = applied(model, name)
+        whole = (a for _, a in adapter_modules(model, name) if getattr(a, "whole_batch", False))
+        if entry.trained or next(whole, None) is not None:
+            raise PeftcoreError(
+                f"'{name}' ({entry.method}) acts on a batch as a whole, so it cannot be given to single samples"
+            )
 
 
 def _require_state(model: nn.Module) -> State:

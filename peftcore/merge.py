@@ -93,6 +93,7 @@ def merge(
     state = engine._require_state(model)
     engine._refuse_merged(state, "merge")
     ranks.refuse_sharded(model, "merge")
+    engine.refuse_per_sample(state, "merge")
     if not state.active:
         raise PeftcoreError("no adapter is active. Choose what to merge: peftcore.activate(model, [...])")
     _check_mergeable(model, state.active)
@@ -147,6 +148,7 @@ def merge_loss(model: nn.Module) -> dict[str, float]:
     """
     state = engine._require_state(model)
     engine._refuse_merged(state, "measure")
+    engine.refuse_per_sample(state, "measure")
     _check_mergeable(model, state.active)
     return _lost(model, state.active, None)
 

@@ -44,7 +44,7 @@ class PackedWeight(NamedTuple):
     nested: NestedScales | None = None
 
 
-# --- dropout ---------------------------------------------------------------------------------------------------------
+# --- dropout ----------------------------------------------------------------------------------------------------------
 
 _LOW = 0xFFFFFFFF
 
@@ -70,8 +70,13 @@ def keep_mask(rows: int, columns: int, p: float, seed: int | Tensor, device: tor
         a, b, c, d = (p1 >> 32 & _LOW) ^ b ^ keys[0], p1 & _LOW, (p0 >> 32 & _LOW) ^ d ^ keys[1], p0 & _LOW
         keys = [(keys[0] + 0x9E3779B9) & _LOW, (keys[1] + 0xBB67AE85) & _LOW]
     words = torch.stack([a, b, c, d], -1)  # [rows, columns / 8, 4]
-    numbers = torch.stack([words & 0xFFFF, words >> 16], -1).view(rows, -1)
+    numbers = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(1)
     return numbers[:, :columns] >= _threshold(p)
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """[all leading dimensions, last]."""
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
@@ -84,7 +89,7 @@ def _factor(scale: float, p: float, seed: Tensor | None) -> float:
     return scale if seed is None else scale * 65536 / (65536 - _threshold(p))
 
 
-# --- checks: the same conditions and exception types as csrc/lora/arguments.h ------------------------------------------
+# --- checks: the same conditions and exception types as csrc/lora/arguments.h -----------------------------------------
 
 
 def _check_factors(op: str, x: Tensor, a: Tensor, b: Tensor, out_features: int, names: tuple[str, str]) -> None:
@@ -126,7 +131,7 @@ def _check_dropout(op: str, p: float, seed: Tensor | None) -> None:
         _value(seed.device.type in ("cpu", "meta"), op, f"seed must be on cpu, found {seed.device}")
 
 
-# --- references ------------------------------------------------------------------------------------------------------
+# --- references -------------------------------------------------------------------------------------------------------
 
 
 def _base(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, quantized: tuple[Any, ...]) -> Tensor:
@@ -160,9 +165,9 @@ def _lora_linear(
     _check_factors(op, x, a, b, out, ("a", "b"))
     _check_dropout(op, dropout_p, seed)
     quantized = (absmax, code, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize)
-    y = _base(x, weight, bias, out, quantized).reshape(-1, out)
+    y = _matrix(_base(x, weight, bias, out, quantized))
     a, b = a.to(x.dtype), b.to(x.dtype)
-    s = _dropped(x.reshape(-1, x.shape[-1]), dropout_p, seed) @ a.T * _factor(scale, dropout_p, seed)
+    s = _dropped(_matrix(x), dropout_p, seed) @ a.T * _factor(scale, dropout_p, seed)
     return torch.addmm(y, s, b.T).view(*x.shape[:-1], out), s
 
 
@@ -205,8 +210,8 @@ def _lora_linear_backward(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, columns = grad.shape[-1], x.shape[-1]
-    rows, flat = grad.reshape(-1, out), x.reshape(-1, columns)
+    columns = x.shape[-1]
+    rows, flat = _matrix(grad), _matrix(x)
     a_as, b_as = a.to(x.dtype), b.to(x.dtype)
     dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
     t = rows @ b_as * _factor(scale, dropout_p, seed)  # [M, r]
@@ -216,7 +221,7 @@ def _lora_linear_backward(
         else:
             nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
             dx = _OPS.linear_4bit_backward(grad, weight, absmax, code, blocksize, columns, *nested)
-        dx = (dx.reshape(-1, columns) + _dropped(t @ a_as, dropout_p, seed)).view(x.shape)
+        dx = (_matrix(dx) + _dropped(t @ a_as, dropout_p, seed)).view(x.shape)
     if needs[1]:
         da = (t.T @ _dropped(flat, dropout_p, seed)).to(a.dtype)
     if needs[2]:
@@ -317,7 +322,7 @@ define(
 )
 
 
-# --- what users call ---------------------------------------------------------------------------------------------------
+# --- what users call --------------------------------------------------------------------------------------------------
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -360,7 +365,7 @@ class _LoraLinear(torch.autograd.Function):
             found = backward(grad, x, s, weight, a, b, needs, scale, dropout_p, seed, *quantized)
             dx, da, db = (g if needed else None for g, needed in zip(found, needs, strict=True))
         if need_bias:
-            bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
+            bias_grad = _matrix(grad).sum(0)
         return dx, bias_grad, da, db, *(None for _ in ctx.needs_input_grad[4:])
 
 

@@ -26,6 +26,8 @@ class Backbone(nn.Module):
         causal: positions are computed for padded batches, as `generate` does; an encoder counts from its start.
     """
 
+    whole_batch = True
+
     def __init__(
         self,
         adapter: nn.Module | None,

@@ -110,6 +110,8 @@ class PrefixLayer(nn.Module):
     nothing and holds this layer's part of the prefix, computed anew so that every run has its own graph.
     """
 
+    whole_batch = True
+
     def __init__(self, adapter: nn.Module, module: nn.Module) -> None:
         super().__init__()
         self._adapter = (adapter,)  # its owner is the adapter around the backbone: no parameters here

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from peftcore import ops
 from peftcore.errors import PeftcoreError
-from peftcore.ops import NestedScales
+from peftcore.ops import NestedScales, PackedWeight
 from peftcore.quantization.format import PARTS, QuantState, from_tensors, pack, to_tensors, unpack
 
 BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
@@ -106,6 +106,14 @@ class QuantizedLinear(nn.Linear):
             blocksize=self.blocksize,
             nested=self._nested(),
         )
+
+    def linear_operands(self, x: Tensor) -> tuple[PackedWeight, Tensor | None] | None:
+        """What an adapter may multiply by itself: see `peftcore.adapted.Base`."""
+        if not self.is_quantized or self.compute_dtype not in (None, x.dtype):
+            return None
+        return PackedWeight(
+            self.weight, self.absmax, self.quant_map, self.out_features, self.blocksize, self._nested()
+        ), self.bias
 
     def _nested(self) -> NestedScales | None:
         if self.nested_absmax is None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftcore
-from peftcore import targets
+from peftcore import ops, targets
 
 
 @dataclass(frozen=True)
@@ -119,18 +119,23 @@ class LoraLinear(Lora):
     """nn.Linear and transformers' Conv1D. A `[r, in]`, B `[out, r]`; x `[..., in]` -> y `[..., out]`."""
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
+        p = self.p if self.training else 0.0
+        operands = base.linear_operands(x)
+        if operands is not None:
+            return ops.lora_linear(x, *operands, self.lora_A, self.lora_B, self.scale, p)
         y = base(x)
-        a, b = self.lora_A, self.lora_B
-        if a.dtype is not x.dtype:  # fp32 factors beside a 16-bit x: casting them costs less than casting x
-            a, b = a.to(x.dtype), b.to(x.dtype)
-        if self.p and self.training:
-            x = F.dropout(x, self.p)
-        s = F.linear(x, a)  # [..., r]
-        # One pass over y scales and adds; it wants matrices.
-        if y.dim() == 2:
-            return torch.addmm(y, s, b.T, alpha=self.scale)
-        rows = torch.addmm(y.reshape(-1, y.shape[-1]), s.reshape(-1, s.shape[-1]), b.T, alpha=self.scale)
-        return rows.view(y.shape)
+        x = F.dropout(x, p) if p else x
+        s = F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
+        return y + self.scale * F.linear(s, self.lora_B.to(x.dtype))
+
+    @staticmethod
+    def per_sample(adapters: list[LoraLinear], index: Tensor, base: Any, x: Tensor) -> Tensor:
+        """Without gradients: one pass over the base for all."""
+        operands, a, b = base.linear_operands(x), [m.lora_A for m in adapters], [m.lora_B for m in adapters]
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
+        if operands is None or trains or any(m.training and m.p for m in adapters):
+            return NotImplemented
+        return ops.lora_linear_per_sample(x, *operands, a, b, [m.scale for m in adapters], index)
 
 
 class LoraConv(Lora):

@@ -1,0 +1,192 @@
+"""LoRA's forward and backward over a frozen linear: lora_linear beside the plain composition and peft, in one run.
+
+    python benchmarks/lora.py [--threads 2] [--seconds 4] [--rank 16] [--only linear call samples step]
+
+Rows of a table are timed in turn, so a busy machine slows all alike. "frozen" is F.linear and the gradient of its
+input. The floor adds to it the operations of the thin products, 3 r (in + out) M multiplications, at the rate that
+the frozen linear itself reaches: nothing read or written twice, no call. A and B are fp32 beside a bf16 x, peft's
+default as well.
+"""
+
+import argparse
+import json
+import logging
+import os
+import warnings
+
+import measure
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import ops
+from peftcore.build_info import build_info
+
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
+SHAPES = [(1024, 576, 1536, "bfloat16"), (1024, 576, 1536, "float32"), (1024, 4096, 4096, "bfloat16")]
+
+
+def table(title, times, base, floor=None):
+    print(f"\n{title}\n{'':34}{'min':>9}{'median':>9}{'IQR':>8}   of {base}: min, median")
+    of = measure.spread(times[base])
+    if floor is not None:
+        print(f"{'floor':34}{of[0] * floor:9.3f}{'':17}   {floor:8.3f}")
+    for name, row in times.items():
+        low, median, width = measure.spread(row)
+        print(f"{name:34}{low:9.3f}{median:9.3f}{width:8.3f}   {low / of[0]:8.3f}{median / of[1]:8.3f}")
+
+
+def peft_layer(layer, rank, dropout):
+    import peft
+
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=dropout, target_modules=["0"])
+    return peft.inject_adapter_in_model(config, nn.Sequential(layer))[0].train()
+
+
+def linear(m, k, n, dtype, rank, seconds):
+    """Forward and backward of one layer."""
+    dtype = getattr(torch, dtype)
+    torch.manual_seed(0)
+    layer = nn.Linear(k, n, bias=False, dtype=dtype).requires_grad_(False)
+    x, dy = torch.randn(m, k).to(dtype).requires_grad_(), torch.randn(m, n).to(dtype)
+    a, b = torch.randn(rank, k, requires_grad=True), torch.randn(n, rank, requires_grad=True)
+
+    def composed(p):
+        s = F.linear(F.dropout(x, p) if p else x, a.to(dtype))
+        return torch.addmm(F.linear(x, layer.weight), s, b.to(dtype).T, alpha=0.5)
+
+    def timed(call, inputs):
+        return lambda: torch.autograd.grad(call(), inputs, dy)
+
+    rows = {"frozen": timed(lambda: F.linear(x, layer.weight), (x,))}
+    for p in (0.0, 0.1):
+        drop = f", dropout {p}" if p else ""
+        peers = peft_layer(nn.Linear(k, n, bias=False, dtype=dtype), rank, p)
+        theirs = (x, *(t for t in peers.parameters() if t.requires_grad))
+        rows[f"peftcore{drop}"] = timed(lambda p=p: ops.lora_linear(x, layer.weight, None, a, b, 0.5, p), (x, a, b))
+        rows[f"composed of PyTorch{drop}"] = timed(lambda p=p: composed(p), (x, a, b))
+        rows[f"peft{drop}"] = timed(lambda peers=peers: peers(x), theirs)
+    times = measure.interleaved(rows, seconds)
+    floor = 1 + 3 * rank * (k + n) / (2 * k * n)
+    table(f"{k} -> {n}, {m} rows, {dtype}, r={rank}, forward and backward (ms)", times, "frozen", floor)
+
+
+def call(seconds):
+    """What one call costs on a 16 x 16 layer."""
+    x, w, a, b = torch.randn(1, 16), torch.randn(16, 16), torch.randn(16, 16), torch.randn(16, 16)
+
+    def many(one):
+        def run():
+            for _ in range(500):
+                one()
+
+        return run
+
+    rows = {"F.linear": many(lambda: F.linear(x, w)), "lora_linear": many(lambda: ops.lora_linear(x, w, None, a, b))}
+    with torch.no_grad():
+        times = measure.interleaved(rows, seconds)
+    base, ours = (measure.spread(times[name])[1] * 2 for name in rows)
+    print(f"\na call of a 16 x 16 layer: F.linear {base:.1f} µs, lora_linear {ours:.1f}, over it {ours - base:.1f}")
+
+
+def samples(rank, seconds):
+    """16 samples of one row, each with an adapter of its own, beside all with one."""
+    for k, n in ((576, 1536), (4096, 4096)):
+        x, w = torch.randn(16, k).bfloat16(), torch.randn(n, k).bfloat16()
+        a = [torch.randn(rank, k) for _ in range(16)]
+        b = [torch.randn(n, rank) for _ in range(16)]
+        scales, index = [0.5] * 16, torch.arange(16)
+        rows = {
+            "one adapter": lambda x=x, w=w, a=a, b=b: ops.lora_linear(x, w, None, a[0], b[0], 0.5),
+            "16 adapters": lambda x=x, w=w, a=a, b=b, scales=scales, index=index: ops.lora_linear_per_sample(
+                x, w, None, a, b, scales, index
+            ),
+            "base": lambda x=x, w=w: F.linear(x, w),
+        }
+        with torch.no_grad():
+            times = measure.interleaved(rows, seconds)
+        table(f"{k} -> {n}, 16 samples, bf16, r={rank}, forward (ms)", times, "one adapter")
+
+
+def stepper(kind, layers=30):
+    """A training step of engine.py's model; 4-bit kinds keep the base in NF4."""
+    import engine
+
+    model = engine.llama(layers)
+    if kind.endswith("qlora"):
+        if kind.startswith("peft "):
+            model = with_bitsandbytes(model)
+        else:
+            peftcore.quantize(model)
+        kind = kind.split()[0]
+    tokens = torch.randint(0, 49152, (engine.BATCH, engine.LENGTH), generator=torch.Generator().manual_seed(1))
+    model = engine.with_adapter(kind.split()[0], model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+
+    def step():
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def with_bitsandbytes(model):
+    """Every linear layer but the head as bitsandbytes keeps it in NF4."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear and name != "lm_head":
+            made = bnb.nn.Linear4bit(module.in_features, module.out_features, False, torch.bfloat16, True, "nf4")
+            made.weight = bnb.nn.Params4bit(module.weight.data, False, quant_type="nf4", compress_statistics=True)
+            model.set_submodule(name, made.to("cpu"))
+    return model
+
+
+KINDS = ("frozen", "peftcore lora", "peft lora", "peftcore qlora", "peft qlora")
+
+
+def steps(seconds):
+    times = measure.interleaved({kind: stepper(kind) for kind in KINDS}, seconds)
+    table("a training step, 135M Llama shape, bf16, batch 4 x 128 (ms)", times, "frozen")
+    for kind in KINDS:
+        peak = measure.in_child(__file__, "--peak", kind, "--threads", torch.get_num_threads())["peak"]
+        print(f"{kind:34}peak {peak:6.0f} MB")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--only", nargs="+", default=["linear", "call", "samples", "step"])
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        step = stepper(options.peak)
+        measure.reset_peak()
+        for _ in range(2):
+            step()
+        print(json.dumps({"peak": measure.peak_megabytes()}))
+        return
+    info = build_info()
+    print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, ", end="")
+    print(f"extension: {info.cpu_level} ({info.compiler or info.missing_because})")
+    if "linear" in options.only:
+        for shape in SHAPES:
+            linear(*shape, options.rank, options.seconds)
+    if "call" in options.only:
+        call(options.seconds / 2)
+    if "samples" in options.only:
+        samples(options.rank, options.seconds / 2)
+    if "step" in options.only:
+        steps(options.seconds * 5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+// Argument checks of the lora operators and the base's product, the same for every backend.
+#pragma once
+
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <vector>
+
+#include "lora/lora.h"
+#include "nf4/linear_arguments.h"
+
+namespace peftcore {
+namespace lora {
+
+using at::Tensor;
+using nf4::ceil_div;
+using nf4::Dtype;
+using nf4::kernel_dtype;
+using nf4::with_last;
+
+// How a packed weight is read; without absmax the weight is dense.
+struct Quantized {
+    const std::optional<Tensor>&absmax, &code;
+    int64_t blocksize;
+    const std::optional<Tensor>&nested_absmax, &nested_code, &nested_offset;
+    int64_t nested_blocksize;
+
+    bool packed() const { return absmax.has_value(); }
+};
+
+inline void check_same(const Tensor& t, const Tensor& x, const char* op, const char* name) {
+    TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), op, ": ", name, " must be ", x.scalar_type(),
+                     " like x, found ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.device() == x.device(), op, ": ", name, " must be on ", x.device(), " like x, found ",
+                      t.device());
+}
+
+// x, and W [out, in] with its bias.
+inline void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                         int64_t out_features, const Quantized& quantized, const char* op) {
+    kernel_dtype(x.scalar_type(), op);
+    TORCH_CHECK_VALUE(x.dim() > 0, op, ": x must have at least one dimension, found a scalar");
+    if (!quantized.packed()) {
+        check_same(weight, x, op, "weight");
+        TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == out_features && weight.size(1) == x.size(-1),
+                          op, ": weight must be [", out_features, ", ", x.size(-1), "], found ",
+                          weight.sizes());
+    }
+    if (bias.has_value()) {
+        TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must be [",
+                          out_features, "], found ", bias->sizes());
+        check_same(*bias, x, op, "bias");
+    }
+}
+
+// A [r, in] and B [out, r].
+inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, int64_t out_features,
+                          const char* op, const std::string& a_name = "a", const std::string& b_name = "b") {
+    const auto check = [&](const Tensor& t, const std::string& name) {
+        TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()), op, ": ", name,
+                         " must be of a floating-point dtype, found ", t.scalar_type());
+        TORCH_CHECK_VALUE(t.device() == x.device(), op, ": ", name, " must be on ", x.device(),
+                          " like x, found ", t.device());
+        TORCH_CHECK_VALUE(t.dim() == 2, op, ": ", name, " must have two dimensions, found ", t.sizes());
+    };
+    check(a, a_name);
+    check(b, b_name);
+    TORCH_CHECK_VALUE(a.size(1) == x.size(-1), op, ": ", a_name, " must be [r, ", x.size(-1),
+                      "] for x, found ", a.sizes());
+    TORCH_CHECK_VALUE(b.size(0) == out_features && b.size(1) == a.size(0), op, ": ", b_name, " must be [",
+                      out_features, ", ", a.size(0), "], found ", b.sizes());
+}
+
+inline Dropout dropout_of(double p, const std::optional<Tensor>& seed, const char* op) {
+    TORCH_CHECK_VALUE(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), found ", p);
+    TORCH_CHECK_VALUE(seed.has_value() || p == 0, op, ": dropout_p=", p, " needs a seed, found none");
+    Dropout dropout;
+    if (!seed.has_value()) return dropout;
+    check_tensor(*seed, at::kLong, at::kCPU, op, "seed");
+    TORCH_CHECK_VALUE(seed->numel() == 1, op, ": seed must hold 1 element, found ", seed->numel());
+    const uint64_t key = uint64_t(*seed->const_data_ptr<int64_t>());
+    dropout.threshold = uint32_t(std::min(std::nearbyint(p * 65536), 65535.0));
+    dropout.key0 = uint32_t(key);
+    dropout.key1 = uint32_t(key >> 32);
+    return dropout;
+}
+
+// c, which carries the scale and what dropout keeps.
+inline float factor_of(double scale, const Dropout& dropout) {
+    return float(scale * 65536 / (65536 - dropout.threshold));
+}
+
+// The product with W by linear_4bit's operators.
+using OptionalTensor = const std::optional<Tensor>&;
+
+inline Tensor packed_linear(const Tensor& x, const Tensor& weight, OptionalTensor bias, int64_t out_features,
+                            const Quantized& q) {
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("peftcore::linear_4bit", "")
+            .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymInt,
+                          OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, int64_t)>();
+    TORCH_CHECK_VALUE(q.code.has_value(),
+                      "lora_linear: a packed weight needs absmax and code, found no code");
+    return op.call(x, weight, *q.absmax, *q.code, q.blocksize, out_features, bias, q.nested_absmax,
+                   q.nested_code, q.nested_offset, q.nested_blocksize);
+}
+
+inline Tensor packed_linear_backward(const Tensor& grad, const Tensor& weight, int64_t in_features,
+                                     const Quantized& q) {
+    static const auto op =
+        c10::Dispatcher::singleton()
+            .findSchemaOrThrow("peftcore::linear_4bit_backward", "")
+            .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymInt,
+                          OptionalTensor, OptionalTensor, OptionalTensor, int64_t)>();
+    TORCH_CHECK_VALUE(q.code.has_value(),
+                      "lora_linear: a packed weight needs absmax and code, found no code");
+    return op.call(grad, weight, *q.absmax, *q.code, q.blocksize, in_features, q.nested_absmax, q.nested_code,
+                   q.nested_offset, q.nested_blocksize);
+}
+
+}  // namespace lora
+}  // namespace peftcore

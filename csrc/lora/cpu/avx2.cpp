@@ -1,0 +1,97 @@
+// AVX2 with FMA and conversions of fp16.
+#include <immintrin.h>
+
+#include "lora/cpu/blocks.h"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+struct Avx2 {
+    static constexpr int kLanes = 8, kRows = 6;  // of 16 registers, 12 hold sums
+    using Vector = __m256;
+
+    static inline Vector zero() { return _mm256_setzero_ps(); }
+    static inline Vector set(float value) { return _mm256_set1_ps(value); }
+    static inline Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+    static inline Vector mul(Vector a, Vector b) { return _mm256_mul_ps(a, b); }
+    static inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+
+    static inline Vector load(const float* from) { return _mm256_loadu_ps(from); }
+    static inline Vector load(const Half* from) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    }
+    static inline Vector load(const BFloat16* from) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+
+    static inline void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
+    static inline void store(Half* to, Vector v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static inline void store(BFloat16* to, Vector v) {
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        rounded = _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000),
+                                     _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+        rounded = _mm256_srli_epi32(rounded, 16);
+        rounded = _mm256_permute4x64_epi64(_mm256_packus_epi32(rounded, rounded), 0x08);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(rounded));
+    }
+
+    static inline Vector keep(Vector v, uint32_t bits) {
+        const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(int(bits)), bit), bit);
+        return _mm256_and_ps(v, _mm256_castsi256_ps(set));
+    }
+
+    // Four counters a vector, each word in the low half of a 64-bit lane; what is above it, products ignore.
+    static inline void keep_bytes(const Dropout& dropout, int64_t row, int64_t first, int64_t count,
+                                  uint8_t* out) {
+        const __m256i multiply0 = _mm256_set1_epi64x(kPhiloxMultiply0);
+        const __m256i multiply1 = _mm256_set1_epi64x(kPhiloxMultiply1);
+        const __m256i threshold = _mm256_set1_epi16(short(dropout.threshold));
+        for (int64_t at = 0; at < (count + kCounters - 1) / kCounters * kCounters; at += 4) {
+            __m256i a = _mm256_add_epi64(_mm256_set1_epi64x(first + at), _mm256_setr_epi64x(0, 1, 2, 3));
+            __m256i b = _mm256_set1_epi64x(row), c = _mm256_set1_epi64x(row >> 32),
+                    d = _mm256_setzero_si256();
+            uint32_t key0 = dropout.key0, key1 = dropout.key1;
+            for (int round = 0; round < kPhiloxRounds; ++round) {
+                const __m256i p = _mm256_mul_epu32(a, multiply0), q = _mm256_mul_epu32(c, multiply1);
+                a = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(q, 32), b), _mm256_set1_epi64x(key0));
+                c = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p, 32), d), _mm256_set1_epi64x(key1));
+                b = q;
+                d = p;
+                key0 += kPhiloxWeyl0;
+                key1 += kPhiloxWeyl1;
+            }
+            const __m256i ab = _mm256_blend_epi32(a, _mm256_slli_epi64(b, 32), 0xaa);
+            const __m256i cd = _mm256_blend_epi32(c, _mm256_slli_epi64(d, 32), 0xaa);
+            const auto kept = [&](__m256i v) {
+                return _mm256_cmpeq_epi16(_mm256_max_epu16(v, threshold), v);
+            };
+            const __m256i bytes =
+                _mm256_packs_epi16(kept(_mm256_unpacklo_epi64(ab, cd)), kept(_mm256_unpackhi_epi64(ab, cd)));
+            const int bits = _mm256_movemask_epi8(bytes);
+            std::memcpy(out + at, &bits, sizeof bits);
+        }
+    }
+};
+
+}  // namespace
+
+Kernels avx2_kernels(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::kHalf:
+            return Blocks<Single<Avx2, Half>>::kernels();
+        case Dtype::kBFloat16:
+            return Blocks<Single<Avx2, BFloat16>>::kernels();
+        default:
+            return Blocks<Single<Avx2, float>>::kernels();
+    }
+}
+
+}  // namespace lora
+}  // namespace peftcore

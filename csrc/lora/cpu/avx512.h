@@ -1,0 +1,93 @@
+// Vectors of AVX-512, for the files of both its levels: hence the namespace without a name.
+#pragma once
+
+#include <immintrin.h>
+
+#include "lora/cpu/blocks.h"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+struct Avx512 {
+    static constexpr int kLanes = 16, kRows = 12;  // of 32 registers, up to 24 hold sums
+    using Vector = __m512;
+
+    static inline Vector zero() { return _mm512_setzero_ps(); }
+    static inline Vector set(float value) { return _mm512_set1_ps(value); }
+    static inline Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+    static inline Vector mul(Vector a, Vector b) { return _mm512_mul_ps(a, b); }
+    static inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+
+    static inline Vector load(const float* from) { return _mm512_loadu_ps(from); }
+    static inline Vector load(const Half* from) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+    static inline Vector load(const BFloat16* from) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    }
+
+    static inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
+    static inline void store(Half* to, Vector v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static inline void store(BFloat16* to, Vector v) {
+        const __m512i bits = _mm512_castps_si512(v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                            _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+
+    static inline Vector keep(Vector v, uint32_t bits) { return _mm512_maskz_mov_ps(__mmask16(bits), v); }
+
+    // Eight counters a vector, each word in the low half of a 64-bit lane; what is above it, products ignore.
+    static inline void keep_bytes(const Dropout& dropout, int64_t row, int64_t first, int64_t count,
+                                  uint8_t* out) {
+        const __m512i multiply0 = _mm512_set1_epi64(kPhiloxMultiply0),
+                      multiply1 = _mm512_set1_epi64(kPhiloxMultiply1);
+        const __m512i threshold = _mm512_set1_epi16(short(dropout.threshold));
+        const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11);
+        const __m512i high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+        const __m512i steps = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+        for (int64_t at = 0; at < count; at += kCounters) {
+            __m512i a[2], b[2], c[2], d[2];
+            for (int i = 0; i < 2; ++i) {
+                a[i] = _mm512_add_epi64(_mm512_set1_epi64(first + at + 8 * i), steps);
+                b[i] = _mm512_set1_epi64(row);
+                c[i] = _mm512_set1_epi64(row >> 32);
+                d[i] = _mm512_setzero_si512();
+            }
+            uint32_t key0 = dropout.key0, key1 = dropout.key1;
+            for (int round = 0; round < kPhiloxRounds; ++round) {
+                const __m512i k0 = _mm512_set1_epi64(key0), k1 = _mm512_set1_epi64(key1);
+                for (int i = 0; i < 2; ++i) {
+                    const __m512i p = _mm512_mul_epu32(a[i], multiply0),
+                                  q = _mm512_mul_epu32(c[i], multiply1);
+                    a[i] =
+                        _mm512_ternarylogic_epi64(_mm512_srli_epi64(q, 32), b[i], k0, 0x96);  // exclusive or
+                    b[i] = q;
+                    c[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p, 32), d[i], k1, 0x96);
+                    d[i] = p;
+                }
+                key0 += kPhiloxWeyl0;
+                key1 += kPhiloxWeyl1;
+            }
+            for (int i = 0; i < 2; ++i) {
+                const __m512i ab = _mm512_mask_mov_epi32(a[i], 0xaaaa, _mm512_slli_epi64(b[i], 32));
+                const __m512i cd = _mm512_mask_mov_epi32(c[i], 0xaaaa, _mm512_slli_epi64(d[i], 32));
+                const uint32_t bits[2] = {
+                    _mm512_cmpge_epu16_mask(_mm512_permutex2var_epi64(ab, low, cd), threshold),
+                    _mm512_cmpge_epu16_mask(_mm512_permutex2var_epi64(ab, high, cd), threshold)};
+                std::memcpy(out + at + 8 * i, bits, sizeof bits);
+            }
+        }
+    }
+};
+
+}  // namespace
+}  // namespace lora
+}  // namespace peftcore

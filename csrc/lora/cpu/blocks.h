@@ -1,0 +1,320 @@
+// The loops of kernels.h, the same for every dtype and level:
+//
+//   struct Level {
+//     using T;                              what x, s and y hold
+//     using Unit; static constexpr int kPair;
+//     static constexpr int kLanes, kRows;   of a vector of fp32 sums; rows that share a right vector
+//     using Vector; using Right;
+//     static Vector zero(), set(float), load(const T*), load(const float*), add(Vector, Vector), mul(Vector,
+//     Vector); static void store(T*, Vector), store(float*, Vector);
+//     static Vector keep(Vector, uint32_t bits);                   zero where the bit is
+//     static void keep_bytes(...);                                 see dropout.h
+//     static Right load_right(const Unit*);
+//     static Vector madd(Vector sum, const Unit* left, Right);     the left unit broadcast
+//     static Unit unit(T even, T odd);                             odd: of pairs only
+//     The `columns` values of x's row as units along it, up to a multiple of kLanes; those that `keep` drops
+//     zero: static void stage_row(const T* row, int64_t columns, const uint8_t* keep, Unit* out); `count` <=
+//     kPair rows as one row of units across them, up to a multiple of kLanes: static void stage_rows(const T*
+//     row, int64_t stride, int64_t count, int64_t columns, const uint8_t* keep,
+//                            int64_t keep_stride, Unit* out);
+//   };
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "lora/cpu/dropout.h"
+#include "lora/cpu/kernels.h"
+
+namespace peftcore {
+namespace lora {
+
+template <typename Level, typename S>
+static inline typename Level::Vector load_some(const S* from, int64_t count) {
+    if (__builtin_expect(count >= Level::kLanes, true)) return Level::load(from);
+    if (count <= 0) return Level::zero();
+    S whole[Level::kLanes] = {};
+    std::memcpy(whole, from, size_t(count) * sizeof(S));
+    return Level::load(whole);
+}
+
+template <typename Level, typename S>
+static inline void store_some(S* to, int64_t count, typename Level::Vector value) {
+    if (__builtin_expect(count >= Level::kLanes, true)) return Level::store(to, value);
+    if (count <= 0) return;
+    S whole[Level::kLanes];
+    Level::store(whole, value);
+    std::memcpy(to, whole, size_t(count) * sizeof(S));
+}
+
+// The bits of kLanes columns from `column` on, which is a multiple of kLanes.
+template <typename Level>
+static inline uint32_t bits_at(const uint8_t* keep, int64_t column) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, keep + column / 8, Level::kLanes >= 8 ? Level::kLanes / 8 : 1);
+    return bits >> column % 8;
+}
+
+// Products of fp32, whatever x holds, on the vectors of `Simd`.
+template <typename Simd, typename Type>
+struct Single : Simd {
+    using T = Type;
+    using Unit = float;
+    using Vector = typename Simd::Vector;
+    using Right = Vector;
+    static constexpr int kPair = 1;
+
+    static inline Right load_right(const float* from) { return Simd::load(from); }
+    static inline Vector madd(Vector sum, const float* left, Right right) {
+        return Simd::fma(Simd::set(*left), right, sum);
+    }
+    static inline float unit(T value, T) { return to_float(value); }
+
+    static inline void stage_row(const T* row, int64_t columns, const uint8_t* keep, float* out) {
+        for (int64_t k = 0; k < columns; k += Simd::kLanes) {
+            Vector value = load_some<Single>(row + k, columns - k);
+            if (keep != nullptr) value = Simd::keep(value, bits_at<Single>(keep, k));
+            Simd::store(out + k, value);
+        }
+    }
+    static inline void stage_rows(const T* row, int64_t, int64_t, int64_t columns, const uint8_t* keep,
+                                  int64_t, float* out) {
+        stage_row(row, columns, keep, out);
+    }
+};
+
+template <typename Level>
+struct Blocks {
+    using T = typename Level::T;
+    using Unit = typename Level::Unit;
+    using Vector = typename Level::Vector;
+    static constexpr int kLanes = Level::kLanes, kRows = Level::kRows, kPair = Level::kPair;
+    // A block of x that `outer` arranges: it stays in the second cache.
+    static constexpr int64_t kBlockRows = 64, kBlockColumns = 256, kAhead = 8;
+
+    static int64_t units(int64_t count) { return (count + kPair - 1) / kPair; }
+    static int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+
+    // sums[m][v] += the sum over i of left[m * left_row + i * left_inner] right[i * right_inner + v * kLanes
+    // ..]
+    template <int R, int V>
+    static inline __attribute__((always_inline)) void multiply(const Unit* left, int64_t left_row,
+                                                               int64_t left_inner, const Unit* right,
+                                                               int64_t right_inner, int64_t inner,
+                                                               Vector (&sums)[R][V]) {
+        for (int64_t i = 0; i < inner; ++i, left += left_inner, right += right_inner) {
+            typename Level::Right column[V];
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) column[v] = Level::load_right(right + v * kLanes);
+#pragma GCC unroll 16
+            for (int m = 0; m < R; ++m)
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v)
+                    sums[m][v] = Level::madd(sums[m][v], left + m * left_row, column[v]);
+        }
+    }
+
+    // `tile` of all [rows, columns], as tile.run<R, V>(row, column); columns are padded.
+    template <int R, typename Tile>
+    static inline void row_tiles(int64_t row, int64_t columns, const Tile& tile) {
+        int64_t n = 0;
+        for (; n + 2 * kLanes <= columns; n += 2 * kLanes) tile.template run<R, 2>(row, n);
+        if (n < columns) tile.template run<R, 1>(row, n);
+    }
+
+    template <typename Tile>
+    static void tiles(int64_t rows, int64_t columns, const Tile& tile) {
+        int64_t m = 0;
+        for (; m + kRows <= rows; m += kRows) row_tiles<kRows>(m, columns, tile);
+        for (; m + 4 <= rows; m += 4) row_tiles<4>(m, columns, tile);
+        for (; m < rows; ++m) row_tiles<1>(m, columns, tile);
+    }
+
+    static void arrange(const void* source, int64_t inner_stride, int64_t outer_stride, int64_t inner,
+                        int64_t outer, int64_t width, void* to) {
+        const T* from = static_cast<const T*>(source);
+        Unit* out = static_cast<Unit*>(to);
+        // By 16 of the outer dimension, which are a cache line of the result.
+        for (int64_t begin = 0; begin < width; begin += kWidthMultiple) {
+            const int64_t count = std::clamp<int64_t>(outer - begin, 0, kWidthMultiple);
+            for (int64_t i = 0; i < inner; i += kPair) {
+                const T* row = from + i * inner_stride + begin * outer_stride;
+                Unit* line = out + i / kPair * width + begin;
+                const bool pair = i + 1 < inner;
+                for (int64_t j = 0; j < count; ++j) {
+                    const T* at = row + j * outer_stride;
+                    line[j] = Level::unit(at[0], pair ? at[inner_stride] : T{});
+                }
+                for (int64_t j = count; j < kWidthMultiple; ++j) line[j] = Unit{};
+            }
+        }
+    }
+
+    struct DownTile {
+        const DownArgs& args;
+        const Unit* left;  // of row `first`
+        int64_t left_row, first;
+
+        template <int R, int V>
+        inline void run(int64_t m, int64_t n) const {
+            Vector sums[R][V];
+            for (auto& row : sums)
+                for (Vector& sum : row) sum = Level::zero();
+            multiply<R, V>(left + m * left_row, left_row, 1, static_cast<const Unit*>(args.right) + n,
+                           args.width, units(args.columns), sums);
+            const Vector factor = Level::set(args.factor);
+#pragma GCC unroll 16
+            for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) {
+                    const int64_t column = n + v * kLanes;
+                    if (column < args.r)
+                        store_some<Level>(static_cast<T*>(args.s) + (first + m + i) * args.r + column,
+                                          args.r - column, Level::mul(sums[i][v], factor));
+                }
+        }
+    };
+
+    static void down(const DownArgs& args, int64_t first, int64_t last) {
+        const T* x = static_cast<const T*>(args.x);
+        const int64_t columns = args.columns, inner = units(columns);
+        const bool drops = args.dropout.threshold != 0;
+        if (!drops && sizeof(T) * kPair == sizeof(Unit) && columns % kPair == 0) {
+            const Unit* left = reinterpret_cast<const Unit*>(x + first * columns);
+            return tiles(last - first, padded(args.r), DownTile{args, left, inner, first});
+        }
+        const int64_t stride = padded(inner);
+        std::vector<Unit> rows(size_t(kRows * stride));
+        const int64_t counters = (columns + 7) / 8;
+        std::vector<uint8_t> keep(size_t(drops ? counters + kCounters + 8 : 0));
+        for (int64_t m = first; m < last; m += kRows) {
+            const int64_t count = std::min<int64_t>(kRows, last - m);
+            for (int64_t i = 0; i < count; ++i) {
+                if (drops) Level::keep_bytes(args.dropout, m + i, 0, counters, keep.data());
+                Level::stage_row(x + (m + i) * columns, columns, drops ? keep.data() : nullptr,
+                                 rows.data() + i * stride);
+            }
+            tiles(count, padded(args.r), DownTile{args, rows.data(), stride, m});
+        }
+    }
+
+    struct UpTile {
+        const UpArgs& args;
+        int64_t first_row, first_column, last_column;
+        const uint8_t* keep;  // of these rows and columns; or nullptr
+        int64_t keep_row;
+
+        template <int R, int V>
+        inline void run(int64_t m, int64_t n) const {
+            const int64_t row = first_row + m, column = first_column + n;
+            T* y = static_cast<T*>(args.y) + row * args.columns + column;
+            const int64_t count = last_column - column;
+            // y comes from the third cache or from memory: the next tile's, while this one is multiplied.
+            if (count > 2 * kLanes)
+                for (int i = 0; i < R; ++i)
+                    __builtin_prefetch(reinterpret_cast<const char*>(y + i * args.columns + 2 * kLanes), 1);
+            Vector sums[R][V];
+#pragma GCC unroll 16
+            for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v)
+                    sums[i][v] = keep == nullptr
+                                     ? load_some<Level>(y + i * args.columns + v * kLanes, count - v * kLanes)
+                                     : Level::zero();
+            multiply<R, V>(static_cast<const Unit*>(args.left) + row * args.left_row, args.left_row,
+                           args.left_inner, static_cast<const Unit*>(args.right) + column, args.width,
+                           args.inner, sums);
+#pragma GCC unroll 16
+            for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) {
+                    T* to = y + i * args.columns + v * kLanes;
+                    const int64_t left = count - v * kLanes;
+                    Vector sum = sums[i][v];
+                    if (keep != nullptr) {
+                        const uint32_t bits = bits_at<Level>(keep + (m + i) * keep_row, n + v * kLanes);
+                        sum = Level::add(load_some<Level>(to, left), Level::keep(sum, bits));
+                    }
+                    store_some<Level>(to, left, sum);
+                }
+        }
+    };
+
+    static void up(const UpArgs& args, int64_t first, int64_t last) {
+        tiles(last - first, padded(args.columns), UpTile{args, first, 0, args.columns, nullptr, 0});
+    }
+
+    struct OuterTile {
+        const Unit *left, *right;
+        int64_t left_inner, right_inner, inner;
+        float* sums;  // [r][right_inner]
+
+        template <int R, int V>
+        inline void run(int64_t m, int64_t n) const {
+            Vector tile[R][V];
+            float* to = sums + m * right_inner + n;
+#pragma GCC unroll 16
+            for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) tile[i][v] = Level::load(to + i * right_inner + v * kLanes);
+            multiply<R, V>(left + m, 1, left_inner, right + n, right_inner, inner, tile);
+#pragma GCC unroll 16
+            for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+                for (int v = 0; v < V; ++v) Level::store(to + i * right_inner + v * kLanes, tile[i][v]);
+        }
+    };
+
+    // Rows of x some way ahead: they lie too far apart for the processor to foresee.
+    static inline void prefetch(const T* x, const OuterArgs& args, int64_t row, int64_t begin,
+                                int64_t columns) {
+        for (int64_t m = row; m < std::min(row + kPair, args.rows); ++m)
+            for (int64_t k = 0; k < columns; k += 64 / int64_t(sizeof(T)))
+                __builtin_prefetch(reinterpret_cast<const char*>(x + m * args.columns + begin + k));
+    }
+
+    static void outer(const OuterArgs& args, int64_t first, int64_t last) {
+        const T* x = static_cast<const T*>(args.x);
+        const int64_t most = std::min(padded(last - first), kBlockColumns);
+        std::vector<float> sums(size_t(args.r * most));
+        std::vector<Unit> block(size_t(units(kBlockRows) * most));
+        const bool drops = args.dropout.threshold != 0;
+        const int64_t keep_row = kBlockColumns / 8 + kCounters;
+        std::vector<uint8_t> keep(size_t(drops ? (kBlockRows + 1) * keep_row : 0));
+        for (int64_t begin = first; begin < last; begin += kBlockColumns) {
+            const int64_t end = std::min(begin + kBlockColumns, last), columns = end - begin,
+                          width = padded(columns);
+            std::fill(sums.begin(), sums.end(), 0.0f);
+            for (int64_t m = 0; m < args.rows; m += kBlockRows) {
+                const int64_t rows = std::min(kBlockRows, args.rows - m);
+                for (int64_t i = 0; drops && i < rows; ++i)
+                    Level::keep_bytes(args.dropout, m + i, begin / 8, (columns + 7) / 8,
+                                      keep.data() + i * keep_row);
+                if (args.out != nullptr) {
+                    for (int64_t i = 0; i < rows; i += kPair) {
+                        prefetch(x, args, m + i + kAhead, begin, columns);
+                        const uint8_t* mask = drops ? keep.data() + i * keep_row : nullptr;
+                        Level::stage_rows(x + (m + i) * args.columns + begin, args.columns,
+                                          std::min<int64_t>(kPair, rows - i), columns, mask, keep_row,
+                                          block.data() + i / kPair * width);
+                    }
+                    const Unit* left = static_cast<const Unit*>(args.left) + m / kPair * args.width;
+                    tiles(args.r, width,
+                          OuterTile{left, block.data(), args.width, width, units(rows), sums.data()});
+                }
+                if (args.up != nullptr)
+                    tiles(rows, width,
+                          UpTile{*args.up, m, begin, end, drops ? keep.data() : nullptr, keep_row});
+            }
+            for (int64_t i = 0; args.out != nullptr && i < args.r; ++i)
+                for (int64_t k = 0; k < columns; ++k)
+                    args.out[i * args.out_row + (begin + k) * args.out_column] = sums[size_t(i * width + k)];
+        }
+    }
+
+    static Kernels kernels() { return {kPair, int(sizeof(Unit)), arrange, down, up, outer}; }
+};
+
+}  // namespace lora
+}  // namespace peftcore

@@ -1,0 +1,75 @@
+// The three thin products, for one dtype at one SIMD level. Each is rows of a left factor, broadcast, times a
+// right factor whose columns lie in vectors; sums are fp32.
+//
+//   down     s = c (keep ∘ x) right              [M, r], rounded once
+//   up       y += keep ∘ (left right)            [M, columns], rounded once
+//   outer    out = leftᵀ (keep ∘ x)              [r, columns] fp32, summed over the rows in their order
+//
+// A factor is kept in units: one value in fp32, or with dot products of bf16 a pair of neighbours along the
+// summed dimension. `arrange` makes [ceil(inner / pair)][width] units, the missing ones zero.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+
+#include "lora/lora.h"
+#include "nf4/nf4.h"
+
+namespace peftcore {
+namespace lora {
+
+using nf4::Dtype;
+
+struct DownArgs {
+    const void* x;  // [M, columns]
+    int64_t columns;
+    const void* right;  // [columns][width] units
+    int64_t width, r;
+    float factor;
+    Dropout dropout;
+    void* s;  // [M, r]
+};
+
+struct UpArgs {
+    void* y;  // [M, columns]
+    int64_t columns;
+    const void* left;  // unit (row, i) at row * left_row + i * left_inner
+    int64_t left_row, left_inner, inner;
+    const void* right;  // [inner][width] units
+    int64_t width;
+    Dropout dropout;
+};
+
+struct OuterArgs {
+    const void* x;  // [rows, columns]
+    int64_t rows, columns;
+    const void* left;  // [rows][width] units
+    int64_t width, r;
+    float* out;  // element (i, column) at i * out_row + column * out_column
+    int64_t out_row, out_column;
+    Dropout dropout;
+    const UpArgs* up;  // on the same rows and columns, with the same mask; or nullptr
+};
+
+struct Kernels {
+    int pair;       // values of a unit
+    int unit_size;  // bytes
+    // from[i * inner_stride + j * outer_stride], i < inner, j < outer
+    void (*arrange)(const void* from, int64_t inner_stride, int64_t outer_stride, int64_t inner,
+                    int64_t outer, int64_t width, void* out);
+    void (*down)(const DownArgs&, int64_t first_row, int64_t last_row);
+    void (*up)(const UpArgs&, int64_t first_row, int64_t last_row);
+    void (*outer)(const OuterArgs&, int64_t first_column,
+                  int64_t last_column);  // first: multiple of kColumnGrain
+};
+
+constexpr int kWidthMultiple = 16;  // of `width`
+constexpr int kColumnGrain = 32;
+
+Kernels portable_kernels(Dtype dtype);
+Kernels avx2_kernels(Dtype dtype);
+Kernels avx512_kernels(Dtype dtype);
+Kernels avx512bf16_kernels();  // bf16
+
+}  // namespace lora
+}  // namespace peftcore

@@ -1,0 +1,221 @@
+// lora_linear and its gradient on CPU. Schemas and formulas: peftcore/ops/lora.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "common/cpu_features.h"
+#include "lora/arguments.h"
+#include "lora/cpu/kernels.h"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+constexpr int64_t kProductsPerTask = 1 << 17;
+
+Kernels choose(Dtype dtype) {
+    switch (cpu_level()) {
+#if defined(PEFTCORE_HAVE_AVX512)
+        case CpuLevel::kAvx512:
+#if defined(PEFTCORE_HAVE_AVX512BF16)
+            if (dtype == Dtype::kBFloat16 && cpu_has_bf16_dot()) return avx512bf16_kernels();
+#endif
+            return avx512_kernels(dtype);
+#endif
+#if defined(PEFTCORE_HAVE_AVX2)
+        case CpuLevel::kAvx2:
+            return avx2_kernels(dtype);
+#endif
+        default:
+            return portable_kernels(dtype);
+    }
+}
+
+// A factor [inner, outer] as units (see kernels.h).
+struct Factor {
+    Tensor memory;
+    int64_t inner, width;
+    void* units() const { return memory.mutable_data_ptr(); }
+};
+
+Factor arranged(const Kernels& kernels, const Tensor& from, bool transposed) {
+    const int64_t rows = from.size(0), columns = from.size(1);
+    const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
+    Factor factor{{}, ceil_div(inner, kernels.pair), ceil_div(outer, kWidthMultiple) * kWidthMultiple};
+    factor.memory =
+        at::empty({factor.inner * factor.width * kernels.unit_size}, from.options().dtype(at::kByte));
+    kernels.arrange(from.const_data_ptr(), transposed ? 1 : columns, transposed ? columns : 1, inner, outer,
+                    factor.width, factor.units());
+    return factor;
+}
+
+void down(const Kernels& kernels, const Tensor& x, const Factor& right, float factor, const Dropout& dropout,
+          const Tensor& s) {
+    const int64_t columns = x.size(1), r = s.size(1);
+    const DownArgs args{x.const_data_ptr(),  columns, right.units(), right.width, r, factor, dropout,
+                        s.mutable_data_ptr()};
+    at::parallel_for(0, s.size(0), ceil_div(kProductsPerTask, std::max<int64_t>(1, columns * r)),
+                     [&](int64_t first, int64_t last) { kernels.down(args, first, last); });
+}
+
+// y += keep ∘ (s right). `holder` keeps s as units, where it is not made of them already.
+UpArgs up_args(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& right,
+               const Dropout& dropout, Factor& holder) {
+    const int64_t r = s.size(1), inner = ceil_div(r, kernels.pair);
+    UpArgs args{y.mutable_data_ptr(), y.size(1), s.const_data_ptr(), inner, 1, inner, right.units(),
+                right.width,          dropout};
+    if (r % kernels.pair != 0 || s.element_size() * kernels.pair != kernels.unit_size) {
+        holder = arranged(kernels, s, true);
+        args.left = holder.units();
+        args.left_row = 1;
+        args.left_inner = holder.width;
+    }
+    return args;
+}
+
+void up(const Kernels& kernels, const UpArgs& args, int64_t rows) {
+    const int64_t products = std::max<int64_t>(1, args.columns * args.inner * kernels.pair);
+    at::parallel_for(0, rows, ceil_div(kProductsPerTask, products),
+                     [&](int64_t first, int64_t last) { kernels.up(args, first, last); });
+}
+
+// out [r, columns] = leftᵀ (keep ∘ x) (transposed: [columns, r]), and `up`. Tasks are columns: each sum runs
+// over all rows in their order, whatever the number of threads.
+void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out, bool transposed,
+           const Dropout& dropout, const UpArgs* up) {
+    const int64_t rows = x.size(0), columns = x.size(1), r = left.size(1);
+    Factor factor{{}, 0, 0};
+    OuterArgs args{x.const_data_ptr(), rows, columns, nullptr, 0, r, nullptr, 0, 0, dropout, up};
+    if (out.defined()) {
+        factor = arranged(kernels, left, false);
+        args.left = factor.units();
+        args.width = factor.width;
+        args.out = out.mutable_data_ptr<float>();
+        args.out_row = transposed ? 1 : columns;
+        args.out_column = transposed ? r : 1;
+    }
+    const int64_t units = ceil_div(columns, kColumnGrain);
+    const int64_t grain = ceil_div(kProductsPerTask, std::max<int64_t>(1, rows * r * kColumnGrain));
+    at::parallel_for(0, units, grain, [&](int64_t first, int64_t last) {
+        kernels.outer(args, first * kColumnGrain, std::min(last * kColumnGrain, columns));
+    });
+}
+
+// [all leading dimensions, last].
+Tensor matrix(const Tensor& t) {
+    const at::IntArrayRef sizes = t.sizes();
+    return t.contiguous().view({c10::multiply_integers(sizes.begin(), sizes.end() - 1), sizes.back()});
+}
+
+// A factor in x's dtype, rounded once.
+Tensor like(const Tensor& factor, const Tensor& x) { return factor.to(x.scalar_type()).contiguous(); }
+
+Tensor base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
+            const Quantized& quantized) {
+    if (quantized.packed()) return packed_linear(x, weight, bias, out_features, quantized);
+    return bias.has_value() ? at::cpu::addmm(*bias, x, weight.t()) : at::cpu::mm(x, weight.t());
+}
+
+Tensor base_backward(const Tensor& grad, const Tensor& weight, int64_t in_features,
+                     const Quantized& quantized) {
+    if (quantized.packed()) return packed_linear_backward(grad, weight, in_features, quantized);
+    return at::cpu::mm(grad, weight);
+}
+
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
+                                       const std::optional<Tensor>& bias, const Tensor& a, const Tensor& b,
+                                       double scale, double dropout_p, const std::optional<Tensor>& seed,
+                                       const std::optional<Tensor>& absmax, const std::optional<Tensor>& code,
+                                       int64_t blocksize, const std::optional<Tensor>& nested_absmax,
+                                       const std::optional<Tensor>& nested_code,
+                                       const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
+    const char* op = "lora_linear";
+    const Quantized quantized{absmax,      code,          blocksize,       nested_absmax,
+                              nested_code, nested_offset, nested_blocksize};
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const int64_t out_features = b.size(0), r = a.size(0);
+    check_linear(x, weight, bias, out_features, quantized, op);
+    check_factors(x, a, b, out_features, op);
+    const Dropout dropout = dropout_of(dropout_p, seed, op);
+    const Tensor flat = matrix(x);
+    const Tensor y = base(flat, weight, bias, out_features, quantized);
+    const Tensor s = at::empty({flat.size(0), r}, x.options());
+    const Kernels kernels = choose(kernel_dtype(x.scalar_type(), op));
+    if (s.numel() != 0)
+        down(kernels, flat, arranged(kernels, like(a, x), true), factor_of(scale, dropout), dropout, s);
+    if (s.numel() != 0 && y.numel() != 0) {
+        Factor holder;
+        const Factor right = arranged(kernels, like(b, x), true);
+        up(kernels, up_args(kernels, y, s, right, {}, holder), flat.size(0));
+    }
+    return {y.view(with_last(x, out_features)), s};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& s, const Tensor& weight, const Tensor& a,
+    const Tensor& b, std::array<bool, 3> needs, double scale, double dropout_p,
+    const std::optional<Tensor>& seed, const std::optional<Tensor>& absmax, const std::optional<Tensor>& code,
+    int64_t blocksize, const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
+    const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
+    const char* op = "lora_linear_backward";
+    const Quantized quantized{absmax,      code,          blocksize,       nested_absmax,
+                              nested_code, nested_offset, nested_blocksize};
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const int64_t out_features = b.size(0), r = a.size(0), columns = x.size(-1);
+    check_linear(x, weight, {}, out_features, quantized, op);
+    check_factors(x, a, b, out_features, op);
+    check_same(grad, x, op, "grad");
+    check_same(s, x, op, "s");
+    const Dropout dropout = dropout_of(dropout_p, seed, op);
+    const Tensor flat = matrix(x), rows = matrix(grad);
+    const int64_t count = flat.size(0);
+    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(with_last(x, out_features)), op, ": grad must be ",
+                      with_last(x, out_features), ", found ", grad.sizes());
+    TORCH_CHECK_VALUE(s.dim() == 2 && s.size(0) == count && s.size(1) == r && s.is_contiguous(), op,
+                      ": s must be a contiguous [", count, ", ", r, "], found ", s.sizes());
+    const bool nothing = count == 0 || r == 0 || columns == 0 || out_features == 0;
+    const auto gradient = [&](bool needed, at::IntArrayRef shape) {
+        const Tensor made = at::empty(needed ? shape : at::IntArrayRef{0}, x.options().dtype(at::kFloat));
+        return nothing ? made.zero_() : made;
+    };
+    const Tensor da = gradient(needs[1], a.sizes()), db = gradient(needs[2], b.sizes());
+    Tensor dx = needs[0] ? base_backward(rows, weight, columns, quantized) : at::empty({0}, x.options());
+    if (!nothing) {
+        const Kernels kernels = choose(kernel_dtype(x.scalar_type(), op));
+        const Tensor t = at::empty({count, r}, x.options());
+        if (needs[0] || needs[1])
+            down(kernels, rows, arranged(kernels, like(b, x), false), factor_of(scale, dropout), {}, t);
+        if (needs[2]) outer(kernels, rows, s, db, true, {}, nullptr);
+        if (needs[0]) {
+            Factor holder;
+            const Factor right = arranged(kernels, like(a, x), false);
+            const UpArgs args = up_args(kernels, dx, t, right, dropout, holder);
+            if (needs[1] || dropout.threshold != 0)
+                outer(kernels, flat, t, needs[1] ? da : Tensor(), false, dropout, &args);
+            else
+                up(kernels, args, count);
+        } else if (needs[1]) {
+            outer(kernels, flat, t, da, false, dropout, nullptr);
+        }
+    }
+    if (needs[0]) dx = dx.view(x.sizes());
+    return {dx, da.to(a.scalar_type()), db.to(b.scalar_type())};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peftcore, CPU, m) {
+    m.impl("lora_linear", &lora_linear);
+    m.impl("lora_linear_backward", &lora_linear_backward);
+}
+
+}  // namespace lora
+}  // namespace peftcore

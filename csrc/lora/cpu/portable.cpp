@@ -1,0 +1,59 @@
+// Plain C++, four lanes for the compiler to fill.
+#include "lora/cpu/blocks.h"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+struct Portable {
+    static constexpr int kLanes = 4, kRows = 4;
+    struct Vector {
+        float lane[kLanes];
+    };
+
+    static inline Vector set(float value) { return {{value, value, value, value}}; }
+    static inline Vector zero() { return set(0); }
+    template <typename T>
+    static inline Vector load(const T* from) {
+        return {{to_float(from[0]), to_float(from[1]), to_float(from[2]), to_float(from[3])}};
+    }
+    template <typename T>
+    static inline void store(T* to, Vector v) {
+        for (int i = 0; i < kLanes; ++i) to[i] = from_float<T>(v.lane[i]);
+    }
+    static inline Vector add(Vector a, Vector b) {
+        for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
+        return a;
+    }
+    static inline Vector mul(Vector a, Vector b) {
+        for (int i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
+        return a;
+    }
+    static inline Vector fma(Vector a, Vector b, Vector c) { return add(mul(a, b), c); }
+    static inline Vector keep(Vector v, uint32_t bits) {
+        for (int i = 0; i < kLanes; ++i)
+            if (!(bits >> i & 1)) v.lane[i] = 0;
+        return v;
+    }
+
+    static inline void keep_bytes(const Dropout& dropout, int64_t row, int64_t first, int64_t count,
+                                  uint8_t* out) {
+        plain_keep_bytes(dropout, row, first, count, out);
+    }
+};
+
+}  // namespace
+
+Kernels portable_kernels(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::kHalf:
+            return Blocks<Single<Portable, Half>>::kernels();
+        case Dtype::kBFloat16:
+            return Blocks<Single<Portable, BFloat16>>::kernels();
+        default:
+            return Blocks<Single<Portable, float>>::kernels();
+    }
+}
+
+}  // namespace lora
+}  // namespace peftcore

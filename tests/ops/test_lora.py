@@ -1,0 +1,341 @@
+"""lora_linear against float64: values and gradients at every SIMD level, its dropout, and arguments that do not fit."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from peftcore import ops
+from peftcore.ops import PackedWeight, lora_linear, lora_linear_per_sample
+from peftcore.ops.lora import _lora_linear, _lora_linear_backward, keep_mask
+
+LEVELS = ops.extension.cpu_levels() if ops.extension is not None else ["reference"]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+SEED = torch.tensor(2**62 + 12345)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request):
+    yield from at_level(request.param)
+
+
+def at_level(name):
+    if ops.extension is None:
+        yield name
+        return
+    before = ops.extension.cpu_level()
+    ops.extension.set_cpu_level(name)
+    yield name
+    ops.extension.set_cpu_level(before)
+
+
+def values(shape, dtype=torch.float32, seed=1, grad=False):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).requires_grad_(grad)
+
+
+def packed(n, k, double_quant=True, seed=9):
+    """(a weight in 4 bits, the same in float64)."""
+    bits, absmax = ops.quantize_4bit(values((n, k), seed=seed))
+    nested = None
+    if double_quant:
+        absmax, nested = ops.quantize_absmax(absmax)
+    dense = ops.dequantize_4bit(bits, absmax, shape=(n, k), dtype=torch.float32, nested=nested)
+    return PackedWeight(bits, absmax, ops.NF4, n, 64, nested), dense.double()
+
+
+def near(found, exact, magnitude, dtype):
+    """Within a rounding of each of two factors' products, of the thin product, and of the result, to `dtype`."""
+    bound = EPS[dtype] * (2 * magnitude + exact.abs()) + torch.finfo(dtype).tiny
+    if dtype is torch.float32:
+        bound = 64 * bound  # sums of fp32 in another order
+    assert found.shape == exact.shape
+    assert ((found.double() - exact).abs() <= bound).all()
+
+
+def check(x, w, bias, a, b, p=0.0, scale=0.7, seed=SEED, weight=None):
+    """y and all gradients of lora_linear against the formula in float64, of factors rounded to x's dtype."""
+    dtype, seed = x.dtype, seed if p else None
+    upstream = values((*x.shape[:-1], b.shape[0]), dtype, seed=7)
+    inputs = [t.detach().requires_grad_() for t in (x, bias, a, b)]
+    y = lora_linear(inputs[0], w if weight is None else weight, inputs[1], *inputs[2:], scale, p, seed)
+    grads = torch.autograd.grad(y, inputs, upstream)
+
+    def flat(t):
+        return t.double().reshape(t.shape[:-1].numel(), t.shape[-1])
+
+    x64, g, w64 = flat(x), flat(upstream), w.to(dtype).double()
+    a64, b64 = a.to(dtype).double(), b.to(dtype).double()
+    keep = keep_mask(*x64.shape, p, seed).double() if p else torch.ones_like(x64)
+    c = scale * 65536 / (65536 - round(65536 * p))
+    kept = keep * x64
+    s, s_abs = c * kept @ a64.T, c * kept.abs() @ a64.T.abs()
+    t, t_abs = c * g @ b64, c * g.abs() @ b64.abs()
+    near(
+        y.detach(),
+        (x64 @ w64.T + bias.double() + s @ b64.T).view(y.shape),
+        (x64.abs() @ w64.T.abs() + bias.double().abs() + s_abs @ b64.T.abs()).view(y.shape),
+        dtype,
+    )
+    near(
+        grads[0],
+        (g @ w64 + keep * (t @ a64)).view(x.shape),
+        (g.abs() @ w64.abs() + keep * (t_abs @ a64.abs())).view(x.shape),
+        dtype,
+    )
+    near(grads[1].double().to(dtype), g.sum(0), g.abs().sum(0) * 4, dtype)
+    near(grads[2], t.T @ kept, t_abs.T @ kept.abs(), dtype)
+    near(grads[3], g.T @ s, g.abs().T @ s_abs, dtype)
+    assert [grad.dtype for grad in grads] == [dtype, dtype, a.dtype, b.dtype]
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "n", "r"),
+    [((1, 1), 1, 1), ((2, 3, 7), 5, 2), ((33, 75), 41, 17), ((130, 288), 300, 16), ((9, 64), 33, 256), ((5,), 3, 8)],
+)
+def test_values_and_gradients(level, shape, n, r, dtype, p):
+    k = shape[-1]
+    check(values(shape, dtype), values((n, k), dtype, 2), values((n,), dtype, 3), values((r, k)), values((n, r)), p)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 70),
+    k=st.integers(1, 90),
+    n=st.integers(1, 90),
+    r=st.one_of(st.integers(1, 40), st.just(256)),
+    dtype=st.sampled_from(DTYPES),
+    factors=st.sampled_from([torch.float32, None]),
+    p=st.sampled_from([0.0, 0.1, 0.9]),
+    layout=st.sampled_from(["contiguous", "transposed", "expanded", "strided"]),
+    level=st.sampled_from(LEVELS),
+)
+def test_odd_shapes_and_strides(rows, k, n, r, dtype, factors, p, layout, level):
+    x = {
+        "contiguous": lambda: values((rows, k), dtype),
+        "transposed": lambda: values((k, rows), dtype).T,
+        "expanded": lambda: values((1, k), dtype).expand(2, rows, k),
+        "strided": lambda: values((rows, 2 * k), dtype)[:, ::2],
+    }[layout]()
+    a, b = values((r, k), factors or dtype, 4), values((n, r), factors or dtype, 5)
+    for _ in at_level(level):
+        check(x, values((n, k), dtype, 2), values((n,), dtype, 3), a, b, p)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 4, 40])
+def test_a_weight_in_4_bits(level, rows, dtype, double_quant):
+    weight, dense = packed(48, 128, double_quant)
+    arguments = values((48,), dtype, 3), values((8, 128)), values((48, 8))
+    check(values((rows, 128), dtype), dense, *arguments, 0.3, weight=weight)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_gradcheck(p):
+    def inputs(*shape):
+        return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+    w = torch.randn(5, 7, dtype=torch.float64)
+    arguments = inputs(2, 3, 7), inputs(5), inputs(4, 7), inputs(5, 4)
+    assert torch.autograd.gradcheck(lambda x, bias, a, b: lora_linear(x, w, bias, a, b, 0.7, p, SEED), arguments)
+
+
+@pytest.mark.parametrize("columns", [8, 37, 300])
+def test_kernels_drop_what_the_mask_says(level, columns):
+    """x of ones and A the identity: S is the mask itself."""
+    for dtype in DTYPES:
+        x, eye = torch.ones(50, columns, dtype=dtype), torch.eye(columns)
+        w, b = torch.zeros(1, columns, dtype=dtype), torch.zeros(1, columns)
+        _, s = torch.ops.peftcore.lora_linear(x, w, None, eye, b, 0.75, 0.25, SEED)
+        assert torch.equal(s.bool(), keep_mask(50, columns, 0.25, SEED))
+        assert torch.equal(s.unique(), torch.tensor([0.0, 1.0], dtype=dtype))
+
+
+def test_the_mask():
+    assert torch.equal(keep_mask(3, 40, 0.5, 7)[:, :33], keep_mask(3, 33, 0.5, 7))
+    assert not torch.equal(keep_mask(3, 40, 0.5, 7), keep_mask(3, 40, 0.5, 8))
+    assert keep_mask(3, 40, 0.0, 7).all()
+    for p in (0.01, 0.3, 0.9):
+        kept = keep_mask(1000, 1001, p, SEED).double()
+        deviation = (p * (1 - p) / kept.numel()) ** 0.5
+        assert abs(kept.mean() - (1 - p)) < 5 * deviation
+        assert (kept.mean(0) - (1 - p)).abs().max() < 6 * (p * (1 - p) / 1000) ** 0.5
+    # A known answer of Philox4x32-7: Random123's test vector for a counter and a key of zero is 5f6fb709 ...
+    assert keep_mask(1, 1, (0xB709 - 0.25) / 65536, 0).item()
+    assert not keep_mask(1, 1, (0xB709 + 1) / 65536, 0).item()
+
+
+def test_dropout_follows_the_generator_and_is_recomputed():
+    x, w, a, b = values((6, 64)), values((8, 64)), values((4, 64), grad=True), values((8, 4), grad=True)
+
+    def forward(x):
+        return lora_linear(x, w, None, a, b, 1.0, 0.5)
+
+    torch.manual_seed(3)
+    first = forward(x)
+    assert not torch.equal(forward(x), first)
+    torch.manual_seed(3)
+    assert torch.equal(forward(x), first)
+    torch.manual_seed(3)
+    plain = torch.autograd.grad(forward(x).square().sum(), (a, b))
+    torch.manual_seed(3)
+    again = torch.autograd.grad(checkpoint(forward, x, use_reentrant=False).square().sum(), (a, b))
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_number_of_threads_changes_no_bit(level, dtype):
+    """Of the thin products; the library's own is its business, so W is zero."""
+    x, w, grad = values((300, 200), dtype), torch.zeros(150, 200, dtype=dtype), values((300, 150), dtype)
+    a, b = values((16, 200)), values((150, 16))
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        y, s = torch.ops.peftcore.lora_linear(x, w, None, a, b, 1.0, 0.1, SEED)
+        back = torch.ops.peftcore.lora_linear_backward(grad, x, s, w, a, b, [True] * 3, 1.0, 0.1, SEED)
+        results.append((y, s, *back))
+    torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(results[0], other, strict=True))
+
+
+def test_only_what_asks_for_it_gets_a_gradient():
+    x, w, a, b = values((3, 64)), values((8, 64)), values((4, 64)), values((8, 4))
+    assert not lora_linear(x, w, None, a, b).requires_grad
+    assert not lora_linear(x, w.clone().requires_grad_(), None, a, b).requires_grad
+    for i in range(3):
+        inputs = [x.clone(), a.clone(), b.clone()]
+        inputs[i].requires_grad_()
+        lora_linear(inputs[0], w, None, *inputs[1:]).sum().backward()
+        assert [t.grad is not None for t in inputs] == [i == j for j in range(3)]
+
+
+def test_it_is_not_differentiated_twice():
+    x = values((3, 64), grad=True)
+    y = lora_linear(x, values((8, 64)), None, values((4, 64)), values((8, 4))).square().sum()
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(y, x, create_graph=True)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_autocast_computes_in_its_dtype(quantized):
+    weight, dense = packed(8, 64)
+    weight = weight if quantized else dense.float()
+    x, a, b = values((3, 64), grad=True), values((4, 64), grad=True), values((8, 4), grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = lora_linear(x, weight, values((8,)), a, b)
+        wanted = F.linear(x, dense.float(), values((8,))) + F.linear(F.linear(x, a), b)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, wanted, rtol=0.05, atol=0.3)
+    found.sum().backward()
+    assert x.grad.dtype == a.grad.dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own tracing does
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic, p):
+    w, x, a, b = values((8, 64)), values((3, 64)), values((4, 64), grad=True), values((8, 4), grad=True)
+
+    def loss(x, a, b):
+        return lora_linear(x * 2, w, None, a, b, 0.5, p).square().sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    torch.manual_seed(1)
+    wanted = torch.autograd.grad(loss(x, a, b), (a, b))
+    torch.manual_seed(1)
+    found = torch.autograd.grad(compiled(x, a, b), (a, b))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(dtype):
+    x, w, a, b = values((3, 7), dtype), values((5, 7), dtype), values((4, 7)), values((5, 4))
+    torch.library.opcheck(torch.ops.peftcore.lora_linear, (x, w, values((5,), dtype), a, b, 0.5, 0.2, SEED))
+    arguments = (values((3, 5), dtype), x, values((3, 4), dtype), w, a, b, [True, True, False], 0.5, 0.2, SEED)
+    torch.library.opcheck(torch.ops.peftcore.lora_linear_backward, arguments)
+    index = torch.tensor([0, -1, 0])
+    torch.library.opcheck(torch.ops.peftcore.lora_linear_per_sample, (x, w, None, [a], [b], [0.5], index, 5))
+
+
+@pytest.mark.parametrize(("n", "k", "rows", "r"), [(8, 64, 0, 4), (0, 64, 3, 4), (8, 0, 3, 4), (8, 64, 3, 0)])
+def test_nothing_in_or_out(level, n, k, rows, r):
+    check(values((rows, k)), values((n, k)), values((n,)), values((r, k)), values((n, r)))
+
+
+def test_the_reference_computes_what_the_kernels_do():
+    x, w, a, b = values((9, 40)), values((6, 40)), values((4, 40)), values((6, 4))
+    found = torch.ops.peftcore.lora_linear(x, w, None, a, b, 0.5, 0.2, SEED)
+    torch.testing.assert_close(found, _lora_linear(x, w, None, a, b, 0.5, 0.2, SEED))
+    arguments = (values((9, 6)), x, found[1], w, a, b, [True, True, True], 0.5, 0.2, SEED)
+    torch.testing.assert_close(torch.ops.peftcore.lora_linear_backward(*arguments), _lora_linear_backward(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(5, 64), (5, 3, 64)])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_an_adapter_for_each_sample(level, dtype, shape, quantized):
+    if quantized and dtype is torch.float64:
+        pytest.skip("4 bits become 32 at most")
+    weight, dense = packed(9, 64)
+    x, w = values(shape, dtype), dense.to(dtype)
+    a, b = [values((r, 64), seed=r) for r in (2, 8, 1)], [values((9, r), seed=r + 20) for r in (2, 8, 1)]
+    index, scales = torch.tensor([2, 0, -1, 2, 1]), [0.5, 1.0, 2.0]
+    found = lora_linear_per_sample(x, weight if quantized else w, values((9,), dtype), a, b, scales, index)
+    assert found.dtype == dtype and found.shape == (*shape[:-1], 9)
+    for i, which in enumerate(index.tolist()):
+        exact = x[i].double() @ w.double().T + values((9,), dtype).double()
+        magnitude = x[i].double().abs() @ w.double().T.abs() + 3
+        if which >= 0:
+            factors = a[which].to(dtype).double(), b[which].to(dtype).double()
+            exact = exact + scales[which] * (x[i].double() @ factors[0].T) @ factors[1].T
+            magnitude = magnitude + scales[which] * (x[i].double().abs() @ factors[0].T.abs()) @ factors[1].T.abs()
+        near(found[i], exact, magnitude, torch.float32 if dtype is torch.float64 else dtype)
+
+
+def arguments(**change):
+    given = {"x": torch.ones(3, 64), "weight": torch.ones(8, 64), "bias": None}
+    return {**given, "a": torch.ones(4, 64), "b": torch.ones(8, 4), **change}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": torch.ones(3, 63)}, ValueError, r"weight must be \[8, 63\], found \[8, 64\]"),
+        ({"x": torch.ones(3, 64, dtype=torch.int64)}, TypeError, "only float32, float16 and bfloat16"),
+        ({"x": torch.tensor(1.0)}, ValueError, "at least one dimension"),
+        ({"weight": torch.ones(8, 64).bfloat16()}, TypeError, "weight must be .* like x, found .*BFloat16|bfloat16"),
+        ({"bias": torch.ones(7)}, ValueError, r"bias must be \[8\], found \[7\]"),
+        ({"a": torch.ones(4, 65)}, ValueError, r"a must be \[r, 64\] for x, found \[4, 65\]"),
+        ({"a": torch.ones(4)}, ValueError, r"a must have two dimensions, found \[4\]"),
+        ({"a": torch.ones(4, 64, dtype=torch.int64)}, TypeError, "a must be of a floating-point dtype"),
+        ({"b": torch.ones(8, 5)}, ValueError, r"b must be \[8, 4\], found \[8, 5\]"),
+        ({"a": torch.ones(4, 64, device="meta")}, ValueError, "a must be on cpu like x, found meta"),
+        ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), found 1"),
+        ({"dropout_p": 0.5, "seed": torch.tensor(1.0)}, TypeError, "seed must be"),
+        ({"dropout_p": 0.5, "seed": torch.tensor([1, 2])}, ValueError, "seed must hold 1 element, found 2"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, error, message):
+    with pytest.raises(error, match=message):
+        lora_linear(**arguments(**change))
+
+
+@pytest.mark.parametrize(
+    ("index", "error", "message"),
+    [
+        (torch.tensor([0, 1]), ValueError, r"index must be \[3\], one for each sample of x, found \[2\]"),
+        (torch.tensor([0.0, 1.0, 0.0]), TypeError, "index must be"),
+        (torch.tensor([0, 1, 0]), ValueError, r"index must be -1 \(none\) to 0, found 1"),
+    ],
+)
+def test_an_index_that_does_not_fit(index, error, message):
+    given = arguments()
+    with pytest.raises(error, match=message):
+        lora_linear_per_sample(given["x"], given["weight"], None, [given["a"]], [given["b"]], [1.0], index)

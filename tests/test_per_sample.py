@@ -1,0 +1,114 @@
+"""An adapter for each sample of a batch: as if each sample were alone with its adapter."""
+
+import copy
+import pickle
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+import peftcore
+from peftcore.engine import adapter_parameters
+from peftcore.testing import disturb
+
+NAMES = ["a", None, "b", "a"]
+
+
+@pytest.fixture(params=["lora", "adapter", "lora in 4 bits", "both"])
+def model(request):
+    torch.manual_seed(0)
+    model = tiny.llama().eval()
+    if request.param == "lora in 4 bits":
+        peftcore.quantize(model)
+    first, second = {"adapter": ("adapter", "adapter"), "both": ("lora", "adapter")}.get(
+        request.param, ("lora", "lora")
+    )
+    peftcore.apply(model, first, adapter="a", **({"r": 4, "lora_alpha": 8} if first == "lora" else {}))
+    peftcore.apply(model, second, adapter="b")
+    for seed, name in enumerate("ab"):
+        disturb(model, name, seed=seed, std=0.5)
+    return model
+
+
+def tokens():
+    return torch.randint(3, 90, (4, 6), generator=torch.Generator().manual_seed(2))
+
+
+def alone(model, batch):
+    """Logits of each sample with its adapter alone."""
+    found = []
+    for sample, name in zip(batch, NAMES, strict=True):
+        peftcore.activate(model, name or [])
+        found.append(model(input_ids=sample[None]).logits)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_each_sample_passes_through_its_own(model, grad):
+    with torch.set_grad_enabled(grad):
+        wanted = alone(model, tokens())
+        assert (wanted[0] - wanted[3]).abs().max() > 0
+        peftcore.activate(model, NAMES, per_sample=True)
+        found = model(input_ids=tokens()).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(input_ids=tokens()).logits, found, rtol=1e-3, atol=1e-4)
+    with peftcore.disabled(model):
+        base = model(input_ids=tokens()).logits
+    torch.testing.assert_close(found[1], base[1], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(model(input_ids=tokens()).logits, found)
+
+
+def test_gradients_are_those_of_each_alone(model):
+    def gradients(name, batch):
+        parameters = [p for _, p in adapter_parameters(model, name)]
+        return torch.autograd.grad(model(input_ids=batch).logits.square().sum(), parameters)
+
+    peftcore.activate(model, NAMES, per_sample=True)
+    found = {name: gradients(name, tokens()) for name in "ab"}
+    for name, rows in (("a", [0, 3]), ("b", [2])):
+        peftcore.activate(model, name)
+        for one, other in zip(found[name], gradients(name, tokens()[rows]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_an_adapter_that_is_removed_leaves_its_samples_to_the_base(model):
+    peftcore.activate(model, NAMES, per_sample=True)
+    before = model(input_ids=tokens()).logits
+    peftcore.remove(model, "b")
+    after = model(input_ids=tokens()).logits
+    with peftcore.disabled(model):
+        base = model(input_ids=tokens()).logits
+    torch.testing.assert_close(after[[0, 3]], before[[0, 3]], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(after[2], base[2], rtol=1e-3, atol=1e-4)
+
+
+def test_what_does_not_fit():
+    model = tiny.llama().eval()
+    peftcore.apply(model, "lora", adapter="a")
+    with pytest.raises(peftcore.PeftcoreError, match="no adapter 'c' is applied"):
+        peftcore.activate(model, ["a", "c"], per_sample=True)
+    with pytest.raises(peftcore.PeftcoreError, match=r"named twice .* per_sample=True"):
+        peftcore.activate(model, ["a", "a"])
+    peftcore.activate(model, ["a", None], per_sample=True)
+    with pytest.raises(peftcore.PeftcoreError, match=r"2 samples were given adapters .* Linear gets a batch of 4"):
+        model(input_ids=tokens())
+    for call in (
+        lambda: peftcore.apply(model, "lora", adapter="d"),
+        lambda: peftcore.merge(model),
+        lambda: peftcore.merge_loss(model),
+    ):
+        with pytest.raises(peftcore.PeftcoreError, match="while each sample has its own"):
+            call()
+    peftcore.activate(model, "a")
+    peftcore.merge(model)
+    with pytest.raises(peftcore.PeftcoreError, match="adapters are merged"):
+        peftcore.activate(model, ["a"], per_sample=True)
+    peftcore.unmerge(model)
+    for method in ("bitfit", "prefix-tuning", "prompt-tuning"):
+        fields = {} if method == "bitfit" else {"num_virtual_tokens": 2}
+        other = tiny.llama().eval() if method != "bitfit" else nn.Sequential(nn.Linear(4, 4))
+        peftcore.apply(other, method, adapter="whole", **fields)
+        with pytest.raises(peftcore.PeftcoreError, match=r"'whole' .* acts on a batch as a whole"):
+            peftcore.activate(other, ["whole", None], per_sample=True)
