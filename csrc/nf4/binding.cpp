@@ -146,8 +146,8 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
                      nested.present ? nested.absmax.const_data_ptr<float>() : none,
                      nested.present ? nested.code.const_data_ptr<float>() : none,
                      nested.present ? nested.offset.const_data_ptr<float>() : none, int(nested_blocksize),
-                     out_features, columns, added.defined() ? added.const_data_ptr() : nullptr,
-                     y.mutable_data_ptr(), current_cuda_stream(x.device())),
+                     out_features, columns, added.defined() ? added.const_data_ptr() : nullptr, nullptr,
+                     nullptr, int(dtype), 0, y.mutable_data_ptr(), current_cuda_stream(x.device())),
                  op);
     return y;
 }

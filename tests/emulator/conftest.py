@@ -79,11 +79,16 @@ def launcher(library, name):
 
 
 @pytest.fixture(scope="session")
-def emulated():
-    """name -> launcher of the kernels in csrc and of the toys."""
+def emulated_library():
+    """The kernels in csrc and the toys."""
     sources = [*sorted(ROOT.glob("csrc/**/*.cu")), HERE / "toys.cu", HERE / "seed.cpp"]
-    library = ctypes.CDLL(str(compile_emulated("kernels.so", sources, FLAGS, "-shared")))
-    return lambda name: launcher(library, name)
+    return ctypes.CDLL(str(compile_emulated("kernels.so", sources, FLAGS, "-shared")))
+
+
+@pytest.fixture(scope="session")
+def emulated(emulated_library):
+    """name -> launcher."""
+    return lambda name: launcher(emulated_library, name)
 
 
 @pytest.fixture(scope="session")

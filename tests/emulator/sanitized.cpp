@@ -2,6 +2,7 @@
 //
 //   sanitized nf4 SEED      the NF4 kernels over shapes that are no multiples of anything, beside the CPU's
 //   sanitized linear SEED   linear_4bit's kernels likewise, beside sums in double
+//   sanitized lora SEED     LoRA's kernels likewise
 //   sanitized read LIMIT    a toy that reads beyond 100 values when LIMIT is more
 //   sanitized shared INDEX  a toy that writes values[INDEX] of 32 in shared memory
 #include <cmath>
@@ -10,6 +11,7 @@
 #include <random>
 
 #include "emulator.h"
+#include "lora/cuda/lora_cuda.h"
 #include "nf4/cpu/kernels.h"
 #include "nf4/cuda/nf4_cuda.h"
 
@@ -135,10 +137,10 @@ void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int
         absmax.data[i] = map.data[quantized.data[i]] * outer.data[i / 32] + offset.data[0];
     for (int64_t i = 0; i < x.count; ++i) x.data[i] = from_float<T>(normal(random));
     for (int64_t i = 0; i < rows; ++i) bias.data[i] = from_float<T>(normal(random));
-    const char* error = peftcore_nf4_linear(x.data, int(dtype), batch, packed.data,
-                                            nested ? (void*)quantized.data : absmax.data, code.data,
-                                            blocksize, nested ? outer.data : nullptr, map.data, offset.data,
-                                            32, rows, columns, bias.data, y.data, nullptr);
+    const char* error = peftcore_nf4_linear(
+        x.data, int(dtype), batch, packed.data, nested ? (void*)quantized.data : absmax.data, code.data,
+        blocksize, nested ? outer.data : nullptr, map.data, offset.data, 32, rows, columns, bias.data,
+        nullptr, nullptr, 0, 0, y.data, nullptr);
     require(error == nullptr, error ? error : "", count, blocksize);
     for (int m = 0; m < batch; ++m)
         for (int64_t n = 0; n < rows; ++n) {
@@ -179,6 +181,96 @@ int run_linear(uint64_t seed) {
     return 0;
 }
 
+// LoRA's kernels beside sums in double: left [rows, inner], right [inner, columns], both by (i, j).
+template <typename T, typename Left, typename Right>
+void compare_product(const Array<T>& found, int64_t rows, int64_t inner, int64_t columns, const Left& left,
+                     const Right& right, const char* what) {
+    const double eps = std::is_same_v<T, BFloat16> ? 0x1p-8 : std::is_same_v<T, Half> ? 0x1p-11 : 0x1p-24;
+    for (int64_t m = 0; m < rows; ++m)
+        for (int64_t n = 0; n < columns; ++n) {
+            double sum = 0, magnitude = 0;
+            for (int64_t k = 0; k < inner; ++k) {
+                const double product = double(left(m, k)) * right(k, n);
+                sum += product;
+                magnitude += std::fabs(product);
+            }
+            const double error = std::fabs(to_float(found.data[m * columns + n]) - sum);
+            const double tolerance = magnitude * 0x1p-18 + std::fabs(sum) * eps + 0x1p-24;
+            require(error <= tolerance, what, rows * columns, int(inner));
+        }
+}
+
+// T: of x. F: of A and B.
+template <typename T, typename F>
+void compare_lora(int64_t rows, int64_t columns, int rank, int skip, Dtype dtype, Dtype factor_dtype,
+                  std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    const auto fill = [&](auto& array) {
+        for (int64_t i = 0; i < array.count; ++i)
+            array.data[i] = from_float<std::remove_reference_t<decltype(array.data[0])>>(normal(random));
+    };
+    Array<T> x(rows * columns, skip), s(rows * rank, skip), thin(rows * rank, skip),
+        out(rows * columns, skip);
+    Array<T> bt(rank * columns, skip), product(rows * rank, skip);
+    Array<F> a(rank * columns, skip), b(columns * rank, skip), da(rank * columns, skip),
+        db(columns * rank, skip);
+    fill(x), fill(thin), fill(a), fill(b), fill(bt);
+    Array<float> partial(std::max(peftcore_lora_down_workspace(rows, columns, rank),
+                                  peftcore_lora_reduce_workspace(rows, columns, rank)));
+    Array<float> products(peftcore_lora_product_workspace(rows, columns, rank));
+    const void *left = a.data, *right = b.data;
+    const float scale = 1;
+    const auto checked = [&](const char* error) {
+        require(error == nullptr, error ? error : "", rows, rank);
+    };
+    const auto of = [](const auto& array, int64_t width) {
+        return [&array, width](int64_t i, int64_t j) { return to_float(array.data[i * width + j]); };
+    };
+    const auto transposed = [](const auto& array, int64_t width) {
+        return [&array, width](int64_t i, int64_t j) {
+            return to_float(from_float<T>(to_float(array.data[j * width + i])));
+        };
+    };
+    checked(peftcore_lora_down(x.data, int(dtype), 1, rows, columns, &left, int(factor_dtype), &rank, &scale,
+                               1, nullptr, rank, 0, 0, 0, partial.data, s.data, nullptr));
+    compare_product(s, rows, columns, rank, of(x, columns), transposed(a, columns), "down differs");
+    checked(peftcore_lora_up(thin.data, int(dtype), 1, rows, columns, &right, int(factor_dtype), &rank, 1,
+                             nullptr, rank, 0, 0, 0, false, out.data, nullptr));
+    compare_product(out, rows, rank, columns, of(thin, rank), transposed(b, rank), "up differs");
+    checked(peftcore_lora_reduce(x.data, thin.data, int(dtype), rows, columns, rank, 0, 0, 0, partial.data,
+                                 da.data, int(factor_dtype), true, nullptr));
+    compare_product(da, rank, rows, columns, transposed(thin, rank), of(x, columns), "reduce differs");
+    if (rank > lora::kOnePassMaxRank) return;
+    checked(peftcore_lora_reduce_and_product(x.data, thin.data, bt.data, int(dtype), rows, columns, rank,
+                                             scale, partial.data, products.data, db.data, int(factor_dtype),
+                                             product.data, nullptr));
+    compare_product(db, columns, rows, rank, transposed(x, columns), of(thin, rank), "reduce differs");
+    compare_product(product, rows, columns, rank, of(x, columns), transposed(bt, columns), "product differs");
+    // Dropout, for what it touches.
+    checked(peftcore_lora_down(x.data, int(dtype), 1, rows, columns, &left, int(factor_dtype), &rank, &scale,
+                               1, nullptr, rank, 6554, 1, 2, partial.data, s.data, nullptr));
+    checked(peftcore_lora_up(thin.data, int(dtype), 1, rows, columns, &right, int(factor_dtype), &rank, 1,
+                             nullptr, rank, 6554, 1, 2, true, out.data, nullptr));
+    checked(peftcore_lora_drop(x.data, int(dtype), rows, columns, 6554, 1, 2, out.data, nullptr));
+}
+
+int run_lora(uint64_t seed) {
+    emulator::machine.seed = seed;
+    std::mt19937 random(static_cast<unsigned>(seed));
+    int cases = 0;
+    for (int64_t rows : {1, 33, 70})
+        for (int64_t columns : {8, 75, 136})
+            for (int rank : {1, 16, 72})
+                for (int skip : {0, 1}) {
+                    compare_lora<Half, Half>(rows, columns, rank, skip, Dtype::kHalf, Dtype::kHalf, random);
+                    compare_lora<BFloat16, float>(rows, columns, rank, skip, Dtype::kBFloat16, Dtype::kFloat,
+                                                  random);
+                    cases += 2;
+                }
+    printf("%d cases agree\n", cases);
+    return 0;
+}
+
 int report(const char* error) {
     puts(error ? error : "nothing found");
     return error != nullptr;
@@ -191,6 +283,7 @@ int main(int argc, char** argv) {
     const int number = argc > 2 ? atoi(argv[2]) : 0;
     if (what == "nf4") return run_nf4(uint64_t(number));
     if (what == "linear") return run_linear(uint64_t(number));
+    if (what == "lora") return run_lora(uint64_t(number));
     if (what == "read") {
         Array<int> in(100), out(100);
         std::fill_n(in.data, 100, 1);
@@ -200,6 +293,6 @@ int main(int argc, char** argv) {
         Array<int> out(32);
         return report(toy_shared(out.data, number, nullptr));
     }
-    fprintf(stderr, "usage: sanitized nf4 SEED | linear SEED | read LIMIT | shared INDEX\n");
+    fprintf(stderr, "usage: sanitized nf4 SEED | linear SEED | lora SEED | read LIMIT | shared INDEX\n");
     return 2;
 }

@@ -40,7 +40,7 @@ def run(emulated, x, packed, absmax, code, blocksize, scales, rows, bias, seed=0
     given = (x, DTYPES.index(x.dtype), batch, packed, absmax, code, blocksize)
     nested = (None, None, None, 256) if scales is None else tuple(scales)
     sizes = (c_int64(rows), c_int64(columns))
-    emulated("peftcore_nf4_linear")(*given, *nested, *sizes, bias, y, seed=seed)
+    emulated("peftcore_nf4_linear")(*given, *nested, *sizes, bias, None, None, 0, 0, y, seed=seed)
     assert (memory[:offset] == 7).all() and (memory[offset + count :] == 7).all()
     return y.view(batch, rows)
 
@@ -56,7 +56,7 @@ def check(found, wanted, magnitude):
 @given(
     rows=st.integers(1, 70),
     columns=st.one_of(st.integers(1, 300), st.integers(1, 24).map(lambda n: 32 * n)),
-    batch=st.integers(1, 24),
+    batch=st.integers(1, 64),
     dtype=st.sampled_from(DTYPES),
     blocksize=st.sampled_from([32, 64, 256, 4096]),
     nested=st.booleans(),
@@ -74,7 +74,7 @@ def test_against_float64(emulated, rows, columns, batch, dtype, blocksize, neste
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("batch", [1, 8, 9, 16, 17, 24])
+@pytest.mark.parametrize("batch", [1, 8, 9, 16, 17, 24, 32, 33, 64])
 @pytest.mark.parametrize("columns", [32, 96, 576, 1024, 1056, 75])
 def test_every_way_through_the_launcher(emulated, dtype, batch, columns):
     arguments, wanted, magnitude = case(37, columns, batch, dtype, 64, True, columns + batch)
@@ -99,7 +99,7 @@ def test_every_order_of_threads_gives_the_same_bits(emulated, columns):
 def test_nothing_to_do_and_too_much(emulated):
     arguments, _, _ = case(8, 64, 0, torch.half, 64, False, 1)
     assert run(emulated, *arguments).numel() == 0
-    arguments, _, _ = case(8, 64, 25, torch.half, 64, False, 1)
+    arguments, _, _ = case(8, 64, 65, torch.half, 64, False, 1)
     with pytest.raises(RuntimeError, match="more rows of x than the kernel takes"):
         run(emulated, *arguments)
 

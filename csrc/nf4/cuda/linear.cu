@@ -1,10 +1,14 @@
-// y = x Wᵀ + b for few rows of x, straight from 4 bits. No GPU was at hand: written for bandwidth, proved on
-// the emulator.
+// y = x Wᵀ + b for few rows of x, straight from 4 bits, and with it s Fᵀ of LoRA, F [rows, rank] rounded to
+// x's dtype. No GPU was at hand: written for bandwidth, proved on the emulator.
 //
 // tensor_kernel (fp16, bf16): a block computes 16 rows of W, which are the 16 rows of an mma; x's rows are
-// its columns. The warps of a block share out the columns of W in stages of 64, which arrive by cp.async,
-// several on their way at a time, and add up in shared memory in a fixed order. A weight is code * scale in
-// fp32, rounded once to x's dtype: the bits that dequantization gives.
+// its columns. The warps of a block share out the columns of W in stages, which arrive by cp.async, several
+// on their way at a time, and add up in shared memory in a fixed order. A weight is code * scale in fp32,
+// rounded once to x's dtype: the bits that dequantization gives.
+//
+// s and F are a few more columns of x and W: the same sums, one rounding. s comes from a launch before. If
+// every block made it itself, each would read all of LoRA's A beside its own 16 rows of W: four times their
+// bytes at rank 16, against a launch of about 3 us.
 //
 // simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W.
 #include "common/cuda_launch.cuh"
@@ -18,10 +22,7 @@ namespace nf4 {
 namespace {
 
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
-constexpr int kRows = 16;                    // of W in a block
-constexpr int kStage = 64;                   // columns of W in a stage of a warp
-constexpr int kWeightRow = kStage / 2 + 16;  // bytes: a stage's row, and 16 that spread rows over the banks
-constexpr int kInputRow = kStage * 2 + 16;
+constexpr int kRows = 16;       // of W in a block
 constexpr int kSimpleTile = 8;  // rows of x that a warp of simple_kernel takes together
 
 struct LinearParams {
@@ -35,7 +36,10 @@ struct LinearParams {
     int64_t rows, columns;    // of W
     int batch;                // rows of x
     const void* x;
-    const void* bias;  // of x's dtype, or nullptr
+    const void* bias;           // of x's dtype, or nullptr
+    const void *thin, *factor;  // s [batch, rank] of x's dtype and F, fp32 or x's
+    int rank;                   // 0: neither
+    bool factor_is_float;
     void* y;
 };
 
@@ -57,6 +61,27 @@ __device__ __forceinline__ void store_result(const LinearParams& p, int64_t m, i
     static_cast<T*>(p.y)[m * p.rows + n] = from_float<T>(sum);
 }
 
+// s and F, with zeros behind the last rank and row. Two of them, the even one in the low half.
+template <typename T>
+__device__ __forceinline__ T thin_value(const LinearParams& p, int64_t m, int j) {
+    return m < p.batch && j < p.rank ? static_cast<const T*>(p.thin)[m * p.rank + j] : T{};
+}
+template <typename T>
+__device__ __forceinline__ T factor_value(const LinearParams& p, int64_t n, int j) {
+    if (n >= p.rows || j >= p.rank) return T{};
+    const int64_t i = n * p.rank + j;
+    return p.factor_is_float ? from_float<T>(static_cast<const float*>(p.factor)[i])
+                             : static_cast<const T*>(p.factor)[i];
+}
+template <typename T>
+__device__ __forceinline__ uint32_t thin_pair(const LinearParams& p, int64_t m, int j) {
+    return uint32_t(thin_value<T>(p, m, j).bits) | uint32_t(thin_value<T>(p, m, j + 1).bits) << 16;
+}
+template <typename T>
+__device__ __forceinline__ uint32_t factor_pair(const LinearParams& p, int64_t n, int j) {
+    return uint32_t(factor_value<T>(p, n, j).bits) | uint32_t(factor_value<T>(p, n, j + 1).bits) << 16;
+}
+
 // The two values of a byte, the even one in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t value_pair(const float* code, uint32_t byte, float scale) {
@@ -64,39 +89,51 @@ __device__ __forceinline__ uint32_t value_pair(const float* code, uint32_t byte,
     return uint32_t(even.bits) | uint32_t(odd.bits) << 16;
 }
 
-// A stage's 16 rows of W and kTiles * 8 rows of x, from column `k` on. What lies beyond either is zero.
-template <typename T, int kTiles>
+// A warp's stage in shared memory: 16 rows of W and kTiles * 8 rows of x, of kStage columns and 16 bytes that
+// spread rows over the banks.
+template <int kTiles, int kStage>
+struct Stage {
+    alignas(16) uint8_t weight[kRows][kStage / 2 + 16];
+    alignas(16) uint8_t input[kTiles * 8][kStage * 2 + 16];
+};
+
+// Starts to bring a stage from column `k` on. What lies beyond either matrix is zero.
+template <typename T, int kTiles, int kStage>
 __device__ __forceinline__ void fetch(const LinearParams& p, int64_t n, int64_t k, int lane,
-                                      uint8_t (*weight)[kWeightRow], uint8_t (*input)[kInputRow]) {
-    {
-        const int row = lane / 2, piece = lane % 2;  // 32 pieces of 32 columns
+                                      Stage<kTiles, kStage>& to) {
+    constexpr int kWeightPieces = kStage / 32, kInputPieces = kStage / 8;  // of 16 bytes, in a row
+    if (lane < kRows * kWeightPieces) {
+        const int row = lane / kWeightPieces, piece = lane % kWeightPieces;
         const int64_t column = k + piece * 32;
         const bool inside = n + row < p.rows && column < p.columns;
         const int64_t offset = inside ? ((n + row) * p.columns + column) / 2 : 0;
-        cp_async_16(&weight[row][piece * 16], p.packed + offset, inside ? 16 : 0);
+        cp_async_16(&to.weight[row][piece * 16], p.packed + offset, inside ? 16 : 0);
     }
 #pragma unroll
-    for (int i = 0; i < 2 * kTiles; ++i) {  // kTiles * 64 pieces of 8 columns
-        const int row = (i * 32 + lane) / 8, piece = lane % 8;
+    for (int i = 0; i < kTiles * 8 * kInputPieces / 32; ++i) {
+        const int row = (i * 32 + lane) / kInputPieces, piece = lane % kInputPieces;
         const int64_t column = k + piece * 8;
         const bool inside = row < p.batch && column < p.columns;
         const int64_t offset = inside ? row * p.columns + column : 0;
-        cp_async_16(&input[row][piece * 16], static_cast<const T*>(p.x) + offset, inside ? 16 : 0);
+        cp_async_16(&to.input[row][piece * 16], static_cast<const T*>(p.x) + offset, inside ? 16 : 0);
     }
 }
 
-// kTiles: of 8 rows of x. kStages: of a warp, all but one on their way.
-template <typename T, int kTiles, int kStages, bool kNested>
+// kTiles: of 8 rows of x. kStage: columns of a stage. kStages: of a warp, all but one on their way.
+template <typename T, int kTiles, int kStage, int kStages, bool kNested>
 __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) {
+    using WarpStage = Stage<kTiles, kStage>;
+    using Sums = float[kWarps][kTiles * 8][kRows + 1];
+    constexpr int kStageBytes = kWarps * kStages * int(sizeof(WarpStage));
+    constexpr int kBytes = kStageBytes > int(sizeof(Sums)) ? kStageBytes : int(sizeof(Sums));
     PEFTCORE_SHARED(float, code, [16]);
     PEFTCORE_SHARED(float, nested_code, [kNested ? 256 : 1]);
-    PEFTCORE_SHARED(uint8_t, weight, [kWarps][kStages][kRows][kWeightRow]);
-    PEFTCORE_SHARED(uint8_t, input, [kWarps][kStages][kTiles * 8][kInputRow]);
-    PEFTCORE_SHARED(float, sums, [kWarps][kTiles * 8][kRows + 1]);
+    PEFTCORE_SHARED(uint8_t, memory, [kBytes]);  // stages, and when they have been read, sums
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = lane / 4, pair = lane % 4;  // of mma fragments: rows group and group + 8
     const int64_t n = int64_t(blockIdx.x) * kRows;
+    WarpStage* slots = reinterpret_cast<WarpStage*>(memory) + warp * kStages;
     if (threadIdx.x < 16) code[threadIdx.x] = p.code[threadIdx.x];
     float offset = 0;
     if constexpr (kNested) {
@@ -110,7 +147,7 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) 
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
         const int64_t stage = int64_t(s) * kWarps + warp;
-        if (stage < stages) fetch<T, kTiles>(p, n, stage * kStage, lane, weight[warp][s], input[warp][s]);
+        if (stage < stages) fetch<T>(p, n, stage * kStage, lane, slots[s]);
         cp_async_commit();
     }
     int slot = 0;
@@ -119,13 +156,13 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) 
         __syncwarp();  // this stage has arrived, and the one before has been read
         const int64_t ahead = stage + int64_t(kStages - 1) * kWarps;
         const int free = (slot + kStages - 1) % kStages;
-        if (ahead < stages)
-            fetch<T, kTiles>(p, n, ahead * kStage, lane, weight[warp][free], input[warp][free]);
+        if (ahead < stages) fetch<T>(p, n, ahead * kStage, lane, slots[free]);
         cp_async_commit();
 
+        const WarpStage& now = slots[slot];
         const int64_t k = stage * kStage;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {  // 32 columns, which share a row's scale
+        for (int half = 0; half < kStage / 32; ++half) {  // 32 columns, which share a row's scale
             float scale[2] = {};
             uint4 words[2];
 #pragma unroll
@@ -134,7 +171,7 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) 
                 if (row < p.rows && column < p.columns)
                     scale[r] =
                         scale_of<kNested>(p, nested_code, offset, (row * p.columns + column) >> p.shift);
-                words[r] = *reinterpret_cast<const uint4*>(&weight[warp][slot][group + 8 * r][half * 16]);
+                words[r] = *reinterpret_cast<const uint4*>(&now.weight[group + 8 * r][half * 16]);
             }
 #pragma unroll
             for (int step = 0; step < 2;
@@ -152,7 +189,7 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) 
                 for (int tile = 0; tile < kTiles; ++tile) {
                     uint32_t b[2];
                     const int row = tile * 8 + lane % 8, part = lane / 8 % 2;
-                    ldmatrix_x2(b, &input[warp][slot][row][(column + part * 8) * 2]);
+                    ldmatrix_x2(b, &now.input[row][(column + part * 8) * 2]);
                     mma_m16n8k16<T>(d[tile], a, b);
                 }
             }
@@ -161,6 +198,21 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) 
     }
     cp_async_wait<0>();
 
+    for (int j = warp * 16; j < p.rank; j += kWarps * 16) {  // s Fᵀ: 16 ranks are 16 more columns
+        const int first = j + pair * 2, second = first + 8;
+        const uint32_t a[4] = {factor_pair<T>(p, n + group, first), factor_pair<T>(p, n + group + 8, first),
+                               factor_pair<T>(p, n + group, second),
+                               factor_pair<T>(p, n + group + 8, second)};
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile) {
+            const int m = tile * 8 + group;
+            const uint32_t b[2] = {thin_pair<T>(p, m, first), thin_pair<T>(p, m, second)};
+            mma_m16n8k16<T>(d[tile], a, b);
+        }
+    }
+    __syncthreads();  // stages have been read
+
+    Sums& sums = *reinterpret_cast<Sums*>(memory);
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
@@ -203,6 +255,11 @@ __global__ void __launch_bounds__(kThreads) simple_kernel(const LinearParams p) 
         for (int m = 0; m < kSimpleTile; ++m)
             if (first + m < p.batch) sum[m] += w * to_float(x[(first + m) * p.columns + k]);
     }
+    for (int j = lane; j < p.rank; j += 32) {
+        const float f = to_float(factor_value<T>(p, n, j));
+#pragma unroll
+        for (int m = 0; m < kSimpleTile; ++m) sum[m] += f * to_float(thin_value<T>(p, first + m, j));
+    }
 #pragma unroll
     for (int m = 0; m < kSimpleTile; ++m) {
         for (int distance = 16; distance > 0; distance /= 2)
@@ -226,10 +283,14 @@ const char* launch_tensor(const LinearParams& p, void* stream) {
     const unsigned blocks = unsigned((p.rows + kRows - 1) / kRows);
     // As many stages as 48 KiB of shared memory hold.
     if (p.batch <= 8)
-        return PEFTCORE_LAUNCH((tensor_kernel<T, 1, 4, kNested>), blocks, kThreads, 0, stream, p);
+        return PEFTCORE_LAUNCH((tensor_kernel<T, 1, 64, 4, kNested>), blocks, kThreads, 0, stream, p);
     if (p.batch <= 16)
-        return PEFTCORE_LAUNCH((tensor_kernel<T, 2, 3, kNested>), blocks, kThreads, 0, stream, p);
-    return PEFTCORE_LAUNCH((tensor_kernel<T, 3, 2, kNested>), blocks, kThreads, 0, stream, p);
+        return PEFTCORE_LAUNCH((tensor_kernel<T, 2, 64, 3, kNested>), blocks, kThreads, 0, stream, p);
+    if (p.batch <= 24)
+        return PEFTCORE_LAUNCH((tensor_kernel<T, 3, 64, 2, kNested>), blocks, kThreads, 0, stream, p);
+    if (p.batch <= 32)
+        return PEFTCORE_LAUNCH((tensor_kernel<T, 4, 32, 3, kNested>), blocks, kThreads, 0, stream, p);
+    return PEFTCORE_LAUNCH((tensor_kernel<T, 8, 32, 2, kNested>), blocks, kThreads, 0, stream, p);
 }
 
 template <bool kNested>
@@ -259,7 +320,9 @@ extern "C" const char* peftcore_nf4_linear(const void* x, int dtype, int batch, 
                                            const void* absmax, const float* code, int blocksize,
                                            const float* nested_absmax, const float* nested_code,
                                            const float* nested_offset, int nested_blocksize, int64_t rows,
-                                           int64_t columns, const void* bias, void* y, void* stream) {
+                                           int64_t columns, const void* bias, const void* thin,
+                                           const void* factor, int factor_dtype, int rank, void* y,
+                                           void* stream) {
     using namespace peftcore::nf4;
     if (batch == 0 || rows == 0) return nullptr;
     if (batch > kLinearMaxBatch) return "more rows of x than the kernel takes";
@@ -277,6 +340,10 @@ extern "C" const char* peftcore_nf4_linear(const void* x, int dtype, int batch, 
     p.batch = batch;
     p.x = x;
     p.bias = bias;
+    p.thin = thin;
+    p.factor = factor;
+    p.rank = rank;
+    p.factor_is_float = Dtype(factor_dtype) == Dtype::kFloat;
     p.y = y;
     return nested_absmax != nullptr ? launch<true>(p, Dtype(dtype), stream)
                                     : launch<false>(p, Dtype(dtype), stream);

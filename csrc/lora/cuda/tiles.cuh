@@ -1,0 +1,161 @@
+// What the LoRA kernels share: tiles of matrices in shared memory, dropout in them, and their mma fragments.
+//
+// A tile's rows are kColumns values and 8 more, which spread rows over the banks.
+#pragma once
+
+#include "common/cuda_launch.cuh"
+#include "common/half.h"
+#include "common/tensor_core.cuh"
+#include "lora/cuda/lora_cuda.h"
+#include "lora/lora.h"
+#include "nf4/nf4.h"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+using nf4::Dtype;
+
+constexpr int kThreads = 128, kWarps = kThreads / 32;
+constexpr int kSharedBytes = 48 * 1024;  // of static shared memory that a block may have
+constexpr int kRankChunk = 64;           // ranks that a block takes at most
+
+template <typename Element, int kRows_, int kColumns_>
+struct Tile {
+    static constexpr int kRows = kRows_, kColumns = kColumns_;
+    static constexpr int kPitch = (kColumns + 8) * int(sizeof(Element));  // in bytes
+    static constexpr int kBytes = kRows * kPitch;
+    static constexpr int kPerPiece = 16 / int(sizeof(Element)), kPieces = kColumns / kPerPiece;  // of a row
+};
+
+// How many stages of a pipeline fit beside `other` bytes.
+template <int stage_bytes, int other = 0>
+constexpr int kStagesThatFit =
+    (kSharedBytes - 256 - other) / stage_bytes > 6 ? 6 : (kSharedBytes - 256 - other) / stage_bytes;
+
+// A matrix of which tiles are read: its rows and columns may be part of a larger one.
+template <typename Element>
+struct Source {
+    const Element* data;
+    int64_t stride;
+    bool vectors;  // rows lie on 16-byte boundaries
+
+    __device__ Source(const void* data, int64_t stride)
+        : data(static_cast<const Element*>(data)),
+          stride(stride),
+          vectors(reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride * int(sizeof(Element)) % 16 == 0) {}
+};
+
+// Starts to bring the tile at (row, column); what lies at or beyond `rows` and `columns` is zero.
+template <typename Tile, typename Element>
+__device__ __forceinline__ void fetch(uint8_t* tile, const Source<Element>& source, int64_t row, int64_t rows,
+                                      int64_t column, int64_t columns) {
+    for (int i = threadIdx.x; i < Tile::kRows * Tile::kPieces; i += kThreads) {
+        const int r = i / Tile::kPieces, piece = i % Tile::kPieces;
+        const int64_t k = column + piece * Tile::kPerPiece;
+        const int64_t beyond = row + r < rows ? columns - k : 0;
+        const int count = beyond < 0 ? 0 : beyond < Tile::kPerPiece ? int(beyond) : Tile::kPerPiece;
+        const Element* from = count ? source.data + (row + r) * source.stride + k : source.data;
+        uint8_t* to = tile + r * Tile::kPitch + piece * 16;
+        if (source.vectors) {
+            cp_async_16(to, from, count * int(sizeof(Element)));
+        } else {
+            union {
+                uint4 vector;
+                Element items[Tile::kPerPiece];
+            } values;
+#pragma unroll
+            for (int e = 0; e < Tile::kPerPiece; ++e) values.items[e] = e < count ? from[e] : Element{};
+            *reinterpret_cast<uint4*>(to) = values.vector;
+        }
+    }
+}
+
+// All ones for each of the two values of a word that are kept.
+__device__ __forceinline__ uint32_t keep_pair(uint32_t random, uint32_t threshold) {
+    return ((random & 0xffffu) >= threshold ? 0xffffu : 0u) | (random >> 16 >= threshold ? 0xffff0000u : 0u);
+}
+
+__device__ __forceinline__ uint4 keep_eight(uint4 values, const Dropout& dropout, int64_t row,
+                                            int64_t columns_over_8) {
+    const PhiloxWords words = dropout_words(dropout, row, columns_over_8);
+    values.x &= keep_pair(words.word[0], dropout.threshold);
+    values.y &= keep_pair(words.word[1], dropout.threshold);
+    values.z &= keep_pair(words.word[2], dropout.threshold);
+    values.w &= keep_pair(words.word[3], dropout.threshold);
+    return values;
+}
+
+// Dropout in a tile of 16-bit values at (row, column). Each thread takes the pieces that it fetched, so that
+// its own wait is enough.
+template <typename Tile>
+__device__ __forceinline__ void drop(uint8_t* tile, const Dropout& dropout, int64_t row, int64_t rows,
+                                     int64_t column) {
+    for (int i = threadIdx.x; i < Tile::kRows * Tile::kPieces; i += kThreads) {
+        const int r = i / Tile::kPieces, piece = i % Tile::kPieces;
+        if (row + r >= rows) break;
+        uint4* values = reinterpret_cast<uint4*>(tile + r * Tile::kPitch + piece * 16);
+        *values = keep_eight(*values, dropout, row + r, column / kColumnsPerCounter + piece);
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+    return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+// The 16 x 16 left operand of an mma at (row, column).
+template <typename Tile>
+__device__ __forceinline__ void load_left(uint32_t (&a)[4], const uint8_t* tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix_x4(a, tile + (row + lane % 16) * Tile::kPitch + (column + lane / 16 * 8) * 2);
+}
+
+// Right operands of two mma's: 16 rows of the tile, whose values lie along the sum, are 16 columns of the
+// result. A tile in fp32 is rounded to T here.
+template <typename T, typename Element, typename Tile>
+__device__ __forceinline__ void load_right(uint32_t (&b)[2][2], const uint8_t* tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    if constexpr (sizeof(Element) == 2) {
+        uint32_t r[4];
+        ldmatrix_x4(r,
+                    tile + (row + lane / 16 * 8 + lane % 8) * Tile::kPitch + (column + lane / 8 % 2 * 8) * 2);
+        b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const uint8_t* from = tile + (row + i / 2 * 8 + lane / 4) * Tile::kPitch;
+            const float2 pair =
+                *reinterpret_cast<const float2*>(from + (column + i % 2 * 8 + lane % 4 * 2) * 4);
+            b[i / 2][i % 2] = pack<T>(pair.x, pair.y);
+        }
+    }
+}
+
+// As many adapters as a launch takes by value; launchers loop over more.
+constexpr int kMaxAdapters = 64;
+
+struct Adapters {
+    const void* factor[kMaxAdapters];
+    float scale[kMaxAdapters];
+    int rank[kMaxAdapters];
+    int first, count, total;  // of all, those in this launch
+};
+
+inline Adapters adapters_from(int first, int total, const void* const* factors, const int* ranks,
+                              const float* scales) {
+    Adapters adapters = {};
+    adapters.first = first;
+    adapters.total = total;
+    adapters.count = total - first < kMaxAdapters ? total - first : kMaxAdapters;
+    for (int i = 0; i < adapters.count; ++i) {
+        adapters.factor[i] = factors[first + i];
+        adapters.rank[i] = ranks[first + i];
+        adapters.scale[i] = scales != nullptr ? scales[first + i] : 1;
+    }
+    return adapters;
+}
+
+}  // namespace
+}  // namespace lora
+}  // namespace peftcore

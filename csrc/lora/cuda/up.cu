@@ -1,0 +1,165 @@
+// out = keep ∘ (thin Fᵀ), or added to out: T A under the dropout of x, and S Bᵀ of an adapter for each
+// sample. No GPU was at hand: written for bandwidth, proved on the emulator.
+//
+// Where there is neither dropout nor a choice of adapters, cuBLAS does this product (lora/binding.cpp).
+//
+// A block computes 64 x 64 values on tensor cores, a warp 16 rows of them, and passes them through shared
+// memory, so that a thread has the eight columns of one Philox call and of a 16-byte store.
+#include "lora/cuda/tiles.cuh"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+constexpr int kTile = 64;
+
+struct UpParams {
+    const void* thin;
+    int64_t rows, columns;  // of a sample's out
+    const int64_t* index;
+    Adapters adapters;
+    int stride;  // of thin
+    int64_t column_tiles;
+    Dropout dropout;
+    bool add;
+    void* out;
+};
+
+// Eight values of out, or fewer at its edge.
+template <typename T>
+__device__ __forceinline__ void store_eight(T* out, const float* values, int count, bool vector, bool add,
+                                            const Dropout& dropout, int64_t row, int64_t column) {
+    union {
+        uint4 vector;
+        T items[8];
+    } before, after;
+    if (add) {
+        if (vector) {
+            before.vector = *reinterpret_cast<const uint4*>(out);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) before.items[i] = i < count ? out[i] : T{};
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float base = add ? to_float(before.items[i]) : 0;
+        after.items[i] = from_float<T>(base + values[i]);
+    }
+    if (dropout.threshold != 0)
+        after.vector = keep_eight(after.vector, dropout, row, column / kColumnsPerCounter);
+    if (vector) {
+        *reinterpret_cast<uint4*>(out) = after.vector;
+    } else {
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            if (i < count) out[i] = after.items[i];
+    }
+}
+
+template <typename T, typename F>
+__global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
+    using Thin = Tile<T, kTile, kRankChunk>;
+    using Factor = Tile<F, kTile, kRankChunk>;
+    using Result = Tile<float, kTile, kTile>;
+    constexpr int kBytes =
+        Thin::kBytes + Factor::kBytes > Result::kBytes ? Thin::kBytes + Factor::kBytes : Result::kBytes;
+    PEFTCORE_SHARED(uint8_t, memory, [kBytes]);
+
+    const int64_t row_tiles = (p.rows + kTile - 1) / kTile;
+    const int64_t tile = blockIdx.x / p.column_tiles, sample = tile / row_tiles;
+    const int64_t row = sample * p.rows + tile % row_tiles * kTile, last_row = (sample + 1) * p.rows;
+    const int64_t column = blockIdx.x % p.column_tiles * kTile;
+    const int64_t wanted = p.index != nullptr ? p.index[sample] : 0;
+    const bool none = wanted < -1 || wanted >= p.adapters.total;  // no such adapter: NaN, not silence
+    const int64_t adapter = wanted - p.adapters.first;
+    if (none ? p.adapters.first != 0 : adapter < 0 || adapter >= p.adapters.count) return;
+    const int rank = none ? 0 : p.adapters.rank[adapter];
+    const Source<T> thin(p.thin, p.stride);
+    const Source<F> factor(none ? nullptr : p.adapters.factor[adapter], rank);
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float d[kTile / 8][4] = {};
+    for (int first = 0; first < rank; first += kRankChunk) {
+        if (first != 0) __syncthreads();  // the chunk before has been read
+        fetch<Thin>(memory, thin, row, last_row, first, rank);
+        fetch<Factor>(memory + Thin::kBytes, factor, column, p.columns, first, rank);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+        if (row + warp * 16 >= last_row) continue;
+#pragma unroll
+        for (int step = 0; step < kRankChunk; step += 16) {
+            if (first + step >= rank) break;
+            uint32_t left[4];
+            load_left<Thin>(left, memory, warp * 16, step);
+#pragma unroll
+            for (int t = 0; t < kTile / 8; t += 2) {
+                uint32_t right[2][2];
+                load_right<T, F, Factor>(right, memory + Thin::kBytes, t * 8, step);
+                mma_m16n8k16<T>(d[t], left, right[0]);
+                mma_m16n8k16<T>(d[t + 1], left, right[1]);
+            }
+        }
+    }
+    __syncthreads();
+
+    constexpr int kPitch = Result::kPitch / 4;
+    float* result = reinterpret_cast<float*>(memory);
+#pragma unroll
+    for (int t = 0; t < kTile / 8; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            result[(warp * 16 + lane / 4 + i / 2 * 8) * kPitch + t * 8 + lane % 4 * 2 + i % 2] =
+                none ? bits_float(0x7fc00000u) : d[t][i];
+    __syncthreads();
+    const bool vectors = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.columns % 8 == 0;
+    for (int i = threadIdx.x; i < kTile * kTile / 8; i += kThreads) {
+        const int r = i / (kTile / 8), first = i % (kTile / 8) * 8;
+        const int64_t left = p.columns - column - first;
+        if (row + r >= last_row || left <= 0) continue;
+        T* out = static_cast<T*>(p.out) + (row + r) * p.columns + column + first;
+        store_eight<T>(out, result + r * kPitch + first, left < 8 ? int(left) : 8, vectors, p.add, p.dropout,
+                       row + r, column + first);
+    }
+}
+
+template <typename T>
+const char* launch(const UpParams& p, unsigned blocks, bool wide_factors, void* stream) {
+    return wide_factors ? PEFTCORE_LAUNCH((up_kernel<T, float>), blocks, kThreads, 0, stream, p)
+                        : PEFTCORE_LAUNCH((up_kernel<T, T>), blocks, kThreads, 0, stream, p);
+}
+
+}  // namespace
+}  // namespace lora
+}  // namespace peftcore
+
+extern "C" const char* peftcore_lora_up(const void* thin, int dtype, int64_t samples, int64_t rows,
+                                        int64_t columns, const void* const* factors, int factor_dtype,
+                                        const int* ranks, int adapters, const int64_t* index, int stride,
+                                        uint32_t threshold, uint32_t key0, uint32_t key1, bool add, void* out,
+                                        void* stream) {
+    using namespace peftcore::lora;
+    if (samples == 0 || rows == 0 || columns == 0) return nullptr;
+    const bool half = Dtype(dtype) == Dtype::kHalf;
+    if (!half && Dtype(dtype) != Dtype::kBFloat16) return "thin must have 16 bits";
+    UpParams p = {};
+    p.thin = thin;
+    p.rows = rows;
+    p.columns = columns;
+    p.index = index;
+    p.stride = stride;
+    p.column_tiles = (columns + kTile - 1) / kTile;
+    p.dropout = {threshold, key0, key1};
+    p.add = add;
+    p.out = out;
+    const unsigned blocks = unsigned(samples * ((rows + kTile - 1) / kTile) * p.column_tiles);
+    const bool wide_factors = Dtype(factor_dtype) == Dtype::kFloat;
+    for (int first = 0; first == 0 || first < adapters; first += kMaxAdapters) {
+        p.adapters = adapters_from(first, adapters, factors, ranks, nullptr);
+        const char* error = half ? launch<peftcore::Half>(p, blocks, wide_factors, stream)
+                                 : launch<peftcore::BFloat16>(p, blocks, wide_factors, stream);
+        if (error != nullptr) return error;
+    }
+    return nullptr;
+}

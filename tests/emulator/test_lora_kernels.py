@@ -1,0 +1,308 @@
+"""LoRA's CUDA kernels on the emulator against float64 and keep_mask, over shapes that are no multiples of anything."""
+
+from ctypes import c_bool, c_float, c_int64, c_uint32
+
+import pytest
+import torch
+
+from peftcore import ops
+from peftcore.ops.lora import _threshold, keep_mask
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+RANKS = [1, 3, 8, 16, 64, 100, 256]
+ROWS = [1, 5, 16, 33, 64, 130]
+SEED = 0x123456789ABCDEF0  # of dropout
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+SHAPES = [(rank, rows) for rank in RANKS for rows in ROWS]
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def mixed(rank, rows, columns):
+    """(dtype, dtype of the factors, dropout's p, columns) of a case, so that neighbours differ."""
+    dtype = DTYPES[1 + (rank + rows) % 2]
+    return dtype, [dtype, torch.float32][(rank // 2 + rows) % 2], [0.0, 0.1, 0.5][(rank + rows // 2) % 3], columns
+
+
+def kept(x, p):
+    return x.double() * keep_mask(*x.shape, p, SEED)
+
+
+def check(found, wanted, magnitude):
+    # fp32 sums in another order, and one rounding of the result.
+    error = (found.double() - wanted).abs()
+    assert (error <= magnitude * 2.0**-18 + wanted.abs() * EPS[found.dtype] + 2.0**-24).all(), error.max()
+
+
+def check_product(found, left, right, scale=1.0, added=0.0):
+    """found = scale left right + added; left and right in float64."""
+    added = torch.as_tensor(added).double()
+    check(found, scale * (left @ right) + added, abs(scale) * (left.abs() @ right.abs()) + added.abs())
+
+
+def guarded(*shape, dtype):
+    """(memory, a view of it, whose surroundings must stay 7)."""
+    count = torch.Size(shape).numel()
+    memory = torch.full((count + 8,), 7, dtype=dtype)
+    return memory, memory[4 : 4 + count].view(shape)
+
+
+def untouched(memory):
+    assert (memory[:4] == 7).all() and (memory[-4:] == 7).all()
+
+
+def dropout(p):
+    return c_uint32(_threshold(p)), c_uint32(SEED & 0xFFFFFFFF), c_uint32(SEED >> 32)
+
+
+class Kernels:
+    """The launchers with tensors: allocates what they write."""
+
+    def __init__(self, library, emulated):
+        self.library, self.emulated = library, emulated
+
+    def floats(self, name, *sizes):
+        function = getattr(self.library, name)
+        function.restype = c_int64
+        return torch.full((function(*sizes),), torch.nan)
+
+    def down(self, x, factors, scales, index=None, p=0.0, seed=0):
+        samples, rows, columns = x.shape
+        ranks = torch.tensor([t.shape[0] for t in factors], dtype=torch.int32)
+        stride, pointers = int(ranks.max()), torch.tensor([t.data_ptr() for t in factors])
+        memory, s = guarded(samples * rows, stride, dtype=x.dtype)
+        partial = self.floats("peftcore_lora_down_workspace", c_int64(rows), c_int64(columns), stride)
+        sizes = c_int64(samples), c_int64(rows), c_int64(columns)
+        adapters = pointers, DTYPES.index(factors[0].dtype), ranks, torch.tensor(scales), len(factors)
+        arguments = x, DTYPES.index(x.dtype), *sizes, *adapters, index, stride, *dropout(p), partial, s
+        self.emulated("peftcore_lora_down")(*arguments, seed=seed)
+        untouched(memory)
+        return s
+
+    def up(self, thin, factors, out, index=None, p=0.0, add=True, seed=0):
+        samples, rows, columns = out.shape
+        ranks = torch.tensor([t.shape[1] for t in factors], dtype=torch.int32)
+        pointers = torch.tensor([t.data_ptr() for t in factors])
+        sizes = c_int64(samples), c_int64(rows), c_int64(columns)
+        adapters = pointers, DTYPES.index(factors[0].dtype), ranks, len(factors)
+        arguments = thin, DTYPES.index(thin.dtype), *sizes, *adapters, index, thin.shape[1]
+        memory, found = guarded(*out.shape, dtype=out.dtype)
+        found.copy_(out)
+        self.emulated("peftcore_lora_up")(*arguments, *dropout(p), c_bool(add), found, seed=seed)
+        untouched(memory)
+        return found
+
+    def reduce(self, wide, thin, dtype, p=0.0, transposed=False, seed=0):
+        (rows, columns), rank = wide.shape, thin.shape[1]
+        memory, out = guarded(*((rank, columns) if transposed else (columns, rank)), dtype=dtype)
+        sizes = c_int64(rows), c_int64(columns), rank
+        partial = self.floats("peftcore_lora_reduce_workspace", *sizes)
+        arguments = wide, thin, DTYPES.index(wide.dtype), *sizes, *dropout(p), partial, out
+        self.emulated("peftcore_lora_reduce")(*arguments, DTYPES.index(dtype), c_bool(transposed), seed=seed)
+        untouched(memory)
+        return out
+
+    def reduce_and_product(self, wide, thin, factor, scale, dtype, seed=0):
+        (rows, columns), rank = wide.shape, thin.shape[1]
+        memory, out = guarded(columns, rank, dtype=dtype)
+        beside, product = guarded(rows, rank, dtype=wide.dtype)
+        sizes = c_int64(rows), c_int64(columns), rank
+        partials = [self.floats(f"peftcore_lora_{name}_workspace", *sizes) for name in ("reduce", "product")]
+        arguments = wide, thin, factor, DTYPES.index(wide.dtype), *sizes, c_float(scale), *partials
+        launch = self.emulated("peftcore_lora_reduce_and_product")
+        launch(*arguments, out, DTYPES.index(dtype), product, seed=seed)
+        untouched(memory)
+        untouched(beside)
+        return out, product
+
+    def drop(self, x, p):
+        out = torch.full_like(x, 7)
+        sizes = c_int64(x.shape[0]), c_int64(x.shape[1])
+        self.emulated("peftcore_lora_drop")(x, DTYPES.index(x.dtype), *sizes, *dropout(p), out)
+        return out
+
+    def linear(self, x, packed, scales, outer, rows, bias, thin, factor, seed=0):
+        memory, y = guarded(x.shape[0], rows, dtype=x.dtype)
+        weight = packed, scales, ops.NF4, 64, *(outer or (None, None, None, 256))
+        sizes = c_int64(rows), c_int64(x.shape[1])
+        added = bias, thin, factor, DTYPES.index(factor.dtype), thin.shape[1]
+        launch = self.emulated("peftcore_nf4_linear")
+        launch(x, DTYPES.index(x.dtype), x.shape[0], *weight, *sizes, *added, y, seed=seed)
+        untouched(memory)
+        return y
+
+
+@pytest.fixture(scope="module")
+def kernels(emulated_library, emulated):
+    return Kernels(emulated_library, emulated)
+
+
+@pytest.mark.parametrize(("rank", "rows"), [*SHAPES, (16, 300), (70, 270)])
+def test_down(kernels, rank, rows):
+    dtype, factor_dtype, p, columns = mixed(rank, rows, [75, 72, 136][(rank + rows) % 3])
+    x, a = normal(rows, columns, dtype=dtype), normal(rank, columns, seed=1, dtype=factor_dtype)
+    found = kernels.down(x[None], [a], [1.25], p=p, seed=rank)
+    check_product(found, kept(x, p), a.to(dtype).double().T, 1.25)
+
+
+@pytest.mark.parametrize(("rank", "columns"), [(3, 1100), (16, 2048), (100, 1028)])
+def test_down_with_columns_split_over_blocks(kernels, rank, columns):
+    x, a = normal(5, columns, dtype=torch.bfloat16), normal(rank, columns, seed=1, dtype=torch.bfloat16)
+    assert len(kernels.floats("peftcore_lora_down_workspace", c_int64(5), c_int64(columns), rank)) > 5 * rank
+    check_product(kernels.down(x[None], [a], [0.5], p=0.1), kept(x, 0.1), a.double().T, 0.5)
+
+
+@pytest.mark.parametrize(("rank", "rows"), SHAPES)
+def test_up(kernels, rank, rows):
+    dtype, factor_dtype, p, columns = mixed(rank, rows, [75, 72, 136][(rank + rows) % 3])
+    thin, factor = normal(rows, rank, dtype=dtype), normal(columns, rank, seed=1, dtype=factor_dtype)
+    before = normal(1, rows, columns, seed=2, dtype=dtype)
+    add = p == 0
+    found = kernels.up(thin, [factor], before, p=p, add=add, seed=rank)[0]
+    mask = keep_mask(rows, columns, p, SEED)
+    assert (found[~mask] == 0).all()
+    wanted, magnitude = thin.double() @ factor.to(dtype).double().T, thin.double().abs() @ factor.double().abs().T
+    if add:
+        wanted, magnitude = wanted + before[0].double(), magnitude + before[0].double().abs()
+    check(found, wanted * mask, magnitude)
+
+
+@pytest.mark.parametrize(("rank", "rows"), [*SHAPES, (16, 600)])
+def test_reduce(kernels, rank, rows):
+    dtype, out_dtype, p, columns = mixed(rank, rows, [75, 72, 136][(rank + rows) % 3])
+    wide, thin = normal(rows, columns, dtype=dtype), normal(rows, rank, seed=1, dtype=dtype)
+    transposed = rows % 2 == 0
+    found = kernels.reduce(wide, thin, out_dtype, p, transposed, seed=rank)
+    check_product(found.T if transposed else found, kept(wide, p).T, thin.double())
+
+
+@pytest.mark.parametrize(("rank", "rows"), [*((rank, rows) for rank, rows in SHAPES if rank <= 16), (16, 600)])
+def test_reduce_and_product(kernels, rank, rows):
+    dtype, out_dtype, _, columns = mixed(rank, rows, [75, 72, 392][(rank + rows) % 3])
+    wide, thin = normal(rows, columns, dtype=dtype), normal(rows, rank, seed=1, dtype=dtype)
+    factor = normal(rank, columns, seed=2, dtype=dtype)
+    out, product = kernels.reduce_and_product(wide, thin, factor, 0.75, out_dtype, seed=rank)
+    check_product(out, wide.double().T, thin.double())
+    check_product(product, wide.double(), factor.double().T, 0.75)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("rank", RANKS)
+@pytest.mark.parametrize("rows", [1, 5, 16, 33, 64])
+def test_linear_with_lora_from_four_bits(kernels, rank, rows, nested):
+    dtype, factor_dtype, _, columns = mixed(rank, rows, [75, 96, 352][(rank + rows) % 3])
+    packed, absmax = ops.quantize_4bit(normal(37, columns))
+    scales, outer = ops.quantize_absmax(absmax, blocksize=32) if nested else (absmax, None)
+    dense = ops.dequantize_4bit(packed, scales, shape=(37, columns), dtype=dtype, nested=outer).double()
+    x, bias = normal(rows, columns, seed=1, dtype=dtype), normal(37, seed=2, dtype=dtype)
+    thin, factor = normal(rows, rank, seed=3, dtype=dtype), normal(37, rank, seed=4, dtype=factor_dtype)
+    found = kernels.linear(x, packed, scales, outer, 37, bias, thin, factor, seed=rank)
+    left = torch.cat([x.double(), thin.double()], 1)
+    check_product(found, left, torch.cat([dense, factor.to(dtype).double()], 1).T, added=bias)
+
+
+def test_linear_with_lora_in_fp32(kernels):
+    packed, absmax = ops.quantize_4bit(normal(37, 75))
+    dense = ops.dequantize_4bit(packed, absmax, shape=(37, 75), dtype=torch.float32).double()
+    x, bias, thin, factor = normal(11, 75), normal(37), normal(11, 40), normal(37, 40)
+    found = kernels.linear(x, packed, absmax, None, 37, bias, thin, factor)
+    left = torch.cat([x, thin], 1).double()
+    check_product(found, left, torch.cat([dense, factor.double()], 1).T, added=bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [40, 43])
+def test_dropout_has_the_bits_of_the_mask(kernels, dtype, columns):
+    p, ones = 0.3, torch.ones(33, columns, dtype=dtype)
+    mask = keep_mask(33, columns, p, SEED)
+    assert torch.equal(kernels.drop(ones, p) == 1, mask)
+    if dtype == torch.float32:
+        return
+    assert torch.equal(kernels.down(ones[None], [torch.eye(columns, dtype=dtype)], [1.0], p=p) == 1, mask)
+    out = torch.zeros(1, 33, columns, dtype=dtype)
+    found = kernels.up(torch.ones(33, 1, dtype=dtype), [torch.ones(columns, 1, dtype=dtype)], out, p=p, add=False)
+    assert torch.equal(found[0] == 1, mask)
+    assert torch.equal(kernels.reduce(ones, torch.eye(33, dtype=dtype), dtype, p).T == 1, mask)
+
+
+def test_what_is_dropped_is_zero_even_if_it_is_not_a_number(kernels):
+    x, p = torch.full((5, 40), torch.nan, dtype=torch.half), 0.5
+    mask = keep_mask(5, 40, p, SEED)
+    found = kernels.down(x[None], [torch.eye(40, dtype=torch.half)], [1.0], p=p)
+    assert torch.equal(found.isnan(), mask.any(1, keepdim=True).expand(5, 40))
+    assert torch.equal(kernels.drop(x, p).isnan(), mask)
+
+
+@pytest.mark.parametrize(("adapters", "rows"), [(3, 1), (3, 20), (70, 1)])
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_adapter_for_each_sample(kernels, adapters, rows, factor_dtype):
+    ranks = [[4, 100, 1][i % 3] for i in range(adapters)]
+    a = [normal(r, 72, seed=i, dtype=factor_dtype) for i, r in enumerate(ranks)]
+    b = [normal(75, r, seed=i + 1, dtype=factor_dtype) for i, r in enumerate(ranks)]
+    scales = [1.0 + i / 8 for i in range(adapters)]
+    index = torch.tensor([1, -1, adapters - 1, 0, adapters - 1, adapters, -2])
+    x, y = normal(7, rows, 72, dtype=torch.bfloat16), normal(7, rows, 75, seed=9, dtype=torch.bfloat16)
+    s = kernels.down(x, a, scales, index)
+    found = kernels.up(s, b, y, index)
+    assert torch.equal(found[1], y[1])
+    assert found[5:].isnan().all()  # no such adapter
+    for sample in (0, 2, 3, 4):
+        i = int(index[sample])
+        mine = s.view(7, rows, -1)[sample, :, : ranks[i]]
+        check_product(mine, x[sample].double(), a[i].bfloat16().double().T, scales[i])
+        check_product(found[sample], mine.double(), b[i].bfloat16().double().T, added=y[sample])
+
+
+def test_memory_off_its_alignment(kernels):
+    def moved(t):
+        return torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
+
+    x, a = moved(normal(20, 64, dtype=torch.half)), moved(normal(8, 64, dtype=torch.half))
+    check_product(kernels.down(x[None], [a], [1.0]), x.double(), a.double().T)
+    thin = moved(normal(20, 8, dtype=torch.half))
+    check_product(kernels.reduce(x, thin, torch.half), x.double().T, thin.double())
+    check_product(kernels.up(thin, [a.T.contiguous()], x[None], add=False)[0], thin.double(), a.double())
+
+
+def test_every_order_of_threads_gives_the_same_bits(kernels):
+    x, a = normal(70, 1100, dtype=torch.bfloat16), normal(20, 1100, seed=1)
+    wide, thin = normal(600, 130, dtype=torch.half), normal(600, 12, seed=1, dtype=torch.half)
+    factor, few = normal(12, 130, seed=2, dtype=torch.half), normal(130, 12, seed=2, dtype=torch.half)
+    packed, absmax = ops.quantize_4bit(normal(20, 1100))
+    s, b = normal(33, 20, dtype=torch.bfloat16), normal(20, 20)
+
+    def run(seed):
+        return [
+            kernels.down(x[None, :17], [a], [1.0], p=0.1, seed=seed),
+            kernels.reduce(wide, thin, torch.float32, 0.1, seed=seed),
+            *kernels.reduce_and_product(wide, thin, factor, 1.0, torch.float32, seed=seed),
+            kernels.up(thin[:70], [few], wide[None, :70], seed=seed),
+            kernels.linear(x[:33, :1088].contiguous(), packed, absmax, None, 20, None, s, b, seed=seed),
+        ]
+
+    first = run(0)
+    for seed in range(1, 6):
+        assert all(map(torch.equal, first, run(seed)))
+
+
+def test_nothing_to_do_and_what_is_refused(kernels):
+    a = torch.ones(4, 16).half()
+    assert kernels.down(torch.empty(1, 0, 16).half(), [a], [1.0]).shape == (0, 4)
+    assert (kernels.down(torch.empty(1, 3, 0).half(), [torch.empty(4, 0).half()], [1.0]) == 0).all()
+    assert (kernels.reduce(torch.empty(0, 16).half(), torch.empty(0, 4).half(), torch.float32) == 0).all()
+    out, product = kernels.reduce_and_product(torch.empty(0, 16).half(), torch.empty(0, 4).half(), a, 1.0, torch.half)
+    assert (out == 0).all() and product.shape == (0, 4)
+    assert kernels.up(torch.empty(0, 4).half(), [a], torch.empty(1, 0, 4).half()).numel() == 0
+    with pytest.raises(RuntimeError, match="x must have 16 bits"):
+        kernels.down(torch.ones(1, 3, 16), [torch.ones(4, 16)], [1.0])
+    with pytest.raises(RuntimeError, match="more ranks than one pass takes"):
+        kernels.reduce_and_product(torch.ones(3, 16).half(), torch.ones(3, 17).half(), a, 1.0, torch.half)
+
+
+@pytest.mark.slow
+def test_stays_within_its_memory(sanitized):
+    done = sanitized("lora", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cases agree" in done.stdout
