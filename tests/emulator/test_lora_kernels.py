@@ -227,6 +227,16 @@ def test_dropout_has_the_bits_of_the_mask(kernels, dtype, columns):
     assert torch.equal(kernels.reduce(ones, torch.eye(33, dtype=dtype), dtype, p).T == 1, mask)
 
 
+def test_dropout_at_its_threshold(kernels):
+    """So many elements that some draw the threshold itself."""
+    rows, columns, p = 500, 800, 0.5
+    mask = keep_mask(rows, columns, p, SEED)
+    ones = torch.ones(rows, columns, dtype=torch.half)
+    assert torch.equal(kernels.drop(ones, p) == 1, mask)
+    found = kernels.up(ones[:, :1].contiguous(), [torch.ones(columns, 1).half()], ones[None], p=p, add=False)
+    assert torch.equal(found[0] == 1, mask)
+
+
 def test_what_is_dropped_is_zero_even_if_it_is_not_a_number(kernels):
     x, p = torch.full((5, 40), torch.nan, dtype=torch.half), 0.5
     mask = keep_mask(5, 40, p, SEED)
