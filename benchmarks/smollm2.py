@@ -1,0 +1,67 @@
+"""SmolLM2-135M-Instruct and the movie-review snippets of the demo, for benchmarks on a real model and real text.
+
+The weights come from a GGUF file of 4-bit blocks (Q4_1), dequantized once to a folder of bf16 that every library
+loads in its own way.
+"""
+
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "demo"))
+from run import ROOT, WRITER, fetch
+
+DEMO = ROOT / ".demo"
+DENSE = DEMO / "smollm2-bf16"
+QUANTIZED = ("peftcore", "bitsandbytes")  # and " + double quant" behind each of them
+
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
+
+
+def prepare():
+    """Fetch what the demo uses, and write the dense folder; both only once."""
+    DEMO.mkdir(exist_ok=True)
+    fetch(DEMO)
+    if (DENSE / "model.safetensors").exists():
+        (DENSE / "model.safetensors").read_bytes()  # so that who loads it first does not wait for the disk
+        return
+    from peftcore.cli import models
+
+    gguf = str(DEMO / WRITER)
+    models.load_tokenizer(gguf).save_pretrained(DENSE)
+    models.load_model(gguf, "causal-lm", dtype="bf16").save_pretrained(DENSE)
+
+
+def tokenizer():
+    from peftcore.cli import models
+
+    return models.load_tokenizer(str(DENSE))
+
+
+def load(kind, dtype=torch.bfloat16):
+    """(model, seconds): `dense`, `peftcore` or `bitsandbytes`, quantized as transformers reads the folder."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils import logging as transformers_logging
+
+    import peftcore
+
+    transformers_logging.disable_progress_bar()
+    library, _, double = kind.partition(" + ")
+    config = None
+    if library == "peftcore":
+        config = peftcore.NF4Config("nf4", double_quant=bool(double), compute_dtype=dtype)
+    elif library == "bitsandbytes":
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=bool(double),
+            bnb_4bit_compute_dtype=dtype,
+        )
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(DENSE, dtype=dtype, quantization_config=config)
+    return model, time.perf_counter() - start
