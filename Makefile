@@ -12,6 +12,8 @@ PACKAGING := pyproject.toml setup.py $(PLUGINS:%=%/pyproject.toml)
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
 CSRC := $(filter csrc/%,$(CXX_FILES))
 
+BENCHMARKS = $(shell grep -l __main__ benchmarks/*.py)
+
 .PHONY: demo test lint fix bench matrix compare clean
 
 demo: $(VENV)/train.stamp
@@ -40,7 +42,7 @@ compare: $(VENV)/dev.stamp
 	$(PY) benchmarks/demo/compare.py
 
 bench: $(VENV)/dev.stamp
-	for file in $(filter-out benchmarks/measure.py,$(wildcard benchmarks/*.py)); do echo "== $$file" && $(PY) $$file || exit 1; done
+	for file in $(BENCHMARKS); do echo "== $$file" && $(PY) $$file || exit 1; done
 
 clean:
 	rm -rf $(VENV) .demo build dist *.egg-info plugins/*/*.egg-info peftcore/_C*.so peftcore/_build.json
