@@ -90,7 +90,10 @@ def train_with_peft(label: str, run: Path) -> dict:
     train_rows, eval_rows = training.rows_of(settings)
     labels = tuple(data.labels_of(train_rows))
     tokenizer = models.load_tokenizer(settings.model)
-    train, held_out = (training.encoded("", rows, settings, tokenizer, labels) for rows in (train_rows, eval_rows))
+    train, held_out = (
+        training.encoded(what, rows, settings, tokenizer, labels)
+        for what, rows in (("training", train_rows), ("held-out", eval_rows))
+    )
     set_seed(settings.seed)
     model = models.load_model(settings.model, settings.task, device="cpu", labels=labels)
     config, fields = PEERS[label]
