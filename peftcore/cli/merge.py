@@ -18,6 +18,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the merged model.")],
     model: options.BaseModel = None,
     labels: options.Labels = None,
+    shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most, such as 5GB.")] = "5GB",
     untie: Annotated[bool, typer.Option("--untie", help="Give an adapted tied embedding its own weight.")] = False,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
@@ -45,7 +46,7 @@ def merge(
     for warning in caught:
         warn(str(warning.message))
     try:
-        loaded.save_pretrained(output)
+        loaded.save_pretrained(output, max_shard_size=shard_size)
         tokenizer.save_pretrained(output)
     except OSError as error:
         raise PeftcoreError(f"the merged model could not be saved to '{output}': {error.strerror or error}") from error

@@ -65,6 +65,12 @@ def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews:
     tokens = torch.tensor([[1, 4, 5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(merged(tokens).logits, model.eval()(tokens).logits, atol=1e-5, rtol=1e-5)
+    run("merge", "--adapter", writer / "adapter", "--output", tmp_path / "parts", "--shard-size", "10KB")
+    weights = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert weights.keys() == load_file(llama / "model.safetensors").keys() and len(set(weights.values())) > 2
+    assert {"tokenizer.json", "generation_config.json"} <= {path.name for path in (tmp_path / "parts").iterdir()}
+    parts = AutoModelForCausalLM.from_pretrained(tmp_path / "parts")
+    assert all(torch.equal(a, b) for a, b in zip(parts.parameters(), merged.parameters(), strict=True))
     refused = run("merge", "--adapter", writer / "adapter", "--output", tmp_path / "merged", code=1).output
     assert "exists already" in refused
 

@@ -1,0 +1,66 @@
+"""The example scripts run as they stand, each in under 40 lines, and leave an adapter that loads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import SPECIAL, WORDS, save_tokenizer, write_jsonl
+
+import peftcore
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+PYTHON = [sys.executable, "-W", "ignore"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+RUNS = {  # how each is started, and where its adapter lies
+    "own_loop": (PYTHON, ""),
+    "trainer": (PYTHON, "adapter"),
+    "sft": (PYTHON, "adapter"),
+    "accelerate_ddp": (ACCELERATE, ""),
+    "fsdp2_qlora": (TORCHRUN, "adapter"),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(SPECIAL + WORDS), **sizes, **special)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def test_every_example_is_run_and_short() -> None:
+    scripts = {path.stem: path for path in EXAMPLES.glob("*.py")}
+    assert scripts.keys() == RUNS.keys()
+    assert all(len(path.read_text().splitlines()) < 40 for path in scripts.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(RUNS))
+def test_example(name: str, base: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    start, place = RUNS[name]
+    data = write_jsonl(tmp_path / "data.jsonl", [{"text": f"the film is {word} and {word}"} for word in WORDS])
+    command = [*start, str(EXAMPLES / f"{name}.py"), str(base), str(data), str(tmp_path / "out")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if name == "fsdp2_qlora":
+        peftcore.quantize(model)
+        assert (tmp_path / "out" / "state" / ".metadata").exists()
+    loaded = peftcore.load(model, tmp_path / "out" / place)
+    learned = [p for n, p in peftcore.engine.adapter_parameters(loaded, "default") if "lora_B" in n]
+    assert learned and all(p.abs().max() > 0 for p in learned)
