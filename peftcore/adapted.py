@@ -63,9 +63,7 @@ class Base:
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self.module = module
         self._forward = forward
-        # A class that multiplies by a weight of its own says so, where its forward is not overridden.
-        cls = next((c for c in original_class(module).__mro__ if c.__dict__.get("forward") is forward), None)
-        self._operands = _dense_operands if cls is nn.Linear else vars(cls).get("linear_operands") if cls else None
+        self._operands = _operands_of(module, forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(self.module, *args, **kwargs)
@@ -75,11 +73,21 @@ class Base:
         return None if self._operands is None else self._operands(self.module, x)
 
 
-def _dense_operands(module: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+def _operands_of(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any] | None:
+    """`linear_operands` of the class whose forward this is: a subclass that overrides it computes something else."""
+    cls = next((c for c in original_class(module).__mro__ if c.__dict__.get("forward") is forward), None)
+    if cls is nn.Linear:
+        return _dense_operands
+    if cls is not None and (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return lambda module, x: _dense_operands(module, x, transposed=True)
+    return vars(cls).get("linear_operands") if cls is not None else None
+
+
+def _dense_operands(module: Any, x: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor | None] | None:
     weight = module.weight
     if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad:
         return None
-    return weight, module.bias
+    return weight.T if transposed else weight, module.bias
 
 
 class _AroundLink:

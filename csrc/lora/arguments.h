@@ -70,6 +70,20 @@ inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, int
                       out_features, ", ", a.size(0), "], found ", b.sizes());
 }
 
+// Adapters by number, and the one of each sample. Whether the numbers exist is seen where they are read.
+inline void check_adapters(const Tensor& x, at::TensorList a, at::TensorList b, at::ArrayRef<double> scales,
+                           const Tensor& index, int64_t out_features, const char* op) {
+    TORCH_CHECK_VALUE(a.size() == b.size() && b.size() == scales.size(), op,
+                      ": a, b and scales must be of one length, found ", a.size(), ", ", b.size(), " and ",
+                      scales.size());
+    for (size_t i = 0; i < a.size(); ++i)
+        check_factors(x, a[i], b[i], out_features, op, "a[" + std::to_string(i) + "]",
+                      "b[" + std::to_string(i) + "]");
+    check_tensor(index, at::kLong, x.device(), op, "index");
+    TORCH_CHECK_VALUE(index.dim() == 1 && index.size(0) == x.size(0), op, ": index must be [", x.size(0),
+                      "], one for each sample of x, found ", index.sizes());
+}
+
 inline Dropout dropout_of(double p, const std::optional<Tensor>& seed, const char* op) {
     TORCH_CHECK_VALUE(p >= 0 && p < 1, op, ": dropout_p must be in [0, 1), found ", p);
     TORCH_CHECK_VALUE(seed.has_value() || p == 0, op, ": dropout_p=", p, " needs a seed, found none");

@@ -125,8 +125,8 @@ class LoraLinear(Lora):
             return ops.lora_linear(x, *operands, self.lora_A, self.lora_B, self.scale, p)
         y = base(x)
         x = F.dropout(x, p) if p else x
-        s = F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
-        return y + self.scale * F.linear(s, self.lora_B.to(x.dtype))
+        s = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
+        return y + F.linear(s, self.lora_B.to(x.dtype))
 
     @staticmethod
     def per_sample(adapters: list[LoraLinear], index: Tensor, base: Any, x: Tensor) -> Tensor:

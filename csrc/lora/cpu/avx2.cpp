@@ -1,7 +1,7 @@
 // AVX2 with FMA and conversions of fp16.
 #include <immintrin.h>
 
-#include "lora/cpu/blocks.h"
+#include "lora/cpu/rows.h"
 
 namespace peftcore {
 namespace lora {
@@ -78,6 +78,12 @@ struct Avx2 {
             std::memcpy(out + at, &bits, sizeof bits);
         }
     }
+
+    static inline Vector sums(const Vector* v) {
+        const __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+        const __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+        return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+    }
 };
 
 }  // namespace
@@ -90,6 +96,17 @@ Kernels avx2_kernels(Dtype dtype) {
             return Blocks<Single<Avx2, BFloat16>>::kernels();
         default:
             return Blocks<Single<Avx2, float>>::kernels();
+    }
+}
+
+RowKernels avx2_row_kernels(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::kHalf:
+            return Rows<Single<Avx2, Half>>::kernels();
+        case Dtype::kBFloat16:
+            return Rows<Single<Avx2, BFloat16>>::kernels();
+        default:
+            return Rows<Single<Avx2, float>>::kernels();
     }
 }
 

@@ -1,6 +1,8 @@
 // AVX-512 with products of fp32.
 #include "lora/cpu/avx512.h"
 
+#include "lora/cpu/rows.h"
+
 namespace peftcore {
 namespace lora {
 
@@ -12,6 +14,17 @@ Kernels avx512_kernels(Dtype dtype) {
             return Blocks<Single<Avx512, BFloat16>>::kernels();
         default:
             return Blocks<Single<Avx512, float>>::kernels();
+    }
+}
+
+RowKernels avx512_row_kernels(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::kHalf:
+            return Rows<Single<Avx512, Half>>::kernels();
+        case Dtype::kBFloat16:
+            return Rows<Single<Avx512, BFloat16>>::kernels();
+        default:
+            return Rows<Single<Avx512, float>>::kernels();
     }
 }
 

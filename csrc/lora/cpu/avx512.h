@@ -86,6 +86,23 @@ struct Avx512 {
             }
         }
     }
+
+    static inline Vector sums(const Vector* v) {
+        Vector quarter[4];  // four of v each: their sums over each 128-bit lane
+        for (int i = 0; i < 4; ++i) {
+            const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i], v[4 * i + 1]),
+                                           _mm512_unpackhi_ps(v[4 * i], v[4 * i + 1]));
+            const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(v[4 * i + 2], v[4 * i + 3]),
+                                           _mm512_unpackhi_ps(v[4 * i + 2], v[4 * i + 3]));
+            const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+            quarter[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)),
+                                       _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+        }
+        const auto lanes = [](Vector a, Vector b) {
+            return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+        };
+        return lanes(lanes(quarter[0], quarter[1]), lanes(quarter[2], quarter[3]));
+    }
 };
 
 }  // namespace

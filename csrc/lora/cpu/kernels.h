@@ -63,6 +63,13 @@ struct Kernels {
                   int64_t last_column);  // first: multiple of kColumnGrain
 };
 
+// For one row, fp32 in between; by the dtype of what they read (see rows.h). Buffers have room for 16 more.
+struct RowKernels {
+    void (*widen)(const void* from, int64_t count, float* to);
+    void (*add)(const float* from, int64_t count, void* to);
+    void (*multiply)(const float* x, const void* factor, int64_t inner, int64_t outer, float* out);
+};
+
 constexpr int kWidthMultiple = 16;  // of `width`
 constexpr int kColumnGrain = 32;
 
@@ -70,6 +77,10 @@ Kernels portable_kernels(Dtype dtype);
 Kernels avx2_kernels(Dtype dtype);
 Kernels avx512_kernels(Dtype dtype);
 Kernels avx512bf16_kernels();  // bf16
+
+RowKernels portable_row_kernels(Dtype dtype);
+RowKernels avx2_row_kernels(Dtype dtype);
+RowKernels avx512_row_kernels(Dtype dtype);
 
 }  // namespace lora
 }  // namespace peftcore

@@ -1,5 +1,5 @@
 // Plain C++, four lanes for the compiler to fill.
-#include "lora/cpu/blocks.h"
+#include "lora/cpu/rows.h"
 
 namespace peftcore {
 namespace lora {
@@ -40,6 +40,13 @@ struct Portable {
                                   uint8_t* out) {
         plain_keep_bytes(dropout, row, first, count, out);
     }
+
+    static inline Vector sums(const Vector* v) {
+        Vector result;
+        for (int i = 0; i < kLanes; ++i)
+            result.lane[i] = (v[i].lane[0] + v[i].lane[1]) + (v[i].lane[2] + v[i].lane[3]);
+        return result;
+    }
 };
 
 }  // namespace
@@ -52,6 +59,17 @@ Kernels portable_kernels(Dtype dtype) {
             return Blocks<Single<Portable, BFloat16>>::kernels();
         default:
             return Blocks<Single<Portable, float>>::kernels();
+    }
+}
+
+RowKernels portable_row_kernels(Dtype dtype) {
+    switch (dtype) {
+        case Dtype::kHalf:
+            return Rows<Single<Portable, Half>>::kernels();
+        case Dtype::kBFloat16:
+            return Rows<Single<Portable, BFloat16>>::kernels();
+        default:
+            return Rows<Single<Portable, float>>::kernels();
     }
 }
 

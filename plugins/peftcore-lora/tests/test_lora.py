@@ -169,3 +169,63 @@ def test_a_head_left_alone_stays_so_through_a_file(tmp_path) -> None:
     peftcore.save(model, tmp_path)
     loaded = peftcore.load(tiny.bert_classifier(), tmp_path)
     assert peftcore.summary(loaded).adapters[0].trained == 0
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_the_innermost_adapter_of_a_linear_is_fused(quantized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    fused = peftcore.ops.lora_linear
+    monkeypatch.setattr(peftcore.ops, "lora_linear", lambda *args: calls.append(args) or fused(*args))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 8)).eval(), torch.randn(3, 64)
+    if quantized:
+        peftcore.quantize(model)
+    base = model(x)
+    deltas = []
+    for name in ("a", "b"):
+        peftcore.apply(model, "lora", r=2, adapter=name, target_modules=["0"])
+        disturb(model, name, seed=len(deltas), std=1.0)
+        peftcore.activate(model, name)
+        deltas.append(model(x) - base)
+    calls.clear()
+    peftcore.activate(model, ["a", "b"])
+    torch.testing.assert_close(model(x), base + sum(deltas), rtol=1e-4, atol=1e-5)
+    assert len(calls) == 1  # the outer one adds to what the inner one gives
+
+
+def test_a_layer_that_computes_more_than_a_product_is_called() -> None:
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Doubled(6, 4)), torch.randn(3, 6)
+    base = model(x)
+    peftcore.apply(model, "lora", r=2, target_modules=["0"])
+    assert torch.equal(model(x), base)
+    disturb(model, "default", seed=1, std=1.0)
+    adapter = model[0].peftcore["default"]
+    torch.testing.assert_close(model(x), base + x @ adapter.delta().T)
+
+
+def test_training_follows_the_composition_of_plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    def losses() -> list[float]:
+        torch.manual_seed(0)
+        model = tiny.llama()
+        peftcore.apply(model, "lora", r=4, lora_alpha=8)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        tokens = torch.randint(0, 90, (4, 12), generator=torch.Generator().manual_seed(1))
+        found = []
+        for _ in range(12):
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    fused = losses()
+    monkeypatch.setattr(peftcore.adapted.Base, "linear_operands", lambda self, x: None)
+    plain = losses()
+    assert fused[-1] < 0.9 * fused[0]
+    torch.testing.assert_close(fused, plain, rtol=2e-4, atol=0)
