@@ -227,5 +227,5 @@ def test_training_follows_the_composition_of_plain_operators(monkeypatch: pytest
     fused = losses()
     monkeypatch.setattr(peftcore.adapted.Base, "linear_operands", lambda self, x: None)
     plain = losses()
-    assert fused[-1] < 0.9 * fused[0]
+    assert fused[-1] < fused[0] - 0.2
     torch.testing.assert_close(fused, plain, rtol=2e-4, atol=0)
