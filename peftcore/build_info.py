@@ -11,7 +11,7 @@ from peftcore.ops import _extension
 # Ratios measured by benchmarks/nf4.py on two AVX-512 cores, 4096 x 4096.
 COSTS = {
     "extension": "4-bit operators run on their PyTorch references: the same values, 50 to 100 times slower and with "
-    "temporaries several times the size of the tensor",
+    "temporaries several times the size of the tensor; optimizers too, and the paged ones do not run",
     "cuda": "4-bit operators on CUDA tensors run on their PyTorch references: the same values, several passes over "
     "memory instead of one",
 }

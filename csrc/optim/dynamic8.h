@@ -37,7 +37,11 @@ static PEFTCORE_HD int encode_magnitude(float a, const Encoder& encoder) {
     const float raised = a > kSmallestMagnitude ? a : kSmallestMagnitude;
     const int exponent = int(float_bits(raised) >> 23 & 31);
     const int decade = encoder.base[exponent] + (raised > encoder.threshold[exponent]);
+#if defined(__CUDA_ARCH__)
+    const float n = __fadd_rn(__fmul_rn(raised, encoder.slope[decade]), encoder.shift[decade]);
+#else
     const float n = raised * encoder.slope[decade] + encoder.shift[decade];
+#endif
     return int(n < encoder.last[decade] ? n : encoder.last[decade]);
 }
 

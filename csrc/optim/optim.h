@@ -107,9 +107,11 @@ static PEFTCORE_HD PhiloxWords rounding_words(int64_t stream, int64_t group, int
     return philox<10>(counter, uint32_t(stream), uint32_t(uint64_t(stream) >> 32));
 }
 
-// Element `index`'s 16 of them.
+// Element `index`'s 16 of them. By conditions: an index would put the words into memory on a GPU.
 static PEFTCORE_HD uint32_t random_bits(const PhiloxWords& drawn, int64_t index) {
-    return drawn.word[index >> 1 & 3] >> (index & 1) * 16;
+    const uint32_t first = index & 2 ? drawn.word[1] : drawn.word[0];
+    const uint32_t second = index & 2 ? drawn.word[3] : drawn.word[2];
+    return (index & 4 ? second : first) >> (index & 1) * 16;
 }
 
 }  // namespace optim

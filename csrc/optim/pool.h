@@ -1,10 +1,11 @@
 // Pages of optimizer state, of which a budget of bytes is resident and the rest lies in a store.
 //
-// The least recently used page leaves. A sweep over all pages says its order first (`expect`), so the pages that
-// come next are fetched, and those that make room written, while the current one is in use. Sweeps go forward and
-// backward by turns: then the pages used last are those needed first, and each sweep moves only what exceeds the
-// budget. A failed transfer loses nothing: a page that could not be written stays resident, one that could not be
-// read stays in the store, and a sweep that is repeated goes on where it stopped (`done`, `mark`).
+// The least recently used page leaves. A sweep over all pages says its order first (`expect`), so the pages
+// that come next are fetched, and those that make room written, while the current one is in use. Sweeps go
+// forward and backward by turns: then the pages used last are those needed first, and each sweep moves only
+// what exceeds the budget. A failed transfer loses nothing: a page that could not be written stays resident,
+// one that could not be read stays in the store, and a sweep that is repeated goes on where it stopped
+// (`done`, `mark`).
 #pragma once
 
 #include <unistd.h>
@@ -20,7 +21,7 @@ namespace peftcore {
 namespace optim {
 
 class Pool {
-   public:
+ public:
     // Throws std::invalid_argument if the budget does not hold one page.
     Pool(std::unique_ptr<Store> store, int64_t page_bytes, int64_t budget);
     ~Pool();
@@ -65,7 +66,7 @@ class Pool {
     int64_t bytes_in = 0, bytes_out = 0, peak_bytes = 0;
     double seconds_waiting = 0;
 
-   private:
+ private:
     using Order = std::list<int64_t>;
     static constexpr int64_t kNever = INT64_MAX;
 
@@ -96,7 +97,7 @@ class Pool {
     std::vector<Page> pages_;
     Order used_;  // resident pages, the least recently used first
     std::vector<int64_t> order_;
-    size_t at_ = 0;  // the next place of order_ to be acquired
+    size_t at_ = 0;     // the next place of order_ to be acquired
     size_t ahead_ = 0;  // and to be fetched
     const pid_t process_ = getpid();
     std::recursive_mutex mutex_;

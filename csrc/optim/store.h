@@ -8,8 +8,8 @@
 namespace peftcore {
 namespace optim {
 
-// One move on one frame: `out` is written to the store, then `in` is read from it. -1: nothing. If writing fails,
-// `in` is not read, so the frame still holds `out`.
+// One move on one frame: `out` is written to the store, then `in` is read from it. -1: nothing. If writing
+// fails, `in` is not read, so the frame still holds `out`.
 struct Transfer {
     void* frame = nullptr;
     int64_t out = -1, in = -1;
@@ -21,7 +21,7 @@ struct Transfer {
 };
 
 class Store {
-   public:
+ public:
     virtual ~Store() = default;
     // Resident memory of one page, or nullptr if there is none.
     virtual void* new_frame() = 0;

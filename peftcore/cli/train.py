@@ -44,8 +44,12 @@ def train(
         str | None, typer.Option(help="Under torchrun: ddp (a copy of the base per process) or fsdp2 (shards of it).")
     ] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
-    optim: Annotated[str, typer.Option(help="Trainer's optim.")] = "adamw_torch",
-    optim_args: Annotated[str | None, typer.Option(help="Trainer's optim_args, such as betas=(0.9,0.95).")] = None,
+    optim: Annotated[
+        str, typer.Option(help="Trainer's optim; paged_adamw_8bit and paged_adamw are peftcore's own.")
+    ] = "adamw_torch",
+    optim_args: Annotated[
+        str | None, typer.Option(help="Its arguments, such as betas=(0.9,0.95) or budget=256MB.")
+    ] = None,
     eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations; default 5 in all.")] = None,
     save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; default 5 in all.")] = None,
     keep: Annotated[int, typer.Option(min=2, help="Checkpoints kept.")] = 2,

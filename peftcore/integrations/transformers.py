@@ -8,6 +8,9 @@ Hugging Face PEFT's format in place of the model; an adapter that is not named `
 folder of its name, as in PEFT. The file `complete.json`, written last, lists every other file with
 its size: a checkpoint without it, or whose files differ, was cut off.
 
+`optim="paged_adamw_8bit"` and the other names of `peftcore.optim.NAMES` mean the optimizers of that package, whose
+arguments stand in `optim_args` ("budget=256MB,directory=/data").
+
 Importing this module teaches `Trainer` (see `pretrained.py`). A model that `peftcore.shard` has
 sharded is trained as it is, with replicated adapters; of one that accelerate shards (FSDP2), the
 optimizer's state is saved by accelerate.
@@ -15,10 +18,12 @@ optimizer's state is saved by accelerate.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +36,7 @@ from transformers import trainer as transformers_trainer
 from transformers.trainer import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peftcore import checkpoint, engine, ranks
+from peftcore import checkpoint, engine, optim, ranks
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.integrations.pretrained import teach
 from peftcore.parallel import check_ranks
@@ -49,6 +54,49 @@ class AfterStep(TrainerCallback):
         engine.after_step(kwargs["model"], state.global_step + 1, state.max_steps)
 
 
+class TellsPaging(TrainerCallback):
+    """Says at the end where a paged optimizer's state lay, and what moving it cost."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = kwargs.get("optimizer")
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's
+        if hasattr(optimizer, "paging") and state.is_world_process_zero:
+            print(f"optimizer state: {optimizer.paging()}", flush=True)
+
+
+def optimizer_of(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
+    """What `args.optim` and `args.optim_args` mean, if it is an optimizer of peftcore's, for a plain `Trainer`:
+    `Trainer(..., optimizer_cls_and_kwargs=optimizer_of(args))`.
+
+    Raises:
+        PeftcoreError: `optim_args` is not NAME=VALUE, separated by commas.
+    """
+    kind = optim.NAMES.get(getattr(args.optim, "value", args.optim))
+    if kind is None:
+        return None
+    options: dict[str, Any] = {"lr": args.learning_rate}
+    if kind.rule != "lion":
+        options["eps"] = args.adam_epsilon
+    options["betas"] = (args.adam_beta1, args.adam_beta2)
+    for setting in re.findall(r"(?:[^,(]|\([^)]*\))+", args.optim_args or ""):
+        name, equals, text = setting.strip().partition("=")
+        if not equals:
+            raise PeftcoreError(f"optim_args: expected NAME=VALUE separated by commas, found '{setting}'")
+        try:
+            options[name.strip()] = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError):
+            options[name.strip()] = text.strip()
+    return kind, options
+
+
+def _create_optimizer(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
+        trainer.optimizer_cls_and_kwargs = optimizer_of(trainer.args)
+    return own(*args, **kwargs)
+
+
 def bare_model(trainer: Trainer) -> nn.Module | None:
     """The model that `trainer` trains, out of what compiles it or spreads it."""
     model = getattr(trainer, "model", None)
@@ -62,6 +110,7 @@ def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any)
     with _adapters_on_quantized(model):
         own(trainer, *args, **kwargs)
     trainer.add_callback(AfterStep())
+    trainer.add_callback(TellsPaging())
     if ranks.is_sharded(model):
         if any(ranks.is_part(p) for p in model.parameters() if p.requires_grad):
             raise PeftcoreError(
@@ -267,6 +316,7 @@ def _teach_trainer() -> None:
 
     Trainer.__init__ = init
     for ours in (
+        _create_optimizer,
         _prepare_for_training,
         _train,
         _save_model,

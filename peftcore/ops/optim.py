@@ -25,6 +25,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from peftcore.ops import _extension
 from peftcore.ops._library import define
 from peftcore.ops.nf4 import DTYPES, DYNAMIC8
 
@@ -117,10 +118,8 @@ def encode(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     region = torch.bucketize(a, begin)
     n = torch.minimum(a * slope[region] + shift[region], last[region]).int()
     if signed:
-        codes = torch.where(scaled < 0, 127 - n, 127 + n).clamp(min=0)
-    else:
-        codes = torch.where(scaled > 0, n - 1, 0)
-    return codes.to(torch.uint8), absmax
+        return torch.where(scaled < 0, 127 - n, 127 + n).clamp(min=0).to(torch.uint8), absmax
+    return torch.where(scaled > 0, n - 1, 0).to(torch.uint8), absmax
 
 
 def _encoder(table: Tensor, signed: bool) -> tuple[Tensor, ...]:
@@ -183,7 +182,7 @@ def _adamw(p: Tensor, g: Tensor, state: list[Tensor], row: list[float]) -> None:
     m.lerp_(g, weight1)
     # In fp64 a product of two fp32 is exact, and a root rounds right (PyTorch's own may be off by one).
     v.copy_((weight2 * g).double() * g + v * beta2)
-    p.addcdiv_(m, (v.double().sqrt().float() / root).add_(eps), value=size)
+    p.add_(size * m / (v.double().sqrt().float() / root).add_(eps))
 
 
 def _adamw_8bit(p: Tensor, g: Tensor, state: list[Tensor], row: list[float]) -> None:
@@ -198,15 +197,15 @@ def _adamw_8bit(p: Tensor, g: Tensor, state: list[Tensor], row: list[float]) -> 
 def _lion(p: Tensor, g: Tensor, state: list[Tensor], row: list[float]) -> None:
     _, decay, weight1, weight2, size = row[:5]
     way = torch.lerp(state[0], g, weight1).sign_()
-    p.mul_(decay).add_(way, alpha=size)
+    p.mul_(decay).add_(size * way)
     state[0].lerp_(g, weight2)
 
 
 def _momentum(p: Tensor, g: Tensor, state: list[Tensor], row: list[float]) -> None:
     _, weight_decay, momentum, weight, size, nesterov = row[:6]
     g = g + weight_decay * p
-    state[0].mul_(momentum).add_(g, alpha=weight)
-    p.add_(g + momentum * state[0] if nesterov else state[0], alpha=size)
+    state[0].mul_(momentum).add_(weight * g)
+    p.add_(size * (g + momentum * state[0] if nesterov else state[0]))
 
 
 _RULES = {"adamw": _adamw, "adamw_8bit": _adamw_8bit, "lion": _lion, "momentum": _momentum}
@@ -291,3 +290,19 @@ define(
 )
 
 optim_step_ = torch.ops.peftcore.optim_step_.default
+
+
+def _needs_pool(*_: object) -> None:
+    raise RuntimeError(f"paged optimizer state needs the compiled extension: {_extension.missing_because}")
+
+
+# The same with state in a page pool of the extension: `slots` says in which block of 256 each parameter's begins. A
+# sweep that is repeated with the same number, because a transfer failed, goes on where it stopped.
+define(
+    "optim_step_paged_(Tensor(a!)[] params, Tensor[] grads, int pool, int[] slots, str rule, float[] scalars, "
+    "int[] steps, int[] rows, int[] streams, int sweep, bool backward) -> ()",
+    _needs_pool,
+    lambda *_: None,
+)
+
+optim_step_paged_ = torch.ops.peftcore.optim_step_paged_.default

@@ -80,7 +80,8 @@ def test_cuda_kernels_do_not_spill(source, tmp_path):
     done = subprocess.run(["nvcc", *flags, str(source), "-o", str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert spills and set(spills) == {("0", "0", "0")}, done.stderr
+    assert bool(spills) == ("__global__" in source.read_text())
+    assert set(spills) <= {("0", "0", "0")}, done.stderr
 
 
 def test_without_the_extension_references_give_the_same_values():

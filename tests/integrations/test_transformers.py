@@ -247,3 +247,23 @@ def test_a_tokenizer_is_saved_with_the_adapter(toys: None, tmp_path: Path) -> No
     run.save_model(str(tmp_path / "saved"))
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").get_vocab() == tokenizer.get_vocab()
     peftcore.load(tiny.llama(), tmp_path / "saved")
+
+
+@pytest.mark.parametrize(("name", "kind"), [("paged_adamw_8bit", "PagedAdamW8bit"), ("paged_adamw", "PagedAdamW")])
+def test_paged_optimizers_by_their_names(toys: None, tmp_path: Path, capsys: Any, name: str, kind: str) -> None:
+    pytest.importorskip("peftcore._C")
+
+    def run(folder: str, steps: int, resume: str | None = None, **changes: Any) -> tuple[Trainer, list[torch.Tensor]]:
+        model = peftcore.apply(tiny.llama(), "around", value=1.5)
+        chosen = trainer(model, tmp_path / folder, max_steps=steps, lr_scheduler_type="constant", **changes)
+        chosen.train(resume_from_checkpoint=resume)
+        return chosen, values(model)
+
+    whole, wanted = run("whole", 4, optim=name, optim_args="budget=4096,page_bytes=4096,betas=(0.8,0.9)")
+    optimizer = whole.optimizer.optimizer
+    assert type(optimizer).__name__ == kind and optimizer.budget == 4096
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    assert "optimizer state: 0.0 MB resident, " in capsys.readouterr().out
+    other = "budget=1MB,page_bytes=4096,betas=(0.8,0.9)"  # another budget, from the middle
+    _, found = run("again", 4, str(tmp_path / "whole" / "checkpoint-2"), optim=name, optim_args=other)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

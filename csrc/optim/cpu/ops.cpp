@@ -1,11 +1,11 @@
-// Optimizer steps on CPU, state in tensors. Schema: peftcore/ops/optim.py.
+// Optimizer steps on CPU, state in tensors or in a pool. Schemas: peftcore/ops/optim.py.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
-#include "optim/arguments.h"
 #include "optim/cpu/kernels.h"
+#include "optim/paged.h"
 
 namespace peftcore {
 namespace optim {
@@ -86,6 +86,17 @@ void optim_step_(at::TensorList params, at::TensorList grads, at::TensorList sta
     update(step.rule, step.segments.data(), step.segments.size(), step.rows.data());
 }
 
+void optim_step_paged_(at::TensorList params, at::TensorList grads, int64_t pool, at::IntArrayRef slots,
+                       std::string_view rule, at::ArrayRef<double> scalars, at::IntArrayRef steps,
+                       at::IntArrayRef rows, at::IntArrayRef streams, int64_t sweep, bool backward) {
+    const char* op = "optim_step_paged_";
+    const Step step = step_arguments(params, grads, rule, scalars, steps, rows, streams, op);
+    sweep_pages(*pool_of(pool, op), step, slots, sweep, backward, op,
+                [&](const std::vector<Segment>& segments) {
+                    update(step.rule, segments.data(), segments.size(), step.rows.data());
+                });
+}
+
 }  // namespace
 
 void update(Rule rule, const Segment* segments, size_t count, const Scalars* rows) {
@@ -104,7 +115,10 @@ void update(Rule rule, const Segment* segments, size_t count, const Scalars* row
     });
 }
 
-TORCH_LIBRARY_IMPL(peftcore, CPU, m) { m.impl("optim_step_", &optim_step_); }
+TORCH_LIBRARY_IMPL(peftcore, CPU, m) {
+    m.impl("optim_step_", &optim_step_);
+    m.impl("optim_step_paged_", &optim_step_paged_);
+}
 
 }  // namespace optim
 }  // namespace peftcore

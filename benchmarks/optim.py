@@ -1,0 +1,182 @@
+"""A step of AdamW beside torch's and bitsandbytes', resident and paged, in one run on the same threads.
+
+    python benchmarks/optim.py [--millions 100] [--threads 2] [--seconds 3] [--directory DIR]
+        [--only large small paged memory]
+
+Large: six matrices of 100 M fp32 parameters in all. Small: 1,000 tensors of 16 x 1024. Rows of a table are timed in
+turn; ratios are of the medians, to torch's fused AdamW. The floor is what must move (28 bytes a parameter, with 8-bit
+state 16) over the bandwidth of a copy measured in the same run.
+
+Paged: a budget that holds everything, and a quarter of the state. For the latter the floor is what must be read and
+written, over the speed at which pages go through the same directory (O_DIRECT, page by page, written and read by
+turns). Peak memory is that of a process of its own, over the one that holds parameters and gradients alone.
+"""
+
+import argparse
+import logging
+import mmap
+import os
+import statistics
+import tempfile
+import time
+import warnings
+
+import measure
+import torch
+from torch import nn
+
+from peftcore import optim
+from peftcore.build_info import build_info
+
+logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
+warnings.simplefilter("ignore")
+PAGE = 4 << 20
+
+
+def parameters(shapes):
+    found = [nn.Parameter(torch.randn(shape) * 0.02) for shape in shapes]
+    for p in found:
+        p.grad = torch.randn(p.shape) * 0.01
+    return found
+
+
+def large(millions):
+    rows = int(millions * 1e6 / 6 / 4096)
+    return [(rows, 4096)] * 6
+
+
+def copy_bandwidth():
+    """GB/s."""
+    source = torch.randn(64 << 20)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / min(measure.interleaved({"copy": lambda: target.copy_(source)}, 1)["copy"]) / 1e6
+
+
+def disk_speed(directory, pages=96):
+    """Bytes a second of pages that are written and read by turns."""
+    with tempfile.TemporaryFile(dir=directory) as file:
+        descriptor = os.open(f"/proc/self/fd/{file.fileno()}", os.O_RDWR | os.O_DIRECT)
+        os.posix_fallocate(descriptor, 0, pages * PAGE)
+        buffer = mmap.mmap(-1, PAGE)
+        buffer.write(os.urandom(PAGE))
+        for page in range(pages):
+            os.pwritev(descriptor, [buffer], page * PAGE)
+        began = time.perf_counter()
+        for page in range(pages):
+            os.pwritev(descriptor, [buffer], page * PAGE)
+            os.preadv(descriptor, [buffer], (page + pages // 2) % pages * PAGE)
+        seconds = time.perf_counter() - began
+        os.close(descriptor)
+    return 2 * pages * PAGE / seconds
+
+
+def table(title, rows, floor, seconds):
+    print(f"\n{title}\n{'':34}{'min':>9}{'median':>9}{'IQR':>8}   of torch fused\n{'floor':34}{floor:9.2f}")
+    found = {name: measure.spread(times) for name, times in measure.interleaved(rows, seconds, least=3).items()}
+    base = found["torch fused"][1]
+    for name, (least, median, width) in found.items():
+        print(f"{name:34}{least:9.2f}{median:9.2f}{width:8.2f}   {median / base:8.3f}", flush=True)
+    return found
+
+
+def resident(shapes, title, options, peers=True):
+    """Every optimizer on parameters of its own would not fit: they share parameters and gradients."""
+    params = parameters(shapes)
+    count = sum(p.numel() for p in params)
+    rows = {
+        "torch fused": torch.optim.AdamW(params, fused=True),
+        "peftcore AdamW": optim.AdamW(params),
+        "peftcore PagedAdamW, all resident": optim.PagedAdamW(params, budget=count * 8 + 64 * PAGE),
+        "peftcore AdamW8bit": optim.AdamW8bit(params),
+    }
+    if peers:
+        import bitsandbytes as bnb
+
+        rows["torch foreach"] = torch.optim.AdamW(params, foreach=True)
+        rows["bitsandbytes AdamW"] = bnb.optim.AdamW(params, optim_bits=32)
+        rows["bitsandbytes AdamW8bit"] = bnb.optim.AdamW8bit(params)
+    table(title, {name: row.step for name, row in rows.items()}, 28 * count / options.bandwidth / 1e6, options.seconds)
+
+
+def paged(options):
+    params = parameters(large(options.millions))
+    count = sum(p.numel() for p in params)
+    state = count * 8
+    optimizer = optim.PagedAdamW(params, budget=state // 4, directory=options.directory)
+    for _ in range(2):
+        optimizer.step()
+    times, speeds, before = [], [], optimizer.paging()
+    for _ in range(3):
+        speeds.append(disk_speed(options.directory))
+        began = time.perf_counter()
+        optimizer.step()
+        times.append(time.perf_counter() - began)
+    after = optimizer.paging()
+    moved = (after.read - before.read + after.written - before.written) / 3
+    speed = statistics.median(speeds)
+    print(f"\na budget of a quarter of {state / 1e6:,.0f} MB, pages in {options.directory}")
+    print(f"disk {speed / 1e6:,.0f} MB/s (from {min(speeds) / 1e6:,.0f} to {max(speeds) / 1e6:,.0f})")
+    print(f"moved {moved / 1e6:,.0f} MB a step; three quarters read and written are {1.5 * state / 1e6:,.0f} MB")
+    median, floor = statistics.median(times), moved / speed
+    print(f"step {median:.2f} s (from {min(times):.2f} to {max(times):.2f}), floor {floor:.2f} s: {median / floor:.2f}")
+    print(f"waiting {(after.waiting - before.waiting) / 3:.2f} s a step", flush=True)
+
+
+def child(kind, millions, directory):
+    """Peak memory of a process whose optimizer has a quarter of its state resident (or has none)."""
+    import json
+
+    params = parameters(large(millions))
+    state = sum(p.numel() for p in params) * 8
+    make = {"none": None, "paged": optim.PagedAdamW, "fused": torch.optim.AdamW}[kind]
+    optimizer = None
+    if kind == "paged":
+        optimizer = make(params, budget=state // 4, directory=directory)
+    elif kind == "fused":
+        optimizer = make(params, fused=True)
+    measure.reset_peak()
+    if optimizer:
+        for _ in range(2):
+            optimizer.step()
+    print(json.dumps({"peak": measure.peak_megabytes(), "budget": state / 4e6}))
+
+
+def memory(options):
+    found = {
+        kind: measure.in_child(__file__, "--child", kind, "--millions", 24, "--directory", options.directory)
+        for kind in ("none", "paged", "fused")
+    }
+    base = found["none"]["peak"]
+    print(f"\npeak memory of a step, 24 M parameters, over parameters and gradients ({base:,.0f} MB)")
+    print(f"torch fused {found['fused']['peak'] - base:,.0f} MB, peftcore PagedAdamW "
+          f"{found['paged']['peak'] - base:,.0f} MB with a budget of {found['paged']['budget']:,.0f} MB")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--millions", type=float, default=100)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--directory", default="/var/tmp")
+    parser.add_argument("--only", nargs="+", default=["large", "small", "paged", "memory"])
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.child:
+        return child(options.child, options.millions, options.directory)
+    info = build_info()
+    print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, ", end="")
+    options.bandwidth = copy_bandwidth()
+    print(f"extension: {info.cpu_level} ({info.compiler or info.missing_because}), copy {options.bandwidth:.1f} GB/s")
+    if "large" in options.only:
+        resident(large(options.millions), f"{options.millions:g} M parameters in 6 matrices (ms)", options)
+    if "small" in options.only:
+        resident([(16, 1024)] * 1000, "1,000 tensors of 16 x 1024 (ms)", options)
+    if "paged" in options.only:
+        paged(options)
+    if "memory" in options.only:
+        memory(options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+// Launchers of the optimizer's CUDA kernels and the few runtime calls of its page store. They return nullptr,
+// or what went wrong.
+#pragma once
+
+#include <cstdint>
+
+#include "optim/dynamic8.h"
+#include "optim/optim.h"
+
+namespace peftcore {
+namespace optim {
+
+struct Maps {
+    Map means, squares;  // signed and unsigned
+};
+
+}  // namespace optim
+}  // namespace peftcore
+
+extern "C" {
+
+// One launch for all segments. Everything is device memory: `first_block` has count + 1 entries, the number
+// of blocks of 256 elements before each segment.
+const char* peftcore_optim_step(int rule, const peftcore::optim::Segment* segments,
+                                const int64_t* first_block, int count, int64_t blocks,
+                                const peftcore::optim::Scalars* rows, const peftcore::optim::Maps* maps,
+                                void* stream);
+
+const char* peftcore_cuda_alloc(int device, int64_t bytes, void** memory);
+void peftcore_cuda_free(int device, void* memory);
+const char* peftcore_pinned_alloc(int64_t bytes, void** memory);
+void peftcore_pinned_free(void* memory);
+const char* peftcore_cuda_free_bytes(int device, int64_t* bytes);
+const char* peftcore_cuda_new_stream(int device, void** stream);
+void peftcore_cuda_delete_stream(int device, void* stream);
+// An event behind all that `stream` has to do so far.
+const char* peftcore_cuda_record(int device, void* stream, void** event);
+void peftcore_cuda_delete_event(void* event);
+const char* peftcore_cuda_wait_event(int device, void* stream, void* event);
+const char* peftcore_cuda_synchronize(int device, void* stream);
+// Either way between host and device.
+const char* peftcore_cuda_copy(int device, void* to, const void* from, int64_t bytes, void* stream);
+const char* peftcore_cuda_zero(int device, void* memory, int64_t bytes, void* stream);
+}

@@ -1,0 +1,199 @@
+// A step of an optimizer on CUDA: 256 threads take a block of 256 elements, an element each; a table says
+// whose it is.
+//
+// In 8 bits the threads agree on the block's largest magnitudes, by shuffles within a warp and through shared
+// memory, and the maps lie in shared memory. Nothing is fused that the formulas of optim.h keep apart.
+#include <cmath>
+
+#include "common/cuda_launch.cuh"
+#include "optim/cuda/optim_cuda.h"
+
+namespace peftcore {
+namespace optim {
+namespace {
+
+constexpr unsigned kFullWarp = 0xffffffffu;
+constexpr int kWarps = kBlock / 32;
+constexpr int64_t kMaxGrid = 65536;
+
+__device__ __forceinline__ float load_as_float(const void* x, Dtype dtype, int64_t i) {
+    if (dtype == Dtype::kFloat) return static_cast<const float*>(x)[i];
+    if (dtype == Dtype::kHalf) return to_float(static_cast<const Half*>(x)[i]);
+    return to_float(static_cast<const BFloat16*>(x)[i]);
+}
+
+template <typename T>
+__device__ __forceinline__ T rounded(float value, const Segment& s, int64_t i) {
+    if (s.stream < 0) return from_float<T>(value);
+    const int64_t index = s.first + i;
+    return round_stochastic(value, random_bits(rounding_words(s.stream, index / 8, s.step), index),
+                            static_cast<T*>(nullptr));
+}
+
+__device__ __forceinline__ void store_param(const Segment& s, int64_t i, float value) {
+    if (s.param_dtype == Dtype::kFloat)
+        static_cast<float*>(s.param)[i] = value;
+    else if (s.param_dtype == Dtype::kHalf)
+        static_cast<Half*>(s.param)[i] = rounded<Half>(value, s, i);
+    else
+        static_cast<BFloat16*>(s.param)[i] = rounded<BFloat16>(value, s, i);
+}
+
+__device__ __forceinline__ float lerp(float m, float g, float weight) {
+    const float way = __fadd_rn(g, -m);
+    return weight < 0.5f ? __fmaf_rn(weight, way, m) : __fmaf_rn(weight - 1.0f, way, g);
+}
+
+__device__ __forceinline__ void moments(float g, float& m, float& v, const AdamW& c) {
+    m = lerp(m, g, c.weight1);
+    v = __fmaf_rn(__fmul_rn(c.weight2, g), g, __fmul_rn(v, c.beta2));
+}
+
+__device__ __forceinline__ float moved(float p, float decay, float way) {
+    return __fadd_rn(__fmul_rn(p, decay), way);
+}
+
+// The largest magnitude of the block's threads, in which NaN wins; `warps` is shared memory of a value a
+// warp.
+__device__ __forceinline__ float largest(float x, uint32_t* warps) {
+    uint32_t bits = float_bits(x) & 0x7fffffffu;
+    for (int offset = 16; offset > 0; offset /= 2) {
+        const uint32_t other = __shfl_xor_sync(kFullWarp, bits, offset);
+        bits = other > bits ? other : bits;
+    }
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = bits;
+    __syncthreads();
+    for (int i = 0; i < kWarps; ++i) bits = warps[i] > bits ? warps[i] : bits;
+    __syncthreads();
+    return bits_float(bits);
+}
+
+__device__ __forceinline__ const Segment& segment_of(const Segment* segments, const int64_t* first_block,
+                                                     int count, int64_t block, int64_t& begin) {
+    int low = 0, high = count;  // the last segment that begins at or before the block
+    while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (first_block[middle] <= block)
+            low = middle;
+        else
+            high = middle;
+    }
+    begin = (block - first_block[low]) * kBlock;
+    return segments[low];
+}
+
+template <Rule kRule>
+__global__ void __launch_bounds__(kBlock)
+    step_kernel(const Segment* __restrict__ segments, const int64_t* __restrict__ first_block, int count,
+                int64_t blocks, const Scalars* __restrict__ rows) {
+    for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+        int64_t begin;
+        const Segment& s = segment_of(segments, first_block, count, block, begin);
+        const int64_t i = begin + threadIdx.x;
+        if (i >= s.count) continue;
+        const Scalars& row = rows[s.row];
+        const float p = load_as_float(s.param, s.param_dtype, i);
+        const float g = __fmul_rn(load_as_float(s.grad, s.grad_dtype, i), row.value[0]);
+        float* first = static_cast<float*>(s.state[0]) + i;
+        if constexpr (kRule == Rule::kAdamW) {
+            const AdamW& c = row.adamw;
+            float* second = static_cast<float*>(s.state[1]) + i;
+            float m = *first, v = *second;
+            moments(g, m, v, c);
+            *first = m;
+            *second = v;
+            const float divisor = __fadd_rn(sqrtf(v) / c.root, c.eps);
+            store_param(s, i, moved(p, c.decay, __fmul_rn(c.step, m) / divisor));
+        } else if constexpr (kRule == Rule::kLion) {
+            const Lion& c = row.lion;
+            const float m = *first, u = lerp(m, g, c.weight1);
+            *first = lerp(m, g, c.weight2);
+            const float sign = u > 0 ? 1.0f : u < 0 ? -1.0f : u;
+            store_param(s, i, moved(p, c.decay, __fmul_rn(c.step, sign)));
+        } else {
+            const Momentum& c = row.momentum;
+            const float grad = __fadd_rn(g, __fmul_rn(c.weight_decay, p));
+            const float mean = __fadd_rn(__fmul_rn(*first, c.momentum), __fmul_rn(c.weight, grad));
+            *first = mean;
+            const float way = c.nesterov != 0 ? __fadd_rn(grad, __fmul_rn(c.momentum, mean)) : mean;
+            store_param(s, i, __fadd_rn(p, __fmul_rn(c.step, way)));
+        }
+    }
+}
+
+__global__ void __launch_bounds__(kBlock)
+    step_8bit_kernel(const Segment* __restrict__ segments, const int64_t* __restrict__ first_block, int count,
+                     int64_t blocks, const Scalars* __restrict__ rows, const Maps* __restrict__ maps) {
+    PEFTCORE_SHARED(float, means, [kBlock]);
+    PEFTCORE_SHARED(float, squares, [kBlock]);
+    PEFTCORE_SHARED(Encoder, encoders, [2]);
+    PEFTCORE_SHARED(uint32_t, warps, [kWarps]);
+    const int thread = threadIdx.x;
+    means[thread] = maps->means.value[thread];
+    squares[thread] = maps->squares.value[thread];
+    constexpr int kWords = sizeof(Encoder) / sizeof(uint32_t);
+    static_assert(kWords <= kBlock, "a word a thread");
+    if (thread < kWords) {
+        reinterpret_cast<uint32_t*>(&encoders[0])[thread] =
+            reinterpret_cast<const uint32_t*>(&maps->means.encoder)[thread];
+        reinterpret_cast<uint32_t*>(&encoders[1])[thread] =
+            reinterpret_cast<const uint32_t*>(&maps->squares.encoder)[thread];
+    }
+    __syncthreads();
+    for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
+        int64_t begin;
+        const Segment& s = segment_of(segments, first_block, count, block, begin);
+        const AdamW& c = rows[s.row].adamw;
+        const int64_t i = begin + thread;
+        const bool inside = i < s.count;
+        uint8_t* m_code = static_cast<uint8_t*>(s.state[0]) + i;
+        uint8_t* v_code = static_cast<uint8_t*>(s.state[1]) + i;
+        float* m_absmax = static_cast<float*>(s.state[2]) + begin / kBlock;
+        float* v_absmax = static_cast<float*>(s.state[3]) + begin / kBlock;
+        float m = 0, v = 0;
+        if (inside) {
+            m = __fmul_rn(means[*m_code], *m_absmax);
+            v = __fmul_rn(squares[*v_code], *v_absmax);
+            moments(__fmul_rn(load_as_float(s.grad, s.grad_dtype, i), c.factor), m, v, c);
+            const float divisor = __fadd_rn(sqrtf(v), c.eps);
+            const float p = load_as_float(s.param, s.param_dtype, i);
+            store_param(s, i, moved(p, c.decay, __fmul_rn(c.step, m) / divisor));
+        }
+        const float m_scale = largest(m, warps), v_scale = largest(v, warps);  // all have read the old ones
+        if (thread == 0) {
+            *m_absmax = m_scale;
+            *v_absmax = v_scale;
+        }
+        if (!inside) continue;
+        *m_code = encode_signed(__fmul_rn(m, m_scale > 0 ? 1.0f / m_scale : 0.0f), encoders[0]);
+        *v_code = encode_unsigned(__fmul_rn(v, v_scale > 0 ? 1.0f / v_scale : 0.0f), encoders[1]);
+    }
+}
+
+}  // namespace
+}  // namespace optim
+}  // namespace peftcore
+
+extern "C" const char* peftcore_optim_step(int rule, const peftcore::optim::Segment* segments,
+                                           const int64_t* first_block, int count, int64_t blocks,
+                                           const peftcore::optim::Scalars* rows,
+                                           const peftcore::optim::Maps* maps, void* stream) {
+    using namespace peftcore::optim;
+    if (blocks == 0) return nullptr;
+    const unsigned grid = unsigned(blocks < kMaxGrid ? blocks : kMaxGrid);
+    switch (Rule(rule)) {
+        case Rule::kAdamW:
+            return PEFTCORE_LAUNCH(step_kernel<Rule::kAdamW>, grid, kBlock, 0, stream, segments, first_block,
+                                   count, blocks, rows);
+        case Rule::kLion:
+            return PEFTCORE_LAUNCH(step_kernel<Rule::kLion>, grid, kBlock, 0, stream, segments, first_block,
+                                   count, blocks, rows);
+        case Rule::kMomentum:
+            return PEFTCORE_LAUNCH(step_kernel<Rule::kMomentum>, grid, kBlock, 0, stream, segments,
+                                   first_block, count, blocks, rows);
+        case Rule::kAdamW8bit:
+            return PEFTCORE_LAUNCH(step_8bit_kernel, grid, kBlock, 0, stream, segments, first_block, count,
+                                   blocks, rows, maps);
+    }
+    return "unknown rule";
+}

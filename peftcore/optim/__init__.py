@@ -1,0 +1,32 @@
+"""Optimizers whose step is one call for all parameters, with state in 32 or 8 bits, resident or paged.
+
+    optimizer = peftcore.optim.PagedAdamW8bit(model.parameters(), lr=2e-4, budget="256MB")
+
+They are ordinary `torch.optim.Optimizer`s: parameter groups, schedulers, closures, `GradScaler`, clipping, checkpoints.
+"""
+
+from peftcore.optim.optimizers import SGD, AdamW, AdamW8bit, Lion, PagedAdamW, PagedAdamW8bit, PagedLion, PagedSGD
+from peftcore.optim.paging import Paging
+
+# The names by which transformers' Trainer and `peftcore train` know them.
+NAMES = {
+    "adamw_8bit": AdamW8bit,
+    "paged_adamw": PagedAdamW,
+    "paged_adamw_32bit": PagedAdamW,
+    "paged_adamw_8bit": PagedAdamW8bit,
+    "lion_32bit": Lion,
+    "paged_lion_32bit": PagedLion,
+}
+
+__all__ = [
+    "NAMES",
+    "SGD",
+    "AdamW",
+    "AdamW8bit",
+    "Lion",
+    "PagedAdamW",
+    "PagedAdamW8bit",
+    "PagedLion",
+    "PagedSGD",
+    "Paging",
+]

@@ -1,0 +1,153 @@
+"""AdamW in 32 and 8 bits, Lion and SGD with momentum: each resident, and paged.
+
+Sources: Loshchilov and Hutter, arXiv 1711.05101 (AdamW); Dettmers et al., arXiv 2110.02861 (8-bit state);
+Dettmers et al., arXiv 2305.14314, section 3 (paged optimizers); Chen et al., arXiv 2302.06675 (Lion).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peftcore.ops import optim as ops
+from peftcore.optim.base import FusedOptimizer
+from peftcore.optim.paging import PagedOptimizer
+
+
+def _check(lr: float, weight_decay: float, **shares: float) -> None:
+    if not lr >= 0 or not weight_decay >= 0:
+        raise ValueError(f"lr and weight_decay must not be negative, found {lr} and {weight_decay}")
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, found {value}")
+
+
+def _adamw_defaults(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, amsgrad: bool, **others: Any
+) -> dict[str, Any]:
+    _check(lr, weight_decay, beta1=betas[0], beta2=betas[1])
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, found {eps}")
+    if amsgrad:
+        raise ValueError("amsgrad is not supported; use torch.optim.AdamW(amsgrad=True)")
+    return {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, **others}
+
+
+class AdamW(FusedOptimizer):
+    """AdamW with state in 32 bits. On CPU its bits are those of `torch.optim.AdamW(fused=True)`.
+
+    Args:
+        params: parameters or groups of them, float32, float16 or bfloat16.
+        lr, betas, eps, weight_decay, maximize: as `torch.optim.AdamW` has them. `amsgrad` is refused.
+        stochastic_rounding: round 16-bit parameters up or down at random, so that small updates are not lost.
+        seed: of that rounding, which depends on it, the parameter's number and the step alone.
+    """
+
+    rule = "adamw"
+    planes = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        **paging: Any,
+    ) -> None:
+        others = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        super().__init__(params, _adamw_defaults(lr, betas, eps, weight_decay, amsgrad, **others), **paging)
+
+    def _row(self, group: dict[str, Any], step: int, factor: float) -> list[float]:
+        betas = tuple(map(float, group["betas"]))
+        return ops.adamw_scalars(
+            self.rule, step, float(group["lr"]), betas, group["eps"], group["weight_decay"], factor
+        )
+
+
+class AdamW8bit(AdamW):
+    """`AdamW` with state in 8 bits: the dynamic map, one scale for every 256 elements of a parameter.
+
+    Parameters of any size have their state in 8 bits (bitsandbytes keeps those below 4,096 elements in 32).
+    """
+
+    rule = "adamw_8bit"
+    planes = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+
+
+class PagedAdamW(AdamW, PagedOptimizer):
+    """`AdamW` with its state in pages, of which `budget` bytes are resident (see `PagedOptimizer`)."""
+
+
+class PagedAdamW8bit(AdamW8bit, PagedOptimizer):
+    """`AdamW8bit` with its state in pages, of which `budget` bytes are resident (see `PagedOptimizer`)."""
+
+
+class Lion(FusedOptimizer):
+    """Lion: the sign of an average of gradients, one moment of state in 32 bits. Arguments as `AdamW`'s."""
+
+    rule = "lion"
+    planes = ("exp_avg",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        **paging: Any,
+    ) -> None:
+        _check(lr, weight_decay, beta1=betas[0], beta2=betas[1])
+        defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed}, **paging)
+
+    def _row(self, group: dict[str, Any], step: int, factor: float) -> list[float]:
+        return ops.lion_scalars(float(group["lr"]), group["betas"], group["weight_decay"], factor)
+
+
+class PagedLion(Lion, PagedOptimizer):
+    """`Lion` with its state in pages."""
+
+
+class SGD(FusedOptimizer):
+    """SGD with momentum, as `torch.optim.SGD` has it."""
+
+    rule = "momentum"
+    planes = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+        **paging: Any,
+    ) -> None:
+        _check(lr, weight_decay, momentum=momentum)
+        if nesterov and (momentum == 0 or dampening != 0):
+            raise ValueError("nesterov needs momentum and no dampening")
+        defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        defaults |= {"nesterov": nesterov, "maximize": maximize}
+        super().__init__(params, {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed}, **paging)
+
+    def _row(self, group: dict[str, Any], step: int, factor: float) -> list[float]:
+        names = ("momentum", "dampening", "weight_decay", "nesterov")
+        return ops.momentum_scalars(step, float(group["lr"]), *(group[name] for name in names), factor)
+
+
+class PagedSGD(SGD, PagedOptimizer):
+    """`SGD` with its state in pages."""

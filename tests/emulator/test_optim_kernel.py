@@ -1,0 +1,135 @@
+"""The optimizer's CUDA kernels on the emulator, against the operators on CPU: equal bits for every rule and dtype."""
+
+import ctypes
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peftcore import ops
+from peftcore.ops import optim
+
+RULES = list(optim.PLANES)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+class Segment(ctypes.Structure):
+    _fields_ = (
+        ("param", ctypes.c_void_p),
+        ("grad", ctypes.c_void_p),
+        ("state", ctypes.c_void_p * 4),
+        ("count", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("stream", ctypes.c_int64),
+        ("step", ctypes.c_int64),
+        ("row", ctypes.c_int32),
+        ("param_dtype", ctypes.c_int),
+        ("grad_dtype", ctypes.c_int),
+    )
+
+
+def encoder(signed):
+    """The encoder's tables as csrc/optim/dynamic8.h lays them out, in fp32 (base as int32)."""
+    begin, slope, shift, last = optim._ENCODERS[signed]
+    threshold, base = torch.full((32,), torch.inf), torch.zeros(32, dtype=torch.int32)
+    for exponent in range(-31, 1):
+        low, high = 2.0**exponent, 2.0 ** (exponent + 1)
+        region = int((begin < low).sum())
+        base[(127 + exponent) & 31] = region
+        if region < 8 and begin[region] < high:
+            threshold[(127 + exponent) & 31] = begin[region]
+    pad = torch.zeros(7)
+    return torch.cat([threshold, base.view(torch.float32), *(torch.cat([t, pad]) for t in (slope, shift, last))])
+
+
+MAPS = torch.cat([optim.SIGNED_MAP, encoder(True), optim.UNSIGNED_MAP, encoder(False)])
+
+
+def scalars(rule, step):
+    if rule == "lion":
+        return optim.lion_scalars(1e-2, (0.9, 0.99), 0.1, -1.0)
+    if rule == "momentum":
+        return optim.momentum_scalars(step, 1e-2, 0.9, 0.1, 0.1, True)
+    return optim.adamw_scalars(rule, step, 1e-2, (0.9, 0.999), 1e-8, 0.1)
+
+
+def cuda_step(emulated, params, grads, state, rule, row_values, steps, rows, streams, seed):
+    planes, count = len(optim.PLANES[rule]), len(params)
+    table = (Segment * count)()
+    first_block = [0]
+    for i, (p, g) in enumerate(zip(params, grads, strict=True)):
+        pointers = [state[plane * count + i].data_ptr() for plane in range(planes)] + [0] * (4 - planes)
+        stream = streams[i] if streams else -1
+        dtypes = DTYPES.index(p.dtype), DTYPES.index(g.dtype)
+        own = (p.numel(), 0, stream, steps[rows[i]], rows[i], *dtypes)
+        table[i] = Segment(p.data_ptr(), g.data_ptr(), (ctypes.c_void_p * 4)(*pointers), *own)
+        first_block.append(first_block[-1] + optim.blocks_of(p.numel()))
+    blocks = torch.tensor(first_block)
+    launch = emulated("peftcore_optim_step")
+    launch(
+        RULES.index(rule),
+        ctypes.byref(table),
+        blocks,
+        count,
+        ctypes.c_int64(first_block[-1]),
+        torch.tensor(row_values),
+        MAPS,
+        seed=seed,
+    )
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    counts=st.lists(st.integers(1, 700), min_size=1, max_size=5),
+    rule=st.sampled_from(RULES),
+    dtypes=st.tuples(st.sampled_from(DTYPES), st.sampled_from(DTYPES)),
+    stochastic=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_step(emulated, counts, rule, dtypes, stochastic, seed):
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.randn(n, generator=generator).to(dtypes[0]) for n in counts]
+    sizes = {4: (lambda n: n, torch.float32), 1: (lambda n: n, torch.uint8), 0: (optim.blocks_of, torch.float32)}
+    state = [torch.zeros(sizes[s][0](n), dtype=sizes[s][1]) for s in optim.PLANES[rule] for n in counts]
+    others, other_state = [p.clone() for p in params], [t.clone() for t in state]
+    rows = [i % 2 for i in range(len(counts))]
+    streams = [seed + i for i in range(len(counts))] if stochastic else []
+    for step in (1, 2, 3):
+        grads = [torch.randn(n, generator=generator).to(dtypes[1]) for n in counts]
+        table, steps = scalars(rule, step) + scalars(rule, step + 4), [step, step + 4]
+        cuda_step(emulated, params, grads, state, rule, table, steps, rows, streams, seed + step)
+        ops.optim_step_(others, grads, other_state, rule, table, steps, rows, streams)
+    for found, wanted in zip([*params, *state], [*others, *other_state], strict=True):
+        if ops.extension is None and rule == "adamw_8bit" and found.dtype == torch.uint8:
+            continue  # the reference has no fused multiplication and addition
+        assert torch.equal(found, wanted)
+
+
+def test_every_order_of_threads_gives_the_same_bits(emulated):
+    results = []
+    for seed in range(10):
+        generator = torch.Generator().manual_seed(5)
+        p, g = torch.randn(600, generator=generator), torch.randn(600, generator=generator)
+        state = [
+            torch.zeros(600, dtype=torch.uint8),
+            torch.zeros(600, dtype=torch.uint8),
+            torch.zeros(3),
+            torch.zeros(3),
+        ]
+        for step in (1, 2):
+            row = scalars("adamw_8bit", step)
+            cuda_step(emulated, [p], [g], state, "adamw_8bit", row, [step], [0], [], seed)
+        results.append([p, *state])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_nothing_to_do(emulated):
+    nothing = torch.empty(0)
+    cuda_step(emulated, [nothing], [nothing], [nothing, nothing], "adamw", scalars("adamw", 1), [1], [0], [], 0)
+
+
+def test_an_unknown_rule(emulated):
+    with pytest.raises(RuntimeError, match="unknown rule"):
+        emulated("peftcore_optim_step")(9, None, None, 0, ctypes.c_int64(1), None, None)
