@@ -164,7 +164,7 @@ void optim_step_paged_(at::TensorList params, at::TensorList grads, int64_t pool
     const c10::DeviceGuard guard(device);
     const Step step = step_arguments(params, grads, rule, scalars, steps, rows, streams, op);
     sweep_pages(*pool_of(pool, op), step, slots, sweep, backward, op,
-                [&](const std::vector<Segment>& segments) { launch(step, segments, device, op); });
+                [&](const std::vector<Segment>& segments, bool) { launch(step, segments, device, op); });
 }
 
 }  // namespace

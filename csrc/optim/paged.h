@@ -21,7 +21,8 @@ std::shared_ptr<Pool> pool_of(int64_t number, const char* op);
 
 inline int64_t page_blocks(Rule rule, int64_t page_bytes) { return page_bytes / planes_of(rule).total(); }
 
-// `run(segments)` updates them; it is called for some pages at a time, which are resident until it returns.
+// `run(segments, rests)` updates them; it is called for some pages at a time, which are resident until it
+// returns, and `rests` says that no page moves.
 template <typename Run>
 void sweep_pages(Pool& pool, const Step& step, at::IntArrayRef slots, int64_t sweep, bool backward,
                  const char* op, Run run) {
@@ -66,10 +67,14 @@ void sweep_pages(Pool& pool, const Step& step, at::IntArrayRef slots, int64_t sw
             order.push_back(part.first);
     pool.expect(order);
 
+    // Where nothing has to move, all pages go together.
+    const bool rests =
+        std::all_of(order.begin(), order.end(), [&](int64_t page) { return pool.ready(page); });
+    const size_t together = rests ? order.size() : size_t(std::min(pool.hold(), kMostTogether));
     std::vector<Segment> segments;
     std::vector<int64_t> held;
     const auto finish = [&] {
-        run(segments);
+        run(segments, rests);
         for (int64_t page : held) {
             pool.mark(page, sweep);
             pool.release(page, true);
@@ -84,9 +89,7 @@ void sweep_pages(Pool& pool, const Step& step, at::IntArrayRef slots, int64_t sw
                 ++i;
                 continue;
             }
-            if (!held.empty() &&
-                (int64_t(held.size()) >= std::min(pool.hold(), kMostTogether) || !pool.ready(page)))
-                finish();
+            if (!held.empty() && (held.size() >= together || !pool.ready(page))) finish();
             char* frame = static_cast<char*>(pool.acquire(page));
             held.push_back(page);
             for (; i < parts.size() && parts[i].first == page; ++i) {

@@ -42,12 +42,10 @@ struct Avx2 {
         }
     };
 
-    static inline void decode(const uint8_t* codes, const float* table, float absmax, float* out) {
-        for (int i = 0; i < kBlock; i += 8) {
-            const __m256i index =
-                _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes + i)));
-            store(out + i, mul(_mm256_i32gather_ps(table, index, 4), set1(absmax)));
-        }
+    static constexpr int kChunk = 8;
+    static inline void decode(const uint8_t* codes, const float* table, float absmax, F* out) {
+        const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes)));
+        *out = mul(_mm256_i32gather_ps(table, index, 4), set1(absmax));
     }
 
     static inline __m256i magnitude(F a, const Encoder& encoder) {

@@ -55,40 +55,31 @@ struct Avx512 {
         float value() const { return bits_float(_mm512_reduce_max_epu32(bits)); }
     };
 
-    struct Words {
-        explicit Words(const uint16_t* table) {
-            for (int i = 0; i < 8; ++i) part[i] = _mm512_load_si512(table + 32 * i);
-        }
-        // The entries of 32 indices below 256; `bit6` and `bit7` are those bits of the indices.
-        inline __m512i operator()(__m512i index, __mmask32 bit6, __mmask32 bit7) const {
-            const __m512i a = _mm512_permutex2var_epi16(part[0], index, part[1]);
-            const __m512i b = _mm512_permutex2var_epi16(part[2], index, part[3]);
-            const __m512i c = _mm512_permutex2var_epi16(part[4], index, part[5]);
-            const __m512i d = _mm512_permutex2var_epi16(part[6], index, part[7]);
-            return _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, a, b),
-                                           _mm512_mask_blend_epi16(bit6, c, d));
-        }
-        __m512i part[8];
-    };
+    // The words of a table for 32 indices below 256; `bit6` and `bit7` are those bits of the indices.
+    static inline __m512i words_of(const uint16_t* table, __m512i index, __mmask32 bit6, __mmask32 bit7) {
+        const auto part = [&](int i) { return _mm512_load_si512(table + 32 * i); };
+        const __m512i a = _mm512_permutex2var_epi16(part(0), index, part(1));
+        const __m512i b = _mm512_permutex2var_epi16(part(2), index, part(3));
+        const __m512i c = _mm512_permutex2var_epi16(part(4), index, part(5));
+        const __m512i d = _mm512_permutex2var_epi16(part(6), index, part(7));
+        return _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, a, b),
+                                       _mm512_mask_blend_epi16(bit6, c, d));
+    }
 
-    static inline void decode(const uint8_t* codes, const Table& table, float absmax, float* out) {
-        const Words low(table.low), high(table.high);
-        const F scale = set1(absmax);
+    static constexpr int kChunk = 32;
+    static inline void decode(const uint8_t* codes, const Table& table, float absmax, F* out) {
+        const __m512i index =
+            _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+        const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
+        const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
+        const __m512i low = words_of(table.low, index, bit6, bit7);
+        const __m512i high = words_of(table.high, index, bit6, bit7);
         // Unpacking works within 128-bit lanes; one permutation of pairs restores the order.
+        const __m512i a = _mm512_unpacklo_epi16(low, high), b = _mm512_unpackhi_epi16(low, high);
         const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
         const __m512i back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-        for (int i = 0; i < kBlock; i += 32) {
-            const __m512i index =
-                _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes + i)));
-            const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
-            const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
-            const __m512i lower = low(index, bit6, bit7), upper = high(index, bit6, bit7);
-            const __m512i a = _mm512_unpacklo_epi16(lower, upper), b = _mm512_unpackhi_epi16(lower, upper);
-            const __m512i first = _mm512_permutex2var_epi64(a, front, b);
-            const __m512i second = _mm512_permutex2var_epi64(a, back, b);
-            store(out + i, mul(_mm512_castsi512_ps(first), scale));
-            store(out + i + 16, mul(_mm512_castsi512_ps(second), scale));
-        }
+        out[0] = mul(_mm512_castsi512_ps(_mm512_permutex2var_epi64(a, front, b)), set1(absmax));
+        out[1] = mul(_mm512_castsi512_ps(_mm512_permutex2var_epi64(a, back, b)), set1(absmax));
     }
 
     struct Tables {

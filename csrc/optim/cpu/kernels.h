@@ -27,8 +27,11 @@ Kernels portable_kernels();
 Kernels avx2_kernels();
 Kernels avx512_kernels();
 
-// Updates the elements of all segments, the work shared evenly between threads.
-void update(Rule rule, const Segment* segments, size_t count, const Scalars* rows);
+// Updates the elements of all segments, the work shared evenly between threads, of which each takes at least
+// `blocks_per_task` blocks of 256 elements.
+constexpr int64_t kBlocksPerTask = 64;
+void update(Rule rule, const Segment* segments, size_t count, const Scalars* rows,
+            int64_t blocks_per_task = kBlocksPerTask);
 
 }  // namespace optim
 }  // namespace peftcore

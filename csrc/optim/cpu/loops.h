@@ -3,7 +3,7 @@
 //
 //   load, store, set1, add, sub, mul, div, sqrt, fma     each rounded once
 //   sign (-1, 0, 1), max_magnitude                       a running maximum of |x| in which NaN wins
-//   decode(codes, table, absmax, out)                    256 codes to table[code] * absmax
+//   decode(codes, table, absmax, out)                    kChunk codes to registers of table[code] * absmax
 //   encode<signed>(x, inverse, encoder, codes)           256 values times `inverse` to codes
 //
 // What is left over of a span goes through the scalar level, whose bits are the same.
@@ -70,19 +70,24 @@ static inline void adamw_8bit_block(float* p, const float* g, uint8_t* m, uint8_
                                     float* v_absmax, const AdamW& c) {
     using F = typename V::F;
     alignas(64) float means[kBlock], squares[kBlock];
-    V::decode(m, V::signed_table(), *m_absmax, means);
-    V::decode(v, V::unsigned_table(), *v_absmax, squares);
+    const float m_old = *m_absmax, v_old = *v_absmax;
     typename V::Largest m_largest, v_largest;
-    for (int i = 0; i < kBlock; i += V::kWidth) {
-        F mean = V::load(means + i), square = V::load(squares + i);
-        adamw_moments<V>(V::mul(V::load(g + i), V::set1(c.factor)), mean, square, c);
-        V::store(means + i, mean);
-        V::store(squares + i, square);
-        m_largest.take(mean);
-        v_largest.take(square);
-        const F divisor = V::add(V::sqrt(square), V::set1(c.eps));
-        const F way = V::div(V::mul(V::set1(c.step), mean), divisor);
-        V::store(p + i, V::add(V::mul(V::load(p + i), V::set1(c.decay)), way));
+    for (int chunk = 0; chunk < kBlock; chunk += V::kChunk) {
+        constexpr int kParts = V::kChunk / V::kWidth;
+        F mean[kParts], square[kParts];
+        V::decode(m + chunk, V::signed_table(), m_old, mean);
+        V::decode(v + chunk, V::unsigned_table(), v_old, square);
+        for (int part = 0; part < kParts; ++part) {
+            const int i = chunk + part * V::kWidth;
+            adamw_moments<V>(V::mul(V::load(g + i), V::set1(c.factor)), mean[part], square[part], c);
+            V::store(means + i, mean[part]);
+            V::store(squares + i, square[part]);
+            m_largest.take(mean[part]);
+            v_largest.take(square[part]);
+            const F divisor = V::add(V::sqrt(square[part]), V::set1(c.eps));
+            const F way = V::div(V::mul(V::set1(c.step), mean[part]), divisor);
+            V::store(p + i, V::add(V::mul(V::load(p + i), V::set1(c.decay)), way));
+        }
     }
     const float m_scale = m_largest.value(), v_scale = v_largest.value();
     *m_absmax = m_scale;

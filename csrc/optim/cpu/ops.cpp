@@ -11,8 +11,7 @@ namespace peftcore {
 namespace optim {
 namespace {
 
-constexpr int64_t kSpan = 2048;         // 16-bit values are widened in pieces that stay in the first cache
-constexpr int64_t kBlocksPerTask = 64;  // of 256 elements
+constexpr int64_t kSpan = 2048;  // 16-bit values are widened in pieces that stay in the first cache
 
 Kernels kernels() {
     switch (cpu_level()) {
@@ -91,20 +90,24 @@ void optim_step_paged_(at::TensorList params, at::TensorList grads, int64_t pool
                        at::IntArrayRef rows, at::IntArrayRef streams, int64_t sweep, bool backward) {
     const char* op = "optim_step_paged_";
     const Step step = step_arguments(params, grads, rule, scalars, steps, rows, streams, op);
-    sweep_pages(*pool_of(pool, op), step, slots, sweep, backward, op,
-                [&](const std::vector<Segment>& segments) {
-                    update(step.rule, segments.data(), segments.size(), step.rows.data());
+    // A page that came from the disk took longer than one thread does: others would only wait for it, busily.
+    const std::shared_ptr<Pool> pages = pool_of(pool, op);
+    const int64_t page = page_blocks(step.rule, pages->page_bytes());
+    sweep_pages(*pages, step, slots, sweep, backward, op,
+                [&](const std::vector<Segment>& segments, bool rests) {
+                    update(step.rule, segments.data(), segments.size(), step.rows.data(),
+                           rests ? kBlocksPerTask : page);
                 });
 }
 
 }  // namespace
 
-void update(Rule rule, const Segment* segments, size_t count, const Scalars* rows) {
+void update(Rule rule, const Segment* segments, size_t count, const Scalars* rows, int64_t blocks_per_task) {
     // Threads share the blocks of all segments, so a thousand small ones scale as one large one does.
     std::vector<int64_t> first_block(count + 1, 0);
     for (size_t i = 0; i < count; ++i) first_block[i + 1] = first_block[i] + blocks_of(segments[i].count);
     const Kernels level = kernels();
-    at::parallel_for(0, first_block[count], kBlocksPerTask, [&](int64_t first, int64_t last) {
+    at::parallel_for(0, first_block[count], blocks_per_task, [&](int64_t first, int64_t last) {
         size_t i = std::upper_bound(first_block.begin(), first_block.end(), first) - first_block.begin() - 1;
         for (int64_t block = first; block < last; block = first_block[++i]) {
             const Segment& segment = segments[i];

@@ -18,8 +18,9 @@ struct Portable : Scalar {
         float value() const { return bits_float(bits); }
     };
 
+    static constexpr int kChunk = 1;
     static void decode(const uint8_t* codes, const float* table, float absmax, float* out) {
-        for (int i = 0; i < kBlock; ++i) out[i] = table[codes[i]] * absmax;
+        *out = table[*codes] * absmax;
     }
 
     template <bool kSigned>
