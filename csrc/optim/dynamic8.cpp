@@ -7,10 +7,11 @@ namespace peftcore {
 namespace optim {
 namespace {
 
-// Edge `i` of `parts` equal parts of [0.1, 1] in fp32, counted from the nearer end (as torch.linspace does).
+// Edge `i` of `parts` equal parts of [0.1, 1] in fp32, counted from the nearer end, product and sum rounded
+// once: the bits of torch.linspace.
 float edge(int i, int parts) {
     const float step = (1.0f - 0.1f) / float(parts);
-    return i < (parts + 1) / 2 ? 0.1f + step * float(i) : 1.0f - step * float(parts - i);
+    return i < (parts + 1) / 2 ? std::fma(step, float(i), 0.1f) : std::fma(-step, float(parts - i), 1.0f);
 }
 
 Map make_map(bool is_signed) {

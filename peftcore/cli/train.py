@@ -45,7 +45,7 @@ def train(
     ] = None,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     optim: Annotated[
-        str, typer.Option(help="Trainer's optim; paged_adamw_8bit and paged_adamw are peftcore's own.")
+        str, typer.Option(help="Trainer's optim; paged_adamw_8bit and _32bit are peftcore's own.")
     ] = "adamw_torch",
     optim_args: Annotated[
         str | None, typer.Option(help="Its arguments, such as betas=(0.9,0.95) or budget=256MB.")

@@ -11,7 +11,6 @@ from peftcore.optim.paging import Paging
 # The names by which transformers' Trainer and `peftcore train` know them.
 NAMES = {
     "adamw_8bit": AdamW8bit,
-    "paged_adamw": PagedAdamW,
     "paged_adamw_32bit": PagedAdamW,
     "paged_adamw_8bit": PagedAdamW8bit,
     "lion_32bit": Lion,

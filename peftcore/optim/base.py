@@ -102,9 +102,9 @@ class FusedOptimizer(Optimizer):
                     continue
                 if grad.layout is not torch.strided:
                     raise RuntimeError(f"{type(self).__name__} takes no sparse gradients; use torch.optim.SparseAdam")
-                state = self.state[param]
-                if not state:
+                if not self.state.get(param):
                     self._admit(param)
+                state = self.state[param]
                 own, grad = (param, grad) if type(param) in _PLAIN else (local(param), local(grad))
                 device = own.device
                 batch = batches.get(device)
@@ -122,7 +122,7 @@ class FusedOptimizer(Optimizer):
         try:
             self._new_state(param)
         except BaseException:
-            del self.state[param]
+            self.state.pop(param, None)
             raise
         self.state[param]["step"] = 0
 
@@ -166,7 +166,7 @@ class FusedOptimizer(Optimizer):
             if size == 1:
                 values[f"{name}_absmax"] = absmax.float()
             values[name] = value.to(torch.uint8 if size == 1 else torch.float32).reshape(own.shape)
-        if not self.state[param]:
+        if not self.state.get(param):
             self._admit(param)
         self._set_state(param, values)
         self.state[param]["step"] = int(saved.get("step", 0))

@@ -249,7 +249,9 @@ def test_a_tokenizer_is_saved_with_the_adapter(toys: None, tmp_path: Path) -> No
     peftcore.load(tiny.llama(), tmp_path / "saved")
 
 
-@pytest.mark.parametrize(("name", "kind"), [("paged_adamw_8bit", "PagedAdamW8bit"), ("paged_adamw", "PagedAdamW")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("paged_adamw_8bit", "PagedAdamW8bit"), ("paged_adamw_32bit", "PagedAdamW")]
+)
 def test_paged_optimizers_by_their_names(toys: None, tmp_path: Path, capsys: Any, name: str, kind: str) -> None:
     pytest.importorskip("peftcore._C")
 
