@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
 import sys
 from collections.abc import Iterable
@@ -48,7 +49,9 @@ def fail(message: str) -> NoReturn:
 def again() -> str:
     """The command at hand, as one that goes on."""
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
-    return shlex.join(["peftcore", *arguments, "--resume"])
+    several = os.environ.get("WORLD_SIZE", "1")
+    started = ["torchrun", "--nproc-per-node", several, "-m"] if several != "1" else []
+    return shlex.join([*started, "peftcore", *arguments, "--resume"])
 
 
 def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), title: str | None = None) -> None:
