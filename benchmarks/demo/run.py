@@ -71,6 +71,11 @@ def main(folder: Path) -> None:
              "--epochs", "1", "--batch-size", "8", "--lr", "5e-4", "--max-length", "96", "--eval-every", "30",
              "--sample", PROMPT,
              "--output", "writer", "--overwrite")
+    peftcore(folder, "train", "--model", WRITER, "--data", "data/write_train.jsonl",
+             "--eval-data", "data/write_test.jsonl", "--method", "qlora", "--set", "r=8", "--set", "lora_alpha=16",
+             "--dtype", "bf16",
+             "--epochs", "1", "--batch-size", "8", "--lr", "5e-4", "--max-length", "96", "--eval-every", "30",
+             "--output", "writer-4bit", "--overwrite")
     peftcore(folder, "train", "--model", CLASSIFIER, "--data", "data/classify_train.jsonl",
              "--eval-data", "data/classify_test.jsonl", "--method", "lora", "--set", "r=8", "--set", "lora_alpha=16",
              "--epochs", "2", "--batch-size", "32", "--lr", "1e-3", "--max-length", "96",
@@ -85,7 +90,8 @@ def show(folder: Path, seconds: float) -> None:
     """Both runs side by side."""
     print("\n== before and after, on examples held out ==")
     rows = [("", "base", "adapter", "trained", "size", "peak memory", "time")]
-    for name, metric in (("writer", "loss"), ("writer", "perplexity"), ("classifier", "accuracy")):
+    shown = (("writer", "loss"), ("writer", "perplexity"), ("writer-4bit", "perplexity"), ("classifier", "accuracy"))
+    for name, metric in shown:
         found = json.loads((folder / name / "result.json").read_text())
         rows.append(
             (
@@ -103,7 +109,7 @@ def show(folder: Path, seconds: float) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
     for writer, text in json.loads((folder / "writer" / "result.json").read_text())["samples"]:
         print(f"\n{PROMPT} ({writer})\n  {' '.join(text.split())}")
-    reports = ", ".join(str(folder / name / "report.html") for name in ("writer", "classifier"))
+    reports = ", ".join(str(folder / name / "report.html") for name in ("writer", "writer-4bit", "classifier"))
     print(f"\n{seconds:.0f} s in all. Reports: {reports}")
 
 
