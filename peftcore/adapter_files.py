@@ -36,6 +36,7 @@ def write(folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor], meta
     content = to_bytes(tensors, {"format": "pt", **metadata, _HASH: _sha256(config)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        _finish_cut_off(folder)
         try:
             _write_beside(folder / CONFIG, config.encode())
             _write_beside(folder / TENSORS, content)
@@ -58,11 +59,8 @@ def read_config(folder: Path, metadata: dict[str, str] | None = None) -> dict[st
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder '{folder}'")
     file = folder / CONFIG
-    wanted = (metadata or {}).get(_HASH)
-    beside = _beside(file)
-    with contextlib.suppress(OSError):
-        if wanted and beside.exists() and _sha256(beside.read_text()) == wanted:
-            file = beside  # a save was cut off between its two renames
+    if _was_cut_off(folder, metadata or {}):
+        file = _beside(file)
     try:
         fields = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -109,6 +107,21 @@ def _opened(file: Path) -> Iterator[Any]:
         raise CheckpointError(
             f"'{file}' ({size:,} bytes) is no whole safetensors file: {error}. It may be cut off; copy it again"
         ) from error
+
+
+def _was_cut_off(folder: Path, metadata: dict[str, str]) -> bool:
+    """Was a save killed between its two renames? Then the config of the tensors with `metadata` lies beside."""
+    beside, wanted = _beside(folder / CONFIG), metadata.get(_HASH)
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return wanted is not None and beside.exists() and _sha256(beside.read_text(encoding="utf-8")) == wanted
+    return False
+
+
+def _finish_cut_off(folder: Path) -> None:
+    """Make the second rename of a save that was killed before it: the next save writes over what lies beside."""
+    with contextlib.suppress(CheckpointError):  # tensors that are no whole file have no config to save
+        if _was_cut_off(folder, read_metadata(folder)):
+            os.replace(_beside(folder / CONFIG), folder / CONFIG)
 
 
 def _beside(file: Path) -> Path:
