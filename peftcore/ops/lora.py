@@ -14,6 +14,9 @@ and B. So fp32 factors beside a 16-bit x keep their precision where it counts, i
 
 One operator adds for several adapters at once, one to a sample: `lora_linear_per_sample` (Punica, arXiv 2310.18547).
 
+Whole blocks are not fused (q, k and v, or gate and up, share x): all of LoRA adds 9 % to a training step of a 135M
+Llama shape, and its passes over x, which alone could be shared, are a fraction of that.
+
 The gradient is an `autograd.Function` over operators without autograd of their own: the layers of a model pay for
 every microsecond (see linear_4bit.py). It cannot be differentiated again.
 """
