@@ -271,3 +271,27 @@ def saving(pipe: Any, folder: str) -> None:
     while True:
         for found in pair:
             peftcore.save(found, folder)
+
+
+def sharded_by_accelerate() -> dict[str, float]:
+    """Largest difference of a gradient where accelerate's FSDP2 shards: its core, since it refuses to run on a CPU."""
+    from types import SimpleNamespace
+
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    warnings.simplefilter("ignore")
+    found = {}
+    for case in CASES:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+        accelerator = SimpleNamespace(
+            state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=ranks.rank() == 0
+        )
+        alone, spread = adapted(case), adapted(case)
+        assert fsdp2_prepare_model(accelerator, spread) is spread
+        loss(alone, TOKENS).backward()
+        loss(spread, mine()).backward()
+        found[case] = farthest(values(spread, "grad"), values(alone, "grad"))
+    return found

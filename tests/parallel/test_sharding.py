@@ -19,3 +19,8 @@ def test_gradients_and_a_step_are_those_of_one_process(hows: list[str]) -> None:
         assert len(found) == len(rank_work.CASES) * len(hows)
         wrong = {name: far for name, far in found.items() if max(far) > 1e-6}
         assert not wrong
+
+
+def test_gradients_where_accelerate_shards() -> None:
+    for found in run(rank_work.sharded_by_accelerate):
+        assert found.keys() == rank_work.CASES.keys() and max(found.values()) <= 1e-6, found
