@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._library import define
+from peftcore.ops._philox import LOW, philox
 from peftcore.ops.nf4 import _NESTED, DTYPES, NestedScales, _value
 
 _OPS = torch.ops.peftcore
@@ -49,8 +50,6 @@ class PackedWeight(NamedTuple):
 
 # --- dropout ----------------------------------------------------------------------------------------------------------
 
-_LOW = 0xFFFFFFFF
-
 
 def _threshold(p: float) -> int:
     """Of 65536 equally likely numbers, how many drop an element."""
@@ -63,17 +62,10 @@ def keep_mask(rows: int, columns: int, p: float, seed: int | Tensor, device: tor
     Philox4x32-7 (Salmon et al. 2011) of counter (column // 8, row mod 2³², row >> 32, 0) and key `seed` gives eight
     16-bit numbers, low half first, for eight columns; those below round(65536 p) drop theirs. So p is exact to 2⁻¹⁷.
     """
-    seed = int(seed)
     row = torch.arange(rows, device=device).view(-1, 1)
-    a = torch.arange(-(-columns // 8), device=device).expand(rows, -1)
-    b, c, d = (row & _LOW).expand_as(a), (row >> 32).expand_as(a), torch.zeros_like(a)
-    keys = [seed & _LOW, seed >> 32 & _LOW]
-    for _ in range(7):
-        p0, p1 = a * 0xD2511F53, c * 0xCD9E8D57  # modulo 2⁶⁴, of which the bits are right
-        a, b, c, d = (p1 >> 32 & _LOW) ^ b ^ keys[0], p1 & _LOW, (p0 >> 32 & _LOW) ^ d ^ keys[1], p0 & _LOW
-        keys = [(keys[0] + 0x9E3779B9) & _LOW, (keys[1] + 0xBB67AE85) & _LOW]
-    words = torch.stack([a, b, c, d], -1)  # [rows, columns / 8, 4]
-    numbers = torch.stack([words & 0xFFFF, words >> 16], -1).flatten(1)
+    column = torch.arange(-(-columns // 8), device=device).expand(rows, -1)
+    counter = (column, (row & LOW).expand_as(column), (row >> 32).expand_as(column), torch.zeros_like(column))
+    numbers = philox(counter, int(seed), rounds=7).flatten(1)
     return numbers[:, :columns] >= _threshold(p)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from peftcore.ops import _extension
 from peftcore.ops._library import define
+from peftcore.ops._philox import LOW, philox
 from peftcore.ops.nf4 import DTYPES, DYNAMIC8
 
 BLOCK = 256  # elements that share a scale
@@ -138,31 +139,12 @@ def _encoder(table: Tensor, signed: bool) -> tuple[Tensor, ...]:
 _ENCODERS = {True: _encoder(SIGNED_MAP, True), False: _encoder(UNSIGNED_MAP, False)}
 
 
-def _philox(key: int, low: Tensor, high: int) -> list[Tensor]:
-    """Philox4x32-10 (csrc/common/philox.h) as int64 tensors of 32 bits."""
-    mask = 0xFFFFFFFF
-    x = [low & mask, low >> 32 & mask, torch.full_like(low, high & mask), torch.full_like(low, high >> 32 & mask)]
-    k0, k1 = key & mask, key >> 32 & mask
-
-    def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-        """Upper and lower 32 bits, by halves: the product itself can exceed 63 bits."""
-        low, high = a * (b & 0xFFFF), a * (b >> 16)
-        upper = (low >> 16) + high
-        return upper >> 16, (low & 0xFFFF) | (upper & 0xFFFF) << 16
-
-    for _ in range(10):
-        (high_a, low_a), (high_b, low_b) = product(0xD2511F53, x[0]), product(0xCD9E8D57, x[2])
-        x = [high_b ^ x[1] ^ k0, low_b, high_a ^ x[3] ^ k1, low_a]
-        k0, k1 = k0 + 0x9E3779B9 & mask, k1 + 0xBB67AE85 & mask
-    return x
-
-
 def round_stochastic(x: Tensor, dtype: torch.dtype, stream: int, step: int) -> Tensor:
     """Flat fp32 values rounded to 16 bits, up with the probability of the fraction that is cut off."""
-    index = torch.arange(x.numel(), device=x.device)
-    words = torch.stack(_philox(stream, index[::8] >> 3, step), 1).flatten()  # 4 words for 8 elements
-    random = (words.repeat_interleave(2)[: x.numel()] >> (index & 1) * 16) & 0xFFFF
-    bits = x.view(torch.int32).long() & 0xFFFFFFFF
+    group = torch.arange(-(-x.numel() // 8), device=x.device)  # 8 elements share one call of the generator
+    counter = (group & LOW, group >> 32, torch.full_like(group, step & LOW), torch.full_like(group, step >> 32 & LOW))
+    random = philox(counter, stream, rounds=10).flatten()[: x.numel()]
+    bits = x.view(torch.int32).long() & LOW
     sign, magnitude = bits >> 16 & 0x8000, bits & 0x7FFFFFFF
     if dtype == torch.bfloat16:
         rounded = (bits + random) >> 16
