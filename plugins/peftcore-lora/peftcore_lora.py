@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftcore
-from peftcore import ops, targets
+from peftcore import ops, targets, validation
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,10 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         for r in (self.r, *self.rank_pattern.values()):
-            if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
-                raise peftcore.PeftcoreError(f"r must be a positive whole number, found {r!r}")
-        if not 0 <= self.lora_dropout < 1:
-            raise peftcore.PeftcoreError(f"lora_dropout must be in [0, 1), found {self.lora_dropout!r}")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise peftcore.PeftcoreError(
-                f"init_lora_weights must be True, False or 'gaussian', found {self.init_lora_weights!r}"
-            )
-        if self.bias not in ("none", "all", "lora_only"):
-            raise peftcore.PeftcoreError(f"bias must be 'none', 'all' or 'lora_only', found {self.bias!r}")
+            validation.positive_whole(r=r)
+        validation.probability(lora_dropout=self.lora_dropout)
+        validation.one_of((True, False, "gaussian"), init_lora_weights=self.init_lora_weights)
+        validation.one_of(("none", "all", "lora_only"), bias=self.bias)
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LoraConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
@@ -195,16 +189,7 @@ def supported(module: nn.Module) -> bool:
 
 def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
     """The layers that the config means, by path."""
-    return targets.select(
-        model,
-        architecture,
-        target_modules=config.target_modules,
-        exclude_modules=config.exclude_modules,
-        layers_to_transform=config.layers_to_transform,
-        layers_pattern=config.layers_pattern,
-        modules_to_save=config.modules_to_save,
-        supported=supported,
-    )
+    return targets.select_by(config, model, architecture, supported=supported)
 
 
 def place(
