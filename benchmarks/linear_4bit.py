@@ -5,7 +5,8 @@
 Forward for few rows of x; forward and gradient of x from 256 on. Rows of a table are timed in turn, so a busy machine
 slows all alike; the ratio is of the minima, the spread the interquartile range. bitsandbytes runs as users run it: it
 unpacks the whole weight into fresh memory (set MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=4294967296
-to take the page faults out).
+to take the page faults out). Rows for lower SIMD levels change peftcore's kernels alone: PyTorch's product of the
+unpacked panels stays what it is.
 
 The floor is the larger of what must be read (packed weight and scales) over the bandwidth of a copy, and the
 operations over the rate of a large dense product in x's dtype, both measured in this run.
@@ -72,6 +73,15 @@ def main():
     def peer(x):
         return bnb.matmul_4bit(x, theirs.t(), quant_state=state)
 
+    def at(level, run):
+        def at_level():
+            ops.extension.set_cpu_level(level)
+            run()
+            ops.extension.set_cpu_level(info.cpu_level)
+
+        return at_level
+
+    lower_levels = [level for level in reversed(info.cpu_levels) if level != info.cpu_level]
     for batch in options.batches:
         back = batch >= 256
         x = torch.randn(batch, size).to(dtype).requires_grad_(back)
@@ -95,7 +105,9 @@ def main():
         needs = packed.nbytes + quantized.nbytes + 2 * batch * size * dtype.itemsize
         floor = (1 + back) * max(needs / bandwidth / 1e6, 2 * batch * size**2 / flops / 1e6)
         title = f"{batch} rows, forward{' and backward' if back else ''} (ms)"
-        table(title, {name: timed(call) for name, call in calls.items()}, floor, options.seconds)
+        rows = {name: timed(call) for name, call in calls.items()}
+        rows |= {f"peftcore, {level}": at(level, timed(ours)) for level in lower_levels}
+        table(title, rows, floor, options.seconds)
 
 
 if __name__ == "__main__":
