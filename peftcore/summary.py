@@ -107,7 +107,7 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
         config=placed.config,
         rows=tuple(rows),
         matches=match_counts(model, target_modules) if target_modules else {},
-        base_parameters=sum({id(p): p.numel() for p in parameters.values()}.values()),
+        base_parameters=sum({id(p): _values(p) for p in parameters.values()}.values()),
     )
 
 
@@ -136,7 +136,7 @@ def summary(model: nn.Module) -> Summary:
         )
     return Summary(
         adapters=tuple(adapters),
-        base_parameters=sum(p.numel() for p in base.values()),
+        base_parameters=sum(_values(p) for p in base.values()),
         base_bytes=sum(p.nbytes for p in base.values()),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         merged=state is not None and state.merged is not None,
@@ -151,3 +151,8 @@ def share(part: int, whole: int) -> str:
 def megabytes(count: int) -> str:
     """`12.3 MB` (decimal), or kB below one."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def _values(parameter: nn.Parameter) -> int:
+    """How many weights a parameter of the base holds: two a byte where they are packed in 4 bits."""
+    return parameter.numel() * (2 if parameter.dtype is torch.uint8 else 1)

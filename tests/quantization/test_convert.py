@@ -230,3 +230,12 @@ def test_a_compiled_model_and_hooked_layers_are_refused():
     model.model.layers[0].mlp.up_proj.forward = lambda x: x
     with pytest.raises(peftcore.PeftcoreError, match=r"'model.layers.0.mlp.up_proj' has a forward of its own"):
         peftcore.quantize(model)
+
+
+def test_a_summary_counts_weights_not_bytes():
+    model = llama()
+    count = sum(p.numel() for p in model.parameters())
+    peftcore.quantize(model)
+    found = peftcore.summary(model)
+    assert found.base_parameters == peftcore.plan(model, "lora").base_parameters == count
+    assert found.base_bytes < 4 * count
