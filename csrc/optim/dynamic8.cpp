@@ -43,21 +43,25 @@ Map make_map(bool is_signed) {
         const int first = 1 << (region - 1 + s);
         begin[region] = (value[zero + first - 1] + value[zero + first]) / 2;
     }
-    encoder.shift[0] = encoder.last[0] = is_signed ? 0 : 2;
-    encoder.shift[8] = encoder.last[8] = float(1 << (7 + s));
+    // Of regions 0 and 8 one n each: parts 8/9 and parts 2, with room for rounding before it is truncated.
+    float slope[9] = {}, parts[9];
+    parts[0] = is_signed ? 0 : 2.5f;
+    slope[8] = 2;
+    parts[8] = (float(1 << (7 + s)) + 0.5f) / 2;
     for (int d = 0; d < 7; ++d) {
-        const double parts = 1 << (d + s);
-        encoder.slope[d + 1] = float(parts * std::pow(10.0, 6 - d) / 0.9);
-        encoder.shift[d + 1] = float(parts * 8 / 9);
-        encoder.last[d + 1] = float(2 * parts - 1);
+        slope[d + 1] = float(std::pow(10.0, 6 - d) / 0.9);
+        parts[d + 1] = float(1 << (d + s));
     }
-    for (int exponent = -31; exponent <= 0; ++exponent) {
-        const float low = std::ldexp(1.0f, exponent), high = 2 * low;
+    for (int index = 0; index < 16; ++index) {
+        const float low = std::ldexp(1.0f, 2 * index - 31), high = 4 * low;
         int region = 0;
         while (region < 8 && begin[region + 1] < low) ++region;
-        const int index = (127 + exponent) & 31;
-        encoder.base[index] = region;
-        encoder.threshold[index] = region < 8 && begin[region + 1] < high ? begin[region + 1] : INFINITY;
+        const bool divided = region < 8 && begin[region + 1] < high;
+        encoder.threshold[index] = divided ? begin[region + 1] : INFINITY;
+        for (int above : {0, 1}) {
+            encoder.slope[index + 16 * above] = slope[region + (divided && above)];
+            encoder.parts[index + 16 * above] = parts[region + (divided && above)];
+        }
     }
     return map;
 }

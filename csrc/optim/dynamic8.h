@@ -18,12 +18,11 @@
 namespace peftcore {
 namespace optim {
 
-// n = trunc(min(a slope[d] + shift[d], last[d])) for a scaled magnitude a; d from a's exponent by one
-// comparison: base[e] + (a > threshold[e]), where e is the biased exponent modulo 32 (2^-31 <= a < 2).
+// n = trunc(min(a slope[r] + 8/9, below 2) parts[r]) for a scaled magnitude a in [2^-31, 2). The row r is e,
+// half the exponent of a (4 bits: a factor of 4, which no two decades begin within), plus 16 where a >
+// threshold[e].
 struct Encoder {
-    float threshold[32];
-    int32_t base[32];
-    float slope[16], shift[16], last[16];
+    float threshold[16], slope[32], parts[32];
 };
 
 struct Map {
@@ -32,17 +31,19 @@ struct Map {
 };
 
 constexpr float kSmallestMagnitude = 4.656612873077393e-10f;  // 2^-31
+constexpr float kEightNinths = 0.888888888888888888f;
+constexpr float kBelowTwo = 1.99999988079071044921875f;  // the largest float below 2
 
 static PEFTCORE_HD int encode_magnitude(float a, const Encoder& encoder) {
     const float raised = a > kSmallestMagnitude ? a : kSmallestMagnitude;
-    const int exponent = int(float_bits(raised) >> 23 & 31);
-    const int decade = encoder.base[exponent] + (raised > encoder.threshold[exponent]);
+    const int exponent = int(float_bits(raised) >> 24 & 15);
+    const int row = exponent + (raised > encoder.threshold[exponent] ? 16 : 0);
 #if defined(__CUDA_ARCH__)
-    const float n = __fadd_rn(__fmul_rn(raised, encoder.slope[decade]), encoder.shift[decade]);
+    const float part = __fadd_rn(__fmul_rn(raised, encoder.slope[row]), kEightNinths);
 #else
-    const float n = raised * encoder.slope[decade] + encoder.shift[decade];
+    const float part = raised * encoder.slope[row] + kEightNinths;
 #endif
-    return int(n < encoder.last[decade] ? n : encoder.last[decade]);
+    return int((part < kBelowTwo ? part : kBelowTwo) * encoder.parts[row]);
 }
 
 // The code of a value already divided by the largest magnitude of its block.

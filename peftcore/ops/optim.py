@@ -114,26 +114,24 @@ def encode(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     absmax = blocks.abs().amax(1)
     inverse = torch.where(absmax > 0, 1 / absmax, torch.zeros(()))
     scaled = (blocks * inverse[:, None]).flatten()[: x.numel()]
-    begin, slope, shift, last = (t.to(x.device) for t in _ENCODERS[signed])
+    begin, slope, parts = (t.to(x.device) for t in _ENCODERS[signed])
     a = scaled.abs().clamp(min=2.0**-31).nan_to_num(2.0**-31)
     region = torch.bucketize(a, begin)
-    n = torch.minimum(a * slope[region] + shift[region], last[region]).int()
+    n = ((a * slope[region] + 8 / 9).clamp(max=2 - 2.0**-23) * parts[region]).int()
     if signed:
         return torch.where(scaled < 0, 127 - n, 127 + n).clamp(min=0).to(torch.uint8), absmax
     return torch.where(scaled > 0, n - 1, 0).to(torch.uint8), absmax
 
 
 def _encoder(table: Tensor, signed: bool) -> tuple[Tensor, ...]:
-    """(where regions begin, slope, shift, last n): see csrc/optim/dynamic8.h."""
+    """(where regions begin, slope, parts): see csrc/optim/dynamic8.h."""
     s, zero = (0, 127) if signed else (1, -1)
     parts = [2 ** (d + s) for d in range(7)]
     begin = [table[zero + 1] / 2 if signed else table[1]]
     begin += [(table[zero + n - 1] + table[zero + n]) / 2 for n in (*parts[1:], 2 ** (7 + s))]
-    none = 0.0 if signed else 2.0
-    slope = [0.0, *(n * 10.0 ** (6 - d) / 0.9 for d, n in enumerate(parts)), 0.0]
-    shift = [none, *(n * 8 / 9 for n in parts), 2.0 ** (7 + s)]
-    last = [none, *(2 * n - 1 for n in parts), 2.0 ** (7 + s)]
-    return torch.stack(begin), torch.tensor(slope), torch.tensor(shift), torch.tensor(last)
+    slope = [0.0, *(10.0 ** (6 - d) / 0.9 for d in range(7)), 2.0]
+    ends = [0.0 if signed else 2.5, *parts, (2 ** (7 + s) + 0.5) / 2]
+    return torch.stack(begin), torch.tensor(slope), torch.tensor(ends)
 
 
 _ENCODERS = {True: _encoder(SIGNED_MAP, True), False: _encoder(UNSIGNED_MAP, False)}

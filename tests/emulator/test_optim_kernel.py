@@ -31,16 +31,15 @@ class Segment(ctypes.Structure):
 
 def encoder(signed):
     """The encoder's tables as csrc/optim/dynamic8.h lays them out, in fp32 (base as int32)."""
-    begin, slope, shift, last = optim._ENCODERS[signed]
-    threshold, base = torch.full((32,), torch.inf), torch.zeros(32, dtype=torch.int32)
-    for exponent in range(-31, 1):
-        low, high = 2.0**exponent, 2.0 ** (exponent + 1)
-        region = int((begin < low).sum())
-        base[(127 + exponent) & 31] = region
+    begin, slope, parts = optim._ENCODERS[signed]
+    threshold, rows = torch.full((16,), torch.inf), torch.zeros(2, 16, dtype=torch.long)
+    for exponent in range(16):
+        low, high = 2.0 ** (2 * exponent - 31), 2.0 ** (2 * exponent - 29)
+        rows[:, exponent] = region = int((begin < low).sum())
         if region < 8 and begin[region] < high:
-            threshold[(127 + exponent) & 31] = begin[region]
-    pad = torch.zeros(7)
-    return torch.cat([threshold, base.view(torch.float32), *(torch.cat([t, pad]) for t in (slope, shift, last))])
+            threshold[exponent] = begin[region]
+            rows[1, exponent] += 1
+    return torch.cat([threshold, slope[rows.flatten()], parts[rows.flatten()]])
 
 
 MAPS = torch.cat([optim.SIGNED_MAP, encoder(True), optim.UNSIGNED_MAP, encoder(False)])

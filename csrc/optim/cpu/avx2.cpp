@@ -51,14 +51,14 @@ struct Avx2 {
     static inline __m256i magnitude(F a, const Encoder& encoder) {
         const F raised = _mm256_max_ps(a, set1(kSmallestMagnitude));
         const __m256i exponent =
-            _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(raised), 23), _mm256_set1_epi32(31));
+            _mm256_and_si256(_mm256_srli_epi32(_mm256_castps_si256(raised), 24), _mm256_set1_epi32(15));
         const F above =
             _mm256_cmp_ps(raised, _mm256_i32gather_ps(encoder.threshold, exponent, 4), _CMP_GT_OQ);
-        const __m256i decade =
-            _mm256_sub_epi32(_mm256_i32gather_epi32(encoder.base, exponent, 4), _mm256_castps_si256(above));
-        const F n = add(mul(raised, _mm256_i32gather_ps(encoder.slope, decade, 4)),
-                        _mm256_i32gather_ps(encoder.shift, decade, 4));
-        return _mm256_cvttps_epi32(_mm256_min_ps(n, _mm256_i32gather_ps(encoder.last, decade, 4)));
+        const __m256i row =
+            _mm256_add_epi32(exponent, _mm256_and_si256(_mm256_castps_si256(above), _mm256_set1_epi32(16)));
+        const F part = add(mul(raised, _mm256_i32gather_ps(encoder.slope, row, 4)), set1(kEightNinths));
+        return _mm256_cvttps_epi32(
+            mul(_mm256_min_ps(part, set1(kBelowTwo)), _mm256_i32gather_ps(encoder.parts, row, 4)));
     }
 
     template <bool kSigned>

@@ -8,16 +8,20 @@ namespace peftcore {
 namespace optim {
 namespace {
 
+// `count` values from `value` on.
+template <int count>
 struct Table {
     explicit Table(const float* value) {
-        for (int i = 0; i < 256; ++i) {
+        for (int i = 0; i < count; ++i) {
             low[i] = uint16_t(float_bits(value[i]));
             high[i] = uint16_t(float_bits(value[i]) >> 16);
         }
     }
-    alignas(64) uint16_t low[256];
-    alignas(64) uint16_t high[256];
+    alignas(64) uint16_t low[count];
+    alignas(64) uint16_t high[count];
 };
+using SignedTable = Table<128>;  // of magnitudes 0 to 127; 128 is 1
+using UnsignedTable = Table<256>;
 
 struct Avx512 {
     using F = __m512;
@@ -37,12 +41,12 @@ struct Avx512 {
         return _mm512_mask_mov_ps(a, moves, unit);  // zero and NaN stay
     }
 
-    static const Table& signed_table() {
-        static const Table table(signed_map().value);
+    static const SignedTable& signed_table() {
+        static const SignedTable table(signed_map().value + 127);
         return table;
     }
-    static const Table& unsigned_table() {
-        static const Table table(unsigned_map().value);
+    static const UnsignedTable& unsigned_table() {
+        static const UnsignedTable table(unsigned_map().value);
         return table;
     }
 
@@ -55,77 +59,106 @@ struct Avx512 {
         float value() const { return bits_float(_mm512_reduce_max_epu32(bits)); }
     };
 
-    // The words of a table for 32 indices below 256; `bit6` and `bit7` are those bits of the indices.
-    static inline __m512i words_of(const uint16_t* table, __m512i index, __mmask32 bit6, __mmask32 bit7) {
+    // The words of a table for 32 indices below 128, `bit6` of which is given.
+    static inline __m512i words_of(const uint16_t* table, __m512i index, __mmask32 bit6) {
         const auto part = [&](int i) { return _mm512_load_si512(table + 32 * i); };
-        const __m512i a = _mm512_permutex2var_epi16(part(0), index, part(1));
-        const __m512i b = _mm512_permutex2var_epi16(part(2), index, part(3));
-        const __m512i c = _mm512_permutex2var_epi16(part(4), index, part(5));
-        const __m512i d = _mm512_permutex2var_epi16(part(6), index, part(7));
-        return _mm512_mask_blend_epi16(bit7, _mm512_mask_blend_epi16(bit6, a, b),
-                                       _mm512_mask_blend_epi16(bit6, c, d));
+        return _mm512_mask_blend_epi16(bit6, _mm512_permutex2var_epi16(part(0), index, part(1)),
+                                       _mm512_permutex2var_epi16(part(2), index, part(3)));
     }
 
-    static constexpr int kChunk = 32;
-    static inline void decode(const uint8_t* codes, const Table& table, float absmax, F* out) {
-        const __m512i index =
-            _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-        const __mmask32 bit6 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(64));
-        const __mmask32 bit7 = _mm512_test_epi16_mask(index, _mm512_set1_epi16(128));
-        const __m512i low = words_of(table.low, index, bit6, bit7);
-        const __m512i high = words_of(table.high, index, bit6, bit7);
-        // Unpacking works within 128-bit lanes; one permutation of pairs restores the order.
-        const __m512i a = _mm512_unpacklo_epi16(low, high), b = _mm512_unpackhi_epi16(low, high);
-        const __m512i front = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
-        const __m512i back = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-        out[0] = mul(_mm512_castsi512_ps(_mm512_permutex2var_epi64(a, front, b)), set1(absmax));
-        out[1] = mul(_mm512_castsi512_ps(_mm512_permutex2var_epi64(a, back, b)), set1(absmax));
+    // 64 codes as words, in the order in which unpacking within 128-bit lanes gives values 0 to 63.
+    static inline void words_of_codes(const uint8_t* codes, __m512i* words) {
+        const __m512i order = _mm512_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
+        const __m512i permuted = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+        words[0] = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(permuted));
+        words[1] = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(permuted, 1));
+    }
+
+    static inline void scale(__m512i low, __m512i high, float absmax, F* out) {
+        out[0] = mul(_mm512_castsi512_ps(_mm512_unpacklo_epi16(low, high)), set1(absmax));
+        out[1] = mul(_mm512_castsi512_ps(_mm512_unpackhi_epi16(low, high)), set1(absmax));
+    }
+
+    // Two registers of indices a call, so that a table is loaded once for both.
+    static constexpr int kChunk = 64;
+    static inline void decode(const uint8_t* codes, const SignedTable& table, float absmax, F* out) {
+        __m512i index[2], low[2], high[2];
+        words_of_codes(codes, index);
+        for (int i = 0; i < 2; ++i) {
+            const __m512i n = _mm512_sub_epi16(index[i], _mm512_set1_epi16(127));
+            const __m512i magnitude = _mm512_abs_epi16(n);
+            const __mmask32 bit6 = _mm512_test_epi16_mask(magnitude, _mm512_set1_epi16(64));
+            const __mmask32 one = _mm512_test_epi16_mask(magnitude, _mm512_set1_epi16(128));
+            low[i] = words_of(table.low, magnitude, bit6);
+            high[i] =
+                _mm512_mask_mov_epi16(words_of(table.high, magnitude, bit6), one, _mm512_set1_epi16(0x3f80));
+            high[i] = _mm512_or_si512(high[i], _mm512_and_si512(n, _mm512_set1_epi16(-0x8000)));
+        }
+        for (int i = 0; i < 2; ++i) scale(low[i], high[i], absmax, out + 2 * i);
+    }
+    static inline void decode(const uint8_t* codes, const UnsignedTable& table, float absmax, F* out) {
+        __m512i index[2], low[2], high[2];
+        words_of_codes(codes, index);
+        for (int i = 0; i < 2; ++i) {
+            const __mmask32 bit6 = _mm512_test_epi16_mask(index[i], _mm512_set1_epi16(64));
+            const __mmask32 bit7 = _mm512_test_epi16_mask(index[i], _mm512_set1_epi16(128));
+            low[i] = _mm512_mask_blend_epi16(bit7, words_of(table.low, index[i], bit6),
+                                             words_of(table.low + 128, index[i], bit6));
+            high[i] = _mm512_mask_blend_epi16(bit7, words_of(table.high, index[i], bit6),
+                                              words_of(table.high + 128, index[i], bit6));
+        }
+        for (int i = 0; i < 2; ++i) scale(low[i], high[i], absmax, out + 2 * i);
     }
 
     struct Tables {
         explicit Tables(const Encoder& e)
-            : threshold0(_mm512_loadu_ps(e.threshold)),
-              threshold1(_mm512_loadu_ps(e.threshold + 16)),
+            : threshold(_mm512_loadu_ps(e.threshold)),
               slope(_mm512_loadu_ps(e.slope)),
-              shift(_mm512_loadu_ps(e.shift)),
-              last(_mm512_loadu_ps(e.last)),
-              base0(_mm512_loadu_si512(e.base)),
-              base1(_mm512_loadu_si512(e.base + 16)) {}
-        F threshold0, threshold1, slope, shift, last;
-        __m512i base0, base1;
+              slope_above(_mm512_loadu_ps(e.slope + 16)),
+              parts(_mm512_loadu_ps(e.parts)),
+              parts_above(_mm512_loadu_ps(e.parts + 16)) {}
+        F threshold, slope, slope_above, parts, parts_above;
     };
 
-    static inline __m512i magnitude(F a, const Tables& t) {
+    // n of encode_magnitude, before it is truncated.
+    static inline F magnitude(F a, const Tables& t) {
         const F raised = _mm512_max_ps(a, set1(kSmallestMagnitude));
-        const __m512i exponent = _mm512_srli_epi32(_mm512_castps_si512(raised), 23);
-        const F threshold = _mm512_permutex2var_ps(t.threshold0, exponent, t.threshold1);
-        const __m512i base = _mm512_permutex2var_epi32(t.base0, exponent, t.base1);
-        const __mmask16 above = _mm512_cmp_ps_mask(raised, threshold, _CMP_GT_OQ);
-        const __m512i decade = _mm512_mask_add_epi32(base, above, base, _mm512_set1_epi32(1));
-        const F n =
-            add(mul(raised, _mm512_permutexvar_ps(decade, t.slope)), _mm512_permutexvar_ps(decade, t.shift));
-        return _mm512_cvttps_epi32(_mm512_min_ps(n, _mm512_permutexvar_ps(decade, t.last)));
+        // Bit 4 of an exponent below 2 is set: it selects the second table.
+        const __m512i exponent = _mm512_srli_epi32(_mm512_castps_si512(raised), 24);
+        const __mmask16 above =
+            _mm512_cmp_ps_mask(raised, _mm512_permutexvar_ps(exponent, t.threshold), _CMP_GT_OQ);
+        const __m512i row = _mm512_mask_xor_epi32(exponent, above, exponent, _mm512_set1_epi32(16));
+        const F slope = _mm512_permutex2var_ps(t.slope_above, row, t.slope);
+        const F parts = _mm512_permutex2var_ps(t.parts_above, row, t.parts);
+        return mul(_mm512_min_ps(add(mul(raised, slope), set1(kEightNinths)), set1(kBelowTwo)), parts);
     }
 
     template <bool kSigned>
     static inline void encode(const float* x, float inverse, const Encoder& encoder, uint8_t* codes) {
         const Tables tables(encoder);
         const F factor = set1(inverse);
-        const __m512i zero = _mm512_set1_epi32(127), one = _mm512_set1_epi32(1);
-        for (int i = 0; i < kBlock; i += 16) {
-            const F scaled = mul(load(x + i), factor);
-            __m512i code;
-            if constexpr (kSigned) {
-                const __m512i n = magnitude(_mm512_abs_ps(scaled), tables);
-                const __mmask16 negative = _mm512_cmp_ps_mask(scaled, _mm512_setzero_ps(), _CMP_LT_OQ);
-                code = _mm512_add_epi32(zero, n);
-                code = _mm512_mask_sub_epi32(code, negative, zero, n);
-                code = _mm512_max_epi32(code, _mm512_setzero_si512());
-            } else {
-                const __mmask16 above = _mm512_cmp_ps_mask(scaled, _mm512_setzero_ps(), _CMP_GT_OQ);
-                code = _mm512_maskz_sub_epi32(above, magnitude(scaled, tables), one);
+        for (int i = 0; i < kBlock; i += 64) {
+            __m512i n[4];
+            for (int part = 0; part < 4; ++part) {
+                const F scaled = mul(load(x + i + 16 * part), factor);
+                if constexpr (kSigned) {
+                    const F sign = _mm512_and_ps(scaled, set1(-0.0f));
+                    n[part] =
+                        _mm512_cvttps_epi32(_mm512_or_ps(magnitude(_mm512_abs_ps(scaled), tables), sign));
+                } else {
+                    const __mmask16 above = _mm512_cmp_ps_mask(scaled, _mm512_setzero_ps(), _CMP_GT_OQ);
+                    n[part] = _mm512_maskz_cvttps_epi32(above, magnitude(scaled, tables));
+                }
             }
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_cvtepi32_epi8(code));
+            // Saturation makes code 0 of -128, which the map lacks. Packing works within 128-bit lanes.
+            const auto code = [](__m512i a, __m512i b) {
+                const __m512i both = _mm512_packs_epi32(a, b);
+                return kSigned ? _mm512_add_epi16(both, _mm512_set1_epi16(127))
+                               : _mm512_subs_epu16(both, _mm512_set1_epi16(1));
+            };
+            const __m512i packed = _mm512_packus_epi16(code(n[0], n[1]), code(n[2], n[3]));
+            const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+            _mm512_storeu_si512(codes + i, _mm512_permutexvar_epi32(order, packed));
         }
     }
 

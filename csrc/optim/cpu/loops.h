@@ -75,10 +75,15 @@ static inline void adamw_8bit_block(float* p, const float* g, uint8_t* m, uint8_
     for (int chunk = 0; chunk < kBlock; chunk += V::kChunk) {
         constexpr int kParts = V::kChunk / V::kWidth;
         F mean[kParts], square[kParts];
+        // The next block: encoding keeps the core from looking that far ahead.
+        __builtin_prefetch(m + chunk + kBlock, 1);
+        __builtin_prefetch(v + chunk + kBlock, 1);
         V::decode(m + chunk, V::signed_table(), m_old, mean);
         V::decode(v + chunk, V::unsigned_table(), v_old, square);
         for (int part = 0; part < kParts; ++part) {
             const int i = chunk + part * V::kWidth;
+            __builtin_prefetch(p + i + kBlock, 1);
+            __builtin_prefetch(g + i + kBlock);
             adamw_moments<V>(V::mul(V::load(g + i), V::set1(c.factor)), mean[part], square[part], c);
             V::store(means + i, mean[part]);
             V::store(squares + i, square[part]);
