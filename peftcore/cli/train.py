@@ -180,6 +180,8 @@ def _facts(result: Result) -> list[tuple[str, str]]:
 
 def _commands(settings: Settings, result: Result) -> list[str]:
     adapter = shlex.quote(str(result.adapter))
+    if result.quantize is not None:
+        adapter += f" --quantize {result.quantize}"
     evaluation = shlex.quote(settings.eval_data or settings.data)
     return [
         f'peftcore generate --adapter {adapter} --prompt "..."',

@@ -29,6 +29,7 @@ from peftcore.cli.models import AdapterTask
 from peftcore.cli.options import FULL
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import bare_model, latest_checkpoint
+from peftcore.quantization import QuantizedLinear
 from peftcore.summary import Summary
 
 RUN_FILE = "run.json"
@@ -73,7 +74,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run found. `samples`: (what wrote it, text)."""
+    """What a finished run found. `samples`: (what wrote it, text); `quantize`: the 4-bit type of the base, if any."""
 
     before: tasks.Metrics
     after: tasks.Metrics
@@ -90,6 +91,7 @@ class Result:
     adapter: Path
     adapter_bytes: int
     samples: list[tuple[str, str]]
+    quantize: str | None
 
     def plain(self) -> dict[str, Any]:
         """The figures as JSON keeps them; the history is in the checkpoints."""
@@ -260,6 +262,7 @@ def run(
         adapter=adapter,
         adapter_bytes=sum(file.stat().st_size for file in adapter.iterdir()),
         samples=samples,
+        quantize=next((m.quant_type for m in model.modules() if isinstance(m, QuantizedLinear)), None),
     )
 
 

@@ -41,7 +41,8 @@ def test_the_base_in_4_bits_again(run: Run, llama: Path, reviews: Path, tmp_path
     """--quantize evaluates and merges what was trained; layers that the adapter leaves alone come out dense too."""
     output = tmp_path / "run"
     method = ("--method", "qlora", "--set", "r=4", "--set", f"target_modules={target}")
-    run("train", "-m", llama, "-d", reviews, "-o", output, "--eval-data", reviews, *method, *STEPS, 6)
+    told = run("train", "-m", llama, "-d", reviews, "-o", output, "--eval-data", reviews, *method, *STEPS, 6).output
+    assert told.count("--quantize nf4") == 3  # the commands that use the adapter
     found = json.loads((output / "result.json").read_text())
     given = ("--adapter", output / "adapter", "--quantize", "nf4")
     with warnings.catch_warnings():
