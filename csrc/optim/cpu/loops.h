@@ -67,8 +67,10 @@ static void adamw(float* p, const float* g, float* m, float* v, int64_t count, c
 // A whole block; the caller pads.
 template <typename V>
 static inline void adamw_8bit_block(float* p, const float* g, uint8_t* m, uint8_t* v, float* m_absmax,
-                                    float* v_absmax, const AdamW& c) {
+                                    float* v_absmax, const AdamW c) {  // a copy: p may not alias it
     using F = typename V::F;
+    const auto& m_table = V::signed_table();
+    const auto& v_table = V::unsigned_table();
     alignas(64) float means[kBlock], squares[kBlock];
     const float m_old = *m_absmax, v_old = *v_absmax;
     typename V::Largest m_largest, v_largest;
@@ -78,8 +80,8 @@ static inline void adamw_8bit_block(float* p, const float* g, uint8_t* m, uint8_
         // The next block: encoding keeps the core from looking that far ahead.
         __builtin_prefetch(m + chunk + kBlock, 1);
         __builtin_prefetch(v + chunk + kBlock, 1);
-        V::decode(m + chunk, V::signed_table(), m_old, mean);
-        V::decode(v + chunk, V::unsigned_table(), v_old, square);
+        V::decode(m + chunk, m_table, m_old, mean);
+        V::decode(v + chunk, v_table, v_old, square);
         for (int part = 0; part < kParts; ++part) {
             const int i = chunk + part * V::kWidth;
             __builtin_prefetch(p + i + kBlock, 1);
