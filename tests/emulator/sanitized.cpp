@@ -3,11 +3,12 @@
 //   sanitized nf4 SEED      the NF4 kernels over shapes that are no multiples of anything, beside the CPU's
 //   sanitized linear SEED   linear_4bit's kernels likewise, beside sums in double
 //   sanitized lora SEED     LoRA's kernels likewise
+//   sanitized optim SEED    the optimizer's, beside the CPU's (sanitized_optim.cpp)
 //   sanitized read LIMIT    a toy that reads beyond 100 values when LIMIT is more
 //   sanitized shared INDEX  a toy that writes values[INDEX] of 32 in shared memory
+#include "sanitized.h"
+
 #include <cmath>
-#include <cstdlib>
-#include <memory>
 #include <random>
 
 #include "emulator.h"
@@ -25,25 +26,6 @@ using namespace peftcore::nf4;
 
 const float kCode[16] = {-1.0f, -0.7f, -0.52f, -0.39f, -0.28f, -0.18f, -0.09f, 0.0f,
                          0.08f, 0.16f, 0.25f,  0.34f,  0.44f,  0.56f,  0.72f,  1.0f};
-
-void require(bool condition, const char* what, int64_t count, int blocksize) {
-    if (condition) return;
-    printf("%s: count %lld, block size %d\n", what, (long long)count, blocksize);
-    exit(1);
-}
-
-// Exactly `count` elements, plus `skip` in front to move it off its alignment.
-template <typename T>
-struct Array {
-    Array(int64_t count, int64_t skip = 0)
-        : memory(new T[count + skip]), data(memory.get() + skip), count(count) {}
-    bool operator==(const Array& other) const {
-        return count == other.count && (count == 0 || memcmp(data, other.data, count * sizeof(T)) == 0);
-    }
-    std::unique_ptr<T[]> memory;
-    T* data;
-    int64_t count;
-};
 
 template <typename T>
 void compare(int64_t count, int blocksize, int skip, Dtype dtype, const Kernels& cpu, std::mt19937& random) {
@@ -284,6 +266,7 @@ int main(int argc, char** argv) {
     if (what == "nf4") return run_nf4(uint64_t(number));
     if (what == "linear") return run_linear(uint64_t(number));
     if (what == "lora") return run_lora(uint64_t(number));
+    if (what == "optim") return run_optim(uint64_t(number));
     if (what == "read") {
         Array<int> in(100), out(100);
         std::fill_n(in.data, 100, 1);

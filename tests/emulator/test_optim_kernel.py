@@ -130,3 +130,9 @@ def test_nothing_to_do(emulated):
 def test_an_unknown_rule(emulated):
     with pytest.raises(RuntimeError, match="unknown rule"):
         emulated("peftcore_optim_step")(9, None, None, 0, ctypes.c_int64(1), None, None)
+
+
+def test_stays_within_its_memory(sanitized):
+    done = sanitized("optim", 1)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cases agree" in done.stdout
