@@ -18,19 +18,25 @@ constexpr int kVectors = 2, kRows = 16 * kVectors;
 constexpr int kStep = 64, kHalfStep = 32;  // columns that share a scale
 constexpr int kTile = 8;                   // rows of x
 constexpr int kDecoded = 8;                // pairs multiplied for each call of `decode`
-constexpr int kPair[4] = {1, 0, 3, 2};     // and the value 4 places on
 
 int64_t arranged_bytes(int64_t batch, int64_t columns) { return batch * columns * int64_t(sizeof(uint16_t)); }
 
-// [columns / 2 pairs][batch] of two values.
+// [columns / 2 pairs][batch] of two values, in the order above. A step at a time, whose part of `out` stays
+// in the first cache.
 void arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
     const uint16_t* from = static_cast<const uint16_t*>(x);
     uint32_t* to = static_cast<uint32_t*>(out);
-    for (int64_t k = 0; k < columns; k += 8)
-        for (int pair : kPair)
-            for (int64_t m = 0; m < batch; ++m) {
-                const uint16_t* row = from + m * columns + k + pair;
-                *to++ = uint32_t(row[0]) | uint32_t(row[4]) << 16;
+    const __m128i pairs = _mm_setr_epi8(2, 3, 10, 11, 0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13);
+    for (int64_t k = 0; k < columns; k += kStep, to += kStep / 2 * batch)
+        for (int64_t m = 0; m < batch; ++m)
+            for (int i = 0; i < kStep / 8; ++i) {
+                const __m128i eight = _mm_shuffle_epi8(
+                    _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + m * columns + k + 8 * i)), pairs);
+                uint32_t* at = to + 4 * i * batch + m;
+                at[0] = uint32_t(_mm_cvtsi128_si32(eight));
+                at[batch] = uint32_t(_mm_extract_epi32(eight, 1));
+                at[2 * batch] = uint32_t(_mm_extract_epi32(eight, 2));
+                at[3 * batch] = uint32_t(_mm_extract_epi32(eight, 3));
             }
 }
 
@@ -126,6 +132,50 @@ inline void multiply_some(int64_t count, const Arguments&... arguments) {
     }
 }
 
+// The scale of each step of a row that begins with element `begin`, kRows apart. Its own loop: by
+// `copy_scales` and a transposition scales took as long as the decoding of their values.
+void spread_scales(const LinearArgs& args, int64_t begin, int step, float* out) {
+    const Scales& scales = args.scales;
+    const int64_t end = begin + args.columns;
+    if (scales.quantized == nullptr) {
+        for (int64_t at = begin; at < end; at += step, out += kRows) *out = scales.absmax[at >> args.shift];
+        return;
+    }
+    const int nested_shift = args.shift + scales.nested_shift;
+    for (int64_t at = begin; at < end;) {
+        const int64_t stop = std::min(end, ((at >> nested_shift) + 1) << nested_shift);
+        const float outer = scales.nested_absmax[at >> nested_shift];
+#pragma GCC unroll 4
+        for (; at < stop; at += step, out += kRows) {
+            const float product = scales.nested_code[scales.quantized[at >> args.shift]] * outer;
+            *out = product + scales.offset;
+        }
+    }
+}
+
+// `store_result` of kRows columns: to the nearest, ties to even. Not vcvtneps2bf16: it flushes subnormals.
+void store_results(const LinearArgs& args, int64_t n, int64_t rows, const float* sums) {
+    for (int64_t first = 0; first < rows; first += 16, n += 16, sums += 16) {
+        const __mmask16 stored = __mmask16(rows - first < 16 ? (1u << (rows - first)) - 1 : 0xffff);
+        __m512 bias = _mm512_setzero_ps();
+        if (args.bias != nullptr) {
+            const __m256i bits =
+                _mm256_maskz_loadu_epi16(stored, static_cast<const uint16_t*>(args.bias) + n);
+            bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        }
+        for (int64_t m = 0; m < args.batch; ++m) {
+            const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(sums + m * kRows), bias);
+            const __m512i bits = _mm512_castps_si512(sum);
+            const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+            __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+            rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q),
+                                            _mm512_set1_epi32(0x7fc00000));
+            _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + m * args.rows + n, stored,
+                                     _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+        }
+    }
+}
+
 // first is a multiple of kRows.
 void run(const LinearArgs& args, int64_t first, int64_t last) {
     uint16_t rounded[32];
@@ -133,23 +183,17 @@ void run(const LinearArgs& args, int64_t first, int64_t last) {
     const __m512i table = _mm512_loadu_si512(rounded);
     const int step = args.shift < 6 ? kHalfStep : kStep;
     const int64_t columns = args.columns, batch = args.batch;
-    const int64_t capacity = (columns >> args.shift) + 2 + 16;
-    std::vector<float> sums(size_t(batch * kRows)), scales(size_t(kRows * capacity));
+    std::vector<float> sums(size_t(batch * kRows)), scales(size_t(columns / step * kRows));
     const int parts = step / kHalfStep * kVectors;
     Lines lines[3];                                       // that are decoded, that come next, that are copied
     alignas(64) __m512i values[2][kStep / 2 * kVectors];  // of this step and of the next
     for (int64_t n = first; n < last; n += kRows) {
         const uint8_t* packed[kRows];
-        const float* row_scales[kRows];
-        int64_t begin[kRows];
         for (int r = 0; r < kRows; ++r) {
             const int64_t row =
                 n + r < args.rows ? n + r : args.rows - 1;  // the last one again, and not stored
             packed[r] = args.packed + row * columns / 2;
-            begin[r] = row * columns;
-            float* to = scales.data() + r * capacity;
-            copy_scales(args, begin[r], begin[r] + columns, to);
-            row_scales[r] = to - (begin[r] >> args.shift);
+            spread_scales(args, row * columns, step, scales.data() + r);
         }
         std::fill(sums.begin(), sums.end(), 0.0f);
         // Part i of the columns from k on: one vector of rows, half a step.
@@ -168,9 +212,8 @@ void run(const LinearArgs& args, int64_t first, int64_t last) {
         for (int64_t k = 0; k < columns; k += step) {
             __m512i *now = values[k / step % 2], *next = values[(k / step + 1) % 2];
             const bool more = k + step < columns;
-            alignas(64) float scale[kRows];
-            for (int r = 0; r < kRows; ++r) scale[r] = row_scales[r][(begin[r] + k) >> args.shift];
-            const __m512 factor[kVectors] = {_mm512_load_ps(scale), _mm512_load_ps(scale + 16)};
+            const float* scale = scales.data() + k / step * kRows;
+            const __m512 factor[kVectors] = {_mm512_loadu_ps(scale), _mm512_loadu_ps(scale + 16)};
             const uint32_t* x = static_cast<const uint32_t*>(args.x) + k / 2 * batch;
             multiply_some(
                 std::min<int64_t>(batch, kTile), now, step / 2, x, batch, factor, sums.data(), [&](int i) {
@@ -182,9 +225,7 @@ void run(const LinearArgs& args, int64_t first, int64_t last) {
                 multiply_some(std::min<int64_t>(batch - m, kTile), now, step / 2, x + m, batch, factor,
                               sums.data() + m * kRows, [](int) {});
         }
-        const int64_t rows = last - n < kRows ? last - n : kRows;
-        for (int64_t m = 0; m < batch; ++m)
-            for (int64_t r = 0; r < rows; ++r) store_result(args, m, n + r, sums[size_t(m * kRows + r)]);
+        store_results(args, n, std::min<int64_t>(last - n, kRows), sums.data());
     }
 }
 

@@ -108,7 +108,7 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
         small(*kernel, weight, flat, added, result);
         return y;
     }
-    const int64_t limit = batch < kLargePanelsFrom ? kPanelBytes : kLargePanelBytes;
+    const int64_t limit = batch <= kPanelsOfFewRows ? kPanelBytes : kLargePanelBytes;
     const int64_t step = std::max<int64_t>(1, limit / (columns * x.element_size()));
     for (int64_t first = 0; first < out_features; first += step) {
         const int64_t last = std::min(first + step, out_features);
