@@ -50,7 +50,9 @@ struct Lines {
 inline void copy_line(const uint8_t* row, int64_t at, int64_t bytes, uint8_t* out) {
     if (at + kLine <= bytes) {
         _mm512_store_si512(out, _mm512_loadu_si512(row + at));
-        _mm_prefetch(reinterpret_cast<const char*>(row + at + 2 * kLine), _MM_HINT_T1);
+        // Beyond the row's end: the beginning of the row that comes in its place.
+        const int64_t ahead = at + 2 * kLine, wrapped = ahead < bytes ? 0 : (kRows - 1) * bytes;
+        _mm_prefetch(reinterpret_cast<const char*>(row + ahead + wrapped), _MM_HINT_T1);
     } else if (at < bytes) {
         _mm256_store_si256(reinterpret_cast<__m256i*>(out),
                            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + at)));
