@@ -3,6 +3,11 @@
 // A 16-bit lane of a word shifted right by 0, 4, 8 or 12 begins with the nibble of a value, so that one
 // permutation turns 16 words of 16 rows into 32 bf16 values: (1, 5), (0, 4), (3, 7) and (2, 6) of the eight
 // that a word holds. x is arranged in the same pairs and broadcast.
+//
+// Measured on one core of Zen 4, half of 4096 x 4096, 16 rows of x: 1.48 ms, of which the dot products alone
+// need 1.13 and the loop without reading and decoding W takes 1.27. No better: sums kept in registers with 16
+// rows of W, reading and decoding spread over both passes of 8 rows of x, whole lines transposed at once
+// (1.74), fetching x ahead.
 #include <immintrin.h>
 
 #include <algorithm>

@@ -9,10 +9,11 @@ namespace peftcore {
 namespace nf4 {
 
 // Measured with 4096 x 4096 in bf16 and 32 MB of third-level cache. Few rows of x: panels of 4 MiB stay in
-// the cache; with 256 rows they take 1.02 of the time of a dense product, panels of 8 MiB 1.04 and the whole
-// weight 1.07. With more rows the library's product is slower by panels, which are narrow for it, than by the
-// whole weight: with 1024 rows 1.5 times dense in panels of 4 MiB, 1.09 of 16 and 1.06 of 32. So it is in the
-// gradient always: with 256 rows 1.07 in panels of 4 MiB and 1.06 of 32.
+// the cache; with 256 rows forward takes 1.02 to 1.03 of the time of a dense product by them, 1.04 by 8 MiB
+// and 1.07 by 32. With 1024 rows the library's product is slower by panels, which are narrow for it, than by
+// the whole weight: 1.5 times dense by 4 MiB, 1.09 by 16 and 1.06 by 32. So it is in the gradient always:
+// with 256 rows 1.06 to 1.07 by 32 MiB, 1.07 to 1.09 by less. Writing panels around the cache is slower at
+// every size.
 constexpr int64_t kPanelBytes = int64_t(4) << 20, kLargePanelBytes = int64_t(32) << 20;
 constexpr int64_t kPanelsOfFewRows = 256;
 // Panels of columns are a multiple of this, so that a segment of a row is whole blocks or pieces of larger
