@@ -39,6 +39,23 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     return (module.nx, module.nf) if is_conv1d(module) else (module.in_features, module.out_features)
 
 
+def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int, int]:
+    """(input, output) of any module: its own sizes if it is linear, else the model's hidden size twice.
+
+    Raises:
+        PeftcoreError: the model names no hidden size.
+    """
+    module, width = model.get_submodule(path), architecture.hidden_size
+    if is_linear(module):
+        return sizes(module)
+    if width is None:
+        raise PeftcoreError(
+            f"the width of '{path}' ({type(module).__name__}) is not known, since {type(model).__name__} names no "
+            "hidden_size. Name linear layers in target_modules"
+        )
+    return width, width
+
+
 def matches(pattern: str, path: str) -> bool:
     """Is `path` the module that a list entry means: the path itself, or its end after a dot?"""
     return path == pattern or path.endswith(f".{pattern}")

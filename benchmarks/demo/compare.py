@@ -51,23 +51,28 @@ def main(folder: Path) -> None:
 
 
 def beside_peft(output: Path) -> None:
-    """Run peft, each time in a process of its own, and print both."""
-    print(f"\n{'held-out accuracy, %':28}{'peftcore':>16}{'peft':>16}{'step, ms':>12}{'peft':>8}")
+    """Run peft, and peftcore from peft's initial values, each time in a process of its own, and print all."""
+    print(f"\n{'held-out accuracy, %':28}{'peftcore':>16}{'from its start':>16}{'peft':>16}{'step, ms':>12}{'peft':>8}")
     for label in PEERS:
-        ours, theirs = [], []
+        ours, same, theirs = [], [], []
         for seed in range(SEEDS):
             run = output / "runs" / label / f"seed-{seed}"
-            found = run / "peft.json"
-            if not found.exists():
-                subprocess.run([sys.executable, __file__, "--peft", label, run], check=True, stdout=subprocess.DEVNULL)
-            theirs.append(json.loads(found.read_text()))
             ours.append(json.loads((run / "result.json").read_text()))
+            for library, found in (("peft", theirs), ("peftcore", same)):
+                result = run / f"beside-{library}.json"
+                if not result.exists():
+                    command = [sys.executable, __file__, "--beside", library, label, run]
+                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+                found.append(json.loads(result.read_text()))
         if "error" in theirs[0]:
             print(f"{label:28}{shown(ours):>16}   peft: {theirs[0]['error']}")
             continue
         assert ours[0]["trainable_parameters"] == theirs[0]["trainable_parameters"], label
         steps = [1e3 * statistics.median(run["step_seconds"] for run in runs) for runs in (ours, theirs)]
-        print(f"{label:28}{shown(ours):>16}{shown(theirs):>16}{steps[0]:12.0f}{steps[1]:8.0f}")
+        print(f"{label:28}{shown(ours):>16}{shown(same):>16}{shown(theirs):>16}{steps[0]:12.0f}{steps[1]:8.0f}")
+        for seed, runs in enumerate(zip(ours, same, theirs, strict=True)):
+            accuracies = "".join(f"{100 * run['after']['accuracy']:16.1f}" for run in runs)
+            print(f"{f'  seed {seed}':28}{accuracies}")
 
 
 def shown(runs: list[dict]) -> str:
@@ -75,13 +80,14 @@ def shown(runs: list[dict]) -> str:
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
 
 
-def train_with_peft(label: str, run: Path) -> dict:
-    """The run in the folder `run` with peft in place of peftcore."""
+def train_beside(library: str, label: str, run: Path) -> dict:
+    """The run in the folder `run` with peft in place of peftcore, or with peftcore from peft's initial values."""
     import warnings
 
     import peft
     from transformers import PrinterCallback, set_seed
 
+    import peftcore
     from peftcore import data
     from peftcore.cli import models, progress, tasks, training
 
@@ -94,12 +100,19 @@ def train_with_peft(label: str, run: Path) -> dict:
         training.encoded(what, rows, settings, tokenizer, labels)
         for what, rows in (("training", train_rows), ("held-out", eval_rows))
     )
-    set_seed(settings.seed)
-    model = models.load_model(settings.model, settings.task, device="cpu", labels=labels)
+
+    def fresh():
+        set_seed(settings.seed)
+        return models.load_model(settings.model, settings.task, device="cpu", labels=labels)
+
     config, fields = PEERS[label]
-    model = peft.get_peft_model(model, getattr(peft, config)(task_type="SEQ_CLS", **fields))
+    model = peft.get_peft_model(fresh(), getattr(peft, config)(task_type="SEQ_CLS", **fields))
+    if library == "peftcore":
+        model.save_pretrained(run / "start")
+        model = fresh()
+        peftcore.load(model, run / "start")
     meter = progress.Meter()
-    arguments = training.arguments(settings, run / "peft", len(train))
+    arguments = training.arguments(settings, run / f"beside-{library}", len(train))
     arguments.save_strategy = "no"
     trainer = training.MeasuringTrainer(
         model=model,
@@ -121,12 +134,13 @@ def train_with_peft(label: str, run: Path) -> dict:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peft"]:
+    if sys.argv[1:2] == ["--beside"]:
+        library, label, run = *sys.argv[2:4], Path(sys.argv[4])
         try:
-            result = train_with_peft(sys.argv[2], Path(sys.argv[3]))
+            result = train_beside(library, label, run)
         except ValueError as error:  # peft 0.21 cannot run every method on every model
             result = {"error": str(error)}
-        (Path(sys.argv[3]) / "peft.json").write_text(json.dumps(result, indent=2) + "\n")
+        (run / f"beside-{library}.json").write_text(json.dumps(result, indent=2) + "\n")
     else:
         began = time.perf_counter()
         main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / ".demo")

@@ -109,10 +109,10 @@ class Bottleneck(nn.Module):
     def __init__(self, config: AdapterConfig, path: str, width: int, out_width: int | None = None) -> None:
         super().__init__()
         size = config.bottleneck_size or max(1, int(width // config.reduction_factor))
-        if size > width:
-            raise peftcore.PeftcoreError(
-                f"bottleneck_size={size} is wider than '{path}' ({width}). Choose at most {width}, usually an 8th of it"
-            )
+        validation.require(
+            size <= width,
+            f"bottleneck_size={size} is wider than '{path}' ({width}). Choose at most {width}, usually an 8th of it",
+        )
         self.config = config
         self.adapter_down = nn.Linear(width, size)  # Kaiming-uniform, as in He et al.
         self.adapter_up = nn.Linear(size, out_width or width)
@@ -168,22 +168,9 @@ class BesideResidual(Bottleneck):
         return base(h, self.add(x, x))
 
 
-def widths(model: nn.Module, path: str, architecture: peftcore.Architecture) -> tuple[int, int]:
-    """(width of the input, width of the output) of a module."""
-    module, width = model.get_submodule(path), architecture.hidden_size
-    if targets.is_linear(module):
-        return targets.sizes(module)
-    validation.require(
-        width is not None,
-        f"the width of '{path}' ({type(module).__name__}) is not known, since {type(model).__name__} names no "
-        "hidden_size. Name linear layers in target_modules",
-    )
-    return width, width
-
-
 def at_module(model: nn.Module, path: str, config: AdapterConfig, architecture: peftcore.Architecture) -> Any:
     """The placement beside or behind a module."""
-    width, out_width = widths(model, path, architecture)
+    width, out_width = targets.widths(model, path, architecture)
     if config.is_parallel:
         return peftcore.Around(path, Parallel(config, path, model.get_submodule(path), width, out_width))
     return peftcore.After(path, Series(config, path, out_width))
@@ -191,7 +178,7 @@ def at_module(model: nn.Module, path: str, config: AdapterConfig, architecture: 
 
 def of_sublayer(model: nn.Module, sublayer: Any, config: AdapterConfig, architecture: peftcore.Architecture) -> Any:
     """The placement at one known sublayer."""
-    width = widths(model, sublayer.output, architecture)[1]
+    width = targets.widths(model, sublayer.output, architecture)[1]
     if config.is_parallel and sublayer.adds_residual:
         return peftcore.Around(sublayer.whole, BesideResidual(config, sublayer.whole, width))
     if not config.original_ln_before:

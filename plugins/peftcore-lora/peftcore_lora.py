@@ -136,15 +136,11 @@ class LoraConv(Lora):
     """nn.Conv1d and nn.Conv2d: A convolves with the layer's kernel to r channels, B mixes them pointwise."""
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
-        layer = base.module
-        conv = F.conv1d if self.lora_A.dim() == 3 else F.conv2d
         y = base(x)
-        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        padding = layer.padding
         x = F.dropout(x, self.p, self.training)
-        if layer.padding_mode != "zeros":
-            x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=layer.padding_mode), 0
-        return y + self.scale * conv(conv(x, a, None, layer.stride, padding, layer.dilation), b)
+        s = base.module._conv_forward(x, self.lora_A.to(x.dtype), None)  # as the layer strides, pads and dilates
+        mix = F.conv1d if self.lora_A.dim() == 3 else F.conv2d
+        return y + self.scale * mix(s, self.lora_B.to(x.dtype))
 
     def delta(self) -> Tensor:
         return self.scale * torch.einsum("or,ri...->oi...", self.lora_B.flatten(1).float(), self.lora_A.float())
@@ -164,8 +160,6 @@ class LoraEmbedding(Lora):
 
 def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
     """The LoRA of one layer."""
-    if targets.is_conv1d(module):
-        return LoraLinear(config, path, [module.nx], [module.nf])
     if isinstance(module, nn.Embedding):
         adapter = LoraEmbedding(config, path, [module.num_embeddings], [module.embedding_dim])
         if config.init_lora_weights is not False:  # as in the paper's code and PEFT: here A is zero, B normal
@@ -173,35 +167,27 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
             nn.init.normal_(adapter.lora_B)
         return adapter
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        if module.groups != 1:
-            raise peftcore.PeftcoreError(
-                f"'{path}' is a convolution in {module.groups} groups, which LoRA cannot adapt"
-            )
-        ones = [1] * len(module.kernel_size)
-        return LoraConv(config, path, [module.in_channels, *module.kernel_size], [module.out_channels, *ones])
-    return LoraLinear(config, path, [module.in_features], [module.out_features])
-
-
-def supported(module: nn.Module) -> bool:
-    """Can LoRA adapt this layer?"""
-    return targets.is_linear(module) or isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d))
+        groups, kernel = module.groups, module.kernel_size
+        validation.require(groups == 1, f"'{path}' is a convolution in {groups} groups, which LoRA cannot adapt")
+        return LoraConv(config, path, [module.in_channels, *kernel], [module.out_channels, *(1 for _ in kernel)])
+    width, out_width = targets.sizes(module)
+    return LoraLinear(config, path, [width], [out_width])
 
 
 def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
-    """The layers that the config means, by path."""
-    return targets.select_by(config, model, architecture, supported=supported)
+    """The layers that the config means, by path, of those that LoRA can adapt."""
+    others = (nn.Embedding, nn.Conv1d, nn.Conv2d)
+    return targets.select_by(
+        config, model, architecture, supported=lambda module: targets.is_linear(module) or isinstance(module, others)
+    )
 
 
-def place(
-    model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture
-) -> list[peftcore.Around | peftcore.Train]:
+def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> list[Any]:
     chosen = selected(model, config, architecture)
-    placements: list[Any] = [
-        peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()
-    ]
-    if config.bias != "none":
-        placements.append(targets.biases(model, None if config.bias == "all" else chosen))
-    return placements
+    placements = [peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()]
+    if config.bias == "none":
+        return placements
+    return [*placements, targets.biases(model, None if config.bias == "all" else chosen)]
 
 
 def tensor_name(placement: Any, name: str) -> str:
