@@ -7,7 +7,7 @@
 
 #include "build_facts.h"
 #include "common/cpu_features.h"
-#include "nf4/cpu/linear/panel.h"
+#include "common/workspace.h"
 #include "optim/python.h"
 
 namespace py = pybind11;
@@ -51,7 +51,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_level", [] { return std::string(cpu_level_name(cpu_level())); }, "The SIMD level in use.");
     m.def("set_cpu_level", &set_cpu_level, py::arg("name"),
           "Use another SIMD level; ValueError if it is not among cpu_levels().");
-    m.def("free_workspace", &nf4::free_workspace, "Give back what this thread keeps for linear_4bit on CPU.");
+    m.def("free_workspace", &free_workspace, "Give back what this thread keeps for linear_4bit on CPU.");
     optim::bind_pool(m);
     cpu_level();  // a misspelt PEFTCORE_CPU_LEVEL fails here, at import
 }

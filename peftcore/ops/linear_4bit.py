@@ -3,9 +3,11 @@
     W [out, in] = dequantized `packed` (see nf4.py), each value rounded once to x's dtype
     dx = dy W, db = the sum of dy over all rows
 
-The weight is unpacked panel by panel (whole rows of W) into a workspace that is kept between calls, and multiplied
-by the library's GEMM: a fresh buffer for the whole weight would cost more in page faults than the unpacking itself.
-Panels begin where a block of scales of scales begins, so each is dequantized by one call.
+The reference unpacks the weight panel by panel (whole rows of W) into a workspace that is kept between calls, and
+multiplies by the library's GEMM: a fresh buffer for the whole weight would cost more in page faults than the unpacking
+itself. Panels begin where a block of scales of scales begins, so each is dequantized by one call. The kernels read few
+rows of x straight from 4 bits; for many, on CPUs with dot products of bf16, they unpack tiles into the second cache
+and multiply them there (csrc/gemm), so that no 16-bit weight is ever written to memory.
 
 The layers of a model pay for every microsecond here, so the gradient is an `autograd.Function` over two operators
 without autograd of their own. It cannot be differentiated again.

@@ -1,6 +1,7 @@
 """linear_4bit's compiled kernels against float64: every SIMD level, dtype and way through, whatever the threads."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ if ops.extension is None:
 
 OPS = torch.ops.peftcore
 LEVELS = ops.extension.cpu_levels()
+HAS_TILES = LEVELS[-1] == "avx512" and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CODES = {"nf4": ops.NF4, "fp4": ops.FP4}
@@ -96,6 +98,39 @@ def test_shapes_whose_blocks_cross_rows(rows, columns, batch, dtype, blocksize, 
 @pytest.mark.parametrize(("rows", "columns"), [(2100, 1088), (1025, 4099), (131072 * 2, 72)])
 def test_more_than_one_panel(dtype, rows, columns):
     check(rows, columns, 33, dtype, 64, nested=True)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "batch"),
+    [(37, 4160, 40), (4099, 64, 3), (5, 64, 1600), (130, 2112, 97), (1, 64, 33)],
+    ids=["columns", "rows", "x", "all", "one row"],
+)
+def test_bf16_tiles_where_there_is_more_than_one_of_anything(rows, columns, batch):
+    check(rows, columns, batch, torch.bfloat16, 64, nested=True, bias=batch != 97)
+
+
+@pytest.mark.skipif(not HAS_TILES, reason="the library's product, whose sums are its own business")
+def test_bf16_tiles_give_the_same_bits_by_any_number_of_threads():
+    rows, columns, batch = 70, 2112, 200  # few tiles, whose rows of x are divided
+    quantized, scales, _ = weight(rows, columns)
+    x, grad = values((batch, columns), torch.bfloat16), values((batch, rows), torch.bfloat16, 2)
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        y = OPS.linear_4bit(x, *quantized, rows, None, *scales)
+        results.append((y, OPS.linear_4bit_backward(grad, *quantized, columns, *scales)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+def test_a_row_of_the_weight_that_is_nan_shows_in_its_column_only(level):
+    w = torch.randn(20, 128, generator=torch.Generator().manual_seed(0))
+    w[3, 70] = torch.nan
+    packed, absmax = ops.quantize_4bit(w)
+    y = OPS.linear_4bit(values((40, 128), torch.bfloat16), packed, absmax, ops.NF4, 64, 20, None)
+    assert y[:, 3].isnan().all() and y[:, :3].isfinite().all() and y[:, 4:].isfinite().all()
+    dx = OPS.linear_4bit_backward(values((5, 20), torch.bfloat16), packed, absmax, ops.NF4, 64, 128)
+    assert dx[:, 64:].isnan().all() and dx[:, :64].isfinite().all()
 
 
 @pytest.mark.skipif(LEVELS == ["portable"], reason="the library's product, whose sums are its own business")

@@ -1,5 +1,6 @@
 """Pages under a budget: random schedules, faults of the page file, forks, threads, memory."""
 
+import gc
 import os
 import resource
 import subprocess
@@ -346,11 +347,12 @@ def test_no_leak_over_ten_thousand_steps():
         p.grad = torch.randn(p.shape)
     for _ in range(500):
         optimizer.step()
+    gc.collect()  # what earlier tests left, which may hold files
     memory, descriptors = resident_memory(), len(os.listdir("/proc/self/fd"))
     for _ in range(10_000):
         optimizer.step()
     assert resident_memory() - memory < 2 << 20
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
 
 
 def test_an_optimizer_that_is_gone_gives_its_memory_and_file_back():

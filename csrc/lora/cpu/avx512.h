@@ -1,8 +1,7 @@
 // Vectors of AVX-512, for the files of both its levels: hence the namespace without a name.
 #pragma once
 
-#include <immintrin.h>
-
+#include "common/avx512.h"
 #include "lora/cpu/blocks.h"
 
 namespace peftcore {
@@ -24,8 +23,7 @@ struct Avx512 {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }
     static inline Vector load(const BFloat16* from) {
-        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+        return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }
 
     static inline void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
@@ -33,13 +31,7 @@ struct Avx512 {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
     }
     static inline void store(BFloat16* to, Vector v) {
-        const __m512i bits = _mm512_castps_si512(v);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
-        const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-        rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                            _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bf16(v));
     }
 
     static inline Vector keep(Vector v, uint32_t bits) { return _mm512_maskz_mov_ps(__mmask16(bits), v); }

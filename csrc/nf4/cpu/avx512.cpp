@@ -2,7 +2,7 @@
 //
 // Encoding is a binary search over the 15 thresholds with the table of each step in one register. Decoding
 // scales the 16 entries once a block, rounds them once, and looks values up in the result.
-#include <immintrin.h>
+#include "common/avx512.h"
 
 #include "nf4/cpu/blocks.h"
 
@@ -15,8 +15,7 @@ inline __m512 load(const Half* x) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 inline __m512 load(const BFloat16* x) {
-    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+    return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
 }
 
 // The 16 scaled entries rounded to 16 bits, twice over: an index's fifth bit then does not matter.
@@ -24,16 +23,7 @@ inline __m512i round_to(__m512 values, const Half*) {
     const __m256i half = _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return _mm512_broadcast_i64x4(half);
 }
-inline __m512i round_to(__m512 values, const BFloat16*) {
-    // Not vcvtneps2bf16: it flushes subnormals to zero.
-    const __m512i bits = _mm512_castps_si512(values);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
-    const __m512i result =
-        _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-    return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(result));
-}
+inline __m512i round_to(__m512 values, const BFloat16*) { return _mm512_broadcast_i64x4(to_bf16(values)); }
 
 inline void store(void* out, __m512i value, bool stream) {
     if (stream)

@@ -1,6 +1,6 @@
 // AVX-512 (F, BW, VL, DQ): 16 fp32 values a register. Codes are looked up in registers: the map as two tables
 // of 256 words, the upper and lower halves of its values; the encoder's tables as they are.
-#include <immintrin.h>
+#include "common/avx512.h"
 
 #include "optim/cpu/loops.h"
 
@@ -166,22 +166,13 @@ struct Avx512 {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
     }
     static inline F widen_half(const uint16_t* x) { return _mm512_cvtph_ps(words(x)); }
-    static inline F widen_bfloat16(const uint16_t* x) {
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words(x)), 16));
-    }
+    static inline F widen_bfloat16(const uint16_t* x) { return from_bf16(words(x)); }
     static inline void narrow_half(F x, uint16_t* out) {
         const __m256i bits = _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bits);
     }
     static inline void narrow_bfloat16(F x, uint16_t* out) {
-        // Not vcvtneps2bf16: it flushes subnormals to zero.
-        const __m512i bits = _mm512_castps_si512(x);
-        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-        const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-        const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-        const __m512i result =
-            _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(result));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), to_bf16(x));
     }
 };
 

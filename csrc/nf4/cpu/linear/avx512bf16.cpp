@@ -8,11 +8,10 @@
 // need 1.13 and the loop without reading and decoding W takes 1.27. No better: sums kept in registers with 16
 // rows of W, reading and decoding spread over both passes of 8 rows of x, whole lines transposed at once
 // (1.74), fetching x ahead.
-#include <immintrin.h>
-
 #include <algorithm>
 #include <vector>
 
+#include "common/avx512.h"
 #include "nf4/cpu/linear/kernels.h"
 
 namespace peftcore {
@@ -160,25 +159,18 @@ void spread_scales(const LinearArgs& args, int64_t begin, int step, float* out) 
     }
 }
 
-// `store_result` of kRows columns: to the nearest, ties to even. Not vcvtneps2bf16: it flushes subnormals.
+// `store_result` of kRows columns.
 void store_results(const LinearArgs& args, int64_t n, int64_t rows, const float* sums) {
     for (int64_t first = 0; first < rows; first += 16, n += 16, sums += 16) {
         const __mmask16 stored = __mmask16(rows - first < 16 ? (1u << (rows - first)) - 1 : 0xffff);
         __m512 bias = _mm512_setzero_ps();
         if (args.bias != nullptr) {
-            const __m256i bits =
-                _mm256_maskz_loadu_epi16(stored, static_cast<const uint16_t*>(args.bias) + n);
-            bias = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+            bias = from_bf16(_mm256_maskz_loadu_epi16(stored, static_cast<const uint16_t*>(args.bias) + n));
         }
         for (int64_t m = 0; m < args.batch; ++m) {
             const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(sums + m * kRows), bias);
-            const __m512i bits = _mm512_castps_si512(sum);
-            const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-            __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
-            rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(sum, sum, _CMP_UNORD_Q),
-                                            _mm512_set1_epi32(0x7fc00000));
             _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + m * args.rows + n, stored,
-                                     _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+                                     to_bf16(sum));
         }
     }
 }

@@ -9,9 +9,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/workspace.h"
+#include "gemm/cpu/product.h"
 #include "nf4/cpu/dequantize.h"
 #include "nf4/cpu/linear/kernels.h"
 #include "nf4/cpu/linear/panel.h"
+#include "nf4/cpu/tiles/tiles.h"
 #include "nf4/linear_arguments.h"
 
 namespace peftcore {
@@ -38,8 +41,8 @@ std::optional<LinearKernel> rows_kernel() {
     }
 }
 
-// The kernel for `batch` rows of x, or none: then the library's GEMM on panels is faster, or the shape is not
-// one that the kernels read.
+// The kernel for `batch` rows of x, or none: then tiles or the library's GEMM on panels are faster, or the
+// shape is not one that the kernels read.
 std::optional<LinearKernel> choose(const Packed& packed, Dtype dtype, int64_t batch, int64_t columns) {
     const float* code = packed.code.const_data_ptr<float>();
     if (!std::all_of(code, code + 16, [](float value) { return std::isfinite(value); })) return {};
@@ -84,6 +87,29 @@ void small(const LinearKernel& kernel, const Packed& packed, const Tensor& x, co
     });
 }
 
+// y = x B + bias with B unpacked tile by tile, where this processor and these shapes allow it.
+bool by_tiles(const Packed& packed, int64_t columns, bool transposes, const Tensor& x, const Tensor& bias,
+              const Tensor& y) {
+#if defined(PEFTCORE_HAVE_AVX512BF16)
+    if (x.scalar_type() != at::kBFloat16 || !gemm::available() || columns % kTileBlock != 0 ||
+        packed.blocksize < kTileBlock)
+        return false;
+    PackedTiles weight{packed.bytes.const_data_ptr<uint8_t>(),
+                       scales_of(packed),
+                       {},
+                       shift_of(packed.blocksize),
+                       packed.count / columns,
+                       columns};
+    std::copy_n(packed.code.const_data_ptr<float>(), 16, weight.code);
+    const auto bits = [](const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); };
+    gemm::multiply({bits(x), transposes ? transposed(weight) : plain(weight), x.size(0), x.size(1), y.size(1),
+                    bias.defined() ? bits(bias) : nullptr, static_cast<BFloat16*>(y.mutable_data_ptr())});
+    return true;
+#else
+    return false;
+#endif
+}
+
 Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, const Tensor& code,
                    int64_t blocksize, int64_t out_features, const std::optional<Tensor>& bias,
                    const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
@@ -108,6 +134,7 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
         small(*kernel, weight, flat, added, result);
         return y;
     }
+    if (by_tiles(weight, columns, true, flat, added, result)) return y;
     const int64_t limit = batch <= kPanelsOfFewRows ? kPanelBytes : kLargePanelBytes;
     const int64_t step = std::max<int64_t>(1, limit / (columns * x.element_size()));
     for (int64_t first = 0; first < out_features; first += step) {
@@ -141,6 +168,7 @@ Tensor linear_4bit_backward(const Tensor& grad, const Tensor& packed, const Tens
     if (rows == 0) return dx.zero_();
     const int64_t batch = dx.numel() / in_features;
     const Tensor flat = grad.contiguous().view({batch, rows}), result = dx.view({batch, in_features});
+    if (by_tiles(weight, in_features, false, flat, {}, result)) return dx;
     const int64_t fit = kLargePanelBytes / (rows * grad.element_size());
     const int64_t step = std::max<int64_t>(kPanelColumns, fit / kPanelColumns * kPanelColumns);
     for (int64_t first = 0; first < in_features; first += step) {

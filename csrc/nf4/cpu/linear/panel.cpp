@@ -4,12 +4,10 @@
 #include <ATen/ops/from_blob.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "common/workspace.h"
 #include "nf4/cpu/dequantize.h"
 
 namespace peftcore {
@@ -17,19 +15,6 @@ namespace nf4 {
 namespace {
 
 constexpr int64_t kValuesPerTask = 32768;
-constexpr int64_t kAlignment = 64;
-
-struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-};
-
-struct Workspace {
-    std::unique_ptr<void, Free> memory;
-    int64_t bytes = 0;
-};
-
-thread_local Workspace kept;
-
 // Writes W's flat elements [begin, end) in pieces of `piece` values, a divisor of the block size.
 struct Segments {
     const Packed& weight;
@@ -69,20 +54,6 @@ struct Segments {
 };
 
 }  // namespace
-
-void* workspace(int64_t bytes) {
-    if (bytes > kept.bytes) {
-        free_workspace();
-        const int64_t rounded = ceil_div(bytes, kAlignment) * kAlignment;
-        void* memory = std::aligned_alloc(size_t(kAlignment), size_t(rounded));
-        if (memory == nullptr) throw std::bad_alloc();
-        kept.memory.reset(memory);
-        kept.bytes = rounded;
-    }
-    return kept.memory.get();
-}
-
-void free_workspace() { kept = {}; }
 
 Tensor dequantized_panel(const Packed& weight, int64_t width, Range rows, Range columns,
                          const at::TensorOptions& options) {

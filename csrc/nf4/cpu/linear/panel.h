@@ -8,12 +8,14 @@
 namespace peftcore {
 namespace nf4 {
 
+// For what tiles (nf4/cpu/tiles) do not read, and for dtypes and levels without them: then the library
+// multiplies.
+//
 // Measured with 4096 x 4096 in bf16 and 32 MB of third-level cache. Few rows of x: panels of 4 MiB stay in
-// the cache; with 256 rows forward takes 1.02 to 1.03 of the time of a dense product by them, 1.04 by 8 MiB
-// and 1.07 by 32. With 1024 rows the library's product is slower by panels, which are narrow for it, than by
-// the whole weight: 1.5 times dense by 4 MiB, 1.09 by 16 and 1.06 by 32. So it is in the gradient always:
-// with 256 rows 1.06 to 1.07 by 32 MiB, 1.07 to 1.09 by less. Writing panels around the cache is slower at
-// every size.
+// the cache. With 1024 rows the library's product is slower by panels, which are narrow for it, than by the
+// whole weight: 1.5 times dense by 4 MiB, 1.09 by 16 and 1.06 by 32. So it is in the gradient always: with
+// 256 rows 1.06 to 1.07 by 32 MiB, 1.07 to 1.09 by less. Writing panels around the cache is slower at every
+// size.
 constexpr int64_t kPanelBytes = int64_t(4) << 20, kLargePanelBytes = int64_t(32) << 20;
 constexpr int64_t kPanelsOfFewRows = 256;
 // Panels of columns are a multiple of this, so that a segment of a row is whole blocks or pieces of larger
@@ -23,11 +25,6 @@ constexpr int64_t kPanelColumns = 64;
 struct Range {
     int64_t first, last;
 };
-
-// At least `bytes` of this thread's memory, on a 64-byte boundary; valid until the next call.
-void* workspace(int64_t bytes);
-
-void free_workspace();
 
 // W[rows, columns] as a contiguous tensor in the workspace, each value rounded once.
 Tensor dequantized_panel(const Packed& weight, int64_t width, Range rows, Range columns,

@@ -1,0 +1,28 @@
+// What the files of AVX-512 share: hence the namespace without a name.
+#pragma once
+
+#include <immintrin.h>
+
+namespace peftcore {
+namespace {
+
+// 16 values rounded to bf16, to the nearest, ties to even, in the upper halves; the lower ones hold anything.
+// Not vcvtneps2bf16: it flushes subnormals to zero.
+inline __m512i bf16_in_upper_half(__m512 values) {
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
+    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+}
+
+inline __m256i to_bf16(__m512 values) {
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_in_upper_half(values), 16));
+}
+
+inline __m512 from_bf16(__m256i values) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
+}
+
+}  // namespace
+}  // namespace peftcore

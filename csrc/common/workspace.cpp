@@ -1,0 +1,39 @@
+#include "common/workspace.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace peftcore {
+namespace {
+
+constexpr int64_t kAlignment = 64;
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+
+struct Workspace {
+    std::unique_ptr<void, Free> memory;
+    int64_t bytes = 0;
+};
+
+thread_local Workspace kept;
+
+}  // namespace
+
+void* workspace(int64_t bytes) {
+    if (bytes > kept.bytes) {
+        free_workspace();
+        const int64_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+        void* memory = std::aligned_alloc(size_t(kAlignment), size_t(rounded));
+        if (memory == nullptr) throw std::bad_alloc();
+        kept.memory.reset(memory);
+        kept.bytes = rounded;
+    }
+    return kept.memory.get();
+}
+
+void free_workspace() { kept = {}; }
+
+}  // namespace peftcore

@@ -1,0 +1,48 @@
+// y [rows, columns] = x [rows, inner] B [inner, columns] + bias in bf16, with fp32 sums, rounded once.
+//
+// B does not lie in memory: it is unpacked into the second cache, a panel at a time, from whatever holds it.
+// So a 4-bit weight costs no trip through memory as 16 bits.
+//
+// A sum runs over the inner numbers in their order, whatever the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "common/half.h"
+
+namespace peftcore {
+namespace gemm {
+
+constexpr int kTileColumns = 32;  // two registers
+constexpr int kTiles = 4;         // of a panel
+constexpr int64_t kPairs = 1024;  // of inner numbers in a panel: half of a second cache of 1 MiB
+constexpr int kRows = 12;         // of x that a register tile multiplies
+
+// B, tile by tile. Two values that follow one another on the inner dimension make a pair, the first in the
+// low half.
+struct Tiles {
+    const void* source;
+    // Pair p of tile i, inner numbers first + 2 p and first + 2 p + 1, at out + i * stride + p *
+    // kTileColumns. A pair's second half is zero behind an odd `last`. Columns behind the last one may hold
+    // anything.
+    void (*unpack)(const void* source, int64_t column, int tiles, int64_t first, int64_t last, int64_t stride,
+                   uint32_t* out);
+    bool even_odd;  // a tile's columns come as 0, 2, .. 30, 1, 3, .. 31; otherwise in order
+};
+
+struct Product {
+    const BFloat16* x;
+    Tiles right;
+    int64_t rows, inner, columns;
+    const BFloat16* bias;  // or nullptr
+    BFloat16* y;
+    int64_t pairs() const { return (inner + 1) / 2; }
+};
+
+// Whether this processor and level run `multiply`: AVX-512 with dot products of bf16.
+bool available();
+
+void multiply(const Product& product);
+
+}  // namespace gemm
+}  // namespace peftcore

@@ -1,0 +1,122 @@
+#include "common/avx512.h"
+
+#include "nf4/cpu/tiles/tiles.h"
+
+namespace peftcore {
+namespace nf4 {
+namespace {
+
+using gemm::kTileColumns;
+
+// The codebook times a scale as bf16, twice over: an index's fifth bit then does not matter.
+inline __m512i scaled(__m512 code, float scale) {
+    return _mm512_broadcast_i64x4(to_bf16(_mm512_mul_ps(code, _mm512_set1_ps(scale))));
+}
+
+inline __m128i sixteen(const uint8_t* from) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+}
+
+// Wᵀ: 32 rows of W, a cache line of each at a time, are decoded side by side and transposed.
+constexpr int kLine = 64, kLineColumns = 2 * kLine;
+struct Decoded {
+    alignas(64) uint16_t row[kTileColumns][kLineColumns];
+};
+
+// The 128 bits at `from` and at the fourth, eighth and twelfth row behind.
+inline __m512i four_rows(const uint16_t* from) {
+    const auto at = [&](int i) {
+        return _mm_load_si128(reinterpret_cast<const __m128i*>(from + i * kLineColumns));
+    };
+    __m512i result = _mm512_castsi128_si512(at(0));
+    result = _mm512_inserti32x4(result, at(4), 1);
+    result = _mm512_inserti32x4(result, at(8), 2);
+    return _mm512_inserti32x4(result, at(12), 3);
+}
+
+// Eight columns of 16 rows: four pairs, kTileColumns apart.
+inline void transpose(const uint16_t* from, uint32_t* out) {
+    const __m512i a = four_rows(from), b = four_rows(from + kLineColumns);
+    const __m512i c = four_rows(from + 2 * kLineColumns), d = four_rows(from + 3 * kLineColumns);
+    const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
+    const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
+    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(ab_low, cd_low));
+    _mm512_storeu_si512(out + kTileColumns, _mm512_unpackhi_epi64(ab_low, cd_low));
+    _mm512_storeu_si512(out + 2 * kTileColumns, _mm512_unpacklo_epi64(ab_high, cd_high));
+    _mm512_storeu_si512(out + 3 * kTileColumns, _mm512_unpackhi_epi64(ab_high, cd_high));
+}
+
+void unpack_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last,
+                       int64_t stride, uint32_t* out) {
+    const PackedTiles& weight = *static_cast<const PackedTiles*>(source);
+    const __m512 code = _mm512_loadu_ps(weight.code);
+    const int64_t rows = weight.rows, columns = weight.columns;
+    Decoded decoded;
+    for (int tile = 0; tile < tiles; ++tile, column += kTileColumns, out += stride)
+        for (int64_t k = first; k < last; k += kLineColumns) {
+            const int64_t count = last - k < kLineColumns ? last - k : kLineColumns;
+            for (int r = 0; r < kTileColumns; ++r) {
+                // Behind the last row: that row again, for columns that are not stored.
+                const int64_t row = column + r < rows ? column + r : rows - 1, begin = row * columns + k;
+                const uint8_t* packed = weight.packed + begin / 2;
+                // A line of each row is too far from the next for the processor to foresee.
+                _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kLine), _MM_HINT_T0);
+                for (int64_t i = 0; i < count; i += kTileBlock) {
+                    const __m512i table = scaled(code, weight.scales[(begin + i) >> weight.shift]);
+                    for (int64_t j = i; j < i + kTileBlock; j += 32) {
+                        const __m512i bytes = _mm512_cvtepu8_epi32(sixteen(packed + j / 2));
+                        const __m512i index =
+                            _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
+                        _mm512_store_si512(decoded.row[r] + j, _mm512_permutexvar_epi16(index, table));
+                    }
+                }
+            }
+            for (int64_t i = 0; i < count; i += 8)
+                for (int half = 0; half < 2; ++half)
+                    transpose(decoded.row[16 * half] + i,
+                              out + (k - first + i) / 2 * kTileColumns + 16 * half);
+        }
+}
+
+// W: two rows at a time. One permutation of two tables looks up 16 values of each row and makes pairs of
+// them; byte j of a row holds columns 2 j and 2 j + 1, so even and odd columns come apart.
+void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, int64_t last, int64_t stride,
+                  uint32_t* out) {
+    const PackedTiles& weight = *static_cast<const PackedTiles*>(source);
+    const __m512 code = _mm512_loadu_ps(weight.code);
+    const __m512i nibble = _mm512_set1_epi32(0x000f000f), second_table = _mm512_set1_epi32(0x00200000);
+    constexpr int64_t kAhead = 16;  // rows
+    for (int64_t n = first; n < last; n += 2, out += kTileColumns) {
+        const int64_t begin = n * weight.columns + column, below = begin + weight.columns;
+        const bool pair = n + 1 < last;
+        const int64_t ahead = n + kAhead + 1 < weight.rows ? kAhead * weight.columns / 2 : 0;
+        _mm_prefetch(reinterpret_cast<const char*>(weight.packed + begin / 2 + ahead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(weight.packed + (pair ? below : begin) / 2 + ahead),
+                     _MM_HINT_T0);
+        __m512i table = _mm512_setzero_si512(), table_below = table;
+        for (int tile = 0; tile < tiles; ++tile) {
+            const int64_t at = begin + tile * kTileColumns, at_below = below + tile * kTileColumns;
+            if (tile == 0 || at % kTileBlock == 0) {
+                table = scaled(code, weight.scales[at >> weight.shift]);
+                if (pair) table_below = scaled(code, weight.scales[at_below >> weight.shift]);
+            }
+            const __m512i bytes = _mm512_cvtepu8_epi32(sixteen(weight.packed + at / 2));
+            const __m512i bytes_below =
+                pair ? _mm512_cvtepu8_epi32(sixteen(weight.packed + at_below / 2)) : _mm512_setzero_si512();
+            const __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes_below, 16));
+            const __m512i even = _mm512_or_si512(_mm512_srli_epi16(both, 4), second_table);
+            const __m512i odd = _mm512_or_si512(_mm512_and_si512(both, nibble), second_table);
+            _mm512_storeu_si512(out + tile * stride, _mm512_permutex2var_epi16(table, even, table_below));
+            _mm512_storeu_si512(out + tile * stride + 16, _mm512_permutex2var_epi16(table, odd, table_below));
+        }
+    }
+}
+
+}  // namespace
+
+gemm::Tiles transposed(const PackedTiles& weight) { return {&weight, unpack_transposed, false}; }
+
+gemm::Tiles plain(const PackedTiles& weight) { return {&weight, unpack_plain, true}; }
+
+}  // namespace nf4
+}  // namespace peftcore
