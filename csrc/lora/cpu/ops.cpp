@@ -131,6 +131,8 @@ Tensor matrix(const Tensor& t) {
 // A factor in x's dtype, rounded once.
 Tensor like(const Tensor& factor, const Tensor& x) { return factor.to(x.scalar_type()).contiguous(); }
 
+// A dense weight by tiles (csrc/gemm), too, gains nothing: 576 x 1536 to 4096 x 14336 took 0.98 to 1.07 of
+// the library's time forward, 0.94 to 1.08 backward.
 Tensor base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
             const Quantized& quantized) {
     if (quantized.packed()) return packed_linear(x, weight, bias, out_features, quantized);
