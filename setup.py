@@ -36,6 +36,7 @@ SIMD = {
     "avx2": ["-mavx2", "-mf16c", "-mfma"],
     "avx512": AVX512,
     "avx512bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 
 

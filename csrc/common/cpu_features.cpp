@@ -4,8 +4,27 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(PEFTCORE_HAVE_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace peftcore {
 namespace {
+
+// Tiles are larger than what Linux saves of a thread unasked: a process asks for them once.
+bool has_amx() {
+#if defined(PEFTCORE_HAVE_AMX) && defined(__linux__)
+    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID 7, EDX
+    constexpr int kRequest = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM
+    unsigned a, b, c, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 && (d & kTile) != 0 &&
+           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
 
 bool cpu_has(CpuLevel level) {
     switch (level) {
@@ -21,6 +40,10 @@ bool cpu_has(CpuLevel level) {
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
+        case CpuLevel::kAmx: {
+            static const bool has = cpu_has_bf16_dot() && has_amx();
+            return has;
+        }
         default:
             return false;
     }
@@ -51,6 +74,8 @@ std::atomic<CpuLevel>& current() {
 
 const char* cpu_level_name(CpuLevel level) {
     switch (level) {
+        case CpuLevel::kAmx:
+            return "amx";
         case CpuLevel::kAvx512:
             return "avx512";
         case CpuLevel::kAvx2:
@@ -71,7 +96,7 @@ bool cpu_has_bf16_dot() {
 
 std::vector<CpuLevel> available_cpu_levels() {
     std::vector<CpuLevel> levels;
-    for (CpuLevel level : {CpuLevel::kPortable, CpuLevel::kAvx2, CpuLevel::kAvx512})
+    for (CpuLevel level : {CpuLevel::kPortable, CpuLevel::kAvx2, CpuLevel::kAvx512, CpuLevel::kAmx})
         if (cpu_has(level)) levels.push_back(level);
     return levels;
 }

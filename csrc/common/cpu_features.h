@@ -7,7 +7,8 @@
 
 namespace peftcore {
 
-enum class CpuLevel { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+// AMX: AVX-512 with dot products of bf16, and tiles of bf16.
+enum class CpuLevel { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 const char* cpu_level_name(CpuLevel level);
 

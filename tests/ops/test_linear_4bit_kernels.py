@@ -15,7 +15,8 @@ if ops.extension is None:
 
 OPS = torch.ops.peftcore
 LEVELS = ops.extension.cpu_levels()
-HAS_TILES = LEVELS[-1] == "avx512" and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+HAS_BF16_DOTS = "avx512" in LEVELS and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+TILE_LEVELS = [name for name in LEVELS if name in ("avx512", "amx") and HAS_BF16_DOTS]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CODES = {"nf4": ops.NF4, "fp4": ops.FP4}
@@ -100,17 +101,19 @@ def test_more_than_one_panel(dtype, rows, columns):
     check(rows, columns, 33, dtype, 64, nested=True)
 
 
+@pytest.mark.parametrize("level", TILE_LEVELS, indirect=True)
 @pytest.mark.parametrize(
     ("rows", "columns", "batch"),
     [(37, 4160, 40), (4099, 64, 3), (5, 64, 1600), (130, 2112, 97), (1, 64, 33)],
     ids=["columns", "rows", "x", "all", "one row"],
 )
-def test_bf16_tiles_where_there_is_more_than_one_of_anything(rows, columns, batch):
+def test_bf16_tiles_where_there_is_more_than_one_of_anything(level, rows, columns, batch):
     check(rows, columns, batch, torch.bfloat16, 64, nested=True, bias=batch != 97)
 
 
-@pytest.mark.skipif(not HAS_TILES, reason="the library's product, whose sums are its own business")
-def test_bf16_tiles_give_the_same_bits_by_any_number_of_threads():
+# Elsewhere the product is the library's, whose sums are its own business.
+@pytest.mark.parametrize("level", TILE_LEVELS, indirect=True)
+def test_bf16_tiles_give_the_same_bits_by_any_number_of_threads(level):
     rows, columns, batch = 70, 2112, 200  # few tiles, whose rows of x are divided
     quantized, scales, _ = weight(rows, columns)
     x, grad = values((batch, columns), torch.bfloat16), values((batch, rows), torch.bfloat16, 2)
@@ -121,6 +124,20 @@ def test_bf16_tiles_give_the_same_bits_by_any_number_of_threads():
         results.append((y, OPS.linear_4bit_backward(grad, *quantized, columns, *scales)))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.parametrize("level", TILE_LEVELS, indirect=True)
+def test_nan_that_an_earlier_product_left_in_the_workspace_does_not_show(level):
+    broken, broken_scales, _ = weight(160, 2112, nested=False)
+    broken[1].fill_(torch.nan)
+    rows, columns, batch = 70, 64, 40  # of all, less than whole tiles
+    quantized, scales, w = weight(rows, columns)
+    x, grad = values((batch, columns), torch.bfloat16), values((batch, rows), torch.bfloat16, 2)
+    spoiled = values((200, 2112), torch.bfloat16).fill_(torch.nan)
+    assert OPS.linear_4bit(spoiled, *broken, 160, None, *broken_scales).isnan().all()
+    assert_near(OPS.linear_4bit(x, *quantized, rows, None, *scales), x.double(), w.T)
+    OPS.linear_4bit_backward(spoiled[:, :160].contiguous(), *broken, 2112, *broken_scales)
+    assert_near(OPS.linear_4bit_backward(grad, *quantized, columns, *scales), grad.double(), w)
 
 
 def test_a_row_of_the_weight_that_is_nan_shows_in_its_column_only(level):

@@ -4,16 +4,16 @@
 // Measured on one core of Zen 4: 230 to 236 GFLOP/s with all in the second cache, of 237 that the dot
 // products allow; 220 with 1020 rows by 4096 x 4096 out of 4 bits, where the library reaches 205 to 218 with
 // a dense weight. No better: chunks of 384 or 512 pairs, panels of 8 tiles.
-#include "common/avx512.h"
-#include "gemm/cpu/kernels.h"
+#include "gemm/cpu/avx512.h"
 
 namespace peftcore {
 namespace gemm {
 namespace {
 
+constexpr int64_t kRows = 12;     // of x that a register tile multiplies
+constexpr int64_t kPairs = 1024;  // of a chunk: with it a panel is half of a second cache of 1 MiB
+constexpr int64_t kTiles = 4;     // of a panel
 constexpr int64_t kPanelColumns = kTiles * kTileColumns;
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // out[pair][row] of R rows of x [.., inner], from their inner number `first` to `last`.
 void arrange_block(const BFloat16* x, int64_t inner, int64_t rows, int64_t first, int64_t last,
@@ -27,31 +27,6 @@ void arrange_block(const BFloat16* x, int64_t inner, int64_t rows, int64_t first
         for (int64_t p = 0; p < pairs; ++p)
             for (int64_t m = 0; m < rows; ++m) out[p * rows + m] = block[m][p];
     }
-}
-
-struct Bias {
-    __m512 of[2];
-};
-
-inline __mmask32 columns_there(const Product& product, int64_t column) {
-    const int64_t left = product.columns - column;
-    return left < kTileColumns ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
-}
-
-inline Bias bias_of(const Product& product, int64_t column) {
-    if (product.bias == nullptr) return {{_mm512_setzero_ps(), _mm512_setzero_ps()}};
-    const __m512i values = _mm512_maskz_loadu_epi16(columns_there(product, column), product.bias + column);
-    if (product.right.even_odd)
-        return {{_mm512_castsi512_ps(_mm512_slli_epi32(values, 16)),
-                 _mm512_castsi512_ps(_mm512_and_si512(values, _mm512_set1_epi32(int(0xffff0000))))}};
-    return {{from_bf16(_mm512_castsi512_si256(values)), from_bf16(_mm512_extracti64x4_epi64(values, 1))}};
-}
-
-inline __m512i rounded(const Product& product, __m512 first, __m512 second) {
-    if (product.right.even_odd)
-        return _mm512_mask_mov_epi16(_mm512_srli_epi32(bf16_in_upper_half(first), 16), 0xaaaaaaaa,
-                                     bf16_in_upper_half(second));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(first)), to_bf16(second), 1);
 }
 
 struct Place {
@@ -87,14 +62,10 @@ inline void multiply_tile(const Place& place, const uint32_t* x, const uint32_t*
             for (int v = 0; v < 2; ++v) _mm512_storeu_ps(place.sums + r * kPanelColumns + 16 * v, sum[r][v]);
         return;
     }
-    const Product& product = place.product;
-    const Bias bias = bias_of(product, place.column);
-    const __mmask32 there = columns_there(product, place.column);
+    const Bias bias = bias_of(place.product, place.column);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r)
-        _mm512_mask_storeu_epi16(
-            product.y + (place.row + r) * product.columns + place.column, there,
-            rounded(product, _mm512_add_ps(sum[r][0], bias.of[0]), _mm512_add_ps(sum[r][1], bias.of[1])));
+        store_row(place.product, place.row + r, place.column, bias, sum[r][0], sum[r][1]);
 }
 
 using Tile = void (*)(const Place&, const uint32_t*, const uint32_t*, int64_t);
@@ -103,8 +74,7 @@ constexpr Tile kTileOf[kRows + 1] = {nullptr,          multiply_tile<1>, multipl
                                      multiply_tile<8>, multiply_tile<9>, multiply_tile<10>, multiply_tile<11>,
                                      multiply_tile<12>};
 
-}  // namespace
-
+// By chunks of kPairs pairs, by blocks of kRows rows (the last may have fewer), as [pairs][rows].
 void arrange(const Product& product, int64_t first, int64_t last, uint32_t* out) {
     const int64_t all = product.pairs();
     for (int64_t chunk = 0; chunk < all; chunk += kPairs) {
@@ -143,6 +113,10 @@ void multiply_tiles(const Product& product, const uint32_t* x, int64_t first_til
         }
     }
 }
+
+}  // namespace
+
+Kernel avx512bf16_kernel() { return {kRows, kPairs, kTiles, 1, 1, arrange, multiply_tiles}; }
 
 }  // namespace gemm
 }  // namespace peftcore

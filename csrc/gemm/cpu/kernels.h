@@ -1,5 +1,4 @@
-// What AVX-512 with dot products of bf16 supplies to `multiply`. x is arranged by chunks of kPairs pairs, by
-// blocks of kRows rows (the last may have fewer), as [pairs][rows of the block].
+// What the SIMD levels supply to `multiply`.
 #pragma once
 
 #include "gemm/cpu/product.h"
@@ -7,14 +6,26 @@
 namespace peftcore {
 namespace gemm {
 
-// Rows [first, last) of x; `first` is a multiple of kRows.
-void arrange(const Product& product, int64_t first, int64_t last, uint32_t* out);
+struct Kernel {
+    int64_t rows;           // of x in a block
+    int64_t pairs;          // of inner numbers in a chunk
+    int64_t tiles;          // of columns in a panel, which is a chunk of B
+    int64_t row_multiple;   // rows and pairs of arranged x are filled up to a multiple with zeros
+    int64_t pair_multiple;  // of `pairs` too
 
-// Tiles of 32 columns [first_tile, last_tile) of rows [first_row, last_row), which is a multiple of kRows.
-// `panel` holds kTiles * min(kPairs, all pairs) * kTileColumns words, `sums` a panel's columns of these rows
-// if pairs fill more than one chunk.
-void multiply_tiles(const Product& product, const uint32_t* x, int64_t first_tile, int64_t last_tile,
-                    int64_t first_row, int64_t last_row, uint32_t* panel, float* sums);
+    // x's rows [first, last), `first` being a multiple of `rows`: by chunks, by blocks of rows, as the kernel
+    // reads them.
+    void (*arrange)(const Product& product, int64_t first, int64_t last, uint32_t* out);
+
+    // Tiles of 32 columns [first_tile, last_tile) of rows [first_row, last_row); `first_row` is a multiple of
+    // `rows`. `panel` holds tiles * min(pairs, all pairs) * kTileColumns words, `sums` a panel's columns of
+    // these rows, filled up to whole blocks, if pairs fill more than one chunk.
+    void (*multiply_tiles)(const Product& product, const uint32_t* x, int64_t first_tile, int64_t last_tile,
+                           int64_t first_row, int64_t last_row, uint32_t* panel, float* sums);
+};
+
+Kernel avx512bf16_kernel();
+Kernel amx_kernel();
 
 }  // namespace gemm
 }  // namespace peftcore

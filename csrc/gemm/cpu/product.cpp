@@ -18,26 +18,29 @@ namespace {
 constexpr int64_t kProductsPerTask = 1 << 17;
 // Rows that are multiplied by a panel once it is unpacked: unpacking costs less than a hundredth of that, and
 // neither the arranged rows nor the sums outgrow the third cache.
-constexpr int64_t kGroupRows = 128 * kRows;
+constexpr int64_t kGroupRows = 1536;
 // Rows for which a panel is worth unpacking again, so that more threads have work.
-constexpr int64_t kFewRows = 8 * kRows;
+constexpr int64_t kFewRows = 96;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t filled_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
-void multiply_group(const Product& product) {
-    const int64_t pairs = product.pairs(), rows = product.rows, blocks = ceil_div(rows, kRows);
+void multiply_group(const Kernel& kernel, const Product& product) {
+    const int64_t rows = product.rows, blocks = ceil_div(rows, kernel.rows);
+    const int64_t pairs = filled_up(product.pairs(), kernel.pair_multiple);
     const int64_t tiles = ceil_div(product.columns, kTileColumns), threads = at::get_num_threads();
     // Rows are divided only where there are too few columns to go round.
     const int64_t wanted = tiles >= 4 * threads ? 1 : ceil_div(4 * threads, tiles);
-    const int64_t part_rows = ceil_div(blocks, std::min(wanted, ceil_div(rows, kFewRows))) * kRows;
+    const int64_t part_rows = ceil_div(blocks, std::min(wanted, ceil_div(rows, kFewRows))) * kernel.rows;
     const int64_t parts = ceil_div(rows, part_rows);
-    const int64_t panel_words = kTiles * std::min(kPairs, pairs) * kTileColumns;
-    const int64_t sums = pairs > kPairs ? part_rows * kTiles * kTileColumns : 0, own = panel_words + sums;
-    const int64_t x_words = ceil_div(rows * pairs, 16) * 16;
+    const int64_t panel_words = kernel.tiles * std::min(kernel.pairs, pairs) * kTileColumns;
+    const int64_t sums = pairs > kernel.pairs ? part_rows * kernel.tiles * kTileColumns : 0,
+                  own = panel_words + sums;
+    const int64_t x_words = filled_up(filled_up(rows, kernel.row_multiple) * pairs, 16);
     uint32_t* x = static_cast<uint32_t*>(workspace(4 * (x_words + threads * own)));
-    at::parallel_for(0, blocks, ceil_div(kProductsPerTask, kRows * pairs * 8),
+    at::parallel_for(0, blocks, ceil_div(kProductsPerTask, kernel.rows * pairs * 8),
                      [&](int64_t first, int64_t last) {
-                         arrange(product, first * kRows, std::min(last * kRows, rows), x);
+                         kernel.arrange(product, first * kernel.rows, std::min(last * kernel.rows, rows), x);
                      });
     const int64_t products = 2 * pairs * kTileColumns * part_rows;
     at::parallel_for(0, parts * tiles, ceil_div(kProductsPerTask, products),
@@ -46,9 +49,9 @@ void multiply_group(const Product& product) {
                          while (first < last) {
                              const int64_t part = first / tiles, tile = first % tiles;
                              const int64_t end = std::min(tiles, tile + last - first);
-                             multiply_tiles(product, x, tile, end, part * part_rows,
-                                            std::min((part + 1) * part_rows, rows), panel,
-                                            reinterpret_cast<float*>(panel + panel_words));
+                             kernel.multiply_tiles(product, x, tile, end, part * part_rows,
+                                                   std::min((part + 1) * part_rows, rows), panel,
+                                                   reinterpret_cast<float*>(panel + panel_words));
                              first += end - tile;
                          }
                      });
@@ -56,15 +59,16 @@ void multiply_group(const Product& product) {
 
 }  // namespace
 
-bool available() { return cpu_level() == CpuLevel::kAvx512 && cpu_has_bf16_dot(); }
+bool available() { return cpu_level() >= CpuLevel::kAvx512 && cpu_has_bf16_dot(); }
 
 void multiply(const Product& product) {
+    const Kernel kernel = cpu_level() == CpuLevel::kAmx ? amx_kernel() : avx512bf16_kernel();
     for (int64_t first = 0; first < product.rows; first += kGroupRows) {
         Product group = product;
         group.rows = std::min(kGroupRows, product.rows - first);
         group.x += first * product.inner;
         group.y += first * product.columns;
-        multiply_group(group);
+        multiply_group(kernel, group);
     }
 }
 

@@ -14,9 +14,6 @@ namespace peftcore {
 namespace gemm {
 
 constexpr int kTileColumns = 32;  // two registers
-constexpr int kTiles = 4;         // of a panel
-constexpr int64_t kPairs = 1024;  // of inner numbers in a panel: half of a second cache of 1 MiB
-constexpr int kRows = 12;         // of x that a register tile multiplies
 
 // B, tile by tile. Two values that follow one another on the inner dimension make a pair, the first in the
 // low half.
@@ -39,7 +36,7 @@ struct Product {
     int64_t pairs() const { return (inner + 1) / 2; }
 };
 
-// Whether this processor and level run `multiply`: AVX-512 with dot products of bf16.
+// Whether this processor and level run `multiply`: AVX-512 with dot products of bf16, or AMX.
 bool available();
 
 void multiply(const Product& product);

@@ -22,6 +22,7 @@ constexpr int64_t kProductsPerTask = 1 << 17;
 Kernels choose(Dtype dtype) {
     switch (cpu_level()) {
 #if defined(PEFTCORE_HAVE_AVX512)
+        case CpuLevel::kAmx:
         case CpuLevel::kAvx512:
 #if defined(PEFTCORE_HAVE_AVX512BF16)
             if (dtype == Dtype::kBFloat16 && cpu_has_bf16_dot()) return avx512bf16_kernels();
@@ -40,6 +41,7 @@ Kernels choose(Dtype dtype) {
 RowKernels choose_rows(Dtype dtype) {
     switch (cpu_level()) {
 #if defined(PEFTCORE_HAVE_AVX512)
+        case CpuLevel::kAmx:
         case CpuLevel::kAvx512:
             return avx512_row_kernels(dtype);
 #endif

@@ -17,6 +17,7 @@ namespace nf4 {
 Kernels kernels() {
     switch (cpu_level()) {
 #if defined(PEFTCORE_HAVE_AVX512)
+        case CpuLevel::kAmx:
         case CpuLevel::kAvx512:
             return avx512_kernels();
 #endif

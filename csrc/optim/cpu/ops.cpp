@@ -16,6 +16,7 @@ constexpr int64_t kSpan = 2048;  // 16-bit values are widened in pieces that sta
 Kernels kernels() {
     switch (cpu_level()) {
 #if defined(PEFTCORE_HAVE_AVX512)
+        case CpuLevel::kAmx:
         case CpuLevel::kAvx512:
             return avx512_kernels();
 #endif

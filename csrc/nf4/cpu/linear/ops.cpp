@@ -25,10 +25,13 @@ constexpr int64_t kProductsPerTask = 1 << 17;
 // Measured on Zen 4, 4096 x 4096, with kernels' max_batch: below, unpacking 32 rows of W into bf16 costs more
 // than fp32 products.
 constexpr int64_t kTileFrom = 3;
+// Measured on Sapphire Rapids: from here gemm::multiply is faster with AMX than the kernels of AVX-512.
+constexpr int64_t kAmxFrom = 6;
 
 std::optional<LinearKernel> rows_kernel() {
     switch (cpu_level()) {
 #if defined(PEFTCORE_HAVE_AVX512)
+        case CpuLevel::kAmx:
         case CpuLevel::kAvx512:
             return avx512_linear();
 #endif
@@ -41,11 +44,17 @@ std::optional<LinearKernel> rows_kernel() {
     }
 }
 
+bool tiles_fit(const Packed& packed, Dtype dtype, int64_t columns) {
+    return dtype == Dtype::kBFloat16 && gemm::available() && columns % kTileBlock == 0 &&
+           packed.blocksize >= kTileBlock;
+}
+
 // The kernel for `batch` rows of x, or none: then tiles or the library's GEMM on panels are faster, or the
 // shape is not one that the kernels read.
 std::optional<LinearKernel> choose(const Packed& packed, Dtype dtype, int64_t batch, int64_t columns) {
     const float* code = packed.code.const_data_ptr<float>();
     if (!std::all_of(code, code + 16, [](float value) { return std::isfinite(value); })) return {};
+    if (cpu_level() == CpuLevel::kAmx && batch >= kAmxFrom && tiles_fit(packed, dtype, columns)) return {};
     // Without dot products of bf16 the library is as slow in it as in fp16.
     const bool bf16_dot = cpu_has_bf16_dot();
     const Dtype as = dtype == Dtype::kBFloat16 && !bf16_dot ? Dtype::kHalf : dtype;
@@ -54,7 +63,7 @@ std::optional<LinearKernel> choose(const Packed& packed, Dtype dtype, int64_t ba
     };
     std::optional<LinearKernel> kernel;
 #if defined(PEFTCORE_HAVE_AVX512BF16)
-    if (bf16_dot && dtype == Dtype::kBFloat16 && batch >= kTileFrom && cpu_level() == CpuLevel::kAvx512) {
+    if (bf16_dot && dtype == Dtype::kBFloat16 && batch >= kTileFrom && cpu_level() >= CpuLevel::kAvx512) {
         kernel = avx512bf16_linear();
         if (fits(kernel)) return kernel;
     }
@@ -91,9 +100,7 @@ void small(const LinearKernel& kernel, const Packed& packed, const Tensor& x, co
 bool by_tiles(const Packed& packed, int64_t columns, bool transposes, const Tensor& x, const Tensor& bias,
               const Tensor& y) {
 #if defined(PEFTCORE_HAVE_AVX512BF16)
-    if (x.scalar_type() != at::kBFloat16 || !gemm::available() || columns % kTileBlock != 0 ||
-        packed.blocksize < kTileBlock)
-        return false;
+    if (!tiles_fit(packed, kernel_dtype(x.scalar_type(), "linear_4bit"), columns)) return false;
     PackedTiles weight{packed.bytes.const_data_ptr<uint8_t>(),
                        scales_of(packed),
                        {},

@@ -1,0 +1,49 @@
+// What the kernels of AVX-512 share: where a result lies, its bias and its one rounding.
+#pragma once
+
+#include "common/avx512.h"
+#include "gemm/cpu/kernels.h"
+
+namespace peftcore {
+namespace gemm {
+namespace {
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline __mmask32 columns_there(const Product& product, int64_t column) {
+    const int64_t left = product.columns - column;
+    return left < kTileColumns ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
+}
+
+// The bias of a tile's columns, in the order in which they lie in the tile.
+struct Bias {
+    __m512 of[2];
+};
+
+inline Bias bias_of(const Product& product, int64_t column) {
+    if (product.bias == nullptr) return {{_mm512_setzero_ps(), _mm512_setzero_ps()}};
+    const __m512i values = _mm512_maskz_loadu_epi16(columns_there(product, column), product.bias + column);
+    if (product.right.even_odd)
+        return {{_mm512_castsi512_ps(_mm512_slli_epi32(values, 16)),
+                 _mm512_castsi512_ps(_mm512_and_si512(values, _mm512_set1_epi32(int(0xffff0000))))}};
+    return {{from_bf16(_mm512_castsi512_si256(values)), from_bf16(_mm512_extracti64x4_epi64(values, 1))}};
+}
+
+inline __m512i rounded(const Product& product, __m512 first, __m512 second) {
+    if (product.right.even_odd)
+        return _mm512_mask_mov_epi16(_mm512_srli_epi32(bf16_in_upper_half(first), 16), 0xaaaaaaaa,
+                                     bf16_in_upper_half(second));
+    return _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(first)), to_bf16(second), 1);
+}
+
+// The sums of a tile's columns in one row.
+inline void store_row(const Product& product, int64_t row, int64_t column, const Bias& bias, __m512 first,
+                      __m512 second) {
+    _mm512_mask_storeu_epi16(
+        product.y + row * product.columns + column, columns_there(product, column),
+        rounded(product, _mm512_add_ps(first, bias.of[0]), _mm512_add_ps(second, bias.of[1])));
+}
+
+}  // namespace
+}  // namespace gemm
+}  // namespace peftcore
