@@ -6,6 +6,8 @@
 // the second, 1.9 with x in the third; so 1024 rows by 4096 x 4096 out of 4 bits reach 2.6, the library with
 // a dense weight 2.4. No better: chunks of 512 or 2048 pairs, panels of 8 tiles; without fetching ahead 1.05
 // of the time, with every block of x passing by one tile first 1.4.
+#include "common/amx.h"
+
 #include <cstring>
 
 #include "gemm/cpu/avx512.h"
@@ -14,24 +16,13 @@ namespace peftcore {
 namespace gemm {
 namespace {
 
-constexpr int64_t kSide = 16;  // rows of a tile, and words in each
 constexpr int64_t kRows = 2 * kSide;
 constexpr int64_t kPairs = 1024;
 constexpr int64_t kTiles = 4;
 constexpr int64_t kPanelColumns = kTiles * kTileColumns;
 constexpr int kAheadLines = kRows / kTiles;  // of the next block, at each step of a tile
-constexpr int kTileBytes = 4 * kSide;
 
 int64_t filled_up(int64_t count) { return (count + kSide - 1) / kSide * kSide; }
-
-// Intel's palette 1: all eight registers as large as they are.
-struct alignas(64) Shapes {
-    uint8_t palette = 1, start_row = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-// Static: the compiler does not see that all of it is read.
-const Shapes kShapes;
 
 // By chunks of kPairs pairs, by blocks of kRows rows (the last may have half), as [pairs / 16][rows][16].
 void arrange(const Product& product, int64_t first, int64_t last, uint32_t* out) {
@@ -72,7 +63,6 @@ void multiply_tile(const uint32_t* x, const uint32_t* right, int64_t pairs, floa
             _tile_loadd(3, below + kSide, stride);
         }
     }
-    constexpr int64_t kTile = kSide * kSide;
     for (int64_t p = 0; p < pairs; p += kSide, x += kBoth ? 2 * kTile : kTile, right += 2 * kTile) {
         for (int i = 0; i < kAheadLines; ++i, ahead += kSide)
             _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
@@ -101,7 +91,7 @@ void multiply_tiles(const Product& product, const uint32_t* x, int64_t first_til
     const int64_t there = product.pairs(), all = filled_up(there), all_rows = filled_up(product.rows);
     const bool one_chunk = all <= kPairs;
     const int64_t width = one_chunk ? kTileColumns : kPanelColumns;
-    _tile_loadconfig(&kShapes);
+    _tile_loadconfig(&kTileShapes);
     for (int64_t tile = first_tile; tile < last_tile; tile += kTiles) {
         const int tiles = int(least(kTiles, last_tile - tile));
         for (int64_t chunk = 0; chunk < all; chunk += kPairs) {
@@ -111,7 +101,7 @@ void multiply_tiles(const Product& product, const uint32_t* x, int64_t first_til
             if (const int64_t rest = chunk + pairs - there; rest > 0)
                 for (int i = 0; i < tiles; ++i)
                     std::memset(panel + (i + 1) * stride - rest * kTileColumns, 0, 4 * rest * kTileColumns);
-            asm volatile("" ::: "memory");  // tiles are loaded behind the compiler's back
+            memory_barrier_of_tiles();
             for (int64_t row = first_row; row < last_row; row += kRows) {
                 const int64_t rows = least(kRows, last_row - row);
                 const auto multiply = rows > kSide ? multiply_tile<true> : multiply_tile<false>;

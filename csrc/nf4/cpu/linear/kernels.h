@@ -3,7 +3,8 @@
 // Two ways. "rows" reads a row of W at a time, 8 values (one 32-bit word) a lane: word >> 4 j is then the
 // lookup's index of the lane's j-th value, x being stored in that order, and a lane has one scale. Products
 // and sums are fp32. "tile" turns 32 rows of W into bf16 and uses the bf16 dot product; the scales are
-// multiplied in fp32, once a block, so what is rounded is the codebook's entry.
+// multiplied in fp32, once a block, so what is rounded is the codebook's entry. With AMX the tile is a
+// register and what is rounded is their product.
 //
 // Plain C++ has neither: looking values up one by one took 17 to 20 ms for 4096 x 4096, unpacking a panel 10.
 #pragma once
@@ -40,6 +41,7 @@ struct LinearKernel {
 LinearKernel avx2_linear();
 LinearKernel avx512_linear();
 LinearKernel avx512bf16_linear();  // x in bf16 only
+LinearKernel amx_linear();         // so too
 
 // W's scales of elements [begin, end), one a block that they touch, followed by 16 zeros.
 static inline void copy_scales(const LinearArgs& args, int64_t begin, int64_t end, float* out) {

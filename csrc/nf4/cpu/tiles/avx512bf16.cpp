@@ -1,4 +1,4 @@
-#include "common/avx512.h"
+#include "nf4/cpu/avx512bf16.h"
 
 #include "nf4/cpu/tiles/tiles.h"
 
@@ -8,18 +8,9 @@ namespace {
 
 using gemm::kTileColumns;
 
-// The codebook times a scale as bf16, twice over: an index's fifth bit then does not matter.
-inline __m512i scaled(__m512 code, float scale) {
-    return _mm512_broadcast_i64x4(to_bf16(_mm512_mul_ps(code, _mm512_set1_ps(scale))));
-}
-
-inline __m128i sixteen(const uint8_t* from) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-}
-
 // Wᵀ: 32 rows of W, a cache line of each at a time, are decoded side by side and transposed.
 constexpr int kLine = 64, kLineColumns = 2 * kLine;
-struct Decoded {
+struct Lines {
     alignas(64) uint16_t row[kTileColumns][kLineColumns];
 };
 
@@ -51,7 +42,7 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
     const PackedTiles& weight = *static_cast<const PackedTiles*>(source);
     const __m512 code = _mm512_loadu_ps(weight.code);
     const int64_t rows = weight.rows, columns = weight.columns;
-    Decoded decoded;
+    Lines lines;
     for (int tile = 0; tile < tiles; ++tile, column += kTileColumns, out += stride)
         for (int64_t k = first; k < last; k += kLineColumns) {
             const int64_t count = last - k < kLineColumns ? last - k : kLineColumns;
@@ -63,18 +54,13 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
                 _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kLine), _MM_HINT_T0);
                 for (int64_t i = 0; i < count; i += kTileBlock) {
                     const __m512i table = scaled(code, weight.scales[(begin + i) >> weight.shift]);
-                    for (int64_t j = i; j < i + kTileBlock; j += 32) {
-                        const __m512i bytes = _mm512_cvtepu8_epi32(sixteen(packed + j / 2));
-                        const __m512i index =
-                            _mm512_or_si512(_mm512_srli_epi32(bytes, 4), _mm512_slli_epi32(bytes, 16));
-                        _mm512_store_si512(decoded.row[r] + j, _mm512_permutexvar_epi16(index, table));
-                    }
+                    for (int64_t j = i; j < i + kTileBlock; j += 32)
+                        _mm512_store_si512(lines.row[r] + j, decoded(packed + j / 2, table));
                 }
             }
             for (int64_t i = 0; i < count; i += 8)
                 for (int half = 0; half < 2; ++half)
-                    transpose(decoded.row[16 * half] + i,
-                              out + (k - first + i) / 2 * kTileColumns + 16 * half);
+                    transpose(lines.row[16 * half] + i, out + (k - first + i) / 2 * kTileColumns + 16 * half);
         }
 }
 

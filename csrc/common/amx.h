@@ -1,0 +1,28 @@
+// AMX: eight tile registers of 16 rows by 64 bytes, all in use as large as they are.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace peftcore {
+namespace {
+
+constexpr int64_t kSide = 16;             // rows of a tile, and 32-bit words in each
+constexpr int kTileBytes = 4 * kSide;     // of a row
+constexpr int64_t kTile = kSide * kSide;  // words
+
+// Intel's palette 1.
+struct alignas(64) TileShapes {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+// Static: the compiler does not see that all of it is read.
+const TileShapes kTileShapes;
+
+// Tiles are read and written behind the compiler's back.
+inline void memory_barrier_of_tiles() { asm volatile("" ::: "memory"); }
+
+}  // namespace
+}  // namespace peftcore
