@@ -128,8 +128,14 @@ def quoted(value):
     return shlex.quote(f'-D{value[0]}="{value[1]}"')
 
 
-def source_levels(machine):
-    return list(SIMD) if machine in ("x86_64", "AMD64") else []
+def source_levels(machine, cxx):
+    """Those whose flags the compiler knows: GCC 11 and Clang 12 know all, GCC 10 has no AMX."""
+
+    def knows(flags):
+        command = [*cxx, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+    return [level for level in SIMD if machine in ("x86_64", "AMD64") and knows(SIMD[level])]
 
 
 class Build:
@@ -138,7 +144,7 @@ class Build:
     def __init__(self, output, folder, version):
         self.output, self.folder = output, folder
         self.cxx, self.ninja, self.torch = compiler(), ninja(), torch_facts()
-        self.levels = source_levels(platform.machine())
+        self.levels = source_levels(platform.machine(), self.cxx)
         self.cuda_wanted = flag("PEFTCORE_CUDA")
         self.nvcc = None if self.cuda_wanted is False else nvcc()
         if self.cuda_wanted and self.nvcc is None:

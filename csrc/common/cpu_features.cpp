@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
-#if defined(PEFTCORE_HAVE_AMX) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -12,19 +12,6 @@
 
 namespace peftcore {
 namespace {
-
-// Tiles are larger than what Linux saves of a thread unasked: a process asks for them once.
-bool has_amx() {
-#if defined(PEFTCORE_HAVE_AMX) && defined(__linux__)
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID 7, EDX
-    constexpr int kRequest = 0x1023, kTileData = 18;        // ARCH_REQ_XCOMP_PERM
-    unsigned a, b, c, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 && (d & kTile) != 0 &&
-           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-#else
-    return false;
-#endif
-}
 
 bool cpu_has(CpuLevel level) {
     switch (level) {
@@ -40,10 +27,10 @@ bool cpu_has(CpuLevel level) {
             return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #endif
-        case CpuLevel::kAmx: {
-            static const bool has = cpu_has_bf16_dot() && has_amx();
-            return has;
-        }
+#if defined(PEFTCORE_HAVE_AMX)
+        case CpuLevel::kAmx:
+            return cpu_has_bf16_dot() && cpu_has_amx();
+#endif
         default:
             return false;
     }
@@ -88,6 +75,22 @@ const char* cpu_level_name(CpuLevel level) {
 bool cpu_has_bf16_dot() {
 #if defined(PEFTCORE_HAVE_AVX512BF16)
     static const bool has = cpu_has(CpuLevel::kAvx512) && __builtin_cpu_supports("avx512bf16");
+    return has;
+#else
+    return false;
+#endif
+}
+
+bool cpu_has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+    static const bool has = [] {
+        constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // CPUID 7, EDX
+        // Tiles are more than Linux saves of a thread unasked: a process asks for them once.
+        constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+        unsigned a, b, c, d = 0;
+        return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 && (d & kTile) != 0 &&
+               syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    }();
     return has;
 #else
     return false;

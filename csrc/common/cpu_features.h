@@ -22,6 +22,9 @@ CpuLevel cpu_level();
 // Whether AVX-512 here includes dot products of bf16.
 bool cpu_has_bf16_dot();
 
+// Whether this process may use tiles of bf16 (compiled here or not: the library's products then use them).
+bool cpu_has_amx();
+
 // Changes the level in use; throws std::invalid_argument for a name that is not available here.
 void set_cpu_level(const std::string& name);
 

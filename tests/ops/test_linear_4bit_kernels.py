@@ -15,8 +15,10 @@ if ops.extension is None:
 
 OPS = torch.ops.peftcore
 LEVELS = ops.extension.cpu_levels()
-HAS_BF16_DOTS = "avx512" in LEVELS and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
-TILE_LEVELS = [name for name in LEVELS if name in ("avx512", "amx") and HAS_BF16_DOTS]
+CPU_INFO = Path("/proc/cpuinfo").read_text()
+# A build without AMX leaves the product to the library on a CPU with it.
+HAS_TILES = "avx512_bf16" in CPU_INFO and ("amx" in LEVELS or "amx_bf16" not in CPU_INFO)
+TILE_LEVELS = [name for name in LEVELS if HAS_TILES and name in ("avx512", "amx")]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 CODES = {"nf4": ops.NF4, "fp4": ops.FP4}

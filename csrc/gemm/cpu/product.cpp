@@ -57,12 +57,24 @@ void multiply_group(const Kernel& kernel, const Product& product) {
                      });
 }
 
+Kernel kernel_in_use() {
+#if defined(PEFTCORE_HAVE_AMX)
+    if (cpu_level() == CpuLevel::kAmx) return amx_kernel();
+#endif
+    return avx512bf16_kernel();
+}
+
 }  // namespace
 
-bool available() { return cpu_level() >= CpuLevel::kAvx512 && cpu_has_bf16_dot(); }
+bool available() {
+#if !defined(PEFTCORE_HAVE_AMX)
+    if (cpu_has_amx()) return false;  // the library's product is faster
+#endif
+    return cpu_level() >= CpuLevel::kAvx512 && cpu_has_bf16_dot();
+}
 
 void multiply(const Product& product) {
-    const Kernel kernel = cpu_level() == CpuLevel::kAmx ? amx_kernel() : avx512bf16_kernel();
+    const Kernel kernel = kernel_in_use();
     for (int64_t first = 0; first < product.rows; first += kGroupRows) {
         Product group = product;
         group.rows = std::min(kGroupRows, product.rows - first);
