@@ -20,13 +20,26 @@ constexpr int64_t kRows = 2 * kSide;
 constexpr int64_t kPairs = 1024;
 constexpr int64_t kTiles = 4;
 constexpr int64_t kPanelColumns = kTiles * kTileColumns;
-constexpr int kAheadLines = kRows / kTiles;  // of the next block, at each step of a tile
+constexpr int64_t kStepBytes = 2 * kTile * 4;  // of a tile of B, 16 pairs of it
+constexpr int kAheadRows = kRows / kTiles;     // of the next block, at each tile
 
 int64_t filled_up(int64_t count) { return (count + kSide - 1) / kSide * kSide; }
+
+// 16 pairs of rows of x, as a tile takes them.
+struct Left {
+    const char* first;
+    int64_t row, step;  // bytes from a row to the next, and to the next 16 pairs
+};
+
+// Whether whole blocks of x are read where they lie: each step of a row is then a cache line.
+bool in_place(const Product& product) {
+    return product.inner % (2 * kSide) == 0 && reinterpret_cast<uintptr_t>(product.x) % 64 == 0;
+}
 
 // By chunks of kPairs pairs, by blocks of kRows rows (the last may have half), as [pairs / 16][rows][16].
 void arrange(const Product& product, int64_t first, int64_t last, uint32_t* out) {
     const int64_t all = filled_up(product.pairs()), all_rows = filled_up(product.rows);
+    if (in_place(product)) first = least(last, product.rows / kRows * kRows);
     for (int64_t chunk = 0; chunk < all; chunk += kPairs) {
         const int64_t pairs = least(kPairs, all - chunk);
         for (int64_t row = first; row < last; row += kRows) {
@@ -45,88 +58,224 @@ void arrange(const Product& product, int64_t first, int64_t last, uint32_t* out)
     }
 }
 
-// `sums` has kRows rows, or half of them, of a tile's columns, `stride` bytes apart. `ahead`: what to fetch.
-template <bool kBoth>
-void multiply_tile(const uint32_t* x, const uint32_t* right, int64_t pairs, float* sums, int64_t stride,
-                   bool first, const uint32_t* ahead) {
-    float* below = sums + kSide * stride / 4;
-    if (first) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    } else {
-        _tile_loadd(0, sums, stride);
-        _tile_loadd(1, sums + kSide, stride);
-        if (kBoth) {
-            _tile_loadd(2, below, stride);
-            _tile_loadd(3, below + kSide, stride);
-        }
-    }
-    for (int64_t p = 0; p < pairs; p += kSide, x += kBoth ? 2 * kTile : kTile, right += 2 * kTile) {
-        for (int i = 0; i < kAheadLines; ++i, ahead += kSide)
-            _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T1);
-        _tile_loadd(6, right, 2 * kTileBytes);
-        _tile_loadd(4, x, kTileBytes);
-        _tile_loadd(7, right + kSide, 2 * kTileBytes);
+Left left_of(const Product& product, const uint32_t* arranged, int64_t row, int64_t chunk, int64_t pairs) {
+    if (in_place(product) && product.rows - row >= kRows)
+        return {reinterpret_cast<const char*>(product.x + row * product.inner + 2 * chunk), 2 * product.inner,
+                kTileBytes};
+    const int64_t rows = least(kRows, filled_up(product.rows - row));
+    return {reinterpret_cast<const char*>(arranged + chunk * filled_up(product.rows) + row * pairs),
+            kTileBytes, rows * kTileBytes};
+}
+
+// Sums of up to 32 rows of a tile's columns go through tiles 0 to 3; kBoth: of more than 16. `meanwhile` is
+// called at each step with its number.
+template <bool kBoth, typename Meanwhile>
+inline void accumulate(const Left& left, const uint32_t* right, int64_t pairs, const Meanwhile& meanwhile) {
+    const char* x = left.first;
+    const char* b = reinterpret_cast<const char*>(right);
+    for (int64_t step = 0; step < pairs / kSide; ++step, x += left.step, b += kStepBytes) {
+        _tile_loadd(6, b, 2 * kTileBytes);
+        _tile_loadd(4, x, left.row);
+        _tile_loadd(7, b + kTileBytes, 2 * kTileBytes);
         _tile_dpbf16ps(0, 4, 6);
-        if (kBoth) _tile_loadd(5, x + kTile, kTileBytes);
+        if (kBoth) _tile_loadd(5, x + kSide * left.row, left.row);
         _tile_dpbf16ps(1, 4, 7);
         if (kBoth) {
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
-    }
-    _tile_stored(0, sums, stride);
-    _tile_stored(1, sums + kSide, stride);
-    if (kBoth) {
-        _tile_stored(2, below, stride);
-        _tile_stored(3, below + kSide, stride);
+        meanwhile(step);
     }
 }
 
-void multiply_tiles(const Product& product, const uint32_t* x, int64_t first_tile, int64_t last_tile,
-                    int64_t first_row, int64_t last_row, uint32_t* panel, float* sums) {
-    alignas(64) float own[kRows * kTileColumns];  // sums of one chunk stay here
-    const int64_t there = product.pairs(), all = filled_up(there), all_rows = filled_up(product.rows);
-    const bool one_chunk = all <= kPairs;
-    const int64_t width = one_chunk ? kTileColumns : kPanelColumns;
+inline void no_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+
+// Rows `stride` values apart.
+template <bool kBoth>
+inline void load_sums(const float* sums, int64_t stride) {
+    const float* below = sums + kSide * stride;
+    _tile_loadd(0, sums, 4 * stride);
+    _tile_loadd(1, sums + kSide, 4 * stride);
+    if (!kBoth) return;
+    _tile_loadd(2, below, 4 * stride);
+    _tile_loadd(3, below + kSide, 4 * stride);
+}
+
+template <bool kBoth>
+inline void store_sums(float* sums, int64_t stride) {
+    float* below = sums + kSide * stride;
+    _tile_stored(0, sums, 4 * stride);
+    _tile_stored(1, sums + kSide, 4 * stride);
+    if (!kBoth) return;
+    _tile_stored(2, below, 4 * stride);
+    _tile_stored(3, below + kSide, 4 * stride);
+}
+
+// Bits of columns 0, 2, .. 30 in the first, 1, 3, .. 31 in the second, or in order.
+struct TileBits {
+    __mmask16 of[2];
+};
+
+inline TileBits bits_of(bool even_odd, const uint8_t* keep) {
+    uint32_t bits;
+    std::memcpy(&bits, keep, sizeof bits);
+    if (!even_odd) return {{__mmask16(bits), __mmask16(bits >> 16)}};
+    const __m512i lanes = _mm512_movm_epi16(bits);
+    return {{_mm512_test_epi32_mask(lanes, _mm512_set1_epi32(0xffff)),
+             _mm512_test_epi32_mask(lanes, _mm512_set1_epi32(int(0xffff0000)))}};
+}
+
+// A tile's sums on their way to y: they are rounded and stored while the next tile is multiplied.
+struct Pending {
+    const Product& product;
+    int64_t row = 0, column = 0;
+    int64_t rows = 0, done = 0;
+    const float* sums = nullptr;
+    int64_t stride = 0;
+    const float* masked = nullptr;  // the addend's, kTileColumns a row, if it is masked
+    const uint8_t* keep = nullptr;  // a panel's columns of these rows
+    Bias bias{};
+
+    inline void store(int64_t count) {
+        for (const int64_t end = least(rows, done + count); done < end; ++done) {
+            const float* at = sums + done * stride;
+            __m512 first = _mm512_loadu_ps(at), second = _mm512_loadu_ps(at + kSide);
+            if (masked != nullptr) {
+                const float* more = masked + done * kTileColumns;
+                const TileBits bits = bits_of(product.right.even_odd, keep + done * kPanelColumns / 8);
+                first = _mm512_mask_add_ps(first, bits.of[0], first, _mm512_loadu_ps(more));
+                second = _mm512_mask_add_ps(second, bits.of[1], second, _mm512_loadu_ps(more + kSide));
+            }
+            store_row(product, row + done, column, bias, first, second);
+        }
+    }
+};
+
+// What one tile is made of; the addend has pairs in the last chunk only.
+struct Work {
+    Left left, addend_left, next;  // next: to be fetched, its rows from ahead_row on
+    const uint32_t *right, *addend_right;
+    int64_t pairs, addend_pairs, ahead_row;
+    float *sums, *masked;
+    int64_t stride;
+    bool first;
+};
+
+template <bool kBoth>
+void multiply_tile(const Work& work, Pending& pending) {
+    if (work.first)
+        no_sums();
+    else
+        load_sums<kBoth>(work.sums, work.stride);
+    const int64_t steps = work.pairs / kSide, a_step = (pending.rows + steps - 1) / steps;
+    const char* ahead = work.next.first + work.ahead_row * work.next.row;
+    accumulate<kBoth>(work.left, work.right, work.pairs, [&](int64_t step) {
+        for (int i = 0; i < kAheadRows; ++i)
+            _mm_prefetch(ahead + step * work.next.step + i * work.next.row, _MM_HINT_T1);
+        pending.store(a_step);
+    });
+    pending.store(kRows);
+    const auto nothing = [](int64_t) {};
+    if (work.masked != nullptr) {
+        store_sums<kBoth>(work.sums, work.stride);
+        no_sums();
+        accumulate<kBoth>(work.addend_left, work.addend_right, work.addend_pairs, nothing);
+        store_sums<kBoth>(work.masked, kTileColumns);
+    } else {
+        accumulate<kBoth>(work.addend_left, work.addend_right, work.addend_pairs, nothing);
+        store_sums<kBoth>(work.sums, work.stride);
+    }
+    memory_barrier_of_tiles();
+}
+
+// Tiles of B, what is missing of their last 16 pairs zero.
+void unpack(const Tiles& right, int64_t tile, int tiles, int64_t first_pair, int64_t pairs, int64_t inner,
+            uint32_t* panel) {
+    const int64_t stride = pairs * kTileColumns, rest = first_pair + pairs - (inner + 1) / 2;
+    right.unpack(right.source, tile * kTileColumns, tiles, 2 * first_pair,
+                 least(2 * (first_pair + pairs), inner), stride, panel);
+    for (int i = 0; rest > 0 && i < tiles; ++i)
+        std::memset(panel + (i + 1) * stride - rest * kTileColumns, 0, 4 * rest * kTileColumns);
+    memory_barrier_of_tiles();
+}
+
+void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t* left, int64_t first_tile,
+                    int64_t last_tile, int64_t first_row, int64_t last_row, const Buffers& buffers) {
+    // In turn: one of each is pending. Sums of one chunk stay here.
+    alignas(64) float own[2][kRows * kTileColumns], masked[2][kRows * kTileColumns];
+    uint8_t keep[2][kRows * kPanelColumns / 8];
+    const Product addend = addend_alone(product);
+    const int64_t all = filled_up(product.pairs()), addend_pairs = filled_up(addend.pairs());
+    const bool one_chunk = all <= kPairs, masks = addend_pairs != 0 && product.addend.keep.source != nullptr;
+    int turn = 0, keep_turn = 0;
+    Pending pending{product};
     _tile_loadconfig(&kTileShapes);
     for (int64_t tile = first_tile; tile < last_tile; tile += kTiles) {
         const int tiles = int(least(kTiles, last_tile - tile));
+        if (addend_pairs != 0)
+            unpack(addend.right, tile, tiles, 0, addend_pairs, addend.inner, buffers.addend_panel);
         for (int64_t chunk = 0; chunk < all; chunk += kPairs) {
-            const int64_t pairs = least(kPairs, all - chunk), stride = pairs * kTileColumns;
-            product.right.unpack(product.right.source, tile * kTileColumns, tiles, 2 * chunk,
-                                 least(2 * (chunk + pairs), product.inner), stride, panel);
-            if (const int64_t rest = chunk + pairs - there; rest > 0)
-                for (int i = 0; i < tiles; ++i)
-                    std::memset(panel + (i + 1) * stride - rest * kTileColumns, 0, 4 * rest * kTileColumns);
-            memory_barrier_of_tiles();
+            const int64_t pairs = least(kPairs, all - chunk);
+            const bool last = chunk + pairs == all;
+            unpack(product.right, tile, tiles, chunk, pairs, product.inner, buffers.panel);
             for (int64_t row = first_row; row < last_row; row += kRows) {
                 const int64_t rows = least(kRows, last_row - row);
-                const auto multiply = rows > kSide ? multiply_tile<true> : multiply_tile<false>;
-                const uint32_t* block = x + chunk * all_rows + row * pairs;
-                const uint32_t* next = block + filled_up(rows) * pairs;
-                for (int i = 0; i < tiles; ++i) {
-                    float* at = one_chunk ? own : sums + (row - first_row) * kPanelColumns + i * kTileColumns;
-                    multiply(block, panel + i * stride, pairs, at, 4 * width, chunk == 0,
-                             next + i * kAheadLines * pairs);
-                    if (chunk + pairs < all) continue;
-                    const int64_t column = (tile + i) * kTileColumns;
-                    const Bias bias = bias_of(product, column);
+                const Left block = left_of(product, x, row, chunk, pairs);
+                const Left next =
+                    row + kRows < last_row ? left_of(product, x, row + kRows, chunk, pairs) : block;
+                const Left addend_block = left_of(addend, left, row, 0, addend_pairs);
+                if (last && masks) {
+                    keep_turn ^= 1;
                     for (int64_t m = 0; m < rows; ++m)
-                        store_row(product, row + m, column, bias, _mm512_loadu_ps(at + m * width),
-                                  _mm512_loadu_ps(at + m * width + kSide));
+                        product.addend.keep.bits(product.addend.keep.source, product.first_row + row + m,
+                                                 tile * kTileColumns, kPanelColumns,
+                                                 keep[keep_turn] + m * kPanelColumns / 8);
+                }
+                for (int i = 0; i < tiles; ++i) {
+                    turn ^= 1;
+                    Work work{block,
+                              addend_block,
+                              next,
+                              buffers.panel + i * pairs * kTileColumns,
+                              buffers.addend_panel + i * addend_pairs * kTileColumns,
+                              pairs,
+                              last ? addend_pairs : 0,
+                              i * kAheadRows,
+                              own[turn],
+                              last && masks ? masked[turn] : nullptr,
+                              kTileColumns,
+                              chunk == 0};
+                    if (!one_chunk) {
+                        work.sums = buffers.sums + (row - first_row) * kPanelColumns + i * kTileColumns;
+                        work.stride = kPanelColumns;
+                    }
+                    rows > kSide ? multiply_tile<true>(work, pending) : multiply_tile<false>(work, pending);
+                    if (!last) continue;
+                    pending.row = row;
+                    pending.column = (tile + i) * kTileColumns;
+                    pending.rows = rows;
+                    pending.done = 0;
+                    pending.sums = work.sums;
+                    pending.stride = work.stride;
+                    pending.masked = work.masked;
+                    pending.keep = keep[keep_turn] + i * kTileColumns / 8;
+                    pending.bias = bias_of(product, pending.column);
                 }
             }
         }
     }
+    pending.store(kRows);
     _tile_release();
 }
 
 }  // namespace
 
-Kernel amx_kernel() { return {kRows, kPairs, kTiles, kSide, kSide, arrange, multiply_tiles}; }
+Kernel amx_kernel() { return {kRows, kPairs, kTiles, kSide, kSide, true, arrange, multiply_tiles}; }
 
 }  // namespace gemm
 }  // namespace peftcore

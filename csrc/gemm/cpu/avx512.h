@@ -29,11 +29,14 @@ inline Bias bias_of(const Product& product, int64_t column) {
     return {{from_bf16(_mm512_castsi512_si256(values)), from_bf16(_mm512_extracti64x4_epi64(values, 1))}};
 }
 
+// Rounded by the processor, which flushes subnormals as it did in the products.
 inline __m512i rounded(const Product& product, __m512 first, __m512 second) {
-    if (product.right.even_odd)
-        return _mm512_mask_mov_epi16(_mm512_srli_epi32(bf16_in_upper_half(first), 16), 0xaaaaaaaa,
-                                     bf16_in_upper_half(second));
-    return _mm512_inserti64x4(_mm512_castsi256_si512(to_bf16(first)), to_bf16(second), 1);
+    const __m512i both = __m512i(_mm512_cvtne2ps_pbh(second, first));
+    if (!product.right.even_odd) return both;
+    alignas(64) static const uint16_t kInterleaved[32] = {0,  16, 1,  17, 2,  18, 3,  19, 4,  20, 5,
+                                                          21, 6,  22, 7,  23, 8,  24, 9,  25, 10, 26,
+                                                          11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+    return _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), both);
 }
 
 // The sums of a tile's columns in one row.

@@ -88,8 +88,9 @@ void arrange(const Product& product, int64_t first, int64_t last, uint32_t* out)
     }
 }
 
-void multiply_tiles(const Product& product, const uint32_t* x, int64_t first_tile, int64_t last_tile,
-                    int64_t first_row, int64_t last_row, uint32_t* panel, float* sums) {
+void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t*, int64_t first_tile,
+                    int64_t last_tile, int64_t first_row, int64_t last_row, const Buffers& buffers) {
+    uint32_t* panel = buffers.panel;
     const int64_t all = product.pairs();
     for (int64_t tile = first_tile; tile < last_tile; tile += kTiles) {
         const int tiles = int(least(kTiles, last_tile - tile));
@@ -104,7 +105,7 @@ void multiply_tiles(const Product& product, const uint32_t* x, int64_t first_til
                     const Place place{product,
                                       row,
                                       (tile + i) * kTileColumns,
-                                      sums + (row - first_row) * kPanelColumns + i * kTileColumns,
+                                      buffers.sums + (row - first_row) * kPanelColumns + i * kTileColumns,
                                       chunk == 0,
                                       chunk + pairs == all};
                     kTileOf[rows](place, block, panel + i * stride, pairs);
@@ -116,7 +117,7 @@ void multiply_tiles(const Product& product, const uint32_t* x, int64_t first_til
 
 }  // namespace
 
-Kernel avx512bf16_kernel() { return {kRows, kPairs, kTiles, 1, 1, arrange, multiply_tiles}; }
+Kernel avx512bf16_kernel() { return {kRows, kPairs, kTiles, 1, 1, false, arrange, multiply_tiles}; }
 
 }  // namespace gemm
 }  // namespace peftcore

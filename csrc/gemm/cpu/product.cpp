@@ -33,28 +33,37 @@ void multiply_group(const Kernel& kernel, const Product& product) {
     const int64_t wanted = tiles >= 4 * threads ? 1 : ceil_div(4 * threads, tiles);
     const int64_t part_rows = ceil_div(blocks, std::min(wanted, ceil_div(rows, kFewRows))) * kernel.rows;
     const int64_t parts = ceil_div(rows, part_rows);
-    const int64_t panel_words = kernel.tiles * std::min(kernel.pairs, pairs) * kTileColumns;
+    const Product addend = addend_alone(product);
+    const int64_t addend_pairs = filled_up(addend.pairs(), kernel.pair_multiple);
+    const int64_t panel_words = kernel.tiles * std::min(kernel.pairs, pairs) * kTileColumns,
+                  addend_words = kernel.tiles * addend_pairs * kTileColumns;
     const int64_t sums = pairs > kernel.pairs ? part_rows * kernel.tiles * kTileColumns : 0,
-                  own = panel_words + sums;
-    const int64_t x_words = filled_up(filled_up(rows, kernel.row_multiple) * pairs, 16);
-    uint32_t* x = static_cast<uint32_t*>(workspace(4 * (x_words + threads * own)));
+                  own = panel_words + addend_words + sums;
+    const int64_t all_rows = filled_up(rows, kernel.row_multiple);
+    const int64_t x_words = filled_up(all_rows * pairs, 16),
+                  left_words = filled_up(all_rows * addend_pairs, 16);
+    uint32_t* x = static_cast<uint32_t*>(workspace(4 * (x_words + left_words + threads * own)));
+    uint32_t *left = x + x_words, *buffers = left + left_words;
     at::parallel_for(0, blocks, ceil_div(kProductsPerTask, kernel.rows * pairs * 8),
                      [&](int64_t first, int64_t last) {
-                         kernel.arrange(product, first * kernel.rows, std::min(last * kernel.rows, rows), x);
+                         const int64_t end = std::min(last * kernel.rows, rows);
+                         kernel.arrange(product, first * kernel.rows, end, x);
+                         if (addend.inner != 0) kernel.arrange(addend, first * kernel.rows, end, left);
                      });
     const int64_t products = 2 * pairs * kTileColumns * part_rows;
-    at::parallel_for(0, parts * tiles, ceil_div(kProductsPerTask, products),
-                     [&](int64_t first, int64_t last) {
-                         uint32_t* panel = x + x_words + at::get_thread_num() * own;
-                         while (first < last) {
-                             const int64_t part = first / tiles, tile = first % tiles;
-                             const int64_t end = std::min(tiles, tile + last - first);
-                             kernel.multiply_tiles(product, x, tile, end, part * part_rows,
-                                                   std::min((part + 1) * part_rows, rows), panel,
-                                                   reinterpret_cast<float*>(panel + panel_words));
-                             first += end - tile;
-                         }
-                     });
+    at::parallel_for(
+        0, parts * tiles, ceil_div(kProductsPerTask, products), [&](int64_t first, int64_t last) {
+            uint32_t* panel = buffers + at::get_thread_num() * own;
+            uint32_t* addend_panel = panel + panel_words;
+            const Buffers mine{panel, addend_panel, reinterpret_cast<float*>(addend_panel + addend_words)};
+            while (first < last) {
+                const int64_t part = first / tiles, tile = first % tiles;
+                const int64_t end = std::min(tiles, tile + last - first);
+                kernel.multiply_tiles(product, x, left, tile, end, part * part_rows,
+                                      std::min((part + 1) * part_rows, rows), mine);
+                first += end - tile;
+            }
+        });
 }
 
 Kernel kernel_in_use() {
@@ -73,6 +82,8 @@ bool available() {
     return cpu_level() >= CpuLevel::kAvx512 && cpu_has_bf16_dot();
 }
 
+bool takes_addend() { return available() && kernel_in_use().takes_addend; }
+
 void multiply(const Product& product) {
     const Kernel kernel = kernel_in_use();
     for (int64_t first = 0; first < product.rows; first += kGroupRows) {
@@ -80,6 +91,8 @@ void multiply(const Product& product) {
         group.rows = std::min(kGroupRows, product.rows - first);
         group.x += first * product.inner;
         group.y += first * product.columns;
+        group.first_row += first;
+        if (group.addend.left != nullptr) group.addend.left += first * product.addend.inner;
         multiply_group(kernel, group);
     }
 }
@@ -87,6 +100,7 @@ void multiply(const Product& product) {
 #else
 
 bool available() { return false; }
+bool takes_addend() { return false; }
 void multiply(const Product&) {}
 
 #endif

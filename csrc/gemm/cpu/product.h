@@ -27,17 +27,38 @@ struct Tiles {
     bool even_odd;  // a tile's columns come as 0, 2, .. 30, 1, 3, .. 31; otherwise in order
 };
 
+// Which numbers of a result count: bit i of `out` for column `column` + i, a multiple of 8, of a row. `out`
+// has room for `columns` bits, a multiple of 128.
+struct Mask {
+    const void* source = nullptr;  // none: all
+    void (*bits)(const void* source, int64_t row, int64_t column, int64_t columns, uint8_t* out) = nullptr;
+};
+
+// keep ∘ (left right), which joins the sums of a product.
+struct Addend {
+    const BFloat16* left = nullptr;  // [rows, inner]; or nullptr
+    Tiles right{};                   // in the order of the product's own
+    int64_t inner = 0;
+    Mask keep;
+};
+
 struct Product {
     const BFloat16* x;
     Tiles right;
     int64_t rows, inner, columns;
     const BFloat16* bias;  // or nullptr
     BFloat16* y;
+    Addend addend{};
+    int64_t first_row = 0;  // of the rows that the mask counts
+
     int64_t pairs() const { return (inner + 1) / 2; }
 };
 
 // Whether this processor and level run `multiply`: AVX-512 with dot products of bf16, or AMX.
 bool available();
+
+// Whether it takes an addend, and a dense B as fast as the library does: AMX.
+bool takes_addend();
 
 void multiply(const Product& product);
 

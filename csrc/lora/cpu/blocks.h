@@ -313,7 +313,9 @@ struct Blocks {
         }
     }
 
-    static Kernels kernels() { return {kPair, int(sizeof(Unit)), arrange, down, up, outer}; }
+    static Kernels kernels() {
+        return {kPair, int(sizeof(Unit)), arrange, Level::keep_bytes, down, up, outer};
+    }
 };
 
 }  // namespace lora

@@ -63,6 +63,8 @@ struct Kernels {
     // from[i * inner_stride + j * outer_stride], i < inner, j < outer
     void (*arrange)(const void* from, int64_t inner_stride, int64_t outer_stride, int64_t inner,
                     int64_t outer, int64_t width, void* out);
+    // See dropout.h.
+    void (*keep_bytes)(const Dropout&, int64_t row, int64_t first, int64_t count, uint8_t* out);
     void (*down)(const DownArgs&, int64_t first_row, int64_t last_row);
     void (*up)(const UpArgs&, int64_t first_row, int64_t last_row);
     void (*outer)(const OuterArgs&, int64_t first_column,

@@ -2,15 +2,14 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/mm_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <cmath>
 
 #include "common/cpu_features.h"
 #include "lora/arguments.h"
+#include "lora/cpu/base.h"
 #include "lora/cpu/kernels.h"
 
 namespace peftcore {
@@ -133,20 +132,6 @@ Tensor matrix(const Tensor& t) {
 // A factor in x's dtype, rounded once.
 Tensor like(const Tensor& factor, const Tensor& x) { return factor.to(x.scalar_type()).contiguous(); }
 
-// A dense weight by tiles (csrc/gemm), too, gains nothing: 576 x 1536 to 4096 x 14336 took 0.98 to 1.07 of
-// the library's time forward, 0.94 to 1.08 backward.
-Tensor base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-            const Quantized& quantized) {
-    if (quantized.packed()) return packed_linear(x, weight, bias, out_features, quantized);
-    return bias.has_value() ? at::cpu::addmm(*bias, x, weight.t()) : at::cpu::mm(x, weight.t());
-}
-
-Tensor base_backward(const Tensor& grad, const Tensor& weight, int64_t in_features,
-                     const Quantized& quantized) {
-    if (quantized.packed()) return packed_linear_backward(grad, weight, in_features, quantized);
-    return at::cpu::mm(grad, weight);
-}
-
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
                                        const std::optional<Tensor>& bias, const Tensor& a, const Tensor& b,
                                        double scale, double dropout_p, const std::optional<Tensor>& seed,
@@ -164,15 +149,21 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
     check_factors(x, a, b, out_features, op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const Tensor flat = matrix(x);
-    const Tensor y = base(flat, weight, bias, out_features, quantized);
+    const Base of{weight, x.size(-1), out_features, quantized, op};
     const Tensor s = at::empty({flat.size(0), r}, x.options());
     const Kernels kernels = choose(kernel_dtype(x.scalar_type(), op));
-    if (s.numel() != 0)
+    Tensor y;
+    if (s.numel() != 0) {
         down(kernels, flat, arranged(kernels, like(a, x), true), factor_of(scale, dropout), dropout, s);
-    if (s.numel() != 0 && y.numel() != 0) {
-        Factor holder;
-        const Factor right = arranged(kernels, like(b, x), true);
-        up(kernels, up_args(kernels, y, s, right, {}, holder), flat.size(0));
+        y = joined(flat, of, bias, s, like(b, x));
+    }
+    if (!y.defined()) {
+        y = base(flat, of, bias);
+        if (s.numel() != 0 && y.numel() != 0) {
+            Factor holder;
+            const Factor right = arranged(kernels, like(b, x), true);
+            up(kernels, up_args(kernels, y, s, right, {}, holder), flat.size(0));
+        }
     }
     return {y.view(with_last(x, out_features)), s};
 }
@@ -206,24 +197,31 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
         return nothing ? made.zero_() : made;
     };
     const Tensor da = gradient(needs[1], a.sizes()), db = gradient(needs[2], b.sizes());
-    Tensor dx = needs[0] ? base_backward(rows, weight, columns, quantized) : at::empty({0}, x.options());
-    if (!nothing) {
+    const Base of{weight, columns, out_features, quantized, op};
+    Tensor dx = at::empty({0}, x.options());
+    if (nothing) {
+        if (needs[0]) dx = base_backward(rows, of);
+    } else {
         const Kernels kernels = choose(kernel_dtype(x.scalar_type(), op));
         const Tensor t = at::empty({count, r}, x.options());
         if (needs[0] || needs[1])
             down(kernels, rows, arranged(kernels, like(b, x), false), factor_of(scale, dropout), {}, t);
         if (needs[2]) outer(kernels, rows, s, db, true, {}, nullptr);
+        Factor right, holder;
+        std::optional<UpArgs> rest;  // of dx, for which x's mask is made as well
         if (needs[0]) {
-            Factor holder;
-            const Factor right = arranged(kernels, like(a, x), false);
-            const UpArgs args = up_args(kernels, dx, t, right, dropout, holder);
-            if (needs[1] || dropout.threshold != 0)
-                outer(kernels, flat, t, needs[1] ? da : Tensor(), false, dropout, &args);
-            else
-                up(kernels, args, count);
-        } else if (needs[1]) {
-            outer(kernels, flat, t, da, false, dropout, nullptr);
+            const Tensor up_factor = like(a, x);
+            dx = joined_backward(rows, of, t, up_factor, dropout, kernels);
+            if (!dx.defined()) {
+                dx = base_backward(rows, of);
+                right = arranged(kernels, up_factor, false);
+                rest = up_args(kernels, dx, t, right, dropout, holder);
+            }
         }
+        if (needs[1] || (rest && dropout.threshold != 0))
+            outer(kernels, flat, t, needs[1] ? da : Tensor(), false, dropout, rest ? &*rest : nullptr);
+        else if (rest)
+            up(kernels, *rest, count);
     }
     if (needs[0]) dx = dx.view(x.sizes());
     return {dx, da.to(a.scalar_type()), db.to(b.scalar_type())};
@@ -274,7 +272,7 @@ Tensor lora_linear_per_sample(const Tensor& x, const Tensor& weight, const std::
     check_linear(x, weight, bias, out_features, quantized, op);
     check_adapters(x, a, b, scales, index, out_features, op);
     const Tensor flat = matrix(x);
-    const Tensor y = base(flat, weight, bias, out_features, quantized);
+    const Tensor y = base(flat, {weight, x.size(-1), out_features, quantized, op}, bias);
     const int64_t samples = x.size(0), count = samples == 0 ? 0 : flat.size(0) / samples;
     const Tensor which = index.contiguous();
     const int64_t* of = which.const_data_ptr<int64_t>();

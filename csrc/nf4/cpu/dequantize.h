@@ -3,6 +3,7 @@
 
 #include "nf4/arguments.h"
 #include "nf4/cpu/kernels.h"
+#include "nf4/cpu/tiles/tiles.h"
 
 namespace peftcore {
 namespace nf4 {
@@ -11,6 +12,9 @@ namespace nf4 {
 Kernels kernels();
 
 Scales scales_of(const Packed& packed);
+
+// W [rows, columns] for gemm::multiply, or none where this processor or these shapes have no tiles of it.
+std::optional<PackedTiles> tiles_of(const Packed& packed, int64_t columns);
 
 }  // namespace nf4
 }  // namespace peftcore

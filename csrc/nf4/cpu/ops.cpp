@@ -44,6 +44,18 @@ Scales scales_of(const Packed& packed) {
     return scales;
 }
 
+std::optional<PackedTiles> tiles_of(const Packed& packed, int64_t columns) {
+    if (!gemm::available() || columns % kTileBlock != 0 || packed.blocksize < kTileBlock) return {};
+    PackedTiles tiles{packed.bytes.const_data_ptr<uint8_t>(),
+                      scales_of(packed),
+                      {},
+                      shift_of(packed.blocksize),
+                      packed.count / columns,
+                      columns};
+    std::copy_n(packed.code.const_data_ptr<float>(), 16, tiles.code);
+    return tiles;
+}
+
 namespace {
 
 constexpr int64_t kValuesPerTask = 32768;

@@ -45,11 +45,6 @@ std::optional<LinearKernel> rows_kernel() {
     }
 }
 
-bool tiles_fit(const Packed& packed, Dtype dtype, int64_t columns) {
-    return dtype == Dtype::kBFloat16 && gemm::available() && columns % kTileBlock == 0 &&
-           packed.blocksize >= kTileBlock;
-}
-
 // The kernel for `batch` rows of x, or none: then tiles or the library's GEMM on panels are faster, or the
 // shape is not one that the kernels read.
 std::optional<LinearKernel> choose(const Packed& packed, Dtype dtype, int64_t batch, int64_t columns) {
@@ -106,17 +101,13 @@ void small(const LinearKernel& kernel, const Packed& packed, const Tensor& x, co
 bool by_tiles(const Packed& packed, int64_t columns, bool transposes, const Tensor& x, const Tensor& bias,
               const Tensor& y) {
 #if defined(PEFTCORE_HAVE_AVX512BF16)
-    if (!tiles_fit(packed, kernel_dtype(x.scalar_type(), "linear_4bit"), columns)) return false;
-    PackedTiles weight{packed.bytes.const_data_ptr<uint8_t>(),
-                       scales_of(packed),
-                       {},
-                       shift_of(packed.blocksize),
-                       packed.count / columns,
-                       columns};
-    std::copy_n(packed.code.const_data_ptr<float>(), 16, weight.code);
+    if (x.scalar_type() != at::kBFloat16) return false;
+    const std::optional<PackedTiles> weight = tiles_of(packed, columns);
+    if (!weight) return false;
     const auto bits = [](const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); };
-    gemm::multiply({bits(x), transposes ? transposed(weight) : plain(weight), x.size(0), x.size(1), y.size(1),
-                    bias.defined() ? bits(bias) : nullptr, static_cast<BFloat16*>(y.mutable_data_ptr())});
+    gemm::multiply({bits(x), transposes ? transposed(*weight) : plain(*weight), x.size(0), x.size(1),
+                    y.size(1), bias.defined() ? bits(bias) : nullptr,
+                    static_cast<BFloat16*>(y.mutable_data_ptr())});
     return true;
 #else
     return false;

@@ -1,5 +1,6 @@
 #include "nf4/cpu/avx512bf16.h"
 
+#include "gemm/cpu/transpose.h"
 #include "nf4/cpu/tiles/tiles.h"
 
 namespace peftcore {
@@ -13,29 +14,6 @@ constexpr int kLine = 64, kLineColumns = 2 * kLine;
 struct Lines {
     alignas(64) uint16_t row[kTileColumns][kLineColumns];
 };
-
-// The 128 bits at `from` and at the fourth, eighth and twelfth row behind.
-inline __m512i four_rows(const uint16_t* from) {
-    const auto at = [&](int i) {
-        return _mm_load_si128(reinterpret_cast<const __m128i*>(from + i * kLineColumns));
-    };
-    __m512i result = _mm512_castsi128_si512(at(0));
-    result = _mm512_inserti32x4(result, at(4), 1);
-    result = _mm512_inserti32x4(result, at(8), 2);
-    return _mm512_inserti32x4(result, at(12), 3);
-}
-
-// Eight columns of 16 rows: four pairs, kTileColumns apart.
-inline void transpose(const uint16_t* from, uint32_t* out) {
-    const __m512i a = four_rows(from), b = four_rows(from + kLineColumns);
-    const __m512i c = four_rows(from + 2 * kLineColumns), d = four_rows(from + 3 * kLineColumns);
-    const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
-    const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
-    _mm512_storeu_si512(out, _mm512_unpacklo_epi64(ab_low, cd_low));
-    _mm512_storeu_si512(out + kTileColumns, _mm512_unpackhi_epi64(ab_low, cd_low));
-    _mm512_storeu_si512(out + 2 * kTileColumns, _mm512_unpacklo_epi64(ab_high, cd_high));
-    _mm512_storeu_si512(out + 3 * kTileColumns, _mm512_unpackhi_epi64(ab_high, cd_high));
-}
 
 void unpack_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last,
                        int64_t stride, uint32_t* out) {
@@ -60,7 +38,8 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
             }
             for (int64_t i = 0; i < count; i += 8)
                 for (int half = 0; half < 2; ++half)
-                    transpose(lines.row[16 * half] + i, out + (k - first + i) / 2 * kTileColumns + 16 * half);
+                    gemm::transpose(lines.row[16 * half] + i, kLineColumns,
+                                    out + (k - first + i) / 2 * kTileColumns + 16 * half, kTileColumns);
         }
 }
 

@@ -1,0 +1,127 @@
+#include "lora/cpu/base.h"
+
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+
+#include "gemm/cpu/dense/dense.h"
+#include "nf4/cpu/dequantize.h"
+
+namespace peftcore {
+namespace lora {
+
+Tensor base(const Tensor& x, const Base& of, const std::optional<Tensor>& bias) {
+    if (of.quantized.packed()) return packed_linear(x, of.weight, bias, of.out_features, of.quantized);
+    return bias.has_value() ? at::cpu::addmm(*bias, x, of.weight.t()) : at::cpu::mm(x, of.weight.t());
+}
+
+Tensor base_backward(const Tensor& dy, const Base& of) {
+    if (of.quantized.packed()) return packed_linear_backward(dy, of.weight, of.in_features, of.quantized);
+    return at::cpu::mm(dy, of.weight);
+}
+
+#if defined(PEFTCORE_HAVE_AVX512BF16)
+
+namespace {
+
+// Rows of x from which `joined` is faster: below, the library or linear_4bit's kernel for few rows.
+constexpr int64_t kDenseFrom = 1, kPackedFrom = 33;
+
+const BFloat16* bits(const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); }
+
+// W as gemm::multiply reads it.
+class Right {
+ public:
+    Right(const Tensor& x, const Base& of) {
+        if (x.scalar_type() != at::kBFloat16 || x.numel() == 0 || of.in_features * of.out_features == 0 ||
+            !gemm::takes_addend())
+            return;
+        const Quantized& q = of.quantized;
+        if (q.packed()) {
+            TORCH_CHECK_VALUE(q.code.has_value(), of.op,
+                              ": a packed weight needs absmax and code, found no code");
+            if (x.size(0) < kPackedFrom) return;
+            arguments_ = nf4::packed_arguments(of.weight, *q.absmax, *q.code, q.blocksize, q.nested_absmax,
+                                               q.nested_code, q.nested_offset, q.nested_blocksize,
+                                               of.out_features * of.in_features, of.op);
+            packed_ = nf4::tiles_of(arguments_, of.in_features);
+        } else if (x.size(0) >= kDenseFrom && of.weight.is_contiguous()) {
+            dense_ = gemm::Dense{bits(of.weight), of.out_features, of.in_features};
+        }
+    }
+    Right(const Right&) = delete;
+
+    bool known() const { return dense_ || packed_; }
+    gemm::Tiles transposed() const { return dense_ ? gemm::transposed(*dense_) : nf4::transposed(*packed_); }
+    gemm::Tiles plain() const { return dense_ ? gemm::plain(*dense_) : nf4::plain(*packed_); }
+
+ private:
+    nf4::Packed arguments_;
+    std::optional<gemm::Dense> dense_;
+    std::optional<nf4::PackedTiles> packed_;
+};
+
+gemm::Product product(const Tensor& x, const gemm::Tiles& right, const Tensor& bias, const Tensor& y) {
+    return {bits(x),
+            right,
+            x.size(0),
+            x.size(1),
+            y.size(1),
+            bias.defined() ? bits(bias) : nullptr,
+            static_cast<BFloat16*>(y.mutable_data_ptr())};
+}
+
+struct KeepSource {
+    const Dropout& dropout;
+    const Kernels& kernels;
+};
+
+void keep_bits(const void* source, int64_t row, int64_t column, int64_t columns, uint8_t* out) {
+    const KeepSource& keep = *static_cast<const KeepSource*>(source);
+    keep.kernels.keep_bytes(keep.dropout, row, column / kColumnsPerCounter, columns / kColumnsPerCounter,
+                            out);
+}
+
+}  // namespace
+
+Tensor joined(const Tensor& x, const Base& of, const std::optional<Tensor>& bias, const Tensor& s,
+              const Tensor& b) {
+    const Right right(x, of);
+    if (!right.known()) return {};
+    const Tensor y = at::empty({x.size(0), of.out_features}, x.options());
+    gemm::Product all = product(x, right.transposed(), bias.has_value() ? bias->contiguous() : Tensor(), y);
+    const gemm::Dense factor{bits(b), b.size(0), b.size(1)};
+    all.addend = {bits(s), gemm::transposed(factor), s.size(1), {}};
+    gemm::multiply(all);
+    return y;
+}
+
+Tensor joined_backward(const Tensor& dy, const Base& of, const Tensor& t, const Tensor& a,
+                       const Dropout& dropout, const Kernels& kernels) {
+    const Right right(dy, of);
+    if (!right.known()) return {};
+    const Tensor dx = at::empty({dy.size(0), of.in_features}, dy.options());
+    gemm::Product all = product(dy, right.plain(), {}, dx);
+    const gemm::Dense factor{bits(a), a.size(0), a.size(1)};
+    const KeepSource keep{dropout, kernels};
+    all.addend = {bits(t), gemm::plain(factor), t.size(1), {}};
+    if (dropout.threshold != 0) all.addend.keep = {&keep, keep_bits};
+    gemm::multiply(all);
+    return dx;
+}
+
+#else
+
+Tensor joined(const Tensor&, const Base&, const std::optional<Tensor>&, const Tensor&, const Tensor&) {
+    return {};
+}
+
+Tensor joined_backward(const Tensor&, const Base&, const Tensor&, const Tensor&, const Dropout&,
+                       const Kernels&) {
+    return {};
+}
+
+#endif
+
+}  // namespace lora
+}  // namespace peftcore
