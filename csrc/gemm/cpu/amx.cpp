@@ -17,11 +17,14 @@ namespace gemm {
 namespace {
 
 constexpr int64_t kRows = 2 * kSide;
-constexpr int64_t kPairs = 1024;
-constexpr int64_t kTiles = 4;
+constexpr int64_t kPairs = 1024, kPairsOfMany = 512;
+constexpr int64_t kPiece = 288;  // pairs
+constexpr int64_t kTiles = 8;
 constexpr int64_t kPanelColumns = kTiles * kTileColumns;
 constexpr int64_t kStepBytes = 2 * kTile * 4;  // of a tile of B, 16 pairs of it
-constexpr int kAheadRows = kRows / kTiles;     // of the next block, at each tile
+
+// Pairs of a chunk: all of them, or kPairsOfMany.
+int64_t chunk_of(int64_t all) { return all <= kPairs ? all : kPairsOfMany; }
 
 int64_t filled_up(int64_t count) { return (count + kSide - 1) / kSide * kSide; }
 
@@ -31,17 +34,18 @@ struct Left {
     int64_t row, step;  // bytes from a row to the next, and to the next 16 pairs
 };
 
-// Whether whole blocks of x are read where they lie: each step of a row is then a cache line.
+// Each step of a row is then a cache line, and those of 32 rows do not fall into one set of the first cache.
 bool in_place(const Product& product) {
-    return product.inner % (2 * kSide) == 0 && reinterpret_cast<uintptr_t>(product.x) % 64 == 0;
+    constexpr int64_t kSame = 4096 / 2;
+    return product.inner % (2 * kSide) == 0 && product.inner % kSame != 0 &&
+           reinterpret_cast<uintptr_t>(product.x) % 64 == 0;
 }
 
 // By chunks of kPairs pairs, by blocks of kRows rows (the last may have half), as [pairs / 16][rows][16].
 void arrange(const Product& product, int64_t first, int64_t last, uint32_t* out) {
     const int64_t all = filled_up(product.pairs()), all_rows = filled_up(product.rows);
-    if (in_place(product)) first = least(last, product.rows / kRows * kRows);
-    for (int64_t chunk = 0; chunk < all; chunk += kPairs) {
-        const int64_t pairs = least(kPairs, all - chunk);
+    for (int64_t chunk = 0; chunk < all; chunk += chunk_of(all)) {
+        const int64_t pairs = least(chunk_of(all), all - chunk);
         for (int64_t row = first; row < last; row += kRows) {
             const int64_t rows = least(kRows, filled_up(last - row));
             uint32_t* block = out + chunk * all_rows + row * pairs;
@@ -74,9 +78,9 @@ inline void accumulate(const Left& left, const uint32_t* right, int64_t pairs, c
     const char* x = left.first;
     const char* b = reinterpret_cast<const char*>(right);
     for (int64_t step = 0; step < pairs / kSide; ++step, x += left.step, b += kStepBytes) {
-        _tile_loadd(6, b, 2 * kTileBytes);
+        _tile_stream_loadd(6, b, 2 * kTileBytes);
         _tile_loadd(4, x, left.row);
-        _tile_loadd(7, b + kTileBytes, 2 * kTileBytes);
+        _tile_stream_loadd(7, b + kTileBytes, 2 * kTileBytes);
         _tile_dpbf16ps(0, 4, 6);
         if (kBoth) _tile_loadd(5, x + kSide * left.row, left.row);
         _tile_dpbf16ps(1, 4, 7);
@@ -95,25 +99,30 @@ inline void no_sums() {
     _tile_zero(3);
 }
 
-// Rows `stride` values apart.
+// Where sums lie in memory, `stride` values from a row to the next.
+struct Sums {
+    float* first;
+    int64_t stride;
+};
+
 template <bool kBoth>
-inline void load_sums(const float* sums, int64_t stride) {
-    const float* below = sums + kSide * stride;
-    _tile_loadd(0, sums, 4 * stride);
-    _tile_loadd(1, sums + kSide, 4 * stride);
+inline void load_sums(const Sums& sums) {
+    const float* below = sums.first + kSide * sums.stride;
+    _tile_loadd(0, sums.first, 4 * sums.stride);
+    _tile_loadd(1, sums.first + kSide, 4 * sums.stride);
     if (!kBoth) return;
-    _tile_loadd(2, below, 4 * stride);
-    _tile_loadd(3, below + kSide, 4 * stride);
+    _tile_loadd(2, below, 4 * sums.stride);
+    _tile_loadd(3, below + kSide, 4 * sums.stride);
 }
 
 template <bool kBoth>
-inline void store_sums(float* sums, int64_t stride) {
-    float* below = sums + kSide * stride;
-    _tile_stored(0, sums, 4 * stride);
-    _tile_stored(1, sums + kSide, 4 * stride);
+inline void store_sums(const Sums& sums) {
+    float* below = sums.first + kSide * sums.stride;
+    _tile_stored(0, sums.first, 4 * sums.stride);
+    _tile_stored(1, sums.first + kSide, 4 * sums.stride);
     if (!kBoth) return;
-    _tile_stored(2, below, 4 * stride);
-    _tile_stored(3, below + kSide, 4 * stride);
+    _tile_stored(2, below, 4 * sums.stride);
+    _tile_stored(3, below + kSide, 4 * sums.stride);
 }
 
 // Bits of columns 0, 2, .. 30 in the first, 1, 3, .. 31 in the second, or in order.
@@ -135,15 +144,14 @@ struct Pending {
     const Product& product;
     int64_t row = 0, column = 0;
     int64_t rows = 0, done = 0;
-    const float* sums = nullptr;
-    int64_t stride = 0;
+    Sums sums{};
     const float* masked = nullptr;  // the addend's, kTileColumns a row, if it is masked
     const uint8_t* keep = nullptr;  // a panel's columns of these rows
     Bias bias{};
 
     inline void store(int64_t count) {
         for (const int64_t end = least(rows, done + count); done < end; ++done) {
-            const float* at = sums + done * stride;
+            const float* at = sums.first + done * sums.stride;
             __m512 first = _mm512_loadu_ps(at), second = _mm512_loadu_ps(at + kSide);
             if (masked != nullptr) {
                 const float* more = masked + done * kTileColumns;
@@ -160,10 +168,10 @@ struct Pending {
 struct Work {
     Left left, addend_left, next;  // next: to be fetched, its rows from ahead_row on
     const uint32_t *right, *addend_right;
-    int64_t pairs, addend_pairs, ahead_row;
-    float *sums, *masked;
-    int64_t stride;
-    bool first;
+    int64_t pairs, addend_pairs, ahead_row, ahead_rows;
+    Sums from, to;
+    float* masked;
+    bool first;  // then there is nothing to go on from
 };
 
 template <bool kBoth>
@@ -171,24 +179,24 @@ void multiply_tile(const Work& work, Pending& pending) {
     if (work.first)
         no_sums();
     else
-        load_sums<kBoth>(work.sums, work.stride);
+        load_sums<kBoth>(work.from);
     const int64_t steps = work.pairs / kSide, a_step = (pending.rows + steps - 1) / steps;
     const char* ahead = work.next.first + work.ahead_row * work.next.row;
     accumulate<kBoth>(work.left, work.right, work.pairs, [&](int64_t step) {
-        for (int i = 0; i < kAheadRows; ++i)
+        for (int64_t i = 0; i < work.ahead_rows; ++i)
             _mm_prefetch(ahead + step * work.next.step + i * work.next.row, _MM_HINT_T1);
         pending.store(a_step);
     });
     pending.store(kRows);
     const auto nothing = [](int64_t) {};
     if (work.masked != nullptr) {
-        store_sums<kBoth>(work.sums, work.stride);
+        store_sums<kBoth>(work.to);
         no_sums();
         accumulate<kBoth>(work.addend_left, work.addend_right, work.addend_pairs, nothing);
-        store_sums<kBoth>(work.masked, kTileColumns);
+        store_sums<kBoth>({work.masked, kTileColumns});
     } else {
         accumulate<kBoth>(work.addend_left, work.addend_right, work.addend_pairs, nothing);
-        store_sums<kBoth>(work.sums, work.stride);
+        store_sums<kBoth>(work.to);
     }
     memory_barrier_of_tiles();
 }
@@ -206,65 +214,70 @@ void unpack(const Tiles& right, int64_t tile, int tiles, int64_t first_pair, int
 
 void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t* left, int64_t first_tile,
                     int64_t last_tile, int64_t first_row, int64_t last_row, const Buffers& buffers) {
-    // In turn: one of each is pending. Sums of one chunk stay here.
-    alignas(64) float own[2][kRows * kTileColumns], masked[2][kRows * kTileColumns];
-    uint8_t keep[2][kRows * kPanelColumns / 8];
+    // Sums of one chunk stay here.
+    alignas(64) float own[kTiles][kRows * kTileColumns], masked[kRows * kTileColumns];
+    uint8_t keep[2][kRows * kPanelColumns / 8];  // in turn: one is pending
     const Product addend = addend_alone(product);
     const int64_t all = filled_up(product.pairs()), addend_pairs = filled_up(addend.pairs());
     const bool one_chunk = all <= kPairs, masks = addend_pairs != 0 && product.addend.keep.source != nullptr;
-    int turn = 0, keep_turn = 0;
+    int keep_turn = 0;
     Pending pending{product};
     _tile_loadconfig(&kTileShapes);
     for (int64_t tile = first_tile; tile < last_tile; tile += kTiles) {
         const int tiles = int(least(kTiles, last_tile - tile));
+        const int64_t ahead_rows = kRows / tiles;
         if (addend_pairs != 0)
             unpack(addend.right, tile, tiles, 0, addend_pairs, addend.inner, buffers.addend_panel);
-        for (int64_t chunk = 0; chunk < all; chunk += kPairs) {
-            const int64_t pairs = least(kPairs, all - chunk);
-            const bool last = chunk + pairs == all;
+        for (int64_t chunk = 0; chunk < all; chunk += chunk_of(all)) {
+            const int64_t pairs = least(chunk_of(all), all - chunk);
             unpack(product.right, tile, tiles, chunk, pairs, product.inner, buffers.panel);
             for (int64_t row = first_row; row < last_row; row += kRows) {
                 const int64_t rows = least(kRows, last_row - row);
-                const Left block = left_of(product, x, row, chunk, pairs);
-                const Left next =
-                    row + kRows < last_row ? left_of(product, x, row + kRows, chunk, pairs) : block;
                 const Left addend_block = left_of(addend, left, row, 0, addend_pairs);
-                if (last && masks) {
+                Left block = left_of(product, x, row, chunk, pairs);
+                Left next = row + kRows < last_row ? left_of(product, x, row + kRows, chunk, pairs) : block;
+                if (chunk + pairs == all && masks) {
                     keep_turn ^= 1;
                     for (int64_t m = 0; m < rows; ++m)
                         product.addend.keep.bits(product.addend.keep.source, product.first_row + row + m,
                                                  tile * kTileColumns, kPanelColumns,
                                                  keep[keep_turn] + m * kPanelColumns / 8);
                 }
-                for (int i = 0; i < tiles; ++i) {
-                    turn ^= 1;
-                    Work work{block,
-                              addend_block,
-                              next,
-                              buffers.panel + i * pairs * kTileColumns,
-                              buffers.addend_panel + i * addend_pairs * kTileColumns,
-                              pairs,
-                              last ? addend_pairs : 0,
-                              i * kAheadRows,
-                              own[turn],
-                              last && masks ? masked[turn] : nullptr,
-                              kTileColumns,
-                              chunk == 0};
-                    if (!one_chunk) {
-                        work.sums = buffers.sums + (row - first_row) * kPanelColumns + i * kTileColumns;
-                        work.stride = kPanelColumns;
+                for (int64_t piece = 0; piece < pairs; piece += kPiece) {
+                    const int64_t count = least(kPiece, pairs - piece);
+                    const bool last = chunk + piece + count == all;
+                    for (int i = 0; i < tiles; ++i) {
+                        Sums here{own[pairs <= kPiece ? 0 : i], kTileColumns}, all_chunks = here;
+                        if (!one_chunk)
+                            all_chunks = {buffers.sums + (row - first_row) * kPanelColumns + i * kTileColumns,
+                                          kPanelColumns};
+                        Work work{block,
+                                  addend_block,
+                                  next,
+                                  buffers.panel + (i * pairs + piece) * kTileColumns,
+                                  buffers.addend_panel + i * addend_pairs * kTileColumns,
+                                  count,
+                                  last ? addend_pairs : 0,
+                                  i * ahead_rows,
+                                  ahead_rows,
+                                  piece != 0 ? here : all_chunks,
+                                  piece + count == pairs && !last ? all_chunks : here,
+                                  last && masks ? masked : nullptr,
+                                  chunk + piece == 0};
+                        rows > kSide ? multiply_tile<true>(work, pending)
+                                     : multiply_tile<false>(work, pending);
+                        if (!last) continue;
+                        pending.row = row;
+                        pending.column = (tile + i) * kTileColumns;
+                        pending.rows = rows;
+                        pending.done = 0;
+                        pending.sums = work.to;
+                        pending.masked = work.masked;
+                        pending.keep = keep[keep_turn] + i * kTileColumns / 8;
+                        pending.bias = bias_of(product, pending.column);
                     }
-                    rows > kSide ? multiply_tile<true>(work, pending) : multiply_tile<false>(work, pending);
-                    if (!last) continue;
-                    pending.row = row;
-                    pending.column = (tile + i) * kTileColumns;
-                    pending.rows = rows;
-                    pending.done = 0;
-                    pending.sums = work.sums;
-                    pending.stride = work.stride;
-                    pending.masked = work.masked;
-                    pending.keep = keep[keep_turn] + i * kTileColumns / 8;
-                    pending.bias = bias_of(product, pending.column);
+                    block.first += kPiece / kSide * block.step;
+                    next.first += kPiece / kSide * next.step;
                 }
             }
         }
@@ -275,7 +288,7 @@ void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t* l
 
 }  // namespace
 
-Kernel amx_kernel() { return {kRows, kPairs, kTiles, kSide, kSide, true, arrange, multiply_tiles}; }
+Kernel amx_kernel() { return {kRows, kPairs, kTiles, kSide, kSide, true, in_place, arrange, multiply_tiles}; }
 
 }  // namespace gemm
 }  // namespace peftcore

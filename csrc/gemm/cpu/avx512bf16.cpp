@@ -74,6 +74,8 @@ constexpr Tile kTileOf[kRows + 1] = {nullptr,          multiply_tile<1>, multipl
                                      multiply_tile<8>, multiply_tile<9>, multiply_tile<10>, multiply_tile<11>,
                                      multiply_tile<12>};
 
+bool in_place(const Product&) { return false; }
+
 // By chunks of kPairs pairs, by blocks of kRows rows (the last may have fewer), as [pairs][rows].
 void arrange(const Product& product, int64_t first, int64_t last, uint32_t* out) {
     const int64_t all = product.pairs();
@@ -117,7 +119,7 @@ void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t*, 
 
 }  // namespace
 
-Kernel avx512bf16_kernel() { return {kRows, kPairs, kTiles, 1, 1, false, arrange, multiply_tiles}; }
+Kernel avx512bf16_kernel() { return {kRows, kPairs, kTiles, 1, 1, false, in_place, arrange, multiply_tiles}; }
 
 }  // namespace gemm
 }  // namespace peftcore

@@ -23,6 +23,8 @@ struct Kernel {
 
     bool takes_addend;
 
+    // Whether x's whole blocks of rows are read where they lie.
+    bool (*in_place)(const Product& product);
     // x's rows [first, last), `first` being a multiple of `rows`: by chunks, by blocks of rows, as the kernel
     // reads them.
     void (*arrange)(const Product& product, int64_t first, int64_t last, uint32_t* out);

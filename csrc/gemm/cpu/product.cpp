@@ -44,12 +44,15 @@ void multiply_group(const Kernel& kernel, const Product& product) {
                   left_words = filled_up(all_rows * addend_pairs, 16);
     uint32_t* x = static_cast<uint32_t*>(workspace(4 * (x_words + left_words + threads * own)));
     uint32_t *left = x + x_words, *buffers = left + left_words;
-    at::parallel_for(0, blocks, ceil_div(kProductsPerTask, kernel.rows * pairs * 8),
-                     [&](int64_t first, int64_t last) {
-                         const int64_t end = std::min(last * kernel.rows, rows);
-                         kernel.arrange(product, first * kernel.rows, end, x);
-                         if (addend.inner != 0) kernel.arrange(addend, first * kernel.rows, end, left);
-                     });
+    const auto arrange = [&](const Product& of, int64_t of_pairs, uint32_t* out) {
+        const int64_t from = kernel.in_place(of) ? rows / kernel.rows : 0;
+        at::parallel_for(from, blocks, ceil_div(kProductsPerTask, kernel.rows * of_pairs * 8),
+                         [&](int64_t first, int64_t last) {
+                             kernel.arrange(of, first * kernel.rows, std::min(last * kernel.rows, rows), out);
+                         });
+    };
+    arrange(product, pairs, x);
+    if (addend.inner != 0) arrange(addend, addend_pairs, left);
     const int64_t products = 2 * pairs * kTileColumns * part_rows;
     at::parallel_for(
         0, parts * tiles, ceil_div(kProductsPerTask, products), [&](int64_t first, int64_t last) {

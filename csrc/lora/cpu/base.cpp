@@ -24,8 +24,8 @@ Tensor base_backward(const Tensor& dy, const Base& of) {
 
 namespace {
 
-// Rows of x from which `joined` is faster: below, the library or linear_4bit's kernel for few rows.
-constexpr int64_t kDenseFrom = 1, kPackedFrom = 33;
+// For fewer rows of x, linear_4bit has kernels of its own.
+constexpr int64_t kPackedFrom = 33;
 
 const BFloat16* bits(const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); }
 
@@ -45,7 +45,7 @@ class Right {
                                                q.nested_code, q.nested_offset, q.nested_blocksize,
                                                of.out_features * of.in_features, of.op);
             packed_ = nf4::tiles_of(arguments_, of.in_features);
-        } else if (x.size(0) >= kDenseFrom && of.weight.is_contiguous()) {
+        } else if (of.weight.is_contiguous()) {
             dense_ = gemm::Dense{bits(of.weight), of.out_features, of.in_features};
         }
     }

@@ -17,6 +17,18 @@
 //     kPair rows as one row of units across them, up to a multiple of kLanes: static void stage_rows(const T*
 //     row, int64_t stride, int64_t count, int64_t columns, const uint8_t* keep,
 //                            int64_t keep_stride, Unit* out);
+//     Optional: units of `count` outer numbers at `row`, followed by zeros, if it can:
+//     static bool arrange_line(const T* row, int64_t inner_stride, int64_t outer_stride, int64_t count,
+//                              bool pair, Unit* out);
+//     Of AMX only, in place of `madd`: a whole block's products.
+//     static constexpr bool kTiles = true;
+//     sums [rows][width], of rows left [..][inner] that are left_row apart, and right [inner][width]:
+//     static void down(const Unit* left, int64_t left_row, const Unit* right, int64_t width, int64_t rows,
+//                      int64_t inner, float* sums);
+//     sums [width][columns] += leftᵀ right, of left [inner][width], right [inner][columns]; width a multiple
+//     of kWidthMultiple, columns of kLanes: static void outer(const Unit* left, int64_t width, const Unit*
+//     right, int64_t columns, int64_t inner,
+//                       float* sums);
 //   };
 #pragma once
 
@@ -90,6 +102,8 @@ struct Blocks {
     using Unit = typename Level::Unit;
     using Vector = typename Level::Vector;
     static constexpr int kLanes = Level::kLanes, kRows = Level::kRows, kPair = Level::kPair;
+    static constexpr bool kTiles = requires { Level::kTiles; };
+    static constexpr int64_t kDownRows = kTiles ? 32 : kRows;  // that `down` stages together
     // A block of x that `outer` arranges: it stays in the second cache.
     static constexpr int64_t kBlockRows = 64, kBlockColumns = 256, kAhead = 8;
 
@@ -142,6 +156,8 @@ struct Blocks {
                 const T* row = from + i * inner_stride + begin * outer_stride;
                 Unit* line = out + i / kPair * width + begin;
                 const bool pair = i + 1 < inner;
+                if constexpr (requires { Level::arrange_line; })
+                    if (Level::arrange_line(row, inner_stride, outer_stride, count, pair, line)) continue;
                 for (int64_t j = 0; j < count; ++j) {
                     const T* at = row + j * outer_stride;
                     line[j] = Level::unit(at[0], pair ? at[inner_stride] : T{});
@@ -176,26 +192,47 @@ struct Blocks {
         }
     };
 
+    // Rows [first, last), whose units are at `left`.
+    static void down_block(const DownArgs& args, const Unit* left, int64_t left_row, int64_t first,
+                           int64_t last) {
+        if constexpr (kTiles) {
+            std::vector<float> sums(size_t(kDownRows * args.width));
+            const Vector factor = Level::set(args.factor);
+            for (int64_t m = first; m < last; m += kDownRows, left += kDownRows * left_row) {
+                const int64_t rows = std::min(kDownRows, last - m);
+                Level::down(left, left_row, static_cast<const Unit*>(args.right), args.width, rows,
+                            units(args.columns), sums.data());
+                for (int64_t i = 0; i < rows; ++i)
+                    for (int64_t column = 0; column < args.r; column += kLanes)
+                        store_some<Level>(
+                            static_cast<T*>(args.s) + (m + i) * args.r + column, args.r - column,
+                            Level::mul(Level::load(&sums[size_t(i * args.width + column)]), factor));
+            }
+        } else {
+            tiles(last - first, padded(args.r), DownTile{args, left, left_row, first});
+        }
+    }
+
     static void down(const DownArgs& args, int64_t first, int64_t last) {
         const T* x = static_cast<const T*>(args.x);
         const int64_t columns = args.columns, inner = units(columns);
         const bool drops = args.dropout.threshold != 0;
         if (!drops && sizeof(T) * kPair == sizeof(Unit) && columns % kPair == 0) {
             const Unit* left = reinterpret_cast<const Unit*>(x + first * columns);
-            return tiles(last - first, padded(args.r), DownTile{args, left, inner, first});
+            return down_block(args, left, inner, first, last);
         }
         const int64_t stride = padded(inner);
-        std::vector<Unit> rows(size_t(kRows * stride));
+        std::vector<Unit> rows(size_t(kDownRows * stride));
         const int64_t counters = (columns + 7) / 8;
         std::vector<uint8_t> keep(size_t(drops ? counters + kCounters + 8 : 0));
-        for (int64_t m = first; m < last; m += kRows) {
-            const int64_t count = std::min<int64_t>(kRows, last - m);
+        for (int64_t m = first; m < last; m += kDownRows) {
+            const int64_t count = std::min<int64_t>(kDownRows, last - m);
             for (int64_t i = 0; i < count; ++i) {
                 if (drops) Level::keep_bytes(args.dropout, m + i, 0, counters, keep.data());
                 Level::stage_row(x + (m + i) * columns, columns, drops ? keep.data() : nullptr,
                                  rows.data() + i * stride);
             }
-            tiles(count, padded(args.r), DownTile{args, rows.data(), stride, m});
+            down_block(args, rows.data(), stride, m, m + count);
         }
     }
 
@@ -277,7 +314,7 @@ struct Blocks {
     static void outer(const OuterArgs& args, int64_t first, int64_t last) {
         const T* x = static_cast<const T*>(args.x);
         const int64_t most = std::min(padded(last - first), kBlockColumns);
-        std::vector<float> sums(size_t(args.r * most));
+        std::vector<float> sums(size_t((kTiles ? args.width : args.r) * most));
         std::vector<Unit> block(size_t(units(kBlockRows) * most));
         const bool drops = args.dropout.threshold != 0;
         const int64_t keep_row = kBlockColumns / 8 + kCounters;
@@ -299,9 +336,15 @@ struct Blocks {
                                           std::min<int64_t>(kPair, rows - i), columns, mask, keep_row,
                                           block.data() + i / kPair * width);
                     }
+                    if constexpr (kTiles)  // they take 16 units
+                        std::fill(block.begin() + units(rows) * width,
+                                  block.begin() + (units(rows) + 15) / 16 * 16 * width, Unit{});
                     const Unit* left = static_cast<const Unit*>(args.left) + m / kPair * args.width;
-                    tiles(args.r, width,
-                          OuterTile{left, block.data(), args.width, width, units(rows), sums.data()});
+                    if constexpr (kTiles)
+                        Level::outer(left, args.width, block.data(), width, units(rows), sums.data());
+                    else
+                        tiles(args.r, width,
+                              OuterTile{left, block.data(), args.width, width, units(rows), sums.data()});
                 }
                 if (args.up != nullptr)
                     tiles(rows, width,

@@ -85,6 +85,7 @@ Kernels portable_kernels(Dtype dtype);
 Kernels avx2_kernels(Dtype dtype);
 Kernels avx512_kernels(Dtype dtype);
 Kernels avx512bf16_kernels();  // bf16
+Kernels amx_kernels();         // bf16
 
 RowKernels portable_row_kernels(Dtype dtype);
 RowKernels avx2_row_kernels(Dtype dtype);

@@ -22,6 +22,10 @@ Kernels choose(Dtype dtype) {
     switch (cpu_level()) {
 #if defined(PEFTCORE_HAVE_AVX512)
         case CpuLevel::kAmx:
+#if defined(PEFTCORE_HAVE_AMX)
+            if (dtype == Dtype::kBFloat16) return amx_kernels();
+#endif
+            [[fallthrough]];
         case CpuLevel::kAvx512:
 #if defined(PEFTCORE_HAVE_AVX512BF16)
             if (dtype == Dtype::kBFloat16 && cpu_has_bf16_dot()) return avx512bf16_kernels();
