@@ -146,7 +146,6 @@ struct Pending {
     int64_t rows = 0, done = 0;
     Sums sums{};
     const float* masked = nullptr;  // the addend's, kTileColumns a row, if it is masked
-    const uint8_t* keep = nullptr;  // a panel's columns of these rows
     Bias bias{};
 
     inline void store(int64_t count) {
@@ -155,7 +154,8 @@ struct Pending {
             __m512 first = _mm512_loadu_ps(at), second = _mm512_loadu_ps(at + kSide);
             if (masked != nullptr) {
                 const float* more = masked + done * kTileColumns;
-                const TileBits bits = bits_of(product.right.even_odd, keep + done * kPanelColumns / 8);
+                const TileBits bits =
+                    bits_of(product.right.even_odd, product.addend.keep.row(row + done) + column / 8);
                 first = _mm512_mask_add_ps(first, bits.of[0], first, _mm512_loadu_ps(more));
                 second = _mm512_mask_add_ps(second, bits.of[1], second, _mm512_loadu_ps(more + kSide));
             }
@@ -176,10 +176,18 @@ struct Work {
 
 template <bool kBoth>
 void multiply_tile(const Work& work, Pending& pending) {
+    const auto nothing = [](int64_t) {};
+    if (work.masked != nullptr) {
+        no_sums();
+        accumulate<kBoth>(work.addend_left, work.addend_right, work.addend_pairs, nothing);
+        store_sums<kBoth>({work.masked, kTileColumns});
+    }
     if (work.first)
         no_sums();
     else
         load_sums<kBoth>(work.from);
+    if (work.masked == nullptr)
+        accumulate<kBoth>(work.addend_left, work.addend_right, work.addend_pairs, nothing);
     const int64_t steps = work.pairs / kSide, a_step = (pending.rows + steps - 1) / steps;
     const char* ahead = work.next.first + work.ahead_row * work.next.row;
     accumulate<kBoth>(work.left, work.right, work.pairs, [&](int64_t step) {
@@ -188,16 +196,7 @@ void multiply_tile(const Work& work, Pending& pending) {
         pending.store(a_step);
     });
     pending.store(kRows);
-    const auto nothing = [](int64_t) {};
-    if (work.masked != nullptr) {
-        store_sums<kBoth>(work.to);
-        no_sums();
-        accumulate<kBoth>(work.addend_left, work.addend_right, work.addend_pairs, nothing);
-        store_sums<kBoth>({work.masked, kTileColumns});
-    } else {
-        accumulate<kBoth>(work.addend_left, work.addend_right, work.addend_pairs, nothing);
-        store_sums<kBoth>(work.to);
-    }
+    store_sums<kBoth>(work.to);
     memory_barrier_of_tiles();
 }
 
@@ -215,12 +214,11 @@ void unpack(const Tiles& right, int64_t tile, int tiles, int64_t first_pair, int
 void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t* left, int64_t first_tile,
                     int64_t last_tile, int64_t first_row, int64_t last_row, const Buffers& buffers) {
     // Sums of one chunk stay here.
-    alignas(64) float own[kTiles][kRows * kTileColumns], masked[kRows * kTileColumns];
-    uint8_t keep[2][kRows * kPanelColumns / 8];  // in turn: one is pending
+    alignas(64) float own[kTiles][kRows * kTileColumns], masked[2][kRows * kTileColumns];
     const Product addend = addend_alone(product);
     const int64_t all = filled_up(product.pairs()), addend_pairs = filled_up(addend.pairs());
-    const bool one_chunk = all <= kPairs, masks = addend_pairs != 0 && product.addend.keep.source != nullptr;
-    int keep_turn = 0;
+    const bool one_chunk = all <= kPairs, masks = addend_pairs != 0 && product.addend.keep.bits != nullptr;
+    int turn = 0;
     Pending pending{product};
     _tile_loadconfig(&kTileShapes);
     for (int64_t tile = first_tile; tile < last_tile; tile += kTiles) {
@@ -236,13 +234,6 @@ void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t* l
                 const Left addend_block = left_of(addend, left, row, 0, addend_pairs);
                 Left block = left_of(product, x, row, chunk, pairs);
                 Left next = row + kRows < last_row ? left_of(product, x, row + kRows, chunk, pairs) : block;
-                if (chunk + pairs == all && masks) {
-                    keep_turn ^= 1;
-                    for (int64_t m = 0; m < rows; ++m)
-                        product.addend.keep.bits(product.addend.keep.source, product.first_row + row + m,
-                                                 tile * kTileColumns, kPanelColumns,
-                                                 keep[keep_turn] + m * kPanelColumns / 8);
-                }
                 for (int64_t piece = 0; piece < pairs; piece += kPiece) {
                     const int64_t count = least(kPiece, pairs - piece);
                     const bool last = chunk + piece + count == all;
@@ -262,7 +253,7 @@ void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t* l
                                   ahead_rows,
                                   piece != 0 ? here : all_chunks,
                                   piece + count == pairs && !last ? all_chunks : here,
-                                  last && masks ? masked : nullptr,
+                                  last && masks ? masked[turn ^= 1] : nullptr,
                                   chunk + piece == 0};
                         rows > kSide ? multiply_tile<true>(work, pending)
                                      : multiply_tile<false>(work, pending);
@@ -273,7 +264,6 @@ void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t* l
                         pending.done = 0;
                         pending.sums = work.to;
                         pending.masked = work.masked;
-                        pending.keep = keep[keep_turn] + i * kTileColumns / 8;
                         pending.bias = bias_of(product, pending.column);
                     }
                     block.first += kPiece / kSide * block.step;

@@ -94,8 +94,8 @@ void multiply(const Product& product) {
         group.rows = std::min(kGroupRows, product.rows - first);
         group.x += first * product.inner;
         group.y += first * product.columns;
-        group.first_row += first;
         if (group.addend.left != nullptr) group.addend.left += first * product.addend.inner;
+        group.addend.keep.bits = product.addend.keep.row(first);
         multiply_group(kernel, group);
     }
 }

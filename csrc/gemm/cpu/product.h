@@ -27,11 +27,12 @@ struct Tiles {
     bool even_odd;  // a tile's columns come as 0, 2, .. 30, 1, 3, .. 31; otherwise in order
 };
 
-// Which numbers of a result count: bit i of `out` for column `column` + i, a multiple of 8, of a row. `out`
-// has room for `columns` bits, a multiple of 128.
+// Which numbers of a matrix count: for column k bit k % 8 of byte k / 8 of its row. A row is read by 32 bits.
 struct Mask {
-    const void* source = nullptr;  // none: all
-    void (*bits)(const void* source, int64_t row, int64_t column, int64_t columns, uint8_t* out) = nullptr;
+    const uint8_t* bits = nullptr;  // none: all
+    int64_t stride = 0;             // bytes from a row to the next
+
+    const uint8_t* row(int64_t m) const { return bits == nullptr ? nullptr : bits + m * stride; }
 };
 
 // keep ∘ (left right), which joins the sums of a product.
@@ -49,7 +50,6 @@ struct Product {
     const BFloat16* bias;  // or nullptr
     BFloat16* y;
     Addend addend{};
-    int64_t first_row = 0;  // of the rows that the mask counts
 
     int64_t pairs() const { return (inner + 1) / 2; }
 };

@@ -71,17 +71,6 @@ gemm::Product product(const Tensor& x, const gemm::Tiles& right, const Tensor& b
             static_cast<BFloat16*>(y.mutable_data_ptr())};
 }
 
-struct KeepSource {
-    const Dropout& dropout;
-    const Kernels& kernels;
-};
-
-void keep_bits(const void* source, int64_t row, int64_t column, int64_t columns, uint8_t* out) {
-    const KeepSource& keep = *static_cast<const KeepSource*>(source);
-    keep.kernels.keep_bytes(keep.dropout, row, column / kColumnsPerCounter, columns / kColumnsPerCounter,
-                            out);
-}
-
 }  // namespace
 
 Tensor joined(const Tensor& x, const Base& of, const std::optional<Tensor>& bias, const Tensor& s,
@@ -96,16 +85,13 @@ Tensor joined(const Tensor& x, const Base& of, const std::optional<Tensor>& bias
     return y;
 }
 
-Tensor joined_backward(const Tensor& dy, const Base& of, const Tensor& t, const Tensor& a,
-                       const Dropout& dropout, const Kernels& kernels) {
+Tensor joined_backward(const Tensor& dy, const Base& of, const Tensor& t, const Tensor& a, const Mask& keep) {
     const Right right(dy, of);
     if (!right.known()) return {};
     const Tensor dx = at::empty({dy.size(0), of.in_features}, dy.options());
     gemm::Product all = product(dy, right.plain(), {}, dx);
     const gemm::Dense factor{bits(a), a.size(0), a.size(1)};
-    const KeepSource keep{dropout, kernels};
-    all.addend = {bits(t), gemm::plain(factor), t.size(1), {}};
-    if (dropout.threshold != 0) all.addend.keep = {&keep, keep_bits};
+    all.addend = {bits(t), gemm::plain(factor), t.size(1), keep};
     gemm::multiply(all);
     return dx;
 }
@@ -116,10 +102,7 @@ Tensor joined(const Tensor&, const Base&, const std::optional<Tensor>&, const Te
     return {};
 }
 
-Tensor joined_backward(const Tensor&, const Base&, const Tensor&, const Tensor&, const Dropout&,
-                       const Kernels&) {
-    return {};
-}
+Tensor joined_backward(const Tensor&, const Base&, const Tensor&, const Tensor&, const Mask&) { return {}; }
 
 #endif
 

@@ -23,8 +23,7 @@ Tensor base_backward(const Tensor& dy, const Base& of);                         
 // contiguous.
 Tensor joined(const Tensor& x, const Base& of, const std::optional<Tensor>& bias, const Tensor& s,
               const Tensor& b);
-Tensor joined_backward(const Tensor& dy, const Base& of, const Tensor& t, const Tensor& a,
-                       const Dropout& dropout, const Kernels& kernels);
+Tensor joined_backward(const Tensor& dy, const Base& of, const Tensor& t, const Tensor& a, const Mask& keep);
 
 }  // namespace lora
 }  // namespace peftcore

@@ -216,37 +216,31 @@ struct Blocks {
     static void down(const DownArgs& args, int64_t first, int64_t last) {
         const T* x = static_cast<const T*>(args.x);
         const int64_t columns = args.columns, inner = units(columns);
-        const bool drops = args.dropout.threshold != 0;
-        if (!drops && sizeof(T) * kPair == sizeof(Unit) && columns % kPair == 0) {
+        if (args.keep.bits == nullptr && sizeof(T) * kPair == sizeof(Unit) && columns % kPair == 0) {
             const Unit* left = reinterpret_cast<const Unit*>(x + first * columns);
             return down_block(args, left, inner, first, last);
         }
         const int64_t stride = padded(inner);
         std::vector<Unit> rows(size_t(kDownRows * stride));
-        const int64_t counters = (columns + 7) / 8;
-        std::vector<uint8_t> keep(size_t(drops ? counters + kCounters + 8 : 0));
         for (int64_t m = first; m < last; m += kDownRows) {
             const int64_t count = std::min<int64_t>(kDownRows, last - m);
-            for (int64_t i = 0; i < count; ++i) {
-                if (drops) Level::keep_bytes(args.dropout, m + i, 0, counters, keep.data());
-                Level::stage_row(x + (m + i) * columns, columns, drops ? keep.data() : nullptr,
+            for (int64_t i = 0; i < count; ++i)
+                Level::stage_row(x + (m + i) * columns, columns, args.keep.row(m + i),
                                  rows.data() + i * stride);
-            }
             down_block(args, rows.data(), stride, m, m + count);
         }
     }
 
     struct UpTile {
         const UpArgs& args;
-        int64_t first_row, first_column, last_column;
-        const uint8_t* keep;  // of these rows and columns; or nullptr
-        int64_t keep_row;
+        int64_t first;
 
         template <int R, int V>
         inline void run(int64_t m, int64_t n) const {
-            const int64_t row = first_row + m, column = first_column + n;
-            T* y = static_cast<T*>(args.y) + row * args.columns + column;
-            const int64_t count = last_column - column;
+            const int64_t row = first + m;
+            T* y = static_cast<T*>(args.y) + row * args.columns + n;
+            const int64_t count = args.columns - n;
+            const bool masks = args.keep.bits != nullptr;
             // y comes from the third cache or from memory: the next tile's, while this one is multiplied.
             if (count > 2 * kLanes)
                 for (int i = 0; i < R; ++i)
@@ -256,12 +250,12 @@ struct Blocks {
             for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
                 for (int v = 0; v < V; ++v)
-                    sums[i][v] = keep == nullptr
-                                     ? load_some<Level>(y + i * args.columns + v * kLanes, count - v * kLanes)
-                                     : Level::zero();
+                    sums[i][v] =
+                        masks ? Level::zero()
+                              : load_some<Level>(y + i * args.columns + v * kLanes, count - v * kLanes);
             multiply<R, V>(static_cast<const Unit*>(args.left) + row * args.left_row, args.left_row,
-                           args.left_inner, static_cast<const Unit*>(args.right) + column, args.width,
-                           args.inner, sums);
+                           args.left_inner, static_cast<const Unit*>(args.right) + n, args.width, args.inner,
+                           sums);
 #pragma GCC unroll 16
             for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
@@ -269,8 +263,8 @@ struct Blocks {
                     T* to = y + i * args.columns + v * kLanes;
                     const int64_t left = count - v * kLanes;
                     Vector sum = sums[i][v];
-                    if (keep != nullptr) {
-                        const uint32_t bits = bits_at<Level>(keep + (m + i) * keep_row, n + v * kLanes);
+                    if (masks) {
+                        const uint32_t bits = bits_at<Level>(args.keep.row(row + i), n + v * kLanes);
                         sum = Level::add(load_some<Level>(to, left), Level::keep(sum, bits));
                     }
                     store_some<Level>(to, left, sum);
@@ -279,7 +273,7 @@ struct Blocks {
     };
 
     static void up(const UpArgs& args, int64_t first, int64_t last) {
-        tiles(last - first, padded(args.columns), UpTile{args, first, 0, args.columns, nullptr, 0});
+        tiles(last - first, padded(args.columns), UpTile{args, first});
     }
 
     struct OuterTile {
@@ -316,41 +310,32 @@ struct Blocks {
         const int64_t most = std::min(padded(last - first), kBlockColumns);
         std::vector<float> sums(size_t((kTiles ? args.width : args.r) * most));
         std::vector<Unit> block(size_t(units(kBlockRows) * most));
-        const bool drops = args.dropout.threshold != 0;
-        const int64_t keep_row = kBlockColumns / 8 + kCounters;
-        std::vector<uint8_t> keep(size_t(drops ? (kBlockRows + 1) * keep_row : 0));
         for (int64_t begin = first; begin < last; begin += kBlockColumns) {
             const int64_t end = std::min(begin + kBlockColumns, last), columns = end - begin,
                           width = padded(columns);
             std::fill(sums.begin(), sums.end(), 0.0f);
             for (int64_t m = 0; m < args.rows; m += kBlockRows) {
                 const int64_t rows = std::min(kBlockRows, args.rows - m);
-                for (int64_t i = 0; drops && i < rows; ++i)
-                    Level::keep_bytes(args.dropout, m + i, begin / 8, (columns + 7) / 8,
-                                      keep.data() + i * keep_row);
-                if (args.out != nullptr) {
-                    for (int64_t i = 0; i < rows; i += kPair) {
-                        prefetch(x, args, m + i + kAhead, begin, columns);
-                        const uint8_t* mask = drops ? keep.data() + i * keep_row : nullptr;
-                        Level::stage_rows(x + (m + i) * args.columns + begin, args.columns,
-                                          std::min<int64_t>(kPair, rows - i), columns, mask, keep_row,
-                                          block.data() + i / kPair * width);
-                    }
-                    if constexpr (kTiles)  // they take 16 units
-                        std::fill(block.begin() + units(rows) * width,
-                                  block.begin() + (units(rows) + 15) / 16 * 16 * width, Unit{});
-                    const Unit* left = static_cast<const Unit*>(args.left) + m / kPair * args.width;
-                    if constexpr (kTiles)
-                        Level::outer(left, args.width, block.data(), width, units(rows), sums.data());
-                    else
-                        tiles(args.r, width,
-                              OuterTile{left, block.data(), args.width, width, units(rows), sums.data()});
+                for (int64_t i = 0; i < rows; i += kPair) {
+                    prefetch(x, args, m + i + kAhead, begin, columns);
+                    const uint8_t* keep = args.keep.row(m + i);
+                    Level::stage_rows(x + (m + i) * args.columns + begin, args.columns,
+                                      std::min<int64_t>(kPair, rows - i), columns,
+                                      keep == nullptr ? nullptr : keep + begin / 8, args.keep.stride,
+                                      block.data() + i / kPair * width);
                 }
-                if (args.up != nullptr)
-                    tiles(rows, width,
-                          UpTile{*args.up, m, begin, end, drops ? keep.data() : nullptr, keep_row});
+                const Unit* left = static_cast<const Unit*>(args.left) + m / kPair * args.width;
+                if constexpr (kTiles) {
+                    constexpr int64_t kTogether = 16;  // units that they take
+                    const int64_t filled = (units(rows) + kTogether - 1) / kTogether * kTogether;
+                    std::fill(block.data() + units(rows) * width, block.data() + filled * width, Unit{});
+                    Level::outer(left, args.width, block.data(), width, units(rows), sums.data());
+                } else {
+                    tiles(args.r, width,
+                          OuterTile{left, block.data(), args.width, width, units(rows), sums.data()});
+                }
             }
-            for (int64_t i = 0; args.out != nullptr && i < args.r; ++i)
+            for (int64_t i = 0; i < args.r; ++i)
                 for (int64_t k = 0; k < columns; ++k)
                     args.out[i * args.out_row + (begin + k) * args.out_column] = sums[size_t(i * width + k)];
         }

@@ -18,12 +18,14 @@
 
 #include <cstdint>
 
+#include "gemm/cpu/product.h"
 #include "lora/lora.h"
 #include "nf4/nf4.h"
 
 namespace peftcore {
 namespace lora {
 
+using gemm::Mask;
 using nf4::Dtype;
 
 struct DownArgs {
@@ -32,7 +34,7 @@ struct DownArgs {
     const void* right;  // [columns][width] units
     int64_t width, r;
     float factor;
-    Dropout dropout;
+    Mask keep;
     void* s;  // [M, r]
 };
 
@@ -43,7 +45,7 @@ struct UpArgs {
     int64_t left_row, left_inner, inner;
     const void* right;  // [inner][width] units
     int64_t width;
-    Dropout dropout;
+    Mask keep;
 };
 
 struct OuterArgs {
@@ -53,8 +55,7 @@ struct OuterArgs {
     int64_t width, r;
     float* out;  // element (i, column) at i * out_row + column * out_column
     int64_t out_row, out_column;
-    Dropout dropout;
-    const UpArgs* up;  // on the same rows and columns, with the same mask; or nullptr
+    Mask keep;
 };
 
 struct Kernels {
@@ -63,7 +64,7 @@ struct Kernels {
     // from[i * inner_stride + j * outer_stride], i < inner, j < outer
     void (*arrange)(const void* from, int64_t inner_stride, int64_t outer_stride, int64_t inner,
                     int64_t outer, int64_t width, void* out);
-    // See dropout.h.
+    // As in dropout.h.
     void (*keep_bytes)(const Dropout&, int64_t row, int64_t first, int64_t count, uint8_t* out);
     void (*down)(const DownArgs&, int64_t first_row, int64_t last_row);
     void (*up)(const UpArgs&, int64_t first_row, int64_t last_row);

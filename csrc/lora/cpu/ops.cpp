@@ -10,13 +10,14 @@
 #include "common/cpu_features.h"
 #include "lora/arguments.h"
 #include "lora/cpu/base.h"
+#include "lora/cpu/dropout.h"
 #include "lora/cpu/kernels.h"
 
 namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int64_t kProductsPerTask = 1 << 17;
+constexpr int64_t kProductsPerTask = 1 << 17, kCountersPerTask = 1 << 12;
 
 Kernels choose(Dtype dtype) {
     switch (cpu_level()) {
@@ -75,51 +76,67 @@ Factor arranged(const Kernels& kernels, const Tensor& from, bool transposed) {
     return factor;
 }
 
-void down(const Kernels& kernels, const Tensor& x, const Factor& right, float factor, const Dropout& dropout,
+// keep of x [rows, columns].
+struct Kept {
+    Tensor memory;
+    Mask mask;
+};
+
+Kept kept(const Kernels& kernels, const Dropout& dropout, const Tensor& x) {
+    if (dropout.threshold == 0) return {};
+    const int64_t rows = x.size(0), counters = ceil_div(x.size(1), kColumnsPerCounter);
+    const int64_t stride = ceil_div(counters, kCounters) * kCounters;
+    Kept made{at::empty({rows, stride}, x.options().dtype(at::kByte)), {}};
+    uint8_t* bits = made.memory.mutable_data_ptr<uint8_t>();
+    at::parallel_for(0, rows, ceil_div(kCountersPerTask, stride), [&](int64_t first, int64_t last) {
+        for (int64_t m = first; m < last; ++m) kernels.keep_bytes(dropout, m, 0, counters, bits + m * stride);
+    });
+    made.mask = {bits, stride};
+    return made;
+}
+
+void down(const Kernels& kernels, const Tensor& x, const Factor& right, float factor, const Mask& keep,
           const Tensor& s) {
     const int64_t columns = x.size(1), r = s.size(1);
-    const DownArgs args{x.const_data_ptr(),  columns, right.units(), right.width, r, factor, dropout,
+    const DownArgs args{x.const_data_ptr(),  columns, right.units(), right.width, r, factor, keep,
                         s.mutable_data_ptr()};
     at::parallel_for(0, s.size(0), ceil_div(kProductsPerTask, std::max<int64_t>(1, columns * r)),
                      [&](int64_t first, int64_t last) { kernels.down(args, first, last); });
 }
 
-// y += keep ∘ (s right). `holder` keeps s as units, where it is not made of them already.
-UpArgs up_args(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& right,
-               const Dropout& dropout, Factor& holder) {
-    const int64_t r = s.size(1), inner = ceil_div(r, kernels.pair);
-    UpArgs args{y.mutable_data_ptr(), y.size(1), s.const_data_ptr(), inner, 1, inner, right.units(),
-                right.width,          dropout};
+// y += keep ∘ (s right).
+void up(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep) {
+    const int64_t r = s.size(1), inner = ceil_div(r, kernels.pair), columns = y.size(1);
+    UpArgs args{y.mutable_data_ptr(), columns, s.const_data_ptr(), inner, 1, inner, right.units(),
+                right.width,          keep};
+    Factor units;  // s as such, where it is not made of them already
     if (r % kernels.pair != 0 || s.element_size() * kernels.pair != kernels.unit_size) {
-        holder = arranged(kernels, s, true);
-        args.left = holder.units();
+        units = arranged(kernels, s, true);
+        args.left = units.units();
         args.left_row = 1;
-        args.left_inner = holder.width;
+        args.left_inner = units.width;
     }
-    return args;
-}
-
-void up(const Kernels& kernels, const UpArgs& args, int64_t rows) {
-    const int64_t products = std::max<int64_t>(1, args.columns * args.inner * kernels.pair);
-    at::parallel_for(0, rows, ceil_div(kProductsPerTask, products),
+    const int64_t products = std::max<int64_t>(1, columns * inner * kernels.pair);
+    at::parallel_for(0, y.size(0), ceil_div(kProductsPerTask, products),
                      [&](int64_t first, int64_t last) { kernels.up(args, first, last); });
 }
 
-// out [r, columns] = leftᵀ (keep ∘ x) (transposed: [columns, r]), and `up`. Tasks are columns: each sum runs
-// over all rows in their order, whatever the number of threads.
+// out [r, columns] = leftᵀ (keep ∘ x) (transposed: [columns, r]). Tasks are columns: each sum runs over all
+// rows in their order, whatever the number of threads.
 void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out, bool transposed,
-           const Dropout& dropout, const UpArgs* up) {
+           const Mask& keep) {
     const int64_t rows = x.size(0), columns = x.size(1), r = left.size(1);
-    Factor factor{{}, 0, 0};
-    OuterArgs args{x.const_data_ptr(), rows, columns, nullptr, 0, r, nullptr, 0, 0, dropout, up};
-    if (out.defined()) {
-        factor = arranged(kernels, left, false);
-        args.left = factor.units();
-        args.width = factor.width;
-        args.out = out.mutable_data_ptr<float>();
-        args.out_row = transposed ? 1 : columns;
-        args.out_column = transposed ? r : 1;
-    }
+    const Factor factor = arranged(kernels, left, false);
+    const OuterArgs args{x.const_data_ptr(),
+                         rows,
+                         columns,
+                         factor.units(),
+                         factor.width,
+                         r,
+                         out.mutable_data_ptr<float>(),
+                         transposed ? 1 : columns,
+                         transposed ? r : 1,
+                         keep};
     const int64_t units = ceil_div(columns, kColumnGrain);
     const int64_t grain = ceil_div(kProductsPerTask, std::max<int64_t>(1, rows * r * kColumnGrain));
     at::parallel_for(0, units, grain, [&](int64_t first, int64_t last) {
@@ -158,15 +175,14 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
     const Kernels kernels = choose(kernel_dtype(x.scalar_type(), op));
     Tensor y;
     if (s.numel() != 0) {
-        down(kernels, flat, arranged(kernels, like(a, x), true), factor_of(scale, dropout), dropout, s);
+        const Kept keep = kept(kernels, dropout, flat);
+        down(kernels, flat, arranged(kernels, like(a, x), true), factor_of(scale, dropout), keep.mask, s);
         y = joined(flat, of, bias, s, like(b, x));
     }
     if (!y.defined()) {
         y = base(flat, of, bias);
         if (s.numel() != 0 && y.numel() != 0) {
-            Factor holder;
-            const Factor right = arranged(kernels, like(b, x), true);
-            up(kernels, up_args(kernels, y, s, right, {}, holder), flat.size(0));
+            up(kernels, y, s, arranged(kernels, like(b, x), true), {});
         }
     }
     return {y.view(with_last(x, out_features)), s};
@@ -210,22 +226,17 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
         const Tensor t = at::empty({count, r}, x.options());
         if (needs[0] || needs[1])
             down(kernels, rows, arranged(kernels, like(b, x), false), factor_of(scale, dropout), {}, t);
-        if (needs[2]) outer(kernels, rows, s, db, true, {}, nullptr);
-        Factor right, holder;
-        std::optional<UpArgs> rest;  // of dx, for which x's mask is made as well
+        if (needs[2]) outer(kernels, rows, s, db, true, {});
+        const Kept keep = needs[0] || needs[1] ? kept(kernels, dropout, flat) : Kept{};
+        if (needs[1]) outer(kernels, flat, t, da, false, keep.mask);
         if (needs[0]) {
-            const Tensor up_factor = like(a, x);
-            dx = joined_backward(rows, of, t, up_factor, dropout, kernels);
+            const Tensor factor = like(a, x);
+            dx = joined_backward(rows, of, t, factor, keep.mask);
             if (!dx.defined()) {
                 dx = base_backward(rows, of);
-                right = arranged(kernels, up_factor, false);
-                rest = up_args(kernels, dx, t, right, dropout, holder);
+                up(kernels, dx, t, arranged(kernels, factor, false), keep.mask);
             }
         }
-        if (needs[1] || (rest && dropout.threshold != 0))
-            outer(kernels, flat, t, needs[1] ? da : Tensor(), false, dropout, rest ? &*rest : nullptr);
-        else if (rest)
-            up(kernels, *rest, count);
     }
     if (needs[0]) dx = dx.view(x.sizes());
     return {dx, da.to(a.scalar_type()), db.to(b.scalar_type())};
@@ -298,7 +309,7 @@ Tensor lora_linear_per_sample(const Tensor& x, const Tensor& weight, const std::
             few_a[i] = known ? a[i].contiguous() : like(a[i], x);
             few_b[i] = known ? b[i].contiguous() : like(b[i], x);
         }
-        Factor down_right, up_right, holder;
+        Factor down_right, up_right;
         if (total[i] >= kArrangeFrom) {
             down_right = arranged(kernels, like(a[i], x), true);
             up_right = arranged(kernels, like(b[i], x), true);
@@ -311,7 +322,7 @@ Tensor lora_linear_per_sample(const Tensor& x, const Tensor& weight, const std::
             } else {
                 const Tensor s = at::empty({count, r}, x.options());
                 down(kernels, flat.narrow(0, first, count), down_right, float(scales[i]), {}, s);
-                up(kernels, up_args(kernels, y.narrow(0, first, count), s, up_right, {}, holder), count);
+                up(kernels, y.narrow(0, first, count), s, up_right, {});
             }
         }
     }
