@@ -2,7 +2,7 @@
 
     python benchmarks/lora.py [--threads 2] [--seconds 4] [--rank 16] [--only linear call samples step]
 
-Rows of a table are timed in turn, so a busy machine slows all alike. "frozen" is F.linear and the gradient of its
+Rows of a table are timed in turn, so a busy machine slows all alike, and all keep the memory that they free. "frozen" is F.linear and the gradient of its
 input. The floor adds to it the operations of the thin products, 3 r (in + out) M multiplications, at the rate that
 the frozen linear itself reaches: nothing read or written twice, no call. A and B are fp32 beside a bf16 x, peft's
 default as well.
@@ -179,6 +179,7 @@ def main():
     info = build_info()
     print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, ", end="")
     print(f"extension: {info.cpu_level} ({info.compiler or info.missing_because})")
+    measure.keep_freed_memory()
     if "linear" in options.only:
         for shape in SHAPES:
             linear(*shape, options.rank, options.seconds)

@@ -34,6 +34,18 @@ struct Avx512 {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), to_bf16(v));
     }
 
+    // `count` <= 16 values, `stride` apart, followed by zeros, if offsets fit 32 bits.
+    static inline bool gather(const float* from, int64_t stride, int64_t count, float* out) {
+        if (stride > (int64_t(1) << 26)) return false;
+        const __mmask16 there = __mmask16((1u << count) - 1);
+        _mm512_storeu_ps(out, _mm512_mask_i32gather_ps(zero(), there, sixteen_steps(stride), from, 4));
+        return true;
+    }
+    static inline __m512i sixteen_steps(int64_t stride) {
+        const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_mullo_epi32(steps, _mm512_set1_epi32(int32_t(stride)));
+    }
+
     static inline Vector keep(Vector v, uint32_t bits) { return _mm512_maskz_mov_ps(__mmask16(bits), v); }
 
     // Eight counters a vector, each word in the low half of a 64-bit lane; what is above it, products ignore.

@@ -28,13 +28,10 @@ struct Pairs : Avx512 {
 
     static inline bool arrange_line(const BFloat16* row, int64_t inner_stride, int64_t outer_stride,
                                     int64_t count, bool pair, uint32_t* out) {
-        const __mmask16 there = count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xffff);
-        if (inner_stride == 1 && pair) {
-            const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-            if (outer_stride > (int64_t(1) << 26)) return false;  // offsets are of 32 bits
-            const __m512i offsets = _mm512_mullo_epi32(steps, _mm512_set1_epi32(int32_t(outer_stride)));
-            _mm512_storeu_si512(out,
-                                _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there, offsets, row, 2));
+        const __mmask16 there = __mmask16((1u << count) - 1);
+        if (inner_stride == 1 && pair && outer_stride < int64_t(1) << 26) {
+            _mm512_storeu_si512(out, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), there,
+                                                                 sixteen_steps(outer_stride), row, 2));
             return true;
         }
         if (outer_stride != 1) return false;

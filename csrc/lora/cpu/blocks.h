@@ -34,6 +34,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "lora/cpu/dropout.h"
@@ -82,6 +83,18 @@ struct Single : Simd {
         return Simd::fma(Simd::set(*left), right, sum);
     }
     static inline float unit(T value, T) { return to_float(value); }
+
+    static inline bool arrange_line(const T* row, int64_t, int64_t outer_stride, int64_t count, bool,
+                                    float* out) {
+        if (outer_stride != 1) {
+            if constexpr (std::is_same_v<T, float> && requires { Simd::gather; })
+                return Simd::gather(row, outer_stride, count, out);
+            return false;
+        }
+        for (int64_t j = 0; j < kWidthMultiple; j += Simd::kLanes)
+            Simd::store(out + j, load_some<Single>(row + j, count - j));
+        return true;
+    }
 
     static inline void stage_row(const T* row, int64_t columns, const uint8_t* keep, float* out) {
         for (int64_t k = 0; k < columns; k += Simd::kLanes) {
