@@ -68,7 +68,7 @@ struct Tiled : Pairs {
     }
 
     static void outer(const uint32_t* left, int64_t width, const uint32_t* right, int64_t columns,
-                      int64_t inner, float* sums) {
+                      int64_t inner, float* sums, int64_t sums_row) {
         constexpr int64_t kMost = 8;  // tiles of `inner` that are turned together
         alignas(64) uint32_t turned[kMost][kSide][kSide];
         TileMemory some;
@@ -89,13 +89,13 @@ struct Tiled : Pairs {
                                         turned[(i - begin) / kSide][q], kSide);
                 }
                 memory_barrier_of_tiles();
-                float* to = sums + j * columns;
+                float* to = sums + j * sums_row;
                 int64_t k = 0;
                 for (; k + 4 * kSide <= columns; k += 4 * kSide) {
-                    _tile_loadd(0, to + k, 4 * columns);
-                    _tile_loadd(1, to + k + kSide, 4 * columns);
-                    _tile_loadd(2, to + k + 2 * kSide, 4 * columns);
-                    _tile_loadd(3, to + k + 3 * kSide, 4 * columns);
+                    _tile_loadd(0, to + k, 4 * sums_row);
+                    _tile_loadd(1, to + k + kSide, 4 * sums_row);
+                    _tile_loadd(2, to + k + 2 * kSide, 4 * sums_row);
+                    _tile_loadd(3, to + k + 3 * kSide, 4 * sums_row);
                     for (int64_t i = begin; i < end; i += kSide) {
                         const uint32_t* b = right + i * columns + k;
                         _tile_loadd(4, turned[(i - begin) / kSide], kTileBytes);
@@ -108,19 +108,19 @@ struct Tiled : Pairs {
                         _tile_dpbf16ps(2, 4, 6);
                         _tile_dpbf16ps(3, 4, 7);
                     }
-                    _tile_stored(0, to + k, 4 * columns);
-                    _tile_stored(1, to + k + kSide, 4 * columns);
-                    _tile_stored(2, to + k + 2 * kSide, 4 * columns);
-                    _tile_stored(3, to + k + 3 * kSide, 4 * columns);
+                    _tile_stored(0, to + k, 4 * sums_row);
+                    _tile_stored(1, to + k + kSide, 4 * sums_row);
+                    _tile_stored(2, to + k + 2 * kSide, 4 * sums_row);
+                    _tile_stored(3, to + k + 3 * kSide, 4 * sums_row);
                 }
                 for (; k < columns; k += kSide) {
-                    _tile_loadd(0, to + k, 4 * columns);
+                    _tile_loadd(0, to + k, 4 * sums_row);
                     for (int64_t i = begin; i < end; i += kSide) {
                         _tile_loadd(4, turned[(i - begin) / kSide], kTileBytes);
                         _tile_loadd(6, right + i * columns + k, 4 * columns);
                         _tile_dpbf16ps(0, 4, 6);
                     }
-                    _tile_stored(0, to + k, 4 * columns);
+                    _tile_stored(0, to + k, 4 * sums_row);
                 }
             }
         }

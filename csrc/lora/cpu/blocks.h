@@ -292,66 +292,68 @@ struct Blocks {
     struct OuterTile {
         const Unit *left, *right;
         int64_t left_inner, right_inner, inner;
-        float* sums;  // [r][right_inner]
+        float* sums;
+        int64_t sums_row;
 
         template <int R, int V>
         inline void run(int64_t m, int64_t n) const {
             Vector tile[R][V];
-            float* to = sums + m * right_inner + n;
+            float* to = sums + m * sums_row + n;
 #pragma GCC unroll 16
             for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-                for (int v = 0; v < V; ++v) tile[i][v] = Level::load(to + i * right_inner + v * kLanes);
+                for (int v = 0; v < V; ++v) tile[i][v] = Level::load(to + i * sums_row + v * kLanes);
             multiply<R, V>(left + m, 1, left_inner, right + n, right_inner, inner, tile);
 #pragma GCC unroll 16
             for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-                for (int v = 0; v < V; ++v) Level::store(to + i * right_inner + v * kLanes, tile[i][v]);
+                for (int v = 0; v < V; ++v) Level::store(to + i * sums_row + v * kLanes, tile[i][v]);
         }
     };
 
     // Rows of x some way ahead: they lie too far apart for the processor to foresee.
-    static inline void prefetch(const T* x, const OuterArgs& args, int64_t row, int64_t begin,
-                                int64_t columns) {
-        for (int64_t m = row; m < std::min(row + kPair, args.rows); ++m)
+    static inline void prefetch(const T* x, int64_t stride, int64_t rows, int64_t columns) {
+        for (int64_t m = 0; m < rows; ++m)
             for (int64_t k = 0; k < columns; k += 64 / int64_t(sizeof(T)))
-                __builtin_prefetch(reinterpret_cast<const char*>(x + m * args.columns + begin + k));
+                __builtin_prefetch(reinterpret_cast<const char*>(x + m * stride + k));
     }
 
     static void outer(const OuterArgs& args, int64_t first, int64_t last) {
-        const T* x = static_cast<const T*>(args.x);
-        const int64_t most = std::min(padded(last - first), kBlockColumns);
-        std::vector<float> sums(size_t((kTiles ? args.width : args.r) * most));
-        std::vector<Unit> block(size_t(units(kBlockRows) * most));
-        for (int64_t begin = first; begin < last; begin += kBlockColumns) {
-            const int64_t end = std::min(begin + kBlockColumns, last), columns = end - begin,
-                          width = padded(columns);
-            std::fill(sums.begin(), sums.end(), 0.0f);
-            for (int64_t m = 0; m < args.rows; m += kBlockRows) {
-                const int64_t rows = std::min(kBlockRows, args.rows - m);
-                for (int64_t i = 0; i < rows; i += kPair) {
-                    prefetch(x, args, m + i + kAhead, begin, columns);
-                    const uint8_t* keep = args.keep.row(m + i);
-                    Level::stage_rows(x + (m + i) * args.columns + begin, args.columns,
-                                      std::min<int64_t>(kPair, rows - i), columns,
-                                      keep == nullptr ? nullptr : keep + begin / 8, args.keep.stride,
-                                      block.data() + i / kPair * width);
-                }
+        alignas(64) Unit block[(kBlockRows + kPair - 1) / kPair * kBlockColumns];
+        const int64_t sums_row =
+            (args.last_column - args.first_column + kColumnGrain - 1) / kColumnGrain * kColumnGrain;
+        for (int64_t m = first; m < last; m += kBlockRows)
+            for (int64_t begin = args.first_column; begin < args.last_column; begin += kBlockColumns) {
+                const int64_t rows = std::min(kBlockRows, last - m);
+                const int64_t columns = std::min(kBlockColumns, args.last_column - begin);
+                const T* x = static_cast<const T*>(args.x) + m * args.columns + begin;
                 const Unit* left = static_cast<const Unit*>(args.left) + m / kPair * args.width;
+                float* sums = args.sums + begin - args.first_column;
+                if constexpr (std::is_same_v<T, Unit>)
+                    if (args.keep.bits == nullptr && columns % kLanes == 0) {  // x is units already
+                        tiles(args.r, columns,
+                              OuterTile{left, x, args.width, args.columns, rows, sums, sums_row});
+                        continue;
+                    }
+                const int64_t width = padded(columns);
+                for (int64_t i = 0; i < rows; i += kPair) {
+                    prefetch(x + (i + kAhead) * args.columns, args.columns,
+                             std::min<int64_t>(kPair, rows - i - kAhead), columns);
+                    const uint8_t* keep = args.keep.row(m + i);
+                    Level::stage_rows(x + i * args.columns, args.columns, std::min<int64_t>(kPair, rows - i),
+                                      columns, keep == nullptr ? nullptr : keep + begin / 8, args.keep.stride,
+                                      block + i / kPair * width);
+                }
                 if constexpr (kTiles) {
                     constexpr int64_t kTogether = 16;  // units that they take
                     const int64_t filled = (units(rows) + kTogether - 1) / kTogether * kTogether;
-                    std::fill(block.data() + units(rows) * width, block.data() + filled * width, Unit{});
-                    Level::outer(left, args.width, block.data(), width, units(rows), sums.data());
+                    std::fill(block + units(rows) * width, block + filled * width, Unit{});
+                    Level::outer(left, args.width, block, width, units(rows), sums, sums_row);
                 } else {
                     tiles(args.r, width,
-                          OuterTile{left, block.data(), args.width, width, units(rows), sums.data()});
+                          OuterTile{left, block, args.width, width, units(rows), sums, sums_row});
                 }
             }
-            for (int64_t i = 0; i < args.r; ++i)
-                for (int64_t k = 0; k < columns; ++k)
-                    args.out[i * args.out_row + (begin + k) * args.out_column] = sums[size_t(i * width + k)];
-        }
     }
 
     static Kernels kernels() {

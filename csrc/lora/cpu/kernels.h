@@ -3,7 +3,7 @@
 //
 //   down     s = c (keep ∘ x) right              [M, r], rounded once
 //   up       y += keep ∘ (left right)            [M, columns], rounded once
-//   outer    out = leftᵀ (keep ∘ x)              [r, columns] fp32, summed over the rows in their order
+//   outer    sums += leftᵀ (keep ∘ x)            [r, columns] fp32
 //
 // A factor is kept in units: one value in fp32, or with dot products of bf16 a pair of neighbours along the
 // summed dimension. `arrange` makes [ceil(inner / pair)][width] units, the missing ones zero.
@@ -49,13 +49,14 @@ struct UpArgs {
 };
 
 struct OuterArgs {
-    const void* x;  // [rows, columns]
-    int64_t rows, columns;
-    const void* left;  // [rows][width] units
+    const void* x;  // [M, columns]
+    int64_t columns;
+    const void* left;  // [M][width] units
     int64_t width, r;
-    float* out;  // element (i, column) at i * out_row + column * out_column
-    int64_t out_row, out_column;
     Mask keep;
+    int64_t first_column, last_column;  // multiples of kColumnGrain, or the end
+    float*
+        sums;  // [width][last_column - first_column, filled up to kColumnGrain], to which products are added
 };
 
 struct Kernels {
@@ -68,8 +69,7 @@ struct Kernels {
     void (*keep_bytes)(const Dropout&, int64_t row, int64_t first, int64_t count, uint8_t* out);
     void (*down)(const DownArgs&, int64_t first_row, int64_t last_row);
     void (*up)(const UpArgs&, int64_t first_row, int64_t last_row);
-    void (*outer)(const OuterArgs&, int64_t first_column,
-                  int64_t last_column);  // first: multiple of kColumnGrain
+    void (*outer)(const OuterArgs&, int64_t first_row, int64_t last_row);  // first: multiple of kRowGrain
 };
 
 // For one row, fp32 in between; by the dtype of what they read (see rows.h). Buffers have room for 16 more.
@@ -80,7 +80,7 @@ struct RowKernels {
 };
 
 constexpr int kWidthMultiple = 16;  // of `width`
-constexpr int kColumnGrain = 32;
+constexpr int kColumnGrain = 32, kRowGrain = 64;
 
 Kernels portable_kernels(Dtype dtype);
 Kernels avx2_kernels(Dtype dtype);

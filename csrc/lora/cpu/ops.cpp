@@ -58,6 +58,8 @@ RowKernels choose_rows(Dtype dtype) {
     }
 }
 
+int64_t filled_up(int64_t count, int64_t multiple) { return ceil_div(count, multiple) * multiple; }
+
 // A factor [inner, outer] as units (see kernels.h).
 struct Factor {
     Tensor memory;
@@ -95,12 +97,13 @@ Kept kept(const Kernels& kernels, const Dropout& dropout, const Tensor& x) {
     return made;
 }
 
-void down(const Kernels& kernels, const Tensor& x, const Factor& right, float factor, const Mask& keep,
-          const Tensor& s) {
-    const int64_t columns = x.size(1), r = s.size(1);
-    const DownArgs args{x.const_data_ptr(),  columns, right.units(), right.width, r, factor, keep,
-                        s.mutable_data_ptr()};
-    at::parallel_for(0, s.size(0), ceil_div(kProductsPerTask, std::max<int64_t>(1, columns * r)),
+DownArgs down_args(const Tensor& x, const Factor& right, float factor, const Mask& keep, const Tensor& s) {
+    return {x.const_data_ptr(), x.size(1), right.units(), right.width,
+            s.size(1),          factor,    keep,          s.mutable_data_ptr()};
+}
+
+void down(const Kernels& kernels, const DownArgs& args, int64_t rows) {
+    at::parallel_for(0, rows, ceil_div(kProductsPerTask, std::max<int64_t>(1, args.columns * args.r)),
                      [&](int64_t first, int64_t last) { kernels.down(args, first, last); });
 }
 
@@ -121,27 +124,69 @@ void up(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& 
                      [&](int64_t first, int64_t last) { kernels.up(args, first, last); });
 }
 
-// out [r, columns] = leftᵀ (keep ∘ x) (transposed: [columns, r]). Tasks are columns: each sum runs over all
-// rows in their order, whatever the number of threads.
+// Sums over the rows of x are made by groups of rows, each in their order, and added in theirs: by the shapes
+// alone, whatever the number of threads. `down`, if given, is of the same x and goes along, so that x comes
+// from memory once.
+constexpr int64_t kGroupRows = 256;
+constexpr int64_t kAllSums = int64_t(1) << 23;  // of all groups: 32 MB; beyond, groups have more rows
+constexpr int64_t kOwnSums = int64_t(1) << 17;  // of a task: they stay in the second cache
+
+// out [r, columns] = leftᵀ (keep ∘ x); transposed: [columns, r].
 void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out, bool transposed,
-           const Mask& keep) {
+           const Mask& keep, const DownArgs* down_too) {
     const int64_t rows = x.size(0), columns = x.size(1), r = left.size(1);
     const Factor factor = arranged(kernels, left, false);
-    const OuterArgs args{x.const_data_ptr(),
-                         rows,
-                         columns,
-                         factor.units(),
-                         factor.width,
-                         r,
-                         out.mutable_data_ptr<float>(),
-                         transposed ? 1 : columns,
-                         transposed ? r : 1,
-                         keep};
-    const int64_t units = ceil_div(columns, kColumnGrain);
-    const int64_t grain = ceil_div(kProductsPerTask, std::max<int64_t>(1, rows * r * kColumnGrain));
-    at::parallel_for(0, units, grain, [&](int64_t first, int64_t last) {
-        kernels.outer(args, first * kColumnGrain, std::min(last * kColumnGrain, columns));
-    });
+    const int64_t width = factor.width, filled = filled_up(columns, kColumnGrain);
+    const int64_t most = std::max<int64_t>(1, kAllSums / (width * filled));
+    const int64_t group_rows =
+        filled_up(ceil_div(rows, std::min(most, ceil_div(rows, kGroupRows))), kRowGrain);
+    const int64_t groups = ceil_div(rows, group_rows), threads = at::get_num_threads();
+    int64_t part = filled_up(std::max<int64_t>(1, kOwnSums / width), kColumnGrain);
+    if (groups < threads)
+        part = std::min(part, filled_up(ceil_div(columns, ceil_div(threads, groups)), kColumnGrain));
+    const int64_t parts = ceil_div(columns, part);
+    if (down_too != nullptr && parts > 1) {
+        down(kernels, *down_too, rows);
+        down_too = nullptr;
+    }
+    const Tensor memory = at::empty({groups * width * filled}, out.options());
+    float* all = memory.mutable_data_ptr<float>();
+    const int64_t products = group_rows * std::min(part, columns) * r;
+    at::parallel_for(
+        0, groups * parts, ceil_div(kProductsPerTask, products), [&](int64_t first, int64_t last) {
+            for (; first < last; ++first) {
+                const int64_t group = first / parts, begin = first % parts * part,
+                              end = std::min(begin + part, columns);
+                float* sums = all + group * width * filled + width * begin;
+                std::fill_n(sums, width * filled_up(end - begin, kColumnGrain), 0.0f);
+                const int64_t stop = std::min((group + 1) * group_rows, rows);
+                const OuterArgs args{
+                    x.const_data_ptr(), columns, factor.units(), width, r, keep, begin, end, sums};
+                for (int64_t m = group * group_rows; m < stop; m += kRowGrain) {
+                    const int64_t next = std::min(m + kRowGrain, stop);
+                    if (down_too != nullptr) kernels.down(*down_too, m, next);
+                    kernels.outer(args, m, next);
+                }
+            }
+        });
+    float* result = out.mutable_data_ptr<float>();
+    const int64_t out_row = transposed ? 1 : columns, out_column = transposed ? r : 1;
+    at::parallel_for(0, ceil_div(columns, kColumnGrain),
+                     ceil_div(kProductsPerTask, kColumnGrain * r * groups), [&](int64_t first, int64_t last) {
+                         for (int64_t k = first * kColumnGrain; k < std::min(last * kColumnGrain, columns);
+                              k += kColumnGrain) {
+                             const int64_t begin = k / part * part,
+                                           stride = filled_up(std::min(part, columns - begin), kColumnGrain);
+                             for (int64_t i = 0; i < r; ++i) {
+                                 const float* from = all + width * begin + i * stride + k - begin;
+                                 float sum[kColumnGrain] = {};
+                                 for (int64_t group = 0; group < groups; ++group, from += width * filled)
+                                     for (int64_t j = 0; j < kColumnGrain; ++j) sum[j] += from[j];
+                                 for (int64_t j = 0; j < std::min<int64_t>(kColumnGrain, columns - k); ++j)
+                                     result[i * out_row + (k + j) * out_column] = sum[j];
+                             }
+                         }
+                     });
 }
 
 // [all leading dimensions, last].
@@ -176,7 +221,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
     Tensor y;
     if (s.numel() != 0) {
         const Kept keep = kept(kernels, dropout, flat);
-        down(kernels, flat, arranged(kernels, like(a, x), true), factor_of(scale, dropout), keep.mask, s);
+        const Factor right = arranged(kernels, like(a, x), true);
+        down(kernels, down_args(flat, right, factor_of(scale, dropout), keep.mask, s), flat.size(0));
         y = joined(flat, of, bias, s, like(b, x));
     }
     if (!y.defined()) {
@@ -224,11 +270,16 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     } else {
         const Kernels kernels = choose(kernel_dtype(x.scalar_type(), op));
         const Tensor t = at::empty({count, r}, x.options());
-        if (needs[0] || needs[1])
-            down(kernels, rows, arranged(kernels, like(b, x), false), factor_of(scale, dropout), {}, t);
-        if (needs[2]) outer(kernels, rows, s, db, true, {});
-        const Kept keep = needs[0] || needs[1] ? kept(kernels, dropout, flat) : Kept{};
-        if (needs[1]) outer(kernels, flat, t, da, false, keep.mask);
+        const bool needs_t = needs[0] || needs[1];
+        const Factor right = needs_t ? arranged(kernels, like(b, x), false) : Factor{};
+        const DownArgs makes_t =
+            needs_t ? down_args(rows, right, factor_of(scale, dropout), {}, t) : DownArgs{};
+        if (needs[2])
+            outer(kernels, rows, s, db, true, {}, needs_t ? &makes_t : nullptr);
+        else if (needs_t)
+            down(kernels, makes_t, count);
+        const Kept keep = needs_t ? kept(kernels, dropout, flat) : Kept{};
+        if (needs[1]) outer(kernels, flat, t, da, false, keep.mask, nullptr);
         if (needs[0]) {
             const Tensor factor = like(a, x);
             dx = joined_backward(rows, of, t, factor, keep.mask);
@@ -321,7 +372,8 @@ Tensor lora_linear_per_sample(const Tensor& x, const Tensor& weight, const std::
                 for (int64_t row = first; row < first + count; ++row) few.emplace_back(row, int64_t(i));
             } else {
                 const Tensor s = at::empty({count, r}, x.options());
-                down(kernels, flat.narrow(0, first, count), down_right, float(scales[i]), {}, s);
+                down(kernels, down_args(flat.narrow(0, first, count), down_right, float(scales[i]), {}, s),
+                     count);
                 up(kernels, y.narrow(0, first, count), s, up_right, {});
             }
         }
