@@ -54,6 +54,7 @@ struct OuterArgs {
     const void* left;  // [M][width] units
     int64_t width, r;
     Mask keep;
+    bool cached;                        // x's rows were read just before
     int64_t first_column, last_column;  // multiples of kColumnGrain, or the end
     float*
         sums;  // [width][last_column - first_column, filled up to kColumnGrain], to which products are added

@@ -152,23 +152,31 @@ void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Te
     const Tensor memory = at::empty({groups * width * filled}, out.options());
     float* all = memory.mutable_data_ptr<float>();
     const int64_t products = group_rows * std::min(part, columns) * r;
-    at::parallel_for(
-        0, groups * parts, ceil_div(kProductsPerTask, products), [&](int64_t first, int64_t last) {
-            for (; first < last; ++first) {
-                const int64_t group = first / parts, begin = first % parts * part,
-                              end = std::min(begin + part, columns);
-                float* sums = all + group * width * filled + width * begin;
-                std::fill_n(sums, width * filled_up(end - begin, kColumnGrain), 0.0f);
-                const int64_t stop = std::min((group + 1) * group_rows, rows);
-                const OuterArgs args{
-                    x.const_data_ptr(), columns, factor.units(), width, r, keep, begin, end, sums};
-                for (int64_t m = group * group_rows; m < stop; m += kRowGrain) {
-                    const int64_t next = std::min(m + kRowGrain, stop);
-                    if (down_too != nullptr) kernels.down(*down_too, m, next);
-                    kernels.outer(args, m, next);
-                }
-            }
-        });
+    at::parallel_for(0, groups * parts, ceil_div(kProductsPerTask, products),
+                     [&](int64_t first, int64_t last) {
+                         for (; first < last; ++first) {
+                             const int64_t group = first / parts, begin = first % parts * part,
+                                           end = std::min(begin + part, columns);
+                             float* sums = all + group * width * filled + width * begin;
+                             std::fill_n(sums, width * filled_up(end - begin, kColumnGrain), 0.0f);
+                             const int64_t stop = std::min((group + 1) * group_rows, rows);
+                             const OuterArgs args{x.const_data_ptr(),
+                                                  columns,
+                                                  factor.units(),
+                                                  width,
+                                                  r,
+                                                  keep,
+                                                  down_too != nullptr,
+                                                  begin,
+                                                  end,
+                                                  sums};
+                             for (int64_t m = group * group_rows; m < stop; m += kRowGrain) {
+                                 const int64_t next = std::min(m + kRowGrain, stop);
+                                 if (down_too != nullptr) kernels.down(*down_too, m, next);
+                                 kernels.outer(args, m, next);
+                             }
+                         }
+                     });
     float* result = out.mutable_data_ptr<float>();
     const int64_t out_row = transposed ? 1 : columns, out_column = transposed ? r : 1;
     at::parallel_for(0, ceil_div(columns, kColumnGrain),
