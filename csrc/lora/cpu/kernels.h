@@ -8,12 +8,14 @@
 // A factor is kept in units: one value in fp32, or with dot products of bf16 a pair of neighbours along the
 // summed dimension. `arrange` makes [ceil(inner / pair)][width] units, the missing ones zero.
 //
-// The base's product is the library's, which runs at the processor's rate, and `up` adds to what it wrote.
+// Where the base's product is the library's, which runs at the processor's rate, `up` adds to what it wrote.
 // Measured on Zen 4 with 1024 rows, 576 -> 1536, r = 16, bf16, over the base alone: S Bᵀ first and the base
 // added with beta = 1 takes 1.041, S as more columns of K 1.045 and a copy of W at each call, neither with
 // `down` yet; `down` and `up` together 1.037. In the gradient the library's four thin products take 1.14,
-// these 1.12. `outer` is what is slowest: x must be turned into pairs across rows. Its tasks are columns, so
-// that no sum is split among threads.
+// these 1.12. With AMX the base's product is csrc/gemm, and S comes to it as more columns of K (base.h): `up`
+// would take as long as a third of the product.
+//
+// `outer` is what is slowest: x must be turned into pairs across rows.
 #pragma once
 
 #include <cstdint>
@@ -56,8 +58,8 @@ struct OuterArgs {
     Mask keep;
     bool cached;                        // x's rows were read just before
     int64_t first_column, last_column;  // multiples of kColumnGrain, or the end
-    float*
-        sums;  // [width][last_column - first_column, filled up to kColumnGrain], to which products are added
+    // [width][last_column - first_column, filled up to kColumnGrain], to which the products are added
+    float* sums;
 };
 
 struct Kernels {
