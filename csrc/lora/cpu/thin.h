@@ -1,0 +1,48 @@
+// The thin products of kernels.h on tensors, divided among threads.
+#pragma once
+
+#include "lora/arguments.h"
+#include "lora/cpu/kernels.h"
+
+namespace peftcore {
+namespace lora {
+
+// The kernels of the SIMD level in use.
+Kernels choose(Dtype dtype);
+
+// A factor [inner, outer] as units (see kernels.h).
+struct Factor {
+    Tensor memory;
+    int64_t inner = 0, width = 0;
+    void* units() const { return memory.mutable_data_ptr(); }
+};
+
+Factor arranged(const Kernels& kernels, const Tensor& from, bool transposed);
+
+// keep of x [rows, columns].
+struct Kept {
+    Tensor memory;
+    Mask mask;
+};
+
+Kept kept(const Kernels& kernels, const Dropout& dropout, const Tensor& x);
+
+DownArgs down_args(const Tensor& x, const Factor& right, float factor, const Mask& keep, const Tensor& s);
+void down(const Kernels& kernels, const DownArgs& args, int64_t rows);
+
+// y += keep ∘ (s right).
+void up(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep);
+
+// out [r, columns] = leftᵀ (keep ∘ x); transposed: [columns, r]. `down_too`, if given, is of the same x and
+// goes along, so that x comes from memory once.
+void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out, bool transposed,
+           const Mask& keep, const DownArgs* down_too);
+
+// [all leading dimensions, last].
+Tensor matrix(const Tensor& t);
+
+// A factor in x's dtype, rounded once.
+Tensor like(const Tensor& factor, const Tensor& x);
+
+}  // namespace lora
+}  // namespace peftcore
