@@ -2,10 +2,10 @@
 
     python benchmarks/lora.py [--threads 2] [--seconds 4] [--rank 16] [--only linear call samples step]
 
-Rows of a table are timed in turn, so a busy machine slows all alike, and all keep the memory that they free. "frozen" is F.linear and the gradient of its
-input. The floor adds to it the operations of the thin products, 3 r (in + out) M multiplications, at the rate that
-the frozen linear itself reaches: nothing read or written twice, no call. A and B are fp32 beside a bf16 x, peft's
-default as well.
+Rows of a table are timed in turn, so a busy machine slows all alike, and all keep the memory that they free. "frozen"
+is F.linear and the gradient of its input. The floor adds to it the operations of the thin products, 3 r (in + out) M
+multiplications, at the rate that the frozen linear itself reaches: nothing read or written twice, no call. A and B are
+fp32 beside a bf16 x, peft's default as well.
 """
 
 import argparse
