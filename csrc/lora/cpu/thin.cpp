@@ -20,6 +20,49 @@ constexpr int64_t kOwnSums = int64_t(1) << 17;  // of a task: they stay in the s
 
 int64_t filled_up(int64_t count, int64_t multiple) { return ceil_div(count, multiple) * multiple; }
 
+// The sums of `outer`: groups of rows, by parts of columns, each [width][its columns, filled up]. What is
+// divided by the number of threads changes no sum.
+struct Division {
+    int64_t columns, width, filled, group_rows, groups, group_size, part, parts;
+
+    Division(int64_t rows, int64_t its_columns, int64_t its_width)
+        : columns(its_columns), width(its_width), filled(filled_up(columns, kColumnGrain)) {
+        const int64_t most = std::max<int64_t>(1, kAllSums / (width * filled));
+        group_rows = filled_up(ceil_div(rows, std::min(most, ceil_div(rows, kGroupRows))), kRowGrain);
+        groups = ceil_div(rows, group_rows);
+        group_size = width * filled;
+        part = std::min(filled, filled_up(std::max<int64_t>(1, kOwnSums / width), kColumnGrain));
+        const int64_t threads = at::get_num_threads();
+        if (groups < threads)
+            part = std::min(part, filled_up(ceil_div(columns, ceil_div(threads, groups)), kColumnGrain));
+        parts = ceil_div(columns, part);
+    }
+
+    // Of the part that begins at a column.
+    int64_t stride(int64_t begin) const { return filled_up(std::min(part, columns - begin), kColumnGrain); }
+    int64_t place(int64_t group, int64_t begin) const { return group * group_size + width * begin; }
+};
+
+// out = the sum of all groups' sums; element (i, column) at i * out_row + column * out_column.
+void add_groups(const Division& of, const float* sums, int64_t r, float* out, int64_t out_row,
+                int64_t out_column) {
+    const auto columns_from = [&](int64_t column) {
+        const int64_t begin = column / of.part * of.part,
+                      count = std::min<int64_t>(kColumnGrain, of.columns - column);
+        for (int64_t i = 0; i < r; ++i) {
+            const float* from = sums + of.place(0, begin) + i * of.stride(begin) + column - begin;
+            float sum[kColumnGrain] = {};
+            for (int64_t group = 0; group < of.groups; ++group, from += of.group_size)
+                for (int64_t j = 0; j < kColumnGrain; ++j) sum[j] += from[j];
+            for (int64_t j = 0; j < count; ++j) out[i * out_row + (column + j) * out_column] = sum[j];
+        }
+    };
+    at::parallel_for(0, of.filled / kColumnGrain, ceil_div(kProductsPerTask, kColumnGrain * r * of.groups),
+                     [&](int64_t first, int64_t last) {
+                         for (; first < last; ++first) columns_from(first * kColumnGrain);
+                     });
+}
+
 }  // namespace
 
 Kernels choose(Dtype dtype) {
@@ -99,65 +142,39 @@ void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Te
            const Mask& keep, const DownArgs* down_too) {
     const int64_t rows = x.size(0), columns = x.size(1), r = left.size(1);
     const Factor factor = arranged(kernels, left, false);
-    const int64_t width = factor.width, filled = filled_up(columns, kColumnGrain);
-    const int64_t most = std::max<int64_t>(1, kAllSums / (width * filled));
-    const int64_t group_rows =
-        filled_up(ceil_div(rows, std::min(most, ceil_div(rows, kGroupRows))), kRowGrain);
-    const int64_t groups = ceil_div(rows, group_rows), threads = at::get_num_threads();
-    int64_t part = filled_up(std::max<int64_t>(1, kOwnSums / width), kColumnGrain);
-    if (groups < threads)
-        part = std::min(part, filled_up(ceil_div(columns, ceil_div(threads, groups)), kColumnGrain));
-    const int64_t parts = ceil_div(columns, part);
-    if (down_too != nullptr && parts > 1) {
+    const Division of(rows, columns, factor.width);
+    if (down_too != nullptr && of.parts > 1) {
         down(kernels, *down_too, rows);
         down_too = nullptr;
     }
-    const Tensor memory = at::empty({groups * width * filled}, out.options());
+    const Tensor memory = at::empty({of.groups * of.group_size}, out.options());
     float* all = memory.mutable_data_ptr<float>();
-    const int64_t products = group_rows * std::min(part, columns) * r;
-    at::parallel_for(0, groups * parts, ceil_div(kProductsPerTask, products),
+    const auto task = [&](int64_t group, int64_t begin) {
+        const int64_t end = std::min(begin + of.part, columns),
+                      stop = std::min((group + 1) * of.group_rows, rows);
+        float* sums = all + of.place(group, begin);
+        std::fill_n(sums, of.width * of.stride(begin), 0.0f);
+        const OuterArgs args{x.const_data_ptr(),
+                             columns,
+                             factor.units(),
+                             factor.width,
+                             r,
+                             keep,
+                             down_too != nullptr,
+                             begin,
+                             end,
+                             sums};
+        for (int64_t m = group * of.group_rows; m < stop; m += kRowGrain) {
+            const int64_t next = std::min(m + kRowGrain, stop);
+            if (down_too != nullptr) kernels.down(*down_too, m, next);
+            kernels.outer(args, m, next);
+        }
+    };
+    at::parallel_for(0, of.groups * of.parts, ceil_div(kProductsPerTask, of.group_rows * of.part * r),
                      [&](int64_t first, int64_t last) {
-                         for (; first < last; ++first) {
-                             const int64_t group = first / parts, begin = first % parts * part,
-                                           end = std::min(begin + part, columns);
-                             float* sums = all + group * width * filled + width * begin;
-                             std::fill_n(sums, width * filled_up(end - begin, kColumnGrain), 0.0f);
-                             const int64_t stop = std::min((group + 1) * group_rows, rows);
-                             const OuterArgs args{x.const_data_ptr(),
-                                                  columns,
-                                                  factor.units(),
-                                                  width,
-                                                  r,
-                                                  keep,
-                                                  down_too != nullptr,
-                                                  begin,
-                                                  end,
-                                                  sums};
-                             for (int64_t m = group * group_rows; m < stop; m += kRowGrain) {
-                                 const int64_t next = std::min(m + kRowGrain, stop);
-                                 if (down_too != nullptr) kernels.down(*down_too, m, next);
-                                 kernels.outer(args, m, next);
-                             }
-                         }
+                         for (; first < last; ++first) task(first / of.parts, first % of.parts * of.part);
                      });
-    float* result = out.mutable_data_ptr<float>();
-    const int64_t out_row = transposed ? 1 : columns, out_column = transposed ? r : 1;
-    at::parallel_for(0, ceil_div(columns, kColumnGrain),
-                     ceil_div(kProductsPerTask, kColumnGrain * r * groups), [&](int64_t first, int64_t last) {
-                         for (int64_t k = first * kColumnGrain; k < std::min(last * kColumnGrain, columns);
-                              k += kColumnGrain) {
-                             const int64_t begin = k / part * part,
-                                           stride = filled_up(std::min(part, columns - begin), kColumnGrain);
-                             for (int64_t i = 0; i < r; ++i) {
-                                 const float* from = all + width * begin + i * stride + k - begin;
-                                 float sum[kColumnGrain] = {};
-                                 for (int64_t group = 0; group < groups; ++group, from += width * filled)
-                                     for (int64_t j = 0; j < kColumnGrain; ++j) sum[j] += from[j];
-                                 for (int64_t j = 0; j < std::min<int64_t>(kColumnGrain, columns - k); ++j)
-                                     result[i * out_row + (k + j) * out_column] = sum[j];
-                             }
-                         }
-                     });
+    add_groups(of, all, r, out.mutable_data_ptr<float>(), transposed ? 1 : columns, transposed ? r : 1);
 }
 
 Tensor matrix(const Tensor& t) {
