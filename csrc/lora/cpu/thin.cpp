@@ -91,7 +91,7 @@ Kernels choose(Dtype dtype) {
 Factor arranged(const Kernels& kernels, const Tensor& from, bool transposed) {
     const int64_t rows = from.size(0), columns = from.size(1);
     const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
-    Factor factor{{}, ceil_div(inner, kernels.pair), ceil_div(outer, kWidthMultiple) * kWidthMultiple};
+    Factor factor{{}, ceil_div(inner, kernels.pair), filled_up(outer, kWidthMultiple)};
     factor.memory =
         at::empty({factor.inner * factor.width * kernels.unit_size}, from.options().dtype(at::kByte));
     kernels.arrange(from.const_data_ptr(), transposed ? 1 : columns, transposed ? columns : 1, inner, outer,
@@ -102,7 +102,7 @@ Factor arranged(const Kernels& kernels, const Tensor& from, bool transposed) {
 Kept kept(const Kernels& kernels, const Dropout& dropout, const Tensor& x) {
     if (dropout.threshold == 0) return {};
     const int64_t rows = x.size(0), counters = ceil_div(x.size(1), kColumnsPerCounter);
-    const int64_t stride = ceil_div(counters, kCounters) * kCounters;
+    const int64_t stride = filled_up(counters, kCounters);
     Kept made{at::empty({rows, stride}, x.options().dtype(at::kByte)), {}};
     uint8_t* bits = made.memory.mutable_data_ptr<uint8_t>();
     at::parallel_for(0, rows, ceil_div(kCountersPerTask, stride), [&](int64_t first, int64_t last) {
