@@ -1,0 +1,299 @@
+"""A small valid input for any model, from its forward's signature and the sizes in its config.
+
+One builder makes the values of one argument. It is found by the argument's name, and reads sizes off the config, never
+the class's name. To serve one more argument, add a function with `@argument("its_name")`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adapted import original_forward
+
+BATCH, LENGTH = 2, 7
+
+_BUILDERS: dict[str, Callable[[Facts], Any]] = {}
+# Arguments that bring other ones along: one modality's input in pieces.
+_TOGETHER = {
+    "pixel_values_videos": ("video_grid_thw",),
+    "past_values": ("past_time_features", "past_observed_mask", "future_time_features", "future_values"),
+    "states": ("actions", "rewards", "returns_to_go", "timesteps"),
+    "bbox": ("bbox",),
+}
+_MODALITIES = {
+    "image": ("pixel_values", "pixel_values_images", "image"),
+    "audio": ("input_features", "input_values"),
+    "video": ("pixel_values_videos",),
+}
+
+
+def example_inputs(model: nn.Module, *, device: torch.device | str | None = None) -> dict[str, Any]:
+    """Keyword arguments for one small forward of `model`.
+
+    A model that takes text as well as images or sound gets text alone, if its config names a token that stands for
+    the others (`image_token_id`), since it then runs without them; and all it takes if not (CLIP).
+
+    Args:
+        device: of the tensors; by default the model's.
+
+    Returns:
+        Integers drawn from the vocabulary, without special tokens where the config names them; floats of the
+        model's dtype. The same at each call. Arguments that no builder knows are left out.
+    """
+    facts = Facts(model, torch.device(device) if device is not None else _device(model))
+    built = {name: _BUILDERS[name](facts) for name in _wanted(facts) if name in _BUILDERS}
+    return {name: value for name, value in built.items() if value is not None}
+
+
+def argument(*names: str) -> Callable[[Callable[[Facts], Any]], Callable[[Facts], Any]]:
+    """Register a builder of the arguments `names`; it returns None where it cannot tell."""
+
+    def register(build: Callable[[Facts], Any]) -> Callable[[Facts], Any]:
+        _BUILDERS.update(dict.fromkeys(names, build))
+        return build
+
+    return register
+
+
+@dataclass
+class Facts:
+    """A model, as builders ask it."""
+
+    model: nn.Module
+    device: torch.device
+    parameters: dict[str, inspect.Parameter] = field(init=False)
+
+    def __post_init__(self) -> None:
+        signature = inspect.signature(original_forward(self.model))
+        self.parameters = dict(list(signature.parameters.items())[1:])
+
+    @property
+    def configs(self) -> Iterator[Any]:
+        """The model's config, that of its text part, then all inside them."""
+        config = getattr(self.model, "config", None)
+        if config is None:
+            return
+        seen: list[Any] = []
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        queue = [config, text]
+        while queue:
+            config = queue.pop(0)
+            if not any(config is other for other in seen):
+                seen.append(config)
+                yield config
+                queue += [value for name, value in vars(config).items() if hasattr(value, "to_dict")]
+
+    def find(self, *names: str, default: Any = None, inside: str | None = None) -> Any:
+        """The first of the fields `names` that a config has, those of the sub-config `inside` before others."""
+        configs = list(self.configs)
+        if inside is not None:
+            configs.sort(key=lambda config: inside not in type(config).__name__.lower())
+        for config in configs:
+            for name in names:
+                if (value := getattr(config, name, None)) is not None:
+                    return value
+        return default
+
+    def has(self, name: str) -> bool:
+        """Does the forward take this argument?"""
+        return name in self.parameters
+
+    def tokens(self, *shape: int, vocabulary: int | None = None) -> Tensor:
+        """Ids from 0 to `vocabulary`, no special ones."""
+        size = vocabulary or self.find("vocab_size", "src_vocab_size", "text_vocab_size", default=32)
+        size = min(size) if isinstance(size, (list, tuple)) else size
+        special: set[int] = set()
+        for config in self.configs:
+            for name, value in vars(config).items():
+                if name.endswith(("token_id", "token_index", "token_ids", "tok_index")):
+                    special.update(v for v in (value if isinstance(value, (list, tuple)) else [value]) if _whole(v))
+        allowed = [i for i in range(min(size, 256)) if i not in special] or [0]
+        ids = [allowed[(3 + 5 * i) % len(allowed)] for i in range(prod(shape))]
+        return torch.tensor(ids, dtype=torch.long, device=self.device).view(shape)
+
+    def floats(self, *shape: int) -> Tensor:
+        """Values between -1 and 1."""
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        dtype = dtype if dtype.itemsize >= 2 else torch.float32
+        if self.device.type == "meta":
+            return torch.empty(shape, dtype=dtype, device="meta")
+        count = prod(shape)
+        values = torch.sin(torch.arange(count, dtype=torch.float32, device=self.device) * 1.7)
+        return values.view(shape).to(dtype)
+
+    def whole(self, value: int, *shape: int) -> Tensor:
+        """The same integer everywhere."""
+        return torch.full(shape, value, dtype=torch.long, device=self.device)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _wanted(facts: Facts) -> list[str]:
+    """The arguments to fill: those without a default, the main one, and what these need beside them."""
+    kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    required = [
+        name for name, p in facts.parameters.items() if p.default is inspect.Parameter.empty and p.kind not in kinds
+    ]
+    main = getattr(facts.model, "main_input_name", None) or next(iter(facts.parameters), None)
+    names = [*required, *([main] if isinstance(main, str) else main or [])]
+    if not any(facts.has(name) for name in names):
+        names += list(facts.parameters)[:1]
+    modalities = getattr(facts.model, "input_modalities", ())
+    if not _has_placeholders(facts):
+        for modality in [modalities] if isinstance(modalities, str) else modalities or ():
+            names += [name for name in _MODALITIES.get(modality, ()) if facts.has(name)][:1]
+        if "text" in modalities and modalities != "text":
+            names += ["input_ids"]
+    names += ["decoder_input_ids"] if facts.find("is_encoder_decoder") or "decoder_input_ids" in required else []
+    for name in list(names):
+        names += _TOGETHER.get(name, ())
+    return [name for name in dict.fromkeys(names) if facts.has(name)]
+
+
+def _has_placeholders(facts: Facts) -> bool:
+    """Has the text of this model tokens in whose place images or sound are put?"""
+    return facts.has("input_ids") and any(
+        facts.find(*(f"{kind}_token{end}" for end in ("_id", "_index"))) is not None
+        for kind in ("image", "audio", "video")
+    )
+
+
+# Text
+
+
+@argument("input_ids", "decoder_input_ids", "input", "qformer_input_ids", "tasks_input_ids", "classes_input_ids")
+def _input_ids(facts: Facts) -> Tensor:
+    return facts.tokens(BATCH, LENGTH)
+
+
+@argument("attention_mask", "decoder_attention_mask", "classes_attention_mask", "tasks_attention_mask")
+def _attention_mask(facts: Facts) -> Tensor:
+    return facts.whole(1, BATCH, LENGTH)
+
+
+@argument("inputs_embeds", "hidden_states", "query_embeds", "context_hidden_states", "noise_embeds")
+def _embeddings(facts: Facts) -> Tensor:
+    return facts.floats(BATCH, LENGTH, facts.find("hidden_size", "d_model", "n_embd", "dim", default=32))
+
+
+# Images
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, dict):
+        value = (value.get("height", 32), value.get("width", 32))
+    return tuple(value)[-2:] if isinstance(value, (list, tuple)) else (value, value)
+
+
+def _image_size(facts: Facts) -> tuple[int, int]:
+    size = _pair(facts.find("image_size", "input_size", "img_size", inside="vision", default=64))
+    patch = _pair(facts.find("patch_size", inside="vision", default=16))
+    return tuple(max(side, step) for side, step in zip(size, patch, strict=False))
+
+
+def _channels(facts: Facts) -> int:
+    return facts.find("num_channels", "in_channels", "in_chans", inside="vision", default=3)
+
+
+@argument("pixel_values", "image", "pixel_values_images", "prompt_pixel_values")
+def _pixel_values(facts: Facts) -> Tensor:
+    frames = facts.find("num_frames") if not facts.has("input_ids") else None
+    clip = [frames] if frames and facts.find("tubelet_size", "drop_path_type", "num_frames") else []
+    return facts.floats(BATCH, *clip, _channels(facts), *_image_size(facts))
+
+
+@argument("pixel_values_videos")
+def _pixel_values_videos(facts: Facts) -> Tensor:
+    frames = facts.find("frames_per_clip", "num_frames", inside="vi", default=4)
+    return facts.floats(BATCH, frames, _channels(facts), *_image_size(facts))
+
+
+# Sound
+
+
+@argument("input_values", "audio_values")
+def _input_values(facts: Facts) -> Tensor:
+    kernels, strides = facts.find("conv_kernel"), facts.find("conv_stride")
+    if kernels and strides:  # a feature encoder on the wave: 16 frames out
+        length = 16
+        for kernel, stride in zip(reversed(kernels), reversed(strides), strict=False):
+            length = (length - 1) * stride + kernel
+        return facts.floats(BATCH, length)
+    if (mels := facts.find("num_mel_bins", "max_length")) and facts.find("max_length"):
+        return facts.floats(BATCH, facts.find("max_length"), mels)  # a spectrogram as an image
+    return facts.floats(BATCH, facts.find("audio_channels", "num_channels", default=1), 2048)
+
+
+@argument("input_features")
+def _input_features(facts: Facts) -> Tensor:
+    bins = facts.find(
+        "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "n_mels", "mel_bins", "input_dim",
+        inside="audio", default=80,
+    )  # fmt: skip
+    frames = facts.find("max_source_positions", inside="audio")
+    if frames and facts.find("num_mel_bins") and not facts.find("input_feat_per_channel"):
+        return facts.floats(BATCH, bins, 2 * frames)  # Whisper's order; its convolution halves the frames
+    return facts.floats(BATCH, 64, bins)
+
+
+@argument("input_features_mask", "audio_mel_mask")
+def _features_mask(facts: Facts) -> Tensor:
+    return facts.whole(1, BATCH, 64).bool()
+
+
+# Series
+
+
+def _history(facts: Facts) -> int:
+    context = facts.find("context_length", "seq_length", "prediction_length", default=16)
+    lags = facts.find("lags_sequence", default=[0])
+    return context + max(lags)
+
+
+@argument("past_values")
+def _past_values(facts: Facts) -> Tensor:
+    channels = facts.find("num_input_channels", "input_size", default=1)
+    series = [channels] if channels > 1 or not facts.has("past_time_features") else []
+    return facts.floats(BATCH, _history(facts), *series)
+
+
+@argument("past_observed_mask")
+def _past_observed_mask(facts: Facts) -> Tensor | None:
+    return torch.ones_like(_past_values(facts)) if facts.has("past_time_features") else None
+
+
+@argument("past_time_features")
+def _past_time_features(facts: Facts) -> Tensor:
+    return facts.floats(BATCH, _history(facts), facts.find("num_time_features", default=0))
+
+
+@argument("future_time_features")
+def _future_time_features(facts: Facts) -> Tensor | None:
+    return facts.floats(BATCH, facts.find("prediction_length", default=1), facts.find("num_time_features", default=0))
+
+
+@argument("future_values")
+def _future_values(facts: Facts) -> Tensor:
+    return facts.floats(BATCH, facts.find("prediction_length", default=1))
+
+
+# Grids of patches
+
+
+@argument("grid_thw", "image_grid_thw", "video_grid_thw")
+def _grid(facts: Facts) -> Tensor:
+    merge = facts.find("spatial_merge_size", inside="vision", default=2)
+    return torch.tensor([[1, 2 * merge, 2 * merge]], device=facts.device)
