@@ -52,6 +52,12 @@ inline void check_linear(const Tensor& x, const Tensor& weight, const std::optio
     }
 }
 
+// B's rows, which are known once it is a matrix.
+inline int64_t out_features_of(const Tensor& b, const char* op) {
+    TORCH_CHECK_VALUE(b.dim() == 2, op, ": b must have two dimensions, found ", b.sizes());
+    return b.size(0);
+}
+
 // A [r, in] and B [out, r].
 inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, int64_t out_features,
                           const char* op, const std::string& a_name = "a", const std::string& b_name = "b") {
@@ -68,6 +74,20 @@ inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, int
                       "] for x, found ", a.sizes());
     TORCH_CHECK_VALUE(b.size(0) == out_features && b.size(1) == a.size(0), op, ": ", b_name, " must be [",
                       out_features, ", ", a.size(0), "], found ", b.sizes());
+}
+
+// dy [.., out] and S [rows, r], of x [.., in].
+inline void check_gradient(const Tensor& grad, const Tensor& s, const Tensor& x, int64_t out_features,
+                           int64_t r, const char* op) {
+    check_same(grad, x, op, "grad");
+    const std::vector<int64_t> shape = with_last(x, out_features);
+    const at::IntArrayRef wanted = shape;
+    TORCH_CHECK_VALUE(grad.sizes() == wanted, op, ": grad must be ", wanted, ", found ", grad.sizes());
+    check_same(s, x, op, "s");
+    const at::IntArrayRef sizes = x.sizes();
+    const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
+    TORCH_CHECK_VALUE(s.dim() == 2 && s.size(0) == rows && s.size(1) == r && s.is_contiguous(), op,
+                      ": s must be a contiguous [", rows, ", ", r, "], found ", s.sizes());
 }
 
 // Adapters by number, and the one of each sample. Whether the numbers exist is seen where they are read.

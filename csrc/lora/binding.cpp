@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const c10::DeviceGuard guard(x.device());
-    const int64_t out_features = b.size(0);
+    const int64_t out_features = out_features_of(b, op);
     check_linear(x, weight, bias, out_features, quantized, op);
     check_factors(x, a, b, out_features, op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
@@ -232,19 +232,14 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const c10::DeviceGuard guard(x.device());
-    const int64_t out_features = b.size(0), columns = x.size(-1);
+    const int64_t out_features = out_features_of(b, op);
     check_linear(x, weight, {}, out_features, quantized, op);
     check_factors(x, a, b, out_features, op);
-    check_same(grad, x, op, "grad");
-    check_same(s, x, op, "s");
+    const int64_t columns = x.size(-1);
+    check_gradient(grad, s, x, out_features, a.size(0), op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const float factor = factor_of(scale, dropout);
     const Tensor flat = matrix(x), rows = matrix(grad);
-    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(with_last(x, out_features)), op, ": grad must be ",
-                      with_last(x, out_features), ", found ", grad.sizes());
-    TORCH_CHECK_VALUE(
-        s.dim() == 2 && s.size(0) == flat.size(0) && s.size(1) == a.size(0) && s.is_contiguous(), op,
-        ": s must be a contiguous [", flat.size(0), ", ", a.size(0), "], found ", s.sizes());
 
     const Tensor a_like = like(a, x), b_like = like(b, x);
     Tensor dx = at::empty({0}, x.options()), da = at::empty({0}, a.options()),

@@ -87,6 +87,11 @@ def _factor(scale: float, p: float, seed: Tensor | None) -> float:
 # --- checks: the same conditions and exception types as csrc/lora/arguments.h -----------------------------------------
 
 
+def _out_features(op: str, b: Tensor) -> int:
+    _value(b.dim() == 2, op, f"b must have two dimensions, found {list(b.shape)}")
+    return b.shape[0]
+
+
 def _check_factors(op: str, x: Tensor, a: Tensor, b: Tensor, out_features: int, names: tuple[str, str]) -> None:
     for name, t in zip(names, (a, b), strict=True):
         if not t.is_floating_point():
@@ -113,6 +118,17 @@ def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, out_f
         if bias.dtype != x.dtype:
             raise TypeError(f"{op}: bias must be {x.dtype} like x, found {bias.dtype}")
         _value(bias.device == x.device, op, f"bias must be on {x.device} like x, found {bias.device}")
+
+
+def _check_gradient(op: str, grad: Tensor, s: Tensor, x: Tensor, out_features: int, r: int) -> None:
+    for name, t in (("grad", grad), ("s", s)):
+        if t.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} must be {x.dtype} like x, found {t.dtype}")
+        _value(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
+    wanted = [*x.shape[:-1], out_features]
+    _value(list(grad.shape) == wanted, op, f"grad must be {wanted}, found {list(grad.shape)}")
+    rows = x.shape[:-1].numel()
+    _value(s.shape == (rows, r), op, f"s must be a contiguous [{rows}, {r}], found {list(s.shape)}")
 
 
 def _check_dropout(op: str, p: float, seed: Tensor | None) -> None:
@@ -155,7 +171,7 @@ def _lora_linear(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    op, out = "lora_linear", b.shape[0]
+    op, out = "lora_linear", _out_features("lora_linear", b)
     _check_linear(op, x, weight, bias, out, absmax is not None)
     _check_factors(op, x, a, b, out, ("a", "b"))
     _check_dropout(op, dropout_p, seed)
@@ -178,7 +194,7 @@ def _fake_lora_linear(
     absmax: Tensor | None = None,
     *quantized: Any,
 ) -> tuple[Tensor, Tensor]:
-    op, out = "lora_linear", b.shape[0]
+    op, out = "lora_linear", _out_features("lora_linear", b)
     _check_linear(op, x, weight, bias, out, absmax is not None)
     _check_factors(op, x, a, b, out, ("a", "b"))
     _check_dropout(op, dropout_p, seed)
@@ -205,6 +221,11 @@ def _lora_linear_backward(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    op, out = "lora_linear_backward", _out_features("lora_linear_backward", b)
+    _check_linear(op, x, weight, None, out, absmax is not None)
+    _check_factors(op, x, a, b, out, ("a", "b"))
+    _check_gradient(op, grad, s, x, out, a.shape[0])
+    _check_dropout(op, dropout_p, seed)
     columns = x.shape[-1]
     rows, flat = _matrix(grad), _matrix(x)
     a_as, b_as = a.to(x.dtype), b.to(x.dtype)

@@ -364,6 +364,27 @@ def test_arguments_that_do_not_fit(change, error, message):
         lora_linear(**arguments(**change))
 
 
+@pytest.mark.parametrize("call", ["operator", "reference"])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"grad": torch.tensor(1.0)}, ValueError, r"grad must be \[3, 8\], found \[\]"),
+        ({"grad": torch.ones(3, 9)}, ValueError, r"grad must be \[3, 8\], found \[3, 9\]"),
+        ({"grad": torch.ones(3, 8).half()}, TypeError, "grad must be .* like x, found .*[Hh]alf|float16"),
+        ({"s": torch.tensor(1.0)}, ValueError, r"s must be a contiguous \[3, 4\], found \[\]"),
+        ({"s": torch.ones(4, 3)}, ValueError, r"s must be a contiguous \[3, 4\], found \[4, 3\]"),
+        ({"x": torch.tensor(1.0)}, ValueError, "x must have at least one dimension"),
+        ({"b": torch.tensor(1.0)}, ValueError, r"b must have two dimensions, found \[\]"),
+    ],
+)
+def test_gradients_of_arguments_that_do_not_fit(call, change, error, message):
+    given = {**arguments(), "grad": torch.ones(3, 8), "s": torch.ones(3, 4), "needs": [True] * 3, "scale": 1.0}
+    del given["bias"]
+    backward = torch.ops.peftcore.lora_linear_backward if call == "operator" else _lora_linear_backward
+    with pytest.raises(error, match=message):
+        backward(**{**given, **change})
+
+
 @pytest.mark.parametrize(
     ("index", "error", "message"),
     [

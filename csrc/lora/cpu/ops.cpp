@@ -22,9 +22,10 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
                               nested_code, nested_offset, nested_blocksize};
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const int64_t out_features = b.size(0), r = a.size(0);
+    const int64_t out_features = out_features_of(b, op);
     check_linear(x, weight, bias, out_features, quantized, op);
     check_factors(x, a, b, out_features, op);
+    const int64_t r = a.size(0);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const Tensor flat = matrix(x);
     const Base of{weight, x.size(-1), out_features, quantized, op};
@@ -55,18 +56,14 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
                               nested_code, nested_offset, nested_blocksize};
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const int64_t out_features = b.size(0), r = a.size(0), columns = x.size(-1);
+    const int64_t out_features = out_features_of(b, op);
     check_linear(x, weight, {}, out_features, quantized, op);
     check_factors(x, a, b, out_features, op);
-    check_same(grad, x, op, "grad");
-    check_same(s, x, op, "s");
+    const int64_t r = a.size(0), columns = x.size(-1);
+    check_gradient(grad, s, x, out_features, a.size(0), op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const Tensor flat = matrix(x), rows = matrix(grad);
     const int64_t count = flat.size(0);
-    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(with_last(x, out_features)), op, ": grad must be ",
-                      with_last(x, out_features), ", found ", grad.sizes());
-    TORCH_CHECK_VALUE(s.dim() == 2 && s.size(0) == count && s.size(1) == r && s.is_contiguous(), op,
-                      ": s must be a contiguous [", count, ", ", r, "], found ", s.sizes());
     const bool nothing = count == 0 || r == 0 || columns == 0 || out_features == 0;
     const auto gradient = [&](bool needed, at::IntArrayRef shape) {
         const Tensor made = at::empty(needed ? shape : at::IntArrayRef{0}, x.options().dtype(at::kFloat));
