@@ -6,7 +6,6 @@ pattern that matches nothing is an error.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -18,6 +17,7 @@ from peftcore.adapted import base_modules, base_parameters, original_class
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import Train
+from peftcore.patterns import compiled
 from peftcore.sublayers import Sublayer
 
 ALL_LINEAR = "all-linear"
@@ -156,7 +156,7 @@ def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
     """How many modules each pattern of `target_modules` matches."""
     paths = [path for path, _ in base_modules(model)]
     if isinstance(target_modules, str):
-        return {target_modules: sum(bool(re.fullmatch(target_modules, path)) for path in paths)}
+        return {target_modules: sum(map(compiled(target_modules, "target_modules"), paths))}
     return {pattern: sum(matches(pattern, path) for path in paths) for pattern in target_modules}
 
 
@@ -208,7 +208,7 @@ def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
 def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first key of a `rank_pattern` or `alpha_pattern` that matches `path`."""
     for key, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({key})$", path):
+        if compiled(rf"(?:.*\.)?(?:{key})", "rank_pattern or alpha_pattern")(path):
             return value
     return default
 
@@ -235,15 +235,14 @@ def refuse_bypassed(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> 
 
 
 def _is_inside(saved: str, path: str) -> bool:
-    return re.match(rf"(^|.*\.){re.escape(saved)}($|\..*)", path) is not None
+    return f".{saved}." in f".{path}."
 
 
 def _excluded(modules: dict[str, nn.Module], patterns: str | Sequence[str] | None) -> set[str]:
     if not patterns:
         return set()
     if isinstance(patterns, str):
-        regex = _compile(patterns, "exclude_modules")
-        found = {path for path in modules if regex.fullmatch(path)}
+        found = set(filter(compiled(patterns, "exclude_modules"), modules))
         if not found:
             raise PeftcoreError(f"exclude_modules={patterns!r} matches no module")
         return found
@@ -254,8 +253,7 @@ def _excluded(modules: dict[str, nn.Module], patterns: str | Sequence[str] | Non
 
 
 def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Any) -> list[str]:
-    regex = _compile(pattern, "target_modules")
-    found = [path for path in modules if regex.fullmatch(path)]
+    found = list(filter(compiled(pattern, "target_modules"), modules))
     chosen = [path for path in found if supported(modules[path])]
     if not chosen:
         what = (
@@ -287,11 +285,13 @@ def _by_suffix(modules: dict[str, nn.Module], patterns: Sequence[str], supported
 def _of_layers(paths: list[str], layers: int | Sequence[int], pattern: str | Sequence[str] | None) -> list[str]:
     wanted = {layers} if isinstance(layers, int) else set(layers)
     names = [pattern] if isinstance(pattern, str) else list(pattern or [r"[^.]*"])
-    regexes = [_compile(rf"(?:.*?\.)??(?:{name})\.(\d+)\..*", "layers_pattern") for name in names]
+    lists = [compiled(rf"(?:.*\.)?(?:{name})", "layers_pattern") for name in names]
 
     def index(path: str) -> int | None:
-        found = next((match for regex in regexes if (match := regex.fullmatch(path))), None)
-        return int(found[1]) if found else None
+        """The first number behind a list of layers."""
+        parts = path.split(".")
+        numbers = [i for i, part in enumerate(parts[:-1]) if i and part.isdecimal()]
+        return next((int(parts[i]) for is_list in lists for i in numbers if is_list(".".join(parts[:i]))), None)
 
     indices = {path: index(path) for path in paths}
     missing = wanted - set(indices.values())
@@ -302,13 +302,6 @@ def _of_layers(paths: list[str], layers: int | Sequence[int], pattern: str | Seq
             f"(layers found: {there if there else f'none by layers_pattern={pattern!r}'})"
         )
     return [path for path in paths if indices[path] in wanted]
-
-
-def _compile(pattern: str, field: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise PeftcoreError(f"{field}={pattern!r} is no regular expression: {error}") from None
 
 
 def _nearest_path(pattern: str, modules: dict[str, nn.Module]) -> str:
