@@ -12,6 +12,7 @@ Environment:
     MAX_JOBS                 compilations at once
 """
 
+import importlib.util
 import json
 import os
 import platform
@@ -42,6 +43,14 @@ SIMD = {
 
 class BuildFailed(Exception):
     """The extension cannot be built; the message says why and what to do."""
+
+
+def digest(csrc):
+    """`peftcore.ops._sources.digest`, without importing the package, which needs PyTorch."""
+    spec = importlib.util.spec_from_file_location("sources", ROOT / "peftcore" / "ops" / "_sources.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.digest(csrc)
 
 
 def lines_of(command):
@@ -252,14 +261,14 @@ class Build:
 
     def run(self):
         """Builds; returns the facts. Without CUDA if only that part fails and it was not demanded."""
-        facts = self.facts()
+        facts, sources = self.facts(), digest(CSRC)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text(self.ninja_file(facts))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         done = subprocess.run([self.ninja, "-C", str(self.folder), "-j", jobs], capture_output=True, text=True)
         print(done.stdout, done.stderr, sep="\n", flush=True)
         if done.returncode == 0:
-            return facts | {"cuda_note": self.cuda_note}
+            return facts | {"cuda_note": self.cuda_note, "sources": sources}
         tail = "\n".join((done.stdout + done.stderr).strip().split("\n")[-30:])
         if self.nvcc and not self.cuda_wanted and ".cu.o" in done.stdout:
             print("the CUDA kernels do not compile; building without them", file=sys.stderr)

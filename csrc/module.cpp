@@ -53,7 +53,6 @@ PYBIND11_MODULE(_C, m) {
           "Use another SIMD level; ValueError if it is not among cpu_levels().");
     m.def("free_workspace", &free_workspace, "Give back what this thread keeps for linear_4bit on CPU.");
     optim::bind_pool(m);
-    cpu_level();  // a misspelt PEFTCORE_CPU_LEVEL fails here, at import
 }
 
 }  // namespace peftcore

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.adapted import base_modules, original_forward
+from peftcore.errors import PluginError
 from peftcore.registry import registry
 from peftcore.sublayers import Sublayer, find
 
@@ -65,8 +66,14 @@ class Architecture:
 
 def detect(model: nn.Module) -> Architecture:
     """The architecture of `model`, from a plugin's hook or the model's own words."""
-    told = registry.hook.peftcore_architecture(model=model)
-    return told if told is not None else _read(model)
+    for plugin, told in registry.answers("peftcore_architecture", contain=True, model=model):
+        if not isinstance(told, Architecture):
+            raise PluginError(
+                f"peftcore_architecture of the plugin '{plugin.name}' ({plugin.distribution} {plugin.version}) must "
+                f"return a peftcore.Architecture or None, found {type(told).__name__}"
+            )
+        return told
+    return _read(model)
 
 
 def _read(model: nn.Module) -> Architecture:

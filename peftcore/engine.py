@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
@@ -88,7 +88,8 @@ def apply(
     _check_new(adapter, state)
     _refuse_merged(state, "apply another adapter")
     refuse_per_sample(state, "apply another adapter")
-    placed = place(model, method, fields)
+    with _with_memory():
+        placed = place(model, method, fields)
     if placed.method.prepare is not None:
         placed.method.prepare(model, placed.config)
     method, config = _recorded(placed)
@@ -138,6 +139,11 @@ def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed
     placed = Placed(chosen, config, tuple(around), tuple(dict.fromkeys(trained)))
     _check_placed(model, placed)
     return placed
+
+
+def _with_memory() -> AbstractContextManager[Any]:
+    """Adapters have values, though the caller be under `torch.device("meta")` to build models without memory."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
 def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device | None, torch.dtype]:

@@ -38,7 +38,7 @@ def difference(parameters: dict[str, Tensor], expected: str) -> str | None:
             continue
         if list(found.shape) != shape:
             return f"'{name}' has shape {list(found.shape)}, the adapter's base {shape}"
-        wanted = torch.tensor(values)
+        wanted = torch.tensor(values, dtype=torch.float32, device="cpu")
         error = (_sample(found) - wanted).norm() / wanted.norm().clamp(min=1e-12)
         if error > _TOLERANCE:
             return f"the values of '{name}' differ by {100 * error.item():.0f} %"

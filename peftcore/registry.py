@@ -10,18 +10,23 @@ import dataclasses
 import os
 import warnings
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any
+from importlib.metadata import EntryPoint, entry_points, version
+from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from peftcore import hookspecs
+from peftcore import hookspecs, requirement
 from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.method import Method, WeightFormat
 
+if TYPE_CHECKING:
+    from torch import nn
+
 GROUP = "peftcore"
 STRICT = "PEFTCORE_STRICT_PLUGINS"
+CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be imported, separated by commas
 API = 1  # of plugins; raised when a plugin written for the last one would no longer work
 
 
@@ -76,8 +81,7 @@ class Registry:
             raise PluginError(f"the plugin '{name}' ({broken.distribution} {broken.version}) is broken: {broken.error}")
         installed = ", ".join(methods) or "none"
         raise PluginError(
-            f"no PEFT method '{name}' is installed (installed: {installed}){nearest(name, methods)}. "
-            f"Try: pip install peftcore-{name}"
+            f"no PEFT method '{name}' is installed (installed: {installed}){nearest(name, methods)}. {_HOW_TO_INSTALL}"
         )
 
     def method_of_config(self, config: Any) -> Method:
@@ -97,14 +101,39 @@ class Registry:
             if method.state.peft_type == peft_type:
                 return method
         known = ", ".join(f"{m.state.peft_type} ({m.name})" for m in methods.values()) or "none"
-        guess = peft_type.lower().replace("_", "-")
-        raise PluginError(
-            f"no installed method reads peft_type '{peft_type}' (installed: {known}). Try: pip install peftcore-{guess}"
-        )
+        raise PluginError(f"no installed method reads peft_type {peft_type!r} (installed: {known}). {_HOW_TO_INSTALL}")
 
     def weight_formats(self) -> list[WeightFormat]:
-        """The formats of all plugins."""
-        return [weight_format for formats in self.hook.peftcore_weight_formats() for weight_format in formats]
+        """The formats of all plugins.
+
+        Raises:
+            PluginError: a plugin's hook fails: what its format reads would else be taken for a plain weight.
+        """
+        return [
+            dataclasses.replace(weight_format, matches=_contained(plugin, weight_format))
+            for plugin, formats in self.answers("peftcore_weight_formats")
+            for weight_format in _all_are(WeightFormat, plugin, "peftcore_weight_formats", formats)
+        ]
+
+    def answers(self, hook: str, *, contain: bool = False, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
+        """(plugin, what its `hook` answers) of every plugin that answers, in pluggy's order: the last comes first.
+
+        Raises:
+            PluginError: it fails. With `contain` that is a warning, and the other plugins are asked.
+        """
+        for implementation in reversed(getattr(self.hook, hook).get_hookimpls()):
+            plugin = self._plugins[implementation.plugin_name]
+            try:
+                given = {name: arguments[name] for name in implementation.argnames}
+                answer = implementation.function(**given)
+            except (Exception, SystemExit) as error:
+                message = f"{_named(hook, plugin)} failed: {type(error).__name__}: {error}"
+                if not contain or os.environ.get(STRICT) == "1":
+                    raise PluginError(f"{message}. {_without(plugin)}") from error
+                warnings.warn(f"{message}. peftcore goes on without it", stacklevel=3)
+                continue
+            if answer is not None:
+                yield plugin, answer
 
     def register(self, name: str, plugin: Any, distribution: str = "-", version: str = "-") -> Plugin:
         """Register the plugin object `plugin` (a module, or any object with hooks) under the entry-point name `name`.
@@ -128,23 +157,35 @@ class Registry:
 
     def _discover(self) -> None:
         found: dict[str, list[EntryPoint]] = defaultdict(list)
+        chosen = _chosen()
         for entry_point in entry_points(group=GROUP):
             same = [(e.value, e.dist and e.dist.name) for e in found[entry_point.name]]
             if (entry_point.value, entry_point.dist and entry_point.dist.name) not in same:
                 found[entry_point.name].append(entry_point)
+        for name in chosen or ():
+            if name not in found:
+                self._plugins = None
+                raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, found)}")
         for name, candidates in sorted(found.items()):
             owners = [f"{e.dist.name} {e.dist.version}" if e.dist else "an unknown distribution" for e in candidates]
             dist = candidates[0].dist
             entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
             self._plugins[name] = entry
+            if chosen is not None and name not in chosen:
+                entry.error = f"it is switched off by {CHOSEN}={os.environ[CHOSEN]}"
+                continue
             try:
+                _check_requirement(dist)
                 if len(candidates) > 1:
                     entry.distribution = ", ".join(owners)
                     raise PluginError(
                         f"{len(owners)} distributions provide '{name}': {'; '.join(owners)}. Uninstall all but one"
                     )
                 entry.methods = self._register(entry, candidates[0].load())
-            except Exception as error:
+            except KeyboardInterrupt:
+                self._plugins = None
+                raise
+            except BaseException as error:  # an import may end in SystemExit
                 entry.error = str(error) if isinstance(error, PeftcoreError) else f"{type(error).__name__}: {error}"
                 message = (
                     f"peftcore plugin '{name}' ({entry.distribution} {entry.version}) is not usable: {entry.error}"
@@ -172,7 +213,7 @@ class Registry:
             methods = [method for offered in subset() for method in offered]
             for method in methods:
                 self._check_method(entry, method)
-        except Exception:
+        except BaseException:
             if self._manager.get_plugin(entry.name) is not None:
                 self._manager.unregister(name=entry.name)
             raise
@@ -200,11 +241,69 @@ class Registry:
                     )
 
 
+# Never a name to install: whoever registered it may be a stranger, and the name may come from a stranger's file.
+_HOW_TO_INSTALL = (
+    "A method is a package of its own: install the one that you know to provide it, or see: peftcore methods"
+)
+
+
+def _without(plugin: Plugin) -> str:
+    return f"Upgrade or uninstall it, or name the plugins to use without '{plugin.name}': {CHOSEN}=NAME,NAME"
+
+
+def _named(hook: str, plugin: Plugin) -> str:
+    return f"{hook} of the plugin '{plugin.name}' ({plugin.distribution} {plugin.version})"
+
+
+def _all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
+    """What a hook answers, where that is a list of what it is for."""
+    for answer in answers if isinstance(answers, (list, tuple)) else [answers]:
+        if not isinstance(answer, kind):
+            raise PluginError(
+                f"{_named(hook, plugin)} must return a list of peftcore.{kind.__name__}, found "
+                f"{type(answer).__name__}. {_without(plugin)}"
+            )
+    return list(answers)
+
+
+def _contained(plugin: Plugin, weight_format: WeightFormat) -> Callable[[nn.Module], bool]:
+    """`matches` of a plugin's format, whose failure names the plugin."""
+
+    def matches(module: nn.Module) -> bool:
+        try:
+            return weight_format.matches(module)
+        except Exception as error:
+            raise PluginError(
+                f"{_named(f'the format {weight_format.name!r} of peftcore_weight_formats', plugin)} failed at "
+                f"{type(module).__name__}: {type(error).__name__}: {error}. {_without(plugin)}"
+            ) from error
+
+    return matches
+
+
+def _chosen() -> list[str] | None:
+    """The names of the plugins that may be imported; None: all."""
+    value = os.environ.get(CHOSEN)
+    if value is None or not value.strip():
+        return None
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    return [] if names == ["none"] else names
+
+
+def _check_requirement(distribution: Any) -> None:
+    found = version("peftcore")
+    wanted = requirement.unmet(getattr(distribution, "requires", None) or (), found)
+    if wanted is not None:
+        raise PluginError(f"it needs peftcore{wanted}, this is {found}. Upgrade the older of the two")
+
+
 def _check_api(plugin: Any) -> None:
     """A plugin may say `peftcore_api = 1`, the plugin API that it was written for."""
     api = getattr(plugin, "peftcore_api", API)
+    if type(api) is not int:
+        raise PluginError(f"its peftcore_api must be a whole number, the plugin API it was written for, found {api!r}")
     if api != API:
-        older = "peftcore" if isinstance(api, int) and api > API else "the plugin"
+        older = "peftcore" if api > API else "the plugin"
         raise PluginError(f"it was written for plugin API {api}, this peftcore has {API}. Upgrade {older}")
 
 

@@ -224,7 +224,10 @@ def edit(folder: Path, **changes) -> None:
     [
         (break_json, r"adapter_config.json' cannot be read as JSON: Expecting property name"),
         (no_peft_type, r"names no peft_type"),
-        (unknown_type, r"no installed method reads peft_type 'UNHEARD_OF'.*pip install peftcore-unheard-of"),
+        (
+            unknown_type,
+            r"no installed method reads peft_type 'UNHEARD_OF'.*install the one that you know to provide it",
+        ),
         (unknown_field, r"uses magic=7, which the installed plugin 'around' does not know"),
         (truncate, r"is no whole safetensors file.*cut off"),
         (lengthen, r"is no whole safetensors file"),

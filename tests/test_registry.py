@@ -6,6 +6,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import tiny
+import torch
 
 import peftcore
 from peftcore import registry as registry_module
@@ -129,11 +130,156 @@ def test_another_plugin_api_says_what_to_upgrade(discover, api: int, upgrade: st
         assert registry.methods() == {}
 
 
-def test_unknown_method_says_what_to_install(discover) -> None:
+def test_a_message_never_names_a_package_that_may_be_a_strangers(discover) -> None:
+    """The name may be a typing error, or come from a stranger's file; whoever registered it would be run."""
+    registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
+    with pytest.raises(peftcore.PluginError) as unknown:
+        registry.method("scael")
+    with pytest.raises(peftcore.PluginError) as foreign:
+        registry.method_of_peft_type("EVIL_NAME")
+    assert "no PEFT method 'scael' is installed (installed: scale) (nearest: 'scale')" in str(unknown.value)
+    assert "no installed method reads peft_type 'EVIL_NAME' (installed: TOY_SCALE (scale))" in str(foreign.value)
+    for error in (unknown, foreign):
+        assert "pip install" not in str(error.value) and "evil-name" not in str(error.value)
+
+
+def test_sys_exit_at_import_is_a_broken_plugin(discover, tmp_path, monkeypatch) -> None:
+    (tmp_path / "leaving.py").write_text("import sys\nsys.exit('goodbye')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
+    found = [*registry_module.entry_points(group="peftcore"), entry("leaving", "leaving", "peftcore-leaving")]
+    monkeypatch.setattr(registry_module, "entry_points", lambda group: found)
+    with pytest.warns(UserWarning, match=r"'leaving' \(peftcore-leaving 1.0\) is not usable: SystemExit: goodbye"):
+        assert list(registry.methods()) == ["scale"]
+
+
+class Failing:
+    """A plugin whose hooks all raise."""
+
+    @peftcore.hookimpl
+    def peftcore_architecture(self, model):
+        raise KeyError("vision_config")
+
+    @peftcore.hookimpl
+    def peftcore_weight_formats(self):
+        raise SystemExit(3)
+
+    @peftcore.hookimpl
+    def peftcore_commands(self, app):
+        raise ImportError("no module named 'fire'")
+
+
+def test_a_hook_that_fails_is_named_and_stops_no_other(discover, monkeypatch) -> None:
+    asked = []
+
+    class Works:
+        @peftcore.hookimpl
+        def peftcore_architecture(self):
+            asked.append("architecture")
+            return peftcore.Architecture(hidden_size=7)
+
+        @peftcore.hookimpl
+        def peftcore_commands(self, app):
+            asked.append(app)
+
+    registry = discover(("works", Works(), "peftcore-works"), ("zfails", Failing(), "peftcore-zfails"))
+    named = r"of the plugin 'zfails' \(peftcore-zfails 1.0\) failed: "
+    with pytest.warns(UserWarning, match=rf"peftcore_architecture {named}KeyError: 'vision_config'"):
+        (answer,) = registry.answers("peftcore_architecture", contain=True, model=None)
+    assert answer[1].hidden_size == 7
+    with pytest.warns(UserWarning, match=rf"peftcore_commands {named}ImportError: no module named 'fire'"):
+        list(registry.answers("peftcore_commands", contain=True, app="app"))
+    assert asked == ["architecture", "app"]
+    with pytest.raises(peftcore.PluginError, match=rf"peftcore_weight_formats {named}SystemExit: 3.*PEFTCORE_PLUGINS"):
+        registry.weight_formats()
+    monkeypatch.setenv("PEFTCORE_STRICT_PLUGINS", "1")
+    with pytest.raises(peftcore.PluginError, match=rf"peftcore_architecture {named}KeyError"):
+        list(registry.answers("peftcore_architecture", contain=True, model=None))
+
+
+def test_detect_goes_on_without_a_plugin_that_fails(discover, monkeypatch) -> None:
+    from peftcore import architecture
+
+    monkeypatch.setattr(architecture, "registry", discover(("fails", Failing(), "peftcore-fails")))
+    with pytest.warns(UserWarning, match="peftcore goes on without it"):
+        assert architecture.detect(tiny.llama()).hidden_size == tiny.llama().config.hidden_size
+
+
+@pytest.mark.parametrize("answer", ["text", 7, {"hidden_size": 8}])
+def test_an_architecture_of_another_type_is_refused(discover, monkeypatch, answer: object) -> None:
+    from peftcore import architecture
+
+    class Wrong:
+        @peftcore.hookimpl
+        def peftcore_architecture(self, model):
+            return answer
+
+    monkeypatch.setattr(architecture, "registry", discover(("wrong", Wrong(), "peftcore-wrong")))
     with pytest.raises(
-        peftcore.PluginError, match=r"no PEFT method 'x' is installed \(installed: none\). Try: pip install peftcore-x"
+        peftcore.PluginError,
+        match=rf"'wrong' .* must return a peftcore.Architecture or None, found {type(answer).__name__}",
     ):
-        discover().method("x")
+        architecture.detect(tiny.llama())
+
+
+@pytest.mark.parametrize(("answer", "found"), [("text", "str"), ([1], "int"), (None, "NoneType")])
+def test_weight_formats_of_another_type_are_refused(discover, answer: object, found: str) -> None:
+    class Wrong:
+        @peftcore.hookimpl
+        def peftcore_weight_formats(self):
+            return answer
+
+    if answer is None:
+        assert discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats() == []  # as pluggy takes it
+        return
+    with pytest.raises(peftcore.PluginError, match=rf"'wrong' .* list of peftcore.WeightFormat, found {found}"):
+        discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()
+
+
+def test_a_weight_format_that_fails_is_named(discover) -> None:
+    class Wrong:
+        @peftcore.hookimpl
+        def peftcore_weight_formats(self):
+            return [peftcore.WeightFormat("blocks", lambda module: module.blocks, None, None)]
+
+    (chosen,) = discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()
+    with pytest.raises(peftcore.PluginError, match=r"'blocks'.*'wrong' \(peftcore-wrong 1.0\) failed at Linear: Attr"):
+        chosen.matches(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("api", ["1", 1.0, True, None])
+def test_a_plugin_api_that_is_no_number(discover, api: object) -> None:
+    plugin = tiny.Plugin(tiny.method("scale"))
+    plugin.peftcore_api = api
+    with pytest.warns(UserWarning, match=rf"peftcore_api must be a whole number, .*found {api!r}"):
+        assert discover(("scale", plugin, "peftcore-scale")).methods() == {}
+
+
+def test_a_plugin_that_needs_another_peftcore(discover, monkeypatch) -> None:
+    registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
+    (found,) = registry_module.entry_points(group="peftcore")
+    found.dist.requires = ["torch>=2", "peftcore>=99", "pytest; extra == 'test'"]
+    with pytest.warns(UserWarning, match=r"it needs peftcore>=99, this is .*Upgrade the older of the two"):
+        assert registry.methods() == {}
+
+
+def test_the_environment_chooses_plugins(discover, monkeypatch) -> None:
+    plugins = [(name, tiny.Plugin(tiny.method(name)), f"peftcore-{name}") for name in ("one", "three", "two")]
+    monkeypatch.setenv("PEFTCORE_PLUGINS", "one, two")
+    assert list(discover(*plugins).methods()) == ["one", "two"]
+    with pytest.raises(peftcore.PluginError, match=r"'three' .* switched off by PEFTCORE_PLUGINS=one, two"):
+        discover(*plugins).method("three")
+    monkeypatch.setenv("PEFTCORE_PLUGINS", "none")
+    registry = discover(*plugins, ("broken", None, "peftcore-broken"))
+    assert registry.methods() == {}  # and nothing was imported: no warning of the broken one
+    assert [plugin.name for plugin in registry.plugins()] == ["broken", "one", "three", "two"]
+    monkeypatch.setenv("PEFTCORE_PLUGINS", "one,tow")
+    with pytest.raises(
+        peftcore.PluginError, match=r"PEFTCORE_PLUGINS names 'tow', which is not installed \(nearest: 'two'"
+    ):
+        discover(*plugins).methods()
+    monkeypatch.setenv("PEFTCORE_PLUGINS", "")
+    assert list(discover(*plugins).methods()) == ["one", "three", "two"]
 
 
 def test_plugins_load_at_the_first_question_only(discover) -> None:

@@ -58,7 +58,8 @@ def build(arguments: list[str]) -> typer.Typer:
     if named not in COMMANDS and any(map(_mentions_commands, entry_points(group="peftcore"))):
         from peftcore.registry import registry
 
-        registry.hook.peftcore_commands(app=app)
+        for _ in registry.answers("peftcore_commands", contain=True, app=app):
+            pass
     return app
 
 

@@ -19,6 +19,7 @@ from peftcore.errors import PeftcoreError
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
+NO_METHOD = "no method is installed. A method is a package of its own, such as those in the source's folder plugins/"
 
 _speaker = ""  # which process errors are of, where there are several
 

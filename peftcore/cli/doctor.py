@@ -7,7 +7,7 @@ import platform
 import warnings
 from importlib.metadata import version
 
-from peftcore.cli.console import out, say, table, warn
+from peftcore.cli.console import NO_METHOD, out, say, table, warn
 
 # What each optional library is for, and the extra that brings it.
 LIBRARIES = {
@@ -74,5 +74,5 @@ def _plugins(missing: list[str]) -> list[tuple[str, str]]:
         found = registry.plugins()
     missing += [f"the plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in found if p.error]
     if not any(p.methods for p in found):
-        missing.append("no method is installed. A method is a package: pip install peftcore-METHOD")
+        missing.append(NO_METHOD)
     return [("methods", ", ".join(method.name for p in found for method in p.methods) or "none")]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcore.cli.console import out, say, table
+from peftcore.cli.console import NO_METHOD, out, say, table
 
 
 def methods(
@@ -25,7 +25,7 @@ def methods(
             for method in plugin.methods
         ]
         if not rows:
-            say("no method is installed. A method is a package: pip install peftcore-METHOD")
+            say(NO_METHOD)
             return
         table(rows, ("method", "from", "peft_type", ""))
         return

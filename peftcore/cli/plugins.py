@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 
-from peftcore.cli.console import say, table
+from peftcore.cli.console import NO_METHOD, say, table
 
 
 def plugins() -> None:
@@ -22,7 +22,7 @@ def plugins() -> None:
         if strict is not None:
             os.environ[STRICT] = strict
     if not found:
-        say("no plugin is installed. A method is a package: pip install peftcore-METHOD")
+        say(NO_METHOD)
         return
     table(
         (

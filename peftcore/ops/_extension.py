@@ -13,7 +13,10 @@ from typing import Any
 
 import torch
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps peftcore (from a checkout: -e .)"
+from peftcore.ops._sources import digest
+
+ROOT = Path(__file__).resolve().parents[2]
+REBUILD = "in the folder of its source: pip install --no-build-isolation --no-deps --force-reinstall . (or -e .)"
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -31,8 +34,13 @@ def release(version: str) -> str:
     return match.group() if match else version
 
 
-def why_not(record: dict[str, Any], torch_version: str = torch.__version__) -> tuple[str, bool]:
-    """Why the recorded build must not be loaded, and whether that is worth a warning; ("", False) if it may be."""
+def why_not(
+    record: dict[str, Any], torch_version: str = torch.__version__, csrc: Path = ROOT / "csrc"
+) -> tuple[str, bool]:
+    """Why the recorded build must not be loaded, and whether that is worth a warning; ("", False) if it may be.
+
+    Beside a checkout's sources (`csrc`) the binary must have been built from them.
+    """
     if os.environ.get("PEFTCORE_EXT") == "0":
         return "switched off by PEFTCORE_EXT=0", False
     if not record:
@@ -42,6 +50,9 @@ def why_not(record: dict[str, Any], torch_version: str = torch.__version__) -> t
     built_with = str(record.get("torch", "unknown"))
     if release(built_with) != release(torch_version):
         return f"it was built with PyTorch {built_with}, this is {torch_version}. Rebuild it: {REBUILD}", True
+    sources = digest(csrc)
+    if sources and record.get("sources") != sources:
+        return f"it was built from other sources than those in {csrc}. Rebuild it: {REBUILD}", True
     return "", False
 
 
@@ -54,10 +65,12 @@ def load(record: dict[str, Any]) -> tuple[ModuleType | None, str]:
             module = importlib.import_module("peftcore._C")
         except ImportError as error:
             reason, warn = f"it does not load: {error}. Rebuild it: {REBUILD}", True
+        else:
+            module.cpu_level()  # ValueError for a misspelt PEFTCORE_CPU_LEVEL: here, not in the first operator
     if warn:
         warnings.warn(f"peftcore runs without its compiled extension: {reason}", RuntimeWarning, stacklevel=2)
     return module, reason
 
 
-record = read_record(Path(__file__).resolve().parents[1] / "_build.json")
+record = read_record(ROOT / "peftcore" / "_build.json")
 extension, missing_because = load(record)

@@ -29,38 +29,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftcore.ops._library import define
+from peftcore.ops._library import constants, define
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MIN_BLOCKSIZE, MAX_BLOCKSIZE = 32, 4096
 SMALLEST_SCALE = 1e-38
-
-# The quantiles of a standard normal at 8 points evenly spaced below and 9 above one half, normalised to [-1, 1],
-# the two middle ones merged to an exact zero (arXiv 2305.14314, appendix E).
-NF4 = torch.tensor(
-    [
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ]
-)
-
-# Sign, two bits of exponent, one of mantissa, in the order of their bit patterns, over the largest, 12.
-_FP4_MAGNITUDES = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
-FP4 = torch.cat([_FP4_MAGNITUDES, 0.0 - _FP4_MAGNITUDES])
 
 
 def _dynamic_map() -> Tensor:
@@ -74,7 +47,33 @@ def _dynamic_map() -> Tensor:
     return torch.cat(values).sort().values
 
 
-DYNAMIC8 = _dynamic_map()
+with constants():
+    # The quantiles of a standard normal at 8 points evenly spaced below and 9 above one half, normalised to [-1, 1],
+    # the two middle ones merged to an exact zero (arXiv 2305.14314, appendix E).
+    NF4 = torch.tensor(
+        [
+            -1.0,
+            -0.6961928009986877,
+            -0.5250730514526367,
+            -0.39491748809814453,
+            -0.28444138169288635,
+            -0.18477343022823334,
+            -0.09105003625154495,
+            0.0,
+            0.07958029955625534,
+            0.16093020141124725,
+            0.24611230194568634,
+            0.33791524171829224,
+            0.44070982933044434,
+            0.5626170039176941,
+            0.7229568362236023,
+            1.0,
+        ]
+    )
+    # Sign, two bits of exponent, one of mantissa, in the order of their bit patterns, over the largest, 12.
+    _FP4_MAGNITUDES = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
+    FP4 = torch.cat([_FP4_MAGNITUDES, 0.0 - _FP4_MAGNITUDES])
+    DYNAMIC8 = _dynamic_map()
 
 _CODEBOOKS = {"nf4": NF4, "fp4": FP4, "dynamic8": DYNAMIC8}
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from peftcore.ops import _extension
-from peftcore.ops._library import define
+from peftcore.ops._library import constants, define
 from peftcore.ops._philox import LOW, philox
 from peftcore.ops.nf4 import DTYPES, DYNAMIC8
 
@@ -50,7 +50,9 @@ def _unsigned_map() -> Tensor:
     return torch.cat(values).sort().values
 
 
-SIGNED_MAP, UNSIGNED_MAP = DYNAMIC8, _unsigned_map()
+SIGNED_MAP = DYNAMIC8
+with constants():
+    UNSIGNED_MAP = _unsigned_map()
 
 
 # --- rows of scalars -------------------------------------------------------------------------------------------------
@@ -112,7 +114,7 @@ def encode(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
     signed = table is SIGNED_MAP
     blocks = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(1)
-    inverse = torch.where(absmax > 0, 1 / absmax, torch.zeros(()))
+    inverse = torch.where(absmax > 0, 1 / absmax, 0)
     scaled = (blocks * inverse[:, None]).flatten()[: x.numel()]
     begin, slope, parts = (t.to(x.device) for t in _ENCODERS[signed])
     a = scaled.abs().clamp(min=2.0**-31).nan_to_num(2.0**-31)
@@ -134,7 +136,8 @@ def _encoder(table: Tensor, signed: bool) -> tuple[Tensor, ...]:
     return torch.stack(begin), torch.tensor(slope), torch.tensor(ends)
 
 
-_ENCODERS = {True: _encoder(SIGNED_MAP, True), False: _encoder(UNSIGNED_MAP, False)}
+with constants():
+    _ENCODERS = {True: _encoder(SIGNED_MAP, True), False: _encoder(UNSIGNED_MAP, False)}
 
 
 def round_stochastic(x: Tensor, dtype: torch.dtype, stream: int, step: int) -> Tensor:

@@ -6,6 +6,7 @@ import importlib.util
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftcore.errors import PeftcoreError
@@ -45,6 +46,8 @@ def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) 
     """
     if importlib.util.find_spec("transformers") is None:
         raise PeftcoreError("loading a model needs transformers. Try: pip install transformers")
+    if torch.get_default_device().type == "meta":
+        raise PeftcoreError("a model cannot be loaded under torch.device('meta'), where tensors have no values")
     from peftcore.quantization import huggingface
 
     return huggingface.load(path, quant_type, **options)

@@ -87,7 +87,8 @@ def test_info_without_the_method(run: Run, tmp_path: Path) -> None:
     save_file({"a": torch.zeros(3, 4)}, tmp_path / "adapter_model.safetensors")
     output = run("info", tmp_path).output.replace("\n", " ")
     assert "SOMETHING_NEW" in output and "depth" in output and "12" in output
-    assert "pip install peftcore-something-new" in " ".join(output.split())
+    assert "no installed method reads peft_type 'SOMETHING_NEW'" in " ".join(output.split())
+    assert "peftcore-something-new" not in output  # a stranger's file must not name what is installed
     assert "there is no folder" in run("info", tmp_path / "nothing", code=1).output
 
 

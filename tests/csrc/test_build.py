@@ -15,6 +15,7 @@ import peftcore
 from peftcore import ops
 from peftcore.build_info import build_info
 from peftcore.ops import _extension
+from peftcore.ops._sources import digest
 
 ROOT = Path(peftcore.__file__).parents[1]
 needs_extension = pytest.mark.skipif(ops.extension is None, reason=f"no _C: {_extension.missing_because}")
@@ -68,8 +69,11 @@ def test_a_level_is_chosen_by_name():
 def test_the_environment_chooses_a_level():
     done = python(ROUND_TRIP, PEFTCORE_CPU_LEVEL="portable")
     assert done.stdout.startswith("portable||"), done.stderr
-    done = python("import peftcore.ops", PEFTCORE_CPU_LEVEL="fast")
-    assert "no CPU level 'fast'" in done.stderr
+    done = python("import peftcore.ops; print('imported')", PEFTCORE_CPU_LEVEL="fast")
+    assert done.stdout == "" and re.search(
+        "ValueError: no CPU level 'fast' in this build.*available: portable", done.stderr
+    )
+    assert "Rebuild" not in done.stderr
 
 
 @pytest.mark.slow
@@ -106,9 +110,11 @@ def test_operators_pass_opcheck_without_the_extension():
 @pytest.mark.parametrize(
     ("record", "reason", "warned"),
     [
-        ({}, "never built here. Build it: pip install", False),
+        ({}, "never built here. Build it: in the folder of its source: pip install", False),
         ({"built": False, "reason": "no C++ compiler: g++ not found"}, "not built: no C\\+\\+ compiler", False),
         ({"built": True, "torch": "1.13.1+cu117"}, "built with PyTorch 1.13.1\\+cu117, this is .* Rebuild", True),
+        ({"built": True, "torch": torch.__version__, "sources": "0" * 16}, "built from other sources .* Rebuild", True),
+        ({"built": True, "torch": torch.__version__}, "built from other sources than those in .*csrc. Rebuild", True),
     ],
 )
 def test_a_build_that_does_not_fit_is_not_loaded(record, reason, warned):
@@ -121,8 +127,48 @@ def test_a_build_that_does_not_fit_is_not_loaded(record, reason, warned):
 
 
 def test_a_patch_release_of_pytorch_fits():
-    assert _extension.why_not({"built": True, "torch": "2.13.0+cpu"}, "2.13.1+cu130") == ("", False)
-    assert _extension.why_not({"built": True, "torch": "2.13.0"}, "2.14.0")[1]
+    record = {"built": True, "torch": "2.13.0+cpu", "sources": digest(ROOT / "csrc")}
+    assert _extension.why_not(record, "2.13.1+cu130") == ("", False)
+    assert _extension.why_not(record, "2.14.0")[1]
+
+
+def test_a_changed_source_makes_the_binary_a_stale_one(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    source = tmp_path / "cpu" / "product.cpp"
+    source.write_text("int a;")
+    record = {"built": True, "torch": torch.__version__, "sources": digest(tmp_path)}
+    assert _extension.why_not(record, csrc=tmp_path) == ("", False)
+    (tmp_path / "notes.md").write_text("no source")
+    assert _extension.why_not(record, csrc=tmp_path) == ("", False)
+    source.write_text("int b;")
+    assert "built from other sources" in _extension.why_not(record, csrc=tmp_path)[0]
+    source.write_text("int a;")
+    source.rename(tmp_path / "cpu" / "products.cpp")
+    assert "built from other sources" in _extension.why_not(record, csrc=tmp_path)[0]
+    assert _extension.why_not(record, csrc=tmp_path / "none") == ("", False)  # a wheel has no sources beside it
+
+
+@needs_extension
+def test_an_operator_whose_kernel_takes_other_arguments_says_rebuild():
+    """A schema that was changed on the Python side alone: known at import, by PyTorch's own comparison."""
+    code = """
+import pathlib, sys, types
+source = pathlib.Path("peftcore/ops/linear_4bit.py").read_text()
+assert source.count("Tensor? bias") >= 1
+changed = source.replace("Tensor? bias", "int bias")
+module = types.ModuleType("peftcore.ops.linear_4bit")
+import importlib.abc, importlib.machinery, importlib.util
+class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    def find_spec(self, name, path, target=None):
+        return importlib.util.spec_from_loader(name, self) if name == "peftcore.ops.linear_4bit" else None
+    def exec_module(self, module):
+        exec(compile(changed, "linear_4bit.py", "exec"), vars(module))
+sys.meta_path.insert(0, Changed())
+import peftcore.ops
+"""
+    done = python(code)
+    assert "the compiled extension is another version's: its 'linear_4bit" in done.stderr, done.stderr
+    assert "Rebuild it: in the folder of its source" in done.stderr
 
 
 def test_an_extension_that_does_not_load_is_reported(monkeypatch):
@@ -131,7 +177,7 @@ def test_an_extension_that_does_not_load_is_reported(monkeypatch):
 
     monkeypatch.setattr(_extension.importlib, "import_module", broken)
     with pytest.warns(RuntimeWarning, match="it does not load: undefined symbol.*Rebuild"):
-        module, why = _extension.load({"built": True, "torch": torch.__version__})
+        module, why = _extension.load({"built": True, "torch": torch.__version__, "sources": digest(ROOT / "csrc")})
     assert module is None and "undefined symbol" in why
 
 

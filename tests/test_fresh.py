@@ -1,0 +1,85 @@
+"""What a process does first with peftcore, after a plan, or under a meta device, gives what it always gives."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import fresh
+import pytest
+
+import peftcore
+
+# transformers itself refuses to load a model there, and says so.
+NO_LOADING = {"NF4Config": "RuntimeError: You are using `from_pretrained`", "quantization.load": "under torch.device"}
+ELSEWHERE = {  # public functions with tests of their own processes, and classes
+    "load_sharded": "tests/parallel",
+    "shard": "tests/parallel",
+    "hookimpl": "a marker",
+    "prompt_tensor_name": "a string of strings",
+    "tensor_name": "a string of strings",
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, dict[str, list[float] | str]]:
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", fresh.__file__], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("function", fresh.FUNCTIONS)
+@pytest.mark.parametrize("surroundings", [s for s in fresh.SURROUNDINGS if s != "plain"])
+def test_the_answer_is_the_same(outcomes, function: str, surroundings: str) -> None:
+    found = outcomes[function][surroundings]
+    assert isinstance(outcomes[function]["plain"], list), outcomes[function]["plain"]
+    if surroundings == "meta" and function in NO_LOADING:
+        assert NO_LOADING[function] in found
+    else:
+        assert found == outcomes[function]["plain"]
+
+
+def test_every_public_function_is_tried() -> None:
+    functions = {name for name in peftcore.__all__ if not isinstance(getattr(peftcore, name), type)}
+    assert functions <= fresh.FUNCTIONS.keys() | ELSEWHERE.keys()
+
+
+IMPORTS = """
+import contextlib, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+@contextlib.contextmanager
+def default(dtype):
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(torch.float32)
+with {mode}:
+    import peftcore.ops
+for table in (peftcore.ops.NF4, peftcore.ops.FP4, peftcore.ops.DYNAMIC8, peftcore.ops.optim.UNSIGNED_MAP):
+    assert (table.dtype, table.device.type, type(table)) == (torch.float32, "cpu", torch.Tensor), table
+    assert not table.is_inference()
+x = torch.linspace(-1, 1, 64, requires_grad=True)
+print(peftcore.ops.DYNAMIC8.double().sum().item(), *peftcore.ops.NF4.tolist())
+"""
+
+
+def test_tables_are_ordinary_tensors_whatever_mode_they_are_imported_under() -> None:
+    printed = set()
+    for mode in (
+        "contextlib.nullcontext()",
+        "torch.device('meta')",
+        "torch.inference_mode()",
+        "FakeTensorMode()",
+        "default(torch.float64)",
+    ):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", IMPORTS.format(mode=mode)],
+            capture_output=True,
+            text=True,
+            env=os.environ,
+        )
+        assert done.returncode == 0, (mode, done.stderr[-1500:])
+        printed.add(done.stdout)
+    assert len(printed) == 1
