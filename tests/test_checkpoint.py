@@ -325,12 +325,16 @@ with tiny.installed(tiny.method("around")):
     two = peftcore.apply(tiny.llama(), "around", value=2.0, target_modules=("k_proj",))
     base = tiny.llama()
     peftcore.save(one, sys.argv[1])
+    began = time.perf_counter()
+    peftcore.save(two, sys.argv[1])
+    peftcore.save(one, sys.argv[1])
+    pair = time.perf_counter() - began
     for attempt in range(50):
         child = os.fork()
         while child == 0:
             peftcore.save(two, sys.argv[1])
             peftcore.save(one, sys.argv[1])
-        time.sleep(random.uniform(0.002, 0.02))
+        time.sleep(random.uniform(0.1, 2) * pair)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         found = adapter_parameters(peftcore.load(base, sys.argv[1]), "default")
