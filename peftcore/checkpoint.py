@@ -12,19 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import adapter_files, engine, ranks
+from peftcore import adapter_files, engine, ranks, targets
 from peftcore.adapted import base_parameters
 from peftcore.adapter_files import CONFIG, TENSORS, read_config, read_tensors
+from peftcore.adapter_tensors import fill, is_tied_in, kept_on_disk, own_slots, tensors_on_disk
 from peftcore.architecture import detect
-from peftcore.errors import CheckpointError, PeftcoreError, nearest
+from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.fingerprint import difference, fingerprint
-from peftcore.method import After, Around, ForeignFormat, Method, PrefixKV, SoftPrompt, Train
-from peftcore.prompts import PrefixAround, SoftPromptAround
+from peftcore.method import ForeignFormat, Method, Train
 from peftcore.registry import registry
 from peftcore.targets import drop_unmatched
-from peftcore.trained import TrainedParameters
+from peftcore.trained import TrainedParameters, base_tensors
 
 _TOGETHER = "peftcore_together"
+_TIED = "peftcore_tied"
 _COMMON = {
     "peft_type",
     "task_type",
@@ -86,21 +87,29 @@ def _save(
     if not sharded and ranks.rank() > 0:
         return
     ranks.gather_up(model)
-    tensors = {
-        name: _for_disk(tensor, dtype)
-        for name, tensor in tensors_on_disk(model, adapter, own=resumable, exported=True).items()
-    }
+    found = {**tensors_on_disk(model, adapter, own=resumable, exported=True), **kept_on_disk(model, adapter)}
+    tensors = _for_disk(found, dtype)
     # What the adapter has a copy of may be anything in the base, such as a head that is drawn anew by every load.
     own = own_slots(model, adapter)
-    base = {name: value for name, value in base_values(model).items() if name not in own}
+    base = {name: value for name, value in base_tensors(model).items() if name not in own}
     about = {"peftcore_version": version("peftcore"), "peftcore_base": fingerprint(base)}
-    fields = _config_on_disk(model, method, entry.config)
+    about[_TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
+    fields = _config_on_disk(model, method, adapter)
     ranks.once(lambda: adapter_files.write(folder, fields, tensors, {**about, **metadata}), together=sharded)
 
 
-def _for_disk(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = ranks.whole(tensor.detach())
-    return (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).cpu().contiguous()
+def _for_disk(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, each with a memory of its own."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = ranks.whole(tensor.detach())
+        found[name] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).cpu().contiguous()
+    seen: set[int] = set()
+    for name, tensor in found.items():
+        if tensor.data_ptr() in seen:  # a tied parameter, under another of its names
+            found[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return found
 
 
 def load(
@@ -153,7 +162,7 @@ def load(
 def _load(model: nn.Module, folder: Path, adapter: str, dtype: torch.dtype | None, check_base: bool) -> None:
     method, config, tensors, metadata = read(folder, model)
     if check_base and "peftcore_base" in metadata:
-        found = difference(base_values(model), metadata["peftcore_base"])
+        found = difference(base_tensors(model), metadata["peftcore_base"])
         if found:
             raise CheckpointError(
                 f"'{folder}' was trained on another base: {found}. "
@@ -167,9 +176,12 @@ def _load(model: nn.Module, folder: Path, adapter: str, dtype: torch.dtype | Non
     heads = _unnamed_heads(model, method, changes.get("modules_to_save"), tensors)
     if heads:
         changes["modules_to_save"] = [*changes["modules_to_save"], *heads]
+    saved = changes.get("modules_to_save")
+    if saved and getattr(config, "ensure_weight_tying", False) and "peftcore_version" not in metadata:
+        changes["ensure_weight_tying"] = is_tied_in(model, method, saved, tensors)  # PEFT ties by names, and not always
     engine.apply(model, dataclasses.replace(config, **changes), adapter=adapter, dtype=dtype)
     try:
-        fill(model, adapter, tensors, folder)
+        fill(model, adapter, tensors, folder, partly_tied=_is_old(metadata))
     except BaseException:
         engine.remove(model, adapter)
         raise
@@ -198,11 +210,11 @@ def _saved_together(folder: Path) -> dict[str, list[str]] | None:
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
     """Give the applied `adapter` the values that lie in the folder `path`, which must be of the same method."""
     folder = Path(path)
-    method, _, tensors, _ = read(folder, model)
+    method, _, tensors, metadata = read(folder, model)
     entry = engine.applied(model, adapter)
     if method.name != entry.method:
         raise CheckpointError(f"'{folder}' holds {method.name}, the adapter '{adapter}' is {entry.method}")
-    fill(model, adapter, tensors, folder)
+    fill(model, adapter, tensors, folder, partly_tied=_is_old(metadata))
 
 
 def read(folder: Path, model: nn.Module) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
@@ -213,8 +225,16 @@ def read(folder: Path, model: nn.Module) -> tuple[Method, Any, dict[str, Tensor]
     tensors, metadata = read_tensors(folder)
     fields = read_config(folder, metadata)
     method = registry.method_of_peft_type(fields["peft_type"])
+    # PEFT's default is False, which its older files do not name.
+    tied = metadata.get(_TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
+    fields["ensure_weight_tying"] = bool(tied)
     config = method.state.config_on_disk(_config_from_disk(folder, method, fields), tensors)
     return method, config, dict(method.state.read_tensors(tensors, config)), metadata
+
+
+def _is_old(metadata: dict[str, str]) -> bool:
+    """Was the file written by a peftcore that wrote a tied parameter under one of its names?"""
+    return "peftcore_version" in metadata and _TIED not in metadata
 
 
 def about(folder: Path) -> tuple[dict[str, Any], ForeignFormat | None]:
@@ -253,80 +273,6 @@ def _read_foreign(
     return method, config, tensors, {}
 
 
-def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exported: bool = False) -> dict[str, Tensor]:
-    """Every tensor of an applied adapter under its name on disk.
-
-    Args:
-        own: also those of modules that have exported ones.
-        exported: with the ones for other readers.
-    """
-    entry = engine.applied(model, adapter)
-    rules = registry.method(entry.method).state
-    found: dict[str, Tensor] = {}
-
-    def add(placement: Any, name: str, tensor: Tensor) -> None:
-        on_disk = rules.tensor_name(placement, name)
-        if on_disk in found:
-            raise PeftcoreError(
-                f"{entry.method} gives two tensors the name '{on_disk}'; tensor_name must tell them apart"
-            )
-        found[on_disk] = tensor
-
-    for path, module in engine.adapter_modules(model, adapter):
-        match module:
-            case SoftPromptAround():
-                placement, module = SoftPrompt(module.adapter), module.adapter
-            case PrefixAround():
-                placement, module = PrefixKV(module.adapter), module.adapter
-            case _:
-                behind = adapter in model.get_submodule(path)._modules["peftcore"].behind
-                placement = (After if behind else Around)(path, module)
-        others = {}
-        if exported:
-            with ranks.whole_parameters(module):
-                others = rules.exported(module)
-        found.update(others)
-        if own or not others:
-            for name, tensor in module.state_dict(keep_vars=True).items():
-                add(placement, name, tensor)
-    if entry.trained:
-        for name, parameter in TrainedParameters.of(model, adapter).values(model):
-            path, _, attribute = name.rpartition(".")
-            saved_as = f"{path}.base_layer.{attribute}" if path in entry.paths else name
-            add(Train((name,)), saved_as, parameter)
-    return found
-
-
-def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Copy `tensors` into the applied `adapter`: none missing, none too many, no shape that differs."""
-    ranks.gather_up(model)
-    expected = tensors_on_disk(model, adapter)
-    exported = tensors_on_disk(model, adapter, exported=True)  # where the adapter's own tensors say the same
-    extra = [name for name in tensors if name not in expected]
-    repeats = {name for name in extra if name in exported or _is_copy_of_base(model, name, tensors[name])}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in repeats}
-    missing = sorted(expected.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - expected.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"'{folder}' does not fit {type(model).__name__}: "
-            + "; ".join(
-                f"{len(names)} tensors {what}, such as '{names[0]}'{nearest(names[0], others, 1)}"
-                for names, what, others in ((missing, "are missing", extra), (extra, "have no place", missing))
-                if names
-            )
-        )
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape:
-            raise CheckpointError(
-                f"'{folder}' does not fit {type(model).__name__}: '{name}' has shape {list(tensor.shape)}, "
-                f"the model needs {list(expected[name].shape)}"
-            )
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            ranks.fill(expected[name], tensor)
-
-
 def _unnamed_heads(model: nn.Module, method: Method, saved: list[str] | None, tensors: dict[str, Tensor]) -> list[str]:
     """Heads that the file holds and its config does not name: for PEFT 'classifier' means 'pre_classifier', too."""
     if not saved:
@@ -339,20 +285,11 @@ def _unnamed_heads(model: nn.Module, method: Method, saved: list[str] | None, te
     return [head for head in detect(model).task_heads if head not in saved and in_file(head)]
 
 
-def _is_copy_of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
-    """PEFT saves the embedding's own weight beside an adapter of it; where it is the base's, nothing is lost."""
-    own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    base = base_values(model).get(own)
-    return (
-        base is not None
-        and base.shape == tensor.shape
-        and torch.equal(ranks.whole(base).cpu().to(tensor.dtype), tensor)
-    )
-
-
-def _config_on_disk(model: nn.Module, method: Method, config: Any) -> dict[str, Any]:
+def _config_on_disk(model: nn.Module, method: Method, adapter: str) -> dict[str, Any]:
     # asdict makes lists of tuples only at the encoder; JSON has no sets, tuples or dtypes.
-    fields = method.state.write_config(dataclasses.asdict(config))
+    fields = method.state.write_config(dataclasses.asdict(engine.applied(model, adapter).config))
+    if "ensure_weight_tying" in fields:
+        fields["ensure_weight_tying"] = _is_tied_by_peft(model, adapter)
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     return {
         **{name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()},
@@ -365,11 +302,31 @@ def _config_on_disk(model: nn.Module, method: Method, config: Any) -> dict[str, 
     }
 
 
+def _is_tied_by_peft(model: nn.Module, adapter: str) -> bool:
+    """Does PEFT's `ensure_weight_tying` tie what this adapter trains tied? Else PEFT keeps equal weights, untied.
+
+    It makes a linear layer without a bias of whatever is tied to the embedding.
+    """
+    owned, embedding = TrainedParameters.of(model, adapter), detect(model).embedding
+    groups = [slots for slots in owned.slots.values() if len(slots) > 1] if owned is not None else []
+    others = [slot for slots in groups for slot in slots if slot != f"{embedding}.weight"]
+    modules = [model.get_submodule(slot.rpartition(".")[0]) for slot in others]
+    return (
+        len(groups) == 1
+        and len(others) == len(groups[0]) - 1
+        and all(targets.is_linear(module) and module.bias is None for module in modules)
+    )
+
+
 def _config_from_disk(folder: Path, method: Method, fields: dict[str, Any]) -> Any:
     fields = method.state.read_config({name: value for name, value in fields.items() if name not in _COMMON})
     known = {f.name for f in dataclasses.fields(method.config_class)}
+    ignored = {
+        *method.state.ignored_fields,
+        "ensure_weight_tying",
+    }  # where a method has no such field, the tensors tell
     for name, value in fields.items():
-        if name not in known and name not in method.state.ignored_fields and value not in _EMPTY:
+        if name not in known and name not in ignored and value not in _EMPTY:
             raise CheckpointError(
                 f"'{folder / CONFIG}' uses {name}={value!r}, which the installed plugin '{method.name}' does not know. "
                 "Without it the adapter would compute something else, so it is not loaded"
@@ -378,22 +335,3 @@ def _config_from_disk(folder: Path, method: Method, fields: dict[str, Any]) -> A
         return method.config_class(**{name: value for name, value in fields.items() if name in known})
     except (TypeError, PeftcoreError) as error:
         raise CheckpointError(f"'{folder / CONFIG}' is no valid config of '{method.name}': {error}") from error
-
-
-def own_slots(model: nn.Module, adapter: str) -> set[str]:
-    """The names of the base's parameters that `adapter` has a copy of."""
-    if not engine.applied(model, adapter).trained:
-        return set()
-    return {slot for slots in TrainedParameters.of(model, adapter).slots.values() for slot in slots}
-
-
-def base_values(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of the base by name, where an adapter's own copy stands in their place the base's."""
-    found = dict(base_parameters(model))
-    state = engine.state_of(model)
-    for name, entry in state.applied.items() if state else ():
-        if entry.trained:
-            trained = TrainedParameters.of(model, name)
-            for first, original in trained.originals(model) if trained.active else ():
-                found.update(dict.fromkeys(trained.slots[first], original))
-    return {name: parameter.detach() for name, parameter in found.items()}

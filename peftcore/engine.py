@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from peftcore import adapted, prompts, ranks
-from peftcore.architecture import detect
+from peftcore.architecture import Architecture, detect
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import After, Around, Method, Train
 from peftcore.registry import registry
-from peftcore.targets import trained_modules
-from peftcore.trained import TrainedParameters
+from peftcore.targets import refuse_targeted, trained_modules
+from peftcore.trained import TrainedParameters, hold_of_last, tied_to
 
 _STATE = "_peftcore_state"
 
@@ -58,6 +58,7 @@ class Placed:
     config: Any
     around: tuple[Around | After, ...]
     trained: tuple[str, ...]
+    apart: tuple[str, ...] = ()  # of those trained: apart from the parameters that they are tied to
 
 
 def apply(
@@ -104,8 +105,7 @@ def apply(
     for placement in placed.around:
         module = model.get_submodule(placement.path)
         adapted.attach(module, adapter, placement.adapter, behind=isinstance(placement, After))
-    if placed.trained:
-        TrainedParameters.attach(model, adapter, placed.trained)
+    TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     paths = tuple(placement.path for placement in placed.around)
     state.applied[adapter] = Applied(method.name, config, paths, placed.trained)
     model.__dict__[_STATE] = state
@@ -121,22 +121,19 @@ def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed
         raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
     chosen, config = _method_and_config(method, fields)
     architecture = detect(model)
-    saved = getattr(config, "modules_to_save", ())
-    if saved is None and architecture.task_heads:
-        saved = list(architecture.task_heads)
-        config = dataclasses.replace(config, modules_to_save=saved)
+    config, saved, apart = _saved_modules(model, config, architecture)
     if hasattr(config, "resolved"):
         config = config.resolved(model, architecture)
     around: list[Around | After] = []
     trained: list[str] = []
-    for placement in [*chosen.place(model, config, architecture), trained_modules(model, saved or ())]:
+    for placement in [*chosen.place(model, config, architecture), saved]:
         if isinstance(placement, Train):
             trained += placement.names
         elif isinstance(placement, (Around, After)):
             around.append(placement)
         else:
             around += prompts.compiled(model, architecture, placement)
-    placed = Placed(chosen, config, tuple(around), tuple(dict.fromkeys(trained)))
+    placed = Placed(chosen, config, tuple(around), tuple(dict.fromkeys(trained)), apart)
     _check_placed(model, placed)
     return placed
 
@@ -144,6 +141,28 @@ def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed
 def _with_memory() -> AbstractContextManager[Any]:
     """Adapters have values, though the caller be under `torch.device("meta")` to build models without memory."""
     return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
+
+
+def _saved_modules(model: nn.Module, config: Any, architecture: Architecture) -> tuple[Any, Train, tuple[str, ...]]:
+    """(config with all that `modules_to_save` means, its parameters, those of them that are trained apart).
+
+    A module that is tied to one of them (the head to the embedding) is trained with it, as one parameter, unless
+    the config says `ensure_weight_tying=False`.
+    """
+    saved = getattr(config, "modules_to_save", ())
+    if saved is None and architecture.task_heads:
+        saved = list(architecture.task_heads)
+    names = trained_modules(model, saved or ()).names
+    tied = tied_to(model, names)
+    together = getattr(config, "ensure_weight_tying", True)
+    if tied and together:
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in tied)
+        saved = [*saved, *(path for path in modules if not model.get_submodule(path)._modules)]
+        refuse_targeted(getattr(config, "target_modules", None), modules, f"tied to {names[0]!r}")
+        names = trained_modules(model, saved).names
+    if saved != getattr(config, "modules_to_save", ()):
+        config = dataclasses.replace(config, modules_to_save=saved)
+    return config, Train(names), () if together else names
 
 
 def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device | None, torch.dtype]:
@@ -207,8 +226,7 @@ def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
     _set_active(model, tuple(name for name in state.active if name != adapter), state.samples)
     for path in entry.paths:
         adapted.detach(model.get_submodule(path), adapter)
-    if entry.trained:
-        TrainedParameters.detach(model, adapter)
+    TrainedParameters.detach(model, adapter)
     del state.applied[adapter]
     if not state.applied:
         for name, parameter in adapted.base_parameters(model):
@@ -257,8 +275,9 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn
     for path, module in adapter_modules(model, adapter):
         for name, parameter in module.named_parameters():
             yield (f"{path}.{name}" if path else name), parameter
-    if applied(model, adapter).trained:
-        yield from TrainedParameters.of(model, adapter).values(model)
+    own = TrainedParameters.of(model, adapter)
+    if own is not None:
+        yield from own.values(model)
 
 
 def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
@@ -269,17 +288,19 @@ def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
 
 def _set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | None, ...] | None = None) -> None:
     state = state_of(model)
-    for name, entry in state.applied.items():
-        if entry.trained and name not in names:
-            TrainedParameters.of(model, name).activate(model, False)
+    own = {name: TrainedParameters.of(model, name) for name in state.applied}
+    for name, tensors in own.items():
+        if tensors is not None and name not in names:
+            tensors.activate(model, False)
     state.active = names
     state.samples = samples and tuple(name if name in names else None for name in samples)
     for path in {path for entry in state.applied.values() for path in entry.paths}:
         module = model.get_submodule(path)
         adapted.activate(module, [name for name in names if name in adapted.adapters_of(module)], state.samples)
     for name in names:
-        if state.applied[name].trained:
-            TrainedParameters.of(model, name).activate(model, True)
+        if own[name] is not None:
+            own[name].activate(model, True)
+    hold_of_last(model, names)
     for name, entry in state.applied.items():
         for _, parameter in adapter_parameters(model, name):
             parameter.requires_grad_(entry.trainable and name in names)

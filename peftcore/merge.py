@@ -27,7 +27,7 @@ from peftcore.quantization.convert import note_in_config
 from peftcore.quantization.weight_format import QUANTIZED
 from peftcore.registry import registry
 from peftcore.targets import is_conv1d
-from peftcore.trained import TrainedParameters
+from peftcore.trained import TrainedParameters, tied_to
 
 DENSE = WeightFormat(
     name="dense",
@@ -255,17 +255,19 @@ def _check_lost(lost: dict[str, float], max_loss: float) -> None:
 
 
 def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
-    """Trained parameters are merged by value: the base's slots get a copy of the adapter's."""
-    if not engine.applied(model, name).trained:
+    """Tensors that an adapter has of its own are merged by value: the base's slots get a copy of them."""
+    own = TrainedParameters.of(model, name)
+    if own is None:
         return
-    trained = TrainedParameters.of(model, name)
-    values = {slot: value.detach().clone() for slot, value in trained.values(model)}
-    trained.activate(model, False)
-    for first, value in values.items():
-        parameter = nn.Parameter(value, requires_grad=False)
-        for slot in trained.slots[first]:
+    values = [(slots, value.detach().clone()) for slots, value, _ in own.standing(model)]
+    own.activate(model, False)
+    own.hold(model, ())
+    for slots, value in values:
+        is_parameter = isinstance(_get(model, slots[0]), nn.Parameter)
+        tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value
+        for slot in slots:
             merged.aside.setdefault(slot, _get(model, slot))
-            _exchange(model, slot, parameter)
+            _exchange(model, slot, tensor)
 
 
 def _tied(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -276,14 +278,27 @@ def _tied(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str]]:
         by_parameter.setdefault(id(parameter), []).append(name)
     shared = [slots for slots in by_parameter.values() if len(slots) > 1]
     return [
-        (path, other)
-        for slots in shared
-        for slot in slots
-        for path in [slot.rpartition(".")[0]]
-        if path in paths
-        for other in slots
-        if other != slot
+        *_trained_apart(model, names),
+        *(
+            (path, other)
+            for slots in shared
+            for slot in slots
+            for path in [slot.rpartition(".")[0]]
+            if path in paths
+            for other in slots
+            if other != slot
+        ),
     ]
+
+
+def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(module, another name of its parameter) where an adapter trains it apart from what it is tied to."""
+    for name in names:
+        own = TrainedParameters.of(model, name)
+        for slot in own.slots if own is not None else ():
+            tied = tied_to(model, own.slots[slot])
+            if tied:
+                yield slot.rpartition(".")[0], tied[0]
 
 
 def _untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> bool | None:

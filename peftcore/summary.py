@@ -118,9 +118,9 @@ def summary(model: nn.Module) -> Summary:
     adapters = []
     for name, entry in state.applied.items() if state else ():
         parameters = [p for _, p in adapter_parameters(model, name)]
-        if entry.trained:
-            trained = TrainedParameters.of(model, name)
-            for (_, original), (_, value) in zip(trained.originals(model), trained.values(model), strict=True):
+        own = TrainedParameters.of(model, name)
+        for _, value, original in own.standing(model) if own is not None else ():
+            if isinstance(original, nn.Parameter):
                 base.pop(id(value), None)
                 base[id(original)] = original
         adapters.append(

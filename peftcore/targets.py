@@ -91,7 +91,7 @@ def select(
     """
     modules = dict(base_modules(model))
     excluded = _excluded(modules, exclude_modules)
-    inside_saved = {path for path in modules if any(_is_inside(saved, path) for saved in modules_to_save or ())}
+    inside_saved = {path for path in modules if any(is_inside(saved, path) for saved in modules_to_save or ())}
 
     if target_modules == ALL_LINEAR:
         heads = {architecture.output_head, *architecture.task_heads} - {None}
@@ -196,6 +196,22 @@ def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
     return Train(tuple(dict.fromkeys(found)))
 
 
+def refuse_targeted(target_modules: Any, paths: Iterable[str], why: str) -> None:
+    """Raise a PeftcoreError if `target_modules` means one of the modules `paths`, which are trained whole."""
+    if not target_modules or target_modules == ALL_LINEAR:
+        return
+    for path in paths:
+        if isinstance(target_modules, str):
+            named = compiled(target_modules, "target_modules")(path)
+        else:
+            named = any(matches(pattern, path) for pattern in target_modules)
+        if named:
+            raise PeftcoreError(
+                f"target_modules={target_modules!r} means '{path}', whose weight is {why}, which modules_to_save "
+                "trains whole. Take it out of target_modules, or train the two apart: ensure_weight_tying=False"
+            )
+
+
 def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
     """The parameters named `bias`, of the whole model or of the modules `paths`."""
     names = [name for name, _ in base_parameters(model) if name.rpartition(".")[2] == "bias"]
@@ -234,7 +250,8 @@ def refuse_bypassed(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> 
             )
 
 
-def _is_inside(saved: str, path: str) -> bool:
+def is_inside(saved: str, path: str) -> bool:
+    """Is `path` a module that the entry `saved` of `modules_to_save` means, or inside one?"""
     return f".{saved}." in f".{path}."
 
 

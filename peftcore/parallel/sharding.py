@@ -155,9 +155,10 @@ class _GradientMean:
 def _aside(model: nn.Module) -> Iterator[nn.Parameter]:
     """Parameters that trained ones have replaced in the model, or resting ones that will replace others."""
     state = state_of(model)
-    for name, entry in state.applied.items() if state else ():
-        if entry.trained:
-            yield from TrainedParameters.of(model, name).parameters()
+    for name in state.applied if state else ():
+        own = TrainedParameters.of(model, name)
+        if own is not None:
+            yield from own.parameters()
 
 
 def _digest(parameters: Iterable[tuple[str, Tensor]]) -> str:

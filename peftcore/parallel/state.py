@@ -16,10 +16,11 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from peftcore import ranks
-from peftcore.checkpoint import base_values, own_slots
+from peftcore.checkpoint import own_slots
 from peftcore.engine import adapter_parameters, state_of
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.fingerprint import difference, fingerprint
+from peftcore.trained import base_tensors
 
 
 class TrainingState(Stateful):
@@ -70,4 +71,4 @@ class TrainingState(Stateful):
 
     def _base(self) -> dict[str, Tensor]:
         own = {slot for adapter in state_of(self.model).applied for slot in own_slots(self.model, adapter)}
-        return {name: value for name, value in base_values(self.model).items() if name not in own}
+        return {name: value for name, value in base_tensors(self.model).items() if name not in own}

@@ -44,6 +44,8 @@ class LoraConfig:
         target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
         rank_pattern, alpha_pattern: r and lora_alpha of single modules, `{regex for the path's end: value}`.
         modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        ensure_weight_tying: what is tied to one of them (the head to the embedding) is trained with it, as one
+            weight. False: apart. PEFT's default is False.
         init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), or
             False (both random: the adapter changes the model from the start).
         bias: which biases are trained too: "none", "all", or "lora_only" (those of adapted modules).
@@ -60,6 +62,7 @@ class LoraConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
+    ensure_weight_tying: bool = True
     use_rslora: bool = False
     init_lora_weights: bool | Literal["gaussian"] = True
     bias: Literal["none", "all", "lora_only"] = "none"

@@ -8,6 +8,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import tiny
 import torch
 from torch import Tensor, nn
@@ -129,3 +130,84 @@ def test_what_is_not_here_is_refused(fields: dict[str, Any], message: str, tmp_p
     quiet(quiet(peft.get_peft_model, tiny.llama(), config).save_pretrained, tmp_path)
     with pytest.raises(peftcore.CheckpointError, match=message):
         peftcore.load(tiny.llama(), tmp_path)
+
+
+def tied_llama() -> nn.Module:
+    model = tiny.llama()
+    config = type(model.config).from_dict({**model.config.to_dict(), "tie_word_embeddings": True})
+    torch.manual_seed(0)
+    return type(model)(config).eval()
+
+
+TIED = {"llama": (tied_llama, "embed_tokens", ["q_proj"]), "gpt2": (tiny.gpt2, "wte", ["c_attn"])}
+
+
+@pytest.fixture(params=[(kind, saved) for kind in TIED for saved in ("embedding", "head", "both")], ids=str)
+def tied(request) -> tuple[Any, dict[str, Any]]:
+    """(makes a model with tied embeddings, fields of the config)."""
+    kind, saved = request.param
+    make, embedding, targets = TIED[kind]
+    saved = {"embedding": [embedding], "head": ["lm_head"], "both": [embedding, "lm_head"]}[saved]
+    return make, {"r": 4, "target_modules": targets, "modules_to_save": saved}
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
+def test_tied_embeddings_of_ours(tied, together: bool, tmp_path: Path) -> None:
+    make, fields = tied
+    ours = peftcore.apply(make(), "lora", ensure_weight_tying=together, **fields)
+    disturb(ours, "default", seed=1)
+    is_tied = ours.lm_head.weight is ours.get_input_embeddings().weight
+    assert is_tied == together
+    peftcore.save(ours, tmp_path)
+    again = peftcore.load(make(), tmp_path)
+    assert (again.lm_head.weight is again.get_input_embeddings().weight) == together
+    assert torch.equal(logits(again), logits(ours))
+    theirs = quiet(peft.PeftModel.from_pretrained, make(), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["together", "apart"])
+def test_tied_embeddings_of_peft(tied, together: bool, tmp_path: Path) -> None:
+    make, fields = tied
+    config = peft.LoraConfig(task_type="CAUSAL_LM", ensure_weight_tying=together, **fields)
+    theirs = quiet(peft.get_peft_model, make(), config).eval()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    quiet(theirs.save_pretrained, tmp_path)
+    ours = peftcore.load(make(), tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+
+
+def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
+    fields = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    file = peftcore.save(peftcore.apply(tied_llama(), "lora", **fields), tmp_path) / "adapter_model.safetensors"
+    with safetensors.safe_open(file, "pt") as archive:
+        metadata = archive.metadata()
+    tensors = safetensors.torch.load_file(file)
+    tensors["base_model.model.lm_head.weight"].mul_(2)
+    safetensors.torch.save_file(tensors, file, metadata)
+    with pytest.raises(peftcore.CheckpointError, match=r"embed_tokens.weight.* are one parameter here"):
+        peftcore.load(tied_llama(), tmp_path)
+
+
+def test_a_target_that_is_tied_to_a_saved_module_is_refused() -> None:
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"means 'lm_head', whose weight is tied .*ensure_weight_tying=False"
+    ):
+        peftcore.apply(tied_llama(), "lora", target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"])
+
+
+def test_merging_what_was_trained_apart_unties() -> None:
+    fields = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": False}
+    model = peftcore.apply(tied_llama(), "lora", **fields)
+    disturb(model, "default", seed=1)
+    wanted = logits(model)
+    with pytest.raises(peftcore.PeftcoreError, match=r"'model.embed_tokens' is tied to 'lm_head.weight'.*untie=True"):
+        peftcore.merge(model)
+    with pytest.warns(UserWarning, match="merge untied 'model.embed_tokens'"):
+        peftcore.merge(model, untie=True)
+    assert model.config.tie_word_embeddings is False
+    torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
