@@ -16,7 +16,7 @@ ORDER = [
     {"architecture"},
     {"targets", "prompts", "trained", "fingerprint", "adapter_files"},
     {"engine"},
-    {"merge", "checkpoint", "summary", "quantization", "optim"},
+    {"merge", "checkpoint", "adapter_tensors", "summary", "quantization", "optim"},
     {"parallel"},
     {"testing", "data", "integrations"},
     {"cli", "__main__"},
