@@ -408,7 +408,8 @@ def _refuse_whole_batch(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         entry = applied(model, name)
         whole = (a for _, a in adapter_modules(model, name) if getattr(a, "whole_batch", False))
-        if entry.trained or next(whole, None) is not None:
+        own = TrainedParameters.of(model, name)
+        if entry.trained or (own is not None and own.has_moved(model)) or next(whole, None) is not None:
             raise PeftcoreError(
                 f"'{name}' ({entry.method}) acts on a batch as a whole, so it cannot be given to single samples"
             )

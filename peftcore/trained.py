@@ -115,6 +115,11 @@ class TrainedParameters(nn.Module):
         for name in self.kept:
             yield name, _slot(model, name) if name in self.held else self._aside(_key(name))
 
+    def has_moved(self, model: nn.Module) -> bool:
+        """Does a kept tensor differ from the base's?"""
+        base = base_tensors(model)
+        return any(not torch.equal(tensor, base[name]) for name, tensor in self.kept_values(model))
+
     def standing(self, model: nn.Module) -> Iterator[tuple[list[str], Tensor, Tensor]]:
         """(slots, the adapter's tensor in them, the base's) of all that stands in the model now."""
         here = {**(self.slots if self.active else {}), **{name: self.kept[name] for name in self.held}}

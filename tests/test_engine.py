@@ -205,3 +205,30 @@ def test_two_adapters_at_one_path_are_refused() -> None:
 
     with tiny.installed(tiny.method("twice", twice)), pytest.raises(peftcore.PeftcoreError, match="two adapters at"):
         peftcore.apply(tiny.llama(), "twice")
+
+
+def test_statistics_that_training_moves_are_the_adapters() -> None:
+    """A BatchNorm in training mode counts; what it counts acts, rests, leaves and changes hands with the adapter."""
+    model = tiny.batchnorm_net()
+    base, state = model(tiny.IMAGES), {k: v.clone() for k, v in model.state_dict().items()}
+    peftcore.apply(model, "around", target_modules=("head",), value=1.0)
+    assert torch.equal(model(tiny.IMAGES), base)
+    model.train()(tiny.IMAGES)
+    first = model.eval()(tiny.IMAGES)
+    assert (first - base).abs().max() > 0.01
+    with peftcore.disabled(model):
+        assert torch.equal(model(tiny.IMAGES), base)
+    assert torch.equal(model(tiny.IMAGES), first)
+    peftcore.apply(model, "around", target_modules=("head",), value=1.0, adapter="second")
+    assert torch.equal(model(tiny.IMAGES), first)
+    model.train()(tiny.IMAGES)
+    second = model.eval()(tiny.IMAGES)
+    for names, wanted in ((["default"], first), (["default", "second"], second), ([], base), (["second"], second)):
+        peftcore.activate(model, names)
+        assert torch.equal(model(tiny.IMAGES), wanted)
+    with pytest.raises(peftcore.PeftcoreError, match=r"acts on a batch as a whole"):
+        peftcore.activate(model, ["default", "second", None, None], per_sample=True)
+    peftcore.remove(model)
+    peftcore.remove(model, "second")
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -66,6 +66,20 @@ def convnet() -> nn.Module:
     ).eval()
 
 
+def batchnorm_net(seed: int = 0) -> nn.Module:
+    """A convolution, a BatchNorm with statistics of its own, and a classifier `head`; for images `[batch, 3, 8, 8]`."""
+    torch.manual_seed(seed)
+    layers = {"conv": nn.Conv2d(3, 6, 3), "norm": nn.BatchNorm2d(6), "flat": nn.Flatten(), "head": nn.Linear(216, 4)}
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    nn.init.normal_(model.norm.running_mean)
+    nn.init.uniform_(model.norm.running_var, 0.5, 2)
+    return model.eval()
+
+
+IMAGES = torch.linspace(-1, 3, 4 * 3 * 8 * 8).sin().view(4, 3, 8, 8)
+
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "bert": bert_classifier, "t5": t5}
 
 

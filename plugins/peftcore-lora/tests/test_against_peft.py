@@ -211,3 +211,35 @@ def test_merging_what_was_trained_apart_unties() -> None:
         peftcore.merge(model, untie=True)
     assert model.config.tie_word_embeddings is False
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=1e-5)
+
+
+def resnet() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+    return ResNetForImageClassification(ResNetConfig(num_labels=3, **sizes)).eval()
+
+
+def scores(model: nn.Module) -> Tensor:
+    images = torch.linspace(-1, 3, 2 * 3 * 32 * 32).sin().view(2, 3, 32, 32)
+    return model(pixel_values=images).logits
+
+
+@pytest.mark.parametrize("saved", [["classifier"], ["classifier", "normalization"]], ids=str)
+def test_statistics_of_batchnorms(saved: list[str], tmp_path: Path) -> None:
+    """They move in training. Ours are in the file for both; PEFT's, where modules_to_save names the layers."""
+    fields = {"r": 2, "target_modules": ["convolution"], "modules_to_save": saved}
+    ours = peftcore.apply(resnet(), "lora", **fields)
+    with torch.no_grad():
+        scores(ours.train())
+        peftcore.save(ours.eval(), tmp_path / "ours")
+        theirs = quiet(peft.PeftModel.from_pretrained, resnet(), tmp_path / "ours").eval()
+        assert torch.equal(scores(theirs), scores(ours))
+        assert (scores(ours) - scores(resnet())).abs().max() > 1e-3
+        theirs = quiet(peft.get_peft_model, resnet(), peft.LoraConfig(**fields, init_lora_weights=False))
+        scores(theirs.train())
+        quiet(theirs.save_pretrained, tmp_path / "theirs")
+        again = quiet(peft.PeftModel.from_pretrained, resnet(), tmp_path / "theirs").eval()
+        wanted, found = scores(again), scores(peftcore.load(resnet(), tmp_path / "theirs"))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
