@@ -1,0 +1,67 @@
+"""Every model class of transformers under every method: `make census`, or `python -m census --help` from tests/."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+import time
+from pathlib import Path
+
+from census.check import FIELDS
+from census.instances import classes
+from census.worker import Worker
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="census", description=__doc__)
+    parser.add_argument("--only", help="regular expression of class names")
+    parser.add_argument("--sample", type=int, help="so many classes, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--methods", default=",".join(FIELDS))
+    parser.add_argument("--rows", type=Path, default=ROOT / ".census" / "rows.jsonl", help="kept here; a run goes on")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier rows")
+    parser.add_argument("--again", help="also those whose row matches this regular expression, such as crash|wrong")
+    parser.add_argument("--seconds", type=float, default=120, help="for one class")
+    parser.add_argument("--verbose", action="store_true")
+    args = parser.parse_args()
+    types = classes()
+    names = [name for name in types if not args.only or re.search(args.only, name)]
+    if args.sample:
+        names = random.Random(args.seed).sample(names, min(args.sample, len(names)))
+    args.rows.parent.mkdir(exist_ok=True, parents=True)
+    if args.fresh:
+        args.rows.unlink(missing_ok=True)
+    done = {row["class"] for row in read(args.rows) if not (args.again and re.search(args.again, json.dumps(row)))}
+    todo = [name for name in names if name not in done]
+    began = time.monotonic()
+    worker = Worker([m for m in args.methods.split(",") if m], args.seconds)
+    for i, name in enumerate(sorted(todo, key=types.get), 1):
+        row = worker.examine(name)
+        with args.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        if args.verbose:
+            print(json.dumps(row, indent=1))
+        left = (time.monotonic() - began) / i * (len(todo) - i)
+        print(f"{i + len(names) - len(todo)}/{len(names)} {name}: {summary(row)} ({left / 60:.0f} min left)", flush=True)
+
+
+def read(path: Path) -> list[dict]:
+    """The rows of earlier runs, the last one of each class."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return list({row["class"]: row for row in map(json.loads, lines)}.values())
+
+
+def summary(row: dict) -> str:
+    if "none" in row:
+        return f"no instance, {row['none'][:100]}"
+    kinds = [f"{method} {outcome['kind']}" for method, outcome in row["outcomes"].items()]
+    return f"{', '.join(kinds)} in {row['seconds']} s"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

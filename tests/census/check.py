@@ -1,0 +1,410 @@
+"""What becomes of one model class under one method: exact, refused with a PeftcoreError, wrong, or a crash.
+
+The base model itself is the oracle. An adapter must get a gradient where the weight beside it gets one; a padded row
+must give the answer of the row alone where it does so without the adapter; a step with the cache likewise.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.adapted import base_modules, base_parameters
+from peftcore.engine import adapter_modules, adapter_parameters, applied
+from peftcore.observation.inputs import example_inputs
+from peftcore.testing import disturb
+
+PROMPTS = ("prompt-tuning", "prefix-tuning")
+FIELDS: dict[str, dict[str, Any]] = {
+    "lora": {"r": 2},
+    "qlora": {"r": 2, "target_modules": "all-linear"},
+    "bitfit": {},
+    "adapter": {},
+    "prompt-tuning": {"num_virtual_tokens": 4},
+    "prefix-tuning": {"num_virtual_tokens": 4},
+}
+START_IS_BASE = ("lora", "qlora", "bitfit", "adapter")  # before training they compute what the base computes
+EXACT, REFUSED, WRONG, CRASH = "exact", "refused", "wrong", "crash"
+
+
+@dataclass
+class Outcome:
+    """kind: EXACT, REFUSED, WRONG or CRASH; at: the step that ended it; why: the message; notes: what did not apply."""
+
+    kind: str
+    at: str = ""
+    why: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Wrong(Exception):
+    """A result that is not what it must be."""
+
+
+@dataclass
+class Case:
+    """A base model that runs, what it computes, and where its gradients are."""
+
+    base: nn.Module
+    inputs: dict[str, Any]
+    outputs: list[Tensor]
+    gradients: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, base: nn.Module) -> Case:
+        """Raises whatever the base raises: such a model is no case."""
+        inputs = example_inputs(base)
+        outputs = run(base, inputs)
+        if not outputs:
+            raise ValueError("no floating output")
+        if not same(outputs, run(base, inputs)):
+            raise ValueError("not the same output twice")
+        return cls(base, inputs, outputs, gradients(copy.deepcopy(base), inputs, everywhere=True))
+
+    def model(self) -> nn.Module:
+        return copy.deepcopy(self.base)
+
+
+def check(case: Case, method: str) -> Outcome:
+    """Try on a copy of the case's base all that users do with a method."""
+    notes: list[str] = []
+    at = "apply"
+    try:
+        for at, step in _steps(case, method, notes):
+            step()
+    except peftcore.PeftcoreError as error:
+        return Outcome(REFUSED, at, str(error), tuple(notes))
+    except Wrong as error:
+        return Outcome(WRONG, at, str(error), tuple(notes))
+    except Exception as error:
+        where = traceback.extract_tb(error.__traceback__)
+        ours = [f for f in where if "peftcore" in f.filename] or where
+        place = f"{Path(ours[-1].filename).name}:{ours[-1].name}, {Path(where[-1].filename).name}:{where[-1].lineno}"
+        return Outcome(CRASH, at, f"{type(error).__name__}: {error} ({place})"[:500], tuple(notes))
+    return Outcome(EXACT, notes=tuple(notes))
+
+
+def _steps(case: Case, method: str, notes: list[str]) -> Iterator[tuple[str, Callable[[], None]]]:
+    model, base = case.model(), case.base
+    outputs = case.outputs
+    if method == "qlora":
+        base = peftcore.quantize(case.model(), skip=_quantization_skip(case.model()))
+        outputs = run(base, case.inputs)
+    kept = {name: value.detach().clone() for name, value in base.state_dict().items()}
+
+    def apply() -> None:
+        torch.manual_seed(7)
+        peftcore.apply(model, method, **FIELDS[method])
+
+    def start() -> None:
+        found = run(model, case.inputs)
+        if method in START_IS_BASE and not same(found, outputs, 1e-6):
+            raise Wrong(f"differs from the base by {distance(found, outputs):.3g} before training")
+
+    yield "apply", apply
+    yield "start", start
+    reached = _reached(model, case)
+    disturb(model, "default", 3)
+    moved = run(model, case.inputs)
+
+    def acts() -> None:
+        if not reached:
+            notes.append("this input reaches no adapter")
+        elif same(moved, outputs):
+            raise Wrong("changed adapters change nothing")
+
+    def gets_gradients() -> None:
+        found = gradients(model, case.inputs)
+        silent = [name for name in reached if not any(name_of in found for name_of in reached[name])]
+        if silent and case.gradients:
+            raise Wrong(f"no gradient for {len(silent)} of {len(reached)}, such as {silent[0]}")
+        for name in applied(model, "default").trained:
+            if name in case.gradients and method == "bitfit" and name not in found:
+                raise Wrong(f"no gradient for {name}")
+
+    def disabled() -> None:
+        with peftcore.disabled(model):
+            if not same(run(model, case.inputs), outputs):
+                raise Wrong(f"differs from the base by {distance(run(model, case.inputs), outputs):.3g}")
+        if not same(run(model, case.inputs), moved):
+            raise Wrong("enabled again, differs from before")
+
+    def saved() -> None:
+        fresh = copy.deepcopy(base)
+        with tempfile.TemporaryDirectory() as folder:
+            peftcore.save(model, folder)
+            peftcore.load(fresh, folder)
+        if not same(run(fresh, case.inputs), moved):
+            raise Wrong(f"loaded, differs by {distance(run(fresh, case.inputs), moved):.3g}")
+
+    def merged() -> None:
+        try:
+            peftcore.merge(model, **({"dtype": torch.float32} if method == "qlora" else {}))
+        except peftcore.PeftcoreError as error:
+            notes.append(f"merge: {error}")
+            return
+        found = run(model, case.inputs)
+        if distance(found, moved) > 2e-3 * max(1e-2, distance(moved, outputs)) + 1e-4:  # sums in another order
+            raise Wrong(f"merged, differs by {distance(found, moved):.3g}; changed by {distance(moved, outputs):.3g}")
+        peftcore.unmerge(model)
+        if not same(run(model, case.inputs), moved):
+            raise Wrong("unmerged, differs from before")
+
+    def removed() -> None:
+        peftcore.remove(model)
+        state = model.state_dict()
+        if list(state) != list(kept):
+            raise Wrong(f"keys of the state_dict differ: {sorted(set(state) ^ set(kept))[:3]}")
+        other = [name for name, value in kept.items() if not _equal(state[name], value)]
+        if other:
+            raise Wrong(f"{len(other)} tensors changed, such as {other[0]}")
+        if not same(run(model, case.inputs), outputs):
+            raise Wrong("removed, differs from the base")
+
+    yield "acts", acts
+    yield "gradients", gets_gradients
+    yield "disabled", disabled
+    yield "save and load", saved
+    if method not in PROMPTS:
+        yield "merge", merged
+    else:
+        yield "padding", lambda: _padding(case, model, notes)
+        yield "cache", lambda: _cache(case, model, notes)
+    yield "remove", removed
+
+
+def _quantization_skip(model: nn.Module) -> list[str] | None:
+    from peftcore.quantization import default_skip
+
+    return list(default_skip(model))
+
+
+def _reached(model: nn.Module, case: Case) -> dict[str, list[str]]:
+    """{module: full names of its adapter's parameters} where the base has a gradient, for this input."""
+    found: dict[str, list[str]] = {}
+    for path, adapter in adapter_modules(model, "default"):
+        own = [f"{path}.{name}" if path else name for name, _ in adapter.named_parameters()]
+        inside = f"{path}." if path else ""
+        if own and any(name.startswith(inside) for name in case.gradients):
+            found[path] = own
+    for name in applied(model, "default").trained:
+        if name in case.gradients:
+            found[name] = [name]
+    return found
+
+
+# Running a model
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> list[Tensor]:
+    """All floating outputs, without gradients."""
+    torch.manual_seed(11)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return list(tensors(model(**copy.deepcopy(inputs))))
+
+
+def tensors(output: Any) -> Iterator[Tensor]:
+    """The floating tensors of an output; caches are none."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point() and output.numel():
+            yield output
+    elif isinstance(output, dict):
+        for value in output.values():
+            yield from tensors(value)
+    elif isinstance(output, (list, tuple)):
+        for value in output:
+            yield from tensors(value)
+
+
+def same(found: list[Tensor], wanted: list[Tensor], limit: float = 0.0) -> bool:
+    return distance(found, wanted) <= limit
+
+
+def distance(found: list[Tensor], wanted: list[Tensor]) -> float:
+    """The largest difference; infinite where shapes differ."""
+    if len(found) != len(wanted) or any(a.shape != b.shape for a, b in zip(found, wanted, strict=False)):
+        return float("inf")
+    return max(
+        (torch.nan_to_num(a.float()) - torch.nan_to_num(b.float())).abs().max().item()
+        for a, b in zip(found, wanted, strict=True)
+    )
+
+
+def gradients(model: nn.Module, inputs: dict[str, Any], *, everywhere: bool = False) -> dict[str, Tensor]:
+    """{name: gradient} of one step in training mode, those that are not zero; the model is in eval mode afterwards."""
+    if everywhere:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+    model.train()
+    torch.manual_seed(11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        outputs = [o for o in tensors(model(**copy.deepcopy(inputs))) if o.requires_grad]
+    generator = torch.Generator().manual_seed(5)
+    loss = torch.zeros(())
+    for output in outputs:
+        finite = torch.where(output.isfinite(), output, torch.zeros_like(output)).float()
+        loss = loss + (finite * torch.randn(output.shape, generator=generator)).sum()
+    if outputs:
+        loss.backward()
+    model.eval()
+    found = {name: p.grad for name, p in _parameters(model) if p.grad is not None and bool(p.grad.any())}
+    model.zero_grad()
+    return found
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    if peftcore.engine.state_of(model) is None:
+        yield from model.named_parameters()
+    else:
+        yield from adapter_parameters(model, "default")
+
+
+def _equal(found: Tensor, wanted: Tensor) -> bool:
+    return found.dtype == wanted.dtype and torch.equal(torch.nan_to_num(found), torch.nan_to_num(wanted))
+
+
+# Prompts and prefixes
+
+SHORT, LONG, NEW = 5, 21, 3  # tokens of a row alone, of the batch it is padded to, and that are generated
+
+
+def _takes_text(case: Case) -> bool:
+    return set(case.inputs) <= {"input_ids", "attention_mask", "decoder_input_ids"} and "input_ids" in case.inputs
+
+
+def _rows(case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """(a short row, a batch whose second row is it with padding before, the batch's mask)."""
+    tokens = case.inputs["input_ids"]
+    long = tokens.flatten().repeat(LONG)[:LONG].view(1, LONG)
+    short = tokens.flatten().flip(0).repeat(SHORT)[:SHORT].view(1, SHORT)
+    pad = torch.full((1, LONG - SHORT), getattr(case.base.config, "pad_token_id", None) or 0)
+    mask = torch.ones(2, LONG, dtype=torch.long)
+    mask[1, : LONG - SHORT] = 0
+    return short, torch.cat([long, torch.cat([pad, short], dim=1)]), mask
+
+
+def _padding(case: Case, model: nn.Module, notes: list[str]) -> None:
+    """A row with padding before it gives the answer of the row alone, where the base's does."""
+    if not _takes_text(case) or case.base.config.is_encoder_decoder:
+        return notes.append("padding: not a model of text alone")
+    short, batch, mask = _rows(case)
+
+    def difference(model: nn.Module) -> float:
+        alone = {"input_ids": short, "attention_mask": torch.ones_like(short)}
+        padded = {"input_ids": batch, "attention_mask": mask}
+        if _generates(model):
+            pairs = [(_logits(model, padded)[1:2], _logits(model, alone))]
+        else:
+            pairs = [(run(model, padded)[0][1:2], run(model, alone)[0])]
+        return max(
+            distance([p[:, -a.shape[1] :] if p.shape != a.shape and p.dim() == 3 else p], [a]) for p, a in pairs
+        )
+
+    try:
+        of_base = difference(case.base)
+    except Exception as error:
+        return notes.append(f"padding: the base itself fails ({type(error).__name__})")
+    if of_base > 1e-4:
+        return notes.append("padding: the base's rows depend on it")
+    found = difference(model)
+    if found > 1e-3:
+        raise Wrong(f"a row with padding before it differs from the row alone by {found:.3g}")
+    return None
+
+
+def _cache(case: Case, model: nn.Module, notes: list[str]) -> None:
+    """Generation with a cache gives the logits of one forward of all tokens, where the base's does."""
+    if not _takes_text(case) or not _generates(case.base):
+        return notes.append("cache: does not generate from text alone")
+    prompt = {"input_ids": case.inputs["input_ids"], "attention_mask": torch.ones_like(case.inputs["input_ids"])}
+
+    def difference(model: nn.Module) -> float:
+        out = _generated(model, prompt)
+        steps = torch.stack(out.logits, dim=1)
+        if model.config.is_encoder_decoder:
+            full = {**prompt, "decoder_input_ids": out.sequences[:, :-1]}
+            wanted = run(model, full)[0][:, -NEW:]
+        else:
+            tokens = out.sequences[:, :-1]
+            full = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            wanted = run(model, full)[0][:, -NEW:]
+        return distance([steps], [wanted])
+
+    try:
+        of_base = difference(case.base)
+    except Exception as error:
+        return notes.append(f"cache: the base itself fails ({type(error).__name__})")
+    if of_base > 1e-3:
+        return notes.append("cache: the base's steps differ from one forward")
+    found = difference(model)
+    if found > 1e-3:
+        raise Wrong(f"steps with the cache differ from one forward by {found:.3g}")
+    return None
+
+
+def _generates(model: nn.Module) -> bool:
+    return hasattr(model, "can_generate") and model.can_generate()
+
+
+def _generated(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    torch.manual_seed(11)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return model.generate(
+            **inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+
+
+def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    return torch.stack(_generated(model, inputs).logits, dim=1)
+
+
+# What peft does with the same model
+
+
+def served_by_peft(case: Case, method: str) -> bool:
+    """Does Hugging Face PEFT's prompt or prefix run on this model, change its output and get a gradient?"""
+    import peft
+
+    kind = peft.PromptTuningConfig if method == "prompt-tuning" else peft.PrefixTuningConfig
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(case.model(), kind(task_type=_task(case.base), num_virtual_tokens=4)).eval()
+            found = list(tensors(model(**copy.deepcopy(case.inputs))))
+            sum(o.float().square().mean() for o in found if o.requires_grad).backward()
+        moved = [p for p in model.prompt_encoder.parameters() if p.grad is not None and bool(p.grad.any())]
+        return bool(moved) and not same(found, case.outputs)
+    except Exception:
+        return False
+
+
+def _task(model: nn.Module) -> str:
+    known = peftcore.architecture.detect(model).task_type
+    if known:
+        return known
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if _generates(model) else "FEATURE_EXTRACTION"
+
+
+def layers(model: nn.Module) -> dict[str, bool]:
+    """Has it a linear layer, a bias?"""
+    return {
+        "linear": any(peftcore.targets.is_linear(m) for _, m in base_modules(model)),
+        "bias": any(name.rpartition(".")[2] == "bias" for name, _ in base_parameters(model)),
+    }
