@@ -15,6 +15,7 @@ from peftcore.errors import PeftcoreError
 # The names under which attention modules take the cache.
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 IN_CACHE = "_peftcore_prefix"  # attribute of a cache: how many of its tokens are prefixes
+IN_MASK = "_peftcore_masked"  # attribute of a cache: how many columns of this call's mask are of prefixes
 
 
 class Backbone(nn.Module):

@@ -12,7 +12,7 @@ from peftcore.adapted import base_modules, original_forward
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around
-from peftcore.prompts.backbone import IN_CACHE, Backbone, cache_argument, entry, is_causal, seen
+from peftcore.prompts.backbone import IN_CACHE, IN_MASK, Backbone, cache_argument, entry, is_causal, seen
 
 # What only cross-attention is given.
 _CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
@@ -58,42 +58,65 @@ def place_prefix(
         shape[3],
         cache_argument=argument,
         causal=architecture.is_encoder_decoder or is_causal(backbone, architecture),
+        window=min((layer.sliding_window for layer in kept if getattr(layer, "sliding_window", None)), default=None),
     )
     return [Around(path, around), *(Around(at, PrefixLayer(adapter, module)) for at, module in attentions.items())]
 
 
 class PrefixAround(Backbone):
-    """`adapter() -> [layers, 2, kv_heads, tokens, head_dim]`, put into the empty cache before the first token."""
+    """`adapter() -> [layers, 2, kv_heads, tokens, head_dim]`, put into the empty cache before the first token.
 
-    def __init__(self, adapter: nn.Module, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+    Args:
+        window: how many tokens back the narrowest layer looks; None for all.
+    """
+
+    def __init__(
+        self, adapter: nn.Module, module: nn.Module, *args: Any, window: int | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(adapter, module, *args, **kwargs)
+        self._window = window
         self._counts_padding = getattr(module.config, "model_type", None) in _COUNTS_PADDING
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
+        if self._cache_argument and not self._causal:
+            call[self._cache_argument] = None  # what reads in both directions keeps nothing for later calls
         cache, past = self._cached(call)
-        if self._counts_padding and call.get("attention_mask") is not None and not call["attention_mask"][:, 0].all():
-            raise PeftcoreError(
-                f"{type(base.module).__name__} counts padding in its distances, which then would part the prefix from "
-                "the input: pad rows on the right, or give rows of one length"
-            )
+        self._refuse_padding(base.module, call.get("attention_mask"))
         self._make_room(call, past)
-        if past > 0:
-            return base(**call)
-        given = call.get("inputs_embeds")
-        given = given if given is not None else call["input_ids"]
         own = cache is None
         if own:
             cache = call[self._cache_argument] = _new_cache(base.module)
-        dtype = base.module.get_input_embeddings().weight.dtype
+        if past == 0:
+            self._fill(cache, base.module, call)
+        outer = getattr(cache, IN_MASK, 0)
+        setattr(cache, IN_MASK, outer + self.tokens)
+        output = base(**call)
+        setattr(cache, IN_MASK, outer)
+        return output if not own or self._wants_cache(base.module, call) else _without(output, self._cache_argument)
+
+    def _fill(self, cache: Any, module: nn.Module, call: dict[str, Any]) -> None:
+        given = call.get("inputs_embeds")
+        given = given if given is not None else call["input_ids"]
+        dtype = module.get_input_embeddings().weight.dtype
         layers = getattr(cache, "self_attention_cache", cache)
         before = getattr(cache, IN_CACHE, 0) if seen(cache) else 0  # another prefix's
         for layer, (key, value) in enumerate(self.adapter().to(dtype).unbind(0)):  # [kv_heads, tokens, head_dim] each
             shape = (given.shape[0], *key.shape)
             layers.update(key.expand(shape), value.expand(shape), layer)
         setattr(cache, IN_CACHE, before + self.tokens)
-        output = base(**call)
-        return output if not own or self._wants_cache(base.module, call) else _without(output, self._cache_argument)
+
+    def _refuse_padding(self, module: nn.Module, mask: Any) -> None:
+        """Padding stands between prefix and input: where places are counted, it must not be there."""
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return
+        narrow = self._window is not None and mask.shape[1] + self.tokens > self._window
+        if (self._counts_padding or narrow) and not mask[:, 0].all():
+            why = "counts padding in its distances" if self._counts_padding else f"looks {self._window} tokens back"
+            raise PeftcoreError(
+                f"{type(module).__name__} {why}, so that padding would part the prefix from the input: pad rows on the "
+                "right, or give rows of one length. A soft prompt takes padding on either side"
+            )
 
     def _wants_cache(self, module: nn.Module, call: dict[str, Any]) -> bool:
         if not self._causal:

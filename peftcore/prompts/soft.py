@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around
-from peftcore.prompts.backbone import Backbone, cache_argument, entry, is_causal, prepend
+from peftcore.prompts.backbone import IN_MASK, Backbone, cache_argument, entry, is_causal, prepend
 
 
 def place_soft_prompt(
@@ -43,18 +43,19 @@ class SoftPromptAround(Backbone):
     def __init__(self, *args: Any, keeps: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._keeps = keeps
-        # Without position ids a model counts padding (MPT) or runs over it (Mamba): it must not part prompt and input.
-        self._behind_padding = self._causal and not self._counts
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
-        _, past = self._cached(call)
+        cache, past = self._cached(call)
         mask = call.get("attention_mask")
         self._make_room(call, past)
         order = back = None
-        if mask is not None and self._behind_padding:
-            order, back = _orders(mask, self.tokens)
-            call["attention_mask"] = call["attention_mask"].gather(-1, order)
+        if mask is not None:
+            # Padding must not part prompt and input: windows and ALiBi count it, recurrences run over it.
+            prefixes = getattr(cache, IN_MASK, 0)
+            order, back = orders(mask[:, prefixes:], self.tokens)
+            grown = call["attention_mask"]
+            call["attention_mask"] = torch.cat([grown[:, :prefixes], grown[:, prefixes:].gather(-1, order)], dim=-1)
         if past > 0:
             return base(**call)
         embedded = call.get("inputs_embeds")
@@ -68,9 +69,10 @@ class SoftPromptAround(Backbone):
         if positions is not None:
             own = torch.arange(-self.tokens, 0, device=positions.device, dtype=positions.dtype)
             own = positions.amin(-1, keepdim=True) + own  # the places just before the first token
-            call["position_ids"] = torch.cat([own, positions], dim=-1)
+            call["position_ids"] = _reordered(torch.cat([own, positions], dim=-1), order)
         if call.get("token_type_ids") is not None:
-            call["token_type_ids"] = prepend(call["token_type_ids"], torch.zeros, self.tokens)
+            types = prepend(call["token_type_ids"], torch.zeros, self.tokens)
+            call["token_type_ids"] = _reordered(types, order)
         output = base(**call)
         return output if self._keeps else _without_prompt(output, self.tokens, back)
 
@@ -85,17 +87,27 @@ class CrossMask(Backbone):
         call = self._call(args, kwargs)
         states, mask = call.get("encoder_hidden_states"), call.get("encoder_attention_mask")
         if states is not None and mask is not None and mask.shape[-1] < states.shape[1]:
-            call["encoder_attention_mask"] = prepend(mask, torch.ones, states.shape[1] - mask.shape[-1])
+            tokens = states.shape[1] - mask.shape[-1]
+            order, _ = orders(mask, tokens)
+            call["encoder_attention_mask"] = prepend(mask, torch.ones, tokens).gather(-1, order)
         return base(**call)
 
 
-def _orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Indices that put a prompt from the front behind each row's left padding, and those of the input in the result."""
     padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # [batch, 1]
     place = torch.arange(tokens + mask.shape[-1], device=mask.device)
     order = torch.where(place < padding, place + tokens, torch.where(place < padding + tokens, place - padding, place))
     place = place[: mask.shape[-1]]
     return order, torch.where(place < padding, place, place + tokens)
+
+
+def _reordered(values: Tensor, order: Tensor | None) -> Tensor:
+    """`values [..., batch, tokens]` in the order of each row."""
+    if order is None:
+        return values
+    shape = (*values.shape[:-2], *order.shape)
+    return values.expand(shape).gather(-1, order.expand(shape))
 
 
 def _taken(states: Tensor, order: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ from peftcore.engine import adapter_modules, adapter_parameters, applied
 from peftcore.observation.inputs import example_inputs
 from peftcore.testing import disturb
 
+from census import special
+
 PROMPTS = ("prompt-tuning", "prefix-tuning")
 FIELDS: dict[str, dict[str, Any]] = {
     "lora": {"r": 2},
@@ -63,7 +65,7 @@ class Case:
     @classmethod
     def of(cls, base: nn.Module) -> Case:
         """Raises whatever the base raises: such a model is no case."""
-        inputs = example_inputs(base)
+        inputs = special.inputs(type(base).__name__, base, example_inputs(base))
         outputs = run(base, inputs)
         if not outputs:
             raise ValueError("no floating output")

@@ -95,6 +95,8 @@ def _enliven(model: nn.Module, generator: torch.Generator) -> None:
     """Draw matrices and biases as if trained: from initial ones of std 0.02 everything is nearly linear, and small."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.numel():
+                continue
             fan_in = parameter[0].numel() if parameter.dim() >= 2 else 100
             wanted = fan_in**-0.5
             spread = parameter.std().item() if parameter.numel() > 1 else 0.0
@@ -119,10 +121,12 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     special = FIELDS.get(kind, {})
     values = {name: vars(config)[name] for name in _parameters(config) if name in vars(config)}
     layers = next((values[name] for name in _LAYER_COUNTS if isinstance(values.get(name), int)), None)
-    kept = _kept_layers(values, layers)
+    kept = _kept_layers(values, layers) if not set(special) & {*_LAYER_COUNTS, "layer_types"} else []
     fields: dict[str, Any] = {}
     for name, default in _parameters(config).items():
-        if name in MISSING and values.get(name) is None:
+        if name == "rope_parameters" and isinstance(values.get(name), dict):
+            fields[name] = _small_rope(values[name])
+        elif name in MISSING and values.get(name) is None:
             fields[name] = MISSING[name]
         elif name in values and (name in UNTOUCHED or default is not None or values[name] is not None):
             value = values[name]
@@ -134,6 +138,8 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
                 fields[name] = len(kept)
             elif (small := _small(name, value)) != value or (default is not None and small != default):
                 fields[name] = small
+    if "kv_lora_rank" in values:  # latent attention has as many keys as queries
+        fields["num_key_value_heads"] = HEADS
     for name, value in special.items():
         fields[name] = value(config) if callable(value) else value
     return type(config)(**fields)
@@ -167,14 +173,20 @@ def _small(name: str, value: Any) -> Any:
     return value
 
 
+def _small_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """Sections of a head's axes make up half of a head of 8."""
+    if rope and all(isinstance(value, dict) for value in rope.values()):
+        return {kind: _small_rope(value) for kind, value in rope.items()}
+    return {**rope, "mrope_section": [2, 1, 1]} if "mrope_section" in rope else rope
+
+
 def _small_list(name: str, value: list[int]) -> list[int]:
     if re.fullmatch(_DEPTHS, name):
         return [min(v, 1) for v in value]
     if re.fullmatch(r"(.*_)?num_(attention_)?heads(_per_stage)?", name):
         return [min(v, 2) for v in value]
-    if re.fullmatch(_WIDTHS, name) and max(value) > 32:
-        ratio = 16 / min(v for v in value if v > 4)
-        return [v if v <= 4 else min(max(8, round(v * ratio / 8) * 8), 64) for v in value]
+    if re.fullmatch(_WIDTHS, name):  # by the same rule in every list, since they must fit one another
+        return [v if v <= 4 else min(max(8, v // 64 * 8), 64) for v in value]
     return [next((rule(v) for pattern, rule in _RULES if re.fullmatch(pattern, name)), v) for v in value]
 
 
