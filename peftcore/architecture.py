@@ -92,15 +92,14 @@ def _read(model: nn.Module) -> Architecture:
     is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     task_type, has_task_head = _task(model, is_encoder_decoder, output_head)
     arguments = inspect.signature(original_forward(model.get_submodule(backbone))).parameters
-    heads = getattr(config, "num_attention_heads", None)
-    hidden_size = getattr(config, "hidden_size", None)
+    heads, hidden_size = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     return Architecture(
         task_type=task_type,
         is_encoder_decoder=is_encoder_decoder,
         backbone=backbone,
         encoder=path_of(_call(model, "get_encoder")) if is_encoder_decoder else None,
         decoder=path_of(_call(model, "get_decoder")) if is_encoder_decoder else None,
-        embedding=path_of(_call(model, "get_input_embeddings")),
+        embedding=path_of(_token_embedding(model)),
         output_head=output_head,
         task_heads=tuple(
             name
@@ -113,12 +112,27 @@ def _read(model: nn.Module) -> Architecture:
         ),
         cache_argument=next((name for name in _CACHE_ARGUMENTS if name in arguments), None),
         hidden_size=hidden_size,
-        num_layers=getattr(config, "num_hidden_layers", None),
+        num_layers=_size(config, "num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or _falcon_heads(config) or heads,
-        head_dim=getattr(config, "head_dim", None) or (hidden_size // heads if hidden_size and heads else None),
+        num_kv_heads=_size(config, "num_key_value_heads") or _falcon_heads(config) or heads,
+        head_dim=_size(config, "head_dim") or (hidden_size // heads if hidden_size and heads else None),
         sublayers=find(model),
     )
+
+
+def _size(config: Any, name: str) -> int | None:
+    """A size of the whole model; None where the config has none, or one for each layer or stage."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to give one value for layers that differ
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _token_embedding(model: nn.Module) -> nn.Module | None:
+    """What `get_input_embeddings` names, unless it embeds patches or waves."""
+    module = _call(model, "get_input_embeddings")
+    return module if isinstance(getattr(module, "embedding_dim", None), int) else None
 
 
 def _falcon_heads(config: Any) -> int | None:

@@ -42,6 +42,28 @@ def test_t5_has_two_stacks() -> None:
     assert (found.task_type, found.encoder, found.decoder) == ("SEQ_2_SEQ_LM", "encoder", "decoder")
 
 
+def test_sizes_that_differ_by_stage_or_layer_are_none() -> None:
+    """Swin's heads are a list, Gemma 4 refuses to give one `head_dim` for layers that differ."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig, SwinConfig, SwinModel
+
+    swin = detect(SwinModel(SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 2], image_size=16, window_size=2)))
+    assert (swin.num_heads, swin.head_dim, swin.hidden_size) == (None, None, 16)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size_per_layer_input": 96}
+    gemma = detect(Gemma4ForCausalLM(Gemma4TextConfig(**sizes, global_head_dim=16, hidden_size_per_layer_input=8)))
+    assert (gemma.num_heads, gemma.num_kv_heads, gemma.embedding) == (4, 2, "model.embed_tokens")
+
+
+def test_an_embedding_of_patches_is_not_one_of_tokens() -> None:
+    from transformers import ViTConfig, ViTModel
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTModel(ViTConfig(image_size=16, patch_size=8, **sizes))
+    assert detect(model).embedding is None
+    with pytest.raises(peftcore.PeftcoreError, match="needs a model with a token embedding"):
+        peftcore.apply(model, "prompt-tuning", num_virtual_tokens=2)
+
+
 def test_any_module_has_an_empty_one() -> None:
     assert detect(nn.Linear(2, 2)) == Architecture()
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from census import instances
 from torch import Tensor, nn
 
 import peftcore
@@ -208,6 +209,56 @@ def test_generate_with_rows_of_different_length(make: Callable[[], nn.Module], k
             wanted = generate(model, alone, use_cache=use_cache)
             close(torch.stack(out.logits, 1)[row], torch.stack(wanted.logits, 1)[0], atol=1e-4)
         check_steps(model, out, batch.shape[1], mask)
+
+
+COUNTING = ["Gemma3", "Mistral", "Jamba", "Bamba", "Zamba2", "Lfm2", "Qwen3Next", "FalconH1", "GptOss"]
+
+
+def padded(tokens: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Two rows, of which the second is `tokens [1, n]` with padding before it, and their mask."""
+    gap = length - tokens.shape[1]
+    rows = torch.stack([tokens[0].repeat(length)[:length], torch.cat([torch.zeros(gap, dtype=torch.long), tokens[0]])])
+    mask = torch.ones_like(rows)
+    mask[1, :gap] = 0
+    return rows, mask
+
+
+@pytest.mark.parametrize("family", COUNTING)
+def test_padding_does_not_part_a_soft_prompt_from_the_input(family: str) -> None:
+    """Windows count places and recurrences run over them, padding included."""
+    model = applied(instances.build(f"{family}ForCausalLM"), "soft")
+    tokens = tiny.TOKENS[:1, :5]
+    rows, mask = padded(tokens, 19)
+    alone = generate(model, tokens, torch.ones_like(tokens)).logits
+    for step, wanted in zip(generate(model, rows, mask).logits, alone, strict=True):
+        close(step[1:], wanted, atol=1e-4)
+
+
+def test_a_prefix_and_padding_beyond_a_window() -> None:
+    model = applied(instances.build("Gemma3ForCausalLM"), "prefix")  # it looks 8 tokens back
+    tokens = tiny.TOKENS[:1, :3]
+    rows, mask = padded(tokens, 5)
+    close(logits(model, rows, mask)[1:, -3:], logits(model, tokens))
+    with pytest.raises(PeftcoreError, match="looks 8 tokens back, so that padding would part the prefix"):
+        logits(model, *padded(tokens, 6))
+
+
+def test_padding_between_two_prompts_and_a_prefix() -> None:
+    model = tiny.llama()
+    for i, kind in enumerate(("soft", "prefix", "soft")):
+        applied(model, kind, adapter=f"{i}", seed=i)
+    tokens = tiny.TOKENS[:1, :5]
+    alone = generate(model, tokens, torch.ones_like(tokens)).logits
+    for step, wanted in zip(generate(model, *padded(tokens, 9)).logits, alone, strict=True):
+        close(step[1:], wanted)
+
+
+def test_padding_before_an_encoder_s_input() -> None:
+    model = applied(tiny.t5(), "soft")
+    tokens = tiny.TOKENS[:1, :5]
+    rows, mask = padded(tokens, 9)
+    alone = logits(model, tokens, torch.ones_like(tokens), decoder_input_ids=tokens)
+    close(logits(model, rows, mask, decoder_input_ids=tokens.repeat(2, 1))[1:], alone)
 
 
 @pytest.mark.parametrize("heads", [{}, {"multi_query": False}, {"new_decoder_architecture": True, "num_kv_heads": 2}])

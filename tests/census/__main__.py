@@ -47,7 +47,9 @@ def main() -> None:
         if args.verbose:
             print(json.dumps(row, indent=1))
         left = (time.monotonic() - began) / i * (len(todo) - i)
-        print(f"{i + len(names) - len(todo)}/{len(names)} {name}: {summary(row)} ({left / 60:.0f} min left)", flush=True)
+        print(
+            f"{i + len(names) - len(todo)}/{len(names)} {name}: {summary(row)} ({left / 60:.0f} min left)", flush=True
+        )
 
 
 def read(path: Path) -> list[dict]:

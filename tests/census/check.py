@@ -19,12 +19,11 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from census import special
 from peftcore.adapted import base_modules, base_parameters
 from peftcore.engine import adapter_modules, adapter_parameters, applied
 from peftcore.observation.inputs import example_inputs
 from peftcore.testing import disturb
-
-from census import special
 
 PROMPTS = ("prompt-tuning", "prefix-tuning")
 FIELDS: dict[str, dict[str, Any]] = {
@@ -82,7 +81,8 @@ def check(case: Case, method: str) -> Outcome:
     notes: list[str] = []
     at = "apply"
     try:
-        for at, step in _steps(case, method, notes):
+        for name, step in _steps(case, method, notes):
+            at = name
             step()
     except peftcore.PeftcoreError as error:
         return Outcome(REFUSED, at, str(error), tuple(notes))
@@ -311,9 +311,7 @@ def _padding(case: Case, model: nn.Module, notes: list[str]) -> None:
             pairs = [(_logits(model, padded)[1:2], _logits(model, alone))]
         else:
             pairs = [(run(model, padded)[0][1:2], run(model, alone)[0])]
-        return max(
-            distance([p[:, -a.shape[1] :] if p.shape != a.shape and p.dim() == 3 else p], [a]) for p, a in pairs
-        )
+        return max(distance([p[:, -a.shape[1] :] if p.shape != a.shape and p.dim() == 3 else p], [a]) for p, a in pairs)
 
     try:
         of_base = difference(case.base)
@@ -328,22 +326,21 @@ def _padding(case: Case, model: nn.Module, notes: list[str]) -> None:
 
 
 def _cache(case: Case, model: nn.Module, notes: list[str]) -> None:
-    """Generation with a cache gives the logits of one forward of all tokens, where the base's does."""
+    """Each step of generation gives the logits of one forward of all tokens so far, where the base's does."""
     if not _takes_text(case) or not _generates(case.base):
         return notes.append("cache: does not generate from text alone")
     prompt = {"input_ids": case.inputs["input_ids"], "attention_mask": torch.ones_like(case.inputs["input_ids"])}
 
     def difference(model: nn.Module) -> float:
         out = _generated(model, prompt)
-        steps = torch.stack(out.logits, dim=1)
-        if model.config.is_encoder_decoder:
-            full = {**prompt, "decoder_input_ids": out.sequences[:, :-1]}
-            wanted = run(model, full)[0][:, -NEW:]
-        else:
-            tokens = out.sequences[:, :-1]
-            full = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            wanted = run(model, full)[0][:, -NEW:]
-        return distance([steps], [wanted])
+        worst = 0.0
+        for i, step in enumerate(out.logits):
+            tokens = out.sequences[:, : out.sequences.shape[1] - NEW + i]
+            whole = {**prompt, "decoder_input_ids": tokens}
+            if not model.config.is_encoder_decoder:
+                whole = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            worst = max(worst, distance([step], [run(model, whole)[0][:, -1]]))
+        return worst
 
     try:
         of_base = difference(case.base)

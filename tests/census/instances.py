@@ -28,7 +28,7 @@ LARGEST = 20_000_000  # parameters; more means that a rule is missing
 _RULES: list[tuple[str, Any]] = [
     (r"(.*_)?(token_id|token_index|pad_id|index_token|token_ids|token_offset|vocab_offset)", lambda v: v % VOCABULARY),
     (r"(.*_)?(vocab_size.*|num_embeddings|codebook_size)|n_(text_)?tokens", lambda v: min(v, VOCABULARY)),
-    (r"(.*_)?(num_|n_)?(kv_heads|key_value_heads|key_value_attention_heads|num_kv_heads|kv_n_heads)", lambda v: min(v, 2)),
+    (r"(.*_)?(kv_heads|key_value_heads|key_value_attention_heads|kv_n_heads)", lambda v: min(v, 2)),
     (r"(.*_)?(n_?heads?|num_heads|attention_heads|num_attention_heads|self_attn_heads)", lambda v: min(v, HEADS)),
     (r"(.*_)?(head_dim|d_kv|dim_head|d_head|attention_head_size|kv_channels)", lambda v: min(v, 8)),
     (r"(.*_)?(intermediate_size|intermediate_dim|ffn_dim|d_ff|mlp_dim|ffn_hidden_size|d_inner|mlp_hidden_size|dff|dim_ff|"
@@ -54,7 +54,7 @@ _RULES: list[tuple[str, Any]] = [
     (r"(.*_)?(num_groups|groups_width|num_conv_pos_embedding_groups|upsample_groups)", lambda v: min(v, 4)),
     (r"(.*_)?(num_labels|num_classes)", lambda v: min(v, 3)),
 ]  # fmt: skip
-_WIDTHS = r"(.*_)?(hidden_sizes|embed_dims?|conv_dim|tdnn_dim|neck_hidden_sizes|\w*channels|embed_dim_per_stage|feature_sizes)"
+_WIDTHS = r"(.*_)?(hidden_sizes|embed_dims?|conv_dim|tdnn_dim|channels|embed_dim_per_stage|feature_sizes)"
 _DEPTHS = r"(.*_)?(depths|num_blocks|blocks_per_stage|numb_of_layers)"
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth", "encoder_layers", "decoder_layers")
 
@@ -65,7 +65,9 @@ def classes() -> dict[str, str]:
     mappings = [name for name in dir(modeling_auto) if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")]
     found: dict[str, str] = {}
     there = set(dir(transformers))  # `hasattr` would import every model
-    for name in sorted(mappings, key=lambda name: (name in ("MODEL_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES"), name)):
+    for name in sorted(
+        mappings, key=lambda name: (name in ("MODEL_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES"), name)
+    ):
         for model_type, names in getattr(modeling_auto, name).items():
             for each in (names,) if isinstance(names, str) else names:
                 if model_type in CONFIG_MAPPING_NAMES and each in there:
@@ -168,7 +170,11 @@ def _small(name: str, value: Any) -> Any:
         return value
     if isinstance(value, int):
         return next((rule(value) for pattern, rule in _RULES if re.fullmatch(pattern, name)), value)
-    if isinstance(value, (list, tuple)) and value and all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+    if (
+        isinstance(value, (list, tuple))
+        and value
+        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    ):
         return type(value)(_small_list(name, list(value)))
     return value
 

@@ -21,6 +21,7 @@ MISSING: dict[str, Any] = {
 
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}  # 2 · hidden size
 _SWIN = {"embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4, "image_size": 32, "patch_size": 2}
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 _QK = {"num_key_value_heads": 4}  # as many as there are heads
 
 # {config class: {field: value, or a function of the default config}}
@@ -47,11 +48,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "Gemma4UnifiedTextConfig": {"global_head_dim": 16},
     "DiffusionGemmaTextConfig": {"global_head_dim": 16},
     # the rotary parts make up half a head
-    "Cosmos3EdgeTextConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
-    "HYV4VLTextConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}, **_QK},
+    "Cosmos3EdgeTextConfig": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
+    "HYV4VLTextConfig": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}, **_QK},
     # keys have as many heads as queries
     "EsmcConfig": _QK,
-    "Glm5NextTextConfig": _QK,
     "Glm5NextConfig": _QK,
     "Dots3NoteTextConfig": {**_QK, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 8,
                             "swa_kv_lora_rank": 8, "swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
@@ -59,13 +59,13 @@ FIELDS: dict[str, dict[str, Any]] = {
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "GPTJConfig": {"rotary_dim": 4},
     "CodeGenConfig": {"rotary_dim": 4},
-    "CohereCompassTextConfig": {"rope_parameters": {k: {"rope_type": "default", "rope_theta": 1e4} for k in
+    "CohereCompassTextConfig": {"rope_parameters": {k: _ROPE for k in
                                                     ("full_attention", "sliding_attention")}},
     "LayoutLMv3Config": {"coordinate_size": 6, "shape_size": 4, "hidden_size": 32},
     "LiltConfig": {"hidden_size": 48, "num_attention_heads": 4, "channel_shrink_ratio": 4},
     "MobileBertConfig": {"intra_bottleneck_size": 32, "true_hidden_size": 32},
     "XmodConfig": {"default_language": "en_XX"},
-    "HunYuanVLTextConfig": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "xdrope_section": [1, 1, 1, 1]}},
+    "HunYuanVLTextConfig": {"rope_parameters": {**_ROPE, "xdrope_section": [1, 1, 1, 1]}},
     "Glm5NextTextConfig": {**_QK, "index_kpool": 1},
     "NeoMMEConfig": {"head_dim": 16},
     "DINOv3ViTConfig": {"num_register_tokens": 4},
