@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from torch import Tensor, nn
 
 from peftcore import adapter_files, engine, ranks, targets
 from peftcore.adapted import base_parameters
-from peftcore.adapter_files import CONFIG, TENSORS, read_config, read_tensors
+from peftcore.adapter_files import CONFIG, TENSORS, Content, Folder
+from peftcore.adapter_files.content import JSON_BYTES, parse_json
 from peftcore.adapter_tensors import fill, is_tied_in, kept_on_disk, own_slots, tensors_on_disk
 from peftcore.architecture import detect
 from peftcore.errors import CheckpointError, PeftcoreError
@@ -64,28 +67,48 @@ def save(
         CheckpointError: the folder cannot be written. What lay there is unharmed.
     """
     names = list(engine._require_state(model).applied) if adapter is None else [adapter]
-    folder = Path(path)
     active = engine.state_of(model).active
     together = {} if len(names) == 1 else {_TOGETHER: json.dumps({"adapters": names, "active": active})}
-    for name in names:
-        _save(model, place(folder, name) if together else folder, name, dtype, resumable, together)
-    return folder
+    inside = {_inside(name) if together else "": name for name in names}
+    return _save(model, Path(path), inside, dtype, resumable, together)
+
+
+def save_each(model: nn.Module, path: str | os.PathLike[str], adapters: Sequence[str]) -> Path:
+    """Write these adapters to their places in the folder `path`, all or none, for `restore`."""
+    return _save(model, Path(path), {_inside(name): name for name in adapters}, None, True, {})
 
 
 def place(folder: Path, adapter: str) -> Path:
     """Where an adapter lies in the folder of several, as in PEFT: `default` in it, others in folders of their name."""
-    return folder if adapter == "default" else folder / adapter
+    return folder / _inside(adapter)
+
+
+def _inside(adapter: str) -> str:
+    return "" if adapter == "default" else adapter
 
 
 def _save(
-    model: nn.Module, folder: Path, adapter: str, dtype: torch.dtype | None, resumable: bool, metadata: dict[str, str]
-) -> None:
-    entry = engine.applied(model, adapter)
-    engine._refuse_merged(engine.state_of(model), "save")
-    method = registry.method(entry.method)
+    model: nn.Module,
+    folder: Path,
+    inside: dict[str, str],
+    dtype: torch.dtype | None,
+    resumable: bool,
+    metadata: dict[str, str],
+) -> Path:
+    """Write adapters, by the place that each has inside of `folder`."""
+    engine._refuse_merged(engine._require_state(model), "save")
     sharded = ranks.is_sharded(model)
-    if not sharded and ranks.rank() > 0:
-        return
+    if inside and (sharded or ranks.rank() == 0):
+        contents = {place: _content(model, name, dtype, resumable, metadata) for place, name in inside.items()}
+        ranks.once(lambda: adapter_files.write(folder, contents), together=sharded)
+    return folder
+
+
+def _content(
+    model: nn.Module, adapter: str, dtype: torch.dtype | None, resumable: bool, metadata: dict[str, str]
+) -> Content:
+    entry = engine.applied(model, adapter)
+    method = registry.method(entry.method)
     ranks.gather_up(model)
     found = {**tensors_on_disk(model, adapter, own=resumable, exported=True), **kept_on_disk(model, adapter)}
     tensors = _for_disk(found, dtype)
@@ -94,8 +117,7 @@ def _save(
     base = {name: value for name, value in base_tensors(model).items() if name not in own}
     about = {"peftcore_version": version("peftcore"), "peftcore_base": fingerprint(base)}
     about[_TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
-    fields = _config_on_disk(model, method, adapter)
-    ranks.once(lambda: adapter_files.write(folder, fields, tensors, {**about, **metadata}), together=sharded)
+    return Content(_config_on_disk(model, method, adapter), tensors, {**about, **metadata})
 
 
 def _for_disk(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -103,12 +125,24 @@ def _for_disk(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         tensor = ranks.whole(tensor.detach())
-        found[name] = (tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor).cpu().contiguous()
+        if dtype and tensor.is_floating_point():
+            tensor = _cast(name, tensor, dtype)
+        found[name] = tensor.cpu().contiguous()
     seen: set[int] = set()
     for name, tensor in found.items():
         if tensor.data_ptr() in seen:  # a tied parameter, under another of its names
             found[name] = tensor.clone()
         seen.add(tensor.data_ptr())
+    return found
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another floating dtype, unless a value is too large for it."""
+    found = tensor.to(dtype)
+    if not bool((found.isfinite() | ~tensor.isfinite()).all()):
+        raise CheckpointError(
+            f"'{name}' holds {tensor.abs().max().item():.3g}, which is too large for {dtype}. Take another dtype"
+        )
     return found
 
 
@@ -136,16 +170,15 @@ def load(
         CheckpointError: the files cannot be read, or do not fit the model. The model is then as it was.
     """
     folder = Path(path)
-    together = _saved_together(folder) if adapter is None else None
-    names = together["adapters"] if together else [adapter or "default"]
+    together, contents = adapter_files.read(folder, lambda opened: _read_all(opened, model, adapter))
     before = engine.state_of(model)
     active = before.active if before else ()
     done: list[str] = []
     try:
-        for name in names:
+        for name, content in contents.items():
             if together and engine.state_of(model):
                 engine.activate(model, [])  # two that train one parameter may lie together
-            _load(model, place(folder, name) if together else folder, name, dtype, check_base)
+            _load(model, place(folder, name) if together else folder, content, name, dtype, check_base)
             done.append(name)
             engine.set_trainable(model, name, trainable)
         if together:
@@ -159,8 +192,24 @@ def load(
     return model
 
 
-def _load(model: nn.Module, folder: Path, adapter: str, dtype: torch.dtype | None, check_base: bool) -> None:
-    method, config, tensors, metadata = read(folder, model)
+def _read_all(
+    opened: Folder, model: nn.Module, adapter: str | None
+) -> tuple[dict[str, list[str]] | None, dict[str, Any]]:
+    """({adapters, active} of those that were saved together, or None; what each adapter's files hold)."""
+    together = _saved_together(opened) if adapter is None else None
+    if together is None:
+        return None, {adapter or "default": _read(opened, model)}
+    return together, {name: _read(_of_several(opened, name), model) for name in together["adapters"]}
+
+
+def _of_several(opened: Folder, adapter: str) -> Folder:
+    return opened.inside(_inside(adapter)) if _inside(adapter) else opened
+
+
+def _load(
+    model: nn.Module, folder: Path, content: Any, adapter: str, dtype: torch.dtype | None, check_base: bool
+) -> None:
+    method, config, tensors, metadata = content
     if check_base and "peftcore_base" in metadata:
         found = difference(base_tensors(model), metadata["peftcore_base"])
         if found:
@@ -187,24 +236,25 @@ def _load(model: nn.Module, folder: Path, adapter: str, dtype: torch.dtype | Non
         raise
 
 
-def _saved_together(folder: Path) -> dict[str, list[str]] | None:
-    """{adapters, active} of the adapters that were saved to `folder` in one call, or None."""
-    if not folder.is_dir():
-        return None
-    inside = [folder] if (folder / TENSORS).exists() else sorted(path for path in folder.iterdir() if path.is_dir())
-    told = next((told for path in inside if (told := adapter_files.read_metadata(path).get(_TOGETHER))), None)
+def _saved_together(opened: Folder) -> dict[str, list[str]] | None:
+    """{adapters, active} of the adapters that were saved to a folder in one call, or None."""
+    inside = [opened] if opened.holds(TENSORS) else map(opened.inside, opened.folders())
+    told = next((told for each in inside if (told := each.metadata().get(_TOGETHER))), None)
     if told is None:
         return None
+    folder = opened.path
     try:
         together = json.loads(told)
         names, active = together["adapters"], together["active"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"'{folder}' does not say which adapters it holds: {error!r}") from error
-    for name in (*names, *active):
-        engine.check_name(name)  # it becomes a part of a path
-    if not set(active) <= set(names):
-        raise CheckpointError(f"'{folder}' lets {active} act, but holds {names}")
-    return together if all((place(folder, name) / TENSORS).is_file() for name in names) else None
+        if not isinstance(names, list) or not isinstance(active, list):
+            raise TypeError(f"adapters={names!r}, active={active!r}")
+        for name in (*names, *active):
+            engine.check_name(name)  # it becomes a part of a path
+        if not set(active) <= set(names) or len({*names}) < len(names) or len({*active}) < len(active):
+            raise ValueError(f"it lets {active} act, but holds {names}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise CheckpointError(f"'{folder}' does not say which adapters it holds ({_TOGETHER}): {error}") from error
+    return together if all(_of_several(opened, name).holds(TENSORS) for name in names) else None
 
 
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
@@ -219,17 +269,22 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
 
 def read(folder: Path, model: nn.Module) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
     """(method, config, tensors by today's names, metadata) of an adapter folder."""
-    foreign = _foreign(folder)
+    return adapter_files.read(folder, lambda opened: _read(opened, model))
+
+
+def _read(opened: Folder, model: nn.Module) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
+    foreign = _foreign(opened)
     if foreign is not None:
-        return _read_foreign(folder, model, *foreign)
-    tensors, metadata = read_tensors(folder)
-    fields = read_config(folder, metadata)
+        return _read_foreign(opened, model, *foreign)
+    tensors, metadata = opened.tensors()
+    fields = opened.config()
     method = registry.method_of_peft_type(fields["peft_type"])
     # PEFT's default is False, which its older files do not name.
     tied = metadata.get(_TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
     fields["ensure_weight_tying"] = bool(tied)
-    config = method.state.config_on_disk(_config_from_disk(folder, method, fields), tensors)
-    return method, config, dict(method.state.read_tensors(tensors, config)), metadata
+    with _of_plugin(method, opened.path):
+        config = method.state.config_on_disk(_config_from_disk(opened.path, method, fields), tensors)
+        return method, config, dict(method.state.read_tensors(tensors, config)), metadata
 
 
 def _is_old(metadata: dict[str, str]) -> bool:
@@ -243,34 +298,57 @@ def about(folder: Path) -> tuple[dict[str, Any], ForeignFormat | None]:
     Raises:
         CheckpointError: it holds no adapter.
     """
-    foreign = _foreign(folder)
+    return adapter_files.read(folder, _about)
+
+
+def _about(opened: Folder) -> tuple[dict[str, Any], ForeignFormat | None]:
+    foreign = _foreign(opened)
     if foreign is None:
-        return read_config(folder, adapter_files.read_metadata(folder)), None
+        return opened.config(), None
     method, form, fields = foreign
-    return {"peft_type": method.state.peft_type, **form.about(fields)}, form
+    with _of_plugin(method, opened.path):
+        return {"peft_type": method.state.peft_type, **form.about(fields)}, form
 
 
-def _foreign(folder: Path) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:
+def _foreign(opened: Folder) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:
     """(method, format, fields) where the folder is another library's, by a config without peft_type."""
     try:
-        fields = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        fields = parse_json(opened.content(CONFIG, JSON_BYTES), opened.path / CONFIG)
+    except (FileNotFoundError, CheckpointError):
         return None
     if not isinstance(fields, dict) or "peft_type" in fields:
         return None
-    formats = ((method, foreign) for method in registry.methods().values() for foreign in method.state.foreign)
-    return next(((method, foreign, fields) for method, foreign in formats if foreign.matches(fields)), None)
+    for method in registry.methods().values():
+        for foreign in method.state.foreign:
+            with _of_plugin(method, opened.path):
+                if foreign.matches(fields):
+                    return method, foreign, fields
+    return None
 
 
 def _read_foreign(
-    folder: Path, model: nn.Module, method: Method, foreign: ForeignFormat, fields: dict[str, Any]
+    opened: Folder, model: nn.Module, method: Method, foreign: ForeignFormat, fields: dict[str, Any]
 ) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
-    tensors, _ = read_tensors(folder, foreign.tensors)
+    tensors, _ = opened.tensors(foreign.tensors)
     try:
-        config, tensors = foreign.read(model, fields, tensors)
+        with _of_plugin(method, opened.path):
+            config, tensors = foreign.read(model, fields, tensors)
     except PeftcoreError as error:
-        raise CheckpointError(f"'{folder}', of {foreign.name}, cannot be read: {error}") from error
+        raise CheckpointError(f"'{opened.path}', of {foreign.name}, cannot be read: {error}") from error
     return method, config, tensors, {}
+
+
+@contextlib.contextmanager
+def _of_plugin(method: Method, folder: Path) -> Iterator[None]:
+    """Within the block a plugin works on what a file holds: what it did not expect there is an error in the file."""
+    try:
+        yield
+    except PeftcoreError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"'{folder}' holds something that the plugin '{method.name}' cannot use: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _unnamed_heads(model: nn.Module, method: Method, saved: list[str] | None, tensors: dict[str, Tensor]) -> list[str]:

@@ -12,13 +12,13 @@ from peftcore.cli.console import table
 
 def info(adapter: Annotated[Path, typer.Argument(help="Adapter folder.")]) -> None:
     """Show an adapter's method, config, base and size."""
-    from peftcore import checkpoint
+    from peftcore import adapter_files, checkpoint
     from peftcore.errors import PluginError
     from peftcore.registry import registry
     from peftcore.summary import megabytes
 
     fields, foreign = checkpoint.about(adapter)
-    tensors, metadata = checkpoint.read_tensors(adapter, foreign.tensors if foreign else checkpoint.TENSORS)
+    tensors, metadata = adapter_files.read_tensors(adapter, foreign.tensors if foreign else adapter_files.TENSORS)
     try:
         method = registry.method_of_peft_type(fields["peft_type"]).name
     except PluginError as error:

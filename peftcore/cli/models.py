@@ -222,13 +222,13 @@ def _set_padding(loaded: PreTrainedModel, model: str) -> None:
 
 
 def _read_off(folder: Path, fields: dict[str, Any]) -> AdapterTask:
-    from peftcore import checkpoint
+    from peftcore import adapter_files
 
     if fields.get("task_type") in (None, "CAUSAL_LM"):
         return AdapterTask(data.LANGUAGE_MODEL, 512)
     if fields["task_type"] != "SEQ_CLS":
         raise PeftcoreError(f"'{folder}' is for the task {fields['task_type']}, which no command runs. Use the library")
-    tensors, _ = checkpoint.read_tensors(folder)
+    tensors, _ = adapter_files.read_tensors(folder)
     saved = fields.get("modules_to_save") or ["classifier", "score"]
     heads = [tensor for name, tensor in tensors.items() if any(f".{module}." in name for module in saved)]
     if not heads:

@@ -249,8 +249,7 @@ def _create_model_card(trainer: Trainer, own: Callable[..., Any], *args: Any, **
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write every adapter that trains: `default` into `folder` itself, others into `folder/NAME`."""
-    for name in _training(model):
-        checkpoint.save(model, checkpoint.place(Path(folder), name), adapter=name)
+    checkpoint.save_each(model, folder, _training(model))
 
 
 def restore_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:

@@ -99,7 +99,7 @@ def test_files_are_peft_s(tmp_path: Path) -> None:
     differ = {name for name in fields[0] if fields[0][name] != fields[1][name]}
     assert differ == {"modules_to_save"}  # PEFT lists modules that are not there, twice
     shapes = [
-        {k: v.shape for k, v in peftcore.checkpoint.read_tensors(tmp_path / n)[0].items()} for n in ("ours", "peft")
+        {k: v.shape for k, v in peftcore.adapter_files.read_tensors(tmp_path / n)[0].items()} for n in ("ours", "peft")
     ]
     assert shapes[0] == shapes[1]
 
@@ -137,7 +137,7 @@ def test_the_same_start_trains_to_the_same_place(tmp_path: Path) -> None:
             peftcore.save(model, tmp_path / folder)
         else:
             quiet(model.save_pretrained, tmp_path / folder)
-    found, wanted = (peftcore.checkpoint.read_tensors(tmp_path / name)[0] for name in ("ours", "theirs"))
+    found, wanted = (peftcore.adapter_files.read_tensors(tmp_path / name)[0] for name in ("ours", "theirs"))
     assert found.keys() == wanted.keys()
     for name in found:
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,177 @@
+"""What is in a file, read with limits: it may be a stranger's, cut off, or no file at all.
+
+Nothing here waits (as for a pipe) or takes more memory than the file has bytes; errors name the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.errors import CheckpointError
+
+CONFIG = "adapter_config.json"
+TENSORS = "adapter_model.safetensors"
+JSON_BYTES = 16 << 20
+_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_NAME_LENGTH = 1000
+_DIMENSIONS = 16
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_bytes(file: Path, limit: int | None = None) -> bytearray:
+    """A regular file, or what a link to one leads to, whole.
+
+    Args:
+        limit: of its size in bytes; None: the machine's memory.
+
+    Raises:
+        FileNotFoundError: there is none.
+        CheckpointError: it is something else (a pipe, a device, a folder), too large, or cannot be read.
+    """
+    try:
+        _require_regular(file, os.stat(file).st_mode)  # opening a device may have an effect
+        descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        with open(descriptor, "rb") as opened:
+            status = os.fstat(descriptor)
+            _require_regular(file, status.st_mode)
+            limit = _memory() if limit is None else limit
+            if status.st_size > limit:
+                raise CheckpointError(
+                    f"'{file}' has {status.st_size:,} bytes, at most {limit:,} are read. It is no file of an adapter"
+                )
+            content = bytearray(status.st_size)
+            del content[opened.readinto(content) :]
+            return content
+    except FileNotFoundError:
+        raise
+    except (OSError, MemoryError) as error:
+        raise CheckpointError(f"'{file}' cannot be read: {getattr(error, 'strerror', None) or error!r}") from error
+
+
+def _require_regular(file: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kinds: dict[str, Callable[[int], bool]] = {
+            "folder": stat.S_ISDIR,
+            "pipe": stat.S_ISFIFO,
+            "device": lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+            "socket": stat.S_ISSOCK,
+        }
+        kind = next((kind for kind, fits in kinds.items() if fits(mode)), "special file")
+        raise CheckpointError(f"'{file}' is a {kind}, where a file belongs")
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 1 << 40
+
+
+def parse_json(content: bytes | bytearray, file: Path | str) -> Any:
+    """The value of a JSON file, without NaN and infinity, which JSON does not have.
+
+    Raises:
+        CheckpointError: it is none, or nested or written so that Python cannot read it.
+    """
+    try:
+        value = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+        return value
+    except (ValueError, RecursionError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise CheckpointError(f"'{file}' cannot be read as JSON: {what}") from error
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which is no number of JSON")
+
+
+def parse_tensors(content: bytearray, file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) of a safetensors file; the tensors are views of `content`.
+
+    The format: 8 bytes for the length of a JSON header `{name: {dtype, shape, data_offsets}, __metadata__: {...}}`, and
+    the tensors' bytes, which follow one another without gap (https://github.com/huggingface/safetensors).
+
+    Raises:
+        CheckpointError: it is no whole one.
+    """
+
+    def wrong(what: str) -> CheckpointError:
+        return CheckpointError(
+            f"'{file}' ({len(content):,} bytes) is no whole safetensors file: {what}. It may be cut off; copy it again"
+        )
+
+    begin = 8 + int.from_bytes(content[:8], "little")
+    if len(content) < 8 or begin > min(len(content), _HEADER_BYTES) or content[8:9] != b"{":
+        raise wrong(f"its header would end at byte {begin:,}")
+    try:
+        header = json.loads(content[8:begin].decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_distinct)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("__metadata__ is no table of texts")
+        found = {name: _entry(name, told) for name, told in header.items()}
+    except (ValueError, RecursionError) as error:
+        raise wrong(f"its header cannot be read: {error or 'it is nested too deeply'}") from error
+    end = 0
+    for name, (dtype, shape, (first, last)) in sorted(found.items(), key=lambda item: item[1][2]):
+        size = math.prod(shape) * dtype.itemsize
+        if first != end or last - first != size:
+            raise wrong(f"'{name}' of {size:,} bytes lies at {first:,} to {last:,}, where byte {end:,} is next")
+        end = last
+    if begin + end != len(content):
+        raise wrong(f"its tensors would end at byte {begin + end:,}")
+    return {name: _view(content, begin + first, *kind) for name, (*kind, (first, _)) in found.items()}, metadata
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
+
+
+def _entry(name: str, told: Any) -> tuple[torch.dtype, list[int], tuple[int, int]]:
+    """(dtype, shape, place) of a tensor in the header."""
+    if len(name) > _NAME_LENGTH:
+        raise ValueError(f"a name has {len(name):,} characters, at most {_NAME_LENGTH:,} are read")
+    name.encode()  # half a surrogate pair is no text
+    if not isinstance(told, dict) or told.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"{name!r} needs dtype, shape and data_offsets")
+    dtype, shape, place = told["dtype"], told["shape"], told["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise ValueError(f"{name!r} is of dtype {dtype!r}; read are {', '.join(_DTYPES)}")
+    if not _whole_numbers(shape) or len(shape) > _DIMENSIONS or not _whole_numbers(place) or len(place) != 2:
+        raise ValueError(f"{name!r} has shape={shape!r}, data_offsets={place!r}")
+    return _DTYPES[dtype], shape, (place[0], place[1])
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 40 for value in values)
+
+
+def _view(content: bytearray, begin: int, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    if begin % dtype.itemsize:  # no kernel needs to expect that
+        content, begin = content[begin : begin + count * dtype.itemsize], 0
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=begin).view(shape)

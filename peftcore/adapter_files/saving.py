@@ -1,0 +1,221 @@
+"""Write the adapters of one save so that being cut off harms nothing, beside other processes that save there too.
+
+1. lock the folders                                   one save at a time
+2. finish a save that was killed after its step 4
+3. write every file under a temporary name of its own
+4. rename the manifest into place                     from here on the new adapters are there, for `load`
+5. rename every file into place                       and here for other readers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from peftcore.adapter_files.content import CONFIG, TENSORS
+from peftcore.adapter_files.folder import (
+    CONFIG_HASH,
+    MANIFEST,
+    Folder,
+    Manifest,
+    read_manifest,
+    root_of,
+    sha256,
+)
+from peftcore.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows: unique names and hashes still keep a mixture from being read
+    fcntl = None
+
+_SECONDS = 120  # to wait for others that save to the same folder
+
+
+@dataclass(frozen=True)
+class Content:
+    """One adapter: the fields of its config, its tensors (on the CPU, contiguous), metadata of the tensors' file."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str]
+
+
+def write(folder: Path, adapters: Mapping[str, Content]) -> None:
+    """Write adapters to `folder`, all or none: that of the name "" to itself, others to folders of their names.
+
+    Raises:
+        CheckpointError: they cannot be written. The message says what then lies there.
+    """
+    try:
+        for name in adapters:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        with _locked(folder, adapters) as (root, prefix):
+            if prefix and [*adapters] != [""]:
+                raise CheckpointError(
+                    f"'{folder}' is one of the adapters that were saved together to '{root}': it takes one adapter. "
+                    "Save several to another folder"
+                )
+            _write(root, {prefix.rstrip("/"): adapters[""]} if prefix else adapters, keep_others=bool(prefix))
+    except OSError as error:
+        raise CheckpointError(
+            f"the adapter could not be saved to '{folder}': {error.strerror or error}. "
+            "What lay there before is unharmed"
+        ) from error
+
+
+def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> None:
+    folders = [root, *(root / name for name in adapters if name)]
+    before = _finished(root, folders)
+    manifest = Manifest(secrets.token_hex(8), dict(before.files) if before and keep_others else {})
+    written: list[Path] = []
+    try:
+        for name, content in adapters.items():
+            config = json.dumps(content.fields, indent=2, sort_keys=True).encode() + b"\n"
+            metadata = {"format": "pt", **content.metadata, CONFIG_HASH: sha256(config)}
+            for file, data in ((CONFIG, config), (TENSORS, to_bytes(content.tensors, metadata))):
+                path = root / name / file
+                if path.is_dir():
+                    raise IsADirectoryError(0, f"'{path}' is a folder")
+                written.append(manifest.temporary(path))
+                _create(written[-1], data)
+                manifest.files[path.relative_to(root).as_posix()] = sha256(data)
+        written.append(manifest.temporary(root / MANIFEST))
+        _create(written[-1], (json.dumps(manifest.as_json(), indent=2) + "\n").encode())
+        for each in folders:
+            _sync(each)
+        os.replace(written[-1], root / MANIFEST)
+    except BaseException:
+        if _manifest_or_none(root) != manifest:
+            for file in written:
+                file.unlink(missing_ok=True)
+        raise
+    try:
+        _put_in_place(root, manifest)
+    except OSError as error:
+        raise CheckpointError(
+            f"the adapter is saved in '{root}', and peftcore loads it, but a file could not be given its name "
+            f"({error.strerror or error}), and others do not find it. Save again"
+        ) from error
+    if _manifest_or_none(root) != manifest:
+        raise CheckpointError(
+            f"another process saved to '{root}' at the same time, on a file system without locks. "
+            "Save again, or to another folder"
+        )
+
+
+def _put_in_place(root: Path, manifest: Manifest) -> None:
+    """Give the files of a manifest that is there their names."""
+    waiting = [root / name for name in manifest.files if os.path.lexists(manifest.temporary(root / name))]
+    if waiting:
+        _sync(root)  # the manifest comes first on the disk, too
+    for file in waiting:
+        os.replace(manifest.temporary(file), file)
+        if file.parent != root:
+            (file.parent / MANIFEST).unlink(missing_ok=True)  # of an earlier save of this one alone
+
+
+def _finished(root: Path, folders: list[Path]) -> Manifest | None:
+    """The manifest of the last save, after what a killed one has left is put in place or taken away."""
+    manifest = _manifest_or_none(root)
+    if manifest is not None:
+        _put_in_place(root, manifest)
+    names = "|".join(map(re.escape, (CONFIG, TENSORS, MANIFEST)))
+    for folder in folders:
+        _finish_older(folder)
+        for file in folder.iterdir():
+            if re.fullmatch(rf"\.({names})(\.[0-9a-f]{{16}})?\.tmp", file.name):
+                file.unlink(missing_ok=True)
+    return manifest
+
+
+def _manifest_or_none(root: Path) -> Manifest | None:
+    with contextlib.suppress(CheckpointError):  # one that cannot be read is overwritten
+        return read_manifest(root)
+    return None
+
+
+def _finish_older(folder: Path) -> None:
+    """Before there were manifests, a killed save could leave its config beside the old one."""
+    with contextlib.suppress(CheckpointError, FileNotFoundError):
+        opened = Folder(folder, "", None)
+        config = opened._config()
+        if config != opened.content(CONFIG):
+            os.replace(folder / f".{CONFIG}.tmp", folder / CONFIG)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, inside: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+    """Within the block no other process saves to `folder` or those in it: (root of the save, prefix in it)."""
+    deadline = time.monotonic() + _SECONDS
+    while True:
+        root, prefix = _root(folder)
+        with contextlib.ExitStack() as locks:
+            for each in dict.fromkeys([root, folder, *(folder / name for name in sorted(inside))]):
+                locks.enter_context(_lock(each, deadline))
+            if _root(folder) == (root, prefix):  # it may have become one of several meanwhile
+                yield root, prefix
+                return
+
+
+def _root(folder: Path) -> tuple[Path, str]:
+    try:
+        return root_of(folder)[:2]
+    except CheckpointError:  # a manifest that cannot be read
+        return folder, ""
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, deadline: float) -> Iterator[None]:
+    while fcntl is not None:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"the adapter was not saved: another process has been saving to '{folder}' for {_SECONDS} s. "
+                    "What lies there is that one's. Save to another folder"
+                ) from None
+            time.sleep(0.01)
+            continue
+        except OSError:  # a file system without locks
+            os.close(descriptor)
+            break
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may hold the descriptor, too
+            os.close(descriptor)
+        return
+    yield
+
+
+def _create(file: Path, content: bytes) -> None:
+    """Write a new file, which no link of this name can lead elsewhere, to the disk."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    with open(descriptor, "wb") as out:
+        out.write(content)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sync(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not every file system can
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
