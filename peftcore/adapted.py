@@ -162,6 +162,14 @@ def activate(module: nn.Module, names: Sequence[str], samples: Sequence[str | No
     module.__dict__[_CHAIN] = chain
 
 
+def rebind(copy: nn.Module) -> None:
+    """Let a shallow copy of an adapted module run its own chain, and any module the forward of its class."""
+    copy.__dict__.pop("forward", None)
+    copy.__dict__.pop(_OWN_FORWARD, None)
+    if is_adapted(copy):
+        activate(copy, copy.__dict__[_ACTIVE], copy.__dict__[_SAMPLES])
+
+
 def adapters_of(module: nn.Module) -> Adapters | None:
     """The adapters of a module, or None where it has none."""
     return module._modules.get(CHILD) if is_adapted(module) else None

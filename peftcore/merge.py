@@ -2,7 +2,7 @@
 
 The weight is read through its format in fp32, each active adapter's pure `merged(weight)` is applied,
 and the result is rounded once to the stored dtype. The base's parameters are put aside, not
-overwritten, so `unmerge` is bit exact.
+overwritten, so `unmerge` is bit exact. Before anything is written each layer is run both ways (probe.py).
 
 What a format of few bits loses of the adapters is measured per layer, and refused above a limit:
 
@@ -23,6 +23,7 @@ from peftcore import engine, ranks
 from peftcore.adapted import adapters_of, base_parameters, is_adapted
 from peftcore.errors import PeftcoreError
 from peftcore.method import WeightFormat
+from peftcore.probe import refuse_inexact
 from peftcore.quantization.convert import note_in_config
 from peftcore.quantization.weight_format import QUANTIZED
 from peftcore.registry import registry
@@ -31,7 +32,7 @@ from peftcore.trained import TrainedParameters, tied_to
 
 DENSE = WeightFormat(
     name="dense",
-    matches=lambda module: isinstance(getattr(module, "weight", None), Tensor) and module.weight.is_floating_point(),
+    matches=lambda module: (weight := module._parameters.get("weight")) is not None and weight.is_floating_point(),
     read=lambda module: module.weight.detach(),
     write=lambda module, weight: {"weight": weight.to(module.weight.dtype)},
 )
@@ -87,8 +88,9 @@ def merge(
         max_loss: the share of the adapters' change that quantizing again may lose, in any layer; see `merge_loss`.
 
     Raises:
-        PeftcoreError: an adapter cannot be merged, a weight is tied, a result is not finite, or quantizing again
-            would lose more than `max_loss`. The model is then as it was.
+        PeftcoreError: an adapter cannot be merged, or would compute something else in the weight than beside it, a
+            weight is tied, a result is not finite, or quantizing again would lose more than `max_loss`. The model is
+            then as it was.
     """
     state = engine._require_state(model)
     engine._refuse_merged(state, "merge")
@@ -108,22 +110,22 @@ def merge(
         lost = {layer.path: layer.lost for layer in layers if layer.lost is not None}
     else:  # every result is checked before the first is written, and none is kept meanwhile
         lost = _lost(model, state.active, dtype)
-        layers = _merged_layers(model, state.active, dtype)
+        layers = _merged_layers(model, state.active, dtype, checked=True)
     _check_lost(lost, max_loss)
 
     merged = Merged(state.active, lost=lost)
+    for name in state.active:
+        _merge_trained(model, name, merged)
     plain = {}
     for layer in layers:
         for name, tensor in layer.named():
             aside = _exchange(model, name, tensor)
             if keep_adapters:
-                merged.aside[name] = aside
+                merged.aside.setdefault(name, aside)
         if layer.plain is not None:
             plain[layer.path] = layer.plain
     if tied:
         merged.tied = _untie_config(model, tied)
-    for name in state.active:
-        _merge_trained(model, name, merged)
     engine._set_active(model, ())
     if keep_adapters:
         state.merged = merged
@@ -176,7 +178,11 @@ def weight_format(module: nn.Module) -> WeightFormat:
     for candidate in (*registry.weight_formats(), QUANTIZED, TRANSPOSED, DENSE):
         if candidate.matches(module):
             return candidate
-    raise PeftcoreError(f"no weight format reads {type(module).__name__}; a plugin can provide one")
+    raise PeftcoreError(
+        f"no weight format reads {type(module).__name__}: it has no floating parameter 'weight' of its own. "
+        "Where a norm computes that (parametrize, weight_norm), take the norm off before apply; else a plugin can "
+        "provide a format"
+    )
 
 
 def _check_mergeable(model: nn.Module, names: tuple[str, ...]) -> None:
@@ -202,35 +208,47 @@ def _check_mergeable(model: nn.Module, names: tuple[str, ...]) -> None:
     )
 
 
-def _merged_layers(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> Iterator[_Layer]:
-    """Every adapted weight, merged and checked to be finite."""
+def _merged_layers(
+    model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None, checked: bool = False
+) -> Iterator[_Layer]:
+    """Every adapted weight, merged, and checked to be finite and to compute what its adapters do."""
     paths = dict.fromkeys(path for name in names for path in engine.applied(model, name).paths)
     for path in paths:
         module = model.get_submodule(path)
         adapters = adapters_of(module)
         chosen = weight_format(module)
-        with torch.no_grad():
-            before = weight = chosen.read(module).float()
-            for name in names:
-                if name in adapters:
-                    weight = adapters[name].merged(weight)
+        stored = chosen.read(module)
+        if stored.is_meta:
+            raise PeftcoreError(f"the weight of '{path}' is on the meta device, so it has no values to merge into")
+        with torch.no_grad(), torch.autocast(stored.device.type, enabled=False):
+            before = weight = stored.float()
+            acting = [name for name in names if name in adapters]
+            for name in acting:
+                weight = adapters[name].merged(weight)
             if chosen.decode is None:
                 layer = _Layer(path, chosen.write(module, weight), None)
             elif dtype is not None:
                 layer = _Layer(path, {"weight": weight.to(dtype)}, None, chosen.plain)
             elif torch.equal(weight, before):
-                continue  # quantizing again could only round the base anew
+                layer = _Layer(path, {}, None)  # quantizing again could only round the base anew
             else:
                 tensors = chosen.write(module, weight)
                 change = (weight - before).norm()
                 layer = _Layer(path, tensors, ((chosen.decode(module, tensors) - weight).norm() / change).item())
-        bad = [t.dtype for t in layer.tensors.values() if t.is_floating_point() and not torch.isfinite(t).all()]
-        if bad or not math.isfinite(layer.lost or 0):
-            raise PeftcoreError(
-                f"merging {list(names)} into '{path}' gives values that are not finite in {(bad or [chosen.name])[0]}. "
-                "The adapter holds NaN or infinity, or the sum overflows; nothing was changed"
-            )
+            bad = [t.dtype for t in layer.tensors.values() if t.is_floating_point() and not _is_finite(t)]
+            if bad or not math.isfinite(layer.lost or 0):
+                where = (bad or [chosen.name])[0]
+                raise PeftcoreError(
+                    f"merging {list(names)} into '{path}' gives values that are not finite in {where}. "
+                    "The adapter holds NaN or infinity, or the sum overflows; nothing was changed"
+                )
+            if not checked:
+                refuse_inexact(path, module, acting, chosen, before, weight)
         yield layer
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor))  # NaN passes through
 
 
 def _lost(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> dict[str, float]:

@@ -15,7 +15,7 @@ ORDER = [
     {"registry", "adapted", "observation", "sublayers", "patterns"},
     {"architecture"},
     {"targets", "prompts", "trained", "fingerprint", "adapter_files"},
-    {"engine"},
+    {"engine", "probe"},
     {"merge", "checkpoint", "adapter_tensors", "summary", "quantization", "optim"},
     {"parallel"},
     {"testing", "data", "integrations"},

@@ -106,7 +106,7 @@ class Lora(nn.Module):
 
     def delta(self) -> Tensor:
         """scale · B A in the layout of the layer's weight, fp32."""
-        return self.scale * (self.lora_B.float() @ self.lora_A.float())
+        return (self.scale * self.lora_B.float()) @ self.lora_A.float()
 
     def merged(self, weight: Tensor) -> Tensor:
         return weight + self.delta()
