@@ -171,7 +171,8 @@ def test_any_stack_is_exact_or_refused(kind: str, methods: list[str], train: boo
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
     targets = {"llama": ("q_proj", "up_proj"), "gpt2": ("c_attn", "c_fc"), "bert": ("query",)}[kind]
     for i, method in enumerate(methods):
-        peftcore.apply(model, method, adapter=f"a{i}", target_modules=targets)
+        heads = {"modules_to_save": ()} if method == "lora" else {}
+        peftcore.apply(model, method, adapter=f"a{i}", target_modules=targets, **heads)
         disturb(model, f"a{i}", seed + i)
     acting = tiny.logits(model)
     model.train(train)
