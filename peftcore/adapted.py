@@ -10,16 +10,23 @@ No module is replaced or renamed: base keys of `state_dict()` stay, `isinstance`
 weights survive. The chain is built when the set of active adapters changes, not in `forward`. The
 adapted class keeps the original's name, since transformers writes it into `config.json` and
 accelerate finds blocks by it.
+
+Modules that adapted ones lie in are swapped for a subclass, too, whose `__call__` tells the model's lock
+that a call begins and ends (`concurrency.py`); their `forward` is their own.
 """
 
 from __future__ import annotations
 
+from _thread import get_ident
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
+from peftcore.concurrency import ModelLock, rests_in_thread
 from peftcore.per_sample import PerSample
 
 if TYPE_CHECKING:
@@ -27,7 +34,9 @@ if TYPE_CHECKING:
 
 CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
 TRAINED = "peftcore_trained"  # the child of the model that keeps the values of `Train` placements
+_LOCK = "_peftcore_lock"
 _CHAIN = "_peftcore_chain"
+_BASE = "_peftcore_base"  # the chain of no adapter, for where they rest
 _ACTIVE = "_peftcore_active"
 _SAMPLES = "_peftcore_samples"
 _OWN_FORWARD = "_peftcore_own_forward"
@@ -115,13 +124,20 @@ class _AfterLink(_AroundLink):
         return self._adapter(output)
 
 
-def attach(module: nn.Module, name: str, adapter: nn.Module, *, behind: bool = False) -> None:
-    """Give `module` the adapter `name`, inactive; the module's class is swapped at the first one."""
+def attach(
+    module: nn.Module, name: str, adapter: nn.Module, *, behind: bool = False, lock: ModelLock | None = None
+) -> None:
+    """Give `module` the adapter `name`, inactive; the module's class is swapped at the first one.
+
+    Args:
+        lock: that of the model; None: the module is a model of its own.
+    """
     if not is_adapted(module):
         if "forward" in module.__dict__:  # an instance's own forward, as accelerate's hooks set it
             module.__dict__[_OWN_FORWARD] = module.__dict__.pop("forward")
         module.__class__ = _adapted_class(type(module))
         module.add_module(CHILD, Adapters().train(module.training))
+        module.__dict__[_LOCK] = lock or ModelLock()
         activate(module, ())
     adapters = module._modules[CHILD]
     adapters._modules[name] = adapter
@@ -137,10 +153,28 @@ def detach(module: nn.Module, name: str) -> None:
     del adapters._modules[name]
     adapters.behind.discard(name)
     if not len(adapters):
-        del module._modules[CHILD], module.__dict__[_CHAIN], module.__dict__[_ACTIVE], module.__dict__[_SAMPLES]
+        del module._modules[CHILD]
+        for key in (_CHAIN, _BASE, _ACTIVE, _SAMPLES):
+            del module.__dict__[key]
         module.__class__ = type(module)._peftcore_original
+        if not is_enclosing(module):
+            del module.__dict__[_LOCK]
         if _OWN_FORWARD in module.__dict__:
             module.__dict__["forward"] = module.__dict__.pop(_OWN_FORWARD)
+
+
+def enclose(module: nn.Module, lock: ModelLock) -> None:
+    """Let calls of `module`, in which adapted ones lie, be calls of the model whose `lock` it is."""
+    module.__dict__[_LOCK] = lock
+    if not is_enclosing(module) and not is_adapted(module):
+        module.__class__ = _enclosing_class(type(module))
+
+
+def release(module: nn.Module) -> None:
+    """Give an enclosing module its own class back, unless that class has been swapped once more."""
+    if "_peftcore_enclosed" in type(module).__dict__:
+        module.__class__ = type(module)._peftcore_enclosed
+        del module.__dict__[_LOCK]
 
 
 def activate(module: nn.Module, names: Sequence[str], samples: Sequence[str | None] | None = None) -> None:
@@ -148,18 +182,29 @@ def activate(module: nn.Module, names: Sequence[str], samples: Sequence[str | No
 
     With `samples`, a name or None for each sample of a batch, they do not follow each other: each has its samples.
     """
+    base = _base_of(module)
+    module.__dict__[_ACTIVE] = tuple(names)
+    module.__dict__[_SAMPLES] = samples
+    module.__dict__[_BASE] = base
+    module.__dict__[_CHAIN] = _chain_of(module, base)
+
+
+def _base_of(module: nn.Module) -> Base:
+    return Base(module, _own_forward if _OWN_FORWARD in module.__dict__ else original_forward(module))
+
+
+def _chain_of(module: nn.Module, base: Base) -> Any:
     adapters: Adapters = module._modules[CHILD]
-    chain: Any = Base(module, _own_forward if _OWN_FORWARD in module.__dict__ else original_forward(module))
-    base, links = chain, {}
+    names, samples = module.__dict__[_ACTIVE], module.__dict__[_SAMPLES]
+    chain: Any = base
+    links = {}
     for name in names:
         link = _AfterLink if name in adapters.behind else _AroundLink
         chain = link(adapters[name], base if samples is not None else chain)
         links[name] = adapters[name], chain
     if samples is not None and names:
         chain = PerSample(base, links, samples, behind=all(name in adapters.behind for name in names))
-    module.__dict__[_ACTIVE] = tuple(names)
-    module.__dict__[_SAMPLES] = samples
-    module.__dict__[_CHAIN] = chain
+    return chain
 
 
 def rebind(copy: nn.Module) -> None:
@@ -185,9 +230,20 @@ def is_outermost(module: nn.Module) -> bool:
     return "_peftcore_original" in type(module).__dict__
 
 
+def is_enclosing(module: nn.Module) -> bool:
+    """Do adapted modules lie in it, so that its calls are calls of the model?"""
+    return hasattr(type(module), "_peftcore_enclosed")
+
+
+def lock_of(module: nn.Module) -> ModelLock | None:
+    """The lock of the model with adapters that `module` is, or is a part of; None where it belongs to none."""
+    return module.__dict__.get(_LOCK)
+
+
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of `module` without adapters."""
-    return type(module)._peftcore_original if is_adapted(module) else type(module)
+    cls = type(module)._peftcore_original if is_adapted(module) else type(module)
+    return getattr(cls, "_peftcore_enclosed", cls)
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:
@@ -226,37 +282,123 @@ def _own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 @cache
 def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self._peftcore_chain(*args, **kwargs)
-
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # The class cannot be imported by name: make the original, then swap again.
-        _, _, state, *rest = super(adapted, self).__reduce_ex__(protocol)
-        state = {key: value for key, value in state.items() if key != _CHAIN}
-        return (_rebuild, (cls,), state, *rest)
+        lock = self._peftcore_lock
+        if is_dynamo_compiling():
+            return (self._peftcore_base if rests_in_thread(lock) else self._peftcore_chain)(*args, **kwargs)
+        thread = get_ident()
+        rests = lock.calls.get(thread)
+        if rests is not None:
+            return (self._peftcore_base if rests else self._peftcore_chain)(*args, **kwargs)
+        lock.enter(thread)
+        try:
+            return (self._peftcore_base if lock.calls[thread] else self._peftcore_chain)(*args, **kwargs)
+        finally:
+            lock.leave(thread)
 
     def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
         super(adapted, self).__setstate__(state)
         activate(self, self.__dict__[_ACTIVE], self.__dict__.get(_SAMPLES))
 
+    def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+        # Of `nn.DataParallel`: a replica is called in a thread of its own, and once.
+        replica = super(adapted, self)._replicate_for_data_parallel()
+        if self.__dict__[_LOCK].rests():
+            replica.__dict__[_ACTIVE] = ()
+        replica.__dict__[_LOCK] = ModelLock()
+        replica.__dict__[_CHAIN] = _Replica(replica)
+        return replica
+
     # transformers, accelerate and the Trainer read a forward's signature.
     forward.__wrapped__ = cls.forward
     forward.__doc__ = cls.forward.__doc__
-    adapted = type(cls)(
-        cls.__name__,
-        (cls,),
+    adapted = _subclass(
+        cls,
+        _adapted_class,
         {
             "forward": forward,
-            "__reduce_ex__": __reduce_ex__,
             "__setstate__": __setstate__,
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
+            "_replicate_for_data_parallel": _replicate_for_data_parallel,
             "_peftcore_original": cls,
         },
     )
     return adapted
 
 
-def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    adapted = _adapted_class(cls)
-    return adapted.__new__(adapted)
+class _Replica:
+    """The chain of a replica, whose adapters are put into it after it is made."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _chain_of(self.module, _base_of(self.module))(*args, **kwargs)
+
+
+@cache
+def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return super(enclosing, self).__call__(*args, **kwargs)
+        lock = self._peftcore_lock
+        thread = get_ident()
+        if thread in lock.calls:
+            return super(enclosing, self).__call__(*args, **kwargs)
+        lock.enter(thread)
+        try:
+            output = super(enclosing, self).__call__(*args, **kwargs)
+            if torch.is_grad_enabled():
+                lock.watch(output)
+            return output
+        finally:
+            lock.leave(thread)
+
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with self._peftcore_lock.calling():  # one adapter from the first token to the last
+            return super(enclosing, self).generate(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+        replica = super(enclosing, self)._replicate_for_data_parallel()
+        replica.__dict__[_LOCK] = ModelLock()
+        return replica
+
+    namespace: dict[str, Any] = {
+        "__call__": __call__,
+        "_replicate_for_data_parallel": _replicate_for_data_parallel,
+        "_peftcore_enclosed": cls,
+    }
+    if callable(getattr(cls, "generate", None)):
+        generate.__wrapped__ = cls.generate
+        generate.__doc__ = cls.generate.__doc__
+        namespace["generate"] = generate
+    enclosing = _subclass(cls, _enclosing_class, namespace)
+    return enclosing
+
+
+def _subclass(cls: type[nn.Module], maker: Callable[..., Any], namespace: dict[str, Any]) -> type[nn.Module]:
+    """A subclass that bears the name of `cls` and can be pickled, which by its name it could not."""
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        made = [c for c in type(self).__mro__ if "_peftcore_maker" in c.__dict__]  # the innermost last
+        _, _, state, *rest = super(made[-1], self).__reduce_ex__(protocol)
+        state = {key: value for key, value in state.items() if key not in (_CHAIN, _BASE)}
+        makers = [c.__dict__["_peftcore_maker"] for c in reversed(made)]
+        return (_rebuild, (made[-1].__bases__[0], *makers), state, *rest)
+
+    return type(cls)(
+        cls.__name__,
+        (cls,),
+        {
+            **namespace,
+            "__reduce_ex__": __reduce_ex__,
+            "_peftcore_maker": maker,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+        },
+    )
+
+
+def _rebuild(cls: type[nn.Module], *makers: Callable[[type], type]) -> nn.Module:
+    for make in makers:
+        cls = make(cls)
+    return cls.__new__(cls)

@@ -146,6 +146,7 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return found
 
 
+@engine.alone("load adapters", base=True)
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -7,8 +7,9 @@ carries it along.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -19,6 +20,7 @@ from torch import nn
 
 from peftcore import adapted, prompts, ranks
 from peftcore.architecture import Architecture, detect
+from peftcore.concurrency import Activation, ModelLock, refuse_running
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import After, Around, Method, Train
 from peftcore.registry import registry
@@ -48,6 +50,7 @@ class State:
     requires_grad: dict[str, bool] = field(default_factory=dict)
     merged: Any = None  # peftcore.merge.Merged
     samples: tuple[str | None, ...] | None = None  # with activate(..., per_sample=True): whose each sample is
+    lock: ModelLock = field(default_factory=ModelLock)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,30 @@ class Placed:
     apart: tuple[str, ...] = ()  # of those trained: apart from the parameters that they are tied to
 
 
+def alone(what: str, *, base: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """For functions that change a model, their first argument: other threads neither call nor change it meanwhile.
+
+    Args:
+        what: for messages, such as `merge`.
+        base: the base is changed too, which `disabled` shows, so open blocks of other threads are waited for.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def changing(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            state = state_of(model)
+            if state is None:
+                refuse_running(model, what)
+                return function(model, *args, **kwargs)
+            with state.lock.changing(what, base=base):
+                return function(model, *args, **kwargs)
+
+        return changing
+
+    return decorate
+
+
+@alone("apply another adapter", base=True)
 def apply(
     model: nn.Module,
     method: str | Any,
@@ -98,13 +125,16 @@ def apply(
         module = model.get_submodule(placement.path)
         placement.adapter.to(*device_and_dtype(module, dtype)).train(model.training)
 
+    for path in _enclosing_paths(placed):
+        adapted.enclose(model.get_submodule(path), state.lock)
     if not state.applied:
         state.requires_grad = {name: p.requires_grad for name, p in adapted.base_parameters(model)}
         for _, parameter in adapted.base_parameters(model):
             parameter.requires_grad_(False)
     for placement in placed.around:
         module = model.get_submodule(placement.path)
-        adapted.attach(module, adapter, placement.adapter, behind=isinstance(placement, After))
+        behind = isinstance(placement, After)
+        adapted.attach(module, adapter, placement.adapter, behind=behind, lock=state.lock)
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     paths = tuple(placement.path for placement in placed.around)
     state.applied[adapter] = Applied(method.name, config, paths, placed.trained)
@@ -113,6 +143,18 @@ def apply(
     if "transformers" in sys.modules and hasattr(model, "save_pretrained"):  # it must know how to save such a model
         import_module("peftcore.integrations.pretrained")
     return model
+
+
+def _enclosing_paths(placed: Placed) -> list[str]:
+    """The model, and every module in which something is placed: calls of them are calls of the model."""
+    inner = [placement.path for placement in placed.around]
+    inner += [f"{name.rpartition('.')[0]}.parameter" for name in placed.trained]
+    paths = {""}
+    for path in inner:
+        while path:
+            path = path.rpartition(".")[0]
+            paths.add(path)
+    return sorted(paths)
 
 
 def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
@@ -172,6 +214,7 @@ def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torc
     return device, dtype or (own if own.itemsize >= 4 else torch.float32)
 
 
+@alone("activate adapters", base=True)
 def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample: bool = False) -> None:
     """Let the adapters `names` act, in this order, and train; all others rest and are frozen.
 
@@ -205,17 +248,44 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Within the block the model computes what its base computes; afterwards the same adapters act again."""
+    """Within the block the model computes what its base computes; afterwards its adapters act again.
+
+    As with `torch.no_grad`, that holds in the thread (and asyncio task) that entered the block, and in no other. Where
+    active adapters train parameters of the base, which the block must exchange, calls of other threads wait for its
+    end.
+
+    Raises:
+        PeftcoreError: no adapter is applied, the model is merged, or another thread keeps changing it.
+    """
     state = _require_state(model)
-    _refuse_merged(state, "disable adapters")
-    active, samples = state.active, state.samples
-    _set_active(model, ())
+    block = state.lock.open_block()
+    exchanged: list[TrainedParameters] = []
     try:
+        _refuse_merged(state, "disable adapters")
+        if any(True for _ in _in_place_of_base(model, state)):
+            state.lock.hold(block)
+            exchanged = list(_in_place_of_base(model, state))
+            hold_of_last(model, ())
+        for own in exchanged:
+            own.activate(model, False)
         yield model
     finally:
-        _set_active(model, tuple(name for name in active if name in state.applied), samples)
+        for own in exchanged:
+            own.activate(model, True)
+        if exchanged:
+            hold_of_last(model, state.active)
+        state.lock.close_block(block)
 
 
+def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParameters]:
+    """What adapters have of their own that stands in the base's place now."""
+    for name in state.applied:
+        own = TrainedParameters.of(model, name)
+        if own is not None and (own.active or own.held):
+            yield own
+
+
+@alone("remove adapters", base=True)
 def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
     """Take an adapter off. With the last one gone the model is, bit for bit, what it was before `apply`."""
     state = _require_state(model)
@@ -231,6 +301,8 @@ def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
     if not state.applied:
         for name, parameter in adapted.base_parameters(model):
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
+        for _, module in adapted.base_modules(model):
+            adapted.release(module)
         del model.__dict__[_STATE]
     return model
 
@@ -280,6 +352,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn
         yield from own.values(model)
 
 
+@alone("set what trains")
 def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     """Let `adapter` train when active, or keep it frozen."""
     applied(model, adapter).trainable = trainable
@@ -304,6 +377,8 @@ def _set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | N
     for name, entry in state.applied.items():
         for _, parameter in adapter_parameters(model, name):
             parameter.requires_grad_(entry.trainable and name in names)
+    training = tuple(name for name in names if state.applied[name].trainable)
+    state.lock.activation = Activation(state.active, state.samples, training)
 
 
 def _method_and_config(method: str | Any, fields: dict[str, Any]) -> tuple[Method, Any]:

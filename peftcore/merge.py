@@ -68,6 +68,7 @@ class _Layer:
             yield f"{self.path}.{attribute}" if self.path else attribute, tensor
 
 
+@engine.alone("merge", base=True)
 def merge(
     model: nn.Module,
     *,
@@ -143,6 +144,7 @@ def merge(
     return model
 
 
+@engine.alone("measure")
 def merge_loss(model: nn.Module) -> dict[str, float]:
     """What of the active adapters' change `merge` would lose in each quantized layer, by path; the model is left alone.
 
@@ -155,6 +157,7 @@ def merge_loss(model: nn.Module) -> dict[str, float]:
     return _lost(model, state.active, None)
 
 
+@engine.alone("unmerge", base=True)
 def unmerge(model: nn.Module) -> nn.Module:
     """Put the base's own weights back, bit for bit, and let the merged adapters act again."""
     state = engine._require_state(model)
@@ -269,7 +272,7 @@ def _check_lost(lost: dict[str, float], max_loss: float) -> None:
             f"{what}; max_loss={max_loss:g} allows {max_loss:.0%}. Nothing was changed. Merge into 16 bits: "
             "peftcore.merge(model, dtype=torch.bfloat16). Layer by layer: peftcore.merge_loss(model)"
         )
-    warnings.warn(what, stacklevel=3)
+    warnings.warn(what, stacklevel=4)
 
 
 def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
@@ -320,7 +323,7 @@ def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def _untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> bool | None:
-    warnings.warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}': the model has one more weight now", stacklevel=3)
+    warnings.warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}': the model has one more weight now", stacklevel=4)
     config = getattr(model, "config", None)
     before = getattr(config, "tie_word_embeddings", None)
     if before:

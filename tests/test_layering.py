@@ -11,7 +11,8 @@ CORE = ROOT / "peftcore"
 
 # Each may import the rooms to its left, and none to its right.
 ORDER = [
-    {"errors", "validation", "requirement", "method", "hookspecs", "ops", "build_info", "ranks", "per_sample"},
+    {"errors", "validation", "requirement", "method", "hookspecs", "ops", "build_info", "ranks", "per_sample"}
+    | {"concurrency"},
     {"registry", "adapted", "observation", "sublayers", "patterns"},
     {"architecture"},
     {"targets", "prompts", "trained", "fingerprint", "adapter_files"},

@@ -1,0 +1,327 @@
+"""A model and several threads: a call sees one set of adapters from its start to its end, and a change is made alone.
+
+    call        of the model, or of a part of it: any number at once
+    change      activate, apply, remove, merge, ...: waits for the calls of other threads, and new calls wait for it
+    disabled    a view of the context that entered it (a thread, an asyncio task), of no other
+
+One `ModelLock`, a readers-writer lock, is shared by all modules of a model that hold adapters somewhere within. It
+also watches outputs: a backward pass that comes after the adapters have changed would lose gradients, and raises.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from _thread import get_ident
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from peftcore.errors import PeftcoreError
+
+PATIENCE = 60.0  # seconds for which a call or a change waits for others before it raises
+_ALONE = "Let one thread change adapters while no other runs the model, or run the model in fewer or shorter calls"
+
+
+@dataclass(frozen=True)
+class Activation:
+    """Which adapters act, in order, whose each sample is (`per_sample`), and which of them train."""
+
+    active: tuple[str, ...] = ()
+    samples: tuple[str | None, ...] | None = None
+    training: tuple[str, ...] = ()
+
+
+class Block:
+    """One `disabled` block."""
+
+    __slots__ = ("lock", "open")
+
+    def __init__(self, lock: ModelLock) -> None:
+        self.lock = lock
+        self.open = True
+
+
+# The blocks that a context has entered. PyTorch's tracer reads no context variable, and knows those of the thread.
+_BLOCKS: ContextVar[tuple[Block, ...]] = ContextVar("peftcore_disabled", default=())
+_THREAD = threading.local()
+
+
+def rests_in_thread(lock: ModelLock) -> bool:
+    """Is this thread in a `disabled` block of the model? For code that torch.compile traces."""
+    return any(block.lock is lock and block.open for block in getattr(_THREAD, "blocks", ()))
+
+
+class ModelLock:
+    """The readers-writer lock of one model.
+
+    `calls` has an entry for every thread that is inside the model: do its adapters rest (`disabled`)? The outermost
+    call makes it (`enter`) and takes it away (`leave`); calls within only look. A thread writes its own entry before
+    it looks for a change, and a change announces itself before it looks for entries, so one of them sees the other.
+    """
+
+    def __init__(self, activation: Activation = Activation()) -> None:
+        self.activation = activation
+        self.calls: dict[int, bool] = {}
+        self._backward: dict[int, bool | str] = {}  # by running backward pass: did its forward rest, or what is wrong
+        self._condition = threading.Condition()
+        self._changer: int | None = None  # the thread that changes the model, or waits to
+        self._alone = False  # it does not wait any more
+        self._held: Block | None = None  # the `disabled` block that keeps other calls out
+        self._blocks: set[Block] = set()  # the open `disabled` blocks that keep nobody out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.rests():
+            raise PeftcoreError(
+                "a copy made inside peftcore.disabled(model) would compute with adapters. Copy the model outside, and "
+                "let those of the copy rest: peftcore.activate(copy, [])"
+            )
+        return ModelLock, (self.activation,)
+
+    def enter(self, thread: int) -> None:
+        """The outermost call of `thread` begins."""
+        self.calls[thread] = False
+        try:
+            if self._changer is not None and (self._changer != thread or self._held is not None):
+                self._wait_for_change(thread)
+            self.calls[thread] = self.rests()
+        except BaseException:
+            self.leave(thread)
+            raise
+
+    def leave(self, thread: int) -> None:
+        """It ends."""
+        del self.calls[thread]
+        if self._changer is not None:
+            with self._condition:
+                self._condition.notify_all()
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """Within the block, which may be many calls, the model is not changed by other threads."""
+        thread = get_ident()
+        if thread in self.calls:
+            yield
+            return
+        self.enter(thread)
+        try:
+            yield
+        finally:
+            self.leave(thread)
+
+    @contextmanager
+    def changing(self, what: str, *, base: bool = False) -> Iterator[None]:
+        """Within the block no other thread calls or changes the model.
+
+        Args:
+            what: for messages, such as `merge`.
+            base: what `disabled` shows changes too, so open blocks of others are waited for.
+        """
+        thread = get_ident()
+        if self._changer == thread and self._held is None:  # a part of a larger change
+            yield
+            return
+        if self.rests():
+            raise PeftcoreError(f"cannot {what} inside peftcore.disabled(model). Leave the block first")
+        self._acquire(what, base)
+        try:
+            yield
+        finally:
+            self._release()
+
+    def open_block(self) -> Block:
+        """Enter `disabled` in this context; of calls in this thread too that have begun."""
+        with self._condition:
+            if not self.rests() and not (self._changer == get_ident() and self._held is None):
+                self._refuse_own_hold("disable adapters")
+                self._wait(lambda: not self._alone, "disable adapters")
+            block = Block(self)
+            self._blocks.add(block)
+        self._show(block)
+        return block
+
+    def close_block(self, block: Block) -> None:
+        """Leave it, from any context."""
+        block.open = False
+        _BLOCKS.set(tuple(other for other in _BLOCKS.get() if other is not block))
+        _THREAD.blocks = tuple(other for other in getattr(_THREAD, "blocks", ()) if other is not block)
+        if get_ident() in self.calls:
+            self.calls[get_ident()] = self.rests()
+        with self._condition:
+            self._blocks.discard(block)
+            self._condition.notify_all()
+        if self._held is block:
+            self._release()
+
+    def hold(self, block: Block) -> None:
+        """Let the open `block` keep out all calls that are not made within it."""
+        with self._condition:
+            self._blocks.discard(block)
+        self._acquire("disable adapters that train parameters of the base", base=True, held=block)
+
+    def rests(self) -> bool:
+        """Do the adapters rest in this context? In a backward pass: did they in the forward that it belongs to?"""
+        if not (_BLOCKS.get() or self._backward):
+            return False
+        task = torch._C._current_graph_task_id()
+        if task < 0:
+            return any(block.lock is self and block.open for block in _BLOCKS.get())
+        seen = self._backward.get(task, False)
+        if isinstance(seen, str):
+            raise PeftcoreError(seen)
+        return seen
+
+    def watch(self, output: Any) -> None:
+        """Note the adapters of a forward, so that its backward pass does not lose their gradients."""
+        nodes = {tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None}
+        if nodes:
+            watch = _Watch(self)
+            for node in nodes:
+                node.register_prehook(watch)
+
+    def _show(self, block: Block) -> None:
+        _BLOCKS.set((*_BLOCKS.get(), block))
+        _THREAD.blocks = (*getattr(_THREAD, "blocks", ()), block)
+        if get_ident() in self.calls:
+            self.calls[get_ident()] = True
+
+    def _acquire(self, what: str, base: bool, held: Block | None = None) -> None:
+        thread = get_ident()
+        inside = thread in self.calls
+
+        def others() -> bool:
+            return any(other != thread for other in list(self.calls)) or (base and bool(self._blocks))
+
+        with self._condition:
+            if inside and (self._changer is not None or others()):  # they may wait for the call that this is part of
+                raise PeftcoreError(
+                    f"cannot {what} within a call of the model while another thread calls it or changes it. {_ALONE}"
+                )
+            self._refuse_own_hold(what)
+            self._wait(lambda: self._changer is None, what)
+            self._changer = thread
+            try:
+                self._wait(lambda: not others(), what)
+            except BaseException:
+                self._changer = None
+                self._condition.notify_all()
+                raise
+            self._alone, self._held = True, held
+
+    def _release(self) -> None:
+        with self._condition:
+            self._changer, self._alone, self._held = None, False, None
+            self._condition.notify_all()
+
+    def _wait_for_change(self, thread: int) -> None:
+        in_backward = torch._C._current_graph_task_id() >= 0
+        with self._condition:
+            if self._held is not None and self.rests():
+                return
+            if self._held is not None and in_backward:
+                raise PeftcoreError(
+                    "a checkpointed part of the model runs again inside peftcore.disabled(model), whose forward ran "
+                    "outside. Run backward() outside, too"
+                )
+            self._refuse_own_hold("call the model")
+            if in_backward and not self._alone:  # a call that waits for this backward pass may be waited for
+                return
+            del self.calls[thread]
+            self._condition.notify_all()
+            try:
+                self._wait(lambda: self._changer is None, "call the model")
+            finally:
+                self.calls[thread] = False
+
+    def _refuse_own_hold(self, what: str) -> None:
+        """Another asyncio task, or a generator, of this thread keeps the model: to wait for it would be for ever."""
+        if self._held is not None and self._changer == get_ident():
+            raise PeftcoreError(
+                f"cannot {what}: another task of this thread is inside peftcore.disabled(model), and adapters train "
+                "parameters of the base, which the block has exchanged. Leave it first"
+            )
+
+    def _wait(self, ready: Callable[[], bool], what: str) -> None:
+        """Wait, with the condition held, until `ready`."""
+        end = time.monotonic() + PATIENCE
+        while not ready():
+            if not self._condition.wait(end - time.monotonic()) and not ready():
+                raise PeftcoreError(
+                    f"cannot {what}: another thread has been calling, changing or disabling the model for "
+                    f"{PATIENCE:g} s. {_ALONE}"
+                )
+
+
+class _Watch:
+    """Compares, when a backward pass reaches an output, the adapters of the forward with those of now."""
+
+    def __init__(self, lock: ModelLock) -> None:
+        self._lock, self._activation, self._task = lock, lock.activation, -1
+        self._rested = lock.calls[get_ident()]
+
+    def __call__(self, _gradients: Any) -> None:
+        task = torch._C._current_graph_task_id()
+        if task == self._task:
+            return
+        self._task = task
+        self._check()
+        others = self._lock._backward
+        told: bool | str = self._rested
+        if self._lock.activation != self._activation:
+            told = (
+                "a checkpointed part of the model runs again in a backward pass, and other adapters act now than in "
+                f"its forward ({list(self._activation.active)}). Run backward() before adapters change"
+            )
+        elif others.get(task, told) != told:
+            told = (
+                "one backward pass runs checkpointed parts again of two forwards, one of them inside "
+                "peftcore.disabled(model). Run a backward() for each"
+            )
+        others[task] = told
+        Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        self._lock._backward.pop(self._task, None)
+        self._check()
+
+    def _check(self) -> None:
+        if self._rested:
+            return
+        lost = [name for name in self._activation.training if name not in self._lock.activation.active]
+        if lost:
+            raise PeftcoreError(
+                f"backward() of a forward in which {lost} trained, which do not act any more: their gradients would be "
+                "lost. Run backward() before peftcore.activate, merge or remove; gradients of several forwards add up"
+            )
+
+
+def refuse_running(model: nn.Module, what: str) -> None:
+    """Raise a PeftcoreError if another thread is inside a call of `model`, which has no adapters and so no lock yet."""
+    modules = {id(module) for module in model.modules()}
+    for thread, frame in sys._current_frames().items():
+        while frame is not None and thread != get_ident():
+            if frame.f_code is nn.Module._call_impl.__code__ and id(frame.f_locals.get("self")) in modules:
+                raise PeftcoreError(f"cannot {what}: another thread is calling the model. {_ALONE}")
+            frame = frame.f_back
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+        return
+    parts: Sequence[Any] = ()
+    if isinstance(output, dict):
+        parts = list(output.values())
+    elif isinstance(output, (tuple, list)):
+        parts = output
+    elif is_dataclass(output):
+        parts = list(vars(output).values())
+    for part in parts:
+        yield from _tensors(part)
