@@ -157,6 +157,24 @@ def merge_loss(model: nn.Module) -> dict[str, float]:
     return _lost(model, state.active, None)
 
 
+def changes_nothing(model: nn.Module, adapter: str) -> bool:
+    """Is every weight, with `adapter` merged, what it was? False also where that cannot be known from weights."""
+    if engine.applied(model, adapter).trained:
+        trained = TrainedParameters.of(model, adapter)
+        pairs = zip(trained.values(model), trained.originals(model), strict=True)
+        if not all(torch.equal(value, original) for (_, value), (_, original) in pairs):
+            return False
+    for path, module in engine.adapter_modules(model, adapter):
+        if not hasattr(module, "merged"):
+            return False
+        adapted = model.get_submodule(path)
+        with torch.no_grad():
+            weight = weight_format(adapted).read(adapted).float()
+            if not torch.equal(module.merged(weight), weight):
+                return False
+    return True
+
+
 @engine.alone("unmerge", base=True)
 def unmerge(model: nn.Module) -> nn.Module:
     """Put the base's own weights back, bit for bit, and let the merged adapters act again."""

@@ -17,7 +17,7 @@ ORDER = [
     {"architecture"},
     {"targets", "prompts", "trained", "fingerprint", "adapter_files"},
     {"engine", "probe"},
-    {"merge", "checkpoint", "adapter_tensors", "summary", "quantization", "optim"},
+    {"merge", "checkpoint", "adapter_tensors", "reference", "summary", "quantization", "optim"},
     {"parallel"},
     {"testing", "data", "integrations"},
     {"cli", "__main__"},

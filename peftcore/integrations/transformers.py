@@ -39,6 +39,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from peftcore import checkpoint, engine, optim, ranks
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.integrations.pretrained import teach
+from peftcore.integrations.reference_model import reference_of, refuse_bypassed, refuse_wrapped, teach_trainers
 from peftcore.parallel import check_ranks
 
 COMPLETE = "complete.json"
@@ -105,12 +106,15 @@ def bare_model(trainer: Trainer) -> nn.Module | None:
 
 def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
     model = kwargs.get("model", args[0] if args else None)
-    if not isinstance(model, nn.Module) or engine.state_of(model) is None:
-        return own(trainer, *args, **kwargs)
-    with _adapters_on_quantized(model):
+    adapted = isinstance(model, nn.Module) and engine.state_of(model) is not None
+    with _adapters_on_quantized(model) if adapted else contextlib.nullcontext():
         own(trainer, *args, **kwargs)
-    trainer.add_callback(AfterStep())
-    trainer.add_callback(TellsPaging())
+    model = bare_model(trainer)  # `model_init` may have made it
+    if model is None or engine.state_of(model) is None:
+        return
+    refuse_wrapped(trainer)
+    refuse_bypassed(trainer, model)
+    _add_callbacks(trainer)
     if ranks.is_sharded(model):
         if any(ranks.is_part(p) for p in model.parameters() if p.requires_grad):
             raise PeftcoreError(
@@ -119,7 +123,13 @@ def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any)
             )
         # What transformers itself shards is neither wrapped nor moved; the state of replicated adapters can be saved.
         trainer.is_distributed_loading_by_transformers = True
-    return None
+
+
+def _add_callbacks(trainer: Trainer) -> None:
+    there = [type(callback) for callback in trainer.callback_handler.callbacks]
+    for callback in (AfterStep, TellsPaging):
+        if callback not in there:
+            trainer.add_callback(callback())
 
 
 @contextlib.contextmanager
@@ -144,6 +154,7 @@ def _prepare_for_training(trainer: Trainer, own: Callable[..., Any], *args: Any,
 def _train(
     trainer: Trainer, own: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
+    _add_callbacks(trainer)  # where `model_init` applied the first adapter of this process, it was not taught yet
     if resume_from_checkpoint is True:
         resume_from_checkpoint = latest_checkpoint(trainer.args.output_dir)
         if resume_from_checkpoint is None:
@@ -188,6 +199,8 @@ def _save_checkpoint(trainer: Trainer, own: Callable[..., Any], model: nn.Module
         own(model, trial)
     finally:
         trainer.args.save_total_limit = limit
+    if trainer.args.should_save and reference_of(trainer) is not None:
+        reference_of(trainer).save(folder)
     trainer.accelerator.wait_for_everyone()  # each rank writes the state of its RNG
     if trainer.args.should_save:
         mark_complete(folder)
@@ -221,6 +234,15 @@ def _load_from_checkpoint(
             "train(resume_from_checkpoint=True) takes the newest whole one"
         )
     restore_adapters(bare_model(trainer), resume_from_checkpoint)
+    if reference_of(trainer) is None:
+        return
+    was_another = reference_of(trainer).restore(resume_from_checkpoint)
+    if was_another and getattr(trainer.args, "precompute_ref_log_probs", False):
+        raise CheckpointError(
+            f"the reference's log-probabilities were computed beforehand, with other adapters than those with which "
+            f"the run of '{resume_from_checkpoint}' began. Give the trainer the model as it was then, from the same "
+            "seed or files, or set precompute_ref_log_probs=False"
+        )
 
 
 def _load_best_model(trainer: Trainer, own: Callable[..., Any]) -> None:
@@ -328,6 +350,7 @@ def _teach_trainer() -> None:
     ):
         name = ours.__name__ if hasattr(Trainer, ours.__name__) else ours.__name__[1:]
         teach(Trainer, name, ours, bare_model)
+    teach_trainers()
 
 
 _teach_trainer()

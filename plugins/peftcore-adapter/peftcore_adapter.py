@@ -116,6 +116,7 @@ class Bottleneck(nn.Module):
         self.config = config
         self.adapter_down = nn.Linear(width, size)  # Kaiming-uniform, as in He et al.
         self.adapter_up = nn.Linear(size, out_width or width)
+        self.dropout = nn.Dropout(config.dropout)  # a module: trainers find those, to switch dropout off
         nn.init.zeros_(self.adapter_down.bias)
         nn.init.zeros_(self.adapter_up.weight)
         nn.init.zeros_(self.adapter_up.bias)
@@ -129,7 +130,7 @@ class Bottleneck(nn.Module):
         z = F.linear(x, down.weight.to(x.dtype), down.bias.to(x.dtype))  # [..., bottleneck]
         z = ACTIVATIONS[self.config.non_linearity](z)
         z = F.linear(z, up.weight.to(z.dtype), up.bias.to(z.dtype))  # [..., width]
-        return torch.add(y, F.dropout(z, self.config.dropout, self.training), alpha=self.config.scaling)
+        return torch.add(y, self.dropout(z), alpha=self.config.scaling)
 
 
 class Series(Bottleneck):

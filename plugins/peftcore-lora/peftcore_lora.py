@@ -91,7 +91,7 @@ class Lora(nn.Module):
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
         self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.p = config.lora_dropout
+        self.dropout = nn.Dropout(config.lora_dropout)  # a module: trainers find those, to switch dropout off
         self.lora_A = nn.Parameter(torch.empty(r, *a_shape))
         self.lora_B = nn.Parameter(torch.zeros(b_shape[0], r, *b_shape[1:]))
         if config.init_lora_weights == "gaussian":
@@ -102,7 +102,7 @@ class Lora(nn.Module):
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
 
     def extra_repr(self) -> str:
-        return f"r={self.lora_A.shape[0]}, scale={self.scale:g}" + (f", dropout={self.p}" if self.p else "")
+        return f"r={self.lora_A.shape[0]}, scale={self.scale:g}"
 
     def delta(self) -> Tensor:
         """scale · B A in the layout of the layer's weight, fp32."""
@@ -116,12 +116,12 @@ class LoraLinear(Lora):
     """nn.Linear and transformers' Conv1D. A `[r, in]`, B `[out, r]`; x `[..., in]` -> y `[..., out]`."""
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
-        p = self.p if self.training else 0.0
+        p = self.dropout.p if self.training else 0.0
         operands = base.linear_operands(x)
         if operands is not None:
             return ops.lora_linear(x, *operands, self.lora_A, self.lora_B, self.scale, p)
         y = base(x)
-        x = F.dropout(x, p) if p else x
+        x = self.dropout(x)
         s = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
         return y + F.linear(s, self.lora_B.to(x.dtype))
 
@@ -130,7 +130,7 @@ class LoraLinear(Lora):
         """Without gradients: one pass over the base for all."""
         operands, a, b = base.linear_operands(x), [m.lora_A for m in adapters], [m.lora_B for m in adapters]
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
-        if operands is None or trains or any(m.training and m.p for m in adapters):
+        if operands is None or trains or any(m.training and m.dropout.p for m in adapters):
             return NotImplemented
         return ops.lora_linear_per_sample(x, *operands, a, b, [m.scale for m in adapters], index)
 
@@ -140,7 +140,7 @@ class LoraConv(Lora):
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         y = base(x)
-        x = F.dropout(x, self.p, self.training)
+        x = self.dropout(x)
         s = base.module._conv_forward(x, self.lora_A.to(x.dtype), None)  # as the layer strides, pads and dilates
         mix = F.conv1d if self.lora_A.dim() == 3 else F.conv2d
         return y + self.scale * mix(s, self.lora_B.to(x.dtype))

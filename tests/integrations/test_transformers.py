@@ -95,6 +95,16 @@ def test_methods_are_told_of_every_step_while_gradients_stand(tmp_path: Path) ->
     assert told == [(1, 4, True), (2, 4, True), (3, 4, True), (4, 4, True)]
 
 
+def test_methods_are_told_of_every_step_of_a_model_that_the_trainer_makes(tmp_path: Path) -> None:
+    told = []
+    with tiny.installed(tiny.method("watched", after_step=lambda *call: told.append(call[2:]))):
+        settings = {"max_steps": 2, "report_to": "none", "use_cpu": True, "disable_tqdm": True}
+        arguments = TrainingArguments(str(tmp_path), dataloader_pin_memory=False, **settings)
+        made = Trainer(model_init=lambda: peftcore.apply(tiny.llama(), "watched"), args=arguments, train_dataset=Rows())
+        made.train()
+    assert told == [(1, 2), (2, 2)]
+
+
 def test_checkpoints_that_were_cut_off_are_skipped(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     for step in (1, 2, 10, 20):

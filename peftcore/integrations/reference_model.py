@@ -1,0 +1,260 @@
+"""Trainers that compare a model with what it was when training began: TRL's DPO, KTO, GRPO, RLOO and their kin.
+
+Left alone they load the model's checkpoint a second time, without adapters and without its quantization. Here they get
+the model itself, by `ref_model=` where they have it, else in place of what they would load: with its adapters disabled
+where these change nothing yet, else with a frozen copy of their values (`peftcore.reference`).
+
+The constructor of every class of trainers is taught. What it cannot do rightly with adapters, it refuses.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer import Trainer
+
+from peftcore import engine
+from peftcore.adapted import adapters_of
+from peftcore.errors import PeftcoreError
+from peftcore.reference import Reference
+
+_TAUGHT = "_peftcore_taught"
+_REFERENCE = "_peftcore_reference"  # on a trainer: what it compares with; on a view: what it shows
+_GIVEN = "_peftcore_given"  # on a trainer: the models that its constructor got
+_LOADS = "create_model_from_path"  # TRL's functions, by which trainers without `ref_model=` make one
+_COPIES = "create_reference_model"
+
+
+def reference_of(trainer: Any) -> Reference | None:
+    """What `trainer` compares its model with, where that is the model itself."""
+    return trainer.__dict__.get(_REFERENCE)
+
+
+def view(reference: Reference, module: nn.Module) -> nn.Module:
+    """`module`, which is the reference's model or a part of it, as it was: same parameters, forwards of the reference.
+
+    It stays in evaluation mode, gives no gradients, and can be given a forward of its own.
+    """
+    shown = object.__new__(_view_class(type(module)))
+    shown.__dict__ = {k: v for k, v in module.__dict__.items() if k != engine._STATE}
+    shown.__dict__ |= {name: dict(module.__dict__[name]) for name in ("_modules", "_parameters", "_buffers")}
+    shown.__dict__[_REFERENCE] = reference
+    return shown
+
+
+class _View:
+    """What `view` lays over the class of a module."""
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        reference: Reference = self.__dict__[_REFERENCE]
+        training = [module for module in self.modules() if module.training]
+        with torch.no_grad(), reference.acting():
+            for module in training:
+                module.training = False
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                for module in training:
+                    module.training = True
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        reference: Reference = self.__dict__[_REFERENCE]
+        if reference.is_acting:
+            return value
+        if isinstance(value, Tensor) and reference.holds(value):
+            raise PeftcoreError(
+                f"'{name}' of the reference is read outside of its forward, where it is that of the trained model"
+            )
+        return view(reference, value) if isinstance(value, nn.Module) else value
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Copies of the reference's own; also what is no tensor and yet changes it, for those who hash this."""
+        reference: Reference = self.__dict__[_REFERENCE]
+        with torch.no_grad(), reference.acting():
+            found = {name: t.detach().clone() for name, t in super().state_dict(*args, **kwargs).items()}
+        applied = engine._require_state(reference.model).applied
+        text = repr([(name, applied[name].method, applied[name].config) for name in reference.active])
+        return {**found, _REFERENCE: torch.tensor(list(text.encode()), dtype=torch.uint8)}
+
+    def train(self, mode: bool = True) -> Any:
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        return self
+
+
+@functools.cache
+def _view_class(cls: type[nn.Module]) -> type[nn.Module]:
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls)(cls.__name__, (_View, cls), names)
+
+
+def teach_trainers() -> None:
+    """Teach all classes of trainers, those that are yet to be defined too."""
+
+    def init_subclass(cls: type[Trainer], **kwargs: Any) -> None:
+        super(Trainer, cls).__init_subclass__(**kwargs)
+        _teach(cls)
+
+    Trainer.__init_subclass__ = classmethod(init_subclass)
+    classes = Trainer.__subclasses__()
+    for cls in classes:
+        _teach(cls)
+        classes += cls.__subclasses__()
+
+
+def _teach(cls: type[Trainer]) -> None:
+    own = cls.__dict__.get("__init__")
+    if own is None or hasattr(own, _TAUGHT):
+        return
+    signature = inspect.signature(own)
+    rest = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+
+    @functools.wraps(own)
+    def init(trainer: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            bound = signature.bind(trainer, *args, **kwargs)
+        except TypeError:
+            return own(trainer, *args, **kwargs)  # its own message
+        given = {**bound.arguments, **bound.arguments.get(rest, {})}
+        trainer.__dict__.setdefault(_GIVEN, []).extend(v for v in given.values() if isinstance(v, nn.Module))
+        model = given.get("model")
+        if _has_adapters(model):
+            _refuse_settings(given)
+            values = [(p, p.data) for p in model.parameters() if p.requires_grad]
+            if "ref_model" in signature.parameters and given.get("ref_model") is None:
+                bound.arguments["ref_model"] = _initial_model(trainer, model)
+            with _given_when_made(own, trainer, model):
+                own(*bound.args, **bound.kwargs)
+            for parameter, value in values:
+                if parameter.dtype != value.dtype:  # TRL rounds what trains beside a base in 4 bits
+                    parameter.data = value.to(parameter.device)
+        else:
+            own(trainer, *args, **kwargs)
+        if _has_adapters(trainer.__dict__.get("model")):
+            _check(trainer)
+        return None
+
+    setattr(init, _TAUGHT, True)
+    cls.__init__ = init
+
+
+def _has_adapters(model: Any) -> bool:
+    return isinstance(model, nn.Module) and engine.state_of(model) is not None
+
+
+def _initial_model(trainer: Any, model: nn.Module) -> nn.Module:
+    if reference_of(trainer) is None:
+        trainer.__dict__[_REFERENCE] = Reference(model)
+    refuse_wrapped(trainer)
+    return view(reference_of(trainer), model)
+
+
+@contextmanager
+def _given_when_made(own: Callable[..., None], trainer: Any, model: nn.Module) -> Iterator[None]:
+    """While `own` runs, its module gets the initial model where it would load or copy `model` itself."""
+    names = inspect.unwrap(own).__globals__
+    before = {name: names[name] for name in (_LOADS, _COPIES) if name in names}
+    if "teacher_model" in inspect.signature(own).parameters:  # the same checkpoint may be meant, without adapters
+        before.pop(_LOADS, None)
+
+    def load(path: str, *args: Any, **kwargs: Any) -> nn.Module:
+        if path == getattr(model.config, "_name_or_path", ""):
+            return _initial_model(trainer, model)
+        return before[_LOADS](path, *args, **kwargs)
+
+    def copy(of: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return _initial_model(trainer, model) if of is model else before[_COPIES](of, *args, **kwargs)
+
+    names.update({name: ours for name, ours in ((_LOADS, load), (_COPIES, copy)) if name in before})
+    try:
+        yield
+    finally:
+        names.update(before)
+
+
+def refuse_wrapped(trainer: Any) -> None:
+    """Raise a PeftcoreError where a reference would be spread once more over what spreads the model itself."""
+    wrapped = [name for name in ("fsdp", "deepspeed") if getattr(trainer, f"is_{name}_enabled", False)]
+    if reference_of(trainer) is not None and wrapped:
+        raise PeftcoreError(
+            f"{type(trainer).__name__} would spread the reference, which shares its weights with the model, by itself "
+            f"({wrapped[0]}). Shard the model beforehand: peftcore.shard(model, adapters='replicate'), and start "
+            f"without {wrapped[0]}. Or give a model of its own: ref_model=..."
+        )
+
+
+def _refuse_settings(given: dict[str, Any]) -> None:
+    if given.get("peft_config") is not None:
+        raise PeftcoreError(
+            "peft_config=... would let PEFT wrap a model that has adapters already. "
+            "Leave it out to train these, or give a model without: peftcore.remove(model)"
+        )
+    args = given.get("args")
+    if getattr(args, "sync_ref_model", False):
+        raise PeftcoreError(
+            "sync_ref_model=True moves the weights of a reference towards those of the model, which with adapters "
+            "share one base. Set sync_ref_model=False; to move the reference, begin a new run from the saved adapter"
+        )
+    if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
+        raise PeftcoreError(
+            "vLLM would be sent the base's weights without the adapters, and generate with those. "
+            "Set use_vllm=False, so that the model itself generates; trainers that always use vLLM cannot have adapters"
+        )
+
+
+def _check(trainer: Any) -> None:
+    given: list[nn.Module] = trainer.__dict__.get(_GIVEN, [])
+    for model in (trainer.model, *given):
+        if _has_adapters(model):
+            refuse_bypassed(trainer, model)
+    for callback in trainer.callback_handler.callbacks:
+        moves = any(cls.__name__ == "SyncRefModelCallback" for cls in type(callback).__mro__)
+        if moves or getattr(callback, "update_ref_model", False):
+            raise PeftcoreError(
+                f"{type(callback).__name__} writes averages into the weights of a reference or teacher, which with "
+                "adapters shares them with the model. Leave it out, or switch it off in the arguments"
+            )
+    for name, value in vars(trainer).items():
+        teacher = name.startswith("teacher")  # may be asked for by its path, without adapters
+        if not teacher and _is_second_base(value, trainer.model) and not any(value is other for other in given):
+            raise PeftcoreError(
+                f"{type(trainer).__name__} has loaded '{trainer.model.config._name_or_path}' once more "
+                f"(trainer.{name}), without the adapters and the quantization of the model. "
+                "Give it the model that it shall compare with"
+            )
+
+
+def refuse_bypassed(trainer: Any, model: nn.Module) -> None:
+    """Where TRL or Liger multiply by the weight of the head themselves, adapters around the head would be left out."""
+    forward = getattr(model.__dict__.get("forward"), "__func__", None)
+    fused = forward is not None and "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters
+    if not fused and not getattr(trainer.args, "use_liger_kernel", False):
+        return
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for module, what, leave_out in ((head, "output head", "exclude_modules=['lm_head']"), (model, "whole model", "")):
+        if isinstance(module, nn.Module) and adapters_of(module) is not None:
+            raise PeftcoreError(
+                f"{type(trainer).__name__} reads the head's weight without calling the {what}, so the adapter around "
+                f"it would neither act nor train. Place none there{': ' + leave_out if leave_out else ''}"
+            )
+
+
+def _is_second_base(value: Any, model: nn.Module) -> bool:
+    path = getattr(getattr(model, "config", None), "_name_or_path", "")
+    return (
+        isinstance(value, nn.Module)
+        and not isinstance(value, _View)
+        and not _has_adapters(value)
+        and type(value).__name__ == type(model).__name__
+        and bool(path)
+        and value.config._name_or_path == path
+    )
