@@ -159,10 +159,10 @@ def merge_loss(model: nn.Module) -> dict[str, float]:
 
 def changes_nothing(model: nn.Module, adapter: str) -> bool:
     """Is every weight, with `adapter` merged, what it was? False also where that cannot be known from weights."""
-    if engine.applied(model, adapter).trained:
-        trained = TrainedParameters.of(model, adapter)
-        pairs = zip(trained.values(model), trained.originals(model), strict=True)
-        if not all(torch.equal(value, original) for (_, value), (_, original) in pairs):
+    own = TrainedParameters.of(model, adapter)
+    if own is not None:
+        pairs = zip(own.values(model), own.originals(model), strict=True)
+        if own.has_moved(model) or not all(torch.equal(value, original) for (_, value), (_, original) in pairs):
             return False
     for path, module in engine.adapter_modules(model, adapter):
         if not hasattr(module, "merged"):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from peftcore import engine, ranks
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.merge import changes_nothing
+from peftcore.trained import TrainedParameters
 
 FILE = "reference.safetensors"
 _IS_BASE = "peftcore_reference_is_base"
@@ -131,6 +132,9 @@ class Reference:
             for path, module in engine.adapter_modules(self.model, adapter):
                 for name, buffer in module.named_buffers():
                     yield f"{adapter}.{path}.{name}", buffer
+            own = TrainedParameters.of(self.model, adapter)
+            for name, buffer in own.kept_values(self.model) if own is not None else ():
+                yield f"{adapter}.{name}", buffer
 
     def _exchange(self) -> None:
         """Let each tensor hold what is kept of it, and the kept one what it held."""

@@ -123,3 +123,19 @@ def test_merged_adapters_are_refused() -> None:
     found = peftcore.merge(model(loaded=True))
     with pytest.raises(peftcore.PeftcoreError, match="adapters are merged into the base"):
         Reference(found)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_statistics_that_training_moves(loaded: bool) -> None:
+    torch.manual_seed(0)
+    layers = (torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Linear(6, 3))
+    found = peftcore.apply(torch.nn.Sequential(*layers), "lora", r=2, target_modules=["0", "2"])
+    x = torch.randn(8, 4)
+    if loaded:
+        moved(found)(x + 1)
+    before = found.eval()(x)
+    reference = Reference(found)
+    moved(found.train())(x + 2)
+    assert not torch.allclose(found.eval()(x), before)
+    with reference.acting():
+        torch.testing.assert_close(found(x), before)
