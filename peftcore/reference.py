@@ -65,12 +65,13 @@ class Reference:
         """Within the block the model computes what it computed then. For forwards without gradients.
 
         Raises:
-            PeftcoreError: other adapters are active now.
+            PeftcoreError: other adapters are active now, or none acts (`disabled`).
         """
         if self.is_acting:
             yield self.model
             return
-        active = engine._require_state(self.model).active
+        state = engine._require_state(self.model)
+        active = state.active
         if active != self.active:
             raise PeftcoreError(
                 f"the reference was kept with the adapters {list(self.active)} active, now {list(active)} are. "
@@ -82,11 +83,12 @@ class Reference:
                 with engine.disabled(self.model):
                     yield self.model
             else:
-                self._exchange()
-                try:
-                    yield self.model
-                finally:
+                with state.lock.changing("let the reference act"):
                     self._exchange()
+                    try:
+                        yield self.model
+                    finally:
+                        self._exchange()
         finally:
             self.is_acting = False
 
