@@ -115,11 +115,24 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
                 f"'{folder}' does not fit {type(model).__name__}: '{name}' has shape {list(tensor.shape)}, "
                 f"the model needs {list(target.shape)}"
             )
+        _check_values(name, tensor, target, folder)
     with torch.no_grad():
         for name, tensor in tensors.items():
             ranks.fill(expected[name], tensor)
         for _, tensor, target in kept:
             target.copy_(tensor)
+
+
+def _check_values(name: str, tensor: Tensor, target: Tensor, folder: Path) -> None:
+    """Raise a CheckpointError unless `target` can hold the values: numbers of its kind, finite ones."""
+    floating = target.is_floating_point()
+    if tensor.is_floating_point() != floating or not (floating or tensor.dtype is target.dtype):
+        raise CheckpointError(f"'{folder}': '{name}' is {tensor.dtype}, the model needs {target.dtype}")
+    if floating and tensor.numel():
+        there = tensor.to(target.dtype)
+        if not all(bound.isfinite() for bound in torch.aminmax(there.float() if there.dtype.itemsize == 1 else there)):
+            wrong = "values that are not finite" if not tensor.double().isfinite().all() else "too large values for it"
+            raise CheckpointError(f"'{folder}': '{name}' ({tensor.dtype}, here {target.dtype}) holds {wrong}")
 
 
 def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:

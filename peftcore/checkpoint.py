@@ -20,12 +20,13 @@ from peftcore.adapter_files import CONFIG, TENSORS, Content, Folder
 from peftcore.adapter_files.content import JSON_BYTES, parse_json
 from peftcore.adapter_tensors import fill, is_tied_in, kept_on_disk, own_slots, tensors_on_disk
 from peftcore.architecture import detect
-from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.fingerprint import difference, fingerprint
 from peftcore.method import ForeignFormat, Method, Train
 from peftcore.registry import registry
 from peftcore.targets import drop_unmatched
 from peftcore.trained import TrainedParameters, base_tensors
+from peftcore.validation import check_types, shown
 
 _TOGETHER = "peftcore_together"
 _TIED = "peftcore_tied"
@@ -229,12 +230,31 @@ def _load(
     saved = changes.get("modules_to_save")
     if saved and getattr(config, "ensure_weight_tying", False) and "peftcore_version" not in metadata:
         changes["ensure_weight_tying"] = is_tied_in(model, method, saved, tensors)  # PEFT ties by names, and not always
-    engine.apply(model, dataclasses.replace(config, **changes), adapter=adapter, dtype=dtype)
+    config = dataclasses.replace(config, **changes)
+    _check_fits(model, method, config, tensors, folder)
+    engine.apply(model, config, adapter=adapter, dtype=dtype)
     try:
         fill(model, adapter, tensors, folder, partly_tied=_is_old(metadata))
     except BaseException:
         engine.remove(model, adapter)
         raise
+
+
+def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raise a CheckpointError unless the config can be applied, and asks for no more numbers than the file holds."""
+    try:
+        with torch.device("meta"), _of_plugin(method, folder):
+            placed = engine.place(model, config, {})
+    except (CheckpointError, PluginError):
+        raise
+    except PeftcoreError as error:
+        raise CheckpointError(f"'{folder / CONFIG}' does not fit {type(model).__name__}: {error}") from error
+    wanted = sum(tensor.numel() for each in placed.around for tensor in each.adapter.state_dict().values())
+    there = sum(tensor.numel() for tensor in tensors.values())
+    if wanted > 2 * there + 1_000_000:  # a small difference is named tensor by tensor
+        raise CheckpointError(
+            f"'{folder / CONFIG}' asks for an adapter of {wanted:,} numbers, '{TENSORS}' holds {there:,}"
+        )
 
 
 def _saved_together(opened: Folder) -> dict[str, list[str]] | None:
@@ -282,7 +302,7 @@ def _read(opened: Folder, model: nn.Module) -> tuple[Method, Any, dict[str, Tens
     method = registry.method_of_peft_type(fields["peft_type"])
     # PEFT's default is False, which its older files do not name.
     tied = metadata.get(_TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
-    fields["ensure_weight_tying"] = bool(tied)
+    fields["ensure_weight_tying"] = False if tied is None else tied
     with _of_plugin(method, opened.path):
         config = method.state.config_on_disk(_config_from_disk(opened.path, method, fields), tensors)
         return method, config, dict(method.state.read_tensors(tensors, config)), metadata
@@ -407,10 +427,12 @@ def _config_from_disk(folder: Path, method: Method, fields: dict[str, Any]) -> A
     for name, value in fields.items():
         if name not in known and name not in ignored and value not in _EMPTY:
             raise CheckpointError(
-                f"'{folder / CONFIG}' uses {name}={value!r}, which the installed plugin '{method.name}' does not know. "
-                "Without it the adapter would compute something else, so it is not loaded"
+                f"'{folder / CONFIG}' uses {name}={shown(value)}, which the installed plugin '{method.name}' does not "
+                "know. Without it the adapter would compute something else, so it is not loaded"
             )
+    fields = {name: value for name, value in fields.items() if name in known}
     try:
-        return method.config_class(**{name: value for name, value in fields.items() if name in known})
+        check_types(method.config_class, fields)
+        return method.config_class(**fields)
     except (TypeError, PeftcoreError) as error:
         raise CheckpointError(f"'{folder / CONFIG}' is no valid config of '{method.name}': {error}") from error

@@ -26,6 +26,7 @@ from peftcore.method import After, Around, Method, Train
 from peftcore.registry import registry
 from peftcore.targets import refuse_targeted, trained_modules
 from peftcore.trained import TrainedParameters, hold_of_last, tied_to
+from peftcore.validation import check_types
 
 _STATE = "_peftcore_state"
 
@@ -385,7 +386,9 @@ def _method_and_config(method: str | Any, fields: dict[str, Any]) -> tuple[Metho
     if not isinstance(method, str):
         if fields:
             raise PeftcoreError(f"give the fields {sorted(fields)} in the config, or the method by its name")
-        return registry.method_of_config(method), method
+        chosen = registry.method_of_config(method)
+        check_types(method)
+        return chosen, method
     chosen = registry.method(method)
     known = [f.name for f in dataclasses.fields(chosen.config_class)]
     for name in fields:
@@ -394,6 +397,7 @@ def _method_and_config(method: str | Any, fields: dict[str, Any]) -> tuple[Metho
                 f"{chosen.config_class.__name__} has no field '{name}'{nearest(name, known)}. "
                 f"Its fields: {', '.join(known)}"
             )
+    check_types(chosen.config_class, fields)
     try:
         return chosen, chosen.config_class(**fields)
     except TypeError as error:

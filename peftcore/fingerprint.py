@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peftcore import ranks
+from peftcore.errors import CheckpointError
 
 _TENSORS = 16
 _VALUES = 32
@@ -30,7 +31,7 @@ def fingerprint(parameters: dict[str, Tensor]) -> str:
 
 def difference(parameters: dict[str, Tensor], expected: str) -> str | None:
     """What shows that `parameters` are of another base than the fingerprint's, or None."""
-    for name, (shape, values) in json.loads(expected).items():
+    for name, shape, values in _told(expected):
         found = parameters.get(name)
         if found is None:
             return f"it has no parameter '{name}'"
@@ -39,10 +40,25 @@ def difference(parameters: dict[str, Tensor], expected: str) -> str | None:
         if list(found.shape) != shape:
             return f"'{name}' has shape {list(found.shape)}, the adapter's base {shape}"
         wanted = torch.tensor(values, dtype=torch.float32, device="cpu")
-        error = (_sample(found) - wanted).norm() / wanted.norm().clamp(min=1e-12)
-        if error > _TOLERANCE:
+        values = _sample(found)
+        if values.shape != wanted.shape:
+            return f"'{name}' has {len(values)} sampled values, the adapter's base {len(wanted)}"
+        error = (values - wanted).norm() / wanted.norm().clamp(min=1e-12)
+        if not error <= _TOLERANCE:  # NaN is no agreement
             return f"the values of '{name}' differ by {100 * error.item():.0f} %"
     return None
+
+
+def _told(expected: str) -> list[tuple[str, list[int], list[float]]]:
+    """(name, shape, values) of each tensor of a fingerprint, which may come from a stranger's file."""
+    try:
+        found = [
+            (name, list(shape), [float(v) for v in values]) for name, (shape, values) in json.loads(expected).items()
+        ]
+        torch.tensor([value for _, _, values in found for value in values], dtype=torch.float32, device="cpu")
+        return found
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
+        raise CheckpointError(f"the fingerprint of the base (peftcore_base) cannot be read: {error}") from error
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -2,10 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from typing import Any, Literal, Union
 
 from peftcore.errors import PeftcoreError, nearest
+
+_ENTRIES = 100_000  # of a list or table
+_WORDS = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text", type(None): "None"}
+
+
+def check_types(config: Any, fields: Mapping[str, Any] | None = None) -> None:
+    """The values of a dataclass are of the types that its fields are annotated with; call it first in `__post_init__`.
+
+    Checked are bool, int, float, str, None, Literal, lists, tables and unions of these; numbers are finite, an int is
+    a float too, a bool is no number, any collection but a text is a list. Other annotations take any value.
+
+    Args:
+        config: the dataclass, or its class.
+        fields: values by name, where there is no object yet.
+
+    Raises:
+        PeftcoreError: one is not.
+    """
+    hints = _hints(config if isinstance(config, type) else type(config))
+    if fields is None:
+        fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    for name, value in fields.items():
+        if name in hints and not _fits(value, hints[name]):
+            known = [each for each in _literals(hints[name]) if isinstance(each, str)]
+            hint = nearest(value, known) if isinstance(value, str) else ""
+            raise PeftcoreError(f"{name} must be {_in_words(hints[name])}, found {shown(value)}{hint}")
+
+
+def shown(value: Any) -> str:
+    """`repr(value)`, or its beginning."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits
+        return f"a {type(value).__name__} that is too long to show"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+@lru_cache(maxsize=256)
+def _hints(config_class: type) -> dict[str, Any]:
+    try:
+        return typing.get_type_hints(config_class)
+    except Exception:  # annotations that only a type checker understands
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, each) for each in inside)
+    if origin is Literal:
+        return any(type(value) is type(allowed) and value == allowed for allowed in inside)
+    if hint in (bool, str, type(None)):
+        return isinstance(value, hint)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool) and _is_number(value)
+    kind = origin or hint
+    if not isinstance(kind, type) or not issubclass(kind, Collection):
+        return True
+    if not isinstance(value, Collection) or isinstance(value, (str, bytes)) or len(value) > _ENTRIES:
+        return False
+    if issubclass(kind, Mapping) or isinstance(value, Mapping):
+        both = issubclass(kind, Mapping) and isinstance(value, Mapping)
+        pairs = zip(inside, (value.keys(), value.values()), strict=False) if both else ()
+        return both and all(_fits(each, hint) for hint, values in pairs for each in values)
+    return not inside or all(_fits(each, inside[0]) for each in value)
+
+
+def _literals(hint: Any) -> list[Any]:
+    """The values that a hint names."""
+    inside = typing.get_args(hint)
+    return list(inside) if typing.get_origin(hint) is Literal else [each for part in inside for each in _literals(part)]
+
+
+def _is_number(value: int | float) -> bool:
+    return -(1 << 63) <= value < 1 << 63 if isinstance(value, int) else math.isfinite(value)
+
+
+def _in_words(hint: Any) -> str:
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_in_words(each) for each in inside)
+    if origin is Literal:
+        *first, last = map(repr, inside)
+        return f"{', '.join(first)} or {last}" if first else last
+    kind = origin or hint
+    if kind not in _WORDS and isinstance(kind, type) and issubclass(kind, Collection):
+        what = "table" if issubclass(kind, Mapping) else "list"
+        of = [_in_words(each).removeprefix("a ") for each in inside if each not in (Any, Ellipsis)]
+        return f"a {what}" + (f" ({' to '.join(of)})" if of else "")
+    return _WORDS.get(hint, str(hint))
 
 
 def require(holds: bool, message: str) -> None:
@@ -32,7 +127,7 @@ def probability(**fields: Any) -> None:
         PeftcoreError: one is not.
     """
     for name, value in fields.items():
-        if not 0 <= value < 1:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
             raise PeftcoreError(f"{name} must be in [0, 1), found {value!r}")
 
 

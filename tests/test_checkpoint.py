@@ -223,6 +223,30 @@ def wrong_shape(folder: Path) -> None:
     rewrite(folder, lambda tensors: {name: torch.ones(2) for name in tensors})
 
 
+def every_value(value, dtype=torch.float32):
+    def damage(folder: Path) -> None:
+        rewrite(folder, lambda tensors: {name: torch.tensor(value, dtype=dtype) for name in tensors})
+
+    return damage
+
+
+def pipe(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").unlink()
+    os.mkfifo(folder / "adapter_model.safetensors")
+
+
+def with_metadata(**metadata: str):
+    def damage(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        safetensors.torch.save_file(safetensors.torch.load_file(file), file, metadata)
+
+    return damage
+
+
+def of_fields(**changes):
+    return lambda folder: edit(folder, **changes)
+
+
 def edit(folder: Path, **changes) -> None:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
@@ -247,6 +271,29 @@ def edit(folder: Path, **changes) -> None:
         (missing_tensor, r"1 tensors are missing, such as 'base_model.model.model.layers.1.self_attn.q_proj.gain'"),
         (extra_tensor, r"1 tensors have no place, such as 'base_model.model.model.layers.7"),
         (wrong_shape, r"has shape \[2\], the model needs \[\]"),
+        (
+            every_value(float("nan")),
+            r"q_proj.gain' \(torch.float32, here torch.float32\) holds values that are not finite",
+        ),
+        (every_value(float("-inf")), "holds values that are not finite"),
+        (every_value(1e300, torch.float64), r"\(torch.float64, here torch.float32\) holds too large values for it"),
+        (every_value(1, torch.int32), r"q_proj.gain' is torch.int32, the model needs torch.float32"),
+        (every_value(True, torch.bool), r"is torch.bool, the model needs torch.float32"),
+        (every_value(1, torch.uint8), r"is torch.uint8, the model needs torch.float32"),
+        (pipe, r"adapter_model.safetensors' is a pipe, where a file belongs"),
+        (with_metadata(peftcore_base='{"lm_head.weight": [[96, 32], [NaN]]}'), "the adapter's base 1"),
+        (
+            with_metadata(peftcore_base=json.dumps({"lm_head.weight": [[96, 32], [float("nan")] * 32]})),
+            "differ by nan",
+        ),
+        (
+            with_metadata(peftcore_base='{"lm_head.weight": 3}'),
+            r"the fingerprint of the base \(peftcore_base\) cannot be",
+        ),
+        (with_metadata(peftcore_base="[" * 100_000), r"the fingerprint of the base \(peftcore_base\) cannot be read"),
+        (of_fields(value="3"), r"adapter_config.json' is no valid config of 'around': value must be a finite number"),
+        (of_fields(target_modules=3), r"target_modules must be a list \(text\), found 3"),
+        (of_fields(target_modules=["nothing"]), r"adapter_config.json' does not fit LlamaForCausalLM: target_modules"),
     ],
 )
 def test_damaged_folders(theirs: Path, damage, message: str) -> None:

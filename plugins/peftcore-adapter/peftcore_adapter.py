@@ -19,7 +19,6 @@ Trained: 2 · d · bottleneck + d + bottleneck numbers each. No `merged`: act st
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -81,14 +80,13 @@ class AdapterConfig:
     modules_to_save: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
-        validation.one_of(SUBLAYERS, placement=self.placement)
+        validation.check_types(self)
         validation.one_of(ACTIVATIONS, non_linearity=self.non_linearity)
         validation.probability(dropout=self.dropout)
         if self.bottleneck_size is not None:
             validation.positive_whole(bottleneck_size=self.bottleneck_size)
         require, named = validation.require, self.target_modules is not None
         require(self.reduction_factor >= 1, f"reduction_factor must be at least 1, found {self.reduction_factor!r}")
-        require(math.isfinite(self.scaling), f"scaling must be finite, found {self.scaling!r}")
         require(
             not (self.is_parallel and self.original_ln_before),
             "is_parallel and original_ln_before exclude each other: a parallel adapter stands behind nothing",

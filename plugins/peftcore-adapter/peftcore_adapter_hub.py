@@ -61,9 +61,16 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
         raise peftcore.PeftcoreError(
             f"it uses residual_before_ln={theirs['residual_before_ln']!r}; here f adds to what comes before the norm"
         )
-    for name in ("reduction_factor", "scaling"):
-        if not isinstance(theirs.get(name, 1.0), (int, float)):
-            raise peftcore.PeftcoreError(f"it uses {name}={theirs[name]!r}; only a number can be read")
+    for names, kinds, what in (
+        (("reduction_factor", "scaling", "dropout"), (int, float), "a number"),
+        (("is_parallel", "original_ln_before"), (bool,), "true or false"),
+        (("non_linearity",), (str,), "a text"),
+    ):
+        for name in names:
+            if name in theirs and type(theirs[name]) not in kinds:
+                raise peftcore.PeftcoreError(f"it uses {name}={theirs[name]!r}; only {what} can be read")
+    if "non_linearity" not in theirs:
+        raise peftcore.PeftcoreError("it does not say its non_linearity")
     facts = architecture.detect(model)
     found: dict[str, Tensor] = {}
     matched = {key: _KEY.fullmatch(key) for key in tensors}

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import targets
+from peftcore import targets, validation
 
 ALL = "all"
 QUERY_INTERMEDIATE = "query-intermediate"
@@ -51,6 +51,9 @@ class BitFitConfig:
     layers_pattern: str | Sequence[str] | None = None
     add_missing: bool = False
     modules_to_save: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> BitFitConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""

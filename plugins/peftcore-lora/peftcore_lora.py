@@ -69,11 +69,10 @@ class LoraConfig:
     fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
+        validation.check_types(self)
         for r in (self.r, *self.rank_pattern.values()):
             validation.positive_whole(r=r)
         validation.probability(lora_dropout=self.lora_dropout)
-        validation.one_of((True, False, "gaussian"), init_lora_weights=self.init_lora_weights)
-        validation.one_of(("none", "all", "lora_only"), bias=self.bias)
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LoraConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""

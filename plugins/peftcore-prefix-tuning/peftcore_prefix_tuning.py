@@ -48,10 +48,10 @@ class PrefixTuningConfig:
     num_transformer_submodules: int | None = None
 
     def __post_init__(self) -> None:
+        validation.check_types(self)
         validation.positive_whole(num_virtual_tokens=self.num_virtual_tokens)
         if self.encoder_hidden_size is not None:
             validation.positive_whole(encoder_hidden_size=self.encoder_hidden_size)
-        validation.one_of((None, "zero"), init_weights=self.init_weights)
         validation.one_of((None, 1, 2), num_transformer_submodules=self.num_transformer_submodules)
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PrefixTuningConfig:

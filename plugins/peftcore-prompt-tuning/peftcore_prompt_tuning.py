@@ -52,8 +52,8 @@ class PromptTuningConfig:
     initialize: bool = True
 
     def __post_init__(self) -> None:
+        validation.check_types(self)
         validation.positive_whole(num_virtual_tokens=self.num_virtual_tokens)
-        validation.one_of(("RANDOM", "SAMPLE_VOCAB", "TEXT"), prompt_tuning_init=self.prompt_tuning_init)
         validation.require(
             self.prompt_tuning_init != "TEXT" or bool(self.prompt_tuning_init_text and self.tokenizer_name_or_path),
             "prompt_tuning_init='TEXT' needs prompt_tuning_init_text and tokenizer_name_or_path, found "

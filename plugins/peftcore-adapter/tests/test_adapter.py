@@ -260,7 +260,7 @@ def test_merging_says_that_it_cannot_and_what_can() -> None:
             "must be 'houlsby', 'pfeiffer' or 'attention', found 'pfeifer' .nearest: 'pfeiffer'",
         ),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), found 1.0"),
-        ({"scaling": math.nan}, "scaling must be finite, found nan"),
+        ({"scaling": math.nan}, "scaling must be a finite number, found nan"),
         ({"is_parallel": True, "original_ln_before": True}, "exclude each other"),
         ({"original_ln_before": True}, "no module of LlamaForCausalLM gives what comes behind the residual"),
         ({"target_modules": ["mlpp"]}, "'mlpp' matches no module"),

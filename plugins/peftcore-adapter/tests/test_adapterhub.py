@@ -61,6 +61,11 @@ def changed(folder: Path, **settings: Any) -> Path:
         ({"residual_before_ln": False}, "it uses residual_before_ln=False"),
         ({"scaling": "learned"}, "it uses scaling='learned'; only a number"),
         ({"reduction_factor": {"default": 4}}, "only a number"),
+        ({"scaling": True}, "only a number"),
+        ({"dropout": "0.1"}, "it uses dropout='0.1'; only a number"),
+        ({"is_parallel": "no"}, "it uses is_parallel='no'; only true or false"),
+        ({"non_linearity": ["relu"]}, r"it uses non_linearity=\['relu'\]; only a text"),
+        ({"bottleneck": None, "non_linearity": "x" * 9}, "non_linearity must be"),
         ({"non_linearity": "prelu"}, "non_linearity must be .* found 'prelu'"),
     ],
 )

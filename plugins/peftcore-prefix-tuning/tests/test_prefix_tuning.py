@@ -94,7 +94,7 @@ def test_a_decoder_deeper_than_its_encoder() -> None:
     [
         ({"num_virtual_tokens": -1}, "num_virtual_tokens must be a positive whole number, found -1"),
         ({"encoder_hidden_size": 0}, "encoder_hidden_size must be a positive whole number, found 0"),
-        ({"init_weights": "ones"}, "init_weights must be None or 'zero', found 'ones'"),
+        ({"init_weights": "ones"}, "init_weights must be 'zero' or None, found 'ones'"),
         ({"num_transformer_submodules": 3}, "num_transformer_submodules must be None, 1 or 2, found 3"),
         ({"token_dim": 32}, r"token_dim=32 does not fit LlamaForCausalLM, which has 16 \(2 layers, 2 key-value heads"),
         ({"num_layers": 4}, "num_layers=4 does not fit LlamaForCausalLM, which has 2"),

@@ -81,7 +81,7 @@ def test_planning_allocates_nothing_and_needs_no_tokenizer() -> None:
     ("fields", "message"),
     [
         ({"num_virtual_tokens": 0}, "num_virtual_tokens must be a positive whole number, found 0"),
-        ({"num_virtual_tokens": None}, "num_virtual_tokens must be a positive whole number, found None"),
+        ({"num_virtual_tokens": None}, "num_virtual_tokens must be a whole number, found None"),
         ({"prompt_tuning_init": "ZERO"}, "must be 'RANDOM', 'SAMPLE_VOCAB' or 'TEXT', found 'ZERO'"),
         (
             {"prompt_tuning_init": "TEXT"},
