@@ -126,7 +126,23 @@ def torch_facts():
         "include": [base / "include", base / "include" / "torch" / "csrc" / "api" / "include"],
         "lib": base / "lib",
         "abi": int(torch.compiled_with_cxx11_abi()),
+        "cuda": torch.version.cuda,
     }
+
+
+def another_cuda(nvcc, torch_cuda):
+    """Why kernels of this nvcc do not belong beside a PyTorch built with `torch_cuda`, or None.
+
+    The CUDA runtime is linked in; one of a later major version wants a newer driver than PyTorch's, and the process
+    would have two. A PyTorch without CUDA (None) has none to be compared with.
+    """
+    found = re.search(r"release (\d+)\.(\d+)", "\n".join(lines_of([nvcc, "--version"])))
+    if torch_cuda is None or found is None or found[1] == torch_cuda.split(".")[0]:
+        return None
+    return (
+        f"nvcc is of CUDA {found[1]}.{found[2]}, this PyTorch of CUDA {torch_cuda}: their major versions must be the "
+        f"same. Set CUDA_HOME or NVCC to a CUDA {torch_cuda.split('.')[0]}, or install a PyTorch for CUDA {found[1]}"
+    )
 
 
 def escape(path):
@@ -161,10 +177,15 @@ class Build:
                 "PEFTCORE_CUDA=1, but nvcc was not found (looked at NVCC, CUDA_HOME, CUDA_PATH, "
                 "/usr/local/cuda and PATH). Set CUDA_HOME, or unset PEFTCORE_CUDA"
             )
+        mismatch = another_cuda(self.nvcc, self.torch["cuda"]) if self.nvcc else None
+        if mismatch is not None:
+            if self.cuda_wanted:
+                raise SystemExit(f"PEFTCORE_CUDA=1, but {mismatch}")
+            self.nvcc = None
         self.cuda_note = (
             None
             if self.nvcc
-            else ("switched off by PEFTCORE_CUDA=0" if self.cuda_wanted is False else "nvcc was not found")
+            else mismatch or ("switched off by PEFTCORE_CUDA=0" if self.cuda_wanted is False else "nvcc was not found")
         )
         self.version = version
 

@@ -22,6 +22,7 @@
 #include <limits>
 
 #include "common/cuda_stream.h"
+#include "common/cuda_support.h"
 #include "lora/arguments.h"
 #include "lora/cuda/lora_cuda.h"
 #include "nf4/cuda/nf4_cuda.h"
@@ -324,9 +325,11 @@ Tensor lora_linear_per_sample(const Tensor& x, const Tensor& weight, const std::
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peftcore, CUDA, m) {
-    m.impl("lora_linear", &lora_linear);
-    m.impl("lora_linear_backward", &lora_linear_backward);
-    m.impl("lora_linear_per_sample", &lora_linear_per_sample);
+    m.impl("lora_linear", &OrReference<"peftcore::lora_linear", "", &lora_linear>::call);
+    m.impl("lora_linear_backward",
+           &OrReference<"peftcore::lora_linear_backward", "", &lora_linear_backward>::call);
+    m.impl("lora_linear_per_sample",
+           &OrReference<"peftcore::lora_linear_per_sample", "", &lora_linear_per_sample>::call);
 }
 
 }  // namespace lora

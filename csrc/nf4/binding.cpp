@@ -11,6 +11,7 @@
 #include <torch/library.h>
 
 #include "common/cuda_stream.h"
+#include "common/cuda_support.h"
 #include "nf4/arguments.h"
 #include "nf4/cuda/nf4_cuda.h"
 #include "nf4/linear_arguments.h"
@@ -174,12 +175,14 @@ Tensor linear_4bit_backward(const Tensor& grad, const Tensor& packed, const Tens
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peftcore, CUDA, m) {
-    m.impl("quantize_4bit", &quantize_4bit);
-    m.impl("quantize_absmax", &quantize_absmax);
-    m.impl("dequantize_4bit", &dequantize_4bit);
-    m.impl("dequantize_4bit.out", &dequantize_4bit_out);
-    m.impl("linear_4bit", &linear_4bit);
-    m.impl("linear_4bit_backward", &linear_4bit_backward);
+    m.impl("quantize_4bit", &OrReference<"peftcore::quantize_4bit", "", &quantize_4bit>::call);
+    m.impl("quantize_absmax", &OrReference<"peftcore::quantize_absmax", "", &quantize_absmax>::call);
+    m.impl("dequantize_4bit", &OrReference<"peftcore::dequantize_4bit", "", &dequantize_4bit>::call);
+    m.impl("dequantize_4bit.out",
+           &OrReference<"peftcore::dequantize_4bit", "out", &dequantize_4bit_out>::call);
+    m.impl("linear_4bit", &OrReference<"peftcore::linear_4bit", "", &linear_4bit>::call);
+    m.impl("linear_4bit_backward",
+           &OrReference<"peftcore::linear_4bit_backward", "", &linear_4bit_backward>::call);
 }
 
 }  // namespace nf4

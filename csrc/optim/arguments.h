@@ -84,7 +84,7 @@ inline Step step_arguments(at::TensorList params, at::TensorList grads, std::str
 }
 
 // State in tensors of its own: plane by plane, in each plane one tensor a parameter.
-inline void attach_state(Step& step, at::TensorList state, const char* op) {
+inline void attach_state(Step& step, at::TensorList state, const at::Device& device, const char* op) {
     const Planes planes = planes_of(step.rule);
     const size_t count = step.segments.size();
     TORCH_CHECK_VALUE(state.size() == count * planes.count, op, ": ", count, " params need ",
@@ -93,7 +93,6 @@ inline void attach_state(Step& step, at::TensorList state, const char* op) {
         Segment& segment = step.segments[i % count];
         const int bytes = planes.bytes[i / count];
         const bool codes = bytes == kBlock;
-        const at::Device device = state[0].device();
         check_tensor(state[i], codes ? at::kByte : at::kFloat, device, op, "state");
         check_numel(state[i], bytes < kBlock ? blocks_of(segment.count) : segment.count, op, "state",
                     bytes < kBlock ? "one a block of 256" : "one an element");

@@ -28,7 +28,8 @@ class Store {
     virtual void delete_frame(void* frame) = 0;
     // Room for pages 0 to `pages` - 1; throws std::runtime_error if there is none.
     virtual void reserve(int64_t pages) = 0;
-    // Begins a transfer; those of one page happen in the order in which they begin.
+    // Begins a transfer; those of one page happen in the order in which they begin. Never throws: what fails
+    // is said in `error`, for the pool knows the transfer already.
     virtual void start(const std::shared_ptr<Transfer>& transfer) = 0;
     // Returns when the frame may be used: at once on a device whose stream waits instead.
     virtual void wait(Transfer& transfer) = 0;

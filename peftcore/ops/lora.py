@@ -385,6 +385,15 @@ class _LoraLinear(torch.autograd.Function):
         return dx, bias_grad, da, db, *(None for _ in ctx.needs_input_grad[4:])
 
 
+def _refuse_capture(x: Tensor) -> None:
+    """A CUDA graph would keep the seed that the host drew once, and drop the same elements at every replay."""
+    if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "lora_linear: dropout cannot be captured in a CUDA graph, every replay of which would drop the same "
+            "elements. Set dropout to 0, or leave the step outside the graph"
+        )
+
+
 def _operands(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple[Any, ...]]:
@@ -434,7 +443,8 @@ def lora_linear(
     if not dropout_p:
         seed = None
     elif seed is None:
-        seed = torch.randint(2**63 - 1, ())
+        _refuse_capture(x)
+        seed = torch.randint(2**63 - 1, (), device="cpu")
     if torch.is_grad_enabled() and (
         a.requires_grad or x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
     ):

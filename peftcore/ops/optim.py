@@ -110,8 +110,12 @@ def decode(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
 
 
 def encode(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, absmax) of flat fp32 values; nearest entries as csrc/optim/dynamic8.h decides them."""
+    """(codes, absmax) of flat fp32 values; nearest entries as csrc/optim/dynamic8.h decides them.
+
+    What is not finite counts as 0, since it would else be the scale of 256 elements.
+    """
     signed = table is SIGNED_MAP
+    x = x.where(x.isfinite(), 0)
     blocks = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
     absmax = blocks.abs().amax(1)
     inverse = torch.where(absmax > 0, 1 / absmax, 0)
@@ -171,6 +175,8 @@ def _adamw(p: Tensor, g: Tensor, state: list[Tensor], row: list[float]) -> None:
 def _adamw_8bit(p: Tensor, g: Tensor, state: list[Tensor], row: list[float]) -> None:
     m, v = decode(state[0], state[2], SIGNED_MAP), decode(state[1], state[3], UNSIGNED_MAP)
     _adamw(p, g, [m, v], row)
+    finite = m.isfinite() & v.isfinite()  # one element must not become the scale of 256: its state begins anew
+    m, v = m.where(finite, 0), v.where(finite, 0)
     for place, moment, table in ((0, m, SIGNED_MAP), (1, v, UNSIGNED_MAP)):
         codes, absmax = encode(moment, table)
         state[place].copy_(codes)

@@ -143,33 +143,44 @@ class FusedOptimizer(Optimizer):
             values = {k: DTensor.from_local(v, **place, **sizes, run_check=False) for k, v in values.items()}
         return {"step": torch.tensor(float(self.state[param]["step"])), **values}
 
-    def _imported(self, param: Tensor, saved: dict[str, Any]) -> None:
-        """Take over the state of one parameter, of 32 or 8 bits."""
+    def _read(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
+        """The saved state of one parameter, of 32 or 8 bits, as this optimizer has it.
+
+        Raises:
+            ValueError: it does not fit the parameter.
+        """
         own, values = local(param), {}
         if "exp_avg" in self.planes and saved.get("max_exp_avg_sq") is not None:
             raise ValueError(f"{type(self).__name__} has no amsgrad, and the saved state has")
         for name, size in zip(self.planes, ops.PLANES[self.rule], strict=True):
             if size == 0:
                 continue
-            if saved.get(name) is None:
-                raise ValueError(f"the saved state lacks '{name}' (it has: {', '.join(saved)})")
-            value = local(saved[name])
+            value, absmax = saved.get(name), saved.get(f"{name}_absmax")
+            if not isinstance(value, Tensor):
+                raise ValueError(f"the saved state lacks the tensor '{name}' (it has: {', '.join(map(str, saved))})")
+            value = local(value)
             if value.numel() != own.numel():
                 raise ValueError(f"saved '{name}' has shape {list(value.shape)}, its parameter has {list(own.shape)}")
+            if absmax is not None and absmax.numel() != ops.blocks_of(own.numel()):
+                raise ValueError(
+                    f"saved '{name}_absmax' has {absmax.numel()} scales, {own.numel()} elements need "
+                    f"{ops.blocks_of(own.numel())}"
+                )
             table = ops.UNSIGNED_MAP if name == "exp_avg_sq" else ops.SIGNED_MAP
-            absmax = saved.get(f"{name}_absmax")
             if size == 1 and absmax is None:
-                codes, absmax = ops.encode(value.float().flatten(), table)
-                value = codes.view(own.shape)
+                value, absmax = ops.encode(value.float().flatten(), table)
             elif size == 4 and absmax is not None:
                 value = ops.decode(value.flatten(), absmax, table)
             if size == 1:
-                values[f"{name}_absmax"] = absmax.float()
+                values[f"{name}_absmax"] = absmax.float().flatten()
             values[name] = value.to(torch.uint8 if size == 1 else torch.float32).reshape(own.shape)
+        return values
+
+    def _take_over(self, param: Tensor, values: dict[str, Tensor], step: int) -> None:
         if not self.state.get(param):
             self._admit(param)
         self._set_state(param, values)
-        self.state[param]["step"] = int(saved.get("step", 0))
+        self.state[param]["step"] = step
 
     def state_dict(self) -> dict[str, Any]:
         """torch's form: `state` by number of the parameter, `param_groups`. Paged state is read whole into memory."""
@@ -181,15 +192,32 @@ class FusedOptimizer(Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """State and groups as `state_dict` gives them: ours in 32 or 8 bits, or that of torch's optimizer."""
-        for group in state_dict["param_groups"]:
+        """State and groups as `state_dict` gives them: ours in 32 or 8 bits, or that of torch's optimizer.
+
+        Raises:
+            ValueError: they do not fit these parameters. The state is then as it was.
+        """
+        groups = state_dict["param_groups"]
+        for group in groups:
             if group.get("amsgrad"):
                 raise ValueError(f"{type(self).__name__} has no amsgrad, and the saved state has")
+        sizes = [[len(group["params"]) for group in among] for among in (groups, self.param_groups)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the saved state is of groups of {sizes[0]} parameters, this optimizer has groups of {sizes[1]}"
+            )
+        keys = [key for group in groups for key in group["params"]]
+        owners = {key: param for key, (_, param) in zip(keys, self._owners(), strict=True)}
+        read = {}
+        for key, saved in state_dict["state"].items():
+            if key in owners:
+                try:
+                    read[owners[key]] = self._read(owners[key], saved), int(saved.get("step", 0))
+                except ValueError as error:
+                    raise ValueError(f"the state of parameter {key} does not fit: {error}") from None
         super().load_state_dict({**state_dict, "state": {}})  # which would cast moments to the parameter's dtype
-        keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-        for key, (_, param) in zip(keys, self._owners(), strict=True):
-            if key in state_dict["state"]:
-                self._imported(param, state_dict["state"][key])
+        for param, (values, step) in read.items():
+            self._take_over(param, values, step)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -67,6 +67,15 @@ def _margin(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """Where a parameter's state lies: on which device's pages, from which block of 256 elements, and how many."""
+
+    device: torch.device
+    first: int
+    elements: int
+
+
 class PagedOptimizer(FusedOptimizer):
     """A `FusedOptimizer` with state in pages.
 
@@ -104,7 +113,7 @@ class PagedOptimizer(FusedOptimizer):
     def _forget(self) -> None:
         self._pools: dict[torch.device, Any] = {}
         self._blocks: dict[torch.device, int] = {}  # in use
-        self._slots: dict[Tensor, int] = {}  # the first block of each parameter's state
+        self._slots: dict[Tensor, _Slot] = {}
         self._sweep = 0
 
     @property
@@ -130,18 +139,43 @@ class PagedOptimizer(FusedOptimizer):
     # --- state in pages
 
     def _new_state(self, param: Tensor) -> None:
-        device, count = local(param).device, ops.blocks_of(local(param).numel())
-        pool = self._pool(device)
-        first = self._blocks[device]
+        own = local(param)
+        kept = self._slots.get(param)
+        if kept == _Slot(own.device, kept.first if kept else 0, own.numel()):
+            self._clear(param)
+            return
+        count, pool = ops.blocks_of(own.numel()), self._pool(own.device)
+        first = self._blocks[own.device]
         pool.grow(-(-(first + count) // self._page_blocks))
-        self._slots[param] = first
-        self._blocks[device] = first + count
+        self._slots[param] = _Slot(own.device, first, own.numel())
+        self._blocks[own.device] = first + count
         # Pages begin as zeros; the signed map's code of 0 needs none written, since its scale is 0.
+
+    def _slot(self, param: Tensor) -> _Slot:
+        """Where the state of `param` lies.
+
+        Raises:
+            RuntimeError: the parameter is no longer what it was: its pages are others' beyond its former size.
+        """
+        slot, own = self._slots[param], local(param)
+        if (slot.device, slot.elements) != (own.device, own.numel()):
+            raise RuntimeError(
+                f"a parameter had {slot.elements:,} elements on {slot.device} when its state was made, and has "
+                f"{own.numel():,} on {own.device} now. Make a new optimizer for the changed parameters"
+            )
+        return slot
+
+    def _clear(self, param: Tensor) -> None:
+        pool = self._pool(local(param).device)
+        zeros = torch.zeros(self._page_bytes, dtype=torch.uint8)
+        for plane in range(len(self.planes)):
+            for page, offset, _, count in self._places(param, plane):
+                pool.write(page, offset, count, zeros.data_ptr())
 
     def _places(self, param: Tensor, plane: int) -> Iterator[tuple[int, int, int, int]]:
         """Where a plane of a parameter's state lies: (page, offset, offset in the plane, bytes), in order."""
         size, total = self._plane_bytes[plane], ops.blocks_of(local(param).numel())
-        first, per_page = self._slots[param], self._page_blocks
+        first, per_page = self._slot(param).first, self._page_blocks
         begin = per_page * sum(self._plane_bytes[:plane])
         done = 0
         while done < total:
@@ -176,7 +210,7 @@ class PagedOptimizer(FusedOptimizer):
         pool = self._pool(device)
         if self._budget is None:
             pool.balance(_margin(device))
-        slots = [self._slots[p] for p in owners]
+        slots = [self._slot(p).first for p in owners]
         backward = bool(self._sweep % 2)
         ops.optim_step_paged_(
             params, grads, pool.number, slots, self.rule, scalars, steps, rows, streams, self._sweep, backward
@@ -232,4 +266,4 @@ class PagedOptimizer(FusedOptimizer):
             state["state"].clear()
         super().__setstate__(state)
         for param, values in pages[1] if pages else ():
-            self._imported(param, values)
+            self._take_over(param, self._read(param, values), int(values["step"]))

@@ -240,3 +240,20 @@ def test_cuda_demanded_without_nvcc_is_an_error(tmp_path):
 def test_a_switch_that_is_neither_0_nor_1_is_an_error(tmp_path):
     done, _ = build(tmp_path, PEFTCORE_CUDA="yes")
     assert done.returncode != 0 and "PEFTCORE_CUDA must be 0 or 1, found 'yes'" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("cuda", "refused"), [("12.6", True), ("13.0", False)])
+def test_nvcc_and_pytorch_of_two_cuda_majors_are_not_mixed(tmp_path, cuda, refused):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 13.0, V13.0.48'\n[ $1 = --version ]\n")
+    nvcc.chmod(0o755)
+    code = f"""
+import runpy, sys, torch
+torch.version.cuda = {cuda!r}
+sys.argv = ["setup.py", "-q", "build_ext", "--build-lib", {str(tmp_path)!r}, "--build-temp", {str(tmp_path)!r}]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+    done = python(code, NVCC=str(nvcc), PEFTCORE_CUDA="1", CXX="false")
+    assert ("PEFTCORE_CUDA=1, but nvcc is of CUDA 13.0, this PyTorch of CUDA 12.6" in done.stderr) == refused
+    assert ("compilation failed" in done.stderr) != refused, done.stderr[-800:]

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -397,3 +398,25 @@ def test_an_index_that_does_not_fit(index, error, message):
     given = arguments()
     with pytest.raises(error, match=message):
         lora_linear_per_sample(given["x"], given["weight"], None, [given["a"]], [given["b"]], [1.0], index)
+
+
+def test_dropout_refuses_to_be_captured_in_a_cuda_graph(monkeypatch):
+    """Whose replays would drop the same elements. No card is needed to ask: the tensors are fake."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode():
+        x, w = torch.empty(4, 16, device="cuda"), torch.empty(8, 16, device="cuda")
+        a, b = torch.empty(2, 16, device="cuda"), torch.empty(8, 2, device="cuda")
+        assert lora_linear(x, w, None, a, b).shape == (4, 8)
+        with pytest.raises(RuntimeError, match="dropout cannot be captured in a CUDA graph"):
+            lora_linear(x, w, None, a, b, dropout_p=0.5)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        assert lora_linear(x, w, None, a, b, dropout_p=0.5).shape == (4, 8)
+
+
+def test_the_seed_is_drawn_on_the_cpu_whatever_the_default_device():
+    x, w, a, b = values((4, 16)), values((8, 16)), values((2, 16)), values((8, 2))
+    torch.manual_seed(3)
+    expected = lora_linear(x, w, None, a, b, dropout_p=0.5)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        assert torch.equal(lora_linear(x, w, None, a, b, dropout_p=0.5), expected)

@@ -1,6 +1,8 @@
 """The optimizer step: torch's and bitsandbytes' arithmetic, the same bits on every SIMD level, clear refusals."""
 
 import math
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -146,11 +148,24 @@ def test_stochastic_rounding_is_right_on_average(dtype, value):
     assert abs(rounded.mean().item() - value) <= 5 * spacing / math.sqrt(rounded.numel())
 
 
-def test_a_gradient_that_is_not_finite_shows_in_the_state_of_its_block(level):
-    p, g, state = torch.ones(600), torch.ones(600), state_of("adamw_8bit", [600])
-    g[300] = torch.nan
-    ops.optim_step_([p], [g], state, "adamw_8bit", scalars("adamw_8bit", 1), [1], [0])
-    assert state[2].isnan().tolist() == [False, True, False] and p.isnan().nonzero().flatten().tolist() == [300]
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e25])
+@pytest.mark.parametrize("rule", ["adamw", "adamw_8bit"])
+def test_a_gradient_that_is_not_finite_spoils_its_own_element_alone(level, rule, value):
+    """1e25 is finite, its square is not: the parameter stays where it is."""
+    generator = torch.Generator().manual_seed(0)
+    p, state = torch.ones(600), state_of(rule, [600])
+    others, others_state = torch.ones(600), state_of(rule, [600])
+    for step in range(1, 5):
+        g = torch.randn(600, generator=generator)
+        g[300] = 0
+        bad = g.clone()
+        bad[300] = value if step == 2 else 0
+        ops.optim_step_([p], [bad], state, rule, scalars(rule, step), [step], [0])
+        ops.optim_step_([others], [g], others_state, rule, scalars(rule, step), [step], [0])
+    spoiled = ~p.isfinite()
+    assert spoiled.nonzero().flatten().tolist() == ([300] if abs(value) != 1e25 else [])
+    p[300] = others[300]
+    assert torch.equal(p, others)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -187,3 +202,21 @@ def test_bad_arguments(change, error, message):
     for step in (ops.optim_step_, optim.optim_step_reference):
         with pytest.raises(error, match=message):
             step(*{**call, **change}.values())
+
+
+@pytest.mark.skipif(ops.extension is None, reason="no _C: PyTorch's own operators check")
+def test_state_on_another_device_is_refused_before_it_is_read():
+    """As CPU state is beside parameters on a card. A process of its own, since reading it is a crash."""
+    code = """
+import torch
+from peftcore import ops
+p = torch.ones(300)
+state = [torch.zeros(300, device="meta"), torch.zeros(300, device="meta")]
+try:
+    cpu = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    ops.optim_step_.redispatch(cpu, [p], [p], state, "adamw", [1.0] * 8, [1], [0])
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "optim_step_: state must be on cpu, found meta", done.stderr[-500:]

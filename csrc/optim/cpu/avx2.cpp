@@ -28,6 +28,10 @@ struct Avx2 {
     static const float* signed_table() { return signed_map().value; }
     static const float* unsigned_table() { return unsigned_map().value; }
 
+    static inline F where_zero(F x, F d) {
+        return _mm256_and_ps(x, _mm256_cmp_ps(d, _mm256_setzero_ps(), _CMP_EQ_OQ));
+    }
+
     struct Largest {
         __m256i bits = _mm256_setzero_si256();
         void take(F x) {

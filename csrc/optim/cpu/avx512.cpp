@@ -41,6 +41,10 @@ struct Avx512 {
         return _mm512_mask_mov_ps(a, moves, unit);  // zero and NaN stay
     }
 
+    static inline F where_zero(F x, F d) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(d, _mm512_setzero_ps(), _CMP_EQ_OQ), x);
+    }
+
     static const SignedTable& signed_table() {
         static const SignedTable table(signed_map().value + 127);
         return table;

@@ -2,7 +2,9 @@
 // and
 //
 //   load, store, set1, add, sub, mul, div, sqrt, fma     each rounded once
-//   sign (-1, 0, 1), max_magnitude                       a running maximum of |x| in which NaN wins
+//   sign                                                 -1, 0, 1
+//   where_zero(x, d)                                     x where d is 0, else 0, also where d is NaN
+//   Largest                                              a running maximum of |x|
 //   decode(codes, table, absmax, out)                    kChunk codes to registers of table[code] * absmax
 //   encode<signed>(x, inverse, encoder, codes)           256 values times `inverse` to codes
 //
@@ -87,13 +89,17 @@ static inline void adamw_8bit_block(float* p, const float* g, uint8_t* m, uint8_
             __builtin_prefetch(p + i + kBlock, 1);
             __builtin_prefetch(g + i + kBlock);
             adamw_moments<V>(V::mul(V::load(g + i), V::set1(c.factor)), mean[part], square[part], c);
+            const F divisor = V::add(V::sqrt(square[part]), V::set1(c.eps));
+            const F way = V::div(V::mul(V::set1(c.step), mean[part]), divisor);
+            V::store(p + i, V::add(V::mul(V::load(p + i), V::set1(c.decay)), way));
+            // NaN or infinity in one element must not become the scale of 256: its state begins anew.
+            const F finite = V::add(V::sub(mean[part], mean[part]), V::sub(square[part], square[part]));
+            mean[part] = V::where_zero(mean[part], finite);
+            square[part] = V::where_zero(square[part], finite);
             V::store(means + i, mean[part]);
             V::store(squares + i, square[part]);
             m_largest.take(mean[part]);
             v_largest.take(square[part]);
-            const F divisor = V::add(V::sqrt(square[part]), V::set1(c.eps));
-            const F way = V::div(V::mul(V::set1(c.step), mean[part]), divisor);
-            V::store(p + i, V::add(V::mul(V::load(p + i), V::set1(c.decay)), way));
         }
     }
     const float m_scale = m_largest.value(), v_scale = v_largest.value();

@@ -82,7 +82,7 @@ void optim_step_(at::TensorList params, at::TensorList grads, at::TensorList sta
                  at::IntArrayRef streams) {
     const char* op = "optim_step_";
     Step step = step_arguments(params, grads, rule, scalars, steps, rows, streams, op);
-    attach_state(step, state, op);
+    attach_state(step, state, params[0].device(), op);
     update(step.rule, step.segments.data(), step.segments.size(), step.rows.data());
 }
 

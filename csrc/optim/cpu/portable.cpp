@@ -9,6 +9,7 @@ struct Portable : Scalar {
     static const float* signed_table() { return signed_map().value; }
     static const float* unsigned_table() { return unsigned_map().value; }
 
+    static inline float where_zero(float x, float d) { return d == 0 ? x : 0.0f; }
     struct Largest {
         uint32_t bits = 0;
         void take(float x) {

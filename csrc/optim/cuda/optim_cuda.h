@@ -26,19 +26,22 @@ const char* peftcore_optim_step(int rule, const peftcore::optim::Segment* segmen
                                 const peftcore::optim::Scalars* rows, const peftcore::optim::Maps* maps,
                                 void* stream);
 
-const char* peftcore_cuda_alloc(int device, int64_t bytes, void** memory);
-void peftcore_cuda_free(int device, void* memory);
+// The rest happens on the current device.
+const char* peftcore_cuda_alloc(int64_t bytes, void** memory);
+void peftcore_cuda_free(void* memory);
 const char* peftcore_pinned_alloc(int64_t bytes, void** memory);
 void peftcore_pinned_free(void* memory);
-const char* peftcore_cuda_free_bytes(int device, int64_t* bytes);
-const char* peftcore_cuda_new_stream(int device, void** stream);
-void peftcore_cuda_delete_stream(int device, void* stream);
-// An event behind all that `stream` has to do so far.
-const char* peftcore_cuda_record(int device, void* stream, void** event);
+const char* peftcore_cuda_free_bytes(int64_t* bytes);
+const char* peftcore_cuda_new_stream(void** stream);
+void peftcore_cuda_delete_stream(void* stream);
+// An event behind all that `stream` has to do so far; nullptr where it could not be recorded.
+const char* peftcore_cuda_record(void* stream, void** event);
 void peftcore_cuda_delete_event(void* event);
-const char* peftcore_cuda_wait_event(int device, void* stream, void* event);
-const char* peftcore_cuda_synchronize(int device, void* stream);
+const char* peftcore_cuda_wait_event(void* stream, void* event);
+const char* peftcore_cuda_synchronize(void* stream);
 // Either way between host and device.
-const char* peftcore_cuda_copy(int device, void* to, const void* from, int64_t bytes, void* stream);
-const char* peftcore_cuda_zero(int device, void* memory, int64_t bytes, void* stream);
+const char* peftcore_cuda_copy(void* to, const void* from, int64_t bytes, void* stream);
+const char* peftcore_cuda_zero(void* memory, int64_t bytes, void* stream);
+// Is a CUDA graph being captured from `stream`?
+const char* peftcore_cuda_capturing(void* stream, int* capturing);
 }

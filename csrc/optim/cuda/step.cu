@@ -53,7 +53,7 @@ __device__ __forceinline__ float moved(float p, float decay, float way) {
     return __fadd_rn(__fmul_rn(p, decay), way);
 }
 
-// The largest magnitude of the block's threads, in which NaN wins; `warps` is shared memory of a value a
+// The largest magnitude of the block's threads, all finite; `warps` is shared memory of a value a
 // warp.
 __device__ __forceinline__ float largest(float x, uint32_t* warps) {
     uint32_t bits = float_bits(x) & 0x7fffffffu;
@@ -158,6 +158,8 @@ __global__ void __launch_bounds__(kBlock)
             const float divisor = __fadd_rn(sqrtf(v), c.eps);
             const float p = load_as_float(s.param, s.param_dtype, i);
             store_param(s, i, moved(p, c.decay, __fmul_rn(c.step, m) / divisor));
+            // NaN or infinity in one element must not become the scale of 256: its state begins anew.
+            if (!(m - m == 0 && v - v == 0)) m = v = 0;
         }
         const float m_scale = largest(m, warps), v_scale = largest(v, warps);  // all have read the old ones
         if (thread == 0) {

@@ -1,0 +1,136 @@
+// The page store of a CUDA device. It knows the calls of optim_cuda.h and nothing of PyTorch, so that a test
+// can stand in for the runtime and let any of them fail.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "optim/cuda/optim_cuda.h"
+#include "optim/store.h"
+
+namespace peftcore {
+namespace optim {
+
+inline void check_call(const char* error, const char* what) {
+    if (error != nullptr) throw std::runtime_error(std::string(what) + " failed on CUDA: " + error);
+}
+
+// Pages in pinned memory of the host; copies go over a stream of their own, and streams wait, not threads.
+//
+// `On` makes the store's device the current one for a while, and makes no context on any other: PyTorch's
+// guard. `current` gives the stream that kernels are launched on.
+template <typename On>
+class CudaStore : public Store {
+ public:
+    CudaStore(int device, int64_t page_bytes, void* (*current)(int device))
+        : device_(device), page_bytes_(page_bytes), current_(current) {
+        const On on(device_);
+        check_call(peftcore_cuda_new_stream(&stream_), "making a stream");
+    }
+
+    ~CudaStore() override {
+        const On on(device_);
+        peftcore_cuda_synchronize(stream_);
+        peftcore_cuda_delete_stream(stream_);
+        for (void* page : pinned_) peftcore_pinned_free(page);
+    }
+
+    void* new_frame() override {
+        const On on(device_);
+        void* memory = nullptr;
+        return peftcore_cuda_alloc(page_bytes_, &memory) == nullptr ? memory : nullptr;
+    }
+
+    // cudaFree waits for all that uses the memory.
+    void delete_frame(void* frame) override {
+        const On on(device_);
+        peftcore_cuda_free(frame);
+    }
+
+    void reserve(int64_t pages) override {
+        const On on(device_);
+        const size_t before = pinned_.size();
+        while (int64_t(pinned_.size()) < pages) {
+            void* page = nullptr;
+            const char* error = peftcore_pinned_alloc(page_bytes_, &page);
+            if (error != nullptr) {
+                for (; pinned_.size() > before; pinned_.pop_back()) peftcore_pinned_free(pinned_.back());
+                throw std::runtime_error("optimizer state needs " + std::to_string(pages * page_bytes_) +
+                                         " bytes of pinned memory beside the card: " + error);
+            }
+            pinned_.push_back(page);
+        }
+    }
+
+    void start(const std::shared_ptr<Transfer>& transfer) override {
+        const On on(device_);
+        const char* error = follow(current_(device_), stream_);  // kernels that use the frame come first
+        if (error == nullptr && transfer->out >= 0) {
+            error = peftcore_cuda_copy(pinned_[transfer->out], transfer->frame, page_bytes_, stream_);
+            transfer->written = error == nullptr;
+        }
+        if (error == nullptr && transfer->in >= 0)
+            error = transfer->zero
+                        ? peftcore_cuda_zero(transfer->frame, page_bytes_, stream_)
+                        : peftcore_cuda_copy(transfer->frame, pinned_[transfer->in], page_bytes_, stream_);
+        void* event = nullptr;
+        if (peftcore_cuda_record(stream_, &event) == nullptr) {
+            transfer->event = std::shared_ptr<void>(event, peftcore_cuda_delete_event);
+        } else if (const char* unfinished = peftcore_cuda_synchronize(stream_)) {
+            // Nobody can wait for the copies, nor know that they are done: the page counts as neither written
+            // nor read.
+            transfer->written = false;
+            if (error == nullptr) error = unfinished;
+        }
+        if (error != nullptr) transfer->error = std::string("a page cannot be copied: ") + error;
+        transfer->done = true;
+    }
+
+    void wait(Transfer& transfer) override {
+        if (transfer.event == nullptr) return;  // `start` has waited, or says what failed
+        const On on(device_);
+        check_call(peftcore_cuda_wait_event(current_(device_), transfer.event.get()), "waiting for an event");
+    }
+
+    void copy_from(const void* frame, int64_t offset, int64_t bytes, void* to) override {
+        copy(to, static_cast<const char*>(frame) + offset, bytes);
+    }
+
+    void copy_to(void* frame, int64_t offset, int64_t bytes, const void* from) override {
+        copy(static_cast<char*>(frame) + offset, from, bytes);
+    }
+
+    int64_t free_bytes() override {
+        const On on(device_);
+        int64_t bytes = 0;
+        check_call(peftcore_cuda_free_bytes(&bytes), "asking for free memory");
+        return bytes;
+    }
+
+    std::string place() const override { return "pinned memory"; }
+
+ private:
+    static const char* follow(void* first, void* second) {
+        void* event = nullptr;
+        if (const char* error = peftcore_cuda_record(first, &event)) return error;
+        const char* error = peftcore_cuda_wait_event(second, event);
+        peftcore_cuda_delete_event(event);
+        return error;
+    }
+
+    void copy(void* to, const void* from, int64_t bytes) {
+        const On on(device_);
+        check_call(peftcore_cuda_copy(to, from, bytes, current_(device_)), "copying a page");
+        check_call(peftcore_cuda_synchronize(current_(device_)), "copying a page");
+    }
+
+    const int device_;
+    const int64_t page_bytes_;
+    void* (*const current_)(int);
+    void* stream_ = nullptr;
+    std::vector<void*> pinned_;
+};
+
+}  // namespace optim
+}  // namespace peftcore

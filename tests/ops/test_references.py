@@ -1,0 +1,54 @@
+"""The reference of an operator stands where a backend has no kernel: how a card too old for this build gets it."""
+
+import pytest
+import torch
+
+from peftcore import ops
+
+pytestmark = pytest.mark.skipif(ops.extension is None, reason="no _C: everything is a reference")
+# A backend without kernels of ours: csrc/common/cuda_support.h leads through its table.
+OTHER = torch._C.DispatchKeySet(torch._C.DispatchKey.HPU)
+
+
+def values(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def cases():
+    x, w = values(5, 64), values(32, 64)
+    a, b = values(4, 64), values(32, 4)
+    packed, absmax = ops.quantize_4bit(w)
+    _, s = torch.ops.peftcore.lora_linear(x, w, None, a, b, 1.0, 0.0, None)
+    index = torch.zeros(5, dtype=torch.int64)
+    return {
+        "quantize_4bit": (w, ops.NF4, 64),
+        "quantize_absmax": (absmax, ops.DYNAMIC8, 256),
+        "dequantize_4bit": (packed, absmax, ops.NF4, 64, [32, 64], torch.float32),
+        "linear_4bit": (x, packed, absmax, ops.NF4, 64, 32),
+        "linear_4bit_backward": (values(5, 32), packed, absmax, ops.NF4, 64, 64),
+        "lora_linear": (x, w, None, a, b, 1.0, 0.0, None),
+        "lora_linear_backward": (values(5, 32), x, s, w, a, b, [True] * 3, 1.0, 0.0, None),
+        "lora_linear_per_sample": (x[:, None], w, None, [a], [b], [1.0], index, 32),
+    }
+
+
+@pytest.mark.parametrize("name", cases())
+def test_the_reference_is_reached_past_the_kernel(name):
+    operator = getattr(torch.ops.peftcore, name).default
+    arguments = cases()[name]
+    expected = operator(*arguments)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        operator(*arguments)
+    assert not any(call.startswith("aten.") for call in seen)  # the compiled kernel: one call
+    with Watch():
+        found = operator.redispatch(OTHER, *arguments)
+    assert any(call.startswith("aten.") for call in seen)  # the reference, of PyTorch's operators
+    for one, other in zip(*(r if isinstance(r, (tuple, list)) else [r] for r in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
