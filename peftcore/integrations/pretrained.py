@@ -2,6 +2,7 @@
 
     model.save_pretrained(folder)     the adapters, in Hugging Face PEFT's format; after `merge` the merged model
     Trainer(model=model, ...)         see `peftcore.integrations.transformers`
+    get_peft_model(model, ...)        is refused, see `peftcore.integrations.peft`
 
 Each method that is taught asks first whether adapters stand on the model, and is transformers' own where none does.
 """
@@ -22,7 +23,10 @@ import peftcore
 from peftcore.adapted import CHILD, TRAINED
 from peftcore.engine import state_of
 
-_TRAINER = "transformers.trainer"
+_TAUGHT = {  # others' modules that are taught when they are imported, each by one of ours
+    "transformers.trainer": "peftcore.integrations.transformers",
+    "peft": "peftcore.integrations.peft",
+}
 
 
 def teach(cls: type, name: str, ours: Callable[..., Any], model_of: Callable[[Any], Any]) -> None:
@@ -63,11 +67,14 @@ def save_pretrained(
     return None
 
 
-class _WhenTrainerIsImported(MetaPathFinder):
-    """`Trainer` takes a second to import, which those who do not use it should not pay."""
+class _When(MetaPathFinder):
+    """Import `ours` when another library's module `theirs` is imported: those who never do should not pay for it."""
+
+    def __init__(self, theirs: str, ours: str) -> None:
+        self.theirs, self.ours = theirs, ours
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != _TRAINER:
+        if name != self.theirs:
             return None
         sys.meta_path.remove(self)
         spec = find_spec(name)
@@ -75,14 +82,15 @@ class _WhenTrainerIsImported(MetaPathFinder):
 
         def exec_module(module: Any) -> None:
             execute(module)
-            importlib.import_module("peftcore.integrations.transformers")
+            importlib.import_module(self.ours)
 
         spec.loader.exec_module = exec_module
         return spec
 
 
 teach(PreTrainedModel, "save_pretrained", save_pretrained, lambda model: model)
-if _TRAINER in sys.modules:
-    importlib.import_module("peftcore.integrations.transformers")
-else:
-    sys.meta_path.insert(0, _WhenTrainerIsImported())
+for _theirs, _ours in _TAUGHT.items():
+    if _theirs in sys.modules:
+        importlib.import_module(_ours)
+    else:
+        sys.meta_path.insert(0, _When(_theirs, _ours))

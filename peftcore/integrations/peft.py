@@ -1,0 +1,35 @@
+"""Hugging Face PEFT refuses a model that has adapters of peftcore: it would freeze them, rename what they stand at, and
+save its own as if they were none of the base's.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from peftcore.engine import state_of
+from peftcore.errors import PeftcoreError
+
+
+def _teach(cls: type) -> None:
+    own = cls.__init__
+
+    @functools.wraps(own)
+    def init(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(model, nn.Module) and state_of(model) is not None:
+            raise PeftcoreError(
+                f"PEFT cannot adapt {type(model).__name__}, which has adapters of peftcore: "
+                f"{', '.join(state_of(model).applied)}. Add another with peftcore.apply(model, ..., adapter='NAME'), "
+                "or take them off first: peftcore.remove(model)"
+            )
+        own(self, model, *args, **kwargs)
+
+    cls.__init__ = init
+
+
+for _cls in (PeftModel, PeftMixedModel, BaseTuner):
+    _teach(_cls)
