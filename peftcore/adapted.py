@@ -18,7 +18,7 @@ that a call begins and ends (`concurrency.py`); their `forward` is their own.
 from __future__ import annotations
 
 from _thread import get_ident
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +27,13 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.concurrency import ModelLock, rests_in_thread
+from peftcore.errors import PeftcoreError
 from peftcore.per_sample import PerSample
 
 if TYPE_CHECKING:
     from peftcore.ops import PackedWeight
+
+Change = Callable[[Tensor], Tensor]  # a parameter -> what is read in its place
 
 CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
 TRAINED = "peftcore_trained"  # the child of the model that keeps the values of `Train` placements
@@ -67,19 +70,52 @@ class Adapters(nn.Module):
 class Base:
     """The module's own forward, as the innermost adapter sees it."""
 
-    __slots__ = ("_forward", "_operands", "module")
+    __slots__ = ("_changes", "_forward", "_operands", "module")
 
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+    def __init__(
+        self, module: nn.Module, forward: Callable[..., Any], changes: Sequence[Mapping[str, Change]] = ()
+    ) -> None:
         self.module = module
         self._forward = forward
-        self._operands = _operands_of(module, forward)
+        self._changes = changes
+        self._operands = None if changes else _operands_of(module, forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(self.module, *args, **kwargs)
+        if not self._changes:
+            return self._forward(self.module, *args, **kwargs)
+        if self._forward is _own_forward:
+            raise PeftcoreError(
+                f"{original_class(self.module).__name__} has a forward of this one instance, such as accelerate sets "
+                "where it spreads a model over devices: what that reads of the weights cannot be changed. Keep the "
+                "module on one device, or exclude it: exclude_modules=[...]"
+            )
+        return self._forward(_changed(self.module, self._changes), *args, **kwargs)
+
+    def on_weights(self, changes: Mapping[str, Change]) -> Base:
+        """The same forward, which reads changed parameters: by name (`weight`, `out_proj.weight`), what becomes of it.
+
+        For modules that read weights past the layers that hold them, and layers that do more than their product.
+        """
+        return Base(self.module, self._forward, (changes, *self._changes))
 
     def linear_operands(self, x: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
         """(weight `[out, in]`, bias) where calling this with x is x Wᵀ + b and no more, W frozen; else None."""
         return None if self._operands is None else self._operands(self.module, x)
+
+
+def _changed(module: nn.Module, changes: Sequence[Mapping[str, Change]]) -> nn.Module:
+    """A shallow copy of `module` that holds changed parameters; threads and graphs of before see those of before."""
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__)
+    copy.__dict__["_parameters"], copy.__dict__["_modules"] = dict(module._parameters), dict(module._modules)
+    for each in changes:
+        for name, change in each.items():
+            child, _, rest = name.partition(".")
+            if rest:
+                copy._modules[child] = _changed(copy._modules[child], [{rest: change}])
+            else:
+                copy._parameters[name] = change(copy._parameters[name])
+    return copy
 
 
 def _operands_of(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -109,6 +145,9 @@ class _AroundLink:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._adapter(self._base, *args, **kwargs)
+
+    def on_weights(self, changes: Mapping[str, Change]) -> _AroundLink:
+        return type(self)(self._adapter, self._base.on_weights(changes))
 
     def linear_operands(self, x: Tensor) -> None:
         """None: an adapter stands between."""
@@ -218,6 +257,17 @@ def rebind(copy: nn.Module) -> None:
 def adapters_of(module: nn.Module) -> Adapters | None:
     """The adapters of a module, or None where it has none."""
     return module._modules.get(CHILD) if is_adapted(module) else None
+
+
+def acts(module: nn.Module) -> bool:
+    """Would an adapter of `module` itself act in a call that this context makes?"""
+    if not module.__dict__.get(_ACTIVE):
+        return False
+    lock = module.__dict__[_LOCK]
+    if is_dynamo_compiling():
+        return not rests_in_thread(lock)
+    rests = lock.calls.get(get_ident())
+    return not (lock.rests() if rests is None else rests)
 
 
 def is_adapted(module: nn.Module) -> bool:

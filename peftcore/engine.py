@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore import adapted, prompts, ranks
+from peftcore import adapted, fast_path, prompts, ranks
 from peftcore.architecture import Architecture, detect
 from peftcore.concurrency import Activation, ModelLock, refuse_running
 from peftcore.errors import PeftcoreError, nearest
@@ -137,6 +137,7 @@ def apply(
         behind = isinstance(placement, After)
         adapted.attach(module, adapter, placement.adapter, behind=behind, lock=state.lock)
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
+    fast_path.guard(model)
     paths = tuple(placement.path for placement in placed.around)
     state.applied[adapter] = Applied(method.name, config, paths, placed.trained)
     model.__dict__[_STATE] = state
@@ -297,6 +298,7 @@ def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
     _set_active(model, tuple(name for name in state.active if name != adapter), state.samples)
     for path in entry.paths:
         adapted.detach(model.get_submodule(path), adapter)
+    fast_path.guard(model)
     TrainedParameters.detach(model, adapter)
     del state.applied[adapter]
     if not state.applied:

@@ -42,6 +42,15 @@ TRANSPOSED = WeightFormat(
     read=lambda module: module.weight.detach().T,
     write=lambda module, weight: {"weight": weight.T.to(module.weight.dtype).contiguous()},
 )
+ATTENTION = WeightFormat(
+    name="attention",  # the projections of queries, keys, values and of the output, one below the other: [4 E, E]
+    matches=lambda module: isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None,
+    read=lambda module: torch.cat([module.in_proj_weight.detach(), module.out_proj.weight.detach()]),
+    write=lambda module, weight: {
+        "in_proj_weight": weight[: 3 * module.embed_dim].to(module.in_proj_weight.dtype).clone(),
+        "out_proj.weight": weight[3 * module.embed_dim :].to(module.out_proj.weight.dtype).clone(),
+    },
+)
 
 
 @dataclass
@@ -196,7 +205,7 @@ def unmerge(model: nn.Module) -> nn.Module:
 
 def weight_format(module: nn.Module) -> WeightFormat:
     """The format that reads the weight of `module`; those of plugins are asked first."""
-    for candidate in (*registry.weight_formats(), QUANTIZED, TRANSPOSED, DENSE):
+    for candidate in (*registry.weight_formats(), QUANTIZED, TRANSPOSED, ATTENTION, DENSE):
         if candidate.matches(module):
             return candidate
     raise PeftcoreError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -67,8 +68,19 @@ def refuse_inexact(
             raise refuse(f"on random input a feature of its output is off by {off:.2g} of its size")
 
 
-def _evaluated(module: nn.Module, holder: Tensor | None = None) -> nn.Module:
-    """A shallow copy of `module` and all in it, in evaluation mode, without hooks, floating tensors as float32.
+def own_output(module: nn.Module, *inputs: Tensor) -> Any:
+    """What the forward of the module's class gives in evaluation mode; None where it takes no such input."""
+    device = module.weight.device
+    autocast = torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else None
+    with torch.no_grad(), autocast or nullcontext(), torch.random.fork_rng(devices=[]):
+        copy, forward = _evaluated(module, floats=None), adapted.original_forward(module)
+        return _first_that_runs(iter([inputs]), lambda *args: forward(copy, *args))[1]
+
+
+def _evaluated(
+    module: nn.Module, holder: Tensor | None = None, floats: torch.dtype | None = torch.float32
+) -> nn.Module:
+    """A shallow copy of `module` and all in it, in evaluation mode, without hooks, floating tensors as `floats`.
 
     With `holder` its weight is a placeholder, that is to be replaced.
     """
@@ -79,11 +91,11 @@ def _evaluated(module: nn.Module, holder: Tensor | None = None) -> nn.Module:
     for kind in ("_parameters", "_buffers"):
         copy.__dict__[kind] = tensors = dict(module.__dict__[kind])
         for name, tensor in tensors.items():
-            if tensor is not None and tensor.is_floating_point():
+            if tensor is not None and tensor.is_floating_point() and floats is not None:
                 replaced = holder is not None and name == "weight"
-                tensors[name] = holder.new_zeros(()).expand(tensor.shape) if replaced else tensor.detach().float()
+                tensors[name] = holder.new_zeros(()).expand(tensor.shape) if replaced else tensor.detach().to(floats)
     copy.__dict__["_modules"] = {
-        name: None if child is None else _evaluated(child) for name, child in module._modules.items()
+        name: None if child is None else _evaluated(child, None, floats) for name, child in module._modules.items()
     }
     adapted.rebind(copy)
     return copy
@@ -93,7 +105,9 @@ def _put(copy: nn.Module, weights: WeightFormat, weight: Tensor) -> float:
     """Give an evaluated copy a dense weight; how coarsely it is kept there."""
     tensors = {"weight": weight} if weights.decode is not None else weights.write(copy, weight)
     for name, tensor in tensors.items():
-        (copy._parameters if name in copy._parameters else copy._buffers)[name] = tensor
+        path, _, attribute = name.rpartition(".")
+        owner = copy.get_submodule(path)
+        (owner._parameters if attribute in owner._parameters else owner._buffers)[attribute] = tensor
     return max((torch.finfo(t.dtype).eps for t in tensors.values() if t.is_floating_point()), default=1.0)
 
 
@@ -125,7 +139,7 @@ def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield (x,)
         yield (x.transpose(1, 2),)  # channels last, as some heads have it
     elif isinstance(module, nn.MultiheadAttention):
-        yield normal(3, 3, module.embed_dim), normal(3, 3, module.kdim), normal(3, 3, module.vdim)
+        yield tuple(normal(2, 3, width)[:2] for width in (module.embed_dim, module.kdim, module.vdim))
     elif weight.dim():
         width = weight.shape[-1]
         yield (normal(_ROWS, width),)

@@ -77,7 +77,8 @@ def select(
 
     Args:
         target_modules: list of suffixes, a regular expression that matches the whole path, or `all-linear`:
-            every linear layer but the output head and the task's heads.
+            every linear layer but the output head and the task's heads. A `nn.MultiheadAttention` stands for its
+            projections where `supported`.
         exclude_modules: list of suffixes or a regular expression, taken away from the selection.
         layers_to_transform: layer indices; `layers_pattern` names the list of layers (`layers`, `h`), by
             default the first numbered part of a path counts.
@@ -111,6 +112,8 @@ def select(
         chosen = _by_suffix(modules, target_modules, supported)
 
     chosen = [path for path in chosen if path not in excluded and path not in inside_saved]
+    if target_modules == ALL_LINEAR:
+        chosen = _with_attention(modules, chosen, excluded, supported)
     if layers_to_transform is not None:
         chosen = _of_layers(chosen, layers_to_transform, layers_pattern)
     if not chosen:
@@ -242,12 +245,35 @@ def drop_unmatched(model: nn.Module, entries: Sequence[str]) -> list[str]:
 def refuse_bypassed(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> None:
     """`nn.MultiheadAttention` reads the weights of its projection and never calls it: an adapter there does nothing."""
     for path in chosen:
-        parent = modules.get(path.rpartition(".")[0])
-        if parent is not None and issubclass(original_class(parent), nn.MultiheadAttention):
+        attention = _attention_over(modules, path)
+        if attention is not None:
             raise PeftcoreError(
                 f"'{path}' belongs to nn.MultiheadAttention, which reads its weight and never calls it: an adapter "
-                f"there would do nothing. Exclude it: exclude_modules=['{path.rpartition('.')[2]}']"
+                f"there would do nothing. Where the method adapts the attention as a whole, name that: "
+                f"target_modules=['{attention.rpartition('.')[2]}']; else exclude it: "
+                f"exclude_modules=['{path.rpartition('.')[2]}']"
             )
+
+
+def _attention_over(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """The path of the `nn.MultiheadAttention` whose projection `path` is."""
+    parent = path.rpartition(".")[0]
+    is_attention = path and parent in modules and issubclass(original_class(modules[parent]), nn.MultiheadAttention)
+    return parent if is_attention else None
+
+
+def _with_attention(
+    modules: Mapping[str, nn.Module], chosen: Iterable[str], excluded: Collection[str], supported: Any
+) -> list[str]:
+    """`chosen`, with an attention as a whole in place of its projection, where the method can adapt that."""
+    found: list[str] = []
+    for path in chosen:
+        attention = _attention_over(modules, path)
+        if attention is None or not supported(modules[attention]):
+            found.append(path)
+        elif attention not in excluded:
+            found.append(attention)
+    return found
 
 
 def is_inside(saved: str, path: str) -> bool:

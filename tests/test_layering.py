@@ -15,7 +15,7 @@ ORDER = [
     | {"concurrency"},
     {"registry", "adapted", "observation", "sublayers", "patterns"},
     {"architecture"},
-    {"targets", "prompts", "trained", "fingerprint", "adapter_files"},
+    {"targets", "fast_path", "prompts", "trained", "fingerprint", "adapter_files"},
     {"engine", "probe"},
     {"merge", "checkpoint", "adapter_tensors", "reference", "summary", "quantization", "optim"},
     {"parallel"},

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftcore
-from peftcore import ops, targets, validation
+from peftcore import ops, probe, targets, validation
+from peftcore.adapted import original_class
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class LoraLinear(Lora):
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         p = self.dropout.p if self.training else 0.0
-        operands = base.linear_operands(x)
+        operands = None if x.is_nested else base.linear_operands(x)
         if operands is not None:
             return ops.lora_linear(x, *operands, self.lora_A, self.lora_B, self.scale, p)
         y = base(x)
@@ -149,20 +150,79 @@ class LoraConv(Lora):
 
 
 class LoraEmbedding(Lora):
-    """nn.Embedding: A `[r, vocabulary]` is looked up, B `[dim, r]` maps to the embedding."""
+    """nn.Embedding: A `[r, vocabulary]` is looked up, B `[dim, r]` maps to the embedding.
+
+    Subclasses that multiply what they look up by their `embed_scale` (Gemma, BART) do so with B A, too.
+    """
 
     def forward(self, base: Any, tokens: Tensor) -> Tensor:
-        y = base(tokens)
-        s = F.embedding(tokens, self.lora_A.T, base.module.padding_idx)  # [..., r]
-        return y + self.scale * F.linear(s, self.lora_B).to(y.dtype)
+        y, scale = base(tokens), embed_scale(base.module)
+        if tokens.is_floating_point():  # shares of each entry, as Ovis has them
+            s = F.linear(tokens, self.lora_A.to(tokens.dtype)).to(self.lora_B.dtype)
+        else:
+            s = F.embedding(tokens, self.lora_A.T, base.module.padding_idx)  # [..., r]
+        return y + (self.scale * F.linear(s, self.lora_B) * scale).to(y.dtype)
 
     def delta(self) -> Tensor:
         return super().delta().T  # [vocabulary, dim]
 
 
+class OnWeight(Lora):
+    """For layers that do more than their product: their own forward, which reads W + scale · B A. Without dropout."""
+
+    per_sample = None
+    whole_batch = True
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.on_weights({"weight": self.changed})(*args, **kwargs)
+
+    def changed(self, weight: Tensor) -> Tensor:
+        return weight + self.delta().to(weight.dtype)
+
+
+class LoraLinearOnWeight(OnWeight, LoraLinear):
+    """A router that gives a choice beside its logits, a product in groups."""
+
+
+class LoraConvOnWeight(OnWeight, LoraConv):
+    """A convolution that pads, or transposes, its input by itself."""
+
+
+class LoraAttention(OnWeight):
+    """nn.MultiheadAttention: A `[r, E]`, B `[3 E, r]` for `in_proj_weight`, and a pair of their own for `out_proj`.
+
+    To `out_proj` PEFT (0.21 and before) adds scale · B A twice. Files mean that, so it is done here, too.
+    """
+
+    def __init__(self, config: LoraConfig, path: str, width: int) -> None:
+        super().__init__(config, path, [width], [3 * width])
+        self.out_proj = OnWeight(config, path, [width], [width])
+        self.out_proj.scale *= 2
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        changes = {"in_proj_weight": self.changed, "out_proj.weight": self.out_proj.changed}
+        return base.on_weights(changes)(*args, **kwargs)
+
+    def merged(self, weight: Tensor) -> Tensor:
+        return weight + torch.cat([self.delta(), self.out_proj.delta()])  # [4 E, E]
+
+
 def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
     """The LoRA of one layer."""
+    if isinstance(module, nn.MultiheadAttention):
+        one = module.in_proj_weight is not None
+        validation.require(
+            one,
+            f"'{path}' is an attention whose keys or values have a width of their own (kdim, vdim), which LoRA "
+            f"cannot adapt. Exclude its projection: exclude_modules=['{path}.out_proj']",
+        )
+        return LoraAttention(config, path, module.embed_dim)
     if isinstance(module, nn.Embedding):
+        validation.require(
+            looks_up(module),
+            f"'{path}' ({original_class(module).__name__}) does more than look its input up, which LoRA cannot adapt. "
+            "Take it out of target_modules",
+        )
         adapter = LoraEmbedding(config, path, [module.num_embeddings], [module.embedding_dim])
         if config.init_lora_weights is not False:  # as in the paper's code and PEFT: here A is zero, B normal
             nn.init.zeros_(adapter.lora_A)
@@ -171,14 +231,67 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         groups, kernel = module.groups, module.kernel_size
         validation.require(groups == 1, f"'{path}' is a convolution in {groups} groups, which LoRA cannot adapt")
-        return LoraConv(config, path, [module.in_channels, *kernel], [module.out_channels, *(1 for _ in kernel)])
+        kind = LoraConv if adds_to_convolution(module) else LoraConvOnWeight
+        return kind(config, path, [module.in_channels, *kernel], [module.out_channels, *(1 for _ in kernel)])
     width, out_width = targets.sizes(module)
-    return LoraLinear(config, path, [width], [out_width])
+    kind = LoraLinear if adds_to_product(module) else LoraLinearOnWeight
+    return kind(config, path, [width], [out_width])
+
+
+def embed_scale(module: nn.Module) -> Tensor | float:
+    """The factor of an embedding's output, in the dtype in which the layer multiplies by it."""
+    scale = getattr(module, "embed_scale", None)
+    return 1.0 if scale is None else scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
+
+
+# Whether B A may be added to what a layer gives, as PEFT does it, is seen on the layer: classes are many.
+
+
+def looks_up(module: nn.Embedding) -> bool:
+    """Does it give rows of its weight, times `embed_scale`?"""
+    if module.max_norm is not None:
+        return False
+    if has_forward_of(module, nn.Embedding) or module.weight.is_meta:
+        return True
+    tokens = torch.arange(module.num_embeddings, device=module.weight.device)[None, -3:]
+    found = probe.own_output(module, tokens)
+    wanted = F.embedding(tokens, module.weight.detach()) * embed_scale(module)
+    is_same = isinstance(found, Tensor) and found.shape == wanted.shape
+    return is_same and torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=1e-6)
+
+
+def adds_to_product(module: nn.Module) -> bool:
+    """Does a linear layer give one tensor `[..., out]`? Of packed weights every layer does."""
+    weight = module.weight
+    if not isinstance(module, nn.Linear) or has_forward_of(module, nn.Linear) or not is_dense(weight):
+        return True
+    found = probe.own_output(module, weight.new_ones(2, module.in_features))
+    return isinstance(found, Tensor) and found.shape == (2, module.out_features)
+
+
+def adds_to_convolution(module: nn.Module) -> bool:
+    """Does a convolution give what its class would of the same input, in size?"""
+    kind = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
+    if has_forward_of(module, kind) or not is_dense(module.weight):
+        return True
+    x = module.weight.new_ones(
+        1, module.in_channels, *(k * (d + 1) for k, d in zip(module.kernel_size, module.dilation, strict=True))
+    )
+    found = probe.own_output(module, x)
+    return isinstance(found, Tensor) and found.shape == module._conv_forward(x, module.weight, module.bias).shape
+
+
+def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return original_class(module).forward is kind.forward
+
+
+def is_dense(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.itemsize > 1
 
 
 def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
     """The layers that the config means, by path, of those that LoRA can adapt."""
-    others = (nn.Embedding, nn.Conv1d, nn.Conv2d)
+    others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
     return targets.select_by(
         config, model, architecture, supported=lambda module: targets.is_linear(module) or isinstance(module, others)
     )
@@ -189,6 +302,12 @@ def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architect
     placements = [peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()]
     if config.bias == "none":
         return placements
+    whole = [path for path, module in chosen.items() if isinstance(module, nn.MultiheadAttention)]
+    validation.require(
+        not whole,
+        f"bias={config.bias!r} is not known beside '{whole[0] if whole else None}', an nn.MultiheadAttention, "
+        "whose biases have other names. Choose bias='none'",
+    )
     return [*placements, targets.biases(model, None if config.bias == "all" else chosen)]
 
 
@@ -197,7 +316,7 @@ def tensor_name(placement: Any, name: str) -> str:
     if isinstance(getattr(placement, "adapter", None), LoraEmbedding):
         name = name.replace("lora_", "lora_embedding_")
     elif isinstance(placement, peftcore.Around):
-        name = f"{name}.weight"
+        name = f"base_layer.{name}.weight" if name.startswith("out_proj.") else f"{name}.weight"
     return peftcore.tensor_name(placement, name)
 
 
