@@ -7,6 +7,7 @@ Read off the model itself (transformers' models all say these things); a plugin'
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from peftcore.adapted import base_modules, original_forward
 from peftcore.errors import PluginError
 from peftcore.registry import registry
-from peftcore.sublayers import Sublayer, find
+from peftcore.sublayers import Observed, Sublayer
 
 # The argument by which a model takes its attention cache: transformers names it by release.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
@@ -44,7 +45,7 @@ class Architecture:
         task_heads: paths of the heads that pre-training did not train (a classifier's).
         cache_argument: name under which the backbone's forward takes the attention cache.
         hidden_size, num_layers, num_heads, num_kv_heads, head_dim: sizes.
-        sublayers: attention and feed-forward of every layer; none where the kind of layer is not known.
+        sublayers: attention and feed-forward of every layer, observed when first asked for; none where that fails.
     """
 
     task_type: str | None = None
@@ -61,7 +62,7 @@ class Architecture:
     num_heads: int | None = None
     num_kv_heads: int | None = None
     head_dim: int | None = None
-    sublayers: tuple[Sublayer, ...] = ()
+    sublayers: Sequence[Sublayer] = ()
 
 
 def detect(model: nn.Module) -> Architecture:
@@ -79,7 +80,7 @@ def detect(model: nn.Module) -> Architecture:
 def _read(model: nn.Module) -> Architecture:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings"):
-        return Architecture(sublayers=find(model))
+        return Architecture(sublayers=Observed(model))
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     paths = {id(module): path for path, module in base_modules(model)}
@@ -116,7 +117,7 @@ def _read(model: nn.Module) -> Architecture:
         num_heads=heads,
         num_kv_heads=_size(config, "num_key_value_heads") or _falcon_heads(config) or heads,
         head_dim=_size(config, "head_dim") or (hidden_size // heads if hidden_size and heads else None),
-        sublayers=find(model),
+        sublayers=Observed(model),
     )
 
 

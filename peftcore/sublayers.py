@@ -1,17 +1,24 @@
-"""Where the sublayers of known transformer layers lie: attention, cross-attention and feed-forward.
+"""Where the sublayers of a model lie: attention, cross-attention and feed-forward, as one forward shows them.
 
-A layer is known by its class. For a family that is missing here, add a row, or name modules in the config.
+A sublayer is a branch F beside the residual stream: s + F(s). It is found by what is added to what, and never by a
+class's name (`observation`); see `residuals` for how.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Literal
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from peftcore.adapted import base_modules, original_class
+from peftcore.adapted import base_modules
+from peftcore.observation import Trace, trace
+from peftcore.observation.residuals import FUSED_ATTENTION, MATRIX, MIXING, Branch, Residuals
+from peftcore.observation.trace import SKIPPED, Call, likeness
 
 ATTENTION, CROSS_ATTENTION, FEED_FORWARD = "attention", "cross_attention", "feed_forward"
 
@@ -24,11 +31,14 @@ class Sublayer:
         pre-norm (Llama):  s --- norm --- x --- F --- h --- (+ s) ---
 
     Args:
-        kind: which of the three it is.
+        kind: which of the three it is. What mixes tokens in the place of attention (a state space, a convolution,
+            a Fourier transform) counts as attention.
         layer: index in its stack; encoder and decoder each count from 0.
         output: path of the module whose (first) output is h, before residual and norm. Dropout may follow.
+        width: the size of h's last dimension.
         whole: path of the module that a branch from x to h runs beside. Its first argument is x and its (first)
-            output is h; where `adds_residual`, its arguments are (h', x) and it adds them itself.
+            output is h, or h with the residual added; where `adds_residual`, its arguments are (h', x) and it adds
+            them itself. None where no module is like that.
         adds_residual: see `whole`.
         norm: path of the norm whose input is h + x (post-norm), else None.
         stream: path of the module whose (first) output is h + s (pre-norm), None where no module's is.
@@ -39,7 +49,8 @@ class Sublayer:
     kind: Literal["attention", "cross_attention", "feed_forward"]
     layer: int
     output: str
-    whole: str
+    width: int
+    whole: str | None = None
     adds_residual: bool = False
     norm: str | None = None
     stream: str | None = None
@@ -47,95 +58,270 @@ class Sublayer:
     inner: tuple[str, ...] = ()
 
 
+class Observed(Sequence[Sublayer]):
+    """The sublayers of a model, found when they are first asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @cached_property
+    def _found(self) -> tuple[Sublayer, ...]:
+        return find(self._model)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._found[index]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._found == tuple(other)
+
+    def __repr__(self) -> str:
+        return repr(self._found)
+
+
+_FOUND: WeakKeyDictionary[nn.Module, tuple[Any, tuple[Sublayer, ...]]] = WeakKeyDictionary()
+
+
 def find(model: nn.Module) -> tuple[Sublayer, ...]:
-    """The sublayers of all known layers of `model`, in its order; none where it has no known layer."""
+    """The sublayers of all numbered layers of `model`, in the order of its forward.
+
+    Found once a model, while its modules stay as they are. None where its forward cannot be observed: it fails with
+    example inputs.
+    """
+    like = likeness(model)
+    known = _FOUND.get(model)
+    if known is None or known[0] != like:
+        _FOUND[model] = known = like, _find(model)
+    return known[1]
+
+
+def _find(model: nn.Module) -> tuple[Sublayer, ...]:
+    reader = _Reader(model, trace(model))
+    if reader.looks_into_skipped_layers():
+        reader = _Reader(model, trace(model, every_layer=True))
+    if reader.trace.error is not None and not _whole_stacks(model, reader.trace):
+        return ()
+    return reader.sublayers()
+
+
+def _whole_stacks(model: nn.Module, trace: Trace) -> bool:
+    """Did a forward that failed leave no list of layers half-way?"""
+    if any(_numbers(path) for path in trace.failed):
+        return False
+    lists = (path for path, module in base_modules(model) if isinstance(module, nn.ModuleList))
     modules = dict(base_modules(model))
-    return tuple(
-        sublayer
-        for path, module in modules.items()
-        if path.rpartition(".")[2].isdigit()
-        for sublayer in _of_layer(path, modules, _LAYERS.get(original_class(module).__name__, ()))
-    )
+    return all(len({f"{path}.{i}" in trace.called for i in range(len(modules[path]))}) <= 1 for path in lists)
 
 
-def _of_layer(path: str, modules: dict[str, nn.Module], rows: tuple[Sublayer, ...]) -> Iterator[Sublayer]:
-    for row in rows:
-        if f"{path}.{row.output}" not in modules:
-            continue  # a layer without cross-attention, or another release's names
-        inside = {
-            field.name: f"{path}.{value}" if value else path  # "" is the layer itself
-            for field in fields(row)
-            if isinstance(value := getattr(row, field.name), str) and field.name != "kind"
-        }
-        inner = tuple(there for name in row.inner if (there := f"{path}.{name}") in modules)
-        yield Sublayer(row.kind, int(path.rpartition(".")[2]), adds_residual=row.adds_residual, inner=inner, **inside)
+class _Reader:
+    """Turns branches of a trace into sublayers."""
 
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.trace, self.values = trace, trace.values
+        self.residuals = Residuals(trace)
+        self.modules = dict(base_modules(model))
+        self.called = trace.called
 
-# One table a structure; paths are relative to the layer.
-
-# Residual and norm are inside `*.output`, whose arguments are (inner states, x).
-_BERT = (
-    *(
-        Sublayer(
-            kind,
-            0,
-            output=f"{name}.output.dense",
-            whole=f"{name}.output",
-            adds_residual=True,
-            norm=f"{name}.output.LayerNorm",
-            query=f"{name}.self.query",
+    def looks_into_skipped_layers(self) -> bool:
+        """Is a layer's work added outside of it?"""
+        return any(
+            self.values[v].operator == SKIPPED for branch in self.residuals.branches for v in self._region(branch)
         )
-        for kind, name in ((ATTENTION, "attention"), (CROSS_ATTENTION, "crossattention"))
-    ),
-    Sublayer(
-        FEED_FORWARD,
-        0,
-        output="output.dense",
-        whole="output",
-        adds_residual=True,
-        norm="output.LayerNorm",
-        inner=("intermediate.dense",),
-    ),
-)
-_DISTILBERT = (
-    Sublayer(ATTENTION, 0, "attention", "attention", norm="sa_layer_norm", query="attention.q_lin"),
-    Sublayer(FEED_FORWARD, 0, "ffn", "ffn", norm="output_layer_norm", inner=("ffn.lin1",)),
-)
-_VIT = (
-    Sublayer(ATTENTION, 0, "attention", "attention", query="attention.q_proj"),
-    Sublayer(FEED_FORWARD, 0, "mlp", "mlp", stream="", inner=("mlp.fc1",)),
-)
-_GPT2 = (  # queries, keys and values are one layer, `attn.c_attn`
-    Sublayer(ATTENTION, 0, "attn", "attn"),
-    Sublayer(CROSS_ATTENTION, 0, "crossattention", "crossattention", query="crossattention.q_attn"),
-    Sublayer(FEED_FORWARD, 0, "mlp", "mlp", stream="", inner=("mlp.c_fc",)),
-)
-# Gemma 2 and 3 norm h once more before they add it: h is what comes before all norms.
-_LLAMA = (
-    Sublayer(ATTENTION, 0, "self_attn", "self_attn", query="self_attn.q_proj"),
-    Sublayer(FEED_FORWARD, 0, "mlp", "mlp", stream="", inner=("mlp.gate_proj", "mlp.up_proj")),
-)
+
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        branches: dict[str, Branch] = {}  # by path; a shared layer counts once
+        for branch in self.residuals.branches:
+            if _numbers(branch.call.path) and self._has_features_last(branch.call):
+                branches.setdefault(branch.call.path, branch)
+        twins = {path: [path] for path in branches}  # those of the layers that are like the one that was watched
+        for path, like in self.trace.alike:
+            for known in [known for known in twins if known.startswith(f"{like}.")]:
+                twins[known].append(path + known[len(like) :])
+        layers = _layers([path for paths in twins.values() for path in paths])
+        watched: dict[str, list[Branch]] = defaultdict(list)
+        for path, branch in branches.items():
+            watched[layers[path]].append(branch)
+        found: dict[str, list[Sublayer]] = defaultdict(list)
+        for layer, inside in watched.items():
+            for branch, kind in zip(inside, self._kinds(inside), strict=True):
+                if kind is not None:
+                    sublayer = self._sublayer(branch, kind, layer)
+                    for path in dict.fromkeys(twins[branch.call.path]):
+                        found[layers[path]].append(_moved(sublayer, layer, layers[path]))
+        order = [call.path for call in self.trace.calls]
+        indices = _indices(sorted(found, key=order.index))
+        return tuple(replace(sublayer, layer=indices[layer]) for layer in indices for sublayer in found[layer])
+
+    def _kinds(self, branches: list[Branch]) -> list[str | None]:
+        products = [self._product(branch) for branch in branches]
+        attends = [product is not None for product in products]
+        mixes = [any(self.values[v].operator in MIXING for v in self._region(branch)) for branch in branches]
+        kinds: list[str | None] = []
+        for branch, product, mixing in zip(branches, products, mixes, strict=True):
+            if product is not None:
+                kinds.append(ATTENTION if self._looks_at_itself(branch, product) else CROSS_ATTENTION)
+            elif not mixing:
+                kinds.append(FEED_FORWARD)
+            elif not any(attends):
+                kinds.append(ATTENTION)
+            else:  # a convolution inside the feed-forward, or a module of its own beside one (Conformer)
+                others = sum(not a and not m for a, m in zip(attends, mixes, strict=True))
+                kinds.append(None if others else FEED_FORWARD)
+        return kinds
+
+    def _region(self, branch: Branch) -> list[int]:
+        """The values between the stream and h, in order, made inside the call that gave h or before it."""
+        return sorted(self.residuals.region(branch.h, branch.stream) - {branch.stream})
+
+    def _product(self, branch: Branch) -> tuple[int, int] | None:
+        """The factors of the first product of two activations: queries and keys."""
+        for number in self._region(branch):
+            value = self.values[number]
+            if value.operator in FUSED_ATTENTION:
+                return value.inputs[0], value.inputs[1]
+            if value.operator in ("bmm", "baddbmm") and not any(self.values[v].is_weight for v in value.inputs[-2:]):
+                return value.inputs[-2], value.inputs[-1]
+        return None
+
+    def _looks_at_itself(self, branch: Branch, product: tuple[int, int]) -> bool:
+        return self.residuals.comes_from(product[1], branch.stream)
+
+    def _sublayer(self, branch: Branch, kind: str, layer: str) -> Sublayer:
+        norm = self._norm_behind(branch, layer)
+        whole, adds = self._whole(branch)
+        streams = [c for c in self.residuals.returned[branch.out] if not self.residuals.is_plain(c)]
+        return Sublayer(
+            kind,
+            0,  # until all layers are known
+            output=branch.call.path,
+            width=self.values[branch.h].shape[-1],
+            whole=whole,
+            adds_residual=adds,
+            norm=norm,
+            stream=streams[0].path if streams and norm is None else None,
+            query=self._query(branch) if kind != FEED_FORWARD else None,
+            inner=self._inner(branch) if kind == FEED_FORWARD else (),
+        )
+
+    def _norm_behind(self, branch: Branch, layer: str) -> str | None:
+        if branch.out in self.residuals.streams:
+            return None
+        for call in self.trace.calls:
+            if call.first == branch.out and self.residuals.is_norm(call) and call.path.startswith(f"{layer}."):
+                return call.path
+        return None
+
+    def _whole(self, branch: Branch) -> tuple[str | None, bool]:
+        for call in (branch.call, *branch.call.around()):
+            first, *others = [*call.arguments.values(), None]
+            if first is not None and self._is_input(first, branch) and call.output in (branch.h, branch.out):
+                return call.path, False
+            if branch.adder is call and others[0] == branch.stream:
+                return call.path, True
+        return None, False
+
+    def _is_input(self, value: int, branch: Branch) -> bool:
+        """Is it what the sublayer reads: the stream, or the stream behind a norm?"""
+        region = self.residuals.region(value, branch.stream)
+        return branch.stream in region and not any(self.values[v].operator in MATRIX for v in region - {branch.stream})
+
+    def _has_features_last(self, call: Call) -> bool:
+        """Is the last dimension of the output that of the features? Not behind a convolution, which has them second."""
+        value = call.output
+        while True:
+            operator = self.values[value].operator
+            if operator == "convolution" or self.values[value].turned:
+                return False
+            if operator in MATRIX or operator == "embedding":
+                return True
+            inputs = [v for v in self.values[value].inputs if not self.values[v].is_weight]
+            if not inputs:
+                return False
+            value = inputs[0]
+
+    def _is_linear(self, call: Call) -> bool:
+        weight = call.module._parameters.get("weight")
+        leaf = not any(True for _ in call.module.children())
+        return leaf and weight is not None and weight.dim() == 2 and call in self.residuals.multiplies
+
+    def _linear_behind(self, value: int, since: int) -> list[Call]:
+        """The linear layers that one meets first, going back from `value`."""
+        found: dict[str, Call] = {}
+        seen, queue = {value}, [value]
+        while queue:
+            number = queue.pop()
+            calls = [c for c in self.residuals.returned[number] if self._is_linear(c)]
+            if calls:
+                found.setdefault(calls[0].path, calls[0])
+                continue
+            for source in self.values[number].inputs:
+                if source > since and source not in seen:
+                    seen.add(source)
+                    queue.append(source)
+        return [found[path] for path in sorted(found)]
+
+    def _query(self, branch: Branch) -> str | None:
+        product = self._product(branch)
+        if product is None:
+            return None
+        query, key = (self._linear_behind(v, branch.stream) for v in product)
+        return query[0].path if len(query) == 1 and query[0] not in key else None
+
+    def _inner(self, branch: Branch) -> tuple[str, ...]:
+        last = self._linear_behind(branch.h, branch.stream)
+        inner = {c.path for call in last for c in self._linear_behind(call.first, branch.stream) if call.first}
+        if any(not self._all_called(path) for path in inner):
+            return ()  # experts of which this forward took a few
+        return tuple(path for path in self.modules if path in inner)
+
+    def _all_called(self, path: str) -> bool:
+        """Were all modules called that stand in one list with this one?"""
+        parts = path.split(".")
+        for i, part in enumerate(parts):
+            if part.isdigit():
+                siblings = self.modules.get(".".join(parts[:i]), ())
+                if not all(f"{'.'.join(parts[:i])}.{name}" in self.called for name in dict(siblings.named_children())):
+                    return False
+        return True
 
 
-_T5_OWN, _T5_CROSS = "layer.0.SelfAttention", "layer.1.EncDecAttention"
-_T5 = (
-    Sublayer(ATTENTION, 0, _T5_OWN, _T5_OWN, stream="layer.0", query=f"{_T5_OWN}.q"),
-    Sublayer(CROSS_ATTENTION, 0, _T5_CROSS, _T5_CROSS, stream="layer.1", query=f"{_T5_CROSS}.q"),
-    *(
-        Sublayer(FEED_FORWARD, 0, path, path, stream=stream, inner=(f"{path}.wi", f"{path}.wi_0", f"{path}.wi_1"))
-        for stream in ("layer.1", "layer.2")  # of the encoder, of the decoder
-        for path in (f"{stream}.DenseReluDense",)
-    ),
-)
+def _moved(sublayer: Sublayer, layer: str, to: str) -> Sublayer:
+    """The same sublayer in another layer."""
 
-_LAYERS = {
-    **dict.fromkeys(("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer"), _BERT),
-    "TransformerBlock": _DISTILBERT,
-    "ViTLayer": _VIT,
-    "GPT2Block": _GPT2,
-    **{
-        f"{family}DecoderLayer": _LLAMA
-        for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "Gemma3", "SmolLM3")
-    },
-    **dict.fromkeys(("T5Block", "MT5Block"), _T5),
-}
+    def moved(path: str | None) -> str | None:
+        return to + path[len(layer) :] if path is not None and (path == layer or path.startswith(f"{layer}.")) else path
+
+    paths = {name: moved(getattr(sublayer, name)) for name in ("output", "whole", "norm", "stream", "query")}
+    return replace(sublayer, inner=tuple(moved(path) for path in sublayer.inner), **paths)
+
+
+def _numbers(path: str) -> list[str]:
+    """The paths on the way to `path` that end in a number: `layers.3`, `layers.3.mlps.0`."""
+    parts = path.split(".")
+    return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
+
+
+def _layers(paths: list[str]) -> dict[str, str]:
+    """The layer of each sublayer: the outermost numbered module, unless it has numbered ones with several inside."""
+    inside: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        for number in _numbers(path):
+            inside[number].add(path)
+    return {
+        path: max((n for n in _numbers(path) if len(inside[n]) > 1), key=len, default=_numbers(path)[0])
+        for path in paths
+    }
+
+
+def _indices(layers: list[str]) -> dict[str, int]:
+    """The index of each layer in its stack: its number, or where lists stand in lists (stages) its place in order."""
+    counts: Counter[str] = Counter()
+    indices = {}
+    for layer in layers:
+        stack = _numbers(layer)[0].rpartition(".")[0]
+        nested = len(_numbers(layer)) > 1
+        indices[layer] = counts[stack] if nested else int(layer.rpartition(".")[2])
+        counts[stack] += 1
+    return indices

@@ -158,6 +158,7 @@ def _wanted(facts: Facts) -> list[str]:
         if "text" in modalities and modalities != "text":
             names += ["input_ids"]
     names += ["decoder_input_ids"] if facts.find("is_encoder_decoder") or "decoder_input_ids" in required else []
+    names += ["encoder_hidden_states"] if facts.find("add_cross_attention") else []
     for name in list(names):
         names += _TOGETHER.get(name, ())
     return [name for name in dict.fromkeys(names) if facts.has(name)]
@@ -184,7 +185,9 @@ def _attention_mask(facts: Facts) -> Tensor:
     return facts.whole(1, BATCH, LENGTH)
 
 
-@argument("inputs_embeds", "hidden_states", "query_embeds", "context_hidden_states", "noise_embeds")
+@argument(
+    "inputs_embeds", "hidden_states", "encoder_hidden_states", "query_embeds", "context_hidden_states", "noise_embeds"
+)
 def _embeddings(facts: Facts) -> Tensor:
     return facts.floats(BATCH, LENGTH, facts.find("hidden_size", "d_model", "n_embd", "dim", default=32))
 

@@ -167,21 +167,29 @@ class BesideResidual(Bottleneck):
         return base(h, self.add(x, x))
 
 
-def at_module(model: nn.Module, path: str, config: AdapterConfig, architecture: peftcore.Architecture) -> Any:
-    """The placement beside or behind a module."""
-    width, out_width = targets.widths(model, path, architecture)
+def at_module(
+    model: nn.Module, path: str, config: AdapterConfig, architecture: peftcore.Architecture, width: int | None = None
+) -> Any:
+    """The placement beside or behind a module; `width` is that of its input and output, where it is known."""
+    widths = (width, width) if width is not None else targets.widths(model, path, architecture)
     if config.is_parallel:
-        return peftcore.Around(path, Parallel(config, path, model.get_submodule(path), width, out_width))
-    return peftcore.After(path, Series(config, path, out_width))
+        return peftcore.Around(path, Parallel(config, path, model.get_submodule(path), *widths))
+    return peftcore.After(path, Series(config, path, widths[1]))
 
 
 def of_sublayer(model: nn.Module, sublayer: Any, config: AdapterConfig, architecture: peftcore.Architecture) -> Any:
-    """The placement at one known sublayer."""
-    width = targets.widths(model, sublayer.output, architecture)[1]
+    """The placement at one sublayer."""
+    width = sublayer.width
+    validation.require(
+        not config.is_parallel or sublayer.whole is not None,
+        f"is_parallel: no one module of {type(model).__name__} goes from what '{sublayer.output}' and the layers "
+        "before it read to what they give. Use is_parallel=False, or name a module: target_modules=[...]",
+    )
     if config.is_parallel and sublayer.adds_residual:
         return peftcore.Around(sublayer.whole, BesideResidual(config, sublayer.whole, width))
     if not config.original_ln_before:
-        return at_module(model, sublayer.whole if config.is_parallel else sublayer.output, config, architecture)
+        path = sublayer.whole if config.is_parallel else sublayer.output
+        return at_module(model, path, config, architecture, width)
     if sublayer.norm is not None:
         return peftcore.Around(sublayer.norm, BehindNorm(config, sublayer.norm, width))
     validation.require(

@@ -1,0 +1,211 @@
+"""A forward that takes no memory: floats without values, integers with theirs.
+
+Shapes, indices and masks decide which way a forward goes, and they are integers: these stay real tensors on the CPU.
+Weights and activations are meta tensors. An integer made of them (the expert that a router chose) is 0, a truth False,
+a number read off them 0.0: any valid value will do to see where it goes. Nothing random is drawn.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from peftcore.adapted import CHILD, TRAINED, is_adapted
+
+_SMALL = 1 << 16  # an integer tensor with more values than this is no index: it is packed weights
+_LARGEST = 1 - 2**-24  # what every random number is: layers that are dropped at random stay
+aten = torch.ops.aten
+
+Record = Callable[[Any, tuple[Any, ...], list[Tensor], Any], None]
+
+
+class MetaFloats(TorchDispatchMode):
+    """Within it, operators on meta tensors and small real integers go together; see above.
+
+    Args:
+        record: called after each operator with (operator, its arguments, the tensors among them, its output).
+    """
+
+    def __init__(self, record: Record | None = None) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        output = self._run(operator, args, kwargs, tensors)
+        if self._record is not None:
+            self._record(operator, args, tensors, output)
+        return output
+
+    def _run(self, operator: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
+        device = kwargs.get("device")
+        to_meta = device is not None and torch.device(device).type == "meta"
+        if operator in _FILLED and args[0].is_meta and args[0].numel() <= _SMALL:
+            return _without_values(operator, args, {**kwargs, "device": "meta"}, _FILLED[operator](args))
+        if not any(tensor.is_meta for tensor in tensors):
+            if torch.Tag.nondeterministic_seeded in operator.tags:
+                return _without_values(operator, args, kwargs)
+            if to_meta and (not tensors or not tensors[0].is_floating_point()):  # it stays real
+                kwargs = {**kwargs, "device": "cpu"}
+            try:
+                return operator(*args, **kwargs)
+            except NotImplementedError:  # of integers on a CPU, but a forward on another device has it
+                return _without_values(operator, args, kwargs)
+        if operator is aten._local_scalar_dense.default:
+            return torch.zeros((), dtype=args[0].dtype).item()
+        if operator in _MASKED:
+            args = _MASKED[operator](*args)
+            operator = aten.index_put_.default if operator is aten.index_put_.default else aten.index.Tensor
+        written = _written(operator, args)
+        if written is not None and not written.is_meta:
+            return written  # a real tensor keeps its values where those to be written are not known
+        if device is not None and not to_meta:
+            kwargs = {**kwargs, "device": "meta"}
+        args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
+        shaped = _SHAPES.get(operator, operator)
+        return tree_map_only(Tensor, _with_values, shaped(*args, **kwargs))
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+    """`aten::_grouped_mm`, whose own meta kernel takes bfloat16 only."""
+    if x.dim() == 2 and weight.dim() == 2:
+        return x.new_empty(offs.shape[0], x.shape[0], weight.shape[1])
+    return x.new_empty(*(x.shape[:-1] if x.dim() == 2 else x.shape[:2]), weight.shape[-1])
+
+
+_SHAPES: dict[Any, Callable[..., Tensor]] = {
+    getattr(aten, name).default: _grouped_mm for name in ("_grouped_mm",) if hasattr(aten, name)
+}
+
+
+def _on_meta(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        return tensor
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _with_values(tensor: Tensor) -> Tensor:
+    """Integers and truths are real: zeros, where they are not known."""
+    if not tensor.is_meta or tensor.is_floating_point() or tensor.is_complex() or tensor.numel() > _SMALL:
+        return tensor
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def _without_values(operator: Any, args: Any, kwargs: dict[str, Any], value: float = _LARGEST) -> Any:
+    """The output as a real tensor of the right shape, filled with `value`, or 0 where it is of integers."""
+    written = _written(operator, args)
+    if written is not None:
+        return written
+    takes_device = any(argument.name == "device" for argument in operator._schema.arguments)
+    args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
+    shapes = operator(*args, **({**kwargs, "device": "meta"} if takes_device else kwargs))
+
+    def filled(tensor: Tensor) -> Tensor:
+        return torch.full(tensor.shape, value if tensor.is_floating_point() else int(value), dtype=tensor.dtype)
+
+    return tree_map_only(Tensor, filled, shapes)
+
+
+def _written(operator: Any, args: Any) -> Tensor | None:
+    """The argument that an in-place operator writes to."""
+    if operator._schema.is_mutable and args and isinstance(args[0], Tensor):
+        first = operator._schema.arguments[0]
+        if first.alias_info is not None and first.alias_info.is_write:
+            return args[0]
+    return None
+
+
+def _indices(indices: list[Tensor | None]) -> list[Tensor | None]:
+    """Truths as indices, so that the output's shape is known."""
+    found: list[Tensor | None] = []
+    for index in indices:
+        if index is not None and index.dtype in (torch.bool, torch.uint8):
+            found += index.nonzero().unbind(1)
+        else:
+            found.append(index)
+    return found
+
+
+# Operators whose output is real, as are other tensors that a forward makes from nothing: its value by their arguments.
+_FILLED: dict[Any, Callable[[Any], float]] = {
+    aten.new_zeros.default: lambda args: 0,
+    aten.zeros_like.default: lambda args: 0,
+    aten.new_ones.default: lambda args: 1,
+    aten.ones_like.default: lambda args: 1,
+    aten.new_full.default: lambda args: args[2],
+    aten.full_like.default: lambda args: args[1],
+}
+
+_MASKED: dict[Any, Callable[..., Any]] = {
+    aten.index.Tensor: lambda x, indices: (x, _indices(indices)),
+    aten.index_put_.default: lambda x, indices, *rest: (x, _indices(indices), *rest),
+    aten.masked_select.default: lambda x, mask: (x, _indices([mask.expand(x.shape)])),
+    aten.nonzero.default: lambda x: (torch.zeros(0, x.dim(), dtype=torch.long), [torch.arange(0)]),
+}
+
+
+class _CopyToMeta(TorchFunctionMode):
+    """Deep copies of tensors become meta tensors; small integers keep their values."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not Tensor.__deepcopy__:
+            return function(*args, **(kwargs or {}))
+        tensor, memo = args
+        if id(tensor) not in memo:
+            memo[id(tensor)] = _copied(tensor)
+        return memo[id(tensor)]
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    floating = tensor.is_floating_point() or tensor.is_complex()
+    if not floating and not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter) and tensor.numel() <= _SMALL:
+        return tensor.detach().cpu().clone()
+    if tensor.is_meta and not floating and tensor.numel() <= _SMALL:
+        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of `model` without memory: same modules and configs, meta tensors, no adapters, no hooks.
+
+    Linear layers whose weight is packed become plain ones. What happens to the copy leaves the model alone.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():  # a parameter has a way of its own to copy itself
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = _copied(tensor)
+    with _CopyToMeta():
+        copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        _strip(module)
+    return copied
+
+
+def _strip(module: nn.Module) -> None:
+    if is_adapted(module):
+        module.__class__ = type(module)._peftcore_original
+    module._modules.pop(CHILD, None)
+    module._modules.pop(TRAINED, None)
+    module.__dict__.pop("forward", None)  # accelerate's hooks, which move weights
+    for name, value in module.__dict__.items():
+        if (name.endswith("_hooks") or "_hooks_" in name) and isinstance(value, dict):
+            value.clear()
+    weight = module._parameters.get("weight")
+    if isinstance(module, nn.Linear) and tuple(getattr(weight, "shape", ())) != (
+        module.out_features,
+        module.in_features,
+    ):
+        floating = next((t.dtype for t in [weight, module.bias] if t is not None and t.is_floating_point()), None)
+        plain = torch.empty(module.out_features, module.in_features, dtype=floating, device="meta")
+        module.__class__ = nn.Linear
+        module._parameters["weight"] = nn.Parameter(plain, requires_grad=False)

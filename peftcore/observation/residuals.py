@@ -1,0 +1,154 @@
+"""The residual stream in a trace: additions s + h where h was made from s, and the modules that gave h.
+
+s ──┬── norm ── x ── F ── h ── (+) ── out
+    └──────────────────────────┘
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peftcore.observation.trace import Call, Trace
+
+# Attention in one operator, of (query, key, value).
+FUSED_ATTENTION = {
+    f"_scaled_dot_product_{kind}" for kind in (
+        "flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention",
+        "fused_attention_overrideable", "attention_math", "attention_math_for_mps",
+    )
+}  # fmt: skip
+MATRIX = {"mm", "addmm", "_grouped_mm", "bmm", "baddbmm", "convolution", *FUSED_ATTENTION}
+# Operators by which one token sees others, where no product of activations does it.
+MIXING = {"convolution", "_fft_r2c", "_fft_c2c", "cumsum", "stack", "avg_pool2d", "roll"}
+_NORMS = {"native_layer_norm", "_fused_rms_norm", "rsqrt", "native_batch_norm", "native_group_norm", "var_mean", "std"}
+
+
+@dataclass(frozen=True)
+class Branch:
+    """`call` gave h, which was added to `stream` inside `adder` and made `out`."""
+
+    call: Call
+    h: int
+    stream: int
+    out: int
+    adder: Call | None
+
+
+class Residuals:
+    """Reads a trace. `branches` are all that were found, `streams` the values to which something was added."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace, self.values = trace, trace.values
+        self.returned: dict[int, list[Call]] = defaultdict(list)  # a value's calls that gave it, from the innermost
+        for call in trace.calls:
+            if call.output is not None and call.output not in call.arguments.values():
+                self.returned[call.output].insert(0, call)
+        self._mixing = self._calls_with(MIXING | MATRIX)
+        self.multiplies = self._calls_with(MATRIX)
+        self._norms = self._calls_with(_NORMS)
+        self._additions = self._find_additions()
+        self.streams = {stream for stream, _ in self._additions.values()}
+        found = [
+            Branch(call, call.output, stream, out, self.values[out].call)
+            for out, (stream, h) in self._additions.items()
+            for call in dict.fromkeys(self._givers(h, stream, set(self._around(self.values[out].call))))
+        ]
+        adders = {around for branch in found for around in self._around(branch.adder)}
+        self.branches = [branch for branch in found if branch.call not in adders]  # no blocks that have some inside
+
+    def region(self, value: int, since: int) -> set[int]:
+        """The values from which `value` was made, none older than `since`."""
+        seen, queue = {value}, [value]
+        while queue:
+            for number in self.values[queue.pop()].inputs:
+                if number >= since and number not in seen:
+                    seen.add(number)
+                    queue.append(number)
+        return seen
+
+    def comes_from(self, value: int, root: int) -> bool:
+        """Was `value` made from `root`?"""
+        return value > root and root in self.region(value, root)
+
+    def is_norm(self, call: Call) -> bool:
+        return call in self._norms and self.is_plain(call)
+
+    def is_plain(self, call: Call) -> bool:
+        """Does the call treat all tokens alike and mix no features (norm, dropout, scale, activation)?"""
+        return call not in self._mixing and not any(p.dim() > 1 for p in call.module.parameters())
+
+    def _calls_with(self, operators: set[str]) -> set[Call]:
+        return {call for value in self.values if value.operator in operators for call in self._around(value.call)}
+
+    def _around(self, call: Call | None) -> Iterator[Call]:
+        if call is not None:
+            yield call
+            yield from call.around()
+
+    def _find_additions(self) -> dict[int, tuple[int, int]]:
+        """out -> (s, h)."""
+        found: dict[int, tuple[int, int]] = {}
+
+        def before(value: int) -> Iterator[int]:  # earlier branches of a layer have been added: x + attn(x) + mlp(x)
+            yield value
+            while value in found:
+                value = found[value][0]
+                yield value
+
+        for out, value in enumerate(self.values):
+            if value.operator not in ("add", "add_") or len(value.inputs) < 2 or len(value.shape) < 2:
+                continue
+            a, b = value.inputs[:2]
+            if self.values[a].shape != self.values[b].shape:
+                continue
+            for s, h in ((a, b), (b, a)):
+                if not self.values[h].is_weight and any(self.comes_from(h, root) for root in before(s)):
+                    found[out] = s, h
+                    break
+        return found
+
+    def _givers(self, value: int, stream: int, around: set[Call]) -> Iterator[Call]:
+        """The outermost calls that gave `value`, seen through norms, dropout, scales, views and sums of branches."""
+        oldest = min(stream, *self._before(stream)) if stream in self._additions else stream
+        seen: set[int] = set()
+
+        def back(value: int) -> Iterator[Call]:
+            if value <= oldest or value in seen:
+                return
+            seen.add(value)
+            calls = [call for call in self.returned[value] if call not in around]
+            if found := [call for call in calls if not self.is_plain(call)]:
+                yield found[-1]
+                return
+            if calls:
+                yield from back(next((v for v in calls[-1].arguments.values() if not self.values[v].is_weight), -1))
+                return
+            inputs = [v for v in self.values[value].inputs if not self.values[v].is_weight]
+            if value in self._additions:
+                inputs = [self._additions[value][1]]
+            if self.values[value].operator in MATRIX:
+                return
+            for source in inputs if self.values[value].operator.startswith("add") else self._by_depth(inputs, oldest):
+                given = list(back(source))
+                yield from given
+                if given and not self.values[value].operator.startswith("add"):
+                    return
+
+        return back(value)
+
+    def _before(self, value: int) -> Iterator[int]:
+        while value in self._additions:
+            value = self._additions[value][0]
+            yield value
+
+    def _by_depth(self, values: list[int], oldest: int) -> list[int]:
+        """Those that more products led to first: of a gate and what it gates the second."""
+        if len(values) < 2:
+            return values
+
+        def depth(value: int) -> int:
+            return sum(self.values[v].operator in MATRIX for v in self.region(value, oldest))
+
+        return sorted(values, key=depth, reverse=True)

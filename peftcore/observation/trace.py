@@ -1,0 +1,269 @@
+"""One forward of a model, watched: which modules were called with what, and where each value came from.
+
+Values are numbered in the order in which they came to be; an in-place operator makes a new value of the same tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+
+from peftcore.adapted import base_modules, original_class
+from peftcore.observation.inputs import example_inputs
+from peftcore.observation.meta import MetaFloats, meta_copy
+
+SKIPPED = "layer"  # the operator of what a layer gave that was not watched
+# Operators after which a value is no longer a weight in another form.
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "embedding", "native_layer_norm", "_grouped_mm"}
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module: the values of its arguments by name, and of its first output."""
+
+    path: str
+    module: nn.Module
+    parent: Call | None
+    arguments: dict[str, int] = field(default_factory=dict)
+    output: int | None = None
+
+    def around(self) -> Iterator[Call]:
+        """The calls inside which this one ran, from the innermost."""
+        call = self.parent
+        while call is not None:
+            yield call
+            call = call.parent
+
+    @property
+    def first(self) -> int | None:
+        """The value of the first argument."""
+        return next(iter(self.arguments.values()), None)
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor at a time: the operator that made it, of which values, inside which call."""
+
+    operator: str
+    inputs: tuple[int, ...]
+    call: Call | None
+    shape: tuple[int, ...]
+    is_weight: bool  # a parameter, buffer or constant, also transposed, cast or sliced
+    turned: bool = False  # the last dimension of its input is another one here
+
+
+@dataclass
+class Trace:
+    """What one forward did.
+
+    Args:
+        values, calls: in their order.
+        called: paths of the modules whose forward was called.
+        read: paths of the modules of which an operator took a parameter while their forward was not running.
+        alike: (path, path of the one that was watched in its place) of layers that do the same; `called` and `read`
+            have their modules too.
+        error: what ended the forward early, else None; failed: paths of the modules in which it did.
+    """
+
+    values: list[Value] = field(default_factory=list)
+    calls: list[Call] = field(default_factory=list)
+    called: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
+    alike: list[tuple[str, str]] = field(default_factory=list)
+    error: Exception | None = None
+    failed: set[str] = field(default_factory=set)
+
+
+def trace(model: nn.Module, *, training: bool = False, every_layer: bool = False) -> Trace:
+    """Watch a forward of `model` with its example inputs, on a copy without memory; the model is left alone.
+
+    A forward that fails (on an input that no builder makes, say) is watched up to there.
+
+    Args:
+        training: whether the copy is in training mode.
+        every_layer: watch layers too that are like one that was watched.
+    """
+    found = _Watch(meta_copy(model).train(training), skips=not every_layer).run()
+    return trace(model, training=training, every_layer=True) if found.error and found.alike else found
+
+
+class _Watch:
+    def __init__(self, model: nn.Module, skips: bool) -> None:
+        self.trace = Trace()
+        self._skips = skips
+        self._model = model
+        self._numbers: dict[int, int] = {}  # of tensors, by their id
+        self._tensors: list[Tensor] = []  # by number; alive, so that no id comes again
+        self._owners: dict[int, list[nn.Module]] = defaultdict(list)
+        self._paths = {id(module): path for path, module in base_modules(model)}
+        self._call: Call | None = None
+        self._seen: dict[Any, tuple[str, Any, Any]] = {}  # layers that were watched
+        self._likenesses: dict[int, Any] = {}
+        self._running: dict[int, int] = defaultdict(int)
+        for module in model.modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self._owners[id(parameter)].append(module)
+
+    def run(self) -> Trace:
+        inputs = {
+            name: torch.empty_like(value, device="meta") if value.is_floating_point() else value
+            for name, value in example_inputs(self._model, device="cpu").items()
+        }
+        for value in inputs.values():
+            self._new(value, "input", (), False)
+        for module in self._model.modules():
+            self._wrap(module)
+        try:
+            with torch.no_grad(), MetaFloats(self._record):
+                self._model(**inputs)
+        except Exception as error:  # anything may go wrong in a forward
+            self.trace.error = error
+        return self.trace
+
+    def _wrap(self, module: nn.Module) -> None:
+        forward = module.forward
+        if isinstance(module, torch.jit.ScriptModule) or getattr(forward, "__name__", "") == "_forward_unimplemented":
+            return
+        path, names = self._paths.get(id(module), ""), _names(forward)
+        numbers = [part.isdigit() for part in path.split(".")]
+        is_layer = self._skips and numbers[-1] and sum(numbers) == 1 and any(True for _ in module.children())
+
+        @functools.wraps(forward)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            call = Call(path, module, self._call)
+            for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+                if isinstance(value, Tensor):
+                    call.arguments[name] = self._number(value)
+            self.trace.calls.append(call)
+            key = (path.rpartition(".")[0], self._likeness(module), _kind(args, kwargs)) if is_layer else None
+            if key in self._seen:
+                output = self._again(call, *self._seen[key], args, kwargs)
+            else:
+                output = self._through(call, forward, args, kwargs)
+                if key is not None:
+                    self._seen[key] = path, (args, kwargs), output
+            first = output[0] if isinstance(output, (tuple, list)) and output else output
+            if not isinstance(first, Tensor) and hasattr(output, "values"):
+                first = next(iter(output.values()), None)
+            if isinstance(first, Tensor):
+                call.output = self._number(first)
+            return output
+
+        module.__dict__["forward"] = watched
+
+    def _through(self, call: Call, forward: Any, args: Any, kwargs: Any) -> Any:
+        self.trace.called.add(call.path)
+        self._call = call
+        self._running[id(call.module)] += 1
+        try:
+            return forward(*args, **kwargs)
+        except Exception:
+            self.trace.failed.add(call.path)
+            raise
+        finally:
+            self._call = call.parent
+            self._running[id(call.module)] -= 1
+
+    def _again(self, call: Call, path: str, before: Any, output: Any, args: Any, kwargs: Any) -> Any:
+        """What the layer at `call` gives, since it is like the one at `path`, which was watched."""
+        for seen in (self.trace.called, self.trace.read):
+            seen.update([call.path + name[len(path) :] for name in seen if name == path or name.startswith(f"{path}.")])
+        self.trace.alike.append((call.path, path))
+        given = {id(old): new for old, new in zip(tree_leaves(before), tree_leaves((args, kwargs)), strict=True)}
+        inputs = tuple(call.arguments.values())
+
+        def like(tensor: Tensor) -> Tensor:
+            if id(tensor) in given:
+                return given[id(tensor)]
+            made = torch.zeros_like(tensor)
+            self._new(made, SKIPPED, inputs, False)
+            return made
+
+        return tree_map_only(Tensor, like, output)
+
+    def _likeness(self, module: nn.Module) -> Any:
+        if id(module) not in self._likenesses:
+            self._likenesses[id(module)] = likeness(module)
+        return self._likenesses[id(module)]
+
+    def _new(
+        self, tensor: Tensor, operator: str, inputs: tuple[int, ...], is_weight: bool, turned: bool = False
+    ) -> int:
+        self._numbers[id(tensor)] = number = len(self._tensors)
+        self._tensors.append(tensor)
+        self.trace.values.append(Value(operator, inputs, self._call, tuple(tensor.shape), is_weight, turned))
+        return number
+
+    def _number(self, tensor: Tensor) -> int:
+        number = self._numbers.get(id(tensor))
+        return self._new(tensor, "leaf", (), True) if number is None else number
+
+    def _record(self, operator: Any, args: tuple[Any, ...], tensors: list[Tensor], output: Any) -> None:
+        for tensor in tensors:
+            owners = self._owners.get(id(tensor))
+            if owners and not any(self._running[id(owner)] for owner in owners):
+                self.trace.read.update(self._paths[id(owner)] for owner in owners)
+        inputs = tuple(self._number(tensor) for tensor in tensors)
+        values = self.trace.values
+        name = operator._schema.name.partition("::")[2]
+        is_weight = name not in _PRODUCTS and all(values[number].is_weight for number in inputs)
+        turned = name in _TURNS and _TURNS[name](*args)
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                number = self._new(tensor, name, inputs, is_weight, turned)
+        if operator._schema.is_mutable and tensors and inputs:  # what it was a view of has changed too
+            of = inputs[0]
+            while values[of].operator in _VIEWS:
+                of = values[of].inputs[0]
+                self._new(self._tensors[of], name, (of, number), is_weight)
+
+
+_VIEWS = {
+    "alias", "as_strided", "detach", "diagonal", "expand", "permute", "select", "slice", "split", "split_with_sizes",
+    "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view",
+}  # fmt: skip
+
+_TURNS: dict[str, Callable[..., bool]] = {
+    "t": lambda x: True,
+    "transpose": lambda x, a, b: x.dim() - 1 in (a % x.dim(), b % x.dim()),
+    "permute": lambda x, dims: dims[-1] % x.dim() != x.dim() - 1,
+}
+
+
+def likeness(module: nn.Module) -> Any:
+    """Equal for modules of the same parts, sizes and settings, whatever their index is."""
+
+    def part(name: str, module: nn.Module) -> Any:
+        tensors = (*module._parameters.items(), *module._buffers.items())
+        settings = ((n, v) for n, v in module.__dict__.items() if isinstance(v, _SETTINGS) and not _INDEX.search(n))
+        shapes = ((n, tensor.shape, tensor.dtype) for n, tensor in tensors if tensor is not None)
+        return name, original_class(module), tuple(shapes), tuple(settings)
+
+    return tuple(part(path, inside) for path, inside in base_modules(module))
+
+
+_SETTINGS = (bool, int, float, str, type(None))
+_INDEX = re.compile(r"(^|_)(idx|index|id|number)$|^training$")
+
+
+def _kind(args: Any, kwargs: Any) -> Any:
+    """Equal for calls that differ in the values of tensors only."""
+    leaves, structure = tree_flatten((args, kwargs))
+    return str(structure), tuple(
+        (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf if isinstance(leaf, _SETTINGS) else type(leaf)
+        for leaf in leaves
+    )
+
+
+def _names(forward: Any) -> list[str]:
+    return [name for name, p in inspect.signature(forward).parameters.items() if p.kind is not p.VAR_KEYWORD]
