@@ -166,6 +166,8 @@ class FusedOptimizer(Optimizer):
                     f"saved '{name}_absmax' has {absmax.numel()} scales, {own.numel()} elements need "
                     f"{ops.blocks_of(own.numel())}"
                 )
+            if absmax is not None and value.dtype != torch.uint8:
+                raise ValueError(f"saved '{name}' is {value.dtype}; with '{name}_absmax' beside it belongs torch.uint8")
             table = ops.UNSIGNED_MAP if name == "exp_avg_sq" else ops.SIGNED_MAP
             if size == 1 and absmax is None:
                 value, absmax = ops.encode(value.float().flatten(), table)

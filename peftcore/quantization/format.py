@@ -19,12 +19,16 @@ import torch
 from torch import Tensor
 
 from peftcore import ops
+from peftcore.adapter_files.content import parse_json
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.ops import NestedScales
+from peftcore.validation import shown
 
 QUANT_TYPES = ("nf4", "fp4")
 STATE_KEY = "quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE_KEY + kind for kind in QUANT_TYPES))
+STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)  # as which packed bytes are viewed
+_STATE_BYTES = 1 << 16
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.nf4.DTYPES}
 
 
@@ -73,17 +77,17 @@ def unpack(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
     )
 
 
-def check_blocksize(blocksize: Any) -> None:
+def check_blocksize(blocksize: Any, name: str = "blocksize") -> None:
     """Raise a PeftcoreError unless it is a power of two from 32 to 4096."""
     fits = isinstance(blocksize, int) and not isinstance(blocksize, bool) and 32 <= blocksize <= 4096
     if not fits or blocksize & (blocksize - 1):
-        raise PeftcoreError(f"blocksize must be a power of two from 32 to 4096, found {blocksize!r}")
+        raise PeftcoreError(f"{name} must be a power of two from 32 to 4096, found {shown(blocksize)}")
 
 
 def check_quant_type(quant_type: Any) -> None:
     """Raise a PeftcoreError unless it is one of `QUANT_TYPES`."""
     if quant_type not in QUANT_TYPES:
-        raise PeftcoreError(f"there is no 4-bit type {quant_type!r}. Choose one of: {', '.join(QUANT_TYPES)}")
+        raise PeftcoreError(f"there is no 4-bit type {shown(quant_type)}. Choose one of: {', '.join(QUANT_TYPES)}")
 
 
 def to_tensors(state: QuantState) -> dict[str, Tensor]:
@@ -107,6 +111,16 @@ def to_tensors(state: QuantState) -> dict[str, Tensor]:
     return tensors
 
 
+def _facts(tensor: Tensor, name: str) -> dict[str, Any]:
+    """What the JSON text in a state's tensor says."""
+    if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() > _STATE_BYTES:
+        raise PeftcoreError(f"it is {tensor.dtype} {list(tensor.shape)}, where the bytes of a short text belong")
+    facts = parse_json(bytes(tensor.tolist()), name)
+    if not isinstance(facts, dict):
+        raise PeftcoreError(f"it is {shown(facts)}, no table")
+    return facts
+
+
 def from_tensors(packed: Tensor, tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, QuantState]:
     """The packed bytes and the state of the weight `name`, from the tensors beside it, checked against each other.
 
@@ -121,32 +135,41 @@ def from_tensors(packed: Tensor, tensors: Mapping[str, Tensor], name: str) -> tu
     if len(keys) != 1:
         raise wrong(f"needs one tensor '{name}.{STATE_KEY}nf4' or '...fp4', found {keys or 'none'}")
     try:
-        facts = json.loads(bytes(tensors[keys[0]].tolist()))
-        quant_type, blocksize, shape = facts["quant_type"], int(facts["blocksize"]), tuple(map(int, facts["shape"]))
-        dtype = DTYPES[facts["dtype"]]
+        facts = _facts(tensors[keys[0]], f"{name}.{keys[0]}")
+        quant_type, blocksize, shape, dtype = (facts.get(key) for key in ("quant_type", "blocksize", "shape", "dtype"))
         check_quant_type(quant_type)
         check_blocksize(blocksize)
-    except (KeyError, TypeError, ValueError, UnicodeDecodeError) as error:
-        raise wrong(f"cannot be read from '{keys[0]}' ({type(error).__name__}: {error})") from error
-    count = math.prod(shape)
+        nested_blocksize, offset = facts.get("nested_blocksize", 256), facts.get("nested_offset")
+        check_blocksize(nested_blocksize, "nested_blocksize")
+    except PeftcoreError as error:
+        raise wrong(f"cannot be read from '{keys[0]}': {error}") from error
+    if quant_type != keys[0].removeprefix(STATE_KEY):
+        raise wrong(f"has quant_type={quant_type!r} in '{keys[0]}'")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise wrong(f"has dtype={shown(dtype)}, where {', '.join(DTYPES)} are known")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
+        raise wrong(f"has shape={shown(shape)}, which is no shape of a weight")
+    shape, dtype, count = tuple(shape), DTYPES[dtype], math.prod(shape)
     blocks = -(-count // blocksize)
     nested = "nested_absmax" in tensors
     wanted = {"absmax": (torch.uint8 if nested else torch.float32, blocks), "quant_map": (torch.float32, 16)}
     if nested:
-        nested_blocksize = int(facts.get("nested_blocksize", 256))
-        offset = facts.get("nested_offset")
-        if not isinstance(offset, (int, float)) or not math.isfinite(offset):
-            raise wrong(f"has nested_offset={offset!r}, which is no finite number")
+        if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
+            raise wrong(f"has nested_offset={shown(offset)}, which is no finite number of float32")
         wanted["nested_absmax"] = (torch.float32, -(-blocks // nested_blocksize))
         wanted["nested_quant_map"] = (torch.float32, 256)
     for part, (part_dtype, size) in wanted.items():
         found = tensors.get(part)
         if found is None:
             raise wrong(f"lacks '{name}.{part}'")
-        if found.dtype != part_dtype or found.numel() != size:
+        if found.dtype != part_dtype or found.shape != (size,):
             raise wrong(f"has '{part}' {found.dtype} {list(found.shape)}, where {part_dtype} [{size}] belongs")
         if found.is_floating_point() and not found.isfinite().all():
             raise wrong(f"has values in '{part}' that are not finite")
+    if packed.dtype not in STORAGE or packed.dim() != 2 or packed.shape[1] != 1:
+        raise wrong(
+            f"has bytes {packed.dtype} {list(packed.shape)}, where {torch.uint8} [{(count + 1) // 2}, 1] belongs"
+        )
     data = packed.detach().contiguous().reshape(-1).view(torch.uint8)
     if data.numel() != (count + 1) // 2:
         raise wrong(f"has {data.numel()} bytes, where shape {list(shape)} takes {(count + 1) // 2}")

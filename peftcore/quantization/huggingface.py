@@ -21,7 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from peftcore.errors import PeftcoreError
 from peftcore.quantization.convert import convert, convert_dense, note_in_config, selected
 from peftcore.quantization.format import DTYPES, STATE_KEY, check_blocksize, check_quant_type, from_tensors
-from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite
+from peftcore.quantization.linear import QuantizedLinear, check_shape, refuse_non_finite
+from peftcore.targets import sizes
 
 METHOD = "peftcore_4bit"
 _failures: list[PeftcoreError] = []  # what transformers, while it loads, turns into a line of its log
@@ -148,7 +149,8 @@ class _Deserialize(ConversionOps):
         parts = {name.removeprefix("weight."): value for name, value in tensors.items() if name != "weight"}
         with _noted():
             packed, state = from_tensors(tensors["weight"], parts, full_layer_name)
-        module = model.get_submodule(full_layer_name.rpartition(".")[0])
+            module = model.get_submodule(full_layer_name.rpartition(".")[0])
+            check_shape(state, sizes(module)[::-1], full_layer_name)
         if not isinstance(module, QuantizedLinear):
             module._parameters["weight"] = None
             convert(module, packed.clone(), state, self.hf_quantizer.compute_dtype)

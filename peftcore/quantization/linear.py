@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.errors import PeftcoreError
+from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.ops import NestedScales, PackedWeight
 from peftcore.quantization.format import PARTS, QuantState, from_tensors, pack, to_tensors, unpack
 
@@ -144,6 +144,8 @@ class QuantizedLinear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         name = f"{prefix}weight"
+        # `set_model_state_dict` of torch.distributed.checkpoint adds the buffers themselves.
+        own = {prefix + key for key in BUFFERS if state_dict.get(prefix + key, 0) is self._buffers.get(key)}
         parts = {part: state_dict[f"{name}.{part}"] for part in PARTS if f"{name}.{part}" in state_dict}
         if name in state_dict:
             try:
@@ -152,8 +154,9 @@ class QuantizedLinear(nn.Linear):
                 error_msgs.append(str(error))
         elif strict:
             missing_keys.append(name)
-        rest = {key: value for key, value in state_dict.items() if key not in (name, *(f"{name}.{p}" for p in parts))}
         held = {key: self._buffers.pop(key) for key in BUFFERS if key in self._buffers}
+        taken = {name, *(f"{name}.{part}" for part in parts), *own}
+        rest = {key: value for key, value in state_dict.items() if key not in taken}
         weight = self._parameters.pop("weight")
         try:
             arguments = (rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
@@ -175,16 +178,38 @@ class QuantizedLinear(nn.Linear):
             )
         else:
             packed, state = from_tensors(weight, parts, name)
-            if state.shape != shape:
-                raise PeftcoreError(f"'{name}' has shape {list(state.shape)}, this layer {list(shape)}")
+            check_shape(state, shape, name)
             packed = packed.to(device, copy=True)
         self.set_quantized(packed, to_device(state, device))
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """What torch.distributed.checkpoint asks: where it finds what a key such as `weight.absmax` names."""
+        return {"weight": "_any_path"}
+
+    @property
+    def _any_path(self) -> _AnyPath:
+        return _AnyPath()
 
     def extra_repr(self) -> str:
         kept = self.quant_type if self.is_quantized else "dense"
         double = ", double_quant" if self.nested_absmax is not None else ""
         text = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
         return f"{text}, {kept}, blocksize={self.blocksize}{double}"
+
+
+class _AnyPath:
+    """It has every attribute, as keys below `weight` have no modules behind them."""
+
+    def __getattr__(self, name: str) -> _AnyPath:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
+def check_shape(state: QuantState, shape: tuple[int, ...], name: str) -> None:
+    """Raise a CheckpointError unless the weight `name` has this shape."""
+    if state.shape != shape:
+        raise CheckpointError(f"'{name}' has shape {list(state.shape)}, this layer {list(shape)}")
 
 
 def to_device(state: QuantState, device: torch.device) -> QuantState:

@@ -352,3 +352,26 @@ def test_without_the_extension_resident_ones_work_and_paged_ones_say_why(monkeyp
     monkeypatch.setattr(step_ops._extension, "missing_because", "it was never built here")
     with pytest.raises(RuntimeError, match=r"PagedAdamW8bit pages through .* never built here. AdamW8bit works"):
         optim.PagedAdamW8bit(parameters())
+
+
+@pytest.mark.parametrize("kind", [optim.AdamW8bit, optim.PagedAdamW8bit, optim.AdamW])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.update(exp_avg_absmax=state["exp_avg_absmax"][:1]), "'exp_avg_absmax' has 1 scales"),
+        (lambda state: state.update(exp_avg=state["exp_avg"].float()), "'exp_avg' is torch.float32; with"),
+    ],
+    ids=["short", "dtype"],
+)
+def test_8bit_state_that_does_not_fit_is_refused(kind, change, message):
+    def stepped(kind):
+        param = torch.nn.Parameter(torch.ones(20, 30))
+        optimizer = kind([param])
+        param.grad = torch.ones_like(param)
+        optimizer.step()
+        return optimizer
+
+    saved = stepped(optim.AdamW8bit).state_dict()
+    change(saved["state"][0])
+    with pytest.raises(ValueError, match=message):
+        stepped(kind).load_state_dict(saved)

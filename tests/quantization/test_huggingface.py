@@ -134,6 +134,19 @@ def test_a_damaged_checkpoint_is_refused(tmp_path):
         peftcore.quantization.load(tmp_path)
 
 
+def test_a_weight_of_another_shape_is_refused(tmp_path):
+    """Of as many numbers: it would compute something else, or fail in forward."""
+    peftcore.quantize(llama()).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+    facts = json.loads(bytes(tensors[key].tolist()))
+    facts["shape"].reverse()
+    tensors[key] = torch.frombuffer(bytearray(json.dumps(facts).encode()), dtype=torch.uint8)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(peftcore.CheckpointError, match=r"up_proj.weight' has shape \[\d+, \d+\], this layer"):
+        peftcore.quantization.load(tmp_path)
+
+
 def test_another_quantization_is_refused(tmp_path):
     llama().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
