@@ -187,6 +187,11 @@ def attach(
 def detach(module: nn.Module, name: str) -> None:
     """Take the adapter `name` off `module`; with the last one the module is what it was."""
     adapters = module._modules[CHILD]
+    if not is_adapted(module):  # it was given another class meanwhile
+        del module._modules[CHILD]
+        for key in (_LOCK, _CHAIN, _BASE, _ACTIVE, _SAMPLES):
+            del module.__dict__[key]
+        return
     active = tuple(active for active in module.__dict__[_ACTIVE] if active != name)
     activate(module, active, module.__dict__[_SAMPLES])
     del adapters._modules[name]
@@ -195,7 +200,7 @@ def detach(module: nn.Module, name: str) -> None:
         del module._modules[CHILD]
         for key in (_CHAIN, _BASE, _ACTIVE, _SAMPLES):
             del module.__dict__[key]
-        module.__class__ = type(module)._peftcore_original
+        _take_off(module, "_peftcore_original")
         if not is_enclosing(module):
             del module.__dict__[_LOCK]
         if _OWN_FORWARD in module.__dict__:
@@ -204,16 +209,31 @@ def detach(module: nn.Module, name: str) -> None:
 
 def enclose(module: nn.Module, lock: ModelLock) -> None:
     """Let calls of `module`, in which adapted ones lie, be calls of the model whose `lock` it is."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # which are not called
+        return
     module.__dict__[_LOCK] = lock
     if not is_enclosing(module) and not is_adapted(module):
         module.__class__ = _enclosing_class(type(module))
 
 
 def release(module: nn.Module) -> None:
-    """Give an enclosing module its own class back, unless that class has been swapped once more."""
-    if "_peftcore_enclosed" in type(module).__dict__:
-        module.__class__ = type(module)._peftcore_enclosed
+    """Give an enclosing module its own class back; under the class of `fully_shard` it stays, which does no harm."""
+    if is_enclosing(module) and not hasattr(module, "unshard"):
+        _take_off(module, "_peftcore_enclosed")
         del module.__dict__[_LOCK]
+
+
+def _take_off(module: nn.Module, marker: str) -> None:
+    """Take the swapped class that has `marker` off; what was put over it since (parametrizations) stays."""
+
+    def without(cls: Any) -> Any:
+        if marker in cls.__dict__:
+            return cls.__dict__[marker]
+        bases = tuple(without(base) if hasattr(base, marker) else base for base in cls.__bases__)
+        own = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+        return type(cls)(cls.__name__, bases, own)
+
+    module.__class__ = without(type(module))
 
 
 def activate(module: nn.Module, names: Sequence[str], samples: Sequence[str | None] | None = None) -> None:
@@ -427,6 +447,12 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
 def _subclass(cls: type[nn.Module], maker: Callable[..., Any], namespace: dict[str, Any]) -> type[nn.Module]:
     """A subclass that bears the name of `cls` and can be pickled, which by its name it could not."""
 
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self.__class__ = cls  # what is made by `type(module)(...)`, a slice of an `nn.Sequential`, has no adapters
+        self.__init__(*args, **kwargs)
+
+    __init__.__wrapped__ = cls.__init__  # type: ignore[attr-defined]
+
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
         made = [c for c in type(self).__mro__ if "_peftcore_maker" in c.__dict__]  # the innermost last
         _, _, state, *rest = super(made[-1], self).__reduce_ex__(protocol)
@@ -439,6 +465,7 @@ def _subclass(cls: type[nn.Module], maker: Callable[..., Any], namespace: dict[s
         (cls,),
         {
             **namespace,
+            "__init__": __init__,
             "__reduce_ex__": __reduce_ex__,
             "_peftcore_maker": maker,
             "__module__": cls.__module__,

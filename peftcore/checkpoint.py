@@ -98,6 +98,7 @@ def _save(
 ) -> Path:
     """Write adapters, by the place that each has inside of `folder`."""
     engine._refuse_merged(engine._require_state(model), "save")
+    engine.refuse_changed(model)
     sharded = ranks.is_sharded(model)
     if inside and (sharded or ranks.rank() == 0):
         contents = {place: _content(model, name, dtype, resumable, metadata) for place, name in inside.items()}

@@ -69,6 +69,7 @@ class ModelLock:
 
     def __init__(self, activation: Activation = Activation()) -> None:
         self.activation = activation
+        self.retired = False  # the last adapter is gone
         self.calls: dict[int, bool] = {}
         self._backward: dict[int, bool | str] = {}  # by running backward pass: did its forward rest, or what is wrong
         self._condition = threading.Condition()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch import nn
 
 from peftcore import adapted, fast_path, prompts, ranks
 from peftcore.architecture import Architecture, detect
+from peftcore.changed import Facts, changes, facts, standing, with_adapter
 from peftcore.concurrency import Activation, ModelLock, refuse_running
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import After, Around, Method, Train
@@ -40,6 +42,7 @@ class Applied:
     paths: tuple[str, ...] = ()
     trained: tuple[str, ...] = ()
     trainable: bool = True
+    facts: dict[str, Facts] = field(default_factory=dict)  # of the modules where it stands, as they were
 
 
 @dataclass
@@ -76,6 +79,7 @@ def alone(what: str, *, base: bool = False) -> Callable[[Callable[..., Any]], Ca
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def changing(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            check_model(model)
             state = state_of(model)
             if state is None:
                 refuse_running(model, what)
@@ -117,6 +121,9 @@ def apply(
     _check_new(adapter, state)
     _refuse_merged(state, "apply another adapter")
     refuse_per_sample(state, "apply another adapter")
+    check_dtype(dtype)
+    if state.applied:
+        refuse_changed(model)
     with _with_memory():
         placed = place(model, method, fields)
     if placed.method.prepare is not None:
@@ -126,7 +133,8 @@ def apply(
         module = model.get_submodule(placement.path)
         placement.adapter.to(*device_and_dtype(module, dtype)).train(model.training)
 
-    for path in _enclosing_paths(placed):
+    before = {placement.path: facts(model.get_submodule(placement.path)) for placement in placed.around}
+    for path in _enclosing_paths(model, placed):
         adapted.enclose(model.get_submodule(path), state.lock)
     if not state.applied:
         state.requires_grad = {name: p.requires_grad for name, p in adapted.base_parameters(model)}
@@ -139,7 +147,7 @@ def apply(
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     fast_path.guard(model)
     paths = tuple(placement.path for placement in placed.around)
-    state.applied[adapter] = Applied(method.name, config, paths, placed.trained)
+    state.applied[adapter] = Applied(method.name, config, paths, placed.trained, facts=before)
     model.__dict__[_STATE] = state
     _set_active(model, (*state.active, adapter))
     if "transformers" in sys.modules and hasattr(model, "save_pretrained"):  # it must know how to save such a model
@@ -147,10 +155,10 @@ def apply(
     return model
 
 
-def _enclosing_paths(placed: Placed) -> list[str]:
+def _enclosing_paths(model: nn.Module, placed: Placed) -> list[str]:
     """The model, and every module in which something is placed: calls of them are calls of the model."""
     inner = [placement.path for placement in placed.around]
-    inner += [f"{name.rpartition('.')[0]}.parameter" for name in placed.trained]
+    inner += [f"{name.rpartition('.')[0]}.parameter" for name in (*placed.trained, *tied_to(model, placed.trained))]
     paths = {""}
     for path in inner:
         while path:
@@ -161,8 +169,10 @@ def _enclosing_paths(placed: Placed) -> list[str]:
 
 def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
     """What a method would put where on `model`, checked; the model is left alone."""
+    check_model(model)
     if hasattr(model, "_orig_mod"):
         raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
+    _refuse_adapters_of_others(model)
     chosen, config = _method_and_config(method, fields)
     architecture = detect(model)
     config, saved, apart = _saved_modules(model, config, architecture)
@@ -230,7 +240,7 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
             an adapter that acts on a whole batch: prompts, prefixes and parameters of the base.
     """
     state = _require_state(model)
-    names = (names,) if isinstance(names, str) else tuple(names)
+    names = _names(names, per_sample)
     samples = names if per_sample else None
     if per_sample:
         names = tuple(dict.fromkeys(name for name in names if name is not None))
@@ -241,6 +251,7 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
             f"activate: an adapter is named twice in {list(names)}. For a name for each sample of a batch: "
             "per_sample=True"
         )
+    refuse_changed(model)
     _refuse_merged(state, "activate adapters")
     if per_sample:
         _refuse_whole_batch(model, names)
@@ -291,13 +302,15 @@ def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParamet
 def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
     """Take an adapter off. With the last one gone the model is, bit for bit, what it was before `apply`."""
     state = _require_state(model)
-    entry = applied(model, adapter)
+    applied(model, adapter)
     _refuse_merged(state, f"remove '{adapter}'")
-    if not all(adapted.is_outermost(model.get_submodule(path)) for path in entry.paths):
+    left = dict(_changes(model, state, adapter))
+    there = list(with_adapter(model, adapter, state.applied[adapter].paths))
+    if not all(adapted.is_outermost(module) for module in there if adapted.is_adapted(module)):
         ranks.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
     _set_active(model, tuple(name for name in state.active if name != adapter), state.samples)
-    for path in entry.paths:
-        adapted.detach(model.get_submodule(path), adapter)
+    for module in there:
+        adapted.detach(module, adapter)
     fast_path.guard(model)
     TrainedParameters.detach(model, adapter)
     del state.applied[adapter]
@@ -306,7 +319,10 @@ def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
         for _, module in adapted.base_modules(model):
             adapted.release(module)
+        state.lock.retired = True
         del model.__dict__[_STATE]
+    if left:
+        warnings.warn(f"remove left the following as it is: {_told(left)}", stacklevel=3)
     return model
 
 
@@ -317,13 +333,13 @@ def after_step(model: nn.Module, step: int, total_steps: int) -> None:
         entry = state.applied[name]
         method = registry.method(entry.method)
         if method.after_step is not None:
-            adapters = [adapted.adapters_of(model.get_submodule(path))[name] for path in entry.paths]
+            adapters = [adapter for _, adapter in adapter_modules(model, name)]
             method.after_step(adapters, entry.config, step, total_steps)
 
 
 def state_of(model: nn.Module) -> State | None:
     """What is applied to `model`, or None."""
-    return model.__dict__.get(_STATE)
+    return getattr(model, "__dict__", {}).get(_STATE)
 
 
 def applied(model: nn.Module, adapter: str) -> Applied:
@@ -333,6 +349,8 @@ def applied(model: nn.Module, adapter: str) -> Applied:
         PeftcoreError: no such adapter is applied.
     """
     state = _require_state(model)
+    if not isinstance(adapter, str):
+        raise PeftcoreError(f"an adapter's name is a string, found {adapter!r}")
     if adapter not in state.applied:
         there = ", ".join(state.applied)
         raise PeftcoreError(f"no adapter '{adapter}' is applied (applied: {there}){nearest(adapter, state.applied)}")
@@ -340,9 +358,42 @@ def applied(model: nn.Module, adapter: str) -> Applied:
 
 
 def adapter_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
-    """(path of the adapted module, adapter) for every placement of `adapter`."""
-    for path in applied(model, adapter).paths:
-        yield path, adapted.adapters_of(model.get_submodule(path))[adapter]
+    """(path of the adapted module, adapter) for every placement of `adapter` that is still there."""
+    applied(model, adapter)
+    for path, module in _standing(model, state_of(model), adapter):
+        yield path, adapted.adapters_of(module)[adapter]
+
+
+def refuse_changed(model: nn.Module) -> None:
+    """Raise a PeftcoreError if modules with adapters were replaced, resized or parametrized since `apply`."""
+    state = _require_state(model)
+    for name in state.applied:
+        found = dict(_changes(model, state, name))
+        if found:
+            raise PeftcoreError(
+                f"the model was changed after the adapter '{name}' was applied: {_told(found)}. Undo the change, or "
+                f"take the adapter off, peftcore.remove(model, '{name}'), and apply it to the changed model"
+            )
+
+
+def changed(model: nn.Module) -> dict[str, str]:
+    """By path, what has become of modules with adapters since `apply`."""
+    state = state_of(model)
+    names = state.applied if state is not None else ()
+    return {path: told for name in names for path, told in _changes(model, state, name)}
+
+
+def _changes(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, str]]:
+    return changes(model, adapter, state.applied[adapter].facts, state.lock, shapes=state.merged is None)
+
+
+def _standing(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+    return standing(model, adapter, state.applied[adapter].paths, state.lock)
+
+
+def _told(changes: dict[str, str], most: int = 3) -> str:
+    told = [f"'{path}' {what}" for path, what in list(changes.items())[:most]]
+    return "; ".join(told) + (f"; and {len(changes) - most} more" if len(changes) > most else "")
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -358,7 +409,8 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn
 @alone("set what trains")
 def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     """Let `adapter` train when active, or keep it frozen."""
-    applied(model, adapter).trainable = trainable
+    refuse_changed(model)
+    applied(model, adapter).trainable = bool(trainable)
     _set_active(model, state_of(model).active, state_of(model).samples)
 
 
@@ -370,8 +422,7 @@ def _set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | N
             tensors.activate(model, False)
     state.active = names
     state.samples = samples and tuple(name if name in names else None for name in samples)
-    for path in {path for entry in state.applied.values() for path in entry.paths}:
-        module = model.get_submodule(path)
+    for module in dict.fromkeys(module for name in state.applied for _, module in _standing(model, state, name)):
         adapted.activate(module, [name for name in names if name in adapted.adapters_of(module)], state.samples)
     for name in names:
         if own[name] is not None:
@@ -382,6 +433,18 @@ def _set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | N
             parameter.requires_grad_(entry.trainable and name in names)
     training = tuple(name for name in names if state.applied[name].trainable)
     state.lock.activation = Activation(state.active, state.samples, training)
+
+
+def _names(names: Any, per_sample: bool) -> tuple[str | None, ...]:
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, Sequence) or not all(name is None or isinstance(name, str) for name in names):
+        raise PeftcoreError(f"activate takes a name or a list of names, found {names!r}. To let none act: []")
+    if None in names and not per_sample:
+        raise PeftcoreError(
+            f"activate: None in {list(names)} leaves a sample of a batch without an adapter, with per_sample=True. "
+            "For the whole batch leave it out"
+        )
+    return tuple(names)
 
 
 def _method_and_config(method: str | Any, fields: dict[str, Any]) -> tuple[Method, Any]:
@@ -497,7 +560,42 @@ def _refuse_whole_batch(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def _require_state(model: nn.Module) -> State:
+    check_model(model)
     state = state_of(model)
     if state is None:
+        for attribute in ("_orig_mod", "module"):  # of torch.compile; of DistributedDataParallel and its kin
+            inner = getattr(model, attribute, None)
+            if isinstance(inner, nn.Module) and state_of(inner) is not None:
+                raise PeftcoreError(f"the adapters are applied to the model inside: give model.{attribute}")
         raise PeftcoreError("no adapter is applied to this model. Try: peftcore.apply(model, 'METHOD')")
     return state
+
+
+def check_model(model: Any) -> None:
+    """Raise a PeftcoreError unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise PeftcoreError(f"the model must be a torch.nn.Module, found {model!r:.200}")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Raise a PeftcoreError unless `dtype` is None or one that an adapter can have."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise PeftcoreError(f"dtype must be a floating torch.dtype such as torch.bfloat16, found {dtype!r}")
+
+
+def _refuse_adapters_of_others(model: nn.Module) -> None:
+    """Adapters in adapters: another library's, or those of a model that this is a part of, or that is a part of it."""
+    state = state_of(model)
+    for path, module in model.named_modules():
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            raise PeftcoreError(
+                f"the model has adapters of Hugging Face PEFT already ({path or 'the model itself'!r} is a "
+                f"{type(module).__module__}.{type(module).__name__}). Save them with its save_pretrained(folder), and "
+                "load them here on the plain base: peftcore.load(base, folder)"
+            )
+        lock = adapted.lock_of(module)
+        if lock is not None and not lock.retired and (state is None or lock is not state.lock):
+            raise PeftcoreError(
+                f"{path or 'the model'!r} has adapters that were applied to another model, of which it is a part, or "
+                "which is a part of this one. Apply all to one of them"
+            )

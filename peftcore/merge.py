@@ -104,6 +104,7 @@ def merge(
     """
     state = engine._require_state(model)
     engine._refuse_merged(state, "merge")
+    engine.refuse_changed(model)
     ranks.refuse_sharded(model, "merge")
     engine.refuse_per_sample(state, "merge")
     if not state.active:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from peftcore.adapted import base_parameters
-from peftcore.engine import adapter_parameters, device_and_dtype, place, state_of
+from peftcore.engine import (
+    adapter_parameters,
+    changed,
+    check_dtype,
+    check_model,
+    device_and_dtype,
+    place,
+    state_of,
+)
 from peftcore.targets import match_counts
 from peftcore.trained import TrainedParameters
 
@@ -64,13 +72,19 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is applied to a model. `trainable_parameters` counts what an optimizer would change now."""
+    """What is applied to a model.
+
+    Args:
+        trainable_parameters: how many an optimizer would change now.
+        changed: by path, modules with adapters that were replaced, resized or parametrized since `apply`.
+    """
 
     adapters: tuple[AdapterSummary, ...]
     base_parameters: int
     base_bytes: int
     trainable_parameters: int
     merged: bool
+    changed: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -84,6 +98,7 @@ class Summary:
             + f", {a.parameters:,} parameters, {megabytes(a.bytes)}"
             for a in self.adapters
         ]
+        lines += [f"  changed since: '{path}' {what}" for path, what in self.changed.items()]
         return "\n".join(lines)
 
 
@@ -92,6 +107,7 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
 
     The model is left alone, and the adapters are made on the meta device: nothing is allocated.
     """
+    check_dtype(dtype)
     with torch.device("meta"):
         placed = place(model, method, fields)
     parameters = dict(base_parameters(model))
@@ -113,6 +129,7 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
 
 def summary(model: nn.Module) -> Summary:
     """What is applied to `model`, what of it is trainable, and what it weighs. Works on any model."""
+    check_model(model)
     state = state_of(model)
     base = {id(p): p for _, p in base_parameters(model)}
     adapters = []
@@ -140,6 +157,7 @@ def summary(model: nn.Module) -> Summary:
         base_bytes=sum(p.nbytes for p in base.values()),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         merged=state is not None and state.merged is not None,
+        changed=changed(model),
     )
 
 

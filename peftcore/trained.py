@@ -126,17 +126,29 @@ class TrainedParameters(nn.Module):
         for name, slots in here.items():
             yield slots, _slot(model, name), self._aside(_key(name))
 
+    def changes(self, model: nn.Module) -> Iterator[tuple[str, str]]:
+        """(slot, what has become of it) where the tensor is gone or has another shape."""
+        for name, slots in {**self.slots, **self.kept}.items():
+            was = list(self._aside(_key(name)).shape)
+            for slot in slots:
+                now = _shape(model, slot)
+                if now != was:
+                    yield slot, "is gone" if now is None else f"has shape {now}, which was {was}"
+
     def _aside(self, key: str) -> Tensor:
         return self._parameters[key] if key in self._parameters else self._buffers[key]
 
     def _exchange(self, model: nn.Module, name: str, slots: Sequence[str]) -> None:
         key = _key(name)
         here = self._parameters if key in self._parameters else self._buffers
-        inside, aside = _slot(model, name), here[key]
+        aside = here[key]
+        slots = [slot for slot in slots if _shape(model, slot) == list(aside.shape)]  # what was resized stays
+        if not slots:
+            return
+        here[key] = _slot(model, slots[0])
         for slot in slots:
             tensors, attribute = _tensors(model, slot)
             tensors[attribute] = aside
-        here[key] = inside
 
 
 def hold_of_last(model: nn.Module, active: Sequence[str]) -> None:
@@ -207,6 +219,14 @@ def _tensors(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     return (module._parameters if attribute in module._parameters else module._buffers), attribute
+
+
+def _shape(model: nn.Module, name: str) -> list[int] | None:
+    try:
+        slot = _slot(model, name)
+    except (AttributeError, KeyError):
+        return None
+    return list(getattr(slot, "ds_shape", slot.shape))  # ZeRO-3 empties its own
 
 
 def _slot(model: nn.Module, name: str) -> Tensor:

@@ -139,3 +139,14 @@ def test_a_sequential_runs_as_before(toys: None) -> None:
     assert torch.equal(model(x), base)
     adapted.activate(model[1], ["behind"])
     assert torch.equal(model(x), base + 2.0)
+
+
+def test_what_is_made_by_the_class_of_a_model_has_no_adapters(toys: None) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    peftcore.apply(model, "around", target_modules=("1",))
+    x = torch.randn(2, 4)
+    for other in (model[:1], type(model)(*model)[:1], type(model[1])(4, 4)):
+        assert other(x).shape == (2, 4)
+        assert type(other) in (nn.Sequential, nn.Linear)
+    assert type(model) is not nn.Sequential
+    assert torch.equal(type(model)(*model)(x), model(x))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore.engine import adapter_parameters
+from peftcore.engine import adapter_parameters, set_trainable
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -232,3 +232,87 @@ def test_statistics_that_training_moves_are_the_adapters() -> None:
     peftcore.remove(model, "second")
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_model_of_peft_is_refused_with_the_way_to_convert(inside: bool) -> None:
+    import peft
+
+    model = peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    model = model.base_model.model if inside else model
+    keys = list(model.state_dict())
+    for call in (peftcore.apply, peftcore.plan):
+        with pytest.raises(peftcore.PeftcoreError, match=r"Hugging Face PEFT already .*peftcore.load\(base, folder\)"):
+            call(model, "lora")
+    assert list(model.state_dict()) == keys
+
+
+def test_adapters_of_a_part_and_of_the_whole_are_refused() -> None:
+    """Both would have one name, and one would switch off the other's."""
+    model = tiny.llama()
+    peftcore.apply(model.model, "around")
+    with pytest.raises(peftcore.PeftcoreError, match="'model' has adapters that were applied to another model"):
+        peftcore.apply(model, "around")
+    peftcore.remove(model.model)
+    peftcore.apply(model, "around")
+    with pytest.raises(peftcore.PeftcoreError, match="'the model' has adapters that were applied to another"):
+        peftcore.apply(model.model, "around", adapter="other")
+    with pytest.raises(peftcore.PeftcoreError, match="quantize before adapters are applied"):
+        peftcore.quantize(model.model)
+
+
+class Odd:
+    """Not of any type that a function takes."""
+
+    def __repr__(self) -> str:
+        return "Odd()"
+
+
+ODD = [5, 1.5, b"default", Odd(), ["default", 5], {"default": 1}, object, True]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=repr)
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda odd, m: peftcore.apply(odd, "around"),
+        lambda odd, m: peftcore.apply(m, odd),
+        lambda odd, m: peftcore.apply(m, "around", adapter=odd),
+        lambda odd, m: peftcore.apply(m, "around", adapter="new", dtype=odd),
+        lambda odd, m: peftcore.plan(odd, "around"),
+        lambda odd, m: peftcore.plan(m, odd),
+        lambda odd, m: peftcore.plan(m, "around", dtype=odd),
+        lambda odd, m: peftcore.activate(odd, "default"),
+        lambda odd, m: peftcore.activate(m, odd),
+        lambda odd, m: peftcore.activate(m, [odd], per_sample=True),
+        lambda odd, m: peftcore.remove(odd),
+        lambda odd, m: peftcore.remove(m, odd),
+        lambda odd, m: peftcore.after_step(odd, 1, 2),
+        lambda odd, m: peftcore.summary(odd),
+        lambda odd, m: set_trainable(m, odd, True),
+        lambda odd, m: peftcore.merge(odd),
+        lambda odd, m: peftcore.unmerge(odd),
+        lambda odd, m: peftcore.disabled(odd).__enter__(),
+    ],
+)
+def test_arguments_of_no_use_are_peftcore_errors(call, odd) -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    with pytest.raises(peftcore.PeftcoreError):
+        call(odd, model)
+    assert peftcore.engine.state_of(model).active == ("default",)
+
+
+@pytest.mark.parametrize("names", [["default", None], [None], None])
+def test_none_among_the_names_asks_for_per_sample(names) -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    with pytest.raises(peftcore.PeftcoreError, match="per_sample=True" if names else "list of names, found None"):
+        peftcore.activate(model, names)
+
+
+def test_a_wrapper_is_refused_with_the_model_inside() -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    with pytest.raises(peftcore.PeftcoreError, match=r"the model inside: give model\._orig_mod"):
+        peftcore.activate(torch.compile(model, backend="eager"), "default")
+    with pytest.raises(peftcore.PeftcoreError, match=r"the model inside: give model\.module"):
+        peftcore.save(nn.DataParallel(model), "nowhere")

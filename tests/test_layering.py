@@ -16,7 +16,7 @@ ORDER = [
     {"registry", "adapted", "observation", "sublayers", "patterns"},
     {"architecture"},
     {"targets", "fast_path", "prompts", "trained", "fingerprint", "adapter_files"},
-    {"engine", "probe"},
+    {"engine", "probe", "changed"},
     {"merge", "checkpoint", "adapter_tensors", "reference", "summary", "quantization", "optim"},
     {"parallel"},
     {"testing", "data", "integrations"},

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapted import base_modules, base_parameters, original_class
+from peftcore.adapted import base_modules, base_parameters, lock_of, original_class
 from peftcore.architecture import detect
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, nearest
@@ -55,8 +55,8 @@ def quantize(
     check_blocksize(blocksize)
     if hasattr(model, "_orig_mod"):
         raise PeftcoreError("the model is compiled. Quantize the model itself, then torch.compile it")
-    if state_of(model) is not None:
-        applied = ", ".join(state_of(model).applied)
+    if any(map(lock_of, model.modules())):  # of a part of the model too, or of one that it is a part of
+        applied = ", ".join(state_of(model).applied) if state_of(model) is not None else "to a part of the model"
         raise PeftcoreError(f"quantize before adapters are applied (applied: {applied}), or after peftcore.remove")
     chosen = selected(model, skip)
     there = [path for path, module in base_modules(model) if isinstance(module, QuantizedLinear) or _is_bnb(module)]
@@ -81,7 +81,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     Args:
         dtype: of the weights; None: the one they had.
     """
-    if state_of(model) is not None:
+    if any(map(lock_of, model.modules())):
         raise PeftcoreError("dequantize before adapters are applied, or after peftcore.remove")
     layers = [module for _, module in base_modules(model) if isinstance(module, QuantizedLinear)]
     for module, first in _with_first(layers):

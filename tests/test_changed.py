@@ -1,0 +1,167 @@
+"""Modules that were replaced, resized or parametrized after `apply`: every function says which, `remove` gets out."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+import peftcore
+from peftcore.engine import set_trainable
+
+pytestmark = pytest.mark.usefixtures("toys")
+Q = "model.layers.0.self_attn.q_proj"
+
+
+def replace(model: nn.Module) -> None:
+    model.model.layers[0].self_attn.q_proj = nn.Linear(32, 32, bias=False)
+
+
+def replace_by_copy(model: nn.Module) -> None:
+    model.model.layers[0].self_attn.q_proj = copy.deepcopy(model.model.layers[0].self_attn.q_proj)
+
+
+def delete(model: nn.Module) -> None:
+    model.model.layers = model.model.layers[:0]
+
+
+def other_class(model: nn.Module) -> None:
+    class Other(nn.Linear):
+        pass
+
+    model.get_submodule(Q).__class__ = Other
+
+
+def old_weight_norm(model: nn.Module) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.nn.utils.weight_norm(model.get_submodule(Q))
+
+
+def weight_norm(model: nn.Module) -> None:
+    parametrizations.weight_norm(model.get_submodule(Q))
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def parametrized(model: nn.Module) -> None:
+    parametrize.register_parametrization(model.get_submodule(Q), "weight", Doubled())
+
+
+def wider(model: nn.Module) -> None:
+    model.get_submodule(Q).weight = nn.Parameter(torch.zeros(40, 32))
+
+
+CHANGES: dict[str, tuple[Callable[[nn.Module], None], str]] = {
+    "replaced": (replace, f"'{Q}' was replaced by another Linear"),
+    "replaced by a copy": (replace_by_copy, f"'{Q}' was replaced by a Linear of another model, or a copy"),
+    "deleted": (delete, f"'{Q}' is gone"),
+    "another class": (other_class, f"'{Q}' was given another class, Other"),
+    "weight_norm of old": (old_weight_norm, rf"'{Q}' has the parameters \['weight_g', 'weight_v'\] in place of"),
+    "weight_norm": (weight_norm, rf"'{Q}' has the parameters \['parametrizations.weight'\] in place of \['weight'\]"),
+    "parametrized": (parametrized, rf"'{Q}' has the parameters \['parametrizations.weight'\] in place of"),
+    "resized": (wider, rf"'{Q}' has 'weight' of shape \[40, 32\], which was \[32, 32\]"),
+}
+USES: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "apply": lambda m, _: peftcore.apply(m, "around", adapter="second"),
+    "activate": lambda m, _: peftcore.activate(m, "default"),
+    "save": lambda m, folder: peftcore.save(m, folder),
+    "merge": lambda m, _: peftcore.merge(m),
+    "set_trainable": lambda m, _: set_trainable(m, "default", False),
+}
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("use", USES)
+def test_the_module_and_what_became_of_it_are_named(kind: str, use: str, tmp_path: Path) -> None:
+    change, told = CHANGES[kind]
+    model = peftcore.apply(tiny.llama(), "around")
+    change(model)
+    with pytest.raises(peftcore.PeftcoreError, match=f"after the adapter 'default' was applied: {told}.*remove"):
+        USES[use](model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_summary_says_it_and_remove_gets_out(kind: str) -> None:
+    change, told = CHANGES[kind]
+    model = peftcore.apply(tiny.llama(), "around")
+    change(model)
+    summary = peftcore.summary(model)
+    assert Q in summary.changed and "changed since: 'model.layers.0" in str(summary)
+    with pytest.warns(UserWarning, match=f"remove left the following as it is: {told}"):
+        peftcore.remove(model)
+    plain = tiny.llama()
+    change(plain)
+    assert model.state_dict().keys() == plain.state_dict().keys()
+    if kind not in ("resized", "replaced", "replaced by a copy"):  # which do not run, or have other values
+        assert torch.equal(tiny.logits(model), tiny.logits(plain))
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert kinds == [type(module).__name__ for module in plain.modules()]
+    if kind != "replaced by a copy":  # it has the adapters that it was copied with
+        assert not any("peftcore" in key for module in model.modules() for key in vars(module))
+    if kind not in ("resized", "deleted", "replaced by a copy"):
+        peftcore.apply(model, "around")
+        assert torch.isfinite(tiny.logits(model)).all()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("active", [False, True])
+def test_a_resized_vocabulary(tied: bool, active: bool) -> None:
+    model = tiny.gpt2() if tied else tiny.llama()
+    peftcore.apply(model, "train", names=("lm_head.weight",))
+    if not active:
+        peftcore.activate(model, [])
+    model.resize_token_embeddings(100, mean_resizing=False)
+    slot = "transformer.wte.weight" if tied else "lm_head.weight"
+    shapes = rf"'{slot}' has shape \[100, 32\], which was \[96, 32\]"
+    with pytest.raises(peftcore.PeftcoreError, match=shapes):
+        peftcore.activate(model, "default")
+    assert peftcore.summary(model).changed[slot] == "has shape [100, 32], which was [96, 32]"
+    with pytest.warns(UserWarning, match="remove left the following"):
+        peftcore.remove(model)
+    assert model.lm_head.weight.shape == (100, 32)
+    assert tiny.logits(model).shape[-1] == 100
+
+
+def test_an_adapter_of_a_resized_embedding() -> None:
+    model = peftcore.apply(tiny.llama(), "lora", target_modules=["embed_tokens", "lm_head"])
+    model.resize_token_embeddings(100, mean_resizing=False)
+    changed = peftcore.summary(model).changed
+    assert set(changed) == {"model.embed_tokens", "lm_head"}
+    with pytest.raises(peftcore.PeftcoreError, match=r"'model.embed_tokens' .*'lm_head' was replaced"):
+        peftcore.merge(model)
+
+
+def test_a_replaced_head_that_is_trained() -> None:
+    model = peftcore.apply(tiny.bert_classifier(), "train", names=("classifier.weight", "classifier.bias"))
+    model.classifier = nn.Linear(32, 3)
+    with pytest.raises(peftcore.PeftcoreError, match="'classifier' was replaced by another Linear"):
+        peftcore.activate(model, "default")
+
+
+def test_what_was_there_before_apply_is_no_change() -> None:
+    model = tiny.llama()
+    weight_norm(model)
+    base = tiny.logits(model)
+    peftcore.apply(model, "around")
+    peftcore.activate(model, "default")
+    assert not peftcore.summary(model).changed
+    peftcore.remove(model)
+    assert torch.equal(tiny.logits(model), base)
+
+
+@pytest.mark.parametrize("change", [lambda m: m.to(torch.bfloat16), lambda m: m.to_empty(device="meta"), copy.deepcopy])
+def test_moving_casting_and_copying_are_no_change(change: Callable[[nn.Module], nn.Module]) -> None:
+    model = change(peftcore.apply(tiny.llama(), "around"))
+    assert not peftcore.summary(model).changed
+    peftcore.activate(model, "default")
