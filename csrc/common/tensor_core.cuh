@@ -1,6 +1,6 @@
 // The tensor-core instructions the kernels use (sm_80 and later), each behind one function; the emulator
-// supplies its own. Fragment layouts: PTX ISA, "Matrix fragments for mma.m16n8k16" and "ldmatrix". All lanes
-// of a warp call together.
+// supplies its own. Fragment layouts: PTX ISA, "Matrix fragments for mma.m16n8k16", "mma.m16n8k8" and
+// "ldmatrix". All lanes of a warp call together.
 #pragma once
 
 #include "common/cuda_launch.cuh"
@@ -33,6 +33,15 @@ __device__ __forceinline__ void mma_m16n8k16<Half>(float (&d)[4], const uint32_t
                                                    const uint32_t (&b)[2]) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// d[16 x 8] += a[16 x 8] b[8 x 8] of fp32, of which the upper 19 bits are read (tf32).
+__device__ __forceinline__ void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

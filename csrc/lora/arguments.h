@@ -83,7 +83,7 @@ inline void check_gradient(const Tensor& grad, const Tensor& s, const Tensor& x,
     const std::vector<int64_t> shape = with_last(x, out_features);
     const at::IntArrayRef wanted = shape;
     TORCH_CHECK_VALUE(grad.sizes() == wanted, op, ": grad must be ", wanted, ", found ", grad.sizes());
-    check_same(s, x, op, "s");
+    check_tensor(s, at::kFloat, x.device(), op, "s");
     const at::IntArrayRef sizes = x.sizes();
     const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
     TORCH_CHECK_VALUE(s.dim() == 2 && s.size(0) == rows && s.size(1) == r && s.is_contiguous(), op,

@@ -5,7 +5,8 @@
 // of y runs beside the product. A pass over y after the product costs the same bytes with nothing beside it.
 // The gradient of x likewise.
 //
-// fp16 and bf16 take the kernels of this folder; fp32 takes cuBLAS, around dropout by a kernel.
+// fp16 and bf16 take the kernels of this folder, with S and T in fp32; fp32 takes cuBLAS, around dropout by a
+// kernel.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/addmm.h>
@@ -45,30 +46,26 @@ Tensor matrix(const Tensor& t) {
     return t.contiguous().view({c10::multiply_integers(sizes.begin(), sizes.end() - 1), sizes.back()});
 }
 
-// A factor in x's dtype, rounded once; kernels that round fp32 themselves take it as it is.
-Tensor like(const Tensor& factor, const Tensor& x) { return factor.to(x.scalar_type()).contiguous(); }
-Tensor like_or_float(const Tensor& factor, const Tensor& x) {
-    return factor.scalar_type() == at::kFloat ? factor.contiguous() : like(factor, x);
+// A factor as the products take it.
+Tensor floats(const Tensor& factor) { return factor.to(at::kFloat).contiguous(); }
+
+Tensor float_workspace(int64_t count, const Tensor& x) {
+    return at::empty({count}, x.options().dtype(at::kFloat));
 }
 
-Tensor floats(int64_t count, const Tensor& x) { return at::empty({count}, x.options().dtype(at::kFloat)); }
-
-// Factors of some adapters, of one dtype, as launchers take them.
+// Factors of some adapters as launchers take them.
 struct Factors {
     std::vector<Tensor> tensors;
-    std::vector<const void*> pointers;
+    std::vector<const float*> pointers;
     std::vector<int> ranks;
 
-    Factors(at::TensorList factors, int rank_dimension, const Tensor& x) {
-        bool all_float = true;
-        for (const Tensor& t : factors) all_float = all_float && t.scalar_type() == at::kFloat;
+    Factors(at::TensorList factors, int rank_dimension) {
         for (const Tensor& t : factors) {
-            tensors.push_back(all_float ? t.contiguous() : like(t, x));
-            pointers.push_back(tensors.back().const_data_ptr());
+            tensors.push_back(floats(t));
+            pointers.push_back(tensors.back().const_data_ptr<float>());
             ranks.push_back(int(t.size(rank_dimension)));
         }
     }
-    int dtype(const Tensor& x) const { return dtype_of(tensors.empty() ? x : tensors.front()); }
     int count() const { return int(tensors.size()); }
 };
 
@@ -77,27 +74,28 @@ Tensor down(const Tensor& x, const Factors& a, const std::vector<float>& scales,
             const Dropout& dropout, const char* op) {
     const int64_t rows = x.size(1), columns = x.size(2);
     const int rank = a.count() ? *std::max_element(a.ranks.begin(), a.ranks.end()) : 0;
-    const Tensor s = at::empty({x.size(0) * rows, rank}, x.options());
+    const Tensor s = at::empty({x.size(0) * rows, rank}, x.options().dtype(at::kFloat));
     const int64_t workspace = index ? 0 : peftcore_lora_down_workspace(rows, columns, rank);
-    const Tensor partial = floats(workspace, x);
+    const Tensor partial = float_workspace(workspace, x);
     check_launch(
         peftcore_lora_down(x.const_data_ptr(), dtype_of(x), x.size(0), rows, columns, a.pointers.data(),
-                           a.dtype(x), a.ranks.data(), scales.data(), a.count(), index, rank,
-                           dropout.threshold, dropout.key0, dropout.key1, partial.mutable_data_ptr<float>(),
-                           s.mutable_data_ptr(), current_cuda_stream(x.device())),
+                           a.ranks.data(), scales.data(), a.count(), index, rank, dropout.threshold,
+                           dropout.key0, dropout.key1, partial.mutable_data_ptr<float>(),
+                           s.mutable_data_ptr<float>(), current_cuda_stream(x.device())),
         op);
     return s;
 }
 
-// keep ∘ (thin Fᵀ) into out [samples, rows, columns], or added to it.
-void up(const Tensor& thin, const Factors& factors, const int64_t* index, const Dropout& dropout, bool add,
-        const Tensor& out, const char* op) {
-    check_launch(
-        peftcore_lora_up(thin.const_data_ptr(), dtype_of(thin), out.size(0), out.size(1), out.size(2),
-                         factors.pointers.data(), factors.dtype(thin), factors.ranks.data(), factors.count(),
-                         index, int(thin.size(1)), dropout.threshold, dropout.key0, dropout.key1, add,
-                         out.mutable_data_ptr(), current_cuda_stream(out.device())),
-        op);
+// keep ∘ (bias + thin Fᵀ) into out [samples, rows, columns], or added to it.
+void up(const Tensor& thin, const Factors& factors, const int64_t* index, const Dropout& dropout,
+        const std::optional<Tensor>& bias, bool add, const Tensor& out, const char* op) {
+    const Tensor added = bias.has_value() ? bias->contiguous() : Tensor();
+    check_launch(peftcore_lora_up(thin.const_data_ptr<float>(), dtype_of(out), out.size(0), out.size(1),
+                                  out.size(2), factors.pointers.data(), factors.ranks.data(), factors.count(),
+                                  index, int(thin.size(1)), dropout.threshold, dropout.key0, dropout.key1,
+                                  added.defined() ? added.const_data_ptr() : nullptr, add,
+                                  out.mutable_data_ptr(), current_cuda_stream(out.device())),
+                 op);
 }
 
 // (keep ∘ wide)ᵀ thin, or transposed, in `dtype`.
@@ -107,9 +105,9 @@ Tensor reduce(const Tensor& wide, const Tensor& thin, const Dropout& dropout, bo
     const at::ScalarType written = dtype == at::kDouble ? at::kFloat : dtype;
     const Tensor out =
         at::empty({transposed ? rank : columns, transposed ? columns : rank}, wide.options().dtype(written));
-    const Tensor partial = floats(peftcore_lora_reduce_workspace(rows, columns, int(rank)), wide);
-    check_launch(peftcore_lora_reduce(wide.const_data_ptr(), thin.const_data_ptr(), dtype_of(wide), rows,
-                                      columns, int(rank), dropout.threshold, dropout.key0, dropout.key1,
+    const Tensor partial = float_workspace(peftcore_lora_reduce_workspace(rows, columns, int(rank)), wide);
+    check_launch(peftcore_lora_reduce(wide.const_data_ptr(), thin.const_data_ptr<float>(), dtype_of(wide),
+                                      rows, columns, int(rank), dropout.threshold, dropout.key0, dropout.key1,
                                       partial.mutable_data_ptr<float>(), out.mutable_data_ptr(),
                                       dtype_of(out), transposed, current_cuda_stream(wide.device())),
                  op);
@@ -123,14 +121,14 @@ std::tuple<Tensor, Tensor> reduce_and_product(const Tensor& wide, const Tensor& 
     const int rank = int(thin.size(1));
     const at::ScalarType written = dtype == at::kDouble ? at::kFloat : dtype;
     const Tensor out = at::empty({columns, rank}, wide.options().dtype(written));
-    const Tensor product = at::empty({rows, rank}, wide.options());
-    const Tensor partial = floats(peftcore_lora_reduce_workspace(rows, columns, rank), wide);
-    const Tensor products = floats(peftcore_lora_product_workspace(rows, columns, rank), wide);
+    const Tensor product = at::empty({rows, rank}, thin.options());
+    const Tensor partial = float_workspace(peftcore_lora_reduce_workspace(rows, columns, rank), wide);
+    const Tensor products = float_workspace(peftcore_lora_product_workspace(rows, columns, rank), wide);
     check_launch(peftcore_lora_reduce_and_product(
-                     wide.const_data_ptr(), thin.const_data_ptr(), factor.const_data_ptr(), dtype_of(wide),
-                     rows, columns, rank, scale, partial.mutable_data_ptr<float>(),
+                     wide.const_data_ptr(), thin.const_data_ptr<float>(), factor.const_data_ptr<float>(),
+                     dtype_of(wide), rows, columns, rank, scale, partial.mutable_data_ptr<float>(),
                      products.mutable_data_ptr<float>(), out.mutable_data_ptr(), dtype_of(out),
-                     product.mutable_data_ptr(), current_cuda_stream(wide.device())),
+                     product.mutable_data_ptr<float>(), current_cuda_stream(wide.device())),
                  op);
     return {out.to(dtype), product};
 }
@@ -171,7 +169,7 @@ Tensor fused_linear(const Tensor& x, const Tensor& weight, const std::optional<T
         nf4::packed_arguments(weight, *q.absmax, *q.code, q.blocksize, q.nested_absmax, q.nested_code,
                               q.nested_offset, q.nested_blocksize, nf4::count_of({rows, columns}, op), op);
     const nf4::Nested& nested = packed.nested;
-    const Tensor added = bias.has_value() ? bias->contiguous() : Tensor(), factor = like_or_float(b, x);
+    const Tensor added = bias.has_value() ? bias->contiguous() : Tensor(), factor = floats(b);
     const float* none = nullptr;
     const Tensor y = at::empty({x.size(0), rows}, x.options());
     check_launch(peftcore_nf4_linear(
@@ -180,9 +178,9 @@ Tensor fused_linear(const Tensor& x, const Tensor& weight, const std::optional<T
                      int(packed.blocksize), nested.present ? nested.absmax.const_data_ptr<float>() : none,
                      nested.present ? nested.code.const_data_ptr<float>() : none,
                      nested.present ? nested.offset.const_data_ptr<float>() : none, int(q.nested_blocksize),
-                     rows, columns, added.defined() ? added.const_data_ptr() : nullptr, s.const_data_ptr(),
-                     factor.const_data_ptr(), dtype_of(factor), int(factor.size(1)), y.mutable_data_ptr(),
-                     current_cuda_stream(x.device())),
+                     rows, columns, added.defined() ? added.const_data_ptr() : nullptr,
+                     s.const_data_ptr<float>(), factor.const_data_ptr<float>(), int(factor.size(1)),
+                     y.mutable_data_ptr(), current_cuda_stream(x.device())),
                  op);
     return y;
 }
@@ -207,15 +205,19 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const float factor = factor_of(scale, dropout);
     const Tensor flat = matrix(x);
-    const Tensor s = has_kernels(x)
-                         ? down(flat.unsqueeze(0), Factors({a}, 0, x), {factor}, nullptr, dropout, op)
-                         : at::mm(dropped(flat, dropout, op), like(a, x).t()).mul_(factor);
+    const Tensor s = has_kernels(x) ? down(flat.unsqueeze(0), Factors({a}, 0), {factor}, nullptr, dropout, op)
+                                    : at::mm(dropped(flat, dropout, op), floats(a).t()).mul_(factor);
     Tensor y;
     if (quantized.packed() && flat.size(0) <= nf4::kLinearMaxBatch) {
         y = fused_linear(flat, weight, bias, s, b, quantized, op);
     } else {
         const Tensor dense = dense_weight(weight, out_features, x.size(-1), quantized, x, op);
-        y = bias.has_value() ? at::addmm(*bias, s, like(b, x).t()) : at::mm(s, like(b, x).t());
+        if (has_kernels(x)) {
+            y = at::empty({flat.size(0), out_features}, x.options());
+            up(s, Factors({b}, 1), nullptr, {}, bias, false, y.unsqueeze(0), op);
+        } else {
+            y = bias.has_value() ? at::addmm(*bias, s, floats(b).t()) : at::mm(s, floats(b).t());
+        }
         y.addmm_(flat, dense.t());
     }
     return {y.view(with_last(x, out_features)), s};
@@ -242,30 +244,28 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const float factor = factor_of(scale, dropout);
     const Tensor flat = matrix(x), rows = matrix(grad);
 
-    const Tensor a_like = like(a, x), b_like = like(b, x);
+    const Tensor a_float = floats(a), b_float = floats(b);
     Tensor dx = at::empty({0}, x.options()), da = at::empty({0}, a.options()),
            db = at::empty({0}, b.options());
     Tensor t;
     const bool needs_t = needs[0] || needs[1];
     if (!has_kernels(x)) {
-        if (needs_t) t = at::mm(rows, b_like).mul_(factor);
+        if (needs_t) t = at::mm(rows, b_float).mul_(factor);
         if (needs[1]) da = at::mm(t.t(), dropped(flat, dropout, op)).to(a.scalar_type());
         if (needs[2]) db = at::mm(rows.t(), s).to(b.scalar_type());
-        if (needs[0]) dx = dropped(at::mm(t, a_like), dropout, op);
+        if (needs[0]) dx = dropped(at::mm(t, a_float), dropout, op);
     } else {
-        const Tensor b_columns = needs_t ? b_like.t().contiguous() : b_like;  // [r, out]
+        const Tensor b_columns = needs_t ? b_float.t().contiguous() : b_float;  // [r, out]
         if (needs_t && needs[2] && s.size(1) <= kOnePassMaxRank) {
             std::tie(db, t) = reduce_and_product(rows, s, b_columns, factor, b.scalar_type(), op);
         } else {
-            if (needs_t) t = down(rows.unsqueeze(0), Factors({b_columns}, 0, x), {factor}, nullptr, {}, op);
+            if (needs_t) t = down(rows.unsqueeze(0), Factors({b_columns}, 0), {factor}, nullptr, {}, op);
             if (needs[2]) db = reduce(rows, s, {}, false, b.scalar_type(), op);
         }
         if (needs[1]) da = reduce(flat, t, dropout, true, a.scalar_type(), op);
-        if (needs[0] && dropout.threshold == 0) {
-            dx = at::mm(t, a_like);
-        } else if (needs[0]) {
+        if (needs[0]) {
             dx = at::empty(flat.sizes(), x.options());
-            up(t, Factors({a_like.t().contiguous()}, 1, x), nullptr, dropout, false, dx.unsqueeze(0), op);
+            up(t, Factors({a_float.t()}, 1), nullptr, dropout, {}, false, dx.unsqueeze(0), op);
         }
     }
     if (needs[0])
@@ -305,15 +305,15 @@ Tensor lora_linear_per_sample(const Tensor& x, const Tensor& weight, const std::
     const Tensor by_sample = flat.view({samples, rows, flat.size(1)}),
                  out = y.view({samples, rows, out_features});
     if (has_kernels(x)) {
-        const Factors lefts(a, 0, x), rights(b, 1, x);
+        const Factors lefts(a, 0), rights(b, 1);
         const std::vector<float> factors(scales.begin(), scales.end());
         const Tensor s = down(by_sample, lefts, factors, adapter.const_data_ptr<int64_t>(), {}, op);
-        up(s, rights, adapter.const_data_ptr<int64_t>(), {}, true, out, op);
+        up(s, rights, adapter.const_data_ptr<int64_t>(), {}, {}, true, out, op);
     } else {  // every adapter for every row: the index stays on the device
         const Tensor wanted = adapter.view({samples, 1, 1}), zero = at::zeros({}, x.options());
         for (size_t i = 0; i < a.size(); ++i) {
-            const Tensor s = at::mm(flat, like(a[i], x).t()).mul_(scales[i]);
-            const Tensor added = at::mm(s, like(b[i], x).t()).view(out.sizes());
+            const Tensor s = at::mm(flat, floats(a[i]).t()).mul_(scales[i]);
+            const Tensor added = at::mm(s, floats(b[i]).t()).view(out.sizes());
             out.add_(at::where(wanted.eq(int64_t(i)), added, zero));
         }
         const Tensor unknown = wanted.lt(-1).logical_or(wanted.ge(int64_t(a.size())));

@@ -148,7 +148,7 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
                      nested.present ? nested.code.const_data_ptr<float>() : none,
                      nested.present ? nested.offset.const_data_ptr<float>() : none, int(nested_blocksize),
                      out_features, columns, added.defined() ? added.const_data_ptr() : nullptr, nullptr,
-                     nullptr, int(dtype), 0, y.mutable_data_ptr(), current_cuda_stream(x.device())),
+                     nullptr, 0, y.mutable_data_ptr(), current_cuda_stream(x.device())),
                  op);
     return y;
 }

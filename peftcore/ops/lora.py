@@ -9,8 +9,9 @@
 Kept for the gradient are x and S, which is thin. `keep`, the dropout mask, is never stored: Philox gives it again from
 a seed, the row and the column (see `keep_mask`), the same bits on every device.
 
-A, B, S and T are rounded once to x's dtype, as autocast would; sums are fp32, and dA and dB leave in the dtype of A
-and B. So fp32 factors beside a 16-bit x keep their precision where it counts, in the optimizer.
+A, B, S and T are fp32 beside a 16-bit x, never rounded to it: in fp16 a T of small gradients would vanish, and in bf16
+dA would be off by 2e-3. y and dx are rounded once, or twice where the library makes the base's product; dA and dB leave
+in the dtype of A and B.
 
 One operator adds for several adapters at once, one to a sample: `lora_linear_per_sample` (Punica, arXiv 2310.18547).
 
@@ -79,6 +80,11 @@ def _dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return x if seed is None or not p else x.where(keep_mask(*x.shape, p, seed, x.device), 0)
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """In which A, B, S and T are."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _factor(scale: float, p: float, seed: Tensor | None) -> float:
     """c."""
     return scale if seed is None else scale * 65536 / (65536 - _threshold(p))
@@ -121,9 +127,9 @@ def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, out_f
 
 
 def _check_gradient(op: str, grad: Tensor, s: Tensor, x: Tensor, out_features: int, r: int) -> None:
-    for name, t in (("grad", grad), ("s", s)):
-        if t.dtype != x.dtype:
-            raise TypeError(f"{op}: {name} must be {x.dtype} like x, found {t.dtype}")
+    for name, t, dtype in (("grad", grad, x.dtype), ("s", s, _wide(x))):
+        if t.dtype != dtype:
+            raise TypeError(f"{op}: {name} must be {dtype} for x of {x.dtype}, found {t.dtype}")
         _value(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
     wanted = [*x.shape[:-1], out_features]
     _value(list(grad.shape) == wanted, op, f"grad must be {wanted}, found {list(grad.shape)}")
@@ -176,10 +182,9 @@ def _lora_linear(
     _check_factors(op, x, a, b, out, ("a", "b"))
     _check_dropout(op, dropout_p, seed)
     quantized = (absmax, code, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize)
-    y = _matrix(_base(x, weight, bias, out, quantized))
-    a, b = a.to(x.dtype), b.to(x.dtype)
-    s = _dropped(_matrix(x), dropout_p, seed) @ a.T * _factor(scale, dropout_p, seed)
-    return torch.addmm(y, s, b.T).view(*x.shape[:-1], out), s
+    y, wide = _matrix(_base(x, weight, bias, out, quantized)), _wide(x)
+    s = _dropped(_matrix(x), dropout_p, seed).to(wide) @ a.to(wide).T * _factor(scale, dropout_p, seed)
+    return (y + s @ b.to(wide).T).to(x.dtype).view(*x.shape[:-1], out), s
 
 
 def _fake_lora_linear(
@@ -198,7 +203,7 @@ def _fake_lora_linear(
     _check_linear(op, x, weight, bias, out, absmax is not None)
     _check_factors(op, x, a, b, out, ("a", "b"))
     _check_dropout(op, dropout_p, seed)
-    return x.new_empty((*x.shape[:-1], out)), x.new_empty((x.shape[:-1].numel(), a.shape[0]))
+    return x.new_empty((*x.shape[:-1], out)), x.new_empty((x.shape[:-1].numel(), a.shape[0]), dtype=_wide(x))
 
 
 @torch.no_grad()
@@ -226,20 +231,19 @@ def _lora_linear_backward(
     _check_factors(op, x, a, b, out, ("a", "b"))
     _check_gradient(op, grad, s, x, out, a.shape[0])
     _check_dropout(op, dropout_p, seed)
-    columns = x.shape[-1]
-    rows, flat = _matrix(grad), _matrix(x)
-    a_as, b_as = a.to(x.dtype), b.to(x.dtype)
+    columns, wide = x.shape[-1], _wide(x)
+    rows = _matrix(grad).to(wide)
     dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
-    t = rows @ b_as * _factor(scale, dropout_p, seed)  # [M, r]
+    t = rows @ b.to(wide) * _factor(scale, dropout_p, seed)  # [M, r]
     if needs[0]:
         if absmax is None:
             dx = grad @ weight
         else:
             nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
             dx = _OPS.linear_4bit_backward(grad, weight, absmax, code, blocksize, columns, *nested)
-        dx = (_matrix(dx) + _dropped(t @ a_as, dropout_p, seed)).view(x.shape)
+        dx = (_matrix(dx) + _dropped(t @ a.to(wide), dropout_p, seed)).to(x.dtype).view(x.shape)
     if needs[1]:
-        da = (t.T @ _dropped(flat, dropout_p, seed)).to(a.dtype)
+        da = (t.T @ _dropped(_matrix(x), dropout_p, seed).to(wide)).to(a.dtype)
     if needs[2]:
         db = (rows.T @ s).to(b.dtype)
     return dx, da, db
@@ -290,11 +294,11 @@ def _lora_linear_per_sample(
     for i in found:
         _value(-1 <= i < len(a), "lora_linear_per_sample", f"index must be -1 (none) to {len(a) - 1}, found {i}")
     quantized = (absmax, code, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize)
-    y = _base(x, weight, bias, out_features, quantized)
+    y, wide = _base(x, weight, bias, out_features, quantized), _wide(x)
     for i in sorted(set(found) - {-1}):
         rows = index == i
-        s = F.linear(x[rows], a[i].to(x.dtype)) * scales[i]
-        y[rows] += F.linear(s, b[i].to(x.dtype))
+        s = F.linear(x[rows].to(wide), a[i].to(wide)) * scales[i]
+        y[rows] = (y[rows] + F.linear(s, b[i].to(wide))).to(x.dtype)
     return y
 
 
@@ -427,8 +431,8 @@ def lora_linear(
         x: fp32, fp16, bf16 or float64 `[..., in]`; under autocast it is cast as for `F.linear`.
         weight: `[out, in]` in x's dtype (under autocast in any), or a `PackedWeight`. It gets no gradient.
         bias: `[out]`, cast to x's dtype.
-        a, b: `[r, in]` and `[out, r]` in any floating-point dtype. They are rounded to x's dtype; their gradients
-            have their own.
+        a, b: `[r, in]` and `[out, r]` in any floating-point dtype, used as fp32 (beside a float64 x as float64);
+            their gradients have their own.
         dropout_p: probability with which an element of x is dropped before A, to a multiple of 1/65536.
         seed: int64 `[]` on CPU, which decides the elements (see `keep_mask`). Drawn from PyTorch's generator where
             there is dropout and none is given, so that `torch.manual_seed` and checkpointing hold.

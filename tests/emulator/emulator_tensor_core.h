@@ -1,5 +1,5 @@
 // The emulator's side of csrc/common/tensor_core.cuh: fragments as the PTX ISA lays them out (mma.m16n8k16,
-// ldmatrix), and cp.async that does not arrive before it is waited for.
+// mma.m16n8k8, ldmatrix), and cp.async that does not arrive before it is waited for.
 #pragma once
 
 #include "common/half.h"
@@ -34,6 +34,28 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
                 const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
                 double sum = all[lane]->d[r];
                 for (int k = 0; k < 16; ++k) sum += double(a_full[row][k]) * b_full[k][column];
+                all[lane]->d[r] = float(sum);
+            }
+    });
+}
+
+// d[16 x 8] += a[16 x 8] b[8 x 8] of tf32: the lower 13 bits of a value are not read.
+inline void mma_m16n8k8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    MmaOperand<float> mine{d, a, b};
+    emulator::meet(0xffffffffu, "mma.m16n8k8", mine, [](MmaOperand<float>** all) {
+        auto value_of = [](uint32_t word) { return bits_float(word & 0xffffe000u); };
+        float a_full[16][8], b_full[8][8];
+        for (int lane = 0; lane < 32; ++lane) {
+            const int group = lane / 4, in_group = lane % 4;
+            for (int r = 0; r < 4; ++r)
+                a_full[group + r % 2 * 8][in_group + r / 2 * 4] = value_of(all[lane]->a[r]);
+            for (int r = 0; r < 2; ++r) b_full[in_group + r * 4][group] = value_of(all[lane]->b[r]);
+        }
+        for (int lane = 0; lane < 32; ++lane)
+            for (int r = 0; r < 4; ++r) {
+                const int row = lane / 4 + r / 2 * 8, column = lane % 4 * 2 + r % 2;
+                double sum = all[lane]->d[r];
+                for (int k = 0; k < 8; ++k) sum += double(a_full[row][k]) * b_full[k][column];
                 all[lane]->d[r] = float(sum);
             }
     });

@@ -122,7 +122,7 @@ void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int
     const char* error = peftcore_nf4_linear(
         x.data, int(dtype), batch, packed.data, nested ? (void*)quantized.data : absmax.data, code.data,
         blocksize, nested ? outer.data : nullptr, map.data, offset.data, 32, rows, columns, bias.data,
-        nullptr, nullptr, 0, 0, y.data, nullptr);
+        nullptr, nullptr, 0, y.data, nullptr);
     require(error == nullptr, error ? error : "", count, blocksize);
     for (int m = 0; m < batch; ++m)
         for (int64_t n = 0; n < rows; ++n) {
@@ -182,25 +182,24 @@ void compare_product(const Array<T>& found, int64_t rows, int64_t inner, int64_t
         }
 }
 
-// T: of x. F: of A and B.
+// T: of x. F: of dA and dB.
 template <typename T, typename F>
-void compare_lora(int64_t rows, int64_t columns, int rank, int skip, Dtype dtype, Dtype factor_dtype,
+void compare_lora(int64_t rows, int64_t columns, int rank, int skip, Dtype dtype, Dtype gradient_dtype,
                   std::mt19937& random) {
     std::normal_distribution<float> normal;
     const auto fill = [&](auto& array) {
         for (int64_t i = 0; i < array.count; ++i)
             array.data[i] = from_float<std::remove_reference_t<decltype(array.data[0])>>(normal(random));
     };
-    Array<T> x(rows * columns, skip), s(rows * rank, skip), thin(rows * rank, skip),
-        out(rows * columns, skip);
-    Array<T> bt(rank * columns, skip), product(rows * rank, skip);
-    Array<F> a(rank * columns, skip), b(columns * rank, skip), da(rank * columns, skip),
-        db(columns * rank, skip);
-    fill(x), fill(thin), fill(a), fill(b), fill(bt);
+    Array<T> x(rows * columns, skip), bias(columns, skip), out(rows * columns, skip);
+    Array<float> a(rank * columns, skip), b(columns * rank, skip), bt(rank * columns, skip);
+    Array<float> s(rows * rank, skip), thin(rows * rank, skip), product(rows * rank, skip);
+    Array<F> da(rank * columns, skip), db(columns * rank, skip);
+    fill(x), fill(bias), fill(thin), fill(a), fill(b), fill(bt);
     Array<float> partial(std::max(peftcore_lora_down_workspace(rows, columns, rank),
                                   peftcore_lora_reduce_workspace(rows, columns, rank)));
     Array<float> products(peftcore_lora_product_workspace(rows, columns, rank));
-    const void *left = a.data, *right = b.data;
+    const float *left = a.data, *right = b.data;
     const float scale = 1;
     const auto checked = [&](const char* error) {
         require(error == nullptr, error ? error : "", rows, rank);
@@ -209,30 +208,28 @@ void compare_lora(int64_t rows, int64_t columns, int rank, int skip, Dtype dtype
         return [&array, width](int64_t i, int64_t j) { return to_float(array.data[i * width + j]); };
     };
     const auto transposed = [](const auto& array, int64_t width) {
-        return [&array, width](int64_t i, int64_t j) {
-            return to_float(from_float<T>(to_float(array.data[j * width + i])));
-        };
+        return [&array, width](int64_t i, int64_t j) { return to_float(array.data[j * width + i]); };
     };
-    checked(peftcore_lora_down(x.data, int(dtype), 1, rows, columns, &left, int(factor_dtype), &rank, &scale,
-                               1, nullptr, rank, 0, 0, 0, partial.data, s.data, nullptr));
+    checked(peftcore_lora_down(x.data, int(dtype), 1, rows, columns, &left, &rank, &scale, 1, nullptr, rank,
+                               0, 0, 0, partial.data, s.data, nullptr));
     compare_product(s, rows, columns, rank, of(x, columns), transposed(a, columns), "down differs");
-    checked(peftcore_lora_up(thin.data, int(dtype), 1, rows, columns, &right, int(factor_dtype), &rank, 1,
-                             nullptr, rank, 0, 0, 0, false, out.data, nullptr));
+    checked(peftcore_lora_up(thin.data, int(dtype), 1, rows, columns, &right, &rank, 1, nullptr, rank, 0, 0,
+                             0, nullptr, false, out.data, nullptr));
     compare_product(out, rows, rank, columns, of(thin, rank), transposed(b, rank), "up differs");
     checked(peftcore_lora_reduce(x.data, thin.data, int(dtype), rows, columns, rank, 0, 0, 0, partial.data,
-                                 da.data, int(factor_dtype), true, nullptr));
+                                 da.data, int(gradient_dtype), true, nullptr));
     compare_product(da, rank, rows, columns, transposed(thin, rank), of(x, columns), "reduce differs");
     if (rank > lora::kOnePassMaxRank) return;
     checked(peftcore_lora_reduce_and_product(x.data, thin.data, bt.data, int(dtype), rows, columns, rank,
-                                             scale, partial.data, products.data, db.data, int(factor_dtype),
+                                             scale, partial.data, products.data, db.data, int(gradient_dtype),
                                              product.data, nullptr));
     compare_product(db, columns, rows, rank, transposed(x, columns), of(thin, rank), "reduce differs");
     compare_product(product, rows, columns, rank, of(x, columns), transposed(bt, columns), "product differs");
     // Dropout, for what it touches.
-    checked(peftcore_lora_down(x.data, int(dtype), 1, rows, columns, &left, int(factor_dtype), &rank, &scale,
-                               1, nullptr, rank, 6554, 1, 2, partial.data, s.data, nullptr));
-    checked(peftcore_lora_up(thin.data, int(dtype), 1, rows, columns, &right, int(factor_dtype), &rank, 1,
-                             nullptr, rank, 6554, 1, 2, true, out.data, nullptr));
+    checked(peftcore_lora_down(x.data, int(dtype), 1, rows, columns, &left, &rank, &scale, 1, nullptr, rank,
+                               6554, 1, 2, partial.data, s.data, nullptr));
+    checked(peftcore_lora_up(thin.data, int(dtype), 1, rows, columns, &right, &rank, 1, nullptr, rank, 6554,
+                             1, 2, bias.data, false, out.data, nullptr));
     checked(peftcore_lora_drop(x.data, int(dtype), rows, columns, 6554, 1, 2, out.data, nullptr));
 }
 

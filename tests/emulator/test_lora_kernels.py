@@ -21,7 +21,7 @@ def normal(*shape, seed=0, dtype=torch.float32):
 
 
 def mixed(rank, rows, columns):
-    """(dtype, dtype of the factors, dropout's p, columns) of a case, so that neighbours differ."""
+    """(dtype, dtype of a gradient, dropout's p, columns) of a case, so that neighbours differ."""
     dtype = DTYPES[1 + (rank + rows) % 2]
     return dtype, [dtype, torch.float32][(rank // 2 + rows) % 2], [0.0, 0.1, 0.5][(rank + rows // 2) % 3], columns
 
@@ -72,25 +72,25 @@ class Kernels:
         samples, rows, columns = x.shape
         ranks = torch.tensor([t.shape[0] for t in factors], dtype=torch.int32)
         stride, pointers = int(ranks.max()), torch.tensor([t.data_ptr() for t in factors])
-        memory, s = guarded(samples * rows, stride, dtype=x.dtype)
+        memory, s = guarded(samples * rows, stride, dtype=torch.float32)
         partial = self.floats("peftcore_lora_down_workspace", c_int64(rows), c_int64(columns), stride)
         sizes = c_int64(samples), c_int64(rows), c_int64(columns)
-        adapters = pointers, DTYPES.index(factors[0].dtype), ranks, torch.tensor(scales), len(factors)
+        adapters = pointers, ranks, torch.tensor(scales), len(factors)
         arguments = x, DTYPES.index(x.dtype), *sizes, *adapters, index, stride, *dropout(p), partial, s
         self.emulated("peftcore_lora_down")(*arguments, seed=seed)
         untouched(memory)
         return s
 
-    def up(self, thin, factors, out, index=None, p=0.0, add=True, seed=0):
+    def up(self, thin, factors, out, index=None, p=0.0, add=True, bias=None, seed=0):
         samples, rows, columns = out.shape
         ranks = torch.tensor([t.shape[1] for t in factors], dtype=torch.int32)
         pointers = torch.tensor([t.data_ptr() for t in factors])
         sizes = c_int64(samples), c_int64(rows), c_int64(columns)
-        adapters = pointers, DTYPES.index(factors[0].dtype), ranks, len(factors)
-        arguments = thin, DTYPES.index(thin.dtype), *sizes, *adapters, index, thin.shape[1]
+        adapters = pointers, ranks, len(factors)
+        arguments = thin, DTYPES.index(out.dtype), *sizes, *adapters, index, thin.shape[1]
         memory, found = guarded(*out.shape, dtype=out.dtype)
         found.copy_(out)
-        self.emulated("peftcore_lora_up")(*arguments, *dropout(p), c_bool(add), found, seed=seed)
+        self.emulated("peftcore_lora_up")(*arguments, *dropout(p), bias, c_bool(add), found, seed=seed)
         untouched(memory)
         return found
 
@@ -107,7 +107,7 @@ class Kernels:
     def reduce_and_product(self, wide, thin, factor, scale, dtype, seed=0):
         (rows, columns), rank = wide.shape, thin.shape[1]
         memory, out = guarded(columns, rank, dtype=dtype)
-        beside, product = guarded(rows, rank, dtype=wide.dtype)
+        beside, product = guarded(rows, rank, dtype=torch.float32)
         sizes = c_int64(rows), c_int64(columns), rank
         partials = [self.floats(f"peftcore_lora_{name}_workspace", *sizes) for name in ("reduce", "product")]
         arguments = wide, thin, factor, DTYPES.index(wide.dtype), *sizes, c_float(scale), *partials
@@ -127,7 +127,7 @@ class Kernels:
         memory, y = guarded(x.shape[0], rows, dtype=x.dtype)
         weight = packed, scales, ops.NF4, 64, *(outer or (None, None, None, 256))
         sizes = c_int64(rows), c_int64(x.shape[1])
-        added = bias, thin, factor, DTYPES.index(factor.dtype), thin.shape[1]
+        added = bias, thin, factor, thin.shape[1]
         launch = self.emulated("peftcore_nf4_linear")
         launch(x, DTYPES.index(x.dtype), x.shape[0], *weight, *sizes, *added, y, seed=seed)
         untouched(memory)
@@ -141,38 +141,42 @@ def kernels(emulated_library, emulated):
 
 @pytest.mark.parametrize(("rank", "rows"), [*SHAPES, (16, 300), (70, 270)])
 def test_down(kernels, rank, rows):
-    dtype, factor_dtype, p, columns = mixed(rank, rows, [75, 72, 136][(rank + rows) % 3])
-    x, a = normal(rows, columns, dtype=dtype), normal(rank, columns, seed=1, dtype=factor_dtype)
+    dtype, _, p, columns = mixed(rank, rows, [75, 72, 136][(rank + rows) % 3])
+    x, a = normal(rows, columns, dtype=dtype), normal(rank, columns, seed=1)
     found = kernels.down(x[None], [a], [1.25], p=p, seed=rank)
-    check_product(found, kept(x, p), a.to(dtype).double().T, 1.25)
+    check_product(found, kept(x, p), a.double().T, 1.25)
 
 
 @pytest.mark.parametrize(("rank", "columns"), [(3, 1100), (16, 2048), (100, 1028)])
 def test_down_with_columns_split_over_blocks(kernels, rank, columns):
-    x, a = normal(5, columns, dtype=torch.bfloat16), normal(rank, columns, seed=1, dtype=torch.bfloat16)
+    x, a = normal(5, columns, dtype=torch.bfloat16), normal(rank, columns, seed=1)
     assert len(kernels.floats("peftcore_lora_down_workspace", c_int64(5), c_int64(columns), rank)) > 5 * rank
     check_product(kernels.down(x[None], [a], [0.5], p=0.1), kept(x, 0.1), a.double().T, 0.5)
 
 
 @pytest.mark.parametrize(("rank", "rows"), SHAPES)
 def test_up(kernels, rank, rows):
-    dtype, factor_dtype, p, columns = mixed(rank, rows, [75, 72, 136][(rank + rows) % 3])
-    thin, factor = normal(rows, rank, dtype=dtype), normal(columns, rank, seed=1, dtype=factor_dtype)
+    dtype, _, p, columns = mixed(rank, rows, [75, 72, 136][(rank + rows) % 3])
+    thin, factor = normal(rows, rank), normal(columns, rank, seed=1)
     before = normal(1, rows, columns, seed=2, dtype=dtype)
     add = p == 0
     found = kernels.up(thin, [factor], before, p=p, add=add, seed=rank)[0]
     mask = keep_mask(rows, columns, p, SEED)
     assert (found[~mask] == 0).all()
-    wanted, magnitude = thin.double() @ factor.to(dtype).double().T, thin.double().abs() @ factor.double().abs().T
+    wanted, magnitude = thin.double() @ factor.double().T, thin.double().abs() @ factor.double().abs().T
     if add:
         wanted, magnitude = wanted + before[0].double(), magnitude + before[0].double().abs()
     check(found, wanted * mask, magnitude)
+    bias = normal(columns, seed=3, dtype=dtype)
+    check_product(
+        kernels.up(thin, [factor], before, add=False, bias=bias)[0], thin.double(), factor.double().T, 1, bias
+    )
 
 
 @pytest.mark.parametrize(("rank", "rows"), [*SHAPES, (16, 600)])
 def test_reduce(kernels, rank, rows):
     dtype, out_dtype, p, columns = mixed(rank, rows, [75, 72, 136][(rank + rows) % 3])
-    wide, thin = normal(rows, columns, dtype=dtype), normal(rows, rank, seed=1, dtype=dtype)
+    wide, thin = normal(rows, columns, dtype=dtype), normal(rows, rank, seed=1)
     transposed = rows % 2 == 0
     found = kernels.reduce(wide, thin, out_dtype, p, transposed, seed=rank)
     check_product(found.T if transposed else found, kept(wide, p).T, thin.double())
@@ -181,26 +185,44 @@ def test_reduce(kernels, rank, rows):
 @pytest.mark.parametrize(("rank", "rows"), [*((rank, rows) for rank, rows in SHAPES if rank <= 16), (16, 600)])
 def test_reduce_and_product(kernels, rank, rows):
     dtype, out_dtype, _, columns = mixed(rank, rows, [75, 72, 392][(rank + rows) % 3])
-    wide, thin = normal(rows, columns, dtype=dtype), normal(rows, rank, seed=1, dtype=dtype)
-    factor = normal(rank, columns, seed=2, dtype=dtype)
+    wide, thin = normal(rows, columns, dtype=dtype), normal(rows, rank, seed=1)
+    factor = normal(rank, columns, seed=2)
     out, product = kernels.reduce_and_product(wide, thin, factor, 0.75, out_dtype, seed=rank)
     check_product(out, wide.double().T, thin.double())
     check_product(product, wide.double(), factor.double().T, 0.75)
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e5])
+def test_products_that_fp16_does_not_hold(kernels, size):
+    """T of small gradients under fp16's smallest number, S over its largest, and back: nothing is lost."""
+    wide, thin, factor = normal(40, 72, dtype=torch.half), normal(40, 8, seed=1) * size, normal(8, 72, seed=2) * size
+    s = kernels.down(wide[None], [factor], [1.0])
+    da = kernels.reduce(wide, thin, torch.float32)
+    out, product = kernels.reduce_and_product(wide, thin, factor, 1.0, torch.float32)
+    back = kernels.up(thin, [factor.T.contiguous() / size**2], wide[None], add=False)[0]
+    for found, exact, eps in (
+        (s, wide.double() @ factor.double().T, 1e-6),
+        (product, wide.double() @ factor.double().T, 1e-6),
+        (da, wide.double().T @ thin.double(), 1e-6),
+        (out, wide.double().T @ thin.double(), 1e-6),
+        (back, thin.double() @ factor.double() / size**2, 2.0**-11),
+    ):
+        assert (found.double() - exact).norm() <= eps * exact.norm()
 
 
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("rows", [1, 5, 16, 33, 64])
 def test_linear_with_lora_from_four_bits(kernels, rank, rows, nested):
-    dtype, factor_dtype, _, columns = mixed(rank, rows, [75, 96, 352][(rank + rows) % 3])
+    dtype, _, _, columns = mixed(rank, rows, [75, 96, 352][(rank + rows) % 3])
     packed, absmax = ops.quantize_4bit(normal(37, columns))
     scales, outer = ops.quantize_absmax(absmax, blocksize=32) if nested else (absmax, None)
     dense = ops.dequantize_4bit(packed, scales, shape=(37, columns), dtype=dtype, nested=outer).double()
     x, bias = normal(rows, columns, seed=1, dtype=dtype), normal(37, seed=2, dtype=dtype)
-    thin, factor = normal(rows, rank, seed=3, dtype=dtype), normal(37, rank, seed=4, dtype=factor_dtype)
+    thin, factor = normal(rows, rank, seed=3), normal(37, rank, seed=4)
     found = kernels.linear(x, packed, scales, outer, 37, bias, thin, factor, seed=rank)
     left = torch.cat([x.double(), thin.double()], 1)
-    check_product(found, left, torch.cat([dense, factor.to(dtype).double()], 1).T, added=bias)
+    check_product(found, left, torch.cat([dense, factor.double()], 1).T, added=bias)
 
 
 def test_linear_with_lora_in_fp32(kernels):
@@ -220,11 +242,11 @@ def test_dropout_has_the_bits_of_the_mask(kernels, dtype, columns):
     assert torch.equal(kernels.drop(ones, p) == 1, mask)
     if dtype == torch.float32:
         return
-    assert torch.equal(kernels.down(ones[None], [torch.eye(columns, dtype=dtype)], [1.0], p=p) == 1, mask)
+    assert torch.equal(kernels.down(ones[None], [torch.eye(columns)], [1.0], p=p) == 1, mask)
     out = torch.zeros(1, 33, columns, dtype=dtype)
-    found = kernels.up(torch.ones(33, 1, dtype=dtype), [torch.ones(columns, 1, dtype=dtype)], out, p=p, add=False)
+    found = kernels.up(torch.ones(33, 1), [torch.ones(columns, 1)], out, p=p, add=False)
     assert torch.equal(found[0] == 1, mask)
-    assert torch.equal(kernels.reduce(ones, torch.eye(33, dtype=dtype), dtype, p).T == 1, mask)
+    assert torch.equal(kernels.reduce(ones, torch.eye(33), dtype, p).T == 1, mask)
 
 
 def test_dropout_at_its_threshold(kernels):
@@ -233,24 +255,23 @@ def test_dropout_at_its_threshold(kernels):
     mask = keep_mask(rows, columns, p, SEED)
     ones = torch.ones(rows, columns, dtype=torch.half)
     assert torch.equal(kernels.drop(ones, p) == 1, mask)
-    found = kernels.up(ones[:, :1].contiguous(), [torch.ones(columns, 1).half()], ones[None], p=p, add=False)
+    found = kernels.up(torch.ones(rows, 1), [torch.ones(columns, 1)], ones[None], p=p, add=False)
     assert torch.equal(found[0] == 1, mask)
 
 
 def test_what_is_dropped_is_zero_even_if_it_is_not_a_number(kernels):
     x, p = torch.full((5, 40), torch.nan, dtype=torch.half), 0.5
     mask = keep_mask(5, 40, p, SEED)
-    found = kernels.down(x[None], [torch.eye(40, dtype=torch.half)], [1.0], p=p)
+    found = kernels.down(x[None], [torch.eye(40)], [1.0], p=p)
     assert torch.equal(found.isnan(), mask.any(1, keepdim=True).expand(5, 40))
     assert torch.equal(kernels.drop(x, p).isnan(), mask)
 
 
 @pytest.mark.parametrize(("adapters", "rows"), [(3, 1), (3, 20), (70, 1)])
-@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_an_adapter_for_each_sample(kernels, adapters, rows, factor_dtype):
+def test_an_adapter_for_each_sample(kernels, adapters, rows):
     ranks = [[4, 100, 1][i % 3] for i in range(adapters)]
-    a = [normal(r, 72, seed=i, dtype=factor_dtype) for i, r in enumerate(ranks)]
-    b = [normal(75, r, seed=i + 1, dtype=factor_dtype) for i, r in enumerate(ranks)]
+    a = [normal(r, 72, seed=i) for i, r in enumerate(ranks)]
+    b = [normal(75, r, seed=i + 1) for i, r in enumerate(ranks)]
     scales = [1.0 + i / 8 for i in range(adapters)]
     index = torch.tensor([1, -1, adapters - 1, 0, adapters - 1, adapters, -2])
     x, y = normal(7, rows, 72, dtype=torch.bfloat16), normal(7, rows, 75, seed=9, dtype=torch.bfloat16)
@@ -261,27 +282,27 @@ def test_an_adapter_for_each_sample(kernels, adapters, rows, factor_dtype):
     for sample in (0, 2, 3, 4):
         i = int(index[sample])
         mine = s.view(7, rows, -1)[sample, :, : ranks[i]]
-        check_product(mine, x[sample].double(), a[i].bfloat16().double().T, scales[i])
-        check_product(found[sample], mine.double(), b[i].bfloat16().double().T, added=y[sample])
+        check_product(mine, x[sample].double(), a[i].double().T, scales[i])
+        check_product(found[sample], mine.double(), b[i].double().T, added=y[sample])
 
 
 def test_memory_off_its_alignment(kernels):
     def moved(t):
         return torch.zeros(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t)
 
-    x, a = moved(normal(20, 64, dtype=torch.half)), moved(normal(8, 64, dtype=torch.half))
+    x, a = moved(normal(20, 64, dtype=torch.half)), moved(normal(8, 64))
     check_product(kernels.down(x[None], [a], [1.0]), x.double(), a.double().T)
-    thin = moved(normal(20, 8, dtype=torch.half))
+    thin = moved(normal(20, 8))
     check_product(kernels.reduce(x, thin, torch.half), x.double().T, thin.double())
     check_product(kernels.up(thin, [a.T.contiguous()], x[None], add=False)[0], thin.double(), a.double())
 
 
 def test_every_order_of_threads_gives_the_same_bits(kernels):
     x, a = normal(70, 1100, dtype=torch.bfloat16), normal(20, 1100, seed=1)
-    wide, thin = normal(600, 130, dtype=torch.half), normal(600, 12, seed=1, dtype=torch.half)
-    factor, few = normal(12, 130, seed=2, dtype=torch.half), normal(130, 12, seed=2, dtype=torch.half)
+    wide, thin = normal(600, 130, dtype=torch.half), normal(600, 12, seed=1)
+    factor, few = normal(12, 130, seed=2), normal(130, 12, seed=2)
     packed, absmax = ops.quantize_4bit(normal(20, 1100))
-    s, b = normal(33, 20, dtype=torch.bfloat16), normal(20, 20)
+    s, b = normal(33, 20), normal(20, 20)
 
     def run(seed):
         return [
@@ -298,17 +319,17 @@ def test_every_order_of_threads_gives_the_same_bits(kernels):
 
 
 def test_nothing_to_do_and_what_is_refused(kernels):
-    a = torch.ones(4, 16).half()
+    a = torch.ones(4, 16)
     assert kernels.down(torch.empty(1, 0, 16).half(), [a], [1.0]).shape == (0, 4)
-    assert (kernels.down(torch.empty(1, 3, 0).half(), [torch.empty(4, 0).half()], [1.0]) == 0).all()
-    assert (kernels.reduce(torch.empty(0, 16).half(), torch.empty(0, 4).half(), torch.float32) == 0).all()
-    out, product = kernels.reduce_and_product(torch.empty(0, 16).half(), torch.empty(0, 4).half(), a, 1.0, torch.half)
+    assert (kernels.down(torch.empty(1, 3, 0).half(), [torch.empty(4, 0)], [1.0]) == 0).all()
+    assert (kernels.reduce(torch.empty(0, 16).half(), torch.empty(0, 4), torch.float32) == 0).all()
+    out, product = kernels.reduce_and_product(torch.empty(0, 16).half(), torch.empty(0, 4), a, 1.0, torch.half)
     assert (out == 0).all() and product.shape == (0, 4)
-    assert kernels.up(torch.empty(0, 4).half(), [a], torch.empty(1, 0, 4).half()).numel() == 0
+    assert kernels.up(torch.empty(0, 4), [a], torch.empty(1, 0, 4).half()).numel() == 0
     with pytest.raises(RuntimeError, match="x must have 16 bits"):
         kernels.down(torch.ones(1, 3, 16), [torch.ones(4, 16)], [1.0])
     with pytest.raises(RuntimeError, match="more ranks than one pass takes"):
-        kernels.reduce_and_product(torch.ones(3, 16).half(), torch.ones(3, 17).half(), a, 1.0, torch.half)
+        kernels.reduce_and_product(torch.ones(3, 16).half(), torch.ones(3, 17), a, 1.0, torch.half)
 
 
 @pytest.mark.slow

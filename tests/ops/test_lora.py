@@ -14,7 +14,7 @@ from peftcore.ops.lora import _lora_linear, _lora_linear_backward, keep_mask
 
 LEVELS = ops.extension.cpu_levels() if ops.extension is not None else ["reference"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 SEED = torch.tensor(2**62 + 12345)
 
 
@@ -47,17 +47,16 @@ def packed(n, k, double_quant=True, seed=9):
     return PackedWeight(bits, absmax, ops.NF4, n, 64, nested), dense.double()
 
 
-def near(found, exact, magnitude, dtype):
-    """Within a rounding of each of two factors' products, of the thin product, and of the result, to `dtype`."""
-    bound = EPS[dtype] * (2 * magnitude + exact.abs()) + torch.finfo(dtype).tiny
-    if dtype is torch.float32:
-        bound = 64 * bound  # sums of fp32 in another order
+def near(found, exact, magnitude, base=0.0):
+    """Sums as of 16 bits or more, rounded to found's dtype, twice where the base's product was rounded before."""
+    smallest = 2.0**-24 if found.dtype is torch.float16 else torch.finfo(found.dtype).tiny
+    bound = 2.0**-16 * magnitude + EPS[found.dtype] / 2 * (exact.abs() + base) + smallest
     assert found.shape == exact.shape
     assert ((found.double() - exact).abs() <= bound).all()
 
 
 def check(x, w, bias, a, b, p=0.0, scale=0.7, seed=SEED, weight=None):
-    """y and all gradients of lora_linear against the formula in float64, of factors rounded to x's dtype."""
+    """y and all gradients of lora_linear against the formula in float64, of the factors as they are."""
     dtype, seed = x.dtype, seed if p else None
     upstream = values((*x.shape[:-1], b.shape[0]), dtype, seed=7)
     inputs = [t.detach().requires_grad_() for t in (x, bias, a, b)]
@@ -68,27 +67,29 @@ def check(x, w, bias, a, b, p=0.0, scale=0.7, seed=SEED, weight=None):
         return t.double().reshape(t.shape[:-1].numel(), t.shape[-1])
 
     x64, g, w64 = flat(x), flat(upstream), w.to(dtype).double()
-    a64, b64 = a.to(dtype).double(), b.to(dtype).double()
+    a64, b64 = a.double(), b.double()
     keep = keep_mask(*x64.shape, p, seed).double() if p else torch.ones_like(x64)
     c = scale * 65536 / (65536 - round(65536 * p))
     kept = keep * x64
     s, s_abs = c * kept @ a64.T, c * kept.abs() @ a64.T.abs()
     t, t_abs = c * g @ b64, c * g.abs() @ b64.abs()
+    base_abs = x64.abs() @ w64.T.abs() + bias.double().abs()
+    packs = weight is not None  # some kernels round its values to x's dtype, some do not
     near(
         y.detach(),
         (x64 @ w64.T + bias.double() + s @ b64.T).view(y.shape),
-        (x64.abs() @ w64.T.abs() + bias.double().abs() + s_abs @ b64.T.abs()).view(y.shape),
-        dtype,
+        (base_abs + s_abs @ b64.T.abs()).view(y.shape),
+        (base_abs if packs else (x64 @ w64.T + bias.double()).abs()).view(y.shape),
     )
     near(
         grads[0],
         (g @ w64 + keep * (t @ a64)).view(x.shape),
         (g.abs() @ w64.abs() + keep * (t_abs @ a64.abs())).view(x.shape),
-        dtype,
+        (g.abs() @ w64.abs() if packs else (g @ w64).abs()).view(x.shape),
     )
-    near(grads[1].double().to(dtype), g.sum(0), g.abs().sum(0) * 4, dtype)
-    near(grads[2], t.T @ kept, t_abs.T @ kept.abs(), dtype)
-    near(grads[3], g.T @ s, g.abs().T @ s_abs, dtype)
+    near(grads[1], g.sum(0), g.abs().sum(0))
+    near(grads[2], t.T @ kept, t_abs.T @ kept.abs())
+    near(grads[3], g.T @ s, g.abs().T @ s_abs)
     assert [grad.dtype for grad in grads] == [dtype, dtype, a.dtype, b.dtype]
 
 
@@ -101,6 +102,20 @@ def check(x, w, bias, a, b, p=0.0, scale=0.7, seed=SEED, weight=None):
 def test_values_and_gradients(level, shape, n, r, dtype, p):
     k = shape[-1]
     check(values(shape, dtype), values((n, k), dtype, 2), values((n,), dtype, 3), values((r, k)), values((n, r)), p)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1e-5, 3e4], ids=["small gradients", "large sums"])
+def test_no_gradient_loses_what_x_cannot_hold(level, dtype, size):
+    """T below fp16's smallest number, S above its largest; in bf16, 16 bits of both and of A and B."""
+    x, w, b = values((130, 96), dtype), values((70, 96), dtype, 2), values((70, 16), seed=3) * 1e-3
+    a = (values((16, 96), seed=4) * (size if size > 1 else 1)).requires_grad_()
+    upstream = (values((130, 70), seed=5) * min(size, 1e-2)).to(dtype)
+    b = (b / (size if size > 1 else 1)).requires_grad_()
+    da, db = torch.autograd.grad(lora_linear(x, w, None, a, b, 0.5), (a, b), upstream)
+    g, x64 = upstream.double(), x.double()
+    for found, exact in ((da, (0.5 * g @ b.double()).T @ x64), (db, g.T @ (0.5 * x64 @ a.double().T))):
+        assert (found.double() - exact).norm() <= (1e-5 if dtype is torch.bfloat16 else 1e-6) * exact.norm()
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
@@ -121,9 +136,9 @@ def test_sums_over_rows_that_outgrow_their_memory():
     a, b, w = values((r, 1)), values((n, r)), values((n, 1))
     backward = torch.ops.peftcore.lora_linear_backward
     _, da, db = backward(grad, x, s, w, a, b, [False, True, True], 1.0)
-    near(db, grad.double().T @ s.double(), grad.double().abs().T @ s.double().abs(), torch.float32)
+    near(db, grad.double().T @ s.double(), grad.double().abs().T @ s.double().abs())
     t, t_abs = grad.double() @ b.double(), grad.double().abs() @ b.double().abs()
-    near(da, t.T @ x.double(), t_abs.T @ x.double().abs(), torch.float32)
+    near(da, t.T @ x.double(), t_abs.T @ x.double().abs())
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])
@@ -296,7 +311,7 @@ def test_compiles_without_a_graph_break(dynamic, p):
 def test_opcheck(dtype):
     x, w, a, b = values((3, 7), dtype), values((5, 7), dtype), values((4, 7)), values((5, 4))
     torch.library.opcheck(torch.ops.peftcore.lora_linear, (x, w, values((5,), dtype), a, b, 0.5, 0.2, SEED))
-    arguments = (values((3, 5), dtype), x, values((3, 4), dtype), w, a, b, [True, True, False], 0.5, 0.2, SEED)
+    arguments = (values((3, 5), dtype), x, values((3, 4)), w, a, b, [True, True, False], 0.5, 0.2, SEED)
     torch.library.opcheck(torch.ops.peftcore.lora_linear_backward, arguments)
     index = torch.tensor([0, -1, 0])
     torch.library.opcheck(torch.ops.peftcore.lora_linear_per_sample, (x, w, None, [a], [b], [0.5], index, 5))
@@ -329,12 +344,13 @@ def test_an_adapter_for_each_sample(level, dtype, shape, quantized):
     assert found.dtype == dtype and found.shape == (*shape[:-1], 9)
     for i, which in enumerate(index.tolist()):
         exact = x[i].double() @ w.double().T + values((9,), dtype).double()
-        magnitude = x[i].double().abs() @ w.double().T.abs() + 3
+        magnitude, base = x[i].double().abs() @ w.double().T.abs() + 3, exact.abs()
+        base = magnitude if quantized else base
         if which >= 0:
-            factors = a[which].to(dtype).double(), b[which].to(dtype).double()
+            factors = a[which].double(), b[which].double()
             exact = exact + scales[which] * (x[i].double() @ factors[0].T) @ factors[1].T
             magnitude = magnitude + scales[which] * (x[i].double().abs() @ factors[0].T.abs()) @ factors[1].T.abs()
-        near(found[i], exact, magnitude, torch.float32 if dtype is torch.float64 else dtype)
+        near(found[i], exact, magnitude, base)
 
 
 def arguments(**change):

@@ -1,137 +1,326 @@
-// The products of pairs by tiles of AMX; whatever else they need is AVX-512's.
+// The products of bf16 by tiles of AMX, factors in two halves (see kernels.h); `up` is AVX-512's.
 #include "common/amx.h"
 
 #include "gemm/cpu/transpose.h"
-#include "lora/cpu/avx512bf16.h"
+#include "lora/cpu/avx512.h"
 
 namespace peftcore {
 namespace lora {
 namespace {
 
+constexpr int kPair = 2, kHalves = 2;
+constexpr int64_t kRows = 2 * kSide;                     // that `down` takes together
+constexpr int64_t kBlockRows = 64, kBlockColumns = 256;  // of x, that `outer` arranges
+constexpr int64_t kBlockPairs = kBlockRows / kPair;
+static_assert(kSide == kWidthMultiple && kBlockPairs % kSide == 0 && kBlockRows <= kRowGrain, "");
+
+constexpr int64_t filled_up(int64_t count) { return (count + kSide - 1) / kSide * kSide; }
+
+__mmask16 first_of(int64_t count) { return count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xffff); }
+
+// 16 values of fp32 as two of bf16. The instruction makes subnormals zero, and so do tiles.
+struct Split {
+    __m256i first, rest;
+
+    explicit Split(__m512 values) {
+        constexpr int kInfinities = 0x18;
+        first = __m256i(_mm512_cvtneps_pbh(values));
+        const __m512 taken = from_bf16(first);
+        // Nothing is left of infinity: the difference would be no number.
+        const __mmask16 finite = _knot_mask16(_mm512_fpclass_ps_mask(taken, kInfinities));
+        rest = __m256i(_mm512_cvtneps_pbh(_mm512_maskz_sub_ps(finite, values, taken)));
+    }
+};
+
+__m512i pairs(__m256i even, __m256i odd) {
+    return _mm512_or_si512(_mm512_cvtepu16_epi32(even), _mm512_slli_epi32(_mm512_cvtepu16_epi32(odd), 16));
+}
+
+// Units of two words, the pairs of first values and of rests: by 16 of the outer dimension [2][16] words.
+
+// Of a factor whose values lie along the outer dimension: two lines of it are pairs.
+void arrange_lines(const float* from, int64_t stride, int64_t inner, int64_t outer, int64_t width,
+                   uint32_t* out) {
+    for (int64_t i = 0; i < inner; i += kPair)
+        for (int64_t begin = 0; begin < width; begin += kSide, out += kHalves * kSide) {
+            const __mmask16 there = first_of(outer - begin);
+            const float* line = from + i * stride + begin;
+            const Split even(_mm512_maskz_loadu_ps(there, line)),
+                odd(_mm512_maskz_loadu_ps(i + 1 < inner ? there : 0, line + stride));
+            _mm512_storeu_si512(out, pairs(even.first, odd.first));
+            _mm512_storeu_si512(out + kSide, pairs(even.rest, odd.rest));
+        }
+}
+
+// Of one whose values lie along the inner dimension: 16 lines of 16 values, turned.
+void arrange_turned(const float* from, int64_t stride, int64_t inner, int64_t outer, int64_t width,
+                    uint32_t* out) {
+    constexpr int64_t kTurned = 8;  // values that `transpose` takes
+    alignas(64) uint16_t lines[kHalves][kSide][kSide];
+    alignas(64) uint32_t some[kTurned / kPair][kSide];
+    for (int64_t begin = 0; begin < width; begin += kSide)
+        for (int64_t i = 0; i < inner; i += kSide) {
+            for (int64_t j = 0; j < kSide; ++j) {
+                const __mmask16 there = begin + j < outer ? first_of(inner - i) : __mmask16(0);
+                const Split split(_mm512_maskz_loadu_ps(there, from + (begin + j) * stride + i));
+                _mm256_store_si256(reinterpret_cast<__m256i*>(lines[0][j]), split.first);
+                _mm256_store_si256(reinterpret_cast<__m256i*>(lines[1][j]), split.rest);
+            }
+            for (int64_t k = 0; k < kSide && i + k < inner; k += kTurned)
+                for (int half = 0; half < kHalves; ++half) {
+                    uint32_t* to = out + kHalves * ((i + k) / kPair * width + begin) + half * kSide;
+                    const int64_t left = (inner - i - k + 1) / kPair;
+                    if (left >= kTurned / kPair) {
+                        gemm::transpose(lines[half][0] + k, kSide, to, kHalves * width);
+                        continue;
+                    }
+                    gemm::transpose(lines[half][0] + k, kSide, some[0], kSide);
+                    for (int64_t p = 0; p < left; ++p)
+                        std::memcpy(to + p * kHalves * width, some[p], sizeof some[p]);
+                }
+        }
+}
+
+void arrange(const float* from, int64_t inner_stride, int64_t outer_stride, int64_t inner, int64_t outer,
+             int64_t width, void* to) {
+    uint32_t* out = static_cast<uint32_t*>(to);
+    if (outer_stride == 1) return arrange_lines(from, inner_stride, inner, outer, width, out);
+    arrange_turned(from, outer_stride, inner, outer, width, out);
+}
+
+void halves(const Halves& of) {
+    for (int64_t i = 0; i < of.rows; ++i)
+        for (int64_t k = 0; k < of.columns; k += kSide) {
+            const __mmask16 there = first_of(of.columns - k);
+            const Split split(_mm512_maskz_loadu_ps(there, of.from + i * of.columns + k));
+            BFloat16* out = of.out + i * of.row_stride + k;
+            const auto store = [&](int part, __m256i values) {
+                _mm256_mask_storeu_epi16(out + part * of.part_stride, there, values);
+            };
+            store(0, split.first);
+            store(1, of.left ? split.rest : split.first);
+            store(2, of.left ? split.first : split.rest);
+        }
+}
+
+// 32 values, of which those at or behind `count` and those that `keep` drops are zero.
+__m512i load_kept(const BFloat16* from, int64_t count, const uint8_t* keep) {
+    __mmask32 mask = count >= 32 ? ~__mmask32(0) : (__mmask32(1) << std::max<int64_t>(count, 0)) - 1;
+    if (keep != nullptr) {
+        uint32_t bits;
+        std::memcpy(&bits, keep, sizeof bits);
+        mask &= bits;
+    }
+    return _mm512_maskz_loadu_epi16(mask, from);
+}
+
 // 16 rows of up to 16 words, what is missing zero.
-struct alignas(64) TileMemory {
-    uint32_t words[kSide][kSide];
+struct TileMemory {
+    alignas(64) uint32_t words[kSide][kSide];
 
-    void fill(const uint32_t* from, int64_t stride, int64_t rows, int64_t count) {
-        const __mmask16 there = count < kSide ? __mmask16((1u << count) - 1) : __mmask16(0xffff);
+    void fill(const uint32_t* from, int64_t stride, int64_t rows) {
         for (int64_t i = 0; i < kSide; ++i)
-            _mm512_store_si512(words[i], i < rows ? _mm512_maskz_loadu_epi32(there, from + i * stride)
-                                                  : _mm512_setzero_si512());
+            _mm512_store_si512(words[i], i < rows ? _mm512_loadu_si512(from + i * stride) : __m512i());
+    }
+    void fill(const BFloat16* from, int64_t stride, int64_t rows, int64_t count) {
+        for (int64_t i = 0; i < kSide; ++i)
+            _mm512_store_si512(words[i], i < rows ? load_kept(from + i * stride, count, nullptr) : __m512i());
     }
 };
 
-struct Tiled : Pairs {
-    static constexpr bool kTiles = true;
-
-    // 32 rows by 32 columns at a time; with kBoth all of them, otherwise 16 by 16.
-    static void down(const uint32_t* left, int64_t left_row, const uint32_t* right, int64_t width,
-                     int64_t rows, int64_t inner, float* sums) {
-        _tile_loadconfig(&kTileShapes);
-        for (int64_t n = 0; n < width; n += kSide)
-            for (int64_t m = 0; m < rows; m += kSide) {
-                down_tile(left + m * left_row, left_row, right + n, width, rows - m, inner,
-                          sums + m * width + n);
-            }
-        _tile_release();
-    }
-
-    static void down_tile(const uint32_t* left, int64_t left_row, const uint32_t* right, int64_t width,
-                          int64_t rows, int64_t inner, float* sums) {
-        TileMemory some, last;
-        _tile_zero(0);
-        _tile_zero(1);
-        int64_t i = 0;
-        if (rows >= kSide)
-            for (; i + 2 * kSide <= inner; i += 2 * kSide) {
-                _tile_loadd(4, left + i, 4 * left_row);
-                _tile_loadd(6, right + i * width, 4 * width);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_loadd(5, left + i + kSide, 4 * left_row);
-                _tile_loadd(7, right + (i + kSide) * width, 4 * width);
-                _tile_dpbf16ps(1, 5, 7);
-            }
-        for (; i < inner; i += kSide) {
-            some.fill(left + i, left_row, rows, inner - i);
-            last.fill(right + i * width, width, inner - i, kSide);
-            memory_barrier_of_tiles();
-            _tile_loadd(4, some.words, kTileBytes);
-            _tile_loadd(6, last.words, kTileBytes);
+// sums[0] and [1], each [16][16]: x [rows <= 32, columns] times the 16 ranks at `right`, whose units are
+// `width` apart.
+void down_tiles(const BFloat16* x, int64_t x_row, int64_t rows, int64_t columns, const uint32_t* right,
+                int64_t width, float (*sums)[kSide][kSide]) {
+    TileMemory above, below, first, rest;
+    // Sums of 0 to 15 and of 16 to 31, with first values and with rests.
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    int64_t k = 0;
+    if (rows >= kRows)
+        for (; k + kRows <= columns; k += kRows, right += kSide * width) {
+            _tile_loadd(4, x + k, 2 * x_row);
+            _tile_loadd(6, right, 4 * width);
             _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, x + kSide * x_row + k, 2 * x_row);
+            _tile_dpbf16ps(1, 5, 6);
+            _tile_loadd(7, right + kSide, 4 * width);
+            _tile_dpbf16ps(2, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
         }
-        alignas(64) float half[2][kSide][kSide];
-        _tile_stored(0, half[0], kTileBytes);
-        _tile_stored(1, half[1], kTileBytes);
+    for (; k < columns; k += kRows, right += kSide * width) {
+        const int64_t units = (columns - k + 1) / kPair;
+        above.fill(x + k, x_row, rows, columns - k);
+        below.fill(x + kSide * x_row + k, x_row, rows - kSide, columns - k);
+        first.fill(right, width, units);
+        rest.fill(right + kSide, width, units);
         memory_barrier_of_tiles();
-        for (int64_t m = 0; m < kSide && m < rows; ++m)
-            _mm512_storeu_ps(sums + m * width,
-                             _mm512_add_ps(_mm512_load_ps(half[0][m]), _mm512_load_ps(half[1][m])));
+        _tile_loadd(4, above.words, kTileBytes);
+        _tile_loadd(5, below.words, kTileBytes);
+        _tile_loadd(6, first.words, kTileBytes);
+        _tile_loadd(7, rest.words, kTileBytes);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 5, 6);
+        _tile_dpbf16ps(2, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
     }
+    alignas(64) float more[2][kSide][kSide];
+    _tile_stored(0, sums[0], kTileBytes);
+    _tile_stored(1, sums[1], kTileBytes);
+    _tile_stored(2, more[0], kTileBytes);
+    _tile_stored(3, more[1], kTileBytes);
+    memory_barrier_of_tiles();
+    for (int64_t m = 0; m < kRows; ++m) {
+        float* sum = sums[0][m];
+        _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), _mm512_load_ps(more[0][m])));
+    }
+}
 
-    static void outer(const uint32_t* left, int64_t width, const uint32_t* right, int64_t columns,
-                      int64_t inner, float* sums, int64_t sums_row) {
-        constexpr int64_t kMost = 8;  // tiles of `inner` that are turned together
-        alignas(64) uint32_t turned[kMost][kSide][kSide];
-        TileMemory some;
-        _tile_loadconfig(&kTileShapes);
-        for (int64_t begin = 0; begin < inner; begin += kMost * kSide) {
-            const int64_t end = std::min(inner, begin + kMost * kSide);
-            for (int64_t j = 0; j < width; j += kSide) {
-                for (int64_t i = begin; i < end; i += kSide) {
-                    const uint32_t* from = left + i * width + j;
-                    int64_t stride = width;
-                    if (end - i < kSide) {
-                        some.fill(from, width, end - i, kSide);
-                        from = some.words[0];
-                        stride = kSide;
-                    }
-                    for (int64_t q = 0; q < kSide; q += 4)
-                        gemm::transpose(reinterpret_cast<const uint16_t*>(from + q), 2 * stride,
-                                        turned[(i - begin) / kSide][q], kSide);
-                }
-                memory_barrier_of_tiles();
-                float* to = sums + j * sums_row;
-                int64_t k = 0;
-                for (; k + 4 * kSide <= columns; k += 4 * kSide) {
-                    _tile_loadd(0, to + k, 4 * sums_row);
-                    _tile_loadd(1, to + k + kSide, 4 * sums_row);
-                    _tile_loadd(2, to + k + 2 * kSide, 4 * sums_row);
-                    _tile_loadd(3, to + k + 3 * kSide, 4 * sums_row);
-                    for (int64_t i = begin; i < end; i += kSide) {
-                        const uint32_t* b = right + i * columns + k;
-                        _tile_loadd(4, turned[(i - begin) / kSide], kTileBytes);
-                        _tile_loadd(6, b, 4 * columns);
-                        _tile_loadd(7, b + kSide, 4 * columns);
-                        _tile_dpbf16ps(0, 4, 6);
-                        _tile_loadd(6, b + 2 * kSide, 4 * columns);
-                        _tile_dpbf16ps(1, 4, 7);
-                        _tile_loadd(7, b + 3 * kSide, 4 * columns);
-                        _tile_dpbf16ps(2, 4, 6);
-                        _tile_dpbf16ps(3, 4, 7);
-                    }
-                    _tile_stored(0, to + k, 4 * sums_row);
-                    _tile_stored(1, to + k + kSide, 4 * sums_row);
-                    _tile_stored(2, to + k + 2 * kSide, 4 * sums_row);
-                    _tile_stored(3, to + k + 3 * kSide, 4 * sums_row);
-                }
-                for (; k < columns; k += kSide) {
-                    _tile_loadd(0, to + k, 4 * sums_row);
-                    for (int64_t i = begin; i < end; i += kSide) {
-                        _tile_loadd(4, turned[(i - begin) / kSide], kTileBytes);
-                        _tile_loadd(6, right + i * columns + k, 4 * columns);
-                        _tile_dpbf16ps(0, 4, 6);
-                    }
-                    _tile_stored(0, to + k, 4 * sums_row);
-                }
+void down(const DownArgs& args, int64_t first, int64_t last) {
+    alignas(64) float sums[2][kSide][kSide];
+    const int64_t columns = args.columns, stride = (columns + 31) / 32 * 32, width = kHalves * args.width;
+    std::vector<BFloat16> staged(args.keep.bits == nullptr ? 0 : size_t(kRows * stride));
+    const __m512 factor = _mm512_set1_ps(args.factor);
+    _tile_loadconfig(&kTileShapes);
+    for (int64_t m = first; m < last; m += kRows) {
+        const int64_t rows = std::min(kRows, last - m);
+        const BFloat16* x = static_cast<const BFloat16*>(args.x) + m * columns;
+        for (int64_t i = 0; args.keep.bits != nullptr && i < rows; ++i)
+            for (int64_t k = 0; k < columns; k += 32)
+                _mm512_storeu_si512(
+                    &staged[size_t(i * stride + k)],
+                    load_kept(x + i * columns + k, columns - k, args.keep.row(m + i) + k / 8));
+        const bool kept = args.keep.bits == nullptr;
+        for (int64_t n = 0; n < args.r; n += kSide) {
+            down_tiles(kept ? x : staged.data(), kept ? columns : stride, rows, columns,
+                       static_cast<const uint32_t*>(args.right) + kHalves * n, width, sums);
+            for (int64_t i = 0; i < rows; ++i)
+                _mm512_mask_storeu_ps(args.s + (m + i) * args.r + n, first_of(args.r - n),
+                                      _mm512_mul_ps(_mm512_load_ps(sums[0][i]), factor));
+        }
+    }
+    _tile_release();
+}
+
+// Two rows of x as pairs across them, up to a multiple of 16 columns; `below` may be missing.
+void stage_rows(const BFloat16* above, const BFloat16* below, int64_t columns, const uint8_t* keep_above,
+                const uint8_t* keep_below, uint32_t* out) {
+    const __m512i low = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const __m512i high = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const auto at = [](const uint8_t* keep, int64_t k) { return keep == nullptr ? nullptr : keep + k / 8; };
+    for (int64_t k = 0; k < columns; k += 32) {
+        const __m512i even = load_kept(above + k, columns - k, at(keep_above, k));
+        const __m512i odd =
+            below == nullptr ? __m512i() : load_kept(below + k, columns - k, at(keep_below, k));
+        const __m512i first = _mm512_unpacklo_epi16(even, odd), second = _mm512_unpackhi_epi16(even, odd);
+        _mm512_storeu_si512(out + k, _mm512_permutex2var_epi64(first, low, second));
+        if (columns - k > 16)
+            _mm512_storeu_si512(out + k + 16, _mm512_permutex2var_epi64(first, high, second));
+    }
+}
+
+// sums [width][columns] += leftᵀ right, of `pairs` units of left and right [pairs][columns], which go on with
+// zeros to a multiple of 16.
+void outer_block(const uint32_t* left, int64_t width, const uint32_t* right, int64_t columns, int64_t pairs,
+                 float* sums, int64_t sums_row) {
+    constexpr int64_t kSteps = kBlockPairs / kSide;
+    alignas(64) uint32_t turned[kHalves * kSteps][kSide][kSide];  // a step's first values and rests
+    TileMemory some;
+    const int64_t steps = filled_up(pairs) / kSide;
+    for (int64_t j = 0; j < width; j += kSide) {
+        for (int64_t i = 0; i < kHalves * steps; ++i) {
+            const uint32_t* from = left + kHalves * (i / kHalves * kSide * width + j) + i % kHalves * kSide;
+            int64_t stride = kHalves * width;
+            if (pairs - i / kHalves * kSide < kSide) {
+                some.fill(from, stride, pairs - i / kHalves * kSide);
+                from = some.words[0];
+                stride = kSide;
             }
+            for (int64_t q = 0; q < kSide; q += 4)
+                gemm::transpose(reinterpret_cast<const uint16_t*>(from + q), 2 * stride, turned[i][q], kSide);
         }
         memory_barrier_of_tiles();
-        _tile_release();
+        float* to = sums + j * sums_row;
+        int64_t k = 0;
+        for (; k + 4 * kSide <= columns; k += 4 * kSide) {
+            _tile_loadd(0, to + k, 4 * sums_row);
+            _tile_loadd(1, to + k + kSide, 4 * sums_row);
+            _tile_loadd(2, to + k + 2 * kSide, 4 * sums_row);
+            _tile_loadd(3, to + k + 3 * kSide, 4 * sums_row);
+            for (int64_t i = 0; i < kHalves * steps; ++i) {
+                const uint32_t* b = right + i / kHalves * kSide * columns + k;
+                _tile_loadd(4, turned[i], kTileBytes);
+                _tile_loadd(6, b, 4 * columns);
+                _tile_loadd(7, b + kSide, 4 * columns);
+                _tile_dpbf16ps(0, 4, 6);
+                _tile_loadd(6, b + 2 * kSide, 4 * columns);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_loadd(7, b + 3 * kSide, 4 * columns);
+                _tile_dpbf16ps(2, 4, 6);
+                _tile_dpbf16ps(3, 4, 7);
+            }
+            _tile_stored(0, to + k, 4 * sums_row);
+            _tile_stored(1, to + k + kSide, 4 * sums_row);
+            _tile_stored(2, to + k + 2 * kSide, 4 * sums_row);
+            _tile_stored(3, to + k + 3 * kSide, 4 * sums_row);
+        }
+        for (; k < columns; k += kSide) {
+            _tile_loadd(0, to + k, 4 * sums_row);
+            for (int64_t i = 0; i < kHalves * steps; ++i) {
+                _tile_loadd(4, turned[i], kTileBytes);
+                _tile_loadd(6, right + i / kHalves * kSide * columns + k, 4 * columns);
+                _tile_dpbf16ps(0, 4, 6);
+            }
+            _tile_stored(0, to + k, 4 * sums_row);
+        }
     }
-};
+}
+
+void outer(const OuterArgs& args, int64_t first, int64_t last) {
+    constexpr int64_t kAhead = 8;
+    alignas(64) uint32_t block[kBlockPairs * kBlockColumns];
+    const int64_t sums_row =
+        (args.last_column - args.first_column + kColumnGrain - 1) / kColumnGrain * kColumnGrain;
+    _tile_loadconfig(&kTileShapes);
+    for (int64_t m = first; m < last; m += kBlockRows)
+        for (int64_t begin = args.first_column; begin < args.last_column; begin += kBlockColumns) {
+            const int64_t rows = std::min(kBlockRows, last - m);
+            const int64_t columns = std::min(kBlockColumns, args.last_column - begin);
+            const int64_t width = filled_up(columns), pairs = (rows + 1) / kPair;
+            const BFloat16* x = static_cast<const BFloat16*>(args.x) + m * args.columns + begin;
+            const auto keep = [&](int64_t i) {
+                const uint8_t* row = args.keep.row(m + i);
+                return row == nullptr ? nullptr : row + begin / 8;
+            };
+            for (int64_t i = 0; i < rows; i += kPair, x += kPair * args.columns) {
+                for (int64_t ahead = kAhead; ahead < kAhead + kPair && i + ahead < rows; ++ahead)
+                    prefetch(x + ahead * args.columns, columns);
+                const bool both = i + 1 < rows;
+                stage_rows(x, both ? x + args.columns : nullptr, columns, keep(i),
+                           both ? keep(i + 1) : nullptr, block + i / kPair * width);
+            }
+            std::fill(block + pairs * width, block + filled_up(pairs) * width, 0u);
+            outer_block(static_cast<const uint32_t*>(args.left) + m / kPair * kHalves * args.width,
+                        args.width, block, width, pairs, args.sums + begin - args.first_column, sums_row);
+        }
+    memory_barrier_of_tiles();
+    _tile_release();
+}
 
 }  // namespace
 
-Kernels amx_kernels() { return Blocks<Tiled>::kernels(); }
+Kernels amx_kernels() {
+    const Kernels rest = avx512_kernels(Dtype::kBFloat16);
+    return {{kPair, int(kHalves * sizeof(uint32_t)), arrange},
+            rest.plain,
+            rest.keep_bytes,
+            down,
+            rest.up,
+            outer,
+            halves};
+}
 
 }  // namespace lora
 }  // namespace peftcore

@@ -1,4 +1,4 @@
-// Vectors of AVX-512, for the files of both its levels: hence the namespace without a name.
+// Vectors of AVX-512, for the files of its levels: hence the namespace without a name.
 #pragma once
 
 #include "common/avx512.h"
@@ -38,12 +38,11 @@ struct Avx512 {
     static inline bool gather(const float* from, int64_t stride, int64_t count, float* out) {
         if (stride > (int64_t(1) << 26)) return false;
         const __mmask16 there = __mmask16((1u << count) - 1);
-        _mm512_storeu_ps(out, _mm512_mask_i32gather_ps(zero(), there, sixteen_steps(stride), from, 4));
-        return true;
-    }
-    static inline __m512i sixteen_steps(int64_t stride) {
         const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-        return _mm512_mullo_epi32(steps, _mm512_set1_epi32(int32_t(stride)));
+        const __m512i offsets = _mm512_mullo_epi32(steps, _mm512_set1_epi32(int32_t(stride)));
+        _mm512_storeu_ps(out, stride == 1 ? _mm512_maskz_loadu_ps(there, from)
+                                          : _mm512_mask_i32gather_ps(zero(), there, offsets, from, 4));
+        return true;
     }
 
     static inline Vector keep(Vector v, uint32_t bits) { return _mm512_maskz_mov_ps(__mmask16(bits), v); }

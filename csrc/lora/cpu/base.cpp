@@ -61,6 +61,17 @@ class Right {
     std::optional<nf4::PackedTiles> packed_;
 };
 
+// The parts of a factor (see Halves), beside one another or one below the other.
+Tensor in_halves(const Kernels& kernels, const Tensor& from, bool left, bool below) {
+    const int64_t rows = from.size(0), columns = from.size(1);
+    const Tensor out =
+        at::empty({below ? kHalvesParts * rows : rows, below ? columns : kHalvesParts * columns},
+                  from.options().dtype(at::kBFloat16));
+    kernels.halves({from.const_data_ptr<float>(), rows, columns, left, out.size(1),
+                    below ? rows * columns : columns, static_cast<BFloat16*>(out.mutable_data_ptr())});
+    return out;
+}
+
 gemm::Product product(const Tensor& x, const gemm::Tiles& right, const Tensor& bias, const Tensor& y) {
     return {bits(x),
             right,
@@ -73,36 +84,43 @@ gemm::Product product(const Tensor& x, const gemm::Tiles& right, const Tensor& b
 
 }  // namespace
 
-Tensor joined(const Tensor& x, const Base& of, const std::optional<Tensor>& bias, const Tensor& s,
-              const Tensor& b) {
+Tensor joined(const Kernels& kernels, const Tensor& x, const Base& of, const std::optional<Tensor>& bias,
+              const Tensor& s, const Tensor& b) {
     const Right right(x, of);
     if (!right.known()) return {};
     const Tensor y = at::empty({x.size(0), of.out_features}, x.options());
     gemm::Product all = product(x, right.transposed(), bias.has_value() ? bias->contiguous() : Tensor(), y);
-    const gemm::Dense factor{bits(b), b.size(0), b.size(1)};
-    all.addend = {bits(s), gemm::transposed(factor), s.size(1), {}};
+    const Tensor left = in_halves(kernels, s, true, false), parts = in_halves(kernels, b, false, false);
+    const gemm::Dense factor{bits(parts), parts.size(0), parts.size(1)};
+    all.addend = {bits(left), gemm::transposed(factor), left.size(1), {}};
     gemm::multiply(all);
     return y;
 }
 
-Tensor joined_backward(const Tensor& dy, const Base& of, const Tensor& t, const Tensor& a, const Mask& keep) {
+Tensor joined_backward(const Kernels& kernels, const Tensor& dy, const Base& of, const Tensor& t,
+                       const Tensor& a, const Mask& keep) {
     const Right right(dy, of);
     if (!right.known()) return {};
     const Tensor dx = at::empty({dy.size(0), of.in_features}, dy.options());
     gemm::Product all = product(dy, right.plain(), {}, dx);
-    const gemm::Dense factor{bits(a), a.size(0), a.size(1)};
-    all.addend = {bits(t), gemm::plain(factor), t.size(1), keep};
+    const Tensor left = in_halves(kernels, t, true, false), parts = in_halves(kernels, a, false, true);
+    const gemm::Dense factor{bits(parts), parts.size(0), parts.size(1)};
+    all.addend = {bits(left), gemm::plain(factor), left.size(1), keep};
     gemm::multiply(all);
     return dx;
 }
 
 #else
 
-Tensor joined(const Tensor&, const Base&, const std::optional<Tensor>&, const Tensor&, const Tensor&) {
+Tensor joined(const Kernels&, const Tensor&, const Base&, const std::optional<Tensor>&, const Tensor&,
+              const Tensor&) {
     return {};
 }
 
-Tensor joined_backward(const Tensor&, const Base&, const Tensor&, const Tensor&, const Mask&) { return {}; }
+Tensor joined_backward(const Kernels&, const Tensor&, const Base&, const Tensor&, const Tensor&,
+                       const Mask&) {
+    return {};
+}
 
 #endif
 

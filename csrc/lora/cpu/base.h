@@ -19,11 +19,12 @@ Tensor base(const Tensor& x, const Base& of, const std::optional<Tensor>& bias);
 Tensor base_backward(const Tensor& dy, const Base& of);                           // dy W
 
 // The same with s Bᵀ, and with keep ∘ (t A), in the same sums, rounded once; or undefined where this
-// processor, dtype or shape has no product that takes them, and `up` must add them. Factors are in x's dtype,
+// processor, dtype or shape has no product that takes them, and `up` must add them. Factors are fp32,
 // contiguous.
-Tensor joined(const Tensor& x, const Base& of, const std::optional<Tensor>& bias, const Tensor& s,
-              const Tensor& b);
-Tensor joined_backward(const Tensor& dy, const Base& of, const Tensor& t, const Tensor& a, const Mask& keep);
+Tensor joined(const Kernels& kernels, const Tensor& x, const Base& of, const std::optional<Tensor>& bias,
+              const Tensor& s, const Tensor& b);
+Tensor joined_backward(const Kernels& kernels, const Tensor& dy, const Base& of, const Tensor& t,
+                       const Tensor& a, const Mask& keep);
 
 }  // namespace lora
 }  // namespace peftcore

@@ -1,21 +1,19 @@
-// The three thin products, for one dtype at one SIMD level. Each is rows of a left factor, broadcast, times a
-// right factor whose columns lie in vectors; sums are fp32.
+// The three thin products, for x of one dtype at one SIMD level. Factors, thin matrices and sums are fp32.
 //
-//   down     s = c (keep ∘ x) right              [M, r], rounded once
+//   down     s = c (keep ∘ x) right              [M, r]
 //   up       y += keep ∘ (left right)            [M, columns], rounded once
-//   outer    sums += leftᵀ (keep ∘ x)            [r, columns] fp32
+//   outer    sums += leftᵀ (keep ∘ x)            [r, columns]
 //
-// A factor is kept in units: one value in fp32, or with dot products of bf16 a pair of neighbours along the
-// summed dimension. `arrange` makes [ceil(inner / pair)][width] units, the missing ones zero.
+// Each is rows of a left factor, broadcast, times a right factor whose columns lie in vectors; or tiles of
+// AMX. A tile multiplies bf16, so there a factor's value is two of them, which hold 16 bits of its 24: x
+// itself is bf16 and loses nothing. Measured on two cores of Sapphire Rapids, 1024 rows, 576 -> 1536, r = 16:
+// two halves instead of one cost 2 % of a step's products, and dA is then off by 2e-6 instead of 2e-3.
 //
 // Where the base's product is the library's, which runs at the processor's rate, `up` adds to what it wrote.
-// Measured on Zen 4 with 1024 rows, 576 -> 1536, r = 16, bf16, over the base alone: S Bᵀ first and the base
-// added with beta = 1 takes 1.041, S as more columns of K 1.045 and a copy of W at each call, neither with
-// `down` yet; `down` and `up` together 1.037. In the gradient the library's four thin products take 1.14,
-// these 1.12. With AMX the base's product is csrc/gemm, and S comes to it as more columns of K (base.h): `up`
-// would take as long as a third of the product.
+// With AMX the base's product is csrc/gemm, and S comes to it as more columns of K (base.h): `up` would take
+// as long as a third of the product.
 //
-// `outer` is what is slowest: x must be turned into pairs across rows.
+// `outer` is what is slowest: for tiles, x must be turned into pairs across rows.
 #pragma once
 
 #include <cstdint>
@@ -30,22 +28,31 @@ namespace lora {
 using gemm::Mask;
 using nf4::Dtype;
 
+// How `down` and `outer` read a factor: [ceil(inner / pair)][width] units of `pair` values along the inner
+// dimension, the missing ones zero.
+struct Arrangement {
+    int pair, unit_size;  // bytes
+    // from[i * inner_stride + j * outer_stride], i < inner, j < outer; one of the strides is 1
+    void (*arrange)(const float* from, int64_t inner_stride, int64_t outer_stride, int64_t inner,
+                    int64_t outer, int64_t width, void* out);
+};
+
 struct DownArgs {
     const void* x;  // [M, columns]
     int64_t columns;
-    const void* right;  // [columns][width] units
+    const void* right;  // [columns][width], arranged
     int64_t width, r;
     float factor;
     Mask keep;
-    void* s;  // [M, r]
+    float* s;  // [M, r]
 };
 
 struct UpArgs {
     void* y;  // [M, columns]
     int64_t columns;
-    const void* left;  // unit (row, i) at row * left_row + i * left_inner
-    int64_t left_row, left_inner, inner;
-    const void* right;  // [inner][width] units
+    const float* left;  // [M, inner]
+    int64_t inner;
+    const float* right;  // [inner, width]
     int64_t width;
     Mask keep;
 };
@@ -53,7 +60,7 @@ struct UpArgs {
 struct OuterArgs {
     const void* x;  // [M, columns]
     int64_t columns;
-    const void* left;  // [M][width] units
+    const void* left;  // [M][width], arranged
     int64_t width, r;
     Mask keep;
     bool cached;                        // x's rows were read just before
@@ -62,17 +69,27 @@ struct OuterArgs {
     float* sums;
 };
 
+// A matrix of fp32 as bf16 halves: a first value, rounded, and what that leaves, rounded. Of their products
+// all but the smallest are in [first, rest, first] [first, first, rest]ᵀ; a sum over the inner dimension
+// takes both sides so. Part p of row i begins at out + i * row_stride + p * part_stride.
+struct Halves {
+    const float* from;  // [rows, columns]
+    int64_t rows, columns;
+    bool left;
+    int64_t row_stride, part_stride;
+    BFloat16* out;
+};
+constexpr int kHalvesParts = 3;
+
 struct Kernels {
-    int pair;       // values of a unit
-    int unit_size;  // bytes
-    // from[i * inner_stride + j * outer_stride], i < inner, j < outer
-    void (*arrange)(const void* from, int64_t inner_stride, int64_t outer_stride, int64_t inner,
-                    int64_t outer, int64_t width, void* out);
+    Arrangement arrangement;
+    Arrangement plain;  // [inner][width] fp32, of `up`
     // As in dropout.h.
     void (*keep_bytes)(const Dropout&, int64_t row, int64_t first, int64_t count, uint8_t* out);
     void (*down)(const DownArgs&, int64_t first_row, int64_t last_row);
     void (*up)(const UpArgs&, int64_t first_row, int64_t last_row);
     void (*outer)(const OuterArgs&, int64_t first_row, int64_t last_row);  // first: multiple of kRowGrain
+    void (*halves)(const Halves&) = nullptr;                               // of tiles
 };
 
 // For one row, fp32 in between; by the dtype of what they read (see rows.h). Buffers have room for 16 more.
@@ -88,8 +105,7 @@ constexpr int kColumnGrain = 32, kRowGrain = 64;
 Kernels portable_kernels(Dtype dtype);
 Kernels avx2_kernels(Dtype dtype);
 Kernels avx512_kernels(Dtype dtype);
-Kernels avx512bf16_kernels();  // bf16
-Kernels amx_kernels();         // bf16
+Kernels amx_kernels();  // bf16
 
 RowKernels portable_row_kernels(Dtype dtype);
 RowKernels avx2_row_kernels(Dtype dtype);

@@ -29,18 +29,18 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const Tensor flat = matrix(x);
     const Base of{weight, x.size(-1), out_features, quantized, op};
-    const Tensor s = at::empty({flat.size(0), r}, x.options());
+    const Tensor s = at::empty({flat.size(0), r}, x.options().dtype(at::kFloat));
     const Kernels kernels = choose(kernel_dtype(x.scalar_type(), op));
     Tensor y;
     if (s.numel() != 0) {
         const Kept keep = kept(kernels, dropout, flat);
-        const Factor right = arranged(kernels, like(a, x), true);
+        const Factor right = arranged(kernels.arrangement, floats(a), true);
         down(kernels, down_args(flat, right, factor_of(scale, dropout), keep.mask, s), flat.size(0));
-        y = joined(flat, of, bias, s, like(b, x));
+        y = joined(kernels, flat, of, bias, s, floats(b));
     }
     if (!y.defined()) {
         y = base(flat, of, bias);
-        if (s.numel() != 0 && y.numel() != 0) up(kernels, y, s, arranged(kernels, like(b, x), true), {});
+        if (s.numel() != 0 && y.numel() != 0) up(kernels, y, s, arranged(kernels.plain, floats(b), true), {});
     }
     return {y.view(with_last(x, out_features)), s};
 }
@@ -76,9 +76,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
         if (needs[0]) dx = base_backward(rows, of);
     } else {
         const Kernels kernels = choose(kernel_dtype(x.scalar_type(), op));
-        const Tensor t = at::empty({count, r}, x.options());
+        const Tensor t = at::empty({count, r}, s.options());
         const bool needs_t = needs[0] || needs[1];
-        const Factor right = needs_t ? arranged(kernels, like(b, x), false) : Factor{};
+        const Factor right = needs_t ? arranged(kernels.arrangement, floats(b), false) : Factor{};
         const DownArgs makes_t =
             needs_t ? down_args(rows, right, factor_of(scale, dropout), {}, t) : DownArgs{};
         if (needs[2])
@@ -88,11 +88,11 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
         const Kept keep = needs_t ? kept(kernels, dropout, flat) : Kept{};
         if (needs[1]) outer(kernels, flat, t, da, false, keep.mask, nullptr);
         if (needs[0]) {
-            const Tensor factor = like(a, x);
-            dx = joined_backward(rows, of, t, factor, keep.mask);
+            const Tensor factor = floats(a);
+            dx = joined_backward(kernels, rows, of, t, factor, keep.mask);
             if (!dx.defined()) {
                 dx = base_backward(rows, of);
-                up(kernels, dx, t, arranged(kernels, factor, false), keep.mask);
+                up(kernels, dx, t, arranged(kernels.plain, factor, false), keep.mask);
             }
         }
     }

@@ -91,14 +91,13 @@ Tensor lora_linear_per_sample(const Tensor& x, const Tensor& weight, const std::
         const int64_t r = a[i].size(0);
         if (total[i] == 0 || r == 0) continue;
         if (total[i] < kArrangeFrom) {
-            const bool known = a[i].scalar_type() != at::kDouble && b[i].scalar_type() != at::kDouble;
-            few_a[i] = known ? a[i].contiguous() : like(a[i], x);
-            few_b[i] = known ? b[i].contiguous() : like(b[i], x);
+            few_a[i] = a[i].scalar_type() == at::kDouble ? floats(a[i]) : a[i].contiguous();
+            few_b[i] = b[i].scalar_type() == at::kDouble ? floats(b[i]) : b[i].contiguous();
         }
         Factor down_right, up_right;
         if (total[i] >= kArrangeFrom) {
-            down_right = arranged(kernels, like(a[i], x), true);
-            up_right = arranged(kernels, like(b[i], x), true);
+            down_right = arranged(kernels.arrangement, floats(a[i]), true);
+            up_right = arranged(kernels.plain, floats(b[i]), true);
         }
         for (int64_t sample = 0; sample < samples; ++sample) {
             if (of[sample] != int64_t(i)) continue;
@@ -106,7 +105,7 @@ Tensor lora_linear_per_sample(const Tensor& x, const Tensor& weight, const std::
             if (total[i] < kArrangeFrom) {
                 for (int64_t row = first; row < first + count; ++row) few.emplace_back(row, int64_t(i));
             } else {
-                const Tensor s = at::empty({count, r}, x.options());
+                const Tensor s = at::empty({count, r}, x.options().dtype(at::kFloat));
                 down(kernels, down_args(flat.narrow(0, first, count), down_right, float(scales[i]), {}, s),
                      count);
                 up(kernels, y.narrow(0, first, count), s, up_right, {});

@@ -16,9 +16,10 @@ struct Rows {
     using T = typename Level::T;
     using Vector = typename Level::Vector;
     static constexpr int kLanes = Level::kLanes;
+    static constexpr int64_t kChain = 64 * kLanes;  // products of a short sum (see blocks.h)
 
     static void widen(const void* from, int64_t count, float* to) {
-        Level::stage_row(static_cast<const T*>(from), count, nullptr, to);
+        stage_row<Level>(static_cast<const T*>(from), count, nullptr, to);
     }
 
     static void add(const float* from, int64_t count, void* to) {
@@ -38,16 +39,19 @@ struct Rows {
             const int64_t count = std::min<int64_t>(kLanes, outer - begin);
             for (int64_t i = 0; i < count; ++i) {
                 const T* row = factor + (begin + i) * inner;
-                Vector sum = Level::zero(), other = Level::zero();
-                int64_t j = 0;
-                for (; j + 2 * kLanes <= inner; j += 2 * kLanes) {
-                    sum = Level::fma(Level::load(x + j), Level::load(row + j), sum);
-                    other = Level::fma(Level::load(x + j + kLanes), Level::load(row + j + kLanes), other);
+                for (int64_t first = 0; first < inner; first += kChain) {
+                    const int64_t last = std::min(inner, first + kChain);
+                    Vector sum = Level::zero(), other = Level::zero();
+                    int64_t j = first;
+                    for (; j + 2 * kLanes <= last; j += 2 * kLanes) {
+                        sum = Level::fma(Level::load(x + j), Level::load(row + j), sum);
+                        other = Level::fma(Level::load(x + j + kLanes), Level::load(row + j + kLanes), other);
+                    }
+                    for (; j < last; j += kLanes)
+                        sum = Level::fma(load_some<Level>(x + j, last - j),
+                                         load_some<Level>(row + j, last - j), sum);
+                    parts[i] = Level::add(parts[i], Level::add(sum, other));
                 }
-                for (; j < inner; j += kLanes)
-                    sum = Level::fma(load_some<Level>(x + j, inner - j), load_some<Level>(row + j, inner - j),
-                                     sum);
-                parts[i] = Level::add(sum, other);
             }
             Level::store(out + begin, Level::sums(parts));
         }

@@ -74,9 +74,6 @@ Kernels choose(Dtype dtype) {
 #endif
             [[fallthrough]];
         case CpuLevel::kAvx512:
-#if defined(PEFTCORE_HAVE_AVX512BF16)
-            if (dtype == Dtype::kBFloat16 && cpu_has_bf16_dot()) return avx512bf16_kernels();
-#endif
             return avx512_kernels(dtype);
 #endif
 #if defined(PEFTCORE_HAVE_AVX2)
@@ -88,15 +85,16 @@ Kernels choose(Dtype dtype) {
     }
 }
 
-Factor arranged(const Kernels& kernels, const Tensor& from, bool transposed) {
+Factor arranged(const Arrangement& arrangement, const Tensor& from, bool transposed) {
     const int64_t rows = from.size(0), columns = from.size(1);
     const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
-    Factor factor{{}, ceil_div(inner, kernels.pair), filled_up(outer, kWidthMultiple)};
-    factor.memory =
-        at::empty({factor.inner * factor.width * kernels.unit_size}, from.options().dtype(at::kByte));
-    kernels.arrange(from.const_data_ptr(), transposed ? 1 : columns, transposed ? columns : 1, inner, outer,
-                    factor.width, factor.units());
-    return factor;
+    const int64_t width = filled_up(outer, kWidthMultiple);
+    if (arrangement.pair == 1 && !transposed && width == outer) return {from, width};  // as it lies
+    const Tensor memory = at::empty({ceil_div(inner, arrangement.pair) * width * arrangement.unit_size},
+                                    from.options().dtype(at::kByte));
+    arrangement.arrange(from.const_data_ptr<float>(), transposed ? 1 : columns, transposed ? columns : 1,
+                        inner, outer, width, memory.mutable_data_ptr());
+    return {memory, width};
 }
 
 Kept kept(const Kernels& kernels, const Dropout& dropout, const Tensor& x) {
@@ -114,7 +112,7 @@ Kept kept(const Kernels& kernels, const Dropout& dropout, const Tensor& x) {
 
 DownArgs down_args(const Tensor& x, const Factor& right, float factor, const Mask& keep, const Tensor& s) {
     return {x.const_data_ptr(), x.size(1), right.units(), right.width,
-            s.size(1),          factor,    keep,          s.mutable_data_ptr()};
+            s.size(1),          factor,    keep,          s.mutable_data_ptr<float>()};
 }
 
 void down(const Kernels& kernels, const DownArgs& args, int64_t rows) {
@@ -123,17 +121,11 @@ void down(const Kernels& kernels, const DownArgs& args, int64_t rows) {
 }
 
 void up(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep) {
-    const int64_t r = s.size(1), inner = ceil_div(r, kernels.pair), columns = y.size(1);
-    UpArgs args{y.mutable_data_ptr(), columns, s.const_data_ptr(), inner, 1, inner, right.units(),
-                right.width,          keep};
-    Factor units;  // s as such, where it is not made of them already
-    if (r % kernels.pair != 0 || s.element_size() * kernels.pair != kernels.unit_size) {
-        units = arranged(kernels, s, true);
-        args.left = units.units();
-        args.left_row = 1;
-        args.left_inner = units.width;
-    }
-    const int64_t products = std::max<int64_t>(1, columns * inner * kernels.pair);
+    const int64_t r = s.size(1), columns = y.size(1);
+    const UpArgs args{
+        y.mutable_data_ptr(), columns, s.const_data_ptr<float>(), r, static_cast<const float*>(right.units()),
+        right.width,          keep};
+    const int64_t products = std::max<int64_t>(1, columns * r);
     at::parallel_for(0, y.size(0), ceil_div(kProductsPerTask, products),
                      [&](int64_t first, int64_t last) { kernels.up(args, first, last); });
 }
@@ -141,7 +133,7 @@ void up(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& 
 void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out, bool transposed,
            const Mask& keep, const DownArgs* down_too) {
     const int64_t rows = x.size(0), columns = x.size(1), r = left.size(1);
-    const Factor factor = arranged(kernels, left, false);
+    const Factor factor = arranged(kernels.arrangement, left, false);
     const Division of(rows, columns, factor.width);
     if (down_too != nullptr && of.parts > 1) {
         down(kernels, *down_too, rows);
@@ -182,7 +174,7 @@ Tensor matrix(const Tensor& t) {
     return t.contiguous().view({c10::multiply_integers(sizes.begin(), sizes.end() - 1), sizes.back()});
 }
 
-Tensor like(const Tensor& factor, const Tensor& x) { return factor.to(x.scalar_type()).contiguous(); }
+Tensor floats(const Tensor& factor) { return factor.to(at::kFloat).contiguous(); }
 
 }  // namespace lora
 }  // namespace peftcore

@@ -10,14 +10,15 @@ namespace lora {
 // The kernels of the SIMD level in use.
 Kernels choose(Dtype dtype);
 
-// A factor [inner, outer] as units (see kernels.h).
+// A factor [inner, outer] as a kernel reads it (see kernels.h).
 struct Factor {
     Tensor memory;
-    int64_t inner = 0, width = 0;
-    void* units() const { return memory.mutable_data_ptr(); }
+    int64_t width = 0;
+    const void* units() const { return memory.const_data_ptr(); }
 };
 
-Factor arranged(const Kernels& kernels, const Tensor& from, bool transposed);
+// From fp32, contiguous.
+Factor arranged(const Arrangement& arrangement, const Tensor& from, bool transposed);
 
 // keep of x [rows, columns].
 struct Kept {
@@ -30,7 +31,7 @@ Kept kept(const Kernels& kernels, const Dropout& dropout, const Tensor& x);
 DownArgs down_args(const Tensor& x, const Factor& right, float factor, const Mask& keep, const Tensor& s);
 void down(const Kernels& kernels, const DownArgs& args, int64_t rows);
 
-// y += keep ∘ (s right).
+// y += keep ∘ (s right), right in the plain arrangement.
 void up(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep);
 
 // out [r, columns] = leftᵀ (keep ∘ x); transposed: [columns, r]. `down_too`, if given, is of the same x and
@@ -41,8 +42,8 @@ void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Te
 // [all leading dimensions, last].
 Tensor matrix(const Tensor& t);
 
-// A factor in x's dtype, rounded once.
-Tensor like(const Tensor& factor, const Tensor& x);
+// A factor as the products take it: fp32, contiguous.
+Tensor floats(const Tensor& factor);
 
 }  // namespace lora
 }  // namespace peftcore

@@ -30,16 +30,16 @@ struct DownParams {
     int64_t split_columns;
     int64_t all_rows;
     float* partial;  // [splits, all_rows, stride], or nullptr: s is written
-    void* s;
+    float* s;
 };
 
-// kRowTiles: of 16 rows of x. kRankTiles: of 8 rows of A, whose values are of type A.
-template <typename T, typename A, int kRowTiles, int kRankTiles>
+// kRowTiles: of 16 rows of x. kRankTiles: of 8 rows of A.
+template <typename T, int kRowTiles, int kRankTiles>
 __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
     constexpr int kRows = 16 * kRowTiles, kRanks = 8 * kRankTiles, kStage = kRowTiles == 1 ? 64 : 32;
     constexpr int kParts = kWarps / kRowTiles;  // warps that share rows
     using Input = Tile<T, kRows, kStage>;
-    using Factor = Tile<A, kRanks, kStage>;
+    using Factor = Tile<float, kRanks, kStage>;
     constexpr int kStageBytes = Input::kBytes + Factor::kBytes, kStages = kStagesThatFit<kStageBytes>;
     static_assert(kStages >= 2 && kParts * kRows * (kRanks + 1) * 4 <= kStages * kStageBytes, "");
     PEFTCORE_SHARED(uint8_t, memory, [kStages * kStageBytes]);
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
     const int64_t last_column =
         first_column + p.split_columns < p.columns ? first_column + p.split_columns : p.columns;
     const Source<T> x(p.x, p.columns);
-    const Source<A> a(p.adapters.factor[adapter], p.columns);
+    const Source<float> a(p.adapters.factor[adapter], p.columns);
     const auto fetch_stage = [&](int64_t stage, int slot) {
         uint8_t* to = memory + slot * kStageBytes;
         const int64_t column = first_column + stage * kStage;
@@ -89,10 +89,10 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
 #pragma unroll
             for (int t = 0; t < kRankTiles; t += 2) {
                 if (first_rank + t * 8 >= rank) break;
-                uint32_t right[2][2];
-                load_right<T, A, Factor>(right, input + Input::kBytes, t * 8, column);
-                mma_m16n8k16<T>(d[t], left, right[0]);
-                mma_m16n8k16<T>(d[t + 1], left, right[1]);
+                Tf32Right right[2];
+                load_right<Factor>(right, input + Input::kBytes, t * 8, column);
+                tf32_multiply<T>(d[t], left, right[0]);
+                tf32_multiply<T>(d[t + 1], left, right[1]);
             }
         }
         slot = (slot + 1) % kStages;
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
         if (p.partial != nullptr)
             p.partial[blockIdx.y * p.all_rows * p.stride + at] = total;
         else
-            static_cast<T*>(p.s)[at] = from_float<T>(p.adapters.scale[adapter] * total);
+            p.s[at] = p.adapters.scale[adapter] * total;
     }
 }
 
@@ -143,20 +143,14 @@ Plan plan_of(int64_t samples, int64_t rows, int64_t columns, int rank, bool spli
     return plan;
 }
 
-template <typename T, typename A>
-const char* launch_kernel(const DownParams& p, const Plan& plan, int rank, void* stream) {
+template <typename T>
+const char* launch(const DownParams& p, const Plan& plan, int rank, void* stream) {
     const dim3 grid(unsigned(plan.row_blocks * plan.chunks), unsigned(plan.splits));
     if (plan.row_tiles == 1)
-        return rank <= 16 ? PEFTCORE_LAUNCH((down_kernel<T, A, 1, 2>), grid, kThreads, 0, stream, p)
-                          : PEFTCORE_LAUNCH((down_kernel<T, A, 1, 8>), grid, kThreads, 0, stream, p);
-    return rank <= 16 ? PEFTCORE_LAUNCH((down_kernel<T, A, 4, 2>), grid, kThreads, 0, stream, p)
-                      : PEFTCORE_LAUNCH((down_kernel<T, A, 4, 8>), grid, kThreads, 0, stream, p);
-}
-
-template <typename T>
-const char* launch(const DownParams& p, const Plan& plan, int rank, bool wide_factors, void* stream) {
-    return wide_factors ? launch_kernel<T, float>(p, plan, rank, stream)
-                        : launch_kernel<T, T>(p, plan, rank, stream);
+        return rank <= 16 ? PEFTCORE_LAUNCH((down_kernel<T, 1, 2>), grid, kThreads, 0, stream, p)
+                          : PEFTCORE_LAUNCH((down_kernel<T, 1, 8>), grid, kThreads, 0, stream, p);
+    return rank <= 16 ? PEFTCORE_LAUNCH((down_kernel<T, 4, 2>), grid, kThreads, 0, stream, p)
+                      : PEFTCORE_LAUNCH((down_kernel<T, 4, 8>), grid, kThreads, 0, stream, p);
 }
 
 }  // namespace
@@ -171,10 +165,10 @@ extern "C" int64_t peftcore_lora_down_workspace(int64_t rows, int64_t columns, i
 }
 
 extern "C" const char* peftcore_lora_down(const void* x, int dtype, int64_t samples, int64_t rows,
-                                          int64_t columns, const void* const* factors, int factor_dtype,
-                                          const int* ranks, const float* scales, int adapters,
-                                          const int64_t* index, int stride, uint32_t threshold, uint32_t key0,
-                                          uint32_t key1, float* partial, void* s, void* stream) {
+                                          int64_t columns, const float* const* factors, const int* ranks,
+                                          const float* scales, int adapters, const int64_t* index, int stride,
+                                          uint32_t threshold, uint32_t key0, uint32_t key1, float* partial,
+                                          float* s, void* stream) {
     using namespace peftcore::lora;
     if (samples == 0 || rows == 0 || stride == 0) return nullptr;
     const bool half = Dtype(dtype) == Dtype::kHalf;
@@ -192,13 +186,13 @@ extern "C" const char* peftcore_lora_down(const void* x, int dtype, int64_t samp
     p.all_rows = samples * rows;
     p.partial = plan.splits > 1 ? partial : nullptr;
     p.s = s;
-    const bool wide_factors = Dtype(factor_dtype) == Dtype::kFloat;
     for (int first = 0; first < adapters; first += kMaxAdapters) {
         p.adapters = adapters_from(first, adapters, factors, ranks, scales);
-        const char* error = half ? launch<peftcore::Half>(p, plan, stride, wide_factors, stream)
-                                 : launch<peftcore::BFloat16>(p, plan, stride, wide_factors, stream);
+        const char* error = half ? launch<peftcore::Half>(p, plan, stride, stream)
+                                 : launch<peftcore::BFloat16>(p, plan, stride, stream);
         if (error != nullptr) return error;
     }
     if (p.partial == nullptr) return nullptr;
-    return peftcore_lora_sum(partial, plan.splits, p.all_rows * stride, scales[0], s, dtype, stream);
+    return peftcore_lora_sum(partial, plan.splits, p.all_rows * stride, scales[0], s, int(Dtype::kFloat),
+                             stream);
 }

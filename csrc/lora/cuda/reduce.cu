@@ -16,7 +16,8 @@ constexpr int kBlocksWanted = 264;          // about two for each multiprocessor
 constexpr int64_t kRowsOfPart = 8 * kRows;  // at least: partial sums are written and read once more
 
 struct ReduceParams {
-    const void *wide, *thin, *factor;
+    const void* wide;
+    const float *thin, *factor;
     int64_t rows, columns;
     int rank, chunks;
     int64_t part_rows;
@@ -29,8 +30,8 @@ template <typename T, int kRankTiles, bool kProduct>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) {
     constexpr int kRanks = 8 * kRankTiles;
     using Wide = Tile<T, kRows, kColumns>;
-    using Thin = Tile<T, kRows, kRanks>;
-    using Factor = Tile<T, kProduct ? kRanks : 1, kColumns>;
+    using Thin = Tile<float, kRows, kRanks>;
+    using Factor = Tile<float, kProduct ? kRanks : 1, kColumns>;
     constexpr int kStageBytes = Wide::kBytes + Thin::kBytes;
     constexpr int kStages = kStagesThatFit<kStageBytes, Factor::kBytes>;
     static_assert(kStages >= 2, "");
@@ -41,7 +42,8 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) 
     const int first_rank = int(blockIdx.x % p.chunks) * kRanks;
     const int64_t first_row = int64_t(blockIdx.y) * p.part_rows;
     const int64_t last_row = first_row + p.part_rows < p.rows ? first_row + p.part_rows : p.rows;
-    const Source<T> wide(p.wide, p.columns), thin(p.thin, p.rank);
+    const Source<T> wide(p.wide, p.columns);
+    const Source<float> thin(p.thin, p.rank);
     const auto fetch_stage = [&](int64_t stage, int slot) {
         uint8_t* to = memory + slot * kStageBytes;
         const int64_t row = first_row + stage * kRows;
@@ -56,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) 
     float d[2][kRankTiles][4] = {};
     const int64_t stages = (last_row - first_row + kRows - 1) / kRows;
     if constexpr (kProduct)  // arrives with the first stage
-        fetch<Factor>(factor_tile, Source<T>(p.factor, p.columns), 0, p.rank, column, p.columns);
+        fetch<Factor>(factor_tile, Source<float>(p.factor, p.columns), 0, p.rank, column, p.columns);
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) fetch_stage(s, s);
     int slot = 0;
@@ -77,14 +79,12 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) 
 #pragma unroll
             for (int t = 0; t < kRankTiles; t += 2) {
                 if (first_rank + t * 8 >= p.rank) break;
-                uint32_t r[4];
-                ldmatrix_x4_trans(r, beside + (step + lane / 8 % 2 * 8 + lane % 8) * Thin::kPitch +
-                                         (t * 8 + lane / 16 * 8) * 2);
-                const uint32_t right[2][2] = {{r[0], r[1]}, {r[2], r[3]}};
+                Tf32Right right[2];
+                load_right<Thin, true>(right, beside, t * 8, step);
 #pragma unroll
                 for (int c = 0; c < 2; ++c)
 #pragma unroll
-                    for (int i = 0; i < 2; ++i) mma_m16n8k16<T>(d[c][t + i], left[c], right[i]);
+                    for (int i = 0; i < 2; ++i) tf32_multiply<T>(d[c][t + i], left[c], right[i]);
             }
         }
         if constexpr (kProduct) {  // a warp has 16 rows and 8 ranks
@@ -93,11 +93,11 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) 
             float e[4] = {};
 #pragma unroll
             for (int k = 0; k < kColumns; k += 16) {
-                uint32_t left[4], right[2];
+                uint32_t left[4];
                 load_left<Wide>(left, input, warp_row, k);
-                ldmatrix_x2(right, factor_tile + (warp_rank + lane % 8) * Factor::kPitch +
-                                       (k + lane / 8 % 2 * 8) * 2);
-                mma_m16n8k16<T>(e, left, right);
+                Tf32Right right[1];
+                load_right<Factor>(right, factor_tile, warp_rank, k);
+                tf32_multiply<T>(e, left, right[0]);
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
@@ -177,7 +177,7 @@ extern "C" int64_t peftcore_lora_product_workspace(int64_t rows, int64_t columns
     return (columns + kColumns - 1) / kColumns * rows * rank;
 }
 
-extern "C" const char* peftcore_lora_reduce(const void* wide, const void* thin, int dtype, int64_t rows,
+extern "C" const char* peftcore_lora_reduce(const void* wide, const float* thin, int dtype, int64_t rows,
                                             int64_t columns, int rank, uint32_t threshold, uint32_t key0,
                                             uint32_t key1, float* partial, void* out, int out_dtype,
                                             bool transposed, void* stream) {
@@ -195,16 +195,17 @@ extern "C" const char* peftcore_lora_reduce(const void* wide, const void* thin, 
     return reduce(p, dtype, out, out_dtype, transposed, stream);
 }
 
-extern "C" const char* peftcore_lora_reduce_and_product(const void* wide, const void* thin,
-                                                        const void* factor, int dtype, int64_t rows,
+extern "C" const char* peftcore_lora_reduce_and_product(const void* wide, const float* thin,
+                                                        const float* factor, int dtype, int64_t rows,
                                                         int64_t columns, int rank, float scale,
                                                         float* partial, float* product_partial, void* out,
-                                                        int out_dtype, void* product, void* stream) {
+                                                        int out_dtype, float* product, void* stream) {
     using namespace peftcore::lora;
     if (rank > kOnePassMaxRank) return "more ranks than one pass takes";
     if (rows == 0 || columns == 0 || rank == 0) {  // sums of nothing
         const char* error = peftcore_lora_sum(partial, 0, columns * rank, 1, out, out_dtype, stream);
-        return error ? error : peftcore_lora_sum(partial, 0, rows * rank, 1, product, dtype, stream);
+        return error ? error
+                     : peftcore_lora_sum(partial, 0, rows * rank, 1, product, int(Dtype::kFloat), stream);
     }
     ReduceParams p = {};
     p.wide = wide;
@@ -218,5 +219,5 @@ extern "C" const char* peftcore_lora_reduce_and_product(const void* wide, const 
     const char* error = reduce(p, dtype, out, out_dtype, false, stream);
     if (error != nullptr) return error;
     return peftcore_lora_sum(product_partial, (columns + kColumns - 1) / kColumns, rows * rank, scale,
-                             product, dtype, stream);
+                             product, int(Dtype::kFloat), stream);
 }

@@ -6,6 +6,7 @@
 #include "common/cuda_launch.cuh"
 #include "common/half.h"
 #include "common/tensor_core.cuh"
+#include "common/tf32.cuh"
 #include "lora/cuda/lora_cuda.h"
 #include "lora/lora.h"
 #include "nf4/nf4.h"
@@ -99,11 +100,6 @@ __device__ __forceinline__ void drop(uint8_t* tile, const Dropout& dropout, int6
     }
 }
 
-template <typename T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-    return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
-}
-
 // The 16 x 16 left operand of an mma at (row, column).
 template <typename Tile>
 __device__ __forceinline__ void load_left(uint32_t (&a)[4], const uint8_t* tile, int row, int column) {
@@ -111,38 +107,34 @@ __device__ __forceinline__ void load_left(uint32_t (&a)[4], const uint8_t* tile,
     ldmatrix_x4(a, tile + (row + lane % 16) * Tile::kPitch + (column + lane / 16 * 8) * 2);
 }
 
-// Right operands of two mma's: 16 rows of the tile, whose values lie along the sum, are 16 columns of the
-// result. A tile in fp32 is rounded to T here.
-template <typename T, typename Element, typename Tile>
-__device__ __forceinline__ void load_right(uint32_t (&b)[2][2], const uint8_t* tile, int row, int column) {
-    const int lane = threadIdx.x % 32;
-    if constexpr (sizeof(Element) == 2) {
-        uint32_t r[4];
-        ldmatrix_x4(r,
-                    tile + (row + lane / 16 * 8 + lane % 8) * Tile::kPitch + (column + lane / 8 % 2 * 8) * 2);
-        b[0][0] = r[0], b[0][1] = r[1], b[1][0] = r[2], b[1][1] = r[3];
-    } else {
+// Right operands of some products, of a tile of fp32 that has the 8 columns of each from `column` on as rows,
+// its values along the sum; or, kAcross, as columns.
+template <typename Tile, bool kAcross = false, int kProducts>
+__device__ __forceinline__ void load_right(Tf32Right (&b)[kProducts], const uint8_t* tile, int column,
+                                           int inner) {
+    const int group = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int j = 0; j < kProducts; ++j)
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            const uint8_t* from = tile + (row + i / 2 * 8 + lane / 4) * Tile::kPitch;
-            const float2 pair =
-                *reinterpret_cast<const float2*>(from + (column + i % 2 * 8 + lane % 4 * 2) * 4);
-            b[i / 2][i % 2] = pack<T>(pair.x, pair.y);
+            const int outer = column + j * 8 + group, along = inner + tf32_inner(i);
+            const int row = kAcross ? along : outer, place = kAcross ? outer : along;
+            b[j].piece[i] =
+                tf32_pieces(*reinterpret_cast<const float*>(tile + row * Tile::kPitch + place * 4));
         }
-    }
 }
 
 // As many adapters as a launch takes by value; launchers loop over more.
 constexpr int kMaxAdapters = 64;
 
 struct Adapters {
-    const void* factor[kMaxAdapters];
+    const float* factor[kMaxAdapters];
     float scale[kMaxAdapters];
     int rank[kMaxAdapters];
     int first, count, total;  // of all, those in this launch
 };
 
-inline Adapters adapters_from(int first, int total, const void* const* factors, const int* ranks,
+inline Adapters adapters_from(int first, int total, const float* const* factors, const int* ranks,
                               const float* scales) {
     Adapters adapters = {};
     adapters.first = first;

@@ -1,7 +1,5 @@
-// out = keep ∘ (thin Fᵀ), or added to out: T A under the dropout of x, and S Bᵀ of an adapter for each
-// sample. No GPU was at hand: written for bandwidth, proved on the emulator.
-//
-// Where there is neither dropout nor a choice of adapters, cuBLAS does this product (lora/binding.cpp).
+// out = keep ∘ (bias + thin Fᵀ), or added to out: T A under the dropout of x, and S Bᵀ, of an adapter for
+// each sample too. No GPU was at hand: written for bandwidth, proved on the emulator.
 //
 // A block computes 64 x 64 values on tensor cores, a warp 16 rows of them, and passes them through shared
 // memory, so that a thread has the eight columns of one Philox call and of a 16-byte store.
@@ -14,21 +12,23 @@ namespace {
 constexpr int kTile = 64;
 
 struct UpParams {
-    const void* thin;
+    const float* thin;
     int64_t rows, columns;  // of a sample's out
     const int64_t* index;
     Adapters adapters;
     int stride;  // of thin
     int64_t column_tiles;
     Dropout dropout;
+    const void* bias;
     bool add;
     void* out;
 };
 
 // Eight values of out, or fewer at its edge.
 template <typename T>
-__device__ __forceinline__ void store_eight(T* out, const float* values, int count, bool vector, bool add,
-                                            const Dropout& dropout, int64_t row, int64_t column) {
+__device__ __forceinline__ void store_eight(T* out, const float* values, const T* bias, int count,
+                                            bool vector, bool add, const Dropout& dropout, int64_t row,
+                                            int64_t column) {
     union {
         uint4 vector;
         T items[8];
@@ -43,7 +43,9 @@ __device__ __forceinline__ void store_eight(T* out, const float* values, int cou
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        const float base = add ? to_float(before.items[i]) : 0;
+        const float base = add                            ? to_float(before.items[i])
+                           : bias != nullptr && i < count ? to_float(bias[i])
+                                                          : 0;
         after.items[i] = from_float<T>(base + values[i]);
     }
     if (dropout.threshold != 0)
@@ -57,10 +59,10 @@ __device__ __forceinline__ void store_eight(T* out, const float* values, int cou
     }
 }
 
-template <typename T, typename F>
+template <typename T>
 __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
-    using Thin = Tile<T, kTile, kRankChunk>;
-    using Factor = Tile<F, kTile, kRankChunk>;
+    using Thin = Tile<float, kTile, kRankChunk>;
+    using Factor = Thin;
     using Result = Tile<float, kTile, kTile>;
     constexpr int kBytes =
         Thin::kBytes + Factor::kBytes > Result::kBytes ? Thin::kBytes + Factor::kBytes : Result::kBytes;
@@ -75,8 +77,8 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
     const int64_t adapter = wanted - p.adapters.first;
     if (none ? p.adapters.first != 0 : adapter < 0 || adapter >= p.adapters.count) return;
     const int rank = none ? 0 : p.adapters.rank[adapter];
-    const Source<T> thin(p.thin, p.stride);
-    const Source<F> factor(none ? nullptr : p.adapters.factor[adapter], rank);
+    const Source<float> thin(p.thin, p.stride);
+    const Source<float> factor(none ? nullptr : p.adapters.factor[adapter], rank);
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     float d[kTile / 8][4] = {};
@@ -91,14 +93,19 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
 #pragma unroll
         for (int step = 0; step < kRankChunk; step += 16) {
             if (first + step >= rank) break;
-            uint32_t left[4];
-            load_left<Thin>(left, memory, warp * 16, step);
+            Tf32Left left;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const uint8_t* from = memory + (warp * 16 + lane / 4 + i % 2 * 8) * Thin::kPitch;
+                left.piece[i / 2][i % 2] =
+                    tf32_pieces(*reinterpret_cast<const float*>(from + (step + tf32_inner(i / 2)) * 4));
+            }
 #pragma unroll
             for (int t = 0; t < kTile / 8; t += 2) {
-                uint32_t right[2][2];
-                load_right<T, F, Factor>(right, memory + Thin::kBytes, t * 8, step);
-                mma_m16n8k16<T>(d[t], left, right[0]);
-                mma_m16n8k16<T>(d[t + 1], left, right[1]);
+                Tf32Right right[2];
+                load_right<Factor>(right, memory + Thin::kBytes, t * 8, step);
+                tf32_multiply(d[t], left, right[0]);
+                tf32_multiply(d[t + 1], left, right[1]);
             }
         }
     }
@@ -119,30 +126,30 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
         const int64_t left = p.columns - column - first;
         if (row + r >= last_row || left <= 0) continue;
         T* out = static_cast<T*>(p.out) + (row + r) * p.columns + column + first;
-        store_eight<T>(out, result + r * kPitch + first, left < 8 ? int(left) : 8, vectors, p.add, p.dropout,
-                       row + r, column + first);
+        const T* bias = p.bias != nullptr ? static_cast<const T*>(p.bias) + column + first : nullptr;
+        store_eight<T>(out, result + r * kPitch + first, bias, left < 8 ? int(left) : 8, vectors, p.add,
+                       p.dropout, row + r, column + first);
     }
 }
 
 template <typename T>
-const char* launch(const UpParams& p, unsigned blocks, bool wide_factors, void* stream) {
-    return wide_factors ? PEFTCORE_LAUNCH((up_kernel<T, float>), blocks, kThreads, 0, stream, p)
-                        : PEFTCORE_LAUNCH((up_kernel<T, T>), blocks, kThreads, 0, stream, p);
+const char* launch(const UpParams& p, unsigned blocks, void* stream) {
+    return PEFTCORE_LAUNCH(up_kernel<T>, blocks, kThreads, 0, stream, p);
 }
 
 }  // namespace
 }  // namespace lora
 }  // namespace peftcore
 
-extern "C" const char* peftcore_lora_up(const void* thin, int dtype, int64_t samples, int64_t rows,
-                                        int64_t columns, const void* const* factors, int factor_dtype,
-                                        const int* ranks, int adapters, const int64_t* index, int stride,
-                                        uint32_t threshold, uint32_t key0, uint32_t key1, bool add, void* out,
+extern "C" const char* peftcore_lora_up(const float* thin, int dtype, int64_t samples, int64_t rows,
+                                        int64_t columns, const float* const* factors, const int* ranks,
+                                        int adapters, const int64_t* index, int stride, uint32_t threshold,
+                                        uint32_t key0, uint32_t key1, const void* bias, bool add, void* out,
                                         void* stream) {
     using namespace peftcore::lora;
     if (samples == 0 || rows == 0 || columns == 0) return nullptr;
     const bool half = Dtype(dtype) == Dtype::kHalf;
-    if (!half && Dtype(dtype) != Dtype::kBFloat16) return "thin must have 16 bits";
+    if (!half && Dtype(dtype) != Dtype::kBFloat16) return "out must have 16 bits";
     UpParams p = {};
     p.thin = thin;
     p.rows = rows;
@@ -151,14 +158,14 @@ extern "C" const char* peftcore_lora_up(const void* thin, int dtype, int64_t sam
     p.stride = stride;
     p.column_tiles = (columns + kTile - 1) / kTile;
     p.dropout = {threshold, key0, key1};
+    p.bias = bias;
     p.add = add;
     p.out = out;
     const unsigned blocks = unsigned(samples * ((rows + kTile - 1) / kTile) * p.column_tiles);
-    const bool wide_factors = Dtype(factor_dtype) == Dtype::kFloat;
     for (int first = 0; first == 0 || first < adapters; first += kMaxAdapters) {
         p.adapters = adapters_from(first, adapters, factors, ranks, nullptr);
-        const char* error = half ? launch<peftcore::Half>(p, blocks, wide_factors, stream)
-                                 : launch<peftcore::BFloat16>(p, blocks, wide_factors, stream);
+        const char* error =
+            half ? launch<peftcore::Half>(p, blocks, stream) : launch<peftcore::BFloat16>(p, blocks, stream);
         if (error != nullptr) return error;
     }
     return nullptr;

@@ -1,5 +1,5 @@
-// y = x Wᵀ + b for few rows of x, straight from 4 bits, and with it s Fᵀ of LoRA, F [rows, rank] rounded to
-// x's dtype. No GPU was at hand: written for bandwidth, proved on the emulator.
+// y = x Wᵀ + b for few rows of x, straight from 4 bits, and with it s Fᵀ of LoRA, both fp32. No GPU was at
+// hand: written for bandwidth, proved on the emulator.
 //
 // tensor_kernel (fp16, bf16): a block computes 16 rows of W, which are the 16 rows of an mma; x's rows are
 // its columns. The warps of a block share out the columns of W in stages, which arrive by cp.async, several
@@ -14,6 +14,7 @@
 #include "common/cuda_launch.cuh"
 #include "common/half.h"
 #include "common/tensor_core.cuh"
+#include "common/tf32.cuh"
 #include "nf4/cuda/nf4_cuda.h"
 #include "nf4/nf4.h"
 
@@ -36,10 +37,9 @@ struct LinearParams {
     int64_t rows, columns;    // of W
     int batch;                // rows of x
     const void* x;
-    const void* bias;           // of x's dtype, or nullptr
-    const void *thin, *factor;  // s [batch, rank] of x's dtype and F, fp32 or x's
-    int rank;                   // 0: neither
-    bool factor_is_float;
+    const void* bias;            // of x's dtype, or nullptr
+    const float *thin, *factor;  // s [batch, rank] and F
+    int rank;                    // 0: neither
     void* y;
 };
 
@@ -61,25 +61,12 @@ __device__ __forceinline__ void store_result(const LinearParams& p, int64_t m, i
     static_cast<T*>(p.y)[m * p.rows + n] = from_float<T>(sum);
 }
 
-// s and F, with zeros behind the last rank and row. Two of them, the even one in the low half.
-template <typename T>
-__device__ __forceinline__ T thin_value(const LinearParams& p, int64_t m, int j) {
-    return m < p.batch && j < p.rank ? static_cast<const T*>(p.thin)[m * p.rank + j] : T{};
+// s and F, with zeros behind the last rank and row.
+__device__ __forceinline__ float thin_value(const LinearParams& p, int64_t m, int j) {
+    return m < p.batch && j < p.rank ? p.thin[m * p.rank + j] : 0;
 }
-template <typename T>
-__device__ __forceinline__ T factor_value(const LinearParams& p, int64_t n, int j) {
-    if (n >= p.rows || j >= p.rank) return T{};
-    const int64_t i = n * p.rank + j;
-    return p.factor_is_float ? from_float<T>(static_cast<const float*>(p.factor)[i])
-                             : static_cast<const T*>(p.factor)[i];
-}
-template <typename T>
-__device__ __forceinline__ uint32_t thin_pair(const LinearParams& p, int64_t m, int j) {
-    return uint32_t(thin_value<T>(p, m, j).bits) | uint32_t(thin_value<T>(p, m, j + 1).bits) << 16;
-}
-template <typename T>
-__device__ __forceinline__ uint32_t factor_pair(const LinearParams& p, int64_t n, int j) {
-    return uint32_t(factor_value<T>(p, n, j).bits) | uint32_t(factor_value<T>(p, n, j + 1).bits) << 16;
+__device__ __forceinline__ float factor_value(const LinearParams& p, int64_t n, int j) {
+    return n < p.rows && j < p.rank ? p.factor[n * p.rank + j] : 0;
 }
 
 // The two values of a byte, the even one in the low half.
@@ -199,15 +186,18 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) 
     cp_async_wait<0>();
 
     for (int j = warp * 16; j < p.rank; j += kWarps * 16) {  // s Fᵀ: 16 ranks are 16 more columns
-        const int first = j + pair * 2, second = first + 8;
-        const uint32_t a[4] = {factor_pair<T>(p, n + group, first), factor_pair<T>(p, n + group + 8, first),
-                               factor_pair<T>(p, n + group, second),
-                               factor_pair<T>(p, n + group + 8, second)};
+        Tf32Left a;
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            a.piece[i / 2][i % 2] =
+                tf32_pieces(factor_value(p, n + group + i % 2 * 8, j + tf32_inner(i / 2)));
 #pragma unroll
         for (int tile = 0; tile < kTiles; ++tile) {
-            const int m = tile * 8 + group;
-            const uint32_t b[2] = {thin_pair<T>(p, m, first), thin_pair<T>(p, m, second)};
-            mma_m16n8k16<T>(d[tile], a, b);
+            Tf32Right b;
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                b.piece[i] = tf32_pieces(thin_value(p, tile * 8 + group, j + tf32_inner(i)));
+            tf32_multiply(d[tile], a, b);
         }
     }
     __syncthreads();  // stages have been read
@@ -256,9 +246,9 @@ __global__ void __launch_bounds__(kThreads) simple_kernel(const LinearParams p) 
             if (first + m < p.batch) sum[m] += w * to_float(x[(first + m) * p.columns + k]);
     }
     for (int j = lane; j < p.rank; j += 32) {
-        const float f = to_float(factor_value<T>(p, n, j));
+        const float f = factor_value(p, n, j);
 #pragma unroll
-        for (int m = 0; m < kSimpleTile; ++m) sum[m] += f * to_float(thin_value<T>(p, first + m, j));
+        for (int m = 0; m < kSimpleTile; ++m) sum[m] += f * thin_value(p, first + m, j);
     }
 #pragma unroll
     for (int m = 0; m < kSimpleTile; ++m) {
@@ -320,9 +310,8 @@ extern "C" const char* peftcore_nf4_linear(const void* x, int dtype, int batch, 
                                            const void* absmax, const float* code, int blocksize,
                                            const float* nested_absmax, const float* nested_code,
                                            const float* nested_offset, int nested_blocksize, int64_t rows,
-                                           int64_t columns, const void* bias, const void* thin,
-                                           const void* factor, int factor_dtype, int rank, void* y,
-                                           void* stream) {
+                                           int64_t columns, const void* bias, const float* thin,
+                                           const float* factor, int rank, void* y, void* stream) {
     using namespace peftcore::nf4;
     if (batch == 0 || rows == 0) return nullptr;
     if (batch > kLinearMaxBatch) return "more rows of x than the kernel takes";
@@ -343,7 +332,6 @@ extern "C" const char* peftcore_nf4_linear(const void* x, int dtype, int batch, 
     p.thin = thin;
     p.factor = factor;
     p.rank = rank;
-    p.factor_is_float = Dtype(factor_dtype) == Dtype::kFloat;
     p.y = y;
     return nested_absmax != nullptr ? launch<true>(p, Dtype(dtype), stream)
                                     : launch<false>(p, Dtype(dtype), stream);

@@ -21,15 +21,15 @@ const char* peftcore_nf4_dequantize(const uint8_t* packed, const void* absmax, c
                                     const float* nested_offset, int nested_blocksize, int64_t count,
                                     void* out, int dtype, void* stream);
 
-// y [batch, rows] = x [batch, columns] Wᵀ + bias + thin factorᵀ, x, bias (or nullptr), thin [batch, rank] and
-// y of `dtype`, factor [rows, rank] of `dtype` or fp32. Rank 0: without the last two. At most kLinearMaxBatch
-// rows of x.
+// y [batch, rows] = x [batch, columns] Wᵀ + bias + thin factorᵀ, x, bias (or nullptr) and y of `dtype`, thin
+// [batch, rank] and factor [rows, rank] fp32. Rank 0: without the last two. At most kLinearMaxBatch rows of
+// x.
 const char* peftcore_nf4_linear(const void* x, int dtype, int batch, const uint8_t* packed,
                                 const void* absmax, const float* code, int blocksize,
                                 const float* nested_absmax, const float* nested_code,
                                 const float* nested_offset, int nested_blocksize, int64_t rows,
-                                int64_t columns, const void* bias, const void* thin, const void* factor,
-                                int factor_dtype, int rank, void* y, void* stream);
+                                int64_t columns, const void* bias, const float* thin, const float* factor,
+                                int rank, void* y, void* stream);
 }
 
 namespace peftcore {

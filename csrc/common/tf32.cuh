@@ -1,0 +1,62 @@
+// Products of fp32 on tensor cores: a value is the sum of two that tf32 holds, its upper 11 bits and what is
+// left, of which the instruction reads as many. Of a product with a 16-bit value nothing more is lost; of two
+// such sums, the product of what is left.
+#pragma once
+
+#include "common/half.h"
+#include "common/tensor_core.cuh"
+
+namespace peftcore {
+
+struct Tf32Pieces {
+    uint32_t first, rest;
+};
+
+static __device__ __forceinline__ Tf32Pieces tf32_pieces(float value) {
+    const uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffffu;
+    // Nothing is left of infinity, and a NaN stays one.
+    if (magnitude >= 0x7f800000u) return {magnitude > 0x7f800000u ? 0x7fc00000u : bits, 0};
+    return {bits & 0xffffe000u, float_bits(value - bits_float(bits & 0xffffe000u))};
+}
+
+// Operands of d[16 x 8] += a[16 x 16] b[16 x 8], the sum over 16 in any order. A lane has of `a` rows lane /
+// 4 and 8 behind, of `b` column lane / 4, and of the sum's 16 numbers tf32_inner(i): as in operands of
+// mma_m16n8k16.
+static __device__ __forceinline__ int tf32_inner(int i) {
+    return i / 2 * 8 + int(threadIdx.x) % 4 * 2 + i % 2;
+}
+
+struct Tf32Left {
+    Tf32Pieces piece[4][2];  // [inner][row]
+};
+struct Tf32Right {
+    Tf32Pieces piece[4];  // [inner]
+};
+
+// `a` is what mma_m16n8k16 takes.
+template <typename T>
+__device__ __forceinline__ void tf32_multiply(float (&d)[4], const uint32_t (&a)[4], const Tf32Right& b) {
+    const auto value = [&](int word, int half) {
+        return float_bits(to_float(T{uint16_t(a[word] >> 16 * half)}));
+    };
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const uint32_t left[4] = {value(i, 0), value(i + 1, 0), value(i, 1), value(i + 1, 1)};
+        mma_m16n8k8(d, left, {b.piece[i].rest, b.piece[i + 1].rest});
+        mma_m16n8k8(d, left, {b.piece[i].first, b.piece[i + 1].first});
+    }
+}
+
+__device__ __forceinline__ void tf32_multiply(float (&d)[4], const Tf32Left& a, const Tf32Right& b) {
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const Tf32Pieces(&even)[2] = a.piece[i], (&odd)[2] = a.piece[i + 1];
+        const uint32_t first[4] = {even[0].first, even[1].first, odd[0].first, odd[1].first};
+        const uint32_t rest[4] = {even[0].rest, even[1].rest, odd[0].rest, odd[1].rest};
+        mma_m16n8k8(d, first, {b.piece[i].rest, b.piece[i + 1].rest});
+        mma_m16n8k8(d, rest, {b.piece[i].first, b.piece[i + 1].first});
+        mma_m16n8k8(d, first, {b.piece[i].first, b.piece[i + 1].first});
+    }
+}
+
+}  // namespace peftcore
