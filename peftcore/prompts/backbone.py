@@ -41,10 +41,10 @@ class Backbone(nn.Module):
         super().__init__()
         self.adapter = adapter
         self.tokens = tokens
-        self._names = tuple(inspect.signature(original_forward(module)).parameters)[1:]
+        self._names = arguments(module)
         self._cache_argument = cache_argument
         self._causal = causal
-        self._counts = causal and "position_ids" in self._names
+        self.counts = causal and "position_ids" in self._names
         self._context = learned_context(module)
 
     def extra_repr(self) -> str:
@@ -61,10 +61,13 @@ class Backbone(nn.Module):
         length = 0 if cache is None else seen(cache)
         return cache, length - getattr(cache, IN_CACHE, 0) if length else 0
 
-    def _make_room(self, call: dict[str, Any], past: int) -> None:
-        """Extend the mask by the adapter's tokens, and shift positions behind them."""
-        inputs = call.get("inputs_embeds")
-        length = (call["input_ids"] if inputs is None else inputs).shape[1]
+    def _make_room(self, call: dict[str, Any], past: int) -> int:
+        """Extend the mask by the adapter's tokens, and shift positions behind them; how many tokens are given."""
+        given = call.get("inputs_embeds")
+        given = call.get("input_ids") if given is None else given
+        if given is None:
+            raise PeftcoreError("a prompt stands before tokens, and the model was called without: no input_ids")
+        length = given.shape[1]
         if self._context and past + self.tokens + length > self._context:
             raise PeftcoreError(
                 f"{past + length} tokens of input and a prompt of {self.tokens} are more than the "
@@ -77,32 +80,53 @@ class Backbone(nn.Module):
                 f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__} (static caches make those; "
                 "generate with the dynamic one)"
             )
-        if positions is None and mask is not None and self._counts:
+        if positions is None and mask is not None and self.counts:
             positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # tokens count, padding does not
         if positions is not None:
             call["position_ids"] = positions + self.tokens
         if mask is not None:
             call["attention_mask"] = prepend(mask, torch.ones, self.tokens)
+        return length
+
+
+class Positions(Backbone):
+    """Around a backbone that makes positions for the decoder inside, places counted: here tokens are counted."""
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        call = self._call(args, kwargs)
+        if isinstance(mask := call.get("attention_mask"), Tensor) and mask.dim() == 2:
+            self._make_room(call, past=0)
+        return base(**call)
 
 
 def entry(model: nn.Module, architecture: Architecture) -> str:
     """Path of the module that is called with tokens, at prefill and at each step.
 
-    Heads of some models (OPT, models with images) call a decoder inside the backbone, not the backbone.
+    Heads of some models (OPT, models with images) call a decoder inside the backbone, not the backbone; and some
+    models do not name their backbone.
     """
     if architecture.is_encoder_decoder:
         return architecture.decoder
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     inside = dict(base_modules(model.get_submodule(architecture.backbone), architecture.backbone))
-    if decoder is not None and "inputs_embeds" in inspect.signature(original_forward(decoder)).parameters:
-        return next((path for path, module in inside.items() if module is decoder), architecture.backbone)
-    return architecture.backbone
+    path = architecture.backbone
+    if decoder is not None and "inputs_embeds" in arguments(decoder):
+        path = next((path for path, module in inside.items() if module is decoder), path)
+    if path == "" and architecture.output_head is not None:
+        parts = architecture.embedding.split(".")
+        above = (".".join(parts[:i]) for i in range(1, len(parts)))
+        path = next((at for at in above if "inputs_embeds" in arguments(model.get_submodule(at))), path)
+    return path
+
+
+def arguments(module: nn.Module) -> tuple[str, ...]:
+    """The names of what `module` is called with."""
+    return tuple(inspect.signature(original_forward(module)).parameters)[1:]
 
 
 def cache_argument(module: nn.Module) -> str | None:
     """The name under which `module` takes the attention cache."""
-    names = inspect.signature(original_forward(module)).parameters
-    return next((name for name in _CACHE_ARGUMENTS if name in names), None)
+    return next((name for name in _CACHE_ARGUMENTS if name in arguments(module)), None)
 
 
 def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:

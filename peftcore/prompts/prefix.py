@@ -2,55 +2,75 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapted import base_modules, original_forward
+from peftcore.adapted import base_modules
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around
-from peftcore.prompts.backbone import IN_CACHE, IN_MASK, Backbone, cache_argument, entry, is_causal, seen
+from peftcore.prompts.backbone import (
+    IN_CACHE,
+    IN_MASK,
+    Backbone,
+    Positions,
+    arguments,
+    cache_argument,
+    entry,
+    is_causal,
+    seen,
+    text_config,
+)
 
 # What only cross-attention is given.
 _CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
-_COUNTS_PADDING = ("mpt",)  # families whose attention takes its distances from places, padding included
+_COUNTS_PADDING = ("mpt", "cpmant")  # families whose attention takes its distances from places, padding included
 
 
 def place_prefix(
     model: nn.Module, architecture: Architecture, adapter: nn.Module, shape: tuple[int, ...]
 ) -> list[Around]:
     path = entry(model, architecture)
+    attentions = _attentions(model.get_submodule(path), path)
+    outer = model.get_submodule(architecture.backbone)
+    blocks = path != architecture.backbone and "token_type_ids" in arguments(outer)
+    if blocks:  # it makes the masks, from its tokens' types
+        path = architecture.backbone
     backbone = model.get_submodule(path)
     argument = cache_argument(backbone)
-    attentions = _attentions(backbone, path)
     if argument is None or not attentions:
         raise PeftcoreError(
             f"PrefixKV needs attention that takes a cache; that of {type(model).__name__} takes none. "
             "A soft prompt needs none"
         )
-    if getattr(backbone.config, "kv_lora_rank", None):
+    if getattr(text_config(backbone), "kv_lora_rank", None):
         raise PeftcoreError(
             f"{type(model).__name__} has latent attention, whose keys and values differ in width: PrefixKV gives both "
             "the same. A soft prompt works"
         )
-    layers = {module.layer_idx for module in attentions.values()}
-    if layers != set(range(shape[0])):
+    there = {module.layer_idx for module in attentions.values()}
+    if there != set(range(shape[0])):
         raise PeftcoreError(
             f"the prefix has keys and values for {shape[0]} layers, {type(model).__name__} has attention with a cache "
-            f"in {len(layers)}: {sorted(layers)}"
+            f"in {len(there)}: {sorted(there)}"
         )
-    from transformers.cache_utils import DynamicLayer
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     cache = _new_cache(backbone)
     kept = getattr(cache, "self_attention_cache", cache).layers
-    recurrent = [i for i, layer in enumerate(kept) if not isinstance(layer, DynamicLayer)]
-    if recurrent:
+    other = [i for i, layer in enumerate(kept) if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)]
+    if other:
         raise PeftcoreError(
-            f"layers {recurrent} of {type(model).__name__} keep a recurrent state, which has no keys and values for "
-            "PrefixKV. A soft prompt needs none"
+            f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, which has no keys and "
+            "values for PrefixKV. A soft prompt needs none"
+        )
+    widths = {getattr(module, "head_dim", None) for module in attentions.values()} - {None, shape[4]}
+    if widths:
+        raise PeftcoreError(
+            f"layers of {type(model).__name__} have heads of {sorted({shape[4], *widths})} numbers, and PrefixKV gives "
+            "all the same. A soft prompt works"
         )
     around = PrefixAround(
         adapter,
@@ -59,8 +79,12 @@ def place_prefix(
         cache_argument=argument,
         causal=architecture.is_encoder_decoder or is_causal(backbone, architecture),
         window=min((layer.sliding_window for layer in kept if getattr(layer, "sliding_window", None)), default=None),
+        blocks=blocks,
     )
-    return [Around(path, around), *(Around(at, PrefixLayer(adapter, module)) for at, module in attentions.items())]
+    layers = [Around(at, PrefixLayer(adapter, module)) for at, module in attentions.items()]
+    if path != architecture.backbone and around.counts and not hasattr(outer, "get_rope_index"):
+        layers.append(Around(architecture.backbone, Positions(None, outer, causal=True)))
+    return [Around(path, around), *layers]
 
 
 class PrefixAround(Backbone):
@@ -68,13 +92,21 @@ class PrefixAround(Backbone):
 
     Args:
         window: how many tokens back the narrowest layer looks; None for all.
+        blocks: images attend in both directions, if the cache is empty.
     """
 
     def __init__(
-        self, adapter: nn.Module, module: nn.Module, *args: Any, window: int | None = None, **kwargs: Any
+        self,
+        adapter: nn.Module,
+        module: nn.Module,
+        *args: Any,
+        window: int | None = None,
+        blocks: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(adapter, module, *args, **kwargs)
         self._window = window
+        self._blocks = blocks
         self._counts_padding = getattr(module.config, "model_type", None) in _COUNTS_PADDING
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +115,18 @@ class PrefixAround(Backbone):
             call[self._cache_argument] = None  # what reads in both directions keeps nothing for later calls
         cache, past = self._cached(call)
         self._refuse_padding(base.module, call.get("attention_mask"))
-        self._make_room(call, past)
+        if self._blocks and any(value is not None and "pixel" in name for name, value in call.items()):
+            raise PeftcoreError(
+                f"the images of {type(base.module).__name__} attend in both directions while the cache is empty, and a "
+                "prefix fills it. A soft prompt works"
+            )
+        length = self._make_room(call, past)
+        mask = call.get("attention_mask")
+        if not self._causal and mask is not None and mask.shape[1] != length + self.tokens:
+            raise PeftcoreError(
+                f"{type(base.module).__name__} reads in both directions and keeps no cache, but was given {length} "
+                f"tokens and a mask of {mask.shape[1] - self.tokens}. To generate: is_decoder=True in its config"
+            )
         own = cache is None
         if own:
             cache = call[self._cache_argument] = _new_cache(base.module)
@@ -122,7 +165,7 @@ class PrefixAround(Backbone):
         if not self._causal:
             return False
         asked = call.get("use_cache")
-        asked = getattr(module.config, "use_cache", False) if asked is None else asked
+        asked = getattr(text_config(module), "use_cache", False) if asked is None else asked
         return bool(asked) and not (module.training and getattr(module, "gradient_checkpointing", False))
 
 
@@ -139,7 +182,7 @@ class PrefixLayer(nn.Module):
         super().__init__()
         self._adapter = (adapter,)  # its owner is the adapter around the backbone: no parameters here
         self._layer = module.layer_idx
-        self._names = tuple(inspect.signature(original_forward(module)).parameters)[1:]
+        self._names = arguments(module)
         self._cache_argument = cache_argument(module)
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:

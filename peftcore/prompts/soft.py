@@ -7,10 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.adapted import base_modules
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around
-from peftcore.prompts.backbone import IN_MASK, Backbone, cache_argument, entry, is_causal, prepend
+from peftcore.prompts.backbone import (
+    IN_MASK,
+    Backbone,
+    arguments,
+    cache_argument,
+    entry,
+    is_causal,
+    prepend,
+    text_config,
+)
+from peftcore.prompts.stand_ins import StandIns, entering, ordinary_token, places
 
 
 def place_soft_prompt(
@@ -21,28 +32,83 @@ def place_soft_prompt(
     width = getattr(embedding, "embedding_dim", hidden)
     if hidden != width:
         raise PeftcoreError(f"the prompt's vectors have {hidden} numbers, the token embedding {width}")
+    after: list[Around] = []
+    keeps = causal = senses = False
     if architecture.is_encoder_decoder:
-        encoder, decoder = (model.get_submodule(path) for path in (architecture.encoder, architecture.decoder))
-        return [
-            Around(architecture.encoder, SoftPromptAround(adapter, encoder, tokens, keeps=True)),
-            Around(architecture.decoder, CrossMask(decoder)),
-        ]
-    path = entry(model, architecture)
+        path, keeps = architecture.encoder, True
+        after = [Around(architecture.decoder, CrossMask(model.get_submodule(architecture.decoder)))]
+    else:
+        path, senses = _entry(model, architecture)
+        causal = is_causal(model.get_submodule(path), architecture)
+        if architecture.task_type == "SEQ_CLS" and not causal:
+            # The head pools a bidirectional encoder's output, by position 0 or by the mask: it must see the whole.
+            path, keeps = "", True
     backbone = model.get_submodule(path)
-    causal = is_causal(backbone, architecture)
-    if architecture.task_type == "SEQ_CLS" and not causal:
-        # The head pools a bidirectional encoder's output, by position 0 or by the mask: it must see the whole.
-        return [Around("", SoftPromptAround(adapter, model, tokens, keeps=True))]
-    around = SoftPromptAround(adapter, backbone, tokens, cache_argument=cache_argument(backbone), causal=causal)
-    return [Around(path, around)]
+    names = arguments(backbone)
+    if "input_ids" not in names and "inputs_embeds" not in names:
+        raise PeftcoreError(
+            f"a soft prompt stands before tokens, and '{path}' ({type(backbone).__name__}) takes none: "
+            f"{', '.join(names[:3])}. A prefix or a method for linear layers works"
+        )
+    by_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, embedding)
+    around = SoftPromptAround(
+        adapter,
+        backbone,
+        tokens,
+        cache_argument=None if keeps else cache_argument(backbone),
+        causal=causal and not keeps,
+        keeps=keeps,
+        stand_in=ordinary_token(model.config) if by_tokens else None,
+        counts=not senses,  # images have positions that are the model's own business
+    )
+    if by_tokens:
+        own = backbone.get_input_embeddings()
+        at = next(name for name, module in base_modules(model) if module is own)
+        after.append(Around(at, StandIns(backbone)))
+    return [Around(path, around), *after]
+
+
+def _entry(model: nn.Module, architecture: Architecture) -> tuple[str, bool]:
+    """Path of the module that is called with tokens, and whether it is called with images or sound, too."""
+    path = entry(model, architecture)
+    backbone = model.get_submodule(architecture.backbone)
+    others = set(arguments(backbone)) - set(arguments(model.get_submodule(path)))
+    senses = any(part in name for name in others for part in ("pixel", "image", "video", "audio", "feature"))
+    has_head = architecture.backbone == "" and architecture.output_head is not None
+    if senses and "input_ids" in arguments(backbone) and not has_head:
+        return architecture.backbone, True
+    return path, False
+
+
+def _reads_tokens(backbone: nn.Module, embedding: nn.Module) -> bool:
+    """Has it other tables with a row for each token (Gemma 4, DeepSeek-V4), or of positions with one for padding?
+
+    RoBERTa finds padding in its tokens, and counts positions without it.
+    """
+    config = text_config(backbone)
+    sizes = {value for name, value in vars(config).items() if name.startswith("vocab_size")} if config else set()
+    embeddings = (m for m in backbone.modules() if isinstance(m, nn.Embedding) and m is not embedding)
+    routes = (t for t in (*backbone.parameters(), *backbone.buffers()) if t.dim() > 1 and not t.is_floating_point())
+    tables = any(m.num_embeddings in sizes or m.padding_idx is not None for m in embeddings)
+    return tables or any(t.shape[0] in sizes for t in routes)
 
 
 class SoftPromptAround(Backbone):
-    """`adapter() -> [tokens, hidden]` before the embedded input; `keeps` leaves them in the output (an encoder's)."""
+    """`adapter() -> [tokens, hidden]` before the input.
 
-    def __init__(self, *args: Any, keeps: bool = False, **kwargs: Any) -> None:
+    Args:
+        keeps: leave them in the output (an encoder's).
+        stand_in: a token that stands in for them until the embedding; None: before the embedded input.
+        counts: compute positions for padded batches, if it is causal.
+    """
+
+    def __init__(
+        self, *args: Any, keeps: bool = False, stand_in: int | None = None, counts: bool = True, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._keeps = keeps
+        self._stand_in = stand_in
+        self.counts = self.counts and counts
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
@@ -58,23 +124,46 @@ class SoftPromptAround(Backbone):
             call["attention_mask"] = torch.cat([grown[:, :prefixes], grown[:, prefixes:].gather(-1, order)], dim=-1)
         if past > 0:
             return base(**call)
+        self._grow(call, order)
+        if self._stand_in is not None and call.get("input_ids") is not None:
+            output = self._by_tokens(base, call, order)
+        else:
+            output = base(**self._embedded(base.module, call, order))
+        return output if self._keeps else _without_prompt(output, self.tokens, back)
+
+    def _embedded(self, module: nn.Module, call: dict[str, Any], order: Tensor | None) -> dict[str, Any]:
         embedded = call.get("inputs_embeds")
         if embedded is None:
-            embedded = base.module.get_input_embeddings()(call["input_ids"])  # [batch, length, hidden]
+            embedded = module.get_input_embeddings()(call["input_ids"])  # [batch, length, hidden]
         prompt = self.adapter().to(embedded.dtype).expand(embedded.shape[0], -1, -1)
-        call["input_ids"] = None
         rows = torch.cat([prompt, embedded], dim=1)  # [batch, tokens + length, hidden]
-        call["inputs_embeds"] = rows if order is None else _taken(rows, order)
+        return {**call, "input_ids": None, "inputs_embeds": rows if order is None else _taken(rows, order)}
+
+    def _by_tokens(self, base: Any, call: dict[str, Any], order: Tensor | None) -> Any:
+        tokens = call["input_ids"]
+        own = prepend(tokens, torch.ones, self.tokens)
+        own[:, : self.tokens] = self._stand_in
+        call["input_ids"] = _reordered(own, order)
+        with entering(base.module) as waiting:
+            # An outer prompt's vectors were put before this one's.
+            moved = places(order, own.shape[1], len(own), own.device)[:, self.tokens :]
+            waiting.prompts[:] = [(moved.gather(1, at), vectors) for at, vectors in waiting.prompts]
+            waiting.prompts.append((places(order, self.tokens, len(own), own.device), self.adapter()))
+            waiting.columns = own.shape[1]
+            return base(**call)
+
+    def _grow(self, call: dict[str, Any], order: Tensor | None) -> None:
+        """Positions and all else that has a number for each token get some for the prompt."""
         positions = call.get("position_ids")
         if positions is not None:
             own = torch.arange(-self.tokens, 0, device=positions.device, dtype=positions.dtype)
             own = positions.amin(-1, keepdim=True) + own  # the places just before the first token
             call["position_ids"] = _reordered(torch.cat([own, positions], dim=-1), order)
-        if call.get("token_type_ids") is not None:
-            types = prepend(call["token_type_ids"], torch.zeros, self.tokens)
-            call["token_type_ids"] = _reordered(types, order)
-        output = base(**call)
-        return output if self._keeps else _without_prompt(output, self.tokens, back)
+        given = call.get("inputs_embeds")
+        shape = (call["input_ids"] if given is None else given).shape[:2]
+        for name, value in call.items():
+            if isinstance(value, Tensor) and value.shape == shape and not name.endswith(_NOT_GROWN):
+                call[name] = _reordered(prepend(value, torch.zeros, self.tokens), order)  # types of tokens
 
 
 class CrossMask(Backbone):
@@ -91,6 +180,9 @@ class CrossMask(Backbone):
             order, _ = orders(mask, tokens)
             call["encoder_attention_mask"] = prepend(mask, torch.ones, tokens).gather(-1, order)
         return base(**call)
+
+
+_NOT_GROWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
 
 
 def orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -122,6 +214,11 @@ def _without_prompt(output: Any, tokens: int, back: Tensor | None = None) -> Any
 
     if isinstance(output, tuple):
         return (cut(output[0]), *output[1:])
+    if getattr(output, "last_hidden_state", None) is None:
+        raise PeftcoreError(
+            f"a soft prompt cannot be taken out of a {type(output).__name__}, which has no last_hidden_state. Give the "
+            "part of the model that reads text its prompt, or choose another method"
+        )
     output.last_hidden_state = cut(output.last_hidden_state)
     if getattr(output, "hidden_states", None) is not None:
         output.hidden_states = tuple(cut(states) for states in output.hidden_states)

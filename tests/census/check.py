@@ -180,6 +180,8 @@ def _steps(case: Case, method: str, notes: list[str]) -> Iterator[tuple[str, Cal
     if method not in PROMPTS:
         yield "merge", merged
     else:
+        if method == "prompt-tuning":
+            yield "definition", lambda: _definition(case, notes)
         yield "padding", lambda: _padding(case, model, notes)
         yield "cache", lambda: _cache(case, model, notes)
     yield "remove", removed
@@ -298,6 +300,37 @@ def _rows(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     return short, torch.cat([long, torch.cat([pad, short], dim=1)]), mask
 
 
+def _definition(case: Case, notes: list[str]) -> None:
+    """A prompt of the vectors that a token is embedded as is that token, some times."""
+    if not _takes_text(case):
+        return notes.append("definition: not a model of text alone")
+    from peftcore.prompts.stand_ins import ordinary_token
+
+    tokens = case.inputs["input_ids"]
+    count = FIELDS["prompt-tuning"]["num_virtual_tokens"]
+    own = torch.full((*tokens.shape[:-1], count), ordinary_token(case.base.config))
+    mask = {} if tokens.dim() > 2 else {"attention_mask": torch.ones(len(tokens), count + tokens.shape[-1]).long()}
+    try:
+        wanted = run(case.base, {**case.inputs, "input_ids": torch.cat([own, tokens], dim=-1), **mask})
+    except Exception as error:
+        return notes.append(f"definition: the base itself fails ({type(error).__name__})")
+    model = case.model()
+    peftcore.apply(model, "prompt-tuning", **FIELDS["prompt-tuning"])
+    embedding = model.get_submodule(peftcore.architecture.detect(model).embedding)
+    with torch.no_grad():
+        vectors = torch.nn.functional.embedding(own.flatten()[:count], embedding.weight)
+        if type(embedding).forward is not nn.Embedding.forward:
+            vectors = embedding(own.flatten()[None, :count])[0]
+        rows = next(iter(dict(adapter_parameters(model, "default")).values()))
+        rows[:count] = vectors
+    found = run(model, case.inputs)
+    for ours, theirs in zip(found, wanted, strict=False):
+        cut = theirs[:, count:] if theirs.shape != ours.shape and theirs.dim() == ours.dim() else theirs
+        if distance([ours], [cut]) > 1e-3 * max(1.0, cut.abs().max().item()):
+            raise Wrong(f"a prompt of a token's vectors differs from the token by {distance([ours], [cut]):.3g}")
+    return None
+
+
 def _padding(case: Case, model: nn.Module, notes: list[str]) -> None:
     """A row with padding before it gives the answer of the row alone, where the base's does."""
     if not _takes_text(case) or case.base.config.is_encoder_decoder:
@@ -319,7 +352,10 @@ def _padding(case: Case, model: nn.Module, notes: list[str]) -> None:
         return notes.append(f"padding: the base itself fails ({type(error).__name__})")
     if of_base > 1e-4:
         return notes.append("padding: the base's rows depend on it")
-    found = difference(model)
+    try:
+        found = difference(model)
+    except peftcore.PeftcoreError as error:
+        return notes.append(f"padding: refused, {error}")
     if found > 1e-3:
         raise Wrong(f"a row with padding before it differs from the row alone by {found:.3g}")
     return None

@@ -1,0 +1,94 @@
+"""A soft prompt by tokens: ordinary ones stand in for it, and the token embedding puts its vectors in their place.
+
+    input_ids   s … s  x_1 … x_m    what a model makes of its tokens (masks of images, positions, routes) fits the prompt
+    embedded    p_1 … p_n  E(x_1) …
+
+For models that make more of tokens than their embeddings: those that put images or sound in the place of some, and
+those that take no embeddings at all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import PeftcoreError
+
+_ENTERED = threading.local()  # {id of a backbone: prompts that wait for its token embedding}, in each thread
+
+
+@dataclass
+class Waiting:
+    """Prompts on their way from a backbone's call to its token embedding, and the number of columns they are in."""
+
+    prompts: list[tuple[Tensor, Tensor]]  # places [batch, tokens], vectors [tokens, hidden]
+    columns: int = 0
+
+
+@contextmanager
+def entering(backbone: nn.Module) -> Iterator[Waiting]:
+    """Within the block the token embedding of `backbone` puts in place what is added; prompts may be nested.
+
+    Raises:
+        PeftcoreError: the token embedding was not called with the columns that wait.
+    """
+    entered = _ENTERED.__dict__
+    if id(backbone) in entered:
+        yield entered[id(backbone)]
+        return
+    waiting = entered[id(backbone)] = Waiting([])
+    try:
+        yield waiting
+    finally:
+        del entered[id(backbone)]
+    if waiting.prompts:
+        raise PeftcoreError(
+            f"{type(backbone).__name__} did not call its token embedding with its tokens, so a soft prompt had no "
+            "effect. Give the model inputs_embeds, or choose another method"
+        )
+
+
+class StandIns(nn.Module):
+    """Around the token embedding: vectors of the prompts that wait come in the place of their stand-ins."""
+
+    whole_batch = True
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self._backbone = (backbone,)  # no child of this one
+
+    def forward(self, base: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        embedded = base(tokens, *args, **kwargs)
+        waiting = _ENTERED.__dict__.get(id(self._backbone[0]))
+        if waiting is None or not waiting.prompts or embedded.shape[1:2] != (waiting.columns,):
+            return embedded
+        for places, vectors in waiting.prompts:
+            rows = vectors.to(embedded.dtype).expand(embedded.shape[0], -1, -1)
+            embedded = embedded.scatter(1, places[..., None].expand(rows.shape), rows)
+        waiting.prompts.clear()
+        return embedded
+
+
+def ordinary_token(config: Any) -> int:
+    """The first token that no config inside `config` names, such as padding or an image."""
+    special: set[int] = set()
+    queue = [config]
+    while queue:
+        for name, value in vars(queue.pop()).items():
+            if hasattr(value, "to_dict"):
+                queue.append(value)
+            elif name.endswith(("token_id", "token_index", "token_ids")):
+                special.update(v for v in (value if isinstance(value, (list, tuple)) else [value]) if v is not None)
+    return next(token for token in range(len(special) + 1) if token not in special)
+
+
+def places(order: Tensor | None, tokens: int, batch: int, device: torch.device) -> Tensor:
+    """`[batch, tokens]`: where the first `tokens` columns are in rows of the order `order`."""
+    first = torch.arange(tokens, device=device).expand(batch, -1)
+    return first if order is None else order.argsort(-1)[:, :tokens]
