@@ -130,8 +130,10 @@ def cache_argument(module: nn.Module) -> str | None:
 
 
 def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
-    """Does it read from left to right?"""
+    """Does it read from left to right? Its attention says so, or its config, or that it takes a cache."""
     said = [m.is_causal for m in backbone.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    config = text_config(backbone)
+    said = said or [v for name in ("causal", "is_decoder") if isinstance(v := getattr(config, name, None), bool)]
     return any(said) if said else architecture.cache_argument is not None
 
 

@@ -50,7 +50,8 @@ def place_soft_prompt(
             f"a soft prompt stands before tokens, and '{path}' ({type(backbone).__name__}) takes none: "
             f"{', '.join(names[:3])}. A prefix or a method for linear layers works"
         )
-    by_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, embedding)
+    own = backbone.get_input_embeddings()
+    needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, own)
     around = SoftPromptAround(
         adapter,
         backbone,
@@ -58,14 +59,12 @@ def place_soft_prompt(
         cache_argument=None if keeps else cache_argument(backbone),
         causal=causal and not keeps,
         keeps=keeps,
-        stand_in=ordinary_token(model.config) if by_tokens else None,
+        stand_in=ordinary_token(model.config),
+        needs_tokens=needs_tokens,
         counts=not senses,  # images have positions that are the model's own business
     )
-    if by_tokens:
-        own = backbone.get_input_embeddings()
-        at = next(name for name, module in base_modules(model) if module is own)
-        after.append(Around(at, StandIns(backbone)))
-    return [Around(path, around), *after]
+    at = next(name for name, module in base_modules(model) if module is own)
+    return [Around(path, around), *after, Around(at, StandIns(backbone))]
 
 
 def _entry(model: nn.Module, architecture: Architecture) -> tuple[str, bool]:
@@ -98,16 +97,24 @@ class SoftPromptAround(Backbone):
 
     Args:
         keeps: leave them in the output (an encoder's).
-        stand_in: a token that stands in for them until the embedding; None: before the embedded input.
+        stand_in: a token that stands in for them until the embedding, if the call has tokens.
+        needs_tokens: in a graph, too, where else they stand before the embedded input.
         counts: compute positions for padded batches, if it is causal.
     """
 
     def __init__(
-        self, *args: Any, keeps: bool = False, stand_in: int | None = None, counts: bool = True, **kwargs: Any
+        self,
+        *args: Any,
+        stand_in: int,
+        needs_tokens: bool = False,
+        keeps: bool = False,
+        counts: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._keeps = keeps
         self._stand_in = stand_in
+        self._needs_tokens = needs_tokens
         self.counts = self.counts and counts
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
@@ -125,7 +132,8 @@ class SoftPromptAround(Backbone):
         if past > 0:
             return base(**call)
         self._grow(call, order)
-        if self._stand_in is not None and call.get("input_ids") is not None:
+        in_graph = torch.compiler.is_compiling() and not self._needs_tokens
+        if call.get("input_ids") is not None and not in_graph:
             output = self._by_tokens(base, call, order)
         else:
             output = base(**self._embedded(base.module, call, order))

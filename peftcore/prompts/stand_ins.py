@@ -1,10 +1,11 @@
-"""A soft prompt by tokens: ordinary ones stand in for it, and the token embedding puts its vectors in their place.
+"""Tokens stand in for a soft prompt, and the token embedding puts its vectors in their place.
 
-    input_ids   s … s  x_1 … x_m    what a model makes of its tokens (masks of images, positions, routes) fits the prompt
+    input_ids   s …  s   x_1 …        s is an ordinary token
     embedded    p_1 … p_n  E(x_1) …
 
-For models that make more of tokens than their embeddings: those that put images or sound in the place of some, and
-those that take no embeddings at all.
+So whatever else a model makes of its tokens fits the prompt: masks and positions of images, tables for each layer,
+routes, the place of padding. A compiled graph, which cannot hold this, takes the prompt before the embedded input,
+where that is the same.
 """
 
 from __future__ import annotations

@@ -302,8 +302,8 @@ def _rows(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 def _definition(case: Case, notes: list[str]) -> None:
     """A prompt of the vectors that a token is embedded as is that token, some times."""
-    if not _takes_text(case):
-        return notes.append("definition: not a model of text alone")
+    if not _takes_text(case) or special.reads_input_in_head(type(case.base).__name__):
+        return notes.append("definition: not a model of text alone, or its head reads the input")
     from peftcore.prompts.stand_ins import ordinary_token
 
     tokens = case.inputs["input_ids"]

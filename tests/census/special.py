@@ -96,3 +96,8 @@ def inputs(name: str, model: Any, found: dict[str, Any]) -> dict[str, Any]:
     if name.endswith("ForSequenceClassification") and model.config.is_encoder_decoder:  # pooled at the last eos
         found["input_ids"][:, -1] = model.config.eos_token_id
     return found
+
+
+def reads_input_in_head(name: str) -> bool:
+    """Whether the head looks at the caller's own tokens: BigBird's for questions, the first one of several choices."""
+    return name.endswith("ForMultipleChoice") or name == "BigBirdForQuestionAnswering"
