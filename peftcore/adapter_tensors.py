@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from peftcore import engine, ranks, targets
+from peftcore import engine, ranks, targets, vocabulary
 from peftcore.adapted import base_modules
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
 from peftcore.method import After, Around, Method, PrefixKV, SoftPrompt, StateRules, Train
@@ -65,9 +65,13 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
 
 
 def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The tensors to write of those that an applied adapter keeps, and of buffers in modules that are trained whole."""
+    """The tensors to write of those that an applied adapter keeps, or that another load of the base would not have.
+
+    These are those that differ from the base's, buffers in modules that are trained whole, and a resized vocabulary.
+    """
     entry = engine.applied(model, adapter)
     rules, base = registry.method(entry.method).state, base_tensors(model)
+    owned = TrainedParameters.of(model, adapter)
     saved = getattr(entry.config, "modules_to_save", None) or ()
     whole = {
         f"{path}.{name}"
@@ -77,9 +81,9 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
         if module._buffers[name] is not None
     }
     found = {name: model.get_buffer(name) for name in sorted(whole)}
-    owned = TrainedParameters.of(model, adapter)
+    found.update({name: base[name] for name in vocabulary.resized(model) if name not in own_slots(model, adapter)})
     for name, tensor in owned.kept_values(model) if owned is not None else ():
-        if name in whole or not torch.equal(tensor, base[name]):
+        if name in found or not torch.equal(tensor, base[name]):
             found.update(dict.fromkeys(owned.kept[name], tensor))
     return {_base_name(rules, entry, name): tensor for name, tensor in found.items()}
 
@@ -94,6 +98,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     expected = tensors_on_disk(model, adapter)
     exported = tensors_on_disk(model, adapter, exported=True)  # where the adapter's own tensors say the same
     tensors = _untied(tensors, expected, exported, folder, type(model).__name__, partly_tied)
+    embeddings = _take_embeddings(model, adapter, tensors, expected, folder)
     kept = _take_kept(model, adapter, tensors)
     extra = [name for name in tensors if name not in expected]
     repeats = {name for name in extra if name in exported or _is_copy_of_base(model, name, tensors[name])}
@@ -121,6 +126,10 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
             ranks.fill(expected[name], tensor)
         for _, tensor, target in kept:
             target.copy_(tensor)
+    if embeddings:
+        state = engine.state_of(model)
+        TrainedParameters.keep(model, adapter, embeddings)
+        engine._set_active(model, state.active, state.samples)
 
 
 def _check_values(name: str, tensor: Tensor, target: Tensor, folder: Path) -> None:
@@ -188,6 +197,44 @@ def _untied(
     return tensors
 
 
+def _take_embeddings(
+    model: nn.Module, adapter: str, tensors: dict[str, Tensor], expected: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """Embedding and head that the file brings and that are not the base's, by name there, taken out of `tensors`."""
+    entry, base = engine.applied(model, adapter), base_tensors(model)
+    rules, owned = registry.method(entry.method).state, TrainedParameters.of(model, adapter)
+    mine = owned.kept if owned is not None else {}
+    found: dict[str, Tensor] = {}
+    lacking: list[str] = []
+    for name in vocabulary.embedding_parameters(model):
+        on_disk = _base_name(rules, entry, name)
+        value = tensors.get(on_disk)
+        if on_disk in expected or any(name in slots for slots in mine.values()):
+            continue
+        if value is None:
+            lacking.append(name)
+            continue
+        if value.shape != base[name].shape:
+            raise CheckpointError(
+                f"'{folder}' does not fit {type(model).__name__}: '{on_disk}' has shape {list(value.shape)}, the model "
+                f"{list(base[name].shape)}. Its vocabulary was resized; do the same before loading: "
+                f"model.resize_token_embeddings({len(value)})"
+            )
+        tied = next((other for other in found if base[other] is base[name]), None)
+        if tied is not None and not torch.equal(found[tied], value):
+            raise CheckpointError(f"'{folder}' has two values of '{tied}' and '{name}', which are one parameter here")
+        del tensors[on_disk]
+        if tied is None and not _is_copy_of_base(model, on_disk, value):
+            found[name] = value
+    lacking = [name for name in lacking if all(base[other] is not base[name] for other in found)]
+    if found and lacking:
+        raise CheckpointError(
+            f"'{folder}' holds '{next(iter(found))}' for a resized vocabulary and not '{lacking[0]}', whose new rows "
+            "were drawn at random. Have its author save it with both (in PEFT: save_embedding_layers=True)"
+        )
+    return found
+
+
 def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
     """(name, value, the adapter's tensor) of what it keeps, taken out of `tensors`. What they lack is the base's."""
     entry, owned = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
@@ -217,3 +264,9 @@ def own_slots(model: nn.Module, adapter: str) -> set[str]:
     """The names of the base's tensors that `adapter` has a copy of, in whose place it is written."""
     owned = TrainedParameters.of(model, adapter)
     return {slot for slots in owned.slots.values() for slot in slots} if owned is not None else set()
+
+
+def name_of_base(model: nn.Module, adapter: str, name: str) -> str:
+    """The name on disk that the base's tensor `name` has where an applied adapter brings its own."""
+    entry = engine.applied(model, adapter)
+    return _base_name(registry.method(entry.method).state, entry, name)

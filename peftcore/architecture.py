@@ -15,19 +15,18 @@ from torch import nn
 
 from peftcore.adapted import base_modules, original_forward
 from peftcore.errors import PluginError
+from peftcore.heads import task_heads
 from peftcore.registry import registry
 from peftcore.sublayers import Observed, Sublayer
 
 # The argument by which a model takes its attention cache: transformers names it by release.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
 
-# Class-name endings of models with a head that pre-training did not train, and PEFT's task types for them.
+# PEFT's task types, by the ending of a class's name.
 _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
-    "ForImageClassification": None,
-    "ForMultipleChoice": None,
 }
 
 
@@ -91,26 +90,17 @@ def _read(model: nn.Module) -> Architecture:
     backbone = path_of(getattr(model, "base_model", None)) or ""
     output_head = path_of(_call(model, "get_output_embeddings"))
     is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    task_type, has_task_head = _task(model, is_encoder_decoder, output_head)
     arguments = inspect.signature(original_forward(model.get_submodule(backbone))).parameters
     heads, hidden_size = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     return Architecture(
-        task_type=task_type,
+        task_type=_task_type(model, is_encoder_decoder, output_head),
         is_encoder_decoder=is_encoder_decoder,
         backbone=backbone,
         encoder=path_of(_call(model, "get_encoder")) if is_encoder_decoder else None,
         decoder=path_of(_call(model, "get_decoder")) if is_encoder_decoder else None,
         embedding=path_of(_token_embedding(model)),
         output_head=output_head,
-        task_heads=tuple(
-            name
-            for name, child in base_modules(model)
-            if has_task_head
-            and name
-            and "." not in name
-            and name != backbone.split(".")[0]
-            and any(True for _ in child.parameters())
-        ),
+        task_heads=task_heads(model, backbone, output_head),
         cache_argument=next((name for name in _CACHE_ARGUMENTS if name in arguments), None),
         hidden_size=hidden_size,
         num_layers=_size(config, "num_hidden_layers"),
@@ -149,13 +139,11 @@ def _call(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _task(model: nn.Module, is_encoder_decoder: bool, output_head: str | None) -> tuple[str | None, bool]:
+def _task_type(model: nn.Module, is_encoder_decoder: bool, output_head: str | None) -> str | None:
     name = type(model).__name__
-    for ending, task_type in _TASKS.items():
-        if name.endswith(ending):
-            return task_type, True
-    if output_head is not None and is_encoder_decoder:
-        return "SEQ_2_SEQ_LM", False
-    if output_head is not None and name.endswith(("ForCausalLM", "LMHeadModel")):
-        return "CAUSAL_LM", False
-    return None, False
+    told = next((task_type for ending, task_type in _TASKS.items() if name.endswith(ending)), None)
+    if told is not None or output_head is None:
+        return told
+    if is_encoder_decoder:
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None

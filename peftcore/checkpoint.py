@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from peftcore import adapter_files, engine, ranks, targets
 from peftcore.adapted import base_parameters
 from peftcore.adapter_files import CONFIG, TENSORS, Content, Folder
 from peftcore.adapter_files.content import JSON_BYTES, parse_json
-from peftcore.adapter_tensors import fill, is_tied_in, kept_on_disk, own_slots, tensors_on_disk
+from peftcore.adapter_tensors import fill, is_tied_in, kept_on_disk, name_of_base, tensors_on_disk
 from peftcore.architecture import detect
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.fingerprint import difference, fingerprint
@@ -115,11 +115,19 @@ def _content(
     found = {**tensors_on_disk(model, adapter, own=resumable, exported=True), **kept_on_disk(model, adapter)}
     tensors = _for_disk(found, dtype)
     # What the adapter has a copy of may be anything in the base, such as a head that is drawn anew by every load.
-    own = own_slots(model, adapter)
-    base = {name: value for name, value in base_tensors(model).items() if name not in own}
-    about = {"peftcore_version": version("peftcore"), "peftcore_base": fingerprint(base)}
+    base = {
+        name: tensor for name, tensor in base_tensors(model).items() if name_of_base(model, adapter, name) not in found
+    }
+    about = {"peftcore_version": version("peftcore"), "peftcore_base": fingerprint(base, _important(model, base))}
     about[_TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
     return Content(_config_on_disk(model, method, adapter), tensors, {**about, **metadata})
+
+
+def _important(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of `names` that a load of the same base may draw anew: heads and the embedding."""
+    architecture = detect(model)
+    paths = [p for p in (architecture.embedding, architecture.output_head, *architecture.task_heads) if p]
+    return {name for name in names if any(name.startswith(f"{path}.") for path in paths)}
 
 
 def _for_disk(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
@@ -217,7 +225,8 @@ def _load(
         found = difference(base_tensors(model), metadata["peftcore_base"])
         if found:
             raise CheckpointError(
-                f"'{folder}' was trained on another base: {found}. "
+                f"'{folder}' was trained on another base: {found}. If each load of the base draws that anew (a head, "
+                "new rows of a vocabulary), have its module trained along: modules_to_save. "
                 "To load it all the same: peftcore.load(..., check_base=False)"
             )
     changes = {
@@ -225,9 +234,9 @@ def _load(
         for name in ("target_modules", "modules_to_save", "exclude_modules")
         if isinstance(value := getattr(config, name, None), (list, tuple)) and value
     }
-    heads = _unnamed_heads(model, method, changes.get("modules_to_save"), tensors)
-    if heads:
-        changes["modules_to_save"] = [*changes["modules_to_save"], *heads]
+    if hasattr(config, "modules_to_save"):  # None: no other heads than those that the file holds
+        named = changes.get("modules_to_save", config.modules_to_save) or []
+        changes["modules_to_save"] = [*named, *_unnamed_heads(model, method, named, tensors)]
     saved = changes.get("modules_to_save")
     if saved and getattr(config, "ensure_weight_tying", False) and "peftcore_version" not in metadata:
         changes["ensure_weight_tying"] = is_tied_in(model, method, saved, tensors)  # PEFT ties by names, and not always
@@ -373,10 +382,8 @@ def _of_plugin(method: Method, folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _unnamed_heads(model: nn.Module, method: Method, saved: list[str] | None, tensors: dict[str, Tensor]) -> list[str]:
+def _unnamed_heads(model: nn.Module, method: Method, saved: Sequence[str], tensors: dict[str, Tensor]) -> list[str]:
     """Heads that the file holds and its config does not name: for PEFT 'classifier' means 'pre_classifier', too."""
-    if not saved:
-        return []
 
     def in_file(path: str) -> bool:
         names = [f"{path}.{name}" for name, _ in base_parameters(model.get_submodule(path))]

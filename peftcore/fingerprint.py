@@ -1,12 +1,19 @@
-"""A fingerprint of the base: a few values of its weights, so that an adapter is not loaded onto another model.
+"""A fingerprint of the base: the shapes of its tensors and a few of their values, so that an adapter is not loaded onto
+another model, or onto one with a head or rows of a vocabulary that were drawn anew.
 
-Two dtypes of one model agree (values are compared within 2 %), another model of the same shape does
-not. Quantized weights, which have no values to sample, are passed over.
+Two dtypes of one model agree (values are compared within 2 %), another model of the same shape does not.
+Quantized weights, which have no values to sample, are passed over.
+
+    {"version": 2, "tensors": {name: [shape, values]}}      values: 4 spread over the tensor and its last 4; none, if
+                                                            the tensor was sharded and not among those chosen
+    {name: [shape, values]}                                 version 1: 16 tensors, 32 values each
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,54 +21,92 @@ from torch import Tensor
 from peftcore import ranks
 from peftcore.errors import CheckpointError
 
-_TENSORS = 16
-_VALUES = 32
+_VERSION = 2
+_GATHERED = 16
+_SPREAD = _LAST = 4
 _TOLERANCE = 0.02
 
 
-def fingerprint(parameters: dict[str, Tensor]) -> str:
-    """JSON `{name: [shape, values]}` of up to 16 floating tensors spread over the model, 32 values each.
+def fingerprint(tensors: dict[str, Tensor], important: Collection[str] = ()) -> str:
+    """JSON of the shapes and some values of all floating tensors.
 
-    Collective where they are sharded.
+    Where they are sharded it is collective, and has values of 16 of them and of the `important` ones, since each is
+    gathered whole.
     """
-    names = sorted(name for name, p in parameters.items() if p.is_floating_point() and p.dim() > 1 and not p.is_meta)
-    chosen = [names[i * len(names) // _TENSORS] for i in range(_TENSORS)] if len(names) > _TENSORS else names
-    return json.dumps({name: [list(parameters[name].shape), _sample(parameters[name]).tolist()] for name in chosen})
+    names = [name for name, t in tensors.items() if t.is_floating_point() and not t.is_meta]
+    chosen = names
+    if any(ranks.is_part(tensors[name]) for name in names):
+        chosen = {*names[:: -(-len(names) // _GATHERED)], *important}
+    values = {name: _sample(tensors[name], _positions(tensors[name].numel())) for name in names if name in chosen}
+    found = {name: [list(tensors[name].shape), _rounded(values.get(name))] for name in names}
+    return json.dumps({"version": _VERSION, "tensors": found}, separators=(",", ":"))
 
 
-def difference(parameters: dict[str, Tensor], expected: str) -> str | None:
-    """What shows that `parameters` are of another base than the fingerprint's, or None."""
-    for name, shape, values in _told(expected):
-        found = parameters.get(name)
+def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
+    """What shows that `tensors` are of another base than the fingerprint's, or None.
+
+    Raises:
+        CheckpointError: it is no fingerprint.
+    """
+    told = _parsed(expected)
+    for name, (shape, values) in told["tensors"].items():
+        found = tensors.get(name)
+        if found is not None and (not found.is_floating_point() or found.is_meta):
+            continue
         if found is None:
             return f"it has no parameter '{name}'"
-        if not found.is_floating_point() or found.is_meta:
-            continue
         if list(found.shape) != shape:
             return f"'{name}' has shape {list(found.shape)}, the adapter's base {shape}"
-        wanted = torch.tensor(values, dtype=torch.float32, device="cpu")
-        values = _sample(found)
-        if values.shape != wanted.shape:
-            return f"'{name}' has {len(values)} sampled values, the adapter's base {len(wanted)}"
-        error = (values - wanted).norm() / wanted.norm().clamp(min=1e-12)
+        if not len(values):
+            continue
+        positions = (_positions if told["version"] == _VERSION else _positions_of_version_1)(found.numel())
+        if len(values) != len(positions):
+            return f"'{name}' has {len(positions)} sampled values, the adapter's base {len(values)}"
+        error = _error(_sample(found, positions), values)
         if not error <= _TOLERANCE:  # NaN is no agreement
-            return f"the values of '{name}' differ by {100 * error.item():.0f} %"
+            return f"the values of '{name}' differ by {100 * error:.0f} %"
     return None
 
 
-def _told(expected: str) -> list[tuple[str, list[int], list[float]]]:
-    """(name, shape, values) of each tensor of a fingerprint, which may come from a stranger's file."""
+def _parsed(text: str) -> dict[str, Any]:
+    """{version, tensors: {name: [shape, values]}} of a fingerprint, which may come from a stranger's file."""
     try:
-        found = [
-            (name, list(shape), [float(v) for v in values]) for name, (shape, values) in json.loads(expected).items()
-        ]
-        torch.tensor([value for _, _, values in found for value in values], dtype=torch.float32, device="cpu")
-        return found
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
-        raise CheckpointError(f"the fingerprint of the base (peftcore_base) cannot be read: {error}") from error
+        told = json.loads(text)
+        if not isinstance(told.get("version"), int):
+            told = {"version": 1, "tensors": told}
+        tensors = {
+            name: (list(shape), torch.tensor([float(v) for v in values], dtype=torch.float32, device="cpu"))
+            for name, (shape, values) in told["tensors"].items()
+        }
+    except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, RuntimeError) as error:
+        raise CheckpointError(f"the fingerprint of the base (peftcore_base) cannot be read: {error!r}") from error
+    if told["version"] > _VERSION:
+        raise CheckpointError(
+            f"the fingerprint of the base (peftcore_base) is of version {told['version']}, and this peftcore reads "
+            f"{_VERSION}. Upgrade peftcore"
+        )
+    return {"version": told["version"], "tensors": tensors}
 
 
-def _sample(tensor: Tensor) -> Tensor:
+def _error(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted|; values that are infinite in both agree."""
+    away = torch.where(found == wanted, 0, found - wanted)
+    return (away.norm() / wanted[wanted.isfinite()].norm().clamp(min=1e-12)).item()
+
+
+def _positions(count: int) -> list[int]:
+    spread = [i * count // _SPREAD for i in range(_SPREAD)]
+    return sorted({*spread, *range(max(0, count - _LAST), count)} - {count})
+
+
+def _positions_of_version_1(count: int) -> list[int]:
+    return [i * max(1, count // 32) for i in range(min(32, count))]
+
+
+def _sample(tensor: Tensor, positions: list[int]) -> Tensor:
     flat = ranks.whole(tensor.detach()).reshape(-1)
-    steps = torch.arange(_VALUES, device=flat.device) * max(1, flat.numel() // _VALUES)
-    return flat[steps[steps < flat.numel()]].float().cpu()
+    return flat[torch.tensor(positions, dtype=torch.long, device=flat.device)].float().cpu()
+
+
+def _rounded(values: Tensor | None) -> list[float]:
+    return [] if values is None else [float(f"{value:.5g}") for value in values.tolist()]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from peftcore import engine, ranks
 from peftcore.adapted import adapters_of, base_parameters, is_adapted
 from peftcore.errors import PeftcoreError
+from peftcore.heads import mark_as_loaded
 from peftcore.method import WeightFormat
 from peftcore.probe import refuse_inexact
 from peftcore.quantization.convert import note_in_config
@@ -370,9 +371,10 @@ def _exchange(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
     module = model.get_submodule(path)
     before = getattr(module, attribute)
     if attribute in module._parameters:
-        module._parameters[attribute] = (
-            tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-        )
+        if not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        mark_as_loaded(tensor, before)
+        module._parameters[attribute] = tensor
     else:
         module._buffers[attribute] = tensor
     return before

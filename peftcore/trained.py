@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peftcore import ranks
 from peftcore.adapted import TRAINED, Adapters, base_modules, base_parameters
 from peftcore.errors import PeftcoreError
+from peftcore.heads import mark_as_loaded
 
 
 class TrainedParameters(nn.Module):
@@ -59,14 +60,30 @@ class TrainedParameters(nn.Module):
         kept = _shared(moving_buffers(model))
         if not slots and not kept:
             return
-        trained = TrainedParameters(slots, kept).train(model.training)
+        trained = _add(model, adapter, TrainedParameters(slots, kept))
         for name in slots:
-            trained._parameters[_key(name)] = nn.Parameter(base[name].detach().clone())
+            copy = nn.Parameter(base[name].detach().clone())
+            mark_as_loaded(copy, base[name])
+            trained._parameters[_key(name)] = copy
         for name in kept:
             trained._buffers[_key(name)] = _slot(model, name).detach().clone()
-        if TRAINED not in model._modules:
-            model.add_module(TRAINED, Adapters().train(model.training))
-        model._modules[TRAINED]._modules[adapter] = trained
+
+    @staticmethod
+    def keep(model: nn.Module, adapter: str, values: dict[str, Tensor]) -> None:
+        """Let `adapter` keep parameters of its own, frozen, in place of those of the base; they do not act yet.
+
+        Args:
+            values: by name in the base, one of those that are tied.
+        """
+        base, owned = base_tensors(model), TrainedParameters.of(model, adapter)
+        if owned is None:
+            owned = _add(model, adapter, TrainedParameters({}, {}))
+        for name, value in values.items():
+            like = base[name]
+            if ranks.is_part(like):
+                raise PeftcoreError(f"the adapter has a '{name}' of its own, and the base's is sharded. First load")
+            owned.kept[name] = [name, *tied_to(model, [name])]
+            owned._parameters[_key(name)] = nn.Parameter(value.to(like.device, like.dtype).clone(), requires_grad=False)
 
     @staticmethod
     def detach(model: nn.Module, adapter: str) -> None:
@@ -199,6 +216,13 @@ def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
     base, names = base_tensors(model), set(names)
     tensors = {id(base[name]) for name in names}
     return [name for name, tensor in base.items() if id(tensor) in tensors and name not in names]
+
+
+def _add(model: nn.Module, adapter: str, own: TrainedParameters) -> TrainedParameters:
+    if TRAINED not in model._modules:
+        model.add_module(TRAINED, Adapters().train(model.training))
+    model._modules[TRAINED]._modules[adapter] = own.train(model.training)
+    return own
 
 
 def _shared(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[str]]:

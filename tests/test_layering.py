@@ -13,9 +13,9 @@ CORE = ROOT / "peftcore"
 ORDER = [
     {"errors", "validation", "requirement", "method", "hookspecs", "ops", "build_info", "ranks", "per_sample"}
     | {"concurrency"},
-    {"registry", "adapted", "observation", "sublayers", "patterns"},
+    {"registry", "adapted", "heads", "observation", "sublayers", "patterns"},
     {"architecture"},
-    {"targets", "fast_path", "prompts", "trained", "fingerprint", "adapter_files"},
+    {"targets", "fast_path", "prompts", "trained", "vocabulary", "fingerprint", "adapter_files"},
     {"engine", "probe", "changed"},
     {"merge", "checkpoint", "adapter_tensors", "reference", "summary", "quantization", "optim"},
     {"parallel"},

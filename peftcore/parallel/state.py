@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from peftcore import ranks
-from peftcore.checkpoint import own_slots
+from peftcore.adapter_tensors import own_slots
 from peftcore.engine import adapter_parameters, state_of
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.fingerprint import difference, fingerprint
-from peftcore.trained import base_tensors
+from peftcore.trained import TrainedParameters, base_tensors
 
 
 class TrainingState(Stateful):
@@ -64,10 +64,13 @@ class TrainingState(Stateful):
         for name, other in self.others.items():
             other.load_state_dict(state_dict[name])
 
-    def _adapters(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _adapters(self) -> Iterator[tuple[str, Tensor]]:
         for adapter in state_of(self.model).applied:
             for name, parameter in adapter_parameters(self.model, adapter):
                 yield f"{adapter}.{name}", parameter
+            own = TrainedParameters.of(self.model, adapter)
+            for name, tensor in own.kept_values(self.model) if own is not None else ():
+                yield f"{adapter}.{name}", tensor
 
     def _base(self) -> dict[str, Tensor]:
         own = {slot for adapter in state_of(self.model).applied for slot in own_slots(self.model, adapter)}
