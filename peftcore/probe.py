@@ -68,12 +68,17 @@ def refuse_inexact(
             raise refuse(f"on random input a feature of its output is off by {off:.2g} of its size")
 
 
-def own_output(module: nn.Module, *inputs: Tensor) -> Any:
-    """What the forward of the module's class gives in evaluation mode; None where it takes no such input."""
+def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None) -> Any:
+    """What the forward of the module's class gives in evaluation mode; None where it takes no such input.
+
+    Args:
+        weight: to be read in place of the module's own.
+    """
     device = module.weight.device
     autocast = torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else None
     with torch.no_grad(), autocast or nullcontext(), torch.random.fork_rng(devices=[]):
         copy, forward = _evaluated(module, floats=None), adapted.original_forward(module)
+        copy._parameters.update({} if weight is None else {"weight": weight})
         return _first_that_runs(iter([inputs]), lambda *args: forward(copy, *args))[1]
 
 

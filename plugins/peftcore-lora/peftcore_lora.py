@@ -21,6 +21,7 @@ Trained: r · (in + out) numbers instead of in · out. `merged` adds scale · B 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -31,7 +32,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import ops, probe, targets, validation
-from peftcore.adapted import original_class
+from peftcore.adapted import base_modules, original_class
 
 
 @dataclass(frozen=True)
@@ -209,6 +210,10 @@ class LoraAttention(OnWeight):
 
 def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
     """The LoRA of one layer."""
+    validation.require(
+        not any(p is not None and p.is_complex() for p in module._parameters.values()),
+        f"'{path}' ({original_class(module).__name__}) has complex weights, which LoRA cannot adapt",
+    )
     if isinstance(module, nn.MultiheadAttention):
         one = module.in_proj_weight is not None
         validation.require(
@@ -231,7 +236,13 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
     if isinstance(module, (nn.Conv1d, nn.Conv2d)):
         groups, kernel = module.groups, module.kernel_size
         validation.require(groups == 1, f"'{path}' is a convolution in {groups} groups, which LoRA cannot adapt")
-        kind = LoraConv if adds_to_convolution(module) else LoraConvOnWeight
+        plain = has_forward_of(module, nn.Conv1d) or has_forward_of(module, nn.Conv2d)
+        validation.require(
+            plain or is_linear_in_weight(module),
+            f"'{path}' ({original_class(module).__name__}) does more with its weight than convolve, which LoRA cannot "
+            "adapt. Take it out of target_modules",
+        )
+        kind = LoraConv if plain else LoraConvOnWeight
         return kind(config, path, [module.in_channels, *kernel], [module.out_channels, *(1 for _ in kernel)])
     width, out_width = targets.sizes(module)
     kind = LoraLinear if adds_to_product(module) else LoraLinearOnWeight
@@ -249,7 +260,7 @@ def embed_scale(module: nn.Module) -> Tensor | float:
 
 def looks_up(module: nn.Embedding) -> bool:
     """Does it give rows of its weight, times `embed_scale`?"""
-    if module.max_norm is not None:
+    if module.max_norm is not None or len(list(base_modules(module))) > 1:
         return False
     if has_forward_of(module, nn.Embedding) or module.weight.is_meta:
         return True
@@ -269,16 +280,17 @@ def adds_to_product(module: nn.Module) -> bool:
     return isinstance(found, Tensor) and found.shape == (2, module.out_features)
 
 
-def adds_to_convolution(module: nn.Module) -> bool:
-    """Does a convolution give what its class would of the same input, in size?"""
-    kind = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
-    if has_forward_of(module, kind) or not is_dense(module.weight):
-        return True
-    x = module.weight.new_ones(
-        1, module.in_channels, *(k * (d + 1) for k, d in zip(module.kernel_size, module.dilation, strict=True))
-    )
-    found = probe.own_output(module, x)
-    return isinstance(found, Tensor) and found.shape == module._conv_forward(x, module.weight, module.bias).shape
+def is_linear_in_weight(module: nn.Conv1d | nn.Conv2d) -> bool:
+    """Does the output of a convolution of a class of its own grow with the weight? PEFT's factors are of that class."""
+    spatial = [2 * k * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    weight, shape = module.weight, [1, module.in_channels, *spatial]
+    for axes in (shape, [shape[0], *shape[2:], shape[1]]):  # channels last, as some heads have it
+        x = torch.linspace(-1, 1, math.prod(axes), device=weight.device).view(axes).to(weight.dtype)
+        outputs = [probe.own_output(module, x, weight=factor * weight.detach()) for factor in (0, 1, 2)]
+        if all(output is not None for output in outputs):
+            zero, one, two = (output[0] if isinstance(output, tuple) else output for output in outputs)
+            return module.weight.is_meta or torch.allclose(two - zero, 2 * (one - zero), rtol=0.05, atol=1e-4)
+    return False
 
 
 def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
@@ -300,6 +312,13 @@ def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Archit
 def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> list[Any]:
     chosen = selected(model, config, architecture)
     placements = [peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()]
+    on_weight = [placement.path for placement in placements if isinstance(placement.adapter, OnWeight)]
+    if config.lora_dropout and on_weight:
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout} does not act at {len(on_weight)} of {len(placements)} modules, where "
+            f"the weight itself is changed, such as '{on_weight[0]}'",
+            stacklevel=2,
+        )
     if config.bias == "none":
         return placements
     whole = [path for path, module in chosen.items() if isinstance(module, nn.MultiheadAttention)]
