@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -134,7 +134,7 @@ def apply(
         placement.adapter.to(*device_and_dtype(module, dtype)).train(model.training)
 
     before = {placement.path: facts(model.get_submodule(placement.path)) for placement in placed.around}
-    for path in _enclosing_paths(model, placed):
+    for path in _enclosing_paths(model, [placement.path for placement in placed.around], placed.trained):
         adapted.enclose(model.get_submodule(path), state.lock)
     if not state.applied:
         state.requires_grad = {name: p.requires_grad for name, p in adapted.base_parameters(model)}
@@ -155,16 +155,16 @@ def apply(
     return model
 
 
-def _enclosing_paths(model: nn.Module, placed: Placed) -> list[str]:
+def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[str]) -> list[str]:
     """The model, and every module in which something is placed: calls of them are calls of the model."""
-    inner = [placement.path for placement in placed.around]
-    inner += [f"{name.rpartition('.')[0]}.parameter" for name in (*placed.trained, *tied_to(model, placed.trained))]
-    paths = {""}
+    owners = {name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained))}
+    inner = [*paths, *(f"{owner}.parameter" for owner in owners)]
+    found = {""}
     for path in inner:
         while path:
             path = path.rpartition(".")[0]
-            paths.add(path)
-    return sorted(paths)
+            found.add(path)
+    return sorted(found)
 
 
 def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
@@ -314,6 +314,10 @@ def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
     fast_path.guard(model)
     TrainedParameters.detach(model, adapter)
     del state.applied[adapter]
+    inside = {p for e in state.applied.values() for p in _enclosing_paths(model, e.paths, e.trained)}
+    for path, module in adapted.base_modules(model):
+        if path in inside and module in there:
+            adapted.enclose(module, state.lock)  # what has lost this adapter holds those of others
     if not state.applied:
         for name, parameter in adapted.base_parameters(model):
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
