@@ -17,6 +17,7 @@ that a call begins and ends (`concurrency.py`); their `forward` is their own.
 
 from __future__ import annotations
 
+import functools
 from _thread import get_ident
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.concurrency import ModelLock, rests_in_thread
+from peftcore.concurrency import ModelLock, rests_in_thread, untraced
 from peftcore.errors import PeftcoreError
 from peftcore.per_sample import PerSample
 
@@ -422,6 +423,9 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
         finally:
             lock.leave(thread)
 
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return super(enclosing, self).forward(*args, **kwargs)
+
     def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with self._peftcore_lock.calling():  # one adapter from the first token to the last
             return super(enclosing, self).generate(*args, **kwargs)
@@ -436,6 +440,11 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
         "_replicate_for_data_parallel": _replicate_for_data_parallel,
         "_peftcore_enclosed": cls,
     }
+    # `torch.compile(model)` starts with what this calls, so that its calls are calls of the model, too. With modules
+    # of PyTorch's own, `nn.Sequential` say, it would start further out, but for a forward that is not PyTorch's.
+    untraced(__call__)
+    if cls.forward.__module__.partition(".")[0] == "torch":
+        namespace["forward"] = functools.wraps(cls.forward)(forward)
     if callable(getattr(cls, "generate", None)):
         generate.__wrapped__ = cls.generate
         generate.__doc__ = cls.generate.__doc__

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, is_dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ from peftcore.errors import PeftcoreError
 
 PATIENCE = 60.0  # seconds for which a call or a change waits for others before it raises
 _ALONE = "Let one thread change adapters while no other runs the model, or run the model in fewer or shorter calls"
+
+
+def untraced(function: Callable[..., Any], *, within: bool = False) -> Callable[..., Any]:
+    """Let torch.compile begin with what `function` calls, or, `within`, not there either. Functions that it traces
+    already go on into it.
+    """
+    frames = torch._C._dynamo.eval_frame
+    inside = frames._FrameAction.SKIP if within else frames._FrameAction.DEFAULT
+    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, inside)
+    frames.set_code_exec_strategy(function.__code__, strategy)
+    return function
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,7 @@ class ModelLock:
             )
         return ModelLock, (self.activation,)
 
+    @partial(untraced, within=True)
     def enter(self, thread: int) -> None:
         """The outermost call of `thread` begins."""
         self.calls[thread] = False
@@ -97,6 +110,7 @@ class ModelLock:
             self.leave(thread)
             raise
 
+    @partial(untraced, within=True)
     def leave(self, thread: int) -> None:
         """It ends."""
         del self.calls[thread]
@@ -179,6 +193,7 @@ class ModelLock:
             raise PeftcoreError(seen)
         return seen
 
+    @partial(untraced, within=True)
     def watch(self, output: Any) -> None:
         """Note the adapters of a forward, so that its backward pass does not lose their gradients."""
         nodes = {tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None}

@@ -274,6 +274,44 @@ def test_disabled_is_seen_by_a_compiled_model() -> None:
         assert compiled(X).item() == 81.0
 
 
+class Own(nn.Module):
+    """A model whose forward is not PyTorch's, which torch.compile begins with elsewhere."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("kind", [lambda inner: inner, Own], ids=["of torch", "own"])
+def test_calls_of_a_compiled_model_are_calls(kind: Callable[[nn.Module], nn.Module]) -> None:
+    torch._dynamo.reset()
+    model = kind(layers(12, nn.Linear))
+    for name, value in (("two", 2.0), ("three", 3.0)):
+        paths = [path for path, _ in model.named_modules() if path.rpartition(".")[2].isdigit()]
+        peftcore.apply(model, "around", target_modules=paths, value=value, adapter=name)
+        peftcore.activate(model, [])
+    peftcore.activate(model, "two")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+
+    def change() -> None:
+        peftcore.merge(model)
+        time.sleep(0.001)
+        peftcore.unmerge(model)
+
+    infer(compiled)
+    peftcore.merge(model)
+    infer(compiled)
+    peftcore.unmerge(model)
+    with calling(lambda: infer(compiled)) as found:
+        for _ in range(20):
+            change()
+        meanwhile(found, change)
+    assert set(found) == {2.0**12}
+
+
 def test_a_hook_may_activate_before_the_layers() -> None:
     model = two_and_three()
     model.register_forward_pre_hook(lambda *_: peftcore.activate(model, "three"))
