@@ -279,6 +279,8 @@ def _saved_together(opened: Folder) -> dict[str, list[str]] | None:
         names, active = together["adapters"], together["active"]
         if not isinstance(names, list) or not isinstance(active, list):
             raise TypeError(f"adapters={names!r}, active={active!r}")
+        if not names:
+            raise ValueError("it names none")
         for name in (*names, *active):
             engine.check_name(name)  # it becomes a part of a path
         if not set(active) <= set(names) or len({*names}) < len(names) or len({*active}) < len(active):

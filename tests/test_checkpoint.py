@@ -128,6 +128,7 @@ def test_one_of_several_that_does_not_load_takes_all_back(tmp_path: Path) -> Non
         ('{"adapters": ["../outside"], "active": []}', r"the adapter name '../outside' contains '.'"),
         ('{"adapters": ["default"], "active": ["other"]}', r"lets \['other'\] act, but holds \['default'\]"),
         ('{"adapters": 3}', r"does not say which adapters it holds"),
+        ('{"adapters": [], "active": []}', r"does not say which adapters it holds .*: it names none"),
         ("nonsense", r"does not say which adapters it holds"),
     ],
 )

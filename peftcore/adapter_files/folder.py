@@ -117,7 +117,7 @@ class Folder:
         if self.manifest is not None and not self.prefix:
             return sorted({name.partition("/")[0] for name in self.manifest.files if "/" in name})
         try:
-            return sorted(entry.name for entry in os.scandir(self.path) if entry.is_dir())
+            return sorted(name for name in os.listdir(self.path) if os.path.isdir(self.path / name))
         except OSError as error:
             raise CheckpointError(f"'{self.path}' cannot be listed: {error.strerror}") from error
 

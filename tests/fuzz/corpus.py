@@ -1,0 +1,56 @@
+"""What all corpora share: how many cases of them run, a limit of time, and a report of all that went wrong."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+SECONDS = 10  # that a case may take
+WHOLE = os.environ.get("PEFTCORE_FUZZ") == "all"
+SEED = int(os.environ.get("PEFTCORE_FUZZ_SEED", "0"))
+
+
+def cases(name: str, count: int) -> Iterator[tuple[int, random.Random]]:
+    """(number, its own random numbers) of all cases, or of a tenth unless PEFTCORE_FUZZ=all."""
+    for number in range(0, count, 1 if WHOLE else 10):
+        yield number, random.Random(f"{name} {SEED} {number}")
+
+
+class TooLong(BaseException):
+    pass
+
+
+@contextmanager
+def limit(seconds: float = SECONDS) -> Iterator[None]:
+    """Raise TooLong in the block when the time is over. A hang in C that looks for no signal is not ended by it."""
+
+    def over(*_: object) -> None:
+        raise TooLong(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def report(name: str, count: int, case: Callable[[int, random.Random], str]) -> None:
+    """Run the cases of a corpus; `case` returns a word for its outcome. Fail with all that raised something else."""
+    outcomes: dict[str, int] = {}
+    wrong = []
+    for number, rng in cases(name, count):
+        try:
+            with limit():
+                outcome = case(number, rng)
+            outcomes[outcome] = outcomes.get(outcome, 0) + 1
+        except (Exception, TooLong) as error:
+            wrong.append(f"case {number}: {type(error).__name__}: {str(error)[:400]}")
+    print(name, outcomes)
+    assert not wrong, f"{len(wrong)} of {sum(outcomes.values()) + len(wrong)} cases of {name}:\n" + "\n".join(
+        wrong[:40]
+    )
