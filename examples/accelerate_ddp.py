@@ -33,3 +33,4 @@ for batch in loader:
 accelerator.print(f"loss {loss.item():.4f}")
 peftcore.save(model, output)  # rank 0 writes
 accelerator.end_training()
+peftcore.parallel.finish()

@@ -36,4 +36,4 @@ for start in range(0, len(texts), 2):
 
 dcp.save({"training": peftcore.TrainingState(model, optimizer)}, checkpoint_id=f"{output}/state")  # any number of ranks
 peftcore.save(model, f"{output}/adapter")
-distributed.destroy_process_group()
+peftcore.parallel.finish()

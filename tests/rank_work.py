@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -295,3 +297,43 @@ def sharded_by_accelerate() -> dict[str, float]:
         loss(spread, mine()).backward()
         found[case] = farthest(values(spread, "grad"), values(alone, "grad"))
     return found
+
+
+def ended(how: str) -> dict[str, dict[str, int]]:
+    """Native threads of this process by name: before the run ends, and after it was ended by `how`."""
+    import importlib
+
+    import torch.distributed.nn.functional
+
+    def threads() -> dict[str, int]:
+        names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+        return {name: names.count(name) for name in names if "gloo" in name}
+
+    importlib.reload(torch.distributed.nn.functional)  # as if it were imported now: defaults are the group
+    found = adapted("lora")
+    if how.startswith("ddp"):
+        found = nn.parallel.DistributedDataParallel(found)
+    else:
+        peftcore.shard(found)
+    step(found, mine(), optimizer_of(found))
+    before = threads()
+    if how.endswith(", finish"):
+        peftcore.parallel.finish()
+        peftcore.parallel.finish()  # there is nothing left to do
+    elif how.endswith(", destroy, then finish"):
+        distributed.destroy_process_group()
+        peftcore.parallel.finish()
+    else:
+        distributed.destroy_process_group()
+    return {"before": before, "after": threads()}
+
+
+def failing_alone() -> str:
+    """Rank 0 fails, and its `finish` waits for nobody."""
+    if ranks.rank() == 0:
+        try:
+            raise ValueError("of rank 0")
+        except ValueError as error:
+            peftcore.parallel.finish()
+            return str(error)
+    return "waits"

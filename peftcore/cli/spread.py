@@ -43,6 +43,8 @@ def join(parallel: str | None, device: str) -> None:
 
 
 def leave() -> None:
-    """End this process's part in the run."""
+    """End this process's part in the run, if there is one."""
     if distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+        from peftcore.parallel import finish
+
+        finish()

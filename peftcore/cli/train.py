@@ -117,6 +117,7 @@ def train(
         result = training.run(settings, output, resume=resume, sample=sample, sample_tokens=sample_tokens)
     except training.Stopped as stopped:
         say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To go on:\n  {again()}", "bold")
+        spread.leave()
         raise typer.Exit(130) from None
     if ranks.rank() == 0:
         _show(settings, result, output)

@@ -1,7 +1,8 @@
 """More than one process, on PyTorch's own engines: FSDP2 for the base, averaged or sharded adapters, DCP for state."""
 
+from peftcore.parallel.ending import finish
 from peftcore.parallel.loading import load_sharded
 from peftcore.parallel.sharding import check_ranks, shard
 from peftcore.parallel.state import TrainingState
 
-__all__ = ["TrainingState", "check_ranks", "load_sharded", "shard"]
+__all__ = ["TrainingState", "check_ranks", "finish", "load_sharded", "shard"]

@@ -1,0 +1,57 @@
+"""The end of a distributed run, after which no thread of it is left.
+
+`destroy_process_group` forgets the groups, and whoever still holds one keeps its threads: meshes, which PyTorch caches
+with the placements of sharded tensors, and functions imported after `init_process_group`, whose defaults it was. Such
+threads then meet the end of the interpreter, and now and again abort a run that has written everything: `terminate
+called without an active exception`.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from types import FunctionType
+from typing import Any
+
+from torch import distributed
+
+
+def finish() -> None:
+    """End this process's part in a distributed run, as the last thing that a script does. Collective.
+
+    Waits for the other ranks, destroys all process groups, and empties whatever attribute or default holds one, so that
+    nothing of them is left when Python ends. While an exception is on its way, it waits for nobody. Without a run, or
+    after `destroy_process_group`, it only empties.
+    """
+    if not distributed.is_available():
+        return
+    if distributed.is_initialized():
+        if sys.exc_info()[0] is None:
+            distributed.barrier()
+        distributed.destroy_process_group()
+    for holder in gc.get_objects():
+        _let_go(holder)
+    gc.collect()
+
+
+def _let_go(holder: Any) -> None:
+    kind = type(holder)  # any object may be here: none is asked for an attribute in its own way
+    if kind is FunctionType:
+        if any(map(_is_group, holder.__defaults__ or ())):
+            holder.__defaults__ = tuple(None if _is_group(value) else value for value in holder.__defaults__)
+    elif kind.__dictoffset__ and not issubclass(kind, type):
+        held = object.__getattribute__(holder, "__dict__")
+        for name, value in list(held.items()):
+            if _is_group(value):
+                held[name] = None
+            elif type(value) in (dict, list, tuple) and any(map(_is_group, _elements(value))):
+                held[name] = type(value)()
+
+
+def _elements(values: Any) -> Any:
+    return list(values.values()) if type(values) is dict else values
+
+
+def _is_group(value: Any) -> bool:
+    """Or what holds one where Python does not see it, as in DDP."""
+    return issubclass(type(value), (distributed.ProcessGroup, distributed.Reducer, distributed.Logger))
