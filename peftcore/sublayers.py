@@ -11,14 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from peftcore.adapted import base_modules
-from peftcore.observation import Trace, trace
+from peftcore.observation import Trace, observe, trace
 from peftcore.observation.residuals import FUSED_ATTENTION, MATRIX, MIXING, Branch, Residuals
-from peftcore.observation.trace import SKIPPED, Call, likeness
+from peftcore.observation.tracing import SKIPPED, Call, once_a_model
 
 ATTENTION, CROSS_ATTENTION, FEED_FORWARD = "attention", "cross_attention", "feed_forward"
 
@@ -81,24 +80,13 @@ class Observed(Sequence[Sublayer]):
         return repr(self._found)
 
 
-_FOUND: WeakKeyDictionary[nn.Module, tuple[Any, tuple[Sublayer, ...]]] = WeakKeyDictionary()
-
-
+@once_a_model
 def find(model: nn.Module) -> tuple[Sublayer, ...]:
     """The sublayers of all numbered layers of `model`, in the order of its forward.
 
-    Found once a model, while its modules stay as they are. None where its forward cannot be observed: it fails with
-    example inputs.
+    None where its forward cannot be observed: it fails with example inputs.
     """
-    like = likeness(model)
-    known = _FOUND.get(model)
-    if known is None or known[0] != like:
-        _FOUND[model] = known = like, _find(model)
-    return known[1]
-
-
-def _find(model: nn.Module) -> tuple[Sublayer, ...]:
-    reader = _Reader(model, trace(model))
+    reader = _Reader(model, observe(model))
     if reader.looks_into_skipped_layers():
         reader = _Reader(model, trace(model, every_layer=True))
     if reader.trace.error is not None and not _whole_stacks(model, reader.trace):

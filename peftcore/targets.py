@@ -17,6 +17,7 @@ from peftcore.adapted import base_modules, base_parameters, original_class
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import Train
+from peftcore.observation import bypassed
 from peftcore.patterns import compiled
 from peftcore.sublayers import Sublayer
 
@@ -77,8 +78,8 @@ def select(
 
     Args:
         target_modules: list of suffixes, a regular expression that matches the whole path, or `all-linear`:
-            every linear layer but the output head and the task's heads. A `nn.MultiheadAttention` stands for its
-            projections where `supported`.
+            every linear layer but the output head, the task's heads, and those that are bypassed. A
+            `nn.MultiheadAttention` stands for its projections where `supported`.
         exclude_modules: list of suffixes or a regular expression, taken away from the selection.
         layers_to_transform: layer indices; `layers_pattern` names the list of layers (`layers`, `h`), by
             default the first numbered part of a path counts.
@@ -101,6 +102,9 @@ def select(
             for path, module in modules.items()
             if is_linear(module) and not any(path == head or path.startswith(f"{head}.") for head in heads)
         ]
+        if not own_parameters:
+            past = bypassed(model)
+            chosen = [path for path in chosen if path not in past]
         if not chosen:
             raise PeftcoreError(
                 f"target_modules='{ALL_LINEAR}' found no linear layer in {type(model).__name__}. "
@@ -122,7 +126,7 @@ def select(
             f"modules_to_save={modules_to_save!r}"
         )
     if not own_parameters:
-        refuse_bypassed(modules, chosen)
+        refuse_bypassed(model, chosen)
     return {path: modules[path] for path in chosen}
 
 
@@ -242,16 +246,21 @@ def drop_unmatched(model: nn.Module, entries: Sequence[str]) -> list[str]:
     return [entry for entry in entries if any(matches(entry, path) for path in paths)]
 
 
-def refuse_bypassed(modules: Mapping[str, nn.Module], chosen: Iterable[str]) -> None:
-    """`nn.MultiheadAttention` reads the weights of its projection and never calls it: an adapter there does nothing."""
+def refuse_bypassed(model: nn.Module, chosen: Iterable[str]) -> None:
+    """Raise a PeftcoreError if a module of `chosen` is read and not called: an adapter there would do nothing."""
+    modules, past = dict(base_modules(model)), bypassed(model)
     for path in chosen:
-        attention = _attention_over(modules, path)
+        attention, name = _attention_over(modules, path), path.rpartition(".")[2]
         if attention is not None:
             raise PeftcoreError(
                 f"'{path}' belongs to nn.MultiheadAttention, which reads its weight and never calls it: an adapter "
                 f"there would do nothing. Where the method adapts the attention as a whole, name that: "
-                f"target_modules=['{attention.rpartition('.')[2]}']; else exclude it: "
-                f"exclude_modules=['{path.rpartition('.')[2]}']"
+                f"target_modules=['{attention.rpartition('.')[2]}']; else exclude it: exclude_modules=['{name}']"
+            )
+        if path in past:
+            raise PeftcoreError(
+                f"an adapter at '{path}' would do nothing, always or in some modes and on some devices: {past[path]}. "
+                f"Leave it out, or exclude it: exclude_modules=['{name}']"
             )
 
 

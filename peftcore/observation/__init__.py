@@ -1,6 +1,7 @@
 """Facts seen on a model: small inputs that it takes, and what one forward with them does."""
 
+from peftcore.observation.bypass import bypassed
 from peftcore.observation.inputs import example_inputs
-from peftcore.observation.trace import Trace, trace
+from peftcore.observation.tracing import Trace, observe, trace
 
-__all__ = ["Trace", "example_inputs", "trace"]
+__all__ = ["Trace", "bypassed", "example_inputs", "observe", "trace"]

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from peftcore.adapted import CHILD, TRAINED, is_adapted
+from peftcore.adapted import CHILD, TRAINED, original_class
 
 _SMALL = 1 << 16  # an integer tensor with more values than this is no index: it is packed weights
 _LARGEST = 1 - 2**-24  # what every random number is: layers that are dropped at random stay
@@ -60,7 +60,7 @@ class MetaFloats(TorchDispatchMode):
             except NotImplementedError:  # of integers on a CPU, but a forward on another device has it
                 return _without_values(operator, args, kwargs)
         if operator is aten._local_scalar_dense.default:
-            return torch.zeros((), dtype=args[0].dtype).item()
+            return torch.zeros((), dtype=args[0].dtype, device="cpu").item()
         if operator in _MASKED:
             args = _MASKED[operator](*args)
             operator = aten.index_put_.default if operator is aten.index_put_.default else aten.index.Tensor
@@ -96,7 +96,7 @@ def _with_values(tensor: Tensor) -> Tensor:
     """Integers and truths are real: zeros, where they are not known."""
     if not tensor.is_meta or tensor.is_floating_point() or tensor.is_complex() or tensor.numel() > _SMALL:
         return tensor
-    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _without_values(operator: Any, args: Any, kwargs: dict[str, Any], value: float = _LARGEST) -> Any:
@@ -109,7 +109,8 @@ def _without_values(operator: Any, args: Any, kwargs: dict[str, Any], value: flo
     shapes = operator(*args, **({**kwargs, "device": "meta"} if takes_device else kwargs))
 
     def filled(tensor: Tensor) -> Tensor:
-        return torch.full(tensor.shape, value if tensor.is_floating_point() else int(value), dtype=tensor.dtype)
+        known = value if tensor.is_floating_point() else int(value)
+        return torch.full(tensor.shape, known, dtype=tensor.dtype, device="cpu")
 
     return tree_map_only(Tensor, filled, shapes)
 
@@ -148,7 +149,10 @@ _MASKED: dict[Any, Callable[..., Any]] = {
     aten.index.Tensor: lambda x, indices: (x, _indices(indices)),
     aten.index_put_.default: lambda x, indices, *rest: (x, _indices(indices), *rest),
     aten.masked_select.default: lambda x, mask: (x, _indices([mask.expand(x.shape)])),
-    aten.nonzero.default: lambda x: (torch.zeros(0, x.dim(), dtype=torch.long), [torch.arange(0)]),
+    aten.nonzero.default: lambda x: (
+        torch.zeros(0, x.dim(), dtype=torch.long, device="cpu"),
+        [torch.zeros(0, dtype=torch.long, device="cpu")],
+    ),
 }
 
 
@@ -169,7 +173,7 @@ def _copied(tensor: Tensor) -> Tensor:
     if not floating and not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter) and tensor.numel() <= _SMALL:
         return tensor.detach().cpu().clone()
     if tensor.is_meta and not floating and tensor.numel() <= _SMALL:
-        return torch.zeros(tensor.shape, dtype=tensor.dtype)
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
     copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
@@ -192,8 +196,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _strip(module: nn.Module) -> None:
-    if is_adapted(module):
-        module.__class__ = type(module)._peftcore_original
+    module.__class__ = original_class(module)
     module._modules.pop(CHILD, None)
     module._modules.pop(TRAINED, None)
     module.__dict__.pop("forward", None)  # accelerate's hooks, which move weights

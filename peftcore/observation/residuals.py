@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peftcore.observation.trace import Call, Trace
+from peftcore.observation.tracing import Call, Trace
 
 # Attention in one operator, of (query, key, value).
 FUSED_ATTENTION = {

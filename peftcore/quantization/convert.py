@@ -12,6 +12,7 @@ from peftcore.adapted import base_modules, base_parameters, lock_of, original_cl
 from peftcore.architecture import detect
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, nearest
+from peftcore.observation import bypassed
 from peftcore.ops.nf4 import DTYPES
 from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors, pack
 from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite
@@ -33,8 +34,8 @@ def quantize(
     """Keep the weights of `model`'s linear layers (transformers' Conv1D too) in 4 bits (arXiv 2305.14314).
 
     The layers stay where they are and become `QuantizedLinear`, an `nn.Linear`. Left dense are embeddings, a weight
-    that such a module shares (a tied output head), and subclasses of `nn.Linear`. Layers that are quantized already,
-    by bitsandbytes too, keep their bits.
+    that such a module shares (a tied output head), subclasses of `nn.Linear`, and layers whose weight other code
+    reads (`observation.bypassed`). Layers that are quantized already, by bitsandbytes too, keep their bits.
 
     Args:
         quant_type: `nf4`, or `fp4`.
@@ -105,7 +106,7 @@ def default_skip(model: nn.Module) -> list[str]:
 def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Module]:
     """The layers that `quantize` converts, by path."""
     modules = dict(base_modules(model))
-    skipped = _skipped(model, modules, skip)
+    skipped = [*_skipped(model, modules, skip), *bypassed(model)]
     owners: dict[int, set[type]] = {}
     for name, parameter in base_parameters(model):
         owners.setdefault(id(parameter), set()).add(type(modules[name.rpartition(".")[0]]))

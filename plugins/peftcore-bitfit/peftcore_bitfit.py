@@ -109,7 +109,7 @@ def selected(model: nn.Module, config: BitFitConfig, architecture: peftcore.Arch
             f"layers without one, such as '{next(iter(missing), None)}'. add_missing=True gives them one that starts "
             "at zero"
         )
-    targets.refuse_bypassed(dict(model.named_modules()), chosen.keys() & missing.keys())
+    targets.refuse_bypassed(model, [path for path in chosen if path in missing])
     return chosen
 
 

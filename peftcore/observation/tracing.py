@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,31 @@ class Trace:
     failed: set[str] = field(default_factory=set)
 
 
+_REMEMBERED: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def once_a_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """Remember what a function found out about a model, while its modules stay as they are."""
+
+    @functools.wraps(find)
+    def remembered(model: nn.Module) -> Any:
+        like = likeness(model)
+        if model not in _REMEMBERED or _REMEMBERED[model][0] != like:
+            _REMEMBERED[model] = like, {}
+        found = _REMEMBERED[model][1]
+        if find.__qualname__ not in found:
+            found[find.__qualname__] = find(model)
+        return found[find.__qualname__]
+
+    return remembered
+
+
+@once_a_model
+def observe(model: nn.Module) -> Trace:
+    """`trace` of a forward in evaluation mode, made once."""
+    return trace(model)
+
+
 def trace(model: nn.Module, *, training: bool = False, every_layer: bool = False) -> Trace:
     """Watch a forward of `model` with its example inputs, on a copy without memory; the model is left alone.
 
@@ -92,7 +118,11 @@ def trace(model: nn.Module, *, training: bool = False, every_layer: bool = False
         training: whether the copy is in training mode.
         every_layer: watch layers too that are like one that was watched.
     """
-    found = _Watch(meta_copy(model).train(training), skips=not every_layer).run()
+    try:
+        copied = meta_copy(model).train(training)
+    except Exception as error:  # something in it cannot be copied: a process group, an open file
+        return Trace(error=error)
+    found = _Watch(copied, skips=not every_layer).run()
     return trace(model, training=training, every_layer=True) if found.error and found.alike else found
 
 

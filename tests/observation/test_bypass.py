@@ -1,0 +1,86 @@
+"""Layers whose weight is read while they are not called: seen in a forward, or in code that a forward may run."""
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from census import instances
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore.engine import applied
+from peftcore.observation import bypassed
+from peftcore.quantization import quantized_layers
+
+
+class Mixed(nn.Module):
+    """`read` is read, `fused` is called or, on a path not taken here, read; `asked` is asked for its dtype."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.read, self.fused = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.asked, self.idle = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(self.called(x), self.read.weight)
+        x = self.asked(x.to(self.asked.weight.dtype)) if isinstance(self.asked.weight, Tensor) else x
+        return self._fast(x) if x.is_cuda else self.fused(x)
+
+    def _fast(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.fused.weight)
+
+
+def test_what_is_bypassed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftcore.observation import inputs
+
+    monkeypatch.setattr(inputs, "_BUILDERS", {"x": lambda facts: facts.floats(2, 8)})
+    model = Mixed()
+    assert bypassed(model) == {
+        "read": "its weight is read, and it is not called",
+        "fused": "code of Mixed takes its weight without calling it",
+    }
+    model.idle.forward = lambda x: x
+    peftcore.apply(model, "lora", target_modules="all-linear")
+    assert applied(model, "default").paths == ("called", "asked", "idle")  # not reached is not known, and no reason
+    with pytest.raises(peftcore.PeftcoreError, match=r"at 'read' would do nothing, .*: its weight is read.*\['read'\]"):
+        peftcore.apply(Mixed(), "lora", target_modules=["read", "called"])
+
+
+@pytest.mark.parametrize(
+    ("name", "dead"),
+    [
+        ("MambaForCausalLM", {"x_proj", "dt_proj", "out_proj"}),
+        ("Mamba2ForCausalLM", {"out_proj"}),
+        ("JambaForCausalLM", {"dt_proj"}),
+        ("WavLMModel", {"q_proj", "k_proj", "v_proj", "out_proj"}),
+        ("T5ForConditionalGeneration", set()),  # asks for `wo.weight.dtype`
+        ("LlamaForCausalLM", set()),
+    ],
+)
+def test_adapters_and_quantized_layers_keep_out(name: str, dead: set[str]) -> None:
+    model = instances.build(name)
+    linear = {path for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    assert {path.rpartition(".")[2] for path in bypassed(model) if path in linear} == dead
+    call: dict[str, Any] = peftcore.observation.example_inputs(model)
+    for part in sorted(dead):
+        with pytest.raises(peftcore.PeftcoreError, match=f"{part}' would do nothing"):
+            peftcore.apply(model, "lora", target_modules=[part])
+    peftcore.quantize(model)
+    assert not {path.rpartition(".")[2] for path, _ in quantized_layers(model)} & dead
+    peftcore.apply(model, "lora", target_modules="all-linear", r=2)
+    model.train()
+    model(**call)[0].float().square().sum().backward()
+    adapters = dict(peftcore.engine.adapter_parameters(model, "default"))
+    silent = [key for key, p in adapters.items() if p.grad is None]
+    assert not silent and torch.isfinite(model(**call)[0]).all()
+
+
+def test_it_is_observed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.llama()
+    bypassed(model)
+    monkeypatch.setattr("peftcore.observation.tracing.meta_copy", None)
+    assert bypassed(model) == {}
+    model.model.layers[0].mlp.up_proj = nn.Linear(32, 48)  # another model now: the copy is wanted again, and fails
+    assert isinstance(peftcore.observation.observe(model).error, TypeError)
