@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import adapter_files, engine, ranks, targets
+from peftcore import adapter_files, engine, ranks
 from peftcore.adapted import base_parameters
+from peftcore.adapter_config import config_from_disk, config_on_disk
 from peftcore.adapter_files import CONFIG, TENSORS, Content, Folder
 from peftcore.adapter_files.content import JSON_BYTES, parse_json
 from peftcore.adapter_tensors import fill, is_tied_in, kept_on_disk, name_of_base, tensors_on_disk
@@ -25,21 +26,10 @@ from peftcore.fingerprint import difference, fingerprint
 from peftcore.method import ForeignFormat, Method, Train
 from peftcore.registry import registry
 from peftcore.targets import drop_unmatched
-from peftcore.trained import TrainedParameters, base_tensors
-from peftcore.validation import check_types, shown
+from peftcore.trained import base_tensors
 
 _TOGETHER = "peftcore_together"
 _TIED = "peftcore_tied"
-_COMMON = {
-    "peft_type",
-    "task_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "peft_version",
-}
-_EMPTY = (None, False, "", [], {}, 0)
 
 
 def save(
@@ -120,7 +110,7 @@ def _content(
     }
     about = {"peftcore_version": version("peftcore"), "peftcore_base": fingerprint(base, _important(model, base))}
     about[_TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
-    return Content(_config_on_disk(model, method, adapter), tensors, {**about, **metadata})
+    return Content(config_on_disk(model, method, adapter), tensors, {**about, **metadata})
 
 
 def _important(model: nn.Module, names: Iterable[str]) -> set[str]:
@@ -316,7 +306,7 @@ def _read(opened: Folder, model: nn.Module) -> tuple[Method, Any, dict[str, Tens
     tied = metadata.get(_TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
     fields["ensure_weight_tying"] = False if tied is None else tied
     with _of_plugin(method, opened.path):
-        config = method.state.config_on_disk(_config_from_disk(opened.path, method, fields), tensors)
+        config = method.state.config_on_disk(config_from_disk(opened.path, method, fields), tensors)
         return method, config, dict(method.state.read_tensors(tensors, config)), metadata
 
 
@@ -392,57 +382,3 @@ def _unnamed_heads(model: nn.Module, method: Method, saved: Sequence[str], tenso
         return all(method.state.tensor_name(Train((name,)), name) in tensors for name in names)
 
     return [head for head in detect(model).task_heads if head not in saved and in_file(head)]
-
-
-def _config_on_disk(model: nn.Module, method: Method, adapter: str) -> dict[str, Any]:
-    # asdict makes lists of tuples only at the encoder; JSON has no sets, tuples or dtypes.
-    fields = method.state.write_config(dataclasses.asdict(engine.applied(model, adapter).config))
-    if "ensure_weight_tying" in fields:
-        fields["ensure_weight_tying"] = _is_tied_by_peft(model, adapter)
-    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return {
-        **{name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()},
-        "peft_type": method.state.peft_type,
-        "task_type": detect(model).task_type,
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "revision": None,
-        "auto_mapping": None,
-    }
-
-
-def _is_tied_by_peft(model: nn.Module, adapter: str) -> bool:
-    """Does PEFT's `ensure_weight_tying` tie what this adapter trains tied? Else PEFT keeps equal weights, untied.
-
-    It makes a linear layer without a bias of whatever is tied to the embedding.
-    """
-    owned, embedding = TrainedParameters.of(model, adapter), detect(model).embedding
-    groups = [slots for slots in owned.slots.values() if len(slots) > 1] if owned is not None else []
-    others = [slot for slots in groups for slot in slots if slot != f"{embedding}.weight"]
-    modules = [model.get_submodule(slot.rpartition(".")[0]) for slot in others]
-    return (
-        len(groups) == 1
-        and len(others) == len(groups[0]) - 1
-        and all(targets.is_linear(module) and module.bias is None for module in modules)
-    )
-
-
-def _config_from_disk(folder: Path, method: Method, fields: dict[str, Any]) -> Any:
-    fields = method.state.read_config({name: value for name, value in fields.items() if name not in _COMMON})
-    known = {f.name for f in dataclasses.fields(method.config_class)}
-    ignored = {
-        *method.state.ignored_fields,
-        "ensure_weight_tying",
-    }  # where a method has no such field, the tensors tell
-    for name, value in fields.items():
-        if name not in known and name not in ignored and value not in _EMPTY:
-            raise CheckpointError(
-                f"'{folder / CONFIG}' uses {name}={shown(value)}, which the installed plugin '{method.name}' does not "
-                "know. Without it the adapter would compute something else, so it is not loaded"
-            )
-    fields = {name: value for name, value in fields.items() if name in known}
-    try:
-        check_types(method.config_class, fields)
-        return method.config_class(**fields)
-    except (TypeError, PeftcoreError) as error:
-        raise CheckpointError(f"'{folder / CONFIG}' is no valid config of '{method.name}': {error}") from error

@@ -115,6 +115,8 @@ class StateRules:
         config_on_disk: (config, tensors on disk) -> config of an adapter that has these tensors, where the file
             holds only what was exported.
         foreign: formats of other libraries that the method reads.
+        unreadable: (model, paths of adapted modules) -> those of them whose adapters PEFT would misread or refuse;
+            `save` warns of them.
     """
 
     peft_type: str
@@ -126,6 +128,7 @@ class StateRules:
     exported: Callable[[nn.Module], Mapping[str, Tensor]] = lambda _adapter: {}
     config_on_disk: Callable[[Any, Mapping[str, Tensor]], Any] = lambda config, _tensors: config
     foreign: Sequence[ForeignFormat] = ()
+    unreadable: Callable[[nn.Module, Sequence[str]], Sequence[str]] = lambda _model, _paths: ()
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ Trained: r · (in + out) numbers instead of in · out. `merged` adds scale · B 
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -344,12 +345,34 @@ def read_tensors(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, Te
     return {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
 
 
+# Layers of dense and shared blocks that PEFT takes for the experts of old files, by the kind of model that transformers
+# converts these for; and layers whose weights Mamba's kernels read without calling them, which it refuses.
+TAKEN_FOR_EXPERTS = {
+    "mixtral": {"gate", "w1", "w2", "w3"},
+    "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"},
+}
+MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+READ_BY_KERNELS = {"out_proj", "conv1d"}
+
+
+def unreadable(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """The adapted modules that PEFT misreads (mixtures of experts) or refuses (Mamba)."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    names = set(READ_BY_KERNELS) if kind in MAMBA else set()
+    conversions = sys.modules.get("transformers.conversion_mapping")  # models are built by way of it
+    if conversions is not None:
+        alike = {"mixtral": "mixtral", **getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})}
+        names |= TAKEN_FOR_EXPERTS.get(alike.get(kind), set())
+    return [path for path in paths if path.rpartition(".")[2] in names]
+
+
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
     rules = peftcore.StateRules(
         peft_type="LORA",
         tensor_name=tensor_name,
         read_tensors=read_tensors,
+        unreadable=unreadable,
         ignored_fields=frozenset({"megatron_core", "qalora_group_size"}),  # settings of features that are off
     )
     return [peftcore.Method("lora", LoraConfig, place, rules)]

@@ -244,3 +244,31 @@ def test_statistics_of_batchnorms(saved: list[str], tmp_path: Path) -> None:
         again = quiet(peft.PeftModel.from_pretrained, resnet(), tmp_path / "theirs").eval()
         wanted, found = scores(again), scores(peftcore.load(resnet(), tmp_path / "theirs"))
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def deepseek() -> nn.Module:
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    sparse = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+    latent = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+    config = DeepseekV3Config(vocab_size=96, n_group=1, topk_group=1, **sizes, **sparse, **latent)
+    return DeepseekV3ForCausalLM(config).eval()
+
+
+def test_modules_that_peft_takes_for_experts_are_told(tmp_path: Path) -> None:
+    model = peftcore.apply(deepseek(), "lora", r=2)
+    disturb(model, "default", seed=1)
+    names = r"\['down_proj', 'gate_proj', 'up_proj'\]"
+    with pytest.warns(UserWarning, match=rf"PEFT cannot read .*layers.0.mlp.gate_proj'.*exclude_modules={names}"):
+        peftcore.save(model, tmp_path / "all")
+    assert torch.equal(logits(peftcore.load(deepseek(), tmp_path / "all")), logits(model))
+    peftcore.remove(model)
+    peftcore.apply(model, "lora", r=2, exclude_modules=["down_proj", "gate_proj", "up_proj"])
+    disturb(model, "default", seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peftcore.save(model, tmp_path / "others")
+    theirs = quiet(peft.PeftModel.from_pretrained, deepseek(), tmp_path / "others").eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
