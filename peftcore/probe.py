@@ -126,11 +126,11 @@ def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        x = torch.randn(*shape, generator=generator).to(weight.device)
+        x = torch.randn(*shape, generator=generator, device="cpu").to(weight.device)
         return torch.cat([x, _LARGE * x])
 
     if isinstance(module, nn.Embedding):
-        ids = torch.randint(module.num_embeddings, (16 * _ROWS,), generator=generator).tolist()
+        ids = torch.randint(module.num_embeddings, (16 * _ROWS,), generator=generator, device="cpu").tolist()
         named = [i for i in vars(module).values() if type(i) is int and 0 <= i < module.num_embeddings]
         yield (torch.tensor([ids + named], device=weight.device),)  # it may treat some in a way of their own
     elif is_linear(module):
