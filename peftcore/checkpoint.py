@@ -300,6 +300,8 @@ def _read(opened: Folder, model: nn.Module) -> tuple[Method, Any, dict[str, Tens
     if foreign is not None:
         return _read_foreign(opened, model, *foreign)
     tensors, metadata = opened.tensors()
+    # torch compares no numbers of 8 bits with others; float32 holds them all.
+    tensors = {n: t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t for n, t in tensors.items()}
     fields = opened.config()
     method = registry.method_of_peft_type(fields["peft_type"])
     # PEFT's default is False, which its older files do not name.

@@ -55,7 +55,7 @@ def compiled(pattern: str, field: str) -> FullMatch:
         raise PeftcoreError(f"{field}={_short(pattern)} is no regular expression that can be used: {what}") from None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16384)
 def _compiled(pattern: str) -> FullMatch:
     if len(pattern) > _LENGTH:
         raise ValueError(f"it has {len(pattern):,} characters, at most {_LENGTH:,} are read")

@@ -6,6 +6,7 @@ pattern that matches nothing is an error.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -22,6 +23,7 @@ from peftcore.patterns import compiled
 from peftcore.sublayers import Sublayer
 
 ALL_LINEAR = "all-linear"
+_PLAIN = re.compile(r"[\w.]+", re.ASCII)
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -231,6 +233,8 @@ def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
 def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first key of a `rank_pattern` or `alpha_pattern` that matches `path`."""
     for key, value in (patterns or {}).items():
+        if _PLAIN.fullmatch(key) and not path.endswith(key.rpartition(".")[2]):
+            continue  # a list of thousands of paths need not be compiled
         if compiled(rf"(?:.*\.)?(?:{key})", "rank_pattern or alpha_pattern")(path):
             return value
     return default

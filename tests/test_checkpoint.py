@@ -315,6 +315,12 @@ def test_a_failed_load_leaves_the_active_adapters(saved: Path) -> None:
     assert torch.equal(tiny.logits(model), acting)
 
 
+def test_numbers_of_8_bits(theirs: Path) -> None:
+    every_value(1.75, torch.float8_e4m3fn)(theirs)
+    model = peftcore.load(tiny.llama(), theirs)
+    assert {p.item() for _, p in adapter_parameters(model, "default")} == {1.75}
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(peftcore.CheckpointError, match="there is no folder"):
         peftcore.load(tiny.llama(), tmp_path / "nowhere")

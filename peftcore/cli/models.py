@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from peftcore import data
 from peftcore.cli.console import require
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.validation import check_types
 
 if TYPE_CHECKING:
     import torch
@@ -46,12 +47,16 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         PeftcoreError: the folder holds no adapter, or one for a task that no command runs.
     """
     from peftcore import checkpoint
+    from peftcore.adapter_files.content import JSON_BYTES, parse_json, read_bytes
 
     given = tuple(part.strip() for part in labels.split(",")) if labels else ()
     fields, foreign = checkpoint.about(folder)
     try:
-        told = json.loads((folder / TASK_FILE).read_text(encoding="utf-8"))
-        found = AdapterTask(told["task"], int(told["max_length"]), tuple(told["labels"]))
+        told = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
+        found = AdapterTask(told["task"], told["max_length"], tuple(told["labels"]))
+        if type(told["labels"]) is not list:
+            raise TypeError(f"labels={told['labels']!r} is no list")
+        check_types(found)
     except FileNotFoundError:
         if foreign is not None:  # it does not say; heads lie elsewhere, and are the base's own
             return AdapterTask(data.CLASSIFICATION if given else data.LANGUAGE_MODEL, 512, given)

@@ -68,7 +68,7 @@ def _inside(folder: Path, name: str) -> Path:
 
 
 def _parameters(model: nn.Module, found: dict[str, Tensor]) -> None:
-    own = dict(model.named_parameters())
+    own = dict(model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, tensor in found.items():
             own[name.removeprefix(PREFIX)].copy_(tensor)

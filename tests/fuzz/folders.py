@@ -35,6 +35,7 @@ ORIGINALS: dict[str, tuple[str, dict[str, Any]]] = {
             "modules_to_save": ["norm"],
         },
     ),
+    "tied": ("lora", {"target_modules": ["q_proj"], "r": 2, "modules_to_save": ["embed_tokens"]}),
     "bitfit": ("bitfit", {}),
     "adapter": ("adapter", {"reduction_factor": 8, "non_linearity": "gelu", "scaling": 0.5}),
     "prompt-tuning": ("prompt-tuning", {"num_virtual_tokens": 3}),
@@ -50,6 +51,11 @@ def model_for(name: str) -> torch.nn.Module:
         make = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(make)
         return make.filled(make.llama()).eval()
+    if name == "tied":
+        model = tiny.llama()
+        config = type(model.config).from_dict({**model.config.to_dict(), "tie_word_embeddings": True})
+        torch.manual_seed(0)
+        return type(model)(config).eval()
     return tiny.gpt2() if name == "bitfit" else tiny.llama()
 
 
@@ -87,6 +93,8 @@ FIELDS = [
     "is_parallel", "reduction_factor", "bottleneck_size", "non_linearity", "scaling", "num_transformer_submodules",
     "ensure_weight_tying",
 ]  # fmt: skip
+
+DTYPES = [torch.int32, torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64, torch.float8_e4m3fn]
 
 Mutation = Callable[[random.Random, Path], None]
 
@@ -215,9 +223,7 @@ def tensors(rng: random.Random, folder: Path) -> None:
                 found.pop(name)
             )
         case 2:
-            found[name] = value.to(
-                rng.choice([torch.int32, torch.bool, torch.uint8, torch.int64, torch.float16, torch.float64])
-            )
+            found[name] = value.to(rng.choice(DTYPES))
         case 3:
             found[name] = value.contiguous().view(torch.int32)
         case 4:
