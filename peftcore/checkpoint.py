@@ -57,7 +57,7 @@ def save(
     Raises:
         CheckpointError: the folder cannot be written. What lay there is unharmed.
     """
-    names = list(engine._require_state(model).applied) if adapter is None else [adapter]
+    names = list(engine.require_state(model).applied) if adapter is None else [adapter]
     active = engine.state_of(model).active
     together = {} if len(names) == 1 else {_TOGETHER: json.dumps({"adapters": names, "active": active})}
     inside = {_inside(name) if together else "": name for name in names}
@@ -87,7 +87,7 @@ def _save(
     metadata: dict[str, str],
 ) -> Path:
     """Write adapters, by the place that each has inside of `folder`."""
-    engine._refuse_merged(engine._require_state(model), "save")
+    engine.refuse_merged(engine.require_state(model), "save")
     engine.refuse_changed(model)
     sharded = ranks.is_sharded(model)
     if inside and (sharded or ranks.rank() == 0):

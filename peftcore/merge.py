@@ -103,8 +103,8 @@ def merge(
             weight is tied, a result is not finite, or quantizing again would lose more than `max_loss`. The model is
             then as it was.
     """
-    state = engine._require_state(model)
-    engine._refuse_merged(state, "merge")
+    state = engine.require_state(model)
+    engine.refuse_merged(state, "merge")
     engine.refuse_changed(model)
     ranks.refuse_sharded(model, "merge")
     engine.refuse_per_sample(state, "merge")
@@ -161,8 +161,8 @@ def merge_loss(model: nn.Module) -> dict[str, float]:
 
     0 is nothing, 1 means that the error is as large as the change itself. Dense layers are not listed.
     """
-    state = engine._require_state(model)
-    engine._refuse_merged(state, "measure")
+    state = engine.require_state(model)
+    engine.refuse_merged(state, "measure")
     engine.refuse_per_sample(state, "measure")
     _check_mergeable(model, state.active)
     return _lost(model, state.active, None)
@@ -189,7 +189,7 @@ def changes_nothing(model: nn.Module, adapter: str) -> bool:
 @engine.alone("unmerge", base=True)
 def unmerge(model: nn.Module) -> nn.Module:
     """Put the base's own weights back, bit for bit, and let the merged adapters act again."""
-    state = engine._require_state(model)
+    state = engine.require_state(model)
     if state.merged is None:
         raise PeftcoreError("nothing is merged into this model")
     merged, state.merged = state.merged, None

@@ -44,8 +44,8 @@ class Reference:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        state = engine._require_state(model)
-        engine._refuse_merged(state, "keep the model as a reference")
+        state = engine.require_state(model)
+        engine.refuse_merged(state, "keep the model as a reference")
         engine.refuse_per_sample(state, "keep the model as a reference")
         self.model = model
         self.active = state.active
@@ -70,7 +70,7 @@ class Reference:
         if self.is_acting:
             yield self.model
             return
-        state = engine._require_state(self.model)
+        state = engine.require_state(self.model)
         active = state.active
         if active != self.active:
             raise PeftcoreError(

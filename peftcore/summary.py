@@ -10,15 +10,9 @@ import torch
 from torch import nn
 
 from peftcore.adapted import base_parameters
-from peftcore.engine import (
-    adapter_parameters,
-    changed,
-    check_dtype,
-    check_model,
-    device_and_dtype,
-    place,
-    state_of,
-)
+from peftcore.engine import check_dtype
+from peftcore.placing import device_and_dtype, place
+from peftcore.state import adapter_parameters, changed, check_model, state_of
 from peftcore.targets import match_counts
 from peftcore.trained import TrainedParameters
 

@@ -42,7 +42,7 @@ def view(reference: Reference, module: nn.Module) -> nn.Module:
     It stays in evaluation mode, gives no gradients, and can be given a forward of its own.
     """
     shown = object.__new__(_view_class(type(module)))
-    shown.__dict__ = {k: v for k, v in module.__dict__.items() if k != engine._STATE}
+    shown.__dict__ = {k: v for k, v in module.__dict__.items() if k != engine.STATE}
     shown.__dict__ |= {name: dict(module.__dict__[name]) for name in ("_modules", "_parameters", "_buffers")}
     shown.__dict__[_REFERENCE] = reference
     return shown
@@ -80,7 +80,7 @@ class _View:
         reference: Reference = self.__dict__[_REFERENCE]
         with torch.no_grad(), reference.acting():
             found = {name: t.detach().clone() for name, t in super().state_dict(*args, **kwargs).items()}
-        applied = engine._require_state(reference.model).applied
+        applied = engine.require_state(reference.model).applied
         text = repr([(name, applied[name].method, applied[name].config) for name in reference.active])
         return {**found, _REFERENCE: torch.tensor(list(text.encode()), dtype=torch.uint8)}
 
