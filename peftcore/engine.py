@@ -6,7 +6,7 @@ import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
@@ -37,7 +37,7 @@ from peftcore.state import (
     state_of,
     told,
 )
-from peftcore.trained import TrainedParameters, hold_of_last, tied_to
+from peftcore.trained import TrainedParameters, hold_of_last, tied_to, unmoved_buffers
 
 
 def alone(what: str, *, base: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -194,7 +194,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             hold_of_last(model, ())
         for own in exchanged:
             own.activate(model, False)
-        yield model
+        with unmoved_buffers(model) if exchanged else nullcontext():
+            yield model
     finally:
         for own in exchanged:
             own.activate(model, True)

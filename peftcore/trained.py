@@ -13,6 +13,7 @@ and removing restores the very same tensors.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +200,19 @@ def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
             if saved and (buffer.is_floating_point() or (buffer.dim() == 0 and buffer.dtype is torch.int64)):
                 found.append((f"{path}.{name}" if path else name, buffer))
     return found
+
+
+@contextmanager
+def unmoved_buffers(model: nn.Module) -> Iterator[None]:
+    """What training moves within the block, while the base's buffers stand in the model, is as before behind it."""
+    before = [(buffer, buffer.clone()) for _, buffer in moving_buffers(model)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
