@@ -246,8 +246,11 @@ def drop_unmatched(model: nn.Module, entries: Sequence[str]) -> list[str]:
     Files of PEFT name modules that a model may lack (`classifier` and `score` for every classifier).
     Reading one, the tensors decide what must be there; the list need not.
     """
-    paths = [path for path, _ in base_modules(model)]
-    return [entry for entry in entries if any(matches(entry, path) for path in paths)]
+    ends = set()
+    for path, _ in base_modules(model):
+        parts = path.split(".")
+        ends.update(".".join(parts[i:]) for i in range(len(parts)))
+    return [entry for entry in dict.fromkeys(entries) if entry in ends]
 
 
 def refuse_bypassed(model: nn.Module, chosen: Iterable[str]) -> None:

@@ -321,6 +321,22 @@ def test_numbers_of_8_bits(theirs: Path) -> None:
     assert {p.item() for _, p in adapter_parameters(model, "default")} == {1.75}
 
 
+def test_values_too_large_for_the_dtype_on_disk(saved: Path) -> None:
+    model = peftcore.apply(tiny.llama(), "around", value=1e6)
+    with pytest.raises(peftcore.CheckpointError, match=r"gain' holds 1e\+06, which is too large for torch.float16"):
+        peftcore.save(model, saved, dtype=torch.float16)
+    assert {p.item() for _, p in adapter_parameters(peftcore.load(tiny.llama(), saved), "default")} == {3.0}
+
+
+def test_folders_inside_are_not_read_whole(saved: Path) -> None:
+    """Of what lies in a folder without an adapter of its own, the headers tell whether it belongs together."""
+    (saved / "peftcore_manifest.json").unlink()
+    with open(saved / "adapter_model.safetensors", "r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(peftcore.CheckpointError, match=r"holds no adapter: adapter_model.safetensors is missing"):
+        peftcore.load(tiny.llama(), saved.parent)
+
+
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(peftcore.CheckpointError, match="there is no folder"):
         peftcore.load(tiny.llama(), tmp_path / "nowhere")

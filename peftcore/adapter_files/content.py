@@ -5,13 +5,14 @@ Nothing here waits (as for a pipe) or takes more memory than the file has bytes;
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -50,20 +51,37 @@ def read_bytes(file: Path, limit: int | None = None) -> bytearray:
         FileNotFoundError: there is none.
         CheckpointError: it is something else (a pipe, a device, a folder), too large, or cannot be read.
     """
+    with _opened(file, _memory() if limit is None else limit) as (opened, size):
+        return _first(opened, size)
+
+
+def read_header(file: Path) -> bytearray:
+    """The beginning of a safetensors file, without its tensors. Raises what `read_bytes` does."""
+    with _opened(file, None) as (opened, size):
+        length = _first(opened, 8)
+        return length + _first(opened, min(int.from_bytes(length, "little"), size, _HEADER_BYTES))
+
+
+def _first(opened: BinaryIO, size: int) -> bytearray:
+    content = bytearray(size)
+    del content[opened.readinto(content) :]
+    return content
+
+
+@contextlib.contextmanager
+def _opened(file: Path, limit: int | None) -> Iterator[tuple[BinaryIO, int]]:
+    """(file, its size)."""
     try:
         _require_regular(file, os.stat(file).st_mode)  # opening a device may have an effect
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(descriptor, "rb") as opened:
             status = os.fstat(descriptor)
             _require_regular(file, status.st_mode)
-            limit = _memory() if limit is None else limit
-            if status.st_size > limit:
+            if limit is not None and status.st_size > limit:
                 raise CheckpointError(
                     f"'{file}' has {status.st_size:,} bytes, at most {limit:,} are read. It is no file of an adapter"
                 )
-            content = bytearray(status.st_size)
-            del content[opened.readinto(content) :]
-            return content
+            yield opened, status.st_size
     except FileNotFoundError:
         raise
     except (OSError, MemoryError) as error:
@@ -115,31 +133,53 @@ def parse_tensors(content: bytearray, file: Path) -> tuple[dict[str, Tensor], di
         CheckpointError: it is no whole one.
     """
 
-    def wrong(what: str) -> CheckpointError:
-        return CheckpointError(
-            f"'{file}' ({len(content):,} bytes) is no whole safetensors file: {what}. It may be cut off; copy it again"
-        )
+    begin, header, metadata = _header(content, file)
+    try:
+        found = {name: _entry(name, told) for name, told in header.items()}
+    except ValueError as error:
+        raise _wrong(file, content, f"its header cannot be read: {error}") from error
+    end = 0
+    for name, (dtype, shape, (first, last)) in sorted(found.items(), key=lambda item: item[1][2]):
+        size = math.prod(shape) * dtype.itemsize
+        if first != end or last - first != size:
+            raise _wrong(
+                file, content, f"'{name}' of {size:,} bytes lies at {first:,} to {last:,}, where byte {end:,} is next"
+            )
+        end = last
+    if begin + end != len(content):
+        raise _wrong(file, content, f"its tensors would end at byte {begin + end:,}")
+    return {name: _view(content, begin + first, *kind) for name, (*kind, (first, _)) in found.items()}, metadata
 
+
+def parse_metadata(content: bytearray, file: Path) -> dict[str, str]:
+    """The metadata of a safetensors file, of which the beginning suffices.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    return _header(content, file)[2]
+
+
+def _wrong(file: Path, content: bytearray, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"'{file}' ({len(content):,} bytes) is no whole safetensors file: {what}. It may be cut off; copy it again"
+    )
+
+
+def _header(content: bytearray, file: Path) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """(where the tensors begin, what is told of each, metadata)."""
     begin = 8 + int.from_bytes(content[:8], "little")
     if len(content) < 8 or begin > min(len(content), _HEADER_BYTES) or content[8:9] != b"{":
-        raise wrong(f"its header would end at byte {begin:,}")
+        raise _wrong(file, content, f"its header would end at byte {begin:,}")
     try:
         header = json.loads(content[8:begin].decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_distinct)
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
             raise ValueError("__metadata__ is no table of texts")
-        found = {name: _entry(name, told) for name, told in header.items()}
     except (ValueError, RecursionError) as error:
-        raise wrong(f"its header cannot be read: {error or 'it is nested too deeply'}") from error
-    end = 0
-    for name, (dtype, shape, (first, last)) in sorted(found.items(), key=lambda item: item[1][2]):
-        size = math.prod(shape) * dtype.itemsize
-        if first != end or last - first != size:
-            raise wrong(f"'{name}' of {size:,} bytes lies at {first:,} to {last:,}, where byte {end:,} is next")
-        end = last
-    if begin + end != len(content):
-        raise wrong(f"its tensors would end at byte {begin + end:,}")
-    return {name: _view(content, begin + first, *kind) for name, (*kind, (first, _)) in found.items()}, metadata
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise _wrong(file, content, f"its header cannot be read: {what}") from error
+    return begin, header, metadata
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

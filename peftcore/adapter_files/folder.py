@@ -17,7 +17,16 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from peftcore.adapter_files.content import CONFIG, JSON_BYTES, TENSORS, parse_json, parse_tensors, read_bytes
+from peftcore.adapter_files.content import (
+    CONFIG,
+    JSON_BYTES,
+    TENSORS,
+    parse_json,
+    parse_metadata,
+    parse_tensors,
+    read_bytes,
+    read_header,
+)
 from peftcore.errors import CheckpointError
 
 MANIFEST = "peftcore_manifest.json"
@@ -203,7 +212,12 @@ class Folder:
 
     def metadata(self) -> dict[str, str]:
         """The metadata of `adapter_model.safetensors`; empty where the folder has no such file."""
-        return self.tensors()[1] if self.holds(TENSORS) else {}
+        if self.manifest is not None or self.prefix + TENSORS in self.read:
+            return self.tensors()[1] if self.holds(TENSORS) else {}
+        try:
+            return parse_metadata(read_header(self.path / TENSORS), self.path / TENSORS)
+        except FileNotFoundError:
+            return {}
 
     def was_replaced(self) -> bool:
         """Has another save taken the place of the one that was opened?"""
