@@ -308,6 +308,9 @@ def _read(opened: Folder, model: nn.Module) -> tuple[Method, Any, dict[str, Tens
     tied = metadata.get(_TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
     fields["ensure_weight_tying"] = False if tied is None else tied
     with _of_plugin(method, opened.path):
+        why = method.state.refused(tensors, fields)
+        if why is not None:
+            raise CheckpointError(f"'{opened.path}' cannot be read: {why}")
         config = method.state.config_on_disk(config_from_disk(opened.path, method, fields), tensors)
         return method, config, dict(method.state.read_tensors(tensors, config)), metadata
 

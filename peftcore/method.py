@@ -117,6 +117,7 @@ class StateRules:
         foreign: formats of other libraries that the method reads.
         unreadable: (model, paths of adapted modules) -> those of them whose adapters PEFT would misread or refuse;
             `save` warns of them.
+        refused: (tensors on disk, fields on disk) -> why the method cannot compute what the file's writer did, or None.
     """
 
     peft_type: str
@@ -129,6 +130,7 @@ class StateRules:
     config_on_disk: Callable[[Any, Mapping[str, Tensor]], Any] = lambda config, _tensors: config
     foreign: Sequence[ForeignFormat] = ()
     unreadable: Callable[[nn.Module, Sequence[str]], Sequence[str]] = lambda _model, _paths: ()
+    refused: Callable[[Mapping[str, Tensor], Mapping[str, Any]], str | None] = lambda _tensors, _fields: None
 
 
 @dataclass(frozen=True)

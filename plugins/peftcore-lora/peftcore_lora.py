@@ -21,9 +21,10 @@ Trained: r · (in + out) numbers instead of in · out. `merged` adds scale · B 
 from __future__ import annotations
 
 import math
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,6 +35,8 @@ from torch.nn import functional as F
 import peftcore
 from peftcore import ops, probe, targets, validation
 from peftcore.adapted import base_modules, original_class
+
+KNOWN_PEFT = (0, 21, 2)  # up to this release it is known what PEFT computes of an attention's file
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ class LoraConvOnWeight(OnWeight, LoraConv):
 class LoraAttention(OnWeight):
     """nn.MultiheadAttention: A `[r, E]`, B `[3 E, r]` for `in_proj_weight`, and a pair of their own for `out_proj`.
 
-    To `out_proj` PEFT (0.21 and before) adds scale · B A twice. Files mean that, so it is done here, too.
+    To `out_proj` PEFT adds scale · B A twice (see `KNOWN_PEFT`). Files mean that, so it is done here, too.
     """
 
     def __init__(self, config: LoraConfig, path: str, width: int) -> None:
@@ -274,10 +277,9 @@ def looks_up(module: nn.Embedding) -> bool:
 
 def adds_to_product(module: nn.Module) -> bool:
     """Does a linear layer give one tensor `[..., out]`? Of packed weights every layer does."""
-    weight = module.weight
-    if not isinstance(module, nn.Linear) or has_forward_of(module, nn.Linear) or not is_dense(weight):
+    if not isinstance(module, nn.Linear) or has_forward_of(module, nn.Linear) or not is_dense(module.weight):
         return True
-    found = probe.own_output(module, weight.new_ones(2, module.in_features))
+    found = probe.own_output(module, module.weight.new_ones(2, module.in_features))
     return isinstance(found, Tensor) and found.shape == (2, module.out_features)
 
 
@@ -356,14 +358,27 @@ READ_BY_KERNELS = {"out_proj", "conv1d"}
 
 
 def unreadable(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """The adapted modules that PEFT misreads (mixtures of experts) or refuses (Mamba)."""
+    """The adapted modules that PEFT misreads (mixtures of experts), refuses (Mamba) or cannot run (routers)."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     names = set(READ_BY_KERNELS) if kind in MAMBA else set()
     conversions = sys.modules.get("transformers.conversion_mapping")  # models are built by way of it
     if conversions is not None:
         alike = {"mixtral": "mixtral", **getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})}
         names |= TAKEN_FOR_EXPERTS.get(alike.get(kind), set())
-    return [path for path in paths if path.rpartition(".")[2] in names]
+    return [p for p in paths if p.rpartition(".")[2] in names or not adds_to_product(model.get_submodule(p))]
+
+
+def refused(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
+    """Whether a PEFT yet to come adds the change of an attention's `out_proj` once or twice is not known."""
+    there = next((name for name in tensors if ".base_layer.out_proj.lora_B" in name), None)
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version") or "0.0.0"))
+    if there is None or version is None or tuple(map(int, version.groups())) <= KNOWN_PEFT:
+        return None
+    return (
+        f"it was written by PEFT {fields['peft_version']}, and '{there}' is of an nn.MultiheadAttention. PEFT up to "
+        f"{'.'.join(map(str, KNOWN_PEFT))} adds scale · B A to out_proj twice; of later ones it is not known here. If "
+        "that one does so, too, drop peft_version from adapter_config.json; if it adds it once, halve this tensor, too"
+    )
 
 
 @peftcore.hookimpl
@@ -373,6 +388,7 @@ def peftcore_methods() -> list[peftcore.Method]:
         tensor_name=tensor_name,
         read_tensors=read_tensors,
         unreadable=unreadable,
+        refused=refused,
         ignored_fields=frozenset({"megatron_core", "qalora_group_size"}),  # settings of features that are off
     )
     return [peftcore.Method("lora", LoraConfig, place, rules)]

@@ -221,3 +221,18 @@ def test_each_sample_its_own_is_refused() -> None:
     model = peftcore.apply(made("batch first"), "lora")
     with pytest.raises(peftcore.PeftcoreError, match="acts on a batch as a whole"):
         peftcore.activate(model, ["default", None, None], per_sample=True)
+
+
+def test_files_of_a_later_peft_are_refused(tmp_path: Path) -> None:
+    """Up to 0.21.2 it adds the change of `out_proj` twice. What comes then is not known."""
+    model = peftcore.apply(made("batch first"), "lora", r=2)
+    peftcore.save(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "peftcore_manifest.json").unlink()
+    for version, refused in (("0.21.2", False), ("0.22.0.dev0", True)):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
+        if refused:
+            with pytest.raises(peftcore.CheckpointError, match=r"written by PEFT 0\.22\.0\.dev0.*drop peft_version"):
+                peftcore.load(made("batch first"), tmp_path)
+        else:
+            peftcore.load(made("batch first"), tmp_path)
