@@ -275,6 +275,13 @@ def rebind(copy: nn.Module) -> None:
         activate(copy, copy.__dict__[_ACTIVE], copy.__dict__[_SAMPLES])
 
 
+def has_forward_of_instance(module: nn.Module) -> bool:
+    """Has `module` a forward of its own, other than that of accelerate's hooks around its class's?"""
+    own = module.__dict__.get(_OWN_FORWARD, module.__dict__.get("forward"))
+    inside = getattr(module, "_old_forward", None) if hasattr(module, "_hf_hook") else own
+    return own is not None and getattr(inside, "__func__", None) is not original_forward(module)
+
+
 def adapters_of(module: nn.Module) -> Adapters | None:
     """The adapters of a module, or None where it has none."""
     return module._modules.get(CHILD) if is_adapted(module) else None

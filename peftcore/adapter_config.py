@@ -63,7 +63,7 @@ def _task_type(model: nn.Module, adapter: str) -> str | None:
     paths = registry.method(entry.method).state.unreadable(model, entry.paths)
     if paths:
         warnings.warn(
-            f"Hugging Face PEFT cannot read this file: in a {model.config.model_type} it takes the adapters of "
+            f"Hugging Face PEFT cannot read this file: in a {type(model).__name__} it takes the adapters of "
             f"{len(paths)} modules for others or refuses them, such as '{paths[0]}'. It reads one without: "
             f"exclude_modules={sorted({path.rpartition('.')[2] for path in paths})}",
             stacklevel=5,

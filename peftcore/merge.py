@@ -62,6 +62,7 @@ class Merged:
     aside: dict[str, Tensor] = field(default_factory=dict)
     tied: bool | None = None  # the model config's tie_word_embeddings, where merging untied them
     lost: dict[str, float] = field(default_factory=dict)  # by path, where a weight has few bits
+    written: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # what stands in their place
 
 
 @dataclass
@@ -140,6 +141,7 @@ def merge(
         merged.tied = _untie_config(model, tied)
     engine._set_active(model, ())
     if keep_adapters:
+        merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [_get(model, name)]}
         state.merged = merged
     else:
         for name in merged.active:
@@ -188,14 +190,29 @@ def changes_nothing(model: nn.Module, adapter: str) -> bool:
 
 @engine.alone("unmerge", base=True)
 def unmerge(model: nn.Module) -> nn.Module:
-    """Put the base's own weights back, bit for bit, and let the merged adapters act again."""
+    """Put the base's own weights back, bit for bit, and let the merged adapters act again.
+
+    Where the model was cast meanwhile, they are cast with it.
+
+    Raises:
+        PeftcoreError: nothing is merged, or a merged weight has another size now. The model is then as it was.
+    """
     state = engine.require_state(model)
     if state.merged is None:
         raise PeftcoreError("nothing is merged into this model")
+    for name, (shape, _) in state.merged.written.items():
+        found = _get(model, name)
+        if found is None or found.shape != shape:
+            now = "gone" if found is None else f"of shape {list(found.shape)}"
+            raise PeftcoreError(
+                f"'{name}' is {now} and was {list(shape)} when it was merged (resized?): what was put aside does not "
+                "fit any more. Undo that first, or keep the model merged"
+            )
     merged, state.merged = state.merged, None
     for name, tensor in merged.aside.items():
-        device = _get(model, name).device
-        tensor.data = tensor.data.to(device)  # the model may have moved meanwhile
+        found = _get(model, name)  # the model may have moved, or been cast, meanwhile
+        is_cast = found.dtype is not merged.written[name][1] and tensor.is_floating_point()
+        tensor.data = tensor.data.to(found.device, found.dtype if is_cast else tensor.dtype)
         _exchange(model, name, tensor)
     if merged.tied is not None:
         model.config.tie_word_embeddings = merged.tied
@@ -253,10 +270,16 @@ def _merged_layers(
         if stored.is_meta:
             raise PeftcoreError(f"the weight of '{path}' is on the meta device, so it has no values to merge into")
         with torch.no_grad(), torch.autocast(stored.device.type, enabled=False):
-            before = weight = stored.float()
+            before = stored.float()
+            weight = before.clone()  # a plugin's `merged` may change what it is given
             acting = [name for name in names if name in adapters]
             for name in acting:
                 weight = adapters[name].merged(weight)
+                if not isinstance(weight, Tensor) or weight.shape != before.shape:
+                    found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+                    raise PeftcoreError(
+                        f"'merged' of the adapter '{name}' at '{path}' gives {found}, for a weight {list(before.shape)}"
+                    )
             if chosen.decode is None:
                 layer = _Layer(path, chosen.write(module, weight), None)
             elif dtype is not None:
@@ -360,9 +383,9 @@ def _untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> bool | None:
     return before
 
 
-def _get(model: nn.Module, name: str) -> Tensor:
+def _get(model: nn.Module, name: str) -> Tensor | None:
     path, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(path), attribute)
+    return getattr(model.get_submodule(path), attribute, None)
 
 
 def _exchange(model: nn.Module, name: str, tensor: Tensor) -> Tensor:

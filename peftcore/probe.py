@@ -47,6 +47,8 @@ def refuse_inexact(
             "was changed. Keep the adapters beside the base, or take them off that module"
         )
 
+    if adapted.has_forward_of_instance(module):
+        raise refuse("it has a forward of this one instance, of which it is not known what that does with the weight")
     with torch.no_grad():
         chain, plain = _evaluated(module, holder=before), _evaluated(module, holder=before)
         precision = max(_put(chain, weights, before), _put(plain, weights, merged))

@@ -181,3 +181,65 @@ def test_any_stack_is_exact_or_refused(kind: str, methods: list[str], train: boo
     else:
         peftcore.merge(model)
         torch.testing.assert_close(tiny.logits(model.eval()), acting, rtol=0, atol=1e-4 * acting.abs().max().item())
+
+
+class InPlace(nn.Module):
+    """y = 2 base(x); `merged` breaks its contract, and changes the weight that it is given."""
+
+    def __init__(self, gives: str = "weight") -> None:
+        super().__init__()
+        self.gives = gives
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return 2 * base(x)
+
+    def merged(self, weight: Tensor) -> Any:
+        return {"weight": weight.mul_(2), "shape": weight[:1], "nothing": None}[self.gives]
+
+
+@pytest.mark.parametrize("gives", ["weight", "shape", "nothing"])
+def test_a_plugin_that_breaks_the_contract(gives: str) -> None:
+    with tiny.installed(tiny.method("loose", lambda *_: [peftcore.Around("0", InPlace(gives))])):
+        model, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
+        base = model(x).detach()
+        peftcore.apply(model, "loose")
+        if gives == "weight":
+            torch.testing.assert_close(peftcore.merge(model)(x), 2 * base)
+            peftcore.unmerge(model)
+        else:
+            refused(model, r"'merged' of the adapter 'default' at '0' gives (\[1, 8\]|NoneType), for a weight \[4, 8\]")
+        peftcore.remove(model)
+        assert torch.equal(model(x), base)
+
+
+def test_a_forward_of_one_instance_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 4, bias=False))
+    model[0].forward = lambda x: 3 * nn.Linear.forward(model[0], x)
+    peftcore.apply(model, "lora", target_modules=["0"])
+    disturb(model, "default", seed=1)
+    refused(model, "it has a forward of this one instance")
+
+
+def test_accelerates_hooks_only_move() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model, x = nn.Sequential(nn.Linear(8, 4)), torch.randn(3, 8)
+    hooks.add_hook_to_module(model[0], hooks.AlignDevicesHook(execution_device="cpu"))
+    peftcore.apply(model, "lora", target_modules=["0"])
+    disturb(model, "default", seed=1)
+    acting = model(x)
+    torch.testing.assert_close(peftcore.merge(model)(x), acting)
+
+
+def test_what_was_put_aside_is_cast_with_the_model_and_must_fit() -> None:
+    model, x = tiny.llama(), torch.tensor([[3, 5, 7]])
+    peftcore.apply(model, "lora", target_modules=["embed_tokens", "q_proj"])
+    disturb(model, "default", seed=1)
+    wanted = model(x).logits
+    peftcore.merge(model).double()
+    found = peftcore.unmerge(model)(x).logits
+    torch.testing.assert_close(found.float(), wanted)
+    peftcore.merge(model)
+    model.resize_token_embeddings(128)
+    with pytest.raises(peftcore.PeftcoreError, match=r"'model.embed_tokens.weight' is (gone|of shape \[128, 32\])"):
+        peftcore.unmerge(model)
+    assert peftcore.summary(model).merged
