@@ -189,3 +189,11 @@ def test_dropout_that_does_not_act_is_said() -> None:
         peftcore.apply(model, "lora", target_modules=["layer"], lora_dropout=0.5)
     disturb(model, "default", seed=1)
     assert torch.equal(model.train()(ROWS)[1], model.eval()(ROWS)[1])
+
+
+def test_saving_says_what_peft_cannot_run(tmp_path: Path) -> None:
+    make, inputs = ON_WEIGHT["Llama 4's router"]
+    model = adapted(make())
+    with pytest.warns(UserWarning, match=r"PEFT cannot read this file: in a Box .*exclude_modules=\['layer'\]"):
+        peftcore.save(model, tmp_path)
+    close(peftcore.load(make(), tmp_path)(inputs), model(inputs))
