@@ -299,6 +299,31 @@ def sharded_by_accelerate() -> dict[str, float]:
     return found
 
 
+def reference(how: str) -> tuple[float, float] | str:
+    """How far outputs have moved in a step, and how far those of the reference are from the first ones."""
+    from peftcore.reference import Reference
+
+    found = adapted("lora")
+    peftcore.shard(found, adapters=how)
+    optimizer = optimizer_of(found)
+    step(found, mine(), optimizer)
+
+    def outputs() -> Tensor:
+        with torch.no_grad():
+            return found(input_ids=TOKENS).logits
+
+    before = outputs()
+    try:
+        kept = Reference(found)
+    except peftcore.PeftcoreError as error:
+        return str(error)
+    step(found, mine(), optimizer)
+    after = outputs()
+    with kept.acting():
+        again = outputs()
+    return (after - before).abs().max().item(), (again - before).abs().max().item()
+
+
 def ended(how: str) -> dict[str, dict[str, int]]:
     """Native threads of this process by name: before the run ends, and after it was ended by `how`."""
     import importlib

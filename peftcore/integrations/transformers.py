@@ -154,6 +154,11 @@ def _prepare_for_training(trainer: Trainer, own: Callable[..., Any], *args: Any,
 def _train(
     trainer: Trainer, own: Callable[..., Any], resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
+    if not any(p.requires_grad for p in bare_model(trainer).parameters()):
+        raise PeftcoreError(
+            "nothing of the model trains: its adapters are frozen, rest or are merged. "
+            "Let one act: peftcore.unmerge(model), peftcore.activate(model, 'NAME')"
+        )
     _add_callbacks(trainer)  # where `model_init` applied the first adapter of this process, it was not taught yet
     if resume_from_checkpoint is True:
         resume_from_checkpoint = latest_checkpoint(trainer.args.output_dir)

@@ -305,3 +305,14 @@ def test_parts_of_the_reference_are_of_the_reference(tokenizer: Any, tmp_path: P
     found.train()
     assert not reference.eval().requires_grad_(False).train().training or found.training
     assert all(p.requires_grad for n, p in found.named_parameters() if "lora_" in n)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
+def test_what_spreads_models_itself_is_refused(engine: str, tokenizer: Any, tmp_path: Path) -> None:
+    from peftcore.integrations.reference_model import refuse_wrapped
+
+    run = trainer("DPO", model(), tokenizer, tmp_path)
+    refuse_wrapped(run)
+    setattr(run, f"is_{engine}_enabled", True)
+    with pytest.raises(peftcore.PeftcoreError, match=rf"by itself \({engine}\). Shard the model beforehand"):
+        refuse_wrapped(run)

@@ -105,6 +105,21 @@ def test_methods_are_told_of_every_step_of_a_model_that_the_trainer_makes(tmp_pa
     assert told == [(1, 2), (2, 2)]
 
 
+@pytest.mark.parametrize("how", ["rests", "frozen", "merged"])
+def test_a_model_of_which_nothing_trains_is_refused(how: str, tmp_path: Path) -> None:
+    """With gradient checkpointing a backward pass would find a gradient all the same: that of the input."""
+    model = peftcore.apply(tiny.llama(), "lora", r=2)
+    match how:
+        case "rests":
+            peftcore.activate(model, [])
+        case "frozen":
+            peftcore.engine.set_trainable(model, "default", False)
+        case "merged":
+            peftcore.merge(model)
+    with pytest.raises(peftcore.PeftcoreError, match="nothing of the model trains"):
+        trainer(model, tmp_path).train()
+
+
 def test_checkpoints_that_were_cut_off_are_skipped(tmp_path: Path) -> None:
     assert latest_checkpoint(tmp_path) is None
     for step in (1, 2, 10, 20):

@@ -152,3 +152,10 @@ def test_a_checkpoint_that_lacks_a_file_or_a_tensor(folder: Path, tmp_path: Path
     (tmp_path / "tensor" / "model.safetensors.index.json").write_text(json.dumps(index))
     for told in run(rank_work.damaged, str(tmp_path / "tensor")):
         assert "1 tensors are missing, such as 'model.norm.weight'" in told
+
+
+def test_the_reference_of_a_sharded_model() -> None:
+    for moved, off in run(rank_work.reference, "replicate"):
+        assert moved > 1e-3 and off < 1e-6
+    for told in run(rank_work.reference, "shard"):
+        assert told.startswith("cannot keep the adapters as a reference: they are sharded")
