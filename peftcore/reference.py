@@ -47,6 +47,7 @@ class Reference:
         state = engine.require_state(model)
         engine.refuse_merged(state, "keep the model as a reference")
         engine.refuse_per_sample(state, "keep the model as a reference")
+        engine.refuse_changed(model)
         self.model = model
         self.active = state.active
         self.is_acting = False
