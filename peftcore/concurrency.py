@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.compiler import is_dynamo_compiling
 
 from peftcore.errors import PeftcoreError
 
@@ -284,7 +285,7 @@ class _Watch:
 
     def __call__(self, _gradients: Any) -> None:
         task = torch._C._current_graph_task_id()
-        if task == self._task:
+        if task == self._task or is_dynamo_compiling():  # by compiled autograd, which can call nothing at the end
             return
         self._task = task
         self._check()
