@@ -7,27 +7,22 @@
                                    chain: After(Around(... own forward))
 
 No module is replaced or renamed: base keys of `state_dict()` stay, `isinstance` holds, hooks and tied
-weights survive. The chain is built when the set of active adapters changes, not in `forward`. The
-adapted class keeps the original's name, since transformers writes it into `config.json` and
-accelerate finds blocks by it.
-
-Modules that adapted ones lie in are swapped for a subclass, too, whose `__call__` tells the model's lock
-that a call begins and ends (`concurrency.py`); their `forward` is their own.
+weights survive. The chain is built when the set of active adapters changes, not in `forward`.
 """
 
 from __future__ import annotations
 
-import functools
 from _thread import get_ident
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.concurrency import ModelLock, rests_in_thread, untraced
+from peftcore.class_swap import BUILT, subclass, take_off
+from peftcore.concurrency import ModelLock, rests_in_thread
+from peftcore.enclosing import LOCK, is_enclosing
 from peftcore.errors import PeftcoreError
 from peftcore.per_sample import PerSample
 
@@ -38,9 +33,7 @@ Change = Callable[[Tensor], Tensor]  # a parameter -> what is read in its place
 
 CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
 TRAINED = "peftcore_trained"  # the child of the model that keeps the values of `Train` placements
-_LOCK = "_peftcore_lock"
-_CHAIN = "_peftcore_chain"
-_BASE = "_peftcore_base"  # the chain of no adapter, for where they rest
+_CHAIN, _BASE = BUILT  # the chain, and that of no adapter for where they rest
 _ACTIVE = "_peftcore_active"
 _SAMPLES = "_peftcore_samples"
 _OWN_FORWARD = "_peftcore_own_forward"
@@ -177,7 +170,7 @@ def attach(
             module.__dict__[_OWN_FORWARD] = module.__dict__.pop("forward")
         module.__class__ = _adapted_class(type(module))
         module.add_module(CHILD, Adapters().train(module.training))
-        module.__dict__[_LOCK] = lock or ModelLock()
+        module.__dict__[LOCK] = lock or ModelLock()
         activate(module, ())
     adapters = module._modules[CHILD]
     adapters._modules[name] = adapter
@@ -190,7 +183,7 @@ def detach(module: nn.Module, name: str) -> None:
     adapters = module._modules[CHILD]
     if not is_adapted(module):  # it was given another class meanwhile
         del module._modules[CHILD]
-        for key in (_LOCK, _CHAIN, _BASE, _ACTIVE, _SAMPLES):
+        for key in (LOCK, _CHAIN, _BASE, _ACTIVE, _SAMPLES):
             del module.__dict__[key]
         return
     active = tuple(active for active in module.__dict__[_ACTIVE] if active != name)
@@ -201,40 +194,11 @@ def detach(module: nn.Module, name: str) -> None:
         del module._modules[CHILD]
         for key in (_CHAIN, _BASE, _ACTIVE, _SAMPLES):
             del module.__dict__[key]
-        _take_off(module, "_peftcore_original")
+        take_off(module, "_peftcore_original")
         if not is_enclosing(module):
-            del module.__dict__[_LOCK]
+            del module.__dict__[LOCK]
         if _OWN_FORWARD in module.__dict__:
             module.__dict__["forward"] = module.__dict__.pop(_OWN_FORWARD)
-
-
-def enclose(module: nn.Module, lock: ModelLock) -> None:
-    """Let calls of `module`, in which adapted ones lie, be calls of the model whose `lock` it is."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # which are not called
-        return
-    module.__dict__[_LOCK] = lock
-    if not is_enclosing(module) and not is_adapted(module):
-        module.__class__ = _enclosing_class(type(module))
-
-
-def release(module: nn.Module) -> None:
-    """Give an enclosing module its own class back; under the class of `fully_shard` it stays, which does no harm."""
-    if is_enclosing(module) and not hasattr(module, "unshard"):
-        _take_off(module, "_peftcore_enclosed")
-        del module.__dict__[_LOCK]
-
-
-def _take_off(module: nn.Module, marker: str) -> None:
-    """Take the swapped class that has `marker` off; what was put over it since (parametrizations) stays."""
-
-    def without(cls: Any) -> Any:
-        if marker in cls.__dict__:
-            return cls.__dict__[marker]
-        bases = tuple(without(base) if hasattr(base, marker) else base for base in cls.__bases__)
-        own = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
-        return type(cls)(cls.__name__, bases, own)
-
-    module.__class__ = without(type(module))
 
 
 def activate(module: nn.Module, names: Sequence[str], samples: Sequence[str | None] | None = None) -> None:
@@ -291,7 +255,7 @@ def acts(module: nn.Module) -> bool:
     """Would an adapter of `module` itself act in a call that this context makes?"""
     if not module.__dict__.get(_ACTIVE):
         return False
-    lock = module.__dict__[_LOCK]
+    lock = module.__dict__[LOCK]
     if is_dynamo_compiling():
         return not rests_in_thread(lock)
     rests = lock.calls.get(get_ident())
@@ -306,16 +270,6 @@ def is_adapted(module: nn.Module) -> bool:
 def is_outermost(module: nn.Module) -> bool:
     """Is the class that adapters gave to `module` still its own, not the base of another one (`fully_shard`'s)?"""
     return "_peftcore_original" in type(module).__dict__
-
-
-def is_enclosing(module: nn.Module) -> bool:
-    """Do adapted modules lie in it, so that its calls are calls of the model?"""
-    return hasattr(type(module), "_peftcore_enclosed")
-
-
-def lock_of(module: nn.Module) -> ModelLock | None:
-    """The lock of the model with adapters that `module` is, or is a part of; None where it belongs to none."""
-    return module.__dict__.get(_LOCK)
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:
@@ -380,16 +334,16 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
     def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
         # Of `nn.DataParallel`: a replica is called in a thread of its own, and once.
         replica = super(adapted, self)._replicate_for_data_parallel()
-        if self.__dict__[_LOCK].rests():
+        if self.__dict__[LOCK].rests():
             replica.__dict__[_ACTIVE] = ()
-        replica.__dict__[_LOCK] = ModelLock()
+        replica.__dict__[LOCK] = ModelLock()
         replica.__dict__[_CHAIN] = _Replica(replica)
         return replica
 
     # transformers, accelerate and the Trainer read a forward's signature.
     forward.__wrapped__ = cls.forward
     forward.__doc__ = cls.forward.__doc__
-    adapted = _subclass(
+    adapted = subclass(
         cls,
         _adapted_class,
         {
@@ -410,88 +364,3 @@ class _Replica:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _chain_of(self.module, _base_of(self.module))(*args, **kwargs)
-
-
-@cache
-def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if is_dynamo_compiling():
-            return super(enclosing, self).__call__(*args, **kwargs)
-        lock = self._peftcore_lock
-        thread = get_ident()
-        if thread in lock.calls:
-            return super(enclosing, self).__call__(*args, **kwargs)
-        lock.enter(thread)
-        try:
-            output = super(enclosing, self).__call__(*args, **kwargs)
-            if torch.is_grad_enabled():
-                lock.watch(output)
-            return output
-        finally:
-            lock.leave(thread)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return super(enclosing, self).forward(*args, **kwargs)
-
-    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        with self._peftcore_lock.calling():  # one adapter from the first token to the last
-            return super(enclosing, self).generate(*args, **kwargs)
-
-    def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
-        replica = super(enclosing, self)._replicate_for_data_parallel()
-        replica.__dict__[_LOCK] = ModelLock()
-        return replica
-
-    namespace: dict[str, Any] = {
-        "__call__": __call__,
-        "_replicate_for_data_parallel": _replicate_for_data_parallel,
-        "_peftcore_enclosed": cls,
-    }
-    # `torch.compile(model)` starts with what this calls, so that its calls are calls of the model, too. With modules
-    # of PyTorch's own, `nn.Sequential` say, it would start further out, but for a forward that is not PyTorch's.
-    untraced(__call__)
-    if cls.forward.__module__.partition(".")[0] == "torch":
-        namespace["forward"] = functools.wraps(cls.forward)(forward)
-    if callable(getattr(cls, "generate", None)):
-        generate.__wrapped__ = cls.generate
-        generate.__doc__ = cls.generate.__doc__
-        namespace["generate"] = generate
-    enclosing = _subclass(cls, _enclosing_class, namespace)
-    return enclosing
-
-
-def _subclass(cls: type[nn.Module], maker: Callable[..., Any], namespace: dict[str, Any]) -> type[nn.Module]:
-    """A subclass that bears the name of `cls` and can be pickled, which by its name it could not."""
-
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        self.__class__ = cls  # what is made by `type(module)(...)`, a slice of an `nn.Sequential`, has no adapters
-        self.__init__(*args, **kwargs)
-
-    __init__.__wrapped__ = cls.__init__  # type: ignore[attr-defined]
-
-    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        made = [c for c in type(self).__mro__ if "_peftcore_maker" in c.__dict__]  # the innermost last
-        _, _, state, *rest = super(made[-1], self).__reduce_ex__(protocol)
-        state = {key: value for key, value in state.items() if key not in (_CHAIN, _BASE)}
-        makers = [c.__dict__["_peftcore_maker"] for c in reversed(made)]
-        return (_rebuild, (made[-1].__bases__[0], *makers), state, *rest)
-
-    return type(cls)(
-        cls.__name__,
-        (cls,),
-        {
-            **namespace,
-            "__init__": __init__,
-            "__reduce_ex__": __reduce_ex__,
-            "_peftcore_maker": maker,
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-        },
-    )
-
-
-def _rebuild(cls: type[nn.Module], *makers: Callable[[type], type]) -> nn.Module:
-    for make in makers:
-        cls = make(cls)
-    return cls.__new__(cls)

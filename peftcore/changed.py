@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from peftcore.adapted import CHILD, adapters_of, is_adapted, lock_of, original_class
+from peftcore.adapted import CHILD, adapters_of, is_adapted, original_class
 from peftcore.concurrency import ModelLock
+from peftcore.enclosing import lock_of
 from peftcore.trained import TrainedParameters
 
 Facts = Mapping[str, tuple[int, ...]]

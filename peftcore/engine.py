@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore import adapted, fast_path, ranks
+from peftcore import adapted, enclosing, fast_path, ranks
 from peftcore.changed import facts, with_adapter
 from peftcore.concurrency import Activation, refuse_running
 from peftcore.errors import PeftcoreError
@@ -107,7 +107,7 @@ def apply(
 
     before = {placement.path: facts(model.get_submodule(placement.path)) for placement in placed.around}
     for path in _enclosing_paths(model, [placement.path for placement in placed.around], placed.trained):
-        adapted.enclose(model.get_submodule(path), state.lock)
+        enclosing.enclose(model.get_submodule(path), state.lock)
     if not state.applied:
         state.requires_grad = {name: p.requires_grad for name, p in adapted.base_parameters(model)}
         for _, parameter in adapted.base_parameters(model):
@@ -231,12 +231,12 @@ def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
     inside = {p for e in state.applied.values() for p in _enclosing_paths(model, e.paths, e.trained)}
     for path, module in adapted.base_modules(model):
         if path in inside and module in there:
-            adapted.enclose(module, state.lock)  # what has lost this adapter holds those of others
+            enclosing.enclose(module, state.lock)  # what has lost this adapter holds those of others
     if not state.applied:
         for name, parameter in adapted.base_parameters(model):
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
         for _, module in adapted.base_modules(model):
-            adapted.release(module)
+            enclosing.release(module)
         state.lock.retired = True
         del model.__dict__[STATE]
     if left:

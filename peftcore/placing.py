@@ -13,6 +13,7 @@ from torch import nn
 
 from peftcore import adapted, prompts
 from peftcore.architecture import Architecture, detect
+from peftcore.enclosing import lock_of
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import After, Around, Method, Train
 from peftcore.registry import registry
@@ -169,7 +170,7 @@ def _refuse_adapters_of_others(model: nn.Module) -> None:
                 f"{type(module).__module__}.{type(module).__name__}). Save them with its save_pretrained(folder), and "
                 "load them here on the plain base: peftcore.load(base, folder)"
             )
-        lock = adapted.lock_of(module)
+        lock = lock_of(module)
         if lock is not None and not lock.retired and (state is None or lock is not state.lock):
             raise PeftcoreError(
                 f"{path or 'the model'!r} has adapters that were applied to another model, of which it is a part, or "

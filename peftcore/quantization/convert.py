@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapted import base_modules, base_parameters, lock_of, original_class
+from peftcore.adapted import base_modules, base_parameters, original_class
 from peftcore.architecture import detect
+from peftcore.enclosing import lock_of
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.observation import bypassed

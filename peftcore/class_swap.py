@@ -1,0 +1,69 @@
+"""Class swap: a module's class becomes a subclass of its own, and later the original again.
+
+The subclass bears the original's name, since transformers writes it into `config.json` and accelerate finds blocks by
+it. One is made for each class, and shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+BUILT = ("_peftcore_chain", "_peftcore_base")  # attributes that a copy builds anew
+
+
+def subclass(cls: type[nn.Module], maker: Callable[..., Any], namespace: dict[str, Any]) -> type[nn.Module]:
+    """A subclass that bears the name of `cls` and can be pickled, which by its name it could not.
+
+    Args:
+        maker: the cached function, importable by name, that makes this subclass of `cls`.
+        namespace: what the subclass overrides.
+    """
+
+    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        self.__class__ = cls  # what is made by `type(module)(...)`, a slice of an `nn.Sequential`, has no adapters
+        self.__init__(*args, **kwargs)
+
+    __init__.__wrapped__ = cls.__init__  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
+        made = [c for c in type(self).__mro__ if "_peftcore_maker" in c.__dict__]  # the innermost last
+        _, _, state, *rest = super(made[-1], self).__reduce_ex__(protocol)
+        state = {key: value for key, value in state.items() if key not in BUILT}
+        makers = [c.__dict__["_peftcore_maker"] for c in reversed(made)]
+        return (_rebuild, (made[-1].__bases__[0], *makers), state, *rest)
+
+    return type(cls)(
+        cls.__name__,
+        (cls,),
+        {
+            **namespace,
+            "__init__": __init__,
+            "__reduce_ex__": __reduce_ex__,
+            "_peftcore_maker": maker,
+            "__module__": cls.__module__,
+            "__qualname__": cls.__qualname__,
+            "__doc__": cls.__doc__,
+        },
+    )
+
+
+def _rebuild(cls: type[nn.Module], *makers: Callable[[type], type]) -> nn.Module:
+    for make in makers:
+        cls = make(cls)
+    return cls.__new__(cls)
+
+
+def take_off(module: nn.Module, marker: str) -> None:
+    """Take the swapped class that has `marker` off; what was put over it since (parametrizations) stays."""
+
+    def without(cls: Any) -> Any:
+        if marker in cls.__dict__:
+            return cls.__dict__[marker]
+        bases = tuple(without(base) if hasattr(base, marker) else base for base in cls.__bases__)
+        own = {name: value for name, value in cls.__dict__.items() if name not in ("__dict__", "__weakref__")}
+        return type(cls)(cls.__name__, bases, own)
+
+    module.__class__ = without(type(module))
