@@ -15,13 +15,14 @@ from functools import cache
 
 from torch import Tensor, nn
 
-from peftcore.adapted import base_modules, base_parameters, original_class
+from peftcore.adapted import CHILD, TRAINED, base_modules, base_parameters, original_class
 
 _TASK = re.compile(
     "(?<!ZERO_SHOT_)(?<!ZERO_SHOT_IMAGE_)(CLASSIFICATION|OBJECT_DETECTION|SEGMENTATION|QUESTION_ANSWERING"
     "|MULTIPLE_CHOICE|NEXT_SENTENCE_PREDICTION|CTC|RNNT|TDT|XVECTOR|REGRESSION|KEYPOINT_DETECTION|POSE_ESTIMATION)"
 )
 _TASK_NAME = re.compile("For.*(Classification|Detection|Segmentation|QuestionAnswering|MultipleChoice|CTC|Regression)")
+_OURS = (CHILD, TRAINED)
 _LOADED = "_is_hf_initialized"  # transformers' mark of a parameter that a checkpoint gave
 
 
@@ -55,18 +56,18 @@ def mark_as_loaded(parameter: nn.Parameter, like: Tensor) -> None:
 
 def _beside_backbone(model: nn.Module, backbone: str) -> list[str]:
     """The children of the model that have parameters and are no backbone, nor hold one."""
-    children = [(name, child) for name, child in base_modules(model) if name and "." not in name]
+    paths = {id(module): path for path, module in base_modules(model)}
+    children = [(name, child) for name, child in model._modules.items() if id(child) in paths and name not in _OURS]
     if backbone:
         backbones = {backbone.split(".")[0]}
     else:  # the class names a prefix that it has not, as CLIP's classifier does, whose vision model is one of its own
         backbones = {name for name, child in children if hasattr(child, "base_model_prefix")}
     if not backbones:
         return []
-    tied = {id(p) for name in backbones for p in model.get_submodule(name).parameters()}
-    return [
-        name
+    return [  # a module that the backbone holds, too, bears its name there
+        paths[id(child)]
         for name, child in children
-        if name not in backbones and any(id(p) not in tied for _, p in base_parameters(child))
+        if name not in backbones and any(True for _ in base_parameters(child))
     ]
 
 

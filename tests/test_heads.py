@@ -43,12 +43,36 @@ CASES = {
         {**VISION, "image_size": [32, 32], "num_detection_tokens": 5},
         ("class_labels_classifier", "bbox_predictor"),
     ),
+    "DetrForObjectDetection": (
+        {
+            **{"use_timm_backbone": False, "backbone": None, "d_model": 32, "num_queries": 5, "encoder_layers": 1},
+            **{"decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2},
+            **{"encoder_ffn_dim": 32, "decoder_ffn_dim": 32},
+            "backbone_config": transformers.ResNetConfig(
+                embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+            ),
+        },
+        ("class_labels_classifier", "bbox_predictor"),
+    ),
     "SegformerForSemanticSegmentation": (SEGFORMER, ("decode_head",)),
     "Wav2Vec2ForCTC": (SPEECH, ("lm_head",)),
     "Wav2Vec2ForSequenceClassification": (SPEECH, ("projector", "classifier")),
     "Wav2Vec2ForXVector": (SPEECH, ("projector", "tdnn", "feature_extractor", "classifier", "objective")),
     "VideoMAEForVideoClassification": ({**VISION, "num_frames": 4}, ("fc_norm", "classifier")),
 }
+
+
+RESNET = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+
+
+def rt_detr() -> nn.Module:
+    """A detector with heads that depend on the labels inside its backbone."""
+    backbone = transformers.RTDetrResNetConfig(**RESNET, out_features=["stage2", "stage3", "stage4"])
+    sizes = {"encoder_hidden_dim": 32, "encoder_in_channels": [8, 16, 16], "encoder_ffn_dim": 32, "d_model": 32}
+    decoder = {"decoder_in_channels": [32, 32, 32], "decoder_ffn_dim": 32, "decoder_layers": 2, "num_queries": 5}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_denoising": 2, "num_labels": 3}
+    config = transformers.RTDetrConfig(backbone_config=backbone, **sizes, **decoder, **heads)
+    return transformers.RTDetrForObjectDetection(config)
 
 
 def made(name: str, seed: int = 0) -> nn.Module:
@@ -116,6 +140,18 @@ def test_what_the_checkpoint_did_not_have(tmp_path: Path) -> None:
     peftcore.save(model, tmp_path / "adapter")
     again = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "without").eval()
     assert torch.equal(tiny.logits(peftcore.load(again, tmp_path / "adapter")), wanted)
+
+
+def test_heads_inside_the_backbone_of_a_detector_with_other_labels(tmp_path: Path) -> None:
+    rt_detr().save_pretrained(tmp_path)
+    cls = transformers.RTDetrForObjectDetection
+    assert detect(cls.from_pretrained(tmp_path)).task_heads == ()
+    labels = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    assert detect(cls.from_pretrained(tmp_path, **labels)).task_heads == (
+        "model.denoising_class_embed",
+        "model.enc_score_head",
+        *("model.decoder.class_embed.0", "model.decoder.class_embed.1"),
+    )
 
 
 def test_merged_layers_are_not_new(tmp_path: Path) -> None:
