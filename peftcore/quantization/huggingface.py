@@ -18,7 +18,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from peftcore.errors import PeftcoreError
+from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.quantization.convert import convert, convert_dense, note_in_config, selected
 from peftcore.quantization.format import DTYPES, STATE_KEY, check_blocksize, check_quant_type, from_tensors
 from peftcore.quantization.linear import QuantizedLinear, check_shape, refuse_non_finite
@@ -148,6 +148,8 @@ class _Deserialize(ConversionOps):
             return input_dict  # a dense weight
         parts = {name.removeprefix("weight."): value for name, value in tensors.items() if name != "weight"}
         with _noted():
+            if "weight" not in tensors:
+                raise CheckpointError(f"the checkpoint lacks '{full_layer_name}', whose 4-bit state it has")
             packed, state = from_tensors(tensors["weight"], parts, full_layer_name)
             module = model.get_submodule(full_layer_name.rpartition(".")[0])
             check_shape(state, sizes(module)[::-1], full_layer_name)

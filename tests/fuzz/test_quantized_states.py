@@ -8,10 +8,14 @@ from __future__ import annotations
 import json
 import math
 import random
+import warnings
+from pathlib import Path
 
+import tiny
 import torch
 from fuzz import corpus
 from fuzz.folders import TEXTS, VALUES
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftcore
@@ -19,6 +23,7 @@ from peftcore.quantization import QuantizedLinear
 from peftcore.quantization.format import from_tensors
 
 COUNT = 600
+CHECKPOINTS = 100  # whole ones, which take longer
 STATE = "weight.quant_state.bitsandbytes__"
 FACTS = ["quant_type", "blocksize", "dtype", "shape", "nested_blocksize", "nested_offset", "nested_dtype"]
 
@@ -156,3 +161,31 @@ def _outcome(state: dict[str, Tensor], options: dict) -> str:
     assert found.dtype == wanted.dtype and torch.equal(found, wanted), "another weight than the tensors say"
     assert layer(torch.ones(2, options["in_features"], dtype=options["dtype"])).shape == (2, options["out_features"])
     return "loaded"
+
+
+def test_mutated_checkpoints(tmp_path: Path) -> None:
+    """One layer's state in a transformers checkpoint, read by `peftcore.quantization.load`."""
+    peftcore.quantize(tiny.llama()).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    layers = sorted(name.removesuffix("weight") for name in whole if name.endswith("proj.weight"))
+
+    def case(number: int, rng: random.Random) -> str:
+        prefix = rng.choice(layers)
+        state = {name.removeprefix(prefix): t.clone() for name, t in whole.items() if name.startswith(prefix)}
+        said = mutated(rng, state)
+        rest = {name: tensor for name, tensor in whole.items() if not name.startswith(prefix)}
+        save_file({**rest, **{prefix + name: t.contiguous() for name, t in state.items()}}, file, {"format": "pt"})
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = peftcore.quantization.load(tmp_path)
+        except peftcore.CheckpointError:
+            return "refused"
+        except Exception as error:
+            raise AssertionError(f"{said}: {type(error).__name__}: {error}") from error
+        layer = model.get_submodule(prefix.removesuffix("."))
+        assert torch.equal(layer.dequantized(), by_hand(state)), f"{said}: another weight than the tensors say"
+        return "loaded"
+
+    corpus.report("4-bit checkpoints", CHECKPOINTS, case)
