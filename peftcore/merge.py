@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from peftcore import engine, ranks
 from peftcore.adapted import adapters_of, base_parameters, is_adapted
+from peftcore.changed import facts
 from peftcore.errors import PeftcoreError
 from peftcore.heads import mark_as_loaded
 from peftcore.method import WeightFormat
@@ -144,6 +145,8 @@ def merge(
         merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [_get(model, name)]}
         state.merged = merged
     else:
+        for entry in state.applied.values():  # a weight that was packed has another shape now
+            entry.facts = {path: facts(model.get_submodule(path)) for path in entry.facts}
         for name in merged.active:
             engine.remove(model, name)
         for path, make_plain in plain.items():

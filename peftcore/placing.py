@@ -39,6 +39,7 @@ def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed
     check_model(model)
     if hasattr(model, "_orig_mod"):
         raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
+    _refuse_lazy(model)
     _refuse_adapters_of_others(model)
     chosen, config = _method_and_config(method, fields)
     architecture = detect(model)
@@ -158,6 +159,12 @@ def refuse_shared(state: State, active: Sequence[str]) -> None:
                     f"'{parameter}' is trained by the active adapter '{other}' already. Two at a time cannot train "
                     f"one parameter: let '{other}' rest first, with peftcore.activate(model, [...])"
                 )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in adapted.base_parameters(model):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise PeftcoreError(f"'{name}' has no shape yet (a lazy module). Run the model once before apply")
 
 
 def _refuse_adapters_of_others(model: nn.Module) -> None:

@@ -318,3 +318,11 @@ def test_a_wrapper_is_refused_with_the_model_inside() -> None:
         peftcore.activate(torch.compile(model, backend="eager"), "default")
     with pytest.raises(peftcore.PeftcoreError, match=r"the model inside: give model\.module"):
         peftcore.save(nn.DataParallel(model), "nowhere")
+
+
+def test_a_lazy_module_is_refused_until_it_has_run() -> None:
+    model = torch.nn.Sequential(torch.nn.LazyLinear(4))
+    with pytest.raises(peftcore.PeftcoreError, match=r"'0.weight' has no shape yet \(a lazy module\)"):
+        peftcore.apply(model, "around", target_modules=("0",))
+    model(torch.randn(2, 3))
+    peftcore.apply(model, "around", target_modules=("0",))
