@@ -52,6 +52,17 @@ inline void check_linear(const Tensor& x, const Tensor& weight, const std::optio
     }
 }
 
+// A packed weight that a call does not read is checked all the same.
+inline void check_packed(const Tensor& x, const Tensor& weight, int64_t out_features, const Quantized& q,
+                         const char* op) {
+    if (!q.packed()) return;
+    TORCH_CHECK_VALUE(q.code.has_value(), op, ": a packed weight needs absmax and code, found no code");
+    check_tensor(weight, at::kByte, x.device(), op, "packed");
+    nf4::packed_arguments(weight, *q.absmax, *q.code, q.blocksize, q.nested_absmax, q.nested_code,
+                          q.nested_offset, q.nested_blocksize, nf4::count_of({out_features, x.size(-1)}, op),
+                          op);
+}
+
 // B's rows, which are known once it is a matrix.
 inline int64_t out_features_of(const Tensor& b, const char* op) {
     TORCH_CHECK_VALUE(b.dim() == 2, op, ": b must have two dimensions, found ", b.sizes());
@@ -86,8 +97,8 @@ inline void check_gradient(const Tensor& grad, const Tensor& s, const Tensor& x,
     check_tensor(s, at::kFloat, x.device(), op, "s");
     const at::IntArrayRef sizes = x.sizes();
     const int64_t rows = c10::multiply_integers(sizes.begin(), sizes.end() - 1);
-    TORCH_CHECK_VALUE(s.dim() == 2 && s.size(0) == rows && s.size(1) == r && s.is_contiguous(), op,
-                      ": s must be a contiguous [", rows, ", ", r, "], found ", s.sizes());
+    TORCH_CHECK_VALUE(s.dim() == 2 && s.size(0) == rows && s.size(1) == r, op, ": s must be [", rows, ", ", r,
+                      "], found ", s.sizes());
 }
 
 // Adapters by number, and the one of each sample. Whether the numbers exist is seen where they are read.

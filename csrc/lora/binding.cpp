@@ -240,9 +240,10 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     check_factors(x, a, b, out_features, op);
     const int64_t columns = x.size(-1);
     check_gradient(grad, s, x, out_features, a.size(0), op);
+    if (!needs[0]) check_packed(x, weight, out_features, quantized, op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const float factor = factor_of(scale, dropout);
-    const Tensor flat = matrix(x), rows = matrix(grad);
+    const Tensor flat = matrix(x), rows = matrix(grad), thin = s.contiguous();
 
     const Tensor a_float = floats(a), b_float = floats(b);
     Tensor dx = at::empty({0}, x.options()), da = at::empty({0}, a.options()),
@@ -252,15 +253,15 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     if (!has_kernels(x)) {
         if (needs_t) t = at::mm(rows, b_float).mul_(factor);
         if (needs[1]) da = at::mm(t.t(), dropped(flat, dropout, op)).to(a.scalar_type());
-        if (needs[2]) db = at::mm(rows.t(), s).to(b.scalar_type());
+        if (needs[2]) db = at::mm(rows.t(), thin).to(b.scalar_type());
         if (needs[0]) dx = dropped(at::mm(t, a_float), dropout, op);
     } else {
         const Tensor b_columns = needs_t ? b_float.t().contiguous() : b_float;  // [r, out]
         if (needs_t && needs[2] && s.size(1) <= kOnePassMaxRank) {
-            std::tie(db, t) = reduce_and_product(rows, s, b_columns, factor, b.scalar_type(), op);
+            std::tie(db, t) = reduce_and_product(rows, thin, b_columns, factor, b.scalar_type(), op);
         } else {
             if (needs_t) t = down(rows.unsqueeze(0), Factors({b_columns}, 0), {factor}, nullptr, {}, op);
-            if (needs[2]) db = reduce(rows, s, {}, false, b.scalar_type(), op);
+            if (needs[2]) db = reduce(rows, thin, {}, false, b.scalar_type(), op);
         }
         if (needs[1]) da = reduce(flat, t, dropout, true, a.scalar_type(), op);
         if (needs[0]) {

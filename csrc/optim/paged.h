@@ -28,6 +28,7 @@ void sweep_pages(Pool& pool, const Step& step, at::IntArrayRef slots, int64_t sw
                  const char* op, Run run) {
     TORCH_CHECK_VALUE(slots.size() == step.segments.size(), op, ": ", step.segments.size(),
                       " params need as many slots, found ", slots.size());
+    TORCH_CHECK_VALUE(sweep >= 0, op, ": sweep must not be negative, found ", sweep);
     const auto locked = pool.lock();
     const Planes planes = planes_of(step.rule);
     const int64_t per_page = page_blocks(step.rule, pool.page_bytes());
@@ -35,9 +36,10 @@ void sweep_pages(Pool& pool, const Step& step, at::IntArrayRef slots, int64_t sw
     std::vector<std::pair<int64_t, Segment>> parts;  // by page
     for (size_t i = 0; i < step.segments.size(); ++i) {
         const Segment& whole = step.segments[i];
-        const int64_t blocks = blocks_of(whole.count), last = slots[i] + blocks;
-        TORCH_CHECK_VALUE(slots[i] >= 0 && last <= pool.pages() * per_page, op, ": slot ", slots[i], " and ",
-                          blocks, " blocks do not fit into ", pool.pages(), " pages");
+        const int64_t blocks = blocks_of(whole.count), room = pool.pages() * per_page;
+        TORCH_CHECK_VALUE(slots[i] >= 0 && blocks <= room && slots[i] <= room - blocks, op, ": slot ",
+                          slots[i], " and ", blocks, " blocks do not fit into ", pool.pages(), " pages");
+        const int64_t last = slots[i] + blocks;
         for (int64_t block = slots[i]; block < last;) {
             const int64_t page = block / per_page, end = std::min(last, (page + 1) * per_page);
             const int64_t first = (block - slots[i]) * kBlock;

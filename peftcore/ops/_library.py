@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -11,6 +14,24 @@ from torch.utils._python_dispatch import _disable_current_modes
 from peftcore.ops import _extension
 
 library = torch.library.Library("peftcore", "DEF")
+
+
+def _tensors_there(schema: str, function: Callable) -> Callable:
+    """The function behind a check that a schema does not make: None passes for a tensor, undefined."""
+    name, _, arguments = schema.partition("(")
+    declared = re.sub(r"\([a-z]!\)", "", arguments.split(") ->")[0]).split(", ")
+    names = [argument.split()[-1].split("=")[0] for argument in declared]
+    needed = [name for name, argument in zip(names, declared, strict=True) if argument.startswith("Tensor ")]
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip((n for n in names if n != "*"), args, strict=False)) | kwargs
+        for argument in needed:
+            if given[argument] is None:
+                raise TypeError(f"{name}: {argument} must be a tensor, found None")
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def define(schema: str, reference: Callable, fake: Callable, *, differentiable: bool = False) -> None:
@@ -29,8 +50,8 @@ def define(schema: str, reference: Callable, fake: Callable, *, differentiable: 
             f"the compiled extension is another version's: its '{name}' takes other arguments. "
             f"Rebuild it: {_extension.REBUILD}"
         ) from error
-    library.impl(name, reference, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"peftcore::{name}", fake, lib=library)
+    library.impl(name, _tensors_there(schema, reference), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"peftcore::{name}", _tensors_there(schema, fake), lib=library)
     if not differentiable:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
 

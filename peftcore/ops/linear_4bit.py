@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from peftcore.ops._extension import extension
 from peftcore.ops._library import define
-from peftcore.ops.nf4 import _NESTED, NestedScales, _check_dequantize, _check_dtype, _value
+from peftcore.ops.nf4 import _NESTED, NestedScales, _check_dequantize, _check_dtype, _check_tensor, _value
 
 # Bytes of a panel. Measured on one AVX-512 core, 4096 x 4096 in bf16: forward, panels of 8 MiB take 2.8 ms for one
 # row of x and the whole weight at once 5.8 (dense: 3.0), and they cost nothing for many rows; in the gradient every
@@ -107,14 +107,15 @@ class _Weight:
             yield first, last, panel
 
 
-def _check(x: Tensor, out_features: int, bias: Tensor | None) -> None:
-    op = "linear_4bit"
+def _check(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, op: str = "linear_4bit") -> None:
     _check_dtype(x.dtype, op)
+    _check_tensor(packed, torch.uint8, x.device, op, "packed")
     _value(x.dim() > 0, op, "x must have at least one dimension, found a scalar")
     if bias is not None:
         _value(bias.shape == (out_features,), op, f"bias must be [{out_features}], found {list(bias.shape)}")
         if bias.dtype != x.dtype:
             raise TypeError(f"{op}: bias must be {x.dtype} like x, found {bias.dtype}")
+        _value(bias.device == x.device, op, f"bias must be on {x.device} like x, found {bias.device}")
 
 
 @torch.no_grad()
@@ -131,7 +132,7 @@ def _linear_4bit(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> Tensor:
-    _check(x, out_features, bias)
+    _check(x, packed, out_features, bias)
     nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
     weight = _Weight(
         out_features, x.shape[-1], x.dtype, packed, absmax, code, blocksize, nested, PANEL_BYTES["forward"]
@@ -158,7 +159,7 @@ def _fake_linear_4bit(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> Tensor:
-    _check(x, out_features, bias)
+    _check(x, packed, out_features, bias)
     nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
     _check_dequantize(packed, absmax, code, blocksize, (out_features, x.shape[-1]), x.dtype, *nested)
     return x.new_empty((*x.shape[:-1], out_features))
@@ -177,7 +178,7 @@ def _linear_4bit_backward(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> Tensor:
-    _check_dtype(grad.dtype, "linear_4bit_backward")
+    _check(grad, packed, 0, None, "linear_4bit_backward")
     nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
     rows = grad.shape[-1]
     weight = _Weight(rows, in_features, grad.dtype, packed, absmax, code, blocksize, nested, PANEL_BYTES["backward"])
@@ -203,6 +204,7 @@ def _fake_linear_4bit_backward(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> Tensor:
+    _check(grad, packed, 0, None, "linear_4bit_backward")
     nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
     _check_dequantize(packed, absmax, code, blocksize, (grad.shape[-1], in_features), grad.dtype, *nested)
     return grad.new_empty((*grad.shape[:-1], in_features))

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 
 from peftcore.ops._library import define
 from peftcore.ops._philox import LOW, philox
-from peftcore.ops.nf4 import _NESTED, DTYPES, NestedScales, _value
+from peftcore.ops.nf4 import _NESTED, DTYPES, NestedScales, _check_dequantize, _check_tensor, _value
 
 _OPS = torch.ops.peftcore
 
@@ -109,11 +109,18 @@ def _check_factors(op: str, x: Tensor, a: Tensor, b: Tensor, out_features: int, 
     _value(b.shape == (out_features, r), op, f"{names[1]} must be [{out_features}, {r}], found {list(b.shape)}")
 
 
-def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, packed: bool) -> None:
+def _check_linear(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, quantized: tuple[Any, ...]
+) -> None:
     if x.dtype not in (*DTYPES, torch.float64):
         raise TypeError(f"{op}: only float32, float16 and bfloat16 (and float64) are supported, found {x.dtype}")
     _value(x.dim() > 0, op, "x must have at least one dimension, found a scalar")
-    if not packed:
+    absmax, code, blocksize, *nested = quantized
+    if absmax is not None:
+        _value(code is not None, op, "a packed weight needs absmax and code, found no code")
+        _check_tensor(weight, torch.uint8, x.device, op, "packed")
+        _check_dequantize(weight, absmax, code, blocksize, (out_features, x.shape[-1]), x.dtype, *nested)
+    else:
         if weight.dtype != x.dtype:
             raise TypeError(f"{op}: weight must be {x.dtype} like x, found {weight.dtype}")
         _value(weight.device == x.device, op, f"weight must be on {x.device} like x, found {weight.device}")
@@ -134,7 +141,7 @@ def _check_gradient(op: str, grad: Tensor, s: Tensor, x: Tensor, out_features: i
     wanted = [*x.shape[:-1], out_features]
     _value(list(grad.shape) == wanted, op, f"grad must be {wanted}, found {list(grad.shape)}")
     rows = x.shape[:-1].numel()
-    _value(s.shape == (rows, r), op, f"s must be a contiguous [{rows}, {r}], found {list(s.shape)}")
+    _value(s.shape == (rows, r), op, f"s must be [{rows}, {r}], found {list(s.shape)}")
 
 
 def _check_dropout(op: str, p: float, seed: Tensor | None) -> None:
@@ -178,10 +185,10 @@ def _lora_linear(
     nested_blocksize: int = 256,
 ) -> tuple[Tensor, Tensor]:
     op, out = "lora_linear", _out_features("lora_linear", b)
-    _check_linear(op, x, weight, bias, out, absmax is not None)
+    quantized = (absmax, code, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize)
+    _check_linear(op, x, weight, bias, out, quantized)
     _check_factors(op, x, a, b, out, ("a", "b"))
     _check_dropout(op, dropout_p, seed)
-    quantized = (absmax, code, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize)
     y, wide = _matrix(_base(x, weight, bias, out, quantized)), _wide(x)
     s = _dropped(_matrix(x), dropout_p, seed).to(wide) @ a.to(wide).T * _factor(scale, dropout_p, seed)
     return (y + s @ b.to(wide).T).to(x.dtype).view(*x.shape[:-1], out), s
@@ -197,10 +204,16 @@ def _fake_lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     absmax: Tensor | None = None,
-    *quantized: Any,
+    code: Tensor | None = None,
+    blocksize: int = 64,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    nested_blocksize: int = 256,
 ) -> tuple[Tensor, Tensor]:
     op, out = "lora_linear", _out_features("lora_linear", b)
-    _check_linear(op, x, weight, bias, out, absmax is not None)
+    quantized = (absmax, code, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize)
+    _check_linear(op, x, weight, bias, out, quantized)
     _check_factors(op, x, a, b, out, ("a", "b"))
     _check_dropout(op, dropout_p, seed)
     return x.new_empty((*x.shape[:-1], out)), x.new_empty((x.shape[:-1].numel(), a.shape[0]), dtype=_wide(x))
@@ -226,11 +239,8 @@ def _lora_linear_backward(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    op, out = "lora_linear_backward", _out_features("lora_linear_backward", b)
-    _check_linear(op, x, weight, None, out, absmax is not None)
-    _check_factors(op, x, a, b, out, ("a", "b"))
-    _check_gradient(op, grad, s, x, out, a.shape[0])
-    _check_dropout(op, dropout_p, seed)
+    quantized = (absmax, code, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize)
+    _check_backward(grad, x, s, weight, a, b, dropout_p, seed, quantized)
     columns, wide = x.shape[-1], _wide(x)
     rows = _matrix(grad).to(wide)
     dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
@@ -239,8 +249,7 @@ def _lora_linear_backward(
         if absmax is None:
             dx = grad @ weight
         else:
-            nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
-            dx = _OPS.linear_4bit_backward(grad, weight, absmax, code, blocksize, columns, *nested)
+            dx = _OPS.linear_4bit_backward(grad, weight, *quantized[:3], columns, *quantized[3:])
         dx = (_matrix(dx) + _dropped(t @ a.to(wide), dropout_p, seed)).to(x.dtype).view(x.shape)
     if needs[1]:
         da = (t.T @ _dropped(_matrix(x), dropout_p, seed).to(wide)).to(a.dtype)
@@ -249,9 +258,46 @@ def _lora_linear_backward(
     return dx, da, db
 
 
+def _check_backward(
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dropout_p: float,
+    seed: Tensor | None,
+    quantized: tuple[Any, ...],
+) -> None:
+    op = "lora_linear_backward"
+    out = _out_features(op, b)
+    _check_linear(op, x, weight, None, out, quantized)
+    _check_factors(op, x, a, b, out, ("a", "b"))
+    _check_gradient(op, grad, s, x, out, a.shape[0])
+    _check_dropout(op, dropout_p, seed)
+
+
 def _fake_lora_linear_backward(
-    grad: Tensor, x: Tensor, s: Tensor, weight: Tensor, a: Tensor, b: Tensor, needs: Sequence[bool], *rest: Any
+    grad: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    needs: Sequence[bool],
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    absmax: Tensor | None = None,
+    code: Tensor | None = None,
+    blocksize: int = 64,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    nested_blocksize: int = 256,
 ) -> tuple[Tensor, ...]:
+    quantized = (absmax, code, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize)
+    _check_backward(grad, x, s, weight, a, b, dropout_p, seed, quantized)
     shapes = [t.shape if needed else (0,) for t, needed in zip((x, a, b), needs, strict=True)]
     return x.new_empty(shapes[0]), a.new_empty(shapes[1]), b.new_empty(shapes[2])
 
@@ -288,12 +334,12 @@ def _lora_linear_per_sample(
     nested_offset: Tensor | None = None,
     nested_blocksize: int = 256,
 ) -> Tensor:
-    _check_linear("lora_linear_per_sample", x, weight, bias, out_features, absmax is not None)
+    quantized = (absmax, code, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize)
+    _check_linear("lora_linear_per_sample", x, weight, bias, out_features, quantized)
     _check_per_sample(x, a, b, scales, index, out_features)
     found = index.tolist()
     for i in found:
         _value(-1 <= i < len(a), "lora_linear_per_sample", f"index must be -1 (none) to {len(a) - 1}, found {i}")
-    quantized = (absmax, code, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize)
     y, wide = _base(x, weight, bias, out_features, quantized), _wide(x)
     for i in sorted(set(found) - {-1}):
         rows = index == i
@@ -312,9 +358,15 @@ def _fake_lora_linear_per_sample(
     index: Tensor,
     out_features: int,
     absmax: Tensor | None = None,
-    *quantized: Any,
+    code: Tensor | None = None,
+    blocksize: int = 64,
+    nested_absmax: Tensor | None = None,
+    nested_code: Tensor | None = None,
+    nested_offset: Tensor | None = None,
+    nested_blocksize: int = 256,
 ) -> Tensor:
-    _check_linear("lora_linear_per_sample", x, weight, bias, out_features, absmax is not None)
+    quantized = (absmax, code, blocksize, nested_absmax, nested_code, nested_offset, nested_blocksize)
+    _check_linear("lora_linear_per_sample", x, weight, bias, out_features, quantized)
     _check_per_sample(x, a, b, scales, index, out_features)
     return x.new_empty((*x.shape[:-1], out_features))
 

@@ -297,6 +297,11 @@ def _fake_dequantize_4bit(
     return packed.new_empty(shape, dtype=dtype)
 
 
+def _check_out(packed: Tensor, out: Tensor) -> None:
+    found = f"found {out.device}"
+    _value(out.device == packed.device, "dequantize_4bit", f"out must be on {packed.device}, {found}")
+
+
 def _dequantize_4bit_out(
     packed: Tensor,
     absmax: Tensor,
@@ -310,8 +315,7 @@ def _dequantize_4bit_out(
     out: Tensor,
 ) -> None:
     nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
-    found = f"found {out.device}"
-    _value(out.device == packed.device, "dequantize_4bit", f"out must be on {packed.device}, {found}")
+    _check_out(packed, out)
     with torch.no_grad():
         out.copy_(_dequantize_4bit(packed, absmax, code, blocksize, out.shape, out.dtype, *nested))
 
@@ -329,6 +333,7 @@ def _fake_dequantize_4bit_out(
     out: Tensor,
 ) -> None:
     nested = (nested_absmax, nested_code, nested_offset, nested_blocksize)
+    _check_out(packed, out)
     _check_dequantize(packed, absmax, code, blocksize, out.shape, out.dtype, *nested)
 
 

@@ -185,8 +185,8 @@ def _adamw_8bit(p: Tensor, g: Tensor, state: list[Tensor], row: list[float]) -> 
 
 def _lion(p: Tensor, g: Tensor, state: list[Tensor], row: list[float]) -> None:
     _, decay, weight1, weight2, size = row[:5]
-    way = torch.lerp(state[0], g, weight1).sign_()
-    p.mul_(decay).add_(size * way)
+    mean = torch.lerp(state[0], g, weight1)
+    p.mul_(decay).add_(size * mean.sign().where(~mean.isnan(), mean))  # sign makes 0 of NaN
     state[0].lerp_(g, weight2)
 
 

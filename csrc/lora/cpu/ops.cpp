@@ -60,7 +60,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     check_linear(x, weight, {}, out_features, quantized, op);
     check_factors(x, a, b, out_features, op);
     const int64_t r = a.size(0), columns = x.size(-1);
-    check_gradient(grad, s, x, out_features, a.size(0), op);
+    check_gradient(grad, s, x, out_features, r, op);
+    if (!needs[0]) check_packed(x, weight, out_features, quantized, op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const Tensor flat = matrix(x), rows = matrix(grad);
     const int64_t count = flat.size(0);
@@ -82,7 +83,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
         const DownArgs makes_t =
             needs_t ? down_args(rows, right, factor_of(scale, dropout), {}, t) : DownArgs{};
         if (needs[2])
-            outer(kernels, rows, s, db, true, {}, needs_t ? &makes_t : nullptr);
+            outer(kernels, rows, s.contiguous(), db, true, {}, needs_t ? &makes_t : nullptr);
         else if (needs_t)
             down(kernels, makes_t, count);
         const Kept keep = needs_t ? kept(kernels, dropout, flat) : Kept{};

@@ -1,0 +1,422 @@
+"""Random and hostile calls of every operator, each beside its PyTorch reference.
+
+    cd tests; python -m fuzz.operators LEVEL FIRST LAST [STEP]   calls of these numbers at a SIMD level: what is wrong
+    cd tests; python -m fuzz.operators LEVEL 123                 one of them, with its arguments
+
+A call is a valid one of random sizes, layouts and dtypes, of which up to three arguments are then made hostile. What
+the operator gives must be what the reference gives, or both must refuse. The number of a call is all its randomness.
+"""
+
+import contextlib
+import random
+import re
+import resource
+import sys
+import tempfile
+
+import torch
+from fuzz.memory import LAYOUTS, laid_out
+
+from peftcore import ops
+from peftcore.ops import lora, nf4, optim
+from peftcore.ops.linear_4bit import _linear_4bit as linear_reference
+from peftcore.ops.linear_4bit import _linear_4bit_backward as linear_backward_reference
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError, OverflowError, MemoryError)
+
+
+class Maker:
+    """Draws arguments; everything follows from the number of the call."""
+
+    def __init__(self, number):
+        self.random = random.Random(number)
+        self.generator = torch.Generator().manual_seed(number)
+        self.choice = self.random.choice
+
+    def size(self, most=70):
+        return self.choice([1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 64, 65, self.random.randint(1, most)])
+
+    def place(self, values, layouts=LAYOUTS):
+        return laid_out(values, self.choice(layouts), self.random.random() < 0.8)
+
+    def normal(self, *shape, dtype=torch.float32, layouts=LAYOUTS):
+        return self.place(torch.randn(shape, generator=self.generator).to(dtype), layouts)
+
+    def bytes(self, *shape):
+        return self.place(torch.randint(256, shape, generator=self.generator, dtype=torch.uint8))
+
+    def some(self, value):
+        return value if self.random.random() < 0.5 else None
+
+    def scales(self, rows, columns):
+        """(packed, what reads it) of a weight in 4 bits."""
+        blocksize, count = self.choice([32, 64, 64, 128]), rows * columns
+        blocks = -(-count // blocksize)
+        given = {"code": self.place(nf4.NF4), "blocksize": blocksize}
+        if self.random.random() < 0.5:
+            nested = -(-blocks // 32)
+            given |= {"absmax": self.bytes(blocks), "nested_absmax": self.normal(nested).abs(), "nested_blocksize": 32}
+            given |= {"nested_code": self.place(nf4.DYNAMIC8), "nested_offset": torch.tensor(1.0)}
+        else:
+            given["absmax"] = self.normal(blocks).abs()
+        return self.bytes(-(-count // 2), 1), given
+
+
+def _quantize_4bit(m):
+    x = m.normal(m.size(9), m.size(300), dtype=m.choice(FLOATS))
+    return {"x": x, "code": m.place(m.choice([nf4.NF4, nf4.FP4])), "blocksize": m.choice([32, 64, 4096])}
+
+
+def _quantize_absmax(m):
+    return {"absmax": m.normal(m.size(600)).abs(), "code": m.place(nf4.DYNAMIC8), "blocksize": m.choice([32, 256])}
+
+
+def _dequantize_4bit(m):
+    rows, columns = m.size(), m.size()
+    packed, given = m.scales(rows, columns)
+    return {"packed": packed, **given, "shape": [rows, columns], "dtype": m.choice(FLOATS)}
+
+
+def _dequantize_4bit_out(m):
+    given = _dequantize_4bit(m)
+    layouts = [layout for layout in LAYOUTS if layout not in ("expanded", "overlapping")]
+    out = m.normal(*given.pop("shape"), dtype=given.pop("dtype"), layouts=layouts)
+    return {**given, "out": out}
+
+
+def _linear_4bit(m):
+    rows, columns, dtype = m.size(), m.choice([m.size(), 64, 96, 288]), m.choice(FLOATS)
+    packed, given = m.scales(rows, columns)
+    x = m.normal(*m.choice([(m.size(),), (2, m.size(9))]), columns, dtype=dtype)
+    return {"x": x, "packed": packed, **given, "out_features": rows, "bias": m.some(m.normal(rows, dtype=dtype))}
+
+
+def _linear_4bit_backward(m):
+    rows, columns = m.size(), m.choice([m.size(), 64, 96, 288])
+    packed, given = m.scales(rows, columns)
+    return {"grad": m.normal(m.size(), rows, dtype=m.choice(FLOATS)), "packed": packed, **given, "in_features": columns}
+
+
+def _base(m, n, k, dtype):
+    if m.random.random() < 0.4:
+        packed, given = m.scales(n, k)
+        return {"weight": packed, **given}
+    return {"weight": m.normal(n, k, dtype=dtype)}
+
+
+def _lora_linear(m):
+    rows, k, n, r = m.size(), m.choice([m.size(), 64, 288]), m.size(), m.choice([1, 2, 8, 16, 17, 40])
+    dtype, factors = m.choice(FLOATS), m.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64])
+    given = {"x": m.normal(*m.choice([(rows,), (2, 3), ()]), k, dtype=dtype), **_base(m, n, k, dtype)}
+    given |= {"bias": m.some(m.normal(n, dtype=dtype)), "a": m.normal(r, k, dtype=factors)}
+    given |= {"b": m.normal(n, r, dtype=factors), "scale": m.choice([1.0, 0.5, -2.0])}
+    if m.random.random() < 0.4:
+        given |= {"dropout_p": m.choice([0.1, 0.5, 0.999]), "seed": torch.tensor(m.random.getrandbits(62))}
+    return given
+
+
+def _lora_linear_backward(m):
+    given = _lora_linear(m)
+    del given["bias"]
+    x, b = given["x"], given["b"]
+    grad = m.normal(*x.shape[:-1], b.shape[0], dtype=x.dtype)
+    s = m.normal(x.shape[:-1].numel(), b.shape[1], layouts=["contiguous", "shifted"])
+    return {"grad": grad, "s": s, **given, "needs": [m.random.random() < 0.7 for _ in range(3)]}
+
+
+def _lora_linear_per_sample(m):
+    given = _lora_linear(m)
+    a, b, x = given.pop("a"), given.pop("b"), given["x"]
+    for name in ("scale", "dropout_p", "seed"):
+        given.pop(name, None)
+    if x.dim() == 1:
+        given["x"] = x = x.unsqueeze(0)
+    count = m.choice([0, 1, 3])
+    ranks = [m.choice([0, 1, 8, 17]) for _ in range(count)]
+    index = m.place(torch.randint(-1, count, (x.shape[0],), generator=m.generator))
+    factors = {"a": [m.normal(r, a.shape[1]) for r in ranks], "b": [m.normal(b.shape[0], r) for r in ranks]}
+    return {**given, **factors, "scales": [1.5] * count, "index": index, "out_features": b.shape[0]}
+
+
+def _optim(m):
+    rule, count = m.choice(list(optim.PLANES)), m.choice([0, 1, 3])
+    sizes = [m.size(600) for _ in range(count)]
+    plain = ["contiguous", "shifted"]
+    params = [m.normal(size, dtype=m.choice(FLOATS), layouts=plain) for size in sizes]
+    grads = [m.normal(size, dtype=m.choice(FLOATS), layouts=plain) for size in sizes]
+    rows = [0] * count
+    scalars = {
+        "lion": optim.lion_scalars(0.1, (0.9, 0.99), 0.1),
+        "momentum": optim.momentum_scalars(2, 0.1, 0.9, 0.0, 0.1, True),
+    }.get(rule) or optim.adamw_scalars(rule, 3, 0.1, (0.9, 0.999), 1e-8, 0.1)
+    given = {"params": params, "grads": grads, "rule": rule, "scalars": scalars, "steps": [3], "rows": rows}
+    return given | {"streams": m.choice([[], [-1] * count, [7] * count])}, sizes
+
+
+def _optim_step_(m):
+    given, sizes = _optim(m)
+    state = []
+    for size in optim.PLANES[given["rule"]]:
+        for count in sizes:
+            many = count if size else optim.blocks_of(count)
+            state.append(m.bytes(many).contiguous() if size == 1 else m.normal(many).abs().contiguous())
+    return {**given, "state": state}
+
+
+@contextlib.contextmanager
+def _pool(given):
+    """A pool of pages for the call, so that a hostile slot has something to miss."""
+    with tempfile.TemporaryDirectory() as folder:
+        pool = ops.extension.PagePool(1 << 16, 1 << 17, folder)
+        pool.grow(4)
+        given["pool"] = pool.number if given["pool"] == "pool" else given["pool"]
+        yield
+        del pool
+
+
+def _optim_step_paged_(m):
+    given, sizes = _optim(m)
+    slots = [sum(map(optim.blocks_of, sizes[:i])) for i in range(len(sizes))]
+    return {**given, "pool": "pool", "slots": slots, "sweep": 1, "backward": m.random.random() < 0.5}
+
+
+def _paged_reference(**given):
+    """State is zero in a new pool."""
+    pages, slots = 4, given.pop("slots")
+    if given.pop("pool") != "pool" or not given["params"] or given.pop("sweep") < 0:
+        raise ValueError("no such pool or sweep, or nothing that says on which device")
+    del given["backward"]
+    planes = optim.PLANES.get(given["rule"], ())
+    per_page = (1 << 16) // max(1, _page_bytes(planes))
+    if len(slots) != len(given["params"]):
+        raise ValueError("slots")
+    state = []
+    for size in planes:
+        for p in given["params"]:
+            count = p.numel() if size else optim.blocks_of(p.numel())
+            state.append(torch.zeros(count, dtype=torch.uint8 if size == 1 else torch.float32))
+    optim._check(**given, state=state)
+    if any(
+        not 0 <= s <= pages * per_page - optim.blocks_of(p.numel()) for s, p in zip(slots, given["params"], strict=True)
+    ):
+        raise ValueError("slots do not fit")
+    optim.optim_step_reference(**given, state=state)
+
+
+def _page_bytes(planes):
+    return sum({4: 1024, 1: 256, 0: 4}[size] for size in planes)
+
+
+OPERATORS = {
+    "quantize_4bit": (_quantize_4bit, nf4._quantize_4bit),
+    "quantize_absmax": (_quantize_absmax, nf4._quantize_absmax),
+    "dequantize_4bit": (_dequantize_4bit, nf4._dequantize_4bit),
+    "dequantize_4bit.out": (_dequantize_4bit_out, nf4._dequantize_4bit_out),
+    "linear_4bit": (_linear_4bit, linear_reference),
+    "linear_4bit_backward": (_linear_4bit_backward, linear_backward_reference),
+    "lora_linear": (_lora_linear, lora._lora_linear),
+    "lora_linear_backward": (_lora_linear_backward, lora._lora_linear_backward),
+    "lora_linear_per_sample": (_lora_linear_per_sample, lora._lora_linear_per_sample),
+    "optim_step_": (_optim_step_, optim.optim_step_reference),
+    "optim_step_paged_": (_optim_step_paged_, _paged_reference),
+}
+
+
+# --- hostility --------------------------------------------------------------------------------------------------------
+
+_SCHEMA = re.compile(r".* Expected a value of type|Tried to convert a List")
+HUGE = 2**40
+NUMBERS = (0, -1, 1, 3, 31, 48, 63, 257, 8192, HUGE, 2**62, 2**63 - 1, -(2**63))
+REALS = (float("nan"), float("inf"), -1.0, 0.0, 1.0, 1e30, 1e-30)
+DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool)
+
+
+def _spoil(t, value):
+    t = t.clone()
+    if t.numel() and t.dtype.is_floating_point:
+        t.view(-1)[t.numel() // 2 : t.numel() // 2 + 1] = value
+    return t
+
+
+def hostile_tensor(m, t):
+    ways = {
+        "scalar": lambda: torch.zeros((), dtype=t.dtype),
+        "empty": lambda: t.new_empty((0, *t.shape[1:])),
+        "empty last": lambda: t.new_empty((*t.shape[:-1], 0)),
+        "flat": lambda: t.reshape(-1),
+        "deeper": lambda: t.unsqueeze(m.choice([0, -1])),
+        "longer": lambda: torch.cat([t, t[:1]]) if t.dim() else t.repeat(2),
+        "shorter": lambda: m.place(t[:-1]) if t.dim() else t,
+        "narrower": lambda: m.place(t[..., :-1]) if t.dim() else t,
+        "huge": lambda: t.reshape(-1)[:1].expand(HUGE) if t.numel() else t,
+        "huge rows": lambda: t.reshape(-1)[:1].reshape([1] * t.dim()).expand([HUGE, *t.shape[1:]]) if t.numel() else t,
+        "dtype": lambda: t.to(m.choice(DTYPES)),
+        "float8": lambda: t.float().to(torch.float8_e4m3fn),
+        "complex": lambda: t.to(torch.complex64),
+        "meta": lambda: t.to("meta"),
+        "sparse": lambda: t.to_sparse(),
+        "grad": lambda: t.detach().clone().requires_grad_(t.dtype.is_floating_point),
+        "layout": lambda: m.place(t.detach()),
+        "NaN": lambda: _spoil(t, float("nan")),
+        "infinity": lambda: _spoil(t, float("inf")),
+        "subnormal": lambda: _spoil(t, 1e-40),
+        "negative": lambda: -t if t.dtype.is_floating_point else t,
+        "zeros": lambda: torch.zeros_like(t),
+    }
+    way = m.choice(list(ways))
+    return way, ways[way]()
+
+
+def hostile(m, value):
+    """(how, another value in the place of this one)."""
+    if isinstance(value, torch.Tensor):
+        return ("None", None) if m.random.random() < 0.1 else hostile_tensor(m, value)
+    if isinstance(value, bool) or value is None:
+        return "a tensor", torch.ones(3)
+    if isinstance(value, str) and value != "pool":
+        return "a word", m.choice(["", "nonsense", *optim.PLANES])
+    if isinstance(value, int) or value == "pool":
+        return "a number", m.choice(NUMBERS)
+    if isinstance(value, float):
+        return "a number", m.choice(REALS)
+    if isinstance(value, list):
+        way = m.choice(["shorter", "longer", "element"] if value else ["nothing"])
+        if way == "element":
+            at = m.random.randrange(len(value))
+            how, new = hostile(m, value[at])
+            return f"[{at}] {how}", [*value[:at], new, *value[at + 1 :]]
+        return way, {"shorter": value[:-1], "longer": value + value[-1:], "nothing": value}[way]
+    return "a dtype", m.choice(DTYPES)
+
+
+def call_number(number):
+    """(name, arguments, what was made hostile)."""
+    m = Maker(number)
+    name = list(OPERATORS)[number % len(OPERATORS)]
+    given, done = OPERATORS[name][0](m), []
+    for _ in range(m.choice([0, 1, 1, 1, 2, 3])):
+        argument = m.choice(list(given))
+        with contextlib.suppress(Exception):  # not everything can be done to what was made hostile before
+            how, given[argument] = hostile(m, given[argument])
+            done.append(f"{argument}: {how}")
+    return name, given, done
+
+
+# --- comparison -------------------------------------------------------------------------------------------------------
+
+
+def copied(value):
+    if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.device.type == "meta" or value.numel() >= HUGE:
+            return value
+        return value.detach().clone(memory_format=torch.preserve_format).requires_grad_(value.requires_grad)
+    return [copied(v) for v in value] if isinstance(value, list) else value
+
+
+def outcome(function, given, written):
+    """Results, among them the arguments that are written; or what was raised."""
+    try:
+        with torch.no_grad():
+            found = function(**given)
+    except Exception as error:
+        return error
+    found = list(found) if isinstance(found, tuple | list) else [found]
+    for name in written:
+        value = given[name]
+        found += value if isinstance(value, list) else [value]
+    return found
+
+
+def different(found, wanted, rough):
+    """Why two results are not the same, or None. `rough`: the least error, of products of bf16 halves."""
+    for one, other in zip(found, wanted, strict=True):
+        if not isinstance(other, torch.Tensor):
+            continue
+        if one.shape != other.shape or one.dtype != other.dtype or one.device != other.device:
+            return f"{one.dtype} {list(one.shape)} for {other.dtype} {list(other.shape)}"
+        if one.numel() == 0 or one.device.type == "meta":
+            continue
+        if not one.dtype.is_floating_point:
+            if (one.int() - other.int()).abs().max() > 1:  # two codes that are equally near
+                return "codes differ"
+            continue
+        finite = other.isfinite()
+        if (one.isfinite() & ~finite).any():
+            return "finite where the reference is not"
+        largest = other[finite].abs().max().double() if finite.any() else 0.0
+        error = (one.double() - other.double())[finite & one.isfinite()].abs()
+        eps = max(torch.finfo(one.dtype).eps * 4, rough)
+        if (finite & ~one.isfinite()).any():
+            return "not finite where the reference is"
+        if error.numel() and error.max() > eps * largest + torch.finfo(one.dtype).tiny:
+            return f"off by {float(error.max()):.3g} of {float(largest):.3g}"
+    return None
+
+
+def wrong_with(number):
+    """None, or what is wrong with a call."""
+    name, given, done = call_number(number)
+    written = {"optim_step_": ["params", "state"], "optim_step_paged_": ["params"], "dequantize_4bit.out": ["out"]}
+    base, _, overload = name.partition(".")
+    operator = getattr(getattr(torch.ops.peftcore, base), overload or "default")
+    if any(t.numel() >= HUGE for t in tensors(given, keep=lambda t: t.device.type != "meta")):
+        wanted = MemoryError("no machine holds that")  # the reference would compute for days
+    else:
+        wanted = outcome(OPERATORS[name][1], copied_all(given), written.get(name, ()))
+    before = copied_all(given)
+    with _pool(given) if name == "optim_step_paged_" else contextlib.nullcontext():
+        found = outcome(operator, given, written.get(name, ()))
+    what = f"call {number}, {name} with {', '.join(done) or 'nothing hostile'}: "
+    if isinstance(found, Exception) and not isinstance(found, REFUSALS):
+        return what + f"raises {found!r}"
+    if isinstance(found, Exception) or isinstance(wanted, Exception):
+        if isinstance(found, Exception) and (isinstance(wanted, Exception) or _SCHEMA.match(str(found))):
+            return None  # both refuse, or the schema does
+        return what + (
+            f"raises {found!r}" if isinstance(found, Exception) else f"gives what the reference refuses ({wanted!r})"
+        )
+    x = next((v for v in given.values() if isinstance(v, torch.Tensor)), None)
+    rough = 2.0**-13 if x is not None and x.dtype == torch.bfloat16 else 2.0**-18
+    why = different(found, wanted, rough)
+    if why is None:
+        kept = {k: v for k, v in given.items() if k not in written.get(name, ())}
+        pairs = zip(tensors(kept), tensors(before, kept), strict=True)
+        if any(
+            not torch.equal(*(t.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in pair))
+            for pair in pairs
+        ):
+            why = "an argument was written"
+    return why and what + why
+
+
+def copied_all(given):
+    return {name: copied(value) for name, value in given.items()}
+
+
+def tensors(given, names=None, keep=lambda t: t.device.type == "cpu" and t.numel() < HUGE):
+    for name in names or given:
+        value = given[name]
+        for t in value if isinstance(value, list) else [value]:
+            if isinstance(t, torch.Tensor) and t.layout == torch.strided and keep(t):
+                yield t.detach()
+
+
+def main(level, first, last=None, step=1):
+    # What a hostile size asks for is refused, not served.
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    torch.set_num_threads(1)
+    ops.extension.set_cpu_level(level)
+    for number in range(int(first), int(last or first) + (last is None), int(step)):
+        if last is None:
+            print(call_number(number))
+        print(f"at {number}", flush=True)  # the last line of a worker that crashed
+        wrong = wrong_with(number)
+        if wrong:
+            print(f"WRONG {wrong}", flush=True)
+    print("done")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
