@@ -5,7 +5,7 @@
 Rows of a table are timed in turn, so a busy machine slows all alike, and all keep the memory that they free. "frozen"
 is F.linear and the gradient of its input. The floor adds to it the operations of the thin products, 3 r (in + out) M
 multiplications, at the rate that the frozen linear itself reaches: nothing read or written twice, no call. A and B are
-fp32 beside a bf16 x, peft's default as well.
+fp32 beside a bf16 x, peft's default as well. Beside each table of times stands one of errors.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import logging
 import os
 import warnings
 
+import exactness
 import measure
 import torch
 from torch import nn
@@ -71,6 +72,9 @@ def linear(m, k, n, dtype, rank, seconds):
     times = measure.interleaved(rows, seconds)
     floor = 1 + 3 * rank * (k + n) / (2 * k * n)
     table(f"{k} -> {n}, {m} rows, {dtype}, r={rank}, forward and backward (ms)", times, "frozen", floor)
+    print(f"errors against float64, peft beside (see exactness.py)\n{exactness.HEAD}")
+    for row in exactness.lora([(256, k, n)], (rank,), (dtype,)):
+        print(row)
 
 
 def call(seconds):
