@@ -23,6 +23,7 @@ from peftcore import engine
 from peftcore.adapted import adapters_of
 from peftcore.errors import PeftcoreError
 from peftcore.reference import Reference
+from peftcore.registry import registry
 
 _TAUGHT = "_peftcore_taught"
 _REFERENCE = "_peftcore_reference"  # on a trainer: what it compares with; on a view: what it shows
@@ -127,6 +128,8 @@ def _teach(cls: type[Trainer]) -> None:
         given = {**bound.arguments, **bound.arguments.get(rest, {})}
         trainer.__dict__.setdefault(_GIVEN, []).extend(v for v in given.values() if isinstance(v, nn.Module))
         model = given.get("model")
+        if given.get("peft_config") is not None:
+            _refuse_config_of_ours(given["peft_config"])
         if _has_adapters(model):
             _refuse_settings(given)
             values = [(p, p.data) for p in model.parameters() if p.requires_grad]
@@ -189,6 +192,15 @@ def refuse_wrapped(trainer: Any) -> None:
             f"{type(trainer).__name__} would spread the reference, which shares its weights with the model, by itself "
             f"({wrapped[0]}). Shard the model beforehand: peftcore.shard(model, adapters='replicate'), and start "
             f"without {wrapped[0]}. Or give a model of its own: ref_model=..."
+        )
+
+
+def _refuse_config_of_ours(config: Any) -> None:
+    method = next((m.name for m in registry.methods().values() if type(config) is m.config_class), None)
+    if method is not None:
+        raise PeftcoreError(
+            f"peft_config=... takes the configs of PEFT, not that of {method}. Apply it beforehand: "
+            "Trainer(model=peftcore.apply(model, config))"
         )
 
 

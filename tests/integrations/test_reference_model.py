@@ -13,9 +13,11 @@ from commands import WORDS, save_tokenizer
 from quantized import logits
 
 import peftcore
+from peftcore.integrations.reference_model import reference_of, refuse_wrapped
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # TRL calls what transformers has deprecated
+    pytest.mark.filterwarnings("ignore:You are importing from 'trl.experimental'"),
     pytest.mark.slow,
 ]
 PATH = "/nowhere/base"  # what is loaded from here fails
@@ -101,6 +103,10 @@ def trainer(name: str, found: torch.nn.Module, tokenizer: Any, folder: Path, **c
 
             kind, settings = "prompts", {"max_new_tokens": 4, "max_length": 16}
             options["reward_funcs"] = longer
+        case "ORPO":
+            import trl.experimental.orpo as module
+
+            settings = {"max_length": 16}
         case "A2PO":
             import trl.experimental.a2po as module
 
@@ -172,6 +178,25 @@ def test_two_active_adapters(tokenizer: Any, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(run.ref_model), before)
     with peftcore.disabled(found), pytest.raises(peftcore.PeftcoreError, match="cannot let the reference act inside"):
         run.evaluate(rows("preference"))
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+@pytest.mark.parametrize("name", ["SFT", "Reward", "ORPO"])
+def test_trainers_without_a_reference(name: str, quantize: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """They keep none, and only the adapter and a new head train."""
+    base = None
+    if name == "Reward":
+        from transformers import LlamaForSequenceClassification
+
+        base = LlamaForSequenceClassification(quantized.llama(eos_token_id=2, num_labels=1).config)
+    found = model(base=base, quantize=quantize)
+    before = {name: p.detach().clone() for name, p in found.named_parameters()}
+    run = trainer(name, found, tokenizer, tmp_path)
+    run.train()
+    assert reference_of(run) is None
+    changed = {n for n, p in found.named_parameters() if not torch.equal(p, before[n])}
+    assert changed and all("lora_" in n or n == "score.weight" for n in changed)
+    assert ("score.weight" in changed) == (name == "Reward")
 
 
 @pytest.mark.parametrize("checkpointing", [{"use_reentrant": True}, {"use_reentrant": False}, None])
@@ -249,7 +274,9 @@ def test_what_is_refused(tokenizer: Any, tmp_path: Path) -> None:
         refused(name, "vLLM would be sent the base's weights", use_vllm=True)
     moves = SyncRefModelCallback(quantized.llama(), None)
     refused("DPO", "SyncRefModelCallback writes averages", callbacks=[moves])
-    plain = quantized.llama()  # without adapters nothing is refused
+    plain = quantized.llama()  # without adapters nothing is refused, but a config that is not PEFT's
+    with pytest.raises(peftcore.PeftcoreError, match="takes the configs of PEFT, not that of lora"):
+        trainer("DPO", plain, tokenizer, tmp_path, peft_config=peftcore.engine.applied(model(), "default").config)
     assert isinstance(trainer("SFT", plain, tokenizer, tmp_path), SFTTrainer)
 
 
@@ -309,8 +336,6 @@ def test_parts_of_the_reference_are_of_the_reference(tokenizer: Any, tmp_path: P
 
 @pytest.mark.parametrize("engine", ["fsdp", "deepspeed"])
 def test_what_spreads_models_itself_is_refused(engine: str, tokenizer: Any, tmp_path: Path) -> None:
-    from peftcore.integrations.reference_model import refuse_wrapped
-
     run = trainer("DPO", model(), tokenizer, tmp_path)
     refuse_wrapped(run)
     setattr(run, f"is_{engine}_enabled", True)

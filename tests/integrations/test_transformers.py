@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import warnings
 from pathlib import Path
@@ -13,6 +14,7 @@ import tiny
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
+from transformers.utils.generic import can_return_loss, find_labels
 
 import peftcore
 from peftcore.integrations.transformers import latest_checkpoint, mark_complete, restore_adapters
@@ -103,6 +105,25 @@ def test_methods_are_told_of_every_step_of_a_model_that_the_trainer_makes(tmp_pa
         made = Trainer(model_init=lambda: peftcore.apply(tiny.llama(), "watched"), args=arguments, train_dataset=Rows())
         made.train()
     assert told == [(1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("method", ["around", "after", "soft", "prefix", "train"])
+@pytest.mark.parametrize("kind", [tiny.llama, tiny.llama_classifier, tiny.bert_classifier, tiny.t5])
+def test_what_trainer_reads_of_a_model_stays(kind: Any, method: str, toys: None) -> None:
+    """Names of labels and of arguments, by which it drops columns and counts tokens."""
+    plain = kind()
+    name = next(name for name, _ in plain.named_parameters() if "norm" in name.lower())
+    fields = {"names": (name,)} if method == "train" else {}
+    if method == "around":
+        modules = {path.rpartition(".")[2] for path, _ in plain.named_modules()}
+        fields["target_modules"] = sorted(modules & {"q_proj", "query", "q"})
+    if method == "after" and not hasattr(getattr(plain, "model", None), "layers"):
+        pytest.skip("the toy stands at a layer of Llama")
+    found = peftcore.apply(kind(), method, **fields)
+    for read in (find_labels, can_return_loss, lambda cls: cls.__name__):
+        assert read(type(found)) == read(type(plain))
+    assert inspect.signature(found.forward) == inspect.signature(plain.forward)
+    assert found._get_name() == plain._get_name()
 
 
 @pytest.mark.parametrize("how", ["rests", "frozen", "merged"])
