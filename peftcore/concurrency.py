@@ -87,6 +87,7 @@ class ModelLock:
         self._backward: dict[int, bool | str] = {}  # by running backward pass: did its forward rest, or what is wrong
         self._condition = threading.Condition()
         self._changer: int | None = None  # the thread that changes the model, or waits to
+        self._queue: list[object] = []  # those that want to after it
         self._alone = False  # it does not wait any more
         self._held: Block | None = None  # the `disabled` block that keeps other calls out
         self._blocks: set[Block] = set()  # the open `disabled` blocks that keep nobody out
@@ -157,7 +158,8 @@ class ModelLock:
         with self._condition:
             if not self.rests() and not (self._changer == get_ident() and self._held is None):
                 self._refuse_own_hold("disable adapters")
-                self._wait(lambda: not self._alone, "disable adapters")
+                if get_ident() not in self.calls and not rests_in_thread(self):  # else a change waits for this thread
+                    self._wait(lambda: self._changer is None and not self._queue, "disable adapters")
             block = Block(self)
             self._blocks.add(block)
         self._show(block)
@@ -180,6 +182,7 @@ class ModelLock:
         """Let the open `block` keep out all calls that are not made within it."""
         with self._condition:
             self._blocks.discard(block)
+            self._condition.notify_all()
         self._acquire("disable adapters that train parameters of the base", base=True, held=block)
 
     def rests(self) -> bool:
@@ -222,7 +225,13 @@ class ModelLock:
                     f"cannot {what} within a call of the model while another thread calls it or changes it. {_ALONE}"
                 )
             self._refuse_own_hold(what)
-            self._wait(lambda: self._changer is None, what)
+            turn = object()  # one after the other: who has just been may be here again before others wake
+            self._queue.append(turn)
+            try:
+                self._wait(lambda: self._changer is None and self._queue[0] is turn, what)
+            finally:
+                self._queue.remove(turn)
+                self._condition.notify_all()
             self._changer = thread
             try:
                 self._wait(lambda: not others(), what)
@@ -240,7 +249,9 @@ class ModelLock:
     def _wait_for_change(self, thread: int) -> None:
         in_backward = torch._C._current_graph_task_id() >= 0
         with self._condition:
-            if self._held is not None and self.rests():
+            if self.rests() and self._held is not None:
+                return
+            if not self._alone and (self.rests() or rests_in_thread(self)):  # the change waits for a block of this one
                 return
             if self._held is not None and in_backward:
                 raise PeftcoreError(

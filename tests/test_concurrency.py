@@ -211,6 +211,35 @@ def test_outputs_beside_a_thread_that_disables() -> None:
     assert set(found) == {(1.0, 16.0)}
 
 
+@pytest.mark.parametrize("trains_base", [False, True])
+def test_disabled_and_changes_wait_for_each_other_without_end(
+    trains_base: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A change waits for open blocks, and the calls in them do not wait for it."""
+    monkeypatch.setattr(concurrency, "PATIENCE", 5.0)
+    model = two_and_three()
+    if trains_base:
+        peftcore.activate(model, [])
+        peftcore.apply(model, "train", names=("0.weight",), adapter="head")
+        nn.init.constant_(model[0].weight, 7.0)
+
+    def base() -> tuple[str, float]:
+        with peftcore.disabled(model):
+            infer(model)
+            return "base", infer(model)
+
+    def change() -> None:
+        for name in ("two", *(["head"] if trains_base else []), "three"):
+            peftcore.activate(model, name)
+            time.sleep(0.001)
+
+    with calling(base, threads=2) as disabled, calling(lambda: infer(model), threads=1) as found:
+        meanwhile(found, change)
+    assert len(disabled) > 1
+    assert set(disabled) == {("base", 1.0)}
+    assert set(found) <= {16.0, 81.0, 7.0}
+
+
 def test_disabled_is_of_an_asyncio_task() -> None:
     model = two_and_three()
 
@@ -227,6 +256,27 @@ def test_disabled_is_of_an_asyncio_task() -> None:
         return await asyncio.gather(base(), adapted())
 
     assert asyncio.run(both()) == [[1.0, 1.0], 16.0]
+
+
+def test_a_change_that_waits_for_a_task_does_not_stop_the_others_of_its_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(concurrency, "PATIENCE", 5.0)
+    model = two_and_three()
+
+    async def base() -> float:
+        with peftcore.disabled(model):
+            await asyncio.sleep(0.1)
+            return infer(model)
+
+    async def all_of_them() -> list[Any]:
+        first = asyncio.create_task(base())
+        await asyncio.sleep(0.01)
+        change = asyncio.create_task(asyncio.to_thread(peftcore.activate, model, "three"))
+        await asyncio.sleep(0.01)
+        second = asyncio.create_task(base())
+        found = infer(model)
+        return [await first, await second, found, await change, infer(model)]
+
+    assert asyncio.run(all_of_them()) == [1.0, 1.0, 16.0, None, 81.0]
 
 
 def test_disabled_in_generators_that_end_in_any_order() -> None:
