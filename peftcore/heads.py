@@ -48,7 +48,7 @@ def task_heads(model: nn.Module, backbone: str, output_head: str | None) -> tupl
     return tuple(heads)
 
 
-def mark_as_loaded(parameter: nn.Parameter, like: Tensor) -> None:
+def mark_as_loaded(parameter: Tensor, like: Tensor | None) -> None:
     """Let `parameter`, which stands for `like`, be one that a checkpoint gave if `like` is."""
     if getattr(like, _LOADED, False):
         setattr(parameter, _LOADED, True)

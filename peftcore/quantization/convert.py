@@ -13,6 +13,7 @@ from peftcore.architecture import detect
 from peftcore.enclosing import lock_of
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, nearest
+from peftcore.heads import mark_as_loaded
 from peftcore.observation import bypassed
 from peftcore.ops.nf4 import DTYPES
 from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors, pack
@@ -137,17 +138,20 @@ def convert(module: nn.Module, packed: Tensor, state: Any, compute_dtype: torch.
     for attribute in ("nf", "nx"):  # of Conv1D
         module.__dict__.pop(attribute, None)
     module.out_features, module.in_features = state.shape
+    dense = module._parameters.get("weight")
     module.__class__ = QuantizedLinear
     module.compute_dtype = compute_dtype
     if isinstance(packed, nn.Parameter):  # of a layer that shares its weight
         module.weight = packed
     module.set_quantized(packed.detach(), state)
+    mark_as_loaded(module.weight, dense)
     module._is_hf_initialized = True  # transformers must not draw new values
     return module
 
 
 def make_plain(module: QuantizedLinear, weight: nn.Parameter) -> None:
     """Turn a quantized layer into an `nn.Linear` with this weight, in place."""
+    mark_as_loaded(weight, module.weight)
     module.weight = weight
     for name in list(module._buffers):
         del module._buffers[name]
