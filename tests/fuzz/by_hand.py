@@ -41,7 +41,9 @@ def logits(model: nn.Module, folder: Path, tokens: Tensor) -> Tensor:
     for part in parts:
         fields = json.loads((part / "adapter_config.json").read_text())
         found = safetensors.torch.load_file(part / file.name)
-        assert all(t.is_floating_point() and t.isfinite().all() for t in found.values()), "no numbers of an adapter"
+        assert all(t.is_floating_point() and t.double().isfinite().all() for t in found.values()), (
+            "no numbers of an adapter"
+        )
         found = {name: t.float() for name, t in found.items()}
         if "peft_type" not in fields:
             _adapterhub(model, fields["config"], found)

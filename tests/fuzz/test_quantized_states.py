@@ -53,7 +53,7 @@ def by_hand(state: dict[str, Tensor]) -> Tensor:
     absmax = state["weight.absmax"]
     if "weight.nested_absmax" in state:
         scales = state["weight.nested_absmax"].repeat_interleave(facts.get("nested_blocksize", 256))[: len(absmax)]
-        absmax = state["weight.nested_quant_map"][absmax.long()] * scales + torch.tensor(facts["nested_offset"])
+        absmax = state["weight.nested_quant_map"][absmax.long()] * scales + torch.tensor(float(facts["nested_offset"]))
     scales = absmax.repeat_interleave(facts["blocksize"])[:count]
     values = state["weight.quant_map"][codes[:count]] * scales
     return values.view(facts["shape"]).to(getattr(torch, facts["dtype"]))
