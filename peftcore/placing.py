@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,12 +14,13 @@ from torch import nn
 
 from peftcore import adapted, prompts
 from peftcore.architecture import Architecture, detect
+from peftcore.coverage import LITTLE, Coverage, coverage
 from peftcore.enclosing import lock_of
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import After, Around, Method, Train
 from peftcore.registry import registry
 from peftcore.state import Applied, State, check_model, state_of
-from peftcore.targets import refuse_targeted, trained_modules
+from peftcore.targets import ALL_LINEAR, refuse_targeted, trained_modules
 from peftcore.trained import tied_to
 from peftcore.validation import check_types
 
@@ -32,6 +34,7 @@ class Placed:
     around: tuple[Around | After, ...]
     trained: tuple[str, ...]
     apart: tuple[str, ...] = ()  # of those trained: apart from the parameters that they are tied to
+    names_modules: bool = True  # rather than to ask for all of a kind
 
 
 def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
@@ -43,6 +46,7 @@ def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed
     _refuse_adapters_of_others(model)
     chosen, config = _method_and_config(method, fields)
     architecture = detect(model)
+    names_modules = getattr(config, "target_modules", None) not in ("all", ALL_LINEAR)
     config, saved, apart = _saved_modules(model, config, architecture)
     if hasattr(config, "resolved"):
         config = config.resolved(model, architecture)
@@ -55,9 +59,23 @@ def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed
             around.append(placement)
         else:
             around += prompts.compiled(model, architecture, placement)
-    placed = Placed(chosen, config, tuple(around), tuple(dict.fromkeys(trained)), apart)
+    placed = Placed(chosen, config, tuple(around), tuple(dict.fromkeys(trained)), apart, names_modules)
     _check_placed(model, placed)
     return placed
+
+
+def covered(model: nn.Module, placed: Placed) -> Coverage:
+    """What share of the weight in layers has an adapter beside or around it, or a trained parameter with it."""
+    reached = [placement.path for placement in placed.around]
+    reached += dict.fromkeys(f"{name.rpartition('.')[0]}." for name in placed.trained)
+    lacking = "not selected" if placed.around else "without a trained parameter"
+    return coverage(model, detect(model), reached, lacking=lacking)
+
+
+def tell_if_little(model: nn.Module, placed: Placed) -> None:
+    """A selection of all there is that leaves most of the weight out is told of."""
+    if not placed.names_modules and (found := covered(model, placed)).share < LITTLE:
+        warnings.warn(f"{placed.method.name} on {type(model).__name__} {found}", stacklevel=4)
 
 
 def with_memory() -> AbstractContextManager[Any]:

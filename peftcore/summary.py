@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from peftcore.adapted import base_parameters
+from peftcore.coverage import Coverage
 from peftcore.engine import check_dtype
-from peftcore.placing import device_and_dtype, place
+from peftcore.placing import covered, device_and_dtype, place
 from peftcore.state import adapter_parameters, changed, check_model, state_of
 from peftcore.targets import match_counts
 from peftcore.trained import TrainedParameters
@@ -24,6 +25,7 @@ class Plan:
     Args:
         rows: (path or parameter name, kind, parameters, bytes) of every placement.
         matches: per pattern of `target_modules`, after resolving, how many modules it matches.
+        coverage: what share of the weight in layers it reaches, and what it leaves out.
     """
 
     method: str
@@ -31,6 +33,7 @@ class Plan:
     rows: tuple[tuple[str, str, int, int], ...]
     matches: dict[str, int]
     base_parameters: int
+    coverage: Coverage
 
     @property
     def trainable_parameters(self) -> int:
@@ -46,6 +49,7 @@ class Plan:
             f"{self.method}: {', '.join(f'{count} x {kind}' for kind, count in kinds.items())}",
             f"trainable: {self.trainable_parameters:,} of {self.base_parameters:,} parameters "
             f"({share(self.trainable_parameters, self.base_parameters)}), {megabytes(self.trainable_bytes)}",
+            str(self.coverage),
         ]
         lines += [f"  {pattern}: {count} modules" for pattern, count in self.matches.items()]
         return "\n".join(lines)
@@ -118,6 +122,7 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
         rows=tuple(rows),
         matches=match_counts(model, target_modules) if target_modules else {},
         base_parameters=sum({id(p): _values(p) for p in parameters.values()}.values()),
+        coverage=covered(model, placed),
     )
 
 

@@ -15,7 +15,8 @@ ORDER = [
     | {"concurrency", "class_swap"},
     {"registry", "adapted", "enclosing", "heads", "observation", "sublayers", "patterns"},
     {"architecture"},
-    {"targets", "fast_path", "peft_reads", "prompts", "trained", "vocabulary", "fingerprint", "adapter_files"},
+    {"targets", "fast_path", "peft_reads", "prompts", "trained", "vocabulary", "fingerprint", "adapter_files"}
+    | {"coverage"},
     {"changed", "state", "placing"},
     {"engine", "probe"},
     {"merge", "checkpoint", "adapter_config", "adapter_tensors", "reference", "summary", "quantization", "optim"},

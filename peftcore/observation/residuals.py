@@ -23,11 +23,12 @@ MATRIX = {"mm", "addmm", "_grouped_mm", "bmm", "baddbmm", "convolution", *FUSED_
 # Operators by which one token sees others, where no product of activations does it.
 MIXING = {"convolution", "_fft_r2c", "_fft_c2c", "cumsum", "stack", "avg_pool2d", "roll"}
 _NORMS = {"native_layer_norm", "_fused_rms_norm", "rsqrt", "native_batch_norm", "native_group_norm", "var_mean", "std"}
+_SCALES = {"mul", "div", "_to_copy", "clone", "view"}
 
 
 @dataclass(frozen=True)
 class Branch:
-    """`call` gave h, which was added to `stream` inside `adder` and made `out`."""
+    """`call` gave h, made from `stream`, to which, or a multiple of it, it was added inside `adder`: `out`."""
 
     call: Call
     h: int
@@ -49,11 +50,11 @@ class Residuals:
         self.multiplies = self._calls_with(MATRIX)
         self._norms = self._calls_with(_NORMS)
         self._additions = self._find_additions()
-        self.streams = {stream for stream, _ in self._additions.values()}
+        self.streams = {value for stream, _, root in self._additions.values() for value in (stream, root)}
         found = [
-            Branch(call, call.output, stream, out, self.values[out].call)
-            for out, (stream, h) in self._additions.items()
-            for call in dict.fromkeys(self._givers(h, stream, set(self._around(self.values[out].call))))
+            Branch(call, call.output, root, out, self.values[out].call)
+            for out, (_, h, root) in self._additions.items()
+            for call in dict.fromkeys(self._givers(h, root, set(self._around(self.values[out].call))))
         ]
         adders = {around for branch in found for around in self._around(branch.adder)}
         self.branches = [branch for branch in found if branch.call not in adders]  # no blocks that have some inside
@@ -87,15 +88,9 @@ class Residuals:
             yield call
             yield from call.around()
 
-    def _find_additions(self) -> dict[int, tuple[int, int]]:
-        """out -> (s, h)."""
-        found: dict[int, tuple[int, int]] = {}
-
-        def before(value: int) -> Iterator[int]:  # earlier branches of a layer have been added: x + attn(x) + mlp(x)
-            yield value
-            while value in found:
-                value = found[value][0]
-                yield value
+    def _find_additions(self) -> dict[int, tuple[int, int, int]]:
+        """out -> (s, h, what s was when h was made from it)."""
+        found: dict[int, tuple[int, int, int]] = {}
 
         for out, value in enumerate(self.values):
             if value.operator not in ("add", "add_") or len(value.inputs) < 2 or len(value.shape) < 2:
@@ -104,14 +99,14 @@ class Residuals:
             if self.values[a].shape != self.values[b].shape:
                 continue
             for s, h in ((a, b), (b, a)):
-                if not self.values[h].is_weight and any(self.comes_from(h, root) for root in before(s)):
-                    found[out] = s, h
+                root = next((root for root in self._before(s, found) if self.comes_from(h, root)), None)
+                if root is not None and not self.values[h].is_weight:
+                    found[out] = s, h, root
                     break
         return found
 
-    def _givers(self, value: int, stream: int, around: set[Call]) -> Iterator[Call]:
+    def _givers(self, value: int, oldest: int, around: set[Call]) -> Iterator[Call]:
         """The outermost calls that gave `value`, seen through norms, dropout, scales, views and sums of branches."""
-        oldest = min(stream, *self._before(stream)) if stream in self._additions else stream
         seen: set[int] = set()
 
         def back(value: int) -> Iterator[Call]:
@@ -138,10 +133,18 @@ class Residuals:
 
         return back(value)
 
-    def _before(self, value: int) -> Iterator[int]:
-        while value in self._additions:
-            value = self._additions[value][0]
+    def _before(self, value: int, additions: dict[int, tuple[int, int, int]]) -> Iterator[int]:
+        """A stream's value, and what it was before: x + attn(x) + mlp(x) has one of two additions, a · x a scale."""
+        while True:
             yield value
+            made = self.values[value]
+            inputs = [v for v in made.inputs if not self.values[v].is_weight]
+            if value in additions:
+                value = additions[value][0]
+            elif made.operator in _SCALES and len(inputs) == 1:
+                value = inputs[0]
+            else:
+                return
 
     def _by_depth(self, values: list[int], oldest: int) -> list[int]:
         """Those that more products led to first: of a gate and what it gates the second."""

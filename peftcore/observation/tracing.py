@@ -29,7 +29,7 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "embedding", "nativ
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module: the values of its arguments by name, and of its first output."""
+    """One call of a module: the values of its arguments by name, and of its output, a tensor or a tuple's first."""
 
     path: str
     module: nn.Module
@@ -182,9 +182,7 @@ class _Watch:
                 output = self._through(call, forward, args, kwargs)
                 if key is not None:
                     self._seen[key] = path, (args, kwargs), output
-            first = output[0] if isinstance(output, (tuple, list)) and output else output
-            if not isinstance(first, Tensor) and hasattr(output, "values"):
-                first = next(iter(output.values()), None)
+            first = output[0] if isinstance(output, tuple) and output else output  # what an `After` gets
             if isinstance(first, Tensor):
                 call.output = self._number(first)
             return output

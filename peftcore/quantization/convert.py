@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from peftcore.adapted import base_modules, base_parameters, original_class
 from peftcore.architecture import detect
+from peftcore.coverage import LITTLE, coverage
 from peftcore.enclosing import lock_of
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, nearest
@@ -67,6 +69,8 @@ def quantize(
         raise PeftcoreError(f"found no linear layer to quantize in {type(model).__name__} (skip={skip!r})")
     for path, module in chosen.items():
         _check_layer(path, module)
+    if skip is None:
+        _tell_if_little(model, [*chosen, *there])
     for path in there:
         _adopt(model.get_submodule(path), path)
     for module, first in _with_first(chosen.values()):
@@ -76,6 +80,12 @@ def quantize(
             convert(module, first.weight, first.quant_state, compute_dtype)
     note_in_config(model)
     return model
+
+
+def _tell_if_little(model: nn.Module, quantized: Sequence[str]) -> None:
+    found = coverage(model, detect(model), quantized, lacking="that share their weight or are kept dense")
+    if found.share < LITTLE:
+        warnings.warn(f"quantize on {type(model).__name__} {found}", stacklevel=4)
 
 
 def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:

@@ -1,0 +1,57 @@
+"""What share of a model's weight a method reaches: always in a plan, a warning where little is reached unasked."""
+
+import warnings
+
+import pytest
+import tiny
+from census import instances
+from torch import nn
+
+import peftcore
+from peftcore.observation import bypassed
+
+
+def share(model: object, method: str, **fields: object) -> float:
+    return peftcore.plan(model, method, **fields).coverage.share
+
+
+def test_a_plan_says_what_is_reached() -> None:
+    plan = peftcore.plan(tiny.llama(), "lora", target_modules="all-linear")
+    assert plan.coverage.share == 1 and "reaches all of the weight in layers" in str(plan)
+    plan = peftcore.plan(tiny.llama(), "lora", target_modules=["q_proj"])
+    layer = tiny.llama().model.layers[0]
+    weights = [module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear)]
+    assert (plan.coverage.reached, plan.coverage.total) == (2 * 32 * 32, 2 * sum(weights))
+    assert plan.coverage.left_out == {"linear layers not selected": plan.coverage.total - plan.coverage.reached}
+    assert share(tiny.llama(), "adapter") == 1  # attention and feed-forward, with all in them
+    assert share(tiny.llama(), "prompt-tuning", num_virtual_tokens=2) == 1
+
+
+def test_experts_and_convolutions_are_told_of() -> None:
+    mixtral = instances.build("MixtralForCausalLM")
+    assert sum(p.numel() for name, p in mixtral.named_parameters() if "experts" in name) > 0
+    with pytest.warns(UserWarning, match=r"lora on MixtralForCausalLM reaches .* left out: experts' stacked weights"):
+        peftcore.apply(instances.build("MixtralForCausalLM"), "lora", r=2)
+    with pytest.warns(UserWarning, match=r"quantize on MixtralForCausalLM reaches .* experts' stacked weights"):
+        peftcore.quantize(instances.build("MixtralForCausalLM"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peftcore.apply(mixtral, "lora", target_modules=["q_proj", "v_proj"])  # they were named
+    plan = peftcore.plan(
+        instances.build("ResNetForImageClassification"), "lora", target_modules=["classifier.1"], modules_to_save=[]
+    )
+    assert plan.coverage.share < 0.01 and "convolutions" in str(plan)
+
+
+def test_biases_that_a_model_lacks_are_told_of() -> None:
+    model = instances.build("Qwen2ForCausalLM")
+    with pytest.warns(UserWarning, match=r"bitfit on Qwen2ForCausalLM reaches .* linear layers without a trained"):
+        peftcore.apply(model, "bitfit")
+
+
+def test_what_is_bypassed_is_told_of() -> None:
+    model = instances.build("MambaForCausalLM")
+    left = peftcore.plan(model, "lora", target_modules="all-linear").coverage.left_out
+    linear = [path for path in bypassed(model) if path.endswith("_proj")]
+    weights = sum(model.get_submodule(path).weight.numel() for path in linear)
+    assert left["linear layers that are read and not called"] == weights
