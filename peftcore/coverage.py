@@ -49,7 +49,7 @@ def coverage(
         lacking: why a linear layer is left out where nothing else is known.
     """
     heads = [head for head in (architecture.output_head, *architecture.task_heads) if head]
-    past = bypassed(model)
+    past, wanted = bypassed(model), set(reached)
     counted, total, left = 0, 0, Counter()
     seen: set[int] = set()
     for path, module in base_modules(model):
@@ -60,7 +60,7 @@ def coverage(
                 continue
             seen.add(identity)
             total += count
-            if any(_inside(path, other) for other in reached):
+            if f"{path}." in wanted or not wanted.isdisjoint(_ways_to(path)):
                 counted += count
             else:
                 left[_reason(what, lacking, path in past)] += count
@@ -94,8 +94,16 @@ def _reason(what: str, lacking: str, is_bypassed: bool) -> str:
     return f"{what} {lacking}" if what == "linear layers" else what
 
 
+def _ways_to(path: str) -> Iterator[str]:
+    """`path`, and the paths of all modules in which it lies."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
 def _inside(path: str, module: str) -> bool:
-    return path == module.rstrip(".") or not module or (module[-1] != "." and path.startswith(f"{module}."))
+    return path == module or path.startswith(f"{module}.")
 
 
 def _largest_first(counts: dict[str, int]) -> list[tuple[str, int]]:
