@@ -1,4 +1,4 @@
-# One command each: make demo | test | fuzz | lint | fix | bench | matrix | compare. What they need is installed into .venv by the first call;
+# One command each: make demo | test | fuzz | lint | fix | bench | matrix | compare | census. What they need is installed into .venv by the first call;
 # stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -14,7 +14,7 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 
 BENCHMARKS = $(shell grep -l __main__ benchmarks/*.py)
 
-.PHONY: demo test fuzz lint fix bench matrix compare clean
+.PHONY: demo test fuzz lint fix bench matrix compare census clean
 
 demo: $(VENV)/train.stamp
 	$(PY) benchmarks/demo/run.py
@@ -44,6 +44,11 @@ matrix: $(VENV)/dev.stamp
 # Every method on the demo's classifier, three seeds each, peft beside it: half an hour on two cores. It can be resumed.
 compare: $(VENV)/dev.stamp
 	$(PY) benchmarks/demo/compare.py
+
+# Every model class of transformers under every method: an hour on one core. It goes on where it was stopped; the page is
+# docs/census.md, one class: make census CENSUS="--only '^BertModel$$' --verbose". To begin anew: CENSUS=--fresh
+census: $(VENV)/dev.stamp
+	cd tests && OMP_NUM_THREADS=1 ../$(PY) -W ignore -m census --write ../docs/census.md $(CENSUS)
 
 bench: $(VENV)/dev.stamp
 	for file in $(BENCHMARKS); do echo "== $$file" && $(PY) $$file || exit 1; done

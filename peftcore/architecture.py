@@ -80,8 +80,10 @@ def _read(model: nn.Module) -> Architecture:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings"):
         return Architecture(sublayers=Observed(model))
+    is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
+        is_encoder_decoder |= bool(getattr(config, "is_encoder_decoder", False))
     paths = {id(module): path for path, module in base_modules(model)}
 
     def path_of(module: nn.Module | None) -> str | None:
@@ -89,7 +91,6 @@ def _read(model: nn.Module) -> Architecture:
 
     backbone = path_of(getattr(model, "base_model", None)) or ""
     output_head = path_of(_call(model, "get_output_embeddings"))
-    is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
     arguments = inspect.signature(original_forward(model.get_submodule(backbone))).parameters
     heads, hidden_size = _size(config, "num_attention_heads"), _size(config, "hidden_size")
     return Architecture(

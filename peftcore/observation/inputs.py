@@ -189,6 +189,8 @@ def _attention_mask(facts: Facts) -> Tensor:
     "inputs_embeds", "hidden_states", "encoder_hidden_states", "query_embeds", "context_hidden_states", "noise_embeds"
 )
 def _embeddings(facts: Facts) -> Tensor:
+    if facts.has("grid_thw"):
+        return _patches(facts)
     return facts.floats(BATCH, LENGTH, facts.find("hidden_size", "d_model", "n_embd", "dim", default=32))
 
 
@@ -213,6 +215,8 @@ def _channels(facts: Facts) -> int:
 
 @argument("pixel_values", "image", "pixel_values_images", "prompt_pixel_values")
 def _pixel_values(facts: Facts) -> Tensor:
+    if facts.has("grid_thw"):
+        return _patches(facts)
     frames = facts.find("num_frames") if not facts.has("input_ids") else None
     clip = [frames] if frames and facts.find("tubelet_size", "drop_path_type", "num_frames") else []
     return facts.floats(BATCH, *clip, _channels(facts), *_image_size(facts))
@@ -300,3 +304,10 @@ def _future_values(facts: Facts) -> Tensor:
 def _grid(facts: Facts) -> Tensor:
     merge = facts.find("spatial_merge_size", inside="vision", default=2)
     return torch.tensor([[1, 2 * merge, 2 * merge]], device=facts.device)
+
+
+def _patches(facts: Facts) -> Tensor:
+    """Flat patches of the images of `_grid`, `[patches, channels · frames · height · width]`."""
+    height, width = _pair(facts.find("patch_size", inside="vision", default=16))
+    frames = facts.find("temporal_patch_size", inside="vision", default=1)
+    return facts.floats(int(_grid(facts).prod(-1).sum()), _channels(facts) * frames * height * width)

@@ -67,6 +67,8 @@ class Backbone(nn.Module):
         given = call.get("input_ids") if given is None else given
         if given is None:
             raise PeftcoreError("a prompt stands before tokens, and the model was called without: no input_ids")
+        if given.dim() != (2 if given is call.get("input_ids") else 3):
+            raise PeftcoreError(f"a prompt stands before tokens [batch, length], found a tensor of {list(given.shape)}")
         length = given.shape[1]
         if self._context and past + self.tokens + length > self._context:
             raise PeftcoreError(
@@ -131,9 +133,13 @@ def cache_argument(module: nn.Module) -> str | None:
 
 def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
     """Does it read from left to right? Its attention says so, or its config, or that it takes a cache."""
-    said = [m.is_causal for m in backbone.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     config = text_config(backbone)
-    said = said or [v for name in ("causal", "is_decoder") if isinstance(v := getattr(config, name, None), bool)]
+    said = [getattr(module, "is_causal", None) for module in backbone.modules()] + [getattr(config, "causal", None)]
+    if hasattr(config, "add_cross_attention"):  # of a family of encoders that may be decoders
+        said.append(getattr(config, "is_decoder", None))
+    said = [each for each in said if isinstance(each, bool)]
+    if getattr(config, "is_decoder", None) is True:
+        return True
     return any(said) if said else architecture.cache_argument is not None
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapted import base_modules
+from peftcore.adapted import base_modules, base_parameters
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around
@@ -26,6 +26,7 @@ from peftcore.prompts.backbone import (
 
 # What only cross-attention is given.
 _CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
+_TOKEN_BY_TOKEN = ("prophetnet",)  # families that read one token at a time as soon as the cache is not empty
 _COUNTS_PADDING = ("mpt", "cpmant")  # families whose attention takes its distances from places, padding included
 
 
@@ -44,6 +45,10 @@ def place_prefix(
         raise PeftcoreError(
             f"PrefixKV needs attention that takes a cache; that of {type(model).__name__} takes none. "
             "A soft prompt needs none"
+        )
+    if getattr(text_config(backbone), "model_type", None) in _TOKEN_BY_TOKEN:
+        raise PeftcoreError(
+            f"{type(model).__name__} reads one token at a time where its cache is not empty, and a prefix fills it"
         )
     if getattr(text_config(backbone), "kv_lora_rank", None):
         raise PeftcoreError(
@@ -66,7 +71,13 @@ def place_prefix(
             f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, which has no keys and "
             "values for PrefixKV. A soft prompt needs none"
         )
-    widths = {getattr(module, "head_dim", None) for module in attentions.values()} - {None, shape[4]}
+    if kept and len(kept) != shape[0]:
+        raise PeftcoreError(
+            f"{type(model).__name__} keeps keys and values of {len(kept)} layers, and runs {shape[0]}: what PrefixKV "
+            "gives to which is not known. A soft prompt works"
+        )
+    widths = {getattr(module, name, None) for module in attentions.values() for name in ("head_dim", "v_head_dim")}
+    widths -= {None, shape[4]}
     if widths:
         raise PeftcoreError(
             f"layers of {type(model).__name__} have heads of {sorted({shape[4], *widths})} numbers, and PrefixKV gives "
@@ -141,7 +152,9 @@ class PrefixAround(Backbone):
     def _fill(self, cache: Any, module: nn.Module, call: dict[str, Any]) -> None:
         given = call.get("inputs_embeds")
         given = given if given is not None else call["input_ids"]
-        dtype = module.get_input_embeddings().weight.dtype
+        dtype = next(p.dtype for _, p in base_parameters(module) if p.is_floating_point())
+        if hasattr(module, "get_input_embeddings"):
+            dtype = module.get_input_embeddings().weight.dtype
         layers = getattr(cache, "self_attention_cache", cache)
         before = getattr(cache, IN_CACHE, 0) if seen(cache) else 0  # another prefix's
         for layer, (key, value) in enumerate(self.adapter().to(dtype).unbind(0)):  # [kv_heads, tokens, head_dim] each
@@ -232,7 +245,7 @@ def _new_cache(backbone: nn.Module) -> Any:
     from transformers import DynamicCache, EncoderDecoderCache
 
     cache = DynamicCache(config=backbone.config)
-    if getattr(backbone.config, "is_encoder_decoder", False):
+    if any(getattr(backbone.config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):
         return EncoderDecoderCache(cache, DynamicCache(config=backbone.config))
     return cache
 

@@ -50,7 +50,7 @@ def place_soft_prompt(
             f"a soft prompt stands before tokens, and '{path}' ({type(backbone).__name__}) takes none: "
             f"{', '.join(names[:3])}. A prefix or a method for linear layers works"
         )
-    own = backbone.get_input_embeddings()
+    own = backbone.get_input_embeddings() if hasattr(backbone, "get_input_embeddings") else embedding
     needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, own)
     around = SoftPromptAround(
         adapter,
@@ -61,6 +61,7 @@ def place_soft_prompt(
         keeps=keeps,
         stand_in=ordinary_token(model.config),
         needs_tokens=needs_tokens,
+        embedding=own,
         counts=not senses,  # images have positions that are the model's own business
     )
     at = next(name for name, module in base_modules(model) if module is own)
@@ -98,6 +99,7 @@ class SoftPromptAround(Backbone):
     Args:
         keeps: leave them in the output (an encoder's).
         stand_in: a token that stands in for them until the embedding, if the call has tokens.
+        embedding: of tokens.
         needs_tokens: in a graph, too, where else they stand before the embedded input.
         counts: compute positions for padded batches, if it is causal.
     """
@@ -106,6 +108,7 @@ class SoftPromptAround(Backbone):
         self,
         *args: Any,
         stand_in: int,
+        embedding: nn.Module,
         needs_tokens: bool = False,
         keeps: bool = False,
         counts: bool = True,
@@ -114,6 +117,7 @@ class SoftPromptAround(Backbone):
         super().__init__(*args, **kwargs)
         self._keeps = keeps
         self._stand_in = stand_in
+        self._embedding = (embedding,)  # no child of this one
         self._needs_tokens = needs_tokens
         self.counts = self.counts and counts
 
@@ -136,13 +140,13 @@ class SoftPromptAround(Backbone):
         if call.get("input_ids") is not None and not in_graph:
             output = self._by_tokens(base, call, order)
         else:
-            output = base(**self._embedded(base.module, call, order))
+            output = base(**self._embedded(call, order))
         return output if self._keeps else _without_prompt(output, self.tokens, back)
 
-    def _embedded(self, module: nn.Module, call: dict[str, Any], order: Tensor | None) -> dict[str, Any]:
+    def _embedded(self, call: dict[str, Any], order: Tensor | None) -> dict[str, Any]:
         embedded = call.get("inputs_embeds")
         if embedded is None:
-            embedded = module.get_input_embeddings()(call["input_ids"])  # [batch, length, hidden]
+            embedded = self._embedding[0](call["input_ids"])  # [batch, length, hidden]
         prompt = self.adapter().to(embedded.dtype).expand(embedded.shape[0], -1, -1)
         rows = torch.cat([prompt, embedded], dim=1)  # [batch, tokens + length, hidden]
         return {**call, "input_ids": None, "inputs_embeds": rows if order is None else _taken(rows, order)}

@@ -59,8 +59,8 @@ class PrefixTuningConfig:
         heads, head_dim = architecture.num_kv_heads, architecture.head_dim
         layers = architecture.num_layers
         if architecture.is_encoder_decoder:
-            config = model.get_submodule(architecture.decoder).config
-            layers = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+            config = getattr(model.get_submodule(architecture.decoder), "config", model.config)
+            layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
         if not (heads and head_dim and layers):
             raise peftcore.PeftcoreError(
                 f"{type(model).__name__} does not say how many layers and heads it has. A plugin's "

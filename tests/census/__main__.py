@@ -8,8 +8,10 @@ import random
 import re
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
+from census import report
 from census.check import FIELDS
 from census.instances import classes
 from census.worker import Worker
@@ -28,6 +30,7 @@ def main() -> None:
     parser.add_argument("--again", help="also those whose row matches this regular expression, such as crash|wrong")
     parser.add_argument("--seconds", type=float, default=120, help="for one class")
     parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--write", type=Path, help="write this Markdown page of all rows, and known.json")
     args = parser.parse_args()
     types = classes()
     names = [name for name in types if not args.only or re.search(args.only, name)]
@@ -40,7 +43,7 @@ def main() -> None:
     todo = [name for name in names if name not in done]
     began = time.monotonic()
     worker = Worker([m for m in args.methods.split(",") if m], args.seconds)
-    for i, name in enumerate(sorted(todo, key=types.get), 1):
+    for i, name in enumerate(ordered(todo, types), 1):
         row = worker.examine(name)
         with args.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -50,6 +53,23 @@ def main() -> None:
         print(
             f"{i + len(names) - len(todo)}/{len(names)} {name}: {summary(row)} ({left / 60:.0f} min left)", flush=True
         )
+
+    worker.close()
+    if args.write:
+        rows = read(args.rows)
+        args.write.parent.mkdir(exist_ok=True, parents=True)
+        args.write.write_text(report.markdown(rows, len(types)))
+        report.KNOWN.write_text(json.dumps(report.failures(rows), indent=1) + "\n")
+
+
+def ordered(names: list[str], types: dict[str, str]) -> list[str]:
+    """Two classes of each model type first, then two more of each, so that a run that is cut short has seen all."""
+    seen: Counter[str] = Counter()
+    ranks = {}
+    for name in names:
+        ranks[name] = seen[types[name]] // 2
+        seen[types[name]] += 1
+    return sorted(names, key=lambda name: (ranks[name], types[name]))
 
 
 def read(path: Path) -> list[dict]:

@@ -65,13 +65,13 @@ def classes() -> dict[str, str]:
     mappings = [name for name in dir(modeling_auto) if name.startswith("MODEL_") and name.endswith("_MAPPING_NAMES")]
     found: dict[str, str] = {}
     there = set(dir(transformers))  # `hasattr` would import every model
-    for name in sorted(
-        mappings, key=lambda name: (name in ("MODEL_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES"), name)
-    ):
-        for model_type, names in getattr(modeling_auto, name).items():
-            for each in (names,) if isinstance(names, str) else names:
-                if model_type in CONFIG_MAPPING_NAMES and each in there:
-                    found.setdefault(each, model_type)
+    last = ("MODEL_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES")
+    for mapping in sorted(mappings, key=lambda name: (name in last, name)):
+        for model_type, names in getattr(modeling_auto, mapping).items():
+            for name in (names,) if isinstance(names, str) else names:
+                own = name.startswith(CONFIG_MAPPING_NAMES.get(model_type, "?").removesuffix("Config"))
+                if model_type in CONFIG_MAPPING_NAMES and name in there and (own or name not in found):
+                    found[name] = model_type
     return found
 
 
@@ -128,6 +128,8 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
     for name, default in _parameters(config).items():
         if name == "rope_parameters" and isinstance(values.get(name), dict):
             fields[name] = _small_rope(values[name])
+            if "mrope_section" in (getattr(config, "ignore_keys_at_rope_validation", None) or ()):
+                fields[name] = {**fields[name], "mrope_section": [2, 1, 1]}
         elif name in MISSING and values.get(name) is None:
             fields[name] = MISSING[name]
         elif name in values and (name in UNTOUCHED or default is not None or values[name] is not None):

@@ -56,6 +56,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "Dots3NoteTextConfig": {**_QK, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 8,
                             "swa_kv_lora_rank": 8, "swa_head_dim": 12, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
                             "swa_qk_rope_head_dim": 4, "head_dim": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8},
+    "Glm4vMoeTextConfig": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
+    "PaddleOCRTextConfig": {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}},
     "RecurrentGemmaConfig": {"num_hidden_layers": 3},
     "GPTJConfig": {"rotary_dim": 4},
     "CodeGenConfig": {"rotary_dim": 4},

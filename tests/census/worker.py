@@ -38,8 +38,8 @@ class Worker:
         began = time.monotonic()
         row: dict[str, Any] = {"class": name, "outcomes": {}}
         at = "instance"
-        self._pipe.send(name)
         try:
+            self._pipe.send(name)
             while True:
                 if not self._pipe.poll(max(0.0, began + self._seconds - time.monotonic())):
                     raise TimeoutError(f"not done after {self._seconds:.0f} s")
@@ -51,8 +51,8 @@ class Worker:
                 else:
                     row["outcomes"].update(message.pop("outcomes", {}))
                     row.update(message)
-        except (TimeoutError, EOFError, ConnectionResetError) as error:
-            why = str(error) or "the process died"
+        except (TimeoutError, EOFError, OSError) as error:
+            why = str(error) if type(error) is TimeoutError else "the process died"
             if at in self._methods:
                 row["outcomes"][at] = {"kind": "crash", "at": "process", "why": why, "notes": ()}
             else:

@@ -94,6 +94,22 @@ def test_layers_whose_weights_are_read_past_them_stay_dense():
         layer(torch.randn(2, 3, 64))  # the fast path
 
 
+def test_a_layer_that_its_parent_asks_for_its_dtype_stays_dense():
+    """ColPali brings hidden states to `embedding_proj_layer.weight.dtype`, which would be that of bytes."""
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(32, 32), nn.Linear(32, 32)
+
+        def forward(self, x):
+            return self.last(self.first(x).to(self.last.weight.dtype))
+
+    model = peftcore.quantize(Parent())
+    assert isinstance(model.first, QuantizedLinear) and not isinstance(model.last, QuantizedLinear)
+    assert model(torch.randn(2, 32)).isfinite().all()
+
+
 def test_dense_weights_are_freed_one_by_one():
     model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(4)))
     alive = [weakref.ref(layer.weight) for layer in model]

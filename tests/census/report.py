@@ -1,0 +1,132 @@
+"""The rows of a census as totals by target, causes, and a table by class: docs/census.md, and known.json for CI."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto import modeling_auto
+
+from census.check import CRASH, EXACT, FIELDS, PROMPTS, REFUSED, WRONG
+
+KNOWN = Path(__file__).with_name("known.json")
+_FAMILIES = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "TEXT_ENCODING")
+_MARKS = {EXACT: "yes", REFUSED: "refused", WRONG: "**wrong**", CRASH: "**crash**"}
+
+_HEAD = """# The census
+
+Every model class that transformers' auto mappings list, as a tiny random instance, under every method of this
+repository. `yes` means checked: before training the adapter computes what the base computes; changed, it changes the
+output; it gets a gradient where the weight beside it would; `disabled()` is the base bit for bit; save and load, merge
+and unmerge, and remove are exact; a prompt of a token's vectors is that token, padding before a row changes nothing
+where it changes nothing without the prompt, and each step of generation is one forward of all tokens so far.
+`refused` is a `PeftcoreError` that says why. Anything else would be a wrong result or a crash.
+
+Made by `make census`.
+"""
+
+
+def known() -> dict[str, dict[str, str]]:
+    """{class: {method: why}} of what the last whole run found wrong."""
+    return json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
+
+
+def failures(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """{class: {method: why}} of wrong results and crashes."""
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for row in rows:
+        for method, outcome in row["outcomes"].items():
+            if outcome["kind"] in (WRONG, CRASH):
+                found[row["class"]][method] = f"{outcome['kind']} ({outcome['at']}): {outcome['why']}"
+    return dict(sorted(found.items()))
+
+
+def markdown(rows: list[dict[str, Any]], listed: int) -> str:
+    """The whole page."""
+    rows = sorted(rows, key=lambda row: row["class"].lower())
+    there = [row for row in rows if "none" not in row]
+    parts = [_HEAD, _totals(rows, there, listed), _by_method(there), _causes(there), _table(there), _without(rows)]
+    return "\n".join(parts)
+
+
+def _share(rows: list[dict[str, Any]], method: str) -> str:
+    served = sum(row["outcomes"].get(method, {}).get("kind") == EXACT for row in rows)
+    return f"{served} of {len(rows)} ({served / max(1, len(rows)):.1%})"
+
+
+def _totals(rows: list[dict[str, Any]], there: list[dict[str, Any]], listed: int) -> str:
+    families = {
+        name
+        for kind in _FAMILIES
+        for names in getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES").values()
+        for name in ((names,) if isinstance(names, str) else names)
+    }
+    lacking = sum("ImportError" in row.get("none", "") or "ModuleNotFound" in row.get("none", "") for row in rows)
+    kinds = Counter(outcome["kind"] for row in there for outcome in row["outcomes"].values())
+    linear, bias = ([row for row in there if row.get(what)] for what in ("linear", "bias"))
+    lines = [
+        "| target | found |",
+        "|---|---|",
+        f"| classes listed | {listed} |",
+        f"| examined | {len(there)}; {lacking} more need libraries that are not installed, of "
+        f"{len(rows) - len(there) - lacking} no instance runs, {listed - len(rows)} were not reached |",
+        f"| no crash | {kinds[CRASH]} of {kinds.total()} outcomes |",
+        f"| no wrong result | {kinds[WRONG]} of {kinds.total()} outcomes |",
+        f"| LoRA on 99 % of classes with a linear layer | {_share(linear, 'lora')} |",
+        f"| BitFit on 99 % of classes with a bias | {_share(bias, 'bitfit')} |",
+    ]
+    for method in PROMPTS:
+        served = [row for row in there if row.get(f"peft {method}")]
+        lines.append(f"| {method} on 95 % of classes that PEFT serves | {_share(served, method)} |")
+    chosen = [row for row in there if row["class"] in families]
+    lines.append(f"| bottleneck adapters on 95 % of decoders and encoders of text | {_share(chosen, 'adapter')} |")
+    return "\n".join([*lines, ""])
+
+
+def _by_method(there: list[dict[str, Any]]) -> str:
+    lines = ["## By method", "", "| | yes | refused | wrong | crash |", "|---|---|---|---|---|"]
+    for method in FIELDS:
+        kinds = Counter(row["outcomes"][method]["kind"] for row in there if method in row["outcomes"])
+        lines.append(f"| {method} | {kinds[EXACT]} | {kinds[REFUSED]} | {kinds[WRONG]} | {kinds[CRASH]} |")
+    return "\n".join([*lines, ""])
+
+
+def _causes(there: list[dict[str, Any]]) -> str:
+    found: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for row in there:
+        for method, outcome in row["outcomes"].items():
+            if outcome["kind"] != EXACT:
+                found[_MARKS[outcome["kind"]], method, _cause(outcome["why"], row["class"])].append(row["class"])
+    lines = ["## Causes", "", "| | method | why | classes |", "|---|---|---|---|"]
+    for (kind, method, why), names in sorted(found.items(), key=lambda item: (item[0][0], -len(item[1]), item[0])):
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"| {kind} | {method} | {why} | {some} |")
+    return "\n".join([*lines, ""])
+
+
+def _cause(why: str, name: str) -> str:
+    """The message without what differs from class to class."""
+    why = why.replace(name, "the model").replace("\n", " ").replace("|", "/")
+    why = re.sub(r"'[^']*\.[^']*'", "'…'", why)
+    why = re.sub(r"\d+(\.\d+)?(e-?\d+)?", "n", why)
+    return why if len(why) <= 160 else f"{why[:159]}…"
+
+
+def _table(there: list[dict[str, Any]]) -> str:
+    lines = ["## By class", "", "| | " + " | ".join(FIELDS) + " |", "|---" * (len(FIELDS) + 1) + "|"]
+    for row in there:
+        cells = (row["outcomes"].get(method) for method in FIELDS)
+        lines.append(f"| {row['class']} | " + " | ".join(_MARKS[c["kind"]] if c else "" for c in cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _without(rows: list[dict[str, Any]]) -> str:
+    lines = ["## Without an instance", "", "| | why |", "|---|---|"]
+    for row in rows:
+        if "none" in row:
+            lines.append(f"| {row['class']} | {' '.join(row['none'].split())[:110].replace('|', '/')} |")
+    return "\n".join([*lines, ""])
