@@ -40,7 +40,7 @@ def run(emulated, x, packed, absmax, code, blocksize, scales, rows, bias, seed=0
     given = (x, DTYPES.index(x.dtype), batch, packed, absmax, code, blocksize)
     nested = (None, None, None, 256) if scales is None else tuple(scales)
     sizes = (c_int64(rows), c_int64(columns))
-    emulated("peftcore_nf4_linear")(*given, *nested, *sizes, bias, None, None, 0, 0, y, seed=seed)
+    emulated("peftcore_nf4_linear")(*given, *nested, *sizes, bias, None, None, 0, y, seed=seed)
     assert (memory[:offset] == 7).all() and (memory[offset + count :] == 7).all()
     return y.view(batch, rows)
 
