@@ -163,7 +163,7 @@ def test_a_missing_mask_stays_missing(kind: str) -> None:
     model, seen = applied(tiny.llama(), kind), []
     own = Backbone._make_room
     around = model.model.peftcore["default"]
-    around._make_room = lambda call, past: (own(around, call, past), seen.append(call))
+    around._make_room = lambda call, past: (own(around, call, past), seen.append(call))[0]
     logits(model, tiny.TOKENS)
     assert seen[0].get("attention_mask") is None and seen[0].get("position_ids") is None
 

@@ -45,6 +45,7 @@ class Backbone(nn.Module):
         self._cache_argument = cache_argument
         self._causal = causal
         self.counts = causal and "position_ids" in self._names
+        self._first = first_position(module)
         self._context = learned_context(module)
 
     def extra_repr(self) -> str:
@@ -83,7 +84,8 @@ class Backbone(nn.Module):
                 "generate with the dynamic one)"
             )
         if positions is None and mask is not None and self.counts:
-            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]  # tokens count, padding does not
+            counted = (mask.long().cumsum(-1) - 1).clamp(min=0)  # tokens count, padding does not
+            positions = counted[:, -length:] + self._first
         if positions is not None:
             call["position_ids"] = positions + self.tokens
         if mask is not None:
@@ -92,12 +94,21 @@ class Backbone(nn.Module):
 
 
 class Positions(Backbone):
-    """Around a backbone that makes positions for the decoder inside, places counted: here tokens are counted."""
+    """Around a backbone that makes positions for the decoder inside, of places and the length of the cache.
+
+    Here tokens are counted, neither padding nor prefixes: the adapter around the decoder adds its own.
+    """
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
-        if isinstance(mask := call.get("attention_mask"), Tensor) and mask.dim() == 2:
+        _, past = self._cached(call)
+        mask, given = call.get("attention_mask"), call.get("inputs_embeds")
+        given = call.get("input_ids") if given is None else given
+        if isinstance(mask, Tensor) and mask.dim() == 2:
             self._make_room(call, past=0)
+        elif mask is None and given is not None and past > 0 and call.get("position_ids") is None:
+            places = torch.arange(past, past + given.shape[1], device=given.device)
+            call["position_ids"] = self._first + places.expand(len(given), -1)
         return base(**call)
 
 
@@ -161,6 +172,13 @@ def learned_context(backbone: nn.Module) -> int | None:
             if module.num_embeddings == context + offset:
                 return context - (0 if module.padding_idx is None or offset else module.padding_idx + 1)
     return None
+
+
+def first_position(backbone: nn.Module) -> int:
+    """The position of the first token: in families that began with RoBERTa's code, the one behind padding's."""
+    counting = (m for m in backbone.modules() if hasattr(m, "create_position_ids_from_input_ids"))
+    padding = next((getattr(module, "padding_idx", None) for module in counting), None)
+    return 0 if padding is None else padding + 1
 
 
 def seen(cache: Any) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +29,11 @@ from peftcore.prompts.backbone import (
 # What only cross-attention is given.
 _CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
 _TOKEN_BY_TOKEN = ("prophetnet",)  # families that read one token at a time as soon as the cache is not empty
-_COUNTS_PADDING = ("mpt", "cpmant")  # families whose attention takes its distances from places, padding included
+_COUNTS_PADDING = (
+    "mpt",
+    "cpmant",
+    "roformer",
+)  # families whose attention takes its distances from places, padding included
 
 
 def place_prefix(
@@ -68,8 +74,8 @@ def place_prefix(
     other = [i for i, layer in enumerate(kept) if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)]
     if other:
         raise PeftcoreError(
-            f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, which has no keys and "
-            "values for PrefixKV. A soft prompt needs none"
+            f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, or what another layer "
+            "keeps: no keys and values for PrefixKV. A soft prompt needs none"
         )
     if kept and len(kept) != shape[0]:
         raise PeftcoreError(
@@ -83,6 +89,15 @@ def place_prefix(
             f"layers of {type(model).__name__} have heads of {sorted({shape[4], *widths})} numbers, and PrefixKV gives "
             "all the same. A soft prompt works"
         )
+    numbers = shape[2] * shape[4]
+    for at, module in attentions.items():
+        made = {name: getattr(child, "out_features", numbers) for name, child in module.named_children()}
+        other = {name: made[name] for name in ("k_proj", "v_proj") if made.get(name, numbers) != numbers}
+        if other:
+            raise PeftcoreError(
+                f"PrefixKV gives each layer {shape[2]} heads of {shape[4]} numbers, {numbers} in all; "
+                f"'{at}' of {type(model).__name__} makes {other}. A soft prompt works"
+            )
     around = PrefixAround(
         adapter,
         backbone,
@@ -94,7 +109,8 @@ def place_prefix(
     )
     layers = [Around(at, PrefixLayer(adapter, module)) for at, module in attentions.items()]
     if path != architecture.backbone and around.counts and not hasattr(outer, "get_rope_index"):
-        layers.append(Around(architecture.backbone, Positions(None, outer, causal=True)))
+        known = cache_argument(outer) or argument  # some pass it on among others
+        layers.append(Around(architecture.backbone, Positions(None, outer, cache_argument=known, causal=True)))
     return [Around(path, around), *layers]
 
 
@@ -160,6 +176,8 @@ class PrefixAround(Backbone):
         for layer, (key, value) in enumerate(self.adapter().to(dtype).unbind(0)):  # [kv_heads, tokens, head_dim] each
             shape = (given.shape[0], *key.shape)
             layers.update(key.expand(shape), value.expand(shape), layer)
+            if key.requires_grad:  # tensors inside a graph have no deep copy of their own
+                layers.layers[layer].__deepcopy__ = partial(_copied, layers.layers[layer])
         setattr(cache, IN_CACHE, before + self.tokens)
 
     def _refuse_padding(self, module: nn.Module, mask: Any) -> None:
@@ -248,6 +266,16 @@ def _new_cache(backbone: nn.Module) -> Any:
     if any(getattr(backbone.config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):
         return EncoderDecoderCache(cache, DynamicCache(config=backbone.config))
     return cache
+
+
+def _copied(layer: Any, memo: dict[int, Any]) -> Any:
+    """A deep copy of a cache's layer in which the prefix keeps its graph: a model that runs layers again copies it."""
+    new = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            setattr(new, name, value.clone())
+    new.__deepcopy__ = partial(_copied, new)
+    return new
 
 
 def _without(output: Any, name: str) -> Any:

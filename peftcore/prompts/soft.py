@@ -50,13 +50,14 @@ def place_soft_prompt(
             f"a soft prompt stands before tokens, and '{path}' ({type(backbone).__name__}) takes none: "
             f"{', '.join(names[:3])}. A prefix or a method for linear layers works"
         )
+    cached = None if keeps else cache_argument(model.get_submodule(entry(model, architecture)))  # some pass it on
     own = backbone.get_input_embeddings() if hasattr(backbone, "get_input_embeddings") else embedding
     needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, own)
     around = SoftPromptAround(
         adapter,
         backbone,
         tokens,
-        cache_argument=None if keeps else cache_argument(backbone),
+        cache_argument=None if keeps else cached or cache_argument(backbone),
         causal=causal and not keeps,
         keeps=keeps,
         stand_in=ordinary_token(model.config),
@@ -125,7 +126,7 @@ class SoftPromptAround(Backbone):
         call = self._call(args, kwargs)
         cache, past = self._cached(call)
         mask = call.get("attention_mask")
-        self._make_room(call, past)
+        length = self._make_room(call, past)
         order = back = None
         if mask is not None:
             # Padding must not part prompt and input: windows and ALiBi count it, recurrences run over it.
@@ -141,7 +142,7 @@ class SoftPromptAround(Backbone):
             output = self._by_tokens(base, call, order)
         else:
             output = base(**self._embedded(call, order))
-        return output if self._keeps else _without_prompt(output, self.tokens, back)
+        return output if self._keeps else _without_prompt(output, self.tokens, self.tokens + length, back)
 
     def _embedded(self, call: dict[str, Any], order: Tensor | None) -> dict[str, Any]:
         embedded = call.get("inputs_embeds")
@@ -218,10 +219,15 @@ def _taken(states: Tensor, order: Tensor) -> Tensor:
     return states.gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
 
 
-def _without_prompt(output: Any, tokens: int, back: Tensor | None = None) -> Any:
-    """The output at the input's tokens: behind the prompt, or at the places `back`."""
+def _without_prompt(output: Any, tokens: int, columns: int, back: Tensor | None = None) -> Any:
+    """The output at the input's tokens: behind the prompt, or at the places `back`, of `columns` in all."""
 
     def cut(states: Tensor) -> Tensor:
+        if states.shape[1] != columns:
+            raise PeftcoreError(
+                f"the model gave {states.shape[1]} states for {columns} tokens, {tokens} of them a soft prompt's: "
+                "which states are the prompt's is not known. A method for linear layers works"
+            )
         return states[:, tokens:] if back is None else _taken(states, back)
 
     if isinstance(output, tuple):
@@ -234,4 +240,8 @@ def _without_prompt(output: Any, tokens: int, back: Tensor | None = None) -> Any
     output.last_hidden_state = cut(output.last_hidden_state)
     if getattr(output, "hidden_states", None) is not None:
         output.hidden_states = tuple(cut(states) for states in output.hidden_states)
+    if getattr(output, "last_hidden_state_ngram", None) is not None:  # a stream of states for each n, one by one
+        streams = output.last_hidden_state_ngram
+        streams = [cut(states) for states in streams.split(columns, dim=1)]
+        output.last_hidden_state_ngram = torch.cat(streams, dim=1)
     return output

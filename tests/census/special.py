@@ -101,5 +101,5 @@ def inputs(name: str, model: Any, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def reads_input_in_head(name: str) -> bool:
-    """Whether the head looks at the caller's own tokens: BigBird's for questions, the first one of several choices."""
-    return name.endswith("ForMultipleChoice") or name == "BigBirdForQuestionAnswering"
+    """Whether the head looks at the caller's own tokens or mask: of questions, or the first one of several choices."""
+    return name.endswith("ForMultipleChoice") or name in ("BigBirdForQuestionAnswering", "SplinterForQuestionAnswering")

@@ -1,0 +1,117 @@
+"""What prompts and prefixes cannot serve is refused, with the reason, from what the model is or gave."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from census import instances
+
+import peftcore
+from peftcore import PeftcoreError
+from peftcore.observation import example_inputs
+
+
+def refused(name: str, method: str, message: str, **inputs: Any) -> None:
+    """At apply, or at the first forward."""
+    model = instances.build(name)
+    with pytest.raises(PeftcoreError, match=message):
+        peftcore.apply(model, method, num_virtual_tokens=3)
+        model(**(inputs or example_inputs(model)))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Gemma4ForCausalLM", r"have heads of \[8, 16\] numbers, and PrefixKV gives all the same. A soft prompt works"),
+        ("MiMoV2FlashModel", r"2 heads of 8 numbers, 16 in all; .* makes \{'k_proj': 32, 'v_proj': 32\}"),
+        ("BambaModel", r"layers \[0\] of BambaModel keep a recurrent or compressed state"),
+        ("Gemma3nTextModel", r"layers \[2, 3\] of Gemma3nTextModel keep a recurrent or compressed state"),
+        ("HrmTextModel", r"keys and values for 16 layers, HrmTextModel has attention with a cache in 2: \[0, 1\]"),
+        ("ProphetNetForCausalLM", "reads one token at a time where its cache is not empty, and a prefix fills it"),
+        ("ParakeetForRNNT", "does not say how many layers and heads it has. A plugin's"),
+        ("SpeechT5ForSpeechToText", "a prompt stands before tokens, and the model was called without: no input_ids"),
+    ],
+)
+def test_a_prefix(name: str, message: str) -> None:
+    refused(name, "prefix-tuning", message)
+
+
+def test_a_prefix_before_images_that_attend_in_both_directions() -> None:
+    model = instances.build("Gemma3ForConditionalGeneration")
+    peftcore.apply(model, "prefix-tuning", num_virtual_tokens=3)
+    tokens = {"input_ids": tiny.TOKENS, "token_type_ids": torch.zeros_like(tiny.TOKENS)}
+    assert model(**tokens).logits.isfinite().all()
+    with pytest.raises(PeftcoreError, match=r"attend in both directions while the cache is empty.*A soft prompt works"):
+        model(**tokens, pixel_values=torch.zeros(2, 3, 8, 8))
+
+
+def test_a_prefix_of_layers_that_share_their_keys_and_values() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "hidden_size_per_layer_input": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8}
+    kinds = {"layer_types": ["full_attention", "full_attention"], "num_kv_shared_layers": 1}
+    config = transformers.Gemma4TextConfig(vocab_size=96, vocab_size_per_layer_input=96, **sizes, **heads, **kinds)
+    model = transformers.Gemma4ForCausalLM(config)
+    with pytest.raises(PeftcoreError, match=r"layers \[1\] of .* keep .* what another layer keeps: no keys"):
+        peftcore.apply(model, "prefix-tuning")
+
+
+def test_a_prefix_and_a_mask_of_more_than_the_tokens_where_nothing_is_kept() -> None:
+    model = instances.build("RobertaForCausalLM")
+    assert not model.config.is_decoder
+    peftcore.apply(model, "prefix-tuning", num_virtual_tokens=3)
+    with pytest.raises(PeftcoreError, match=r"given 1 tokens and a mask of 7\. To generate: is_decoder=True in"):
+        model(input_ids=tiny.TOKENS[:, -1:], attention_mask=torch.ones_like(tiny.TOKENS))
+
+
+def test_a_prefix_before_padding_that_is_counted() -> None:
+    model = instances.build("RoFormerForMaskedLM")
+    peftcore.apply(model, "prefix-tuning", num_virtual_tokens=3)
+    mask = torch.ones_like(tiny.TOKENS)
+    mask[1, :3] = 0
+    with pytest.raises(PeftcoreError, match="counts padding in its distances"):
+        model(input_ids=tiny.TOKENS, attention_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "CohereAsrModel",
+            r"stands before tokens, and 'encoder' \(ParakeetEncoder\) takes none: input_features, atten",
+        ),
+        ("BlipModel", "cannot be taken out of a BlipOutput, which has no last_hidden_state. Give the part"),
+        ("CpmAntModel", "CpmAntModel did not call its token embedding with its tokens, so a soft prompt had no effect"),
+        ("FunnelBaseModel", "the model gave 3 states for 10 tokens, 3 of them a soft prompt's"),
+        ("ViTModel", "SoftPrompt needs a model with a token embedding; ViTModel names none"),
+    ],
+)
+def test_a_soft_prompt(name: str, message: str) -> None:
+    refused(name, "prompt-tuning", message)
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_what_is_no_batch_of_tokens(method: str) -> None:
+    refused(
+        "LlamaModel",
+        method,
+        r"before tokens \[batch, length\], found a tensor of \[1, 2, 7\]",
+        input_ids=tiny.TOKENS[None],
+    )
+    refused("LlamaModel", method, "called without: no input_ids", attention_mask=torch.ones(2, 7))
+
+
+def test_a_prefix_for_a_cache_of_another_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a config that counts layers of its cache apart: which layer's keys would be whose is not known."""
+    from peftcore.prompts import prefix
+
+    model = instances.build("LlamaModel")
+    longer = copy.deepcopy(model.config)
+    longer.num_hidden_layers = 3
+    monkeypatch.setattr(prefix, "_new_cache", lambda backbone: transformers.DynamicCache(config=longer))
+    with pytest.raises(PeftcoreError, match="keeps keys and values of 3 layers, and runs 2: what PrefixKV gives to"):
+        peftcore.apply(model, "prefix-tuning")
