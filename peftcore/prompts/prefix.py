@@ -69,7 +69,7 @@ def place_prefix(
         )
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    cache = _new_cache(backbone)
+    cache = _new_cache(backbone, architecture.is_encoder_decoder)
     kept = getattr(cache, "self_attention_cache", cache).layers
     other = [i for i, layer in enumerate(kept) if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)]
     if other:
@@ -106,9 +106,11 @@ def place_prefix(
         causal=architecture.is_encoder_decoder or is_causal(backbone, architecture),
         window=min((layer.sliding_window for layer in kept if getattr(layer, "sliding_window", None)), default=None),
         blocks=blocks,
+        crosses=architecture.is_encoder_decoder,
     )
     layers = [Around(at, PrefixLayer(adapter, module)) for at, module in attentions.items()]
-    if path != architecture.backbone and around.counts and not hasattr(outer, "get_rope_index"):
+    inside = path != architecture.backbone and not architecture.is_encoder_decoder
+    if inside and around.counts and not hasattr(outer, "get_rope_index"):
         known = cache_argument(outer) or argument  # some pass it on among others
         layers.append(Around(architecture.backbone, Positions(None, outer, cache_argument=known, causal=True)))
     return [Around(path, around), *layers]
@@ -120,6 +122,7 @@ class PrefixAround(Backbone):
     Args:
         window: how many tokens back the narrowest layer looks; None for all.
         blocks: images attend in both directions, if the cache is empty.
+        crosses: it is the decoder of an encoder-decoder, whatever its own config says.
     """
 
     def __init__(
@@ -129,11 +132,13 @@ class PrefixAround(Backbone):
         *args: Any,
         window: int | None = None,
         blocks: bool = False,
+        crosses: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(adapter, module, *args, **kwargs)
         self._window = window
         self._blocks = blocks
+        self._crosses = crosses
         self._counts_padding = getattr(module.config, "model_type", None) in _COUNTS_PADDING
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
@@ -156,7 +161,7 @@ class PrefixAround(Backbone):
             )
         own = cache is None
         if own:
-            cache = call[self._cache_argument] = _new_cache(base.module)
+            cache = call[self._cache_argument] = _new_cache(base.module, self._crosses)
         if past == 0:
             self._fill(cache, base.module, call)
         outer = getattr(cache, IN_MASK, 0)
@@ -259,12 +264,12 @@ def _attentions(backbone: nn.Module, prefix: str) -> dict[str, nn.Module]:
     return {path: module for path, module in found.items() if not any(o.startswith(f"{path}.") for o in found)}
 
 
-def _new_cache(backbone: nn.Module) -> Any:
+def _new_cache(backbone: nn.Module, crosses: bool) -> Any:
     from transformers import DynamicCache, EncoderDecoderCache
 
     cache = DynamicCache(config=backbone.config)
-    if any(getattr(backbone.config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):
-        return EncoderDecoderCache(cache, DynamicCache(config=backbone.config))
+    if crosses or any(getattr(backbone.config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):
+        return EncoderDecoderCache(cache, DynamicCache())  # no windows over the encoder's output
     return cache
 
 

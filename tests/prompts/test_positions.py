@@ -35,13 +35,18 @@ def logits(model: nn.Module, tokens: Tensor, **kwargs: Tensor) -> Tensor:
         ("Exaone4_5_ForConditionalGeneration", "prefix-tuning"),  # outside, positions are of the cache's length
         ("Kosmos2_5ForConditionalGeneration", "prefix-tuning"),  # they begin behind padding's
         ("MossTranscribeDiarizeForConditionalGeneration", "prompt-tuning"),  # the cache is one of **kwargs
+        ("T5GemmaForConditionalGeneration", "prefix-tuning"),  # the decoder's config tells of no encoder
+        ("T5Gemma2ForConditionalGeneration", "prefix-tuning"),
     ],
 )
 def test_steps(name: str, method: str) -> None:
     model = applied(instances.build(name), method)
     out = _generated(model, {"input_ids": tiny.TOKENS, "attention_mask": MASK})
-    whole = out.sequences[:, -tiny.TOKENS.shape[1] - len(out.logits) :]
-    wanted = logits(model, whole, attention_mask=torch.ones_like(whole))[:, -1 - len(out.logits) : -1]
+    whole = {"input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
+    if model.config.is_encoder_decoder:
+        whole = {"input_ids": tiny.TOKENS, "attention_mask": MASK, "decoder_input_ids": out.sequences}
+    with torch.no_grad():
+        wanted = model(**whole).logits[:, -1 - len(out.logits) : -1]
     torch.testing.assert_close(torch.stack(out.logits, dim=1), wanted, rtol=0, atol=1e-4)
 
 

@@ -112,6 +112,6 @@ def test_a_prefix_for_a_cache_of_another_length(monkeypatch: pytest.MonkeyPatch)
     model = instances.build("LlamaModel")
     longer = copy.deepcopy(model.config)
     longer.num_hidden_layers = 3
-    monkeypatch.setattr(prefix, "_new_cache", lambda backbone: transformers.DynamicCache(config=longer))
+    monkeypatch.setattr(prefix, "_new_cache", lambda *_: transformers.DynamicCache(config=longer))
     with pytest.raises(PeftcoreError, match="keeps keys and values of 3 layers, and runs 2: what PrefixKV gives to"):
         peftcore.apply(model, "prefix-tuning")
