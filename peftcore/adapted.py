@@ -24,6 +24,7 @@ from peftcore.class_swap import BUILT, subclass, take_off
 from peftcore.concurrency import ModelLock, rests_in_thread
 from peftcore.enclosing import LOCK, is_enclosing
 from peftcore.errors import PeftcoreError
+from peftcore.outputs import first_of, with_first
 from peftcore.per_sample import PerSample
 
 if TYPE_CHECKING:
@@ -152,9 +153,7 @@ class _AfterLink(_AroundLink):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._base(*args, **kwargs)
-        if isinstance(output, tuple):
-            return (self._adapter(output[0]), *output[1:])
-        return self._adapter(output)
+        return with_first(output, self._adapter(first_of(output)))
 
 
 def attach(

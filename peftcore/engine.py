@@ -18,7 +18,15 @@ from peftcore.changed import facts, with_adapter
 from peftcore.concurrency import Activation, refuse_running
 from peftcore.errors import PeftcoreError
 from peftcore.method import After
-from peftcore.placing import device_and_dtype, place, recorded, refuse_shared, tell_if_little, with_memory
+from peftcore.placing import (
+    device_and_dtype,
+    place,
+    recorded,
+    refuse_shared,
+    refuse_without_gradient,
+    tell_if_little,
+    with_memory,
+)
 from peftcore.registry import registry
 from peftcore.state import (
     STATE,
@@ -98,6 +106,7 @@ def apply(
         refuse_changed(model)
     with with_memory():
         placed = place(model, method, fields)
+    refuse_without_gradient(model, placed)
     tell_if_little(model, placed)
     if placed.method.prepare is not None:
         placed.method.prepare(model, placed.config)

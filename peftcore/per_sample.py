@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError
+from peftcore.outputs import first_of, with_first
 
 
 class PerSample:
@@ -82,14 +83,14 @@ class PerSample:
     def _after(self, *args: Any, **kwargs: Any) -> Any:
         """All adapters stand behind the module, which then runs once, on the whole batch."""
         output = self._base(*args, **kwargs)
-        first = output[0] if isinstance(output, tuple) else output
+        first = first_of(output)
         parts, order = [], []
         for which, own in self._groups():
             y = first[torch.tensor(own, device=first.device)]
             parts.append(y if which < 0 else self._adapters[which](y))
             order += own
         first = _joined(parts, torch.tensor(order, device=first.device).argsort())
-        return (first, *output[1:]) if isinstance(output, tuple) else first
+        return with_first(output, first)
 
 
 def _taken(value: Any, rows: Tensor, samples: int) -> Any:

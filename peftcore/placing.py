@@ -18,6 +18,7 @@ from peftcore.coverage import LITTLE, Coverage, coverage
 from peftcore.enclosing import lock_of
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import After, Around, Method, Train
+from peftcore.observation import observe
 from peftcore.registry import registry
 from peftcore.state import Applied, State, check_model, state_of
 from peftcore.targets import ALL_LINEAR, refuse_targeted, trained_modules
@@ -76,6 +77,27 @@ def tell_if_little(model: nn.Module, placed: Placed) -> None:
     """A selection of all there is that leaves most of the weight out is told of."""
     if not placed.names_modules and (found := covered(model, placed)).share < LITTLE:
         warnings.warn(f"{placed.method.name} on {type(model).__name__} {found}", stacklevel=4)
+
+
+def refuse_without_gradient(model: nn.Module, placed: Placed) -> None:
+    """Layers in a `torch.autograd.Function` (Reformer's reversible ones) learn only where its input asks for gradients.
+
+    Raises:
+        PeftcoreError: adapters would lie there, and the inputs of the frozen model do not ask for any.
+    """
+    inside = observe(model).in_function
+    if not inside or getattr(model, "_require_grads_hooks", None):
+        return
+    paths = [*(placement.path for placement in placed.around), *(name.rpartition(".")[0] for name in placed.trained)]
+    lost = next((path for path in paths if path in inside), None)
+    if lost is None:
+        return
+    what = f"{type(model).__name__} runs '{lost}' inside a torch.autograd.Function, so what is trained there gets no "
+    if hasattr(model, "enable_input_require_grads"):
+        raise PeftcoreError(
+            f"{what}gradient while no input asks for one. Before apply: model.enable_input_require_grads()"
+        )
+    warnings.warn(f"{what}gradient unless the inputs have requires_grad=True", stacklevel=4)
 
 
 def with_memory() -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from peftcore.adapted import base_modules
-from peftcore.observation import Trace, observe, trace
+from peftcore.observation import Trace, bypassed, observe, trace
 from peftcore.observation.residuals import FUSED_ATTENTION, MATRIX, MIXING, Branch, Residuals
 from peftcore.observation.tracing import SKIPPED, Call, once_a_model
 
@@ -91,7 +91,12 @@ def find(model: nn.Module) -> tuple[Sublayer, ...]:
         reader = _Reader(model, trace(model, every_layer=True))
     if reader.trace.error is not None and not _whole_stacks(model, reader.trace):
         return ()
-    return reader.sublayers()
+    found = reader.sublayers()
+    if any(sublayer.output in bypassed(model) for sublayer in found):  # called in evaluation: is it in training?
+        training = trace(model, training=True)
+        past = training.read - training.called
+        found = tuple(sublayer for sublayer in found if sublayer.output not in past)
+    return found
 
 
 def _whole_stacks(model: nn.Module, trace: Trace) -> bool:

@@ -18,7 +18,7 @@ from peftcore.adapted import base_modules, base_parameters, original_class
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import Train
-from peftcore.observation import bypassed
+from peftcore.observation import bypassed, rewritten
 from peftcore.patterns import compiled
 from peftcore.sublayers import Sublayer
 
@@ -105,7 +105,7 @@ def select(
             if is_linear(module) and not any(path == head or path.startswith(f"{head}.") for head in heads)
         ]
         if not own_parameters:
-            past = bypassed(model)
+            past = {**bypassed(model), **rewritten(model)}
             chosen = [path for path in chosen if path not in past]
         if not chosen:
             raise PeftcoreError(
@@ -254,8 +254,11 @@ def drop_unmatched(model: nn.Module, entries: Sequence[str]) -> list[str]:
 
 
 def refuse_bypassed(model: nn.Module, chosen: Iterable[str]) -> None:
-    """Raise a PeftcoreError if a module of `chosen` is read and not called: an adapter there would do nothing."""
-    modules, past = dict(base_modules(model)), bypassed(model)
+    """Raise a PeftcoreError if a module of `chosen` is read and not called: an adapter there would do nothing.
+
+    And if the model itself changes its weight, which would leave the adapter as it is.
+    """
+    modules, past, changed = dict(base_modules(model)), bypassed(model), rewritten(model)
     for path in chosen:
         attention, name = _attention_over(modules, path), path.rpartition(".")[2]
         if attention is not None:
@@ -267,6 +270,11 @@ def refuse_bypassed(model: nn.Module, chosen: Iterable[str]) -> None:
         if path in past:
             raise PeftcoreError(
                 f"an adapter at '{path}' would do nothing, always or in some modes and on some devices: {past[path]}. "
+                f"Leave it out, or exclude it: exclude_modules=['{name}']"
+            )
+        if path in changed:
+            raise PeftcoreError(
+                f"an adapter at '{path}' would not be changed with the layer: {changed[path]}. "
                 f"Leave it out, or exclude it: exclude_modules=['{name}']"
             )
 

@@ -12,7 +12,7 @@ CORE = ROOT / "peftcore"
 # Each may import the rooms to its left, and none to its right.
 ORDER = [
     {"errors", "validation", "requirement", "method", "hookspecs", "ops", "build_info", "ranks", "per_sample"}
-    | {"concurrency", "class_swap"},
+    | {"concurrency", "class_swap", "outputs"},
     {"registry", "adapted", "enclosing", "heads", "observation", "sublayers", "patterns"},
     {"architecture"},
     {"targets", "fast_path", "peft_reads", "prompts", "trained", "vocabulary", "fingerprint", "adapter_files"}

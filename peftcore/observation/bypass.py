@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dis
 import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from types import CodeType
 from typing import Any
@@ -19,7 +21,8 @@ from peftcore.adapted import base_modules, original_class
 from peftcore.observation.tracing import observe, once_a_model
 
 # What one may ask of a weight without using its values.
-_FACTS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "is_cuda", "is_quantized", "numel", "size"}
+_FACTS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "is_cuda", "is_quantized", "numel", "size",
+          "requires_grad_", "register_hook"}  # fmt: skip
 
 
 @once_a_model
@@ -30,10 +33,9 @@ def bypassed(model: nn.Module) -> dict[str, str]:
     """
     modules = dict(base_modules(model))
     found: dict[str, str] = {}
-    for path, module in modules.items():
-        cls = original_class(module)
-        inside = (f"{path}.{name}" if path else name for name in _read_weights(cls))
-        found.update(dict.fromkeys(inside, f"code of {cls.__name__} takes its weight without calling it"))
+    for path, cls, read in _reads(model):
+        if read.of_self and not read.is_fact and not read.is_change:
+            found[_join(path, read.path)] = f"code of {cls.__name__} takes its weight without calling it"
     seen = observe(model)
     for path in seen.read - seen.called:
         parent = path.rpartition(".")[0]
@@ -42,26 +44,78 @@ def bypassed(model: nn.Module) -> dict[str, str]:
     return {path: why for path, why in found.items() if path in modules and _has_matrix(modules[path])}
 
 
+@once_a_model
+def rewritten(model: nn.Module) -> dict[str, str]:
+    """{path: why} of the layers whose weight the model itself changes in place: RWKV's, halved for evaluation."""
+    modules = dict(base_modules(model))
+    found: dict[str, str] = {}
+    for path, cls, read in _reads(model):
+        if read.is_change:  # also of a part of a part: `for block in self.blocks: block.output.weight.mul_(2)`
+            inside = [p for p in modules if p.startswith(_join(path, "")) and f".{p}".endswith(f".{read.path}")]
+            found.update(dict.fromkeys(inside, f"code of {cls.__name__} changes its weight in place"))
+    return {path: why for path, why in found.items() if _has_matrix(modules[path])}
+
+
+@once_a_model
+def asked_for_dtype(model: nn.Module) -> list[str]:
+    """The layers whose weight's dtype code of the model asks for, to bring an input to it (ColPali)."""
+    return [_join(path, read.path) for path, _, read in _reads(model) if read.of_self and read.then[:1] == ("dtype",)]
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
 def _has_matrix(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     return weight is not None and not isinstance(module, nn.Embedding)
 
 
+@dataclass(frozen=True)
+class _Read:
+    """`self.path.weight.then`, or `of another name.path.weight.then`, in the code of a class."""
+
+    path: str
+    then: tuple[str, ...]
+    of_self: bool
+    is_tested: bool  # isinstance(self.path.weight, ...)
+
+    @property
+    def is_fact(self) -> bool:
+        return self.is_tested or (bool(self.then) and (self.then[0] in _FACTS or self.then[0].startswith("_")))
+
+    @property
+    def is_change(self) -> bool:
+        """Is it `weight.mul_(...)`, or `weight.data.mul_(...)`?"""
+        last = self.then[-1] if self.then else ""
+        return last.endswith("_") and last.strip("_") != "" and last not in _FACTS and not self.is_fact
+
+
+def _reads(model: nn.Module) -> Iterator[tuple[str, type[nn.Module], _Read]]:
+    """(path, class, what its code takes of a weight) of all modules."""
+    classes = {path: original_class(module) for path, module in base_modules(model)}
+    by_class = _reads_by_class(frozenset(classes.values()))
+    for path, cls in classes.items():
+        for read in by_class[cls]:
+            yield path, cls, read
+
+
 @cache
-def _read_weights(cls: type[nn.Module]) -> frozenset[str]:
-    """The modules x, or x.y, of which the class's forward, or what it calls on itself, takes `self.x.weight`."""
-    found: set[str] = set()
+def _reads_by_class(classes: frozenset[type[nn.Module]]) -> dict[type[nn.Module], frozenset[_Read]]:
+    """What the forwards of `classes` take of weights, and the methods whose names these use, on whichever module."""
+    found: dict[type[nn.Module], set[_Read]] = {cls: set() for cls in classes}
     seen, queue = {"forward"}, ["forward"]
     while queue:
-        function = _function(cls, queue.pop())
-        if function is None:
-            continue
-        for code in _codes(function.__code__):
-            found |= _weights(code)
-            called = {name for name in code.co_names if name not in seen and _function(cls, name) is not None}
-            seen |= called
-            queue += called
-    return frozenset(found)
+        name = queue.pop()
+        for cls in classes:
+            function = _function(cls, name)
+            if function is None:
+                continue
+            for code in _codes(function.__code__):
+                found[cls].update(_weights(code))
+                queue += [called for called in code.co_names if called not in seen]
+                seen.update(code.co_names)
+    return {cls: frozenset(reads) for cls, reads in found.items()}
 
 
 def _function(cls: type, name: str) -> Any:
@@ -78,25 +132,20 @@ def _codes(code: CodeType) -> list[CodeType]:
     return [code, *(c for const in code.co_consts if isinstance(const, CodeType) for c in _codes(const))]
 
 
-def _weights(code: CodeType) -> set[str]:
-    """x, x.y: of which modules it takes `self.x.weight`, not only to ask for a fact or a type."""
+def _weights(code: CodeType) -> Iterator[_Read]:
     if "weight" not in code.co_names:
-        return set()
+        return
     steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "NOP")]
-    found = set()
     for i, step in enumerate(steps[:-1]):
         if step.argval != "weight" or not step.opname.startswith("LOAD_"):
             continue
-        first = i
+        first = last = i
         while first and steps[first - 1].opname.startswith("LOAD_ATTR"):
             first -= 1
-        path, owner, then = [s.argval for s in steps[first:i]], steps[first - 1].argval, steps[i + 1]
-        asks = then.opname.startswith(("LOAD_ATTR", "LOAD_METHOD")) and _is_fact(then.argval)
-        tested = any(s.argval == "isinstance" for s in steps[max(0, first - 4) : first])
-        if path and (owner == "self" or owner[-1:] == ("self",)) and not asks and not tested:
-            found.add(".".join(path))
-    return found
-
-
-def _is_fact(attribute: str) -> bool:
-    return attribute in _FACTS or attribute.startswith("_")
+        while steps[last + 1].opname.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+            last += 1
+        path, owner = [s.argval for s in steps[first:i]], steps[first - 1].argval
+        if path and isinstance(owner, str | tuple):
+            then = tuple(s.argval for s in steps[i + 1 : last + 1])
+            tested = any(s.argval == "isinstance" for s in steps[max(0, first - 4) : first])
+            yield _Read(".".join(path), then, owner == "self" or owner[-1:] == ("self",), tested)

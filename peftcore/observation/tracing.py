@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 from peftcore.adapted import base_modules, original_class
 from peftcore.observation.inputs import example_inputs
 from peftcore.observation.meta import MetaFloats, meta_copy
+from peftcore.outputs import first_of
 
 SKIPPED = "layer"  # the operator of what a layer gave that was not watched
 # Operators after which a value is no longer a weight in another form.
@@ -70,8 +72,9 @@ class Trace:
         values, calls: in their order.
         called: paths of the modules whose forward was called.
         read: paths of the modules of which an operator took a parameter while their forward was not running.
-        alike: (path, path of the one that was watched in its place) of layers that do the same; `called` and `read`
-            have their modules too.
+        in_function: paths of the modules that the forward of a `torch.autograd.Function` called (RevNet's layers).
+        alike: (path, path of the one that was watched in its place) of layers that do the same; `called`, `read`
+            and `in_function` have their modules too.
         error: what ended the forward early, else None; failed: paths of the modules in which it did.
     """
 
@@ -79,6 +82,7 @@ class Trace:
     calls: list[Call] = field(default_factory=list)
     called: set[str] = field(default_factory=set)
     read: set[str] = field(default_factory=set)
+    in_function: set[str] = field(default_factory=set)
     alike: list[tuple[str, str]] = field(default_factory=list)
     error: Exception | None = None
     failed: set[str] = field(default_factory=set)
@@ -182,7 +186,7 @@ class _Watch:
                 output = self._through(call, forward, args, kwargs)
                 if key is not None:
                     self._seen[key] = path, (args, kwargs), output
-            first = output[0] if isinstance(output, tuple) and output else output  # what an `After` gets
+            first = first_of(output)  # what an `After` gets
             if isinstance(first, Tensor):
                 call.output = self._number(first)
             return output
@@ -191,6 +195,8 @@ class _Watch:
 
     def _through(self, call: Call, forward: Any, args: Any, kwargs: Any) -> Any:
         self.trace.called.add(call.path)
+        if _in_function():
+            self.trace.in_function.add(call.path)
         self._call = call
         self._running[id(call.module)] += 1
         try:
@@ -204,7 +210,7 @@ class _Watch:
 
     def _again(self, call: Call, path: str, before: Any, output: Any, args: Any, kwargs: Any) -> Any:
         """What the layer at `call` gives, since it is like the one at `path`, which was watched."""
-        for seen in (self.trace.called, self.trace.read):
+        for seen in (self.trace.called, self.trace.read, self.trace.in_function):
             seen.update([call.path + name[len(path) :] for name in seen if name == path or name.startswith(f"{path}.")])
         self.trace.alike.append((call.path, path))
         given = {id(old): new for old, new in zip(tree_leaves(before), tree_leaves((args, kwargs)), strict=True)}
@@ -282,6 +288,17 @@ def likeness(module: nn.Module) -> Any:
 
 _SETTINGS = (bool, int, float, str, type(None))
 _INDEX = re.compile(r"(^|_)(idx|index|id|number)$|^training$")
+
+
+def _in_function() -> bool:
+    """Is the forward of a `torch.autograd.Function` running?"""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_varnames[:1] == ("ctx",):
+            return isinstance(frame.f_locals.get("ctx"), torch.autograd.function.FunctionCtx)
+        frame = frame.f_back
+    return False
 
 
 def _kind(args: Any, kwargs: Any) -> Any:

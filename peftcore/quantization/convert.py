@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import dis
-import inspect
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from peftcore.enclosing import lock_of
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.heads import mark_as_loaded
-from peftcore.observation import bypassed
+from peftcore.observation import asked_for_dtype, bypassed, rewritten
 from peftcore.ops.nf4 import DTYPES
 from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors, pack
 from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite
@@ -42,7 +39,8 @@ def quantize(
 
     The layers stay where they are and become `QuantizedLinear`, an `nn.Linear`. Left dense are embeddings, a weight
     that such a module shares (a tied output head), subclasses of `nn.Linear`, and layers whose weight, or its dtype,
-    other code reads (`observation.bypassed`). Layers that are quantized already, by bitsandbytes too, keep their bits.
+    other code reads or changes (`observation.bypassed`, `rewritten`). Layers that are quantized already, by
+    bitsandbytes too, keep their bits.
 
     Args:
         quant_type: `nf4`, or `fp4`.
@@ -121,7 +119,7 @@ def default_skip(model: nn.Module) -> list[str]:
 def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Module]:
     """The layers that `quantize` converts, by path."""
     modules = dict(base_modules(model))
-    skipped = [*_skipped(model, modules, skip), *bypassed(model), *_asked_for_dtype(model)]
+    skipped = [*_skipped(model, modules, skip), *bypassed(model), *rewritten(model), *asked_for_dtype(model)]
     owners: dict[int, set[type]] = {}
     for name, parameter in base_parameters(model):
         owners.setdefault(id(parameter), set()).add(type(modules[name.rpartition(".")[0]]))
@@ -133,27 +131,6 @@ def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Modul
         if not isinstance(parent, _BYPASSING) and owners[id(module.weight)] == {type(module)}:
             chosen[path] = module
     return chosen
-
-
-def _asked_for_dtype(model: nn.Module) -> list[str]:
-    """Paths whose parents bring their input to `path.weight.dtype` (ColPali), which in 4 bits is that of bytes."""
-    return [
-        f"{path}.{name}" if path else name
-        for path, module in base_modules(model)
-        for name in _asks_for_dtype(original_class(module))
-    ]
-
-
-@cache
-def _asks_for_dtype(cls: type[nn.Module]) -> frozenset[str]:
-    """The names that the code of a class reads `.weight.dtype` of."""
-    found: set[str] = set()
-    for function in (f for c in cls.__mro__ if c is not nn.Module for f in vars(c).values()):
-        code = getattr(inspect.unwrap(function) if callable(function) else function, "__code__", None)
-        loads = [i.argval for i in dis.get_instructions(code) if i.opname == "LOAD_ATTR"] if code else []
-        chains = zip(loads, loads[1:], loads[2:], strict=False)
-        found.update(name for name, *what in chains if what == ["weight", "dtype"])
-    return frozenset(found)
 
 
 def convert_dense(

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import targets, validation
+from peftcore.outputs import first_of, with_first
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: getattr(F, name) for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "mish")},
@@ -155,9 +156,7 @@ class Parallel(Bottleneck):
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs[self.argument]
         output = base(*args, **kwargs)
-        if isinstance(output, tuple):
-            return (self.add(output[0], x), *output[1:])
-        return self.add(output, x)
+        return with_first(output, self.add(first_of(output), x))
 
 
 class BesideResidual(Bottleneck):

@@ -7,6 +7,8 @@ must give the answer of the row alone where it does so without the adapter; a st
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
 import tempfile
 import traceback
 import warnings
@@ -36,12 +38,14 @@ FIELDS: dict[str, dict[str, Any]] = {
     "prefix-tuning": {"num_virtual_tokens": 4},
 }
 START_IS_BASE = ("lora", "qlora", "bitfit", "adapter")  # before training they compute what the base computes
-EXACT, REFUSED, WRONG, CRASH = "exact", "refused", "wrong", "crash"
+EXACT, ADVISED, REFUSED, WRONG, CRASH = "exact", "advised", "refused", "wrong", "crash"
 
 
 @dataclass
 class Outcome:
-    """kind: EXACT, REFUSED, WRONG or CRASH; at: the step that ended it; why: the message; notes: what did not apply."""
+    """kind: one of the five above, ADVISED if exact once that is done which a refusal said; at: the step that ended it;
+    why: the message; notes: what did not apply.
+    """
 
     kind: str
     at: str = ""
@@ -78,11 +82,34 @@ class Case:
 
 
 def check(case: Case, method: str) -> Outcome:
-    """Try on a copy of the case's base all that users do with a method."""
+    """Try on a copy of the case's base all that users do with a method; what a refusal says to do is done, once."""
+    found = _check(case, method, FIELDS[method])
+    fields, asks_for_inputs = _advice(found)
+    if not fields and not asks_for_inputs:
+        return found
+    if asks_for_inputs:
+        case = dataclasses.replace(case, base=case.model())
+        case.base.enable_input_require_grads()
+    then = _check(case, method, {**FIELDS[method], **fields})
+    if then.kind == EXACT:
+        return Outcome(ADVISED, found.at, found.why, then.notes)
+    return found if then.kind == REFUSED else then
+
+
+def _advice(found: Outcome) -> tuple[dict[str, Any], bool]:
+    """(fields of the config, whether inputs shall ask for gradients) by which a refusal says that the method works."""
+    if found.kind != REFUSED or found.at != "apply":
+        return {}, False
+    modules = re.search(r"Name the modules: ('[^']+'(?:, '[^']+')*)", found.why) if "all-linear" in found.why else None
+    fields = {"target_modules": re.findall("'([^']+)'", modules[1])} if modules else {}
+    return fields, "model.enable_input_require_grads()" in found.why
+
+
+def _check(case: Case, method: str, fields: dict[str, Any]) -> Outcome:
     notes: list[str] = []
     at = "apply"
     try:
-        for name, step in _steps(case, method, notes):
+        for name, step in _steps(case, method, fields, notes):
             at = name
             step()
     except peftcore.PeftcoreError as error:
@@ -97,7 +124,9 @@ def check(case: Case, method: str) -> Outcome:
     return Outcome(EXACT, notes=tuple(notes))
 
 
-def _steps(case: Case, method: str, notes: list[str]) -> Iterator[tuple[str, Callable[[], None]]]:
+def _steps(
+    case: Case, method: str, fields: dict[str, Any], notes: list[str]
+) -> Iterator[tuple[str, Callable[[], None]]]:
     model, base = case.model(), case.base
     outputs = case.outputs
     if method == "qlora":
@@ -107,7 +136,7 @@ def _steps(case: Case, method: str, notes: list[str]) -> Iterator[tuple[str, Cal
 
     def apply() -> None:
         torch.manual_seed(7)
-        peftcore.apply(model, method, **FIELDS[method])
+        peftcore.apply(model, method, **fields)
 
     def start() -> None:
         found = run(model, case.inputs)
@@ -123,7 +152,7 @@ def _steps(case: Case, method: str, notes: list[str]) -> Iterator[tuple[str, Cal
     def acts() -> None:
         if not reached:
             notes.append("this input reaches no adapter")
-        elif same(moved, outputs):
+        elif same(moved, outputs) and same(_enlarged(model, case), outputs):
             raise Wrong("changed adapters change nothing")
 
     def gets_gradients() -> Any:
@@ -131,6 +160,7 @@ def _steps(case: Case, method: str, notes: list[str]) -> Iterator[tuple[str, Cal
         silent = [name for name in reached if not any(name_of in found for name_of in reached[name])]
         if silent and method in PROMPTS and not _mixes(case):
             return notes.append("gradients: no token sees another, such as in attention whose kernel is not there")
+        silent = [name for name in silent if _beside_learns(model, case, name)] if silent else []
         if silent and case.gradients:
             raise Wrong(f"no gradient for {len(silent)} of {len(reached)}, such as {silent[0]}")
         for name in applied(model, "default").trained:
@@ -211,6 +241,53 @@ def _reached(model: nn.Module, case: Case) -> dict[str, list[str]]:
     return found
 
 
+def _enlarged(model: nn.Module, case: Case) -> list[Tensor]:
+    """The outputs with adapters 1000 times as large: what scales a layer by 1e-6 (ConvNeXt) shows them, too."""
+    adapters = [parameter for _, parameter in adapter_parameters(model, "default")]
+    kept = [parameter.detach().clone() for parameter in adapters]
+    with torch.no_grad():
+        for parameter in adapters:
+            parameter.mul_(1000)
+        outputs = run(model, case.inputs)
+        for parameter, value in zip(adapters, kept, strict=True):
+            parameter.copy_(value)
+    return outputs
+
+
+def _beside_learns(model: nn.Module, case: Case, path: str) -> bool:
+    """Would the weight at `path` get a gradient, now that adapters have changed the model?
+
+    It is not the base any more: a dead ReLU, or a gradient that underflows, may stop the weight's as the adapter's.
+    Where there is no such weight (a block, one in 4 bits), what the module gives and reads stands for it.
+    """
+    modules, parameters = dict(base_modules(model)), dict(base_parameters(model))
+    module = modules.get(path) or modules[path.rpartition(".")[0]]
+    weight = parameters.get(path, parameters.get(f"{path}.weight"))
+    floating = {p: p.requires_grad for p in parameters.values() if p.is_floating_point()}
+    reads, learns = [], []
+
+    def note(gradient: Tensor) -> None:
+        learns.append(bool(gradient.any()))
+
+    def watch(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        first = next(tensors([*args, *kwargs.values()]), None)
+        reads.append(first is None or bool(first.any()))
+        for value in tensors(output):
+            if value.requires_grad:
+                value.register_hook(note)
+
+    for parameter in floating:
+        parameter.requires_grad_(True)
+    whole = weight is None or weight not in floating
+    handle = module.register_forward_hook(watch, with_kwargs=True) if whole else weight.register_hook(note)
+    gradients(model, case.inputs)
+    handle.remove()
+    for parameter, flag in floating.items():
+        parameter.requires_grad_(flag)
+        parameter.grad = None
+    return any(learns) and (any(reads) or not whole)
+
+
 # Running a model
 
 
@@ -237,7 +314,8 @@ def tensors(output: Any) -> Iterator[Tensor]:
 
 def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
     """Equal to rounding: where memory lies decides in which order some kernels add (ConvBERT's)."""
-    largest = max((torch.nan_to_num(each.float()).abs().max().item() for each in wanted), default=0.0)
+    finite = (torch.where(each.isfinite(), each, torch.zeros_like(each)).float() for each in wanted)
+    largest = max((each.abs().max().item() for each in finite), default=0.0)
     return distance(found, wanted) <= 2e-6 * max(1.0, largest)
 
 

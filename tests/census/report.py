@@ -11,17 +11,18 @@ from typing import Any
 
 from transformers.models.auto import modeling_auto
 
-from census.check import CRASH, EXACT, FIELDS, PROMPTS, REFUSED, WRONG
+from census.check import ADVISED, CRASH, EXACT, FIELDS, PROMPTS, REFUSED, WRONG
 
 KNOWN = Path(__file__).with_name("known.json")
 _FAMILIES = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "TEXT_ENCODING")
-_MARKS = {EXACT: "yes", REFUSED: "refused", WRONG: "**wrong**", CRASH: "**crash**"}
+_MARKS = {EXACT: "yes", ADVISED: "as told", REFUSED: "refused", WRONG: "**wrong**", CRASH: "**crash**"}
 
 _HEAD = """# The census
 
 Every model class that transformers' auto mappings list, as a tiny random instance, under every method of this
 repository. `yes` means checked: before training the adapter computes what the base computes; changed, it changes the
-output; it gets a gradient where the weight beside it would; `disabled()` gives the base's outputs; saved and loaded,
+output (changed 1000 times as much where rounding hides it: some layers are scaled by 1e-6); it gets a gradient where
+the weight beside it would, in the changed model; `disabled()` gives the base's outputs; saved and loaded,
 merged and unmerged, and removed, the outputs are what they were, and removal leaves every tensor of the base bit for
 bit; a prompt of a token's vectors is that token, padding before a row changes nothing where it changes nothing in the
 base, and each step of generation is one forward of all tokens so far.
@@ -31,7 +32,8 @@ in which order some kernels add. A merged weight is a sum in another order: 2e-3
 Prompts, padding and steps: 1e-3. What did not apply, such as a head without tokens of its own, is left out and counts
 as `yes`; the rows that `make census` keeps say so in their notes.
 
-`refused` is a `PeftcoreError` that says why. Anything else would be a wrong result or a crash.
+`as told` is a `PeftcoreError` that says what to do (modules to name, a call to make first), and with that done, all of
+it is exact. `refused` is a `PeftcoreError` that says why. Anything else would be a wrong result or a crash.
 
 Made by `make census`.
 """
@@ -61,8 +63,10 @@ def markdown(rows: list[dict[str, Any]], listed: int) -> str:
 
 
 def _share(rows: list[dict[str, Any]], method: str) -> str:
-    served = sum(row["outcomes"].get(method, {}).get("kind") == EXACT for row in rows)
-    return f"{served} of {len(rows)} ({served / max(1, len(rows)):.1%})"
+    kinds = Counter(row["outcomes"].get(method, {}).get("kind") for row in rows)
+    served = kinds[EXACT] + kinds[ADVISED]
+    told = f", {kinds[ADVISED]} of them as a refusal says" if kinds[ADVISED] else ""
+    return f"{served} of {len(rows)} ({served / max(1, len(rows)):.1%}){told}"
 
 
 def _totals(rows: list[dict[str, Any]], there: list[dict[str, Any]], listed: int) -> str:
@@ -95,10 +99,12 @@ def _totals(rows: list[dict[str, Any]], there: list[dict[str, Any]], listed: int
 
 
 def _by_method(there: list[dict[str, Any]]) -> str:
-    lines = ["## By method", "", "| | yes | refused | wrong | crash |", "|---|---|---|---|---|"]
+    lines = ["## By method", "", "| | yes | as told | refused | wrong | crash |", "|---|---|---|---|---|---|"]
     for method in FIELDS:
         kinds = Counter(row["outcomes"][method]["kind"] for row in there if method in row["outcomes"])
-        lines.append(f"| {method} | {kinds[EXACT]} | {kinds[REFUSED]} | {kinds[WRONG]} | {kinds[CRASH]} |")
+        lines.append(
+            f"| {method} | {kinds[EXACT]} | {kinds[ADVISED]} | {kinds[REFUSED]} | {kinds[WRONG]} | {kinds[CRASH]} |"
+        )
     return "\n".join([*lines, ""])
 
 

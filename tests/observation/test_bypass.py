@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore.engine import applied
-from peftcore.observation import bypassed
+from peftcore.observation import bypassed, rewritten
 from peftcore.quantization import quantized_layers
 
 
@@ -57,6 +57,7 @@ def test_what_is_bypassed(monkeypatch: pytest.MonkeyPatch) -> None:
         ("JambaForCausalLM", {"dt_proj"}),
         ("WavLMModel", {"q_proj", "k_proj", "v_proj", "out_proj"}),
         ("T5ForConditionalGeneration", set()),  # asks for `wo.weight.dtype`
+        ("Gemma3nTextModel", {"correction_coefs"}),  # read in training, in a method that is not its forward
         ("LlamaForCausalLM", set()),
     ],
 )
@@ -87,3 +88,28 @@ def test_it_is_observed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert bypassed(model) == {}
     model.model.layers[0].mlp.up_proj = nn.Linear(32, 48)  # another model now: the copy is wanted again, and fails
     assert isinstance(peftcore.observation.observe(model).error, TypeError)
+
+
+def test_weights_that_the_model_changes_in_place_are_left_alone() -> None:
+    model = instances.build("RwkvModel")
+    parts = {f"blocks.{i}.{name}" for i in range(2) for name in ("attention.output", "feed_forward.value")}
+    assert set(rewritten(model)) == parts and not bypassed(model)
+    assert {path.rpartition(".")[2] for path in rewritten(instances.build("Gemma3nTextModel"))} == {"prediction_coefs"}
+    with pytest.raises(peftcore.PeftcoreError, match="would not be changed with the layer: code of RwkvModel"):
+        peftcore.apply(model, "lora", target_modules=["attention.output"])
+    peftcore.quantize(model)
+    assert not {path for path, _ in quantized_layers(model)} & parts
+    peftcore.apply(model, "lora", target_modules="all-linear")
+    assert not set(applied(model, "default").paths) & parts and len(applied(model, "default").paths) == 10
+
+
+def test_layers_in_a_function_need_inputs_that_ask_for_gradients() -> None:
+    model = instances.build("ReformerForMaskedLM")
+    assert "reformer.encoder.layers.0.feed_forward" in peftcore.observation.observe(model).in_function
+    with pytest.raises(peftcore.PeftcoreError, match=r"Before apply: model\.enable_input_require_grads\(\)"):
+        peftcore.apply(model, "bitfit")
+    model.enable_input_require_grads()
+    peftcore.apply(model, "adapter")
+    model.train()
+    model(**peftcore.observation.example_inputs(model))[0].square().sum().backward()
+    assert all(p.grad is not None for _, p in peftcore.engine.adapter_parameters(model, "default"))

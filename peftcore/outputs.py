@@ -1,0 +1,29 @@
+"""What a module gives: a tensor, or several of which the first one counts, in a tuple, a list or a dict."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+
+def first_of(output: Any) -> Any:
+    """The first value of an output that has several, else the output."""
+    if isinstance(output, (tuple, list)) and output:
+        return output[0]
+    if isinstance(output, dict) and output:
+        return next(iter(output.values()))
+    return output
+
+
+def with_first(output: Any, first: Any) -> Any:
+    """An output like `output`, of its type, with another first value; `output` stays as it is."""
+    if isinstance(output, tuple) and output:
+        values = (first, *output[1:])
+        return type(output)(*values) if hasattr(output, "_fields") else values
+    if isinstance(output, list) and output:
+        return [first, *output[1:]]
+    if isinstance(output, dict) and output:
+        changed = copy.copy(output)
+        changed[next(iter(output))] = first
+        return changed
+    return first
