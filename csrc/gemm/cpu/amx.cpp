@@ -94,6 +94,38 @@ inline void accumulate(const Left& left, const uint32_t* right, int64_t pairs, c
     }
 }
 
+// The same of factors in halves (see Addend): a tile of each is read once for the two products it is in.
+template <bool kBoth>
+inline void accumulate_halves(const Left& left, const uint32_t* right, int64_t pairs) {
+    const int64_t steps = pairs / kSide / 2;
+    const char *x = left.first, *x_rest = x + steps * left.step;
+    const char *b = reinterpret_cast<const char*>(right), *b_rest = b + steps * kStepBytes;
+    const auto load_left = [&](const char* from) {
+        _tile_loadd(4, from, left.row);
+        if (kBoth) _tile_loadd(5, from + kSide * left.row, left.row);
+    };
+    const auto load_right = [](const char* from) {
+        _tile_stream_loadd(6, from, 2 * kTileBytes);
+        _tile_stream_loadd(7, from + kTileBytes, 2 * kTileBytes);
+    };
+    const auto multiply = [] {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        if (!kBoth) return;
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    };
+    for (int64_t step = 0; step < steps; ++step) {
+        load_right(b + step * kStepBytes);
+        load_left(x_rest + step * left.step);
+        multiply();
+        load_left(x + step * left.step);
+        multiply();
+        load_right(b_rest + step * kStepBytes);
+        multiply();
+    }
+}
+
 inline void no_sums() {
     _tile_zero(0);
     _tile_zero(1);
@@ -146,6 +178,7 @@ struct Work {
     Left left, addend_left, next;  // next: to be fetched, its rows from ahead_row on
     const uint32_t *right, *addend_right;
     int64_t pairs, addend_pairs, ahead_row, ahead_rows;
+    bool halves;  // of the addend
     Sums from, to;
     float* masked;
     bool first;  // then there is nothing to go on from
@@ -188,18 +221,22 @@ struct Pending {
 
 template <bool kBoth>
 void multiply_tile(const Work& work, Pending& pending) {
-    const auto nothing = [](int64_t) {};
+    const auto accumulate_addend = [&] {
+        if (work.halves)
+            accumulate_halves<kBoth>(work.addend_left, work.addend_right, work.addend_pairs);
+        else
+            accumulate<kBoth>(work.addend_left, work.addend_right, work.addend_pairs, [](int64_t) {});
+    };
     if (work.masked != nullptr) {
         no_sums();
-        accumulate<kBoth>(work.addend_left, work.addend_right, work.addend_pairs, nothing);
+        accumulate_addend();
         store_sums<kBoth>({work.masked, kTileColumns});
     }
     if (work.first)
         no_sums();
     else
         load_sums<kBoth>(work.from);
-    if (work.masked == nullptr)
-        accumulate<kBoth>(work.addend_left, work.addend_right, work.addend_pairs, nothing);
+    if (work.masked == nullptr) accumulate_addend();
     const int64_t steps = work.pairs / kSide, a_step = (pending.rows + steps - 1) / steps;
     const char* ahead = work.next.first + work.ahead_row * work.next.row;
     accumulate<kBoth>(work.left, work.right, work.pairs, [&](int64_t step) {
@@ -265,6 +302,7 @@ void multiply_block(const Product& product, const Panel& panel, Block block, Own
                             last ? panel.addend_pairs : 0,
                             i * ahead_rows,
                             ahead_rows,
+                            product.addend.halves,
                             begins ? between : here,
                             ends && !panel.last ? between : here,
                             masks ? own.masked[own.turn ^= 1] : nullptr,

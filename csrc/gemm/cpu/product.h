@@ -41,7 +41,11 @@ struct Addend {
     Tiles right{};                   // in the order of the product's own
     int64_t inner = 0;
     Mask keep;
+    // Both factors are [first, rest], each as long and a multiple of kHalfMultiple: what is added is first
+    // first + rest first + first rest.
+    bool halves = false;
 };
+constexpr int64_t kHalfMultiple = 32;
 
 struct Product {
     const BFloat16* x;

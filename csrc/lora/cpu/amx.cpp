@@ -98,6 +98,10 @@ void halves(const Halves& of) {
                 _mm256_mask_storeu_epi16(out + part * of.part_stride, there, values);
             };
             store(0, split.first);
+            if (of.parts == kHalves) {
+                store(1, split.rest);
+                continue;
+            }
             store(1, of.left ? split.rest : split.first);
             store(2, of.left ? split.first : split.rest);
         }

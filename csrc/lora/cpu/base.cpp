@@ -61,13 +61,17 @@ class Right {
     std::optional<nf4::PackedTiles> packed_;
 };
 
+// Halves that are whole tiles are multiplied as they are: y takes 0.9 of the time of three parts (1024 rows,
+// 576
+// -> 1536, r = 64). Shorter ones would cost three tiles, where three parts fill one or two.
+int parts_of(int64_t r) { return r % gemm::kHalfMultiple == 0 ? 2 : 3; }
+
 // The parts of a factor (see Halves), beside one another or one below the other.
-Tensor in_halves(const Kernels& kernels, const Tensor& from, bool left, bool below) {
+Tensor in_halves(const Kernels& kernels, const Tensor& from, int parts, bool left, bool below) {
     const int64_t rows = from.size(0), columns = from.size(1);
-    const Tensor out =
-        at::empty({below ? kHalvesParts * rows : rows, below ? columns : kHalvesParts * columns},
-                  from.options().dtype(at::kBFloat16));
-    kernels.halves({from.const_data_ptr<float>(), rows, columns, left, out.size(1),
+    const Tensor out = at::empty({below ? parts * rows : rows, below ? columns : parts * columns},
+                                 from.options().dtype(at::kBFloat16));
+    kernels.halves({from.const_data_ptr<float>(), rows, columns, parts, left, out.size(1),
                     below ? rows * columns : columns, static_cast<BFloat16*>(out.mutable_data_ptr())});
     return out;
 }
@@ -90,9 +94,11 @@ Tensor joined(const Kernels& kernels, const Tensor& x, const Base& of, const std
     if (!right.known()) return {};
     const Tensor y = at::empty({x.size(0), of.out_features}, x.options());
     gemm::Product all = product(x, right.transposed(), bias.has_value() ? bias->contiguous() : Tensor(), y);
-    const Tensor left = in_halves(kernels, s, true, false), parts = in_halves(kernels, b, false, false);
-    const gemm::Dense factor{bits(parts), parts.size(0), parts.size(1)};
-    all.addend = {bits(left), gemm::transposed(factor), left.size(1), {}};
+    const int parts = parts_of(s.size(1));
+    const Tensor left = in_halves(kernels, s, parts, true, false),
+                 right_parts = in_halves(kernels, b, parts, false, false);
+    const gemm::Dense factor{bits(right_parts), right_parts.size(0), right_parts.size(1)};
+    all.addend = {bits(left), gemm::transposed(factor), left.size(1), {}, parts == 2};
     gemm::multiply(all);
     return y;
 }
@@ -103,9 +109,11 @@ Tensor joined_backward(const Kernels& kernels, const Tensor& dy, const Base& of,
     if (!right.known()) return {};
     const Tensor dx = at::empty({dy.size(0), of.in_features}, dy.options());
     gemm::Product all = product(dy, right.plain(), {}, dx);
-    const Tensor left = in_halves(kernels, t, true, false), parts = in_halves(kernels, a, false, true);
-    const gemm::Dense factor{bits(parts), parts.size(0), parts.size(1)};
-    all.addend = {bits(left), gemm::plain(factor), left.size(1), keep};
+    const int parts = parts_of(t.size(1));
+    const Tensor left = in_halves(kernels, t, parts, true, false),
+                 right_parts = in_halves(kernels, a, parts, false, true);
+    const gemm::Dense factor{bits(right_parts), right_parts.size(0), right_parts.size(1)};
+    all.addend = {bits(left), gemm::plain(factor), left.size(1), keep, parts == 2};
     gemm::multiply(all);
     return dx;
 }

@@ -68,17 +68,18 @@ struct OuterArgs {
     float* sums;
 };
 
-// A matrix of fp32 as bf16 halves: a first value, rounded, and what that leaves, rounded. Of their products
-// all but the smallest are in [first, rest, first] [first, first, rest]ᵀ; a sum over the inner dimension
-// takes both sides so. Part p of row i begins at out + i * row_stride + p * part_stride.
+// A matrix of fp32 as bf16 halves: a first value, rounded, and what that leaves, rounded. Two parts are just
+// these. Of the products of two matrices all but the smallest are in [first, rest, first] [first, first,
+// rest]ᵀ: three parts, so that a sum over the inner dimension has them. Part p of row i begins at out + i *
+// row_stride + p * part_stride.
 struct Halves {
     const float* from;  // [rows, columns]
     int64_t rows, columns;
-    bool left;
+    int parts;
+    bool left;  // of three
     int64_t row_stride, part_stride;
     BFloat16* out;
 };
-constexpr int kHalvesParts = 3;
 
 struct Kernels {
     Arrangement arrangement;
