@@ -71,11 +71,12 @@ def place_prefix(
 
     cache = _new_cache(backbone, architecture.is_encoder_decoder)
     kept = getattr(cache, "self_attention_cache", cache).layers
-    other = [i for i, layer in enumerate(kept) if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)]
+    plain = (DynamicLayer, DynamicSlidingWindowLayer)
+    other = [i for i, layer in enumerate(kept) if type(layer) not in plain and not _is_shared(layer)]
     if other:
         raise PeftcoreError(
-            f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, or what another layer "
-            "keeps: no keys and values for PrefixKV. A soft prompt needs none"
+            f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, which has no keys and "
+            "values for PrefixKV. A soft prompt needs none"
         )
     if kept and len(kept) != shape[0]:
         raise PeftcoreError(
@@ -179,6 +180,8 @@ class PrefixAround(Backbone):
         layers = getattr(cache, "self_attention_cache", cache)
         before = getattr(cache, IN_CACHE, 0) if seen(cache) else 0  # another prefix's
         for layer, (key, value) in enumerate(self.adapter().to(dtype).unbind(0)):  # [kv_heads, tokens, head_dim] each
+            if layer < len(layers.layers) and _is_shared(layers.layers[layer]):
+                continue
             shape = (given.shape[0], *key.shape)
             layers.update(key.expand(shape), value.expand(shape), layer)
             if key.requires_grad:  # tensors inside a graph have no deep copy of their own
@@ -271,6 +274,14 @@ def _new_cache(backbone: nn.Module, crosses: bool) -> Any:
     if crosses or any(getattr(backbone.config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):
         return EncoderDecoderCache(cache, DynamicCache())  # no windows over the encoder's output
     return cache
+
+
+def _is_shared(layer: Any) -> bool:
+    """Does a layer of the model take keys and values, and so the prefix, of an earlier one (Gemma 3n)?
+
+    Its own part of the prefix then has no effect.
+    """
+    return type(layer).__name__ == "DummyLayer"
 
 
 def _copied(layer: Any, memo: dict[int, Any]) -> Any:

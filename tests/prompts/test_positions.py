@@ -36,6 +36,7 @@ def logits(model: nn.Module, tokens: Tensor, **kwargs: Tensor) -> Tensor:
         ("Kosmos2_5ForConditionalGeneration", "prefix-tuning"),  # they begin behind padding's
         ("MossTranscribeDiarizeForConditionalGeneration", "prompt-tuning"),  # the cache is one of **kwargs
         ("T5GemmaForConditionalGeneration", "prefix-tuning"),  # the decoder's config tells of no encoder
+        ("Gemma3nForCausalLM", "prefix-tuning"),  # the last layers take keys and values of earlier ones
         ("T5Gemma2ForConditionalGeneration", "prefix-tuning"),
     ],
 )

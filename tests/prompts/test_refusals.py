@@ -30,7 +30,6 @@ def refused(name: str, method: str, message: str, **inputs: Any) -> None:
         ("Gemma4ForCausalLM", r"have heads of \[8, 16\] numbers, and PrefixKV gives all the same. A soft prompt works"),
         ("MiMoV2FlashModel", r"2 heads of 8 numbers, 16 in all; .* makes \{'k_proj': 32, 'v_proj': 32\}"),
         ("BambaModel", r"layers \[0\] of BambaModel keep a recurrent or compressed state"),
-        ("Gemma3nTextModel", r"layers \[2, 3\] of Gemma3nTextModel keep a recurrent or compressed state"),
         ("HrmTextModel", r"keys and values for 16 layers, HrmTextModel has attention with a cache in 2: \[0, 1\]"),
         ("ProphetNetForCausalLM", "reads one token at a time where its cache is not empty, and a prefix fills it"),
         ("ParakeetForRNNT", "does not say how many layers and heads it has. A plugin's"),
@@ -48,16 +47,6 @@ def test_a_prefix_before_images_that_attend_in_both_directions() -> None:
     assert model(**tokens).logits.isfinite().all()
     with pytest.raises(PeftcoreError, match=r"attend in both directions while the cache is empty.*A soft prompt works"):
         model(**tokens, pixel_values=torch.zeros(2, 3, 8, 8))
-
-
-def test_a_prefix_of_layers_that_share_their_keys_and_values() -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "hidden_size_per_layer_input": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 8}
-    kinds = {"layer_types": ["full_attention", "full_attention"], "num_kv_shared_layers": 1}
-    config = transformers.Gemma4TextConfig(vocab_size=96, vocab_size_per_layer_input=96, **sizes, **heads, **kinds)
-    model = transformers.Gemma4ForCausalLM(config)
-    with pytest.raises(PeftcoreError, match=r"layers \[1\] of .* keep .* what another layer keeps: no keys"):
-        peftcore.apply(model, "prefix-tuning")
 
 
 def test_a_prefix_and_a_mask_of_more_than_the_tokens_where_nothing_is_kept() -> None:
