@@ -102,6 +102,8 @@ def _advice(found: Outcome) -> tuple[dict[str, Any], bool]:
         return {}, False
     modules = re.search(r"Name the modules: ('[^']+'(?:, '[^']+')*)", found.why) if "all-linear" in found.why else None
     fields = {"target_modules": re.findall("'([^']+)'", modules[1])} if modules else {}
+    if "add_missing=True gives" in found.why:
+        fields["add_missing"] = True
     return fields, "model.enable_input_require_grads()" in found.why
 
 
