@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import random
+from typing import Any
 
 import pytest
 from census import instances, report
@@ -13,22 +14,28 @@ from census.worker import Worker
 CLASSES = 40
 
 
+def _unknown(rows: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    known = report.known()
+    return {
+        name: {method: why for method, why in methods.items() if method not in known.get(name, {})}
+        for name, methods in report.failures(rows).items()
+    }
+
+
 @pytest.mark.slow
 def test_a_sample_of_the_census() -> None:
     seed = datetime.date.today().toordinal()
-    names = random.Random(seed).sample(sorted(instances.classes()), CLASSES)
+    there = instances.classes()  # of this transformers
+    names = random.Random(seed).sample([name for name in report.reached() if name in there], CLASSES)
     print(f"seed {seed}: {' '.join(names)}")  # shown if it fails; again: python -m census --only '^(…)$'
     worker = Worker(list(FIELDS), seconds=60)
     try:
         rows = [worker.examine(name) for name in names]
+        suspects = [name for name, methods in _unknown(rows).items() if methods]
+        again = [worker.examine(name) for name in suspects]  # a loaded machine may be late, not wrong
     finally:
         worker.close()
-    known = report.known()
-    found = {
-        name: {method: why for method, why in methods.items() if method not in known.get(name, {})}
-        for name, methods in report.failures(rows).items()
-    }
-    assert not {name: methods for name, methods in found.items() if methods}
+    assert not {name: methods for name, methods in _unknown(again).items() if methods}
     assert sum("none" not in row for row in rows) > CLASSES / 2
 
 

@@ -59,7 +59,7 @@ def main() -> None:
         rows = read(args.rows)
         args.write.parent.mkdir(exist_ok=True, parents=True)
         args.write.write_text(report.markdown(rows, len(types)))
-        report.KNOWN.write_text(json.dumps(report.failures(rows), indent=1) + "\n")
+        report.write_known(rows)
 
 
 def ordered(names: list[str], types: dict[str, str]) -> list[str]:

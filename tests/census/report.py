@@ -41,7 +41,18 @@ Made by `make census`.
 
 def known() -> dict[str, dict[str, str]]:
     """{class: {method: why}} of what the last whole run found wrong."""
-    return json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
+    return json.loads(KNOWN.read_text())["failures"]
+
+
+def reached() -> list[str]:
+    """The classes that the last whole run examined."""
+    return json.loads(KNOWN.read_text())["examined"]
+
+
+def write_known(rows: list[dict[str, Any]]) -> None:
+    """Keep what `known` and `reached` give."""
+    examined = sorted(row["class"] for row in rows if "none" not in row)
+    KNOWN.write_text(json.dumps({"failures": failures(rows), "examined": examined}, indent=1) + "\n")
 
 
 def failures(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, str]]:
