@@ -15,7 +15,7 @@ from typing import Any, Literal
 from torch import nn
 
 from peftcore.adapted import base_modules
-from peftcore.observation import Trace, bypassed, observe, trace
+from peftcore.observation import Trace, bypassed, observe, rewritten, trace
 from peftcore.observation.residuals import FUSED_ATTENTION, MATRIX, MIXING, Branch, Residuals
 from peftcore.observation.tracing import SKIPPED, Call, once_a_model
 
@@ -84,7 +84,7 @@ class Observed(Sequence[Sublayer]):
 def find(model: nn.Module) -> tuple[Sublayer, ...]:
     """The sublayers of all numbered layers of `model`, in the order of its forward.
 
-    None where its forward cannot be observed: it fails with example inputs.
+    None where its forward cannot be observed: it fails with example inputs; or where the model scales what they add.
     """
     reader = _Reader(model, observe(model))
     if reader.looks_into_skipped_layers():
@@ -96,6 +96,8 @@ def find(model: nn.Module) -> tuple[Sublayer, ...]:
         training = trace(model, training=True)
         past = training.read - training.called
         found = tuple(sublayer for sublayer in found if sublayer.output not in past)
+    if any(f"{path}.".startswith(f"{sublayer.output}.") for path in rewritten(model) for sublayer in found):
+        return ()  # the stream has another scale in evaluation than in training, and what is added to it with it (RWKV)
     return found
 
 

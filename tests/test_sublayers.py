@@ -138,3 +138,13 @@ def test_an_adapted_model_has_the_same_sublayers(toys: None) -> None:
 
 def test_an_unknown_layer_has_none() -> None:
     assert find(nn.Sequential(nn.Linear(2, 2))) == ()
+
+
+def test_a_model_that_scales_its_stream_for_evaluation_has_none_to_adapt() -> None:
+    """RWKV halves the outputs of deep blocks, and the stream with them: an adapter behind them would not be halved."""
+    from transformers import RwkvConfig, RwkvModel
+
+    model = RwkvModel(RwkvConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32))
+    assert find(model) == ()
+    with pytest.raises(peftcore.PeftcoreError, match="where RwkvModel has its attention and feed-forward is not known"):
+        peftcore.apply(model, "adapter")
