@@ -7,13 +7,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import peftcore
 from peftcore import adapter_files, engine, ranks
 from peftcore.adapted import base_parameters
 from peftcore.adapter_config import config_from_disk, config_on_disk
@@ -108,7 +108,7 @@ def _content(
     base = {
         name: tensor for name, tensor in base_tensors(model).items() if name_of_base(model, adapter, name) not in found
     }
-    about = {"peftcore_version": version("peftcore"), "peftcore_base": fingerprint(base, _important(model, base))}
+    about = {"peftcore_version": peftcore.__version__, "peftcore_base": fingerprint(base, _important(model, base))}
     about[_TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
     return Content(config_on_disk(model, method, adapter), tensors, {**about, **metadata})
 

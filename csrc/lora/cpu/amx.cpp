@@ -177,8 +177,8 @@ void down_tiles(const BFloat16* x, int64_t x_row, int64_t rows, int64_t columns,
     _tile_stored(3, more[1], kTileBytes);
     memory_barrier_of_tiles();
     for (int64_t m = 0; m < kRows; ++m) {
-        float* sum = sums[0][m];
-        _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), _mm512_load_ps(more[0][m])));
+        float* sum = sums[m / kSide][m % kSide];
+        _mm512_store_ps(sum, _mm512_add_ps(_mm512_load_ps(sum), _mm512_load_ps(more[m / kSide][m % kSide])));
     }
 }
 
@@ -202,7 +202,7 @@ void down(const DownArgs& args, int64_t first, int64_t last) {
                        static_cast<const uint32_t*>(args.right) + kHalves * n, width, sums);
             for (int64_t i = 0; i < rows; ++i)
                 _mm512_mask_storeu_ps(args.s + (m + i) * args.r + n, first_of(args.r - n),
-                                      _mm512_mul_ps(_mm512_load_ps(sums[0][i]), factor));
+                                      _mm512_mul_ps(_mm512_load_ps(sums[i / kSide][i % kSide]), factor));
         }
     }
     _tile_release();
