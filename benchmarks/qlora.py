@@ -81,7 +81,7 @@ def run(kind, steps):
         for epoch in range(-(-steps * BATCH // len(train)))
         for i in random.Random(epoch).sample(range(len(train)), len(train))
     ]
-    collate = tasks.collate(tokenizer)
+    collate = tasks.collator(tokenizer)
     model, load = smollm2.load(KINDS[kind])
     model = with_adapter(kind, model)
     trained = same_start(model)

@@ -33,12 +33,19 @@ class Row:
     label: str | None = None
 
 
+def check_task(task: str) -> None:
+    """Raise a PeftcoreError unless `task` is one of :data:`TASKS`."""
+    if task not in TASKS:
+        raise PeftcoreError(f"--task is one of {', '.join(TASKS)}, found '{task}'")
+
+
 def read_rows(path: str | os.PathLike[str], task: str) -> list[Row]:
     """All examples of a file.
 
     Raises:
         PeftcoreError: the file is missing, empty or of another kind, or a line is wrong.
     """
+    check_task(task)
     rows = [_row(where, fields, task) for where, fields in _records(Path(path))]
     if not rows:
         raise PeftcoreError(f"'{path}' holds no example")
@@ -97,7 +104,7 @@ def label_ids(rows: list[Row], labels: list[str]) -> list[int]:
     Raises:
         PeftcoreError: a label is not among them.
     """
-    index = {label: i for i, label in enumerate(labels)}
+    index: dict[str | None, int] = {label: i for i, label in enumerate(labels)}
     for row in rows:
         if row.label not in index:
             raise PeftcoreError(

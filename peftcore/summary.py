@@ -165,7 +165,7 @@ def share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.2f} %" if whole else "-"
 
 
-def megabytes(count: int) -> str:
+def megabytes(count: float) -> str:
     """`12.3 MB` (decimal), or kB below one."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 

@@ -68,6 +68,12 @@ def test_errors_name_file_and_line(tmp_path: Path, name: str, content: str, task
     assert message in str(error.value)
 
 
+def test_a_task_is_one_of_two(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(PeftcoreError, match="--task is one of causal-lm, classification, found 'chat'"):
+        data.read_rows(tmp_path / "d.jsonl", "chat")
+
+
 def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(PeftcoreError, match="cannot be read: No such file"):
         data.read_rows(tmp_path / "none.jsonl", LANGUAGE_MODEL)

@@ -93,11 +93,11 @@ def train_beside(library: str, label: str, run: Path) -> dict:
 
     warnings.simplefilter("ignore")
     settings = training.Settings(**json.loads((run / training.RUN_FILE).read_text()))
-    train_rows, eval_rows = training.rows_of(settings)
+    train_rows, eval_rows = training.read_splits(settings)
     labels = tuple(data.labels_of(train_rows))
     tokenizer = models.load_tokenizer(settings.model)
     train, held_out = (
-        training.encoded(what, rows, settings, tokenizer, labels)
+        training.encode_examples(what, rows, settings, tokenizer, labels)
         for what, rows in (("training", train_rows), ("held-out", eval_rows))
     )
 
@@ -112,14 +112,14 @@ def train_beside(library: str, label: str, run: Path) -> dict:
         model = fresh()
         peftcore.load(model, run / "start")
     meter = progress.Meter()
-    arguments = training.arguments(settings, run / f"beside-{library}", len(train))
+    arguments = training.training_arguments(settings, run / f"beside-{library}", len(train))
     arguments.save_strategy = "no"
     trainer = training.MeasuringTrainer(
         model=model,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=tasks.collate(tokenizer),
+        data_collator=tasks.collator(tokenizer),
         callbacks=[meter],
         tokenizer=tokenizer,
     )

@@ -17,11 +17,23 @@ from typing import Any
 
 import typer
 
-from peftcore.cli import compare, doctor, evaluate, generate, info, merge, methods, new_plugin, plan, plugins, train
+from peftcore.cli.commands import (
+    compare,
+    doctor,
+    evaluate,
+    generate,
+    info,
+    merge,
+    methods,
+    new_plugin,
+    plan,
+    plugins,
+    train,
+)
 from peftcore.cli.console import fail, warn
 from peftcore.errors import PeftcoreError
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "train": train.train,
     "compare": compare.compare,
     "eval": evaluate.evaluate,

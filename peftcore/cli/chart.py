@@ -5,6 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 BLUE, GREY, ORANGE, PALE, INK = "#2457a6", "#8a94a6", "#c2521a", "#e3e7ee", "#1c2330"
 
@@ -79,7 +83,7 @@ def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: s
     return buffer.getvalue()
 
 
-def _limits(axes, panel: Panel) -> None:
+def _limits(axes: Axes, panel: Panel) -> None:
     """Room on the right for the texts."""
     if panel.log:
         axes.set_xscale("log")

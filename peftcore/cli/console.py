@@ -47,7 +47,7 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def again() -> str:
+def resume_command() -> str:
     """The command at hand, as one that goes on."""
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
     several = os.environ.get("WORLD_SIZE", "1")

@@ -14,13 +14,13 @@ import json
 import re
 import types
 import typing
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from peftcore.errors import PeftcoreError, nearest
 
 _SEQUENCES = (list, tuple, set, frozenset, collections.abc.Sequence, collections.abc.Iterable)
 _MAPPINGS = (dict, collections.abc.Mapping)
-_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "none"}
 
 
 def parse(config_class: type, settings: list[str]) -> dict[str, Any]:
@@ -59,13 +59,15 @@ def convert(text: str, hint: Any) -> Any:
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
-        return _first(text, sorted(arguments, key=lambda member: _rank(text, member)))
+        return _first_to_take(text, sorted(arguments, key=lambda member: _order(text, member)))
     if origin is Literal:
-        return next(value for value in arguments if str(value) == text) if text in map(str, arguments) else _no(text)
+        return (
+            next(value for value in arguments if str(value) == text) if text in map(str, arguments) else _refuse(text)
+        )
     if hint is type(None):
-        return None if text.lower() in ("none", "null") else _no(text)
+        return None if text.lower() in ("none", "null") else _refuse(text)
     if hint is bool:
-        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _no(text)
+        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _refuse(text)
     if hint in (int, float):
         return hint(text)
     if (origin or hint) in _MAPPINGS:
@@ -73,7 +75,7 @@ def convert(text: str, hint: Any) -> Any:
     if (origin or hint) in _SEQUENCES:
         return _sequence(text, arguments[0] if arguments else str)
     if hint is Any:
-        return _first(text, (type(None), bool, int, float, str))
+        return _first_to_take(text, (type(None), bool, int, float, str))
     return text
 
 
@@ -87,14 +89,14 @@ def describe(hint: Any) -> str:
     if (origin or hint) in _MAPPINGS:
         return "pairs name:value separated by commas"
     if (origin or hint) in _SEQUENCES:
-        item = _NAMES.get(arguments[0], "values") if arguments else "text"
+        item = _TYPE_NAMES.get(arguments[0], "values") if arguments else "text"
         return {"text": "names separated by commas", "a whole number": "whole numbers separated by commas"}.get(
             item, "values separated by commas"
         )
-    return _NAMES.get(hint, "text")
+    return _TYPE_NAMES.get(hint, "text")
 
 
-def _rank(text: str, member: Any) -> int:
+def _order(text: str, member: Any) -> int:
     """In what order the members of a union are tried."""
     kind = get_origin(member) or member
     if kind in _SEQUENCES:
@@ -111,36 +113,36 @@ def _looks_like_sequence(text: str) -> bool:
     return "," in text or re.fullmatch(r"[A-Za-z_][\w.]*", text) is not None
 
 
-def _first(text: str, hints: collections.abc.Iterable[Any]) -> Any:
+def _first_to_take(text: str, hints: collections.abc.Iterable[Any]) -> Any:
     for hint in hints:
         try:
             return convert(text, hint)
         except ValueError:
             continue
-    return _no(text)
+    return _refuse(text)
 
 
 def _sequence(text: str, item: Any) -> list[Any]:
     if text.startswith("["):
         values = json.loads(text)  # JSONDecodeError is a ValueError
         return [convert(str(value), item) for value in values]
-    return [convert(part.strip(), item) for part in text.split(",") if part.strip()] or _no(text)
+    return [convert(part.strip(), item) for part in text.split(",") if part.strip()] or _refuse(text)
 
 
-def _mapping(text: str, types_: tuple[Any, ...]) -> dict[Any, Any]:
+def _mapping(text: str, arguments: tuple[Any, ...]) -> dict[Any, Any]:
     if text.startswith("{"):
-        pairs = [(key, json.dumps(value) if not isinstance(value, str) else value) for key, value in _object(text)]
+        pairs = [(key, json.dumps(value) if not isinstance(value, str) else value) for key, value in _json_pairs(text)]
     else:
         pairs = [part.rpartition(":")[::2] for part in text.split(",") if part.strip()]
     if not pairs or not all(key.strip() for key, _ in pairs):
-        _no(text)
-    return {convert(key.strip(), types_[0]): convert(value.strip(), types_[1]) for key, value in pairs}
+        _refuse(text)
+    return {convert(key.strip(), arguments[0]): convert(value.strip(), arguments[1]) for key, value in pairs}
 
 
-def _object(text: str) -> list[tuple[str, Any]]:
+def _json_pairs(text: str) -> list[tuple[str, Any]]:
     value = json.loads(text)
-    return list(value.items()) if isinstance(value, dict) else _no(text)
+    return list(value.items()) if isinstance(value, dict) else _refuse(text)
 
 
-def _no(text: str) -> Any:
+def _refuse(text: str) -> NoReturn:
     raise ValueError(text)

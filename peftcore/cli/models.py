@@ -52,20 +52,22 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     given = tuple(part.strip() for part in labels.split(",")) if labels else ()
     fields, foreign = checkpoint.about(folder)
     try:
-        told = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
-        found = AdapterTask(told["task"], told["max_length"], tuple(told["labels"]))
-        if type(told["labels"]) is not list:
-            raise TypeError(f"labels={told['labels']!r} is no list")
-        check_types(found)
+        stored = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
+        task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]))
+        if type(stored["labels"]) is not list:
+            raise TypeError(f"labels={stored['labels']!r} is no list")
+        if task.task not in data.TASKS:
+            raise ValueError(f"task={task.task!r} is none of {', '.join(data.TASKS)}")
+        check_types(task)
     except FileNotFoundError:
         if foreign is not None:  # it does not say; heads lie elsewhere, and are the base's own
             return AdapterTask(data.CLASSIFICATION if given else data.LANGUAGE_MODEL, 512, given)
-        found = _read_off(folder, fields)
+        task = _task_of_peft(folder, fields)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: {error}. It may be deleted") from error
-    if given and len(given) != len(found.labels):
-        raise PeftcoreError(f"--labels names {len(given)} labels, the adapter has {len(found.labels)}")
-    return AdapterTask(found.task, found.max_length, given or found.labels)
+    if given and len(given) != len(task.labels):
+        raise PeftcoreError(f"--labels names {len(given)} labels, the adapter has {len(task.labels)}")
+    return AdapterTask(task.task, task.max_length, given or task.labels)
 
 
 def base_of(folder: Path, model: str | None) -> str:
@@ -94,7 +96,7 @@ def resolve(model: str) -> str:
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a base; padding, where it has none, is its end-of-text token."""
-    quiet()
+    quiet_transformers()
     from transformers import AutoTokenizer
 
     tokenizer = _load(AutoTokenizer.from_pretrained, model, "tokenizer")
@@ -113,8 +115,8 @@ def load_model(
     quantize: str | None = None,
 ) -> PreTrainedModel:
     """A base for `task`, in evaluation mode on its device; with `quantize` its linear layers are in 4 bits."""
-    quiet()
-    loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_names(labels)}
+    quiet_transformers()
+    loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_label_maps(labels)}
     is_gguf = model.endswith(".gguf")
     if quantize is not None:
         from peftcore import quantization
@@ -134,11 +136,11 @@ def load_model(
 
 def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrainedModel:
     """A base without its weights, on the meta device: shapes only."""
-    quiet()
+    quiet_transformers()
     import torch
     from transformers import AutoConfig
 
-    config = _load(AutoConfig.from_pretrained, model, "configuration", **_names(labels))
+    config = _load(AutoConfig.from_pretrained, model, "configuration", **_label_maps(labels))
     with torch.device("meta"):
         return _auto_class(task).from_config(config)
 
@@ -177,7 +179,7 @@ def torch_dtype(dtype: str, device: str) -> torch.dtype:
     return torch.float32
 
 
-def quiet() -> None:
+def quiet_transformers() -> None:
     """Import transformers; its progress bars and notices give way to the commands' own.
 
     Raises:
@@ -214,7 +216,7 @@ def _auto_class(task: str) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _names(labels: tuple[str, ...]) -> dict[str, Any]:
+def _label_maps(labels: tuple[str, ...]) -> dict[str, Any]:
     if not labels:
         return {}
     return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
@@ -226,7 +228,7 @@ def _set_padding(loaded: PreTrainedModel, model: str) -> None:
         loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
 
 
-def _read_off(folder: Path, fields: dict[str, Any]) -> AdapterTask:
+def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
     from peftcore import adapter_files
 
     if fields.get("task_type") in (None, "CAUSAL_LM"):

@@ -39,7 +39,7 @@ Labels = Annotated[
 ]
 
 
-def chosen_method(name: str | None, settings: list[str] | None) -> tuple[str, dict[str, Any]]:
+def resolve_method(name: str | None, settings: list[str] | None) -> tuple[str, dict[str, Any]]:
     """The method meant, and the fields that `--set` gives to it.
 
     Raises:
@@ -56,3 +56,8 @@ def chosen_method(name: str | None, settings: list[str] | None) -> tuple[str, di
         name = next(iter(installed))
     method = registry.method(name)
     return name, parse(method.config_class, settings or [])
+
+
+def absolute(path: str) -> str:
+    """A path as it is found from any folder."""
+    return str(Path(path).expanduser().resolve())

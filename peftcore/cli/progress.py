@@ -145,7 +145,8 @@ def peak_memory() -> dict[str, int]:
     """The most bytes that this process has had, resident and where there is CUDA also allocated there."""
     if sys.platform == "linux":  # ru_maxrss would begin with what the parent held
         status = Path("/proc/self/status").read_text()
-        found = {"memory": 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[1])}
+        (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+        found = {"memory": 1024 * int(peak)}
     elif sys.platform == "win32":
         import psutil
 
@@ -159,6 +160,6 @@ def peak_memory() -> dict[str, int]:
     return found
 
 
-def gigabytes(count: int) -> str:
+def gigabytes(count: float) -> str:
     """`1.23 GB` (decimal)."""
     return f"{count / 1e9:.2f} GB"

@@ -49,7 +49,7 @@ class Encoded:
     """Examples as token ids, and how many rows were longer than allowed."""
 
     examples: list[Example]
-    cut: int
+    truncated: int
 
 
 def encode(
@@ -67,19 +67,19 @@ def encode(
         raise PeftcoreError(f"the length must be at least 2 tokens, found {max_length}")
     if task == data.CLASSIFICATION:
         return _encode_classes(rows, tokenizer, max_length, labels)
-    examples, cut = [], 0
+    examples, truncated = [], 0
     for row in rows:
         ids = tokenizer(row.text)["input_ids"]
         end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         if row.completion is None:
             ids = ids + end
-            cut += len(ids) > max_length
+            truncated += len(ids) > max_length
             pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
             # One token alone has nothing to predict.
             found = [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
         else:
             answer = tokenizer(row.completion, add_special_tokens=False)["input_ids"] + end
-            cut += len(ids) + len(answer) > max_length
+            truncated += len(ids) + len(answer) > max_length
             answer = answer[: max_length - 1]
             ids = ids[len(ids) - min(len(ids), max_length - len(answer)) :]
             ids = ids or (answer[:1] and [_start(tokenizer)])
@@ -87,10 +87,10 @@ def encode(
         if not found:
             raise PeftcoreError(f"{row.where}: nothing to learn here after tokenizing")
         examples += found
-    return Encoded(examples, cut)
+    return Encoded(examples, truncated)
 
 
-def collate(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], dict[str, Tensor]]:
+def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], dict[str, Tensor]]:
     """Examples as one padded batch: `input_ids`, `attention_mask` [batch, length]; `labels` likewise, or [batch]."""
     padding = tokenizer.pad_token_id or 0
 
@@ -118,7 +118,7 @@ def measure(
     model: nn.Module, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 16
 ) -> Metrics:
     """Loss over every predicted token or example, each counted once, whatever the batches; no randomness is drawn."""
-    batch = collate(tokenizer)
+    batch = collator(tokenizer)
     device = next(model.parameters()).device
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))  # little padding
     was_training = model.training
@@ -141,7 +141,7 @@ def measure(
 
 
 @torch.no_grad()
-def answer(
+def generate_text(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
@@ -158,7 +158,8 @@ def answer(
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        tokens = model.generate(
+        generate: Any = model.generate
+        tokens = generate(
             **inputs,
             **sampling,
             max_new_tokens=max_new_tokens,

@@ -18,15 +18,15 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from transformers import PrinterCallback, Trainer, TrainingArguments, set_seed
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments, set_seed
 
 import peftcore
 from peftcore import data, ranks
 from peftcore.cli import models, progress, tasks
-from peftcore.cli.batches import LikeLengths
 from peftcore.cli.console import say, warn
 from peftcore.cli.models import AdapterTask
 from peftcore.cli.options import FULL
+from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import bare_model, latest_checkpoint
 from peftcore.quantization import QuantizedLinear
@@ -67,7 +67,7 @@ class Settings:
     save_every: int | None = None
     keep: int = 2
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As JSON keeps it."""
         return json.loads(json.dumps(asdict(self)))
 
@@ -93,7 +93,7 @@ class Result:
     samples: list[tuple[str, str]]
     quantize: str | None
 
-    def plain(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """The figures as JSON keeps them; the history is in the checkpoints."""
         return {
             "before": self.before.as_dict(),
@@ -126,17 +126,18 @@ class MeasuringTrainer(Trainer):
     def __init__(self, *args: Any, tokenizer: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.tokenizer = tokenizer
-        self.last: tuple[int, tasks.Metrics] | None = None  # (step, metrics)
+        self.control: TrainerControl
+        self.measured: dict[int, tasks.Metrics] = {}  # by step
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LikeLengths:
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         lengths = [len(example["input_ids"]) for example in self.train_dataset]
-        return LikeLengths(lengths, self.args.train_batch_size, self.args.seed)
+        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        found = tasks.measure(bare_model(self), self.eval_dataset, self.tokenizer)
-        self.last = (self.state.global_step, found)
-        say(f"step {self.state.global_step}/{self.state.max_steps}  held out: {found}", "bold")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.as_dict().items()}
+        measured = tasks.measure(bare_model(self), self.eval_dataset, self.tokenizer)
+        self.measured[self.state.global_step] = measured
+        say(f"step {self.state.global_step}/{self.state.max_steps}  held out: {measured}", "bold")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.as_dict().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -148,13 +149,13 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
     Raises:
         PeftcoreError: it holds something already, or a run with other settings is to be resumed.
     """
-    note = output / RUN_FILE
-    if resume and note.exists():
+    run_file = output / RUN_FILE
+    if resume and run_file.exists():
         try:
-            before = json.loads(note.read_text(encoding="utf-8"))
+            before = json.loads(run_file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise PeftcoreError(f"'{note}' cannot be read: {error}. Start anew: --overwrite") from error
-        now = settings.plain()
+            raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start anew: --overwrite") from error
+        now = settings.to_json()
         for name in before.keys() | now.keys():
             if before.get(name) != now.get(name):
                 raise PeftcoreError(
@@ -165,15 +166,15 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
     if output.exists() and not output.is_dir():
         raise PeftcoreError(f"'{output}' is a file. Give a folder: --output FOLDER")
     # Settings alone are of a run that failed before it made anything: nothing is lost.
-    if output.is_dir() and any(path != note for path in output.iterdir()):
-        if not (overwrite and note.exists()):
-            what = "a run" if note.exists() else "something else"
-            hint = "--resume continues it, --overwrite starts anew" if note.exists() else "Give another folder"
+    if output.is_dir() and any(path != run_file for path in output.iterdir()):
+        if not (overwrite and run_file.exists()):
+            what = "a run" if run_file.exists() else "something else"
+            hint = "--resume continues it, --overwrite starts anew" if run_file.exists() else "Give another folder"
             raise PeftcoreError(f"'{output}' holds {what} already. {hint}")
         for name in ("checkpoints", "adapter"):
             shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(settings.plain(), indent=2) + "\n", encoding="utf-8")
+    run_file.write_text(json.dumps(settings.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def run(
@@ -186,11 +187,11 @@ def run(
         Stopped: Ctrl-C; a checkpoint is there.
     """
     began = time.perf_counter()
-    train_rows, eval_rows = rows_of(settings)
+    train_rows, eval_rows = read_splits(settings)
     labels = tuple(data.labels_of(train_rows)) if settings.task == data.CLASSIFICATION else ()
     tokenizer = models.load_tokenizer(settings.model)
-    train = encoded("training", train_rows, settings, tokenizer, labels)
-    held_out = encoded("held-out", eval_rows, settings, tokenizer, labels)
+    train = encode_examples("training", train_rows, settings, tokenizer, labels)
+    held_out = encode_examples("held-out", eval_rows, settings, tokenizer, labels)
 
     set_seed(settings.seed)  # also draws a classifier's new head
     say(f"loading {settings.model}")
@@ -204,12 +205,12 @@ def run(
     summary = peftcore.summary(model)
     say(str(summary))
 
-    def written() -> str:
-        return tasks.answer(model.eval(), tokenizer, sample or "", max_new_tokens=sample_tokens)
+    def sample_text() -> str:
+        return tasks.generate_text(model.eval(), tokenizer, sample or "", max_new_tokens=sample_tokens)
 
     with peftcore.disabled(model) if settings.method != FULL else contextlib.nullcontext():
         before = tasks.measure(model, held_out, tokenizer)
-        samples = [("base", written())] if sample is not None else []
+        samples = [("base", sample_text())] if sample is not None else []
     say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
 
     if settings.parallel == "fsdp2":
@@ -217,15 +218,15 @@ def run(
     meter, stop = progress.Meter(), progress.OrderlyStop()
     trainer = MeasuringTrainer(
         model=model,
-        args=arguments(settings, output, len(train)),
+        args=training_arguments(settings, output, len(train)),
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=tasks.collate(tokenizer),
+        data_collator=tasks.collator(tokenizer),
         callbacks=[meter, stop],
         tokenizer=tokenizer,
     )
     trainer.remove_callback(PrinterCallback)
-    from_checkpoint = _checkpoint(output) if resume else None
+    from_checkpoint = _checkpoint_to_resume(output) if resume else None
     try:
         with stop:
             trainer.train(resume_from_checkpoint=from_checkpoint)
@@ -234,12 +235,10 @@ def run(
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(trainer.state.global_step, trainer.state.max_steps)
 
-    step, after = trainer.last or (-1, before)
-    if step != trainer.state.global_step:
+    if trainer.state.global_step not in trainer.measured:
         trainer.evaluate()
-        after = trainer.last[1]
     if sample is not None:
-        samples.append(("with the adapter", written()))
+        samples.append(("with the adapter", sample_text()))
     adapter = output / "adapter"
     if settings.method == FULL:
         model.save_pretrained(adapter)
@@ -248,7 +247,7 @@ def run(
         ranks.once(lambda: AdapterTask(settings.task, settings.max_length, labels).write(adapter), together=True)
     return Result(
         before=before,
-        after=after,
+        after=trainer.measured[trainer.state.global_step],
         history=trainer.state.log_history,
         summary=summary,
         steps=trainer.state.global_step,
@@ -266,7 +265,7 @@ def run(
     )
 
 
-def rows_of(settings: Settings) -> tuple[list[data.Row], list[data.Row]]:
+def read_splits(settings: Settings) -> tuple[list[data.Row], list[data.Row]]:
     """(examples to train on, held-out ones)."""
     rows = data.read_rows(settings.data, settings.task)
     if settings.eval_data is not None:
@@ -274,18 +273,20 @@ def rows_of(settings: Settings) -> tuple[list[data.Row], list[data.Row]]:
     return data.hold_out(rows, settings.holdout, settings.seed)
 
 
-def encoded(what: str, rows: list[data.Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]) -> list:
+def encode_examples(
+    what: str, rows: list[data.Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
+) -> list[tasks.Example]:
     """Rows as token ids; `what` they are, for the warning that some are too long."""
     encoded = tasks.encode(rows, settings.task, tokenizer, settings.max_length, labels)
-    if encoded.cut:
+    if encoded.truncated:
         warn(
-            f"{encoded.cut:,} of {len(rows):,} {what} examples are longer than {settings.max_length} tokens "
+            f"{encoded.truncated:,} of {len(rows):,} {what} examples are longer than {settings.max_length} tokens "
             "(--max-length) and were cut or divided"
         )
     return encoded.examples
 
 
-def arguments(settings: Settings, output: Path, examples: int) -> TrainingArguments:
+def training_arguments(settings: Settings, output: Path, examples: int) -> TrainingArguments:
     """Trainer's settings for so many examples."""
     per_epoch = math.ceil(math.ceil(examples / (settings.batch_size * settings.ranks)) / settings.grad_accum)
     steps = settings.steps or math.ceil(per_epoch * settings.epochs)
@@ -304,7 +305,7 @@ def arguments(settings: Settings, output: Path, examples: int) -> TrainingArgume
             optim=settings.optim,
             optim_args=settings.optim_args,
             seed=settings.seed,
-            **_checkpointing(settings.gradient_checkpointing),
+            **_gradient_checkpointing(settings.gradient_checkpointing),
             eval_strategy="steps",
             eval_steps=settings.eval_every or often,
             save_strategy="no" if settings.method == FULL else "steps",  # a checkpoint holds adapters only
@@ -323,7 +324,7 @@ def arguments(settings: Settings, output: Path, examples: int) -> TrainingArgume
         raise PeftcoreError(f"transformers' Trainer refuses these settings: {error}") from error
 
 
-def _checkpointing(wanted: bool) -> dict[str, Any]:
+def _gradient_checkpointing(wanted: bool) -> dict[str, Any]:
     """Trainer's settings for gradient checkpointing, by the name that this release gives it."""
     if not wanted:
         return {}
@@ -332,14 +333,14 @@ def _checkpointing(wanted: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}}
 
 
-def _checkpoint(output: Path) -> str | None:
+def _checkpoint_to_resume(output: Path) -> str | None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found = latest_checkpoint(output / "checkpoints")
+        checkpoint = latest_checkpoint(output / "checkpoints")
     for warning in caught:
         warn(str(warning.message))
-    if found is None:
+    if checkpoint is None:
         warn(f"'{output}' holds no complete checkpoint; starting from the beginning")
     else:
-        say(f"resuming from {found}")
-    return found
+        say(f"resuming from {checkpoint}")
+    return checkpoint

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 import peftcore
 from peftcore.adapted import CHILD, TRAINED
-from peftcore.engine import state_of
+from peftcore.engine import require_state, state_of
 
 _TAUGHT = {  # others' modules that are taught when they are imported, each by one of ours
     "transformers.trainer": "peftcore.integrations.transformers",
@@ -53,7 +53,7 @@ def save_pretrained(
     **options: Any,
 ) -> Any:
     """`PreTrainedModel.save_pretrained` of a model with adapters. `state_dict` is not needed for the adapters."""
-    if state_of(model).merged is not None:
+    if require_state(model).merged is not None:
         held = model.state_dict() if state_dict is None else state_dict
         held = {name: t for name, t in held.items() if not {CHILD, TRAINED} & set(name.split("."))}
         options |= {"is_main_process": is_main_process, "state_dict": held, "push_to_hub": push_to_hub}

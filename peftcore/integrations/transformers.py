@@ -98,18 +98,23 @@ def _create_optimizer(trainer: Trainer, own: Callable[..., Any], *args: Any, **k
     return own(*args, **kwargs)
 
 
-def bare_model(trainer: Trainer) -> nn.Module | None:
+def bare_model(trainer: Trainer) -> nn.Module:
     """The model that `trainer` trains, out of what compiles it or spreads it."""
-    model = getattr(trainer, "model", None)
-    return model if model is None else trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+    return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+
+
+def _model_of(trainer: Trainer) -> nn.Module | None:
+    """The same, or None of a trainer that has none yet."""
+    return None if getattr(trainer, "model", None) is None else bare_model(trainer)
 
 
 def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any) -> None:
     model = kwargs.get("model", args[0] if args else None)
-    adapted = isinstance(model, nn.Module) and engine.state_of(model) is not None
-    with _adapters_on_quantized(model) if adapted else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if isinstance(model, nn.Module) and engine.state_of(model) is not None:
+            stack.enter_context(_adapters_on_quantized(model))
         own(trainer, *args, **kwargs)
-    model = bare_model(trainer)  # `model_init` may have made it
+    model = _model_of(trainer)  # `model_init` may have made it
     if model is None or engine.state_of(model) is None:
         return
     refuse_wrapped(trainer)
@@ -180,7 +185,7 @@ def _save_model(
 
 def _save(trainer: Trainer, own: Callable[..., Any], output_dir: str | None = None, state_dict: Any = None) -> None:
     folder = output_dir or trainer.args.output_dir
-    if engine.state_of(bare_model(trainer)).merged is not None:
+    if engine.require_state(bare_model(trainer)).merged is not None:
         return own(output_dir, state_dict)
     if not trainer.args.should_save and not ranks.is_sharded(bare_model(trainer)):
         return None
@@ -204,8 +209,9 @@ def _save_checkpoint(trainer: Trainer, own: Callable[..., Any], model: nn.Module
         own(model, trial)
     finally:
         trainer.args.save_total_limit = limit
-    if trainer.args.should_save and reference_of(trainer) is not None:
-        reference_of(trainer).save(folder)
+    reference = reference_of(trainer)
+    if trainer.args.should_save and reference is not None:
+        reference.save(folder)
     trainer.accelerator.wait_for_everyone()  # each rank writes the state of its RNG
     if trainer.args.should_save:
         mark_complete(folder)
@@ -239,9 +245,10 @@ def _load_from_checkpoint(
             "train(resume_from_checkpoint=True) takes the newest whole one"
         )
     restore_adapters(bare_model(trainer), resume_from_checkpoint)
-    if reference_of(trainer) is None:
+    reference = reference_of(trainer)
+    if reference is None:
         return
-    was_another = reference_of(trainer).restore(resume_from_checkpoint)
+    was_another = reference.restore(resume_from_checkpoint)
     if was_another and getattr(trainer.args, "precompute_ref_log_probs", False):
         raise CheckpointError(
             f"the reference's log-probabilities were computed beforehand, with other adapters than those with which "
@@ -354,7 +361,7 @@ def _teach_trainer() -> None:
         _create_model_card,
     ):
         name = ours.__name__ if hasattr(Trainer, ours.__name__) else ours.__name__[1:]
-        teach(Trainer, name, ours, bare_model)
+        teach(Trainer, name, ours, _model_of)
     teach_trainers()
 
 

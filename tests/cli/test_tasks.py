@@ -23,7 +23,7 @@ def tokenizer(llama: Path) -> Any:
 def test_a_long_text_is_divided_and_nothing_lost(tokenizer: Any) -> None:
     ids = tokenizer("the film is good and the story is bad")["input_ids"] + [tokenizer.eos_token_id]
     found = tasks.encode([Row("f:1", "the film is good and the story is bad")], LANGUAGE_MODEL, tokenizer, 4)
-    assert found.cut == 1
+    assert found.truncated == 1
     assert [example["input_ids"] for example in found.examples] == [ids[0:4], ids[4:8], ids[8:10]]
     assert all(example["labels"] == example["input_ids"] for example in found.examples)
 
@@ -59,8 +59,8 @@ def test_measure_does_not_depend_on_batches(llama: Path, tokenizer: Any) -> None
 def test_classes_are_cut_at_the_end(tokenizer: Any) -> None:
     rows = [Row("f:1", "the film is good", label="b"), Row("f:2", "bad", label="a")]
     found = tasks.encode(rows, CLASSIFICATION, tokenizer, 3, ("a", "b"))
-    assert found.cut == 1 and [example["labels"] for example in found.examples] == [1, 0]
-    batch = tasks.collate(tokenizer)(found.examples)
+    assert found.truncated == 1 and [example["labels"] for example in found.examples] == [1, 0]
+    batch = tasks.collator(tokenizer)(found.examples)
     assert batch["input_ids"].tolist() == [
         tokenizer("the film is")["input_ids"],
         [*tokenizer("bad")["input_ids"], 0, 0],
@@ -73,7 +73,9 @@ def test_generation_leaves_the_random_state_alone(llama: Path, tokenizer: Any) -
 
     model = AutoModelForCausalLM.from_pretrained(llama)
     before = torch.get_rng_state()
-    texts = [tasks.answer(model, tokenizer, "the film", max_new_tokens=8, temperature=2.0, seed=s) for s in (1, 1, 2)]
+    texts = [
+        tasks.generate_text(model, tokenizer, "the film", max_new_tokens=8, temperature=2.0, seed=s) for s in (1, 1, 2)
+    ]
     assert texts[0] == texts[1] != texts[2]
     assert torch.equal(before, torch.get_rng_state())
 

@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 _BATCHES = 50  # are filled from one random draw, sorted by length
 
 
-class LikeLengths(Sampler[int]):
+class LengthGroupedSampler(Sampler[int]):
     """Indices in an order that depends on the seed and the epoch alone, which is what makes resuming exact.
 
     Args:

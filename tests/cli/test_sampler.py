@@ -10,21 +10,21 @@ from commands import Run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftcore.cli.batches import LikeLengths
+from peftcore.cli.sampler import LengthGroupedSampler
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=300), st.integers(1, 9), st.integers(0, 3))
 def test_every_example_once(lengths: list[int], batch_size: int, seed: int) -> None:
-    order = list(LikeLengths(lengths, batch_size, seed))
+    order = list(LengthGroupedSampler(lengths, batch_size, seed))
     assert sorted(order) == list(range(len(lengths)))
-    assert order == list(LikeLengths(lengths, batch_size, seed))
+    assert order == list(LengthGroupedSampler(lengths, batch_size, seed))
 
 
 def test_epochs_and_seeds_differ() -> None:
-    sampler = LikeLengths([5] * 40, 4, seed=0)
+    sampler = LengthGroupedSampler([5] * 40, 4, seed=0)
     first = list(sampler)
     sampler.set_epoch(1)
-    assert list(sampler) != first != list(LikeLengths([5] * 40, 4, seed=1))
+    assert list(sampler) != first != list(LengthGroupedSampler([5] * 40, 4, seed=1))
 
 
 def test_padding_is_little() -> None:
@@ -33,18 +33,18 @@ def test_padding_is_little() -> None:
     def padded(order: list[int]) -> int:
         return sum(8 * max(lengths[i] for i in order[start : start + 8]) for start in range(0, 1000, 8))
 
-    assert padded(list(LikeLengths(lengths, 8, 0))) < 1.04 * sum(lengths) < 0.7 * padded(list(range(1000)))
+    assert padded(list(LengthGroupedSampler(lengths, 8, 0))) < 1.04 * sum(lengths) < 0.7 * padded(list(range(1000)))
 
 
 def test_each_epoch_has_its_own_order(
     run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    epochs, original = [], LikeLengths.__iter__
+    epochs, original = [], LengthGroupedSampler.__iter__
 
-    def noting(self: LikeLengths) -> Iterator[int]:
+    def noting(self: LengthGroupedSampler) -> Iterator[int]:
         epochs.append(self.epoch)
         return original(self)
 
-    monkeypatch.setattr(LikeLengths, "__iter__", noting)
+    monkeypatch.setattr(LengthGroupedSampler, "__iter__", noting)
     run("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora", "--epochs", 3)
     assert epochs == [0, 1, 2]

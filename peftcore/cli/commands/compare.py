@@ -20,7 +20,7 @@ import typer
 from rich.markup import escape
 
 from peftcore.cli import options
-from peftcore.cli.console import again, out, require, say, warn
+from peftcore.cli.console import out, require, resume_command, say, warn
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ FULL_LEARNING_RATE = 5e-5
 
 
 @dataclass(frozen=True)
-class Entry:
+class Candidate:
     """A method with its settings. `label` is what the user wrote, without lr unless rows differ in it alone."""
 
     label: str
@@ -82,17 +82,17 @@ def compare(
         examples.read_rows(file, task)  # wrong lines show before anything is loaded
     if epochs <= 0:
         raise PeftcoreError(f"--epochs must be above 0, found {epochs:g}")
-    entries = chosen_entries(method, full)
+    candidates = parse_candidates(method, full)
     require("transformers", "accelerate", "matplotlib", "psutil")
-    models.quiet()
+    models.quiet_transformers()
     from peftcore.cli import training
 
     common = training.Settings(
         model=models.resolve(model),
-        data=str(Path(data).expanduser().resolve()),
+        data=options.absolute(data),
         task=task,
         method="",
-        eval_data=str(Path(eval_data).expanduser().resolve()) if eval_data else None,
+        eval_data=options.absolute(eval_data) if eval_data else None,
         holdout=holdout,
         epochs=epochs,
         steps=steps,
@@ -103,10 +103,10 @@ def compare(
         eval_every=sys.maxsize,  # once, at the end
     )
     _prepare_folder(output, resume, overwrite)
-    _run_all(common, entries, seeds, output)
+    _run_all(common, candidates, seeds, output)
 
 
-def chosen_entries(texts: list[str] | None, full: bool) -> list[Entry]:
+def parse_candidates(texts: list[str] | None, full: bool) -> list[Candidate]:
     """What `--method` names, each `NAME FIELD=VALUE ...`, by default every installed method; the whole model last.
 
     Raises:
@@ -114,21 +114,21 @@ def chosen_entries(texts: list[str] | None, full: bool) -> list[Entry]:
     """
     from peftcore.registry import registry
 
-    entries = [_entry(text) for text in (texts or registry.methods())]
-    if full and not any(entry.method == options.FULL for entry in entries):
-        entries.append(_entry(options.FULL))
-    labels = Counter(entry.label for entry in entries)
-    entries = [
-        replace(entry, label=f"{entry.label} lr={entry.lr:g}") if labels[entry.label] > 1 else entry
-        for entry in entries
+    candidates = [_candidate(text) for text in (texts or registry.methods())]
+    if full and not any(candidate.method == options.FULL for candidate in candidates):
+        candidates.append(_candidate(options.FULL))
+    labels = Counter(candidate.label for candidate in candidates)
+    candidates = [
+        replace(candidate, label=f"{candidate.label} lr={candidate.lr:g}") if labels[candidate.label] > 1 else candidate
+        for candidate in candidates
     ]
-    for entry in entries:
-        if sum(other.folder == entry.folder for other in entries) > 1:
-            raise PeftcoreError(f"--method '{entry.label}' is given twice")
-    return entries
+    for candidate in candidates:
+        if sum(other.folder == candidate.folder for other in candidates) > 1:
+            raise PeftcoreError(f"--method '{candidate.label}' is given twice")
+    return candidates
 
 
-def _entry(text: str) -> Entry:
+def _candidate(text: str) -> Candidate:
     from peftcore.registry import registry
 
     try:
@@ -149,9 +149,9 @@ def _entry(text: str) -> Entry:
     if name == options.FULL:
         if settings:
             raise PeftcoreError(f"--method '{text}': the whole model has no field but lr, found '{settings[0]}'")
-        return Entry(label, name, lr or FULL_LEARNING_RATE)
-    name, fields = options.chosen_method(name, settings)
-    return Entry(label, name, lr or registry.method(name).learning_rate, fields)
+        return Candidate(label, name, lr or FULL_LEARNING_RATE)
+    name, fields = options.resolve_method(name, settings)
+    return Candidate(label, name, lr or registry.method(name).learning_rate, fields)
 
 
 def _prepare_folder(output: Path, resume: bool, overwrite: bool) -> None:
@@ -167,40 +167,41 @@ def _prepare_folder(output: Path, resume: bool, overwrite: bool) -> None:
     runs.mkdir(parents=True, exist_ok=True)
 
 
-def _run_all(common: Settings, entries: list[Entry], seeds: int, output: Path) -> None:
+def _run_all(common: Settings, candidates: list[Candidate], seeds: int, output: Path) -> None:
     """Every method with the first seed, then with the next: what is there early compares all of them."""
-    from peftcore.cli import row
-    from peftcore.cli.comparison import Comparison
+    from peftcore.cli import training_process
+    from peftcore.cli.comparison_report import ComparisonReport
 
-    found = Comparison(common, [(entry.label, entry.lr) for entry in entries])
+    report = ComparisonReport(common, [(candidate.label, candidate.lr) for candidate in candidates])
     too_big = {options.FULL: reason} if (reason := _does_not_fit(common)) else {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    runs = [(entry, seed) for seed in range(seeds) for entry in entries]
+    runs = [(candidate, seed) for seed in range(seeds) for candidate in candidates]
     with out.status("") as status:
-        for number, (entry, seed) in enumerate(runs, 1):
-            name = f"{number}/{len(runs)}  {entry.label}, seed {seed}"
-            settings = replace(common, method=entry.method, fields=entry.fields, lr=entry.lr, seed=seed)
-            folder = output / "runs" / entry.folder / f"seed-{seed}"
+        for number, (candidate, seed) in enumerate(runs, 1):
+            name = f"{number}/{len(runs)}  {candidate.label}, seed {seed}"
+            settings = replace(common, method=candidate.method, fields=candidate.fields, lr=candidate.lr, seed=seed)
+            folder = output / "runs" / candidate.folder / f"seed-{seed}"
 
             def show(line: str, name: str = name) -> None:
                 status.update(escape(f"{name}  {line}"))
 
             show("starting")
             try:
-                result = (
-                    {"error": too_big[entry.method]} if entry.method in too_big else row.run(folder, settings, show)
-                )
+                if candidate.method in too_big:
+                    result = {"error": too_big[candidate.method]}
+                else:
+                    result = training_process.run(folder, settings, show)
             except KeyboardInterrupt:
-                say(f"stopped; finished runs are in {output}. To go on:\n  {again()}", "bold")
+                say(f"stopped; finished runs are in {output}. To go on:\n  {resume_command()}", "bold")
                 raise typer.Exit(130) from None
-            found.add(entry.label, seed, result)
-            found.write(output)
-            say(f"{name}: {found.sentence(result)}")
+            report.add(candidate.label, seed, result)
+            report.write(output)
+            say(f"{name}: {report.sentence(result)}")
     out.print()
-    found.show()
-    for label, reason in found.failures():
+    report.show()
+    for label, reason in report.failures():
         warn(f"{label}: {reason}")
-    say(f"\nreport: {', '.join(str(output / name) for name in found.files)}", "bold")
+    say(f"\nreport: {', '.join(str(output / name) for name in report.files)}", "bold")
 
 
 def _does_not_fit(common: Settings) -> str | None:

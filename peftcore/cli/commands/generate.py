@@ -42,7 +42,7 @@ def generate(
     def answer() -> str:
         if task.task == data.CLASSIFICATION:
             return tasks.classify(loaded, tokenizer, prompt, task.labels, task.max_length)
-        return tasks.answer(
+        return tasks.generate_text(
             loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )
 

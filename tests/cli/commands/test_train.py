@@ -306,7 +306,7 @@ def test_a_run_that_failed_before_it_made_anything_does_not_block_its_folder(tmp
     from peftcore.cli.training import RUN_FILE, prepare_folder
 
     class Noted:
-        def plain(self) -> dict[str, int]:
+        def to_json(self) -> dict[str, int]:
             return {"steps": 1}
 
     for _ in range(2):

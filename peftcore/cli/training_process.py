@@ -27,7 +27,7 @@ _STOPPED = 130
 
 
 def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[str, Any]:
-    """The result of a run, as `training.Result.plain` has it, or {"error": why there is none}.
+    """The result of a run, as `training.Result.to_json` has it, or {"error": why there is none}.
 
     A finished run is kept, one that was cut off goes on from its checkpoint. `show` gets each line that it prints.
 
@@ -39,19 +39,24 @@ def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[s
 
     training.prepare_folder(folder, settings, resume=True, overwrite=False)
     if not (folder / _RESULT).exists():
-        status = _in_child(folder, show)
+        status = _run_child(folder, show)
         if status == _STOPPED:
             raise KeyboardInterrupt
         if status != 0:
-            return {"error": _reason(folder, status)}
+            return {"error": _failure(folder, status)}
     return json.loads((folder / _RESULT).read_text(encoding="utf-8"))
 
 
-def _in_child(folder: Path, show: Callable[[str], None]) -> int:
+def _run_child(folder: Path, show: Callable[[str], None]) -> int:
     command = [sys.executable, "-u", "-m", __name__, str(folder)]
-    # In a session of its own: Ctrl-C is for this process, which asks the run for an orderly stop.
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    with open(folder / "log.txt", "a", 1, encoding="utf-8") as log, subprocess.Popen(command, **pipes) as child:
+    with (
+        open(folder / "log.txt", "a", 1, encoding="utf-8") as log,
+        # In a session of its own: Ctrl-C is for this process, which asks the run for an orderly stop.
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        ) as child,
+    ):
+        assert child.stdout is not None  # it is a pipe
         stopping = False
         while True:
             try:
@@ -68,7 +73,7 @@ def _in_child(folder: Path, show: Callable[[str], None]) -> int:
                 child.send_signal(signal.SIGTERM)
 
 
-def _reason(folder: Path, status: int) -> str:
+def _failure(folder: Path, status: int) -> str:
     if (folder / _ERROR).exists():
         return (folder / _ERROR).read_text(encoding="utf-8").strip()
     if status == -signal.SIGKILL:
@@ -92,7 +97,7 @@ def _main(folder: Path) -> int:
         (folder / _ERROR).write_text(reason.strip().partition("\n")[0] + "\n", encoding="utf-8")
         return 1
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    (folder / _RESULT).write_text(json.dumps(result.plain(), indent=2) + "\n", encoding="utf-8")
+    (folder / _RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import peftcore
-from peftcore.cli.new_plugin import Kind, write
+from peftcore.cli.commands.new_plugin import Kind, write
 from peftcore.registry import registry
 from peftcore.testing import CHECKS
 
@@ -89,7 +89,7 @@ def test_installed_with_pip_used_and_uninstalled(tmp_path: Path) -> None:
     subprocess.run(install, check=True, capture_output=True)
 
     def python(*arguments: object, with_plugin: bool) -> subprocess.CompletedProcess:
-        paths = [str(Path(__file__).parent.parent), *([str(site)] if with_plugin else [])]
+        paths = [str(Path(__file__).parents[2]), *([str(site)] if with_plugin else [])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, "-W", "ignore", *map(str, arguments)]
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -38,10 +38,10 @@ def info(adapter: Annotated[Path, typer.Argument(help="Adapter folder.")]) -> No
         ("parameters", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
         ("size", megabytes(sum(tensor.nbytes for tensor in tensors.values()))),
     ]
-    told = {"peft_type", "task_type", "base_model_name_or_path", "peft_version", "inference_mode"}
+    shown = {"peft_type", "task_type", "base_model_name_or_path", "peft_version", "inference_mode"}
     rows += [
         (f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else value)
         for name, value in sorted(fields.items())
-        if name not in told and value not in (None, False, "", [], {})
+        if name not in shown and value not in (None, False, "", [], {})
     ]
     table(rows)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Line:
-    """One method's runs: results by seed, as `training.Result.plain` has them or {"error": reason}."""
+class MethodRuns:
+    """One method's runs: results by seed, as `training.Result.to_json` has them or {"error": reason}."""
 
     label: str
     lr: float
@@ -41,13 +41,13 @@ class Line:
         """A held-out metric, one value a seed."""
         return [run[when][metric] for run in self.finished]
 
-    def figure(self, name: str) -> float:
+    def median(self, name: str) -> float:
         """The median over the seeds of another figure; "peak" is that of the device."""
-        found = [run[name] if name != "peak" else list(run["peak"].values())[-1] for run in self.finished]
-        return statistics.median(found)
+        values = [run[name] if name != "peak" else list(run["peak"].values())[-1] for run in self.finished]
+        return statistics.median(values)
 
 
-class Comparison:
+class ComparisonReport:
     """Rows in the order of the command; what is missing yet is left out."""
 
     files = ("report.json", "table.md", "compare.png")
@@ -55,55 +55,56 @@ class Comparison:
     def __init__(self, settings: Settings, rows: Sequence[tuple[str, float]]) -> None:
         self.settings = settings
         self.metric = "accuracy" if settings.task == data.CLASSIFICATION else "loss"
-        self.lines = [Line(label, lr) for label, lr in rows]
+        self.methods = [MethodRuns(label, lr) for label, lr in rows]
 
     def add(self, label: str, seed: int, result: dict[str, Any]) -> None:
         """Note the result of a run."""
-        next(line for line in self.lines if line.label == label).runs[seed] = result
+        next(method for method in self.methods if method.label == label).runs[seed] = result
 
     def sentence(self, result: dict[str, Any]) -> str:
         """One run in a few words."""
         if "error" in result:
             return f"failed: {result['error']}"
-        return f"{self.metric} {self.shown([result['after'][self.metric]])}, {result['seconds']:.0f} s"
+        return f"{self.metric} {self.format_metric([result['after'][self.metric]])}, {result['seconds']:.0f} s"
 
-    def shown(self, values: Sequence[float]) -> str:
+    def format_metric(self, values: Sequence[float]) -> str:
         """Mean ± standard deviation of the metric over seeds."""
         scale, digits, unit = (100, 1, " %") if self.metric == "accuracy" else (1, 3, "")
         mean = f"{scale * statistics.mean(values):.{digits}f}"
-        spread = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return mean + spread + unit
+        deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return mean + deviation + unit
 
     def failures(self) -> list[tuple[str, str]]:
         """(label, reason) of methods with a run that failed."""
-        return [(line.label, line.error) for line in self.lines if line.error]
+        return [(method.label, method.error) for method in self.methods if method.error]
 
     def columns(self) -> tuple[str, ...]:
         return ("method", "learning rate", self.metric, "trained", "size", "peak memory", "step")
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table, without its heading; the first row is the model before training."""
-        rows = [("before training", "", self.shown(self.before()), "", "", "", "")] if self.before() else []
-        for line in self.lines:
-            if not line.finished:
-                rows += [(line.label, f"{line.lr:g}", "failed", "", "", "", "")] if line.error else []
+        rows: list[tuple[str, ...]]
+        rows = [("before training", "", self.format_metric(self.before()), "", "", "", "")] if self.before() else []
+        for method in self.methods:
+            if not method.finished:
+                rows += [(method.label, f"{method.lr:g}", "failed", "", "", "", "")] if method.error else []
                 continue
             rows.append(
                 (
-                    line.label,
-                    f"{line.lr:g}",
-                    self.shown(line.values(self.metric)),
-                    f"{line.finished[0]['trainable_parameters']:,}",
-                    megabytes(line.figure("adapter_bytes")),
-                    gigabytes(line.figure("peak")),
-                    f"{1e3 * line.figure('step_seconds'):,.0f} ms",
+                    method.label,
+                    f"{method.lr:g}",
+                    self.format_metric(method.values(self.metric)),
+                    f"{method.finished[0]['trainable_parameters']:,}",
+                    megabytes(method.median("adapter_bytes")),
+                    gigabytes(method.median("peak")),
+                    f"{1e3 * method.median('step_seconds'):,.0f} ms",
                 )
             )
         return rows
 
     def before(self) -> list[float]:
         """The metric of the untrained model, one value a seed."""
-        return max((line.values(self.metric, "before") for line in self.lines), key=len, default=[])
+        return max((method.values(self.metric, "before") for method in self.methods), key=len, default=[])
 
     def show(self) -> None:
         """Print the table."""
@@ -118,33 +119,35 @@ class Comparison:
 
     def write(self, folder: Path) -> None:
         """Write the three files."""
-        told = {
-            "settings": {k: v for k, v in self.settings.plain().items() if k not in ("method", "fields", "lr", "seed")},
-            "rows": [{"method": line.label, "lr": line.lr, "runs": line.runs} for line in self.lines],
+        report = {
+            "settings": {
+                k: v for k, v in self.settings.to_json().items() if k not in ("method", "fields", "lr", "seed")
+            },
+            "rows": [{"method": method.label, "lr": method.lr, "runs": method.runs} for method in self.methods],
         }
-        (folder / "report.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
-        if any(line.finished for line in self.lines):
+        if any(method.finished for method in self.methods):
             (folder / "compare.png").write_bytes(self.picture())
 
     def picture(self) -> bytes:
         """The chart as a PNG."""
-        lines = [line for line in self.lines if line.finished]
+        methods = [method for method in self.methods if method.finished]
         scale = 100 if self.metric == "accuracy" else 1
-        values = [[scale * value for value in line.values(self.metric)] for line in lines]
+        values = [[scale * value for value in method.values(self.metric)] for method in methods]
         seeds = max(map(len, values))
         before = scale * statistics.mean(self.before())
-        trained = [line.finished[0]["trainable_parameters"] for line in lines]
-        peak = [line.figure("peak") / 1e6 for line in lines]
-        step = [1e3 * line.figure("step_seconds") for line in lines]
+        trained = [method.finished[0]["trainable_parameters"] for method in methods]
+        peak = [method.median("peak") / 1e6 for method in methods]
+        step = [1e3 * method.median("step_seconds") for method in methods]
         panels = [
             Panel(
                 f"held-out {self.metric}"
                 + (" (%)" if scale == 100 else "")
                 + (f", {seeds} seeds" if seeds > 1 else ""),
-                [statistics.mean(found) for found in values],
-                [self.shown(line.values(self.metric)).removesuffix(" %") for line in lines],
-                spreads=[statistics.stdev(found) if len(found) > 1 else 0.0 for found in values],
+                [statistics.mean(each) for each in values],
+                [self.format_metric(method.values(self.metric)).removesuffix(" %") for method in methods],
+                spreads=[statistics.stdev(each) if len(each) > 1 else 0.0 for each in values],
                 line=(before, "before training"),
             ),
             Panel("trained parameters", trained, [_short(count) for count in trained], log=True),
@@ -153,7 +156,7 @@ class Comparison:
         ]
         model = "/".join(Path(self.settings.model).parts[-2:])
         title = f"{model} on {Path(self.settings.data).name}"
-        return small_multiples([line.label for line in lines], panels, FULL, title)
+        return small_multiples([method.label for method in methods], panels, FULL, title)
 
 
 def _short(count: int) -> str:

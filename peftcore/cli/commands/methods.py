@@ -47,7 +47,7 @@ def _first_line(method: Any) -> str:
     return (getattr(module, "__doc__", None) or "").strip().partition("\n")[0]
 
 
-def _default(field: dataclasses.Field) -> str:
+def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
         return str(field.default)
     return "-" if field.default_factory is dataclasses.MISSING else str(field.default_factory())

@@ -16,8 +16,9 @@ import pytest
 from commands import Run
 
 from peftcore import PeftcoreError
-from peftcore.cli import compare, row
-from peftcore.cli.comparison import Comparison
+from peftcore.cli import training_process
+from peftcore.cli.commands import compare
+from peftcore.cli.comparison_report import ComparisonReport
 from peftcore.cli.training import Settings
 
 SIZE = ("--steps", 2, "--batch-size", 4, "--max-length", 16)
@@ -30,9 +31,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def child(folder: Path, show: Any) -> int:
         ran.append(f"{folder.parent.name}/{folder.name}")
-        return row._main(folder)
+        return training_process._main(folder)
 
-    monkeypatch.setattr(row, "_in_child", child)
+    monkeypatch.setattr(training_process, "_run_child", child)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     return ran
 
@@ -81,17 +82,17 @@ def test_a_language_model_is_compared_by_its_loss(
 def test_a_cut_off_comparison_goes_on(
     run: Run, in_this_process: list[str], bert: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = row._in_child
+    whole = training_process._run_child
     arguments = ("compare", "-m", bert, "-d", labelled, "-o", tmp_path / "out", *SIZE, "--seeds", 1, "--no-full")
     methods = ("--method", "lora r=2", "--method", "bitfit")
 
     def stopped(folder: Path, show: Any) -> int:
-        return whole(folder, show) if "lora" in str(folder) else row._STOPPED
+        return whole(folder, show) if "lora" in str(folder) else training_process._STOPPED
 
-    monkeypatch.setattr(row, "_in_child", stopped)
+    monkeypatch.setattr(training_process, "_run_child", stopped)
     shown = run(*arguments, *methods, code=130).output
     assert "finished runs are in" in shown and "--resume" in shown
-    monkeypatch.setattr(row, "_in_child", whole)
+    monkeypatch.setattr(training_process, "_run_child", whole)
     in_this_process.clear()
     run(*arguments, *methods, "--resume")
     assert in_this_process == ["bitfit/seed-0"]
@@ -123,7 +124,7 @@ def fake(accuracy: float, before: float = 0.5, **changes: Any) -> dict[str, Any]
 
 
 def test_mean_and_spread() -> None:
-    found = Comparison(Settings("m", "d.jsonl", "classification", ""), [("a", 1e-3), ("b", 0.3), ("late", 1.0)])
+    found = ComparisonReport(Settings("m", "d.jsonl", "classification", ""), [("a", 1e-3), ("b", 0.3), ("late", 1.0)])
     values = (0.8, 0.9, 0.85)
     for seed, value in enumerate(values):
         found.add("a", seed, fake(value, before=0.4 + seed / 10, step_seconds=0.1 * (seed + 1)))
@@ -141,12 +142,12 @@ def test_mean_and_spread() -> None:
 def test_every_installed_method_and_the_whole_model_by_default() -> None:
     from peftcore.registry import registry
 
-    entries = compare.chosen_entries(None, full=True)
-    assert [entry.method for entry in entries] == [*registry.methods(), "full"]
-    assert all(entry.lr == registry.method(entry.method).learning_rate for entry in entries[:-1])
-    rates = compare.chosen_entries(["lora lr=1e-3", "lora lr=1e-4"], full=False)
-    assert [entry.label for entry in rates] == ["lora lr=0.001", "lora lr=0.0001"]
-    assert compare.chosen_entries(["full lr=1e-4"], full=True)[0].lr == 1e-4
+    candidates = compare.parse_candidates(None, full=True)
+    assert [candidate.method for candidate in candidates] == [*registry.methods(), "full"]
+    assert all(candidate.lr == registry.method(candidate.method).learning_rate for candidate in candidates[:-1])
+    rates = compare.parse_candidates(["lora lr=1e-3", "lora lr=1e-4"], full=False)
+    assert [candidate.label for candidate in rates] == ["lora lr=0.001", "lora lr=0.0001"]
+    assert compare.parse_candidates(["full lr=1e-4"], full=True)[0].lr == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ def test_every_installed_method_and_the_whole_model_by_default() -> None:
 )
 def test_wrong_methods(methods: list[str], message: str) -> None:
     with pytest.raises(PeftcoreError, match=message):
-        compare.chosen_entries(methods, full=False)
+        compare.parse_candidates(methods, full=False)
 
 
 def test_a_model_that_is_too_big_is_a_row_with_its_reason(

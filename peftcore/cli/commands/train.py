@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peftcore.cli import options
-from peftcore.cli.console import again, out, require, say, table
+from peftcore.cli.console import out, require, resume_command, say, table
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def train(
     from peftcore.cli import models
 
     task = task or examples.guess_task(data)
-    if task not in examples.TASKS:
-        raise PeftcoreError(f"--task is one of {', '.join(examples.TASKS)}, found '{task}'")
+    examples.check_task(task)
     if sample is not None and task == examples.CLASSIFICATION:
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes nothing")
     if epochs <= 0 or (lr is not None and lr <= 0):
@@ -76,20 +75,20 @@ def train(
     for file in filter(None, (data, eval_data)):
         examples.read_rows(file, task)  # wrong lines show before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
-    models.quiet()
+    models.quiet_transformers()
     from peftcore import ranks
-    from peftcore.cli import spread, training
+    from peftcore.cli import torchrun, training
     from peftcore.registry import registry
 
-    spread.join(parallel, device)
-    name, chosen = options.chosen_method(method, fields)
+    torchrun.join(parallel, device)
+    name, chosen = options.resolve_method(method, fields)
     settings = training.Settings(
         model=models.resolve(model),
-        data=_absolute(data),
+        data=options.absolute(data),
         task=task,
         method=name,
         fields=chosen,
-        eval_data=_absolute(eval_data) if eval_data else None,
+        eval_data=options.absolute(eval_data) if eval_data else None,
         holdout=holdout,
         epochs=epochs,
         steps=steps,
@@ -116,23 +115,23 @@ def train(
     try:
         result = training.run(settings, output, resume=resume, sample=sample, sample_tokens=sample_tokens)
     except training.Stopped as stopped:
-        say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To go on:\n  {again()}", "bold")
-        spread.leave()
+        say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To go on:\n  {resume_command()}", "bold")
+        torchrun.leave()
         raise typer.Exit(130) from None
     if ranks.rank() == 0:
         _show(settings, result, output)
-    spread.leave()
+    torchrun.leave()
 
 
 def _show(settings: Settings, result: Result, output: Path) -> None:
     """Print the result, and write `report.html` and, for programs, `result.json`."""
-    from peftcore.cli import report
+    from peftcore.cli import training_report
 
     facts = _facts(result)
     commands = _commands(settings, result)
-    (output / "result.json").write_text(json.dumps(result.plain(), indent=2) + "\n", encoding="utf-8")
+    (output / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     rows = [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in _before_after(result)]
-    report.write(
+    training_report.write(
         output / "report.html",
         title=f"{settings.method} on {'/'.join(Path(settings.model).parts[-2:])}",
         note=f"{settings.task}, {result.steps:,} steps; held out: {result.eval_rows:,} examples",
@@ -142,7 +141,7 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
             ("Held out", [("", "before", "after"), *rows]),
             ("The run", facts),
             *([("A sample", result.samples)] if result.samples else []),
-            ("Settings", [(name, value) for name, value in settings.plain().items() if value is not None]),
+            ("Settings", [(name, value) for name, value in settings.to_json().items() if value is not None]),
         ],
         commands=commands,
     )
@@ -189,7 +188,3 @@ def _commands(settings: Settings, result: Result) -> list[str]:
         f"peftcore eval --adapter {adapter} --data {evaluation}",
         f"peftcore merge --adapter {adapter} --output MERGED",
     ]
-
-
-def _absolute(path: Any) -> str:
-    return str(Path(path).expanduser().resolve())

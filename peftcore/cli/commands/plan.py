@@ -8,7 +8,6 @@ import typer
 
 from peftcore.cli import options
 from peftcore.cli.console import say, table
-from peftcore.errors import PeftcoreError
 
 
 def plan(
@@ -26,9 +25,8 @@ def plan(
     from peftcore.summary import megabytes
 
     task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
-    if task not in data.TASKS:
-        raise PeftcoreError(f"--task is one of {', '.join(data.TASKS)}, found '{task}'")
-    name, chosen = options.chosen_method(method, fields)
+    data.check_task(task)
+    name, chosen = options.resolve_method(method, fields)
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     found = peftcore.plan(models.empty_model(models.resolve(model), task, names), name, **chosen)
     say(str(found))

@@ -82,7 +82,7 @@ def curve(history: Sequence[dict[str, Any]], before: dict[str, float]) -> bytes:
         right.set_ylabel("accuracy (%)")
         right.spines["top"].set_visible(False)
         lines = [*lines, *right.get_lines()]
-    labels = [line.get_label() for line in lines]
+    labels = [str(line.get_label()) for line in lines]
     figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(lines))
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
