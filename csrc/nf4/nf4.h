@@ -58,22 +58,5 @@ static PEFTCORE_HD uint8_t encode(float scaled, const Codebook& book) {
     return book.order[rank];
 }
 
-// Where the scales of a packed tensor are: plain fp32, or nested (then `quantized` is not null).
-struct Scales {
-    const float* absmax = nullptr;
-    const uint8_t* quantized = nullptr;
-    const float* nested_absmax = nullptr;
-    const float* nested_code = nullptr;
-    float offset = 0;
-    int nested_shift = 0;
-
-    // Compiled with -ffp-contract=off: the product is rounded before the sum.
-    inline float operator[](int64_t block) const {
-        if (quantized == nullptr) return absmax[block];
-        const float product = nested_code[quantized[block]] * nested_absmax[block >> nested_shift];
-        return product + offset;
-    }
-};
-
 }  // namespace nf4
 }  // namespace peftcore

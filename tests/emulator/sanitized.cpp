@@ -57,13 +57,20 @@ void compare(int64_t count, int blocksize, int skip, Dtype dtype, const Kernels&
                                         code.data, blocksize, double_quantized ? nested.data : nullptr,
                                         map.data, offset.data, 32, count, y.data, int(dtype), nullptr);
         require(error == nullptr, error ? error : "", count, blocksize);
-        DequantizeArgs args{packed.data, {}, {}, count, blocksize, dtype, y_cpu.data, false};
-        std::copy_n(kCode, 16, args.code);
-        if (double_quantized)
-            args.scales = {nullptr, quantized.data, nested.data, map.data, offset.data[0], 5};
-        else
-            args.scales.absmax = absmax.data;
-        cpu.dequantize(args, 0, blocks);
+        WeightView weight;
+        weight.rows = 1;
+        weight.columns = count;
+        weight.codes = packed.data;
+        weight.absmax = double_quantized ? (const void*)quantized.data : absmax.data;
+        weight.quant_map = code.data;
+        while (1 << weight.shift < blocksize) ++weight.shift;
+        if (double_quantized) {
+            weight.nested_absmax = nested.data;
+            weight.nested_quant_map = map.data;
+            weight.nested_offset = offset.data;
+            weight.nested_shift = 5;
+        }
+        cpu.dequantize({weight, dtype, y_cpu.data, false}, 0, blocks);
         require(y == y_cpu, "values differ", count, blocksize);
     }
 }

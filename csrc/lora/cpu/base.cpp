@@ -44,7 +44,8 @@ class Right {
             arguments_ = nf4::packed_arguments(of.weight, *q.absmax, *q.code, q.blocksize, q.nested_absmax,
                                                q.nested_code, q.nested_offset, q.nested_blocksize,
                                                of.out_features * of.in_features, of.op);
-            packed_ = nf4::tiles_of(arguments_, of.in_features);
+            const WeightView view = nf4::view_of(arguments_, of.in_features);
+            if (nf4::has_tiles(view)) packed_ = view;
         } else if (of.weight.is_contiguous()) {
             dense_ = gemm::Dense{bits(of.weight), of.out_features, of.in_features};
         }
@@ -58,7 +59,7 @@ class Right {
  private:
     nf4::Packed arguments_;
     std::optional<gemm::Dense> dense_;
-    std::optional<nf4::PackedTiles> packed_;
+    std::optional<WeightView> packed_;
 };
 
 // Halves that are whole tiles are multiplied as they are: y takes 0.9 of the time of three parts (1024 rows,

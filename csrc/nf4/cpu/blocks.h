@@ -45,7 +45,7 @@ static void quantize_partial_block(const T* x, int64_t count, const Codebook& bo
 constexpr int kGroupValues = 2048;
 
 template <typename Level, typename T>
-static void quantize_blocks(const QuantizeArgs& args, int64_t first, int64_t last) {
+static void quantize_blocks(const QuantizeCall& args, int64_t first, int64_t last) {
     const T* x = static_cast<const T*>(args.x);
     const int64_t size = args.blocksize;
     const typename Level::Encoder encoder(args.book);
@@ -63,37 +63,38 @@ static void quantize_blocks(const QuantizeArgs& args, int64_t first, int64_t las
         }
         for (int64_t block = start; block < stop; ++block)
             Level::encode(x + block * size, size, inverse[block - start], encoder,
-                          args.packed + block * size / 2);
+                          args.codes + block * size / 2);
     }
     if (last > whole) {
         const int64_t begin = whole * size;
-        quantize_partial_block(x + begin, args.count - begin, args.book, args.packed + begin / 2,
+        quantize_partial_block(x + begin, args.count - begin, args.book, args.codes + begin / 2,
                                args.absmax + whole);
     }
 }
 
 template <typename Level, typename T>
-static void dequantize_blocks(const DequantizeArgs& args, int64_t first, int64_t last) {
+static void dequantize_blocks(const DequantizeCall& args, int64_t first, int64_t last) {
+    const WeightView& weight = args.weight;
     T* out = static_cast<T*>(args.out);
-    const int64_t size = args.blocksize;
-    const typename Level::Decoder decoder(args.code);
+    const int64_t all = weight.count(), size = int64_t(1) << weight.shift;
+    const typename Level::Decoder decoder(weight.quant_map);
     for (int64_t block = first; block < last; ++block) {
         const int64_t begin = block * size;
-        const float scale = args.scales[block];
-        const int64_t count = begin + size > args.count ? args.count - begin : size;
+        const float scale = block_scale(weight, block);
+        const int64_t count = begin + size > all ? all - begin : size;
         const int64_t whole = count / 32 * 32;
         if (whole > 0)
-            Level::decode(args.packed + begin / 2, whole, scale, decoder, out + begin, args.stream);
+            Level::decode(weight.codes + begin / 2, whole, scale, decoder, out + begin, args.stream);
         for (int64_t i = whole; i < count; ++i) {
-            const uint8_t byte = args.packed[(begin + i) / 2];
-            out[begin + i] = from_float<T>(args.code[i % 2 ? byte & 15 : byte >> 4] * scale);
+            const uint8_t byte = weight.codes[(begin + i) / 2];
+            out[begin + i] = from_float<T>(weight.quant_map[i % 2 ? byte & 15 : byte >> 4] * scale);
         }
     }
     if (args.stream) Level::fence();
 }
 
 template <typename Level>
-static void quantize_any(const QuantizeArgs& args, int64_t first, int64_t last) {
+static void quantize_any(const QuantizeCall& args, int64_t first, int64_t last) {
     switch (args.dtype) {
         case Dtype::kFloat:
             return quantize_blocks<Level, float>(args, first, last);
@@ -105,7 +106,7 @@ static void quantize_any(const QuantizeArgs& args, int64_t first, int64_t last) 
 }
 
 template <typename Level>
-static void dequantize_any(const DequantizeArgs& args, int64_t first, int64_t last) {
+static void dequantize_any(const DequantizeCall& args, int64_t first, int64_t last) {
     switch (args.dtype) {
         case Dtype::kFloat:
             return dequantize_blocks<Level, float>(args, first, last);

@@ -4,6 +4,7 @@
 #include "nf4/arguments.h"
 #include "nf4/cpu/kernels.h"
 #include "nf4/cpu/tiles/tiles.h"
+#include "weight/view.h"
 
 namespace peftcore {
 namespace nf4 {
@@ -11,10 +12,10 @@ namespace nf4 {
 // The kernels of the SIMD level in use.
 Kernels kernels();
 
-Scales scales_of(const Packed& packed);
+WeightView view_of(const Packed& packed, int64_t columns);
 
-// W [rows, columns] for gemm::multiply, or none where this processor or these shapes have no tiles of it.
-std::optional<PackedTiles> tiles_of(const Packed& packed, int64_t columns);
+// Whether this processor has tiles of a weight of this shape for gemm::multiply.
+bool has_tiles(const WeightView& weight);
 
 }  // namespace nf4
 }  // namespace peftcore

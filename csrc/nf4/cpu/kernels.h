@@ -5,34 +5,31 @@
 
 #include "common/cpu_features.h"
 #include "nf4/nf4.h"
+#include "weight/view.h"
 
 namespace peftcore {
 namespace nf4 {
 
-struct QuantizeArgs {
+struct QuantizeCall {
     const void* x;  // `count` values, contiguous
     Dtype dtype;
     int64_t count;
     int64_t blocksize;
     Codebook book;
-    uint8_t* packed;
+    uint8_t* codes;
     float* absmax;
 };
 
-struct DequantizeArgs {
-    const uint8_t* packed;
-    Scales scales;
-    float code[16];
-    int64_t count;
-    int64_t blocksize;
+struct DequantizeCall {
+    WeightView weight;
     Dtype dtype;
-    void* out;    // `count` values, contiguous
+    void* out;    // its values, contiguous
     bool stream;  // write around the cache
 };
 
 struct Kernels {
-    void (*quantize)(const QuantizeArgs&, int64_t first_block, int64_t last_block);
-    void (*dequantize)(const DequantizeArgs&, int64_t first_block, int64_t last_block);
+    void (*quantize)(const QuantizeCall&, int64_t first_block, int64_t last_block);
+    void (*dequantize)(const DequantizeCall&, int64_t first_block, int64_t last_block);
 };
 
 Kernels portable_kernels();

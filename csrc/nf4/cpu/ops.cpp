@@ -30,30 +30,26 @@ Kernels kernels() {
     }
 }
 
-Scales scales_of(const Packed& packed) {
-    Scales scales;
+WeightView view_of(const Packed& packed, int64_t columns) {
+    WeightView view;
+    view.rows = columns == 0 ? 0 : packed.count / columns;
+    view.columns = columns;
+    view.codes = packed.bytes.const_data_ptr<uint8_t>();
+    view.absmax = packed.scales.const_data_ptr();
+    view.quant_map = packed.code.const_data_ptr<float>();
+    view.shift = shift_of(packed.blocksize);
     if (packed.nested.present) {
-        scales.quantized = packed.scales.const_data_ptr<uint8_t>();
-        scales.nested_absmax = packed.nested.absmax.const_data_ptr<float>();
-        scales.nested_code = packed.nested.code.const_data_ptr<float>();
-        scales.offset = *packed.nested.offset.const_data_ptr<float>();
-        scales.nested_shift = packed.nested.shift;
-    } else {
-        scales.absmax = packed.scales.const_data_ptr<float>();
+        view.nested_absmax = packed.nested.absmax.const_data_ptr<float>();
+        view.nested_quant_map = packed.nested.code.const_data_ptr<float>();
+        view.nested_offset = packed.nested.offset.const_data_ptr<float>();
+        view.nested_shift = packed.nested.shift;
     }
-    return scales;
+    return view;
 }
 
-std::optional<PackedTiles> tiles_of(const Packed& packed, int64_t columns) {
-    if (!gemm::available() || columns % kTileBlock != 0 || packed.blocksize < kTileBlock) return {};
-    PackedTiles tiles{packed.bytes.const_data_ptr<uint8_t>(),
-                      scales_of(packed),
-                      {},
-                      shift_of(packed.blocksize),
-                      packed.count / columns,
-                      columns};
-    std::copy_n(packed.code.const_data_ptr<float>(), 16, tiles.code);
-    return tiles;
+bool has_tiles(const WeightView& weight) {
+    return gemm::available() && weight.columns % kTileBlock == 0 &&
+           (int64_t(1) << weight.shift) >= kTileBlock;
 }
 
 namespace {
@@ -74,7 +70,7 @@ void check_finite(const Tensor& code, const char* op, const char* name) {
 
 std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& code, int64_t blocksize) {
     const char* op = "quantize_4bit";
-    QuantizeArgs args;
+    QuantizeCall args;
     args.dtype = kernel_dtype(x.scalar_type(), op);
     check_blocksize(blocksize, op);
     const Tensor book = code_argument(code, 16, x.device(), op, "code");
@@ -87,7 +83,7 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& code, in
     args.count = count;
     args.blocksize = blocksize;
     args.book = make_codebook(book.const_data_ptr<float>());
-    args.packed = packed.mutable_data_ptr<uint8_t>();
+    args.codes = packed.mutable_data_ptr<uint8_t>();
     args.absmax = absmax.mutable_data_ptr<float>();
     const Kernels level = kernels();
     at::parallel_for(0, blocks, grain(blocksize),
@@ -96,12 +92,8 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& code, in
 }
 
 void dequantize_into(const Packed& packed, const Tensor& out) {
-    DequantizeArgs args;
-    args.packed = packed.bytes.const_data_ptr<uint8_t>();
-    args.scales = scales_of(packed);
-    std::copy_n(packed.code.const_data_ptr<float>(), 16, args.code);
-    args.count = packed.count;
-    args.blocksize = packed.blocksize;
+    DequantizeCall args;
+    args.weight = view_of(packed, packed.count);
     args.dtype = kernel_dtype(out.scalar_type(), "dequantize_4bit");
     args.out = out.mutable_data_ptr();
     args.stream = out.nbytes() >= size_t(kStreamBytes) && reinterpret_cast<uintptr_t>(args.out) % 64 == 0;

@@ -40,16 +40,17 @@ struct Unpacked {
     alignas(64) uint16_t values[2][kRows][kStep];
 };
 
-inline void unpack(const LinearArgs& args, __m512 code, int64_t first_row, int64_t column, Unpacked& out) {
+inline void unpack(const WeightView& weight, __m512 code, int64_t first_row, int64_t column, Unpacked& out) {
     for (int64_t r = 0; r < kRows; ++r) {
         // Behind the last row: that row again, for results that are not stored.
-        const int64_t row = first_row + r < args.rows ? first_row + r : args.rows - 1;
-        const int64_t begin = row * args.columns + column;
-        const uint8_t* packed = args.packed + begin / 2;
+        const int64_t row = first_row + r < weight.rows ? first_row + r : weight.rows - 1;
+        const int64_t begin = row * weight.columns + column;
+        const uint8_t* packed = weight.codes + begin / 2;
         _mm_prefetch(reinterpret_cast<const char*>(packed + 256), _MM_HINT_T0);
-        __m512i table = scaled(code, args.scales[begin >> args.shift]);
+        __m512i table = scaled(code, block_scale(weight, begin >> weight.shift));
         _mm512_store_si512(out.values[0][r], decoded(packed, table));
-        if ((1 << args.shift) < kColumns) table = scaled(code, args.scales[(begin + kStep) >> args.shift]);
+        if ((1 << weight.shift) < kColumns)
+            table = scaled(code, block_scale(weight, (begin + kStep) >> weight.shift));
         _mm512_store_si512(out.values[1][r], decoded(packed + kStep / 2, table));
     }
 }
@@ -72,8 +73,8 @@ inline void multiply(const Unpacked& w, const uint32_t* x, int64_t x_tile) {
 }
 
 // sums[x's row / 16][row of W][x's row % 16], turned and rounded.
-void store(const LinearArgs& args, int64_t first_row, const float (*sums)[kRows][kSide]) {
-    const int64_t left = args.rows - first_row;
+void store(const LinearCall& args, int64_t first_row, const float (*sums)[kRows][kSide]) {
+    const int64_t left = args.weight.rows - first_row;
     const __mmask32 there = left < kRows ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
     const BFloat16* bias = static_cast<const BFloat16*>(args.bias);
     const __m512i added =
@@ -86,15 +87,16 @@ void store(const LinearArgs& args, int64_t first_row, const float (*sums)[kRows]
         const float* from = &sums[m / kSide][0][m % kSide];
         const __m256i first = to_bf16(_mm512_add_ps(_mm512_i32gather_ps(rows, from, 4), low));
         const __m256i second = to_bf16(_mm512_add_ps(_mm512_i32gather_ps(rows, from + kTile, 4), high));
-        _mm512_mask_storeu_epi16(static_cast<BFloat16*>(args.y) + m * args.rows + first_row, there,
+        _mm512_mask_storeu_epi16(static_cast<BFloat16*>(args.y) + m * args.weight.rows + first_row, there,
                                  _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
     }
 }
 
 template <bool kBoth>
-void run_rows(const LinearArgs& args, int64_t first_row, int64_t last_row) {
-    const __m512 code = _mm512_loadu_ps(args.code);
-    const int64_t columns = args.columns, x_tile = columns / 2 * kSide;
+void run_rows(const LinearCall& args, int64_t first_row, int64_t last_row) {
+    const WeightView& weight = args.weight;
+    const __m512 code = _mm512_loadu_ps(weight.quant_map);
+    const int64_t columns = weight.columns, x_tile = columns / 2 * kSide;
     alignas(64) float sums[2][kRows][kSide];
     Unpacked block[2];
     for (int64_t row = first_row; row < last_row; row += kRows) {
@@ -103,10 +105,10 @@ void run_rows(const LinearArgs& args, int64_t first_row, int64_t last_row) {
         _tile_zero(1);
         _tile_zero(2);
         _tile_zero(3);
-        unpack(args, code, row, 0, block[0]);
+        unpack(weight, code, row, 0, block[0]);
         for (int64_t column = 0; column < columns; column += kColumns, x += 2 * kTile) {
             const int which = int(column / kColumns) & 1;
-            if (column + kColumns < columns) unpack(args, code, row, column + kColumns, block[1 - which]);
+            if (column + kColumns < columns) unpack(weight, code, row, column + kColumns, block[1 - which]);
             memory_barrier_of_tiles();
             multiply<kBoth>(block[which], x, x_tile);
         }
@@ -121,7 +123,7 @@ void run_rows(const LinearArgs& args, int64_t first_row, int64_t last_row) {
     }
 }
 
-void run(const LinearArgs& args, int64_t first_row, int64_t last_row) {
+void run(const LinearCall& args, int64_t first_row, int64_t last_row) {
     _tile_loadconfig(&kTileShapes);
     args.batch > kSide ? run_rows<true>(args, first_row, last_row)
                        : run_rows<false>(args, first_row, last_row);

@@ -140,27 +140,31 @@ inline void multiply_some(int64_t count, const Arguments&... arguments) {
 
 // The scale of each step of a row that begins with element `begin`, kRows apart. Its own loop: by
 // `copy_scales` and a transposition scales took as long as the decoding of their values.
-void spread_scales(const LinearArgs& args, int64_t begin, int step, float* out) {
-    const Scales& scales = args.scales;
-    const int64_t end = begin + args.columns;
-    if (scales.quantized == nullptr) {
-        for (int64_t at = begin; at < end; at += step, out += kRows) *out = scales.absmax[at >> args.shift];
+void spread_scales(const WeightView& weight, int64_t begin, int step, float* out) {
+    const int64_t end = begin + weight.columns;
+    if (weight.nested_absmax == nullptr) {
+        const float* absmax = static_cast<const float*>(weight.absmax);
+        for (int64_t at = begin; at < end; at += step, out += kRows) *out = absmax[at >> weight.shift];
         return;
     }
-    const int nested_shift = args.shift + scales.nested_shift;
+    const uint8_t* absmax = static_cast<const uint8_t*>(weight.absmax);
+    const float offset = *weight.nested_offset;
+    const int nested_shift = weight.shift + weight.nested_shift;
+    const int64_t before = weight.first_block << weight.shift;  // values
     for (int64_t at = begin; at < end;) {
-        const int64_t stop = std::min(end, ((at >> nested_shift) + 1) << nested_shift);
-        const float outer = scales.nested_absmax[at >> nested_shift];
+        const int64_t nested = (before + at) >> nested_shift;
+        const int64_t stop = std::min(end, ((nested + 1) << nested_shift) - before);
+        const float outer = weight.nested_absmax[nested];
 #pragma GCC unroll 4
         for (; at < stop; at += step, out += kRows) {
-            const float product = scales.nested_code[scales.quantized[at >> args.shift]] * outer;
-            *out = product + scales.offset;
+            const float product = weight.nested_quant_map[absmax[at >> weight.shift]] * outer;
+            *out = product + offset;
         }
     }
 }
 
 // `store_result` of kRows columns.
-void store_results(const LinearArgs& args, int64_t n, int64_t rows, const float* sums) {
+void store_results(const LinearCall& args, int64_t n, int64_t rows, const float* sums) {
     for (int64_t first = 0; first < rows; first += 16, n += 16, sums += 16) {
         const __mmask16 stored = __mmask16(rows - first < 16 ? (1u << (rows - first)) - 1 : 0xffff);
         __m512 bias = _mm512_setzero_ps();
@@ -169,19 +173,20 @@ void store_results(const LinearArgs& args, int64_t n, int64_t rows, const float*
         }
         for (int64_t m = 0; m < args.batch; ++m) {
             const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(sums + m * kRows), bias);
-            _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + m * args.rows + n, stored,
+            _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + m * args.weight.rows + n, stored,
                                      to_bf16(sum));
         }
     }
 }
 
 // first is a multiple of kRows.
-void run(const LinearArgs& args, int64_t first, int64_t last) {
+void run(const LinearCall& args, int64_t first, int64_t last) {
+    const WeightView& weight = args.weight;
     uint16_t rounded[32];
-    for (int i = 0; i < 32; ++i) rounded[i] = from_float<BFloat16>(args.code[i % 16]).bits;
+    for (int i = 0; i < 32; ++i) rounded[i] = from_float<BFloat16>(weight.quant_map[i % 16]).bits;
     const __m512i table = _mm512_loadu_si512(rounded);
-    const int step = args.shift < 6 ? kHalfStep : kStep;
-    const int64_t columns = args.columns, batch = args.batch;
+    const int step = weight.shift < 6 ? kHalfStep : kStep;
+    const int64_t columns = weight.columns, batch = args.batch;
     std::vector<float> sums(size_t(batch * kRows)), scales(size_t(columns / step * kRows));
     const int parts = step / kHalfStep * kVectors;
     Lines lines[3];                                       // that are decoded, that come next, that are copied
@@ -190,9 +195,9 @@ void run(const LinearArgs& args, int64_t first, int64_t last) {
         const uint8_t* packed[kRows];
         for (int r = 0; r < kRows; ++r) {
             const int64_t row =
-                n + r < args.rows ? n + r : args.rows - 1;  // the last one again, and not stored
-            packed[r] = args.packed + row * columns / 2;
-            spread_scales(args, row * columns, step, scales.data() + r);
+                n + r < weight.rows ? n + r : weight.rows - 1;  // the last one again, and not stored
+            packed[r] = weight.codes + row * columns / 2;
+            spread_scales(weight, row * columns, step, scales.data() + r);
         }
         std::fill(sums.begin(), sums.end(), 0.0f);
         // Part i of the columns from k on: one vector of rows, half a step.

@@ -12,20 +12,17 @@
 #include <cstdint>
 
 #include "nf4/nf4.h"
+#include "weight/view.h"
 
 namespace peftcore {
 namespace nf4 {
 
-struct LinearArgs {
-    const uint8_t* packed;
-    Scales scales;
-    float code[16];
-    int shift;               // log2 of the block size
-    int64_t columns, batch;  // of W, of x
-    int64_t rows;
+struct LinearCall {
+    WeightView weight;
+    int64_t batch;     // rows of x
     const void* x;     // as the kernel's `arrange` made it
     const void* bias;  // of `dtype`, or nullptr
-    void* y;           // [batch, rows] of `dtype`
+    void* y;           // [batch, weight.rows] of `dtype`
     Dtype dtype;
 };
 
@@ -35,7 +32,7 @@ struct LinearKernel {
     int column_multiple;   // of the columns
     int64_t (*arranged_bytes)(int64_t batch, int64_t columns);
     void (*arrange)(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out);
-    void (*run)(const LinearArgs&, int64_t first_row, int64_t last_row);
+    void (*run)(const LinearCall&, int64_t first_row, int64_t last_row);
 };
 
 LinearKernel avx2_linear();
@@ -44,19 +41,22 @@ LinearKernel avx512bf16_linear();  // x in bf16 only
 LinearKernel amx_linear();         // so too
 
 // W's scales of elements [begin, end), one a block that they touch, followed by 16 zeros.
-static inline void copy_scales(const LinearArgs& args, int64_t begin, int64_t end, float* out) {
-    const int64_t first = begin >> args.shift, last = ((end - 1) >> args.shift) + 1;
-    const Scales scales = args.scales;
-    if (scales.quantized == nullptr) {
-        for (int64_t b = first; b < last; ++b) out[b - first] = scales.absmax[b];
+static inline void copy_scales(const WeightView& weight, int64_t begin, int64_t end, float* out) {
+    const int64_t first = begin >> weight.shift, last = ((end - 1) >> weight.shift) + 1;
+    if (weight.nested_absmax == nullptr) {
+        const float* absmax = static_cast<const float*>(weight.absmax);
+        for (int64_t b = first; b < last; ++b) out[b - first] = absmax[b];
     } else {
+        const uint8_t* absmax = static_cast<const uint8_t*>(weight.absmax);
+        const float offset = *weight.nested_offset;
         for (int64_t b = first; b < last;) {
-            const int64_t run = ((b >> scales.nested_shift) + 1) << scales.nested_shift;
+            const int64_t nested = (weight.first_block + b) >> weight.nested_shift;
+            const int64_t run = ((nested + 1) << weight.nested_shift) - weight.first_block;
             const int64_t stop = run < last ? run : last;
-            const float outer = scales.nested_absmax[b >> scales.nested_shift];
+            const float outer = weight.nested_absmax[nested];
             for (; b < stop; ++b) {
-                const float product = scales.nested_code[scales.quantized[b]] * outer;
-                out[b - first] = product + scales.offset;
+                const float product = weight.nested_quant_map[absmax[b]] * outer;
+                out[b - first] = product + offset;
             }
         }
     }
@@ -75,9 +75,9 @@ static inline float load_any(const void* from, Dtype dtype, int64_t i) {
 }
 
 // The only rounding of a result.
-static inline void store_result(const LinearArgs& args, int64_t m, int64_t n, float sum) {
+static inline void store_result(const LinearCall& args, int64_t m, int64_t n, float sum) {
     const float value = args.bias == nullptr ? sum : sum + load_any(args.bias, args.dtype, n);
-    const int64_t i = m * args.rows + n;
+    const int64_t i = m * args.weight.rows + n;
     switch (args.dtype) {
         case Dtype::kHalf:
             static_cast<Half*>(args.y)[i] = from_float<Half>(value);

@@ -47,14 +47,15 @@ std::optional<LinearKernel> rows_kernel() {
 
 // The kernel for `batch` rows of x, or none: then tiles or the library's GEMM on panels are faster, or the
 // shape is not one that the kernels read.
-std::optional<LinearKernel> choose(const Packed& packed, Dtype dtype, int64_t batch, int64_t columns) {
-    const float* code = packed.code.const_data_ptr<float>();
-    if (!std::all_of(code, code + 16, [](float value) { return std::isfinite(value); })) return {};
+std::optional<LinearKernel> choose(const WeightView& weight, Dtype dtype, int64_t batch) {
+    if (!std::all_of(weight.quant_map, weight.quant_map + 16,
+                     [](float value) { return std::isfinite(value); }))
+        return {};
     // Without dot products of bf16 the library is as slow in it as in fp16.
     const bool bf16_dot = cpu_has_bf16_dot();
     const Dtype as = dtype == Dtype::kBFloat16 && !bf16_dot ? Dtype::kHalf : dtype;
     const auto fits = [&](const std::optional<LinearKernel>& kernel) {
-        return kernel && batch <= kernel->max_batch[int(as)] && columns % kernel->column_multiple == 0;
+        return kernel && batch <= kernel->max_batch[int(as)] && weight.columns % kernel->column_multiple == 0;
     };
     std::optional<LinearKernel> kernel;
 #if defined(PEFTCORE_HAVE_AMX)
@@ -74,40 +75,32 @@ std::optional<LinearKernel> choose(const Packed& packed, Dtype dtype, int64_t ba
     return kernel;
 }
 
-void small(const LinearKernel& kernel, const Packed& packed, const Tensor& x, const Tensor& bias,
+void small(const LinearKernel& kernel, const WeightView& weight, const Tensor& x, const Tensor& bias,
            const Tensor& y) {
-    LinearArgs args;
-    args.packed = packed.bytes.const_data_ptr<uint8_t>();
-    args.scales = scales_of(packed);
-    std::copy_n(packed.code.const_data_ptr<float>(), 16, args.code);
-    args.shift = shift_of(packed.blocksize);
+    LinearCall args;
+    args.weight = weight;
     args.batch = x.size(0);
-    args.columns = x.size(1);
-    args.rows = y.size(1);
     args.dtype = kernel_dtype(x.scalar_type(), "linear_4bit");
-    void* arranged = workspace(kernel.arranged_bytes(args.batch, args.columns));
-    kernel.arrange(x.const_data_ptr(), args.dtype, args.batch, args.columns, arranged);
+    void* arranged = workspace(kernel.arranged_bytes(args.batch, weight.columns));
+    kernel.arrange(x.const_data_ptr(), args.dtype, args.batch, weight.columns, arranged);
     args.x = arranged;
     args.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
     args.y = y.mutable_data_ptr();
-    const int64_t units = ceil_div(args.rows, kernel.granule);
-    const int64_t grain = ceil_div(kProductsPerTask, args.columns * args.batch * kernel.granule);
+    const int64_t units = ceil_div(weight.rows, kernel.granule);
+    const int64_t grain = ceil_div(kProductsPerTask, weight.columns * args.batch * kernel.granule);
     at::parallel_for(0, units, grain, [&](int64_t first, int64_t last) {
-        kernel.run(args, first * kernel.granule, std::min(last * kernel.granule, args.rows));
+        kernel.run(args, first * kernel.granule, std::min(last * kernel.granule, weight.rows));
     });
 }
 
 // y = x B + bias with B unpacked tile by tile, where this processor and these shapes allow it.
-bool by_tiles(const Packed& packed, int64_t columns, bool transposes, const Tensor& x, const Tensor& bias,
+bool by_tiles(const WeightView& weight, bool transposes, const Tensor& x, const Tensor& bias,
               const Tensor& y) {
 #if defined(PEFTCORE_HAVE_AVX512BF16)
-    if (x.scalar_type() != at::kBFloat16) return false;
-    const std::optional<PackedTiles> weight = tiles_of(packed, columns);
-    if (!weight) return false;
+    if (x.scalar_type() != at::kBFloat16 || !has_tiles(weight)) return false;
     const auto bits = [](const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); };
-    gemm::multiply({bits(x), transposes ? transposed(*weight) : plain(*weight), x.size(0), x.size(1),
-                    y.size(1), bias.defined() ? bits(bias) : nullptr,
-                    static_cast<BFloat16*>(y.mutable_data_ptr())});
+    gemm::multiply({bits(x), transposes ? transposed(weight) : plain(weight), x.size(0), x.size(1), y.size(1),
+                    bias.defined() ? bits(bias) : nullptr, static_cast<BFloat16*>(y.mutable_data_ptr())});
     return true;
 #else
     return false;
@@ -123,7 +116,7 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
     const Tensor added = linear_bias(x, out_features, bias, op);
     const int64_t columns = x.size(-1);
     check_tensor(packed, at::kByte, x.device(), op, "packed");
-    const Packed weight =
+    const Packed packed_weight =
         packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset,
                          nested_blocksize, count_of({out_features, columns}, op), op);
     Tensor y = at::empty(with_last(x, out_features), x.options());
@@ -134,16 +127,17 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
         added.defined() ? result.copy_(added) : result.zero_();
         return y;
     }
-    if (const auto kernel = choose(weight, dtype, batch, columns)) {
-        small(*kernel, weight, flat, added, result);
+    const WeightView view = view_of(packed_weight, columns);
+    if (const auto kernel = choose(view, dtype, batch)) {
+        small(*kernel, view, flat, added, result);
         return y;
     }
-    if (by_tiles(weight, columns, true, flat, added, result)) return y;
+    if (by_tiles(view, true, flat, added, result)) return y;
     const int64_t limit = batch <= kPanelsOfFewRows ? kPanelBytes : kLargePanelBytes;
     const int64_t step = std::max<int64_t>(1, limit / (columns * x.element_size()));
     for (int64_t first = 0; first < out_features; first += step) {
         const int64_t last = std::min(first + step, out_features);
-        const Tensor panel = dequantized_panel(weight, columns, {first, last}, {0, columns}, x.options());
+        const Tensor panel = dequantized_panel(view, {first, last}, {0, columns}, x.options());
         Tensor out = result.narrow(1, first, last - first);
         if (added.defined())
             at::cpu::addmm_out(out, added.narrow(0, first, last - first), flat, panel.t());
@@ -164,7 +158,7 @@ Tensor linear_4bit_backward(const Tensor& grad, const Tensor& packed, const Tens
     linear_bias(grad, 0, {}, op);
     const int64_t rows = grad.size(-1);
     check_tensor(packed, at::kByte, grad.device(), op, "packed");
-    const Packed weight =
+    const Packed packed_weight =
         packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset,
                          nested_blocksize, count_of({rows, in_features}, op), op);
     Tensor dx = at::empty(with_last(grad, in_features), grad.options());
@@ -172,12 +166,13 @@ Tensor linear_4bit_backward(const Tensor& grad, const Tensor& packed, const Tens
     if (rows == 0) return dx.zero_();
     const int64_t batch = dx.numel() / in_features;
     const Tensor flat = grad.contiguous().view({batch, rows}), result = dx.view({batch, in_features});
-    if (by_tiles(weight, in_features, false, flat, {}, result)) return dx;
+    const WeightView view = view_of(packed_weight, in_features);
+    if (by_tiles(view, false, flat, {}, result)) return dx;
     const int64_t fit = kLargePanelBytes / (rows * grad.element_size());
     const int64_t step = std::max<int64_t>(kPanelColumns, fit / kPanelColumns * kPanelColumns);
     for (int64_t first = 0; first < in_features; first += step) {
         const int64_t last = std::min(first + step, in_features);
-        const Tensor panel = dequantized_panel(weight, in_features, {0, rows}, {first, last}, grad.options());
+        const Tensor panel = dequantized_panel(view, {0, rows}, {first, last}, grad.options());
         Tensor out = result.narrow(1, first, last - first);
         at::cpu::mm_out(out, flat, panel);
     }

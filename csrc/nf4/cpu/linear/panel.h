@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "nf4/arguments.h"
+#include "weight/view.h"
 
 namespace peftcore {
 namespace nf4 {
@@ -27,7 +28,7 @@ struct Range {
 };
 
 // W[rows, columns] as a contiguous tensor in the workspace, each value rounded once.
-Tensor dequantized_panel(const Packed& weight, int64_t width, Range rows, Range columns,
+Tensor dequantized_panel(const WeightView& weight, Range rows, Range columns,
                          const at::TensorOptions& options);
 
 }  // namespace nf4

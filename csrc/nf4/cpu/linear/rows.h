@@ -57,9 +57,11 @@ struct LinearRows {
     // Rows [n, n + kRows) of W by rows [m, m + kTile) of x. `scales[r]` begins with the block of row n + r's
     // first value.
     template <int kRows, int kTile>
-    static void multiply(const LinearArgs& args, const typename Level::Table& table,
+    static void multiply(const LinearCall& args, const typename Level::Table& table,
                          const float* const* scales, int64_t n, int64_t m) {
-        const int64_t columns = args.columns, count = chunks(columns), mask = (int64_t(1) << args.shift) - 1;
+        const WeightView& weight = args.weight;
+        const int64_t columns = weight.columns, count = chunks(columns),
+                      mask = (int64_t(1) << weight.shift) - 1;
         const float* x = static_cast<const float*>(args.x) + m * count * kChunk;
         Vector sums[kRows][kTile];
         for (auto& row : sums)
@@ -69,7 +71,7 @@ struct LinearRows {
             const int words = columns - k < kChunk ? int(columns - k) / 8 : Level::kLanes;
             typename Level::Words word[kRows];
             for (int r = 0; r < kRows; ++r)
-                word[r] = Level::load_words(args.packed + ((n + r) * columns + k) / 2, words);
+                word[r] = Level::load_words(weight.codes + ((n + r) * columns + k) / 2, words);
             Vector part[kRows][kTile];
             for (auto& row : part)
                 for (Vector& sum : row) sum = Level::zero();
@@ -85,8 +87,8 @@ struct LinearRows {
                 }
             for (int r = 0; r < kRows; ++r) {
                 const int64_t first = (n + r) * columns, at = first + k;
-                const float* from = scales[r] + ((at >> args.shift) - (first >> args.shift));
-                const Vector scale = Level::scales(from, at & mask, args.shift);
+                const float* from = scales[r] + ((at >> weight.shift) - (first >> weight.shift));
+                const Vector scale = Level::scales(from, at & mask, weight.shift);
                 for (int i = 0; i < kTile; ++i) sums[r][i] = Level::fma(scale, part[r][i], sums[r][i]);
             }
         }
@@ -95,7 +97,7 @@ struct LinearRows {
     }
 
     template <int kRows>
-    static void multiply_all(const LinearArgs& args, const typename Level::Table& table,
+    static void multiply_all(const LinearCall& args, const typename Level::Table& table,
                              const float* const* scales, int64_t n) {
         int64_t m = 0;
         for (; m + kMaxTile <= args.batch; m += kMaxTile)
@@ -110,16 +112,17 @@ struct LinearRows {
         }
     }
 
-    static void run(const LinearArgs& args, int64_t first, int64_t last) {
-        const typename Level::Table table(args.code);
-        const int64_t columns = args.columns, capacity = (columns >> args.shift) + 2 + 16;
+    static void run(const LinearCall& args, int64_t first, int64_t last) {
+        const WeightView& weight = args.weight;
+        const typename Level::Table table(weight.quant_map);
+        const int64_t columns = weight.columns, capacity = (columns >> weight.shift) + 2 + 16;
         std::vector<float> memory(size_t(capacity * Level::kRows));
         const float* scales[Level::kRows];
         for (int64_t n = first; n < last;) {
             const int rows = last - n < Level::kRows ? 1 : Level::kRows;
             for (int r = 0; r < rows; ++r) {
                 float* to = memory.data() + r * capacity;
-                copy_scales(args, (n + r) * columns, (n + r + 1) * columns, to);
+                copy_scales(weight, (n + r) * columns, (n + r + 1) * columns, to);
                 scales[r] = to;
             }
             if (rows == 1)

@@ -17,8 +17,8 @@ struct Lines {
 
 void unpack_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last,
                        int64_t stride, uint32_t* out) {
-    const PackedTiles& weight = *static_cast<const PackedTiles*>(source);
-    const __m512 code = _mm512_loadu_ps(weight.code);
+    const WeightView& weight = *static_cast<const WeightView*>(source);
+    const __m512 code = _mm512_loadu_ps(weight.quant_map);
     const int64_t rows = weight.rows, columns = weight.columns;
     Lines lines;
     for (int tile = 0; tile < tiles; ++tile, column += kTileColumns, out += stride)
@@ -27,11 +27,11 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
             for (int r = 0; r < kTileColumns; ++r) {
                 // Behind the last row: that row again, for columns that are not stored.
                 const int64_t row = column + r < rows ? column + r : rows - 1, begin = row * columns + k;
-                const uint8_t* packed = weight.packed + begin / 2;
+                const uint8_t* packed = weight.codes + begin / 2;
                 // A line of each row is too far from the next for the processor to foresee.
                 _mm_prefetch(reinterpret_cast<const char*>(packed + 2 * kLine), _MM_HINT_T0);
                 for (int64_t i = 0; i < count; i += kTileBlock) {
-                    const __m512i table = scaled(code, weight.scales[(begin + i) >> weight.shift]);
+                    const __m512i table = scaled(code, block_scale(weight, (begin + i) >> weight.shift));
                     for (int64_t j = i; j < i + kTileBlock; j += 32)
                         _mm512_store_si512(lines.row[r] + j, decoded(packed + j / 2, table));
                 }
@@ -47,27 +47,27 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
 // them; byte j of a row holds columns 2 j and 2 j + 1, so even and odd columns come apart.
 void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, int64_t last, int64_t stride,
                   uint32_t* out) {
-    const PackedTiles& weight = *static_cast<const PackedTiles*>(source);
-    const __m512 code = _mm512_loadu_ps(weight.code);
+    const WeightView& weight = *static_cast<const WeightView*>(source);
+    const __m512 code = _mm512_loadu_ps(weight.quant_map);
     const __m512i nibble = _mm512_set1_epi32(0x000f000f), second_table = _mm512_set1_epi32(0x00200000);
     constexpr int64_t kAhead = 16;  // rows
     for (int64_t n = first; n < last; n += 2, out += kTileColumns) {
         const int64_t begin = n * weight.columns + column, below = begin + weight.columns;
         const bool pair = n + 1 < last;
         const int64_t ahead = n + kAhead + 1 < weight.rows ? kAhead * weight.columns / 2 : 0;
-        _mm_prefetch(reinterpret_cast<const char*>(weight.packed + begin / 2 + ahead), _MM_HINT_T0);
-        _mm_prefetch(reinterpret_cast<const char*>(weight.packed + (pair ? below : begin) / 2 + ahead),
+        _mm_prefetch(reinterpret_cast<const char*>(weight.codes + begin / 2 + ahead), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(weight.codes + (pair ? below : begin) / 2 + ahead),
                      _MM_HINT_T0);
         __m512i table = _mm512_setzero_si512(), table_below = table;
         for (int tile = 0; tile < tiles; ++tile) {
             const int64_t at = begin + tile * kTileColumns, at_below = below + tile * kTileColumns;
             if (tile == 0 || at % kTileBlock == 0) {
-                table = scaled(code, weight.scales[at >> weight.shift]);
-                if (pair) table_below = scaled(code, weight.scales[at_below >> weight.shift]);
+                table = scaled(code, block_scale(weight, at >> weight.shift));
+                if (pair) table_below = scaled(code, block_scale(weight, at_below >> weight.shift));
             }
-            const __m512i bytes = _mm512_cvtepu8_epi32(sixteen(weight.packed + at / 2));
+            const __m512i bytes = _mm512_cvtepu8_epi32(sixteen(weight.codes + at / 2));
             const __m512i bytes_below =
-                pair ? _mm512_cvtepu8_epi32(sixteen(weight.packed + at_below / 2)) : _mm512_setzero_si512();
+                pair ? _mm512_cvtepu8_epi32(sixteen(weight.codes + at_below / 2)) : _mm512_setzero_si512();
             const __m512i both = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes_below, 16));
             const __m512i even = _mm512_or_si512(_mm512_srli_epi16(both, 4), second_table);
             const __m512i odd = _mm512_or_si512(_mm512_and_si512(both, nibble), second_table);
@@ -79,9 +79,9 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
 
 }  // namespace
 
-gemm::Tiles transposed(const PackedTiles& weight) { return {&weight, unpack_transposed, false}; }
+gemm::Tiles transposed(const WeightView& weight) { return {&weight, unpack_transposed, false}; }
 
-gemm::Tiles plain(const PackedTiles& weight) { return {&weight, unpack_plain, true}; }
+gemm::Tiles plain(const WeightView& weight) { return {&weight, unpack_plain, true}; }
 
 }  // namespace nf4
 }  // namespace peftcore

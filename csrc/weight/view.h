@@ -1,0 +1,41 @@
+// A weight [rows, columns] as every kernel and launcher takes it: pointers and sizes, no PyTorch. `Weight`
+// (weight.h) checks and makes it. On a GPU all pointers are to its memory.
+//
+// Everything here is `static`, as in common/half.h.
+#pragma once
+
+#include <cstdint>
+
+#include "common/half.h"
+
+namespace peftcore {
+
+struct WeightView {
+    int64_t rows = 0, columns = 0;
+
+    const void* dense = nullptr;  // values, contiguous; or nullptr, and the weight is in 4 bits
+
+    const uint8_t* codes = nullptr;    // two a byte, the even element in the high nibble
+    const void* absmax = nullptr;      // of each block: fp32, or with nested scales uint8
+    const float* quant_map = nullptr;  // [16]
+    int shift = 0;                     // log2 of the block size
+
+    const float *nested_absmax = nullptr, *nested_quant_map = nullptr, *nested_offset = nullptr;
+    int nested_shift = 0;  // log2 of the block size of scales
+    int64_t first_block =
+        0;  // of this weight, counted from where `nested_absmax` begins: an expert's may be any
+
+    int64_t count() const { return rows * columns; }
+    int64_t blocks() const { return (count() + (int64_t(1) << shift) - 1) >> shift; }
+};
+
+// The scale of a block, on the host. Compiled with -ffp-contract=off: the product is rounded before the sum.
+static inline float block_scale(const WeightView& weight, int64_t block) {
+    if (weight.nested_absmax == nullptr) return static_cast<const float*>(weight.absmax)[block];
+    const uint8_t code = static_cast<const uint8_t*>(weight.absmax)[block];
+    const float outer = weight.nested_absmax[(weight.first_block + block) >> weight.nested_shift];
+    const float product = weight.nested_quant_map[code] * outer;
+    return product + *weight.nested_offset;
+}
+
+}  // namespace peftcore
