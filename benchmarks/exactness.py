@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.build_info import build_info
 from peftcore.ops import optim
+from peftcore.ops.build_info import build_info
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")

@@ -21,7 +21,7 @@ from measure import interleaved, spread
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.build_info import build_info
+from peftcore.ops.build_info import build_info
 
 logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
 

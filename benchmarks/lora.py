@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import ops
-from peftcore.build_info import build_info
+from peftcore.ops.build_info import build_info
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")

@@ -18,7 +18,7 @@ import measure
 import torch
 
 from peftcore import ops
-from peftcore.build_info import build_info
+from peftcore.ops.build_info import build_info
 
 logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
 

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from peftcore import optim
-from peftcore.build_info import build_info
+from peftcore.ops.build_info import build_info
 
 logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
 warnings.simplefilter("ignore")

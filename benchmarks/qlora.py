@@ -29,8 +29,7 @@ R, ALPHA, BATCH, LR, MAX_LENGTH = 8, 16, 8, 5e-4, 96
 
 
 def examples(name, tokenizer):
-    from peftcore import data
-    from peftcore.cli import tasks
+    from peftcore.cli import data, tasks
 
     rows = data.read_rows(smollm2.DEMO / "data" / f"write_{name}.jsonl", "causal-lm")
     return tasks.encode(rows, "causal-lm", tokenizer, MAX_LENGTH).examples

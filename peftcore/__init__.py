@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from peftcore.architecture import Architecture
     from peftcore.checkpoint import load, save
     from peftcore.engine import activate, after_step, apply, disabled, remove
+    from peftcore.engine.summary import plan, summary
     from peftcore.errors import CheckpointError, PeftcoreError, PluginError
     from peftcore.hookspecs import hookimpl
-    from peftcore.merge import merge, merge_loss, unmerge
+    from peftcore.merging.merge import merge, merge_loss, unmerge
     from peftcore.method import (
         After,
         Around,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from peftcore.quantization import dequantize, quantize
     from peftcore.quantization.huggingface import NF4Config
     from peftcore.registry import methods
-    from peftcore.summary import plan, summary
 
 try:
     __version__ = version("peftcore")
@@ -91,9 +91,9 @@ _HOMES = {
     "PeftcoreError": "errors",
     "PluginError": "errors",
     "hookimpl": "hookspecs",
-    "merge": "merge",
-    "merge_loss": "merge",
-    "unmerge": "merge",
+    "merge": "merging.merge",
+    "merge_loss": "merging.merge",
+    "unmerge": "merging.merge",
     "After": "method",
     "Around": "method",
     "ForeignFormat": "method",
@@ -112,8 +112,8 @@ _HOMES = {
     "dequantize": "quantization",
     "quantize": "quantization",
     "methods": "registry",
-    "plan": "summary",
-    "summary": "summary",
+    "plan": "engine.summary",
+    "summary": "engine.summary",
 }
 
 

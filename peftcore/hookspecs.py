@@ -28,7 +28,7 @@ def peftcore_weight_formats() -> list[WeightFormat]:
 
 @hookspec(firstresult=True)
 def peftcore_architecture(model: nn.Module) -> Architecture | None:
-    """The facts of a model family that `peftcore.architecture.detect` cannot see; None for other models."""
+    """The facts of a model family that `peftcore.observation.detect` cannot see; None for other models."""
 
 
 @hookspec

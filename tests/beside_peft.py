@@ -40,7 +40,7 @@ def compare_padded(ours: nn.Module, theirs: nn.Module) -> None:
 
 def trained_by_peft(model: nn.Module, config_class: type, **fields: Any) -> nn.Module:
     """A model of PEFT's with four virtual tokens, whose values are not those of the start."""
-    task = peftcore.architecture.detect(model).task_type
+    task = peftcore.observation.detect(model).task_type
     config = config_class(task_type=task, num_virtual_tokens=4, **fields)
     model = quiet(peft.get_peft_model, model, config).eval()
     generator = torch.Generator().manual_seed(2)

@@ -301,7 +301,7 @@ def sharded_by_accelerate() -> dict[str, float]:
 
 def reference(how: str) -> tuple[float, float] | str:
     """How far outputs have moved in a step, and how far those of the reference are from the first ones."""
-    from peftcore.reference import Reference
+    from peftcore.integrations.reference import Reference
 
     found = adapted("lora")
     peftcore.shard(found, adapters=how)

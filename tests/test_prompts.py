@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import PeftcoreError, engine, prompts
-from peftcore.architecture import detect
 from peftcore.engine import adapter_parameters
+from peftcore.observation import detect
 from peftcore.prompts.backbone import Backbone, learned_context
 from peftcore.prompts.prefix import PrefixLayer
 from peftcore.prompts.stand_ins import ordinary_token

@@ -198,7 +198,7 @@ def test_a_hook_that_fails_is_named_and_stops_no_other(discover, monkeypatch) ->
 
 
 def test_detect_goes_on_without_a_plugin_that_fails(discover, monkeypatch) -> None:
-    from peftcore import architecture
+    from peftcore.observation import architecture
 
     monkeypatch.setattr(architecture, "registry", discover(("fails", Failing(), "peftcore-fails")))
     with pytest.warns(UserWarning, match="peftcore goes on without it"):
@@ -207,7 +207,7 @@ def test_detect_goes_on_without_a_plugin_that_fails(discover, monkeypatch) -> No
 
 @pytest.mark.parametrize("answer", ["text", 7, {"hidden_size": 8}])
 def test_an_architecture_of_another_type_is_refused(discover, monkeypatch, answer: object) -> None:
-    from peftcore import architecture
+    from peftcore.observation import architecture
 
     class Wrong:
         @peftcore.hookimpl

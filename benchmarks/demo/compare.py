@@ -88,8 +88,7 @@ def train_beside(library: str, label: str, run: Path) -> dict:
     from transformers import PrinterCallback, set_seed
 
     import peftcore
-    from peftcore import data
-    from peftcore.cli import models, progress, tasks, training
+    from peftcore.cli import data, models, progress, tasks, training
 
     warnings.simplefilter("ignore")
     settings = training.Settings(**json.loads((run / training.RUN_FILE).read_text()))

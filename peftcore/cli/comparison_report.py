@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore import data
+from peftcore.cli import data
 from peftcore.cli.chart import Panel, small_multiples
 from peftcore.cli.console import table
 from peftcore.cli.options import FULL
 from peftcore.cli.progress import gigabytes
-from peftcore.summary import megabytes
+from peftcore.engine.summary import megabytes
 
 if TYPE_CHECKING:
     from peftcore.cli.training import Settings

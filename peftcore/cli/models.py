@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore import data
+from peftcore.cli import data
 from peftcore.cli.console import require
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.validation import check_types

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore import data
-from peftcore.data import Row
+from peftcore.cli import data
+from peftcore.cli.data import Row
 from peftcore.errors import PeftcoreError
 
 IGNORED = -100  # a label that the loss passes over

@@ -21,16 +21,16 @@ from typing import Any
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments, set_seed
 
 import peftcore
-from peftcore import data, ranks
-from peftcore.cli import models, progress, tasks
+from peftcore import ranks
+from peftcore.cli import data, models, progress, tasks
 from peftcore.cli.console import say, warn
 from peftcore.cli.models import AdapterTask
 from peftcore.cli.options import FULL
 from peftcore.cli.sampler import LengthGroupedSampler
+from peftcore.engine.summary import Summary
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import bare_model, latest_checkpoint
 from peftcore.quantization import QuantizedLinear
-from peftcore.summary import Summary
 
 RUN_FILE = "run.json"
 

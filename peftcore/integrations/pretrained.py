@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 import peftcore
-from peftcore.adapted import CHILD, TRAINED
+from peftcore.adaptation.adapted import CHILD, TRAINED
 from peftcore.engine import require_state, state_of
 
 _TAUGHT = {  # others' modules that are taught when they are imported, each by one of ours

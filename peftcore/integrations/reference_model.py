@@ -2,7 +2,7 @@
 
 Left alone they load the model's checkpoint a second time, without adapters and without its quantization. Here they get
 the model itself, by `ref_model=` where they have it, else in place of what they would load: with its adapters disabled
-where these change nothing yet, else with a frozen copy of their values (`peftcore.reference`).
+where these change nothing yet, else with a frozen copy of their values (`reference.py`).
 
 The constructor of every class of trainers is taught. What it cannot do rightly with adapters, it refuses.
 """
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers.trainer import Trainer
 
 from peftcore import engine
-from peftcore.adapted import adapters_of
+from peftcore.adaptation.adapted import adapters_of
 from peftcore.errors import PeftcoreError
-from peftcore.reference import Reference
+from peftcore.integrations.reference import Reference
 from peftcore.registry import registry
 
 _TAUGHT = "_peftcore_taught"

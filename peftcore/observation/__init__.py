@@ -1,7 +1,8 @@
-"""Facts seen on a model: small inputs that it takes, and what one forward with them does."""
+"""Facts of a model: read off it, or seen in one forward with small inputs that it takes."""
 
+from peftcore.observation.architecture import detect
 from peftcore.observation.bypass import asked_for_dtype, bypassed, rewritten
 from peftcore.observation.inputs import example_inputs
 from peftcore.observation.tracing import Trace, observe, trace
 
-__all__ = ["Trace", "asked_for_dtype", "bypassed", "example_inputs", "observe", "rewritten", "trace"]
+__all__ = ["Trace", "asked_for_dtype", "bypassed", "detect", "example_inputs", "observe", "rewritten", "trace"]

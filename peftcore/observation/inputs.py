@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapted import original_forward
+from peftcore.adaptation.adapted import original_forward
 
 BATCH, LENGTH = 2, 7
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-from peftcore.adapted import base_modules, original_class
+from peftcore.adaptation.adapted import base_modules, original_class
+from peftcore.adaptation.outputs import first_of
 from peftcore.observation.inputs import example_inputs
 from peftcore.observation.meta import MetaFloats, meta_copy
-from peftcore.outputs import first_of
 
 SKIPPED = "layer"  # the operator of what a layer gave that was not watched
 # Operators after which a value is no longer a weight in another form.

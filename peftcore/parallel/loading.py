@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ranks
-from peftcore.adapted import base_parameters
+from peftcore.adaptation.adapted import base_parameters
 from peftcore.errors import CheckpointError, nearest
 from peftcore.parallel.sharding import check_running, shard
 from peftcore.quantization.convert import convert_dense, note_in_config, selected

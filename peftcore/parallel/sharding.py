@@ -17,10 +17,10 @@ from torch import Tensor, distributed, nn
 from torch.autograd import Variable
 
 from peftcore import ranks
-from peftcore.adapted import base_modules, base_parameters
+from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine import adapter_parameters, state_of
+from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
-from peftcore.trained import TrainedParameters
 
 CHOICES = ("replicate", "shard")
 # transformers' Trainer averages replicated parameters itself unless they bear this mark.

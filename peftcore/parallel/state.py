@@ -16,11 +16,11 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.optim import Optimizer
 
 from peftcore import ranks
-from peftcore.adapter_tensors import own_slots
+from peftcore.checkpoint.fingerprint import difference, fingerprint
+from peftcore.checkpoint.tensors import own_slots
 from peftcore.engine import adapter_parameters, state_of
+from peftcore.engine.trained import TrainedParameters, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.fingerprint import difference, fingerprint
-from peftcore.trained import TrainedParameters, base_tensors
 
 
 class TrainingState(Stateful):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapted import base_modules, original_forward
+from peftcore.adaptation.adapted import base_modules, original_forward
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapted import base_modules, base_parameters
+from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around

@@ -9,18 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapted import base_modules, base_parameters, original_class
-from peftcore.architecture import detect
-from peftcore.coverage import LITTLE, coverage
-from peftcore.enclosing import lock_of
+from peftcore.adaptation.adapted import base_modules, base_parameters, original_class
+from peftcore.adaptation.enclosing import lock_of
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.heads import mark_as_loaded
-from peftcore.observation import asked_for_dtype, bypassed, rewritten
+from peftcore.observation import asked_for_dtype, bypassed, detect, rewritten
+from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops.nf4 import DTYPES
 from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors, pack
 from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite
 from peftcore.targets import is_conv1d, is_linear, matches
+from peftcore.targets.coverage import LITTLE, coverage
 
 # Parents that read the weights of their linear layers themselves, past the layers' forward.
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

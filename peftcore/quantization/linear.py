@@ -108,7 +108,7 @@ class QuantizedLinear(nn.Linear):
         )
 
     def linear_operands(self, x: Tensor) -> tuple[PackedWeight, Tensor | None] | None:
-        """What an adapter may multiply by itself: see `peftcore.adapted.Base`."""
+        """What an adapter may multiply by itself: see `peftcore.adaptation.adapted.Base`."""
         if not self.is_quantized or self.compute_dtype not in (None, x.dtype):
             return None
         return PackedWeight(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.adapted import base_parameters
+from peftcore.adaptation.adapted import base_parameters
 from peftcore.engine import adapter_parameters, set_trainable
 from peftcore.quantization import quantize
 from peftcore.registry import registry

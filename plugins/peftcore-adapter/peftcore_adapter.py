@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import targets, validation
-from peftcore.outputs import first_of, with_first
+from peftcore.adaptation.outputs import first_of, with_first
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     **{name: getattr(F, name) for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "mish")},

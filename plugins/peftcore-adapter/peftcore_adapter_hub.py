@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import architecture
+from peftcore.observation import detect
 
 _KEY = re.compile(r"(?P<place>.+?)\.adapters\.[^.]+\.(?P<tensor>adapter_(?:down\.0|up)\.(?:weight|bias))")
 _PLACE = re.compile(r"(?P<stack>.*?)\.?(?P<layer>\d+)(?:\.(?P<rest>.+))?")
@@ -71,7 +71,7 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
                 raise peftcore.PeftcoreError(f"it uses {name}={theirs[name]!r}; only {what} can be read")
     if "non_linearity" not in theirs:
         raise peftcore.PeftcoreError("it does not say its non_linearity")
-    facts = architecture.detect(model)
+    facts = detect(model)
     found: dict[str, Tensor] = {}
     matched = {key: _KEY.fullmatch(key) for key in tensors}
     strange = next((key for key, match in matched.items() if match is None), None)

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import peftcore
-from peftcore import ops, probe, targets, validation
-from peftcore.adapted import base_modules, original_class
+from peftcore import ops, targets, validation
+from peftcore.adaptation.adapted import base_modules, original_class
+from peftcore.merging import probe
 
 KNOWN_PEFT = (0, 21, 2)  # up to this release it is known what PEFT computes of an attention's file
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import peftcore
 from census import special
-from peftcore.adapted import base_modules, base_parameters
+from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine import adapter_modules, adapter_parameters, applied
 from peftcore.observation.inputs import example_inputs
 from peftcore.testing import disturb
@@ -375,7 +375,7 @@ def _mixes(case: Case) -> bool:
     """Does a row's first token change the backbone's states of its last one?"""
     if "input_ids" not in case.inputs:
         return True
-    backbone = case.base.get_submodule(peftcore.architecture.detect(case.base).backbone)
+    backbone = case.base.get_submodule(peftcore.observation.detect(case.base).backbone)
     states: list[Tensor] = []
     handle = backbone.register_forward_hook(lambda module, args, output: states.append(next(tensors(output))))
     tokens = case.inputs["input_ids"].clone()
@@ -418,7 +418,7 @@ def _definition(case: Case, notes: list[str]) -> None:
         return notes.append(f"definition: the base itself fails ({type(error).__name__})")
     model = case.model()
     peftcore.apply(model, "prompt-tuning", **FIELDS["prompt-tuning"])
-    embedding = model.get_submodule(peftcore.architecture.detect(model).embedding)
+    embedding = model.get_submodule(peftcore.observation.detect(model).embedding)
     with torch.no_grad():
         vectors = torch.nn.functional.embedding(own.flatten()[:count], embedding.weight)
         if type(embedding).forward is not nn.Embedding.forward:
@@ -453,7 +453,7 @@ def _cut(case: Case, count: int) -> Iterator[None]:
         output.last_hidden_state = output.last_hidden_state[:, count:]
         return output
 
-    backbone = case.base.get_submodule(peftcore.architecture.detect(case.base).backbone)
+    backbone = case.base.get_submodule(peftcore.observation.detect(case.base).backbone)
     module = next((m for m in backbone.modules() if hasattr(m, "encoder") and hasattr(m, "embeddings")), backbone)
     handle = module.register_forward_hook(without)
     try:
@@ -537,7 +537,7 @@ def _by_hand(model: nn.Module, tokens: Tensor, padding: int = 0) -> dict[str, Te
     """The base's inputs in place of a soft prompt: its vectors, behind the padding of each row, and the tokens'."""
     vectors = next(iter(dict(adapter_parameters(model, "default")).values())).detach()
     with peftcore.disabled(model), torch.no_grad():
-        embedded = model.get_submodule(peftcore.architecture.detect(model).embedding)(tokens)
+        embedded = model.get_submodule(peftcore.observation.detect(model).embedding)(tokens)
     rows = [embedded[:, :padding], vectors.expand(len(tokens), -1, -1), embedded[:, padding:]]
     mask = torch.ones(len(tokens), len(vectors) + tokens.shape[1]).long()
     mask[:, :padding] = 0
@@ -599,7 +599,7 @@ def served_by_peft(case: Case, method: str) -> bool:
 
 
 def _task(model: nn.Module) -> str:
-    known = peftcore.architecture.detect(model).task_type
+    known = peftcore.observation.detect(model).task_type
     if known:
         return known
     if getattr(model.config, "is_encoder_decoder", False):

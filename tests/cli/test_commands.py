@@ -56,7 +56,7 @@ def test_doctor(run: Run) -> None:
 
 
 def test_doctor_says_what_is_missing_and_what_it_costs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftcore import build_info
+    from peftcore.ops import build_info
 
     gone = build_info.BuildInfo(False, "no C++ compiler", costs=("operators are slow",))
     monkeypatch.setattr(build_info, "build_info", lambda: gone)

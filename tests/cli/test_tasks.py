@@ -10,7 +10,7 @@ import torch
 
 from peftcore import PeftcoreError
 from peftcore.cli import tasks
-from peftcore.data import CLASSIFICATION, LANGUAGE_MODEL, Row
+from peftcore.cli.data import CLASSIFICATION, LANGUAGE_MODEL, Row
 
 
 @pytest.fixture

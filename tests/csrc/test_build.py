@@ -13,9 +13,9 @@ import torch
 
 import peftcore
 from peftcore import ops
-from peftcore.build_info import build_info
 from peftcore.ops import _extension
 from peftcore.ops._sources import digest
+from peftcore.ops.build_info import build_info
 
 ROOT = Path(peftcore.__file__).parents[1]
 needs_extension = pytest.mark.skipif(ops.extension is None, reason=f"no _C: {_extension.missing_because}")
@@ -23,7 +23,7 @@ needs_extension = pytest.mark.skipif(ops.extension is None, reason=f"no _C: {_ex
 ROUND_TRIP = """
 import torch
 from peftcore import ops
-from peftcore.build_info import build_info
+from peftcore.ops.build_info import build_info
 x = torch.arange(-100, 100).view(10, 20) / 7
 packed, absmax = ops.quantize_4bit(x)
 y = ops.dequantize_4bit(packed, absmax, shape=x.shape, dtype=x.dtype)

@@ -74,7 +74,7 @@ def compare(
     Each run is one of `peftcore train` with the learning rate of its method, unless lr=RATE says another.
     A run that fails is a row with its reason. `--method full` is the whole model.
     """
-    from peftcore import data as examples
+    from peftcore.cli import data as examples
     from peftcore.cli import models
 
     task = task or examples.guess_task(data)

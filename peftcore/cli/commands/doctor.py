@@ -23,7 +23,7 @@ def doctor() -> None:
     """Look at the installation. Nothing is changed."""
     import torch
 
-    from peftcore.build_info import build_info
+    from peftcore.ops.build_info import build_info
 
     build = build_info()
     cuda = f"{torch.version.cuda}, {torch.cuda.device_count()} devices" if torch.cuda.is_available() else "no device"

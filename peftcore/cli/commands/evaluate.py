@@ -25,7 +25,7 @@ def evaluate(
 
     A classifier's base has a random head: its figures say what chance gives.
     """
-    from peftcore import data as examples
+    from peftcore.cli import data as examples
     from peftcore.cli import models
 
     task = models.adapter_task(adapter, labels)

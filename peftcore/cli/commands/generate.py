@@ -26,8 +26,7 @@ def generate(
     device: options.Device = "auto",
 ) -> None:
     """Answer a prompt with an adapter's model, and with --compare also with its base."""
-    from peftcore import data
-    from peftcore.cli import models
+    from peftcore.cli import data, models
 
     if adapter is None and model is None:
         raise PeftcoreError("name an adapter (--adapter FOLDER), a model (--model MODEL), or both")

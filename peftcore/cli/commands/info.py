@@ -13,9 +13,9 @@ from peftcore.cli.console import table
 def info(adapter: Annotated[Path, typer.Argument(help="Adapter folder.")]) -> None:
     """Show an adapter's method, config, base and size."""
     from peftcore import adapter_files, checkpoint
+    from peftcore.engine.summary import megabytes
     from peftcore.errors import PluginError
     from peftcore.registry import registry
-    from peftcore.summary import megabytes
 
     fields, foreign = checkpoint.about(adapter)
     tensors, metadata = adapter_files.read_tensors(adapter, foreign.tensors if foreign else adapter_files.TENSORS)

@@ -20,9 +20,8 @@ def plan(
 ) -> None:
     """Show what would be trained, before anything is."""
     import peftcore
-    from peftcore import data
-    from peftcore.cli import models
-    from peftcore.summary import megabytes
+    from peftcore.cli import data, models
+    from peftcore.engine.summary import megabytes
 
     task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
     data.check_task(task)

@@ -63,7 +63,7 @@ def train(
     Language modelling learns from .jsonl lines {"text": ...} or {"prompt": ..., "completion": ...} (only the
     completion is learned); classification from {"text": ..., "label": ...}, or .tsv with the columns text and label.
     """
-    from peftcore import data as examples
+    from peftcore.cli import data as examples
     from peftcore.cli import models
 
     task = task or examples.guess_task(data)
@@ -164,7 +164,7 @@ def _before_after(result: Result) -> list[tuple[str, float, float]]:
 
 def _facts(result: Result) -> list[tuple[str, str]]:
     from peftcore.cli.progress import gigabytes
-    from peftcore.summary import megabytes, share
+    from peftcore.engine.summary import megabytes, share
 
     trainable, base = result.summary.trainable_parameters, result.summary.base_parameters
     return [

@@ -1,0 +1,94 @@
+"""Modules that adapted ones lie in: their class tells the model's lock that a call begins and ends.
+
+Their `forward` is their own. The outermost call counts, so the model and each of its parts are called alike.
+"""
+
+from __future__ import annotations
+
+import functools
+from _thread import get_ident
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_dynamo_compiling
+
+from peftcore.adaptation.class_swap import subclass, take_off
+from peftcore.adaptation.concurrency import ModelLock, untraced
+
+LOCK = "_peftcore_lock"
+
+
+def enclose(module: nn.Module, lock: ModelLock) -> None:
+    """Let calls of `module`, in which adapted ones lie, be calls of the model whose `lock` it is."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # which are not called
+        return
+    module.__dict__[LOCK] = lock
+    if not is_enclosing(module) and not hasattr(type(module), "_peftcore_original"):  # adapted: its forward tells
+        module.__class__ = _enclosing_class(type(module))
+
+
+def release(module: nn.Module) -> None:
+    """Give an enclosing module its own class back; under the class of `fully_shard` it stays, which does no harm."""
+    if is_enclosing(module) and not hasattr(module, "unshard"):
+        take_off(module, "_peftcore_enclosed")
+        del module.__dict__[LOCK]
+
+
+def is_enclosing(module: nn.Module) -> bool:
+    """Do adapted modules lie in it, so that its calls are calls of the model?"""
+    return hasattr(type(module), "_peftcore_enclosed")
+
+
+def lock_of(module: nn.Module) -> ModelLock | None:
+    """The lock of the model with adapters that `module` is, or is a part of; None where it belongs to none."""
+    return module.__dict__.get(LOCK)
+
+
+@cache
+def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
+    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():
+            return super(enclosing, self).__call__(*args, **kwargs)
+        lock = self._peftcore_lock
+        thread = get_ident()
+        if thread in lock.calls:
+            return super(enclosing, self).__call__(*args, **kwargs)
+        lock.enter(thread)
+        try:
+            output = super(enclosing, self).__call__(*args, **kwargs)
+            if torch.is_grad_enabled():
+                lock.watch(output)
+            return output
+        finally:
+            lock.leave(thread)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return super(enclosing, self).forward(*args, **kwargs)
+
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with self._peftcore_lock.calling():  # one adapter from the first token to the last
+            return super(enclosing, self).generate(*args, **kwargs)
+
+    def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+        replica = super(enclosing, self)._replicate_for_data_parallel()
+        replica.__dict__[LOCK] = ModelLock()
+        return replica
+
+    namespace: dict[str, Any] = {
+        "__call__": __call__,
+        "_replicate_for_data_parallel": _replicate_for_data_parallel,
+        "_peftcore_enclosed": cls,
+    }
+    # `torch.compile(model)` starts with what this calls, so that its calls are calls of the model, too. With modules
+    # of PyTorch's own, `nn.Sequential` say, it would start further out, but for a forward that is not PyTorch's.
+    untraced(__call__)
+    if cls.forward.__module__.partition(".")[0] == "torch":
+        namespace["forward"] = functools.wraps(cls.forward)(forward)
+    if callable(getattr(cls, "generate", None)):
+        generate.__wrapped__ = cls.generate
+        generate.__doc__ = cls.generate.__doc__
+        namespace["generate"] = generate
+    enclosing = subclass(cls, _enclosing_class, namespace)
+    return enclosing

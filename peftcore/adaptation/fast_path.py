@@ -1,0 +1,46 @@
+"""PyTorch's fused paths of `nn.TransformerEncoder`, which read the weights of what is inside and call none of it.
+
+In evaluation without gradients a layer, or all of them at once, would pass by the adapters inside. Both ask a flag of
+the module first; here it is one that is off while an adapter inside acts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from peftcore.adaptation.adapted import acts, base_modules, is_adapted
+
+_FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+
+
+class Flag(int):
+    """The flag `value` of `module`, which counts as 0 while an adapter inside acts."""
+
+    module: nn.Module
+
+    def __new__(cls, value: int, module: nn.Module) -> Flag:
+        flag = super().__new__(cls, value)
+        flag.module = module
+        return flag
+
+    def __bool__(self) -> bool:
+        return int(self) != 0 and not any(acts(inside) for inside in self.module.modules())
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return int(self), self.module
+
+
+def guard(model: nn.Module) -> None:
+    """Keep fused paths from adapters in `model`; where none stands any more, the flags are what they were."""
+    for _, module in base_modules(model):
+        for kind, name in _FLAGS.items():
+            value = module.__dict__.get(name)
+            if not isinstance(module, kind) or value is None:
+                continue
+            inside = any(is_adapted(other) for other in module.modules())
+            if inside and not isinstance(value, Flag):
+                module.__dict__[name] = Flag(value, module)
+            elif not inside and isinstance(value, Flag):
+                module.__dict__[name] = bool(int(value)) if kind is nn.TransformerEncoder else int(value)

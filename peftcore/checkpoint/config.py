@@ -1,0 +1,111 @@
+"""A method's config and the fields of `adapter_config.json`: one from the other."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftcore import engine, targets
+from peftcore.adapter_files import CONFIG
+from peftcore.checkpoint import peft_reads
+from peftcore.engine.trained import TrainedParameters
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.method import Method, PrefixKV, SoftPrompt
+from peftcore.observation import detect
+from peftcore.prompts import PrefixAround, SoftPromptAround
+from peftcore.registry import registry
+from peftcore.validation import check_types, shown
+
+_COMMON = {
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+}
+_EMPTY = (None, False, "", [], {}, 0)
+
+
+def config_on_disk(model: nn.Module, method: Method, adapter: str) -> dict[str, Any]:
+    """The fields of an applied adapter's `adapter_config.json`. Where PEFT cannot read the file, a warning says so."""
+    # asdict makes lists of tuples only at the encoder; JSON has no sets, tuples or dtypes.
+    fields = method.state.write_config(dataclasses.asdict(engine.applied(model, adapter).config))
+    if "ensure_weight_tying" in fields:
+        fields["ensure_weight_tying"] = _is_tied_by_peft(model, adapter)
+    base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+    return {
+        **{name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()},
+        "peft_type": method.state.peft_type,
+        "task_type": _task_type(model, adapter),
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "revision": None,
+        "auto_mapping": None,
+    }
+
+
+def _task_type(model: nn.Module, adapter: str) -> str | None:
+    """PEFT's task type of an adapter."""
+    entry = engine.applied(model, adapter)
+    kinds = {type(module) for _, module in engine.adapter_modules(model, adapter)}
+    placement = SoftPrompt if SoftPromptAround in kinds else PrefixKV if PrefixAround in kinds else None
+    task_type = peft_reads.task_type(model, detect(model), placement)
+    if placement is not None and task_type is None:
+        warnings.warn(
+            f"Hugging Face PEFT computes the base from this file: it gives prompts to no {type(model).__name__}",
+            stacklevel=5,
+        )
+    paths = registry.method(entry.method).state.unreadable(model, entry.paths)
+    if paths:
+        warnings.warn(
+            f"Hugging Face PEFT cannot read this file: in a {type(model).__name__} it takes the adapters of "
+            f"{len(paths)} modules for others or refuses them, such as '{paths[0]}'. It reads one without: "
+            f"exclude_modules={sorted({path.rpartition('.')[2] for path in paths})}",
+            stacklevel=5,
+        )
+    return task_type
+
+
+def _is_tied_by_peft(model: nn.Module, adapter: str) -> bool:
+    """Does PEFT's `ensure_weight_tying` tie what this adapter trains tied? Else PEFT keeps equal weights, untied.
+
+    It makes a linear layer without a bias of whatever is tied to the embedding.
+    """
+    owned, embedding = TrainedParameters.of(model, adapter), detect(model).embedding
+    groups = [slots for slots in owned.slots.values() if len(slots) > 1] if owned is not None else []
+    others = [slot for slots in groups for slot in slots if slot != f"{embedding}.weight"]
+    modules = [model.get_submodule(slot.rpartition(".")[0]) for slot in others]
+    return (
+        len(groups) == 1
+        and len(others) == len(groups[0]) - 1
+        and all(targets.is_linear(module) and module.bias is None for module in modules)
+    )
+
+
+def config_from_disk(folder: Path, method: Method, fields: dict[str, Any]) -> Any:
+    """The method's config that the fields of an `adapter_config.json` mean.
+
+    Raises:
+        CheckpointError: a field is not known, or has a value that the method refuses.
+    """
+    fields = method.state.read_config({name: value for name, value in fields.items() if name not in _COMMON})
+    known = {f.name for f in dataclasses.fields(method.config_class)}
+    ignored = {*method.state.ignored_fields, "ensure_weight_tying"}  # a method may lack it: then the tensors tell
+    for name, value in fields.items():
+        if name not in known and name not in ignored and value not in _EMPTY:
+            raise CheckpointError(
+                f"'{folder / CONFIG}' uses {name}={shown(value)}, which the installed plugin '{method.name}' does not "
+                "know. Without it the adapter would compute something else, so it is not loaded"
+            )
+    fields = {name: value for name, value in fields.items() if name in known}
+    try:
+        check_types(method.config_class, fields)
+        return method.config_class(**fields)
+    except (TypeError, PeftcoreError) as error:
+        raise CheckpointError(f"'{folder / CONFIG}' is no valid config of '{method.name}': {error}") from error

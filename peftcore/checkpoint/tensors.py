@@ -1,0 +1,273 @@
+"""The tensors of an applied adapter under their names on disk: which to write, and how a file's are taken in.
+
+own        what the adapter trains, once each
+exported   what others read in addition: another form of the own ones, and a tied parameter under each of its names
+kept       buffers that training has moved, and all of those in modules that are trained whole
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import engine, ranks, targets
+from peftcore.adaptation.adapted import base_modules
+from peftcore.checkpoint import vocabulary
+from peftcore.engine.trained import TrainedParameters, base_tensors, tied_to
+from peftcore.errors import CheckpointError, PeftcoreError, nearest
+from peftcore.method import After, Around, Method, PrefixKV, SoftPrompt, StateRules, Train
+from peftcore.prompts import PrefixAround, SoftPromptAround
+from peftcore.registry import registry
+
+
+def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exported: bool = False) -> dict[str, Tensor]:
+    """The tensors of an applied adapter under their names on disk, without those that it keeps.
+
+    Args:
+        own: also those of modules that have exported ones.
+        exported: with the ones for other readers.
+    """
+    entry = engine.applied(model, adapter)
+    rules = registry.method(entry.method).state
+    found: dict[str, Tensor] = {}
+
+    def add(on_disk: str, tensor: Tensor) -> None:
+        if on_disk in found:
+            raise PeftcoreError(
+                f"{entry.method} gives two tensors the name '{on_disk}'; tensor_name must tell them apart"
+            )
+        found[on_disk] = tensor
+
+    for path, module in engine.adapter_modules(model, adapter):
+        match module:
+            case SoftPromptAround():
+                placement, module = SoftPrompt(module.adapter), module.adapter
+            case PrefixAround():
+                placement, module = PrefixKV(module.adapter), module.adapter
+            case _:
+                behind = adapter in model.get_submodule(path)._modules["peftcore"].behind
+                placement = (After if behind else Around)(path, module)
+        others = {}
+        if exported:
+            with ranks.whole_parameters(module):
+                others = rules.exported(module)
+        found.update(others)
+        if own or not others:
+            for name, tensor in module.state_dict(keep_vars=True).items():
+                add(rules.tensor_name(placement, name), tensor)
+    owned = TrainedParameters.of(model, adapter)
+    for name, parameter in owned.values(model) if owned is not None else ():
+        for slot in owned.slots[name] if exported else (name,):
+            add(_base_name(rules, entry, slot), parameter)
+    return found
+
+
+def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The tensors to write of those that an applied adapter keeps, or that another load of the base would not have.
+
+    These are those that differ from the base's, buffers in modules that are trained whole, and a resized vocabulary.
+    """
+    entry = engine.applied(model, adapter)
+    rules, base = registry.method(entry.method).state, base_tensors(model)
+    owned = TrainedParameters.of(model, adapter)
+    saved = getattr(entry.config, "modules_to_save", None) or ()
+    whole = {
+        f"{path}.{name}"
+        for path, module in base_modules(model)
+        if path and any(targets.is_inside(pattern, path) for pattern in saved)
+        for name in module._buffers.keys() - module._non_persistent_buffers_set
+        if module._buffers[name] is not None
+    }
+    found = {name: model.get_buffer(name) for name in sorted(whole)}
+    found.update({name: base[name] for name in vocabulary.resized(model) if name not in own_slots(model, adapter)})
+    for name, tensor in owned.kept_values(model) if owned is not None else ():
+        if name in found or not torch.equal(tensor, base[name]):
+            found.update(dict.fromkeys(owned.kept[name], tensor))
+    return {_base_name(rules, entry, name): tensor for name, tensor in found.items()}
+
+
+def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Path, *, partly_tied: bool = True) -> None:
+    """Copy `tensors` into the applied `adapter`: none missing, none too many, no shape that differs.
+
+    Args:
+        partly_tied: a parameter that is tied may lie in the file under one of its names only.
+    """
+    ranks.gather_up(model)
+    expected = tensors_on_disk(model, adapter)
+    exported = tensors_on_disk(model, adapter, exported=True)  # where the adapter's own tensors say the same
+    tensors = _untied(tensors, expected, exported, folder, type(model).__name__, partly_tied)
+    embeddings = _take_embeddings(model, adapter, tensors, expected, folder)
+    kept = _take_kept(model, adapter, tensors)
+    extra = [name for name in tensors if name not in expected]
+    repeats = {name for name in extra if name in exported or _is_copy_of_base(model, name, tensors[name])}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in repeats}
+    missing = sorted(expected.keys() - tensors.keys())
+    extra = sorted(tensors.keys() - expected.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"'{folder}' does not fit {type(model).__name__}: "
+            + "; ".join(
+                f"{len(names)} tensors {what}, such as '{names[0]}'{nearest(names[0], others, 1)}"
+                for names, what, others in ((missing, "are missing", extra), (extra, "have no place", missing))
+                if names
+            )
+        )
+    for name, tensor, target in (*((n, t, expected[n]) for n, t in tensors.items()), *kept):
+        if tensor.shape != target.shape:
+            raise CheckpointError(
+                f"'{folder}' does not fit {type(model).__name__}: '{name}' has shape {list(tensor.shape)}, "
+                f"the model needs {list(target.shape)}"
+            )
+        _check_values(name, tensor, target, folder)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            ranks.fill(expected[name], tensor)
+        for _, tensor, target in kept:
+            target.copy_(tensor)
+    if embeddings:
+        state = engine.state_of(model)
+        TrainedParameters.keep(model, adapter, embeddings)
+        engine.set_active(model, state.active, state.samples)
+
+
+def _check_values(name: str, tensor: Tensor, target: Tensor, folder: Path) -> None:
+    """Raise a CheckpointError unless `target` can hold the values: numbers of its kind, finite ones."""
+    floating = target.is_floating_point()
+    if tensor.is_floating_point() != floating or not (floating or tensor.dtype is target.dtype):
+        raise CheckpointError(f"'{folder}': '{name}' is {tensor.dtype}, the model needs {target.dtype}")
+    if floating and tensor.numel():
+        there = tensor.to(target.dtype)
+        if not all(bound.isfinite() for bound in torch.aminmax(there.float() if there.dtype.itemsize == 1 else there)):
+            wrong = "values that are not finite" if not tensor.double().isfinite().all() else "too large values for it"
+            raise CheckpointError(f"'{folder}': '{name}' ({tensor.dtype}, here {target.dtype}) holds {wrong}")
+
+
+def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
+    """The name on disk of a tensor of the base that an adapter has of its own."""
+    path, _, attribute = name.rpartition(".")
+    return rules.tensor_name(Train((name,)), f"{path}.base_layer.{attribute}" if path in entry.paths else name)
+
+
+def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: dict[str, Tensor]) -> bool:
+    """Does a file hold what is tied to the modules `saved` too, with the same values?"""
+    names = targets.trained_modules(model, saved).names
+    base = base_tensors(model)
+    for name in tied_to(model, names):
+        mine = next(other for other in names if base[other] is base[name])
+        one, other = (tensors.get(method.state.tensor_name(Train((n,)), n)) for n in (name, mine))
+        if one is None or other is None or not torch.equal(one, other):
+            return False
+    return True
+
+
+def _untied(
+    tensors: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    exported: dict[str, Tensor],
+    folder: Path,
+    model: str,
+    partly_tied: bool,
+) -> dict[str, Tensor]:
+    """The tensors with each tied parameter under one name, that under which it is expected."""
+    first = {id(tensor): name for name, tensor in expected.items()}
+    groups: dict[str, list[str]] = {}
+    for name, tensor in exported.items():
+        if id(tensor) in first:
+            groups.setdefault(first[id(tensor)], []).append(name)
+    tensors = dict(tensors)
+    for name, group in groups.items():
+        there = [other for other in group if other in tensors]
+        if len(group) == 1 or not there:
+            continue
+        lacking = next((other for other in group if other not in tensors), None)
+        differing = next((other for other in there if not torch.equal(tensors[other], tensors[there[0]])), None)
+        if differing or (lacking and not partly_tied):
+            raise CheckpointError(
+                f"'{folder}' does not fit {model}: "
+                + (f"'{differing}' differs from" if differing else f"'{lacking}' is not there beside")
+                + f" '{there[0]}', and the two are one parameter here. It was trained with them apart, "
+                "so load it on a model that is not tied (tie_word_embeddings=False)"
+            )
+        value = tensors[there[0]]
+        for other in there:
+            del tensors[other]
+        tensors[name] = value
+    return tensors
+
+
+def _take_embeddings(
+    model: nn.Module, adapter: str, tensors: dict[str, Tensor], expected: dict[str, Tensor], folder: Path
+) -> dict[str, Tensor]:
+    """Embedding and head that the file brings and that are not the base's, by name there, taken out of `tensors`."""
+    entry, base = engine.applied(model, adapter), base_tensors(model)
+    rules, owned = registry.method(entry.method).state, TrainedParameters.of(model, adapter)
+    mine = owned.kept if owned is not None else {}
+    found: dict[str, Tensor] = {}
+    lacking: list[str] = []
+    for name in vocabulary.embedding_parameters(model):
+        on_disk = _base_name(rules, entry, name)
+        value = tensors.get(on_disk)
+        if on_disk in expected or any(name in slots for slots in mine.values()):
+            continue
+        if value is None:
+            lacking.append(name)
+            continue
+        if value.shape != base[name].shape:
+            raise CheckpointError(
+                f"'{folder}' does not fit {type(model).__name__}: '{on_disk}' has shape {list(value.shape)}, the model "
+                f"{list(base[name].shape)}. Its vocabulary was resized; do the same before loading: "
+                f"model.resize_token_embeddings({len(value)})"
+            )
+        tied = next((other for other in found if base[other] is base[name]), None)
+        if tied is not None and not torch.equal(found[tied], value):
+            raise CheckpointError(f"'{folder}' has two values of '{tied}' and '{name}', which are one parameter here")
+        del tensors[on_disk]
+        if tied is None and not _is_copy_of_base(model, on_disk, value):
+            found[name] = value
+    lacking = [name for name in lacking if all(base[other] is not base[name] for other in found)]
+    if found and lacking:
+        raise CheckpointError(
+            f"'{folder}' holds '{next(iter(found))}' for a resized vocabulary and not '{lacking[0]}', whose new rows "
+            "were drawn at random. Have its author save it with both (in PEFT: save_embedding_layers=True)"
+        )
+    return found
+
+
+def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
+    """(name, value, the adapter's tensor) of what it keeps, taken out of `tensors`. What they lack is the base's."""
+    entry, owned = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
+    if owned is None:
+        return []
+    rules, base = registry.method(entry.method).state, base_tensors(model)
+    found = []
+    for name, target in owned.kept_values(model):
+        on_disk = [_base_name(rules, entry, slot) for slot in owned.kept[name]]
+        values = [tensors.pop(other) for other in on_disk if other in tensors]
+        found.append((on_disk[0], values[0] if values else base[name], target))
+    return found
+
+
+def _is_copy_of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
+    """PEFT saves the embedding's own weight beside an adapter of it; where it is the base's, nothing is lost."""
+    own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    base = {**dict(model.named_buffers()), **base_tensors(model)}.get(own)
+    return (
+        base is not None
+        and base.shape == tensor.shape
+        and torch.equal(ranks.whole(base.detach()).cpu().to(tensor.dtype), tensor)
+    )
+
+
+def own_slots(model: nn.Module, adapter: str) -> set[str]:
+    """The names of the base's tensors that `adapter` has a copy of, in whose place it is written."""
+    owned = TrainedParameters.of(model, adapter)
+    return {slot for slots in owned.slots.values() for slot in slots} if owned is not None else set()
+
+
+def name_of_base(model: nn.Module, adapter: str, name: str) -> str:
+    """The name on disk that the base's tensor `name` has where an applied adapter brings its own."""
+    entry = engine.applied(model, adapter)
+    return _base_name(registry.method(entry.method).state, entry, name)

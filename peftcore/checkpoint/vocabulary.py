@@ -1,0 +1,62 @@
+"""Was the vocabulary resized since the base was loaded? Each load draws its new rows anew, so files hold them."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftcore.adaptation.adapted import base_parameters
+from peftcore.observation import detect
+
+
+def resized(model: nn.Module) -> list[str]:
+    """Names of the parameters of the embedding and the output head, if the base's checkpoint has others.
+
+    By PEFT's rule: `vocab_size` in the model's config and in the checkpoint's `config.json`, which is looked for in the
+    folder that the model was loaded from or in Hugging Face's cache, and never on the net.
+    """
+    config = getattr(model, "config", None)
+    now, then = _vocabulary(config), _vocabulary(_config_of_checkpoint(config))
+    if now is None or then is None or now == then:
+        return []
+    return embedding_parameters(model)
+
+
+def embedding_parameters(model: nn.Module) -> list[str]:
+    """Names of the parameters of the token embedding and the output head."""
+    architecture = detect(model)
+    paths = {path for path in (architecture.embedding, architecture.output_head) if path}
+    return [name for name, _ in base_parameters(model) if name.rpartition(".")[0] in paths]
+
+
+def _vocabulary(config: Any) -> int | None:
+    """`vocab_size`, of the part that is a language model."""
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    if isinstance(config, dict):
+        size = config.get("vocab_size")
+        parts = [part for part in config.values() if isinstance(part, dict)]
+        return size if isinstance(size, int) else next(filter(None, map(_vocabulary, parts)), None)
+    size = getattr(config, "vocab_size", None)
+    return size if isinstance(size, int) else None
+
+
+def _config_of_checkpoint(config: Any) -> dict[str, Any] | None:
+    name = getattr(config, "_name_or_path", None)
+    if not name:
+        return None
+    file = Path(name) / "config.json"
+    with suppress(OSError, ValueError, ImportError):  # also what is no name of a repository
+        if not file.is_file() and not os.path.isdir(name):
+            from huggingface_hub import try_to_load_from_cache
+
+            file = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
+        if isinstance(file, (str, Path)):
+            told = json.loads(Path(file).read_text(encoding="utf-8"))
+            return told if isinstance(told, dict) else None
+    return None

@@ -1,0 +1,226 @@
+"""What a method would put where on a model: its placements, with all choices of its config explicit, checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore import prompts
+from peftcore.adaptation import adapted
+from peftcore.adaptation.enclosing import lock_of
+from peftcore.architecture import Architecture
+from peftcore.engine.state import Applied, State, check_model, state_of
+from peftcore.engine.trained import tied_to
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.method import After, Around, Method, Train
+from peftcore.observation import detect, observe
+from peftcore.registry import registry
+from peftcore.targets import ALL_LINEAR, refuse_targeted, trained_modules
+from peftcore.targets.coverage import LITTLE, Coverage, coverage
+from peftcore.validation import check_types
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A method's placements on one model: adapters at modules, and names of parameters that are trained."""
+
+    method: Method
+    config: Any
+    around: tuple[Around | After, ...]
+    trained: tuple[str, ...]
+    apart: tuple[str, ...] = ()  # of those trained: apart from the parameters that they are tied to
+    names_modules: bool = True  # rather than to ask for all of a kind
+
+
+def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
+    """What a method would put where on `model`, checked; the model is left alone."""
+    check_model(model)
+    if hasattr(model, "_orig_mod"):
+        raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
+    _refuse_lazy(model)
+    _refuse_adapters_of_others(model)
+    chosen, config = _method_and_config(method, fields)
+    architecture = detect(model)
+    names_modules = getattr(config, "target_modules", None) not in ("all", ALL_LINEAR)
+    config, saved, apart = _saved_modules(model, config, architecture)
+    if hasattr(config, "resolved"):
+        config = config.resolved(model, architecture)
+    around: list[Around | After] = []
+    trained: list[str] = []
+    for placement in [*chosen.place(model, config, architecture), saved]:
+        if isinstance(placement, Train):
+            trained += placement.names
+        elif isinstance(placement, (Around, After)):
+            around.append(placement)
+        else:
+            around += prompts.compiled(model, architecture, placement)
+    placed = Placed(chosen, config, tuple(around), tuple(dict.fromkeys(trained)), apart, names_modules)
+    _check_placed(model, placed)
+    return placed
+
+
+def covered(model: nn.Module, placed: Placed) -> Coverage:
+    """What share of the weight in layers has an adapter beside or around it, or a trained parameter with it."""
+    reached = [placement.path for placement in placed.around]
+    reached += dict.fromkeys(f"{name.rpartition('.')[0]}." for name in placed.trained)
+    lacking = "not selected" if placed.around else "without a trained parameter"
+    return coverage(model, detect(model), reached, lacking=lacking)
+
+
+def tell_if_little(model: nn.Module, placed: Placed) -> None:
+    """A selection of all there is that leaves most of the weight out is told of."""
+    if not placed.names_modules and (found := covered(model, placed)).share < LITTLE:
+        warnings.warn(f"{placed.method.name} on {type(model).__name__} {found}", stacklevel=4)
+
+
+def refuse_without_gradient(model: nn.Module, placed: Placed) -> None:
+    """Layers in a `torch.autograd.Function` (Reformer's reversible ones) learn only where its input asks for gradients.
+
+    Raises:
+        PeftcoreError: adapters would lie there, and the inputs of the frozen model do not ask for any.
+    """
+    inside = observe(model).in_function
+    if not inside or getattr(model, "_require_grads_hooks", None):
+        return
+    paths = [*(placement.path for placement in placed.around), *(name.rpartition(".")[0] for name in placed.trained)]
+    lost = next((path for path in paths if path in inside), None)
+    if lost is None:
+        return
+    what = f"{type(model).__name__} runs '{lost}' inside a torch.autograd.Function, so what is trained there gets no "
+    if hasattr(model, "enable_input_require_grads"):
+        raise PeftcoreError(
+            f"{what}gradient while no input asks for one. Before apply: model.enable_input_require_grads()"
+        )
+    warnings.warn(f"{what}gradient unless the inputs have requires_grad=True", stacklevel=4)
+
+
+def with_memory() -> AbstractContextManager[Any]:
+    """Adapters have values, though the caller be under `torch.device("meta")` to build models without memory."""
+    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
+
+
+def _saved_modules(model: nn.Module, config: Any, architecture: Architecture) -> tuple[Any, Train, tuple[str, ...]]:
+    """(config with all that `modules_to_save` means, its parameters, those of them that are trained apart).
+
+    A module that is tied to one of them (the head to the embedding) is trained with it, as one parameter, unless
+    the config says `ensure_weight_tying=False`.
+    """
+    saved = getattr(config, "modules_to_save", ())
+    if saved is None and architecture.task_heads:
+        saved = list(architecture.task_heads)
+    names = trained_modules(model, saved or ()).names
+    tied = tied_to(model, names)
+    together = getattr(config, "ensure_weight_tying", True)
+    if tied and together:
+        modules = dict.fromkeys(name.rpartition(".")[0] for name in tied)
+        saved = [*saved, *(path for path in modules if not model.get_submodule(path)._modules)]
+        refuse_targeted(getattr(config, "target_modules", None), modules, f"tied to {names[0]!r}")
+        names = trained_modules(model, saved).names
+    if saved != getattr(config, "modules_to_save", ()):
+        config = dataclasses.replace(config, modules_to_save=saved)
+    return config, Train(names), () if together else names
+
+
+def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device | None, torch.dtype]:
+    """Where an adapter of `module` lives, and in what dtype, by `apply`'s rule."""
+    device = next((p.device for _, p in adapted.base_parameters(module)), None)
+    own = next((p.dtype for _, p in adapted.base_parameters(module) if p.is_floating_point()), torch.float32)
+    return device, dtype or (own if own.itemsize >= 4 else torch.float32)
+
+
+def _method_and_config(method: str | Any, fields: dict[str, Any]) -> tuple[Method, Any]:
+    if not isinstance(method, str):
+        if fields:
+            raise PeftcoreError(f"give the fields {sorted(fields)} in the config, or the method by its name")
+        chosen = registry.method_of_config(method)
+        check_types(method)
+        return chosen, method
+    chosen = registry.method(method)
+    known = [f.name for f in dataclasses.fields(chosen.config_class)]
+    for name in fields:
+        if name not in known:
+            raise PeftcoreError(
+                f"{chosen.config_class.__name__} has no field '{name}'{nearest(name, known)}. "
+                f"Its fields: {', '.join(known)}"
+            )
+    check_types(chosen.config_class, fields)
+    try:
+        return chosen, chosen.config_class(**fields)
+    except TypeError as error:
+        raise PeftcoreError(f"{chosen.config_class.__name__}: {error}") from error
+
+
+def recorded(placed: Placed) -> tuple[Method, Any]:
+    """The method whose adapter this is, and its config."""
+    if placed.method.recorded_as is None:
+        return placed.method, placed.config
+    config = placed.method.recorded_as(placed.config)
+    return registry.method_of_config(config), config
+
+
+def _check_placed(model: nn.Module, placed: Placed) -> None:
+    method = placed.method.name
+    modules = dict(adapted.base_modules(model))
+    seen: set[str] = set()
+    for path in (placement.path for placement in placed.around):
+        if path not in modules:
+            raise PeftcoreError(f"{method} places an adapter at '{path}', which is no module{nearest(path, modules)}")
+        if path in seen:
+            raise PeftcoreError(f"{method} places two adapters at '{path}'; one module takes one of each name")
+        seen.add(path)
+    if not placed.around and not placed.trained:
+        raise PeftcoreError(f"{method} places nothing on {type(model).__name__}")
+    parameters = dict(adapted.base_parameters(model))
+    for name in placed.trained:
+        if name not in parameters:
+            raise PeftcoreError(f"{method} trains '{name}', which is no parameter{nearest(name, parameters)}")
+        dtype = parameters[name].dtype
+        if not dtype.is_floating_point:
+            raise PeftcoreError(f"{method} trains '{name}' of dtype {dtype}, which has no gradient")
+    state = state_of(model) or State()
+    entry = Applied(method, None, trained=placed.trained)  # it joins the active ones
+    refuse_shared(State({**state.applied, "(new)": entry}), (*state.active, "(new)"))
+
+
+def refuse_shared(state: State, active: Sequence[str]) -> None:
+    """Raise a PeftcoreError if two of the adapters `active` train one parameter."""
+    owner: dict[str, str] = {}
+    for name in active:
+        for parameter in state.applied[name].trained:
+            other = owner.setdefault(parameter, name)
+            if other != name:
+                raise PeftcoreError(
+                    f"'{parameter}' is trained by the active adapter '{other}' already. Two at a time cannot train "
+                    f"one parameter: let '{other}' rest first, with peftcore.activate(model, [...])"
+                )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in adapted.base_parameters(model):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise PeftcoreError(f"'{name}' has no shape yet (a lazy module). Run the model once before apply")
+
+
+def _refuse_adapters_of_others(model: nn.Module) -> None:
+    """Adapters in adapters: another library's, or those of a model that this is a part of, or that is a part of it."""
+    state = state_of(model)
+    for path, module in model.named_modules():
+        if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
+            raise PeftcoreError(
+                f"the model has adapters of Hugging Face PEFT already ({path or 'the model itself'!r} is a "
+                f"{type(module).__module__}.{type(module).__name__}). Save them with its save_pretrained(folder), and "
+                "load them here on the plain base: peftcore.load(base, folder)"
+            )
+        lock = lock_of(module)
+        if lock is not None and not lock.retired and (state is None or lock is not state.lock):
+            raise PeftcoreError(
+                f"{path or 'the model'!r} has adapters that were applied to another model, of which it is a part, or "
+                "which is a part of this one. Apply all to one of them"
+            )

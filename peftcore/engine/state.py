@@ -1,0 +1,153 @@
+"""What is applied to a model: the record of its adapters, kept on the model itself, and where they stand.
+
+A deep copy or a pickle of the model carries it along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from peftcore.adaptation import adapted
+from peftcore.adaptation.concurrency import ModelLock
+from peftcore.engine.changes import Facts, changes, standing
+from peftcore.engine.trained import TrainedParameters
+from peftcore.errors import PeftcoreError, nearest
+
+STATE = "_peftcore_state"
+
+
+@dataclass
+class Applied:
+    """One adapter on a model: its method, its config with all choices explicit, and where it stands."""
+
+    method: str
+    config: Any
+    paths: tuple[str, ...] = ()
+    trained: tuple[str, ...] = ()
+    trainable: bool = True
+    facts: dict[str, Facts] = field(default_factory=dict)  # of the modules where it stands, as they were
+
+
+@dataclass
+class State:
+    """What is applied to a model, the active adapters in the order of their chain, and what the base was."""
+
+    applied: dict[str, Applied] = field(default_factory=dict)
+    active: tuple[str, ...] = ()
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    merged: Any = None  # peftcore.merging.merge.Merged
+    samples: tuple[str | None, ...] | None = None  # with activate(..., per_sample=True): whose each sample is
+    lock: ModelLock = field(default_factory=ModelLock)
+
+
+def state_of(model: nn.Module) -> State | None:
+    """What is applied to `model`, or None."""
+    return getattr(model, "__dict__", {}).get(STATE)
+
+
+def require_state(model: nn.Module) -> State:
+    """What is applied to `model`.
+
+    Raises:
+        PeftcoreError: nothing is, or it is no model.
+    """
+    check_model(model)
+    state = state_of(model)
+    if state is None:
+        for attribute in ("_orig_mod", "module"):  # of torch.compile; of DistributedDataParallel and its kin
+            inner = getattr(model, attribute, None)
+            if isinstance(inner, nn.Module) and state_of(inner) is not None:
+                raise PeftcoreError(f"the adapters are applied to the model inside: give model.{attribute}")
+        raise PeftcoreError("no adapter is applied to this model. Try: peftcore.apply(model, 'METHOD')")
+    return state
+
+
+def applied(model: nn.Module, adapter: str) -> Applied:
+    """The record of one adapter.
+
+    Raises:
+        PeftcoreError: no such adapter is applied.
+    """
+    state = require_state(model)
+    if not isinstance(adapter, str):
+        raise PeftcoreError(f"an adapter's name is a string, found {adapter!r}")
+    if adapter not in state.applied:
+        there = ", ".join(state.applied)
+        raise PeftcoreError(f"no adapter '{adapter}' is applied (applied: {there}){nearest(adapter, state.applied)}")
+    return state.applied[adapter]
+
+
+def adapter_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+    """(path of the adapted module, adapter) for every placement of `adapter` that is still there."""
+    applied(model, adapter)
+    for path, module in modules_with(model, state_of(model), adapter):
+        yield path, adapted.adapters_of(module)[adapter]
+
+
+def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """(name, parameter) of all that `adapter` trains, those of the base included."""
+    for path, module in adapter_modules(model, adapter):
+        for name, parameter in module.named_parameters():
+            yield (f"{path}.{name}" if path else name), parameter
+    own = TrainedParameters.of(model, adapter)
+    if own is not None:
+        yield from own.values(model)
+
+
+def changed(model: nn.Module) -> dict[str, str]:
+    """By path, what has become of modules with adapters since `apply`."""
+    state = state_of(model)
+    names = state.applied if state is not None else ()
+    return {path: told for name in names for path, told in changes_of(model, state, name)}
+
+
+def refuse_changed(model: nn.Module) -> None:
+    """Raise a PeftcoreError if modules with adapters were replaced, resized or parametrized since `apply`."""
+    state = require_state(model)
+    for name in state.applied:
+        found = dict(changes_of(model, state, name))
+        if found:
+            raise PeftcoreError(
+                f"the model was changed after the adapter '{name}' was applied: {told(found)}. Undo the change, or "
+                f"take the adapter off, peftcore.remove(model, '{name}'), and apply it to the changed model"
+            )
+
+
+def changes_of(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, str]]:
+    """(path, what has become of it) of the modules of `adapter` that are not what they were."""
+    return changes(model, adapter, state.applied[adapter].facts, state.lock, shapes=state.merged is None)
+
+
+def modules_with(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of those at which `adapter` still stands."""
+    return standing(model, adapter, state.applied[adapter].paths, state.lock)
+
+
+def told(changes: dict[str, str], most: int = 3) -> str:
+    """The first of these changes, in words."""
+    parts = [f"'{path}' {what}" for path, what in list(changes.items())[:most]]
+    return "; ".join(parts) + (f"; and {len(changes) - most} more" if len(changes) > most else "")
+
+
+def refuse_merged(state: State, what: str) -> None:
+    """Raise a PeftcoreError if adapters are merged. `what`: what cannot be done then, such as `save`."""
+    if state.merged is not None:
+        raise PeftcoreError(f"cannot {what}: adapters are merged into the base. First peftcore.unmerge(model)")
+
+
+def refuse_per_sample(state: State, what: str) -> None:
+    """Raise a PeftcoreError if each sample of a batch has an adapter of its own."""
+    if state.samples is not None:
+        raise PeftcoreError(
+            f"cannot {what} while each sample has its own. First let some act on all: peftcore.activate(model, [...])"
+        )
+
+
+def check_model(model: Any) -> None:
+    """Raise a PeftcoreError unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise PeftcoreError(f"the model must be a torch.nn.Module, found {model!r:.200}")

@@ -1,0 +1,175 @@
+"""What is trainable, and what it weighs: of a model with adapters, and of one before `apply`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore.adaptation.adapted import base_parameters
+from peftcore.engine.applying import check_dtype
+from peftcore.engine.placing import covered, device_and_dtype, place
+from peftcore.engine.state import adapter_parameters, changed, check_model, state_of
+from peftcore.engine.trained import TrainedParameters
+from peftcore.targets import match_counts
+from peftcore.targets.coverage import Coverage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `apply` would place.
+
+    Args:
+        rows: (path or parameter name, kind, parameters, bytes) of every placement.
+        matches: per pattern of `target_modules`, after resolving, how many modules it matches.
+        coverage: what share of the weight in layers it reaches, and what it leaves out.
+    """
+
+    method: str
+    config: Any
+    rows: tuple[tuple[str, str, int, int], ...]
+    matches: dict[str, int]
+    base_parameters: int
+    coverage: Coverage
+
+    @property
+    def trainable_parameters(self) -> int:
+        return sum(row[2] for row in self.rows)
+
+    @property
+    def trainable_bytes(self) -> int:
+        return sum(row[3] for row in self.rows)
+
+    def __str__(self) -> str:
+        kinds = Counter(kind for _, kind, _, _ in self.rows)
+        lines = [
+            f"{self.method}: {', '.join(f'{count} x {kind}' for kind, count in kinds.items())}",
+            f"trainable: {self.trainable_parameters:,} of {self.base_parameters:,} parameters "
+            f"({share(self.trainable_parameters, self.base_parameters)}), {megabytes(self.trainable_bytes)}",
+            str(self.coverage),
+        ]
+        lines += [f"  {pattern}: {count} modules" for pattern, count in self.matches.items()]
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """One adapter: its method, how many modules it stands at, and its size."""
+
+    name: str
+    method: str
+    active: bool
+    modules: int
+    trained: int
+    parameters: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is applied to a model.
+
+    Args:
+        trainable_parameters: how many an optimizer would change now.
+        changed: by path, modules with adapters that were replaced, resized or parametrized since `apply`.
+    """
+
+    adapters: tuple[AdapterSummary, ...]
+    base_parameters: int
+    base_bytes: int
+    trainable_parameters: int
+    merged: bool
+    changed: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [
+            f"base: {self.base_parameters:,} parameters, {megabytes(self.base_bytes)}"
+            + (" (adapters merged into it)" if self.merged else ""),
+            f"trainable: {self.trainable_parameters:,} ({share(self.trainable_parameters, self.base_parameters)})",
+        ]
+        lines += [
+            f"  {a.name}: {a.method}, {'active' if a.active else 'resting'}, {a.modules} modules"
+            + (f", {a.trained} parameters of the base" if a.trained else "")
+            + f", {a.parameters:,} parameters, {megabytes(a.bytes)}"
+            for a in self.adapters
+        ]
+        lines += [f"  changed since: '{path}' {what}" for path, what in self.changed.items()]
+        return "\n".join(lines)
+
+
+def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = None, **fields: Any) -> Plan:
+    """What `apply` with the same arguments would place, and what it would cost.
+
+    The model is left alone, and the adapters are made on the meta device: nothing is allocated.
+    """
+    check_dtype(dtype)
+    with torch.device("meta"):
+        placed = place(model, method, fields)
+    parameters = dict(base_parameters(model))
+    rows = []
+    for placement in placed.around:
+        _, kept = device_and_dtype(model.get_submodule(placement.path), dtype)
+        count = sum(p.numel() for p in placement.adapter.parameters())
+        rows.append((placement.path, type(placement.adapter).__name__, count, count * kept.itemsize))
+    rows += [(name, "trained parameter", parameters[name].numel(), parameters[name].nbytes) for name in placed.trained]
+    target_modules = getattr(placed.config, "target_modules", None)
+    return Plan(
+        method=placed.method.name,
+        config=placed.config,
+        rows=tuple(rows),
+        matches=match_counts(model, target_modules) if target_modules else {},
+        base_parameters=sum({id(p): _values(p) for p in parameters.values()}.values()),
+        coverage=covered(model, placed),
+    )
+
+
+def summary(model: nn.Module) -> Summary:
+    """What is applied to `model`, what of it is trainable, and what it weighs. Works on any model."""
+    check_model(model)
+    state = state_of(model)
+    base = {id(p): p for _, p in base_parameters(model)}
+    adapters = []
+    for name, entry in state.applied.items() if state else ():
+        parameters = [p for _, p in adapter_parameters(model, name)]
+        own = TrainedParameters.of(model, name)
+        for _, value, original in own.standing(model) if own is not None else ():
+            if isinstance(original, nn.Parameter):
+                base.pop(id(value), None)
+                base[id(original)] = original
+        adapters.append(
+            AdapterSummary(
+                name=name,
+                method=entry.method,
+                active=name in state.active,
+                modules=len(entry.paths),
+                trained=len(entry.trained),
+                parameters=sum(p.numel() for p in parameters),
+                bytes=sum(p.nbytes for p in parameters),
+            )
+        )
+    return Summary(
+        adapters=tuple(adapters),
+        base_parameters=sum(_values(p) for p in base.values()),
+        base_bytes=sum(p.nbytes for p in base.values()),
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        merged=state is not None and state.merged is not None,
+        changed=changed(model),
+    )
+
+
+def share(part: int, whole: int) -> str:
+    """`1.23 %`."""
+    return f"{100 * part / whole:.2f} %" if whole else "-"
+
+
+def megabytes(count: float) -> str:
+    """`12.3 MB` (decimal), or kB below one."""
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+def _values(parameter: nn.Parameter) -> int:
+    """How many weights a parameter of the base holds: two a byte where they are packed in 4 bits."""
+    return parameter.numel() * (2 if parameter.dtype is torch.uint8 else 1)

@@ -1,0 +1,272 @@
+"""What an adapter has of its own in place of the base's: parameters that it trains, and state that it keeps.
+
+The module's slot holds the adapter's tensor while the adapter is active and the base's while it rests;
+this module holds the other one. Keys of the base stay, several adapters may own one parameter in turn,
+and removing restores the very same tensors.
+
+    trained   `Train` placements. Two active adapters cannot train one parameter.
+    kept      what is not trained and changes all the same: buffers that training moves, such as the statistics of a
+              BatchNorm, which a frozen model in training mode moves too. Of several active adapters the last one
+              has its own in the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import ranks
+from peftcore.adaptation.adapted import TRAINED, Adapters, base_modules, base_parameters
+from peftcore.errors import PeftcoreError
+from peftcore.observation.heads import mark_as_loaded
+
+
+class TrainedParameters(nn.Module):
+    """What one adapter has of its own.
+
+    Args:
+        slots: per name of a trained parameter, all slots that share it (tied weights).
+        kept: the same of tensors that are kept.
+    """
+
+    def __init__(self, slots: dict[str, list[str]], kept: dict[str, list[str]]) -> None:
+        super().__init__()
+        self.slots = slots
+        self.kept = kept
+        self.active = False
+        self.held: set[str] = set()  # which of the kept tensors stand in the model
+
+    @staticmethod
+    def attach(model: nn.Module, adapter: str, names: Iterable[str], apart: Collection[str] = ()) -> None:
+        """Give `model` resting copies of the parameters `names`, and of its moving buffers.
+
+        Args:
+            apart: those of `names` that are trained apart from the parameters they are tied to.
+        """
+        base = base_tensors(model)
+        slots: dict[str, list[str]] = {}
+        taken: set[int] = set()
+        for name in names:
+            parameter = base[name]
+            if ranks.is_part(parameter):
+                raise PeftcoreError(f"'{name}' is sharded and cannot be trained from here on. Apply first, then shard")
+            if name in apart:
+                slots[name] = [name]
+            elif id(parameter) not in taken:  # a tied parameter, named twice, is one
+                taken.add(id(parameter))
+                slots[name] = [name, *(other for other, p in base.items() if p is parameter and other != name)]
+        kept = _shared(moving_buffers(model))
+        if not slots and not kept:
+            return
+        trained = _add(model, adapter, TrainedParameters(slots, kept))
+        for name in slots:
+            copy = nn.Parameter(base[name].detach().clone())
+            mark_as_loaded(copy, base[name])
+            trained._parameters[_key(name)] = copy
+        for name in kept:
+            trained._buffers[_key(name)] = _slot(model, name).detach().clone()
+
+    @staticmethod
+    def keep(model: nn.Module, adapter: str, values: dict[str, Tensor]) -> None:
+        """Let `adapter` keep parameters of its own, frozen, in place of those of the base; they do not act yet.
+
+        Args:
+            values: by name in the base, one of those that are tied.
+        """
+        base, owned = base_tensors(model), TrainedParameters.of(model, adapter)
+        if owned is None:
+            owned = _add(model, adapter, TrainedParameters({}, {}))
+        for name, value in values.items():
+            like = base[name]
+            if ranks.is_part(like):
+                raise PeftcoreError(f"the adapter has a '{name}' of its own, and the base's is sharded. First load")
+            owned.kept[name] = [name, *tied_to(model, [name])]
+            owned._parameters[_key(name)] = nn.Parameter(value.to(like.device, like.dtype).clone(), requires_grad=False)
+
+    @staticmethod
+    def detach(model: nn.Module, adapter: str) -> None:
+        """Forget a resting adapter's copies."""
+        if TrainedParameters.of(model, adapter) is None:
+            return
+        del model._modules[TRAINED]._modules[adapter]
+        if not len(model._modules[TRAINED]):
+            del model._modules[TRAINED]
+
+    @staticmethod
+    def of(model: nn.Module, adapter: str) -> TrainedParameters | None:
+        """What `adapter` has of its own; None where that is nothing."""
+        adapters = model._modules.get(TRAINED)
+        return adapters._modules.get(adapter) if adapters is not None else None
+
+    def activate(self, model: nn.Module, active: bool) -> None:
+        """Put the parameters that the adapter trains into the model, or the base's back."""
+        if active == self.active:
+            return
+        if any(ranks.is_part(parameter) for _, parameter in self.originals(model)):
+            ranks.refuse_sharded(model, "exchange trained parameters for those of the base")
+        for name, slots in self.slots.items():
+            self._exchange(model, name, slots)
+        self.active = active
+
+    def hold(self, model: nn.Module, names: Collection[str]) -> None:
+        """Put the kept tensors `names` into the model, and the base's back in place of the others."""
+        for name, slots in self.kept.items():
+            if (name in names) != (name in self.held):
+                self._exchange(model, name, slots)
+        self.held = set(names)
+
+    def values(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, the adapter's parameter) of those that are trained."""
+        for name in self.slots:
+            yield name, _slot(model, name) if self.active else self._parameters[_key(name)]
+
+    def originals(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+        """(name, the base's parameter) of those that are trained."""
+        for name in self.slots:
+            yield name, self._parameters[_key(name)] if self.active else _slot(model, name)
+
+    def kept_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """(name, the adapter's tensor) of those that are kept."""
+        for name in self.kept:
+            yield name, _slot(model, name) if name in self.held else self._aside(_key(name))
+
+    def has_moved(self, model: nn.Module) -> bool:
+        """Does a kept tensor differ from the base's?"""
+        base = base_tensors(model)
+        return any(not torch.equal(tensor, base[name]) for name, tensor in self.kept_values(model))
+
+    def standing(self, model: nn.Module) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+        """(slots, the adapter's tensor in them, the base's) of all that stands in the model now."""
+        here = {**(self.slots if self.active else {}), **{name: self.kept[name] for name in self.held}}
+        for name, slots in here.items():
+            yield slots, _slot(model, name), self._aside(_key(name))
+
+    def changes(self, model: nn.Module) -> Iterator[tuple[str, str]]:
+        """(slot, what has become of it) where the tensor is gone or has another shape."""
+        for name, slots in {**self.slots, **self.kept}.items():
+            was = list(self._aside(_key(name)).shape)
+            for slot in slots:
+                now = _shape(model, slot)
+                if now != was:
+                    yield slot, "is gone" if now is None else f"has shape {now}, which was {was}"
+
+    def _aside(self, key: str) -> Tensor:
+        return self._parameters[key] if key in self._parameters else self._buffers[key]
+
+    def _exchange(self, model: nn.Module, name: str, slots: Sequence[str]) -> None:
+        key = _key(name)
+        here = self._parameters if key in self._parameters else self._buffers
+        aside = here[key]
+        slots = [slot for slot in slots if _shape(model, slot) == list(aside.shape)]  # what was resized stays
+        if not slots:
+            return
+        here[key] = _slot(model, slots[0])
+        for slot in slots:
+            tensors, attribute = _tensors(model, slot)
+            tensors[attribute] = aside
+
+
+def hold_of_last(model: nn.Module, active: Sequence[str]) -> None:
+    """Let each kept tensor in the model be that of the last of the `active` adapters that has it, or the base's."""
+    adapters = model._modules.get(TRAINED)
+    owner: dict[str, str] = {}
+    for name in active:
+        owned = TrainedParameters.of(model, name)
+        owner.update(dict.fromkeys(owned.kept if owned is not None else (), name))
+    everyone = adapters._modules.items() if adapters is not None else ()
+    wanted = {name: {kept for kept in owned.kept if owner.get(kept) == name} for name, owned in everyone}
+    for name, owned in everyone:
+        owned.hold(model, owned.held & wanted[name])
+    for name, owned in everyone:
+        owned.hold(model, wanted[name])
+
+
+def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """(name, buffer) of the base's buffers that training may move, a shared one under each of its names.
+
+    These are the floating ones that `state_dict()` holds, and counters. Layers whose weights are packed keep them, and
+    their scales, in buffers, too: those are passed over.
+    """
+    found = []
+    for path, module in base_modules(model):
+        tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        if any(not t.is_floating_point() and t.dim() > 1 for t in tensors):
+            continue
+        for name, buffer in module._buffers.items():
+            saved = buffer is not None and name not in module._non_persistent_buffers_set
+            if saved and (buffer.is_floating_point() or (buffer.dim() == 0 and buffer.dtype is torch.int64)):
+                found.append((f"{path}.{name}" if path else name, buffer))
+    return found
+
+
+@contextmanager
+def unmoved_buffers(model: nn.Module) -> Iterator[None]:
+    """What training moves within the block, while the base's buffers stand in the model, is as before behind it."""
+    before = [(buffer, buffer.clone()) for _, buffer in moving_buffers(model)]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in before:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and moving buffers of the base by name; where an adapter's own stand in their place, the base's."""
+    found = dict([*base_parameters(model), *moving_buffers(model)])
+    adapters = model._modules.get(TRAINED)
+    for owned in adapters._modules.values() if adapters is not None else ():
+        for slots, _, original in owned.standing(model):
+            found.update(dict.fromkeys(slots, original))
+    return found
+
+
+def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The names of the base's parameters that are tied to those of `names`, these left out."""
+    base, names = base_tensors(model), set(names)
+    tensors = {id(base[name]) for name in names}
+    return [name for name, tensor in base.items() if id(tensor) in tensors and name not in names]
+
+
+def _add(model: nn.Module, adapter: str, own: TrainedParameters) -> TrainedParameters:
+    if TRAINED not in model._modules:
+        model.add_module(TRAINED, Adapters().train(model.training))
+    model._modules[TRAINED]._modules[adapter] = own.train(model.training)
+    return own
+
+
+def _shared(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[str]]:
+    """The names of each tensor, by the first of them."""
+    first: dict[int, str] = {}
+    found: dict[str, list[str]] = {}
+    for name, tensor in tensors:
+        found.setdefault(first.setdefault(id(tensor), name), []).append(name)
+    return found
+
+
+def _key(name: str) -> str:
+    return name.replace(".", "/")  # a parameter's name must not contain a dot
+
+
+def _tensors(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
+    """(parameters or buffers of the module that has the tensor `name`, its name there)."""
+    path, _, attribute = name.rpartition(".")
+    module = model.get_submodule(path)
+    return (module._parameters if attribute in module._parameters else module._buffers), attribute
+
+
+def _shape(model: nn.Module, name: str) -> list[int] | None:
+    try:
+        slot = _slot(model, name)
+    except (AttributeError, KeyError):
+        return None
+    return list(getattr(slot, "ds_shape", slot.shape))  # ZeRO-3 empties its own
+
+
+def _slot(model: nn.Module, name: str) -> Tensor:
+    tensors, attribute = _tensors(model, name)
+    return tensors[attribute]

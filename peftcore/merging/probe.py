@@ -1,0 +1,190 @@
+"""Does a merged weight compute what the adapters compute? Both are run on random input in float32, and compared.
+
+    chain(x; W)  =  forward(x; merged W)        within 1e-4 of each output feature's largest value
+
+One check for adapters and layers that nobody listed: an adapter that moves a bias, two that do not commute, a subclass
+that scales, clips or normalises. The module itself is left alone. What runs is a shallow copy of it in evaluation mode,
+without hooks, whose parameters are float32 ones of its own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from peftcore.adaptation import adapted
+from peftcore.errors import PeftcoreError
+from peftcore.method import WeightFormat
+from peftcore.targets import is_linear, sizes
+
+TOLERANCE = 1e-4
+TOLERANCE_TF32 = 4e-3  # where products in float32 may round their factors
+_ROWS = 4
+_LARGE = 1000.0  # half of the input is as large, for layers that clip
+
+
+def refuse_inexact(
+    path: str, module: nn.Module, names: Sequence[str], weights: WeightFormat, before: Tensor, merged: Tensor
+) -> None:
+    """Raise a PeftcoreError unless the weight `merged` makes `module` compute what its adapters compute.
+
+    Args:
+        module: not under autocast.
+        names: the adapters, in the order in which they act.
+        weights: the format of `before` and `merged`, which are dense and float32.
+    """
+
+    def refuse(why: str) -> PeftcoreError:
+        kind = adapted.original_class(module).__name__
+        return PeftcoreError(
+            f"merging {list(names)} into '{path}' ({kind}) would change what the model computes: {why}. Nothing "
+            "was changed. Keep the adapters beside the base, or take them off that module"
+        )
+
+    if adapted.has_forward_of_instance(module):
+        raise refuse("it has a forward of this one instance, of which it is not known what that does with the weight")
+    with torch.no_grad():
+        chain, plain = _evaluated(module, holder=before), _evaluated(module, holder=before)
+        precision = max(_put(chain, weights, before), _put(plain, weights, merged))
+        adapted.activate(chain, names)
+        tolerance = max(_rounding(before.device), 4 * precision)
+        forward = adapted.original_forward(module)
+        inputs, wanted = _first_that_runs(_inputs(module, before), lambda *args: forward(plain, *args))
+        if inputs is None:
+            raise refuse("what the module takes is not known, so that it cannot be compared")
+        try:
+            found = type(chain).forward(chain, *inputs)
+        except Exception as error:
+            raise refuse(f"the adapters do not run on {[list(x.shape) for x in inputs]}: {error!r}") from error
+        found, wanted = _floating(found), _floating(wanted)
+        if [y.shape for y in found] != [y.shape for y in wanted]:
+            raise refuse("its output has another shape with the adapters than without")
+        off = max((_difference(y, z, module) for y, z in zip(found, wanted, strict=True)), default=0.0)
+        if not off <= tolerance:
+            raise refuse(f"on random input a feature of its output is off by {off:.2g} of its size")
+
+
+def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None) -> Any:
+    """What the forward of the module's class gives in evaluation mode; None where it takes no such input.
+
+    Args:
+        weight: to be read in place of the module's own.
+    """
+    device = module.weight.device
+    autocast = torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else None
+    with torch.no_grad(), autocast or nullcontext(), torch.random.fork_rng(devices=[]):
+        copy, forward = _evaluated(module, floats=None), adapted.original_forward(module)
+        copy._parameters.update({} if weight is None else {"weight": weight})
+        return _first_that_runs(iter([inputs]), lambda *args: forward(copy, *args))[1]
+
+
+def _evaluated(
+    module: nn.Module, holder: Tensor | None = None, floats: torch.dtype | None = torch.float32
+) -> nn.Module:
+    """A shallow copy of `module` and all in it, in evaluation mode, without hooks, floating tensors as `floats`.
+
+    With `holder` its weight is a placeholder, that is to be replaced.
+    """
+    copy = object.__new__(type(module))
+    copy.__dict__.update(module.__dict__, training=False, _compiled_call_impl=None)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        copy.__dict__[hooks] = OrderedDict()
+    for kind in ("_parameters", "_buffers"):
+        copy.__dict__[kind] = tensors = dict(module.__dict__[kind])
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.is_floating_point() and floats is not None:
+                replaced = holder is not None and name == "weight"
+                tensors[name] = holder.new_zeros(()).expand(tensor.shape) if replaced else tensor.detach().to(floats)
+    copy.__dict__["_modules"] = {
+        name: None if child is None else _evaluated(child, None, floats) for name, child in module._modules.items()
+    }
+    adapted.rebind(copy)
+    return copy
+
+
+def _put(copy: nn.Module, weights: WeightFormat, weight: Tensor) -> float:
+    """Give an evaluated copy a dense weight; how coarsely it is kept there."""
+    tensors = {"weight": weight} if weights.decode is not None else weights.write(copy, weight)
+    for name, tensor in tensors.items():
+        path, _, attribute = name.rpartition(".")
+        owner = copy.get_submodule(path)
+        (owner._parameters if attribute in owner._parameters else owner._buffers)[attribute] = tensor
+    return max((torch.finfo(t.dtype).eps for t in tensors.values() if t.is_floating_point()), default=1.0)
+
+
+def _rounding(device: torch.device) -> float:
+    exact = device.type == "cpu" and torch.get_float32_matmul_precision() == "highest"
+    return TOLERANCE if exact else TOLERANCE_TF32
+
+
+def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """What a module of this kind may take, the likeliest first."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        x = torch.randn(*shape, generator=generator, device="cpu").to(weight.device)
+        return torch.cat([x, _LARGE * x])
+
+    if isinstance(module, nn.Embedding):
+        ids = torch.randint(module.num_embeddings, (16 * _ROWS,), generator=generator, device="cpu").tolist()
+        named = [i for i in vars(module).values() if type(i) is int and 0 <= i < module.num_embeddings]
+        yield (torch.tensor([ids + named], device=weight.device),)  # it may treat some in a way of their own
+    elif is_linear(module):
+        width = sizes(module)[0]
+        yield (normal(_ROWS, width),)
+        yield (normal(1, _ROWS, width),)
+        yield (normal(16 * _ROWS, width),)  # in groups
+    elif isinstance(module, _ConvNd):
+        spatial = [d * (k - 1) + 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+        x = normal(1, module.in_channels, *spatial)
+        yield (x,)
+        yield (x.transpose(1, 2),)  # channels last, as some heads have it
+    elif isinstance(module, nn.MultiheadAttention):
+        yield tuple(normal(2, 3, width)[:2] for width in (module.embed_dim, module.kdim, module.vdim))
+    elif weight.dim():
+        width = weight.shape[-1]
+        yield (normal(_ROWS, width),)
+        yield (normal(_ROWS, width, 3),)
+        yield (normal(_ROWS, width, 3, 3),)
+
+
+def _first_that_runs(candidates: Iterator[tuple], call: Callable[..., Any]) -> tuple[tuple | None, Any]:
+    for inputs in candidates:
+        try:
+            return inputs, call(*inputs)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError):
+            continue
+    return None, None
+
+
+def _floating(output: Any) -> list[Tensor]:
+    """The floating tensors of an output."""
+    if isinstance(output, Tensor):
+        return [output.float().reshape(output.shape or (1,))] if output.is_floating_point() else []
+    if isinstance(output, dict):
+        output = output.values()
+    elif not isinstance(output, (tuple, list)):
+        return []
+    return [tensor for each in output for tensor in _floating(each)]
+
+
+def _difference(found: Tensor, wanted: Tensor, module: nn.Module) -> float:
+    """The largest difference, as a share of the largest value of its feature; small and large inputs apart."""
+    if isinstance(module, _ConvNd):
+        found, wanted = found.movedim(1, -1), wanted.movedim(1, -1)
+    off = torch.where(found == wanted, 0.0, found - wanted).abs()  # two infinities are equal
+    size = torch.maximum(found.abs(), wanted.abs()).nan_to_num(posinf=0.0)
+    return max((_relative(*half) for half in zip(off.chunk(2), size.chunk(2), strict=True)), default=0.0)
+
+
+def _relative(off: Tensor, size: Tensor) -> float:
+    if not off.numel():
+        return 0.0
+    off, size = (y.reshape(-1, y.shape[-1]).amax(0) for y in (off, size))
+    return (off / size.clamp(min=1e-3 * size.max().item() + 1e-30)).nan_to_num(nan=torch.inf).max().item()

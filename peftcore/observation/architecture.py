@@ -1,0 +1,115 @@
+"""The architecture of a model: what it is for, and where its backbone, embedding and heads are.
+
+Read off the model itself (transformers' models all say these things); a plugin's
+`peftcore_architecture` hook answers first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from peftcore.adaptation.adapted import base_modules, original_forward
+from peftcore.architecture import Architecture
+from peftcore.errors import PluginError
+from peftcore.observation.heads import task_heads
+from peftcore.observation.sublayers import Observed
+from peftcore.registry import registry
+
+# The argument by which a model takes its attention cache: transformers names it by release.
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
+
+# PEFT's task types, by the ending of a class's name.
+_TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def detect(model: nn.Module) -> Architecture:
+    """The architecture of `model`, from a plugin's hook or the model's own words."""
+    for plugin, told in registry.answers("peftcore_architecture", contain=True, model=model):
+        if not isinstance(told, Architecture):
+            raise PluginError(
+                f"peftcore_architecture of the plugin '{plugin.name}' ({plugin.distribution} {plugin.version}) must "
+                f"return a peftcore.Architecture or None, found {type(told).__name__}"
+            )
+        return told
+    return _read(model)
+
+
+def _read(model: nn.Module) -> Architecture:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_input_embeddings"):
+        return Architecture(sublayers=Observed(model))
+    is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+        is_encoder_decoder |= bool(getattr(config, "is_encoder_decoder", False))
+    paths = {id(module): path for path, module in base_modules(model)}
+
+    def path_of(module: nn.Module | None) -> str | None:
+        return paths.get(id(module))
+
+    backbone = path_of(getattr(model, "base_model", None)) or ""
+    output_head = path_of(_call(model, "get_output_embeddings"))
+    arguments = inspect.signature(original_forward(model.get_submodule(backbone))).parameters
+    heads, hidden_size = _size(config, "num_attention_heads"), _size(config, "hidden_size")
+    return Architecture(
+        task_type=_task_type(model, is_encoder_decoder, output_head),
+        is_encoder_decoder=is_encoder_decoder,
+        backbone=backbone,
+        encoder=path_of(_call(model, "get_encoder")) if is_encoder_decoder else None,
+        decoder=path_of(_call(model, "get_decoder")) if is_encoder_decoder else None,
+        embedding=path_of(_token_embedding(model)),
+        output_head=output_head,
+        task_heads=task_heads(model, backbone, output_head),
+        cache_argument=next((name for name in _CACHE_ARGUMENTS if name in arguments), None),
+        hidden_size=hidden_size,
+        num_layers=_size(config, "num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=_size(config, "num_key_value_heads") or _falcon_heads(config) or heads,
+        head_dim=_size(config, "head_dim") or (hidden_size // heads if hidden_size and heads else None),
+        sublayers=Observed(model),
+    )
+
+
+def _size(config: Any, name: str) -> int | None:
+    """A size of the whole model; None where the config has none, or one for each layer or stage."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to give one value for layers that differ
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _token_embedding(model: nn.Module) -> nn.Module | None:
+    """What `get_input_embeddings` names, unless it embeds patches or waves."""
+    module = _call(model, "get_input_embeddings")
+    return module if isinstance(getattr(module, "embedding_dim", None), int) else None
+
+
+def _falcon_heads(config: Any) -> int | None:
+    """Falcon caches one head where all queries share it, and else as many as there are queries."""
+    one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", True)
+    return 1 if one else None
+
+
+def _call(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return getattr(model, name)()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _task_type(model: nn.Module, is_encoder_decoder: bool, output_head: str | None) -> str | None:
+    name = type(model).__name__
+    told = next((task_type for ending, task_type in _TASKS.items() if name.endswith(ending)), None)
+    if told is not None or output_head is None:
+        return told
+    if is_encoder_decoder:
+        return "SEQ_2_SEQ_LM"
+    return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None

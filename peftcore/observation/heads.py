@@ -1,0 +1,107 @@
+"""Heads: the modules of a model that pre-training did not train, read off the model itself.
+
+    loaded by from_pretrained   what the checkpoint did not have, which transformers marks, wherever it stands
+    of a class for a task       and all that stands beside the backbone, whether the checkpoint has it or not
+
+A task's class is one that transformers lists for classification, detection, segmentation and the like, which it gives
+labels or a vocabulary of the user's. Heads of language models are not new, nor is what is tied to the embedding.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+
+from torch import Tensor, nn
+
+from peftcore.adaptation.adapted import CHILD, TRAINED, base_modules, base_parameters, original_class
+
+_TASK = re.compile(
+    "(?<!ZERO_SHOT_)(?<!ZERO_SHOT_IMAGE_)(CLASSIFICATION|OBJECT_DETECTION|SEGMENTATION|QUESTION_ANSWERING"
+    "|MULTIPLE_CHOICE|NEXT_SENTENCE_PREDICTION|CTC|RNNT|TDT|XVECTOR|REGRESSION|KEYPOINT_DETECTION|POSE_ESTIMATION)"
+)
+_TASK_NAME = re.compile("For.*(Classification|Detection|Segmentation|QuestionAnswering|MultipleChoice|CTC|Regression)")
+_OURS = (CHILD, TRAINED)
+_LOADED = "_is_hf_initialized"  # transformers' mark of a parameter that a checkpoint gave
+
+
+def task_heads(model: nn.Module, backbone: str, output_head: str | None) -> tuple[str, ...]:
+    """Paths of the modules of a transformers model that pre-training did not train.
+
+    Args:
+        backbone: path of the module that runs the layers, "" where the class names none.
+        output_head: path of the head that gives token logits.
+    """
+    kinds = _kinds().get(original_class(model).__name__, set())
+    beside = _beside_backbone(model, backbone)
+    loaded = any(getattr(parameter, _LOADED, False) for _, parameter in base_parameters(model))
+    of_task = any(map(_TASK.search, kinds)) if kinds else bool(_TASK_NAME.search(original_class(model).__name__))
+    if of_task or not (kinds or loaded):
+        inner = None if of_task else output_head
+        heads = [path for path in beside if inner is None or not f"{inner}.".startswith(f"{path}.")]
+    else:
+        heads = []
+    if loaded:
+        for path in _missing(model, beside, output_head):
+            heads += [path] if not _is_inside(path, heads) else []
+    return tuple(heads)
+
+
+def mark_as_loaded(parameter: Tensor, like: Tensor | None) -> None:
+    """Let `parameter`, which stands for `like`, be one that a checkpoint gave if `like` is."""
+    if getattr(like, _LOADED, False):
+        setattr(parameter, _LOADED, True)
+
+
+def _beside_backbone(model: nn.Module, backbone: str) -> list[str]:
+    """The children of the model that have parameters and are no backbone, nor hold one."""
+    paths = {id(module): path for path, module in base_modules(model)}
+    children = [(name, child) for name, child in model._modules.items() if id(child) in paths and name not in _OURS]
+    if backbone:
+        backbones = {backbone.split(".")[0]}
+    else:  # the class names a prefix that it has not, as CLIP's classifier does, whose vision model is one of its own
+        backbones = {name for name, child in children if hasattr(child, "base_model_prefix")}
+    if not backbones:
+        return []
+    return [  # a module that the backbone holds, too, bears its name there
+        paths[id(child)]
+        for name, child in children
+        if name not in backbones and any(True for _ in base_parameters(child))
+    ]
+
+
+def _missing(model: nn.Module, beside: list[str], output_head: str | None) -> Iterator[str]:
+    """Paths of modules whose parameters the checkpoint did not have.
+
+    Not the output head, which may be one that was made longer. In the backbone they must be few: layers that were
+    replaced after loading bear no mark, too.
+    """
+    marked: dict[str, bool] = {}
+    for name, parameter in base_parameters(model):
+        plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
+        marked[name] = not plain or getattr(parameter, _LOADED, False)
+    inside = [mark for name, mark in marked.items() if not _is_inside(name, beside)]
+    few = 2 * sum(inside) > len(inside)
+    for path in dict.fromkeys(name.rpartition(".")[0] for name, mark in marked.items() if not mark):
+        whole = not any(mark for name, mark in marked.items() if name.startswith(f"{path}."))
+        if path and path != output_head and whole and (few or _is_inside(path, beside)):
+            yield path
+
+
+def _is_inside(path: str, others: list[str]) -> bool:
+    return any(path == other or path.startswith(f"{other}.") for other in others)
+
+
+@cache
+def _kinds() -> dict[str, set[str]]:
+    """{class: what transformers' auto classes offer it for}, such as `IMAGE_CLASSIFICATION`."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, set[str]] = {}
+    for mapping in dir(modeling_auto):
+        kind = re.fullmatch("MODEL_(?:FOR_)?(.*?)_?MAPPING_NAMES", mapping)
+        for names in getattr(modeling_auto, mapping).values() if kind else ():
+            for name in (names,) if isinstance(names, str) else names:
+                found.setdefault(name, set()).add(kind[1])
+    return found

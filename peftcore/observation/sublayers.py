@@ -1,0 +1,286 @@
+"""Where the sublayers of a model lie: attention, cross-attention and feed-forward, as one forward shows them.
+
+A sublayer is a branch F beside the residual stream: s + F(s). It is found by what is added to what, and never by a
+class's name (`observation`); see `residuals` for how.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from peftcore.adaptation.adapted import base_modules
+from peftcore.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Sublayer
+from peftcore.observation.bypass import bypassed, rewritten
+from peftcore.observation.residuals import FUSED_ATTENTION, MATRIX, MIXING, Branch, Residuals
+from peftcore.observation.tracing import SKIPPED, Call, Trace, observe, once_a_model, trace
+
+
+class Observed(Sequence[Sublayer]):
+    """The sublayers of a model, found when they are first asked for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    @cached_property
+    def _found(self) -> tuple[Sublayer, ...]:
+        return find(self._model)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._found[index]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self._found == tuple(other)
+
+    def __repr__(self) -> str:
+        return repr(self._found)
+
+
+@once_a_model
+def find(model: nn.Module) -> tuple[Sublayer, ...]:
+    """The sublayers of all numbered layers of `model`, in the order of its forward.
+
+    None where its forward cannot be observed: it fails with example inputs; or where the model scales what they add.
+    """
+    reader = _Reader(model, observe(model))
+    if reader.looks_into_skipped_layers():
+        reader = _Reader(model, trace(model, every_layer=True))
+    if reader.trace.error is not None and not _whole_stacks(model, reader.trace):
+        return ()
+    found = reader.sublayers()
+    if any(sublayer.output in bypassed(model) for sublayer in found):  # called in evaluation: is it in training?
+        training = trace(model, training=True)
+        past = training.read - training.called
+        found = tuple(sublayer for sublayer in found if sublayer.output not in past)
+    if any(f"{path}.".startswith(f"{sublayer.output}.") for path in rewritten(model) for sublayer in found):
+        return ()  # the stream has another scale in evaluation than in training, and what is added to it with it (RWKV)
+    return found
+
+
+def _whole_stacks(model: nn.Module, trace: Trace) -> bool:
+    """Did a forward that failed leave no list of layers half-way?"""
+    if any(_numbers(path) for path in trace.failed):
+        return False
+    lists = (path for path, module in base_modules(model) if isinstance(module, nn.ModuleList))
+    modules = dict(base_modules(model))
+    return all(len({f"{path}.{i}" in trace.called for i in range(len(modules[path]))}) <= 1 for path in lists)
+
+
+class _Reader:
+    """Turns branches of a trace into sublayers."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.trace, self.values = trace, trace.values
+        self.residuals = Residuals(trace)
+        self.modules = dict(base_modules(model))
+        self.called = trace.called
+
+    def looks_into_skipped_layers(self) -> bool:
+        """Is a layer's work added outside of it?"""
+        return any(
+            self.values[v].operator == SKIPPED for branch in self.residuals.branches for v in self._region(branch)
+        )
+
+    def sublayers(self) -> tuple[Sublayer, ...]:
+        branches: dict[str, Branch] = {}  # by path; a shared layer counts once
+        for branch in self.residuals.branches:
+            if _numbers(branch.call.path) and self._has_features_last(branch.call):
+                branches.setdefault(branch.call.path, branch)
+        twins = {path: [path] for path in branches}  # those of the layers that are like the one that was watched
+        for path, like in self.trace.alike:
+            for known in [known for known in twins if known.startswith(f"{like}.")]:
+                twins[known].append(path + known[len(like) :])
+        layers = _layers([path for paths in twins.values() for path in paths])
+        watched: dict[str, list[Branch]] = defaultdict(list)
+        for path, branch in branches.items():
+            watched[layers[path]].append(branch)
+        found: dict[str, list[Sublayer]] = defaultdict(list)
+        for layer, inside in watched.items():
+            for branch, kind in zip(inside, self._kinds(inside), strict=True):
+                if kind is not None:
+                    sublayer = self._sublayer(branch, kind, layer)
+                    for path in dict.fromkeys(twins[branch.call.path]):
+                        found[layers[path]].append(_moved(sublayer, layer, layers[path]))
+        order = [call.path for call in self.trace.calls]
+        indices = _indices(sorted(found, key=order.index))
+        return tuple(replace(sublayer, layer=indices[layer]) for layer in indices for sublayer in found[layer])
+
+    def _kinds(self, branches: list[Branch]) -> list[str | None]:
+        products = [self._product(branch) for branch in branches]
+        attends = [product is not None for product in products]
+        mixes = [any(self.values[v].operator in MIXING for v in self._region(branch)) for branch in branches]
+        kinds: list[str | None] = []
+        for branch, product, mixing in zip(branches, products, mixes, strict=True):
+            if product is not None:
+                kinds.append(ATTENTION if self._looks_at_itself(branch, product) else CROSS_ATTENTION)
+            elif not mixing:
+                kinds.append(FEED_FORWARD)
+            elif not any(attends):
+                kinds.append(ATTENTION)
+            else:  # a convolution inside the feed-forward, or a module of its own beside one (Conformer)
+                others = sum(not a and not m for a, m in zip(attends, mixes, strict=True))
+                kinds.append(None if others else FEED_FORWARD)
+        return kinds
+
+    def _region(self, branch: Branch) -> list[int]:
+        """The values between the stream and h, in order, made inside the call that gave h or before it."""
+        return sorted(self.residuals.region(branch.h, branch.stream) - {branch.stream})
+
+    def _product(self, branch: Branch) -> tuple[int, int] | None:
+        """The factors of the first product of two activations: queries and keys."""
+        for number in self._region(branch):
+            value = self.values[number]
+            if value.operator in FUSED_ATTENTION:
+                return value.inputs[0], value.inputs[1]
+            if value.operator in ("bmm", "baddbmm") and not any(self.values[v].is_weight for v in value.inputs[-2:]):
+                return value.inputs[-2], value.inputs[-1]
+        return None
+
+    def _looks_at_itself(self, branch: Branch, product: tuple[int, int]) -> bool:
+        return self.residuals.comes_from(product[1], branch.stream)
+
+    def _sublayer(self, branch: Branch, kind: str, layer: str) -> Sublayer:
+        norm = self._norm_behind(branch, layer)
+        whole, adds = self._whole(branch)
+        streams = [c for c in self.residuals.returned[branch.out] if not self.residuals.is_plain(c)]
+        return Sublayer(
+            kind,
+            0,  # until all layers are known
+            output=branch.call.path,
+            width=self.values[branch.h].shape[-1],
+            whole=whole,
+            adds_residual=adds,
+            norm=norm,
+            stream=streams[0].path if streams and norm is None else None,
+            query=self._query(branch) if kind != FEED_FORWARD else None,
+            inner=self._inner(branch) if kind == FEED_FORWARD else (),
+        )
+
+    def _norm_behind(self, branch: Branch, layer: str) -> str | None:
+        if branch.out in self.residuals.streams:
+            return None
+        for call in self.trace.calls:
+            if call.first == branch.out and self.residuals.is_norm(call) and call.path.startswith(f"{layer}."):
+                return call.path
+        return None
+
+    def _whole(self, branch: Branch) -> tuple[str | None, bool]:
+        for call in (branch.call, *branch.call.around()):
+            first, *others = [*call.arguments.values(), None]
+            if first is not None and self._is_input(first, branch) and call.output in (branch.h, branch.out):
+                return call.path, False
+            if branch.adder is call and others[0] == branch.stream:
+                return call.path, True
+        return None, False
+
+    def _is_input(self, value: int, branch: Branch) -> bool:
+        """Is it what the sublayer reads: the stream, or the stream behind a norm?"""
+        region = self.residuals.region(value, branch.stream)
+        return branch.stream in region and not any(self.values[v].operator in MATRIX for v in region - {branch.stream})
+
+    def _has_features_last(self, call: Call) -> bool:
+        """Is the last dimension of the output that of the features? Not behind a convolution, which has them second."""
+        value = call.output
+        while True:
+            operator = self.values[value].operator
+            if operator == "convolution" or self.values[value].turned:
+                return False
+            if operator in MATRIX or operator == "embedding":
+                return True
+            inputs = [v for v in self.values[value].inputs if not self.values[v].is_weight]
+            if not inputs:
+                return False
+            value = inputs[0]
+
+    def _is_linear(self, call: Call) -> bool:
+        weight = call.module._parameters.get("weight")
+        leaf = not any(True for _ in call.module.children())
+        return leaf and weight is not None and weight.dim() == 2 and call in self.residuals.multiplies
+
+    def _linear_behind(self, value: int, since: int) -> list[Call]:
+        """The linear layers that one meets first, going back from `value`."""
+        found: dict[str, Call] = {}
+        seen, queue = {value}, [value]
+        while queue:
+            number = queue.pop()
+            calls = [c for c in self.residuals.returned[number] if self._is_linear(c)]
+            if calls:
+                found.setdefault(calls[0].path, calls[0])
+                continue
+            for source in self.values[number].inputs:
+                if source > since and source not in seen:
+                    seen.add(source)
+                    queue.append(source)
+        return [found[path] for path in sorted(found)]
+
+    def _query(self, branch: Branch) -> str | None:
+        product = self._product(branch)
+        if product is None:
+            return None
+        query, key = (self._linear_behind(v, branch.stream) for v in product)
+        return query[0].path if len(query) == 1 and query[0] not in key else None
+
+    def _inner(self, branch: Branch) -> tuple[str, ...]:
+        last = self._linear_behind(branch.h, branch.stream)
+        inner = {c.path for call in last for c in self._linear_behind(call.first, branch.stream) if call.first}
+        if any(not self._all_called(path) for path in inner):
+            return ()  # experts of which this forward took a few
+        return tuple(path for path in self.modules if path in inner)
+
+    def _all_called(self, path: str) -> bool:
+        """Were all modules called that stand in one list with this one?"""
+        parts = path.split(".")
+        for i, part in enumerate(parts):
+            if part.isdigit():
+                siblings = self.modules.get(".".join(parts[:i]), ())
+                if not all(f"{'.'.join(parts[:i])}.{name}" in self.called for name in dict(siblings.named_children())):
+                    return False
+        return True
+
+
+def _moved(sublayer: Sublayer, layer: str, to: str) -> Sublayer:
+    """The same sublayer in another layer."""
+
+    def moved(path: str | None) -> str | None:
+        return to + path[len(layer) :] if path is not None and (path == layer or path.startswith(f"{layer}.")) else path
+
+    paths = {name: moved(getattr(sublayer, name)) for name in ("output", "whole", "norm", "stream", "query")}
+    return replace(sublayer, inner=tuple(moved(path) for path in sublayer.inner), **paths)
+
+
+def _numbers(path: str) -> list[str]:
+    """The paths on the way to `path` that end in a number: `layers.3`, `layers.3.mlps.0`."""
+    parts = path.split(".")
+    return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
+
+
+def _layers(paths: list[str]) -> dict[str, str]:
+    """The layer of each sublayer: the outermost numbered module, unless it has numbered ones with several inside."""
+    inside: dict[str, set[str]] = defaultdict(set)
+    for path in paths:
+        for number in _numbers(path):
+            inside[number].add(path)
+    return {
+        path: max((n for n in _numbers(path) if len(inside[n]) > 1), key=len, default=_numbers(path)[0])
+        for path in paths
+    }
+
+
+def _indices(layers: list[str]) -> dict[str, int]:
+    """The index of each layer in its stack: its number, or where lists stand in lists (stages) its place in order."""
+    counts: Counter[str] = Counter()
+    indices = {}
+    for layer in layers:
+        stack = _numbers(layer)[0].rpartition(".")[0]
+        nested = len(_numbers(layer)) > 1
+        indices[layer] = counts[stack] if nested else int(layer.rpartition(".")[2])
+        counts[stack] += 1
+    return indices

@@ -1,0 +1,43 @@
+"""Which modules a config means: selection, patterns, and how much of the weight they reach."""
+
+from peftcore.targets.selection import (
+    ALL_LINEAR,
+    biases,
+    drop_unmatched,
+    is_conv1d,
+    is_inside,
+    is_linear,
+    match_counts,
+    matches,
+    minimal_suffixes,
+    pattern_value,
+    refuse_bypassed,
+    refuse_targeted,
+    select,
+    select_by,
+    sizes,
+    sublayers,
+    trained_modules,
+    widths,
+)
+
+__all__ = [
+    "ALL_LINEAR",
+    "biases",
+    "drop_unmatched",
+    "is_conv1d",
+    "is_inside",
+    "is_linear",
+    "match_counts",
+    "matches",
+    "minimal_suffixes",
+    "pattern_value",
+    "refuse_bypassed",
+    "refuse_targeted",
+    "select",
+    "select_by",
+    "sizes",
+    "sublayers",
+    "trained_modules",
+    "widths",
+]

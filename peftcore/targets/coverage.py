@@ -1,0 +1,114 @@
+"""What share of a model's weight a method reaches, and what is left out, and why.
+
+Counted are the matrices of layers: linear ones, convolutions, experts. Embeddings and heads are not, since methods
+leave them alone unless they are named.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from peftcore.adaptation.adapted import base_modules
+from peftcore.architecture import Architecture
+from peftcore.observation import bypassed
+
+LITTLE = 0.5  # of the weight; a selection of all there is that reaches less is told of
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Weights reached and in all; `left_out`: {what, with the reason: weights}."""
+
+    reached: int
+    total: int
+    left_out: dict[str, int]
+
+    @property
+    def share(self) -> float:
+        return self.reached / self.total if self.total else 1.0
+
+    def __str__(self) -> str:
+        if not self.left_out:
+            return "reaches all of the weight in layers"
+        rest = ", ".join(f"{what} ({_percent(count, self.total)})" for what, count in _largest_first(self.left_out))
+        return f"reaches {_percent(self.reached, self.total)} of the weight in layers; left out: {rest}"
+
+
+def coverage(
+    model: nn.Module, architecture: Architecture, reached: Collection[str], *, lacking: str = "not selected"
+) -> Coverage:
+    """How much of the weight in layers lies in the modules `reached`.
+
+    Args:
+        reached: paths; a module reaches what is inside it, and a path that ends in `.` reaches its own weight alone.
+        lacking: why a linear layer is left out where nothing else is known.
+    """
+    heads = [head for head in (architecture.output_head, *architecture.task_heads) if head]
+    past, wanted = bypassed(model), set(reached)
+    counted, total, left = 0, 0, Counter()
+    seen: set[int] = set()
+    for path, module in base_modules(model):
+        if isinstance(module, nn.Embedding) or any(_inside(path, head) for head in heads):
+            continue
+        for what, identity, count in _matrices(module):
+            if identity in seen:
+                continue
+            seen.add(identity)
+            total += count
+            if f"{path}." in wanted or not wanted.isdisjoint(_ways_to(path)):
+                counted += count
+            else:
+                left[_reason(what, lacking, path in past)] += count
+    return Coverage(counted, total, dict(left))
+
+
+def _matrices(module: nn.Module) -> Iterator[tuple[str, int, int]]:
+    """(what it is, its identity, how many weights) of each of a module's own."""
+    for name, parameter in module._parameters.items():
+        if (
+            parameter is None
+            or parameter.dim() < 2
+            or (parameter.numel() == max(parameter.shape) and not isinstance(module, nn.Linear))
+        ):
+            continue  # a vector, such as a class token
+        is_linear = name == "weight" and isinstance(module, nn.Linear)  # perhaps packed
+        count = module.out_features * module.in_features if is_linear else parameter.numel()
+        if isinstance(module, _ConvNd):
+            yield "convolutions", id(parameter), count
+        elif is_linear or (name == "weight" and parameter.dim() == 2):
+            yield "linear layers", id(parameter), count
+        elif parameter.dim() == 3 and min(parameter.shape[-2:]) > 1:
+            yield "experts' stacked weights", id(parameter), count
+        else:
+            yield "other parameters", id(parameter), count
+
+
+def _reason(what: str, lacking: str, is_bypassed: bool) -> str:
+    if is_bypassed:
+        return f"{what} that are read and not called"
+    return f"{what} {lacking}" if what == "linear layers" else what
+
+
+def _ways_to(path: str) -> Iterator[str]:
+    """`path`, and the paths of all modules in which it lies."""
+    while path:
+        yield path
+        path = path.rpartition(".")[0]
+    yield ""
+
+
+def _inside(path: str, module: str) -> bool:
+    return path == module or path.startswith(f"{module}.")
+
+
+def _largest_first(counts: dict[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: -item[1])
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.3g} %" if whole else "0 %"

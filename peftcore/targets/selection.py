@@ -1,0 +1,386 @@
+"""Which modules a config means: suffix lists, regular expressions, `all-linear`, exclusions and layer choices.
+
+Matching is Hugging Face PEFT's, so that one config selects the same modules there and here, but a
+pattern that matches nothing is an error.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from peftcore.adaptation.adapted import base_modules, base_parameters, original_class
+from peftcore.architecture import Architecture, Sublayer
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.method import Train
+from peftcore.observation import bypassed, rewritten
+from peftcore.targets.patterns import compiled
+
+ALL_LINEAR = "all-linear"
+_PLAIN = re.compile(r"[\w.]+", re.ASCII)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Is this transformers' Conv1D (GPT-2), a linear whose weight is stored `[in, out]`?"""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer in the sense of `all-linear`."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """(input, output) of a linear layer."""
+    return (module.nx, module.nf) if is_conv1d(module) else (module.in_features, module.out_features)
+
+
+def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int, int]:
+    """(input, output) of any module: its own sizes if it is linear, else the model's hidden size twice.
+
+    Raises:
+        PeftcoreError: the model names no hidden size.
+    """
+    module, width = model.get_submodule(path), architecture.hidden_size
+    if is_linear(module):
+        return sizes(module)
+    if width is None:
+        raise PeftcoreError(
+            f"the width of '{path}' ({type(module).__name__}) is not known, since {type(model).__name__} names no "
+            "hidden_size. Name linear layers in target_modules"
+        )
+    return width, width
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Is `path` the module that a list entry means: the path itself, or its end after a dot?"""
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def select(
+    model: nn.Module,
+    architecture: Architecture,
+    *,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    supported: Any = is_linear,
+    own_parameters: bool = False,
+) -> dict[str, nn.Module]:
+    """The modules meant, by path, in the model's order.
+
+    Args:
+        target_modules: list of suffixes, a regular expression that matches the whole path, or `all-linear`:
+            every linear layer but the output head, the task's heads, and those that are bypassed. A
+            `nn.MultiheadAttention` stands for its projections where `supported`.
+        exclude_modules: list of suffixes or a regular expression, taken away from the selection.
+        layers_to_transform: layer indices; `layers_pattern` names the list of layers (`layers`, `h`), by
+            default the first numbered part of a path counts.
+        modules_to_save: modules trained whole; nothing in them is selected.
+        supported: (module) -> can the method adapt it?
+        own_parameters: the method trains the modules' own parameters, so it does not matter whether their
+            forward is called (see `refuse_bypassed`).
+
+    Raises:
+        PeftcoreError: a pattern matches nothing, or a module that the method cannot adapt.
+    """
+    modules = dict(base_modules(model))
+    excluded = _excluded(modules, exclude_modules)
+    inside_saved = {path for path in modules if any(is_inside(saved, path) for saved in modules_to_save or ())}
+
+    if target_modules == ALL_LINEAR:
+        heads = {architecture.output_head, *architecture.task_heads} - {None}
+        chosen = [
+            path
+            for path, module in modules.items()
+            if is_linear(module) and not any(path == head or path.startswith(f"{head}.") for head in heads)
+        ]
+        if not own_parameters:
+            past = {**bypassed(model), **rewritten(model)}
+            chosen = [path for path in chosen if path not in past]
+        if not chosen:
+            raise PeftcoreError(
+                f"target_modules='{ALL_LINEAR}' found no linear layer in {type(model).__name__}. "
+                f"Name the modules: {_examples(modules, supported)}"
+            )
+    elif isinstance(target_modules, str):
+        chosen = _by_regex(modules, target_modules, supported)
+    else:
+        chosen = _by_suffix(modules, target_modules, supported)
+
+    chosen = [path for path in chosen if path not in excluded and path not in inside_saved]
+    if target_modules == ALL_LINEAR:
+        chosen = _with_attention(modules, chosen, excluded, supported)
+    if layers_to_transform is not None:
+        chosen = _of_layers(chosen, layers_to_transform, layers_pattern)
+    if not chosen:
+        raise PeftcoreError(
+            f"target_modules={target_modules!r} leaves nothing after exclude_modules={exclude_modules!r} and "
+            f"modules_to_save={modules_to_save!r}"
+        )
+    if not own_parameters:
+        refuse_bypassed(model, chosen)
+    return {path: modules[path] for path in chosen}
+
+
+def select_by(config: Any, model: nn.Module, architecture: Architecture, **others: Any) -> dict[str, nn.Module]:
+    """`select` with the fields of a config that bear the names of its arguments; `others` come first."""
+    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    return select(model, architecture, **{**{name: getattr(config, name) for name in fields}, **others})
+
+
+def sublayers(
+    model: nn.Module, architecture: Architecture, kinds: Collection[str], layers: int | Sequence[int] | None = None
+) -> list[Sublayer]:
+    """The known sublayers of these kinds, in all layers or those with the indices `layers`.
+
+    Raises:
+        PeftcoreError: the kind of layer is not known, or an index is none.
+    """
+    found = [sublayer for sublayer in architecture.sublayers if sublayer.kind in kinds]
+    if not found:
+        linear = [path for path, module in base_modules(model) if is_linear(module)][:3]
+        raise PeftcoreError(
+            f"where {type(model).__name__} has its attention and feed-forward is not known. Name modules: "
+            f"target_modules=[...]; linear layers here: {', '.join(linear) or 'none'}"
+        )
+    wanted = {layers} if isinstance(layers, int) else None if layers is None else set(layers)
+    there = {sublayer.layer for sublayer in found}
+    if wanted is not None and (not wanted or wanted - there):
+        wrong = f"there is no layer {sorted(wanted - there)}" if wanted else "it names no layer"
+        raise PeftcoreError(f"layers_to_transform: {wrong} (layers: {sorted(there)})")
+    return [sublayer for sublayer in found if wanted is None or sublayer.layer in wanted]
+
+
+def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, int]:
+    """How many modules each pattern of `target_modules` matches."""
+    paths = [path for path, _ in base_modules(model)]
+    if isinstance(target_modules, str):
+        return {target_modules: sum(map(compiled(target_modules, "target_modules"), paths))}
+    return {pattern: sum(matches(pattern, path) for path in paths) for pattern in target_modules}
+
+
+def minimal_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
+    """The shortest list of suffixes that selects `chosen` and no other module: what a saved config says."""
+    chosen = set(chosen)
+    others = [path for path, _ in base_modules(model) if path not in chosen]
+    selects_other = lru_cache(lambda suffix: any(matches(suffix, other) for other in others))
+    suffixes: set[str] = set()
+    for path in sorted(chosen):
+        parts = path.split(".")
+        ends = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
+        suffix = next((end for end in ends if not selects_other(end)), None)
+        if suffix is None:
+            raise PeftcoreError(f"no suffix selects '{path}' alone. Give target_modules as a regular expression")
+        suffixes.add(suffix)
+    return sorted(s for s in suffixes if not any(s != other and s.endswith(f".{other}") for other in suffixes))
+
+
+def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
+    """The parameters of the modules that `modules_to_save` means, to be trained themselves.
+
+    Raises:
+        PeftcoreError: an entry matches no module with parameters.
+    """
+    names = [name for name, _ in base_parameters(model)]
+    found: list[str] = []
+    for pattern in modules_to_save:
+        paths = [path for path, _ in base_modules(model) if path and matches(pattern, path)]
+        inside = [name for name in names if any(name.startswith(f"{path}.") for path in paths)]
+        if not inside:
+            known = {part for path, _ in base_modules(model) for part in (path, path.rpartition(".")[2])}
+            raise PeftcoreError(
+                f"modules_to_save: '{pattern}' matches no module with parameters{nearest(pattern, known)}"
+            )
+        found += inside
+    return Train(tuple(dict.fromkeys(found)))
+
+
+def refuse_targeted(target_modules: Any, paths: Iterable[str], why: str) -> None:
+    """Raise a PeftcoreError if `target_modules` means one of the modules `paths`, which are trained whole."""
+    if not target_modules or target_modules == ALL_LINEAR:
+        return
+    for path in paths:
+        if isinstance(target_modules, str):
+            named = compiled(target_modules, "target_modules")(path)
+        else:
+            named = any(matches(pattern, path) for pattern in target_modules)
+        if named:
+            raise PeftcoreError(
+                f"target_modules={target_modules!r} means '{path}', whose weight is {why}, which modules_to_save "
+                "trains whole. Take it out of target_modules, or train the two apart: ensure_weight_tying=False"
+            )
+
+
+def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
+    """The parameters named `bias`, of the whole model or of the modules `paths`."""
+    names = [name for name, _ in base_parameters(model) if name.rpartition(".")[2] == "bias"]
+    if paths is not None:
+        paths = set(paths)
+        names = [name for name in names if name.rpartition(".")[0] in paths]
+    return Train(tuple(names))
+
+
+def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first key of a `rank_pattern` or `alpha_pattern` that matches `path`."""
+    for key, value in (patterns or {}).items():
+        if _PLAIN.fullmatch(key) and not path.endswith(key.rpartition(".")[2]):
+            continue  # a list of thousands of paths need not be compiled
+        if compiled(rf"(?:.*\.)?(?:{key})", "rank_pattern or alpha_pattern")(path):
+            return value
+    return default
+
+
+def drop_unmatched(model: nn.Module, entries: Sequence[str]) -> list[str]:
+    """The entries that match a module of `model`.
+
+    Files of PEFT name modules that a model may lack (`classifier` and `score` for every classifier).
+    Reading one, the tensors decide what must be there; the list need not.
+    """
+    ends = set()
+    for path, _ in base_modules(model):
+        parts = path.split(".")
+        ends.update(".".join(parts[i:]) for i in range(len(parts)))
+    return [entry for entry in dict.fromkeys(entries) if entry in ends]
+
+
+def refuse_bypassed(model: nn.Module, chosen: Iterable[str]) -> None:
+    """Raise a PeftcoreError if a module of `chosen` is read and not called: an adapter there would do nothing.
+
+    And if the model itself changes its weight, which would leave the adapter as it is.
+    """
+    modules, past, changed = dict(base_modules(model)), bypassed(model), rewritten(model)
+    for path in chosen:
+        attention, name = _attention_over(modules, path), path.rpartition(".")[2]
+        if attention is not None:
+            raise PeftcoreError(
+                f"'{path}' belongs to nn.MultiheadAttention, which reads its weight and never calls it: an adapter "
+                f"there would do nothing. Where the method adapts the attention as a whole, name that: "
+                f"target_modules=['{attention.rpartition('.')[2]}']; else exclude it: exclude_modules=['{name}']"
+            )
+        if path in past:
+            raise PeftcoreError(
+                f"an adapter at '{path}' would do nothing, always or in some modes and on some devices: {past[path]}. "
+                f"Leave it out, or exclude it: exclude_modules=['{name}']"
+            )
+        if path in changed:
+            raise PeftcoreError(
+                f"an adapter at '{path}' would not be changed with the layer: {changed[path]}. "
+                f"Leave it out, or exclude it: exclude_modules=['{name}']"
+            )
+
+
+def _attention_over(modules: Mapping[str, nn.Module], path: str) -> str | None:
+    """The path of the `nn.MultiheadAttention` whose projection `path` is."""
+    parent = path.rpartition(".")[0]
+    is_attention = path and parent in modules and issubclass(original_class(modules[parent]), nn.MultiheadAttention)
+    return parent if is_attention else None
+
+
+def _with_attention(
+    modules: Mapping[str, nn.Module], chosen: Iterable[str], excluded: Collection[str], supported: Any
+) -> list[str]:
+    """`chosen`, with an attention as a whole in place of its projection, where the method can adapt that."""
+    found: list[str] = []
+    for path in chosen:
+        attention = _attention_over(modules, path)
+        if attention is None or not supported(modules[attention]):
+            found.append(path)
+        elif attention not in excluded:
+            found.append(attention)
+    return found
+
+
+def is_inside(saved: str, path: str) -> bool:
+    """Is `path` a module that the entry `saved` of `modules_to_save` means, or inside one?"""
+    return f".{saved}." in f".{path}."
+
+
+def _excluded(modules: dict[str, nn.Module], patterns: str | Sequence[str] | None) -> set[str]:
+    if not patterns:
+        return set()
+    if isinstance(patterns, str):
+        found = set(filter(compiled(patterns, "exclude_modules"), modules))
+        if not found:
+            raise PeftcoreError(f"exclude_modules={patterns!r} matches no module")
+        return found
+    for pattern in patterns:
+        if not any(matches(pattern, path) for path in modules):
+            raise PeftcoreError(f"exclude_modules: '{pattern}' matches no module{_nearest_path(pattern, modules)}")
+    return {path for path in modules if any(matches(pattern, path) for pattern in patterns)}
+
+
+def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Any) -> list[str]:
+    found = list(filter(compiled(pattern, "target_modules"), modules))
+    chosen = [path for path in found if supported(modules[path])]
+    if not chosen:
+        what = (
+            f"matches only {_kinds(modules, found)}, which this method cannot adapt" if found else "matches no module"
+        )
+        raise PeftcoreError(
+            f"target_modules={pattern!r}, a regular expression for whole paths, {what}. "
+            f"Paths here look like: {_examples(modules, supported)}"
+        )
+    return chosen
+
+
+def _by_suffix(modules: dict[str, nn.Module], patterns: Sequence[str], supported: Any) -> list[str]:
+    if not patterns:
+        raise PeftcoreError("target_modules is an empty list. Name modules, or use 'all-linear'")
+    for pattern in patterns:
+        found = [path for path in modules if matches(pattern, path)]
+        if not found:
+            raise PeftcoreError(f"target_modules: '{pattern}' matches no module{_nearest_path(pattern, modules)}")
+        wrong = [path for path in found if not supported(modules[path])]
+        if wrong:
+            raise PeftcoreError(
+                f"target_modules: '{pattern}' matches {_kinds(modules, wrong)} (such as '{wrong[0]}'), which this "
+                f"method cannot adapt. Modules it can: {_examples(modules, supported)}"
+            )
+    return [path for path in modules if any(matches(pattern, path) for pattern in patterns)]
+
+
+def _of_layers(paths: list[str], layers: int | Sequence[int], pattern: str | Sequence[str] | None) -> list[str]:
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    names = [pattern] if isinstance(pattern, str) else list(pattern or [r"[^.]*"])
+    lists = [compiled(rf"(?:.*\.)?(?:{name})", "layers_pattern") for name in names]
+
+    def index(path: str) -> int | None:
+        """The first number behind a list of layers."""
+        parts = path.split(".")
+        numbers = [i for i, part in enumerate(parts[:-1]) if i and part.isdecimal()]
+        return next((int(parts[i]) for is_list in lists for i in numbers if is_list(".".join(parts[:i]))), None)
+
+    indices = {path: index(path) for path in paths}
+    missing = wanted - set(indices.values())
+    if missing:
+        there = sorted({i for i in indices.values() if i is not None})
+        raise PeftcoreError(
+            f"layers_to_transform: no targeted module lies in layer {sorted(missing)} "
+            f"(layers found: {there if there else f'none by layers_pattern={pattern!r}'})"
+        )
+    return [path for path in paths if indices[path] in wanted]
+
+
+def _nearest_path(pattern: str, modules: dict[str, nn.Module]) -> str:
+    names = {part for path in modules for part in (path, path.rpartition(".")[2]) if part and not part.isdigit()}
+    return (
+        nearest(pattern, sorted(names))
+        or f". Names here: {', '.join(sorted(names - {p for p in names if '.' in p})[:12])}"
+    )
+
+
+def _kinds(modules: dict[str, nn.Module], paths: Iterable[str]) -> str:
+    return ", ".join(sorted({original_class(modules[path]).__name__ for path in paths}))
+
+
+def _examples(modules: dict[str, nn.Module], supported: Any) -> str:
+    return ", ".join([f"'{path}'" for path, module in modules.items() if path and supported(module)][:3]) or "none"

@@ -1,0 +1,119 @@
+"""Reading examples: what is read, and errors that name file and line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftcore import PeftcoreError
+from peftcore.cli import data
+from peftcore.cli.data import CLASSIFICATION, LANGUAGE_MODEL, Row
+
+
+def test_jsonl(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '\ufeff{"prompt": "a", "completion": "b"}\n\n{"prompt": "c", "completion": "ü", "id": 3}\n', "utf-8"
+    )
+    assert data.read_rows(path, LANGUAGE_MODEL) == [
+        Row(f"{path}:1", "a", completion="b"),
+        Row(f"{path}:3", "c", completion="ü"),
+    ]
+    assert data.guess_task(path) == LANGUAGE_MODEL
+
+
+def test_tsv_keeps_quotes(tmp_path: Path) -> None:
+    path = tmp_path / "rows.tsv"
+    path.write_text('label\tnote\ttext\n1\tx\ta "fine film\r\n0\ty\tdull\n')
+    assert data.read_rows(path, CLASSIFICATION) == [
+        Row(f"{path}:2", 'a "fine film', label="1"),
+        Row(f"{path}:3", "dull", label="0"),
+    ]
+    assert data.guess_task(path) == CLASSIFICATION
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "task", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": \n', LANGUAGE_MODEL, "a.jsonl:2: not JSON: Expecting value at column"),
+        ("a.jsonl", '{"text": "a"}\n\n[1]\n', LANGUAGE_MODEL, "a.jsonl:3: expected a JSON object, found list"),
+        ("a.jsonl", '{"txt": "a"}\n', LANGUAGE_MODEL, "a.jsonl:1: causal-lm needs the keys text or prompt/completion"),
+        ("a.jsonl", '{"prompt": "a"}\n', LANGUAGE_MODEL, "found prompt"),
+        ("a.jsonl", '{"text": 3}\n', LANGUAGE_MODEL, "a.jsonl:1: 'text' must be text, found 3"),
+        ("a.jsonl", '{"text": " "}\n', LANGUAGE_MODEL, "a.jsonl:1: 'text' is empty"),
+        ("a.jsonl", '{"text": "a", "label": null}\n', CLASSIFICATION, "a.jsonl:1: 'label' must be text, found null"),
+        ("a.jsonl", '{"text": "a", "label": ""}\n', CLASSIFICATION, "a.jsonl:1: 'label' is empty"),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"prompt": "a", "completion": "b"}\n',
+            LANGUAGE_MODEL,
+            "a.jsonl:2: text and prompt/completion are mixed in one file; the first line has text",
+        ),
+        ("a.jsonl", "", LANGUAGE_MODEL, "a.jsonl' holds no example"),
+        ("a.jsonl", "\n \n", LANGUAGE_MODEL, "a.jsonl' holds no example"),
+        ("a.tsv", "", CLASSIFICATION, "a.tsv' holds no example"),
+        ("a.tsv", "text\tlabel\n", CLASSIFICATION, "a.tsv' holds no example"),
+        ("a.tsv", "good\tpos\n", CLASSIFICATION, "a.tsv:1: the first line must name the columns text and label"),
+        ("a.tsv", "text\tlabel\na\tb\na\n", CLASSIFICATION, "a.tsv:3: 1 columns, the first line names 2"),
+        ("a.csv", "text,label\n", CLASSIFICATION, "examples are read from .jsonl and .tsv files, found '.csv'"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path: Path, name: str, content: str, task: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(PeftcoreError) as error:
+        data.read_rows(tmp_path / name, task)
+    assert message in str(error.value)
+
+
+def test_a_task_is_one_of_two(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(PeftcoreError, match="--task is one of causal-lm, classification, found 'chat'"):
+        data.read_rows(tmp_path / "d.jsonl", "chat")
+
+
+def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
+    with pytest.raises(PeftcoreError, match="cannot be read: No such file"):
+        data.read_rows(tmp_path / "none.jsonl", LANGUAGE_MODEL)
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}')
+    with pytest.raises(PeftcoreError, match=r"b.jsonl' is not UTF-8 text: invalid start byte at byte 10"):
+        data.read_rows(tmp_path / "b.jsonl", LANGUAGE_MODEL)
+    with pytest.raises(PeftcoreError, match="holds no example"):
+        (tmp_path / "c.jsonl").write_text("")
+        data.guess_task(tmp_path / "c.jsonl")
+
+
+@given(st.integers(2, 60), st.floats(0.01, 0.99), st.integers(0, 9))
+def test_hold_out_divides(count: int, share: float, seed: int) -> None:
+    rows = [Row(f"f:{i}", str(i)) for i in range(count)]
+    rest, held = data.hold_out(rows, share, seed)
+    assert sorted(rest + held, key=lambda row: int(row.text)) == rows
+    assert 1 <= len(held) < count and (rest, held) == data.hold_out(rows, share, seed)
+    assert abs(len(held) - share * count) <= 1
+
+
+def test_hold_out_refuses() -> None:
+    with pytest.raises(PeftcoreError, match="one example cannot be split"):
+        data.hold_out([Row("f:1", "a")], 0.5, 0)
+    with pytest.raises(PeftcoreError, match="between 0 and 1, found 0"):
+        data.hold_out([Row("f:1", "a")] * 3, 0, 0)
+
+
+def test_labels() -> None:
+    rows = [Row(f"f:{i}", "t", label=label) for i, label in enumerate(["10", "9", "9"])]
+    assert data.labels_of(rows) == ["9", "10"]
+    assert data.label_ids(rows, ["9", "10"]) == [1, 0, 0]
+    assert data.labels_of([Row("f", "t", label=label) for label in ("pos", "neg")]) == ["neg", "pos"]
+    with pytest.raises(PeftcoreError, match=r"f:0: the label '10' is unknown"):
+        data.label_ids(rows, ["9", "11"])
+    with pytest.raises(PeftcoreError, match=r"every example has the label {'9'}; a classifier needs two"):
+        data.labels_of(rows[1:])
+
+
+def test_labels_survive_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in (0, 1, "1")))
+    assert [row.label for row in data.read_rows(path, CLASSIFICATION)] == ["0", "1", "1"]
