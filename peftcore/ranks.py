@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from peftcore.errors import PeftcoreError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from typing_extensions import TypeIs
 
 
 def rank() -> int:
@@ -31,7 +35,7 @@ def is_sharded(module: nn.Module) -> bool:
     return any(map(is_part, module.parameters()))
 
 
-def is_part(tensor: Tensor) -> bool:
+def is_part(tensor: Tensor) -> TypeIs[DTensor]:
     """Is it a DTensor, a part of a whole?"""
     return hasattr(tensor, "full_tensor")
 
@@ -63,8 +67,8 @@ def fill(parameter: Tensor, value: Tensor) -> None:
 
         value = value.to(parameter.device_mesh.device_type, parameter.dtype)
         # Every rank has the value: none is asked for it.
-        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.to_local().copy_(value.to_local())
+        part = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.to_local().copy_(part.to_local())
     else:
         parameter.copy_(value)
 
@@ -81,8 +85,8 @@ def refuse_sharded(module: nn.Module, what: str) -> None:
 def gather_up(module: nn.Module) -> None:
     """Let `fully_shard` take back whole parameters that a forward left in their slots."""
     for part in module.modules():
-        if hasattr(part, "unshard") and hasattr(part, "reshard"):
-            part.reshard()
+        if hasattr(part, "unshard") and (reshard := getattr(part, "reshard", None)):
+            reshard()
 
 
 def once(action: Callable[[], Any], *, together: bool) -> None:

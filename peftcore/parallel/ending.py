@@ -54,4 +54,5 @@ def _elements(values: Any) -> Any:
 
 def _is_group(value: Any) -> bool:
     """Or what holds one where Python does not see it, as in DDP."""
-    return issubclass(type(value), (distributed.ProcessGroup, distributed.Reducer, distributed.Logger))
+    holders = (distributed.Reducer, distributed.Logger)  # type: ignore[attr-defined]  # there, and not in its stubs
+    return issubclass(type(value), (distributed.ProcessGroup, *holders))

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from peftcore.parallel.sharding import check_running, shard
 from peftcore.quantization.convert import convert_dense, note_in_config, selected
 from peftcore.quantization.format import PARTS, from_tensors, pack
 from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite, to_device
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -115,7 +118,7 @@ def _make_quantized(
 
 
 def _device(model: nn.Module) -> torch.device:
-    kind = next(p for p in model.parameters() if ranks.is_part(p)).device_mesh.device_type
+    kind: str = next(p for p in model.parameters() if ranks.is_part(p)).device_mesh.device_type
     return torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
 
 
@@ -129,6 +132,7 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
             if p is None:
                 continue
             if id(p) not in made:
+                assert ranks.is_part(p)  # all are sharded
                 local = torch.empty_like(p.to_local(), device=device)
                 whole = DTensor.from_local(
                     local, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
@@ -170,6 +174,7 @@ def _read(model: nn.Module, folder: Path, files: dict[str, str]) -> None:
                 }
                 _fill_quantized(module, archives[file].get_tensor(name), parts, name)
             else:
+                assert ranks.is_part(parameter)
                 _fill_dense(parameter, archives[file].get_slice(name), name)
             left.pop(id(parameter), None)
     if left:
@@ -180,7 +185,7 @@ def _read(model: nn.Module, folder: Path, files: dict[str, str]) -> None:
         )
 
 
-def _fill_dense(parameter: Tensor, stored: Any, name: str) -> None:
+def _fill_dense(parameter: DTensor, stored: Any, name: str) -> None:
     """This rank's rows, and no others, from the file."""
     if list(stored.get_shape()) != list(parameter.shape):
         raise CheckpointError(f"'{name}' has shape {stored.get_shape()}, the model needs {list(parameter.shape)}")
@@ -197,6 +202,7 @@ def _fill_quantized(module: QuantizedLinear, weight: Tensor, parts: dict[str, Te
         double_quant = module.nested_absmax is not None
         packed, state = pack(weight, module.quant_type, blocksize=module.blocksize, double_quant=double_quant)
     parameter = module.weight
+    assert ranks.is_part(parameter)
     if packed.shape != parameter.shape or state.shape != (module.out_features, module.in_features):
         raise CheckpointError(
             f"'{name}' has shape {list(state.shape)}, this layer {[module.out_features, module.in_features]}"
@@ -206,7 +212,7 @@ def _fill_quantized(module: QuantizedLinear, weight: Tensor, parts: dict[str, Te
     parameter.to_local().copy_(packed[begin : begin + rows])
 
 
-def _rows(parameter: Tensor) -> tuple[int, int]:
+def _rows(parameter: DTensor) -> tuple[int, int]:
     """(first, number) of the rows of a sharded parameter that this rank has."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 

@@ -99,10 +99,10 @@ def check_ranks(model: nn.Module) -> None:
     """Raise a PeftcoreError on every rank unless all hold the same model with the same adapters. Collective."""
     base = {id(p): (name, p) for name, p in base_parameters(model)}.values()
     facts = {"base": f"{type(model).__name__} with {_digest(base)}"}
-    state = state_of(model)
-    for name, entry in state.applied.items() if state else ():
-        resting = "" if name in state.active else ", resting"
-        facts[name] = f"{entry.method}, {entry.config}, {_digest(adapter_parameters(model, name))}{resting}"
+    if (state := state_of(model)) is not None:
+        for name, entry in state.applied.items():
+            resting = "" if name in state.active else ", resting"
+            facts[name] = f"{entry.method}, {entry.config}, {_digest(adapter_parameters(model, name))}{resting}"
     ranks.agree(facts, "adapters")
 
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from peftcore import ranks
 from peftcore.checkpoint.fingerprint import difference, fingerprint
 from peftcore.checkpoint.tensors import own_slots
-from peftcore.engine import adapter_parameters, state_of
+from peftcore.engine import adapter_parameters, require_state, state_of
 from peftcore.engine.trained import TrainedParameters, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError
 
@@ -65,7 +65,7 @@ class TrainingState(Stateful):
             other.load_state_dict(state_dict[name])
 
     def _adapters(self) -> Iterator[tuple[str, Tensor]]:
-        for adapter in state_of(self.model).applied:
+        for adapter in require_state(self.model).applied:
             for name, parameter in adapter_parameters(self.model, adapter):
                 yield f"{adapter}.{name}", parameter
             own = TrainedParameters.of(self.model, adapter)
@@ -73,5 +73,5 @@ class TrainingState(Stateful):
                 yield f"{adapter}.{name}", tensor
 
     def _base(self) -> dict[str, Tensor]:
-        own = {slot for adapter in state_of(self.model).applied for slot in own_slots(self.model, adapter)}
+        own = {slot for adapter in require_state(self.model).applied for slot in own_slots(self.model, adapter)}
         return {name: value for name, value in base_tensors(self.model).items() if name not in own}

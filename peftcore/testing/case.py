@@ -55,7 +55,7 @@ class Case:
     @property
     def generates(self) -> bool:
         """Does the model write text?"""
-        model = self.base()
+        model: Any = self.base()
         return hasattr(model, "can_generate") and model.can_generate()
 
     def prompts(self) -> dict[str, Tensor]:
@@ -80,7 +80,7 @@ def disturb(model: nn.Module, adapter: str, seed: int, std: float = 0.2) -> None
             parameter.add_((std * noise).to(parameter))
 
 
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def logits(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
     """The model's first floating output, without gradients."""
     with torch.no_grad():
         return model(**inputs)[0]
@@ -98,7 +98,7 @@ def differs(found: Tensor, base: Tensor) -> None:
     assert found.shape != base.shape or not torch.equal(found, base), "the adapter changes nothing"
 
 
-def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+def loss_of(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
     """A loss that any output has."""
     output = model(**inputs)[0].float()
     return torch.nn.functional.cross_entropy(output.flatten(0, -2), torch.arange(output[..., 0].numel()) % 3)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.adaptation.adapted import base_parameters
-from peftcore.engine import adapter_parameters, set_trainable
+from peftcore.engine import adapter_parameters, applied, set_trainable
 from peftcore.quantization import quantize
 from peftcore.registry import registry
 from peftcore.testing.case import Case, differs, disturb, logits, loss_of, optimizer_of, same, train
@@ -42,7 +42,7 @@ def base_untouched(case: Case) -> None:
     state = model.state_dict()
     missing = [key for key in base.state_dict() if key not in state]
     assert not missing, f"keys of the base are gone: {missing[:3]}"
-    trained = set(peftcore.engine.applied(model, "default").trained)
+    trained = set(applied(model, "default").trained)
     with peftcore.disabled(model):
         for name, parameter in base_parameters(model):
             same(parameter, base.get_parameter(name), name)
@@ -174,7 +174,7 @@ def dtypes(case: Case) -> None:
     """bf16 and fp32 bases"""
     for dtype in (torch.bfloat16, torch.float32):
         model = case.model(dtype)
-        trained = set(peftcore.engine.applied(model, "default").trained)
+        trained = set(applied(model, "default").trained)
         output = model(**case.inputs())[0]
         assert output.dtype == logits(case.base(dtype), case.inputs()).dtype, f"{dtype}: output is {output.dtype}"
         assert torch.isfinite(output).all(), f"{dtype}: the output is not finite"
@@ -228,11 +228,20 @@ def _compile(case: Case) -> None:
     wanted = logits(model, inputs)
     same(logits(compiled, inputs), wanted, "compiled", atol=1e-4 * wanted.abs().max().item())
     loss_of(compiled, inputs).backward()
-    compiled_gradients = [p.grad.clone() for _, p in adapter_parameters(model, "default")]
+    compiled_gradients = _gradients(model)
     model.zero_grad()
     loss_of(model, inputs).backward()
-    for (name, parameter), gradient in zip(adapter_parameters(model, "default"), compiled_gradients, strict=True):
-        same(gradient, parameter.grad, f"gradient of '{name}'", atol=1e-4 * parameter.grad.abs().max().item() + 1e-7)
+    for name, gradient in _gradients(model).items():
+        atol = 1e-4 * gradient.abs().max().item() + 1e-7
+        same(compiled_gradients[name], gradient, f"gradient of '{name}'", atol)
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {}
+    for name, parameter in adapter_parameters(model, "default"):
+        assert parameter.grad is not None, f"'{name}' gets no gradient"
+        found[name] = parameter.grad.clone()
+    return found
 
 
 @_check
@@ -240,21 +249,21 @@ def checkpointing(case: Case) -> str | None:
     """gradient checkpointing"""
     if not getattr(case.base(), "supports_gradient_checkpointing", False):
         return "the model has none"
-    wanted = None
+    wanted: dict[str, Tensor] = {}
     for kwargs in (None, {"use_reentrant": False}, {"use_reentrant": True}):
-        model = case.model().train()
+        model: Any = case.model().train()
         if kwargs is not None:
             enable = getattr(model, "activation_checkpointing_enable", None)  # renamed in transformers 5
             (enable or model.gradient_checkpointing_enable)(kwargs)
             if kwargs["use_reentrant"]:
                 model.enable_input_require_grads()
         model(**case.inputs(), use_cache=False)[0].square().mean().backward()
-        found = {name: p.grad for name, p in adapter_parameters(model, "default")}
+        found = _gradients(model)
         wanted = wanted or found
         for name, gradient in found.items():
-            assert gradient is not None, f"{kwargs}: '{name}' gets no gradient"
             limit = 1e-5 * wanted[name].abs().max().item() + 1e-7  # a gradient that is zero but for rounding
             same(gradient, wanted[name], f"{kwargs}: gradient of '{name}'", limit)
+    return None
 
 
 @_check
@@ -265,9 +274,8 @@ def quantized_base(case: Case) -> None:
     bits = [p.clone() for p in packed]
     model = case.add(base, 1, "default")
     loss_of(model, inputs).backward()
-    for name, parameter in adapter_parameters(model, "default"):
-        assert parameter.grad is not None, f"'{name}' gets no gradient"
-        assert torch.isfinite(parameter.grad).all(), f"the gradient of '{name}' is not finite"
+    for name, gradient in _gradients(model).items():
+        assert torch.isfinite(gradient).all(), f"the gradient of '{name}' is not finite"
     with tempfile.TemporaryDirectory() as folder:
         peftcore.save(model, folder)
         fresh = peftcore.load(quantize(case.base()), folder)
@@ -281,7 +289,8 @@ def quantized_base(case: Case) -> None:
 @_check
 def generating(case: Case) -> str | None:
     """generate, with and without cache, equals one full forward"""
-    model, inputs = case.model(), case.prompts()
+    inputs = case.prompts()
+    model: Any = case.model()
     if not case.generates:
         return "the model does not generate"
     for use_cache in (True, False):
@@ -292,12 +301,13 @@ def generating(case: Case) -> str | None:
             full = {"input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
             wanted = logits(model, full)[:, inputs["input_ids"].shape[1] - 1 : -1]
         same(_steps(out), wanted, f"logits of the steps, use_cache={use_cache}", atol=1e-4)
+    return None
 
 
 @_check
 def padding(case: Case) -> str | None:
     """generate for rows of different lengths, with and without cache, equals each row alone"""
-    model = case.model()
+    model: Any = case.model()
     if not case.generates:
         return "the model does not generate"
     tokens = case.prompts()["input_ids"]
@@ -310,6 +320,7 @@ def padding(case: Case) -> str | None:
             inputs = {"input_ids": alone, "attention_mask": torch.ones_like(alone)}
             wanted = _steps(_generate(model, inputs, use_cache))[0]
             same(steps[row], wanted, f"logits of row {row}, use_cache={use_cache}", atol=1e-4)
+    return None
 
 
 @_check
@@ -320,7 +331,7 @@ def read_by_peft(case: Case) -> str | None:
     import peft
 
     model, inputs = case.model(), case.inputs()
-    kind = registry.method(peftcore.engine.applied(model, "default").method).state.peft_type
+    kind = registry.method(applied(model, "default").method).state.peft_type
     if kind not in peft.PeftType.__members__:
         return "PEFT has no such method"
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -330,9 +341,10 @@ def read_by_peft(case: Case) -> str | None:
     wanted = logits(model, inputs)
     found = found[:, -wanted.shape[1] :]  # theirs of a soft prompt's own places come first
     same(found, wanted, "output", atol=1e-4)
+    return None
 
 
-def _generate(model: nn.Module, inputs: dict[str, Tensor], use_cache: bool) -> Any:
+def _generate(model: Any, inputs: dict[str, Tensor], use_cache: bool) -> Any:
     return model.generate(
         **inputs,
         max_new_tokens=4,

@@ -10,8 +10,8 @@ in a file of their own and are not read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Collection, Iterable
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -61,20 +61,20 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
         raise peftcore.PeftcoreError(
             f"it uses residual_before_ln={theirs['residual_before_ln']!r}; here f adds to what comes before the norm"
         )
-    for names, kinds, what in (
+    for names, types, what in (
         (("reduction_factor", "scaling", "dropout"), (int, float), "a number"),
         (("is_parallel", "original_ln_before"), (bool,), "true or false"),
         (("non_linearity",), (str,), "a text"),
     ):
         for name in names:
-            if name in theirs and type(theirs[name]) not in kinds:
+            if name in theirs and type(theirs[name]) not in types:
                 raise peftcore.PeftcoreError(f"it uses {name}={theirs[name]!r}; only {what} can be read")
     if "non_linearity" not in theirs:
         raise peftcore.PeftcoreError("it does not say its non_linearity")
     facts = detect(model)
     found: dict[str, Tensor] = {}
-    matched = {key: _KEY.fullmatch(key) for key in tensors}
-    strange = next((key for key, match in matched.items() if match is None), None)
+    matched = {key: match for key in tensors if (match := _KEY.fullmatch(key)) is not None}
+    strange = next((key for key in tensors if key not in matched), None)
     if strange is not None or not matched:
         raise peftcore.PeftcoreError(
             f"its tensor '{strange}' belongs to no bottleneck" if strange else "it has no tensor"
@@ -107,7 +107,7 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
     return config, found
 
 
-def _placement(kinds: set[str]) -> str:
+def _placement(kinds: Collection[str]) -> Literal["houlsby", "pfeiffer", "attention"]:
     if "feed_forward" in kinds:
         return "houlsby" if "attention" in kinds else "pfeiffer"
     return "attention"
@@ -121,9 +121,13 @@ def _sublayer(place: str, known: Iterable[Any]) -> Any:
         kind = _KINDS.get(rest.rpartition(".")[2])
         for sublayer in known:
             own = _PLACE.fullmatch(sublayer.output)
-            if sublayer.layer != int(parts["layer"]) or _in_decoder(parts["stack"]) != _in_decoder(own["stack"]):
+            if (
+                own is None
+                or sublayer.layer != int(parts["layer"])
+                or _in_decoder(parts["stack"]) != _in_decoder(own["stack"])
+            ):
                 continue
-            if sublayer.kind == kind if kind else own["rest"].startswith(f"{rest}."):
+            if sublayer.kind == kind if kind else (own["rest"] or "").startswith(f"{rest}."):
                 return sublayer
     raise peftcore.PeftcoreError(f"its place '{place}' is no known sublayer of this model")
 

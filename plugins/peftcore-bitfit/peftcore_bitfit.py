@@ -115,15 +115,17 @@ def selected(model: nn.Module, config: BitFitConfig, architecture: peftcore.Arch
 
 def query_and_intermediate(model: nn.Module, architecture: peftcore.Architecture) -> list[str]:
     """The paths of the paper's subset."""
-    attention = [sublayer.query for sublayer in architecture.sublayers if sublayer.kind == "attention"]
+    attention = [sublayer for sublayer in architecture.sublayers if sublayer.kind == "attention"]
+    queries = [sublayer.query for sublayer in attention if sublayer.query is not None]
     inner = [path for sublayer in architecture.sublayers for path in sublayer.inner]
-    if not attention or not inner or None in attention:
-        why = "queries share a layer with keys and values" if None in attention else "the layers' parts are not known"
+    fused = len(queries) < len(attention)
+    if not queries or not inner or fused:
+        why = "queries share a layer with keys and values" if fused else "the layers' parts are not known"
         raise peftcore.PeftcoreError(
             f"target_modules='{QUERY_INTERMEDIATE}' cannot be told apart in {type(model).__name__}: {why}. "
             "Name the modules, as in target_modules=['q_proj', 'fc1'] (GPT-2: ['c_attn', 'c_fc'])"
         )
-    return [*attention, *inner]
+    return [*queries, *inner]
 
 
 def place(model: nn.Module, config: BitFitConfig, architecture: peftcore.Architecture) -> list[Any]:

@@ -186,7 +186,7 @@ class OnWeight(Lora):
         return weight + self.delta().to(weight.dtype)
 
 
-class LoraLinearOnWeight(OnWeight, LoraLinear):
+class LoraLinearOnWeight(OnWeight, LoraLinear):  # type: ignore[misc]  # without LoraLinear's per_sample
     """A router that gives a choice beside its logits, a product in groups."""
 
 
@@ -247,14 +247,14 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
             f"'{path}' ({original_class(module).__name__}) does more with its weight than convolve, which LoRA cannot "
             "adapt. Take it out of target_modules",
         )
-        kind = LoraConv if plain else LoraConvOnWeight
+        kind: type[Lora] = LoraConv if plain else LoraConvOnWeight
         return kind(config, path, [module.in_channels, *kernel], [module.out_channels, *(1 for _ in kernel)])
     width, out_width = targets.sizes(module)
     kind = LoraLinear if adds_to_product(module) else LoraLinearOnWeight
     return kind(config, path, [width], [out_width])
 
 
-def embed_scale(module: nn.Module) -> Tensor | float:
+def embed_scale(module: nn.Embedding) -> Tensor | float:
     """The factor of an embedding's output, in the dtype in which the layer multiplies by it."""
     scale = getattr(module, "embed_scale", None)
     return 1.0 if scale is None else scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
@@ -365,7 +365,7 @@ def unreadable(model: nn.Module, paths: Sequence[str]) -> list[str]:
     conversions = sys.modules.get("transformers.conversion_mapping")  # models are built by way of it
     if conversions is not None:
         alike = {"mixtral": "mixtral", **getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})}
-        names |= TAKEN_FOR_EXPERTS.get(alike.get(kind), set())
+        names |= TAKEN_FOR_EXPERTS.get(alike.get(str(kind), ""), set())
     return [p for p in paths if p.rpartition(".")[2] in names or not adds_to_product(model.get_submodule(p))]
 
 

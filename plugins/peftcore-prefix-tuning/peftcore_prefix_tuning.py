@@ -11,7 +11,7 @@ for users of the adapter holds P, that for training on E and W, too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -59,7 +59,7 @@ class PrefixTuningConfig:
         heads, head_dim = architecture.num_kv_heads, architecture.head_dim
         layers = architecture.num_layers
         if architecture.is_encoder_decoder:
-            config = getattr(model.get_submodule(architecture.decoder), "config", model.config)
+            config = getattr(model.get_submodule(architecture.decoder or ""), "config", model.config)
             layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
         if not (heads and head_dim and layers):
             raise peftcore.PeftcoreError(
@@ -75,8 +75,10 @@ class PrefixTuningConfig:
                 )
         return replace(
             self,
-            **found,
-            encoder_hidden_size=self.encoder_hidden_size or found["token_dim"],
+            token_dim=heads * head_dim,
+            num_attention_heads=heads,
+            num_layers=layers,
+            encoder_hidden_size=self.encoder_hidden_size or heads * head_dim,
             num_transformer_submodules=self.num_transformer_submodules or 1 + architecture.is_encoder_decoder,
         )
 
@@ -86,14 +88,16 @@ class Prefix(nn.Module):
 
     def __init__(self, config: PrefixTuningConfig) -> None:
         super().__init__()
-        n, layers, width = config.num_virtual_tokens, config.num_layers, config.token_dim
-        self.shape = (n, layers, 2, config.num_attention_heads, -1)
+        n, heads = config.num_virtual_tokens, config.num_attention_heads
+        layers, width = config.num_layers, config.token_dim
+        assert layers is not None and heads is not None and width is not None  # `resolved` has read them off the model
+        self.shape = (n, layers, 2, heads, -1)
         self.layers = [2 * i % layers for i in range(layers)] if config.num_transformer_submodules == 2 else None
         if config.prefix_projection:
             self.embedding = nn.Parameter(torch.empty(n, width).normal_())
-            hidden = config.encoder_hidden_size
+            hidden = config.encoder_hidden_size or width
             self.projection = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, layers * 2 * width))
-            start = self.projection[-1].parameters()
+            start: Iterable[nn.Parameter] = self.projection[-1].parameters()
         else:
             self.prompt_embeddings = nn.Parameter(torch.empty(n, layers * 2 * width).normal_())
             start = [self.prompt_embeddings]
@@ -116,7 +120,9 @@ def place(model: nn.Module, config: PrefixTuningConfig, architecture: peftcore.A
 
 def exported(adapter: nn.Module) -> dict[str, Tensor]:
     """P, for those who know no projection."""
-    return {"prompt_embeddings": adapter.rows()} if hasattr(adapter, "projection") else {}
+    return (
+        {"prompt_embeddings": adapter.rows()} if isinstance(adapter, Prefix) and hasattr(adapter, "projection") else {}
+    )
 
 
 def config_on_disk(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> PrefixTuningConfig:

@@ -62,10 +62,10 @@ class PromptTuningConfig:
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PromptTuningConfig:
         """The choices that depend on the model made explicit."""
-        width = model.get_submodule(architecture.embedding).embedding_dim if architecture.embedding else None
+        embedding = token_embedding(model, architecture)
         return replace(
             self,
-            token_dim=self.token_dim or width,
+            token_dim=self.token_dim or (embedding.embedding_dim if embedding is not None else None),
             num_layers=self.num_layers or architecture.num_layers,
             num_attention_heads=self.num_attention_heads or architecture.num_heads,
             num_transformer_submodules=self.num_transformer_submodules or 1 + architecture.is_encoder_decoder,
@@ -84,11 +84,16 @@ class Prompt(nn.Module):
         return self.prompt_embeddings[: self.tokens]
 
 
-def first_values(config: PromptTuningConfig, embedding: nn.Module | None) -> Tensor:
+def token_embedding(model: nn.Module, architecture: peftcore.Architecture) -> Any:
+    """An `nn.Embedding` or what takes its place; None where none is known, which the core refuses."""
+    return None if architecture.embedding is None else model.get_submodule(architecture.embedding)
+
+
+def first_values(config: PromptTuningConfig, embedding: Any) -> Tensor:
     """`[n · submodules, hidden]`, fp32, by `prompt_tuning_init`."""
-    count = config.num_virtual_tokens * config.num_transformer_submodules
+    count = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
     rows = torch.empty(count, config.token_dim or 0)
-    if rows.is_meta or not config.initialize:
+    if rows.is_meta or not config.initialize or embedding is None:
         return rows
     if config.prompt_tuning_init == "RANDOM":
         return rows.normal_()
@@ -123,8 +128,8 @@ def text_tokens(config: PromptTuningConfig) -> list[int]:
 def place(
     model: nn.Module, config: PromptTuningConfig, architecture: peftcore.Architecture
 ) -> list[peftcore.SoftPrompt]:
-    embedding = model.get_submodule(architecture.embedding) if architecture.embedding else None
-    return [peftcore.SoftPrompt(Prompt(first_values(config, embedding), config.num_virtual_tokens))]
+    rows = first_values(config, token_embedding(model, architecture))
+    return [peftcore.SoftPrompt(Prompt(rows, config.num_virtual_tokens))]
 
 
 @peftcore.hookimpl

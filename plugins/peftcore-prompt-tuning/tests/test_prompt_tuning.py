@@ -122,3 +122,9 @@ def test_merging_is_refused() -> None:
     model = peftcore.apply(tiny.llama(), "prompt-tuning", num_virtual_tokens=3)
     with pytest.raises(PeftcoreError, match=r"'default' \(prompt-tuning\) cannot be merged"):
         peftcore.merge(model)
+
+
+@pytest.mark.parametrize("start", ["RANDOM", "SAMPLE_VOCAB"])
+def test_a_model_without_a_token_embedding_is_refused(start: str) -> None:
+    with pytest.raises(peftcore.PeftcoreError, match="needs a model with a token embedding; Sequential names none"):
+        peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "prompt-tuning", prompt_tuning_init=start)
