@@ -12,6 +12,7 @@ from torch import nn
 
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.observation import detect
+from peftcore.observation.config import text_config
 
 
 def resized(model: nn.Module) -> list[str]:
@@ -36,8 +37,7 @@ def embedding_parameters(model: nn.Module) -> list[str]:
 
 def _vocabulary(config: Any) -> int | None:
     """`vocab_size`, of the part that is a language model."""
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = text_config(config)
     if isinstance(config, dict):
         size = config.get("vocab_size")
         parts = [part for part in config.values() if isinstance(part, dict)]

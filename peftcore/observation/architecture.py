@@ -14,6 +14,7 @@ from torch import nn
 from peftcore.adaptation.adapted import base_modules, original_forward
 from peftcore.architecture import Architecture
 from peftcore.errors import PluginError
+from peftcore.observation.config import text_config
 from peftcore.observation.heads import task_heads
 from peftcore.observation.sublayers import Observed
 from peftcore.registry import registry
@@ -46,9 +47,8 @@ def _read(model: nn.Module) -> Architecture:
     if config is None or not hasattr(model, "get_input_embeddings"):
         return Architecture(sublayers=Observed(model))
     is_encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-        is_encoder_decoder |= bool(getattr(config, "is_encoder_decoder", False))
+    config = text_config(config)
+    is_encoder_decoder |= bool(getattr(config, "is_encoder_decoder", False))
     paths = {id(module): path for path, module in base_modules(model)}
 
     def path_of(module: nn.Module | None) -> str | None:

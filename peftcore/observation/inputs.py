@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import original_forward
+from peftcore.observation.config import text_config
 
 BATCH, LENGTH = 2, 7
 
@@ -81,8 +82,7 @@ class Facts:
         if config is None:
             return
         seen: list[Any] = []
-        text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        queue = [config, text]
+        queue = [config, text_config(config)]
         while queue:
             config = queue.pop(0)
             if not any(config is other for other in seen):

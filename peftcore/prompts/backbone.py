@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftcore.adaptation.adapted import base_modules, original_forward
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
+from peftcore.observation import config
 
 # The names under which attention modules take the cache.
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
@@ -155,9 +156,8 @@ def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config of the language model, which those with images keep apart."""
-    config = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    """The config of the language model in `model`."""
+    return config.text_config(getattr(model, "config", None))
 
 
 def learned_context(backbone: nn.Module) -> int | None:

@@ -64,14 +64,15 @@ class BitFitConfig:
 
 
 class AddedBias(nn.Module):
-    """y + b for a layer that has no b; y `[..., out]`."""
+    """y + b for a layer that has no b; y `[..., out]`, or `[..., groups, out / groups]` of a grouped layer."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, y: Tensor) -> Tensor:
-        return y + self.bias.to(y.dtype)
+        bias = self.bias.to(y.dtype)
+        return y + (bias if y.shape[-1] == len(bias) else bias.view(y.shape[-2:]))
 
 
 def bias_names(module: nn.Module) -> list[str]:

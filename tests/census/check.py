@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import peftcore
 from census import special
+from census.inputs import inputs as example
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine import adapter_modules, adapter_parameters, applied
-from peftcore.observation.inputs import example_inputs
 from peftcore.testing import disturb
 
 PROMPTS = ("prompt-tuning", "prefix-tuning")
@@ -69,7 +69,7 @@ class Case:
     @classmethod
     def of(cls, base: nn.Module) -> Case:
         """Raises whatever the base raises: such a model is no case."""
-        inputs = special.inputs(type(base).__name__, base, example_inputs(base))
+        inputs = example(type(base).__name__, base)
         outputs = run(base, inputs)
         if not outputs:
             raise ValueError("no floating output")
@@ -260,7 +260,8 @@ def _beside_learns(model: nn.Module, case: Case, path: str) -> bool:
     """Would the weight at `path` get a gradient, now that adapters have changed the model?
 
     It is not the base any more: a dead ReLU, or a gradient that underflows, may stop the weight's as the adapter's.
-    Where there is no such weight (a block, one in 4 bits), what the module gives and reads stands for it.
+    Where there is no such weight (a block, one in 4 bits), or another module reads it, too, what this one gives and
+    reads stands for it.
     """
     modules, parameters = dict(base_modules(model)), dict(base_parameters(model))
     module = modules.get(path) or modules[path.rpartition(".")[0]]
@@ -280,7 +281,8 @@ def _beside_learns(model: nn.Module, case: Case, path: str) -> bool:
 
     for parameter in floating:
         parameter.requires_grad_(True)
-    whole = weight is None or weight not in floating
+    shared = sum(p is weight for m in modules.values() for p in m._parameters.values()) > 1
+    whole = weight is None or weight not in floating or shared
     handle = module.register_forward_hook(watch, with_kwargs=True) if whole else weight.register_hook(note)
     gradients(model, case.inputs)
     handle.remove()

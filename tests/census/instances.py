@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from census.special import ARGUMENTS, FIELDS, MISSING, UNTOUCHED
+from census.special import ARGUMENTS, CLASS_FIELDS, DEFAULTS, FIELDS, MISSING, UNTOUCHED
 
 WIDTH, VOCABULARY, LAYERS, HEADS = 32, 128, 2, 4
 LARGEST = 20_000_000  # parameters; more means that a rule is missing
@@ -53,6 +53,9 @@ _RULES: list[tuple[str, Any]] = [
     (r"(.*_)?(num_queries|num_latents|num_query_tokens|num_prompts)", lambda v: min(v, 8)),
     (r"(.*_)?(num_groups|groups_width|num_conv_pos_embedding_groups|upsample_groups)", lambda v: min(v, 4)),
     (r"(.*_)?(num_labels|num_classes)", lambda v: min(v, 3)),
+    (r"base_channels", lambda v: min(v, 32)),
+    (r"num_res_blocks", lambda v: 1),
+    (r"num_pos_feats", lambda v: min(v, WIDTH // 2)),
 ]  # fmt: skip
 _WIDTHS = r"(.*_)?(hidden_sizes|embed_dims?|conv_dim|tdnn_dim|channels|embed_dim_per_stage|feature_sizes)"
 _DEPTHS = r"(.*_)?(depths|num_blocks|blocks_per_stage|numb_of_layers)"
@@ -114,16 +117,20 @@ def config_of(name: str) -> PreTrainedConfig:
     wanted = cls.config_class
     if wanted is not None and not issubclass(config_class, wanted):
         config_class = wanted
-    return shrunk(config_class())
+    return shrunk(config_class(**DEFAULTS.get(config_class.__name__, dict)()), CLASS_FIELDS.get(name, {}))
 
 
-def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A config of the same class with small sizes, its sub-configs too."""
+def shrunk(config: PreTrainedConfig, further: Mapping[str, Any] = {}) -> PreTrainedConfig:
+    """A config of the same class with small sizes, its sub-configs too; fields of FIELDS and `further` as said there.
+
+    A backbone whose stages are its layers keeps as many as it gives out.
+    """
     kind = type(config).__name__
-    special = FIELDS.get(kind, {})
+    special = {**FIELDS.get(kind, {}), **further}
     values = {name: vars(config)[name] for name in _parameters(config) if name in vars(config)}
     layers = next((values[name] for name in _LAYER_COUNTS if isinstance(values.get(name), int)), None)
-    kept = _kept_layers(values, layers) if not set(special) & {*_LAYER_COUNTS, "layer_types"} else []
+    stages = vars(config).get("_out_indices") or ()
+    kept = _kept_layers(values, layers, len(stages)) if not set(special) & {*_LAYER_COUNTS, "layer_types"} else []
     fields: dict[str, Any] = {}
     for name, default in _parameters(config).items():
         if name == "rope_parameters" and isinstance(values.get(name), dict):
@@ -135,15 +142,18 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
         elif name in values and (name in UNTOUCHED or default is not None or values[name] is not None):
             value = values[name]
             if isinstance(value, PreTrainedConfig):
-                fields[name] = shrunk(value)
+                fields[name] = shrunk(value, special.pop(name, {}))
             elif kept and isinstance(value, (list, tuple)) and len(value) == layers:
-                fields[name] = type(value)(value[i] for i in kept)
+                fields[name] = _small(name, type(value)(value[i] for i in kept))
             elif name in _LAYER_COUNTS and isinstance(value, int) and kept:
                 fields[name] = len(kept)
             elif (small := _small(name, value)) != value or (default is not None and small != default):
                 fields[name] = small
     if "kv_lora_rank" in values:  # latent attention has as many keys as queries
         fields["num_key_value_heads"] = HEADS
+    if len(stages) > 1:
+        first = len(kept) - len(stages) + 1
+        fields["out_indices"] = list(range(first, first + len(stages))) if kept else list(stages)
     for name, value in special.items():
         fields[name] = value(config) if callable(value) else value
     return type(config)(**fields)
@@ -155,10 +165,12 @@ def _parameters(config: PreTrainedConfig) -> dict[str, Any]:
     return {name: p.default for name, p in signature.items() if name not in skipped}
 
 
-def _kept_layers(values: dict[str, Any], layers: int | None) -> list[int]:
-    """Indices of layers that show each combination of kinds once, two at least."""
+def _kept_layers(values: dict[str, Any], layers: int | None, stages: int) -> list[int]:
+    """Indices of layers that show each combination of kinds once, two at least, and as many as there are stages."""
     if not isinstance(layers, int) or layers <= LAYERS:
         return []
+    if stages > LAYERS:
+        return list(range(layers))[-stages:]
     lists = [v for v in values.values() if isinstance(v, (list, tuple)) and len(v) == layers]
     seen: dict[Any, int] = {}
     for i in range(layers):
@@ -177,7 +189,8 @@ def _small(name: str, value: Any) -> Any:
         and value
         and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
     ):
-        return type(value)(_small_list(name, list(value)))
+        small = _small_list(name, list(value))
+        return small if re.fullmatch(_WIDTHS, name) else type(value)(small)  # models put lists of widths together
     return value
 
 

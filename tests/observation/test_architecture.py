@@ -2,6 +2,7 @@
 
 import pytest
 import tiny
+from census import instances
 from torch import nn
 
 import peftcore
@@ -41,6 +42,15 @@ def test_classifiers_have_heads_that_nothing_trained() -> None:
 def test_t5_has_two_stacks() -> None:
     found = detect(tiny.t5())
     assert (found.task_type, found.encoder, found.decoder) == ("SEQ_2_SEQ_LM", "encoder", "decoder")
+
+
+def test_of_several_language_models_the_one_that_generates_is_meant() -> None:
+    """MusicGen reads text and writes sound: transformers refuses to say which of its two configs is meant."""
+    model = instances.build("MusicgenForConditionalGeneration")
+    model.config.decoder.num_key_value_heads = 3
+    with pytest.raises(ValueError, match="Multiple valid text configs"):
+        model.config.get_text_config()
+    assert detect(model).num_kv_heads == 3
 
 
 def test_sizes_that_differ_by_stage_or_layer_are_none() -> None:

@@ -103,6 +103,26 @@ def test_added_biases_are_added_biases(tmp_path: Path) -> None:
         peftcore.merge(model)
 
 
+class Grouped(nn.Linear):
+    """Groups of outputs, one of each group of inputs (DeepSeek-V4's)."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., groups, in] -> [..., groups, out / groups]
+        return torch.einsum("...gi,gji->...gj", x, self.weight.unflatten(0, (x.shape[-2], -1)))
+
+
+def test_a_grouped_layer_gets_a_bias_for_each_output() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"proj": Grouped(3, 8, bias=False)})
+    model.forward = lambda x: model["proj"](x)  # type: ignore[method-assign]
+    x = torch.randn(2, 5, 4, 3)
+    before = model(x)
+    peftcore.apply(model, "bitfit", add_missing=True)
+    added = dict(adapter_parameters(model, "default"))["proj.bias"]
+    with torch.no_grad():
+        added.copy_(torch.arange(8.0))
+    torch.testing.assert_close(model(x), before + torch.arange(8.0).view(4, 2))
+
+
 def test_existing_biases_are_trained_beside_added_ones() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2, bias=False))
     x = torch.randn(3, 4)
