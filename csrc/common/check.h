@@ -4,7 +4,36 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
+
+#include "common/dtype.h"
+
 namespace peftcore {
+
+inline std::optional<Dtype> known_dtype(at::ScalarType dtype) {
+    switch (dtype) {
+        case at::kFloat:
+            return Dtype::kFloat;
+        case at::kHalf:
+            return Dtype::kHalf;
+        case at::kBFloat16:
+            return Dtype::kBFloat16;
+        default:
+            return {};
+    }
+}
+
+inline Dtype kernel_dtype(at::ScalarType dtype, const char* op) {
+    const std::optional<Dtype> known = known_dtype(dtype);
+    TORCH_CHECK_TYPE(known, op, ": only float32, float16 and bfloat16 are supported, found ", dtype);
+    return *known;
+}
+
+inline Dtype kernel_dtype(at::ScalarType dtype, const char* op, const char* name) {
+    const std::optional<Dtype> known = known_dtype(dtype);
+    TORCH_CHECK_TYPE(known, op, ": ", name, " must be float32, float16 or bfloat16, found ", dtype);
+    return *known;
+}
 
 inline void check_tensor(const at::Tensor& t, at::ScalarType dtype, const at::Device& device, const char* op,
                          const char* name) {

@@ -5,6 +5,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/util/Exception.h>
 
 #include <algorithm>
 #include <array>
@@ -14,6 +15,11 @@
 extern "C" int peftcore_cuda_has_code();
 
 namespace peftcore {
+
+// What a launcher returned.
+inline void check_launch(const char* error, const char* op) {
+    TORCH_CHECK(error == nullptr, op, ": the CUDA kernel was not launched: ", error);
+}
 
 inline bool has_code_for(const c10::Device& device) {
     static std::array<std::atomic<int8_t>, 256> known{};  // 0: not asked yet; 1: no; 2: yes

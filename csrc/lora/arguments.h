@@ -12,9 +12,6 @@ namespace peftcore {
 namespace lora {
 
 using at::Tensor;
-using nf4::ceil_div;
-using nf4::Dtype;
-using nf4::kernel_dtype;
 using nf4::with_last;
 
 // How a packed weight is read; without absmax the weight is dense.

@@ -24,6 +24,7 @@
 
 #include "common/cuda_stream.h"
 #include "common/cuda_support.h"
+#include "common/tensors.h"
 #include "lora/arguments.h"
 #include "lora/cuda/lora_cuda.h"
 #include "nf4/cuda/nf4_cuda.h"
@@ -32,22 +33,9 @@ namespace peftcore {
 namespace lora {
 namespace {
 
-void check_launch(const char* error, const char* op) {
-    TORCH_CHECK(error == nullptr, op, ": the CUDA kernel was not launched: ", error);
-}
-
 int dtype_of(const Tensor& t) { return int(kernel_dtype(t.scalar_type(), "lora_linear")); }
 
 bool has_kernels(const Tensor& x) { return x.scalar_type() != at::kFloat; }
-
-// [all leading dimensions, last].
-Tensor matrix(const Tensor& t) {
-    const at::IntArrayRef sizes = t.sizes();
-    return t.contiguous().view({c10::multiply_integers(sizes.begin(), sizes.end() - 1), sizes.back()});
-}
-
-// A factor as the products take it.
-Tensor floats(const Tensor& factor) { return factor.to(at::kFloat).contiguous(); }
 
 Tensor float_workspace(int64_t count, const Tensor& x) {
     return at::empty({count}, x.options().dtype(at::kFloat));

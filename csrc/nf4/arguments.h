@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "common/check.h"
+#include "common/integers.h"
 #include "nf4/nf4.h"
 
 namespace peftcore {
@@ -11,32 +12,11 @@ namespace nf4 {
 
 using at::Tensor;
 
-inline Dtype kernel_dtype(at::ScalarType dtype, const char* op) {
-    switch (dtype) {
-        case at::kFloat:
-            return Dtype::kFloat;
-        case at::kHalf:
-            return Dtype::kHalf;
-        case at::kBFloat16:
-            return Dtype::kBFloat16;
-        default:
-            TORCH_CHECK_TYPE(false, op, ": only float32, float16 and bfloat16 are supported, found ", dtype);
-    }
-}
-
 inline void check_blocksize(int64_t blocksize, const char* op, const char* name = "blocksize") {
     TORCH_CHECK_VALUE(
         blocksize >= kMinBlocksize && blocksize <= kMaxBlocksize && (blocksize & (blocksize - 1)) == 0, op,
         ": ", name, " must be a power of two from ", kMinBlocksize, " to ", kMaxBlocksize, ", found ",
         blocksize);
-}
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
-
-inline int shift_of(int64_t power_of_two) {
-    int shift = 0;
-    while ((int64_t(1) << shift) < power_of_two) ++shift;
-    return shift;
 }
 
 inline Tensor code_argument(const Tensor& code, int64_t entries, const at::Device& device, const char* op,
@@ -71,7 +51,7 @@ inline Nested nested_arguments(const std::optional<Tensor>& absmax, const std::o
     nested.absmax = absmax->contiguous();
     nested.code = code_argument(*code, 256, device, op, "nested_code");
     nested.offset = *offset;
-    nested.shift = shift_of(nested_blocksize);
+    nested.shift = log2_of(nested_blocksize);
     return nested;
 }
 

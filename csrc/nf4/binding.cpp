@@ -20,10 +20,6 @@ namespace peftcore {
 namespace nf4 {
 namespace {
 
-void check_launch(const char* error, const char* op) {
-    TORCH_CHECK(error == nullptr, op, ": the CUDA kernel was not launched: ", error);
-}
-
 std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& code, int64_t blocksize) {
     const char* op = "quantize_4bit";
     const Dtype dtype = kernel_dtype(x.scalar_type(), op);

@@ -6,13 +6,12 @@
 //   y[i]    = round(code[q[i]] * a[b]), the product in fp32, rounded once
 //
 // Double quantization stores a[b] itself in 8 bits:
-//   a[b]    = nested_code[s[b]] * nested_absmax[b / nested_blocksize] + offset, product and sum rounded to
-//   fp32
+//   a[b]    = nested_code[s[b]] * nested_absmax[b / nested_blocksize] + offset
+//             product and sum rounded to fp32
 //
 // Source: QLoRA (arXiv 2305.14314, section 3). Details that make the bits equal to bitsandbytes 0.50:
 //   - the scale is max(a, 1e-38); a full block multiplies by its fp32 reciprocal, the partial block at the
-//   end
-//     divides by it and stores the raised value as its absmax;
+//     end divides by it and stores the raised value as its absmax;
 //   - thresholds are fp32 midpoints of neighbouring entries, compared with a strict >;
 //   - a NaN takes the highest entry, and makes its block's absmax NaN; an infinity makes it infinite;
 //   - the unused nibble after an odd count holds the code of zero.
@@ -20,16 +19,18 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "common/half.h"
+#include "common/integers.h"
 
 namespace peftcore {
 namespace nf4 {
 
+using peftcore::Dtype, peftcore::log2_of;  // for the launchers, which stand outside
+
 constexpr int kMinBlocksize = 32;
 constexpr int kMaxBlocksize = 4096;
 constexpr float kSmallestScale = 1e-38f;
-
-enum class Dtype { kFloat = 0, kHalf = 1, kBFloat16 = 2 };
 
 // A codebook prepared for encoding: `order[k]` is the code of the k-th smallest entry (equal entries in code
 // order), `threshold[k]` the midpoint of entries k and k + 1 of that order.

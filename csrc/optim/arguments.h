@@ -6,25 +6,13 @@
 #include <vector>
 
 #include "common/check.h"
+#include "common/integers.h"
 #include "optim/optim.h"
 
 namespace peftcore {
 namespace optim {
 
 using at::Tensor;
-
-inline Dtype kernel_dtype(at::ScalarType dtype, const char* op, const char* name) {
-    switch (dtype) {
-        case at::kFloat:
-            return Dtype::kFloat;
-        case at::kHalf:
-            return Dtype::kHalf;
-        case at::kBFloat16:
-            return Dtype::kBFloat16;
-        default:
-            TORCH_CHECK_TYPE(false, op, ": ", name, " must be float32, float16 or bfloat16, found ", dtype);
-    }
-}
 
 inline Rule rule_of(std::string_view name, const char* op) {
     if (name == "adamw") return Rule::kAdamW;
@@ -34,7 +22,7 @@ inline Rule rule_of(std::string_view name, const char* op) {
     TORCH_CHECK_VALUE(false, op, ": no rule '", name, "' (there are: adamw, adamw_8bit, lion, momentum)");
 }
 
-inline int64_t blocks_of(int64_t count) { return (count + kBlock - 1) / kBlock; }
+inline int64_t blocks_of(int64_t count) { return ceil_div(count, kBlock); }
 
 // What every rule reads: parameters, gradients, and the row of scalars for each.
 struct Step {

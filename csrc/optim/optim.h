@@ -4,33 +4,37 @@
 // multiplication, addition, division and square root is rounded once, `fma` is one rounding. State lies in
 // planes: one value an element, or one a block of 256.
 //
-//   AdamW        planes m, v (fp32)             m = fma(w1, g - m, m)      (w1 < 1/2, else fma(w1 - 1, g - m,
-//   g))
-//                                               v = fma(w2 g, g, v beta2)
-//                                               p = p decay + step m / (sqrt(v) / root + eps)
-//   AdamW 8-bit  planes m, v (codes of          the same m and v of the decoded state;
-//                dynamic8.h), absmax of each    p = p decay + step m / (sqrt(v) + eps), step and eps times
-//                root
-//   Lion         plane m (fp32)                 p = p decay + step sign(fma(w1, g - m, m)), m = fma(w2, g -
-//   m, m)
-//   Momentum     plane b (fp32)                 g' = g + wd p, b = momentum b + w g', p = p + step b,
-//                                               Nesterov: p + step (g' + momentum b)
+//   AdamW        m = fma(w1, g - m, m)          w1 < 1/2; else fma(w1 - 1, g - m, g)
+//     m, v       v = fma(w2 g, g, v beta2)
+//     in fp32    p = p decay + step m / (sqrt(v) / root + eps)
+//
+//   AdamW 8-bit  m, v as above, of the decoded state
+//     m, v as    p = p decay + step m / (sqrt(v) + eps)          step and eps times root
+//     codes of dynamic8.h, and the absmax of each block of both
+//
+//   Lion         p = p decay + step sign(fma(w1, g - m, m))
+//     m in fp32  m = fma(w2, g - m, m)
+//
+//   Momentum     b = momentum b + w g'                           g' = g + wd p
+//     b in fp32  p = p + step b                                  Nesterov: p + step (g' + momentum b)
 //
 // g is the gradient times `factor` (1 / loss scale, its sign turned to maximise).
 #pragma once
 
+#include "common/dtype.h"
 #include "common/half.h"
 #include "common/philox.h"
 
 namespace peftcore {
 namespace optim {
 
+using peftcore::Dtype;  // for the launchers, which stand outside
+
 constexpr int kBlock = 256;  // elements; state of a parameter begins at one
 constexpr int kMaxPlanes = 4;
 constexpr int kScalars = 8;
 
 enum class Rule { kAdamW = 0, kAdamW8bit = 1, kLion = 2, kMomentum = 3 };
-enum class Dtype { kFloat = 0, kHalf = 1, kBFloat16 = 2 };
 
 // The planes of each rule, in bytes a block of 256 elements.
 struct Planes {

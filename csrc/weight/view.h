@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/half.h"
+#include "common/integers.h"
 
 namespace peftcore {
 
@@ -26,7 +27,7 @@ struct WeightView {
         0;  // of this weight, counted from where `nested_absmax` begins: an expert's may be any
 
     int64_t count() const { return rows * columns; }
-    int64_t blocks() const { return (count() + (int64_t(1) << shift) - 1) >> shift; }
+    int64_t blocks() const { return ceil_div(count(), int64_t(1) << shift); }
 };
 
 // The scale of a block, on the host. Compiled with -ffp-contract=off: the product is rounded before the sum.

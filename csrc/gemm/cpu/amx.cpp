@@ -28,8 +28,6 @@ constexpr int64_t kStepBytes = 2 * kTile * 4;  // of a tile of B, 16 pairs of it
 
 int64_t chunk_of(int64_t all) { return all <= kPairs ? all : kPairsOfMany; }
 
-int64_t filled_up(int64_t count) { return (count + kSide - 1) / kSide * kSide; }
-
 // 16 pairs of rows of x, as a tile takes them.
 struct Left {
     const char* first;
@@ -45,11 +43,11 @@ bool in_place(const Product& product) {
 
 // By chunks, by blocks of kRows rows (the last may have half), as [pairs / 16][rows][16].
 void arrange(const Product& product, int64_t first, int64_t last, uint32_t* out) {
-    const int64_t all = filled_up(product.pairs()), all_rows = filled_up(product.rows);
+    const int64_t all = filled_up(product.pairs(), kSide), all_rows = filled_up(product.rows, kSide);
     for (int64_t chunk = 0; chunk < all; chunk += chunk_of(all)) {
         const int64_t pairs = least(chunk_of(all), all - chunk);
         for (int64_t row = first; row < last; row += kRows) {
-            const int64_t rows = least(kRows, filled_up(last - row));
+            const int64_t rows = least(kRows, filled_up(last - row, kSide));
             uint32_t* block = out + chunk * all_rows + row * pairs;
             for (int64_t m = 0; m < rows; ++m) {
                 const BFloat16* x = product.x + (row + m) * product.inner;
@@ -68,8 +66,8 @@ Left left_of(const Product& product, const uint32_t* arranged, int64_t row, int6
     if (in_place(product) && product.rows - row >= kRows)
         return {reinterpret_cast<const char*>(product.x + row * product.inner + 2 * chunk), 2 * product.inner,
                 kTileBytes};
-    const int64_t rows = least(kRows, filled_up(product.rows - row));
-    return {reinterpret_cast<const char*>(arranged + chunk * filled_up(product.rows) + row * pairs),
+    const int64_t rows = least(kRows, filled_up(product.rows - row, kSide));
+    return {reinterpret_cast<const char*>(arranged + chunk * filled_up(product.rows, kSide) + row * pairs),
             kTileBytes, rows * kTileBytes};
 }
 
@@ -321,7 +319,7 @@ void multiply_block(const Product& product, const Panel& panel, Block block, Own
 void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t* left, int64_t first_tile,
                     int64_t last_tile, int64_t first_row, int64_t last_row, const Buffers& buffers) {
     const Product addend = addend_alone(product);
-    const int64_t all = filled_up(product.pairs()), addend_pairs = filled_up(addend.pairs());
+    const int64_t all = filled_up(product.pairs(), kSide), addend_pairs = filled_up(addend.pairs(), kSide);
     Own own(product);
     _tile_loadconfig(&kTileShapes);
     for (int64_t tile = first_tile; tile < last_tile; tile += kTiles) {

@@ -2,13 +2,12 @@
 #pragma once
 
 #include "common/avx512.h"
+#include "common/integers.h"
 #include "gemm/cpu/kernels.h"
 
 namespace peftcore {
 namespace gemm {
 namespace {
-
-inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline __mmask32 columns_there(const Product& product, int64_t column) {
     const int64_t left = product.columns - column;

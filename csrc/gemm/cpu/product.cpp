@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "common/cpu_features.h"
+#include "common/integers.h"
 #include "common/workspace.h"
 #include "gemm/cpu/kernels.h"
 
@@ -21,9 +22,6 @@ constexpr int64_t kProductsPerTask = 1 << 17;
 constexpr int64_t kGroupRows = 1536;
 // Rows for which a panel is worth unpacking again, so that more threads have work.
 constexpr int64_t kFewRows = 96;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t filled_up(int64_t a, int64_t multiple) { return ceil_div(a, multiple) * multiple; }
 
 void multiply_group(const Kernel& kernel, const Product& product) {
     const int64_t rows = product.rows, blocks = ceil_div(rows, kernel.rows);

@@ -1,6 +1,7 @@
 // The products of bf16 by tiles of AMX, factors in two halves (see kernels.h); `up` is AVX-512's.
 #include "common/amx.h"
 
+#include "common/integers.h"
 #include "gemm/cpu/transpose.h"
 #include "lora/cpu/avx512.h"
 
@@ -13,8 +14,6 @@ constexpr int64_t kRows = 2 * kSide;                     // that `down` takes to
 constexpr int64_t kBlockRows = 64, kBlockColumns = 256;  // of x, that `outer` arranges
 constexpr int64_t kBlockPairs = kBlockRows / kPair;
 static_assert(kSide == kWidthMultiple && kBlockPairs % kSide == 0 && kBlockRows <= kRowGrain, "");
-
-constexpr int64_t filled_up(int64_t count) { return (count + kSide - 1) / kSide * kSide; }
 
 __mmask16 first_of(int64_t count) { return count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xffff); }
 
@@ -184,7 +183,7 @@ void down_tiles(const BFloat16* x, int64_t x_row, int64_t rows, int64_t columns,
 
 void down(const DownArgs& args, int64_t first, int64_t last) {
     alignas(64) float sums[2][kSide][kSide];
-    const int64_t columns = args.columns, stride = (columns + 31) / 32 * 32, width = kHalves * args.width;
+    const int64_t columns = args.columns, stride = filled_up(columns, 32), width = kHalves * args.width;
     std::vector<BFloat16> staged(args.keep.bits == nullptr ? 0 : size_t(kRows * stride));
     const __m512 factor = _mm512_set1_ps(args.factor);
     _tile_loadconfig(&kTileShapes);
@@ -232,7 +231,7 @@ void outer_block(const uint32_t* left, int64_t width, const uint32_t* right, int
     constexpr int64_t kSteps = kBlockPairs / kSide;
     alignas(64) uint32_t turned[kHalves * kSteps][kSide][kSide];  // a step's first values and rests
     TileMemory some;
-    const int64_t steps = filled_up(pairs) / kSide;
+    const int64_t steps = filled_up(pairs, kSide) / kSide;
     for (int64_t j = 0; j < width; j += kSide) {
         for (int64_t i = 0; i < kHalves * steps; ++i) {
             const uint32_t* from = left + kHalves * (i / kHalves * kSide * width + j) + i % kHalves * kSide;
@@ -285,14 +284,13 @@ void outer_block(const uint32_t* left, int64_t width, const uint32_t* right, int
 void outer(const OuterArgs& args, int64_t first, int64_t last) {
     constexpr int64_t kAhead = 8;
     alignas(64) uint32_t block[kBlockPairs * kBlockColumns];
-    const int64_t sums_row =
-        (args.last_column - args.first_column + kColumnGrain - 1) / kColumnGrain * kColumnGrain;
+    const int64_t sums_row = filled_up(args.last_column - args.first_column, kColumnGrain);
     _tile_loadconfig(&kTileShapes);
     for (int64_t m = first; m < last; m += kBlockRows)
         for (int64_t begin = args.first_column; begin < args.last_column; begin += kBlockColumns) {
             const int64_t rows = std::min(kBlockRows, last - m);
             const int64_t columns = std::min(kBlockColumns, args.last_column - begin);
-            const int64_t width = filled_up(columns), pairs = (rows + 1) / kPair;
+            const int64_t width = filled_up(columns, kSide), pairs = (rows + 1) / kPair;
             const BFloat16* x = static_cast<const BFloat16*>(args.x) + m * args.columns + begin;
             const auto keep = [&](int64_t i) {
                 const uint8_t* row = args.keep.row(m + i);
@@ -305,7 +303,7 @@ void outer(const OuterArgs& args, int64_t first, int64_t last) {
                 stage_rows(x, both ? x + args.columns : nullptr, columns, keep(i),
                            both ? keep(i + 1) : nullptr, block + i / kPair * width);
             }
-            std::fill(block + pairs * width, block + filled_up(pairs) * width, 0u);
+            std::fill(block + pairs * width, block + filled_up(pairs, kSide) * width, 0u);
             outer_block(static_cast<const uint32_t*>(args.left) + m / kPair * kHalves * args.width,
                         args.width, block, width, pairs, args.sums + begin - args.first_column, sums_row);
         }

@@ -21,6 +21,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/integers.h"
 #include "lora/cpu/dropout.h"
 #include "lora/cpu/kernels.h"
 
@@ -84,7 +85,7 @@ struct Blocks {
     // A block of x that `outer` arranges: it stays in the second cache.
     static constexpr int64_t kBlockRows = kChain, kBlockColumns = 256, kAhead = 8;
 
-    static int64_t padded(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
+    static int64_t padded(int64_t count) { return filled_up(count, kLanes); }
 
     // sums[m][v] = the sum over i of left[m * left_row + i * left_inner] right[i * right_inner + v * kLanes
     // ..]
@@ -250,8 +251,7 @@ struct Blocks {
 
     static void outer(const OuterArgs& args, int64_t first, int64_t last) {
         alignas(64) float block[kBlockRows * kBlockColumns];
-        const int64_t sums_row =
-            (args.last_column - args.first_column + kColumnGrain - 1) / kColumnGrain * kColumnGrain;
+        const int64_t sums_row = filled_up(args.last_column - args.first_column, kColumnGrain);
         for (int64_t m = first; m < last; m += kBlockRows)
             for (int64_t begin = args.first_column; begin < args.last_column; begin += kBlockColumns) {
                 const int64_t rows = std::min(kBlockRows, last - m);

@@ -17,15 +17,14 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "gemm/cpu/product.h"
 #include "lora/lora.h"
-#include "nf4/nf4.h"
 
 namespace peftcore {
 namespace lora {
 
 using gemm::Mask;
-using nf4::Dtype;
 
 // How `down` and `outer` read a factor: [ceil(inner / pair)][width] units of `pair` values along the inner
 // dimension, the missing ones zero.

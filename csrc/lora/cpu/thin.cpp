@@ -18,8 +18,6 @@ constexpr int64_t kGroupRows = 256;
 constexpr int64_t kAllSums = int64_t(1) << 23;  // of all groups: 32 MB; beyond, groups have more rows
 constexpr int64_t kOwnSums = int64_t(1) << 17;  // of a task: they stay in the second cache
 
-int64_t filled_up(int64_t count, int64_t multiple) { return ceil_div(count, multiple) * multiple; }
-
 // The sums of `outer`: groups of rows, by parts of columns, each [width][its columns, filled up]. What is
 // divided by the number of threads changes no sum.
 struct Division {
@@ -168,13 +166,6 @@ void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Te
                      });
     add_groups(of, all, r, out.mutable_data_ptr<float>(), transposed ? 1 : columns, transposed ? r : 1);
 }
-
-Tensor matrix(const Tensor& t) {
-    const at::IntArrayRef sizes = t.sizes();
-    return t.contiguous().view({c10::multiply_integers(sizes.begin(), sizes.end() - 1), sizes.back()});
-}
-
-Tensor floats(const Tensor& factor) { return factor.to(at::kFloat).contiguous(); }
 
 }  // namespace lora
 }  // namespace peftcore

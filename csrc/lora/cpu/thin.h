@@ -1,6 +1,7 @@
 // The thin products of kernels.h on tensors, divided among threads.
 #pragma once
 
+#include "common/tensors.h"
 #include "lora/arguments.h"
 #include "lora/cpu/kernels.h"
 
@@ -38,12 +39,6 @@ void up(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& 
 // goes along, so that x comes from memory once.
 void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out, bool transposed,
            const Mask& keep, const DownArgs* down_too);
-
-// [all leading dimensions, last].
-Tensor matrix(const Tensor& t);
-
-// A factor as the products take it: fp32, contiguous.
-Tensor floats(const Tensor& factor);
 
 }  // namespace lora
 }  // namespace peftcore

@@ -1,5 +1,5 @@
 // Launchers of the LoRA CUDA kernels. Pointers are device memory unless said otherwise, `stream` a
-// cudaStream_t, dtypes peftcore::nf4::Dtype; matrices are contiguous. Factors and thin matrices are fp32: in
+// cudaStream_t, dtypes peftcore::Dtype; matrices are contiguous. Factors and thin matrices are fp32: in
 // fp16 a T of small gradients would vanish. They return nullptr, or why the launch failed. Arguments are
 // checked by the caller (lora/arguments.h). `threshold`, `key0`, `key1`: lora/lora.h.
 #pragma once

@@ -4,18 +4,19 @@
 #pragma once
 
 #include "common/cuda_launch.cuh"
+#include "common/dtype.h"
 #include "common/half.h"
 #include "common/tensor_core.cuh"
 #include "common/tf32.cuh"
 #include "lora/cuda/lora_cuda.h"
 #include "lora/lora.h"
-#include "nf4/nf4.h"
 
 namespace peftcore {
 namespace lora {
-namespace {
 
-using nf4::Dtype;
+using peftcore::Dtype;  // for the launchers, which stand outside
+
+namespace {
 
 constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kSharedBytes = 48 * 1024;  // of static shared memory that a block may have

@@ -37,7 +37,7 @@ WeightView view_of(const Packed& packed, int64_t columns) {
     view.codes = packed.bytes.const_data_ptr<uint8_t>();
     view.absmax = packed.scales.const_data_ptr();
     view.quant_map = packed.code.const_data_ptr<float>();
-    view.shift = shift_of(packed.blocksize);
+    view.shift = log2_of(packed.blocksize);
     if (packed.nested.present) {
         view.nested_absmax = packed.nested.absmax.const_data_ptr<float>();
         view.nested_quant_map = packed.nested.code.const_data_ptr<float>();

@@ -108,12 +108,6 @@ const char* launch_dequantize(const DequantizeParams& p, void* out, void* stream
     return PEFTCORE_LAUNCH((dequantize_kernel<T, false>), blocks, kThreads, 0, stream, p, typed);
 }
 
-int log2_of(int power_of_two) {
-    int shift = 0;
-    while (1 << shift < power_of_two) ++shift;
-    return shift;
-}
-
 }  // namespace
 }  // namespace nf4
 }  // namespace peftcore

@@ -296,12 +296,6 @@ const char* launch(const LinearParams& p, Dtype dtype, void* stream) {
     return "unknown dtype";
 }
 
-int log2_of(int power_of_two) {
-    int shift = 0;
-    while (1 << shift < power_of_two) ++shift;
-    return shift;
-}
-
 }  // namespace
 }  // namespace nf4
 }  // namespace peftcore

@@ -1,5 +1,5 @@
 // Launchers of the 4-bit CUDA kernels. Pointers are device memory, `stream` a cudaStream_t, dtypes
-// peftcore::nf4::Dtype. They return nullptr, or why the launch failed. Arguments are checked by the caller
+// peftcore::Dtype. They return nullptr, or why the launch failed. Arguments are checked by the caller
 // (nf4/arguments.h).
 #pragma once
 

@@ -1,0 +1,10 @@
+// The element types that kernels take, by the numbers that launchers pass.
+#pragma once
+
+namespace peftcore {
+
+enum class Dtype { kFloat = 0, kHalf = 1, kBFloat16 = 2 };
+
+constexpr int kDtypes = 3;
+
+}  // namespace peftcore
