@@ -3,144 +3,89 @@
 Names are imported when first used, so that the command line answers before PyTorch is loaded.
 """
 
-import sys
+from functools import cache
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from peftcore.architecture import Architecture
-    from peftcore.checkpoint import load, save
-    from peftcore.engine import activate, after_step, apply, disabled, remove
-    from peftcore.engine.summary import plan, summary
-    from peftcore.errors import CheckpointError, PeftcoreError, PluginError
-    from peftcore.hookspecs import hookimpl
-    from peftcore.merging.merge import merge, merge_loss, unmerge
-    from peftcore.method import (
-        After,
-        Around,
-        ForeignFormat,
-        Method,
-        PrefixKV,
-        SoftPrompt,
-        StateRules,
-        Train,
-        WeightFormat,
-        prompt_tensor_name,
-        tensor_name,
-    )
-    from peftcore.parallel import TrainingState, load_sharded, shard
-    from peftcore.quantization import dequantize, quantize
-    from peftcore.quantization.huggingface import NF4Config
-    from peftcore.registry import methods
+if TYPE_CHECKING:  # the public names, each once: type checkers read this, and so does `_homes`
+    from peftcore.architecture import Architecture as Architecture
+    from peftcore.checkpoint import load as load
+    from peftcore.checkpoint import save as save
+    from peftcore.engine import activate as activate
+    from peftcore.engine import after_step as after_step
+    from peftcore.engine import apply as apply
+    from peftcore.engine import disabled as disabled
+    from peftcore.engine import remove as remove
+    from peftcore.engine.summary import plan as plan
+    from peftcore.engine.summary import summary as summary
+    from peftcore.errors import CheckpointError as CheckpointError
+    from peftcore.errors import PeftcoreError as PeftcoreError
+    from peftcore.errors import PluginError as PluginError
+    from peftcore.hookspecs import hookimpl as hookimpl
+    from peftcore.merging.merge import merge as merge
+    from peftcore.merging.merge import merge_loss as merge_loss
+    from peftcore.merging.merge import unmerge as unmerge
+    from peftcore.method import After as After
+    from peftcore.method import Around as Around
+    from peftcore.method import ForeignFormat as ForeignFormat
+    from peftcore.method import Method as Method
+    from peftcore.method import PrefixKV as PrefixKV
+    from peftcore.method import SoftPrompt as SoftPrompt
+    from peftcore.method import StateRules as StateRules
+    from peftcore.method import Train as Train
+    from peftcore.method import WeightFormat as WeightFormat
+    from peftcore.method import prompt_tensor_name as prompt_tensor_name
+    from peftcore.method import tensor_name as tensor_name
+    from peftcore.parallel import TrainingState as TrainingState
+    from peftcore.parallel import load_sharded as load_sharded
+    from peftcore.parallel import shard as shard
+    from peftcore.quantization import dequantize as dequantize
+    from peftcore.quantization import quantize as quantize
+    from peftcore.quantization.huggingface import NF4Config as NF4Config
+    from peftcore.registry import methods as methods
 
-try:
-    __version__ = version("peftcore")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0"
-
-__all__ = [
-    "After",
-    "Architecture",
-    "Around",
-    "CheckpointError",
-    "ForeignFormat",
-    "Method",
-    "NF4Config",
-    "PeftcoreError",
-    "PluginError",
-    "PrefixKV",
-    "SoftPrompt",
-    "StateRules",
-    "Train",
-    "TrainingState",
-    "WeightFormat",
-    "activate",
-    "after_step",
-    "apply",
-    "dequantize",
-    "disabled",
-    "hookimpl",
-    "load",
-    "load_sharded",
-    "merge",
-    "merge_loss",
-    "methods",
-    "plan",
-    "prompt_tensor_name",
-    "quantize",
-    "remove",
-    "save",
-    "shard",
-    "summary",
-    "tensor_name",
-    "unmerge",
-]
-
-_HOMES = {
-    "Architecture": "architecture",
-    "load": "checkpoint",
-    "save": "checkpoint",
-    "activate": "engine",
-    "after_step": "engine",
-    "apply": "engine",
-    "disabled": "engine",
-    "remove": "engine",
-    "CheckpointError": "errors",
-    "PeftcoreError": "errors",
-    "PluginError": "errors",
-    "hookimpl": "hookspecs",
-    "merge": "merging.merge",
-    "merge_loss": "merging.merge",
-    "unmerge": "merging.merge",
-    "After": "method",
-    "Around": "method",
-    "ForeignFormat": "method",
-    "Method": "method",
-    "PrefixKV": "method",
-    "SoftPrompt": "method",
-    "StateRules": "method",
-    "Train": "method",
-    "WeightFormat": "method",
-    "prompt_tensor_name": "method",
-    "tensor_name": "method",
-    "TrainingState": "parallel",
-    "load_sharded": "parallel",
-    "shard": "parallel",
-    "NF4Config": "quantization.huggingface",
-    "dequantize": "quantization",
-    "quantize": "quantization",
-    "methods": "registry",
-    "plan": "engine.summary",
-    "summary": "engine.summary",
-}
+    __version__: str
+    __all__: list[str]
 
 
-class _Package(ModuleType):
-    """This package; `peftcore.merge` is the function, though a module has the same name."""
+@cache
+def _homes() -> dict[str, str]:
+    """{public name: the module that has it}, as this file says above."""
+    import ast
 
-    def __getattr__(self, name: str) -> Any:
-        if name in _HOMES:
-            value = getattr(import_module(f"peftcore.{_HOMES[name]}"), name)
-        elif name.startswith("__"):
-            raise AttributeError(f"module 'peftcore' has no attribute '{name}'")
-        else:
-            try:
-                value = import_module(f"peftcore.{name}")
-            except ModuleNotFoundError as error:
-                if error.name != f"peftcore.{name}":
-                    raise
-                raise AttributeError(f"module 'peftcore' has no attribute '{name}'") from None
-        self.__dict__[name] = value
-        return value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):  # importing a submodule sets it here
-            super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
+    tree = ast.parse(Path(__file__).read_text("utf-8"))
+    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module)
+    return {alias.asname: str(node.module) for node in imports for alias in node.names if alias.asname}
 
 
-sys.modules[__name__].__class__ = _Package
+def _installed_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("peftcore")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _homes():
+        value = getattr(import_module(_homes()[name]), name)
+    elif name == "__version__":
+        value = _installed_version()
+    elif name == "__all__":
+        value = sorted(_homes())
+    elif not name.startswith("_") and find_spec(f"peftcore.{name}"):
+        value = import_module(f"peftcore.{name}")
+    else:
+        raise AttributeError(f"module 'peftcore' has no attribute '{name}'")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return ["__version__", *sorted(_homes())]
+
+
+import_module("peftcore.integrations")  # they subscribe to events of rooms below, and import no library yet
