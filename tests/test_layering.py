@@ -1,70 +1,105 @@
-"""What DESIGN asks of the source tree: the direction of imports, and a core that names no method."""
+"""What DESIGN asks of the source tree: the direction of imports, private names, and a core that names no method."""
 
-import ast
 import re
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from imports import CORE, MODULES, ROOT, imports, private_names
 
-ROOT = Path(__file__).parent.parent
-CORE = ROOT / "peftcore"
-
-# Each may import the rooms to its left, and none to its right.
+# Each room may import those above it, and none beside or below it.
 ORDER = [
-    {"errors", "validation", "requirement", "ranks", "architecture", "method", "hookspecs", "ops"},
-    {"registry", "adaptation", "adapter_files"},
+    {"errors", "requirement", "architecture", "hookspecs", "events", "ops"},
+    {"validation", "ranks", "method", "adaptation", "adapter_files", "optim"},
+    {"registry"},
     {"observation"},
     {"targets", "prompts"},
     {"engine"},
-    {"checkpoint", "quantization", "optim"},
+    {"checkpoint", "quantization"},
     {"merging", "parallel"},
     {"testing", "integrations"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
+FILES = sorted(file for file in CORE.rglob("*.py") if file != CORE / "__init__.py")
+OF_OPERATORS = {"peftcore.ops.nf4", "peftcore.ops._extension"}  # whose private names other operators use
 
 
 def layer(room: str) -> int:
     return next(i for i, rooms in enumerate(ORDER) if room in rooms)
 
 
-def imports(file: Path) -> list[str]:
-    """Rooms of peftcore that `file` imports at run time (not under TYPE_CHECKING)."""
-    found = []
-    tree = ast.parse(file.read_text())
-    typing_only = {
-        id(child)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
-        for child in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module == "peftcore":
-            found += [
-                alias.name
-                for alias in node.names
-                if (CORE / alias.name).is_dir() or (CORE / f"{alias.name}.py").exists()
-            ]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("peftcore."):
-            found.append(node.module.split(".")[1])
-    return found
-
-
-FILES = sorted(file for file in CORE.rglob("*.py") if file != CORE / "__init__.py")
+def rooms(file: Path) -> set[str]:
+    return {module.split(".")[1] for module in imports(file)}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CORE)))
 def test_direction_of_imports(file: Path) -> None:
     room = file.relative_to(CORE).parts[0].removesuffix(".py")
-    for imported in imports(file):
-        if imported != room:
-            assert layer(imported) <= layer(room), f"{room} must not import {imported}"
+    for imported in rooms(file) - {room}:
+        assert layer(imported) < layer(room), f"{room} must not import {imported}"
+
+
+def test_no_circle() -> None:
+    graph = {module: imports(file) for module, file in MODULES.items() if module != "peftcore"}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        raise AssertionError(" imports ".join(reversed(error.args[1]))) from None
+
+
+def test_no_private_name_is_used_across_modules() -> None:
+    found = [f"{module}: {name}" for module, file in MODULES.items() for name in private_names(file)]
+    assert [name for name in found if not any(f" {module}" in name for module in OF_OPERATORS)] == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import peftcore.engine.state",
+        "import peftcore.engine.state as what",
+        "from peftcore.engine import state",
+        "from peftcore.engine.state import state_of",
+        "def f():\n    from peftcore.engine.state import state_of",
+        "import peftcore\npeftcore.engine.state.state_of(1)",
+        "from importlib import import_module\nimport_module('peftcore.engine.state')",
+        "__import__('peftcore.engine.state')",
+        "HOME = {'what': 'peftcore.engine.state'}",
+        "if TYPE_CHECKING:\n    pass\nelse:\n    import peftcore.engine.state",
+    ],
+)
+def test_every_kind_of_import_is_seen(code: str, tmp_path: Path) -> None:
+    file = tmp_path / "code.py"
+    file.write_text(code)
+    assert imports(file) == {"peftcore.engine.state"}
+
+
+def test_public_names_are_seen_in_their_homes(tmp_path: Path) -> None:
+    file = tmp_path / "code.py"
+    file.write_text(
+        "import peftcore\nfrom peftcore import save\npeftcore.merge(1)\nif TYPE_CHECKING:\n    import peftcore.cli"
+    )
+    assert imports(file) == {"peftcore.checkpoint.folders", "peftcore.merging.merge"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from peftcore.engine.state import _secret",
+        "from peftcore.engine import state\nstate._secret()",
+        "import peftcore.engine.state as s\ns._secret",
+        "import peftcore\npeftcore.engine.state._secret",
+    ],
+)
+def test_private_names_are_seen(code: str, tmp_path: Path) -> None:
+    file = tmp_path / "code.py"
+    file.write_text(code)
+    assert list(private_names(file)) == ["peftcore.engine.state._secret"]
 
 
 def test_ops_import_only_torch() -> None:
     for file in (CORE / "ops").glob("*.py"):
-        assert set(imports(file)) <= {"ops"}, file
+        assert rooms(file) <= {"ops"}, file
 
 
 METHODS = [path.name.removeprefix("peftcore-") for path in (ROOT / "plugins").iterdir() if path.is_dir()]

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -45,6 +43,7 @@ from peftcore.engine.state import (
 )
 from peftcore.engine.trained import TrainedParameters, hold_of_last, tied_to, unmoved_buffers
 from peftcore.errors import PeftcoreError
+from peftcore.events import adapter_applied
 from peftcore.method import After
 from peftcore.registry import registry
 
@@ -133,8 +132,7 @@ def apply(
     state.applied[adapter] = Applied(method.name, config, paths, placed.trained, facts=before)
     model.__dict__[STATE] = state
     set_active(model, (*state.active, adapter))
-    if "transformers" in sys.modules and hasattr(model, "save_pretrained"):  # it must know how to save such a model
-        import_module("peftcore.integrations.pretrained")
+    adapter_applied.announce(model)
     return model
 
 

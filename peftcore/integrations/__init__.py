@@ -1,1 +1,31 @@
-"""What lets other libraries train and save models that carry adapters."""
+"""Other libraries are taught of adapters when the first one is applied to a model of theirs, or is already there when
+they are imported. Who never does either pays for none of them.
+
+    transformers            `pretrained`: `save_pretrained`
+    transformers.trainer    `transformers`: `Trainer`, and what is made of it
+    peft                    `peft`: refuses a model with adapters
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+from peftcore.events import adapter_applied
+from peftcore.integrations.late_import import when_imported
+
+_TEACHERS = {  # by the module of others that each teaches
+    "transformers": "peftcore.integrations.pretrained",
+    "transformers.trainer": "peftcore.integrations.transformers",
+    "peft": "peftcore.integrations.peft",
+}
+
+
+def _teach(model: Any) -> None:
+    if "transformers" in sys.modules and hasattr(model, "save_pretrained"):
+        for theirs, ours in _TEACHERS.items():
+            when_imported(theirs, lambda ours=ours: import_module(ours))
+
+
+adapter_applied.subscribe(_teach)

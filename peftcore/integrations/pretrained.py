@@ -1,32 +1,22 @@
-"""transformers is taught of adapters on its models when the first one is applied; nothing of it is replaced otherwise.
+"""transformers' `save_pretrained` on a model with adapters, and how a class of others is taught of them.
 
     model.save_pretrained(folder)     the adapters, in Hugging Face PEFT's format; after `merge` the merged model
-    Trainer(model=model, ...)         see `peftcore.integrations.transformers`
-    get_peft_model(model, ...)        is refused, see `peftcore.integrations.peft`
 
-Each method that is taught asks first whether adapters stand on the model, and is transformers' own where none does.
+Importing this module teaches `PreTrainedModel`. Each method that is taught asks first whether adapters stand on the
+model, and is transformers' own where none does.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 from collections.abc import Callable
-from importlib.abc import MetaPathFinder
-from importlib.util import find_spec
 from typing import Any
 
 from transformers import PreTrainedModel
 
-import peftcore
+from peftcore import checkpoint, ranks
 from peftcore.adaptation.adapted import CHILD, TRAINED
 from peftcore.engine import require_state, state_of
-
-_TAUGHT = {  # others' modules that are taught when they are imported, each by one of ours
-    "transformers.trainer": "peftcore.integrations.transformers",
-    "peft": "peftcore.integrations.peft",
-}
 
 
 def teach(cls: type, name: str, ours: Callable[..., Any], model_of: Callable[[Any], Any]) -> None:
@@ -58,8 +48,8 @@ def save_pretrained(
         held = {name: t for name, t in held.items() if not {CHILD, TRAINED} & set(name.split("."))}
         options |= {"is_main_process": is_main_process, "state_dict": held, "push_to_hub": push_to_hub}
         return own(save_directory, **options)
-    if is_main_process or peftcore.ranks.is_sharded(model):
-        peftcore.save(model, save_directory)
+    if is_main_process or ranks.is_sharded(model):
+        checkpoint.save(model, save_directory)
     if push_to_hub and is_main_process:
         names = ("repo_id", "commit_message", "private", "token", "revision", "create_pr")
         chosen = {name: options[name] for name in names if name in options}
@@ -67,30 +57,4 @@ def save_pretrained(
     return None
 
 
-class _When(MetaPathFinder):
-    """Import `ours` when another library's module `theirs` is imported: those who never do should not pay for it."""
-
-    def __init__(self, theirs: str, ours: str) -> None:
-        self.theirs, self.ours = theirs, ours
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != self.theirs:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module: Any) -> None:
-            execute(module)
-            importlib.import_module(self.ours)
-
-        spec.loader.exec_module = exec_module
-        return spec
-
-
 teach(PreTrainedModel, "save_pretrained", save_pretrained, lambda model: model)
-for _theirs, _ours in _TAUGHT.items():
-    if _theirs in sys.modules:
-        importlib.import_module(_ours)
-    else:
-        sys.meta_path.insert(0, _When(_theirs, _ours))

@@ -212,5 +212,6 @@ def place(model: nn.Module, config: AdapterConfig, architecture: peftcore.Archit
 
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="BOTTLENECK_ADAPTER", foreign=(peftcore_adapter_hub.FORMAT,))
+    foreign = peftcore_adapter_hub.foreign_format(AdapterConfig, of_sublayer)
+    rules = peftcore.StateRules(peft_type="BOTTLENECK_ADAPTER", foreign=(foreign,))
     return [peftcore.Method("adapter", AdapterConfig, place, rules, learning_rate=3e-4)]

@@ -10,7 +10,8 @@ in a file of their own and are not read.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -42,10 +43,20 @@ def matches(fields: dict[str, Any]) -> bool:
     return isinstance(fields.get("config"), dict) and {"model_type", "name"} <= fields.keys()
 
 
-def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-    """The config, and the tensors by their names here."""
-    from peftcore_adapter import AdapterConfig, of_sublayer
+def foreign_format(config_class: type, of_sublayer: Callable[..., Any]) -> peftcore.ForeignFormat:
+    """The format, read as a `config_class` whose placement at a sublayer is what `of_sublayer` gives."""
+    read = partial(_read, config_class, of_sublayer)
+    return peftcore.ForeignFormat("the library adapters", "adapter.safetensors", matches, read, about)
 
+
+def _read(
+    config_class: type,
+    of_sublayer: Callable[..., Any],
+    model: nn.Module,
+    fields: dict[str, Any],
+    tensors: dict[str, Tensor],
+) -> tuple[Any, dict[str, Tensor]]:
+    """The config, and the tensors by their names here."""
     theirs = fields["config"]
     if "reduction_factor" not in theirs:
         raise peftcore.PeftcoreError(
@@ -88,7 +99,7 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
         )
     layers = {sublayer.layer for sublayer in used.values()}
     kinds = {sublayer.kind for sublayer in used.values()}
-    config = AdapterConfig(
+    config = config_class(
         placement=_placement(kinds),
         cross_adapter="cross_attention" in kinds,
         is_parallel=parallel,
@@ -139,6 +150,3 @@ def _in_decoder(stack: str) -> bool:
 def about(fields: dict[str, Any]) -> dict[str, Any]:
     """The base, and all settings of the bottleneck."""
     return {"base_model_name_or_path": fields.get("model_name") or None, **fields["config"]}
-
-
-FORMAT = peftcore.ForeignFormat("the library adapters", "adapter.safetensors", matches, read, about)

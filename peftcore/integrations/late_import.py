@@ -1,0 +1,45 @@
+"""Do something when a module is imported, now or later."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+_awaited: set[str] = set()
+
+
+def when_imported(name: str, act: Callable[[], Any]) -> None:
+    """Call `act` as soon as the module `name` has been imported: at once, where it is there. Once a name."""
+    if name in _awaited:
+        return
+    _awaited.add(name)
+    if name in sys.modules:
+        act()
+    else:
+        sys.meta_path.insert(0, _Finder(name, act))
+
+
+class _Finder:
+    """On `sys.meta_path`: finds the module as the others do, and lets `act` follow; to ask for a spec is no import."""
+
+    def __init__(self, name: str, act: Callable[[], Any]) -> None:
+        self.name, self.act = name, act
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.name:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+                self.act()
+
+        spec.loader.exec_module = exec_module
+        return spec
