@@ -54,7 +54,8 @@ class Train:
     names: Sequence[str]
 
 
-Placement = Around | After | SoftPrompt | PrefixKV | Train
+AdapterPlacement = Around | After | SoftPrompt | PrefixKV
+Placement = AdapterPlacement | Train
 
 
 def tensor_name(placement: Placement, name: str) -> str:

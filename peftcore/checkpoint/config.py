@@ -16,7 +16,6 @@ from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.method import Method, PrefixKV, SoftPrompt
 from peftcore.observation import detect
-from peftcore.prompts import PrefixAround, SoftPromptAround
 from peftcore.registry import registry
 from peftcore.validation import check_types, shown
 
@@ -53,8 +52,8 @@ def config_on_disk(model: nn.Module, method: Method, adapter: str) -> dict[str, 
 def _task_type(model: nn.Module, adapter: str) -> str | None:
     """PEFT's task type of an adapter."""
     entry = engine.applied(model, adapter)
-    kinds = {type(module) for _, module in engine.adapter_modules(model, adapter)}
-    placement = SoftPrompt if SoftPromptAround in kinds else PrefixKV if PrefixAround in kinds else None
+    kinds = {type(placement) for placement in engine.placements(model, adapter)}
+    placement = next((kind for kind in (SoftPrompt, PrefixKV) if kind in kinds), None)
     task_type = peft_reads.task_type(model, detect(model), placement)
     if placement is not None and task_type is None:
         warnings.warn(

@@ -18,8 +18,7 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.checkpoint import vocabulary
 from peftcore.engine.trained import TrainedParameters, base_tensors, tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
-from peftcore.method import After, Around, Method, PrefixKV, SoftPrompt, StateRules, Train
-from peftcore.prompts import PrefixAround, SoftPromptAround
+from peftcore.method import Method, StateRules, Train
 from peftcore.registry import registry
 
 
@@ -41,22 +40,14 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
             )
         found[on_disk] = tensor
 
-    for path, module in engine.adapter_modules(model, adapter):
-        match module:
-            case SoftPromptAround():
-                placement, module = SoftPrompt(module.adapter), module.adapter
-            case PrefixAround():
-                placement, module = PrefixKV(module.adapter), module.adapter
-            case _:
-                behind = adapter in model.get_submodule(path)._modules["peftcore"].behind
-                placement = (After if behind else Around)(path, module)
+    for placement in engine.placements(model, adapter):
         others = {}
         if exported:
-            with ranks.whole_parameters(module):
-                others = rules.exported(module)
+            with ranks.whole_parameters(placement.adapter):
+                others = rules.exported(placement.adapter)
         found.update(others)
         if own or not others:
-            for name, tensor in module.state_dict(keep_vars=True).items():
+            for name, tensor in placement.adapter.state_dict(keep_vars=True).items():
                 add(rules.tensor_name(placement, name), tensor)
     owned = TrainedParameters.of(model, adapter)
     for name, parameter in owned.values(model) if owned is not None else ():

@@ -128,8 +128,7 @@ def apply(
         adapted.attach(module, adapter, placement.adapter, behind=behind, lock=state.lock)
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     fast_path.guard(model)
-    paths = tuple(placement.path for placement in placed.around)
-    state.applied[adapter] = Applied(method.name, config, paths, placed.trained, facts=before)
+    state.applied[adapter] = Applied(method.name, config, placed.placements, placed.trained, facts=before)
     model.__dict__[STATE] = state
     set_active(model, (*state.active, adapter))
     adapter_applied.announce(model)

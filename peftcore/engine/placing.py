@@ -19,7 +19,7 @@ from peftcore.architecture import Architecture
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.method import After, Around, Method, Train
+from peftcore.method import AdapterPlacement, After, Around, Method, Train
 from peftcore.observation import detect, observe
 from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, refuse_targeted, trained_modules
@@ -34,6 +34,7 @@ class Placed:
     method: Method
     config: Any
     around: tuple[Around | After, ...]
+    placements: dict[str, AdapterPlacement]  # by the paths of `around`: what the method itself placed
     trained: tuple[str, ...]
     apart: tuple[str, ...] = ()  # of those trained: apart from the parameters that they are tied to
     names_modules: bool = True  # rather than to ask for all of a kind
@@ -53,15 +54,17 @@ def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed
     if hasattr(config, "resolved"):
         config = config.resolved(model, architecture)
     around: list[Around | After] = []
+    placements: dict[str, AdapterPlacement] = {}
     trained: list[str] = []
     for placement in [*chosen.place(model, config, architecture), saved]:
         if isinstance(placement, Train):
             trained += placement.names
-        elif isinstance(placement, (Around, After)):
-            around.append(placement)
-        else:
-            around += prompts.compiled(model, architecture, placement)
-    placed = Placed(chosen, config, tuple(around), tuple(dict.fromkeys(trained)), apart, names_modules)
+            continue
+        plain = isinstance(placement, (Around, After))
+        carriers = [placement] if plain else prompts.compiled(model, architecture, placement)
+        around += carriers
+        placements |= {carrier.path: placement for carrier in carriers}
+    placed = Placed(chosen, config, tuple(around), placements, tuple(dict.fromkeys(trained)), apart, names_modules)
     _check_placed(model, placed)
     return placed
 

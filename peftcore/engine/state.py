@@ -16,20 +16,31 @@ from peftcore.adaptation.concurrency import ModelLock
 from peftcore.engine.changes import Facts, changes, standing
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
+from peftcore.method import AdapterPlacement
 
 STATE = "_peftcore_state"
 
 
 @dataclass
 class Applied:
-    """One adapter on a model: its method, its config with all choices explicit, and where it stands."""
+    """One adapter on a model: its method, its config with all choices explicit, and where it stands.
+
+    Args:
+        placements: what the method placed, by the path of the module that carries it; a prompt has several.
+        trained: parameters of the base, by name.
+    """
 
     method: str
     config: Any
-    paths: tuple[str, ...] = ()
+    placements: dict[str, AdapterPlacement] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
     trainable: bool = True
     facts: dict[str, Facts] = field(default_factory=dict)  # of the modules where it stands, as they were
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of the modules at which it stands."""
+        return tuple(self.placements)
 
 
 @dataclass
@@ -86,6 +97,13 @@ def adapter_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Mo
     applied(model, adapter)
     for path, module in modules_with(model, state_of(model), adapter):
         yield path, adapted.adapters_of(module)[adapter]
+
+
+def placements(model: nn.Module, adapter: str) -> list[AdapterPlacement]:
+    """Each placement of `adapter` that is still there, once, in the order in which they were placed."""
+    entry = applied(model, adapter)
+    standing = (entry.placements[path] for path, _ in adapter_modules(model, adapter))
+    return list({id(placement): placement for placement in standing}.values())
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:

@@ -19,10 +19,10 @@ from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around, PrefixKV, SoftPrompt
 from peftcore.prompts.backbone import text_config
-from peftcore.prompts.prefix import PrefixAround, place_prefix
-from peftcore.prompts.soft import SoftPromptAround, place_soft_prompt
+from peftcore.prompts.prefix import place_prefix
+from peftcore.prompts.soft import place_soft_prompt
 
-__all__ = ["PrefixAround", "SoftPromptAround", "compiled"]
+__all__ = ["compiled"]
 
 
 def compiled(model: nn.Module, architecture: Architecture, placement: SoftPrompt | PrefixKV) -> list[Around]:
