@@ -180,6 +180,8 @@ class WeightFormat:
             coarsely has it: merging then measures what is lost of the adapters, and with `merge(dtype=...)` puts a
             dense `weight` in place, with which the module must be able to compute.
         plain: (module) -> None, with `decode`: make a module that holds a dense weight an ordinary one for good.
+        update_config: (model) -> None, with `decode`: make the model's config say how its weights are stored, after
+            merging has put dense ones in place, or taken them out again.
     """
 
     name: str
@@ -188,3 +190,4 @@ class WeightFormat:
     write: Callable[[nn.Module, Tensor], dict[str, Tensor]] = field(repr=False)
     decode: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
     plain: Callable[[nn.Module], None] | None = None
+    update_config: Callable[[nn.Module], None] | None = None

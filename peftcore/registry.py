@@ -49,6 +49,7 @@ class Registry:
         self._manager = pluggy.PluginManager("peftcore")
         self._manager.add_hookspecs(hookspecs)
         self._plugins: dict[str, Plugin] | None = None
+        self._own_formats: list[WeightFormat] = []
 
     @property
     def hook(self) -> Any:
@@ -104,16 +105,21 @@ class Registry:
         raise PluginError(f"no installed method reads peft_type {peft_type!r} (installed: {known}). {_HOW_TO_INSTALL}")
 
     def weight_formats(self) -> list[WeightFormat]:
-        """The formats of all plugins.
+        """The formats of all plugins, then those of the core.
 
         Raises:
             PluginError: a plugin's hook fails: what its format reads would else be taken for a plain weight.
         """
-        return [
+        of_plugins = [
             dataclasses.replace(weight_format, matches=_contained(plugin, weight_format))
             for plugin, formats in self.answers("peftcore_weight_formats")
             for weight_format in _all_are(WeightFormat, plugin, "peftcore_weight_formats", formats)
         ]
+        return [*of_plugins, *self._own_formats]
+
+    def add_weight_format(self, weight_format: WeightFormat) -> None:
+        """A format of the core itself, from the room whose layers it reads."""
+        self._own_formats.append(weight_format)
 
     def answers(self, hook: str, *, contain: bool = False, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
         """(plugin, what its `hook` answers) of every plugin that answers, in pluggy's order: the last comes first.

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine.applying import check_dtype
 from peftcore.engine.placing import covered, device_and_dtype, place
 from peftcore.engine.state import adapter_parameters, changed, check_model, state_of
 from peftcore.engine.trained import TrainedParameters
 from peftcore.targets import match_counts
-from peftcore.targets.coverage import Coverage
+from peftcore.targets.coverage import Coverage, weights_in
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
         config=placed.config,
         rows=tuple(rows),
         matches=match_counts(model, target_modules) if target_modules else {},
-        base_parameters=sum({id(p): _values(p) for p in parameters.values()}.values()),
+        base_parameters=sum(count for _, count in _base_of(model).values()),
         coverage=covered(model, placed),
     )
 
@@ -130,7 +130,7 @@ def summary(model: nn.Module) -> Summary:
     """What is applied to `model`, what of it is trainable, and what it weighs. Works on any model."""
     check_model(model)
     state = state_of(model)
-    base = {id(p): p for _, p in base_parameters(model)}
+    base = _base_of(model)
     adapters = []
     for name, entry in state.applied.items() if state else ():
         parameters = [p for _, p in adapter_parameters(model, name)]
@@ -138,7 +138,7 @@ def summary(model: nn.Module) -> Summary:
         for _, value, original in own.standing(model) if own is not None else ():
             if isinstance(original, nn.Parameter):
                 base.pop(id(value), None)
-                base[id(original)] = original
+                base[id(original)] = original, original.numel()
         adapters.append(
             AdapterSummary(
                 name=name,
@@ -152,8 +152,8 @@ def summary(model: nn.Module) -> Summary:
         )
     return Summary(
         adapters=tuple(adapters),
-        base_parameters=sum(_values(p) for p in base.values()),
-        base_bytes=sum(p.nbytes for p in base.values()),
+        base_parameters=sum(count for _, count in base.values()),
+        base_bytes=sum(p.nbytes for p, _ in base.values()),
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         merged=state is not None and state.merged is not None,
         changed=changed(model),
@@ -170,6 +170,11 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
-def _values(parameter: nn.Parameter) -> int:
-    """How many weights a parameter of the base holds: two a byte where they are packed in 4 bits."""
-    return parameter.numel() * (2 if parameter.dtype is torch.uint8 else 1)
+def _base_of(model: nn.Module) -> dict[int, tuple[nn.Parameter, int]]:
+    """(parameter of the base, how many weights it stands for), by its identity."""
+    return {
+        id(parameter): (parameter, weights_in(module, name))
+        for _, module in base_modules(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+    }

@@ -4,55 +4,27 @@ The weight is read through its format in fp32, each active adapter's pure `merge
 and the result is rounded once to the stored dtype. The base's parameters are put aside, not
 overwritten, so `unmerge` is bit exact. Before anything is written each layer is run both ways (probe.py).
 
-What a format of few bits loses of the adapters is measured per layer, and refused above a limit:
-
-    lost = |stored - wanted| / |wanted - before|     (Frobenius norms)
+What a format of few bits loses of the adapters is measured per layer (layers.py), and refused above a limit.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks
-from peftcore.adaptation.adapted import adapters_of, base_parameters, is_adapted
+from peftcore.adaptation.adapted import base_parameters, is_adapted
 from peftcore.engine.changes import facts
 from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError
-from peftcore.merging.probe import refuse_inexact
+from peftcore.merging.formats import weight_format
+from peftcore.merging.layers import measured_loss, merged_layers, refuse_unmergeable
 from peftcore.method import WeightFormat
 from peftcore.observation.heads import mark_as_loaded
-from peftcore.quantization.convert import note_in_config
-from peftcore.quantization.weight_format import QUANTIZED
-from peftcore.registry import registry
-from peftcore.targets import is_conv1d
-
-DENSE = WeightFormat(
-    name="dense",
-    matches=lambda module: (weight := module._parameters.get("weight")) is not None and weight.is_floating_point(),
-    read=lambda module: module.weight.detach(),
-    write=lambda module, weight: {"weight": weight.to(module.weight.dtype)},
-)
-TRANSPOSED = WeightFormat(
-    name="transposed",
-    matches=is_conv1d,
-    read=lambda module: module.weight.detach().T,
-    write=lambda module, weight: {"weight": weight.T.to(module.weight.dtype).contiguous()},
-)
-ATTENTION = WeightFormat(
-    name="attention",  # the projections of queries, keys, values and of the output, one below the other: [4 E, E]
-    matches=lambda module: isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None,
-    read=lambda module: torch.cat([module.in_proj_weight.detach(), module.out_proj.weight.detach()]),
-    write=lambda module, weight: {
-        "in_proj_weight": weight[: 3 * module.embed_dim].to(module.in_proj_weight.dtype).clone(),
-        "out_proj.weight": weight[3 * module.embed_dim :].to(module.out_proj.weight.dtype).clone(),
-    },
-)
 
 
 @dataclass
@@ -64,20 +36,6 @@ class Merged:
     tied: bool | None = None  # the model config's tie_word_embeddings, where merging untied them
     lost: dict[str, float] = field(default_factory=dict)  # by path, where a weight has few bits
     written: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # what stands in their place
-
-
-@dataclass
-class _Layer:
-    """One adapted weight, merged: what is to be stored, and what of the adapters that loses (None: nothing)."""
-
-    path: str
-    tensors: dict[str, Tensor]
-    lost: float | None
-    plain: Callable[[nn.Module], None] | None = None  # after a merge for good
-
-    def named(self) -> Iterator[tuple[str, Tensor]]:
-        for attribute, tensor in self.tensors.items():
-            yield f"{self.path}.{attribute}" if self.path else attribute, tensor
 
 
 @engine.alone("merge", base=True)
@@ -112,7 +70,7 @@ def merge(
     engine.refuse_per_sample(state, "merge")
     if not state.active:
         raise PeftcoreError("no adapter is active. Choose what to merge: peftcore.activate(model, [...])")
-    _check_mergeable(model, state.active)
+    refuse_unmergeable(model, state.active)
     tied = _tied(model, state.active)
     if tied and not untie:
         raise PeftcoreError(
@@ -120,24 +78,24 @@ def merge(
             "merge(model, untie=True) gives the adapted module a weight of its own"
         )
     if keep_adapters:
-        layers = list(_merged_layers(model, state.active, dtype))
+        layers = list(merged_layers(model, state.active, dtype))
         lost = {layer.path: layer.lost for layer in layers if layer.lost is not None}
     else:  # every result is checked before the first is written, and none is kept meanwhile
-        lost = _lost(model, state.active, dtype)
-        layers = _merged_layers(model, state.active, dtype, checked=True)
+        lost = measured_loss(model, state.active, dtype)
+        layers = merged_layers(model, state.active, dtype, checked=True)
     _check_lost(lost, max_loss)
 
     merged = Merged(state.active, lost=lost)
     for name in state.active:
         _merge_trained(model, name, merged)
-    plain = {}
+    unpacked: dict[str, WeightFormat] = {}
     for layer in layers:
         for name, tensor in layer.named():
             aside = _exchange(model, name, tensor)
             if keep_adapters:
                 merged.aside.setdefault(name, aside)
-        if layer.plain is not None:
-            plain[layer.path] = layer.plain
+        if layer.unpacked is not None:
+            unpacked[layer.path] = layer.unpacked
     if tied:
         merged.tied = _untie_config(model, tied)
     engine.set_active(model, ())
@@ -149,14 +107,13 @@ def merge(
             entry.facts = {path: facts(model.get_submodule(path)) for path in entry.facts}
         for name in merged.active:
             engine.remove(model, name)
-        for path, make_plain in plain.items():
+        for path, was in unpacked.items():
             module = model.get_submodule(path)
-            if not is_adapted(module):
-                make_plain(module)
-        if plain:
+            if was.plain is not None and not is_adapted(module):
+                was.plain(module)
+        if unpacked:
             model.to(dtype)
-    if plain:
-        note_in_config(model)
+    _update_config(model, unpacked.values())
     return model
 
 
@@ -169,26 +126,8 @@ def merge_loss(model: nn.Module) -> dict[str, float]:
     state = engine.require_state(model)
     engine.refuse_merged(state, "measure")
     engine.refuse_per_sample(state, "measure")
-    _check_mergeable(model, state.active)
-    return _lost(model, state.active, None)
-
-
-def changes_nothing(model: nn.Module, adapter: str) -> bool:
-    """Is every weight, with `adapter` merged, what it was? False also where that cannot be known from weights."""
-    own = TrainedParameters.of(model, adapter)
-    if own is not None:
-        pairs = zip(own.values(model), own.originals(model), strict=True)
-        if own.has_moved(model) or not all(torch.equal(value, original) for (_, value), (_, original) in pairs):
-            return False
-    for path, module in engine.adapter_modules(model, adapter):
-        if not hasattr(module, "merged"):
-            return False
-        adapted = model.get_submodule(path)
-        with torch.no_grad():
-            weight = weight_format(adapted).read(adapted).float()
-            if not torch.equal(module.merged(weight), weight):
-                return False
-    return True
+    refuse_unmergeable(model, state.active)
+    return measured_loss(model, state.active, None)
 
 
 @engine.alone("unmerge", base=True)
@@ -219,98 +158,15 @@ def unmerge(model: nn.Module) -> nn.Module:
         _exchange(model, name, tensor)
     if merged.tied is not None:
         model.config.tie_word_embeddings = merged.tied
-    if hasattr(getattr(model, "config", None), "quantization_config"):
-        note_in_config(model)
+    paths = dict.fromkeys(path for name in merged.active for path in engine.applied(model, name).paths)
+    _update_config(model, (weight_format(model.get_submodule(path)) for path in paths))
     engine.set_active(model, merged.active)
     return model
 
 
-def weight_format(module: nn.Module) -> WeightFormat:
-    """The format that reads the weight of `module`; those of plugins are asked first."""
-    for candidate in (*registry.weight_formats(), QUANTIZED, TRANSPOSED, ATTENTION, DENSE):
-        if candidate.matches(module):
-            return candidate
-    raise PeftcoreError(
-        f"no weight format reads {type(module).__name__}: it has no floating parameter 'weight' of its own. "
-        "Where a norm computes that (parametrize, weight_norm), take the norm off before apply; else a plugin can "
-        "provide a format"
-    )
-
-
-def _check_mergeable(model: nn.Module, names: tuple[str, ...]) -> None:
-    cannot = {
-        name: path
-        for name in names
-        for path, adapter in engine.adapter_modules(model, name)
-        if not hasattr(adapter, "merged")
-    }
-    if not cannot:
-        return
-    method = {name: engine.applied(model, name).method for name in names}
-    can = [name for name in names if name not in cannot]
-    name, path = next(iter(cannot.items()))
-    raise PeftcoreError(
-        f"the adapter '{name}' ({method[name]}) cannot be merged: at '{path}' it is no change of a weight. "
-        + (
-            f"Of the active ones {', '.join(f'{other} ({method[other]})' for other in can)} can: "
-            f"peftcore.activate(model, {can}), then merge"
-            if can
-            else "No active adapter can"
-        )
-    )
-
-
-def _merged_layers(
-    model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None, checked: bool = False
-) -> Iterator[_Layer]:
-    """Every adapted weight, merged, and checked to be finite and to compute what its adapters do."""
-    paths = dict.fromkeys(path for name in names for path in engine.applied(model, name).paths)
-    for path in paths:
-        module = model.get_submodule(path)
-        adapters = adapters_of(module)
-        chosen = weight_format(module)
-        stored = chosen.read(module)
-        if stored.is_meta:
-            raise PeftcoreError(f"the weight of '{path}' is on the meta device, so it has no values to merge into")
-        with torch.no_grad(), torch.autocast(stored.device.type, enabled=False):
-            before = stored.float()
-            weight = before.clone()  # a plugin's `merged` may change what it is given
-            acting = [name for name in names if name in adapters]
-            for name in acting:
-                weight = adapters[name].merged(weight)
-                if not isinstance(weight, Tensor) or weight.shape != before.shape:
-                    found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-                    raise PeftcoreError(
-                        f"'merged' of the adapter '{name}' at '{path}' gives {found}, for a weight {list(before.shape)}"
-                    )
-            if chosen.decode is None:
-                layer = _Layer(path, chosen.write(module, weight), None)
-            elif dtype is not None:
-                layer = _Layer(path, {"weight": weight.to(dtype)}, None, chosen.plain)
-            elif torch.equal(weight, before):
-                layer = _Layer(path, {}, None)  # quantizing again could only round the base anew
-            else:
-                tensors = chosen.write(module, weight)
-                change = (weight - before).norm()
-                layer = _Layer(path, tensors, ((chosen.decode(module, tensors) - weight).norm() / change).item())
-            bad = [t.dtype for t in layer.tensors.values() if t.is_floating_point() and not _is_finite(t)]
-            if bad or not math.isfinite(layer.lost or 0):
-                where = (bad or [chosen.name])[0]
-                raise PeftcoreError(
-                    f"merging {list(names)} into '{path}' gives values that are not finite in {where}. "
-                    "The adapter holds NaN or infinity, or the sum overflows; nothing was changed"
-                )
-            if not checked:
-                refuse_inexact(path, module, acting, chosen, before, weight)
-        yield layer
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor))  # NaN passes through
-
-
-def _lost(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> dict[str, float]:
-    return {layer.path: layer.lost for layer in _merged_layers(model, names, dtype) if layer.lost is not None}
+def _update_config(model: nn.Module, formats: Iterable[WeightFormat]) -> None:
+    for update in dict.fromkeys(each.update_config for each in formats if each.update_config is not None):
+        update(model)
 
 
 def _check_lost(lost: dict[str, float], max_loss: float) -> None:

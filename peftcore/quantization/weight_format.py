@@ -1,4 +1,4 @@
-"""How merging reads and writes a weight that is kept in 4 bits."""
+"""How merging reads and writes a weight that is kept in 4 bits. The registry has it once this is imported."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.method import WeightFormat
-from peftcore.quantization.convert import make_plain
+from peftcore.quantization.convert import make_plain, note_in_config
 from peftcore.quantization.format import pack, unpack
 from peftcore.quantization.linear import QuantizedLinear
+from peftcore.registry import registry
 
 
 def _matches(module: nn.Module) -> bool:
@@ -45,4 +46,6 @@ QUANTIZED = WeightFormat(
     write=_write,
     decode=_decode,
     plain=_plain,
+    update_config=note_in_config,
 )
+registry.add_weight_format(QUANTIZED)

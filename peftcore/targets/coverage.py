@@ -67,6 +67,14 @@ def coverage(
     return Coverage(counted, total, dict(left))
 
 
+def weights_in(module: nn.Module, name: str) -> int:
+    """How many weights the parameter `name` of `module` itself stands for; a linear layer's may be packed."""
+    parameter = module._parameters[name]
+    if name == "weight" and isinstance(module, nn.Linear):
+        return module.out_features * module.in_features
+    return parameter.numel()
+
+
 def _matrices(module: nn.Module) -> Iterator[tuple[str, int, int]]:
     """(what it is, its identity, how many weights) of each of a module's own."""
     for name, parameter in module._parameters.items():
@@ -76,8 +84,8 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, int, int]]:
             or (parameter.numel() == max(parameter.shape) and not isinstance(module, nn.Linear))
         ):
             continue  # a vector, such as a class token
-        is_linear = name == "weight" and isinstance(module, nn.Linear)  # perhaps packed
-        count = module.out_features * module.in_features if is_linear else parameter.numel()
+        is_linear = name == "weight" and isinstance(module, nn.Linear)
+        count = weights_in(module, name)
         if isinstance(module, _ConvNd):
             yield "convolutions", id(parameter), count
         elif is_linear or (name == "weight" and parameter.dim() == 2):

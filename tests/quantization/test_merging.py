@@ -162,3 +162,14 @@ def test_after_a_cast_unmerging_is_exact():
     peftcore.unmerge(model)
     found = model.state_dict()
     assert all(torch.equal(found[name], value) for name, value in bits.items())
+
+
+def test_the_config_says_after_unmerge_what_it_said_before_merge():
+    model = peftcore.quantize(llama())
+    before = model.config.quantization_config
+    peftcore.apply(model, "lora", r=2, target_modules="all-linear")
+    disturb(model, "default", 1, std=0.02)
+    peftcore.merge(model, dtype=torch.bfloat16)
+    assert not hasattr(model.config, "quantization_config")
+    peftcore.unmerge(model)
+    assert model.config.quantization_config == before
