@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -175,8 +176,10 @@ class SoftPromptAround(Backbone):
         given = call.get("inputs_embeds")
         shape = (call["input_ids"] if given is None else given).shape[:2]
         for name, value in call.items():
-            if isinstance(value, Tensor) and value.shape == shape and not name.endswith(_NOT_GROWN):
-                call[name] = _reordered(prepend(value, torch.zeros, self.tokens), order)  # types of tokens
+            if isinstance(value, Tensor) and value.shape[:2] == shape and _is_per_token(name, value):
+                own = value.new_zeros(len(value), self.tokens, *value.shape[2:])
+                grown = torch.cat([own, value], dim=1)
+                call[name] = grown if order is None else _taken(grown, order)
 
 
 class CrossMask(Backbone):
@@ -196,6 +199,15 @@ class CrossMask(Backbone):
 
 
 _NOT_GROWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
+# of as many as there are tokens, by chance
+_OF_IMAGES = re.compile("pixel|image_sizes|grid|aspect_ratio|shapes|video|audio|feature")
+
+
+def _is_per_token(name: str, value: Tensor) -> bool:
+    """Has an argument of the tokens' sizes something for each of them: a type, a box, a mask of what it sees?"""
+    if value.dim() > 2:
+        return name.endswith(("bbox", "attention_mask"))
+    return not name.endswith(_NOT_GROWN) and not _OF_IMAGES.search(name)
 
 
 def orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -216,7 +228,9 @@ def _reordered(values: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _taken(states: Tensor, order: Tensor) -> Tensor:
-    return states.gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
+    """`states [batch, tokens, ...]` in the order of each row."""
+    index = order.view(*order.shape, *[1] * (states.dim() - 2))
+    return states.gather(1, index.expand(*order.shape, *states.shape[2:]))
 
 
 def _without_prompt(output: Any, tokens: int, columns: int, back: Tensor | None = None) -> Any:

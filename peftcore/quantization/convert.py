@@ -116,20 +116,21 @@ def default_skip(model: nn.Module) -> list[str]:
 
 
 def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Module]:
-    """The layers that `quantize` converts, by path."""
+    """The layers that `quantize` converts, by path: of layers that share a weight all or none."""
     modules = dict(base_modules(model))
     skipped = [*_skipped(model, modules, skip), *bypassed(model), *rewritten(model), *asked_for_dtype(model)]
-    owners: dict[int, set[type]] = {}
+    owners: dict[int, set[str]] = {}
     for name, parameter in base_parameters(model):
-        owners.setdefault(id(parameter), set()).add(type(modules[name.rpartition(".")[0]]))
+        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
     chosen = {}
     for path, module in modules.items():
         if not _is_dense_layer(module) or any(path == s or path.startswith(f"{s}.") for s in skipped):
             continue
         parent = modules.get(path.rpartition(".")[0]) if path else None
-        if not isinstance(parent, _BYPASSING) and owners[id(module.weight)] == {type(module)}:
+        alike = all(type(modules[owner]) is type(module) for owner in owners[id(module.weight)])
+        if not isinstance(parent, _BYPASSING) and alike:
             chosen[path] = module
-    return chosen
+    return {path: module for path, module in chosen.items() if owners[id(module.weight)] <= chosen.keys()}
 
 
 def convert_dense(

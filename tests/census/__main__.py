@@ -6,6 +6,7 @@ import argparse
 import json
 import random
 import re
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -43,8 +44,9 @@ def main() -> None:
     todo = [name for name in names if name not in done]
     began = time.monotonic()
     worker = Worker([m for m in args.methods.split(",") if m], args.seconds)
+    of = commit()
     for i, name in enumerate(ordered(todo, types), 1):
-        row = worker.examine(name)
+        row = worker.examine(name) | {"commit": of}
         with args.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
         if args.verbose:
@@ -60,6 +62,12 @@ def main() -> None:
         args.write.parent.mkdir(exist_ok=True, parents=True)
         args.write.write_text(report.markdown(rows, len(types)))
         report.write_known(rows)
+
+
+def commit() -> str:
+    """What is examined, as git names it."""
+    told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return told.stdout.strip() or "no commit"
 
 
 def ordered(names: list[str], types: dict[str, str]) -> list[str]:

@@ -11,10 +11,11 @@ from typing import Any
 
 from transformers.models.auto import modeling_auto
 
-from census.check import ADVISED, CRASH, EXACT, FIELDS, PROMPTS, REFUSED, WRONG
+from census.check import ADVISED, CRASH, EXACT, FIELDS, IMAGES, PROMPTS, REFUSED, WRONG
 
 KNOWN = Path(__file__).with_name("known.json")
 _FAMILIES = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "TEXT_ENCODING")
+_COLUMNS = (*FIELDS, *(method + IMAGES for method in PROMPTS))
 _MARKS = {EXACT: "yes", ADVISED: "as told", REFUSED: "refused", WRONG: "**wrong**", CRASH: "**crash**"}
 
 _HEAD = """# The census
@@ -29,13 +30,15 @@ base, and each step of generation is one forward of all tokens so far.
 
 Outputs are the same if they differ by at most 2e-6 of the largest, or of 1 if that is less: where memory lies decides
 in which order some kernels add. A merged weight is a sum in another order: 2e-3 of what the adapter changes and 1e-4.
-Prompts, padding and steps: 1e-3. What did not apply, such as a head without tokens of its own, is left out and counts
+Prompts, padding and steps: 1e-3. With images: an image stands before most of each row's text, as many tokens as the
+model makes vectors of it; where models attend to it across, it is among the inputs of the other columns. What did not
+apply, such as a head without tokens of its own, is left out and counts
 as `yes`; the rows that `make census` keeps say so in their notes.
 
 `as told` is a `PeftcoreError` that says what to do (modules to name, a call to make first), and with that done, all of
 it is exact. `refused` is a `PeftcoreError` that says why. Anything else would be a wrong result or a crash.
 
-Made by `make census`.
+Made by `make census`, of the commits {commits}.
 """
 
 
@@ -69,7 +72,9 @@ def markdown(rows: list[dict[str, Any]], listed: int) -> str:
     """The whole page."""
     rows = sorted(rows, key=lambda row: row["class"].lower())
     there = [row for row in rows if "none" not in row]
-    parts = [_HEAD, _totals(rows, there, listed), _by_method(there), _causes(there), _table(there), _without(rows)]
+    commits = Counter(row.get("commit", "unknown") for row in rows).most_common()
+    head = _HEAD.format(commits=", ".join(f"{name} ({count:,} classes)" for name, count in commits))
+    parts = [head, _totals(rows, there, listed), _by_method(there), _causes(there), _table(there), _without(rows)]
     return "\n".join(parts)
 
 
@@ -104,6 +109,9 @@ def _totals(rows: list[dict[str, Any]], there: list[dict[str, Any]], listed: int
     for method in PROMPTS:
         served = [row for row in there if row.get(f"peft {method}")]
         lines.append(f"| {method} on 95 % of classes that PEFT serves | {_share(served, method)} |")
+    for method in PROMPTS:
+        seeing = [row for row in there if method + IMAGES in row["outcomes"]]
+        lines.append(f"| {method} with images beside text | {_share(seeing, method + IMAGES)} |")
     chosen = [row for row in there if row["class"] in families]
     lines.append(f"| bottleneck adapters on 95 % of decoders and encoders of text | {_share(chosen, 'adapter')} |")
     return "\n".join([*lines, ""])
@@ -111,7 +119,7 @@ def _totals(rows: list[dict[str, Any]], there: list[dict[str, Any]], listed: int
 
 def _by_method(there: list[dict[str, Any]]) -> str:
     lines = ["## By method", "", "| | yes | as told | refused | wrong | crash |", "|---|---|---|---|---|---|"]
-    for method in FIELDS:
+    for method in _COLUMNS:
         kinds = Counter(row["outcomes"][method]["kind"] for row in there if method in row["outcomes"])
         lines.append(
             f"| {method} | {kinds[EXACT]} | {kinds[ADVISED]} | {kinds[REFUSED]} | {kinds[WRONG]} | {kinds[CRASH]} |"
@@ -141,9 +149,9 @@ def _cause(why: str, name: str) -> str:
 
 
 def _table(there: list[dict[str, Any]]) -> str:
-    lines = ["## By class", "", "| | " + " | ".join(FIELDS) + " |", "|---" * (len(FIELDS) + 1) + "|"]
+    lines = ["## By class", "", "| | " + " | ".join(_COLUMNS) + " |", "|---" * (len(_COLUMNS) + 1) + "|"]
     for row in there:
-        cells = (row["outcomes"].get(method) for method in FIELDS)
+        cells = (row["outcomes"].get(method) for method in _COLUMNS)
         lines.append(f"| {row['class']} | " + " | ".join(_MARKS[c["kind"]] if c else "" for c in cells) + " |")
     return "\n".join([*lines, ""])
 

@@ -163,6 +163,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "Xcodec2Config": {"quantization_dim": 64, **_QK},
     "NemotronH_Omni_Reasoning_V3_Config": {"image_token_id": 100, "video_token_id": 101, "audio_token_id": 102},
     "Nemotron3_5AsrConfig": {"num_prompts": 8, "default_prompt_id": 5},
+    "FastSpeech2ConformerConfig": {"speaking_speed": 1e-6},  # else changed layers make speech of hours
     "BrosConfig": {"hidden_size": 64},
     "AutoformerConfig": {"label_length": 2},
     "ClapAudioConfig": {"patch_embeds_hidden_size": 8, "hidden_size": 64},

@@ -53,7 +53,7 @@ class Worker:
                     row.update(message)
         except (TimeoutError, EOFError, OSError) as error:
             why = str(error) if type(error) is TimeoutError else "the process died"
-            if at in self._methods:
+            if at.removesuffix(", images") in self._methods:
                 row["outcomes"][at] = {"kind": "crash", "at": "process", "why": why, "notes": ()}
             else:
                 row.setdefault("none", f"{at}: {why}")
@@ -98,12 +98,14 @@ def _work(pipe: Any, methods: list[str]) -> None:
 
 def _messages(name: str, methods: list[str]) -> Any:
     """Strings say what is begun, dicts are parts of the row."""
-    from census import check, instances
+    from census import check, instances, peer
+    from census.case import Case
+    from census.images import with_images
 
     yield "instance"
     try:
         model = instances.build(name)
-        case = check.Case.of(model)
+        case = Case.of(model)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         yield {"none": f"{type(error).__name__}: {error} ({last.filename.rpartition('/')[2]}:{last.lineno})"[:400]}
@@ -115,4 +117,9 @@ def _messages(name: str, methods: list[str]) -> Any:
     for method in check.PROMPTS:
         if method in methods:
             yield f"peft {method}"
-            yield {f"peft {method}": check.served_by_peft(case, method)}
+            yield {f"peft {method}": peer.served_by_peft(case, method)}
+    case = with_images(model) if set(check.PROMPTS) & set(methods) else None
+    for method in check.PROMPTS if case is not None else ():
+        if method in methods:
+            yield f"{method}{check.IMAGES}"
+            yield {"outcomes": {f"{method}{check.IMAGES}": dataclasses.asdict(check.check(case, method))}}

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from census import instances
-from census.check import _generated
+from census.prompts import generated
 from torch import Tensor, nn
 
 import peftcore
@@ -42,7 +42,7 @@ def logits(model: nn.Module, tokens: Tensor, **kwargs: Tensor) -> Tensor:
 )
 def test_steps(name: str, method: str) -> None:
     model = applied(instances.build(name), method)
-    out = _generated(model, {"input_ids": tiny.TOKENS, "attention_mask": MASK})
+    out = generated(model, {"input_ids": tiny.TOKENS, "attention_mask": MASK})
     whole = {"input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
     if model.config.is_encoder_decoder:
         whole = {"input_ids": tiny.TOKENS, "attention_mask": MASK, "decoder_input_ids": out.sequences}

@@ -46,6 +46,16 @@ def test_a_tied_head_stays_dense_and_tied():
     assert model.lm_head.weight is model.model.embed_tokens.weight and len(kinds(model)) == 14
 
 
+def test_a_layer_that_shares_the_weight_of_one_that_stays_dense_does_too():
+    """A head within the layers, such as the one by which Granite Speech's encoder corrects itself."""
+    model = nn.ModuleDict({"inside": nn.Linear(64, 64), "head": nn.Linear(64, 64), "other": nn.Linear(64, 64)})
+    model["head"].weight = model["inside"].weight
+    peftcore.quantize(model, skip=["head"])
+    assert type(model["inside"]) is type(model["head"]) is nn.Linear
+    assert model["inside"].weight is model["head"].weight
+    assert isinstance(model["other"], QuantizedLinear)
+
+
 def test_two_layers_with_one_weight_keep_one():
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     model[1].weight = model[0].weight
