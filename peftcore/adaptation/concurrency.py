@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, is_dataclass
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -333,7 +334,8 @@ class _Watch:
 def refuse_running(model: nn.Module, what: str) -> None:
     """Raise a PeftcoreError if another thread is inside a call of `model`, which has no adapters and so no lock yet."""
     modules = {id(module) for module in model.modules()}
-    for thread, frame in sys._current_frames().items():
+    for thread, innermost in sys._current_frames().items():
+        frame: FrameType | None = innermost
         while frame is not None and thread != get_ident():
             if frame.f_code is nn.Module._call_impl.__code__ and id(frame.f_locals.get("self")) in modules:
                 raise PeftcoreError(f"cannot {what}: another thread is calling the model. {_ALONE}")

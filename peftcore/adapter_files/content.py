@@ -11,8 +11,9 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,14 +63,14 @@ def read_header(file: Path) -> bytearray:
         return length + _first(opened, min(int.from_bytes(length, "little"), size, _HEADER_BYTES))
 
 
-def _first(opened: BinaryIO, size: int) -> bytearray:
+def _first(opened: BufferedReader, size: int) -> bytearray:
     content = bytearray(size)
     del content[opened.readinto(content) :]
     return content
 
 
 @contextlib.contextmanager
-def _opened(file: Path, limit: int | None) -> Iterator[tuple[BinaryIO, int]]:
+def _opened(file: Path, limit: int | None) -> Iterator[tuple[BufferedReader, int]]:
     """(file, its size)."""
     try:
         _require_regular(file, os.stat(file).st_mode)  # opening a device may have an effect
@@ -148,7 +149,8 @@ def parse_tensors(content: bytearray, file: Path) -> tuple[dict[str, Tensor], di
         end = last
     if begin + end != len(content):
         raise _wrong(file, content, f"its tensors would end at byte {begin + end:,}")
-    return {name: _view(content, begin + first, *kind) for name, (*kind, (first, _)) in found.items()}, metadata
+    views = {name: _view(content, begin + at[0], dtype, shape) for name, (dtype, shape, at) in found.items()}
+    return views, metadata
 
 
 def parse_metadata(content: bytearray, file: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ _COMMON = {
     "inference_mode",
     "peft_version",
 }
-_EMPTY = (None, False, "", [], {}, 0)
+_EMPTY: tuple[Any, ...] = (None, False, "", [], {}, 0)
 
 
 def config_on_disk(model: nn.Module, method: Method, adapter: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def fingerprint(tensors: dict[str, Tensor], important: Collection[str] = ()) -> 
     gathered whole.
     """
     names = [name for name, t in tensors.items() if t.is_floating_point() and not t.is_meta]
-    chosen = names
+    chosen: Collection[str] = names
     if any(ranks.is_part(tensors[name]) for name in names):
         chosen = {*names[:: -(-len(names) // _GATHERED)], *important}
     values = {name: _sample(tensors[name], _positions(tensors[name].numel())) for name in names if name in chosen}

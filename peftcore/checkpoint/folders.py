@@ -57,9 +57,9 @@ def save(
     Raises:
         CheckpointError: the folder cannot be written. What lay there is unharmed.
     """
-    names = list(engine.require_state(model).applied) if adapter is None else [adapter]
-    active = engine.state_of(model).active
-    together = {} if len(names) == 1 else {_TOGETHER: json.dumps({"adapters": names, "active": active})}
+    state = engine.require_state(model)
+    names = list(state.applied) if adapter is None else [adapter]
+    together = {} if len(names) == 1 else {_TOGETHER: json.dumps({"adapters": names, "active": state.active})}
     inside = {_inside(name) if together else "": name for name in names}
     return _save(model, Path(path), inside, dtype, resumable, together)
 
@@ -219,7 +219,7 @@ def _load(
                 "new rows of a vocabulary), have its module trained along: modules_to_save. "
                 "To load it all the same: peftcore.load(..., check_base=False)"
             )
-    changes = {
+    changes: dict[str, Any] = {
         name: drop_unmatched(model, value)
         for name in ("target_modules", "modules_to_save", "exclude_modules")
         if isinstance(value := getattr(config, name, None), (list, tuple)) and value

@@ -7,14 +7,14 @@ kept       buffers that training has moved, and all of those in modules that are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks, targets
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.adapted import adapters_at, base_modules
 from peftcore.checkpoint import vocabulary
 from peftcore.engine.trained import TrainedParameters, base_tensors, tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
@@ -41,7 +41,7 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
         found[on_disk] = tensor
 
     for placement in engine.placements(model, adapter):
-        others = {}
+        others: Mapping[str, Tensor] = {}
         if exported:
             with ranks.whole_parameters(placement.adapter):
                 others = rules.exported(placement.adapter)
@@ -50,9 +50,10 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
             for name, tensor in placement.adapter.state_dict(keep_vars=True).items():
                 add(rules.tensor_name(placement, name), tensor)
     owned = TrainedParameters.of(model, adapter)
-    for name, parameter in owned.values(model) if owned is not None else ():
-        for slot in owned.slots[name] if exported else (name,):
-            add(_base_name(rules, entry, slot), parameter)
+    if owned is not None:
+        for name, parameter in owned.values(model):
+            for slot in owned.slots[name] if exported else (name,):
+                add(_base_name(rules, entry, slot), parameter)
     return found
 
 
@@ -74,9 +75,10 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     }
     found = {name: model.get_buffer(name) for name in sorted(whole)}
     found.update({name: base[name] for name in vocabulary.resized(model) if name not in own_slots(model, adapter)})
-    for name, tensor in owned.kept_values(model) if owned is not None else ():
-        if name in found or not torch.equal(tensor, base[name]):
-            found.update(dict.fromkeys(owned.kept[name], tensor))
+    if owned is not None:
+        for name, tensor in owned.kept_values(model):
+            if name in found or not torch.equal(tensor, base[name]):
+                found.update(dict.fromkeys(owned.kept[name], tensor))
     return {_base_name(rules, entry, name): tensor for name, tensor in found.items()}
 
 
@@ -119,7 +121,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
         for _, tensor, target in kept:
             target.copy_(tensor)
     if embeddings:
-        state = engine.state_of(model)
+        state = engine.require_state(model)
         TrainedParameters.keep(model, adapter, embeddings)
         engine.set_active(model, state.active, state.samples)
 

@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -47,8 +47,11 @@ from peftcore.events import adapter_applied
 from peftcore.method import After
 from peftcore.registry import registry
 
+Model = TypeVar("Model", bound=nn.Module)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def alone(what: str, *, base: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+
+def alone(what: str, *, base: bool = False) -> Callable[[Function], Function]:
     """For functions that change a model, their first argument: other threads neither call nor change it meanwhile.
 
     Args:
@@ -56,7 +59,7 @@ def alone(what: str, *, base: bool = False) -> Callable[[Callable[..., Any]], Ca
         base: the base is changed too, which `disabled` shows, so open blocks of other threads are waited for.
     """
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def changing(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             check_model(model)
@@ -67,21 +70,21 @@ def alone(what: str, *, base: bool = False) -> Callable[[Callable[..., Any]], Ca
             with state.lock.changing(what, base=base):
                 return function(model, *args, **kwargs)
 
-        return changing
+        return cast(Function, changing)
 
     return decorate
 
 
 @alone("apply another adapter", base=True)
 def apply(
-    model: nn.Module,
+    model: Model,
     method: str | Any,
     /,
     *,
     adapter: str = "default",
     dtype: torch.dtype | None = None,
     **fields: Any,
-) -> nn.Module:
+) -> Model:
     """Fine-tune `model` by `method`: freeze its parameters and give it a trainable, active adapter.
 
     Args:
@@ -110,7 +113,7 @@ def apply(
     tell_if_little(model, placed)
     if placed.method.prepare is not None:
         placed.method.prepare(model, placed.config)
-    method, config = recorded(placed)
+    of_method, config = recorded(placed)
     for placement in placed.around:
         module = model.get_submodule(placement.path)
         placement.adapter.to(*device_and_dtype(module, dtype)).train(model.training)
@@ -128,7 +131,7 @@ def apply(
         adapted.attach(module, adapter, placement.adapter, behind=behind, lock=state.lock)
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     fast_path.guard(model)
-    state.applied[adapter] = Applied(method.name, config, placed.placements, placed.trained, facts=before)
+    state.applied[adapter] = Applied(of_method.name, config, placed.placements, placed.trained, facts=before)
     model.__dict__[STATE] = state
     set_active(model, (*state.active, adapter))
     adapter_applied.announce(model)
@@ -161,27 +164,27 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
             an adapter that acts on a whole batch: prompts, prefixes and parameters of the base.
     """
     state = require_state(model)
-    names = _names(names, per_sample)
-    samples = names if per_sample else None
+    given = _names(names, per_sample)
+    chosen = tuple(name for name in given if name is not None)
     if per_sample:
-        names = tuple(dict.fromkeys(name for name in names if name is not None))
-    for name in names:
+        chosen = tuple(dict.fromkeys(chosen))
+    for name in chosen:
         applied(model, name)
-    if len(set(names)) < len(names):
+    if len(set(chosen)) < len(chosen):
         raise PeftcoreError(
-            f"activate: an adapter is named twice in {list(names)}. For a name for each sample of a batch: "
+            f"activate: an adapter is named twice in {list(chosen)}. For a name for each sample of a batch: "
             "per_sample=True"
         )
     refuse_changed(model)
     refuse_merged(state, "activate adapters")
     if per_sample:
-        _refuse_whole_batch(model, names)
-    refuse_shared(state, names)
-    set_active(model, names, samples)
+        _refuse_whole_batch(model, chosen)
+    refuse_shared(state, chosen)
+    set_active(model, chosen, given if per_sample else None)
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disabled(model: Model) -> Iterator[Model]:
     """Within the block the model computes what its base computes; afterwards its adapters act again.
 
     As with `torch.no_grad`, that holds in the thread (and asyncio task) that entered the block, and in no other. Where
@@ -221,7 +224,7 @@ def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParamet
 
 
 @alone("remove adapters", base=True)
-def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
+def remove(model: Model, adapter: str = "default") -> Model:
     """Take an adapter off. With the last one gone the model is, bit for bit, what it was before `apply`."""
     state = require_state(model)
     applied(model, adapter)
@@ -268,11 +271,12 @@ def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     """Let `adapter` train when active, or keep it frozen."""
     refuse_changed(model)
     applied(model, adapter).trainable = bool(trainable)
-    set_active(model, state_of(model).active, state_of(model).samples)
+    state = require_state(model)
+    set_active(model, state.active, state.samples)
 
 
 def set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | None, ...] | None = None) -> None:
-    state = state_of(model)
+    state = require_state(model)
     own = {name: TrainedParameters.of(model, name) for name in state.applied}
     for name, tensors in own.items():
         if tensors is not None and name not in names:
@@ -280,10 +284,10 @@ def set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | No
     state.active = names
     state.samples = samples and tuple(name if name in names else None for name in samples)
     for module in dict.fromkeys(module for name in state.applied for _, module in modules_with(model, state, name)):
-        adapted.activate(module, [name for name in names if name in adapted.adapters_of(module)], state.samples)
+        adapted.activate(module, [name for name in names if name in adapted.adapters_at(module)], state.samples)
     for name in names:
-        if own[name] is not None:
-            own[name].activate(model, True)
+        if (tensors := own[name]) is not None:
+            tensors.activate(model, True)
     hold_of_last(model, names)
     for name, entry in state.applied.items():
         for _, parameter in adapter_parameters(model, name):

@@ -128,7 +128,7 @@ def _saved_modules(model: nn.Module, config: Any, architecture: Architecture) ->
         names = trained_modules(model, saved).names
     if saved != getattr(config, "modules_to_save", ()):
         config = dataclasses.replace(config, modules_to_save=saved)
-    return config, Train(names), () if together else names
+    return config, Train(names), () if together else tuple(names)
 
 
 def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device | None, torch.dtype]:

@@ -95,8 +95,8 @@ def applied(model: nn.Module, adapter: str) -> Applied:
 def adapter_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
     """(path of the adapted module, adapter) for every placement of `adapter` that is still there."""
     applied(model, adapter)
-    for path, module in modules_with(model, state_of(model), adapter):
-        yield path, adapted.adapters_of(module)[adapter]
+    for path, module in modules_with(model, require_state(model), adapter):
+        yield path, adapted.adapters_at(module)[adapter]
 
 
 def placements(model: nn.Module, adapter: str) -> list[AdapterPlacement]:
@@ -119,8 +119,9 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn
 def changed(model: nn.Module) -> dict[str, str]:
     """By path, what has become of modules with adapters since `apply`."""
     state = state_of(model)
-    names = state.applied if state is not None else ()
-    return {path: told for name in names for path, told in changes_of(model, state, name)}
+    if state is None:
+        return {}
+    return {path: told for name in state.applied for path, told in changes_of(model, state, name)}
 
 
 def refuse_changed(model: nn.Module) -> None:

@@ -132,7 +132,8 @@ def summary(model: nn.Module) -> Summary:
     state = state_of(model)
     base = _base_of(model)
     adapters = []
-    for name, entry in state.applied.items() if state else ():
+    active = state.active if state is not None else ()
+    for name, entry in state.applied.items() if state is not None else ():
         parameters = [p for _, p in adapter_parameters(model, name)]
         own = TrainedParameters.of(model, name)
         for _, value, original in own.standing(model) if own is not None else ():
@@ -143,7 +144,7 @@ def summary(model: nn.Module) -> Summary:
             AdapterSummary(
                 name=name,
                 method=entry.method,
-                active=name in state.active,
+                active=name in active,
                 modules=len(entry.paths),
                 trained=len(entry.trained),
                 parameters=sum(p.numel() for p in parameters),

@@ -50,7 +50,8 @@ def coverage(
     """
     heads = [head for head in (architecture.output_head, *architecture.task_heads) if head]
     past, wanted = bypassed(model), set(reached)
-    counted, total, left = 0, 0, Counter()
+    counted, total = 0, 0
+    left: Counter[str] = Counter()
     seen: set[int] = set()
     for path, module in base_modules(model):
         if isinstance(module, nn.Embedding) or any(_inside(path, head) for head in heads):

@@ -38,7 +38,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def sizes(module: nn.Module) -> tuple[int, int]:
     """(input, output) of a linear layer."""
-    return (module.nx, module.nf) if is_conv1d(module) else (module.in_features, module.out_features)
+    layer: Any = module  # of whatever class
+    return (layer.nx, layer.nf) if is_conv1d(module) else (layer.in_features, layer.out_features)
 
 
 def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int, int]:
@@ -245,7 +246,7 @@ def drop_unmatched(model: nn.Module, entries: Sequence[str]) -> list[str]:
     Files of PEFT name modules that a model may lack (`classifier` and `score` for every classifier).
     Reading one, the tensors decide what must be there; the list need not.
     """
-    ends = set()
+    ends: set[str] = set()
     for path, _ in base_modules(model):
         parts = path.split(".")
         ends.update(".".join(parts[i:]) for i in range(len(parts)))
