@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -53,6 +53,8 @@ class Train:
 
     names: Sequence[str]
 
+
+Model = TypeVar("Model", bound=nn.Module)  # functions give back the type of the model that they were given
 
 AdapterPlacement = Around | After | SoftPrompt | PrefixKV
 Placement = AdapterPlacement | Train

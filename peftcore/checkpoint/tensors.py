@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks, targets
-from peftcore.adaptation.adapted import adapters_at, base_modules
+from peftcore.adaptation.adapted import base_modules
 from peftcore.checkpoint import vocabulary
 from peftcore.engine.trained import TrainedParameters, base_tensors, tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, nearest

@@ -44,10 +44,9 @@ from peftcore.engine.state import (
 from peftcore.engine.trained import TrainedParameters, hold_of_last, tied_to, unmoved_buffers
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_applied
-from peftcore.method import After
+from peftcore.method import After, Model
 from peftcore.registry import registry
 
-Model = TypeVar("Model", bound=nn.Module)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -60,8 +60,11 @@ def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed
         if isinstance(placement, Train):
             trained += placement.names
             continue
-        plain = isinstance(placement, (Around, After))
-        carriers = [placement] if plain else prompts.compiled(model, architecture, placement)
+        carriers: Sequence[Around | After]
+        if isinstance(placement, (Around, After)):
+            carriers = [placement]
+        else:
+            carriers = prompts.compiled(model, architecture, placement)
         around += carriers
         placements |= {carrier.path: placement for carrier in carriers}
     placed = Placed(chosen, config, tuple(around), placements, tuple(dict.fromkeys(trained)), apart, names_modules)

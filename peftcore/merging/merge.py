@@ -12,7 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,8 @@ from peftcore.engine.changes import facts
 from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError
 from peftcore.merging.formats import weight_format
-from peftcore.merging.layers import measured_loss, merged_layers, refuse_unmergeable
-from peftcore.method import WeightFormat
+from peftcore.merging.layers import MergedLayer, measured_loss, merged_layers, refuse_unmergeable
+from peftcore.method import Model, WeightFormat
 from peftcore.observation.heads import mark_as_loaded
 
 

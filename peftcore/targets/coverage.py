@@ -70,10 +70,9 @@ def coverage(
 
 def weights_in(module: nn.Module, name: str) -> int:
     """How many weights the parameter `name` of `module` itself stands for; a linear layer's may be packed."""
-    parameter = module._parameters[name]
     if name == "weight" and isinstance(module, nn.Linear):
         return module.out_features * module.in_features
-    return parameter.numel()
+    return module.get_parameter(name).numel()
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, int, int]]:
