@@ -163,17 +163,17 @@ class Registry:
             self._manager.unregister(name=name)
 
     def _discover(self) -> None:
-        found: dict[str, list[EntryPoint]] = defaultdict(list)
+        by_name: dict[str, list[EntryPoint]] = defaultdict(list)
         chosen = _chosen()
         for entry_point in entry_points(group=GROUP):
-            same = [(e.value, e.dist and e.dist.name) for e in found[entry_point.name]]
+            same = [(e.value, e.dist and e.dist.name) for e in by_name[entry_point.name]]
             if (entry_point.value, entry_point.dist and entry_point.dist.name) not in same:
-                found[entry_point.name].append(entry_point)
+                by_name[entry_point.name].append(entry_point)
         for name in chosen or ():
-            if name not in found:
+            if name not in by_name:
                 self._forget()
-                raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, found)}")
-        for name, candidates in sorted(found.items()):
+                raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, by_name)}")
+        for name, candidates in sorted(by_name.items()):
             owners = [f"{e.dist.name} {e.dist.version}" if e.dist else "an unknown distribution" for e in candidates]
             dist = candidates[0].dist
             entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")

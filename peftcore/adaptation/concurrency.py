@@ -302,18 +302,18 @@ class _Watch:
         self._task = task
         self._check()
         others = self._lock._backward
-        told: bool | str = self._rested
+        rested: bool | str = self._rested
         if self._lock.activation != self._activation:
-            told = (
+            rested = (
                 "a checkpointed part of the model runs again in a backward pass, and other adapters act now than in "
                 f"its forward ({list(self._activation.active)}). Run backward() before adapters change"
             )
-        elif others.get(task, told) != told:
-            told = (
+        elif others.get(task, rested) != rested:
+            rested = (
                 "one backward pass runs checkpointed parts again of two forwards, one of them inside "
                 "peftcore.disabled(model). Run a backward() for each"
             )
-        others[task] = told
+        others[task] = rested
         Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:

@@ -136,7 +136,7 @@ def parse_tensors(content: bytearray, file: Path) -> tuple[dict[str, Tensor], di
 
     begin, header, metadata = _header(content, file)
     try:
-        found = {name: _entry(name, told) for name, told in header.items()}
+        found = {name: _entry(name, entry) for name, entry in header.items()}
     except ValueError as error:
         raise _wrong(file, content, f"its header cannot be read: {error}") from error
     end = 0
@@ -191,19 +191,19 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entry(name: str, told: Any) -> tuple[torch.dtype, list[int], tuple[int, int]]:
-    """(dtype, shape, place) of a tensor in the header."""
+def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], tuple[int, int]]:
+    """(dtype, shape, offsets) of a tensor in the header."""
     if len(name) > _NAME_LENGTH:
         raise ValueError(f"a name has {len(name):,} characters, at most {_NAME_LENGTH:,} are read")
     name.encode()  # half a surrogate pair is no text
-    if not isinstance(told, dict) or told.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} needs dtype, shape and data_offsets")
-    dtype, shape, place = told["dtype"], told["shape"], told["data_offsets"]
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{name!r} is of dtype {dtype!r}; read are {', '.join(_DTYPES)}")
-    if not _whole_numbers(shape) or len(shape) > _DIMENSIONS or not _whole_numbers(place) or len(place) != 2:
-        raise ValueError(f"{name!r} has shape={shape!r}, data_offsets={place!r}")
-    return _DTYPES[dtype], shape, (place[0], place[1])
+    if not _whole_numbers(shape) or len(shape) > _DIMENSIONS or not _whole_numbers(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name!r} has shape={shape!r}, data_offsets={offsets!r}")
+    return _DTYPES[dtype], shape, (offsets[0], offsets[1])
 
 
 def _whole_numbers(values: Any) -> bool:

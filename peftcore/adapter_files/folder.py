@@ -63,12 +63,14 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     file = folder / MANIFEST
     try:
-        told = parse_json(read_bytes(file, JSON_BYTES), file)
+        manifest = parse_json(read_bytes(file, JSON_BYTES), file)
     except FileNotFoundError:
         return None
-    if isinstance(told, dict) and isinstance(told.get("version"), int) and told["version"] > _VERSION:
-        raise CheckpointError(f"'{file}' was written by a newer peftcore (version {told['version']}). Upgrade peftcore")
-    token, files = (told.get("save"), told.get("sha256")) if isinstance(told, dict) else (None, None)
+    if isinstance(manifest, dict) and isinstance(manifest.get("version"), int) and manifest["version"] > _VERSION:
+        raise CheckpointError(
+            f"'{file}' was written by a newer peftcore (version {manifest['version']}). Upgrade peftcore"
+        )
+    token, files = (manifest.get("save"), manifest.get("sha256")) if isinstance(manifest, dict) else (None, None)
     if (
         not (isinstance(token, str) and re.fullmatch("[0-9a-f]{16}", token))
         or not isinstance(files, dict)

@@ -18,7 +18,7 @@ from peftcore import adapter_files, engine, ranks
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.adapter_files import CONFIG, TENSORS, Content, Folder
 from peftcore.adapter_files.content import JSON_BYTES, parse_json
-from peftcore.checkpoint.config import config_from_disk, config_on_disk
+from peftcore.checkpoint.config import config_of_fields, fields_of_config
 from peftcore.checkpoint.fingerprint import difference, fingerprint
 from peftcore.checkpoint.tensors import fill, is_tied_in, kept_on_disk, name_of_base, tensors_on_disk
 from peftcore.engine.trained import base_tensors
@@ -69,7 +69,7 @@ def save_each(model: nn.Module, path: str | os.PathLike[str], adapters: Sequence
     return _save(model, Path(path), {_inside(name): name for name in adapters}, None, True, {})
 
 
-def place(folder: Path, adapter: str) -> Path:
+def adapter_folder(folder: Path, adapter: str) -> Path:
     """Where an adapter lies in the folder of several, as in PEFT: `default` in it, others in folders of their name."""
     return folder / _inside(adapter)
 
@@ -101,16 +101,17 @@ def _content(
 ) -> Content:
     entry = engine.applied(model, adapter)
     method = registry.method(entry.method)
-    ranks.gather_up(model)
-    found = {**tensors_on_disk(model, adapter, own=resumable, exported=True), **kept_on_disk(model, adapter)}
-    tensors = _for_disk(found, dtype)
+    ranks.reshard(model)
+    tensors = {**tensors_on_disk(model, adapter, own=resumable, exported=True), **kept_on_disk(model, adapter)}
     # What the adapter has a copy of may be anything in the base, such as a head that is drawn anew by every load.
     base = {
-        name: tensor for name, tensor in base_tensors(model).items() if name_of_base(model, adapter, name) not in found
+        name: tensor
+        for name, tensor in base_tensors(model).items()
+        if name_of_base(model, adapter, name) not in tensors
     }
     about = {"peftcore_version": peftcore.__version__, "peftcore_base": fingerprint(base, _important(model, base))}
     about[_TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
-    return Content(config_on_disk(model, method, adapter), tensors, {**about, **metadata})
+    return Content(fields_of_config(model, method, adapter), _for_disk(tensors, dtype), {**about, **metadata})
 
 
 def _important(model: nn.Module, names: Iterable[str]) -> set[str]:
@@ -122,28 +123,28 @@ def _important(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 def _for_disk(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     """Whole tensors on the CPU, each with a memory of its own."""
-    found: dict[str, Tensor] = {}
+    whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         tensor = ranks.whole(tensor.detach())
         if dtype and tensor.is_floating_point():
             tensor = _cast(name, tensor, dtype)
-        found[name] = tensor.cpu().contiguous()
+        whole[name] = tensor.cpu().contiguous()
     seen: set[int] = set()
-    for name, tensor in found.items():
+    for name, tensor in whole.items():
         if tensor.data_ptr() in seen:  # a tied parameter, under another of its names
-            found[name] = tensor.clone()
+            whole[name] = tensor.clone()
         seen.add(tensor.data_ptr())
-    return found
+    return whole
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """In another floating dtype, unless a value is too large for it."""
-    found = tensor.to(dtype)
-    if not bool((found.isfinite() | ~tensor.isfinite()).all()):
+    cast = tensor.to(dtype)
+    if not bool((cast.isfinite() | ~tensor.isfinite()).all()):
         raise CheckpointError(
             f"'{name}' holds {tensor.abs().max().item():.3g}, which is too large for {dtype}. Take another dtype"
         )
-    return found
+    return cast
 
 
 @engine.alone("load adapters", base=True)
@@ -179,7 +180,7 @@ def load(
         for name, content in contents.items():
             if together and engine.state_of(model):
                 engine.activate(model, [])  # two that train one parameter may lie together
-            _load(model, place(folder, name) if together else folder, content, name, dtype, check_base)
+            _load(model, adapter_folder(folder, name) if together else folder, content, name, dtype, check_base)
             done.append(name)
             engine.set_trainable(model, name, trainable)
         if together:
@@ -212,10 +213,10 @@ def _load(
 ) -> None:
     method, config, tensors, metadata = content
     if check_base and "peftcore_base" in metadata:
-        found = difference(base_tensors(model), metadata["peftcore_base"])
-        if found:
+        why = difference(base_tensors(model), metadata["peftcore_base"])
+        if why:
             raise CheckpointError(
-                f"'{folder}' was trained on another base: {found}. If each load of the base draws that anew (a head, "
+                f"'{folder}' was trained on another base: {why}. If each load of the base draws that anew (a head, "
                 "new rows of a vocabulary), have its module trained along: modules_to_save. "
                 "To load it all the same: peftcore.load(..., check_base=False)"
             )
@@ -244,7 +245,7 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
     """Raise a CheckpointError unless the config can be applied, and asks for no more numbers than the file holds."""
     try:
         with torch.device("meta"), _of_plugin(method, folder):
-            placed = engine.place(model, config, {})
+            placed = engine.placements_for(model, config, {})
     except (CheckpointError, PluginError):
         raise
     except PeftcoreError as error:
@@ -260,12 +261,12 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
 def _saved_together(opened: Folder) -> dict[str, list[str]] | None:
     """{adapters, active} of the adapters that were saved to a folder in one call, or None."""
     inside = [opened] if opened.holds(TENSORS) else map(opened.inside, opened.folders())
-    told = next((told for each in inside if (told := each.metadata().get(_TOGETHER))), None)
-    if told is None:
+    text = next((text for each in inside if (text := each.metadata().get(_TOGETHER))), None)
+    if text is None:
         return None
     folder = opened.path
     try:
-        together = json.loads(told)
+        together = json.loads(text)
         names, active = together["adapters"], together["active"]
         if not isinstance(names, list) or not isinstance(active, list):
             raise TypeError(f"adapters={names!r}, active={active!r}")
@@ -311,7 +312,7 @@ def _read(opened: Folder, model: nn.Module) -> tuple[Method, Any, dict[str, Tens
         why = method.state.refused(tensors, fields)
         if why is not None:
             raise CheckpointError(f"'{opened.path}' cannot be read: {why}")
-        config = method.state.config_on_disk(config_from_disk(opened.path, method, fields), tensors)
+        config = method.state.config_on_disk(config_of_fields(opened.path, method, fields), tensors)
         return method, config, dict(method.state.read_tensors(tensors, config)), metadata
 
 

@@ -57,6 +57,6 @@ def _config_of_checkpoint(config: Any) -> dict[str, Any] | None:
 
             file = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
         if isinstance(file, (str, Path)):
-            told = json.loads(Path(file).read_text(encoding="utf-8"))
-            return told if isinstance(told, dict) else None
+            fields = json.loads(Path(file).read_text(encoding="utf-8"))
+            return fields if isinstance(fields, dict) else None
     return None

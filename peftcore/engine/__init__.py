@@ -13,7 +13,7 @@ from peftcore.engine.applying import (
     set_trainable,
 )
 from peftcore.engine.changes import with_adapter
-from peftcore.engine.placing import place
+from peftcore.engine.placing import placements_for
 from peftcore.engine.state import (
     Applied,
     State,
@@ -45,8 +45,8 @@ __all__ = [
     "check_model",
     "check_name",
     "disabled",
-    "place",
     "placements",
+    "placements_for",
     "refuse_changed",
     "refuse_merged",
     "refuse_per_sample",

@@ -17,7 +17,7 @@ from peftcore.adaptation.concurrency import Activation, refuse_running
 from peftcore.engine.changes import facts, with_adapter
 from peftcore.engine.placing import (
     device_and_dtype,
-    place,
+    placements_for,
     recorded,
     refuse_shared,
     refuse_without_gradient,
@@ -33,13 +33,13 @@ from peftcore.engine.state import (
     applied,
     changes_of,
     check_model,
+    in_words,
     modules_with,
     refuse_changed,
     refuse_merged,
     refuse_per_sample,
     require_state,
     state_of,
-    told,
 )
 from peftcore.engine.trained import TrainedParameters, hold_of_last, tied_to, unmoved_buffers
 from peftcore.errors import PeftcoreError
@@ -107,7 +107,7 @@ def apply(
     if state.applied:
         refuse_changed(model)
     with with_memory():
-        placed = place(model, method, fields)
+        placed = placements_for(model, method, fields)
     refuse_without_gradient(model, placed)
     tell_if_little(model, placed)
     if placed.method.prepare is not None:
@@ -141,12 +141,12 @@ def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[s
     """The model, and every module in which something is placed: calls of them are calls of the model."""
     owners = {name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained))}
     inner = [*paths, *(f"{owner}.parameter" for owner in owners)]
-    found = {""}
+    enclosing_paths = {""}
     for path in inner:
         while path:
             path = path.rpartition(".")[0]
-            found.add(path)
-    return sorted(found)
+            enclosing_paths.add(path)
+    return sorted(enclosing_paths)
 
 
 @alone("activate adapters", base=True)
@@ -250,7 +250,7 @@ def remove(model: Model, adapter: str = "default") -> Model:
         state.lock.retired = True
         del model.__dict__[STATE]
     if left:
-        warnings.warn(f"remove left the following as it is: {told(left)}", stacklevel=3)
+        warnings.warn(f"remove left the following as it is: {in_words(left)}", stacklevel=3)
     return model
 
 

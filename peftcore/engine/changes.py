@@ -37,14 +37,14 @@ def changes(
         shapes: compare the parameters, too; not while the model is merged.
     """
     for path, was in before.items():
-        told = _replaced(model, path, adapter, lock) or (shapes and _differs(model.get_submodule(path), was))
-        if told:
-            yield path, told
+        change = _replaced(model, path, adapter, lock) or (shapes and _differs(model.get_submodule(path), was))
+        if change:
+            yield path, change
     own = TrainedParameters.of(model, adapter)
     if own is None:
         return
-    for slot, told in own.changes(model):
-        yield slot, told
+    for slot, change in own.changes(model):
+        yield slot, change
     for owner in {slot.rpartition(".")[0] for slots in own.slots.values() for slot in slots}:
         module = _submodule(model, owner)
         if module is not None and lock_of(module) is not lock:

@@ -40,7 +40,7 @@ class Placed:
     names_modules: bool = True  # rather than to ask for all of a kind
 
 
-def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
+def placements_for(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
     """What a method would put where on `model`, checked; the model is left alone."""
     check_model(model)
     if hasattr(model, "_orig_mod"):

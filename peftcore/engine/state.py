@@ -121,18 +121,19 @@ def changed(model: nn.Module) -> dict[str, str]:
     state = state_of(model)
     if state is None:
         return {}
-    return {path: told for name in state.applied for path, told in changes_of(model, state, name)}
+    return {path: change for name in state.applied for path, change in changes_of(model, state, name)}
 
 
 def refuse_changed(model: nn.Module) -> None:
     """Raise a PeftcoreError if modules with adapters were replaced, resized or parametrized since `apply`."""
     state = require_state(model)
     for name in state.applied:
-        found = dict(changes_of(model, state, name))
-        if found:
+        modules = dict(changes_of(model, state, name))
+        if modules:
             raise PeftcoreError(
-                f"the model was changed after the adapter '{name}' was applied: {told(found)}. Undo the change, or "
-                f"take the adapter off, peftcore.remove(model, '{name}'), and apply it to the changed model"
+                f"the model was changed after the adapter '{name}' was applied: {in_words(modules)}. "
+                f"Undo the change, or take the adapter off, peftcore.remove(model, '{name}'), and apply it to the "
+                "changed model"
             )
 
 
@@ -146,7 +147,7 @@ def modules_with(model: nn.Module, state: State, adapter: str) -> Iterator[tuple
     return standing(model, adapter, state.applied[adapter].paths, state.lock)
 
 
-def told(changes: dict[str, str], most: int = 3) -> str:
+def in_words(changes: dict[str, str], most: int = 3) -> str:
     """The first of these changes, in words."""
     parts = [f"'{path}' {what}" for path, what in list(changes.items())[:most]]
     return "; ".join(parts) + (f"; and {len(changes) - most} more" if len(changes) > most else "")

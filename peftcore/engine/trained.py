@@ -200,7 +200,7 @@ def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     These are the floating ones that `state_dict()` holds, and counters. Layers whose weights are packed keep them, and
     their scales, in buffers, too: those are passed over.
     """
-    found = []
+    moving = []
     for path, module in base_modules(model):
         tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
         if any(not t.is_floating_point() and t.dim() > 1 for t in tensors):
@@ -209,8 +209,8 @@ def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
             if buffer is None or name in module._non_persistent_buffers_set:
                 continue
             if buffer.is_floating_point() or (buffer.dim() == 0 and buffer.dtype is torch.int64):
-                found.append((f"{path}.{name}" if path else name, buffer))
-    return found
+                moving.append((f"{path}.{name}" if path else name, buffer))
+    return moving
 
 
 @contextmanager
@@ -228,11 +228,11 @@ def unmoved_buffers(model: nn.Module) -> Iterator[None]:
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and moving buffers of the base by name; where an adapter's own stand in their place, the base's."""
-    found = dict([*base_parameters(model), *moving_buffers(model)])
+    tensors = dict([*base_parameters(model), *moving_buffers(model)])
     for _, own in _everyone(model):
         for slots, _, original in own.standing(model):
-            found.update(dict.fromkeys(slots, original))
-    return found
+            tensors.update(dict.fromkeys(slots, original))
+    return tensors
 
 
 def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -293,7 +293,7 @@ def restore_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         CheckpointError: one is not there, or does not fit.
     """
     for name in _training(model):
-        checkpoint.restore(model, checkpoint.place(Path(folder), name), adapter=name)
+        checkpoint.restore(model, checkpoint.adapter_folder(Path(folder), name), adapter=name)
 
 
 def mark_complete(folder: Path) -> None:

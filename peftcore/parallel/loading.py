@@ -66,8 +66,7 @@ def load_sharded(
     folder = Path(path)
     files = _files(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
-    told = getattr(config, "quantization_config", None)
-    if told is not None:
+    if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     named = (config.architectures or [None])[0]
     model_class = model_class or getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM

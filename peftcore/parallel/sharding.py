@@ -164,6 +164,6 @@ def _aside(model: nn.Module) -> Iterator[nn.Parameter]:
 def _digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """`12 tensors of 3,456 values (1a2b3c4d)`: names, shapes and dtypes."""
     parameters = list(parameters)
-    told = "\n".join(f"{name} {list(p.shape)} {p.dtype}" for name, p in parameters)
+    listing = "\n".join(f"{name} {list(p.shape)} {p.dtype}" for name, p in parameters)
     values = sum(p.numel() for _, p in parameters)
-    return f"{len(parameters)} tensors of {values:,} values ({hashlib.sha256(told.encode()).hexdigest()[:8]})"
+    return f"{len(parameters)} tensors of {values:,} values ({hashlib.sha256(listing.encode()).hexdigest()[:8]})"
