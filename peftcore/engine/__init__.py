@@ -15,6 +15,7 @@ from peftcore.engine.applying import (
 from peftcore.engine.changes import with_adapter
 from peftcore.engine.placing import placements_for
 from peftcore.engine.state import (
+    STATE,
     Applied,
     State,
     adapter_modules,
@@ -31,6 +32,7 @@ from peftcore.engine.state import (
 )
 
 __all__ = [
+    "STATE",
     "Applied",
     "State",
     "activate",
