@@ -23,7 +23,7 @@ from peftcore.checkpoint.fingerprint import difference, fingerprint
 from peftcore.checkpoint.tensors import fill, is_tied_in, kept_on_disk, name_of_base, tensors_on_disk
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
-from peftcore.method import ForeignFormat, Method, Train
+from peftcore.method import ForeignFormat, Method, Model, Train
 from peftcore.observation import detect
 from peftcore.registry import registry
 from peftcore.targets import drop_unmatched
@@ -149,14 +149,14 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @engine.alone("load adapters", base=True)
 def load(
-    model: nn.Module,
+    model: Model,
     path: str | os.PathLike[str],
     *,
     adapter: str | None = None,
     trainable: bool = True,
     dtype: torch.dtype | None = None,
     check_base: bool = True,
-) -> nn.Module:
+) -> Model:
     """Apply the adapter that lies in the folder `path`, or those that were saved there together.
 
     The folder was written here, by Hugging Face PEFT, or in a foreign format that a plugin reads.

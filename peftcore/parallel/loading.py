@@ -21,6 +21,8 @@ from peftcore.quantization.format import PARTS, from_tensors, pack
 from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite, to_device
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import DTensor
 
 _INDEX = "model.safetensors.index.json"
@@ -31,8 +33,8 @@ def load_sharded(
     path: str | os.PathLike[str],
     quant_type: str | None = None,
     *,
-    mesh: Any = None,
-    mixed_precision: Any = None,
+    mesh: DeviceMesh | None = None,
+    mixed_precision: MixedPrecisionPolicy | None = None,
     offload: bool = False,
     reshard_after_forward: bool = True,
     double_quant: bool = True,
