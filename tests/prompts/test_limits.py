@@ -1,0 +1,73 @@
+"""Where no room is left, shapes are wrong, or a model has no place for a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from prompted import KINDS, N, Vectors, applied, check_steps, deepseek, generate, logits, opt
+from torch import nn
+
+import peftcore
+from peftcore import PeftcoreError, prompts
+from peftcore.observation import detect
+from peftcore.prompts.backbone import learned_context
+
+pytestmark = pytest.mark.usefixtures("toys")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [tiny.gpt2, opt, tiny.roberta_classifier])
+def test_input_that_leaves_no_room(make: Callable[[], nn.Module], kind: str) -> None:
+    """Where positions are learned, the prompt takes some of them."""
+    model = make()
+    context = learned_context(model.base_model)
+    assert context == (510 if "Roberta" in type(model).__name__ else 64)
+    applied(model, kind)
+    tokens = torch.full((1, context - N), 5)
+    assert logits(model, tokens).isfinite().all()
+    with pytest.raises(PeftcoreError, match=f"{context - 2} tokens of input and a prompt of {N} are more than the"):
+        logits(model, torch.full((1, context - N + 1), 5))
+
+
+@pytest.mark.parametrize(
+    ("placement", "message"),
+    [
+        (lambda: peftcore.SoftPrompt(Vectors(64, 32)), "64 tokens leaves no room for input: the context of GPT2LMHead"),
+        (lambda: peftcore.SoftPrompt(Vectors(4, 31)), "the prompt's vectors have 31 numbers, the token embedding 32"),
+        (lambda: peftcore.SoftPrompt(Vectors(1, 4, 32)), r"returns \[tokens, hidden\], found a tensor of shape \[1, 4"),
+        (lambda: peftcore.PrefixKV(Vectors(2, 2, 4, 64, 8)), "64 tokens leaves no room for input"),
+        (lambda: peftcore.PrefixKV(Vectors(3, 2, 4, 5, 8)), r"for 3 layers, .* with a cache in 2: \[0, 1\]"),
+        (lambda: peftcore.PrefixKV(Vectors(4, 5, 8)), r"returns \[layers, 2, kv_heads, tokens, head_dim\], found"),
+    ],
+)
+def test_wrong_shapes(placement: Callable[[], Any], message: str) -> None:
+    model = tiny.gpt2()
+    with pytest.raises(PeftcoreError, match=message):
+        prompts.compiled(model, detect(model), placement())
+
+
+def test_models_that_cannot() -> None:
+    from transformers import DistilBertConfig, DistilBertModel, ViTConfig, ViTModel
+
+    distilbert = DistilBertModel(DistilBertConfig(vocab_size=96, dim=32, n_layers=2, n_heads=4, hidden_dim=48))
+    with pytest.raises(PeftcoreError, match="needs attention that takes a cache; that of DistilBertModel takes none"):
+        prompts.compiled(distilbert, detect(distilbert), peftcore.PrefixKV(Vectors(2, 2, 4, 3, 8)))
+    assert torch.isfinite(peftcore.apply(distilbert, "soft")(tiny.TOKENS)[0]).all()
+    with pytest.raises(PeftcoreError, match="DeepseekV3ForCausalLM has latent attention"):
+        peftcore.apply(deepseek(), "prefix")
+    check_steps(soft := applied(deepseek(), "soft"), generate(soft, tiny.TOKENS), tiny.TOKENS.shape[1])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    vit = ViTModel(ViTConfig(image_size=8, patch_size=4, **sizes))
+    with pytest.raises(PeftcoreError, match=r"needs|takes"):
+        peftcore.apply(vit, "prefix")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_mask_that_cannot_be_extended(kind: str) -> None:
+    model = applied(tiny.llama(), kind)
+    with pytest.raises(PeftcoreError, match=r"needs a 2-d attention mask .*found \[2, 1, 7, 7\]"):
+        logits(model, tiny.TOKENS, torch.ones(2, 1, 7, 7))
