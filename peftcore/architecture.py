@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
-Kind = Literal["attention", "cross_attention", "feed_forward"]
-ATTENTION: Final = "attention"
-CROSS_ATTENTION: Final = "cross_attention"
-FEED_FORWARD: Final = "feed_forward"
+ATTENTION, CROSS_ATTENTION, FEED_FORWARD = "attention", "cross_attention", "feed_forward"
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Sublayer:
         inner: paths of the layers from the hidden to the inner size of a feed-forward.
     """
 
-    kind: Kind
+    kind: Literal["attention", "cross_attention", "feed_forward"]
     layer: int
     output: str
     width: int

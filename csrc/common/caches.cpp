@@ -24,15 +24,11 @@ Caches read() {
     return caches;
 }
 
-Caches& known() {
-    static Caches caches = read();
-    return caches;
-}
-
 }  // namespace
 
-const Caches& caches() { return known(); }
-
-void set_caches(const Caches& caches) { known() = caches; }
+const Caches& caches() {
+    static const Caches caches = read();
+    return caches;
+}
 
 }  // namespace peftcore

@@ -7,7 +7,7 @@ kept       buffers that training has moved, and all of those in modules that are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,30 +31,29 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
     """
     entry = engine.applied(model, adapter)
     rules = registry.method(entry.method).state
-    tensors: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
 
     def add(on_disk: str, tensor: Tensor) -> None:
-        if on_disk in tensors:
+        if on_disk in found:
             raise PeftcoreError(
                 f"{entry.method} gives two tensors the name '{on_disk}'; tensor_name must tell them apart"
             )
-        tensors[on_disk] = tensor
+        found[on_disk] = tensor
 
     for placement in engine.placements(model, adapter):
-        others: Mapping[str, Tensor] = {}
+        others = {}
         if exported:
             with ranks.whole_parameters(placement.adapter):
                 others = rules.exported(placement.adapter)
-        tensors.update(others)
+        found.update(others)
         if own or not others:
             for name, tensor in placement.adapter.state_dict(keep_vars=True).items():
                 add(rules.tensor_name(placement, name), tensor)
     owned = TrainedParameters.of(model, adapter)
-    if owned is not None:
-        for name, parameter in owned.values(model):
-            for slot in owned.slots[name] if exported else (name,):
-                add(_base_name(rules, entry, slot), parameter)
-    return tensors
+    for name, parameter in owned.values(model) if owned is not None else ():
+        for slot in owned.slots[name] if exported else (name,):
+            add(_base_name(rules, entry, slot), parameter)
+    return found
 
 
 def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -75,10 +74,9 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     }
     found = {name: model.get_buffer(name) for name in sorted(whole)}
     found.update({name: base[name] for name in vocabulary.resized(model) if name not in own_slots(model, adapter)})
-    if owned is not None:
-        for name, tensor in owned.kept_values(model):
-            if name in found or not torch.equal(tensor, base[name]):
-                found.update(dict.fromkeys(owned.kept[name], tensor))
+    for name, tensor in owned.kept_values(model) if owned is not None else ():
+        if name in found or not torch.equal(tensor, base[name]):
+            found.update(dict.fromkeys(owned.kept[name], tensor))
     return {_base_name(rules, entry, name): tensor for name, tensor in found.items()}
 
 
@@ -88,7 +86,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     Args:
         partly_tied: a parameter that is tied may lie in the file under one of its names only.
     """
-    ranks.reshard(model)
+    ranks.gather_up(model)
     expected = tensors_on_disk(model, adapter)
     exported = tensors_on_disk(model, adapter, exported=True)  # where the adapter's own tensors say the same
     tensors = _untied(tensors, expected, exported, folder, type(model).__name__, partly_tied)
@@ -121,7 +119,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
         for _, tensor, target in kept:
             target.copy_(tensor)
     if embeddings:
-        state = engine.require_state(model)
+        state = engine.state_of(model)
         TrainedParameters.keep(model, adapter, embeddings)
         engine.set_active(model, state.active, state.samples)
 
@@ -198,7 +196,7 @@ def _take_embeddings(
     entry, base = engine.applied(model, adapter), base_tensors(model)
     rules, owned = registry.method(entry.method).state, TrainedParameters.of(model, adapter)
     mine = owned.kept if owned is not None else {}
-    resized: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     lacking: list[str] = []
     for name in vocabulary.embedding_parameters(model):
         on_disk = _base_name(rules, entry, name)
@@ -214,19 +212,19 @@ def _take_embeddings(
                 f"{list(base[name].shape)}. Its vocabulary was resized; do the same before loading: "
                 f"model.resize_token_embeddings({len(value)})"
             )
-        tied = next((other for other in resized if base[other] is base[name]), None)
-        if tied is not None and not torch.equal(resized[tied], value):
+        tied = next((other for other in found if base[other] is base[name]), None)
+        if tied is not None and not torch.equal(found[tied], value):
             raise CheckpointError(f"'{folder}' has two values of '{tied}' and '{name}', which are one parameter here")
         del tensors[on_disk]
         if tied is None and not _is_copy_of_base(model, on_disk, value):
-            resized[name] = value
-    lacking = [name for name in lacking if all(base[other] is not base[name] for other in resized)]
-    if resized and lacking:
+            found[name] = value
+    lacking = [name for name in lacking if all(base[other] is not base[name] for other in found)]
+    if found and lacking:
         raise CheckpointError(
-            f"'{folder}' holds '{next(iter(resized))}' for a resized vocabulary and not '{lacking[0]}', whose new rows "
+            f"'{folder}' holds '{next(iter(found))}' for a resized vocabulary and not '{lacking[0]}', whose new rows "
             "were drawn at random. Have its author save it with both (in PEFT: save_embedding_layers=True)"
         )
-    return resized
+    return found
 
 
 def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
@@ -235,12 +233,12 @@ def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> li
     if owned is None:
         return []
     rules, base = registry.method(entry.method).state, base_tensors(model)
-    kept = []
+    found = []
     for name, target in owned.kept_values(model):
         on_disk = [_base_name(rules, entry, slot) for slot in owned.kept[name]]
         values = [tensors.pop(other) for other in on_disk if other in tensors]
-        kept.append((on_disk[0], values[0] if values else base[name], target))
-    return kept
+        found.append((on_disk[0], values[0] if values else base[name], target))
+    return found
 
 
 def _is_copy_of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:

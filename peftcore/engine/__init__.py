@@ -13,9 +13,8 @@ from peftcore.engine.applying import (
     set_trainable,
 )
 from peftcore.engine.changes import with_adapter
-from peftcore.engine.placing import placements_for
+from peftcore.engine.placing import place
 from peftcore.engine.state import (
-    STATE,
     Applied,
     State,
     adapter_modules,
@@ -32,7 +31,6 @@ from peftcore.engine.state import (
 )
 
 __all__ = [
-    "STATE",
     "Applied",
     "State",
     "activate",
@@ -47,8 +45,8 @@ __all__ = [
     "check_model",
     "check_name",
     "disabled",
+    "place",
     "placements",
-    "placements_for",
     "refuse_changed",
     "refuse_merged",
     "refuse_per_sample",

@@ -141,7 +141,6 @@ class Reference:
 
     def _exchange(self) -> None:
         """Let each tensor hold what is kept of it, and the kept one what it held."""
-        values = self.kept or {}
         for name, tensor in self._tensors():
-            kept = values[name]
+            kept = self.kept[name]
             tensor.data, kept.data = kept.data.to(tensor.device), tensor.data

@@ -20,7 +20,6 @@ from peftcore.prompts.backbone import (
     entry,
     is_causal,
     prepend,
-    stacks,
     text_config,
 )
 from peftcore.prompts.stand_ins import StandIns, entering, ordinary_token, places
@@ -30,16 +29,15 @@ def place_soft_prompt(
     model: nn.Module, architecture: Architecture, adapter: nn.Module, tokens: int, hidden: int
 ) -> list[Around]:
     """The adapters around the backbone, or around encoder and decoder, for a prompt `[tokens, hidden]`."""
-    embedding = model.get_submodule(architecture.embedding or "")
+    embedding = model.get_submodule(architecture.embedding)
     width = getattr(embedding, "embedding_dim", hidden)
     if hidden != width:
         raise PeftcoreError(f"the prompt's vectors have {hidden} numbers, the token embedding {width}")
     after: list[Around] = []
     keeps = causal = senses = False
     if architecture.is_encoder_decoder:
-        path, decoder = stacks(model, architecture)
-        keeps = True
-        after = [Around(decoder, CrossMask(model.get_submodule(decoder)))]
+        path, keeps = architecture.encoder, True
+        after = [Around(architecture.decoder, CrossMask(model.get_submodule(architecture.decoder)))]
     else:
         path, senses = _entry(model, architecture)
         causal = is_causal(model.get_submodule(path), architecture)
@@ -54,7 +52,7 @@ def place_soft_prompt(
             f"{', '.join(names[:3])}. A prefix or a method for linear layers works"
         )
     cached = None if keeps else cache_argument(model.get_submodule(entry(model, architecture)))  # some pass it on
-    own = getattr(backbone, "get_input_embeddings", lambda: embedding)()
+    own = backbone.get_input_embeddings() if hasattr(backbone, "get_input_embeddings") else embedding
     needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, own)
     around = SoftPromptAround(
         adapter,
@@ -110,6 +108,8 @@ class SoftPromptAround(Backbone):
 
     def __init__(
         self,
+        adapter: nn.Module,
+        backbone: nn.Module,
         *args: Any,
         stand_in: int,
         embedding: nn.Module,
@@ -118,18 +118,25 @@ class SoftPromptAround(Backbone):
         counts: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(adapter, backbone, *args, **kwargs)
         self._keeps = keeps
         self._stand_in = stand_in
         self._embedding = (embedding,)  # no child of this one
         self._needs_tokens = needs_tokens
         self.counts = self.counts and counts
+        rope = getattr(text_config(backbone), "rope_parameters", None) or {}
+        self._has_coordinates = len(rope.get("mrope_section", ())) > 3  # beside the place in the text
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         cache, past = self._cached(call)
         mask = call.get("attention_mask")
+        positions = call.get("position_ids")
         length = self._make_room(call, past)
+        if self._has_coordinates and isinstance(positions, Tensor) and positions.dim() == 3:
+            # Of an image's tokens only the first axis counts along with the text.
+            coordinates = (positions != positions[:1]).any(0)
+            call["position_ids"][1:] = torch.where(coordinates, positions[1:], call["position_ids"][1:])
         order = back = None
         if mask is not None:
             # Padding must not part prompt and input: windows and ALiBi count it, recurrences run over it.
@@ -173,7 +180,9 @@ class SoftPromptAround(Backbone):
         positions = call.get("position_ids")
         if positions is not None:
             own = torch.arange(-self.tokens, 0, device=positions.device, dtype=positions.dtype)
-            own = positions.amin(-1, keepdim=True) + own  # the places just before the first token
+            counted = positions[:1] if self._has_coordinates and positions.dim() == 3 else positions
+            own = counted.amin(-1, keepdim=True) + own  # the places just before the first token
+            own = own.expand(*positions.shape[:-1], -1)
             call["position_ids"] = _reordered(torch.cat([own, positions], dim=-1), order)
         given = call.get("inputs_embeds")
         shape = (call["input_ids"] if given is None else given).shape[:2]
@@ -202,14 +211,14 @@ class CrossMask(Backbone):
 
 _NOT_GROWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
 # of as many as there are tokens, by chance
-_OF_IMAGES = re.compile("pixel|image_sizes|grid|aspect_ratio|shapes|video|audio|feature")
+_OF_IMAGES = re.compile("pixel|image_(sizes|attention)|grid|aspect_ratio|shapes|video|audio|feature")
 
 
 def _is_per_token(name: str, value: Tensor) -> bool:
     """Has an argument of the tokens' sizes something for each of them: a type, a box, a mask of what it sees?"""
     if value.dim() > 2:
         return name.endswith(("bbox", "attention_mask"))
-    return not name.endswith(_NOT_GROWN) and not _OF_IMAGES.search(name)
+    return re.sub("^(en|de)coder_", "", name) not in _NOT_GROWN and not _OF_IMAGES.search(name)
 
 
 def orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,9 @@ def _takes_text(case: Case) -> bool:
     return text or case.with_images
 
 
-def _with_tokens(case: Case, before: Tensor, after: Tensor | None = None, attended: int = 1) -> dict[str, Tensor]:
+def _with_tokens(
+    case: Case, before: Tensor, after: Tensor | None = None, attended: int | Tensor = 1
+) -> dict[str, Tensor]:
     """The inputs with tokens before and after each row's; those before are `attended`, and are of no image."""
     tokens = case.inputs["input_ids"]
     rows = [before, tokens] if after is None else [before, tokens, after]
@@ -157,8 +159,7 @@ def padding(case: Case, model: nn.Module, notes: list[str]) -> None:
     except peftcore.PeftcoreError as error:
         return notes.append(f"padding: refused, {error}")
     if found > 1e-3:
-        by_hand = _is_soft(model) and not case.with_images
-        if by_hand and _padding_by_hand(case, model, short, batch) > 1e-4:  # sparse attention: equal scores
+        if _is_soft(model) and _padding_by_hand(case, model, short, batch) > 1e-4:  # sparse attention: equal scores
             return notes.append("padding: the base's rows depend on it, given the prompt's vectors")
         raise Wrong(f"a row with padding before it differs from the row alone by {found:.3g}")
     return None
@@ -195,7 +196,6 @@ def cache(case: Case, model: nn.Module, notes: list[str]) -> None:
     if found > 1e-3:
         if (
             _is_soft(model)
-            and not case.with_images
             and not case.base.config.is_encoder_decoder
             and _steps_by_hand(case, model, prompt["input_ids"]) > 1e-3
         ):
@@ -221,18 +221,57 @@ def _by_hand(model: nn.Module, tokens: Tensor, padding: int = 0) -> dict[str, Te
 
 def _padding_by_hand(case: Case, model: nn.Module, short: Tensor, batch: Tensor) -> float:
     """How far the base's answer for a padded row is from that for the row alone, given a soft prompt's vectors."""
-    alone, padded = _by_hand(model, short), _by_hand(model, batch[1:], LONG - SHORT)
-    if generates(model):
-        return distance([_logits(case.base, padded)], [_logits(case.base, alone)])
-    return distance([run(case.base, padded)[0][:, LONG - SHORT :]], [run(case.base, alone)[0]])
+    if case.with_images:
+        pairs = [(_with_stand_ins(case, padding), padding) for padding in (SHORT, 0)]
+    else:
+        pairs = [(_by_hand(model, batch[1:], LONG - SHORT), 0), (_by_hand(model, short), 0)]
+    compute = _logits if generates(model) else lambda *args: run(*args)[0]
+    found = []
+    for inputs, padding in pairs:
+        with _vectors_in_place(case, model, padding):
+            found.append(compute(case.base, inputs))
+    padded, alone = found
+    return distance([padded[:, -alone.shape[1] :]], [alone])
 
 
 def _steps_by_hand(case: Case, model: nn.Module, tokens: Tensor) -> float:
     """How far the base's steps of generation are from one forward, given a soft prompt's vectors."""
-    out = generated(case.base, _by_hand(model, tokens))
-    given = [torch.cat([tokens, out.sequences[:, -NEW:][:, :i]], dim=1) for i in range(NEW)]
-    whole = (run(case.base, _by_hand(model, each))[0][:, -1] for each in given)
+    with _vectors_in_place(case, model):
+        out = generated(case.base, _with_stand_ins(case) if case.with_images else _by_hand(model, tokens))
+        new = [out.sequences[:, -NEW:][:, :i] for i in range(NEW)]
+        if case.with_images:
+            given = [_with_stand_ins(case, after=each) for each in new]
+        else:
+            given = [_by_hand(model, torch.cat([tokens, each], dim=1)) for each in new]
+        whole = [run(case.base, each)[0][:, -1] for each in given]
     return max(distance([step], [one]) for step, one in zip(out.logits, whole, strict=True))
+
+
+def _with_stand_ins(case: Case, padding: int = 0, after: Tensor | None = None) -> dict[str, Tensor]:
+    """The inputs with padding and then tokens in a prompt's place before each row."""
+    before = torch.full((len(case.inputs["input_ids"]), padding + VIRTUAL), ordinary_token(case.base.config))
+    attended = torch.ones(padding + VIRTUAL, dtype=torch.long)
+    attended[:padding] = 0
+    return _with_tokens(case, before, after, attended)
+
+
+@contextmanager
+def _vectors_in_place(case: Case, model: nn.Module, padding: int = 0) -> Iterator[None]:
+    """Within the block the base embeds the tokens of `_with_stand_ins` as the soft prompt's vectors."""
+    vectors = next(iter(dict(adapter_parameters(model, "default")).values())).detach()
+
+    def put(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if case.with_images and output.dim() == 3 and output.shape[1] > padding + VIRTUAL:  # not in a later step
+            output = output.clone()
+            output[:, padding : padding + VIRTUAL] = vectors
+        return output
+
+    embedding = case.base.get_submodule(peftcore.observation.detect(case.base).embedding)
+    handle = embedding.register_forward_hook(put)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def generates(model: nn.Module) -> bool:
@@ -240,12 +279,14 @@ def generates(model: nn.Module) -> bool:
 
 
 def generated(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """New tokens, none of which stands for an image that is not there."""
+    image = getattr(model.config, "image_token_id", None) if "pixel_values" in inputs else None
     torch.manual_seed(11)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return model.generate(
             **inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
-            return_dict_in_generate=True,
+            return_dict_in_generate=True, suppress_tokens=None if image is None else [image],
         )  # fmt: skip
 
 

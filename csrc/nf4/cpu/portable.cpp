@@ -62,7 +62,7 @@ struct Portable {
 
 }  // namespace
 
-void fill_portable(Kernels& kernels) { kernels = kernels_of<Portable>(); }
+Kernels portable_kernels() { return {quantize_any<Portable>, dequantize_any<Portable>}; }
 
 }  // namespace nf4
 }  // namespace peftcore

@@ -79,10 +79,9 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
 
 }  // namespace
 
-void fill_avx512bf16(PackedReader& reader) {
-    reader = {.transposed = {.unpack = unpack_transposed, .even_odd = false},
-              .plain = {.unpack = unpack_plain, .even_odd = true}};
-}
+gemm::Tiles transposed(const WeightView& weight) { return {&weight, unpack_transposed, false}; }
+
+gemm::Tiles plain(const WeightView& weight) { return {&weight, unpack_plain, true}; }
 
 }  // namespace nf4
 }  // namespace peftcore
