@@ -32,7 +32,7 @@ from peftcore.errors import CheckpointError
 MANIFEST = "peftcore_manifest.json"
 CONFIG_HASH = "peftcore_config_sha256"  # in the metadata of tensors that had no manifest yet
 _VERSION = 1
-_SECONDS = 60  # for which another process may save again and again before a reader gives up
+PATIENCE = 60  # seconds, for which another process may save again and again before a reader gives up
 
 T = TypeVar("T")
 
@@ -230,7 +230,7 @@ def read(folder: Path, look: Callable[[Folder], T]) -> T:
     Raises:
         CheckpointError: files are missing or damaged.
     """
-    deadline = time.monotonic() + _SECONDS
+    deadline = time.monotonic() + PATIENCE
     while True:
         opened = Folder.opened(folder)
         try:
@@ -242,7 +242,7 @@ def read(folder: Path, look: Callable[[Folder], T]) -> T:
                 raise error
             return found
         if time.monotonic() > deadline:
-            raise CheckpointError(f"'{folder}' was saved to again and again for {_SECONDS} s. Load it afterwards")
+            raise CheckpointError(f"'{folder}' was saved to again and again for {PATIENCE} s. Load it afterwards")
 
 
 def read_tensors(folder: Path, name: str = TENSORS) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -40,7 +40,7 @@ try:
 except ImportError:  # Windows: unique names and hashes still keep a mixture from being read
     fcntl = None
 
-_SECONDS = 120  # to wait for others that save to the same folder
+PATIENCE = 120  # seconds, to wait for others that save to the same folder
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def write(folder: Path, adapters: Mapping[str, Content]) -> None:
     try:
         for name in adapters:
             (folder / name).mkdir(parents=True, exist_ok=True)
-        with _locked(folder, adapters) as (root, prefix):
+        with locked(folder, adapters) as (root, prefix):
             if prefix and [*adapters] != [""]:
                 raise CheckpointError(
                     f"'{folder}' is one of the adapters that were saved together to '{root}': it takes one adapter. "
@@ -89,10 +89,10 @@ def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> No
                 if path.is_dir():
                     raise IsADirectoryError(0, f"'{path}' is a folder")
                 written.append(manifest.temporary(path))
-                _create(written[-1], data)
+                create(written[-1], data)
                 manifest.files[path.relative_to(root).as_posix()] = sha256(data)
         written.append(manifest.temporary(root / MANIFEST))
-        _create(written[-1], (json.dumps(manifest.as_json(), indent=2) + "\n").encode())
+        create(written[-1], (json.dumps(manifest.as_json(), indent=2) + "\n").encode())
         for each in folders:
             _sync(each)
         os.replace(written[-1], root / MANIFEST)
@@ -102,7 +102,7 @@ def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> No
                 file.unlink(missing_ok=True)
         raise
     try:
-        _put_in_place(root, manifest)
+        put_in_place(root, manifest)
     except OSError as error:
         raise CheckpointError(
             f"the adapter is saved in '{root}', and peftcore loads it, but a file could not be given its name "
@@ -115,7 +115,7 @@ def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> No
         )
 
 
-def _put_in_place(root: Path, manifest: Manifest) -> None:
+def put_in_place(root: Path, manifest: Manifest) -> None:
     """Give the files of a manifest that is there their names."""
     waiting = [root / name for name in manifest.files if os.path.lexists(manifest.temporary(root / name))]
     if waiting:
@@ -130,7 +130,7 @@ def _finished(root: Path, folders: list[Path]) -> Manifest | None:
     """The manifest of the last save, after what a killed one has left is put in place or taken away."""
     manifest = _manifest_or_none(root)
     if manifest is not None:
-        _put_in_place(root, manifest)
+        put_in_place(root, manifest)
     names = "|".join(map(re.escape, (CONFIG, TENSORS, MANIFEST)))
     for folder in folders:
         _finish_older(folder)
@@ -156,9 +156,9 @@ def _finish_older(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, inside: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
+def locked(folder: Path, inside: Mapping[str, Any]) -> Iterator[tuple[Path, str]]:
     """Within the block no other process saves to `folder` or those in it: (root of the save, prefix in it)."""
-    deadline = time.monotonic() + _SECONDS
+    deadline = time.monotonic() + PATIENCE
     while True:
         root, prefix = _root(folder)
         with contextlib.ExitStack() as locks:
@@ -186,7 +186,7 @@ def _lock(folder: Path, deadline: float) -> Iterator[None]:
             os.close(descriptor)
             if time.monotonic() > deadline:
                 raise CheckpointError(
-                    f"the adapter was not saved: another process has been saving to '{folder}' for {_SECONDS} s. "
+                    f"the adapter was not saved: another process has been saving to '{folder}' for {PATIENCE} s. "
                     "What lies there is that one's. Save to another folder"
                 ) from None
             time.sleep(0.01)
@@ -203,7 +203,7 @@ def _lock(folder: Path, deadline: float) -> Iterator[None]:
     yield
 
 
-def _create(file: Path, content: bytes) -> None:
+def create(file: Path, content: bytes) -> None:
     """Write a new file, which no link of this name can lead elsewhere, to the disk."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     with open(descriptor, "wb") as out:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from peftcore.cli.training import Settings
 
 _RESULT, _ERROR = "result.json", "error.txt"
-_STOPPED = 130
+STOPPED = 130
 
 
 def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[str, Any]:
@@ -39,15 +39,15 @@ def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[s
 
     training.prepare_folder(folder, settings, resume=True, overwrite=False)
     if not (folder / _RESULT).exists():
-        status = _run_child(folder, show)
-        if status == _STOPPED:
+        status = run_child(folder, show)
+        if status == STOPPED:
             raise KeyboardInterrupt
         if status != 0:
             return {"error": _failure(folder, status)}
     return json.loads((folder / _RESULT).read_text(encoding="utf-8"))
 
 
-def _run_child(folder: Path, show: Callable[[str], None]) -> int:
+def run_child(folder: Path, show: Callable[[str], None]) -> int:
     command = [sys.executable, "-u", "-m", __name__, str(folder)]
     with (
         open(folder / "log.txt", "a", 1, encoding="utf-8") as log,
@@ -64,7 +64,7 @@ def _run_child(folder: Path, show: Callable[[str], None]) -> int:
                     log.write(line)
                     show(line.strip())
                 status = child.wait()
-                return _STOPPED if stopping else status
+                return STOPPED if stopping else status
             except KeyboardInterrupt:
                 if stopping:
                     child.kill()
@@ -82,7 +82,7 @@ def _failure(folder: Path, status: int) -> str:
     return f"it ended with status {status}: {last}"
 
 
-def _main(folder: Path) -> int:
+def main(folder: Path) -> int:
     """Train as `folder` says; the exit status."""
     from peftcore.cli import training
 
@@ -91,7 +91,7 @@ def _main(folder: Path) -> int:
     try:
         result = training.run(settings, folder, resume=(folder / "checkpoints").is_dir())
     except training.Stopped:
-        return _STOPPED
+        return STOPPED
     except Exception as error:
         reason = str(error) if isinstance(error, PeftcoreError) else f"{type(error).__name__}: {error}"
         (folder / _ERROR).write_text(reason.strip().partition("\n")[0] + "\n", encoding="utf-8")
@@ -102,4 +102,4 @@ def _main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1])))

@@ -20,7 +20,7 @@ from peftcore.observation.config import text_config
 
 BATCH, LENGTH = 2, 7
 
-_BUILDERS: dict[str, Callable[[Facts], Any]] = {}
+BUILDERS: dict[str, Callable[[Facts], Any]] = {}  # by the name of the argument
 # Arguments that bring other ones along: one modality's input in pieces.
 _TOGETHER = {
     "pixel_values_videos": ("video_grid_thw",),
@@ -49,7 +49,7 @@ def example_inputs(model: nn.Module, *, device: torch.device | str | None = None
         model's dtype. The same at each call. Arguments that no builder knows are left out.
     """
     facts = Facts(model, torch.device(device) if device is not None else _device(model))
-    built = {name: _BUILDERS[name](facts) for name in _wanted(facts) if name in _BUILDERS}
+    built = {name: BUILDERS[name](facts) for name in _wanted(facts) if name in BUILDERS}
     return {name: value for name, value in built.items() if value is not None}
 
 
@@ -57,7 +57,7 @@ def argument(*names: str) -> Callable[[Callable[[Facts], Any]], Callable[[Facts]
     """Register a builder of the arguments `names`; it returns None where it cannot tell."""
 
     def register(build: Callable[[Facts], Any]) -> Callable[[Facts], Any]:
-        _BUILDERS.update(dict.fromkeys(names, build))
+        BUILDERS.update(dict.fromkeys(names, build))
         return build
 
     return register

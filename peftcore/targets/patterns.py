@@ -49,14 +49,15 @@ def compiled(pattern: str, field: str) -> FullMatch:
         PeftcoreError: it is no regular expression, or none that can be matched in bounded time.
     """
     try:
-        return _compiled(pattern)
+        return full_match(pattern)
     except (re.error, RecursionError, OverflowError, ValueError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise PeftcoreError(f"{field}={_short(pattern)} is no regular expression that can be used: {what}") from None
 
 
 @lru_cache(maxsize=16384)
-def _compiled(pattern: str) -> FullMatch:
+def full_match(pattern: str) -> FullMatch:
+    """Does a text match as a whole? Raises what Python's parser of patterns raises, and ValueError."""
     if len(pattern) > _LENGTH:
         raise ValueError(f"it has {len(pattern):,} characters, at most {_LENGTH:,} are read")
     with warnings.catch_warnings():

@@ -151,7 +151,7 @@ def test_writers_and_readers_side_by_side(tmp_path: Path, monkeypatch, locks: bo
     context = multiprocessing.get_context("fork")
     if not locks:
         monkeypatch.setattr(saving, "fcntl", None)
-        monkeypatch.setattr("peftcore.adapter_files.folder._SECONDS", 1)
+        monkeypatch.setattr("peftcore.adapter_files.folder.PATIENCE", 1)
     writers = [context.Process(target=_writer, args=(tmp_path, value), daemon=True) for value in (1, 2)]
     with open(os.devnull, "w") as nothing, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", nothing)
@@ -178,8 +178,8 @@ def test_writers_and_readers_side_by_side(tmp_path: Path, monkeypatch, locks: bo
 
 def test_a_writer_that_waits_too_long_is_told(tmp_path: Path, monkeypatch) -> None:
     write(tmp_path, contents(1))
-    monkeypatch.setattr(saving, "_SECONDS", 0.1)
-    with saving._locked(tmp_path, NAMES):
+    monkeypatch.setattr(saving, "PATIENCE", 0.1)
+    with saving.locked(tmp_path, NAMES):
         for inside in ("", "a"):
             with pytest.raises(CheckpointError, match=r"was not saved: another process has been saving to"):
                 write(tmp_path / inside, contents(2, [""]))
@@ -188,14 +188,14 @@ def test_a_writer_that_waits_too_long_is_told(tmp_path: Path, monkeypatch) -> No
 
 def test_two_at_once_without_locks_are_told(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(saving, "fcntl", None)
-    real = saving._put_in_place
+    real = saving.put_in_place
 
     def late(root, manifest):
-        monkeypatch.setattr(saving, "_put_in_place", real)
+        monkeypatch.setattr(saving, "put_in_place", real)
         write(tmp_path, contents(2))  # the other one, between our commit and our renames
         real(root, manifest)
 
-    monkeypatch.setattr(saving, "_put_in_place", late)
+    monkeypatch.setattr(saving, "put_in_place", late)
     with pytest.raises(CheckpointError, match=r"another process saved to .* at the same time"):
         write(tmp_path, contents(1))
     assert read(tmp_path, values) == {2.0}
@@ -215,7 +215,7 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
     assert outside.read_text() == "mine" and read(folder, values) == {1.0}
     assert files(folder) == ALL and not any(path.is_symlink() for path in folder.rglob("*"))
     with pytest.raises(FileExistsError):
-        saving._create(folder / "adapter_config.json", b"")
+        saving.create(folder / "adapter_config.json", b"")
 
 
 def test_one_of_several_can_be_saved_again(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ class Mixed(nn.Module):
 def test_what_is_bypassed(monkeypatch: pytest.MonkeyPatch) -> None:
     from peftcore.observation import inputs
 
-    monkeypatch.setattr(inputs, "_BUILDERS", {"x": lambda facts: facts.floats(2, 8)})
+    monkeypatch.setattr(inputs, "BUILDERS", {"x": lambda facts: facts.floats(2, 8)})
     model = Mixed()
     assert bypassed(model) == {
         "read": "its weight is read, and it is not called",

@@ -65,6 +65,6 @@ def test_a_model_of_ones_own_and_a_builder_of_ones_own(monkeypatch: pytest.Monke
             return zebra * scale
 
     assert example_inputs(Own()) == {}
-    monkeypatch.setattr(inputs, "_BUILDERS", dict(inputs._BUILDERS))
+    monkeypatch.setattr(inputs, "BUILDERS", dict(inputs.BUILDERS))
     inputs.argument("zebra")(lambda facts: facts.floats(2, 3))
     assert example_inputs(Own())["zebra"].shape == (2, 3)

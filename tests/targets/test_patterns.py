@@ -40,7 +40,7 @@ def bounded(pattern: str):
     """The pattern, followed on all ways at once whether it must be or not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patterns, "_WAYS", -1)
-        return patterns._compiled.__wrapped__(pattern)
+        return patterns.full_match.__wrapped__(pattern)
 
 
 @pytest.mark.parametrize("pattern", USUAL)

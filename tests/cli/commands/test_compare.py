@@ -31,9 +31,9 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def child(folder: Path, show: Any) -> int:
         ran.append(f"{folder.parent.name}/{folder.name}")
-        return training_process._main(folder)
+        return training_process.main(folder)
 
-    monkeypatch.setattr(training_process, "_run_child", child)
+    monkeypatch.setattr(training_process, "run_child", child)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     return ran
 
@@ -82,17 +82,17 @@ def test_a_language_model_is_compared_by_its_loss(
 def test_a_cut_off_comparison_goes_on(
     run: Run, in_this_process: list[str], bert: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = training_process._run_child
+    whole = training_process.run_child
     arguments = ("compare", "-m", bert, "-d", labelled, "-o", tmp_path / "out", *SIZE, "--seeds", 1, "--no-full")
     methods = ("--method", "lora r=2", "--method", "bitfit")
 
     def stopped(folder: Path, show: Any) -> int:
-        return whole(folder, show) if "lora" in str(folder) else training_process._STOPPED
+        return whole(folder, show) if "lora" in str(folder) else training_process.STOPPED
 
-    monkeypatch.setattr(training_process, "_run_child", stopped)
+    monkeypatch.setattr(training_process, "run_child", stopped)
     shown = run(*arguments, *methods, code=130).output
     assert "finished runs are in" in shown and "--resume" in shown
-    monkeypatch.setattr(training_process, "_run_child", whole)
+    monkeypatch.setattr(training_process, "run_child", whole)
     in_this_process.clear()
     run(*arguments, *methods, "--resume")
     assert in_this_process == ["bitfit/seed-0"]
