@@ -31,7 +31,7 @@ def parse(config_class: type, settings: list[str]) -> dict[str, Any]:
     """
     hints = typing.get_type_hints(config_class)
     known = [field.name for field in dataclasses.fields(config_class) if field.init]
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         name = name.strip()
@@ -42,13 +42,13 @@ def parse(config_class: type, settings: list[str]) -> dict[str, Any]:
                 f"--set {setting}: {config_class.__name__} has no field '{name}'{nearest(name, known)}. "
                 f"Its fields: {', '.join(known)}"
             )
-        if name in found:
+        if name in values:
             raise PeftcoreError(f"--set {setting}: '{name}' is given twice")
         try:
-            found[name] = convert(text.strip(), hints[name])
+            values[name] = convert(text.strip(), hints[name])
         except ValueError:
             raise PeftcoreError(f"--set {setting}: '{name}' takes {describe(hints[name])}, found '{text}'") from None
-    return found
+    return values
 
 
 def convert(text: str, hint: Any) -> Any:

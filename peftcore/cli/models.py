@@ -159,12 +159,12 @@ def torch_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        found = torch.device(device)
+        named = torch.device(device)
     except RuntimeError as error:
         raise PeftcoreError(f"'{device}' is no device. Try: auto, cpu, cuda, cuda:1") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if named.type == "cuda" and not torch.cuda.is_available():
         raise PeftcoreError(f"device '{device}': this PyTorch ({torch.__version__}) sees no CUDA device")
-    return found
+    return named
 
 
 def torch_dtype(dtype: str, device: str) -> torch.dtype:

@@ -51,8 +51,8 @@ def resolve_method(name: str | None, settings: list[str] | None) -> tuple[str, d
     if name is None:
         installed = registry.methods()
         if len(installed) != 1:
-            found = ", ".join(installed) or "none; look at: peftcore plugins"
-            raise PluginError(f"say which method: --method NAME (installed: {found})")
+            names = ", ".join(installed) or "none; look at: peftcore plugins"
+            raise PluginError(f"say which method: --method NAME (installed: {names})")
         name = next(iter(installed))
     method = registry.method(name)
     return name, parse(method.config_class, settings or [])

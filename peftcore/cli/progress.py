@@ -146,18 +146,19 @@ def peak_memory() -> dict[str, int]:
     if sys.platform == "linux":  # ru_maxrss would begin with what the parent held
         status = Path("/proc/self/status").read_text()
         (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
-        found = {"memory": 1024 * int(peak)}
+        memory = 1024 * int(peak)
     elif sys.platform == "win32":
         import psutil
 
-        found = {"memory": psutil.Process().memory_info().peak_wset}
+        memory = psutil.Process().memory_info().peak_wset
     else:
         import resource
 
-        found = {"memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}  # bytes on macOS
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    peaks = {"memory": memory}
     if torch.cuda.is_available():
-        found["CUDA memory"] = torch.cuda.max_memory_allocated()
-    return found
+        peaks["CUDA memory"] = torch.cuda.max_memory_allocated()
+    return peaks
 
 
 def gigabytes(count: float) -> str:

@@ -33,9 +33,9 @@ class LengthGroupedSampler(Sampler[int]):
         order = list(range(len(self.lengths)))
         draw.shuffle(order)
         batches, rest = [], len(order) % self.batch_size
-        whole, last = order[: len(order) - rest], order[len(order) - rest :]
-        for start in range(0, len(whole), _BATCHES * self.batch_size):
-            drawn = sorted(whole[start : start + _BATCHES * self.batch_size], key=self.lengths.__getitem__)
+        full, last = order[: len(order) - rest], order[len(order) - rest :]
+        for start in range(0, len(full), _BATCHES * self.batch_size):
+            drawn = sorted(full[start : start + _BATCHES * self.batch_size], key=self.lengths.__getitem__)
             batches += [drawn[i : i + self.batch_size] for i in range(0, len(drawn), self.batch_size)]
         draw.shuffle(batches)
         return iter([index for batch in (*batches, last) for index in batch])

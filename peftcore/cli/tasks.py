@@ -76,17 +76,17 @@ def encode(
             truncated += len(ids) > max_length
             pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
             # One token alone has nothing to predict.
-            found = [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
+            parts = [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
         else:
             answer = tokenizer(row.completion, add_special_tokens=False)["input_ids"] + end
             truncated += len(ids) + len(answer) > max_length
             answer = answer[: max_length - 1]
             ids = ids[len(ids) - min(len(ids), max_length - len(answer)) :]
             ids = ids or (answer[:1] and [_start(tokenizer)])
-            found = [{"input_ids": ids + answer, "labels": [IGNORED] * len(ids) + answer}] if answer else []
-        if not found:
+            parts = [{"input_ids": ids + answer, "labels": [IGNORED] * len(ids) + answer}] if answer else []
+        if not parts:
             raise PeftcoreError(f"{row.where}: nothing to learn here after tokenizing")
-        examples += found
+        examples += parts
     return Encoded(examples, truncated)
 
 
@@ -100,15 +100,15 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], di
         def padded(key: str, value: int) -> Tensor:
             return torch.tensor([e[key] + [value] * (length - len(e[key])) for e in examples])
 
-        found = {
+        tensors = {
             "input_ids": padded("input_ids", padding),
             "attention_mask": torch.tensor(
                 [[1] * len(e["input_ids"]) + [0] * (length - len(e["input_ids"])) for e in examples]
             ),
         }
         if isinstance(examples[0]["labels"], list):
-            return found | {"labels": padded("labels", IGNORED)}
-        return found | {"labels": torch.tensor([example["labels"] for example in examples])}
+            return tensors | {"labels": padded("labels", IGNORED)}
+        return tensors | {"labels": torch.tensor([example["labels"] for example in examples])}
 
     return batch
 

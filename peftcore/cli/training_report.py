@@ -100,8 +100,8 @@ def running_mean(values: Sequence[float], share: float = 0.9) -> list[float]:
 
 
 def _series(history: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
-    found = {entry["step"]: entry[key] for entry in history if key in entry}
-    return list(found), list(found.values())
+    by_step = {entry["step"]: entry[key] for entry in history if key in entry}
+    return list(by_step), list(by_step.values())
 
 
 def _table(rows: Sequence[tuple[Any, ...]]) -> str:

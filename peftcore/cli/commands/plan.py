@@ -27,10 +27,10 @@ def plan(
     data.check_task(task)
     name, chosen = options.resolve_method(method, fields)
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
-    found = peftcore.plan(models.empty_model(models.resolve(model), task, names), name, **chosen)
-    say(str(found))
+    planned = peftcore.plan(models.empty_model(models.resolve(model), task, names), name, **chosen)
+    say(str(planned))
     if full:
         table(
-            ((path, kind, f"{count:,}", megabytes(size)) for path, kind, count, size in found.rows),
+            ((path, kind, f"{count:,}", megabytes(size)) for path, kind, count, size in planned.rows),
             ("where", "what", "parameters", "size"),
         )

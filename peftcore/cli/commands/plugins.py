@@ -17,17 +17,17 @@ def plugins() -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            found = registry.plugins()
+            listed = registry.plugins()
     finally:
         if strict is not None:
             os.environ[STRICT] = strict
-    if not found:
+    if not listed:
         say(NO_METHOD)
         return
     table(
         (
             (p.name, p.distribution, p.version, ", ".join(p.hooks) or "-", f"broken: {p.error}" if p.error else "works")
-            for p in found
+            for p in listed
         ),
         ("plugin", "distribution", "version", "hooks", "state"),
     )
