@@ -27,9 +27,11 @@ test: $(VENV)/dev.stamp
 fuzz: $(VENV)/dev.stamp
 	PEFTCORE_FUZZ=all OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz
 
+# mypy reads PyTorch once, 20 seconds, and then takes a second: its cache is .mypy_cache.
 lint: $(VENV)/dev.stamp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
 fix: $(VENV)/dev.stamp

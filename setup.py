@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 RECORD = "_build.json"
 
-# Files compiled for one SIMD level carry its name; every other file is built for the plain target.
+# SIMD levels, lowest first. A file compiled for one carries its name and fills its entries of the table of kernels
+# (csrc/cpu/levels.cpp); every other file is built for the plain target.
 AVX512 = ["-mavx2", "-mf16c", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 SIMD = {
     "avx2": ["-mavx2", "-mf16c", "-mfma"],

@@ -6,8 +6,9 @@
 #include <sstream>
 
 #include "build_facts.h"
-#include "common/cpu_features.h"
+#include "common/caches.h"
 #include "common/workspace.h"
+#include "cpu/kernels.h"
 #include "optim/python.h"
 
 namespace py = pybind11;
@@ -35,12 +36,6 @@ py::dict facts() {
     return result;
 }
 
-std::vector<std::string> cpu_levels() {
-    std::vector<std::string> names;
-    for (CpuLevel level : available_cpu_levels()) names.push_back(cpu_level_name(level));
-    return names;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -48,9 +43,16 @@ PYBIND11_MODULE(_C, m) {
         "peftcore's compiled extension: build facts, SIMD level, and the operators' CPU and CUDA kernels";
     m.def("build_facts", &facts, "What this binary was built from and with.");
     m.def("cpu_levels", &cpu_levels, "SIMD levels of this build that this CPU can run, lowest first.");
-    m.def("cpu_level", [] { return std::string(cpu_level_name(cpu_level())); }, "The SIMD level in use.");
+    m.def("cpu_level", [] { return cpu_kernels().level; }, "The SIMD level in use.");
     m.def("set_cpu_level", &set_cpu_level, py::arg("name"),
           "Use another SIMD level; ValueError if it is not among cpu_levels().");
+    m.def(
+        "caches", [] { return std::make_tuple(caches().first, caches().second, caches().third); },
+        "Sizes of the first, second and third cache in bytes, by which work is divided.");
+    m.def(
+        "set_caches",
+        [](int64_t first, int64_t second, int64_t third) { set_caches({first, second, third}); },
+        py::arg("first"), py::arg("second"), py::arg("third"), "Divide work for other caches: for tests.");
     m.def("free_workspace", &free_workspace, "Give back what this thread keeps for linear_4bit on CPU.");
     optim::bind_pool(m);
 }

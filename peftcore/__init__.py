@@ -10,6 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the public names, each once: type checkers read this, and so does `_homes`
+    # Rooms that are reached through the package, which are no public names of it.
+    from peftcore import optim as optim
+    from peftcore import quantization as quantization
+    from peftcore import targets as targets
+    from peftcore import testing as testing
+    from peftcore import validation as validation
     from peftcore.architecture import Architecture as Architecture
     from peftcore.checkpoint import load as load
     from peftcore.checkpoint import save as save
@@ -56,7 +62,7 @@ def _homes() -> dict[str, str]:
     import ast
 
     tree = ast.parse(Path(__file__).read_text("utf-8"))
-    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module)
+    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != __name__)
     return {alias.asname: str(node.module) for node in imports for alias in node.names if alias.asname}
 
 
@@ -69,19 +75,21 @@ def _installed_version() -> str:
         return "0"
 
 
-def __getattr__(name: str) -> Any:
-    if name in _homes():
-        value = getattr(import_module(_homes()[name]), name)
-    elif name == "__version__":
-        value = _installed_version()
-    elif name == "__all__":
-        value = sorted(_homes())
-    elif not name.startswith("_") and find_spec(f"peftcore.{name}"):
-        value = import_module(f"peftcore.{name}")
-    else:
-        raise AttributeError(f"module 'peftcore' has no attribute '{name}'")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # a type checker that sees it lets any name pass
+
+    def __getattr__(name: str) -> Any:
+        if name in _homes():
+            value = getattr(import_module(_homes()[name]), name)
+        elif name == "__version__":
+            value = _installed_version()
+        elif name == "__all__":
+            value = sorted(_homes())
+        elif not name.startswith("_") and find_spec(f"peftcore.{name}"):
+            value = import_module(f"peftcore.{name}")
+        else:
+            raise AttributeError(f"module 'peftcore' has no attribute '{name}'")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
-ATTENTION, CROSS_ATTENTION, FEED_FORWARD = "attention", "cross_attention", "feed_forward"
+Kind = Literal["attention", "cross_attention", "feed_forward"]
+ATTENTION: Final = "attention"
+CROSS_ATTENTION: Final = "cross_attention"
+FEED_FORWARD: Final = "feed_forward"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Sublayer:
         inner: paths of the layers from the hidden to the inner size of a feed-forward.
     """
 
-    kind: Literal["attention", "cross_attention", "feed_forward"]
+    kind: Kind
     layer: int
     output: str
     width: int

@@ -17,12 +17,12 @@ hookimpl = pluggy.HookimplMarker("peftcore")
 
 
 @hookspec
-def peftcore_methods() -> list[Method]:
+def peftcore_methods() -> list[Method]:  # type: ignore[empty-body]  # a specification, never called
     """The fine-tuning methods of this plugin. Each method's name is that of the plugin's entry point."""
 
 
 @hookspec
-def peftcore_weight_formats() -> list[WeightFormat]:
+def peftcore_weight_formats() -> list[WeightFormat]:  # type: ignore[empty-body]
     """How to read and write a kind of stored weight, for modules whose weight is no plain dense tensor."""
 
 

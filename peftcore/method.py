@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -53,6 +53,8 @@ class Train:
 
     names: Sequence[str]
 
+
+Model = TypeVar("Model", bound=nn.Module)  # functions give back the type of the model that they were given
 
 AdapterPlacement = Around | After | SoftPrompt | PrefixKV
 Placement = AdapterPlacement | Train
@@ -127,7 +129,7 @@ class StateRules:
     write_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     read_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     read_tensors: Callable[[dict[str, Tensor], Any], Mapping[str, Tensor]] = lambda tensors, _config: tensors
-    exported: Callable[[nn.Module], Mapping[str, Tensor]] = lambda _adapter: {}
+    exported: Callable[[Any], Mapping[str, Tensor]] = lambda _adapter: {}
     config_on_disk: Callable[[Any, Mapping[str, Tensor]], Any] = lambda config, _tensors: config
     foreign: Sequence[ForeignFormat] = ()
     unreadable: Callable[[nn.Module, Sequence[str]], Sequence[str]] = lambda _model, _paths: ()
@@ -186,8 +188,8 @@ class WeightFormat:
 
     name: str
     matches: Callable[[nn.Module], bool]
-    read: Callable[[nn.Module], Tensor]
-    write: Callable[[nn.Module, Tensor], dict[str, Tensor]] = field(repr=False)
-    decode: Callable[[nn.Module, dict[str, Tensor]], Tensor] | None = None
-    plain: Callable[[nn.Module], None] | None = None
+    read: Callable[[Any], Tensor]  # of a module that matches, as the following
+    write: Callable[[Any, Tensor], dict[str, Tensor]] = field(repr=False)
+    decode: Callable[[Any, dict[str, Tensor]], Tensor] | None = None
+    plain: Callable[[Any], None] | None = None
     update_config: Callable[[nn.Module], None] | None = None

@@ -82,7 +82,7 @@ def refuse_sharded(module: nn.Module, what: str) -> None:
         )
 
 
-def gather_up(module: nn.Module) -> None:
+def reshard(module: nn.Module) -> None:
     """Let `fully_shard` take back whole parameters that a forward left in their slots."""
     for part in module.modules():
         if hasattr(part, "unshard") and (reshard := getattr(part, "reshard", None)):
@@ -95,18 +95,18 @@ def once(action: Callable[[], Any], *, together: bool) -> None:
     Args:
         together: all ranks wait for its end, and raise what it raises (collective). Else the others go on at once.
     """
-    told: list[Exception | None] = [None]
+    failure: list[Exception | None] = [None]
     if rank() == 0:
         try:
             action()
         except Exception as error:
             if not together or count() == 1:
                 raise
-            told = [error]
+            failure = [error]
     if together and count() > 1:
-        distributed.broadcast_object_list(told, src=0)
-        if told[0] is not None:
-            raise told[0]
+        distributed.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise failure[0]
 
 
 def agree(facts: dict[str, Any], what: str) -> None:

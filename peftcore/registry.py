@@ -48,7 +48,8 @@ class Registry:
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager("peftcore")
         self._manager.add_hookspecs(hookspecs)
-        self._plugins: dict[str, Plugin] | None = None
+        self._plugins: dict[str, Plugin] = {}
+        self._discovered = False
         self._own_formats: list[WeightFormat] = []
 
     @property
@@ -59,8 +60,8 @@ class Registry:
 
     def plugins(self) -> list[Plugin]:
         """All plugins, broken ones included, by name."""
-        if self._plugins is None:
-            self._plugins = {}
+        if not self._discovered:
+            self._discovered = True
             self._discover()
         return sorted(self._plugins.values(), key=lambda plugin: plugin.name)
 
@@ -162,17 +163,17 @@ class Registry:
             self._manager.unregister(name=name)
 
     def _discover(self) -> None:
-        found: dict[str, list[EntryPoint]] = defaultdict(list)
+        by_name: dict[str, list[EntryPoint]] = defaultdict(list)
         chosen = _chosen()
         for entry_point in entry_points(group=GROUP):
-            same = [(e.value, e.dist and e.dist.name) for e in found[entry_point.name]]
+            same = [(e.value, e.dist and e.dist.name) for e in by_name[entry_point.name]]
             if (entry_point.value, entry_point.dist and entry_point.dist.name) not in same:
-                found[entry_point.name].append(entry_point)
+                by_name[entry_point.name].append(entry_point)
         for name in chosen or ():
-            if name not in found:
-                self._plugins = None
-                raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, found)}")
-        for name, candidates in sorted(found.items()):
+            if name not in by_name:
+                self._forget()
+                raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, by_name)}")
+        for name, candidates in sorted(by_name.items()):
             owners = [f"{e.dist.name} {e.dist.version}" if e.dist else "an unknown distribution" for e in candidates]
             dist = candidates[0].dist
             entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
@@ -189,7 +190,7 @@ class Registry:
                     )
                 entry.methods = self._register(entry, candidates[0].load())
             except KeyboardInterrupt:
-                self._plugins = None
+                self._forget()
                 raise
             except BaseException as error:  # an import may end in SystemExit
                 entry.error = str(error) if isinstance(error, PeftcoreError) else f"{type(error).__name__}: {error}"
@@ -197,9 +198,13 @@ class Registry:
                     f"peftcore plugin '{name}' ({entry.distribution} {entry.version}) is not usable: {entry.error}"
                 )
                 if os.environ.get(STRICT) == "1":
-                    self._plugins = None
+                    self._forget()
                     raise PluginError(message) from error
                 warnings.warn(message, stacklevel=4)
+
+    def _forget(self) -> None:
+        """Discover anew when next asked."""
+        self._plugins, self._discovered = {}, False
 
     def _register(self, entry: Plugin, plugin: Any) -> list[Method]:
         _check_api(plugin)
@@ -233,7 +238,7 @@ class Registry:
                 f"the method is named '{method.name}' but its entry point '{entry.name}'. Give both the same name"
             )
         config_class = method.config_class
-        if not (dataclasses.is_dataclass(config_class) and config_class.__dataclass_params__.frozen):
+        if not (dataclasses.is_dataclass(config_class) and _is_frozen(config_class)):
             raise PluginError(f"config_class {config_class!r} must be a frozen dataclass")
         if method.recorded_as is not None:
             return  # it owns no files
@@ -245,6 +250,10 @@ class Registry:
                         f"peft_type '{method.state.peft_type}' is taken by '{taken.name}' ({other.distribution} "
                         f"{other.version}); {entry.distribution} {entry.version} claims it too. Uninstall one"
                     )
+
+
+def _is_frozen(config_class: Any) -> bool:
+    return bool(config_class.__dataclass_params__.frozen)
 
 
 # Never a name to install: whoever registered it may be a stranger, and the name may come from a stranger's file.

@@ -72,9 +72,10 @@ def _fits(value: Any, hint: Any) -> bool:
     if not isinstance(value, Collection) or isinstance(value, (str, bytes)) or len(value) > _ENTRIES:
         return False
     if issubclass(kind, Mapping) or isinstance(value, Mapping):
-        both = issubclass(kind, Mapping) and isinstance(value, Mapping)
-        pairs = zip(inside, (value.keys(), value.values()), strict=False) if both else ()
-        return both and all(_fits(each, hint) for hint, values in pairs for each in values)
+        if not (issubclass(kind, Mapping) and isinstance(value, Mapping)):
+            return False
+        pairs = zip(inside, (list(value.keys()), list(value.values())), strict=False)
+        return all(_fits(each, hint) for hint, values in pairs for each in values)
     return not inside or all(_fits(each, inside[0]) for each in value)
 
 

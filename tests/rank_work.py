@@ -81,7 +81,7 @@ def optimizer_of(found: nn.Module) -> torch.optim.Optimizer:
 
 def values(found: nn.Module, attribute: str | None = None) -> dict[str, Tensor]:
     """Whole parameters of the adapter by name, or their gradients."""
-    ranks.gather_up(found)
+    ranks.reshard(found)
     chosen = ((n, p if attribute is None else getattr(p, attribute)) for n, p in adapter_parameters(found, "default"))
     return {name: ranks.whole(t.detach()).clone() for name, t in chosen if t is not None}
 

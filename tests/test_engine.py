@@ -173,6 +173,7 @@ def test_tied_parameters_are_trained_as_one() -> None:
         (lambda m: peftcore.apply(m, object()), r"object is the config of no installed method"),
         (lambda m: peftcore.activate(m, "x"), r"no adapter is applied"),
         (lambda m: peftcore.remove(m, "x"), r"no adapter is applied"),
+        (lambda m: peftcore.save(m, "nowhere", adapter="x"), r"no adapter is applied"),
         (lambda m: peftcore.apply(torch.compile(m, backend="eager"), "around"), r"the model is compiled"),
     ],
 )

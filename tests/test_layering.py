@@ -85,7 +85,7 @@ def test_public_names_are_seen_in_their_homes(tmp_path: Path) -> None:
     file.write_text(
         "import peftcore\nfrom peftcore import save\npeftcore.merge(1)\nif TYPE_CHECKING:\n    import peftcore.cli"
     )
-    assert imports(file) == {"peftcore.checkpoint.folders", "peftcore.merging.merge"}
+    assert imports(file) == {"peftcore.checkpoint.saving", "peftcore.merging.merge"}
 
 
 @pytest.mark.parametrize(

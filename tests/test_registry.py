@@ -284,7 +284,7 @@ def test_the_environment_chooses_plugins(discover, monkeypatch) -> None:
 
 def test_plugins_load_at_the_first_question_only(discover) -> None:
     registry = discover(("broken", None, "peftcore-broken"))
-    assert registry._plugins is None  # importing peftcore imports no plugin
+    assert not registry._discovered  # importing peftcore imports no plugin
 
 
 def test_the_documented_hooks_are_the_real_ones() -> None:

@@ -8,9 +8,9 @@
 namespace peftcore {
 namespace {
 
-constexpr int64_t kSide = 16;             // rows of a tile, and 32-bit words in each
-constexpr int kTileBytes = 4 * kSide;     // of a row
-constexpr int64_t kTile = kSide * kSide;  // words
+constexpr int64_t kSide = 16;         // rows of a tile, and 32-bit words in each
+constexpr int kRowBytes = 4 * kSide;  // of a tile
+constexpr int64_t kTileWords = kSide * kSide;
 
 // Intel's palette 1.
 struct alignas(64) TileShapes {

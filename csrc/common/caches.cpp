@@ -24,11 +24,15 @@ Caches read() {
     return caches;
 }
 
-}  // namespace
-
-const Caches& caches() {
-    static const Caches caches = read();
+Caches& known() {
+    static Caches caches = read();
     return caches;
 }
+
+}  // namespace
+
+const Caches& caches() { return known(); }
+
+void set_caches(const Caches& caches) { known() = caches; }
 
 }  // namespace peftcore

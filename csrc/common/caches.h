@@ -15,6 +15,9 @@ struct Caches {
 // Of this machine, read once; where it does not tell, or what it tells cannot be, as above.
 const Caches& caches();
 
+// For tests. No operator may run meanwhile.
+void set_caches(const Caches& caches);
+
 // What stands on a thread's stack has its size when compiled: for the smallest caches there are.
 constexpr int64_t kSmallestFirst = 32 << 10, kSmallestSecond = 256 << 10;
 

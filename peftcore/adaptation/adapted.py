@@ -14,13 +14,12 @@ from __future__ import annotations
 
 from _thread import get_ident
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adaptation.class_swap import BUILT, subclass, take_off
+from peftcore.adaptation.class_swap import BUILT, one_for_each_class, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, rests_in_thread
 from peftcore.adaptation.enclosing import LOCK, is_enclosing
 from peftcore.adaptation.outputs import first_of, with_first
@@ -52,7 +51,7 @@ class Adapters(nn.Module):
         return name in self._modules
 
     def __getitem__(self, name: str) -> nn.Module:
-        return self._modules[name]
+        return cast(nn.Module, self._modules[name])
 
     def __len__(self) -> int:
         return len(self._modules)
@@ -100,16 +99,17 @@ class Base:
 
 def _changed(module: nn.Module, changes: Sequence[Mapping[str, Change]]) -> nn.Module:
     """A shallow copy of `module` that holds changed parameters; threads and graphs of before see those of before."""
-    copy = object.__new__(type(module))
-    copy.__dict__.update(module.__dict__)
-    copy.__dict__["_parameters"], copy.__dict__["_modules"] = dict(module._parameters), dict(module._modules)
+    copy: nn.Module = object.__new__(type(module))
+    parameters: dict[str, Any] = dict(module._parameters)  # what a change gives need be no parameter
+    modules: dict[str, Any] = dict(module._modules)
+    copy.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
     for each in changes:
         for name, change in each.items():
             child, _, rest = name.partition(".")
             if rest:
-                copy._modules[child] = _changed(copy._modules[child], [{rest: change}])
+                modules[child] = _changed(modules[child], [{rest: change}])
             else:
-                copy._parameters[name] = change(copy._parameters[name])
+                parameters[name] = change(parameters[name])
     return copy
 
 
@@ -171,7 +171,7 @@ def attach(
         module.add_module(CHILD, Adapters().train(module.training))
         module.__dict__[LOCK] = lock or ModelLock()
         activate(module, ())
-    adapters = module._modules[CHILD]
+    adapters = adapters_at(module)
     adapters._modules[name] = adapter
     if behind:
         adapters.behind.add(name)
@@ -179,7 +179,7 @@ def attach(
 
 def detach(module: nn.Module, name: str) -> None:
     """Take the adapter `name` off `module`; with the last one the module is what it was."""
-    adapters = module._modules[CHILD]
+    adapters = adapters_at(module)
     if not is_adapted(module):  # it was given another class meanwhile
         del module._modules[CHILD]
         for key in (LOCK, _CHAIN, _BASE, _ACTIVE, _SAMPLES):
@@ -217,7 +217,7 @@ def _base_of(module: nn.Module) -> Base:
 
 
 def _chain_of(module: nn.Module, base: Base) -> Any:
-    adapters: Adapters = module._modules[CHILD]
+    adapters = adapters_at(module)
     names, samples = module.__dict__[_ACTIVE], module.__dict__[_SAMPLES]
     chain: Any = base
     links = {}
@@ -247,7 +247,12 @@ def has_forward_of_instance(module: nn.Module) -> bool:
 
 def adapters_of(module: nn.Module) -> Adapters | None:
     """The adapters of a module, or None where it has none."""
-    return module._modules.get(CHILD) if is_adapted(module) else None
+    return adapters_at(module) if is_adapted(module) and CHILD in module._modules else None
+
+
+def adapters_at(module: nn.Module) -> Adapters:
+    """The adapters of a module that has some."""
+    return cast(Adapters, module._modules[CHILD])
 
 
 def acts(module: nn.Module) -> bool:
@@ -273,7 +278,7 @@ def is_outermost(module: nn.Module) -> bool:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of `module` without adapters."""
-    cls = type(module)._peftcore_original if is_adapted(module) else type(module)
+    cls = getattr(type(module), "_peftcore_original", type(module))
     return getattr(cls, "_peftcore_enclosed", cls)
 
 
@@ -310,9 +315,9 @@ def _own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return module.__dict__[_OWN_FORWARD](*args, **kwargs)
 
 
-@cache
+@one_for_each_class
 def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         lock = self._peftcore_lock
         if is_dynamo_compiling():
             return (self._peftcore_base if rests_in_thread(lock) else self._peftcore_chain)(*args, **kwargs)
@@ -326,13 +331,13 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         finally:
             lock.leave(thread)
 
-    def __setstate__(self: nn.Module, state: dict[str, Any]) -> None:
+    def __setstate__(self: Any, state: dict[str, Any]) -> None:
         super(adapted, self).__setstate__(state)
         activate(self, self.__dict__[_ACTIVE], self.__dict__.get(_SAMPLES))
 
-    def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    def _replicate_for_data_parallel(self: Any) -> nn.Module:
         # Of `nn.DataParallel`: a replica is called in a thread of its own, and once.
-        replica = super(adapted, self)._replicate_for_data_parallel()
+        replica: nn.Module = super(adapted, self)._replicate_for_data_parallel()
         if self.__dict__[LOCK].rests():
             replica.__dict__[_ACTIVE] = ()
         replica.__dict__[LOCK] = ModelLock()
@@ -340,9 +345,9 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         return replica
 
     # transformers, accelerate and the Trainer read a forward's signature.
-    forward.__wrapped__ = cls.forward
+    forward.__wrapped__ = cls.forward  # type: ignore[attr-defined]  # as functools.wraps sets it
     forward.__doc__ = cls.forward.__doc__
-    adapted = subclass(
+    adapted: Any = subclass(
         cls,
         _adapted_class,
         {

@@ -6,36 +6,45 @@ it. One is made for each class, and shared.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+Maker = Callable[[type[nn.Module]], type[nn.Module]]  # a class -> the subclass of it that is swapped in
+
 BUILT = ("_peftcore_chain", "_peftcore_base")  # attributes that a copy builds anew
 
 
-def subclass(cls: type[nn.Module], maker: Callable[..., Any], namespace: dict[str, Any]) -> type[nn.Module]:
+def one_for_each_class(make: Maker) -> Maker:
+    """`make`, which gives the same subclass of a class at every call."""
+    return functools.cache(make)  # type: ignore[return-value]  # mypy takes the hash of modules for that of their class
+
+
+def subclass(cls: type[nn.Module], maker: Maker, namespace: dict[str, Any]) -> type[nn.Module]:
     """A subclass that bears the name of `cls` and can be pickled, which by its name it could not.
 
     Args:
-        maker: the cached function, importable by name, that makes this subclass of `cls`.
+        maker: the function, importable by name and one of `one_for_each_class`, that makes this subclass of `cls`.
         namespace: what the subclass overrides.
     """
 
-    def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         self.__class__ = cls  # what is made by `type(module)(...)`, a slice of an `nn.Sequential`, has no adapters
         self.__init__(*args, **kwargs)
 
     __init__.__wrapped__ = cls.__init__  # type: ignore[attr-defined]
 
     def __reduce_ex__(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        made = [c for c in type(self).__mro__ if "_peftcore_maker" in c.__dict__]  # the innermost last
+        made: list[Any] = [c for c in type(self).__mro__ if "_peftcore_maker" in c.__dict__]  # the innermost last
         _, _, state, *rest = super(made[-1], self).__reduce_ex__(protocol)
         state = {key: value for key, value in state.items() if key not in BUILT}
         makers = [c.__dict__["_peftcore_maker"] for c in reversed(made)]
         return (_rebuild, (made[-1].__bases__[0], *makers), state, *rest)
 
-    return type(cls)(
+    metaclass: Any = type(cls)
+    return metaclass(
         cls.__name__,
         (cls,),
         {
@@ -50,7 +59,7 @@ def subclass(cls: type[nn.Module], maker: Callable[..., Any], namespace: dict[st
     )
 
 
-def _rebuild(cls: type[nn.Module], *makers: Callable[[type], type]) -> nn.Module:
+def _rebuild(cls: type[nn.Module], *makers: Maker) -> nn.Module:
     for make in makers:
         cls = make(cls)
     return cls.__new__(cls)

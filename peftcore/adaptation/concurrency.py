@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, is_dataclass
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -301,18 +302,18 @@ class _Watch:
         self._task = task
         self._check()
         others = self._lock._backward
-        told: bool | str = self._rested
+        rested: bool | str = self._rested
         if self._lock.activation != self._activation:
-            told = (
+            rested = (
                 "a checkpointed part of the model runs again in a backward pass, and other adapters act now than in "
                 f"its forward ({list(self._activation.active)}). Run backward() before adapters change"
             )
-        elif others.get(task, told) != told:
-            told = (
+        elif others.get(task, rested) != rested:
+            rested = (
                 "one backward pass runs checkpointed parts again of two forwards, one of them inside "
                 "peftcore.disabled(model). Run a backward() for each"
             )
-        others[task] = told
+        others[task] = rested
         Variable._execution_engine.queue_callback(self._end)
 
     def _end(self) -> None:
@@ -333,7 +334,8 @@ class _Watch:
 def refuse_running(model: nn.Module, what: str) -> None:
     """Raise a PeftcoreError if another thread is inside a call of `model`, which has no adapters and so no lock yet."""
     modules = {id(module) for module in model.modules()}
-    for thread, frame in sys._current_frames().items():
+    for thread, innermost in sys._current_frames().items():
+        frame: FrameType | None = innermost
         while frame is not None and thread != get_ident():
             if frame.f_code is nn.Module._call_impl.__code__ and id(frame.f_locals.get("self")) in modules:
                 raise PeftcoreError(f"cannot {what}: another thread is calling the model. {_ALONE}")

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import functools
 from _thread import get_ident
-from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adaptation.class_swap import subclass, take_off
+from peftcore.adaptation.class_swap import one_for_each_class, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, untraced
 
 LOCK = "_peftcore_lock"
@@ -46,9 +45,9 @@ def lock_of(module: nn.Module) -> ModelLock | None:
     return module.__dict__.get(LOCK)
 
 
-@cache
+@one_for_each_class
 def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
-    def __call__(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if is_dynamo_compiling():
             return super(enclosing, self).__call__(*args, **kwargs)
         lock = self._peftcore_lock
@@ -64,14 +63,14 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
         finally:
             lock.leave(thread)
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         return super(enclosing, self).forward(*args, **kwargs)
 
-    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self._peftcore_lock.calling():  # one adapter from the first token to the last
             return super(enclosing, self).generate(*args, **kwargs)
 
-    def _replicate_for_data_parallel(self: nn.Module) -> nn.Module:
+    def _replicate_for_data_parallel(self: Any) -> nn.Module:
         replica = super(enclosing, self)._replicate_for_data_parallel()
         replica.__dict__[LOCK] = ModelLock()
         return replica
@@ -86,9 +85,10 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
     untraced(__call__)
     if cls.forward.__module__.partition(".")[0] == "torch":
         namespace["forward"] = functools.wraps(cls.forward)(forward)
-    if callable(getattr(cls, "generate", None)):
-        generate.__wrapped__ = cls.generate
-        generate.__doc__ = cls.generate.__doc__
+    own_generate = getattr(cls, "generate", None)
+    if callable(own_generate):
+        generate.__wrapped__ = own_generate  # type: ignore[attr-defined]  # as functools.wraps sets it
+        generate.__doc__ = own_generate.__doc__
         namespace["generate"] = generate
-    enclosing = subclass(cls, _enclosing_class, namespace)
+    enclosing: Any = subclass(cls, _enclosing_class, namespace)
     return enclosing

@@ -34,7 +34,7 @@ class PerSample:
     def __init__(
         self,
         base: Any,
-        links: dict[str, tuple[nn.Module, Callable]],
+        links: dict[str, tuple[nn.Module, Callable[..., Any]]],
         samples: Sequence[str | None],
         behind: bool,
     ) -> None:
@@ -48,7 +48,7 @@ class PerSample:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         found = None if first is None or not first.dim() else first.shape[0]
-        if found != len(self._samples):
+        if first is None or found is None or found != len(self._samples):
             raise PeftcoreError(
                 f"{len(self._samples)} samples were given adapters (activate(..., per_sample=True)), but "
                 f"{type(self.module).__name__} gets " + ("no batch" if found is None else f"a batch of {found}")

@@ -11,8 +11,9 @@ import math
 import os
 import stat
 from collections.abc import Callable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,14 +63,14 @@ def read_header(file: Path) -> bytearray:
         return length + _first(opened, min(int.from_bytes(length, "little"), size, _HEADER_BYTES))
 
 
-def _first(opened: BinaryIO, size: int) -> bytearray:
+def _first(opened: BufferedReader, size: int) -> bytearray:
     content = bytearray(size)
     del content[opened.readinto(content) :]
     return content
 
 
 @contextlib.contextmanager
-def _opened(file: Path, limit: int | None) -> Iterator[tuple[BinaryIO, int]]:
+def _opened(file: Path, limit: int | None) -> Iterator[tuple[BufferedReader, int]]:
     """(file, its size)."""
     try:
         _require_regular(file, os.stat(file).st_mode)  # opening a device may have an effect
@@ -135,7 +136,7 @@ def parse_tensors(content: bytearray, file: Path) -> tuple[dict[str, Tensor], di
 
     begin, header, metadata = _header(content, file)
     try:
-        found = {name: _entry(name, told) for name, told in header.items()}
+        found = {name: _entry(name, entry) for name, entry in header.items()}
     except ValueError as error:
         raise _wrong(file, content, f"its header cannot be read: {error}") from error
     end = 0
@@ -148,7 +149,8 @@ def parse_tensors(content: bytearray, file: Path) -> tuple[dict[str, Tensor], di
         end = last
     if begin + end != len(content):
         raise _wrong(file, content, f"its tensors would end at byte {begin + end:,}")
-    return {name: _view(content, begin + first, *kind) for name, (*kind, (first, _)) in found.items()}, metadata
+    views = {name: _view(content, begin + at[0], dtype, shape) for name, (dtype, shape, at) in found.items()}
+    return views, metadata
 
 
 def parse_metadata(content: bytearray, file: Path) -> dict[str, str]:
@@ -189,19 +191,19 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _entry(name: str, told: Any) -> tuple[torch.dtype, list[int], tuple[int, int]]:
-    """(dtype, shape, place) of a tensor in the header."""
+def _entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], tuple[int, int]]:
+    """(dtype, shape, offsets) of a tensor in the header."""
     if len(name) > _NAME_LENGTH:
         raise ValueError(f"a name has {len(name):,} characters, at most {_NAME_LENGTH:,} are read")
     name.encode()  # half a surrogate pair is no text
-    if not isinstance(told, dict) or told.keys() != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{name!r} needs dtype, shape and data_offsets")
-    dtype, shape, place = told["dtype"], told["shape"], told["data_offsets"]
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise ValueError(f"{name!r} is of dtype {dtype!r}; read are {', '.join(_DTYPES)}")
-    if not _whole_numbers(shape) or len(shape) > _DIMENSIONS or not _whole_numbers(place) or len(place) != 2:
-        raise ValueError(f"{name!r} has shape={shape!r}, data_offsets={place!r}")
-    return _DTYPES[dtype], shape, (place[0], place[1])
+    if not _whole_numbers(shape) or len(shape) > _DIMENSIONS or not _whole_numbers(offsets) or len(offsets) != 2:
+        raise ValueError(f"{name!r} has shape={shape!r}, data_offsets={offsets!r}")
+    return _DTYPES[dtype], shape, (offsets[0], offsets[1])
 
 
 def _whole_numbers(values: Any) -> bool:

@@ -63,12 +63,14 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     file = folder / MANIFEST
     try:
-        told = parse_json(read_bytes(file, JSON_BYTES), file)
+        manifest = parse_json(read_bytes(file, JSON_BYTES), file)
     except FileNotFoundError:
         return None
-    if isinstance(told, dict) and isinstance(told.get("version"), int) and told["version"] > _VERSION:
-        raise CheckpointError(f"'{file}' was written by a newer peftcore (version {told['version']}). Upgrade peftcore")
-    token, files = (told.get("save"), told.get("sha256")) if isinstance(told, dict) else (None, None)
+    if isinstance(manifest, dict) and isinstance(manifest.get("version"), int) and manifest["version"] > _VERSION:
+        raise CheckpointError(
+            f"'{file}' was written by a newer peftcore (version {manifest['version']}). Upgrade peftcore"
+        )
+    token, files = (manifest.get("save"), manifest.get("sha256")) if isinstance(manifest, dict) else (None, None)
     if (
         not (isinstance(token, str) and re.fullmatch("[0-9a-f]{16}", token))
         or not isinstance(files, dict)
@@ -147,26 +149,12 @@ class Folder:
         if key not in self.read:
             if not self.holds(name):
                 raise FileNotFoundError(name)
-            wanted = self.manifest.files.get(key) if self.manifest else None
             file = self.path / name
-            self.read[key] = read_bytes(file, limit) if wanted is None else self._saved(file, wanted, limit)
+            if self.manifest is not None and (wanted := self.manifest.files.get(key)) is not None:
+                self.read[key] = _saved(self.manifest, file, wanted, limit)
+            else:
+                self.read[key] = read_bytes(file, limit)
         return self.read[key]
-
-    def _saved(self, file: Path, wanted: str, limit: int | None) -> bytearray:
-        missing = True
-        for candidate in (file, self.manifest.temporary(file), file):  # which may be renamed between two looks
-            try:
-                content = read_bytes(candidate, limit)
-            except FileNotFoundError:
-                continue
-            missing = False
-            if sha256(content) == wanted:
-                return content
-        what = "is missing" if missing else "is not what was saved: its hash is another"
-        raise CheckpointError(
-            f"'{file}', which '{MANIFEST}' names, {what}. Copy the folder again; where you changed it yourself, "
-            f"delete '{MANIFEST}'"
-        )
 
     def config(self) -> dict[str, Any]:
         """The fields of `adapter_config.json`.
@@ -224,6 +212,23 @@ class Folder:
         return root_of(self.path)[2] != self.manifest
 
 
+def _saved(manifest: Manifest, file: Path, wanted: str, limit: int | None) -> bytearray:
+    missing = True
+    for candidate in (file, manifest.temporary(file), file):  # which may be renamed between two looks
+        try:
+            content = read_bytes(candidate, limit)
+        except FileNotFoundError:
+            continue
+        missing = False
+        if sha256(content) == wanted:
+            return content
+    what = "is missing" if missing else "is not what was saved: its hash is another"
+    raise CheckpointError(
+        f"'{file}', which '{MANIFEST}' names, {what}. Copy the folder again; where you changed it yourself, "
+        f"delete '{MANIFEST}'"
+    )
+
+
 def read(folder: Path, look: Callable[[Folder], T]) -> T:
     """What `look(folder)` finds, all of one save. It is called again where another process saved meanwhile.
 
@@ -234,13 +239,12 @@ def read(folder: Path, look: Callable[[Folder], T]) -> T:
     while True:
         opened = Folder.opened(folder)
         try:
-            found, error = look(opened), None
-        except CheckpointError as raised:
-            found, error = None, raised
-        if (error is None and opened.manifest is not None) or not opened.was_replaced():
-            if error is not None:
-                raise error
-            return found
+            found = look(opened)
+            if opened.manifest is not None or not opened.was_replaced():
+                return found
+        except CheckpointError:
+            if not opened.was_replaced():
+                raise
         if time.monotonic() > deadline:
             raise CheckpointError(f"'{folder}' was saved to again and again for {PATIENCE} s. Load it afterwards")
 

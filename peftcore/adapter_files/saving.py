@@ -38,7 +38,7 @@ from peftcore.errors import CheckpointError
 try:
     import fcntl
 except ImportError:  # Windows: unique names and hashes still keep a mixture from being read
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 PATIENCE = 120  # seconds, to wait for others that save to the same folder
 
@@ -98,8 +98,8 @@ def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> No
         os.replace(written[-1], root / MANIFEST)
     except BaseException:
         if _manifest_or_none(root) != manifest:
-            for file in written:
-                file.unlink(missing_ok=True)
+            for path in written:
+                path.unlink(missing_ok=True)
         raise
     try:
         put_in_place(root, manifest)

@@ -28,10 +28,10 @@ _COMMON = {
     "inference_mode",
     "peft_version",
 }
-_EMPTY = (None, False, "", [], {}, 0)
+_EMPTY: tuple[Any, ...] = (None, False, "", [], {}, 0)
 
 
-def config_on_disk(model: nn.Module, method: Method, adapter: str) -> dict[str, Any]:
+def fields_of_config(model: nn.Module, method: Method, adapter: str) -> dict[str, Any]:
     """The fields of an applied adapter's `adapter_config.json`. Where PEFT cannot read the file, a warning says so."""
     # asdict makes lists of tuples only at the encoder; JSON has no sets, tuples or dtypes.
     fields = method.state.write_config(dataclasses.asdict(engine.applied(model, adapter).config))
@@ -87,7 +87,7 @@ def _is_tied_by_peft(model: nn.Module, adapter: str) -> bool:
     )
 
 
-def config_from_disk(folder: Path, method: Method, fields: dict[str, Any]) -> Any:
+def config_of_fields(folder: Path, method: Method, fields: dict[str, Any]) -> Any:
     """The method's config that the fields of an `adapter_config.json` mean.
 
     Raises:

@@ -34,7 +34,7 @@ def fingerprint(tensors: dict[str, Tensor], important: Collection[str] = ()) -> 
     gathered whole.
     """
     names = [name for name, t in tensors.items() if t.is_floating_point() and not t.is_meta]
-    chosen = names
+    chosen: Collection[str] = names
     if any(ranks.is_part(tensors[name]) for name in names):
         chosen = {*names[:: -(-len(names) // _GATHERED)], *important}
     values = {name: _sample(tensors[name], _positions(tensors[name].numel())) for name in names if name in chosen}
@@ -48,21 +48,21 @@ def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
     Raises:
         CheckpointError: it is no fingerprint.
     """
-    told = _parsed(expected)
-    for name, (shape, values) in told["tensors"].items():
-        found = tensors.get(name)
-        if found is not None and (not found.is_floating_point() or found.is_meta):
+    record = _parsed(expected)
+    for name, (shape, values) in record["tensors"].items():
+        tensor = tensors.get(name)
+        if tensor is not None and (not tensor.is_floating_point() or tensor.is_meta):
             continue
-        if found is None:
+        if tensor is None:
             return f"it has no parameter '{name}'"
-        if list(found.shape) != shape:
-            return f"'{name}' has shape {list(found.shape)}, the adapter's base {shape}"
+        if list(tensor.shape) != shape:
+            return f"'{name}' has shape {list(tensor.shape)}, the adapter's base {shape}"
         if not len(values):
             continue
-        positions = (_positions if told["version"] == _VERSION else _positions_of_version_1)(found.numel())
+        positions = (_positions if record["version"] == _VERSION else _positions_of_version_1)(tensor.numel())
         if len(values) != len(positions):
             return f"'{name}' has {len(positions)} sampled values, the adapter's base {len(values)}"
-        error = _error(_sample(found, positions), values)
+        error = _error(_sample(tensor, positions), values)
         if not error <= _TOLERANCE:  # NaN is no agreement
             return f"the values of '{name}' differ by {100 * error:.0f} %"
     return None
@@ -71,21 +71,21 @@ def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
 def _parsed(text: str) -> dict[str, Any]:
     """{version, tensors: {name: [shape, values]}} of a fingerprint, which may come from a stranger's file."""
     try:
-        told = json.loads(text)
-        if not isinstance(told.get("version"), int):
-            told = {"version": 1, "tensors": told}
+        record = json.loads(text)
+        if not isinstance(record.get("version"), int):
+            record = {"version": 1, "tensors": record}
         tensors = {
             name: (list(shape), torch.tensor([float(v) for v in values], dtype=torch.float32, device="cpu"))
-            for name, (shape, values) in told["tensors"].items()
+            for name, (shape, values) in record["tensors"].items()
         }
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, RuntimeError) as error:
         raise CheckpointError(f"the fingerprint of the base (peftcore_base) cannot be read: {error!r}") from error
-    if told["version"] > _VERSION:
+    if record["version"] > _VERSION:
         raise CheckpointError(
-            f"the fingerprint of the base (peftcore_base) is of version {told['version']}, and this peftcore reads "
+            f"the fingerprint of the base (peftcore_base) is of version {record['version']}, and this peftcore reads "
             f"{_VERSION}. Upgrade peftcore"
         )
-    return {"version": told["version"], "tensors": tensors}
+    return {"version": record["version"], "tensors": tensors}
 
 
 def _error(found: Tensor, wanted: Tensor) -> float:

@@ -7,7 +7,7 @@ kept       buffers that training has moved, and all of those in modules that are
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -31,29 +31,30 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
     """
     entry = engine.applied(model, adapter)
     rules = registry.method(entry.method).state
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def add(on_disk: str, tensor: Tensor) -> None:
-        if on_disk in found:
+        if on_disk in tensors:
             raise PeftcoreError(
                 f"{entry.method} gives two tensors the name '{on_disk}'; tensor_name must tell them apart"
             )
-        found[on_disk] = tensor
+        tensors[on_disk] = tensor
 
     for placement in engine.placements(model, adapter):
-        others = {}
+        others: Mapping[str, Tensor] = {}
         if exported:
             with ranks.whole_parameters(placement.adapter):
                 others = rules.exported(placement.adapter)
-        found.update(others)
+        tensors.update(others)
         if own or not others:
             for name, tensor in placement.adapter.state_dict(keep_vars=True).items():
                 add(rules.tensor_name(placement, name), tensor)
     owned = TrainedParameters.of(model, adapter)
-    for name, parameter in owned.values(model) if owned is not None else ():
-        for slot in owned.slots[name] if exported else (name,):
-            add(_base_name(rules, entry, slot), parameter)
-    return found
+    if owned is not None:
+        for name, parameter in owned.values(model):
+            for slot in owned.slots[name] if exported else (name,):
+                add(_base_name(rules, entry, slot), parameter)
+    return tensors
 
 
 def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -74,9 +75,10 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     }
     found = {name: model.get_buffer(name) for name in sorted(whole)}
     found.update({name: base[name] for name in vocabulary.resized(model) if name not in own_slots(model, adapter)})
-    for name, tensor in owned.kept_values(model) if owned is not None else ():
-        if name in found or not torch.equal(tensor, base[name]):
-            found.update(dict.fromkeys(owned.kept[name], tensor))
+    if owned is not None:
+        for name, tensor in owned.kept_values(model):
+            if name in found or not torch.equal(tensor, base[name]):
+                found.update(dict.fromkeys(owned.kept[name], tensor))
     return {_base_name(rules, entry, name): tensor for name, tensor in found.items()}
 
 
@@ -86,7 +88,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     Args:
         partly_tied: a parameter that is tied may lie in the file under one of its names only.
     """
-    ranks.gather_up(model)
+    ranks.reshard(model)
     expected = tensors_on_disk(model, adapter)
     exported = tensors_on_disk(model, adapter, exported=True)  # where the adapter's own tensors say the same
     tensors = _untied(tensors, expected, exported, folder, type(model).__name__, partly_tied)
@@ -119,7 +121,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
         for _, tensor, target in kept:
             target.copy_(tensor)
     if embeddings:
-        state = engine.state_of(model)
+        state = engine.require_state(model)
         TrainedParameters.keep(model, adapter, embeddings)
         engine.set_active(model, state.active, state.samples)
 
@@ -196,7 +198,7 @@ def _take_embeddings(
     entry, base = engine.applied(model, adapter), base_tensors(model)
     rules, owned = registry.method(entry.method).state, TrainedParameters.of(model, adapter)
     mine = owned.kept if owned is not None else {}
-    found: dict[str, Tensor] = {}
+    resized: dict[str, Tensor] = {}
     lacking: list[str] = []
     for name in vocabulary.embedding_parameters(model):
         on_disk = _base_name(rules, entry, name)
@@ -212,19 +214,19 @@ def _take_embeddings(
                 f"{list(base[name].shape)}. Its vocabulary was resized; do the same before loading: "
                 f"model.resize_token_embeddings({len(value)})"
             )
-        tied = next((other for other in found if base[other] is base[name]), None)
-        if tied is not None and not torch.equal(found[tied], value):
+        tied = next((other for other in resized if base[other] is base[name]), None)
+        if tied is not None and not torch.equal(resized[tied], value):
             raise CheckpointError(f"'{folder}' has two values of '{tied}' and '{name}', which are one parameter here")
         del tensors[on_disk]
         if tied is None and not _is_copy_of_base(model, on_disk, value):
-            found[name] = value
-    lacking = [name for name in lacking if all(base[other] is not base[name] for other in found)]
-    if found and lacking:
+            resized[name] = value
+    lacking = [name for name in lacking if all(base[other] is not base[name] for other in resized)]
+    if resized and lacking:
         raise CheckpointError(
-            f"'{folder}' holds '{next(iter(found))}' for a resized vocabulary and not '{lacking[0]}', whose new rows "
+            f"'{folder}' holds '{next(iter(resized))}' for a resized vocabulary and not '{lacking[0]}', whose new rows "
             "were drawn at random. Have its author save it with both (in PEFT: save_embedding_layers=True)"
         )
-    return found
+    return resized
 
 
 def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
@@ -233,12 +235,12 @@ def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> li
     if owned is None:
         return []
     rules, base = registry.method(entry.method).state, base_tensors(model)
-    found = []
+    kept = []
     for name, target in owned.kept_values(model):
         on_disk = [_base_name(rules, entry, slot) for slot in owned.kept[name]]
         values = [tensors.pop(other) for other in on_disk if other in tensors]
-        found.append((on_disk[0], values[0] if values else base[name], target))
-    return found
+        kept.append((on_disk[0], values[0] if values else base[name], target))
+    return kept
 
 
 def _is_copy_of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:

@@ -50,13 +50,13 @@ def _config_of_checkpoint(config: Any) -> dict[str, Any] | None:
     name = getattr(config, "_name_or_path", None)
     if not name:
         return None
-    file = Path(name) / "config.json"
+    file: Any = Path(name) / "config.json"
     with suppress(OSError, ValueError, ImportError):  # also what is no name of a repository
         if not file.is_file() and not os.path.isdir(name):
             from huggingface_hub import try_to_load_from_cache
 
             file = try_to_load_from_cache(name, "config.json", revision=getattr(config, "_commit_hash", None))
         if isinstance(file, (str, Path)):
-            told = json.loads(Path(file).read_text(encoding="utf-8"))
-            return told if isinstance(told, dict) else None
+            fields = json.loads(Path(file).read_text(encoding="utf-8"))
+            return fields if isinstance(fields, dict) else None
     return None

@@ -13,8 +13,9 @@ from peftcore.engine.applying import (
     set_trainable,
 )
 from peftcore.engine.changes import with_adapter
-from peftcore.engine.placing import place
+from peftcore.engine.placing import placements_for
 from peftcore.engine.state import (
+    STATE,
     Applied,
     State,
     adapter_modules,
@@ -31,6 +32,7 @@ from peftcore.engine.state import (
 )
 
 __all__ = [
+    "STATE",
     "Applied",
     "State",
     "activate",
@@ -45,8 +47,8 @@ __all__ = [
     "check_model",
     "check_name",
     "disabled",
-    "place",
     "placements",
+    "placements_for",
     "refuse_changed",
     "refuse_merged",
     "refuse_per_sample",

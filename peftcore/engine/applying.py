@@ -6,7 +6,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from peftcore.adaptation.concurrency import Activation, refuse_running
 from peftcore.engine.changes import facts, with_adapter
 from peftcore.engine.placing import (
     device_and_dtype,
-    place,
+    placements_for,
     recorded,
     refuse_shared,
     refuse_without_gradient,
@@ -33,22 +33,24 @@ from peftcore.engine.state import (
     applied,
     changes_of,
     check_model,
+    in_words,
     modules_with,
     refuse_changed,
     refuse_merged,
     refuse_per_sample,
     require_state,
     state_of,
-    told,
 )
 from peftcore.engine.trained import TrainedParameters, hold_of_last, tied_to, unmoved_buffers
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_applied
-from peftcore.method import After
+from peftcore.method import After, Model
 from peftcore.registry import registry
 
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-def alone(what: str, *, base: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+
+def alone(what: str, *, base: bool = False) -> Callable[[Function], Function]:
     """For functions that change a model, their first argument: other threads neither call nor change it meanwhile.
 
     Args:
@@ -56,7 +58,7 @@ def alone(what: str, *, base: bool = False) -> Callable[[Callable[..., Any]], Ca
         base: the base is changed too, which `disabled` shows, so open blocks of other threads are waited for.
     """
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+    def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def changing(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             check_model(model)
@@ -67,21 +69,21 @@ def alone(what: str, *, base: bool = False) -> Callable[[Callable[..., Any]], Ca
             with state.lock.changing(what, base=base):
                 return function(model, *args, **kwargs)
 
-        return changing
+        return cast(Function, changing)
 
     return decorate
 
 
 @alone("apply another adapter", base=True)
 def apply(
-    model: nn.Module,
+    model: Model,
     method: str | Any,
     /,
     *,
     adapter: str = "default",
     dtype: torch.dtype | None = None,
     **fields: Any,
-) -> nn.Module:
+) -> Model:
     """Fine-tune `model` by `method`: freeze its parameters and give it a trainable, active adapter.
 
     Args:
@@ -105,12 +107,12 @@ def apply(
     if state.applied:
         refuse_changed(model)
     with with_memory():
-        placed = place(model, method, fields)
+        placed = placements_for(model, method, fields)
     refuse_without_gradient(model, placed)
     tell_if_little(model, placed)
     if placed.method.prepare is not None:
         placed.method.prepare(model, placed.config)
-    method, config = recorded(placed)
+    of_method, config = recorded(placed)
     for placement in placed.around:
         module = model.get_submodule(placement.path)
         placement.adapter.to(*device_and_dtype(module, dtype)).train(model.training)
@@ -128,7 +130,7 @@ def apply(
         adapted.attach(module, adapter, placement.adapter, behind=behind, lock=state.lock)
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     fast_path.guard(model)
-    state.applied[adapter] = Applied(method.name, config, placed.placements, placed.trained, facts=before)
+    state.applied[adapter] = Applied(of_method.name, config, placed.placements, placed.trained, facts=before)
     model.__dict__[STATE] = state
     set_active(model, (*state.active, adapter))
     adapter_applied.announce(model)
@@ -139,12 +141,12 @@ def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[s
     """The model, and every module in which something is placed: calls of them are calls of the model."""
     owners = {name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained))}
     inner = [*paths, *(f"{owner}.parameter" for owner in owners)]
-    found = {""}
+    enclosing_paths = {""}
     for path in inner:
         while path:
             path = path.rpartition(".")[0]
-            found.add(path)
-    return sorted(found)
+            enclosing_paths.add(path)
+    return sorted(enclosing_paths)
 
 
 @alone("activate adapters", base=True)
@@ -161,27 +163,27 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
             an adapter that acts on a whole batch: prompts, prefixes and parameters of the base.
     """
     state = require_state(model)
-    names = _names(names, per_sample)
-    samples = names if per_sample else None
+    given = _names(names, per_sample)
+    chosen = tuple(name for name in given if name is not None)
     if per_sample:
-        names = tuple(dict.fromkeys(name for name in names if name is not None))
-    for name in names:
+        chosen = tuple(dict.fromkeys(chosen))
+    for name in chosen:
         applied(model, name)
-    if len(set(names)) < len(names):
+    if len(set(chosen)) < len(chosen):
         raise PeftcoreError(
-            f"activate: an adapter is named twice in {list(names)}. For a name for each sample of a batch: "
+            f"activate: an adapter is named twice in {list(chosen)}. For a name for each sample of a batch: "
             "per_sample=True"
         )
     refuse_changed(model)
     refuse_merged(state, "activate adapters")
     if per_sample:
-        _refuse_whole_batch(model, names)
-    refuse_shared(state, names)
-    set_active(model, names, samples)
+        _refuse_whole_batch(model, chosen)
+    refuse_shared(state, chosen)
+    set_active(model, chosen, given if per_sample else None)
 
 
 @contextmanager
-def disabled(model: nn.Module) -> Iterator[nn.Module]:
+def disabled(model: Model) -> Iterator[Model]:
     """Within the block the model computes what its base computes; afterwards its adapters act again.
 
     As with `torch.no_grad`, that holds in the thread (and asyncio task) that entered the block, and in no other. Where
@@ -221,7 +223,7 @@ def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParamet
 
 
 @alone("remove adapters", base=True)
-def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
+def remove(model: Model, adapter: str = "default") -> Model:
     """Take an adapter off. With the last one gone the model is, bit for bit, what it was before `apply`."""
     state = require_state(model)
     applied(model, adapter)
@@ -248,7 +250,7 @@ def remove(model: nn.Module, adapter: str = "default") -> nn.Module:
         state.lock.retired = True
         del model.__dict__[STATE]
     if left:
-        warnings.warn(f"remove left the following as it is: {told(left)}", stacklevel=3)
+        warnings.warn(f"remove left the following as it is: {in_words(left)}", stacklevel=3)
     return model
 
 
@@ -268,11 +270,12 @@ def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     """Let `adapter` train when active, or keep it frozen."""
     refuse_changed(model)
     applied(model, adapter).trainable = bool(trainable)
-    set_active(model, state_of(model).active, state_of(model).samples)
+    state = require_state(model)
+    set_active(model, state.active, state.samples)
 
 
 def set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | None, ...] | None = None) -> None:
-    state = state_of(model)
+    state = require_state(model)
     own = {name: TrainedParameters.of(model, name) for name in state.applied}
     for name, tensors in own.items():
         if tensors is not None and name not in names:
@@ -280,10 +283,10 @@ def set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | No
     state.active = names
     state.samples = samples and tuple(name if name in names else None for name in samples)
     for module in dict.fromkeys(module for name in state.applied for _, module in modules_with(model, state, name)):
-        adapted.activate(module, [name for name in names if name in adapted.adapters_of(module)], state.samples)
+        adapted.activate(module, [name for name in names if name in adapted.adapters_at(module)], state.samples)
     for name in names:
-        if own[name] is not None:
-            own[name].activate(model, True)
+        if (tensors := own[name]) is not None:
+            tensors.activate(model, True)
     hold_of_last(model, names)
     for name, entry in state.applied.items():
         for _, parameter in adapter_parameters(model, name):

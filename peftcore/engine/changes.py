@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from peftcore.adaptation.adapted import CHILD, adapters_of, is_adapted, original_class
+from peftcore.adaptation.adapted import CHILD, adapters_at, is_adapted, original_class
 from peftcore.adaptation.concurrency import ModelLock
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.engine.trained import TrainedParameters
@@ -37,14 +37,14 @@ def changes(
         shapes: compare the parameters, too; not while the model is merged.
     """
     for path, was in before.items():
-        told = _replaced(model, path, adapter, lock) or (shapes and _differs(model.get_submodule(path), was))
-        if told:
-            yield path, told
+        change = _replaced(model, path, adapter, lock) or (shapes and _differs(model.get_submodule(path), was))
+        if change:
+            yield path, change
     own = TrainedParameters.of(model, adapter)
     if own is None:
         return
-    for slot, told in own.changes(model):
-        yield slot, told
+    for slot, change in own.changes(model):
+        yield slot, change
     for owner in {slot.rpartition(".")[0] for slots in own.slots.values() for slot in slots}:
         module = _submodule(model, owner)
         if module is not None and lock_of(module) is not lock:
@@ -62,7 +62,7 @@ def with_adapter(model: nn.Module, adapter: str, paths: Iterable[str]) -> Iterat
     """What has `adapter` at these paths, copies and modules of another class included."""
     for path in paths:
         module = _submodule(model, path)
-        if module is not None and adapter in module._modules.get(CHILD, ()):
+        if module is not None and CHILD in module._modules and adapter in adapters_at(module):
             yield module
 
 
@@ -75,7 +75,7 @@ def _replaced(model: nn.Module, path: str, adapter: str, lock: ModelLock) -> str
         return f"was given another class, {kind}" if CHILD in module._modules else f"was replaced by another {kind}"
     if lock_of(module) is not lock:
         return f"was replaced by a {kind} of another model, or a copy"
-    return None if adapter in adapters_of(module) else "has lost its adapter"
+    return None if adapter in adapters_at(module) else "has lost its adapter"
 
 
 def _differs(module: nn.Module, was: Facts) -> str | None:

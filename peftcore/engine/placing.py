@@ -40,7 +40,7 @@ class Placed:
     names_modules: bool = True  # rather than to ask for all of a kind
 
 
-def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
+def placements_for(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
     """What a method would put where on `model`, checked; the model is left alone."""
     check_model(model)
     if hasattr(model, "_orig_mod"):
@@ -60,8 +60,11 @@ def place(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed
         if isinstance(placement, Train):
             trained += placement.names
             continue
-        plain = isinstance(placement, (Around, After))
-        carriers = [placement] if plain else prompts.compiled(model, architecture, placement)
+        carriers: Sequence[Around | After]
+        if isinstance(placement, (Around, After)):
+            carriers = [placement]
+        else:
+            carriers = prompts.compiled(model, architecture, placement)
         around += carriers
         placements |= {carrier.path: placement for carrier in carriers}
     placed = Placed(chosen, config, tuple(around), placements, tuple(dict.fromkeys(trained)), apart, names_modules)
@@ -128,7 +131,7 @@ def _saved_modules(model: nn.Module, config: Any, architecture: Architecture) ->
         names = trained_modules(model, saved).names
     if saved != getattr(config, "modules_to_save", ()):
         config = dataclasses.replace(config, modules_to_save=saved)
-    return config, Train(names), () if together else names
+    return config, Train(names), () if together else tuple(names)
 
 
 def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device | None, torch.dtype]:

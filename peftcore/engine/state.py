@@ -95,8 +95,8 @@ def applied(model: nn.Module, adapter: str) -> Applied:
 def adapter_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
     """(path of the adapted module, adapter) for every placement of `adapter` that is still there."""
     applied(model, adapter)
-    for path, module in modules_with(model, state_of(model), adapter):
-        yield path, adapted.adapters_of(module)[adapter]
+    for path, module in modules_with(model, require_state(model), adapter):
+        yield path, adapted.adapters_at(module)[adapter]
 
 
 def placements(model: nn.Module, adapter: str) -> list[AdapterPlacement]:
@@ -119,19 +119,21 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn
 def changed(model: nn.Module) -> dict[str, str]:
     """By path, what has become of modules with adapters since `apply`."""
     state = state_of(model)
-    names = state.applied if state is not None else ()
-    return {path: told for name in names for path, told in changes_of(model, state, name)}
+    if state is None:
+        return {}
+    return {path: change for name in state.applied for path, change in changes_of(model, state, name)}
 
 
 def refuse_changed(model: nn.Module) -> None:
     """Raise a PeftcoreError if modules with adapters were replaced, resized or parametrized since `apply`."""
     state = require_state(model)
     for name in state.applied:
-        found = dict(changes_of(model, state, name))
-        if found:
+        modules = dict(changes_of(model, state, name))
+        if modules:
             raise PeftcoreError(
-                f"the model was changed after the adapter '{name}' was applied: {told(found)}. Undo the change, or "
-                f"take the adapter off, peftcore.remove(model, '{name}'), and apply it to the changed model"
+                f"the model was changed after the adapter '{name}' was applied: {in_words(modules)}. "
+                f"Undo the change, or take the adapter off, peftcore.remove(model, '{name}'), and apply it to the "
+                "changed model"
             )
 
 
@@ -145,7 +147,7 @@ def modules_with(model: nn.Module, state: State, adapter: str) -> Iterator[tuple
     return standing(model, adapter, state.applied[adapter].paths, state.lock)
 
 
-def told(changes: dict[str, str], most: int = 3) -> str:
+def in_words(changes: dict[str, str], most: int = 3) -> str:
     """The first of these changes, in words."""
     parts = [f"'{path}' {what}" for path, what in list(changes.items())[:most]]
     return "; ".join(parts) + (f"; and {len(changes) - most} more" if len(changes) > most else "")

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine.applying import check_dtype
-from peftcore.engine.placing import covered, device_and_dtype, place
+from peftcore.engine.placing import covered, device_and_dtype, placements_for
 from peftcore.engine.state import adapter_parameters, changed, check_model, state_of
 from peftcore.engine.trained import TrainedParameters
 from peftcore.targets import match_counts
@@ -107,7 +107,7 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
     """
     check_dtype(dtype)
     with torch.device("meta"):
-        placed = place(model, method, fields)
+        placed = placements_for(model, method, fields)
     parameters = dict(base_parameters(model))
     rows = []
     for placement in placed.around:
@@ -132,7 +132,8 @@ def summary(model: nn.Module) -> Summary:
     state = state_of(model)
     base = _base_of(model)
     adapters = []
-    for name, entry in state.applied.items() if state else ():
+    active = state.active if state is not None else ()
+    for name, entry in state.applied.items() if state is not None else ():
         parameters = [p for _, p in adapter_parameters(model, name)]
         own = TrainedParameters.of(model, name)
         for _, value, original in own.standing(model) if own is not None else ():
@@ -143,7 +144,7 @@ def summary(model: nn.Module) -> Summary:
             AdapterSummary(
                 name=name,
                 method=entry.method,
-                active=name in state.active,
+                active=name in active,
                 modules=len(entry.paths),
                 trained=len(entry.trained),
                 parameters=sum(p.numel() for p in parameters),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,15 +92,15 @@ class TrainedParameters(nn.Module):
         """Forget a resting adapter's copies."""
         if TrainedParameters.of(model, adapter) is None:
             return
-        del model._modules[TRAINED]._modules[adapter]
-        if not len(model._modules[TRAINED]):
+        adapters = cast(Adapters, model._modules[TRAINED])
+        del adapters._modules[adapter]
+        if not len(adapters):
             del model._modules[TRAINED]
 
     @staticmethod
     def of(model: nn.Module, adapter: str) -> TrainedParameters | None:
         """What `adapter` has of its own; None where that is nothing."""
-        adapters = model._modules.get(TRAINED)
-        return adapters._modules.get(adapter) if adapters is not None else None
+        return next((own for name, own in _everyone(model) if name == adapter), None)
 
     def activate(self, model: nn.Module, active: bool) -> None:
         """Put the parameters that the adapter trains into the model, or the base's back."""
@@ -121,12 +122,12 @@ class TrainedParameters(nn.Module):
     def values(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, the adapter's parameter) of those that are trained."""
         for name in self.slots:
-            yield name, _slot(model, name) if self.active else self._parameters[_key(name)]
+            yield name, cast(nn.Parameter, _slot(model, name) if self.active else self._aside(_key(name)))
 
     def originals(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, the base's parameter) of those that are trained."""
         for name in self.slots:
-            yield name, self._parameters[_key(name)] if self.active else _slot(model, name)
+            yield name, cast(nn.Parameter, self._aside(_key(name)) if self.active else _slot(model, name))
 
     def kept_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """(name, the adapter's tensor) of those that are kept."""
@@ -154,11 +155,15 @@ class TrainedParameters(nn.Module):
                     yield slot, "is gone" if now is None else f"has shape {now}, which was {was}"
 
     def _aside(self, key: str) -> Tensor:
-        return self._parameters[key] if key in self._parameters else self._buffers[key]
+        return self._tensors_aside(key)[key]
+
+    def _tensors_aside(self, key: str) -> dict[str, Any]:
+        """Parameters or buffers: tensors that are no parameters may take the place of some."""
+        return self._parameters if key in self._parameters else self._buffers
 
     def _exchange(self, model: nn.Module, name: str, slots: Sequence[str]) -> None:
         key = _key(name)
-        here = self._parameters if key in self._parameters else self._buffers
+        here = self._tensors_aside(key)
         aside = here[key]
         slots = [slot for slot in slots if _shape(model, slot) == list(aside.shape)]  # what was resized stays
         if not slots:
@@ -171,17 +176,22 @@ class TrainedParameters(nn.Module):
 
 def hold_of_last(model: nn.Module, active: Sequence[str]) -> None:
     """Let each kept tensor in the model be that of the last of the `active` adapters that has it, or the base's."""
-    adapters = model._modules.get(TRAINED)
     owner: dict[str, str] = {}
     for name in active:
         owned = TrainedParameters.of(model, name)
         owner.update(dict.fromkeys(owned.kept if owned is not None else (), name))
-    everyone = adapters._modules.items() if adapters is not None else ()
-    wanted = {name: {kept for kept in owned.kept if owner.get(kept) == name} for name, owned in everyone}
-    for name, owned in everyone:
-        owned.hold(model, owned.held & wanted[name])
-    for name, owned in everyone:
-        owned.hold(model, wanted[name])
+    everyone = _everyone(model)
+    wanted = {name: {kept for kept in own.kept if owner.get(kept) == name} for name, own in everyone}
+    for name, own in everyone:
+        own.hold(model, own.held & wanted[name])
+    for name, own in everyone:
+        own.hold(model, wanted[name])
+
+
+def _everyone(model: nn.Module) -> list[tuple[str, TrainedParameters]]:
+    """(adapter, what it has of its own) of all that have something."""
+    adapters = model._modules.get(TRAINED)
+    return [] if adapters is None else [(name, cast(TrainedParameters, own)) for name, own in adapters._modules.items()]
 
 
 def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
@@ -190,16 +200,17 @@ def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     These are the floating ones that `state_dict()` holds, and counters. Layers whose weights are packed keep them, and
     their scales, in buffers, too: those are passed over.
     """
-    found = []
+    moving = []
     for path, module in base_modules(model):
         tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
         if any(not t.is_floating_point() and t.dim() > 1 for t in tensors):
             continue
         for name, buffer in module._buffers.items():
-            saved = buffer is not None and name not in module._non_persistent_buffers_set
-            if saved and (buffer.is_floating_point() or (buffer.dim() == 0 and buffer.dtype is torch.int64)):
-                found.append((f"{path}.{name}" if path else name, buffer))
-    return found
+            if buffer is None or name in module._non_persistent_buffers_set:
+                continue
+            if buffer.is_floating_point() or (buffer.dim() == 0 and buffer.dtype is torch.int64):
+                moving.append((f"{path}.{name}" if path else name, buffer))
+    return moving
 
 
 @contextmanager
@@ -217,12 +228,11 @@ def unmoved_buffers(model: nn.Module) -> Iterator[None]:
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and moving buffers of the base by name; where an adapter's own stand in their place, the base's."""
-    found = dict([*base_parameters(model), *moving_buffers(model)])
-    adapters = model._modules.get(TRAINED)
-    for owned in adapters._modules.values() if adapters is not None else ():
-        for slots, _, original in owned.standing(model):
-            found.update(dict.fromkeys(slots, original))
-    return found
+    tensors = dict([*base_parameters(model), *moving_buffers(model)])
+    for _, own in _everyone(model):
+        for slots, _, original in own.standing(model):
+            tensors.update(dict.fromkeys(slots, original))
+    return tensors
 
 
 def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
@@ -235,7 +245,7 @@ def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
 def _add(model: nn.Module, adapter: str, own: TrainedParameters) -> TrainedParameters:
     if TRAINED not in model._modules:
         model.add_module(TRAINED, Adapters().train(model.training))
-    model._modules[TRAINED]._modules[adapter] = own.train(model.training)
+    cast(Adapters, model._modules[TRAINED])._modules[adapter] = own.train(model.training)
     return own
 
 
@@ -252,7 +262,7 @@ def _key(name: str) -> str:
     return name.replace(".", "/")  # a parameter's name must not contain a dot
 
 
-def _tensors(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
+def _tensors(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     """(parameters or buffers of the module that has the tensor `name`, its name there)."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)

@@ -9,6 +9,7 @@ they are imported. Who never does either pays for none of them.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -25,7 +26,7 @@ _TEACHERS = {  # by the module of others that each teaches
 def _teach(model: Any) -> None:
     if "transformers" in sys.modules and hasattr(model, "save_pretrained"):
         for theirs, ours in _TEACHERS.items():
-            when_imported(theirs, lambda ours=ours: import_module(ours))
+            when_imported(theirs, partial(import_module, ours))
 
 
 adapter_applied.subscribe(_teach)

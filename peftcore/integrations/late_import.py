@@ -30,7 +30,8 @@ class _Finder:
         if name != self.name:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
-        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        candidates = (finder.find_spec(name, path, target) for finder in others)
+        spec: Any = next(filter(None, candidates), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module

@@ -15,15 +15,16 @@ from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
 
 
-def _teach(cls: type) -> None:
+def _teach(cls: Any) -> None:
     own = cls.__init__
 
     @functools.wraps(own)
     def init(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(model, nn.Module) and state_of(model) is not None:
+        state = state_of(model) if isinstance(model, nn.Module) else None
+        if state is not None:
             raise PeftcoreError(
                 f"PEFT cannot adapt {type(model).__name__}, which has adapters of peftcore: "
-                f"{', '.join(state_of(model).applied)}. Add another with peftcore.apply(model, ..., adapter='NAME'), "
+                f"{', '.join(state.applied)}. Add another with peftcore.apply(model, ..., adapter='NAME'), "
                 "or take them off first: peftcore.remove(model)"
             )
         own(self, model, *args, **kwargs)

@@ -141,6 +141,7 @@ class Reference:
 
     def _exchange(self) -> None:
         """Let each tensor hold what is kept of it, and the kept one what it held."""
+        values = self.kept or {}
         for name, tensor in self._tensors():
-            kept = self.kept[name]
+            kept = values[name]
             tensor.data, kept.data = kept.data.to(tensor.device), tensor.data

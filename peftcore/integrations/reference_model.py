@@ -13,7 +13,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from transformers.trainer import Trainer
 
 from peftcore import engine
 from peftcore.adaptation.adapted import adapters_of
+from peftcore.adaptation.class_swap import one_for_each_class
+from peftcore.engine.state import STATE
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.reference import Reference
 from peftcore.registry import registry
@@ -37,22 +39,28 @@ def reference_of(trainer: Any) -> Reference | None:
     return trainer.__dict__.get(_REFERENCE)
 
 
+if TYPE_CHECKING:
+    _Over = nn.Module  # `_View` is laid over subclasses of it alone
+else:
+    _Over = object
+
+
 def view(reference: Reference, module: nn.Module) -> nn.Module:
     """`module`, which is the reference's model or a part of it, as it was: same parameters, forwards of the reference.
 
     It stays in evaluation mode, gives no gradients, and can be given a forward of its own.
     """
-    shown = object.__new__(_view_class(type(module)))
-    shown.__dict__ = {k: v for k, v in module.__dict__.items() if k != engine.STATE}
+    shown: nn.Module = object.__new__(_view_class(type(module)))
+    shown.__dict__ = {k: v for k, v in module.__dict__.items() if k != STATE}
     shown.__dict__ |= {name: dict(module.__dict__[name]) for name in ("_modules", "_parameters", "_buffers")}
     shown.__dict__[_REFERENCE] = reference
     return shown
 
 
-class _View:
+class _View(_Over):
     """What `view` lays over the class of a module."""
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reference: Reference = self.__dict__[_REFERENCE]
         training = [module for module in self.modules() if module.training]
@@ -76,7 +84,7 @@ class _View:
             )
         return view(reference, value) if isinstance(value, nn.Module) else value
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Copies of the reference's own; also what is no tensor and yet changes it, for those who hash this."""
         reference: Reference = self.__dict__[_REFERENCE]
         with torch.no_grad(), reference.acting():
@@ -92,16 +100,17 @@ class _View:
         return self
 
 
-@functools.cache
+@one_for_each_class
 def _view_class(cls: type[nn.Module]) -> type[nn.Module]:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    return type(cls)(cls.__name__, (_View, cls), names)
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, (_View, cls), names)
 
 
 def teach_trainers() -> None:
     """Teach all classes of trainers, those that are yet to be defined too."""
 
-    def init_subclass(cls: type[Trainer], **kwargs: Any) -> None:
+    def init_subclass(cls: Any, /, **kwargs: Any) -> None:
         super(Trainer, cls).__init_subclass__(**kwargs)
         _teach(cls)
 
@@ -117,7 +126,7 @@ def _teach(cls: type[Trainer]) -> None:
     if own is None or hasattr(own, _TAUGHT):
         return
     signature = inspect.signature(own)
-    rest = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+    rest = next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), "")
 
     @functools.wraps(own)
     def init(trainer: Any, *args: Any, **kwargs: Any) -> None:
@@ -130,7 +139,7 @@ def _teach(cls: type[Trainer]) -> None:
         model = given.get("model")
         if given.get("peft_config") is not None:
             _refuse_config_of_ours(given["peft_config"])
-        if _has_adapters(model):
+        if isinstance(model, nn.Module) and _has_adapters(model):
             _refuse_settings(given)
             values = [(p, p.data) for p in model.parameters() if p.requires_grad]
             if "ref_model" in signature.parameters and given.get("ref_model") is None:
@@ -155,10 +164,11 @@ def _has_adapters(model: Any) -> bool:
 
 
 def _initial_model(trainer: Any, model: nn.Module) -> nn.Module:
-    if reference_of(trainer) is None:
-        trainer.__dict__[_REFERENCE] = Reference(model)
+    reference = reference_of(trainer)
+    if reference is None:
+        reference = trainer.__dict__[_REFERENCE] = Reference(model)
     refuse_wrapped(trainer)
-    return view(reference_of(trainer), model)
+    return view(reference, model)
 
 
 @contextmanager
@@ -251,7 +261,7 @@ def refuse_bypassed(trainer: Any, model: nn.Module) -> None:
     fused = forward is not None and "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters
     if not fused and not getattr(trainer.args, "use_liger_kernel", False):
         return
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for module, what, leave_out in ((head, "output head", "exclude_modules=['lm_head']"), (model, "whole model", "")):
         if isinstance(module, nn.Module) and adapters_of(module) is not None:
             raise PeftcoreError(
@@ -268,5 +278,5 @@ def _is_second_base(value: Any, model: nn.Module) -> bool:
         and not _has_adapters(value)
         and type(value).__name__ == type(model).__name__
         and bool(path)
-        and value.config._name_or_path == path
+        and getattr(getattr(value, "config", None), "_name_or_path", None) == path
     )

@@ -61,7 +61,7 @@ class TellsPaging(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = kwargs.get("optimizer")
+        optimizer: Any = kwargs.get("optimizer")
         optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's
         if hasattr(optimizer, "paging") and state.is_world_process_zero:
             print(f"optimizer state: {optimizer.paging()}", flush=True)
@@ -74,7 +74,7 @@ def optimizer_of(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
     Raises:
         PeftcoreError: `optim_args` is not NAME=VALUE, separated by commas.
     """
-    kind = optim.NAMES.get(getattr(args.optim, "value", args.optim))
+    kind: Any = optim.NAMES.get(getattr(args.optim, "value", args.optim))
     if kind is None:
         return None
     options: dict[str, Any] = {"lr": args.learning_rate}
@@ -293,7 +293,7 @@ def restore_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         CheckpointError: one is not there, or does not fit.
     """
     for name in _training(model):
-        checkpoint.restore(model, checkpoint.place(Path(folder), name), adapter=name)
+        checkpoint.restore(model, checkpoint.adapter_folder(Path(folder), name), adapter=name)
 
 
 def mark_complete(folder: Path) -> None:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftcore import engine
-from peftcore.adaptation.adapted import adapters_of
+from peftcore.adaptation.adapted import adapters_at
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.merging.formats import weight_format
@@ -71,7 +72,7 @@ def merged_layers(
     paths = dict.fromkeys(path for name in names for path in engine.applied(model, name).paths)
     for path in paths:
         module = model.get_submodule(path)
-        adapters = adapters_of(module)
+        adapters = adapters_at(module)
         chosen = weight_format(module)
         stored = chosen.read(module)
         if stored.is_meta:
@@ -81,7 +82,8 @@ def merged_layers(
             weight = before.clone()  # a plugin's `merged` may change what it is given
             acting = [name for name in names if name in adapters]
             for name in acting:
-                weight = adapters[name].merged(weight)
+                adapter: Any = adapters[name]
+                weight = adapter.merged(weight)
                 if not isinstance(weight, Tensor) or weight.shape != before.shape:
                     found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
                     raise PeftcoreError(
@@ -99,7 +101,7 @@ def merged_layers(
                 layer = MergedLayer(path, tensors, ((chosen.decode(module, tensors) - weight).norm() / change).item())
             bad = [t.dtype for t in layer.tensors.values() if t.is_floating_point() and not _is_finite(t)]
             if bad or not math.isfinite(layer.lost or 0):
-                where = (bad or [chosen.name])[0]
+                where = bad[0] if bad else chosen.name
                 raise PeftcoreError(
                     f"merging {list(names)} into '{path}' gives values that are not finite in {where}. "
                     "The adapter holds NaN or infinity, or the sum overflows; nothing was changed"
@@ -125,6 +127,7 @@ def changes_nothing(model: nn.Module, adapter: str) -> bool:
         pairs = zip(own.values(model), own.originals(model), strict=True)
         if own.has_moved(model) or not all(torch.equal(value, original) for (_, value), (_, original) in pairs):
             return False
+    module: Any
     for path, module in engine.adapter_modules(model, adapter):
         if not hasattr(module, "merged"):
             return False

@@ -12,6 +12,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +23,8 @@ from peftcore.engine.changes import facts
 from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError
 from peftcore.merging.formats import weight_format
-from peftcore.merging.layers import measured_loss, merged_layers, refuse_unmergeable
-from peftcore.method import WeightFormat
+from peftcore.merging.layers import MergedLayer, measured_loss, merged_layers, refuse_unmergeable
+from peftcore.method import Model, WeightFormat
 from peftcore.observation.heads import mark_as_loaded
 
 
@@ -40,13 +41,13 @@ class Merged:
 
 @engine.alone("merge", base=True)
 def merge(
-    model: nn.Module,
+    model: Model,
     *,
     keep_adapters: bool = True,
     untie: bool = False,
     dtype: torch.dtype | None = None,
     max_loss: float = 0.1,
-) -> nn.Module:
+) -> Model:
     """Work the active adapters into the base's weights.
 
     Args:
@@ -77,9 +78,10 @@ def merge(
             f"the weight of '{tied[0][0]}' is tied to '{tied[0][1]}', which merging would change too. "
             "merge(model, untie=True) gives the adapted module a weight of its own"
         )
+    layers: Iterable[MergedLayer]
     if keep_adapters:
-        layers = list(merged_layers(model, state.active, dtype))
-        lost = {layer.path: layer.lost for layer in layers if layer.lost is not None}
+        layers = kept = list(merged_layers(model, state.active, dtype))
+        lost = {layer.path: layer.lost for layer in kept if layer.lost is not None}
     else:  # every result is checked before the first is written, and none is kept meanwhile
         lost = measured_loss(model, state.active, dtype)
         layers = merged_layers(model, state.active, dtype, checked=True)
@@ -100,7 +102,7 @@ def merge(
         merged.tied = _untie_config(model, tied)
     engine.set_active(model, ())
     if keep_adapters:
-        merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [_get(model, name)]}
+        merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [_there(model, name)]}
         state.merged = merged
     else:
         for entry in state.applied.values():  # a weight that was packed has another shape now
@@ -131,7 +133,7 @@ def merge_loss(model: nn.Module) -> dict[str, float]:
 
 
 @engine.alone("unmerge", base=True)
-def unmerge(model: nn.Module) -> nn.Module:
+def unmerge(model: Model) -> Model:
     """Put the base's own weights back, bit for bit, and let the merged adapters act again.
 
     Where the model was cast meanwhile, they are cast with it.
@@ -151,13 +153,14 @@ def unmerge(model: nn.Module) -> nn.Module:
                 "fit any more. Undo that first, or keep the model merged"
             )
     merged, state.merged = state.merged, None
+    config: Any = getattr(model, "config", None)
     for name, tensor in merged.aside.items():
-        found = _get(model, name)  # the model may have moved, or been cast, meanwhile
-        is_cast = found.dtype is not merged.written[name][1] and tensor.is_floating_point()
-        tensor.data = tensor.data.to(found.device, found.dtype if is_cast else tensor.dtype)
+        there = _there(model, name)  # the model may have moved, or been cast, meanwhile
+        is_cast = there.dtype is not merged.written[name][1] and tensor.is_floating_point()
+        tensor.data = tensor.data.to(there.device, there.dtype if is_cast else tensor.dtype)
         _exchange(model, name, tensor)
     if merged.tied is not None:
-        model.config.tie_word_embeddings = merged.tied
+        config.tie_word_embeddings = merged.tied
     paths = dict.fromkeys(path for name in merged.active for path in engine.applied(model, name).paths)
     _update_config(model, (weight_format(model.get_submodule(path)) for path in paths))
     engine.set_active(model, merged.active)
@@ -198,7 +201,7 @@ def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
         is_parameter = isinstance(_get(model, slots[0]), nn.Parameter)
         tensor = nn.Parameter(value, requires_grad=False) if is_parameter else value
         for slot in slots:
-            merged.aside.setdefault(slot, _get(model, slot))
+            merged.aside.setdefault(slot, _there(model, slot))
             _exchange(model, slot, tensor)
 
 
@@ -227,15 +230,15 @@ def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[s
     """(module, another name of its parameter) where an adapter trains it apart from what it is tied to."""
     for name in names:
         own = TrainedParameters.of(model, name)
-        for slot in own.slots if own is not None else ():
-            tied = tied_to(model, own.slots[slot])
+        for slot, slots in own.slots.items() if own is not None else ():
+            tied = tied_to(model, slots)
             if tied:
                 yield slot.rpartition(".")[0], tied[0]
 
 
 def _untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> bool | None:
     warnings.warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}': the model has one more weight now", stacklevel=4)
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     before = getattr(config, "tie_word_embeddings", None)
     if before:
         config.tie_word_embeddings = False  # else saving drops the new weight
@@ -245,6 +248,11 @@ def _untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> bool | None:
 def _get(model: nn.Module, name: str) -> Tensor | None:
     path, _, attribute = name.rpartition(".")
     return getattr(model.get_submodule(path), attribute, None)
+
+
+def _there(model: nn.Module, name: str) -> Tensor:
+    """What is known to be there."""
+    return cast(Tensor, _get(model, name))
 
 
 def _exchange(model: nn.Module, name: str, tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +76,12 @@ def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None)
     Args:
         weight: to be read in place of the module's own.
     """
-    device = module.weight.device
+    device = cast(Tensor, module.weight).device
     autocast = torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else None
     with torch.no_grad(), autocast or nullcontext(), torch.random.fork_rng(devices=[]):
         copy, forward = _evaluated(module, floats=None), adapted.original_forward(module)
-        copy._parameters.update({} if weight is None else {"weight": weight})
+        if weight is not None:
+            copy.__dict__["_parameters"]["weight"] = weight
         return _first_that_runs(iter([inputs]), lambda *args: forward(copy, *args))[1]
 
 
@@ -91,7 +92,7 @@ def _evaluated(
 
     With `holder` its weight is a placeholder, that is to be replaced.
     """
-    copy = object.__new__(type(module))
+    copy: nn.Module = object.__new__(type(module))
     copy.__dict__.update(module.__dict__, training=False, _compiled_call_impl=None)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         copy.__dict__[hooks] = OrderedDict()
@@ -99,8 +100,10 @@ def _evaluated(
         copy.__dict__[kind] = tensors = dict(module.__dict__[kind])
         for name, tensor in tensors.items():
             if tensor is not None and tensor.is_floating_point() and floats is not None:
-                replaced = holder is not None and name == "weight"
-                tensors[name] = holder.new_zeros(()).expand(tensor.shape) if replaced else tensor.detach().to(floats)
+                if holder is not None and name == "weight":
+                    tensors[name] = holder.new_zeros(()).expand(tensor.shape)
+                else:
+                    tensors[name] = tensor.detach().to(floats)
     copy.__dict__["_modules"] = {
         name: None if child is None else _evaluated(child, None, floats) for name, child in module._modules.items()
     }
@@ -114,7 +117,7 @@ def _put(copy: nn.Module, weights: WeightFormat, weight: Tensor) -> float:
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
         owner = copy.get_submodule(path)
-        (owner._parameters if attribute in owner._parameters else owner._buffers)[attribute] = tensor
+        owner.__dict__["_parameters" if attribute in owner._parameters else "_buffers"][attribute] = tensor
     return max((torch.finfo(t.dtype).eps for t in tensors.values() if t.is_floating_point()), default=1.0)
 
 
@@ -154,7 +157,9 @@ def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield (normal(_ROWS, width, 3, 3),)
 
 
-def _first_that_runs(candidates: Iterator[tuple], call: Callable[..., Any]) -> tuple[tuple | None, Any]:
+def _first_that_runs(
+    candidates: Iterator[tuple[Tensor, ...]], call: Callable[..., Any]
+) -> tuple[tuple[Tensor, ...] | None, Any]:
     for inputs in candidates:
         try:
             return inputs, call(*inputs)

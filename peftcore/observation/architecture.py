@@ -32,13 +32,13 @@ _TASKS = {
 
 def detect(model: nn.Module) -> Architecture:
     """The architecture of `model`, from a plugin's hook or the model's own words."""
-    for plugin, told in registry.answers("peftcore_architecture", contain=True, model=model):
-        if not isinstance(told, Architecture):
+    for plugin, answer in registry.answers("peftcore_architecture", contain=True, model=model):
+        if not isinstance(answer, Architecture):
             raise PluginError(
                 f"peftcore_architecture of the plugin '{plugin.name}' ({plugin.distribution} {plugin.version}) must "
-                f"return a peftcore.Architecture or None, found {type(told).__name__}"
+                f"return a peftcore.Architecture or None, found {type(answer).__name__}"
             )
-        return told
+        return answer
     return _read(model)
 
 
@@ -107,9 +107,9 @@ def _call(model: nn.Module, name: str) -> nn.Module | None:
 
 def _task_type(model: nn.Module, is_encoder_decoder: bool, output_head: str | None) -> str | None:
     name = type(model).__name__
-    told = next((task_type for ending, task_type in _TASKS.items() if name.endswith(ending)), None)
-    if told is not None or output_head is None:
-        return told
+    by_name = next((task_type for ending, task_type in _TASKS.items() if name.endswith(ending)), None)
+    if by_name is not None or output_head is None:
+        return by_name
     if is_encoder_decoder:
         return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if name.endswith(("ForCausalLM", "LMHeadModel")) else None

@@ -57,7 +57,7 @@ def mark_as_loaded(parameter: Tensor, like: Tensor | None) -> None:
 def _beside_backbone(model: nn.Module, backbone: str) -> list[str]:
     """The children of the model that have parameters and are no backbone, nor hold one."""
     paths = {id(module): path for path, module in base_modules(model)}
-    children = [(name, child) for name, child in model._modules.items() if id(child) in paths and name not in _OURS]
+    children = [(name, child) for name, child in model.named_children() if id(child) in paths and name not in _OURS]
     if backbone:
         backbones = {backbone.split(".")[0]}
     else:  # the class names a prefix that it has not, as CLIP's classifier does, whose vision model is one of its own
@@ -101,7 +101,9 @@ def _kinds() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for mapping in dir(modeling_auto):
         kind = re.fullmatch("MODEL_(?:FOR_)?(.*?)_?MAPPING_NAMES", mapping)
-        for names in getattr(modeling_auto, mapping).values() if kind else ():
+        if kind is None:
+            continue
+        for names in getattr(modeling_auto, mapping).values():
             for name in (names,) if isinstance(names, str) else names:
                 found.setdefault(name, set()).add(kind[1])
     return found

@@ -206,7 +206,7 @@ def _pair(value: Any) -> tuple[int, int]:
 def _image_size(facts: Facts) -> tuple[int, int]:
     size = _pair(facts.find("image_size", "input_size", "img_size", inside="vision", default=64))
     patch = _pair(facts.find("patch_size", inside="vision", default=16))
-    return tuple(max(side, step) for side, step in zip(size, patch, strict=False))
+    return max(size[0], patch[0]), max(size[1], patch[1])
 
 
 def _channels(facts: Facts) -> int:

@@ -34,7 +34,7 @@ class MetaFloats(TorchDispatchMode):
     """
 
     def __init__(self, record: Record | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self._record = record
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,7 +74,7 @@ class MetaFloats(TorchDispatchMode):
         return tree_map_only(Tensor, _with_values, shaped(*args, **kwargs))
 
 
-def _grouped_mm(x: Tensor, weight: Tensor, offs: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+def _grouped_mm(x: Tensor, weight: Tensor, offs: Any = None, *_: Any, **__: Any) -> Tensor:
     """`aten::_grouped_mm`, whose own meta kernel takes bfloat16 only."""
     if x.dim() == 2 and weight.dim() == 2:
         return x.new_empty(offs.shape[0], x.shape[0], weight.shape[1])

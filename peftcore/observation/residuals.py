@@ -55,6 +55,7 @@ class Residuals:
             Branch(call, call.output, root, out, self.values[out].call)
             for out, (_, h, root) in self._additions.items()
             for call in dict.fromkeys(self._givers(h, root, set(self._around(self.values[out].call))))
+            if call.output is not None
         ]
         adders = {around for branch in found for around in self._around(branch.adder)}
         self.branches = [branch for branch in found if branch.call not in adders]  # no blocks that have some inside

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.adaptation.adapted import base_modules
-from peftcore.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Sublayer
+from peftcore.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Kind, Sublayer
 from peftcore.observation.bypass import bypassed, rewritten
 from peftcore.observation.residuals import FUSED_ATTENTION, MATRIX, MIXING, Branch, Residuals
 from peftcore.observation.tracing import SKIPPED, Call, Trace, observe, once_a_model, trace
@@ -69,9 +69,8 @@ def _whole_stacks(model: nn.Module, trace: Trace) -> bool:
     """Did a forward that failed leave no list of layers half-way?"""
     if any(_numbers(path) for path in trace.failed):
         return False
-    lists = (path for path, module in base_modules(model) if isinstance(module, nn.ModuleList))
-    modules = dict(base_modules(model))
-    return all(len({f"{path}.{i}" in trace.called for i in range(len(modules[path]))}) <= 1 for path in lists)
+    lists = [(path, module) for path, module in base_modules(model) if isinstance(module, nn.ModuleList)]
+    return all(len({f"{path}.{i}" in trace.called for i in range(len(module))}) <= 1 for path, module in lists)
 
 
 class _Reader:
@@ -113,11 +112,11 @@ class _Reader:
         indices = _indices(sorted(found, key=order.index))
         return tuple(replace(sublayer, layer=indices[layer]) for layer in indices for sublayer in found[layer])
 
-    def _kinds(self, branches: list[Branch]) -> list[str | None]:
+    def _kinds(self, branches: list[Branch]) -> list[Kind | None]:
         products = [self._product(branch) for branch in branches]
         attends = [product is not None for product in products]
         mixes = [any(self.values[v].operator in MIXING for v in self._region(branch)) for branch in branches]
-        kinds: list[str | None] = []
+        kinds: list[Kind | None] = []
         for branch, product, mixing in zip(branches, products, mixes, strict=True):
             if product is not None:
                 kinds.append(ATTENTION if self._looks_at_itself(branch, product) else CROSS_ATTENTION)
@@ -147,7 +146,7 @@ class _Reader:
     def _looks_at_itself(self, branch: Branch, product: tuple[int, int]) -> bool:
         return self.residuals.comes_from(product[1], branch.stream)
 
-    def _sublayer(self, branch: Branch, kind: str, layer: str) -> Sublayer:
+    def _sublayer(self, branch: Branch, kind: Kind, layer: str) -> Sublayer:
         norm = self._norm_behind(branch, layer)
         whole, adds = self._whole(branch)
         streams = [c for c in self.residuals.returned[branch.out] if not self.residuals.is_plain(c)]
@@ -189,16 +188,14 @@ class _Reader:
     def _has_features_last(self, call: Call) -> bool:
         """Is the last dimension of the output that of the features? Not behind a convolution, which has them second."""
         value = call.output
-        while True:
+        while value is not None:
             operator = self.values[value].operator
             if operator == "convolution" or self.values[value].turned:
                 return False
             if operator in MATRIX or operator == "embedding":
                 return True
-            inputs = [v for v in self.values[value].inputs if not self.values[v].is_weight]
-            if not inputs:
-                return False
-            value = inputs[0]
+            value = next((v for v in self.values[value].inputs if not self.values[v].is_weight), None)
+        return False
 
     def _is_linear(self, call: Call) -> bool:
         weight = call.module._parameters.get("weight")
@@ -230,7 +227,8 @@ class _Reader:
 
     def _inner(self, branch: Branch) -> tuple[str, ...]:
         last = self._linear_behind(branch.h, branch.stream)
-        inner = {c.path for call in last for c in self._linear_behind(call.first, branch.stream) if call.first}
+        read = [call.first for call in last if call.first is not None]
+        inner = {call.path for value in read for call in self._linear_behind(value, branch.stream)}
         if any(not self._all_called(path) for path in inner):
             return ()  # experts of which this forward took a few
         return tuple(path for path in self.modules if path in inner)
@@ -240,8 +238,9 @@ class _Reader:
         parts = path.split(".")
         for i, part in enumerate(parts):
             if part.isdigit():
-                siblings = self.modules.get(".".join(parts[:i]), ())
-                if not all(f"{'.'.join(parts[:i])}.{name}" in self.called for name in dict(siblings.named_children())):
+                above = ".".join(parts[:i])
+                siblings = self.modules[above].named_children() if above in self.modules else ()
+                if not all(f"{above}.{name}" in self.called for name, _ in siblings):
                     return False
         return True
 
@@ -249,11 +248,12 @@ class _Reader:
 def _moved(sublayer: Sublayer, layer: str, to: str) -> Sublayer:
     """The same sublayer in another layer."""
 
-    def moved(path: str | None) -> str | None:
-        return to + path[len(layer) :] if path is not None and (path == layer or path.startswith(f"{layer}.")) else path
+    def moved(path: str) -> str:
+        return to + path[len(layer) :] if path == layer or path.startswith(f"{layer}.") else path
 
-    paths = {name: moved(getattr(sublayer, name)) for name in ("output", "whole", "norm", "stream", "query")}
-    return replace(sublayer, inner=tuple(moved(path) for path in sublayer.inner), **paths)
+    paths: dict[str, Any] = {name: getattr(sublayer, name) for name in ("output", "whole", "norm", "stream", "query")}
+    paths = {name: moved(path) for name, path in paths.items() if path is not None}
+    return replace(sublayer, inner=tuple(map(moved, sublayer.inner)), **paths)
 
 
 def _numbers(path: str) -> list[str]:

@@ -17,6 +17,10 @@ COSTS = {
 }
 
 
+# Lowest first: each has what those before it have (csrc/cpu/levels.cpp).
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+
+
 @dataclass(frozen=True)
 class BuildInfo:
     """What `_C` is, or why it is not there."""
@@ -31,10 +35,18 @@ class BuildInfo:
     cpu_level: str = "reference"  # in use
     cpu_levels: tuple[str, ...] = ()  # of this build, runnable on this CPU
     compiled_cpu_levels: tuple[str, ...] = ()
+    caches: tuple[int, ...] = ()  # the first, second and third, in bytes, by which work is divided
     cuda_compiler: str = ""
     cuda_architectures: tuple[str, ...] = ()  # empty: built without CUDA
     cuda_missing_because: str = ""
     costs: tuple[str, ...] = field(default=())  # what the missing parts cost, a sentence each
+
+    @property
+    def out_of_reach(self) -> tuple[str, ...]:
+        """Kernels of this build that cannot run on this machine, so that no test on it reaches them."""
+        levels = tuple(level for level in self.compiled_cpu_levels if level not in self.cpu_levels)
+        cuda = ("CUDA",) if self.cuda_architectures and not torch.cuda.is_available() else ()
+        return levels + cuda
 
 
 def build_info() -> BuildInfo:
@@ -54,6 +66,7 @@ def build_info() -> BuildInfo:
         cpu_level=module.cpu_level(),
         cpu_levels=tuple(module.cpu_levels()),
         compiled_cpu_levels=tuple(facts["cpu_levels"]),
+        caches=tuple(module.caches()),
         cuda_compiler=facts["cuda_compiler"],
         cuda_architectures=architectures,
         cuda_missing_because=note,

@@ -21,6 +21,8 @@ from peftcore.quantization.format import PARTS, from_tensors, pack
 from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite, to_device
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import DTensor
 
 _INDEX = "model.safetensors.index.json"
@@ -31,8 +33,8 @@ def load_sharded(
     path: str | os.PathLike[str],
     quant_type: str | None = None,
     *,
-    mesh: Any = None,
-    mixed_precision: Any = None,
+    mesh: DeviceMesh | None = None,
+    mixed_precision: MixedPrecisionPolicy | None = None,
     offload: bool = False,
     reshard_after_forward: bool = True,
     double_quant: bool = True,
@@ -66,8 +68,7 @@ def load_sharded(
     folder = Path(path)
     files = _files(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
-    told = getattr(config, "quantization_config", None)
-    if told is not None:
+    if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     named = (config.architectures or [None])[0]
     model_class = model_class or getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM

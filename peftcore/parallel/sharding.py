@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -21,6 +21,11 @@ from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine import adapter_parameters, state_of
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
+from peftcore.method import Model
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
 CHOICES = ("replicate", "shard")
 # transformers' Trainer averages replicated parameters itself unless they bear this mark.
@@ -28,14 +33,14 @@ _AVERAGED = "_replicated_grad_hook_registered"
 
 
 def shard(
-    model: nn.Module,
-    mesh: Any = None,
+    model: Model,
+    mesh: DeviceMesh | None = None,
     *,
-    adapters: str = "replicate",
-    mixed_precision: Any = None,
+    adapters: Literal["replicate", "shard"] = "replicate",
+    mixed_precision: MixedPrecisionPolicy | None = None,
     offload: bool = False,
     reshard_after_forward: bool = True,
-) -> nn.Module:
+) -> Model:
     """Shard a model over the ranks of a distributed run (FSDP2), block by block. Collective.
 
     Args:
@@ -164,6 +169,6 @@ def _aside(model: nn.Module) -> Iterator[nn.Parameter]:
 def _digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """`12 tensors of 3,456 values (1a2b3c4d)`: names, shapes and dtypes."""
     parameters = list(parameters)
-    told = "\n".join(f"{name} {list(p.shape)} {p.dtype}" for name, p in parameters)
+    listing = "\n".join(f"{name} {list(p.shape)} {p.dtype}" for name, p in parameters)
     values = sum(p.numel() for _, p in parameters)
-    return f"{len(parameters)} tensors of {values:,} values ({hashlib.sha256(told.encode()).hexdigest()[:8]})"
+    return f"{len(parameters)} tensors of {values:,} values ({hashlib.sha256(listing.encode()).hexdigest()[:8]})"

@@ -43,7 +43,7 @@ class TrainingState(Stateful):
 
     def state_dict(self) -> dict[str, Any]:
         """Adapters by name, optimizer state by parameter name, the base's fingerprint."""
-        ranks.gather_up(self.model)
+        ranks.reshard(self.model)
         return {
             # Copies: loading fills them in place, before anything is checked.
             "adapters": {name: parameter.detach().clone() for name, parameter in self._adapters()},

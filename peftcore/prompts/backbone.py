@@ -40,7 +40,7 @@ class Backbone(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
-        self.adapter = adapter
+        self.adapter: Any = adapter  # None around what only makes room
         self.tokens = tokens
         self._names = arguments(module)
         self._cache_argument = cache_argument
@@ -120,17 +120,31 @@ def entry(model: nn.Module, architecture: Architecture) -> str:
     models do not name their backbone.
     """
     if architecture.is_encoder_decoder:
-        return architecture.decoder
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        return stacks(model, architecture)[1]
+    decoder = getattr(model, "get_decoder", lambda: None)()
     inside = dict(base_modules(model.get_submodule(architecture.backbone), architecture.backbone))
     path = architecture.backbone
     if decoder is not None and "inputs_embeds" in arguments(decoder):
         path = next((path for path, module in inside.items() if module is decoder), path)
-    if path == "" and architecture.output_head is not None:
+    if path == "" and architecture.output_head is not None and architecture.embedding is not None:
         parts = architecture.embedding.split(".")
         above = (".".join(parts[:i]) for i in range(1, len(parts)))
         path = next((at for at in above if "inputs_embeds" in arguments(model.get_submodule(at))), path)
     return path
+
+
+def stacks(model: nn.Module, architecture: Architecture) -> tuple[str, str]:
+    """Paths of the encoder and the decoder of an encoder-decoder.
+
+    Raises:
+        PeftcoreError: the model does not name them.
+    """
+    if architecture.encoder is None or architecture.decoder is None:
+        raise PeftcoreError(
+            f"prompts and prefixes need the encoder and the decoder, and {type(model).__name__} does not name both. A "
+            "plugin's peftcore_architecture hook can"
+        )
+    return architecture.encoder, architecture.decoder
 
 
 def arguments(module: nn.Module) -> tuple[str, ...]:
@@ -163,9 +177,10 @@ def text_config(model: nn.Module) -> Any:
 def learned_context(backbone: nn.Module) -> int | None:
     """How many positions a table of learned ones has; None where positions are computed."""
     context = getattr(text_config(backbone), "max_position_embeddings", None)
-    if not isinstance(context, int) or not hasattr(backbone, "get_input_embeddings"):
+    own_embedding = getattr(backbone, "get_input_embeddings", None)
+    if not isinstance(context, int) or own_embedding is None:
         return None
-    tokens = backbone.get_input_embeddings()
+    tokens = own_embedding()
     for module in backbone.modules():
         if isinstance(module, nn.Embedding) and module is not tokens:
             offset = getattr(module, "offset", 0)  # OPT and BART keep 2 free in addition, RoBERTa within

@@ -88,7 +88,9 @@ def place_prefix(
             f"{type(model).__name__} keeps keys and values of {len(kept)} layers, and runs {shape[0]}: what PrefixKV "
             "gives to which is not known. A soft prompt works"
         )
-    widths = {getattr(module, name, None) for module in attentions.values() for name in ("head_dim", "v_head_dim")}
+    widths: set[Any] = {
+        getattr(module, name, None) for module in attentions.values() for name in ("head_dim", "v_head_dim")
+    }
     widths -= {None, shape[4]}
     if widths:
         raise PeftcoreError(
@@ -98,11 +100,11 @@ def place_prefix(
     numbers = shape[2] * shape[4]
     for at, module in attentions.items():
         made = {name: getattr(child, "out_features", numbers) for name, child in module.named_children()}
-        other = {name: made[name] for name in ("k_proj", "v_proj") if made.get(name, numbers) != numbers}
-        if other:
+        odd = {name: made[name] for name in ("k_proj", "v_proj") if made.get(name, numbers) != numbers}
+        if odd:
             raise PeftcoreError(
                 f"PrefixKV gives each layer {shape[2]} heads of {shape[4]} numbers, {numbers} in all; "
-                f"'{at}' of {type(model).__name__} makes {other}. A soft prompt works"
+                f"'{at}' of {type(model).__name__} makes {odd}. A soft prompt works"
             )
     around = PrefixAround(
         adapter,
@@ -148,7 +150,7 @@ class PrefixAround(Backbone):
         self._counts_padding = getattr(module.config, "model_type", None) in _COUNTS_PADDING
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        call = self._call(args, kwargs)
+        call: dict[Any, Any] = self._call(args, kwargs)
         if self._cache_argument and not self._causal:
             call[self._cache_argument] = None  # what reads in both directions keeps nothing for later calls
         cache, past = self._cached(call)
@@ -180,8 +182,9 @@ class PrefixAround(Backbone):
         given = call.get("inputs_embeds")
         given = given if given is not None else call["input_ids"]
         dtype = next(p.dtype for _, p in base_parameters(module) if p.is_floating_point())
-        if hasattr(module, "get_input_embeddings"):
-            dtype = module.get_input_embeddings().weight.dtype
+        embedding_of = getattr(module, "get_input_embeddings", None)
+        if embedding_of is not None:
+            dtype = embedding_of().weight.dtype
         layers = getattr(cache, "self_attention_cache", cache)
         before = getattr(cache, IN_CACHE, 0) if seen(cache) else 0  # another prefix's
         for layer, (key, value) in enumerate(self.adapter().to(dtype).unbind(0)):  # [kv_heads, tokens, head_dim] each
@@ -222,7 +225,7 @@ class PrefixLayer(nn.Module):
 
     whole_batch = True
 
-    def __init__(self, adapter: nn.Module, module: nn.Module) -> None:
+    def __init__(self, adapter: nn.Module, module: Any) -> None:
         super().__init__()
         self._adapter = (adapter,)  # its owner is the adapter around the backbone: no parameters here
         self._layer = module.layer_idx
@@ -230,7 +233,7 @@ class PrefixLayer(nn.Module):
         self._cache_argument = cache_argument(module)
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        call = dict(zip(self._names, args, strict=False))
+        call: dict[Any, Any] = dict(zip(self._names, args, strict=False))
         call.update(kwargs)
         cache = call.get(self._cache_argument)
         if any(call.get(name) is not None for name in _CROSS_ARGUMENTS) or not (
@@ -248,8 +251,8 @@ class _Stateless:
     is_compileable = False
 
     def __init__(self, key: Tensor, value: Tensor, before: _Stateless | None) -> None:
-        self._key = key if before is None else torch.cat([before._key, key], dim=1)
-        self._value = value if before is None else torch.cat([before._value, value], dim=1)
+        self._key: Tensor = key if before is None else torch.cat([before._key, key], dim=1)
+        self._value: Tensor = value if before is None else torch.cat([before._value, value], dim=1)
 
     def update(self, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         shape = (key.shape[0], *self._key.shape)
@@ -262,7 +265,7 @@ class _Stateless:
         return self._key.shape[1]
 
 
-def _attentions(backbone: nn.Module, prefix: str) -> dict[str, nn.Module]:
+def _attentions(backbone: nn.Module, prefix: str) -> dict[str, Any]:
     """The innermost modules that take a cache and know their layer, by path: the attention modules."""
     found = {
         path: module
@@ -272,7 +275,7 @@ def _attentions(backbone: nn.Module, prefix: str) -> dict[str, nn.Module]:
     return {path: module for path, module in found.items() if not any(o.startswith(f"{path}.") for o in found)}
 
 
-def _new_cache(backbone: nn.Module, crosses: bool) -> Any:
+def _new_cache(backbone: Any, crosses: bool) -> Any:
     from transformers import DynamicCache, EncoderDecoderCache
 
     cache = DynamicCache(config=backbone.config)
@@ -299,7 +302,7 @@ def _copied(layer: Any, memo: dict[int, Any]) -> Any:
     return new
 
 
-def _without(output: Any, name: str) -> Any:
+def _without(output: Any, name: str | None) -> Any:
     """A model output without the entry `name`, which the caller did not ask for."""
     if isinstance(output, tuple) or name not in output:
         return output

@@ -20,6 +20,7 @@ from peftcore.prompts.backbone import (
     entry,
     is_causal,
     prepend,
+    stacks,
     text_config,
 )
 from peftcore.prompts.stand_ins import StandIns, entering, ordinary_token, places
@@ -29,15 +30,16 @@ def place_soft_prompt(
     model: nn.Module, architecture: Architecture, adapter: nn.Module, tokens: int, hidden: int
 ) -> list[Around]:
     """The adapters around the backbone, or around encoder and decoder, for a prompt `[tokens, hidden]`."""
-    embedding = model.get_submodule(architecture.embedding)
+    embedding = model.get_submodule(architecture.embedding or "")
     width = getattr(embedding, "embedding_dim", hidden)
     if hidden != width:
         raise PeftcoreError(f"the prompt's vectors have {hidden} numbers, the token embedding {width}")
     after: list[Around] = []
     keeps = causal = senses = False
     if architecture.is_encoder_decoder:
-        path, keeps = architecture.encoder, True
-        after = [Around(architecture.decoder, CrossMask(model.get_submodule(architecture.decoder)))]
+        path, decoder = stacks(model, architecture)
+        keeps = True
+        after = [Around(decoder, CrossMask(model.get_submodule(decoder)))]
     else:
         path, senses = _entry(model, architecture)
         causal = is_causal(model.get_submodule(path), architecture)
@@ -52,7 +54,7 @@ def place_soft_prompt(
             f"{', '.join(names[:3])}. A prefix or a method for linear layers works"
         )
     cached = None if keeps else cache_argument(model.get_submodule(entry(model, architecture)))  # some pass it on
-    own = backbone.get_input_embeddings() if hasattr(backbone, "get_input_embeddings") else embedding
+    own = getattr(backbone, "get_input_embeddings", lambda: embedding)()
     needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, own)
     around = SoftPromptAround(
         adapter,

@@ -39,7 +39,7 @@ def entering(backbone: nn.Module) -> Iterator[Waiting]:
     Raises:
         PeftcoreError: the token embedding was not called with the columns that wait.
     """
-    entered = _ENTERED.__dict__
+    entered: dict[Any, Waiting] = _ENTERED.__dict__
     if id(backbone) in entered:
         yield entered[id(backbone)]
         return
@@ -66,7 +66,8 @@ class StandIns(nn.Module):
 
     def forward(self, base: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         embedded = base(tokens, *args, **kwargs)
-        waiting = _ENTERED.__dict__.get(id(self._backbone[0]))
+        entered: dict[Any, Waiting] = _ENTERED.__dict__
+        waiting = entered.get(id(self._backbone[0]))
         if waiting is None or not waiting.prompts or embedded.shape[1:2] != (waiting.columns,):
             return embedded
         for places, vectors in waiting.prompts:

@@ -50,7 +50,8 @@ def coverage(
     """
     heads = [head for head in (architecture.output_head, *architecture.task_heads) if head]
     past, wanted = bypassed(model), set(reached)
-    counted, total, left = 0, 0, Counter()
+    counted, total = 0, 0
+    left: Counter[str] = Counter()
     seen: set[int] = set()
     for path, module in base_modules(model):
         if isinstance(module, nn.Embedding) or any(_inside(path, head) for head in heads):
@@ -69,10 +70,9 @@ def coverage(
 
 def weights_in(module: nn.Module, name: str) -> int:
     """How many weights the parameter `name` of `module` itself stands for; a linear layer's may be packed."""
-    parameter = module._parameters[name]
     if name == "weight" and isinstance(module, nn.Linear):
         return module.out_features * module.in_features
-    return parameter.numel()
+    return module.get_parameter(name).numel()
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, int, int]]:

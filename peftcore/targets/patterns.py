@@ -22,7 +22,7 @@ from typing import Any
 from peftcore.errors import PeftcoreError
 
 try:
-    from re import _compiler, _constants, _parser
+    from re import _compiler, _constants, _parser  # type: ignore[attr-defined]  # private, and without stubs
 except ImportError:  # Python 3.10
     import sre_compile as _compiler
     import sre_constants as _constants
@@ -143,7 +143,8 @@ class _Search:
                 _, added, removed, inner = value
                 at = self.follow(inner, at, (flags | added) & ~removed, forward)
             elif op in _REPEATS:
-                at = self.repeat(*value, at, flags, forward)
+                least, most, inner = value
+                at = self.repeat(least, most, inner, at, flags, forward)
             elif op in _ASSERTIONS:
                 direction, inner = value
                 holds = self.follow(inner, self.everywhere, flags, direction < 0)
@@ -162,7 +163,8 @@ class _Search:
             if at == before:
                 break
         if forward and most - least >= longest and len(inner) == 1 and inner[0][0] in _ONE_CHARACTER:
-            run = self.characters(*inner[0], flags)
+            (op, value), *_ = inner
+            run = self.characters(op, value, flags)
             return ((at & run) + run ^ run) | at  # the carry of the sum runs through neighbouring bits
         reached = at
         for _ in range(min(most - least, longest)):
@@ -177,7 +179,7 @@ class _Search:
         key = (op, id(value) if op is _constants.IN else value, flags)
         if key not in self.found:
             if op is _constants.LITERAL and not flags & re.IGNORECASE:
-                takes = chr(value).__eq__
+                takes: Callable[[str], Any] = chr(value).__eq__
             else:
                 takes = self._alone(op, value, flags).match
             self.found[key] = sum(1 << i for i, character in enumerate(self.text) if takes(character))

@@ -38,7 +38,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def sizes(module: nn.Module) -> tuple[int, int]:
     """(input, output) of a linear layer."""
-    return (module.nx, module.nf) if is_conv1d(module) else (module.in_features, module.out_features)
+    layer: Any = module  # of whatever class
+    return (layer.nx, layer.nf) if is_conv1d(module) else (layer.in_features, layer.out_features)
 
 
 def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int, int]:
@@ -145,19 +146,19 @@ def sublayers(
     Raises:
         PeftcoreError: the kind of layer is not known, or an index is none.
     """
-    found = [sublayer for sublayer in architecture.sublayers if sublayer.kind in kinds]
-    if not found:
+    known = [sublayer for sublayer in architecture.sublayers if sublayer.kind in kinds]
+    if not known:
         linear = [path for path, module in base_modules(model) if is_linear(module)][:3]
         raise PeftcoreError(
             f"where {type(model).__name__} has its attention and feed-forward is not known. Name modules: "
             f"target_modules=[...]; linear layers here: {', '.join(linear) or 'none'}"
         )
     wanted = {layers} if isinstance(layers, int) else None if layers is None else set(layers)
-    there = {sublayer.layer for sublayer in found}
+    there = {sublayer.layer for sublayer in known}
     if wanted is not None and (not wanted or wanted - there):
         wrong = f"there is no layer {sorted(wanted - there)}" if wanted else "it names no layer"
         raise PeftcoreError(f"layers_to_transform: {wrong} (layers: {sorted(there)})")
-    return [sublayer for sublayer in found if wanted is None or sublayer.layer in wanted]
+    return [sublayer for sublayer in known if wanted is None or sublayer.layer in wanted]
 
 
 def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, int]:
@@ -191,7 +192,7 @@ def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
         PeftcoreError: an entry matches no module with parameters.
     """
     names = [name for name, _ in base_parameters(model)]
-    found: list[str] = []
+    trained: list[str] = []
     for pattern in modules_to_save:
         paths = [path for path, _ in base_modules(model) if path and matches(pattern, path)]
         inside = [name for name in names if any(name.startswith(f"{path}.") for path in paths)]
@@ -200,8 +201,8 @@ def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
             raise PeftcoreError(
                 f"modules_to_save: '{pattern}' matches no module with parameters{nearest(pattern, known)}"
             )
-        found += inside
-    return Train(tuple(dict.fromkeys(found)))
+        trained += inside
+    return Train(tuple(dict.fromkeys(trained)))
 
 
 def refuse_targeted(target_modules: Any, paths: Iterable[str], why: str) -> None:
@@ -245,7 +246,7 @@ def drop_unmatched(model: nn.Module, entries: Sequence[str]) -> list[str]:
     Files of PEFT name modules that a model may lack (`classifier` and `score` for every classifier).
     Reading one, the tensors decide what must be there; the list need not.
     """
-    ends = set()
+    ends: set[str] = set()
     for path, _ in base_modules(model):
         parts = path.split(".")
         ends.update(".".join(parts[i:]) for i in range(len(parts)))
@@ -289,14 +290,14 @@ def _with_attention(
     modules: Mapping[str, nn.Module], chosen: Iterable[str], excluded: Collection[str], supported: Any
 ) -> list[str]:
     """`chosen`, with an attention as a whole in place of its projection, where the method can adapt that."""
-    found: list[str] = []
+    paths: list[str] = []
     for path in chosen:
         attention = _attention_over(modules, path)
         if attention is None or not supported(modules[attention]):
-            found.append(path)
+            paths.append(path)
         elif attention not in excluded:
-            found.append(attention)
-    return found
+            paths.append(attention)
+    return paths
 
 
 def is_inside(saved: str, path: str) -> bool:
@@ -308,10 +309,10 @@ def _excluded(modules: dict[str, nn.Module], patterns: str | Sequence[str] | Non
     if not patterns:
         return set()
     if isinstance(patterns, str):
-        found = set(filter(compiled(patterns, "exclude_modules"), modules))
-        if not found:
+        excluded = set(filter(compiled(patterns, "exclude_modules"), modules))
+        if not excluded:
             raise PeftcoreError(f"exclude_modules={patterns!r} matches no module")
-        return found
+        return excluded
     for pattern in patterns:
         if not any(matches(pattern, path) for path in modules):
             raise PeftcoreError(f"exclude_modules: '{pattern}' matches no module{_nearest_path(pattern, modules)}")
@@ -319,12 +320,11 @@ def _excluded(modules: dict[str, nn.Module], patterns: str | Sequence[str] | Non
 
 
 def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Any) -> list[str]:
-    found = list(filter(compiled(pattern, "target_modules"), modules))
-    chosen = [path for path in found if supported(modules[path])]
+    matched = list(filter(compiled(pattern, "target_modules"), modules))
+    chosen = [path for path in matched if supported(modules[path])]
     if not chosen:
-        what = (
-            f"matches only {_kinds(modules, found)}, which this method cannot adapt" if found else "matches no module"
-        )
+        kinds = f"matches only {_kinds(modules, matched)}, which this method cannot adapt"
+        what = kinds if matched else "matches no module"
         raise PeftcoreError(
             f"target_modules={pattern!r}, a regular expression for whole paths, {what}. "
             f"Paths here look like: {_examples(modules, supported)}"
@@ -336,10 +336,10 @@ def _by_suffix(modules: dict[str, nn.Module], patterns: Sequence[str], supported
     if not patterns:
         raise PeftcoreError("target_modules is an empty list. Name modules, or use 'all-linear'")
     for pattern in patterns:
-        found = [path for path in modules if matches(pattern, path)]
-        if not found:
+        matched = [path for path in modules if matches(pattern, path)]
+        if not matched:
             raise PeftcoreError(f"target_modules: '{pattern}' matches no module{_nearest_path(pattern, modules)}")
-        wrong = [path for path in found if not supported(modules[path])]
+        wrong = [path for path in matched if not supported(modules[path])]
         if wrong:
             raise PeftcoreError(
                 f"target_modules: '{pattern}' matches {_kinds(modules, wrong)} (such as '{wrong[0]}'), which this "

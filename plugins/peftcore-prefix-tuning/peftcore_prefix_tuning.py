@@ -118,11 +118,9 @@ def place(model: nn.Module, config: PrefixTuningConfig, architecture: peftcore.A
     return [peftcore.PrefixKV(Prefix(config))]
 
 
-def exported(adapter: nn.Module) -> dict[str, Tensor]:
+def exported(adapter: Prefix) -> dict[str, Tensor]:
     """P, for those who know no projection."""
-    return (
-        {"prompt_embeddings": adapter.rows()} if isinstance(adapter, Prefix) and hasattr(adapter, "projection") else {}
-    )
+    return {"prompt_embeddings": adapter.rows()} if hasattr(adapter, "projection") else {}
 
 
 def config_on_disk(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) -> PrefixTuningConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,22 @@ def test_doctor(run: Run) -> None:
 
     output = run("doctor").output
     assert torch.__version__ in output and "extension" in output and "lora" in output
+
+
+def test_doctor_names_the_kernels_that_this_machine_cannot_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftcore.ops import build_info
+
+    old = build_info.BuildInfo(
+        True,
+        cpu_level="avx2",
+        cpu_levels=build_info.LEVELS[:2],
+        compiled_cpu_levels=build_info.LEVELS,
+        caches=(32 << 10, 1 << 20, 32 << 20),
+    )
+    monkeypatch.setattr(build_info, "build_info", lambda: old)
+    output = run("doctor").output
+    assert re.search(r"kernels out of reach +avx512, avx512bf16, amx\b", output), output
+    assert "32 KiB, 1,024 KiB, 32,768 KiB" in output
 
 
 def test_doctor_says_what_is_missing_and_what_it_costs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

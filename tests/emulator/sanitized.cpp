@@ -12,6 +12,7 @@
 #include <random>
 
 #include "emulator.h"
+#include "levels.h"
 #include "lora/cuda/lora_cuda.h"
 #include "nf4/cpu/kernels.h"
 #include "nf4/cuda/nf4_cuda.h"
@@ -75,24 +76,10 @@ void compare(int64_t count, int blocksize, int skip, Dtype dtype, const Kernels&
     }
 }
 
-Kernels kernels_at(CpuLevel level) {
-    switch (level) {
-#if defined(PEFTCORE_HAVE_AVX2)
-        case CpuLevel::kAvx512:
-            return avx512_kernels();
-        case CpuLevel::kAvx2:
-            return avx2_kernels();
-#endif
-        default:
-            return portable_kernels();
-    }
-}
-
 int run_nf4(uint64_t seed) {
     emulator::machine.seed = seed;
     std::mt19937 random(static_cast<unsigned>(seed));
-    for (CpuLevel level : available_cpu_levels()) {
-        const Kernels cpu = kernels_at(level);
+    for (const auto& [level, cpu] : kernels_of_levels<Kernels>()) {
         int cases = 0;
         for (int blocksize : {32, 64, 512, 4096})
             for (int64_t count : {1, 31, 64, 1023, 1024, 2050, 8209})
@@ -102,7 +89,7 @@ int run_nf4(uint64_t seed) {
                     compare<BFloat16>(count, blocksize, skip, Dtype::kBFloat16, cpu, random);
                     cases += 3;
                 }
-        printf("%s: %d cases agree\n", cpu_level_name(level), cases);
+        printf("%s: %d cases agree\n", level, cases);
     }
     return 0;
 }

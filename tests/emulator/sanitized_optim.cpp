@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "emulator.h"
+#include "levels.h"
 #include "optim/cpu/kernels.h"
 #include "optim/cuda/optim_cuda.h"
 #include "sanitized.h"
@@ -15,19 +16,6 @@ using namespace peftcore;
 using namespace peftcore::optim;
 
 const char* kRules[] = {"AdamW differs", "AdamW 8-bit differs", "Lion differs", "momentum differs"};
-
-Kernels kernels_at(CpuLevel level) {
-    switch (level) {
-#if defined(PEFTCORE_HAVE_AVX2)
-        case CpuLevel::kAvx512:
-            return avx512_kernels();
-        case CpuLevel::kAvx2:
-            return avx2_kernels();
-#endif
-        default:
-            return portable_kernels();
-    }
-}
 
 // A parameter of T, its gradient, and fresh state in planes.
 template <typename T>
@@ -125,8 +113,7 @@ void compare(const Kernels& cpu, Rule rule, Dtype dtype, int skip, int64_t strea
 int run_optim(uint64_t seed) {
     emulator::machine.seed = seed;
     std::mt19937 random(static_cast<unsigned>(seed));
-    for (CpuLevel level : available_cpu_levels()) {
-        const Kernels cpu = kernels_at(level);
+    for (const auto& [level, cpu] : kernels_of_levels<Kernels>()) {
         int cases = 0;
         for (Rule rule : {Rule::kAdamW, Rule::kAdamW8bit, Rule::kLion, Rule::kMomentum})
             for (int skip : {0, 1})
@@ -136,7 +123,7 @@ int run_optim(uint64_t seed) {
                     compare<BFloat16>(cpu, rule, Dtype::kBFloat16, skip, stream, random);
                     cases += 3;
                 }
-        printf("%s: %d cases agree\n", cpu_level_name(level), cases);
+        printf("%s: %d cases agree\n", level, cases);
     }
     return 0;
 }

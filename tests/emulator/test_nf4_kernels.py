@@ -121,5 +121,5 @@ def test_stays_within_its_memory(sanitized):
     done = sanitized("nf4", 1)
     assert done.returncode == 0, done.stdout + done.stderr
     levels = set(ops.extension.cpu_levels() if ops.extension else ["portable"])
-    levels.discard("amx")  # which quantizes as avx512 does
+    levels -= {"avx512bf16", "amx"}  # which quantize as avx512 does
     assert set(done.stdout.splitlines()) >= {f"{level}: 168 cases agree" for level in levels}

@@ -147,3 +147,29 @@ def test_a_model_that_scales_its_stream_for_evaluation_has_none_to_adapt() -> No
     assert find(model) == ()
     with pytest.raises(peftcore.PeftcoreError, match="where RwkvModel has its attention and feed-forward is not known"):
         peftcore.apply(model, "adapter")
+
+
+class Joined(nn.Module):
+    """A linear layer of a list of tensors: what it reads is no argument of its own."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(out, width))
+
+    def forward(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(parts, -1) @ self.weight.T
+
+
+def test_a_layer_that_takes_a_list_has_no_known_inside() -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    class OfLists(LlamaMLP):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+            return self.down_proj([h, h])
+
+    model = tiny.llama()
+    for layer in model.model.layers:
+        layer.mlp.down_proj = Joined(2 * layer.mlp.intermediate_size, model.config.hidden_size)
+        layer.mlp.__class__ = OfLists
+    assert [(s.kind, s.inner) for s in find(model)[:2]] == [("attention", ()), ("feed_forward", ())]

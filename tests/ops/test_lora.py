@@ -122,8 +122,24 @@ def test_no_gradient_loses_what_x_cannot_hold(level, dtype, size):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("rows", "k", "n", "r"),
-    [(1600, 96, 40, 5), (70, 2112, 300, 40), (97, 2048, 65, 16), (33, 80, 2080, 33), (300, 288, 544, 256)],
-    ids=["rows", "columns of x", "columns that share a set of the cache", "rows of W", "r"],
+    [
+        (1600, 96, 40, 5),
+        (70, 2112, 300, 40),
+        (97, 2048, 65, 16),
+        (33, 80, 2080, 33),
+        (300, 288, 544, 256),
+        (40, 64, 48, 700),
+        (33, 64, 48, 1056),
+    ],
+    ids=[
+        "rows",
+        "columns of x",
+        "columns that share a set of the cache",
+        "rows of W",
+        "r",
+        "r beyond a chunk of pairs",
+        "r beyond it, of whole tiles",
+    ],
 )
 def test_more_than_one_block_of_anything(level, rows, k, n, r, dtype, p):
     check(values((rows, k), dtype), values((n, k), dtype, 2), values((n,), dtype, 3), values((r, k)), values((n, r)), p)

@@ -105,3 +105,11 @@ def test_a_prefix_for_a_cache_of_another_length(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(prefix, "_new_cache", lambda *_: transformers.DynamicCache(config=longer))
     with pytest.raises(PeftcoreError, match="keeps keys and values of 3 layers, and runs 2: what PrefixKV gives to"):
         peftcore.apply(model, "prefix-tuning")
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_an_encoder_decoder_that_names_no_decoder(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.t5()
+    monkeypatch.setattr(type(model), "get_decoder", lambda _: None)
+    with pytest.raises(PeftcoreError, match=r"need the encoder and the decoder, and T5ForCond.* does not name both"):
+        peftcore.apply(model, method)

@@ -14,19 +14,18 @@
 #include <cstring>
 
 #include "gemm/cpu/avx512.h"
+#include "gemm/cpu/panels.h"
 
 namespace peftcore {
 namespace gemm {
 namespace {
 
-constexpr int64_t kRows = 2 * kSide;                  // of a block
-constexpr int64_t kPairs = 1024, kPairsOfMany = 512;  // of a chunk: all up to the one, or the other
-constexpr int64_t kPiece = 288;                       // pairs
-constexpr int64_t kTiles = 8;                         // of a panel
-constexpr int64_t kPanelColumns = kTiles * kTileColumns;
-constexpr int64_t kStepBytes = 2 * kTile * 4;  // of a tile of B, 16 pairs of it
+constexpr int64_t kBlockRows = 2 * kSide;
+constexpr int64_t kPanelTiles = 8, kPanelColumns = kPanelTiles * kTileColumns;
+constexpr int64_t kStepBytes = 2 * kTileWords * 4;  // of a tile of B, 16 pairs of it
 
-int64_t chunk_of(int64_t all) { return all <= kPairs ? all : kPairsOfMany; }
+// Pairs of a block that three quarters of the first cache hold.
+int64_t pairs_of_piece() { return caches().first / 4 * 3 / (kBlockRows * 4) / kSide * kSide; }
 
 // 16 pairs of rows of x, as a tile takes them.
 struct Left {
@@ -35,40 +34,22 @@ struct Left {
 };
 
 // Each step of a row is then a cache line, and those of 32 rows do not fall into one set of the first cache.
-bool in_place(const Product& product) {
+bool readable_in_place(const Product& product) {
     constexpr int64_t kSame = 4096 / 2;
     return product.inner % (2 * kSide) == 0 && product.inner % kSame != 0 &&
            reinterpret_cast<uintptr_t>(product.x) % 64 == 0;
 }
 
-// By chunks, by blocks of kRows rows (the last may have half), as [pairs / 16][rows][16].
-void arrange(const Product& product, int64_t first, int64_t last, uint32_t* out) {
-    const int64_t all = filled_up(product.pairs(), kSide), all_rows = filled_up(product.rows, kSide);
-    for (int64_t chunk = 0; chunk < all; chunk += chunk_of(all)) {
-        const int64_t pairs = least(chunk_of(all), all - chunk);
-        for (int64_t row = first; row < last; row += kRows) {
-            const int64_t rows = least(kRows, filled_up(last - row, kSide));
-            uint32_t* block = out + chunk * all_rows + row * pairs;
-            for (int64_t m = 0; m < rows; ++m) {
-                const BFloat16* x = product.x + (row + m) * product.inner;
-                const bool there = row + m < last;
-                for (int64_t p = 0; p < pairs; p += kSide) {
-                    const int64_t k = 2 * (chunk + p), left = there ? product.inner - k : 0;
-                    const __mmask32 mask = left < 32 ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
-                    _mm512_store_si512(block + p * rows + m * kSide, _mm512_maskz_loadu_epi16(mask, x + k));
-                }
-            }
-        }
-    }
-}
-
 Left left_of(const Product& product, const uint32_t* arranged, int64_t row, int64_t chunk, int64_t pairs) {
-    if (in_place(product) && product.rows - row >= kRows)
-        return {reinterpret_cast<const char*>(product.x + row * product.inner + 2 * chunk), 2 * product.inner,
-                kTileBytes};
-    const int64_t rows = least(kRows, filled_up(product.rows - row, kSide));
-    return {reinterpret_cast<const char*>(arranged + chunk * filled_up(product.rows, kSide) + row * pairs),
-            kTileBytes, rows * kTileBytes};
+    if (readable_in_place(product) && product.rows - row >= kBlockRows)
+        return {.first = reinterpret_cast<const char*>(product.x + row * product.inner + 2 * chunk),
+                .row = 2 * product.inner,
+                .step = kRowBytes};
+    const int64_t rows = least(kBlockRows, filled_up(product.rows - row, kSide));
+    return {.first = reinterpret_cast<const char*>(arranged + chunk * filled_up(product.rows, kSide) +
+                                                   row * pairs),
+            .row = kRowBytes,
+            .step = rows * kRowBytes};
 }
 
 // Sums of up to 32 rows of a tile's columns go through tiles 0 to 3; kBoth: of more than 16. `meanwhile` is
@@ -78,9 +59,9 @@ inline void accumulate(const Left& left, const uint32_t* right, int64_t pairs, c
     const char* x = left.first;
     const char* b = reinterpret_cast<const char*>(right);
     for (int64_t step = 0; step < pairs / kSide; ++step, x += left.step, b += kStepBytes) {
-        _tile_stream_loadd(6, b, 2 * kTileBytes);
+        _tile_stream_loadd(6, b, 2 * kRowBytes);
         _tile_loadd(4, x, left.row);
-        _tile_stream_loadd(7, b + kTileBytes, 2 * kTileBytes);
+        _tile_stream_loadd(7, b + kRowBytes, 2 * kRowBytes);
         _tile_dpbf16ps(0, 4, 6);
         if (kBoth) _tile_loadd(5, x + kSide * left.row, left.row);
         _tile_dpbf16ps(1, 4, 7);
@@ -103,8 +84,8 @@ inline void accumulate_halves(const Left& left, const uint32_t* right, int64_t p
         if (kBoth) _tile_loadd(5, from + kSide * left.row, left.row);
     };
     const auto load_right = [](const char* from) {
-        _tile_stream_loadd(6, from, 2 * kTileBytes);
-        _tile_stream_loadd(7, from + kTileBytes, 2 * kTileBytes);
+        _tile_stream_loadd(6, from, 2 * kRowBytes);
+        _tile_stream_loadd(7, from + kRowBytes, 2 * kRowBytes);
     };
     const auto multiply = [] {
         _tile_dpbf16ps(0, 4, 6);
@@ -157,18 +138,18 @@ inline void store_sums(const Sums& sums) {
     _tile_stored(3, below + kSide, 4 * sums.stride);
 }
 
-// Bits of columns 0, 2, .. 30 in the first, 1, 3, .. 31 in the second, or in order.
+// Bits of a tile's columns: 0, 2, .. 30 in the first, 1, 3, .. 31 in the second, or in order.
 struct TileBits {
-    __mmask16 of[2];
+    __mmask16 first, second;
 };
 
 inline TileBits bits_of(bool even_odd, const uint8_t* keep) {
     uint32_t bits;
     std::memcpy(&bits, keep, sizeof bits);
-    if (!even_odd) return {{__mmask16(bits), __mmask16(bits >> 16)}};
+    if (!even_odd) return {__mmask16(bits), __mmask16(bits >> 16)};
     const __m512i lanes = _mm512_movm_epi16(bits);
-    return {{_mm512_test_epi32_mask(lanes, _mm512_set1_epi32(0xffff)),
-             _mm512_test_epi32_mask(lanes, _mm512_set1_epi32(int(0xffff0000)))}};
+    return {_mm512_test_epi32_mask(lanes, _mm512_set1_epi32(0xffff)),
+            _mm512_test_epi32_mask(lanes, _mm512_set1_epi32(int(0xffff0000)))};
 }
 
 // What one tile is made of; the addend has pairs in the last chunk only.
@@ -209,8 +190,8 @@ struct Pending {
                 const float* more = masked + done * kTileColumns;
                 const TileBits bits =
                     bits_of(product.right.even_odd, product.addend.keep.row(row + done) + column / 8);
-                first = _mm512_mask_add_ps(first, bits.of[0], first, _mm512_loadu_ps(more));
-                second = _mm512_mask_add_ps(second, bits.of[1], second, _mm512_loadu_ps(more + kSide));
+                first = _mm512_mask_add_ps(first, bits.first, first, _mm512_loadu_ps(more));
+                second = _mm512_mask_add_ps(second, bits.second, second, _mm512_loadu_ps(more + kSide));
             }
             store_row(product, row + done, column, bias, first, second);
         }
@@ -242,113 +223,92 @@ void multiply_tile(const Work& work, Pending& pending) {
             _mm_prefetch(ahead + step * work.next.step + i * work.next.row, _MM_HINT_T1);
         pending.store(a_step);
     });
-    pending.store(kRows);
+    pending.store(kBlockRows);
     store_sums<kBoth>(work.to);
     memory_barrier_of_tiles();
 }
 
-// Tiles of B, what is missing of their last 16 pairs zero.
-void unpack(const Tiles& right, int64_t tile, int64_t tiles, int64_t first_pair, int64_t pairs, int64_t inner,
-            uint32_t* panel) {
-    const int64_t stride = pairs * kTileColumns, rest = first_pair + pairs - (inner + 1) / 2;
-    right.unpack(right.source, tile * kTileColumns, int(tiles), 2 * first_pair,
-                 least(2 * (first_pair + pairs), inner), stride, panel);
-    for (int i = 0; rest > 0 && i < tiles; ++i)
-        std::memset(panel + (i + 1) * stride - rest * kTileColumns, 0, 4 * rest * kTileColumns);
-    memory_barrier_of_tiles();
-}
+struct TileRegisters {
+    static constexpr int64_t kRows = kBlockRows, kTiles = kPanelTiles, kMultiple = kSide, kPairs = 1024;
+    static constexpr bool kTakesAddend = true;
 
-// Tiles of B in a chunk, and all of the addend's, unpacked.
-struct Panel {
-    const uint32_t *right, *addend_right;
-    int64_t tile, tiles;
-    int64_t pairs, addend_pairs;
-    bool first, last;  // of the chunks
-};
-
-struct Block {
-    int64_t row, rows;
-    Left left, next, addend;
-    float* sums;  // from chunk to chunk, kPanelColumns a row
-};
-
-// What a thread needs besides.
-struct Own {
-    alignas(64) float sums[kTiles][kRows * kTileColumns];  // from piece to piece
-    alignas(64) float masked[2][kRows * kTileColumns];     // in turn: one is pending
-    int turn = 0;
-    Pending pending;
-
-    explicit Own(const Product& product) : pending{product} {}
-};
-
-void multiply_block(const Product& product, const Panel& panel, Block block, Own& own) {
-    const int64_t ahead_rows = kRows / panel.tiles;
-    for (int64_t piece = 0; piece < panel.pairs; piece += kPiece) {
-        const int64_t pairs = least(kPiece, panel.pairs - piece);
-        const bool begins = piece == 0, ends = piece + pairs == panel.pairs, last = ends && panel.last;
-        for (int64_t i = 0; i < panel.tiles; ++i) {
-            const Sums here{own.sums[begins && ends ? 0 : i], kTileColumns};
-            const Sums between{block.sums + i * kTileColumns, kPanelColumns};
-            const bool masks = last && panel.addend_pairs != 0 && product.addend.keep.bits != nullptr;
-            const Work work{block.left,
-                            block.addend,
-                            block.next,
-                            panel.right + (i * panel.pairs + piece) * kTileColumns,
-                            panel.addend_right + i * panel.addend_pairs * kTileColumns,
-                            pairs,
-                            last ? panel.addend_pairs : 0,
-                            i * ahead_rows,
-                            ahead_rows,
-                            product.addend.halves,
-                            begins ? between : here,
-                            ends && !panel.last ? between : here,
-                            masks ? own.masked[own.turn ^= 1] : nullptr,
-                            begins && panel.first};
-            block.rows > kSide ? multiply_tile<true>(work, own.pending)
-                               : multiply_tile<false>(work, own.pending);
-            if (!last) continue;
-            const int64_t column = (panel.tile + i) * kTileColumns;
-            own.pending.start(block.row, block.rows, column, work);
-        }
-        block.left.first += kPiece / kSide * block.left.step;
-        block.next.first += kPiece / kSide * block.next.step;
+    static int64_t chunk(int64_t pairs, int64_t fit) {
+        return pairs <= fit ? pairs : fit / 2 / kSide * kSide;
     }
-}
+    static bool in_place(const Product& product) { return readable_in_place(product); }
 
-void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t* left, int64_t first_tile,
-                    int64_t last_tile, int64_t first_row, int64_t last_row, const Buffers& buffers) {
-    const Product addend = addend_alone(product);
-    const int64_t all = filled_up(product.pairs(), kSide), addend_pairs = filled_up(addend.pairs(), kSide);
-    Own own(product);
-    _tile_loadconfig(&kTileShapes);
-    for (int64_t tile = first_tile; tile < last_tile; tile += kTiles) {
-        const int64_t tiles = least(kTiles, last_tile - tile);
-        if (addend_pairs != 0)
-            unpack(addend.right, tile, tiles, 0, addend_pairs, addend.inner, buffers.addend_panel);
-        for (int64_t chunk = 0; chunk < all; chunk += chunk_of(all)) {
-            const int64_t pairs = least(chunk_of(all), all - chunk);
-            unpack(product.right, tile, tiles, chunk, pairs, product.inner, buffers.panel);
-            const Panel panel{buffers.panel, buffers.addend_panel, tile,       tiles,
-                              pairs,         addend_pairs,         chunk == 0, chunk + pairs == all};
-            for (int64_t row = first_row; row < last_row; row += kRows) {
-                const int64_t next = row + kRows < last_row ? row + kRows : row;
-                multiply_block(
-                    product, panel,
-                    {row, least(kRows, last_row - row), left_of(product, x, row, chunk, pairs),
-                     left_of(product, x, next, chunk, pairs), left_of(addend, left, row, 0, addend_pairs),
-                     buffers.sums + (row - first_row) * kPanelColumns},
-                    own);
+    // As [pairs / 16][rows][16].
+    static void arrange_block(const Product& product, int64_t first_row, int64_t rows, int64_t first_pair,
+                              int64_t pairs, uint32_t* out) {
+        const int64_t filled = filled_up(rows, kSide);
+        for (int64_t m = 0; m < filled; ++m) {
+            const BFloat16* x = product.x + (first_row + m) * product.inner;
+            for (int64_t p = 0; p < pairs; p += kSide) {
+                const int64_t k = 2 * (first_pair + p), left = m < rows ? product.inner - k : 0;
+                const __mmask32 mask = left < 32 ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
+                _mm512_store_si512(out + p * filled + m * kSide, _mm512_maskz_loadu_epi16(mask, x + k));
             }
         }
     }
-    own.pending.store(kRows);
-    _tile_release();
-}
+
+    const Product& product;
+    const Product addend = addend_alone(product);
+    const Arranged arranged;
+    const int64_t piece = pairs_of_piece();
+    alignas(64) float sums[kTiles][kRows * kTileColumns];  // from piece to piece
+    alignas(64) float masked[2][kRows * kTileColumns];     // in turn: one is pending
+    int turn = 0;
+    Pending pending{product};
+
+    TileRegisters(const Product& its_product, const Arranged& its_arranged)
+        : product(its_product), arranged(its_arranged) {
+        _tile_loadconfig(&kTileShapes);
+    }
+
+    void multiply(const Panel& panel, const Block& block) {
+        memory_barrier_of_tiles();
+        Left left = left_of(product, arranged.x, block.row, panel.chunk, panel.pairs);
+        Left next = left_of(product, arranged.x, block.next, panel.chunk, panel.pairs);
+        const Left addend_left = left_of(addend, arranged.addend_left, block.row, 0, panel.addend_pairs);
+        const int64_t ahead_rows = kRows / panel.tiles;
+        for (int64_t first = 0; first < panel.pairs; first += piece) {
+            const int64_t pairs = least(piece, panel.pairs - first);
+            const bool begins = first == 0, ends = first + pairs == panel.pairs, last = ends && panel.last;
+            const bool masks = last && panel.addend_pairs != 0 && product.addend.keep.bits != nullptr;
+            for (int64_t i = 0; i < panel.tiles; ++i) {
+                const Sums here{.first = sums[begins && ends ? 0 : i], .stride = kTileColumns};
+                const Sums between{.first = block.sums + i * kTileColumns, .stride = kPanelColumns};
+                const Work work{.left = left,
+                                .addend_left = addend_left,
+                                .next = next,
+                                .right = panel.right + (i * panel.pairs + first) * kTileColumns,
+                                .addend_right = panel.addend_right + i * panel.addend_pairs * kTileColumns,
+                                .pairs = pairs,
+                                .addend_pairs = last ? panel.addend_pairs : 0,
+                                .ahead_row = i * ahead_rows,
+                                .ahead_rows = ahead_rows,
+                                .halves = product.addend.halves,
+                                .from = begins ? between : here,
+                                .to = ends && !panel.last ? between : here,
+                                .masked = masks ? masked[turn ^= 1] : nullptr,
+                                .first = begins && panel.first};
+                block.rows > kSide ? multiply_tile<true>(work, pending) : multiply_tile<false>(work, pending);
+                if (last) pending.start(block.row, block.rows, (panel.tile + i) * kTileColumns, work);
+            }
+            left.first += piece / kSide * left.step;
+            next.first += piece / kSide * next.step;
+        }
+    }
+
+    void finish() {
+        pending.store(kRows);
+        _tile_release();
+    }
+};
 
 }  // namespace
 
-Kernel amx_kernel() { return {kRows, kPairs, kTiles, kSide, kSide, true, in_place, arrange, multiply_tiles}; }
+void fill_amx(Kernel& kernel) { kernel = kernel_of<TileRegisters>(); }
 
 }  // namespace gemm
 }  // namespace peftcore

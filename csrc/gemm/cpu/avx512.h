@@ -16,16 +16,16 @@ inline __mmask32 columns_there(const Product& product, int64_t column) {
 
 // The bias of a tile's columns, in the order in which they lie in the tile.
 struct Bias {
-    __m512 of[2];
+    __m512 first, second;
 };
 
 inline Bias bias_of(const Product& product, int64_t column) {
-    if (product.bias == nullptr) return {{_mm512_setzero_ps(), _mm512_setzero_ps()}};
+    if (product.bias == nullptr) return {_mm512_setzero_ps(), _mm512_setzero_ps()};
     const __m512i values = _mm512_maskz_loadu_epi16(columns_there(product, column), product.bias + column);
     if (product.right.even_odd)
-        return {{_mm512_castsi512_ps(_mm512_slli_epi32(values, 16)),
-                 _mm512_castsi512_ps(_mm512_and_si512(values, _mm512_set1_epi32(int(0xffff0000))))}};
-    return {{from_bf16(_mm512_castsi512_si256(values)), from_bf16(_mm512_extracti64x4_epi64(values, 1))}};
+        return {_mm512_castsi512_ps(_mm512_slli_epi32(values, 16)),
+                _mm512_castsi512_ps(_mm512_and_si512(values, _mm512_set1_epi32(int(0xffff0000))))};
+    return {from_bf16(_mm512_castsi512_si256(values)), from_bf16(_mm512_extracti64x4_epi64(values, 1))};
 }
 
 // Rounded by the processor, which flushes subnormals as it did in the products.
@@ -43,7 +43,7 @@ inline void store_row(const Product& product, int64_t row, int64_t column, const
                       __m512 second) {
     _mm512_mask_storeu_epi16(
         product.y + row * product.columns + column, columns_there(product, column),
-        rounded(product, _mm512_add_ps(first, bias.of[0]), _mm512_add_ps(second, bias.of[1])));
+        rounded(product, _mm512_add_ps(first, bias.first), _mm512_add_ps(second, bias.second)));
 }
 
 }  // namespace

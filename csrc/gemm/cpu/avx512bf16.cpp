@@ -5,29 +5,14 @@
 // products allow; 220 with 1020 rows by 4096 x 4096 out of 4 bits, where the library reaches 205 to 218 with
 // a dense weight. No better: chunks of 384 or 512 pairs, panels of 8 tiles.
 #include "gemm/cpu/avx512.h"
+#include "gemm/cpu/panels.h"
 
 namespace peftcore {
 namespace gemm {
 namespace {
 
-constexpr int64_t kRows = 12;     // of x that a register tile multiplies
-constexpr int64_t kPairs = 1024;  // of a chunk: with it a panel is half of a second cache of 1 MiB
-constexpr int64_t kTiles = 4;     // of a panel
-constexpr int64_t kPanelColumns = kTiles * kTileColumns;
-
-// out[pair][row] of R rows of x [.., inner], from their inner number `first` to `last`.
-void arrange_block(const BFloat16* x, int64_t inner, int64_t rows, int64_t first, int64_t last,
-                   uint32_t* out) {
-    alignas(64) uint32_t block[kRows][16];
-    for (int64_t k = first; k < last; k += 32, out += 16 * rows) {
-        const __mmask32 there = last - k < 32 ? (__mmask32(1) << (last - k)) - 1 : ~__mmask32(0);
-        for (int64_t m = 0; m < rows; ++m)
-            _mm512_store_si512(block[m], _mm512_maskz_loadu_epi16(there, x + m * inner + k));
-        const int64_t pairs = least(16, (last - k + 1) / 2);
-        for (int64_t p = 0; p < pairs; ++p)
-            for (int64_t m = 0; m < rows; ++m) out[p * rows + m] = block[m][p];
-    }
-}
+constexpr int64_t kBlockRows = 12;  // of x that a register tile multiplies
+constexpr int64_t kPanelTiles = 4, kPanelColumns = kPanelTiles * kTileColumns;
 
 struct Place {
     const Product& product;
@@ -69,57 +54,57 @@ inline void multiply_tile(const Place& place, const uint32_t* x, const uint32_t*
 }
 
 using Tile = void (*)(const Place&, const uint32_t*, const uint32_t*, int64_t);
-constexpr Tile kTileOf[kRows + 1] = {nullptr,          multiply_tile<1>, multiply_tile<2>,  multiply_tile<3>,
-                                     multiply_tile<4>, multiply_tile<5>, multiply_tile<6>,  multiply_tile<7>,
-                                     multiply_tile<8>, multiply_tile<9>, multiply_tile<10>, multiply_tile<11>,
-                                     multiply_tile<12>};
+constexpr Tile kTileOf[kBlockRows + 1] = {
+    nullptr,           multiply_tile<1>,  multiply_tile<2>, multiply_tile<3>, multiply_tile<4>,
+    multiply_tile<5>,  multiply_tile<6>,  multiply_tile<7>, multiply_tile<8>, multiply_tile<9>,
+    multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};
 
-bool in_place(const Product&) { return false; }
+struct DotProducts {
+    static constexpr int64_t kRows = kBlockRows, kTiles = kPanelTiles, kMultiple = 1, kPairs = 1024;
+    static constexpr bool kTakesAddend = false;
 
-// By chunks of kPairs pairs, by blocks of kRows rows (the last may have fewer), as [pairs][rows].
-void arrange(const Product& product, int64_t first, int64_t last, uint32_t* out) {
-    const int64_t all = product.pairs();
-    for (int64_t chunk = 0; chunk < all; chunk += kPairs) {
-        const int64_t pairs = least(kPairs, all - chunk);
-        for (int64_t row = first; row < last; row += kRows) {
-            const int64_t rows = least(kRows, last - row);
-            arrange_block(product.x + row * product.inner, product.inner, rows, 2 * chunk,
-                          least(2 * (chunk + pairs), product.inner),
-                          out + chunk * product.rows + row * pairs);
+    static int64_t chunk(int64_t, int64_t fit) { return fit; }
+    static bool in_place(const Product&) { return false; }
+
+    // out[pair][row].
+    static void arrange_block(const Product& product, int64_t first_row, int64_t rows, int64_t first_pair,
+                              int64_t pairs, uint32_t* out) {
+        alignas(64) uint32_t block[kRows][16];
+        const BFloat16* x = product.x + first_row * product.inner;
+        const int64_t last = least(2 * (first_pair + pairs), product.inner);
+        for (int64_t k = 2 * first_pair; k < last; k += 32, out += 16 * rows) {
+            const __mmask32 there = last - k < 32 ? (__mmask32(1) << (last - k)) - 1 : ~__mmask32(0);
+            for (int64_t m = 0; m < rows; ++m)
+                _mm512_store_si512(block[m], _mm512_maskz_loadu_epi16(there, x + m * product.inner + k));
+            const int64_t count = least(16, (last - k + 1) / 2);
+            for (int64_t p = 0; p < count; ++p)
+                for (int64_t m = 0; m < rows; ++m) out[p * rows + m] = block[m][p];
         }
     }
-}
 
-void multiply_tiles(const Product& product, const uint32_t* x, const uint32_t*, int64_t first_tile,
-                    int64_t last_tile, int64_t first_row, int64_t last_row, const Buffers& buffers) {
-    uint32_t* panel = buffers.panel;
-    const int64_t all = product.pairs();
-    for (int64_t tile = first_tile; tile < last_tile; tile += kTiles) {
-        const int tiles = int(least(kTiles, last_tile - tile));
-        for (int64_t chunk = 0; chunk < all; chunk += kPairs) {
-            const int64_t pairs = least(kPairs, all - chunk), stride = pairs * kTileColumns;
-            product.right.unpack(product.right.source, tile * kTileColumns, tiles, 2 * chunk,
-                                 least(2 * (chunk + pairs), product.inner), stride, panel);
-            for (int64_t row = first_row; row < last_row; row += kRows) {
-                const int64_t rows = least(kRows, last_row - row);
-                const uint32_t* block = x + chunk * product.rows + row * pairs;
-                for (int i = 0; i < tiles; ++i) {
-                    const Place place{product,
-                                      row,
-                                      (tile + i) * kTileColumns,
-                                      buffers.sums + (row - first_row) * kPanelColumns + i * kTileColumns,
-                                      chunk == 0,
-                                      chunk + pairs == all};
-                    kTileOf[rows](place, block, panel + i * stride, pairs);
-                }
-            }
-        }
+    const Product& product;
+    const uint32_t* x;
+
+    DotProducts(const Product& its_product, const Arranged& arranged) : product(its_product), x(arranged.x) {}
+
+    void multiply(const Panel& panel, const Block& block) {
+        const uint32_t* rows = x + panel.chunk * product.rows + block.row * panel.pairs;
+        for (int64_t i = 0; i < panel.tiles; ++i)
+            kTileOf[block.rows]({.product = product,
+                                 .row = block.row,
+                                 .column = (panel.tile + i) * kTileColumns,
+                                 .sums = block.sums + i * kTileColumns,
+                                 .first = panel.first,
+                                 .last = panel.last},
+                                rows, panel.right + i * panel.pairs * kTileColumns, panel.pairs);
     }
-}
+
+    void finish() {}
+};
 
 }  // namespace
 
-Kernel avx512bf16_kernel() { return {kRows, kPairs, kTiles, 1, 1, false, in_place, arrange, multiply_tiles}; }
+void fill_avx512bf16(Kernel& kernel) { kernel = kernel_of<DotProducts>(); }
 
 }  // namespace gemm
 }  // namespace peftcore

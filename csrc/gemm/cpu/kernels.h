@@ -1,39 +1,45 @@
 // What the SIMD levels supply to `multiply`.
 #pragma once
 
+#include "common/integers.h"
 #include "gemm/cpu/product.h"
+#include "weight/view.h"
 
 namespace peftcore {
 namespace gemm {
 
-// What `multiply_tiles` has for itself.
+struct Range {
+    int64_t first, last;
+};
+
+// x and the addend's left factor as a kernel reads them.
+struct Arranged {
+    const uint32_t *x, *addend_left;
+};
+
+// What a task has for itself.
 struct Buffers {
-    uint32_t* panel;         // tiles * min(pairs, all pairs) * kTileColumns words
+    uint32_t* panel;         // tiles * chunk * kTileColumns words
     uint32_t* addend_panel;  // the same of the addend's pairs, all in one chunk
-    float*
-        sums;  // a panel's columns of these rows, filled up to whole blocks, if there is more than one chunk
+    float* sums;  // a panel's columns of the task's rows, filled up to whole blocks, if chunks are many
 };
 
 struct Kernel {
-    int64_t rows;           // of x in a block
-    int64_t pairs;          // of inner numbers in a chunk
-    int64_t tiles;          // of columns in a panel, which is a chunk of B
-    int64_t row_multiple;   // rows and pairs of arranged x are filled up to a multiple with zeros
-    int64_t pair_multiple;  // of `pairs` too
+    int64_t rows = 0;      // of x in a block
+    int64_t tiles = 0;     // of columns in a panel, which is a chunk of B
+    int64_t multiple = 1;  // rows and pairs of arranged x are filled up to a multiple of it with zeros
+    bool takes_addend = false;
 
-    bool takes_addend;
-
+    // How many pairs of inner numbers a chunk has, of so many in all.
+    int64_t (*chunk)(int64_t pairs) = nullptr;
     // Whether x's whole blocks of rows are read where they lie.
-    bool (*in_place)(const Product& product);
-    // x's rows [first, last), `first` being a multiple of `rows`: by chunks, by blocks of rows, as the kernel
-    // reads them.
-    void (*arrange)(const Product& product, int64_t first, int64_t last, uint32_t* out);
-
-    // Tiles of 32 columns [first_tile, last_tile) of rows [first_row, last_row); `first_row` is a multiple of
-    // `rows`. `left` is the addend's, arranged too.
-    void (*multiply_tiles)(const Product& product, const uint32_t* x, const uint32_t* left,
-                           int64_t first_tile, int64_t last_tile, int64_t first_row, int64_t last_row,
-                           const Buffers& buffers);
+    bool (*in_place)(const Product& product) = nullptr;
+    // x's rows, the first of which is a multiple of `rows`: by chunks, by blocks of rows, as `multiply` reads them.
+    void (*arrange)(const Product& product, int64_t chunk, Range rows, uint32_t* out) = nullptr;
+    // Tiles of kTileColumns columns, of rows the first of which is a multiple of `rows`. Without it there is
+    // no kernel.
+    void (*multiply)(const Product& product, const Arranged& arranged, Range tiles, Range rows,
+                     const Buffers& buffers) = nullptr;
 };
 
 // The addend as a product of its own, to be arranged like one.
@@ -45,8 +51,14 @@ static inline Product addend_alone(const Product& product) {
     return addend;
 }
 
-Kernel avx512bf16_kernel();
-Kernel amx_kernel();
+// A dense WeightView of bf16 as the right side of a product: Wᵀ for x Wᵀ, W for dy W. Tiles refer to the view.
+struct DenseReader {
+    Tiles transposed, plain;
+};
+
+void fill_avx512bf16(Kernel&);
+void fill_amx(Kernel&);
+void fill_avx512bf16(DenseReader&);
 
 }  // namespace gemm
 }  // namespace peftcore

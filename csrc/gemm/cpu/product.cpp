@@ -4,92 +4,81 @@
 
 #include <algorithm>
 
-#include "common/cpu_features.h"
-#include "common/integers.h"
+#include "common/caches.h"
 #include "common/workspace.h"
 #include "gemm/cpu/kernels.h"
 
 namespace peftcore {
 namespace gemm {
-
-#if defined(PEFTCORE_HAVE_AVX512BF16)
-
 namespace {
 
 constexpr int64_t kProductsPerTask = 1 << 17;
-// Rows that are multiplied by a panel once it is unpacked: unpacking costs less than a hundredth of that, and
-// neither the arranged rows nor the sums outgrow the third cache.
+// Rows that are multiplied by a panel once it is unpacked: unpacking costs less than a hundredth of that.
 constexpr int64_t kGroupRows = 1536;
-// Rows for which a panel is worth unpacking again, so that more threads have work.
+// Rows for which a panel is worth unpacking again, so that more threads have work; a multiple of every
+// kernel's block.
 constexpr int64_t kFewRows = 96;
+
+// Of a group: its arranged rows stay in the third cache, beside what else is there.
+int64_t group_rows(int64_t pairs) {
+    const int64_t fit = caches().third / 4 * 3 / (pairs * int64_t(sizeof(uint32_t)));
+    return std::clamp(fit / kFewRows * kFewRows, kFewRows, kGroupRows);
+}
 
 void multiply_group(const Kernel& kernel, const Product& product) {
     const int64_t rows = product.rows, blocks = ceil_div(rows, kernel.rows);
-    const int64_t pairs = filled_up(product.pairs(), kernel.pair_multiple);
+    const int64_t pairs = filled_up(product.pairs(), kernel.multiple), chunk = kernel.chunk(pairs);
     const int64_t tiles = ceil_div(product.columns, kTileColumns), threads = at::get_num_threads();
     // Rows are divided only where there are too few columns to go round.
     const int64_t wanted = tiles >= 4 * threads ? 1 : ceil_div(4 * threads, tiles);
     const int64_t part_rows = ceil_div(blocks, std::min(wanted, ceil_div(rows, kFewRows))) * kernel.rows;
     const int64_t parts = ceil_div(rows, part_rows);
     const Product addend = addend_alone(product);
-    const int64_t addend_pairs = filled_up(addend.pairs(), kernel.pair_multiple);
-    const int64_t panel_words = kernel.tiles * std::min(kernel.pairs, pairs) * kTileColumns,
+    const int64_t addend_pairs = filled_up(addend.pairs(), kernel.multiple);
+    const int64_t panel_words = kernel.tiles * chunk * kTileColumns,
                   addend_words = kernel.tiles * addend_pairs * kTileColumns;
-    const int64_t sums = pairs > kernel.pairs ? part_rows * kernel.tiles * kTileColumns : 0,
+    const int64_t sums = chunk < pairs ? part_rows * kernel.tiles * kTileColumns : 0,
                   own = panel_words + addend_words + sums;
-    const int64_t all_rows = filled_up(rows, kernel.row_multiple);
+    const int64_t all_rows = filled_up(rows, kernel.multiple);
     const int64_t x_words = filled_up(all_rows * pairs, 16),
                   left_words = filled_up(all_rows * addend_pairs, 16);
     uint32_t* x = static_cast<uint32_t*>(workspace(4 * (x_words + left_words + threads * own)));
     uint32_t *left = x + x_words, *buffers = left + left_words;
-    const auto arrange = [&](const Product& of, int64_t of_pairs, uint32_t* out) {
-        const int64_t from = kernel.in_place(of) ? rows / kernel.rows : 0;
-        at::parallel_for(from, blocks, ceil_div(kProductsPerTask, kernel.rows * of_pairs * 8),
+    const auto arrange = [&](const Product& matrix, int64_t its_pairs, int64_t its_chunk, uint32_t* out) {
+        const int64_t from = kernel.in_place(matrix) ? rows / kernel.rows : 0;
+        at::parallel_for(from, blocks, ceil_div(kProductsPerTask, kernel.rows * its_pairs * 8),
                          [&](int64_t first, int64_t last) {
-                             kernel.arrange(of, first * kernel.rows, std::min(last * kernel.rows, rows), out);
+                             kernel.arrange(matrix, its_chunk,
+                                            {first * kernel.rows, std::min(last * kernel.rows, rows)}, out);
                          });
     };
-    arrange(product, pairs, x);
-    if (addend.inner != 0) arrange(addend, addend_pairs, left);
+    arrange(product, pairs, chunk, x);
+    if (addend_pairs != 0) arrange(addend, addend_pairs, addend_pairs, left);
     const int64_t products = 2 * pairs * kTileColumns * part_rows;
     at::parallel_for(
         0, parts * tiles, ceil_div(kProductsPerTask, products), [&](int64_t first, int64_t last) {
             uint32_t* panel = buffers + at::get_thread_num() * own;
             uint32_t* addend_panel = panel + panel_words;
-            const Buffers mine{panel, addend_panel, reinterpret_cast<float*>(addend_panel + addend_words)};
+            const Buffers mine{.panel = panel,
+                               .addend_panel = addend_panel,
+                               .sums = reinterpret_cast<float*>(addend_panel + addend_words)};
             while (first < last) {
                 const int64_t part = first / tiles, tile = first % tiles;
                 const int64_t end = std::min(tiles, tile + last - first);
-                kernel.multiply_tiles(product, x, left, tile, end, part * part_rows,
-                                      std::min((part + 1) * part_rows, rows), mine);
+                kernel.multiply(product, {x, left}, {tile, end},
+                                {part * part_rows, std::min((part + 1) * part_rows, rows)}, mine);
                 first += end - tile;
             }
         });
 }
 
-Kernel kernel_in_use() {
-#if defined(PEFTCORE_HAVE_AMX)
-    if (cpu_level() == CpuLevel::kAmx) return amx_kernel();
-#endif
-    return avx512bf16_kernel();
-}
-
 }  // namespace
 
-bool available() {
-#if !defined(PEFTCORE_HAVE_AMX)
-    if (cpu_has_amx()) return false;  // the library's product is faster
-#endif
-    return cpu_level() >= CpuLevel::kAvx512 && cpu_has_bf16_dot();
-}
-
-bool takes_addend() { return available() && kernel_in_use().takes_addend; }
-
-void multiply(const Product& product) {
-    const Kernel kernel = kernel_in_use();
-    for (int64_t first = 0; first < product.rows; first += kGroupRows) {
+void multiply(const Kernel& kernel, const Product& product) {
+    const int64_t step = group_rows(product.pairs());
+    for (int64_t first = 0; first < product.rows; first += step) {
         Product group = product;
-        group.rows = std::min(kGroupRows, product.rows - first);
+        group.rows = std::min(step, product.rows - first);
         group.x += first * product.inner;
         group.y += first * product.columns;
         if (group.addend.left != nullptr) group.addend.left += first * product.addend.inner;
@@ -97,14 +86,6 @@ void multiply(const Product& product) {
         multiply_group(kernel, group);
     }
 }
-
-#else
-
-bool available() { return false; }
-bool takes_addend() { return false; }
-void multiply(const Product&) {}
-
-#endif
 
 }  // namespace gemm
 }  // namespace peftcore

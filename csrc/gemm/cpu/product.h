@@ -3,7 +3,7 @@
 // B does not lie in memory: it is unpacked into the second cache, a panel at a time, from whatever holds it.
 // So a 4-bit weight costs no trip through memory as 16 bits.
 //
-// A sum runs over the inner numbers in their order, whatever the number of threads.
+// A sum runs over the inner numbers in their order, whatever the number of threads and the size of caches.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +18,15 @@ constexpr int kTileColumns = 32;  // two registers
 // B, tile by tile. Two values that follow one another on the inner dimension make a pair, the first in the
 // low half.
 struct Tiles {
-    const void* source;
-    // Pair p of tile i, inner numbers first + 2 p and first + 2 p + 1, at out + i * stride + p *
-    // kTileColumns. A pair's second half is zero behind an odd `last`. Columns behind the last one may hold
-    // anything.
+    const void* source = nullptr;
+    // Pair p of tile i, inner numbers first + 2 p and first + 2 p + 1, at
+    //   out + i * stride + p * kTileColumns
+    // A pair's second half is zero behind an odd `last`. Columns behind the last one may hold anything.
     void (*unpack)(const void* source, int64_t column, int tiles, int64_t first, int64_t last, int64_t stride,
-                   uint32_t* out);
-    bool even_odd;  // a tile's columns come as 0, 2, .. 30, 1, 3, .. 31; otherwise in order
+                   uint32_t* out) = nullptr;
+    bool even_odd = false;  // a tile's columns come as 0, 2, .. 30, 1, 3, .. 31; otherwise in order
+
+    Tiles of(const void* matrix) const { return {matrix, unpack, even_odd}; }
 };
 
 // Which numbers of a matrix count: for column k bit k % 8 of byte k / 8 of its row. A row is read by 32 bits.
@@ -41,8 +43,8 @@ struct Addend {
     Tiles right{};                   // in the order of the product's own
     int64_t inner = 0;
     Mask keep;
-    // Both factors are [first, rest], each as long and a multiple of kHalfMultiple: what is added is first
-    // first + rest first + first rest.
+    // Both factors are [first, rest], each as long and a multiple of kHalfMultiple: what is added is
+    //   first first + rest first + first rest
     bool halves = false;
 };
 constexpr int64_t kHalfMultiple = 32;
@@ -51,20 +53,16 @@ struct Product {
     const BFloat16* x;
     Tiles right;
     int64_t rows, inner, columns;
-    const BFloat16* bias;  // or nullptr
+    const BFloat16* bias = nullptr;
     BFloat16* y;
     Addend addend{};
 
     int64_t pairs() const { return (inner + 1) / 2; }
 };
 
-// Whether this processor and level run `multiply`: AVX-512 with dot products of bf16, or AMX.
-bool available();
+struct Kernel;
 
-// Whether it takes an addend, and a dense B as fast as the library does: AMX.
-bool takes_addend();
-
-void multiply(const Product& product);
+void multiply(const Kernel& kernel, const Product& product);
 
 }  // namespace gemm
 }  // namespace peftcore

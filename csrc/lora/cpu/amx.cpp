@@ -1,6 +1,7 @@
 // The products of bf16 by tiles of AMX, factors in two halves (see kernels.h); `up` is AVX-512's.
 #include "common/amx.h"
 
+#include "common/caches.h"
 #include "common/integers.h"
 #include "gemm/cpu/transpose.h"
 #include "lora/cpu/avx512.h"
@@ -13,7 +14,8 @@ constexpr int kPair = 2, kHalves = 2;
 constexpr int64_t kRows = 2 * kSide;                     // that `down` takes together
 constexpr int64_t kBlockRows = 64, kBlockColumns = 256;  // of x, that `outer` arranges
 constexpr int64_t kBlockPairs = kBlockRows / kPair;
-static_assert(kSide == kWidthMultiple && kBlockPairs % kSide == 0 && kBlockRows <= kRowGrain, "");
+static_assert(kSide == kWidthMultiple && kBlockPairs % kSide == 0 && kBlockRows <= kRowGrain);
+static_assert(kBlockPairs * kBlockColumns * sizeof(uint32_t) <= kSmallestSecond / 2);
 
 __mmask16 first_of(int64_t count) { return count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xffff); }
 
@@ -87,22 +89,22 @@ void arrange(const float* from, int64_t inner_stride, int64_t outer_stride, int6
     arrange_turned(from, outer_stride, inner, outer, width, out);
 }
 
-void halves(const Halves& of) {
-    for (int64_t i = 0; i < of.rows; ++i)
-        for (int64_t k = 0; k < of.columns; k += kSide) {
-            const __mmask16 there = first_of(of.columns - k);
-            const Split split(_mm512_maskz_loadu_ps(there, of.from + i * of.columns + k));
-            BFloat16* out = of.out + i * of.row_stride + k;
+void halves(const Halves& halves) {
+    for (int64_t i = 0; i < halves.rows; ++i)
+        for (int64_t k = 0; k < halves.columns; k += kSide) {
+            const __mmask16 there = first_of(halves.columns - k);
+            const Split split(_mm512_maskz_loadu_ps(there, halves.from + i * halves.columns + k));
+            BFloat16* out = halves.out + i * halves.row_stride + k;
             const auto store = [&](int part, __m256i values) {
-                _mm256_mask_storeu_epi16(out + part * of.part_stride, there, values);
+                _mm256_mask_storeu_epi16(out + part * halves.part_stride, there, values);
             };
             store(0, split.first);
-            if (of.parts == kHalves) {
+            if (halves.parts == kHalves) {
                 store(1, split.rest);
                 continue;
             }
-            store(1, of.left ? split.rest : split.first);
-            store(2, of.left ? split.first : split.rest);
+            store(1, halves.left ? split.rest : split.first);
+            store(2, halves.left ? split.first : split.rest);
         }
 }
 
@@ -160,20 +162,20 @@ void down_tiles(const BFloat16* x, int64_t x_row, int64_t rows, int64_t columns,
         first.fill(right, width, units);
         rest.fill(right + kSide, width, units);
         memory_barrier_of_tiles();
-        _tile_loadd(4, above.words, kTileBytes);
-        _tile_loadd(5, below.words, kTileBytes);
-        _tile_loadd(6, first.words, kTileBytes);
-        _tile_loadd(7, rest.words, kTileBytes);
+        _tile_loadd(4, above.words, kRowBytes);
+        _tile_loadd(5, below.words, kRowBytes);
+        _tile_loadd(6, first.words, kRowBytes);
+        _tile_loadd(7, rest.words, kRowBytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
         _tile_dpbf16ps(2, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
     }
     alignas(64) float more[2][kSide][kSide];
-    _tile_stored(0, sums[0], kTileBytes);
-    _tile_stored(1, sums[1], kTileBytes);
-    _tile_stored(2, more[0], kTileBytes);
-    _tile_stored(3, more[1], kTileBytes);
+    _tile_stored(0, sums[0], kRowBytes);
+    _tile_stored(1, sums[1], kRowBytes);
+    _tile_stored(2, more[0], kRowBytes);
+    _tile_stored(3, more[1], kRowBytes);
     memory_barrier_of_tiles();
     for (int64_t m = 0; m < kRows; ++m) {
         float* sum = sums[m / kSide][m % kSide];
@@ -254,7 +256,7 @@ void outer_block(const uint32_t* left, int64_t width, const uint32_t* right, int
             _tile_loadd(3, to + k + 3 * kSide, 4 * sums_row);
             for (int64_t i = 0; i < kHalves * steps; ++i) {
                 const uint32_t* b = right + i / kHalves * kSide * columns + k;
-                _tile_loadd(4, turned[i], kTileBytes);
+                _tile_loadd(4, turned[i], kRowBytes);
                 _tile_loadd(6, b, 4 * columns);
                 _tile_loadd(7, b + kSide, 4 * columns);
                 _tile_dpbf16ps(0, 4, 6);
@@ -272,7 +274,7 @@ void outer_block(const uint32_t* left, int64_t width, const uint32_t* right, int
         for (; k < columns; k += kSide) {
             _tile_loadd(0, to + k, 4 * sums_row);
             for (int64_t i = 0; i < kHalves * steps; ++i) {
-                _tile_loadd(4, turned[i], kTileBytes);
+                _tile_loadd(4, turned[i], kRowBytes);
                 _tile_loadd(6, right + i / kHalves * kSide * columns + k, 4 * columns);
                 _tile_dpbf16ps(0, 4, 6);
             }
@@ -313,15 +315,12 @@ void outer(const OuterArgs& args, int64_t first, int64_t last) {
 
 }  // namespace
 
-Kernels amx_kernels() {
-    const Kernels rest = avx512_kernels(Dtype::kBFloat16);
-    return {{kPair, int(kHalves * sizeof(uint32_t)), arrange},
-            rest.plain,
-            rest.keep_bytes,
-            down,
-            rest.up,
-            outer,
-            halves};
+void fill_amx(Kernels& kernels) {
+    ThinKernels& thin = kernels.thin[int(Dtype::kBFloat16)];
+    thin.arrangement = {.pair = kPair, .unit_size = int(kHalves * sizeof(uint32_t)), .arrange = arrange};
+    thin.down = down;
+    thin.outer = outer;
+    kernels.halves = halves;
 }
 
 }  // namespace lora

@@ -88,27 +88,7 @@ struct Avx2 {
 
 }  // namespace
 
-Kernels avx2_kernels(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::kHalf:
-            return Blocks<Single<Avx2, Half>>::kernels();
-        case Dtype::kBFloat16:
-            return Blocks<Single<Avx2, BFloat16>>::kernels();
-        default:
-            return Blocks<Single<Avx2, float>>::kernels();
-    }
-}
-
-RowKernels avx2_row_kernels(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::kHalf:
-            return Rows<Single<Avx2, Half>>::kernels();
-        case Dtype::kBFloat16:
-            return Rows<Single<Avx2, BFloat16>>::kernels();
-        default:
-            return Rows<Single<Avx2, float>>::kernels();
-    }
-}
+void fill_avx2(Kernels& kernels) { kernels = kernels_of<Avx2>(); }
 
 }  // namespace lora
 }  // namespace peftcore

@@ -6,27 +6,7 @@
 namespace peftcore {
 namespace lora {
 
-Kernels avx512_kernels(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::kHalf:
-            return Blocks<Single<Avx512, Half>>::kernels();
-        case Dtype::kBFloat16:
-            return Blocks<Single<Avx512, BFloat16>>::kernels();
-        default:
-            return Blocks<Single<Avx512, float>>::kernels();
-    }
-}
-
-RowKernels avx512_row_kernels(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::kHalf:
-            return Rows<Single<Avx512, Half>>::kernels();
-        case Dtype::kBFloat16:
-            return Rows<Single<Avx512, BFloat16>>::kernels();
-        default:
-            return Rows<Single<Avx512, float>>::kernels();
-    }
-}
+void fill_avx512(Kernels& kernels) { kernels = kernels_of<Avx512>(); }
 
 }  // namespace lora
 }  // namespace peftcore

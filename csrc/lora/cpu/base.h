@@ -1,8 +1,8 @@
 // The base's product with W, alone or with the thin product that goes the same way.
 #pragma once
 
+#include "cpu/kernels.h"
 #include "lora/arguments.h"
-#include "lora/cpu/kernels.h"
 
 namespace peftcore {
 namespace lora {
@@ -21,9 +21,9 @@ Tensor base_backward(const Tensor& dy, const Base& of);                         
 // The same with s Bᵀ, and with keep ∘ (t A), in the same sums, rounded once; or undefined where this
 // processor, dtype or shape has no product that takes them, and `up` must add them. Factors are fp32,
 // contiguous.
-Tensor joined(const Kernels& kernels, const Tensor& x, const Base& of, const std::optional<Tensor>& bias,
+Tensor joined(const CpuKernels& kernels, const Tensor& x, const Base& of, const std::optional<Tensor>& bias,
               const Tensor& s, const Tensor& b);
-Tensor joined_backward(const Kernels& kernels, const Tensor& dy, const Base& of, const Tensor& t,
+Tensor joined_backward(const CpuKernels& kernels, const Tensor& dy, const Base& of, const Tensor& t,
                        const Tensor& a, const Mask& keep);
 
 }  // namespace lora

@@ -1,32 +1,52 @@
-// The loops of kernels.h in products of fp32, the same for every dtype of x and every level:
-//
-//   struct Level {
-//     using T;                              what x and y hold
-//     static constexpr int kLanes, kRows;   of a vector of fp32 sums; rows that share a right vector
-//     using Vector;
-//     static Vector zero(), set(float), load(const T*), load(const float*), add(Vector, Vector), mul(Vector,
-//     Vector), fma(Vector, Vector, Vector); static void store(T*, Vector), store(float*, Vector);
-//     static Vector keep(Vector, uint32_t bits);                   zero where the bit is
-//     static void keep_bytes(...);                                 see dropout.h
-//     Optional: `count` <= 16 values that lie `stride` apart, followed by zeros, if it can:
-//     static bool gather(const float* from, int64_t stride, int64_t count, float* out);
-//   };
+// The loops of kernels.h in products of fp32, the same for every dtype of x and every level.
 //
 // A long sum is made of short ones, of kChain products each: its error grows with the root of its length, and
 // theirs of sixteen times less than that.
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstring>
 #include <type_traits>
 #include <vector>
 
+#include "common/caches.h"
 #include "common/integers.h"
 #include "lora/cpu/dropout.h"
 #include "lora/cpu/kernels.h"
 
 namespace peftcore {
 namespace lora {
+
+template <typename Simd, typename T>
+concept LoadsAndStores = requires(const T* from, T* to, typename Simd::Vector vector) {
+    { Simd::load(from) } -> std::same_as<typename Simd::Vector>;
+    Simd::store(to, vector);  // rounded to the nearest
+};
+
+template <typename Simd>
+concept Lanes = LoadsAndStores<Simd, float> && LoadsAndStores<Simd, Half> && LoadsAndStores<Simd, BFloat16> &&
+                requires(typename Simd::Vector v, float value, uint32_t bits, const Dropout& dropout,
+                         int64_t n, uint8_t* out) {
+                    { Simd::kLanes } -> std::convertible_to<int>;  // of a vector of fp32 sums
+                    { Simd::kRows } -> std::convertible_to<int>;   // that share a right vector
+                    { Simd::zero() } -> std::same_as<typename Simd::Vector>;
+                    { Simd::set(value) } -> std::same_as<typename Simd::Vector>;
+                    { Simd::add(v, v) } -> std::same_as<typename Simd::Vector>;
+                    { Simd::mul(v, v) } -> std::same_as<typename Simd::Vector>;
+                    { Simd::fma(v, v, v) } -> std::same_as<typename Simd::Vector>;   // a b + c
+                    { Simd::keep(v, bits) } -> std::same_as<typename Simd::Vector>;  // zero where the bit is
+                    {
+                        Simd::sums(&v)
+                    } -> std::same_as<typename Simd::Vector>;  // lane i: the sum of v[i]'s lanes
+                    Simd::keep_bytes(dropout, n, n, n, out);   // row, first, count: see dropout.h
+                };
+
+// A level may have `gather`: n <= 16 values that lie `stride` apart, followed by zeros, if it can.
+template <typename Simd>
+concept Gathers = requires(const float* from, int64_t stride, int64_t n, float* out) {
+    { Simd::gather(from, stride, n, out) } -> std::same_as<bool>;
+};
 
 template <typename Level, typename S>
 static inline typename Level::Vector load_some(const S* from, int64_t count) {
@@ -62,8 +82,8 @@ static inline void prefetch(const T* row, int64_t columns) {
 }
 
 // x of `Type` on the vectors of `Simd`.
-template <typename Simd, typename Type>
-struct Single : Simd {
+template <Lanes Simd, typename Type>
+struct Of : Simd {
     using T = Type;
 };
 
@@ -84,11 +104,12 @@ struct Blocks {
     static constexpr int64_t kChain = 64;
     // A block of x that `outer` arranges: it stays in the second cache.
     static constexpr int64_t kBlockRows = kChain, kBlockColumns = 256, kAhead = 8;
+    static_assert(kBlockRows * kBlockColumns * sizeof(float) <= kSmallestSecond / 2);
 
     static int64_t padded(int64_t count) { return filled_up(count, kLanes); }
 
-    // sums[m][v] = the sum over i of left[m * left_row + i * left_inner] right[i * right_inner + v * kLanes
-    // ..]
+    // The sum over i of left row m and right columns v * kLanes ..:
+    //   sums[m][v] = left[m * left_row + i * left_inner] right[i * right_inner + v * kLanes ..]
     template <int R, int V>
     static inline __attribute__((always_inline)) void multiply(const float* left, int64_t left_row,
                                                                int64_t left_inner, const float* right,
@@ -135,7 +156,7 @@ struct Blocks {
             for (int64_t i = 0; i < inner; ++i) {
                 const float* row = from + i * inner_stride + begin * outer_stride;
                 float* line = out + i * width + begin;
-                if constexpr (requires { Level::gather; })
+                if constexpr (Gathers<Level>)
                     if (Level::gather(row, outer_stride, count, line)) continue;
                 for (int64_t j = 0; j < count; ++j) line[j] = row[j * outer_stride];
                 for (int64_t j = count; j < kWidthMultiple; ++j) line[j] = 0;
@@ -277,9 +298,14 @@ struct Blocks {
             }
     }
 
-    static Kernels kernels() {
-        const Arrangement plain{1, int(sizeof(float)), arrange};
-        return {plain, plain, Level::keep_bytes, down, up, outer};
+    static ThinKernels kernels() {
+        const Arrangement plain{.pair = 1, .unit_size = int(sizeof(float)), .arrange = arrange};
+        return {.arrangement = plain,
+                .plain = plain,
+                .keep_bytes = Level::keep_bytes,
+                .down = down,
+                .up = up,
+                .outer = outer};
     }
 };
 

@@ -68,9 +68,10 @@ struct OuterArgs {
 };
 
 // A matrix of fp32 as bf16 halves: a first value, rounded, and what that leaves, rounded. Two parts are just
-// these. Of the products of two matrices all but the smallest are in [first, rest, first] [first, first,
-// rest]ᵀ: three parts, so that a sum over the inner dimension has them. Part p of row i begins at out + i *
-// row_stride + p * part_stride.
+// these. Of the products of two matrices all but the smallest are in
+//   [first, rest, first] [first, first, rest]ᵀ
+// three parts, so that a sum over the inner dimension has them. Part p of row i begins at
+//   out + i * row_stride + p * part_stride
 struct Halves {
     const float* from;  // [rows, columns]
     int64_t rows, columns;
@@ -80,7 +81,7 @@ struct Halves {
     BFloat16* out;
 };
 
-struct Kernels {
+struct ThinKernels {
     Arrangement arrangement;
     Arrangement plain;  // [inner][width] fp32, of `up`
     // As in dropout.h.
@@ -88,7 +89,6 @@ struct Kernels {
     void (*down)(const DownArgs&, int64_t first_row, int64_t last_row);
     void (*up)(const UpArgs&, int64_t first_row, int64_t last_row);
     void (*outer)(const OuterArgs&, int64_t first_row, int64_t last_row);  // first: multiple of kRowGrain
-    void (*halves)(const Halves&) = nullptr;                               // of tiles
 };
 
 // For one row, fp32 in between; by the dtype of what they read (see rows.h). Buffers have room for 16 more.
@@ -101,14 +101,17 @@ struct RowKernels {
 constexpr int kWidthMultiple = 16;  // of `width`
 constexpr int kColumnGrain = 32, kRowGrain = 64;
 
-Kernels portable_kernels(Dtype dtype);
-Kernels avx2_kernels(Dtype dtype);
-Kernels avx512_kernels(Dtype dtype);
-Kernels amx_kernels();  // bf16
+// By Dtype.
+struct Kernels {
+    ThinKernels thin[kDtypes];
+    RowKernels row[kDtypes];
+    void (*halves)(const Halves&) = nullptr;  // of the factors of a gemm::Addend
+};
 
-RowKernels portable_row_kernels(Dtype dtype);
-RowKernels avx2_row_kernels(Dtype dtype);
-RowKernels avx512_row_kernels(Dtype dtype);
+void fill_portable(Kernels&);
+void fill_avx2(Kernels&);
+void fill_avx512(Kernels&);
+void fill_amx(Kernels&);
 
 }  // namespace lora
 }  // namespace peftcore

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "cpu/kernels.h"
 #include "lora/cpu/base.h"
 #include "lora/cpu/thin.h"
 
@@ -30,17 +31,18 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
     const Tensor flat = matrix(x);
     const Base of{weight, x.size(-1), out_features, quantized, op};
     const Tensor s = at::empty({flat.size(0), r}, x.options().dtype(at::kFloat));
-    const Kernels kernels = choose(kernel_dtype(x.scalar_type(), op));
+    const CpuKernels& kernels = cpu_kernels();
+    const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
     Tensor y;
     if (s.numel() != 0) {
-        const Kept keep = kept(kernels, dropout, flat);
-        const Factor right = arranged(kernels.arrangement, floats(a), true);
-        down(kernels, down_args(flat, right, factor_of(scale, dropout), keep.mask, s), flat.size(0));
+        const Kept keep = kept(thin, dropout, flat);
+        const Factor right = arranged(thin.arrangement, floats(a), true);
+        down(thin, down_args(flat, right, factor_of(scale, dropout), keep.mask, s), flat.size(0));
         y = joined(kernels, flat, of, bias, s, floats(b));
     }
     if (!y.defined()) {
         y = base(flat, of, bias);
-        if (s.numel() != 0 && y.numel() != 0) up(kernels, y, s, arranged(kernels.plain, floats(b), true), {});
+        if (s.numel() != 0 && y.numel() != 0) up(thin, y, s, arranged(thin.plain, floats(b), true), {});
     }
     return {y.view(with_last(x, out_features)), s};
 }
@@ -76,24 +78,25 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     if (nothing) {
         if (needs[0]) dx = base_backward(rows, of);
     } else {
-        const Kernels kernels = choose(kernel_dtype(x.scalar_type(), op));
+        const CpuKernels& kernels = cpu_kernels();
+        const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
         const Tensor t = at::empty({count, r}, s.options());
         const bool needs_t = needs[0] || needs[1];
-        const Factor right = needs_t ? arranged(kernels.arrangement, floats(b), false) : Factor{};
+        const Factor right = needs_t ? arranged(thin.arrangement, floats(b), false) : Factor{};
         const DownArgs makes_t =
             needs_t ? down_args(rows, right, factor_of(scale, dropout), {}, t) : DownArgs{};
         if (needs[2])
-            outer(kernels, rows, s.contiguous(), db, true, {}, needs_t ? &makes_t : nullptr);
+            outer(thin, rows, s.contiguous(), db, true, {}, needs_t ? &makes_t : nullptr);
         else if (needs_t)
-            down(kernels, makes_t, count);
-        const Kept keep = needs_t ? kept(kernels, dropout, flat) : Kept{};
-        if (needs[1]) outer(kernels, flat, t, da, false, keep.mask, nullptr);
+            down(thin, makes_t, count);
+        const Kept keep = needs_t ? kept(thin, dropout, flat) : Kept{};
+        if (needs[1]) outer(thin, flat, t, da, false, keep.mask, nullptr);
         if (needs[0]) {
             const Tensor factor = floats(a);
             dx = joined_backward(kernels, rows, of, t, factor, keep.mask);
             if (!dx.defined()) {
                 dx = base_backward(rows, of);
-                up(kernels, dx, t, arranged(kernels.plain, factor, false), keep.mask);
+                up(thin, dx, t, arranged(thin.plain, factor, false), keep.mask);
             }
         }
     }

@@ -4,7 +4,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "common/cpu_features.h"
+#include "cpu/kernels.h"
 #include "lora/cpu/base.h"
 #include "lora/cpu/thin.h"
 
@@ -12,20 +12,8 @@ namespace peftcore {
 namespace lora {
 namespace {
 
-RowKernels choose_rows(Dtype dtype) {
-    switch (cpu_level()) {
-#if defined(PEFTCORE_HAVE_AVX512)
-        case CpuLevel::kAmx:
-        case CpuLevel::kAvx512:
-            return avx512_row_kernels(dtype);
-#endif
-#if defined(PEFTCORE_HAVE_AVX2)
-        case CpuLevel::kAvx2:
-            return avx2_row_kernels(dtype);
-#endif
-        default:
-            return portable_row_kernels(dtype);
-    }
+const RowKernels& row_kernels(at::ScalarType dtype, const char* op) {
+    return cpu_kernels().lora.row[int(kernel_dtype(dtype, op))];
 }
 
 // Rows of x that pass through one adapter: below, its factors are read as they lie.
@@ -36,7 +24,7 @@ constexpr int64_t kRoom = 16;  // see RowKernels
 void add_rows(const Tensor& x, const Tensor& y, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
               at::ArrayRef<double> scales, const std::vector<std::pair<int64_t, int64_t>>& rows,
               const char* op) {
-    const RowKernels of_x = choose_rows(kernel_dtype(x.scalar_type(), op));
+    const RowKernels& of_x = row_kernels(x.scalar_type(), op);
     const int64_t columns = x.size(1), out_features = y.size(1);
     at::parallel_for(0, int64_t(rows.size()), 1, [&](int64_t first, int64_t last) {
         std::vector<float> wide(size_t(columns + kRoom)), s, delta(size_t(out_features + kRoom));
@@ -47,10 +35,10 @@ void add_rows(const Tensor& x, const Tensor& y, const std::vector<Tensor>& a, co
             s.resize(size_t(r + kRoom));
             of_x.widen(static_cast<const char*>(x.const_data_ptr()) + row * columns * x.element_size(),
                        columns, wide.data());
-            choose_rows(kernel_dtype(down.scalar_type(), op))
+            row_kernels(down.scalar_type(), op)
                 .multiply(wide.data(), down.const_data_ptr(), columns, r, s.data());
             for (int64_t j = 0; j < r; ++j) s[size_t(j)] *= float(scales[size_t(which)]);
-            choose_rows(kernel_dtype(up.scalar_type(), op))
+            row_kernels(up.scalar_type(), op)
                 .multiply(s.data(), up.const_data_ptr(), r, out_features, delta.data());
             of_x.add(delta.data(), out_features,
                      static_cast<char*>(y.mutable_data_ptr()) + row * out_features * y.element_size());
@@ -84,7 +72,7 @@ Tensor lora_linear_per_sample(const Tensor& x, const Tensor& weight, const std::
         if (of[i] >= 0) total[size_t(of[i])] += count;
     }
     if (y.numel() == 0) return y.view(with_last(x, out_features));
-    const Kernels kernels = choose(kernel_dtype(x.scalar_type(), op));
+    const ThinKernels& kernels = cpu_kernels().lora.thin[int(kernel_dtype(x.scalar_type(), op))];
     std::vector<Tensor> few_a(a.size()), few_b(a.size());
     std::vector<std::pair<int64_t, int64_t>> few;
     for (size_t i = 0; i < a.size(); ++i) {

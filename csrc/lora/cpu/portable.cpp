@@ -51,27 +51,7 @@ struct Portable {
 
 }  // namespace
 
-Kernels portable_kernels(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::kHalf:
-            return Blocks<Single<Portable, Half>>::kernels();
-        case Dtype::kBFloat16:
-            return Blocks<Single<Portable, BFloat16>>::kernels();
-        default:
-            return Blocks<Single<Portable, float>>::kernels();
-    }
-}
-
-RowKernels portable_row_kernels(Dtype dtype) {
-    switch (dtype) {
-        case Dtype::kHalf:
-            return Rows<Single<Portable, Half>>::kernels();
-        case Dtype::kBFloat16:
-            return Rows<Single<Portable, BFloat16>>::kernels();
-        default:
-            return Rows<Single<Portable, float>>::kernels();
-    }
-}
+void fill_portable(Kernels& kernels) { kernels = kernels_of<Portable>(); }
 
 }  // namespace lora
 }  // namespace peftcore

@@ -1,9 +1,6 @@
 // The thin products for a single row, straight from A and B: for adapters that act on few rows, where
 // arranging the factors (see blocks.h) costs more than using them. Products and sums are fp32, factors not
 // rounded.
-//
-//   struct Simd { ...; static Vector sums(const Vector* v); };     lane i: the sum of v[i]'s lanes, i <
-//   kLanes
 #pragma once
 
 #include "lora/cpu/blocks.h"
@@ -29,10 +26,11 @@ struct Rows {
                               Level::add(load_some<Level>(y + n, count - n), Level::load(from + n)));
     }
 
-    // out[i] = the sum over j < inner of x[j] factor[i * inner + j], for i < outer; x and out have room for
-    // kLanes more.
-    static void multiply(const float* x, const void* of, int64_t inner, int64_t outer, float* out) {
-        const T* factor = static_cast<const T*>(of);
+    // The sums over j < inner, for i < outer:
+    //   out[i] = x[j] factor[i * inner + j]
+    // x and out have room for kLanes more.
+    static void multiply(const float* x, const void* matrix, int64_t inner, int64_t outer, float* out) {
+        const T* factor = static_cast<const T*>(matrix);
         for (int64_t begin = 0; begin < outer; begin += kLanes) {
             Vector parts[kLanes];
             for (int i = 0; i < kLanes; ++i) parts[i] = Level::zero();
@@ -57,8 +55,16 @@ struct Rows {
         }
     }
 
-    static RowKernels kernels() { return {widen, add, multiply}; }
+    static RowKernels kernels() { return {.widen = widen, .add = add, .multiply = multiply}; }
 };
+
+template <Lanes Simd>
+static Kernels kernels_of() {
+    return {.thin = {Blocks<Of<Simd, float>>::kernels(), Blocks<Of<Simd, Half>>::kernels(),
+                     Blocks<Of<Simd, BFloat16>>::kernels()},
+            .row = {Rows<Of<Simd, float>>::kernels(), Rows<Of<Simd, Half>>::kernels(),
+                    Rows<Of<Simd, BFloat16>>::kernels()}};
+}
 
 }  // namespace lora
 }  // namespace peftcore

@@ -3,7 +3,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
-#include "common/cpu_features.h"
+#include "common/caches.h"
 #include "lora/cpu/dropout.h"
 
 namespace peftcore {
@@ -16,7 +16,9 @@ constexpr int64_t kProductsPerTask = 1 << 17, kCountersPerTask = 1 << 12;
 // alone, whatever the number of threads.
 constexpr int64_t kGroupRows = 256;
 constexpr int64_t kAllSums = int64_t(1) << 23;  // of all groups: 32 MB; beyond, groups have more rows
-constexpr int64_t kOwnSums = int64_t(1) << 17;  // of a task: they stay in the second cache
+
+// Of a task: they stay in the second cache, beside the rows that pass by. No sum depends on it.
+int64_t own_sums() { return std::min(caches().second / 2, int64_t(512) << 10) / int64_t(sizeof(float)); }
 
 // The sums of `outer`: groups of rows, by parts of columns, each [width][its columns, filled up]. What is
 // divided by the number of threads changes no sum.
@@ -29,7 +31,7 @@ struct Division {
         group_rows = filled_up(ceil_div(rows, std::min(most, ceil_div(rows, kGroupRows))), kRowGrain);
         groups = ceil_div(rows, group_rows);
         group_size = width * filled;
-        part = std::min(filled, filled_up(std::max<int64_t>(1, kOwnSums / width), kColumnGrain));
+        part = std::min(filled, filled_up(std::max<int64_t>(1, own_sums() / width), kColumnGrain));
         const int64_t threads = at::get_num_threads();
         if (groups < threads)
             part = std::min(part, filled_up(ceil_div(columns, ceil_div(threads, groups)), kColumnGrain));
@@ -63,26 +65,6 @@ void add_groups(const Division& of, const float* sums, int64_t r, float* out, in
 
 }  // namespace
 
-Kernels choose(Dtype dtype) {
-    switch (cpu_level()) {
-#if defined(PEFTCORE_HAVE_AVX512)
-        case CpuLevel::kAmx:
-#if defined(PEFTCORE_HAVE_AMX)
-            if (dtype == Dtype::kBFloat16) return amx_kernels();
-#endif
-            [[fallthrough]];
-        case CpuLevel::kAvx512:
-            return avx512_kernels(dtype);
-#endif
-#if defined(PEFTCORE_HAVE_AVX2)
-        case CpuLevel::kAvx2:
-            return avx2_kernels(dtype);
-#endif
-        default:
-            return portable_kernels(dtype);
-    }
-}
-
 Factor arranged(const Arrangement& arrangement, const Tensor& from, bool transposed) {
     const int64_t rows = from.size(0), columns = from.size(1);
     const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
@@ -95,7 +77,7 @@ Factor arranged(const Arrangement& arrangement, const Tensor& from, bool transpo
     return {memory, width};
 }
 
-Kept kept(const Kernels& kernels, const Dropout& dropout, const Tensor& x) {
+Kept kept(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x) {
     if (dropout.threshold == 0) return {};
     const int64_t rows = x.size(0), counters = ceil_div(x.size(1), kColumnsPerCounter);
     const int64_t stride = filled_up(counters, kCounters);
@@ -113,12 +95,12 @@ DownArgs down_args(const Tensor& x, const Factor& right, float factor, const Mas
             s.size(1),          factor,    keep,          s.mutable_data_ptr<float>()};
 }
 
-void down(const Kernels& kernels, const DownArgs& args, int64_t rows) {
+void down(const ThinKernels& kernels, const DownArgs& args, int64_t rows) {
     at::parallel_for(0, rows, ceil_div(kProductsPerTask, std::max<int64_t>(1, args.columns * args.r)),
                      [&](int64_t first, int64_t last) { kernels.down(args, first, last); });
 }
 
-void up(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep) {
+void up(const ThinKernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep) {
     const int64_t r = s.size(1), columns = y.size(1);
     const UpArgs args{
         y.mutable_data_ptr(), columns, s.const_data_ptr<float>(), r, static_cast<const float*>(right.units()),
@@ -128,8 +110,8 @@ void up(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& 
                      [&](int64_t first, int64_t last) { kernels.up(args, first, last); });
 }
 
-void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out, bool transposed,
-           const Mask& keep, const DownArgs* down_too) {
+void outer(const ThinKernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out,
+           bool transposed, const Mask& keep, const DownArgs* down_too) {
     const int64_t rows = x.size(0), columns = x.size(1), r = left.size(1);
     const Factor factor = arranged(kernels.arrangement, left, false);
     const Division of(rows, columns, factor.width);

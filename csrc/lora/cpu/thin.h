@@ -8,9 +8,6 @@
 namespace peftcore {
 namespace lora {
 
-// The kernels of the SIMD level in use.
-Kernels choose(Dtype dtype);
-
 // A factor [inner, outer] as a kernel reads it (see kernels.h).
 struct Factor {
     Tensor memory;
@@ -27,18 +24,18 @@ struct Kept {
     Mask mask;
 };
 
-Kept kept(const Kernels& kernels, const Dropout& dropout, const Tensor& x);
+Kept kept(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x);
 
 DownArgs down_args(const Tensor& x, const Factor& right, float factor, const Mask& keep, const Tensor& s);
-void down(const Kernels& kernels, const DownArgs& args, int64_t rows);
+void down(const ThinKernels& kernels, const DownArgs& args, int64_t rows);
 
 // y += keep ∘ (s right), right in the plain arrangement.
-void up(const Kernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep);
+void up(const ThinKernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep);
 
 // out [r, columns] = leftᵀ (keep ∘ x); transposed: [columns, r]. `down_too`, if given, is of the same x and
 // goes along, so that x comes from memory once.
-void outer(const Kernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out, bool transposed,
-           const Mask& keep, const DownArgs* down_too);
+void outer(const ThinKernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out,
+           bool transposed, const Mask& keep, const DownArgs* down_too);
 
 }  // namespace lora
 }  // namespace peftcore

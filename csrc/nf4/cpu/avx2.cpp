@@ -162,7 +162,7 @@ struct Avx2 {
 
 }  // namespace
 
-Kernels avx2_kernels() { return {quantize_any<Avx2>, dequantize_any<Avx2>}; }
+void fill_avx2(Kernels& kernels) { kernels = kernels_of<Avx2>(); }
 
 }  // namespace nf4
 }  // namespace peftcore

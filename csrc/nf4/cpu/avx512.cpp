@@ -138,7 +138,7 @@ struct Avx512 {
 
 }  // namespace
 
-Kernels avx512_kernels() { return {quantize_any<Avx512>, dequantize_any<Avx512>}; }
+void fill_avx512(Kernels& kernels) { kernels = kernels_of<Avx512>(); }
 
 }  // namespace nf4
 }  // namespace peftcore

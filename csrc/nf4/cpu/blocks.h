@@ -1,19 +1,29 @@
 // The loops over blocks that all SIMD levels share; a level supplies what happens inside one.
-//
-//   struct Level {
-//     struct Encoder { explicit Encoder(const Codebook&); };                      tables in registers
-//     template <T> static uint32_t absmax_bits(const T* x, int64_t count);       count % 32 == 0
-//     template <T> static void encode(const T* x, int64_t count, float inverse, const Encoder&, uint8_t*
-//     out); struct Decoder { explicit Decoder(const float* code); }; template <T> static void decode(const
-//     uint8_t*, int64_t count, float scale, const Decoder&, T*, bool stream); static void fence(); after
-//     streaming stores
-//   };
 #pragma once
 
+#include <concepts>
+
+#include "common/caches.h"
 #include "nf4/cpu/kernels.h"
 
 namespace peftcore {
 namespace nf4 {
+
+// Of values of type T, whose count is a multiple of 32.
+template <typename Level, typename T>
+concept BlocksOf =
+    requires(const T* x, T* y, int64_t count, float factor, uint8_t* codes, const uint8_t* packed,
+             const typename Level::Encoder& encoder, const typename Level::Decoder& decoder) {
+        { Level::absmax_bits(x, count) } -> std::same_as<uint32_t>;  // the largest magnitude_bits
+        Level::encode(x, count, factor, encoder, codes);             // of x[i] factor
+        Level::decode(packed, count, factor, decoder, y, true);      // times factor; true: around the cache
+    };
+
+template <typename Level>
+concept Blocks =
+    BlocksOf<Level, float> && BlocksOf<Level, Half> && BlocksOf<Level, BFloat16> &&
+    std::constructible_from<typename Level::Encoder, const Codebook&> &&
+    std::constructible_from<typename Level::Decoder, const float*> && requires { Level::fence(); };
 
 // NaN-propagating max of |x| on bit patterns: as integers, magnitudes order like floats with NaN above
 // infinity.
@@ -43,8 +53,9 @@ static void quantize_partial_block(const T* x, int64_t count, const Codebook& bo
 // Blocks go in groups that stay in the first cache, a pass for scales, one for their reciprocals, and one for
 // codes: within one block each of these waits for the one before.
 constexpr int kGroupValues = 2048;
+static_assert(kGroupValues * sizeof(float) <= kSmallestFirst / 2);
 
-template <typename Level, typename T>
+template <Blocks Level, typename T>
 static void quantize_blocks(const QuantizeCall& args, int64_t first, int64_t last) {
     const T* x = static_cast<const T*>(args.x);
     const int64_t size = args.blocksize;
@@ -72,7 +83,7 @@ static void quantize_blocks(const QuantizeCall& args, int64_t first, int64_t las
     }
 }
 
-template <typename Level, typename T>
+template <Blocks Level, typename T>
 static void dequantize_blocks(const DequantizeCall& args, int64_t first, int64_t last) {
     const WeightView& weight = args.weight;
     T* out = static_cast<T*>(args.out);
@@ -93,8 +104,8 @@ static void dequantize_blocks(const DequantizeCall& args, int64_t first, int64_t
     if (args.stream) Level::fence();
 }
 
-template <typename Level>
-static void quantize_any(const QuantizeCall& args, int64_t first, int64_t last) {
+template <Blocks Level>
+static void quantize(const QuantizeCall& args, int64_t first, int64_t last) {
     switch (args.dtype) {
         case Dtype::kFloat:
             return quantize_blocks<Level, float>(args, first, last);
@@ -105,8 +116,8 @@ static void quantize_any(const QuantizeCall& args, int64_t first, int64_t last) 
     }
 }
 
-template <typename Level>
-static void dequantize_any(const DequantizeCall& args, int64_t first, int64_t last) {
+template <Blocks Level>
+static void dequantize(const DequantizeCall& args, int64_t first, int64_t last) {
     switch (args.dtype) {
         case Dtype::kFloat:
             return dequantize_blocks<Level, float>(args, first, last);
@@ -115,6 +126,11 @@ static void dequantize_any(const DequantizeCall& args, int64_t first, int64_t la
         case Dtype::kBFloat16:
             return dequantize_blocks<Level, BFloat16>(args, first, last);
     }
+}
+
+template <Blocks Level>
+static Kernels kernels_of() {
+    return {.quantize = quantize<Level>, .dequantize = dequantize<Level>};
 }
 
 }  // namespace nf4

@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "common/cpu_features.h"
 #include "nf4/nf4.h"
 #include "weight/view.h"
 
@@ -28,13 +27,13 @@ struct DequantizeCall {
 };
 
 struct Kernels {
-    void (*quantize)(const QuantizeCall&, int64_t first_block, int64_t last_block);
-    void (*dequantize)(const DequantizeCall&, int64_t first_block, int64_t last_block);
+    void (*quantize)(const QuantizeCall&, int64_t first_block, int64_t last_block) = nullptr;
+    void (*dequantize)(const DequantizeCall&, int64_t first_block, int64_t last_block) = nullptr;
 };
 
-Kernels portable_kernels();
-Kernels avx2_kernels();
-Kernels avx512_kernels();
+void fill_portable(Kernels&);
+void fill_avx2(Kernels&);
+void fill_avx512(Kernels&);
 
 }  // namespace nf4
 }  // namespace peftcore

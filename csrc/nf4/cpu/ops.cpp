@@ -9,26 +9,12 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/caches.h"
+#include "cpu/kernels.h"
 #include "nf4/cpu/dequantize.h"
 
 namespace peftcore {
 namespace nf4 {
-
-Kernels kernels() {
-    switch (cpu_level()) {
-#if defined(PEFTCORE_HAVE_AVX512)
-        case CpuLevel::kAmx:
-        case CpuLevel::kAvx512:
-            return avx512_kernels();
-#endif
-#if defined(PEFTCORE_HAVE_AVX2)
-        case CpuLevel::kAvx2:
-            return avx2_kernels();
-#endif
-        default:
-            return portable_kernels();
-    }
-}
 
 WeightView view_of(const Packed& packed, int64_t columns) {
     WeightView view;
@@ -47,17 +33,17 @@ WeightView view_of(const Packed& packed, int64_t columns) {
     return view;
 }
 
-bool has_tiles(const WeightView& weight) {
-    return gemm::available() && weight.columns % kTileBlock == 0 &&
+bool has_tiles(const CpuKernels& kernels, const WeightView& weight) {
+    return kernels.packed.plain.unpack != nullptr && weight.columns % kTileBlock == 0 &&
            (int64_t(1) << weight.shift) >= kTileBlock;
 }
 
 namespace {
 
 constexpr int64_t kValuesPerTask = 32768;
-// From here on writing around the cache is faster: measured against ordinary stores with 32 MB of third-level
-// cache, which still holds part of an output several times its size.
-constexpr int64_t kStreamBytes = int64_t(128) << 20;
+// From here on writing around the caches is faster. Measured against ordinary stores with 32 MB of third cache,
+// which still holds part of an output several times its size; one that many cores share, of less.
+int64_t stream_bytes() { return std::min(4 * caches().third, int64_t(128) << 20); }
 
 int64_t grain(int64_t blocksize) { return std::max<int64_t>(1, kValuesPerTask / blocksize); }
 
@@ -85,7 +71,7 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& code, in
     args.book = make_codebook(book.const_data_ptr<float>());
     args.codes = packed.mutable_data_ptr<uint8_t>();
     args.absmax = absmax.mutable_data_ptr<float>();
-    const Kernels level = kernels();
+    const Kernels& level = cpu_kernels().nf4;
     at::parallel_for(0, blocks, grain(blocksize),
                      [&](int64_t first, int64_t last) { level.quantize(args, first, last); });
     return {packed, absmax};
@@ -96,8 +82,8 @@ void dequantize_into(const Packed& packed, const Tensor& out) {
     args.weight = view_of(packed, packed.count);
     args.dtype = kernel_dtype(out.scalar_type(), "dequantize_4bit");
     args.out = out.mutable_data_ptr();
-    args.stream = out.nbytes() >= size_t(kStreamBytes) && reinterpret_cast<uintptr_t>(args.out) % 64 == 0;
-    const Kernels level = kernels();
+    args.stream = out.nbytes() >= size_t(stream_bytes()) && reinterpret_cast<uintptr_t>(args.out) % 64 == 0;
+    const Kernels& level = cpu_kernels().nf4;
     at::parallel_for(0, packed.scales.numel(), grain(packed.blocksize),
                      [&](int64_t first, int64_t last) { level.dequantize(args, first, last); });
 }

@@ -62,7 +62,7 @@ struct Portable {
 
 }  // namespace
 
-Kernels portable_kernels() { return {quantize_any<Portable>, dequantize_any<Portable>}; }
+void fill_portable(Kernels& kernels) { kernels = kernels_of<Portable>(); }
 
 }  // namespace nf4
 }  // namespace peftcore

@@ -115,7 +115,7 @@ struct Avx2 {
 
 }  // namespace
 
-Kernels avx2_kernels() { return kernels_of<Avx2>(); }
+void fill_avx2(Kernels& kernels) { kernels = kernels_of<Avx2>(); }
 
 }  // namespace optim
 }  // namespace peftcore

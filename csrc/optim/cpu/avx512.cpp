@@ -182,7 +182,7 @@ struct Avx512 {
 
 }  // namespace
 
-Kernels avx512_kernels() { return kernels_of<Avx512>(); }
+void fill_avx512(Kernels& kernels) { kernels = kernels_of<Avx512>(); }
 
 }  // namespace optim
 }  // namespace peftcore

@@ -1,7 +1,6 @@
 // What each SIMD level supplies. All levels give the same bits.
 #pragma once
 
-#include "common/cpu_features.h"
 #include "optim/dynamic8.h"
 #include "optim/optim.h"
 
@@ -23,9 +22,9 @@ struct Kernels {
     void (*momentum)(float* p, const float* g, float* buffer, int64_t count, const Momentum&);
 };
 
-Kernels portable_kernels();
-Kernels avx2_kernels();
-Kernels avx512_kernels();
+void fill_portable(Kernels&);
+void fill_avx2(Kernels&);
+void fill_avx512(Kernels&);
 
 // Updates the elements of all segments, the work shared evenly between threads, of which each takes at least
 // `blocks_per_task` blocks of 256 elements.

@@ -4,30 +4,17 @@
 
 #include <algorithm>
 
-#include "optim/cpu/kernels.h"
+#include "common/caches.h"
+#include "cpu/kernels.h"
 #include "optim/paged.h"
 
 namespace peftcore {
 namespace optim {
 namespace {
 
-constexpr int64_t kSpan = 2048;  // 16-bit values are widened in pieces that stay in the first cache
-
-Kernels kernels() {
-    switch (cpu_level()) {
-#if defined(PEFTCORE_HAVE_AVX512)
-        case CpuLevel::kAmx:
-        case CpuLevel::kAvx512:
-            return avx512_kernels();
-#endif
-#if defined(PEFTCORE_HAVE_AVX2)
-        case CpuLevel::kAvx2:
-            return avx2_kernels();
-#endif
-        default:
-            return portable_kernels();
-    }
-}
+// 16-bit values are widened in pieces, of parameters and gradients, that stay in the first cache.
+constexpr int64_t kSpan = 2048;
+static_assert(2 * kSpan * sizeof(float) <= kSmallestFirst);
 
 int64_t bytes_of(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
 
@@ -107,7 +94,7 @@ void update(Rule rule, const Segment* segments, size_t count, const Scalars* row
     // Threads share the blocks of all segments, so a thousand small ones scale as one large one does.
     std::vector<int64_t> first_block(count + 1, 0);
     for (size_t i = 0; i < count; ++i) first_block[i + 1] = first_block[i] + blocks_of(segments[i].count);
-    const Kernels level = kernels();
+    const Kernels& level = cpu_kernels().optim;
     at::parallel_for(0, first_block[count], blocks_per_task, [&](int64_t first, int64_t last) {
         size_t i = std::upper_bound(first_block.begin(), first_block.end(), first) - first_block.begin() - 1;
         for (int64_t block = first; block < last; block = first_block[++i]) {

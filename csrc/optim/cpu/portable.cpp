@@ -39,7 +39,7 @@ struct Portable : Scalar {
 
 }  // namespace
 
-Kernels portable_kernels() { return kernels_of<Portable>(); }
+void fill_portable(Kernels& kernels) { kernels = kernels_of<Portable>(); }
 
 }  // namespace optim
 }  // namespace peftcore

@@ -42,6 +42,8 @@ def doctor() -> None:
             ("  built with PyTorch", build.torch_built_with),
             ("  SIMD level", f"{build.cpu_level} (this CPU can: {', '.join(build.cpu_levels)})"),
             ("  CUDA", ", ".join(build.cuda_architectures) or f"none: {build.cuda_missing_because}"),
+            ("  kernels out of reach", ", ".join(build.out_of_reach) or "none: this machine runs all that were built"),
+            ("  caches", ", ".join(f"{size >> 10:,} KiB" for size in build.caches)),
         ]
     missing = []
     for name, (used_for, extra) in LIBRARIES.items():

@@ -1,6 +1,7 @@
+// A dense W as the right side of a product.
 #include <cstring>
 
-#include "gemm/cpu/dense/dense.h"
+#include "gemm/cpu/kernels.h"
 #include "gemm/cpu/transpose.h"
 
 namespace peftcore {
@@ -23,12 +24,12 @@ void transpose_some(const uint16_t* from, int64_t stride, int64_t rows, int64_t 
 // 16 rows of W, a cache line of each at a time.
 void unpack_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last,
                        int64_t stride, uint32_t* out) {
-    const Dense& weight = *static_cast<const Dense*>(source);
+    const WeightView& weight = *static_cast<const WeightView*>(source);
     constexpr int kHalves = kTileColumns / kRows;
     for (int i = 0; i < kHalves * tiles; ++i) {
         const int64_t row = column + i * kRows, rows = weight.rows - row;
         if (rows <= 0) return;
-        const uint16_t* from = reinterpret_cast<const uint16_t*>(weight.values) + row * weight.columns;
+        const uint16_t* from = static_cast<const uint16_t*>(weight.dense) + row * weight.columns;
         uint32_t* to = out + i / kHalves * stride + i % kHalves * kRows;
         for (int64_t k = first; k < last; k += kLine) {
             const int64_t end = last - k < kLine ? last : k + kLine;
@@ -50,11 +51,11 @@ void unpack_transposed(const void* source, int64_t column, int tiles, int64_t fi
 // Two rows at a time: even columns come apart from odd ones.
 void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, int64_t last, int64_t stride,
                   uint32_t* out) {
-    const Dense& weight = *static_cast<const Dense*>(source);
+    const WeightView& weight = *static_cast<const WeightView*>(source);
     const int64_t columns = weight.columns;
     constexpr int64_t kAhead = 16;  // rows
     for (int64_t n = first; n < last; n += 2, out += kTileColumns) {
-        const BFloat16* above = weight.values + n * columns + column;
+        const BFloat16* above = static_cast<const BFloat16*>(weight.dense) + n * columns + column;
         const BFloat16* below = above + columns;
         for (int tile = 0; tile < tiles; ++tile, above += kTileColumns, below += kTileColumns) {
             const int64_t left = columns - column - tile * kTileColumns;
@@ -73,9 +74,10 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
 
 }  // namespace
 
-Tiles transposed(const Dense& weight) { return {&weight, unpack_transposed, false}; }
-
-Tiles plain(const Dense& weight) { return {&weight, unpack_plain, true}; }
+void fill_avx512bf16(DenseReader& reader) {
+    reader = {.transposed = {.unpack = unpack_transposed, .even_odd = false},
+              .plain = {.unpack = unpack_plain, .even_odd = true}};
+}
 
 }  // namespace gemm
 }  // namespace peftcore

@@ -58,14 +58,14 @@ inline void unpack(const WeightView& weight, __m512 code, int64_t first_row, int
 // W's rows go through tiles 4 and 5, x's through 6 and 7.
 template <bool kBoth>
 inline void multiply(const Unpacked& w, const uint32_t* x, int64_t x_tile) {
-    for (int step = 0; step < 2; ++step, x += kTile) {
-        _tile_loadd(6, x, kTileBytes);
-        _tile_loadd(4, w.values[step][0], kTileBytes);
-        _tile_loadd(5, w.values[step][kSide], kTileBytes);
+    for (int step = 0; step < 2; ++step, x += kTileWords) {
+        _tile_loadd(6, x, kRowBytes);
+        _tile_loadd(4, w.values[step][0], kRowBytes);
+        _tile_loadd(5, w.values[step][kSide], kRowBytes);
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 5, 6);
         if (kBoth) {
-            _tile_loadd(7, x + x_tile, kTileBytes);
+            _tile_loadd(7, x + x_tile, kRowBytes);
             _tile_dpbf16ps(2, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
         }
@@ -86,7 +86,7 @@ void store(const LinearCall& args, int64_t first_row, const float (*sums)[kRows]
     for (int64_t m = 0; m < args.batch; ++m) {
         const float* from = &sums[m / kSide][0][m % kSide];
         const __m256i first = to_bf16(_mm512_add_ps(_mm512_i32gather_ps(rows, from, 4), low));
-        const __m256i second = to_bf16(_mm512_add_ps(_mm512_i32gather_ps(rows, from + kTile, 4), high));
+        const __m256i second = to_bf16(_mm512_add_ps(_mm512_i32gather_ps(rows, from + kTileWords, 4), high));
         _mm512_mask_storeu_epi16(static_cast<BFloat16*>(args.y) + m * args.weight.rows + first_row, there,
                                  _mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1));
     }
@@ -106,17 +106,17 @@ void run_rows(const LinearCall& args, int64_t first_row, int64_t last_row) {
         _tile_zero(2);
         _tile_zero(3);
         unpack(weight, code, row, 0, block[0]);
-        for (int64_t column = 0; column < columns; column += kColumns, x += 2 * kTile) {
+        for (int64_t column = 0; column < columns; column += kColumns, x += 2 * kTileWords) {
             const int which = int(column / kColumns) & 1;
             if (column + kColumns < columns) unpack(weight, code, row, column + kColumns, block[1 - which]);
             memory_barrier_of_tiles();
             multiply<kBoth>(block[which], x, x_tile);
         }
-        _tile_stored(0, sums[0], kTileBytes);
-        _tile_stored(1, sums[0][kSide], kTileBytes);
+        _tile_stored(0, sums[0], kRowBytes);
+        _tile_stored(1, sums[0][kSide], kRowBytes);
         if (kBoth) {
-            _tile_stored(2, sums[1], kTileBytes);
-            _tile_stored(3, sums[1][kSide], kTileBytes);
+            _tile_stored(2, sums[1], kRowBytes);
+            _tile_stored(3, sums[1][kSide], kRowBytes);
         }
         memory_barrier_of_tiles();
         store(args, row, sums);
@@ -132,7 +132,18 @@ void run(const LinearCall& args, int64_t first_row, int64_t last_row) {
 
 }  // namespace
 
-LinearKernel amx_linear() { return {kRows, {0, 0, 2 * kSide}, kColumns, arranged_bytes, arrange, run}; }
+// Measured on Sapphire Rapids, 4096 x 4096: 0.61 to 0.65 ms for 1 to 16 rows of x; "rows" of AVX-512 take 0.46 for
+// one.
+void fill_amx(LinearKernels& kernels) {
+    static_assert(kTileBatch == 2 * kSide);
+    kernels.tile = {.granule = kRows,
+                    .min_batch = 2,
+                    .max_batch = {0, 0, kTileBatch},
+                    .column_multiple = kColumns,
+                    .arranged_bytes = arranged_bytes,
+                    .arrange = arrange,
+                    .run = run};
+}
 
 }  // namespace nf4
 }  // namespace peftcore

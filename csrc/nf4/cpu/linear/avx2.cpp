@@ -51,7 +51,9 @@ struct Avx2 {
 
 }  // namespace
 
-LinearKernel avx2_linear() { return LinearRows<Avx2>::kernel(12, 16, 4); }
+void fill_avx2(LinearKernels& kernels) {
+    kernels.rows = LinearRows<Avx2>::kernel({.fp32 = 12, .fp16 = 16, .bf16 = 4});
+}
 
 }  // namespace nf4
 }  // namespace peftcore

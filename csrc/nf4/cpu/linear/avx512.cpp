@@ -42,7 +42,9 @@ struct Avx512 {
 
 }  // namespace
 
-LinearKernel avx512_linear() { return LinearRows<Avx512>::kernel(24, 32, 8); }
+void fill_avx512(LinearKernels& kernels) {
+    kernels.rows = LinearRows<Avx512>::kernel({.fp32 = 24, .fp16 = 32, .bf16 = 8});
+}
 
 }  // namespace nf4
 }  // namespace peftcore

@@ -27,18 +27,27 @@ struct LinearCall {
 };
 
 struct LinearKernel {
-    int64_t granule;       // rows of W that one call computes together
-    int64_t max_batch[3];  // rows of x up to which it is faster than panels, by Dtype
-    int column_multiple;   // of the columns
-    int64_t (*arranged_bytes)(int64_t batch, int64_t columns);
-    void (*arrange)(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out);
-    void (*run)(const LinearCall&, int64_t first_row, int64_t last_row);
+    int64_t granule = 1;              // rows of W that one call computes together
+    int64_t min_batch = 1;            // rows of x from which on it is faster than the other way
+    int64_t max_batch[kDtypes] = {};  // and up to which it is faster than panels, by Dtype
+    int column_multiple = 1;          // of the columns
+    int64_t (*arranged_bytes)(int64_t batch, int64_t columns) = nullptr;
+    void (*arrange)(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out) = nullptr;
+    void (*run)(const LinearCall&, int64_t first_row, int64_t last_row) = nullptr;
 };
 
-LinearKernel avx2_linear();
-LinearKernel avx512_linear();
-LinearKernel avx512bf16_linear();  // x in bf16 only
-LinearKernel amx_linear();         // so too
+// Either may be missing: then it takes no row of x.
+struct LinearKernels {
+    LinearKernel rows, tile;
+};
+
+// Rows of x that a "tile" takes at most, in bf16 only: with more gemm::multiply is as fast.
+constexpr int64_t kTileBatch = 32;
+
+void fill_avx2(LinearKernels&);
+void fill_avx512(LinearKernels&);
+void fill_avx512bf16(LinearKernels&);
+void fill_amx(LinearKernels&);
 
 // W's scales of elements [begin, end), one a block that they touch, followed by 16 zeros.
 static inline void copy_scales(const WeightView& weight, int64_t begin, int64_t end, float* out) {

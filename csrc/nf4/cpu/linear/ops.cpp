@@ -10,11 +10,9 @@
 #include <cmath>
 
 #include "common/workspace.h"
-#include "gemm/cpu/product.h"
+#include "cpu/kernels.h"
 #include "nf4/cpu/dequantize.h"
-#include "nf4/cpu/linear/kernels.h"
 #include "nf4/cpu/linear/panel.h"
-#include "nf4/cpu/tiles/tiles.h"
 #include "nf4/linear_arguments.h"
 
 namespace peftcore {
@@ -22,61 +20,23 @@ namespace nf4 {
 namespace {
 
 constexpr int64_t kProductsPerTask = 1 << 17;
-// Measured on Zen 4, 4096 x 4096, with kernels' max_batch: below, unpacking 32 rows of W into bf16 costs more
-// than fp32 products.
-constexpr int64_t kTileFrom = 3;
-// Measured on Sapphire Rapids, 4096 x 4096: 0.61 to 0.65 ms for 1 to 16 rows; avx512_linear takes 0.46 for
-// one.
-constexpr int64_t kAmxFrom = 2;
-
-std::optional<LinearKernel> rows_kernel() {
-    switch (cpu_level()) {
-#if defined(PEFTCORE_HAVE_AVX512)
-        case CpuLevel::kAmx:
-        case CpuLevel::kAvx512:
-            return avx512_linear();
-#endif
-#if defined(PEFTCORE_HAVE_AVX2)
-        case CpuLevel::kAvx2:
-            return avx2_linear();
-#endif
-        default:
-            return {};
-    }
-}
-
 // The kernel for `batch` rows of x, or none: then tiles or the library's GEMM on panels are faster, or the
 // shape is not one that the kernels read.
-std::optional<LinearKernel> choose(const WeightView& weight, Dtype dtype, int64_t batch) {
+const LinearKernel* choose(const CpuKernels& kernels, const WeightView& weight, Dtype dtype, int64_t batch) {
     if (!std::all_of(weight.quant_map, weight.quant_map + 16,
                      [](float value) { return std::isfinite(value); }))
-        return {};
+        return nullptr;
     // Without dot products of bf16 the library is as slow in it as in fp16.
-    const bool bf16_dot = cpu_has_bf16_dot();
-    const Dtype as = dtype == Dtype::kBFloat16 && !bf16_dot ? Dtype::kHalf : dtype;
-    const auto fits = [&](const std::optional<LinearKernel>& kernel) {
-        return kernel && batch <= kernel->max_batch[int(as)] && weight.columns % kernel->column_multiple == 0;
-    };
-    std::optional<LinearKernel> kernel;
-#if defined(PEFTCORE_HAVE_AMX)
-    if (dtype == Dtype::kBFloat16 && batch >= kAmxFrom && cpu_level() == CpuLevel::kAmx) {
-        kernel = amx_linear();
-        if (fits(kernel)) return kernel;
-    }
-#endif
-#if defined(PEFTCORE_HAVE_AVX512BF16)
-    if (bf16_dot && dtype == Dtype::kBFloat16 && batch >= kTileFrom && cpu_level() >= CpuLevel::kAvx512) {
-        kernel = avx512bf16_linear();
-        if (fits(kernel)) return kernel;
-    }
-#endif
-    kernel = rows_kernel();
-    if (!fits(kernel)) kernel.reset();
-    return kernel;
+    const Dtype as = dtype == Dtype::kBFloat16 && !kernels.library_has_bf16 ? Dtype::kHalf : dtype;
+    for (const LinearKernel* kernel : {&kernels.linear.tile, &kernels.linear.rows})
+        if (batch >= kernel->min_batch && batch <= kernel->max_batch[int(as)] &&
+            weight.columns % kernel->column_multiple == 0)
+            return kernel;
+    return nullptr;
 }
 
-void small(const LinearKernel& kernel, const WeightView& weight, const Tensor& x, const Tensor& bias,
-           const Tensor& y) {
+void multiply_few_rows(const LinearKernel& kernel, const WeightView& weight, const Tensor& x,
+                       const Tensor& bias, const Tensor& y) {
     LinearCall args;
     args.weight = weight;
     args.batch = x.size(0);
@@ -94,17 +54,19 @@ void small(const LinearKernel& kernel, const WeightView& weight, const Tensor& x
 }
 
 // y = x B + bias with B unpacked tile by tile, where this processor and these shapes allow it.
-bool by_tiles(const WeightView& weight, bool transposes, const Tensor& x, const Tensor& bias,
-              const Tensor& y) {
-#if defined(PEFTCORE_HAVE_AVX512BF16)
-    if (x.scalar_type() != at::kBFloat16 || !has_tiles(weight)) return false;
+bool by_tiles(const CpuKernels& kernels, const WeightView& weight, bool transposed, const Tensor& x,
+              const Tensor& bias, const Tensor& y) {
+    if (x.scalar_type() != at::kBFloat16 || !has_tiles(kernels, weight)) return false;
     const auto bits = [](const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); };
-    gemm::multiply({bits(x), transposes ? transposed(weight) : plain(weight), x.size(0), x.size(1), y.size(1),
-                    bias.defined() ? bits(bias) : nullptr, static_cast<BFloat16*>(y.mutable_data_ptr())});
+    const gemm::Tiles& tiles = transposed ? kernels.packed.transposed : kernels.packed.plain;
+    gemm::multiply(kernels.gemm, {.x = bits(x),
+                                  .right = tiles.of(&weight),
+                                  .rows = x.size(0),
+                                  .inner = x.size(1),
+                                  .columns = y.size(1),
+                                  .bias = bias.defined() ? bits(bias) : nullptr,
+                                  .y = static_cast<BFloat16*>(y.mutable_data_ptr())});
     return true;
-#else
-    return false;
-#endif
 }
 
 Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, const Tensor& code,
@@ -128,11 +90,12 @@ Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, 
         return y;
     }
     const WeightView view = view_of(packed_weight, columns);
-    if (const auto kernel = choose(view, dtype, batch)) {
-        small(*kernel, view, flat, added, result);
+    const CpuKernels& kernels = cpu_kernels();
+    if (const LinearKernel* kernel = choose(kernels, view, dtype, batch)) {
+        multiply_few_rows(*kernel, view, flat, added, result);
         return y;
     }
-    if (by_tiles(view, true, flat, added, result)) return y;
+    if (by_tiles(kernels, view, true, flat, added, result)) return y;
     const int64_t limit = batch <= kPanelsOfFewRows ? kPanelBytes : kLargePanelBytes;
     const int64_t step = std::max<int64_t>(1, limit / (columns * x.element_size()));
     for (int64_t first = 0; first < out_features; first += step) {
@@ -167,7 +130,7 @@ Tensor linear_4bit_backward(const Tensor& grad, const Tensor& packed, const Tens
     const int64_t batch = dx.numel() / in_features;
     const Tensor flat = grad.contiguous().view({batch, rows}), result = dx.view({batch, in_features});
     const WeightView view = view_of(packed_weight, in_features);
-    if (by_tiles(view, false, flat, {}, result)) return dx;
+    if (by_tiles(cpu_kernels(), view, false, flat, {}, result)) return dx;
     const int64_t fit = kLargePanelBytes / (rows * grad.element_size());
     const int64_t step = std::max<int64_t>(kPanelColumns, fit / kPanelColumns * kPanelColumns);
     for (int64_t first = 0; first < in_features; first += step) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/workspace.h"
+#include "cpu/kernels.h"
 #include "nf4/cpu/dequantize.h"
 
 namespace peftcore {
@@ -18,13 +19,13 @@ constexpr int64_t kValuesPerTask = 32768;
 // Writes W's flat elements [begin, end) in pieces of a power of two of values, a divisor of the block size.
 struct Segments {
     WeightView weight;
-    Kernels level;
+    const Kernels& kernels;
     Dtype dtype;
     int piece_shift;
     int64_t itemsize;
 
     // begin and end are multiples of a piece, or the end of W.
-    void aligned(int64_t begin, int64_t end, void* out, std::vector<float>& absmax) const {
+    void write_pieces(int64_t begin, int64_t end, void* out, std::vector<float>& absmax) const {
         const int64_t pieces = ceil_div(end - begin, piece());
         absmax.resize(size_t(pieces));
         int64_t block = -1;
@@ -41,16 +42,16 @@ struct Segments {
         part.absmax = absmax.data();
         part.quant_map = weight.quant_map;
         part.shift = piece_shift;
-        level.dequantize({part, dtype, out, false}, 0, pieces);
+        kernels.dequantize({.weight = part, .dtype = dtype, .out = out, .stream = false}, 0, pieces);
     }
 
-    void any(int64_t begin, int64_t end, char* out, std::vector<float>& absmax,
-             std::vector<char>& whole) const {
+    void write(int64_t begin, int64_t end, char* out, std::vector<float>& absmax,
+               std::vector<char>& whole) const {
         const int64_t from = begin / piece() * piece(),
                       to = std::min(ceil_div(end, piece()) * piece(), weight.count());
-        if (from == begin && to == end) return aligned(begin, end, out, absmax);
+        if (from == begin && to == end) return write_pieces(begin, end, out, absmax);
         whole.resize(size_t((to - from) * itemsize));
-        aligned(from, to, whole.data(), absmax);
+        write_pieces(from, to, whole.data(), absmax);
         std::memcpy(out, whole.data() + (begin - from) * itemsize, size_t((end - begin) * itemsize));
     }
 
@@ -63,9 +64,11 @@ Tensor dequantized_panel(const WeightView& weight, Range rows, Range columns,
                          const at::TensorOptions& options) {
     const int64_t height = rows.last - rows.first, across = columns.last - columns.first;
     const int64_t width = weight.columns;
-    Segments segments{weight, kernels(),
-                      kernel_dtype(c10::typeMetaToScalarType(options.dtype()), "linear_4bit"), weight.shift,
-                      int64_t(options.dtype().itemsize())};
+    Segments segments{.weight = weight,
+                      .kernels = cpu_kernels().nf4,
+                      .dtype = kernel_dtype(c10::typeMetaToScalarType(options.dtype()), "linear_4bit"),
+                      .piece_shift = weight.shift,
+                      .itemsize = int64_t(options.dtype().itemsize())};
     // Pieces small enough that rows begin with one, where that is possible.
     while (segments.piece() > kPanelColumns && (width % segments.piece() || across % segments.piece()))
         --segments.piece_shift;
@@ -75,7 +78,7 @@ Tensor dequantized_panel(const WeightView& weight, Range rows, Range columns,
         std::vector<char> whole;
         for (int64_t row = first; row < last; ++row) {
             const int64_t begin = (rows.first + row) * width + columns.first;
-            segments.any(begin, begin + across, out + row * across * segments.itemsize, absmax, whole);
+            segments.write(begin, begin + across, out + row * across * segments.itemsize, absmax, whole);
         }
     });
     return at::from_blob(out, {height, across}, options);

@@ -1,16 +1,7 @@
-// The "rows" way (see kernels.h), the same loops at every SIMD level:
-//
-//   struct Level {
-//     static constexpr int kLanes, kRows;                     words of a chunk, rows of W read together
-//     using Vector; using Words;                              kLanes of fp32, of uint32
-//     static Vector zero(), load(const float*), fma(Vector a, Vector b, Vector c);          a b + c
-//     static Words load_words(const uint8_t*, int count);     the first `count` words, then zeros
-//     struct Table { explicit Table(const float* code); Vector operator()(Words, int shift) const; };
-//     static Vector scales(const float*, int64_t within, int shift);     of each lane's word: see
-//     `LinearRows` static float sum(Vector);
-//   };
+// The "rows" way (see kernels.h), the same loops at every SIMD level.
 #pragma once
 
+#include <concepts>
 #include <vector>
 
 #include "nf4/cpu/linear/kernels.h"
@@ -19,6 +10,28 @@ namespace peftcore {
 namespace nf4 {
 
 template <typename Level>
+concept RowLanes = requires(typename Level::Vector vector, typename Level::Words words, const float* floats,
+                            const uint8_t* bytes, const typename Level::Table& table, int64_t within, int n) {
+    { Level::kLanes } -> std::convertible_to<int>;  // words of a chunk
+    { Level::kRows } -> std::convertible_to<int>;   // of W, read together
+    { Level::zero() } -> std::same_as<typename Level::Vector>;
+    { Level::load(floats) } -> std::same_as<typename Level::Vector>;
+    { Level::fma(vector, vector, vector) } -> std::same_as<typename Level::Vector>;  // a b + c
+    { Level::load_words(bytes, n) } -> std::same_as<typename Level::Words>;  // the first n, then zeros
+    // The 16 entries by which it is made, looked up by 4 bits of each word from bit n on.
+    requires std::constructible_from<typename Level::Table, const float*>;
+    { table(words, n) } -> std::same_as<typename Level::Vector>;
+    // Of each lane's word, whose first value stands at within + 8 lane: scales[that >> n].
+    { Level::scales(floats, within, n) } -> std::same_as<typename Level::Vector>;
+    { Level::sum(vector) } -> std::same_as<float>;
+};
+
+// Rows of x up to which this way is faster than panels.
+struct Limits {
+    int64_t fp32, fp16, bf16;
+};
+
+template <RowLanes Level>
 struct LinearRows {
     static constexpr int kChunk = Level::kLanes * 8;  // values
     static constexpr int kMaxTile = 4;                // rows of x that share a lookup
@@ -133,8 +146,12 @@ struct LinearRows {
         }
     }
 
-    static LinearKernel kernel(int64_t fp32, int64_t fp16, int64_t bf16) {
-        return {1, {fp32, fp16, bf16}, 8, arranged_bytes, arrange, run};
+    static LinearKernel kernel(Limits limits) {
+        return {.max_batch = {limits.fp32, limits.fp16, limits.bf16},
+                .column_multiple = 8,
+                .arranged_bytes = arranged_bytes,
+                .arrange = arrange,
+                .run = run};
     }
 };
 

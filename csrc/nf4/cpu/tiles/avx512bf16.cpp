@@ -79,9 +79,10 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
 
 }  // namespace
 
-gemm::Tiles transposed(const WeightView& weight) { return {&weight, unpack_transposed, false}; }
-
-gemm::Tiles plain(const WeightView& weight) { return {&weight, unpack_plain, true}; }
+void fill_avx512bf16(PackedReader& reader) {
+    reader = {.transposed = {.unpack = unpack_transposed, .even_odd = false},
+              .plain = {.unpack = unpack_plain, .even_odd = true}};
+}
 
 }  // namespace nf4
 }  // namespace peftcore

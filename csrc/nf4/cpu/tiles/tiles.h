@@ -10,9 +10,12 @@ namespace nf4 {
 // Columns must be a multiple of this, and a block of values one too.
 constexpr int64_t kTileBlock = 64;
 
-// They refer to the weight, which must outlive them.
-gemm::Tiles transposed(const WeightView& weight);  // Wᵀ, for x Wᵀ
-gemm::Tiles plain(const WeightView& weight);       // W, for dy W
+// A packed WeightView as the right side of a product: Wᵀ for x Wᵀ, W for dy W. Tiles refer to the view.
+struct PackedReader {
+    gemm::Tiles transposed, plain;
+};
+
+void fill_avx512bf16(PackedReader&);
 
 }  // namespace nf4
 }  // namespace peftcore

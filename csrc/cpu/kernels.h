@@ -1,0 +1,45 @@
+// All kernels of the CPU in one table, and the one choice among its levels.
+//
+// A SIMD level fills entries over those of the level below it (levels.cpp). An operator reads the table once,
+// at its entry, and asks for kernels, never for a level: what a level lacks is an empty entry.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "gemm/cpu/kernels.h"
+#include "lora/cpu/kernels.h"
+#include "nf4/cpu/kernels.h"
+#include "nf4/cpu/linear/kernels.h"
+#include "nf4/cpu/tiles/tiles.h"
+#include "optim/cpu/kernels.h"
+
+namespace peftcore {
+
+struct CpuKernels {
+    const char* level;
+    nf4::Kernels nf4;           // quantize, dequantize
+    nf4::LinearKernels linear;  // few rows of x by a packed weight
+    gemm::Kernel gemm;          // many rows
+    gemm::DenseReader dense;    // what the right side of such a product is read from
+    nf4::PackedReader packed;
+    lora::Kernels lora;    // thin products
+    optim::Kernels optim;  // optimizer steps
+
+    // Whether PyTorch's own products of bf16 use dot products here, by which they beat ours of fp32 sooner. It
+    // is a fact about the CPU, at every level the same.
+    bool library_has_bf16;
+};
+
+// Of the level in use: the best of what was compiled, what this CPU has, and what PEFTCORE_CPU_LEVEL allows.
+// The first call reads that and throws std::invalid_argument if it names no available level.
+const CpuKernels& cpu_kernels();
+
+// Levels that this build contains and this CPU can run, lowest first.
+std::vector<std::string> cpu_levels();
+
+// Changes the level in use; throws std::invalid_argument for a name that is not available here. Calls that
+// have begun end with the level they began with.
+void set_cpu_level(const std::string& name);
+
+}  // namespace peftcore

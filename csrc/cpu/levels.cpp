@@ -1,0 +1,167 @@
+// The levels, and what each fills in. PEFTCORE_HAVE_* says which of them were compiled (setup.py); the
+// functions `fill_LEVEL` stand in files of that name.
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "cpu/kernels.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace peftcore {
+namespace {
+
+// Whether this CPU has dot products of bf16 in AVX-512.
+bool has_bf16_dot() {
+#if defined(PEFTCORE_HAVE_AVX512BF16)
+    return __builtin_cpu_supports("avx512bf16");
+#else
+    return false;
+#endif
+}
+
+// Whether this process may use tiles of bf16 (compiled here or not: the library's products then use them).
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // CPUID 7, EDX
+    // Tiles are more than Linux saves of a thread unasked: a process asks for them once.
+    constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+    unsigned a, b, c, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kBf16) != 0 && (d & kTiles) != 0 &&
+           syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
+bool anywhere() { return true; }
+
+void portable(CpuKernels& table) {
+    fill_portable(table.nf4);
+    fill_portable(table.lora);
+    fill_portable(table.optim);
+}
+
+#if defined(PEFTCORE_HAVE_AVX2)
+bool has_avx2() {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c") && __builtin_cpu_supports("fma");
+}
+
+void avx2(CpuKernels& table) {
+    fill_avx2(table.nf4);
+    fill_avx2(table.linear);
+    fill_avx2(table.lora);
+    fill_avx2(table.optim);
+}
+#endif
+
+#if defined(PEFTCORE_HAVE_AVX512)
+bool has_avx512() {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+void avx512(CpuKernels& table) {
+    fill_avx512(table.nf4);
+    fill_avx512(table.linear);
+    fill_avx512(table.lora);
+    fill_avx512(table.optim);
+}
+#endif
+
+#if defined(PEFTCORE_HAVE_AVX512BF16)
+void avx512bf16(CpuKernels& table) {
+    fill_avx512bf16(table.linear);
+#if !defined(PEFTCORE_HAVE_AMX)
+    if (has_amx()) return;  // the library's products, which use it, are faster
+#endif
+    fill_avx512bf16(table.gemm);
+    fill_avx512bf16(table.dense);
+    fill_avx512bf16(table.packed);
+}
+#endif
+
+#if defined(PEFTCORE_HAVE_AMX)
+void amx(CpuKernels& table) {
+    fill_amx(table.linear);
+    fill_amx(table.gemm);
+    fill_amx(table.lora);
+}
+#endif
+
+struct Level {
+    const char* name;
+    bool (*here)();             // whether this CPU, and the system on it, has what this level adds
+    void (*fill)(CpuKernels&);  // its entries, over those of the levels above it in this list
+};
+
+const Level kLevels[] = {
+    {"portable", anywhere, portable},
+#if defined(PEFTCORE_HAVE_AVX2)
+    {"avx2", has_avx2, avx2},
+#endif
+#if defined(PEFTCORE_HAVE_AVX512)
+    {"avx512", has_avx512, avx512},
+#endif
+#if defined(PEFTCORE_HAVE_AVX512BF16)
+    {"avx512bf16", has_bf16_dot, avx512bf16},
+#endif
+#if defined(PEFTCORE_HAVE_AMX)
+    {"amx", has_amx, amx},
+#endif
+};
+
+// Of the levels that are here: a level needs all before it.
+const std::vector<CpuKernels>& tables() {
+    static const std::vector<CpuKernels> tables = [] {
+        std::vector<CpuKernels> made;
+        CpuKernels table{};
+        table.library_has_bf16 = has_bf16_dot();
+        for (const Level& level : kLevels) {
+            if (!level.here()) break;
+            table.level = level.name;
+            level.fill(table);
+            made.push_back(table);
+        }
+        return made;
+    }();
+    return tables;
+}
+
+const CpuKernels& named(const std::string& name) {
+    std::string known;
+    for (const CpuKernels& table : tables()) {
+        if (name == table.level) return table;
+        known += (known.empty() ? "" : ", ") + std::string(table.level);
+    }
+    throw std::invalid_argument("no CPU level '" + name + "' in this build on this CPU (available: " + known +
+                                ")");
+}
+
+const CpuKernels& initial() {
+    const char* wanted = std::getenv("PEFTCORE_CPU_LEVEL");
+    return wanted != nullptr && *wanted != '\0' ? named(wanted) : tables().back();
+}
+
+std::atomic<const CpuKernels*>& in_use() {
+    static std::atomic<const CpuKernels*> table{&initial()};
+    return table;
+}
+
+}  // namespace
+
+const CpuKernels& cpu_kernels() { return *in_use().load(std::memory_order_relaxed); }
+
+std::vector<std::string> cpu_levels() {
+    std::vector<std::string> names;
+    for (const CpuKernels& table : tables()) names.push_back(table.level);
+    return names;
+}
+
+void set_cpu_level(const std::string& name) { in_use().store(&named(name), std::memory_order_relaxed); }
+
+}  // namespace peftcore

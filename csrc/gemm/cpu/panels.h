@@ -1,0 +1,128 @@
+// The loops of a product, the same at every level: columns of B go by panels, inner numbers by chunks, rows of
+// x by blocks.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstring>
+
+#include "common/caches.h"
+#include "gemm/cpu/kernels.h"
+
+namespace peftcore {
+namespace gemm {
+namespace {
+
+// Tiles of B in a chunk, and all of the addend's, unpacked.
+struct Panel {
+    const uint32_t *right, *addend_right;
+    int64_t tile, tiles;
+    int64_t chunk, pairs, addend_pairs;  // chunk: its first pair
+    bool first, last;                    // of the chunks
+};
+
+// Rows of x that a panel passes by, and what comes after them.
+struct Block {
+    int64_t row, rows;
+    int64_t next;  // row
+    float* sums;   // from chunk to chunk, kTiles * kTileColumns a row
+};
+
+template <typename Level>
+concept BlockKernel = requires(Level level, const Product& product, const Arranged& arranged,
+                               const Panel& panel, const Block& block, int64_t n, uint32_t* out) {
+    { Level::kRows } -> std::convertible_to<int64_t>;      // of a block
+    { Level::kTiles } -> std::convertible_to<int64_t>;     // of a panel
+    { Level::kMultiple } -> std::convertible_to<int64_t>;  // see Kernel
+    { Level::kPairs } -> std::convertible_to<int64_t>;     // of a chunk at most: more gained nothing
+    { Level::kTakesAddend } -> std::convertible_to<bool>;
+    // Pairs of a chunk, of so many in all, where a panel of so many fits.
+    { Level::chunk(n, n) } -> std::same_as<int64_t>;
+    { Level::in_place(product) } -> std::same_as<bool>;
+    // x's block from row n on of n rows, pairs from n on, n of them; filled up with zeros to kMultiple.
+    Level::arrange_block(product, n, n, n, n, out);
+    Level(product, arranged);
+    // Adds their products to the block's sums, or in the last chunk to what is stored in y.
+    level.multiply(panel, block);
+    level.finish();
+};
+
+// A panel is half of the second cache; as many pairs as a chunk may have.
+template <BlockKernel Level>
+int64_t chunk_of(int64_t pairs) {
+    constexpr int64_t kPairBytes = Level::kTiles * kTileColumns * sizeof(uint32_t);
+    const int64_t fit = caches().second / 2 / kPairBytes / 16 * 16;
+    return std::min(pairs, Level::chunk(pairs, std::clamp<int64_t>(fit, 64, Level::kPairs)));
+}
+
+template <BlockKernel Level>
+void arrange(const Product& product, int64_t chunk, Range rows, uint32_t* out) {
+    const int64_t all = filled_up(product.pairs(), Level::kMultiple);
+    const int64_t all_rows = filled_up(product.rows, Level::kMultiple);
+    for (int64_t first = 0; first < all; first += chunk) {
+        const int64_t pairs = least(chunk, all - first);
+        for (int64_t row = rows.first; row < rows.last; row += Level::kRows)
+            Level::arrange_block(product, row, least(Level::kRows, rows.last - row), first, pairs,
+                                 out + first * all_rows + row * pairs);
+    }
+}
+
+// What is missing of the last pairs is zero.
+inline void unpack(const Product& product, int64_t tile, int64_t tiles, int64_t first, int64_t pairs,
+                   uint32_t* panel) {
+    const int64_t stride = pairs * kTileColumns, missing = first + pairs - product.pairs();
+    product.right.unpack(product.right.source, tile * kTileColumns, int(tiles), 2 * first,
+                         least(2 * (first + pairs), product.inner), stride, panel);
+    for (int64_t i = 0; missing > 0 && i < tiles; ++i)
+        std::memset(panel + (i + 1) * stride - missing * kTileColumns, 0,
+                    size_t(missing * kTileColumns) * sizeof(uint32_t));
+}
+
+template <BlockKernel Level>
+void multiply_panels(const Product& product, const Arranged& arranged, Range tiles, Range rows,
+                     const Buffers& buffers) {
+    const Product addend = addend_alone(product);
+    const int64_t all = filled_up(product.pairs(), Level::kMultiple), chunk = chunk_of<Level>(all);
+    const int64_t addend_pairs = filled_up(addend.pairs(), Level::kMultiple);
+    Level level(product, arranged);
+    for (int64_t tile = tiles.first; tile < tiles.last; tile += Level::kTiles) {
+        const int64_t count = least(Level::kTiles, tiles.last - tile);
+        if (addend_pairs != 0) unpack(addend, tile, count, 0, addend_pairs, buffers.addend_panel);
+        for (int64_t first = 0; first < all; first += chunk) {
+            const int64_t pairs = least(chunk, all - first);
+            unpack(product, tile, count, first, pairs, buffers.panel);
+            const Panel panel{.right = buffers.panel,
+                              .addend_right = buffers.addend_panel,
+                              .tile = tile,
+                              .tiles = count,
+                              .chunk = first,
+                              .pairs = pairs,
+                              .addend_pairs = addend_pairs,
+                              .first = first == 0,
+                              .last = first + pairs == all};
+            for (int64_t row = rows.first; row < rows.last; row += Level::kRows)
+                level.multiply(panel,
+                               {.row = row,
+                                .rows = least(Level::kRows, rows.last - row),
+                                .next = row + Level::kRows < rows.last ? row + Level::kRows : row,
+                                .sums = buffers.sums + (row - rows.first) * Level::kTiles * kTileColumns});
+        }
+    }
+    level.finish();
+}
+
+template <BlockKernel Level>
+Kernel kernel_of() {
+    return {.rows = Level::kRows,
+            .tiles = Level::kTiles,
+            .multiple = Level::kMultiple,
+            .takes_addend = Level::kTakesAddend,
+            .chunk = chunk_of<Level>,
+            .in_place = Level::in_place,
+            .arrange = arrange<Level>,
+            .multiply = multiply_panels<Level>};
+}
+
+}  // namespace
+}  // namespace gemm
+}  // namespace peftcore

@@ -1,0 +1,147 @@
+"""Load adapters strictly: what does not fit the model is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import adapter_files, engine
+from peftcore.adaptation.adapted import base_parameters
+from peftcore.adapter_files import CONFIG, TENSORS
+from peftcore.checkpoint.fingerprint import difference
+from peftcore.checkpoint.reading import (
+    adapter_folder,
+    guarded,
+    read,
+    read_saved,
+    ties_partly,
+)
+from peftcore.checkpoint.tensors import fill, is_tied_in
+from peftcore.engine.trained import base_tensors
+from peftcore.errors import CheckpointError, PeftcoreError, PluginError
+from peftcore.method import Method, Model, Train
+from peftcore.observation import detect
+from peftcore.targets import drop_unmatched
+
+
+@engine.alone("load adapters", base=True)
+def load(
+    model: Model,
+    path: str | os.PathLike[str],
+    *,
+    adapter: str | None = None,
+    trainable: bool = True,
+    dtype: torch.dtype | None = None,
+    check_base: bool = True,
+) -> Model:
+    """Apply the adapter that lies in the folder `path`, or those that were saved there together.
+
+    The folder was written here, by Hugging Face PEFT, or in a foreign format that a plugin reads.
+
+    Args:
+        adapter: the name of the folder's own adapter on this model, `default` if left out. Adapters that were saved
+            together are all loaded if it is left out, under the names they had.
+        trainable: False freezes it.
+        dtype: of its parameters, as for `apply`.
+        check_base: compare the fingerprint of the base that the adapter was trained on, where the file has one.
+
+    Raises:
+        CheckpointError: the files cannot be read, or do not fit the model. The model is then as it was.
+    """
+    folder = Path(path)
+    together, contents = adapter_files.read(folder, lambda opened: read_saved(opened, model, adapter))
+    before = engine.state_of(model)
+    active = before.active if before else ()
+    done: list[str] = []
+    try:
+        for name, content in contents.items():
+            if together and engine.state_of(model):
+                engine.activate(model, [])  # two that train one parameter may lie together
+            _load(model, adapter_folder(folder, name) if together else folder, content, name, dtype, check_base)
+            done.append(name)
+            engine.set_trainable(model, name, trainable)
+        if together:
+            engine.activate(model, [*active, *together["active"]])
+    except BaseException:
+        for name in done:
+            engine.remove(model, name)
+        if engine.state_of(model):
+            engine.set_active(model, active)
+        raise
+    return model
+
+
+def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
+    """Give the applied `adapter` the values that lie in the folder `path`, which must be of the same method."""
+    folder = Path(path)
+    method, _, tensors, metadata = read(folder, model)
+    entry = engine.applied(model, adapter)
+    if method.name != entry.method:
+        raise CheckpointError(f"'{folder}' holds {method.name}, the adapter '{adapter}' is {entry.method}")
+    fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
+
+
+def _load(
+    model: nn.Module, folder: Path, content: Any, adapter: str, dtype: torch.dtype | None, check_base: bool
+) -> None:
+    method, config, tensors, metadata = content
+    if check_base and "peftcore_base" in metadata:
+        why = difference(base_tensors(model), metadata["peftcore_base"])
+        if why:
+            raise CheckpointError(
+                f"'{folder}' was trained on another base: {why}. If each load of the base draws that anew (a head, "
+                "new rows of a vocabulary), have its module trained along: modules_to_save. "
+                "To load it all the same: peftcore.load(..., check_base=False)"
+            )
+    changes: dict[str, Any] = {
+        name: drop_unmatched(model, value)
+        for name in ("target_modules", "modules_to_save", "exclude_modules")
+        if isinstance(value := getattr(config, name, None), (list, tuple)) and value
+    }
+    if hasattr(config, "modules_to_save"):  # None: no other heads than those that the file holds
+        named = changes.get("modules_to_save", config.modules_to_save) or []
+        changes["modules_to_save"] = [*named, *_unnamed_heads(model, method, named, tensors)]
+    saved = changes.get("modules_to_save")
+    if saved and getattr(config, "ensure_weight_tying", False) and "peftcore_version" not in metadata:
+        changes["ensure_weight_tying"] = is_tied_in(model, method, saved, tensors)  # PEFT ties by names, and not always
+    config = dataclasses.replace(config, **changes)
+    _check_fits(model, method, config, tensors, folder)
+    engine.apply(model, config, adapter=adapter, dtype=dtype)
+    try:
+        fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
+    except BaseException:
+        engine.remove(model, adapter)
+        raise
+
+
+def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Raise a CheckpointError unless the config can be applied, and asks for no more numbers than the file holds."""
+    try:
+        with torch.device("meta"), guarded(method, folder):
+            placed = engine.placements_for(model, config, {})
+    except (CheckpointError, PluginError):
+        raise
+    except PeftcoreError as error:
+        raise CheckpointError(f"'{folder / CONFIG}' does not fit {type(model).__name__}: {error}") from error
+    wanted = sum(tensor.numel() for each in placed.around for tensor in each.adapter.state_dict().values())
+    there = sum(tensor.numel() for tensor in tensors.values())
+    if wanted > 2 * there + 1_000_000:  # a small difference is named tensor by tensor
+        raise CheckpointError(
+            f"'{folder / CONFIG}' asks for an adapter of {wanted:,} numbers, '{TENSORS}' holds {there:,}"
+        )
+
+
+def _unnamed_heads(model: nn.Module, method: Method, saved: Sequence[str], tensors: dict[str, Tensor]) -> list[str]:
+    """Heads that the file holds and its config does not name: for PEFT 'classifier' means 'pre_classifier', too."""
+
+    def in_file(path: str) -> bool:
+        names = [f"{path}.{name}" for name, _ in base_parameters(model.get_submodule(path))]
+        return all(method.state.tensor_name(Train((name,)), name) in tensors for name in names)
+
+    return [head for head in detect(model).task_heads if head not in saved and in_file(head)]

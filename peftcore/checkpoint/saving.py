@@ -1,0 +1,133 @@
+"""Save adapters, in Hugging Face PEFT's format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import adapter_files, engine, ranks
+from peftcore.adapter_files import Content
+from peftcore.checkpoint.config import fields_of_config
+from peftcore.checkpoint.fingerprint import fingerprint
+from peftcore.checkpoint.reading import (
+    TIED,
+    TOGETHER,
+    name_inside,
+)
+from peftcore.checkpoint.tensors import kept_on_disk, name_of_base, tensors_on_disk
+from peftcore.engine.trained import base_tensors
+from peftcore.errors import CheckpointError
+from peftcore.observation import detect
+from peftcore.registry import registry
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter: str | None = None,
+    dtype: torch.dtype | None = None,
+    resumable: bool = True,
+) -> Path:
+    """Write an adapter to the folder `path`, or all of a model's adapters.
+
+    In a distributed run rank 0 writes. Where the model is sharded every rank must call this, and returns when the
+    files are there; else the other ranks return at once.
+
+    Args:
+        adapter: which one. Left out: all. Of several, `default` lies in the folder itself and the others in folders
+            of their name, as in PEFT; `load` finds them together, in the order in which they act.
+        dtype: of the floating tensors on disk; by default theirs.
+        resumable: False leaves out what only further training needs (`StateRules.exported`).
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the folder cannot be written. What lay there is unharmed.
+    """
+    state = engine.require_state(model)
+    names = list(state.applied) if adapter is None else [adapter]
+    together = {} if len(names) == 1 else {TOGETHER: json.dumps({"adapters": names, "active": state.active})}
+    inside = {name_inside(name) if together else "": name for name in names}
+    return _save(model, Path(path), inside, dtype, resumable, together)
+
+
+def save_each(model: nn.Module, path: str | os.PathLike[str], adapters: Sequence[str]) -> Path:
+    """Write these adapters to their places in the folder `path`, all or none, for `restore`."""
+    return _save(model, Path(path), {name_inside(name): name for name in adapters}, None, True, {})
+
+
+def _save(
+    model: nn.Module,
+    folder: Path,
+    inside: dict[str, str],
+    dtype: torch.dtype | None,
+    resumable: bool,
+    metadata: dict[str, str],
+) -> Path:
+    """Write adapters, by the place that each has inside of `folder`."""
+    engine.refuse_merged(engine.require_state(model), "save")
+    engine.refuse_changed(model)
+    sharded = ranks.is_sharded(model)
+    if inside and (sharded or ranks.rank() == 0):
+        contents = {place: _content(model, name, dtype, resumable, metadata) for place, name in inside.items()}
+        ranks.once(lambda: adapter_files.write(folder, contents), together=sharded)
+    return folder
+
+
+def _content(
+    model: nn.Module, adapter: str, dtype: torch.dtype | None, resumable: bool, metadata: dict[str, str]
+) -> Content:
+    entry = engine.applied(model, adapter)
+    method = registry.method(entry.method)
+    ranks.reshard(model)
+    tensors = {**tensors_on_disk(model, adapter, own=resumable, exported=True), **kept_on_disk(model, adapter)}
+    # What the adapter has a copy of may be anything in the base, such as a head that is drawn anew by every load.
+    base = {
+        name: tensor
+        for name, tensor in base_tensors(model).items()
+        if name_of_base(model, adapter, name) not in tensors
+    }
+    about = {"peftcore_version": peftcore.__version__, "peftcore_base": fingerprint(base, _important(model, base))}
+    about[TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
+    return Content(fields_of_config(model, method, adapter), _for_disk(tensors, dtype), {**about, **metadata})
+
+
+def _important(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of `names` that a load of the same base may draw anew: heads and the embedding."""
+    architecture = detect(model)
+    paths = [p for p in (architecture.embedding, architecture.output_head, *architecture.task_heads) if p]
+    return {name for name in names if any(name.startswith(f"{path}.") for path in paths)}
+
+
+def _for_disk(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Whole tensors on the CPU, each with a memory of its own."""
+    whole: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        tensor = ranks.whole(tensor.detach())
+        if dtype and tensor.is_floating_point():
+            tensor = _cast(name, tensor, dtype)
+        whole[name] = tensor.cpu().contiguous()
+    seen: set[int] = set()
+    for name, tensor in whole.items():
+        if tensor.data_ptr() in seen:  # a tied parameter, under another of its names
+            whole[name] = tensor.clone()
+        seen.add(tensor.data_ptr())
+    return whole
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another floating dtype, unless a value is too large for it."""
+    cast = tensor.to(dtype)
+    if not bool((cast.isfinite() | ~tensor.isfinite()).all()):
+        raise CheckpointError(
+            f"'{name}' holds {tensor.abs().max().item():.3g}, which is too large for {dtype}. Take another dtype"
+        )
+    return cast

@@ -1,0 +1,111 @@
+"""SIMD levels: each that was compiled can be forced and is itself, one file chooses, and caches change no result."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peftcore import ops
+from peftcore.ops import lora_linear
+from peftcore.ops.build_info import LEVELS, build_info
+
+ROOT = Path(__file__).resolve().parents[2]
+CSRC = ROOT / "csrc"
+needs_extension = pytest.mark.skipif(ops.extension is None, reason="no extension")
+
+
+@pytest.fixture
+def levels():
+    before = ops.extension.cpu_level()
+    yield ops.extension.cpu_levels()
+    ops.extension.set_cpu_level(before)
+
+
+def code_of(path):
+    return re.sub(r"//.*", "", path.read_text())
+
+
+def test_one_file_chooses_the_level():
+    asks = re.compile(r"PEFTCORE_HAVE_|__builtin_cpu_|__get_cpuid|PEFTCORE_CPU_LEVEL\b|[.>]level\s*[!=<>]=|CpuLevel")
+    found = {str(path.relative_to(CSRC)) for path in CSRC.rglob("*.[ch]*") if asks.search(code_of(path))}
+    assert found == {"cpu/levels.cpp"}
+
+
+def test_a_level_s_files_bear_its_name_and_fill_its_entries():
+    files = [path for path in CSRC.rglob("*.cpp") if path.stem in LEVELS]
+    assert {path.stem for path in files} == set(LEVELS)
+    declared = set(re.findall(r"\bfill_(\w+)\(table\.", (CSRC / "cpu" / "levels.cpp").read_text()))
+    assert declared == set(LEVELS)
+    assert tuple(re.findall(r'^    "(\w+)": ', (ROOT / "setup.py").read_text(), re.M))[: len(LEVELS) - 1] == LEVELS[1:]
+    for path in files:
+        assert re.findall(r"^void fill_(\w+)\(", path.read_text(), re.M) == [path.stem], path
+
+
+@needs_extension
+def test_a_build_level_is_a_run_time_level():
+    info = build_info()
+    assert info.compiled_cpu_levels == LEVELS[: len(info.compiled_cpu_levels)]
+    assert info.cpu_levels == LEVELS[: len(info.cpu_levels)]
+    assert info.out_of_reach == (
+        *info.compiled_cpu_levels[len(info.cpu_levels) :],
+        *(["CUDA"] if info.cuda_architectures and not torch.cuda.is_available() else []),
+    )
+
+
+@needs_extension
+def test_each_level_is_forced_by_its_name(levels):
+    for level in levels:
+        ops.extension.set_cpu_level(level)
+        assert ops.extension.cpu_level() == level
+    command = [sys.executable, "-c", "from peftcore import ops; print(ops.extension.cpu_level())"]
+    done = subprocess.run(command, env={"PEFTCORE_CPU_LEVEL": levels[-1]}, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [levels[-1]], done.stderr
+
+
+@needs_extension
+@pytest.mark.parametrize("level", LEVELS)
+def test_dot_products_of_bf16_round_the_codebook_s_entry(levels, level):
+    """By which a level is known: without them a weight is code times scale in fp32, rounded once."""
+    if level not in levels:
+        pytest.skip(f"no {level} on this machine")
+    ops.extension.set_cpu_level(level)
+    code = (torch.arange(16) - 8) / 8 + 2.0**-10  # none of which bf16 holds
+    packed = torch.arange(256, dtype=torch.uint8).repeat(16)[:, None]  # [128, 64]
+    absmax = torch.full((128,), 1.5)
+    x = torch.zeros(4, 64, dtype=torch.bfloat16)
+    x[range(4), range(4)] = 1
+    y = ops.linear_4bit(x, packed, absmax, code, 128)
+    exact = code[torch.stack([packed[:, 0] >> 4, packed[:, 0] & 15], 1).int().view(128, 64)[:, :4].T]
+    if level == "avx512bf16":
+        exact = exact.bfloat16().float()
+    assert torch.equal(y, (exact * 1.5).bfloat16())
+
+
+@needs_extension
+def test_the_size_of_caches_changes_no_bit(levels):
+    weight = torch.randn(200, 2112).bfloat16()
+    x = torch.randn(130, 2112).bfloat16().requires_grad_()
+    a, b = torch.randn(16, 2112).requires_grad_(), torch.randn(200, 16).requires_grad_()
+    packed, absmax = ops.quantize_4bit(weight)
+
+    def results():
+        y = lora_linear(x, weight, None, a, b) + ops.linear_4bit(x, packed, absmax, ops.NF4, 200)
+        return (y, *torch.autograd.grad(y, (x, a, b), torch.ones_like(y)))
+
+    found = ops.extension.caches()
+    assert all(size > 0 for size in found) and list(found) == sorted(found)
+    for level in levels:
+        ops.extension.set_cpu_level(level)
+        before = results()
+        try:
+            for sizes in [(32 << 10, 256 << 10, 2 << 20), (256 << 10, 16 << 20, 1 << 30)]:
+                ops.extension.set_caches(*sizes)
+                assert all(torch.equal(one, other) for one, other in zip(before, results(), strict=True)), (
+                    level,
+                    sizes,
+                )
+        finally:
+            ops.extension.set_caches(*found)
