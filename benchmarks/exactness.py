@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.ops import optim
+from peftcore.ops import optim, optim_rules
 from peftcore.ops.build_info import build_info
 
 logging.disable(logging.WARNING)
@@ -168,14 +168,9 @@ def optimizers(shapes=SHAPES, steps=20):
         p, m, v = _adamw(p, g.double(), m, v, step)
 
     def ours(rule):
-        q, state = start.clone(), []
-        for size in optim.PLANES[rule]:
-            many = count if size else optim.blocks_of(count)
-            state.append(torch.zeros(many, dtype=torch.uint8 if size == 1 else torch.float32))
-        if rule == "adamw_8bit":
-            state[0].fill_(127)
+        q, state = start.clone(), optim_rules.RULES[rule].new_state(start)
         for step, g in enumerate(gradients, 1):
-            row = optim.adamw_scalars(rule, step, 1e-3, (0.9, 0.999), 1e-8, 0.01)
+            row = optim_rules.RULES[rule].scalars.of(step, 1e-3, (0.9, 0.999), 1e-8, 0.01)
             optim.optim_step_([q], [g], state, rule, row, [step], [0])
         return q
 

@@ -54,7 +54,7 @@ PYBIND11_MODULE(_C, m) {
         [](int64_t first, int64_t second, int64_t third) { set_caches({first, second, third}); },
         py::arg("first"), py::arg("second"), py::arg("third"), "Divide work for other caches: for tests.");
     m.def("free_workspace", &free_workspace, "Give back what this thread keeps for linear_4bit on CPU.");
-    optim::bind_pool(m);
+    optim::bind_optim(m);
 }
 
 }  // namespace peftcore

@@ -6,84 +6,76 @@
 #include <vector>
 
 #include "common/check.h"
-#include "common/integers.h"
-#include "optim/optim.h"
+#include "optim/rule_table.h"
 
 namespace peftcore {
 namespace optim {
 
-using at::Tensor;
-
-inline Rule rule_of(std::string_view name, const char* op) {
-    if (name == "adamw") return Rule::kAdamW;
-    if (name == "adamw_8bit") return Rule::kAdamW8bit;
-    if (name == "lion") return Rule::kLion;
-    if (name == "momentum") return Rule::kMomentum;
-    TORCH_CHECK_VALUE(false, op, ": no rule '", name, "' (there are: adamw, adamw_8bit, lion, momentum)");
-}
-
-inline int64_t blocks_of(int64_t count) { return ceil_div(count, kBlock); }
-
-// What every rule reads: parameters, gradients, and the row of scalars for each.
-struct Step {
-    Rule rule;
-    std::vector<Scalars> rows;
-    std::vector<Segment> segments;  // one a parameter, without state
+// What an operator is told beside its tensors: `Updates` of peftcore/ops/optim.py, and the rule's name.
+struct Updates {
+    std::string_view rule;
+    at::ArrayRef<double> scalars;
+    at::IntArrayRef steps, rows, streams;
 };
 
-inline Step step_arguments(at::TensorList params, at::TensorList grads, std::string_view rule,
-                           at::ArrayRef<double> scalars, at::IntArrayRef steps, at::IntArrayRef rows,
-                           at::IntArrayRef streams, const char* op) {
-    Step step;
-    step.rule = rule_of(rule, op);
+struct Step {
+    const RuleEntry& rule;
+    c10::Device device;
+    std::vector<Scalars> rows;
+    std::vector<Segment> segments;  // one a parameter
+};
+
+// The step of some parameters, whose state is not attached yet.
+inline Step step_of(at::TensorList params, at::TensorList grads, const Updates& updates, const char* op) {
+    const auto [rule, scalars, steps, rows, streams] = updates;
+    Step step = {rule_named(rule, op), params.empty() ? c10::Device(c10::kCPU) : params[0].device(), {}, {}};
     TORCH_CHECK_VALUE(grads.size() == params.size() && rows.size() == params.size(), op, ": ", params.size(),
                       " params need as many grads and rows, found ", grads.size(), " and ", rows.size());
     TORCH_CHECK_VALUE(streams.empty() || streams.size() == params.size(), op,
                       ": streams must be empty or one a parameter, found ", streams.size());
-    TORCH_CHECK_VALUE(scalars.size() == steps.size() * kScalars, op, ": ", steps.size(), " rows need ",
-                      steps.size() * kScalars, " scalars, found ", scalars.size());
+    const size_t each = size_t(step.rule.scalars);
+    TORCH_CHECK_VALUE(scalars.size() == steps.size() * each, op, ": ", steps.size(), " rows need ",
+                      steps.size() * each, " scalars, found ", scalars.size());
     step.rows.resize(steps.size());
-    for (size_t i = 0; i < scalars.size(); ++i)
-        step.rows[i / kScalars].value[i % kScalars] = float(scalars[i]);
+    for (size_t i = 0; i < scalars.size(); ++i) step.rows[i / each].value[i % each] = float(scalars[i]);
     step.segments.resize(params.size());
     for (size_t i = 0; i < params.size(); ++i) {
-        const Tensor &p = params[i], &g = grads[i];
-        Segment& segment = step.segments[i];
-        segment = {};
-        segment.param_dtype = kernel_dtype(p.scalar_type(), op, "params");
-        segment.grad_dtype = kernel_dtype(g.scalar_type(), op, "grads");
-        TORCH_CHECK_VALUE(p.device() == params[0].device() && g.device() == p.device(), op,
+        const at::Tensor &p = params[i], &g = grads[i];
+        TORCH_CHECK_VALUE(p.device() == step.device && g.device() == step.device, op,
                           ": params and grads must be on one device, found ", p.device(), " and ", g.device(),
-                          " beside ", params[0].device());
+                          " beside ", step.device);
         TORCH_CHECK_VALUE(g.numel() == p.numel(), op, ": a gradient of shape ", g.sizes(),
                           " for a parameter of shape ", p.sizes());
         TORCH_CHECK_VALUE(p.is_contiguous() && g.is_contiguous(), op,
                           ": params and grads must be contiguous");
         TORCH_CHECK_VALUE(rows[i] >= 0 && rows[i] < int64_t(steps.size()), op, ": row ", rows[i], " of ",
                           steps.size());
-        segment.param = p.mutable_data_ptr();
-        segment.grad = g.const_data_ptr();
-        segment.count = p.numel();
-        segment.row = int32_t(rows[i]);
-        segment.step = steps[rows[i]];
-        segment.stream = streams.empty() ? -1 : streams[i];
+        step.segments[i] = {.param = p.mutable_data_ptr(),
+                            .grad = g.const_data_ptr(),
+                            .state = {},
+                            .count = p.numel(),
+                            .first = 0,
+                            .stream = streams.empty() ? -1 : streams[i],
+                            .step = steps[rows[i]],
+                            .row = int32_t(rows[i]),
+                            .param_dtype = kernel_dtype(p.scalar_type(), op, "params"),
+                            .grad_dtype = kernel_dtype(g.scalar_type(), op, "grads")};
     }
     return step;
 }
 
 // State in tensors of its own: plane by plane, in each plane one tensor a parameter.
-inline void attach_state(Step& step, at::TensorList state, const at::Device& device, const char* op) {
-    const Planes planes = planes_of(step.rule);
+inline void attach_state(Step& step, at::TensorList state, const char* op) {
+    const std::vector<Plane>& planes = step.rule.planes;
     const size_t count = step.segments.size();
-    TORCH_CHECK_VALUE(state.size() == count * planes.count, op, ": ", count, " params need ",
-                      count * planes.count, " tensors of state, found ", state.size());
+    TORCH_CHECK_VALUE(state.size() == count * planes.size(), op, ": ", count, " params need ",
+                      count * planes.size(), " tensors of state, found ", state.size());
     for (size_t i = 0; i < state.size(); ++i) {
+        const Plane& plane = planes[i / count];
         Segment& segment = step.segments[i % count];
-        const int bytes = planes.bytes[i / count];
-        const bool codes = bytes == kBlock;
-        check_tensor(state[i], codes ? at::kByte : at::kFloat, device, op, "state");
-        check_numel(state[i], bytes < kBlock ? blocks_of(segment.count) : segment.count, op, "state",
-                    bytes < kBlock ? "one a block of 256" : "one an element");
+        check_tensor(state[i], plane.dtype, step.device, op, "state");
+        check_numel(state[i], plane.numel(segment.count), op, "state",
+                    plane.elements == 1 ? "one an element" : "one a block of 256");
         TORCH_CHECK_VALUE(state[i].is_contiguous(), op, ": state must be contiguous");
         segment.state[i / count] = state[i].mutable_data_ptr();
     }

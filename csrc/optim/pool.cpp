@@ -232,7 +232,7 @@ void Pool::release(int64_t page, bool dirty) {
 
 bool Pool::ready(int64_t page) const { return pages_[page].frame != nullptr; }
 
-int64_t Pool::hold() const { return std::max<int64_t>(1, limit() / 4); }
+int64_t Pool::most_held() const { return std::max<int64_t>(1, limit() / 4); }
 
 void Pool::read(int64_t page, int64_t offset, int64_t bytes, void* to) {
     const auto locked = lock();

@@ -52,7 +52,7 @@ class Pool {
     // Whether `acquire` would neither wait nor make another page leave.
     bool ready(int64_t page) const;
     // How many pages may be held at once, so that transfers go on beside.
-    int64_t hold() const;
+    int64_t most_held() const;
 
     // Which sweep last completed a page.
     bool done(int64_t page, int64_t sweep) const { return pages_[page].sweep == sweep; }

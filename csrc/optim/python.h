@@ -5,8 +5,8 @@
 namespace peftcore {
 namespace optim {
 
-// Adds the class PagePool to the module.
-void bind_pool(pybind11::module_& m);
+// Adds the table of rules and the class PagedState to the module.
+void bind_optim(pybind11::module_& m);
 
 }  // namespace optim
 }  // namespace peftcore

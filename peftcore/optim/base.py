@@ -10,62 +10,50 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from peftcore.ops import optim as ops
-
-_PLAIN = (Tensor, nn.Parameter)
-
-
-def local(t: Tensor) -> Tensor:
-    """A DTensor's own shard; any other tensor itself."""
-    return t if type(t) in _PLAIN or not hasattr(t, "to_local") else t.to_local()
+from peftcore.ops.dynamic8 import blocks_of, decode, encode
+from peftcore.ops.optim_rules import Rule
+from peftcore.optim.batch import Batch, local
 
 
 class FusedOptimizer(Optimizer):
-    """One operator call a step and device. A subclass has a `rule`, names of its `planes` and `_row`.
+    """One operator call a step and device. A subclass has a `rule` and the scalars of its updates.
 
     Raises:
         TypeError: a parameter that is not float32, float16 or bfloat16.
         RuntimeError: a sparse gradient.
     """
 
-    rule: str
-    planes: tuple[str, ...]  # of a parameter's state, in the order of ops.PLANES
+    rule: Rule
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
 
-    def _row(self, group: dict[str, Any], step: int, factor: float) -> list[float]:
-        """The scalars of the `step`-th update of parameters of a group."""
+    def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
+        """Those of the rule, for the `step`-th update of parameters of a group."""
         raise NotImplementedError
 
     # --- state: in tensors here, in pages in PagedOptimizer
 
     def _new_state(self, param: Tensor) -> None:
-        own = local(param)
-        for name, size in zip(self.planes, ops.PLANES[self.rule], strict=True):
-            if size == 0:
-                value = torch.zeros(ops.blocks_of(own.numel()), dtype=torch.float32, device=own.device)
-            else:
-                zero = 127 if size == 1 and name == "exp_avg" else 0  # the signed map's code of 0
-                dtype = torch.uint8 if size == 1 else torch.float32
-                value = torch.full(own.shape, zero, dtype=dtype, device=own.device)
-            self.state[param][name] = value
+        for name, values in zip(self.rule.plane_names, self.rule.new_state(local(param)), strict=True):
+            self.state[param][name] = values
 
     def _get_state(self, param: Tensor) -> dict[str, Tensor]:
-        return {name: self.state[param][name] for name in self.planes}
+        return {name: self.state[param][name] for name in self.rule.plane_names}
 
     def _set_state(self, param: Tensor, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             self.state[param][name] = value.to(local(param).device, copy=True).contiguous()
 
-    def _update(self, params: list[Tensor], owners: list[Tensor], *step: Any) -> None:
-        grads, scalars, steps, rows, streams = step
-        state = [self.state[p][name] for name in self.planes for p in owners]
-        ops.optim_step_(params, grads, state, self.rule, scalars, steps, rows, streams)
+    def _update(self, batch: Batch) -> None:
+        states = [self.state[owner] for owner in batch.owners]
+        state = [values[name] for name in self.rule.plane_names for values in states]
+        ops.optim_step_(batch.params, batch.grads, state, self.rule.name, *batch.updates())
 
     # --- the step
 
@@ -81,22 +69,26 @@ class FusedOptimizer(Optimizer):
             return loss
         batches = self._batches(1.0 if scale is None else 1.0 / float(scale))
         for batch in batches:
-            batch.run(self)
+            self._update(batch)
+            batch.copy_back()
         for batch in batches:  # a step counts when all of it is done
-            batch.count(self)
+            for owner, row in zip(batch.owners, batch.rows, strict=True):
+                self.state[owner]["step"] = batch.steps[row]
         self._stepped()
         return loss
 
     def _stepped(self) -> None:
         """After a step. (`step` itself cannot be overridden in a base of several: torch sets it on each class.)"""
 
-    def _batches(self, unscale: float) -> list[_Batch]:
-        batches: dict[torch.device, _Batch] = {}
-        ordinal = 0
+    def _batches(self, unscale: float) -> list[Batch]:
+        batches: dict[torch.device, Batch] = {}
+        ordinal = 0  # of a parameter among those of all groups
         for group in self.param_groups:
             factor = -unscale if group["maximize"] else unscale
-            key = ordinal + (int(group["seed"]) << 32) if group["stochastic_rounding"] else None
-            for i, param in enumerate(group["params"]):
+            seed = int(group["seed"]) << 32 if group["stochastic_rounding"] else None
+            for param in group["params"]:
+                stream = -1 if seed is None else seed + ordinal
+                ordinal += 1
                 grad = param.grad
                 if grad is None:
                     continue
@@ -104,14 +96,15 @@ class FusedOptimizer(Optimizer):
                     raise RuntimeError(f"{type(self).__name__} takes no sparse gradients; use torch.optim.SparseAdam")
                 if not self.state.get(param):
                     self._admit(param)
-                state = self.state[param]
-                own, grad = (param, grad) if type(param) in _PLAIN else (local(param), local(grad))
-                device = own.device
+                step = self.state[param]["step"] + 1
+                device = param.device
                 batch = batches.get(device)
                 if batch is None:
-                    batch = batches[device] = _Batch()
-                batch.add(self, param, own, grad, group, state["step"] + 1, factor, -1 if key is None else key + i)
-            ordinal += len(group["params"])
+                    batch = batches[device] = Batch()
+                row = batch.row_numbers.get((id(group), step))
+                if row is None:
+                    row = batch.add_row(id(group), step, self._scalars(group, step, factor))
+                batch.add(param, grad, row, stream)
         return list(batches.values())
 
     def _admit(self, param: Tensor) -> None:
@@ -134,7 +127,7 @@ class FusedOptimizer(Optimizer):
     def _exported(self, param: Tensor) -> dict[str, Tensor]:
         values = self._get_state(param)
         if param is not local(param):
-            if self.rule == "adamw_8bit":
+            if any(plane.coded for plane in self.rule.planes):
                 raise NotImplementedError("8-bit state of a sharded parameter cannot be saved; use 32 bits")
             from torch.distributed.tensor import DTensor
 
@@ -149,33 +142,34 @@ class FusedOptimizer(Optimizer):
         Raises:
             ValueError: it does not fit the parameter.
         """
-        own, values = local(param), {}
-        if "exp_avg" in self.planes and saved.get("max_exp_avg_sq") is not None:
+        own = local(param)
+        values: dict[str, Tensor] = {}
+        if saved.get("max_exp_avg_sq") is not None:
             raise ValueError(f"{type(self).__name__} has no amsgrad, and the saved state has")
-        for name, size in zip(self.planes, ops.PLANES[self.rule], strict=True):
-            if size == 0:
-                continue
-            value, absmax = saved.get(name), saved.get(f"{name}_absmax")
+        for plane in self.rule.planes:
+            if plane.elements != 1:
+                continue  # scales, which are made or read with their codes
+            name, scales = plane.name, f"{plane.name}_absmax"
+            value, absmax = saved.get(name), saved.get(scales)
             if not isinstance(value, Tensor):
                 raise ValueError(f"the saved state lacks the tensor '{name}' (it has: {', '.join(map(str, saved))})")
             value = local(value)
             if value.numel() != own.numel():
                 raise ValueError(f"saved '{name}' has shape {list(value.shape)}, its parameter has {list(own.shape)}")
-            if absmax is not None and absmax.numel() != ops.blocks_of(own.numel()):
+            if absmax is not None and absmax.numel() != blocks_of(own.numel()):
                 raise ValueError(
-                    f"saved '{name}_absmax' has {absmax.numel()} scales, {own.numel()} elements need "
-                    f"{ops.blocks_of(own.numel())}"
+                    f"saved '{scales}' has {absmax.numel()} scales, {own.numel()} elements need "
+                    f"{blocks_of(own.numel())}"
                 )
             if absmax is not None and value.dtype != torch.uint8:
-                raise ValueError(f"saved '{name}' is {value.dtype}; with '{name}_absmax' beside it belongs torch.uint8")
-            table = ops.UNSIGNED_MAP if name == "exp_avg_sq" else ops.SIGNED_MAP
-            if size == 1 and absmax is None:
-                value, absmax = ops.encode(value.float().flatten(), table)
-            elif size == 4 and absmax is not None:
-                value = ops.decode(value.flatten(), absmax, table)
-            if size == 1:
-                values[f"{name}_absmax"] = absmax.float().flatten()
-            values[name] = value.to(torch.uint8 if size == 1 else torch.float32).reshape(own.shape)
+                raise ValueError(f"saved '{name}' is {value.dtype}; with '{scales}' beside it belongs torch.uint8")
+            if plane.coded and absmax is None:
+                value, absmax = encode(value.float().flatten(), plane.map)
+            elif not plane.coded and absmax is not None:
+                value = decode(value.flatten(), absmax, plane.map)
+            if plane.coded:
+                values[scales] = absmax.float().flatten()
+            values[name] = value.to(plane.dtype).reshape(own.shape)
         return values
 
     def _take_over(self, param: Tensor, values: dict[str, Tensor], step: int) -> None:
@@ -226,54 +220,3 @@ class FusedOptimizer(Optimizer):
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
-
-
-class _Batch:
-    """The tensors of one device that a step updates."""
-
-    def __init__(self) -> None:
-        self.owners: list[Tensor] = []
-        self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.rows: list[int] = []
-        self.streams: list[int] = []
-        self.steps: list[int] = []
-        self.scalars: list[float] = []
-        self.numbers: dict[tuple[int, int], int] = {}  # of rows, by group and step
-        self.strided: list[tuple[Tensor, Tensor]] = []  # (parameter, its contiguous copy)
-
-    def add(
-        self,
-        optimizer: FusedOptimizer,
-        owner: Tensor,
-        param: Tensor,
-        grad: Tensor,
-        group: dict[str, Any],
-        step: int,
-        factor: float,
-        stream: int,
-    ) -> None:
-        row = self.numbers.get((id(group), step))
-        if row is None:
-            row = self.numbers[id(group), step] = len(self.steps)
-            self.steps.append(step)
-            self.scalars += optimizer._row(group, step, factor)
-        if not param.is_contiguous():
-            copy = param.contiguous()
-            self.strided.append((param, copy))
-            param = copy
-        self.owners.append(owner)
-        self.params.append(param)
-        self.grads.append(grad if grad.is_contiguous() else grad.contiguous())
-        self.rows.append(row)
-        self.streams.append(stream)
-
-    def run(self, optimizer: FusedOptimizer) -> None:
-        streams = self.streams if any(stream >= 0 for stream in self.streams) else []
-        optimizer._update(self.params, self.owners, self.grads, self.scalars, self.steps, self.rows, streams)
-        for param, copy in self.strided:
-            param.copy_(copy)
-
-    def count(self, optimizer: FusedOptimizer) -> None:
-        for owner, row in zip(self.owners, self.rows, strict=True):
-            optimizer.state[owner]["step"] = self.steps[row]

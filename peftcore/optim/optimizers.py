@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from peftcore.ops import optim as ops
+from peftcore.ops.optim_rules import RULES
 from peftcore.optim.base import FusedOptimizer
 from peftcore.optim.paging import PagedOptimizer
 
@@ -42,8 +42,7 @@ class AdamW(FusedOptimizer):
         seed: of that rounding, which depends on it, the parameter's number and the step alone.
     """
 
-    rule = "adamw"
-    planes = ("exp_avg", "exp_avg_sq")
+    rule = RULES["adamw"]
 
     def __init__(
         self,
@@ -62,11 +61,9 @@ class AdamW(FusedOptimizer):
         others = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
         super().__init__(params, _adamw_defaults(lr, betas, eps, weight_decay, amsgrad, **others), **paging)
 
-    def _row(self, group: dict[str, Any], step: int, factor: float) -> list[float]:
-        betas = tuple(map(float, group["betas"]))
-        return ops.adamw_scalars(
-            self.rule, step, float(group["lr"]), betas, group["eps"], group["weight_decay"], factor
-        )
+    def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
+        lr, betas = float(group["lr"]), tuple(map(float, group["betas"]))
+        return self.rule.scalars.of(step, lr, betas, group["eps"], group["weight_decay"], factor)
 
 
 class AdamW8bit(AdamW):
@@ -75,8 +72,7 @@ class AdamW8bit(AdamW):
     Parameters of any size have their state in 8 bits (bitsandbytes keeps those below 4,096 elements in 32).
     """
 
-    rule = "adamw_8bit"
-    planes = ("exp_avg", "exp_avg_sq", "exp_avg_absmax", "exp_avg_sq_absmax")
+    rule = RULES["adamw_8bit"]
 
 
 class PagedAdamW(AdamW, PagedOptimizer):
@@ -90,8 +86,7 @@ class PagedAdamW8bit(AdamW8bit, PagedOptimizer):
 class Lion(FusedOptimizer):
     """Lion: the sign of an average of gradients, one moment of state in 32 bits. Arguments as `AdamW`'s."""
 
-    rule = "lion"
-    planes = ("exp_avg",)
+    rule = RULES["lion"]
 
     def __init__(
         self,
@@ -109,8 +104,8 @@ class Lion(FusedOptimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, "maximize": maximize}
         super().__init__(params, {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed}, **paging)
 
-    def _row(self, group: dict[str, Any], step: int, factor: float) -> list[float]:
-        return ops.lion_scalars(float(group["lr"]), group["betas"], group["weight_decay"], factor)
+    def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
+        return self.rule.scalars.of(float(group["lr"]), group["betas"], group["weight_decay"], factor)
 
 
 class PagedLion(Lion, PagedOptimizer):
@@ -120,8 +115,7 @@ class PagedLion(Lion, PagedOptimizer):
 class SGD(FusedOptimizer):
     """SGD with momentum, as `torch.optim.SGD` has it."""
 
-    rule = "momentum"
-    planes = ("momentum_buffer",)
+    rule = RULES["momentum"]
 
     def __init__(
         self,
@@ -144,9 +138,9 @@ class SGD(FusedOptimizer):
         defaults |= {"nesterov": nesterov, "maximize": maximize}
         super().__init__(params, {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed}, **paging)
 
-    def _row(self, group: dict[str, Any], step: int, factor: float) -> list[float]:
+    def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
         names = ("momentum", "dampening", "weight_decay", "nesterov")
-        return ops.momentum_scalars(step, float(group["lr"]), *(group[name] for name in names), factor)
+        return self.rule.scalars.of(step, float(group["lr"]), *(group[name] for name in names), factor)
 
 
 class PagedSGD(SGD, PagedOptimizer):

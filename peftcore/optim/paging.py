@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftcore.ops import _extension
 from peftcore.ops import optim as ops
-from peftcore.optim.base import FusedOptimizer, local
+from peftcore.ops.dynamic8 import BLOCK, blocks_of
+from peftcore.optim.base import FusedOptimizer
+from peftcore.optim.batch import Batch, local
 
 PAGE_BYTES = 4 << 20
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -68,11 +68,11 @@ def _margin(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class _Slot:
-    """Where a parameter's state lies: on which device's pages, from which block of 256 elements, and how many."""
+class _Place:
+    """Where a parameter's state lies: the device, the slot in its pages, and for how many elements it was made."""
 
     device: torch.device
-    first: int
+    slot: int
     elements: int
 
 
@@ -98,9 +98,10 @@ class PagedOptimizer(FusedOptimizer):
         directory: str | os.PathLike[str] | None = None,
         page_bytes: int = PAGE_BYTES,
     ) -> None:
-        if _extension.extension is None:
+        missing = ops.why_no_pages()
+        if missing is not None:
             raise RuntimeError(
-                f"{type(self).__name__} pages through the compiled extension: {_extension.missing_because}. "
+                f"{type(self).__name__} pages through the compiled extension: {missing}. "
                 f"{type(self).__name__.removeprefix('Paged')} works without it"
             )
         self._budget, self._directory = bytes_of(budget), os.fspath(directory or default_directory())
@@ -111,109 +112,68 @@ class PagedOptimizer(FusedOptimizer):
         super().__init__(params, defaults)
 
     def _forget(self) -> None:
-        self._pools: dict[torch.device, Any] = {}
-        self._blocks: dict[torch.device, int] = {}  # in use
-        self._slots: dict[Tensor, _Slot] = {}
+        self._pages: dict[torch.device, Any] = {}
+        self._places: dict[Tensor, _Place] = {}
         self._sweep = 0
 
-    @property
-    def _plane_bytes(self) -> list[int]:
-        """Of a block of 256 elements."""
-        return [{4: 1024, 1: 256, 0: 4}[size] for size in ops.PLANES[self.rule]]
-
-    @property
-    def _page_blocks(self) -> int:
-        return self._page_bytes // sum(self._plane_bytes)
-
-    def _pool(self, device: torch.device) -> Any:
-        if device not in self._pools:
+    def _pages_on(self, device: torch.device) -> Any:
+        if device not in self._pages:
             card = -1
             if device.type == "cuda":
                 card = torch.cuda.current_device() if device.index is None else device.index
-            self._pools[device] = _extension.extension.PagePool(
-                self._page_bytes, self._budget or self._page_bytes, self._directory, card
-            )
-            self._blocks[device] = 0
-        return self._pools[device]
+            budget = self._budget or self._page_bytes
+            self._pages[device] = ops.paged_state(self.rule.name, self._page_bytes, budget, self._directory, card)
+        return self._pages[device]
 
     # --- state in pages
 
     def _new_state(self, param: Tensor) -> None:
         own = local(param)
-        kept = self._slots.get(param)
-        if kept == _Slot(own.device, kept.first if kept else 0, own.numel()):
-            self._clear(param)
-            return
-        count, pool = ops.blocks_of(own.numel()), self._pool(own.device)
-        first = self._blocks[own.device]
-        pool.grow(-(-(first + count) // self._page_blocks))
-        self._slots[param] = _Slot(own.device, first, own.numel())
-        self._blocks[own.device] = first + count
+        pages, place = self._pages_on(own.device), self._places.get(param)
+        if place is not None and (place.device, place.elements) == (own.device, own.numel()):
+            pages.clear(place.slot)
+        else:
+            self._places[param] = _Place(own.device, pages.allocate(own.numel()), own.numel())
         # Pages begin as zeros; the signed map's code of 0 needs none written, since its scale is 0.
 
-    def _slot(self, param: Tensor) -> _Slot:
+    def _slot(self, param: Tensor) -> int:
         """Where the state of `param` lies.
 
         Raises:
             RuntimeError: the parameter is no longer what it was: its pages are others' beyond its former size.
         """
-        slot, own = self._slots[param], local(param)
-        if (slot.device, slot.elements) != (own.device, own.numel()):
+        place, own = self._places[param], local(param)
+        if (place.device, place.elements) != (own.device, own.numel()):
             raise RuntimeError(
-                f"a parameter had {slot.elements:,} elements on {slot.device} when its state was made, and has "
+                f"a parameter had {place.elements:,} elements on {place.device} when its state was made, and has "
                 f"{own.numel():,} on {own.device} now. Make a new optimizer for the changed parameters"
             )
-        return slot
-
-    def _clear(self, param: Tensor) -> None:
-        pool = self._pool(local(param).device)
-        zeros = torch.zeros(self._page_bytes, dtype=torch.uint8)
-        for plane in range(len(self.planes)):
-            for page, offset, _, count in self._places(param, plane):
-                pool.write(page, offset, count, zeros.data_ptr())
-
-    def _places(self, param: Tensor, plane: int) -> Iterator[tuple[int, int, int, int]]:
-        """Where a plane of a parameter's state lies: (page, offset, offset in the plane, bytes), in order."""
-        size, total = self._plane_bytes[plane], ops.blocks_of(local(param).numel())
-        first, per_page = self._slot(param).first, self._page_blocks
-        begin = per_page * sum(self._plane_bytes[:plane])
-        done = 0
-        while done < total:
-            page, block = divmod(first + done, per_page)
-            count = min(total - done, per_page - block)
-            yield page, begin + block * size, done * size, count * size
-            done += count
+        return place.slot
 
     def _get_state(self, param: Tensor) -> dict[str, Tensor]:
-        own, found = local(param), {}
-        pool = self._pool(own.device)
-        for plane, (name, size) in enumerate(zip(self.planes, ops.PLANES[self.rule], strict=True)):
-            raw = torch.empty(ops.blocks_of(own.numel()) * self._plane_bytes[plane], dtype=torch.uint8)
-            for page, offset, begin, count in self._places(param, plane):
-                pool.read(page, offset, count, raw.data_ptr() + begin)
-            value = raw if size == 1 else raw.view(torch.float32)
-            found[name] = value if size == 0 else value[: own.numel()].view(own.shape)
-        return found
+        own, slot, state = local(param), self._slot(param), {}
+        for number, plane in enumerate(self.rule.planes):
+            blocks = plane.numel(blocks_of(own.numel()) * BLOCK)
+            whole = torch.empty(blocks, dtype=plane.dtype, device="cpu")
+            self._pages_on(own.device).read(slot, number, whole.data_ptr())
+            state[plane.name] = plane.shaped(whole[: plane.numel(own.numel())], own)
+        return state
 
     def _set_state(self, param: Tensor, values: dict[str, Tensor]) -> None:
-        pool = self._pool(local(param).device)
-        for plane, name in enumerate(self.planes):
-            raw = torch.zeros(ops.blocks_of(local(param).numel()) * self._plane_bytes[plane], dtype=torch.uint8)
-            given = values[name].detach().cpu().contiguous().view(-1).view(torch.uint8)
-            raw[: given.numel()] = given
-            for page, offset, begin, count in self._places(param, plane):
-                pool.write(page, offset, count, raw.data_ptr() + begin)
+        own, slot = local(param), self._slot(param)
+        for number, plane in enumerate(self.rule.planes):
+            whole = torch.zeros(plane.numel(blocks_of(own.numel()) * BLOCK), dtype=plane.dtype, device="cpu")
+            whole[: plane.numel(own.numel())] = values[plane.name].detach().cpu().flatten()
+            self._pages_on(own.device).write(slot, number, whole.data_ptr())
 
-    def _update(self, params: list[Tensor], owners: list[Tensor], *step: Any) -> None:
-        grads, scalars, steps, rows, streams = step
-        device = params[0].device
-        pool = self._pool(device)
+    def _update(self, batch: Batch) -> None:
+        device = batch.params[0].device
+        pages = self._pages_on(device)
         if self._budget is None:
-            pool.balance(_margin(device))
-        slots = [self._slot(p).first for p in owners]
-        backward = bool(self._sweep % 2)
+            pages.balance(_margin(device))
+        slots = [self._slot(owner) for owner in batch.owners]
         ops.optim_step_paged_(
-            params, grads, pool.number, slots, self.rule, scalars, steps, rows, streams, self._sweep, backward
+            batch.params, batch.grads, pages.number, slots, self._sweep, self.rule.name, *batch.updates()
         )
 
     def _stepped(self) -> None:
@@ -229,24 +189,24 @@ class PagedOptimizer(FusedOptimizer):
     @budget.setter
     def budget(self, budget: int | str) -> None:
         wanted = bytes_of(budget)
-        for pool in self._pools.values():
+        for pages in self._pages.values():
             if wanted is not None:
-                pool.resize(wanted)
+                pages.resize(wanted)
         self._budget = wanted
 
     def evict(self) -> None:
         """Let all state leave now; it comes back when it is needed."""
-        for pool in self._pools.values():
-            pool.evict()
+        for pages in list(self._pages.values()):
+            pages.evict()
 
     def paging(self) -> Paging:
         """Where state lies now, and what moving it has cost."""
-        pools = list(self._pools.values())
+        devices = list(self._pages.values())
 
         def total(name: str) -> Any:
-            return sum(getattr(pool, name) for pool in pools)
+            return sum(getattr(pages, name) for pages in devices)
 
-        resident, whole = total("resident_bytes"), sum(pool.pages * self._page_bytes for pool in pools)
+        resident, whole = total("resident_bytes"), total("pages") * self._page_bytes
         moved = (total("bytes_in"), total("bytes_out"), float(total("seconds_waiting")))
         return Paging(resident, max(0, whole - resident), total("peak_bytes"), *moved)
 

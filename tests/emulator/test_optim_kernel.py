@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftcore import ops
-from peftcore.ops import optim
+from peftcore.ops import dynamic8
+from peftcore.ops import optim_rules as rules
 
-RULES = list(optim.PLANES)
+RULES = ["adamw", "adamw_8bit", "lion", "momentum"]  # in the order of csrc/optim/rules.h
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -31,7 +32,7 @@ class Segment(ctypes.Structure):
 
 def encoder(signed):
     """The encoder's tables as csrc/optim/dynamic8.h lays them out, in fp32 (base as int32)."""
-    begin, slope, parts = optim._ENCODERS[signed]
+    begin, slope, parts = dynamic8.ENCODERS[signed]
     threshold, rows = torch.full((16,), torch.inf), torch.zeros(2, 16, dtype=torch.long)
     for exponent in range(16):
         low, high = 2.0 ** (2 * exponent - 31), 2.0 ** (2 * exponent - 29)
@@ -42,19 +43,19 @@ def encoder(signed):
     return torch.cat([threshold, slope[rows.flatten()], parts[rows.flatten()]])
 
 
-MAPS = torch.cat([optim.SIGNED_MAP, encoder(True), optim.UNSIGNED_MAP, encoder(False)])
+MAPS = torch.cat([dynamic8.SIGNED_MAP, encoder(True), dynamic8.UNSIGNED_MAP, encoder(False)])
 
 
 def scalars(rule, step):
     if rule == "lion":
-        return optim.lion_scalars(1e-2, (0.9, 0.99), 0.1, -1.0)
+        return rules.LionScalars.of(1e-2, (0.9, 0.99), 0.1, -1.0)
     if rule == "momentum":
-        return optim.momentum_scalars(step, 1e-2, 0.9, 0.1, 0.1, True)
-    return optim.adamw_scalars(rule, step, 1e-2, (0.9, 0.999), 1e-8, 0.1)
+        return rules.MomentumScalars.of(step, 1e-2, 0.9, 0.1, 0.1, True)
+    return rules.RULES[rule].scalars.of(step, 1e-2, (0.9, 0.999), 1e-8, 0.1)
 
 
-def cuda_step(emulated, params, grads, state, rule, row_values, steps, rows, streams, seed):
-    planes, count = len(optim.PLANES[rule]), len(params)
+def cuda_step(emulated, params, grads, state, rule, table_rows, steps, rows, streams, seed):
+    planes, count = len(rules.RULES[rule].planes), len(params)
     table = (Segment * count)()
     first_block = [0]
     for i, (p, g) in enumerate(zip(params, grads, strict=True)):
@@ -63,7 +64,7 @@ def cuda_step(emulated, params, grads, state, rule, row_values, steps, rows, str
         dtypes = DTYPES.index(p.dtype), DTYPES.index(g.dtype)
         own = (p.numel(), 0, stream, steps[rows[i]], rows[i], *dtypes)
         table[i] = Segment(p.data_ptr(), g.data_ptr(), (ctypes.c_void_p * 4)(*pointers), *own)
-        first_block.append(first_block[-1] + optim.blocks_of(p.numel()))
+        first_block.append(first_block[-1] + dynamic8.blocks_of(p.numel()))
     blocks = torch.tensor(first_block)
     launch = emulated("peftcore_optim_step")
     launch(
@@ -72,7 +73,7 @@ def cuda_step(emulated, params, grads, state, rule, row_values, steps, rows, str
         blocks,
         count,
         ctypes.c_int64(first_block[-1]),
-        torch.tensor(row_values),
+        torch.tensor([[*row, *[0.0] * (8 - len(row))] for row in table_rows]),
         MAPS,
         seed=seed,
     )
@@ -89,16 +90,15 @@ def cuda_step(emulated, params, grads, state, rule, row_values, steps, rows, str
 def test_step(emulated, counts, rule, dtypes, stochastic, seed):
     generator = torch.Generator().manual_seed(seed)
     params = [torch.randn(n, generator=generator).to(dtypes[0]) for n in counts]
-    sizes = {4: (lambda n: n, torch.float32), 1: (lambda n: n, torch.uint8), 0: (optim.blocks_of, torch.float32)}
-    state = [torch.zeros(sizes[s][0](n), dtype=sizes[s][1]) for s in optim.PLANES[rule] for n in counts]
+    state = [plane.new(p) for plane in rules.RULES[rule].planes for p in params]
     others, other_state = [p.clone() for p in params], [t.clone() for t in state]
     rows = [i % 2 for i in range(len(counts))]
     streams = [seed + i for i in range(len(counts))] if stochastic else []
     for step in (1, 2, 3):
         grads = [torch.randn(n, generator=generator).to(dtypes[1]) for n in counts]
-        table, steps = scalars(rule, step) + scalars(rule, step + 4), [step, step + 4]
+        table, steps = [scalars(rule, step), scalars(rule, step + 4)], [step, step + 4]
         cuda_step(emulated, params, grads, state, rule, table, steps, rows, streams, seed + step)
-        ops.optim_step_(others, grads, other_state, rule, table, steps, rows, streams)
+        ops.optim_step_(others, grads, other_state, rule, table[0] + table[1], steps, rows, streams)
     for found, wanted in zip([*params, *state], [*others, *other_state], strict=True):
         assert torch.equal(found, wanted)
 
@@ -108,15 +108,10 @@ def test_every_order_of_threads_gives_the_same_bits(emulated):
     for seed in range(10):
         generator = torch.Generator().manual_seed(5)
         p, g = torch.randn(600, generator=generator), torch.randn(600, generator=generator)
-        state = [
-            torch.zeros(600, dtype=torch.uint8),
-            torch.zeros(600, dtype=torch.uint8),
-            torch.zeros(3),
-            torch.zeros(3),
-        ]
+        state = rules.RULES["adamw_8bit"].new_state(p)
         for step in (1, 2):
             row = scalars("adamw_8bit", step)
-            cuda_step(emulated, [p], [g], state, "adamw_8bit", row, [step], [0], [], seed)
+            cuda_step(emulated, [p], [g], state, "adamw_8bit", [row], [step], [0], [], seed)
         results.append([p, *state])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
@@ -124,7 +119,7 @@ def test_every_order_of_threads_gives_the_same_bits(emulated):
 
 def test_nothing_to_do(emulated):
     nothing = torch.empty(0)
-    cuda_step(emulated, [nothing], [nothing], [nothing, nothing], "adamw", scalars("adamw", 1), [1], [0], [], 0)
+    cuda_step(emulated, [nothing], [nothing], [nothing, nothing], "adamw", [scalars("adamw", 1)], [1], [0], [], 0)
 
 
 def test_an_unknown_rule(emulated):

@@ -19,6 +19,7 @@ from fuzz.memory import LAYOUTS, laid_out
 
 from peftcore import ops
 from peftcore.ops import lora, nf4, optim
+from peftcore.ops import optim_rules as rules
 from peftcore.ops.linear_4bit import _linear_4bit as linear_reference
 from peftcore.ops.linear_4bit import _linear_4bit_backward as linear_backward_reference
 
@@ -140,72 +141,65 @@ def _lora_linear_per_sample(m):
 
 
 def _optim(m):
-    rule, count = m.choice(list(optim.PLANES)), m.choice([0, 1, 3])
+    rule, count = m.choice(list(rules.RULES)), m.choice([0, 1, 3])
     sizes = [m.size(600) for _ in range(count)]
     plain = ["contiguous", "shifted"]
     params = [m.normal(size, dtype=m.choice(FLOATS), layouts=plain) for size in sizes]
     grads = [m.normal(size, dtype=m.choice(FLOATS), layouts=plain) for size in sizes]
     rows = [0] * count
-    scalars = {
-        "lion": optim.lion_scalars(0.1, (0.9, 0.99), 0.1),
-        "momentum": optim.momentum_scalars(2, 0.1, 0.9, 0.0, 0.1, True),
-    }.get(rule) or optim.adamw_scalars(rule, 3, 0.1, (0.9, 0.999), 1e-8, 0.1)
-    given = {"params": params, "grads": grads, "rule": rule, "scalars": scalars, "steps": [3], "rows": rows}
+    hyperparameters = {"lion": (0.1, (0.9, 0.99), 0.1), "momentum": (2, 0.1, 0.9, 0.0, 0.1, True)}
+    scalars = rules.RULES[rule].scalars.of(*hyperparameters.get(rule, (3, 0.1, (0.9, 0.999), 1e-8, 0.1)))
+    given = {"params": params, "grads": grads, "rule": rule, "scalars": list(scalars), "steps": [3], "rows": rows}
     return given | {"streams": m.choice([[], [-1] * count, [7] * count])}, sizes
 
 
 def _optim_step_(m):
     given, sizes = _optim(m)
     state = []
-    for size in optim.PLANES[given["rule"]]:
+    for plane in rules.RULES[given["rule"]].planes:
         for count in sizes:
-            many = count if size else optim.blocks_of(count)
-            state.append(m.bytes(many).contiguous() if size == 1 else m.normal(many).abs().contiguous())
+            many = plane.numel(count)
+            state.append(m.bytes(many).contiguous() if plane.coded else m.normal(many).abs().contiguous())
     return {**given, "state": state}
 
 
 @contextlib.contextmanager
-def _pool(given):
-    """A pool of pages for the call, so that a hostile slot has something to miss."""
+def _pages(given):
+    """Pages for the call, whose `state` says for parameters of what sizes: "pages 300 70"."""
+    rule = given["rule"] if given["rule"] in rules.RULES else "adamw"
     with tempfile.TemporaryDirectory() as folder:
-        pool = ops.extension.PagePool(1 << 16, 1 << 17, folder)
-        pool.grow(4)
-        given["pool"] = pool.number if given["pool"] == "pool" else given["pool"]
+        pages = ops.extension.PagedState(rule, 1 << 16, 1 << 17, folder)
+        if _is_pages(given["state"]):
+            for size in given["state"].split()[1:]:
+                pages.allocate(int(size))
+            given["state"] = pages.number
         yield
-        del pool
+        del pages
+
+
+def _is_pages(value):
+    return isinstance(value, str) and value.startswith("pages")
 
 
 def _optim_step_paged_(m):
     given, sizes = _optim(m)
-    slots = [sum(map(optim.blocks_of, sizes[:i])) for i in range(len(sizes))]
-    return {**given, "pool": "pool", "slots": slots, "sweep": 1, "backward": m.random.random() < 0.5}
+    slots = list(range(len(sizes)))
+    return {**given, "state": " ".join(["pages", *map(str, sizes)]), "slots": slots, "sweep": m.choice([1, 2])}
 
 
 def _paged_reference(**given):
-    """State is zero in a new pool."""
-    pages, slots = 4, given.pop("slots")
-    if given.pop("pool") != "pool" or not given["params"] or given.pop("sweep") < 0:
-        raise ValueError("no such pool or sweep, or nothing that says on which device")
-    del given["backward"]
-    planes = optim.PLANES.get(given["rule"], ())
-    per_page = (1 << 16) // max(1, _page_bytes(planes))
-    if len(slots) != len(given["params"]):
+    """State is zero in new pages."""
+    slots, params, pages = given.pop("slots"), given["params"], given.pop("state")
+    if not _is_pages(pages) or not params or given.pop("sweep") < 0:
+        raise ValueError("no such state or sweep, or nothing that says on which device")
+    sizes = list(map(int, pages.split()[1:]))
+    if len(slots) != len(params) or len(set(slots)) != len(slots):
         raise ValueError("slots")
-    state = []
-    for size in planes:
-        for p in given["params"]:
-            count = p.numel() if size else optim.blocks_of(p.numel())
-            state.append(torch.zeros(count, dtype=torch.uint8 if size == 1 else torch.float32))
-    optim._check(**given, state=state)
-    if any(
-        not 0 <= s <= pages * per_page - optim.blocks_of(p.numel()) for s, p in zip(slots, given["params"], strict=True)
-    ):
-        raise ValueError("slots do not fit")
+    if any(not 0 <= s < len(sizes) or sizes[s] != p.numel() for s, p in zip(slots, params, strict=True)):
+        raise ValueError("slots of other parameters")
+    planes = rules.RULES[given["rule"]].planes
+    state = [torch.zeros_like(plane.new(p)) for plane in planes for p in params]
     optim.optim_step_reference(**given, state=state)
-
-
-def _page_bytes(planes):
-    return sum({4: 1024, 1: 256, 0: 4}[size] for size in planes)
 
 
 OPERATORS = {
@@ -274,9 +268,9 @@ def hostile(m, value):
         return ("None", None) if m.random.random() < 0.1 else hostile_tensor(m, value)
     if isinstance(value, bool) or value is None:
         return "a tensor", torch.ones(3)
-    if isinstance(value, str) and value != "pool":
-        return "a word", m.choice(["", "nonsense", *optim.PLANES])
-    if isinstance(value, int) or value == "pool":
+    if isinstance(value, str) and not _is_pages(value):
+        return "a word", m.choice(["", "nonsense", *rules.RULES])
+    if isinstance(value, int) or _is_pages(value):
         return "a number", m.choice(NUMBERS)
     if isinstance(value, float):
         return "a number", m.choice(REALS)
@@ -365,7 +359,7 @@ def wrong_with(number):
     else:
         wanted = outcome(OPERATORS[name][1], copied_all(given), written.get(name, ()))
     before = copied_all(given)
-    with _pool(given) if name == "optim_step_paged_" else contextlib.nullcontext():
+    with _pages(given) if name == "optim_step_paged_" else contextlib.nullcontext():
         found = outcome(operator, given, written.get(name, ()))
     what = f"call {number}, {name} with {', '.join(done) or 'nothing hostile'}: "
     if isinstance(found, Exception) and not isinstance(found, REFUSALS):

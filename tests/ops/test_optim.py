@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftcore import ops
-from peftcore.ops import optim
+from peftcore.ops import dynamic8, optim
+from peftcore.ops import optim_rules as rules
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import bitsandbytes.functional as bnb
 
-RULES = list(optim.PLANES)
+RULES = list(rules.RULES)
 needs_extension = pytest.mark.skipif(ops.extension is None, reason="no _C")
 
 
@@ -34,47 +35,46 @@ def level(request):
 
 def scalars(rule, step=3, lr=1e-2):
     if rule == "lion":
-        return optim.lion_scalars(lr, (0.9, 0.99), 0.1)
+        return rules.LionScalars.of(lr, (0.9, 0.99), 0.1)
     if rule == "momentum":
-        return optim.momentum_scalars(step, lr, 0.9, 0.1, 0.1, True)
-    return optim.adamw_scalars(rule, step, lr, (0.9, 0.999), 1e-8, 0.1)
+        return rules.MomentumScalars.of(step, lr, 0.9, 0.1, 0.1, True)
+    return rules.RULES[rule].scalars.of(step, lr, (0.9, 0.999), 1e-8, 0.1)
 
 
 def state_of(rule, counts):
     """Fresh state, plane by plane."""
-    shapes = {4: (lambda n: n, torch.float32), 1: (lambda n: n, torch.uint8), 0: (optim.blocks_of, torch.float32)}
-    return [torch.zeros(shapes[size][0](n), dtype=shapes[size][1]) for size in optim.PLANES[rule] for n in counts]
+    return [plane.new(torch.empty(n)) for plane in rules.RULES[rule].planes for n in counts]
 
 
 def test_maps_are_those_of_bitsandbytes_and_are_read_by_the_kernels():
-    assert torch.equal(optim.SIGNED_MAP, bnb.create_dynamic_map(True))
-    assert torch.equal(optim.UNSIGNED_MAP, bnb.create_dynamic_map(False))
+    assert torch.equal(dynamic8.SIGNED_MAP, bnb.create_dynamic_map(True))
+    assert torch.equal(dynamic8.UNSIGNED_MAP, bnb.create_dynamic_map(False))
     codes, one, g = torch.arange(256, dtype=torch.uint8), torch.ones(1), torch.zeros(256)
     # A row that keeps both moments and makes p = -m / (sqrt(v) + eps).
     p, none = torch.ones(256), torch.zeros(256, dtype=torch.uint8)
     ops.optim_step_([p], [g], [codes.clone(), none, one.clone(), one.clone()], "adamw_8bit",
-                    [1, 0, 0, 1, 0, -1, 1, 1], [1], [0])  # fmt: skip
-    assert torch.equal(p, -optim.SIGNED_MAP)
+                    [1, 0, 0, 1, 0, -1, 1], [1], [0])  # fmt: skip
+    assert torch.equal(p, -dynamic8.SIGNED_MAP)
     p, full = torch.ones(256), torch.full((256,), 255, dtype=torch.uint8)
     ops.optim_step_([p], [g], [full, codes.clone(), one.clone(), one.clone()], "adamw_8bit",
-                    [1, 0, 0, 1, 0, -1, 1, 0], [1], [0])  # fmt: skip
-    assert torch.equal(p, -1 / optim.UNSIGNED_MAP.double().sqrt().float())
+                    [1, 0, 0, 1, 0, -1, 0], [1], [0])  # fmt: skip
+    assert torch.equal(p, -1 / dynamic8.UNSIGNED_MAP.double().sqrt().float())
 
 
-@pytest.mark.parametrize("table", [optim.SIGNED_MAP, optim.UNSIGNED_MAP], ids=["signed", "unsigned"])
+@pytest.mark.parametrize("table", [dynamic8.SIGNED_MAP, dynamic8.UNSIGNED_MAP], ids=["signed", "unsigned"])
 def test_codes_are_the_nearest(table):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(20 * 256, generator=generator) * 10 ** (torch.randn(20 * 256, generator=generator) * 2)
-    if table is optim.UNSIGNED_MAP:
+    if table is dynamic8.UNSIGNED_MAP:
         x = x.abs()
-    codes, absmax = optim.encode(x, table)
+    codes, absmax = dynamic8.encode(x, table)
     scaled = (x.view(-1, 256) / absmax[:, None]).flatten().double()
     distance = (scaled[:, None] - table.double()).abs()
     found, best = distance.gather(1, codes.long()[:, None])[:, 0], distance.min(1).values
-    tiny = (scaled < table[1] / 2) & (scaled > 0) & (table is optim.UNSIGNED_MAP)
+    tiny = (scaled < table[1] / 2) & (scaled > 0) & (table is dynamic8.UNSIGNED_MAP)
     assert (found <= best * (1 + 1e-5) + 1e-9)[~tiny].all()
     assert (codes[tiny] == 1).all()  # a second moment above 0 is never stored as 0
-    assert torch.equal(optim.encode(table * 3, table)[0].int(), torch.arange(256).int())
+    assert torch.equal(dynamic8.encode(table * 3, table)[0].int(), torch.arange(256).int())
 
 
 @needs_extension

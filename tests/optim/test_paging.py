@@ -1,54 +1,18 @@
-"""Pages under a budget: random schedules, faults of the page file, forks, threads, memory."""
-
-import gc
-import os
-import resource
-import subprocess
-import sys
-import threading
-from pathlib import Path
+"""Pages under a budget: random schedules, what moves, what is resident, and state that is another's."""
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from paged import PAGE, paged, parameters, step
 from torch import nn
 
 from peftcore import ops, optim
+from peftcore.ops.optim import optim_step_paged_
 from peftcore.optim.paging import bytes_of
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="no _C")
-PAGE = 4096
-
-
-def parameters(count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [nn.Parameter(torch.randn(200 + 90 * i, generator=generator)) for i in range(count)]
-
-
-def step(optimizer, params, number):
-    generator = torch.Generator().manual_seed(number)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator)
-    optimizer.step()
-
-
-def paged(params, budget, kind=optim.PagedAdamW, **options):
-    return kind(params, budget=budget, page_bytes=PAGE, **options)
-
-
-def files_of(optimizer):
-    """Descriptors of page files: without a name, of the size of the pages."""
-    size = sum(pool.pages for pool in optimizer._pools.values()) * PAGE
-    found = []
-    for entry in os.listdir("/proc/self/fd"):
-        try:
-            if "(deleted)" in os.readlink(f"/proc/self/fd/{entry}") and os.fstat(int(entry)).st_size == size:
-                found.append(int(entry))
-        except OSError:
-            continue
-    return found
 
 
 class Schedule(RuleBasedStateMachine):
@@ -162,288 +126,46 @@ def test_auto_keeps_all_where_memory_is_free():
 
 
 def test_auto_leaves_when_memory_is_short():
-    pool = ops.extension.PagePool(PAGE, 64 * PAGE, "/tmp")
-    pool.grow(16)
-    data = torch.arange(PAGE, dtype=torch.uint8)
-    for page in range(16):
-        pool.write(page, 0, PAGE, data.data_ptr())
-    assert pool.resident_bytes == 16 * PAGE
-    pool.balance(1 << 60)  # more than there is
-    assert pool.resident_bytes == PAGE and pool.budget == PAGE
-    found = torch.zeros(PAGE, dtype=torch.uint8)
-    for page in range(16):
-        pool.read(page, 0, PAGE, found.data_ptr())
-        assert torch.equal(found, data)
-
-
-# --- faults of the page file: real ones, by limits and descriptors
-
-
-class file_limit:
-    """No file of this process grows or is written beyond so many bytes."""
-
-    def __init__(self, size):
-        self.size = size
-
-    def __enter__(self):
-        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
-
-    def __exit__(self, *_):
-        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
-
-
-@pytest.mark.parametrize("kind", [optim.PagedAdamW, optim.PagedAdamW8bit])
-def test_a_full_disk_is_an_error_before_anything_is_lost(kind):
-    params = parameters(6)
-    optimizer = paged(params, 2 * PAGE, kind)
-    before = [p.detach().clone() for p in params]
-    with file_limit(PAGE), pytest.raises(RuntimeError, match=r"needs a page file of \d+ bytes in .*directory="):
-        step(optimizer, params, 0)
-    assert all(torch.equal(p, q) for p, q in zip(params, before, strict=True))
-    step(optimizer, params, 0)
-    wanted = parameters(6)
-    resident = (optim.AdamW if kind is optim.PagedAdamW else optim.AdamW8bit)(wanted)
-    step(resident, wanted, 0)
-    assert all(torch.equal(p, q) for p, q in zip(params, wanted, strict=True))
-
-
-@pytest.mark.parametrize("limit", [3 * PAGE, 3 * PAGE + 1000, 6 * PAGE])  # refused, and written short
-@pytest.mark.parametrize("budget", [1, 2, 5])
-def test_a_page_that_cannot_be_written_stays(limit, budget):
-    params, wanted = parameters(8), parameters(8)
-    optimizer, resident = paged(params, budget * PAGE), optim.AdamW(wanted)
-    for number in range(3):
-        step(optimizer, params, number)
-        step(resident, wanted, number)
-    with file_limit(limit), pytest.raises(RuntimeError, match=r"cannot be written: .*Nothing is lost"):
-        for number in range(3, 5):
-            step(optimizer, params, number)
-            step(resident, wanted, number)
-    step(optimizer, params, number)  # completes the step that stopped
-    step(resident, wanted, number)
-    assert all(torch.equal(p, q) for p, q in zip(params, wanted, strict=True))
-    step(optimizer, params, 9)
-    step(resident, wanted, 9)
-    assert all(torch.equal(p, q) for p, q in zip(params, wanted, strict=True))
-    assert optimizer.paging().resident <= budget * PAGE
-
-
-@pytest.mark.parametrize("budget", [1, 2, 5])
-def test_a_page_that_cannot_be_read_is_still_there(budget, tmp_path):
-    params, wanted = parameters(8), parameters(8)
-    optimizer, resident = paged(params, budget * PAGE), optim.AdamW(wanted)
-    for number in range(3):
-        step(optimizer, params, number)
-        step(resident, wanted, number)
-    (descriptor,) = files_of(optimizer)
-    kept = os.dup(descriptor)
-    blind = os.open(tmp_path / "blind", os.O_WRONLY | os.O_CREAT)
-    os.dup2(blind, descriptor)
-    try:
-        with pytest.raises(RuntimeError, match=r"cannot be read: Bad file descriptor.*Call step\(\) again"):
-            step(optimizer, params, 3)
-    finally:
-        os.dup2(kept, descriptor)
-        os.close(kept)
-        os.close(blind)
-    written = (tmp_path / "blind").read_bytes()  # pages that left meanwhile
-    with open(f"/proc/self/fd/{descriptor}", "r+b", buffering=0) as file:
-        for begin in range(0, len(written), PAGE):
-            if any(written[begin : begin + PAGE]):
-                os.pwrite(file.fileno(), written[begin : begin + PAGE], begin)
-    step(optimizer, params, 3)
-    step(resident, wanted, 3)
-    assert all(torch.equal(p, q) for p, q in zip(params, wanted, strict=True))
-
-
-def test_a_directory_that_is_not_there():
-    params = parameters(1)
-    optimizer = paged(params, PAGE, directory="/no/such/folder")
-    with pytest.raises(RuntimeError, match=r"no page file can be made in '/no/such/folder': No such file.*directory="):
-        step(optimizer, params, 0)
-
-
-def test_nothing_is_on_disk_after_a_crash(tmp_path):
-    code = f"""
-import os, torch
-from torch import nn
-from peftcore import optim
-p = nn.Parameter(torch.ones(100_000))
-p.grad = torch.ones_like(p)
-o = optim.PagedAdamW([p], budget=4096, page_bytes=4096, directory={str(tmp_path)!r})
-o.step()
-assert o.paging().paged > 0
-os.kill(os.getpid(), 9)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -9, done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-# --- processes and threads
-
-
-def test_a_fork_is_refused_and_does_not_harm_its_parent():
-    params, wanted = parameters(6), parameters(6)
-    optimizer, resident = paged(params, 2 * PAGE), optim.AdamW(wanted)
-    step(optimizer, params, 0)
-    step(resident, wanted, 0)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            step(optimizer, params, 1)
-        except RuntimeError as error:
-            status = 0 if "from which this one was forked" in str(error) else 2
-        del optimizer
-        os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
-    step(optimizer, params, 1)
-    step(resident, wanted, 1)
-    assert all(torch.equal(p, q) for p, q in zip(params, wanted, strict=True))
-
-
-def test_threads_with_optimizers_of_their_own_and_one_that_only_looks():
-    wanted = parameters(6)
-    resident = optim.AdamW(wanted)
-    for number in range(20):
-        step(resident, wanted, number)
-    found = [parameters(6) for _ in range(3)]
-    optimizers = [paged(params, 2 * PAGE) for params in found]
-    ends = threading.Event()
-
-    def work(params, optimizer):
-        for number in range(20):
-            step(optimizer, params, number)
-
-    def look():
-        while not ends.is_set():
-            for optimizer in optimizers:
-                for pool in list(optimizer._pools.values()):
-                    pool.evict()
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(found, optimizers, strict=True)]
-    watcher = threading.Thread(target=look)
-    for thread in [*threads, watcher]:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    ends.set()
-    watcher.join()
-    for params in found:
-        assert all(torch.equal(p, q) for p, q in zip(params, wanted, strict=True))
-
-
-def resident_memory():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-@pytest.mark.slow
-def test_no_leak_over_ten_thousand_steps():
-    params = parameters(4)
-    optimizer = paged(params, 2 * PAGE)
-    for p in params:
-        p.grad = torch.randn(p.shape)
-    for _ in range(500):
-        optimizer.step()
-    gc.collect()  # what earlier tests left, which may hold files
-    memory, descriptors = resident_memory(), len(os.listdir("/proc/self/fd"))
-    for _ in range(10_000):
-        optimizer.step()
-    assert resident_memory() - memory < 2 << 20
-    assert len(os.listdir("/proc/self/fd")) <= descriptors
-
-
-def test_an_optimizer_that_is_gone_gives_its_memory_and_file_back():
-    for _ in range(3):
-        params = [nn.Parameter(torch.zeros(1 << 20))]
-        optimizer = optim.PagedAdamW(params, budget="8MiB", directory="/tmp")
-        step(optimizer, params, 0)
-        descriptors, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-        del optimizer
-        assert len(os.listdir("/proc/self/fd")) == descriptors - 1 and threading.active_count() == threads
-
-
-@pytest.mark.parametrize("kind", [optim.PagedAdamW, optim.PagedAdamW8bit])
-@pytest.mark.parametrize("count", [5000, 100])
-def test_a_parameter_that_changed_its_size_does_not_write_into_anothers_state(kind, count):
-    params = parameters(3)
-    optimizer = paged(params, 4 * PAGE, kind)
-    step(optimizer, params, 0)
-    before = {name: value.clone() for name, value in optimizer._get_state(params[1]).items()}
-    params[0].data = torch.randn(count)
-    with pytest.raises(RuntimeError, match=rf"had 200 elements on cpu when its state was made, and has {count:,}"):
-        step(optimizer, params, 1)
-    assert all(torch.equal(value, before[name]) for name, value in optimizer._get_state(params[1]).items())
-    with pytest.raises(RuntimeError, match="Make a new optimizer"):
-        optimizer.state_dict()
-
-
-KINDS = [(optim.PagedAdamW, optim.AdamW), (optim.PagedAdamW8bit, optim.AdamW8bit)]
-KINDS += [(optim.AdamW, optim.PagedAdamW), (optim.AdamW8bit, optim.PagedAdamW8bit)]
-
-
-def _shorter(state):
-    name = next(name for name in ("exp_avg_absmax", "exp_avg") if name in state)
-    state[name] = state[name][:-1]
+    pages = ops.extension.PagedState("lion", PAGE, 64 * PAGE, "/tmp")
+    data = torch.arange(16 * PAGE // 4, dtype=torch.float32)
+    slot = pages.allocate(data.numel())
+    pages.write(slot, 0, data.data_ptr())
+    assert pages.pages == 16 and pages.resident_bytes == 16 * PAGE
+    pages.balance(1 << 60)  # more than there is
+    assert pages.resident_bytes == PAGE and pages.budget == PAGE
+    found = torch.zeros_like(data)
+    pages.read(slot, 0, found.data_ptr())
+    assert torch.equal(found, data)
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("change", "message"),
     [
-        (lambda saved: _shorter(saved["state"][2]), "the state of parameter 2 does not fit: saved 'exp_avg"),
-        (
-            lambda saved: saved["state"][1].pop("exp_avg_sq"),
-            "parameter 1 does not fit: .* lacks the tensor 'exp_avg_sq'",
-        ),
-        (
-            lambda saved: saved["state"][0].update(exp_avg=3.0),
-            "parameter 0 does not fit: .* lacks the tensor 'exp_avg'",
-        ),
-        (lambda saved: saved["param_groups"][0]["params"].pop(), r"groups of \[2\] parameters, .* has groups of \[3\]"),
+        ({"slots": [0, 0]}, "slot 0 is given for two parameters"),
+        ({"slots": [1, 0]}, "slot 1 has the state of 300 elements, its parameter has 200"),
+        ({"slots": [0, 2]}, "slot 2 of 2"),
+        ({"slots": [0]}, "2 params need as many slots"),
+        ({"rule": "momentum", "scalars": [1.0] * 6}, "the state in these pages is of another rule"),
+        ({"state": 2**40}, "no paged state has the number"),
+        ({"sweep": -1}, "sweep must not be negative"),
     ],
 )
-@pytest.mark.parametrize("kinds", KINDS, ids=lambda kinds: kinds[0].__name__)
-def test_a_load_that_fails_leaves_the_state(kinds, damage, message):
-    kind, _ = kinds
-    options = {"budget": 2 * PAGE, "page_bytes": PAGE} if "Paged" in kind.__name__ else {}
-    params, others = parameters(3), parameters(3)
-    optimizer, beside = kind(params, **options), kind(others, **options)
-    for number in range(2):
-        step(optimizer, params, number)
-        step(beside, others, number)
-    saved = optimizer.state_dict()
-    step(optimizer, params, 2)
-    step(beside, others, 2)
-    damage(saved)
+def test_state_of_others_is_refused_before_it_is_read(change, message):
+    pages = ops.extension.PagedState("lion", PAGE, 64 * PAGE, "/tmp")
+    params = [torch.ones(200), torch.ones(300)]
+    call = {
+        "params": params,
+        "grads": [torch.ones_like(p) for p in params],
+        "state": pages.number,
+        "slots": [pages.allocate(p.numel()) for p in params],
+        "sweep": 0,
+        "rule": "lion",
+        "scalars": [1.0] * 5,
+        "steps": [1],
+        "rows": [0, 0],
+    }
     with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(saved)
-    step(optimizer, params, 3)
-    step(beside, others, 3)
-    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
-
-
-@pytest.mark.parametrize("kind", [optim.PagedAdamW, optim.PagedAdamW8bit])
-def test_loading_again_and_again_takes_no_more_pages(kind):
-    params, others = parameters(5), parameters(5)
-    optimizer, beside = paged(params, 2 * PAGE, kind), kind(others)
-    for number in range(3):
-        step(optimizer, params, number)
-        step(beside, others, number)
-    pages = sum(pool.pages for pool in optimizer._pools.values())
-    saved = optimizer.state_dict()
-    for _ in range(5):
-        optimizer.load_state_dict(saved)
-    assert sum(pool.pages for pool in optimizer._pools.values()) == pages
-    step(optimizer, params, 3)
-    step(beside, others, 3)
-    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
-    optimizer.load_state_dict({**saved, "state": {}})  # as a new one: what lay in the pages is not read again
-    fresh = kind(others)
-    with torch.no_grad():
-        for p, q in zip(params, others, strict=True):
-            q.copy_(p)
-    step(optimizer, params, 4)
-    step(fresh, others, 4)
-    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+        optim_step_paged_(**{**call, **change})
+    assert all(p.eq(1).all() for p in params)
+    optim_step_paged_(**call)
+    assert all(p.eq(2).all() for p in params)

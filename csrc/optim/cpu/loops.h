@@ -1,8 +1,8 @@
-// The rules, written once in terms of what a SIMD level `V` supplies: a register `F` of kWidth fp32 values,
-// and
+// The loops of all rules, written once in terms of what a SIMD level `V` supplies: a register `F` of kWidth
+// fp32 values, and
 //
-//   load, store, set1, add, sub, mul, div, sqrt, fma     each rounded once
-//   sign                                                 -1, 0, 1
+//   set1, add, sub, mul, div, sqrt, fma, sign            as rules.h reads them
+//   load, store                                          kWidth values
 //   where_zero(x, d)                                     x where d is 0, else 0, also where d is NaN
 //   Largest                                              a running maximum of |x|
 //   decode(codes, table, absmax, out)                    kChunk codes to registers of table[code] * absmax
@@ -15,6 +15,8 @@
 
 namespace peftcore {
 namespace optim {
+
+namespace {  // each level's own: with one name for all, the linker would choose among their instructions
 
 struct Scalar {
     using F = float;
@@ -31,46 +33,39 @@ struct Scalar {
     static inline F sign(F a) { return a > 0 ? 1.0f : a < 0 ? -1.0f : a; }
 };
 
-// m + weight (g - m) with one rounding of the product and sum, exact at both ends (as torch.lerp).
-template <typename V>
-static inline typename V::F lerp(typename V::F m, typename V::F g, float weight) {
-    const typename V::F way = V::sub(g, m);
-    if (weight < 0.5f) return V::fma(V::set1(weight), way, m);
-    return V::fma(V::set1(weight - 1.0f), way, g);
-}
+}  // namespace
 
-template <typename V>
-static inline void adamw_moments(typename V::F g, typename V::F& m, typename V::F& v, const AdamW& c) {
-    m = lerp<V>(m, g, c.weight1);
-    v = V::fma(V::mul(V::set1(c.weight2), g), g, V::mul(v, V::set1(c.beta2)));
-}
-
-template <typename V>
-static inline int64_t adamw_part(float* p, const float* g, float* m, float* v, int64_t i, int64_t count,
-                                 const AdamW& c) {
+template <typename V, typename Rule>
+static inline int64_t update_part(float* p, const float* g, float* const* state, int64_t i, int64_t count,
+                                  const Rule& rule) {
     using F = typename V::F;
     for (; i + V::kWidth <= count; i += V::kWidth) {
-        F mean = V::load(m + i), square = V::load(v + i);
-        adamw_moments<V>(V::mul(V::load(g + i), V::set1(c.factor)), mean, square, c);
-        V::store(m + i, mean);
-        V::store(v + i, square);
-        const F divisor = V::add(V::div(V::sqrt(square), V::set1(c.root)), V::set1(c.eps));
-        const F way = V::div(V::mul(V::set1(c.step), mean), divisor);
-        V::store(p + i, V::add(V::mul(V::load(p + i), V::set1(c.decay)), way));
+        F param = V::load(p + i), moments[Rule::kMoments];
+        for (int k = 0; k < Rule::kMoments; ++k) moments[k] = V::load(state[k] + i);
+        rule.template update<V>(param, V::mul(V::load(g + i), V::set1(rule.factor)), moments);
+        for (int k = 0; k < Rule::kMoments; ++k) V::store(state[k] + i, moments[k]);
+        V::store(p + i, param);
     }
     return i;
 }
 
-template <typename V>
-static void adamw(float* p, const float* g, float* m, float* v, int64_t count, const AdamW& c) {
-    adamw_part<Scalar>(p, g, m, v, adamw_part<V>(p, g, m, v, 0, count, c), count, c);
+// State in fp32.
+template <typename V, typename Rule>
+static void update_floats(float* p, const float* g, void* const* state, int64_t count,
+                          const Scalars& scalars) {
+    const Rule rule = with_scalars<Rule>(scalars);
+    float* moments[Rule::kMoments];
+    for (int k = 0; k < Rule::kMoments; ++k) moments[k] = static_cast<float*>(state[k]);
+    const int64_t whole = update_part<V>(p, g, moments, 0, count, rule);
+    update_part<Scalar>(p, g, moments, whole, count, rule);
 }
 
-// A whole block; the caller pads.
-template <typename V>
-static inline void adamw_8bit_block(float* p, const float* g, uint8_t* m, uint8_t* v, float* m_absmax,
-                                    float* v_absmax, const AdamW c) {  // a copy: p may not alias it
+// A whole block of a rule with a signed and an unsigned moment in 8 bits; the caller pads.
+template <typename V, typename Rule>
+static inline void update_block(float* p, const float* g, uint8_t* m, uint8_t* v, float* m_absmax,
+                                float* v_absmax, const Rule rule) {  // a copy: p may not alias it
     using F = typename V::F;
+    static_assert(Rule::kMoments == 2);
     const auto& m_table = V::signed_table();
     const auto& v_table = V::unsigned_table();
     alignas(64) float means[kBlock], squares[kBlock];
@@ -88,18 +83,17 @@ static inline void adamw_8bit_block(float* p, const float* g, uint8_t* m, uint8_
             const int i = chunk + part * V::kWidth;
             __builtin_prefetch(p + i + kBlock, 1);
             __builtin_prefetch(g + i + kBlock);
-            adamw_moments<V>(V::mul(V::load(g + i), V::set1(c.factor)), mean[part], square[part], c);
-            const F divisor = V::add(V::sqrt(square[part]), V::set1(c.eps));
-            const F way = V::div(V::mul(V::set1(c.step), mean[part]), divisor);
-            V::store(p + i, V::add(V::mul(V::load(p + i), V::set1(c.decay)), way));
+            F param = V::load(p + i), moments[2] = {mean[part], square[part]};
+            rule.template update<V>(param, V::mul(V::load(g + i), V::set1(rule.factor)), moments);
+            V::store(p + i, param);
             // NaN or infinity in one element must not become the scale of 256: its state begins anew.
-            const F finite = V::add(V::sub(mean[part], mean[part]), V::sub(square[part], square[part]));
-            mean[part] = V::where_zero(mean[part], finite);
-            square[part] = V::where_zero(square[part], finite);
-            V::store(means + i, mean[part]);
-            V::store(squares + i, square[part]);
-            m_largest.take(mean[part]);
-            v_largest.take(square[part]);
+            const F finite = V::add(V::sub(moments[0], moments[0]), V::sub(moments[1], moments[1]));
+            moments[0] = V::where_zero(moments[0], finite);
+            moments[1] = V::where_zero(moments[1], finite);
+            V::store(means + i, moments[0]);
+            V::store(squares + i, moments[1]);
+            m_largest.take(moments[0]);
+            v_largest.take(moments[1]);
         }
     }
     const float m_scale = m_largest.value(), v_scale = v_largest.value();
@@ -110,10 +104,10 @@ static inline void adamw_8bit_block(float* p, const float* g, uint8_t* m, uint8_
     V::template encode<false>(squares, v_scale > 0 ? 1.0f / v_scale : 0.0f, unsigned_map().encoder, v);
 }
 
-template <typename V>
-static void adamw_8bit(float* p, const float* g, uint8_t* m, uint8_t* v, float* m_absmax, float* v_absmax,
-                       int64_t count, const AdamW& c) {
-    if (count == kBlock) return adamw_8bit_block<V>(p, g, m, v, m_absmax, v_absmax, c);
+// Fewer elements than a block.
+template <typename V, typename Rule>
+static void update_padded_block(float* p, const float* g, uint8_t* m, uint8_t* v, float* m_absmax,
+                                float* v_absmax, int64_t count, const Rule& rule) {
     float p_block[kBlock] = {}, g_block[kBlock] = {};
     uint8_t m_block[kBlock], v_block[kBlock] = {};
     memset(m_block, 127, kBlock);  // zeros, as the padding of p and g
@@ -121,49 +115,34 @@ static void adamw_8bit(float* p, const float* g, uint8_t* m, uint8_t* v, float* 
     memcpy(g_block, g, count * sizeof(float));
     memcpy(m_block, m, count);
     memcpy(v_block, v, count);
-    adamw_8bit_block<V>(p_block, g_block, m_block, v_block, m_absmax, v_absmax, c);
+    update_block<V>(p_block, g_block, m_block, v_block, m_absmax, v_absmax, rule);
     memcpy(p, p_block, count * sizeof(float));
     memcpy(m, m_block, count);
     memcpy(v, v_block, count);
 }
 
-template <typename V>
-static inline int64_t lion_part(float* p, const float* g, float* m, int64_t i, int64_t count, const Lion& c) {
-    using F = typename V::F;
-    for (; i + V::kWidth <= count; i += V::kWidth) {
-        const F grad = V::mul(V::load(g + i), V::set1(c.factor)), mean = V::load(m + i);
-        const F way = V::mul(V::set1(c.step), V::sign(lerp<V>(mean, grad, c.weight1)));
-        V::store(p + i, V::add(V::mul(V::load(p + i), V::set1(c.decay)), way));
-        V::store(m + i, lerp<V>(mean, grad, c.weight2));
+// State in codes of 8 bits.
+template <typename V, typename Rule>
+static void update_codes(float* p, const float* g, void* const* state, int64_t count,
+                         const Scalars& scalars) {
+    const Rule rule = with_scalars<Rule>(scalars);
+    for (int64_t i = 0; i < count; i += kBlock) {
+        uint8_t *m = static_cast<uint8_t*>(state[0]) + i, *v = static_cast<uint8_t*>(state[1]) + i;
+        float* m_absmax = static_cast<float*>(state[2]) + i / kBlock;
+        float* v_absmax = static_cast<float*>(state[3]) + i / kBlock;
+        if (count - i >= kBlock)
+            update_block<V>(p + i, g + i, m, v, m_absmax, v_absmax, rule);
+        else
+            update_padded_block<V>(p + i, g + i, m, v, m_absmax, v_absmax, count - i, rule);
     }
-    return i;
 }
 
-template <typename V>
-static void lion(float* p, const float* g, float* m, int64_t count, const Lion& c) {
-    lion_part<Scalar>(p, g, m, lion_part<V>(p, g, m, 0, count, c), count, c);
-}
-
-template <typename V>
-static inline int64_t momentum_part(float* p, const float* g, float* buffer, int64_t i, int64_t count,
-                                    const Momentum& c) {
-    using F = typename V::F;
-    for (; i + V::kWidth <= count; i += V::kWidth) {
-        const F param = V::load(p + i);
-        const F grad =
-            V::add(V::mul(V::load(g + i), V::set1(c.factor)), V::mul(V::set1(c.weight_decay), param));
-        const F mean =
-            V::add(V::mul(V::load(buffer + i), V::set1(c.momentum)), V::mul(V::set1(c.weight), grad));
-        V::store(buffer + i, mean);
-        const F way = c.nesterov != 0 ? V::add(grad, V::mul(V::set1(c.momentum), mean)) : mean;
-        V::store(p + i, V::add(param, V::mul(V::set1(c.step), way)));
-    }
-    return i;
-}
-
-template <typename V>
-static void momentum(float* p, const float* g, float* buffer, int64_t count, const Momentum& c) {
-    momentum_part<Scalar>(p, g, buffer, momentum_part<V>(p, g, buffer, 0, count, c), count, c);
+template <typename V, typename Rule>
+static void update(float* p, const float* g, void* const* state, int64_t count, const Scalars& scalars) {
+    if constexpr (Rule::kIn8Bits)
+        update_codes<V, Rule>(p, g, state, count, scalars);
+    else
+        update_floats<V, Rule>(p, g, state, count, scalars);
 }
 
 template <typename T>
@@ -224,9 +203,14 @@ static void narrow_stochastic(const float* x, int64_t count, Dtype dtype, void* 
     narrow_at_random(x, count, static_cast<BFloat16*>(out), stream, step, first);
 }
 
+template <typename V, typename... Rule>
+static Kernels kernels_of(RuleList<Rule...>) {
+    return {widen<V>, narrow<V>, narrow_stochastic, {update<V, Rule>...}};
+}
+
 template <typename V>
 static Kernels kernels_of() {
-    return {widen<V>, narrow<V>, narrow_stochastic, adamw<V>, adamw_8bit<V>, lion<V>, momentum<V>};
+    return kernels_of<V>(Rules());
 }
 
 }  // namespace optim

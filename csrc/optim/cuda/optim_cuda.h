@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "optim/dynamic8.h"
-#include "optim/optim.h"
+#include "optim/segment.h"
 
 namespace peftcore {
 namespace optim {
@@ -19,8 +19,8 @@ struct Maps {
 
 extern "C" {
 
-// One launch for all segments. Everything is device memory: `first_block` has count + 1 entries, the number
-// of blocks of 256 elements before each segment.
+// One launch for all segments, of the rule with this place in `Rules`. Everything is device memory:
+// `first_block` has count + 1 entries, the number of blocks of 256 elements before each segment.
 const char* peftcore_optim_step(int rule, const peftcore::optim::Segment* segments,
                                 const int64_t* first_block, int count, int64_t blocks,
                                 const peftcore::optim::Scalars* rows, const peftcore::optim::Maps* maps,

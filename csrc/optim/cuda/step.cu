@@ -2,11 +2,13 @@
 // whose it is.
 //
 // In 8 bits the threads agree on the block's largest magnitudes, by shuffles within a warp and through shared
-// memory, and the maps lie in shared memory. Nothing is fused that the formulas of optim.h keep apart.
+// memory, and the maps lie in shared memory. Nothing is fused that the formulas of rules.h keep apart.
 #include <cmath>
 
 #include "common/cuda_launch.cuh"
 #include "optim/cuda/optim_cuda.h"
+#include "optim/rounding.h"
+#include "optim/rules.h"
 
 namespace peftcore {
 namespace optim {
@@ -39,19 +41,18 @@ __device__ __forceinline__ void store_param(const Segment& s, int64_t i, float v
         static_cast<BFloat16*>(s.param)[i] = rounded<BFloat16>(value, s, i);
 }
 
-__device__ __forceinline__ float lerp(float m, float g, float weight) {
-    const float way = __fadd_rn(g, -m);
-    return weight < 0.5f ? __fmaf_rn(weight, way, m) : __fmaf_rn(weight - 1.0f, way, g);
-}
-
-__device__ __forceinline__ void moments(float g, float& m, float& v, const AdamW& c) {
-    m = lerp(m, g, c.weight1);
-    v = __fmaf_rn(__fmul_rn(c.weight2, g), g, __fmul_rn(v, c.beta2));
-}
-
-__device__ __forceinline__ float moved(float p, float decay, float way) {
-    return __fadd_rn(__fmul_rn(p, decay), way);
-}
+// What rules.h is written in: one value, whose operations nothing fuses.
+struct Thread {
+    using F = float;
+    static __device__ __forceinline__ F set1(float x) { return x; }
+    static __device__ __forceinline__ F add(F a, F b) { return __fadd_rn(a, b); }
+    static __device__ __forceinline__ F sub(F a, F b) { return __fadd_rn(a, -b); }
+    static __device__ __forceinline__ F mul(F a, F b) { return __fmul_rn(a, b); }
+    static __device__ __forceinline__ F div(F a, F b) { return a / b; }
+    static __device__ __forceinline__ F sqrt(F a) { return sqrtf(a); }
+    static __device__ __forceinline__ F fma(F a, F b, F c) { return __fmaf_rn(a, b, c); }
+    static __device__ __forceinline__ F sign(F a) { return a > 0 ? 1.0f : a < 0 ? -1.0f : a; }
+};
 
 // The largest magnitude of the block's threads, all finite; `warps` is shared memory of a value a
 // warp.
@@ -82,7 +83,7 @@ __device__ __forceinline__ const Segment& segment_of(const Segment* segments, co
     return segments[low];
 }
 
-template <Rule kRule>
+template <typename Rule>
 __global__ void __launch_bounds__(kBlock)
     step_kernel(const Segment* __restrict__ segments, const int64_t* __restrict__ first_block, int count,
                 int64_t blocks, const Scalars* __restrict__ rows) {
@@ -91,36 +92,19 @@ __global__ void __launch_bounds__(kBlock)
         const Segment& s = segment_of(segments, first_block, count, block, begin);
         const int64_t i = begin + threadIdx.x;
         if (i >= s.count) continue;
-        const Scalars& row = rows[s.row];
-        const float p = load_as_float(s.param, s.param_dtype, i);
-        const float g = __fmul_rn(load_as_float(s.grad, s.grad_dtype, i), row.value[0]);
-        float* first = static_cast<float*>(s.state[0]) + i;
-        if constexpr (kRule == Rule::kAdamW) {
-            const AdamW& c = row.adamw;
-            float* second = static_cast<float*>(s.state[1]) + i;
-            float m = *first, v = *second;
-            moments(g, m, v, c);
-            *first = m;
-            *second = v;
-            const float divisor = __fadd_rn(sqrtf(v) / c.root, c.eps);
-            store_param(s, i, moved(p, c.decay, __fmul_rn(c.step, m) / divisor));
-        } else if constexpr (kRule == Rule::kLion) {
-            const Lion& c = row.lion;
-            const float m = *first, u = lerp(m, g, c.weight1);
-            *first = lerp(m, g, c.weight2);
-            const float sign = u > 0 ? 1.0f : u < 0 ? -1.0f : u;
-            store_param(s, i, moved(p, c.decay, __fmul_rn(c.step, sign)));
-        } else {
-            const Momentum& c = row.momentum;
-            const float grad = __fadd_rn(g, __fmul_rn(c.weight_decay, p));
-            const float mean = __fadd_rn(__fmul_rn(*first, c.momentum), __fmul_rn(c.weight, grad));
-            *first = mean;
-            const float way = c.nesterov != 0 ? __fadd_rn(grad, __fmul_rn(c.momentum, mean)) : mean;
-            store_param(s, i, __fadd_rn(p, __fmul_rn(c.step, way)));
-        }
+        const Rule rule = with_scalars<Rule>(rows[s.row]);
+        float p = load_as_float(s.param, s.param_dtype, i);
+        const float g = __fmul_rn(load_as_float(s.grad, s.grad_dtype, i), rule.factor);
+        float state[Rule::kMoments];
+        for (int k = 0; k < Rule::kMoments; ++k) state[k] = static_cast<const float*>(s.state[k])[i];
+        rule.template update<Thread>(p, g, state);
+        for (int k = 0; k < Rule::kMoments; ++k) static_cast<float*>(s.state[k])[i] = state[k];
+        store_param(s, i, p);
     }
 }
 
+// Of a rule with a signed and an unsigned moment.
+template <typename Rule>
 __global__ void __launch_bounds__(kBlock)
     step_8bit_kernel(const Segment* __restrict__ segments, const int64_t* __restrict__ first_block, int count,
                      int64_t blocks, const Scalars* __restrict__ rows, const Maps* __restrict__ maps) {
@@ -143,21 +127,21 @@ __global__ void __launch_bounds__(kBlock)
     for (int64_t block = blockIdx.x; block < blocks; block += gridDim.x) {
         int64_t begin;
         const Segment& s = segment_of(segments, first_block, count, block, begin);
-        const AdamW& c = rows[s.row].adamw;
+        const Rule rule = with_scalars<Rule>(rows[s.row]);
         const int64_t i = begin + thread;
         const bool inside = i < s.count;
         uint8_t* m_code = static_cast<uint8_t*>(s.state[0]) + i;
         uint8_t* v_code = static_cast<uint8_t*>(s.state[1]) + i;
         float* m_absmax = static_cast<float*>(s.state[2]) + begin / kBlock;
         float* v_absmax = static_cast<float*>(s.state[3]) + begin / kBlock;
-        float m = 0, v = 0;
+        float state[2] = {}, &m = state[0], &v = state[1];
         if (inside) {
             m = __fmul_rn(means[*m_code], *m_absmax);
             v = __fmul_rn(squares[*v_code], *v_absmax);
-            moments(__fmul_rn(load_as_float(s.grad, s.grad_dtype, i), c.factor), m, v, c);
-            const float divisor = __fadd_rn(sqrtf(v), c.eps);
-            const float p = load_as_float(s.param, s.param_dtype, i);
-            store_param(s, i, moved(p, c.decay, __fmul_rn(c.step, m) / divisor));
+            float p = load_as_float(s.param, s.param_dtype, i);
+            const float g = __fmul_rn(load_as_float(s.grad, s.grad_dtype, i), rule.factor);
+            rule.template update<Thread>(p, g, state);
+            store_param(s, i, p);
             // NaN or infinity in one element must not become the scale of 256: its state begins anew.
             if (!(m - m == 0 && v - v == 0)) m = v = 0;
         }
@@ -172,6 +156,34 @@ __global__ void __launch_bounds__(kBlock)
     }
 }
 
+// What all kernels are given, and how they are launched.
+struct Launch {
+    const Segment* segments;
+    const int64_t* first_block;
+    int count;
+    int64_t blocks;
+    const Scalars* rows;
+    const Maps* maps;
+    void* stream;
+
+    template <typename Rule>
+    static const char* rule(const Launch& l) {
+        const unsigned grid = unsigned(l.blocks < kMaxGrid ? l.blocks : kMaxGrid);
+        if constexpr (Rule::kIn8Bits)
+            return PEFTCORE_LAUNCH(step_8bit_kernel<Rule>, grid, kBlock, 0, l.stream, l.segments,
+                                   l.first_block, l.count, l.blocks, l.rows, l.maps);
+        else
+            return PEFTCORE_LAUNCH(step_kernel<Rule>, grid, kBlock, 0, l.stream, l.segments, l.first_block,
+                                   l.count, l.blocks, l.rows);
+    }
+
+    template <typename... Rule>
+    const char* number(int number, RuleList<Rule...>) const {
+        const char* (*const launches[])(const Launch&) = {rule<Rule>...};
+        return number >= 0 && number < int(sizeof...(Rule)) ? launches[number](*this) : "unknown rule";
+    }
+};
+
 }  // namespace
 }  // namespace optim
 }  // namespace peftcore
@@ -182,20 +194,5 @@ extern "C" const char* peftcore_optim_step(int rule, const peftcore::optim::Segm
                                            const peftcore::optim::Maps* maps, void* stream) {
     using namespace peftcore::optim;
     if (blocks == 0) return nullptr;
-    const unsigned grid = unsigned(blocks < kMaxGrid ? blocks : kMaxGrid);
-    switch (Rule(rule)) {
-        case Rule::kAdamW:
-            return PEFTCORE_LAUNCH(step_kernel<Rule::kAdamW>, grid, kBlock, 0, stream, segments, first_block,
-                                   count, blocks, rows);
-        case Rule::kLion:
-            return PEFTCORE_LAUNCH(step_kernel<Rule::kLion>, grid, kBlock, 0, stream, segments, first_block,
-                                   count, blocks, rows);
-        case Rule::kMomentum:
-            return PEFTCORE_LAUNCH(step_kernel<Rule::kMomentum>, grid, kBlock, 0, stream, segments,
-                                   first_block, count, blocks, rows);
-        case Rule::kAdamW8bit:
-            return PEFTCORE_LAUNCH(step_8bit_kernel, grid, kBlock, 0, stream, segments, first_block, count,
-                                   blocks, rows, maps);
-    }
-    return "unknown rule";
+    return Launch{segments, first_block, count, blocks, rows, maps, stream}.number(rule, Rules());
 }

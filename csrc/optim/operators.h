@@ -1,0 +1,31 @@
+// The operators, the same for every backend but for how it updates segments. Schemas: peftcore/ops/optim.py.
+#pragma once
+
+#include "optim/paged_state.h"
+
+namespace peftcore {
+namespace optim {
+
+template <void (*update)(const Step& step, const std::vector<Segment>& segments, int64_t blocks_per_task)>
+struct Operators {
+    static void optim_step_(at::TensorList params, at::TensorList grads, at::TensorList state,
+                            std::string_view rule, at::ArrayRef<double> scalars, at::IntArrayRef steps,
+                            at::IntArrayRef rows, at::IntArrayRef streams) {
+        const char* op = "optim_step_";
+        Step step = step_of(params, grads, {rule, scalars, steps, rows, streams}, op);
+        attach_state(step, state, op);
+        update(step, step.segments, kBlocksPerTask);
+    }
+
+    static void optim_step_paged_(at::TensorList params, at::TensorList grads, int64_t state,
+                                  at::IntArrayRef slots, int64_t sweep, std::string_view rule,
+                                  at::ArrayRef<double> scalars, at::IntArrayRef steps, at::IntArrayRef rows,
+                                  at::IntArrayRef streams) {
+        const char* op = "optim_step_paged_";
+        const Step step = step_of(params, grads, {rule, scalars, steps, rows, streams}, op);
+        state_of(state, op)->step(step, slots, sweep, update, op);
+    }
+};
+
+}  // namespace optim
+}  // namespace peftcore

@@ -1,0 +1,65 @@
+// State of one rule in a pool of pages: where each parameter's lies, and the step over it, page by page.
+//
+// A parameter's state begins at a block of 256 elements; so many blocks make a page, in which the planes of
+// the rule lie one after another.
+#pragma once
+
+#include <functional>
+#include <memory>
+
+#include "optim/arguments.h"
+#include "optim/pool.h"
+
+namespace peftcore {
+namespace optim {
+
+// Updates segments, all of them of one step. A thread takes at least `blocks_per_task` blocks.
+constexpr int64_t kBlocksPerTask = 64;
+using Update =
+    std::function<void(const Step& step, const std::vector<Segment>& segments, int64_t blocks_per_task)>;
+
+class PagedState {
+ public:
+    PagedState(std::string_view rule, std::unique_ptr<Store> store, int64_t page_bytes, int64_t budget);
+
+    // Room for a parameter of so many elements: zeros. Returns its slot. Throws std::runtime_error if the
+    // store has no room; then nothing has changed.
+    int64_t allocate(int64_t elements);
+    void clear(int64_t slot);
+    // A plane of a slot, whole blocks of it, from or to ordinary memory.
+    void read(int64_t slot, int64_t plane, void* to);
+    void write(int64_t slot, int64_t plane, const void* from);
+
+    // One step of parameters whose state lies in `slots`. Sweeps go forward and backward by turns; one that
+    // is repeated with its number, because a transfer failed, goes on where it stopped.
+    void step(const Step& step, at::IntArrayRef slots, int64_t sweep, const Update& update, const char* op);
+
+    Pool pool;
+
+ private:
+    struct Slot {
+        int64_t first_block, elements;
+        int64_t call = -1;  // the last one that updated it
+    };
+    struct Part {  // of a segment, in one page; its state's addresses count from the page's
+        int64_t page;
+        Segment segment;
+    };
+
+    std::vector<Part> parts_by_page(const Step& step, at::IntArrayRef slots, const char* op);
+    template <typename Copy>
+    void for_each_page(int64_t slot, int64_t plane, Copy copy);
+
+    const RuleEntry& rule_;
+    const int64_t page_blocks_;
+    std::vector<int64_t> plane_offsets_;  // in a page
+    std::vector<Slot> slots_;
+    int64_t calls_ = 0;
+};
+
+// By number, for operators.
+int64_t register_state(const std::shared_ptr<PagedState>& state);
+std::shared_ptr<PagedState> state_of(int64_t number, const char* op);
+
+}  // namespace optim
+}  // namespace peftcore

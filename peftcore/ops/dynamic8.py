@@ -1,0 +1,72 @@
+"""The dynamic 8-bit maps of optimizer state, signed and unsigned, by blocks of 256 elements that share a scale.
+
+csrc/optim/dynamic8.h has the format. Source: Dettmers et al., arXiv 2110.02861, section 2.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftcore.ops._library import constants
+from peftcore.ops.nf4 import DYNAMIC8
+
+BLOCK = 256
+
+
+def blocks_of(count: int) -> int:
+    """How many blocks `count` elements take."""
+    return -(-count // BLOCK)
+
+
+def _unsigned_map() -> Tensor:
+    """The unsigned dynamic map: for every power of ten from 1e-6 to 1, the middles of 2, 4, ... 128 equal parts of
+    [0.1, 1]; with 0 and 1 that is 256 values, sorted."""
+    values = [torch.tensor([0.0, 1.0])]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2 ** (exponent + 1) + 1)
+        values.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6))
+    return torch.cat(values).sort().values
+
+
+def _encoder(table: Tensor, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    s, zero = (0, 127) if signed else (1, -1)
+    parts = [2 ** (d + s) for d in range(7)]
+    begin = [table[zero + 1] / 2 if signed else table[1]]
+    begin += [(table[zero + n - 1] + table[zero + n]) / 2 for n in (*parts[1:], 2 ** (7 + s))]
+    slope = [0.0, *(10.0 ** (6 - d) / 0.9 for d in range(7)), 2.0]
+    ends = [0.0 if signed else 2.5, *parts, (2 ** (7 + s) + 0.5) / 2]
+    return torch.stack(begin), torch.tensor(slope), torch.tensor(ends)
+
+
+SIGNED_MAP = DYNAMIC8
+with constants():
+    UNSIGNED_MAP = _unsigned_map()
+    # By whether the map is signed: where regions begin, slope, parts. See csrc/optim/dynamic8.h.
+    ENCODERS = {True: _encoder(SIGNED_MAP, True), False: _encoder(UNSIGNED_MAP, False)}
+
+
+def decode(codes: Tensor, absmax: Tensor, table: Tensor) -> Tensor:
+    """8-bit state as fp32: the entry of each code times its block's scale. `codes` and the result are flat."""
+    scales = absmax.repeat_interleave(BLOCK)[: codes.numel()]
+    return table.to(codes.device)[codes.long()] * scales
+
+
+def encode(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """(codes, absmax) of flat fp32 values; nearest entries as csrc/optim/dynamic8.h decides them.
+
+    What is not finite counts as 0, since it would else be the scale of 256 elements.
+    """
+    signed = table is SIGNED_MAP
+    x = x.where(x.isfinite(), 0)
+    blocks = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
+    absmax = blocks.abs().amax(1)
+    inverse = torch.where(absmax > 0, 1 / absmax, 0)
+    scaled = (blocks * inverse[:, None]).flatten()[: x.numel()]
+    begin, slope, parts = (t.to(x.device) for t in ENCODERS[signed])
+    a = scaled.abs().clamp(min=2.0**-31).nan_to_num(2.0**-31)
+    region = torch.bucketize(a, begin)
+    n = ((a * slope[region] + 8 / 9).clamp(max=2 - 2.0**-23) * parts[region]).int()
+    if signed:
+        return torch.where(scaled < 0, 127 - n, 127 + n).clamp(min=0).to(torch.uint8), absmax
+    return torch.where(scaled > 0, n - 1, 0).to(torch.uint8), absmax

@@ -1,0 +1,260 @@
+"""The rules of optimizers, each described once: its planes of state, the scalars of an update, and the update.
+
+    adamw       m += (1 - beta1) (g - m), v = beta2 v + (1 - beta2) g²
+                p = p decay + step m / (sqrt(v) / root + eps)
+    adamw_8bit  the same of the decoded state, which is encoded again with the largest magnitude of every block of 256;
+                p = p decay + step m / (sqrt(v) + eps)
+    lion        p = p decay + step sign(m + (1 - beta1) (g - m)), m += (1 - beta2) (g - m)
+    momentum    g += weight_decay p, b = momentum b + weight g, p += step b; Nesterov: p += step (g + momentum b)
+
+The operators, the optimizers, their pages and their files read `RULES`, and so do the compiled kernels, to which
+`describe` hands it. A rule computes in fp32, from gradients times `factor`: 1 / loss scale, negative to maximise.
+
+A new rule is its entry here, and its kernel in csrc/optim/rules.h.
+
+Sources: Loshchilov and Hutter, arXiv 1711.05101 (AdamW); Dettmers et al., arXiv 2110.02861, section 2 (8 bits); Chen et
+al., arXiv 2302.06675 (Lion).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftcore.ops.dynamic8 import BLOCK, SIGNED_MAP, UNSIGNED_MAP, blocks_of, decode, encode
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """One plane of a parameter's state: a value for each element, or one for each block of 256.
+
+    Args:
+        name: as `state_dict` has it.
+        dtype: float32, or uint8 for codes of `map`.
+        elements: how many share a value, 1 or `BLOCK`.
+        map: what the codes mean by which it is kept in 8 bits; their scales are the plane `<name>_absmax`.
+    """
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    elements: int = 1
+    map: Tensor = SIGNED_MAP
+
+    @property
+    def coded(self) -> bool:
+        return self.dtype == torch.uint8
+
+    @property
+    def initial(self) -> int:
+        """What 0 is in this plane."""
+        return 127 if self.coded and self.map is SIGNED_MAP else 0
+
+    def numel(self, count: int) -> int:
+        """How many values belong to a parameter of `count` elements."""
+        return count if self.elements == 1 else blocks_of(count)
+
+    def shaped(self, values: Tensor, param: Tensor) -> Tensor:
+        """A parameter's values in the shape in which state is seen: the parameter's, or one value a block."""
+        return values.view(param.shape) if self.elements == 1 else values
+
+    def new(self, param: Tensor) -> Tensor:
+        """The plane of a parameter that was never updated."""
+        values = torch.full((self.numel(param.numel()),), self.initial, dtype=self.dtype, device=param.device)
+        return self.shaped(values, param)
+
+
+Update = Callable[[Tensor, Tensor, Sequence[Tensor], Any], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """One way to update parameters.
+
+    Args:
+        name: by which operators know it.
+        planes: of a parameter's state.
+        scalars: a named tuple of the numbers of an update that are the same for all elements; `factor` is the first.
+        update: `(p, g, state, scalars)`: flat fp32 values p and the planes of state are changed in place.
+    """
+
+    name: str
+    planes: tuple[Plane, ...]
+    scalars: type[Any]
+    update: Update
+
+    @property
+    def plane_names(self) -> tuple[str, ...]:
+        return tuple(plane.name for plane in self.planes)
+
+    def new_state(self, param: Tensor) -> list[Tensor]:
+        """State of a parameter that was never updated, plane by plane."""
+        return [plane.new(param) for plane in self.planes]
+
+
+def in_8_bits(name: str, planes: Sequence[Plane], scalars: type[Any], update_values: Update) -> Rule:
+    """A rule with planes of state as codes, and behind them the scales of all. `update_values` gets decoded state."""
+    codes = [dataclasses.replace(plane, dtype=torch.uint8) for plane in planes]
+    scales = [Plane(f"{plane.name}_absmax", elements=BLOCK) for plane in planes]
+
+    def update(p: Tensor, g: Tensor, state: Sequence[Tensor], c: Any) -> None:
+        pairs = list(zip(codes, state[: len(codes)], state[len(codes) :], strict=True))
+        values = [decode(code, absmax, plane.map) for plane, code, absmax in pairs]
+        update_values(p, g, values, c)
+        finite = torch.stack([value.isfinite() for value in values]).all(0)
+        for (plane, code, absmax), value in zip(pairs, values, strict=True):
+            # One element must not become the scale of 256: where it is not finite, its state begins anew.
+            new_code, new_absmax = encode(value.where(finite, 0), plane.map)
+            code.copy_(new_code)
+            absmax.copy_(new_absmax)
+
+    return Rule(name, (*codes, *scales), scalars, update)
+
+
+# --- AdamW -----------------------------------------------------------------------------------------------------------
+
+
+class AdamWScalars(NamedTuple):
+    factor: float
+    decay: float
+    weight1: float
+    beta2: float
+    weight2: float
+    step: float
+    root: float
+    eps: float
+
+    @classmethod
+    def of(
+        cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, factor: float = 1.0
+    ) -> AdamWScalars:
+        """Of the `step`-th update, from 1."""
+        beta1, beta2 = betas
+        root, size = math.sqrt(1 - beta2**step), lr / (1 - beta1**step)
+        return cls(factor, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, -size, root, eps)
+
+
+class AdamW8bitScalars(NamedTuple):
+    factor: float
+    decay: float
+    weight1: float
+    beta2: float
+    weight2: float
+    step: float
+    eps: float
+
+    @classmethod
+    def of(cls, step: int, *hyperparameters: Any) -> AdamW8bitScalars:
+        """`AdamWScalars.of` with sqrt(v) / root + eps times root."""
+        *first, size, root, eps = AdamWScalars.of(step, *hyperparameters)
+        return cls(*first, size * root, eps * root)
+
+
+def _update_moments(g: Tensor, m: Tensor, v: Tensor, c: AdamWScalars | AdamW8bitScalars) -> None:
+    m.lerp_(g, c.weight1)
+    # In fp64 a product of two fp32 is exact.
+    v.copy_((c.weight2 * g).double() * g + v * c.beta2)
+
+
+def _root(v: Tensor) -> Tensor:
+    return v.double().sqrt().float()  # rounds right; PyTorch's own may be off by one
+
+
+def _adamw(p: Tensor, g: Tensor, state: Sequence[Tensor], c: AdamWScalars) -> None:
+    m, v = state
+    _update_moments(g, m, v, c)
+    p.mul_(c.decay).add_(c.step * m / (_root(v) / c.root).add_(c.eps))
+
+
+def _adamw_8bit(p: Tensor, g: Tensor, state: Sequence[Tensor], c: AdamW8bitScalars) -> None:
+    m, v = state
+    _update_moments(g, m, v, c)
+    p.mul_(c.decay).add_(c.step * m / _root(v).add_(c.eps))
+
+
+# --- Lion ------------------------------------------------------------------------------------------------------------
+
+
+class LionScalars(NamedTuple):
+    factor: float
+    decay: float
+    weight1: float
+    weight2: float
+    step: float
+
+    @classmethod
+    def of(cls, lr: float, betas: tuple[float, float], weight_decay: float, factor: float = 1.0) -> LionScalars:
+        """Of any update."""
+        return cls(factor, 1 - lr * weight_decay, 1 - betas[0], 1 - betas[1], -lr)
+
+
+def _lion(p: Tensor, g: Tensor, state: Sequence[Tensor], c: LionScalars) -> None:
+    (m,) = state
+    mean = torch.lerp(m, g, c.weight1)
+    p.mul_(c.decay).add_(c.step * mean.sign().where(~mean.isnan(), mean))  # sign makes 0 of NaN
+    m.lerp_(g, c.weight2)
+
+
+# --- SGD with momentum -----------------------------------------------------------------------------------------------
+
+
+class MomentumScalars(NamedTuple):
+    factor: float
+    weight_decay: float
+    momentum: float
+    weight: float
+    step: float
+    nesterov: float
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        lr: float,
+        momentum: float,
+        dampening: float,
+        weight_decay: float,
+        nesterov: bool,
+        factor: float = 1.0,
+    ) -> MomentumScalars:
+        """Of the `step`-th update, from 1: the first takes the whole gradient."""
+        weight = 1.0 if step == 1 else 1 - dampening
+        return cls(factor, weight_decay, momentum, weight, -lr, float(nesterov))
+
+
+def _momentum(p: Tensor, g: Tensor, state: Sequence[Tensor], c: MomentumScalars) -> None:
+    (buffer,) = state
+    g = g + c.weight_decay * p
+    buffer.mul_(c.momentum).add_(c.weight * g)
+    p.add_(c.step * (g + c.momentum * buffer if c.nesterov else buffer))
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+_MOMENTS = (Plane("exp_avg"), Plane("exp_avg_sq", map=UNSIGNED_MAP))
+
+RULES = {
+    rule.name: rule
+    for rule in (
+        Rule("adamw", _MOMENTS, AdamWScalars, _adamw),
+        in_8_bits("adamw_8bit", _MOMENTS, AdamW8bitScalars, _adamw_8bit),
+        Rule("lion", (Plane("exp_avg"),), LionScalars, _lion),
+        Rule("momentum", (Plane("momentum_buffer"),), MomentumScalars, _momentum),
+    )
+}
+
+
+def describe(define_rule: Callable[[str, list[tuple[str, int]], str], None]) -> None:
+    """Hand the table to the compiled kernels, which refuse what they would read otherwise.
+
+    Raises:
+        ValueError: no kernel has the name of a rule, or it reads other planes or scalars.
+    """
+    for rule in RULES.values():
+        planes = [(str(plane.dtype).removeprefix("torch."), plane.elements) for plane in rule.planes]
+        define_rule(rule.name, planes, ", ".join(rule.scalars._fields))

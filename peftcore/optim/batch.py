@@ -1,0 +1,62 @@
+"""The tensors of one device that a step updates, as an operator takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore.ops.optim import Updates
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def local(t: Any) -> Any:
+    """A DTensor's own shard; any other tensor itself."""
+    return t if type(t) in _PLAIN or not hasattr(t, "to_local") else t.to_local()
+
+
+class Batch:
+    """Parameters of one device, their gradients, and rows of scalars that they share."""
+
+    def __init__(self) -> None:
+        self.owners: list[Tensor] = []  # the optimizer's parameters
+        self.params: list[Tensor] = []  # what is updated: their shards, or contiguous copies
+        self.grads: list[Tensor] = []
+        self.rows: list[int] = []
+        self.streams: list[int] = []
+        self.steps: list[int] = []  # of each row
+        self.scalars: list[float] = []
+        self.row_numbers: dict[tuple[int, int], int] = {}  # by group and step
+        self.copies: list[tuple[Tensor, Tensor]] = []  # (parameter, its contiguous copy)
+
+    def add_row(self, group: int, step: int, scalars: tuple[float, ...]) -> int:
+        """A row of scalars, for the parameters of a group that have had as many updates."""
+        row = self.row_numbers[group, step] = len(self.steps)
+        self.steps.append(step)
+        self.scalars += scalars
+        return row
+
+    def add(self, owner: Tensor, grad: Tensor, row: int, stream: int) -> None:
+        """A parameter with its gradient."""
+        param = owner
+        if type(owner) not in _PLAIN:
+            param, grad = local(owner), local(grad)
+        if not param.is_contiguous():
+            strided, param = param, param.contiguous()
+            self.copies.append((strided, param))
+        self.owners.append(owner)
+        self.params.append(param)
+        self.grads.append(grad if grad.is_contiguous() else grad.contiguous())
+        self.rows.append(row)
+        self.streams.append(stream)
+
+    def updates(self) -> Updates:
+        """What the operator is told beside the tensors."""
+        at_random = any(stream >= 0 for stream in self.streams)
+        return Updates(self.scalars, self.steps, self.rows, self.streams if at_random else [])
+
+    def copy_back(self) -> None:
+        """Strided parameters take what was computed in their copies."""
+        for param, copy in self.copies:
+            param.copy_(copy)
