@@ -73,4 +73,5 @@ def load(record: dict[str, Any]) -> tuple[ModuleType | None, str]:
 
 
 record = read_record(ROOT / "peftcore" / "_build.json")
+extension: Any  # the module, or None
 extension, missing_because = load(record)

@@ -152,7 +152,7 @@ class AdamW8bitScalars(NamedTuple):
     def of(cls, step: int, *hyperparameters: Any) -> AdamW8bitScalars:
         """`AdamWScalars.of` with sqrt(v) / root + eps times root."""
         *first, size, root, eps = AdamWScalars.of(step, *hyperparameters)
-        return cls(*first, size * root, eps * root)
+        return cls._make([*first, size * root, eps * root])
 
 
 def _update_moments(g: Tensor, m: Tensor, v: Tensor, c: AdamWScalars | AdamW8bitScalars) -> None:

@@ -131,9 +131,10 @@ class FusedOptimizer(Optimizer):
                 raise NotImplementedError("8-bit state of a sharded parameter cannot be saved; use 32 bits")
             from torch.distributed.tensor import DTensor
 
-            place = {"device_mesh": param.device_mesh, "placements": param.placements}
-            sizes = {"shape": param.shape, "stride": param.stride()}
-            values = {k: DTensor.from_local(v, **place, **sizes, run_check=False) for k, v in values.items()}
+            assert isinstance(param, DTensor)
+            layout: dict[str, Any] = {"device_mesh": param.device_mesh, "placements": param.placements}
+            layout |= {"shape": param.shape, "stride": param.stride()}
+            values = {k: DTensor.from_local(v, **layout, run_check=False) for k, v in values.items()}
         return {"step": torch.tensor(float(self.state[param]["step"])), **values}
 
     def _read(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
@@ -150,7 +151,8 @@ class FusedOptimizer(Optimizer):
             if plane.elements != 1:
                 continue  # scales, which are made or read with their codes
             name, scales = plane.name, f"{plane.name}_absmax"
-            value, absmax = saved.get(name), saved.get(scales)
+            value = saved.get(name)
+            absmax: Any = saved.get(scales)
             if not isinstance(value, Tensor):
                 raise ValueError(f"the saved state lacks the tensor '{name}' (it has: {', '.join(map(str, saved))})")
             value = local(value)

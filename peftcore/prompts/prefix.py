@@ -52,7 +52,7 @@ def place_prefix(
             f"PrefixKV needs attention that takes a cache; that of {type(model).__name__} takes none. "
             "A soft prompt needs none"
         )
-    if hasattr(backbone, "get_input_embeddings") and isinstance(backbone.get_input_embeddings(), nn.ModuleList):
+    if isinstance(getattr(backbone, "get_input_embeddings", lambda: None)(), nn.ModuleList):
         raise PeftcoreError(
             f"'{path}' of {type(model).__name__} reads several rows of codes for each sequence, and PrefixKV gives "
             "each row a prefix. A method for linear layers works"
