@@ -22,7 +22,7 @@ ORDER = [
     {"__main__"},
 ]
 FILES = sorted(file for file in CORE.rglob("*.py") if file != CORE / "__init__.py")
-OF_OPERATORS = {"peftcore.ops.nf4", "peftcore.ops._extension"}  # whose private names other operators use
+OF_OPERATORS = {"peftcore.ops.nf4"}  # whose private names other operators use
 
 
 def layer(room: str) -> int:
