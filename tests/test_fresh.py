@@ -57,7 +57,7 @@ def default(dtype):
     torch.set_default_dtype(torch.float32)
 with {mode}:
     import peftcore.ops
-for table in (peftcore.ops.NF4, peftcore.ops.FP4, peftcore.ops.DYNAMIC8, peftcore.ops.optim.UNSIGNED_MAP):
+for table in (peftcore.ops.NF4, peftcore.ops.FP4, peftcore.ops.DYNAMIC8, peftcore.ops.dynamic8.UNSIGNED_MAP):
     assert (table.dtype, table.device.type, type(table)) == (torch.float32, "cpu", torch.Tensor), table
     assert not table.is_inference()
 x = torch.linspace(-1, 1, 64, requires_grad=True)
