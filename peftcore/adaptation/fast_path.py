@@ -6,6 +6,7 @@ the module first; here it is one that is off while an adapter inside acts.
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,10 @@ from torch import nn
 from peftcore.adaptation.adapted import acts, base_modules, is_adapted
 
 _FLAGS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+
+
+# What stands inside one of these and may be adapted alone.
+_PARTS = (nn.Linear, nn.LayerNorm, nn.Dropout, nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 class Flag(int):
@@ -34,7 +39,7 @@ class Flag(int):
 
 def guard(model: nn.Module) -> None:
     """Keep fused paths from adapters in `model`; where none stands any more, the flags are what they were."""
-    for _, module in base_modules(model):
+    for module in [*(module for _, module in base_modules(model)), *_around(model)]:
         for kind, name in _FLAGS.items():
             value = module.__dict__.get(name)
             if not isinstance(module, kind) or value is None:
@@ -44,3 +49,11 @@ def guard(model: nn.Module) -> None:
                 module.__dict__[name] = Flag(value, module)
             elif not inside and isinstance(value, Flag):
                 module.__dict__[name] = bool(int(value)) if kind is nn.TransformerEncoder else int(value)
+
+
+def _around(model: nn.Module) -> list[nn.Module]:
+    """The modules with a fused path that hold `model`, which knows nothing of them."""
+    if not isinstance(model, _PARTS):
+        return []
+    held = (module for module in gc.get_objects() if issubclass(type(module), tuple(_FLAGS)))
+    return [module for module in held if module is not model and any(part is model for part in module.modules())]

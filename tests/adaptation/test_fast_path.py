@@ -68,6 +68,22 @@ def test_an_adapter_inside_acts(path: str) -> None:
         assert fused(model.eval()) and type(model[1].layers[0].activation_relu_or_gelu) is int
 
 
+@pytest.mark.parametrize("part", ["linear1", "self_attn", "norm2"])
+def test_a_part_that_is_adapted_alone_acts_in_what_holds_it(part: str) -> None:
+    """`apply` is given the part, which knows nothing of the layer around it."""
+    with tiny.installed(tiny.method("alone", behind(""))):
+        model, base = encoder(), encoder()
+        layer = model[1].layers[0]
+        peftcore.apply(layer.get_submodule(part), "alone")
+        wanted = model(X).detach()
+        assert (base(X) - wanted).abs().max() > 1e-2
+        assert not fused(model)
+        with torch.no_grad():
+            torch.testing.assert_close(model(X), wanted)
+        peftcore.remove(layer.get_submodule(part))
+        assert fused(model) and type(layer.activation_relu_or_gelu) is int
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_adapters_outside_leave_the_fused_path() -> None:
     with tiny.installed(tiny.method("outside", behind("0"))):

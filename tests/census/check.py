@@ -160,14 +160,17 @@ def _steps(
         try:
             peftcore.merge(model, **({"dtype": torch.float32} if method == "qlora" else {}))
         except peftcore.PeftcoreError as error:
-            notes.append(f"merge: {error}")
-            return
+            return notes.append(f"merge: {error}")
         found = run(model, case.inputs)
-        if distance(found, moved) > 2e-3 * max(1e-2, distance(moved, outputs)) + 1e-4:  # sums in another order
-            raise Wrong(f"merged, differs by {distance(found, moved):.3g}; changed by {distance(moved, outputs):.3g}")
         peftcore.unmerge(model)
         if not same(run(model, case.inputs), moved):
             raise Wrong("unmerged, differs from before")
+        allowed = 2e-3 * max(1e-2, distance(moved, outputs)) + 1e-4  # sums in another order
+        if distance(found, moved) > allowed:
+            if any(distance(_enlarged(model, case, 1 + 1e-6 * i), moved) > allowed for i in (-3, -1, 1, 3)):
+                return notes.append("merge: rounding decides what the model chooses, such as its best queries")
+            raise Wrong(f"merged, differs by {distance(found, moved):.3g}; changed by {distance(moved, outputs):.3g}")
+        return None
 
     def removed() -> None:
         peftcore.remove(model)
@@ -215,13 +218,13 @@ def _reached(model: nn.Module, case: Case) -> dict[str, list[str]]:
     return found
 
 
-def _enlarged(model: nn.Module, case: Case) -> list[Tensor]:
-    """The outputs with adapters 1000 times as large: what scales a layer by 1e-6 (ConvNeXt) shows them, too."""
+def _enlarged(model: nn.Module, case: Case, factor: float = 1000) -> list[Tensor]:
+    """The outputs with adapters so much larger: what scales a layer by 1e-6 (ConvNeXt) shows them, too."""
     adapters = [parameter for _, parameter in adapter_parameters(model, "default")]
     kept = [parameter.detach().clone() for parameter in adapters]
     with torch.no_grad():
         for parameter in adapters:
-            parameter.mul_(1000)
+            parameter.mul_(factor)
         outputs = run(model, case.inputs)
         for parameter, value in zip(adapters, kept, strict=True):
             parameter.copy_(value)
