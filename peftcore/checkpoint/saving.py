@@ -50,7 +50,7 @@ def save(
         The folder.
 
     Raises:
-        CheckpointError: the folder cannot be written. What lay there is unharmed.
+        CheckpointError: the folder cannot be written, or a value is not finite. What lay there is unharmed.
     """
     state = engine.require_state(model)
     names = list(state.applied) if adapter is None else [adapter]
@@ -88,7 +88,14 @@ def _content(
     entry = engine.applied(model, adapter)
     method = registry.method(entry.method)
     ranks.reshard(model)
-    tensors = {**tensors_on_disk(model, adapter, own=resumable, exported=True), **kept_on_disk(model, adapter)}
+    own = tensors_on_disk(model, adapter, own=resumable, exported=True)
+    for name, tensor in own.items():
+        if tensor.is_floating_point() and not bool(ranks.whole(tensor.detach()).float().isfinite().all()):
+            raise CheckpointError(
+                f"adapter '{adapter}': '{name}' holds NaN or infinity, which no load takes: training has diverged. Go "
+                "on from an earlier checkpoint, with a smaller learning rate or a dtype of a larger range"
+            )
+    tensors = {**own, **kept_on_disk(model, adapter)}
     # What the adapter has a copy of may be anything in the base, such as a head that is drawn anew by every load.
     base = {
         name: tensor

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import peftcore
 from census import special
 from census.case import Case, Wrong, distance, run, same, tensors
+from census.instances import VOCABULARY
 from peftcore.engine import adapter_parameters, applied
 from peftcore.prompts.stand_ins import ordinary_token
 
@@ -279,15 +280,26 @@ def generates(model: nn.Module) -> bool:
 
 
 def generated(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
-    """New tokens, none of which stands for an image that is not there."""
-    image = getattr(model.config, "image_token_id", None) if "pixel_values" in inputs else None
+    """New tokens; beside images none that the config names, since it may stand for another."""
+    without = _named_tokens(model.config) if "pixel_values" in inputs else None
     torch.manual_seed(11)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return model.generate(
             **inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False, output_logits=True,
-            return_dict_in_generate=True, suppress_tokens=None if image is None else [image],
+            return_dict_in_generate=True, suppress_tokens=without,
         )  # fmt: skip
+
+
+def _named_tokens(config: Any) -> list[int]:
+    """Tokens that a config or one inside it has a name for."""
+    found: set[int] = set()
+    for name, value in vars(config).items():
+        if hasattr(value, "to_dict"):
+            found |= set(_named_tokens(value))
+        elif name.endswith(("token_id", "token_index", "token_ids")):
+            found |= {each for each in (value if isinstance(value, (list, tuple)) else [value]) if each is not None}
+    return sorted(token for token in found if 0 <= token < VOCABULARY)
 
 
 def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -328,6 +328,16 @@ def test_values_too_large_for_the_dtype_on_disk(saved: Path) -> None:
     assert {p.item() for _, p in adapter_parameters(peftcore.load(tiny.llama(), saved), "default")} == {3.0}
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_no_load_takes_is_not_saved(saved: Path, value: float) -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    with torch.no_grad():
+        next(iter(adapter_parameters(model, "default")))[1].fill_(value)
+    with pytest.raises(peftcore.CheckpointError, match=r"adapter 'default': '.*gain' holds NaN or infinity"):
+        peftcore.save(model, saved)
+    assert {p.item() for _, p in adapter_parameters(peftcore.load(tiny.llama(), saved), "default")} == {3.0}
+
+
 def test_folders_inside_are_not_read_whole(saved: Path) -> None:
     """Of what lies in a folder without an adapter of its own, the headers tell whether it belongs together."""
     (saved / "peftcore_manifest.json").unlink()
