@@ -204,7 +204,7 @@ class Build:
     def sources(self):
         skip = {level for level in SIMD if level not in self.levels}
         for path in sorted(CSRC.rglob("*.cpp")):
-            on_cuda = "cuda" in path.relative_to(CSRC).parts or path.name == "binding.cpp"
+            on_cuda = "cuda" in path.relative_to(CSRC).parts
             if path.stem not in skip and (self.nvcc or not on_cuda):
                 yield path
         if self.nvcc:

@@ -117,14 +117,14 @@ def linear_4bit(shapes=SHAPES, dtypes=DTYPES):
     import bitsandbytes.functional as bnb
 
     for rows, k, n in shapes:
-        packed, absmax = ops.quantize_4bit(normal(n, k, seed=1) / k**0.5)
-        exact_weight = ops.dequantize_4bit(packed, absmax, shape=(n, k), dtype=torch.float32).double()
+        weight = ops.quantize_4bit(normal(n, k, seed=1) / k**0.5)
+        exact_weight = weight.values(torch.float64)
         for dtype in dtypes:
-            state = bnb.QuantState(absmax, torch.Size((n, k)), ops.NF4, 64, "nf4", dtype)
-            theirs = bnb.dequantize_4bit(packed, state, quant_type="nf4")
+            state = bnb.QuantState(weight.absmax, torch.Size((n, k)), ops.NF4, 64, "nf4", dtype)
+            theirs = bnb.dequantize_4bit(weight.codes, state, quant_type="nf4")
             for m in (1, 8, rows):
                 x, dy = normal(m, k, seed=0, dtype=dtype).requires_grad_(), normal(m, n, seed=2, dtype=dtype)
-                y = ops.linear_4bit(x, packed, absmax, ops.NF4, n)
+                y = ops.linear_4bit(x, weight)
                 (dx,) = torch.autograd.grad(y, x, dy)
                 exact = x.double() @ exact_weight.T, dy.double() @ exact_weight
                 for name, one, other, right in zip(
@@ -142,8 +142,7 @@ def nf4(shapes=SHAPES, dtypes=DTYPES):
         for dtype in dtypes:
             exact = torch.randn(n, k, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
             x = exact.to(dtype)
-            packed, absmax = ops.quantize_4bit(x)
-            ours = ops.dequantize_4bit(packed, absmax, shape=(n, k), dtype=dtype)
+            ours = ops.dequantize_4bit(ops.quantize_4bit(x))
             theirs = bnb.dequantize_4bit(*bnb.quantize_4bit(x, blocksize=64, quant_type="nf4"), quant_type="nf4")
             what = f"quantize and dequantize, {n} x {k}, {str(dtype)[6:]}"
             yield Row(what, Error.of(ours, exact), Error.of(theirs, exact))

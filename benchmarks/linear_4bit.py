@@ -61,14 +61,13 @@ def main():
     print(f"copy {bandwidth:.1f} GB/s, dense product {flops:.0f} GFLOP/s")
 
     weight = torch.randn(size, size)
-    packed, absmax = ops.quantize_4bit(weight)
-    quantized, nested = ops.quantize_absmax(absmax)
+    plain, nested = (ops.quantize_4bit(weight, double_quant=double) for double in (False, True))
     theirs, state = functional.quantize_4bit(weight, quant_type="nf4")
     state.dtype = dtype
     dense = weight.to(dtype)
 
-    def ours(x, scales=quantized, outer=nested):
-        return ops.linear_4bit(x, packed, scales, ops.NF4, size, nested=outer)
+    def ours(x, weight=nested):
+        return ops.linear_4bit(x, weight)
 
     def peer(x):
         return bnb.matmul_4bit(x, theirs.t(), quant_state=state)
@@ -99,10 +98,10 @@ def main():
         calls = {
             "dense": lambda x: F.linear(x, dense),
             "peftcore, double quant": ours,
-            "peftcore, plain scales": lambda x: ours(x, absmax, None),
+            "peftcore, plain scales": lambda x: ours(x, plain),
             "bitsandbytes": peer,
         }
-        needs = packed.nbytes + quantized.nbytes + 2 * batch * size * dtype.itemsize
+        needs = nested.codes.nbytes + nested.absmax.nbytes + 2 * batch * size * dtype.itemsize
         floor = (1 + back) * max(needs / bandwidth / 1e6, 2 * batch * size**2 / flops / 1e6)
         title = f"{batch} rows, forward{' and backward' if back else ''} (ms)"
         rows = {name: timed(call) for name, call in calls.items()}

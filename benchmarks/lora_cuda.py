@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.ops.lora import PackedWeight, lora_linear
+from peftcore.ops import lora_linear
 
 logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
 DTYPE = torch.bfloat16
@@ -77,9 +77,7 @@ def calls_of(size, rank, dropout, device, hand_written):
     scale, weight = 2.0, torch.randn(size, size, device=device) / size**0.5
     a = nn.Parameter(torch.randn(rank, size, device=device) / size**0.5)
     b = nn.Parameter(torch.randn(size, rank, device=device) * 0.01)
-    packed, absmax = ops.quantize_4bit(weight, ops.NF4.to(device))
-    absmax, nested = ops.quantize_absmax(absmax)
-    four = PackedWeight(packed, absmax, ops.NF4.to(device), size, 64, nested)
+    four = ops.quantize_4bit(weight, double_quant=True)
     dense = weight.to(DTYPE)
     calls = {
         "frozen, dense": lambda x: F.linear(x, dense),

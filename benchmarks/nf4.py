@@ -86,41 +86,39 @@ def main():
 
     for dtype in (torch.float32, torch.bfloat16):
         source = x.to(dtype)
-        packed, absmax = ops.quantize_4bit(source)
+        weight = ops.quantize_4bit(source)
         rows = {f"peftcore {level}": at(level, lambda s=source: ops.quantize_4bit(s)) for level in reversed(levels)}
         if not rows:
             rows["peftcore reference"] = lambda s=source: ops.quantize_4bit(s)
         rows["bitsandbytes"] = lambda s=source: bnb.quantize_4bit(s, quant_type="nf4")
         name = str(dtype).removeprefix("torch.")
-        needs = floor(source.nbytes, packed.nbytes, absmax.nbytes)
+        needs = floor(source.nbytes, weight.codes.nbytes, weight.absmax.nbytes)
         table(f"quantize {name} (ms)", rows, needs, options.seconds, "bitsandbytes")
 
-    quantized, nested = ops.quantize_absmax(absmax)
+    nested = ops.quantize_4bit(x, double_quant=True)
     theirs, state = bnb.quantize_4bit(x, quant_type="nf4")
-    assert torch.equal(ops.quantize_4bit(x)[0], theirs)
+    assert torch.equal(ops.quantize_4bit(x).codes, theirs)
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
         state.dtype = dtype
         out, other = torch.empty(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
         dense = x.to(dtype)
-        packed, absmax = ops.quantize_4bit(x)
+        weight = ops.quantize_4bit(x)
         wanted = bnb.dequantize_4bit(theirs, state)
-        assert torch.equal(ops.dequantize_4bit(packed, absmax, out=out), wanted)
-        needs = floor(packed.nbytes, absmax.nbytes, out.nbytes)
+        assert torch.equal(ops.dequantize_4bit(weight, out=out), wanted)
+        needs = floor(weight.codes.nbytes, weight.absmax.nbytes, out.nbytes)
 
-        def into(p=packed, a=absmax, o=out):
-            ops.dequantize_4bit(p, a, out=o)
+        def into(w=weight, o=out):
+            ops.dequantize_4bit(w, out=o)
 
         rows = {f"peftcore {level}": at(level, into) for level in reversed(levels)} or {"peftcore reference": into}
-        rows["peftcore, nested scales"] = lambda p=packed, o=out: ops.dequantize_4bit(
-            p, quantized, nested=nested, out=o
-        )
+        rows["peftcore, nested scales"] = lambda o=out: ops.dequantize_4bit(nested, out=o)
         rows["bitsandbytes' kernel"] = mapped_bitsandbytes(bnb, theirs, state, other)
         rows["torch fill_"] = lambda o=other: o.fill_(1)
         rows["torch copy_"] = lambda o=other, d=dense: o.copy_(d)
         table(f"dequantize to {name}, mapped (ms)", rows, needs, options.seconds, "bitsandbytes' kernel")
         rows = {
-            "peftcore": lambda p=packed, a=absmax, d=dtype: ops.dequantize_4bit(p, a, shape=(size, size), dtype=d),
+            "peftcore": lambda w=weight, d=dtype: ops.dequantize_4bit(w, d),
             "bitsandbytes": lambda s=state: bnb.dequantize_4bit(theirs, s),
             "torch clone": lambda d=dense: d.clone(),
         }

@@ -1,70 +1,15 @@
-// Argument checks of the lora operators and the base's product, the same for every backend.
+// Argument checks of the lora operators, the same for every backend.
 #pragma once
 
-#include <ATen/core/dispatch/Dispatcher.h>
+#include <string>
 
-#include <vector>
-
-#include "lora/lora.h"
-#include "nf4/linear_arguments.h"
+#include "lora/dropout.h"
+#include "weight/linear_arguments.h"
 
 namespace peftcore {
 namespace lora {
 
 using at::Tensor;
-using nf4::with_last;
-
-// How a packed weight is read; without absmax the weight is dense.
-struct Quantized {
-    const std::optional<Tensor>&absmax, &code;
-    int64_t blocksize;
-    const std::optional<Tensor>&nested_absmax, &nested_code, &nested_offset;
-    int64_t nested_blocksize;
-
-    bool packed() const { return absmax.has_value(); }
-};
-
-inline void check_same(const Tensor& t, const Tensor& x, const char* op, const char* name) {
-    TORCH_CHECK_TYPE(t.scalar_type() == x.scalar_type(), op, ": ", name, " must be ", x.scalar_type(),
-                     " like x, found ", t.scalar_type());
-    TORCH_CHECK_VALUE(t.device() == x.device(), op, ": ", name, " must be on ", x.device(), " like x, found ",
-                      t.device());
-}
-
-// x, and W [out, in] with its bias.
-inline void check_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                         int64_t out_features, const Quantized& quantized, const char* op) {
-    kernel_dtype(x.scalar_type(), op);
-    TORCH_CHECK_VALUE(x.dim() > 0, op, ": x must have at least one dimension, found a scalar");
-    if (!quantized.packed()) {
-        check_same(weight, x, op, "weight");
-        TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == out_features && weight.size(1) == x.size(-1),
-                          op, ": weight must be [", out_features, ", ", x.size(-1), "], found ",
-                          weight.sizes());
-    }
-    if (bias.has_value()) {
-        TORCH_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == out_features, op, ": bias must be [",
-                          out_features, "], found ", bias->sizes());
-        check_same(*bias, x, op, "bias");
-    }
-}
-
-// A packed weight that a call does not read is checked all the same.
-inline void check_packed(const Tensor& x, const Tensor& weight, int64_t out_features, const Quantized& q,
-                         const char* op) {
-    if (!q.packed()) return;
-    TORCH_CHECK_VALUE(q.code.has_value(), op, ": a packed weight needs absmax and code, found no code");
-    check_tensor(weight, at::kByte, x.device(), op, "packed");
-    nf4::packed_arguments(weight, *q.absmax, *q.code, q.blocksize, q.nested_absmax, q.nested_code,
-                          q.nested_offset, q.nested_blocksize, nf4::count_of({out_features, x.size(-1)}, op),
-                          op);
-}
-
-// B's rows, which are known once it is a matrix.
-inline int64_t out_features_of(const Tensor& b, const char* op) {
-    TORCH_CHECK_VALUE(b.dim() == 2, op, ": b must have two dimensions, found ", b.sizes());
-    return b.size(0);
-}
 
 // A [r, in] and B [out, r].
 inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, int64_t out_features,
@@ -87,7 +32,7 @@ inline void check_factors(const Tensor& x, const Tensor& a, const Tensor& b, int
 // dy [.., out] and S [rows, r], of x [.., in].
 inline void check_gradient(const Tensor& grad, const Tensor& s, const Tensor& x, int64_t out_features,
                            int64_t r, const char* op) {
-    check_same(grad, x, op, "grad");
+    check_like(grad, x, op, "grad");
     const std::vector<int64_t> shape = with_last(x, out_features);
     const at::IntArrayRef wanted = shape;
     TORCH_CHECK_VALUE(grad.sizes() == wanted, op, ": grad must be ", wanted, ", found ", grad.sizes());
@@ -129,35 +74,6 @@ inline Dropout dropout_of(double p, const std::optional<Tensor>& seed, const cha
 // c, which carries the scale and what dropout keeps.
 inline float factor_of(double scale, const Dropout& dropout) {
     return float(scale * 65536 / (65536 - dropout.threshold));
-}
-
-// The product with W by linear_4bit's operators.
-using OptionalTensor = const std::optional<Tensor>&;
-
-inline Tensor packed_linear(const Tensor& x, const Tensor& weight, OptionalTensor bias, int64_t out_features,
-                            const Quantized& q) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("peftcore::linear_4bit", "")
-            .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymInt,
-                          OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, int64_t)>();
-    TORCH_CHECK_VALUE(q.code.has_value(),
-                      "lora_linear: a packed weight needs absmax and code, found no code");
-    return op.call(x, weight, *q.absmax, *q.code, q.blocksize, out_features, bias, q.nested_absmax,
-                   q.nested_code, q.nested_offset, q.nested_blocksize);
-}
-
-inline Tensor packed_linear_backward(const Tensor& grad, const Tensor& weight, int64_t in_features,
-                                     const Quantized& q) {
-    static const auto op =
-        c10::Dispatcher::singleton()
-            .findSchemaOrThrow("peftcore::linear_4bit_backward", "")
-            .typed<Tensor(const Tensor&, const Tensor&, const Tensor&, const Tensor&, int64_t, c10::SymInt,
-                          OptionalTensor, OptionalTensor, OptionalTensor, int64_t)>();
-    TORCH_CHECK_VALUE(q.code.has_value(),
-                      "lora_linear: a packed weight needs absmax and code, found no code");
-    return op.call(grad, weight, *q.absmax, *q.code, q.blocksize, in_features, q.nested_absmax, q.nested_code,
-                   q.nested_offset, q.nested_blocksize);
 }
 
 }  // namespace lora

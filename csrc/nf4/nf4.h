@@ -3,10 +3,10 @@
 //   a[b]    = max |x[i]| over the block, i / blocksize == b, of the flattened tensor
 //   q[i]    = the codebook entry nearest to x[i] / a[b]; of two equally near ones the smaller value
 //   byte[j] = q[2j] << 4 | q[2j + 1]
-//   y[i]    = round(code[q[i]] * a[b]), the product in fp32, rounded once
+//   y[i]    = round(quant_map[q[i]] * a[b]), the product in fp32, rounded once
 //
 // Double quantization stores a[b] itself in 8 bits:
-//   a[b]    = nested_code[s[b]] * nested_absmax[b / nested_blocksize] + offset
+//   a[b]    = nested_quant_map[s[b]] * nested_absmax[b / nested_blocksize] + nested_offset
 //             product and sum rounded to fp32
 //
 // Source: QLoRA (arXiv 2305.14314, section 3). Details that make the bits equal to bitsandbytes 0.50:
@@ -28,8 +28,6 @@ namespace nf4 {
 
 using peftcore::Dtype, peftcore::log2_of;  // for the launchers, which stand outside
 
-constexpr int kMinBlocksize = 32;
-constexpr int kMaxBlocksize = 4096;
 constexpr float kSmallestScale = 1e-38f;
 
 // A codebook prepared for encoding: `order[k]` is the code of the k-th smallest entry (equal entries in code
@@ -40,15 +38,17 @@ struct Codebook {
     uint8_t order[16];
 };
 
-static PEFTCORE_HD Codebook make_codebook(const float* code) {
+static PEFTCORE_HD Codebook make_codebook(const float* quant_map) {
     Codebook book;
     for (int i = 0; i < 16; ++i) {
         int rank = 0;
-        for (int j = 0; j < 16; ++j) rank += code[j] < code[i] || (code[j] == code[i] && j < i);
-        book.value[i] = code[i];
+        for (int j = 0; j < 16; ++j)
+            rank += quant_map[j] < quant_map[i] || (quant_map[j] == quant_map[i] && j < i);
+        book.value[i] = quant_map[i];
         book.order[rank] = uint8_t(i);
     }
-    for (int k = 0; k < 15; ++k) book.threshold[k] = (code[book.order[k]] + code[book.order[k + 1]]) / 2;
+    for (int k = 0; k < 15; ++k)
+        book.threshold[k] = (quant_map[book.order[k]] + quant_map[book.order[k + 1]]) / 2;
     return book;
 }
 

@@ -11,10 +11,15 @@
 
 namespace peftcore {
 
+// Blocks of values and of scales have these sizes, powers of two.
+constexpr int kMinBlocksize = 32;
+constexpr int kMaxBlocksize = 4096;
+
 struct WeightView {
     int64_t rows = 0, columns = 0;
 
     const void* dense = nullptr;  // values, contiguous; or nullptr, and the weight is in 4 bits
+    int itemsize = 0;             // bytes of a dense value
 
     const uint8_t* codes = nullptr;    // two a byte, the even element in the high nibble
     const void* absmax = nullptr;      // of each block: fp32, or with nested scales uint8
@@ -37,6 +42,27 @@ static inline float block_scale(const WeightView& weight, int64_t block) {
     const float outer = weight.nested_absmax[(weight.first_block + block) >> weight.nested_shift];
     const float product = weight.nested_quant_map[code] * outer;
     return product + *weight.nested_offset;
+}
+
+// Of a weight [experts, out, in], whose view has experts * out rows, the expert `index`, where it lies: in 4 bits
+// an expert is whole blocks. It may begin within a block of scales.
+static inline WeightView expert_of(const WeightView& weight, int64_t index, int64_t experts) {
+    WeightView expert = weight;
+    expert.rows = weight.rows / experts;
+    const int64_t begin = index * expert.count(), block = begin >> weight.shift;
+    if (weight.dense != nullptr) {
+        expert.dense = static_cast<const char*>(weight.dense) + begin * weight.itemsize;
+        return expert;
+    }
+    expert.codes = weight.codes + begin / 2;
+    expert.absmax = static_cast<const char*>(weight.absmax) +
+                    block * (weight.nested_absmax == nullptr ? sizeof(float) : 1);
+    if (weight.nested_absmax != nullptr) {
+        const int64_t first = weight.first_block + block, nested = first >> weight.nested_shift;
+        expert.nested_absmax = weight.nested_absmax + nested;
+        expert.first_block = first - (nested << weight.nested_shift);
+    }
+    return expert;
 }
 
 }  // namespace peftcore

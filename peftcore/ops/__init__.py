@@ -4,36 +4,28 @@ A compiled kernel is used where the extension has one for the device; every othe
 """
 
 from peftcore.ops._extension import extension
+from peftcore.ops.codebooks import DYNAMIC8, FP4, NF4, codebook
+from peftcore.ops.dropout import keep_mask
 from peftcore.ops.linear_4bit import free_workspace, linear_4bit
-from peftcore.ops.lora import PackedWeight, lora_linear, lora_linear_per_sample
-from peftcore.ops.nf4 import (
-    DYNAMIC8,
-    FP4,
-    NF4,
-    NestedScales,
-    codebook,
-    dequantize_4bit,
-    dequantize_absmax,
-    quantize_4bit,
-    quantize_absmax,
-)
+from peftcore.ops.lora import lora_linear
+from peftcore.ops.nf4 import dequantize_4bit, quantize_4bit
 from peftcore.ops.optim import optim_step_
+from peftcore.ops.per_sample import lora_linear_per_sample
+from peftcore.ops.weight import PackedWeight
 
 __all__ = [
     "DYNAMIC8",
     "FP4",
     "NF4",
-    "NestedScales",
     "PackedWeight",
     "codebook",
     "dequantize_4bit",
-    "dequantize_absmax",
     "extension",
     "free_workspace",
+    "keep_mask",
     "linear_4bit",
     "lora_linear",
     "lora_linear_per_sample",
     "optim_step_",
     "quantize_4bit",
-    "quantize_absmax",
 ]

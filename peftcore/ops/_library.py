@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
@@ -54,6 +54,32 @@ def define(schema: str, reference: Callable, fake: Callable, *, differentiable: 
     torch.library.register_fake(f"peftcore::{name}", _tensors_there(schema, fake), lib=library)
     if not differentiable:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+
+
+class Call(Protocol):
+    """One call of an operator: made of its arguments, by name, which it checks."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def compute(self) -> Any:
+        """The results, by PyTorch's operators."""
+
+    def empty(self) -> Any:
+        """Tensors of the results' shapes and dtypes."""
+
+
+def define_by(schema: str, call: type[Call]) -> None:
+    """Define an operator whose reference and shape rule are those of one class, over the same arguments and checks."""
+
+    def reference(*args: Any, **kwargs: Any) -> Any:
+        made = call(*args, **kwargs)
+        with torch.no_grad():
+            return made.compute()
+
+    def fake(*args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs).empty()
+
+    define(schema, reference, fake)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftcore.ops._library import constants
-from peftcore.ops.nf4 import DYNAMIC8
+from peftcore.ops.codebooks import DYNAMIC8
 
 BLOCK = 256
 

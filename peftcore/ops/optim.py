@@ -20,8 +20,8 @@ from torch import Tensor
 from peftcore.ops import _extension
 from peftcore.ops._library import define
 from peftcore.ops._philox import LOW, philox
-from peftcore.ops.nf4 import DTYPES
 from peftcore.ops.optim_rules import RULES, describe
+from peftcore.ops.weight import DTYPES
 
 
 class Updates(NamedTuple):

@@ -17,8 +17,8 @@ from peftcore.adaptation.adapted import base_parameters
 from peftcore.errors import CheckpointError, nearest
 from peftcore.parallel.sharding import check_running, shard
 from peftcore.quantization.convert import convert_dense, note_in_config, selected
-from peftcore.quantization.format import PARTS, from_tensors, pack
-from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite, to_device
+from peftcore.quantization.format import PARTS, from_tensors
+from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -197,20 +197,19 @@ def _fill_dense(parameter: DTensor, stored: Any, name: str) -> None:
 
 def _fill_quantized(module: QuantizedLinear, weight: Tensor, parts: dict[str, Tensor], name: str) -> None:
     if parts:
-        packed, state = from_tensors(weight, parts, name)
+        packed = from_tensors(weight, parts, name)
     else:
         refuse_non_finite(weight, name)
-        double_quant = module.nested_absmax is not None
-        packed, state = pack(weight, module.quant_type, blocksize=module.blocksize, double_quant=double_quant)
+        packed = module.quantized(weight)
     parameter = module.weight
     assert ranks.is_part(parameter)
-    if packed.shape != parameter.shape or state.shape != (module.out_features, module.in_features):
+    if packed.codes.shape != parameter.shape or packed.shape != (module.out_features, module.in_features):
         raise CheckpointError(
-            f"'{name}' has shape {list(state.shape)}, this layer {[module.out_features, module.in_features]}"
+            f"'{name}' has shape {list(packed.shape)}, this layer {[module.out_features, module.in_features]}"
         )
-    module.set_quantized(parameter, to_device(state, parameter.to_local().device))
+    module.set_packed(packed.to(parameter.to_local().device)._replace(codes=parameter))
     begin, rows = _rows(parameter)
-    parameter.to_local().copy_(packed[begin : begin + rows])
+    parameter.to_local().copy_(packed.codes[begin : begin + rows])
 
 
 def _rows(parameter: DTensor) -> tuple[int, int]:

@@ -11,22 +11,19 @@ from torch import nn
 
 from peftcore.errors import PeftcoreError
 from peftcore.quantization.convert import default_skip, dequantize, quantize, quantized_layers
-from peftcore.quantization.format import QuantState, check_quant_type, pack, unpack
+from peftcore.quantization.format import check_quant_type
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.weight_format import QUANTIZED
 
 __all__ = [
     "QUANTIZED",
-    "QuantState",
     "QuantizedLinear",
     "check_quant_type",
     "default_skip",
     "dequantize",
     "load",
-    "pack",
     "quantize",
     "quantized_layers",
-    "unpack",
 ]
 
 

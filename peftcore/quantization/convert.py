@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters, original_class
 from peftcore.adaptation.enclosing import lock_of
@@ -15,8 +15,9 @@ from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.observation import asked_for_dtype, bypassed, detect, rewritten
 from peftcore.observation.heads import mark_as_loaded
-from peftcore.ops.nf4 import DTYPES
-from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors, pack
+from peftcore.ops import PackedWeight, quantize_4bit
+from peftcore.ops.weight import DTYPES
+from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors
 from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite
 from peftcore.targets import is_conv1d, is_linear, matches
 from peftcore.targets.coverage import LITTLE, coverage
@@ -77,7 +78,7 @@ def quantize(
         if first is module:
             convert_dense(module, quant_type, double_quant, blocksize, compute_dtype)
         else:
-            convert(module, first.weight, first.quant_state, compute_dtype)
+            convert(module, first.packed, compute_dtype)
     note_in_config(model)
     return model
 
@@ -138,23 +139,22 @@ def convert_dense(
 ) -> QuantizedLinear:
     """Quantize one dense layer in place."""
     weight = module.weight.detach()
-    packed, state = pack(
-        weight.T if is_conv1d(module) else weight, quant_type, blocksize=blocksize, double_quant=double_quant
-    )
-    return convert(module, packed, state, compute_dtype)
+    weight = weight.T if is_conv1d(module) else weight
+    packed = quantize_4bit(weight, quant_type, blocksize=blocksize, double_quant=double_quant)
+    return convert(module, packed, compute_dtype)
 
 
-def convert(module: nn.Module, packed: Tensor, state: Any, compute_dtype: torch.dtype | None) -> QuantizedLinear:
+def convert(module: nn.Module, weight: PackedWeight, compute_dtype: torch.dtype | None) -> QuantizedLinear:
     """Make a linear layer or a Conv1D a `QuantizedLinear` in place, with this weight."""
     for attribute in ("nf", "nx"):  # of Conv1D
         module.__dict__.pop(attribute, None)
-    module.out_features, module.in_features = state.shape
+    module.out_features, module.in_features = weight.shape
     dense = module._parameters.get("weight")
     module.__class__ = QuantizedLinear
     module.compute_dtype = compute_dtype
-    if isinstance(packed, nn.Parameter):  # of a layer that shares its weight
-        module.weight = packed
-    module.set_quantized(packed.detach(), state)
+    if isinstance(weight.codes, nn.Parameter):  # of a layer that shares its weight
+        module.weight = weight.codes
+    module.set_packed(weight._replace(codes=weight.codes.detach()))
     mark_as_loaded(module.weight, dense)
     module._is_hf_initialized = True  # transformers must not draw new values
     return module
@@ -270,10 +270,10 @@ def _adopt(module: nn.Module, path: str) -> None:
         raise PeftcoreError(
             f"'{path}' is a layer of bitsandbytes that is not quantized yet. Move it to its device first"
         )
-    packed, state = from_tensors(module.weight.detach(), parts, f"{path}.weight")
+    packed = from_tensors(module.weight.detach(), parts, f"{path}.weight")
     compute_dtype = module.compute_dtype
     for attribute in ("quant_state", "quant_storage", "compute_type_is_set", "support_avx512bf16_for_cpu"):
         module.__dict__.pop(attribute, None)
     del module._parameters["weight"]
     module._parameters = {"weight": None, **module._parameters}
-    convert(module, packed.clone(), state, compute_dtype)
+    convert(module, packed._replace(codes=packed.codes.clone()), compute_dtype)

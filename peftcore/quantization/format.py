@@ -1,4 +1,4 @@
-"""The state of a 4-bit weight, and the tensors under which bitsandbytes keeps it.
+"""The tensors under which bitsandbytes keeps a 4-bit weight.
 
 X.weight                                 uint8 [n / 2, 1]; bitsandbytes may view these bytes as another dtype
 X.weight.absmax                          fp32 [blocks], or uint8 with double quantization
@@ -12,16 +12,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftcore import ops
 from peftcore.adapter_files.content import parse_json
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.ops import NestedScales
+from peftcore.ops.weight import DTYPES as FLOATS
+from peftcore.ops.weight import PackedWeight
 from peftcore.validation import shown
 
 QUANT_TYPES = ("nf4", "fp4")
@@ -29,52 +28,7 @@ STATE_KEY = "quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE_KEY + kind for kind in QUANT_TYPES))
 STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)  # as which packed bytes are viewed
 _STATE_BYTES = 1 << 16
-DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in ops.nf4.DTYPES}
-
-
-@dataclass(frozen=True)
-class QuantState:
-    """What turns packed bytes back into a weight.
-
-    Args:
-        quant_type: `nf4` or `fp4`.
-        shape: of the weight, `(out, in)`. dtype: the one it had.
-        code: fp32 `[16]`. absmax: fp32, or uint8 with `nested`.
-    """
-
-    quant_type: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    blocksize: int
-    absmax: Tensor
-    code: Tensor
-    nested: NestedScales | None = None
-
-
-@torch.no_grad()
-def pack(
-    weight: Tensor, quant_type: str = "nf4", *, blocksize: int = 64, double_quant: bool = True
-) -> tuple[Tensor, QuantState]:
-    """Quantize a dense weight: (uint8 `[ceil(n / 2), 1]`, its state)."""
-    code = ops.codebook(quant_type, weight.device)
-    packed, absmax = ops.quantize_4bit(weight, code, blocksize)
-    nested = None
-    if double_quant:
-        absmax, nested = ops.quantize_absmax(absmax, ops.codebook("dynamic8", weight.device))
-    return packed, QuantState(quant_type, tuple(weight.shape), weight.dtype, blocksize, absmax, code, nested)
-
-
-def unpack(packed: Tensor, state: QuantState, dtype: torch.dtype) -> Tensor:
-    """The dense weight, each value rounded once to `dtype`."""
-    return ops.dequantize_4bit(
-        packed,
-        state.absmax,
-        state.code,
-        shape=state.shape,
-        dtype=dtype,
-        blocksize=state.blocksize,
-        nested=state.nested,
-    )
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
 def check_blocksize(blocksize: Any, name: str = "blocksize") -> None:
@@ -90,24 +44,26 @@ def check_quant_type(quant_type: Any) -> None:
         raise PeftcoreError(f"there is no 4-bit type {shown(quant_type)}. Choose one of: {', '.join(QUANT_TYPES)}")
 
 
-def to_tensors(state: QuantState) -> dict[str, Tensor]:
+def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
     """What lies beside `X.weight` on disk, by the part of the name behind `X.weight.`."""
     facts: dict[str, Any] = {
-        "quant_type": state.quant_type,
-        "blocksize": state.blocksize,
-        "dtype": str(state.dtype).removeprefix("torch."),
-        "shape": list(state.shape),
+        "quant_type": weight.quant_type,
+        "blocksize": weight.blocksize,
+        "dtype": str(weight.dtype).removeprefix("torch."),
+        "shape": list(weight.shape),
     }
-    tensors = {"absmax": state.absmax, "quant_map": state.code}
-    if state.nested is not None:
-        tensors |= {"nested_absmax": state.nested.absmax, "nested_quant_map": state.nested.code}
+    tensors = {"absmax": weight.absmax, "quant_map": weight.quant_map}
+    nested_absmax, nested_quant_map, nested_offset = weight.nested_absmax, weight.nested_quant_map, weight.nested_offset
+    if nested_absmax is not None and nested_quant_map is not None and nested_offset is not None:
+        tensors |= {"nested_absmax": nested_absmax, "nested_quant_map": nested_quant_map}
         facts |= {
-            "nested_blocksize": state.nested.blocksize,
+            "nested_blocksize": weight.nested_blocksize,
             "nested_dtype": "float32",
-            "nested_offset": state.nested.offset.item(),
+            "nested_offset": nested_offset.item(),
         }
     text = json.dumps(facts).encode()
-    tensors[STATE_KEY + state.quant_type] = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(state.absmax.device)
+    as_tensor = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    tensors[STATE_KEY + weight.quant_type] = as_tensor.to(weight.absmax.device)
     return tensors
 
 
@@ -121,8 +77,8 @@ def _facts(tensor: Tensor, name: str) -> dict[str, Any]:
     return facts
 
 
-def from_tensors(packed: Tensor, tensors: Mapping[str, Tensor], name: str) -> tuple[Tensor, QuantState]:
-    """The packed bytes and the state of the weight `name`, from the tensors beside it, checked against each other.
+def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
+    """The weight `name`, of its bytes and the tensors beside it, checked against each other.
 
     Raises:
         CheckpointError: a part is missing or does not fit; the file is damaged or not in this format.
@@ -166,20 +122,14 @@ def from_tensors(packed: Tensor, tensors: Mapping[str, Tensor], name: str) -> tu
             raise wrong(f"has '{part}' {found.dtype} {list(found.shape)}, where {part_dtype} [{size}] belongs")
         if found.is_floating_point() and not found.isfinite().all():
             raise wrong(f"has values in '{part}' that are not finite")
-    if packed.dtype not in STORAGE or packed.dim() != 2 or packed.shape[1] != 1:
-        raise wrong(
-            f"has bytes {packed.dtype} {list(packed.shape)}, where {torch.uint8} [{(count + 1) // 2}, 1] belongs"
-        )
-    data = packed.detach().contiguous().reshape(-1).view(torch.uint8)
+    if codes.dtype not in STORAGE or codes.dim() != 2 or codes.shape[1] != 1:
+        raise wrong(f"has bytes {codes.dtype} {list(codes.shape)}, where {torch.uint8} [{(count + 1) // 2}, 1] belongs")
+    data = codes.detach().contiguous().reshape(-1).view(torch.uint8)
     if data.numel() != (count + 1) // 2:
         raise wrong(f"has {data.numel()} bytes, where shape {list(shape)} takes {(count + 1) // 2}")
     # Copies: a file that is mapped into memory must not stay mapped for the small parts.
-    part = {key: tensors[key].detach().clone() for key in wanted}
-    scales = None
+    parts: dict[str, Any] = {key: tensors[key].detach().clone() for key in wanted}
     if nested:
-        offset = torch.tensor(float(offset), dtype=torch.float32, device=part["absmax"].device)
-        scales = NestedScales(part["nested_absmax"], part["nested_quant_map"], offset, nested_blocksize)
-    state = QuantState(
-        quant_type, shape, dtype, blocksize, part["absmax"].reshape(-1), part["quant_map"].reshape(-1), scales
-    )
-    return data.view(-1, 1), state
+        offset = torch.tensor(float(offset), dtype=torch.float32, device=parts["absmax"].device)
+        parts |= {"nested_offset": offset, "nested_blocksize": nested_blocksize}
+    return PackedWeight(data.view(-1, 1), shape=shape, blocksize=blocksize, dtype=dtype, quant_type=quant_type, **parts)

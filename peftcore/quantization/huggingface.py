@@ -150,12 +150,12 @@ class _Deserialize(ConversionOps):
         with _noted():
             if "weight" not in tensors:
                 raise CheckpointError(f"the checkpoint lacks '{full_layer_name}', whose 4-bit state it has")
-            packed, state = from_tensors(tensors["weight"], parts, full_layer_name)
+            packed = from_tensors(tensors["weight"], parts, full_layer_name)
             module = model.get_submodule(full_layer_name.rpartition(".")[0])
-            check_shape(state, sizes(module)[::-1], full_layer_name)
+            check_shape(packed, sizes(module)[::-1], full_layer_name)
         if not isinstance(module, QuantizedLinear):
             module._parameters["weight"] = None
-            convert(module, packed.clone(), state, self.hf_quantizer.compute_dtype)
+            convert(module, packed._replace(codes=packed.codes.clone()), self.hf_quantizer.compute_dtype)
             self.hf_quantizer.weights.add(full_layer_name)
         return {"weight": module.weight}
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from peftcore import ops
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.ops import NestedScales, PackedWeight
-from peftcore.quantization.format import PARTS, QuantState, from_tensors, pack, to_tensors, unpack
+from peftcore.ops import PackedWeight
+from peftcore.quantization.format import PARTS, from_tensors, to_tensors
 
 BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
 
@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Linear):
         self.compute_dtype = compute_dtype
         weight = torch.zeros(out_features, in_features, device=device, dtype=dtype)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.set_quantized(*pack(weight, quant_type, blocksize=blocksize, double_quant=double_quant))
+        self.set_packed(ops.quantize_4bit(weight, quant_type, blocksize=blocksize, double_quant=double_quant))
 
     @property
     def is_quantized(self) -> bool:
@@ -55,36 +55,39 @@ class QuantizedLinear(nn.Linear):
         return self.weight.dtype is torch.uint8
 
     @property
-    def quant_state(self) -> QuantState:
-        """What turns `weight` back into numbers."""
-        return QuantState(
-            self.quant_type,
+    def packed(self) -> PackedWeight:
+        """The weight in 4 bits, where it lies."""
+        buffers = self._buffers  # past `nn.Module.__getattr__`, which costs more than what is called with them
+        return PackedWeight(
+            self._parameters["weight"],
+            buffers["absmax"],
+            buffers["quant_map"],
             (self.out_features, self.in_features),
-            self.weight_dtype,
             self.blocksize,
-            self.absmax,
-            self.quant_map,
-            self._nested(),
+            self.weight_dtype,
+            self.quant_type,
+            buffers["nested_absmax"],
+            buffers["nested_quant_map"],
+            buffers["nested_offset"],
+            self.nested_blocksize,
         )
 
-    def set_quantized(self, packed: Tensor, state: QuantState) -> None:
-        """Take a packed weight and its state."""
-        self.quant_type, self.blocksize, self.weight_dtype = state.quant_type, state.blocksize, state.dtype
+    def set_packed(self, weight: PackedWeight) -> None:
+        """Take another weight of the layer's shape."""
+        self.quant_type, self.blocksize, self.weight_dtype = weight.quant_type, weight.blocksize, weight.dtype
+        self.nested_blocksize = weight.nested_blocksize
         held = self._parameters.get("weight")
         if held is not None and held.dtype is torch.uint8 and not held.is_meta:
-            if held is not packed:
-                held.data = packed
+            if held is not weight.codes:
+                held.data = weight.codes
         else:
-            self.weight = nn.Parameter(packed, requires_grad=False)
-        nested = state.nested
-        self.nested_blocksize = nested.blocksize if nested else 256
-        values = (state.absmax, state.code, *(nested[:3] if nested else (None, None, None)))
-        for name, value in zip(BUFFERS, values, strict=True):
-            self.register_buffer(name, value)
+            self.weight = nn.Parameter(weight.codes, requires_grad=False)
+        for name in BUFFERS:
+            self.register_buffer(name, getattr(weight, name))
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight `[out, in]`, by default in the dtype that it had."""
-        return unpack(self.weight.detach(), self.quant_state, dtype or self.weight_dtype)
+        return ops.dequantize_4bit(self.packed, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.is_quantized:
@@ -92,33 +95,14 @@ class QuantizedLinear(nn.Linear):
             return F.linear(x.to(self.weight.dtype), self.weight, bias).to(x.dtype)
         dtype = self.compute_dtype
         if dtype is None or dtype is x.dtype:
-            return self._multiply(x)
-        return self._multiply(x.to(dtype)).to(x.dtype)
-
-    def _multiply(self, x: Tensor) -> Tensor:
-        return ops.linear_4bit(
-            x,
-            self.weight,
-            self.absmax,
-            self.quant_map,
-            self.out_features,
-            self.bias,
-            blocksize=self.blocksize,
-            nested=self._nested(),
-        )
+            return ops.linear_4bit(x, self.packed, self.bias)
+        return ops.linear_4bit(x.to(dtype), self.packed, self.bias).to(x.dtype)
 
     def linear_operands(self, x: Tensor) -> tuple[PackedWeight, Tensor | None] | None:
         """What an adapter may multiply by itself: see `peftcore.adaptation.adapted.Base`."""
         if not self.is_quantized or self.compute_dtype not in (None, x.dtype):
             return None
-        return PackedWeight(
-            self.weight, self.absmax, self.quant_map, self.out_features, self.blocksize, self._nested()
-        ), self.bias
-
-    def _nested(self) -> NestedScales | None:
-        if self.nested_absmax is None:
-            return None
-        return NestedScales(self.nested_absmax, self.nested_quant_map, self.nested_offset, self.nested_blocksize)
+        return self.packed, self.bias
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # A cast to half precision would round the scales, and `type(dtype)` read bytes as numbers.
@@ -130,7 +114,7 @@ class QuantizedLinear(nn.Linear):
             if parameter is not None:
                 destination[prefix + name] = parameter if keep_vars else parameter.detach()
         if self.is_quantized and not self.weight.is_meta:
-            for part, tensor in to_tensors(self.quant_state).items():
+            for part, tensor in to_tensors(self.packed).items():
                 destination[f"{prefix}weight.{part}"] = tensor
 
     def _load_from_state_dict(
@@ -171,16 +155,18 @@ class QuantizedLinear(nn.Linear):
         if not parts and weight.is_floating_point():
             if tuple(weight.shape) != shape:
                 raise PeftcoreError(f"'{name}' has shape {list(weight.shape)}, this layer {list(shape)}")
-            double_quant = self.nested_absmax is not None
             refuse_non_finite(weight, name)
-            packed, state = pack(
-                weight.to(device), self.quant_type, blocksize=self.blocksize, double_quant=double_quant
-            )
+            packed = self.quantized(weight.to(device))
         else:
-            packed, state = from_tensors(weight, parts, name)
-            check_shape(state, shape, name)
-            packed = packed.to(device, copy=True)
-        self.set_quantized(packed, to_device(state, device))
+            packed = from_tensors(weight, parts, name)
+            check_shape(packed, shape, name)
+            packed = packed._replace(codes=packed.codes.to(device, copy=True))
+        self.set_packed(packed.to(device))
+
+    def quantized(self, weight: Tensor) -> PackedWeight:
+        """A dense weight in 4 bits, as this layer keeps its own."""
+        double_quant = self.nested_absmax is not None
+        return ops.quantize_4bit(weight, self.quant_type, blocksize=self.blocksize, double_quant=double_quant)
 
     def _fqn_modifiers(self) -> dict[str, str]:
         """What torch.distributed.checkpoint asks: where it finds what a key such as `weight.absmax` names."""
@@ -206,17 +192,10 @@ class _AnyPath:
         return self
 
 
-def check_shape(state: QuantState, shape: tuple[int, ...], name: str) -> None:
+def check_shape(weight: PackedWeight, shape: tuple[int, ...], name: str) -> None:
     """Raise a CheckpointError unless the weight `name` has this shape."""
-    if state.shape != shape:
-        raise CheckpointError(f"'{name}' has shape {list(state.shape)}, this layer {list(shape)}")
-
-
-def to_device(state: QuantState, device: torch.device) -> QuantState:
-    """The same state on another device."""
-    nested = state.nested and NestedScales(*(t.to(device) for t in state.nested[:3]), state.nested.blocksize)
-    absmax, code = state.absmax.to(device), state.code.to(device)
-    return QuantState(state.quant_type, state.shape, state.dtype, state.blocksize, absmax, code, nested)
+    if weight.shape != shape:
+        raise CheckpointError(f"'{name}' has shape {list(weight.shape)}, this layer {list(shape)}")
 
 
 def refuse_non_finite(weight: Tensor, name: str) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor, nn
 
+from peftcore import ops
 from peftcore.method import WeightFormat
 from peftcore.quantization.convert import make_plain, note_in_config
-from peftcore.quantization.format import pack, unpack
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.registry import registry
 
@@ -19,20 +17,16 @@ def _matches(module: nn.Module) -> bool:
 
 
 def _write(module: QuantizedLinear, weight: Tensor) -> dict[str, Tensor]:
-    double_quant = module.nested_absmax is not None
-    packed, state = pack(weight, module.quant_type, blocksize=module.blocksize, double_quant=double_quant)
-    tensors = {"weight": packed, "absmax": state.absmax}
-    if state.nested is not None:
-        tensors |= {"nested_absmax": state.nested.absmax, "nested_offset": state.nested.offset}
+    packed = module.quantized(weight)
+    tensors = {"weight": packed.codes, "absmax": packed.absmax}
+    if packed.nested_absmax is not None and packed.nested_offset is not None:
+        tensors |= {"nested_absmax": packed.nested_absmax, "nested_offset": packed.nested_offset}
     return tensors
 
 
 def _decode(module: QuantizedLinear, tensors: dict[str, Tensor]) -> Tensor:
-    state = replace(module.quant_state, absmax=tensors["absmax"])
-    if state.nested is not None:
-        scales = {"absmax": tensors["nested_absmax"], "offset": tensors["nested_offset"]}
-        state = replace(state, nested=state.nested._replace(**scales))
-    return unpack(tensors["weight"], state, torch.float32)
+    parts = {"codes" if name == "weight" else name: tensor for name, tensor in tensors.items()}
+    return ops.dequantize_4bit(module.packed._replace(**parts), torch.float32)
 
 
 def _plain(module: QuantizedLinear) -> None:

@@ -58,7 +58,7 @@ def compile_emulated(name, sources, flags, link):
 
 
 def launcher(library, name):
-    """A launcher as a function that raises RuntimeError with its message. Tensors are passed by address."""
+    """A launcher as a function that raises RuntimeError with its message. Tensors and structs are passed by address."""
     function = getattr(library, name)
     function.restype = ctypes.c_char_p
 
@@ -67,6 +67,8 @@ def launcher(library, name):
             return ctypes.c_void_p(value.data_ptr())
         if value is None:
             return ctypes.c_void_p()
+        if isinstance(value, ctypes.Structure):
+            return ctypes.byref(value)
         return value
 
     def call(*args, seed=0):

@@ -28,6 +28,26 @@ using namespace peftcore::nf4;
 const float kCode[16] = {-1.0f, -0.7f, -0.52f, -0.39f, -0.28f, -0.18f, -0.09f, 0.0f,
                          0.08f, 0.16f, 0.25f,  0.34f,  0.44f,  0.56f,  0.72f,  1.0f};
 
+// A weight of these parts, scales of 32 blocks sharing one where they are nested.
+WeightView view(int64_t rows, int64_t columns, const Array<uint8_t>& codes, const Array<float>& absmax,
+                const Array<float>& quant_map, int blocksize, bool nests, const Array<uint8_t>& quantized,
+                const Array<float>& outer, const Array<float>& map, const Array<float>& offset) {
+    WeightView weight;
+    weight.rows = rows;
+    weight.columns = columns;
+    weight.codes = codes.data;
+    weight.absmax = nests ? static_cast<const void*>(quantized.data) : absmax.data;
+    weight.quant_map = quant_map.data;
+    weight.shift = log2_of(blocksize);
+    if (nests) {
+        weight.nested_absmax = outer.data;
+        weight.nested_quant_map = map.data;
+        weight.nested_offset = offset.data;
+        weight.nested_shift = 5;
+    }
+    return weight;
+}
+
 template <typename T>
 void compare(int64_t count, int blocksize, int skip, Dtype dtype, const Kernels& cpu, std::mt19937& random) {
     const int64_t blocks = (count + blocksize - 1) / blocksize, bytes = (count + 1) / 2;
@@ -53,26 +73,38 @@ void compare(int64_t count, int blocksize, int skip, Dtype dtype, const Kernels&
     error = peftcore_nf4_quantize_absmax(absmax.data, map.data, offset.data, blocks, 32, quantized.data,
                                          nested.data, nullptr);
     require(error == nullptr, error ? error : "", count, blocksize);
-    for (bool double_quantized : {false, true}) {
-        error = peftcore_nf4_dequantize(packed.data, double_quantized ? (void*)quantized.data : absmax.data,
-                                        code.data, blocksize, double_quantized ? nested.data : nullptr,
-                                        map.data, offset.data, 32, count, y.data, int(dtype), nullptr);
+    for (bool nests : {false, true}) {
+        const WeightView weight =
+            view(1, count, packed, absmax, code, blocksize, nests, quantized, nested, map, offset);
+        error = peftcore_nf4_dequantize(&weight, y.data, int(dtype), nullptr);
         require(error == nullptr, error ? error : "", count, blocksize);
-        WeightView weight;
-        weight.rows = 1;
-        weight.columns = count;
-        weight.codes = packed.data;
-        weight.absmax = double_quantized ? (const void*)quantized.data : absmax.data;
-        weight.quant_map = code.data;
-        while (1 << weight.shift < blocksize) ++weight.shift;
-        if (double_quantized) {
-            weight.nested_absmax = nested.data;
-            weight.nested_quant_map = map.data;
-            weight.nested_offset = offset.data;
-            weight.nested_shift = 5;
-        }
         cpu.dequantize({weight, dtype, y_cpu.data, false}, 0, blocks);
         require(y == y_cpu, "values differ", count, blocksize);
+    }
+}
+
+// Each expert's values are those of the whole weight.
+void compare_experts(int64_t experts, int64_t rows, int64_t columns, bool nests, const Kernels& cpu,
+                     std::mt19937& random) {
+    const int blocksize = 32;
+    const int64_t count = experts * rows * columns, blocks = count / blocksize;
+    Array<uint8_t> codes(count / 2), quantized(blocks);
+    Array<float> absmax(blocks), code(16), map(256), offset(1), outer((blocks + 31) / 32);
+    Array<float> whole(count), one(rows * columns);
+    std::copy_n(kCode, 16, code.data);
+    for (int64_t i = 0; i < codes.count; ++i) codes.data[i] = uint8_t(random());
+    for (int64_t i = 0; i < blocks; ++i) quantized.data[i] = uint8_t(random()), absmax.data[i] = float(i + 1);
+    for (int64_t i = 0; i < outer.count; ++i) outer.data[i] = 1 + float(i);
+    for (int i = 0; i < 256; ++i) map.data[i] = (i - 127) / 128.0f;
+    offset.data[0] = 1.5f;
+    const WeightView all =
+        view(experts * rows, columns, codes, absmax, code, blocksize, nests, quantized, outer, map, offset);
+    cpu.dequantize({all, Dtype::kFloat, whole.data, false}, 0, all.blocks());
+    for (int64_t i = 0; i < experts; ++i) {
+        const WeightView expert = expert_of(all, i, experts);
+        cpu.dequantize({expert, Dtype::kFloat, one.data, false}, 0, expert.blocks());
+        require(std::equal(one.data, one.data + one.count, whole.data + i * one.count), "an expert differs",
+                count, blocksize);
     }
 }
 
@@ -81,6 +113,7 @@ int run_nf4(uint64_t seed) {
     std::mt19937 random(static_cast<unsigned>(seed));
     for (const auto& [level, cpu] : kernels_of_levels<Kernels>()) {
         int cases = 0;
+        for (bool nests : {false, true}) compare_experts(7, 3, 96, nests, cpu, random);
         for (int blocksize : {32, 64, 512, 4096})
             for (int64_t count : {1, 31, 64, 1023, 1024, 2050, 8209})
                 for (int skip : {0, 1}) {
@@ -113,10 +146,10 @@ void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int
         absmax.data[i] = map.data[quantized.data[i]] * outer.data[i / 32] + offset.data[0];
     for (int64_t i = 0; i < x.count; ++i) x.data[i] = from_float<T>(normal(random));
     for (int64_t i = 0; i < rows; ++i) bias.data[i] = from_float<T>(normal(random));
-    const char* error = peftcore_nf4_linear(
-        x.data, int(dtype), batch, packed.data, nested ? (void*)quantized.data : absmax.data, code.data,
-        blocksize, nested ? outer.data : nullptr, map.data, offset.data, 32, rows, columns, bias.data,
-        nullptr, nullptr, 0, y.data, nullptr);
+    const WeightView weight =
+        view(rows, columns, packed, absmax, code, blocksize, nested, quantized, outer, map, offset);
+    const char* error = peftcore_nf4_linear(x.data, int(dtype), batch, &weight, bias.data, nullptr, nullptr,
+                                            0, y.data, nullptr);
     require(error == nullptr, error ? error : "", count, blocksize);
     for (int m = 0; m < batch; ++m)
         for (int64_t n = 0; n < rows; ++n) {
@@ -204,27 +237,28 @@ void compare_lora(int64_t rows, int64_t columns, int rank, int skip, Dtype dtype
     const auto transposed = [](const auto& array, int64_t width) {
         return [&array, width](int64_t i, int64_t j) { return to_float(array.data[j * width + i]); };
     };
-    checked(peftcore_lora_down(x.data, int(dtype), 1, rows, columns, &left, &rank, &scale, 1, nullptr, rank,
-                               0, 0, 0, partial.data, s.data, nullptr));
+    using lora::Dropout, lora::Factors, lora::Wide;
+    const Wide wide{x.data, dtype, 1, rows, columns}, written{out.data, dtype, 1, rows, columns};
+    const Factors lefts{&left, &rank, &scale, 1, rank, nullptr},
+        rights{&right, &rank, nullptr, 1, rank, nullptr};
+    const Dropout none, some{6554, 1, 2};
+    checked(peftcore_lora_down(&wide, &lefts, &none, partial.data, s.data, nullptr));
     compare_product(s, rows, columns, rank, of(x, columns), transposed(a, columns), "down differs");
-    checked(peftcore_lora_up(thin.data, int(dtype), 1, rows, columns, &right, &rank, 1, nullptr, rank, 0, 0,
-                             0, nullptr, false, out.data, nullptr));
+    checked(peftcore_lora_up(thin.data, &rights, &none, nullptr, false, &written, nullptr));
     compare_product(out, rows, rank, columns, of(thin, rank), transposed(b, rank), "up differs");
-    checked(peftcore_lora_reduce(x.data, thin.data, int(dtype), rows, columns, rank, 0, 0, 0, partial.data,
-                                 da.data, int(gradient_dtype), true, nullptr));
+    checked(peftcore_lora_reduce(&wide, thin.data, rank, &none, partial.data, da.data, int(gradient_dtype),
+                                 true, nullptr));
     compare_product(da, rank, rows, columns, transposed(thin, rank), of(x, columns), "reduce differs");
     if (rank > lora::kOnePassMaxRank) return;
-    checked(peftcore_lora_reduce_and_product(x.data, thin.data, bt.data, int(dtype), rows, columns, rank,
-                                             scale, partial.data, products.data, db.data, int(gradient_dtype),
-                                             product.data, nullptr));
+    checked(peftcore_lora_reduce_and_product(&wide, thin.data, bt.data, rank, scale, partial.data,
+                                             products.data, db.data, int(gradient_dtype), product.data,
+                                             nullptr));
     compare_product(db, columns, rows, rank, transposed(x, columns), of(thin, rank), "reduce differs");
     compare_product(product, rows, columns, rank, of(x, columns), transposed(bt, columns), "product differs");
     // Dropout, for what it touches.
-    checked(peftcore_lora_down(x.data, int(dtype), 1, rows, columns, &left, &rank, &scale, 1, nullptr, rank,
-                               6554, 1, 2, partial.data, s.data, nullptr));
-    checked(peftcore_lora_up(thin.data, int(dtype), 1, rows, columns, &right, &rank, 1, nullptr, rank, 6554,
-                             1, 2, bias.data, false, out.data, nullptr));
-    checked(peftcore_lora_drop(x.data, int(dtype), rows, columns, 6554, 1, 2, out.data, nullptr));
+    checked(peftcore_lora_down(&wide, &lefts, &some, partial.data, s.data, nullptr));
+    checked(peftcore_lora_up(thin.data, &rights, &some, bias.data, false, &written, nullptr));
+    checked(peftcore_lora_drop(&wide, &some, out.data, nullptr));
 }
 
 int run_lora(uint64_t seed) {

@@ -1,46 +1,36 @@
 """linear_4bit's CUDA kernels on the emulator against float64, over shapes that are no multiples of anything."""
 
-from ctypes import c_int64
-
 import pytest
 import torch
+from emulator.structs import DTYPES, WeightView
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftcore import ops
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CODES = {"nf4": ops.NF4, "fp4": ops.FP4}
 
 
 def case(rows, columns, batch, dtype, blocksize, nested, seed, code="nf4"):
     """(arguments of `run`, the result in float64, the sum of its terms' magnitudes)."""
     generator = torch.Generator().manual_seed(seed)
     w = torch.randn(rows, columns, generator=generator)
-    packed, absmax = ops.quantize_4bit(w, CODES[code], blocksize)
-    scales = None
-    if nested:
-        absmax, scales = ops.quantize_absmax(absmax, blocksize=32)
-    arguments = {"blocksize": blocksize, "nested": scales, "shape": (rows, columns), "code": CODES[code]}
+    weight = ops.quantize_4bit(w, code, blocksize=blocksize, double_quant=nested, nested_blocksize=32)
     # Each value is rounded once to x's dtype, as the kernels do.
-    dense = ops.dequantize_4bit(packed, absmax, dtype=dtype, **arguments).double()
+    dense = ops.dequantize_4bit(weight, dtype).double()
     x = torch.randn(batch, columns, generator=generator).to(dtype)
     bias = torch.randn(rows, generator=generator).to(dtype)
     wanted = x.double() @ dense.T + bias.double()
     magnitude = x.double().abs() @ dense.abs().T + bias.double().abs()
-    return (x, packed, absmax, CODES[code], blocksize, scales, rows, bias), wanted, magnitude
+    return (x, weight, bias), wanted, magnitude
 
 
-def run(emulated, x, packed, absmax, code, blocksize, scales, rows, bias, seed=0, offset=0):
+def run(emulated, x, weight, bias, seed=0, offset=0):
     """The launcher's result, `offset` values behind an allocation whose rest must stay as it is."""
-    batch, columns = x.shape
+    batch, rows = x.shape[0], weight.shape[0]
     count = batch * rows
     memory = torch.full((count + offset + 4,), 7, dtype=x.dtype)
     y = memory[offset : offset + count]
-    given = (x, DTYPES.index(x.dtype), batch, packed, absmax, code, blocksize)
-    nested = (None, None, None, 256) if scales is None else tuple(scales)
-    sizes = (c_int64(rows), c_int64(columns))
-    emulated("peftcore_nf4_linear")(*given, *nested, *sizes, bias, None, None, 0, y, seed=seed)
+    given = (x, DTYPES.index(x.dtype), batch, WeightView(weight), bias)
+    emulated("peftcore_nf4_linear")(*given, None, None, 0, y, seed=seed)
     assert (memory[:offset] == 7).all() and (memory[offset + count :] == 7).all()
     return y.view(batch, rows)
 

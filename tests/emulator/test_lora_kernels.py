@@ -1,14 +1,14 @@
 """LoRA's CUDA kernels on the emulator against float64 and keep_mask, over shapes that are no multiples of anything."""
 
-from ctypes import c_bool, c_float, c_int64, c_uint32
+from ctypes import c_bool, c_float, c_int64
 
 import pytest
 import torch
+from emulator.structs import DTYPES, Dropout, Factors, WeightView, Wide
 
 from peftcore import ops
-from peftcore.ops.lora import _threshold, keep_mask
+from peftcore.ops.dropout import keep_mask, threshold
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 RANKS = [1, 3, 8, 16, 64, 100, 256]
 ROWS = [1, 5, 16, 33, 64, 130]
 SEED = 0x123456789ABCDEF0  # of dropout
@@ -54,7 +54,7 @@ def untouched(memory):
 
 
 def dropout(p):
-    return c_uint32(_threshold(p)), c_uint32(SEED & 0xFFFFFFFF), c_uint32(SEED >> 32)
+    return Dropout(threshold(p), SEED & 0xFFFFFFFF, SEED >> 32)
 
 
 class Kernels:
@@ -70,37 +70,29 @@ class Kernels:
 
     def down(self, x, factors, scales, index=None, p=0.0, seed=0):
         samples, rows, columns = x.shape
-        ranks = torch.tensor([t.shape[0] for t in factors], dtype=torch.int32)
-        stride, pointers = int(ranks.max()), torch.tensor([t.data_ptr() for t in factors])
+        stride = max(t.shape[0] for t in factors)
         memory, s = guarded(samples * rows, stride, dtype=torch.float32)
         partial = self.floats("peftcore_lora_down_workspace", c_int64(rows), c_int64(columns), stride)
-        sizes = c_int64(samples), c_int64(rows), c_int64(columns)
-        adapters = pointers, ranks, torch.tensor(scales), len(factors)
-        arguments = x, DTYPES.index(x.dtype), *sizes, *adapters, index, stride, *dropout(p), partial, s
-        self.emulated("peftcore_lora_down")(*arguments, seed=seed)
+        given = Factors(factors, 0, stride, scales, index)
+        self.emulated("peftcore_lora_down")(Wide(x), given, dropout(p), partial, s, seed=seed)
         untouched(memory)
         return s
 
     def up(self, thin, factors, out, index=None, p=0.0, add=True, bias=None, seed=0):
-        samples, rows, columns = out.shape
-        ranks = torch.tensor([t.shape[1] for t in factors], dtype=torch.int32)
-        pointers = torch.tensor([t.data_ptr() for t in factors])
-        sizes = c_int64(samples), c_int64(rows), c_int64(columns)
-        adapters = pointers, ranks, len(factors)
-        arguments = thin, DTYPES.index(out.dtype), *sizes, *adapters, index, thin.shape[1]
         memory, found = guarded(*out.shape, dtype=out.dtype)
         found.copy_(out)
-        self.emulated("peftcore_lora_up")(*arguments, *dropout(p), bias, c_bool(add), found, seed=seed)
+        given = Factors(factors, 1, thin.shape[1], index=index)
+        launch = self.emulated("peftcore_lora_up")
+        launch(thin, given, dropout(p), bias, c_bool(add), Wide(found), seed=seed)
         untouched(memory)
         return found
 
     def reduce(self, wide, thin, dtype, p=0.0, transposed=False, seed=0):
         (rows, columns), rank = wide.shape, thin.shape[1]
         memory, out = guarded(*((rank, columns) if transposed else (columns, rank)), dtype=dtype)
-        sizes = c_int64(rows), c_int64(columns), rank
-        partial = self.floats("peftcore_lora_reduce_workspace", *sizes)
-        arguments = wide, thin, DTYPES.index(wide.dtype), *sizes, *dropout(p), partial, out
-        self.emulated("peftcore_lora_reduce")(*arguments, DTYPES.index(dtype), c_bool(transposed), seed=seed)
+        partial = self.floats("peftcore_lora_reduce_workspace", c_int64(rows), c_int64(columns), rank)
+        arguments = Wide(wide), thin, rank, dropout(p), partial, out, DTYPES.index(dtype), c_bool(transposed)
+        self.emulated("peftcore_lora_reduce")(*arguments, seed=seed)
         untouched(memory)
         return out
 
@@ -110,8 +102,8 @@ class Kernels:
         beside, product = guarded(rows, rank, dtype=torch.float32)
         sizes = c_int64(rows), c_int64(columns), rank
         partials = [self.floats(f"peftcore_lora_{name}_workspace", *sizes) for name in ("reduce", "product")]
-        arguments = wide, thin, factor, DTYPES.index(wide.dtype), *sizes, c_float(scale), *partials
         launch = self.emulated("peftcore_lora_reduce_and_product")
+        arguments = Wide(wide), thin, factor, rank, c_float(scale), *partials
         launch(*arguments, out, DTYPES.index(dtype), product, seed=seed)
         untouched(memory)
         untouched(beside)
@@ -119,17 +111,14 @@ class Kernels:
 
     def drop(self, x, p):
         out = torch.full_like(x, 7)
-        sizes = c_int64(x.shape[0]), c_int64(x.shape[1])
-        self.emulated("peftcore_lora_drop")(x, DTYPES.index(x.dtype), *sizes, *dropout(p), out)
+        self.emulated("peftcore_lora_drop")(Wide(x), dropout(p), out)
         return out
 
-    def linear(self, x, packed, scales, outer, rows, bias, thin, factor, seed=0):
-        memory, y = guarded(x.shape[0], rows, dtype=x.dtype)
-        weight = packed, scales, ops.NF4, 64, *(outer or (None, None, None, 256))
-        sizes = c_int64(rows), c_int64(x.shape[1])
-        added = bias, thin, factor, thin.shape[1]
+    def linear(self, x, weight, bias, thin, factor, seed=0):
+        memory, y = guarded(x.shape[0], weight.shape[0], dtype=x.dtype)
+        given = x, DTYPES.index(x.dtype), x.shape[0], WeightView(weight)
         launch = self.emulated("peftcore_nf4_linear")
-        launch(x, DTYPES.index(x.dtype), x.shape[0], *weight, *sizes, *added, y, seed=seed)
+        launch(*given, bias, thin, factor, thin.shape[1], y, seed=seed)
         untouched(memory)
         return y
 
@@ -215,21 +204,20 @@ def test_products_that_fp16_does_not_hold(kernels, size):
 @pytest.mark.parametrize("rows", [1, 5, 16, 33, 64])
 def test_linear_with_lora_from_four_bits(kernels, rank, rows, nested):
     dtype, _, _, columns = mixed(rank, rows, [75, 96, 352][(rank + rows) % 3])
-    packed, absmax = ops.quantize_4bit(normal(37, columns))
-    scales, outer = ops.quantize_absmax(absmax, blocksize=32) if nested else (absmax, None)
-    dense = ops.dequantize_4bit(packed, scales, shape=(37, columns), dtype=dtype, nested=outer).double()
+    weight = ops.quantize_4bit(normal(37, columns), double_quant=nested, nested_blocksize=32)
+    dense = ops.dequantize_4bit(weight, dtype).double()
     x, bias = normal(rows, columns, seed=1, dtype=dtype), normal(37, seed=2, dtype=dtype)
     thin, factor = normal(rows, rank, seed=3), normal(37, rank, seed=4)
-    found = kernels.linear(x, packed, scales, outer, 37, bias, thin, factor, seed=rank)
+    found = kernels.linear(x, weight, bias, thin, factor, seed=rank)
     left = torch.cat([x.double(), thin.double()], 1)
     check_product(found, left, torch.cat([dense, factor.double()], 1).T, added=bias)
 
 
 def test_linear_with_lora_in_fp32(kernels):
-    packed, absmax = ops.quantize_4bit(normal(37, 75))
-    dense = ops.dequantize_4bit(packed, absmax, shape=(37, 75), dtype=torch.float32).double()
+    weight = ops.quantize_4bit(normal(37, 75))
+    dense = ops.dequantize_4bit(weight).double()
     x, bias, thin, factor = normal(11, 75), normal(37), normal(11, 40), normal(37, 40)
-    found = kernels.linear(x, packed, absmax, None, 37, bias, thin, factor)
+    found = kernels.linear(x, weight, bias, thin, factor)
     left = torch.cat([x, thin], 1).double()
     check_product(found, left, torch.cat([dense, factor.double()], 1).T, added=bias)
 
@@ -301,7 +289,7 @@ def test_every_order_of_threads_gives_the_same_bits(kernels):
     x, a = normal(70, 1100, dtype=torch.bfloat16), normal(20, 1100, seed=1)
     wide, thin = normal(600, 130, dtype=torch.half), normal(600, 12, seed=1)
     factor, few = normal(12, 130, seed=2), normal(130, 12, seed=2)
-    packed, absmax = ops.quantize_4bit(normal(20, 1100))
+    weight = ops.quantize_4bit(normal(20, 1088))
     s, b = normal(33, 20), normal(20, 20)
 
     def run(seed):
@@ -310,7 +298,7 @@ def test_every_order_of_threads_gives_the_same_bits(kernels):
             kernels.reduce(wide, thin, torch.float32, 0.1, seed=seed),
             *kernels.reduce_and_product(wide, thin, factor, 1.0, torch.float32, seed=seed),
             kernels.up(thin[:70], [few], wide[None, :70], seed=seed),
-            kernels.linear(x[:33, :1088].contiguous(), packed, absmax, None, 20, None, s, b, seed=seed),
+            kernels.linear(x[:33, :1088].contiguous(), weight, None, s, b, seed=seed),
         ]
 
     first = run(0)

@@ -4,13 +4,13 @@ from ctypes import c_int64
 
 import pytest
 import torch
+from emulator.structs import DTYPES, WeightView
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftcore import ops
-from peftcore.ops import nf4
+from peftcore.ops.nf4 import Quantize4bit, QuantizeAbsmax
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 CODES = {"nf4": ops.NF4, "fp4": ops.FP4}
 
@@ -32,12 +32,11 @@ def cuda_quantize(emulated, x, code, blocksize, seed, offset=0):
     return packed.unsqueeze(1), absmax
 
 
-def cuda_dequantize(emulated, packed, absmax, code, blocksize, count, dtype, nested=None, seed=0, offset=0):
+def cuda_dequantize(emulated, weight, dtype, seed=0, offset=0):
+    count = torch.Size(weight.shape).numel()
     memory = torch.full((count + offset + 4,), 7, dtype=dtype)
     out = memory[offset : offset + count]
-    scales = (None, None, None, 256) if nested is None else tuple(nested)
-    launch = emulated("peftcore_nf4_dequantize")
-    launch(packed, absmax, code, blocksize, *scales, c_int64(count), out, DTYPES.index(dtype), seed=seed)
+    emulated("peftcore_nf4_dequantize")(WeightView(weight), out, DTYPES.index(dtype), seed=seed)
     assert (memory[:offset] == 7).all() and (memory[offset + count :] == 7).all()
     return out
 
@@ -61,21 +60,17 @@ cases = {
 def test_quantize(emulated, count, dtype, blocksize, name, seed, offset):
     x = data(count, dtype, seed, offset)
     packed, absmax = cuda_quantize(emulated, x, CODES[name], blocksize, seed)
-    wanted = nf4._quantize_4bit(x, CODES[name], blocksize)
+    wanted = Quantize4bit(x, CODES[name], blocksize).compute()
     assert torch.equal(packed, wanted[0]) and torch.equal(bits(absmax), bits(wanted[1]))
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(**cases, out_dtype=st.sampled_from(DTYPES), nested=st.booleans())
 def test_dequantize(emulated, count, dtype, blocksize, name, seed, offset, out_dtype, nested):
-    packed, absmax = ops.quantize_4bit(data(count, dtype, seed, 0), CODES[name], blocksize)
-    scales = None
-    if nested:
-        absmax, scales = ops.quantize_absmax(absmax, blocksize=32)
-    arguments = (packed, absmax, CODES[name], blocksize)
-    found = cuda_dequantize(emulated, *arguments, count, out_dtype, scales, seed, offset)
-    wanted = nf4._dequantize_4bit(*arguments, (count,), out_dtype, *(scales or ()))
-    assert torch.equal(bits(found), bits(wanted))
+    x = data(count, dtype, seed, 0)
+    weight = ops.quantize_4bit(x, name, blocksize=blocksize, double_quant=nested, nested_blocksize=32)
+    found = cuda_dequantize(emulated, weight, out_dtype, seed, offset)
+    assert torch.equal(bits(found), bits(weight.values(out_dtype)))
 
 
 @pytest.mark.parametrize("count", [1, 32, 255, 257, 1000, 5000])
@@ -87,7 +82,7 @@ def test_quantize_absmax(emulated, count, blocksize):
     nested = torch.full((-(-count // blocksize),), torch.nan)
     launch = emulated("peftcore_nf4_quantize_absmax")
     launch(absmax, ops.DYNAMIC8, offset, c_int64(count), blocksize, quantized, nested, seed=count)
-    wanted = nf4._quantize_absmax(absmax, ops.DYNAMIC8, blocksize)
+    wanted = QuantizeAbsmax(absmax, ops.DYNAMIC8, blocksize).compute()
     assert torch.equal(quantized, wanted[0]) and torch.equal(nested, wanted[1])
 
 
@@ -96,7 +91,7 @@ def test_non_finite_values(emulated, blocksize):
     x = data(4096 + 70, torch.float32, 1, 0)
     x[5], x[2050], x[-1] = torch.nan, torch.inf, -torch.inf
     packed, absmax = cuda_quantize(emulated, x, ops.NF4, blocksize, 0)
-    wanted = nf4._quantize_4bit(x, ops.NF4, blocksize)
+    wanted = Quantize4bit(x, ops.NF4, blocksize).compute()
     assert torch.equal(packed, wanted[0])
     assert torch.equal(absmax.isnan(), wanted[1].isnan())
     assert torch.equal(absmax.nan_to_num(), wanted[1].nan_to_num())
@@ -113,7 +108,23 @@ def test_every_order_of_threads_gives_the_same_bits(emulated):
 def test_nothing_to_do(emulated):
     nothing = torch.empty(0)
     assert cuda_quantize(emulated, nothing, ops.NF4, 64, 0)[0].numel() == 0
-    assert cuda_dequantize(emulated, nothing, nothing, ops.NF4, 64, 0, torch.half).numel() == 0
+    assert cuda_dequantize(emulated, ops.quantize_4bit(nothing), torch.half).numel() == 0
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 33, 96), (2, 1, 32)])  # some begin within a block of scales
+def test_an_expert_is_a_view(emulated, emulated_library, shape, nested):
+    x = data(torch.Size(shape).numel(), torch.float32, 3, 0).view(shape)
+    weight = ops.quantize_4bit(x, blocksize=32, double_quant=nested, nested_blocksize=32)
+    whole = ops.dequantize_4bit(weight)
+    inputs = data(4 * shape[2], torch.float32, 4, 0).view(4, shape[2])
+    for index in range(shape[0]):
+        expert = WeightView(weight).expert(emulated_library, index)
+        values, y = torch.zeros(shape[1:]), torch.zeros(4, shape[1])
+        emulated("peftcore_nf4_dequantize")(expert, values, 0)
+        assert torch.equal(bits(values), bits(whole[index]))
+        emulated("peftcore_nf4_linear")(inputs, 0, 4, expert, None, None, None, 0, y)
+        torch.testing.assert_close(y, inputs @ whole[index].T, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
 
 @pytest.mark.slow

@@ -18,10 +18,9 @@ import torch
 from fuzz.memory import LAYOUTS, laid_out
 
 from peftcore import ops
-from peftcore.ops import lora, nf4, optim
+from peftcore.ops import lora, nf4, optim, per_sample
 from peftcore.ops import optim_rules as rules
-from peftcore.ops.linear_4bit import _linear_4bit as linear_reference
-from peftcore.ops.linear_4bit import _linear_4bit_backward as linear_backward_reference
+from peftcore.ops.linear_4bit import Linear4bit, Linear4bitBackward
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError, OverflowError, MemoryError)
@@ -50,60 +49,53 @@ class Maker:
     def some(self, value):
         return value if self.random.random() < 0.5 else None
 
-    def scales(self, rows, columns):
-        """(packed, what reads it) of a weight in 4 bits."""
+    def packed(self, rows, columns):
+        """The two arguments of a weight in 4 bits."""
         blocksize, count = self.choice([32, 64, 64, 128]), rows * columns
-        blocks = -(-count // blocksize)
-        given = {"code": self.place(nf4.NF4), "blocksize": blocksize}
-        if self.random.random() < 0.5:
+        blocks, nests = -(-count // blocksize), self.random.random() < 0.5
+        weight = [self.bytes(-(-count // 2), 1)]
+        weight += [self.bytes(blocks) if nests else self.normal(blocks).abs(), self.place(ops.NF4)]
+        if nests:
             nested = -(-blocks // 32)
-            given |= {"absmax": self.bytes(blocks), "nested_absmax": self.normal(nested).abs(), "nested_blocksize": 32}
-            given |= {"nested_code": self.place(nf4.DYNAMIC8), "nested_offset": torch.tensor(1.0)}
-        else:
-            given["absmax"] = self.normal(blocks).abs()
-        return self.bytes(-(-count // 2), 1), given
+            weight += [self.normal(nested).abs(), self.place(ops.DYNAMIC8), torch.tensor(1.0)]
+        return {"weight": weight, "packing": [blocksize, 32 if nests else 0, rows, columns]}
 
 
 def _quantize_4bit(m):
     x = m.normal(m.size(9), m.size(300), dtype=m.choice(FLOATS))
-    return {"x": x, "code": m.place(m.choice([nf4.NF4, nf4.FP4])), "blocksize": m.choice([32, 64, 4096])}
+    return {"x": x, "quant_map": m.place(m.choice([ops.NF4, ops.FP4])), "blocksize": m.choice([32, 64, 4096])}
 
 
 def _quantize_absmax(m):
-    return {"absmax": m.normal(m.size(600)).abs(), "code": m.place(nf4.DYNAMIC8), "blocksize": m.choice([32, 256])}
+    return {"absmax": m.normal(m.size(600)).abs(), "quant_map": m.place(ops.DYNAMIC8), "blocksize": m.choice([32, 256])}
 
 
 def _dequantize_4bit(m):
-    rows, columns = m.size(), m.size()
-    packed, given = m.scales(rows, columns)
-    return {"packed": packed, **given, "shape": [rows, columns], "dtype": m.choice(FLOATS)}
+    return {**m.packed(m.size(), m.size()), "dtype": m.choice(FLOATS)}
 
 
 def _dequantize_4bit_out(m):
     given = _dequantize_4bit(m)
     layouts = [layout for layout in LAYOUTS if layout not in ("expanded", "overlapping")]
-    out = m.normal(*given.pop("shape"), dtype=given.pop("dtype"), layouts=layouts)
+    out = m.normal(*given["packing"][2:], dtype=given.pop("dtype"), layouts=layouts)
     return {**given, "out": out}
 
 
 def _linear_4bit(m):
     rows, columns, dtype = m.size(), m.choice([m.size(), 64, 96, 288]), m.choice(FLOATS)
-    packed, given = m.scales(rows, columns)
     x = m.normal(*m.choice([(m.size(),), (2, m.size(9))]), columns, dtype=dtype)
-    return {"x": x, "packed": packed, **given, "out_features": rows, "bias": m.some(m.normal(rows, dtype=dtype))}
+    return {"x": x, **m.packed(rows, columns), "bias": m.some(m.normal(rows, dtype=dtype))}
 
 
 def _linear_4bit_backward(m):
     rows, columns = m.size(), m.choice([m.size(), 64, 96, 288])
-    packed, given = m.scales(rows, columns)
-    return {"grad": m.normal(m.size(), rows, dtype=m.choice(FLOATS)), "packed": packed, **given, "in_features": columns}
+    return {"grad": m.normal(m.size(), rows, dtype=m.choice(FLOATS)), **m.packed(rows, columns)}
 
 
 def _base(m, n, k, dtype):
     if m.random.random() < 0.4:
-        packed, given = m.scales(n, k)
-        return {"weight": packed, **given}
-    return {"weight": m.normal(n, k, dtype=dtype)}
+        return m.packed(n, k)
+    return {"weight": [m.normal(n, k, dtype=dtype)], "packing": []}
 
 
 def _lora_linear(m):
@@ -137,7 +129,7 @@ def _lora_linear_per_sample(m):
     ranks = [m.choice([0, 1, 8, 17]) for _ in range(count)]
     index = m.place(torch.randint(-1, count, (x.shape[0],), generator=m.generator))
     factors = {"a": [m.normal(r, a.shape[1]) for r in ranks], "b": [m.normal(b.shape[0], r) for r in ranks]}
-    return {**given, **factors, "scales": [1.5] * count, "index": index, "out_features": b.shape[0]}
+    return {**given, **factors, "scales": [1.5] * count, "index": index}
 
 
 def _optim(m):
@@ -202,16 +194,20 @@ def _paged_reference(**given):
     optim.optim_step_reference(**given, state=state)
 
 
+def by_reference(call):
+    return lambda **given: call(**given).compute()
+
+
 OPERATORS = {
-    "quantize_4bit": (_quantize_4bit, nf4._quantize_4bit),
-    "quantize_absmax": (_quantize_absmax, nf4._quantize_absmax),
-    "dequantize_4bit": (_dequantize_4bit, nf4._dequantize_4bit),
-    "dequantize_4bit.out": (_dequantize_4bit_out, nf4._dequantize_4bit_out),
-    "linear_4bit": (_linear_4bit, linear_reference),
-    "linear_4bit_backward": (_linear_4bit_backward, linear_backward_reference),
-    "lora_linear": (_lora_linear, lora._lora_linear),
-    "lora_linear_backward": (_lora_linear_backward, lora._lora_linear_backward),
-    "lora_linear_per_sample": (_lora_linear_per_sample, lora._lora_linear_per_sample),
+    "quantize_4bit": (_quantize_4bit, by_reference(nf4.Quantize4bit)),
+    "quantize_absmax": (_quantize_absmax, by_reference(nf4.QuantizeAbsmax)),
+    "dequantize_4bit": (_dequantize_4bit, by_reference(nf4.Dequantize4bit)),
+    "dequantize_4bit.out": (_dequantize_4bit_out, by_reference(nf4.Dequantize4bitOut)),
+    "linear_4bit": (_linear_4bit, by_reference(Linear4bit)),
+    "linear_4bit_backward": (_linear_4bit_backward, by_reference(Linear4bitBackward)),
+    "lora_linear": (_lora_linear, by_reference(lora.LoraLinear)),
+    "lora_linear_backward": (_lora_linear_backward, by_reference(lora.LoraLinearBackward)),
+    "lora_linear_per_sample": (_lora_linear_per_sample, by_reference(per_sample.LoraLinearPerSample)),
     "optim_step_": (_optim_step_, optim.optim_step_reference),
     "optim_step_paged_": (_optim_step_paged_, _paged_reference),
 }

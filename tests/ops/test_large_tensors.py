@@ -48,45 +48,40 @@ def test_more_than_2_to_the_31_elements():
     for part in windows():
         x[part] = torch.randn(part.stop - part.start, generator=generator).bfloat16()
     small = {part.start: ops.quantize_4bit(x[part], blocksize=BLOCK) for part in windows()}
-    kept = {part.start: x[part].clone() for part in windows()}
 
-    packed, absmax = ops.quantize_4bit(x, blocksize=BLOCK)
+    whole = ops.quantize_4bit(x, blocksize=BLOCK)
+    packed, absmax = whole.codes, whole.absmax
     del x
     inside = 0
     for part in windows():
-        codes, scales = small[part.start]
+        codes, scales = small[part.start][:2]
         assert torch.equal(packed[part.start // 2 : (part.stop + 1) // 2], codes)
         assert torch.equal(absmax[part.start // BLOCK : -(-part.stop // BLOCK)], scales)
         inside += int((scales != 0).sum())
     assert absmax.count_nonzero() == inside  # nothing landed elsewhere
 
-    weight = packed[: ROWS * COLUMNS // 2], absmax[: ROWS * COLUMNS // BLOCK]
+    count = ROWS * COLUMNS
+    weight = whole._replace(codes=packed[: count // 2], absmax=absmax[: count // BLOCK], shape=(ROWS, COLUMNS))
     for batch in (1, 40):  # straight from 4 bits; by panels
         rows = torch.tensor(sorted({min(edge // COLUMNS, ROWS - 1) for edge in EDGES}))
         inputs = torch.randn(batch, COLUMNS, generator=generator).bfloat16()
-        y = ops.linear_4bit(inputs, *weight, ops.NF4, ROWS, blocksize=BLOCK)
-        dense = torch.stack([dequantized(*weight, int(row)) for row in rows]).double()
+        y = ops.linear_4bit(inputs, weight)
+        few = [weight.rows(row, row + 1) for row in rows.tolist()]
+        dense = torch.cat([ops.dequantize_4bit(row, torch.float32) for row in few]).double()
         wanted = F.linear(inputs.double(), dense)
         torch.testing.assert_close(y[:, rows].double(), wanted, rtol=2**-7, atol=0.5)  # values of about 90
         assert y.isfinite().all() and y.count_nonzero() <= batch * 2 * len(rows)
     grad = torch.zeros(1, ROWS, dtype=torch.bfloat16)
     grad[0, rows] = torch.randn(len(rows), generator=generator).bfloat16()
-    dx = torch.ops.peftcore.linear_4bit_backward(grad, *weight, ops.NF4, BLOCK, COLUMNS)
+    dx = torch.ops.peftcore.linear_4bit_backward(grad, *weight.operands())
     torch.testing.assert_close(dx.double(), grad[:, rows].double() @ dense, rtol=2**-7, atol=0.02)
 
-    out = ops.dequantize_4bit(packed, absmax, shape=(COUNT,), dtype=torch.bfloat16, blocksize=BLOCK)
+    out = ops.dequantize_4bit(whole)
     nonzero = 0
     for part in windows():
-        wanted = ops.dequantize_4bit(*small[part.start], shape=kept[part.start].shape, dtype=torch.bfloat16)
+        wanted = ops.dequantize_4bit(small[part.start])
         assert torch.equal(out[part], wanted)
         nonzero += int(wanted.count_nonzero())
     assert out.view(torch.int16).bitwise_and_(0x7FFF).count_nonzero() == nonzero
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     assert peak < PEAK_GB, f"took {peak:.1f} GB"
-
-
-def dequantized(packed, absmax, row):
-    """One row of the weight, fp32."""
-    bytes_ = packed[row * COLUMNS // 2 : (row + 1) * COLUMNS // 2]
-    scales = absmax[row * COLUMNS // BLOCK : (row + 1) * COLUMNS // BLOCK]
-    return ops.dequantize_4bit(bytes_, scales, shape=(COLUMNS,), dtype=torch.float32, blocksize=BLOCK)

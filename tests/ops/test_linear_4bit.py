@@ -8,21 +8,17 @@ from torch.nn import functional as F
 
 from peftcore import ops
 from peftcore.ops import linear_4bit as linear_4bit_function
-from peftcore.ops.linear_4bit import PANEL_BYTES, _linear_4bit, _linear_4bit_backward
+from peftcore.ops.linear_4bit import PANEL_BYTES, Linear4bit, Linear4bitBackward
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
 SHAPES = [(48, 96), (5, 7), (1, 64), (33, 128), (3, 1), (1, 1)]
 
 
 def weight(n, k, double_quant=True, blocksize=64, seed=0):
-    """(arguments from `packed` to `code`, keywords, the weight in float64)."""
+    """(a weight in 4 bits, the same in float64)."""
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed))
-    packed, absmax = ops.quantize_4bit(w, blocksize=blocksize)
-    code, nested = ops.codebook("nf4"), None
-    if double_quant:
-        absmax, nested = ops.quantize_absmax(absmax)
-    dense = ops.dequantize_4bit(packed, absmax, shape=(n, k), dtype=torch.float32, blocksize=blocksize, nested=nested)
-    return (packed, absmax, code), {"blocksize": blocksize, "nested": nested}, dense.double()
+    packed = ops.quantize_4bit(w, blocksize=blocksize, double_quant=double_quant)
+    return packed, packed.values(torch.float64)
 
 
 def inputs(shape, dtype=torch.float32, grad=True, seed=1):
@@ -34,9 +30,9 @@ def inputs(shape, dtype=torch.float32, grad=True, seed=1):
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_values_and_gradients(n, k, double_quant, dtype):
-    quantized, keywords, dense = weight(n, k, double_quant)
+    packed, dense = weight(n, k, double_quant)
     x, bias = inputs((2, 3, k), dtype), inputs((n,), dtype, seed=2)
-    y = linear_4bit_function(x, *quantized, n, bias, **keywords)
+    y = linear_4bit_function(x, packed, bias)
     assert y.dtype == dtype and y.shape == (2, 3, n)
     upstream = inputs(y.shape, dtype, grad=False, seed=3)
     y.backward(upstream)
@@ -53,49 +49,48 @@ def test_values_and_gradients(n, k, double_quant, dtype):
 @pytest.mark.parametrize(("n", "k"), [(512, 64), (40, 1024), (300, 96), (64, 576)])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_panels_give_what_the_whole_weight_gives(n, k, double_quant, monkeypatch):
-    quantized, keywords, _ = weight(n, k, double_quant, blocksize=32)
-    nested = keywords["nested"] or ()
+    packed, _ = weight(n, k, double_quant, blocksize=32)
     x, g, bias = inputs((2, 6, k), grad=False), inputs((2, 6, n), grad=False), inputs((n,), grad=False)
-    whole = _linear_4bit(x, *quantized, 32, n, bias, *nested)
-    whole_back = _linear_4bit_backward(g, *quantized, 32, k, *nested)
+    whole = Linear4bit(x, *packed.operands(), bias).compute()
+    whole_back = Linear4bitBackward(g, *packed.operands()).compute()
     for way in PANEL_BYTES:
         monkeypatch.setitem(PANEL_BYTES, way, 4096)
     close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(_linear_4bit(x, *quantized, 32, n, bias, *nested), whole, **close)
-    torch.testing.assert_close(_linear_4bit_backward(g, *quantized, 32, k, *nested), whole_back, **close)
+    torch.testing.assert_close(Linear4bit(x, *packed.operands(), bias).compute(), whole, **close)
+    torch.testing.assert_close(Linear4bitBackward(g, *packed.operands()).compute(), whole_back, **close)
 
 
 def test_a_workspace_is_kept_and_given_back():
-    quantized, keywords, _ = weight(48, 96)
-    _linear_4bit(inputs((2, 96), grad=False), *quantized, 64, 48, None, *keywords["nested"])
+    packed, _ = weight(48, 96)
+    Linear4bit(inputs((2, 96), grad=False), *packed.operands()).compute()
     state = sys.modules["peftcore.ops.linear_4bit"]._local
     kept = state.bytes
     assert kept.numel() >= 48 * 96 * 4
-    _linear_4bit(inputs((2, 96), torch.bfloat16, grad=False), *quantized, 64, 48, None, *keywords["nested"])
+    Linear4bit(inputs((2, 96), torch.bfloat16, grad=False), *packed.operands()).compute()
     assert state.bytes is kept
     ops.free_workspace()
     assert state.bytes is None
 
 
 def test_only_what_asks_for_it_gets_a_gradient():
-    quantized, keywords, _ = weight(8, 64)
+    packed, _ = weight(8, 64)
     x = inputs((3, 64), grad=False)
-    assert not linear_4bit_function(x, *quantized, 8, **keywords).requires_grad
+    assert not linear_4bit_function(x, packed).requires_grad
     with torch.no_grad():
-        assert not linear_4bit_function(x.clone().requires_grad_(), *quantized, 8, **keywords).requires_grad
+        assert not linear_4bit_function(x.clone().requires_grad_(), packed).requires_grad
     bias = inputs((8,))
-    linear_4bit_function(x, *quantized, 8, bias, **keywords).sum().backward()
+    linear_4bit_function(x, packed, bias).sum().backward()
     assert torch.equal(bias.grad, torch.full((8,), 3.0)) and x.grad is None
 
 
 def test_gradients_that_are_not_contiguous():
-    quantized, keywords, dense = weight(8, 64)
+    packed, dense = weight(8, 64)
     x = inputs((3, 64))
-    linear_4bit_function(x, *quantized, 8, **keywords).sum().backward()  # an expanded one
+    linear_4bit_function(x, packed).sum().backward()  # an expanded one
     torch.testing.assert_close(x.grad.double(), dense.sum(0).expand(3, 64), rtol=1e-5, atol=1e-5)
     transposed = inputs((64, 3), grad=False).T
     torch.testing.assert_close(
-        linear_4bit_function(transposed, *quantized, 8, **keywords).double(),
+        linear_4bit_function(transposed, packed).double(),
         transposed.double() @ dense.T,
         rtol=1e-5,
         atol=1e-5,
@@ -103,19 +98,19 @@ def test_gradients_that_are_not_contiguous():
 
 
 def test_it_is_not_differentiated_twice():
-    quantized, keywords, _ = weight(8, 64)
+    packed, _ = weight(8, 64)
     x = inputs((3, 64))
-    y = linear_4bit_function(x, *quantized, 8, **keywords).square().sum()
+    y = linear_4bit_function(x, packed).square().sum()
     with pytest.raises(RuntimeError, match=r"cannot be differentiated twice .* peftcore.quantization.dequantize"):
         torch.autograd.grad(y, x, create_graph=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_computes_as_for_a_dense_linear(dtype):
-    quantized, keywords, dense = weight(8, 64)
+    packed, dense = weight(8, 64)
     x, bias = inputs((3, 64)), inputs((8,), grad=False)
     with torch.autocast("cpu", dtype):
-        found = linear_4bit_function(x, *quantized, 8, bias, **keywords)
+        found = linear_4bit_function(x, packed, bias)
         wanted = F.linear(x, dense.float(), bias)
     assert found.dtype == wanted.dtype == dtype
     # Where a kernel keeps more of the weight's bits than the dense product has, they differ by what that rounds.
@@ -128,11 +123,11 @@ def test_autocast_computes_as_for_a_dense_linear(dtype):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # PyTorch's own tracing does
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_without_a_graph_break(dynamic):
-    quantized, keywords, _ = weight(8, 64)
+    packed, _ = weight(8, 64)
     x, bias = inputs((3, 64)), inputs((8,))
 
     def loss(x, bias):
-        return linear_4bit_function(x * 2, *quantized, 8, bias, **keywords).square().sum()
+        return linear_4bit_function(x * 2, packed, bias).square().sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     wanted = torch.autograd.grad(loss(x, bias), (x, bias))
@@ -143,21 +138,17 @@ def test_compiles_without_a_graph_break(dynamic):
 
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_opcheck(double_quant):
-    quantized, keywords, _ = weight(9, 66, double_quant)
-    nested = keywords["nested"] or ()
-    torch.library.opcheck(
-        torch.ops.peftcore.linear_4bit, (inputs((3, 66), grad=False), *quantized, 64, 9, torch.ones(9), *nested)
-    )
-    torch.library.opcheck(
-        torch.ops.peftcore.linear_4bit_backward, (inputs((2, 9), grad=False), *quantized, 64, 66, *nested)
-    )
+    packed, _ = weight(9, 66, double_quant)
+    x, grad = inputs((3, 66), grad=False), inputs((2, 9), grad=False)
+    torch.library.opcheck(torch.ops.peftcore.linear_4bit, (x, *packed.operands(), torch.ones(9)))
+    torch.library.opcheck(torch.ops.peftcore.linear_4bit_backward, (grad, *packed.operands()))
 
 
 @pytest.mark.parametrize(("n", "k", "rows"), [(8, 64, 0), (0, 64, 3), (8, 0, 3)])
 def test_nothing_in_or_out(n, k, rows):
-    quantized, keywords, _ = weight(n, k)
+    packed, _ = weight(n, k)
     x = inputs((rows, k))
-    y = linear_4bit_function(x, *quantized, n, torch.ones(n), **keywords)
+    y = linear_4bit_function(x, packed, torch.ones(n))
     assert y.shape == (rows, n) and torch.equal(y, torch.ones(rows, n)) == (rows == 0 or k == 0 or n == 0)
     y.sum().backward()
     assert x.grad.shape == (rows, k)
@@ -166,16 +157,29 @@ def test_nothing_in_or_out(n, k, rows):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": torch.ones(3, 63)}, ValueError, r"packed must hold 252 elements \(two values a byte\), found 256"),
+        ({"x": torch.ones(3, 63)}, ValueError, r"x must be \[.., 64\] for a weight \[8, 64\], found \[3, 63\]"),
         ({"x": torch.ones(3, 64, dtype=torch.int64)}, TypeError, "only float32, float16 and bfloat16"),
         ({"x": torch.tensor(1.0)}, ValueError, "at least one dimension"),
         ({"bias": torch.ones(7)}, ValueError, r"bias must be \[8\], found \[7\]"),
-        ({"out_features": 9}, ValueError, "packed must hold 288"),
-        ({"packed": torch.zeros(256, 1)}, TypeError, "packed must be (torch.uint8|Byte)"),
+        ({"shape": (9, 64)}, ValueError, r"codes must hold 288 elements \(two values a byte\), found 256"),
+        ({"shape": (2, 4, 64)}, ValueError, r"weight must be \[out, in\], found \[2, 4, 64\]"),
+        ({"codes": torch.zeros(256, 1)}, TypeError, "codes must be (torch.uint8|Byte)"),
     ],
 )
-def test_arguments_that_do_not_fit(change, error, message):
-    (packed, absmax, code), keywords, _ = weight(8, 64)
-    arguments = {"x": torch.ones(3, 64), "packed": packed, "absmax": absmax, "code": code, "out_features": 8}
+@pytest.mark.parametrize("call", ["operator", "reference"])
+def test_arguments_that_do_not_fit(call, change, error, message):
+    packed, _ = weight(8, 64)
+    packed = packed._replace(**{name: value for name, value in change.items() if name in packed._fields})
+    operator = torch.ops.peftcore.linear_4bit if call == "operator" else Linear4bit
     with pytest.raises(error, match=message):
-        linear_4bit_function(**{**arguments, **keywords, **change})
+        operator(change.get("x", torch.ones(3, 64)), *packed.operands(), change.get("bias"))
+
+
+@pytest.mark.parametrize("call", ["operator", "reference"])
+def test_a_gradient_that_does_not_fit_and_a_dense_weight(call):
+    packed, dense = weight(8, 64)
+    backward = torch.ops.peftcore.linear_4bit_backward if call == "operator" else Linear4bitBackward
+    with pytest.raises(ValueError, match=r"grad must be \[.., 8\] for a weight \[8, 64\], found \[3, 64\]"):
+        backward(torch.ones(3, 64), *packed.operands())
+    with pytest.raises(ValueError, match=r"the weight must be in 4 bits, found a dense one of shape \[8, 64\]"):
+        backward(torch.ones(3, 8), [dense.float()], [])

@@ -21,7 +21,6 @@ HAS_TILES = "avx512_bf16" in CPU_INFO and ("amx" in LEVELS or "amx_bf16" not in 
 TILE_LEVELS = [name for name in LEVELS if HAS_TILES and name in ("avx512bf16", "amx")]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-CODES = {"nf4": ops.NF4, "fp4": ops.FP4}
 # Of each term, since a weight or its codebook entry may be rounded once to x's dtype, and of the result.
 EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 BATCHES = [0, 1, 2, 3, 4, 5, 8, 9, 12, 16, 24, 25, 31, 32, 33, 70]  # around each limit of a kernel
@@ -35,16 +34,11 @@ def level(request):
     ops.extension.set_cpu_level(before)
 
 
-def weight(rows, columns, blocksize=64, nested=True, code="nf4", seed=0):
-    """(arguments between x and out_features, those behind bias, the weight in float64)."""
+def weight(rows, columns, blocksize=64, nested=True, quant_type="nf4", seed=0):
+    """(an operator's two arguments, the weight in float64)."""
     w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    packed, absmax = ops.quantize_4bit(w, CODES[code], blocksize)
-    scales = None
-    if nested:
-        absmax, scales = ops.quantize_absmax(absmax, blocksize=32)
-    given = {"shape": (rows, columns), "dtype": torch.float32, "blocksize": blocksize}
-    dense = ops.dequantize_4bit(packed, absmax, CODES[code], nested=scales, **given)
-    return (packed, absmax, CODES[code], blocksize), tuple(scales or ()), dense.double()
+    packed = ops.quantize_4bit(w, quant_type, blocksize=blocksize, double_quant=nested, nested_blocksize=32)
+    return packed.operands(), packed.values(torch.float64)
 
 
 def values(shape, dtype, seed=1):
@@ -62,11 +56,11 @@ def assert_near(found, a, b, bias=None):
 
 
 def check(rows, columns, batch, dtype, blocksize, nested, code="nf4", bias=True):
-    quantized, scales, dense = weight(rows, columns, blocksize, nested, code)
+    quantized, dense = weight(rows, columns, blocksize, nested, code)
     x, grad = values((batch, columns), dtype), values((batch, rows), dtype, 2)
     b = values((rows,), dtype, 3) if bias else None
-    assert_near(OPS.linear_4bit(x, *quantized, rows, b, *scales), x.double(), dense.T, b)
-    assert_near(OPS.linear_4bit_backward(grad, *quantized, columns, *scales), grad.double(), dense)
+    assert_near(OPS.linear_4bit(x, *quantized, b), x.double(), dense.T, b)
+    assert_near(OPS.linear_4bit_backward(grad, *quantized), grad.double(), dense)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -117,38 +111,38 @@ def test_bf16_tiles_where_there_is_more_than_one_of_anything(level, rows, column
 @pytest.mark.parametrize("level", TILE_LEVELS, indirect=True)
 def test_bf16_tiles_give_the_same_bits_by_any_number_of_threads(level):
     rows, columns, batch = 70, 2112, 200  # few tiles, whose rows of x are divided
-    quantized, scales, _ = weight(rows, columns)
+    quantized, _ = weight(rows, columns)
     x, grad = values((batch, columns), torch.bfloat16), values((batch, rows), torch.bfloat16, 2)
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
-        y = OPS.linear_4bit(x, *quantized, rows, None, *scales)
-        results.append((y, OPS.linear_4bit_backward(grad, *quantized, columns, *scales)))
+        y = OPS.linear_4bit(x, *quantized, None)
+        results.append((y, OPS.linear_4bit_backward(grad, *quantized)))
     torch.set_num_threads(before)
     assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize("level", TILE_LEVELS, indirect=True)
 def test_nan_that_an_earlier_product_left_in_the_workspace_does_not_show(level):
-    broken, broken_scales, _ = weight(160, 2112, nested=False)
-    broken[1].fill_(torch.nan)
+    broken, _ = weight(160, 2112, nested=False)
+    broken[0][1].fill_(torch.nan)
     rows, columns, batch = 70, 64, 40  # of all, less than whole tiles
-    quantized, scales, w = weight(rows, columns)
+    quantized, w = weight(rows, columns)
     x, grad = values((batch, columns), torch.bfloat16), values((batch, rows), torch.bfloat16, 2)
     spoiled = values((200, 2112), torch.bfloat16).fill_(torch.nan)
-    assert OPS.linear_4bit(spoiled, *broken, 160, None, *broken_scales).isnan().all()
-    assert_near(OPS.linear_4bit(x, *quantized, rows, None, *scales), x.double(), w.T)
-    OPS.linear_4bit_backward(spoiled[:, :160].contiguous(), *broken, 2112, *broken_scales)
-    assert_near(OPS.linear_4bit_backward(grad, *quantized, columns, *scales), grad.double(), w)
+    assert OPS.linear_4bit(spoiled, *broken, None).isnan().all()
+    assert_near(OPS.linear_4bit(x, *quantized, None), x.double(), w.T)
+    OPS.linear_4bit_backward(spoiled[:, :160].contiguous(), *broken)
+    assert_near(OPS.linear_4bit_backward(grad, *quantized), grad.double(), w)
 
 
 def test_a_row_of_the_weight_that_is_nan_shows_in_its_column_only(level):
     w = torch.randn(20, 128, generator=torch.Generator().manual_seed(0))
     w[3, 70] = torch.nan
-    packed, absmax = ops.quantize_4bit(w)
-    y = OPS.linear_4bit(values((40, 128), torch.bfloat16), packed, absmax, ops.NF4, 64, 20, None)
+    quantized = ops.quantize_4bit(w).operands()
+    y = OPS.linear_4bit(values((40, 128), torch.bfloat16), *quantized)
     assert y[:, 3].isnan().all() and y[:, :3].isfinite().all() and y[:, 4:].isfinite().all()
-    dx = OPS.linear_4bit_backward(values((5, 20), torch.bfloat16), packed, absmax, ops.NF4, 64, 128)
+    dx = OPS.linear_4bit_backward(values((5, 20), torch.bfloat16), *quantized)
     assert dx[:, 64:].isnan().all() and dx[:, :64].isfinite().all()
 
 
@@ -158,14 +152,14 @@ def test_a_row_of_the_weight_that_is_nan_shows_in_its_column_only(level):
 @pytest.mark.parametrize("simd", LEVELS[1:])
 def test_the_number_of_threads_changes_no_bit(simd, batch, dtype):
     rows, columns = 515, 1024
-    quantized, scales, _ = weight(rows, columns)
+    quantized, _ = weight(rows, columns)
     x = values((batch, columns), dtype)
     before = torch.get_num_threads(), ops.extension.cpu_level()
     ops.extension.set_cpu_level(simd)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(OPS.linear_4bit(x, *quantized, rows, None, *scales))
+        results.append(OPS.linear_4bit(x, *quantized, None))
     torch.set_num_threads(before[0])
     ops.extension.set_cpu_level(before[1])
     assert all(torch.equal(result, results[0]) for result in results)
@@ -173,42 +167,42 @@ def test_the_number_of_threads_changes_no_bit(simd, batch, dtype):
 
 @pytest.mark.parametrize("batch", [2, 5, 40])
 def test_x_that_is_not_contiguous(level, batch):
-    quantized, scales, dense = weight(20, 128)
+    quantized, dense = weight(20, 128)
     for dtype in DTYPES:
         x, grad = values((128, batch), dtype).T, values((20, batch), dtype).T
-        assert_near(OPS.linear_4bit(x, *quantized, 20, None, *scales), x.double(), dense.T)
-        assert_near(OPS.linear_4bit_backward(grad, *quantized, 128, *scales), grad.double(), dense)
+        assert_near(OPS.linear_4bit(x, *quantized, None), x.double(), dense.T)
+        assert_near(OPS.linear_4bit_backward(grad, *quantized), grad.double(), dense)
         expanded = values((1, 128), dtype).expand(batch, 128)
-        assert_near(OPS.linear_4bit(expanded, *quantized, 20, None, *scales), expanded.double(), dense.T)
+        assert_near(OPS.linear_4bit(expanded, *quantized, None), expanded.double(), dense.T)
 
 
 def test_leading_dimensions_stay(level):
-    quantized, scales, dense = weight(20, 128)
+    quantized, dense = weight(20, 128)
     for shape in ((128,), (1, 128), (2, 3, 128), (2, 0, 128)):
         x = values(shape, torch.bfloat16)
-        y = OPS.linear_4bit(x, *quantized, 20, None, *scales)
+        y = OPS.linear_4bit(x, *quantized, None)
         assert y.shape == (*shape[:-1], 20)
         assert_near(y.reshape(-1, 20), x.double().reshape(-1, 128), dense.T)
 
 
 def test_infinite_and_nan_inputs_show_in_their_row_only(level):
-    quantized, scales, _ = weight(20, 128)
+    quantized, _ = weight(20, 128)
     for batch in (2, 4, 40):
         x = values((batch, 128), torch.bfloat16)
         x[1, 5] = torch.nan
-        y = OPS.linear_4bit(x, *quantized, 20, None, *scales)
+        y = OPS.linear_4bit(x, *quantized, None)
         assert y[1].isnan().all() and y[0].isfinite().all() and y[2:].isfinite().all()
 
 
 def test_threads_of_the_caller_do_not_share_a_workspace():
-    quantized, scales, dense = weight(300, 256)
+    quantized, dense = weight(300, 256)
     failed = []
 
     def work(seed):
         for batch in (1, 7, 50):
             x = values((batch, 256), torch.float32, seed)
             try:
-                assert_near(OPS.linear_4bit(x, *quantized, 300, None, *scales), x.double(), dense.T)
+                assert_near(OPS.linear_4bit(x, *quantized, None), x.double(), dense.T)
             except AssertionError as error:
                 failed.append(error)
         ops.free_workspace()
@@ -226,10 +220,8 @@ def test_threads_of_the_caller_do_not_share_a_workspace():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [64, 352, 75])
 def test_on_a_gpu(batch, dtype, columns):
-    quantized, scales, dense = weight(37, columns)
+    (tensors, packing), dense = weight(37, columns)
     x, grad, bias = values((batch, columns), dtype), values((batch, 37), dtype, 2), values((37,), dtype, 3)
-    packed, absmax, code, blocksize = quantized
-    there = [*(t.cuda() for t in (packed, absmax, code)), blocksize]
-    nested = [t.cuda() if isinstance(t, torch.Tensor) else t for t in scales]
-    assert_near(OPS.linear_4bit(x.cuda(), *there, 37, bias.cuda(), *nested).cpu(), x.double(), dense.T, bias)
-    assert_near(OPS.linear_4bit_backward(grad.cuda(), *there, columns, *nested).cpu(), grad.double(), dense)
+    there = [t.cuda() for t in tensors], packing
+    assert_near(OPS.linear_4bit(x.cuda(), *there, bias.cuda()).cpu(), x.double(), dense.T, bias)
+    assert_near(OPS.linear_4bit_backward(grad.cuda(), *there).cpu(), grad.double(), dense)

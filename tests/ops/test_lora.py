@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from peftcore import ops
-from peftcore.ops import PackedWeight, lora_linear, lora_linear_per_sample
-from peftcore.ops.lora import _lora_linear, _lora_linear_backward, keep_mask
+from peftcore.ops import keep_mask, lora_linear, lora_linear_per_sample
+from peftcore.ops.lora import LoraLinear, LoraLinearBackward
 
 LEVELS = ops.extension.cpu_levels() if ops.extension is not None else ["reference"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -39,12 +39,8 @@ def values(shape, dtype=torch.float32, seed=1, grad=False):
 
 def packed(n, k, double_quant=True, seed=9):
     """(a weight in 4 bits, the same in float64)."""
-    bits, absmax = ops.quantize_4bit(values((n, k), seed=seed))
-    nested = None
-    if double_quant:
-        absmax, nested = ops.quantize_absmax(absmax)
-    dense = ops.dequantize_4bit(bits, absmax, shape=(n, k), dtype=torch.float32, nested=nested)
-    return PackedWeight(bits, absmax, ops.NF4, n, 64, nested), dense.double()
+    weight = ops.quantize_4bit(values((n, k), seed=seed), double_quant=double_quant)
+    return weight, weight.values(torch.float64)
 
 
 def near(found, exact, magnitude, base=0.0):
@@ -151,7 +147,7 @@ def test_sums_over_rows_that_outgrow_their_memory():
     grad, s, x = values((rows, n)), values((rows, r), seed=2), values((rows, 1))
     a, b, w = values((r, 1)), values((n, r)), values((n, 1))
     backward = torch.ops.peftcore.lora_linear_backward
-    _, da, db = backward(grad, x, s, w, a, b, [False, True, True], 1.0)
+    _, da, db = backward(grad, x, s, [w], [], a, b, [False, True, True], 1.0)
     near(db, grad.double().T @ s.double(), grad.double().abs().T @ s.double().abs())
     t, t_abs = grad.double() @ b.double(), grad.double().abs() @ b.double().abs()
     near(da, t.T @ x.double(), t_abs.T @ x.double().abs())
@@ -219,7 +215,7 @@ def test_kernels_drop_what_the_mask_says(level, columns):
     for dtype in DTYPES:
         x, eye = torch.ones(50, columns, dtype=dtype), torch.eye(columns)
         w, b = torch.zeros(1, columns, dtype=dtype), torch.zeros(1, columns)
-        _, s = torch.ops.peftcore.lora_linear(x, w, None, eye, b, 0.75, 0.25, SEED)
+        _, s = torch.ops.peftcore.lora_linear(x, [w], [], None, eye, b, 0.75, 0.25, SEED)
         assert torch.equal(s.bool(), keep_mask(50, columns, 0.25, SEED))
         assert torch.equal(s.unique(), torch.tensor([0.0, 1.0], dtype=dtype))
 
@@ -265,8 +261,8 @@ def test_the_number_of_threads_changes_no_bit(level, dtype):
     before, results = torch.get_num_threads(), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        y, s = torch.ops.peftcore.lora_linear(x, w, None, a, b, 1.0, 0.1, SEED)
-        back = torch.ops.peftcore.lora_linear_backward(grad, x, s, w, a, b, [True] * 3, 1.0, 0.1, SEED)
+        y, s = torch.ops.peftcore.lora_linear(x, [w], [], None, a, b, 1.0, 0.1, SEED)
+        back = torch.ops.peftcore.lora_linear_backward(grad, x, s, [w], [], a, b, [True] * 3, 1.0, 0.1, SEED)
         results.append((y, s, *back))
     torch.set_num_threads(before)
     for other in results[1:]:
@@ -324,13 +320,16 @@ def test_compiles_without_a_graph_break(dynamic, p):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(dtype):
-    x, w, a, b = values((3, 7), dtype), values((5, 7), dtype), values((4, 7)), values((5, 4))
-    torch.library.opcheck(torch.ops.peftcore.lora_linear, (x, w, values((5,), dtype), a, b, 0.5, 0.2, SEED))
-    arguments = (values((3, 5), dtype), x, values((3, 4)), w, a, b, [True, True, False], 0.5, 0.2, SEED)
-    torch.library.opcheck(torch.ops.peftcore.lora_linear_backward, arguments)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_opcheck(dtype, quantized):
+    x, a, b = values((3, 7), dtype), values((4, 7)), values((5, 4))
+    w = packed(5, 7)[0].operands() if quantized else ([values((5, 7), dtype)], [])
+    operators = torch.ops.peftcore
+    torch.library.opcheck(operators.lora_linear, (x, *w, values((5,), dtype), a, b, 0.5, 0.2, SEED))
+    arguments = (values((3, 5), dtype), x, values((3, 4)), *w, a, b, [True, True, False], 0.5, 0.2, SEED)
+    torch.library.opcheck(operators.lora_linear_backward, arguments)
     index = torch.tensor([0, -1, 0])
-    torch.library.opcheck(torch.ops.peftcore.lora_linear_per_sample, (x, w, None, [a], [b], [0.5], index, 5))
+    torch.library.opcheck(operators.lora_linear_per_sample, (x, *w, None, [a], [b], [0.5], index))
 
 
 @pytest.mark.parametrize(("n", "k", "rows", "r"), [(8, 64, 0, 4), (0, 64, 3, 4), (8, 0, 3, 4), (8, 64, 3, 0)])
@@ -340,10 +339,11 @@ def test_nothing_in_or_out(level, n, k, rows, r):
 
 def test_the_reference_computes_what_the_kernels_do():
     x, w, a, b = values((9, 40)), values((6, 40)), values((4, 40)), values((6, 4))
-    found = torch.ops.peftcore.lora_linear(x, w, None, a, b, 0.5, 0.2, SEED)
-    torch.testing.assert_close(found, _lora_linear(x, w, None, a, b, 0.5, 0.2, SEED))
-    arguments = (values((9, 6)), x, found[1], w, a, b, [True, True, True], 0.5, 0.2, SEED)
-    torch.testing.assert_close(torch.ops.peftcore.lora_linear_backward(*arguments), _lora_linear_backward(*arguments))
+    given = x, [w], [], None, a, b, 0.5, 0.2, SEED
+    found = torch.ops.peftcore.lora_linear(*given)
+    torch.testing.assert_close(found, LoraLinear(*given).compute())
+    given = (values((9, 6)), x, found[1], [w], [], a, b, [True, True, True], 0.5, 0.2, SEED)
+    torch.testing.assert_close(torch.ops.peftcore.lora_linear_backward(*given), LoraLinearBackward(*given).compute())
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
@@ -377,7 +377,9 @@ def arguments(**change):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"x": torch.ones(3, 63)}, ValueError, r"weight must be \[8, 63\], found \[8, 64\]"),
+        ({"x": torch.ones(3, 63)}, ValueError, r"x must be \[.., 64\] for a weight \[8, 64\], found \[3, 63\]"),
+        ({"weight": torch.ones(2, 8, 64)}, ValueError, r"weight must be \[out, in\], found \[2, 8, 64\]"),
+        ({"b": torch.ones(9, 4)}, ValueError, r"b must be \[8, 4\], found \[9, 4\]"),
         ({"x": torch.ones(3, 64, dtype=torch.int64)}, TypeError, "only float32, float16 and bfloat16"),
         ({"x": torch.tensor(1.0)}, ValueError, "at least one dimension"),
         ({"weight": torch.ones(8, 64).bfloat16()}, TypeError, "weight must be .* like x, found .*BFloat16|bfloat16"),
@@ -390,6 +392,7 @@ def arguments(**change):
         ({"dropout_p": 1.0}, ValueError, r"dropout_p must be in \[0, 1\), found 1"),
         ({"dropout_p": 0.5, "seed": torch.tensor(1.0)}, TypeError, "seed must be"),
         ({"dropout_p": 0.5, "seed": torch.tensor([1, 2])}, ValueError, "seed must hold 1 element, found 2"),
+        ({"dropout_p": 0.5, "seed": torch.tensor(1, device="meta")}, ValueError, "seed must be on cpu, found meta"),
     ],
 )
 def test_arguments_that_do_not_fit(change, error, message):
@@ -412,8 +415,9 @@ def test_arguments_that_do_not_fit(change, error, message):
 )
 def test_gradients_of_arguments_that_do_not_fit(call, change, error, message):
     given = {**arguments(), "grad": torch.ones(3, 8), "s": torch.ones(3, 4), "needs": [True] * 3, "scale": 1.0}
+    given |= {"weight": [given.pop("weight")], "packing": []}
     del given["bias"]
-    backward = torch.ops.peftcore.lora_linear_backward if call == "operator" else _lora_linear_backward
+    backward = torch.ops.peftcore.lora_linear_backward if call == "operator" else LoraLinearBackward
     with pytest.raises(error, match=message):
         backward(**{**given, **change})
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from peftcore import ops
-from peftcore.ops.lora import PackedWeight, _lora_linear, _lora_linear_backward, lora_linear, lora_linear_per_sample
+from peftcore.ops import lora_linear, lora_linear_per_sample
+from peftcore.ops.lora import LoraLinear, LoraLinearBackward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -30,11 +31,8 @@ def case(rows, columns, out, rank, dtype, factor_dtype, packed):
     b, w = normal(out, rank, seed=3, dtype=factor_dtype), normal(out, columns, seed=4, dtype=torch.float32)
     if not packed:
         return x, w.to(dtype).cuda(), w.to(dtype).double(), bias, a, b
-    four, absmax = ops.quantize_4bit(w)
-    absmax, nested = ops.quantize_absmax(absmax)
-    dense = ops.dequantize_4bit(four, absmax, shape=w.shape, dtype=dtype, nested=nested).double()
-    moved = type(nested)(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in nested))
-    return x, PackedWeight(four.cuda(), absmax.cuda(), ops.NF4.cuda(), out, 64, moved), dense, bias, a, b
+    four = ops.quantize_4bit(w, double_quant=True)
+    return x, four.to("cuda"), ops.dequantize_4bit(four, dtype).double(), bias, a, b
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -45,9 +43,10 @@ def test_forward_and_gradients(rows, columns, out, rank, dtype, p, packed):
     x, weight, dense, bias, a, b = case(rows, columns, out, rank, dtype, torch.float32, packed)
     seed = SEED if p else None
     factors = [t.double() for t in (a, b)]
-    y, s = _lora_linear(x.double(), dense, bias.double(), *factors, 1.5, p, seed)
+    y, s = LoraLinear(x.double(), [dense], [], bias.double(), *factors, 1.5, p, seed).compute()
     grad = normal(rows, out, seed=5, dtype=dtype)
-    wanted = _lora_linear_backward(grad.double(), x.double(), s, dense, *factors, [True] * 3, 1.5, p, seed)
+    backward = LoraLinearBackward(grad.double(), x.double(), s, [dense], [], *factors, [True] * 3, 1.5, p, seed)
+    wanted = backward.compute()
     leaves = [t.cuda().requires_grad_() for t in (x, bias, a, b)]
     found = lora_linear(leaves[0], weight, *leaves[1:], 1.5, p, seed)
     near(found.detach(), y)
@@ -83,11 +82,11 @@ def test_an_adapter_for_each_sample(dtype, rows, packed):
 def test_only_the_gradients_that_are_needed():
     x, weight, _, _, a, b = (t.cuda() for t in case(40, 64, 72, 8, *DTYPES[1:], False))
     operators = torch.ops.peftcore
-    _, s = operators.lora_linear(x, weight, None, a, b, 1.0)
+    _, s = operators.lora_linear(x, [weight], [], None, a, b, 1.0)
     grad = torch.ones(40, 72, device="cuda", dtype=x.dtype)
-    all_three = operators.lora_linear_backward(grad, x, s, weight, a, b, [True] * 3, 1.0)
+    all_three = operators.lora_linear_backward(grad, x, s, [weight], [], a, b, [True] * 3, 1.0)
     for needs in ([True, False, False], [False, True, False], [False, False, True]):
-        found = operators.lora_linear_backward(grad, x, s, weight, a, b, needs, 1.0)
+        found = operators.lora_linear_backward(grad, x, s, [weight], [], a, b, needs, 1.0)
         for one, whole, needed in zip(found, all_three, needs, strict=True):
             if needed:
                 near(one, whole.cpu().double())

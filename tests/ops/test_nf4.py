@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftcore import ops
-from peftcore.ops import nf4
+from peftcore.ops import PackedWeight
+from peftcore.ops.nf4 import Dequantize4bit, Quantize4bit, QuantizeAbsmax
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -30,6 +31,8 @@ def on_cuda(operator):
     """Runs an operator on the GPU with arguments and results on the CPU."""
 
     def move(value, device):
+        if isinstance(value, list):
+            return [move(v, device) for v in value]
         return value.to(device) if isinstance(value, torch.Tensor) else value
 
     def call(*args):
@@ -37,6 +40,10 @@ def on_cuda(operator):
         return move(result, "cpu") if isinstance(result, torch.Tensor) else tuple(move(r, "cpu") for r in result)
 
     return call
+
+
+def by_reference(call):
+    return lambda *args: call(*args).compute()
 
 
 class at_level:
@@ -47,7 +54,7 @@ class at_level:
 
     def __enter__(self):
         if self.level == "reference":
-            return nf4._quantize_4bit, nf4._dequantize_4bit, nf4._quantize_absmax
+            return tuple(map(by_reference, (Quantize4bit, Dequantize4bit, QuantizeAbsmax)))
         namespace = torch.ops.peftcore
         operators = namespace.quantize_4bit, namespace.dequantize_4bit, namespace.quantize_absmax
         if self.level == "cuda":
@@ -59,6 +66,9 @@ class at_level:
     def __exit__(self, *_):
         if self.level not in ("reference", "cuda"):
             ops.extension.set_cpu_level(self.before)
+
+
+quantize_reference, dequantize_reference = map(by_reference, (Quantize4bit, Dequantize4bit))
 
 
 def data(kind, shape, dtype, seed):
@@ -155,7 +165,7 @@ def test_dequantize_equals_bitsandbytes(level, x, blocksize, name, dtype):
     state.dtype = dtype
     wanted = bnb.dequantize_4bit(wanted_packed.reshape(-1, 1), state).reshape(x.shape)
     with at_level(level) as (_, dequantize, _):
-        found = dequantize(wanted_packed, state.absmax, CODES[name], blocksize, x.shape, dtype)
+        found = dequantize([wanted_packed, state.absmax, CODES[name]], [blocksize, 0, *x.shape], dtype)
     assert same_but_subnormal(found, wanted)
 
 
@@ -166,7 +176,8 @@ def test_round_trip_in_float64(level, x, blocksize, name):
     code = CODES[name]
     with at_level(level) as (quantize, dequantize, _):
         packed, absmax = quantize(x, code, blocksize)
-        values = {dtype: dequantize(packed, absmax, code, blocksize, x.shape, dtype) for dtype in DTYPES}
+        weight = [packed, absmax, code], [blocksize, 0, *x.shape]
+        values = {dtype: dequantize(*weight, dtype) for dtype in DTYPES}
     exact = x.double().flatten()
     scale = absmax.double().repeat_interleave(blocksize)[: x.numel()]
     assert torch.equal(absmax.double()[:-1], torch.stack([b.abs().max() for b in exact.split(blocksize)])[:-1])
@@ -198,14 +209,15 @@ def test_levels_give_equal_bits(level, x, blocksize, offset, dtype, transpose):
     x = x.reshape(-1)[offset:]
     if transpose and x.numel() % 6 == 0:
         x = x.reshape(6, -1).t()
-    packed, absmax = nf4._quantize_4bit(x, ops.FP4, blocksize)
-    value = nf4._dequantize_4bit(packed, absmax, ops.FP4, blocksize, x.shape, dtype)
+    packed, absmax = quantize_reference(x, ops.FP4, blocksize)
+    weight = PackedWeight(packed, absmax, ops.FP4, tuple(x.shape), blocksize)
+    value = weight.values(dtype)
     with at_level(level) as (quantize, dequantize, _):
         found_packed, found_absmax = quantize(x, ops.FP4, blocksize)
-        found = dequantize(packed, absmax, ops.FP4, blocksize, x.shape, dtype)
+        found = dequantize(*weight.operands(), dtype)
         memory = torch.zeros(x.numel() + 8, dtype=dtype)
         shifted = memory[offset : offset + x.numel()].view(x.shape)
-        ops.dequantize_4bit(packed, absmax, ops.FP4, blocksize=blocksize, out=shifted)
+        ops.dequantize_4bit(weight, out=shifted)
     assert torch.equal(packed, found_packed) and torch.equal(bits(absmax), bits(found_absmax))
     assert torch.equal(bits(value), bits(found)) and torch.equal(bits(value), bits(shifted.contiguous()))
     assert not memory[:offset].any() and not memory[offset + x.numel() :].any()
@@ -218,14 +230,14 @@ def test_large_tensors_bypass_the_cache_with_the_same_bits(level, dtype):
     x = data("heavy", (64 * 1009,), torch.bfloat16, 0).repeat(-(-count // (64 * 1009)))[:count]
     with at_level(level) as (quantize, dequantize, _):
         packed, absmax = quantize(x, ops.NF4, 64)
-        value = dequantize(packed, absmax, ops.NF4, 64, x.shape, dtype)
+        value = dequantize([packed, absmax, ops.NF4], [64, 0, count], dtype)
     part = 64 * 1001
-    head = nf4._dequantize_4bit(packed[: part // 2], absmax[:1001], ops.NF4, 64, (part,), dtype)
+    head = dequantize_reference([packed[: part // 2], absmax[:1001], ops.NF4], [64, 0, part], dtype)
     assert torch.equal(bits(value[:part]), bits(head))
     tail = x[x.numel() // part * part :]
-    tail_packed, tail_absmax = nf4._quantize_4bit(tail, ops.NF4, 64)
+    tail_packed, tail_absmax = quantize_reference(tail, ops.NF4, 64)
     assert torch.equal(packed[-tail_packed.numel() :], tail_packed)
-    wanted = nf4._dequantize_4bit(tail_packed, tail_absmax, ops.NF4, 64, tail.shape, dtype)
+    wanted = dequantize_reference([tail_packed, tail_absmax, ops.NF4], [64, 0, *tail.shape], dtype)
     assert torch.equal(bits(value[-tail.numel() :]), bits(wanted))
 
 
@@ -241,7 +253,7 @@ def test_every_half_is_read_and_written_right(level):
             # One block for each scale: entry 1.0 of the codebook gives the scale itself, rounded.
             scale = torch.cat([finite.float(), finite.float() * (1 + 2**-9), finite.float() * (1 + 2**-12)])
             ones = torch.full((scale.numel() * 16,), 0xFF, dtype=torch.uint8)
-            values = dequantize(ones, scale, ops.NF4, 32, (scale.numel(), 32), dtype)
+            values = dequantize([ones, scale, ops.NF4], [32, 0, scale.numel(), 32], dtype)
             assert same(values, scale.to(dtype).unsqueeze(1).expand(-1, 32))
 
 
@@ -250,7 +262,7 @@ def test_unsorted_and_repeated_codebooks():
     code[3] = code[4]
     x = data("normal", (7, 64), torch.float32, 3)
     packed, absmax = torch.ops.peftcore.quantize_4bit(x, code, 64)
-    wanted = nf4._quantize_4bit(x, code, 64)
+    wanted = quantize_reference(x, code, 64)
     assert torch.equal(packed, wanted[0]) and torch.equal(absmax, wanted[1])
     assert not ((packed >> 4 == 4) | (packed & 15 == 4)).any() or code[4] == code[3]
 
@@ -268,12 +280,12 @@ def test_reads_bitsandbytes_nested_scales(level, x, dtype, nested_blocksize):
     quantized, state2 = bnb.quantize_blockwise(state.absmax - offset, blocksize=nested_blocksize)
     state.absmax, state.offset, state.state2, state.nested, state.dtype = quantized, offset, state2, True, dtype
     wanted = bnb.dequantize_4bit(packed.reshape(-1, 1), state).reshape(x.shape)
-    nested = ops.NestedScales(state2.absmax, state2.code, offset, nested_blocksize)
+    nested = {"nested_absmax": state2.absmax, "nested_quant_map": state2.code, "nested_offset": offset}
+    weight = PackedWeight(packed, quantized, ops.NF4, x.shape, 32, **nested, nested_blocksize=nested_blocksize)
     with at_level(level) as (_, dequantize, _):
-        found = dequantize(packed, quantized, ops.NF4, 32, x.shape, dtype, *nested)
+        found = dequantize(*weight.operands(), dtype)
         assert same_but_subnormal(found, wanted)
-        scales = ops.dequantize_absmax(quantized, nested)
-        assert same(found, dequantize(packed, scales, ops.NF4, 32, x.shape, dtype))
+        assert same(found, dequantize([packed, weight.scales(), ops.NF4], [32, 0, *x.shape], dtype))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -302,19 +314,18 @@ def test_equal_scales_survive_double_quantization(level, kind):
     absmax = data(kind, (777,), torch.float32, 0).abs()
     with at_level(level) as (_, _, quantize_absmax):
         quantized, nested_absmax, offset = quantize_absmax(absmax, ops.DYNAMIC8, 256)
-    assert torch.equal(ops.dequantize_absmax(quantized, ops.NestedScales(nested_absmax, ops.DYNAMIC8, offset)), absmax)
+    parts = {"nested_absmax": nested_absmax, "nested_quant_map": ops.DYNAMIC8, "nested_offset": offset}
+    assert torch.equal(PackedWeight(torch.empty(0), quantized, ops.NF4, (0,), **parts).scales(), absmax)
 
 
 def test_bits_per_parameter_and_error_of_double_quantization():
     x = data("normal", (1024, 1024), torch.float32, 7)
-    packed, absmax = ops.quantize_4bit(x)
-    quantized, nested = ops.quantize_absmax(absmax)
-    stored = 8 * (packed.numel() + quantized.numel()) + 32 * nested.absmax.numel()
+    weight, smaller = ops.quantize_4bit(x), ops.quantize_4bit(x, double_quant=True)
+    stored = 8 * (smaller.codes.numel() + smaller.absmax.numel()) + 32 * smaller.nested_absmax.numel()
     assert stored / x.numel() == 4 + 8 / 64 + 32 / (64 * 256)
-    plain = ops.dequantize_4bit(packed, absmax, shape=x.shape, dtype=x.dtype)
-    double = ops.dequantize_4bit(packed, quantized, shape=x.shape, dtype=x.dtype, nested=nested)
+    plain, double = ops.dequantize_4bit(weight), ops.dequantize_4bit(smaller)
     assert 0.07 < (plain - x).pow(2).mean().sqrt() < 0.11  # QLoRA's normal weights: about 0.09 sigma
-    assert ((double - plain).abs().max() / absmax.max()) < 0.01
+    assert ((double - plain).abs().max() / weight.absmax.max()) < 0.01
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------
@@ -326,7 +337,7 @@ def test_empty(level, shape):
     with at_level(level) as (quantize, dequantize, quantize_absmax):
         packed, absmax = quantize(torch.empty(shape), ops.NF4, 64)
         assert packed.shape == (0, 1) and absmax.shape == (0,)
-        assert dequantize(packed, absmax, ops.NF4, 64, shape, torch.float16).shape == shape
+        assert dequantize([packed, absmax, ops.NF4], [64, 0, *shape], torch.float16).shape == shape
         quantized, nested, offset = quantize_absmax(absmax, ops.DYNAMIC8, 256)
         assert quantized.shape == nested.shape == (0,) and offset == 0
 
@@ -339,7 +350,7 @@ def test_non_finite_input_shows_in_its_scale_only(level, count):
     x[-1] = -math.inf
     with at_level(level) as (quantize, dequantize, _):
         packed, absmax = quantize(x, ops.NF4, 64)
-        y = dequantize(packed, absmax, ops.NF4, 64, x.shape, x.dtype)
+        y = dequantize([packed, absmax, ops.NF4], [64, 0, *x.shape], x.dtype)
     assert absmax[0].isnan() and absmax[-1] == math.inf and absmax[1:-1].isfinite().all()
     assert y[:64].isnan().all() and y[64 : absmax[:-1].numel() * 64].isfinite().all()
     assert (packed[:32] == 0xFF).all()
@@ -350,11 +361,12 @@ def test_non_finite_input_shows_in_its_scale_only(level, count):
 @pytest.mark.parametrize("level", LEVELS)
 def test_bad_arguments_are_named_with_what_was_found(level):
     x = torch.zeros(128)
-    nested = (torch.zeros(1), ops.DYNAMIC8, torch.zeros(()), 256)
+    nested = (torch.zeros(1), ops.DYNAMIC8, torch.zeros(()))
     code_with_nan = torch.full((16,), math.nan)
     with at_level(level) as (quantize, dequantize, quantize_absmax):
-        packed, absmax = quantize(x, ops.NF4, 64)
-        flat = ((128,), torch.float32)
+        codes, absmax = quantize(x, ops.NF4, 64)
+        parts, flat = [codes, absmax, ops.NF4], [64, 0, 128]
+        fp32 = torch.float32
         cases = [
             (TypeError, "float32, float16 and bfloat16.*(Int|int64|Long)", lambda: quantize(x.long(), ops.NF4, 64)),
             (TypeError, "only float32.*(Double|float64)", lambda: quantize(x.double(), ops.NF4, 64)),
@@ -363,48 +375,55 @@ def test_bad_arguments_are_named_with_what_was_found(level):
             (ValueError, "found 16", lambda: quantize(x, ops.NF4, 16)),
             (ValueError, "found -64", lambda: quantize(x, ops.NF4, -64)),
             (ValueError, "found 8192", lambda: quantize(x, ops.NF4, 8192)),
-            (TypeError, "code must be", lambda: quantize(x, ops.NF4.half(), 64)),
-            (ValueError, r"code must hold 16 elements.*found 256 of shape \[256\]",
+            (TypeError, "quant_map must be", lambda: quantize(x, ops.NF4.half(), 64)),
+            (ValueError, r"quant_map must hold 16 elements.*found 256 of shape \[256\]",
              lambda: quantize(x, ops.DYNAMIC8, 64)),
-            (ValueError, r"code\[0\] must be finite, found nan", lambda: quantize(x, code_with_nan, 64)),
-            (ValueError, r"packed must hold 65 elements.*found 64 of shape \[64, 1\]",
-             lambda: dequantize(packed, absmax, ops.NF4, 64, (129,), torch.float32)),
-            (ValueError, "shape must not be negative", lambda: dequantize(packed, absmax, ops.NF4, 64, (-1,), flat[1])),
-            (TypeError, "packed must be", lambda: dequantize(packed.int(), absmax, ops.NF4, 64, *flat)),
-            (TypeError, "absmax must be", lambda: dequantize(packed, absmax.half(), ops.NF4, 64, *flat)),
-            (ValueError, "absmax must hold 4 elements.*found 2",
-             lambda: dequantize(packed, absmax, ops.NF4, 32, *flat)),
-            (TypeError, "only float32", lambda: dequantize(packed, absmax, ops.NF4, 64, (128,), torch.int8)),
-            (ValueError, "together, found nested_absmax, no nested_code",
-             lambda: dequantize(packed, absmax, ops.NF4, 64, *flat, nested[0])),
-            (TypeError, "absmax must be", lambda: dequantize(packed, absmax, ops.NF4, 64, *flat, *nested)),
-            (ValueError, "nested_blocksize must be",
-             lambda: dequantize(packed, absmax.byte(), ops.NF4, 64, *flat, *nested[:3], 100)),
+            (ValueError, r"quant_map\[0\] must be finite, found nan", lambda: quantize(x, code_with_nan, 64)),
+            (ValueError, r"codes must hold 65 elements.*found 64 of shape \[64, 1\]",
+             lambda: dequantize(parts, [64, 0, 129], fp32)),
+            (ValueError, "shape must not be negative", lambda: dequantize(parts, [64, 0, -1], fp32)),
+            (TypeError, "codes must be", lambda: dequantize([codes.int(), *parts[1:]], flat, fp32)),
+            (TypeError, "absmax must be", lambda: dequantize([codes, absmax.half(), ops.NF4], flat, fp32)),
+            (ValueError, "absmax must hold 4 elements.*found 2", lambda: dequantize(parts, [32, 0, 128], fp32)),
+            (TypeError, "only float32", lambda: dequantize(parts, flat, torch.int8)),
+            (ValueError, "a weight in 4 bits is 3 tensors, or 6 with nested scales, found 4",
+             lambda: dequantize([*parts, nested[0]], flat, fp32)),
+            (ValueError, "a dense weight is 1 tensor .without packing., found 3", lambda: dequantize(parts, [], fp32)),
+            (ValueError, r"the weight must be in 4 bits, found a dense one of shape \[128\]",
+             lambda: dequantize([x], [], fp32)),
+            (ValueError, r"packing must be \[blocksize, nested_blocksize, shape..\], found \[64\]",
+             lambda: dequantize(parts, [64], fp32)),
+            (ValueError, "nested_blocksize must be 0 without nested scales, found 256",
+             lambda: dequantize(parts, [64, 256, 128], fp32)),
+            (TypeError, "absmax must be", lambda: dequantize([*parts, *nested], [64, 256, 128], fp32)),
+            (ValueError, "nested_blocksize must be a power of two",
+             lambda: dequantize([codes, absmax.byte(), ops.NF4, *nested], [64, 100, 128], fp32)),
             (TypeError, "absmax must be", lambda: quantize_absmax(absmax.half(), ops.DYNAMIC8, 256)),
-            (ValueError, "code must be sorted", lambda: quantize_absmax(absmax, ops.DYNAMIC8.flip(0), 256)),
+            (ValueError, "quant_map must be sorted", lambda: quantize_absmax(absmax, ops.DYNAMIC8.flip(0), 256)),
         ]  # fmt: skip
         for error, message, call in cases:
             with pytest.raises(error, match=message):
                 call()
 
 
-def test_out_gives_shape_and_dtype():
+def test_out_gives_the_dtype():
     x = data("normal", (6, 50), torch.bfloat16, 2)
-    packed, absmax = ops.quantize_4bit(x)
-    wanted = ops.dequantize_4bit(packed, absmax, shape=x.shape, dtype=torch.bfloat16)
+    weight = ops.quantize_4bit(x)
+    wanted = ops.dequantize_4bit(weight)
+    assert wanted.dtype == torch.bfloat16 and wanted.shape == x.shape
     for out in (torch.empty(6, 50, dtype=torch.bfloat16), torch.empty(50, 6, dtype=torch.bfloat16).t()):
-        assert ops.dequantize_4bit(packed, absmax, out=out) is out
+        assert ops.dequantize_4bit(weight, out=out) is out
         assert torch.equal(out, wanted)
     with pytest.raises(ValueError, match=r"out has dtype torch.bfloat16, but dtype=torch.float32"):
-        ops.dequantize_4bit(packed, absmax, out=wanted, dtype=torch.float32)
-    with pytest.raises(ValueError, match="give shape and dtype, or out"):
-        ops.dequantize_4bit(packed, absmax)
+        ops.dequantize_4bit(weight, torch.float32, out=wanted)
+    with pytest.raises(ValueError, match=r"out must have the weight's shape \[6, 50\], found \[300\]"):
+        ops.dequantize_4bit(weight, out=wanted.flatten())
 
 
 def test_needs_no_gradient():
     weight = torch.nn.Parameter(data("normal", (4, 64), torch.float32, 2))
-    packed, absmax = ops.quantize_4bit(weight)
-    assert not packed.requires_grad and not absmax.requires_grad
+    packed = ops.quantize_4bit(weight)
+    assert not packed.codes.requires_grad and not packed.absmax.requires_grad
 
 
 # --- PyTorch's view of the operators ------------------------------------------------------------
@@ -412,21 +431,16 @@ def test_needs_no_gradient():
 
 def operator_calls():
     x = data("normal", (5, 77), torch.float32, 4)
-    packed, absmax = ops.quantize_4bit(x, blocksize=32)
-    quantized, nested = ops.quantize_absmax(absmax)
+    weight, nested = (ops.quantize_4bit(x, blocksize=32, double_quant=double).operands() for double in (False, True))
     namespace = torch.ops.peftcore
     return {
         "quantize": (namespace.quantize_4bit.default, (x, ops.NF4, 32), {}),
         "quantize transposed": (namespace.quantize_4bit.default, (x.t(), ops.NF4, 32), {}),
-        "absmax": (namespace.quantize_absmax.default, (absmax, ops.DYNAMIC8), {}),
-        "dequantize": (
-            namespace.dequantize_4bit.default, (packed, absmax, ops.NF4, 32, x.shape, torch.bfloat16), {}
-        ),
-        "nested": (
-            namespace.dequantize_4bit.default, (packed, quantized, ops.NF4, 32, x.shape, torch.float16, *nested), {}
-        ),
-        "out": (namespace.dequantize_4bit.out, (packed, absmax, ops.NF4, 32), {"out": torch.empty_like(x)}),
-    }  # fmt: skip
+        "absmax": (namespace.quantize_absmax.default, (weight[0][1], ops.DYNAMIC8), {}),
+        "dequantize": (namespace.dequantize_4bit.default, (*weight, torch.bfloat16), {}),
+        "nested": (namespace.dequantize_4bit.default, (*nested, torch.float16), {}),
+        "out": (namespace.dequantize_4bit.out, weight, {"out": torch.empty_like(x)}),
+    }
 
 
 @pytest.mark.parametrize("call", operator_calls())
@@ -439,10 +453,9 @@ def test_compiles_without_a_graph_break():
     x = data("normal", (6, 64), torch.float32, 6)
 
     def round_trip(x, buffer):
-        packed, absmax = ops.quantize_4bit(x * 2)
-        quantized, nested = ops.quantize_absmax(absmax)
-        ops.dequantize_4bit(packed, quantized, nested=nested, out=buffer)
-        return ops.dequantize_4bit(packed, absmax, shape=x.shape, dtype=x.dtype) + 1, buffer + 1
+        weight, nested = ops.quantize_4bit(x * 2), ops.quantize_4bit(x, double_quant=True)
+        ops.dequantize_4bit(nested, out=buffer)
+        return ops.dequantize_4bit(weight) + 1, buffer + 1
 
     wanted = round_trip(x, torch.empty_like(x))
     found = torch.compile(round_trip, backend="aot_eager", fullgraph=True, dynamic=True)(x, torch.empty_like(x))
@@ -451,9 +464,10 @@ def test_compiles_without_a_graph_break():
 
 def test_fake_tensors_have_the_right_shapes():
     with FakeTensorMode():
-        packed, absmax = ops.quantize_4bit(torch.empty(3, 43), torch.empty(16))
-        assert packed.shape == (65, 1) and absmax.shape == (3,) and packed.dtype == torch.uint8
-        y = ops.dequantize_4bit(packed, absmax, torch.empty(16), shape=(3, 43), dtype=torch.half)
+        codes, absmax = torch.ops.peftcore.quantize_4bit(torch.empty(3, 43), torch.empty(16))
+        assert codes.shape == (65, 1) and absmax.shape == (3,) and codes.dtype == torch.uint8
+        weight = PackedWeight(codes, absmax, torch.empty(16), (3, 43))
+        y = ops.dequantize_4bit(weight, torch.half)
         assert y.shape == (3, 43) and y.dtype == torch.half
-        with pytest.raises(ValueError, match="packed must hold 66"):
-            ops.dequantize_4bit(packed, absmax, torch.empty(16), shape=(3, 44), dtype=torch.half)
+        with pytest.raises(ValueError, match="codes must hold 66"):
+            ops.dequantize_4bit(weight._replace(shape=(3, 44)), torch.half)

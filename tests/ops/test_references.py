@@ -17,18 +17,18 @@ def values(*shape: int) -> torch.Tensor:
 def cases():
     x, w = values(5, 64), values(32, 64)
     a, b = values(4, 64), values(32, 4)
-    packed, absmax = ops.quantize_4bit(w)
-    _, s = torch.ops.peftcore.lora_linear(x, w, None, a, b, 1.0, 0.0, None)
+    four = ops.quantize_4bit(w)
+    _, s = torch.ops.peftcore.lora_linear(x, [w], [], None, a, b, 1.0, 0.0, None)
     index = torch.zeros(5, dtype=torch.int64)
     return {
         "quantize_4bit": (w, ops.NF4, 64),
-        "quantize_absmax": (absmax, ops.DYNAMIC8, 256),
-        "dequantize_4bit": (packed, absmax, ops.NF4, 64, [32, 64], torch.float32),
-        "linear_4bit": (x, packed, absmax, ops.NF4, 64, 32),
-        "linear_4bit_backward": (values(5, 32), packed, absmax, ops.NF4, 64, 64),
-        "lora_linear": (x, w, None, a, b, 1.0, 0.0, None),
-        "lora_linear_backward": (values(5, 32), x, s, w, a, b, [True] * 3, 1.0, 0.0, None),
-        "lora_linear_per_sample": (x[:, None], w, None, [a], [b], [1.0], index, 32),
+        "quantize_absmax": (four.absmax, ops.DYNAMIC8, 256),
+        "dequantize_4bit": (*four.operands(), torch.float32),
+        "linear_4bit": (x, *four.operands()),
+        "linear_4bit_backward": (values(5, 32), *four.operands()),
+        "lora_linear": (x, [w], [], None, a, b, 1.0, 0.0, None),
+        "lora_linear_backward": (values(5, 32), x, s, [w], [], a, b, [True] * 3, 1.0, 0.0, None),
+        "lora_linear_per_sample": (x[:, None], [w], [], None, [a], [b], [1.0], index),
     }
 
 

@@ -12,7 +12,7 @@
 
 #include "common/caches.h"
 #include "common/integers.h"
-#include "lora/cpu/dropout.h"
+#include "lora/cpu/keep_bytes.h"
 #include "lora/cpu/kernels.h"
 
 namespace peftcore {

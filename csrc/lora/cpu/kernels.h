@@ -9,7 +9,7 @@
 // itself is bf16 and loses nothing. dA and dB are off by 3.5e-6 so, by 2e-3 with one.
 //
 // Where the base's product is the library's, which runs at the processor's rate, `up` adds to what it wrote.
-// With AMX the base's product is csrc/gemm, and S comes to it as more columns of K (base.h): `up` would take
+// With AMX the base's product is csrc/gemm, and S comes to it as more columns of K (frozen.h): `up` would take
 // as long as a third of the product.
 //
 // `outer` is what is slowest: for tiles, x must be turned into pairs across rows.
@@ -19,7 +19,7 @@
 
 #include "common/dtype.h"
 #include "gemm/cpu/product.h"
-#include "lora/lora.h"
+#include "lora/dropout.h"
 
 namespace peftcore {
 namespace lora {

@@ -3,33 +3,27 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "common/tensors.h"
 #include "cpu/kernels.h"
-#include "lora/cpu/base.h"
+#include "lora/cpu/frozen.h"
 #include "lora/cpu/thin.h"
 
 namespace peftcore {
 namespace lora {
 namespace {
 
-std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef packing,
                                        const std::optional<Tensor>& bias, const Tensor& a, const Tensor& b,
-                                       double scale, double dropout_p, const std::optional<Tensor>& seed,
-                                       const std::optional<Tensor>& absmax, const std::optional<Tensor>& code,
-                                       int64_t blocksize, const std::optional<Tensor>& nested_absmax,
-                                       const std::optional<Tensor>& nested_code,
-                                       const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
+                                       double scale, double dropout_p, const std::optional<Tensor>& seed) {
     const char* op = "lora_linear";
-    const Quantized quantized{absmax,      code,          blocksize,       nested_absmax,
-                              nested_code, nested_offset, nested_blocksize};
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const int64_t out_features = out_features_of(b, op);
-    check_linear(x, weight, bias, out_features, quantized, op);
-    check_factors(x, a, b, out_features, op);
+    const Weight weight(tensors, packing, op);
+    check_linear(x, weight, bias, op);
+    check_factors(x, a, b, weight.rows(), op);
     const int64_t r = a.size(0);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const Tensor flat = matrix(x);
-    const Base of{weight, x.size(-1), out_features, quantized, op};
     const Tensor s = at::empty({flat.size(0), r}, x.options().dtype(at::kFloat));
     const CpuKernels& kernels = cpu_kernels();
     const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
@@ -38,32 +32,28 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight,
         const Kept keep = kept(thin, dropout, flat);
         const Factor right = arranged(thin.arrangement, floats(a), true);
         down(thin, down_args(flat, right, factor_of(scale, dropout), keep.mask, s), flat.size(0));
-        y = joined(kernels, flat, of, bias, s, floats(b));
+        y = whole_linear(kernels, flat, weight, bias, s, floats(b));
     }
     if (!y.defined()) {
-        y = base(flat, of, bias);
+        y = frozen_linear(flat, weight, bias);
         if (s.numel() != 0 && y.numel() != 0) up(thin, y, s, arranged(thin.plain, floats(b), true), {});
     }
-    return {y.view(with_last(x, out_features)), s};
+    return {y.view(with_last(x, weight.rows())), s};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
-    const Tensor& grad, const Tensor& x, const Tensor& s, const Tensor& weight, const Tensor& a,
-    const Tensor& b, std::array<bool, 3> needs, double scale, double dropout_p,
-    const std::optional<Tensor>& seed, const std::optional<Tensor>& absmax, const std::optional<Tensor>& code,
-    int64_t blocksize, const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-    const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& s,
+                                                        at::TensorList tensors, at::IntArrayRef packing,
+                                                        const Tensor& a, const Tensor& b,
+                                                        std::array<bool, 3> needs, double scale,
+                                                        double dropout_p, const std::optional<Tensor>& seed) {
     const char* op = "lora_linear_backward";
-    const Quantized quantized{absmax,      code,          blocksize,       nested_absmax,
-                              nested_code, nested_offset, nested_blocksize};
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    const int64_t out_features = out_features_of(b, op);
-    check_linear(x, weight, {}, out_features, quantized, op);
-    check_factors(x, a, b, out_features, op);
-    const int64_t r = a.size(0), columns = x.size(-1);
+    const Weight weight(tensors, packing, op);
+    check_linear(x, weight, {}, op);
+    check_factors(x, a, b, weight.rows(), op);
+    const int64_t r = a.size(0), columns = weight.columns(), out_features = weight.rows();
     check_gradient(grad, s, x, out_features, r, op);
-    if (!needs[0]) check_packed(x, weight, out_features, quantized, op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const Tensor flat = matrix(x), rows = matrix(grad);
     const int64_t count = flat.size(0);
@@ -73,10 +63,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
         return nothing ? made.zero_() : made;
     };
     const Tensor da = gradient(needs[1], a.sizes()), db = gradient(needs[2], b.sizes());
-    const Base of{weight, columns, out_features, quantized, op};
     Tensor dx = at::empty({0}, x.options());
     if (nothing) {
-        if (needs[0]) dx = base_backward(rows, of);
+        if (needs[0]) dx = frozen_linear_backward(rows, weight);
     } else {
         const CpuKernels& kernels = cpu_kernels();
         const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
@@ -93,9 +82,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
         if (needs[1]) outer(thin, flat, t, da, false, keep.mask, nullptr);
         if (needs[0]) {
             const Tensor factor = floats(a);
-            dx = joined_backward(kernels, rows, of, t, factor, keep.mask);
+            dx = whole_linear_backward(kernels, rows, weight, t, factor, keep.mask);
             if (!dx.defined()) {
-                dx = base_backward(rows, of);
+                dx = frozen_linear_backward(rows, weight);
                 up(thin, dx, t, arranged(thin.plain, factor, false), keep.mask);
             }
         }

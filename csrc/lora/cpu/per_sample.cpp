@@ -4,8 +4,9 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "common/tensors.h"
 #include "cpu/kernels.h"
-#include "lora/cpu/base.h"
+#include "lora/cpu/frozen.h"
 #include "lora/cpu/thin.h"
 
 namespace peftcore {
@@ -46,22 +47,18 @@ void add_rows(const Tensor& x, const Tensor& y, const std::vector<Tensor>& a, co
     });
 }
 
-Tensor lora_linear_per_sample(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                              at::TensorList a, at::TensorList b, at::ArrayRef<double> scales,
-                              const Tensor& index, int64_t out_features, const std::optional<Tensor>& absmax,
-                              const std::optional<Tensor>& code, int64_t blocksize,
-                              const std::optional<Tensor>& nested_absmax,
-                              const std::optional<Tensor>& nested_code,
-                              const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
+Tensor lora_linear_per_sample(const Tensor& x, at::TensorList tensors, at::IntArrayRef packing,
+                              const std::optional<Tensor>& bias, at::TensorList a, at::TensorList b,
+                              at::ArrayRef<double> scales, const Tensor& index) {
     const char* op = "lora_linear_per_sample";
-    const Quantized quantized{absmax,      code,          blocksize,       nested_absmax,
-                              nested_code, nested_offset, nested_blocksize};
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-    check_linear(x, weight, bias, out_features, quantized, op);
+    const Weight weight(tensors, packing, op);
+    check_linear(x, weight, bias, op);
+    const int64_t out_features = weight.rows();
     check_adapters(x, a, b, scales, index, out_features, op);
     const Tensor flat = matrix(x);
-    const Tensor y = base(flat, {weight, x.size(-1), out_features, quantized, op}, bias);
+    const Tensor y = frozen_linear(flat, weight, bias);
     const int64_t samples = x.size(0), count = samples == 0 ? 0 : flat.size(0) / samples;
     const Tensor which = index.contiguous();
     const int64_t* of = which.const_data_ptr<int64_t>();

@@ -4,7 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include "common/caches.h"
-#include "lora/cpu/dropout.h"
+#include "lora/cpu/keep_bytes.h"
 
 namespace peftcore {
 namespace lora {

@@ -164,35 +164,35 @@ extern "C" int64_t peftcore_lora_down_workspace(int64_t rows, int64_t columns, i
     return plan.splits == 1 ? 0 : plan.splits * rows * rank;
 }
 
-extern "C" const char* peftcore_lora_down(const void* x, int dtype, int64_t samples, int64_t rows,
-                                          int64_t columns, const float* const* factors, const int* ranks,
-                                          const float* scales, int adapters, const int64_t* index, int stride,
-                                          uint32_t threshold, uint32_t key0, uint32_t key1, float* partial,
-                                          float* s, void* stream) {
+extern "C" const char* peftcore_lora_down(const peftcore::lora::Wide* x,
+                                          const peftcore::lora::Factors* factors,
+                                          const peftcore::lora::Dropout* dropout, float* partial, float* s,
+                                          void* stream) {
     using namespace peftcore::lora;
-    if (samples == 0 || rows == 0 || stride == 0) return nullptr;
-    const bool half = Dtype(dtype) == Dtype::kHalf;
-    if (!half && Dtype(dtype) != Dtype::kBFloat16) return "x must have 16 bits";
-    const Plan plan = plan_of(samples, rows, columns, stride, index == nullptr);
+    const int stride = factors->stride;
+    if (x->samples == 0 || x->rows == 0 || stride == 0) return nullptr;
+    const bool half = x->dtype == Dtype::kHalf;
+    if (!half && x->dtype != Dtype::kBFloat16) return "x must have 16 bits";
+    const Plan plan = plan_of(x->samples, x->rows, x->columns, stride, factors->index == nullptr);
     DownParams p = {};
-    p.x = x;
-    p.rows = rows;
-    p.columns = columns;
-    p.index = index;
+    p.x = x->values;
+    p.rows = x->rows;
+    p.columns = x->columns;
+    p.index = factors->index;
     p.stride = stride;
     p.chunks = plan.chunks;
-    p.dropout = {threshold, key0, key1};
+    p.dropout = *dropout;
     p.split_columns = plan.split_columns;
-    p.all_rows = samples * rows;
+    p.all_rows = x->samples * x->rows;
     p.partial = plan.splits > 1 ? partial : nullptr;
     p.s = s;
-    for (int first = 0; first < adapters; first += kMaxAdapters) {
-        p.adapters = adapters_from(first, adapters, factors, ranks, scales);
+    for (int first = 0; first < factors->count; first += kMaxAdapters) {
+        p.adapters = adapters_from(first, *factors);
         const char* error = half ? launch<peftcore::Half>(p, plan, stride, stream)
                                  : launch<peftcore::BFloat16>(p, plan, stride, stream);
         if (error != nullptr) return error;
     }
     if (p.partial == nullptr) return nullptr;
-    return peftcore_lora_sum(partial, plan.splits, p.all_rows * stride, scales[0], s, int(Dtype::kFloat),
-                             stream);
+    return peftcore_lora_sum(partial, plan.splits, p.all_rows * stride, factors->scales[0], s,
+                             int(Dtype::kFloat), stream);
 }

@@ -1,56 +1,12 @@
 // Launchers of the LoRA CUDA kernels. Pointers are device memory unless said otherwise, `stream` a
-// cudaStream_t, dtypes peftcore::Dtype; matrices are contiguous. Factors and thin matrices are fp32: in
-// fp16 a T of small gradients would vanish. They return nullptr, or why the launch failed. Arguments are
-// checked by the caller (lora/arguments.h). `threshold`, `key0`, `key1`: lora/lora.h.
+// cudaStream_t; matrices are contiguous. Factors and thin matrices are fp32: in fp16 a T of small gradients would
+// vanish. They return nullptr, or why the launch failed. Arguments are checked by the caller (lora/arguments.h).
 #pragma once
 
 #include <cstdint>
 
-extern "C" {
-
-// s [samples * rows, stride] = scale_i (keep ∘ x) factor_iᵀ, x [samples * rows, columns] of 16 bits.
-// `factors` [rank_i, columns], `ranks` (at most `stride`) and `scales` are host
-// arrays of `adapters` entries; i is index[sample], or 0 where `index` is nullptr. Samples of another i get
-// no s. `partial`: peftcore_lora_down_workspace floats.
-const char* peftcore_lora_down(const void* x, int dtype, int64_t samples, int64_t rows, int64_t columns,
-                               const float* const* factors, const int* ranks, const float* scales,
-                               int adapters, const int64_t* index, int stride, uint32_t threshold,
-                               uint32_t key0, uint32_t key1, float* partial, float* s, void* stream);
-int64_t peftcore_lora_down_workspace(int64_t rows, int64_t columns, int rank);
-
-// out [samples * rows, columns] = keep ∘ (bias + thin factor_iᵀ), without bias where that is nullptr, or
-// added to it where `add`; thin [samples * rows, stride], out and bias [columns] of `dtype`, of 16 bits,
-// `factors` [columns, rank_i]; the rest as above. i = -1 adds nothing; any other i without an adapter makes
-// its rows NaN.
-const char* peftcore_lora_up(const float* thin, int dtype, int64_t samples, int64_t rows, int64_t columns,
-                             const float* const* factors, const int* ranks, int adapters,
-                             const int64_t* index, int stride, uint32_t threshold, uint32_t key0,
-                             uint32_t key1, const void* bias, bool add, void* out, void* stream);
-
-// out = (keep ∘ wide)ᵀ thin, [columns, rank] or transposed [rank, columns], of `out_dtype`; wide [rows,
-// columns] of 16 bits, thin [rows, rank]. `partial`: peftcore_lora_reduce_workspace floats.
-const char* peftcore_lora_reduce(const void* wide, const float* thin, int dtype, int64_t rows,
-                                 int64_t columns, int rank, uint32_t threshold, uint32_t key0, uint32_t key1,
-                                 float* partial, void* out, int out_dtype, bool transposed, void* stream);
-int64_t peftcore_lora_reduce_workspace(int64_t rows, int64_t columns, int rank);
-
-// In one pass over wide: out [columns, rank] as above, without dropout, and product [rows, rank] =
-// scale wide factorᵀ; factor [rank, columns]. rank <= kOnePassMaxRank. `partial`:
-// peftcore_lora_reduce_workspace floats; `product_partial`: peftcore_lora_product_workspace.
-const char* peftcore_lora_reduce_and_product(const void* wide, const float* thin, const float* factor,
-                                             int dtype, int64_t rows, int64_t columns, int rank, float scale,
-                                             float* partial, float* product_partial, void* out, int out_dtype,
-                                             float* product, void* stream);
-int64_t peftcore_lora_product_workspace(int64_t rows, int64_t columns, int rank);
-
-// out = keep ∘ x, [rows, columns]; out may be x.
-const char* peftcore_lora_drop(const void* x, int dtype, int64_t rows, int64_t columns, uint32_t threshold,
-                               uint32_t key0, uint32_t key1, void* out, void* stream);
-
-// out[i] = scale (partial[0][i] + partial[1][i] + ...), in this order, rounded once.
-const char* peftcore_lora_sum(const float* partial, int64_t parts, int64_t count, float scale, void* out,
-                              int dtype, void* stream);
-}
+#include "common/dtype.h"
+#include "lora/dropout.h"
 
 namespace peftcore {
 namespace lora {
@@ -58,5 +14,63 @@ namespace lora {
 // Partial products of the one pass weigh rank / 32 of a pass over wide: beyond, a second pass costs less.
 constexpr int kOnePassMaxRank = 16;
 
+// x, dy, or what is written: [samples * rows, columns] of `dtype`.
+struct Wide {
+    void* values;
+    Dtype dtype;
+    int64_t samples, rows, columns;
+};
+
+// Factors of some adapters, which have numbers. The first three are host arrays of `count` entries.
+struct Factors {
+    const float* const* values;
+    const int* ranks;
+    const float* scales;  // or nullptr: 1
+    int count;
+    int stride;            // columns of the thin matrix, at least the highest rank
+    const int64_t* index;  // of each sample its adapter; nullptr: the first, of all
+};
+
 }  // namespace lora
 }  // namespace peftcore
+
+extern "C" {
+
+// s [samples * rows, stride] = scale_i (keep ∘ x) factor_iᵀ, x of 16 bits, factors [rank_i, columns]. Samples
+// whose i is no adapter get no s. `partial`: peftcore_lora_down_workspace floats.
+const char* peftcore_lora_down(const peftcore::lora::Wide* x, const peftcore::lora::Factors* factors,
+                               const peftcore::lora::Dropout* dropout, float* partial, float* s,
+                               void* stream);
+int64_t peftcore_lora_down_workspace(int64_t rows, int64_t columns, int rank);
+
+// out = keep ∘ (bias + thin factor_iᵀ), without bias where that is nullptr, or added to it where `add`; thin
+// [samples * rows, stride], out and bias [columns] of one dtype, of 16 bits, factors [columns, rank_i]. i = -1
+// adds nothing; any other i without an adapter makes its rows NaN.
+const char* peftcore_lora_up(const float* thin, const peftcore::lora::Factors* factors,
+                             const peftcore::lora::Dropout* dropout, const void* bias, bool add,
+                             const peftcore::lora::Wide* out, void* stream);
+
+// out = (keep ∘ wide)ᵀ thin, [columns, rank] or transposed [rank, columns], of `out_dtype`; wide of 16 bits and
+// of one sample, thin [rows, rank]. `partial`: peftcore_lora_reduce_workspace floats.
+const char* peftcore_lora_reduce(const peftcore::lora::Wide* wide, const float* thin, int rank,
+                                 const peftcore::lora::Dropout* dropout, float* partial, void* out,
+                                 int out_dtype, bool transposed, void* stream);
+int64_t peftcore_lora_reduce_workspace(int64_t rows, int64_t columns, int rank);
+
+// In one pass over wide: out [columns, rank] as above, without dropout, and product [rows, rank] =
+// scale wide factorᵀ; factor [rank, columns]. rank <= kOnePassMaxRank. `partial`:
+// peftcore_lora_reduce_workspace floats; `product_partial`: peftcore_lora_product_workspace.
+const char* peftcore_lora_reduce_and_product(const peftcore::lora::Wide* wide, const float* thin,
+                                             const float* factor, int rank, float scale, float* partial,
+                                             float* product_partial, void* out, int out_dtype, float* product,
+                                             void* stream);
+int64_t peftcore_lora_product_workspace(int64_t rows, int64_t columns, int rank);
+
+// out = keep ∘ x, of one sample; out may be x.
+const char* peftcore_lora_drop(const peftcore::lora::Wide* x, const peftcore::lora::Dropout* dropout,
+                               void* out, void* stream);
+
+// out[i] = scale (partial[0][i] + partial[1][i] + ...), in this order, rounded once.
+const char* peftcore_lora_sum(const float* partial, int64_t parts, int64_t count, float scale, void* out,
+                              int dtype, void* stream);
+}

@@ -150,15 +150,15 @@ const char* launch(const ReduceParams& p, const Plan& plan, void* stream) {
                         : PEFTCORE_LAUNCH((reduce_kernel<T, 8, false>), grid, kThreads, 0, stream, p);
 }
 
-const char* reduce(ReduceParams& p, int dtype, void* out, int out_dtype, bool transposed, void* stream) {
+const char* reduce(ReduceParams& p, Dtype dtype, void* out, int out_dtype, bool transposed, void* stream) {
     const Plan plan = plan_of(p.rows, p.columns, p.rank);
     p.chunks = int(plan.rank_chunks);
     p.part_rows = plan.part_rows;
     p.column_step = transposed ? 1 : p.rank;
     p.rank_step = transposed ? p.columns : 1;
     const char* error = "W must have 16 bits";
-    if (Dtype(dtype) == Dtype::kHalf) error = launch<Half>(p, plan, stream);
-    if (Dtype(dtype) == Dtype::kBFloat16) error = launch<BFloat16>(p, plan, stream);
+    if (dtype == Dtype::kHalf) error = launch<Half>(p, plan, stream);
+    if (dtype == Dtype::kBFloat16) error = launch<BFloat16>(p, plan, stream);
     if (error != nullptr) return error;
     return peftcore_lora_sum(p.partial, plan.parts, p.columns * p.rank, 1, out, out_dtype, stream);
 }
@@ -177,30 +177,30 @@ extern "C" int64_t peftcore_lora_product_workspace(int64_t rows, int64_t columns
     return (columns + kColumns - 1) / kColumns * rows * rank;
 }
 
-extern "C" const char* peftcore_lora_reduce(const void* wide, const float* thin, int dtype, int64_t rows,
-                                            int64_t columns, int rank, uint32_t threshold, uint32_t key0,
-                                            uint32_t key1, float* partial, void* out, int out_dtype,
-                                            bool transposed, void* stream) {
+extern "C" const char* peftcore_lora_reduce(const peftcore::lora::Wide* wide, const float* thin, int rank,
+                                            const peftcore::lora::Dropout* dropout, float* partial, void* out,
+                                            int out_dtype, bool transposed, void* stream) {
     using namespace peftcore::lora;
-    if (columns == 0 || rank == 0) return nullptr;
-    if (rows == 0) return peftcore_lora_sum(partial, 0, columns * rank, 1, out, out_dtype, stream);
+    if (wide->columns == 0 || rank == 0) return nullptr;
+    if (wide->rows == 0)
+        return peftcore_lora_sum(partial, 0, wide->columns * rank, 1, out, out_dtype, stream);
     ReduceParams p = {};
-    p.wide = wide;
+    p.wide = wide->values;
     p.thin = thin;
-    p.rows = rows;
-    p.columns = columns;
+    p.rows = wide->rows;
+    p.columns = wide->columns;
     p.rank = rank;
-    p.dropout = {threshold, key0, key1};
+    p.dropout = *dropout;
     p.partial = partial;
-    return reduce(p, dtype, out, out_dtype, transposed, stream);
+    return reduce(p, wide->dtype, out, out_dtype, transposed, stream);
 }
 
-extern "C" const char* peftcore_lora_reduce_and_product(const void* wide, const float* thin,
-                                                        const float* factor, int dtype, int64_t rows,
-                                                        int64_t columns, int rank, float scale,
+extern "C" const char* peftcore_lora_reduce_and_product(const peftcore::lora::Wide* wide, const float* thin,
+                                                        const float* factor, int rank, float scale,
                                                         float* partial, float* product_partial, void* out,
                                                         int out_dtype, float* product, void* stream) {
     using namespace peftcore::lora;
+    const int64_t rows = wide->rows, columns = wide->columns;
     if (rank > kOnePassMaxRank) return "more ranks than one pass takes";
     if (rows == 0 || columns == 0 || rank == 0) {  // sums of nothing
         const char* error = peftcore_lora_sum(partial, 0, columns * rank, 1, out, out_dtype, stream);
@@ -208,7 +208,7 @@ extern "C" const char* peftcore_lora_reduce_and_product(const void* wide, const 
                      : peftcore_lora_sum(partial, 0, rows * rank, 1, product, int(Dtype::kFloat), stream);
     }
     ReduceParams p = {};
-    p.wide = wide;
+    p.wide = wide->values;
     p.thin = thin;
     p.factor = factor;
     p.rows = rows;
@@ -216,7 +216,7 @@ extern "C" const char* peftcore_lora_reduce_and_product(const void* wide, const 
     p.rank = rank;
     p.partial = partial;
     p.product = product_partial;
-    const char* error = reduce(p, dtype, out, out_dtype, false, stream);
+    const char* error = reduce(p, wide->dtype, out, out_dtype, false, stream);
     if (error != nullptr) return error;
     return peftcore_lora_sum(product_partial, (columns + kColumns - 1) / kColumns, rows * rank, scale,
                              product, int(Dtype::kFloat), stream);

@@ -50,11 +50,11 @@ const char* launch_sum(const float* partial, int64_t parts, int64_t count, float
 }
 
 template <typename T>
-const char* launch_drop(const void* x, int64_t rows, int64_t columns, const Dropout& dropout, void* out,
-                        void* stream) {
+const char* launch_drop(const Wide& x, const Dropout& dropout, void* out, void* stream) {
+    const int64_t rows = x.rows, columns = x.columns;
     const int64_t groups = (columns + kColumnsPerCounter - 1) / kColumnsPerCounter;
     return PEFTCORE_LAUNCH(drop_kernel<T>, blocks_for(rows * groups), kThreads, 0, stream,
-                           static_cast<const T*>(x), rows, columns, dropout, static_cast<T*>(out));
+                           static_cast<const T*>(x.values), rows, columns, dropout, static_cast<T*>(out));
 }
 
 }  // namespace
@@ -76,19 +76,17 @@ extern "C" const char* peftcore_lora_sum(const float* partial, int64_t parts, in
     return "unknown dtype";
 }
 
-extern "C" const char* peftcore_lora_drop(const void* x, int dtype, int64_t rows, int64_t columns,
-                                          uint32_t threshold, uint32_t key0, uint32_t key1, void* out,
-                                          void* stream) {
+extern "C" const char* peftcore_lora_drop(const peftcore::lora::Wide* x,
+                                          const peftcore::lora::Dropout* dropout, void* out, void* stream) {
     using namespace peftcore::lora;
-    if (rows == 0 || columns == 0) return nullptr;
-    const Dropout dropout{threshold, key0, key1};
-    switch (Dtype(dtype)) {
+    if (x->rows == 0 || x->columns == 0) return nullptr;
+    switch (x->dtype) {
         case Dtype::kFloat:
-            return launch_drop<float>(x, rows, columns, dropout, out, stream);
+            return launch_drop<float>(*x, *dropout, out, stream);
         case Dtype::kHalf:
-            return launch_drop<peftcore::Half>(x, rows, columns, dropout, out, stream);
+            return launch_drop<peftcore::Half>(*x, *dropout, out, stream);
         case Dtype::kBFloat16:
-            return launch_drop<peftcore::BFloat16>(x, rows, columns, dropout, out, stream);
+            return launch_drop<peftcore::BFloat16>(*x, *dropout, out, stream);
     }
     return "unknown dtype";
 }

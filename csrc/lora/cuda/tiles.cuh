@@ -9,7 +9,7 @@
 #include "common/tensor_core.cuh"
 #include "common/tf32.cuh"
 #include "lora/cuda/lora_cuda.h"
-#include "lora/lora.h"
+#include "lora/dropout.h"
 
 namespace peftcore {
 namespace lora {
@@ -135,16 +135,15 @@ struct Adapters {
     int first, count, total;  // of all, those in this launch
 };
 
-inline Adapters adapters_from(int first, int total, const float* const* factors, const int* ranks,
-                              const float* scales) {
+inline Adapters adapters_from(int first, const Factors& factors) {
     Adapters adapters = {};
     adapters.first = first;
-    adapters.total = total;
-    adapters.count = total - first < kMaxAdapters ? total - first : kMaxAdapters;
+    adapters.total = factors.count;
+    adapters.count = factors.count - first < kMaxAdapters ? factors.count - first : kMaxAdapters;
     for (int i = 0; i < adapters.count; ++i) {
-        adapters.factor[i] = factors[first + i];
-        adapters.rank[i] = ranks[first + i];
-        adapters.scale[i] = scales != nullptr ? scales[first + i] : 1;
+        adapters.factor[i] = factors.values[first + i];
+        adapters.rank[i] = factors.ranks[first + i];
+        adapters.scale[i] = factors.scales != nullptr ? factors.scales[first + i] : 1;
     }
     return adapters;
 }

@@ -141,29 +141,27 @@ const char* launch(const UpParams& p, unsigned blocks, void* stream) {
 }  // namespace lora
 }  // namespace peftcore
 
-extern "C" const char* peftcore_lora_up(const float* thin, int dtype, int64_t samples, int64_t rows,
-                                        int64_t columns, const float* const* factors, const int* ranks,
-                                        int adapters, const int64_t* index, int stride, uint32_t threshold,
-                                        uint32_t key0, uint32_t key1, const void* bias, bool add, void* out,
-                                        void* stream) {
+extern "C" const char* peftcore_lora_up(const float* thin, const peftcore::lora::Factors* factors,
+                                        const peftcore::lora::Dropout* dropout, const void* bias, bool add,
+                                        const peftcore::lora::Wide* out, void* stream) {
     using namespace peftcore::lora;
-    if (samples == 0 || rows == 0 || columns == 0) return nullptr;
-    const bool half = Dtype(dtype) == Dtype::kHalf;
-    if (!half && Dtype(dtype) != Dtype::kBFloat16) return "out must have 16 bits";
+    if (out->samples == 0 || out->rows == 0 || out->columns == 0) return nullptr;
+    const bool half = out->dtype == Dtype::kHalf;
+    if (!half && out->dtype != Dtype::kBFloat16) return "out must have 16 bits";
     UpParams p = {};
     p.thin = thin;
-    p.rows = rows;
-    p.columns = columns;
-    p.index = index;
-    p.stride = stride;
-    p.column_tiles = (columns + kTile - 1) / kTile;
-    p.dropout = {threshold, key0, key1};
+    p.rows = out->rows;
+    p.columns = out->columns;
+    p.index = factors->index;
+    p.stride = factors->stride;
+    p.column_tiles = (p.columns + kTile - 1) / kTile;
+    p.dropout = *dropout;
     p.bias = bias;
     p.add = add;
-    p.out = out;
-    const unsigned blocks = unsigned(samples * ((rows + kTile - 1) / kTile) * p.column_tiles);
-    for (int first = 0; first == 0 || first < adapters; first += kMaxAdapters) {
-        p.adapters = adapters_from(first, adapters, factors, ranks, nullptr);
+    p.out = out->values;
+    const unsigned blocks = unsigned(out->samples * ((p.rows + kTile - 1) / kTile) * p.column_tiles);
+    for (int first = 0; first == 0 || first < factors->count; first += kMaxAdapters) {
+        p.adapters = adapters_from(first, *factors);
         const char* error =
             half ? launch<peftcore::Half>(p, blocks, stream) : launch<peftcore::BFloat16>(p, blocks, stream);
         if (error != nullptr) return error;

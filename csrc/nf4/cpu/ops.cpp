@@ -12,26 +12,12 @@
 #include "common/caches.h"
 #include "cpu/kernels.h"
 #include "nf4/cpu/dequantize.h"
+#include "weight/linear_arguments.h"
 
 namespace peftcore {
 namespace nf4 {
 
-WeightView view_of(const Packed& packed, int64_t columns) {
-    WeightView view;
-    view.rows = columns == 0 ? 0 : packed.count / columns;
-    view.columns = columns;
-    view.codes = packed.bytes.const_data_ptr<uint8_t>();
-    view.absmax = packed.scales.const_data_ptr();
-    view.quant_map = packed.code.const_data_ptr<float>();
-    view.shift = log2_of(packed.blocksize);
-    if (packed.nested.present) {
-        view.nested_absmax = packed.nested.absmax.const_data_ptr<float>();
-        view.nested_quant_map = packed.nested.code.const_data_ptr<float>();
-        view.nested_offset = packed.nested.offset.const_data_ptr<float>();
-        view.nested_shift = packed.nested.shift;
-    }
-    return view;
-}
+using at::Tensor;
 
 bool has_tiles(const CpuKernels& kernels, const WeightView& weight) {
     return kernels.packed.plain.unpack != nullptr && weight.columns % kTileBlock == 0 &&
@@ -47,72 +33,65 @@ int64_t stream_bytes() { return std::min(4 * caches().third, int64_t(128) << 20)
 
 int64_t grain(int64_t blocksize) { return std::max<int64_t>(1, kValuesPerTask / blocksize); }
 
-void check_finite(const Tensor& code, const char* op, const char* name) {
-    const float* values = code.const_data_ptr<float>();
-    for (int64_t i = 0; i < code.numel(); ++i)
-        TORCH_CHECK_VALUE(std::isfinite(values[i]), op, ": ", name, "[", i, "] must be finite, found ",
+void check_finite(const Tensor& quant_map, const char* op) {
+    const float* values = quant_map.const_data_ptr<float>();
+    for (int64_t i = 0; i < quant_map.numel(); ++i)
+        TORCH_CHECK_VALUE(std::isfinite(values[i]), op, ": quant_map[", i, "] must be finite, found ",
                           values[i]);
 }
 
-std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& code, int64_t blocksize) {
+std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& quant_map, int64_t blocksize) {
     const char* op = "quantize_4bit";
     QuantizeCall args;
     args.dtype = kernel_dtype(x.scalar_type(), op);
     check_blocksize(blocksize, op);
-    const Tensor book = code_argument(code, 16, x.device(), op, "code");
-    check_finite(book, op, "code");
+    const Tensor book = checked_quant_map(quant_map, 16, x.device(), op);
+    check_finite(book, op);
     const Tensor source = x.contiguous();
     const int64_t count = source.numel(), blocks = ceil_div(count, blocksize);
-    Tensor packed = at::empty({ceil_div(count, 2), 1}, x.options().dtype(at::kByte));
+    Tensor codes = at::empty({ceil_div(count, 2), 1}, x.options().dtype(at::kByte));
     Tensor absmax = at::empty({blocks}, x.options().dtype(at::kFloat));
     args.x = source.const_data_ptr();
     args.count = count;
     args.blocksize = blocksize;
     args.book = make_codebook(book.const_data_ptr<float>());
-    args.codes = packed.mutable_data_ptr<uint8_t>();
+    args.codes = codes.mutable_data_ptr<uint8_t>();
     args.absmax = absmax.mutable_data_ptr<float>();
     const Kernels& level = cpu_kernels().nf4;
     at::parallel_for(0, blocks, grain(blocksize),
                      [&](int64_t first, int64_t last) { level.quantize(args, first, last); });
-    return {packed, absmax};
+    return {codes, absmax};
 }
 
-void dequantize_into(const Packed& packed, const Tensor& out) {
+void dequantize_into(const WeightView& weight, const Tensor& out) {
     DequantizeCall args;
-    args.weight = view_of(packed, packed.count);
+    args.weight = weight;
     args.dtype = kernel_dtype(out.scalar_type(), "dequantize_4bit");
     args.out = out.mutable_data_ptr();
     args.stream = out.nbytes() >= size_t(stream_bytes()) && reinterpret_cast<uintptr_t>(args.out) % 64 == 0;
     const Kernels& level = cpu_kernels().nf4;
-    at::parallel_for(0, packed.scales.numel(), grain(packed.blocksize),
+    at::parallel_for(0, weight.blocks(), grain(int64_t(1) << weight.shift),
                      [&](int64_t first, int64_t last) { level.dequantize(args, first, last); });
 }
 
-Tensor dequantize_4bit(const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t blocksize,
-                       at::IntArrayRef shape, at::ScalarType dtype,
-                       const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                       const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
+Tensor dequantize_4bit(at::TensorList tensors, at::IntArrayRef packing, at::ScalarType dtype) {
     const char* op = "dequantize_4bit";
     kernel_dtype(dtype, op);
-    const Packed checked = packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code,
-                                            nested_offset, nested_blocksize, count_of(shape, op), op);
-    Tensor out = at::empty(shape, packed.options().dtype(dtype));
-    dequantize_into(checked, out);
+    const Weight weight(tensors, packing, op);
+    check_packed(weight, op);
+    Tensor out = at::empty(weight.sizes(), weight.first().options().dtype(dtype));
+    dequantize_into(weight.view(), out);
     return out;
 }
 
-void dequantize_4bit_out(const Tensor& packed, const Tensor& absmax, const Tensor& code, int64_t blocksize,
-                         const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                         const std::optional<Tensor>& nested_offset, int64_t nested_blocksize,
-                         at::Tensor out) {
+void dequantize_4bit_out(at::TensorList tensors, at::IntArrayRef packing, at::Tensor out) {
     const char* op = "dequantize_4bit";
     kernel_dtype(out.scalar_type(), op);
-    check_tensor(out, out.scalar_type(), packed.device(), op, "out");
-    const Packed checked = packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code,
-                                            nested_offset, nested_blocksize, out.numel(), op);
-    if (out.is_contiguous()) return dequantize_into(checked, out);
+    const Weight weight(tensors, packing, op);
+    check_out(weight, out, op);
+    if (out.is_contiguous()) return dequantize_into(weight.view(), out);
     Tensor dense = at::empty(out.sizes(), out.options());
-    dequantize_into(checked, dense);
+    dequantize_into(weight.view(), dense);
     out.copy_(dense);
 }
 
@@ -124,13 +103,13 @@ uint8_t nearest(float scaled, const float* midpoint) {
     return uint8_t(index);
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& code,
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const Tensor& quant_map,
                                                    int64_t blocksize) {
     const char* op = "quantize_absmax";
     check_tensor(absmax, at::kFloat, absmax.device(), op, "absmax");
     check_blocksize(blocksize, op);
-    const Tensor map = code_argument(code, 256, absmax.device(), op, "code");
-    check_finite(map, op, "code");
+    const Tensor map = checked_quant_map(quant_map, 256, absmax.device(), op);
+    check_finite(map, op);
     const Tensor source = absmax.contiguous();
     const int64_t count = source.numel(), blocks = ceil_div(count, blocksize);
     Tensor offset = count > 0 ? source.mean() : at::zeros({}, source.options());
@@ -140,8 +119,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, const T
     const float* values = map.const_data_ptr<float>();
     float midpoint[255];
     for (int i = 0; i < 255; ++i) {
-        TORCH_CHECK_VALUE(values[i] <= values[i + 1], op, ": code must be sorted, found code[", i,
-                          "] = ", values[i], " > code[", i + 1, "] = ", values[i + 1]);
+        TORCH_CHECK_VALUE(values[i] <= values[i + 1], op, ": quant_map must be sorted, found quant_map[", i,
+                          "] = ", values[i], " > quant_map[", i + 1, "] = ", values[i + 1]);
         midpoint[i] = (values[i] + values[i + 1]) / 2;
     }
     const float mean = *offset.const_data_ptr<float>();

@@ -15,6 +15,7 @@
 #include "common/half.h"
 #include "common/tensor_core.cuh"
 #include "common/tf32.cuh"
+#include "nf4/cuda/block_scale.cuh"
 #include "nf4/cuda/nf4_cuda.h"
 #include "nf4/nf4.h"
 
@@ -26,16 +27,9 @@ constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kRows = 16;       // of W in a block
 constexpr int kSimpleTile = 8;  // rows of x that a warp of simple_kernel takes together
 
-struct LinearParams {
-    const uint8_t* packed;
-    const void* absmax;
-    const float* code;
-    const float* nested_absmax;
-    const float* nested_code;
-    const float* nested_offset;
-    int shift, nested_shift;  // log2 of the block sizes
-    int64_t rows, columns;    // of W
-    int batch;                // rows of x
+struct LinearLaunch {
+    WeightView weight;
+    int batch;  // rows of x
     const void* x;
     const void* bias;            // of x's dtype, or nullptr
     const float *thin, *factor;  // s [batch, rank] and F
@@ -43,36 +37,25 @@ struct LinearParams {
     void* y;
 };
 
-template <bool kNested>
-__device__ __forceinline__ float scale_of(const LinearParams& p, const float* nested_code, float offset,
-                                          int64_t block) {
-    if constexpr (kNested) {
-        const uint8_t quantized = static_cast<const uint8_t*>(p.absmax)[block];
-        // Rounded twice, not fused: the bits of the CPU kernels.
-        return __fadd_rn(__fmul_rn(nested_code[quantized], p.nested_absmax[block >> p.nested_shift]), offset);
-    } else {
-        return static_cast<const float*>(p.absmax)[block];
-    }
-}
-
 template <typename T>
-__device__ __forceinline__ void store_result(const LinearParams& p, int64_t m, int64_t n, float sum) {
+__device__ __forceinline__ void store_result(const LinearLaunch& p, int64_t m, int64_t n, float sum) {
     if (p.bias != nullptr) sum += to_float(static_cast<const T*>(p.bias)[n]);
-    static_cast<T*>(p.y)[m * p.rows + n] = from_float<T>(sum);
+    static_cast<T*>(p.y)[m * p.weight.rows + n] = from_float<T>(sum);
 }
 
 // s and F, with zeros behind the last rank and row.
-__device__ __forceinline__ float thin_value(const LinearParams& p, int64_t m, int j) {
+__device__ __forceinline__ float thin_value(const LinearLaunch& p, int64_t m, int j) {
     return m < p.batch && j < p.rank ? p.thin[m * p.rank + j] : 0;
 }
-__device__ __forceinline__ float factor_value(const LinearParams& p, int64_t n, int j) {
-    return n < p.rows && j < p.rank ? p.factor[n * p.rank + j] : 0;
+__device__ __forceinline__ float factor_value(const LinearLaunch& p, int64_t n, int j) {
+    return n < p.weight.rows && j < p.rank ? p.factor[n * p.rank + j] : 0;
 }
 
 // The two values of a byte, the even one in the low half.
 template <typename T>
-__device__ __forceinline__ uint32_t value_pair(const float* code, uint32_t byte, float scale) {
-    const T even = from_float<T>(code[byte >> 4 & 15] * scale), odd = from_float<T>(code[byte & 15] * scale);
+__device__ __forceinline__ uint32_t value_pair(const float* quant_map, uint32_t byte, float scale) {
+    const T even = from_float<T>(quant_map[byte >> 4 & 15] * scale),
+            odd = from_float<T>(quant_map[byte & 15] * scale);
     return uint32_t(even.bits) | uint32_t(odd.bits) << 16;
 }
 
@@ -86,51 +69,46 @@ struct Stage {
 
 // Starts to bring a stage from column `k` on. What lies beyond either matrix is zero.
 template <typename T, int kTiles, int kStage>
-__device__ __forceinline__ void fetch(const LinearParams& p, int64_t n, int64_t k, int lane,
+__device__ __forceinline__ void fetch(const LinearLaunch& p, int64_t n, int64_t k, int lane,
                                       Stage<kTiles, kStage>& to) {
     constexpr int kWeightPieces = kStage / 32, kInputPieces = kStage / 8;  // of 16 bytes, in a row
     if (lane < kRows * kWeightPieces) {
         const int row = lane / kWeightPieces, piece = lane % kWeightPieces;
         const int64_t column = k + piece * 32;
-        const bool inside = n + row < p.rows && column < p.columns;
-        const int64_t offset = inside ? ((n + row) * p.columns + column) / 2 : 0;
-        cp_async_16(&to.weight[row][piece * 16], p.packed + offset, inside ? 16 : 0);
+        const bool inside = n + row < p.weight.rows && column < p.weight.columns;
+        const int64_t offset = inside ? ((n + row) * p.weight.columns + column) / 2 : 0;
+        cp_async_16(&to.weight[row][piece * 16], p.weight.codes + offset, inside ? 16 : 0);
     }
 #pragma unroll
     for (int i = 0; i < kTiles * 8 * kInputPieces / 32; ++i) {
         const int row = (i * 32 + lane) / kInputPieces, piece = lane % kInputPieces;
         const int64_t column = k + piece * 8;
-        const bool inside = row < p.batch && column < p.columns;
-        const int64_t offset = inside ? row * p.columns + column : 0;
+        const bool inside = row < p.batch && column < p.weight.columns;
+        const int64_t offset = inside ? row * p.weight.columns + column : 0;
         cp_async_16(&to.input[row][piece * 16], static_cast<const T*>(p.x) + offset, inside ? 16 : 0);
     }
 }
 
 // kTiles: of 8 rows of x. kStage: columns of a stage. kStages: of a warp, all but one on their way.
 template <typename T, int kTiles, int kStage, int kStages, bool kNested>
-__global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) {
+__global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) {
     using WarpStage = Stage<kTiles, kStage>;
     using Sums = float[kWarps][kTiles * 8][kRows + 1];
     constexpr int kStageBytes = kWarps * kStages * int(sizeof(WarpStage));
     constexpr int kBytes = kStageBytes > int(sizeof(Sums)) ? kStageBytes : int(sizeof(Sums));
-    PEFTCORE_SHARED(float, code, [16]);
-    PEFTCORE_SHARED(float, nested_code, [kNested ? 256 : 1]);
+    PEFTCORE_SHARED(float, quant_map, [16]);
+    PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
     PEFTCORE_SHARED(uint8_t, memory, [kBytes]);  // stages, and when they have been read, sums
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int group = lane / 4, pair = lane % 4;  // of mma fragments: rows group and group + 8
     const int64_t n = int64_t(blockIdx.x) * kRows;
     WarpStage* slots = reinterpret_cast<WarpStage*>(memory) + warp * kStages;
-    if (threadIdx.x < 16) code[threadIdx.x] = p.code[threadIdx.x];
-    float offset = 0;
-    if constexpr (kNested) {
-        for (int i = threadIdx.x; i < 256; i += kThreads) nested_code[i] = p.nested_code[i];
-        offset = *p.nested_offset;
-    }
+    const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
     __syncthreads();
 
     float d[kTiles][4] = {};
-    const int64_t stages = (p.columns + kStage - 1) / kStage;
+    const int64_t stages = (p.weight.columns + kStage - 1) / kStage;
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
         const int64_t stage = int64_t(s) * kWarps + warp;
@@ -155,9 +133,9 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) 
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
                 const int64_t row = n + group + 8 * r, column = k + half * 32;
-                if (row < p.rows && column < p.columns)
-                    scale[r] =
-                        scale_of<kNested>(p, nested_code, offset, (row * p.columns + column) >> p.shift);
+                if (row < p.weight.rows && column < p.weight.columns)
+                    scale[r] = block_scale<kNested>(p.weight, nested_quant_map, offset,
+                                                    (row * p.weight.columns + column) >> p.weight.shift);
                 words[r] = *reinterpret_cast<const uint4*>(&now.weight[group + 8 * r][half * 16]);
             }
 #pragma unroll
@@ -168,8 +146,8 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) 
                 uint32_t a[4];
 #pragma unroll
                 for (int r = 0; r < 2; ++r) {
-                    a[r] = value_pair<T>(code, low[r] >> 8 * pair, scale[r]);
-                    a[2 + r] = value_pair<T>(code, high[r] >> 8 * pair, scale[r]);
+                    a[r] = value_pair<T>(quant_map, low[r] >> 8 * pair, scale[r]);
+                    a[2 + r] = value_pair<T>(quant_map, high[r] >> 8 * pair, scale[r]);
                 }
                 const int column = half * 32 + step * 16;
 #pragma unroll
@@ -210,7 +188,7 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) 
     __syncthreads();
     for (int i = threadIdx.x; i < kTiles * 8 * kRows; i += kThreads) {
         const int m = i / kRows, row = i % kRows;
-        if (m >= p.batch || n + row >= p.rows) continue;
+        if (m >= p.batch || n + row >= p.weight.rows) continue;
         float total = 0;
 #pragma unroll
         for (int w = 0; w < kWarps; ++w) total += sums[w][m][row];
@@ -219,31 +197,26 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearParams p) 
 }
 
 template <typename T, bool kNested>
-__global__ void __launch_bounds__(kThreads) simple_kernel(const LinearParams p) {
-    PEFTCORE_SHARED(float, code, [16]);
-    PEFTCORE_SHARED(float, nested_code, [kNested ? 256 : 1]);
-    if (threadIdx.x < 16) code[threadIdx.x] = p.code[threadIdx.x];
-    float offset = 0;
-    if constexpr (kNested) {
-        for (int i = threadIdx.x; i < 256; i += kThreads) nested_code[i] = p.nested_code[i];
-        offset = *p.nested_offset;
-    }
+__global__ void __launch_bounds__(kThreads) simple_kernel(const LinearLaunch p) {
+    PEFTCORE_SHARED(float, quant_map, [16]);
+    PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
+    const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
     __syncthreads();
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int64_t n = int64_t(blockIdx.x) * kWarps + warp;
-    if (n >= p.rows) return;
+    if (n >= p.weight.rows) return;
     const int first = int(blockIdx.y) * kSimpleTile;
     const T* x = static_cast<const T*>(p.x);
     float sum[kSimpleTile] = {};
-    for (int64_t k = lane; k < p.columns; k += 32) {
-        const int64_t i = n * p.columns + k;
-        const uint8_t byte = p.packed[i / 2];
-        const float scale = scale_of<kNested>(p, nested_code, offset, i >> p.shift);
-        const float w = to_float(from_float<T>(code[i % 2 ? byte & 15 : byte >> 4] * scale));
+    for (int64_t k = lane; k < p.weight.columns; k += 32) {
+        const int64_t i = n * p.weight.columns + k;
+        const uint8_t byte = p.weight.codes[i / 2];
+        const float scale = block_scale<kNested>(p.weight, nested_quant_map, offset, i >> p.weight.shift);
+        const float w = to_float(from_float<T>(quant_map[i % 2 ? byte & 15 : byte >> 4] * scale));
 #pragma unroll
         for (int m = 0; m < kSimpleTile; ++m)
-            if (first + m < p.batch) sum[m] += w * to_float(x[(first + m) * p.columns + k]);
+            if (first + m < p.batch) sum[m] += w * to_float(x[(first + m) * p.weight.columns + k]);
     }
     for (int j = lane; j < p.rank; j += 32) {
         const float f = factor_value(p, n, j);
@@ -259,18 +232,18 @@ __global__ void __launch_bounds__(kThreads) simple_kernel(const LinearParams p) 
 }
 
 template <typename T, bool kNested>
-const char* launch_simple(const LinearParams& p, void* stream) {
-    const dim3 grid(unsigned((p.rows + kWarps - 1) / kWarps),
+const char* launch_simple(const LinearLaunch& p, void* stream) {
+    const dim3 grid(unsigned((p.weight.rows + kWarps - 1) / kWarps),
                     unsigned((p.batch + kSimpleTile - 1) / kSimpleTile));
     return PEFTCORE_LAUNCH((simple_kernel<T, kNested>), grid, kThreads, 0, stream, p);
 }
 
 template <typename T, bool kNested>
-const char* launch_tensor(const LinearParams& p, void* stream) {
+const char* launch_tensor(const LinearLaunch& p, void* stream) {
     const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-    if (p.columns % 32 != 0 || !aligned(p.x) || !aligned(p.packed))
+    if (p.weight.columns % 32 != 0 || !aligned(p.x) || !aligned(p.weight.codes))
         return launch_simple<T, kNested>(p, stream);
-    const unsigned blocks = unsigned((p.rows + kRows - 1) / kRows);
+    const unsigned blocks = unsigned((p.weight.rows + kRows - 1) / kRows);
     // As many stages as 48 KiB of shared memory hold.
     if (p.batch <= 8)
         return PEFTCORE_LAUNCH((tensor_kernel<T, 1, 64, 4, kNested>), blocks, kThreads, 0, stream, p);
@@ -284,7 +257,7 @@ const char* launch_tensor(const LinearParams& p, void* stream) {
 }
 
 template <bool kNested>
-const char* launch(const LinearParams& p, Dtype dtype, void* stream) {
+const char* launch(const LinearLaunch& p, Dtype dtype, void* stream) {
     switch (dtype) {
         case Dtype::kFloat:
             return launch_simple<float, kNested>(p, stream);
@@ -300,33 +273,14 @@ const char* launch(const LinearParams& p, Dtype dtype, void* stream) {
 }  // namespace nf4
 }  // namespace peftcore
 
-extern "C" const char* peftcore_nf4_linear(const void* x, int dtype, int batch, const uint8_t* packed,
-                                           const void* absmax, const float* code, int blocksize,
-                                           const float* nested_absmax, const float* nested_code,
-                                           const float* nested_offset, int nested_blocksize, int64_t rows,
-                                           int64_t columns, const void* bias, const float* thin,
-                                           const float* factor, int rank, void* y, void* stream) {
+extern "C" const char* peftcore_nf4_linear(const void* x, int dtype, int batch,
+                                           const peftcore::WeightView* weight, const void* bias,
+                                           const float* thin, const float* factor, int rank, void* y,
+                                           void* stream) {
     using namespace peftcore::nf4;
-    if (batch == 0 || rows == 0) return nullptr;
+    if (batch == 0 || weight->rows == 0) return nullptr;
     if (batch > kLinearMaxBatch) return "more rows of x than the kernel takes";
-    LinearParams p;
-    p.packed = packed;
-    p.absmax = absmax;
-    p.code = code;
-    p.nested_absmax = nested_absmax;
-    p.nested_code = nested_code;
-    p.nested_offset = nested_offset;
-    p.shift = log2_of(blocksize);
-    p.nested_shift = log2_of(nested_blocksize);
-    p.rows = rows;
-    p.columns = columns;
-    p.batch = batch;
-    p.x = x;
-    p.bias = bias;
-    p.thin = thin;
-    p.factor = factor;
-    p.rank = rank;
-    p.y = y;
-    return nested_absmax != nullptr ? launch<true>(p, Dtype(dtype), stream)
-                                    : launch<false>(p, Dtype(dtype), stream);
+    const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y};
+    return weight->nested_absmax != nullptr ? launch<true>(p, Dtype(dtype), stream)
+                                            : launch<false>(p, Dtype(dtype), stream);
 }

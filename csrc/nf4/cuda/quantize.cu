@@ -49,20 +49,21 @@ __device__ __forceinline__ void load_values(const T* x, int64_t begin, int64_t c
 // blockDim.x is a multiple of 32 and of blocksize / 8.
 template <typename T>
 __global__ void __launch_bounds__(512)
-    quantize_kernel(const T* __restrict__ x, const float* __restrict__ code, int64_t count, int blocksize,
-                    bool aligned, bool words, uint8_t* __restrict__ packed, float* __restrict__ absmax) {
+    quantize_kernel(const T* __restrict__ x, const float* __restrict__ quant_map, int64_t count,
+                    int blocksize, bool aligned, bool words, uint8_t* __restrict__ codes,
+                    float* __restrict__ absmax) {
     PEFTCORE_SHARED(float, threshold, [16]);
     PEFTCORE_SHARED(uint32_t, order, [16]);
     PEFTCORE_SHARED(uint32_t, warp_largest, [16]);
     const int thread = threadIdx.x;
     if (thread < 16) {
-        const float mine = code[thread];
+        const float mine = quant_map[thread];
         int rank = 0;
-        for (int j = 0; j < 16; ++j) rank += code[j] < mine || (code[j] == mine && j < thread);
+        for (int j = 0; j < 16; ++j) rank += quant_map[j] < mine || (quant_map[j] == mine && j < thread);
         order[rank] = thread;
     }
     __syncthreads();
-    if (thread < 15) threshold[thread] = (code[order[thread]] + code[order[thread + 1]]) / 2;
+    if (thread < 15) threshold[thread] = (quant_map[order[thread]] + quant_map[order[thread + 1]]) / 2;
     __syncthreads();
 
     const int threads = blocksize / kValues;
@@ -101,22 +102,22 @@ __global__ void __launch_bounds__(512)
         word |= order[rank] << (i / 2 * 8 + (i % 2 ? 0 : 4));
     }
     if (words && begin + kValues <= count) {
-        *reinterpret_cast<uint32_t*>(packed + begin / 2) = word;
+        *reinterpret_cast<uint32_t*>(codes + begin / 2) = word;
     } else {
         for (int i = 0; 2 * i < kValues && begin + 2 * i < count; ++i)
-            packed[begin / 2 + i] = uint8_t(word >> 8 * i);
+            codes[begin / 2 + i] = uint8_t(word >> 8 * i);
     }
 }
 
 // One block of threads a block of scales.
 __global__ void __launch_bounds__(256)
-    quantize_absmax_kernel(const float* __restrict__ absmax, const float* __restrict__ code,
+    quantize_absmax_kernel(const float* __restrict__ absmax, const float* __restrict__ quant_map,
                            const float* __restrict__ offset, int64_t count, int blocksize,
-                           uint8_t* __restrict__ quantized, float* __restrict__ nested_absmax) {
+                           uint8_t* __restrict__ codes, float* __restrict__ nested_absmax) {
     PEFTCORE_SHARED(float, midpoint, [255]);
     PEFTCORE_SHARED(uint32_t, warp_largest, [8]);
     const int thread = threadIdx.x;
-    if (thread < 255) midpoint[thread] = (code[thread] + code[thread + 1]) / 2;
+    if (thread < 255) midpoint[thread] = (quant_map[thread] + quant_map[thread + 1]) / 2;
     const int64_t begin = int64_t(blockIdx.x) * blocksize;
     const int64_t end = begin + blocksize < count ? begin + blocksize : count;
     const float mean = *offset;
@@ -135,48 +136,48 @@ __global__ void __launch_bounds__(256)
         int index = 0;
         for (int step = 128; step > 0; step /= 2)
             if (!(scaled <= midpoint[index + step - 1])) index += step;
-        quantized[i] = uint8_t(index);
+        codes[i] = uint8_t(index);
     }
 }
 
 template <typename T>
-const char* launch_quantize(const void* x, const float* code, int64_t count, int blocksize, uint8_t* packed,
-                            float* absmax, void* stream) {
+const char* launch_quantize(const void* x, const float* quant_map, int64_t count, int blocksize,
+                            uint8_t* codes, float* absmax, void* stream) {
     const int threads = blocksize / kValues > 256 ? blocksize / kValues : 256;
     const int64_t blocks = (count + int64_t(threads) * kValues - 1) / (int64_t(threads) * kValues);
     if (blocks > 0x7fffffff) return "more than 2^42 elements";
     const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
-    const bool words = reinterpret_cast<uintptr_t>(packed) % 4 == 0;
+    const bool words = reinterpret_cast<uintptr_t>(codes) % 4 == 0;
     return PEFTCORE_LAUNCH(quantize_kernel<T>, unsigned(blocks), threads, 0, stream, static_cast<const T*>(x),
-                           code, count, blocksize, aligned, words, packed, absmax);
+                           quant_map, count, blocksize, aligned, words, codes, absmax);
 }
 
 }  // namespace
 }  // namespace nf4
 }  // namespace peftcore
 
-extern "C" const char* peftcore_nf4_quantize(const void* x, int dtype, const float* code, int64_t count,
-                                             int blocksize, uint8_t* packed, float* absmax, void* stream) {
+extern "C" const char* peftcore_nf4_quantize(const void* x, int dtype, const float* quant_map, int64_t count,
+                                             int blocksize, uint8_t* codes, float* absmax, void* stream) {
     using namespace peftcore::nf4;
     if (count == 0) return nullptr;
     switch (Dtype(dtype)) {
         case Dtype::kFloat:
-            return launch_quantize<float>(x, code, count, blocksize, packed, absmax, stream);
+            return launch_quantize<float>(x, quant_map, count, blocksize, codes, absmax, stream);
         case Dtype::kHalf:
-            return launch_quantize<peftcore::Half>(x, code, count, blocksize, packed, absmax, stream);
+            return launch_quantize<peftcore::Half>(x, quant_map, count, blocksize, codes, absmax, stream);
         case Dtype::kBFloat16:
-            return launch_quantize<peftcore::BFloat16>(x, code, count, blocksize, packed, absmax, stream);
+            return launch_quantize<peftcore::BFloat16>(x, quant_map, count, blocksize, codes, absmax, stream);
     }
     return "unknown dtype";
 }
 
-extern "C" const char* peftcore_nf4_quantize_absmax(const float* absmax, const float* code,
+extern "C" const char* peftcore_nf4_quantize_absmax(const float* absmax, const float* quant_map,
                                                     const float* offset, int64_t count, int blocksize,
-                                                    uint8_t* quantized, float* nested_absmax, void* stream) {
+                                                    uint8_t* codes, float* nested_absmax, void* stream) {
     using namespace peftcore::nf4;
     if (count == 0) return nullptr;
     const int64_t blocks = (count + blocksize - 1) / blocksize;
     if (blocks > 0x7fffffff) return "more than 2^31 blocks of scales";
-    return PEFTCORE_LAUNCH(quantize_absmax_kernel, unsigned(blocks), 256, 0, stream, absmax, code, offset,
-                           count, blocksize, quantized, nested_absmax);
+    return PEFTCORE_LAUNCH(quantize_absmax_kernel, unsigned(blocks), 256, 0, stream, absmax, quant_map,
+                           offset, count, blocksize, codes, nested_absmax);
 }

@@ -9,14 +9,19 @@
 #include <algorithm>
 #include <cmath>
 
+#include "common/tensors.h"
 #include "common/workspace.h"
 #include "cpu/kernels.h"
 #include "nf4/cpu/dequantize.h"
+#include "nf4/cpu/linear/linear.h"
 #include "nf4/cpu/linear/panel.h"
-#include "nf4/linear_arguments.h"
+#include "weight/linear_arguments.h"
 
 namespace peftcore {
 namespace nf4 {
+
+using at::Tensor;
+
 namespace {
 
 constexpr int64_t kProductsPerTask = 1 << 17;
@@ -69,77 +74,71 @@ bool by_tiles(const CpuKernels& kernels, const WeightView& weight, bool transpos
     return true;
 }
 
-Tensor linear_4bit(const Tensor& x, const Tensor& packed, const Tensor& absmax, const Tensor& code,
-                   int64_t blocksize, int64_t out_features, const std::optional<Tensor>& bias,
-                   const std::optional<Tensor>& nested_absmax, const std::optional<Tensor>& nested_code,
-                   const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
-    const char* op = "linear_4bit";
-    const Dtype dtype = kernel_dtype(x.scalar_type(), op);
-    const Tensor added = linear_bias(x, out_features, bias, op);
-    const int64_t columns = x.size(-1);
-    check_tensor(packed, at::kByte, x.device(), op, "packed");
-    const Packed packed_weight =
-        packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset,
-                         nested_blocksize, count_of({out_features, columns}, op), op);
-    Tensor y = at::empty(with_last(x, out_features), x.options());
+}  // namespace
+
+Tensor linear(const Tensor& x, const WeightView& weight, const Tensor& bias) {
+    const int64_t batch = x.size(0), rows = weight.rows;
+    Tensor y = at::empty({batch, rows}, x.options());
     if (y.numel() == 0) return y;
-    const int64_t batch = y.numel() / out_features;
-    const Tensor flat = x.contiguous().view({batch, columns}), result = y.view({batch, out_features});
-    if (columns == 0) {
-        added.defined() ? result.copy_(added) : result.zero_();
-        return y;
-    }
-    const WeightView view = view_of(packed_weight, columns);
+    if (weight.columns == 0) return bias.defined() ? y.copy_(bias) : y.zero_();
+    const Tensor source = x.contiguous();
     const CpuKernels& kernels = cpu_kernels();
-    if (const LinearKernel* kernel = choose(kernels, view, dtype, batch)) {
-        multiply_few_rows(*kernel, view, flat, added, result);
+    const Dtype dtype = kernel_dtype(x.scalar_type(), "linear_4bit");
+    if (const LinearKernel* kernel = choose(kernels, weight, dtype, batch)) {
+        multiply_few_rows(*kernel, weight, source, bias, y);
         return y;
     }
-    if (by_tiles(kernels, view, true, flat, added, result)) return y;
+    if (by_tiles(kernels, weight, true, source, bias, y)) return y;
     const int64_t limit = batch <= kPanelsOfFewRows ? kPanelBytes : kLargePanelBytes;
-    const int64_t step = std::max<int64_t>(1, limit / (columns * x.element_size()));
-    for (int64_t first = 0; first < out_features; first += step) {
-        const int64_t last = std::min(first + step, out_features);
-        const Tensor panel = dequantized_panel(view, {first, last}, {0, columns}, x.options());
-        Tensor out = result.narrow(1, first, last - first);
-        if (added.defined())
-            at::cpu::addmm_out(out, added.narrow(0, first, last - first), flat, panel.t());
+    const int64_t step = std::max<int64_t>(1, limit / (weight.columns * x.element_size()));
+    for (int64_t first = 0; first < rows; first += step) {
+        const int64_t last = std::min(first + step, rows);
+        const Tensor panel = dequantized_panel(weight, {first, last}, {0, weight.columns}, x.options());
+        Tensor out = y.narrow(1, first, last - first);
+        if (bias.defined())
+            at::cpu::addmm_out(out, bias.narrow(0, first, last - first), source, panel.t());
         else
-            at::cpu::mm_out(out, flat, panel.t());
+            at::cpu::mm_out(out, source, panel.t());
     }
     return y;
 }
 
 // Panels are columns of W: each gives columns of the result, and no sum crosses panels.
-Tensor linear_4bit_backward(const Tensor& grad, const Tensor& packed, const Tensor& absmax,
-                            const Tensor& code, int64_t blocksize, int64_t in_features,
-                            const std::optional<Tensor>& nested_absmax,
-                            const std::optional<Tensor>& nested_code,
-                            const std::optional<Tensor>& nested_offset, int64_t nested_blocksize) {
-    const char* op = "linear_4bit_backward";
-    kernel_dtype(grad.scalar_type(), op);
-    linear_bias(grad, 0, {}, op);
-    const int64_t rows = grad.size(-1);
-    check_tensor(packed, at::kByte, grad.device(), op, "packed");
-    const Packed packed_weight =
-        packed_arguments(packed, absmax, code, blocksize, nested_absmax, nested_code, nested_offset,
-                         nested_blocksize, count_of({rows, in_features}, op), op);
-    Tensor dx = at::empty(with_last(grad, in_features), grad.options());
+Tensor linear_backward(const Tensor& dy, const WeightView& weight) {
+    const int64_t rows = weight.rows, columns = weight.columns;
+    Tensor dx = at::empty({dy.size(0), columns}, dy.options());
     if (dx.numel() == 0) return dx;
     if (rows == 0) return dx.zero_();
-    const int64_t batch = dx.numel() / in_features;
-    const Tensor flat = grad.contiguous().view({batch, rows}), result = dx.view({batch, in_features});
-    const WeightView view = view_of(packed_weight, in_features);
-    if (by_tiles(cpu_kernels(), view, false, flat, {}, result)) return dx;
-    const int64_t fit = kLargePanelBytes / (rows * grad.element_size());
+    const Tensor source = dy.contiguous();
+    if (by_tiles(cpu_kernels(), weight, false, source, {}, dx)) return dx;
+    const int64_t fit = kLargePanelBytes / (rows * dy.element_size());
     const int64_t step = std::max<int64_t>(kPanelColumns, fit / kPanelColumns * kPanelColumns);
-    for (int64_t first = 0; first < in_features; first += step) {
-        const int64_t last = std::min(first + step, in_features);
-        const Tensor panel = dequantized_panel(view, {0, rows}, {first, last}, grad.options());
-        Tensor out = result.narrow(1, first, last - first);
-        at::cpu::mm_out(out, flat, panel);
+    for (int64_t first = 0; first < columns; first += step) {
+        const int64_t last = std::min(first + step, columns);
+        const Tensor panel = dequantized_panel(weight, {0, rows}, {first, last}, dy.options());
+        Tensor out = dx.narrow(1, first, last - first);
+        at::cpu::mm_out(out, source, panel);
     }
     return dx;
+}
+
+namespace {
+
+Tensor linear_4bit(const Tensor& x, at::TensorList tensors, at::IntArrayRef packing,
+                   const std::optional<Tensor>& bias) {
+    const char* op = "linear_4bit";
+    const Weight weight(tensors, packing, op);
+    check_packed(weight, op);
+    check_linear(x, weight, bias, op);
+    return linear(matrix(x), weight.view(), contiguous(bias)).view(with_last(x, weight.rows()));
+}
+
+Tensor linear_4bit_backward(const Tensor& grad, at::TensorList tensors, at::IntArrayRef packing) {
+    const char* op = "linear_4bit_backward";
+    const Weight weight(tensors, packing, op);
+    check_packed(weight, op);
+    check_beside(weight, grad, "grad", true, op);
+    return linear_backward(matrix(grad), weight.view()).view(with_last(grad, weight.columns()));
 }
 
 }  // namespace

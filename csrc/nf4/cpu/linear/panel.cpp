@@ -7,6 +7,8 @@
 #include <cstring>
 #include <vector>
 
+#include "common/check.h"
+#include "common/integers.h"
 #include "common/workspace.h"
 #include "cpu/kernels.h"
 #include "nf4/cpu/dequantize.h"
@@ -60,8 +62,8 @@ struct Segments {
 
 }  // namespace
 
-Tensor dequantized_panel(const WeightView& weight, Range rows, Range columns,
-                         const at::TensorOptions& options) {
+at::Tensor dequantized_panel(const WeightView& weight, Range rows, Range columns,
+                             const at::TensorOptions& options) {
     const int64_t height = rows.last - rows.first, across = columns.last - columns.first;
     const int64_t width = weight.columns;
     Segments segments{.weight = weight,

@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "nf4/arguments.h"
 #include "weight/view.h"
 
 namespace peftcore {
@@ -28,8 +27,8 @@ struct Range {
 };
 
 // W[rows, columns] as a contiguous tensor in the workspace, each value rounded once.
-Tensor dequantized_panel(const WeightView& weight, Range rows, Range columns,
-                         const at::TensorOptions& options);
+at::Tensor dequantized_panel(const WeightView& weight, Range rows, Range columns,
+                             const at::TensorOptions& options);
 
 }  // namespace nf4
 }  // namespace peftcore

@@ -1,7 +1,7 @@
-// The dropout mask of a row as bits, a byte for each counter (see lora.h), without SIMD.
+// The dropout mask of a row as bits, a byte for each counter (see lora/dropout.h), without SIMD.
 #pragma once
 
-#include "lora/lora.h"
+#include "lora/dropout.h"
 
 namespace peftcore {
 namespace lora {

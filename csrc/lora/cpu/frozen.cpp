@@ -1,22 +1,23 @@
-#include "lora/cpu/base.h"
+#include "lora/cpu/frozen.h"
 
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
 #include "nf4/cpu/dequantize.h"
+#include "nf4/cpu/linear/linear.h"
 
 namespace peftcore {
 namespace lora {
 
-Tensor base(const Tensor& x, const Base& of, const std::optional<Tensor>& bias) {
-    if (of.quantized.packed()) return packed_linear(x, of.weight, bias, of.out_features, of.quantized);
-    return bias.has_value() ? at::cpu::addmm(*bias, x, of.weight.t()) : at::cpu::mm(x, of.weight.t());
+Tensor frozen_linear(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias) {
+    if (weight.packed()) return nf4::linear(x, weight.view(), contiguous(bias));
+    const Tensor transposed = weight.first().t();
+    return bias.has_value() ? at::cpu::addmm(*bias, x, transposed) : at::cpu::mm(x, transposed);
 }
 
-Tensor base_backward(const Tensor& dy, const Base& of) {
-    if (of.quantized.packed()) return packed_linear_backward(dy, of.weight, of.in_features, of.quantized);
-    return at::cpu::mm(dy, of.weight);
+Tensor frozen_linear_backward(const Tensor& dy, const Weight& weight) {
+    return weight.packed() ? nf4::linear_backward(dy, weight.view()) : at::cpu::mm(dy, weight.first());
 }
 
 namespace {
@@ -34,25 +35,19 @@ WeightView dense_view(const Tensor& matrix) {
 // W as gemm::multiply reads it.
 class Right {
  public:
-    Right(const CpuKernels& kernels, const Tensor& x, const Base& base) {
-        if (x.scalar_type() != at::kBFloat16 || x.numel() == 0 || base.in_features * base.out_features == 0 ||
+    Right(const CpuKernels& kernels, const Tensor& x, const Weight& weight) {
+        if (x.scalar_type() != at::kBFloat16 || x.numel() == 0 || weight.rows() * weight.columns() == 0 ||
             !kernels.gemm.takes_addend)
             return;
-        const Quantized& q = base.quantized;
-        if (q.packed()) {
-            TORCH_CHECK_VALUE(q.code.has_value(), base.op,
-                              ": a packed weight needs absmax and code, found no code");
+        if (weight.packed()) {
             // For few rows of x, linear_4bit has kernels of its own.
             if (x.size(0) <= kernels.linear.tile.max_batch[int(Dtype::kBFloat16)]) return;
-            arguments_ = nf4::packed_arguments(base.weight, *q.absmax, *q.code, q.blocksize, q.nested_absmax,
-                                               q.nested_code, q.nested_offset, q.nested_blocksize,
-                                               base.out_features * base.in_features, base.op);
-            view_ = nf4::view_of(arguments_, base.in_features);
+            view_ = weight.view();
             if (!nf4::has_tiles(kernels, view_)) return;
             transposed_ = &kernels.packed.transposed;
             plain_ = &kernels.packed.plain;
-        } else if (base.weight.is_contiguous()) {
-            view_ = dense_view(base.weight);
+        } else if (weight.first().is_contiguous()) {
+            view_ = weight.view();
             transposed_ = &kernels.dense.transposed;
             plain_ = &kernels.dense.plain;
         }
@@ -64,7 +59,6 @@ class Right {
     gemm::Tiles plain() const { return plain_->of(&view_); }
 
  private:
-    nf4::Packed arguments_;
     WeightView view_;
     const gemm::Tiles *transposed_ = nullptr, *plain_ = nullptr;
 };
@@ -101,12 +95,12 @@ gemm::Product product(const Tensor& x, const gemm::Tiles& right, const Tensor& b
 
 }  // namespace
 
-Tensor joined(const CpuKernels& kernels, const Tensor& x, const Base& of, const std::optional<Tensor>& bias,
-              const Tensor& s, const Tensor& b) {
-    const Right right(kernels, x, of);
+Tensor whole_linear(const CpuKernels& kernels, const Tensor& x, const Weight& weight,
+                    const std::optional<Tensor>& bias, const Tensor& s, const Tensor& b) {
+    const Right right(kernels, x, weight);
     if (!right.known()) return {};
-    const Tensor y = at::empty({x.size(0), of.out_features}, x.options());
-    gemm::Product all = product(x, right.transposed(), bias.has_value() ? bias->contiguous() : Tensor(), y);
+    const Tensor y = at::empty({x.size(0), weight.rows()}, x.options());
+    gemm::Product all = product(x, right.transposed(), contiguous(bias), y);
     const int parts = parts_of(s.size(1));
     const Tensor left = in_halves(kernels, s, parts, true, false),
                  right_parts = in_halves(kernels, b, parts, false, false);
@@ -116,11 +110,11 @@ Tensor joined(const CpuKernels& kernels, const Tensor& x, const Base& of, const 
     return y;
 }
 
-Tensor joined_backward(const CpuKernels& kernels, const Tensor& dy, const Base& of, const Tensor& t,
-                       const Tensor& a, const Mask& keep) {
-    const Right right(kernels, dy, of);
+Tensor whole_linear_backward(const CpuKernels& kernels, const Tensor& dy, const Weight& weight,
+                             const Tensor& t, const Tensor& a, const Mask& keep) {
+    const Right right(kernels, dy, weight);
     if (!right.known()) return {};
-    const Tensor dx = at::empty({dy.size(0), of.in_features}, dy.options());
+    const Tensor dx = at::empty({dy.size(0), weight.columns()}, dy.options());
     gemm::Product all = product(dy, right.plain(), {}, dx);
     const int parts = parts_of(t.size(1));
     const Tensor left = in_halves(kernels, t, parts, true, false),

@@ -1,15 +1,9 @@
-// y = x Wᵀ + bias + S Bᵀ, S = c (keep ∘ x) Aᵀ: what host and device share, the dropout mask.
-//
-//   S  = c (keep ∘ x) Aᵀ           c = scale / (1 - p), rounded once to x's dtype
-//   T  = c dy B                    the same for the gradient
-//   dx = dy W + keep ∘ (T A)
-//   dA = Tᵀ (keep ∘ x)             (T carries c)
-//   dB = dyᵀ S                     (S carries c)
+// LoRA's dropout mask, shared by host and device. It is never stored: a seed, the row and the column give it.
 //
 // keep(m, k), for row m of x [M, K] (its leading dimensions flattened) and column k:
 //   counter = (k / 8, m low, m high, 0), key = (seed low, seed high): Philox4x32-7 gives four words
 //   u       = bits 16 (k % 2) .. + 15 of word (k % 8) / 2
-//   keep    = u >= threshold, threshold = round(65536 p) of dropout_p: so p here is threshold / 65536
+//   keep    = u >= threshold, threshold = round(65536 p) of dropout_p: so p is threshold / 65536
 #pragma once
 
 #include "common/philox.h"

@@ -1,0 +1,17 @@
+// The products with a weight in 4 bits, by whichever way is fastest for their sizes here. x, dy and the results
+// are matrices; the caller has checked them.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "weight/view.h"
+
+namespace peftcore {
+namespace nf4 {
+
+at::Tensor linear(const at::Tensor& x, const WeightView& weight,
+                  const at::Tensor& bias);                                   // x Wᵀ + bias, if any
+at::Tensor linear_backward(const at::Tensor& dy, const WeightView& weight);  // dy W
+
+}  // namespace nf4
+}  // namespace peftcore

@@ -1,0 +1,56 @@
+// A frozen weight as operators take it, checked and made here once, for every backend. Two arguments:
+//
+//   dense       tensors [W], W of shape [.., out, in]          packing []
+//   in 4 bits   tensors [codes, absmax, quant_map]             packing [blocksize, 0, .., out, in]
+//   and nested  .. [nested_absmax, nested_quant_map, nested_offset]    [blocksize, nested_blocksize, .., out, in]
+//
+// Kernels and launchers take its `view`. The format: nf4/nf4.h; the same from Python: peftcore/ops/weight.py.
+#pragma once
+
+#include <ATen/core/DimVector.h>
+#include <ATen/core/Tensor.h>
+
+#include <array>
+
+#include "weight/view.h"
+
+namespace peftcore {
+
+void check_blocksize(int64_t blocksize, const char* op, const char* name = "blocksize");
+
+// A codebook of `entries` fp32 values, contiguous.
+at::Tensor checked_quant_map(const at::Tensor& quant_map, int64_t entries, const at::Device& device,
+                             const char* op, const char* name = "quant_map");
+
+class Weight {
+ public:
+    // Throws TypeError or ValueError that names `op`, the part and what was found.
+    Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op);
+
+    bool packed() const { return packed_; }
+    at::IntArrayRef sizes() const { return sizes_; }
+    const at::Tensor& first() const { return parts_[0]; }  // W itself, or the codes
+
+    // As a matrix, of which leading dimensions are rows.
+    int64_t rows() const { return rows_; }
+    int64_t columns() const { return columns_; }
+
+    // Of a dense weight that is contiguous, or one in 4 bits; valid as long as this.
+    WeightView view() const;
+
+    // One of the leading dimension of [experts, out, in], where it lies. In 4 bits it must be whole blocks.
+    WeightView expert(int64_t index, const char* op) const;
+
+ private:
+    enum Part { kCodes, kAbsmax, kQuantMap, kNestedAbsmax, kNestedQuantMap, kNestedOffset, kParts };
+
+    void set_sizes(at::IntArrayRef sizes, const char* op);
+
+    bool packed_ = false, nested_ = false;
+    int shift_ = 0, nested_shift_ = 0;
+    int64_t rows_ = 1, columns_ = 1;
+    at::DimVector sizes_;
+    std::array<at::Tensor, kParts> parts_;
+};
+
+}  // namespace peftcore

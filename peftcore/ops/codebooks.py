@@ -1,0 +1,60 @@
+"""The values that 4-bit and 8-bit codes stand for: NF4 and FP4 of weights, the dynamic map of their scales."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftcore.ops._library import constants
+
+
+def _dynamic_map() -> Tensor:
+    """The signed dynamic 8-bit map (Dettmers, arXiv 1511.04561): for every power of ten from 1e-6 to 1, the middles
+    of 1, 2, 4, ... 64 equal parts of [0.1, 1], both signs; with 0 and 1 that is 256 values, sorted."""
+    values = [torch.tensor([0.0, 1.0])]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1)
+        middles = (edges[:-1] + edges[1:]) / 2 * 10.0 ** (exponent - 6)
+        values += [middles, -middles]
+    return torch.cat(values).sort().values
+
+
+with constants():
+    # The quantiles of a standard normal at 8 points evenly spaced below and 9 above one half, normalised to [-1, 1],
+    # the two middle ones merged to an exact zero (arXiv 2305.14314, appendix E).
+    NF4 = torch.tensor(
+        [
+            -1.0,
+            -0.6961928009986877,
+            -0.5250730514526367,
+            -0.39491748809814453,
+            -0.28444138169288635,
+            -0.18477343022823334,
+            -0.09105003625154495,
+            0.0,
+            0.07958029955625534,
+            0.16093020141124725,
+            0.24611230194568634,
+            0.33791524171829224,
+            0.44070982933044434,
+            0.5626170039176941,
+            0.7229568362236023,
+            1.0,
+        ]
+    )
+    # Sign, two bits of exponent, one of mantissa, in the order of their bit patterns, over the largest, 12.
+    _FP4_MAGNITUDES = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]) / 12
+    FP4 = torch.cat([_FP4_MAGNITUDES, 0.0 - _FP4_MAGNITUDES])
+    DYNAMIC8 = _dynamic_map()
+
+_CODEBOOKS = {"nf4": NF4, "fp4": FP4, "dynamic8": DYNAMIC8}
+
+
+def codebook(name: str, device: torch.device | str = "cpu") -> Tensor:
+    """The codebook `nf4` or `fp4` (fp32 `[16]`), or `dynamic8` (fp32 `[256]`, for scales), as a new tensor.
+
+    Raises ValueError for another name.
+    """
+    if name not in _CODEBOOKS:
+        raise ValueError(f"no codebook {name!r} (there are: {', '.join(_CODEBOOKS)})")
+    return _CODEBOOKS[name].to(device=device, copy=True)

@@ -1,0 +1,60 @@
+"""LoRA's dropout: `keep`, the mask, is never stored. Philox gives it again from a seed, the row and the column, the
+same bits on every device (csrc/lora/dropout.h)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from peftcore.ops._philox import LOW, philox
+from peftcore.ops.weight import value
+
+
+def threshold(p: float) -> int:
+    """Of 65536 equally likely numbers, how many drop an element."""
+    return min(round(p * 65536), 65535)
+
+
+def keep_mask(rows: int, columns: int, p: float, seed: int | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """Which elements of x `[rows, columns]` dropout keeps, bool: the bits that every kernel generates.
+
+    Philox4x32-7 (Salmon et al. 2011) of counter (column // 8, row mod 2³², row >> 32, 0) and key `seed` gives eight
+    16-bit numbers, low half first, for eight columns; those below round(65536 p) drop theirs. So p is exact to 2⁻¹⁷.
+    """
+    row = torch.arange(rows, device=device).view(-1, 1)
+    column = torch.arange(-(-columns // 8), device=device).expand(rows, -1)
+    counter = (column, (row & LOW).expand_as(column), (row >> 32).expand_as(column), torch.zeros_like(column))
+    numbers = philox(counter, int(seed), rounds=7).flatten(1)
+    return numbers[:, :columns] >= threshold(p)
+
+
+def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """keep ∘ x, of a matrix."""
+    return x if seed is None or not p else x.where(keep_mask(*x.shape, p, seed, x.device), 0)
+
+
+def factor(scale: float, p: float, seed: Tensor | None) -> float:
+    """c, which carries the scale and what dropout keeps."""
+    return scale if seed is None else scale * 65536 / (65536 - threshold(p))
+
+
+def check_dropout(op: str, x: Tensor, p: float, seed: Tensor | None) -> None:
+    """The same conditions, messages and exception types as csrc/lora/arguments.h."""
+    value(0 <= p < 1, op, f"dropout_p must be in [0, 1), found {p}")
+    if seed is None:
+        value(p == 0, op, f"dropout_p={p} needs a seed, found none")
+    else:
+        if seed.dtype != torch.int64:
+            raise TypeError(f"{op}: seed must be torch.int64, found {seed.dtype}")
+        value(seed.numel() == 1, op, f"seed must hold 1 element, found {seed.numel()}")
+        place = seed.device.type
+        value(place == "cpu" or (x.is_meta and place == "meta"), op, f"seed must be on cpu, found {seed.device}")
+
+
+def refuse_capture(x: Tensor) -> None:
+    """A CUDA graph would keep the seed that the host drew once, and drop the same elements at every replay."""
+    if x.is_cuda and not torch.compiler.is_compiling() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "lora_linear: dropout cannot be captured in a CUDA graph, every replay of which would drop the same "
+            "elements. Set dropout to 0, or leave the step outside the graph"
+        )

@@ -1,0 +1,94 @@
+"""y = x Wᵀ + bias, and for each sample of x the adapter of its number: Sᵢ Bᵢᵀ with Sᵢ = scaleᵢ x Aᵢᵀ (see lora.py).
+
+One operator adds for several adapters at once, as Punica does (arXiv 2310.18547). Without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftcore.ops._library import define_by
+from peftcore.ops.lora import check_factors, frozen_linear, wide
+from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, value
+
+_OP = "lora_linear_per_sample"
+
+
+@dataclass
+class LoraLinearPerSample:
+    x: Tensor
+    weight: Sequence[Tensor]
+    packing: Sequence[int]
+    bias: Tensor | None
+    a: Sequence[Tensor]
+    b: Sequence[Tensor]
+    scales: Sequence[float]
+    index: Tensor
+
+    def __post_init__(self) -> None:
+        x, a, b, index = self.x, self.a, self.b, self.index
+        frozen = checked(self.weight, self.packing, _OP)
+        check_linear(x, frozen, self.bias, _OP)
+        self.out_features = frozen.shape[0]
+        sizes = f"{len(a)}, {len(b)} and {len(self.scales)}"
+        same = len(a) == len(b) == len(self.scales)
+        value(same, _OP, f"a, b and scales must be of one length, found {sizes}")
+        for i, factors in enumerate(zip(a, b, strict=True)):
+            check_factors(_OP, x, *factors, self.out_features, (f"a[{i}]", f"b[{i}]"))
+        if index.dtype != torch.int64:
+            raise TypeError(f"{_OP}: index must be torch.int64, found {index.dtype}")
+        wanted = f"index must be [{x.shape[0]}], one for each sample of x"
+        value(index.shape == x.shape[:1], _OP, f"{wanted}, found {list(index.shape)}")
+
+    def compute(self) -> Tensor:
+        x, dtype, found = self.x, wide(self.x), self.index.tolist()
+        for i in found:
+            value(-1 <= i < len(self.a), _OP, f"index must be -1 (none) to {len(self.a) - 1}, found {i}")
+        y = frozen_linear(x, self.weight, self.packing, self.bias)
+        for i in sorted(set(found) - {-1}):
+            rows = self.index == i
+            s = F.linear(x[rows].to(dtype), self.a[i].to(dtype)) * self.scales[i]
+            y[rows] = (y[rows] + F.linear(s, self.b[i].to(dtype))).to(x.dtype)
+        return y
+
+    def empty(self) -> Tensor:
+        return self.x.new_empty((*self.x.shape[:-1], self.out_features))
+
+
+define_by(
+    "lora_linear_per_sample(Tensor x, Tensor[] weight, SymInt[] packing, Tensor? bias, Tensor[] a, Tensor[] b, "
+    "float[] scales, Tensor index) -> Tensor",
+    LoraLinearPerSample,
+)
+
+
+def lora_linear_per_sample(
+    x: Tensor,
+    weight: Tensor | PackedWeight,
+    bias: Tensor | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    index: Tensor,
+) -> Tensor:
+    """x Wᵀ + bias, and for each sample i of x the adapter `index[i]` of several added. Without gradients.
+
+    Args:
+        x, weight, bias: as for `lora_linear`; x is `[samples, ..., in]`.
+        a, b, scales: of each adapter, `[r, in]`, `[out, r]` and a number; ranks may differ.
+        index: int64 `[samples]` on x's device; -1 for a sample that gets no adapter.
+
+    Returns:
+        `[samples, ..., out]`.
+    """
+    x, tensors, packing, bias = frozen_operands(x, weight, bias)
+    arguments = x, tensors, packing, bias, a, b, scales, index
+    if x.dtype is torch.float64:
+        with torch.no_grad():
+            return LoraLinearPerSample(*arguments).compute()
+    return torch.ops.peftcore.lora_linear_per_sample(*arguments)

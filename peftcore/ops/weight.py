@@ -1,0 +1,240 @@
+"""A frozen weight, dense or in 4 bits, as one thing: a tensor or a `PackedWeight` here, two arguments of an operator.
+
+    dense       Tensor[] weight = [W [.., out, in]]                   SymInt[] packing = []
+    in 4 bits   [codes, absmax, quant_map]                            [blocksize, 0, .., out, in]
+    and nested  [.., nested_absmax, nested_quant_map, nested_offset]  [blocksize, nested_blocksize, .., out, in]
+
+The parts have the names that bitsandbytes gives them on disk. What they mean: nf4.py. The same in C++: csrc/weight.
+
+What is checked where, with the same messages and types of error:
+
+    | what                                     | compiled kernels             | references and shape rules       |
+    |------------------------------------------|------------------------------|----------------------------------|
+    | a weight's parts and numbers             | `Weight` in csrc/weight      | `checked` here                   |
+    | x, gradient and bias beside it           | csrc/weight/linear_arguments | `check_linear`, `check_beside`   |
+    | LoRA's factors, dropout, samples         | csrc/lora/arguments.h        | lora.py, dropout.py, per_sample  |
+    | a codebook's values are finite, sorted   | csrc/nf4/cpu/ops.cpp         | nf4.py; not on a GPU, nor fake   |
+    | a sample's adapter exists                | lora/cpu; NaN on a GPU       | per_sample.py; not fake          |
+
+The Python functions that users call check nothing of this again: the operator does, once a call. Under
+`torch.compile` the shape rule checks while tracing, and the kernel at every run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+MIN_BLOCKSIZE, MAX_BLOCKSIZE = 32, 4096
+
+
+class PackedWeight(NamedTuple):
+    """A weight in 4 bits. A named tuple, which costs a sixth of what a frozen dataclass does at every call.
+
+    Args:
+        codes: uint8 `[ceil(n / 2), 1]`, two values a byte, the even one in the high nibble.
+        absmax: of each block, fp32 `[ceil(n / blocksize)]`, or uint8 with nested scales.
+        quant_map: fp32 `[16]`, the values of the codes.
+        shape: `(.., out, in)`; leading dimensions are experts'.
+        blocksize: values that share a scale, a power of two from 32 to 4096.
+        dtype: the one that it had. quant_type: `nf4` or `fp4`.
+        nested_absmax, nested_quant_map, nested_offset, nested_blocksize: what turns 8-bit scales back to fp32 (fp32
+            `[ceil(blocks / nested_blocksize)]`, `[256]`, `[]`), or None.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    quant_map: Tensor
+    shape: tuple[int, ...]
+    blocksize: int = 64
+    dtype: torch.dtype = torch.float32
+    quant_type: str = "nf4"
+    nested_absmax: Tensor | None = None
+    nested_quant_map: Tensor | None = None
+    nested_offset: Tensor | None = None
+    nested_blocksize: int = 256
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether its scales are in 8 bits."""
+        return self.nested_absmax is not None
+
+    def operands(self) -> tuple[list[Tensor], list[int]]:
+        """What an operator takes."""
+        nested = self.nested_absmax
+        if nested is None:
+            return [self.codes, self.absmax, self.quant_map], [self.blocksize, 0, *self.shape]
+        parts = [self.codes, self.absmax, self.quant_map, nested, self.nested_quant_map, self.nested_offset]
+        return parts, [self.blocksize, self.nested_blocksize, *self.shape]  # type: ignore[return-value]
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same on another device."""
+        return self._replace(**{name: t.to(device) for name, t in self._asdict().items() if isinstance(t, Tensor)})
+
+    def scales(self) -> Tensor:
+        """fp32, one a block: `absmax`, or what its 8 bits stand for."""
+        absmax, nested = self.absmax.reshape(-1), self.nested_absmax
+        if nested is None or self.nested_quant_map is None or self.nested_offset is None:
+            return absmax
+        per_block = nested.reshape(-1).repeat_interleave(self.nested_blocksize)[: absmax.numel()]
+        return self.nested_quant_map.reshape(-1)[absmax.int()] * per_block + self.nested_offset.reshape(())
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """The dense weight by PyTorch's operators: the reference of `dequantize_4bit`."""
+        count, codes = math.prod(self.shape), self.codes.reshape(-1)
+        values = self.quant_map.reshape(16)[torch.stack([codes >> 4, codes & 15], 1).flatten()[:count].int()]
+        return (values * self.scales().repeat_interleave(self.blocksize)[:count]).to(dtype).reshape(self.shape)
+
+    def rows_that_begin_blocks(self) -> int:
+        """Rows of a matrix whose every multiple begins with a block, of scales too where they are nested."""
+        together = self.blocksize * (self.nested_blocksize if self.double_quant else 1)
+        return together // math.gcd(self.shape[-1], together)
+
+    def rows(self, first: int, last: int) -> PackedWeight:
+        """Rows [first, last) of a matrix, where they lie. `first` is a multiple of `rows_that_begin_blocks`."""
+        columns = self.shape[1]
+        begin, end = first * columns, last * columns
+        blocks, nested = slice(begin // self.blocksize, -(-end // self.blocksize)), self.nested_absmax
+        if nested is not None:
+            step = self.nested_blocksize
+            nested = nested.reshape(-1)[blocks.start // step : -(-blocks.stop // step)]
+        return self._replace(
+            codes=self.codes.reshape(-1)[begin // 2 : (end + 1) // 2],
+            absmax=self.absmax.reshape(-1)[blocks],
+            nested_absmax=nested,
+            shape=(last - first, columns),
+        )
+
+
+def frozen_operands(
+    x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None
+) -> tuple[Tensor, list[Tensor], list[int], Tensor | None]:
+    """(x, the operator's two arguments, bias), cast as autocast says."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+        if isinstance(weight, Tensor):
+            weight = weight.to(x.dtype)
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    if isinstance(weight, Tensor):
+        return x, [weight], [], bias
+    return x, *weight.operands(), bias
+
+
+# --- checks: the same conditions, messages and exception types as in csrc/weight -------------------------------------
+
+
+def value(condition: bool, op: str, message: str) -> None:
+    """Raise a ValueError unless it holds."""
+    if not condition:
+        raise ValueError(f"{op}: {message}")
+
+
+def check_dtype(dtype: torch.dtype, op: str) -> None:
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: only float32, float16 and bfloat16 are supported, found {dtype}")
+
+
+def check_blocksize(blocksize: int, op: str, name: str = "blocksize") -> None:
+    fits = MIN_BLOCKSIZE <= blocksize <= MAX_BLOCKSIZE and blocksize & (blocksize - 1) == 0
+    wanted = f"a power of two from {MIN_BLOCKSIZE} to {MAX_BLOCKSIZE}"
+    value(fits, op, f"{name} must be {wanted}, found {blocksize}")
+
+
+def check_tensor(t: Tensor, dtype: torch.dtype, device: torch.device, op: str, name: str) -> None:
+    if t.dtype != dtype:
+        raise TypeError(f"{op}: {name} must be {dtype}, found {t.dtype}")
+    value(t.device == device, op, f"{name} must be on {device}, found {t.device}")
+
+
+def check_numel(t: Tensor, wanted: int, op: str, name: str, why: str) -> None:
+    found = f"found {t.numel()} of shape {list(t.shape)}"
+    value(t.numel() == wanted, op, f"{name} must hold {wanted} elements ({why}), {found}")
+
+
+def check_quant_map(quant_map: Tensor, entries: int, device: torch.device, op: str, name: str = "quant_map") -> None:
+    check_tensor(quant_map, torch.float32, device, op, name)
+    check_numel(quant_map, entries, op, name, "one value a code")
+
+
+def check_like(t: Tensor, x: Tensor, op: str, name: str) -> None:
+    if t.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must be {x.dtype} like x, found {t.dtype}")
+    value(t.device == x.device, op, f"{name} must be on {x.device} like x, found {t.device}")
+
+
+def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tensor | PackedWeight:
+    """The weight of an operator's two arguments."""
+    if not packing:
+        found = f"found {len(tensors)}"
+        value(len(tensors) == 1, op, f"a dense weight is 1 tensor (without packing), {found}")
+        return tensors[0]
+    found = f"found {len(tensors)}"
+    value(len(tensors) in (3, 6), op, f"a weight in 4 bits is 3 tensors, or 6 with nested scales, {found}")
+    wanted = "packing must be [blocksize, nested_blocksize, shape..]"
+    value(len(packing) >= 2, op, f"{wanted}, found {list(packing)}")
+    blocksize, nested_blocksize, shape = int(packing[0]), int(packing[1]), tuple(packing[2:])
+    check_blocksize(blocksize, op)
+    for size in shape:
+        value(size >= 0, op, f"shape must not be negative, found {list(shape)}")
+    count = math.prod(shape)
+    codes, absmax, quant_map, *nested = tensors
+    blocks, device = -(-count // blocksize), codes.device
+    check_tensor(codes, torch.uint8, device, op, "codes")
+    check_numel(codes, (count + 1) // 2, op, "codes", "two values a byte")
+    check_tensor(absmax, torch.uint8 if nested else torch.float32, device, op, "absmax")
+    check_numel(absmax, blocks, op, "absmax", "one a block")
+    check_quant_map(quant_map, 16, device, op)
+    weight = PackedWeight(codes, absmax, quant_map, shape, blocksize)
+    if not nested:
+        wanted = "nested_blocksize must be 0 without nested scales"
+        value(nested_blocksize == 0, op, f"{wanted}, found {nested_blocksize}")
+        return weight
+    nested_absmax, nested_quant_map, nested_offset = nested
+    check_blocksize(nested_blocksize, op, "nested_blocksize")
+    check_tensor(nested_absmax, torch.float32, device, op, "nested_absmax")
+    check_numel(nested_absmax, -(-blocks // nested_blocksize), op, "nested_absmax", "one a block of scales")
+    check_tensor(nested_offset, torch.float32, device, op, "nested_offset")
+    check_numel(nested_offset, 1, op, "nested_offset", "one for all scales")
+    check_quant_map(nested_quant_map, 256, device, op, "nested_quant_map")
+    parts = {"nested_absmax": nested_absmax, "nested_quant_map": nested_quant_map, "nested_offset": nested_offset}
+    return weight._replace(**parts, nested_blocksize=nested_blocksize)
+
+
+def checked_packed(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> PackedWeight:
+    """The same, of an operator that takes no dense one."""
+    weight = checked(tensors, packing, op)
+    if isinstance(weight, Tensor):
+        raise ValueError(f"{op}: the weight must be in 4 bits, found a dense one of shape {list(weight.shape)}")
+    return weight
+
+
+def check_beside(weight: Tensor | PackedWeight, t: Tensor, name: str, is_gradient: bool, op: str) -> None:
+    """W `[out, in]` beside `t`, which is x `[.., in]`, or a gradient `[.., out]`. Float64 too, where W is dense."""
+    dense = isinstance(weight, Tensor)
+    if not (dense and t.dtype is torch.float64):
+        check_dtype(t.dtype, op)
+    value(len(weight.shape) == 2, op, f"weight must be [out, in], found {list(weight.shape)}")
+    if dense and weight.dtype != t.dtype:
+        raise TypeError(f"{op}: weight must be {t.dtype} like {name}, found {weight.dtype}")
+    device = weight.device if isinstance(weight, Tensor) else weight.codes.device
+    value(device == t.device, op, f"weight must be on {t.device} like {name}, found {device}")
+    value(t.dim() > 0, op, f"{name} must have at least one dimension, found a scalar")
+    last = weight.shape[0 if is_gradient else 1]
+    wanted = f"{name} must be [.., {last}] for a weight {list(weight.shape)}"
+    value(t.shape[-1] == last, op, f"{wanted}, found {list(t.shape)}")
+
+
+def check_linear(x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None, op: str) -> None:
+    """x `[.., in]`, W `[out, in]` and its bias `[out]`."""
+    check_beside(weight, x, "x", False, op)
+    if bias is not None:
+        rows = weight.shape[0]
+        value(bias.shape == (rows,), op, f"bias must be [{rows}], found {list(bias.shape)}")
+        check_like(bias, x, op, "bias")

@@ -1,0 +1,90 @@
+"""The plain structs that launchers take, as ctypes. They keep the tensors alive whose addresses they hold."""
+
+from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_uint32, c_void_p
+
+import torch
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def address(t):
+    return None if t is None else t.data_ptr()
+
+
+class WeightView(Structure):
+    """csrc/weight/view.h"""
+
+    _fields_ = [
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("dense", c_void_p),
+        ("itemsize", c_int),
+        ("codes", c_void_p),
+        ("absmax", c_void_p),
+        ("quant_map", c_void_p),
+        ("shift", c_int),
+        ("nested_absmax", c_void_p),
+        ("nested_quant_map", c_void_p),
+        ("nested_offset", c_void_p),
+        ("nested_shift", c_int),
+        ("first_block", c_int64),
+    ]  # fmt: skip
+
+    def __init__(self, weight):
+        *leading, columns = weight.shape or (1,)
+        super().__init__(rows=torch.Size(leading).numel(), columns=columns)
+        for name in ("codes", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset"):
+            setattr(self, name, address(getattr(weight, name)))
+        self.shift = weight.blocksize.bit_length() - 1
+        self.nested_shift = weight.nested_blocksize.bit_length() - 1 if weight.double_quant else 0
+        self.kept = weight
+
+    def expert(self, library, index):
+        """One of a weight `[experts, out, in]`, where it lies."""
+        expert = WeightView(self.kept)
+        library.expert_of(byref(self), c_int64(index), c_int64(self.kept.shape[0]), byref(expert))
+        return expert
+
+
+class Wide(Structure):
+    """csrc/lora/cuda/lora_cuda.h: x, dy, or what is written, `[samples, rows, columns]` or a matrix."""
+
+    _fields_ = [
+        ("values", c_void_p),
+        ("dtype", c_int),
+        ("samples", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+    ]  # fmt: skip
+
+    def __init__(self, t):
+        samples, rows, columns = t.shape if t.dim() == 3 else (1, *t.shape)
+        super().__init__(t.data_ptr(), DTYPES.index(t.dtype), samples, rows, columns)
+        self.kept = t
+
+
+class Factors(Structure):
+    """csrc/lora/cuda/lora_cuda.h: of some adapters, and each sample's number."""
+
+    _fields_ = [
+        ("values", POINTER(c_void_p)),
+        ("ranks", POINTER(c_int)),
+        ("scales", POINTER(c_float)),
+        ("count", c_int),
+        ("stride", c_int),
+        ("index", c_void_p),
+    ]  # fmt: skip
+
+    def __init__(self, factors, rank_dimension, stride, scales=None, index=None):
+        count, ranks = len(factors), [t.shape[rank_dimension] for t in factors]
+        values = (c_void_p * count)(*(t.data_ptr() for t in factors))
+        super().__init__(values, (c_int * count)(*ranks), None, count, stride, address(index))
+        if scales is not None:
+            self.scales = (c_float * count)(*scales)
+        self.kept = factors, index
+
+
+class Dropout(Structure):
+    """csrc/lora/dropout.h"""
+
+    _fields_ = [("threshold", c_uint32), ("key0", c_uint32), ("key1", c_uint32)]
