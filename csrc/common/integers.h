@@ -7,6 +7,10 @@
 
 namespace peftcore {
 
+struct Range {
+    int64_t first, last;
+};
+
 static PEFTCORE_HD constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // a / b rounded up, of a >= 0 and b > 0; no sum that could overflow.

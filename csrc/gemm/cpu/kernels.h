@@ -8,10 +8,6 @@
 namespace peftcore {
 namespace gemm {
 
-struct Range {
-    int64_t first, last;
-};
-
 // x and the addend's left factor as a kernel reads them.
 struct Arranged {
     const uint32_t *x, *addend_left;

@@ -11,11 +11,9 @@ namespace lora {
 namespace {
 
 constexpr int kPair = 2, kHalves = 2;
-constexpr int64_t kRows = 2 * kSide;                     // that `down` takes together
-constexpr int64_t kBlockRows = 64, kBlockColumns = 256;  // of x, that `outer` arranges
+constexpr int64_t kRows = 2 * kSide;  // that `down` takes together
 constexpr int64_t kBlockPairs = kBlockRows / kPair;
-static_assert(kSide == kWidthMultiple && kBlockPairs % kSide == 0 && kBlockRows <= kRowGrain);
-static_assert(kBlockPairs * kBlockColumns * sizeof(uint32_t) <= kSmallestSecond / 2);
+static_assert(kSide == kWidthMultiple && kBlockPairs % kSide == 0);
 
 __mmask16 first_of(int64_t count) { return count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xffff); }
 
@@ -284,31 +282,22 @@ void outer_block(const uint32_t* left, int64_t width, const uint32_t* right, int
 }
 
 void outer(const OuterArgs& args, int64_t first, int64_t last) {
-    constexpr int64_t kAhead = 8;
-    alignas(64) uint32_t block[kBlockPairs * kBlockColumns];
-    const int64_t sums_row = filled_up(args.last_column - args.first_column, kColumnGrain);
+    alignas(64) uint32_t staged[kBlockPairs * kBlockColumns];
     _tile_loadconfig(&kTileShapes);
-    for (int64_t m = first; m < last; m += kBlockRows)
-        for (int64_t begin = args.first_column; begin < args.last_column; begin += kBlockColumns) {
-            const int64_t rows = std::min(kBlockRows, last - m);
-            const int64_t columns = std::min(kBlockColumns, args.last_column - begin);
-            const int64_t width = filled_up(columns, kSide), pairs = (rows + 1) / kPair;
-            const BFloat16* x = static_cast<const BFloat16*>(args.x) + m * args.columns + begin;
-            const auto keep = [&](int64_t i) {
-                const uint8_t* row = args.keep.row(m + i);
-                return row == nullptr ? nullptr : row + begin / 8;
-            };
-            for (int64_t i = 0; i < rows; i += kPair, x += kPair * args.columns) {
-                for (int64_t ahead = kAhead; ahead < kAhead + kPair && i + ahead < rows; ++ahead)
-                    prefetch(x + ahead * args.columns, columns);
-                const bool both = i + 1 < rows;
-                stage_rows(x, both ? x + args.columns : nullptr, columns, keep(i),
-                           both ? keep(i + 1) : nullptr, block + i / kPair * width);
-            }
-            std::fill(block + pairs * width, block + filled_up(pairs, kSide) * width, 0u);
-            outer_block(static_cast<const uint32_t*>(args.left) + m / kPair * kHalves * args.width,
-                        args.width, block, width, pairs, args.sums + begin - args.first_column, sums_row);
+    for_each_block<BFloat16>(args, first, last, [&](const OuterBlock<BFloat16>& block) {
+        const int64_t width = filled_up(block.columns, kSide), pairs = ceil_div(block.rows, kPair);
+        const BFloat16* x = block.x;
+        for (int64_t i = 0; i < block.rows; i += kPair, x += kPair * args.columns) {
+            prefetch_ahead(block, i, args.columns);
+            prefetch_ahead(block, i + 1, args.columns);
+            const bool both = i + 1 < block.rows;
+            stage_rows(x, both ? x + args.columns : nullptr, block.columns, block.keep.row(i),
+                       both ? block.keep.row(i + 1) : nullptr, staged + i / kPair * width);
         }
+        std::fill(staged + pairs * width, staged + filled_up(pairs, kSide) * width, 0u);
+        outer_block(static_cast<const uint32_t*>(args.left) + block.row / kPair * kHalves * args.width,
+                    args.width, staged, width, pairs, block.sums, block.sums_row);
+    });
     memory_barrier_of_tiles();
     _tile_release();
 }

@@ -81,6 +81,43 @@ static inline void prefetch(const T* row, int64_t columns) {
         __builtin_prefetch(reinterpret_cast<const char*>(row + k));
 }
 
+// A block of x that `outer` arranges: it stays in the second cache.
+constexpr int64_t kBlockRows = 64, kBlockColumns = 256;
+static_assert(kBlockRows <= kRowGrain && kBlockRows * kBlockColumns * sizeof(float) <= kSmallestSecond / 2);
+
+template <typename T>
+struct OuterBlock {
+    int64_t row, rows, columns;
+    const T* x;   // its first value
+    Mask keep;    // of its own rows and columns
+    float* sums;  // of its columns, sums_row a row
+    int64_t sums_row;
+};
+
+// When row i is read, for its rows to come.
+template <typename T>
+static inline void prefetch_ahead(const OuterBlock<T>& block, int64_t i, int64_t x_row) {
+    constexpr int64_t kAhead = 8;
+    if (i + kAhead < block.rows) prefetch(block.x + (i + kAhead) * x_row, block.columns);
+}
+
+template <typename T, typename Body>
+static inline void for_each_block(const OuterArgs& args, int64_t first, int64_t last, const Body& body) {
+    const int64_t sums_row = filled_up(args.last_column - args.first_column, kColumnGrain);
+    for (int64_t row = first; row < last; row += kBlockRows)
+        for (int64_t column = args.first_column; column < args.last_column; column += kBlockColumns) {
+            Mask keep = args.keep;
+            if (keep.bits != nullptr) keep.bits += row * keep.stride + column / 8;
+            body(OuterBlock<T>{.row = row,
+                               .rows = least(kBlockRows, last - row),
+                               .columns = least(kBlockColumns, args.last_column - column),
+                               .x = static_cast<const T*>(args.x) + row * args.columns + column,
+                               .keep = keep,
+                               .sums = args.sums + column - args.first_column,
+                               .sums_row = sums_row});
+        }
+}
+
 // x of `Type` on the vectors of `Simd`.
 template <Lanes Simd, typename Type>
 struct Of : Simd {
@@ -102,9 +139,7 @@ struct Blocks {
     using Vector = typename Level::Vector;
     static constexpr int kLanes = Level::kLanes, kRows = Level::kRows;
     static constexpr int64_t kChain = 64;
-    // A block of x that `outer` arranges: it stays in the second cache.
-    static constexpr int64_t kBlockRows = kChain, kBlockColumns = 256, kAhead = 8;
-    static_assert(kBlockRows * kBlockColumns * sizeof(float) <= kSmallestSecond / 2);
+    static_assert(kBlockRows == kChain);
 
     static int64_t padded(int64_t count) { return filled_up(count, kLanes); }
 
@@ -271,31 +306,35 @@ struct Blocks {
     };
 
     static void outer(const OuterArgs& args, int64_t first, int64_t last) {
-        alignas(64) float block[kBlockRows * kBlockColumns];
-        const int64_t sums_row = filled_up(args.last_column - args.first_column, kColumnGrain);
-        for (int64_t m = first; m < last; m += kBlockRows)
-            for (int64_t begin = args.first_column; begin < args.last_column; begin += kBlockColumns) {
-                const int64_t rows = std::min(kBlockRows, last - m);
-                const int64_t columns = std::min(kBlockColumns, args.last_column - begin);
-                const T* x = static_cast<const T*>(args.x) + m * args.columns + begin;
-                const float* left = static_cast<const float*>(args.left) + m * args.width;
-                float* sums = args.sums + begin - args.first_column;
-                if constexpr (std::is_same_v<T, float>)
-                    // x can be read where it lies; but from memory it comes faster row by row, as below.
-                    if (args.cached && args.keep.bits == nullptr && columns % kLanes == 0) {
-                        tiles(args.r, columns,
-                              OuterTile{left, x, args.width, args.columns, rows, sums, sums_row});
-                        continue;
-                    }
-                const int64_t width = padded(columns);
-                for (int64_t i = 0; i < rows; ++i) {
-                    if (i + kAhead < rows) prefetch(x + (i + kAhead) * args.columns, columns);
-                    const uint8_t* keep = args.keep.row(m + i);
-                    stage_row<Level>(x + i * args.columns, columns,
-                                     keep == nullptr ? nullptr : keep + begin / 8, block + i * width);
-                }
-                tiles(args.r, width, OuterTile{left, block, args.width, width, rows, sums, sums_row});
+        alignas(64) float staged[kBlockRows * kBlockColumns];
+        for_each_block<T>(args, first, last, [&](const OuterBlock<T>& block) {
+            const float* left = static_cast<const float*>(args.left) + block.row * args.width;
+            if constexpr (std::is_same_v<T, float>)
+                // x can be read where it lies; but from memory it comes faster row by row, as below.
+                if (args.cached && block.keep.bits == nullptr && block.columns % kLanes == 0)
+                    return tiles(args.r, block.columns,
+                                 OuterTile{.left = left,
+                                           .right = block.x,
+                                           .left_inner = args.width,
+                                           .right_inner = args.columns,
+                                           .inner = block.rows,
+                                           .sums = block.sums,
+                                           .sums_row = block.sums_row});
+            const int64_t width = padded(block.columns);
+            for (int64_t i = 0; i < block.rows; ++i) {
+                prefetch_ahead(block, i, args.columns);
+                stage_row<Level>(block.x + i * args.columns, block.columns, block.keep.row(i),
+                                 staged + i * width);
             }
+            tiles(args.r, width,
+                  OuterTile{.left = left,
+                            .right = staged,
+                            .left_inner = args.width,
+                            .right_inner = width,
+                            .inner = block.rows,
+                            .sums = block.sums,
+                            .sums_row = block.sums_row});
+        });
     }
 
     static ThinKernels kernels() {

@@ -15,7 +15,8 @@ constexpr int64_t kProductsPerTask = 1 << 17, kCountersPerTask = 1 << 12;
 // Sums over the rows of x are made by groups of rows, each in their order, and added in theirs: by the shapes
 // alone, whatever the number of threads.
 constexpr int64_t kGroupRows = 256;
-constexpr int64_t kAllSums = int64_t(1) << 23;  // of all groups: 32 MB; beyond, groups have more rows
+// Of all groups: 32 MB; beyond, groups have more rows. No cache's size: sums are divided by it.
+constexpr int64_t kAllSums = int64_t(1) << 23;
 
 // Of a task: they stay in the second cache, beside the rows that pass by. No sum depends on it.
 int64_t own_sums() { return std::min(caches().second / 2, int64_t(512) << 10) / int64_t(sizeof(float)); }
@@ -44,20 +45,21 @@ struct Division {
 };
 
 // out = the sum of all groups' sums; element (i, column) at i * out_row + column * out_column.
-void add_groups(const Division& of, const float* sums, int64_t r, float* out, int64_t out_row,
+void add_groups(const Division& division, const float* sums, int64_t r, float* out, int64_t out_row,
                 int64_t out_column) {
     const auto columns_from = [&](int64_t column) {
-        const int64_t begin = column / of.part * of.part,
-                      count = std::min<int64_t>(kColumnGrain, of.columns - column);
+        const int64_t begin = column / division.part * division.part,
+                      count = std::min<int64_t>(kColumnGrain, division.columns - column);
         for (int64_t i = 0; i < r; ++i) {
-            const float* from = sums + of.place(0, begin) + i * of.stride(begin) + column - begin;
+            const float* from = sums + division.place(0, begin) + i * division.stride(begin) + column - begin;
             float sum[kColumnGrain] = {};
-            for (int64_t group = 0; group < of.groups; ++group, from += of.group_size)
+            for (int64_t group = 0; group < division.groups; ++group, from += division.group_size)
                 for (int64_t j = 0; j < kColumnGrain; ++j) sum[j] += from[j];
             for (int64_t j = 0; j < count; ++j) out[i * out_row + (column + j) * out_column] = sum[j];
         }
     };
-    at::parallel_for(0, of.filled / kColumnGrain, ceil_div(kProductsPerTask, kColumnGrain * r * of.groups),
+    at::parallel_for(0, division.filled / kColumnGrain,
+                     ceil_div(kProductsPerTask, kColumnGrain * r * division.groups),
                      [&](int64_t first, int64_t last) {
                          for (; first < last; ++first) columns_from(first * kColumnGrain);
                      });
@@ -91,8 +93,14 @@ Kept kept(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x) {
 }
 
 DownArgs down_args(const Tensor& x, const Factor& right, float factor, const Mask& keep, const Tensor& s) {
-    return {x.const_data_ptr(), x.size(1), right.units(), right.width,
-            s.size(1),          factor,    keep,          s.mutable_data_ptr<float>()};
+    return {.x = x.const_data_ptr(),
+            .columns = x.size(1),
+            .right = right.units(),
+            .width = right.width,
+            .r = s.size(1),
+            .factor = factor,
+            .keep = keep,
+            .s = s.mutable_data_ptr<float>()};
 }
 
 void down(const ThinKernels& kernels, const DownArgs& args, int64_t rows) {
@@ -102,9 +110,13 @@ void down(const ThinKernels& kernels, const DownArgs& args, int64_t rows) {
 
 void up(const ThinKernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep) {
     const int64_t r = s.size(1), columns = y.size(1);
-    const UpArgs args{
-        y.mutable_data_ptr(), columns, s.const_data_ptr<float>(), r, static_cast<const float*>(right.units()),
-        right.width,          keep};
+    const UpArgs args{.y = y.mutable_data_ptr(),
+                      .columns = columns,
+                      .left = s.const_data_ptr<float>(),
+                      .inner = r,
+                      .right = static_cast<const float*>(right.units()),
+                      .width = right.width,
+                      .keep = keep};
     const int64_t products = std::max<int64_t>(1, columns * r);
     at::parallel_for(0, y.size(0), ceil_div(kProductsPerTask, products),
                      [&](int64_t first, int64_t last) { kernels.up(args, first, last); });
@@ -114,39 +126,41 @@ void outer(const ThinKernels& kernels, const Tensor& x, const Tensor& left, cons
            bool transposed, const Mask& keep, const DownArgs* down_too) {
     const int64_t rows = x.size(0), columns = x.size(1), r = left.size(1);
     const Factor factor = arranged(kernels.arrangement, left, false);
-    const Division of(rows, columns, factor.width);
-    if (down_too != nullptr && of.parts > 1) {
+    const Division division(rows, columns, factor.width);
+    if (down_too != nullptr && division.parts > 1) {
         down(kernels, *down_too, rows);
         down_too = nullptr;
     }
-    const Tensor memory = at::empty({of.groups * of.group_size}, out.options());
+    const Tensor memory = at::empty({division.groups * division.group_size}, out.options());
     float* all = memory.mutable_data_ptr<float>();
     const auto task = [&](int64_t group, int64_t begin) {
-        const int64_t end = std::min(begin + of.part, columns),
-                      stop = std::min((group + 1) * of.group_rows, rows);
-        float* sums = all + of.place(group, begin);
-        std::fill_n(sums, of.width * of.stride(begin), 0.0f);
-        const OuterArgs args{x.const_data_ptr(),
-                             columns,
-                             factor.units(),
-                             factor.width,
-                             r,
-                             keep,
-                             down_too != nullptr,
-                             begin,
-                             end,
-                             sums};
-        for (int64_t m = group * of.group_rows; m < stop; m += kRowGrain) {
+        const int64_t end = std::min(begin + division.part, columns),
+                      stop = std::min((group + 1) * division.group_rows, rows);
+        float* sums = all + division.place(group, begin);
+        std::fill_n(sums, division.width * division.stride(begin), 0.0f);
+        const OuterArgs args{.x = x.const_data_ptr(),
+                             .columns = columns,
+                             .left = factor.units(),
+                             .width = factor.width,
+                             .r = r,
+                             .keep = keep,
+                             .cached = down_too != nullptr,
+                             .first_column = begin,
+                             .last_column = end,
+                             .sums = sums};
+        for (int64_t m = group * division.group_rows; m < stop; m += kRowGrain) {
             const int64_t next = std::min(m + kRowGrain, stop);
             if (down_too != nullptr) kernels.down(*down_too, m, next);
             kernels.outer(args, m, next);
         }
     };
-    at::parallel_for(0, of.groups * of.parts, ceil_div(kProductsPerTask, of.group_rows * of.part * r),
+    at::parallel_for(0, division.groups * division.parts,
+                     ceil_div(kProductsPerTask, division.group_rows * division.part * r),
                      [&](int64_t first, int64_t last) {
-                         for (; first < last; ++first) task(first / of.parts, first % of.parts * of.part);
+                         for (; first < last; ++first)
+                             task(first / division.parts, first % division.parts * division.part);
                      });
-    add_groups(of, all, r, out.mutable_data_ptr<float>(), transposed ? 1 : columns, transposed ? r : 1);
+    add_groups(division, all, r, out.mutable_data_ptr<float>(), transposed ? 1 : columns, transposed ? r : 1);
 }
 
 }  // namespace lora

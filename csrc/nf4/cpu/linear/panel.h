@@ -15,16 +15,12 @@ namespace nf4 {
 // the cache. With 1024 rows the library's product is slower by panels, which are narrow for it, than by the
 // whole weight: 1.5 times dense by 4 MiB, 1.09 by 16 and 1.06 by 32. So it is in the gradient always: with
 // 256 rows 1.06 to 1.07 by 32 MiB, 1.07 to 1.09 by less. Writing panels around the cache is slower at every
-// size.
+// size. The same on every machine, whatever its caches: the library may divide its sums by a panel's size.
 constexpr int64_t kPanelBytes = int64_t(4) << 20, kLargePanelBytes = int64_t(32) << 20;
 constexpr int64_t kPanelsOfFewRows = 256;
 // Panels of columns are a multiple of this, so that a segment of a row is whole blocks or pieces of larger
 // ones.
 constexpr int64_t kPanelColumns = 64;
-
-struct Range {
-    int64_t first, last;
-};
 
 // W[rows, columns] as a contiguous tensor in the workspace, each value rounded once.
 at::Tensor dequantized_panel(const WeightView& weight, Range rows, Range columns,
