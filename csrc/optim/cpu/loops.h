@@ -1,20 +1,47 @@
-// The loops of all rules, written once in terms of what a SIMD level `V` supplies: a register `F` of kWidth
-// fp32 values, and
-//
-//   set1, add, sub, mul, div, sqrt, fma, sign            as rules.h reads them
-//   load, store                                          kWidth values
-//   where_zero(x, d)                                     x where d is 0, else 0, also where d is NaN
-//   Largest                                              a running maximum of |x|
-//   decode(codes, table, absmax, out)                    kChunk codes to registers of table[code] * absmax
-//   encode<signed>(x, inverse, encoder, codes)           256 values times `inverse` to codes
-//
-// What is left over of a span goes through the scalar level, whose bits are the same.
+// The loops of all rules, written once in terms of what a SIMD level supplies. What is left over of a span goes
+// through the scalar level, whose bits are the same.
 #pragma once
+
+#include <concepts>
 
 #include "optim/cpu/kernels.h"
 
 namespace peftcore {
 namespace optim {
+
+// A register `F` of kWidth fp32 values, and what rules.h reads.
+template <typename V>
+concept Arithmetic = requires(typename V::F x, float value, const float* from, float* to) {
+    { V::kWidth } -> std::convertible_to<int>;
+    { V::load(from) } -> std::same_as<typename V::F>;
+    V::store(to, x);
+    { V::set1(value) } -> std::same_as<typename V::F>;
+    { V::add(x, x) } -> std::same_as<typename V::F>;
+    { V::sub(x, x) } -> std::same_as<typename V::F>;
+    { V::mul(x, x) } -> std::same_as<typename V::F>;
+    { V::div(x, x) } -> std::same_as<typename V::F>;
+    { V::sqrt(x) } -> std::same_as<typename V::F>;
+    { V::fma(x, x, x) } -> std::same_as<typename V::F>;
+    { V::sign(x) } -> std::same_as<typename V::F>;
+};
+
+template <typename V>
+concept Lanes = Arithmetic<V> && requires(typename V::F x, typename V::Largest largest, float value,
+                                          const float* from, const uint8_t* codes, uint8_t* out,
+                                          const Encoder& encoder, const uint16_t* bits, uint16_t* narrow) {
+    { V::where_zero(x, x) } -> std::same_as<typename V::F>;  // the first where the second is 0; where NaN, 0
+    largest.take(x);                                         // of |x|; NaN is above all
+    { largest.value() } -> std::same_as<float>;
+    { V::kChunk } -> std::convertible_to<int>;
+    V::decode(codes, V::signed_table(), value, &x);  // kChunk codes to registers of table[code] * value
+    V::decode(codes, V::unsigned_table(), value, &x);
+    V::template encode<true>(from, value, encoder, out);  // kBlock floats times value, to codes
+    V::template encode<false>(from, value, encoder, out);
+    { V::widen_half(bits) } -> std::same_as<typename V::F>;
+    { V::widen_bfloat16(bits) } -> std::same_as<typename V::F>;
+    V::narrow_half(x, narrow);  // to the nearest
+    V::narrow_bfloat16(x, narrow);
+};
 
 namespace {  // each level's own: with one name for all, the linker would choose among their instructions
 
@@ -35,7 +62,7 @@ struct Scalar {
 
 }  // namespace
 
-template <typename V, typename Rule>
+template <Arithmetic V, typename Rule>
 static inline int64_t update_part(float* p, const float* g, float* const* state, int64_t i, int64_t count,
                                   const Rule& rule) {
     using F = typename V::F;
@@ -50,7 +77,7 @@ static inline int64_t update_part(float* p, const float* g, float* const* state,
 }
 
 // State in fp32.
-template <typename V, typename Rule>
+template <Lanes V, typename Rule>
 static void update_floats(float* p, const float* g, void* const* state, int64_t count,
                           const Scalars& scalars) {
     const Rule rule = with_scalars<Rule>(scalars);
@@ -61,7 +88,7 @@ static void update_floats(float* p, const float* g, void* const* state, int64_t 
 }
 
 // A whole block of a rule with a signed and an unsigned moment in 8 bits; the caller pads.
-template <typename V, typename Rule>
+template <Lanes V, typename Rule>
 static inline void update_block(float* p, const float* g, uint8_t* m, uint8_t* v, float* m_absmax,
                                 float* v_absmax, const Rule rule) {  // a copy: p may not alias it
     using F = typename V::F;
@@ -105,7 +132,7 @@ static inline void update_block(float* p, const float* g, uint8_t* m, uint8_t* v
 }
 
 // Fewer elements than a block.
-template <typename V, typename Rule>
+template <Lanes V, typename Rule>
 static void update_padded_block(float* p, const float* g, uint8_t* m, uint8_t* v, float* m_absmax,
                                 float* v_absmax, int64_t count, const Rule& rule) {
     float p_block[kBlock] = {}, g_block[kBlock] = {};
@@ -122,7 +149,7 @@ static void update_padded_block(float* p, const float* g, uint8_t* m, uint8_t* v
 }
 
 // State in codes of 8 bits.
-template <typename V, typename Rule>
+template <Lanes V, typename Rule>
 static void update_codes(float* p, const float* g, void* const* state, int64_t count,
                          const Scalars& scalars) {
     const Rule rule = with_scalars<Rule>(scalars);
@@ -137,7 +164,7 @@ static void update_codes(float* p, const float* g, void* const* state, int64_t c
     }
 }
 
-template <typename V, typename Rule>
+template <Lanes V, typename Rule>
 static void update(float* p, const float* g, void* const* state, int64_t count, const Scalars& scalars) {
     if constexpr (Rule::kIn8Bits)
         update_codes<V, Rule>(p, g, state, count, scalars);
@@ -155,7 +182,7 @@ static void narrow_rest(const float* x, int64_t i, int64_t count, void* out) {
     for (; i < count; ++i) static_cast<T*>(out)[i] = from_float<T>(x[i]);
 }
 
-template <typename V>
+template <Lanes V>
 static void widen(const void* x, Dtype dtype, int64_t count, float* out) {
     const int64_t whole = count / V::kWidth * V::kWidth;
     const uint16_t* bits = static_cast<const uint16_t*>(x);
@@ -168,7 +195,7 @@ static void widen(const void* x, Dtype dtype, int64_t count, float* out) {
     }
 }
 
-template <typename V>
+template <Lanes V>
 static void narrow(const float* x, int64_t count, Dtype dtype, void* out) {
     const int64_t whole = count / V::kWidth * V::kWidth;
     uint16_t* bits = static_cast<uint16_t*>(out);
@@ -203,12 +230,15 @@ static void narrow_stochastic(const float* x, int64_t count, Dtype dtype, void* 
     narrow_at_random(x, count, static_cast<BFloat16*>(out), stream, step, first);
 }
 
-template <typename V, typename... Rule>
+template <Lanes V, typename... Rule>
 static Kernels kernels_of(RuleList<Rule...>) {
-    return {widen<V>, narrow<V>, narrow_stochastic, {update<V, Rule>...}};
+    return {.widen = widen<V>,
+            .narrow = narrow<V>,
+            .narrow_stochastic = narrow_stochastic,
+            .update = {update<V, Rule>...}};
 }
 
-template <typename V>
+template <Lanes V>
 static Kernels kernels_of() {
     return kernels_of<V>(Rules());
 }
