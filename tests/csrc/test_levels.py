@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from peftcore import ops
-from peftcore.ops import lora_linear
+from peftcore.ops import PackedWeight, lora_linear
 from peftcore.ops.build_info import LEVELS, build_info
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +77,7 @@ def test_dot_products_of_bf16_round_the_codebook_s_entry(levels, level):
     absmax = torch.full((128,), 1.5)
     x = torch.zeros(4, 64, dtype=torch.bfloat16)
     x[range(4), range(4)] = 1
-    y = ops.linear_4bit(x, packed, absmax, code, 128)
+    y = ops.linear_4bit(x, PackedWeight(packed, absmax, code, (128, 64)))
     exact = code[torch.stack([packed[:, 0] >> 4, packed[:, 0] & 15], 1).int().view(128, 64)[:, :4].T]
     if level == "avx512bf16":
         exact = exact.bfloat16().float()
@@ -89,10 +89,10 @@ def test_the_size_of_caches_changes_no_bit(levels):
     weight = torch.randn(200, 2112).bfloat16()
     x = torch.randn(130, 2112).bfloat16().requires_grad_()
     a, b = torch.randn(16, 2112).requires_grad_(), torch.randn(200, 16).requires_grad_()
-    packed, absmax = ops.quantize_4bit(weight)
+    packed = ops.quantize_4bit(weight)
 
     def results():
-        y = lora_linear(x, weight, None, a, b) + ops.linear_4bit(x, packed, absmax, ops.NF4, 200)
+        y = lora_linear(x, weight, None, a, b) + ops.linear_4bit(x, packed)
         return (y, *torch.autograd.grad(y, (x, a, b), torch.ones_like(y)))
 
     found = ops.extension.caches()

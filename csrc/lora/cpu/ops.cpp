@@ -29,14 +29,15 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
     Tensor y;
     if (s.numel() != 0) {
-        const Kept keep = kept(thin, dropout, flat);
-        const Factor right = arranged(thin.arrangement, floats(a), true);
+        const KeepMask keep = keep_mask(thin, dropout, flat);
+        const Factor right = arranged_factor(thin.arrangement, floats(a), true);
         down(thin, down_args(flat, right, factor_of(scale, dropout), keep.mask, s), flat.size(0));
         y = whole_linear(kernels, flat, weight, bias, s, floats(b));
     }
     if (!y.defined()) {
         y = frozen_linear(flat, weight, bias);
-        if (s.numel() != 0 && y.numel() != 0) up(thin, y, s, arranged(thin.plain, floats(b), true), {});
+        if (s.numel() != 0 && y.numel() != 0)
+            up(thin, y, s, arranged_factor(thin.plain, floats(b), true), {});
     }
     return {y.view(with_last(x, weight.rows())), s};
 }
@@ -71,21 +72,21 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
         const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
         const Tensor t = at::empty({count, r}, s.options());
         const bool needs_t = needs[0] || needs[1];
-        const Factor right = needs_t ? arranged(thin.arrangement, floats(b), false) : Factor{};
+        const Factor right = needs_t ? arranged_factor(thin.arrangement, floats(b), false) : Factor{};
         const DownArgs makes_t =
             needs_t ? down_args(rows, right, factor_of(scale, dropout), {}, t) : DownArgs{};
         if (needs[2])
             outer(thin, rows, s.contiguous(), db, true, {}, needs_t ? &makes_t : nullptr);
         else if (needs_t)
             down(thin, makes_t, count);
-        const Kept keep = needs_t ? kept(thin, dropout, flat) : Kept{};
+        const KeepMask keep = needs_t ? keep_mask(thin, dropout, flat) : KeepMask{};
         if (needs[1]) outer(thin, flat, t, da, false, keep.mask, nullptr);
         if (needs[0]) {
             const Tensor factor = floats(a);
             dx = whole_linear_backward(kernels, rows, weight, t, factor, keep.mask);
             if (!dx.defined()) {
                 dx = frozen_linear_backward(rows, weight);
-                up(thin, dx, t, arranged(thin.plain, factor, false), keep.mask);
+                up(thin, dx, t, arranged_factor(thin.plain, factor, false), keep.mask);
             }
         }
     }

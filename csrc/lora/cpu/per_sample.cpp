@@ -81,8 +81,8 @@ Tensor lora_linear_per_sample(const Tensor& x, at::TensorList tensors, at::IntAr
         }
         Factor down_right, up_right;
         if (total[i] >= kArrangeFrom) {
-            down_right = arranged(kernels.arrangement, floats(a[i]), true);
-            up_right = arranged(kernels.plain, floats(b[i]), true);
+            down_right = arranged_factor(kernels.arrangement, floats(a[i]), true);
+            up_right = arranged_factor(kernels.plain, floats(b[i]), true);
         }
         for (int64_t sample = 0; sample < samples; ++sample) {
             if (of[sample] != int64_t(i)) continue;

@@ -67,7 +67,7 @@ void add_groups(const Division& division, const float* sums, int64_t r, float* o
 
 }  // namespace
 
-Factor arranged(const Arrangement& arrangement, const Tensor& from, bool transposed) {
+Factor arranged_factor(const Arrangement& arrangement, const Tensor& from, bool transposed) {
     const int64_t rows = from.size(0), columns = from.size(1);
     const int64_t inner = transposed ? columns : rows, outer = transposed ? rows : columns;
     const int64_t width = filled_up(outer, kWidthMultiple);
@@ -79,11 +79,11 @@ Factor arranged(const Arrangement& arrangement, const Tensor& from, bool transpo
     return {memory, width};
 }
 
-Kept kept(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x) {
+KeepMask keep_mask(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x) {
     if (dropout.threshold == 0) return {};
     const int64_t rows = x.size(0), counters = ceil_div(x.size(1), kColumnsPerCounter);
     const int64_t stride = filled_up(counters, kCounters);
-    Kept made{at::empty({rows, stride}, x.options().dtype(at::kByte)), {}};
+    KeepMask made{at::empty({rows, stride}, x.options().dtype(at::kByte)), {}};
     uint8_t* bits = made.memory.mutable_data_ptr<uint8_t>();
     at::parallel_for(0, rows, ceil_div(kCountersPerTask, stride), [&](int64_t first, int64_t last) {
         for (int64_t m = first; m < last; ++m) kernels.keep_bytes(dropout, m, 0, counters, bits + m * stride);
@@ -125,7 +125,7 @@ void up(const ThinKernels& kernels, const Tensor& y, const Tensor& s, const Fact
 void outer(const ThinKernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out,
            bool transposed, const Mask& keep, const DownArgs* down_too) {
     const int64_t rows = x.size(0), columns = x.size(1), r = left.size(1);
-    const Factor factor = arranged(kernels.arrangement, left, false);
+    const Factor factor = arranged_factor(kernels.arrangement, left, false);
     const Division division(rows, columns, factor.width);
     if (down_too != nullptr && division.parts > 1) {
         down(kernels, *down_too, rows);

@@ -16,15 +16,15 @@ struct Factor {
 };
 
 // From fp32, contiguous.
-Factor arranged(const Arrangement& arrangement, const Tensor& from, bool transposed);
+Factor arranged_factor(const Arrangement& arrangement, const Tensor& from, bool transposed);
 
 // keep of x [rows, columns].
-struct Kept {
+struct KeepMask {
     Tensor memory;
     Mask mask;
 };
 
-Kept kept(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x);
+KeepMask keep_mask(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x);
 
 DownArgs down_args(const Tensor& x, const Factor& right, float factor, const Mask& keep, const Tensor& s);
 void down(const ThinKernels& kernels, const DownArgs& args, int64_t rows);

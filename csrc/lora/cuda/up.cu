@@ -9,7 +9,7 @@ namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int kTile = 64;
+constexpr int kTileSide = 64;
 
 struct UpParams {
     const float* thin;
@@ -61,17 +61,17 @@ __device__ __forceinline__ void store_eight(T* out, const float* values, const T
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
-    using Thin = Tile<float, kTile, kRankChunk>;
+    using Thin = Tile<float, kTileSide, kRankChunk>;
     using Factor = Thin;
-    using Result = Tile<float, kTile, kTile>;
+    using Result = Tile<float, kTileSide, kTileSide>;
     constexpr int kBytes =
         Thin::kBytes + Factor::kBytes > Result::kBytes ? Thin::kBytes + Factor::kBytes : Result::kBytes;
     PEFTCORE_SHARED(uint8_t, memory, [kBytes]);
 
-    const int64_t row_tiles = (p.rows + kTile - 1) / kTile;
+    const int64_t row_tiles = (p.rows + kTileSide - 1) / kTileSide;
     const int64_t tile = blockIdx.x / p.column_tiles, sample = tile / row_tiles;
-    const int64_t row = sample * p.rows + tile % row_tiles * kTile, last_row = (sample + 1) * p.rows;
-    const int64_t column = blockIdx.x % p.column_tiles * kTile;
+    const int64_t row = sample * p.rows + tile % row_tiles * kTileSide, last_row = (sample + 1) * p.rows;
+    const int64_t column = blockIdx.x % p.column_tiles * kTileSide;
     const int64_t wanted = p.index != nullptr ? p.index[sample] : 0;
     const bool none = wanted < -1 || wanted >= p.adapters.total;  // no such adapter: NaN, not silence
     const int64_t adapter = wanted - p.adapters.first;
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
     const Source<float> factor(none ? nullptr : p.adapters.factor[adapter], rank);
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float d[kTile / 8][4] = {};
+    float d[kTileSide / 8][4] = {};
     for (int first = 0; first < rank; first += kRankChunk) {
         if (first != 0) __syncthreads();  // the chunk before has been read
         fetch<Thin>(memory, thin, row, last_row, first, rank);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
                     tf32_pieces(*reinterpret_cast<const float*>(from + (step + tf32_inner(i / 2)) * 4));
             }
 #pragma unroll
-            for (int t = 0; t < kTile / 8; t += 2) {
+            for (int t = 0; t < kTileSide / 8; t += 2) {
                 Tf32Right right[2];
                 load_right<Factor>(right, memory + Thin::kBytes, t * 8, step);
                 tf32_multiply(d[t], left, right[0]);
@@ -114,15 +114,15 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
     constexpr int kPitch = Result::kPitch / 4;
     float* result = reinterpret_cast<float*>(memory);
 #pragma unroll
-    for (int t = 0; t < kTile / 8; ++t)
+    for (int t = 0; t < kTileSide / 8; ++t)
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             result[(warp * 16 + lane / 4 + i / 2 * 8) * kPitch + t * 8 + lane % 4 * 2 + i % 2] =
                 none ? bits_float(0x7fc00000u) : d[t][i];
     __syncthreads();
     const bool vectors = reinterpret_cast<uintptr_t>(p.out) % 16 == 0 && p.columns % 8 == 0;
-    for (int i = threadIdx.x; i < kTile * kTile / 8; i += kThreads) {
-        const int r = i / (kTile / 8), first = i % (kTile / 8) * 8;
+    for (int i = threadIdx.x; i < kTileSide * kTileSide / 8; i += kThreads) {
+        const int r = i / (kTileSide / 8), first = i % (kTileSide / 8) * 8;
         const int64_t left = p.columns - column - first;
         if (row + r >= last_row || left <= 0) continue;
         T* out = static_cast<T*>(p.out) + (row + r) * p.columns + column + first;
@@ -154,12 +154,12 @@ extern "C" const char* peftcore_lora_up(const float* thin, const peftcore::lora:
     p.columns = out->columns;
     p.index = factors->index;
     p.stride = factors->stride;
-    p.column_tiles = (p.columns + kTile - 1) / kTile;
+    p.column_tiles = (p.columns + kTileSide - 1) / kTileSide;
     p.dropout = *dropout;
     p.bias = bias;
     p.add = add;
     p.out = out->values;
-    const unsigned blocks = unsigned(out->samples * ((p.rows + kTile - 1) / kTile) * p.column_tiles);
+    const unsigned blocks = unsigned(out->samples * ((p.rows + kTileSide - 1) / kTileSide) * p.column_tiles);
     for (int first = 0; first == 0 || first < factors->count; first += kMaxAdapters) {
         p.adapters = adapters_from(first, *factors);
         const char* error =

@@ -15,7 +15,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kTileBytes = 32 * 16;
-constexpr int kTile = kTileBytes * 2;
+constexpr int kTileValues = kTileBytes * 2;
 constexpr int64_t kMaxBlocks = 4096;  // beyond, blocks of threads loop over tiles
 
 template <typename T, bool kNested>
@@ -30,12 +30,12 @@ __global__ void __launch_bounds__(kThreads)
     const float offset = load_codebooks<kNested>(weight, quant_map, nested_quant_map);
     __syncthreads();
 
-    const int64_t count = weight.rows * weight.columns, tiles = (count + kTile - 1) / kTile;
+    const int64_t count = weight.rows * weight.columns, tiles = (count + kTileValues - 1) / kTileValues;
     for (int64_t tile = int64_t(blockIdx.x) * kWarps + warp; tile < tiles;
          tile += int64_t(gridDim.x) * kWarps) {
-        const int64_t first = tile * kTile;
-        if (!aligned || first + kTile > count) {
-            const int64_t last = first + kTile < count ? first + kTile : count;
+        const int64_t first = tile * kTileValues;
+        if (!aligned || first + kTileValues > count) {
+            const int64_t last = first + kTileValues < count ? first + kTileValues : count;
             for (int64_t i = first + lane; i < last; i += 32) {
                 const uint8_t byte = weight.codes[i / 2];
                 const float scale = block_scale<kNested>(weight, nested_quant_map, offset, i >> weight.shift);
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads)
             reinterpret_cast<const uint4*>(weight.codes + first / 2)[lane];
         __syncwarp();
 #pragma unroll
-        for (int step = 0; step < kTile / (32 * kPerStore); ++step) {
+        for (int step = 0; step < kTileValues / (32 * kPerStore); ++step) {
             const int index = (step * 32 + lane) * kPerStore;
             uint32_t bytes;
             if constexpr (kPerStore == 8)
@@ -75,7 +75,7 @@ template <typename T>
 const char* launch_dequantize(const WeightView& weight, void* out, void* stream) {
     const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
     const bool vectors = aligned(weight.codes) && aligned(out);
-    const int64_t wanted = ceil_div(weight.rows * weight.columns, int64_t(kTile) * kWarps);
+    const int64_t wanted = ceil_div(weight.rows * weight.columns, int64_t(kTileValues) * kWarps);
     const unsigned blocks = unsigned(wanted < kMaxBlocks ? wanted : kMaxBlocks);
     T* typed = static_cast<T*>(out);
     if (weight.nested_absmax != nullptr)

@@ -72,7 +72,7 @@ static inline void copy_scales(const WeightView& weight, int64_t begin, int64_t 
     for (int i = 0; i < 16; ++i) out[last - first + i] = 0;
 }
 
-static inline float load_any(const void* from, Dtype dtype, int64_t i) {
+static inline float load_as_float(const void* from, Dtype dtype, int64_t i) {
     switch (dtype) {
         case Dtype::kHalf:
             return to_float(static_cast<const Half*>(from)[i]);
@@ -85,7 +85,7 @@ static inline float load_any(const void* from, Dtype dtype, int64_t i) {
 
 // The only rounding of a result.
 static inline void store_result(const LinearCall& args, int64_t m, int64_t n, float sum) {
-    const float value = args.bias == nullptr ? sum : sum + load_any(args.bias, args.dtype, n);
+    const float value = args.bias == nullptr ? sum : sum + load_as_float(args.bias, args.dtype, n);
     const int64_t i = m * args.weight.rows + n;
     switch (args.dtype) {
         case Dtype::kHalf:
