@@ -12,7 +12,7 @@ The fp32 rule of AdamW gives the bits of `torch.optim.AdamW(fused=True)` on CPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -147,10 +147,12 @@ def paged_state(rule: str, page_bytes: int, budget: int, directory: str, device:
         directory: of the page file, where the state is the CPU's.
         device: a card's number, or -1: the CPU.
     """
+    if _extension.extension is None:
+        return _needs_extension()
     return _extension.extension.PagedState(rule, page_bytes, budget, directory, device)
 
 
-def _needs_extension(*_: object) -> None:
+def _needs_extension(*_: object) -> NoReturn:
     raise RuntimeError(f"paged optimizer state needs the compiled extension: {_extension.missing_because}")
 
 

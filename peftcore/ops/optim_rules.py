@@ -151,8 +151,8 @@ class AdamW8bitScalars(NamedTuple):
     @classmethod
     def of(cls, step: int, *hyperparameters: Any) -> AdamW8bitScalars:
         """`AdamWScalars.of` with sqrt(v) / root + eps times root."""
-        *first, size, root, eps = AdamWScalars.of(step, *hyperparameters)
-        return cls._make([*first, size * root, eps * root])
+        c = AdamWScalars.of(step, *hyperparameters)
+        return cls(c.factor, c.decay, c.weight1, c.beta2, c.weight2, c.step * c.root, c.eps * c.root)
 
 
 def _update_moments(g: Tensor, m: Tensor, v: Tensor, c: AdamWScalars | AdamW8bitScalars) -> None:

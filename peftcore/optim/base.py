@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 
 from peftcore.ops import optim as ops
 from peftcore.ops.dynamic8 import blocks_of, decode, encode
+from peftcore.ops.nf4 import DTYPES
 from peftcore.ops.optim_rules import Rule
-from peftcore.optim.batch import Batch, local
+from peftcore.optim.batch import Batch, local, sharded_as
 
 
 class FusedOptimizer(Optimizer):
@@ -108,7 +109,7 @@ class FusedOptimizer(Optimizer):
         return list(batches.values())
 
     def _admit(self, param: Tensor) -> None:
-        if param.dtype not in ops.DTYPES:
+        if param.dtype not in DTYPES:
             raise TypeError(
                 f"{type(self).__name__} updates float32, float16 and bfloat16 parameters, found {param.dtype}"
             )
@@ -129,12 +130,7 @@ class FusedOptimizer(Optimizer):
         if param is not local(param):
             if any(plane.coded for plane in self.rule.planes):
                 raise NotImplementedError("8-bit state of a sharded parameter cannot be saved; use 32 bits")
-            from torch.distributed.tensor import DTensor
-
-            assert isinstance(param, DTensor)
-            layout: dict[str, Any] = {"device_mesh": param.device_mesh, "placements": param.placements}
-            layout |= {"shape": param.shape, "stride": param.stride()}
-            values = {k: DTensor.from_local(v, **layout, run_check=False) for k, v in values.items()}
+            values = {name: sharded_as(param, value) for name, value in values.items()}
         return {"step": torch.tensor(float(self.state[param]["step"])), **values}
 
     def _read(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
@@ -151,7 +147,7 @@ class FusedOptimizer(Optimizer):
             if plane.elements != 1:
                 continue  # scales, which are made or read with their codes
             name, scales = plane.name, f"{plane.name}_absmax"
-            value = saved.get(name)
+            value: Any = saved.get(name)
             absmax: Any = saved.get(scales)
             if not isinstance(value, Tensor):
                 raise ValueError(f"the saved state lacks the tensor '{name}' (it has: {', '.join(map(str, saved))})")

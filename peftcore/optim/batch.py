@@ -16,6 +16,15 @@ def local(t: Any) -> Any:
     return t if type(t) in _PLAIN or not hasattr(t, "to_local") else t.to_local()
 
 
+def sharded_as(param: Any, shard: Tensor) -> Tensor:
+    """A tensor whose own shard is `shard`, placed as the DTensor `param`."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        shard, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+    )
+
+
 class Batch:
     """Parameters of one device, their gradients, and rows of scalars that they share."""
 
