@@ -19,6 +19,7 @@ al., arXiv 2302.06675 (Lion).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ class Rule:
     scalars: type[Any]
     update: Update
 
-    @property
+    @functools.cached_property
     def plane_names(self) -> tuple[str, ...]:
         return tuple(plane.name for plane in self.planes)
 
@@ -135,7 +136,7 @@ class AdamWScalars(NamedTuple):
     ) -> AdamWScalars:
         """Of the `step`-th update, from 1."""
         beta1, beta2 = betas
-        root, size = math.sqrt(1 - beta2**step), lr / (1 - beta1**step)
+        size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
         return cls(factor, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, -size, root, eps)
 
 
@@ -149,10 +150,13 @@ class AdamW8bitScalars(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, step: int, *hyperparameters: Any) -> AdamW8bitScalars:
-        """`AdamWScalars.of` with sqrt(v) / root + eps times root."""
-        c = AdamWScalars.of(step, *hyperparameters)
-        return cls(c.factor, c.decay, c.weight1, c.beta2, c.weight2, c.step * c.root, c.eps * c.root)
+    def of(
+        cls, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, factor: float = 1.0
+    ) -> AdamW8bitScalars:
+        """Of the `step`-th update, from 1: sqrt(v) / root + eps, and with it the size of a step, times root."""
+        beta1, beta2 = betas
+        size, root = lr / (1 - beta1**step), math.sqrt(1 - beta2**step)
+        return cls(factor, 1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2, -size * root, eps * root)
 
 
 def _update_moments(g: Tensor, m: Tensor, v: Tensor, c: AdamWScalars | AdamW8bitScalars) -> None:

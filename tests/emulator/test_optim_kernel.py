@@ -11,7 +11,7 @@ from peftcore import ops
 from peftcore.ops import dynamic8
 from peftcore.ops import optim_rules as rules
 
-RULES = ["adamw", "adamw_8bit", "lion", "momentum"]  # in the order of csrc/optim/rules.h
+RULES = list(rules.RULES)  # in the order of csrc/optim/rules.h
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
