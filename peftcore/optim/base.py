@@ -147,7 +147,7 @@ class FusedOptimizer(Optimizer):
             if plane.elements != 1:
                 continue  # scales, which are made or read with their codes
             name, scales = plane.name, f"{plane.name}_absmax"
-            value: Any = saved.get(name)
+            value = saved.get(name)
             absmax: Any = saved.get(scales)
             if not isinstance(value, Tensor):
                 raise ValueError(f"the saved state lacks the tensor '{name}' (it has: {', '.join(map(str, saved))})")

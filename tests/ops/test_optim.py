@@ -204,6 +204,24 @@ def test_bad_arguments(change, error, message):
             step(*{**call, **change}.values())
 
 
+@needs_extension
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "adam"}, "no kernel has the rule 'adam'"),
+        ({"scalars": "factor, decay, weight2, weight1, step"}, "reads the scalars factor, decay, weight1, weight2"),
+        ({"planes": [("float32", 1), ("float32", 1)]}, "reads other planes"),
+        ({"planes": [("uint8", 1)]}, "reads other planes"),
+        ({"planes": [("float32", 256)]}, "reads other planes"),
+    ],
+)
+def test_a_table_that_kernels_would_read_otherwise_is_refused(change, message):
+    lion = {"name": "lion", "planes": [("float32", 1)], "scalars": "factor, decay, weight1, weight2, step"}
+    ops.extension.define_optim_rule(**lion)  # as it is
+    with pytest.raises(ValueError, match=message):
+        ops.extension.define_optim_rule(**{**lion, **change})
+
+
 @pytest.mark.skipif(ops.extension is None, reason="no _C: PyTorch's own operators check")
 def test_state_on_another_device_is_refused_before_it_is_read():
     """As CPU state is beside parameters on a card. A process of its own, since reading it is a crash."""
