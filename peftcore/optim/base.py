@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from peftcore.ops import optim as ops
 from peftcore.ops.dynamic8 import blocks_of, decode, encode
-from peftcore.ops.nf4 import DTYPES
 from peftcore.ops.optim_rules import Rule
+from peftcore.ops.weight import DTYPES
 from peftcore.optim.batch import Batch, local, sharded_as
 
 
