@@ -22,7 +22,6 @@ ORDER = [
     {"__main__"},
 ]
 FILES = sorted(file for file in CORE.rglob("*.py") if file != CORE / "__init__.py")
-OF_OPERATORS = {"peftcore.ops.nf4"}  # whose private names other operators use
 
 
 def layer(room: str) -> int:
@@ -50,7 +49,7 @@ def test_no_circle() -> None:
 
 def test_no_private_name_is_used_across_modules() -> None:
     found = [f"{module}: {name}" for module, file in MODULES.items() for name in private_names(file)]
-    assert [name for name in found if not any(f" {module}" in name for module in OF_OPERATORS)] == []
+    assert found == []
 
 
 def test_tests_use_no_private_name_but_those_of_operators() -> None:  # whose references and steps have no others
