@@ -23,6 +23,11 @@ from peftcore.optim.batch import Batch, local, sharded_as
 class FusedOptimizer(Optimizer):
     """One operator call a step and device. A subclass has a `rule` and the scalars of its updates.
 
+    Args:
+        maximize: as torch's optimizers have it.
+        stochastic_rounding: round 16-bit parameters up or down at random, so that small updates are not lost.
+        seed: of that rounding, which depends on it, the parameter's number and the step alone.
+
     Raises:
         TypeError: a parameter that is not float32, float16 or bfloat16.
         RuntimeError: a sparse gradient.
@@ -31,8 +36,17 @@ class FusedOptimizer(Optimizer):
     rule: Rule
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        super().__init__(params, defaults)
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
+    ) -> None:
+        options = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
+        super().__init__(params, {**defaults, **options})
 
     def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
         """Those of the rule, for the `step`-th update of parameters of a group."""

@@ -21,25 +21,13 @@ def _check(lr: float, weight_decay: float, **shares: float) -> None:
             raise ValueError(f"{name} must be at least 0 and below 1, found {value}")
 
 
-def _adamw_defaults(
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, amsgrad: bool, **others: Any
-) -> dict[str, Any]:
-    _check(lr, weight_decay, beta1=betas[0], beta2=betas[1])
-    if not eps >= 0:
-        raise ValueError(f"eps must not be negative, found {eps}")
-    if amsgrad:
-        raise ValueError("amsgrad is not supported; use torch.optim.AdamW(amsgrad=True)")
-    return {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, **others}
-
-
 class AdamW(FusedOptimizer):
     """AdamW with state in 32 bits. On CPU its bits are those of `torch.optim.AdamW(fused=True)`.
 
     Args:
         params: parameters or groups of them, float32, float16 or bfloat16.
-        lr, betas, eps, weight_decay, maximize: as `torch.optim.AdamW` has them. `amsgrad` is refused.
-        stochastic_rounding: round 16-bit parameters up or down at random, so that small updates are not lost.
-        seed: of that rounding, which depends on it, the parameter's number and the step alone.
+        lr, betas, eps, weight_decay: as `torch.optim.AdamW` has them. `amsgrad` is refused.
+        options: of all optimizers here (`FusedOptimizer`), and of pages (`PagedOptimizer`).
     """
 
     rule = RULES["adamw"]
@@ -52,14 +40,15 @@ class AdamW(FusedOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
-        *,
-        maximize: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        **paging: Any,
+        **options: Any,
     ) -> None:
-        others = {"maximize": maximize, "stochastic_rounding": stochastic_rounding, "seed": seed}
-        super().__init__(params, _adamw_defaults(lr, betas, eps, weight_decay, amsgrad, **others), **paging)
+        _check(lr, weight_decay, beta1=betas[0], beta2=betas[1])
+        if not eps >= 0:
+            raise ValueError(f"eps must not be negative, found {eps}")
+        if amsgrad:
+            raise ValueError("amsgrad is not supported; use torch.optim.AdamW(amsgrad=True)")
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, **options)
 
     def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
         lr, betas = float(group["lr"]), tuple(map(float, group["betas"]))
@@ -94,15 +83,10 @@ class Lion(FusedOptimizer):
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        **paging: Any,
+        **options: Any,
     ) -> None:
         _check(lr, weight_decay, beta1=betas[0], beta2=betas[1])
-        defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed}, **paging)
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}, **options)
 
     def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
         return self.rule.scalars.of(float(group["lr"]), group["betas"], group["weight_decay"], factor)
@@ -125,18 +109,13 @@ class SGD(FusedOptimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        *,
-        maximize: bool = False,
-        stochastic_rounding: bool = False,
-        seed: int = 0,
-        **paging: Any,
+        **options: Any,
     ) -> None:
         _check(lr, weight_decay, momentum=momentum)
         if nesterov and (momentum == 0 or dampening != 0):
             raise ValueError("nesterov needs momentum and no dampening")
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        defaults |= {"nesterov": nesterov, "maximize": maximize}
-        super().__init__(params, {**defaults, "stochastic_rounding": stochastic_rounding, "seed": seed}, **paging)
+        super().__init__(params, {**defaults, "nesterov": nesterov}, **options)
 
     def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
         names = ("momentum", "dampening", "weight_decay", "nesterov")

@@ -84,6 +84,7 @@ class PagedOptimizer(FusedOptimizer):
             sixteenth of the memory free, looked at before every step.
         directory: where the page file of the CPU's state is made. It has no name and is gone with the process.
         page_bytes: a page, a multiple of 4,096.
+        options: of all optimizers here (`FusedOptimizer`).
 
     Raises:
         RuntimeError: the extension is missing; the disk has no room for all state (before anything is lost); a page
@@ -97,6 +98,7 @@ class PagedOptimizer(FusedOptimizer):
         budget: int | str = "auto",
         directory: str | os.PathLike[str] | None = None,
         page_bytes: int = PAGE_BYTES,
+        **options: Any,
     ) -> None:
         missing = ops.why_no_pages()
         if missing is not None:
@@ -109,7 +111,7 @@ class PagedOptimizer(FusedOptimizer):
         if self._budget is not None and self._budget < page_bytes:
             raise ValueError(f"budget must hold a page of {page_bytes:,} bytes, found {self._budget:,}")
         self._forget()
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **options)
 
     def _forget(self) -> None:
         self._pages: dict[torch.device, Any] = {}
