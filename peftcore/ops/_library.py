@@ -16,7 +16,7 @@ from peftcore.ops import _extension
 library = torch.library.Library("peftcore", "DEF")
 
 
-def _tensors_there(schema: str, function: Callable) -> Callable:
+def _tensors_there(schema: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """The function behind a check that a schema does not make: None passes for a tensor, undefined."""
     name, _, arguments = schema.partition("(")
     declared = re.sub(r"\([a-z]!\)", "", arguments.split(") ->")[0]).split(", ")
@@ -34,7 +34,9 @@ def _tensors_there(schema: str, function: Callable) -> Callable:
     return checked
 
 
-def define(schema: str, reference: Callable, fake: Callable, *, differentiable: bool = False) -> None:
+def define(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, differentiable: bool = False
+) -> None:
     """Define an operator: its schema, its PyTorch reference for every device, and its shape rule.
 
     The reference is registered below CPU and CUDA: a compiled kernel, where one is loaded, goes first. An operator

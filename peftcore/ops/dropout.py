@@ -30,7 +30,7 @@ def keep_mask(rows: int, columns: int, p: float, seed: int | Tensor, device: tor
 
 def dropped(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """keep ∘ x, of a matrix."""
-    return x if seed is None or not p else x.where(keep_mask(*x.shape, p, seed, x.device), 0)
+    return x if seed is None or not p else x.where(keep_mask(x.shape[0], x.shape[1], p, seed, x.device), 0)
 
 
 def factor(scale: float, p: float, seed: Tensor | None) -> float:

@@ -256,7 +256,8 @@ def lora_linear(
     if torch.is_grad_enabled() and (
         a.requires_grad or x.requires_grad or b.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return _LoraLinear.apply(x, bias, a, b, (scale, dropout_p, packing), seed, *tensors)
+        packed = (scale, dropout_p, packing)
+        return _LoraLinear.apply(x, bias, a, b, packed, seed, *tensors)  # type: ignore[no-untyped-call]
     arguments = x, tensors, packing, bias, a, b, scale, dropout_p, seed
     exact = x.dtype is torch.float64
     return (_in_float64(LoraLinear, *arguments) if exact else _OPS.lora_linear(*arguments))[0]

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,7 +74,8 @@ class PackedWeight(NamedTuple):
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same on another device."""
-        return self._replace(**{name: t.to(device) for name, t in self._asdict().items() if isinstance(t, Tensor)})
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self._asdict().items() if isinstance(t, Tensor)}
+        return self._replace(**moved)
 
     def scales(self) -> Tensor:
         """fp32, one a block: `absmax`, or what its 8 bits stand for."""
@@ -203,8 +204,12 @@ def checked(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> Tenso
     check_tensor(nested_offset, torch.float32, device, op, "nested_offset")
     check_numel(nested_offset, 1, op, "nested_offset", "one for all scales")
     check_quant_map(nested_quant_map, 256, device, op, "nested_quant_map")
-    parts = {"nested_absmax": nested_absmax, "nested_quant_map": nested_quant_map, "nested_offset": nested_offset}
-    return weight._replace(**parts, nested_blocksize=nested_blocksize)
+    return weight._replace(
+        nested_absmax=nested_absmax,
+        nested_quant_map=nested_quant_map,
+        nested_offset=nested_offset,
+        nested_blocksize=nested_blocksize,
+    )
 
 
 def checked_packed(tensors: Sequence[Tensor], packing: Sequence[int], op: str) -> PackedWeight:

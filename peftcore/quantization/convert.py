@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from peftcore.adaptation.adapted import base_modules, base_parameters, original_
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, nearest
+from peftcore.method import Model
 from peftcore.observation import asked_for_dtype, bypassed, detect, rewritten
 from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight, quantize_4bit
@@ -24,17 +25,18 @@ from peftcore.targets.coverage import LITTLE, coverage
 
 # Parents that read the weights of their linear layers themselves, past the layers' forward.
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def quantize(
-    model: nn.Module,
+    model: Model,
     quant_type: str = "nf4",
     *,
     double_quant: bool = True,
     skip: Sequence[str] | None = None,
     compute_dtype: torch.dtype | None = None,
     blocksize: int = 64,
-) -> nn.Module:
+) -> Model:
     """Keep the weights of `model`'s linear layers (transformers' Conv1D too) in 4 bits (arXiv 2305.14314).
 
     The layers stay where they are and become `QuantizedLinear`, an `nn.Linear`. Left dense are embeddings, a weight
@@ -62,7 +64,8 @@ def quantize(
     if hasattr(model, "_orig_mod"):
         raise PeftcoreError("the model is compiled. Quantize the model itself, then torch.compile it")
     if any(map(lock_of, model.modules())):  # of a part of the model too, or of one that it is a part of
-        applied = ", ".join(state_of(model).applied) if state_of(model) is not None else "to a part of the model"
+        state = state_of(model)
+        applied = ", ".join(state.applied) if state is not None else "to a part of the model"
         raise PeftcoreError(f"quantize before adapters are applied (applied: {applied}), or after peftcore.remove")
     chosen = selected(model, skip)
     there = [path for path, module in base_modules(model) if isinstance(module, QuantizedLinear) or _is_bnb(module)]
@@ -78,7 +81,7 @@ def quantize(
         if first is module:
             convert_dense(module, quant_type, double_quant, blocksize, compute_dtype)
         else:
-            convert(module, first.packed, compute_dtype)
+            convert(module, cast(QuantizedLinear, first).packed, compute_dtype)
     note_in_config(model)
     return model
 
@@ -89,7 +92,7 @@ def _tell_if_little(model: nn.Module, quantized: Sequence[str]) -> None:
         warnings.warn(f"quantize on {type(model).__name__} {found}", stacklevel=4)
 
 
-def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Make every quantized layer a plain `nn.Linear` again, with the values its 4 bits stand for.
 
     Args:
@@ -103,7 +106,7 @@ def dequantize(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             dense = module.dequantized(dtype) if module.is_quantized else module.weight.detach()
             make_plain(module, nn.Parameter(dense, requires_grad=False))
         else:
-            make_plain(module, first.weight)
+            make_plain(module, cast(nn.Parameter, first.weight))
     note_in_config(model)
     return model
 
@@ -135,7 +138,7 @@ def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Modul
 
 
 def convert_dense(
-    module: nn.Module, quant_type: str, double_quant: bool, blocksize: int, compute_dtype: torch.dtype | None
+    module: Any, quant_type: str, double_quant: bool, blocksize: int, compute_dtype: torch.dtype | None
 ) -> QuantizedLinear:
     """Quantize one dense layer in place."""
     weight = module.weight.detach()
@@ -144,7 +147,7 @@ def convert_dense(
     return convert(module, packed, compute_dtype)
 
 
-def convert(module: nn.Module, weight: PackedWeight, compute_dtype: torch.dtype | None) -> QuantizedLinear:
+def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None) -> QuantizedLinear:
     """Make a linear layer or a Conv1D a `QuantizedLinear` in place, with this weight."""
     for attribute in ("nf", "nx"):  # of Conv1D
         module.__dict__.pop(attribute, None)
@@ -160,7 +163,7 @@ def convert(module: nn.Module, weight: PackedWeight, compute_dtype: torch.dtype 
     return module
 
 
-def make_plain(module: QuantizedLinear, weight: nn.Parameter) -> None:
+def make_plain(module: Any, weight: nn.Parameter) -> None:
     """Turn a quantized layer into an `nn.Linear` with this weight, in place."""
     mark_as_loaded(weight, module.weight)
     module.weight = weight
@@ -210,10 +213,10 @@ def note_in_config(model: nn.Module) -> None:
         del config.quantization_config
 
 
-def _with_first(modules: Iterable[nn.Module]) -> list[tuple[nn.Module, nn.Module]]:
+def _with_first(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
     """(module, the first module with the same weight), all looked up before any weight is freed."""
     modules = list(modules)
-    first: dict[int, nn.Module] = {}
+    first: dict[int, Layer] = {}
     for module in modules:
         first.setdefault(id(module.weight), module)
     return [(module, first[id(module.weight)]) for module in modules]
@@ -239,7 +242,7 @@ def _skipped(model: nn.Module, modules: dict[str, nn.Module], skip: Sequence[str
     return found
 
 
-def _check_layer(path: str, module: nn.Module) -> None:
+def _check_layer(path: str, module: Any) -> None:
     weight = module.weight
     name = f"{path}.weight" if path else "weight"
     if weight.dtype not in DTYPES:
@@ -261,7 +264,7 @@ def _is_bnb(module: nn.Module) -> bool:
     return cls.__module__.startswith("bitsandbytes.") and any(c.__name__ == "Linear4bit" for c in cls.__mro__)
 
 
-def _adopt(module: nn.Module, path: str) -> None:
+def _adopt(module: Any, path: str) -> None:
     """Make a layer of bitsandbytes one of ours, with the same bits."""
     if isinstance(module, QuantizedLinear):
         return

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -92,10 +92,11 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
         raise wrong(f"needs one tensor '{name}.{STATE_KEY}nf4' or '...fp4', found {keys or 'none'}")
     try:
         facts = _facts(tensors[keys[0]], f"{name}.{keys[0]}")
-        quant_type, blocksize, shape, dtype = (facts.get(key) for key in ("quant_type", "blocksize", "shape", "dtype"))
+        fact: Callable[..., Any] = facts.get
+        quant_type, blocksize, shape, dtype = map(fact, ("quant_type", "blocksize", "shape", "dtype"))
         check_quant_type(quant_type)
         check_blocksize(blocksize)
-        nested_blocksize, offset = facts.get("nested_blocksize", 256), facts.get("nested_offset")
+        nested_blocksize, offset = fact("nested_blocksize", 256), fact("nested_offset")
         check_blocksize(nested_blocksize, "nested_blocksize")
     except PeftcoreError as error:
         raise wrong(f"cannot be read from '{keys[0]}': {error}") from error

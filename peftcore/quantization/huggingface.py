@@ -94,7 +94,7 @@ class NF4Quantizer(HfQuantizer):
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         return param_name in self.weights
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if not self.pre_quantized:
             tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
             chosen = selected(model, self.quantization_config.skip)
@@ -115,9 +115,7 @@ class _Quantize(ConversionOps):
     def __init__(self, hf_quantizer: NF4Quantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
-    def convert(
-        self, input_dict: dict[str, Any], model: nn.Module | None = None, **kwargs: Any
-    ) -> dict[str, nn.Parameter]:
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, nn.Parameter]:
         config, done = self.hf_quantizer.quantization_config, {}
         for name, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
@@ -139,8 +137,8 @@ class _Deserialize(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        model: nn.Module | None = None,
-        full_layer_name: str | None = None,
+        model: Any = None,
+        full_layer_name: str = "",
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
@@ -151,7 +149,7 @@ class _Deserialize(ConversionOps):
             if "weight" not in tensors:
                 raise CheckpointError(f"the checkpoint lacks '{full_layer_name}', whose 4-bit state it has")
             packed = from_tensors(tensors["weight"], parts, full_layer_name)
-            module = model.get_submodule(full_layer_name.rpartition(".")[0])
+            module: Any = model.get_submodule(full_layer_name.rpartition(".")[0])
             check_shape(packed, sizes(module)[::-1], full_layer_name)
         if not isinstance(module, QuantizedLinear):
             module._parameters["weight"] = None

@@ -46,6 +46,7 @@ class QuantizedLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.compute_dtype = compute_dtype
         weight = torch.zeros(out_features, in_features, device=device, dtype=dtype)
+        self.bias: nn.Parameter | None  # type: ignore[assignment]  # as in nn.Linear, which does not say so
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.set_packed(ops.quantize_4bit(weight, quant_type, blocksize=blocksize, double_quant=double_quant))
 
@@ -57,9 +58,11 @@ class QuantizedLinear(nn.Linear):
     @property
     def packed(self) -> PackedWeight:
         """The weight in 4 bits, where it lies."""
-        buffers = self._buffers  # past `nn.Module.__getattr__`, which costs more than what is called with them
+        # Past `nn.Module.__getattr__`, which costs more than what is called with them.
+        parameters: dict[str, Any] = self._parameters
+        buffers: dict[str, Any] = self._buffers
         return PackedWeight(
-            self._parameters["weight"],
+            parameters["weight"],
             buffers["absmax"],
             buffers["quant_map"],
             (self.out_features, self.in_features),
@@ -107,7 +110,8 @@ class QuantizedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         # A cast to half precision would round the scales, and `type(dtype)` read bytes as numbers.
         kept = {id(self._buffers.get(name)) for name in BUFFERS} | ({id(self.weight)} if self.is_quantized else set())
-        return super()._apply(lambda t: _moved(t, fn) if id(t) in kept else fn(t), recurse)
+        apply: Any = super()._apply
+        return apply(lambda t: _moved(t, fn) if id(t) in kept else fn(t), recurse)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, parameter in self._parameters.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -25,12 +27,12 @@ def _write(module: QuantizedLinear, weight: Tensor) -> dict[str, Tensor]:
 
 
 def _decode(module: QuantizedLinear, tensors: dict[str, Tensor]) -> Tensor:
-    parts = {"codes" if name == "weight" else name: tensor for name, tensor in tensors.items()}
+    parts: dict[str, Any] = {"codes" if name == "weight" else name: tensor for name, tensor in tensors.items()}
     return ops.dequantize_4bit(module.packed._replace(**parts), torch.float32)
 
 
 def _plain(module: QuantizedLinear) -> None:
-    make_plain(module, module.weight)
+    make_plain(module, cast(nn.Parameter, module.weight))
 
 
 QUANTIZED = WeightFormat(

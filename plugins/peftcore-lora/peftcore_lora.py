@@ -125,7 +125,8 @@ class LoraLinear(Lora):
         p = self.dropout.p if self.training else 0.0
         operands = None if x.is_nested else base.linear_operands(x)
         if operands is not None:
-            return ops.lora_linear(x, *operands, self.lora_A, self.lora_B, self.scale, p)
+            weight, bias = operands
+            return ops.lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, p)
         y = base(x)
         x = self.dropout(x)
         s = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
@@ -138,7 +139,8 @@ class LoraLinear(Lora):
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
         if operands is None or trains or any(m.training and m.dropout.p for m in adapters):
             return NotImplemented
-        return ops.lora_linear_per_sample(x, *operands, a, b, [m.scale for m in adapters], index)
+        weight, bias = operands
+        return ops.lora_linear_per_sample(x, weight, bias, a, b, [m.scale for m in adapters], index)
 
 
 class LoraConv(Lora):
