@@ -34,6 +34,17 @@ def _tensors_there(schema: str, function: Callable[..., Any]) -> Callable[..., A
     return checked
 
 
+def _outside_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """As a kernel: arguments were cast before, and what is computed of them has their dtypes."""
+
+    @functools.wraps(reference)
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        with torch._C._DisableAutocast():
+            return reference(*args, **kwargs)
+
+    return computed
+
+
 def define(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any], *, differentiable: bool = False
 ) -> None:
@@ -52,7 +63,7 @@ def define(
             f"the compiled extension is another version's: its '{name}' takes other arguments. "
             f"Rebuild it: {_extension.REBUILD}"
         ) from error
-    library.impl(name, _tensors_there(schema, reference), "CompositeExplicitAutograd")
+    library.impl(name, _tensors_there(schema, _outside_autocast(reference)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"peftcore::{name}", _tensors_there(schema, fake), lib=library)
     if not differentiable:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")

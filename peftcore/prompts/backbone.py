@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,9 +54,7 @@ class Backbone(nn.Module):
         return f"tokens={self.tokens}"
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        call = dict(zip(self._names, args, strict=False))
-        call.update(kwargs)
-        return call
+        return named(self._names, args, kwargs)
 
     def _cached(self, call: dict[str, Any]) -> tuple[Any, int]:
         """(cache or None, how many tokens it holds beside prefixes)."""
@@ -145,6 +144,11 @@ def stacks(model: nn.Module, architecture: Architecture) -> tuple[str, str]:
             "plugin's peftcore_architecture hook can"
         )
     return architecture.encoder, architecture.decoder
+
+
+def named(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by name."""
+    return {**dict(zip(names, args)), **kwargs}  # noqa: B905  # PyTorch 2.9 traces strict=False as True
 
 
 def arguments(module: nn.Module) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from peftcore.prompts.backbone import (
     cache_argument,
     entry,
     is_causal,
+    named,
     seen,
     text_config,
 )
@@ -233,8 +234,7 @@ class PrefixLayer(nn.Module):
         self._cache_argument = cache_argument(module)
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        call: dict[Any, Any] = dict(zip(self._names, args, strict=False))
-        call.update(kwargs)
+        call: dict[Any, Any] = named(self._names, args, kwargs)
         cache = call.get(self._cache_argument)
         if any(call.get(name) is not None for name in _CROSS_ARGUMENTS) or not (
             cache is None or isinstance(cache, _Stateless)

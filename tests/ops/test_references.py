@@ -52,3 +52,13 @@ def test_the_reference_is_reached_past_the_kernel(name):
     assert any(call.startswith("aten.") for call in seen)  # the reference, of PyTorch's operators
     for one, other in zip(*(r if isinstance(r, (tuple, list)) else [r] for r in (found, expected)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["linear_4bit", "lora_linear", "lora_linear_backward"])
+def test_autocast_does_not_reach_into_a_reference(name):
+    """Arguments were cast before; what is kept for the backward pass is float32."""
+    operator, arguments = getattr(torch.ops.peftcore, name).default, cases()[name]
+    wanted = operator.redispatch(OTHER, *arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = operator.redispatch(OTHER, *arguments)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
