@@ -209,8 +209,13 @@ def quantize_4bit(
         return weight
     nested_map = codebook("dynamic8", x.device)
     absmax, nested_absmax, offset = _OPS.quantize_absmax(absmax, nested_map, nested_blocksize)
-    parts = {"nested_absmax": nested_absmax, "nested_quant_map": nested_map, "nested_offset": offset}
-    return weight._replace(absmax=absmax, **parts, nested_blocksize=nested_blocksize)
+    return weight._replace(
+        absmax=absmax,
+        nested_absmax=nested_absmax,
+        nested_quant_map=nested_map,
+        nested_offset=offset,
+        nested_blocksize=nested_blocksize,
+    )
 
 
 def dequantize_4bit(weight: PackedWeight, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:

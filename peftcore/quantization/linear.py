@@ -103,7 +103,8 @@ class QuantizedLinear(nn.Linear):
 
     def linear_operands(self, x: Tensor) -> tuple[PackedWeight, Tensor | None] | None:
         """What an adapter may multiply by itself: see `peftcore.adaptation.adapted.Base`."""
-        if not self.is_quantized or self.compute_dtype not in (None, x.dtype):
+        weight: Any = self._parameters["weight"]
+        if weight.dtype is not torch.uint8 or self.compute_dtype not in (None, x.dtype):
             return None
         return self.packed, self.bias
 
