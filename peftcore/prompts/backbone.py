@@ -54,7 +54,11 @@ class Backbone(nn.Module):
         return f"tokens={self.tokens}"
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        return named(self._names, args, kwargs)
+        call = named(self._names, args, kwargs)
+        old = [name for name in _CACHE_ARGUMENTS if name in call and name not in self._names]
+        if old and self._cache_argument and call.get(self._cache_argument) is None:  # which the module still takes
+            call[self._cache_argument] = call.pop(old[0])
+        return call
 
     def _cached(self, call: dict[str, Any]) -> tuple[Any, int]:
         """(cache or None, how many tokens it holds beside prefixes)."""
@@ -178,13 +182,20 @@ def text_config(model: nn.Module) -> Any:
     return config.text_config(getattr(model, "config", None))
 
 
+def input_embedding(module: nn.Module) -> nn.Module | None:
+    """What `module` names as its embedding, if it names one."""
+    try:
+        return module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def learned_context(backbone: nn.Module) -> int | None:
     """How many positions a table of learned ones has; None where positions are computed."""
     context = getattr(text_config(backbone), "max_position_embeddings", None)
-    own_embedding = getattr(backbone, "get_input_embeddings", None)
-    if not isinstance(context, int) or own_embedding is None:
+    tokens = input_embedding(backbone)
+    if not isinstance(context, int) or tokens is None:
         return None
-    tokens = own_embedding()
     for module in backbone.modules():
         if isinstance(module, nn.Embedding) and module is not tokens:
             offset = getattr(module, "offset", 0)  # OPT and BART keep 2 free in addition, RoBERTa within

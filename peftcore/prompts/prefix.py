@@ -21,6 +21,7 @@ from peftcore.prompts.backbone import (
     arguments,
     cache_argument,
     entry,
+    input_embedding,
     is_causal,
     named,
     seen,
@@ -53,7 +54,7 @@ def place_prefix(
             f"PrefixKV needs attention that takes a cache; that of {type(model).__name__} takes none. "
             "A soft prompt needs none"
         )
-    if isinstance(getattr(backbone, "get_input_embeddings", lambda: None)(), nn.ModuleList):
+    if isinstance(input_embedding(backbone), nn.ModuleList):
         raise PeftcoreError(
             f"'{path}' of {type(model).__name__} reads several rows of codes for each sequence, and PrefixKV gives "
             "each row a prefix. A method for linear layers works"
@@ -67,7 +68,7 @@ def place_prefix(
             f"{type(model).__name__} has latent attention, whose keys and values differ in width: PrefixKV gives both "
             "the same. A soft prompt works"
         )
-    there = {module.layer_idx for module in attentions.values()}
+    there = {_layer(module) for module in attentions.values()}
     if there != set(range(shape[0])):
         raise PeftcoreError(
             f"the prefix has keys and values for {shape[0]} layers, {type(model).__name__} has attention with a cache "
@@ -183,9 +184,8 @@ class PrefixAround(Backbone):
         given = call.get("inputs_embeds")
         given = given if given is not None else call["input_ids"]
         dtype = next(p.dtype for _, p in base_parameters(module) if p.is_floating_point())
-        embedding_of = getattr(module, "get_input_embeddings", None)
-        if embedding_of is not None:
-            dtype = embedding_of().weight.dtype
+        if (embedding := input_embedding(module)) is not None:
+            dtype = embedding.weight.dtype
         layers = getattr(cache, "self_attention_cache", cache)
         before = getattr(cache, IN_CACHE, 0) if seen(cache) else 0  # another prefix's
         for layer, (key, value) in enumerate(self.adapter().to(dtype).unbind(0)):  # [kv_heads, tokens, head_dim] each
@@ -229,7 +229,7 @@ class PrefixLayer(nn.Module):
     def __init__(self, adapter: nn.Module, module: Any) -> None:
         super().__init__()
         self._adapter = (adapter,)  # its owner is the adapter around the backbone: no parameters here
-        self._layer = module.layer_idx
+        self._layer = _layer(module)
         self._names = arguments(module)
         self._cache_argument = cache_argument(module)
 
@@ -270,9 +270,15 @@ def _attentions(backbone: nn.Module, prefix: str) -> dict[str, Any]:
     found = {
         path: module
         for path, module in base_modules(backbone, prefix)
-        if isinstance(getattr(module, "layer_idx", None), int) and cache_argument(module) is not None
+        if _layer(module) is not None and cache_argument(module) is not None
     }
     return {path: module for path, module in found.items() if not any(o.startswith(f"{path}.") for o in found)}
+
+
+def _layer(module: nn.Module) -> int | None:
+    """Which layer's part of the cache an attention module takes; GPT-Neo calls it otherwise."""
+    index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
+    return index if isinstance(index, int) else None
 
 
 def _new_cache(backbone: Any, crosses: bool) -> Any:

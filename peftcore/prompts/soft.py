@@ -18,12 +18,15 @@ from peftcore.prompts.backbone import (
     arguments,
     cache_argument,
     entry,
+    input_embedding,
     is_causal,
     prepend,
     stacks,
     text_config,
 )
 from peftcore.prompts.stand_ins import StandIns, entering, ordinary_token, places
+
+_ADDS_SOUND = ("voxtral_realtime", "voxtral_realtime_text")  # families whose tokens and pieces of sound go together
 
 
 def place_soft_prompt(
@@ -54,7 +57,12 @@ def place_soft_prompt(
             f"{', '.join(names[:3])}. A prefix or a method for linear layers works"
         )
     cached = None if keeps else cache_argument(model.get_submodule(entry(model, architecture)))  # some pass it on
-    own = getattr(backbone, "get_input_embeddings", lambda: embedding)()
+    if getattr(text_config(backbone), "model_type", None) in _ADDS_SOUND:
+        raise PeftcoreError(
+            f"{type(model).__name__} adds a piece of sound to each token, and a soft prompt has none. A prefix or a "
+            "method for linear layers works"
+        )
+    own = input_embedding(backbone) or embedding
     needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, own)
     around = SoftPromptAround(
         adapter,
@@ -132,6 +140,12 @@ class SoftPromptAround(Backbone):
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         cache, past = self._cached(call)
+        told = (name for name, value in call.items() if value is not None and name.startswith("past_"))
+        if (unknown := next((name for name in told if name != self._cache_argument), None)) is not None:
+            raise PeftcoreError(
+                f"{type(base.module).__name__} keeps what it has read in '{unknown}', and whether a soft prompt is in "
+                "it is not known. Generate with use_cache=False"
+            )
         mask = call.get("attention_mask")
         positions = call.get("position_ids")
         length = self._make_room(call, past)
@@ -219,7 +233,7 @@ _OF_IMAGES = re.compile("pixel|image_(sizes|attention)|grid|aspect_ratio|shapes|
 def _is_per_token(name: str, value: Tensor) -> bool:
     """Has an argument of the tokens' sizes something for each of them: a type, a box, a mask of what it sees?"""
     if value.dim() > 2:
-        return name.endswith(("bbox", "attention_mask"))
+        return name.endswith(("bbox", "attention_mask", "token_type_ids"))
     return re.sub("^(en|de)coder_", "", name) not in _NOT_GROWN and not _OF_IMAGES.search(name)
 
 

@@ -80,6 +80,12 @@ def _with_boxes_of_eight(found: dict[str, Any], facts: Facts) -> dict[str, Any]:
     return {**found, "bbox": facts.floats(BATCH, LENGTH, facts.model.config.dim_bbox).abs()}
 
 
+@of("TapasForQuestionAnswering")
+def _cells(found: dict[str, Any], facts: Facts) -> dict[str, Any]:
+    """All tokens are of one cell: what is of none is masked by a number that hides the others."""
+    return {**found, "token_type_ids": facts.whole(1, BATCH, LENGTH, 7)}
+
+
 @of("Udop.*")
 def _with_boxes_of_tokens(found: dict[str, Any], facts: Facts) -> dict[str, Any]:
     return {**found, "bbox": facts.floats(BATCH, LENGTH, 4).abs()}

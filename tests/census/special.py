@@ -186,6 +186,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "AriaConfig": {"projector_patch_to_query_dict": {"4": 2}},
     "ChameleonVQVAEConfig": {"num_embeddings": 32},
     "Emu3VQVAEConfig": {"codebook_size": 32, "hidden_size": 128},
+    "PPOCRV5MobileRecConfig": {"head_out_channels": 8},
     "PI0Config": {"chunk_size": 4, "max_state_dim": 8, "max_action_dim": 8},
     "DPTConfig": {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]},
     "CvtConfig": {"depth": [1, 2, 3]},
@@ -245,4 +246,5 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {}
 
 def reads_input_in_head(name: str) -> bool:
     """Whether the head looks at the caller's own tokens or mask: of questions, or the first one of several choices."""
-    return name.endswith("ForMultipleChoice") or name in ("BigBirdForQuestionAnswering", "SplinterForQuestionAnswering")
+    others = ("BigBirdForQuestionAnswering", "SplinterForQuestionAnswering", "SplinterForPreTraining")
+    return name.endswith("ForMultipleChoice") or name in others

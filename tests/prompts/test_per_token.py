@@ -17,7 +17,12 @@ TOKEN = 40
 
 @pytest.mark.parametrize(
     ("name", "argument", "size"),
-    [("LayoutLMModel", "bbox", 4), ("BrosModel", "bbox", 8), ("IdeficsModel", "image_attention_mask", 1)],
+    [
+        ("LayoutLMModel", "bbox", 4),
+        ("BrosModel", "bbox", 8),
+        ("IdeficsModel", "image_attention_mask", 1),
+        ("TapasModel", "token_type_ids", 7),
+    ],
 )
 def test_a_prompt_of_a_token_is_that_token(name: str, argument: str, size: int) -> None:
     model = instances.build(name)
@@ -26,7 +31,7 @@ def test_a_prompt_of_a_token_is_that_token(name: str, argument: str, size: int) 
     per_token = torch.randint(1, 9, (BATCH, LENGTH, size)).sort(-1).values
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask[1, :2] = 0
-    if argument == "image_attention_mask":
+    if argument != "bbox":
         per_token = per_token.clamp(max=1)
     others = {"pixel_values": torch.randn(BATCH, 1, 3, 64, 64)} if name == "IdeficsModel" else {}
 

@@ -97,3 +97,17 @@ def test_every_stream_of_states_is_cut() -> None:
         found = model(input_ids=tiny.TOKENS)
     torch.testing.assert_close(found.logits, whole.logits[:, 3:])
     torch.testing.assert_close(found.logits_ngram, whole.logits_ngram[:, :, 3:])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_cache_under_the_name_that_it_had(method: str) -> None:
+    """A bare backbone takes `past_key_values` where it says `cache`, and the other way round in other releases."""
+    from transformers import DynamicCache
+
+    model = applied(instances.build("LlamaModel"), method)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        first = model(input_ids=tiny.TOKENS[:, :4], past_key_values=cache, use_cache=True)[0]
+        last = model(input_ids=tiny.TOKENS[:, 4:], past_key_values=cache, use_cache=True)[0]
+        whole = model(input_ids=tiny.TOKENS)[0]
+    torch.testing.assert_close(torch.cat([first, last], dim=1), whole, rtol=0, atol=1e-4)

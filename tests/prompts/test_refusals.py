@@ -33,6 +33,7 @@ def refused(name: str, method: str, message: str, **inputs: Any) -> None:
         ("HrmTextModel", r"keys and values for 16 layers, HrmTextModel has attention with a cache in 2: \[0, 1\]"),
         ("ProphetNetForCausalLM", "reads one token at a time where its cache is not empty, and a prefix fills it"),
         ("ParakeetForRNNT", "does not say how many layers and heads it has. A plugin's"),
+        ("SpeechT5ForTextToSpeech", "a prompt stands before tokens, and the model was called without: no input_ids"),
         ("MusicgenForConditionalGeneration", "reads several rows of codes for each sequence"),
         ("SpeechT5ForSpeechToText", "a prompt stands before tokens, and the model was called without: no input_ids"),
     ],
@@ -56,6 +57,16 @@ def test_a_prefix_and_a_mask_of_more_than_the_tokens_where_nothing_is_kept() -> 
     peftcore.apply(model, "prefix-tuning", num_virtual_tokens=3)
     with pytest.raises(PeftcoreError, match=r"given 1 tokens and a mask of 7\. To generate: is_decoder=True in"):
         model(input_ids=tiny.TOKENS[:, -1:], attention_mask=torch.ones_like(tiny.TOKENS))
+
+
+def test_a_soft_prompt_and_a_state_of_another_name() -> None:
+    """Reformer's buckets; without them every step reads the prompt anew."""
+    model = instances.build("ReformerModelWithLMHead")
+    peftcore.apply(model, "prompt-tuning", num_virtual_tokens=3)
+    tokens = {"input_ids": tiny.TOKENS, "attention_mask": torch.ones_like(tiny.TOKENS), "max_new_tokens": 2}
+    with pytest.raises(PeftcoreError, match=r"keeps what it has read in '.*Generate with use_cache=False"):
+        model.generate(**tokens)
+    assert model.generate(**tokens, use_cache=False).shape == (len(tiny.TOKENS), tiny.TOKENS.shape[1] + 2)
 
 
 def test_a_prefix_before_padding_that_is_counted() -> None:
