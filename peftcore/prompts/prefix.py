@@ -282,7 +282,7 @@ def _layer(module: nn.Module) -> int | None:
 
 
 def _new_cache(backbone: Any, crosses: bool) -> Any:
-    from transformers import DynamicCache, EncoderDecoderCache
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache  # no lazy module, which cannot be traced
 
     cache = DynamicCache(config=backbone.config)
     if crosses or any(getattr(backbone.config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):
