@@ -182,8 +182,8 @@ def text_config(model: nn.Module) -> Any:
     return config.text_config(getattr(model, "config", None))
 
 
-def input_embedding(module: nn.Module) -> nn.Module | None:
-    """What `module` names as its embedding, if it names one."""
+def input_embedding(module: Any) -> Any:
+    """What `module` names as its embedding, an `nn.Embedding` or what takes its place; None if it names none."""
     try:
         return module.get_input_embeddings()
     except (AttributeError, NotImplementedError):

@@ -68,7 +68,7 @@ def place_prefix(
             f"{type(model).__name__} has latent attention, whose keys and values differ in width: PrefixKV gives both "
             "the same. A soft prompt works"
         )
-    there = {_layer(module) for module in attentions.values()}
+    there: set[Any] = {_layer(module) for module in attentions.values()}
     if there != set(range(shape[0])):
         raise PeftcoreError(
             f"the prefix has keys and values for {shape[0]} layers, {type(model).__name__} has attention with a cache "
