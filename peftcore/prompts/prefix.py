@@ -277,7 +277,8 @@ def _attentions(backbone: nn.Module, prefix: str) -> dict[str, Any]:
 
 def _layer(module: nn.Module) -> int | None:
     """Which layer's part of the cache an attention module takes; GPT-Neo calls it otherwise."""
-    index = getattr(module, "layer_idx", getattr(module, "layer_id", None))
+    its_own = getattr(getattr(module, "config", None), "model_type", None) == "gpt_neo"  # Flaubert's is no place in it
+    index = getattr(module, "layer_idx", getattr(module, "layer_id", None) if its_own else None)
     return index if isinstance(index, int) else None
 
 
