@@ -23,7 +23,8 @@ void update_range(const Kernels& level, const Step& step, const Segment& s, int6
     const char* grad = static_cast<const char*>(s.grad);
     const bool wide_param = s.param_dtype == Dtype::kFloat, wide_grad = s.grad_dtype == Dtype::kFloat;
     const int64_t span = wide_param && wide_grad ? end - begin : kSpan;
-    float p_span[kSpan], g_span[kSpan];
+    // Where a page begins, as pages of state do: else stores here could seem to precede loads of state there.
+    alignas(4096) float p_span[kSpan], g_span[kSpan];
     for (int64_t i = begin; i < end; i += span) {
         const int64_t count = std::min(span, end - i);
         float* p = wide_param ? reinterpret_cast<float*>(param) + i : p_span;
