@@ -20,7 +20,7 @@ MISSING: dict[str, Any] = {
 }
 
 _MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}  # 2 · hidden size
-_SWIN = {"embed_dim": 16, "depths": [1] * 4, "num_heads": [2] * 4, "window_size": 4, "image_size": 32, "patch_size": 2}
+_SWIN = {"embed_dim": 16, "depths": [1] * 4, "num_heads": [2] * 4, "window_size": 4, "image_size": 64, "patch_size": 2}
 _EFFICIENT = {
     "in_channels": [32, 16],
     "out_channels": [16, 16],

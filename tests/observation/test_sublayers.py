@@ -36,7 +36,7 @@ MODELS = {
     "distilbert": distilbert,
     **{name: partial(built, name) for name in OTHERS},
 }
-COUNTS = {"t5": 2 * 2 + 2 * 3, "BartModel": 10, "WhisperModel": 10, "CLIPModel": 8, "MambaModel": 2}
+COUNTS = {"t5": 2 * 2 + 2 * 3, "BartModel": 10, "WhisperModel": 10, "CLIPModel": 8, "MambaModel": 2, "SwinModel": 8}
 
 
 @pytest.mark.parametrize("kind", list(MODELS))
@@ -88,7 +88,7 @@ def test_what_is_told_of_families_without_a_table() -> None:
     kinds = ["attention", "feed_forward", "attention", "cross_attention", "feed_forward"]
     assert [s.kind for s in bart if s.layer == 1] == kinds
     swin = find(built("SwinModel"))
-    assert [(s.layer, s.width) for s in swin] == [(0, 16), (0, 16), (1, 32), (1, 32)]
+    assert [(s.layer, s.width) for s in swin] == [(i // 2, 16 << i // 2) for i in range(8)]
     bloom = find(built("BloomModel"))[0]
     assert (bloom.output, bloom.whole) == ("h.0.self_attention.dense", "h.0.self_attention")
     assert {s.kind for s in find(built("MambaModel"))} == {"attention"}
