@@ -89,6 +89,7 @@ def _begin(folder: str, rank: int, ranks: int) -> None:
 
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    distributed.barrier()  # a rank that ends while another one connects makes that one fail
 
 
 def _endless(
