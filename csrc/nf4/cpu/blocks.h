@@ -83,25 +83,33 @@ static void quantize_blocks(const QuantizeCall& args, int64_t first, int64_t las
     }
 }
 
+constexpr int kGroupBlocks = 64;  // whose scales are read together
+
 template <Blocks Level, typename T>
 static void dequantize_blocks(const DequantizeCall& args, int64_t first, int64_t last) {
     const WeightView& weight = args.weight;
     T* out = static_cast<T*>(args.out);
+    const uint8_t* codes = weight.codes;
+    const bool stream = args.stream;
     const int64_t all = weight.count(), size = int64_t(1) << weight.shift;
     const typename Level::Decoder decoder(weight.quant_map);
-    for (int64_t block = first; block < last; ++block) {
-        const int64_t begin = block * size;
-        const float scale = block_scale(weight, block);
-        const int64_t count = begin + size > all ? all - begin : size;
-        const int64_t whole = count / 32 * 32;
-        if (whole > 0)
-            Level::decode(weight.codes + begin / 2, whole, scale, decoder, out + begin, args.stream);
-        for (int64_t i = whole; i < count; ++i) {
-            const uint8_t byte = weight.codes[(begin + i) / 2];
-            out[begin + i] = from_float<T>(weight.quant_map[i % 2 ? byte & 15 : byte >> 4] * scale);
+    float scales[kGroupBlocks];
+    for (int64_t start = first; start < last; start += kGroupBlocks) {
+        const int64_t stop = start + kGroupBlocks < last ? start + kGroupBlocks : last;
+        block_scales(weight, start, stop, scales);
+        for (int64_t block = start; block < stop; ++block) {
+            const int64_t begin = block * size;
+            const float scale = scales[block - start];
+            const int64_t count = begin + size > all ? all - begin : size;
+            const int64_t whole = count / 32 * 32;
+            if (whole > 0) Level::decode(codes + begin / 2, whole, scale, decoder, out + begin, stream);
+            for (int64_t i = whole; i < count; ++i) {
+                const uint8_t byte = codes[(begin + i) / 2];
+                out[begin + i] = from_float<T>(weight.quant_map[i % 2 ? byte & 15 : byte >> 4] * scale);
+            }
         }
     }
-    if (args.stream) Level::fence();
+    if (stream) Level::fence();
 }
 
 template <Blocks Level>

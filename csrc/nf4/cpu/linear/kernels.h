@@ -52,23 +52,7 @@ void fill_amx(LinearKernels&);
 // W's scales of elements [begin, end), one a block that they touch, followed by 16 zeros.
 static inline void copy_scales(const WeightView& weight, int64_t begin, int64_t end, float* out) {
     const int64_t first = begin >> weight.shift, last = ((end - 1) >> weight.shift) + 1;
-    if (weight.nested_absmax == nullptr) {
-        const float* absmax = static_cast<const float*>(weight.absmax);
-        for (int64_t b = first; b < last; ++b) out[b - first] = absmax[b];
-    } else {
-        const uint8_t* absmax = static_cast<const uint8_t*>(weight.absmax);
-        const float offset = *weight.nested_offset;
-        for (int64_t b = first; b < last;) {
-            const int64_t nested = (weight.first_block + b) >> weight.nested_shift;
-            const int64_t run = ((nested + 1) << weight.nested_shift) - weight.first_block;
-            const int64_t stop = run < last ? run : last;
-            const float outer = weight.nested_absmax[nested];
-            for (; b < stop; ++b) {
-                const float product = weight.nested_quant_map[absmax[b]] * outer;
-                out[b - first] = product + offset;
-            }
-        }
-    }
+    block_scales(weight, first, last, out);
     for (int i = 0; i < 16; ++i) out[last - first + i] = 0;
 }
 
