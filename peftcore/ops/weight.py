@@ -65,12 +65,20 @@ class PackedWeight(NamedTuple):
         return self.nested_absmax is not None
 
     def operands(self) -> tuple[list[Tensor], list[int]]:
-        """What an operator takes."""
-        nested = self.nested_absmax
-        if nested is None:
+        """What an operator takes.
+
+        Raises:
+            ValueError: some of the nested scales' parts are there, and others are not.
+        """
+        absmax, quant_map, offset = self.nested_absmax, self.nested_quant_map, self.nested_offset
+        if absmax is None and quant_map is None and offset is None:
             return [self.codes, self.absmax, self.quant_map], [self.blocksize, 0, *self.shape]
-        parts = [self.codes, self.absmax, self.quant_map, nested, self.nested_quant_map, self.nested_offset]
-        return parts, [self.blocksize, self.nested_blocksize, *self.shape]  # type: ignore[return-value]
+        if absmax is None or quant_map is None or offset is None:
+            parts = {"nested_absmax": absmax, "nested_quant_map": quant_map, "nested_offset": offset}
+            found = ", ".join(f"no {name}" if part is None else name for name, part in parts.items())
+            raise ValueError(f"PackedWeight: nested scales need {', '.join(parts)} together, found {found}")
+        tensors = [self.codes, self.absmax, self.quant_map, absmax, quant_map, offset]
+        return tensors, [self.blocksize, self.nested_blocksize, *self.shape]
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same on another device."""
