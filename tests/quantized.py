@@ -51,3 +51,12 @@ def of_bnb(layer: nn.Linear, **keywords: Any) -> nn.Module:
     other = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, **keywords)
     other.load_state_dict(layer.state_dict())
     return other.to(layer.weight.dtype).to("cpu").train()
+
+
+def moved(found: torch.nn.Module) -> torch.nn.Module:
+    """With other values in all that trains."""
+    with torch.no_grad():
+        for parameter in found.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return found

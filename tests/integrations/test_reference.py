@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import quantized
 import torch
-from quantized import logits
+from quantized import logits, moved
 
 import peftcore
 from peftcore.integrations.reference import FILE, Reference
@@ -28,15 +28,6 @@ def model(method: str = "lora", *, loaded: bool = False, quantize: bool = False)
     torch.manual_seed(0)
     peftcore.apply(found, method, **METHODS[method])
     return moved(found) if loaded else found
-
-
-def moved(found: torch.nn.Module) -> torch.nn.Module:
-    """With other values in all that trains."""
-    with torch.no_grad():
-        for parameter in found.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return found
 
 
 @pytest.mark.parametrize("quantize", [False, True])

@@ -10,7 +10,7 @@ import pytest
 import quantized
 import torch
 from commands import WORDS, save_tokenizer
-from quantized import logits
+from quantized import logits, moved
 
 import peftcore
 from peftcore.integrations.reference_model import reference_of, refuse_wrapped
@@ -54,14 +54,6 @@ def model(
     torch.manual_seed(0)
     peftcore.apply(found, method, **({"r": 2} if method == "lora" else {}), **fields)
     return moved(found) if loaded else found
-
-
-def moved(found: torch.nn.Module) -> torch.nn.Module:
-    with torch.no_grad():
-        for parameter in found.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return found
 
 
 def rows(kind: str) -> Any:

@@ -1,7 +1,6 @@
 """4-bit operators against bitsandbytes, a float64 computation, and each other at every SIMD level."""
 
 import math
-import statistics
 import warnings
 
 import pytest
@@ -109,32 +108,6 @@ def same_but_subnormal(a, b):
 
 def bits(t):
     return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[t.element_size()])
-
-
-# --- constants -------------------------------------------------------------------------------------------------------
-
-
-def test_codebooks_are_bitsandbytes():
-    assert torch.equal(ops.NF4, bnb.get_4bit_type("nf4", "cpu"))
-    assert torch.equal(ops.FP4, bnb.get_4bit_type("fp4", "cpu"))
-    assert torch.equal(ops.DYNAMIC8, bnb.create_dynamic_map())
-    assert (ops.DYNAMIC8 < 0).sum() == 127 and ops.DYNAMIC8[127] == 0 and (ops.DYNAMIC8 > 0).sum() == 128
-
-
-def test_nf4_is_the_normals_quantiles():
-    quantile = statistics.NormalDist().inv_cdf
-    first, middle = 0.9677083, 0.5  # of the outermost points; QLoRA, appendix E
-    positive = [quantile(first + (middle - first) * i / 8) for i in range(8)]
-    negative = [-quantile(first + (middle - first) * i / 7) for i in range(7)]
-    wanted = torch.tensor(sorted([0.0, *positive, *negative]), dtype=torch.float64) / max(positive)
-    assert (ops.NF4.double() - wanted).abs().max() < 3e-7
-
-
-def test_codebook_by_name_is_a_copy():
-    ops.codebook("nf4").zero_()
-    assert ops.codebook("nf4")[0] == -1
-    with pytest.raises(ValueError, match=r"no codebook 'nf5'.*nf4, fp4, dynamic8"):
-        ops.codebook("nf5")
 
 
 # --- bitsandbytes and float64 ----------------------------------------------------------------------------------------
