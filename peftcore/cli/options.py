@@ -34,6 +34,11 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
 Task = Annotated[
     str | None, typer.Option(help="causal-lm or classification; read off the file's first line if left out.")
 ]
+EvalData = Annotated[str | None, typer.Option(help="Examples to evaluate on.")]
+Holdout = Annotated[float, typer.Option(help="Without --eval-data: share of the examples held out.")]
+Epochs = Annotated[float, typer.Option(help="Passes over the examples.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")]
+MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of an example at most.")]
 Labels = Annotated[
     str | None, typer.Option(help="A classifier's labels in the order of its outputs, for adapters that PEFT wrote.")
 ]
