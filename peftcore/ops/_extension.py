@@ -66,7 +66,10 @@ def load(record: dict[str, Any]) -> tuple[ModuleType | None, str]:
         except ImportError as error:
             reason, warn = f"it does not load: {error}. Rebuild it: {REBUILD}", True
         else:
-            module.cpu_level()  # ValueError for a misspelt PEFTCORE_CPU_LEVEL: here, not in the first operator
+            try:
+                module.cpu_level()  # reads PEFTCORE_CPU_LEVEL: here, not in the first operator
+            except ValueError as error:
+                raise ValueError(f"PEFTCORE_CPU_LEVEL: {error}. Set one of these, or unset it") from None
     if warn:
         warnings.warn(f"peftcore runs without its compiled extension: {reason}", RuntimeWarning, stacklevel=2)
     return module, reason
