@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.method import Around as Around
     from peftcore.method import ForeignFormat as ForeignFormat
     from peftcore.method import Method as Method
+    from peftcore.method import OnWeight as OnWeight
     from peftcore.method import PrefixKV as PrefixKV
     from peftcore.method import SoftPrompt as SoftPrompt
     from peftcore.method import StateRules as StateRules

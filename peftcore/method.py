@@ -1,8 +1,8 @@
-"""A method turns a config into placements: what stands where in the model. The core knows these five and no method."""
+"""A method turns a config into placements: what stands where in the model. The core knows these six and no method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,13 +16,18 @@ if TYPE_CHECKING:
 class Around:
     """`adapter(base, *args, **kwargs) -> output` in place of the forward of the module at `path`.
 
-    `base(*args, **kwargs)` runs what the adapter stands around, `base.module` is the module itself.
-    An adapter with `merged(weight) -> weight` (a pure function, fp32, in the layout of
-    :class:`WeightFormat`) can be merged.
+    `base(*args, **kwargs)` runs what the adapter stands around, `base.module` is the module itself, `base.weight()` its
+    dense weight as adapters inside change it. An adapter with `merged(weight, bias) -> (weight, bias)` can be merged: a
+    pure function of float32 tensors in the layout of :class:`WeightFormat`, the bias None where the module has none.
+
+    Args:
+        branches: names of other adapters of the module that this one combines. `base.branch(name)(*args, **kwargs)` runs
+            one of them, alone, around the module; they do not act by themselves.
     """
 
     path: str
     adapter: nn.Module
+    branches: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,26 @@ class After:
 
 
 @dataclass(frozen=True)
+class OnWeight:
+    """`adapter(weight) -> weight`: what the forward of the module at `path` reads of its parameter `name`.
+
+    Of any module: convolutions, embeddings, `nn.MultiheadAttention` (`in_proj_weight`), experts `[E, out, in]`. A dotted
+    name (`out_proj.weight`) is of a module inside whose weight is read past its forward. The adapter is called once a
+    call of the module, on the parameter as it is stored; on a packed one, on the dense weight that it stands for. It is
+    a pure function, and so it merges.
+    """
+
+    path: str
+    name: str
+    adapter: nn.Module
+
+
+@dataclass(frozen=True)
 class SoftPrompt:
-    """`adapter() -> [tokens, hidden]`, vectors that stand before the embedded input of the backbone."""
+    """`adapter() -> [tokens, hidden]`, vectors that stand before the embedded input of the backbone.
+
+    `[batch, tokens, hidden]` where they depend on the input, which the adapter reads from `peftcore.current_call()`.
+    """
 
     adapter: nn.Module
 
@@ -56,8 +79,10 @@ class Train:
 
 Model = TypeVar("Model", bound=nn.Module)  # functions give back the type of the model that they were given
 
-AdapterPlacement = Around | After | SoftPrompt | PrefixKV
+AdapterPlacement = Around | After | OnWeight | SoftPrompt | PrefixKV
 Placement = AdapterPlacement | Train
+# The adapters of one name by the path of their module; an `OnWeight` by that and its parameter's name, a prompt by "".
+AdapterModules = Mapping[str, nn.Module]
 
 
 def tensor_name(placement: Placement, name: str) -> str:
@@ -66,7 +91,7 @@ def tensor_name(placement: Placement, name: str) -> str:
     `base_model.model.` + module path + name; vectors of a prompt bear their bare name.
     """
     match placement:
-        case Around(path) | After(path):
+        case Around(path) | After(path) | OnWeight(path):
             return f"base_model.model.{path}.{name}" if path else f"base_model.model.{name}"
         case Train():
             return f"base_model.model.{name}"
@@ -106,13 +131,18 @@ class StateRules:
 
     Args:
         peft_type: the key by which a file's method is known, that of Hugging Face PEFT where it has the method.
+        matches: (fields on disk) -> is a file of this peft_type one of this method? Of several methods with one
+            peft_type those that say so come before the one that does not ask (DoRA's files are LORA with a flag).
         tensor_name: (placement, name of the tensor in its adapter) -> name on disk. Names must be distinct.
-            For `Train` the name is the parameter's; `P.base_layer.bias` where the same adapter stands around P.
+            For `Train` the name is the parameter's; `P.base_layer.bias` where the same adapter stands around P. A tensor
+            of a module that several adapters share is written once, under the name that it has in the first.
+        own_fields: names of fields of our config that PEFT does not know and that the file must keep all the same. They
+            are kept beside the tensors, not in `adapter_config.json`, where PEFT would warn of them.
         ignored_fields: fields of others' `adapter_config.json` that do not change what the adapter computes.
         write_config: (fields of our config as JSON) -> fields on disk, where they differ.
         read_config: (fields on disk) -> fields of our config; the place for upgrades of older files.
         read_tensors: (tensors on disk, config) -> tensors under today's names; likewise for older files.
-        exported: (adapter) -> tensors by name on disk from which others compute what the adapter computes, where its
+        exported: (placement) -> tensors by name on disk from which others compute what its adapter computes, where its
             own tensors are more than that (a reparameterisation). Written beside its own, or with
             `save(..., resumable=False)` in their place.
         config_on_disk: (config, tensors on disk) -> config of an adapter that has these tensors, where the file
@@ -124,12 +154,14 @@ class StateRules:
     """
 
     peft_type: str
+    matches: Callable[[Mapping[str, Any]], bool] | None = None
     tensor_name: Callable[[Placement, str], str] = tensor_name
+    own_fields: frozenset[str] = frozenset()
     ignored_fields: frozenset[str] = frozenset()
     write_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     read_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     read_tensors: Callable[[dict[str, Tensor], Any], Mapping[str, Tensor]] = lambda tensors, _config: tensors
-    exported: Callable[[Any], Mapping[str, Tensor]] = lambda _adapter: {}
+    exported: Callable[[Any], Mapping[str, Tensor]] = lambda _placement: {}
     config_on_disk: Callable[[Any, Mapping[str, Tensor]], Any] = lambda config, _tensors: config
     foreign: Sequence[ForeignFormat] = ()
     unreadable: Callable[[nn.Module, Sequence[str]], Sequence[str]] = lambda _model, _paths: ()
@@ -149,8 +181,15 @@ class Method:
         place: (model, config, architecture) -> placements. It builds adapters and changes nothing; under
             `torch.device("meta")` it must allocate nothing.
         state: how adapters look on disk.
-        after_step: (adapters, config, step, total_steps) -> None, after each optimizer step, for methods
-            with a schedule of their own.
+        initialize: (model, adapters, config, batches) -> None, once the adapters stand on the model and before anything
+            acts: first values from the base's weights or from data. `batches` is what `apply` was given, keyword
+            arguments of the model each, or None. It changes the adapters alone, never the base. Not called by `load`.
+        loss: (adapters, config) -> a term that is added to the loss, a scalar with gradients, or None. Trainers add it
+            once a step, however many batches a step has.
+        after_step: (adapters, config, step, total_steps) -> None, after each optimizer step, counted from 1, while the
+            gradients still stand; for methods with a schedule, or an importance, of their own.
+        parameter_groups: (adapters, config, lr, weight_decay) -> groups as `torch.optim` takes them, of all that the
+            adapters train; parameters that no group names are given `lr` and `weight_decay`.
         prepare: (model, config) -> None. What `apply`, and nothing else, does to the base once the placements are
             checked: it may change how weights are stored, and no module's path. `remove` does not undo it.
         recorded_as: (config) -> config of another method, for one that only prepares the base: the adapter is then
@@ -162,7 +201,10 @@ class Method:
     config_class: type
     place: Callable[[nn.Module, Any, Architecture], Sequence[Placement]]
     state: StateRules
-    after_step: Callable[[Sequence[nn.Module], Any, int, int], None] | None = None
+    initialize: Callable[[nn.Module, AdapterModules, Any, Iterable[Any] | None], None] | None = None
+    loss: Callable[[AdapterModules, Any], Tensor | None] | None = None
+    after_step: Callable[[AdapterModules, Any, int, int], None] | None = None
+    parameter_groups: Callable[[AdapterModules, Any, float, float], list[dict[str, Any]]] | None = None
     prepare: Callable[[nn.Module, Any], None] | None = None
     recorded_as: Callable[[Any], Any] | None = None
     learning_rate: float = 2e-4
@@ -178,6 +220,8 @@ class WeightFormat:
         read: (module) -> dense weight, in the layout the layer's functional form takes (`[out, in]` for a linear).
         write: (module, dense weight) -> the new stored tensors by parameter or buffer name, in their final
             dtype; the core puts them in place and keeps the ones they replace.
+        read_bias: (module) -> its bias, one number for each output, or None.
+        write_bias: (module, bias) -> as `write`.
         decode: (module, what `write` gave) -> the dense weight that it stands for, fp32. A format that rounds
             coarsely has it: merging then measures what is lost of the adapters, and with `merge(dtype=...)` puts a
             dense `weight` in place, with which the module must be able to compute.
@@ -190,6 +234,8 @@ class WeightFormat:
     matches: Callable[[nn.Module], bool]
     read: Callable[[Any], Tensor]  # of a module that matches, as the following
     write: Callable[[Any, Tensor], dict[str, Tensor]] = field(repr=False)
+    read_bias: Callable[[Any], Tensor | None] = lambda module: module._parameters.get("bias")
+    write_bias: Callable[[Any, Tensor], dict[str, Tensor]] = lambda module, bias: {"bias": bias.to(module.bias.dtype)}
     decode: Callable[[Any, dict[str, Tensor]], Tensor] | None = None
     plain: Callable[[Any], None] | None = None
     update_config: Callable[[nn.Module], None] | None = None

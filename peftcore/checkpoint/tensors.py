@@ -32,11 +32,12 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
     entry = engine.applied(model, adapter)
     rules = registry.method(entry.method).state
     tensors: dict[str, Tensor] = {}
+    written: set[int] = set()  # of a module that several adapters share the first one writes the tensors
 
-    def add(on_disk: str, tensor: Tensor) -> None:
+    def add(on_disk: str, tensor: Tensor, said_by: str = "tensor_name") -> None:
         if on_disk in tensors:
             raise PeftcoreError(
-                f"{entry.method} gives two tensors the name '{on_disk}'; tensor_name must tell them apart"
+                f"{entry.method} gives two tensors the name '{on_disk}'; {said_by} must tell them apart"
             )
         tensors[on_disk] = tensor
 
@@ -44,11 +45,14 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
         others: Mapping[str, Tensor] = {}
         if exported:
             with ranks.whole_parameters(placement.adapter):
-                others = rules.exported(placement.adapter)
-        tensors.update(others)
+                others = rules.exported(placement)
+        for name, tensor in others.items():
+            add(name, tensor, said_by="exported")
         if own or not others:
             for name, tensor in placement.adapter.state_dict(keep_vars=True).items():
-                add(rules.tensor_name(placement, name), tensor)
+                if id(tensor) not in written:
+                    written.add(id(tensor))
+                    add(rules.tensor_name(placement, name), tensor)
     owned = TrainedParameters.of(model, adapter)
     if owned is not None:
         for name, parameter in owned.values(model):

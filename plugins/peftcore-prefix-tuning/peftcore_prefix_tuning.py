@@ -118,8 +118,9 @@ def place(model: nn.Module, config: PrefixTuningConfig, architecture: peftcore.A
     return [peftcore.PrefixKV(Prefix(config))]
 
 
-def exported(adapter: Prefix) -> dict[str, Tensor]:
+def exported(placement: peftcore.PrefixKV) -> dict[str, Tensor]:
     """P, for those who know no projection."""
+    adapter: Any = placement.adapter
     return {"prompt_embeddings": adapter.rows()} if hasattr(adapter, "projection") else {}
 
 

@@ -55,8 +55,8 @@ def write(module: nn.Linear, weight: Tensor) -> dict[str, Tensor]:
     return {"weight": weight.to(module.weight.dtype)}
 
 
-def exported(adapter: Net) -> Mapping[str, Tensor]:
-    return {"w": adapter.layer.weight}
+def exported(placement: peftcore.Around) -> Mapping[str, Tensor]:
+    return {"w": placement.adapter.get_parameter("weight")}
 
 
 @peftcore.hookimpl
