@@ -21,8 +21,8 @@ class Around:
     pure function of float32 tensors in the layout of :class:`WeightFormat`, the bias None where the module has none.
 
     Args:
-        branches: names of other adapters of the module that this one combines. `base.branch(name)(*args, **kwargs)` runs
-            one of them, alone, around the module; they do not act by themselves.
+        branches: names of other adapters of the module that this one combines. `base.branch(name)(*args, **kwargs)`
+            runs one of them, alone, around the module; they do not act by themselves.
     """
 
     path: str
@@ -42,10 +42,10 @@ class After:
 class OnWeight:
     """`adapter(weight) -> weight`: what the forward of the module at `path` reads of its parameter `name`.
 
-    Of any module: convolutions, embeddings, `nn.MultiheadAttention` (`in_proj_weight`), experts `[E, out, in]`. A dotted
-    name (`out_proj.weight`) is of a module inside whose weight is read past its forward. The adapter is called once a
-    call of the module, on the parameter as it is stored; on a packed one, on the dense weight that it stands for. It is
-    a pure function, and so it merges.
+    Of any module: convolutions, embeddings, `nn.MultiheadAttention` (`in_proj_weight`), experts `[E, out, in]`. A
+    dotted name (`out_proj.weight`) is of a module inside whose weight is read past its forward. The adapter is called
+    once a call of the module, on the parameter as it is stored; on a packed one, on the dense weight that it stands
+    for. It is a pure function, and so it merges.
     """
 
     path: str
@@ -134,10 +134,10 @@ class StateRules:
         matches: (fields on disk) -> is a file of this peft_type one of this method? Of several methods with one
             peft_type those that say so come before the one that does not ask (DoRA's files are LORA with a flag).
         tensor_name: (placement, name of the tensor in its adapter) -> name on disk. Names must be distinct.
-            For `Train` the name is the parameter's; `P.base_layer.bias` where the same adapter stands around P. A tensor
-            of a module that several adapters share is written once, under the name that it has in the first.
-        own_fields: names of fields of our config that PEFT does not know and that the file must keep all the same. They
-            are kept beside the tensors, not in `adapter_config.json`, where PEFT would warn of them.
+            For `Train` the name is the parameter's; `P.base_layer.bias` where the same adapter stands around P. A
+            tensor of a module that several adapters share is written once, under the name that it has in the first.
+        own_fields: names of fields of our config that PEFT does not know and that the file must keep all the same.
+            They are kept beside the tensors, not in `adapter_config.json`, where PEFT would warn of them.
         ignored_fields: fields of others' `adapter_config.json` that do not change what the adapter computes.
         write_config: (fields of our config as JSON) -> fields on disk, where they differ.
         read_config: (fields on disk) -> fields of our config; the place for upgrades of older files.
