@@ -261,8 +261,7 @@ def after_step(model: nn.Module, step: int, total_steps: int) -> None:
         entry = state.applied[name]
         method = registry.method(entry.method)
         if method.after_step is not None:
-            adapters = [adapter for _, adapter in adapter_modules(model, name)]
-            method.after_step(adapters, entry.config, step, total_steps)
+            method.after_step(dict(adapter_modules(model, name)), entry.config, step, total_steps)
 
 
 @alone("set what trains")
