@@ -91,7 +91,9 @@ def tensor_name(placement: Placement, name: str) -> str:
     `base_model.model.` + module path + name; vectors of a prompt bear their bare name.
     """
     match placement:
-        case Around(path) | After(path) | OnWeight(path):
+        case OnWeight(path, parameter):
+            return ".".join(filter(None, ("base_model.model", path, parameter, name)))
+        case Around(path) | After(path):
             return f"base_model.model.{path}.{name}" if path else f"base_model.model.{name}"
         case Train():
             return f"base_model.model.{name}"
@@ -132,7 +134,8 @@ class StateRules:
     Args:
         peft_type: the key by which a file's method is known, that of Hugging Face PEFT where it has the method.
         matches: (fields on disk) -> is a file of this peft_type one of this method? Of several methods with one
-            peft_type those that say so come before the one that does not ask (DoRA's files are LORA with a flag).
+            peft_type those that say so come before the one that does not ask: files of a variant are often those of
+            the plain method with a flag.
         tensor_name: (placement, name of the tensor in its adapter) -> name on disk. Names must be distinct.
             For `Train` the name is the parameter's; `P.base_layer.bias` where the same adapter stands around P. A
             tensor of a module that several adapters share is written once, under the name that it has in the first.

@@ -51,6 +51,7 @@ class Registry:
         self._plugins: dict[str, Plugin] = {}
         self._discovered = False
         self._own_formats: list[WeightFormat] = []
+        self._formats: list[WeightFormat] | None = None  # of plugins, then the core's; None: to be asked for
 
     @property
     def hook(self) -> Any:
@@ -111,16 +112,20 @@ class Registry:
         Raises:
             PluginError: a plugin's hook fails: what its format reads would else be taken for a plain weight.
         """
-        of_plugins = [
-            dataclasses.replace(weight_format, matches=_contained(plugin, weight_format))
-            for plugin, formats in self.answers("peftcore_weight_formats")
-            for weight_format in _all_are(WeightFormat, plugin, "peftcore_weight_formats", formats)
-        ]
-        return [*of_plugins, *self._own_formats]
+        self.plugins()
+        if self._formats is None:
+            of_plugins = [
+                dataclasses.replace(weight_format, matches=_contained(plugin, weight_format))
+                for plugin, formats in self.answers("peftcore_weight_formats")
+                for weight_format in _all_are(WeightFormat, plugin, "peftcore_weight_formats", formats)
+            ]
+            self._formats = [*of_plugins, *self._own_formats]
+        return self._formats
 
     def add_weight_format(self, weight_format: WeightFormat) -> None:
         """A format of the core itself, from the room whose layers it reads."""
         self._own_formats.append(weight_format)
+        self._formats = None
 
     def answers(self, hook: str, *, contain: bool = False, **arguments: Any) -> Iterator[tuple[Plugin, Any]]:
         """(plugin, what its `hook` answers) of every plugin that answers, in pluggy's order: the last comes first.
@@ -154,6 +159,7 @@ class Registry:
         entry = Plugin(name, distribution, version)
         entry.methods = self._register(entry, plugin)
         self._plugins[name] = entry
+        self._formats = None
         return entry
 
     def unregister(self, name: str) -> None:
@@ -161,6 +167,7 @@ class Registry:
         self.plugins()
         if self._plugins.pop(name, None) is not None and self._manager.get_plugin(name) is not None:
             self._manager.unregister(name=name)
+            self._formats = None
 
     def _discover(self) -> None:
         by_name: dict[str, list[EntryPoint]] = defaultdict(list)
@@ -204,7 +211,7 @@ class Registry:
 
     def _forget(self) -> None:
         """Discover anew when next asked."""
-        self._plugins, self._discovered = {}, False
+        self._plugins, self._discovered, self._formats = {}, False, None
 
     def _register(self, entry: Plugin, plugin: Any) -> list[Method]:
         _check_api(plugin)

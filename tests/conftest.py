@@ -9,7 +9,7 @@ import tiny
 
 @pytest.fixture
 def toys() -> Iterator[None]:
-    """The toy methods `around`, `after`, `soft`, `prefix` and `train`, registered for one test."""
+    """The toy methods `around`, `after`, `on-weight`, `soft`, `prefix` and `train`, registered for one test."""
     with tiny.installed(*(tiny.method(kind, place) for kind, place in tiny.PLACES.items())):
         yield
 

@@ -9,9 +9,11 @@ from imports import CORE, MODULES, ROOT, imports, private_names
 
 # Each room may import those above it, and none beside or below it.
 ORDER = [
-    {"errors", "requirement", "architecture", "hookspecs", "events", "ops"},
-    {"validation", "ranks", "method", "adaptation", "adapter_files", "optim"},
+    {"errors", "requirement", "architecture", "hookspecs", "events", "layers", "ops"},
+    {"validation", "ranks", "method", "adapter_files", "optim"},
     {"registry"},
+    {"weight_formats"},
+    {"adaptation"},
     {"observation"},
     {"targets", "prompts"},
     {"engine"},

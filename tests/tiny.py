@@ -116,8 +116,21 @@ class Scaled(nn.Module):
     def forward(self, base: Any, x: Tensor) -> Tensor:
         return self.gain.to(x.dtype) * base(x)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        return self.gain * weight
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.gain * weight, None if bias is None else self.gain * bias
+
+
+class LowRank(nn.Module):
+    """W -> W + B A of a parameter `[..., out, in]`; all that is before, a dimension of experts say, has its own."""
+
+    def __init__(self, *shape: int, rank: int = 2) -> None:
+        super().__init__()
+        *before, rows, columns = shape
+        self.a = nn.Parameter(0.1 * torch.randn(*before, rank, columns))
+        self.b = nn.Parameter(torch.zeros(*before, rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.b @ self.a).to(weight.dtype)
 
 
 class Shifted(nn.Module):
@@ -150,6 +163,17 @@ def _around(model: nn.Module, config: ToyConfig, architecture: peftcore.Architec
     return [peftcore.Around(path, Scaled(config.value)) for path in _paths(model, config, architecture)]
 
 
+def _on_weight(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
+    """Of the parameters `names`, `path:name`."""
+    placements = []
+    for each in config.names:
+        path, _, name = each.partition(":")
+        module = model.get_submodule(path)
+        shape = module.get_parameter(name).shape if not hasattr(module, "packed") else module.packed.shape
+        placements.append(peftcore.OnWeight(path, name, LowRank(*shape)))
+    return placements
+
+
 def _after(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
     return [peftcore.After("model.layers.0.self_attn", Shifted(config.value))]
 
@@ -167,7 +191,14 @@ def _train(model: nn.Module, config: ToyConfig, architecture: peftcore.Architect
     return [peftcore.Train(config.names)]
 
 
-PLACES = {"around": _around, "after": _after, "soft": _soft_prompt, "prefix": _prefix, "train": _train}
+PLACES = {
+    "around": _around,
+    "after": _after,
+    "on-weight": _on_weight,
+    "soft": _soft_prompt,
+    "prefix": _prefix,
+    "train": _train,
+}
 
 
 class Plugin:
@@ -182,7 +213,7 @@ class Plugin:
 
 
 def method(name: str, place: Any = _around, **changes: Any) -> peftcore.Method:
-    config = dataclass(frozen=True)(type(f"Toy{name.title()}Config", (ToyConfig,), {}))
+    config = dataclass(frozen=True)(type(f"Toy{name.title().replace('-', '')}Config", (ToyConfig,), {}))
     rules = peftcore.StateRules(peft_type=f"TOY_{name.upper()}")
     return peftcore.Method(name, config, place, changes.pop("state", rules), **changes)
 

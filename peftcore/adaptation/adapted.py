@@ -13,30 +13,25 @@ weights survive. The chain is built when the set of active adapters changes, not
 from __future__ import annotations
 
 from _thread import get_ident
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adaptation.class_swap import BUILT, one_for_each_class, subclass, take_off
+from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Base, own_forward
+from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, rests_in_thread
 from peftcore.adaptation.enclosing import LOCK, is_enclosing
-from peftcore.adaptation.outputs import first_of, with_first
 from peftcore.adaptation.per_sample import PerSample
 from peftcore.errors import PeftcoreError
-
-if TYPE_CHECKING:
-    from peftcore.ops import PackedWeight
-
-Change = Callable[[Tensor], Tensor]  # a parameter -> what is read in its place
+from peftcore.weight_formats import find_weight_format
 
 CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
 TRAINED = "peftcore_trained"  # the child of the model that keeps the values of `Train` placements
 _CHAIN, _BASE = BUILT  # the chain, and that of no adapter for where they rest
 _ACTIVE = "_peftcore_active"
 _SAMPLES = "_peftcore_samples"
-_OWN_FORWARD = "_peftcore_own_forward"
 _WRAPPED = "_checkpoint_wrapped_module"  # the one child of PyTorch's wrapper for activation checkpointing
 
 
@@ -61,101 +56,6 @@ class Adapters(nn.Module):
         return x
 
 
-class Base:
-    """The module's own forward, as the innermost adapter sees it."""
-
-    __slots__ = ("_changes", "_forward", "_operands", "module")
-
-    def __init__(
-        self, module: nn.Module, forward: Callable[..., Any], changes: Sequence[Mapping[str, Change]] = ()
-    ) -> None:
-        self.module = module
-        self._forward = forward
-        self._changes = changes
-        self._operands = None if changes else _operands_of(module, forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._changes:
-            return self._forward(self.module, *args, **kwargs)
-        if self._forward is _own_forward:
-            raise PeftcoreError(
-                f"{original_class(self.module).__name__} has a forward of this one instance, such as accelerate sets "
-                "where it spreads a model over devices: what that reads of the weights cannot be changed. Keep the "
-                "module on one device, or exclude it: exclude_modules=[...]"
-            )
-        return self._forward(_changed(self.module, self._changes), *args, **kwargs)
-
-    def on_weights(self, changes: Mapping[str, Change]) -> Base:
-        """The same forward, which reads changed parameters: by name (`weight`, `out_proj.weight`), what becomes of it.
-
-        For modules that read weights past the layers that hold them, and layers that do more than their product.
-        """
-        return Base(self.module, self._forward, (changes, *self._changes))
-
-    def linear_operands(self, x: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
-        """(weight `[out, in]`, bias) where calling this with x is x Wᵀ + b and no more, W frozen; else None."""
-        return None if self._operands is None else self._operands(self.module, x)
-
-
-def _changed(module: nn.Module, changes: Sequence[Mapping[str, Change]]) -> nn.Module:
-    """A shallow copy of `module` that holds changed parameters; threads and graphs of before see those of before."""
-    copy: nn.Module = object.__new__(type(module))
-    parameters: dict[str, Any] = dict(module._parameters)  # what a change gives need be no parameter
-    modules: dict[str, Any] = dict(module._modules)
-    copy.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
-    for each in changes:
-        for name, change in each.items():
-            child, _, rest = name.partition(".")
-            if rest:
-                modules[child] = _changed(modules[child], [{rest: change}])
-            else:
-                parameters[name] = change(parameters[name])
-    return copy
-
-
-def _operands_of(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any] | None:
-    """`linear_operands` of the class whose forward this is: a subclass that overrides it computes something else."""
-    cls = next((c for c in original_class(module).__mro__ if c.__dict__.get("forward") is forward), None)
-    if cls is nn.Linear:
-        return _dense_operands
-    if cls is not None and (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D"):
-        return lambda module, x: _dense_operands(module, x, transposed=True)
-    return vars(cls).get("linear_operands") if cls is not None else None
-
-
-def _dense_operands(module: Any, x: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor | None] | None:
-    weight = module.weight
-    if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad:
-        return None
-    return weight.T if transposed else weight, module.bias
-
-
-class _AroundLink:
-    __slots__ = ("_adapter", "_base", "module")
-
-    def __init__(self, adapter: nn.Module, base: Any) -> None:
-        self.module = base.module
-        self._adapter = adapter
-        self._base = base
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._adapter(self._base, *args, **kwargs)
-
-    def on_weights(self, changes: Mapping[str, Change]) -> _AroundLink:
-        return type(self)(self._adapter, self._base.on_weights(changes))
-
-    def linear_operands(self, x: Tensor) -> None:
-        """None: an adapter stands between."""
-
-
-class _AfterLink(_AroundLink):
-    __slots__ = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._base(*args, **kwargs)
-        return with_first(output, self._adapter(first_of(output)))
-
-
 def attach(
     module: nn.Module, name: str, adapter: nn.Module, *, behind: bool = False, lock: ModelLock | None = None
 ) -> None:
@@ -166,7 +66,7 @@ def attach(
     """
     if not is_adapted(module):
         if "forward" in module.__dict__:  # an instance's own forward, as accelerate's hooks set it
-            module.__dict__[_OWN_FORWARD] = module.__dict__.pop("forward")
+            module.__dict__[OWN_FORWARD] = module.__dict__.pop("forward")
         module.__class__ = _adapted_class(type(module))
         module.add_module(CHILD, Adapters().train(module.training))
         module.__dict__[LOCK] = lock or ModelLock()
@@ -196,8 +96,8 @@ def detach(module: nn.Module, name: str) -> None:
         take_off(module, "_peftcore_original")
         if not is_enclosing(module):
             del module.__dict__[LOCK]
-        if _OWN_FORWARD in module.__dict__:
-            module.__dict__["forward"] = module.__dict__.pop(_OWN_FORWARD)
+        if OWN_FORWARD in module.__dict__:
+            module.__dict__["forward"] = module.__dict__.pop(OWN_FORWARD)
 
 
 def activate(module: nn.Module, names: Sequence[str], samples: Sequence[str | None] | None = None) -> None:
@@ -213,7 +113,12 @@ def activate(module: nn.Module, names: Sequence[str], samples: Sequence[str | No
 
 
 def _base_of(module: nn.Module) -> Base:
-    return Base(module, _own_forward if _OWN_FORWARD in module.__dict__ else original_forward(module))
+    forward = own_forward if OWN_FORWARD in module.__dict__ else original_forward(module)
+    try:
+        weights = find_weight_format(module)
+    except PeftcoreError:  # of a plugin's format: it concerns those who read weights, and is raised when they do
+        weights = None
+    return Base(module, forward, weights)
 
 
 def _chain_of(module: nn.Module, base: Base) -> Any:
@@ -222,8 +127,8 @@ def _chain_of(module: nn.Module, base: Base) -> Any:
     chain: Any = base
     links = {}
     for name in names:
-        link = _AfterLink if name in adapters.behind else _AroundLink
-        chain = link(adapters[name], base if samples is not None else chain)
+        link = AfterLink if name in adapters.behind else AroundLink
+        chain = link(name, adapters[name], base if samples is not None else chain)
         links[name] = adapters[name], chain
     if samples is not None and names:
         chain = PerSample(base, links, samples, behind=all(name in adapters.behind for name in names))
@@ -233,14 +138,14 @@ def _chain_of(module: nn.Module, base: Base) -> Any:
 def rebind(copy: nn.Module) -> None:
     """Let a shallow copy of an adapted module run its own chain, and any module the forward of its class."""
     copy.__dict__.pop("forward", None)
-    copy.__dict__.pop(_OWN_FORWARD, None)
+    copy.__dict__.pop(OWN_FORWARD, None)
     if is_adapted(copy):
         activate(copy, copy.__dict__[_ACTIVE], copy.__dict__[_SAMPLES])
 
 
 def has_forward_of_instance(module: nn.Module) -> bool:
     """Has `module` a forward of its own, other than that of accelerate's hooks around its class's?"""
-    own = module.__dict__.get(_OWN_FORWARD, module.__dict__.get("forward"))
+    own = module.__dict__.get(OWN_FORWARD, module.__dict__.get("forward"))
     inside = getattr(module, "_old_forward", None) if hasattr(module, "_hf_hook") else own
     return own is not None and getattr(inside, "__func__", None) is not original_forward(module)
 
@@ -276,17 +181,6 @@ def is_outermost(module: nn.Module) -> bool:
     return "_peftcore_original" in type(module).__dict__
 
 
-def original_class(module: nn.Module) -> type[nn.Module]:
-    """The class of `module` without adapters."""
-    cls = getattr(type(module), "_peftcore_original", type(module))
-    return getattr(cls, "_peftcore_enclosed", cls)
-
-
-def original_forward(module: nn.Module) -> Callable[..., Any]:
-    """The unbound forward of `module` without adapters."""
-    return original_class(module).forward
-
-
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the model itself, without what peftcore put there; a shared module once."""
     seen: set[int] = set()
@@ -309,10 +203,6 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 yield (f"{path}.{name}" if path else name), parameter
-
-
-def _own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return module.__dict__[_OWN_FORWARD](*args, **kwargs)
 
 
 @one_for_each_class

@@ -76,3 +76,14 @@ def take_off(module: nn.Module, marker: str) -> None:
         return type(cls)(cls.__name__, bases, own)
 
     module.__class__ = without(type(module))
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class of `module` without adapters."""
+    cls = getattr(type(module), "_peftcore_original", type(module))
+    return getattr(cls, "_peftcore_enclosed", cls)
+
+
+def original_forward(module: nn.Module) -> Callable[..., Any]:
+    """The unbound forward of `module` without adapters."""
+    return original_class(module).forward

@@ -10,7 +10,7 @@ import inspect
 
 from torch import nn
 
-from peftcore.adaptation.adapted import original_forward
+from peftcore.adaptation.class_swap import original_forward
 from peftcore.architecture import Architecture
 from peftcore.method import PrefixKV
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from torch import nn
 
-from peftcore.adaptation.adapted import CHILD, adapters_at, is_adapted, original_class
+from peftcore.adaptation.adapted import CHILD, adapters_at, is_adapted
+from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.concurrency import ModelLock
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.engine.trained import TrainedParameters

@@ -14,17 +14,19 @@ from torch import nn
 
 from peftcore import prompts
 from peftcore.adaptation import adapted
+from peftcore.adaptation.chain import WeightChanges
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.architecture import Architecture
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.method import AdapterPlacement, After, Around, Method, Train
+from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Train
 from peftcore.observation import detect, observe
 from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, refuse_targeted, trained_modules
 from peftcore.targets.coverage import LITTLE, Coverage, coverage
 from peftcore.validation import check_types
+from peftcore.weight_formats import find_weight_format
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Placed:
     method: Method
     config: Any
     around: tuple[Around | After, ...]
-    placements: dict[str, AdapterPlacement]  # by the paths of `around`: what the method itself placed
+    placements: dict[str, tuple[AdapterPlacement, ...]]  # by the paths of `around`: what the method itself placed
     trained: tuple[str, ...]
     apart: tuple[str, ...] = ()  # of those trained: apart from the parameters that they are tied to
     names_modules: bool = True  # rather than to ask for all of a kind
@@ -54,22 +56,56 @@ def placements_for(model: nn.Module, method: str | Any, fields: dict[str, Any]) 
     if hasattr(config, "resolved"):
         config = config.resolved(model, architecture)
     around: list[Around | After] = []
-    placements: dict[str, AdapterPlacement] = {}
+    placements: dict[str, tuple[AdapterPlacement, ...]] = {}
     trained: list[str] = []
+    on_weights: dict[str, list[OnWeight]] = {}
     for placement in [*chosen.place(model, config, architecture), saved]:
+        carriers: Sequence[Around | After]
         if isinstance(placement, Train):
             trained += placement.names
             continue
-        carriers: Sequence[Around | After]
+        if isinstance(placement, OnWeight):
+            on_weights.setdefault(placement.path, []).append(placement)
+            continue
         if isinstance(placement, (Around, After)):
             carriers = [placement]
         else:
             carriers = prompts.compiled(model, architecture, placement)
         around += carriers
-        placements |= {carrier.path: placement for carrier in carriers}
+        placements |= {carrier.path: (placement,) for carrier in carriers}
+    for path, changes in on_weights.items():
+        around.append(Around(path, _weight_changes(model, chosen.name, changes)))
+        placements[path] = (*placements.get(path, ()), *changes)
     placed = Placed(chosen, config, tuple(around), placements, tuple(dict.fromkeys(trained)), apart, names_modules)
     _check_placed(model, placed)
     return placed
+
+
+def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight]) -> WeightChanges:
+    """What a method changes of the parameters of one module, as one adapter around it."""
+    path = placements[0].path
+    modules = dict(adapted.base_modules(model))
+    if path not in modules:
+        raise PeftcoreError(f"{method} places an adapter at '{path}', which is no module{nearest(path, modules)}")
+    parameters = dict(adapted.base_parameters(modules[path]))
+    for placement in placements:
+        parameter, inside = parameters.get(placement.name), placement.name.rpartition(".")[0]
+        if parameter is None:
+            raise PeftcoreError(
+                f"{method} changes the parameter '{placement.name}' of '{path}', which has none of this name"
+                f"{nearest(placement.name, parameters)}"
+            )
+        form = None if inside else find_weight_format(modules[path])
+        is_read = placement.name == "weight" and form is not None and form.decode is not None
+        if not is_read and not (parameter.is_floating_point() or parameter.is_complex()):
+            raise PeftcoreError(
+                f"{method} changes the parameter '{placement.name}' of '{path}', which is stored as {parameter.dtype}: "
+                "no weight format says what numbers these are. Leave that module dense, or exclude it"
+            )
+    names = [placement.name for placement in placements]
+    if len(set(names)) < len(names):
+        raise PeftcoreError(f"{method} places two adapters on one parameter of '{path}': {sorted(names)}")
+    return WeightChanges({placement.name: placement.adapter for placement in placements})
 
 
 def covered(model: nn.Module, placed: Placed) -> Coverage:

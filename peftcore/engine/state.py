@@ -26,13 +26,14 @@ class Applied:
     """One adapter on a model: its method, its config with all choices explicit, and where it stands.
 
     Args:
-        placements: what the method placed, by the path of the module that carries it; a prompt has several.
+        placements: what the method placed, by the path of the module that carries it; a prompt has several modules, and
+            several changes of parameters may stand on one.
         trained: parameters of the base, by name.
     """
 
     method: str
     config: Any
-    placements: dict[str, AdapterPlacement] = field(default_factory=dict)
+    placements: dict[str, tuple[AdapterPlacement, ...]] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
     trainable: bool = True
     facts: dict[str, Facts] = field(default_factory=dict)  # of the modules where it stands, as they were
@@ -102,7 +103,7 @@ def adapter_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Mo
 def placements(model: nn.Module, adapter: str) -> list[AdapterPlacement]:
     """Each placement of `adapter` that is still there, once, in the order in which they were placed."""
     entry = applied(model, adapter)
-    standing = (entry.placements[path] for path, _ in adapter_modules(model, adapter))
+    standing = (each for path, _ in adapter_modules(model, adapter) for each in entry.placements[path])
     return list({id(placement): placement for placement in standing}.values())
 
 

@@ -1,30 +1,34 @@
-"""Each adapted weight with its adapters worked in, checked, and what its format loses of them.
+"""Each adapted module with its adapters worked into its parameters, checked, and what its format loses of them.
 
 lost = |stored - wanted| / |wanted - before|     (Frobenius norms)
+
+It is done on a shallow copy in float32: first what adapters make of single parameters (`OnWeight`), which the module's
+own forward reads, then `merged` of those around it and behind it, each in the order in which they act.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from peftcore import engine
 from peftcore.adaptation.adapted import adapters_at
+from peftcore.adaptation.chain import WeightChanges
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
-from peftcore.merging.formats import weight_format
-from peftcore.merging.probe import refuse_inexact
+from peftcore.merging.probe import evaluated, put, refuse_inexact
 from peftcore.method import WeightFormat
+from peftcore.weight_formats import DENSE, find_weight_format, weight_format
 
 
 @dataclass
 class MergedLayer:
-    """One adapted weight, merged: what is to be stored, and what of the adapters that loses (None: nothing)."""
+    """One adapted module, merged: what is to be stored, and what of the adapters that loses (None: nothing)."""
 
     path: str
     tensors: dict[str, Tensor]
@@ -36,13 +40,33 @@ class MergedLayer:
             yield f"{self.path}.{attribute}" if self.path else attribute, tensor
 
 
+@dataclass
+class Worked:
+    """Two copies of a module in float32, with the base's parameters and with the adapters worked into them.
+
+    Args:
+        changed: names of the parameters that may differ.
+        weight, bias: what stands in the second, in the layout of the module's format, where that was asked for them.
+    """
+
+    base: nn.Module
+    merged: nn.Module
+    changed: dict[str, None] = field(default_factory=dict)
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def differs(self) -> bool:
+        """Does an adapter change anything?"""
+        return any(not torch.equal(_get(self.base, name), _get(self.merged, name)) for name in self.changed)
+
+
 def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
     """Raise a PeftcoreError if one of the adapters is no change of a weight."""
     cannot = {
         name: path
         for name in names
         for path, adapter in engine.adapter_modules(model, name)
-        if not hasattr(adapter, "merged")
+        if not is_mergeable(adapter)
     }
     if not cannot:
         return
@@ -60,10 +84,15 @@ def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
     )
 
 
+def is_mergeable(adapter: nn.Module) -> bool:
+    """Is it a change of weights?"""
+    return isinstance(adapter, WeightChanges) or hasattr(adapter, "merged")
+
+
 def merged_layers(
     model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None, checked: bool = False
 ) -> Iterator[MergedLayer]:
-    """Every adapted weight, merged, and checked to be finite and to compute what its adapters do.
+    """Every adapted module, merged, and checked to be finite and to compute what its adapters do.
 
     Args:
         dtype: of a dense weight in place of one in few bits; None: it is stored in its format again.
@@ -72,43 +101,121 @@ def merged_layers(
     paths = dict.fromkeys(path for name in names for path in engine.applied(model, name).paths)
     for path in paths:
         module = model.get_submodule(path)
-        adapters = adapters_at(module)
-        chosen = weight_format(module)
-        stored = chosen.read(module)
-        if stored.is_meta:
-            raise PeftcoreError(f"the weight of '{path}' is on the meta device, so it has no values to merge into")
-        with torch.no_grad(), torch.autocast(stored.device.type, enabled=False):
-            before = stored.float()
-            weight = before.clone()  # a plugin's `merged` may change what it is given
-            acting = [name for name in names if name in adapters]
-            for name in acting:
-                adapter: Any = adapters[name]
-                weight = adapter.merged(weight)
-                if not isinstance(weight, Tensor) or weight.shape != before.shape:
-                    found = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-                    raise PeftcoreError(
-                        f"'merged' of the adapter '{name}' at '{path}' gives {found}, for a weight {list(before.shape)}"
-                    )
-            if chosen.decode is None:
-                layer = MergedLayer(path, chosen.write(module, weight), None)
-            elif dtype is not None:
-                layer = MergedLayer(path, {"weight": weight.to(dtype)}, None, unpacked=chosen)
-            elif torch.equal(weight, before):
-                layer = MergedLayer(path, {}, None)  # quantizing again could only round the base anew
+        acting = [name for name in names if name in adapters_at(module)]
+        kinds = {p.device.type for p in module._parameters.values() if p is not None} - {"meta"}
+        with torch.no_grad(), torch.autocast(min(kinds, default="cpu"), enabled=False):
+            chosen = find_weight_format(module)
+            worked = _worked(path, module, acting, chosen)
+            if chosen is not None and chosen.decode is not None and "weight" in worked.changed:
+                layer = _packed(path, module, worked, chosen, dtype)
             else:
-                tensors = chosen.write(module, weight)
-                change = (weight - before).norm()
-                layer = MergedLayer(path, tensors, ((chosen.decode(module, tensors) - weight).norm() / change).item())
+                layer = MergedLayer(path, _stored(module, worked, chosen), None)
             bad = [t.dtype for t in layer.tensors.values() if t.is_floating_point() and not _is_finite(t)]
             if bad or not math.isfinite(layer.lost or 0):
-                where = bad[0] if bad else chosen.name
+                where = bad[0] if bad or chosen is None else chosen.name
                 raise PeftcoreError(
                     f"merging {list(names)} into '{path}' gives values that are not finite in {where}. "
                     "The adapter holds NaN or infinity, or the sum overflows; nothing was changed"
                 )
             if not checked:
-                refuse_inexact(path, module, acting, chosen, before, weight)
+                refuse_inexact(path, module, acting, worked.base, worked.merged, worked.changed)
         yield layer
+
+
+def _worked(path: str, module: nn.Module, names: list[str], chosen: WeightFormat | None) -> Worked:
+    """The adapters `names` of a module, worked into a copy of it. Its own tensors are left alone."""
+    adapters = {name: cast(Any, adapters_at(module)[name]) for name in names}
+    base = evaluated(module)
+    if chosen is not None and chosen.decode is not None:
+        put(base, "weight", _with_values(path, chosen.read(module).detach()).float())
+        chosen = DENSE
+    worked = Worked(base, evaluated(base))
+    for adapter in adapters.values():
+        for name, change in adapter.changes.items() if isinstance(adapter, WeightChanges) else ():
+            before = _with_values(path, _get(worked.merged, name))
+            put(worked.merged, name, change(before.clone()).float())
+            worked.changed[name] = None
+    around = {name: adapter for name, adapter in adapters.items() if not isinstance(adapter, WeightChanges)}
+    if not around:
+        return worked
+    chosen = chosen or weight_format(module)
+    before = _with_values(path, chosen.read(worked.merged))
+    weight, bias = before.clone(), chosen.read_bias(worked.merged)  # a plugin's `merged` may change what it is given
+    for name, adapter in around.items():
+        given = None if bias is None else bias.clone()
+        weight, bias = _checked(path, name, adapter.merged(weight, given), before.shape, bias)
+    worked.weight, worked.bias = weight, bias
+    written = chosen.write(worked.merged, weight)
+    if bias is not None and not torch.equal(bias, cast(Tensor, chosen.read_bias(worked.merged))):
+        written |= chosen.write_bias(worked.merged, bias)
+    else:
+        worked.bias = None
+    for name, tensor in written.items():
+        put(worked.merged, name, tensor)
+        worked.changed[name] = None
+    return worked
+
+
+def _checked(path: str, name: str, found: Any, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What `merged` of the adapter `name` gives, if that is a weight and a bias that can take the place of the old."""
+    is_pair = isinstance(found, tuple) and len(found) == 2
+    weight, new_bias = found if is_pair else (found, None)
+    who = f"'merged' of the adapter '{name}' at '{path}'"
+    if not is_pair or not isinstance(weight, Tensor) or weight.shape != shape:
+        raise PeftcoreError(
+            f"{who} gives {_shown(weight)}{'' if is_pair else ' alone'}, for a weight {list(shape)}. It returns "
+            "(weight, bias), the bias None where it is given None"
+        )
+    if bias is None and new_bias is not None:
+        raise PeftcoreError(
+            f"{who} gives a bias, and {path or 'the module'!r} has none that could take it. Nothing was changed. Keep "
+            "the adapters beside the base, or take them off that module"
+        )
+    if bias is not None and (not isinstance(new_bias, Tensor) or new_bias.shape != bias.shape):
+        raise PeftcoreError(f"{who} gives {_shown(new_bias)} for a bias {list(bias.shape)}")
+    return weight, new_bias
+
+
+def _shown(found: Any) -> str:
+    return str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__
+
+
+def _stored(module: nn.Module, worked: Worked, chosen: WeightFormat | None) -> dict[str, Tensor]:
+    """What is to be stored of a module without few bits, in the dtypes that stand there."""
+    stored = {name: _get(worked.merged, name).to(_get(module, name).dtype) for name in worked.changed}
+    if worked.weight is not None and chosen is not None:
+        stored |= chosen.write(module, worked.weight)
+        if worked.bias is not None:
+            stored |= chosen.write_bias(module, worked.bias)
+    return stored
+
+
+def _packed(
+    path: str, module: nn.Module, worked: Worked, chosen: WeightFormat, dtype: torch.dtype | None
+) -> MergedLayer:
+    """The same of a module whose weight is kept in few bits."""
+    before, weight = _get(worked.base, "weight"), _get(worked.merged, "weight")
+    others = {name: _get(worked.merged, name) for name in worked.changed if name != "weight"}
+    tensors = {name: tensor.to(_get(module, name).dtype) for name, tensor in others.items()}
+    if dtype is not None:
+        return MergedLayer(path, {"weight": weight.to(dtype), **tensors}, None, unpacked=chosen)
+    if torch.equal(weight, before):
+        return MergedLayer(path, tensors, None)  # quantizing again could only round the base anew
+    packed = chosen.write(module, weight)
+    assert chosen.decode is not None
+    lost = ((chosen.decode(module, packed) - weight).norm() / (weight - before).norm()).item()
+    return MergedLayer(path, {**packed, **tensors}, lost)
+
+
+def _with_values(path: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise PeftcoreError(f"the weight of '{path}' is on the meta device, so it has no values to merge into")
+    return tensor
+
+
+def _get(module: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    return cast(Tensor, getattr(module.get_submodule(path), attribute)).detach()
 
 
 def _is_finite(tensor: Tensor) -> bool:
@@ -127,13 +234,11 @@ def changes_nothing(model: nn.Module, adapter: str) -> bool:
         pairs = zip(own.values(model), own.originals(model), strict=True)
         if own.has_moved(model) or not all(torch.equal(value, original) for (_, value), (_, original) in pairs):
             return False
-    module: Any
     for path, module in engine.adapter_modules(model, adapter):
-        if not hasattr(module, "merged"):
+        if not is_mergeable(module):
             return False
         adapted = model.get_submodule(path)
         with torch.no_grad():
-            weight = weight_format(adapted).read(adapted).float()
-            if not torch.equal(module.merged(weight), weight):
+            if _worked(path, adapted, [adapter], find_weight_format(adapted)).differs():
                 return False
     return True

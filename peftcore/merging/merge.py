@@ -1,6 +1,6 @@
 """Merging: one loop for every method and every weight format.
 
-The weight is read through its format in fp32, each active adapter's pure `merged(weight)` is applied,
+The weight is read through its format in fp32, each active adapter's pure `merged(weight, bias)` is applied,
 and the result is rounded once to the stored dtype. The base's parameters are put aside, not
 overwritten, so `unmerge` is bit exact. Before anything is written each layer is run both ways (probe.py).
 
@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from peftcore import engine, ranks
 from peftcore.adaptation.adapted import base_parameters, is_adapted
+from peftcore.adaptation.chain import WeightChanges
 from peftcore.engine.changes import facts
 from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError
-from peftcore.merging.formats import weight_format
 from peftcore.merging.layers import MergedLayer, measured_loss, merged_layers, refuse_unmergeable
 from peftcore.method import Model, WeightFormat
 from peftcore.observation.heads import mark_as_loaded
+from peftcore.weight_formats import find_weight_format
 
 
 @dataclass
@@ -162,7 +163,8 @@ def unmerge(model: Model) -> Model:
     if merged.tied is not None:
         config.tie_word_embeddings = merged.tied
     paths = dict.fromkeys(path for name in merged.active for path in engine.applied(model, name).paths)
-    _update_config(model, (weight_format(model.get_submodule(path)) for path in paths))
+    formats = (find_weight_format(model.get_submodule(path)) for path in paths)
+    _update_config(model, (found for found in formats if found is not None))
     engine.set_active(model, merged.active)
     return model
 
@@ -207,7 +209,7 @@ def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
 
 def _tied(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str]]:
     """(adapted module, another name of its parameter) for every adapted weight that is shared."""
-    paths = {path for name in names for path in engine.applied(model, name).paths}
+    paths = {path for name in names for path in _changed_modules(model, name)}
     by_parameter: dict[int, list[str]] = {}
     for name, parameter in base_parameters(model):
         by_parameter.setdefault(id(parameter), []).append(name)
@@ -224,6 +226,15 @@ def _tied(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str]]:
             if other != slot
         ),
     ]
+
+
+def _changed_modules(model: nn.Module, name: str) -> Iterator[str]:
+    """The paths of modules whose parameters an adapter changes."""
+    for path, adapter in engine.adapter_modules(model, name):
+        yield path
+        for changed in adapter.changes if isinstance(adapter, WeightChanges) else ():
+            inside = changed.rpartition(".")[0]
+            yield f"{path}.{inside}".strip(".") if inside else path
 
 
 def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:

@@ -10,7 +10,7 @@ without hooks, whose parameters are float32 ones of its own.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from peftcore.adaptation import adapted
+from peftcore.adaptation.chain import WeightChanges
+from peftcore.adaptation.class_swap import original_class, original_forward
 from peftcore.errors import PeftcoreError
-from peftcore.method import WeightFormat
-from peftcore.targets import is_linear, sizes
+from peftcore.layers import is_linear, sizes
 
 TOLERANCE = 1e-4
 TOLERANCE_TF32 = 4e-3  # where products in float32 may round their factors
@@ -30,18 +31,18 @@ _LARGE = 1000.0  # half of the input is as large, for layers that clip
 
 
 def refuse_inexact(
-    path: str, module: nn.Module, names: Sequence[str], weights: WeightFormat, before: Tensor, merged: Tensor
+    path: str, module: nn.Module, names: Sequence[str], base: nn.Module, merged: nn.Module, changed: Iterable[str]
 ) -> None:
-    """Raise a PeftcoreError unless the weight `merged` makes `module` compute what its adapters compute.
+    """Raise a PeftcoreError unless the module `merged` computes what the adapters compute around `base`.
 
     Args:
-        module: not under autocast.
+        module: of which these two are evaluated copies. Not under autocast.
         names: the adapters, in the order in which they act.
-        weights: the format of `before` and `merged`, which are dense and float32.
+        changed: the names of the parameters in which the copies differ.
     """
 
     def refuse(why: str) -> PeftcoreError:
-        kind = adapted.original_class(module).__name__
+        kind = original_class(module).__name__
         return PeftcoreError(
             f"merging {list(names)} into '{path}' ({kind}) would change what the model computes: {why}. Nothing "
             "was changed. Keep the adapters beside the base, or take them off that module"
@@ -50,16 +51,19 @@ def refuse_inexact(
     if adapted.has_forward_of_instance(module):
         raise refuse("it has a forward of this one instance, of which it is not known what that does with the weight")
     with torch.no_grad():
-        chain, plain = _evaluated(module, holder=before), _evaluated(module, holder=before)
-        precision = max(_put(chain, weights, before), _put(plain, weights, merged))
-        adapted.activate(chain, names)
-        tolerance = max(_rounding(before.device), 4 * precision)
-        forward = adapted.original_forward(module)
-        inputs, wanted = _first_that_runs(_inputs(module, before), lambda *args: forward(plain, *args))
+        tensors = [tensor for name in changed if (tensor := _tensor(merged, name)).is_floating_point()]
+        if not tensors:
+            return
+        adapted.activate(base, names)
+        tolerance = max(_rounding(tensors[0].device), *(4 * torch.finfo(tensor.dtype).eps for tensor in tensors))
+        forward = original_forward(module)
+        inputs, wanted = _first_that_runs(_inputs(module, tensors[0]), lambda *args: forward(merged, *args))
         if inputs is None:
+            if all(isinstance(adapted.adapters_at(module)[name], WeightChanges) for name in names):
+                return  # what the forward reads with them is what stands there without
             raise refuse("what the module takes is not known, so that it cannot be compared")
         try:
-            found = type(chain).forward(chain, *inputs)
+            found = type(base).forward(base, *inputs)
         except Exception as error:
             raise refuse(f"the adapters do not run on {[list(x.shape) for x in inputs]}: {error!r}") from error
         found, wanted = _floating(found), _floating(wanted)
@@ -79,19 +83,14 @@ def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None)
     device = cast(Tensor, module.weight).device
     autocast = torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else None
     with torch.no_grad(), autocast or nullcontext(), torch.random.fork_rng(devices=[]):
-        copy, forward = _evaluated(module, floats=None), adapted.original_forward(module)
+        copy, forward = evaluated(module, floats=None), original_forward(module)
         if weight is not None:
             copy.__dict__["_parameters"]["weight"] = weight
         return _first_that_runs(iter([inputs]), lambda *args: forward(copy, *args))[1]
 
 
-def _evaluated(
-    module: nn.Module, holder: Tensor | None = None, floats: torch.dtype | None = torch.float32
-) -> nn.Module:
-    """A shallow copy of `module` and all in it, in evaluation mode, without hooks, floating tensors as `floats`.
-
-    With `holder` its weight is a placeholder, that is to be replaced.
-    """
+def evaluated(module: nn.Module, floats: torch.dtype | None = torch.float32) -> nn.Module:
+    """A shallow copy of `module` and all in it, in evaluation mode, without hooks, floating tensors as `floats`."""
     copy: nn.Module = object.__new__(type(module))
     copy.__dict__.update(module.__dict__, training=False, _compiled_call_impl=None)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -100,25 +99,24 @@ def _evaluated(
         copy.__dict__[kind] = tensors = dict(module.__dict__[kind])
         for name, tensor in tensors.items():
             if tensor is not None and tensor.is_floating_point() and floats is not None:
-                if holder is not None and name == "weight":
-                    tensors[name] = holder.new_zeros(()).expand(tensor.shape)
-                else:
-                    tensors[name] = tensor.detach().to(floats)
+                tensors[name] = tensor.detach().to(floats)
     copy.__dict__["_modules"] = {
-        name: None if child is None else _evaluated(child, None, floats) for name, child in module._modules.items()
+        name: None if child is None else evaluated(child, floats) for name, child in module._modules.items()
     }
     adapted.rebind(copy)
     return copy
 
 
-def _put(copy: nn.Module, weights: WeightFormat, weight: Tensor) -> float:
-    """Give an evaluated copy a dense weight; how coarsely it is kept there."""
-    tensors = {"weight": weight} if weights.decode is not None else weights.write(copy, weight)
-    for name, tensor in tensors.items():
-        path, _, attribute = name.rpartition(".")
-        owner = copy.get_submodule(path)
-        owner.__dict__["_parameters" if attribute in owner._parameters else "_buffers"][attribute] = tensor
-    return max((torch.finfo(t.dtype).eps for t in tensors.values() if t.is_floating_point()), default=1.0)
+def put(copy: nn.Module, name: str, tensor: Tensor) -> None:
+    """Give an evaluated copy another tensor in place of a parameter or buffer."""
+    path, _, attribute = name.rpartition(".")
+    owner = copy.get_submodule(path)
+    owner.__dict__["_parameters" if attribute in owner._parameters else "_buffers"][attribute] = tensor
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor:
+    path, _, attribute = name.rpartition(".")
+    return cast(Tensor, getattr(module.get_submodule(path), attribute))
 
 
 def _rounding(device: torch.device) -> float:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, original_forward
+from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.class_swap import original_forward
 from peftcore.architecture import Architecture
 from peftcore.errors import PluginError
 from peftcore.observation.config import text_config

@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, original_class
+from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.class_swap import original_class
 from peftcore.observation.tracing import observe, once_a_model
 
 # What one may ask of a weight without using its values.

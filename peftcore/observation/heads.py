@@ -15,7 +15,8 @@ from functools import cache
 
 from torch import Tensor, nn
 
-from peftcore.adaptation.adapted import CHILD, TRAINED, base_modules, base_parameters, original_class
+from peftcore.adaptation.adapted import CHILD, TRAINED, base_modules, base_parameters
+from peftcore.adaptation.class_swap import original_class
 
 _TASK = re.compile(
     "(?<!ZERO_SHOT_)(?<!ZERO_SHOT_IMAGE_)(CLASSIFICATION|OBJECT_DETECTION|SEGMENTATION|QUESTION_ANSWERING"

@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from peftcore.adaptation.adapted import CHILD, TRAINED, original_class
+from peftcore.adaptation.adapted import CHILD, TRAINED
+from peftcore.adaptation.class_swap import original_class
 
 _SMALL = 1 << 16  # an integer tensor with more values than this is no index: it is packed weights
 _LARGEST = 1 - 2**-24  # what every random number is: layers that are dropped at random stay

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-from peftcore.adaptation.adapted import base_modules, original_class
+from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.outputs import first_of
 from peftcore.observation.inputs import example_inputs
 from peftcore.observation.meta import MetaFloats, meta_copy

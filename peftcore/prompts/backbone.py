@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.adaptation.adapted import base_modules, original_forward
+from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.class_swap import original_forward
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.observation import config

@@ -9,7 +9,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, base_parameters, original_class
+from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError, nearest

@@ -1,12 +1,11 @@
 """Which modules a config means: selection, patterns, and how much of the weight they reach."""
 
+from peftcore.layers import is_conv1d, is_linear, sizes
 from peftcore.targets.selection import (
     ALL_LINEAR,
     biases,
     drop_unmatched,
-    is_conv1d,
     is_inside,
-    is_linear,
     match_counts,
     matches,
     minimal_suffixes,
@@ -15,7 +14,6 @@ from peftcore.targets.selection import (
     refuse_targeted,
     select,
     select_by,
-    sizes,
     sublayers,
     trained_modules,
     widths,

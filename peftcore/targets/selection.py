@@ -7,39 +7,23 @@ pattern that matches nothing is an error.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, base_parameters, original_class
+from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adaptation.class_swap import original_class
 from peftcore.architecture import Architecture, Sublayer
 from peftcore.errors import PeftcoreError, nearest
+from peftcore.layers import is_linear, sizes
 from peftcore.method import Train
 from peftcore.observation import bypassed, rewritten
 from peftcore.targets.patterns import compiled
 
 ALL_LINEAR = "all-linear"
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Is this transformers' Conv1D (GPT-2), a linear whose weight is stored `[in, out]`?"""
-    library = sys.modules.get("transformers.pytorch_utils")
-    return library is not None and isinstance(module, library.Conv1D)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """A linear layer in the sense of `all-linear`."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def sizes(module: nn.Module) -> tuple[int, int]:
-    """(input, output) of a linear layer."""
-    layer: Any = module  # of whatever class
-    return (layer.nx, layer.nf) if is_conv1d(module) else (layer.in_features, layer.out_features)
 
 
 def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int, int]:

@@ -34,7 +34,8 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import ops, targets, validation
-from peftcore.adaptation.adapted import base_modules, original_class
+from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.class_swap import original_class
 from peftcore.merging import probe
 
 KNOWN_PEFT = (0, 21, 2)  # up to this release it is known what PEFT computes of an attention's file
@@ -114,8 +115,8 @@ class Lora(nn.Module):
         """scale · B A in the layout of the layer's weight, fp32."""
         return (self.scale * self.lora_B.float()) @ self.lora_A.float()
 
-    def merged(self, weight: Tensor) -> Tensor:
-        return weight + self.delta()
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.delta(), bias
 
 
 class LoraLinear(Lora):
@@ -211,8 +212,8 @@ class LoraAttention(OnWeight):
         changes = {"in_proj_weight": self.changed, "out_proj.weight": self.out_proj.changed}
         return base.on_weights(changes)(*args, **kwargs)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        return weight + torch.cat([self.delta(), self.out_proj.delta()])  # [4 E, E]
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + torch.cat([self.delta(), self.out_proj.delta()]), bias  # [4 E, E]
 
 
 def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:

@@ -30,7 +30,7 @@ def test_placements_are_those_of_the_method(method: str, kind: type, modules: in
 def test_a_copy_has_placements_of_its_own(copied: object) -> None:
     model = copied(peftcore.apply(tiny.llama(), "lora", r=2))
     for path, adapter in adapter_modules(model, "default"):
-        assert applied(model, "default").placements[path].adapter is adapter
+        assert applied(model, "default").placements[path][0].adapter is adapter
 
 
 def test_of_a_placement_that_is_gone_nothing_is_said() -> None:

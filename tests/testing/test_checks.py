@@ -20,8 +20,8 @@ class BreaksTheGraph(tiny.Scaled):
 
 
 class MergesWrong(tiny.Scaled):
-    def merged(self, weight: Tensor) -> Tensor:
-        return self.gain * weight + 0.01
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.gain * weight + 0.01, bias
 
 
 class ForgetsAPart(tiny.Scaled):

@@ -179,9 +179,9 @@ class $title(nn.Module):
     def forward(self, base: Any, x: Tensor) -> Tensor:
         return base(x) * self.gain.to(x.dtype)
 
-    def merged(self, weight: Tensor) -> Tensor:
-        """The weight [out, in] that computes the same without the adapter."""
-        return weight * self.gain[:, None]
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The weight [out, in] and the bias that compute the same without the adapter."""
+        return weight * self.gain[:, None], None if bias is None else bias * self.gain
 
 
 '''

@@ -144,7 +144,7 @@ def test_gradients_are_those_of_a_changed_weight() -> None:
     model.train()(X)[0].square().sum().backward()
     whole = nn.Parameter(torch.cat([attention.self_attn.in_proj_weight, attention.self_attn.out_proj.weight]).detach())
     with torch.no_grad():
-        whole.copy_(adapter.merged(whole))
+        whole.copy_(adapter.merged(whole, None)[0])
     changed = {"self_attn.in_proj_weight": whole[:48], "self_attn.out_proj.weight": whole[48:]}
     torch.func.functional_call(attention.train(), changed, X)[0].square().sum().backward()
     torch.testing.assert_close(adapter.lora_A.grad, adapter.scale * adapter.lora_B.T @ whole.grad[:48])

@@ -1,0 +1,225 @@
+"""The chain of calls of an adapted module: its own forward inside, then each adapter around or behind what came before.
+
+    After(Around(Around(Base)))
+
+A link is what an adapter is given as `base`: it can be called, and says what the weight is inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from peftcore.adaptation.class_swap import BUILT, original_class
+from peftcore.adaptation.outputs import first_of, with_first
+from peftcore.errors import PeftcoreError
+from peftcore.method import WeightFormat
+from peftcore.weight_formats import weight_format
+
+if TYPE_CHECKING:
+    from peftcore.ops import PackedWeight
+
+Change = Callable[[Tensor], Tensor]  # a parameter -> what is read in its place
+
+OWN_FORWARD = "_peftcore_own_forward"  # attribute: the forward of this one instance
+
+
+class Base:
+    """The module's own forward, as the innermost adapter sees it."""
+
+    __slots__ = ("_changes", "_forward", "_operands", "_weights", "module")
+
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Callable[..., Any],
+        weights: WeightFormat | None = None,
+        changes: Sequence[Mapping[str, Change]] = (),
+    ) -> None:
+        self.module = module
+        self._forward = forward
+        self._weights = weights
+        self._changes = changes
+        self._operands = None if changes else _operands_of(module, forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._changes:
+            return self._forward(self.module, *args, **kwargs)
+        if self._forward is own_forward:
+            raise PeftcoreError(
+                f"{original_class(self.module).__name__} has a forward of this one instance, such as accelerate sets "
+                "where it spreads a model over devices: what that reads of the weights cannot be changed. Keep the "
+                "module on one device, or exclude it: exclude_modules=[...]"
+            )
+        copy = _changed(self.module, self._changes, self._weights)
+        output = self._forward(copy, *args, **kwargs)
+        if not is_dynamo_compiling():
+            _keep_attributes(self.module, copy)
+        return output
+
+    def on_weights(self, changes: Mapping[str, Change]) -> Base:
+        """The same forward, which reads changed parameters: by name (`weight`, `out_proj.weight`), what becomes of it.
+
+        For modules that read weights past the layers that hold them, and layers that do more than their product.
+        """
+        return Base(self.module, self._forward, self._weights, (changes, *self._changes))
+
+    def linear_operands(self, x: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
+        """(weight `[out, in]`, bias) where calling this with x is x Wᵀ + b and no more, W frozen; else None."""
+        return None if self._operands is None else self._operands(self.module, x)
+
+    def weight(self) -> Tensor:
+        """The dense weight in the layout of `WeightFormat` (`[out, in]` of a linear), as adapters inside change it.
+
+        Where none does, it is in the dtype in which it is stored (in few bits: float32), else float32 with gradients.
+
+        Raises:
+            PeftcoreError: no format reads the module's weight, or an adapter inside is no change of a weight.
+        """
+        return self.weight_and_bias()[0]
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """`weight()`, and the bias likewise, one number for each output; None where the module has none."""
+        weights = self._weights or weight_format(self.module)
+        if not self._changes:
+            return weights.read(self.module), weights.read_bias(self.module)
+        copy: Any = _changed(self.module, self._changes, weights)
+        is_dense = weights.decode is not None and any("weight" in each for each in self._changes)
+        return copy.weight if is_dense else weights.read(copy), weights.read_bias(copy)
+
+
+def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The forward of this one instance."""
+    return module.__dict__[OWN_FORWARD](*args, **kwargs)
+
+
+class AroundLink:
+    """What stands inside, with an adapter around it."""
+
+    __slots__ = ("_adapter", "_base", "_name", "module")
+
+    def __init__(self, name: str, adapter: nn.Module, base: Any) -> None:
+        self.module = base.module
+        self._name = name
+        self._adapter: Any = adapter
+        self._base = base
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._adapter(self._base, *args, **kwargs)
+
+    def on_weights(self, changes: Mapping[str, Change]) -> AroundLink:
+        return type(self)(self._name, self._adapter, self._base.on_weights(changes))
+
+    def linear_operands(self, x: Tensor) -> None:
+        """None: an adapter stands between."""
+
+    def weight(self) -> Tensor:
+        """See `Base.weight`."""
+        return self.weight_and_bias()[0]
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """See `Base.weight_and_bias`."""
+        if isinstance(self._adapter, WeightChanges):
+            return self._base.on_weights(self._adapter.changes).weight_and_bias()
+        if not hasattr(self._adapter, "merged"):
+            raise PeftcoreError(
+                f"an adapter reads the weight of a {original_class(self.module).__name__} at which '{self._name}' "
+                f"({type(self._adapter).__name__}) stands, which is no change of a weight. Let that one act after it, "
+                "or rest: peftcore.activate(model, [...])"
+            )
+        weight, bias = self._base.weight_and_bias()
+        return self._adapter.merged(weight.float(), None if bias is None else bias.float())
+
+
+class AfterLink(AroundLink):
+    """What stands inside, with an adapter behind it."""
+
+    __slots__ = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._base(*args, **kwargs)
+        return with_first(output, self._adapter(first_of(output)))
+
+
+class WeightChanges(nn.Module):
+    """The adapters that one name has on parameters of one module (`OnWeight`), by the parameter's name."""
+
+    whole_batch = True
+
+    def __init__(self, adapters: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        for name, adapter in adapters.items():
+            self._modules[name.replace(".", "/")] = adapter
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """(parameter -> what is read in its place), by the parameter's name."""
+        return {key.replace("/", "."): adapter for key, adapter in self._modules.items()}
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.on_weights(self.changes)(*args, **kwargs)
+
+
+def _changed(
+    module: nn.Module, changes: Sequence[Mapping[str, Change]], weights: WeightFormat | None = None
+) -> nn.Module:
+    """A shallow copy of `module` that holds changed parameters; threads and graphs of before see those of before."""
+    copy: nn.Module = object.__new__(type(module))
+    parameters: dict[str, Any] = dict(module._parameters)  # what a change gives need be no parameter
+    modules: dict[str, Any] = dict(module._modules)
+    copy.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
+    if weights is not None and weights.decode is not None and any("weight" in each for each in changes):
+        parameters["weight"] = weights.read(module)  # the module computes with a dense one, too
+    for each in changes:
+        for name, change in each.items():
+            child, _, rest = name.partition(".")
+            if not rest:
+                parameters[name] = _applied(change, parameters[name], name)
+            elif BUILT[0] in modules[child].__dict__:
+                raise PeftcoreError(
+                    f"'{name}' of a {original_class(module).__name__} is changed by one adapter, and '{child}' has "
+                    "adapters of its own. Place both at one of the two modules"
+                )
+            else:
+                modules[child] = _changed(modules[child], [{rest: change}])
+    return copy
+
+
+def _applied(change: Change, parameter: Tensor, name: str) -> Tensor:
+    changed = change(parameter)
+    if changed.shape != parameter.shape:
+        raise PeftcoreError(
+            f"an adapter makes {list(changed.shape)} of the parameter '{name}', which is {list(parameter.shape)}"
+        )
+    return changed.to(parameter.dtype)
+
+
+_OF_COPY = ("_parameters", "_modules")
+
+
+def _keep_attributes(module: nn.Module, copy: nn.Module) -> None:
+    """What the forward has set on the copy that it ran on (a router's last logits) is the module's."""
+    own = module.__dict__
+    for name, value in copy.__dict__.items():
+        if name not in _OF_COPY and (name not in own or own[name] is not value):
+            own[name] = value
+
+
+def _operands_of(module: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any] | None:
+    """`linear_operands` of the class whose forward this is: a subclass that overrides it computes something else."""
+    cls = next((c for c in original_class(module).__mro__ if c.__dict__.get("forward") is forward), None)
+    if cls is nn.Linear:
+        return _dense_operands
+    if cls is not None and (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        return lambda module, x: _dense_operands(module, x, transposed=True)
+    return vars(cls).get("linear_operands") if cls is not None else None
+
+
+def _dense_operands(module: Any, x: Tensor, transposed: bool = False) -> tuple[Tensor, Tensor | None] | None:
+    weight = module.weight
+    if type(weight) not in (Tensor, nn.Parameter) or weight.requires_grad:
+        return None
+    return weight.T if transposed else weight, module.bias

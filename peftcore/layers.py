@@ -1,0 +1,25 @@
+"""Kinds of layer: what counts as linear, and its sizes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Is this transformers' Conv1D (GPT-2), a linear whose weight is stored `[in, out]`?"""
+    library = sys.modules.get("transformers.pytorch_utils")
+    return library is not None and isinstance(module, library.Conv1D)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer in the sense of `all-linear`."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def sizes(module: nn.Module) -> tuple[int, int]:
+    """(input, output) of a linear layer."""
+    layer: Any = module  # of whatever class
+    return (layer.nx, layer.nf) if is_conv1d(module) else (layer.in_features, layer.out_features)

@@ -1,0 +1,66 @@
+"""How a layer's weight is read as a dense one and written: in plugins' formats, in few bits, transposed, or plainly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import PeftcoreError
+from peftcore.layers import is_conv1d
+from peftcore.method import WeightFormat
+from peftcore.registry import registry
+
+
+def _attention_bias(module: nn.MultiheadAttention) -> Tensor | None:
+    return None if module.in_proj_bias is None else torch.cat([module.in_proj_bias, module.out_proj.bias])
+
+
+DENSE = WeightFormat(
+    name="dense",
+    matches=lambda module: (weight := module._parameters.get("weight")) is not None and weight.is_floating_point(),
+    read=lambda module: module.weight,
+    write=lambda module, weight: {"weight": weight.to(module.weight.dtype)},
+)
+TRANSPOSED = WeightFormat(
+    name="transposed",
+    matches=is_conv1d,
+    read=lambda module: module.weight.T,
+    write=lambda module, weight: {"weight": weight.T.to(module.weight.dtype).contiguous()},
+)
+ATTENTION = WeightFormat(
+    name="attention",  # the projections of queries, keys, values and of the output, one below the other: [4 E, E]
+    matches=lambda module: isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None,
+    read=lambda module: torch.cat([module.in_proj_weight, module.out_proj.weight]),
+    write=lambda module, weight: {
+        "in_proj_weight": weight[: 3 * module.embed_dim].to(module.in_proj_weight.dtype).clone(),
+        "out_proj.weight": weight[3 * module.embed_dim :].to(module.out_proj.weight.dtype).clone(),
+    },
+    read_bias=_attention_bias,
+    write_bias=lambda module, bias: {
+        "in_proj_bias": bias[: 3 * module.embed_dim].to(module.in_proj_bias.dtype).clone(),
+        "out_proj.bias": bias[3 * module.embed_dim :].to(module.out_proj.bias.dtype).clone(),
+    },
+)
+
+
+def find_weight_format(module: nn.Module) -> WeightFormat | None:
+    """The format that reads the weight of `module`, if one does; those of plugins are asked first."""
+    return next(
+        (each for each in (*registry.weight_formats(), TRANSPOSED, ATTENTION, DENSE) if each.matches(module)), None
+    )
+
+
+def weight_format(module: nn.Module) -> WeightFormat:
+    """The format that reads the weight of `module`.
+
+    Raises:
+        PeftcoreError: none does.
+    """
+    found = find_weight_format(module)
+    if found is None:
+        raise PeftcoreError(
+            f"no weight format reads {type(module).__name__}: it has no floating parameter 'weight' of its own. "
+            "Where a norm computes that (parametrize, weight_norm), take the norm off before apply; else a plugin can "
+            "provide a format"
+        )
+    return found
