@@ -123,7 +123,7 @@ def test_after_step_reaches_the_method() -> None:
         model = peftcore.apply(tiny.llama(), "stepping")
         peftcore.after_step(model, 3, 10)
     ((adapters, config, step, total),) = calls
-    assert [type(a) for a in adapters] == [tiny.Scaled, tiny.Scaled]
+    assert [type(a) for a in adapters.values()] == [tiny.Scaled, tiny.Scaled]
     assert (type(config), step, total) == (method.config_class, 3, 10)
 
 
