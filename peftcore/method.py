@@ -134,8 +134,8 @@ class StateRules:
     Args:
         peft_type: the key by which a file's method is known, that of Hugging Face PEFT where it has the method.
         matches: (fields on disk) -> is a file of this peft_type one of this method? Of several methods with one
-            peft_type those that say so come before the one that does not ask: files of a variant are often those of
-            the plain method with a flag.
+            peft_type those that say so come before those that do not ask, or that take a file in which nothing is set
+            as well. Two that are left are an error that names both; a file that was saved here names its method.
         tensor_name: (placement, name of the tensor in its adapter) -> name on disk. Names must be distinct.
             For `Train` the name is the parameter's; `P.base_layer.bias` where the same adapter stands around P. A
             tensor of a module that several adapters share is written once, under the name that it has in the first.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 GROUP = "peftcore"
 STRICT = "PEFTCORE_STRICT_PLUGINS"
 CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be imported, separated by commas
-API = 1  # of plugins; raised when a plugin written for the last one would no longer work
+API = 2  # of plugins; raised when a plugin written for the last one would no longer work
+
+
+def canonical(name: str) -> str:
+    """A name as names of packages are compared: `My_Method` and `my.method` are `my-method`."""
+    return re.sub("[-_.]+", "-", name).lower()
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Registry:
     def __init__(self) -> None:
         self._manager = pluggy.PluginManager("peftcore")
         self._manager.add_hookspecs(hookspecs)
-        self._plugins: dict[str, Plugin] = {}
+        self._plugins: dict[str, Plugin] = {}  # by canonical name
         self._discovered = False
         self._own_formats: list[WeightFormat] = []
         self._formats: list[WeightFormat] | None = None  # of plugins, then the core's; None: to be asked for
@@ -71,20 +77,23 @@ class Registry:
         return {method.name: method for plugin in self.plugins() for method in plugin.methods}
 
     def method(self, name: str) -> Method:
-        """The method `name`.
+        """The method `name`; names are compared as those of packages are.
 
         Raises:
             PluginError: it is not installed, or its plugin is broken.
         """
         methods = self.methods()
-        if name in methods:
-            return methods[name]
-        broken = self._plugins.get(name)
+        for known, method in methods.items():
+            if canonical(known) == canonical(name):
+                return method
+        broken = self._plugins.get(canonical(name))
         if broken is not None and broken.error:
-            raise PluginError(f"the plugin '{name}' ({broken.distribution} {broken.version}) is broken: {broken.error}")
+            raise PluginError(
+                f"the plugin '{broken.name}' ({broken.distribution} {broken.version}) is broken: {broken.error}"
+            )
         installed = ", ".join(methods) or "none"
         raise PluginError(
-            f"no PEFT method '{name}' is installed (installed: {installed}){nearest(name, methods)}. {_HOW_TO_INSTALL}"
+            f"no PEFT method '{name}' is installed (installed: {installed}){nearest(name, methods)}. {HOW_TO_INSTALL}"
         )
 
     def method_of_config(self, config: Any) -> Method:
@@ -96,15 +105,6 @@ class Registry:
             f"{type(config).__name__} is the config of no installed method "
             f"(installed: {', '.join(m.config_class.__name__ for m in self.methods().values()) or 'none'})"
         )
-
-    def method_of_peft_type(self, peft_type: str) -> Method:
-        """The method that reads files of this `peft_type`."""
-        methods = {name: method for name, method in self.methods().items() if method.recorded_as is None}
-        for method in methods.values():
-            if method.state.peft_type == peft_type:
-                return method
-        known = ", ".join(f"{m.state.peft_type} ({m.name})" for m in methods.values()) or "none"
-        raise PluginError(f"no installed method reads peft_type {peft_type!r} (installed: {known}). {_HOW_TO_INSTALL}")
 
     def weight_formats(self) -> list[WeightFormat]:
         """The formats of all plugins, then those of the core.
@@ -134,63 +134,70 @@ class Registry:
             PluginError: it fails. With `contain` that is a warning, and the other plugins are asked.
         """
         for implementation in reversed(getattr(self.hook, hook).get_hookimpls()):
-            plugin = self._plugins[implementation.plugin_name]
+            plugin = self._plugins[canonical(implementation.plugin_name)]
             try:
                 given = {name: arguments[name] for name in implementation.argnames}
                 answer = implementation.function(**given)
             except (Exception, SystemExit) as error:
-                message = f"{_named(hook, plugin)} failed: {type(error).__name__}: {error}"
-                if not contain or os.environ.get(STRICT) == "1":
-                    raise PluginError(f"{message}. {_without(plugin)}") from error
-                warnings.warn(f"{message}. peftcore goes on without it", stacklevel=3)
+                if not contain:
+                    raise PluginError(_failed(hook, plugin, error)) from error
+                self.go_on_without(hook, plugin, error)
                 continue
             if answer is not None:
                 yield plugin, answer
+
+    def go_on_without(self, what: str, plugin: Plugin, error: BaseException) -> None:
+        """Warn that `what` of a plugin failed with `error`, and is left out. Where plugins are strict, raise it."""
+        if os.environ.get(STRICT) == "1":
+            raise PluginError(_failed(what, plugin, error)) from error
+        warnings.warn(f"{_failure(what, plugin, error)}. peftcore goes on without it", stacklevel=4)
 
     def register(self, name: str, plugin: Any, distribution: str = "-", version: str = "-") -> Plugin:
         """Register the plugin object `plugin` (a module, or any object with hooks) under the entry-point name `name`.
 
         Raises:
-            PluginError: a hook is misspelt, a method is malformed, or its name or peft_type is taken.
+            PluginError: a hook is misspelt, a method is malformed, or its name is taken.
         """
         self.plugins()
-        if name in self._plugins and not self._plugins[name].error:
-            raise PluginError(f"a plugin '{name}' is registered already, by {self._plugins[name].distribution}")
+        there = self._plugins.get(canonical(name))
+        if there is not None and not there.error:
+            raise PluginError(f"a plugin '{there.name}' is registered already, by {there.distribution}")
         entry = Plugin(name, distribution, version)
         entry.methods = self._register(entry, plugin)
-        self._plugins[name] = entry
+        self._plugins[canonical(name)] = entry
         self._formats = None
         return entry
 
     def unregister(self, name: str) -> None:
         """Forget the plugin `name`."""
         self.plugins()
-        if self._plugins.pop(name, None) is not None and self._manager.get_plugin(name) is not None:
-            self._manager.unregister(name=name)
+        entry = self._plugins.pop(canonical(name), None)
+        if entry is not None and self._manager.get_plugin(entry.name) is not None:
+            self._manager.unregister(name=entry.name)
             self._formats = None
 
     def _discover(self) -> None:
         by_name: dict[str, list[EntryPoint]] = defaultdict(list)
         chosen = _chosen()
         for entry_point in entry_points(group=GROUP):
-            same = [(e.value, e.dist and e.dist.name) for e in by_name[entry_point.name]]
-            if (entry_point.value, entry_point.dist and entry_point.dist.name) not in same:
-                by_name[entry_point.name].append(entry_point)
+            same = by_name[canonical(entry_point.name)]
+            if _identity(entry_point) not in map(_identity, same):
+                same.append(entry_point)
         for name in chosen or ():
-            if name not in by_name:
+            if canonical(name) not in by_name:
                 self._forget()
                 raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, by_name)}")
-        for name, candidates in sorted(by_name.items()):
-            owners = [f"{e.dist.name} {e.dist.version}" if e.dist else "an unknown distribution" for e in candidates]
-            dist = candidates[0].dist
+        for key, candidates in sorted(by_name.items()):
+            name, dist = candidates[0].name, candidates[0].dist
             entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
-            self._plugins[name] = entry
-            if chosen is not None and name not in chosen:
+            self._plugins[key] = entry
+            if chosen is not None and key not in map(canonical, chosen):
                 entry.error = f"it is switched off by {CHOSEN}={os.environ[CHOSEN]}"
                 continue
             try:
                 _check_requirement(dist)
                 if len(candidates) > 1:
+                    owners = [_owner(candidate, name) for candidate in candidates]
                     entry.distribution = ", ".join(owners)
                     raise PluginError(
                         f"{len(owners)} distributions provide '{name}': {'; '.join(owners)}. Uninstall all but one"
@@ -240,23 +247,13 @@ class Registry:
     def _check_method(self, entry: Plugin, method: Method) -> None:
         if not isinstance(method, Method):
             raise PluginError(f"peftcore_methods() must return peftcore.Method objects, found {type(method).__name__}")
-        if method.name != entry.name:
+        if canonical(method.name) != canonical(entry.name):
             raise PluginError(
                 f"the method is named '{method.name}' but its entry point '{entry.name}'. Give both the same name"
             )
         config_class = method.config_class
         if not (dataclasses.is_dataclass(config_class) and _is_frozen(config_class)):
             raise PluginError(f"config_class {config_class!r} must be a frozen dataclass")
-        if method.recorded_as is not None:
-            return  # it owns no files
-        for other in self._plugins.values():
-            for taken in other.methods:
-                same = taken.recorded_as is None and taken.state.peft_type == method.state.peft_type
-                if other is not entry and same:
-                    raise PluginError(
-                        f"peft_type '{method.state.peft_type}' is taken by '{taken.name}' ({other.distribution} "
-                        f"{other.version}); {entry.distribution} {entry.version} claims it too. Uninstall one"
-                    )
 
 
 def _is_frozen(config_class: Any) -> bool:
@@ -264,7 +261,7 @@ def _is_frozen(config_class: Any) -> bool:
 
 
 # Never a name to install: whoever registered it may be a stranger, and the name may come from a stranger's file.
-_HOW_TO_INSTALL = (
+HOW_TO_INSTALL = (
     "A method is a package of its own: install the one that you know to provide it, or see: peftcore methods"
 )
 
@@ -275,6 +272,24 @@ def _without(plugin: Plugin) -> str:
 
 def _named(hook: str, plugin: Plugin) -> str:
     return f"{hook} of the plugin '{plugin.name}' ({plugin.distribution} {plugin.version})"
+
+
+def _failure(what: str, plugin: Plugin, error: BaseException) -> str:
+    return f"{_named(what, plugin)} failed: {type(error).__name__}: {error}"
+
+
+def _failed(what: str, plugin: Plugin, error: BaseException) -> str:
+    return f"{_failure(what, plugin, error)}. {_without(plugin)}"
+
+
+def _identity(entry_point: EntryPoint) -> tuple[str, str, str | None]:
+    return entry_point.name, entry_point.value, entry_point.dist.name if entry_point.dist else None
+
+
+def _owner(entry_point: EntryPoint, name: str) -> str:
+    """`DISTRIBUTION VERSION`, with the name that it gives where that is another spelling."""
+    owner = f"{entry_point.dist.name} {entry_point.dist.version}" if entry_point.dist else "an unknown distribution"
+    return owner if entry_point.name == name else f"{owner} (as '{entry_point.name}')"
 
 
 def _all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
@@ -320,7 +335,7 @@ def _check_requirement(distribution: Any) -> None:
 
 
 def _check_api(plugin: Any) -> None:
-    """A plugin may say `peftcore_api = 1`, the plugin API that it was written for."""
+    """A plugin may say `peftcore_api = 2`, the plugin API that it was written for."""
     api = getattr(plugin, "peftcore_api", API)
     if type(api) is not int:
         raise PluginError(f"its peftcore_api must be a whole number, the plugin API it was written for, found {api!r}")

@@ -14,7 +14,7 @@ ORDER = [
     {"registry"},
     {"weight_formats"},
     {"adaptation"},
-    {"observation"},
+    {"observation", "peft_fields"},
     {"targets", "prompts"},
     {"engine"},
     {"checkpoint", "quantization"},

@@ -10,6 +10,7 @@ import torch
 
 import peftcore
 from peftcore import registry as registry_module
+from peftcore.peft_fields import choosing
 from peftcore.registry import Registry
 
 
@@ -75,14 +76,36 @@ def test_one_name_from_two_distributions_names_both(discover) -> None:
         registry.method("scale")
 
 
-def test_one_peft_type_from_two_names_both(discover) -> None:
+@pytest.mark.parametrize("names", [("one", "two"), ("two", "one")])
+def test_two_of_one_peft_type_are_both_usable(discover, names) -> None:
     state = peftcore.StateRules(peft_type="SAME")
-    registry = discover(
-        ("one", tiny.Plugin(tiny.method("one", state=state)), "peftcore-one"),
-        ("two", tiny.Plugin(tiny.method("two", state=state)), "peftcore-two"),
-    )
-    with pytest.warns(UserWarning, match=r"'SAME' is taken by 'one' \(peftcore-one 1.0\); peftcore-two 1.0 claims it"):
-        assert list(registry.methods()) == ["one"]
+    plugins = [(name, tiny.Plugin(tiny.method(name, state=state)), f"peftcore-{name}") for name in names]
+    assert list(discover(*plugins).methods()) == ["one", "two"]
+    for plugin in plugins:
+        assert list(discover(plugin).methods()) == [plugin[0]]
+
+
+@pytest.mark.parametrize("spelling", ["my-method", "my_method", "MY_METHOD", "My.Method", "my--method"])
+def test_names_are_compared_as_those_of_packages(discover, monkeypatch, spelling: str) -> None:
+    plugin = ("my-method", tiny.Plugin(tiny.method("my-method")), "peftcore-my-method")
+    assert discover(plugin).method(spelling).name == "my-method"
+    monkeypatch.setenv("PEFTCORE_PLUGINS", spelling)
+    assert list(discover(plugin).methods()) == ["my-method"]
+    registry = discover((spelling, *plugin[1:]))  # an entry point of another spelling than its method's
+    assert list(registry.methods()) == ["my-method"]
+    with pytest.raises(peftcore.PluginError, match=rf"'{spelling}' is registered already, by peftcore-my-method"):
+        registry.register("MY.method", plugin[1])
+    registry.unregister("my_METHOD")
+    assert registry.methods() == {}
+
+
+def test_names_that_compare_equal_are_one_name(discover) -> None:
+    plugin = tiny.Plugin(tiny.method("my-method"))
+    registry = discover(("my-method", plugin, "peftcore-my"), ("My_Method", plugin, "other"))
+    with pytest.warns(UserWarning, match=r"'my-method': peftcore-my 1.0; other 1.0 \(as 'My_Method'\). Uninstall all"):
+        assert registry.methods() == {}
+    with pytest.raises(peftcore.PluginError, match="2 distributions provide 'my-method'"):
+        registry.method("MY-METHOD")
 
 
 def test_a_misspelt_hook_shows_the_nearest(discover) -> None:
@@ -121,22 +144,23 @@ def test_malformed_methods(discover, plugin, message: str) -> None:
         assert registry.methods() == {}
 
 
-@pytest.mark.parametrize(("api", "upgrade"), [(2, "peftcore"), (0, "the plugin")])
+@pytest.mark.parametrize(("api", "upgrade"), [(3, "peftcore"), (1, "the plugin")])
 def test_another_plugin_api_says_what_to_upgrade(discover, api: int, upgrade: str) -> None:
     plugin = tiny.Plugin(tiny.method("scale"))
     plugin.peftcore_api = api
     registry = discover(("scale", plugin, "peftcore-scale"))
-    with pytest.warns(UserWarning, match=rf"plugin API {api}, this peftcore has 1. Upgrade {upgrade}"):
+    with pytest.warns(UserWarning, match=rf"plugin API {api}, this peftcore has 2. Upgrade {upgrade}"):
         assert registry.methods() == {}
 
 
-def test_a_message_never_names_a_package_that_may_be_a_strangers(discover) -> None:
+def test_a_message_never_names_a_package_that_may_be_a_strangers(discover, monkeypatch) -> None:
     """The name may be a typing error, or come from a stranger's file; whoever registered it would be run."""
     registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
     with pytest.raises(peftcore.PluginError) as unknown:
         registry.method("scael")
+    monkeypatch.setattr(choosing, "registry", registry)
     with pytest.raises(peftcore.PluginError) as foreign:
-        registry.method_of_peft_type("EVIL_NAME")
+        choosing.method_of_fields("a file", {"peft_type": "EVIL_NAME"})
     assert "no PEFT method 'scael' is installed (installed: scale) (nearest: 'scale')" in str(unknown.value)
     assert "no installed method reads peft_type 'EVIL_NAME' (installed: TOY_SCALE (scale))" in str(foreign.value)
     for error in (unknown, foreign):

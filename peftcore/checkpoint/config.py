@@ -1,34 +1,19 @@
-"""A method's config and the fields of `adapter_config.json`: one from the other."""
+"""The fields of `adapter_config.json` of an applied adapter."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from peftcore import engine, targets
-from peftcore.adapter_files import CONFIG
 from peftcore.checkpoint import peft_reads
 from peftcore.engine.trained import TrainedParameters
-from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.method import Method, PrefixKV, SoftPrompt
 from peftcore.observation import detect
 from peftcore.registry import registry
-from peftcore.validation import check_types, shown
-
-_COMMON = {
-    "peft_type",
-    "task_type",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "peft_version",
-}
-_EMPTY: tuple[Any, ...] = (None, False, "", [], {}, 0)
 
 
 def fields_of_config(model: nn.Module, method: Method, adapter: str) -> dict[str, Any]:
@@ -85,26 +70,3 @@ def _is_tied_by_peft(model: nn.Module, adapter: str) -> bool:
         and len(others) == len(groups[0]) - 1
         and all(targets.is_linear(module) and module.bias is None for module in modules)
     )
-
-
-def config_of_fields(folder: Path, method: Method, fields: dict[str, Any]) -> Any:
-    """The method's config that the fields of an `adapter_config.json` mean.
-
-    Raises:
-        CheckpointError: a field is not known, or has a value that the method refuses.
-    """
-    fields = method.state.read_config({name: value for name, value in fields.items() if name not in _COMMON})
-    known = {f.name for f in dataclasses.fields(method.config_class)}
-    ignored = {*method.state.ignored_fields, "ensure_weight_tying"}  # a method may lack it: then the tensors tell
-    for name, value in fields.items():
-        if name not in known and name not in ignored and value not in _EMPTY:
-            raise CheckpointError(
-                f"'{folder / CONFIG}' uses {name}={shown(value)}, which the installed plugin '{method.name}' does not "
-                "know. Without it the adapter would compute something else, so it is not loaded"
-            )
-    fields = {name: value for name, value in fields.items() if name in known}
-    try:
-        check_types(method.config_class, fields)
-        return method.config_class(**fields)
-    except (TypeError, PeftcoreError) as error:
-        raise CheckpointError(f"'{folder / CONFIG}' is no valid config of '{method.name}': {error}") from error

@@ -17,7 +17,6 @@ from peftcore.adapter_files import CONFIG, TENSORS
 from peftcore.checkpoint.fingerprint import difference
 from peftcore.checkpoint.reading import (
     adapter_folder,
-    guarded,
     read,
     read_saved,
     ties_partly,
@@ -27,6 +26,7 @@ from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.method import Method, Model, Train
 from peftcore.observation import detect
+from peftcore.peft_fields import guarded
 from peftcore.targets import drop_unmatched
 
 
@@ -39,6 +39,7 @@ def load(
     trainable: bool = True,
     dtype: torch.dtype | None = None,
     check_base: bool = True,
+    method: str | None = None,
 ) -> Model:
     """Apply the adapter that lies in the folder `path`, or those that were saved there together.
 
@@ -50,12 +51,14 @@ def load(
         trainable: False freezes it.
         dtype: of its parameters, as for `apply`.
         check_base: compare the fingerprint of the base that the adapter was trained on, where the file has one.
+        method: the installed method that reads it. Needed only where several may, and an error names them.
 
     Raises:
+        PluginError: no installed method reads it, or several may and none is named.
         CheckpointError: the files cannot be read, or do not fit the model. The model is then as it was.
     """
     folder = Path(path)
-    together, contents = adapter_files.read(folder, lambda opened: read_saved(opened, model, adapter))
+    together, contents = adapter_files.read(folder, lambda opened: read_saved(opened, model, adapter, method))
     before = engine.state_of(model)
     active = before.active if before else ()
     done: list[str] = []
@@ -80,8 +83,8 @@ def load(
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
     """Give the applied `adapter` the values that lie in the folder `path`, which must be of the same method."""
     folder = Path(path)
-    method, _, tensors, metadata = read(folder, model)
     entry = engine.applied(model, adapter)
+    method, _, tensors, metadata = read(folder, model, applied=entry.method)
     if method.name != entry.method:
         raise CheckpointError(f"'{folder}' holds {method.name}, the adapter '{adapter}' is {entry.method}")
     fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
@@ -123,7 +126,7 @@ def _load(
 def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
     """Raise a CheckpointError unless the config can be applied, and asks for no more numbers than the file holds."""
     try:
-        with torch.device("meta"), guarded(method, folder):
+        with torch.device("meta"), guarded(method, f"'{folder}'"):
             placed = engine.placements_for(model, config, {})
     except (CheckpointError, PluginError):
         raise

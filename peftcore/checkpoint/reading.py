@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,13 @@ from torch import Tensor, nn
 from peftcore import adapter_files, engine
 from peftcore.adapter_files import CONFIG, TENSORS, Folder
 from peftcore.adapter_files.content import JSON_BYTES, parse_json
-from peftcore.checkpoint.config import config_of_fields
-from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.method import ForeignFormat, Method
-from peftcore.registry import registry
+from peftcore.peft_fields import config_of_fields, guarded, method_of_fields
+from peftcore.registry import Plugin, registry
 
 TOGETHER = "peftcore_together"  # in a file's metadata: which adapters were saved with it
+METHOD = "peftcore_method"  # likewise: the method whose adapter it is
 TIED = "peftcore_tied"  # likewise: is what is tied in the base trained tied?
 
 
@@ -32,19 +31,26 @@ def name_inside(adapter: str) -> str:
     return "" if adapter == "default" else adapter
 
 
-def read(folder: Path, model: nn.Module) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
-    """(method, config, tensors by today's names, metadata) of an adapter folder."""
-    return adapter_files.read(folder, lambda opened: _read(opened, model))
+def read(
+    folder: Path, model: nn.Module, method: str | None = None, applied: str | None = None
+) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
+    """(method, config, tensors by today's names, metadata) of an adapter folder.
+
+    Args:
+        method: that reads it; None: the one whose file it is.
+        applied: the method of the adapter that the file is for; it reads a file that names none, and that it may read.
+    """
+    return adapter_files.read(folder, lambda opened: _read(opened, model, method, applied))
 
 
 def read_saved(
-    opened: Folder, model: nn.Module, adapter: str | None
+    opened: Folder, model: nn.Module, adapter: str | None, method: str | None = None
 ) -> tuple[dict[str, list[str]] | None, dict[str, Any]]:
     """({adapters, active} of those that were saved together, or None; what each adapter's files hold)."""
     together = _saved_together(opened) if adapter is None else None
     if together is None:
-        return None, {adapter or "default": _read(opened, model)}
-    return together, {name: _read(_of_several(opened, name), model) for name in together["adapters"]}
+        return None, {adapter or "default": _read(opened, model, method)}
+    return together, {name: _read(_of_several(opened, name), model, method) for name in together["adapters"]}
 
 
 def _saved_together(opened: Folder) -> dict[str, list[str]] | None:
@@ -74,23 +80,26 @@ def _of_several(opened: Folder, adapter: str) -> Folder:
     return opened.inside(name_inside(adapter)) if name_inside(adapter) else opened
 
 
-def _read(opened: Folder, model: nn.Module) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
-    foreign = _foreign(opened)
+def _read(
+    opened: Folder, model: nn.Module, named: str | None = None, applied: str | None = None
+) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
+    foreign = _foreign(opened, named)
     if foreign is not None:
         return _read_foreign(opened, model, *foreign)
     tensors, metadata = opened.tensors()
     # torch compares no numbers of 8 bits with others; float32 holds them all.
     tensors = {n: t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t for n, t in tensors.items()}
     fields = opened.config()
-    method = registry.method_of_peft_type(fields["peft_type"])
+    where = f"'{opened.path / CONFIG}'"
+    method = method_of_fields(where, fields, written_by=metadata.get(METHOD, applied), method=named)
     # PEFT's default is False, which its older files do not name.
     tied = metadata.get(TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
     fields["ensure_weight_tying"] = False if tied is None else tied
-    with guarded(method, opened.path):
+    with guarded(method, f"'{opened.path}'"):
         why = method.state.refused(tensors, fields)
         if why is not None:
             raise CheckpointError(f"'{opened.path}' cannot be read: {why}")
-        config = method.state.config_on_disk(config_of_fields(opened.path, method, fields), tensors)
+        config = method.state.config_on_disk(config_of_fields(where, method, fields), tensors)
         return method, config, dict(method.state.read_tensors(tensors, config)), metadata
 
 
@@ -113,11 +122,11 @@ def _about(opened: Folder) -> tuple[dict[str, Any], ForeignFormat | None]:
     if foreign is None:
         return opened.config(), None
     method, form, fields = foreign
-    with guarded(method, opened.path):
+    with guarded(method, f"'{opened.path}'"):
         return {"peft_type": method.state.peft_type, **form.about(fields)}, form
 
 
-def _foreign(opened: Folder) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:
+def _foreign(opened: Folder, named: str | None = None) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:
     """(method, format, fields) where the folder is another library's, by a config without peft_type."""
     try:
         fields = parse_json(opened.content(CONFIG, JSON_BYTES), opened.path / CONFIG)
@@ -125,12 +134,24 @@ def _foreign(opened: Folder) -> tuple[Method, ForeignFormat, dict[str, Any]] | N
         return None
     if not isinstance(fields, dict) or "peft_type" in fields:
         return None
-    for method in registry.methods().values():
-        for foreign in method.state.foreign:
-            with guarded(method, opened.path):
-                if foreign.matches(fields):
-                    return method, foreign, fields
-    return None
+    chosen = None if named is None else registry.method(named)
+    found: dict[str, tuple[Method, ForeignFormat, Plugin]] = {}
+    for plugin in registry.plugins():
+        for method in plugin.methods:
+            for foreign in method.state.foreign if method.recorded_as is None and chosen in (None, method) else ():
+                try:
+                    if foreign.matches(dict(fields)):
+                        found.setdefault(method.name, (method, foreign, plugin))
+                except (Exception, SystemExit) as error:
+                    registry.go_on_without(f"ForeignFormat.matches of {foreign.name!r}", plugin, error)
+    if len(found) > 1:
+        names = ", ".join(f"'{name}' ({p.distribution} {p.version})" for name, (_, _, p) in found.items())
+        raise PluginError(
+            f"'{opened.path}' may be read by any of {len(found)} installed methods: {names}. Say which: "
+            f"peftcore.load(..., method='{next(iter(found))}'); or name the plugins to use without the others: "
+            "PEFTCORE_PLUGINS=NAME,NAME"
+        )
+    return next(((method, foreign, fields) for method, foreign, _ in found.values()), None)
 
 
 def _read_foreign(
@@ -138,21 +159,8 @@ def _read_foreign(
 ) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
     tensors, _ = opened.tensors(foreign.tensors)
     try:
-        with guarded(method, opened.path):
+        with guarded(method, f"'{opened.path}'"):
             config, tensors = foreign.read(model, fields, tensors)
     except PeftcoreError as error:
         raise CheckpointError(f"'{opened.path}', of {foreign.name}, cannot be read: {error}") from error
     return method, config, tensors, {}
-
-
-@contextlib.contextmanager
-def guarded(method: Method, folder: Path) -> Iterator[None]:
-    """Within the block a plugin works on what a file holds: what it did not expect there is an error in the file."""
-    try:
-        yield
-    except PeftcoreError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"'{folder}' holds something that the plugin '{method.name}' cannot use: {type(error).__name__}: {error}"
-        ) from error

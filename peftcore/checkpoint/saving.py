@@ -15,11 +15,7 @@ from peftcore import adapter_files, engine, ranks
 from peftcore.adapter_files import Content
 from peftcore.checkpoint.config import fields_of_config
 from peftcore.checkpoint.fingerprint import fingerprint
-from peftcore.checkpoint.reading import (
-    TIED,
-    TOGETHER,
-    name_inside,
-)
+from peftcore.checkpoint.reading import METHOD, TIED, TOGETHER, name_inside
 from peftcore.checkpoint.tensors import kept_on_disk, name_of_base, tensors_on_disk
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError
@@ -103,6 +99,7 @@ def _content(
         if name_of_base(model, adapter, name) not in tensors
     }
     about = {"peftcore_version": peftcore.__version__, "peftcore_base": fingerprint(base, _important(model, base))}
+    about[METHOD] = method.name
     about[TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
     return Content(fields_of_config(model, method, adapter), _for_disk(tensors, dtype), {**about, **metadata})
 

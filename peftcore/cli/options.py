@@ -60,7 +60,7 @@ def resolve_method(name: str | None, settings: list[str] | None) -> tuple[str, d
             raise PluginError(f"say which method: --method NAME (installed: {names})")
         name = next(iter(installed))
     method = registry.method(name)
-    return name, parse(method.config_class, settings or [])
+    return method.name, parse(method.config_class, settings or [])
 
 
 def absolute(path: str) -> str:

@@ -393,6 +393,5 @@ def peftcore_methods() -> list[peftcore.Method]:
         read_tensors=read_tensors,
         unreadable=unreadable,
         refused=refused,
-        ignored_fields=frozenset({"megatron_core", "qalora_group_size"}),  # settings of features that are off
     )
     return [peftcore.Method("lora", LoraConfig, place, rules)]

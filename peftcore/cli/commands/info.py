@@ -15,12 +15,12 @@ def info(adapter: Annotated[Path, typer.Argument(help="Adapter folder.")]) -> No
     from peftcore import adapter_files, checkpoint
     from peftcore.engine.summary import megabytes
     from peftcore.errors import PluginError
-    from peftcore.registry import registry
+    from peftcore.peft_fields import method_of_fields
 
     fields, foreign = checkpoint.about(adapter)
     tensors, metadata = adapter_files.read_tensors(adapter, foreign.tensors if foreign else adapter_files.TENSORS)
     try:
-        method = registry.method_of_peft_type(fields["peft_type"]).name
+        method = method_of_fields(f"'{adapter}'", fields, written_by=metadata.get(checkpoint.METHOD)).name
     except PluginError as error:
         method = str(error)
     written_by = foreign.name if foreign else fields.get("peft_version") and f"PEFT {fields['peft_version']}"

@@ -128,7 +128,7 @@ from torch import Tensor, nn
 
 import peftcore
 
-peftcore_api = 1
+peftcore_api = 2
 
 
 @dataclass(frozen=True)

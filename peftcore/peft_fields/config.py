@@ -1,0 +1,69 @@
+"""A method's config from fields that a file, or an object of Hugging Face PEFT's, has."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.method import Method
+from peftcore.peft_fields.defaults import says_something
+from peftcore.validation import check_types, shown
+
+COMMON = frozenset(
+    {
+        "peft_type",
+        "task_type",
+        "auto_mapping",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "peft_version",
+    }
+)
+
+
+def config_of_fields(
+    where: str, method: Method, fields: Mapping[str, Any], kind: type[PeftcoreError] = CheckpointError
+) -> Any:
+    """The method's config that the fields mean.
+
+    Args:
+        where: they stand, for messages.
+        kind: of the errors.
+
+    Raises:
+        PeftcoreError: a field is not known, or has a value that the method refuses.
+    """
+    peft_type = str(fields.get("peft_type", method.state.peft_type))
+    with guarded(method, where, kind):
+        read = method.state.read_config({name: value for name, value in fields.items() if name not in COMMON})
+    known = {f.name for f in dataclasses.fields(method.config_class)}
+    ignored = {*method.state.ignored_fields, "ensure_weight_tying"}  # a method may lack it: then the tensors tell
+    for name, value in read.items():
+        if name not in known and name not in ignored and says_something(peft_type, name, value):
+            raise kind(
+                f"{where} uses {name}={shown(value)}, which the installed plugin '{method.name}' does not "
+                "know. Without it the adapter would compute something else, so it is not loaded"
+            )
+    read = {name: value for name, value in read.items() if name in known}
+    try:
+        check_types(method.config_class, read)
+        return method.config_class(**read)
+    except (TypeError, PeftcoreError) as error:
+        raise kind(f"{where} is no valid config of '{method.name}': {error}") from error
+
+
+@contextlib.contextmanager
+def guarded(method: Method, where: str, kind: type[PeftcoreError] = CheckpointError) -> Iterator[None]:
+    """Within the block a plugin works on what `where` holds: what it did not expect there is an error in that."""
+    try:
+        yield
+    except PeftcoreError:
+        raise
+    except Exception as error:
+        raise kind(
+            f"{where} holds something that the plugin '{method.name}' cannot use: {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,148 @@
+"""Several methods may have one peft_type: the file says which reads it, and none displaces another."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import tiny
+import torch
+
+import peftcore
+from peftcore.engine import adapter_parameters, applied
+from peftcore.peft_fields import method_of_fields
+
+Method = peftcore.Method
+
+
+def same(name: str, **rules: object) -> Method:
+    return tiny.method(name, state=peftcore.StateRules("SAME", **rules))
+
+
+def read_by(**fields: object) -> str:
+    return method_of_fields("'the file'", {"peft_type": "SAME", **fields}).name
+
+
+def flagged(fields) -> bool:
+    return bool(fields.get("use_flag"))
+
+
+@pytest.mark.parametrize("names", [("aa", "bb"), ("bb", "aa")], ids="-".join)
+def test_the_one_that_matches_comes_before_the_one_that_does_not_ask(names: tuple[str, str]) -> None:
+    general, special = names
+    with tiny.installed(same(general), same(special, matches=flagged)):
+        assert read_by() == general
+        assert read_by(use_flag=True) == special
+    with tiny.installed(same(special, matches=flagged)):
+        assert read_by(use_flag=True) == special
+        with pytest.raises(
+            peftcore.PluginError,
+            match=rf"no installed method reads 'the file', of peft_type 'SAME' with r set: '{special}' "
+            rf"\(peftcore-{special} 1.0\) says that it is not its own. A method is a package",
+        ):
+            read_by(r=3)
+
+
+@pytest.mark.parametrize("names", [("aa", "bb"), ("bb", "aa")], ids="-".join)
+@pytest.mark.parametrize("matches", [None, lambda fields: True], ids=["does not ask", "takes all"])
+def test_a_strangers_claim_leaves_a_method_whole(names: tuple[str, str], matches, tmp_path: Path) -> None:
+    """It applies, saves and loads its files, whoever else claims their peft_type; others' files are asked for."""
+    mine, strangers = names
+    with tiny.installed(same(mine), same(strangers, matches=matches)):
+        for name in names:
+            peftcore.save(peftcore.apply(tiny.llama(), name, value=3.0), tmp_path / name)
+        for name in names:
+            model = peftcore.load(tiny.llama(), tmp_path / name)
+            assert applied(model, "default").method == name
+            assert {p.item() for _, p in adapter_parameters(model, "default")} == {3.0}
+        file = tmp_path / mine / "adapter_model.safetensors"
+        safetensors.torch.save_file(safetensors.torch.load_file(file), file)  # as PEFT writes it
+        (tmp_path / mine / "peftcore_manifest.json").unlink()
+        with pytest.raises(
+            peftcore.PluginError,
+            match=r"adapter_config.json', of peft_type 'SAME' with .*value set, may be read by any of 2 installed "
+            r"methods: 'aa' \(peftcore-aa 1.0\), 'bb' \(peftcore-bb 1.0\). Say which: peftcore.load\(.*method='aa'\)",
+        ):
+            peftcore.load(tiny.llama(), tmp_path / mine)
+        for spelling in (mine, mine.upper()):
+            model = peftcore.load(tiny.llama(), tmp_path / mine, method=spelling)
+            assert applied(model, "default").method == mine
+        peftcore.checkpoint.restore(model, tmp_path / mine)  # the method on the model is known
+    with tiny.installed(same(mine)):
+        assert applied(peftcore.load(tiny.llama(), tmp_path / mine), "default").method == mine
+
+
+def test_two_that_match_are_named() -> None:
+    with tiny.installed(same("aa", matches=flagged), same("bb", matches=flagged), same("cc")):
+        assert read_by() == "cc"
+        with pytest.raises(peftcore.PluginError, match=r"any of 2 installed methods: 'aa' .*, 'bb' .*method='aa'"):
+            read_by(use_flag=True)
+
+
+def test_the_method_that_is_named() -> None:
+    def named(name: str, **fields: object) -> str:
+        return method_of_fields("'f'", {"peft_type": "SAME", **fields}, method=name).name
+
+    with tiny.installed(same("aa"), same("bb", matches=flagged), tiny.method("other")):
+        assert named("aa", use_flag=True) == "aa"  # whose config then refuses the field
+        assert named("BB", use_flag=True) == "bb"
+        with pytest.raises(peftcore.PluginError, match="'bb' says that 'f', of peft_type 'SAME', is not its own"):
+            named("bb")
+        with pytest.raises(peftcore.PluginError, match="'other' reads peft_type 'TOY_OTHER', 'f' has 'SAME'"):
+            named("other")
+        with pytest.raises(peftcore.PluginError, match="no PEFT method 'nowhere' is installed"):
+            named("nowhere")
+
+
+def test_the_writer_reads_unless_it_declines() -> None:
+    def read(written_by: str, **fields: object) -> str:
+        return method_of_fields("'f'", {"peft_type": "SAME", **fields}, written_by=written_by).name
+
+    with tiny.installed(same("aa"), same("bb", matches=flagged), same("cc", matches=flagged), tiny.method("other")):
+        assert read("aa", use_flag=True) == "aa"
+        assert read("cc", use_flag=True) == "cc"
+        assert read("cc") == "aa"  # it declines
+        assert read("other") == "aa"  # of another peft_type
+        with pytest.warns(UserWarning, match=r"'f' was written by the method 'gone', which is not installed. 'aa'"):
+            assert read("gone") == "aa"
+
+
+def test_matches_that_fails_is_named_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(fields) -> bool:
+        return fields["use_flag"]
+
+    with tiny.installed(same("aa"), same("bb", matches=fails)):
+        assert read_by(use_flag=True) == "bb"
+        with pytest.warns(UserWarning, match=r"matches of 'bb' of the plugin 'bb' \(.* 1.0\) failed: KeyError"):
+            assert read_by() == "aa"
+        monkeypatch.setenv("PEFTCORE_STRICT_PLUGINS", "1")
+        with pytest.raises(peftcore.PluginError, match=r"failed: KeyError: 'use_flag'. Upgrade or uninstall it"):
+            read_by()
+
+
+def test_two_that_read_one_foreign_format(tmp_path: Path) -> None:
+    def read(model, fields, tensors):
+        return peftcore.methods()[fields["kind"]].config_class(), {
+            f"base_model.model.model.layers.{i}.self_attn.q_proj.gain": torch.tensor(5.0) for i in range(2)
+        }
+
+    def broken(fields):
+        raise KeyError("kind")
+
+    def foreign(name: str, matches) -> Method:
+        form = peftcore.ForeignFormat("theirs", "their.safetensors", matches, read)
+        return tiny.method(name, state=peftcore.StateRules(name, foreign=(form,)))
+
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"kind": "zz"}))
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "their.safetensors")
+    with tiny.installed(foreign("zz", lambda fields: True)):
+        assert applied(peftcore.load(tiny.llama(), tmp_path), "default").method == "zz"
+    with tiny.installed(foreign("aa", lambda fields: True), foreign("zz", lambda fields: True)):
+        with pytest.raises(peftcore.PluginError, match=r"any of 2 installed methods: 'aa' .*, 'zz' .*method='aa'"):
+            peftcore.load(tiny.llama(), tmp_path)
+        assert applied(peftcore.load(tiny.llama(), tmp_path, method="zz"), "default").method == "zz"
+    with (
+        tiny.installed(foreign("aa", broken), foreign("zz", lambda fields: True)),
+        pytest.warns(UserWarning, match=r"ForeignFormat.matches of 'theirs' of the plugin 'aa' .* failed: KeyError"),
+    ):
+        assert applied(peftcore.load(tiny.llama(), tmp_path), "default").method == "zz"
