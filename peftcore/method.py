@@ -72,9 +72,14 @@ class PrefixKV:
 
 @dataclass(frozen=True)
 class Train:
-    """Parameters of the base, by full name, that are trained themselves. The base's own values are kept aside."""
+    """Parameters of the base, by full name, that are trained themselves. The base's own values are kept aside.
+
+    Args:
+        saved: `tensor_name` is asked for a tensor of `modules_to_save`, not for one that the method chose itself.
+    """
 
     names: Sequence[str]
+    saved: bool = False
 
 
 Model = TypeVar("Model", bound=nn.Module)  # functions give back the type of the model that they were given

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.testing import disturb
 
 
 def quiet(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,11 +40,29 @@ def compare_padded(ours: nn.Module, theirs: nn.Module) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
+def both_ways(make: Any, folder: Path, ours: nn.Module, config: peft.PeftConfig) -> None:
+    """Hugging Face PEFT computes what `ours` does from its file, and we what a model of PEFT's with `config` does."""
+    disturb(ours, "default", seed=1)
+    assert (logits(ours) - logits(make())).abs().max() > 1e-3
+    peftcore.save(ours, folder / "ours")
+    theirs = quiet(peft.PeftModel.from_pretrained, make(), folder / "ours").eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    theirs = moved(quiet(peft.get_peft_model, make(), config).eval())
+    quiet(theirs.save_pretrained, folder / "theirs")
+    ours = peftcore.load(make(), folder / "theirs")
+    assert (logits(ours) - logits(make())).abs().max() > 1e-3
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+
+
 def trained_by_peft(model: nn.Module, config_class: type, **fields: Any) -> nn.Module:
     """A model of PEFT's with four virtual tokens, whose values are not those of the start."""
     task = peftcore.observation.detect(model).task_type
     config = config_class(task_type=task, num_virtual_tokens=4, **fields)
-    model = quiet(peft.get_peft_model, model, config).eval()
+    return moved(quiet(peft.get_peft_model, model, config).eval())
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """A model of PEFT's with noise on all that trains."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():

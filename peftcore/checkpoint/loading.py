@@ -145,6 +145,6 @@ def _unnamed_heads(model: nn.Module, method: Method, saved: Sequence[str], tenso
 
     def in_file(path: str) -> bool:
         names = [f"{path}.{name}" for name, _ in base_parameters(model.get_submodule(path))]
-        return all(method.state.tensor_name(Train((name,)), name) in tensors for name in names)
+        return all(method.state.tensor_name(Train((name,), saved=True), name) in tensors for name in names)
 
     return [head for head in detect(model).task_heads if head not in saved and in_file(head)]

@@ -145,7 +145,9 @@ def _check_values(name: str, tensor: Tensor, target: Tensor, folder: Path) -> No
 def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
     """The name on disk of a tensor of the base that an adapter has of its own."""
     path, _, attribute = name.rpartition(".")
-    return rules.tensor_name(Train((name,)), f"{path}.base_layer.{attribute}" if path in entry.paths else name)
+    saved = any(targets.is_inside(pattern, path) for pattern in getattr(entry.config, "modules_to_save", None) or ())
+    on_disk = f"{path}.base_layer.{attribute}" if path in entry.paths else name
+    return rules.tensor_name(Train((name,), saved or name not in entry.trained), on_disk)
 
 
 def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: dict[str, Tensor]) -> bool:
@@ -154,7 +156,7 @@ def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: 
     base = base_tensors(model)
     for name in tied_to(model, names):
         mine = next(other for other in names if base[other] is base[name])
-        one, other = (tensors.get(method.state.tensor_name(Train((n,)), n)) for n in (name, mine))
+        one, other = (tensors.get(method.state.tensor_name(Train((n,), saved=True), n)) for n in (name, mine))
         if one is None or other is None or not torch.equal(one, other):
             return False
     return True

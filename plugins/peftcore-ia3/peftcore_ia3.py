@@ -1,0 +1,128 @@
+"""(IA)³ (Liu et al. 2022, arXiv 2205.05638): y = l ⊙ (W x + b), and in a feed-forward's last layer y = W (l ⊙ x) + b.
+
+            y [out]                              y [out]
+          ( ⊙ )--- l [out]                 .-----+-----.
+      .-----+-----.                        |   W, b    |
+      |   W, b    |                        '-----+-----'
+      '-----+-----'                            ( ⊙ )--- l [in]
+          x [in]                               x [in]     (feedforward_modules)
+
+Trained: one factor for each output, or input, of a layer, 1 at the start. It merges: rows, or columns, of W are scaled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import targets, validation
+from peftcore.targets.patterns import compiled
+
+
+@dataclass(frozen=True)
+class IA3Config:
+    """The fields bear the names of Hugging Face PEFT's `IA3Config`.
+
+    Args:
+        target_modules, exclude_modules: see `peftcore.targets.select`. The paper scales keys, values and the inner
+            activations: `["k_proj", "v_proj", "down_proj"]` of a Llama.
+        feedforward_modules: ends of the paths, or a regular expression for whole paths, of those of them whose input is
+            scaled. None: layers that lead a feed-forward back to the hidden size, where these are known.
+        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        init_ia3_weights: factors of 1; False: random ones, so that the adapter changes the model from the start.
+        fan_in_fan_out: written for PEFT, which wants it True for GPT-2; here a layer's layout is read off the layer.
+    """
+
+    target_modules: str | Sequence[str] = targets.ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    feedforward_modules: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+    init_ia3_weights: bool = True
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> IA3Config:
+        """The choices that depend on the model made explicit."""
+        chosen = selected(model, self, architecture)
+        config = replace(self, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
+        if self.feedforward_modules is not None and self.target_modules != targets.ALL_LINEAR:
+            return config
+        back = [path for path, module in chosen.items() if leads_back(path, module, architecture)]
+        if self.feedforward_modules is not None:
+            back = [path for path in chosen if scales_input(self, path)]
+        parts = [[path for path in chosen if path not in back], back]
+        others, last = (targets.minimal_suffixes(model, part) if part else [] for part in parts)
+        given = self.target_modules
+        named = given if isinstance(given, str) and given != targets.ALL_LINEAR else [*others, *last]
+        return replace(config, target_modules=named, feedforward_modules=last)  # PEFT wants these among those
+
+
+class IA3(nn.Module):
+    """`ia3_l`: `[out, 1]`, or of an input `[1, in]`; of a convolution `[1, channels, 1, ..]`."""
+
+    def __init__(self, shape: Sequence[int], scales_input: bool, start: bool) -> None:
+        super().__init__()
+        self.ia3_l = nn.Parameter(torch.ones(*shape) if start else torch.randn(*shape))
+        self.scales_input = scales_input
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        factor = self.ia3_l if self.ia3_l.dim() > 2 else self.ia3_l.flatten()
+        return base(x * factor.to(x.dtype)) if self.scales_input else base(x) * factor.to(x.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        factor = self.ia3_l.float().flatten()
+        if not self.scales_input:
+            rows = factor.view(-1, *(1 for _ in weight.shape[1:]))
+            return weight * rows, None if bias is None else bias * factor
+        groups = factor.view(-1, weight.shape[1]).repeat_interleave(weight.shape[0] * weight.shape[1] // len(factor), 0)
+        return weight * groups.view(*weight.shape[:2], *(1 for _ in weight.shape[2:])), bias
+
+
+def selected(model: nn.Module, config: IA3Config, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
+    """The layers that the config means, by path, of those that can be scaled."""
+    fields = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "modules_to_save")}
+    kinds = (nn.Conv2d, nn.Conv3d)
+    supported = lambda module: targets.is_linear(module) or isinstance(module, kinds)  # noqa: E731
+    return targets.select(model, architecture, supported=supported, **fields)
+
+
+def scales_input(config: IA3Config, path: str) -> bool:
+    """Is it one of `feedforward_modules`?"""
+    named = config.feedforward_modules or []
+    return compiled(named, "feedforward_modules")(path) if isinstance(named, str) else path.endswith(tuple(named))
+
+
+def leads_back(path: str, module: nn.Module, architecture: peftcore.Architecture) -> bool:
+    """Does a linear layer lead a feed-forward from its inner to the hidden size?"""
+    for sublayer in architecture.sublayers:
+        inner = [other for other in sublayer.inner if other.rpartition(".")[0] == path.rpartition(".")[0]]
+        is_last = path == sublayer.output or path.startswith(f"{sublayer.output}.") or bool(inner)
+        if sublayer.kind == "feed_forward" and is_last and path not in sublayer.inner and targets.is_linear(module):
+            return targets.sizes(module)[1] == sublayer.width
+    return False
+
+
+def place(model: nn.Module, config: IA3Config, architecture: peftcore.Architecture) -> list[Any]:
+    placements = []
+    for path, module in selected(model, config, architecture).items():
+        layer: Any = module
+        of_input = scales_input(config, path)
+        if targets.is_linear(module):
+            width, out_width = targets.sizes(module)
+            shape = [1, width] if of_input else [out_width, 1]
+        else:
+            shape = [1, layer.in_channels if of_input else layer.out_channels, *(1 for _ in layer.kernel_size)]
+        placements.append(peftcore.Around(path, IA3(shape, of_input, config.init_ia3_weights)))
+    return placements
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    return [peftcore.Method("ia3", IA3Config, place, peftcore.StateRules(peft_type="IA3"), learning_rate=3e-3)]

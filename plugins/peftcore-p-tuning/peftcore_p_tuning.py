@@ -1,0 +1,129 @@
+"""P-tuning (Liu et al. 2021, arXiv 2103.10385): a prompt that a small network makes of n trained vectors.
+
+    E [n, hidden]  ->  MLP, or LSTM and MLP  ->  P [n, hidden]  ->  before the embedded input, as in prompt tuning
+
+Trained: E and the network. The network is a reparameterisation for training: the file for users of the adapter holds P,
+that for training on E and the network, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import validation
+
+
+@dataclass(frozen=True)
+class PTuningConfig:
+    """The fields bear the names of Hugging Face PEFT's `PromptEncoderConfig`.
+
+    Args:
+        num_virtual_tokens: n.
+        encoder_reparameterization_type: "MLP" (three layers), "LSTM" (both directions, and two layers), or "NONE": P
+            itself, as in a file without the network.
+        encoder_hidden_size: of the network. None: token_dim.
+        encoder_num_layers, encoder_dropout: of the LSTM.
+        modules_to_save: modules trained whole. None: a classifier's head.
+        token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT, read off the model.
+            PEFT keeps n rows for each submodule, two in an encoder-decoder, and uses the first n, in the encoder.
+    """
+
+    num_virtual_tokens: int = 20
+    encoder_reparameterization_type: Literal["MLP", "LSTM", "NONE"] = "MLP"
+    encoder_hidden_size: int | None = None
+    encoder_num_layers: int = 2
+    encoder_dropout: float = 0.0
+    modules_to_save: Sequence[str] | None = None
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_transformer_submodules: int | None = None
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+        validation.positive_whole(
+            num_virtual_tokens=self.num_virtual_tokens, encoder_num_layers=self.encoder_num_layers
+        )
+        validation.probability(encoder_dropout=self.encoder_dropout)
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PTuningConfig:
+        """The choices that depend on the model made explicit."""
+        embedding: Any = None if architecture.embedding is None else model.get_submodule(architecture.embedding)
+        width = self.token_dim or getattr(embedding, "embedding_dim", None)
+        found = {"token_dim": width, "encoder_hidden_size": width, "num_layers": architecture.num_layers}
+        found |= {"num_attention_heads": architecture.num_heads}
+        found |= {"num_transformer_submodules": 1 + architecture.is_encoder_decoder}
+        return replace(self, **{name: getattr(self, name) or value for name, value in found.items()})
+
+
+class PromptEncoder(nn.Module):
+    """E `[n · submodules, hidden]` and the network, or P itself; it gives the first n rows of P."""
+
+    def __init__(self, config: PTuningConfig) -> None:
+        super().__init__()
+        width, hidden = config.token_dim or 0, config.encoder_hidden_size or 0
+        rows = config.num_virtual_tokens * (config.num_transformer_submodules or 1)
+        self.tokens, kind = config.num_virtual_tokens, config.encoder_reparameterization_type
+        if kind == "NONE":
+            self.prompt_embeddings = nn.Parameter(torch.empty(rows, width).normal_())
+            return
+        self.embedding = nn.Parameter(torch.empty(rows, width).normal_())
+        if kind == "LSTM":
+            layers, dropout = config.encoder_num_layers, config.encoder_dropout
+            self.lstm_head = nn.LSTM(width, hidden, layers, dropout=dropout, bidirectional=True, batch_first=True)
+        sizes = [2 * hidden, 2 * hidden, width] if kind == "LSTM" else [width, hidden, hidden, width]
+        parts = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
+        self.mlp_head = nn.Sequential(*parts[:-1])
+
+    def rows(self) -> Tensor:
+        """P `[n · submodules, hidden]`."""
+        if not hasattr(self, "embedding"):
+            return self.prompt_embeddings
+        x = self.embedding[None]
+        return self.mlp_head(self.lstm_head(x)[0] if hasattr(self, "lstm_head") else x)[0]
+
+    def forward(self) -> Tensor:
+        return self.rows()[: self.tokens]
+
+
+def place(model: nn.Module, config: PTuningConfig, architecture: peftcore.Architecture) -> list[peftcore.SoftPrompt]:
+    return [peftcore.SoftPrompt(PromptEncoder(config))]
+
+
+def exported(placement: peftcore.SoftPrompt) -> dict[str, Tensor]:
+    """P, for those who know no network; without dropout."""
+    encoder: Any = placement.adapter
+    training = encoder.training
+    rows = encoder.eval().rows()
+    encoder.train(training)
+    return {"prompt_embeddings": rows} if hasattr(encoder, "embedding") else {}
+
+
+def config_on_disk(config: PTuningConfig, tensors: Mapping[str, Tensor]) -> PTuningConfig:
+    """A file without the network holds P, whatever that was made by."""
+    return config if "embedding" in tensors else replace(config, encoder_reparameterization_type="NONE")
+
+
+def write_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """PEFT knows no kind "NONE": its kind is asked for in training alone."""
+    kind = fields["encoder_reparameterization_type"]
+    return {**fields, "encoder_reparameterization_type": "MLP" if kind == "NONE" else kind}
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="P_TUNING",
+        tensor_name=peftcore.prompt_tensor_name,
+        exported=exported,
+        config_on_disk=config_on_disk,
+        write_config=write_config,
+    )
+    return [peftcore.Method("p-tuning", PTuningConfig, place, rules, learning_rate=1e-3)]

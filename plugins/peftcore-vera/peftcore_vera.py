@@ -1,0 +1,130 @@
+"""VeRA (Kopiczko et al. 2023, arXiv 2310.11454): y = W x + b ⊙ B (d ⊙ A x), with A and B random, frozen and shared.
+
+Trained: b [out], zero at the start, and d [r] of each layer. A [r, widest in] and B [widest out, r] are one pair for
+all layers; each takes the first columns of A and the first rows of B that it needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import targets, validation
+
+
+@dataclass(frozen=True)
+class VeraConfig:
+    """The fields bear the names of Hugging Face PEFT's `VeraConfig`.
+
+    Args:
+        r: rank of A and B. It costs r numbers a layer, so it is larger than LoRA's.
+        target_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
+        projection_prng_key: seed of A and B. save_projection: keep them in the file, else they are drawn again.
+        vera_dropout: probability with which an input of A is dropped in training.
+        d_initial: of d at the start (table 6c of the paper).
+        bias: which are trained too: "none", "all", or "vera_only" (those of adapted modules).
+        modules_to_save: modules trained whole. None: a classifier's head.
+        init_weights: False: b is one and d random.
+        fan_in_fan_out: written for PEFT; here a layer's layout is read off the layer.
+    """
+
+    r: int = 256
+    target_modules: str | Sequence[str] = targets.ALL_LINEAR
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "vera_only"] = "none"
+    modules_to_save: Sequence[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+        validation.positive_whole(r=self.r)
+        validation.probability(vera_dropout=self.vera_dropout)
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> VeraConfig:
+        """The choices that depend on the model made explicit."""
+        chosen, config = selected(model, self, architecture), self
+        if self.target_modules == targets.ALL_LINEAR:
+            config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
+        return replace(config, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
+
+
+class Projections(nn.Module):
+    """A `[r, widest in]` and B `[widest out, r]`, one for all layers."""
+
+    vera_A: Tensor
+    vera_B: Tensor
+
+    def __init__(self, config: VeraConfig, width: int, out_width: int) -> None:
+        super().__init__()
+        generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
+        for name, shape in (("vera_A", (config.r, width)), ("vera_B", (out_width, config.r))):
+            values = torch.empty(shape)
+            if not values.is_meta:  # as PEFT draws them: Kaiming uniform, on the CPU
+                bound = math.sqrt(6 / shape[1])
+                values.copy_(torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator))
+            self.register_buffer(name, values, persistent=config.save_projection)
+
+
+class Vera(nn.Module):
+    """b and d of a linear layer; x `[..., in]` -> y `[..., out]`."""
+
+    def __init__(self, config: VeraConfig, projections: Projections, width: int, out_width: int) -> None:
+        super().__init__()
+        self.width, self.out_width, self.projections = width, out_width, projections
+        self.dropout = nn.Dropout(config.vera_dropout)
+        self.vera_lambda_b = nn.Parameter(torch.zeros(out_width) if config.init_weights else torch.ones(out_width))
+        d = torch.full((config.r,), config.d_initial) if config.init_weights else torch.randn(config.r)
+        self.vera_lambda_d = nn.Parameter(d)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        y, (a, b) = base(x), self.shared(x.device, x.dtype)
+        d, scale = self.vera_lambda_d.to(x.dtype), self.vera_lambda_b.to(x.dtype)
+        return y + scale * F.linear(d * F.linear(self.dropout(x), a), b)
+
+    def shared(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What this layer takes of A and B."""
+        a, b = self.projections.vera_A[:, : self.width], self.projections.vera_B[: self.out_width]
+        return a.to(device, dtype), b.to(device, dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        a, b = self.shared(weight.device, weight.dtype)
+        return weight + (self.vera_lambda_b.float()[:, None] * b) @ (self.vera_lambda_d.float()[:, None] * a), bias
+
+
+def selected(model: nn.Module, config: VeraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
+    """The linear layers that the config means, by path."""
+    fields = ("target_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    return targets.select(model, architecture, **{name: getattr(config, name) for name in fields})
+
+
+def place(model: nn.Module, config: VeraConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in selected(model, config, architecture).items()}
+    shared = Projections(config, *(max(sizes) for sizes in zip(*layers.values(), strict=True)))
+    biases = [] if config.bias == "none" else [targets.biases(model, None if config.bias == "all" else layers)]
+    return [*(peftcore.Around(path, Vera(config, shared, *sizes)) for path, sizes in layers.items()), *biases]
+
+
+def tensor_name(placement: Any, name: str) -> str:
+    """A and B stand once in a file."""
+    if name.startswith("projections."):
+        return f"base_model.{name.removeprefix('projections.')}"
+    return peftcore.tensor_name(placement, name)
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(peft_type="VERA", tensor_name=tensor_name)
+    return [peftcore.Method("vera", VeraConfig, place, rules, learning_rate=4e-3)]
