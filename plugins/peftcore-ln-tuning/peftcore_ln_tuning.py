@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -73,9 +74,9 @@ def place(model: nn.Module, config: LNTuningConfig, architecture: peftcore.Archi
     return [peftcore.Train([f"{p}.{name}" for p, module in chosen.items() for name, _ in base_parameters(module)])]
 
 
-def tensor_name(placement: peftcore.Train, name: str) -> str:
+def tensor_name(placement: Any, name: str) -> str:
     """PEFT keeps a trained copy of the whole module in `ln_tuning_layers`."""
-    if placement.saved:
+    if placement.saved:  # a `Train`
         return peftcore.tensor_name(placement, name)
     path, _, parameter = name.rpartition(".")
     return peftcore.tensor_name(placement, f"{path}.ln_tuning_layers.{parameter}")
