@@ -57,8 +57,8 @@ class PTuningConfig:
         """The choices that depend on the model made explicit."""
         embedding: Any = None if architecture.embedding is None else model.get_submodule(architecture.embedding)
         width = self.token_dim or getattr(embedding, "embedding_dim", None)
-        found: dict[str, Any] = {"token_dim": width, "encoder_hidden_size": width, "num_layers": architecture.num_layers}
-        found |= {"num_attention_heads": architecture.num_heads}
+        found: dict[str, Any] = {"token_dim": width, "encoder_hidden_size": width}
+        found |= {"num_layers": architecture.num_layers, "num_attention_heads": architecture.num_heads}
         found |= {"num_transformer_submodules": 1 + architecture.is_encoder_decoder}
         return replace(self, **{name: getattr(self, name) or value for name, value in found.items()})
 
