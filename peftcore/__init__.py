@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore import targets as targets
     from peftcore import testing as testing
     from peftcore import validation as validation
+    from peftcore.adaptation.call import Call as Call
+    from peftcore.adaptation.call import current_call as current_call
     from peftcore.architecture import Architecture as Architecture
     from peftcore.checkpoint import load as load
     from peftcore.checkpoint import save as save
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.engine import apply as apply
     from peftcore.engine import disabled as disabled
     from peftcore.engine import remove as remove
+    from peftcore.engine.calling import call_arguments as call_arguments
     from peftcore.engine.summary import plan as plan
     from peftcore.engine.summary import summary as summary
     from peftcore.errors import CheckpointError as CheckpointError

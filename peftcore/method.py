@@ -57,7 +57,9 @@ class OnWeight:
 class SoftPrompt:
     """`adapter() -> [tokens, hidden]`, vectors that stand before the embedded input of the backbone.
 
-    `[batch, tokens, hidden]` where they depend on the input, which the adapter reads from `peftcore.current_call()`.
+    `[batch, tokens, hidden]`, or `[1, tokens, hidden]` for all rows, where they depend on the call, which the adapter
+    reads from `peftcore.current_call()` (`needs_call`). It then has attributes `tokens` and `hidden`, since it is not
+    called without a call.
     """
 
     adapter: nn.Module

@@ -19,6 +19,7 @@ from typing import Any, cast
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Base, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, rests_in_thread
@@ -210,11 +211,17 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         lock = self._peftcore_lock
         if is_dynamo_compiling():
+            if lock.context is not None and not lock.context.inside():
+                with Frame(self, lock.context, args, kwargs):
+                    return forward(self, *args, **kwargs)
             return (self._peftcore_base if rests_in_thread(lock) else self._peftcore_chain)(*args, **kwargs)
         thread = get_ident()
         rests = lock.calls.get(thread)
         if rests is not None:
             return (self._peftcore_base if rests else self._peftcore_chain)(*args, **kwargs)
+        if lock.context is not None and not lock.context.inside():
+            with Frame(self, lock.context, args, kwargs):
+                return forward(self, *args, **kwargs)
         lock.enter(thread)
         try:
             return (self._peftcore_base if lock.calls[thread] else self._peftcore_chain)(*args, **kwargs)
@@ -230,7 +237,7 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
         replica: nn.Module = super(adapted, self)._replicate_for_data_parallel()
         if self.__dict__[LOCK].rests():
             replica.__dict__[_ACTIVE] = ()
-        replica.__dict__[LOCK] = ModelLock()
+        replica.__dict__[LOCK] = self.__dict__[LOCK].for_replica()
         replica.__dict__[_CHAIN] = _Replica(replica)
         return replica
 

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from peftcore.adaptation.call import arguments
+
 Maker = Callable[[type[nn.Module]], type[nn.Module]]  # a class -> the subclass of it that is swapped in
 
 BUILT = ("_peftcore_chain", "_peftcore_base")  # attributes that a copy builds anew
@@ -55,6 +57,7 @@ def subclass(cls: type[nn.Module], maker: Maker, namespace: dict[str, Any]) -> t
             "__module__": cls.__module__,
             "__qualname__": cls.__qualname__,
             "__doc__": cls.__doc__,
+            "_peftcore_arguments": arguments(cls),
         },
     )
 

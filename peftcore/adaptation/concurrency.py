@@ -27,21 +27,11 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.compiler import is_dynamo_compiling
 
+from peftcore.adaptation.call import CallContext, current_frame, untraced
 from peftcore.errors import PeftcoreError
 
 PATIENCE = 60.0  # seconds for which a call or a change waits for others before it raises
 _ALONE = "Let one thread change adapters while no other runs the model, or run the model in fewer or shorter calls"
-
-
-def untraced(function: Callable[..., Any], *, within: bool = False) -> Callable[..., Any]:
-    """Let torch.compile begin with what `function` calls, or, `within`, not there either. Functions that it traces
-    already go on into it.
-    """
-    frames = torch._C._dynamo.eval_frame
-    inside = frames._FrameAction.SKIP if within else frames._FrameAction.DEFAULT
-    strategy = frames._FrameExecStrategy(frames._FrameAction.SKIP, inside)
-    frames.set_code_exec_strategy(function.__code__, strategy)
-    return function
 
 
 @dataclass(frozen=True)
@@ -81,8 +71,9 @@ class ModelLock:
     it looks for a change, and a change announces itself before it looks for entries, so one of them sees the other.
     """
 
-    def __init__(self, activation: Activation = Activation()) -> None:
+    def __init__(self, activation: Activation = Activation(), context: CallContext | None = None) -> None:
         self.activation = activation
+        self.context = context  # what adapters ask of a call, if any does
         self.retired = False  # the last adapter is gone
         self.calls: dict[int, bool] = {}
         self._backward: dict[int, bool | str] = {}  # by running backward pass: did its forward rest, or what is wrong
@@ -99,7 +90,11 @@ class ModelLock:
                 "a copy made inside peftcore.disabled(model) would compute with adapters. Copy the model outside, and "
                 "let those of the copy rest: peftcore.activate(copy, [])"
             )
-        return ModelLock, (self.activation,)
+        return ModelLock, (self.activation, self.context)
+
+    def for_replica(self) -> ModelLock:
+        """The lock of a module's replica of `nn.DataParallel`, which is called in a thread of its own, and once."""
+        return ModelLock(context=self.context and self.context.for_replica())
 
     @partial(untraced, within=True)
     def enter(self, thread: int) -> None:
@@ -294,12 +289,15 @@ class _Watch:
     def __init__(self, lock: ModelLock) -> None:
         self._lock, self._activation, self._task = lock, lock.activation, -1
         self._rested = lock.calls[get_ident()]
+        self._frame = current_frame()
 
     def __call__(self, _gradients: Any) -> None:
         task = torch._C._current_graph_task_id()
         if task == self._task or is_dynamo_compiling():  # by compiled autograd, which can call nothing at the end
             return
         self._task = task
+        if self._frame is not None:
+            self._frame.reached = task
         self._check()
         others = self._lock._backward
         rested: bool | str = self._rested

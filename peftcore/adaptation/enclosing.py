@@ -13,17 +13,20 @@ import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
+from peftcore.adaptation.call import ROOT, Frame, untraced
 from peftcore.adaptation.class_swap import one_for_each_class, subclass, take_off
-from peftcore.adaptation.concurrency import ModelLock, untraced
+from peftcore.adaptation.concurrency import ModelLock
 
 LOCK = "_peftcore_lock"
 
 
-def enclose(module: nn.Module, lock: ModelLock) -> None:
-    """Let calls of `module`, in which adapted ones lie, be calls of the model whose `lock` it is."""
+def enclose(module: nn.Module, lock: ModelLock, *, root: bool = False) -> None:
+    """Let calls of `module`, in which adapted ones lie, be calls of the model whose `lock` it is. `root`: it is it."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):  # which are not called
         return
     module.__dict__[LOCK] = lock
+    if root:
+        module.__dict__[ROOT] = True
     if not is_enclosing(module) and not hasattr(type(module), "_peftcore_original"):  # adapted: its forward tells
         module.__class__ = _enclosing_class(type(module))
 
@@ -33,6 +36,7 @@ def release(module: nn.Module) -> None:
     if is_enclosing(module) and not hasattr(module, "unshard"):
         take_off(module, "_peftcore_enclosed")
         del module.__dict__[LOCK]
+    module.__dict__.pop(ROOT, None)
 
 
 def is_enclosing(module: nn.Module) -> bool:
@@ -48,9 +52,12 @@ def lock_of(module: nn.Module) -> ModelLock | None:
 @one_for_each_class
 def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        lock = self._peftcore_lock
+        if lock.context is not None and not lock.context.inside():
+            with Frame(self, lock.context, args, kwargs):
+                return __call__(self, *args, **kwargs)
         if is_dynamo_compiling():
             return super(enclosing, self).__call__(*args, **kwargs)
-        lock = self._peftcore_lock
         thread = get_ident()
         if thread in lock.calls:
             return super(enclosing, self).__call__(*args, **kwargs)
@@ -67,12 +74,27 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
         return super(enclosing, self).forward(*args, **kwargs)
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._peftcore_lock.calling():  # one adapter from the first token to the last
-            return super(enclosing, self).generate(*args, **kwargs)
+        lock = self._peftcore_lock
+        with lock.calling():  # one adapter from the first token to the last
+            if lock.context is None:
+                return super(enclosing, self).generate(*args, **kwargs)
+            with lock.context.generating(self._peftcore_arguments, kwargs):
+                return super(enclosing, self).generate(*args, **kwargs)
+
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:
+        context = self._peftcore_lock.context
+        own = {} if context is None else context.own(self._peftcore_arguments, kwargs)
+        return {**super(enclosing, self).prepare_inputs_for_generation(*args, **kwargs), **own}
+
+    def _validate_model_kwargs(self: Any, model_kwargs: dict[str, Any]) -> None:
+        context = self._peftcore_lock.context
+        if context is not None:
+            context.own(self._peftcore_arguments, model_kwargs)  # which transformers would take for misspelt ones
+        super(enclosing, self)._validate_model_kwargs(model_kwargs)
 
     def _replicate_for_data_parallel(self: Any) -> nn.Module:
         replica = super(enclosing, self)._replicate_for_data_parallel()
-        replica.__dict__[LOCK] = ModelLock()
+        replica.__dict__[LOCK] = self._peftcore_lock.for_replica()
         return replica
 
     namespace: dict[str, Any] = {
@@ -85,10 +107,12 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
     untraced(__call__)
     if cls.forward.__module__.partition(".")[0] == "torch":
         namespace["forward"] = functools.wraps(cls.forward)(forward)
-    own_generate = getattr(cls, "generate", None)
-    if callable(own_generate):
-        generate.__wrapped__ = own_generate  # type: ignore[attr-defined]  # as functools.wraps sets it
-        generate.__doc__ = own_generate.__doc__
-        namespace["generate"] = generate
+    overriding: list[Any] = [generate, prepare_inputs_for_generation, _validate_model_kwargs]
+    for function in overriding:
+        own = getattr(cls, function.__name__, None)
+        if callable(own):
+            function.__wrapped__ = own  # as functools.wraps sets it
+            function.__doc__ = own.__doc__
+            namespace[function.__name__] = function
     enclosing: Any = subclass(cls, _enclosing_class, namespace)
     return enclosing

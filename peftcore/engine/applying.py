@@ -13,7 +13,9 @@ from torch import nn
 
 from peftcore import ranks
 from peftcore.adaptation import adapted, enclosing, fast_path
+from peftcore.adaptation.call import asked
 from peftcore.adaptation.concurrency import Activation, refuse_running
+from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.changes import facts, with_adapter
 from peftcore.engine.placing import (
     device_and_dtype,
@@ -119,7 +121,7 @@ def apply(
 
     before = {placement.path: facts(model.get_submodule(placement.path)) for placement in placed.around}
     for path in _enclosing_paths(model, [placement.path for placement in placed.around], placed.trained):
-        enclosing.enclose(model.get_submodule(path), state.lock)
+        enclosing.enclose(model.get_submodule(path), state.lock, root=not path)
     if not state.applied:
         state.requires_grad = {name: p.requires_grad for name, p in adapted.base_parameters(model)}
         for _, parameter in adapted.base_parameters(model):
@@ -238,6 +240,7 @@ def remove(model: Model, adapter: str = "default") -> Model:
     fast_path.guard(model)
     TrainedParameters.detach(model, adapter)
     del state.applied[adapter]
+    ask_of_calls(model, state)
     inside = {p for e in state.applied.values() for p in _enclosing_paths(model, e.paths, e.trained)}
     for path, module in adapted.base_modules(model):
         if path in inside and module in there:
@@ -287,6 +290,7 @@ def set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | No
         if (tensors := own[name]) is not None:
             tensors.activate(model, True)
     hold_of_last(model, names)
+    ask_of_calls(model, state)
     for name, entry in state.applied.items():
         for _, parameter in adapter_parameters(model, name):
             parameter.requires_grad_(entry.trainable and name in names)
@@ -331,7 +335,7 @@ def _check_new(adapter: str, state: State) -> None:
 def _refuse_whole_batch(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
         entry = applied(model, name)
-        whole = (a for _, a in adapter_modules(model, name) if getattr(a, "whole_batch", False))
+        whole = (a for _, a in adapter_modules(model, name) if getattr(a, "whole_batch", False) or asked([a]))
         own = TrainedParameters.of(model, name)
         if entry.trained or (own is not None and own.has_moved(model)) or next(whole, None) is not None:
             raise PeftcoreError(

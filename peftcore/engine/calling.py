@@ -1,0 +1,43 @@
+"""What adapters are told of a call of their model beside its own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from peftcore.adaptation.adapted import adapters_at
+from peftcore.adaptation.call import asked
+from peftcore.engine.state import State, modules_with, require_state
+from peftcore.errors import PeftcoreError, nearest
+
+
+@contextmanager
+def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
+    """Within the block each call of `model` gives its adapters `values`, such as task_ids, too.
+
+    As `model(..., task_ids=t)` does for one call, which comes before. It holds in the thread (and asyncio task) that
+    entered the block. `generate` repeats tensors for each row's beams.
+
+    Raises:
+        PeftcoreError: no adapter is applied, or none reads an argument of that name.
+    """
+    context = require_state(model).lock.context
+    names = context.names if context is not None else frozenset()
+    for name in values:
+        if name not in names:
+            there = f"They read: {', '.join(sorted(names))}" if names else "They read none"
+            raise PeftcoreError(f"no adapter of the model reads an argument '{name}'{nearest(name, names)}. {there}")
+    if context is None:
+        yield
+        return
+    with context.given(values):
+        yield
+
+
+def ask_of_calls(model: nn.Module, state: State) -> None:
+    """Let calls of `model` be noted for adapters that read them, active or not."""
+    modules = (adapters_at(m)[name] for name in state.applied for _, m in modules_with(model, state, name))
+    state.lock.context = asked(modules, state.lock.context)
