@@ -146,8 +146,9 @@ class StateRules:
         tensor_name: (placement, name of the tensor in its adapter) -> name on disk. Names must be distinct.
             For `Train` the name is the parameter's; `P.base_layer.bias` where the same adapter stands around P. A
             tensor of a module that several adapters share is written once, under the name that it has in the first.
-        own_fields: names of fields of our config that PEFT does not know and that the file must keep all the same.
-            They are kept beside the tensors, not in `adapter_config.json`, where PEFT would warn of them.
+        own_fields: names of fields of our config that PEFT does not know and that the file must keep all the same. They
+            are kept beside the tensors, not in `adapter_config.json`, where PEFT would warn of them; only where they
+            are not the default, which therefore stays what it is. Without this method such a file is refused.
         ignored_fields: fields of others' `adapter_config.json` that do not change what the adapter computes.
         write_config: (fields of our config as JSON) -> fields on disk, where they differ.
         read_config: (fields on disk) -> fields of our config; the place for upgrades of older files.

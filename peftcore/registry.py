@@ -254,6 +254,13 @@ class Registry:
         config_class = method.config_class
         if not (dataclasses.is_dataclass(config_class) and _is_frozen(config_class)):
             raise PluginError(f"config_class {config_class!r} must be a frozen dataclass")
+        names = [f.name for f in dataclasses.fields(config_class)]
+        for name in method.state.own_fields:
+            if name not in names:
+                raise PluginError(
+                    f"StateRules.own_fields names '{name}', which is no field of {config_class.__name__}"
+                    f"{nearest(name, names)}"
+                )
 
 
 def _is_frozen(config_class: Any) -> bool:

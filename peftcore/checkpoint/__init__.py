@@ -1,7 +1,7 @@
 """Save and load adapters: the whole, the config, the tensors, the base that they belong to, what PEFT makes of them."""
 
 from peftcore.checkpoint.loading import load, restore
-from peftcore.checkpoint.reading import METHOD, about, adapter_folder, read
+from peftcore.checkpoint.reading import METHOD, about, adapter_folder, own_fields, read
 from peftcore.checkpoint.saving import save, save_each
 from peftcore.checkpoint.tensors import tensors_on_disk
 
@@ -10,6 +10,7 @@ __all__ = [
     "about",
     "adapter_folder",
     "load",
+    "own_fields",
     "read",
     "restore",
     "save",

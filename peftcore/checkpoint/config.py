@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import warnings
 from typing import Any
 
@@ -16,15 +17,21 @@ from peftcore.observation import detect
 from peftcore.registry import registry
 
 
-def fields_of_config(model: nn.Module, method: Method, adapter: str) -> dict[str, Any]:
-    """The fields of an applied adapter's `adapter_config.json`. Where PEFT cannot read the file, a warning says so."""
+def fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the fields of an applied adapter's `adapter_config.json`, those of its method that PEFT does not know).
+
+    Of the latter only what is not the default. Where PEFT cannot read the file, a warning says so.
+    """
     # asdict makes lists of tuples only at the encoder; JSON has no sets, tuples or dtypes.
     fields = method.state.write_config(dataclasses.asdict(engine.applied(model, adapter).config))
     if "ensure_weight_tying" in fields:
         fields["ensure_weight_tying"] = _is_tied_by_peft(model, adapter)
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
-    return {
-        **{name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()},
+    fields = {name: sorted(value) if isinstance(value, (set, frozenset)) else value for name, value in fields.items()}
+    own = {name: fields.pop(name) for name in sorted(method.state.own_fields) if name in fields}
+    usual = {f.name: _as_json(f.default) for f in dataclasses.fields(method.config_class)}
+    common = {
+        **fields,
         "peft_type": method.state.peft_type,
         "task_type": _task_type(model, adapter),
         "base_model_name_or_path": base,
@@ -32,6 +39,12 @@ def fields_of_config(model: nn.Module, method: Method, adapter: str) -> dict[str
         "revision": None,
         "auto_mapping": None,
     }
+    return common, {name: value for name, value in own.items() if _as_json(value) != usual[name]}
+
+
+def _as_json(value: Any) -> str | None:
+    """The text of a value on disk; None for what a dataclass has where there is no default."""
+    return None if isinstance(value, type(dataclasses.MISSING)) else json.dumps(value, sort_keys=True)
 
 
 def _task_type(model: nn.Module, adapter: str) -> str | None:

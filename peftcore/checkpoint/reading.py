@@ -13,11 +13,13 @@ from peftcore.adapter_files import CONFIG, TENSORS, Folder
 from peftcore.adapter_files.content import JSON_BYTES, parse_json
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.method import ForeignFormat, Method
-from peftcore.peft_fields import config_of_fields, guarded, method_of_fields
+from peftcore.peft_fields import config_of_fields, guarded, method_of_fields, with_own
 from peftcore.registry import Plugin, registry
+from peftcore.validation import shown
 
 TOGETHER = "peftcore_together"  # in a file's metadata: which adapters were saved with it
 METHOD = "peftcore_method"  # likewise: the method whose adapter it is
+OWN_FIELDS = "peftcore_fields"  # likewise: fields of the method's config that PEFT does not know
 TIED = "peftcore_tied"  # likewise: is what is tied in the base trained tied?
 
 
@@ -91,7 +93,9 @@ def _read(
     tensors = {n: t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t for n, t in tensors.items()}
     fields = opened.config()
     where = f"'{opened.path / CONFIG}'"
-    method = method_of_fields(where, fields, written_by=metadata.get(METHOD, applied), method=named)
+    own = own_fields(opened.path, metadata)
+    method = method_of_fields(where, fields, own, written_by=metadata.get(METHOD, applied), method=named)
+    fields = with_own(f"'{opened.path / TENSORS}'", method, fields, own)
     # PEFT's default is False, which its older files do not name.
     tied = metadata.get(TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
     fields["ensure_weight_tying"] = False if tied is None else tied
@@ -101,6 +105,19 @@ def _read(
             raise CheckpointError(f"'{opened.path}' cannot be read: {why}")
         config = method.state.config_on_disk(config_of_fields(where, method, fields), tensors)
         return method, config, dict(method.state.read_tensors(tensors, config)), metadata
+
+
+def own_fields(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
+    """The fields that a file keeps beside its tensors.
+
+    Raises:
+        CheckpointError: they are no table of a config's fields.
+    """
+    file = f"{folder / TENSORS}: {OWN_FIELDS}"
+    own = parse_json(metadata.get(OWN_FIELDS, "{}").encode(errors="surrogatepass"), file)
+    if not isinstance(own, dict):
+        raise CheckpointError(f"'{file}' is no table of fields, found {shown(own)}")
+    return own
 
 
 def ties_partly(metadata: dict[str, str]) -> bool:

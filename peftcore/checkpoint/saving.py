@@ -15,7 +15,7 @@ from peftcore import adapter_files, engine, ranks
 from peftcore.adapter_files import Content
 from peftcore.checkpoint.config import fields_of_config
 from peftcore.checkpoint.fingerprint import fingerprint
-from peftcore.checkpoint.reading import METHOD, TIED, TOGETHER, name_inside
+from peftcore.checkpoint.reading import METHOD, OWN_FIELDS, TIED, TOGETHER, name_inside
 from peftcore.checkpoint.tensors import kept_on_disk, name_of_base, tensors_on_disk
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError
@@ -101,7 +101,10 @@ def _content(
     about = {"peftcore_version": peftcore.__version__, "peftcore_base": fingerprint(base, _important(model, base))}
     about[METHOD] = method.name
     about[TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
-    return Content(fields_of_config(model, method, adapter), _for_disk(tensors, dtype), {**about, **metadata})
+    fields, own_fields = fields_of_config(model, method, adapter)
+    if own_fields:
+        about[OWN_FIELDS] = json.dumps(own_fields, allow_nan=False)
+    return Content(fields, _for_disk(tensors, dtype), {**about, **metadata})
 
 
 def _important(model: nn.Module, names: Iterable[str]) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from peftcore.errors import PluginError
 from peftcore.method import Method
-from peftcore.peft_fields.config import COMMON
+from peftcore.peft_fields.config import COMMON, own_of
 from peftcore.peft_fields.defaults import defaults, says_something
 from peftcore.registry import HOW_TO_INSTALL, Plugin, canonical, registry
 from peftcore.validation import shown
@@ -88,11 +88,6 @@ def of_peft_type(peft_type: str) -> list[Offered]:
         for method in plugin.methods
         if method.recorded_as is None and method.state.peft_type == peft_type
     ]
-
-
-def own_of(method: Method, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the fields beside the config that are the method's."""
-    return {name: value for name, value in own.items() if name in method.state.own_fields}
 
 
 def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any], name: str) -> Method:

@@ -44,16 +44,39 @@ def config_of_fields(
     ignored = {*method.state.ignored_fields, "ensure_weight_tying"}  # a method may lack it: then the tensors tell
     for name, value in read.items():
         if name not in known and name not in ignored and says_something(peft_type, name, value):
-            raise kind(
-                f"{where} uses {name}={shown(value)}, which the installed plugin '{method.name}' does not "
-                "know. Without it the adapter would compute something else, so it is not loaded"
-            )
+            raise _unknown(where, method, name, value, kind)
     read = {name: value for name, value in read.items() if name in known}
     try:
         check_types(method.config_class, read)
         return method.config_class(**read)
     except (TypeError, PeftcoreError) as error:
         raise kind(f"{where} is no valid config of '{method.name}': {error}") from error
+
+
+def own_of(method: Method, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the fields beside a config that are the method's."""
+    return {name: value for name, value in own.items() if name in method.state.own_fields}
+
+
+def with_own(where: str, method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a config with those beside it (`StateRules.own_fields`), which stand `where`.
+
+    Raises:
+        CheckpointError: one of the latter is not the method's, or stands in the config as well.
+    """
+    for name, value in own.items():
+        if name not in method.state.own_fields:
+            raise _unknown(where, method, name, value, CheckpointError)
+        if name in fields and fields[name] != value:
+            raise CheckpointError(f"{where} says {name}={shown(value)}, its config {name}={shown(fields[name])}")
+    return {**fields, **own_of(method, own)}
+
+
+def _unknown(where: str, method: Method, name: str, value: Any, kind: type[PeftcoreError]) -> PeftcoreError:
+    return kind(
+        f"{where} uses {name}={shown(value)}, which the installed plugin '{method.name}' does not "
+        "know. Without it the adapter would compute something else, so it is not loaded"
+    )
 
 
 @contextlib.contextmanager

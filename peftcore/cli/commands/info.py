@@ -19,8 +19,9 @@ def info(adapter: Annotated[Path, typer.Argument(help="Adapter folder.")]) -> No
 
     fields, foreign = checkpoint.about(adapter)
     tensors, metadata = adapter_files.read_tensors(adapter, foreign.tensors if foreign else adapter_files.TENSORS)
+    own = checkpoint.own_fields(adapter, metadata)
     try:
-        method = method_of_fields(f"'{adapter}'", fields, written_by=metadata.get(checkpoint.METHOD)).name
+        method = method_of_fields(f"'{adapter}'", fields, own, written_by=metadata.get(checkpoint.METHOD)).name
     except PluginError as error:
         method = str(error)
     written_by = foreign.name if foreign else fields.get("peft_version") and f"PEFT {fields['peft_version']}"
@@ -41,7 +42,7 @@ def info(adapter: Annotated[Path, typer.Argument(help="Adapter folder.")]) -> No
     shown = {"peft_type", "task_type", "base_model_name_or_path", "peft_version", "inference_mode"}
     rows += [
         (f"  {name}", ", ".join(map(str, value)) if isinstance(value, list) else value)
-        for name, value in sorted(fields.items())
+        for name, value in sorted({**own, **fields}.items())
         if name not in shown and value not in (None, False, "", [], {})
     ]
     table(rows)
