@@ -155,7 +155,8 @@ class StateRules:
         read_tensors: (tensors on disk, config) -> tensors under today's names; likewise for older files.
         exported: (placement) -> tensors by name on disk from which others compute what its adapter computes, where its
             own tensors are more than that (a reparameterisation). Written beside its own, or with
-            `save(..., resumable=False)` in their place.
+            `save(..., resumable=False)` in their place. Where they are some of its own, a file may lack the others,
+            which are then as at the start (the state of a schedule).
         config_on_disk: (config, tensors on disk) -> config of an adapter that has these tensors, where the file
             holds only what was exported.
         foreign: formats of other libraries that the method reads.

@@ -35,7 +35,7 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
     written: set[int] = set()  # of a module that several adapters share the first one writes the tensors
 
     def add(on_disk: str, tensor: Tensor, said_by: str = "tensor_name") -> None:
-        if on_disk in tensors:
+        if tensors.get(on_disk, tensor) is not tensor:
             raise PeftcoreError(
                 f"{entry.method} gives two tensors the name '{on_disk}'; {said_by} must tell them apart"
             )
@@ -101,7 +101,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     extra = [name for name in tensors if name not in expected]
     repeats = {name for name in extra if name in exported or _is_copy_of_base(model, name, tensors[name])}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in repeats}
-    missing = sorted(expected.keys() - tensors.keys())
+    missing = sorted(expected.keys() - tensors.keys() - _for_training(model, adapter))
     extra = sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise CheckpointError(
@@ -128,6 +128,18 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
         state = engine.require_state(model)
         TrainedParameters.keep(model, adapter, embeddings)
         engine.set_active(model, state.active, state.samples)
+
+
+def _for_training(model: nn.Module, adapter: str) -> set[str]:
+    """The names of tensors that a file may lack: those of adapters whose exported tensors are some of their own."""
+    rules = registry.method(engine.applied(model, adapter).method).state
+    found: set[str] = set()
+    for placement in engine.placements(model, adapter):
+        exported = rules.exported(placement)
+        own = {rules.tensor_name(placement, n): t for n, t in placement.adapter.state_dict(keep_vars=True).items()}
+        if exported and all(own.get(name) is tensor for name, tensor in exported.items()):
+            found |= own.keys() - exported.keys()
+    return found
 
 
 def _check_values(name: str, tensor: Tensor, target: Tensor, folder: Path) -> None:

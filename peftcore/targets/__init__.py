@@ -1,6 +1,7 @@
 """Which modules a config means: selection, patterns, and how much of the weight they reach."""
 
 from peftcore.layers import is_conv1d, is_linear, sizes
+from peftcore.targets.config import LayersConfig
 from peftcore.targets.selection import (
     ALL_LINEAR,
     biases,
@@ -15,12 +16,14 @@ from peftcore.targets.selection import (
     select,
     select_by,
     sublayers,
+    trained_biases,
     trained_modules,
     widths,
 )
 
 __all__ = [
     "ALL_LINEAR",
+    "LayersConfig",
     "biases",
     "drop_unmatched",
     "is_conv1d",
@@ -36,6 +39,7 @@ __all__ = [
     "select_by",
     "sizes",
     "sublayers",
+    "trained_biases",
     "trained_modules",
     "widths",
 ]

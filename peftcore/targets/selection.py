@@ -214,6 +214,11 @@ def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
     return Train(tuple(names))
 
 
+def trained_biases(model: nn.Module, bias: str, paths: Iterable[str]) -> list[Train]:
+    """What PEFT's field `bias` trains: "none", "all" biases of the model, or, with any other word, those of `paths`."""
+    return [] if bias == "none" else [biases(model, None if bias == "all" else paths)]
+
+
 def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first key of a `rank_pattern` or `alpha_pattern` that matches `path`."""
     for key, value in (patterns or {}).items():

@@ -113,8 +113,8 @@ def selected(model: nn.Module, config: VeraConfig, architecture: peftcore.Archit
 def place(model: nn.Module, config: VeraConfig, architecture: peftcore.Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in selected(model, config, architecture).items()}
     shared = Projections(config, *(max(sizes) for sizes in zip(*layers.values(), strict=True)))
-    biases = [] if config.bias == "none" else [targets.biases(model, None if config.bias == "all" else layers)]
-    return [*(peftcore.Around(path, Vera(config, shared, *sizes)) for path, sizes in layers.items()), *biases]
+    placements: list[Any] = [peftcore.Around(path, Vera(config, shared, *sizes)) for path, sizes in layers.items()]
+    return placements + targets.trained_biases(model, config.bias, layers)
 
 
 def tensor_name(placement: Any, name: str) -> str:

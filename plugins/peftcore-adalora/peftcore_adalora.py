@@ -1,0 +1,151 @@
+"""AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): y = W x + scale · B diag(E) A x, with ranks spent where they matter.
+
+    triplet i of a layer: row i of A, number i of E, column i of B       scale = lora_alpha / init_r
+    importance            s(E_i) + mean s(A_i) + mean s(B_i),  s = sensitivity · uncertainty, both smoothed  (eq. 8-10)
+    budget                init_r a layer until step tinit, then cubically down to target_r until total_step - tfinal
+
+E of the least important triplets is set to zero. The loss has the mean of |A Aᵀ - 1| and |Bᵀ B - 1| (eq. 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import ops, targets, validation
+
+INNER = {"lora_A": 1, "lora_B": 0, "lora_E": 1}  # the dimension of a factor that a triplet runs along
+
+
+@dataclass(frozen=True)
+class AdaLoraConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `AdaLoraConfig`; those that are not here are LoRA's.
+
+    Args:
+        target_r, init_r: triplets a layer, on average, at the end and at the start. tinit, tfinal: steps before and
+            after the schedule. deltaT: steps between two allocations. beta1, beta2: smoothing.
+        orth_reg_weight: of the term of the loss. total_step: of the whole training. None: what the trainer says.
+        rank_pattern: in files of PEFT's, which triplets are left, by the name of E.
+    """
+
+    target_r: int = 8
+    init_r: int = 12
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+    rank_pattern: dict[str, list[bool]] | None = None
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    init_lora_weights: bool = True
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(target_r=self.target_r, init_r=self.init_r, deltaT=self.deltaT)
+        validation.probability(lora_dropout=self.lora_dropout)
+        validation.require(self.target_r <= self.init_r, f"target_r={self.target_r} is above init_r={self.init_r}")
+
+
+class AdaLora(nn.Module):
+    """A `[r, in]`, E `[r, 1]`, B `[out, r]` of a linear layer, what is known of their importance, and who is left."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    lora_E: Tensor
+    left: Tensor
+
+    def __init__(self, config: AdaLoraConfig, r: int, width: int, out_width: int) -> None:
+        super().__init__()
+        self.scale = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
+        self.dropout = nn.Dropout(config.lora_dropout)
+        for name, shape in {"lora_A": (r, width), "lora_B": (out_width, r), "lora_E": (r, 1)}.items():
+            std = 1.0 if not config.init_lora_weights else 0.0 if name == "lora_E" else 0.02
+            self.register_parameter(name, nn.Parameter(std * torch.randn(shape)))
+            for kind in ("sensitivity", "uncertainty"):
+                self.register_buffer(f"{kind}_{name}", torch.zeros(shape))
+        self.register_buffer("left", torch.ones(r, 1))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        operands, a = base.linear_operands(x), self.lora_A * self.lora_E
+        if operands is not None and len(a):
+            p = self.dropout.p if self.training else 0.0
+            return ops.lora_linear(x, operands[0], operands[1], a, self.lora_B, self.scale, p)
+        return base(x) + self.scale * F.linear(F.linear(self.dropout(x), a.to(x.dtype)), self.lora_B.to(x.dtype))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * self.lora_B.float() @ (self.lora_A * self.lora_E).float(), bias
+
+    def observe(self, config: AdaLoraConfig) -> None:
+        """Smooth |p · dp| of each number, and how far it is from its mean."""
+        for name in INNER:
+            p, mean, off = (getattr(self, each) for each in (name, f"sensitivity_{name}", f"uncertainty_{name}"))
+            now = (p * p.grad).abs()
+            mean.mul_(config.beta1).add_(now, alpha=1 - config.beta1)
+            off.mul_(config.beta2).add_((now - mean).abs(), alpha=1 - config.beta2)
+
+    def importance(self) -> Tensor:
+        """Of each triplet, `[r]`."""
+        scores = {name: getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}") for name in INNER}
+        a, b, e = (scores[name].mean(along) for name, along in INNER.items())
+        return e + (a + b)
+
+
+def place(model: nn.Module, config: AdaLoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+    left = {name.partition(".lora_E")[0]: sum(which) for name, which in (config.rank_pattern or {}).items()}
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    ranks = {path: left.get(path, config.init_r) for path in layers}
+    placements: list[Any] = [peftcore.Around(p, AdaLora(config, ranks[p], *sizes)) for p, sizes in layers.items()]
+    return placements + targets.trained_biases(model, config.bias, layers)
+
+
+def loss(adapters: Mapping[str, Any], config: AdaLoraConfig) -> Tensor | None:
+    products = [product for a in adapters.values() for product in (a.lora_A @ a.lora_A.T, a.lora_B.T @ a.lora_B)]
+    norms = torch.stack([torch.linalg.norm(p - torch.eye(len(p), device=p.device)) for p in products])
+    return config.orth_reg_weight * norms.mean() if config.orth_reg_weight else None
+
+
+@torch.no_grad()
+def after_step(adapters: Mapping[str, Any], config: AdaLoraConfig, step: int, total_steps: int) -> None:
+    layers, until = list(adapters.values()), (config.total_step or total_steps) - config.tfinal
+    validation.require(
+        until > config.tinit,
+        f"AdaLoRA's schedule has no step: total_step={config.total_step} (the trainer says {total_steps}), "
+        f"tinit={config.tinit}, tfinal={config.tfinal}. Give the trainer max_steps, or the method total_step=...",
+    )
+    if step < until:
+        for layer in layers:
+            layer.observe(config)
+    if config.tinit < step <= until and (step % config.deltaT == 0 or step == until):
+        start, end = config.init_r * len(layers), config.target_r * len(layers)
+        budget = int((start - end) * (1 - (step - config.tinit) / (until - config.tinit)) ** 3 + end)
+        scores = torch.cat([layer.importance() for layer in layers])
+        limit = scores.kthvalue(len(scores) - budget)[0] if budget < len(scores) else -torch.inf
+        for layer in layers:
+            layer.left.copy_((layer.importance() > limit)[:, None])
+            layer.lora_E.mul_(layer.left)
+    for layer in layers if step > until else ():
+        layer.lora_E.mul_(layer.left)
+
+
+def write_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """PEFT refuses a file without total_step, whose schedule it follows in training alone."""
+    return {**fields, "total_step": fields["total_step"] or fields["tinit"] + fields["tfinal"] + 1}
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    # For others the factors, without what further training needs.
+    exported = lambda place: {peftcore.tensor_name(place, name): getattr(place.adapter, name) for name in INNER}  # noqa: E731
+    rules = peftcore.StateRules(peft_type="ADALORA", exported=exported, write_config=write_config)
+    more: Any = {"loss": loss, "after_step": after_step, "learning_rate": 1e-3}
+    return [peftcore.Method("adalora", AdaLoraConfig, place, rules, **more)]

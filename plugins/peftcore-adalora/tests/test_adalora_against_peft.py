@@ -1,0 +1,72 @@
+"""Hugging Face PEFT reads what is saved here, and the other way round; a training goes the same way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from beside_peft import both_ways, logits, quiet
+from peftcore_adalora import loss as term
+
+import peftcore
+from peftcore.engine import adapter_modules, adapter_parameters, applied
+
+TARGETS = {"llama": ["q_proj", "up_proj"], "gpt2": ["c_attn"], "bert": ["query", "output.dense"], "t5": ["q", "wo"]}
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+SCHEDULE = {"init_r": 6, "target_r": 3, "tinit": 2, "tfinal": 3, "deltaT": 2, "total_step": 10}
+
+
+@pytest.mark.parametrize("kind", list(tiny.MODELS))
+def test_files(kind: str, tmp_path: Path) -> None:
+    names = TARGETS[kind]
+    fields: dict[str, Any] = {"target_modules": names, "fan_in_fan_out": kind == "gpt2", **SCHEDULE}
+    ours = peftcore.apply(tiny.MODELS[kind](), "adalora", **fields)
+    both_ways(tiny.MODELS[kind], tmp_path, ours, peft.AdaLoraConfig(task_type=TASKS[kind], **fields))
+
+
+def orthogonality(model: Any) -> torch.Tensor:
+    found = term(dict(adapter_modules(model, "default")), applied(model, "default").config)
+    assert found is not None
+    return found
+
+
+def test_a_training_goes_the_way_of_peft_s(tmp_path: Path) -> None:
+    """Losses, budgets and factors of ten steps from one start; and the pruned file is read."""
+    torch.manual_seed(1)
+    fields: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], **SCHEDULE}
+    peftcore.save(peftcore.apply(tiny.llama(), "adalora", **fields), tmp_path / "start", resumable=False)
+    theirs = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "start", is_trainable=True)
+    ours = peftcore.load(tiny.llama(), tmp_path / "start")
+    steps = SCHEDULE["total_step"]
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=3e-2) for m in (ours, theirs)]
+    for step in range(1, steps + 1):
+        loss = ours(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss + orthogonality(ours)
+        loss.backward()
+        optimizers[0].step()
+        peftcore.after_step(ours, step, steps)
+        wanted = theirs(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss
+        wanted.backward()
+        optimizers[1].step()
+        theirs.base_model.update_and_allocate(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    left = {n: (p != 0).sum().item() for n, p in adapter_parameters(ours, "default") if n.endswith("lora_E")}
+    assert sum(left.values()) == SCHEDULE["target_r"] * len(left)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-4)
+    quiet(theirs.save_pretrained, tmp_path / "pruned")
+    again = peftcore.load(tiny.llama(), tmp_path / "pruned")
+    torch.testing.assert_close(logits(again), logits(theirs), rtol=0, atol=1e-5)
+    peftcore.save(again, tmp_path / "again")
+    read = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "again").eval()
+    torch.testing.assert_close(logits(read), logits(again), rtol=0, atol=1e-5)
+
+
+def test_a_schedule_without_steps_is_refused() -> None:
+    model = peftcore.apply(tiny.llama(), "adalora", tinit=5, tfinal=5)
+    with pytest.raises(peftcore.PeftcoreError, match=r"total_step=None \(the trainer says 10\).*max_steps"):
+        peftcore.after_step(model, 1, 10)
