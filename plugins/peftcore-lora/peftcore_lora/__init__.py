@@ -1,0 +1,33 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): y = W x + scale · B A x, with W frozen and A, B thin.
+
+            y [out]
+            |
+           (+)----------------.
+            |                 |  · scale = lora_alpha / r
+      .-----+-----.       .---+---.
+      |           |       |   B   |  [out, r], zero at the start
+      |     W     |       '---+---'
+      |  [out,in] |           |  [r]
+      |  (frozen) |       .---+---.
+      |           |       |   A   |  [r, in], random at the start
+      '-----+-----'       '---+---'
+            |                 |  dropout
+            '--------+--------'
+                  x [in]
+
+Trained: r · (in + out) numbers instead of in · out. `merged` adds scale · B A to W: no cost at inference.
+"""
+
+from __future__ import annotations
+
+import peftcore
+from peftcore_lora.config import LoraConfig
+from peftcore_lora.files import RULES
+from peftcore_lora.placing import place
+
+__all__ = ["LoraConfig", "peftcore_methods"]
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    return [peftcore.Method("lora", LoraConfig, place, RULES)]

@@ -1,0 +1,69 @@
+"""The config, and which modules it means."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from torch import nn
+
+import peftcore
+from peftcore import targets, validation
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The fields and defaults bear the names of Hugging Face PEFT's `LoraConfig`.
+
+    Args:
+        r: rank of the update. lora_alpha: the update is scaled by lora_alpha / r, with use_rslora by
+            lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
+        lora_dropout: probability with which an input of A is dropped in training.
+        target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
+        rank_pattern, alpha_pattern: r and lora_alpha of single modules, `{regex for the path's end: value}`.
+        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        ensure_weight_tying: what is tied to one of them (the head to the embedding) is trained with it, as one
+            weight. False: apart. PEFT's default is False.
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), or
+            False (both random: the adapter changes the model from the start).
+        bias: which biases are trained too: "none", "all", or "lora_only" (those of adapted modules).
+        fan_in_fan_out: written for PEFT, which wants it True for GPT-2; here a layer's layout is read off the layer.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: str | Sequence[str] = targets.ALL_LINEAR
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    modules_to_save: Sequence[str] | None = None
+    ensure_weight_tying: bool = True
+    use_rslora: bool = False
+    init_lora_weights: bool | Literal["gaussian"] = True
+    bias: Literal["none", "all", "lora_only"] = "none"
+    fan_in_fan_out: bool = False
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+        for r in (self.r, *self.rank_pattern.values()):
+            validation.positive_whole(r=r)
+        validation.probability(lora_dropout=self.lora_dropout)
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LoraConfig:
+        """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
+        chosen, config = selected(model, self, architecture), self
+        if self.target_modules == targets.ALL_LINEAR:
+            config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
+        return replace(config, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
+
+
+def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
+    """The layers that the config means, by path, of those that LoRA can adapt."""
+    others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
+    return targets.select_by(
+        config, model, architecture, supported=lambda module: targets.is_linear(module) or isinstance(module, others)
+    )

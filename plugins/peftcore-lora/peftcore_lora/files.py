@@ -1,0 +1,74 @@
+"""How LoRA looks on disk: PEFT's names, what PEFT cannot read, and what cannot be read here."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+import peftcore
+from peftcore_lora.config import LoraConfig
+from peftcore_lora.layer_facts import adds_to_product
+from peftcore_lora.layers import LoraEmbedding
+
+KNOWN_PEFT = (0, 21, 2)  # up to this release it is known what PEFT computes of an attention's file
+
+
+def tensor_name(placement: Any, name: str) -> str:
+    """PEFT keeps A and B of a linear in modules of their own, those of an embedding as plain parameters."""
+    if isinstance(getattr(placement, "adapter", None), LoraEmbedding):
+        name = name.replace("lora_", "lora_embedding_")
+    elif isinstance(placement, peftcore.Around):
+        name = f"base_layer.{name}.weight" if name.startswith("out_proj.") else f"{name}.weight"
+    return peftcore.tensor_name(placement, name)
+
+
+def read_tensors(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """With bias="all" PEFT writes the biases of modules_to_save, and those they replace, a second time."""
+    return {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
+
+
+# Layers of dense and shared blocks that PEFT takes for the experts of old files, by the kind of model that transformers
+# converts these for; and layers whose weights Mamba's kernels read without calling them, which it refuses.
+TAKEN_FOR_EXPERTS = {
+    "mixtral": {"gate", "w1", "w2", "w3"},
+    "qwen2_moe": {"gate", "gate_proj", "up_proj", "down_proj"},
+}
+MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+READ_BY_KERNELS = {"out_proj", "conv1d"}
+
+
+def unreadable(model: nn.Module, paths: Sequence[str]) -> list[str]:
+    """The adapted modules that PEFT misreads (mixtures of experts), refuses (Mamba) or cannot run (routers)."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    names = set(READ_BY_KERNELS) if kind in MAMBA else set()
+    conversions = sys.modules.get("transformers.conversion_mapping")  # models are built by way of it
+    if conversions is not None:
+        alike = {"mixtral": "mixtral", **getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})}
+        names |= TAKEN_FOR_EXPERTS.get(alike.get(str(kind), ""), set())
+    return [p for p in paths if p.rpartition(".")[2] in names or not adds_to_product(model.get_submodule(p))]
+
+
+def refused(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
+    """Whether a PEFT yet to come adds the change of an attention's `out_proj` once or twice is not known."""
+    there = next((name for name in tensors if ".base_layer.out_proj.lora_B" in name), None)
+    version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version") or "0.0.0"))
+    if there is None or version is None or tuple(map(int, version.groups())) <= KNOWN_PEFT:
+        return None
+    return (
+        f"it was written by PEFT {fields['peft_version']}, and '{there}' is of an nn.MultiheadAttention. PEFT up to "
+        f"{'.'.join(map(str, KNOWN_PEFT))} adds scale · B A to out_proj twice; of later ones it is not known here. If "
+        "that one does so, too, drop peft_version from adapter_config.json; if it adds it once, halve this tensor, too"
+    )
+
+
+RULES = peftcore.StateRules(
+    peft_type="LORA",
+    tensor_name=tensor_name,
+    read_tensors=read_tensors,
+    unreadable=unreadable,
+    refused=refused,
+)

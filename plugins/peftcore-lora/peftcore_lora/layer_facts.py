@@ -1,0 +1,61 @@
+"""Whether B A may be added to what a layer gives, as PEFT does it, is seen on the layer: classes are many."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.class_swap import original_class
+from peftcore.merging import probe
+
+
+def embed_scale(module: nn.Embedding) -> Tensor | float:
+    """The factor of an embedding's output, in the dtype in which the layer multiplies by it."""
+    scale = getattr(module, "embed_scale", None)
+    return 1.0 if scale is None else scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
+
+
+def looks_up(module: nn.Embedding) -> bool:
+    """Does it give rows of its weight, times `embed_scale`?"""
+    if module.max_norm is not None or len(list(base_modules(module))) > 1:
+        return False
+    if has_forward_of(module, nn.Embedding) or module.weight.is_meta:
+        return True
+    tokens = torch.arange(module.num_embeddings, device=module.weight.device)[None, -3:]
+    found = probe.own_output(module, tokens)
+    wanted = F.embedding(tokens, module.weight.detach()) * embed_scale(module)
+    is_same = isinstance(found, Tensor) and found.shape == wanted.shape
+    return is_same and torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=1e-6)
+
+
+def adds_to_product(module: nn.Module) -> bool:
+    """Does a linear layer give one tensor `[..., out]`? Of packed weights every layer does."""
+    if not isinstance(module, nn.Linear) or has_forward_of(module, nn.Linear) or not is_dense(module.weight):
+        return True
+    found = probe.own_output(module, module.weight.new_ones(2, module.in_features))
+    return isinstance(found, Tensor) and found.shape == (2, module.out_features)
+
+
+def is_linear_in_weight(module: nn.Conv1d | nn.Conv2d) -> bool:
+    """Does the output of a convolution of a class of its own grow with the weight? PEFT's factors are of that class."""
+    spatial = [2 * k * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
+    weight, shape = module.weight, [1, module.in_channels, *spatial]
+    for axes in (shape, [shape[0], *shape[2:], shape[1]]):  # channels last, as some heads have it
+        x = torch.linspace(-1, 1, math.prod(axes), device=weight.device).view(axes).to(weight.dtype)
+        outputs = [probe.own_output(module, x, weight=factor * weight.detach()) for factor in (0, 1, 2)]
+        if all(output is not None for output in outputs):
+            zero, one, two = (output[0] if isinstance(output, tuple) else output for output in outputs)
+            return module.weight.is_meta or torch.allclose(two - zero, 2 * (one - zero), rtol=0.05, atol=1e-4)
+    return False
+
+
+def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:
+    return original_class(module).forward is kind.forward
+
+
+def is_dense(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.itemsize > 1

@@ -1,0 +1,141 @@
+"""LoRA of each kind of layer: how B A acts beside it, and in its weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import ops, targets
+from peftcore_lora.config import LoraConfig
+from peftcore_lora.layer_facts import embed_scale
+
+
+class Lora(nn.Module):
+    """What the kinds of layer share: two factors, their scale, their dropout. Subclasses say how B A acts."""
+
+    def __init__(self, config: LoraConfig, path: str, a_shape: Sequence[int], b_shape: Sequence[int]) -> None:
+        super().__init__()
+        r = targets.pattern_value(config.rank_pattern, path, config.r)
+        alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
+        self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.dropout = nn.Dropout(config.lora_dropout)  # a module: trainers find those, to switch dropout off
+        self.lora_A = nn.Parameter(torch.empty(r, *a_shape))
+        self.lora_B = nn.Parameter(torch.zeros(b_shape[0], r, *b_shape[1:]))
+        if config.init_lora_weights == "gaussian":
+            nn.init.normal_(self.lora_A, std=1 / r)
+        else:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if config.init_lora_weights is False:
+            nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+
+    def extra_repr(self) -> str:
+        return f"r={self.lora_A.shape[0]}, scale={self.scale:g}"
+
+    def delta(self) -> Tensor:
+        """scale · B A in the layout of the layer's weight, fp32."""
+        return (self.scale * self.lora_B.float()) @ self.lora_A.float()
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.delta(), bias
+
+
+class LoraLinear(Lora):
+    """nn.Linear and transformers' Conv1D. A `[r, in]`, B `[out, r]`; x `[..., in]` -> y `[..., out]`."""
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        p = self.dropout.p if self.training else 0.0
+        operands = None if x.is_nested else base.linear_operands(x)
+        if operands is not None:
+            weight, bias = operands
+            return ops.lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, p)
+        y = base(x)
+        x = self.dropout(x)
+        s = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
+        return y + F.linear(s, self.lora_B.to(x.dtype))
+
+    @staticmethod
+    def per_sample(adapters: list[LoraLinear], index: Tensor, base: Any, x: Tensor) -> Tensor:
+        """Without gradients: one pass over the base for all."""
+        operands, a, b = base.linear_operands(x), [m.lora_A for m in adapters], [m.lora_B for m in adapters]
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
+        if operands is None or trains or any(m.training and m.dropout.p for m in adapters):
+            return NotImplemented
+        weight, bias = operands
+        return ops.lora_linear_per_sample(x, weight, bias, a, b, [m.scale for m in adapters], index)
+
+
+class LoraConv(Lora):
+    """nn.Conv1d and nn.Conv2d: A convolves with the layer's kernel to r channels, B mixes them pointwise."""
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        y = base(x)
+        x = self.dropout(x)
+        s = base.module._conv_forward(x, self.lora_A.to(x.dtype), None)  # as the layer strides, pads and dilates
+        mix = F.conv1d if self.lora_A.dim() == 3 else F.conv2d
+        return y + self.scale * mix(s, self.lora_B.to(x.dtype))
+
+    def delta(self) -> Tensor:
+        return self.scale * torch.einsum("or,ri...->oi...", self.lora_B.flatten(1).float(), self.lora_A.float())
+
+
+class LoraEmbedding(Lora):
+    """nn.Embedding: A `[r, vocabulary]` is looked up, B `[dim, r]` maps to the embedding.
+
+    Subclasses that multiply what they look up by their `embed_scale` (Gemma, BART) do so with B A, too.
+    """
+
+    def forward(self, base: Any, tokens: Tensor) -> Tensor:
+        y, scale = base(tokens), embed_scale(base.module)
+        if tokens.is_floating_point():  # shares of each entry, as Ovis has them
+            s = F.linear(tokens, self.lora_A.to(tokens.dtype)).to(self.lora_B.dtype)
+        else:
+            s = F.embedding(tokens, self.lora_A.T, base.module.padding_idx)  # [..., r]
+        return y + (self.scale * F.linear(s, self.lora_B) * scale).to(y.dtype)
+
+    def delta(self) -> Tensor:
+        return super().delta().T  # [vocabulary, dim]
+
+
+class OnWeight(Lora):
+    """For layers that do more than their product: their own forward, which reads W + scale · B A. Without dropout."""
+
+    per_sample = None
+    whole_batch = True
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.on_weights({"weight": self.changed})(*args, **kwargs)
+
+    def changed(self, weight: Tensor) -> Tensor:
+        return weight + self.delta().to(weight.dtype)
+
+
+class LoraLinearOnWeight(OnWeight, LoraLinear):  # type: ignore[misc]  # without LoraLinear's per_sample
+    """A router that gives a choice beside its logits, a product in groups."""
+
+
+class LoraConvOnWeight(OnWeight, LoraConv):
+    """A convolution that pads, or transposes, its input by itself."""
+
+
+class LoraAttention(OnWeight):
+    """nn.MultiheadAttention: A `[r, E]`, B `[3 E, r]` for `in_proj_weight`, and a pair of their own for `out_proj`.
+
+    To `out_proj` PEFT adds scale · B A twice (see `KNOWN_PEFT` in files.py). Files mean that, so it is done here, too.
+    """
+
+    def __init__(self, config: LoraConfig, path: str, width: int) -> None:
+        super().__init__(config, path, [width], [3 * width])
+        self.out_proj = OnWeight(config, path, [width], [width])
+        self.out_proj.scale *= 2
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        changes = {"in_proj_weight": self.changed, "out_proj.weight": self.out_proj.changed}
+        return base.on_weights(changes)(*args, **kwargs)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + torch.cat([self.delta(), self.out_proj.delta()]), bias  # [4 E, E]
