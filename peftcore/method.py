@@ -152,7 +152,7 @@ class StateRules:
         ignored_fields: fields of others' `adapter_config.json` that do not change what the adapter computes.
         write_config: (fields of our config as JSON) -> fields on disk, where they differ.
         read_config: (fields on disk) -> fields of our config; the place for upgrades of older files.
-        read_tensors: (tensors on disk, config) -> tensors under today's names; likewise for older files.
+        read_tensors: (model, tensors on disk, fields on disk) -> tensors under today's names; likewise for older files.
         exported: (placement) -> tensors by name on disk from which others compute what its adapter computes, where its
             own tensors are more than that (a reparameterisation). Written beside its own, or with
             `save(..., resumable=False)` in their place. Where they are some of its own, a file may lack the others,
@@ -162,7 +162,8 @@ class StateRules:
         foreign: formats of other libraries that the method reads.
         unreadable: (model, paths of adapted modules) -> those of them whose adapters PEFT would misread or refuse;
             `save` warns of them.
-        refused: (tensors on disk, fields on disk) -> why the method cannot compute what the file's writer did, or None.
+        refused: (model, tensors on disk, fields on disk) -> why the method cannot compute what the writer of a file did
+            that was not written here, or None.
     """
 
     peft_type: str
@@ -172,12 +173,14 @@ class StateRules:
     ignored_fields: frozenset[str] = frozenset()
     write_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
     read_config: Callable[[dict[str, Any]], dict[str, Any]] = dict
-    read_tensors: Callable[[dict[str, Tensor], Any], Mapping[str, Tensor]] = lambda tensors, _config: tensors
+    read_tensors: Callable[[nn.Module, dict[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]] = (
+        lambda _model, tensors, _fields: tensors
+    )
     exported: Callable[[Any], Mapping[str, Tensor]] = lambda _placement: {}
     config_on_disk: Callable[[Any, Mapping[str, Tensor]], Any] = lambda config, _tensors: config
     foreign: Sequence[ForeignFormat] = ()
     unreadable: Callable[[nn.Module, Sequence[str]], Sequence[str]] = lambda _model, _paths: ()
-    refused: Callable[[Mapping[str, Tensor], Mapping[str, Any]], str | None] = lambda _tensors, _fields: None
+    refused: Callable[[nn.Module, Mapping[str, Tensor], Mapping[str, Any]], str | None] = lambda *_: None
 
 
 @dataclass(frozen=True)

@@ -100,11 +100,11 @@ def _read(
     tied = metadata.get(TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
     fields["ensure_weight_tying"] = False if tied is None else tied
     with guarded(method, f"'{opened.path}'"):
-        why = method.state.refused(tensors, fields)
+        why = None if "peftcore_version" in metadata else method.state.refused(model, tensors, fields)
         if why is not None:
             raise CheckpointError(f"'{opened.path}' cannot be read: {why}")
         config = method.state.config_on_disk(config_of_fields(where, method, fields), tensors)
-        return method, config, dict(method.state.read_tensors(tensors, config)), metadata
+        return method, config, dict(method.state.read_tensors(model, tensors, fields)), metadata
 
 
 def own_fields(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ class LoraConfig:
             weight. False: apart. PEFT's default is False.
         init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), or
             False (both random: the adapter changes the model from the start).
+        lora_bias: B has a bias, too, `[out]`: y = W x + scale · (B A x + b). It merges where the layer has one.
         bias: which biases are trained too: "none", "all", or "lora_only" (those of adapted modules).
         fan_in_fan_out: written for PEFT, which wants it True for GPT-2; here a layer's layout is read off the layer.
     """
@@ -44,6 +45,7 @@ class LoraConfig:
     ensure_weight_tying: bool = True
     use_rslora: bool = False
     init_lora_weights: bool | Literal["gaussian"] = True
+    lora_bias: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
 
@@ -63,7 +65,7 @@ class LoraConfig:
 
 def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
     """The layers that the config means, by path, of those that LoRA can adapt."""
-    others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.MultiheadAttention)
+    others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     return targets.select_by(
         config, model, architecture, supported=lambda module: targets.is_linear(module) or isinstance(module, others)
     )

@@ -10,8 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import peftcore
-from peftcore_lora.config import LoraConfig
-from peftcore_lora.layer_facts import adds_to_product
+from peftcore_lora.layer_facts import Convolution, adds_to_product, is_undilated
 from peftcore_lora.layers import LoraEmbedding
 
 KNOWN_PEFT = (0, 21, 2)  # up to this release it is known what PEFT computes of an attention's file
@@ -21,12 +20,14 @@ def tensor_name(placement: Any, name: str) -> str:
     """PEFT keeps A and B of a linear in modules of their own, those of an embedding as plain parameters."""
     if isinstance(getattr(placement, "adapter", None), LoraEmbedding):
         name = name.replace("lora_", "lora_embedding_")
+    elif name == "lora_bias":
+        name = "lora_B.bias"
     elif isinstance(placement, peftcore.Around):
         name = f"base_layer.{name}.weight" if name.startswith("out_proj.") else f"{name}.weight"
     return peftcore.tensor_name(placement, name)
 
 
-def read_tensors(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
     """With bias="all" PEFT writes the biases of modules_to_save, and those they replace, a second time."""
     return {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
 
@@ -42,26 +43,45 @@ READ_BY_KERNELS = {"out_proj", "conv1d"}
 
 
 def unreadable(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """The adapted modules that PEFT misreads (mixtures of experts), refuses (Mamba) or cannot run (routers)."""
+    """The adapted modules that PEFT misreads (mixtures of experts, dilated convolutions), refuses (Mamba) or cannot run
+    (routers)."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     names = set(READ_BY_KERNELS) if kind in MAMBA else set()
     conversions = sys.modules.get("transformers.conversion_mapping")  # models are built by way of it
     if conversions is not None:
         alike = {"mixtral": "mixtral", **getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})}
         names |= TAKEN_FOR_EXPERTS.get(alike.get(str(kind), ""), set())
-    return [p for p in paths if p.rpartition(".")[2] in names or not adds_to_product(model.get_submodule(p))]
+    return [p for p in paths if p.rpartition(".")[2] in names or is_other_in_peft(model.get_submodule(p))]
 
 
-def refused(tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
-    """Whether a PEFT yet to come adds the change of an attention's `out_proj` once or twice is not known."""
-    there = next((name for name in tensors if ".base_layer.out_proj.lora_B" in name), None)
+def is_other_in_peft(module: nn.Module) -> bool:
+    """Does PEFT compute something else at a layer from the same factors, or nothing at all?"""
+    if isinstance(module, Convolution):
+        return module.groups == 1 and not is_undilated(module)
+    return not adds_to_product(module)
+
+
+def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
+    """PEFT's A of a convolution is not dilated, which no change of its weight is.
+
+    Whether a PEFT yet to come adds the change of an attention's `out_proj` once or twice is not known.
+    """
+    for name, module in model.named_modules():
+        there = f"base_model.model.{name}.lora_A.weight"
+        if there in tensors and isinstance(module, Convolution) and is_other_in_peft(module):
+            return (
+                f"'{there}' is of a convolution that is dilated, or pads with other values than zero, where PEFT's A "
+                "does neither, so that no change of the weight computes what it was trained for. Train it without that "
+                f"layer: exclude_modules=['{name}']"
+            )
+    twice = next((name for name in tensors if ".base_layer.out_proj.lora_B" in name), None)
     version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version") or "0.0.0"))
-    if there is None or version is None or tuple(map(int, version.groups())) <= KNOWN_PEFT:
+    if twice is None or version is None or tuple(map(int, version.groups())) <= KNOWN_PEFT:
         return None
     return (
-        f"it was written by PEFT {fields['peft_version']}, and '{there}' is of an nn.MultiheadAttention. PEFT up to "
-        f"{'.'.join(map(str, KNOWN_PEFT))} adds scale · B A to out_proj twice; of later ones it is not known here. If "
-        "that one does so, too, drop peft_version from adapter_config.json; if it adds it once, halve this tensor, too"
+        f"it was written by PEFT {fields['peft_version']}, and '{twice}' is of an nn.MultiheadAttention. PEFT up "
+        f"to {'.'.join(map(str, KNOWN_PEFT))} adds scale · B A to out_proj twice; of later ones it is not known here. "
+        "If that does so, too, drop peft_version from adapter_config.json; if it adds it once, also halve this tensor"
     )
 
 

@@ -6,30 +6,11 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_class
 from peftcore.merging import probe
 
-
-def embed_scale(module: nn.Embedding) -> Tensor | float:
-    """The factor of an embedding's output, in the dtype in which the layer multiplies by it."""
-    scale = getattr(module, "embed_scale", None)
-    return 1.0 if scale is None else scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
-
-
-def looks_up(module: nn.Embedding) -> bool:
-    """Does it give rows of its weight, times `embed_scale`?"""
-    if module.max_norm is not None or len(list(base_modules(module))) > 1:
-        return False
-    if has_forward_of(module, nn.Embedding) or module.weight.is_meta:
-        return True
-    tokens = torch.arange(module.num_embeddings, device=module.weight.device)[None, -3:]
-    found = probe.own_output(module, tokens)
-    wanted = F.embedding(tokens, module.weight.detach()) * embed_scale(module)
-    is_same = isinstance(found, Tensor) and found.shape == wanted.shape
-    return is_same and torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=1e-6)
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def adds_to_product(module: nn.Module) -> bool:
@@ -40,7 +21,7 @@ def adds_to_product(module: nn.Module) -> bool:
     return isinstance(found, Tensor) and found.shape == (2, module.out_features)
 
 
-def is_linear_in_weight(module: nn.Conv1d | nn.Conv2d) -> bool:
+def is_linear_in_weight(module: Convolution) -> bool:
     """Does the output of a convolution of a class of its own grow with the weight? PEFT's factors are of that class."""
     spatial = [2 * k * d for k, d in zip(module.kernel_size, module.dilation, strict=True)]
     weight, shape = module.weight, [1, module.in_channels, *spatial]
@@ -51,6 +32,13 @@ def is_linear_in_weight(module: nn.Conv1d | nn.Conv2d) -> bool:
             zero, one, two = (output[0] if isinstance(output, tuple) else output for output in outputs)
             return module.weight.is_meta or torch.allclose(two - zero, 2 * (one - zero), rtol=0.05, atol=1e-4)
     return False
+
+
+def is_undilated(module: Convolution) -> bool:
+    """Does A of PEFT, which has the stride and padding of a convolution and no more, see what its weight sees?"""
+    padded = module.padding != "valid" and (isinstance(module.padding, str) or any(module.padding))
+    dilated = any(d > 1 and k > 1 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    return not dilated and (module.padding_mode == "zeros" or not padded)
 
 
 def has_forward_of(module: nn.Module, kind: type[nn.Module]) -> bool:

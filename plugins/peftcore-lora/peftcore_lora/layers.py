@@ -3,35 +3,43 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import peftcore
 from peftcore import ops, targets
+from peftcore.merging.lookup import embed_scale
 from peftcore_lora.config import LoraConfig
-from peftcore_lora.layer_facts import embed_scale
+
+CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by spatial dimensions
 
 
 class Lora(nn.Module):
     """What the kinds of layer share: two factors, their scale, their dropout. Subclasses say how B A acts."""
 
-    def __init__(self, config: LoraConfig, path: str, a_shape: Sequence[int], b_shape: Sequence[int]) -> None:
+    def __init__(
+        self, config: LoraConfig, path: str, a_shape: Sequence[int], b_shape: Sequence[int], groups: int = 1
+    ) -> None:
         super().__init__()
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
         self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
         self.dropout = nn.Dropout(config.lora_dropout)  # a module: trainers find those, to switch dropout off
         self.lora_A = nn.Parameter(torch.empty(r, *a_shape))
-        self.lora_B = nn.Parameter(torch.zeros(b_shape[0], r, *b_shape[1:]))
+        self.lora_B = nn.Parameter(torch.zeros(b_shape[0], r // groups, *b_shape[1:]))
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / r)
         else:
             nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_bias = nn.Parameter(torch.zeros(b_shape[0])) if config.lora_bias else None
         if config.init_lora_weights is False:
             nn.init.kaiming_uniform_(self.lora_B, a=math.sqrt(5))
+            if self.lora_bias is not None:
+                nn.init.uniform_(self.lora_bias, -1 / math.sqrt(r), 1 / math.sqrt(r))
 
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[0]}, scale={self.scale:g}"
@@ -40,8 +48,15 @@ class Lora(nn.Module):
         """scale · B A in the layout of the layer's weight, fp32."""
         return (self.scale * self.lora_B.float()) @ self.lora_A.float()
 
+    def with_bias(self, bias: Tensor | None) -> Tensor | None:
+        """The layer's bias, to which that of B is added, in float32 where there is one."""
+        if self.lora_bias is None:
+            return bias
+        own = self.scale * self.lora_bias
+        return own if bias is None else bias + own
+
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.delta(), bias
+        return weight + self.delta(), self.with_bias(bias)
 
 
 class LoraLinear(Lora):
@@ -52,35 +67,61 @@ class LoraLinear(Lora):
         operands = None if x.is_nested else base.linear_operands(x)
         if operands is not None:
             weight, bias = operands
-            return ops.lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scale, p)
-        y = base(x)
+            return ops.lora_linear(x, weight, self.with_bias(bias), self.lora_A, self.lora_B, self.scale, p)
+        y, bias = base(x), self.with_bias(None)
         x = self.dropout(x)
         s = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
-        return y + F.linear(s, self.lora_B.to(x.dtype))
+        return y + F.linear(s, self.lora_B.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def per_sample(adapters: list[LoraLinear], index: Tensor, base: Any, x: Tensor) -> Tensor:
         """Without gradients: one pass over the base for all."""
         operands, a, b = base.linear_operands(x), [m.lora_A for m in adapters], [m.lora_B for m in adapters]
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
-        if operands is None or trains or any(m.training and m.dropout.p for m in adapters):
+        apart = any((m.training and m.dropout.p) or m.lora_bias is not None for m in adapters)
+        if operands is None or trains or apart:
             return NotImplemented
         weight, bias = operands
         return ops.lora_linear_per_sample(x, weight, bias, a, b, [m.scale for m in adapters], index)
 
 
 class LoraConv(Lora):
-    """nn.Conv1d and nn.Conv2d: A convolves with the layer's kernel to r channels, B mixes them pointwise."""
+    """nn.Conv1d, 2d and 3d: A convolves with the layer's kernel to r channels, B mixes them pointwise."""
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         y = base(x)
         x = self.dropout(x)
         s = base.module._conv_forward(x, self.lora_A.to(x.dtype), None)  # as the layer strides, pads and dilates
-        mix = F.conv1d if self.lora_A.dim() == 3 else F.conv2d
-        return y + self.scale * mix(s, self.lora_B.to(x.dtype))
+        return self.mixed(y, s)
+
+    def mixed(self, y: Tensor, s: Tensor, groups: int = 1) -> Tensor:
+        """y + scale · (B s + its bias)."""
+        mix, bias = CONVOLUTIONS[s.dim() - 2], self.with_bias(None)
+        y = y + self.scale * mix(s, self.lora_B.to(s.dtype), groups=groups)
+        return y if bias is None else y + bias.to(s.dtype).view(-1, *(1 for _ in s.shape[2:]))
 
     def delta(self) -> Tensor:
         return self.scale * torch.einsum("or,ri...->oi...", self.lora_B.flatten(1).float(), self.lora_A.float())
+
+
+class LoraGroupedConv(LoraConv):
+    """In g groups: A `[r, in, ...]` sees all channels, B `[out, r / g, 1...]` mixes r / g of them in each group.
+
+    So PEFT has it. B A reaches from each input to each output, which a weight in groups cannot hold.
+    """
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        y, layer = base(x), base.module
+        x = self.dropout(x)
+        convolve = CONVOLUTIONS[self.lora_A.dim() - 2]
+        s = convolve(x, self.lora_A.to(x.dtype), None, layer.stride, layer.padding)
+        return self.mixed(y, s, layer.groups)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise peftcore.PeftcoreError(
+            f"LoRA of a convolution in groups (weight {list(weight.shape)}) reaches across the groups, so it cannot be "
+            "merged, in PEFT neither. Keep the adapter beside the base, or apply it with that layer in exclude_modules"
+        )
 
 
 class LoraEmbedding(Lora):
@@ -108,7 +149,10 @@ class OnWeight(Lora):
     whole_batch = True
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        return base.on_weights({"weight": self.changed})(*args, **kwargs)
+        changes: dict[str, Any] = {"weight": self.changed}
+        if self.lora_bias is not None:
+            changes["bias"] = lambda bias: (bias + self.with_bias(None)).to(bias.dtype)
+        return base.on_weights(changes)(*args, **kwargs)
 
     def changed(self, weight: Tensor) -> Tensor:
         return weight + self.delta().to(weight.dtype)

@@ -10,14 +10,22 @@ from torch import nn
 import peftcore
 from peftcore import targets, validation
 from peftcore.adaptation.class_swap import original_class
+from peftcore.merging.lookup import looks_up
 from peftcore_lora.config import LoraConfig, selected
-from peftcore_lora.layer_facts import adds_to_product, has_forward_of, is_linear_in_weight, looks_up
+from peftcore_lora.layer_facts import (
+    Convolution,
+    adds_to_product,
+    has_forward_of,
+    is_linear_in_weight,
+    is_undilated,
+)
 from peftcore_lora.layers import (
     Lora,
     LoraAttention,
     LoraConv,
     LoraConvOnWeight,
     LoraEmbedding,
+    LoraGroupedConv,
     LoraLinear,
     LoraLinearOnWeight,
     OnWeight,
@@ -47,40 +55,77 @@ def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architect
 
 def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
     """The LoRA of one layer."""
+    kind_of_layer = original_class(module).__name__
     validation.require(
         not any(p is not None and p.is_complex() for p in module._parameters.values()),
-        f"'{path}' ({original_class(module).__name__}) has complex weights, which LoRA cannot adapt",
+        f"'{path}' ({kind_of_layer}) has complex weights, which LoRA cannot adapt",
+    )
+    validation.require(
+        not (config.lora_bias and isinstance(module, (nn.MultiheadAttention, nn.Embedding))),
+        f"lora_bias=True is not known at '{path}', an {kind_of_layer}. Take it out of target_modules, or lora_bias out",
     )
     if isinstance(module, nn.MultiheadAttention):
-        one = module.in_proj_weight is not None
-        validation.require(
-            one,
-            f"'{path}' is an attention whose keys or values have a width of their own (kdim, vdim), which LoRA "
-            f"cannot adapt. Exclude its projection: exclude_modules=['{path}.out_proj']",
-        )
-        return LoraAttention(config, path, module.embed_dim)
+        return of_attention(path, module, config)
     if isinstance(module, nn.Embedding):
-        validation.require(
-            looks_up(module),
-            f"'{path}' ({original_class(module).__name__}) does more than look its input up, which LoRA cannot adapt. "
-            "Take it out of target_modules",
-        )
-        adapter = LoraEmbedding(config, path, [module.num_embeddings], [module.embedding_dim])
-        if config.init_lora_weights is not False:  # as in the paper's code and PEFT: here A is zero, B normal
-            nn.init.zeros_(adapter.lora_A)
-            nn.init.normal_(adapter.lora_B)
-        return adapter
-    if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-        groups, kernel = module.groups, module.kernel_size
-        validation.require(groups == 1, f"'{path}' is a convolution in {groups} groups, which LoRA cannot adapt")
-        plain = has_forward_of(module, nn.Conv1d) or has_forward_of(module, nn.Conv2d)
-        validation.require(
-            plain or is_linear_in_weight(module),
-            f"'{path}' ({original_class(module).__name__}) does more with its weight than convolve, which LoRA cannot "
-            "adapt. Take it out of target_modules",
-        )
+        return of_embedding(path, module, config)
+    if isinstance(module, Convolution):
+        adapter = of_convolution(path, module, config)
+    else:
+        width, out_width = targets.sizes(module)
+        kind = LoraLinear if adds_to_product(module) else LoraLinearOnWeight
+        adapter = kind(config, path, [width], [out_width])
+    validation.require(
+        not (config.lora_bias and isinstance(adapter, OnWeight) and getattr(module, "bias", None) is None),
+        f"lora_bias=True is not possible at '{path}' ({kind_of_layer}), which has no bias and whose weight itself is "
+        "changed. Take it out of target_modules, or lora_bias out",
+    )
+    return adapter
+
+
+def of_attention(path: str, module: nn.MultiheadAttention, config: LoraConfig) -> Lora:
+    validation.require(
+        module.in_proj_weight is not None,
+        f"'{path}' is an attention whose keys or values have a width of their own (kdim, vdim), which LoRA "
+        f"cannot adapt. Exclude its projection: exclude_modules=['{path}.out_proj']",
+    )
+    return LoraAttention(config, path, module.embed_dim)
+
+
+def of_embedding(path: str, module: nn.Embedding, config: LoraConfig) -> Lora:
+    validation.require(
+        looks_up(module),
+        f"'{path}' ({original_class(module).__name__}) does more than look its input up, which LoRA cannot adapt. "
+        "Take it out of target_modules",
+    )
+    adapter = LoraEmbedding(config, path, [module.num_embeddings], [module.embedding_dim])
+    if config.init_lora_weights is not False:  # as in the paper's code and PEFT: here A is zero, B normal
+        nn.init.zeros_(adapter.lora_A)
+        nn.init.normal_(adapter.lora_B)
+    return adapter
+
+
+def of_convolution(path: str, module: Convolution, config: LoraConfig) -> Lora:
+    plain = any(has_forward_of(module, kind) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+    groups, kernel = module.groups, module.kernel_size
+    ones = [1 for _ in kernel]
+    validation.require(
+        plain or (groups == 1 and is_linear_in_weight(module)),
+        f"'{path}' ({original_class(module).__name__}) does more with its weight than convolve, which LoRA cannot "
+        "adapt. Take it out of target_modules",
+    )
+    if groups == 1:
         kind: type[Lora] = LoraConv if plain else LoraConvOnWeight
-        return kind(config, path, [module.in_channels, *kernel], [module.out_channels, *(1 for _ in kernel)])
-    width, out_width = targets.sizes(module)
-    kind = LoraLinear if adds_to_product(module) else LoraLinearOnWeight
-    return kind(config, path, [width], [out_width])
+        return kind(config, path, [module.in_channels, *kernel], [module.out_channels, *ones])
+    adapter = LoraGroupedConv(config, path, [module.in_channels, *kernel], [module.out_channels, *ones], groups)
+    r = adapter.lora_A.shape[0]
+    validation.require(
+        r % groups == 0,
+        f"'{path}' is a convolution in {groups} groups, for which r must be a multiple of that, found {r}. Give it "
+        f"another: rank_pattern={{'{path}': {groups}}}, or exclude it: exclude_modules=['{path}']",
+    )
+    validation.require(
+        is_undilated(module),
+        f"'{path}' is a convolution in {groups} groups that is dilated, or pads with other values than zero, "
+        f"which LoRA cannot adapt. Exclude it: exclude_modules=['{path}']",
+    )
+    return adapter

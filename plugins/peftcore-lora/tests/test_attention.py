@@ -12,6 +12,7 @@ from typing import Any
 
 import peft
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -230,6 +231,8 @@ def test_files_of_a_later_peft_are_refused(tmp_path: Path) -> None:
     peftcore.save(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "peftcore_manifest.json").unlink()
+    file = tmp_path / "adapter_model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file, {"format": "pt"})
     for version, refused in (("0.21.2", False), ("0.22.0.dev0", True)):
         (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_version": version}))
         if refused:

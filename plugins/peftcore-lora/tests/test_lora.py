@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import warnings
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import tiny
 import torch
@@ -153,9 +157,75 @@ def test_bad_fields(fields: dict[str, Any], message: str) -> None:
         peftcore.apply(tiny.llama(), "lora", **fields)
 
 
-def test_grouped_convolutions_are_refused() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="convolution in 2 groups"):
-        peftcore.apply(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "lora", target_modules=["0"])
+def test_convolutions_in_groups() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=r"r must be a multiple .* found 3.*rank_pattern=\{'0': 2\}"):
+        peftcore.apply(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "lora", target_modules=["0"], r=3)
+    with pytest.raises(peftcore.PeftcoreError, match=r"in 2 groups that is dilated.*exclude_modules=\['0'\]"):
+        peftcore.apply(nn.Sequential(nn.Conv1d(4, 4, 3, groups=2, dilation=2)), "lora", target_modules=["0"], r=2)
+    model = peftcore.apply(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "lora", target_modules=["0"], r=2)
+    with pytest.raises(peftcore.PeftcoreError, match="reaches across the groups, so it cannot be merged"):
+        peftcore.merge(model)
+
+
+BIASED: dict[str, tuple[Any, Any]] = {
+    "linear": (lambda: nn.Linear(6, 4), lambda: torch.randn(3, 5, 6)),
+    "linear without a bias": (lambda: nn.Linear(6, 4, bias=False), lambda: torch.randn(3, 6)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2), lambda: torch.randn(2, 4, 9)),
+    "conv2d in groups": (lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), lambda: torch.randn(2, 4, 9, 8)),
+    "conv3d": (lambda: nn.Conv3d(4, 6, (1, 3, 3), padding="same"), lambda: torch.randn(2, 4, 3, 5, 5)),
+    "conv3d in groups": (lambda: nn.Conv3d(4, 8, 3, groups=4, bias=False), lambda: torch.randn(2, 4, 5, 5, 5)),
+}
+
+
+@pytest.mark.filterwarnings("ignore::peft.utils.warning.PeftWarning", "ignore:LoRA adapter added to ConvNd")
+@pytest.mark.parametrize("kind", list(BIASED))
+def test_a_bias_of_b(kind: str, tmp_path: Path) -> None:
+    """Here and in PEFT, from either's file; it moves the layer's bias, and does not merge where there is none."""
+    make, make_input = BIASED[kind]
+    torch.manual_seed(0)
+    layer, x = make(), make_input()
+    model = peftcore.apply(nn.Sequential(copy.deepcopy(layer)), "lora", r=4, target_modules=["0"], lora_bias=True)
+    disturb(model, "default", seed=1)
+    acting = model(x)
+    peftcore.save(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(nn.Sequential(copy.deepcopy(layer)), tmp_path / "ours").eval()
+    torch.testing.assert_close(theirs(x), acting, rtol=0, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs.save_pretrained(tmp_path / "theirs")
+    again = peftcore.load(nn.Sequential(copy.deepcopy(layer)), tmp_path / "theirs")
+    assert torch.equal(again(x), acting)
+    if layer.bias is None or getattr(layer, "groups", 1) > 1:
+        with pytest.raises(peftcore.PeftcoreError, match=r"cannot be merged|has none that could take it"):
+            peftcore.merge(model)
+        return
+    peftcore.merge(model)
+    assert not torch.equal(model[0].bias, layer.bias)
+    torch.testing.assert_close(model(x), acting, rtol=1e-4, atol=1e-5)
+    peftcore.unmerge(model)
+    assert torch.equal(model[0].bias, layer.bias)
+
+
+def test_where_b_has_no_bias() -> None:
+    for layer in (nn.Embedding(8, 4), nn.MultiheadAttention(8, 2)):
+        with pytest.raises(peftcore.PeftcoreError, match=r"lora_bias=True is not known at '0'"):
+            peftcore.apply(nn.Sequential(layer), "lora", target_modules=["0"], lora_bias=True)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [nn.Conv2d(3, 4, 3, padding="same", dilation=2), nn.Conv1d(3, 4, 3, 1, 1, 1, 1, False, "circular")],
+    ids=str,
+)
+def test_convolutions_that_peft_computes_otherwise(layer: nn.Module, tmp_path: Path) -> None:
+    """PEFT's A is neither dilated nor padded with other values than zero: that is no change of the weight."""
+    model = peftcore.apply(nn.Sequential(copy.deepcopy(layer)), "lora", r=2, target_modules=["0"])
+    with pytest.warns(UserWarning, match=r"PEFT cannot read this file.*exclude_modules=\['0'\]"):
+        peftcore.save(model, tmp_path / "ours")
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), peft.LoraConfig(target_modules=["0"], r=2))
+    theirs.save_pretrained(tmp_path / "theirs")
+    with pytest.raises(peftcore.CheckpointError, match=r"dilated, or pads.*exclude_modules=\['0'\]"):
+        peftcore.load(nn.Sequential(layer), tmp_path / "theirs")
 
 
 def test_found_through_its_entry_point() -> None:

@@ -1,0 +1,30 @@
+"""What an embedding does beside looking up: seen on the layer, since classes are many."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.class_swap import original_class
+from peftcore.merging import probe
+
+
+def embed_scale(module: nn.Embedding) -> Tensor | float:
+    """The factor of an embedding's output, in the dtype in which the layer multiplies by it."""
+    scale = getattr(module, "embed_scale", None)
+    return 1.0 if scale is None else scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
+
+
+def looks_up(module: nn.Embedding) -> bool:
+    """Does it give rows of its weight, times `embed_scale`?"""
+    if module.max_norm is not None or len(list(base_modules(module))) > 1:
+        return False
+    if original_class(module).forward is nn.Embedding.forward or module.weight.is_meta:
+        return True
+    tokens = torch.arange(module.num_embeddings, device=module.weight.device)[None, -3:]
+    found = probe.own_output(module, tokens)
+    wanted = F.embedding(tokens, module.weight.detach()) * embed_scale(module)
+    is_same = isinstance(found, Tensor) and found.shape == wanted.shape
+    return is_same and torch.allclose(found.float(), wanted.float(), rtol=0.02, atol=1e-6)
