@@ -12,9 +12,12 @@ of activation, `[first, …, last, tokens]`, prefixes likewise in the cache, in 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
+from peftcore.adaptation.call import asked
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around, PrefixKV, SoftPrompt
@@ -37,8 +40,7 @@ def compiled(model: nn.Module, architecture: Architecture, placement: SoftPrompt
             f"{kind} needs a model with a token embedding; {type(model).__name__} names none. A plugin's "
             f"peftcore_architecture hook can"
         )
-    with torch.no_grad():
-        shape = tuple(placement.adapter().shape)
+    shape = _shape(placement)
     wanted = "[tokens, hidden]" if isinstance(placement, SoftPrompt) else "[layers, 2, kv_heads, tokens, head_dim]"
     if len(shape) != wanted.count(",") + 1:
         raise PeftcoreError(f"the adapter of a {kind} returns {wanted}, found a tensor of shape {list(shape)}")
@@ -52,3 +54,18 @@ def compiled(model: nn.Module, architecture: Architecture, placement: SoftPrompt
     if isinstance(placement, SoftPrompt):
         return place_soft_prompt(model, architecture, placement.adapter, *shape)
     return place_prefix(model, architecture, placement.adapter, shape)
+
+
+def _shape(placement: SoftPrompt | PrefixKV) -> tuple[int, ...]:
+    """The shape of what the adapter returns; a soft prompt's for one row."""
+    adapter = placement.adapter
+    if isinstance(placement, SoftPrompt) and asked([adapter]) is not None:
+        shape = getattr(adapter, "tokens", None), getattr(adapter, "hidden", None)
+        if not all(isinstance(size, int) for size in shape):
+            raise PeftcoreError(
+                f"{type(adapter).__name__} reads the call (needs_call), so its shape is not known before one: give it "
+                "attributes `tokens` and `hidden`, the numbers of its vectors for a row and of the numbers in each"
+            )
+        return cast(tuple[int, int], shape)
+    with torch.no_grad():
+        return tuple(adapter().shape)

@@ -68,6 +68,7 @@ def place_soft_prompt(
         adapter,
         backbone,
         tokens,
+        hidden=hidden,
         cache_argument=None if keeps else cached or cache_argument(backbone),
         causal=causal and not keeps,
         keeps=keeps,
@@ -106,9 +107,10 @@ def _reads_tokens(backbone: nn.Module, embedding: nn.Module) -> bool:
 
 
 class SoftPromptAround(Backbone):
-    """`adapter() -> [tokens, hidden]` before the input.
+    """`adapter() -> [tokens, hidden]` or `[batch or 1, tokens, hidden]` before the input.
 
     Args:
+        hidden: numbers in each vector.
         keeps: leave them in the output (an encoder's).
         stand_in: a token that stands in for them until the embedding, if the call has tokens.
         embedding: of tokens.
@@ -121,6 +123,7 @@ class SoftPromptAround(Backbone):
         adapter: nn.Module,
         backbone: nn.Module,
         *args: Any,
+        hidden: int,
         stand_in: int,
         embedding: nn.Module,
         needs_tokens: bool = False,
@@ -129,6 +132,7 @@ class SoftPromptAround(Backbone):
         **kwargs: Any,
     ) -> None:
         super().__init__(adapter, backbone, *args, **kwargs)
+        self._hidden = hidden
         self._keeps = keeps
         self._stand_in = stand_in
         self._embedding = (embedding,)  # no child of this one
@@ -174,9 +178,21 @@ class SoftPromptAround(Backbone):
         embedded = call.get("inputs_embeds")
         if embedded is None:
             embedded = self._embedding[0](call["input_ids"])  # [batch, length, hidden]
-        prompt = self.adapter().to(embedded.dtype).expand(embedded.shape[0], -1, -1)
+        prompt = self._vectors(embedded.shape[0]).to(embedded.dtype).expand(embedded.shape[0], -1, -1)
         rows = torch.cat([prompt, embedded], dim=1)  # [batch, tokens + length, hidden]
         return {**call, "input_ids": None, "inputs_embeds": rows if order is None else _taken(rows, order)}
+
+    def _vectors(self, batch: int) -> Tensor:
+        """`[tokens, hidden]`, or `[batch or 1, tokens, hidden]`."""
+        vectors: Tensor = self.adapter()
+        fits = vectors.shape[-2:] == (self.tokens, self._hidden)
+        if not fits or vectors.dim() > 3 or (vectors.dim() == 3 and vectors.shape[0] not in (1, batch)):
+            raise PeftcoreError(
+                f"a soft prompt is [{self.tokens}, {self._hidden}], or [{batch} or 1, {self.tokens}, {self._hidden}] "
+                f"in a batch of {batch}; {type(self.adapter).__name__} returned {list(vectors.shape)}. What it reads "
+                "of the call has as many rows as the batch"
+            )
+        return vectors
 
     def _by_tokens(self, base: Any, call: dict[str, Any], order: Tensor | None) -> Any:
         tokens = call["input_ids"]
@@ -187,7 +203,7 @@ class SoftPromptAround(Backbone):
             # An outer prompt's vectors were put before this one's.
             moved = places(order, own.shape[1], len(own), own.device)[:, self.tokens :]
             waiting.prompts[:] = [(moved.gather(1, at), vectors) for at, vectors in waiting.prompts]
-            waiting.prompts.append((places(order, self.tokens, len(own), own.device), self.adapter()))
+            waiting.prompts.append((places(order, self.tokens, len(own), own.device), self._vectors(len(own))))
             waiting.columns = own.shape[1]
             return base(**call)
 

@@ -28,7 +28,7 @@ _ENTERED = threading.local()  # {id of a backbone: prompts that wait for its tok
 class Waiting:
     """Prompts on their way from a backbone's call to its token embedding, and the number of columns they are in."""
 
-    prompts: list[tuple[Tensor, Tensor]]  # places [batch, tokens], vectors [tokens, hidden]
+    prompts: list[tuple[Tensor, Tensor]]  # places [batch, tokens], vectors [tokens, hidden] or [batch or 1, ...]
     columns: int = 0
 
 
