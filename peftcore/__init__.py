@@ -25,6 +25,9 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.engine import after_step as after_step
     from peftcore.engine import apply as apply
     from peftcore.engine import disabled as disabled
+    from peftcore.engine import extra_loss as extra_loss
+    from peftcore.engine import loss_terms as loss_terms
+    from peftcore.engine import parameter_groups as parameter_groups
     from peftcore.engine import remove as remove
     from peftcore.engine.calling import call_arguments as call_arguments
     from peftcore.engine.summary import plan as plan

@@ -88,7 +88,8 @@ Model = TypeVar("Model", bound=nn.Module)  # functions give back the type of the
 
 AdapterPlacement = Around | After | OnWeight | SoftPrompt | PrefixKV
 Placement = AdapterPlacement | Train
-# The adapters of one name by the path of their module; an `OnWeight` by that and its parameter's name, a prompt by "".
+# The adapters of one name by the path of their module; an `OnWeight` by that and its parameter's name, a prompt by "",
+# or, where that is taken, by "#1", "#2" in the order in which they were placed.
 AdapterModules = Mapping[str, nn.Module]
 
 
@@ -202,7 +203,8 @@ class Method:
         loss: (adapters, config) -> a term that is added to the loss, a scalar with gradients, or None. Trainers add it
             once a step, however many batches a step has.
         after_step: (adapters, config, step, total_steps) -> None, after each optimizer step, counted from 1, while the
-            gradients still stand; for methods with a schedule, or an importance, of their own.
+            gradients still stand; for methods with a schedule, or an importance, of their own. Not after a step that a
+            scaler skipped, whose gradients are not finite.
         parameter_groups: (adapters, config, lr, weight_decay) -> groups as `torch.optim` takes them, of all that the
             adapters train; parameters that no group names are given `lr` and `weight_decay`.
         prepare: (model, config) -> None. What `apply`, and nothing else, does to the base once the placements are

@@ -6,12 +6,13 @@ called by every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd import Variable
 
 from peftcore.errors import PeftcoreError
 
@@ -58,6 +59,75 @@ def whole_parameters(module: nn.Module) -> Iterator[nn.Module]:
     finally:
         for owner, name, parameter in parts:
             owner._parameters[name] = parameter
+
+
+def of_whole(modules: Sequence[nn.Module], compute: Callable[[], Tensor | None], what: str) -> Tensor | None:
+    """`compute()` while the sharded parameters of `modules` are whole ones. Collective.
+
+    Its gradient is the same on every rank. A backward pass adds each part's share when it has ended, behind what
+    `fully_shard` does.
+
+    Args:
+        what: for messages, of which this is.
+
+    Raises:
+        PeftcoreError: it depends on other tensors with gradients than parameters of these modules.
+    """
+    parameters = [p for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(whole_parameters(module))
+        leaves = [p for module in modules for _, p in module.named_parameters(remove_duplicate=False)]
+        value = compute()
+    if value is None or not value.requires_grad:
+        return value
+    here = {id(leaf): (leaf, parameter) for leaf, parameter in zip(leaves, parameters, strict=True)}
+    if any(id(leaf) not in here for leaf in _leaves(value)):
+        raise PeftcoreError(
+            f"the loss of {what} depends on a forward, not on its parameters alone, and they are sharded. Keep them "
+            "whole: peftcore.shard(model, adapters='replicate')"
+        )
+    trained = [pair for pair in here.values() if pair[0].requires_grad]
+    gradients = torch.autograd.grad(value, [leaf for leaf, _ in trained], allow_unused=True)
+    shares = [(parameter, g) for (_, parameter), g in zip(trained, gradients, strict=True) if g is not None]
+    anchor = torch.zeros((), device=value.device, requires_grad=True)
+    return cast(Tensor, _Shares.apply(anchor, value.detach(), shares))  # type: ignore[no-untyped-call]
+
+
+class _Shares(torch.autograd.Function):
+    """A value whose gradient is known: `backward` adds it to the parameters' when everything else is done."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, value: Tensor, shares: list[tuple[nn.Parameter, Tensor]]) -> Tensor:
+        ctx.shares = shares
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        queue = Variable._execution_engine.queue_callback
+        queue(lambda: queue(lambda: _Shares.add(ctx.shares, gradients[0])))  # `fully_shard` has one of its own there
+        return None, None, None
+
+    @staticmethod
+    @torch.no_grad()
+    def add(shares: list[tuple[nn.Parameter, Tensor]], scale: Tensor) -> None:
+        for parameter, gradient in shares:
+            share = torch.zeros_like(parameter)
+            fill(share, gradient * scale)
+            parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
+
+
+def _leaves(value: Tensor) -> Iterator[Tensor]:
+    """The tensors with gradients that `value` was computed from."""
+    nodes, seen = [value.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        nodes += [next_node for next_node, _ in node.next_functions]
 
 
 def fill(parameter: Tensor, value: Tensor) -> None:

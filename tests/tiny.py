@@ -144,6 +144,28 @@ class Shifted(nn.Module):
         return y + self.shift.to(y.dtype)
 
 
+class Bank(nn.Module):
+    """What all adapters share: a trained `[2, out]`, and a drawn `[2, in]` that stays."""
+
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__()
+        self.register_buffer("drawn", torch.randn(2, features))
+        self.trained = nn.Parameter(0.1 * torch.randn(2, outputs))
+
+
+class Banked(nn.Module):
+    """y = base(x) + gate · x drawnᵀ trained."""
+
+    def __init__(self, bank: Bank) -> None:
+        super().__init__()
+        self.bank = bank
+        self.gate = nn.Parameter(torch.ones(2))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        drawn, trained = self.bank.drawn.to(x.dtype), self.bank.trained.to(x.dtype)
+        return base(x) + (x @ drawn.T * self.gate.to(x.dtype)) @ trained
+
+
 class Vectors(nn.Module):
     """Vectors of a given shape."""
 
@@ -191,7 +213,15 @@ def _train(model: nn.Module, config: ToyConfig, architecture: peftcore.Architect
     return [peftcore.Train(config.names)]
 
 
+def _shared(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
+    paths = _paths(model, config, architecture)
+    inputs, outputs = peftcore.targets.sizes(model.get_submodule(paths[0]))
+    bank = Bank(inputs, outputs)
+    return [peftcore.Around(path, Banked(bank)) for path in paths]
+
+
 PLACES = {
+    "shared": _shared,
     "around": _around,
     "after": _after,
     "on-weight": _on_weight,

@@ -37,6 +37,7 @@ class Meter(TrainerCallback):
         self._tokens_before = 0
         self._began = 0.0
         self._loss = float("nan")
+        self._extra: list[float] = []  # what the method adds to it
         self._progress: Progress | None = None
         self._bar: Any = None
 
@@ -81,6 +82,7 @@ class Meter(TrainerCallback):
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
             self._loss = logs["loss"]
+            self._extra = [value for name, value in logs.items() if name.startswith("extra_loss/")]
             if not math.isfinite(self._loss):
                 raise PeftcoreError(
                     f"the loss is {self._loss} at step {state.global_step}: training has diverged. Start anew with a "
@@ -100,7 +102,8 @@ class Meter(TrainerCallback):
             self._progress = None
 
     def _facts(self) -> str:
-        return f"loss {self._loss:.4f}  {self.tokens_per_second:,.0f} tokens/s  {gigabytes(current_memory())}"
+        extra = f"  extra loss {sum(self._extra):.4f}" if self._extra else ""
+        return f"loss {self._loss:.4f}{extra}  {self.tokens_per_second:,.0f} tokens/s  {gigabytes(current_memory())}"
 
 
 class OrderlyStop(TrainerCallback):

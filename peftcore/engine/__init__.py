@@ -2,7 +2,6 @@
 
 from peftcore.engine.applying import (
     activate,
-    after_step,
     alone,
     apply,
     check_dtype,
@@ -30,6 +29,17 @@ from peftcore.engine.state import (
     require_state,
     state_of,
 )
+from peftcore.engine.training import (
+    after_step,
+    extra_loss,
+    has_loss,
+    has_parameter_groups,
+    loss_terms,
+    method_groups,
+    method_modules,
+    not_in,
+    parameter_groups,
+)
 
 __all__ = [
     "STATE",
@@ -47,6 +57,14 @@ __all__ = [
     "check_model",
     "check_name",
     "disabled",
+    "extra_loss",
+    "has_loss",
+    "has_parameter_groups",
+    "loss_terms",
+    "method_groups",
+    "method_modules",
+    "not_in",
+    "parameter_groups",
     "placements",
     "placements_for",
     "refuse_changed",

@@ -47,7 +47,6 @@ from peftcore.engine.trained import TrainedParameters, hold_of_last, tied_to, un
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_applied
 from peftcore.method import After, Model
-from peftcore.registry import registry
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -255,16 +254,6 @@ def remove(model: Model, adapter: str = "default") -> Model:
     if left:
         warnings.warn(f"remove left the following as it is: {in_words(left)}", stacklevel=3)
     return model
-
-
-def after_step(model: nn.Module, step: int, total_steps: int) -> None:
-    """Tell the methods of the active adapters that an optimizer step is done; trainers call this."""
-    state = require_state(model)
-    for name in state.active:
-        entry = state.applied[name]
-        method = registry.method(entry.method)
-        if method.after_step is not None:
-            method.after_step(dict(adapter_modules(model, name)), entry.config, step, total_steps)
 
 
 @alone("set what trains")

@@ -8,9 +8,6 @@ Hugging Face PEFT's format in place of the model; an adapter that is not named `
 folder of its name, as in PEFT. The file `complete.json`, written last, lists every other file with
 its size: a checkpoint without it, or whose files differ, was cut off.
 
-`optim="paged_adamw_8bit"` and the other names of `peftcore.optim.NAMES` mean the optimizers of that package, whose
-arguments stand in `optim_args` ("budget=256MB,directory=/data").
-
 Importing this module teaches `Trainer` (see `pretrained.py`). A model that `peftcore.shard` has
 sharded is trained as it is, with replicated adapters; of one that accelerate shards (FSDP2), the
 optimizer's state is saved by accelerate.
@@ -18,12 +15,10 @@ optimizer's state is saved by accelerate.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -36,10 +31,12 @@ from transformers import trainer as transformers_trainer
 from transformers.trainer import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from peftcore import checkpoint, engine, optim, ranks
+from peftcore import checkpoint, engine, ranks
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.integrations.pretrained import teach
 from peftcore.integrations.reference_model import reference_of, refuse_bypassed, refuse_wrapped, teach_trainers
+from peftcore.integrations.trainer_loss import add_extra_loss, logged
+from peftcore.integrations.trainer_optimizer import optimizer_of, with_groups
 from peftcore.parallel import check_ranks
 
 COMPLETE = "complete.json"
@@ -52,7 +49,8 @@ class AfterStep(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        engine.after_step(kwargs["model"], state.global_step + 1, state.max_steps)
+        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):  # by a scaler: gradients were not finite
+            engine.after_step(kwargs["model"], state.global_step + 1, state.max_steps)
 
 
 class TellsPaging(TrainerCallback):
@@ -67,35 +65,18 @@ class TellsPaging(TrainerCallback):
             print(f"optimizer state: {optimizer.paging()}", flush=True)
 
 
-def optimizer_of(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
-    """What `args.optim` and `args.optim_args` mean, if it is an optimizer of peftcore's, for a plain `Trainer`:
-    `Trainer(..., optimizer_cls_and_kwargs=optimizer_of(args))`.
-
-    Raises:
-        PeftcoreError: `optim_args` is not NAME=VALUE, separated by commas.
-    """
-    kind: Any = optim.NAMES.get(getattr(args.optim, "value", args.optim))
-    if kind is None:
-        return None
-    options: dict[str, Any] = {"lr": args.learning_rate}
-    if kind.rule != "lion":
-        options["eps"] = args.adam_epsilon
-    options["betas"] = (args.adam_beta1, args.adam_beta2)
-    for setting in re.findall(r"(?:[^,(]|\([^)]*\))+", args.optim_args or ""):
-        name, equals, text = setting.strip().partition("=")
-        if not equals:
-            raise PeftcoreError(f"optim_args: expected NAME=VALUE separated by commas, found '{setting}'")
-        try:
-            options[name.strip()] = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            options[name.strip()] = text.strip()
-    return kind, options
-
-
-def _create_optimizer(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    if trainer.optimizer is None and trainer.optimizer_cls_and_kwargs is None:
+def _create_optimizer(trainer: Trainer, own: Callable[..., Any], model: Any = None, **kwargs: Any) -> Any:
+    if trainer.optimizer is not None:
+        return own(model, **kwargs)
+    if trainer.optimizer_cls_and_kwargs is None:
         trainer.optimizer_cls_and_kwargs = optimizer_of(trainer.args)
-    return own(*args, **kwargs)
+    before = trainer.optimizer_cls_and_kwargs
+    if engine.has_parameter_groups(bare_model(trainer)):
+        trainer.optimizer_cls_and_kwargs = with_groups(trainer, bare_model(trainer), model)
+    try:
+        return own(model, **kwargs)
+    finally:
+        trainer.optimizer_cls_and_kwargs = before
 
 
 def bare_model(trainer: Trainer) -> nn.Module:
@@ -153,7 +134,14 @@ def _adapters_on_quantized(model: nn.Module) -> Iterator[None]:
 def _prepare_for_training(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not ranks.is_sharded(bare_model(trainer)):
         check_ranks(bare_model(trainer))  # DDP's own message names no adapter
+    add_extra_loss(trainer, bare_model(trainer))
     return own(*args, **kwargs)
+
+
+def _log(trainer: Trainer, own: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+    if "loss" in logs:
+        logs.update(logged(trainer))
+    return own(logs, *args, **kwargs)
 
 
 def _train(
@@ -359,6 +347,7 @@ def _teach_trainer() -> None:
         _load_from_checkpoint,
         _load_best_model,
         _create_model_card,
+        _log,
     ):
         name = ours.__name__ if hasattr(Trainer, ours.__name__) else ours.__name__[1:]
         teach(Trainer, name, ours, _model_of)

@@ -9,6 +9,7 @@ whole on every rank. Replicated adapters are the same on every rank, which their
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ from torch.autograd import Variable
 
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules, base_parameters
-from peftcore.engine import adapter_parameters, state_of
+from peftcore.engine import adapter_modules, adapter_parameters, state_of
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.method import Model
@@ -46,7 +47,8 @@ def shard(
     Args:
         mesh: a `DeviceMesh` of one dimension, or of two for replicas of shards; None: all ranks.
         adapters: `replicate` keeps them whole on every rank, as plain parameters that any optimizer takes and any
-            number of ranks resumes; `shard` divides them, too, where they are large.
+            number of ranks resumes; `shard` divides them, too, where they are large. What blocks share stays
+            whole.
         mixed_precision: a `torch.distributed.fsdp.MixedPrecisionPolicy`. 4-bit weights keep their bytes.
         offload: keep the shards in the host's memory (`CPUOffloadPolicy`).
         reshard_after_forward: give a block's whole weights back before the backward pass needs them again.
@@ -67,27 +69,33 @@ def shard(
     if state is not None and state.merged is not None:
         raise PeftcoreError("adapters are merged into the base. Shard after peftcore.unmerge, or a plain merged model")
     check_ranks(model)
-    trained = [p for name in (state.applied if state else ()) for _, p in adapter_parameters(model, name)]
+    names = list(state.applied) if state is not None else []
+    trained = list(dict.fromkeys(p for name in names for _, p in adapter_parameters(model, name)))
+    buffers = dict.fromkeys(
+        b for name in names for _, adapter in adapter_modules(model, name) for b in adapter.buffers()
+    )
+    between = _between_blocks(model)
     aside = list(_aside(model))
     if adapters == "shard" and isinstance(model, FSDPModule) and not all(map(ranks.is_part, trained)):
         raise PeftcoreError("the base is sharded already: adapters that come afterwards can only be replicated")
     whole = [p for p in trained if not ranks.is_part(p)]
-    for parameter in whole:
-        distributed.broadcast(parameter.detach(), src=0)
+    for tensor in (*whole, *buffers):
+        distributed.broadcast(tensor.detach(), src=0)
+    replicated = [p for p in whole if adapters == "replicate" or p in between]
     if not isinstance(model, FSDPModule):
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": mixed_precision or MixedPrecisionPolicy(),
             "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
             # What a trained parameter has replaced takes no part in any forward: to gather it would be idle work.
-            "ignored_params": {*aside, *(whole if adapters == "replicate" else ())},
+            "ignored_params": {*aside, *between, *replicated},
         }
         for block in blocks(model):
             fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
         fully_shard(model, **options)
-    if adapters == "replicate":
+    if replicated := [p for p in replicated if not hasattr(p, _AVERAGED)]:
         groups = [mesh.get_group(i) for i in range(mesh.ndim)] if mesh is not None else [distributed.group.WORLD]
-        _GradientMean([p for p in whole if not hasattr(p, _AVERAGED)], groups)
+        _GradientMean(replicated, groups)
     return model
 
 
@@ -118,6 +126,12 @@ def blocks(model: nn.Module) -> Iterator[nn.Module]:
         if isinstance(module, nn.ModuleList) and not any(path.startswith(f"{other}.") for other in outer):
             outer.append(path)
             yield from (block for block in module if any(True for _ in block.parameters()))
+
+
+def _between_blocks(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters that several blocks share, as adapters in them may: they stay whole, as `fully_shard` needs it."""
+    found = Counter(parameter for block in blocks(model) for parameter in block.parameters())
+    return {parameter for parameter, count in found.items() if count > 1}
 
 
 class _GradientMean:

@@ -116,17 +116,6 @@ def test_the_adapter_takes_the_mode_of_its_module() -> None:
     assert not any(module.training for module in model.modules())
 
 
-def test_after_step_reaches_the_method() -> None:
-    calls = []
-    method = tiny.method("stepping", after_step=lambda *args: calls.append(args))
-    with tiny.installed(method):
-        model = peftcore.apply(tiny.llama(), "stepping")
-        peftcore.after_step(model, 3, 10)
-    ((adapters, config, step, total),) = calls
-    assert [type(a) for a in adapters.values()] == [tiny.Scaled, tiny.Scaled]
-    assert (type(config), step, total) == (method.config_class, 3, 10)
-
-
 def test_two_cannot_train_one_parameter_at_a_time_but_in_turn() -> None:
     model = tiny.llama()
     base = tiny.logits(model)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 from transformers.utils.generic import can_return_loss, find_labels
 
 import peftcore
-from peftcore.integrations.transformers import latest_checkpoint, mark_complete, restore_adapters
+from peftcore.integrations.transformers import AfterStep, latest_checkpoint, mark_complete, restore_adapters
 
 
 class Rows(Dataset):
@@ -90,11 +90,27 @@ def test_methods_are_told_of_every_step_while_gradients_stand(tmp_path: Path) ->
     told = []
 
     def after_step(adapters: Any, config: Any, step: int, total: int) -> None:
-        told.append((step, total, all(adapter.gain.grad is not None for adapter in adapters)))
+        told.append((step, total, all(adapter.gain.grad is not None for adapter in adapters.values())))
 
     with tiny.installed(tiny.method("watched", after_step=after_step)):
         trainer(peftcore.apply(tiny.llama(), "watched"), tmp_path, gradient_accumulation_steps=2).train()
-    assert told == [(1, 4, True), (2, 4, True), (3, 4, True), (4, 4, True)]
+        assert told == [(1, 4, True), (2, 4, True), (3, 4, True), (4, 4, True)]
+        again = trainer(peftcore.apply(tiny.llama(), "watched"), tmp_path, gradient_accumulation_steps=2)
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert told[4:] == [(3, 4, True), (4, 4, True)]
+
+
+def test_a_step_that_a_scaler_skips_is_none(tmp_path: Path) -> None:
+    """Its gradients are not finite: a mean of them that a method keeps would not be from then on."""
+    told = []
+    with tiny.installed(tiny.method("watched", after_step=lambda *call: told.append(call[2]))):
+        found = trainer(peftcore.apply(tiny.llama(), "watched"), tmp_path)
+        skips = type("", (), {"step_was_skipped": True})()
+        for optimizer in (skips, None):
+            AfterStep().on_optimizer_step(
+                found.args, found.state, found.control, model=found.model, optimizer=optimizer
+            )
+    assert told == [1]
 
 
 def test_methods_are_told_of_every_step_of_a_model_that_the_trainer_makes(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -17,30 +18,23 @@ pytestmark = [
 ]
 
 
-def test_sft_trainer(tmp_path: Path) -> None:
+def sft_trainer(model: torch.nn.Module, folder: Path, **changes: Any) -> Any:
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    save_tokenizer(tmp_path / "tokenizer")
+    save_tokenizer(folder / "tokenizer")
     rows = Dataset.from_list([{"text": f"the film is {word} and the story {word}"} for word in WORDS])
+    settings = {"max_steps": 4, "save_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.05}
+    settings |= {"max_length": 16, "use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
+    arguments = SFTConfig(str(folder / "run"), dataloader_pin_memory=False, **{**settings, **changes})
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
 
-    def trainer(model: torch.nn.Module) -> SFTTrainer:
-        arguments = SFTConfig(
-            str(tmp_path / "run"),
-            max_steps=4,
-            save_steps=2,
-            per_device_train_batch_size=2,
-            learning_rate=0.05,
-            max_length=16,
-            use_cpu=True,
-            bf16=False,
-            report_to="none",
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-        return SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer)
+
+def test_sft_trainer(tmp_path: Path) -> None:
+    def trainer(model: torch.nn.Module) -> Any:
+        return sft_trainer(model, tmp_path)
 
     def model() -> torch.nn.Module:
         torch.manual_seed(0)
@@ -56,3 +50,22 @@ def test_sft_trainer(tmp_path: Path) -> None:
     pairs = list(zip(whole.parameters(), resumed.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
     assert "trl" in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_term_of_the_loss_and_groups_of_parameters(tmp_path: Path) -> None:
+    def only(adapters: Any, config: Any) -> torch.Tensor:
+        return torch.stack([adapter.gain for adapter in adapters.values()]).sum()
+
+    def still(adapters: Any, config: Any, lr: float, decay: float) -> list[dict[str, Any]]:
+        first, *_ = adapters.values()
+        return [{"params": [first.gain], "lr": 0.0}]
+
+    with tiny.installed(tiny.method("pulled", loss=only, parameter_groups=still)):
+        model = peftcore.apply(tiny.llama(), "pulled", value=1.0)
+        torch.nn.init.zeros_(model.lm_head.weight)  # the loss has no gradient
+        settings = {"optim": "sgd", "gradient_accumulation_steps": 3, "lr_scheduler_type": "constant"}
+        trained = sft_trainer(model, tmp_path, **settings, logging_steps=1, max_grad_norm=0.0, save_strategy="no")
+        trained.train()
+    history = [entry for entry in trained.state.log_history if "loss" in entry]
+    assert [entry["extra_loss/default"] for entry in history] == pytest.approx([2.0, 1.95, 1.9, 1.85])
+    assert [p.item() for p in model.parameters() if p.requires_grad] == [1.0, pytest.approx(0.8)]

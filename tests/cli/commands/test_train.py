@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from commands import Run, write_jsonl
 from safetensors.torch import load_file
@@ -252,6 +253,26 @@ def test_gradient_checkpointing_changes_no_value(run: Run, llama: Path, reviews:
     run(*arguments, "-o", plain)
     run(*arguments, "-o", checkpointed, "--gradient-checkpointing")
     assert result_of(plain)["after"]["loss"] == pytest.approx(result_of(checkpointed)["after"]["loss"], abs=1e-6)
+
+
+def test_what_a_method_says_to_training_is_heard(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    """Its term of the loss is shown and acts, and its groups are those of the optimizer."""
+
+    def pull(adapters: Any, config: Any) -> torch.Tensor:
+        return torch.stack([(adapter.gain - 3).square() for adapter in adapters.values()]).sum()
+
+    def still(adapters: Any, config: Any, lr: float, decay: float) -> list[dict[str, Any]]:
+        first, *_ = adapters.values()
+        return [{"params": [first.gain], "lr": 0.0}]
+
+    with tiny.installed(tiny.method("pulled", loss=pull, parameter_groups=still)):
+        arguments = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "pulled")
+        shown = run(
+            *arguments, "--set", "value=1.0", "--steps", 2, "--lr", "0.5", "--warmup", 0, "--grad-accum", 2
+        ).output
+        assert "extra loss 8.0000" in shown and "extra loss 6.2" in shown  # 4 + 4, and 4 + (1.5 - 3)²
+        gains = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert sorted(gain.item() for gain in gains.values()) == [1.0, pytest.approx(1.75, abs=0.05)]
 
 
 def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:

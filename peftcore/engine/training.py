@@ -1,0 +1,190 @@
+"""What the methods of the active adapters say to training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import ranks
+from peftcore.engine.state import Applied, applied, check_model, placements, require_state, state_of
+from peftcore.errors import PeftcoreError
+from peftcore.method import After, Around, Method, OnWeight
+from peftcore.registry import registry
+
+
+def method_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
+    """The modules that the method of `adapter` has placed and that are still there, each once.
+
+    They are by the path of their module, of an `OnWeight` by that and its parameter's name, of a prompt or prefix by
+    `""`; further ones by `#1`, `#2`, in the order in which they were placed.
+
+    Raises:
+        PeftcoreError: no such adapter is applied, or its method placed two at one path.
+    """
+    found: dict[str, nn.Module] = {}
+    prompts: list[nn.Module] = []
+    for placement in placements(model, adapter):
+        match placement:
+            case Around(path) | After(path):
+                pass
+            case OnWeight(path, name):
+                path = f"{path}.{name}" if path else name
+            case _:
+                prompts.append(placement.adapter)
+                continue
+        if path in found:
+            raise PeftcoreError(
+                f"{applied(model, adapter).method} has two adapters at '{path}'; make one module of them"
+            )
+        found[path] = placement.adapter
+    free = (key for key in ("", *(f"#{number}" for number in range(1, len(prompts) + 1))) if key not in found)
+    return found | dict(zip(free, prompts, strict=False))
+
+
+def after_step(model: nn.Module, step: int, total_steps: int) -> None:
+    """Tell the methods of the active adapters that an optimizer step is done; trainers call this.
+
+    Gradients still stand: it is called between `optimizer.step()` and `optimizer.zero_grad()`.
+
+    Args:
+        step: which one it was, from 1.
+        total_steps: how many there will be.
+
+    Raises:
+        PeftcoreError: no adapter is applied, or these are no such numbers.
+    """
+    require_state(model)
+    if not (isinstance(step, int) and isinstance(total_steps, int)) or step < 1:
+        raise PeftcoreError(f"after_step takes the number of the step, from 1, and how many there are, found {step!r}")
+    for name, entry, method in _training(model):
+        if method.after_step is not None:
+            method.after_step(method_modules(model, name), entry.config, step, total_steps)
+
+
+def extra_loss(model: nn.Module) -> Tensor:
+    """What the methods of the adapters that train add to the loss: a scalar, 0 where none adds anything.
+
+    In a loop of one's own it is added once for each optimizer step, or 1/n of it to the loss of each of n batches:
+
+        (model(**batch).loss + peftcore.extra_loss(model)).backward()
+
+    It is computed from the adapters as they are now, so call it anew each time, after the forward. `Trainer`, what is
+    made of it, and the command line add it by themselves. Collective where adapters are sharded.
+
+    Raises:
+        PeftcoreError: no adapter is applied, or a method's term is no scalar, or has no gradient.
+    """
+    terms = loss_terms(model)
+    if not terms:
+        return torch.zeros((), device=next((p.device for p in model.parameters() if p.requires_grad), "cpu"))
+    first, *others = terms.values()
+    for term in others:
+        first = first + term.to(first.device)
+    return first
+
+
+def loss_terms(model: nn.Module) -> dict[str, Tensor]:
+    """The terms that :func:`extra_loss` adds up, by the adapter's name. Where a method adds nothing there is none."""
+    terms = {}
+    for name, entry, method in _training(model):
+        if method.loss is None:
+            continue
+        modules = method_modules(model, name)
+        ranks.reshard(model)  # else whole parameters may stand in the slots, whose gradients nobody would collect
+        of_parts = any(ranks.is_part(p) for module in modules.values() for p in module.parameters())
+        of_modules = partial(method.loss, modules, entry.config)
+        term = ranks.of_whole(list(modules.values()), of_modules, method.name) if of_parts else of_modules()
+        if term is None:
+            continue
+        if not isinstance(term, Tensor) or term.dim() or not term.is_floating_point():
+            found = f"a tensor {list(term.shape)} of {term.dtype}" if isinstance(term, Tensor) else repr(term)
+            raise PeftcoreError(f"the loss of {method.name} is a scalar or None, found {found:.200}")
+        if torch.is_grad_enabled() and not term.requires_grad:
+            raise PeftcoreError(
+                f"the term that {method.name} adds to the loss has no gradient, so it would change nothing. Compute it "
+                "from the adapters' parameters, without detach() or .data; None means that there is no term"
+            )
+        terms[name] = term.float() if term.dtype.itemsize < 4 else term
+    return terms
+
+
+def has_loss(model: nn.Module) -> bool:
+    """Has the method of any adapter, active or not, a term for the loss?"""
+    return any(registry.method(entry.method).loss for entry in require_state(model).applied.values())
+
+
+def has_parameter_groups(model: nn.Module) -> bool:
+    """Has the method of an adapter that trains groups of its own?"""
+    return any(method.parameter_groups for _, _, method in _training(model))
+
+
+def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
+    """All that trains, for an optimizer: `AdamW(peftcore.parameter_groups(model, lr=2e-4, weight_decay=0.01))`.
+
+    The groups of the methods stand first. What no method names has `lr`, and `weight_decay` where it is a matrix:
+    vectors, such as biases, norms and scales, are not drawn to zero.
+
+    Raises:
+        PeftcoreError: two groups name one parameter, or one names what is no parameter of the model.
+    """
+    check_model(model)
+    groups = method_groups(model, lr, weight_decay)
+    rest = not_in(groups, model.named_parameters())
+    vectors = [p for p in rest.values() if _dimensions(p) < 2]
+    matrices = [p for p in rest.values() if _dimensions(p) >= 2]
+    groups += [{"params": matrices, "lr": lr, "weight_decay": weight_decay}] if matrices else []
+    groups += [{"params": vectors, "lr": lr, "weight_decay": 0.0}] if vectors else []
+    return groups
+
+
+def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups of the methods whose adapters train, each with `lr` and `weight_decay`; empty where none has any."""
+    if state_of(model) is None:
+        return []
+    there = {id(p): name for name, p in model.named_parameters()}
+    named: dict[int, str] = {}
+    groups: list[dict[str, Any]] = []
+    for adapter, entry, method in _training(model):
+        if method.parameter_groups is None:
+            continue
+        by = f"the parameter groups of {method.name} ('{adapter}')"
+        for group in method.parameter_groups(method_modules(model, adapter), entry.config, lr, weight_decay):
+            given = group["params"] if isinstance(group, dict) and "params" in group else None
+            given = [given] if isinstance(given, Tensor) else given
+            if not isinstance(given, Iterable):
+                raise PeftcoreError(f"{by} are dicts with 'params', found {group!r:.200}")
+            parameters = [each[1] if isinstance(each, tuple) else each for each in given]  # torch takes named ones, too
+            for parameter in parameters:
+                name = there.get(id(parameter))
+                if name is None:
+                    raise PeftcoreError(f"{by} name {type(parameter).__name__} that is no parameter of the model")
+                if id(parameter) in named:
+                    raise PeftcoreError(f"{by} name '{name}', which {named[id(parameter)]} name already")
+                named[id(parameter)] = by
+            trained = [p for p in parameters if p.requires_grad]
+            if trained:
+                groups.append({"lr": lr, "weight_decay": weight_decay, **group, "params": trained})
+    return groups
+
+
+def not_in(groups: Iterable[dict[str, Any]], parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
+    """Those of the `parameters` that are trained and that no group names, by name."""
+    named = {id(p) for group in groups for p in group["params"]}
+    return {name: p for name, p in parameters if p.requires_grad and id(p) not in named}
+
+
+def _training(model: nn.Module) -> Iterator[tuple[str, Applied, Method]]:
+    """(name, record, method) of the adapters that train now."""
+    state = require_state(model)
+    for name in state.active:
+        entry = state.applied[name]
+        if entry.trainable and state.merged is None:
+            yield name, entry, registry.method(entry.method)
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties its own

@@ -1,0 +1,93 @@
+"""What methods add to the loss, in transformers' `Trainer` and what is made of it.
+
+    accelerator.backward(loss)    of each of the n batches of a step adds 1/n of the terms to it
+
+Their gradients are thus scaled, averaged over the ranks and clipped as those of the loss. The log has their means as
+`extra_loss/<adapter>` beside `loss`, which is without them, as are evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from peftcore import engine
+from peftcore.errors import PeftcoreError
+
+
+class ExtraLoss(TrainerCallback):
+    """Of one trainer: adds the terms once to each batch of a step, and keeps their means for the log."""
+
+    def __init__(self, trainer: Any, model: nn.Module) -> None:
+        self.trainer = trainer
+        self.model = model
+        self.waits = True  # this batch has had none yet
+        self.added = 0
+        self.steps = 0
+        self.sums: dict[str, Tensor] = {}  # since the last log
+        accelerator = trainer.accelerator
+        self._own: Callable[..., Any] = getattr(accelerator.backward, "without_extra_loss", accelerator.backward)
+
+        def backward(loss: Tensor, **kwargs: Any) -> Any:
+            return self._own(self.with_terms(loss), **kwargs)
+
+        backward.without_extra_loss = self._own  # type: ignore[attr-defined]
+        accelerator.backward = backward
+
+    def with_terms(self, loss: Tensor) -> Tensor:
+        """The loss of a batch with its share of the terms, if it has not had it."""
+        if not self.waits:
+            return loss
+        self.waits = False
+        self.added += 1
+        share = 1 / self.trainer.current_gradient_accumulation_steps
+        for name, term in engine.loss_terms(self.model).items():
+            self.sums[name] = self.sums.get(name, 0.0) + share * term.detach()
+            loss = loss + share * self.trainer.accelerator.gradient_accumulation_steps * term.to(loss.device)
+        return loss
+
+    def means(self) -> dict[str, float]:
+        """Of each adapter's terms over the steps since it was last asked, by the name in the log."""
+        means = {f"extra_loss/{name}": total.item() / max(1, self.steps) for name, total in self.sums.items()}
+        self.steps, self.sums = 0, {}
+        return means
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.waits, self.added = True, 0
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.waits = True
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not self.added and (terms := engine.loss_terms(self.model)):
+            raise PeftcoreError(
+                f"{list(terms)} add a term to the loss, and training_step of {type(self.trainer).__name__} went past "
+                "it. Let it call self.accelerator.backward(loss) in place of loss.backward()"
+            )
+        self.steps += 1
+
+
+def add_extra_loss(trainer: Any, model: nn.Module) -> None:
+    """Let `trainer`, which is about to train `model`, add the terms of the methods that have any."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if isinstance(callback, ExtraLoss):
+            trainer.remove_callback(callback)
+    if engine.has_loss(model):
+        trainer.add_callback(ExtraLoss(trainer, model))
+
+
+def logged(trainer: Any) -> dict[str, float]:
+    """The means to log beside a training loss."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, ExtraLoss):
+            return callback.means()
+    return {}

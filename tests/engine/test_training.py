@@ -1,0 +1,154 @@
+"""What methods say to training: their modules, the end of a step, a term of the loss, groups of parameters."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.engine import adapter_modules, adapter_parameters, method_modules
+
+
+def test_modules_of_a_method_are_its_own_by_path(toys: None) -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    assert method_modules(model, "default") == dict(adapter_modules(model, "default"))
+    assert list(method_modules(model, "default")) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    other = copy.deepcopy(model)
+    assert method_modules(other, "default") == dict(adapter_modules(other, "default"))
+
+
+@pytest.mark.parametrize("method", ["soft", "prefix"])
+def test_a_prompt_is_the_methods_module_and_not_what_stands_around_the_backbone(method: str, toys: None) -> None:
+    model = peftcore.apply(tiny.llama(), method)
+    ((path, module),) = method_modules(model, "default").items()
+    assert path == "" and type(module) is tiny.Vectors
+    assert module.vectors is next(p for _, p in adapter_parameters(model, "default"))
+
+
+def test_a_prompt_beside_an_adapter_around_the_model_has_a_key_of_its_own() -> None:
+    def place(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
+        return [peftcore.SoftPrompt(tiny.Vectors(2, architecture.hidden_size)), peftcore.After("", nn.Identity())]
+
+    with tiny.installed(tiny.method("several", place)):
+        found = method_modules(peftcore.apply(tiny.llama(), "several"), "default")
+    assert {key: type(module) for key, module in found.items()} == {"": nn.Identity, "#1": tiny.Vectors}
+
+
+def test_after_step_is_given_the_modules_of_each_adapter_that_trains() -> None:
+    calls = []
+    method = tiny.method("stepping", after_step=lambda *args: calls.append(args))
+    with tiny.installed(method):
+        model = peftcore.apply(tiny.llama(), "stepping")
+        for name in ("rests", "frozen"):
+            peftcore.apply(model, "stepping", adapter=name)
+        peftcore.activate(model, ["default", "frozen"])
+        peftcore.engine.set_trainable(model, "frozen", False)
+        peftcore.after_step(model, 3, 10)
+        ((adapters, config, step, total),) = calls
+        assert adapters == method_modules(model, "default") and type(config) is method.config_class
+        assert (step, total) == (3, 10)
+        for wrong in (0, 1.0, None):
+            with pytest.raises(peftcore.PeftcoreError, match="from 1"):
+                peftcore.after_step(model, wrong, 10)
+
+
+def pull(adapters: Any, config: Any) -> Tensor | None:
+    """Draws the gains of `tiny.Scaled` to 3; no term where there is one only."""
+    gains = torch.stack([adapter.gain for adapter in adapters.values()])
+    return 10 * (gains - 3).square().sum() if len(gains) > 1 else None
+
+
+def apart(adapters: Any, config: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    first, *_ = adapters.values()
+    return [{"params": first.parameters(), "lr": 16 * lr}]
+
+
+def test_the_terms_of_adapters_that_train_are_added_up() -> None:
+    with tiny.installed(tiny.method("pulled", loss=pull), tiny.method("around")):
+        model = peftcore.apply(tiny.llama(), "pulled", value=1.0)
+        for name, value in (("second", 2.0), ("frozen", 0.0), ("rests", 0.0)):
+            peftcore.apply(model, "pulled", adapter=name, value=value)
+        peftcore.apply(model, "around", adapter="none")
+        peftcore.apply(model, "pulled", adapter="one", target_modules=("model.layers.0.self_attn.q_proj",))
+        peftcore.engine.set_trainable(model, "frozen", False)
+        peftcore.activate(model, ["second", "frozen", "default", "none", "one"])
+        assert {name: term.item() for name, term in peftcore.loss_terms(model).items()} == {"default": 80, "second": 20}
+        peftcore.extra_loss(model).backward()
+        gradients = {
+            name: [p.grad.item() for _, p in adapter_parameters(model, name) if p.grad is not None]
+            for name in ("default", "second", "frozen", "none", "one")
+        }
+        assert gradients == {"default": [-40.0] * 2, "second": [-20.0] * 2, "frozen": [], "none": [], "one": []}
+        with torch.no_grad():
+            assert peftcore.extra_loss(model) == 100
+
+
+def test_no_term_is_a_zero_that_can_be_added() -> None:
+    with tiny.installed(tiny.method("around"), tiny.method("pulled", loss=pull)):
+        model = peftcore.apply(tiny.llama(), "around")
+        assert peftcore.extra_loss(model) == 0 and peftcore.loss_terms(model) == {}
+        (model(tiny.TOKENS).logits.sum() + peftcore.extra_loss(model)).backward()
+        model = peftcore.merge(peftcore.apply(tiny.llama(), "pulled"))
+        assert peftcore.extra_loss(model) == 0  # merged adapters do not train
+
+
+@pytest.mark.parametrize(
+    ("loss", "match"),
+    [
+        (lambda adapters, config: torch.zeros(3), r"scalar or None, found a tensor \[3\]"),
+        (lambda adapters, config: 0.1, "scalar or None, found 0.1"),
+        (lambda adapters, config: pull(adapters, config).detach(), "has no gradient"),
+    ],
+)
+def test_a_term_that_is_none_is_refused(loss: Any, match: str) -> None:
+    with tiny.installed(tiny.method("pulled", loss=loss)):
+        model = peftcore.apply(tiny.llama(), "pulled")
+        with pytest.raises(peftcore.PeftcoreError, match=match):
+            peftcore.extra_loss(model)
+
+
+def test_all_that_trains_is_in_one_group() -> None:
+    methods = tiny.method("apart", parameter_groups=apart), tiny.method("train", tiny.PLACES["train"])
+    with tiny.installed(*methods):
+        model = peftcore.apply(tiny.llama(), "apart")
+        peftcore.apply(model, "train", adapter="base", names=("model.norm.weight", "lm_head.weight"))
+        groups = peftcore.parameter_groups(model, lr=0.1, weight_decay=0.01)
+        own = [p for _, p in adapter_parameters(model, "default")]
+        told = [(group["params"], group["lr"], group["weight_decay"]) for group in groups]
+        expected = [([own[0]], 1.6, 0.01), ([model.lm_head.weight], 0.1, 0.01)]
+        assert [(list(map(id, ps)), *rest) for ps, *rest in told[:2]] == [
+            ([id(p) for p in ps], *r) for ps, *r in expected
+        ]
+        assert {id(p) for p in told[2][0]} == {id(own[1]), id(model.model.norm.weight)} and told[2][1:] == (0.1, 0.0)
+        torch.optim.AdamW(groups)
+        peftcore.activate(model, ["base"])
+        assert len(peftcore.parameter_groups(model, lr=0.1)) == 2
+
+
+def test_groups_of_a_model_without_adapters_are_all_that_trains() -> None:
+    groups = peftcore.parameter_groups(tiny.llama(), lr=0.1, weight_decay=0.5)
+    assert [group["weight_decay"] for group in groups] == [0.5, 0]
+    assert sum(len(group["params"]) for group in groups) == len(list(tiny.llama().parameters()))
+
+
+@pytest.mark.parametrize(
+    ("groups", "match"),
+    [
+        (
+            lambda adapters, *_: [{"params": [a.gain]} for a in [*adapters.values()] * 2],
+            "name 'model.*which .* already",
+        ),
+        (lambda adapters, *_: [{"params": [nn.Parameter(torch.ones(1))]}], "no parameter of the model"),
+        (lambda adapters, *_: [[a.gain for a in adapters.values()]], "dicts with 'params'"),
+    ],
+)
+def test_wrong_groups_are_refused(groups: Any, match: str) -> None:
+    with tiny.installed(tiny.method("grouped", parameter_groups=groups)):
+        model = peftcore.apply(tiny.llama(), "grouped")
+        with pytest.raises(peftcore.PeftcoreError, match=f"groups of grouped .'default'.*{match}"):
+            peftcore.parameter_groups(model, lr=0.1)

@@ -1,0 +1,83 @@
+"""What ranks do with adapters that share a module, and with terms of the loss. Their processes import it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import rank_work
+import tiny
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import ranks
+from peftcore.engine import adapter_modules
+
+
+def pull(adapters: Any, config: Any) -> Tensor:
+    """Draws what is trained to values of its own, in a way that takes the whole of it."""
+    banks = {id(each.bank): each.bank for each in adapters.values()}
+    terms = [(bank.trained @ bank.trained.T - torch.eye(2)).square().sum() for bank in banks.values()]
+    return torch.stack([*terms, *((a.gate - 3).square().sum() for a in adapters.values())]).sum()
+
+
+def follow(adapters: Any, config: Any) -> Tensor:
+    return torch.stack([each.seen for each in adapters.values()]).sum()
+
+
+class Seeing(tiny.Banked):
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        y = super().forward(base, x)
+        self.seen = y.square().mean()
+        return y
+
+
+def place_seeing(*arguments: Any) -> list[Any]:
+    placements = tiny.PLACES["shared"](*arguments)
+    return [peftcore.Around(p.path, Seeing(p.adapter.bank)) for p in placements]
+
+
+def adapted(method: str) -> nn.Module:
+    found = rank_work.model()
+    torch.manual_seed(1)
+    return peftcore.apply(found, method).train()
+
+
+def against_one_process(method: str, how: str) -> tuple[float, ...] | str:
+    """Largest difference of a gradient and of a value after each of two steps, from one process on the whole batch."""
+    alone, spread = adapted(method), adapted(method)
+    bare = spread
+    if ranks.rank() == 1:  # which draws other values
+        for _, adapter in adapter_modules(bare, "default"):
+            adapter.bank.drawn.zero_()
+    match how.split():
+        case ["ddp"]:
+            spread = nn.parallel.DistributedDataParallel(spread)
+        case [adapters, *keeping]:
+            peftcore.shard(spread, adapters=adapters, reshard_after_forward=not keeping)
+    found = []
+    for _ in range(2):
+        (rank_work.loss(alone, rank_work.TOKENS) + peftcore.extra_loss(alone)).backward()
+        value = rank_work.loss(spread, rank_work.mine())
+        try:
+            (value + peftcore.extra_loss(bare)).backward()
+        except peftcore.PeftcoreError as error:
+            return str(error)
+        found.append(rank_work.farthest(rank_work.values(bare, "grad"), rank_work.values(alone, "grad")))
+        for trained in (alone, bare):
+            torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.05, foreach=False).step()
+            trained.zero_grad()
+        found.append(rank_work.farthest(rank_work.values(bare), rank_work.values(alone)))
+    return tuple(found)
+
+
+def all_against_one_process() -> dict[str, tuple[float, ...] | str]:
+    warnings.simplefilter("ignore")
+    seeing = tiny.method("seeing", place_seeing, loss=follow)
+    with tiny.installed(tiny.method("shared", tiny.PLACES["shared"], loss=pull), seeing):
+        return {
+            f"{method}, {how}": against_one_process(method, how)
+            for method in ("shared", "seeing")
+            for how in ("ddp", "replicate", "replicate keeping", "shard", "shard keeping")
+        }
