@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.architecture import Architecture as Architecture
     from peftcore.checkpoint import load as load
     from peftcore.checkpoint import save as save
+    from peftcore.composing.combining import combine as combine
     from peftcore.engine import activate as activate
     from peftcore.engine import after_step as after_step
     from peftcore.engine import apply as apply
@@ -30,6 +31,7 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.engine import parameter_groups as parameter_groups
     from peftcore.engine import remove as remove
     from peftcore.engine.calling import call_arguments as call_arguments
+    from peftcore.engine.scaling import scale as scale
     from peftcore.engine.summary import plan as plan
     from peftcore.engine.summary import summary as summary
     from peftcore.errors import CheckpointError as CheckpointError
@@ -41,6 +43,7 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.merging.merge import unmerge as unmerge
     from peftcore.method import After as After
     from peftcore.method import Around as Around
+    from peftcore.method import Factors as Factors
     from peftcore.method import ForeignFormat as ForeignFormat
     from peftcore.method import Method as Method
     from peftcore.method import OnWeight as OnWeight

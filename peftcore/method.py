@@ -20,6 +20,13 @@ class Around:
     dense weight as adapters inside change it. An adapter with `merged(weight, bias) -> (weight, bias)` can be merged: a
     pure function of float32 tensors in the layout of :class:`WeightFormat`, the bias None where the module has none.
 
+    For `combine`, `scale`, `convert` and `swap` it may also have, each without the others:
+
+        factors() -> [Factors]    the thin products that `merged` adds to the weight, where it does nothing else
+        neutral() -> {name: t}    for each of its tensors the value at which it changes nothing, where the change is
+                                  linear in them: change(t0 + w (t - t0)) = w · change(t)
+        multiplier = 1.0          by which its forward and `merged` multiply the change, see `StateRules.scaled`
+
     Args:
         branches: names of other adapters of the module that this one combines. `base.branch(name)(*args, **kwargs)`
             runs one of them, alone, around the module; they do not act by themselves.
@@ -28,6 +35,23 @@ class Around:
     path: str
     adapter: nn.Module
     branches: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Factors:
+    """A change of a weight that is a thin product: scale · `b.flatten(1) @ a.flatten(1)`.
+
+    Of several, for weights that one module holds, the products stand one below the other.
+
+    Args:
+        a: `[r, ...]`. b: `[out, r, ...]`. Parameters of the adapter, which may be filled, or computed from such.
+        transposed: the weight's change is the product transposed, as that of an embedding, `[vocabulary, dim]`.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    transposed: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,6 +189,8 @@ class StateRules:
             `save` warns of them.
         refused: (model, tensors on disk, fields on disk) -> why the method cannot compute what the writer of a file did
             that was not written here, or None.
+        scaled: (config, factor) -> config of an adapter with the same tensors and `factor` times the change, for
+            methods whose adapters have a `multiplier`: what others read of one that `peftcore.scale` has scaled.
     """
 
     peft_type: str
@@ -182,6 +208,7 @@ class StateRules:
     foreign: Sequence[ForeignFormat] = ()
     unreadable: Callable[[nn.Module, Sequence[str]], Sequence[str]] = lambda _model, _paths: ()
     refused: Callable[[nn.Module, Mapping[str, Tensor], Mapping[str, Any]], str | None] = lambda *_: None
+    scaled: Callable[[Any, float], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -211,6 +238,8 @@ class Method:
             checked: it may change how weights are stored, and no module's path. `remove` does not undo it.
         recorded_as: (config) -> config of another method, for one that only prepares the base: the adapter is then
             the other's in every respect, on disk too, and `state` is not asked.
+        low_rank: (model, config or None, {path: rank}) -> config of adapters at these modules and no other, each with
+            :class:`Factors` of this rank; the rest is as `config` has it. `combine` and `convert` make such adapters.
         learning_rate: of AdamW, with which training starts where nobody says another.
     """
 
@@ -224,6 +253,7 @@ class Method:
     parameter_groups: Callable[[AdapterModules, Any, float, float], list[dict[str, Any]]] | None = None
     prepare: Callable[[nn.Module, Any], None] | None = None
     recorded_as: Callable[[Any], Any] | None = None
+    low_rank: Callable[[nn.Module, Any, Mapping[str, int]], Any] | None = None
     learning_rate: float = 2e-4
 
 

@@ -19,7 +19,7 @@ ORDER = [
     {"engine"},
     {"checkpoint", "quantization"},
     {"merging", "parallel"},
-    {"testing", "integrations"},
+    {"composing", "testing", "integrations"},
     {"cli"},
     {"__main__"},
 ]

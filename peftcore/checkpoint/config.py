@@ -11,6 +11,7 @@ from torch import nn
 
 from peftcore import engine, targets
 from peftcore.checkpoint import peft_reads
+from peftcore.engine.scaling import scaled_config
 from peftcore.engine.trained import TrainedParameters
 from peftcore.method import Method, PrefixKV, SoftPrompt
 from peftcore.observation import detect
@@ -23,7 +24,7 @@ def fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[di
     Of the latter only what is not the default. Where PEFT cannot read the file, a warning says so.
     """
     # asdict makes lists of tuples only at the encoder; JSON has no sets, tuples or dtypes.
-    fields = method.state.write_config(dataclasses.asdict(engine.applied(model, adapter).config))
+    fields = method.state.write_config(dataclasses.asdict(scaled_config(model, adapter)))
     if "ensure_weight_tying" in fields:
         fields["ensure_weight_tying"] = _is_tied_by_peft(model, adapter)
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None

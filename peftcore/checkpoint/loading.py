@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from peftcore import adapter_files, engine
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.adapter_files import CONFIG, TENSORS
 from peftcore.checkpoint.fingerprint import difference
+from peftcore.checkpoint.multiplier import multiplier_in, without
 from peftcore.checkpoint.reading import (
     adapter_folder,
     read,
@@ -22,6 +23,7 @@ from peftcore.checkpoint.reading import (
     ties_partly,
 )
 from peftcore.checkpoint.tensors import fill, is_tied_in
+from peftcore.engine.scaling import set_multiplier
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.method import Method, Model, Train
@@ -87,21 +89,33 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
     method, _, tensors, metadata = read(folder, model, applied=entry.method)
     if method.name != entry.method:
         raise CheckpointError(f"'{folder}' holds {method.name}, the adapter '{adapter}' is {entry.method}")
+    multiplier = multiplier_in(metadata)
     fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
+    set_multiplier(model, adapter, multiplier)
 
 
 def _load(
     model: nn.Module, folder: Path, content: Any, adapter: str, dtype: torch.dtype | None, check_base: bool
 ) -> None:
     method, config, tensors, metadata = content
-    if check_base and "peftcore_base" in metadata:
-        why = difference(base_tensors(model), metadata["peftcore_base"])
-        if why:
-            raise CheckpointError(
-                f"'{folder}' was trained on another base: {why}. If each load of the base draws that anew (a head, "
-                "new rows of a vocabulary), have its module trained along: modules_to_save. "
-                "To load it all the same: peftcore.load(..., check_base=False)"
-            )
+    config, multiplier = without(method, config, metadata)
+    if check_base:
+        refuse_other_base(model, folder, metadata, "peftcore.load(...")
+    config = config_on(model, method, config, tensors, metadata)
+    _check_fits(model, method, config, tensors, folder)
+    engine.apply(model, config, adapter=adapter, dtype=dtype)
+    try:
+        fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
+        set_multiplier(model, adapter, multiplier)
+    except BaseException:
+        engine.remove(model, adapter)
+        raise
+
+
+def config_on(
+    model: nn.Module, method: Method, config: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Any:
+    """A file's config, of modules that are in `model` alone, with the heads that its tensors bring."""
     changes: dict[str, Any] = {
         name: drop_unmatched(model, value)
         for name in ("target_modules", "modules_to_save", "exclude_modules")
@@ -113,14 +127,18 @@ def _load(
     saved = changes.get("modules_to_save")
     if saved and getattr(config, "ensure_weight_tying", False) and "peftcore_version" not in metadata:
         changes["ensure_weight_tying"] = is_tied_in(model, method, saved, tensors)  # PEFT ties by names, and not always
-    config = dataclasses.replace(config, **changes)
-    _check_fits(model, method, config, tensors, folder)
-    engine.apply(model, config, adapter=adapter, dtype=dtype)
-    try:
-        fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
-    except BaseException:
-        engine.remove(model, adapter)
-        raise
+    return dataclasses.replace(config, **changes)
+
+
+def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], call: str) -> None:
+    """Raise a CheckpointError if the file's fingerprint is of another base. `call`: what would take it all the same."""
+    why = difference(base_tensors(model), metadata["peftcore_base"]) if "peftcore_base" in metadata else None
+    if why:
+        raise CheckpointError(
+            f"'{folder}' was trained on another base: {why}. If each load of the base draws that anew (a head, "
+            "new rows of a vocabulary), have its module trained along: modules_to_save. "
+            f"To load it all the same: {call}, check_base=False)"
+        )
 
 
 def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
@@ -140,7 +158,7 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
         )
 
 
-def _unnamed_heads(model: nn.Module, method: Method, saved: Sequence[str], tensors: dict[str, Tensor]) -> list[str]:
+def _unnamed_heads(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
     """Heads that the file holds and its config does not name: for PEFT 'classifier' means 'pre_classifier', too."""
 
     def in_file(path: str) -> bool:

@@ -15,6 +15,7 @@ from peftcore import adapter_files, engine, ranks
 from peftcore.adapter_files import Content
 from peftcore.checkpoint.config import fields_of_config
 from peftcore.checkpoint.fingerprint import fingerprint
+from peftcore.checkpoint.multiplier import in_metadata
 from peftcore.checkpoint.reading import METHOD, OWN_FIELDS, TIED, TOGETHER, name_inside
 from peftcore.checkpoint.tensors import kept_on_disk, name_of_base, tensors_on_disk
 from peftcore.engine.trained import base_tensors
@@ -101,6 +102,7 @@ def _content(
     about = {"peftcore_version": peftcore.__version__, "peftcore_base": fingerprint(base, _important(model, base))}
     about[METHOD] = method.name
     about[TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
+    about |= in_metadata(model, adapter)
     fields, own_fields = fields_of_config(model, method, adapter)
     if own_fields:
         about[OWN_FIELDS] = json.dumps(own_fields, allow_nan=False)

@@ -162,7 +162,7 @@ def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
     return rules.tensor_name(Train((name,), saved or name not in entry.trained), on_disk)
 
 
-def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: dict[str, Tensor]) -> bool:
+def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
     """Does a file hold what is tied to the modules `saved` too, with the same values?"""
     names = targets.trained_modules(model, saved).names
     base = base_tensors(model)

@@ -29,6 +29,7 @@ class Applied:
         placements: what the method placed, by the path of the module that carries it; a prompt has several modules, and
             several changes of parameters may stand on one.
         trained: parameters of the base, by name.
+        multiplier: of its change, as `peftcore.scale` sets it.
     """
 
     method: str
@@ -37,6 +38,7 @@ class Applied:
     trained: tuple[str, ...] = ()
     trainable: bool = True
     facts: dict[str, Facts] = field(default_factory=dict)  # of the modules where it stands, as they were
+    multiplier: float = 1.0
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def merged_layers(
         kinds = {p.device.type for p in module._parameters.values() if p is not None} - {"meta"}
         with torch.no_grad(), torch.autocast(min(kinds, default="cpu"), enabled=False):
             chosen = find_weight_format(module)
-            worked = _worked(path, module, acting, chosen)
+            worked = worked_in(path, module, acting, chosen)
             if chosen is not None and chosen.decode is not None and "weight" in worked.changed:
                 layer = _packed(path, module, worked, chosen, dtype)
             else:
@@ -122,7 +122,7 @@ def merged_layers(
         yield layer
 
 
-def _worked(path: str, module: nn.Module, names: list[str], chosen: WeightFormat | None) -> Worked:
+def worked_in(path: str, module: nn.Module, names: list[str], chosen: WeightFormat | None) -> Worked:
     """The adapters `names` of a module, worked into a copy of it. Its own tensors are left alone."""
     adapters = {name: cast(Any, adapters_at(module)[name]) for name in names}
     base = evaluated(module)
@@ -239,6 +239,6 @@ def changes_nothing(model: nn.Module, adapter: str) -> bool:
             return False
         adapted = model.get_submodule(path)
         with torch.no_grad():
-            if _worked(path, adapted, [adapter], find_weight_format(adapted)).differs():
+            if worked_in(path, adapted, [adapter], find_weight_format(adapted)).differs():
                 return False
     return True

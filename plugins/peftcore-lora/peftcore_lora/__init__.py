@@ -21,7 +21,7 @@ Trained: r · (in + out) numbers instead of in · out. `merged` adds scale · B 
 from __future__ import annotations
 
 import peftcore
-from peftcore_lora.config import LoraConfig
+from peftcore_lora.config import LoraConfig, of_ranks
 from peftcore_lora.files import RULES
 from peftcore_lora.placing import place
 
@@ -30,4 +30,4 @@ __all__ = ["LoraConfig", "peftcore_methods"]
 
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
-    return [peftcore.Method("lora", LoraConfig, place, RULES)]
+    return [peftcore.Method("lora", LoraConfig, place, RULES, low_rank=of_ranks)]

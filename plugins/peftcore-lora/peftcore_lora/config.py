@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -61,6 +61,29 @@ class LoraConfig:
         if self.target_modules == targets.ALL_LINEAR:
             config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
         return replace(config, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
+
+
+def of_ranks(model: nn.Module, config: LoraConfig | None, ranks: Mapping[str, int]) -> LoraConfig:
+    """Adapters of these ranks at these modules and nowhere else, each with the scale 1, and as much dropout."""
+    r = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {path: rank for path, rank in ranks.items() if rank != r}
+    # As a suffix a path may be that of another module, too; with ^ it is not.
+    pattern = {f"^{path}$" if any(p.endswith(f".{path}") for p in ranks) else path: n for path, n in others.items()}
+    return LoraConfig(
+        r=r,
+        lora_alpha=r,
+        lora_dropout=0.0 if config is None else config.lora_dropout,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=targets.minimal_suffixes(model, ranks),
+        modules_to_save=(),
+    )
+
+
+def scaled(config: LoraConfig, factor: float) -> LoraConfig:
+    """The config with `factor` times the scale."""
+    alphas = {path: factor * alpha for path, alpha in config.alpha_pattern.items()}
+    return replace(config, lora_alpha=factor * config.lora_alpha, alpha_pattern=alphas)
 
 
 def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:

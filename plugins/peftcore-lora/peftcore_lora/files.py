@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import peftcore
+from peftcore_lora.config import scaled
 from peftcore_lora.layer_facts import Convolution, adds_to_product, is_undilated
 from peftcore_lora.layers import LoraEmbedding
 
@@ -91,4 +92,5 @@ RULES = peftcore.StateRules(
     read_tensors=read_tensors,
     unreadable=unreadable,
     refused=refused,
+    scaled=scaled,
 )

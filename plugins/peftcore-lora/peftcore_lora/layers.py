@@ -21,13 +21,15 @@ CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F
 class Lora(nn.Module):
     """What the kinds of layer share: two factors, their scale, their dropout. Subclasses say how B A acts."""
 
+    multiplier = 1.0  # what `peftcore.scale` sets
+
     def __init__(
         self, config: LoraConfig, path: str, a_shape: Sequence[int], b_shape: Sequence[int], groups: int = 1
     ) -> None:
         super().__init__()
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
-        self.scale = alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.full_scale = alpha / (math.sqrt(r) if config.use_rslora else r)
         self.dropout = nn.Dropout(config.lora_dropout)  # a module: trainers find those, to switch dropout off
         self.lora_A = nn.Parameter(torch.empty(r, *a_shape))
         self.lora_B = nn.Parameter(torch.zeros(b_shape[0], r // groups, *b_shape[1:]))
@@ -43,6 +45,13 @@ class Lora(nn.Module):
 
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[0]}, scale={self.scale:g}"
+
+    @property
+    def scale(self) -> float:
+        return self.full_scale * self.multiplier
+
+    def factors(self) -> list[peftcore.Factors]:
+        return [peftcore.Factors(self.lora_A, self.lora_B, self.scale)]
 
     def delta(self) -> Tensor:
         """scale · B A in the layout of the layer's weight, fp32."""
@@ -141,6 +150,9 @@ class LoraEmbedding(Lora):
     def delta(self) -> Tensor:
         return super().delta().T  # [vocabulary, dim]
 
+    def factors(self) -> list[peftcore.Factors]:
+        return [peftcore.Factors(self.lora_A, self.lora_B, self.scale, transposed=True)]
+
 
 class OnWeight(Lora):
     """For layers that do more than their product: their own forward, which reads W + scale · B A. Without dropout."""
@@ -175,11 +187,14 @@ class LoraAttention(OnWeight):
     def __init__(self, config: LoraConfig, path: str, width: int) -> None:
         super().__init__(config, path, [width], [3 * width])
         self.out_proj = OnWeight(config, path, [width], [width])
-        self.out_proj.scale *= 2
+        self.out_proj.full_scale *= 2
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         changes = {"in_proj_weight": self.changed, "out_proj.weight": self.out_proj.changed}
         return base.on_weights(changes)(*args, **kwargs)
+
+    def factors(self) -> list[peftcore.Factors]:
+        return [*super().factors(), *self.out_proj.factors()]
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + torch.cat([self.delta(), self.out_proj.delta()]), bias  # [4 E, E]

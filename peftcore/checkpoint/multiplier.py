@@ -1,0 +1,68 @@
+"""An adapter that `scale` has scaled, on disk: its config is that of the scaled one, which anyone reads, and the file's
+metadata has the factor and the fields that were there without it, from which `load` gives back both.
+
+    {"multiplier": 0.5, "fields": {name: value without the factor}}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from torch import nn
+
+from peftcore import engine
+from peftcore.engine.scaling import scaled_config
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.method import Method
+
+MULTIPLIER = "peftcore_multiplier"
+
+
+def in_metadata(model: nn.Module, adapter: str) -> dict[str, str]:
+    """What the metadata say of an applied adapter's factor; nothing where it is 1."""
+    entry = engine.applied(model, adapter)
+    if entry.multiplier == 1.0:
+        return {}
+    own, scaled = entry.config, scaled_config(model, adapter)
+    names = [f.name for f in dataclasses.fields(own) if getattr(own, f.name) != getattr(scaled, f.name)]
+    fields = {name: getattr(own, name) for name in names}
+    return {MULTIPLIER: json.dumps({"multiplier": entry.multiplier, "fields": fields})}
+
+
+def multiplier_in(metadata: dict[str, str]) -> float:
+    """The factor that metadata tell of, else 1.
+
+    Raises:
+        CheckpointError: it is no number.
+    """
+    return _parsed(metadata)[0]
+
+
+def without(method: Method, config: Any, metadata: dict[str, str]) -> tuple[Any, float]:
+    """(config without the factor, the factor), or the config as it is and 1 where it was changed since."""
+    multiplier, fields = _parsed(metadata)
+    if multiplier == 1.0 or method.state.scaled is None:
+        return config, 1.0
+    try:
+        own = dataclasses.replace(config, **fields)
+        scaled = method.state.scaled(own, multiplier)
+    except (TypeError, PeftcoreError) as error:
+        raise CheckpointError(f"the adapter's factor ({MULTIPLIER}) cannot be read: {error}") from error
+    as_it_was = all(getattr(scaled, name) == getattr(config, name) for name in fields)
+    return (own, multiplier) if as_it_was else (config, 1.0)
+
+
+def _parsed(metadata: dict[str, str]) -> tuple[float, dict[str, Any]]:
+    if MULTIPLIER not in metadata:
+        return 1.0, {}
+    try:
+        record = json.loads(metadata[MULTIPLIER])
+        multiplier, fields = float(record["multiplier"]), dict(record["fields"])
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"the adapter's factor ({MULTIPLIER}) cannot be read: {error!r}") from error
+    if not math.isfinite(multiplier):
+        raise CheckpointError(f"the adapter's factor ({MULTIPLIER}) is {multiplier}")
+    return multiplier, fields

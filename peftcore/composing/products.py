@@ -1,0 +1,52 @@
+"""Thin products B A: that of a given rank which is nearest to a matrix, or to another product (Eckart, Young 1936).
+
+kept = |B A| / |M|      (Frobenius), so |M - B A| / |M| = sqrt(1 - kept²)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftcore.method import Factors
+
+ENOUGH = 0.99  # of a change, where no rank is asked for
+
+
+class Product(NamedTuple):
+    """B `[out, r]`, A `[r, in]`, and the share of what was asked for that they keep."""
+
+    b: Tensor
+    a: Tensor
+    kept: float
+
+
+def dense(factors: Factors) -> Tensor:
+    """The product with its scale, `[out, in]`, fp32."""
+    return (factors.scale * factors.b.detach().flatten(1).float()) @ factors.a.detach().flatten(1).float()
+
+
+def of_matrix(matrix: Tensor, r: int | None) -> Product:
+    """The nearest product of rank `r` to an fp32 matrix `[out, in]`; None: of the smallest rank that keeps `ENOUGH`."""
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    return _cut(u, s, v, r)
+
+
+def of_product(b: Tensor, a: Tensor, r: int | None) -> Product:
+    """The same of b `[out, R]` · a `[R, in]`, fp32, without the matrix itself."""
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    return _cut(q_b @ u, s, v @ q_a.T, r)
+
+
+def _cut(u: Tensor, s: Tensor, v: Tensor, r: int | None) -> Product:
+    energy = s.double().square().cumsum(0)
+    if r is None:
+        r = int(torch.searchsorted(energy, ENOUGH**2 * energy[-1]).item()) + 1
+    r = min(r, len(s))
+    root = s[:r].sqrt()
+    kept = (energy[r - 1] / energy[-1]).sqrt().item() if energy[-1] else 1.0
+    return Product(u[:, :r] * root, root[:, None] * v[:r], kept)

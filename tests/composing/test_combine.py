@@ -1,0 +1,348 @@
+"""Adapters made of adapters: what PEFT's `add_weighted_adapter` computes, sums that are exact, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from beside_peft import quiet
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.composing.arithmetic import Pruning, pruned_sum
+from peftcore.engine import adapter_modules, adapter_parameters
+from peftcore.testing import disturb
+
+
+def qwen2() -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=96, intermediate_size=48, **sizes)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+class Images(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 6, 1)
+        self.head = nn.Linear(96, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.two(torch.relu(self.one(x))).flatten(1))
+
+
+def output(model: nn.Module) -> Tensor:
+    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
+    with torch.no_grad():
+        return model(tiny.IMAGES) if isinstance(inner, Images) else quiet(model, **tiny.inputs(inner)).logits
+
+
+LLAMA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+# Two adapters of equal ranks, on modules that are not all the same.
+EQUAL: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "llama": (tiny.llama, {**LLAMA, "lora_alpha": 16}, {"r": 4, "target_modules": ["v_proj", "down_proj"]}),
+    # Not the first: PEFT's sum takes its use_rslora, and is then sqrt(r) times as large as it means.
+    "rslora": (tiny.llama, {**LLAMA, "alpha_pattern": {"layers.1.*q_proj": 3}}, {**LLAMA, "use_rslora": True}),
+    "qwen2": (qwen2, LLAMA, {**LLAMA, "lora_alpha": 2}),
+    "gpt2": (tiny.gpt2, {"r": 4, "target_modules": ["c_attn", "c_fc"]}, {"r": 4, "target_modules": ["c_attn"]}),
+    "embedding": (
+        tiny.llama,
+        {"r": 4, "target_modules": ["embed_tokens"]},
+        {"r": 4, "target_modules": ["embed_tokens"]},
+    ),
+    "conv": (Images, {"r": 2, "target_modules": ["one", "two"]}, {"r": 2, "target_modules": ["one", "head"]}),
+}
+RANKS: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
+    "ranks": (tiny.llama, {**LLAMA, "lora_alpha": 16}, {"r": 2, "target_modules": ["v_proj", "up_proj"]}),
+    "patterns": (tiny.llama, {**LLAMA, "rank_pattern": {"layers.0.self_attn.v_proj": 7}}, {**LLAMA, "r": 3}),
+    "conv": (Images, {"r": 2, "target_modules": ["one", "two"]}, {"r": 5, "target_modules": ["one", "head"]}),
+}
+
+
+def both(case: tuple[Any, dict[str, Any], dict[str, Any]], folder: Path) -> tuple[nn.Module, nn.Module]:
+    """Adapters `a` and `b`, with the same values, on a model of ours and on one of PEFT's."""
+    make, *fields = case
+    theirs: Any = None
+    for name, each in zip("ab", fields, strict=True):
+        config = peft.LoraConfig(init_lora_weights=False, **each)
+        if theirs is None:
+            theirs = quiet(peft.get_peft_model, make(), config, adapter_name=name)
+        else:
+            quiet(theirs.add_adapter, name, config)
+    quiet(theirs.eval().save_pretrained, folder)
+    ours = make()
+    for name in "ab":
+        quiet(peftcore.load, ours, folder / name, adapter=name)
+    return ours, theirs
+
+
+def compare(ours: nn.Module, theirs: nn.Module, folder: Path, weights: list[float], method: str, **fields: Any) -> None:
+    """The same output of both, and of what PEFT loads from our file."""
+    theirs_too = {"svd_rank" if key == "r" else key: value for key, value in fields.items()}
+    quiet(theirs.add_weighted_adapter, ["a", "b"], weights, "c", combination_type=method, **theirs_too)
+    theirs.set_adapter("c")
+    assert peftcore.combine(ours, ["a", "b"], weights=weights, method=method, name="c", **fields) is ours
+    peftcore.activate(ours, "c")
+    wanted = output(theirs)
+    torch.testing.assert_close(output(ours), wanted, rtol=0, atol=1e-5)
+    quiet(peftcore.save, ours, folder, adapter="c")
+    quiet(theirs.load_adapter, folder, adapter_name="read")
+    theirs.set_adapter("read")
+    torch.testing.assert_close(output(theirs), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", [[0.7, -0.4], [1.0, 1.0]], ids=str)
+@pytest.mark.parametrize("kind", list(EQUAL))
+def test_linear_is_that_of_peft(kind: str, weights: list[float], tmp_path: Path) -> None:
+    ours, theirs = both(EQUAL[kind], tmp_path)
+    compare(ours, theirs, tmp_path / "c", weights, "linear")
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+@pytest.mark.parametrize("kind", list(RANKS))
+def test_adapters_of_other_ranks_are_those_of_peft(kind: str, method: str, tmp_path: Path) -> None:
+    ours, theirs = both(RANKS[kind], tmp_path)
+    compare(ours, theirs, tmp_path / "c", [0.7, -0.4], method)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "embedding"])
+@pytest.mark.parametrize("fields", [{"method": "cat"}, {"method": "svd", "r": 3}], ids=lambda f: f["method"])
+def test_layouts_are_those_of_peft(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    ours, theirs = both(EQUAL[kind], tmp_path)
+    compare(ours, theirs, tmp_path / "c", [0.7, -0.4], **fields)
+
+
+PRUNED = [
+    ("magnitude_prune", {}),
+    ("ties", {}),
+    ("ties", {"majority_sign_method": "frequency"}),
+    ("ties_svd", {"r": 6}),
+    ("dare_linear", {}),
+    ("dare_ties", {}),
+    ("dare_linear_svd", {}),
+]
+
+
+@pytest.mark.parametrize("kind", ["llama", "conv"])
+@pytest.mark.parametrize(("method", "fields"), PRUNED, ids=lambda value: str(value))
+def test_thinned_out_ones_are_those_of_peft(
+    kind: str, method: str, fields: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def every_other(p: Tensor, **_: Any) -> Tensor:  # PEFT draws its own after values that are overwritten
+        return (torch.arange(p.numel()) % 2).view(p.shape).to(p.dtype)
+
+    monkeypatch.setattr(torch, "bernoulli", every_other)
+    ours, theirs = both(EQUAL[kind], tmp_path)
+    compare(ours, theirs, tmp_path / "c", [0.7, -0.4], method, density=0.5, **fields)
+
+
+def test_what_is_dropped_at_random_is_made_up_for() -> None:
+    how = Pruning(random=True, elects=False, density=0.25, generator=torch.Generator().manual_seed(0))
+    found = pruned_sum([torch.ones(40_000), torch.zeros(40_000)], [2.0, 1.0], how)
+    assert found.unique().tolist() == [0.0, 8.0]
+    assert found.mean().item() == pytest.approx(2.0, abs=0.05)
+    again = Pruning(random=True, elects=False, density=0.25, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(pruned_sum([torch.ones(40_000), torch.zeros(40_000)], [2.0, 1.0], again), found)
+
+
+def two(make: Any = tiny.llama, **fields: Any) -> nn.Module:
+    """A model with adapters `a` (rank 4) and `b` (rank 2), of values that are not those of the start."""
+    model = make()
+    for seed, (name, r) in enumerate({"a": 4, "b": 2}.items()):
+        torch.manual_seed(seed)
+        chosen = {"target_modules": ["q_proj", "down_proj"], "r": r, "lora_alpha": 6, **fields}
+        peftcore.apply(model, "lora", adapter=name, **chosen)
+    for name in "ab":
+        disturb(model, name, seed=ord(name))
+    return model
+
+
+@pytest.mark.parametrize("method", ["cat", "svd"])
+def test_the_exact_ones_compute_the_sum_of_the_changes(method: str) -> None:
+    model = two()
+    together = tiny.logits(model)
+    peftcore.combine(model, ["a", "b"], method=method, name="c", **({"r": 6} if method == "svd" else {}))
+    assert torch.equal(tiny.logits(model), together)  # it rests, the others act
+    peftcore.activate(model, "c")
+    torch.testing.assert_close(tiny.logits(model), together, rtol=0, atol=2e-6)
+    peftcore.merge(model)
+    torch.testing.assert_close(tiny.logits(model), together, rtol=0, atol=2e-6)
+    peftcore.unmerge(model)
+    assert all(p.requires_grad for _, p in adapter_parameters(model, "c"))
+
+
+def test_a_combined_adapter_has_the_dtype_of_the_first_and_loads_as_any() -> None:
+    model = tiny.llama().bfloat16()
+    peftcore.apply(model, "lora", adapter="a", r=4, dtype=torch.bfloat16, lora_dropout=0.1)
+    disturb(model, "a", seed=0)
+    peftcore.combine(model, ["a"], weights=[0.5], name="c")
+    assert {p.dtype for _, p in adapter_parameters(model, "c")} == {torch.bfloat16}
+    config = peftcore.engine.applied(model, "c").config
+    assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 4, 0.1)
+    assert config.target_modules == peftcore.engine.applied(model, "a").config.target_modules
+
+
+def test_a_scale_by_the_root_of_the_rank_is_not_taken_twice() -> None:
+    model = two(use_rslora=True)
+    together = tiny.logits(model)
+    peftcore.combine(model, ["a", "b"], name="c")
+    peftcore.activate(model, "c")
+    torch.testing.assert_close(tiny.logits(model), together, rtol=0, atol=2e-6)
+
+
+def test_attention_has_two_products() -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True).eval()
+    x = torch.linspace(-2, 2, 2 * 5 * 16).sin().view(2, 5, 16)
+    for name in "ab":
+        peftcore.apply(layer, "lora", adapter=name, r=2, target_modules=["self_attn"])
+        disturb(layer, name, seed=ord(name))
+    together = layer(x)
+    peftcore.combine(layer, ["a", "b"], name="c")
+    peftcore.activate(layer, "c")
+    torch.testing.assert_close(layer(x), together, rtol=0, atol=2e-6)
+
+
+class Gain(nn.Module):
+    """y = gain · base(x), whose change is linear in the gain."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(value))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return self.gain * base(x)
+
+    def neutral(self) -> dict[str, Tensor]:
+        return {"gain": torch.ones(())}
+
+
+def gains(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
+    return [
+        peftcore.Around(f"model.layers.{i}.self_attn.{n}", Gain(config.value)) for i in range(2) for n in config.names
+    ]
+
+
+def test_adapters_that_are_linear_in_their_tensors_are_summed() -> None:
+    with tiny.installed(tiny.method("gains", gains)):
+        model = tiny.llama()
+        for name, value in (("a", 1.5), ("b", 0.25)):
+            peftcore.apply(model, "gains", adapter=name, value=value, names=("q_proj",))
+        peftcore.combine(model, ["a", "b"], weights=[2, -1], name="c", method="linear")
+        assert [m.gain.item() for _, m in adapter_modules(model, "c")] == [2.75, 2.75]  # 1 + 2 · 0.5 - (-0.75)
+        peftcore.apply(model, "gains", adapter="d", value=1.5, names=("k_proj",))
+        with pytest.raises(peftcore.PeftcoreError, match="tensors are not of the same modules"):
+            peftcore.combine(model, ["a", "d"], name="e")
+        with pytest.raises(peftcore.PeftcoreError, match=r"'a' .gains. cannot be combined by 'ties': what it does at"):
+            peftcore.combine(model, ["a", "b"], name="e", method="ties", density=0.5)
+        assert list(peftcore.engine.state_of(model).applied) == ["a", "b", "c", "d"]
+
+
+def test_trained_parameters_of_the_base_are_summed_as_changes() -> None:
+    model = qwen2()
+    base = {n: p.clone() for n, p in model.named_parameters() if n.endswith("bias")}
+    for name, moved in (("a", 0.5), ("b", -0.25)):
+        if name == "b":
+            peftcore.activate(model, [])
+        quiet(peftcore.apply, model, "bitfit", adapter=name)
+        with torch.no_grad():
+            for _, p in adapter_parameters(model, name):
+                p.add_(moved)
+    peftcore.combine(model, ["a", "b"], weights=[2, 4], name="c")
+    peftcore.combine(model, ["a"], weights=[0.5], name="less")
+    biases = dict(adapter_parameters(model, "c"))
+    assert {n.rpartition(".")[2] for n in biases} == {"bias"}
+    for name, found in biases.items():
+        torch.testing.assert_close(found, base[name])  # 2 · 0.5 - 4 · 0.25
+    for name, found in adapter_parameters(model, "less"):
+        torch.testing.assert_close(found, base[name] + 0.25)
+
+
+class Magnitude(nn.Module):
+    """Factors that are not all there is."""
+
+    def __init__(self, tensor: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.randn(2, 32)), nn.Parameter(torch.randn(32, 2))
+        if tensor:
+            self.magnitude = nn.Parameter(torch.ones(32))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return base(x)
+
+    def factors(self) -> list[peftcore.Factors]:
+        return [peftcore.Factors(self.a, self.b, 1.0)]
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return 2 * (weight + self.b @ self.a), bias
+
+
+@pytest.mark.parametrize(("tensor", "why"), [(True, "it holds 'magnitude', too"), (False, "is not its factors' prod")])
+def test_factors_that_are_not_all_are_not_believed(tensor: bool, why: str) -> None:
+    def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
+        return [peftcore.Around("model.layers.0.self_attn.q_proj", Magnitude(tensor))]
+
+    with tiny.installed(tiny.method("more", place)):
+        model = peftcore.apply(tiny.llama(), "more", adapter="a")
+        with pytest.raises(peftcore.PeftcoreError, match=rf"'model.layers.0.self_attn.q_proj' .*{why}.*convert"):
+            peftcore.combine(model, ["a"], name="c")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "mean"}, "method='mean' is not known"),
+        ({"method": "ties"}, "'ties' needs density, .* found None"),
+        ({"method": "ties", "density": 1.5}, "found 1.5"),
+        ({"method": "cat", "density": 0.5}, "density=0.5 says nothing to 'cat'"),
+        ({"method": "cat", "r": 4}, "r=4 says nothing to 'cat'"),
+        ({"method": "svd", "r": 0}, "r must be"),
+        ({"weights": [1.0]}, "weights must be 2 finite numbers"),
+        ({"weights": [1.0, float("nan")]}, "weights must be 2 finite numbers"),
+        ({"name": "a"}, "an adapter 'a' is applied already"),
+        ({"method": "linear"}, r"needs equal ranks, and at 'model.layers.0.self_attn.q_proj' they are \[2, 4\]"),
+        ({"adapters": ["a", "x"]}, "no adapter 'x' is applied"),
+        ({"adapters": "ab"}, "combine takes a list of names"),
+        ({"weights": [1e38, 1e38]}, "not finite in torch.float32"),
+        ({"method": "ties", "density": 0.5, "majority_sign_method": "most"}, "majority_sign_method must be one of"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_refused_and_leaves_the_model(fields: dict[str, Any], message: str) -> None:
+    model = two()
+    with torch.no_grad():
+        next(p for _, p in adapter_parameters(model, "a")).mul_(1e3)
+    before = tiny.logits(model)
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.combine(model, **{"adapters": ["a", "b"], "name": "c", **fields})
+    assert peftcore.engine.state_of(model).active == ("a", "b")
+    assert list(peftcore.engine.state_of(model).applied) == ["a", "b"]
+    assert torch.equal(tiny.logits(model), before)
+
+
+def test_modules_that_are_trained_whole_and_biases_are_refused() -> None:
+    for fields, message in (
+        ({"modules_to_save": ["lm_head"]}, "trains 'lm_head' whole"),
+        ({"bias": "all"}, "it trains '.*bias'"),
+    ):
+        model = peftcore.apply(qwen2(), "lora", adapter="a", target_modules=["q_proj"], **fields)
+        with pytest.raises(peftcore.PeftcoreError, match=message):
+            peftcore.combine(model, ["a"], name="c")
+
+
+def test_other_changes_say_what_works() -> None:
+    model = peftcore.apply(tiny.llama(), "prompt-tuning", adapter="a", num_virtual_tokens=2)
+    with pytest.raises(peftcore.PeftcoreError, match=r"cannot be combined: .*no change of a weight"):
+        peftcore.combine(model, ["a"], name="c")
+    merged = peftcore.merge(two())
+    with pytest.raises(peftcore.PeftcoreError, match="cannot combine adapters: adapters are merged"):
+        peftcore.combine(merged, ["a", "b"], name="c")
