@@ -92,8 +92,12 @@ def merge(
     for name in state.active:
         _merge_trained(model, name, merged)
     unpacked: dict[str, WeightFormat] = {}
+    first = {slot: slots[0] for slots in _changed_alike(model, state.active) for slot in slots}
+    written: dict[str, Tensor] = {}  # under the first name of what stays tied
     for layer in layers:
         for name, tensor in layer.named():
+            if name in first:
+                tensor = written.setdefault(first[name], nn.Parameter(tensor, requires_grad=False))
             aside = _exchange(model, name, tensor)
             if keep_adapters:
                 merged.aside.setdefault(name, aside)
@@ -210,10 +214,8 @@ def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
 def _tied(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str]]:
     """(adapted module, another name of its parameter) for every adapted weight that is shared."""
     paths = {path for name in names for path in _changed_modules(model, name)}
-    by_parameter: dict[int, list[str]] = {}
-    for name, parameter in base_parameters(model):
-        by_parameter.setdefault(id(parameter), []).append(name)
-    shared = [slots for slots in by_parameter.values() if len(slots) > 1]
+    alike = _changed_alike(model, names)
+    shared = [slots for slots in _shared(model) if slots not in alike]
     return [
         *_trained_apart(model, names),
         *(
@@ -226,6 +228,23 @@ def _tied(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str]]:
             if other != slot
         ),
     ]
+
+
+def _shared(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    by_parameter: dict[int, list[str]] = {}
+    for name, parameter in base_parameters(model):
+        by_parameter.setdefault(id(parameter), []).append(name)
+    return [slots for slots in by_parameter.values() if len(slots) > 1]
+
+
+def _changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
+    """Of these those that the very same adapters change under each name: merged, they stay one parameter."""
+    changed_by: dict[str, list[int]] = {}
+    for name in names:
+        for path, adapter in engine.adapter_modules(model, name):
+            changed_by.setdefault(f"{path}.weight", []).append(id(adapter))
+    return [slots for slots in _shared(model) if all(changed_by.get(s, []) == changed_by.get(slots[0]) for s in slots)]
 
 
 def _changed_modules(model: nn.Module, name: str) -> Iterator[str]:

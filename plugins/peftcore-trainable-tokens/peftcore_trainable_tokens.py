@@ -1,0 +1,133 @@
+"""Trainable tokens: rows of an embedding are trained, those of a head that is tied to it with them.
+
+      y [.., dim]                        logits [.., vocabulary]
+          |                                      |
+     .----+----.                            .----+----.
+     |    W    |  <-- T [n, dim] of ids --> |    W    |    W' = W, with the rows of T in place of those of `ids`
+     '----+----'                            '----+----'    y  = W'[token],   logits = W' x
+        token                                  x [.., dim]
+
+T starts as these rows, and replaces them. W' is never made. As Hugging Face PEFT has it, which names no paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import ranks, targets, validation
+from peftcore.adaptation.class_swap import original_class
+from peftcore.engine.trained import tied_to
+from peftcore.merging import lookup
+
+
+@dataclass(frozen=True)
+class TrainableTokensConfig:
+    """Fields and defaults bear the names of Hugging Face PEFT's `TrainableTokensConfig`.
+
+    Args:
+        token_indices: ids of the tokens, each once.
+        target_modules: embeddings, or linear heads; None: the embedding of the tokens, and what is tied to it.
+        init_weights: T starts as the rows of W; False: with normal random numbers.
+    """
+
+    token_indices: Sequence[int] = ()
+    target_modules: str | Sequence[str] | None = None
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> TrainableTokensConfig:
+        named = self.target_modules or ([architecture.embedding] if architecture.embedding else None)
+        validation.require(named is not None, "where the embedding is is not known. Name it: target_modules=[...]")
+        return replace(self, target_modules=named)
+
+
+class TokenRows(nn.Module):
+    """T `[n, dim]` for the module at `path`; its ids in order, and where each stands in T."""
+
+    ids: Tensor
+    places: Tensor
+
+    def __init__(self, path: str, module: Any, ids: Sequence[int], copied: bool = True) -> None:
+        super().__init__()
+        weight: Tensor = module.weight
+        wrong = next((i for i in ids if not 0 <= i < len(weight)), None)
+        validation.require(len(ids) > 0, f"no token is named for '{path}'")
+        validation.require(wrong is None, f"'{path}' has {len(weight)} rows, and none for the token {wrong}")
+        validation.require(len(set(ids)) == len(ids), f"a token is named twice for '{path}': {validation.shown(ids)}")
+        rows = torch.randn(len(ids), weight.shape[1])
+        if copied and not weight.is_meta and not rows.is_meta:
+            rows.copy_(ranks.whole(weight.detach())[list(ids)])
+        self.trainable_tokens_delta, self.path = nn.Parameter(rows), path
+        self.is_table = isinstance(module, nn.Embedding) and lookup.looks_up(module)
+        padding: Any = getattr(module, "padding_idx", None)  # it gets no gradient, in `nn.Embedding` neither
+        self.padding = list(ids).index(padding) if padding in ids else None
+        self.register_buffer("ids", torch.tensor(sorted(ids)), persistent=False)
+        self.register_buffer("places", torch.tensor(ids).argsort(), persistent=False)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        module = base.module
+        if isinstance(module, nn.Embedding) and self.is_table and not x.is_floating_point():
+            y, at = base(x), torch.searchsorted(self.ids, x.contiguous()).clamp(max=len(self.ids) - 1)
+            rows = F.embedding(self.places[at], self.trainable_tokens_delta, self.padding).to(y.dtype)
+            return torch.where((self.ids[at] == x)[..., None], rows * lookup.embed_scale(module), y)
+        if original_class(module).forward is not nn.Linear.forward:
+            return base.on_weights({"weight": self.replaced})(x)
+        y, bias = base(x), None if module.bias is None else module.bias[self.ids]
+        rows = self.trainable_tokens_delta[self.places].to(x.dtype)
+        return y.index_copy(-1, self.ids, F.linear(x, rows, bias).to(y.dtype))
+
+    def replaced(self, weight: Tensor) -> Tensor:
+        return weight.index_copy(0, self.ids, self.trainable_tokens_delta[self.places].to(weight.dtype))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.replaced(weight), bias
+
+
+def token_rows(
+    model: nn.Module, path: str, ids: Sequence[int], copied: bool = True, together: bool = True
+) -> list[Any]:
+    """The rows `ids` of the module at `path`; `together` also those of what is tied to it, the same parameters."""
+    module = model.get_submodule(path)
+    weight, kind = module._parameters.get("weight"), original_class(module).__name__
+    validation.require(
+        weight is not None and weight.is_floating_point() and weight.itemsize > 1,
+        f"'{path}' ({kind}) is in few bits, so its rows cannot be trained. Leave it out of quantization (skip=...)",
+    )
+    untied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False
+    names = tied_to(model, [f"{path}.weight"]) if together and not untied else []
+    others = [name.rpartition(".")[0] for name in names if name.endswith(".weight")]
+    targets.refuse_bypassed(model, others)
+    rows = TokenRows(path, module, ids, copied)
+    return [peftcore.Around(each, rows) for each in (path, *others)]
+
+
+def exported(placement: peftcore.Around) -> dict[str, Tensor]:
+    """T once more for each module that is tied, as PEFT writes it."""
+    rows: Any = placement.adapter
+    name = peftcore.tensor_name(placement, "trainable_tokens_delta")
+    return {} if placement.path == rows.path else {name: rows.trainable_tokens_delta}
+
+
+def place(model: nn.Module, config: TrainableTokensConfig, architecture: peftcore.Architecture) -> list[Any]:
+    named, kinds = config.target_modules or [], (nn.Embedding, nn.Linear)
+    chosen = targets.select(model, architecture, target_modules=named, supported=lambda m: isinstance(m, kinds))
+    placed: dict[str, Any] = {}  # what is tied to one of them is placed with that
+    for path in chosen:
+        if path not in placed:
+            placed |= {each.path: each for each in token_rows(model, path, config.token_indices, config.init_weights)}
+    return list(placed.values())
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(peft_type="TRAINABLE_TOKENS", exported=exported)
+    return [peftcore.Method("trainable-tokens", TrainableTokensConfig, place, rules, learning_rate=1e-3)]

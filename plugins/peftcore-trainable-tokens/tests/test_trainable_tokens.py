@@ -1,0 +1,102 @@
+"""Rows of an embedding: what is trained, what a tied head does, merging, files, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import peft
+import pytest
+import tiny
+import torch
+from beside_peft import both_ways
+from peftcore_trainable_tokens import TrainableTokensConfig
+from torch import nn
+
+import peftcore
+from peftcore.testing import disturb
+
+IDS = [60, 3, 41, 5]
+
+
+def gemma() -> nn.Module:
+    """Tied, with an embedding that scales what it looks up."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    return Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=96, num_key_value_heads=2, head_dim=8, **sizes)).eval()
+
+
+MODELS = {**tiny.MODELS, "gemma": gemma}
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_files(kind: str, tmp_path: Path) -> None:
+    make = MODELS[kind]
+    task = peftcore.observation.detect(make()).task_type
+    ours = peftcore.apply(make(), TrainableTokensConfig(token_indices=IDS))
+    both_ways(make, tmp_path, ours, peft.TrainableTokensConfig(token_indices=IDS, task_type=task))
+
+
+def test_rows_are_those_of_the_weight() -> None:
+    """Here and merged, with gradients of the rows alone; a tied head is one parameter with them, before and after."""
+    model = peftcore.apply(gemma(), "trainable-tokens", token_indices=IDS)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == len(IDS) * 32
+    disturb(model, "default", seed=1)
+    ours = tiny.logits(model)
+    rows = model.model.embed_tokens.peftcore["default"].trainable_tokens_delta
+    plain = gemma()
+    weight = plain.model.embed_tokens.weight
+    with torch.no_grad():
+        weight[torch.tensor(IDS)] = rows
+    torch.testing.assert_close(ours, tiny.logits(plain), rtol=0, atol=1e-5)
+    for each in (model, plain):
+        each(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
+    torch.testing.assert_close(rows.grad, weight.grad[torch.tensor(IDS)], rtol=1e-4, atol=1e-6)
+    peftcore.merge(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert torch.equal(model.lm_head.weight, weight)
+    peftcore.unmerge(model)
+    assert torch.equal(tiny.logits(model), ours)
+
+
+def test_padding_gets_no_gradient() -> None:
+    model = peftcore.apply(
+        nn.Sequential(nn.Embedding(9, 4, padding_idx=2)), "trainable-tokens", token_indices=[7, 2], target_modules=["0"]
+    )
+    model(torch.tensor([[2, 7, 1]])).sum().backward()
+    assert torch.equal(model[0].peftcore["default"].trainable_tokens_delta.grad, torch.tensor([[1.0] * 4, [0.0] * 4]))
+
+
+def test_new_tokens_are_in_the_file(tmp_path: Path) -> None:
+    """Their rows are drawn anew with every base: those in the file stand."""
+    model = tiny.llama()
+    model.resize_token_embeddings(99)
+    peftcore.apply(model, "trainable-tokens", token_indices=[96, 97, 98], init_weights=False)
+    peftcore.save(model, tmp_path)
+    again = tiny.llama()
+    again.resize_token_embeddings(99)
+    peftcore.load(again, tmp_path)
+    tokens = torch.tensor([[5, 96, 98]])
+    assert torch.equal(again.model.embed_tokens(tokens), model.model.embed_tokens(tokens))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"token_indices": []}, r"no token is named"),
+        ({"token_indices": [96]}, r"'model.embed_tokens' has 96 rows, and none for the token 96"),
+        ({"token_indices": [-1]}, r"none for the token -1"),
+        ({"token_indices": [3, 3]}, r"a token is named twice"),
+        ({"token_indices": [3], "target_modules": ["norm"]}, r"'norm' matches LlamaRMSNorm"),
+    ],
+)
+def test_what_is_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.apply(tiny.llama(), "trainable-tokens", **fields)
+
+
+def test_rows_in_few_bits_are_refused() -> None:
+    model = peftcore.quantize(tiny.llama(), skip=[])
+    with pytest.raises(peftcore.PeftcoreError, match=r"'lm_head' .* is in few bits.*skip="):
+        peftcore.apply(model, "trainable-tokens", token_indices=[3], target_modules=["lm_head"])
