@@ -187,6 +187,7 @@ class Registry:
             if canonical(name) not in by_name:
                 self._forget()
                 raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, by_name)}")
+        unusable = []
         for key, candidates in sorted(by_name.items()):
             name, dist = candidates[0].name, candidates[0].dist
             entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
@@ -214,7 +215,9 @@ class Registry:
                 if os.environ.get(STRICT) == "1":
                     self._forget()
                     raise PluginError(message) from error
-                warnings.warn(message, stacklevel=4)
+                unusable.append(message)
+        for message in unusable:  # now that all others are there: a warning may be an error
+            warnings.warn(message, stacklevel=4)
 
     def _forget(self) -> None:
         """Discover anew when next asked."""

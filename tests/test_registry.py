@@ -61,6 +61,15 @@ def test_a_broken_plugin_is_a_warning_and_an_error_when_asked_for(discover) -> N
         registry.method("broken")
 
 
+def test_a_broken_plugin_hides_no_other_where_warnings_are_errors(discover) -> None:
+    registry = discover(
+        ("broken", None, "peftcore-broken"), ("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale")
+    )
+    with pytest.raises(UserWarning, match="plugin 'broken'"):  # as pytest is configured here
+        registry.methods()
+    assert list(registry.methods()) == ["scale"]
+
+
 def test_strict_makes_it_an_error(discover, monkeypatch) -> None:
     monkeypatch.setenv("PEFTCORE_STRICT_PLUGINS", "1")
     with pytest.raises(peftcore.PluginError, match="'broken'"):

@@ -28,7 +28,7 @@ from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.method import Method, Model, Train
 from peftcore.observation import detect
-from peftcore.peft_fields import guarded
+from peftcore.peft_fields import ends_within_a_name, guarded
 from peftcore.targets import drop_unmatched
 
 
@@ -123,7 +123,7 @@ def config_on(
     }
     if hasattr(config, "modules_to_save"):  # None: no other heads than those that the file holds
         named = changes.get("modules_to_save", config.modules_to_save) or []
-        changes["modules_to_save"] = [*named, *_unnamed_heads(model, method, named, tensors)]
+        changes["modules_to_save"] = [*named, *_unnamed(model, method, named, tensors)]
     saved = changes.get("modules_to_save")
     if saved and getattr(config, "ensure_weight_tying", False) and "peftcore_version" not in metadata:
         changes["ensure_weight_tying"] = is_tied_in(model, method, saved, tensors)  # PEFT ties by names, and not always
@@ -158,11 +158,13 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
         )
 
 
-def _unnamed_heads(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Heads that the file holds and its config does not name: for PEFT 'classifier' means 'pre_classifier', too."""
+def _unnamed(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Heads, and modules that PEFT finds by the end of their path, that the file holds and its config does not name."""
 
     def in_file(path: str) -> bool:
         names = [f"{path}.{name}" for name, _ in base_parameters(model.get_submodule(path))]
-        return all(method.state.tensor_name(Train((name,), saved=True), name) in tensors for name in names)
+        held = (method.state.tensor_name(Train((name,), saved=True), name) in tensors for name in names)
+        return bool(names) and all(held)
 
-    return [head for head in detect(model).task_heads if head not in saved and in_file(head)]
+    candidates = [*detect(model).task_heads, *ends_within_a_name(model, saved)]
+    return [path for path in dict.fromkeys(candidates) if path not in saved and in_file(path)]

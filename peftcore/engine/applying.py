@@ -88,7 +88,8 @@ def apply(
     """Fine-tune `model` by `method`: freeze its parameters and give it a trainable, active adapter.
 
     Args:
-        method: name of an installed method, with the fields of its config as keywords, or a config object.
+        method: name of an installed method, with the fields of its config as keywords, or a config object: its own, or
+            one of Hugging Face PEFT's, which means what it would mean in a file.
         adapter: name of the new adapter. Adapters that stand already stay, active and trainable.
         dtype: of the adapter's parameters; by default float32 beside a 16-bit or quantized base, so that
             small updates are not rounded away, else the dtype of the layer.

@@ -22,6 +22,7 @@ from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Train
 from peftcore.observation import detect, observe
+from peftcore.peft_fields import config_of_peft, is_of_peft
 from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, refuse_targeted, trained_modules
 from peftcore.targets.coverage import LITTLE, Coverage, coverage
@@ -49,7 +50,7 @@ def placements_for(model: nn.Module, method: str | Any, fields: dict[str, Any]) 
         raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
     _refuse_lazy(model)
     _refuse_adapters_of_others(model)
-    chosen, config = _method_and_config(method, fields)
+    chosen, config = _method_and_config(model, method, fields)
     architecture = detect(model)
     names_modules = getattr(config, "target_modules", None) not in ("all", ALL_LINEAR)
     config, saved, apart = _saved_modules(model, config, architecture)
@@ -177,10 +178,12 @@ def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torc
     return device, dtype or (own if own.itemsize >= 4 else torch.float32)
 
 
-def _method_and_config(method: str | Any, fields: dict[str, Any]) -> tuple[Method, Any]:
+def _method_and_config(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> tuple[Method, Any]:
     if not isinstance(method, str):
         if fields:
             raise PeftcoreError(f"give the fields {sorted(fields)} in the config, or the method by its name")
+        if is_of_peft(method):
+            return config_of_peft(model, method)
         chosen = registry.method_of_config(method)
         check_types(method)
         return chosen, method

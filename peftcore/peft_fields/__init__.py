@@ -3,12 +3,16 @@
 from peftcore.peft_fields.choosing import method_of_fields
 from peftcore.peft_fields.config import COMMON, config_of_fields, guarded, with_own
 from peftcore.peft_fields.defaults import defaults, peft_version, says_something
+from peftcore.peft_fields.objects import config_of_peft, ends_within_a_name, is_of_peft
 
 __all__ = [
     "COMMON",
     "config_of_fields",
+    "config_of_peft",
     "defaults",
+    "ends_within_a_name",
     "guarded",
+    "is_of_peft",
     "method_of_fields",
     "peft_version",
     "says_something",

@@ -45,7 +45,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def model(
-    method: str = "lora", *, quantize: bool = False, loaded: bool = False, base: Any = None, **fields: Any
+    method: Any = "lora", *, quantize: bool = False, loaded: bool = False, base: Any = None, **fields: Any
 ) -> torch.nn.Module:
     found = base or quantized.llama(eos_token_id=2)
     found.config._name_or_path = PATH
@@ -270,6 +270,22 @@ def test_what_is_refused(tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(peftcore.PeftcoreError, match="takes the configs of PEFT, not that of lora"):
         trainer("DPO", plain, tokenizer, tmp_path, peft_config=peftcore.engine.applied(model(), "default").config)
     assert isinstance(trainer("SFT", plain, tokenizer, tmp_path), SFTTrainer)
+
+
+def test_a_config_of_peft_is_applied_beforehand(tokenizer: Any, tmp_path: Path) -> None:
+    import peft
+
+    config = peft.LoraConfig(r=2, task_type="CAUSAL_LM")
+    found = model(config)
+    with pytest.raises(peftcore.PeftcoreError, match=r"peft_config=... would let PEFT wrap a model that has adapters"):
+        trainer("SFT", found, tokenizer, tmp_path, peft_config=config)
+    running = trainer("SFT", found, tokenizer, tmp_path)
+    running.train()
+    running.save_model(tmp_path / "saved")
+    theirs = peft.PeftModel.from_pretrained(quantized.llama(eos_token_id=2), tmp_path / "saved")
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(**quantized.INPUTS).logits, found.eval()(**quantized.INPUTS).logits)
+    assert theirs.peft_config["default"].target_modules == {"q_proj", "v_proj"}
 
 
 def test_a_trainer_that_loads_a_reference_in_its_own_way(tokenizer: Any, tmp_path: Path) -> None:

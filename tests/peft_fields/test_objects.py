@@ -1,0 +1,149 @@
+"""An object of PEFT's in place of a method's config: it means what it means in the file that PEFT writes."""
+
+import copy
+import dataclasses
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+
+import peftcore
+from peftcore.engine import adapter_parameters, applied
+
+OBJECTS = {
+    "what PEFT does by default": peft.LoraConfig(),
+    "lora": peft.LoraConfig(
+        r=4, lora_alpha=3, target_modules={"o_proj", "k_proj"}, use_rslora=True, lora_dropout=0.1, bias="lora_only",
+        rank_pattern={"k_proj": 2}, layers_to_transform=[1], task_type="CAUSAL_LM",
+    ),
+    "a regular expression": peft.LoraConfig(target_modules=r".*\.mlp\.(up|down)_proj", exclude_modules=["up_proj"]),
+    "all-linear": peft.LoraConfig(target_modules="all-linear", modules_to_save=["norm"]),
+    "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_it_means_what_it_means_in_a_file(name: str, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(tiny.llama(), copy.deepcopy(OBJECTS[name]))
+        theirs.save_pretrained(tmp_path)
+    wanted = peftcore.load(tiny.llama(), tmp_path)
+    found = peftcore.apply(tiny.llama(), OBJECTS[name])
+    shapes = [[(n, p.shape) for n, p in adapter_parameters(model, "default")] for model in (found, wanted)]
+    assert shapes[0] == shapes[1]
+    assert trained(found) == trained(wanted)
+    configs = [dataclasses.asdict(applied(model, "default").config) for model in (found, wanted)]
+    for config in configs:
+        for field in (
+            "modules_to_save",
+            "initialize",
+            "target_modules",
+        ):  # values of a file
+            config.pop(field, None)
+    assert configs[0] == configs[1]
+    count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
+    assert peftcore.plan(tiny.llama(), OBJECTS[name]).trainable_parameters == count
+
+
+def trained(model: torch.nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_modules_to_save_are_those_that_peft_finds(tmp_path: Path) -> None:
+    """For PEFT `norm` means whatever ends so."""
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(tiny.llama(), copy.deepcopy(config))
+        for name, parameter in theirs.named_parameters():
+            if "modules_to_save" in name:
+                torch.nn.init.normal_(parameter)
+        theirs.save_pretrained(tmp_path)
+    loaded, applied_here = peftcore.load(tiny.llama(), tmp_path), peftcore.apply(tiny.llama(), config)
+    for model in (loaded, applied_here):
+        assert sorted(n for n in trained(model) if "norm" in n) == sorted(
+            f"model.{path}norm.weight"
+            for path in ("", *(f"layers.{i}.{kind}_layer" for i in (0, 1) for kind in ("input", "post_attention")))
+        )
+    assert torch.allclose(tiny.logits(loaded), tiny.logits(theirs), atol=1e-5)
+
+
+def test_the_object_is_left_as_it_was() -> None:
+    config = peft.LoraConfig()
+    peftcore.apply(tiny.llama(), config)
+    assert config.target_modules is None
+
+
+def test_first_values_are_those_that_it_asks_for() -> None:
+    """Read from a file it would ask for none."""
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, prompt_tuning_init="SAMPLE_VOCAB", task_type="CAUSAL_LM")
+    model = peftcore.apply(tiny.llama(), config)
+    ((_, prompt),) = adapter_parameters(model, "default")
+    embedding = model.get_input_embeddings().weight
+    assert all(any(torch.equal(row, other) for other in embedding) for row in prompt)
+
+
+class Refuses:
+    """A layer that PEFT would be told of by code."""
+
+
+def with_code() -> Any:
+    config = peft.LoraConfig()
+    config._register_custom_module({torch.nn.Linear: Refuses})
+    return config
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (peft.LoraConfig(megatron_config={"a": 1}), "peft.LoraConfig uses megatron_config=.* 'lora' does not"),
+        (with_code(), "peft.LoraConfig uses _custom_modules=.* 'lora' does not know"),
+        (peft.LoraConfig(runtime_config=peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)), "uses runtime_config="),
+        (peft.LoraConfig(target_modules=["k_porj"]), "'k_porj' matches no module"),
+        (peft.LoraConfig(r=0.5), "peft.LoraConfig is no valid config of 'lora': r must be"),
+        (peft.HRAConfig(), "no installed method reads peft_type 'HRA'"),
+        (peft.PeftConfig(), "peft.PeftConfig names no peft_type"),
+    ],
+)  # fmt: skip
+def test_what_a_file_may_not_say_it_may_not_say(config: Any, message: str) -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.apply(tiny.llama(), config)
+
+
+def test_modules_that_peft_has_no_table_for_are_asked_for() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    with pytest.raises(peftcore.PeftcoreError, match=r"peft.LoraConfig does not say which modules, .* for Sequential"):
+        peftcore.apply(model, peft.LoraConfig())
+    peftcore.apply(model, peft.LoraConfig(target_modules=["0"]))
+
+
+def test_fields_beside_it_are_refused() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=r"give the fields \['r'\] in the config"):
+        peftcore.apply(tiny.llama(), peft.LoraConfig(), r=3)
+
+
+def test_two_methods_that_may_read_it_are_named() -> None:
+    state = peftcore.StateRules(peft_type="LORA")
+    with (
+        tiny.installed(tiny.method("another", state=state)),
+        pytest.raises(peftcore.PluginError, match=r"'another' .*, 'lora' .*Say which: peftcore.apply\(.*'another'"),
+    ):
+        peftcore.apply(tiny.llama(), peft.LoraConfig())
+
+
+def test_peft_is_not_imported_for_the_question() -> None:
+    code = (
+        "import sys, torch, peftcore\n"
+        "try: peftcore.apply(torch.nn.Linear(2, 2), object())\n"
+        "except peftcore.PluginError as error: print(error, 'peft' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert "object is the config of no installed method" in found.stdout and found.stdout.endswith("False\n")
