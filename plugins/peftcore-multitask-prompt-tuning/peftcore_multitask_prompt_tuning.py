@@ -1,0 +1,130 @@
+"""Multitask prompt tuning (Wang et al. 2023, arXiv 2303.02861, section 3): a prompt for each task, of a shared one.
+
+    P_k = P ∘ (C_k R_k)      P [n, hidden] shared, C_k [n, ranks] and R_k [ranks, hidden] of task k
+
+P_k stands before the embedded input, as in prompt tuning. The call says each row's task: `model(..., task_ids=t)`,
+`model.generate(..., task_ids=t)`, or `with peftcore.call_arguments(model, task_ids=t)`; t int64 [batch], or one number.
+Trained: n · hidden + tasks · ranks · (n + hidden) numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peftcore_prompt_tuning import PromptTuningConfig, first_values, token_embedding
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import validation
+
+Init = Literal["RANDOM", "TEXT", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"]
+_SOURCES = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
+
+
+@dataclass(frozen=True)
+class MultitaskPromptTuningConfig(PromptTuningConfig):
+    """The fields bear the names of Hugging Face PEFT's `MultitaskPromptTuningConfig`; further ones as prompt tuning's.
+
+    Args:
+        num_tasks: that share P.
+        num_ranks: of each task's factor. Wang et al. take 1.
+        prompt_tuning_init: where P comes from: "RANDOM", "TEXT", or an adapter of this method that was trained on
+            source tasks: "ONLY_SOURCE_SHARED" takes its P, "AVERAGE_SOURCE_TASKS" and "EXACT_SOURCE_TASK" in addition
+            the mean of its C and R, or those of one task, as the start of one target task.
+        prompt_tuning_init_state_dict_path: its `adapter_model.safetensors`, or the folder of that.
+        prompt_tuning_init_task: that one task.
+    """
+
+    prompt_tuning_init: Init = "RANDOM"  # type: ignore[assignment]
+    prompt_tuning_init_state_dict_path: str | None = None
+    prompt_tuning_init_task: int = 0
+    num_ranks: int = 1
+    num_tasks: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(num_ranks=self.num_ranks, num_tasks=self.num_tasks)
+        kind = self.prompt_tuning_init
+        validation.require(
+            kind not in _SOURCES or self.prompt_tuning_init_state_dict_path is not None,
+            f"prompt_tuning_init='{kind}' needs prompt_tuning_init_state_dict_path, the file of the source's adapter",
+        )
+        validation.require(
+            kind not in _SOURCES[:2] or self.num_tasks == 1,
+            f"prompt_tuning_init='{kind}' starts one target task: num_tasks must be 1, found {self.num_tasks}",
+        )
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> Any:
+        """Before an encoder's input alone, as PEFT generates; in training PEFT's default of 2 is the decoder's, too."""
+        if architecture.is_encoder_decoder and self.num_transformer_submodules not in (None, 1):
+            raise peftcore.PeftcoreError("a multitask prompt stands before the encoder: num_transformer_submodules=1")
+        return replace(super().resolved(model, architecture), num_transformer_submodules=1)
+
+
+class MultitaskPrompt(nn.Module):
+    """P, and C and R of all tasks; it gives `[batch or 1, n, hidden]` for the tasks that the call names."""
+
+    needs_call = ("task_ids",)
+
+    def __init__(self, rows: Tensor, config: MultitaskPromptTuningConfig) -> None:
+        super().__init__()
+        self.tokens, self.hidden = rows.shape
+        self.prompt_embeddings = nn.Parameter(rows)
+        tasks, ranks = config.num_tasks, config.num_ranks
+        self.prefix_task_cols = nn.Parameter(torch.empty(tasks, self.tokens, ranks).normal_(std=0.02))
+        self.prefix_task_rows = nn.Parameter(torch.empty(tasks, ranks, self.hidden).normal_(std=0.02))
+
+    def forward(self) -> Tensor:
+        tasks = peftcore.current_call().get("task_ids")
+        if tasks is None:
+            if len(self.prefix_task_cols) > 1:
+                raise peftcore.PeftcoreError(
+                    f"the prompt is of {len(self.prefix_task_cols)} tasks, and the call names none: model(..., "
+                    "task_ids=t). transformers' Trainer drops that column unless remove_unused_columns=False"
+                )
+            tasks = 0
+        index = torch.as_tensor(tasks, device=self.prefix_task_cols.device).reshape(-1)
+        factor = self.prefix_task_cols.index_select(0, index) @ self.prefix_task_rows.index_select(0, index)
+        return self.prompt_embeddings * factor
+
+
+def start_from_source(prompt: MultitaskPrompt, config: MultitaskPromptTuningConfig) -> None:
+    """Put the values of the source's file in place."""
+    path = Path(config.prompt_tuning_init_state_dict_path or "")
+    path = path / "adapter_model.safetensors" if path.is_dir() else path
+    if path.suffix != ".safetensors" or not path.is_file():
+        raise peftcore.PeftcoreError(f"prompt_tuning_init_state_dict_path='{path}' is no safetensors file")
+    source, kind, task = load_file(path), config.prompt_tuning_init, config.prompt_tuning_init_task
+    for name, own in prompt.named_parameters():
+        if name != "prompt_embeddings" and kind == "ONLY_SOURCE_SHARED":
+            continue
+        value = source.get(name, torch.empty(0))
+        if name != "prompt_embeddings":
+            value = value[task : task + 1] if kind == "EXACT_SOURCE_TASK" else value.mean(0, keepdim=True)
+        if own.shape != value.shape:
+            raise peftcore.PeftcoreError(f"'{name}' of '{path}' is {list(value.shape)}, and here {list(own.shape)}")
+        own.data.copy_(value)
+
+
+def place(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[peftcore.SoftPrompt]:
+    from_source = config.prompt_tuning_init in _SOURCES
+    plain = replace(config, prompt_tuning_init="RANDOM") if from_source else config
+    prompt = MultitaskPrompt(first_values(plain, token_embedding(model, architecture)), config)
+    if from_source and config.initialize and not prompt.prompt_embeddings.is_meta:
+        start_from_source(prompt, config)
+    return [peftcore.SoftPrompt(prompt)]
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="MULTITASK_PROMPT_TUNING",
+        tensor_name=peftcore.prompt_tensor_name,
+        write_config=lambda fields: {name: value for name, value in fields.items() if name != "initialize"},
+        read_config=lambda fields: {**fields, "initialize": False},
+    )
+    return [peftcore.Method("multitask-prompt-tuning", MultitaskPromptTuningConfig, place, rules, learning_rate=3e-2)]

@@ -1,0 +1,111 @@
+"""Multitask prompt tuning: tasks from the call, starts from a source, and Hugging Face PEFT's files both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from beside_peft import moved, quiet
+from torch import nn
+
+import peftcore
+from peftcore.testing import disturb
+
+NAME = "multitask-prompt-tuning"
+TASKS = torch.tensor([2, 1])
+KINDS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+FIELDS = {"num_virtual_tokens": 4, "num_ranks": 2}
+
+
+def ours(kind: str = "llama", num_tasks: int = 3) -> Any:
+    model = peftcore.apply(tiny.MODELS[kind](), NAME, num_tasks=num_tasks, **FIELDS)
+    disturb(model, "default", seed=1, std=0.5)
+    return model
+
+
+def theirs(kind: str, **fields: Any) -> nn.Module:
+    config = peft.MultitaskPromptTuningConfig(task_type=KINDS[kind], num_transformer_submodules=1, **FIELDS, **fields)
+    return quiet(peft.get_peft_model, tiny.MODELS[kind](), config).eval()
+
+
+def logits(model: Any, **changes: Any) -> torch.Tensor:
+    """PEFT's encoder-decoders take labels, from which the decoder's input comes."""
+    call = {"input_ids": tiny.TOKENS, "attention_mask": torch.ones_like(tiny.TOKENS), **changes}
+    if model.config.is_encoder_decoder:
+        call["labels"] = tiny.TOKENS[:, :4].clone()
+    with torch.no_grad():
+        found = quiet(model, **call).logits
+    return found[:, -4:] if found.dim() == 3 else found
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_files(kind: str, tmp_path: Path) -> None:
+    model = ours(kind)
+    found = logits(model, task_ids=TASKS)
+    assert (found - logits(model, task_ids=TASKS.flip(0))).abs().max() > 1e-3
+    peftcore.save(model, tmp_path / "ours")
+    read = quiet(peft.PeftModel.from_pretrained, tiny.MODELS[kind](), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(read, task_ids=TASKS), found, rtol=0, atol=1e-5)
+    other = moved(theirs(kind, num_tasks=3))
+    quiet(other.save_pretrained, tmp_path / "theirs")
+    model = peftcore.load(tiny.MODELS[kind](), tmp_path / "theirs")
+    torch.testing.assert_close(logits(model, task_ids=TASKS), logits(other, task_ids=TASKS), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("init", ["ONLY_SOURCE_SHARED", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK"])
+def test_starts_from_a_source_are_peft_s(init: str, tmp_path: Path) -> None:
+    peftcore.save(ours(), tmp_path)
+    file = str(tmp_path / "adapter_model.safetensors")
+    fields = {"prompt_tuning_init": init, "prompt_tuning_init_state_dict_path": file, "prompt_tuning_init_task": 2}
+    found = peftcore.apply(tiny.llama(), NAME, **FIELDS, **fields)
+    wanted = theirs("llama", **fields).prompt_encoder["default"]
+    own = next(module for module in found.modules() if hasattr(module, "prefix_task_cols"))
+    assert torch.equal(own.prompt_embeddings, wanted.embedding.weight)
+    if init != "ONLY_SOURCE_SHARED":
+        assert torch.equal(own.prefix_task_cols, wanted.prefix_task_cols)
+        assert torch.equal(own.prefix_task_rows, wanted.prefix_task_rows)
+    peftcore.save(found, tmp_path / "again")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.testing.assert_close(logits(peftcore.load(tiny.llama(), tmp_path / "again")), logits(found), rtol=0, atol=0)
+    with pytest.raises(peftcore.PeftcoreError, match="is no safetensors file"):
+        peftcore.apply(tiny.llama(), NAME, **FIELDS, **fields)
+
+
+def test_starts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    peftcore.save(ours(), tmp_path)
+    exact: dict[str, Any] = {"prompt_tuning_init": "EXACT_SOURCE_TASK"}
+    with pytest.raises(peftcore.PeftcoreError, match="needs prompt_tuning_init_state_dict_path"):
+        peftcore.apply(tiny.llama(), NAME, **exact)
+    exact["prompt_tuning_init_state_dict_path"] = str(tmp_path)
+    with pytest.raises(peftcore.PeftcoreError, match="num_tasks must be 1, found 2"):
+        peftcore.apply(tiny.llama(), NAME, num_tasks=2, **exact)
+    with pytest.raises(peftcore.PeftcoreError, match=r"'prompt_embeddings' of .* is \[4, 32\], and here \[5, 32\]"):
+        peftcore.apply(tiny.llama(), NAME, num_virtual_tokens=5, **exact)
+    with pytest.raises(peftcore.PeftcoreError, match=r"'prefix_task_cols' of .* is \[0, 4, 2\]"):
+        peftcore.apply(tiny.llama(), NAME, prompt_tuning_init_task=3, **FIELDS, **exact)
+
+
+def test_rows_of_a_decoder_are_refused() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match="before the encoder: num_transformer_submodules=1"):
+        peftcore.apply(tiny.t5(), NAME, num_transformer_submodules=2)
+
+
+def test_tasks_come_from_the_call() -> None:
+    model = ours()
+    with pytest.raises(peftcore.PeftcoreError, match="the prompt is of 3 tasks, and the call names none"):
+        logits(model)
+    with pytest.raises(peftcore.PeftcoreError, match=r"in a batch of 2"):
+        logits(model, task_ids=torch.arange(3))
+    with peftcore.call_arguments(model, task_ids=1):
+        torch.testing.assert_close(logits(model), logits(model, task_ids=torch.ones(2).long()))
+        generated = model.generate(tiny.TOKENS, num_beams=2, max_new_tokens=3, do_sample=False)
+    ones = torch.ones(2).long()
+    assert torch.equal(generated, model.generate(tiny.TOKENS, task_ids=ones, num_beams=2, max_new_tokens=3))
+    one = ours(num_tasks=1)
+    torch.testing.assert_close(logits(one), logits(one, task_ids=torch.zeros(2).long()))
+    with peftcore.disabled(model):
+        assert torch.equal(logits(model, task_ids=TASKS), logits(tiny.llama()))
