@@ -15,6 +15,7 @@ from peftcore import adapter_files, engine
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.adapter_files import CONFIG, TENSORS
 from peftcore.checkpoint.fingerprint import difference
+from peftcore.checkpoint.hub import folder_of
 from peftcore.checkpoint.multiplier import multiplier_in, without
 from peftcore.checkpoint.reading import (
     adapter_folder,
@@ -32,7 +33,6 @@ from peftcore.peft_fields import ends_within_a_name, guarded
 from peftcore.targets import drop_unmatched
 
 
-@engine.alone("load adapters", base=True)
 def load(
     model: Model,
     path: str | os.PathLike[str],
@@ -42,10 +42,12 @@ def load(
     dtype: torch.dtype | None = None,
     check_base: bool = True,
     method: str | None = None,
+    revision: str | None = None,
 ) -> Model:
     """Apply the adapter that lies in the folder `path`, or those that were saved there together.
 
-    The folder was written here, by Hugging Face PEFT, or in a foreign format that a plugin reads.
+    The folder was written here, by Hugging Face PEFT, or in a foreign format that a plugin reads. Where there is no
+    folder `path` it may be an id on Hugging Face's hub, `ORG/NAME`, whose files are fetched by huggingface_hub.
 
     Args:
         adapter: the name of the folder's own adapter on this model, `default` if left out. Adapters that were saved
@@ -54,12 +56,26 @@ def load(
         dtype: of its parameters, as for `apply`.
         check_base: compare the fingerprint of the base that the adapter was trained on, where the file has one.
         method: the installed method that reads it. Needed only where several may, and an error names them.
+        revision: a branch, tag or commit, on the hub.
 
     Raises:
         PluginError: no installed method reads it, or several may and none is named.
         CheckpointError: the files cannot be read, or do not fit the model. The model is then as it was.
     """
-    folder = Path(path)
+    folder = folder_of(path, revision)  # which may take its time, in which the model may be called
+    return _load_all(model, folder, adapter, trainable, dtype, check_base, method)
+
+
+@engine.alone("load adapters", base=True)
+def _load_all(
+    model: Model,
+    folder: Path,
+    adapter: str | None,
+    trainable: bool,
+    dtype: torch.dtype | None,
+    check_base: bool,
+    method: str | None,
+) -> Model:
     together, contents = adapter_files.read(folder, lambda opened: read_saved(opened, model, adapter, method))
     before = engine.state_of(model)
     active = before.active if before else ()
