@@ -224,11 +224,14 @@ class Method:
         place: (model, config, architecture) -> placements. It builds adapters and changes nothing; under
             `torch.device("meta")` it must allocate nothing.
         state: how adapters look on disk.
-        initialize: (model, adapters, config, batches) -> None, once the adapters stand on the model and before anything
-            acts: first values from the base's weights or from data. `batches` is what `apply` was given, keyword
-            arguments of the model each, or None. It changes the adapters alone, never the base. Not called by `load`.
+        initialize: (model, adapters, config, batches) -> None, once the adapters stand on the model and before they
+            act: first values from the base's weights or from data. `batches` is what `apply` was given, or None: a
+            method that needs them says so then. It may call the model, best through `peftcore.observation.run`,
+            `inputs_of` and `gradients_of`: in evaluation, without gradients unless it asks for them, with the adapters
+            that act already. It changes its adapters alone; mode, gradients, moving buffers and random numbers are
+            afterwards what they were, and if it raises, the adapter is taken off again. Not called by `load`.
         loss: (adapters, config) -> a term that is added to the loss, a scalar with gradients, or None. Trainers add it
-            once a step, however many batches a step has.
+            once a step, however many batches a step has: to each of n batches 1/n of what it is after its forward.
         after_step: (adapters, config, step, total_steps) -> None, after each optimizer step, counted from 1, while the
             gradients still stand; for methods with a schedule, or an importance, of their own. Not after a step that a
             scaler skipped, whose gradients are not finite.

@@ -119,7 +119,7 @@ def _load(
         refuse_other_base(model, folder, metadata, "peftcore.load(...")
     config = config_on(model, method, config, tensors, metadata)
     _check_fits(model, method, config, tensors, folder)
-    engine.apply(model, config, adapter=adapter, dtype=dtype)
+    engine.apply_to_fill(model, config, adapter=adapter, dtype=dtype)
     try:
         fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
         set_multiplier(model, adapter, multiplier)

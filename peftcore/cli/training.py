@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments, set_seed
 
 import peftcore
@@ -27,6 +28,7 @@ from peftcore.cli.console import say, warn
 from peftcore.cli.models import AdapterTask
 from peftcore.cli.options import FULL
 from peftcore.cli.sampler import LengthGroupedSampler
+from peftcore.engine import takes_batches
 from peftcore.engine.summary import Summary
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import bare_model, latest_checkpoint
@@ -201,7 +203,8 @@ def run(
     if settings.method == FULL:
         model.requires_grad_(True)
     else:
-        peftcore.apply(model, settings.method, **settings.fields)
+        batches = first_batches(settings, train, tokenizer)
+        peftcore.apply(model, settings.method, batches=batches, **settings.fields)
     summary = peftcore.summary(model)
     say(str(summary))
 
@@ -263,6 +266,14 @@ def run(
         samples=samples,
         quantize=next((m.quant_type for m in model.modules() if isinstance(m, QuantizedLinear)), None),
     )
+
+
+def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any) -> DataLoader[Any] | None:
+    """The examples of training as a method reads them that draws first values from data; None for the others."""
+    if not takes_batches(settings.method, settings.fields):
+        return None
+    order = LengthGroupedSampler([len(each["input_ids"]) for each in train], settings.batch_size, settings.seed)
+    return DataLoader(train, settings.batch_size, sampler=order, collate_fn=tasks.collator(tokenizer))  # type: ignore[arg-type]
 
 
 def read_splits(settings: Settings) -> tuple[list[data.Row], list[data.Row]]:

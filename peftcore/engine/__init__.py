@@ -4,6 +4,7 @@ from peftcore.engine.applying import (
     activate,
     alone,
     apply,
+    apply_to_fill,
     check_dtype,
     check_name,
     disabled,
@@ -12,6 +13,7 @@ from peftcore.engine.applying import (
     set_trainable,
 )
 from peftcore.engine.changes import with_adapter
+from peftcore.engine.first_values import takes_batches
 from peftcore.engine.placing import placements_for
 from peftcore.engine.state import (
     STATE,
@@ -52,6 +54,7 @@ __all__ = [
     "alone",
     "applied",
     "apply",
+    "apply_to_fill",
     "changed",
     "check_dtype",
     "check_model",
@@ -75,5 +78,6 @@ __all__ = [
     "set_active",
     "set_trainable",
     "state_of",
+    "takes_batches",
     "with_adapter",
 ]

@@ -17,6 +17,7 @@ from peftcore.adaptation.call import asked
 from peftcore.adaptation.concurrency import Activation, refuse_running
 from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.changes import facts, with_adapter
+from peftcore.engine.first_values import give_first_values, initializer
 from peftcore.engine.placing import (
     device_and_dtype,
     placements_for,
@@ -83,6 +84,7 @@ def apply(
     *,
     adapter: str = "default",
     dtype: torch.dtype | None = None,
+    batches: Iterable[Any] | None = None,
     **fields: Any,
 ) -> Model:
     """Fine-tune `model` by `method`: freeze its parameters and give it a trainable, active adapter.
@@ -93,14 +95,37 @@ def apply(
         adapter: name of the new adapter. Adapters that stand already stay, active and trainable.
         dtype: of the adapter's parameters; by default float32 beside a 16-bit or quantized base, so that
             small updates are not rounded away, else the dtype of the layer.
+        batches: for methods whose first values depend on data. Each is what the model is called with: a mapping of
+            keyword arguments (with `labels`, where a method asks for gradients), a tuple of others, or a tensor. They
+            are read while adapters that act already do, and this one rests.
 
     Returns:
         The same model, changed in place.
 
     Raises:
         PluginError: the method is not installed or broken.
-        PeftcoreError: a field, pattern or name is wrong. The model is then as it was.
+        PeftcoreError: a field, pattern or name is wrong, or first values cannot be found. The model is then as it was
+            but for what the method has prepared, such as a base in 4 bits.
     """
+    return _apply(model, method, fields, adapter, dtype, batches, first_values=True)
+
+
+@alone("apply another adapter", base=True)
+def apply_to_fill(model: Model, config: Any, *, adapter: str = "default", dtype: torch.dtype | None = None) -> Model:
+    """As `apply`, for an adapter whose values are there already and will be filled in."""
+    return _apply(model, config, {}, adapter, dtype, None, first_values=False)
+
+
+def _apply(
+    model: Model,
+    method: str | Any,
+    fields: dict[str, Any],
+    adapter: str,
+    dtype: torch.dtype | None,
+    batches: Iterable[Any] | None,
+    *,
+    first_values: bool,
+) -> Model:
     state = state_of(model) or State()
     _check_new(adapter, state)
     refuse_merged(state, "apply another adapter")
@@ -110,6 +135,9 @@ def apply(
         refuse_changed(model)
     with with_memory():
         placed = placements_for(model, method, fields)
+    initialize, its_config = initializer(placed.method, placed.config) if first_values else (None, None)
+    if batches is not None and initialize is None:
+        raise PeftcoreError(f"{placed.method.name} takes no first values from data. Leave batches out")
     refuse_without_gradient(model, placed)
     tell_if_little(model, placed)
     if placed.method.prepare is not None:
@@ -134,6 +162,13 @@ def apply(
     fast_path.guard(model)
     state.applied[adapter] = Applied(of_method.name, config, placed.placements, placed.trained, facts=before)
     model.__dict__[STATE] = state
+    if initialize is not None:
+        set_active(model, state.active)
+        try:
+            give_first_values(model, adapter, initialize, placed.method.name, its_config, batches)
+        except BaseException:
+            remove(model, adapter)
+            raise
     set_active(model, (*state.active, adapter))
     adapter_applied.announce(model)
     return model

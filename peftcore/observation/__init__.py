@@ -1,8 +1,21 @@
 """Facts of a model: read off it, or seen in one forward with small inputs that it takes."""
 
 from peftcore.observation.architecture import detect
+from peftcore.observation.batches import gradients_of, inputs_of, run
 from peftcore.observation.bypass import asked_for_dtype, bypassed, rewritten
 from peftcore.observation.inputs import example_inputs
 from peftcore.observation.tracing import Trace, observe, trace
 
-__all__ = ["Trace", "asked_for_dtype", "bypassed", "detect", "example_inputs", "observe", "rewritten", "trace"]
+__all__ = [
+    "Trace",
+    "asked_for_dtype",
+    "bypassed",
+    "detect",
+    "example_inputs",
+    "gradients_of",
+    "inputs_of",
+    "observe",
+    "rewritten",
+    "run",
+    "trace",
+]

@@ -275,6 +275,29 @@ def test_what_a_method_says_to_training_is_heard(run: Run, llama: Path, reviews:
     assert sorted(gain.item() for gain in gains.values()) == [1.0, pytest.approx(1.75, abs=0.05)]
 
 
+def test_first_values_come_from_the_examples_of_training(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    seen = []
+
+    def initialize(model: Any, adapters: Any, config: Any, batches: Any) -> None:
+        gradients: dict[str, torch.Tensor] = {}
+        peftcore.observation.gradients_of(
+            model, [f"{path}.weight" for path in adapters], batches, gradients.__setitem__
+        )
+        for path, adapter in adapters.items():
+            adapter.gain.add_(gradients[f"{path}.weight"].norm())
+        seen.append((sum(len(batch["input_ids"]) for batch in batches), [a.gain.item() for a in adapters.values()]))
+
+    with tiny.installed(tiny.method("drawn", initialize=initialize)):
+        for name, more in (("a", ()), ("b", ("--seed", 0))):
+            arguments = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / name, "--eval-data", reviews, *more)
+            run(
+                *arguments, "--method", "drawn", "--set", "value=1.0", "--steps", 1, "--lr", "0.0001", "--batch-size", 4
+            )
+    assert seen[0] == seen[1] and seen[0][0] == 14 and min(seen[0][1]) > 1
+    gains = load_file(tmp_path / "a" / "adapter" / "adapter_model.safetensors")
+    assert sorted(gain.item() for gain in gains.values()) == pytest.approx(sorted(seen[0][1]), abs=1e-3)
+
+
 def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     arguments = ("train", "-m", llama, "-d", reviews, "-o", output, *METHOD, *STEPS)

@@ -1,0 +1,108 @@
+"""First values of an adapter, from the base's weights or from data: `Method.initialize`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import ranks
+from peftcore.adaptation.adapted import base_modules
+from peftcore.engine.placing import with_memory
+from peftcore.engine.state import adapter_modules
+from peftcore.engine.trained import moving_buffers, unmoved_buffers
+from peftcore.engine.training import method_modules
+from peftcore.errors import PeftcoreError, PluginError
+from peftcore.method import Method
+from peftcore.registry import registry
+
+
+def initializer(method: Method, config: Any) -> tuple[Any, Any]:
+    """(`initialize` of `method`, or of the one that it is recorded as; its config), or (None, config)."""
+    if method.initialize is None and method.recorded_as is not None:
+        config = method.recorded_as(config)
+        method = registry.method_of_config(config)
+    return method.initialize, config
+
+
+def takes_batches(method: str, fields: dict[str, Any]) -> bool:
+    """Has the method `method` first values for its adapters, which it may take from data?"""
+    chosen = registry.method(method)
+    if chosen.initialize is not None or chosen.recorded_as is None:
+        return chosen.initialize is not None
+    try:
+        return initializer(chosen, chosen.config_class(**fields))[0] is not None
+    except TypeError:  # of a field that is not known, which `apply` names
+        return False
+
+
+def give_first_values(
+    model: nn.Module, adapter: str, initialize: Any, method: str, config: Any, batches: Iterable[Any] | None
+) -> None:
+    """Let `initialize` give the resting `adapter` its values; nothing else of the model is changed by it.
+
+    Raises:
+        PluginError: it has changed the base, or its values are not finite.
+    """
+    before = _base(model)
+    try:
+        with as_it_was(model), with_memory(), torch.no_grad():
+            initialize(model, method_modules(model, adapter), config, batches)
+    finally:
+        ranks.reshard(model)
+        changed = next((name for name, facts in _base(model).items() if before.get(name) != facts), None)
+        if changed is not None:
+            raise PluginError(
+                f"{method} has changed '{changed}' of the base while it gave its adapter first values. It may change "
+                "the adapter alone. Load the base anew, and tell the plugin's author"
+            )
+    for path, module in adapter_modules(model, adapter):
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+                raise PeftcoreError(
+                    f"the first values that {method} gives '{name}' at '{path}' are not finite. The base, or what it "
+                    "makes of the batches, is not, or they are too few"
+                )
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Within the block the model evaluates. Behind it its mode, its gradients and moving buffers, and PyTorch's random
+    numbers, are what they were before."""
+    modes = {module: module.training for module in model.modules()}
+    gradients = {p: p.grad for p in model.parameters()}
+    devices = {p.device for p in gradients if p.device.type not in ("cpu", "meta")}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        for kind in {device.type for device in devices}:
+            of_kind = [device.index for device in devices if device.type == kind]
+            stack.enter_context(torch.random.fork_rng(devices=of_kind, device_type=kind))
+        stack.enter_context(unmoved_buffers(model))
+        for module in modes:
+            module.training = False
+        for parameter in gradients:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+
+
+def _base(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """By name, which tensor of the base it is and how often it was written; without those that training moves."""
+    moving = {id(buffer) for _, buffer in moving_buffers(model)}
+    found: dict[str, tuple[int, int]] = {}
+    for path, module in base_modules(model):
+        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        tensors: dict[str, Tensor | None] = {**module._parameters, **kept}
+        for name, tensor in tensors.items():
+            if tensor is not None and id(tensor) not in moving and not ranks.is_part(tensor):
+                version = 0 if tensor.is_inference() else tensor._version
+                found[f"{path}.{name}" if path else name] = id(tensor), version
+    return found
