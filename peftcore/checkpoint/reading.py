@@ -13,7 +13,7 @@ from peftcore.adapter_files import CONFIG, TENSORS, Folder
 from peftcore.adapter_files.content import JSON_BYTES, parse_json
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.method import ForeignFormat, Method
-from peftcore.peft_fields import config_of_fields, guarded, method_of_fields, with_own
+from peftcore.peft_fields import config_of_fields, guarded, method_of_fields, peft_version, with_own
 from peftcore.registry import Plugin, registry
 from peftcore.validation import shown
 
@@ -99,6 +99,8 @@ def _read(
     # PEFT's default is False, which its older files do not name.
     tied = metadata.get(TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
     fields["ensure_weight_tying"] = False if tied is None else tied
+    if "peftcore_version" in metadata:
+        fields.setdefault("peft_version", peft_version())  # it is as that release has it
     with guarded(method, f"'{opened.path}'"):
         why = None if "peftcore_version" in metadata else method.state.refused(model, tensors, fields)
         if why is not None:

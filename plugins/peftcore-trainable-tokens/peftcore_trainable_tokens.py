@@ -56,7 +56,7 @@ class TokenRows(nn.Module):
     ids: Tensor
     places: Tensor
 
-    def __init__(self, path: str, module: Any, ids: Sequence[int], copied: bool = True) -> None:
+    def __init__(self, path: str, module: Any, ids: Sequence[int], copy: bool = True) -> None:
         super().__init__()
         weight: Tensor = module.weight
         wrong = next((i for i in ids if not 0 <= i < len(weight)), None)
@@ -64,7 +64,7 @@ class TokenRows(nn.Module):
         validation.require(wrong is None, f"'{path}' has {len(weight)} rows, and none for the token {wrong}")
         validation.require(len(set(ids)) == len(ids), f"a token is named twice for '{path}': {validation.shown(ids)}")
         rows = torch.randn(len(ids), weight.shape[1])
-        if copied and not weight.is_meta and not rows.is_meta:
+        if copy and not weight.is_meta and not rows.is_meta:
             rows.copy_(ranks.whole(weight.detach())[list(ids)])
         self.trainable_tokens_delta, self.path = nn.Parameter(rows), path
         self.is_table = isinstance(module, nn.Embedding) and lookup.looks_up(module)
@@ -92,9 +92,7 @@ class TokenRows(nn.Module):
         return self.replaced(weight), bias
 
 
-def token_rows(
-    model: nn.Module, path: str, ids: Sequence[int], copied: bool = True, together: bool = True
-) -> list[Any]:
+def token_rows(model: nn.Module, path: str, ids: Sequence[int], copy: bool = True, together: bool = True) -> list[Any]:
     """The rows `ids` of the module at `path`; `together` also those of what is tied to it, the same parameters."""
     module = model.get_submodule(path)
     weight, kind = module._parameters.get("weight"), original_class(module).__name__
@@ -102,12 +100,17 @@ def token_rows(
         weight is not None and weight.is_floating_point() and weight.itemsize > 1,
         f"'{path}' ({kind}) is in few bits, so its rows cannot be trained. Leave it out of quantization (skip=...)",
     )
-    untied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False
-    names = tied_to(model, [f"{path}.weight"]) if together and not untied else []
-    others = [name.rpartition(".")[0] for name in names if name.endswith(".weight")]
+    others = modules_tied_to(model, path) if together else []
     targets.refuse_bypassed(model, others)
-    rows = TokenRows(path, module, ids, copied)
+    rows = TokenRows(path, module, ids, copy)
     return [peftcore.Around(each, rows) for each in (path, *others)]
+
+
+def modules_tied_to(model: nn.Module, path: str) -> list[str]:
+    """The modules whose weight is that of the module at `path`, unless the model's config says that none is."""
+    untied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False
+    names = [] if untied else tied_to(model, [f"{path}.weight"])
+    return [name.rpartition(".")[0] for name in names if name.endswith(".weight")]
 
 
 def exported(placement: peftcore.Around) -> dict[str, Tensor]:

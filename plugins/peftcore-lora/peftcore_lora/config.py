@@ -21,6 +21,11 @@ class LoraConfig:
             lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
         lora_dropout: probability with which an input of A is dropped in training.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
+        target_parameters: parameters by the ends of their names, such as `mlp.experts.down_proj`, of two or three
+            dimensions, beside target_modules. exclude_modules and layers_to_transform do not concern them. With
+            target_modules=[] they alone.
+        trainable_token_indices: rows of the embedding that are trained themselves, and those of what is tied to it; or
+            `{module: rows}`.
         rank_pattern, alpha_pattern: r and lora_alpha of single modules, `{regex for the path's end: value}`.
         modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
         ensure_weight_tying: what is tied to one of them (the head to the embedding) is trained with it, as one
@@ -39,6 +44,8 @@ class LoraConfig:
     exclude_modules: str | Sequence[str] | None = None
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
+    target_parameters: Sequence[str] | None = None
+    trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: Sequence[str] | None = None
@@ -88,6 +95,8 @@ def scaled(config: LoraConfig, factor: float) -> LoraConfig:
 
 def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
     """The layers that the config means, by path, of those that LoRA can adapt."""
+    if not config.target_modules and (config.target_parameters or config.trainable_token_indices):
+        return {}
     others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
     return targets.select_by(
         config, model, architecture, supported=lambda module: targets.is_linear(module) or isinstance(module, others)

@@ -5,21 +5,29 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 import peftcore
-from peftcore_lora.config import scaled
+from peftcore import targets
+from peftcore_lora.config import LoraConfig, scaled
 from peftcore_lora.layer_facts import Convolution, adds_to_product, is_undilated
 from peftcore_lora.layers import LoraEmbedding
+from peftcore_lora.parameters import LoraParameter, name_on_disk, upgraded
 
 KNOWN_PEFT = (0, 21, 2)  # up to this release it is known what PEFT computes of an attention's file
 
 
 def tensor_name(placement: Any, name: str) -> str:
     """PEFT keeps A and B of a linear in modules of their own, those of an embedding as plain parameters."""
-    if isinstance(getattr(placement, "adapter", None), LoraEmbedding):
+    adapter = getattr(placement, "adapter", None)
+    if isinstance(adapter, LoraParameter):
+        return name_on_disk(placement, name)
+    if name == "trainable_tokens_delta":
+        name = f"token_adapter.{name}"
+    elif isinstance(adapter, LoraEmbedding):
         name = name.replace("lora_", "lora_embedding_")
     elif name == "lora_bias":
         name = "lora_B.bias"
@@ -30,7 +38,8 @@ def tensor_name(placement: Any, name: str) -> str:
 
 def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
     """With bias="all" PEFT writes the biases of modules_to_save, and those they replace, a second time."""
-    return {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
+    tensors = {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
+    return upgraded(model, tensors, fields)
 
 
 # Layers of dense and shared blocks that PEFT takes for the experts of old files, by the kind of model that transformers
@@ -52,7 +61,13 @@ def unreadable(model: nn.Module, paths: Sequence[str]) -> list[str]:
     if conversions is not None:
         alike = {"mixtral": "mixtral", **getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})}
         names |= TAKEN_FOR_EXPERTS.get(alike.get(str(kind), ""), set())
-    return [p for p in paths if p.rpartition(".")[2] in names or is_other_in_peft(model.get_submodule(p))]
+    modules = {path: model.get_submodule(path) for path in paths}
+    return [
+        path
+        for path, module in modules.items()
+        if path.rpartition(".")[2] in names or is_other_in_peft(module)
+        if not any(isinstance(each, LoraParameter) for each in module.modules())
+    ]
 
 
 def is_other_in_peft(module: nn.Module) -> bool:
@@ -86,9 +101,31 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str
     )
 
 
+def read_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """PEFT's None for no module: it has parameters that are."""
+    return {**fields, "target_modules": fields.get("target_modules") or []}
+
+
+def config_on_disk(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
+    """With ensure_weight_tying PEFT forgets in target_modules the head that it ties to an adapted embedding."""
+    embedding = next((t for name, t in tensors.items() if name.endswith(".lora_embedding_A")), None)
+    if embedding is None or not config.ensure_weight_tying or isinstance(config.target_modules, str):
+        return config
+    heads = [
+        path
+        for name, tensor in tensors.items()
+        if name.endswith(".lora_B.weight") and tensor.shape == embedding.mT.shape
+        for path in [name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")]
+        if not any(targets.matches(pattern, path) for pattern in config.target_modules)
+    ]
+    return replace(config, target_modules=[*config.target_modules, *heads])
+
+
 RULES = peftcore.StateRules(
     peft_type="LORA",
     tensor_name=tensor_name,
+    read_config=read_config,
+    config_on_disk=config_on_disk,
     read_tensors=read_tensors,
     unreadable=unreadable,
     refused=refused,

@@ -24,15 +24,21 @@ class Lora(nn.Module):
     multiplier = 1.0  # what `peftcore.scale` sets
 
     def __init__(
-        self, config: LoraConfig, path: str, a_shape: Sequence[int], b_shape: Sequence[int], groups: int = 1
+        self,
+        config: LoraConfig,
+        path: str,
+        a_shape: Sequence[int],
+        b_shape: Sequence[int],
+        groups: int = 1,
+        experts: int = 1,
     ) -> None:
         super().__init__()
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
         self.full_scale = alpha / (math.sqrt(r) if config.use_rslora else r)
         self.dropout = nn.Dropout(config.lora_dropout)  # a module: trainers find those, to switch dropout off
-        self.lora_A = nn.Parameter(torch.empty(r, *a_shape))
-        self.lora_B = nn.Parameter(torch.zeros(b_shape[0], r // groups, *b_shape[1:]))
+        self.lora_A = nn.Parameter(torch.empty(r * experts, *a_shape))
+        self.lora_B = nn.Parameter(torch.zeros(b_shape[0], r * experts // groups, *b_shape[1:]))
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / r)
         else:

@@ -30,18 +30,32 @@ from peftcore_lora.layers import (
     LoraLinearOnWeight,
     OnWeight,
 )
+from peftcore_lora.parameters import LoraParameter, place_parameters
+from peftcore_lora.tokens import place_tokens
 
 
 def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> list[Any]:
     chosen = selected(model, config, architecture)
-    placements = [peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()]
-    on_weight = [placement.path for placement in placements if isinstance(placement.adapter, OnWeight)]
+    placements: list[Any] = [
+        peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()
+    ]
+    parameters = list(place_parameters(model, config)) if config.target_parameters else []
+    all_of_them = [*placements, *parameters]
+    on_weight = [p.path for p in all_of_them if isinstance(p.adapter, (OnWeight, LoraParameter))]
     if config.lora_dropout and on_weight:
         warnings.warn(
-            f"lora_dropout={config.lora_dropout} does not act at {len(on_weight)} of {len(placements)} modules, where "
+            f"lora_dropout={config.lora_dropout} does not act at {len(on_weight)} of {len(all_of_them)} modules, where "
             f"the weight itself is changed, such as '{on_weight[0]}'",
             stacklevel=2,
         )
+    tokens = place_tokens(model, config, architecture)
+    both = next((each.path for each in (*parameters, *tokens) if each.path in chosen), None)
+    validation.require(
+        both is None,
+        f"'{both}' is one of target_modules, and target_parameters or trainable_token_indices mean it, too. Leave it "
+        f"out of one: exclude_modules=['{both}']",
+    )
+    placements = [*placements, *parameters, *tokens]
     if config.bias == "none":
         return placements
     whole = [path for path, module in chosen.items() if isinstance(module, nn.MultiheadAttention)]

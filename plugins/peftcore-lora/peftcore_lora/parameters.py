@@ -1,0 +1,125 @@
+"""`target_parameters`: LoRA of parameters by name, of whatever module, in PEFT's format.
+
+    W [out, in]                A [r, in], B [out, r]
+    W [experts, out, in]       W_e + scale · B_e A_e;  A [experts · r, in] is read as (experts, r, in),
+                               B [out, r · experts] as (out, r, experts)
+    W [experts, in, out]       of a module that says `is_transposed`: the product, transposed
+
+Several parameters of one module lie in PEFT's file one in the other, the first that the module has innermost, without
+their names: `experts.base_layer.lora_A.weight`, `experts.lora_A.weight`. Up to 0.18 PEFT took every W for
+[experts, in, out]: its A is the B of today, and the other way round.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import targets, validation
+from peftcore.adaptation.adapted import base_modules
+from peftcore.errors import nearest
+from peftcore_lora.config import LoraConfig
+from peftcore_lora.layers import Lora
+
+
+class LoraParameter(Lora):
+    """Of one parameter; see above. Without dropout.
+
+    Args:
+        inside: in how many others of its module it lies in the file.
+    """
+
+    def __init__(self, config: LoraConfig, path: str, shape: Sequence[int], transposed: bool, inside: int) -> None:
+        self.experts, self.transposed = shape[0] if len(shape) == 3 else None, transposed and len(shape) == 3
+        width, out = shape[-2:] if self.transposed else (shape[-1], shape[-2])
+        super().__init__(config, path, [width], [out], experts=self.experts or 1)
+        self.inside = inside
+
+    def forward(self, weight: Tensor) -> Tensor:
+        a, b = self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype)
+        if self.experts is None:
+            return torch.addmm(weight, b, a, alpha=self.scale)
+        a = a.view(self.experts, -1, a.shape[1])  # [experts, r, in]
+        b = b.view(len(b), -1, self.experts).permute(2, 0, 1)  # [experts, out, r]
+        if self.transposed:
+            return torch.baddbmm(weight, a.mT, b.mT, alpha=self.scale)
+        return torch.baddbmm(weight, b, a, alpha=self.scale)
+
+
+def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[peftcore.OnWeight]:
+    """A LoRA for each parameter that the config names."""
+    validation.require(
+        not config.lora_bias,
+        "lora_bias=True is not possible beside target_parameters: a parameter has no bias of its own. Leave one out",
+    )
+    for path, names in named(model, config.target_parameters or ()).items():
+        module = model.get_submodule(path)
+        targets.refuse_bypassed(model, [path])
+        for place, name in enumerate(names):
+            parameter: Any = module._parameters[name]
+            shape, whole = _shape(module, name), f"{path}.{name}"
+            validation.require(
+                len(shape) in (2, 3) and (parameter.itemsize > 1 or name == "weight"),
+                f"'{whole}' is {list(shape)} of {parameter.dtype}: LoRA adapts parameters of two or three "
+                "dimensions in 16 or 32 bits. Leave it out of target_parameters, or its module out of quantization",
+            )
+            transposed = getattr(module, "is_transposed", False)
+            adapter = LoraParameter(config, whole, shape, transposed, len(names) - 1 - place)
+            yield peftcore.OnWeight(path, name, adapter)
+
+
+def named(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
+    """The parameters that the ends of their names mean, by module, in its order."""
+    found: dict[str, list[str]] = {}
+    there = [(path, name) for path, module in base_modules(model) for name in module._parameters if path]
+    for pattern in patterns:
+        if not any(targets.matches(pattern, f"{path}.{name}") for path, name in there):
+            known = {end for path, name in there for end in (f"{path}.{name}", f"{path.rpartition('.')[2]}.{name}")}
+            raise peftcore.PeftcoreError(
+                f"target_parameters: '{pattern}' matches no parameter{nearest(pattern, sorted(known))}"
+            )
+    for path, name in there:
+        is_there = model.get_submodule(path)._parameters[name] is not None
+        if is_there and any(targets.matches(pattern, f"{path}.{name}") for pattern in patterns):
+            found.setdefault(path, []).append(name)
+    return found
+
+
+def name_on_disk(placement: peftcore.OnWeight, name: str) -> str:
+    adapter: Any = placement.adapter
+    return f"base_model.model.{placement.path}{'.base_layer' * adapter.inside}.{name}.weight"
+
+
+def upgraded(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors with A and B of files before PEFT 0.19 as they are today."""
+    version = re.match(r"(\d+)\.(\d+)", str(fields.get("peft_version") or "0.0"))
+    is_old = version is not None and tuple(map(int, version.groups())) < (0, 19)
+    tensors = dict(tensors)
+    for path, names in named(model, fields.get("target_parameters") or ()).items():
+        module = model.get_submodule(path)
+        for inside, name in enumerate(reversed(names)):
+            shape, prefix = _shape(module, name), f"base_model.model.{path}{'.base_layer' * inside}"
+            a, b = (tensors.get(f"{prefix}.lora_{which}.weight") for which in "AB")
+            if a is None or b is None or len(shape) != 3 or getattr(module, "is_transposed", False):
+                continue
+            experts, out, width = shape
+            if (a.shape[1], b.shape[0]) == (out, width) and (out != width or is_old):
+                r = len(a) // experts
+                b_of_today = a.view(experts, r, out).permute(2, 1, 0).reshape(out, -1)
+                tensors[f"{prefix}.lora_A.weight"] = b.view(width, r, experts).permute(2, 1, 0).reshape(-1, width)
+                tensors[f"{prefix}.lora_B.weight"] = b_of_today
+    return tensors
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
+    """Of a packed `weight` that of the matrix it stands for."""
+    parameter: Any = module._parameters[name]
+    if name == "weight" and parameter is not None and not parameter.is_floating_point() and targets.is_linear(module):
+        width, out = targets.sizes(module)
+        return out, width
+    return tuple(parameter.shape)

@@ -1,0 +1,74 @@
+"""`trainable_token_indices`: rows of embeddings, trained beside LoRA as `peftcore-trainable-tokens` trains them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+import peftcore
+from peftcore import targets, validation
+from peftcore.adaptation.adapted import base_modules
+from peftcore.errors import nearest
+from peftcore_lora.config import LoraConfig
+
+try:
+    from peftcore_trainable_tokens import modules_tied_to, token_rows
+except ImportError:
+    token_rows = None  # type: ignore[assignment]
+
+
+def place_tokens(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+    """The rows that the config names. Those of what is tied to the embedding are the same, where none are named for it.
+
+    Different ones are refused with ensure_weight_tying, and else trained apart.
+    """
+    given = config.trainable_token_indices
+    if not given:
+        return []
+    validation.require(
+        token_rows is not None,
+        "trainable_token_indices needs the method trainable-tokens, a plugin of its own, which is not installed",
+    )
+    if not isinstance(given, Mapping):
+        validation.require(
+            architecture.embedding is not None,
+            "where the embedding is is not known. Name it: trainable_token_indices={name: [...]}",
+        )
+        given = {str(architecture.embedding): given}
+    rows = _by_path(model, given)
+    for path in rows:
+        saved = next((entry for entry in config.modules_to_save or () if targets.is_inside(entry, path)), None)
+        validation.require(
+            saved is None,
+            f"'{path}' is trained whole (modules_to_save names '{saved}'), and trainable_token_indices names rows of "
+            "it. Leave one out",
+        )
+    placed: dict[str, Any] = {}
+    for path in sorted(rows, key=lambda path: path != architecture.embedding):  # what is tied to it comes with it
+        if path in placed:
+            continue
+        tied = modules_tied_to(model, path) if path == architecture.embedding else []
+        other = next((each for each in tied if list(rows.get(each, rows[path])) != list(rows[path])), None)
+        validation.require(
+            other is None or not config.ensure_weight_tying,
+            f"trainable_token_indices names other rows of '{other}' than of '{path}', whose weight it has. Name the "
+            "same, or train the two apart: ensure_weight_tying=False",
+        )
+        placed |= {each.path: each for each in token_rows(model, path, rows[path], together=bool(tied) and not other)}
+    return list(placed.values())
+
+
+def _by_path(model: nn.Module, given: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    kinds = (nn.Embedding, nn.Linear)
+    there = [path for path, module in base_modules(model) if isinstance(module, kinds)]
+    found: dict[str, Sequence[int]] = {}
+    for name, ids in given.items():
+        paths = [path for path in there if targets.matches(name, path)]
+        known = [part for path in there for part in (path, path.rpartition(".")[2])]
+        validation.require(
+            bool(paths), f"trainable_token_indices: '{name}' is no embedding or head{nearest(name, known)}"
+        )
+        found |= dict.fromkeys(paths, ids)
+    return found
