@@ -113,6 +113,11 @@ def activate(module: nn.Module, names: Sequence[str], samples: Sequence[str | No
     module.__dict__[_CHAIN] = _chain_of(module, base)
 
 
+def inside(module: nn.Module) -> Any:
+    """What an adapter that is placed at `module` now will stand around: its forward, with the adapters that act."""
+    return module.__dict__[_CHAIN] if is_adapted(module) else _base_of(module)
+
+
 def _base_of(module: nn.Module) -> Base:
     forward = own_forward if OWN_FORWARD in module.__dict__ else original_forward(module)
     try:

@@ -1,0 +1,88 @@
+"""n = the norms of the rows of W + scale · B A, which is never there as a whole; W is frozen, dense or in 4 bits.
+
+Rows are made in pieces of a few MB, in fp32 (float64 beside float64).
+
+Without gradients: whoever divides by norms takes them for constants, or differentiates another formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftcore.ops._library import define_by
+from peftcore.ops.nf4 import dequantize_4bit
+from peftcore.ops.weight import PackedWeight, check_dtype, checked, value
+
+_OPS = torch.ops.peftcore
+_PIECE = 1 << 20  # values of W in a piece
+
+
+@dataclass
+class RowNorms:
+    weight: Sequence[Tensor]
+    packing: Sequence[int]
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def __post_init__(self) -> None:
+        op, frozen = "row_norms", checked(self.weight, self.packing, "row_norms")
+        value(len(frozen.shape) == 2, op, f"weight must be [out, in], found {list(frozen.shape)}")
+        self.shape, first = frozen.shape, self.weight[0]
+        if isinstance(frozen, Tensor) and frozen.dtype is not torch.float64:
+            check_dtype(frozen.dtype, op)
+        for name, t in (("a", self.a), ("b", self.b)):
+            if not t.is_floating_point():
+                raise TypeError(f"{op}: {name} must be of a floating-point dtype, found {t.dtype}")
+            value(t.device == first.device, op, f"{name} must be on {first.device} like weight, found {t.device}")
+            value(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
+        (out, width), r = self.shape, self.a.shape[0]
+        value(self.a.shape[1] == width, op, f"a must be [r, {width}] for weight, found {list(self.a.shape)}")
+        value(self.b.shape == (out, r), op, f"b must be [{out}, {r}], found {list(self.b.shape)}")
+
+    def dtype(self) -> torch.dtype:
+        return torch.promote_types(self.weight[0].dtype, torch.float32)
+
+    def compute(self) -> Tensor:
+        a, b = self.a.to(self.dtype()), self.scale * self.b.to(self.dtype())
+        found = b.new_empty(self.shape[0])
+        frozen = checked(self.weight, self.packing, "row_norms")
+        whole = 1 if isinstance(frozen, Tensor) else frozen.rows_that_begin_blocks()
+        step = max(1, _PIECE // max(1, self.shape[1] * whole)) * whole
+        for first in range(0, self.shape[0], step):
+            rows = slice(first, min(first + step, self.shape[0]))
+            w = self._rows(frozen, rows).to(self.dtype())
+            torch.linalg.vector_norm(torch.addmm(w, b[rows], a), dim=1, out=found[rows])
+        return found
+
+    def _rows(self, frozen: Tensor | PackedWeight, rows: slice) -> Tensor:
+        if isinstance(frozen, Tensor):
+            return frozen[rows]
+        return dequantize_4bit(frozen.rows(rows.start, rows.stop), self.dtype())
+
+    def empty(self) -> Tensor:
+        return self.a.new_empty(self.shape[0], dtype=self.dtype())
+
+
+define_by("row_norms(Tensor[] weight, SymInt[] packing, Tensor a, Tensor b, float scale) -> Tensor", RowNorms)
+
+
+def row_norms(weight: Tensor | PackedWeight, a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """The norms of the rows of W + scale · B A.
+
+    Args:
+        weight: `[out, in]`, fp32, fp16, bf16 or float64, or a `PackedWeight`.
+        a, b: `[r, in]` and `[out, r]` in any floating-point dtype.
+
+    Returns:
+        fp32 `[out]` (float64 beside a float64 weight), without gradients.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit the others.
+    """
+    tensors, packing = ([weight], []) if isinstance(weight, Tensor) else weight.operands()
+    return _OPS.row_norms(tensors, packing, a, b, scale)

@@ -1,0 +1,130 @@
+"""DoRA (Liu et al. 2024, arXiv 2402.09353): y = g ∘ (W x + scale · B A x) + bias, with g = m / n.
+
+    x ---+--- W ---------(+)--- · g --- + bias --- y       m [out], trained: at the start the norms of W's rows
+         '--- A --- B --- '                                n [out]: those of W + scale · B A
+
+LoRA, that of `peftcore-lora`, learns the rows' directions, m their lengths. n is taken for a constant in the gradient
+(section 4.3). Of an embedding, m and n are of the columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import peftcore_lora
+import torch
+from peftcore_lora.files import RULES
+from peftcore_lora.layers import LoraConv, LoraConvOnWeight, LoraEmbedding, LoraLinear, LoraLinearOnWeight, OnWeight
+from peftcore_lora.placing import place as place_lora
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import ops, validation
+from peftcore.adaptation.adapted import inside
+
+KNOWN = LoraLinear, LoraConv, LoraEmbedding, LoraLinearOnWeight, LoraConvOnWeight  # PEFT's DoRA has no others
+FIELDS = """r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern
+    alpha_pattern modules_to_save ensure_weight_tying use_rslora init_lora_weights bias fan_in_fan_out""".split()  # noqa: SIM905
+
+
+@dataclass(frozen=True)
+class DoraConfig(peftcore_lora.LoraConfig):
+    """LoRA's fields, but lora_bias. On disk it is, as in Hugging Face PEFT, a LoRA with `use_dora: true`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        plain = peftcore_lora.LoraConfig()
+        for name in (field.name for field in dataclasses.fields(self) if field.name not in FIELDS):
+            message = f"{name}={getattr(self, name)!r} is not known with DoRA. Leave it out, or choose LoRA"
+            validation.require(getattr(self, name) == getattr(plain, name), message)
+        validation.one_of((True, False, "gaussian"), init_lora_weights=self.init_lora_weights)
+
+
+class Dora(nn.Module):
+    """The LoRA of a layer, and the magnitudes of its outputs: `[out]`, of a convolution `[1, out, 1...]` as in PEFT."""
+
+    def __init__(self, lora: Any, base: Any) -> None:
+        super().__init__()
+        self.lora = lora
+        self.whole_batch = isinstance(lora, OnWeight)
+        self.transposed = isinstance(lora, LoraEmbedding)  # outputs are the weight's last dimension
+        self.axes = [1] * (lora.lora_A.dim() - 2)  # of an output, behind its channels
+        m = lora.lora_B.new_empty(lora.lora_B.shape[0]) if lora.lora_B.is_meta else self.norms(base.weight().detach())
+        self.lora_magnitude_vector = nn.Parameter(m.view(1, -1, *self.axes) if self.axes else m)
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.whole_batch:
+            return base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(*args, **kwargs)
+        operands = base.linear_operands(args[0]) if isinstance(self.lora, LoraLinear) else None
+        weight, bias = operands or base.weight_and_bias()
+        bias = None if bias is None else bias.view(-1, *self.axes)
+        u = self.lora(WithoutBias(base.module, base, bias), *args, **kwargs)
+        y = (u * self.gain(weight).view(-1, *self.axes)).to(u.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def gain(self, weight: Any) -> Tensor:
+        """g, fp32 `[out]`."""
+        return self.lora_magnitude_vector.flatten() / self.norms(weight)
+
+    @torch.no_grad()
+    def norms(self, weight: Any) -> Tensor:
+        """n, fp32 `[out]`, for a W in the layout of the layer's weight, or packed."""
+        if isinstance(weight, Tensor):
+            weight = weight.T if self.transposed else weight.flatten(1)
+        a, b = self.lora.lora_A.flatten(1), self.lora.lora_B.flatten(1)
+        return ops.row_norms(weight, a, b, self.lora.scale).clamp(min=1e-30)  # a row of zeros stays one
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        gain = self.gain(weight)
+        return (weight + self.lora.delta()) * (gain if self.transposed else gain.view(-1, 1, *self.axes)), bias
+
+
+@dataclass
+class WithoutBias:
+    """What stands inside, without its bias, which magnitudes do not scale."""
+
+    module: nn.Module
+    base: Any
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y if self.bias is None else y - self.bias.to(y.dtype)
+
+    def linear_operands(self, x: Tensor) -> Any:
+        operands = self.base.linear_operands(x)
+        return operands and (operands[0], None)
+
+
+def place(model: nn.Module, config: DoraConfig, architecture: peftcore.Architecture) -> Sequence[Any]:
+    """Where LoRA stands, with magnitudes."""
+    placed = place_lora(model, config, architecture)
+    for i, (path, lora) in enumerate((getattr(p, "path", ""), getattr(p, "adapter", None)) for p in placed):
+        if lora is not None:
+            message = f"'{path}' is a layer that DoRA does not know, in PEFT neither: {type(lora).__name__}. Exclude it"
+            validation.require(type(lora) in KNOWN, f"{message}: exclude_modules=['{path}']; or choose LoRA")
+            placed[i] = dataclasses.replace(placed[i], adapter=Dora(lora, inside(model.get_submodule(path))))
+    return placed
+
+
+def tensor_name(placement: Any, name: str) -> str:
+    if not name.startswith("lora."):
+        return peftcore.tensor_name(placement, name)
+    of_lora = dataclasses.replace(placement, adapter=placement.adapter.lora)
+    return RULES.tensor_name(of_lora, name.removeprefix("lora."))
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = dataclasses.replace(
+        RULES,
+        matches=lambda fields: bool(fields.get("use_dora")),
+        tensor_name=tensor_name,
+        write_config=lambda fields: {**RULES.write_config(fields), "use_dora": True},
+        read_config=lambda fields: RULES.read_config({n: value for n, value in fields.items() if n != "use_dora"}),
+        scaled=None,
+    )
+    return [peftcore.Method("dora", DoraConfig, place, rules)]
