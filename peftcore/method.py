@@ -29,7 +29,7 @@ class Around:
 
     Args:
         branches: names of other adapters of the module that this one combines. `base.branch(name)(*args, **kwargs)`
-            runs one of them, alone, around the module; they do not act by themselves.
+            runs one of them, alone, around the module's own forward (`base.own`); they do not act by themselves.
     """
 
     path: str

@@ -20,7 +20,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.call import Frame
-from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Base, own_forward
+from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Base, Branched, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, rests_in_thread
 from peftcore.adaptation.enclosing import LOCK, is_enclosing
@@ -42,6 +42,7 @@ class Adapters(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.behind: set[str] = set()  # names of the adapters that stand behind the module, not around it
+        self.branches: dict[str, tuple[str, ...]] = {}  # of a combiner, names of the adapters that it combines
 
     def __contains__(self, name: str) -> bool:
         return name in self._modules
@@ -58,11 +59,18 @@ class Adapters(nn.Module):
 
 
 def attach(
-    module: nn.Module, name: str, adapter: nn.Module, *, behind: bool = False, lock: ModelLock | None = None
+    module: nn.Module,
+    name: str,
+    adapter: nn.Module,
+    *,
+    behind: bool = False,
+    branches: Sequence[str] = (),
+    lock: ModelLock | None = None,
 ) -> None:
     """Give `module` the adapter `name`, inactive; the module's class is swapped at the first one.
 
     Args:
+        branches: names of other adapters of the module that this one combines.
         lock: that of the model; None: the module is a model of its own.
     """
     if not is_adapted(module):
@@ -76,6 +84,8 @@ def attach(
     adapters._modules[name] = adapter
     if behind:
         adapters.behind.add(name)
+    if branches:
+        adapters.branches[name] = tuple(branches)
 
 
 def detach(module: nn.Module, name: str) -> None:
@@ -90,6 +100,7 @@ def detach(module: nn.Module, name: str) -> None:
     activate(module, active, module.__dict__[_SAMPLES])
     del adapters._modules[name]
     adapters.behind.discard(name)
+    adapters.branches.pop(name, None)
     if not len(adapters):
         del module._modules[CHILD]
         for key in (_CHAIN, _BASE, _ACTIVE, _SAMPLES):
@@ -133,12 +144,19 @@ def _chain_of(module: nn.Module, base: Base) -> Any:
     chain: Any = base
     links = {}
     for name in names:
-        link = AfterLink if name in adapters.behind else AroundLink
-        chain = link(name, adapters[name], base if samples is not None else chain)
+        inside = base if samples is not None else chain
+        if name in adapters.branches:
+            branches = {branch: _link(adapters, branch, base) for branch in adapters.branches[name]}
+            inside = Branched(inside, base, branches)
+        chain = _link(adapters, name, inside)
         links[name] = adapters[name], chain
     if samples is not None and names:
         chain = PerSample(base, links, samples, behind=all(name in adapters.behind for name in names))
     return chain
+
+
+def _link(adapters: Adapters, name: str, inside: Any) -> AroundLink:
+    return (AfterLink if name in adapters.behind else AroundLink)(name, adapters[name], inside)
 
 
 def rebind(copy: nn.Module) -> None:

@@ -134,6 +134,52 @@ class AroundLink:
         return self._adapter.merged(weight.float(), None if bias is None else bias.float())
 
 
+class Branched:
+    """What stands inside a combiner, and the adapters of the module that it combines, each alone around `own`."""
+
+    __slots__ = ("_base", "_branches", "module", "own")
+
+    def __init__(self, base: Any, own: Base, branches: Mapping[str, AroundLink]) -> None:
+        self.module = base.module
+        self.own = own  # the module's own forward
+        self._base = base
+        self._branches = branches
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._base(*args, **kwargs)
+
+    def branch(self, name: str) -> AroundLink:
+        """The adapter `name`, alone around the module's own forward."""
+        if name not in self._branches:
+            raise PeftcoreError(
+                f"'{name}' is no branch here: this placement combines {', '.join(self._branches)}. Name it: "
+                f"Around(path, adapter, branches=[..., '{name}'])"
+            )
+        return self._branches[name]
+
+    @property
+    def is_own(self) -> bool:
+        """Does no other adapter stand inside, so that calling this is calling `own`?"""
+        return self._base is self.own
+
+    def on_weights(self, changes: Mapping[str, Change]) -> Branched:
+        own, base = self.own.on_weights(changes), self._base.on_weights(changes)
+        branches = {name: link.on_weights(changes) for name, link in self._branches.items()}
+        return Branched(own if self.is_own else base, own, branches)
+
+    def linear_operands(self, x: Tensor) -> Any:
+        """Those of what stands inside."""
+        return self._base.linear_operands(x)
+
+    def weight(self) -> Tensor:
+        """See `Base.weight`."""
+        return self._base.weight()
+
+    def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
+        """See `Base.weight_and_bias`."""
+        return self._base.weight_and_bias()
+
+
 class AfterLink(AroundLink):
     """What stands inside, with an adapter behind it."""
 

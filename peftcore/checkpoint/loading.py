@@ -90,7 +90,7 @@ def _load_all(
         if together:
             engine.activate(model, [*active, *together["active"]])
     except BaseException:
-        for name in done:
+        for name in reversed(done):
             engine.remove(model, name)
         if engine.state_of(model):
             engine.set_active(model, active)

@@ -12,6 +12,7 @@ from peftcore.engine.applying import (
     set_active,
     set_trainable,
 )
+from peftcore.engine.branches import refuse_needed
 from peftcore.engine.changes import with_adapter
 from peftcore.engine.first_values import takes_batches
 from peftcore.engine.placing import placements_for
@@ -72,6 +73,7 @@ __all__ = [
     "placements_for",
     "refuse_changed",
     "refuse_merged",
+    "refuse_needed",
     "refuse_per_sample",
     "remove",
     "require_state",

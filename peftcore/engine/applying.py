@@ -15,6 +15,7 @@ from peftcore import ranks
 from peftcore.adaptation import adapted, enclosing, fast_path
 from peftcore.adaptation.call import asked
 from peftcore.adaptation.concurrency import Activation, refuse_running
+from peftcore.engine.branches import check_branches, combined, refuse_needed, with_branches
 from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.changes import facts, with_adapter
 from peftcore.engine.first_values import give_first_values, initializer
@@ -47,7 +48,7 @@ from peftcore.engine.state import (
 from peftcore.engine.trained import TrainedParameters, hold_of_last, tied_to, unmoved_buffers
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_applied
-from peftcore.method import After, Model
+from peftcore.method import After, Around, Model
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -138,6 +139,7 @@ def _apply(
     initialize, its_config = initializer(placed.method, placed.config) if first_values else (None, None)
     if batches is not None and initialize is None:
         raise PeftcoreError(f"{placed.method.name} takes no first values from data. Leave batches out")
+    check_branches(model, state, adapter, placed.around)
     refuse_without_gradient(model, placed)
     tell_if_little(model, placed)
     if placed.method.prepare is not None:
@@ -157,7 +159,8 @@ def _apply(
     for placement in placed.around:
         module = model.get_submodule(placement.path)
         behind = isinstance(placement, After)
-        adapted.attach(module, adapter, placement.adapter, behind=behind, lock=state.lock)
+        branches = placement.branches if isinstance(placement, Around) else ()
+        adapted.attach(module, adapter, placement.adapter, behind=behind, branches=branches, lock=state.lock)
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     fast_path.guard(model)
     state.applied[adapter] = Applied(of_method.name, config, placed.placements, placed.trained, facts=before)
@@ -214,7 +217,7 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
     refuse_changed(model)
     refuse_merged(state, "activate adapters")
     if per_sample:
-        _refuse_whole_batch(model, chosen)
+        _refuse_whole_batch(model, with_branches(state, chosen))
     refuse_shared(state, chosen)
     set_active(model, chosen, given if per_sample else None)
 
@@ -265,11 +268,13 @@ def remove(model: Model, adapter: str = "default") -> Model:
     state = require_state(model)
     applied(model, adapter)
     refuse_merged(state, f"remove '{adapter}'")
+    refuse_needed(state, adapter, "remove")
     left = dict(changes_of(model, state, adapter))
     there = list(with_adapter(model, adapter, state.applied[adapter].paths))
     if not all(adapted.is_outermost(module) for module in there if adapted.is_adapted(module)):
         ranks.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
-    set_active(model, tuple(name for name in state.active if name != adapter), state.samples)
+    resting = {adapter, *state.applied[adapter].branches} if adapter in state.active else {adapter}
+    set_active(model, tuple(name for name in state.active if name not in resting), state.samples)
     for module in there:
         adapted.detach(module, adapter)
     fast_path.guard(model)
@@ -302,15 +307,18 @@ def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
 
 
 def set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | None, ...] | None = None) -> None:
+    """Let `names` act and train in this order, and what combiners among them combine."""
     state = require_state(model)
+    names = with_branches(state, names)
     own = {name: TrainedParameters.of(model, name) for name in state.applied}
     for name, tensors in own.items():
         if tensors is not None and name not in names:
             tensors.activate(model, False)
     state.active = names
     state.samples = samples and tuple(name if name in names else None for name in samples)
+    acting = [name for name in names if name not in combined(state, names) or name in (samples or ())]
     for module in dict.fromkeys(module for name in state.applied for _, module in modules_with(model, state, name)):
-        adapted.activate(module, [name for name in names if name in adapted.adapters_at(module)], state.samples)
+        adapted.activate(module, [name for name in acting if name in adapted.adapters_at(module)], state.samples)
     for name in names:
         if (tensors := own[name]) is not None:
             tensors.activate(model, True)

@@ -16,7 +16,7 @@ from peftcore.adaptation.concurrency import ModelLock
 from peftcore.engine.changes import Facts, changes, standing
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.method import AdapterPlacement
+from peftcore.method import AdapterPlacement, Around
 
 STATE = "_peftcore_state"
 
@@ -44,6 +44,12 @@ class Applied:
     def paths(self) -> tuple[str, ...]:
         """Of the modules at which it stands."""
         return tuple(self.placements)
+
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Names of the adapters that it combines."""
+        placed = (placement for each in self.placements.values() for placement in each)
+        return tuple(dict.fromkeys(name for p in placed if isinstance(p, Around) for name in p.branches))
 
 
 @dataclass

@@ -73,6 +73,8 @@ def merge(
     if not state.active:
         raise PeftcoreError("no adapter is active. Choose what to merge: peftcore.activate(model, [...])")
     refuse_unmergeable(model, state.active)
+    for name in () if keep_adapters else state.active:
+        engine.refuse_needed(state, name, "take off for good")
     tied = _tied(model, state.active)
     if tied and not untie:
         raise PeftcoreError(

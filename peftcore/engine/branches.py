@@ -1,0 +1,62 @@
+"""Combiners: adapters that call others of their module as branches (`Around(..., branches=...)`).
+
+While a combiner is active so are those that it combines, and train by their own flag, but act through it alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from peftcore.adaptation.adapted import adapters_of
+from peftcore.engine.state import State
+from peftcore.engine.trained import TrainedParameters
+from peftcore.errors import PeftcoreError
+from peftcore.method import After, Around
+
+
+def check_branches(model: nn.Module, state: State, adapter: str, around: Iterable[Around | After]) -> None:
+    """Raise a PeftcoreError unless each branch of the new `adapter` stands where it is to be combined."""
+    for placement in around:
+        names = placement.branches if isinstance(placement, Around) else ()
+        for name in names:
+            if name == adapter:
+                raise PeftcoreError(f"'{adapter}' names itself among the adapters that it combines")
+            if name not in state.applied:
+                there = f"applied: {', '.join(state.applied)}" if state.applied else "none is applied"
+                raise PeftcoreError(
+                    f"'{adapter}' combines the adapter '{name}', which is not there ({there}). First apply or load it: "
+                    f"peftcore.load(model, folder, adapter='{name}')"
+                )
+            entry, own = state.applied[name], TrainedParameters.of(model, name)
+            why = f"combines others itself ({', '.join(entry.branches)})" if entry.branches else None
+            if entry.trained or (own is not None and own.has_moved(model)):
+                why = "trains parameters of the base, which are no branch of a call"
+            if why:
+                raise PeftcoreError(f"'{adapter}' cannot combine '{name}' ({entry.method}): it {why}")
+            if name not in (adapters_of(model.get_submodule(placement.path)) or ()):
+                raise PeftcoreError(
+                    f"'{adapter}' combines '{name}' at '{placement.path}', where '{name}' ({entry.method}) does not "
+                    f"stand. It stands at {', '.join(map(repr, entry.paths[:3]))}"
+                )
+
+
+def with_branches(state: State, names: Sequence[str]) -> tuple[str, ...]:
+    """`names`, and before each combiner among them what it combines and they do not name."""
+    every = (each for name in names for each in (*(b for b in state.applied[name].branches if b not in names), name))
+    return tuple(dict.fromkeys(every))
+
+
+def combined(state: State, names: Sequence[str]) -> set[str]:
+    """Those that combiners among the active `names` combine, so that they do not act by themselves."""
+    return {branch for name in names for branch in state.applied[name].branches}
+
+
+def refuse_needed(state: State, adapter: str, what: str) -> None:
+    """Raise a PeftcoreError if another adapter combines this one."""
+    combiner = next((name for name, entry in state.applied.items() if adapter in entry.branches), None)
+    if combiner is not None:
+        raise PeftcoreError(
+            f"cannot {what} '{adapter}': '{combiner}' combines it. First peftcore.remove(model, '{combiner}')"
+        )
