@@ -21,6 +21,7 @@ from peftcore.checkpoint.tensors import kept_on_disk, name_of_base, tensors_on_d
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError
 from peftcore.observation import detect
+from peftcore.peft_fields import refuse_not_its_own
 from peftcore.registry import registry
 
 
@@ -104,6 +105,7 @@ def _content(
     about[TIED] = json.dumps(getattr(entry.config, "ensure_weight_tying", True))
     about |= in_metadata(model, adapter)
     fields, own_fields = fields_of_config(model, method, adapter)
+    refuse_not_its_own(method, fields, own_fields)
     if own_fields:
         about[OWN_FIELDS] = json.dumps(own_fields, allow_nan=False)
     return Content(fields, _for_disk(tensors, dtype), {**about, **metadata})

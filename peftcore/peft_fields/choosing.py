@@ -8,6 +8,7 @@ nothing, and comes with those that do not ask. A file that was saved here names 
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -71,13 +72,29 @@ def method_of_fields(
             "others: PEFTCORE_PLUGINS=NAME,NAME"
         )
     chosen = best[0][0]
-    if written_by is not None and canonical(written_by) not in map(canonical, registry.methods()):
+    if written_by is not None:
+        there = canonical(written_by) in map(canonical, registry.methods())
+        what = "which does not read it" if there else "which is not installed"
         warnings.warn(
-            f"{where} was written by the method {shown(written_by)}, which is not installed. '{chosen.name}' reads it "
-            f"as any file of peft_type {peft_type}",
+            f"{where} was written by the method {shown(written_by)}, {what}. '{chosen.name}' reads it as any file of "
+            f"peft_type {shown(peft_type)}",
             stacklevel=2,
         )
     return chosen
+
+
+def refuse_not_its_own(method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise a PluginError if the method's `matches` declines the fields that are written for it."""
+    if method.state.matches is None:
+        return
+    fields, own = (json.loads(json.dumps(each)) for each in (fields, own))  # as they are read
+    for candidate, plugin in of_peft_type(fields["peft_type"]):
+        if candidate is method and _level(method, plugin, fields, own) is None:
+            raise PluginError(
+                f"StateRules.matches of '{method.name}' ({plugin.distribution} {plugin.version}) does not take the "
+                f"file that would be written, {_set_in(fields, own)}: another would read it. Upgrade the plugin; "
+                "the adapter's values are in model.state_dict() meanwhile"
+            )
 
 
 def of_peft_type(peft_type: str) -> list[Offered]:

@@ -14,8 +14,11 @@ from torch import nn
 from peftcore.adaptation.adapted import base_modules
 from peftcore.errors import PeftcoreError
 from peftcore.method import Method
+from peftcore.observation import detect
 from peftcore.peft_fields.choosing import method_of_fields
 from peftcore.peft_fields.config import config_of_fields
+
+_WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose heads PEFT trains, whatever else it trains
 
 
 def is_of_peft(config: Any) -> bool:
@@ -48,7 +51,8 @@ def _completed(where: str, model: nn.Module, config: Any) -> Any:
     """A copy in which PEFT has filled in what it takes from its tables of models."""
     config = copy.deepcopy(config)
     if getattr(config, "modules_to_save", None):
-        config.modules_to_save = [*config.modules_to_save, *ends_within_a_name(model, config.modules_to_save)]
+        heads = detect(model).task_heads if _plain(config.task_type) in _WITH_HEADS else ()
+        config.modules_to_save = [*config.modules_to_save, *ends_within_a_name(model, config.modules_to_save), *heads]
     tuner: Any = getattr(sys.modules["peft"], "PEFT_TYPE_TO_TUNER_MAPPING", {}).get(config.peft_type)
     prepare = None if tuner is None else getattr(tuner.__new__(tuner), "_prepare_adapter_config", None)
     if prepare is None:  # of prompts, or another PEFT's

@@ -61,6 +61,14 @@ def test_defaults_are_not_written(tmp_path: Path, plain: None) -> None:
         assert applied(peftcore.load(tiny.llama(), tmp_path), "default").method == "plain"
 
 
+def test_a_method_that_would_not_take_its_own_file_does_not_write_it(tmp_path: Path, plain: None) -> None:
+    with tiny.installed(gated(matches=lambda fields: "value" in fields)):  # which a default leaves out
+        model = peftcore.apply(tiny.llama(), "gated")
+        with pytest.raises(peftcore.PluginError, match=r"matches of 'gated' \(.*\) does not take the file"):
+            peftcore.save(model, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -101,8 +101,9 @@ def test_the_writer_reads_unless_it_declines() -> None:
     with tiny.installed(same("aa"), same("bb", matches=flagged), same("cc", matches=flagged), tiny.method("other")):
         assert read("aa", use_flag=True) == "aa"
         assert read("cc", use_flag=True) == "cc"
-        assert read("cc") == "aa"  # it declines
-        assert read("other") == "aa"  # of another peft_type
+        for name in ("cc", "other"):  # of which the one declines, the other has another peft_type
+            with pytest.warns(UserWarning, match=rf"by the method '{name}', which does not read it. 'aa' reads it"):
+                assert read(name) == "aa"
         with pytest.warns(UserWarning, match=r"'f' was written by the method 'gone', which is not installed. 'aa'"):
             assert read("gone") == "aa"
 

@@ -76,6 +76,23 @@ def test_modules_to_save_are_those_that_peft_finds(tmp_path: Path) -> None:
     assert torch.allclose(tiny.logits(loaded), tiny.logits(theirs), atol=1e-5)
 
 
+@pytest.mark.parametrize("saved", [None, ["embed_tokens"]])
+def test_heads_of_a_task_are_trained_as_peft_does(saved: list[str] | None) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    base = LlamaForSequenceClassification(tiny.llama().config)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=saved, task_type="SEQ_CLS")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(base), copy.deepcopy(config))
+    wanted = {
+        n.split(".modules_to_save")[0].removeprefix("base_model.model.") for n in trained(theirs) if "lora" not in n
+    }
+    ours = peftcore.apply(base, config)
+    assert {n.removesuffix(".weight") for n in trained(ours) if n in dict(base.named_parameters())} >= wanted
+    assert "score" in wanted and "score.weight" in trained(ours)
+
+
 def test_the_object_is_left_as_it_was() -> None:
     config = peft.LoraConfig()
     peftcore.apply(tiny.llama(), config)
