@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine.applying import check_dtype
 from peftcore.engine.placing import covered, device_and_dtype, placements_for
-from peftcore.engine.state import adapter_parameters, changed, check_model, state_of
+from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
 from peftcore.engine.trained import TrainedParameters
+from peftcore.method import OnWeight
 from peftcore.targets import match_counts
 from peftcore.targets.coverage import Coverage, weights_in
 
@@ -23,9 +24,10 @@ class Plan:
     """What `apply` would place.
 
     Args:
-        rows: (path or parameter name, kind, parameters, bytes) of every placement.
+        rows: (path or parameter name, kind, parameters, bytes) of every placement. What several share the first has.
         matches: per pattern of `target_modules`, after resolving, how many modules it matches.
         coverage: what share of the weight in layers it reaches, and what it leaves out.
+        buffers, buffer_bytes: numbers that adapters keep beside and do not train.
     """
 
     method: str
@@ -34,6 +36,8 @@ class Plan:
     matches: dict[str, int]
     base_parameters: int
     coverage: Coverage
+    buffers: int = 0
+    buffer_bytes: int = 0
 
     @property
     def trainable_parameters(self) -> int:
@@ -48,7 +52,8 @@ class Plan:
         lines = [
             f"{self.method}: {', '.join(f'{count} x {kind}' for kind, count in kinds.items())}",
             f"trainable: {self.trainable_parameters:,} of {self.base_parameters:,} parameters "
-            f"({share(self.trainable_parameters, self.base_parameters)}), {megabytes(self.trainable_bytes)}",
+            f"({share(self.trainable_parameters, self.base_parameters)}), {megabytes(self.trainable_bytes)}"
+            + in_buffers(self.buffers, self.buffer_bytes),
             str(self.coverage),
         ]
         lines += [f"  {pattern}: {count} modules" for pattern, count in self.matches.items()]
@@ -57,7 +62,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """One adapter: its method, how many modules it stands at, and its size."""
+    """One adapter: its method, how many modules it stands at, and its size; what modules share is counted once.
+
+    Args:
+        trained: how many parameters of the base it trains.
+        buffers, buffer_bytes: numbers that it keeps beside and does not train.
+    """
 
     name: str
     method: str
@@ -66,6 +76,8 @@ class AdapterSummary:
     trained: int
     parameters: int
     bytes: int
+    buffers: int = 0
+    buffer_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,6 +106,7 @@ class Summary:
             f"  {a.name}: {a.method}, {'active' if a.active else 'resting'}, {a.modules} modules"
             + (f", {a.trained} parameters of the base" if a.trained else "")
             + f", {a.parameters:,} parameters, {megabytes(a.bytes)}"
+            + in_buffers(a.buffers, a.buffer_bytes)
             for a in self.adapters
         ]
         lines += [f"  changed since: '{path}' {what}" for path, what in self.changed.items()]
@@ -109,11 +122,19 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
     with torch.device("meta"):
         placed = placements_for(model, method, fields)
     parameters = dict(base_parameters(model))
-    rows = []
+    rows, buffers, buffer_bytes = [], 0, 0
+    counted: set[Tensor] = set()
     for placement in placed.around:
         _, kept = device_and_dtype(model.get_submodule(placement.path), dtype)
-        count = sum(p.numel() for p in placement.adapter.parameters())
-        rows.append((placement.path, type(placement.adapter).__name__, count, count * kept.itemsize))
+        own = [p for p in placement.adapter.parameters() if p not in counted]
+        beside = [b for b in placement.adapter.buffers() if b not in counted]
+        counted.update(own, beside)
+        count = sum(p.numel() for p in own)
+        changes = [each.adapter for each in placed.placements[placement.path] if isinstance(each, OnWeight)]
+        kind = " and ".join(dict.fromkeys(type(each).__name__ for each in changes or [placement.adapter]))
+        rows.append((placement.path, kind, count, count * kept.itemsize))
+        buffers += sum(b.numel() for b in beside)
+        buffer_bytes += sum(b.numel() * (kept if b.is_floating_point() else b.dtype).itemsize for b in beside)
     rows += [(name, "trained parameter", parameters[name].numel(), parameters[name].nbytes) for name in placed.trained]
     target_modules = getattr(placed.config, "target_modules", None)
     return Plan(
@@ -123,6 +144,8 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
         matches=match_counts(model, target_modules) if target_modules else {},
         base_parameters=sum(count for _, count in _base_of(model).values()),
         coverage=covered(model, placed),
+        buffers=buffers,
+        buffer_bytes=buffer_bytes,
     )
 
 
@@ -134,7 +157,8 @@ def summary(model: nn.Module) -> Summary:
     adapters = []
     active = state.active if state is not None else ()
     for name, entry in state.applied.items() if state is not None else ():
-        parameters = [p for _, p in adapter_parameters(model, name)]
+        parameters = list(dict.fromkeys(p for _, p in adapter_parameters(model, name)))
+        buffers = list(dict.fromkeys(b for _, module in adapter_modules(model, name) for b in module.buffers()))
         own = TrainedParameters.of(model, name)
         for _, value, original in own.standing(model) if own is not None else ():
             if isinstance(original, nn.Parameter):
@@ -149,6 +173,8 @@ def summary(model: nn.Module) -> Summary:
                 trained=len(entry.trained),
                 parameters=sum(p.numel() for p in parameters),
                 bytes=sum(p.nbytes for p in parameters),
+                buffers=sum(b.numel() for b in buffers),
+                buffer_bytes=sum(b.nbytes for b in buffers),
             )
         )
     return Summary(
@@ -159,6 +185,11 @@ def summary(model: nn.Module) -> Summary:
         merged=state is not None and state.merged is not None,
         changed=changed(model),
     )
+
+
+def in_buffers(count: int, size: int) -> str:
+    """`, and 1,024 numbers in buffers, 4.1 kB`, where there are any."""
+    return f", and {count:,} numbers in buffers, {megabytes(size)}" if count else ""
 
 
 def share(part: int, whole: int) -> str:

@@ -22,6 +22,27 @@ def test_plan_counts_what_apply_places() -> None:
     assert peftcore.summary(model).trainable_parameters == 3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_adapters_share_and_their_buffers_are_counted_once(dtype: torch.dtype) -> None:
+    model = tiny.llama()
+    plan = peftcore.plan(model, "shared", dtype=dtype)
+    assert [count for _, _, count, _ in plan.rows] == [2 * 32 + 2, 2]  # the bank and a gate; a gate
+    assert (plan.trainable_parameters, plan.trainable_bytes) == (68, 68 * dtype.itemsize)
+    assert (plan.buffers, plan.buffer_bytes) == (64, 64 * dtype.itemsize)
+    (found,) = peftcore.summary(peftcore.apply(model, "shared", dtype=dtype)).adapters
+    assert (found.parameters, found.bytes) == (68, 68 * dtype.itemsize)
+    assert (found.buffers, found.buffer_bytes) == (64, 64 * dtype.itemsize)
+    assert peftcore.summary(model).trainable_parameters == 68
+    for text in (str(plan), str(peftcore.summary(model))):
+        assert f", and 64 numbers in buffers, {'0.3' if dtype.itemsize == 4 else '0.5'} kB" in text
+    assert "buffers" not in str(peftcore.plan(tiny.llama(), "around"))
+
+
+def test_plan_names_what_changes_weights() -> None:
+    plan = peftcore.plan(tiny.llama(), "on-weight", names=("model.layers.0.self_attn.q_proj:weight",))
+    assert "WeightChanges" not in str(plan) and {kind for _, kind, _, _ in plan.rows} == {"LowRank"}
+
+
 def test_plan_refuses_what_apply_refuses() -> None:
     with pytest.raises(peftcore.PeftcoreError, match="matches no module"):
         peftcore.plan(tiny.llama(), "around", target_modules=("nothing",))
