@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peftcore import engine, ranks
 from peftcore.composing import low_rank
 from peftcore.composing.arithmetic import Majority, Pruning, pruned_sum, weighted_sum
+from peftcore.composing.likeness import difference
 from peftcore.composing.products import dense, of_matrix, of_product
 from peftcore.engine.trained import TrainedParameters, base_tensors
 from peftcore.errors import PeftcoreError, nearest
@@ -159,11 +160,15 @@ def _product(
 def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], name: str) -> None:
     entries = [engine.applied(model, each) for each in names]
     parts = [_linear_parts(model, each) for each in names]
+    first = dict(engine.adapter_modules(model, names[0]))
     for other, entry, there in zip(names[1:], entries[1:], parts[1:], strict=True):
-        if entry.method != entries[0].method or _shapes(there) != _shapes(parts[0]):
+        why = "their tensors are not of the same modules and shapes"
+        if entry.method == entries[0].method and _shapes(there) == _shapes(parts[0]):
+            unlike = (difference(first[path], each) for path, each in engine.adapter_modules(model, other))
+            why = next(filter(None, unlike), "")
+        if why:
             raise PeftcoreError(
-                f"'{names[0]}' ({entries[0].method}) and '{other}' ({entry.method}) cannot be combined: their tensors "
-                "are not of the same modules and shapes"
+                f"'{names[0]}' ({entries[0].method}) and '{other}' ({entry.method}) cannot be combined: {why}"
             )
     sums = {
         key: neutral.float() + weighted_sum([there[key][0].float() - neutral.float() for there in parts], weights)

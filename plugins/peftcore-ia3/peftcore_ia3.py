@@ -76,11 +76,13 @@ class IA3(nn.Module):
         factor = self.ia3_l if self.ia3_l.dim() > 2 else self.ia3_l.flatten()
         return base(x * factor.to(x.dtype)) if self.scales_input else base(x) * factor.to(x.dtype)
 
+    def neutral(self) -> dict[str, Tensor]:
+        return {"ia3_l": torch.ones_like(self.ia3_l)}
+
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor = self.ia3_l.float().flatten()
         if not self.scales_input:
-            rows = factor.view(-1, *(1 for _ in weight.shape[1:]))
-            return weight * rows, None if bias is None else bias * factor
+            return weight * factor.view(-1, *(1 for _ in weight.shape[1:])), None if bias is None else bias * factor
         groups = factor.view(-1, weight.shape[1]).repeat_interleave(weight.shape[0] * weight.shape[1] // len(factor), 0)
         return weight * groups.view(*weight.shape[:2], *(1 for _ in weight.shape[2:])), bias
 

@@ -10,42 +10,13 @@ import pytest
 import tiny
 import torch
 from beside_peft import quiet
+from composed import Images, output, qwen2
 from torch import Tensor, nn
 
 import peftcore
 from peftcore.composing.arithmetic import Pruning, pruned_sum
 from peftcore.engine import adapter_modules, adapter_parameters
 from peftcore.testing import disturb
-
-
-def qwen2() -> nn.Module:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=96, intermediate_size=48, **sizes)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter)
-    return model
-
-
-class Images(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.one, self.two = nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(8, 6, 1)
-        self.head = nn.Linear(96, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.two(torch.relu(self.one(x))).flatten(1))
-
-
-def output(model: nn.Module) -> Tensor:
-    inner = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    with torch.no_grad():
-        return model(tiny.IMAGES) if isinstance(inner, Images) else quiet(model, **tiny.inputs(inner)).logits
-
 
 LLAMA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 # Two adapters of equal ranks, on modules that are not all the same.
@@ -218,9 +189,10 @@ class Gain(nn.Module):
     def __init__(self, value: float) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(value))
+        self.sign = 1 if value > 0 else -1
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
-        return self.gain * base(x)
+        return self.sign * self.gain * base(x)
 
     def neutral(self) -> dict[str, Tensor]:
         return {"gain": torch.ones(())}
@@ -241,6 +213,10 @@ def test_adapters_that_are_linear_in_their_tensors_are_summed() -> None:
         assert [m.gain.item() for _, m in adapter_modules(model, "c")] == [2.75, 2.75]  # 1 + 2 · 0.5 - (-0.75)
         peftcore.apply(model, "gains", adapter="d", value=1.5, names=("k_proj",))
         with pytest.raises(peftcore.PeftcoreError, match="tensors are not of the same modules"):
+            peftcore.combine(model, ["a", "d"], name="e")
+        peftcore.remove(model, "d")
+        peftcore.apply(model, "gains", adapter="d", value=-1.5, names=("q_proj",))
+        with pytest.raises(peftcore.PeftcoreError, match=r"'a' .*and 'd' .*cannot be combined: sign=-1, here 1"):
             peftcore.combine(model, ["a", "d"], name="e")
         with pytest.raises(peftcore.PeftcoreError, match=r"'a' .gains. cannot be combined by 'ties': what it does at"):
             peftcore.combine(model, ["a", "b"], name="e", method="ties", density=0.5)
