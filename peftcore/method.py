@@ -178,6 +178,8 @@ class StateRules:
         write_config: (fields of our config as JSON) -> fields on disk, where they differ.
         read_config: (fields on disk) -> fields of our config; the place for upgrades of older files.
         read_tensors: (model, tensors on disk, fields on disk) -> tensors under today's names; likewise for older files.
+        write_tensors: (tensors under today's names, whole and on the CPU, config) -> tensors on disk, which
+            `read_tensors` takes back; for adapters that others know in another shape.
         exported: (placement) -> tensors by name on disk from which others compute what its adapter computes, where its
             own tensors are more than that (a reparameterisation). Written beside its own, or with
             `save(..., resumable=False)` in their place. Where they are some of its own, a file may lack the others,
@@ -203,6 +205,7 @@ class StateRules:
     read_tensors: Callable[[nn.Module, dict[str, Tensor], Mapping[str, Any]], Mapping[str, Tensor]] = (
         lambda _model, tensors, _fields: tensors
     )
+    write_tensors: Callable[[dict[str, Tensor], Any], Mapping[str, Tensor]] = lambda tensors, _config: tensors
     exported: Callable[[Any], Mapping[str, Tensor]] = lambda _placement: {}
     config_on_disk: Callable[[Any, Mapping[str, Tensor]], Any] = lambda config, _tensors: config
     foreign: Sequence[ForeignFormat] = ()
@@ -224,12 +227,13 @@ class Method:
         place: (model, config, architecture) -> placements. It builds adapters and changes nothing; under
             `torch.device("meta")` it must allocate nothing.
         state: how adapters look on disk.
-        initialize: (model, adapters, config, batches) -> None, once the adapters stand on the model and before they
-            act: first values from the base's weights or from data. `batches` is what `apply` was given, or None: a
-            method that needs them says so then. It may call the model, best through `peftcore.observation.run`,
-            `inputs_of` and `gradients_of`: in evaluation, without gradients unless it asks for them, with the adapters
-            that act already. It changes its adapters alone; mode, gradients, moving buffers and random numbers are
-            afterwards what they were, and if it raises, the adapter is taken off again. Not called by `load`.
+        initialize: (model, adapters, config, batches) -> None, or the config that then holds where data has decided
+            sizes; once the adapters stand on the model and before they act: first values from the base's weights or
+            data. `batches` is what `apply` was given, or None: a method that needs them says so then. It may call
+            the model, best through `peftcore.observation.run`, `inputs_of` and `gradients_of`: in evaluation,
+            without gradients unless it asks for them, with the adapters that act already. It changes its adapters
+            alone; mode, gradients, moving buffers and random numbers are afterwards what they were, and if it
+            raises, the adapter is taken off again. Not called by `load`.
         loss: (adapters, config) -> a term that is added to the loss, a scalar with gradients, or None. Trainers add it
             once a step, however many batches a step has: to each of n batches 1/n of what it is after its forward.
         after_step: (adapters, config, step, total_steps) -> None, after each optimizer step, counted from 1, while the
@@ -250,7 +254,7 @@ class Method:
     config_class: type
     place: Callable[[nn.Module, Any, Architecture], Sequence[Placement]]
     state: StateRules
-    initialize: Callable[[nn.Module, AdapterModules, Any, Iterable[Any] | None], None] | None = None
+    initialize: Callable[[nn.Module, AdapterModules, Any, Iterable[Any] | None], Any] | None = None
     loss: Callable[[AdapterModules, Any], Tensor | None] | None = None
     after_step: Callable[[AdapterModules, Any, int, int], None] | None = None
     parameter_groups: Callable[[AdapterModules, Any, float, float], list[dict[str, Any]]] | None = None

@@ -108,7 +108,9 @@ def _content(
     refuse_not_its_own(method, fields, own_fields)
     if own_fields:
         about[OWN_FIELDS] = json.dumps(own_fields, allow_nan=False)
-    return Content(fields, _for_disk(tensors, dtype), {**about, **metadata})
+    return Content(
+        fields, dict(method.state.write_tensors(_for_disk(tensors, dtype), entry.config)), {**about, **metadata}
+    )
 
 
 def _important(model: nn.Module, names: Iterable[str]) -> set[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules
 from peftcore.engine.placing import with_memory
-from peftcore.engine.state import adapter_modules
+from peftcore.engine.state import adapter_modules, applied
 from peftcore.engine.trained import moving_buffers, unmoved_buffers
 from peftcore.engine.training import method_modules
 from peftcore.errors import PeftcoreError, PluginError
@@ -50,7 +50,9 @@ def give_first_values(
     before = _base(model)
     try:
         with as_it_was(model), with_memory(), torch.no_grad():
-            initialize(model, method_modules(model, adapter), config, batches)
+            new = initialize(model, method_modules(model, adapter), config, batches)
+            if new is not None:
+                applied(model, adapter).config = new
     finally:
         ranks.reshard(model)
         changed = next((name for name, facts in _base(model).items() if before.get(name) != facts), None)

@@ -24,10 +24,11 @@ import peftcore
 from peftcore_lora.config import LoraConfig, of_ranks
 from peftcore_lora.files import RULES
 from peftcore_lora.placing import place
+from peftcore_lora.starts import initialize
 
 __all__ = ["LoraConfig", "peftcore_methods"]
 
 
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
-    return [peftcore.Method("lora", LoraConfig, place, RULES, low_rank=of_ranks)]
+    return [peftcore.Method("lora", LoraConfig, place, RULES, initialize=initialize, low_rank=of_ranks)]

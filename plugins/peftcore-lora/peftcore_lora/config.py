@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
 import peftcore
 from peftcore import targets, validation
+
+PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "mica", "eva")
+SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")  # starts that change the model, and are subtracted from it
+
+
+def is_subtracted(start: bool | str) -> bool:
+    """Does B A begin at a value that is subtracted again?"""
+    return start in SUBTRACTED or re.fullmatch(r"pissa_niter_[0-9]{1,3}", str(start)) is not None
+
+
+def check_start(start: bool | str) -> None:
+    if not is_subtracted(start):
+        validation.one_of((*PLAIN_STARTS, *SUBTRACTED, "pissa_niter_16"), init_lora_weights=start)
 
 
 @dataclass(frozen=True)
@@ -30,8 +44,12 @@ class LoraConfig:
         modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
         ensure_weight_tying: what is tied to one of them (the head to the embedding) is trained with it, as one
             weight. False: apart. PEFT's default is False.
-        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), or
-            False (both random: the adapter changes the model from the start).
+        init_lora_weights: True (A Kaiming-uniform, B zero), "gaussian" (A normal with std 1/r, B zero), False (both
+            random: the adapter changes the model from the start), or one of `starts.py`: from the weight ("pissa",
+            "pissa_niter_16", "olora", "mica"), from data ("eva", "corda", "lora_ga"), or random ("orthogonal").
+        eva_config, corda_config, lora_ga_config: fields of `EvaConfig`, `CordaConfig`, `LoraGAConfig`.
+        frozen_start: where A and B begin, A0 and B0, is subtracted: y = W x + scale (B A - B0 A0) x. For others that is
+            LoRA of rank 2 r. It is set where `init_lora_weights` needs it.
         lora_bias: B has a bias, too, `[out]`: y = W x + scale · (B A x + b). It merges where the layer has one.
         bias: which biases are trained too: "none", "all", or "lora_only" (those of adapted modules).
         fan_in_fan_out: written for PEFT, which wants it True for GPT-2; here a layer's layout is read off the layer.
@@ -51,7 +69,11 @@ class LoraConfig:
     modules_to_save: Sequence[str] | None = None
     ensure_weight_tying: bool = True
     use_rslora: bool = False
-    init_lora_weights: bool | Literal["gaussian"] = True
+    init_lora_weights: bool | str = True
+    eva_config: dict[str, Any] | None = None
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None
+    frozen_start: bool = False
     lora_bias: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
@@ -61,13 +83,15 @@ class LoraConfig:
         for r in (self.r, *self.rank_pattern.values()):
             validation.positive_whole(r=r)
         validation.probability(lora_dropout=self.lora_dropout)
+        check_start(self.init_lora_weights)
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LoraConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
         chosen, config = selected(model, self, architecture), self
         if self.target_modules == targets.ALL_LINEAR:
             config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
-        return replace(config, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
+        starts = is_subtracted(self.init_lora_weights) or self.frozen_start
+        return replace(config, frozen_start=starts, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
 
 
 def of_ranks(model: nn.Module, config: LoraConfig | None, ranks: Mapping[str, int]) -> LoraConfig:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import targets
+from peftcore_lora import starts
 from peftcore_lora.config import LoraConfig, scaled
 from peftcore_lora.layer_facts import Convolution, adds_to_product, is_undilated
 from peftcore_lora.layers import LoraEmbedding
@@ -39,7 +40,7 @@ def tensor_name(placement: Any, name: str) -> str:
 def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
     """With bias="all" PEFT writes the biases of modules_to_save, and those they replace, a second time."""
     tensors = {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
-    return upgraded(model, tensors, fields)
+    return starts.read_start(model, upgraded(model, tensors, fields), fields)
 
 
 # Layers of dense and shared blocks that PEFT takes for the experts of old files, by the kind of model that transformers
@@ -90,6 +91,9 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str
                 "does neither, so that no change of the weight computes what it was trained for. Train it without that "
                 f"layer: exclude_modules=['{name}']"
             )
+    why = starts.refused(fields)
+    if why is not None:
+        return why
     twice = next((name for name in tensors if ".base_layer.out_proj.lora_B" in name), None)
     version = re.match(r"(\d+)\.(\d+)\.(\d+)", str(fields.get("peft_version") or "0.0.0"))
     if twice is None or version is None or tuple(map(int, version.groups())) <= KNOWN_PEFT:
@@ -124,8 +128,11 @@ def config_on_disk(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraCon
 RULES = peftcore.StateRules(
     peft_type="LORA",
     tensor_name=tensor_name,
-    read_config=read_config,
+    own_fields=frozenset({"frozen_start"}),
+    write_config=starts.write_config,
+    read_config=lambda fields: starts.read_config(read_config(fields)),
     config_on_disk=config_on_disk,
+    write_tensors=starts.write_tensors,
     read_tensors=read_tensors,
     unreadable=unreadable,
     refused=refused,

@@ -56,12 +56,17 @@ class Lora(nn.Module):
     def scale(self) -> float:
         return self.full_scale * self.multiplier
 
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B of what is computed."""
+        return self.lora_A, self.lora_B
+
     def factors(self) -> list[peftcore.Factors]:
-        return [peftcore.Factors(self.lora_A, self.lora_B, self.scale)]
+        return [peftcore.Factors(*self.pair(), self.scale)]
 
     def delta(self) -> Tensor:
         """scale · B A in the layout of the layer's weight, fp32."""
-        return (self.scale * self.lora_B.float()) @ self.lora_A.float()
+        a, b = self.pair()
+        return (self.scale * b.float()) @ a.float()
 
     def with_bias(self, bias: Tensor | None) -> Tensor | None:
         """The layer's bias, to which that of B is added, in float32 where there is one."""
@@ -79,25 +84,50 @@ class LoraLinear(Lora):
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         p = self.dropout.p if self.training else 0.0
-        operands = None if x.is_nested else base.linear_operands(x)
+        operands, (a, b) = None if x.is_nested else base.linear_operands(x), self.pair()
         if operands is not None:
             weight, bias = operands
-            return ops.lora_linear(x, weight, self.with_bias(bias), self.lora_A, self.lora_B, self.scale, p)
+            return ops.lora_linear(x, weight, self.with_bias(bias), a, b, self.scale, p)
         y, bias = base(x), self.with_bias(None)
         x = self.dropout(x)
-        s = self.scale * F.linear(x, self.lora_A.to(x.dtype))  # [..., r]
-        return y + F.linear(s, self.lora_B.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        s = self.scale * F.linear(x, a.to(x.dtype))  # [..., r]
+        return y + F.linear(s, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def per_sample(adapters: list[LoraLinear], index: Tensor, base: Any, x: Tensor) -> Tensor:
         """Without gradients: one pass over the base for all."""
-        operands, a, b = base.linear_operands(x), [m.lora_A for m in adapters], [m.lora_B for m in adapters]
+        operands, (a, b) = base.linear_operands(x), zip(*(m.pair() for m in adapters), strict=True)
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
         apart = any((m.training and m.dropout.p) or m.lora_bias is not None for m in adapters)
         if operands is None or trains or apart:
             return NotImplemented
         weight, bias = operands
-        return ops.lora_linear_per_sample(x, weight, bias, a, b, [m.scale for m in adapters], index)
+        return ops.lora_linear_per_sample(x, weight, bias, list(a), list(b), [m.scale for m in adapters], index)
+
+
+class LoraFromStart(LoraLinear):
+    """y = W x + scale · (B A - B0 A0) x: B and A begin at B0 and A0, which stay, so that the start changes nothing."""
+
+    start_A: Tensor
+    start_B: Tensor
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.register_buffer("start_A", self.lora_A.detach().clone())
+        self.register_buffer("start_B", self.lora_B.detach().clone())
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], dim=1)
+
+
+class LoraFrozenB(LoraLinear):
+    """B stays where it began, and A alone is trained."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        b = self.lora_B.detach()
+        del self.lora_B
+        self.register_buffer("lora_B", b)
 
 
 class LoraConv(Lora):

@@ -25,6 +25,8 @@ from peftcore_lora.layers import (
     LoraConv,
     LoraConvOnWeight,
     LoraEmbedding,
+    LoraFromStart,
+    LoraFrozenB,
     LoraGroupedConv,
     LoraLinear,
     LoraLinearOnWeight,
@@ -86,7 +88,9 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
         adapter = of_convolution(path, module, config)
     else:
         width, out_width = targets.sizes(module)
-        kind = LoraLinear if adds_to_product(module) else LoraLinearOnWeight
+        own: type[LoraLinear] = LoraFrozenB if config.init_lora_weights == "mica" else LoraLinear
+        own = LoraFromStart if config.frozen_start else own
+        kind = own if adds_to_product(module) else LoraLinearOnWeight
         adapter = kind(config, path, [width], [out_width])
     validation.require(
         not (config.lora_bias and isinstance(adapter, OnWeight) and getattr(module, "bias", None) is None),

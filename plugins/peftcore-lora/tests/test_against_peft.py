@@ -122,7 +122,7 @@ def test_bf16_base_is_as_close_to_fp32_as_peft_is(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"use_dora": True}, r"uses use_dora=True, which the installed plugin 'lora' does not know"),
-        ({"init_lora_weights": "pissa"}, r"init_lora_weights must be true or false or 'gaussian', found 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, r"init_lora_weights='pissa_niter_4', for which PEFT changes the base"),
     ],
 )
 def test_what_is_not_here_is_refused(fields: dict[str, Any], message: str, tmp_path: Path) -> None:

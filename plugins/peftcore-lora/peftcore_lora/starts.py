@@ -1,0 +1,186 @@
+"""Where A and B begin, by `init_lora_weights`, read off the frozen weight W [out, in]; s is the scale.
+
+Those that are read off data stand in `eva.py` and `data_starts.py`.
+
+    pissa       s B A = the r largest singular parts of W           (Meng et al. 2024, arXiv 2404.02948)
+    olora       B = the first r columns of Q, A = rows of R, W = Q R   (Büyükakyüz 2024, arXiv 2406.01775)
+    mica        B = the left singular vectors of the r smallest singular values, frozen; A = 0   (arXiv 2604.01694)
+    orthogonal  random, with orthogonal rows in A and columns in B such that B A = 0
+
+PEFT subtracts s B A from W where that is not zero. Here W is left alone: the start is kept as frozen factors B0 A0, and
+y = W x + s (B A - B0 A0) x, which is LoRA of rank 2 r for others, and comes off bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import validation
+from peftcore.targets import pattern_value
+from peftcore.weight_formats import weight_format
+from peftcore_lora import data_starts, eva
+from peftcore_lora.config import LoraConfig, is_subtracted
+from peftcore_lora.layers import LoraFromStart, LoraLinear
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, adapters: Mapping[str, Any], config: LoraConfig, batches: Any) -> LoraConfig | None:
+    """Give all adapters the start that the config asks for; the config that then holds, where that is another."""
+    start = config.init_lora_weights
+    if not isinstance(start, str) or start == "gaussian":
+        return None
+    adapters = {path: adapter for path, adapter in adapters.items() if hasattr(adapter, "lora_A")}
+    for path, adapter in adapters.items():
+        validation.require(
+            isinstance(adapter, LoraLinear),
+            f"init_lora_weights={start!r} is known for linear layers, and '{path}' is none. Take it out of "
+            "target_modules, or choose init_lora_weights=True",
+        )
+    validation.require(
+        batches is not None or start not in FROM_DATA,
+        f"init_lora_weights={start!r} needs data: give peftcore.apply(..., batches=...) an iterable of what the model "
+        "is called with, such as a DataLoader",
+    )
+    if start == "eva":
+        return eva.initialize(model, adapters, config, batches)
+    if start == "corda":
+        found = data_starts.corda(model, adapters, config.corda_config or {}, batches)
+    elif start == "lora_ga":
+        found = data_starts.lora_ga(model, adapters, config.lora_ga_config or {}, batches)
+    else:
+        found = of_weights(model, adapters, start)
+    for path, a, b in found:
+        adapter = adapters[path]
+        adapter.lora_A.copy_(a)
+        adapter.lora_B.copy_(b)
+        if isinstance(adapter, LoraFromStart):
+            adapter.start_A.copy_(adapter.lora_A)
+            adapter.start_B.copy_(adapter.lora_B)
+    return None
+
+
+def of_weights(model: nn.Module, adapters: Mapping[str, Any], start: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(path, A, B) of each layer, read off its weight."""
+    for path, adapter in adapters.items():
+        module, r = model.get_submodule(path), len(adapter.lora_A)
+        weight = weight_format(module).read(module).detach().float()
+        validation.require(
+            not weight.is_meta, f"init_lora_weights={start!r} needs the values of '{path}', which is on the meta device"
+        )
+        validation.require(
+            r <= min(weight.shape),
+            f"init_lora_weights={start!r}: r={r} is above what '{path}' {list(weight.shape)} has. "
+            f"Give it less: rank_pattern={{'{path}': {min(weight.shape)}}}",
+        )
+        yield path, *STARTS[start.partition("_niter_")[0]](weight, r, adapter.full_scale, start)
+
+
+def pissa(weight: Tensor, r: int, scale: float, start: str) -> tuple[Tensor, Tensor]:
+    """By an exact decomposition, or, with "pissa_niter_N", by N iterations of a random one (Halko et al. 2009)."""
+    rounds = start.partition("_niter_")[2]
+    if rounds:
+        u, values, v = torch.svd_lowrank(weight, q=r, niter=int(rounds))
+        vh = v.T
+    else:
+        u, values, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (values[:r] / scale).sqrt()
+    return root[:, None] * vh[:r], u[:, :r] * root
+
+
+def olora(weight: Tensor, r: int, scale: float, start: str) -> tuple[Tensor, Tensor]:
+    q, rest = torch.linalg.qr(weight)
+    return rest[:r], q[:, :r]
+
+
+def mica(weight: Tensor, r: int, scale: float, start: str) -> tuple[Tensor, Tensor]:
+    u, _, _ = torch.linalg.svd(weight, full_matrices=False)
+    return weight.new_zeros(r, weight.shape[1]), u[:, -r:]
+
+
+def orthogonal(weight: Tensor, r: int, scale: float, start: str) -> tuple[Tensor, Tensor]:
+    validation.require(r % 2 == 0, f"init_lora_weights='orthogonal' needs an even r, found {r}")
+    q, _ = torch.linalg.qr(torch.randn(r, r, device=weight.device))
+    out_width, width = weight.shape
+    a = q[0::2].T @ torch.randn(r // 2, width, device=weight.device) / 10
+    return a, torch.randn(out_width, r // 2, device=weight.device) @ q[1::2] / 10
+
+
+FOUND_AGAIN = ("pissa", "olora")  # starts that the weight alone decides
+FROM_DATA = ("eva", "corda", "lora_ga")
+STARTS = {"pissa": pissa, "olora": olora, "mica": mica, "orthogonal": orthogonal}
+
+# On disk: both pairs as the factors of one LoRA of rank 2 r.
+
+
+def write_config(fields: dict[str, Any]) -> dict[str, Any]:
+    fields = {**fields, "init_lora_weights": _known_on_disk(fields["init_lora_weights"]), "eva_config": None}
+    fields |= {"corda_config": None, "lora_ga_config": None}
+    return _scaled(fields, 2) if fields.get("frozen_start") else fields
+
+
+def read_config(fields: dict[str, Any]) -> dict[str, Any]:
+    return _scaled(fields, 0.5) if fields.get("frozen_start") else fields
+
+
+def _known_on_disk(start: bool | str) -> bool | str:
+    """PEFT would begin with `start` itself, and change the base; what is in the file has begun."""
+    return start if start in (True, False, "gaussian", "mica") else True
+
+
+def _scaled(fields: dict[str, Any], factor: float) -> dict[str, Any]:
+    """The same scale at `factor` times the rank."""
+    alpha = factor**0.5 if fields.get("use_rslora") else factor
+    r, lora_alpha = int(fields.get("r", 8) * factor), fields.get("lora_alpha", 8) * alpha
+    ranks = {name: int(value * factor) for name, value in (fields.get("rank_pattern") or {}).items()}
+    alphas = {name: value * alpha for name, value in (fields.get("alpha_pattern") or {}).items()}
+    return {**fields, "r": r, "lora_alpha": lora_alpha, "rank_pattern": ranks, "alpha_pattern": alphas}
+
+
+def write_tensors(tensors: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+    """[A; A0] and [B, -B0] in place of the four."""
+    found = {name: tensor for name, tensor in tensors.items() if ".start_" not in name}
+    for name in tensors if config.frozen_start else ():
+        if ".start_A." in name:
+            a, b = name.replace(".start_A.", ".lora_A."), name.replace(".start_A.", ".lora_B.")
+            found[a] = torch.cat([tensors[a], tensors[name]])
+            found[b] = torch.cat([tensors[b], -tensors[name.replace(".start_A.", ".start_B.")]], dim=1)
+    return found
+
+
+def read_start(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The four of the two; of a file of PEFT's, which has subtracted its start from W, A0 and B0 are found again."""
+    found, start = dict(tensors), fields.get("init_lora_weights")
+    if fields.get("frozen_start"):
+        for name, tensor in tensors.items():
+            if name.endswith(".lora_A.weight"):
+                found[name], found[name.replace(".lora_A.", ".start_A.")] = tensor.chunk(2)
+            if name.endswith(".lora_B.weight"):
+                own, first = tensor.chunk(2, dim=1)
+                found[name], found[name.replace(".lora_B.", ".start_B.")] = own, -first
+    elif start in FOUND_AGAIN:
+        for name, tensor in tensors.items():
+            path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            if name.endswith(".lora_A.weight"):
+                module, r = model.get_submodule(path), len(tensor)
+                alpha = pattern_value(fields.get("alpha_pattern") or {}, path, fields.get("lora_alpha", 8))
+                scale = alpha / (r**0.5 if fields.get("use_rslora") else r)
+                weight = weight_format(module).read(module).detach().float()
+                a, b = STARTS[start](weight, r, scale, start)
+                found[name.replace(".lora_A.", ".start_A.")], found[name.replace(".lora_A.", ".start_B.")] = a, b
+    return found
+
+
+def refused(fields: Mapping[str, Any]) -> str | None:
+    """PEFT has changed the base by a start that cannot be found again."""
+    start = str(fields.get("init_lora_weights"))
+    if start in FOUND_AGAIN or not (is_subtracted(start) or start == "loftq"):
+        return None
+    return (
+        f"it was trained with init_lora_weights={start!r}, for which PEFT changes the base by values that the file "
+        "does not hold, so that on the base itself it computes something else. Have its author save it as plain LoRA: "
+        "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    )
