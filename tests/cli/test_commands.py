@@ -101,9 +101,10 @@ def test_info_without_the_method(run: Run, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SOMETHING_NEW", "depth": 3}))
-    save_file({"a": torch.zeros(3, 4)}, tmp_path / "adapter_model.safetensors")
+    told = {"peftcore_fields": '{"width_of_its_own": 7}', "peftcore_method": "something-new"}
+    save_file({"a": torch.zeros(3, 4)}, tmp_path / "adapter_model.safetensors", told)
     output = run("info", tmp_path).output.replace("\n", " ")
-    assert "SOMETHING_NEW" in output and "depth" in output and "12" in output
+    assert "SOMETHING_NEW" in output and "depth" in output and "12" in output and "width_of_its_own" in output
     assert "no installed method reads peft_type 'SOMETHING_NEW'" in " ".join(output.split())
     assert "peftcore-something-new" not in output  # a stranger's file must not name what is installed
     assert "there is no folder" in run("info", tmp_path / "nothing", code=1).output

@@ -199,7 +199,15 @@ def metadata(rng: random.Random, folder: Path) -> None:
     with safe_open(file, "pt") as archive:
         told = archive.metadata() or {}
     key = rng.choice(
-        ["peftcore_together", "peftcore_base", "peftcore_tied", "peftcore_version", "peftcore_config_sha256"]
+        [
+            "peftcore_together",
+            "peftcore_base",
+            "peftcore_tied",
+            "peftcore_version",
+            "peftcore_config_sha256",
+            "peftcore_fields",
+            "peftcore_method",
+        ]
     )
     told[key] = rng.choice([*TEXTS, *TOLD])
     safetensors.torch.save_file(safetensors.torch.load_file(file), file, told)

@@ -61,6 +61,7 @@ def test_what_lies_in_the_originals(originals: dict[str, Path]) -> None:
         assert (found - base.before).abs().max() > 0.01, kind
 
 
+@pytest.mark.filterwarnings("ignore:.* was written by the method")
 def test_mutated_folders(originals: dict[str, Path], tmp_path: Path) -> None:
     bases = {kind: Base(kind) for kind in originals}
     wanted = {}
