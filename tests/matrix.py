@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent
 REPORTS = Path(__file__).with_name("matrix.json")
 WRITING = "PEFTCORE_WRITE_MATRIX"
 START, END = "<!-- matrix: made by `make matrix` -->", "<!-- end of matrix -->"
+ON = "on "  # and a family: why the method cannot be applied to it, or None
 COLUMNS = {
     "merge": "merge equals forward, unmerge is bit exact",
     "4-bit base": "a quantized base (NF4)",
@@ -36,7 +37,8 @@ COLUMNS = {
 def check(report: Report) -> None:
     """Compare a report with the one that the README's table was made from, or in `make matrix` keep it."""
     reports = read()
-    found = {result.name: result.reason for result in report.results}
+    found = {r.name: r.reason for r in report.of(report.first) if r.name in COLUMNS.values()}
+    found |= {f"{ON}{family}": report.of(family)[0].reason for family in report.families}
     if os.environ.get(WRITING):
         REPORTS.write_text(json.dumps({**reports, report.method: found}, indent=1, sort_keys=True) + "\n")
         return
@@ -44,7 +46,7 @@ def check(report: Report) -> None:
 
 
 def read() -> dict[str, dict[str, str | None]]:
-    """{method: {check: why it is not applicable, or None}}."""
+    """{method: {check of a column, or family: why it is not applicable, or None}}."""
     return json.loads(REPORTS.read_text()) if REPORTS.exists() else {}
 
 
@@ -59,9 +61,18 @@ def table(reports: dict[str, dict[str, str | None]]) -> str:
             notes.append(reason)
         return f"no ({notes.index(reason) + 1})"
 
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    def families(checks: dict[str, str | None]) -> str:
+        refused = {name.removeprefix(ON): reason for name, reason in checks.items() if name.startswith(ON) and reason}
+        if not refused:
+            return "all"
+        return "all but " + ", ".join(
+            f"{family} {cell(reason).removeprefix('no ')}" for family, reason in refused.items()
+        )
+
+    lines = ["| | families | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
     for method, checks in sorted(reports.items()):
-        lines.append(f"| `{method}` | " + " | ".join(cell(checks[name]) for name in COLUMNS.values()) + " |")
+        cells = [families(checks), *(cell(checks[name]) for name in COLUMNS.values())]
+        lines.append(f"| `{method}` | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", *(f"({i}) {note}  " for i, note in enumerate(notes, 1))]) + "\n"
 
 

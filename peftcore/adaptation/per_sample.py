@@ -63,7 +63,7 @@ class PerSample:
                 return output
         if self._behind:
             return self._after(*args, **kwargs)
-        parts, order = [], []
+        parts, order, counts = [], [], []
         for which, own in self._groups():
             call = self._base if which < 0 else self._links[which]
             if len(own) == found:
@@ -71,7 +71,8 @@ class PerSample:
             rows = torch.tensor(own, device=first.device)
             parts.append(call(*_taken(args, rows, found), **_taken(kwargs, rows, found)))
             order += own
-        return _joined(parts, torch.tensor(order, device=first.device).argsort())
+            counts.append(len(own))
+        return _joined(parts, counts, torch.tensor(order, device=first.device).argsort())
 
     def _groups(self) -> list[tuple[int, list[int]]]:
         """(adapter or -1, its samples)."""
@@ -84,12 +85,13 @@ class PerSample:
         """All adapters stand behind the module, which then runs once, on the whole batch."""
         output = self._base(*args, **kwargs)
         first = first_of(output)
-        parts, order = [], []
+        parts, order, counts = [], [], []
         for which, own in self._groups():
             y = first[torch.tensor(own, device=first.device)]
             parts.append(y if which < 0 else self._adapters[which](y))
             order += own
-        first = _joined(parts, torch.tensor(order, device=first.device).argsort())
+            counts.append(len(own))
+        first = _joined(parts, counts, torch.tensor(order, device=first.device).argsort())
         return with_first(output, first)
 
 
@@ -115,12 +117,27 @@ def _taken(value: Any, rows: Tensor, samples: int) -> Any:
     )
 
 
-def _joined(parts: list[Any], order: Tensor) -> Any:
-    """The outputs of all samples, in their order."""
+def _joined(parts: list[Any], counts: list[int], order: Tensor) -> Any:
+    """The outputs of all samples, in their order; what all samples of a group share, as T5's biases of positions, too.
+
+    Args:
+        counts: how many samples each of the parts is of.
+    """
     if isinstance(parts[0], Tensor):
-        return torch.cat(parts)[order]
+        rows = [part if part.shape[:1] == (n,) else _shared(part, n) for part, n in zip(parts, counts, strict=True)]
+        return torch.cat(rows)[order]
     if type(parts[0]) in (tuple, list):
-        return type(parts[0])(_joined(list(each), order) for each in zip(*parts, strict=True))
+        return type(parts[0])(_joined(list(each), counts, order) for each in zip(*parts, strict=True))
     if parts[0] is None:
         return None
     raise PeftcoreError(f"an adapter for each sample: an output of type {type(parts[0]).__name__} cannot be joined")
+
+
+def _shared(part: Tensor, samples: int) -> Tensor:
+    """What is the same for all samples of a group, for each of them."""
+    if part.shape[:1] != (1,):
+        raise PeftcoreError(
+            f"an adapter for each sample: an output of shape {list(part.shape)} for {samples} samples is not joined. "
+            "Only adapters of layers such as linear ones can be mixed in a batch"
+        )
+    return part.expand(samples, *part.shape[1:])

@@ -4,7 +4,7 @@ from peftcore.observation.architecture import detect
 from peftcore.observation.batches import gradients_of, inputs_of, run
 from peftcore.observation.bypass import asked_for_dtype, bypassed, rewritten
 from peftcore.observation.inputs import example_inputs
-from peftcore.observation.tracing import Trace, observe, trace
+from peftcore.observation.tracing import Trace, known_as, observe, trace
 
 __all__ = [
     "Trace",
@@ -14,6 +14,7 @@ __all__ = [
     "example_inputs",
     "gradients_of",
     "inputs_of",
+    "known_as",
     "observe",
     "rewritten",
     "run",

@@ -108,6 +108,13 @@ def once_a_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]
     return remembered
 
 
+def known_as(model: nn.Module, other: nn.Module) -> None:
+    """`model` has the weights and parts of `other`: what is found out about one of them is known of both."""
+    if other not in _REMEMBERED:
+        _REMEMBERED[other] = likeness(other), {}
+    _REMEMBERED[model] = _REMEMBERED[other]
+
+
 @once_a_model
 def observe(model: nn.Module) -> Trace:
     """`trace` of a forward in evaluation mode, made once."""

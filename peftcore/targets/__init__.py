@@ -1,5 +1,6 @@
 """Which modules a config means: selection, patterns, and how much of the weight they reach."""
 
+from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.layers import is_conv1d, is_linear, sizes
 from peftcore.targets.config import LayersConfig
 from peftcore.targets.selection import (
@@ -24,6 +25,8 @@ from peftcore.targets.selection import (
 __all__ = [
     "ALL_LINEAR",
     "LayersConfig",
+    "base_modules",
+    "base_parameters",
     "biases",
     "drop_unmatched",
     "is_conv1d",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,34 +12,36 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
-
-
-def tiny_llama(seed: int = 0) -> nn.Module:
-    """A Llama of 2 layers, hidden size 32, grouped-query attention and a vocabulary of 96, random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 96}
-    heads = {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads)).eval()
+from peftcore.observation import known_as
+from peftcore.registry import registry
+from peftcore.testing.families import Family
 
 
 @dataclass(frozen=True)
 class Case:
-    """One run of the suite: a config, and how its model is made."""
+    """One family's run of the suite: a config, and the models that it is applied to.
+
+    Args:
+        first: that of the family on which all checks run; the case itself there.
+    """
 
     config: Any
-    make_model: Callable[[], nn.Module]
-    compile_backend: str
+    family: Family
+    compile_backend: str = "aot_eager"
+    first: Case | None = None
+
+    @property
+    def method(self) -> peftcore.Method:
+        return registry.method_of_config(self.config)
 
     def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        return self.make_model().to(dtype)
+        """The family's model; where the method prepares the base, prepared."""
+        model = self.family.make()
+        known_as(model, self._made)  # observing each anew takes most of the suite's time
+        model.to(dtype)
+        if self.method.prepare is not None:
+            peftcore.remove(self.add(model, None, "default"))
+        return model
 
     def model(self, dtype: torch.dtype = torch.float32, seed: int | None = 1, adapter: str = "default") -> nn.Module:
         """A model with the adapter, moved away from its start by noise of `seed` (None: as it starts)."""
@@ -52,23 +55,32 @@ class Case:
             disturb(model, adapter, seed)
         return model
 
+    @cached_property
+    def _made(self) -> nn.Module:
+        return self.family.make()
+
+    @cached_property
+    def _base(self) -> nn.Module:
+        """One that is asked about, and not changed."""
+        return self.base()
+
     @property
     def generates(self) -> bool:
         """Does the model write text?"""
-        model: Any = self.base()
-        return hasattr(model, "can_generate") and model.can_generate()
+        model: Any = self._base
+        return hasattr(model, "can_generate") and bool(model.can_generate())
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return bool(getattr(getattr(self._base, "config", None), "is_encoder_decoder", False))
+
+    def inputs(self, rows: int = 2) -> dict[str, Tensor]:
+        """A call of the model."""
+        return self.family.inputs(self._base, rows)
 
     def prompts(self) -> dict[str, Tensor]:
         """Tokens and mask, two rows of one length."""
-        tokens = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(3))
-        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-
-    def inputs(self) -> dict[str, Tensor]:
-        """A call of the model."""
-        inputs = self.prompts()
-        if getattr(self.base().config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
-        return inputs
+        return {name: self.inputs()[name] for name in ("input_ids", "attention_mask")}
 
 
 def disturb(model: nn.Module, adapter: str, seed: int, std: float = 0.2) -> None:
@@ -83,14 +95,24 @@ def disturb(model: nn.Module, adapter: str, seed: int, std: float = 0.2) -> None
 def logits(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
     """The model's first floating output, without gradients."""
     with torch.no_grad():
-        return model(**inputs)[0]
+        return first_output(model(**inputs))
+
+
+def first_output(output: Any) -> Tensor:
+    """What a model gives, or the first of what it gives."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def same(found: Tensor, wanted: Tensor, what: str, atol: float = 0.0) -> None:
     """Fail unless the two differ by `atol` at most."""
     assert found.shape == wanted.shape, f"{what}: shape {list(found.shape)}, expected {list(wanted.shape)}"
-    difference = (found.float() - wanted.float()).abs().max().item()
+    difference = (found.float() - wanted.float()).abs().max().item() if found.numel() else 0.0
     assert difference <= atol, f"{what}: differs by {difference:.3g}, allowed {atol:g}"
+
+
+def close(found: Tensor, wanted: Tensor, what: str, share: float = 1e-4) -> None:
+    """Fail unless the two differ by this share of the largest value at most."""
+    same(found, wanted, what, atol=share * wanted.abs().max().item())
 
 
 def differs(found: Tensor, base: Tensor) -> None:
@@ -99,9 +121,10 @@ def differs(found: Tensor, base: Tensor) -> None:
 
 
 def loss_of(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
-    """A loss that any output has."""
-    output = model(**inputs)[0].float()
-    return torch.nn.functional.cross_entropy(output.flatten(0, -2), torch.arange(output[..., 0].numel()) % 3)
+    """A loss that any output has; of a batch the mean over its rows."""
+    output = first_output(model(**inputs)).float()
+    targets = torch.arange(output[0, ..., 0].numel()) % 3
+    return nn.functional.cross_entropy(output.flatten(0, -2), targets.repeat(len(output)))
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
@@ -110,15 +133,22 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(
-    model: nn.Module, inputs: dict[str, Tensor], steps: int, optimizer: torch.optim.Optimizer | None = None
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    steps: int,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    begin: int = 0,
+    total: int | None = None,
 ) -> list[float]:
-    """Train for `steps`; the losses."""
+    """Train for `steps` after the first `begin` of `total`, as trainers do; the losses."""
     optimizer = optimizer or optimizer_of(model)
     losses = []
-    for _ in range(steps):
+    for step in range(begin + 1, begin + steps + 1):
         optimizer.zero_grad()
         loss = loss_of(model, inputs)
         loss.backward()
         optimizer.step()
+        peftcore.after_step(model, step, total or begin + steps)
         losses.append(loss.item())
     return losses

@@ -142,10 +142,18 @@ def write_config(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "total_step": fields["total_step"] or fields["tinit"] + fields["tfinal"] + 1}
 
 
+def read_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """What `write_config` wrote for None is None: of a schedule without a step nobody could train."""
+    own = fields.get("total_step") == fields.get("tinit", 0) + fields.get("tfinal", 0) + 1
+    return {**fields, "total_step": None if own else fields.get("total_step")}
+
+
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
     # For others the factors, without what further training needs.
     exported = lambda place: {peftcore.tensor_name(place, name): getattr(place.adapter, name) for name in INNER}  # noqa: E731
-    rules = peftcore.StateRules(peft_type="ADALORA", exported=exported, write_config=write_config)
+    rules = peftcore.StateRules(
+        peft_type="ADALORA", exported=exported, write_config=write_config, read_config=read_config
+    )
     more: Any = {"loss": loss, "after_step": after_step, "learning_rate": 1e-3}
     return [peftcore.Method("adalora", AdaLoraConfig, place, rules, **more)]

@@ -112,3 +112,40 @@ def test_what_does_not_fit():
         peftcore.apply(other, method, adapter="whole", **fields)
         with pytest.raises(peftcore.PeftcoreError, match=r"'whole' .* acts on a batch as a whole"):
             peftcore.activate(other, ["whole", None], per_sample=True)
+
+
+class TwoOutputs(nn.Module):
+    """A layer that gives, beside its output, something that all samples share."""
+
+    def __init__(self, shared):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.shared = shared
+
+    def forward(self, x):
+        return self.inner(x), self.shared
+
+
+class ScaledOfTwo(tiny.Scaled):
+    def forward(self, base, x):
+        y, shared = base(x)
+        return self.gain * y, shared
+
+
+def test_what_all_samples_share_is_shared():
+    def place(model, config, architecture):
+        return [peftcore.Around("0", ScaledOfTwo(config.value))]
+
+    x = torch.randn(3, 4)
+    with tiny.installed(tiny.method("two", place)):
+        for shared in (torch.ones(1, 2), torch.ones(4, 2)):
+            model = nn.Sequential(TwoOutputs(shared)).eval()
+            peftcore.apply(model, "two", adapter="a")
+            peftcore.activate(model, [None, "a", None], per_sample=True)
+            if len(shared) == 1:
+                y, found = model(x)
+                torch.testing.assert_close(y, model[0].inner(x) * torch.tensor([1.0, 2, 1])[:, None])
+                assert torch.equal(found, torch.ones(3, 2))
+            else:
+                with pytest.raises(peftcore.PeftcoreError, match=r"an output of shape \[4, 2\] for 2 samples is not"):
+                    model(x)

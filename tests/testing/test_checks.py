@@ -1,4 +1,4 @@
-"""The suite finds faults that are planted in a method, and does not blame a method for its base."""
+"""The suite finds faults that are planted in a method, by the check that is for them, and blames none for its base."""
 
 from typing import Any
 
@@ -8,23 +8,41 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import CHECKS, Report, check_method
+from peftcore.testing import COMPILE, IDENTITY, MERGE, Report, check_method
+from peftcore.testing.suite import APPLIES
 
-COMPILE = "torch.compile(fullgraph=True)"
+BASE = "base untouched by training"
+FILES = "save and load are bit exact"
+LEFT_OUT = "no layer is left out in silence"
+PER_SAMPLE = "an adapter for each sample of a batch equals each sample alone"
+REMOVE = "remove is bit exact"
+RESUME = "resume is exact"
+SHARED = "tensors that adapters share are saved once, and are shared after load, deepcopy and .to()"
+STACKED = "beside another method's adapter it acts, merges in both orders, is saved and comes off alone"
+TOGETHER = "two adapters of the method act together, and merge in both orders"
 
 
-class BreaksTheGraph(tiny.Scaled):
+class Gain(tiny.Scaled):
+    """y = gain · base(x), with a number of its own for all outputs."""
+
+
+class BreaksTheGraph(Gain):
     def forward(self, base: Any, x: Tensor) -> Tensor:
         torch._dynamo.graph_break()
         return super().forward(base, x)
 
 
-class MergesWrong(tiny.Scaled):
+class MergesWrong(Gain):
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.gain * weight + 0.01, bias
 
 
-class ForgetsAPart(tiny.Scaled):
+class ForgetsTheBias(Gain):
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.gain * weight, bias
+
+
+class ForgetsAPart(Gain):
     """Its second factor is drawn anew, and not saved."""
 
     def __init__(self, value: float) -> None:
@@ -35,48 +53,205 @@ class ForgetsAPart(tiny.Scaled):
         return super().forward(base, x) * (1 + self.drawn)
 
 
-class MovesTheBase(tiny.Scaled):
+class MovesTheBase(Gain):
     def forward(self, base: Any, x: Tensor) -> Tensor:
         with torch.no_grad():
             base.module.weight.mul_(1.001)
         return super().forward(base, x)
 
 
-def check(adapter: type[nn.Module], only: str, make_model: Any = tiny.llama) -> Report:
+class LeavesAnAttribute(Gain):
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        base.module.last_input = x.detach()
+        return super().forward(base, x)
+
+
+class LeavesAHook(Gain):
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        if not base.module._forward_pre_hooks:
+            base.module.register_forward_pre_hook(lambda *_: None)
+        return super().forward(base, x)
+
+
+class MixesTheBatch(Gain):
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return super().forward(base, x) + self.gain.to(x.dtype) * x.mean(0, keepdim=True).mean()
+
+
+class TakesTheBareWeight(Gain):
+    """Forgets what stands inside, and so what it computes changes with the order."""
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return self.gain.to(x.dtype) * nn.functional.linear(x, base.module.weight, base.module.bias)
+
+
+class Bank(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.ones(3))
+
+
+class SharesATensor(Gain):
+    """Not a module, and so each has its own after `.to()`."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(value)
+        self.register_buffer("bank", TENSOR)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return super().forward(base, x) * self.bank.sum().to(x.dtype)
+
+
+class SharesAModule(Gain):
+    def __init__(self, value: float) -> None:
+        super().__init__(value)
+        self.bank = BANK
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return super().forward(base, x) * self.bank.values.sum().to(x.dtype)
+
+
+TENSOR, BANK = torch.ones(2), Bank()
+
+
+def method_of(adapter: type[nn.Module], **changes: Any) -> peftcore.Method:
     def place(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
-        return [peftcore.Around(path, adapter(config.value)) for path in tiny._paths(model, config, architecture)]
+        layers = peftcore.targets.select(model, architecture, target_modules="all-linear")
+        return [peftcore.Around(path, adapter(config.value)) for path in layers]
 
-    assert only in CHECKS
-    others = {name: "not asked here" for name in CHECKS if name != only}
-    method = tiny.method("faulty", place)
+    return tiny.method("faulty", place, **changes)
+
+
+def check(method: peftcore.Method, *checks: str, families: Any = ("Llama",), **others: Any) -> Report:
     with tiny.installed(method):
-        return check_method(method.config_class(), make_model=make_model, not_applicable=others)
+        return check_method(method.config_class(value=1.0), families=families, checks=checks, **others)
 
 
-def broken_llama() -> nn.Module:
-    """Its own layers do not compile as one graph."""
-    model = tiny.llama()
-    for layer in model.model.layers:
-        layer.mlp.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
-    return model
+def failed(method: peftcore.Method, *checks: str, **others: Any) -> dict[str, str]:
+    """{"family: check": error} of a method that has a fault."""
+    with pytest.raises(AssertionError) as found:
+        check(method, *checks, **others)
+    return {line.partition(":")[0].strip(): line for line in str(found.value).splitlines() if "FAILED" in line}
 
 
-@pytest.mark.parametrize(
-    ("adapter", "name"),
-    [
-        (BreaksTheGraph, COMPILE),
-        (MergesWrong, "merge equals forward, unmerge is bit exact"),
-        (ForgetsAPart, "save and load are bit exact"),
-        (MovesTheBase, "base untouched by training"),
-    ],
-)
-def test_a_fault_is_found(adapter: type[nn.Module], name: str) -> None:
-    check(tiny.Scaled, name)
-    with pytest.raises(AssertionError, match="FAILED"):
-        check(adapter, name)
+FAULTS = [
+    pytest.param(BreaksTheGraph, COMPILE, "Llama", marks=pytest.mark.slow),
+    (MergesWrong, MERGE, "Llama"),
+    (ForgetsTheBias, MERGE, "Qwen2"),
+    (ForgetsAPart, FILES, "Llama"),
+    (MovesTheBase, BASE, "Llama"),
+    (LeavesAnAttribute, REMOVE, "Llama"),
+    (LeavesAHook, REMOVE, "Llama"),
+    (MixesTheBatch, PER_SAMPLE, "Llama"),
+    (TakesTheBareWeight, STACKED, "Llama"),
+    (SharesATensor, SHARED, "Llama"),
+]
+
+
+@pytest.mark.parametrize(("adapter", "name", "family"), FAULTS, ids=lambda each: getattr(each, "__name__", None))
+def test_a_fault_is_found(adapter: type[nn.Module], name: str, family: str) -> None:
+    assert failed(method_of(adapter), name, families=[family]).keys() == {f"FAILED          {name}"}
+
+
+def test_a_method_without_fault_passes() -> None:
+    checks = [MERGE, FILES, BASE, REMOVE, PER_SAMPLE, STACKED, SHARED, TOGETHER]
+    report = check(method_of(Gain), *checks, families=["Llama", "Qwen2"])
+    reasons = {result.name: result.reason for result in report.results if result.reason}
+    assert reasons == {SHARED: "its adapters share no tensor"}
+    assert all(result.reason is None for result in check(method_of(SharesAModule), SHARED).results)
 
 
 def test_a_base_that_does_not_compile_is_no_fault_of_the_method() -> None:
-    report = check(tiny.Scaled, COMPILE, broken_llama)
+    def broken_llama() -> nn.Module:
+        model = tiny.llama()
+        for layer in model.model.layers:
+            layer.mlp.register_forward_pre_hook(lambda *_: torch._dynamo.graph_break())
+        return model
+
+    report = check(method_of(Gain), COMPILE, families=[broken_llama])
     (result,) = [result for result in report.results if result.name == COMPILE]
     assert result.reason == "the model without adapters does not compile as one graph here"
+
+
+def test_layers_that_are_left_out_in_silence() -> None:
+    """Of experts the matrices are no linear layers; of T5 one of the two stacks is forgotten."""
+
+    def linear(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
+        paths = [path for path, module in peftcore.targets.base_modules(model) if isinstance(module, nn.Linear)]
+        return [peftcore.Around(path, Gain(config.value)) for path in paths if not path.startswith("decoder")]
+
+    method = tiny.method("silent", linear)
+    assert failed(method, LEFT_OUT, families=["Llama", "Qwen3-MoE"])[f"FAILED          {LEFT_OUT}"]
+    assert "decoder.block.0.layer.0.SelfAttention, decoder.block.1.layer.0.SelfAttention are" in str(
+        failed(method, LEFT_OUT, families=["Llama", "T5"])
+    )
+
+    def said(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
+        import warnings
+
+        warnings.warn("experts are left out", stacklevel=1)
+        return linear(model, config, architecture)
+
+    check(tiny.method("said", said), LEFT_OUT, families=["Qwen3-MoE"])
+
+
+def test_an_after_step_that_does_not_resume() -> None:
+    class Steps(Gain):
+        """Counts the steps where no file keeps them."""
+
+        seen = 0
+
+    def after_step(adapters: Any, config: Any, step: int, total: int) -> None:
+        for adapter in adapters.values():
+            adapter.seen += 1
+            with torch.no_grad():
+                adapter.gain.mul_(1 + adapter.seen / 100)
+
+    def of_the_step(adapters: Any, config: Any, step: int, total: int) -> None:
+        for adapter in adapters.values():
+            with torch.no_grad():
+                adapter.gain.mul_(1 + step / total / 100)
+
+    assert failed(method_of(Steps, after_step=after_step), RESUME)
+    check(method_of(Steps, after_step=of_the_step), RESUME)
+
+
+# What is excused
+
+
+def only_llama(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
+    if model.config.model_type != "llama":
+        raise peftcore.PeftcoreError("it is for Llama alone")
+    layers = peftcore.targets.select(model, architecture, target_modules="all-linear")
+    return [peftcore.Around(path, Gain(config.value)) for path in layers]
+
+
+def test_a_family_that_the_method_refuses_is_excused_with_a_reason() -> None:
+    method = tiny.method("picky", only_llama)
+    found = failed(method, IDENTITY, families=["Llama", "ViT"])
+    assert "it is for Llama alone. If the method cannot be applied to it: not_applicable={'ViT'" in str(found)
+    report = check(method, IDENTITY, families=["Llama", "ViT"], not_applicable={"ViT": "no images"})
+    assert [(r.name, r.reason) for r in report.of("ViT")] == [(APPLIES, "no images")]
+    assert report.first == "Llama"
+
+
+def test_an_excuse_that_nothing_needs_fails() -> None:
+    excused = {MERGE: "I thought so", "ViT": "I thought so"}
+    found = failed(method_of(Gain), MERGE, families=["Llama", "ViT"], not_applicable=excused)
+    assert found.keys() == {f"FAILED          {MERGE}", "FAILED          ViT"}
+    assert "take it out of not_applicable" in str(found)
+
+
+def test_a_wrong_merge_is_no_excuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftcore.merging.merge.merged_layers", lambda *_, **__: [])  # merges nothing, in silence
+    found = failed(method_of(Gain), MERGE, not_applicable={MERGE: "it cannot be merged"})
+    assert "merged: differs by" in str(found)
+
+
+def test_names_that_are_none() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match="'merging' is no check"):
+        check(method_of(Gain), not_applicable={"merging": "no"})
+    with pytest.raises(peftcore.PeftcoreError, match=r"'Lama' is no family.*Llama"):
+        check(method_of(Gain), families=["Lama"])
+    with pytest.raises(peftcore.PeftcoreError, match="is no check"):
+        check(method_of(Gain), "ViT")

@@ -19,6 +19,7 @@ class Kind(str, Enum):
 
     around = "around"
     after = "after"
+    on_weight = "on-weight"
     soft_prompt = "soft-prompt"
     prefix = "prefix"
     train = "train"
@@ -151,6 +152,17 @@ _TARGETS = '''\
     target_modules: str | list[str] = "all-linear"
 '''
 
+_RANK = '''\
+    """target_modules: suffixes, a regular expression for whole paths, or all-linear. r: rank of the change."""
+
+    target_modules: str | list[str] = "all-linear"
+    r: int = 4
+
+    def __post_init__(self) -> None:
+        if self.r <= 0:
+            raise peftcore.PeftcoreError(f"r must be positive, found {self.r}")
+'''
+
 _TOKENS = '''\
     """num_virtual_tokens: how many vectors are learned."""
 
@@ -186,7 +198,7 @@ class $title(nn.Module):
 
 '''
     + _SELECT
-    + "    return [peftcore.Around(path, $title(layer.out_features)) for path, layer in layers.items()]\n"
+    + "    return [peftcore.Around(path, $title(peftcore.targets.sizes(layer)[1])) for path, layer in layers.items()]\n"
     + _HOOK,
     "after": _HEAD.replace("{formula}", "y -> y + shift, one learned shift for each output.").replace(
         "{fields}", _TARGETS
@@ -203,7 +215,33 @@ class $title(nn.Module):
 
 """
     + _SELECT
-    + "    return [peftcore.After(path, $title(layer.out_features)) for path, layer in layers.items()]\n"
+    + "    return [peftcore.After(path, $title(peftcore.targets.sizes(layer)[1])) for path, layer in layers.items()]\n"
+    + _HOOK,
+    "on-weight": _HEAD.replace("{formula}", "W + B A, a change of low rank of the chosen weights.").replace(
+        "{fields}", _RANK
+    )
+    + """\
+class $title(nn.Module):
+    def __init__(self, rows: int, columns: int, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(rank, columns) / columns**0.5)
+        self.b = nn.Parameter(torch.zeros(rows, rank))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + (self.b @ self.a).to(weight.dtype)
+
+
+"""
+    + _SELECT
+    + """\
+    placements = []
+    for path, layer in layers.items():
+        columns, rows = peftcore.targets.sizes(layer)
+        if peftcore.targets.is_conv1d(layer):  # GPT-2 stores its weights [in, out]
+            rows, columns = columns, rows
+        placements.append(peftcore.OnWeight(path, "weight", $title(rows, columns, config.r)))
+    return placements
+"""
     + _HOOK,
     "soft-prompt": _HEAD.replace("{formula}", "learned vectors [tokens, hidden] before the input.").replace(
         "{fields}", _TOKENS
@@ -245,26 +283,32 @@ def place(model: nn.Module, config: ${title}Config, architecture: peftcore.Archi
     .replace(
         "{fields}",
         '''\
-    """ending: parameters whose names end so are trained."""
+    """ending: parameters of norms, the vectors of a model, whose names end so are trained."""
 
-    ending: str = "norm.weight"
+    ending: str = "weight"
 ''',
     )
     + """\
 def place(model: nn.Module, config: ${title}Config, architecture: peftcore.Architecture) -> list[Any]:
-    names = [name for name, _ in model.named_parameters() if name.endswith(config.ending)]
+    vectors = [name for name, parameter in peftcore.targets.base_parameters(model) if parameter.dim() == 1]
+    names = [name for name in vectors if name.endswith(config.ending)]
     if not names:
-        raise peftcore.PeftcoreError(f"no parameter's name ends with '{config.ending}'")
+        raise peftcore.PeftcoreError(f"no vector's name ends with '{config.ending}'")
     return [peftcore.Train(names)]
 """
     + _HOOK,
 }
 
 _NO_WEIGHT = {"merge equals forward, unmerge is bit exact": "it is no change of a weight"}
-_PROMPT = {**_NO_WEIGHT, "identity at the start": "the vectors act from the start"}
+_PROMPT = {
+    **_NO_WEIGHT,
+    "identity at the start": "the vectors act from the start",
+    "ViT": "images have no tokens before which vectors could stand",
+}
 _EXCUSED: dict[str, dict[str, str]] = {
     "around": {},
     "after": _NO_WEIGHT,
+    "on-weight": {},
     "soft-prompt": _PROMPT,
     "prefix": _PROMPT,
     "train": {},

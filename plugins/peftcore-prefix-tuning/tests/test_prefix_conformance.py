@@ -1,34 +1,41 @@
-"""Prefix tuning passes the conformance suite, on each kind of model, with and without its projection."""
+"""Prefix tuning passes the conformance suite, on each family of models, with and without its projection."""
 
 import matrix
 import pytest
 import tiny
 from peftcore_prefix_tuning import PrefixTuningConfig
 
-from peftcore.testing import check_method
+from peftcore.testing import CHECKS, COMPILE, IDENTITY, MERGE, PEFT_READS, PEFT_WRITES, check_method
 
-NOT_APPLICABLE = {
-    "identity at the start": "keys before those of the input take part of the attention, whatever their values",
-    "merge equals forward, unmerge is bit exact": "a prefix is no change of a weight",
+EXCUSED = {
+    IDENTITY: "keys before those of the input take part of the attention, whatever their values",
+    MERGE: "a prefix is no change of a weight",
 }
-COMPILED = {"torch.compile(fullgraph=True)": "compiled on Llama, which takes less time"}
-PEFT = {
-    "Hugging Face PEFT computes the same from the file": "it asks classifiers for an argument that is renamed, see "
-    "test_prefix_against_peft.py"
-}
-MODELS = {**tiny.MODELS, "roberta": tiny.roberta_classifier}
+RENAMED = "it asks classifiers for an argument that is renamed, see test_prefix_against_peft.py"
+NOT_COMPILED = [name for name in CHECKS if name != COMPILE]  # it takes seconds; done with Llama
 
 
-@pytest.mark.parametrize("kind", list(MODELS))
-def test_conformance(kind: str) -> None:
-    excused = NOT_APPLICABLE if kind == "llama" else {**NOT_APPLICABLE, **COMPILED}
-    if kind in ("bert", "roberta"):
-        excused |= PEFT
-    report = check_method(PrefixTuningConfig(num_virtual_tokens=4), make_model=MODELS[kind], not_applicable=excused)
-    if kind == "llama":
-        matrix.check(report)
+def of_classifiers(family: str) -> dict[str, str]:
+    return {f"{family}: {name}": RENAMED for name in (PEFT_READS, PEFT_WRITES)}
+
+
+def test_conformance() -> None:
+    excused = {**EXCUSED, **of_classifiers("BERT"), "ViT": "an image has no tokens before which a prefix could stand"}
+    matrix.check(check_method(PrefixTuningConfig(num_virtual_tokens=4), not_applicable=excused))
+
+
+@pytest.mark.parametrize("family", ["GPT-2", "T5"])
+def test_all_checks_on_another_family(family: str) -> None:
+    config = PrefixTuningConfig(num_virtual_tokens=4)
+    check_method(config, families=[family], not_applicable=EXCUSED, checks=NOT_COMPILED)
+
+
+def test_on_a_classifier_with_positions_after_the_padding() -> None:
+    excused = {**EXCUSED, **of_classifiers("roberta_classifier")}
+    config = PrefixTuningConfig(num_virtual_tokens=4)
+    check_method(config, families=[tiny.roberta_classifier], not_applicable=excused, checks=NOT_COMPILED)
 
 
 def test_conformance_with_projection() -> None:
     config = PrefixTuningConfig(num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=7)
-    check_method(config, not_applicable={**NOT_APPLICABLE, **COMPILED})
+    check_method(config, families=["Llama", "T5"], not_applicable=EXCUSED, checks=NOT_COMPILED)

@@ -13,13 +13,13 @@ import pytest
 import peftcore
 from peftcore.cli.commands.new_plugin import Kind, write
 from peftcore.registry import registry
-from peftcore.testing import CHECKS
+from peftcore.testing import CHECKS, COMPILE
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in Kind])
 def test_each_kind_passes_the_suite(kind: str, tmp_path: Path, monkeypatch) -> None:
-    if kind != "around":  # tracing is slow, and tried on one kind
-        monkeypatch.delitem(CHECKS, "torch.compile(fullgraph=True)")
+    if kind not in ("around", "on-weight"):  # tracing is slow, and tried on two kinds
+        monkeypatch.delitem(CHECKS, COMPILE)
     name = f"fresh-{kind}"
     package = write(name, kind, tmp_path)
     (file,) = package.glob("*.py")

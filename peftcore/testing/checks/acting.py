@@ -1,0 +1,228 @@
+"""Where the adapters stand, what they act on, and that nothing is left of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.adaptation.adapted import base_parameters
+from peftcore.architecture import Sublayer
+from peftcore.engine import adapter_parameters, applied, set_trainable
+from peftcore.method import PrefixKV, SoftPrompt
+from peftcore.observation import detect
+from peftcore.targets.coverage import coverage
+from peftcore.testing.case import Case, close, differs, logits, loss_of, same, train
+from peftcore.testing.checks.register import check
+
+
+@check(essential=True)
+def identity(case: Case) -> None:
+    """identity at the start"""
+    same(logits(case.model(seed=None), case.inputs()), logits(case.base(), case.inputs()), "output")
+
+
+@check(essential=True)
+def left_out(case: Case) -> str | None:
+    """no layer is left out in silence"""
+    model = case.base()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        peftcore.apply(model, case.config)
+    entry, architecture = applied(model, "default"), detect(model)
+    if told or getattr(entry.config, "layers_to_transform", None) is not None:
+        return None
+    if any(isinstance(each, (SoftPrompt, PrefixKV)) for placed in entry.placements.values() for each in placed):
+        return None  # where these act is no choice of the method
+    reached = [*entry.paths, *(f"{name.rpartition('.')[0]}." for name in entry.trained)]
+    found, nothing = coverage(model, architecture, reached), coverage(model, architecture, ())
+    for what, count in nothing.left_out.items():
+        assert found.left_out.get(what) != count or count < found.total / 2 or found.share == 0, (
+            f"{case.method.name} {found}, and does not say so. Adapt them, or warn of it in place(...)"
+        )
+    for kind in dict.fromkeys(sublayer.kind for sublayer in architecture.sublayers):
+        scopes = [_scope(sublayer) for sublayer in architecture.sublayers if sublayer.kind == kind]
+        lacking = [scope for scope in scopes if not any(_meet(scope, path.rstrip(".")) for path in reached)]
+        assert not lacking or len(lacking) == len(scopes), (
+            f"of the {kind} layers {', '.join(lacking)} are left out. Adapt these too, or warn of it in place(...)"
+        )
+    return None
+
+
+def _scope(sublayer: Sublayer) -> str:
+    """The path of the innermost module in which all known parts of a sublayer lie."""
+    parts = [path.split(".") for path in (sublayer.output, sublayer.query, *sublayer.inner) if path]
+    common = [names[0] for names in zip(*parts, strict=False) if len(set(names)) == 1]
+    return ".".join(common)
+
+
+def _meet(one: str, other: str) -> bool:
+    """Is one of two paths inside the other?"""
+    return f"{one}.".startswith(f"{other}." if other else "") or f"{other}.".startswith(f"{one}.")
+
+
+@check(essential=True)
+def base_untouched(case: Case) -> None:
+    """base untouched by training"""
+    base, model = case.base(), case.model()
+    train(model, case.inputs(), steps=2)
+    state = model.state_dict()
+    missing = [key for key in base.state_dict() if key not in state]
+    assert not missing, f"keys of the base are gone: {missing[:3]}"
+    trained = set(applied(model, "default").trained)
+    with peftcore.disabled(model):
+        for name, parameter in base_parameters(model):
+            same(parameter, base.get_parameter(name), name)
+    for name, value in base.state_dict().items():
+        if name not in trained:
+            same(state[name], value, name)
+
+
+@check(essential=True)
+def gradients(case: Case) -> None:
+    """gradients only where they belong"""
+    model = case.model()
+    loss_of(model, case.inputs()).backward()
+    own = {id(p): name for name, p in adapter_parameters(model, "default")}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in own:
+            assert parameter.grad is not None, f"'{name}' of the adapter gets no gradient"
+            assert torch.isfinite(parameter.grad).all(), f"the gradient of '{name}' is not finite"
+        else:
+            assert parameter.grad is None and not parameter.requires_grad, f"'{name}' of the base gets a gradient"
+
+
+@check(essential=True)
+def disabling(case: Case) -> None:
+    """disabled equals base"""
+    model, inputs = case.model(), case.inputs()
+    before, base = logits(model, inputs), logits(case.base(), inputs)
+    differs(before, base)
+    with peftcore.disabled(model):
+        same(logits(model, inputs), base, "disabled")
+    same(logits(model, inputs), before, "enabled again")
+
+
+@check(essential=True)
+def removing(case: Case) -> None:
+    """remove is bit exact"""
+    model, inputs = case.base().train(), case.inputs()
+    with torch.no_grad():
+        model.eval()(**inputs)  # what a first call leaves behind is not the method's
+    before = _Snapshot(model.train())
+    case.add(model, 1, "default")
+    train(model, inputs, steps=1)
+    peftcore.remove(model, "default")
+    before.compare(model)
+
+
+class _Snapshot:
+    """All that a model holds: its classes, tensors, hooks, and other attributes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._facts = dict(_facts(model))
+        self._tensors = {where: (value, value.detach().clone()) for where, value in _tensors(model)}
+
+    def compare(self, model: nn.Module) -> None:
+        """Fail unless `model`, the same one, holds the very same."""
+        tensors, facts = dict(_tensors(model)), dict(_facts(model))
+        assert list(tensors) == list(self._tensors), f"tensors differ: {sorted(tensors.keys() ^ self._tensors.keys())}"
+        for where, (tensor, value) in self._tensors.items():
+            same(tensors[where], value, where)
+            assert tensors[where] is tensor, f"'{where}' is another tensor, of the same values"
+        gone, new = self._facts.keys() - facts.keys(), facts.keys() - self._facts.keys()
+        assert not gone and not new, f"left behind: {sorted(new)[:5]}, gone: {sorted(gone)[:5]}"
+        for where, fact in self._facts.items():
+            assert facts[where] == fact, f"{where} was {fact!r:.100}, is {facts[where]!r:.100}"
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and all buffers, by name."""
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _facts(model: nn.Module) -> list[tuple[str, Any]]:
+    """(where, what is there) of all else; objects by their identity."""
+    found: list[tuple[str, Any]] = [
+        (f"requires_grad of '{name}'", p.requires_grad) for name, p in model.named_parameters()
+    ]
+    found += [(f"the gradient of '{name}'", id(p.grad)) for name, p in model.named_parameters()]
+    for path, module in model.named_modules():
+        found.append((f"the class of '{path}'", type(module)))
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers"):
+                continue
+            is_plain = isinstance(value, (bool, int, float, str, tuple, set, torch.dtype, type(None)))
+            fact = value if is_plain else id(value)
+            if isinstance(value, dict):  # hooks, children
+                fact = {key: id(each) for key, each in value.items()}
+            found.append((f"'{name}' of '{path}'", fact))
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_dict"):
+        found.append(("the model's config", config.to_dict()))
+    return found
+
+
+@check()
+def switching(case: Case) -> None:
+    """two adapters are switched"""
+    inputs = case.inputs()
+    alone = {name: logits(case.model(seed=seed, adapter=name), inputs) for name, seed in (("a", 1), ("b", 2))}
+    model = _with_two(case)
+    for name in ("b", "a", "b"):
+        peftcore.activate(model, name)
+        same(logits(model, inputs), alone[name], f"'{name}' of two")
+        others = [p for n in ("a", "b") if n != name for _, p in adapter_parameters(model, n)]
+        assert not any(p.requires_grad for p in others), "a resting adapter requires gradients"
+
+
+def _with_two(case: Case) -> nn.Module:
+    """A model with two adapters, of which the last one acts."""
+    model = case.model(seed=1, adapter="a")
+    peftcore.activate(model, [])
+    return case.add(model, 2, "b")
+
+
+@check()
+def per_sample(case: Case) -> str | None:
+    """an adapter for each sample of a batch equals each sample alone"""
+    model, names = _with_two(case), ["a", None, "b", "a"]
+    inputs = case.inputs(rows=len(names))
+    try:
+        peftcore.activate(model, names, per_sample=True)
+    except peftcore.PeftcoreError as refusal:
+        if "acts on a batch as a whole" in str(refusal):
+            return "it says that it acts on a batch as a whole"
+        raise
+    found = logits(model, inputs)
+    for row, name in enumerate(names):
+        peftcore.activate(model, name or [])
+        alone = logits(model, {key: value[row : row + 1] for key, value in inputs.items()})
+        close(found[row : row + 1], alone, f"row {row}, adapter {name}")
+    return None
+
+
+@check()
+def freezing(case: Case) -> None:
+    """a frozen adapter gets no gradients"""
+    model = case.model()
+    set_trainable(model, "default", False)
+    assert not any(p.requires_grad for p in model.parameters()), "a parameter still requires gradients"
+
+
+@check()
+def dtypes(case: Case) -> None:
+    """bf16 and fp32 bases"""
+    for dtype in (torch.bfloat16, torch.float32):
+        model = case.model(dtype)
+        trained = set(applied(model, "default").trained)
+        output = model(**case.inputs())[0]
+        assert output.dtype == logits(case.base(dtype), case.inputs()).dtype, f"{dtype}: output is {output.dtype}"
+        assert torch.isfinite(output).all(), f"{dtype}: the output is not finite"
+        for name, parameter in adapter_parameters(model, "default"):
+            wanted = dtype if name in trained else torch.float32
+            assert parameter.dtype == wanted, f"{dtype}: '{name}' is {parameter.dtype}"
+        loss_of(model, case.inputs()).backward()

@@ -1,0 +1,138 @@
+"""Files and copies: save and load, shared tensors, deepcopy and pickle, Hugging Face PEFT both ways."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import pickle
+import tempfile
+import warnings
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import peftcore
+from peftcore.engine import adapter_modules, adapter_parameters
+from peftcore.testing.case import Case, close, differs, disturb, logits, same
+from peftcore.testing.checks.register import check
+
+NOT_CHECKED = "not checked: "  # how the reason of a check begins that could not run here
+
+
+@check(essential=True)
+def saving(case: Case) -> None:
+    """save and load are bit exact"""
+    model, fresh = case.model(), case.base()
+    with tempfile.TemporaryDirectory() as folder:
+        peftcore.save(model, folder)
+        peftcore.load(fresh, folder)
+    loaded = dict(adapter_parameters(fresh, "default"))
+    for name, parameter in adapter_parameters(model, "default"):
+        same(loaded[name], parameter, name)
+    same(logits(fresh, case.inputs()), logits(model, case.inputs()), "output")
+
+
+@check()
+def copying(case: Case) -> None:
+    """deepcopy and pickle"""
+    model, inputs = case.model(), case.inputs()
+    wanted = logits(model, inputs)
+    for how, twin in (("deepcopy", copy.deepcopy(model)), ("pickle", pickle.loads(pickle.dumps(model)))):
+        same(logits(twin, inputs), wanted, how)
+        disturb(twin, "default", 5)
+        differs(logits(twin, inputs), wanted)
+        same(logits(model, inputs), wanted, f"the original after its {how} changed")
+
+
+@check()
+def sharing(case: Case) -> str | None:
+    """tensors that adapters share are saved once, and are shared after load, deepcopy and .to()"""
+    model = case.model()
+    shared = _shared(model)
+    if not shared:
+        return "its adapters share no tensor"
+    with tempfile.TemporaryDirectory() as folder:
+        peftcore.save(model, folder)
+        on_disk = load_file(Path(folder, "adapter_model.safetensors"))
+        loaded = peftcore.load(case.base(), folder)
+    for group, value in shared.items():
+        there = [name for name, t in on_disk.items() if t.shape == value.shape and torch.equal(t, value.to(t))]
+        assert len(there) <= 1, f"{sorted(group)} is saved {len(there)} times: {there}"
+    twins = {"load": loaded, "deepcopy": copy.deepcopy(model), ".to()": copy.deepcopy(model).to(torch.float64)}
+    for how, twin in twins.items():
+        lost = shared.keys() - _shared(twin).keys()
+        assert not lost, f"not shared any more after {how}: {[sorted(group)[:3] for group in lost]}"
+    return None
+
+
+def _shared(model: nn.Module) -> dict[frozenset[str], torch.Tensor]:
+    """Tensors that stand in several adapters, by all their places."""
+    places: dict[int, list[str]] = defaultdict(list)
+    tensors: dict[int, torch.Tensor] = {}
+    for path, adapter in adapter_modules(model, "default"):
+        own = [*adapter.named_parameters(remove_duplicate=False), *adapter.named_buffers(remove_duplicate=False)]
+        for name, tensor in own:
+            places[id(tensor)].append(f"{path}.{name}")
+            tensors[id(tensor)] = tensor.detach()
+    several = {key: names for key, names in places.items() if len(names) > 1}
+    return {frozenset(names): tensors[key] for key, names in several.items()}
+
+
+@check(essential=True)
+def read_by_peft(case: Case) -> str | None:
+    """Hugging Face PEFT computes the same from the file"""
+    peft, reason = _peft(case)
+    if peft is None:
+        return reason
+    model, inputs = case.model(), case.inputs()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of names that transformers has deprecated
+        peftcore.save(model, folder)
+        found = logits(peft.PeftModel.from_pretrained(case.base(), folder).eval(), inputs)
+    wanted = logits(model, inputs)
+    close(found[:, -wanted.shape[1] :], wanted, "output")  # theirs of a soft prompt's own places come first
+    return None
+
+
+@check(essential=True)
+def written_by_peft(case: Case) -> str | None:
+    """a file that Hugging Face PEFT writes computes the same here"""
+    peft, reason = _peft(case)
+    if peft is None:
+        return reason
+    inputs = case.inputs()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peftcore.save(case.model(), folder)
+        config = peft.PeftConfig.from_pretrained(folder)
+        config.inference_mode = False
+        torch.manual_seed(7)
+        theirs = peft.get_peft_model(case.base(), config).eval()
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in theirs.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+        theirs.save_pretrained(Path(folder, "theirs"))
+        ours = peftcore.load(case.base(), Path(folder, "theirs"))
+        found, wanted = logits(ours, inputs), logits(theirs, inputs)
+    close(found, wanted[:, -found.shape[1] :], "output")
+    return None
+
+
+def _peft(case: Case) -> tuple[Any, str | None]:
+    """(the library peft, None), or why the method has nothing to do with it."""
+    if importlib.util.find_spec("peft") is None:
+        return None, f"{NOT_CHECKED}peft is not installed"
+    import peft
+
+    method = case.method
+    if method.recorded_as is not None:
+        return peft, None
+    if method.state.peft_type not in peft.PeftType.__members__:
+        return None, "PEFT has no such method"
+    return peft, None

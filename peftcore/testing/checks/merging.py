@@ -1,0 +1,110 @@
+"""Merging into the weights; adapters that stand at one module, of the same method and of another."""
+
+from __future__ import annotations
+
+import tempfile
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.adaptation.adapted import base_parameters
+from peftcore.engine import adapter_parameters
+from peftcore.testing.case import Case, close, logits, loss_of, same
+from peftcore.testing.checks.register import check
+from peftcore.testing.other import add_other, other_method
+
+
+@check(essential=True, refused=True)
+def merging(case: Case) -> None:
+    """merge equals forward, unmerge is bit exact"""
+    model, inputs = case.model(), case.inputs()
+    _merge_and_unmerge(model, inputs, "merged")
+
+
+def _merge_and_unmerge(model: nn.Module, inputs: dict[str, Tensor], what: str) -> None:
+    before = logits(model, inputs)
+    kept = {name: p.detach().clone() for name, p in base_parameters(model)}
+    _merge(model)
+    close(logits(model, inputs), before, what)
+    peftcore.unmerge(model)
+    for name, parameter in base_parameters(model):
+        same(parameter, kept[name], name)
+    same(logits(model, inputs), before, f"{what} and unmerged")
+
+
+def _merge(model: nn.Module) -> None:
+    """Merge exactly.
+
+    Raises:
+        PeftcoreError: it is refused, or quantizing again loses some of it.
+    """
+    with warnings.catch_warnings(record=True) as told:
+        warnings.filterwarnings("always", "quantized again, ")
+        peftcore.merge(model)
+    for warning in told:
+        raise peftcore.PeftcoreError(str(warning.message))
+
+
+def _merges(case: Case) -> bool:
+    """Does the method say that it can be merged?"""
+    try:
+        _merge(case.model())
+    except peftcore.PeftcoreError:
+        return False
+    return True
+
+
+@check()
+def beside(case: Case) -> str | None:
+    """two adapters of the method act together, and merge in both orders"""
+    model, inputs = case.model(adapter="a"), case.inputs()
+    alone = logits(model, inputs)
+    try:
+        case.add(model, 2, "b")
+    except peftcore.PeftcoreError as refusal:
+        if "Two at a time cannot train one parameter" in str(refusal):
+            return "two at a time cannot train one parameter, and apply says so"
+        raise
+    _in_both_orders(model, inputs, ("a", "b"), _merges(case))
+    peftcore.remove(model, "b")
+    same(logits(model, inputs), alone, "with the second removed")
+    return None
+
+
+@check()
+def stacked(case: Case) -> None:
+    """beside another method's adapter it acts, merges in both orders, is saved and comes off alone"""
+    inputs = case.inputs()
+    with other_method():
+        model = case.model()
+        alone = logits(model, inputs)
+        add_other(model)
+        _in_both_orders(model, inputs, ("default", "other"), _merges(case))
+        with tempfile.TemporaryDirectory() as folder:
+            peftcore.save(model, folder, adapter="default")
+            same(logits(peftcore.load(case.base(), folder), inputs), alone, "its file alone")
+        peftcore.remove(model, "other")
+        same(logits(model, inputs), alone, "with the other one removed")
+
+        model = case.base()
+        add_other(model)
+        wanted = logits(model, inputs)
+        peftcore.remove(case.add(model, 1, "default"), "default")
+        same(logits(model, inputs), wanted, "the other one alone, when it was removed")
+
+
+def _in_both_orders(model: nn.Module, inputs: dict[str, Tensor], names: Sequence[str], merges: bool) -> None:
+    for order in (names, names[::-1]):
+        what = f"{' inside '.join(order)}"
+        peftcore.activate(model, order)
+        loss_of(model, inputs).backward()
+        for name in order:
+            for own, parameter in adapter_parameters(model, name):
+                assert parameter.grad is not None, f"{what}: '{own}' of '{name}' gets no gradient"
+                assert torch.isfinite(parameter.grad).all(), f"{what}: the gradient of '{own}' of '{name}'"
+        model.zero_grad()
+        if merges:
+            _merge_and_unmerge(model, inputs, f"{what}, merged")

@@ -1,0 +1,112 @@
+"""Ways to run a model: compiled as one graph, generating, rows of different lengths."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.testing.case import Case, close, first_output, logits, loss_of, same
+from peftcore.testing.checks.register import check
+from peftcore.testing.checks.training import gradients_of
+
+
+@check()
+def compiling(case: Case) -> str | None:
+    """torch.compile(fullgraph=True)"""
+    with warnings.catch_warnings():  # PyTorch's tracing of an `autograd.Function` makes an instance, and warns of it
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+        try:
+            _compile(case)
+        except torch._dynamo.exc.TorchDynamoException:
+            if _compiles(case.base(), case):
+                raise
+            return "the model without adapters does not compile as one graph here"
+        finally:
+            torch._dynamo.reset()
+    return None
+
+
+def _compiles(model: nn.Module, case: Case) -> bool:
+    torch._dynamo.reset()
+    try:
+        logits(torch.compile(model, fullgraph=True, backend=case.compile_backend), case.inputs())
+    except torch._dynamo.exc.TorchDynamoException:
+        return False
+    return True
+
+
+def _compile(case: Case) -> None:
+    model, inputs = case.model(), case.inputs()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=case.compile_backend)
+    wanted = logits(model, inputs)
+    seen: list[Tensor] = []
+
+    def run(**call: Any) -> tuple[Tensor]:
+        seen.append(first_output(compiled(**call)))
+        return (seen[-1],)
+
+    loss_of(run, inputs).backward()  # one graph serves both
+    close(seen[0], wanted, "compiled")
+    compiled_gradients = gradients_of(model)
+    model.zero_grad()
+    loss_of(model, inputs).backward()
+    for name, gradient in gradients_of(model).items():
+        atol = 1e-4 * gradient.abs().max().item() + 1e-7
+        same(compiled_gradients[name], gradient, f"gradient of '{name}'", atol)
+
+
+@check()
+def generating(case: Case) -> str | None:
+    """generate, with and without cache, equals one full forward"""
+    if not case.generates:
+        return "the model does not generate"
+    inputs = case.prompts()
+    model: Any = case.model()
+    for use_cache in (True, False):
+        out = _generate(model, inputs, use_cache)
+        if case.is_encoder_decoder:
+            wanted = logits(model, {**inputs, "decoder_input_ids": out.sequences})[:, :-1]
+        else:
+            full = {"input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
+            wanted = logits(model, full)[:, inputs["input_ids"].shape[1] - 1 : -1]
+        same(_steps(out), wanted, f"logits of the steps, use_cache={use_cache}", atol=1e-4)
+    return None
+
+
+@check()
+def padding(case: Case) -> str | None:
+    """generate for rows of different lengths, with and without cache, equals each row alone"""
+    if not case.generates:
+        return "the model does not generate"
+    model: Any = case.model()
+    tokens = case.prompts()["input_ids"]
+    short, gap = tokens[1:, 3:], torch.zeros_like(tokens[1:, :3])
+    padded = [short, gap] if case.is_encoder_decoder else [gap, short]  # as their tokenizers pad
+    batch = torch.cat([tokens[:1], torch.cat(padded, dim=1)])
+    for use_cache in (True, False):
+        steps = _steps(_generate(model, {"input_ids": batch, "attention_mask": (batch != 0).long()}, use_cache))
+        for row, alone in enumerate((tokens[:1], short)):
+            inputs = {"input_ids": alone, "attention_mask": torch.ones_like(alone)}
+            wanted = _steps(_generate(model, inputs, use_cache))[0]
+            same(steps[row], wanted, f"logits of row {row}, use_cache={use_cache}", atol=1e-4)
+    return None
+
+
+def _generate(model: Any, inputs: dict[str, Tensor], use_cache: bool) -> Any:
+    return model.generate(
+        **inputs,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        do_sample=False,
+        use_cache=use_cache,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+
+def _steps(out: Any) -> Tensor:
+    return torch.stack(out.logits, dim=1)  # [batch, new, vocabulary]

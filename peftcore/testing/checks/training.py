@@ -1,0 +1,98 @@
+"""Training: steps, schedules, resuming, checkpointed activations, a base in 4 bits."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.adaptation.adapted import base_parameters
+from peftcore.engine import adapter_parameters
+from peftcore.quantization import quantize
+from peftcore.testing.case import Case, first_output, logits, loss_of, optimizer_of, same, train
+from peftcore.testing.checks.register import check
+
+
+@check()
+def learns(case: Case) -> None:
+    """training lowers the loss"""
+    losses = train(case.model(seed=None), case.inputs(), steps=12)
+    assert losses[-1] < losses[0], f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f} in 12 steps"
+
+
+@check()
+def resuming(case: Case) -> None:
+    """resume is exact"""
+    inputs, total = case.inputs(), 6
+    whole = case.model(seed=None)
+    train(whole, inputs, steps=total)
+    first, second = case.model(seed=None), case.base()
+    with tempfile.TemporaryDirectory() as folder:
+        optimizer = optimizer_of(first)
+        train(first, inputs, steps=3, optimizer=optimizer, total=total)
+        peftcore.save(first, folder)
+        peftcore.load(second, folder)
+    resumed = optimizer_of(second)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(second, inputs, steps=3, optimizer=resumed, begin=3, total=total)
+    for (name, parameter), (_, wanted) in zip(
+        adapter_parameters(second, "default"), adapter_parameters(whole, "default"), strict=True
+    ):
+        same(parameter, wanted, name)
+    same(logits(second, inputs), logits(whole, inputs), "output")
+
+
+@check(essential=True)
+def checkpointing(case: Case) -> str | None:
+    """gradient checkpointing"""
+    if not getattr(case.base(), "supports_gradient_checkpointing", False):
+        return "the model has none"
+    wanted: dict[str, Tensor] = {}
+    options = {"use_cache": False} if case.generates else {}
+    ways = [None, {"use_reentrant": False}, *([{"use_reentrant": True}] if case.first is None else [])]
+    for kwargs in ways:
+        model: Any = case.model().train()
+        if kwargs is not None:
+            enable = getattr(model, "activation_checkpointing_enable", None)  # renamed in transformers 5
+            (enable or model.gradient_checkpointing_enable)(kwargs)
+            if kwargs["use_reentrant"]:
+                model.enable_input_require_grads()
+        first_output(model(**case.inputs(), **options)).square().mean().backward()
+        found = gradients_of(model)
+        wanted = wanted or found
+        for name, gradient in found.items():
+            limit = 1e-5 * wanted[name].abs().max().item() + 1e-7  # a gradient that is zero but for rounding
+            same(gradient, wanted[name], f"{kwargs}: gradient of '{name}'", limit)
+    return None
+
+
+def gradients_of(model: nn.Module) -> dict[str, Tensor]:
+    """The gradient of each parameter of the adapter."""
+    found = {}
+    for name, parameter in adapter_parameters(model, "default"):
+        assert parameter.grad is not None, f"'{name}' gets no gradient"
+        found[name] = parameter.grad.clone()
+    return found
+
+
+@check()
+def quantized_base(case: Case) -> None:
+    """a quantized base (NF4)"""
+    base, inputs = quantize(case.base()), case.inputs()
+    packed = [p for _, p in base_parameters(base) if p.dtype is torch.uint8]
+    bits = [p.clone() for p in packed]
+    model = case.add(base, 1, "default")
+    loss_of(model, inputs).backward()
+    for name, gradient in gradients_of(model).items():
+        assert torch.isfinite(gradient).all(), f"the gradient of '{name}' is not finite"
+    with tempfile.TemporaryDirectory() as folder:
+        peftcore.save(model, folder)
+        fresh = peftcore.load(quantize(case.base()), folder)
+    same(logits(fresh, inputs), logits(model, inputs), "output after save and load")
+    peftcore.remove(model, "default")
+    same(logits(model, inputs), logits(quantize(case.base()), inputs), "removed")
+    for parameter, before in zip(packed, bits, strict=True):
+        same(parameter, before, "a weight in 4 bits")

@@ -1,0 +1,162 @@
+"""The kinds of models that the suite runs on: tiny ones of transformers, whose biases and norms are random, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+_SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+_VOCABULARY = 96
+
+
+def tokens(model: nn.Module, rows: int) -> dict[str, Tensor]:
+    """A call of a language model, text classifier or encoder-decoder: rows of one length, without padding."""
+    found = torch.randint(3, 90, (rows, 9), generator=torch.Generator().manual_seed(3))
+    call = {"input_ids": found, "attention_mask": torch.ones_like(found)}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        call["decoder_input_ids"] = found[:, :5]
+    return call
+
+
+def _images(_model: nn.Module, rows: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(rows, 3, 16, 16, generator=torch.Generator().manual_seed(3))}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one kind.
+
+    Args:
+        name: what reports and `not_applicable` call it.
+        make: a model, in evaluation mode and without dropout, with the same weights at each call.
+        inputs: (model, number of rows) -> a call of it, whose tensors have a row for each sample. The first output is
+            a floating tensor with the rows first.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    inputs: Callable[[Any, int], dict[str, Tensor]] = tokens
+
+
+class _TokenBatchNorm(nn.BatchNorm1d):
+    """A BatchNorm over the tokens of all samples."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.flatten(0, -2)).view_as(x)
+
+
+def tiny_llama(seed: int = 0) -> nn.Module:
+    """A Llama of 2 layers, hidden size 32, grouped-query attention and a vocabulary of 96, random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(**_SIZES, **_HEADS, **_SPECIAL, vocab_size=_VOCABULARY)).eval()
+
+
+def _qwen2() -> nn.Module:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    return Qwen2ForCausalLM(Qwen2Config(**_SIZES, **_HEADS, **_SPECIAL, vocab_size=_VOCABULARY))
+
+
+def _gemma() -> nn.Module:
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    return GemmaForCausalLM(GemmaConfig(**_SIZES, **_HEADS, **_SPECIAL, head_dim=8, vocab_size=_VOCABULARY))
+
+
+def _gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    off = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **off, **_SPECIAL, vocab_size=_VOCABULARY))
+
+
+def _t5() -> nn.Module:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(
+        T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0, vocab_size=_VOCABULARY)
+    )
+
+
+def _bert() -> nn.Module:
+    from transformers import BertConfig, BertForSequenceClassification
+
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = BertConfig(**_SIZES, **off, num_attention_heads=4, num_labels=3, vocab_size=_VOCABULARY)
+    return BertForSequenceClassification(config)
+
+
+def _vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(**_SIZES, num_attention_heads=4, image_size=16, patch_size=8, num_labels=3)
+    model = ViTForImageClassification(config)
+    norm = model.vit.layernorm = _TokenBatchNorm(32)  # statistics that training moves, beside what a method adapts
+    for buffer in (norm.running_mean, norm.running_var):
+        assert buffer is not None
+        nn.init.uniform_(buffer, 0.5, 2)
+    return model
+
+
+def _qwen3_moe() -> nn.Module:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 8}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**_SIZES, **_HEADS, **_SPECIAL, **experts, vocab_size=_VOCABULARY))
+
+
+def _varied(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """What `make` makes, whose biases and norms are not the zeros and ones of a fresh model."""
+
+    def varied() -> nn.Module:
+        torch.manual_seed(0)
+        model = make().eval()
+        generator = torch.Generator().manual_seed(4)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        return model
+
+    return varied
+
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Family("Llama", _varied(tiny_llama)),
+        Family("Qwen2", _varied(_qwen2)),  # biases
+        Family("Gemma", _varied(_gemma)),  # a scaled embedding, tied to the head
+        Family("GPT-2", _varied(_gpt2)),  # Conv1D, tied
+        Family("T5", _varied(_t5)),  # encoder and decoder
+        Family("BERT", _varied(_bert)),  # post-norm, with a classifier
+        Family("ViT", _varied(_vit), _images),  # images, a BatchNorm
+        Family("Qwen3-MoE", _varied(_qwen3_moe)),  # experts `[E, out, in]`
+    )
+}
+
+
+def family_of(given: str | Family | Callable[[], nn.Module]) -> Family:
+    """The family that is meant: by its name, itself, or a function that makes a model.
+
+    Raises:
+        KeyError: no family has this name.
+    """
+    if isinstance(given, Family):
+        return given
+    return FAMILIES[given] if isinstance(given, str) else Family(getattr(given, "__name__", "model"), given)
+
+
+def families_of(given: Sequence[str | Family | Callable[[], nn.Module]]) -> list[Family]:
+    """`family_of` each."""
+    return [family_of(each) for each in given]

@@ -1,0 +1,64 @@
+"""A method of the suite's own, on which others are stacked: y = gain · base(x) at every linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.registry import registry
+from peftcore.testing.case import disturb
+
+NAME = "the-suites-other"
+
+
+@dataclass(frozen=True)
+class OtherConfig:
+    """The other method has no choices."""
+
+
+class Other(nn.Module):
+    """A gain for each output."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(size))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        y: Tensor = base(x)
+        return y * self.gain.to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight * self.gain[:, None], None if bias is None else bias * self.gain
+
+
+def _place(model: nn.Module, config: OtherConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = peftcore.targets.select(model, architecture, target_modules=peftcore.targets.ALL_LINEAR)
+    return [peftcore.Around(path, Other(peftcore.targets.sizes(layer)[1])) for path, layer in layers.items()]
+
+
+class _Plugin:
+    @peftcore.hookimpl
+    def peftcore_methods(self) -> list[peftcore.Method]:
+        return [peftcore.Method(NAME, OtherConfig, _place, peftcore.StateRules(peft_type="THE_SUITES_OTHER"))]
+
+
+@contextmanager
+def other_method() -> Iterator[None]:
+    """Within the block the other method is there."""
+    registry.register(NAME, _Plugin())
+    try:
+        yield
+    finally:
+        registry.unregister(NAME)
+
+
+def add_other(model: nn.Module) -> None:
+    """Apply it to `model`, as the adapter `other`, and let it compute something."""
+    peftcore.apply(model, OtherConfig(), adapter="other")
+    disturb(model, "other", 3)
