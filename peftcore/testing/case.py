@@ -92,7 +92,7 @@ def disturb(model: nn.Module, adapter: str, seed: int, std: float = 0.2) -> None
             parameter.add_((std * noise).to(parameter))
 
 
-def logits(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
+def logits(model: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:
     """The model's first floating output, without gradients."""
     with torch.no_grad():
         return first_output(model(**inputs))

@@ -39,7 +39,7 @@ class DoraConfig(peftcore_lora.LoraConfig):
         plain = peftcore_lora.LoraConfig()
         for name in (field.name for field in dataclasses.fields(self) if field.name not in FIELDS):
             message = f"{name}={getattr(self, name)!r} is not known with DoRA. Leave it out, or choose LoRA"
-            validation.require(getattr(self, name) == getattr(plain, name), message)
+            validation.require((getattr(self, name) or None) == (getattr(plain, name) or None), message)  # [] is None
         validation.one_of((True, False, "gaussian"), init_lora_weights=self.init_lora_weights)
 
 

@@ -190,7 +190,7 @@ def _with_two(case: Case) -> nn.Module:
 def per_sample(case: Case) -> str | None:
     """an adapter for each sample of a batch equals each sample alone"""
     model, names = _with_two(case), ["a", None, "b", "a"]
-    inputs = case.inputs(rows=len(names))
+    inputs: dict[str, Any] = {**case.inputs(rows=len(names)), **({"use_cache": False} if case.generates else {})}
     try:
         peftcore.activate(model, names, per_sample=True)
     except peftcore.PeftcoreError as refusal:
@@ -200,7 +200,8 @@ def per_sample(case: Case) -> str | None:
     found = logits(model, inputs)
     for row, name in enumerate(names):
         peftcore.activate(model, name or [])
-        alone = logits(model, {key: value[row : row + 1] for key, value in inputs.items()})
+        sample = {key: each[row : row + 1] if isinstance(each, Tensor) else each for key, each in inputs.items()}
+        alone = logits(model, sample)
         close(found[row : row + 1], alone, f"row {row}, adapter {name}")
     return None
 
