@@ -39,7 +39,10 @@ def config_of_fields(
     """
     peft_type = str(fields.get("peft_type", method.state.peft_type))
     with guarded(method, where, kind):
-        read = method.state.read_config({name: value for name, value in fields.items() if name not in COMMON})
+        try:
+            read = method.state.read_config({name: value for name, value in fields.items() if name not in COMMON})
+        except PeftcoreError as error:
+            raise kind(f"{where} cannot be read: {error}") from error
     known = {f.name for f in dataclasses.fields(method.config_class)}
     ignored = {*method.state.ignored_fields, "ensure_weight_tying"}  # a method may lack it: then the tensors tell
     for name, value in read.items():

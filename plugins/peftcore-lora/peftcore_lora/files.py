@@ -17,6 +17,7 @@ from peftcore_lora.config import LoraConfig, scaled
 from peftcore_lora.layer_facts import Convolution, adds_to_product, is_undilated
 from peftcore_lora.layers import LoraEmbedding
 from peftcore_lora.parameters import LoraParameter, name_on_disk, upgraded
+from peftcore_lora.variants import as_plain, plain_fields, why_not
 
 KNOWN_PEFT = (0, 21, 2)  # up to this release it is known what PEFT computes of an attention's file
 
@@ -40,7 +41,7 @@ def tensor_name(placement: Any, name: str) -> str:
 def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
     """With bias="all" PEFT writes the biases of modules_to_save, and those they replace, a second time."""
     tensors = {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
-    return starts.read_start(model, upgraded(model, tensors, fields), fields)
+    return starts.read_start(model, upgraded(model, as_plain(tensors, fields), fields), fields)
 
 
 # Layers of dense and shared blocks that PEFT takes for the experts of old files, by the kind of model that transformers
@@ -106,8 +107,10 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str
 
 
 def read_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """PEFT's None for no module: it has parameters that are."""
-    return {**fields, "target_modules": fields.get("target_modules") or []}
+    """The fields of plain LoRA, where that is what the file's adapter computes; no module, where PEFT has None."""
+    if why := why_not(fields):
+        raise peftcore.PeftcoreError(why)
+    return {**plain_fields(fields), "target_modules": fields.get("target_modules") or []}
 
 
 def config_on_disk(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:

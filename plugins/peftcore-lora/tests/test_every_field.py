@@ -1,0 +1,185 @@
+"""docs/lora.md: what becomes of each field of PEFT's `LoraConfig`, by files that PEFT makes, read here, and taken back.
+
+PEFTCORE_WRITE_FIELDS=1 writes the page; else it is compared with what is found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from beside_peft import logits, moved, quiet
+from peftcore_lora.variants import PLAIN
+from torch import nn
+
+import peftcore
+
+PAGE = Path(__file__).parents[3] / "docs" / "lora.md"
+# Of every config; `runtime_config` is no part of a file.
+COMMON = {f.name for f in dataclasses.fields(peft.PeftConfig)} | {"peft_type", "inference_mode", "runtime_config"}
+
+
+def grouped() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.Flatten(), nn.Linear(72, 3)).eval()
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Fields of a file that PEFT makes on a model, and `edited` ones, which are written into its config afterwards."""
+
+    shown: str
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    edited: dict[str, Any] = dataclasses.field(default_factory=dict)
+    make: Callable[[], nn.Module] = tiny.llama
+
+
+Q = {"target_modules": ["q_proj", "o_proj"]}
+BLOCKS = {"target_modules_bd_a": ["o_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
+CONFIGS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
+
+
+def cases(field: str, *values: Any, make: Callable[[], nn.Module] = tiny.llama, **others: Any) -> list[Case]:
+    return [Case(json.dumps(value), {**Q, **others, field: value}, make=make) for value in values]
+
+
+ROWS: dict[str, list[Case]] = {
+    "r": cases("r", 3),
+    "target_modules": cases("target_modules", ["q_proj"], r".*\.1\..*up_proj", "all-linear"),
+    "exclude_modules": cases("exclude_modules", ["layers.0.self_attn.q_proj"], r".*\.1\..*"),
+    "lora_alpha": cases("lora_alpha", 5),
+    "lora_dropout": cases("lora_dropout", 0.1),
+    "fan_in_fan_out": cases("fan_in_fan_out", True, make=tiny.gpt2, target_modules=["c_attn"]),
+    "bias": cases("bias", "all", "lora_only", make=tiny.bert_classifier, target_modules=["query"]),
+    "use_rslora": cases("use_rslora", True, r=3),
+    "modules_to_save": cases("modules_to_save", ["lm_head"], ["input_layernorm"]),
+    "init_lora_weights": [
+        *cases(
+            "init_lora_weights", True, False, "gaussian", "orthogonal", "olora", "pissa", "pissa_niter_2", "mica", r=2
+        ),
+        *(Case(json.dumps(start), Q, {"init_lora_weights": start}) for start in ("eva", "corda", "lora_ga", "loftq")),
+    ],
+    "layers_to_transform": cases("layers_to_transform", [1], 0),
+    "layers_pattern": cases("layers_pattern", "layers", layers_to_transform=[1]),
+    "rank_pattern": cases("rank_pattern", {"q_proj": 2, "layers.1.self_attn.o_proj": 5}),
+    "alpha_pattern": cases("alpha_pattern", {"o_proj": 3}, {r"layers\.\d+\.self_attn.q_proj": 7}),
+    "megatron_config": [Case("{...}", Q, {"megatron_config": {"hidden_size": 32}})],
+    "megatron_core": [Case('"megatron.core"', Q, {"megatron_core": "megatron.core"})],
+    "trainable_token_indices": [
+        *cases("trainable_token_indices", [60, 3], {"embed_tokens": [3], "lm_head": [4]}),
+        *cases("trainable_token_indices", [60, 3], make=tiny.gpt2, target_modules=["c_attn"]),
+    ],
+    "loftq_config": [Case("{...}", Q, {"loftq_config": {"loftq_bits": 4, "loftq_iter": 1}})],
+    "eva_config": [Case("{...}", Q, {"eva_config": {"rho": 2.0}})],
+    "corda_config": [Case("{...}", Q, {"corda_config": {"corda_method": "ipm"}})],
+    "lora_ga_config": [Case("{...}", Q, {"lora_ga_config": {"direction": "ArB2r"}})],
+    "use_dora": cases("use_dora", True),
+    "velora_config": [Case("{...}", {**Q, "velora_config": peft.VeloraConfig(num_groups=4, init_type="random")})],
+    "alora_invocation_tokens": cases("alora_invocation_tokens", [5, 17]),
+    "use_qalora": [Case("true", Q, {"use_qalora": True})],
+    "qalora_group_size": [Case("16", Q, {"qalora_group_size": 16})],
+    "monteclora_config": [Case("{...}", {**Q, "monteclora_config": peft.MontecloraConfig()})],
+    "layer_replication": cases("layer_replication", [[0, 2], [1, 2]]),
+    "lora_bias": cases("lora_bias", True, make=tiny.bert_classifier, target_modules=["query"]),
+    "target_parameters": cases("target_parameters", ["v_proj.weight"]),
+    "use_bdlora": [Case("{...}", {**Q, "r": 4, "use_bdlora": peft.BdLoraConfig(**BLOCKS)})],
+    "arrow_config": [Case("{...}", Q, {"arrow_config": {"top_k": 2}})],
+    "kasa_config": [Case("{...}", Q, {"kasa_config": {"beta": 0.1}})],
+    "ensure_weight_tying": [
+        *cases("ensure_weight_tying", True, False, make=tiny.gpt2, target_modules=["c_attn"], modules_to_save=["wte"]),
+        *cases("ensure_weight_tying", True, make=tiny.gpt2, target_modules=["c_attn", "wte", "lm_head"]),
+    ],
+}
+
+
+NOTES = {
+    **{name: f"as plain LoRA, which computes the same; {what}" for name, what in PLAIN.items()},
+    **dict.fromkeys(CONFIGS, "of the start that `init_lora_weights` names; a trained file does not need it"),
+    "megatron_core": "of no consequence without `megatron_config`",
+    "qalora_group_size": "of no consequence without `use_qalora`",
+    "fan_in_fan_out": "here a layer's layout is read off the layer",
+    "use_dora": "by the plugin `dora`",
+    "target_parameters": "of any module, of two or three dimensions; files of PEFT before 0.19, too",
+    "trainable_token_indices": "by the plugin `trainable-tokens`; of what is tied to the embedding, too",
+    "lora_bias": "merged, it moves the layer's bias; where there is none that is refused",
+    "ensure_weight_tying": "PEFT's default is False, here it is True",
+}
+
+
+def outcome(case: Case, folder: Path) -> str:
+    """`works`, or the sentence with which the file is refused."""
+    base = case.make()
+    task = peftcore.observation.detect(base).task_type
+    config = quiet(peft.LoraConfig, task_type=task, **{"r": 4, **case.fields})
+    theirs = moved(quiet(peft.get_peft_model, base, config).eval())
+    quiet(theirs.save_pretrained, folder / "theirs")
+    file = folder / "theirs" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **case.edited}))
+    try:
+        ours = quiet(peftcore.load, case.make(), folder / "theirs")
+    except peftcore.PeftcoreError as error:
+        return re.sub(r"^'[^']*theirs[^']*'[: ]*", "", str(error)).strip()
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    peftcore.save(ours, folder / "ours")
+    again = quiet(peft.PeftModel.from_pretrained, case.make(), folder / "ours").eval()
+    torch.testing.assert_close(logits(again), logits(ours), rtol=0, atol=1e-5)
+    return "works"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[tuple[str, str]]]:
+    """{field: [(value, outcome)]}."""
+    return {
+        field: [(case.shown, outcome(case, tmp_path_factory.mktemp(field))) for case in of_field]
+        for field, of_field in ROWS.items()
+    }
+
+
+def page(found: dict[str, list[tuple[str, str]]]) -> str:
+    lines = [
+        "# LoRA: each field of PEFT's `LoraConfig`",
+        "",
+        "Of each a file was made by Hugging Face PEFT, loaded here, saved, and loaded by PEFT again: it works where",
+        "the logits were the same, to 1e-5 in float32, both ways. Else here is the sentence with which it is refused.",
+        "",
+        "| field | value | outcome |",
+        "|---|---|---|",
+    ]
+    for field, outcomes in found.items():
+        grouped: dict[str, list[str]] = {}
+        for shown, result in outcomes:
+            grouped.setdefault(result, []).append(shown.replace("|", "\\|"))
+        for result, values in grouped.items():
+            note = f" ({NOTES[field]})" if result == "works" and field in NOTES else ""
+            lines.append(f"| `{field}` | {', '.join(f'`{value}`' for value in values)} | {result}{note} |")
+    return "\n".join([*lines, "", f"Made by `{Path(__file__).name}` on PEFT {peft.__version__}."]) + "\n"
+
+
+def test_every_field_has_a_row() -> None:
+    fields = {f.name for f in dataclasses.fields(peft.LoraConfig)} - COMMON
+    assert fields == ROWS.keys()
+
+
+def test_the_page_says_what_is_found(found: dict[str, list[tuple[str, str]]]) -> None:
+    if os.environ.get("PEFTCORE_WRITE_FIELDS"):
+        PAGE.write_text(page(found))
+    assert page(found) == PAGE.read_text(), "docs/lora.md is stale: PEFTCORE_WRITE_FIELDS=1 writes it anew"
+
+
+def test_plain_fields_work(found: dict[str, list[tuple[str, str]]]) -> None:
+    """Whatever else is refused, these are not."""
+    refused = {
+        "megatron_config", "alora_invocation_tokens", "use_qalora", "arrow_config", "kasa_config", "init_lora_weights",
+        "use_dora", "layer_replication",
+    }  # fmt: skip
+    wrong = {(field, *each) for field in found.keys() - refused for each in found[field] if each[1] != "works"}
+    assert wrong == set()

@@ -1,0 +1,28 @@
+"""Files of PEFT's variants of LoRA that are plain LoRA once trained say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+from beside_peft import moved, quiet
+
+import peftcore
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"velora_config": peft.VeloraConfig(num_groups=4)}, "velora_config: the adapter is plain LoRA.*exact"),
+        ({"monteclora_config": peft.MontecloraConfig()}, "monteclora_config: .* A is not drawn anew"),
+        ({"use_bdlora": peft.BdLoraConfig(["o_proj"], ["q_proj"], 2)}, "use_bdlora: .* zeros beside them"),
+    ],
+)
+def test_training_that_goes_another_way_is_told(fields: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "o_proj"], **fields)
+    quiet(moved(quiet(peft.get_peft_model, tiny.llama(), config)).save_pretrained, tmp_path)
+    with pytest.warns(UserWarning, match=message):
+        peftcore.load(tiny.llama(), tmp_path)
