@@ -24,6 +24,8 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.checkpoint import save as save
     from peftcore.composing.combining import combine as combine
     from peftcore.composing.converting import convert as convert
+    from peftcore.composing.swapping import state_dict as state_dict
+    from peftcore.composing.swapping import swap as swap
     from peftcore.engine import activate as activate
     from peftcore.engine import after_step as after_step
     from peftcore.engine import apply as apply

@@ -3,7 +3,6 @@ modules is all that does."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -12,27 +11,28 @@ from torch import nn
 _APART = {"training", "multiplier", *vars(nn.Module())}
 
 
-def difference(one: nn.Module, other: nn.Module, apart: Collection[str] = ()) -> str | None:
+def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str | None:
     """The first of what tells two adapters apart, in words, or None; the values of their tensors are left out.
 
     Args:
-        apart: names of attributes that may differ.
+        numbers: attributes that are numbers must be the same, too (a scale, a rank, a probability).
     """
     if type(one) is not type(other):
         return f"a {type(other).__name__} is no {type(one).__name__}"
     mine, theirs = _attributes(one), _attributes(other)
     for name in dict.fromkeys([*mine, *theirs]):
-        if name not in apart and not _equal(mine.get(name), theirs.get(name)):
-            return f"{name}={theirs.get(name)!r}, here {mine.get(name)!r}"
+        here, there = mine.get(name), theirs.get(name)
+        if not _equal(here, there) and (numbers or not (_is_number(here) and _is_number(there))):
+            return f"{name}={there!r}, here {here!r}"
     for kind in ("_parameters", "_buffers"):
-        here, there = ({n: t for n, t in vars(m)[kind].items() if t is not None} for m in (one, other))
-        if here.keys() != there.keys():
-            return f"the tensors {sorted(there)}, here {sorted(here)}"
+        own, beside = ({n for n, t in vars(m)[kind].items() if t is not None} for m in (one, other))
+        if own != beside:
+            return f"the tensors {sorted(beside)}, here {sorted(own)}"
     if one._modules.keys() != other._modules.keys():
         return f"the modules {sorted(other._modules)}, here {sorted(one._modules)}"
     for name, child in one._modules.items():
-        beside = other._modules[name]
-        found = difference(child, beside, apart) if child is not None and beside is not None else None
+        its = other._modules[name]
+        found = difference(child, its, numbers=numbers) if child is not None and its is not None else None
         if found:
             return found
     return None
@@ -40,6 +40,10 @@ def difference(one: nn.Module, other: nn.Module, apart: Collection[str] = ()) ->
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in _APART}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _equal(one: Any, other: Any) -> bool:
