@@ -152,7 +152,8 @@ def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict
         if method.parameter_groups is None:
             continue
         by = f"the parameter groups of {method.name} ('{adapter}')"
-        for group in method.parameter_groups(method_modules(model, adapter), entry.config, lr, weight_decay):
+        made = method.parameter_groups(method_modules(model, adapter), entry.config, lr, weight_decay)
+        for group in made if isinstance(made, (list, tuple)) else [made]:
             given = group["params"] if isinstance(group, dict) and "params" in group else None
             given = [given] if isinstance(given, Tensor) else given
             if not isinstance(given, Iterable):

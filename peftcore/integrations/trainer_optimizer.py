@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer import is_optimizer_factory
+from transformers import trainer as transformers_trainer
 
 from peftcore import engine, optim
 from peftcore.errors import PeftcoreError
@@ -58,7 +58,8 @@ def with_groups(trainer: Any, adapted: nn.Module, model: nn.Module | None) -> tu
     """
     model = trainer.model if model is None else model
     kind, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-    if {"params", "model", "optimizer_dict"} & set(options) or is_optimizer_factory(kind):
+    is_factory = getattr(transformers_trainer, "is_optimizer_factory", lambda _kind: False)  # of later releases
+    if {"params", "model", "optimizer_dict"} & set(options) or is_factory(kind):
         raise PeftcoreError(
             f"optim='{getattr(trainer.args.optim, 'value', trainer.args.optim)}' groups the parameters itself, and the "
             "method of an adapter that trains has groups of its own. Choose another optim, such as 'adamw_torch'"

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as transformers_trainer
@@ -37,7 +38,7 @@ from peftcore.integrations.pretrained import teach
 from peftcore.integrations.reference_model import reference_of, refuse_bypassed, refuse_wrapped, teach_trainers
 from peftcore.integrations.trainer_loss import add_extra_loss, logged
 from peftcore.integrations.trainer_optimizer import optimizer_of, with_groups
-from peftcore.parallel import check_ranks
+from peftcore.parallel import check_ranks, give_adapters
 
 COMPLETE = "complete.json"
 _QUANTIZED_WITH_ADAPTERS = "_hf_peft_config_loaded"
@@ -50,7 +51,8 @@ class AfterStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):  # by a scaler: gradients were not finite
-            engine.after_step(kwargs["model"], state.global_step + 1, state.max_steps)
+            model = extract_model_from_parallel(kwargs["model"], keep_torch_compile=False)
+            engine.after_step(model, state.global_step + 1, state.max_steps)
 
 
 class TellsPaging(TrainerCallback):
@@ -65,16 +67,17 @@ class TellsPaging(TrainerCallback):
             print(f"optimizer state: {optimizer.paging()}", flush=True)
 
 
-def _create_optimizer(trainer: Trainer, own: Callable[..., Any], model: Any = None, **kwargs: Any) -> Any:
+def _create_optimizer(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if trainer.optimizer is not None:
-        return own(model, **kwargs)
+        return own(*args, **kwargs)
     if trainer.optimizer_cls_and_kwargs is None:
         trainer.optimizer_cls_and_kwargs = optimizer_of(trainer.args)
     before = trainer.optimizer_cls_and_kwargs
     if engine.has_parameter_groups(bare_model(trainer)):
+        model = kwargs.get("model", args[0] if args else None)
         trainer.optimizer_cls_and_kwargs = with_groups(trainer, bare_model(trainer), model)
     try:
-        return own(model, **kwargs)
+        return own(*args, **kwargs)
     finally:
         trainer.optimizer_cls_and_kwargs = before
 
@@ -134,6 +137,8 @@ def _adapters_on_quantized(model: nn.Module) -> Iterator[None]:
 def _prepare_for_training(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not ranks.is_sharded(bare_model(trainer)):
         check_ranks(bare_model(trainer))  # DDP's own message names no adapter
+        if trainer.is_fsdp_enabled and ranks.count() > 1:  # DDP gives them itself
+            give_adapters(bare_model(trainer))
     add_extra_loss(trainer, bare_model(trainer))
     return own(*args, **kwargs)
 

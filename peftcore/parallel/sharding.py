@@ -71,16 +71,12 @@ def shard(
     check_ranks(model)
     names = list(state.applied) if state is not None else []
     trained = list(dict.fromkeys(p for name in names for _, p in adapter_parameters(model, name)))
-    buffers = dict.fromkeys(
-        b for name in names for _, adapter in adapter_modules(model, name) for b in adapter.buffers()
-    )
     between = _between_blocks(model)
     aside = list(_aside(model))
     if adapters == "shard" and isinstance(model, FSDPModule) and not all(map(ranks.is_part, trained)):
         raise PeftcoreError("the base is sharded already: adapters that come afterwards can only be replicated")
     whole = [p for p in trained if not ranks.is_part(p)]
-    for tensor in (*whole, *buffers):
-        distributed.broadcast(tensor.detach(), src=0)
+    give_adapters(model)
     replicated = [p for p in whole if adapters == "replicate" or p in between]
     if not isinstance(model, FSDPModule):
         options: dict[str, Any] = {
@@ -97,6 +93,24 @@ def shard(
         groups = [mesh.get_group(i) for i in range(mesh.ndim)] if mesh is not None else [distributed.group.WORLD]
         _GradientMean(replicated, groups)
     return model
+
+
+@torch.no_grad()
+def give_adapters(model: nn.Module) -> None:
+    """Give every rank rank 0's adapters with their buffers: first values may be drawn, or of data. Collective."""
+    state = state_of(model)
+    tensors: list[Tensor] = []
+    for name in state.applied if state is not None else ():
+        tensors += [parameter for _, parameter in adapter_parameters(model, name)]
+        tensors += [buffer for _, adapter in adapter_modules(model, name) for buffer in adapter.buffers()]
+    tensors = [tensor for tensor in dict.fromkeys(tensors) if not ranks.is_part(tensor)]
+    if ranks.any_of(any(tensor.is_meta for tensor in tensors)):  # accelerate fills them itself, from rank 0
+        return
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    for tensor in tensors:
+        message = tensor.detach().to(device).contiguous()
+        distributed.broadcast(message, src=0)
+        tensor.copy_(message)
 
 
 def check_running() -> None:

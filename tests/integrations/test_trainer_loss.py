@@ -135,3 +135,12 @@ def test_a_second_run_of_a_trainer_adds_it_once(tmp_path: Path) -> None:
     done.optimizer = done.lr_scheduler = None
     done.train()
     torch.testing.assert_close(gains(found), by_hand()[0], atol=1e-6, rtol=0)
+
+
+def test_a_compiled_model_is_trained_the_same(tmp_path: Path) -> None:
+    told = []
+    with tiny.installed(tiny.method("watched", loss=pull, after_step=lambda *call: told.append(call[2]))):
+        found = peftcore.apply(tiny.llama(), "watched", value=1.0)
+        trainer(tmp_path, torch.compile(found, backend="eager"), remove_unused_columns=False).train()
+    assert told == [1, 2, 3]
+    torch.testing.assert_close(gains(found), by_hand()[0], atol=1e-6, rtol=0)
