@@ -167,7 +167,7 @@ def _foreign(opened: Folder, named: str | None = None) -> tuple[Method, ForeignF
         names = ", ".join(f"'{name}' ({p.distribution} {p.version})" for name, (_, _, p) in found.items())
         raise PluginError(
             f"'{opened.path}' may be read by any of {len(found)} installed methods: {names}. Say which: "
-            f"peftcore.load(..., method='{next(iter(found))}'); or name the plugins to use without the others: "
+            f"peftcore.load(..., method='NAME'); or name the plugins to use without the others: "
             "PEFTCORE_PLUGINS=NAME,NAME"
         )
     return next(((method, foreign, fields) for method, foreign, _ in found.values()), None)

@@ -68,7 +68,7 @@ def method_of_fields(
     if len(best) > 1:
         raise PluginError(
             f"{where}, {_set_in(fields, own or {})}, may be read by any of {len(best)} installed methods: "
-            f"{_in_words(best)}. Say which: {say.format(best[0][0].name)}; or name the plugins to use without the "
+            f"{_in_words(best)}. Say which: {say.format('NAME')}; or name the plugins to use without the "
             "others: PEFTCORE_PLUGINS=NAME,NAME"
         )
     chosen = best[0][0]
