@@ -43,9 +43,11 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
     engine.refuse_changed(model)
     ranks.reshard(model)
     tensors = {**tensors_on_disk(model, adapter, exported=True), **kept_on_disk(model, adapter)}
-    found = OrderedDict((name, ranks.whole(tensor.detach()).clone()) for name, tensor in tensors.items())
+    whole = {name: ranks.whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+    entry = engine.applied(model, adapter)
+    found = OrderedDict(registry.method(entry.method).state.write_tensors(whole, entry.config))
     config = dataclasses.asdict(scaled_config(model, adapter))
-    found._metadata = {_OWN: {"method": engine.applied(model, adapter).method, "config": config}}  # type: ignore[attr-defined]
+    found._metadata = {_OWN: {"method": entry.method, "config": config}}  # type: ignore[attr-defined]
     return found
 
 
@@ -91,10 +93,10 @@ def _swap(model: nn.Module, adapter: str, source: Any, check_base: bool) -> None
         if own is not None:
             _refuse_other(method, registry.method(own["method"]), adapter, where)
             config = method.config_class(**own["config"])
-        else:
-            with guarded(method, f"'{where}'"):
-                fields = method.state.write_config(dataclasses.asdict(config))
-                tensors = dict(method.state.read_tensors(model, tensors, fields))
+        with guarded(method, f"'{where}'"):
+            fields = method.state.write_config(dataclasses.asdict(config))
+            tensors = dict(method.state.read_tensors(model, tensors, fields))
+        if own is None:
             _refuse_other_shapes(model, adapter, tensors)
     else:
         where = Path(source)

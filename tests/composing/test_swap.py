@@ -110,8 +110,9 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
     torch._dynamo.reset()
 
 
-def test_a_state_is_that_of_a_file_a_copy_and_safe_to_load(tmp_path: Path) -> None:
-    model = adapted()
+@pytest.mark.parametrize("start", [True, "pissa"])
+def test_a_state_is_that_of_a_file_a_copy_and_safe_to_load(start: bool | str, tmp_path: Path) -> None:
+    model = adapted(init_lora_weights=start)
     state = peftcore.state_dict(model, "a")
     peftcore.save(model, tmp_path)
     file = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
@@ -126,9 +127,14 @@ def test_a_state_is_that_of_a_file_a_copy_and_safe_to_load(tmp_path: Path) -> No
     kept = io.BytesIO()
     torch.save(state, kept)
     kept.seek(0)
-    other = adapted(seed=3, r=6, lora_alpha=1)  # of another config
     assert torch.equal(output(peftcore.swap(model, "a", torch.load(kept, weights_only=True))), wanted)
-    torch.testing.assert_close(output(peftcore.swap(other, "a", state)), wanted, rtol=0, atol=5e-6)
+
+
+def test_a_state_knows_its_scale_and_rank() -> None:
+    other = adapted(seed=3, r=6, lora_alpha=1)
+    model = adapted()
+    found = output(peftcore.swap(other, "a", peftcore.state_dict(model, "a")))
+    torch.testing.assert_close(found, output(model), rtol=0, atol=5e-6)
 
 
 def test_factors_of_either_side_are_worked_in(tmp_path: Path) -> None:
