@@ -12,6 +12,7 @@ from peftcore.ops.nf4 import dequantize_4bit, quantize_4bit
 from peftcore.ops.optim import optim_step_
 from peftcore.ops.per_sample import lora_linear_per_sample
 from peftcore.ops.row_norms import row_norms
+from peftcore.ops.scaled import scaled
 from peftcore.ops.weight import PackedWeight
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "optim_step_",
     "quantize_4bit",
     "row_norms",
+    "scaled",
 ]

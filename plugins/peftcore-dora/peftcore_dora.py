@@ -10,12 +10,10 @@ LoRA, that of `peftcore-lora`, learns the rows' directions, m their lengths. n i
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import peftcore_lora
-import torch
 from peftcore_lora.files import RULES
 from peftcore_lora.layers import LoraConv, LoraConvOnWeight, LoraEmbedding, LoraLinear, LoraLinearOnWeight, OnWeight
 from peftcore_lora.placing import place as place_lora
@@ -46,13 +44,13 @@ class DoraConfig(peftcore_lora.LoraConfig):
 class Dora(nn.Module):
     """The LoRA of a layer, and the magnitudes of its outputs: `[out]`, of a convolution `[1, out, 1...]` as in PEFT."""
 
-    def __init__(self, lora: Any, base: Any) -> None:
+    def __init__(self, lora: Any) -> None:
         super().__init__()
         self.lora = lora
         self.whole_batch = isinstance(lora, OnWeight)
         self.transposed = isinstance(lora, LoraEmbedding)  # outputs are the weight's last dimension
         self.axes = [1] * (lora.lora_A.dim() - 2)  # of an output, behind its channels
-        m = lora.lora_B.new_empty(lora.lora_B.shape[0]) if lora.lora_B.is_meta else self.norms(base.weight().detach())
+        m = lora.lora_B.new_ones(lora.lora_B.shape[0])
         self.lora_magnitude_vector = nn.Parameter(m.view(1, -1, *self.axes) if self.axes else m)
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
@@ -62,14 +60,9 @@ class Dora(nn.Module):
         weight, bias = operands or base.weight_and_bias()
         bias = None if bias is None else bias.view(-1, *self.axes)
         u = self.lora(WithoutBias(base.module, base, bias), *args, **kwargs)
-        y = (u * self.gain(weight).view(-1, *self.axes)).to(u.dtype)
+        y = ops.scaled(u, self.lora_magnitude_vector.flatten() / self.norms(weight), len(self.axes))
         return y if bias is None else y + bias.to(y.dtype)
 
-    def gain(self, weight: Any) -> Tensor:
-        """g, fp32 `[out]`."""
-        return self.lora_magnitude_vector.flatten() / self.norms(weight)
-
-    @torch.no_grad()
     def norms(self, weight: Any) -> Tensor:
         """n, fp32 `[out]`, for a W in the layout of the layer's weight, or packed."""
         if isinstance(weight, Tensor):
@@ -78,7 +71,7 @@ class Dora(nn.Module):
         return ops.row_norms(weight, a, b, self.lora.scale).clamp(min=1e-30)  # a row of zeros stays one
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        gain = self.gain(weight)
+        gain = self.lora_magnitude_vector.flatten() / self.norms(weight)
         return (weight + self.lora.delta()) * (gain if self.transposed else gain.view(-1, 1, *self.axes)), bias
 
 
@@ -99,15 +92,22 @@ class WithoutBias:
         return operands and (operands[0], None)
 
 
-def place(model: nn.Module, config: DoraConfig, architecture: peftcore.Architecture) -> Sequence[Any]:
-    """Where LoRA stands, with magnitudes."""
+def place(model: nn.Module, config: DoraConfig, architecture: peftcore.Architecture) -> list[Any]:
     placed = place_lora(model, config, architecture)
     for i, (path, lora) in enumerate((getattr(p, "path", ""), getattr(p, "adapter", None)) for p in placed):
         if lora is not None:
             message = f"'{path}' is a layer that DoRA does not know, in PEFT neither: {type(lora).__name__}. Exclude it"
             validation.require(type(lora) in KNOWN, f"{message}: exclude_modules=['{path}']; or choose LoRA")
-            placed[i] = dataclasses.replace(placed[i], adapter=Dora(lora, inside(model.get_submodule(path))))
+            placed[i] = dataclasses.replace(placed[i], adapter=Dora(lora))
     return placed
+
+
+def initialize(model: nn.Module, adapters: Any, config: DoraConfig, batches: Any) -> None:
+    """m is the norms of what stands inside, with A and B."""
+    validation.require(batches is None, "DoRA takes no first values from data. Leave batches out")
+    for path, dora in adapters.items():
+        m: Any = dora.lora_magnitude_vector
+        m.copy_(dora.norms(inside(model.get_submodule(path)).weight()).view_as(m))
 
 
 def tensor_name(placement: Any, name: str) -> str:
@@ -127,4 +127,4 @@ def peftcore_methods() -> list[peftcore.Method]:
         read_config=lambda fields: RULES.read_config({n: value for n, value in fields.items() if n != "use_dora"}),
         scaled=None,
     )
-    return [peftcore.Method("dora", DoraConfig, place, rules)]
+    return [peftcore.Method("dora", DoraConfig, place, rules, initialize)]
