@@ -28,7 +28,7 @@ def saving(case: Case) -> None:
     """save and load are bit exact"""
     model, fresh = case.model(), case.base()
     with tempfile.TemporaryDirectory() as folder:
-        peftcore.save(model, folder)
+        peftcore.save(model, folder, adapter="default")
         peftcore.load(fresh, folder)
     loaded = dict(adapter_parameters(fresh, "default"))
     for name, parameter in adapter_parameters(model, "default"):
@@ -56,7 +56,7 @@ def sharing(case: Case) -> str | None:
     if not shared:
         return "its adapters share no tensor"
     with tempfile.TemporaryDirectory() as folder:
-        peftcore.save(model, folder)
+        peftcore.save(model, folder, adapter="default")
         on_disk = load_file(Path(folder, "adapter_model.safetensors"))
         loaded = peftcore.load(case.base(), folder)
     for group, value in shared.items():
@@ -91,7 +91,7 @@ def read_by_peft(case: Case) -> str | None:
     model, inputs = case.model(), case.inputs()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of names that transformers has deprecated
-        peftcore.save(model, folder)
+        peftcore.save(model, folder, adapter="default")
         found = logits(peft.PeftModel.from_pretrained(case.base(), folder).eval(), inputs)
     wanted = logits(model, inputs)
     close(found[:, -wanted.shape[1] :], wanted, "output")  # theirs of a soft prompt's own places come first

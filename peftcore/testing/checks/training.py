@@ -33,7 +33,7 @@ def resuming(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         optimizer = optimizer_of(first)
         train(first, inputs, steps=3, optimizer=optimizer, total=total)
-        peftcore.save(first, folder)
+        peftcore.save(first, folder, adapter="default")
         peftcore.load(second, folder)
     resumed = optimizer_of(second)
     resumed.load_state_dict(optimizer.state_dict())
@@ -89,7 +89,7 @@ def quantized_base(case: Case) -> None:
     for name, gradient in gradients_of(model).items():
         assert torch.isfinite(gradient).all(), f"the gradient of '{name}' is not finite"
     with tempfile.TemporaryDirectory() as folder:
-        peftcore.save(model, folder)
+        peftcore.save(model, folder, adapter="default")
         fresh = peftcore.load(quantize(case.base()), folder)
     same(logits(fresh, inputs), logits(model, inputs), "output after save and load")
     peftcore.remove(model, "default")

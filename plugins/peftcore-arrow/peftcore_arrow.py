@@ -1,0 +1,130 @@
+"""Arrow (Ostapenko et al. 2024, arXiv 2405.11157, section 4.2): each token is routed to low-rank experts.
+
+    v_e         top right singular vector of B_e A_e: the direction to which expert e reacts most
+    s_e = |v_e · x|                          for each of the experts, and each token x
+    w   = softmax(s / temperature)           over the top k; 0 for the others
+    y   = W x + Σ w_e · (expert_e(x) - W x)
+
+The experts are adapters that stand on the model already, with factors B A of linear layers (LoRA and its kin), whatever
+else they do. v is a start: it trains where the adapter does, and stays as it is where that is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import engine, validation
+
+_STEPS = 15  # of the power iteration, as in PEFT, so that v is PEFT's
+
+
+@dataclass(frozen=True)
+class ArrowConfig:
+    """The fields bear the names of Hugging Face PEFT's `ArrowConfig`, which has no list of experts but their files'.
+
+    Args:
+        experts: names of adapters of the model, of the same modules each.
+        top_k: of how many experts a token is given a share.
+        router_temperature: of the softmax over their scores.
+        rng_seed: of where the search for v starts. None: anywhere.
+    """
+
+    experts: Sequence[str] = ()
+    top_k: int = 3
+    router_temperature: float = 1.0
+    rng_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+        validation.positive_whole(top_k=self.top_k)
+        validation.require(
+            self.router_temperature > 0, f"router_temperature must be positive, found {self.router_temperature}"
+        )
+        validation.require(
+            self.top_k <= len(self.experts),
+            f"each token goes to top_k={self.top_k} of the experts, and {len(self.experts)} are named: "
+            f"{list(self.experts)}. Name as many, experts=[...], or take a smaller top_k",
+        )
+
+
+class ArrowRouter(nn.Module):
+    """`prototypes [experts, in]`: the v of each expert."""
+
+    def __init__(self, config: ArrowConfig, width: int) -> None:
+        super().__init__()
+        self.experts, self.top_k, self.temperature = tuple(config.experts), config.top_k, config.router_temperature
+        self.prototypes = nn.Parameter(torch.zeros(len(self.experts), width))
+
+    def shares(self, x: Tensor) -> Tensor:
+        """w `[..., experts]` of the tokens x `[..., in]`, in the dtype of the prototypes."""
+        scores = F.linear(x.to(self.prototypes.dtype), self.prototypes).abs()
+        top, index = scores.topk(self.top_k, dim=-1)
+        scores = torch.full_like(scores, -torch.inf).scatter(-1, index, top)
+        return (scores / self.temperature).softmax(-1)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        shares = self.shares(x).to(x.dtype).unbind(-1)  # their sum is 1, and so W x need not be taken out of each
+        mixed: Any = sum(w[..., None] * base.branch(name)(x) for w, name in zip(shares, self.experts, strict=True))
+        return mixed if base.is_own else base(x) + (mixed - base.own(x))
+
+
+def factors_of(model: nn.Module, expert: str) -> dict[str, peftcore.Factors]:
+    """The factors of an expert at each linear layer, by path.
+
+    Raises:
+        PeftcoreError: there is no such adapter, or it is none of linear layers with factors.
+    """
+    found: dict[str, peftcore.Factors] = {}
+    adapter: Any
+    if engine.state_of(model) is None:
+        raise peftcore.PeftcoreError(f"the expert '{expert}' is not there: first apply or load it, adapter='{expert}'")
+    for path, adapter in engine.adapter_modules(model, expert):
+        factors = adapter.factors() if hasattr(adapter, "factors") else []
+        if len(factors) != 1 or factors[0].transposed or factors[0].a.dim() != 2:
+            method = engine.applied(model, expert).method
+            raise peftcore.PeftcoreError(f"'{expert}' ({method}) is at '{path}' no product B A of a linear layer")
+        found[path] = factors[0]
+    return found
+
+
+def direction(factors: peftcore.Factors, seed: int | None) -> Tensor:
+    """The top right singular vector `[in]` of B A, fp32, by power iteration."""
+    a, b = factors.a.float(), factors.b.float()
+    generator = None if seed is None else torch.Generator(a.device).manual_seed(seed)
+    v = F.normalize(torch.randn(a.shape[1], generator=generator, device=a.device), dim=0)
+    for _ in range(_STEPS):
+        v = F.normalize(a.T @ ((b.T @ b) @ (a @ v)), dim=0, eps=1e-30)
+    return v
+
+
+def place(model: nn.Module, config: ArrowConfig, architecture: peftcore.Architecture) -> list[peftcore.Around]:
+    experts = {name: factors_of(model, name) for name in config.experts}
+    layers = experts[config.experts[0]]
+    for name, found in experts.items():
+        if apart := sorted(found.keys() ^ layers.keys()):
+            raise peftcore.PeftcoreError(
+                f"experts are at the same modules: '{config.experts[0]}' or '{name}' alone is at {apart[:3]}"
+            )
+    routers = {path: ArrowRouter(config, factors.a.shape[1]) for path, factors in layers.items()}
+    return [peftcore.Around(path, router, branches=tuple(config.experts)) for path, router in routers.items()]
+
+
+def initialize(
+    model: nn.Module, adapters: Mapping[str, Any], config: ArrowConfig, batches: Iterable[Any] | None
+) -> None:
+    for place, name in enumerate(config.experts):
+        for path, factors in factors_of(model, name).items():
+            adapters[path].prototypes[place] = direction(factors, config.rng_seed)
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(peft_type="ARROW")
+    return [peftcore.Method("arrow", ArrowConfig, place, rules, initialize=initialize, learning_rate=1e-3)]
