@@ -24,11 +24,23 @@ import peftcore
 from peftcore_lora.config import LoraConfig, of_ranks
 from peftcore_lora.files import RULES
 from peftcore_lora.placing import place
+from peftcore_lora.replication import replicate_layers
 from peftcore_lora.starts import initialize
+from peftcore_lora.training import parameter_groups
 
-__all__ = ["LoraConfig", "peftcore_methods"]
+__all__ = ["LoraConfig", "peftcore_methods", "replicate_layers"]
 
 
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
-    return [peftcore.Method("lora", LoraConfig, place, RULES, initialize=initialize, low_rank=of_ranks)]
+    return [
+        peftcore.Method(
+            "lora",
+            LoraConfig,
+            place,
+            RULES,
+            initialize=initialize,
+            parameter_groups=parameter_groups,
+            low_rank=of_ranks,
+        )
+    ]

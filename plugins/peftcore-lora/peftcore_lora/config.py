@@ -50,6 +50,9 @@ class LoraConfig:
         eva_config, corda_config, lora_ga_config: fields of `EvaConfig`, `CordaConfig`, `LoraGAConfig`.
         frozen_start: where A and B begin, A0 and B0, is subtracted: y = W x + scale (B A - B0 A0) x. For others that is
             LoRA of rank 2 r. It is set where `init_lora_weights` needs it.
+        layer_replication: `[[first, behind the last], ...]`: the adapters are of a model whose layers
+            `peftcore_lora.replicate_layers` has let stand several times.
+        lora_plus_ratio: B learns so many times as fast as A. lora_fa: A is not trained. See `training.py`.
         lora_bias: B has a bias, too, `[out]`: y = W x + scale · (B A x + b). It merges where the layer has one.
         bias: which biases are trained too: "none", "all", or "lora_only" (those of adapted modules).
         fan_in_fan_out: written for PEFT, which wants it True for GPT-2; here a layer's layout is read off the layer.
@@ -74,6 +77,9 @@ class LoraConfig:
     corda_config: dict[str, Any] | None = None
     lora_ga_config: dict[str, Any] | None = None
     frozen_start: bool = False
+    layer_replication: Sequence[Sequence[int]] | None = None
+    lora_plus_ratio: float | None = None
+    lora_fa: bool = False
     lora_bias: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
@@ -84,6 +90,12 @@ class LoraConfig:
             validation.positive_whole(r=r)
         validation.probability(lora_dropout=self.lora_dropout)
         check_start(self.init_lora_weights)
+        ratio, start = self.lora_plus_ratio, self.init_lora_weights
+        validation.require(ratio is None or ratio > 0, f"lora_plus_ratio must be above 0, found {ratio!r}")
+        validation.require(
+            not self.lora_fa or start in (True, False, "gaussian", "orthogonal", "eva"),
+            f"lora_fa=True keeps A as it was drawn, which init_lora_weights={start!r} does not allow. Choose True",
+        )
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LoraConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""

@@ -131,7 +131,7 @@ def config_on_disk(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraCon
 RULES = peftcore.StateRules(
     peft_type="LORA",
     tensor_name=tensor_name,
-    own_fields=frozenset({"frozen_start"}),
+    own_fields=frozenset({"frozen_start", "lora_plus_ratio", "lora_fa"}),
     write_config=starts.write_config,
     read_config=lambda fields: starts.read_config(read_config(fields)),
     config_on_disk=config_on_disk,

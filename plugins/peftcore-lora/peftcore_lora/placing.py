@@ -33,10 +33,14 @@ from peftcore_lora.layers import (
     OnWeight,
 )
 from peftcore_lora.parameters import LoraParameter, place_parameters
+from peftcore_lora.replication import check_replicated
 from peftcore_lora.tokens import place_tokens
+from peftcore_lora.training import LoraFrozenA
 
 
 def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+    if config.layer_replication:
+        check_replicated(model, config.layer_replication)
     chosen = selected(model, config, architecture)
     placements: list[Any] = [
         peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()
@@ -50,6 +54,11 @@ def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architect
             f"the weight itself is changed, such as '{on_weight[0]}'",
             stacklevel=2,
         )
+    trains_a = next((p.path for p in all_of_them if not isinstance(p.adapter, LoraFrozenA)), None)
+    validation.require(
+        not config.lora_fa or trains_a is None,
+        f"lora_fa=True is known for linear layers, and '{trains_a}' is none. Take it out of the targets",
+    )
     tokens = place_tokens(model, config, architecture)
     both = next((each.path for each in (*parameters, *tokens) if each.path in chosen), None)
     validation.require(
@@ -89,7 +98,7 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
     else:
         width, out_width = targets.sizes(module)
         own: type[LoraLinear] = LoraFrozenB if config.init_lora_weights == "mica" else LoraLinear
-        own = LoraFromStart if config.frozen_start else own
+        own = LoraFromStart if config.frozen_start else LoraFrozenA if config.lora_fa else own
         kind = own if adds_to_product(module) else LoraLinearOnWeight
         adapter = kind(config, path, [width], [out_width])
     validation.require(

@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from beside_peft import logits, moved, quiet
+from peftcore_lora import replicate_layers
 from peftcore_lora.variants import PLAIN
 from torch import nn
 
@@ -41,10 +42,12 @@ class Case:
     fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     edited: dict[str, Any] = dataclasses.field(default_factory=dict)
     make: Callable[[], nn.Module] = tiny.llama
+    prepare: Callable[[nn.Module], Any] = lambda model: model  # of the base, before its file is loaded here
 
 
 Q = {"target_modules": ["q_proj", "o_proj"]}
 BLOCKS = {"target_modules_bd_a": ["o_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
+TWICE = [[0, 2], [1, 2]]
 CONFIGS = ("eva_config", "corda_config", "lora_ga_config", "loftq_config")
 
 
@@ -88,7 +91,9 @@ ROWS: dict[str, list[Case]] = {
     "use_qalora": [Case("true", Q, {"use_qalora": True})],
     "qalora_group_size": [Case("16", Q, {"qalora_group_size": 16})],
     "monteclora_config": [Case("{...}", {**Q, "monteclora_config": peft.MontecloraConfig()})],
-    "layer_replication": cases("layer_replication", [[0, 2], [1, 2]]),
+    "layer_replication": [
+        Case(str(TWICE), {**Q, "layer_replication": TWICE}, prepare=lambda model: replicate_layers(model, TWICE))
+    ],
     "lora_bias": cases("lora_bias", True, make=tiny.bert_classifier, target_modules=["query"]),
     "target_parameters": cases("target_parameters", ["v_proj.weight"]),
     "use_bdlora": [Case("{...}", {**Q, "r": 4, "use_bdlora": peft.BdLoraConfig(**BLOCKS)})],
@@ -104,6 +109,7 @@ ROWS: dict[str, list[Case]] = {
 NOTES = {
     **{name: f"as plain LoRA, which computes the same; {what}" for name, what in PLAIN.items()},
     **dict.fromkeys(CONFIGS, "of the start that `init_lora_weights` names; a trained file does not need it"),
+    "layer_replication": "after `peftcore_lora.replicate_layers(model, ...)`, without which it is refused",
     "megatron_core": "of no consequence without `megatron_config`",
     "qalora_group_size": "of no consequence without `use_qalora`",
     "fan_in_fan_out": "here a layer's layout is read off the layer",
@@ -125,7 +131,7 @@ def outcome(case: Case, folder: Path) -> str:
     file = folder / "theirs" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **case.edited}))
     try:
-        ours = quiet(peftcore.load, case.make(), folder / "theirs")
+        ours = quiet(peftcore.load, case.prepare(case.make()), folder / "theirs")
     except peftcore.PeftcoreError as error:
         return re.sub(r"^'[^']*theirs[^']*'[: ]*", "", str(error)).strip()
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
@@ -179,7 +185,7 @@ def test_plain_fields_work(found: dict[str, list[tuple[str, str]]]) -> None:
     """Whatever else is refused, these are not."""
     refused = {
         "megatron_config", "alora_invocation_tokens", "use_qalora", "arrow_config", "kasa_config", "init_lora_weights",
-        "use_dora", "layer_replication",
+        "use_dora",
     }  # fmt: skip
     wrong = {(field, *each) for field in found.keys() - refused for each in found[field] if each[1] != "works"}
     assert wrong == set()
