@@ -10,10 +10,9 @@ import pytest
 import tiny
 import torch
 from beside_peft import both_ways, logits, quiet
-from peftcore_adalora import loss as term
 
 import peftcore
-from peftcore.engine import adapter_modules, adapter_parameters, applied
+from peftcore.engine import adapter_parameters
 
 TARGETS = {"llama": ["q_proj", "up_proj"], "gpt2": ["c_attn"], "bert": ["query", "output.dense"], "t5": ["q", "wo"]}
 TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
@@ -28,12 +27,6 @@ def test_files(kind: str, tmp_path: Path) -> None:
     both_ways(tiny.MODELS[kind], tmp_path, ours, peft.AdaLoraConfig(task_type=TASKS[kind], **fields))
 
 
-def orthogonality(model: Any) -> torch.Tensor:
-    found = term(dict(adapter_modules(model, "default")), applied(model, "default").config)
-    assert found is not None
-    return found
-
-
 def test_a_training_goes_the_way_of_peft_s(tmp_path: Path) -> None:
     """Losses, budgets and factors of ten steps from one start; and the pruned file is read."""
     torch.manual_seed(1)
@@ -44,7 +37,7 @@ def test_a_training_goes_the_way_of_peft_s(tmp_path: Path) -> None:
     steps = SCHEDULE["total_step"]
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=3e-2) for m in (ours, theirs)]
     for step in range(1, steps + 1):
-        loss = ours(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss + orthogonality(ours)
+        loss = ours(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss + peftcore.extra_loss(ours)
         loss.backward()
         optimizers[0].step()
         peftcore.after_step(ours, step, steps)
