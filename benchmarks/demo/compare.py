@@ -2,9 +2,10 @@
 
     python benchmarks/demo/compare.py [FOLDER] [METHOD ...]
 
-FOLDER is the demo's (default: .demo at the top of the repository), METHOD names those to be run (default: all). MiniLM-L6 learns from 1,600 movie-review snippets,
-one pass in batches of 8, and is measured on 500 others. A second call keeps the runs that are finished. The learning
-rates are the best of those tried with one or two seeds (BitFit fails to learn above 3e-3, prompt tuning at 0.3).
+FOLDER is the demo's (default: .demo at the top of the repository), METHOD names those to be run (default: all).
+MiniLM-L6 learns from 1,600 movie-review snippets, one pass in batches of 8, and is measured on 500 others. A second
+call keeps the runs that are finished. The learning rates are the best of those tried with one or two seeds (BitFit
+fails to learn above 3e-3, prompt tuning at 0.3).
 """
 
 import json
