@@ -89,7 +89,7 @@ class AdaLora(nn.Module):
         """Smooth |p · dp| of each number, and how far it is from its mean."""
         for name in INNER:
             p, mean, off = (getattr(self, each) for each in (name, f"sensitivity_{name}", f"uncertainty_{name}"))
-            now = (p * p.grad).abs()
+            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()  # a layer that was not called
             mean.mul_(config.beta1).add_(now, alpha=1 - config.beta1)
             off.mul_(config.beta2).add_((now - mean).abs(), alpha=1 - config.beta2)
 
