@@ -29,6 +29,17 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "prefix-tuning, 4 bits": ("llama", {"num_virtual_tokens": 3}, True),
     "bitfit": ("gpt2", {}, False),
     "bitfit, 4 bits": ("gpt2", {}, True),
+    "dora": ("llama", {"r": 3, "lora_alpha": 6}, False),
+    "dora, 4 bits": ("llama", {"r": 3, "lora_alpha": 6}, True),
+    "vera": ("llama", {"r": 5}, False),
+    "vera, 4 bits": ("llama", {"r": 5}, True),
+    "ia3": ("llama", {}, False),
+    "ia3, 4 bits": ("gpt2", {}, True),
+    "adalora": ("llama", {"init_r": 3, "target_r": 2, "total_step": 9}, False),
+    "ln-tuning": ("gpt2", {}, False),
+    "p-tuning": ("llama", {"num_virtual_tokens": 3}, False),
+    "multitask-prompt-tuning": ("llama", {"num_virtual_tokens": 3}, False),
+    "trainable-tokens": ("llama", {"token_indices": [1, 5]}, False),
 }
 TOKENS = torch.randint(3, 90, (6, 7), generator=torch.Generator().manual_seed(3))
 

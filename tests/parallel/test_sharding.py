@@ -10,7 +10,8 @@ from peftcore.registry import registry
 
 
 def test_every_method_is_tried() -> None:
-    assert {case.partition(",")[0] for case in rank_work.CASES} == set(registry.methods())
+    # Arrow chooses among other adapters, which must stand there.
+    assert {case.partition(",")[0] for case in rank_work.CASES} == set(registry.methods()) - {"arrow"}
 
 
 @pytest.mark.parametrize("hows", [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"]], ids=str)
