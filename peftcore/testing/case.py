@@ -50,7 +50,8 @@ class Case:
     def add(self, model: nn.Module, seed: int | None, adapter: str) -> nn.Module:
         """Apply the method to `model`, the same start values at each call."""
         torch.manual_seed(7)
-        peftcore.apply(model, self.config, adapter=adapter)
+        batches = None if self.method.initialize is None else [self.inputs(), self.inputs(rows=3)]
+        peftcore.apply(model, self.config, adapter=adapter, batches=batches)
         if seed is not None:
             disturb(model, adapter, seed)
         return model
@@ -129,7 +130,7 @@ def loss_of(model: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     """AdamW over what trains."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    return torch.optim.AdamW(peftcore.parameter_groups(model, lr=1e-2, weight_decay=0.01))
 
 
 def train(
@@ -146,7 +147,7 @@ def train(
     losses = []
     for step in range(begin + 1, begin + steps + 1):
         optimizer.zero_grad()
-        loss = loss_of(model, inputs)
+        loss = loss_of(model, inputs) + peftcore.extra_loss(model)
         loss.backward()
         optimizer.step()
         peftcore.after_step(model, step, total or begin + steps)

@@ -125,7 +125,7 @@ def check_method(
         for name in excuses.reasons
         if name not in excuses.used and name in meant
     ]
-    if first is None:
+    if first is None and not any(result.error for result in results):
         results.append(Result(APPLIES, error="it applies to none of the families"))
     report = Report(registry.method_of_config(config).name, tuple(results))
     print(report)
@@ -155,15 +155,17 @@ def _applies(case: Case, excuses: _Excuses) -> Result:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peftcore.apply(case.family.make(), case.config)
+            case.add(case.family.make(), None, "default")
+    except peftcore.PluginError as fault:  # the plugin's, not its word
+        return Result(APPLIES, error=_where(fault), family=family)
     except peftcore.PeftcoreError as refusal:
         reason = excuses.of(family)
         if reason is not None:
             return Result(APPLIES, reason=reason, family=family)
-        error = f"{refusal}. If the method cannot be applied to it: not_applicable={{'{family}': 'the reason'}}"
-        return Result(APPLIES, error=error, family=family)
-    except Exception as error:
-        return Result(APPLIES, error=_where(error), family=family)
+        hint = f"{refusal}. If the method cannot be applied to it: not_applicable={{'{family}': 'the reason'}}"
+        return Result(APPLIES, error=hint, family=family)
+    except Exception as fault:
+        return Result(APPLIES, error=_where(fault), family=family)
     return Result(APPLIES, family=family)
 
 

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from faulty import Gain, check, failed, method_of
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import COMPILE, IDENTITY, MERGE, Report, check_method
+from peftcore.testing import COMPILE, IDENTITY, MERGE
 from peftcore.testing.suite import APPLIES
 
 BASE = "base untouched by training"
@@ -20,10 +21,6 @@ RESUME = "resume is exact"
 SHARED = "tensors that adapters share are saved once, and are shared after load, deepcopy and .to()"
 STACKED = "beside another method's adapter it acts, merges in both orders, is saved and comes off alone"
 TOGETHER = "two adapters of the method act together, and merge in both orders"
-
-
-class Gain(tiny.Scaled):
-    """y = gain · base(x), with a number of its own for all outputs."""
 
 
 class BreaksTheGraph(Gain):
@@ -112,26 +109,6 @@ class SharesAModule(Gain):
 
 
 TENSOR, BANK = torch.ones(2), Bank()
-
-
-def method_of(adapter: type[nn.Module], **changes: Any) -> peftcore.Method:
-    def place(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
-        layers = peftcore.targets.select(model, architecture, target_modules="all-linear")
-        return [peftcore.Around(path, adapter(config.value)) for path in layers]
-
-    return tiny.method("faulty", place, **changes)
-
-
-def check(method: peftcore.Method, *checks: str, families: Any = ("Llama",), **others: Any) -> Report:
-    with tiny.installed(method):
-        return check_method(method.config_class(value=1.0), families=families, checks=checks, **others)
-
-
-def failed(method: peftcore.Method, *checks: str, **others: Any) -> dict[str, str]:
-    """{"family: check": error} of a method that has a fault."""
-    with pytest.raises(AssertionError) as found:
-        check(method, *checks, **others)
-    return {line.partition(":")[0].strip(): line for line in str(found.value).splitlines() if "FAILED" in line}
 
 
 FAULTS = [

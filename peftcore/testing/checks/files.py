@@ -30,10 +30,14 @@ def saving(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         peftcore.save(model, folder, adapter="default")
         peftcore.load(fresh, folder)
+        peftcore.save(model, Path(folder, "for use"), resumable=False)
+        used = peftcore.load(case.base(), Path(folder, "for use"))
     loaded = dict(adapter_parameters(fresh, "default"))
     for name, parameter in adapter_parameters(model, "default"):
         same(loaded[name], parameter, name)
-    same(logits(fresh, case.inputs()), logits(model, case.inputs()), "output")
+    wanted = logits(model, case.inputs())
+    same(logits(fresh, case.inputs()), wanted, "output")
+    close(logits(used, case.inputs()), wanted, "output of a file without what only training needs", 1e-5)
 
 
 @check()

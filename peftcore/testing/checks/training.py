@@ -45,6 +45,33 @@ def resuming(case: Case) -> None:
     same(logits(second, inputs), logits(whole, inputs), "output")
 
 
+@check()
+def accumulating(case: Case) -> None:
+    """four batches of one row give the gradients of one of four, with the method's term of the loss once"""
+    inputs, whole, parts = case.inputs(rows=4), case.model(), case.model()
+    (loss_of(whole, inputs) + peftcore.extra_loss(whole)).backward()
+    for row in range(4):
+        loss = loss_of(parts, {name: each[row : row + 1] for name, each in inputs.items()})
+        ((loss + peftcore.extra_loss(parts)) / 4).backward()
+    found = gradients_of(parts)
+    for name, wanted in gradients_of(whole).items():
+        same(found[name], wanted, f"gradient of '{name}'", atol=1e-4 * wanted.abs().max().item() + 1e-6)
+
+
+@check()
+def grouping(case: Case) -> None:
+    """parameter groups name each trained parameter once"""
+    model = case.model()
+    groups = peftcore.parameter_groups(model, lr=1e-3, weight_decay=0.01)
+    named = [each[1] if isinstance(each, tuple) else each for group in groups for each in group["params"]]
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    assert len({id(p) for p in named}) == len(named), "a parameter is in two groups"
+    missing = trained.keys() - {id(p) for p in named}
+    assert not missing, f"in no group: {sorted(trained[key] for key in missing)[:3]}"
+    assert len(named) == len(trained), "a group names what is not trained"
+    assert all(group.get("lr", 1e-3) > 0 for group in groups), "a group has a learning rate that is not positive"
+
+
 @check(essential=True)
 def checkpointing(case: Case) -> str | None:
     """gradient checkpointing"""

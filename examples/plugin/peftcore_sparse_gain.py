@@ -1,0 +1,97 @@
+"""Sparse gain: y = (1 + m g) · base(x) + m b, of whose gains and shifts few are left at the end of training.
+
+g, b [out]    trained, zero at the start; b where the layer has a bias, which it is merged into
+m [out]       1 for the outputs that are left: of all layers' those of the largest |g|
+              all at the first step, the share `keep` from step `until` · total on, linearly between
+loss          penalty · mean of g²
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+
+peftcore_api = 2
+
+
+@dataclass(frozen=True)
+class SparseGainConfig:
+    """Which layers, and how much of them is left.
+
+    Args:
+        target_modules: suffixes, a regular expression for whole paths, or all-linear.
+        keep: the share of all outputs that is left. until: the share of training after which no more are.
+        penalty: of the mean of g², added to the loss.
+    """
+
+    target_modules: str | list[str] = "all-linear"
+    keep: float = 0.25
+    until: float = 0.5
+    penalty: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("keep", "until"):
+            if not 0 < getattr(self, name) <= 1:
+                raise peftcore.PeftcoreError(f"{name} must be above 0 and at most 1, found {getattr(self, name)}")
+        if self.penalty < 0:
+            raise peftcore.PeftcoreError(f"penalty must not be negative, found {self.penalty}")
+
+
+class SparseGain(nn.Module):
+    """g and b of one layer, and m."""
+
+    left: Tensor
+
+    def __init__(self, size: int, has_bias: bool) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.zeros(size))
+        self.shift = nn.Parameter(torch.zeros(size)) if has_bias else None
+        self.register_buffer("left", torch.ones(size))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        y: Tensor = base(x)
+        y = y * (1 + self.left * self.gain).to(y.dtype)
+        return y if self.shift is None else y + (self.left * self.shift).to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        factor = 1 + self.left * self.gain
+        if bias is not None:
+            bias = bias * factor
+            bias = bias if self.shift is None else bias + self.left * self.shift
+        return weight * factor[:, None], bias
+
+
+def place(model: nn.Module, config: SparseGainConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = peftcore.targets.select(model, architecture, target_modules=config.target_modules)
+    return [
+        peftcore.Around(path, SparseGain(peftcore.targets.sizes(layer)[1], getattr(layer, "bias", None) is not None))
+        for path, layer in layers.items()
+    ]
+
+
+def loss(adapters: Mapping[str, Any], config: SparseGainConfig) -> Tensor | None:
+    gains = torch.cat([adapter.gain for adapter in adapters.values()])
+    return config.penalty * gains.square().mean() if config.penalty else None
+
+
+@torch.no_grad()
+def after_step(adapters: Mapping[str, Any], config: SparseGainConfig, step: int, total_steps: int) -> None:
+    progress = min(1.0, step / (config.until * total_steps))
+    sizes = torch.cat([(adapter.left * adapter.gain).abs() for adapter in adapters.values()])
+    count = max(1, round(len(sizes) * (1 - (1 - config.keep) * progress)))
+    limit = sizes.kthvalue(len(sizes) - count + 1)[0]
+    for adapter in adapters.values():
+        adapter.left.copy_((adapter.left * adapter.gain).abs() >= limit)
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(peft_type="SPARSE_GAIN")
+    more: Any = {"loss": loss, "after_step": after_step, "learning_rate": 1e-3}
+    return [peftcore.Method("sparse-gain", SparseGainConfig, place, rules, **more)]

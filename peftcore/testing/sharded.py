@@ -1,0 +1,104 @@
+"""`check_sharded(config)`: the method on two ranks, the base in shards (FSDP2), compared with one process.
+
+It starts processes, which takes some seconds; a plugin's test of it is marked slow.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import distributed
+
+import peftcore
+from peftcore import ranks
+from peftcore.engine import adapter_parameters
+from peftcore.errors import PluginError
+from peftcore.registry import registry
+from peftcore.testing.case import Case, logits, loss_of, same
+from peftcore.testing.families import family_of
+
+Shards = Literal["replicate", "shard"]
+COUNT = 2
+
+
+def check_sharded(config: Any, *, family: str = "Llama", adapters: Shards = "replicate", seconds: float = 300) -> None:
+    """Train the method of `config` a step on two ranks, and save it.
+
+    Args:
+        config: of a method that is installed, or whose module is imported by name and has its hooks.
+        family: one of `FAMILIES`.
+        adapters: see `peftcore.shard`.
+
+    Raises:
+        AssertionError: a rank computes, or saves, something else than one process does; or did not end in time.
+    """
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        told = context.Queue()
+        arguments = (folder, config, family, adapters, told)
+        processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(COUNT)]
+        for process in processes:
+            process.start()
+        try:
+            errors = [told.get(timeout=seconds) for _ in processes]
+        finally:
+            for process in processes:
+                process.join(10)
+                if process.is_alive():
+                    process.kill()
+        found = [error for error in errors if error]
+        assert not found, found[0]
+
+
+def _rank(rank: int, folder: str, config: Any, family: str, adapters: Shards, told: Any) -> None:
+    try:
+        torch.set_num_threads(1)
+        store = f"file://{folder}/store"
+        distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=COUNT)
+        _work(folder, config, family, adapters)
+        told.put(None)
+    except BaseException:
+        told.put(f"rank {rank}:\n{traceback.format_exc()}")
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _work(folder: str, config: Any, family: str, adapters: Shards) -> None:
+    _install(config)
+    case = Case(config, family_of(family))
+    inputs = case.inputs(rows=2 * COUNT)
+    mine = {name: each.chunk(COUNT)[ranks.rank()] for name, each in inputs.items()}
+    alone, spread = case.model().train(), case.model().train()
+    peftcore.shard(spread, adapters=adapters)
+    for model, batch in ((alone, inputs), (spread, mine)):
+        (loss_of(model, batch) + peftcore.extra_loss(model)).backward()
+        torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, foreach=False).step()
+        peftcore.after_step(model, 1, 2)
+    wanted = dict(adapter_parameters(alone, "default"))
+    ranks.reshard(spread)
+    for name, parameter in adapter_parameters(spread, "default"):
+        limit = 1e-4 * wanted[name].abs().max().item() + 1e-6
+        same(ranks.whole(parameter.detach()), wanted[name], f"'{name}' after a step", limit)
+    peftcore.save(spread, Path(folder, "adapter"))
+    distributed.barrier()
+    loaded = peftcore.load(case.base(), Path(folder, "adapter"))
+    found = logits(loaded, inputs)
+    expected = logits(alone.eval(), inputs)
+    same(found, expected, "output of what was saved", 1e-3 * expected.abs().max().item())
+
+
+def _install(config: Any) -> None:
+    """Register the plugin of `config` where it is not installed but imported, as in a test of its own."""
+    try:
+        registry.method_of_config(config)
+    except PluginError:
+        module = sys.modules[type(config).__module__]
+        (method,) = module.peftcore_methods()
+        registry.register(method.name, module)

@@ -1,0 +1,94 @@
+"""The suite finds what is wrong with a method's first values, loss, groups, schedule and files."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from faulty import Gain, check, failed, method_of
+from peftcore_lora import LoraConfig
+from torch import Tensor
+
+import peftcore
+from peftcore.testing import check_sharded
+from peftcore.testing.suite import APPLIES
+
+FILES = "save and load are bit exact"
+RESUME = "resume is exact"
+ACCUMULATE = "four batches of one row give the gradients of one of four, with the method's term of the loss once"
+GROUPS = "parameter groups name each trained parameter once"
+
+
+def total(adapters: Any) -> Tensor:
+    return sum(((adapter.gain - 1) ** 2).sum() for adapter in adapters.values())
+
+
+def values(adapters: Any) -> list[Any]:
+    return [p for adapter in adapters.values() for p in adapter.parameters()]
+
+
+class Remembers(Gain):
+    """What its last forward was given decides what it adds to the loss."""
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        self.size = x.detach().abs().max() ** 2
+        return super().forward(base, x)
+
+
+def test_a_loss_that_depends_on_how_a_step_is_cut() -> None:
+    def of_last_batch(adapters: Any, config: Any) -> Tensor:
+        return sum((adapter.gain * adapter.size).sum() for adapter in adapters.values())
+
+    assert failed(method_of(Remembers, loss=of_last_batch), ACCUMULATE)
+    check(method_of(Gain, loss=lambda adapters, config: total(adapters)), ACCUMULATE)
+
+
+def test_parameter_groups() -> None:
+    def twice(adapters: Any, config: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        return [{"params": values(adapters), "lr": lr}, {"params": values(adapters)[:1], "lr": lr}]
+
+    def backwards(adapters: Any, config: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        return [{"params": values(adapters), "lr": -lr}]
+
+    def half(adapters: Any, config: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        return [{"params": values(adapters)[::2], "lr": 16 * lr}]
+
+    for wrong in (twice, backwards):
+        assert failed(method_of(Gain, parameter_groups=wrong), GROUPS)
+    check(method_of(Gain, parameter_groups=half), GROUPS, RESUME)
+
+
+def test_first_values_that_change_the_base() -> None:
+    def moves(model: Any, adapters: Any, config: Any, batches: Any) -> None:
+        next(model.parameters()).add_(1)
+
+    def says_nothing(model: Any, adapters: Any, config: Any, batches: Any) -> None:
+        assert batches is not None
+        for adapter in adapters.values():
+            adapter.gain.fill_(1)
+
+    found = failed(method_of(Gain, initialize=moves), FILES)
+    assert "has changed 'model.embed_tokens.weight' of the base" in str(found) and f"FAILED          {APPLIES}" in found
+    assert failed(method_of(Gain, initialize=moves), FILES, not_applicable={"Llama": "no"}), "it is no refusal"
+    check(method_of(Gain, initialize=says_nothing), FILES)
+
+
+def test_exported_names_that_collide() -> None:
+    rules = peftcore.StateRules(peft_type="TOY_FAULTY", exported=lambda placement: {"gain": placement.adapter.gain})
+    assert failed(method_of(Gain, state=rules), FILES)
+
+
+def test_two_names_of_a_part_that_export_loses() -> None:
+    """What is exported in place of an adapter's own tensors must compute the same."""
+
+    def exported(placement: Any) -> dict[str, Tensor]:
+        return {peftcore.tensor_name(placement, "gain"): torch.ones_like(placement.adapter.gain)}
+
+    rules = peftcore.StateRules(peft_type="TOY_FAULTY", exported=exported)
+    assert failed(method_of(Gain, state=rules), FILES)
+
+
+@pytest.mark.slow
+def test_on_ranks_of_its_own() -> None:
+    check_sharded(LoraConfig(r=3))
