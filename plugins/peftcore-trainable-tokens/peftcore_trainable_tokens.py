@@ -60,9 +60,9 @@ class TokenRows(nn.Module):
         super().__init__()
         weight: Tensor = module.weight
         wrong = next((i for i in ids if not 0 <= i < len(weight)), None)
-        validation.require(len(ids) > 0, f"no token is named for '{path}'")
         validation.require(wrong is None, f"'{path}' has {len(weight)} rows, and none for the token {wrong}")
-        validation.require(len(set(ids)) == len(ids), f"a token is named twice for '{path}': {validation.shown(ids)}")
+        once = 0 < len(set(ids)) == len(ids)
+        validation.require(once, f"'{path}' takes the ids of tokens, each once, found {validation.shown(ids)}")
         rows = torch.randn(len(ids), weight.shape[1])
         if copy and not weight.is_meta and not rows.is_meta:
             rows.copy_(ranks.whole(weight.detach())[list(ids)])

@@ -84,10 +84,10 @@ def test_new_tokens_are_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"token_indices": []}, r"no token is named"),
+        ({"token_indices": []}, r"takes the ids of tokens, each once, found \[\]"),
         ({"token_indices": [96]}, r"'model.embed_tokens' has 96 rows, and none for the token 96"),
         ({"token_indices": [-1]}, r"none for the token -1"),
-        ({"token_indices": [3, 3]}, r"a token is named twice"),
+        ({"token_indices": [3, 3]}, r"each once, found \[3, 3\]"),
         ({"token_indices": [3], "target_modules": ["norm"]}, r"'norm' matches LlamaRMSNorm"),
     ],
 )
