@@ -50,8 +50,16 @@ class Case:
     def add(self, model: nn.Module, seed: int | None, adapter: str) -> nn.Module:
         """Apply the method to `model`, the same start values at each call."""
         torch.manual_seed(7)
-        batches = None if self.method.initialize is None else [self.inputs(), self.inputs(rows=3)]
-        peftcore.apply(model, self.config, adapter=adapter, batches=batches)
+        try:
+            peftcore.apply(model, self.config, adapter=adapter)
+        except peftcore.PeftcoreError as refusal:  # it may need data for its first values
+            if self.method.initialize is None:
+                raise
+            torch.manual_seed(7)
+            try:
+                peftcore.apply(model, self.config, adapter=adapter, batches=[self.inputs(), self.inputs(rows=3)])
+            except peftcore.PeftcoreError:
+                raise refusal from None
         if seed is not None:
             disturb(model, adapter, seed)
         return model
