@@ -104,6 +104,8 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "apply prefix-tuning": applying("prefix-tuning", num_virtual_tokens=2),
     "apply prompt-tuning": applying("prompt-tuning", num_virtual_tokens=2),
     "apply qlora": applying("qlora", init_lora_weights=False),
+    "combine": of_adapted(lambda model: peftcore.combine(model, ["default"], weights=[0.5], name="mixed")),
+    "convert": of_adapted(lambda model: peftcore.convert(model, "default", to="lora", r=2, name="other")),
     "dequantize": lambda: peftcore.dequantize(peftcore.quantize(llama())),
     "disabled": disabled,
     "extra_loss": of_adapted(lambda model: peftcore.extra_loss(model)),
@@ -118,6 +120,9 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "quantize": lambda: peftcore.quantize(llama()),
     "remove": of_adapted(lambda model: peftcore.remove(model)),
     "save": save,
+    "scale": of_adapted(lambda model: peftcore.scale(model, "default", 0.5)),
+    "state_dict": of_adapted(lambda model: peftcore.state_dict(model, "default")),
+    "swap": of_adapted(lambda model: peftcore.swap(model, "default", peftcore.state_dict(model, "default"))),
     "summary": lambda: [float(peftcore.summary(lora()).trainable_parameters)],
     "unmerge": lambda: peftcore.unmerge(merged()),
 }

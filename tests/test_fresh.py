@@ -16,6 +16,8 @@ NO_LOADING = {"NF4Config": "RuntimeError: You are using `from_pretrained`", "qua
 ELSEWHERE = {  # public functions with tests of their own processes, and classes
     "load_sharded": "tests/parallel",
     "shard": "tests/parallel",
+    "call_arguments": "within a call",
+    "current_call": "within a call",
     "hookimpl": "a marker",
     "prompt_tensor_name": "a string of strings",
     "tensor_name": "a string of strings",

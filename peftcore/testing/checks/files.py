@@ -30,7 +30,7 @@ def saving(case: Case) -> None:
     with tempfile.TemporaryDirectory() as folder:
         peftcore.save(model, folder, adapter="default")
         peftcore.load(fresh, folder)
-        peftcore.save(model, Path(folder, "for use"), resumable=False)
+        peftcore.save(model, Path(folder, "for use"), adapter="default", resumable=False)
         used = peftcore.load(case.base(), Path(folder, "for use"))
     loaded = dict(adapter_parameters(fresh, "default"))
     for name, parameter in adapter_parameters(model, "default"):
@@ -111,7 +111,7 @@ def written_by_peft(case: Case) -> str | None:
     inputs = case.inputs()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peftcore.save(case.model(), folder)
+        peftcore.save(case.model(), folder, adapter="default")
         config = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = False
         torch.manual_seed(7)
