@@ -103,8 +103,7 @@ def place(model: nn.Module, config: DoraConfig, architecture: peftcore.Architect
 
 
 def initialize(model: nn.Module, adapters: Any, config: DoraConfig, batches: Any) -> None:
-    """m is the norms of what stands inside, with A and B."""
-    validation.require(batches is None, "DoRA takes no first values from data. Leave batches out")
+    """m is the norms of what stands inside, with A and B; data, which `train` gives, says nothing of them."""
     for path, dora in adapters.items():
         m: Any = dora.lora_magnitude_vector
         m.copy_(dora.norms(inside(model.get_submodule(path)).weight()).view_as(m))

@@ -184,3 +184,12 @@ def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(peftcore.PeftcoreError, match=message):
         peftcore.apply(model, "dora", **{"r": 2, **fields})
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_data_says_nothing_of_the_magnitudes() -> None:
+    """`train` gives its examples to every method with first values."""
+    models = []
+    for batches in (None, [{"input_ids": tiny.TOKENS}]):
+        torch.manual_seed(0)
+        models.append(peftcore.apply(tiny.llama(), "dora", r=2, batches=batches))
+    assert torch.equal(tiny.logits(models[0]), tiny.logits(models[1]))
