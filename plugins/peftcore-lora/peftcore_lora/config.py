@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar
 
 from torch import nn
 
 import peftcore
 from peftcore import targets, validation
 
+Kind = TypeVar("Kind")
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "mica", "eva")
 SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")  # starts that change the model, and are subtracted from it
 
@@ -19,6 +20,15 @@ SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")  # starts that change the mo
 def is_subtracted(start: bool | str) -> bool:
     """Does B A begin at a value that is subtracted again?"""
     return start in SUBTRACTED or re.fullmatch(r"pissa_niter_[0-9]{1,3}", str(start)) is not None
+
+
+def nested(kind: type[Kind], field_name: str, values: Mapping[str, Any] | None) -> Kind:
+    """The config that a field of `LoraConfig` holds as a table."""
+    known = [each.name for each in fields(kind)]  # type: ignore[arg-type]  # a dataclass
+    for name in values or {}:
+        if name not in known:
+            raise peftcore.PeftcoreError(f"{field_name} has no field '{name}'. Its fields: {', '.join(known)}")
+    return kind(**(values or {}))
 
 
 def check_start(start: bool | str) -> None:

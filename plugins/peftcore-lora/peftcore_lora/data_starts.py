@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import observation, validation
 from peftcore.weight_formats import weight_format
+from peftcore_lora.config import nested
 
 AT_ONCE = 16  # layers whose X'X or G are held at a time
 
@@ -55,7 +56,7 @@ def corda(
     model: nn.Module, adapters: Mapping[str, Any], fields: Mapping[str, Any], batches: Iterable[Any]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(path, A, B) of each layer, fp32."""
-    method, batches, paths = CordaConfig(**fields).corda_method, list(batches), list(adapters)
+    method, batches, paths = nested(CordaConfig, "corda_config", fields).corda_method, list(batches), list(adapters)
     for first in range(0, len(paths), AT_ONCE):
         sums: dict[str, Tensor] = {}
         counts = dict.fromkeys(paths, 0)
@@ -98,7 +99,7 @@ def lora_ga(
     model: nn.Module, adapters: Mapping[str, Any], fields: Mapping[str, Any], batches: Iterable[Any]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(path, A, B) of each layer, fp32."""
-    config, found = LoraGAConfig(**fields), dict[str, tuple[Tensor, Tensor]]()
+    config, found = nested(LoraGAConfig, "lora_ga_config", fields), dict[str, tuple[Tensor, Tensor]]()
 
     def take(name: str, gradient: Tensor) -> None:
         path = name.removesuffix(".weight")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import observation, validation
-from peftcore_lora.config import LoraConfig
+from peftcore_lora.config import LoraConfig, nested
 
 _FOLLOWED = 64  # components of a layer, at least
 
@@ -89,7 +89,7 @@ class Components:
 
 def initialize(model: nn.Module, adapters: Mapping[str, Any], config: LoraConfig, batches: Iterable[Any]) -> LoraConfig:
     """Give the adapters their ranks and A; the config says the ranks."""
-    eva = EvaConfig(**(config.eva_config or {}))
+    eva = nested(EvaConfig, "eva_config", config.eva_config)
     ranks = {path: len(adapter.lora_A) for path, adapter in adapters.items()}
     wanted = {path: min(round(rank * eva.rho), adapters[path].lora_A.shape[1]) for path, rank in ranks.items()}
     found = {path: Components(count, eva.tau) for path, count in wanted.items()}
