@@ -9,7 +9,6 @@ shape of SmolLM2-135M in bf16, batch 4 x 128, r=16 on every linear layer, no dro
 import argparse
 import json
 import logging
-import os
 import warnings
 
 import engine
@@ -21,7 +20,6 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import ops
-from peftcore.ops.build_info import build_info
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
@@ -119,9 +117,7 @@ def main():
             step()
         print(json.dumps({"peak": measure.peak_megabytes()}))
         return
-    info = build_info()
-    print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, ", end="")
-    print(f"extension: {info.cpu_level} ({info.compiler or info.missing_because})")
+    measure.print_surroundings(options.threads)
     measure.keep_freed_memory()
     torch.manual_seed(0)
     for m, k, n, dtype in SHAPES:

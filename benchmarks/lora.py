@@ -11,7 +11,6 @@ fp32 beside a bf16 x, peft's default as well. Beside each table of times stands 
 import argparse
 import json
 import logging
-import os
 import warnings
 
 import exactness
@@ -22,7 +21,6 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import ops
-from peftcore.ops.build_info import build_info
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
@@ -180,9 +178,7 @@ def main():
             step()
         print(json.dumps({"peak": measure.peak_megabytes()}))
         return
-    info = build_info()
-    print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, ", end="")
-    print(f"extension: {info.cpu_level} ({info.compiler or info.missing_because})")
+    measure.print_surroundings(options.threads)
     measure.keep_freed_memory()
     if "linear" in options.only:
         for shape in SHAPES:

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -21,6 +22,17 @@ def interleaved(rows, seconds, least=5):
             call()
             times[name].append((time.perf_counter() - start) * 1e3)
     return times
+
+
+def print_surroundings(threads):
+    """PyTorch, how busy the machine is, and the kernels that run."""
+    import torch
+
+    from peftcore.ops.build_info import build_info
+
+    info = build_info()
+    print(f"PyTorch {torch.__version__}, {threads} threads, load {os.getloadavg()[0]:.1f}, ", end="")
+    print(f"extension: {info.cpu_level} ({info.compiler or info.missing_because})")
 
 
 def keep_freed_memory():

@@ -11,7 +11,6 @@ process of its own, of two steps.
 import argparse
 import json
 import logging
-import os
 import warnings
 
 import engine
@@ -19,7 +18,6 @@ import measure
 import torch
 
 import peftcore
-from peftcore.ops.build_info import build_info
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
@@ -101,9 +99,7 @@ def main():
             step()
         print(json.dumps({"peak": measure.peak_megabytes()}))
         return
-    info = build_info()
-    print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, ", end="")
-    print(f"extension: {info.cpu_level} ({info.compiler or info.missing_because})")
+    measure.print_surroundings(options.threads)
     measure.keep_freed_memory()
     print(f"a step, {options.layers} layers of a 135M Llama, bf16, batch {engine.BATCH} x {engine.LENGTH}")
     print(f"{'':20}{'min, ms':>10}{'median':>9}{'IQR':>7}   of frozen: min, median{'peak, MB':>14}")
