@@ -6,6 +6,7 @@ A compiled kernel is used where the extension has one for the device; every othe
 from peftcore.ops._extension import extension
 from peftcore.ops.codebooks import DYNAMIC8, FP4, NF4, codebook
 from peftcore.ops.dropout import keep_mask
+from peftcore.ops.grouped import grouped_linear, grouped_lora_linear
 from peftcore.ops.linear_4bit import free_workspace, linear_4bit
 from peftcore.ops.lora import lora_linear
 from peftcore.ops.nf4 import dequantize_4bit, quantize_4bit
@@ -24,6 +25,8 @@ __all__ = [
     "dequantize_4bit",
     "extension",
     "free_workspace",
+    "grouped_linear",
+    "grouped_lora_linear",
     "keep_mask",
     "linear_4bit",
     "lora_linear",

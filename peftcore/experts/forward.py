@@ -1,0 +1,123 @@
+"""The forward of a module of experts, for every model of transformers' experts interface.
+
+    rows sorted by expert -> x W_upᵀ -> gate -> · W_downᵀ -> times the router's weights -> added up, row by row
+
+Each of the two products is one operator over all experts (`ops.grouped_linear`): dense or in 4 bits, thin changes
+included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import ops
+from peftcore.experts.layout import experts_layout
+
+
+class Thin(NamedTuple):
+    """A change of a weight that is a thin product for each expert: scale · B_e A_e.
+
+    Args:
+        a: `[experts, r, in]`. b: `[experts, out, r]`, whatever the layout of the weight.
+        dropout_p: of what A reads.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    dropout_p: float = 0.0
+
+
+def experts_forward(
+    module: Any,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    changes: Mapping[str, Sequence[Thin]] | None = None,
+) -> Tensor:
+    """What `module` computes, a module that has an `experts_layout`.
+
+    Args:
+        hidden: `[tokens, hidden]`. top_k_index, top_k_weights: `[tokens, k]`, each token's experts and their shares.
+            An index from the number of experts on is another process's (transformers' expert parallelism).
+        changes: thin changes of the parameters, by name. Without them the weights may be in 4 bits all the same.
+
+    Returns:
+        `[tokens, hidden]` in the dtype of `hidden`.
+    """
+    layout = experts_layout(module)
+    assert layout is not None
+    changes = changes or {}
+    tokens, k = top_k_index.shape
+    expert, order = top_k_index.reshape(-1).sort(stable=True)
+    counts = (expert[:, None] == torch.arange(layout.count, device=expert.device)).sum(0)
+    offsets = counts.cumsum(0).to(torch.int32)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    x = _Gathered.apply(hidden, order // k, inverse.view(tokens, k))  # type: ignore[no-untyped-call]
+
+    def product(x: Tensor, name: str) -> Tensor:
+        weight, bias = operand(module, name), getattr(module, f"{name}_bias") if layout.has_bias else None
+        thin = changes.get(name, ())
+        if not thin:
+            return ops.grouped_linear(x, offsets, weight, bias, layout.transposed)
+        first, *others = thin
+        y = ops.grouped_lora_linear(
+            x, offsets, weight, bias, first.a, first.b, layout.transposed, first.scale, first.dropout_p
+        )
+        for other in others:
+            y = y + _thin(x, offsets, other).to(y.dtype)
+        return y
+
+    y = product(x, layout.up)
+    y = module._apply_gate(y) if module.has_gate else module.act_fn(y)
+    y = product(y, layout.down)
+    if module.has_post_expert_norm:
+        y = module.post_expert_norm(y)
+    y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    y = _Gathered.apply(y, inverse, order.view(-1, 1))  # type: ignore[no-untyped-call]
+    return y.view(tokens, k, -1).sum(1).to(hidden.dtype)
+
+
+def operand(module: nn.Module, name: str) -> Tensor | ops.PackedWeight:
+    """A weight as operators take it: the parameter, or the packed one that a quantized module keeps under its name."""
+    packed = getattr(module, "packed_parameter", None)
+    found = packed(name) if packed is not None else None
+    return getattr(module, name) if found is None else found
+
+
+class _Gathered(torch.autograd.Function):
+    """x[rows]; its gradient is gathered likewise, by the places `[len(x), n]` that each row of x went to, and summed.
+
+    PyTorch's own would add into memory row by row (`index_put`), slower, and on a GPU in any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x[rows]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        n = places.shape[1]
+        dx = grad[places.reshape(-1)]
+        return (dx if n == 1 else dx.view(-1, n, grad.shape[1]).sum(1)), None, None
+
+
+def _thin(x: Tensor, offsets: Tensor, change: Thin) -> Tensor:
+    """scale · (dropout(x_i) A_eᵀ) B_eᵀ, expert by expert: of a second adapter, which no product of the base carries."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x = nn.functional.dropout(x, change.dropout_p).to(wide) if change.dropout_p else x.to(wide)
+    ends = offsets.tolist()
+    parts = []
+    for expert, (begin, end) in enumerate(zip([0, *ends], [*ends, len(x)], strict=False)):
+        if expert == len(ends):
+            parts.append(x.new_zeros(end - begin, change.b.shape[1]))
+        elif begin < end:
+            s = change.scale * (x[begin:end] @ change.a[expert].to(wide).T)
+            parts.append(s @ change.b[expert].to(wide).T)
+    return torch.cat(parts)

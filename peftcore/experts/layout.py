@@ -1,0 +1,62 @@
+"""What a module of experts says of itself: transformers' experts interface (`use_experts_implementation`).
+
+The decorator notes on every instance how its weights lie, and lets `config._experts_implementation` choose a forward:
+so one forward serves every model that uses it (transformers 5, integrations/moe.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+
+
+@dataclass(frozen=True)
+class ExpertsLayout:
+    """How the weights of a module of experts lie.
+
+    Args:
+        count: of experts.
+        up: the name of the parameter of the first product: `gate_up_proj`, or `up_proj` without a gate.
+        down: of the second.
+        transposed: the parameters are `[experts, in, out]`, and not `[experts, out, in]`.
+        interleaved: outputs of gate and up alternate; otherwise all of gate's come first.
+        has_bias: `<name>_bias` `[experts, out]` is added.
+    """
+
+    count: int
+    up: str
+    down: str
+    transposed: bool
+    interleaved: bool
+    has_bias: bool
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """Of the parameters, in the order in which they are used."""
+        return self.up, self.down
+
+    def bias_name(self, name: str) -> str | None:
+        return f"{name}_bias" if self.has_bias else None
+
+
+def experts_layout(module: nn.Module) -> ExpertsLayout | None:
+    """That of a module that uses the interface; None for any other."""
+    flags: Any = {flag: getattr(module, flag, None) for flag in FLAGS}
+    if not all(isinstance(value, bool) for value in flags.values()) or not hasattr(module, "_is_expert_parallel"):
+        return None
+    up = "gate_up_proj" if flags["has_gate"] else "up_proj"
+    weight = module._parameters.get(up)
+    if weight is None or module._parameters.get("down_proj") is None:
+        return None
+    return ExpertsLayout(
+        count=module.num_experts,  # type: ignore[arg-type]
+        up=up,
+        down="down_proj",
+        transposed=flags["is_transposed"],
+        interleaved=not flags["is_concatenated"],
+        has_bias=flags["has_bias"],
+    )
