@@ -27,9 +27,9 @@ METHODS = (
     "prompt-tuning lr=0.1",
     "bitfit lr=1e-3",
     "dora r=8 lora_alpha=16 lr=1e-3",
-    "vera r=256 lr=1e-2",
+    "vera r=256 lr=3e-2",
     "ia3 lr=1e-2",
-    "adalora lora_alpha=32 tinit=20 tfinal=80 total_step=200 lr=2e-3",
+    "adalora lora_alpha=32 tinit=20 tfinal=80 total_step=200 lr=5e-3",
     "full lr=1e-4",
 )
 SCHEDULE = {"lora_alpha": 32, "tinit": 20, "tfinal": 80, "total_step": 200}
