@@ -60,7 +60,9 @@ SHAPES = {
         },
         expert_r=2,
     ),
-    "gpt-oss-20b": Shape("gpt_oss", "GptOss", 15_000, 24, {"num_hidden_layers": 24, "num_local_experts": 32}, expert_r=4),
+    "gpt-oss-20b": Shape(
+        "gpt_oss", "GptOss", 15_000, 24, {"num_hidden_layers": 24, "num_local_experts": 32}, expert_r=4
+    ),
 }
 
 
