@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the public names, each once: type checkers read this, and so does `_homes`
     # Rooms that are reached through the package, which are no public names of it.
+    from peftcore import experts as experts
     from peftcore import observation as observation
     from peftcore import optim as optim
     from peftcore import quantization as quantization

@@ -70,6 +70,11 @@ class OnWeight:
     dotted name (`out_proj.weight`) is of a module inside whose weight is read past its forward. The adapter is called
     once a call of the module, on the parameter as it is stored; on a packed one, on the dense weight that it stands
     for. It is a pure function, and so it merges.
+
+    An adapter of experts' weights whose change is a thin product for each expert may have `thin()`, which gives a
+    `peftcore.experts.Thin` of the factors, or None. Where all changes of a module of transformers' experts interface
+    have it, their products join those of the weights, and none as large as the weight is made. Only there can they
+    drop inputs.
     """
 
     path: str

@@ -16,14 +16,17 @@ from torch.compiler import is_dynamo_compiling
 from peftcore.adaptation.class_swap import BUILT, original_class
 from peftcore.adaptation.outputs import first_of, with_first
 from peftcore.errors import PeftcoreError
+from peftcore.experts import experts_forward, has_interface_forward, thin_changes
 from peftcore.method import WeightFormat
 from peftcore.weight_formats import weight_format
 
 if TYPE_CHECKING:
+    from peftcore.experts import Thin
     from peftcore.ops import PackedWeight
 
 Change = Callable[[Tensor], Tensor]  # a parameter -> what is read in its place
 
+EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}  # of transformers' experts interface
 OWN_FORWARD = "_peftcore_own_forward"  # attribute: the forward of this one instance
 
 
@@ -54,11 +57,20 @@ class Base:
                 "where it spreads a model over devices: what that reads of the weights cannot be changed. Keep the "
                 "module on one device, or exclude it: exclude_modules=[...]"
             )
+        thin = self._thin_changes(kwargs)
+        if thin is not None:
+            return experts_forward(self.module, *args, changes=thin, **kwargs)
         copy = _changed(self.module, self._changes, self._weights)
         output = self._forward(copy, *args, **kwargs)
         if not is_dynamo_compiling():
             _keep_attributes(self.module, copy)
         return output
+
+    def _thin_changes(self, arguments: Mapping[str, Any]) -> dict[str, list[Thin]] | None:
+        """What is added to the weights of experts, where their forward need not read changed copies of all."""
+        if not has_interface_forward(self.module, self._forward) or not arguments.keys() <= EXPERTS_ARGUMENTS:
+            return None
+        return thin_changes(self.module, self._changes)
 
     def on_weights(self, changes: Mapping[str, Change]) -> Base:
         """The same forward, which reads changed parameters: by name (`weight`, `out_proj.weight`), what becomes of it.

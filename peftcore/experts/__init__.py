@@ -1,6 +1,14 @@
 """Mixtures of experts whose weights are parameters `[experts, out, in]`: what is known of them, and their forward."""
 
-from peftcore.experts.forward import Thin, experts_forward
-from peftcore.experts.layout import ExpertsLayout, experts_layout
+from peftcore.experts.forward import Thin, experts_forward, thin_changes
+from peftcore.experts.layout import ExpertsLayout, experts_layout, has_interface_forward, stacked_weights
 
-__all__ = ["ExpertsLayout", "Thin", "experts_forward", "experts_layout"]
+__all__ = [
+    "ExpertsLayout",
+    "Thin",
+    "experts_forward",
+    "experts_layout",
+    "has_interface_forward",
+    "stacked_weights",
+    "thin_changes",
+]

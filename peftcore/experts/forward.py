@@ -34,20 +34,22 @@ class Thin(NamedTuple):
 
 def experts_forward(
     module: Any,
-    hidden: Tensor,
+    hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
+    *,
     changes: Mapping[str, Sequence[Thin]] | None = None,
 ) -> Tensor:
     """What `module` computes, a module that has an `experts_layout`.
 
     Args:
-        hidden: `[tokens, hidden]`. top_k_index, top_k_weights: `[tokens, k]`, each token's experts and their shares.
+        hidden_states: `[tokens, hidden]`.
+        top_k_index, top_k_weights: `[tokens, k]`, each token's experts and their shares.
             An index from the number of experts on is another process's (transformers' expert parallelism).
         changes: thin changes of the parameters, by name. Without them the weights may be in 4 bits all the same.
 
     Returns:
-        `[tokens, hidden]` in the dtype of `hidden`.
+        `[tokens, hidden]` in the dtype of `hidden_states`.
     """
     layout = experts_layout(module)
     assert layout is not None
@@ -57,14 +59,16 @@ def experts_forward(
     counts = (expert[:, None] == torch.arange(layout.count, device=expert.device)).sum(0)
     offsets = counts.cumsum(0).to(torch.int32)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    x = _Gathered.apply(hidden, order // k, inverse.view(tokens, k))  # type: ignore[no-untyped-call]
+    x = _Gathered.apply(hidden_states, order // k, inverse.view(tokens, k))  # type: ignore[no-untyped-call]
 
     def product(x: Tensor, name: str) -> Tensor:
         weight, bias = operand(module, name), getattr(module, f"{name}_bias") if layout.has_bias else None
+        if isinstance(weight, Tensor) and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(weight.dtype)  # as transformers' grouped_mm does
         thin = changes.get(name, ())
         if not thin:
             return ops.grouped_linear(x, offsets, weight, bias, layout.transposed)
-        first, *others = thin
+        first, *others = _together(thin)
         y = ops.grouped_lora_linear(
             x, offsets, weight, bias, first.a, first.b, layout.transposed, first.scale, first.dropout_p
         )
@@ -79,7 +83,7 @@ def experts_forward(
         y = module.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     y = _Gathered.apply(y, inverse, order.view(-1, 1))  # type: ignore[no-untyped-call]
-    return y.view(tokens, k, -1).sum(1).to(hidden.dtype)
+    return y.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
 
 
 def operand(module: nn.Module, name: str) -> Tensor | ops.PackedWeight:
@@ -87,6 +91,39 @@ def operand(module: nn.Module, name: str) -> Tensor | ops.PackedWeight:
     packed = getattr(module, "packed_parameter", None)
     found = packed(name) if packed is not None else None
     return getattr(module, name) if found is None else found
+
+
+def thin_changes(module: nn.Module, changes: Sequence[Mapping[str, Any]]) -> dict[str, list[Thin]] | None:
+    """What changes add to the weights, by name; None where one does not offer it (`thin`), or a weight gets gradients.
+
+    Of a module with an `experts_layout`, else None.
+    """
+    layout = experts_layout(module)
+    if layout is None:
+        return None
+    found: dict[str, list[Thin]] = {}
+    for each in changes:
+        for name, change in each.items():
+            if name not in layout.names or not hasattr(change, "thin"):
+                return None
+            weight, thin = module._parameters[name], change.thin()
+            if thin is None or (weight is not None and weight.requires_grad and torch.is_grad_enabled()):
+                return None
+            found.setdefault(name, []).append(thin)
+    return found
+
+
+def _together(changes: Sequence[Thin]) -> list[Thin]:
+    """Those with one dropout as one, of the sum of their ranks."""
+    by_dropout: dict[float, list[Thin]] = {}
+    for each in changes:
+        by_dropout.setdefault(each.dropout_p, []).append(each)
+    return [
+        same[0]
+        if len(same) == 1
+        else Thin(torch.cat([t.a for t in same], 1), torch.cat([t.scale * t.b for t in same], 2), 1.0, p)
+        for p, same in by_dropout.items()
+    ]
 
 
 class _Gathered(torch.autograd.Function):
@@ -109,7 +146,7 @@ class _Gathered(torch.autograd.Function):
 
 
 def _thin(x: Tensor, offsets: Tensor, change: Thin) -> Tensor:
-    """scale · (dropout(x_i) A_eᵀ) B_eᵀ, expert by expert: of a second adapter, which no product of the base carries."""
+    """scale · (dropout(x_i) A_eᵀ) B_eᵀ, expert by expert: of an adapter with another dropout than the first."""
     wide = torch.promote_types(x.dtype, torch.float32)
     x = nn.functional.dropout(x, change.dropout_p).to(wide) if change.dropout_p else x.to(wide)
     ends = offsets.tolist()

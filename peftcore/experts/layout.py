@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+IMPLEMENTATIONS = {None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe"}  # which compute the same
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
 
 
@@ -59,4 +60,33 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
         transposed=flags["is_transposed"],
         interleaved=not flags["is_concatenated"],
         has_bias=flags["has_bias"],
+    )
+
+
+def has_interface_forward(module: Any, forward: Any) -> bool:
+    """Is `forward`, that of the module's class, the interface's? A subclass may have one that computes something else.
+
+    And is what it looks up by the config one of transformers', not one that a user has registered?
+    """
+    names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
+    if "experts_interface" not in names or forward.__globals__.get("__name__") != "transformers.integrations.moe":
+        return False
+    return getattr(module.config, "_experts_implementation", None) in IMPLEMENTATIONS
+
+
+def stacked_weights(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's parameters that are weights of all its experts, dense or packed.
+
+    Those of transformers' interface, and parameters of three dimensions of which the first is a number of experts that
+    the module bears (Llama 4's `num_experts`).
+    """
+    layout = experts_layout(module)
+    if layout is not None:
+        return tuple(name for name in module._parameters if name in layout.names)
+    counts = {value for name, value in vars(module).items() if "expert" in name and type(value) is int and value > 1}
+    return tuple(
+        name
+        for name, parameter in module._parameters.items()
+        if parameter is not None and parameter.dim() == 3 and parameter.shape[0] in counts
+        if parameter.is_floating_point() and min(parameter.shape[1:]) > 1
     )

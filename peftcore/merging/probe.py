@@ -22,6 +22,7 @@ from peftcore.adaptation import adapted
 from peftcore.adaptation.chain import WeightChanges
 from peftcore.adaptation.class_swap import original_class, original_forward
 from peftcore.errors import PeftcoreError
+from peftcore.experts import experts_layout
 from peftcore.layers import is_linear, sizes
 
 TOLERANCE = 1e-4
@@ -126,7 +127,7 @@ def _rounding(device: torch.device) -> float:
 
 def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """What a module of this kind may take, the likeliest first."""
-    generator = torch.Generator().manual_seed(0)
+    generator, layout = torch.Generator().manual_seed(0), experts_layout(module)
 
     def normal(*shape: int) -> Tensor:
         x = torch.randn(*shape, generator=generator, device="cpu").to(weight.device)
@@ -148,6 +149,10 @@ def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield (x.transpose(1, 2),)  # channels last, as some heads have it
     elif isinstance(module, nn.MultiheadAttention):
         yield tuple(normal(2, 3, width)[:2] for width in (module.embed_dim, module.kdim, module.vdim))
+    elif layout is not None:
+        x = normal(_ROWS, getattr(module, layout.up).shape[1 if layout.transposed else 2])
+        chosen = torch.rand(_ROWS, layout.count, generator=generator, device="cpu").topk(min(2, layout.count))
+        yield x, *(t.to(weight.device).repeat(2, 1) for t in (chosen.indices, chosen.values))
     elif weight.dim():
         width = weight.shape[-1]
         yield (normal(_ROWS, width),)

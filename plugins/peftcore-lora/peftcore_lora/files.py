@@ -16,7 +16,7 @@ from peftcore_lora import starts
 from peftcore_lora.config import LoraConfig, scaled
 from peftcore_lora.layer_facts import Convolution, adds_to_product, is_undilated
 from peftcore_lora.layers import LoraEmbedding
-from peftcore_lora.parameters import LoraParameter, name_on_disk, upgraded
+from peftcore_lora.parameters import LoraParameter, name_on_disk, read_experts, write_experts
 from peftcore_lora.variants import as_plain, plain_fields, why_not
 
 KNOWN_PEFT = (0, 21, 2)  # up to this release it is known what PEFT computes of an attention's file
@@ -41,7 +41,7 @@ def tensor_name(placement: Any, name: str) -> str:
 def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
     """With bias="all" PEFT writes the biases of modules_to_save, and those they replace, a second time."""
     tensors = {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
-    return starts.read_start(model, upgraded(model, as_plain(tensors, fields), fields), fields)
+    return starts.read_start(model, read_experts(model, as_plain(tensors, fields), fields), fields)
 
 
 # Layers of dense and shared blocks that PEFT takes for the experts of old files, by the kind of model that transformers
@@ -135,7 +135,7 @@ RULES = peftcore.StateRules(
     write_config=starts.write_config,
     read_config=lambda fields: starts.read_config(read_config(fields)),
     config_on_disk=config_on_disk,
-    write_tensors=starts.write_tensors,
+    write_tensors=lambda tensors, config: write_experts(starts.write_tensors(tensors, config)),
     read_tensors=read_tensors,
     unreadable=unreadable,
     refused=refused,

@@ -1,9 +1,13 @@
 """`target_parameters`: LoRA of parameters by name, of whatever module, in PEFT's format.
 
     W [out, in]                A [r, in], B [out, r]
-    W [experts, out, in]       W_e + scale · B_e A_e;  A [experts · r, in] is read as (experts, r, in),
-                               B [out, r · experts] as (out, r, experts)
+    W [experts, out, in]       W_e + scale · B_e A_e, A [experts, r, in], B [experts, out, r]
     W [experts, in, out]       of a module that says `is_transposed`: the product, transposed
+
+Where transformers' experts interface runs the module, nothing as large as W is made: the products of A_e and B_e join
+those of W_e (`thin`), for the experts that have tokens. Elsewhere its own forward reads W + scale · B A.
+
+In the file A is [experts · r, in], read as (experts, r, in), and B [out, r · experts], read as (out, r, experts).
 
 Several parameters of one module lie in PEFT's file one in the other, the first that the module has innermost, without
 their names: `experts.base_layer.lora_A.weight`, `experts.lora_A.weight`. Up to 0.18 PEFT took every W for
@@ -13,6 +17,7 @@ their names: `experts.base_layer.lora_A.weight`, `experts.lora_A.weight`. Up to 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,32 +28,58 @@ import peftcore
 from peftcore import targets, validation
 from peftcore.adaptation.adapted import base_modules
 from peftcore.errors import nearest
+from peftcore.experts import Thin, experts_layout
 from peftcore_lora.config import LoraConfig
 from peftcore_lora.layers import Lora
 
+BY_EXPERT = "by_expert"  # end of a name that is not yet that in the file
+
 
 class LoraParameter(Lora):
-    """Of one parameter; see above. Without dropout.
+    """Of one parameter; see above. Dropout acts where `thin` is read.
 
     Args:
         inside: in how many others of its module it lies in the file.
+        drops: the module's weights are changed by their thin products, so that dropout acts.
     """
 
-    def __init__(self, config: LoraConfig, path: str, shape: Sequence[int], transposed: bool, inside: int) -> None:
+    def __init__(
+        self, config: LoraConfig, path: str, shape: Sequence[int], transposed: bool, inside: int, drops: bool
+    ) -> None:
         self.experts, self.transposed = shape[0] if len(shape) == 3 else None, transposed and len(shape) == 3
         width, out = shape[-2:] if self.transposed else (shape[-1], shape[-2])
         super().__init__(config, path, [width], [out], experts=self.experts or 1)
-        self.inside = inside
+        if self.experts is not None:
+            a, b = self.lora_A.detach(), self.lora_B.detach()
+            self.lora_A, self.lora_B = (
+                nn.Parameter(a.view(self.experts, -1, width)),
+                nn.Parameter(by_expert(b, self.experts)),
+            )
+        self.inside, self.drops = inside, drops
+
+    def extra_repr(self) -> str:
+        return f"r={self.lora_A.shape[-2]}, scale={self.scale:g}"
+
+    def thin(self) -> Thin | None:
+        p = self.dropout.p if self.training else 0.0
+        return None if self.experts is None else Thin(self.lora_A, self.lora_B, self.scale, p)
 
     def forward(self, weight: Tensor) -> Tensor:
+        if self.training and self.dropout.p and self.drops and torch.is_grad_enabled():
+            warnings.warn(
+                f"lora_dropout={self.dropout.p} does not act where experts' weights are read changed", stacklevel=2
+            )
         a, b = self.lora_A.to(weight.dtype), self.lora_B.to(weight.dtype)
         if self.experts is None:
             return torch.addmm(weight, b, a, alpha=self.scale)
-        a = a.view(self.experts, -1, a.shape[1])  # [experts, r, in]
-        b = b.view(len(b), -1, self.experts).permute(2, 0, 1)  # [experts, out, r]
         if self.transposed:
             return torch.baddbmm(weight, a.mT, b.mT, alpha=self.scale)
         return torch.baddbmm(weight, b, a, alpha=self.scale)
+
+
+def by_expert(b: Tensor, experts: int) -> Tensor:
+    """B `[experts, out, r]` of that in the file, `[out, r · experts]`."""
+    return b.view(len(b), -1, experts).permute(2, 0, 1).contiguous()
 
 
 def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[peftcore.OnWeight]:
@@ -68,8 +99,9 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[peftcore.
                 f"'{whole}' is {list(shape)} of {parameter.dtype}: LoRA adapts parameters of two or three "
                 "dimensions in 16 or 32 bits. Leave it out of target_parameters, or its module out of quantization",
             )
-            transposed = getattr(module, "is_transposed", False)
-            adapter = LoraParameter(config, whole, shape, transposed, len(names) - 1 - place)
+            layout, transposed = experts_layout(module), getattr(module, "is_transposed", False)
+            drops = layout is not None and name in layout.names
+            adapter = LoraParameter(config, whole, shape, transposed, len(names) - 1 - place, drops)
             yield peftcore.OnWeight(path, name, adapter)
 
 
@@ -91,8 +123,39 @@ def named(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
 
 
 def name_on_disk(placement: peftcore.OnWeight, name: str) -> str:
+    """PEFT's name; of experts' factors, which have another shape there, one that `write_experts` turns into it."""
     adapter: Any = placement.adapter
-    return f"base_model.model.{placement.path}{'.base_layer' * adapter.inside}.{name}.weight"
+    end = "weight" if adapter.experts is None else BY_EXPERT
+    return f"base_model.model.{placement.path}{'.base_layer' * adapter.inside}.{name}.{end}"
+
+
+def write_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Factors of experts under the names and in the shapes that they have in PEFT's file."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        stem, _, end = name.rpartition(".")
+        if end == BY_EXPERT:
+            is_a = stem.endswith("lora_A")
+            tensor = tensor.flatten(0, 1) if is_a else tensor.permute(1, 2, 0).reshape(tensor.shape[1], -1)
+            name = f"{stem}.weight"
+        found[name] = tensor
+    return found
+
+
+def read_experts(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The other way round, of files of any release of PEFT."""
+    tensors = upgraded(model, tensors, fields)
+    for path, names in named(model, fields.get("target_parameters") or ()).items():
+        for inside, name in enumerate(reversed(names)):
+            shape = _shape(model.get_submodule(path), name)
+            stem = f"base_model.model.{path}{'.base_layer' * inside}"
+            for which in "AB" if len(shape) == 3 else ():
+                tensor = tensors.pop(f"{stem}.lora_{which}.weight", None)
+                if tensor is None or tensor.shape[0 if which == "A" else 1] % shape[0]:
+                    continue  # of which it is said that it lacks
+                by = tensor.view(shape[0], -1, tensor.shape[1]) if which == "A" else by_expert(tensor, shape[0])
+                tensors[f"{stem}.lora_{which}.{BY_EXPERT}"] = by
+    return tensors
 
 
 def upgraded(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:

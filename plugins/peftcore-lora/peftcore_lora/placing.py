@@ -47,7 +47,11 @@ def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architect
     ]
     parameters = list(place_parameters(model, config)) if config.target_parameters else []
     all_of_them = [*placements, *parameters]
-    on_weight = [p.path for p in all_of_them if isinstance(p.adapter, (OnWeight, LoraParameter))]
+    on_weight = [
+        p.path
+        for p in all_of_them
+        if isinstance(p.adapter, OnWeight) or (isinstance(p.adapter, LoraParameter) and not p.adapter.drops)
+    ]
     if config.lora_dropout and on_weight:
         warnings.warn(
             f"lora_dropout={config.lora_dropout} does not act at {len(on_weight)} of {len(all_of_them)} modules, where "

@@ -96,6 +96,22 @@ def test_older_files(inner: int, tmp_path: Path) -> None:
     assert torch.equal(logits(peftcore.load(mixtral(inner), tmp_path)), logits(model))
 
 
+def test_experts_with_dropout_and_two_adapters() -> None:
+    """Their factors join the products: with a seed the same, without dropout what the merged weights compute."""
+    fields = {"target_parameters": EXPERTS, "target_modules": [], "lora_dropout": 0.5}
+    model = peftcore.apply(mixtral(), "lora", r=2, **fields)
+    peftcore.apply(model, "lora", adapter="other", r=3, **{**fields, "lora_dropout": 0.1})
+    for name in ("default", "other"):
+        disturb(model, name, seed=1)
+    peftcore.activate(model, ["default", "other"])
+    acting = logits(model)
+    model.train()
+    first, second, other = (torch.manual_seed(seed) and logits(model) for seed in (0, 0, 1))
+    assert torch.equal(first, second) and not torch.equal(first, other)
+    peftcore.merge(model)
+    torch.testing.assert_close(logits(model), acting, rtol=0, atol=1e-5)
+
+
 def test_a_layer_in_four_bits() -> None:
     fields = {"target_parameters": ["q_proj.weight"], "target_modules": ["v_proj"]}
     model = peftcore.apply(peftcore.quantize(tiny.llama()), "lora", r=2, **fields)
