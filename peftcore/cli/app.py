@@ -18,6 +18,7 @@ from typing import Any
 import typer
 
 from peftcore.cli.commands import (
+    chat,
     compare,
     doctor,
     evaluate,
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "compare": compare.compare,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
+    "chat": chat.chat,
     "merge": merge.merge,
     "plan": plan.plan,
     "info": info.info,

@@ -1,36 +1,60 @@
-"""Read examples from JSONL and TSV files; every error names the file and the line.
+"""Examples of files (`data_files`) as rows; every error names the file and the line.
 
-Language modelling: `{"text": ...}`, or `{"prompt": ..., "completion": ...}`, where only the completion
-is learned. Classification: `{"text": ..., "label": ...}`, as JSONL or as TSV with a header line.
+Language modelling: `{"text": ...}`; `{"prompt": ..., "completion": ...}`, where only the completion is learned; or a
+conversation, `{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`, where the assistant's turns are.
+`prompt` and `completion` may be lists of messages, too, and `conversations` with `from` and `value` is ShareGPT's way
+to write the same. Classification: `{"text": ..., "label": ...}`.
 """
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
+from peftcore.cli.data_files import records
 from peftcore.errors import PeftcoreError, nearest
 
 LANGUAGE_MODEL = "causal-lm"
 CLASSIFICATION = "classification"
 TASKS = (LANGUAGE_MODEL, CLASSIFICATION)
 
-_KEYS = {LANGUAGE_MODEL: (("text",), ("prompt", "completion")), CLASSIFICATION: (("text", "label"),)}
+_KEYS = {
+    LANGUAGE_MODEL: (("messages",), ("conversations",), ("prompt", "completion"), ("text",)),
+    CLASSIFICATION: (("text", "label"),),
+}
+_SHOWN = {LANGUAGE_MODEL: "text, prompt/completion or messages", CLASSIFICATION: "text/label"}
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_ROLES |= {"tool": "tool", "observation": "tool", "function": "tool"}
+
+Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example. `where` is `FILE:LINE`; `text` is the prompt where there is a completion."""
+    """One example. `where` is `FILE:LINE`; `text` is the prompt where there is a completion.
+
+    Of a conversation there are messages as chat templates take them, of which the assistant's from `learned_from` on
+    are learned, and the tools that it may call.
+    """
 
     where: str
     text: str
     completion: str | None = None
     label: str | None = None
+    messages: Messages | None = None
+    learned_from: int = 0
+    tools: list[Any] | None = None
+
+    @property
+    def kind(self) -> str:
+        """What its fields are called."""
+        if self.messages is not None:
+            return "messages"
+        return "text" if self.completion is None else "prompt/completion"
 
 
 def check_task(task: str) -> None:
@@ -39,29 +63,31 @@ def check_task(task: str) -> None:
         raise PeftcoreError(f"--task is one of {', '.join(TASKS)}, found '{task}'")
 
 
-def read_rows(path: str | os.PathLike[str], task: str) -> list[Row]:
-    """All examples of a file.
+def read_rows(path: str | os.PathLike[str], task: str, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """All examples of a file, a folder of files or a dataset of the hub.
+
+    Args:
+        columns: the file's names of fields, by ours.
 
     Raises:
         PeftcoreError: the file is missing, empty or of another kind, or a line is wrong.
     """
     check_task(task)
-    rows = [_row(where, fields, task) for where, fields in _records(Path(path))]
+    rows = [_row(where, fields, task) for where, fields in records(os.fspath(path), columns)]
     if not rows:
         raise PeftcoreError(f"'{path}' holds no example")
-    kinds = {row.completion is None for row in rows}
-    if task == LANGUAGE_MODEL and len(kinds) == 2:
-        odd = next(row for row in rows if (row.completion is None) != (rows[0].completion is None))
+    odd = next((row for row in rows if row.kind != rows[0].kind), None)
+    if odd is not None and task == LANGUAGE_MODEL:
         raise PeftcoreError(
-            f"{odd.where}: text and prompt/completion are mixed in one file; the first line has "
-            f"{'text' if rows[0].completion is None else 'prompt/completion'}. Split the file in two"
+            f"{odd.where}: {rows[0].kind} and {odd.kind} are mixed in one file; the first line has {rows[0].kind}. "
+            "Split the file in two"
         )
     return rows
 
 
-def guess_task(path: str | os.PathLike[str]) -> str:
+def guess_task(path: str | os.PathLike[str], columns: Mapping[str, str] | None = None) -> str:
     """The task that the first line of a file is an example of."""
-    for _, fields in _records(Path(path)):
+    for _, fields in records(os.fspath(path), columns):
         return CLASSIFICATION if "label" in fields else LANGUAGE_MODEL
     raise PeftcoreError(f"'{path}' holds no example")
 
@@ -114,55 +140,22 @@ def label_ids(rows: list[Row], labels: list[str]) -> list[int]:
     return [index[row.label] for row in rows]
 
 
-def _records(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    """(FILE:LINE, fields) of every line that is not blank."""
-    suffix = path.suffix.lower()
-    if suffix not in (".jsonl", ".tsv"):
-        raise PeftcoreError(f"'{path}': examples are read from .jsonl and .tsv files, found '{suffix}'")
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            yield from (_tsv if suffix == ".tsv" else _jsonl)(path, file)
-    except UnicodeDecodeError as error:
-        raise PeftcoreError(f"'{path}' is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except OSError as error:
-        raise PeftcoreError(f"'{path}' cannot be read: {error.strerror or error}") from error
-
-
-def _jsonl(path: Path, file: Iterator[str]) -> Iterator[tuple[str, dict[str, object]]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PeftcoreError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(fields, dict):
-            raise PeftcoreError(f"{where}: expected a JSON object, found {type(fields).__name__}")
-        yield where, fields
-
-
-def _tsv(path: Path, file: Iterator[str]) -> Iterator[tuple[str, dict[str, object]]]:
-    # Quotes have no meaning: reviews and tweets are full of single ones.
-    lines = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-    header = next(lines, None)
-    if header is None:
-        return
-    if "text" not in header or "label" not in header:
-        raise PeftcoreError(f"{path}:1: the first line must name the columns text and label, found {header}")
-    for number, values in enumerate(lines, 2):
-        if not values:
-            continue
-        if len(values) != len(header):
-            raise PeftcoreError(f"{path}:{number}: {len(values)} columns, the first line names {len(header)}")
-        yield f"{path}:{number}", dict(zip(header, values, strict=True))
-
-
-def _row(where: str, fields: dict[str, object], task: str) -> Row:
-    keys = next((keys for keys in _KEYS[task] if all(key in fields for key in keys)), None)
+def _row(where: str, fields: dict[str, Any], task: str) -> Row:
+    keys = next((keys for keys in _KEYS[task] if all(fields.get(key) is not None for key in keys)), None)
     if keys is None:
-        wanted = " or ".join("/".join(keys) for keys in _KEYS[task])
-        raise PeftcoreError(f"{where}: {task} needs the keys {wanted}, found {', '.join(fields) or 'none'}")
+        keys = next((keys for keys in _KEYS[task] if all(key in fields for key in keys)), None)
+    if keys is None:
+        raise PeftcoreError(
+            f"{where}: {task} needs the keys {_SHOWN[task]}, found {', '.join(fields) or 'none'}. "
+            "Where they have other names: --columns prompt=question,completion=answer"
+        )
+    if keys == ("messages",):
+        return _conversation(where, _messages(where, "messages", fields["messages"]), 0, fields)
+    if keys == ("conversations",):
+        return _conversation(where, _of_sharegpt(where, fields["conversations"]), 0, fields)
+    if keys == ("prompt", "completion") and isinstance(fields["prompt"], list):
+        before, answer = (_messages(where, key, fields[key]) for key in keys)
+        return _conversation(where, [*before, *answer], len(before), fields)
     for key in keys:
         value = fields[key]
         if key == "label" and isinstance(value, (int, str)):
@@ -176,3 +169,47 @@ def _row(where: str, fields: dict[str, object], task: str) -> Row:
     if keys == ("text",):
         return Row(where, str(fields["text"]))
     return Row(where, str(fields["prompt"]), completion=str(fields["completion"]))
+
+
+def _conversation(where: str, messages: Messages, learned_from: int, fields: dict[str, Any]) -> Row:
+    if not any(message["role"] == "assistant" for message in messages[learned_from:]):
+        raise PeftcoreError(f"{where}: no turn of the assistant, of which the model would learn")
+    tools = fields.get("tools")
+    if isinstance(tools, str):  # datasets keeps what differs from row to row as JSON text
+        try:
+            tools = json.loads(tools)
+        except ValueError as error:
+            raise PeftcoreError(f"{where}: 'tools' is not JSON: {error}") from error
+    if tools is not None and not isinstance(tools, list):
+        raise PeftcoreError(f"{where}: 'tools' must be a list, found {type(tools).__name__}")
+    return Row(where, "", messages=messages, learned_from=learned_from, tools=tools or None)
+
+
+def _messages(where: str, key: str, found: Any) -> Messages:
+    if not isinstance(found, list) or not found:
+        raise PeftcoreError(f"{where}: '{key}' must be a list of messages, found {type(found).__name__}")
+    for index, message in enumerate(found):
+        place = f"{where}: {key}[{index}]"
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise PeftcoreError(f'{place} must be {{"role": ..., "content": ...}}, found {str(message)[:80]}')
+        content = message.get("content")
+        if isinstance(content, list):
+            raise PeftcoreError(f"{place} has content in parts (images or audio?), which no command reads. Give text")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise PeftcoreError(f"{place} has no text as its content, found {str(content)[:80]}")
+    # What a table of rows (Parquet, datasets) fills in where a message lacks a field.
+    return [{name: value for name, value in message.items() if value is not None} for message in found]
+
+
+def _of_sharegpt(where: str, found: Any) -> Messages:
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise PeftcoreError(f"{where}: 'conversations' must be a list of turns, found {type(found).__name__}")
+    if all("role" in each for each in found):
+        return _messages(where, "conversations", found)
+    for index, each in enumerate(found):
+        if each.get("from") not in _ROLES:
+            raise PeftcoreError(
+                f"{where}: conversations[{index}] is from {each.get('from')!r}; known are {', '.join(_ROLES)}"
+            )
+    turns = [{"role": _ROLES[each["from"]], "content": each.get("value")} for each in found]
+    return _messages(where, "conversations", turns)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,8 @@ class AdapterTask:
     task: str
     max_length: int
     labels: tuple[str, ...] = ()
+    chat: bool | None = None  # was it trained on conversations? None: not known
+    chat_template: str | None = None  # where it is not the tokenizer's own
 
     def write(self, folder: Path) -> None:
         """Write it into the adapter's folder."""
@@ -53,7 +55,8 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     fields, foreign = checkpoint.about(folder)
     try:
         stored = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
-        task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]))
+        chat = {name: stored.get(name) for name in ("chat", "chat_template")}
+        task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), **chat)
         if type(stored["labels"]) is not list:
             raise TypeError(f"labels={stored['labels']!r} is no list")
         if task.task not in data.TASKS:
@@ -67,7 +70,7 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: {error}. It may be deleted") from error
     if given and len(given) != len(task.labels):
         raise PeftcoreError(f"--labels names {len(given)} labels, the adapter has {len(task.labels)}")
-    return AdapterTask(task.task, task.max_length, given or task.labels)
+    return replace(task, labels=given or task.labels)
 
 
 def base_of(folder: Path, model: str | None) -> str:
@@ -145,11 +148,18 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
         return _auto_class(task).from_config(config)
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def load_adapter(model: PreTrainedModel, folder: Path, name: str | None = None) -> PreTrainedModel:
     """Load the adapter in `folder`, frozen."""
     import peftcore
 
-    return peftcore.load(model, folder, trainable=False).eval()
+    return peftcore.load(model, folder, adapter=name, trainable=False).eval()
+
+
+def adapter_folder(folder: Path) -> Path:
+    """The adapter's folder, where `folder` may be that of the run that made it."""
+    inside = folder / "adapter"
+    is_run = not (folder / "adapter_config.json").exists() and (inside / "adapter_config.json").exists()
+    return inside if is_run else folder
 
 
 def torch_device(device: str) -> torch.device:

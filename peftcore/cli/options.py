@@ -11,12 +11,39 @@ from peftcore.errors import PluginError
 
 FULL = "full"  # stands for a method: every parameter of the model is trained, the reference of a comparison
 
+
+def _in_run(folder: Path | None) -> Path | None:
+    """An adapter may be named by the run that made it."""
+    from peftcore.cli.models import adapter_folder
+
+    return None if folder is None else adapter_folder(folder)
+
+
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or a .gguf file.")]
 BaseModel = Annotated[
     str | None, typer.Option("--model", "-m", help="The adapter's base, if it is not where the adapter says.")
 ]
 Adapter = Annotated[
-    Path, typer.Option("--adapter", "-a", help="Adapter folder, ours, PEFT's or of a library that a plugin reads.")
+    Path,
+    typer.Option(
+        "--adapter", "-a", callback=_in_run, help="Adapter folder, ours, PEFT's or of a library that a plugin reads."
+    ),
+]
+MaybeAdapter = Annotated[
+    Path | None, typer.Option("--adapter", "-a", callback=_in_run, help="Adapter folder; without, the base.")
+]
+Data = Annotated[
+    str,
+    typer.Option(
+        "--data", "-d", help="Examples: a file (.jsonl .json .csv .tsv .parquet), a folder of them, a dataset's hub id."
+    ),
+]
+Columns = Annotated[
+    str | None, typer.Option(help="The data's names of fields, such as prompt=question,completion=answer.")
+]
+ChatTemplate = Annotated[
+    str | None,
+    typer.Option(help="How messages become text: chatml, or a file with a template; default the tokenizer's."),
 ]
 MethodName = Annotated[
     str | None, typer.Option("--method", help="Fine-tuning method; may be left out where only one is installed.")
@@ -64,5 +91,6 @@ def resolve_method(name: str | None, settings: list[str] | None) -> tuple[str, d
 
 
 def absolute(path: str) -> str:
-    """A path as it is found from any folder."""
-    return str(Path(path).expanduser().resolve())
+    """A path as it is found from any folder; what is none (a hub's id, `chatml`) as it is."""
+    where = Path(path).expanduser()
+    return str(where.resolve()) if where.exists() else path

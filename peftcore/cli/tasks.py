@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli import data
-from peftcore.cli.data import Row
+from peftcore.cli import conversations, data
+from peftcore.cli.conversations import IGNORED
+from peftcore.cli.data import Messages, Row
 from peftcore.errors import PeftcoreError
-
-IGNORED = -100  # a label that the loss passes over
 
 Example = dict[str, Any]
 
@@ -46,10 +45,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples as token ids, and how many rows were longer than allowed."""
+    """Examples as token ids; how many rows were longer than allowed, and how many of these lost all that is learned."""
 
     examples: list[Example]
     truncated: int
+    left_out: int = 0
 
 
 def encode(
@@ -58,7 +58,7 @@ def encode(
     """Rows as `input_ids` and `labels`.
 
     A text longer than `max_length` tokens is divided; of a prompt with its completion the prompt's
-    beginning is dropped; what is to be classified is cut at its end.
+    beginning is dropped; what is to be classified, and a conversation, is cut at its end.
 
     Raises:
         PeftcoreError: a row gives no token, or its label is unknown.
@@ -67,6 +67,8 @@ def encode(
         raise PeftcoreError(f"the length must be at least 2 tokens, found {max_length}")
     if task == data.CLASSIFICATION:
         return _encode_classes(rows, tokenizer, max_length, labels)
+    if rows and rows[0].messages is not None:
+        return _encode_conversations(rows, tokenizer, max_length)
     examples, truncated = [], 0
     for row in rows:
         ids = tokenizer(row.text)["input_ids"]
@@ -144,14 +146,25 @@ def measure(
 def generate_text(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: str | Messages,
     *,
     max_new_tokens: int = 64,
     temperature: float = 0.0,
     seed: int = 0,
+    streamer: Any = None,
 ) -> str:
-    """What a language model writes after `prompt`: its likeliest tokens, or with a temperature drawn ones."""
-    inputs = tokenizer(prompt, return_tensors="pt").to(next(model.parameters()).device)
+    """What a language model writes after `prompt`: its likeliest tokens, or with a temperature drawn ones.
+
+    Args:
+        prompt: a text, or a conversation, which the tokenizer's chat template turns into one.
+        streamer: one of transformers', which is given the tokens as they come.
+    """
+    if isinstance(prompt, str):
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        text = conversations.rendered(tokenizer, prompt, begins_answer=True)
+        inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+    inputs = inputs.to(next(model.parameters()).device)
     if inputs["input_ids"].shape[1] == 0:
         inputs = {"input_ids": torch.tensor([[_start(tokenizer)]], device=next(model.parameters()).device)}
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
@@ -164,7 +177,8 @@ def generate_text(
             **sampling,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=_ends(model, tokenizer),
+            streamer=streamer,
         )
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -192,6 +206,30 @@ def _encode_classes(
             raise PeftcoreError(f"{row.where}: the text gives no token")
     examples = [{"input_ids": tokens, "labels": label} for tokens, label in zip(shortened, ids, strict=True)]
     return Encoded(examples, sum(len(tokens) > max_length for tokens in encoded))
+
+
+def _encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    examples, truncated, left_out = [], 0, 0
+    for row in rows:
+        for example in conversations.encode(row, tokenizer):
+            truncated += len(example["input_ids"]) > max_length
+            cut = {name: values[:max_length] for name, values in example.items()}
+            if any(label != IGNORED for label in cut["labels"][1:]):
+                examples.append(cut)
+            else:
+                left_out += 1
+    if not examples:
+        raise PeftcoreError(
+            f"every conversation is so long that no answer begins within {max_length} tokens. Allow more: --max-length"
+        )
+    return Encoded(examples, truncated, left_out)
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+    """The tokens that end an answer: the tokenizer's, and those that the model's own settings name (a turn's end)."""
+    named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
+    return sorted({end for end in ends if end is not None}) or None
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> int:

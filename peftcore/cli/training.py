@@ -23,8 +23,9 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArgum
 
 import peftcore
 from peftcore import ranks
-from peftcore.cli import data, models, progress, tasks
+from peftcore.cli import conversations, data, models, progress, tasks
 from peftcore.cli.console import say, warn
+from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.models import AdapterTask
 from peftcore.cli.options import FULL
 from peftcore.cli.sampler import LengthGroupedSampler
@@ -46,6 +47,8 @@ class Settings:
     task: str
     method: str
     fields: dict[str, Any] = field(default_factory=dict)
+    columns: str | None = None
+    chat_template: str | None = None
     eval_data: str | None = None
     holdout: float = 0.1
     epochs: float = 3.0
@@ -76,7 +79,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run found. `samples`: (what wrote it, text); `quantize`: the 4-bit type of the base, if any."""
+    """What a finished run found. `samples`: (what wrote it, text); `quantize`: the 4-bit type of the base, if any.
+
+    `is_chat`: the examples are conversations.
+    """
 
     before: tasks.Metrics
     after: tasks.Metrics
@@ -94,6 +100,7 @@ class Result:
     adapter_bytes: int
     samples: list[tuple[str, str]]
     quantize: str | None
+    is_chat: bool
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON keeps them; the history is in the checkpoints."""
@@ -192,6 +199,8 @@ def run(
     train_rows, eval_rows = read_splits(settings)
     labels = tuple(data.labels_of(train_rows)) if settings.task == data.CLASSIFICATION else ()
     tokenizer = models.load_tokenizer(settings.model)
+    conversations.set_template(tokenizer, settings.chat_template)
+    is_chat = train_rows[0].messages is not None
     train = encode_examples("training", train_rows, settings, tokenizer, labels)
     held_out = encode_examples("held-out", eval_rows, settings, tokenizer, labels)
 
@@ -209,7 +218,8 @@ def run(
     say(str(summary))
 
     def sample_text() -> str:
-        return tasks.generate_text(model.eval(), tokenizer, sample or "", max_new_tokens=sample_tokens)
+        prompt: Any = [{"role": "user", "content": sample}] if is_chat else sample or ""
+        return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
 
     with peftcore.disabled(model) if settings.method != FULL else contextlib.nullcontext():
         before = tasks.measure(model, held_out, tokenizer)
@@ -247,7 +257,9 @@ def run(
         model.save_pretrained(adapter)
     else:
         peftcore.save(model, adapter)
-        ranks.once(lambda: AdapterTask(settings.task, settings.max_length, labels).write(adapter), together=True)
+        template = tokenizer.chat_template if is_chat and settings.chat_template else None
+        made_for = AdapterTask(settings.task, settings.max_length, labels, is_chat, template)
+        ranks.once(lambda: made_for.write(adapter), together=True)
     return Result(
         before=before,
         after=trainer.measured[trainer.state.global_step],
@@ -265,6 +277,7 @@ def run(
         adapter_bytes=sum(file.stat().st_size for file in adapter.iterdir()),
         samples=samples,
         quantize=next((m.quant_type for m in model.modules() if isinstance(m, QuantizedLinear)), None),
+        is_chat=is_chat,
     )
 
 
@@ -278,9 +291,10 @@ def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any
 
 def read_splits(settings: Settings) -> tuple[list[data.Row], list[data.Row]]:
     """(examples to train on, held-out ones)."""
-    rows = data.read_rows(settings.data, settings.task)
+    names = parsed_columns(settings.columns)
+    rows = data.read_rows(settings.data, settings.task, names)
     if settings.eval_data is not None:
-        return rows, data.read_rows(settings.eval_data, settings.task)
+        return rows, data.read_rows(settings.eval_data, settings.task, names)
     return data.hold_out(rows, settings.holdout, settings.seed)
 
 
@@ -294,6 +308,8 @@ def encode_examples(
             f"{encoded.truncated:,} of {len(rows):,} {what} examples are longer than {settings.max_length} tokens "
             "(--max-length) and were cut or divided"
         )
+    if encoded.left_out:
+        warn(f"of {encoded.left_out:,} of them nothing that is learned is left, and they are left out")
     return encoded.examples
 
 

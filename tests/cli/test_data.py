@@ -41,7 +41,12 @@ def test_tsv_keeps_quotes(tmp_path: Path) -> None:
     [
         ("a.jsonl", '{"text": "a"}\n{"text": \n', LANGUAGE_MODEL, "a.jsonl:2: not JSON: Expecting value at column"),
         ("a.jsonl", '{"text": "a"}\n\n[1]\n', LANGUAGE_MODEL, "a.jsonl:3: expected a JSON object, found list"),
-        ("a.jsonl", '{"txt": "a"}\n', LANGUAGE_MODEL, "a.jsonl:1: causal-lm needs the keys text or prompt/completion"),
+        (
+            "a.jsonl",
+            '{"txt": "a"}\n',
+            LANGUAGE_MODEL,
+            "a.jsonl:1: causal-lm needs the keys text, prompt/completion or messages",
+        ),
         ("a.jsonl", '{"prompt": "a"}\n', LANGUAGE_MODEL, "found prompt"),
         ("a.jsonl", '{"text": 3}\n', LANGUAGE_MODEL, "a.jsonl:1: 'text' must be text, found 3"),
         ("a.jsonl", '{"text": " "}\n', LANGUAGE_MODEL, "a.jsonl:1: 'text' is empty"),
@@ -56,10 +61,15 @@ def test_tsv_keeps_quotes(tmp_path: Path) -> None:
         ("a.jsonl", "", LANGUAGE_MODEL, "a.jsonl' holds no example"),
         ("a.jsonl", "\n \n", LANGUAGE_MODEL, "a.jsonl' holds no example"),
         ("a.tsv", "", CLASSIFICATION, "a.tsv' holds no example"),
-        ("a.tsv", "text\tlabel\n", CLASSIFICATION, "a.tsv' holds no example"),
-        ("a.tsv", "good\tpos\n", CLASSIFICATION, "a.tsv:1: the first line must name the columns text and label"),
+        ("a.tsv", "good\tpos\nbad\tneg\n", CLASSIFICATION, "a.tsv:2: classification needs the keys text/label, found"),
+        (
+            "a.tsv",
+            "good\tpos\n",
+            CLASSIFICATION,
+            "a.tsv:1: the first line names the columns, here good, pos, and no line follows",
+        ),
         ("a.tsv", "text\tlabel\na\tb\na\n", CLASSIFICATION, "a.tsv:3: 1 columns, the first line names 2"),
-        ("a.csv", "text,label\n", CLASSIFICATION, "examples are read from .jsonl and .tsv files, found '.csv'"),
+        ("a.xml", "<a/>", CLASSIFICATION, "a.xml': examples are read from .jsonl, .json, .csv, .tsv, .parquet, found"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, name: str, content: str, task: str, message: str) -> None:
@@ -117,3 +127,45 @@ def test_labels_survive_json(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": "a", "label": label}) + "\n" for label in (0, 1, "1")))
     assert [row.label for row in data.read_rows(path, CLASSIFICATION)] == ["0", "1", "1"]
+
+
+MESSAGES = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+@pytest.mark.parametrize(
+    ("fields", "learned_from"),
+    [
+        ({"messages": MESSAGES}, 0),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, 1),
+        ({"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]}, 0),
+        ({"conversations": MESSAGES}, 0),
+        ({"messages": [{**message, "tool_calls": None} for message in MESSAGES], "text": None}, 0),
+    ],
+)
+def test_conversations(fields: dict[str, object], learned_from: int, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({**fields, "tools": '[{"name": "f"}]'}))
+    wanted = Row(f"{path}:1", "", messages=MESSAGES, learned_from=learned_from, tools=[{"name": "f"}])
+    assert data.read_rows(path, LANGUAGE_MODEL) == [wanted]
+    assert data.guess_task(path) == LANGUAGE_MODEL
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"messages": MESSAGES[:1]}, "no turn of the assistant"),
+        ({"prompt": MESSAGES, "completion": MESSAGES[:1]}, "no turn of the assistant"),
+        ({"messages": "hi"}, "'messages' must be a list of messages, found str"),
+        ({"messages": [{"content": "hi"}]}, r"messages\[0\] must be"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"messages\[0\] has content in parts"),
+        ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\] has no text"),
+        ({"conversations": [{"from": "bot", "value": "hi"}]}, r"conversations\[0\] is from 'bot'; known are human"),
+        ({"messages": MESSAGES, "tools": "{"}, "'tools' is not JSON"),
+        ({"messages": MESSAGES, "tools": {}}, "'tools' must be a list, found dict"),
+    ],
+)
+def test_a_wrong_conversation_is_named(fields: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(fields))
+    with pytest.raises(PeftcoreError, match=f"rows.jsonl:1: {message}"):
+        data.read_rows(path, LANGUAGE_MODEL)

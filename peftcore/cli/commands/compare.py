@@ -46,7 +46,7 @@ class Candidate:
 
 def compare(
     model: options.Model,
-    data: Annotated[str, typer.Option("--data", "-d", help="Examples, .jsonl or .tsv.")],
+    data: options.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report and the runs.")],
     method: Annotated[
         list[str] | None,
@@ -58,6 +58,8 @@ def compare(
     full: Annotated[bool, typer.Option(help="Train the whole model, too, where it fits.")] = True,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with the seeds 0, 1, ...")] = 3,
     task: options.Task = None,
+    columns: options.Columns = None,
+    chat_template: options.ChatTemplate = None,
     eval_data: options.EvalData = None,
     holdout: options.Holdout = 0.1,
     epochs: options.Epochs = 3.0,
@@ -76,10 +78,12 @@ def compare(
     """
     from peftcore.cli import data as examples
     from peftcore.cli import models
+    from peftcore.cli.data_files import parsed_columns
 
-    task = task or examples.guess_task(data)
+    names = parsed_columns(columns)
+    task = task or examples.guess_task(data, names)
     for file in filter(None, (data, eval_data)):
-        examples.read_rows(file, task)  # wrong lines show before anything is loaded
+        examples.read_rows(file, task, names)  # wrong lines show before anything is loaded
     if epochs <= 0:
         raise PeftcoreError(f"--epochs must be above 0, found {epochs:g}")
     candidates = parse_candidates(method, full)
@@ -92,6 +96,8 @@ def compare(
         data=options.absolute(data),
         task=task,
         method="",
+        columns=columns,
+        chat_template=options.absolute(chat_template) if chat_template else None,
         eval_data=options.absolute(eval_data) if eval_data else None,
         holdout=holdout,
         epochs=epochs,

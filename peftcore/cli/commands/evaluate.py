@@ -12,9 +12,11 @@ from peftcore.cli.console import table
 
 def evaluate(
     adapter: options.Adapter,
-    data: Annotated[str, typer.Option("--data", "-d", help="Examples, .jsonl or .tsv.")],
+    data: options.Data,
     model: options.BaseModel = None,
     labels: options.Labels = None,
+    columns: options.Columns = None,
+    chat_template: options.ChatTemplate = None,
     max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of an example; default as trained.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     quantize: options.Quantize = None,
@@ -27,13 +29,15 @@ def evaluate(
     """
     from peftcore.cli import data as examples
     from peftcore.cli import models
+    from peftcore.cli.data_files import parsed_columns
 
     task = models.adapter_task(adapter, labels)
-    rows = examples.read_rows(data, task.task)
+    rows = examples.read_rows(data, task.task, parsed_columns(columns))
     base = models.base_of(adapter, model)
     tokenizer = models.load_tokenizer(base)
-    from peftcore.cli import tasks
+    from peftcore.cli import conversations, tasks
 
+    conversations.set_template(tokenizer, chat_template or task.chat_template)
     encoded = tasks.encode(rows, task.task, tokenizer, max_length or task.max_length, task.labels)
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     before = tasks.measure(loaded, encoded.examples, tokenizer, batch_size)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,8 +13,13 @@ from peftcore.errors import PeftcoreError
 
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer to.")],
-    adapter: Annotated[Path | None, typer.Option("--adapter", "-a", help="Adapter folder; without, the base.")] = None,
+    adapter: options.MaybeAdapter = None,
     model: options.BaseModel = None,
+    chat: Annotated[
+        bool | None,
+        typer.Option(help="Put the prompt into the chat template; default as trained, else where there is one."),
+    ] = None,
+    chat_template: options.ChatTemplate = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also show what the base answers.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens.")] = 0.0,
@@ -36,13 +40,18 @@ def generate(
         task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     tokenizer = models.load_tokenizer(base)
-    from peftcore.cli import tasks
+    from peftcore.cli import conversations, tasks
+
+    conversations.set_template(tokenizer, chat_template or task.chat_template)
+    if chat is None:
+        chat = task.chat if task.chat is not None else conversations.has_template(tokenizer)
+    given: Any = [{"role": "user", "content": prompt}] if chat else prompt
 
     def answer() -> str:
         if task.task == data.CLASSIFICATION:
             return tasks.classify(loaded, tokenizer, prompt, task.labels, task.max_length)
         return tasks.generate_text(
-            loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+            loaded, tokenizer, given, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )
 
     if adapter is None:

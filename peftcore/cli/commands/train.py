@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 def train(
     model: options.Model,
-    data: Annotated[str, typer.Option("--data", "-d", help="Examples, .jsonl or .tsv.")],
+    data: options.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run; the adapter lies in it.")],
     task: options.Task = None,
     method: options.MethodName = None,
     fields: options.Fields = None,
+    columns: options.Columns = None,
+    chat_template: options.ChatTemplate = None,
     eval_data: options.EvalData = None,
     holdout: options.Holdout = 0.1,
     epochs: options.Epochs = 3.0,
@@ -60,20 +62,23 @@ def train(
 ) -> None:
     """Fine-tune a model on a file of examples.
 
-    Language modelling learns from .jsonl lines {"text": ...} or {"prompt": ..., "completion": ...} (only the
-    completion is learned); classification from {"text": ..., "label": ...}, or .tsv with the columns text and label.
+    Language modelling learns from {"text": ...}, from {"prompt": ..., "completion": ...} (only the completion is
+    learned) or from conversations {"messages": [{"role": ..., "content": ...}, ...]} (only the assistant's turns are,
+    through the tokenizer's chat template); classification from {"text": ..., "label": ...}.
     """
     from peftcore.cli import data as examples
     from peftcore.cli import models
+    from peftcore.cli.data_files import parsed_columns
 
-    task = task or examples.guess_task(data)
+    names = parsed_columns(columns)
+    task = task or examples.guess_task(data, names)
     examples.check_task(task)
     if sample is not None and task == examples.CLASSIFICATION:
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes nothing")
     if epochs <= 0 or (lr is not None and lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {lr} and {epochs:g}")
     for file in filter(None, (data, eval_data)):
-        examples.read_rows(file, task)  # wrong lines show before anything is loaded
+        examples.read_rows(file, task, names)  # wrong lines show before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
     models.quiet_transformers()
     from peftcore import ranks
@@ -88,6 +93,8 @@ def train(
         task=task,
         method=name,
         fields=chosen,
+        columns=columns,
+        chat_template=options.absolute(chat_template) if chat_template else None,
         eval_data=options.absolute(eval_data) if eval_data else None,
         holdout=holdout,
         epochs=epochs,
@@ -183,7 +190,10 @@ def _commands(settings: Settings, result: Result) -> list[str]:
     if result.quantize is not None:
         adapter += f" --quantize {result.quantize}"
     evaluation = shlex.quote(settings.eval_data or settings.data)
+    if settings.columns:
+        evaluation += f" --columns {shlex.quote(settings.columns)}"
     return [
+        *([f"peftcore chat --adapter {adapter}"] if result.is_chat else []),
         f'peftcore generate --adapter {adapter} --prompt "..."',
         f"peftcore eval --adapter {adapter} --data {evaluation}",
         f"peftcore merge --adapter {adapter} --output MERGED",

@@ -1,0 +1,172 @@
+"""`peftcore chat`: talk with a model and its adapters, in the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peftcore.cli import options
+from peftcore.cli.console import out, say, warn
+from peftcore.errors import PeftcoreError, nearest
+
+BASE = "base"
+HELP = """/use NAME       answer with this adapter, or with: /use base
+/adapters       those that are loaded
+/system TEXT    what the system says first; begins anew
+/reset          begin anew
+/quit           end (also Ctrl-D)"""
+
+
+def chat(
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", "-a", metavar="[NAME=]FOLDER", help="An adapter or a run. Repeatable."),
+    ] = None,
+    model: options.BaseModel = None,
+    system: Annotated[str | None, typer.Option(help="What the system says first.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    chat_template: options.ChatTemplate = None,
+    quantize: options.Quantize = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Talk with a model; /help lists what can be said to the program itself.
+
+    Several adapters of one base may be loaded, and answer in turn: /use NAME.
+    """
+    from peftcore.cli import data, models
+
+    folders = _named(adapter or [])
+    if not folders and model is None:
+        raise PeftcoreError("name an adapter (--adapter FOLDER), a model (--model MODEL), or both")
+    about = {name: models.adapter_task(folder) for name, folder in folders.items()}
+    classifier = next((name for name, task in about.items() if task.task == data.CLASSIFICATION), None)
+    if classifier is not None:
+        raise PeftcoreError(f"'{folders[classifier]}' is a classifier's, which writes nothing. Try: peftcore generate")
+    bases = {name: models.base_of(folder, model) for name, folder in folders.items()}
+    base = next(iter(bases.values()), model)
+    other = next((name for name, named in bases.items() if named != base), None)
+    if other is not None:
+        raise PeftcoreError(
+            f"'{other}' was trained on '{bases[other]}', and '{next(iter(bases))}' on '{base}'. Name one base for all: "
+            "--model MODEL"
+        )
+    base = models.resolve(str(base))
+    loaded = models.load_model(base, data.LANGUAGE_MODEL, dtype=dtype, device=device, quantize=quantize)
+    tokenizer = models.load_tokenizer(base)
+    for name, folder in folders.items():
+        models.load_adapter(loaded, folder, name)
+    from peftcore.cli import conversations
+
+    templates = [task.chat_template for task in about.values() if task.chat_template]
+    conversations.set_template(tokenizer, chat_template or next(iter(templates), None))
+    conversations.rendered(tokenizer, [{"role": "user", "content": "."}])  # is there one at all?
+    talk = Talk(loaded, tokenizer, list(folders), system, max_new_tokens, temperature, seed)
+    talk.use(next(reversed(folders), BASE))
+    say("/help says what can be said to the program; Ctrl-D ends", "dim")
+    while (line := _read()) is not None:
+        if line.strip() and not talk.hear(line.strip()):
+            break
+
+
+class Talk:
+    """A conversation: what was said, and which adapter answers."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        adapters: list[str],
+        system: str | None,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        self.model, self.tokenizer, self.adapters, self.system = model, tokenizer, adapters, system
+        self.how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+
+    def use(self, name: str) -> None:
+        """Let the adapter `name`, or the base, answer."""
+        import peftcore
+
+        if name != BASE and name not in self.adapters:
+            warn(f"no adapter '{name}' is loaded{nearest(name, self.adapters)}. There are: {', '.join(self.adapters)}")
+            return
+        if self.adapters:
+            peftcore.activate(self.model, [] if name == BASE else name)
+        self.model.eval()
+        say(f"{name} answers", "dim")
+
+    def hear(self, line: str) -> bool:
+        """Answer, or do what a line that begins with a slash says; False: the end."""
+        command, _, rest = line.partition(" ")
+        if not command.startswith("/"):
+            self.answer(line)
+        elif command == "/quit":
+            return False
+        elif command == "/use":
+            self.use(rest.strip())
+        elif command == "/adapters":
+            say(", ".join([*self.adapters, BASE]))
+        elif command == "/system":
+            self.system = rest.strip() or None
+            self.reset()
+        elif command == "/reset":
+            self.reset()
+        else:
+            say(HELP)
+        return True
+
+    def answer(self, text: str) -> None:
+        from transformers import TextStreamer
+
+        from peftcore.cli import tasks
+
+        class Printed(TextStreamer):
+            def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+                out.print(text, end="\n" if stream_end else "", markup=False, soft_wrap=True)
+
+        streamer = Printed(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        asked = [*self.messages, {"role": "user", "content": text}]
+        try:
+            answer = tasks.generate_text(self.model, self.tokenizer, asked, streamer=streamer, **self.how)  # type: ignore[arg-type]
+        except KeyboardInterrupt:
+            say("\n(stopped: what was asked is forgotten)", "dim")
+            return
+        except PeftcoreError as error:
+            warn(str(error))
+            return
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _named(texts: list[str]) -> dict[str, Path]:
+    """Folders by name: the one that is given, or the last part of the path."""
+    from peftcore.cli.models import adapter_folder
+
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        where = Path(path if equals and not Path(text).exists() else text)
+        name = name if equals and not Path(text).exists() else where.resolve().name
+        if name in folders or name == BASE:
+            raise PeftcoreError(f"two adapters would be called '{name}'. Give them names: --adapter NAME=FOLDER")
+        folders[name] = adapter_folder(where)
+    return folders
+
+
+def _read() -> str | None:
+    """What the user types; None at the end."""
+    try:
+        return input("> ")
+    except (EOFError, KeyboardInterrupt):
+        out.print()
+        return None

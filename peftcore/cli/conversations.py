@@ -1,0 +1,130 @@
+"""Conversations as tokens, by the tokenizer's chat template; of them the assistant's turns are learned.
+
+Where a turn begins and ends is found by differences: what the conversation up to a turn adds to the conversation before
+it, with the beginning of an answer that the template writes for the model (`add_generation_prompt`). So what is learned
+is what the model is to write, the mark that ends its turn included. A template that writes earlier turns in another way
+once later ones follow (Qwen3 leaves their thoughts out) makes an example of each turn, as it is when the model answers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from peftcore.cli.data import Messages, Row
+from peftcore.errors import PeftcoreError
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+IGNORED = -100  # a label that the loss passes over
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
+    """Give the tokenizer a template: `chatml`, a file of one, or the text of one.
+
+    Raises:
+        PeftcoreError: there is no such file.
+    """
+    if template is None:
+        return
+    if template == "chatml":
+        template = CHATML
+    elif "{" not in template:
+        try:
+            template = Path(template).expanduser().read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PeftcoreError(f"--chat-template '{template}' cannot be read: {error}. Or: chatml") from error
+    tokenizer.chat_template = template
+
+
+def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Any = None, *, begins_answer: bool = False
+) -> str:
+    """The text that the template makes of a conversation; `begins_answer`: up to where the model is to write.
+
+    Raises:
+        PeftcoreError: there is no template, or it refuses the conversation.
+    """
+    import jinja2
+
+    if not has_template(tokenizer):
+        name = os.path.basename(str(tokenizer.name_or_path))
+        raise PeftcoreError(
+            f"the tokenizer of '{name}' has no chat template, which says how messages become text. "
+            "Give one: --chat-template chatml, or a file"
+        )
+    try:
+        text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=begins_answer)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise PeftcoreError(f"the chat template refuses the conversation: {error}") from error
+    return str(text)
+
+
+def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
+    """A conversation as `input_ids` and `labels`, all of it, in one example or one for each turn.
+
+    Raises:
+        PeftcoreError: the template refuses it, or does not let a turn be told from what came before.
+    """
+    messages = row.messages or []
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= row.learned_from]
+    try:
+        whole = rendered(tokenizer, messages, row.tools)
+        spans = [_span(tokenizer, row, turn) for turn in turns]
+    except PeftcoreError as error:
+        raise PeftcoreError(f"{row.where}: {error}") from error
+    if all(whole.startswith(text) for text, _ in spans):
+        return [_example(tokenizer, whole, [(begin, len(text)) for text, begin in spans])]
+    return [_example(tokenizer, text, [(begin, len(text))]) for text, begin in spans]
+
+
+def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str, int]:
+    """(the conversation up to and with `turn`, where in it that begins)."""
+    messages = row.messages or []
+    if turn == 0:
+        raise PeftcoreError("the first turn is the assistant's. Begin with what the user, or the system, says")
+    text = rendered(tokenizer, messages[: turn + 1], row.tools)
+    before = rendered(tokenizer, messages[:turn], row.tools, begins_answer=True)
+    begin = next((i for i, (one, other) in enumerate(zip(text, before, strict=False)) if one != other), len(before))
+    begin = min(begin, len(text))
+    if begin < len(before) and begin < len(rendered(tokenizer, messages[:turn], row.tools)):
+        raise PeftcoreError(
+            f"the chat template writes what came before messages[{turn}] in another way once that follows, so it "
+            "cannot be told what is learned. Give another: --chat-template chatml, or a file"
+        )
+    return text, begin
+
+
+def _example(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> dict[str, Any]:
+    """Tokens of `text`, of which those within the spans are learned, up to the mark that ends each turn."""
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, places = list(encoded["input_ids"]), [begin for begin, _ in encoded["offset_mapping"]]
+    else:  # piece by piece, which no token then spans
+        ids, places, edges = [], [], sorted({0, len(text), *(edge for span in spans for edge in span)})
+        for begin, end in itertools.pairwise(edges):
+            piece = tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
+            ids, places = ids + list(piece), places + [begin] * len(piece)
+    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = {*tokenizer.all_special_ids, *special, tokenizer.eos_token_id}
+    labels = [IGNORED] * len(ids)
+    for begin, end in spans:
+        inside = [i for i, place in enumerate(places) if begin <= place < end]
+        marks = [i for i in inside if ids[i] in ends]
+        for i in inside:
+            if not marks or i <= marks[-1]:
+                labels[i] = ids[i]
+        if not marks and end == len(text) and tokenizer.eos_token_id is not None:
+            ids.append(tokenizer.eos_token_id)  # a template without a mark: the model must learn to stop
+            labels.append(tokenizer.eos_token_id)
+    return {"input_ids": ids, "labels": labels}

@@ -1,0 +1,91 @@
+"""Files of examples of each kind, and what is said of those that cannot be read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peftcore import PeftcoreError
+from peftcore.cli import data
+from peftcore.cli.data import CLASSIFICATION, LANGUAGE_MODEL, Row
+from peftcore.cli.data_files import parsed_columns, records
+
+ROWS = [{"text": 'a "fine" film,\nreally', "label": "1"}, {"text": "dull", "label": "0"}]
+
+
+def write(path: Path) -> Path:
+    """`ROWS` in the format of the name."""
+    if path.suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    else:
+        texts = {
+            ".json": json.dumps(ROWS, indent=1),
+            ".jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+            ".csv": 'text,label\n"a ""fine"" film,\nreally",1\ndull,0\n',
+        }
+        path.write_text(texts[path.suffix], encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_the_same_rows_of_each_format(suffix: str, tmp_path: Path) -> None:
+    found = data.read_rows(write(tmp_path / f"rows.{suffix}"), CLASSIFICATION)
+    assert [(row.text, row.label) for row in found] == [(row["text"], row["label"]) for row in ROWS]
+    assert all(row.where.startswith(f"{tmp_path / f'rows.{suffix}'}:") for row in found)
+
+
+def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
+    for name in ("b.csv", "a.jsonl"):
+        write(tmp_path / name)
+    (tmp_path / "README.md").write_text("no data")
+    assert [where for where, _ in records(str(tmp_path))] == [
+        f"{tmp_path / 'a.jsonl'}:1",
+        f"{tmp_path / 'a.jsonl'}:2",
+        f"{tmp_path / 'b.csv'}:3",
+        f"{tmp_path / 'b.csv'}:4",
+    ]
+
+
+def test_columns_have_other_names(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_text("question,completion,answer\na,x,b\n")
+    columns = parsed_columns("prompt=question, completion=answer")
+    assert data.read_rows(path, LANGUAGE_MODEL, columns) == [Row(f"{path}:2", "a", completion="b")]
+    with pytest.raises(PeftcoreError, match=r"rows.csv:2: --columns says that text is 'questoin', which is not there"):
+        data.read_rows(path, LANGUAGE_MODEL, {"text": "questoin"})
+    with pytest.raises(PeftcoreError, match="--columns says which column of the file is which field, found 'prompt'"):
+        parsed_columns("prompt")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.txt", "x", r"a.txt': examples are read from .*, found '.txt'. Write a line"),
+        ("a.xlsx", "x", "Export the sheet as CSV"),
+        ("a.json", '{"text": "a"}', r"a.json: expected a JSON array of examples, found dict"),
+        ("a.json", '[{"text": "a"}, 3]', r"a.json:\[1\]: expected a JSON object, found int"),
+        ("a.json", '[{"text"\n: }]', r"a.json: not JSON: .* at line 2, column"),
+        ("a.json", "[" * 100_000, "a.json: not JSON"),
+        ("a.csv", 'text\n"a', r"a.csv:2: unexpected end of data"),
+        ("a.csv", "text,label\na\n", r"a.csv:2: 1 columns, the first line names 2"),
+        ("a.csv", "text,text\na,b\n", "the first line names the column 'text' twice"),
+        ("a.parquet", "x", "cannot be read as Parquet"),
+    ],
+)
+def test_a_wrong_file_is_named_with_the_way_out(name: str, text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(PeftcoreError, match=message):
+        list(records(str(tmp_path / name)))
+
+
+def test_an_empty_folder_and_no_dataset(tmp_path: Path) -> None:
+    with pytest.raises(PeftcoreError, match="holds no file of examples"):
+        records(str(tmp_path))
+    with pytest.raises(PeftcoreError, match="cannot be read: No such file"):
+        list(records(str(tmp_path / "none.jsonl")))
