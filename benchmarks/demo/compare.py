@@ -61,6 +61,7 @@ def main(folder: Path, chosen: list[str]) -> None:
     # fmt: off
     peftcore(folder, "compare", "--model", CLASSIFIER, "--data", "data/compare_train.jsonl",
              "--eval-data", "data/compare_test.jsonl", *(word for text in methods for word in ("--method", text)),
+             "--full" if any(text.startswith("full") for text in methods) else "--no-full",
              "--seeds", str(SEEDS), "--epochs", "1", "--batch-size", "8", "--max-length", "64",
              "--output", "-".join(["compare", *chosen]), "--resume")
     # fmt: on
