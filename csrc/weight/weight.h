@@ -28,6 +28,7 @@ class Weight {
     Weight(at::TensorList tensors, at::IntArrayRef packing, const char* op);
 
     bool packed() const { return packed_; }
+    int64_t blocksize() const { return int64_t(1) << shift_; }  // in 4 bits
     at::IntArrayRef sizes() const { return sizes_; }
     const at::Tensor& first() const { return parts_[0]; }  // W itself, or the codes
 

@@ -137,6 +137,11 @@ class _Matrices:
         return matrix.T if self.transposed else matrix
 
 
+def _empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """Strided, whatever the layout of the other."""
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
 @dataclass
 class GroupedLinear(_Experts):
     x: Tensor
@@ -179,7 +184,7 @@ class GroupedLinear(_Experts):
 
     def empty(self) -> tuple[Tensor, Tensor]:
         r = self.factors[0].shape[1] if self.factors else 0
-        return self.x.new_empty(len(self.x), self.sizes[1]), self.x.new_empty(len(self.x), r, dtype=wide(self.x))
+        return _empty(self.x, (len(self.x), self.sizes[1])), _empty(self.x, (len(self.x), r), wide(self.x))
 
 
 @dataclass
@@ -245,9 +250,10 @@ class GroupedLinearBackward(_Experts):
 
     def empty(self) -> tuple[Tensor, Tensor, Tensor]:
         rows, width = len(self.grad), self.sizes[2]
-        dx = self.grad.new_empty((rows, width) if self.needs[0] else (0,))
+        dx = _empty(self.grad, (rows, width) if self.needs[0] else (0,))
         thin = self.factors[:2] if self.factors else [dx.new_empty(0)] * 2
-        da, db = (t.new_empty(t.shape if needed else (0,)) for t, needed in zip(thin, self.needs[1:], strict=True))
+        shapes = [t.shape if needed else (0,) for t, needed in zip(thin, self.needs[1:], strict=True)]
+        da, db = (_empty(dx, shape, t.dtype) for shape, t in zip(shapes, thin, strict=True))
         return dx, da, db
 
 

@@ -8,6 +8,7 @@ the operator gives must be what the reference gives, or both must refuse. The nu
 """
 
 import contextlib
+import math
 import random
 import re
 import resource
@@ -18,7 +19,7 @@ import torch
 from fuzz.memory import LAYOUTS, laid_out
 
 from peftcore import ops
-from peftcore.ops import lora, nf4, optim, per_sample
+from peftcore.ops import grouped, lora, nf4, optim, per_sample
 from peftcore.ops import optim_rules as rules
 from peftcore.ops.linear_4bit import Linear4bit, Linear4bitBackward
 
@@ -49,16 +50,16 @@ class Maker:
     def some(self, value):
         return value if self.random.random() < 0.5 else None
 
-    def packed(self, rows, columns):
+    def packed(self, *shape):
         """The two arguments of a weight in 4 bits."""
-        blocksize, count = self.choice([32, 64, 64, 128]), rows * columns
+        blocksize, count = self.choice([32, 64, 64, 128]), math.prod(shape)
         blocks, nests = -(-count // blocksize), self.random.random() < 0.5
         weight = [self.bytes(-(-count // 2), 1)]
         weight += [self.bytes(blocks) if nests else self.normal(blocks).abs(), self.place(ops.NF4)]
         if nests:
             nested = -(-blocks // 32)
             weight += [self.normal(nested).abs(), self.place(ops.DYNAMIC8), torch.tensor(1.0)]
-        return {"weight": weight, "packing": [blocksize, 32 if nests else 0, rows, columns]}
+        return {"weight": weight, "packing": [blocksize, 32 if nests else 0, *shape]}
 
 
 def _quantize_4bit(m):
@@ -92,16 +93,16 @@ def _linear_4bit_backward(m):
     return {"grad": m.normal(m.size(), rows, dtype=m.choice(FLOATS)), **m.packed(rows, columns)}
 
 
-def _base(m, n, k, dtype):
+def _base(m, *shape, dtype):
     if m.random.random() < 0.4:
-        return m.packed(n, k)
-    return {"weight": [m.normal(n, k, dtype=dtype)], "packing": []}
+        return m.packed(*shape)
+    return {"weight": [m.normal(*shape, dtype=dtype)], "packing": []}
 
 
 def _lora_linear(m):
     rows, k, n, r = m.size(), m.choice([m.size(), 64, 288]), m.size(), m.choice([1, 2, 8, 16, 17, 40])
     dtype, factors = m.choice(FLOATS), m.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64])
-    given = {"x": m.normal(*m.choice([(rows,), (2, 3), ()]), k, dtype=dtype), **_base(m, n, k, dtype)}
+    given = {"x": m.normal(*m.choice([(rows,), (2, 3), ()]), k, dtype=dtype), **_base(m, n, k, dtype=dtype)}
     given |= {"bias": m.some(m.normal(n, dtype=dtype)), "a": m.normal(r, k, dtype=factors)}
     given |= {"b": m.normal(n, r, dtype=factors), "scale": m.choice([1.0, 0.5, -2.0])}
     if m.random.random() < 0.4:
@@ -130,6 +131,35 @@ def _lora_linear_per_sample(m):
     index = m.place(torch.randint(-1, count, (x.shape[0],), generator=m.generator))
     factors = {"a": [m.normal(r, a.shape[1]) for r in ranks], "b": [m.normal(b.shape[0], r) for r in ranks]}
     return {**given, **factors, "scales": [1.5] * count, "index": index}
+
+
+def _grouped_linear(m):
+    """Mostly of sizes with which an expert is whole blocks."""
+    experts, k, n = m.choice([1, 2, 3, 5]), m.choice([m.size(), 64, 128]), m.choice([m.size(), 64, 128])
+    dtype, transposed = m.choice(FLOATS), m.random.random() < 0.5
+    counts = [m.choice([0, 0, 1, 2, m.size(20), m.size(300)]) for _ in range(experts)]
+    rows, ends = sum(counts) + m.choice([0, 0, 3]), torch.tensor(counts).cumsum(0).to(torch.int32)
+    given = {"x": m.normal(rows, k, dtype=dtype), "offsets": m.place(ends)}
+    given |= _base(m, experts, *((k, n) if transposed else (n, k)), dtype=dtype)
+    given |= {"bias": m.some(m.normal(experts, n, dtype=dtype)), "factors": [], "transposed": transposed}
+    if m.random.random() < 0.6:
+        r, factors = m.choice([0, 1, 2, 8, 16, 17, 40]), m.choice([torch.float32, torch.float32, torch.bfloat16])
+        given["factors"] = [m.normal(experts, *shape, dtype=factors) for shape in ((r, k), (n, r))]
+        given["scale"] = m.choice([1.0, 0.5, -2.0])
+        if m.random.random() < 0.4:
+            given |= {"dropout_p": m.choice([0.1, 0.5, 0.999]), "seed": torch.tensor(m.random.getrandbits(62))}
+    return given
+
+
+def _grouped_linear_backward(m):
+    given = _grouped_linear(m)
+    del given["bias"]
+    x, packing, weight, factors = given["x"], given["packing"], given["weight"], given["factors"]
+    out = (packing[2:] if packing else weight[0].shape)[2 if given["transposed"] else 1]
+    if factors:
+        factors.append(m.normal(len(x), factors[0].shape[1], layouts=["contiguous", "shifted"]))
+    needs = [m.random.random() < 0.7, *(bool(factors) and m.random.random() < 0.7 for _ in range(2))]
+    return {"grad": m.normal(len(x), out, dtype=x.dtype), **given, "needs": needs}
 
 
 def _optim(m):
@@ -208,6 +238,8 @@ OPERATORS = {
     "lora_linear": (_lora_linear, by_reference(lora.LoraLinear)),
     "lora_linear_backward": (_lora_linear_backward, by_reference(lora.LoraLinearBackward)),
     "lora_linear_per_sample": (_lora_linear_per_sample, by_reference(per_sample.LoraLinearPerSample)),
+    "grouped_linear": (_grouped_linear, by_reference(grouped.GroupedLinear)),
+    "grouped_linear_backward": (_grouped_linear_backward, by_reference(grouped.GroupedLinearBackward)),
     "optim_step_": (_optim_step_, optim.optim_step_reference),
     "optim_step_paged_": (_optim_step_paged_, _paged_reference),
 }

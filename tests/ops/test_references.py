@@ -20,7 +20,13 @@ def cases():
     four = ops.quantize_4bit(w)
     _, s = torch.ops.peftcore.lora_linear(x, [w], [], None, a, b, 1.0, 0.0, None)
     index = torch.zeros(5, dtype=torch.int64)
+    experts, offsets = values(3, 32, 64), torch.tensor([2, 2, 4], dtype=torch.int32)
+    many = [values(3, 4, 64), values(3, 32, 4)]
+    of_experts = (x, offsets, [experts], [], None, many, False, 1.0, 0.0, None)
+    many_s = torch.ops.peftcore.grouped_linear(*of_experts)[1]
     return {
+        "grouped_linear": of_experts,
+        "grouped_linear_backward": (values(5, 32), x, offsets, [experts], [], [*many, many_s], False, [True] * 3),
         "quantize_4bit": (w, ops.NF4, 64),
         "quantize_absmax": (four.absmax, ops.DYNAMIC8, 256),
         "dequantize_4bit": (*four.operands(), torch.float32),

@@ -1,10 +1,9 @@
 #include "gemm/cpu/product.h"
 
-#include <ATen/Parallel.h>
-
 #include <algorithm>
 
 #include "common/caches.h"
+#include "common/threads.h"
 #include "common/workspace.h"
 #include "gemm/cpu/kernels.h"
 
@@ -28,7 +27,7 @@ int64_t group_rows(int64_t pairs) {
 void multiply_group(const Kernel& kernel, const Product& product) {
     const int64_t rows = product.rows, blocks = ceil_div(rows, kernel.rows);
     const int64_t pairs = filled_up(product.pairs(), kernel.multiple), chunk = kernel.chunk(pairs);
-    const int64_t tiles = ceil_div(product.columns, kTileColumns), threads = at::get_num_threads();
+    const int64_t tiles = ceil_div(product.columns, kTileColumns), threads = threads_here();
     // Rows are divided only where there are too few columns to go round.
     const int64_t wanted = tiles >= 4 * threads ? 1 : ceil_div(4 * threads, tiles);
     const int64_t part_rows = ceil_div(blocks, std::min(wanted, ceil_div(rows, kFewRows))) * kernel.rows;

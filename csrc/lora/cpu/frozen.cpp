@@ -20,6 +20,17 @@ Tensor frozen_linear_backward(const Tensor& dy, const Weight& weight) {
     return weight.packed() ? nf4::linear_backward(dy, weight.view()) : at::cpu::mm(dy, weight.first());
 }
 
+std::optional<gemm::Tiles> tiles_of(const CpuKernels& kernels, const Tensor& x, const Right& right) {
+    const WeightView& view = right.view;
+    if (x.scalar_type() != at::kBFloat16 || kernels.gemm.multiply == nullptr || x.numel() == 0 ||
+        view.count() == 0 || (view.dense == nullptr && !right.packed()))
+        return {};
+    if (right.packed() && !nf4::has_tiles(kernels, view)) return {};
+    const gemm::Tiles& transposed = right.packed() ? kernels.packed.transposed : kernels.dense.transposed;
+    const gemm::Tiles& plain = right.packed() ? kernels.packed.plain : kernels.dense.plain;
+    return (right.transposed ? transposed : plain).of(&view);
+}
+
 namespace {
 
 const BFloat16* bits(const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); }
@@ -32,36 +43,10 @@ WeightView dense_view(const Tensor& matrix) {
     return view;
 }
 
-// W as gemm::multiply reads it.
-class Right {
- public:
-    Right(const CpuKernels& kernels, const Tensor& x, const Weight& weight) {
-        if (x.scalar_type() != at::kBFloat16 || x.numel() == 0 || weight.rows() * weight.columns() == 0 ||
-            !kernels.gemm.takes_addend)
-            return;
-        if (weight.packed()) {
-            // For few rows of x, linear_4bit has kernels of its own.
-            if (x.size(0) <= kernels.linear.tile.max_batch[int(Dtype::kBFloat16)]) return;
-            view_ = weight.view();
-            if (!nf4::has_tiles(kernels, view_)) return;
-            transposed_ = &kernels.packed.transposed;
-            plain_ = &kernels.packed.plain;
-        } else if (weight.first().is_contiguous()) {
-            view_ = weight.view();
-            transposed_ = &kernels.dense.transposed;
-            plain_ = &kernels.dense.plain;
-        }
-    }
-    Right(const Right&) = delete;
-
-    bool known() const { return plain_ != nullptr; }
-    gemm::Tiles transposed() const { return transposed_->of(&view_); }
-    gemm::Tiles plain() const { return plain_->of(&view_); }
-
- private:
-    WeightView view_;
-    const gemm::Tiles *transposed_ = nullptr, *plain_ = nullptr;
-};
+Right right_of(const Weight& weight, bool transposed) {
+    if (weight.packed() || weight.first().is_contiguous()) return {weight.view(), transposed};
+    return {{}, transposed};
+}
 
 // Halves that are whole tiles are multiplied as they are: y takes 0.9 of the time of three parts (1024 rows,
 // 576 -> 1536, r = 64). Shorter ones would cost three tiles, where three parts fill one or two.
@@ -83,46 +68,48 @@ Tensor in_halves(const CpuKernels& kernels, const Tensor& from, int parts, bool 
     return out;
 }
 
-gemm::Product product(const Tensor& x, const gemm::Tiles& right, const Tensor& bias, const Tensor& y) {
-    return {.x = bits(x),
-            .right = right,
-            .rows = x.size(0),
-            .inner = x.size(1),
-            .columns = y.size(1),
-            .bias = bias.defined() ? bits(bias) : nullptr,
-            .y = static_cast<BFloat16*>(y.mutable_data_ptr())};
-}
-
 }  // namespace
+
+bool whole_product(const CpuKernels& kernels, const Tensor& x, const Right& right, const Tensor& bias,
+                   const ThinProduct& thin, const Tensor& y) {
+    if (!kernels.gemm.takes_addend) return false;
+    // For few rows of x, linear_4bit has kernels of its own.
+    if (right.packed() && x.size(0) <= kernels.linear.tile.max_batch[int(Dtype::kBFloat16)]) return false;
+    const std::optional<gemm::Tiles> tiles = tiles_of(kernels, x, right);
+    if (!tiles) return false;
+    const int parts = parts_of(thin.left.size(1));
+    const Tensor left = in_halves(kernels, thin.left, parts, true, false),
+                 factor = in_halves(kernels, thin.right, parts, false, !right.transposed);
+    const WeightView view = dense_view(factor);
+    const gemm::Tiles& reader = right.transposed ? kernels.dense.transposed : kernels.dense.plain;
+    gemm::multiply(kernels.gemm, {.x = bits(x),
+                                  .right = *tiles,
+                                  .rows = x.size(0),
+                                  .inner = x.size(1),
+                                  .columns = y.size(1),
+                                  .bias = bias.defined() ? bits(bias) : nullptr,
+                                  .y = static_cast<BFloat16*>(y.mutable_data_ptr()),
+                                  .addend = {.left = bits(left),
+                                             .right = reader.of(&view),
+                                             .inner = left.size(1),
+                                             .keep = thin.keep,
+                                             .halves = parts == 2}});
+    return true;
+}
 
 Tensor whole_linear(const CpuKernels& kernels, const Tensor& x, const Weight& weight,
                     const std::optional<Tensor>& bias, const Tensor& s, const Tensor& b) {
-    const Right right(kernels, x, weight);
-    if (!right.known()) return {};
+    if (!kernels.gemm.takes_addend || x.scalar_type() != at::kBFloat16) return {};
     const Tensor y = at::empty({x.size(0), weight.rows()}, x.options());
-    gemm::Product all = product(x, right.transposed(), contiguous(bias), y);
-    const int parts = parts_of(s.size(1));
-    const Tensor left = in_halves(kernels, s, parts, true, false),
-                 right_parts = in_halves(kernels, b, parts, false, false);
-    const WeightView factor = dense_view(right_parts);
-    all.addend = {bits(left), kernels.dense.transposed.of(&factor), left.size(1), {}, parts == 2};
-    gemm::multiply(kernels.gemm, all);
-    return y;
+    const bool made = whole_product(kernels, x, right_of(weight, true), contiguous(bias), {s, b, {}}, y);
+    return made ? y : Tensor();
 }
 
 Tensor whole_linear_backward(const CpuKernels& kernels, const Tensor& dy, const Weight& weight,
                              const Tensor& t, const Tensor& a, const Mask& keep) {
-    const Right right(kernels, dy, weight);
-    if (!right.known()) return {};
+    if (!kernels.gemm.takes_addend || dy.scalar_type() != at::kBFloat16) return {};
     const Tensor dx = at::empty({dy.size(0), weight.columns()}, dy.options());
-    gemm::Product all = product(dy, right.plain(), {}, dx);
-    const int parts = parts_of(t.size(1));
-    const Tensor left = in_halves(kernels, t, parts, true, false),
-                 right_parts = in_halves(kernels, a, parts, false, true);
-    const WeightView factor = dense_view(right_parts);
-    all.addend = {bits(left), kernels.dense.plain.of(&factor), left.size(1), keep, parts == 2};
-    gemm::multiply(kernels.gemm, all);
-    return dx;
+    return whole_product(kernels, dy, right_of(weight, false), {}, {t, a, keep}, dx) ? dx : Tensor();
 }
 
 }  // namespace lora

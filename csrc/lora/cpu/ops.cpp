@@ -71,16 +71,17 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
         const CpuKernels& kernels = cpu_kernels();
         const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
         const Tensor t = at::empty({count, r}, s.options());
-        const bool needs_t = needs[0] || needs[1];
-        const Factor right = needs_t ? arranged_factor(thin.arrangement, floats(b), false) : Factor{};
-        const DownArgs makes_t =
-            needs_t ? down_args(rows, right, factor_of(scale, dropout), {}, t) : DownArgs{};
-        if (needs[2])
-            outer(thin, rows, s.contiguous(), db, true, {}, needs_t ? &makes_t : nullptr);
-        else if (needs_t)
-            down(thin, makes_t, count);
-        const KeepMask keep = needs_t ? keep_mask(thin, dropout, flat) : KeepMask{};
-        if (needs[1]) outer(thin, flat, t, da, false, keep.mask, nullptr);
+        const KeepMask keep = thin_backward(thin, {.dy = rows,
+                                                   .x = flat,
+                                                   .s = s,
+                                                   .b = b,
+                                                   .needs = needs,
+                                                   .scale = scale,
+                                                   .dropout = dropout,
+                                                   .first_row = 0,
+                                                   .t = t,
+                                                   .da = da,
+                                                   .db = db});
         if (needs[0]) {
             const Tensor factor = floats(a);
             dx = whole_linear_backward(kernels, rows, weight, t, factor, keep.mask);

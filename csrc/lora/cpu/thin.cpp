@@ -4,6 +4,7 @@
 #include <ATen/ops/empty.h>
 
 #include "common/caches.h"
+#include "common/threads.h"
 #include "lora/cpu/keep_bytes.h"
 
 namespace peftcore {
@@ -33,7 +34,7 @@ struct Division {
         groups = ceil_div(rows, group_rows);
         group_size = width * filled;
         part = std::min(filled, filled_up(std::max<int64_t>(1, own_sums() / width), kColumnGrain));
-        const int64_t threads = at::get_num_threads();
+        const int64_t threads = threads_here();
         if (groups < threads)
             part = std::min(part, filled_up(ceil_div(columns, ceil_div(threads, groups)), kColumnGrain));
         parts = ceil_div(columns, part);
@@ -79,14 +80,15 @@ Factor arranged_factor(const Arrangement& arrangement, const Tensor& from, bool 
     return {memory, width};
 }
 
-KeepMask keep_mask(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x) {
+KeepMask keep_mask(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x, int64_t first_row) {
     if (dropout.threshold == 0) return {};
     const int64_t rows = x.size(0), counters = ceil_div(x.size(1), kColumnsPerCounter);
     const int64_t stride = filled_up(counters, kCounters);
     KeepMask made{at::empty({rows, stride}, x.options().dtype(at::kByte)), {}};
     uint8_t* bits = made.memory.mutable_data_ptr<uint8_t>();
     at::parallel_for(0, rows, ceil_div(kCountersPerTask, stride), [&](int64_t first, int64_t last) {
-        for (int64_t m = first; m < last; ++m) kernels.keep_bytes(dropout, m, 0, counters, bits + m * stride);
+        for (int64_t m = first; m < last; ++m)
+            kernels.keep_bytes(dropout, first_row + m, 0, counters, bits + m * stride);
     });
     made.mask = {bits, stride};
     return made;
@@ -161,6 +163,20 @@ void outer(const ThinKernels& kernels, const Tensor& x, const Tensor& left, cons
                              task(first / division.parts, first % division.parts * division.part);
                      });
     add_groups(division, all, r, out.mutable_data_ptr<float>(), transposed ? 1 : columns, transposed ? r : 1);
+}
+
+KeepMask thin_backward(const ThinKernels& kernels, const ThinBackward& call) {
+    const bool needs_t = call.needs[0] || call.needs[1];
+    const Factor right = needs_t ? arranged_factor(kernels.arrangement, floats(call.b), false) : Factor{};
+    const DownArgs makes_t =
+        needs_t ? down_args(call.dy, right, factor_of(call.scale, call.dropout), {}, call.t) : DownArgs{};
+    if (call.needs[2])
+        outer(kernels, call.dy, call.s.contiguous(), call.db, true, {}, needs_t ? &makes_t : nullptr);
+    else if (needs_t)
+        down(kernels, makes_t, call.dy.size(0));
+    const KeepMask keep = needs_t ? keep_mask(kernels, call.dropout, call.x, call.first_row) : KeepMask{};
+    if (call.needs[1]) outer(kernels, call.x, call.t, call.da, false, keep.mask, nullptr);
+    return keep;
 }
 
 }  // namespace lora

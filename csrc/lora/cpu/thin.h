@@ -1,6 +1,8 @@
 // The thin products of kernels.h on tensors, divided among threads.
 #pragma once
 
+#include <array>
+
 #include "common/tensors.h"
 #include "lora/arguments.h"
 #include "lora/cpu/kernels.h"
@@ -24,7 +26,9 @@ struct KeepMask {
     Mask mask;
 };
 
-KeepMask keep_mask(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x);
+// Of x's rows, the first of which has this number for dropout.
+KeepMask keep_mask(const ThinKernels& kernels, const Dropout& dropout, const Tensor& x,
+                   int64_t first_row = 0);
 
 DownArgs down_args(const Tensor& x, const Factor& right, float factor, const Mask& keep, const Tensor& s);
 void down(const ThinKernels& kernels, const DownArgs& args, int64_t rows);
@@ -36,6 +40,20 @@ void up(const ThinKernels& kernels, const Tensor& y, const Tensor& s, const Fact
 // goes along, so that x comes from memory once.
 void outer(const ThinKernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out,
            bool transposed, const Mask& keep, const DownArgs* down_too);
+
+// The gradients of x, A and B beside the frozen product's: what they are made of.
+struct ThinBackward {
+    const Tensor &dy, &x, &s, &b;
+    std::array<bool, 3> needs;  // of x, A and B
+    double scale;
+    const Dropout& dropout;
+    int64_t first_row;      // as of `keep_mask`
+    const Tensor& t;        // [rows, r]: what A's right side of dx is, if x or A needs a gradient
+    const Tensor &da, &db;  // fp32, contiguous, if they are needed
+};
+
+// Fills t, da and db. All sizes are at least 1.
+KeepMask thin_backward(const ThinKernels& kernels, const ThinBackward& call);
 
 }  // namespace lora
 }  // namespace peftcore

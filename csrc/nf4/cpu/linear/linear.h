@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "cpu/kernels.h"
 #include "weight/view.h"
 
 namespace peftcore {
@@ -12,6 +13,11 @@ namespace nf4 {
 at::Tensor linear(const at::Tensor& x, const WeightView& weight,
                   const at::Tensor& bias);                                   // x Wᵀ + bias, if any
 at::Tensor linear_backward(const at::Tensor& dy, const WeightView& weight);  // dy W
+
+// y = x Wᵀ + bias, if any, straight from 4 bits; or false: x has too many rows for that, or the shape is not one that
+// kernels read. x is contiguous, nothing empty.
+bool few_rows(const CpuKernels& kernels, const at::Tensor& x, const WeightView& weight,
+              const at::Tensor& bias, const at::Tensor& y);
 
 }  // namespace nf4
 }  // namespace peftcore

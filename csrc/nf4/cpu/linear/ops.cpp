@@ -76,6 +76,14 @@ bool by_tiles(const CpuKernels& kernels, const WeightView& weight, bool transpos
 
 }  // namespace
 
+bool few_rows(const CpuKernels& kernels, const Tensor& x, const WeightView& weight, const Tensor& bias,
+              const Tensor& y) {
+    const LinearKernel* kernel =
+        choose(kernels, weight, kernel_dtype(x.scalar_type(), "linear_4bit"), x.size(0));
+    if (kernel != nullptr) multiply_few_rows(*kernel, weight, x, bias, y);
+    return kernel != nullptr;
+}
+
 Tensor linear(const Tensor& x, const WeightView& weight, const Tensor& bias) {
     const int64_t batch = x.size(0), rows = weight.rows;
     Tensor y = at::empty({batch, rows}, x.options());
@@ -83,11 +91,7 @@ Tensor linear(const Tensor& x, const WeightView& weight, const Tensor& bias) {
     if (weight.columns == 0) return bias.defined() ? y.copy_(bias) : y.zero_();
     const Tensor source = x.contiguous();
     const CpuKernels& kernels = cpu_kernels();
-    const Dtype dtype = kernel_dtype(x.scalar_type(), "linear_4bit");
-    if (const LinearKernel* kernel = choose(kernels, weight, dtype, batch)) {
-        multiply_few_rows(*kernel, weight, source, bias, y);
-        return y;
-    }
+    if (few_rows(kernels, source, weight, bias, y)) return y;
     if (by_tiles(kernels, weight, true, source, bias, y)) return y;
     const int64_t limit = batch <= kPanelsOfFewRows ? kPanelBytes : kLargePanelBytes;
     const int64_t step = std::max<int64_t>(1, limit / (weight.columns * x.element_size()));

@@ -1,0 +1,161 @@
+// grouped_linear and its gradient on CPU. Schemas and formulas: peftcore/ops/grouped.py.
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "common/tensors.h"
+#include "cpu/kernels.h"
+#include "grouped/arguments.h"
+#include "grouped/cpu/groups.h"
+#include "grouped/cpu/product.h"
+#include "lora/cpu/thin.h"
+
+namespace peftcore {
+namespace grouped {
+namespace {
+
+using lora::Dropout;
+using lora::ThinKernels;
+
+// What is of an expert in what is of all.
+Tensor rows_of(const Tensor& t, const Group& group) { return t.narrow(0, group.first, group.rows); }
+
+void no_rows_behind(const Tensor& t, const std::vector<Group>& groups) {
+    const int64_t end = end_of(groups);
+    if (end < t.size(0)) t.narrow(0, end, t.size(0) - end).zero_();
+}
+
+// A factor of one expert as it lies beside W (see lora::ThinProduct), fp32, contiguous; `transposed` is W's side, and
+// `as_is` the one at which the factor lies so already.
+Tensor beside(const Tensor& factor, bool transposed, bool as_is) {
+    return transposed == as_is ? factor : factor.t().contiguous();
+}
+
+const ThinKernels& thin_kernels(const CpuKernels& kernels, const Tensor& x, const char* op) {
+    return kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
+}
+
+std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets, at::TensorList tensors,
+                                          at::IntArrayRef packing, const std::optional<Tensor>& bias,
+                                          at::TensorList factors, bool transposed, double scale,
+                                          double dropout_p, const std::optional<Tensor>& seed) {
+    const char* op = "grouped_linear";
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const Weight weight(tensors, packing, op);
+    const Sizes sizes = check_grouped(x, offsets, weight, bias, factors, transposed, op);
+    const Dropout dropout = lora::dropout_of(dropout_p, seed, op);
+    const Tensor rows = x.contiguous(), biases = contiguous(bias);
+    const std::vector<Group> groups = groups_of(offsets, rows.size(0), op);
+    const int64_t r = factors.empty() ? 0 : factors[0].size(1);
+    const Tensor y = at::empty({rows.size(0), sizes.out}, x.options()),
+                 s = at::empty({rows.size(0), r}, x.options().dtype(at::kFloat));
+    const CpuKernels& kernels = cpu_kernels();
+    const ThinKernels& thin = thin_kernels(kernels, x, op);
+    const Matrices matrices(weight, transposed, op);
+    for_each(groups, [&](const Group& group) {
+        if (group.rows == 0) return;
+        const Tensor its_x = rows_of(rows, group), its_y = rows_of(y, group), its_s = rows_of(s, group);
+        const Tensor its_bias = biases.defined() ? biases.select(0, group.expert) : Tensor();
+        const Matrix matrix = matrices.forward(group.expert);
+        if (r == 0) return multiply(kernels, its_x, matrix, its_bias, its_y);
+        const Tensor a = floats(factors[0].select(0, group.expert)),
+                     b = floats(factors[1].select(0, group.expert));
+        const lora::KeepMask keep = lora::keep_mask(thin, dropout, its_x, group.first);
+        const lora::Factor right = lora::arranged_factor(thin.arrangement, a, true);
+        lora::down(thin, lora::down_args(its_x, right, lora::factor_of(scale, dropout), keep.mask, its_s),
+                   group.rows);
+        if (its_y.numel() == 0) return;
+        const bool turned = matrix.right.transposed;
+        if (lora::whole_product(kernels, its_x, matrix.right, its_bias, {its_s, beside(b, turned, true), {}},
+                                its_y))
+            return;
+        multiply(kernels, its_x, matrix, its_bias, its_y);
+        lora::up(thin, its_y, its_s, lora::arranged_factor(thin.plain, b, true), {});
+    });
+    no_rows_behind(y, groups);
+    no_rows_behind(s, groups);
+    return {y, s};
+}
+
+std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad, const std::optional<Tensor>& x,
+                                                           const Tensor& offsets, at::TensorList tensors,
+                                                           at::IntArrayRef packing, at::TensorList factors,
+                                                           bool transposed, std::array<bool, 3> needs,
+                                                           double scale, double dropout_p,
+                                                           const std::optional<Tensor>& seed) {
+    const char* op = "grouped_linear_backward";
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const Weight weight(tensors, packing, op);
+    const Sizes sizes = check_grouped_backward(grad, x, offsets, weight, factors, transposed, seed, op);
+    const Dropout dropout = factors.empty() ? Dropout{} : lora::dropout_of(dropout_p, seed, op);
+    const Tensor dy = grad.contiguous();
+    const std::vector<Group> groups = groups_of(offsets, dy.size(0), op);
+    const auto [dx, da, db] = empty_gradients(dy, factors, sizes, needs);
+    const int64_t r = factors.empty() ? 0 : factors[0].size(1);
+    const bool is_thin = r != 0 && sizes.in != 0 && sizes.out != 0;
+    const Tensor rows = is_thin ? x->contiguous() : Tensor(),
+                 s = is_thin ? factors[2].contiguous() : Tensor();
+    const CpuKernels& kernels = cpu_kernels();
+    const ThinKernels& thin = thin_kernels(kernels, dy, op);
+    const Matrices matrices(weight, transposed, op);
+    // An expert's gradient of a factor, in fp32: where it is wanted, if that is fp32.
+    const auto its_gradient = [](const Tensor& all, int64_t expert, bool needed) {
+        if (!needed) return Tensor();
+        const Tensor its = all.select(0, expert);
+        return its.scalar_type() == at::kFloat ? its
+                                               : at::empty(its.sizes(), its.options().dtype(at::kFloat));
+    };
+    const auto store = [](const Tensor& its, const Tensor& all, int64_t expert) {
+        if (its.defined() && all.scalar_type() != at::kFloat) all.select(0, expert).copy_(its);
+    };
+    for_each(groups, [&](const Group& group) {
+        if (group.rows == 0 || !is_thin) {
+            for (const auto& [gradient, needed] : {std::pair(da, needs[1]), std::pair(db, needs[2])})
+                if (needed && !factors.empty()) gradient.select(0, group.expert).zero_();
+            if (group.rows == 0) return;
+        }
+        const Tensor its_dy = rows_of(dy, group), its_dx = needs[0] ? rows_of(dx, group) : Tensor();
+        const Matrix matrix = needs[0] ? matrices.backward(group.expert) : Matrix{};
+        if (!is_thin) {
+            if (needs[0]) multiply(kernels, its_dy, matrix, {}, its_dx);
+            return;
+        }
+        const Tensor a = floats(factors[0].select(0, group.expert)),
+                     b = floats(factors[1].select(0, group.expert)),
+                     t = at::empty({group.rows, r}, s.options());
+        const Tensor its_da = its_gradient(da, group.expert, needs[1]),
+                     its_db = its_gradient(db, group.expert, needs[2]);
+        const lora::KeepMask keep = lora::thin_backward(thin, {.dy = its_dy,
+                                                               .x = rows_of(rows, group),
+                                                               .s = rows_of(s, group),
+                                                               .b = b,
+                                                               .needs = needs,
+                                                               .scale = scale,
+                                                               .dropout = dropout,
+                                                               .first_row = group.first,
+                                                               .t = t,
+                                                               .da = its_da,
+                                                               .db = its_db});
+        store(its_da, da, group.expert);
+        store(its_db, db, group.expert);
+        if (!needs[0]) return;
+        const Tensor factor = beside(a, matrix.right.transposed, false);
+        if (lora::whole_product(kernels, its_dy, matrix.right, {}, {t, factor, keep.mask}, its_dx)) return;
+        multiply(kernels, its_dy, matrix, {}, its_dx);
+        lora::up(thin, its_dx, t, lora::arranged_factor(thin.plain, a, false), keep.mask);
+    });
+    if (needs[0]) no_rows_behind(dx, groups);
+    return {dx, da, db};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peftcore, CPU, m) {
+    m.impl("grouped_linear", &grouped_linear);
+    m.impl("grouped_linear_backward", &grouped_linear_backward);
+}
+
+}  // namespace grouped
+}  // namespace peftcore

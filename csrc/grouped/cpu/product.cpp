@@ -1,0 +1,97 @@
+#include "grouped/cpu/product.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm_cpu_dispatch.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
+
+#include "nf4/cpu/linear/linear.h"
+#include "nf4/cpu/linear/panel.h"
+
+namespace peftcore {
+namespace grouped {
+namespace {
+
+// Columns of y that the library makes in one call, in one thread: so its sums are divided by the shapes alone.
+constexpr int64_t kPanel = 256;
+static_assert(kPanel % nf4::kPanelColumns == 0);
+
+bool contiguous_each(const Tensor& t) {
+    const at::IntArrayRef sizes = t.sizes(), strides = t.strides();
+    return (sizes[2] <= 1 || strides[2] == 1) && (sizes[1] <= 1 || strides[1] == sizes[2]);
+}
+
+// Columns [first, last) of the right side.
+Tensor panel_of(const Matrix& matrix, Range columns, const at::TensorOptions& options) {
+    const int64_t count = columns.last - columns.first;
+    const WeightView& view = matrix.right.view;
+    if (matrix.right.transposed) {
+        if (matrix.dense.defined()) return matrix.dense.narrow(0, columns.first, count).t();
+        return nf4::dequantized_panel(view, columns, {0, view.columns}, options).t();
+    }
+    if (matrix.dense.defined()) return matrix.dense.narrow(1, columns.first, count);
+    return nf4::dequantized_panel(view, {0, view.rows}, columns, options);
+}
+
+}  // namespace
+
+Matrices::Matrices(const Weight& weight, bool transposed, const char* op)
+    : weight_(weight), op_(op), flipped_(transposed) {
+    if (weight.packed()) return;
+    dense_ = weight.first();
+    const Tensor turned = dense_.transpose(1, 2);
+    if (contiguous_each(dense_) || !contiguous_each(turned)) return;
+    dense_ = turned;
+    flipped_ = !flipped_;
+}
+
+Matrix Matrices::of(int64_t expert, bool transposed) const {
+    if (!dense_.defined()) return {{weight_.expert(expert, op_), transposed}, {}};
+    Matrix matrix{{{}, transposed}, dense_.select(0, expert)};
+    if (!contiguous_each(dense_)) return matrix;
+    WeightView& view = matrix.right.view;
+    view.rows = matrix.dense.size(0);
+    view.columns = matrix.dense.size(1);
+    view.dense = matrix.dense.const_data_ptr();
+    view.itemsize = int(matrix.dense.element_size());
+    return matrix;
+}
+
+void multiply(const CpuKernels& kernels, const Tensor& x, const Matrix& matrix, const Tensor& bias,
+              const Tensor& y) {
+    if (y.numel() == 0) return;
+    if (x.size(1) == 0) {
+        bias.defined() ? y.copy_(bias) : y.zero_();
+        return;
+    }
+    const lora::Right& right = matrix.right;
+    if (right.packed() && right.transposed && nf4::few_rows(kernels, x, right.view, bias, y)) return;
+    if (const std::optional<gemm::Tiles> tiles = lora::tiles_of(kernels, x, right)) {
+        const auto bits = [](const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); };
+        gemm::multiply(kernels.gemm, {.x = bits(x),
+                                      .right = *tiles,
+                                      .rows = x.size(0),
+                                      .inner = x.size(1),
+                                      .columns = y.size(1),
+                                      .bias = bias.defined() ? bits(bias) : nullptr,
+                                      .y = static_cast<BFloat16*>(y.mutable_data_ptr())});
+        return;
+    }
+    const int64_t columns = y.size(1), panels = ceil_div(columns, kPanel);
+    // Around a single one PyTorch would open no parallel region, and the library divide it among all threads.
+    at::parallel_for(0, std::max<int64_t>(2, panels), 1, [&](int64_t first, int64_t last) {
+        const at::AutoDispatchBelowADInplaceOrView below;
+        for (; first < std::min(last, panels); ++first) {
+            const Range range{first * kPanel, std::min((first + 1) * kPanel, columns)};
+            const Tensor panel = panel_of(matrix, range, x.options());
+            Tensor out = y.narrow(1, range.first, range.last - range.first);
+            if (bias.defined())
+                at::cpu::addmm_out(out, bias.narrow(0, range.first, range.last - range.first), x, panel);
+            else
+                at::cpu::mm_out(out, x, panel);
+        }
+    });
+}
+
+}  // namespace grouped
+}  // namespace peftcore
