@@ -64,7 +64,7 @@ def _task_type(model: nn.Module, adapter: str) -> str | None:
         warnings.warn(
             f"Hugging Face PEFT cannot read this file: in a {type(model).__name__} it takes the adapters of "
             f"{len(paths)} modules for others or refuses them, such as '{paths[0]}'. It reads one without: "
-            f"exclude_modules={sorted({path.rpartition('.')[2] for path in paths})}",
+            f"exclude_modules={sorted({'.'.join(path.split('.')[-2:]) for path in paths})}",
             stacklevel=5,
         )
     return task_type

@@ -90,3 +90,9 @@ def stacked_weights(module: nn.Module) -> tuple[str, ...]:
         if parameter is not None and parameter.dim() == 3 and parameter.shape[0] in counts
         if parameter.is_floating_point() and min(parameter.shape[1:]) > 1
     )
+
+
+def expert_biases(module: nn.Module) -> tuple[str, ...]:
+    """The names of a module's parameters that are biases of all its experts, `[experts, out]`."""
+    layout = experts_layout(module)
+    return () if layout is None or not layout.has_bias else tuple(f"{name}_bias" for name in layout.names)

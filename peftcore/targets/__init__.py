@@ -3,13 +3,19 @@
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.layers import is_conv1d, is_linear, sizes
 from peftcore.targets.config import LayersConfig
-from peftcore.targets.selection import (
+from peftcore.targets.experts import (
     ALL_LINEAR,
+    expert_weights,
+    experts_per_token,
+    name_experts,
+    parameter_suffixes,
+    select_experts,
+)
+from peftcore.targets.names import is_inside, matches
+from peftcore.targets.selection import (
     biases,
     drop_unmatched,
-    is_inside,
     match_counts,
-    matches,
     minimal_suffixes,
     pattern_value,
     refuse_bypassed,
@@ -29,17 +35,22 @@ __all__ = [
     "base_parameters",
     "biases",
     "drop_unmatched",
+    "expert_weights",
+    "experts_per_token",
     "is_conv1d",
     "is_inside",
     "is_linear",
     "match_counts",
     "matches",
     "minimal_suffixes",
+    "name_experts",
+    "parameter_suffixes",
     "pattern_value",
     "refuse_bypassed",
     "refuse_targeted",
     "select",
     "select_by",
+    "select_experts",
     "sizes",
     "sublayers",
     "trained_biases",

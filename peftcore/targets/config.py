@@ -10,7 +10,8 @@ from torch import nn
 
 from peftcore.architecture import Architecture
 from peftcore.layers import is_conv1d
-from peftcore.targets.selection import ALL_LINEAR, minimal_suffixes, select_by
+from peftcore.targets.experts import ALL_LINEAR
+from peftcore.targets.selection import minimal_suffixes, select_by
 from peftcore.validation import check_types
 
 Config = TypeVar("Config", bound="LayersConfig")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -20,9 +19,10 @@ from peftcore.errors import PeftcoreError, nearest
 from peftcore.layers import is_linear, sizes
 from peftcore.method import Train
 from peftcore.observation import bypassed, rewritten
+from peftcore.targets.experts import ALL_LINEAR, expert_weights, routers
+from peftcore.targets.names import excluded, is_inside, layer_indices, matches, nearest_path, shortest_suffixes
 from peftcore.targets.patterns import compiled
 
-ALL_LINEAR = "all-linear"
 _PLAIN = re.compile(r"[\w.]+", re.ASCII)
 
 
@@ -43,11 +43,6 @@ def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int
     return width, width
 
 
-def matches(pattern: str, path: str) -> bool:
-    """Is `path` the module that a list entry means: the path itself, or its end after a dot?"""
-    return path == pattern or path.endswith(f".{pattern}")
-
-
 def select(
     model: nn.Module,
     architecture: Architecture,
@@ -64,7 +59,7 @@ def select(
 
     Args:
         target_modules: list of suffixes, a regular expression that matches the whole path, or `all-linear`:
-            every linear layer but the output head, the task's heads, and those that are bypassed. A
+            every linear layer but the output head, the task's heads, routers, and those that are bypassed. A
             `nn.MultiheadAttention` stands for its projections where `supported`.
         exclude_modules: list of suffixes or a regular expression, taken away from the selection.
         layers_to_transform: layer indices; `layers_pattern` names the list of layers (`layers`, `h`), by
@@ -78,7 +73,8 @@ def select(
         PeftcoreError: a pattern matches nothing, or a module that the method cannot adapt.
     """
     modules = dict(base_modules(model))
-    excluded = _excluded(modules, exclude_modules)
+    names = [*modules, *(f"{path}.{name}" for path, each in expert_weights(model).items() for name in each)]
+    without = excluded(names, exclude_modules)
     inside_saved = {path for path in modules if any(is_inside(saved, path) for saved in modules_to_save or ())}
 
     if target_modules == ALL_LINEAR:
@@ -89,7 +85,7 @@ def select(
             if is_linear(module) and not any(path == head or path.startswith(f"{head}.") for head in heads)
         ]
         if not own_parameters:
-            past = {**bypassed(model), **rewritten(model)}
+            past = {**bypassed(model), **rewritten(model), **dict.fromkeys(routers(model), "")}
             chosen = [path for path in chosen if path not in past]
         if not chosen:
             raise PeftcoreError(
@@ -99,13 +95,22 @@ def select(
     elif isinstance(target_modules, str):
         chosen = _by_regex(modules, target_modules, supported)
     else:
-        chosen = _by_suffix(modules, target_modules, supported)
+        chosen = _by_suffix(modules, target_modules, supported, names)
 
-    chosen = [path for path in chosen if path not in excluded and path not in inside_saved]
+    chosen = [path for path in chosen if path not in without and path not in inside_saved]
     if target_modules == ALL_LINEAR:
-        chosen = _with_attention(modules, chosen, excluded, supported)
+        chosen = _with_attention(modules, chosen, without, supported)
     if layers_to_transform is not None:
-        chosen = _of_layers(chosen, layers_to_transform, layers_pattern)
+        indices = layer_indices(chosen, layers_pattern)
+        wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+        missing = wanted - set(indices.values())
+        if missing:
+            there = sorted({i for i in indices.values() if i is not None})
+            raise PeftcoreError(
+                f"layers_to_transform: no targeted module lies in layer {sorted(missing)} "
+                f"(layers found: {there if there else f'none by layers_pattern={layers_pattern!r}'})"
+            )
+        chosen = [path for path in chosen if indices[path] in wanted]
     if not chosen:
         raise PeftcoreError(
             f"target_modules={target_modules!r} leaves nothing after exclude_modules={exclude_modules!r} and "
@@ -154,19 +159,9 @@ def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
 
 
 def minimal_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
-    """The shortest list of suffixes that selects `chosen` and no other module: what a saved config says."""
+    """The shortest list of suffixes that selects the modules `chosen` and no other: what a saved config says."""
     chosen = set(chosen)
-    others = [path for path, _ in base_modules(model) if path not in chosen]
-    selects_other = lru_cache(lambda suffix: any(matches(suffix, other) for other in others))
-    suffixes: set[str] = set()
-    for path in sorted(chosen):
-        parts = path.split(".")
-        ends = (".".join(parts[-length:]) for length in range(1, len(parts) + 1))
-        suffix = next((end for end in ends if not selects_other(end)), None)
-        if suffix is None:
-            raise PeftcoreError(f"no suffix selects '{path}' alone. Give target_modules as a regular expression")
-        suffixes.add(suffix)
-    return sorted(s for s in suffixes if not any(s != other and s.endswith(f".{other}") for other in suffixes))
+    return shortest_suffixes(chosen, [path for path, _ in base_modules(model) if path not in chosen])
 
 
 def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
@@ -289,25 +284,6 @@ def _with_attention(
     return paths
 
 
-def is_inside(saved: str, path: str) -> bool:
-    """Is `path` a module that the entry `saved` of `modules_to_save` means, or inside one?"""
-    return f".{saved}." in f".{path}."
-
-
-def _excluded(modules: dict[str, nn.Module], patterns: str | Sequence[str] | None) -> set[str]:
-    if not patterns:
-        return set()
-    if isinstance(patterns, str):
-        excluded = set(filter(compiled(patterns, "exclude_modules"), modules))
-        if not excluded:
-            raise PeftcoreError(f"exclude_modules={patterns!r} matches no module")
-        return excluded
-    for pattern in patterns:
-        if not any(matches(pattern, path) for path in modules):
-            raise PeftcoreError(f"exclude_modules: '{pattern}' matches no module{_nearest_path(pattern, modules)}")
-    return {path for path in modules if any(matches(pattern, path) for pattern in patterns)}
-
-
 def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Any) -> list[str]:
     matched = list(filter(compiled(pattern, "target_modules"), modules))
     chosen = [path for path in matched if supported(modules[path])]
@@ -321,13 +297,15 @@ def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Any) -> li
     return chosen
 
 
-def _by_suffix(modules: dict[str, nn.Module], patterns: Sequence[str], supported: Any) -> list[str]:
+def _by_suffix(
+    modules: dict[str, nn.Module], patterns: Sequence[str], supported: Any, names: Collection[str]
+) -> list[str]:
     if not patterns:
         raise PeftcoreError("target_modules is an empty list. Name modules, or use 'all-linear'")
     for pattern in patterns:
         matched = [path for path in modules if matches(pattern, path)]
         if not matched:
-            raise PeftcoreError(f"target_modules: '{pattern}' matches no module{_nearest_path(pattern, modules)}")
+            raise PeftcoreError(f"target_modules: '{pattern}' matches no module{nearest_path(pattern, names)}")
         wrong = [path for path in matched if not supported(modules[path])]
         if wrong:
             raise PeftcoreError(
@@ -335,36 +313,6 @@ def _by_suffix(modules: dict[str, nn.Module], patterns: Sequence[str], supported
                 f"method cannot adapt. Modules it can: {_examples(modules, supported)}"
             )
     return [path for path in modules if any(matches(pattern, path) for pattern in patterns)]
-
-
-def _of_layers(paths: list[str], layers: int | Sequence[int], pattern: str | Sequence[str] | None) -> list[str]:
-    wanted = {layers} if isinstance(layers, int) else set(layers)
-    names = [pattern] if isinstance(pattern, str) else list(pattern or [r"[^.]*"])
-    lists = [compiled(rf"(?:.*\.)?(?:{name})", "layers_pattern") for name in names]
-
-    def index(path: str) -> int | None:
-        """The first number behind a list of layers."""
-        parts = path.split(".")
-        numbers = [i for i, part in enumerate(parts[:-1]) if i and part.isdecimal()]
-        return next((int(parts[i]) for is_list in lists for i in numbers if is_list(".".join(parts[:i]))), None)
-
-    indices = {path: index(path) for path in paths}
-    missing = wanted - set(indices.values())
-    if missing:
-        there = sorted({i for i in indices.values() if i is not None})
-        raise PeftcoreError(
-            f"layers_to_transform: no targeted module lies in layer {sorted(missing)} "
-            f"(layers found: {there if there else f'none by layers_pattern={pattern!r}'})"
-        )
-    return [path for path in paths if indices[path] in wanted]
-
-
-def _nearest_path(pattern: str, modules: dict[str, nn.Module]) -> str:
-    names = {part for path in modules for part in (path, path.rpartition(".")[2]) if part and not part.isdigit()}
-    return (
-        nearest(pattern, sorted(names))
-        or f". Names here: {', '.join(sorted(names - {p for p in names if '.' in p})[:12])}"
-    )
 
 
 def _kinds(modules: dict[str, nn.Module], paths: Iterable[str]) -> str:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import targets, validation
+from peftcore.experts import expert_biases
 
 ALL = "all"
 QUERY_INTERMEDIATE = "query-intermediate"
@@ -76,11 +77,12 @@ class AddedBias(nn.Module):
 
 
 def bias_names(module: nn.Module) -> list[str]:
-    """The module's own biases: `bias`, `in_proj_bias`, `bias_ih_l0`, ..."""
+    """The module's own biases: `bias`, `in_proj_bias`, `bias_ih_l0`, ..., and those of experts `[experts, out]`."""
+    of_experts = expert_biases(module)
     return [
         name
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() == 1 and "bias" in name.split("_")
+        if parameter is not None and "bias" in name.split("_") and (parameter.dim() == 1 or name in of_experts)
     ]
 
 

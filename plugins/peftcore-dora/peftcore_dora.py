@@ -32,6 +32,8 @@ FIELDS = """r lora_alpha lora_dropout target_modules exclude_modules layers_to_t
 class DoraConfig(peftcore_lora.LoraConfig):
     """LoRA's fields, but lora_bias. On disk it is, as in Hugging Face PEFT, a LoRA with `use_dora: true`."""
 
+    reaches_experts = False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         plain = peftcore_lora.LoraConfig()

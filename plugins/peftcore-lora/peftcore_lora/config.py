@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
 import peftcore
 from peftcore import targets, validation
+from peftcore_lora.experts import is_adaptable, with_experts
 
 Kind = TypeVar("Kind")
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "mica", "eva")
@@ -43,11 +44,16 @@ class LoraConfig:
     Args:
         r: rank of the update. lora_alpha: the update is scaled by lora_alpha / r, with use_rslora by
             lora_alpha / sqrt(r) (Kalajdzievski 2023, arXiv 2312.03732).
+        expert_r: rank at each expert, with the scale of the others; `rank_pattern` comes before it, and says it in the
+            file. None: where target_modules reaches experts, r over the number of them that a token passes through, at
+            least 1, so that a token meets as much of the update as elsewhere; r where target_parameters names them.
         lora_dropout: probability with which an input of A is dropped in training.
         target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
+            `all-linear` includes experts, whose weights are parameters [experts, out, in], unless target_parameters is
+            given. A name of no layer may be that of a module of experts, or of its weight: `experts`, `gate_up_proj`.
         target_parameters: parameters by the ends of their names, such as `mlp.experts.down_proj`, of two or three
             dimensions, beside target_modules. exclude_modules and layers_to_transform do not concern them. With
-            target_modules=[] they alone.
+            target_modules=[] they alone; [] leaves experts out.
         trainable_token_indices: rows of the embedding that are trained themselves, and those of what is tied to it; or
             `{module: rows}`.
         rank_pattern, alpha_pattern: r and lora_alpha of single modules, `{regex for the path's end: value}`.
@@ -66,6 +72,7 @@ class LoraConfig:
         lora_bias: B has a bias, too, `[out]`: y = W x + scale · (B A x + b). It merges where the layer has one.
         bias: which biases are trained too: "none", "all", or "lora_only" (those of adapted modules).
         fan_in_fan_out: written for PEFT, which wants it True for GPT-2; here a layer's layout is read off the layer.
+        kept_dropout: lora_dropout in a file with target_parameters, beside which PEFT refuses any but 0.
     """
 
     r: int = 8
@@ -76,6 +83,7 @@ class LoraConfig:
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     target_parameters: Sequence[str] | None = None
+    expert_r: int | None = None
     trainable_token_indices: Sequence[int] | dict[str, Sequence[int]] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -93,10 +101,13 @@ class LoraConfig:
     lora_bias: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
+    kept_dropout: float | None = None
+
+    reaches_experts: ClassVar[bool] = True  # of methods that are LoRA's kin, too
 
     def __post_init__(self) -> None:
         validation.check_types(self)
-        for r in (self.r, *self.rank_pattern.values()):
+        for r in (self.r, *self.rank_pattern.values(), *([] if self.expert_r is None else [self.expert_r])):
             validation.positive_whole(r=r)
         validation.probability(lora_dropout=self.lora_dropout)
         check_start(self.init_lora_weights)
@@ -107,9 +118,16 @@ class LoraConfig:
             f"lora_fa=True keeps A as it was drawn, which init_lora_weights={start!r} does not allow. Choose True",
         )
 
+    @property
+    def linear_alone(self) -> str | None:
+        """What of it is known for linear layers alone, if something is."""
+        fields = [name for name in ("lora_bias", "lora_fa", "frozen_start") if getattr(self, name)]
+        fields += ["init_lora_weights"] if self.init_lora_weights not in (True, False, "gaussian") else []
+        return f"{fields[0]}={getattr(self, fields[0])!r}" if fields else None
+
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LoraConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
-        chosen, config = selected(model, self, architecture), self
+        chosen, config = selected(model, self, architecture), with_experts(model, self)
         if self.target_modules == targets.ALL_LINEAR:
             config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
         starts = is_subtracted(self.init_lora_weights) or self.frozen_start
@@ -141,9 +159,9 @@ def scaled(config: LoraConfig, factor: float) -> LoraConfig:
 
 def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
     """The layers that the config means, by path, of those that LoRA can adapt."""
-    if not config.target_modules and (config.target_parameters or config.trainable_token_indices):
+    modules, experts = config.target_modules, list[str]()
+    if config.reaches_experts:
+        modules, experts = targets.name_experts(model, modules, is_adaptable)
+    if not modules and (config.target_parameters or config.trainable_token_indices or experts):
         return {}
-    others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-    return targets.select_by(
-        config, model, architecture, supported=lambda module: targets.is_linear(module) or isinstance(module, others)
-    )
+    return targets.select_by(config, model, architecture, supported=is_adaptable, target_modules=modules)

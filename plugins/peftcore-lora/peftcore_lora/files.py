@@ -110,11 +110,23 @@ def read_config(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of plain LoRA, where that is what the file's adapter computes; no module, where PEFT has None."""
     if why := why_not(fields):
         raise peftcore.PeftcoreError(why)
-    return {**plain_fields(fields), "target_modules": fields.get("target_modules") or []}
+    chosen = {name: fields.get(name) or [] for name in ("target_modules", "target_parameters")}
+    return {**plain_fields(fields), **chosen}
+
+
+def write_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """Beside target_parameters PEFT refuses dropout, which its adapter does without once it is trained."""
+    fields = starts.write_config(fields)
+    fields["target_parameters"] = fields["target_parameters"] or None
+    if fields["target_parameters"] and fields["lora_dropout"]:
+        fields |= {"lora_dropout": 0.0, "kept_dropout": fields["lora_dropout"]}
+    return fields
 
 
 def config_on_disk(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraConfig:
     """With ensure_weight_tying PEFT forgets in target_modules the head that it ties to an adapted embedding."""
+    if config.kept_dropout is not None:
+        config = replace(config, lora_dropout=config.kept_dropout, kept_dropout=None)
     embedding = next((t for name, t in tensors.items() if name.endswith(".lora_embedding_A")), None)
     if embedding is None or not config.ensure_weight_tying or isinstance(config.target_modules, str):
         return config
@@ -131,8 +143,8 @@ def config_on_disk(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraCon
 RULES = peftcore.StateRules(
     peft_type="LORA",
     tensor_name=tensor_name,
-    own_fields=frozenset({"frozen_start", "lora_plus_ratio", "lora_fa"}),
-    write_config=starts.write_config,
+    own_fields=frozenset({"frozen_start", "lora_plus_ratio", "lora_fa", "expert_r", "kept_dropout"}),
+    write_config=write_config,
     read_config=lambda fields: starts.read_config(read_config(fields)),
     config_on_disk=config_on_disk,
     write_tensors=lambda tensors, config: write_experts(starts.write_tensors(tensors, config)),

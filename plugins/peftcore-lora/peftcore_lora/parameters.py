@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import targets, validation
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.adapted import base_modules, has_forward_of_instance
 from peftcore.errors import nearest
 from peftcore.experts import Thin, experts_layout
 from peftcore_lora.config import LoraConfig
@@ -91,6 +91,12 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[peftcore.
     for path, names in named(model, config.target_parameters or ()).items():
         module = model.get_submodule(path)
         targets.refuse_bypassed(model, [path])
+        validation.require(
+            not getattr(module, "_is_expert_parallel", False) and not has_forward_of_instance(module),
+            f"the experts at '{path}' are spread over processes (expert parallelism), or have a forward of their own, "
+            "which reads their weights unchanged. Load the model without a plan of that kind (distributed_config), or "
+            f"leave them out: exclude_modules=['{path.rpartition('.')[2]}']",
+        )
         for place, name in enumerate(names):
             parameter: Any = module._parameters[name]
             shape, whole = _shape(module, name), f"{path}.{name}"
@@ -130,14 +136,14 @@ def name_on_disk(placement: peftcore.OnWeight, name: str) -> str:
 
 
 def write_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Factors of experts under the names and in the shapes that they have in PEFT's file."""
+    """Factors of experts under the names and in the shapes of PEFT's file."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stem, _, end = name.rpartition(".")
         if end == BY_EXPERT:
             is_a = stem.endswith("lora_A")
             tensor = tensor.flatten(0, 1) if is_a else tensor.permute(1, 2, 0).reshape(tensor.shape[1], -1)
-            name = f"{stem}.weight"
+            name, tensor = f"{stem}.weight", tensor.contiguous()
         found[name] = tensor
     return found
 

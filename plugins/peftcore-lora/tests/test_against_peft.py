@@ -260,13 +260,14 @@ def deepseek() -> nn.Module:
 def test_modules_that_peft_takes_for_experts_are_told(tmp_path: Path) -> None:
     model = peftcore.apply(deepseek(), "lora", r=2)
     disturb(model, "default", seed=1)
-    names = r"\['down_proj', 'gate_proj', 'up_proj'\]"
+    names = r"\['mlp.down_proj', .*'shared_experts.up_proj'\]"
     with pytest.warns(UserWarning, match=rf"PEFT cannot read .*layers.0.mlp.gate_proj'.*exclude_modules={names}"):
         peftcore.save(model, tmp_path / "all")
     assert torch.equal(logits(peftcore.load(deepseek(), tmp_path / "all")), logits(model))
     peftcore.remove(model)
-    with pytest.warns(UserWarning, match=r"reaches 29.2 % of the weight in layers; left out: .*experts"):
-        peftcore.apply(model, "lora", r=2, exclude_modules=["down_proj", "gate_proj", "up_proj"])
+    named = ["down_proj", "gate_proj", "up_proj"]
+    others = [f"{block}.{name}" for block in ("mlp", "shared_experts") for name in named]
+    peftcore.apply(model, "lora", r=2, exclude_modules=others)
     disturb(model, "default", seed=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -1,0 +1,112 @@
+"""Which weights of experts a config means: parameters `[experts, out, in]`, which no linear layer holds.
+
+`all-linear` means them all, where the method knows them. An entry of `target_modules` that means no module that the
+method adapts may mean a module of experts (`experts`) or a weight of one (`gate_up_proj`, `mlp.experts.down_proj`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.experts import stacked_weights
+from peftcore.layers import is_linear, sizes
+from peftcore.observation import bypassed
+from peftcore.targets.names import excluded, is_inside, layer_indices, matches, shortest_suffixes
+from peftcore.targets.patterns import compiled
+
+ALL_LINEAR = "all-linear"
+
+
+def expert_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The names of the weights of each module of experts, by its path."""
+    found = {path: stacked_weights(module) for path, module in base_modules(model) if path}
+    return {path: names for path, names in found.items() if names}
+
+
+def routers(model: nn.Module) -> set[str]:
+    """The paths of linear layers beside experts that choose among them: which experts a token gets is their output."""
+    found: set[str] = set()
+    for path, names in expert_weights(model).items():
+        block = path.rpartition(".")[0]
+        count = model.get_submodule(path).get_parameter(names[0]).shape[0]
+        for inside, module in base_modules(model.get_submodule(block)):
+            is_named = any(word in inside for word in ("gate", "router"))
+            if is_linear(module) and is_named and sizes(module)[1] == count:
+                found.add(f"{block}.{inside}" if block else inside)
+    return found
+
+
+def name_experts(
+    model: nn.Module, target_modules: str | Sequence[str], supported: Callable[[nn.Module], bool]
+) -> tuple[str | list[str], list[str]]:
+    """(what of `target_modules` means modules that the method adapts, the full names of experts' weights it means)."""
+    modules = [path for path, module in base_modules(model) if supported(module)]
+    weights = [(path, f"{path}.{name}") for path, names in expert_weights(model).items() for name in names]
+
+    def meant(test: Callable[[str], bool]) -> list[str]:
+        """Weights, where no module is meant."""
+        return [] if any(map(test, modules)) else [name for path, name in weights if test(path) or test(name)]
+
+    if isinstance(target_modules, str):
+        if target_modules == ALL_LINEAR or not weights:
+            return target_modules, []
+        named = meant(compiled(target_modules, "target_modules"))
+        return ([] if named else target_modules), named
+    by_entry = {entry: meant(partial(matches, entry)) for entry in target_modules}
+    names = dict.fromkeys(name for found in by_entry.values() for name in found)
+    return [entry for entry, found in by_entry.items() if not found], list(names)
+
+
+def select_experts(
+    model: nn.Module,
+    *,
+    target_modules: str | Sequence[str],
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    supported: Callable[[nn.Module], bool] = is_linear,
+) -> list[str]:
+    """The full names of the experts' weights meant, in the model's order. The arguments are those of `select`."""
+    weights = {f"{path}.{name}": path for path, names in expert_weights(model).items() for name in names}
+    if target_modules == ALL_LINEAR:
+        past = bypassed(model) if weights else {}
+        chosen = [name for name, path in weights.items() if path not in past]
+    else:
+        chosen = name_experts(model, target_modules, supported)[1]
+    if not chosen:
+        return []
+    without = excluded([*(path for path, _ in base_modules(model)), *weights], exclude_modules)
+    chosen = [name for name in chosen if name not in without and weights[name] not in without]
+    chosen = [name for name in chosen if not any(is_inside(saved, weights[name]) for saved in modules_to_save or ())]
+    if layers_to_transform is not None:
+        wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
+        indices = layer_indices(chosen, layers_pattern)
+        chosen = [name for name in chosen if indices[name] in wanted]
+    return chosen
+
+
+def parameter_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
+    """The shortest list of suffixes, with their modules', that selects the parameters `chosen` and no others."""
+    chosen = set(chosen)
+    names: list[str] = [name for name, _ in base_parameters(model)] + [path for path, _ in base_modules(model)]
+    return shortest_suffixes(chosen, [name for name in names if name not in chosen], parts=2)
+
+
+def experts_per_token(module: Any, model: Any) -> int:
+    """How many of a module's experts a token passes through, as its config or the model's says; 1 where none does."""
+    configs: list[Any] = [getattr(module, "config", None), getattr(model, "config", None)]
+    configs += [each.get_text_config() for each in configs if hasattr(each, "get_text_config")]
+    names = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts", "num_selected_experts")
+    for config in configs:
+        for name in names:
+            value = getattr(config, name, None)
+            value = max(value, default=None) if isinstance(value, (list, tuple)) else value
+            if type(value) is int and value > 0:
+                return value
+    return 1

@@ -1,0 +1,74 @@
+"""How names of modules and parameters are matched: suffixes, exclusions, indices of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from functools import lru_cache
+
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.targets.patterns import compiled
+
+
+def matches(pattern: str, path: str) -> bool:
+    """Is `path` the module that a list entry means: the path itself, or its end after a dot?"""
+    return path == pattern or path.endswith(f".{pattern}")
+
+
+def is_inside(saved: str, path: str) -> bool:
+    """Is `path` a module that the entry `saved` of `modules_to_save` means, or inside one?"""
+    return f".{saved}." in f".{path}."
+
+
+def excluded(names: Collection[str], patterns: str | Sequence[str] | None) -> set[str]:
+    """Those of `names`, of modules or parameters, that `exclude_modules` means.
+
+    Raises:
+        PeftcoreError: a pattern matches none.
+    """
+    if not patterns:
+        return set()
+    if isinstance(patterns, str):
+        found = set(filter(compiled(patterns, "exclude_modules"), names))
+        if not found:
+            raise PeftcoreError(f"exclude_modules={patterns!r} matches no module")
+        return found
+    for pattern in patterns:
+        if not any(matches(pattern, path) for path in names):
+            raise PeftcoreError(f"exclude_modules: '{pattern}' matches no module{nearest_path(pattern, names)}")
+    return {path for path in names if any(matches(pattern, path) for pattern in patterns)}
+
+
+def layer_indices(paths: Iterable[str], pattern: str | Sequence[str] | None) -> dict[str, int | None]:
+    """The layer of each path by `layers_pattern`: the first number behind a list of layers."""
+    names = [pattern] if isinstance(pattern, str) else list(pattern or [r"[^.]*"])
+    lists = [compiled(rf"(?:.*\.)?(?:{name})", "layers_pattern") for name in names]
+
+    def index(path: str) -> int | None:
+        parts = path.split(".")
+        numbers = [i for i, part in enumerate(parts[:-1]) if i and part.isdecimal()]
+        return next((int(parts[i]) for is_list in lists for i in numbers if is_list(".".join(parts[:i]))), None)
+
+    return {path: index(path) for path in paths}
+
+
+def nearest_path(pattern: str, paths: Iterable[str]) -> str:
+    """For messages: the names that come nearest, or those that there are."""
+    names = {part for path in paths for part in (path, path.rpartition(".")[2]) if part and not part.isdigit()}
+    return (
+        nearest(pattern, sorted(names))
+        or f". Names here: {', '.join(sorted(names - {p for p in names if '.' in p})[:12])}"
+    )
+
+
+def shortest_suffixes(chosen: Collection[str], others: Collection[str], parts: int = 1) -> list[str]:
+    """The shortest list of suffixes, each of so many parts or more, that means `chosen` and none of `others`."""
+    selects_other = lru_cache(lambda suffix: any(matches(suffix, other) for other in others))
+    suffixes: set[str] = set()
+    for path in sorted(chosen):
+        names = path.split(".")
+        ends = (".".join(names[-length:]) for length in range(min(parts, len(names)), len(names) + 1))
+        suffix = next((end for end in ends if not selects_other(end)), None)
+        if suffix is None:
+            raise PeftcoreError(f"no suffix selects '{path}' alone. Give target_modules as a regular expression")
+        suffixes.add(suffix)
+    return sorted(s for s in suffixes if not any(s != other and s.endswith(f".{other}") for other in suffixes))

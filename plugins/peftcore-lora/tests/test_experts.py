@@ -1,0 +1,202 @@
+"""LoRA as it is reaches the experts of every family: trained, saved, merged, removed, beside PEFT both ways."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from beside_peft import logits, moved, quiet
+from torch import nn
+
+import peftcore
+from peftcore.adaptation.adapted import adapters_at
+from peftcore.engine import applied
+from peftcore.testing import disturb
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+SHARED = {"n_routed_experts": 4, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+FULL = {"layer_types": ["full_attention", "full_attention"]}
+LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+QWEN = {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "decoder_sparse_step": 1}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": QWEN,
+    "qwen3_next": {
+        **QWEN,
+        **LINEAR,
+        "shared_expert_intermediate_size": 24,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "olmoe": {"num_experts": 4},
+    "granitemoe": {"num_local_experts": 4},
+    "deepseek_v3": {**SHARED, **LATENT, "num_key_value_heads": 4},
+    "gpt_oss": {"num_local_experts": 4, "head_dim": 8, **FULL},
+    "llama4_text": {
+        **{"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8},
+        **{"moe_layers": [1], "attention_chunk_size": 8},
+    },
+    "glm4_moe": {**SHARED, "head_dim": 8},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
+    "minimax": {"num_local_experts": 4, "head_dim": 8, **FULL},
+}
+
+
+def build(family: str) -> nn.Module:
+    config = transformers.AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():  # some begin experts at zero
+        nn.init.normal_(parameter, std=0.1) if parameter.dim() == 3 else None
+    return model
+
+
+def config_of(model: nn.Module) -> Any:
+    return applied(model, "default").config
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_family(family: str) -> None:
+    base, model = build(family), build(family)
+    assert peftcore.plan(model, "lora", r=4).coverage.share > 0.95  # but for routers, and convolutions of Qwen3-Next
+    peftcore.apply(model, "lora", r=4)
+    torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=1e-6)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    tokens, losses = torch.arange(3, 27).view(2, 12), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.01
+    experts = {path: adapters_at(model.get_submodule(path))["default"] for path in applied(model, "default").paths}
+    experts = {path: each for path, each in experts.items() if path.endswith(".experts")}
+    assert experts and all(p.grad is not None and p.grad.any() for each in experts.values() for p in each.parameters())
+    acting = logits(model)
+    peftcore.merge(model)
+    torch.testing.assert_close(logits(model), acting, rtol=0, atol=1e-5)
+    peftcore.unmerge(model)
+    assert torch.equal(logits(model), acting)
+    peftcore.remove(model)
+    assert all(torch.equal(tensor, base.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+# Layers of dense and shared blocks that PEFT takes for experts of old files are left out.
+OTHERS = {
+    "deepseek_v3": ["mlp", "shared_experts"],
+    "glm4_moe": ["mlp", "shared_experts"],
+    "ernie4_5_moe": ["mlp", "shared_experts"],
+    "qwen3_next": ["shared_expert"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:lora_dropout=0.1 does not act at 2 of")  # Llama 4's experts
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_beside_peft(family: str, tmp_path: Path) -> None:
+    out = [f"{block}.{name}" for block in OTHERS.get(family, ()) for name in ("gate_proj", "up_proj", "down_proj")]
+    ours = peftcore.apply(build(family), "lora", r=4, lora_dropout=0.1, exclude_modules=out or None)
+    disturb(ours, "default", seed=1)
+    peftcore.save(ours, tmp_path / "ours")
+    again = peftcore.load(build(family), tmp_path / "ours")
+    assert torch.equal(logits(again), logits(ours)) and config_of(again).lora_dropout == 0.1
+    theirs = quiet(peft.PeftModel.from_pretrained, build(family), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
+    names = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
+    fields = {name: getattr(config_of(ours), name) for name in names}
+    theirs = moved(quiet(peft.get_peft_model, build(family), peft.LoraConfig(task_type="CAUSAL_LM", **fields)).eval())
+    quiet(theirs.save_pretrained, tmp_path / "theirs")
+    torch.testing.assert_close(
+        logits(peftcore.load(build(family), tmp_path / "theirs")), logits(theirs), rtol=0, atol=1e-5
+    )
+
+
+def test_a_file_of_pefts_all_linear(tmp_path: Path) -> None:
+    """PEFT adapts experts, too, with twice the rank at gate and up, and routers."""
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+    theirs = moved(quiet(peft.get_peft_model, build("qwen3_moe"), config).eval())
+    quiet(theirs.save_pretrained, tmp_path)
+    ours = peftcore.load(build("qwen3_moe"), tmp_path)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+
+
+BOTH = ["experts.down_proj", "experts.gate_up_proj"]
+
+
+@pytest.mark.filterwarnings("ignore:lora on .* reaches")
+@pytest.mark.parametrize(
+    ("family", "fields", "modules", "parameters", "ranks"),
+    [
+        ("qwen3_moe", {}, 8, BOTH, {"experts.down_proj": 4, "experts.gate_up_proj": 4}),  # 8 over the 2 of a token
+        ("qwen3_moe", {"target_modules": ["experts"], "r": 1}, 0, BOTH, {}),
+        ("qwen3_moe", {"target_modules": ["q_proj", "down_proj"], "expert_r": 3}, 2, BOTH[:1], {BOTH[0]: 3}),
+        ("qwen3_moe", {"target_modules": ".*experts.gate.*"}, 0, BOTH[1:], {BOTH[1]: 4}),
+        ("qwen3_moe", {"rank_pattern": {"down_proj": 6}}, 8, BOTH, {"down_proj": 6, BOTH[1]: 4}),
+        ("qwen3_moe", {"exclude_modules": ["experts"]}, 8, [], {}),
+        ("qwen3_moe", {"exclude_modules": ["gate_up_proj"]}, 8, BOTH[:1], {BOTH[0]: 4}),
+        ("qwen3_moe", {"target_parameters": []}, 8, [], {}),
+        ("qwen3_moe", {"target_parameters": BOTH[:1]}, 8, BOTH[:1], {}),  # as in PEFT
+        ("qwen3_moe", {"modules_to_save": ["experts"]}, 8, [], {}),
+        ("deepseek_v3", {"target_modules": ["down_proj"]}, 2, [], {}),  # of linear layers, as ever
+        ("deepseek_v3", {"target_modules": ".*experts.*"}, 3, [], {}),
+        ("deepseek_v3", {"layers_to_transform": [0]}, 8, [], {}),
+        ("llama4_text", {"target_modules": ["feed_forward.experts"]}, 0, BOTH, {}),
+        ("llama4_text", {"target_modules": ["router"]}, 1, [], {}),
+        ("llama4_text", {}, 14, BOTH, {}),  # without the router, a linear layer
+    ],
+)
+def test_what_reaches_experts(
+    family: str, fields: dict[str, Any], modules: int, parameters: list[str], ranks: dict[str, int]
+) -> None:
+    model = build(family)
+    peftcore.apply(model, "lora", **fields)
+    config = config_of(model)
+    assert (list(config.target_parameters), config.rank_pattern, config.expert_r) == (parameters, ranks, None)
+    found = [path for path in applied(model, "default").paths if not path.endswith("mlp.experts")]
+    assert len([path for path in found if not path.endswith("feed_forward.experts")]) == modules
+    for path in {*applied(model, "default").paths} - {*found}:  # the scale is that of the other layers
+        for adapter in adapters_at(model.get_submodule(path))["default"].changes.values():
+            assert adapter.scale == config.lora_alpha / config.r or "rank_pattern" in fields or parameters == BOTH[:1]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_modules": ["gate_proj"]}, r"'gate_proj' matches no module \(nearest: 'gate_up_proj'"),
+        ({"target_modules": ["q_proj"], "expert_r": 2}, "expert_r=2: no weight of experts is reached"),
+        ({"target_modules": ["experts"], "lora_bias": True}, "lora_bias=True is not possible"),
+        ({"target_modules": ["experts"], "lora_fa": True}, "lora_fa=True is known for linear layers"),
+        ({"target_modules": ["experts"], "init_lora_weights": "pissa"}, "'pissa' is known for linear layers"),
+    ],
+)
+def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=message):
+        peftcore.apply(build("qwen3_moe"), "lora", **fields)
+
+
+@pytest.mark.filterwarnings("ignore:lora on Qwen3Moe")
+def test_experts_are_left_out_aloud() -> None:
+    with pytest.warns(UserWarning, match="lora_fa=True is known for linear layers: experts are left out"):
+        peftcore.apply(build("qwen3_moe"), "lora", lora_fa=True)
+
+
+@pytest.mark.filterwarnings("ignore:lora on Qwen3Moe")
+def test_expert_parallelism_is_refused() -> None:
+    model = build("qwen3_moe")
+    model.model.layers[1].mlp.experts._is_expert_parallel = True
+    with pytest.raises(peftcore.PeftcoreError, match=r"layers.1.mlp.experts' are spread over processes"):
+        peftcore.apply(model, "lora")
+    peftcore.apply(model, "lora", exclude_modules=["experts"])
