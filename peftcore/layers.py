@@ -23,3 +23,11 @@ def sizes(module: nn.Module) -> tuple[int, int]:
     """(input, output) of a linear layer."""
     layer: Any = module  # of whatever class
     return (layer.nx, layer.nf) if is_conv1d(module) else (layer.in_features, layer.out_features)
+
+
+def shape_of(module: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape of the weight that the parameter `name` of `module` itself stands for; in 4 bits it has another."""
+    packing = getattr(module, "packings", {}).get(name)  # of `quantization.parameters.PackedParameters`
+    if packing is not None:
+        return tuple(packing.shape)
+    return tuple(module.get_parameter(name).shape)

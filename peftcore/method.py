@@ -287,6 +287,8 @@ class WeightFormat:
         plain: (module) -> None, with `decode`: make a module that holds a dense weight an ordinary one for good.
         update_config: (model) -> None, with `decode`: make the model's config say how its weights are stored, after
             merging has put dense ones in place, or taken them out again.
+        for_parameter: (name) -> this format of a parameter that is not called `weight`, such as those of experts:
+            `matches`, `read`, `write` and `decode` are then of that one. None: it stores only a `weight`.
     """
 
     name: str
@@ -298,3 +300,4 @@ class WeightFormat:
     decode: Callable[[Any, dict[str, Tensor]], Tensor] | None = None
     plain: Callable[[Any], None] | None = None
     update_config: Callable[[nn.Module], None] | None = None
+    for_parameter: Callable[[str], WeightFormat] | None = None

@@ -64,3 +64,15 @@ def weight_format(module: nn.Module) -> WeightFormat:
             "provide a format"
         )
     return found
+
+
+def format_in_few_bits(module: nn.Module, name: str) -> WeightFormat | None:
+    """The format that keeps the parameter `name` of `module` itself in few bits; None where it is dense."""
+    if name == "weight":
+        found = find_weight_format(module)
+        return found if found is not None and found.decode is not None else None
+    parameter = module._parameters.get(name)
+    if parameter is None or parameter.is_floating_point():
+        return None
+    named = (each.for_parameter(name) for each in registry.weight_formats() if each.for_parameter is not None)
+    return next((each for each in named if each.decode is not None and each.matches(module)), None)

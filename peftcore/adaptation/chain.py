@@ -18,7 +18,7 @@ from peftcore.adaptation.outputs import first_of, with_first
 from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_forward, has_interface_forward, thin_changes
 from peftcore.method import WeightFormat
-from peftcore.weight_formats import weight_format
+from peftcore.weight_formats import format_in_few_bits, weight_format
 
 if TYPE_CHECKING:
     from peftcore.experts import Thin
@@ -63,7 +63,7 @@ class Base:
         copy = _changed(self.module, self._changes, self._weights)
         output = self._forward(copy, *args, **kwargs)
         if not is_dynamo_compiling():
-            _keep_attributes(self.module, copy)
+            keep_attributes(self.module, copy)
         return output
 
     def _thin_changes(self, arguments: Mapping[str, Any]) -> dict[str, list[Thin]] | None:
@@ -229,8 +229,10 @@ def _changed(
     parameters: dict[str, Any] = dict(module._parameters)  # what a change gives need be no parameter
     modules: dict[str, Any] = dict(module._modules)
     copy.__dict__.update(module.__dict__, _parameters=parameters, _modules=modules)
-    if weights is not None and weights.decode is not None and any("weight" in each for each in changes):
-        parameters["weight"] = weights.read(module)  # the module computes with a dense one, too
+    for name in dict.fromkeys(name for each in changes for name in each):
+        found = weights if name == "weight" and weights is not None else format_in_few_bits(module, name)
+        if found is not None and found.decode is not None:
+            parameters[name] = found.read(module)  # the module computes with a dense one, too
     for each in changes:
         for name, change in each.items():
             child, _, rest = name.partition(".")
@@ -258,7 +260,7 @@ def _applied(change: Change, parameter: Tensor, name: str) -> Tensor:
 _OF_COPY = ("_parameters", "_modules")
 
 
-def _keep_attributes(module: nn.Module, copy: nn.Module) -> None:
+def keep_attributes(module: nn.Module, copy: nn.Module) -> None:
     """What the forward has set on the copy that it ran on (a router's last logits) is the module's."""
     own = module.__dict__
     for name, value in copy.__dict__.items():

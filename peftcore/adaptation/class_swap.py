@@ -24,12 +24,15 @@ def one_for_each_class(make: Maker) -> Maker:
     return functools.cache(make)  # type: ignore[return-value]  # mypy takes the hash of modules for that of their class
 
 
-def subclass(cls: type[nn.Module], maker: Maker, namespace: dict[str, Any]) -> type[nn.Module]:
+def subclass(
+    cls: type[nn.Module], maker: Maker, namespace: dict[str, Any], mixins: tuple[type[nn.Module], ...] = ()
+) -> type[nn.Module]:
     """A subclass that bears the name of `cls` and can be pickled, which by its name it could not.
 
     Args:
         maker: the function, importable by name and one of `one_for_each_class`, that makes this subclass of `cls`.
         namespace: what the subclass overrides.
+        mixins: classes that stand between it and `cls`.
     """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -43,12 +46,12 @@ def subclass(cls: type[nn.Module], maker: Maker, namespace: dict[str, Any]) -> t
         _, _, state, *rest = super(made[-1], self).__reduce_ex__(protocol)
         state = {key: value for key, value in state.items() if key not in BUILT}
         makers = [c.__dict__["_peftcore_maker"] for c in reversed(made)]
-        return (_rebuild, (made[-1].__bases__[0], *makers), state, *rest)
+        return (_rebuild, (made[-1].__bases__[-1], *makers), state, *rest)
 
     metaclass: Any = type(cls)
     return metaclass(
         cls.__name__,
-        (cls,),
+        (*mixins, cls),
         {
             **namespace,
             "__init__": __init__,

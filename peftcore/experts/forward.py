@@ -54,6 +54,9 @@ def experts_forward(
     layout = experts_layout(module)
     assert layout is not None
     changes = changes or {}
+    given, dtype = hidden_states.dtype, getattr(module, "compute_dtype", None)  # of a module with weights in 4 bits
+    if dtype is not None:
+        hidden_states = hidden_states.to(dtype)
     tokens, k = top_k_index.shape
     expert, order = top_k_index.reshape(-1).sort(stable=True)
     counts = (expert[:, None] == torch.arange(layout.count, device=expert.device)).sum(0)
@@ -83,7 +86,7 @@ def experts_forward(
         y = module.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
     y = _Gathered.apply(y, inverse, order.view(-1, 1))  # type: ignore[no-untyped-call]
-    return y.view(tokens, k, -1).sum(1).to(hidden_states.dtype)
+    return y.view(tokens, k, -1).sum(1).to(given)
 
 
 def operand(module: nn.Module, name: str) -> Tensor | ops.PackedWeight:

@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+
+from peftcore.layers import shape_of
 
 IMPLEMENTATIONS = {None, "eager", "grouped_mm", "batched_mm", "deepgemm", "sonicmoe"}  # which compute the same
 FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
@@ -68,6 +71,7 @@ def has_interface_forward(module: Any, forward: Any) -> bool:
 
     And is what it looks up by the config one of transformers', not one that a user has registered?
     """
+    forward = getattr(forward, "over_dense", forward)  # of weights in 4 bits (`quantization.experts`)
     names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
     if "experts_interface" not in names or forward.__globals__.get("__name__") != "transformers.integrations.moe":
         return False
@@ -87,8 +91,8 @@ def stacked_weights(module: nn.Module) -> tuple[str, ...]:
     return tuple(
         name
         for name, parameter in module._parameters.items()
-        if parameter is not None and parameter.dim() == 3 and parameter.shape[0] in counts
-        if parameter.is_floating_point() and min(parameter.shape[1:]) > 1
+        if parameter is not None and (parameter.is_floating_point() or parameter.dtype is torch.uint8)
+        if len(shape := shape_of(module, name)) == 3 and shape[0] in counts and min(shape[1:]) > 1
     )
 
 

@@ -23,7 +23,7 @@ from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.merging.probe import evaluated, put, refuse_inexact
 from peftcore.method import WeightFormat
-from peftcore.weight_formats import DENSE, find_weight_format, weight_format
+from peftcore.weight_formats import DENSE, find_weight_format, format_in_few_bits, weight_format
 
 
 @dataclass
@@ -106,8 +106,9 @@ def merged_layers(
         with torch.no_grad(), torch.autocast(min(kinds, default="cpu"), enabled=False):
             chosen = find_weight_format(module)
             worked = worked_in(path, module, acting, chosen)
-            if chosen is not None and chosen.decode is not None and "weight" in worked.changed:
-                layer = _packed(path, module, worked, chosen, dtype)
+            packed = {name: found for name in worked.changed if (found := format_in_few_bits(module, name)) is not None}
+            if packed:
+                layer = _packed(path, module, worked, packed, dtype)
             else:
                 layer = MergedLayer(path, _stored(module, worked, chosen), None)
             bad = [t.dtype for t in layer.tensors.values() if t.is_floating_point() and not _is_finite(t)]
@@ -126,9 +127,11 @@ def worked_in(path: str, module: nn.Module, names: list[str], chosen: WeightForm
     """The adapters `names` of a module, worked into a copy of it. Its own tensors are left alone."""
     adapters = {name: cast(Any, adapters_at(module)[name]) for name in names}
     base = evaluated(module)
-    if chosen is not None and chosen.decode is not None:
-        put(base, "weight", _with_values(path, chosen.read(module).detach()).float())
-        chosen = DENSE
+    for name in module._parameters:
+        found = format_in_few_bits(module, name)
+        if found is not None:
+            put(base, name, _with_values(path, found.read(module).detach()).float())
+            chosen = DENSE if name == "weight" else chosen
     worked = Worked(base, evaluated(base))
     for adapter in adapters.values():
         for name, change in adapter.changes.items() if isinstance(adapter, WeightChanges) else ():
@@ -191,20 +194,24 @@ def _stored(module: nn.Module, worked: Worked, chosen: WeightFormat | None) -> d
 
 
 def _packed(
-    path: str, module: nn.Module, worked: Worked, chosen: WeightFormat, dtype: torch.dtype | None
+    path: str, module: nn.Module, worked: Worked, packed: dict[str, WeightFormat], dtype: torch.dtype | None
 ) -> MergedLayer:
-    """The same of a module whose weight is kept in few bits."""
-    before, weight = _get(worked.base, "weight"), _get(worked.merged, "weight")
-    others = {name: _get(worked.merged, name) for name in worked.changed if name != "weight"}
-    tensors = {name: tensor.to(_get(module, name).dtype) for name, tensor in others.items()}
-    if dtype is not None:
-        return MergedLayer(path, {"weight": weight.to(dtype), **tensors}, None, unpacked=chosen)
-    if torch.equal(weight, before):
-        return MergedLayer(path, tensors, None)  # quantizing again could only round the base anew
-    packed = chosen.write(module, weight)
-    assert chosen.decode is not None
-    lost = ((chosen.decode(module, packed) - weight).norm() / (weight - before).norm()).item()
-    return MergedLayer(path, {**packed, **tensors}, lost)
+    """The same of a module that keeps these of the changed parameters in few bits; it loses what the worst does."""
+    tensors: dict[str, Tensor] = {}
+    losses: list[float] = []
+    for name in worked.changed:
+        before, weight, chosen = _get(worked.base, name), _get(worked.merged, name), packed.get(name)
+        if chosen is None:
+            tensors[name] = weight.to(_get(module, name).dtype)
+        elif dtype is not None:
+            tensors[name] = weight.to(dtype)
+        elif not torch.equal(weight, before):  # else quantizing again could only round the base anew
+            written = chosen.write(module, weight)
+            assert chosen.decode is not None
+            losses.append(((chosen.decode(module, written) - weight).norm() / (weight - before).norm()).item())
+            tensors |= written
+    unpacked = next(iter(packed.values())) if dtype is not None else None
+    return MergedLayer(path, tensors, max(losses, default=None), unpacked)
 
 
 def _with_values(path: str, tensor: Tensor) -> Tensor:

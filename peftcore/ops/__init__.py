@@ -9,7 +9,7 @@ from peftcore.ops.dropout import keep_mask
 from peftcore.ops.grouped import grouped_linear, grouped_lora_linear
 from peftcore.ops.linear_4bit import free_workspace, linear_4bit
 from peftcore.ops.lora import lora_linear
-from peftcore.ops.nf4 import dequantize_4bit, quantize_4bit
+from peftcore.ops.nf4 import dequantize_4bit, quantize_4bit, with_nested_scales
 from peftcore.ops.optim import optim_step_
 from peftcore.ops.per_sample import lora_linear_per_sample
 from peftcore.ops.row_norms import row_norms
@@ -35,4 +35,5 @@ __all__ = [
     "quantize_4bit",
     "row_norms",
     "scaled",
+    "with_nested_scales",
 ]

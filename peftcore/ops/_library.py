@@ -109,3 +109,14 @@ def constants() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default)
+
+
+def unviewed(y: torch.Tensor) -> torch.Tensor:
+    """`y` as a tensor that is no view, for the forward of a `torch.autograd.Function`.
+
+    A model may then add to it in place (Llama 4 does, to the output of its shared expert), which autograd allows of no
+    view that a function of its own returns.
+    """
+    if torch.compiler.is_compiling() or not y._is_view():
+        return y
+    return torch.ops.aten._unsafe_view.default(y, y.shape)

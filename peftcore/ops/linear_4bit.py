@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._extension import extension
-from peftcore.ops._library import define_by
+from peftcore.ops._library import define_by, unviewed
 from peftcore.ops.nf4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_beside, check_linear, checked_packed, frozen_operands
 
@@ -128,7 +128,7 @@ class _Linear4bit(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, packing: list[int], *weight: Tensor) -> Tensor:
         ctx.save_for_backward(*weight)
         ctx.packing = packing
-        return _OPS.linear_4bit(x, weight, packing, bias)
+        return unviewed(_OPS.linear_4bit(x, weight, packing, bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

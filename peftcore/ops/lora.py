@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftcore.ops._library import define_by
+from peftcore.ops._library import define_by, unviewed
 from peftcore.ops.dropout import check_dropout, dropped, factor, refuse_capture
 from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, value
 
@@ -99,9 +99,9 @@ class LoraLinear:
 
     def compute(self) -> tuple[Tensor, Tensor]:
         x, dtype, drop = self.x, wide(self.x), (self.dropout_p, self.seed)
-        y = matrix(frozen_linear(x, self.weight, self.packing, self.bias))
+        y = frozen_linear(x, self.weight, self.packing, self.bias)
         s = dropped(matrix(x), *drop).to(dtype) @ self.a.to(dtype).T * factor(self.scale, *drop)
-        return (y + s @ self.b.to(dtype).T).to(x.dtype).view(*x.shape[:-1], self.b.shape[0]), s
+        return (y + (s @ self.b.to(dtype).T).view(y.shape)).to(x.dtype), s
 
     def empty(self) -> tuple[Tensor, Tensor]:
         leading, r = self.x.shape[:-1], self.a.shape[0]
@@ -193,7 +193,7 @@ class _LoraLinear(torch.autograd.Function):
         y, s = _in_float64(LoraLinear, *arguments) if exact else _OPS.lora_linear(*arguments)
         ctx.save_for_backward(x, s, a, b, seed, *weight)
         ctx.numbers = numbers
-        return y
+        return unviewed(y)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -205,10 +205,14 @@ def quantize_4bit(
     quant_map = codebook(quant_type, x.device)
     codes, absmax = _OPS.quantize_4bit(x, quant_map, blocksize)
     weight = PackedWeight(codes, absmax, quant_map, tuple(x.shape), blocksize, x.dtype, quant_type)
-    if not double_quant:
-        return weight
-    nested_map = codebook("dynamic8", x.device)
-    absmax, nested_absmax, offset = _OPS.quantize_absmax(absmax, nested_map, nested_blocksize)
+    return with_nested_scales(weight, nested_blocksize) if double_quant else weight
+
+
+@torch.no_grad()
+def with_nested_scales(weight: PackedWeight, nested_blocksize: int = 256) -> PackedWeight:
+    """The same weight with its fp32 scales in 8 bits: the second half of `quantize_4bit(.., double_quant=True)`."""
+    nested_map = codebook("dynamic8", weight.absmax.device)
+    absmax, nested_absmax, offset = _OPS.quantize_absmax(weight.absmax, nested_map, nested_blocksize)
     return weight._replace(
         absmax=absmax,
         nested_absmax=nested_absmax,

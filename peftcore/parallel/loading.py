@@ -16,9 +16,12 @@ from peftcore import ranks
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.errors import CheckpointError, nearest
 from peftcore.parallel.sharding import check_running, shard
-from peftcore.quantization.convert import convert_dense, note_in_config, selected
+from peftcore.quantization.convert import convert_dense
 from peftcore.quantization.format import PARTS, from_tensors
-from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite
+from peftcore.quantization.linear import QuantizedLinear
+from peftcore.quantization.noted import note_in_config
+from peftcore.quantization.parameters import refuse_non_finite
+from peftcore.quantization.selection import selected
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -200,14 +203,14 @@ def _fill_quantized(module: QuantizedLinear, weight: Tensor, parts: dict[str, Te
         packed = from_tensors(weight, parts, name)
     else:
         refuse_non_finite(weight, name)
-        packed = module.quantized(weight)
+        packed = module.quantized_parameter("weight", weight)
     parameter = module.weight
     assert ranks.is_part(parameter)
     if packed.codes.shape != parameter.shape or packed.shape != (module.out_features, module.in_features):
         raise CheckpointError(
             f"'{name}' has shape {list(packed.shape)}, this layer {[module.out_features, module.in_features]}"
         )
-    module.set_packed(packed.to(parameter.to_local().device)._replace(codes=parameter))
+    module.set_packed_parameter("weight", packed.to(parameter.to_local().device)._replace(codes=parameter))
     begin, rows = _rows(parameter)
     parameter.to_local().copy_(packed.codes[begin : begin + rows])
 

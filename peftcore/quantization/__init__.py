@@ -1,4 +1,4 @@
-"""Linear layers whose weights are kept in 4 bits: one layer, whole models, files in bitsandbytes' format."""
+"""Linear layers and experts whose weights are kept in 4 bits: whole models, files in bitsandbytes' format."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import torch
 from torch import nn
 
 from peftcore.errors import PeftcoreError
-from peftcore.quantization.convert import default_skip, dequantize, quantize, quantized_layers
+from peftcore.quantization.convert import dequantize, quantize, quantized_experts, quantized_layers
 from peftcore.quantization.format import check_quant_type
 from peftcore.quantization.linear import QuantizedLinear
+from peftcore.quantization.parameters import PackedParameters
+from peftcore.quantization.selection import default_skip
 from peftcore.quantization.weight_format import QUANTIZED
 
 __all__ = [
     "QUANTIZED",
+    "PackedParameters",
     "QuantizedLinear",
     "check_quant_type",
     "default_skip",
     "dequantize",
     "load",
     "quantize",
+    "quantized_experts",
     "quantized_layers",
 ]
 

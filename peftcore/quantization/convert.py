@@ -9,23 +9,24 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, base_parameters
-from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.engine import state_of
-from peftcore.errors import PeftcoreError, nearest
+from peftcore.errors import PeftcoreError
 from peftcore.method import Model
-from peftcore.observation import asked_for_dtype, bypassed, detect, rewritten
+from peftcore.observation import detect
 from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight, quantize_4bit
 from peftcore.ops.weight import DTYPES
+from peftcore.quantization.experts import pack_experts, unpack_experts
 from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors
-from peftcore.quantization.linear import QuantizedLinear, refuse_non_finite
-from peftcore.targets import is_conv1d, is_linear, matches
+from peftcore.quantization.linear import QuantizedLinear
+from peftcore.quantization.noted import note_in_config
+from peftcore.quantization.parameters import PackedParameters, refuse_non_finite
+from peftcore.quantization.selection import selected, selected_experts
+from peftcore.targets import is_conv1d
 from peftcore.targets.coverage import LITTLE, coverage
 
-# Parents that read the weights of their linear layers themselves, past the layers' forward.
-_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -38,20 +39,22 @@ def quantize(
     compute_dtype: torch.dtype | None = None,
     blocksize: int = 64,
 ) -> Model:
-    """Keep the weights of `model`'s linear layers (transformers' Conv1D too) in 4 bits (arXiv 2305.14314).
+    """Keep the weights of `model`'s linear layers (transformers' Conv1D too) and experts in 4 bits (arXiv 2305.14314).
 
-    The layers stay where they are and become `QuantizedLinear`, an `nn.Linear`. Left dense are embeddings, a weight
-    that such a module shares (a tied output head), subclasses of `nn.Linear`, and layers whose weight, or its dtype,
+    The layers stay where they are and become `QuantizedLinear`, an `nn.Linear`; modules that hold experts as parameters
+    `[experts, .., ..]` get a class with `PackedParameters`. Left dense are embeddings, a weight that such a module
+    shares (a tied output head), subclasses of `nn.Linear`, experts' biases, and layers whose weight, or its dtype,
     other code reads or changes (`observation.bypassed`, `rewritten`). Layers that are quantized already, by
     bitsandbytes too, keep their bits.
 
     Args:
         quant_type: `nf4`, or `fp4`.
         double_quant: keep the scales in 8 bits: 4.127 bits a weight instead of 4.5.
-        skip: paths, or their ends after a dot, of modules to leave dense with all in them. None: the output head,
-            a task's heads, and what the model class asks to keep in float32.
+        skip: paths, or their ends after a dot, of modules to leave dense with all in them, or of experts' parameters.
+            None: the output head, a task's heads, routers, and what the model class asks to keep in float32.
         compute_dtype: of the products; None: that of their input.
-        blocksize: weights that share a scale, a power of two from 32 to 4096.
+        blocksize: weights that share a scale, a power of two from 32 to 4096. Experts that are no whole blocks take
+            smaller ones, or stay dense; a warning says so.
 
     Returns:
         The same model, changed in place. A transformers model's config says what bitsandbytes must know to load it.
@@ -68,14 +71,17 @@ def quantize(
         state = state_of(model)
         applied = ", ".join(state.applied) if state is not None else "to a part of the model"
         raise PeftcoreError(f"quantize before adapters are applied (applied: {applied}), or after peftcore.remove")
-    chosen = selected(model, skip)
-    there = [path for path, module in base_modules(model) if isinstance(module, QuantizedLinear) or _is_bnb(module)]
-    if not chosen and not there:
+    chosen, experts = selected(model, skip), selected_experts(model, skip, blocksize)
+    there = [path for path, module in base_modules(model) if isinstance(module, PackedParameters) or _is_bnb(module)]
+    if not chosen and not experts and not there:
         raise PeftcoreError(f"found no linear layer to quantize in {type(model).__name__} (skip={skip!r})")
     for path, module in chosen.items():
-        _check_layer(path, module)
+        _check_parameter(path, module, "weight")
+    for path, names in experts.items():
+        for name in names:
+            _check_parameter(path, model.get_submodule(path), name)
     if skip is None:
-        _tell_if_little(model, [*chosen, *there])
+        _tell_if_little(model, [*chosen, *experts, *there])
     for path in there:
         _adopt(model.get_submodule(path), path)
     for module, first in _with_first(chosen.values()):
@@ -83,6 +89,8 @@ def quantize(
             convert_dense(module, quant_type, double_quant, blocksize, compute_dtype)
         else:
             convert(module, cast(QuantizedLinear, first).packed, compute_dtype)
+    for path, blocksizes in experts.items():
+        pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
     note_in_config(model)
     return model
 
@@ -94,48 +102,26 @@ def _tell_if_little(model: nn.Module, quantized: Sequence[str]) -> None:
 
 
 def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Make every quantized layer a plain `nn.Linear` again, with the values its 4 bits stand for.
+    """Make every quantized layer a plain `nn.Linear` again, and experts what they were, with their 4 bits' values.
 
     Args:
         dtype: of the weights; None: the one they had.
     """
     if any(map(lock_of, model.modules())):
         raise PeftcoreError("dequantize before adapters are applied, or after peftcore.remove")
-    layers = [module for _, module in base_modules(model) if isinstance(module, QuantizedLinear)]
+    packed = [module for _, module in base_modules(model) if isinstance(module, PackedParameters)]
+    layers = [module for module in packed if isinstance(module, QuantizedLinear)]
     for module, first in _with_first(layers):
         if first is module:
             dense = module.dequantized(dtype) if module.is_quantized else module.weight.detach()
             make_plain(module, nn.Parameter(dense, requires_grad=False))
         else:
             make_plain(module, cast(nn.Parameter, first.weight))
+    for experts in packed:
+        if not isinstance(experts, QuantizedLinear):
+            unpack_experts(experts, dtype)
     note_in_config(model)
     return model
-
-
-def default_skip(model: nn.Module) -> list[str]:
-    """What `quantize` leaves dense unless told otherwise: paths of heads, and what the class keeps in float32."""
-    architecture = detect(model)
-    kept = getattr(model, "_keep_in_fp32_modules", None) or ()
-    paths = [path for path, _ in base_modules(model) if any(matches(name, path) for name in kept)]
-    return [path for path in (architecture.output_head, *architecture.task_heads, *paths) if path]
-
-
-def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Module]:
-    """The layers that `quantize` converts, by path: of layers that share a weight all or none."""
-    modules = dict(base_modules(model))
-    skipped = [*_skipped(model, modules, skip), *bypassed(model), *rewritten(model), *asked_for_dtype(model)]
-    owners: dict[int, set[str]] = {}
-    for name, parameter in base_parameters(model):
-        owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
-    chosen = {}
-    for path, module in modules.items():
-        if not _is_dense_layer(module) or any(path == s or path.startswith(f"{s}.") for s in skipped):
-            continue
-        parent = modules.get(path.rpartition(".")[0]) if path else None
-        alike = all(type(modules[owner]) is type(module) for owner in owners[id(module.weight)])
-        if not isinstance(parent, _BYPASSING) and alike:
-            chosen[path] = module
-    return {path: module for path, module in chosen.items() if owners[id(module.weight)] <= chosen.keys()}
 
 
 def convert_dense(
@@ -158,7 +144,7 @@ def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None
     module.compute_dtype = compute_dtype
     if isinstance(weight.codes, nn.Parameter):  # of a layer that shares its weight
         module.weight = weight.codes
-    module.set_packed(weight._replace(codes=weight.codes.detach()))
+    module.set_packed_parameter("weight", weight._replace(codes=weight.codes.detach()))
     mark_as_loaded(module.weight, dense)
     module._is_hf_initialized = True  # transformers must not draw new values
     return module
@@ -170,48 +156,24 @@ def make_plain(module: Any, weight: nn.Parameter) -> None:
     module.weight = weight
     for name in list(module._buffers):
         del module._buffers[name]
-    for name in ("quant_type", "blocksize", "weight_dtype", "nested_blocksize", "compute_dtype"):
+    for name in ("packings", "compute_dtype"):
         module.__dict__.pop(name, None)
     module.__class__ = nn.Linear
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    """(path, layer) of every layer whose weight is in 4 bits."""
+    """(path, layer) of every linear layer whose weight is in 4 bits."""
     for path, module in base_modules(model):
         if isinstance(module, QuantizedLinear) and module.is_quantized:
             yield path, module
 
 
-def config_fields(model: nn.Module) -> dict[str, Any] | None:
-    """The `quantization_config` by which transformers loads the model with bitsandbytes; None for a dense model."""
-    layers = dict(quantized_layers(model))
-    if not layers:
-        return None
-    first = next(iter(layers.values()))
-    floating = next((p.dtype for _, p in base_parameters(model) if p.is_floating_point()), torch.float32)
-    dense = [path for path, module in base_modules(model) if is_linear(module) and path not in layers]
-    return {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "bnb_4bit_quant_type": first.quant_type,
-        "bnb_4bit_use_double_quant": first.nested_absmax is not None,
-        "bnb_4bit_compute_dtype": str(first.compute_dtype or floating).removeprefix("torch."),
-        "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": dense,
-    }
-
-
-def note_in_config(model: nn.Module) -> None:
-    """Keep a transformers model's `config.quantization_config` true to its layers."""
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "save_pretrained"):
-        return
-    fields = config_fields(model)
-    if fields is not None:
-        config.quantization_config = fields
-    elif hasattr(config, "quantization_config"):
-        del config.quantization_config
+def quantized_experts(model: nn.Module) -> Iterator[tuple[str, PackedParameters]]:
+    """(path, module) of every module of experts of which parameters are in 4 bits."""
+    for path, module in base_modules(model):
+        is_other = isinstance(module, PackedParameters) and not isinstance(module, QuantizedLinear)
+        if is_other and any(module.packed_parameter(name) is not None for name in module.packings):
+            yield path, module
 
 
 def _with_first(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
@@ -223,29 +185,9 @@ def _with_first(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
     return [(module, first[id(module.weight)]) for module in modules]
 
 
-def _is_dense_layer(module: nn.Module) -> bool:
-    plain = original_class(module) is nn.Linear or is_conv1d(module)
-    return plain and module._parameters.get("weight") is not None
-
-
-def _skipped(model: nn.Module, modules: dict[str, nn.Module], skip: Sequence[str] | None) -> list[str]:
-    if isinstance(skip, str):
-        raise PeftcoreError(f"skip is a list of module names, found the string {skip!r}. Try: skip=[{skip!r}]")
-    if skip is None:
-        return default_skip(model)
-    found = []
-    for pattern in skip:
-        paths = [path for path in modules if matches(pattern, path)]
-        if not paths:
-            names = {part for path in modules for part in (path, path.rpartition(".")[2])}
-            raise PeftcoreError(f"skip: '{pattern}' matches no module{nearest(pattern, names)}")
-        found += paths
-    return found
-
-
-def _check_layer(path: str, module: Any) -> None:
-    weight = module.weight
-    name = f"{path}.weight" if path else "weight"
+def _check_parameter(path: str, module: nn.Module, parameter: str) -> None:
+    weight = module.get_parameter(parameter)
+    name = f"{path}.{parameter}" if path else parameter
     if weight.dtype not in DTYPES:
         raise PeftcoreError(
             f"'{name}' is {weight.dtype}; 4-bit weights are made of float32, float16 or bfloat16. "
@@ -267,7 +209,7 @@ def _is_bnb(module: nn.Module) -> bool:
 
 def _adopt(module: Any, path: str) -> None:
     """Make a layer of bitsandbytes one of ours, with the same bits."""
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, PackedParameters):
         return
     parts = {name.removeprefix("weight."): t for name, t in module.state_dict().items() if name.startswith("weight.")}
     if not parts:

@@ -19,9 +19,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.quantization.convert import convert, convert_dense, note_in_config, selected
+from peftcore.quantization.convert import convert, convert_dense
 from peftcore.quantization.format import DTYPES, STATE_KEY, check_blocksize, check_quant_type, from_tensors
-from peftcore.quantization.linear import QuantizedLinear, check_shape, refuse_non_finite
+from peftcore.quantization.linear import QuantizedLinear
+from peftcore.quantization.noted import note_in_config
+from peftcore.quantization.parameters import check_shape, refuse_non_finite
+from peftcore.quantization.selection import selected
 from peftcore.targets import sizes
 
 METHOD = "peftcore_4bit"

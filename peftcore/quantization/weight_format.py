@@ -1,7 +1,8 @@
-"""How merging reads and writes a weight that is kept in 4 bits. The registry has it once this is imported."""
+"""How merging reads and writes a parameter that is kept in 4 bits. The registry has it once this is imported."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -9,39 +10,54 @@ from torch import Tensor, nn
 
 from peftcore import ops
 from peftcore.method import WeightFormat
-from peftcore.quantization.convert import make_plain, note_in_config
+from peftcore.quantization.convert import make_plain
+from peftcore.quantization.experts import forget_dense
 from peftcore.quantization.linear import QuantizedLinear
+from peftcore.quantization.noted import note_in_config
+from peftcore.quantization.parameters import BUFFERS, PackedParameters
 from peftcore.registry import registry
 
 
-def _matches(module: nn.Module) -> bool:
-    return isinstance(module, QuantizedLinear) and module.is_quantized
+@cache
+def four_bits(name: str) -> WeightFormat:
+    """The format of the parameter `name` of a module with `PackedParameters`."""
+
+    def matches(module: nn.Module) -> bool:
+        return isinstance(module, PackedParameters) and module.packed_parameter(name) is not None
+
+    def names_of(module: PackedParameters) -> dict[str, str]:
+        """The names of what a packed weight consists of, by the part's name."""
+        return {"codes": name, **dict(zip(BUFFERS, module.packings[name].buffers, strict=True))}
+
+    def write(module: PackedParameters, weight: Tensor) -> dict[str, Tensor]:
+        packed, names = module.quantized_parameter(name, weight), names_of(module)
+        parts = ("codes", "absmax", "nested_absmax", "nested_offset")
+        return {names[part]: tensor for part in parts if (tensor := getattr(packed, part)) is not None}
+
+    def decode(module: PackedParameters, tensors: dict[str, Tensor]) -> Tensor:
+        packed, names = module.packed_parameter(name), names_of(module)
+        assert packed is not None
+        changed: dict[str, Any] = {part: tensors[named] for part, named in names.items() if named in tensors}
+        return ops.dequantize_4bit(packed._replace(**changed), torch.float32)
+
+    return WeightFormat(
+        name="4-bit",
+        matches=matches,
+        read=lambda module: module.dequantized_parameter(name, torch.float32),
+        write=write,
+        decode=decode,
+        plain=_plain,
+        update_config=note_in_config,
+        for_parameter=four_bits,
+    )
 
 
-def _write(module: QuantizedLinear, weight: Tensor) -> dict[str, Tensor]:
-    packed = module.quantized(weight)
-    tensors = {"weight": packed.codes, "absmax": packed.absmax}
-    if packed.nested_absmax is not None and packed.nested_offset is not None:
-        tensors |= {"nested_absmax": packed.nested_absmax, "nested_offset": packed.nested_offset}
-    return tensors
+def _plain(module: PackedParameters) -> None:
+    if isinstance(module, QuantizedLinear):
+        make_plain(module, cast(nn.Parameter, module.weight))
+    else:
+        forget_dense(module)
 
 
-def _decode(module: QuantizedLinear, tensors: dict[str, Tensor]) -> Tensor:
-    parts: dict[str, Any] = {"codes" if name == "weight" else name: tensor for name, tensor in tensors.items()}
-    return ops.dequantize_4bit(module.packed._replace(**parts), torch.float32)
-
-
-def _plain(module: QuantizedLinear) -> None:
-    make_plain(module, cast(nn.Parameter, module.weight))
-
-
-QUANTIZED = WeightFormat(
-    name="4-bit",
-    matches=_matches,
-    read=lambda module: module.dequantized(torch.float32),
-    write=_write,
-    decode=_decode,
-    plain=_plain,
-    update_config=note_in_config,
-)
+QUANTIZED = four_bits("weight")
 registry.add_weight_format(QUANTIZED)

@@ -6,6 +6,7 @@ leave them alone unless they are named.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from peftcore.adaptation.adapted import base_modules
 from peftcore.architecture import Architecture
+from peftcore.layers import shape_of
 from peftcore.observation import bypassed
 
 LITTLE = 0.5  # of the weight; a selection of all there is that reaches less is told of
@@ -69,28 +71,26 @@ def coverage(
 
 
 def weights_in(module: nn.Module, name: str) -> int:
-    """How many weights the parameter `name` of `module` itself stands for; a linear layer's may be packed."""
+    """How many weights the parameter `name` of `module` itself stands for; it may be packed."""
     if name == "weight" and isinstance(module, nn.Linear):
         return module.out_features * module.in_features
-    return module.get_parameter(name).numel()
+    return math.prod(shape_of(module, name))
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, int, int]]:
     """(what it is, its identity, how many weights) of each of a module's own."""
     for name, parameter in module._parameters.items():
-        if (
-            parameter is None
-            or parameter.dim() < 2
-            or (parameter.numel() == max(parameter.shape) and not isinstance(module, nn.Linear))
-        ):
+        if parameter is None:
+            continue
+        is_linear, shape = name == "weight" and isinstance(module, nn.Linear), shape_of(module, name)
+        if not is_linear and (len(shape) < 2 or math.prod(shape) == max(shape)):
             continue  # a vector, such as a class token
-        is_linear = name == "weight" and isinstance(module, nn.Linear)
         count = weights_in(module, name)
         if isinstance(module, _ConvNd):
             yield "convolutions", id(parameter), count
-        elif is_linear or (name == "weight" and parameter.dim() == 2):
+        elif is_linear or (name == "weight" and len(shape) == 2):
             yield "linear layers", id(parameter), count
-        elif parameter.dim() == 3 and min(parameter.shape[-2:]) > 1:
+        elif len(shape) == 3 and min(shape[-2:]) > 1:
             yield "experts' stacked weights", id(parameter), count
         else:
             yield "other parameters", id(parameter), count

@@ -1,0 +1,99 @@
+"""Experts whose weights are kept in 4 bits: the module's class becomes one with `PackedParameters`.
+
+Where its forward is that of transformers' experts interface, it becomes `experts_forward`, which reads the packed
+weights as they lie. One that is written by hand runs its own, on dense weights that are made for the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+from peftcore.adaptation.chain import keep_attributes
+from peftcore.adaptation.class_swap import one_for_each_class, subclass, take_off
+from peftcore.experts import experts_forward, has_interface_forward
+from peftcore.observation.heads import mark_as_loaded
+from peftcore.ops import PackedWeight
+from peftcore.quantization.parameters import PackedParameters, quantized_by_expert
+
+_UNPACKED = "_peftcore_unpacked"
+
+
+def pack_parameter(module: Any, name: str, weight: PackedWeight, compute_dtype: torch.dtype | None) -> None:
+    """Keep the parameter `name` of a module of experts as `weight`, in place."""
+    if not isinstance(module, PackedParameters):
+        module.__class__ = packed_class(type(module))
+        module.compute_dtype = compute_dtype
+    dense = module._parameters.get(name)
+    module.set_packed_parameter(name, weight)
+    mark_as_loaded(module.get_parameter(name), dense)
+
+
+def pack_experts(
+    module: nn.Module,
+    blocksizes: Mapping[str, int],
+    quant_type: str,
+    double_quant: bool,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """Quantize these parameters of a module in place, one after the other, expert by expert."""
+    for name, blocksize in blocksizes.items():
+        weight = module.get_parameter(name).detach()
+        packed = quantized_by_expert(weight, quant_type, double_quant, blocksize)
+        del weight
+        pack_parameter(module, name, packed, compute_dtype)
+
+
+def unpack_experts(module: PackedParameters, dtype: torch.dtype | None = None) -> None:
+    """Make all parameters dense ones with the values that their 4 bits stand for."""
+    for name in module.packings:
+        parameter = nn.Parameter(module.dequantized_parameter(name, dtype), requires_grad=False)
+        mark_as_loaded(parameter, module._parameters[name])
+        module._parameters[name] = parameter
+    forget_dense(module)
+
+
+def forget_dense(module: PackedParameters) -> None:
+    """Let parameters that are dense by now be ordinary ones, and with the last the module what it was."""
+    for name in list(module.packings):
+        if module.packed_parameter(name) is None:
+            module.forget_packing(name)
+    if not module.packings:
+        for attribute in ("packings", "compute_dtype"):
+            module.__dict__.pop(attribute, None)
+        take_off(module, _UNPACKED)
+
+
+@one_for_each_class
+def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """`cls` with `PackedParameters`."""
+
+    def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if has_interface_forward(self, cls.forward):
+            return experts_forward(self, hidden, *args, **kwargs)
+        dtype = self.compute_dtype or hidden.dtype
+        copy = _unpacked(self, dtype)
+        output = cls.forward(copy, hidden.to(dtype), *args, **kwargs)
+        if not is_dynamo_compiling():
+            keep_attributes(self, copy)
+        return output.to(hidden.dtype) if isinstance(output, Tensor) else output
+
+    forward.__wrapped__ = cls.forward  # type: ignore[attr-defined]  # whose signature others read
+    forward.over_dense = cls.forward  # type: ignore[attr-defined]  # see `has_interface_forward`
+    forward.__doc__ = cls.forward.__doc__
+    return subclass(cls, packed_class, {"forward": forward, _UNPACKED: cls}, (PackedParameters,))
+
+
+def _unpacked(module: PackedParameters, dtype: torch.dtype) -> nn.Module:
+    """A shallow copy with dense parameters."""
+    copy: nn.Module = object.__new__(type(module))
+    parameters: dict[str, Any] = dict(module._parameters)
+    for name in module.packings:
+        held = parameters[name]  # an adapter may have put a dense one there, with gradients
+        parameters[name] = held.to(dtype) if held.is_floating_point() else module.dequantized_parameter(name, dtype)
+    copy.__dict__.update(module.__dict__, _parameters=parameters)
+    return copy

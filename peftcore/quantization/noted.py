@@ -1,0 +1,90 @@
+"""What a transformers model says of its 4 bits: its config, and under which names its weights are saved."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.quantization.parameters import PackedParameters
+from peftcore.targets import is_linear
+
+_CONVERSIONS = "_weight_conversions"  # of transformers: how the names on disk become those of the model
+_OWN_CONVERSIONS = "_peftcore_own_conversions"
+
+
+def packed_names(model: nn.Module) -> Iterator[tuple[str, PackedParameters, str]]:
+    """(path, module, name) of every parameter in 4 bits."""
+    for path, module in base_modules(model):
+        if isinstance(module, PackedParameters):
+            yield from ((path, module, name) for name in module.packings if module.packed_parameter(name) is not None)
+
+
+def config_fields(model: nn.Module) -> dict[str, Any] | None:
+    """The `quantization_config` by which transformers loads the model with bitsandbytes; None for a dense model."""
+    packed = list(packed_names(model))
+    if not packed:
+        return None
+    _, module, name = packed[0]
+    first = module.packings[name]
+    paths = {path for path, _, _ in packed}
+    floating = next((p.dtype for _, p in base_parameters(model) if p.is_floating_point()), torch.float32)
+    dense = [path for path, module in base_modules(model) if is_linear(module) and path not in paths]
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": first.quant_type,
+        "bnb_4bit_use_double_quant": module._buffers[first.buffers[2]] is not None,
+        "bnb_4bit_compute_dtype": str(module.compute_dtype or floating).removeprefix("torch."),
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": dense,
+    }
+
+
+def note_in_config(model: nn.Module) -> None:
+    """Keep a transformers model's `config.quantization_config` true to its layers, and its files to its experts."""
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "save_pretrained"):
+        return
+    fields = config_fields(model)
+    if fields is not None:
+        config.quantization_config = fields
+    elif hasattr(config, "quantization_config"):
+        del config.quantization_config
+    _note_conversions(model)
+
+
+def _note_conversions(model: Any) -> None:
+    """Let `save_pretrained` write packed experts under the names that they have in the model.
+
+    transformers would split them into the tensors of single experts, as it does for dense ones.
+    """
+    packed = [f"{path}.{name}" for path, module, name in packed_names(model) if not isinstance(module, nn.Linear)]
+    if _OWN_CONVERSIONS in model.__dict__:
+        own = model.__dict__.pop(_OWN_CONVERSIONS)
+        model.__dict__.pop(_CONVERSIONS, None)
+        if own is not None:
+            model.__dict__[_CONVERSIONS] = own
+    loading = sys.modules.get("transformers.core_model_loading")
+    if not packed or loading is None:
+        return
+    own = conversions = getattr(model, _CONVERSIONS, None)
+    if conversions is None:  # as transformers finds them for a model that it did not load
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [each for each in found if not isinstance(each, loading.PrefixChange)]
+
+    def splits(conversion: Any) -> bool:
+        if not isinstance(conversion, loading.WeightConverter):
+            return False
+        reverse = conversion.reverse_transform()
+        return any(reverse.rename_source_key(name)[1] is not None for name in packed)
+
+    model.__dict__[_OWN_CONVERSIONS] = own
+    model.__dict__[_CONVERSIONS] = [each for each in conversions if not splits(each)]

@@ -1,0 +1,240 @@
+"""Modules that keep parameters in 4 bits, by name: the bytes in the parameter's place, what scales them in buffers.
+
+    weight         uint8 [ceil(n / 2), 1], frozen      absmax, quant_map, nested_absmax, ..
+    gate_up_proj   likewise                            gate_up_proj_absmax, gate_up_proj_quant_map, ..
+
+`state_dict()` has bitsandbytes' keys (see format.py). Casts of the module (`.to(dtype)`, `.half()`) change what is
+dense and leave quantized parameters as they are. Merging may put a dense parameter in the place of a quantized one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import ops
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.ops import PackedWeight
+from peftcore.quantization.format import PARTS, from_tensors, to_tensors
+
+BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset")
+
+
+class Packing(NamedTuple):
+    """What of a `PackedWeight` is no tensor, and the names of the buffers that hold the tensors beside its bytes."""
+
+    shape: tuple[int, ...]
+    blocksize: int
+    dtype: torch.dtype
+    quant_type: str
+    nested_blocksize: int
+    buffers: tuple[str, ...]
+
+
+class PackedParameters(nn.Module):
+    """See the module. `packings` has every parameter that is or was in 4 bits, by name.
+
+    Args:
+        compute_dtype: of the products; the input is cast to it and the output back. None: the input's.
+    """
+
+    packings: Mapping[str, Packing] = {}
+    compute_dtype: torch.dtype | None = None
+
+    def packed_parameter(self, name: str) -> PackedWeight | None:
+        """The parameter in 4 bits, where it lies; None where it is dense."""
+        packing, codes = self.packings.get(name), self._parameters[name]
+        if packing is None or codes is None or codes.dtype is not torch.uint8:
+            return None
+        shape, blocksize, dtype, quant_type, nested_blocksize, names = packing
+        buffers: Any = self._buffers
+        absmax, quant_map, nested, values, offset = (buffers[each] for each in names)
+        facts = shape, blocksize, dtype, quant_type
+        return PackedWeight(codes, absmax, quant_map, *facts, nested, values, offset, nested_blocksize)
+
+    def set_packed_parameter(self, name: str, weight: PackedWeight) -> None:
+        """Take another weight of the parameter's shape."""
+        prefix = "" if name == "weight" else f"{name}_"
+        names = tuple(prefix + part for part in BUFFERS)
+        facts = weight.blocksize, weight.dtype, weight.quant_type, weight.nested_blocksize
+        # A new table: a shallow copy of this module keeps its own.
+        self.packings = {**self.packings, name: Packing(weight.shape, *facts, names)}
+        held = self._parameters.get(name)
+        if held is not None and held.dtype is torch.uint8 and not held.is_meta:
+            if held is not weight.codes:
+                held.data = weight.codes
+        else:
+            codes = weight.codes
+            self._parameters[name] = codes if isinstance(codes, nn.Parameter) else nn.Parameter(codes, False)
+        for part, buffer in zip(BUFFERS, names, strict=True):
+            self.register_buffer(buffer, getattr(weight, part))
+
+    def dequantized_parameter(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense values of a parameter, in 4 bits or dense; None: in the dtype that it had."""
+        packed = self.packed_parameter(name)
+        if packed is not None:
+            return ops.dequantize_4bit(packed, dtype)
+        parameter = self.get_parameter(name).detach()
+        return parameter if dtype is None else parameter.to(dtype)
+
+    def quantized_parameter(self, name: str, weight: Tensor) -> PackedWeight:
+        """A dense weight in 4 bits, as this module keeps its own."""
+        packing = self.packings[name]
+        double_quant = self._buffers[packing.buffers[2]] is not None
+        return quantized_by_expert(weight, packing.quant_type, double_quant, packing.blocksize)
+
+    def forget_packing(self, name: str) -> None:
+        """Let the parameter, which is dense by now, be an ordinary one."""
+        for buffer in self.packings[name].buffers:
+            del self._buffers[buffer]
+        self.packings = {other: packing for other, packing in self.packings.items() if other != name}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedParameters:
+        # A cast to half precision would round the scales, and `type(dtype)` read bytes as numbers.
+        kept = {id(self._buffers[name]) for packing in self.packings.values() for name in packing.buffers}
+        kept |= {
+            id(p) for name in self.packings if (p := self._parameters[name]) is not None and p.dtype is torch.uint8
+        }
+        apply: Any = super()._apply
+        return apply(lambda t: _moved(t, fn) if id(t) in kept else fn(t), recurse)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, packing in self.packings.items():
+            for buffer in packing.buffers:
+                destination.pop(prefix + buffer, None)
+            packed = self.packed_parameter(name)
+            if packed is not None and not packed.codes.is_meta:
+                for part, tensor in to_tensors(packed).items():
+                    destination[f"{prefix}{name}.{part}"] = tensor
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        buffers = [buffer for packing in self.packings.values() for buffer in packing.buffers]
+        # `set_model_state_dict` of torch.distributed.checkpoint adds the buffers themselves.
+        taken = {prefix + key for key in buffers if state_dict.get(prefix + key, 0) is self._buffers.get(key)}
+        for name in self.packings:
+            full = prefix + name
+            parts = {part: state_dict[f"{full}.{part}"] for part in PARTS if f"{full}.{part}" in state_dict}
+            taken |= {full, *(f"{full}.{part}" for part in parts)}
+            if full in state_dict:
+                try:
+                    self._load_parameter(name, state_dict[full], parts, full)
+                except (PeftcoreError, TypeError, ValueError) as error:
+                    error_msgs.append(str(error))
+            elif strict:
+                missing_keys.append(full)
+        rest = {key: value for key, value in state_dict.items() if key not in taken}
+        held = {key: self._buffers.pop(key) for key in buffers if key in self._buffers}
+        parameters = dict(self._parameters)
+        for name in self.packings:
+            del self._parameters[name]
+        try:
+            arguments = (rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            super()._load_from_state_dict(*arguments)
+        finally:
+            self._buffers.update(held)
+            self._parameters = {name: self._parameters.get(name, p) for name, p in parameters.items()}
+
+    def _load_parameter(self, name: str, weight: Tensor, parts: dict[str, Tensor], full: str) -> None:
+        shape, there = self.packings[name].shape, self.get_parameter(name)
+        device = weight.device if there.is_meta else there.device
+        if not parts and weight.is_floating_point():
+            if tuple(weight.shape) != shape:
+                raise PeftcoreError(f"'{full}' has shape {list(weight.shape)}, this layer {list(shape)}")
+            refuse_non_finite(weight, full)
+            packed = self.quantized_parameter(name, weight.to(device))
+        else:
+            packed = from_tensors(weight, parts, full)
+            check_shape(packed, shape, full)
+            check_experts(packed, full)
+            packed = packed._replace(codes=packed.codes.to(device, copy=True))
+        self.set_packed_parameter(name, packed.to(device))
+
+    def _fqn_modifiers(self) -> dict[str, str]:
+        """What torch.distributed.checkpoint asks: where it finds what a key such as `weight.absmax` names."""
+        return dict.fromkeys(self.packings, "_any_path")
+
+    @property
+    def _any_path(self) -> _AnyPath:
+        return _AnyPath()
+
+
+class _AnyPath:
+    """It has every attribute, as keys below a parameter have no modules behind them."""
+
+    def __getattr__(self, name: str) -> _AnyPath:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self
+
+
+def quantized_by_expert(weight: Tensor, quant_type: str, double_quant: bool, blocksize: int) -> PackedWeight:
+    """`ops.quantize_4bit`, the same bits, with no more in memory than one expert takes, of `[experts, .., ..]`."""
+    experts = weight.shape[0] if weight.dim() > 2 and not weight.is_meta else 1
+    each = weight.numel() // max(experts, 1)
+    if experts < 2 or each % blocksize:
+        return ops.quantize_4bit(weight, quant_type, blocksize=blocksize, double_quant=double_quant)
+    return joined_experts(iter(weight), tuple(weight.shape), quant_type, double_quant, blocksize)
+
+
+def joined_experts(
+    experts: Iterable[Tensor], shape: tuple[int, ...], quant_type: str, double_quant: bool, blocksize: int
+) -> PackedWeight:
+    """The packed weight `[experts, ..]` of dense ones, each of whole blocks, that are made one after the other."""
+    codes = absmax = None
+    for i, expert in enumerate(experts):
+        one = ops.quantize_4bit(expert.detach(), quant_type, blocksize=blocksize)
+        if codes is None or absmax is None:
+            codes, absmax = (t.new_empty((shape[0], *t.shape)) for t in (one.codes, one.absmax))
+        codes[i], absmax[i] = one.codes, one.absmax
+    assert codes is not None and absmax is not None
+    weight = one._replace(codes=codes.view(-1, 1), absmax=absmax.view(-1), shape=shape)
+    return ops.with_nested_scales(weight) if double_quant else weight
+
+
+def check_shape(weight: PackedWeight, shape: tuple[int, ...], name: str) -> None:
+    """Raise a CheckpointError unless the weight `name` has this shape."""
+    if weight.shape != shape:
+        raise CheckpointError(f"'{name}' has shape {list(weight.shape)}, this layer {list(shape)}")
+
+
+def check_experts(weight: PackedWeight, name: str) -> None:
+    """Raise a CheckpointError if a block of the experts `name` straddles two of them, which no kernel takes."""
+    if len(weight.shape) == 3 and weight.shape[1] * weight.shape[2] % weight.blocksize:
+        raise CheckpointError(
+            f"'{name}' has blocks of {weight.blocksize} values over experts of {list(weight.shape[1:])}: they straddle "
+            "experts, which is not read here. Quantize the dense model again"
+        )
+
+
+def refuse_non_finite(weight: Tensor, name: str) -> None:
+    """Raise a PeftcoreError that names the first value of `weight` that is NaN or infinite."""
+    if weight.numel() and not all(bound.isfinite() for bound in torch.aminmax(weight)):
+        index = (~weight.isfinite()).nonzero()[0].tolist()
+        raise PeftcoreError(
+            f"'{name}' holds {weight[tuple(index)].item()} at index {index}: a block with it cannot be quantized. "
+            "Repair the weight, or leave the layer dense: skip=[...]"
+        )
+
+
+def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
+    """`fn`, which moves or casts, on the bytes of `tensor`; where it changes their dtype, only the move is kept."""
+    flat = tensor.detach().reshape(-1).view(torch.uint8)
+    found = fn(flat)
+    if found is flat:
+        return tensor
+    if found.dtype is not torch.uint8 or found.shape != flat.shape:
+        return tensor.to(found.device)
+    return found.view(tensor.dtype).view(tensor.shape)
