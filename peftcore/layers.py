@@ -30,4 +30,7 @@ def shape_of(module: nn.Module, name: str) -> tuple[int, ...]:
     packing = getattr(module, "packings", {}).get(name)  # of `quantization.parameters.PackedParameters`
     if packing is not None:
         return tuple(packing.shape)
-    return tuple(module.get_parameter(name).shape)
+    parameter = module.get_parameter(name)
+    if name == "weight" and is_linear(module) and not parameter.is_floating_point():  # bitsandbytes'
+        return sizes(module)[::-1]
+    return tuple(parameter.shape)

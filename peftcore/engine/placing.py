@@ -27,7 +27,7 @@ from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, refuse_targeted, trained_modules
 from peftcore.targets.coverage import LITTLE, Coverage, coverage
 from peftcore.validation import check_types
-from peftcore.weight_formats import find_weight_format
+from peftcore.weight_formats import format_in_few_bits
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,7 @@ def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight
                 f"{method} changes the parameter '{placement.name}' of '{path}', which has none of this name"
                 f"{nearest(placement.name, parameters)}"
             )
-        form = None if inside else find_weight_format(modules[path])
-        is_read = placement.name == "weight" and form is not None and form.decode is not None
+        is_read = not inside and format_in_few_bits(modules[path], placement.name) is not None
         if not is_read and not (parameter.is_floating_point() or parameter.is_complex()):
             raise PeftcoreError(
                 f"{method} changes the parameter '{placement.name}' of '{path}', which is stored as {parameter.dtype}: "

@@ -23,7 +23,7 @@ from peftcore.adaptation.chain import WeightChanges
 from peftcore.adaptation.class_swap import original_class, original_forward
 from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_layout
-from peftcore.layers import is_linear, sizes
+from peftcore.layers import is_linear, shape_of, sizes
 
 TOLERANCE = 1e-4
 TOLERANCE_TF32 = 4e-3  # where products in float32 may round their factors
@@ -150,7 +150,7 @@ def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
     elif isinstance(module, nn.MultiheadAttention):
         yield tuple(normal(2, 3, width)[:2] for width in (module.embed_dim, module.kdim, module.vdim))
     elif layout is not None:
-        x = normal(_ROWS, getattr(module, layout.up).shape[1 if layout.transposed else 2])
+        x = normal(_ROWS, shape_of(module, layout.up)[1 if layout.transposed else 2])
         chosen = torch.rand(_ROWS, layout.count, generator=generator, device="cpu").topk(min(2, layout.count))
         yield x, *(t.to(weight.device).repeat(2, 1) for t in (chosen.indices, chosen.values))
     elif weight.dim():

@@ -109,17 +109,15 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
     """
     if any(map(lock_of, model.modules())):
         raise PeftcoreError("dequantize before adapters are applied, or after peftcore.remove")
-    packed = [module for _, module in base_modules(model) if isinstance(module, PackedParameters)]
-    layers = [module for module in packed if isinstance(module, QuantizedLinear)]
+    for _, experts in list(quantized_experts(model)):
+        unpack_experts(experts, dtype)
+    layers = [module for _, module in base_modules(model) if isinstance(module, QuantizedLinear)]
     for module, first in _with_first(layers):
         if first is module:
             dense = module.dequantized(dtype) if module.is_quantized else module.weight.detach()
             make_plain(module, nn.Parameter(dense, requires_grad=False))
         else:
             make_plain(module, cast(nn.Parameter, first.weight))
-    for experts in packed:
-        if not isinstance(experts, QuantizedLinear):
-            unpack_experts(experts, dtype)
     note_in_config(model)
     return model
 
@@ -171,8 +169,9 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
 def quantized_experts(model: nn.Module) -> Iterator[tuple[str, PackedParameters]]:
     """(path, module) of every module of experts of which parameters are in 4 bits."""
     for path, module in base_modules(model):
-        is_other = isinstance(module, PackedParameters) and not isinstance(module, QuantizedLinear)
-        if is_other and any(module.packed_parameter(name) is not None for name in module.packings):
+        if isinstance(module, QuantizedLinear) or not isinstance(module, PackedParameters):
+            continue
+        if any(module.packed_parameter(name) is not None for name in module.packings):
             yield path, module
 
 

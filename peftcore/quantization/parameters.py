@@ -46,7 +46,7 @@ class PackedParameters(nn.Module):
 
     def packed_parameter(self, name: str) -> PackedWeight | None:
         """The parameter in 4 bits, where it lies; None where it is dense."""
-        packing, codes = self.packings.get(name), self._parameters[name]
+        packing, codes = self.packings.get(name), self._parameters.get(name)
         if packing is None or codes is None or codes.dtype is not torch.uint8:
             return None
         shape, blocksize, dtype, quant_type, nested_blocksize, names = packing

@@ -72,8 +72,6 @@ def coverage(
 
 def weights_in(module: nn.Module, name: str) -> int:
     """How many weights the parameter `name` of `module` itself stands for; it may be packed."""
-    if name == "weight" and isinstance(module, nn.Linear):
-        return module.out_features * module.in_features
     return math.prod(shape_of(module, name))
 
 

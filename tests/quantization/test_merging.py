@@ -1,15 +1,18 @@
 """Merging into 4 bits: what is lost is measured and refused; into 16 bits instead, and back bit for bit."""
 
+import copy
 import json
 import warnings
 
 import pytest
+import tiny
 import torch
+from mixtures import mixture
 from quantized import gpt2, llama, logits
 from torch import nn
 
 import peftcore
-from peftcore.quantization import QuantizedLinear
+from peftcore.quantization import QuantizedLinear, quantized_experts, quantized_layers
 from peftcore.testing import disturb
 
 LORA = {"r": 4, "target_modules": ["q_proj", "up_proj"]}
@@ -173,3 +176,63 @@ def test_the_config_says_after_unmerge_what_it_said_before_merge():
     assert not hasattr(model.config, "quantization_config")
     peftcore.unmerge(model)
     assert model.config.quantization_config == before
+
+
+def on_experts(kind="mixtral", names=("gate_up_proj", "down_proj"), **quantization):
+    """A mixture in 4 bits, with a change of all its experts' weights."""
+    model = peftcore.quantize(mixture(kind), **quantization)
+    placed = [(path, module, name) for path, module in quantized_experts(model) for name in names]
+    place = lambda *_: [peftcore.OnWeight(p, n, tiny.LowRank(*m.packings[n].shape)) for p, m, n in placed]  # noqa: E731
+    torch.manual_seed(0)
+    with tiny.installed(tiny.method("on_experts", place)):
+        peftcore.apply(model, "on_experts")
+    disturb(model, "default", 1, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text"])
+def test_experts_are_merged_and_come_back(kind):
+    model = on_experts(kind)
+    before, wanted = states(model), logits(model)
+    dense = peftcore.dequantize(copy.deepcopy(peftcore.remove(copy.deepcopy(model), "default")))
+    assert not torch.allclose(logits(dense), wanted, atol=1e-3)  # the adapter acts
+    lost = peftcore.merge_loss(model)
+    path, module = next(quantized_experts(model))
+    assert set(lost) == {path for path, _ in quantized_experts(model)}
+    with torch.no_grad():
+        worst = 0
+        for name, change in module.peftcore["default"].changes.items():
+            old = module.dequantized_parameter(name, torch.float32)
+            new = change(old.clone())
+            stored = peftcore.ops.dequantize_4bit(module.quantized_parameter(name, new))
+            worst = max(worst, ((stored - new).norm() / (new - old).norm()).item())
+    assert lost[path] == pytest.approx(worst, rel=1e-5)
+    with pytest.raises(peftcore.PeftcoreError, match=r"merge\(model, dtype=torch.bfloat16\)"):
+        peftcore.merge(model, max_loss=0.01)
+    same(states(model), before)
+
+    with pytest.warns(UserWarning, match=r"merged layers lose"):
+        peftcore.merge(model, max_loss=5)
+    assert module.gate_up_proj.dtype is torch.uint8 and not torch.equal(logits(model), wanted)
+    peftcore.unmerge(model)
+    same(states(model), before)
+    assert torch.equal(logits(model), wanted)
+
+    peftcore.merge(model, dtype=torch.float32)
+    assert module.gate_up_proj.dtype is torch.float32 and module.packed_parameter("gate_up_proj") is None
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
+    assert not any("experts.gate_up_proj." in key for key in model.state_dict())
+    peftcore.unmerge(model)
+    same(states(model), before)
+    peftcore.merge(model, keep_adapters=False, dtype=torch.float32)
+    assert not list(quantized_experts(model)) and list(quantized_layers(model))
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_half_of_the_experts_merged_for_good():
+    model = on_experts(names=("down_proj",))
+    wanted = logits(model)
+    peftcore.merge(model, keep_adapters=False, dtype=torch.float32)
+    _, module = next(quantized_experts(model))
+    assert set(module.packings) == {"gate_up_proj"} and module.down_proj.dtype is torch.float32
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)

@@ -29,6 +29,8 @@ from peftcore import targets, validation
 from peftcore.adaptation.adapted import base_modules, has_forward_of_instance
 from peftcore.errors import nearest
 from peftcore.experts import Thin, experts_layout
+from peftcore.layers import shape_of
+from peftcore.weight_formats import format_in_few_bits
 from peftcore_lora.config import LoraConfig
 from peftcore_lora.layers import Lora
 
@@ -99,9 +101,10 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[peftcore.
         )
         for place, name in enumerate(names):
             parameter: Any = module._parameters[name]
-            shape, whole = _shape(module, name), f"{path}.{name}"
+            shape, whole = shape_of(module, name), f"{path}.{name}"
+            is_packed = format_in_few_bits(module, name) is not None
             validation.require(
-                len(shape) in (2, 3) and (parameter.itemsize > 1 or name == "weight"),
+                len(shape) in (2, 3) and (parameter.itemsize > 1 or name == "weight" or is_packed),
                 f"'{whole}' is {list(shape)} of {parameter.dtype}: LoRA adapts parameters of two or three "
                 "dimensions in 16 or 32 bits. Leave it out of target_parameters, or its module out of quantization",
             )
@@ -153,7 +156,7 @@ def read_experts(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
     tensors = upgraded(model, tensors, fields)
     for path, names in named(model, fields.get("target_parameters") or ()).items():
         for inside, name in enumerate(reversed(names)):
-            shape = _shape(model.get_submodule(path), name)
+            shape = shape_of(model.get_submodule(path), name)
             stem = f"base_model.model.{path}{'.base_layer' * inside}"
             for which in "AB" if len(shape) == 3 else ():
                 tensor = tensors.pop(f"{stem}.lora_{which}.weight", None)
@@ -172,7 +175,7 @@ def upgraded(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, 
     for path, names in named(model, fields.get("target_parameters") or ()).items():
         module = model.get_submodule(path)
         for inside, name in enumerate(reversed(names)):
-            shape, prefix = _shape(module, name), f"base_model.model.{path}{'.base_layer' * inside}"
+            shape, prefix = shape_of(module, name), f"base_model.model.{path}{'.base_layer' * inside}"
             a, b = (tensors.get(f"{prefix}.lora_{which}.weight") for which in "AB")
             if a is None or b is None or len(shape) != 3 or getattr(module, "is_transposed", False):
                 continue
@@ -183,12 +186,3 @@ def upgraded(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, 
                 tensors[f"{prefix}.lora_A.weight"] = b.view(width, r, experts).permute(2, 1, 0).reshape(-1, width)
                 tensors[f"{prefix}.lora_B.weight"] = b_of_today
     return tensors
-
-
-def _shape(module: nn.Module, name: str) -> tuple[int, ...]:
-    """Of a packed `weight` that of the matrix it stands for."""
-    parameter: Any = module._parameters[name]
-    if name == "weight" and parameter is not None and not parameter.is_floating_point() and targets.is_linear(module):
-        width, out = targets.sizes(module)
-        return out, width
-    return tuple(parameter.shape)
