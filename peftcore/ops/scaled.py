@@ -1,32 +1,116 @@
-"""y = x ∘ g, of one dimension of x, rounded once. dx = dy ∘ g, dg = the sum of dy ∘ x over the others, in fp32.
+"""y = x ∘ g, g one number for each of a dimension of x, rounded once; and its gradients.
 
-As PyTorch differentiates `(x * g).to(x.dtype)`, dy becomes a matrix of fp32, and another two are made of it.
+    dx = dy ∘ g                   dg = the sum of dy ∘ x over all other dimensions, in fp32
+
+As PyTorch differentiates `(x * g).to(x.dtype)`, dy becomes a matrix of fp32, and another two are made of it. Here a
+pass over memory is all, where g is of the last dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from peftcore.ops._library import define_by
+from peftcore.ops.weight import DTYPES, check_dtype, check_like, value
+
+_OPS = torch.ops.peftcore
+
+
+def _check(op: str, x: Tensor, g: Tensor) -> None:
+    check_dtype(x.dtype, op)
+    for name, t in (("x", x), ("g", g)):
+        value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
+    if g.dtype not in (*DTYPES, torch.float64):
+        raise TypeError(f"{op}: g must be of 16, 32 or 64 bits in floating point, found {g.dtype}")
+    value(g.device == x.device, op, f"g must be on {x.device} like x, found {g.device}")
+    value(x.dim() > 0, op, "x must have at least one dimension, found a scalar")
+    value(list(g.shape) == [x.shape[-1]], op, f"g must be [{x.shape[-1]}] for x, found {list(g.shape)}")
+
+
+@dataclass
+class Scaled:
+    x: Tensor
+    g: Tensor
+
+    def __post_init__(self) -> None:
+        _check("scaled", self.x, self.g)
+
+    def compute(self) -> Tensor:
+        return (self.x * self.g.float()).to(self.x.dtype)
+
+    def empty(self) -> Tensor:
+        return self.x.new_empty(self.x.shape)
+
+
+@dataclass
+class ScaledBackward:
+    grad: Tensor
+    x: Tensor
+    g: Tensor
+    needs: Sequence[bool]
+
+    def __post_init__(self) -> None:
+        op = "scaled_backward"
+        _check(op, self.x, self.g)
+        check_like(self.grad, self.x, op, "grad")
+        value(self.grad.layout is torch.strided, op, f"grad must be strided, found {self.grad.layout}")
+        shape = f"grad must be {list(self.x.shape)} like x, found {list(self.grad.shape)}"
+        value(self.grad.shape == self.x.shape, op, shape)
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        dx, dg = self.x.new_empty(0), self.g.new_empty(0)
+        if self.needs[0]:
+            dx = (self.grad * self.g.float()).to(self.x.dtype)
+        if self.needs[1]:
+            dg = (self.grad.float() * self.x).flatten(0, -2).sum(0) if self.x.dim() > 1 else self.grad.float() * self.x
+        return dx, dg.to(self.g.dtype)
+
+    def empty(self) -> tuple[Tensor, ...]:
+        of = zip((self.x, self.g), self.needs, strict=True)
+        return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in of)
+
+
+define_by("scaled(Tensor x, Tensor g) -> Tensor", Scaled)
+define_by("scaled_backward(Tensor grad, Tensor x, Tensor g, bool[2] needs) -> (Tensor dx, Tensor dg)", ScaledBackward)
+
 
 class _Scaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, g: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, g: Tensor, behind: int) -> Tensor:
         ctx.save_for_backward(x, g)
-        return (x * g).to(x.dtype)
+        ctx.behind = behind
+        return _forward(x, g, behind)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, g = ctx.saved_tensors
-        dx = (dy * g).to(x.dtype) if ctx.needs_input_grad[0] else None
-        if not ctx.needs_input_grad[1]:
-            return dx, None
-        products = dy.float() * x if x.dtype is torch.float16 else dy * x  # of fp16 small ones would vanish
-        others = [i for i in range(x.dim()) if i != x.dim() - g.dim()]
-        dg = products.sum(others, dtype=torch.promote_types(x.dtype, torch.float32)) if others else products
-        return dx, dg.to(g.dtype).view_as(g)
+        needs = ctx.needs_input_grad[:2]
+        if _has_kernel(x, ctx.behind) and not torch.is_grad_enabled():
+            dx, dg = (d if needed else None for d, needed in zip(_OPS.scaled_backward(dy, x, g, needs), needs, strict=True))
+            return dx, dg, None
+        dx = (dy * _wide(g, ctx.behind)).to(x.dtype) if needs[0] else None
+        if not needs[1]:
+            return dx, None, None
+        others = [i for i in range(x.dim()) if i != x.dim() - 1 - ctx.behind]
+        products = dy.to(torch.promote_types(x.dtype, torch.float32)) * x
+        return dx, (products.sum(others) if others else products).to(g.dtype), None
+
+
+def _has_kernel(x: Tensor, behind: int) -> bool:
+    return behind == 0 and x.dtype in DTYPES and x.dim() > 0
+
+
+def _wide(g: Tensor, behind: int) -> Tensor:
+    return g.view(-1, *[1] * behind)
+
+
+def _forward(x: Tensor, g: Tensor, behind: int) -> Tensor:
+    return _OPS.scaled(x, g) if _has_kernel(x, behind) else (x * _wide(g, behind)).to(x.dtype)
 
 
 def scaled(x: Tensor, g: Tensor, behind: int = 0) -> Tensor:
@@ -40,4 +124,6 @@ def scaled(x: Tensor, g: Tensor, behind: int = 0) -> Tensor:
     Returns:
         In the shape and dtype of x, with gradients for both.
     """
-    return _Scaled.apply(x, g.view(-1, *[1] * behind))  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and (x.requires_grad or g.requires_grad):
+        return _Scaled.apply(x, g, behind)  # type: ignore[no-untyped-call]
+    return _forward(x, g, behind)

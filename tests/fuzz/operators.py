@@ -22,6 +22,8 @@ from peftcore import ops
 from peftcore.ops import grouped, lora, nf4, optim, per_sample
 from peftcore.ops import optim_rules as rules
 from peftcore.ops.linear_4bit import Linear4bit, Linear4bitBackward
+from peftcore.ops.row_norms import RowNorms
+from peftcore.ops.scaled import Scaled, ScaledBackward
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 REFUSALS = (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError, OverflowError, MemoryError)
@@ -162,6 +164,25 @@ def _grouped_linear_backward(m):
     return {"grad": m.normal(len(x), out, dtype=x.dtype), **given, "needs": needs}
 
 
+def _row_norms(m):
+    rows, columns, r = m.size(), m.choice([m.size(), 64, 288, 2100]), m.choice([1, 2, 8, 16, 17, 40])
+    factors = m.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64])
+    given = {**_base(m, rows, columns, dtype=m.choice(FLOATS)), "a": m.normal(r, columns, dtype=factors)}
+    return given | {"b": m.normal(rows, r, dtype=factors), "scale": m.choice([1.0, 0.5, -2.0])}
+
+
+def _scaled(m):
+    columns = m.choice([m.size(), 64, 288, 1100])
+    x = m.normal(*m.choice([(m.size(200),), (2, 3), ()]), columns, dtype=m.choice(FLOATS))
+    return {"x": x, "g": m.normal(columns, dtype=m.choice([torch.float32, torch.float32, torch.bfloat16]))}
+
+
+def _scaled_backward(m):
+    given = _scaled(m)
+    grad = m.normal(*given["x"].shape, dtype=given["x"].dtype)
+    return {"grad": grad, **given, "needs": [m.random.random() < 0.7 for _ in range(2)]}
+
+
 def _optim(m):
     rule, count = m.choice(list(rules.RULES)), m.choice([0, 1, 3])
     sizes = [m.size(600) for _ in range(count)]
@@ -240,6 +261,9 @@ OPERATORS = {
     "lora_linear_per_sample": (_lora_linear_per_sample, by_reference(per_sample.LoraLinearPerSample)),
     "grouped_linear": (_grouped_linear, by_reference(grouped.GroupedLinear)),
     "grouped_linear_backward": (_grouped_linear_backward, by_reference(grouped.GroupedLinearBackward)),
+    "row_norms": (_row_norms, by_reference(RowNorms)),
+    "scaled": (_scaled, by_reference(Scaled)),
+    "scaled_backward": (_scaled_backward, by_reference(ScaledBackward)),
     "optim_step_": (_optim_step_, optim.optim_step_reference),
     "optim_step_paged_": (_optim_step_paged_, _paged_reference),
 }

@@ -34,6 +34,9 @@ def cases():
         "linear_4bit_backward": (values(5, 32), *four.operands()),
         "lora_linear": (x, [w], [], None, a, b, 1.0, 0.0, None),
         "lora_linear_backward": (values(5, 32), x, s, [w], [], a, b, [True] * 3, 1.0, 0.0, None),
+        "row_norms": ([w], [], a, b, 0.5),
+        "scaled": (x, values(64)),
+        "scaled_backward": (values(5, 64), x, values(64), [True] * 2),
         "lora_linear_per_sample": (x[:, None], [w], [], None, [a], [b], [1.0], index),
     }
 

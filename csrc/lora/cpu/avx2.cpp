@@ -1,7 +1,7 @@
 // AVX2 with FMA and conversions of fp16.
 #include <immintrin.h>
 
-#include "lora/cpu/rows.h"
+#include "lora/cpu/level.h"
 
 namespace peftcore {
 namespace lora {

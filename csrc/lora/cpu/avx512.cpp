@@ -1,7 +1,7 @@
 // AVX-512 with products of fp32.
 #include "lora/cpu/avx512.h"
 
-#include "lora/cpu/rows.h"
+#include "lora/cpu/level.h"
 
 namespace peftcore {
 namespace lora {

@@ -67,6 +67,34 @@ struct OuterArgs {
     float* sums;
 };
 
+// norms[i]: of row i of x + left right.
+struct NormArgs {
+    const void* x;  // [M, columns]
+    int64_t columns;
+    const float* left;  // [M, inner]
+    int64_t inner;
+    const float* right;  // [inner][width], in the plain arrangement
+    int64_t width;
+    float* norms;  // [M]
+};
+
+// y = x ∘ g, g one number a column.
+struct ScaleArgs {
+    const void* x;  // [M, columns]
+    int64_t columns;
+    const float* g;
+    void* y;
+};
+
+struct ScaleBackwardArgs {
+    const void *dy, *x;  // [M, columns]
+    int64_t columns;
+    const float* g;
+    int64_t first_column, last_column;
+    void* dx;     // dy ∘ g, or nullptr
+    float* sums;  // to which dy ∘ x is added, columns filled up to whole vectors; or nullptr
+};
+
 // A matrix of fp32 as bf16 halves: a first value, rounded, and what that leaves, rounded. Two parts are just
 // these. Of the products of two matrices all but the smallest are in
 //   [first, rest, first] [first, first, rest]ᵀ
@@ -91,6 +119,12 @@ struct ThinKernels {
     void (*outer)(const OuterArgs&, int64_t first_row, int64_t last_row);  // first: multiple of kRowGrain
 };
 
+// A range is of rows.
+struct ScaleKernels {
+    void (*scale)(const ScaleArgs&, int64_t first_row, int64_t last_row);
+    void (*backward)(const ScaleBackwardArgs&, int64_t first_row, int64_t last_row);
+};
+
 // For one row, fp32 in between; by the dtype of what they read (see rows.h). Buffers have room for 16 more.
 struct RowKernels {
     void (*widen)(const void* from, int64_t count, float* to);
@@ -105,6 +139,8 @@ constexpr int kColumnGrain = 32, kRowGrain = 64;
 struct Kernels {
     ThinKernels thin[kDtypes];
     RowKernels row[kDtypes];
+    ScaleKernels scale[kDtypes];
+    void (*norms[kDtypes])(const NormArgs&, int64_t first_row, int64_t last_row);
     void (*halves)(const Halves&) = nullptr;  // of the factors of a gemm::Addend
 };
 

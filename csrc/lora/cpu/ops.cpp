@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, bias, op);
-    check_factors(x, a, b, weight.rows(), op);
+    check_factors(beside(x), a, b, weight.rows(), op);
     const int64_t r = a.size(0);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const Tensor flat = matrix(x);
@@ -52,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, {}, op);
-    check_factors(x, a, b, weight.rows(), op);
+    check_factors(beside(x), a, b, weight.rows(), op);
     const int64_t r = a.size(0), columns = weight.columns(), out_features = weight.rows();
     check_gradient(grad, s, x, out_features, r, op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);

@@ -1,5 +1,5 @@
 // Plain C++, four lanes for the compiler to fill.
-#include "lora/cpu/rows.h"
+#include "lora/cpu/level.h"
 
 namespace peftcore {
 namespace lora {

@@ -58,13 +58,5 @@ struct Rows {
     static RowKernels kernels() { return {.widen = widen, .add = add, .multiply = multiply}; }
 };
 
-template <Lanes Simd>
-static Kernels kernels_of() {
-    return {.thin = {Blocks<Of<Simd, float>>::kernels(), Blocks<Of<Simd, Half>>::kernels(),
-                     Blocks<Of<Simd, BFloat16>>::kernels()},
-            .row = {Rows<Of<Simd, float>>::kernels(), Rows<Of<Simd, Half>>::kernels(),
-                    Rows<Of<Simd, BFloat16>>::kernels()}};
-}
-
 }  // namespace lora
 }  // namespace peftcore

@@ -155,7 +155,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const c10::DeviceGuard guard(x.device());
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, bias, op);
-    check_factors(x, a, b, weight.rows(), op);
+    check_factors(beside(x), a, b, weight.rows(), op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const float factor = factor_of(scale, dropout);
     const Tensor flat = matrix(x), added = contiguous(bias);
@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
     const c10::DeviceGuard guard(x.device());
     const Weight weight(tensors, packing, op);
     check_linear(x, weight, {}, op);
-    check_factors(x, a, b, weight.rows(), op);
+    check_factors(beside(x), a, b, weight.rows(), op);
     check_gradient(grad, s, x, weight.rows(), a.size(0), op);
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const float factor = factor_of(scale, dropout);

@@ -1,0 +1,24 @@
+// All of a level's kernels that are loops over its vectors.
+#pragma once
+
+#include "lora/cpu/norms.h"
+#include "lora/cpu/rows.h"
+#include "lora/cpu/scaled.h"
+
+namespace peftcore {
+namespace lora {
+
+// By Dtype.
+template <Lanes Simd>
+static Kernels kernels_of() {
+    using F = Of<Simd, float>;
+    using H = Of<Simd, Half>;
+    using B = Of<Simd, BFloat16>;
+    return {.thin = {Blocks<F>::kernels(), Blocks<H>::kernels(), Blocks<B>::kernels()},
+            .row = {Rows<F>::kernels(), Rows<H>::kernels(), Rows<B>::kernels()},
+            .scale = {Scaled<F>::kernels(), Scaled<H>::kernels(), Scaled<B>::kernels()},
+            .norms = {Norms<F>::norms, Norms<H>::norms, Norms<B>::norms}};
+}
+
+}  // namespace lora
+}  // namespace peftcore

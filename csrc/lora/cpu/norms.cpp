@@ -1,0 +1,72 @@
+// row_norms on CPU. Schema and formula: peftcore/ops/row_norms.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linalg_vector_norm.h>
+#include <torch/library.h>
+
+#include "common/tensors.h"
+#include "cpu/kernels.h"
+#include "lora/cpu/thin.h"
+#include "nf4/cpu/linear/panel.h"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+constexpr int64_t kProductsPerTask = 1 << 17;
+
+Tensor row_norms(at::TensorList tensors, at::IntArrayRef packing, const Tensor& a, const Tensor& b,
+                 double scale) {
+    const char* op = "row_norms";
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+    const Weight weight(tensors, packing, op);
+    TORCH_CHECK_VALUE(weight.sizes().size() == 2, op, ": weight must be [out, in], found ", weight.sizes());
+    const Tensor& first = weight.first();
+    const bool is_double = !weight.packed() && first.scalar_type() == at::kDouble;
+    const Dtype dtype = weight.packed() || is_double ? Dtype::kFloat : kernel_dtype(first.scalar_type(), op);
+    check_factors({"weight", first.device(), weight.columns()}, a, b, weight.rows(), op);
+    if (is_double)
+        return at::linalg_vector_norm(at::addmm(first, b.to(at::kDouble).mul(scale), a.to(at::kDouble)), 2,
+                                      1);
+    const int64_t columns = weight.columns(), rows = weight.rows();
+    const at::TensorOptions wide = first.options().dtype(at::kFloat);
+    const Tensor found = at::empty({rows}, wide), left = floats(b).mul(scale);
+    const CpuKernels& kernels = cpu_kernels();
+    const auto kernel = kernels.lora.norms[int(dtype)];
+    const Factor right = arranged_factor(kernels.lora.thin[int(dtype)].plain, floats(a), false);
+    const auto norms = [&](const Tensor& piece, int64_t begin) {
+        const NormArgs args{.x = piece.const_data_ptr(),
+                            .columns = columns,
+                            .left = left.const_data_ptr<float>() + begin * a.size(0),
+                            .inner = a.size(0),
+                            .right = static_cast<const float*>(right.units()),
+                            .width = right.width,
+                            .norms = found.mutable_data_ptr<float>() + begin};
+        at::parallel_for(0, piece.size(0),
+                         ceil_div(kProductsPerTask, std::max<int64_t>(1, columns * (1 + a.size(0)))),
+                         [&](int64_t from, int64_t to) { kernel(args, from, to); });
+    };
+    if (!weight.packed() && first.is_contiguous()) {
+        norms(first, 0);
+        return found;
+    }
+    const int64_t step =
+        std::max<int64_t>(1, nf4::kPanelBytes / int64_t(sizeof(float)) / std::max<int64_t>(1, columns));
+    for (int64_t begin = 0; begin < rows; begin += step) {
+        const int64_t end = std::min(begin + step, rows);
+        norms(weight.packed() ? nf4::dequantized_panel(weight.view(), {begin, end}, {0, columns}, wide)
+                              : first.narrow(0, begin, end - begin).contiguous(),
+              begin);
+    }
+    return found;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peftcore, CPU, m) { m.impl("row_norms", &row_norms); }
+
+}  // namespace lora
+}  // namespace peftcore
