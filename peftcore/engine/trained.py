@@ -242,6 +242,13 @@ def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name, tensor in base.items() if id(tensor) in tensors and name not in names]
 
 
+def modules_tied_to(model: nn.Module, path: str) -> list[str]:
+    """The modules whose weight is that of the module at `path`, unless the model's config says that none is."""
+    untied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False
+    names = [] if untied else tied_to(model, [f"{path}.weight"])
+    return [name.rpartition(".")[0] for name in names if name.endswith(".weight")]
+
+
 def _add(model: nn.Module, adapter: str, own: TrainedParameters) -> TrainedParameters:
     if TRAINED not in model._modules:
         model.add_module(TRAINED, Adapters().train(model.training))

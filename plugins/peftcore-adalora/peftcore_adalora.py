@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from peftcore_lora.layers import LoraLinear
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import peftcore
-from peftcore import ops, targets, validation
+from peftcore import targets, validation
 
 INNER = {"lora_A": 1, "lora_B": 0, "lora_E": 1}  # the dimension of a factor that a triplet runs along
 
@@ -56,18 +56,15 @@ class AdaLoraConfig(targets.LayersConfig):
         validation.require(self.target_r <= self.init_r, f"target_r={self.target_r} is above init_r={self.init_r}")
 
 
-class AdaLora(nn.Module):
+class AdaLora(LoraLinear):
     """A `[r, in]`, E `[r, 1]`, B `[out, r]` of a linear layer, what is known of their importance, and who is left."""
 
-    lora_A: Tensor
-    lora_B: Tensor
     lora_E: Tensor
-    left: Tensor
 
     def __init__(self, config: AdaLoraConfig, r: int, width: int, out_width: int) -> None:
-        super().__init__()
-        self.scale = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
-        self.dropout = nn.Dropout(config.lora_dropout)
+        nn.Module.__init__(self)  # its factors begin otherwise than LoRA's
+        self.full_scale = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
+        self.dropout, self.lora_bias = nn.Dropout(config.lora_dropout), None
         for name, shape in {"lora_A": (r, width), "lora_B": (out_width, r), "lora_E": (r, 1)}.items():
             std = 1.0 if not config.init_lora_weights else 0.0 if name == "lora_E" else 0.02
             self.register_parameter(name, nn.Parameter(std * torch.randn(shape)))
@@ -75,15 +72,8 @@ class AdaLora(nn.Module):
                 self.register_buffer(f"{kind}_{name}", torch.zeros(shape))
         self.register_buffer("left", torch.ones(r, 1))
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
-        operands, a = base.linear_operands(x), self.lora_A * self.lora_E
-        if operands is not None and len(a):
-            p = self.dropout.p if self.training else 0.0
-            return ops.lora_linear(x, operands[0], operands[1], a, self.lora_B, self.scale, p)
-        return base(x) + self.scale * F.linear(F.linear(self.dropout(x), a.to(x.dtype)), self.lora_B.to(x.dtype))
-
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.scale * self.lora_B.float() @ (self.lora_A * self.lora_E).float(), bias
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A * self.lora_E, self.lora_B
 
     def observe(self, config: AdaLoraConfig) -> None:
         """Smooth |p · dp| of each number, and how far it is from its mean."""
@@ -97,7 +87,7 @@ class AdaLora(nn.Module):
         """Of each triplet, `[r]`."""
         scores = {name: getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}") for name in INNER}
         a, b, e = (scores[name].mean(along) for name, along in INNER.items())
-        return e + (a + b)
+        return a + b + e
 
 
 def place(model: nn.Module, config: AdaLoraConfig, architecture: peftcore.Architecture) -> list[Any]:
@@ -125,27 +115,21 @@ def after_step(adapters: Mapping[str, Any], config: AdaLoraConfig, step: int, to
     if step < until:
         for layer in layers:
             layer.observe(config)
-    if config.tinit < step <= until and (step % config.deltaT == 0 or step == until):
+    allocates = config.tinit < step <= until and (step % config.deltaT == 0 or step == until)
+    if allocates:
         start, end = config.init_r * len(layers), config.target_r * len(layers)
         budget = int((start - end) * (1 - (step - config.tinit) / (until - config.tinit)) ** 3 + end)
         scores = torch.cat([layer.importance() for layer in layers])
         limit = scores.kthvalue(len(scores) - budget)[0] if budget < len(scores) else -torch.inf
         for layer in layers:
             layer.left.copy_((layer.importance() > limit)[:, None])
-            layer.lora_E.mul_(layer.left)
-    for layer in layers if step > until else ():
+    for layer in layers if allocates or step > until else ():
         layer.lora_E.mul_(layer.left)
 
 
-def write_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """PEFT refuses a file without total_step, whose schedule it follows in training alone."""
-    return {**fields, "total_step": fields["total_step"] or fields["tinit"] + fields["tfinal"] + 1}
-
-
-def read_config(fields: dict[str, Any]) -> dict[str, Any]:
-    """What `write_config` wrote for None is None: of a schedule without a step nobody could train."""
-    own = fields.get("total_step") == fields.get("tinit", 0) + fields.get("tfinal", 0) + 1
-    return {**fields, "total_step": None if own else fields.get("total_step")}
+def no_steps(fields: Mapping[str, Any]) -> int:
+    """Of a file for None, which PEFT refuses: a total_step whose schedule has no step, so that nobody trains by it."""
+    return int(fields.get("tinit", 0) + fields.get("tfinal", 0) + 1)
 
 
 @peftcore.hookimpl
@@ -153,7 +137,10 @@ def peftcore_methods() -> list[peftcore.Method]:
     # For others the factors, without what further training needs.
     exported = lambda place: {peftcore.tensor_name(place, name): getattr(place.adapter, name) for name in INNER}  # noqa: E731
     rules = peftcore.StateRules(
-        peft_type="ADALORA", exported=exported, write_config=write_config, read_config=read_config
+        peft_type="ADALORA",
+        exported=exported,
+        write_config=lambda fields: {**fields, "total_step": fields["total_step"] or no_steps(fields)},
+        read_config=lambda fields: {n: v for n, v in fields.items() if n != "total_step" or v != no_steps(fields)},
     )
     more: Any = {"loss": loss, "after_step": after_step, "learning_rate": 1e-3}
     return [peftcore.Method("adalora", AdaLoraConfig, place, rules, **more)]

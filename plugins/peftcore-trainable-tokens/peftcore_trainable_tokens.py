@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import peftcore
 from peftcore import ranks, targets, validation
 from peftcore.adaptation.class_swap import original_class
-from peftcore.engine.trained import tied_to
+from peftcore.engine.trained import modules_tied_to
 from peftcore.merging import lookup
 
 
@@ -104,13 +104,6 @@ def token_rows(model: nn.Module, path: str, ids: Sequence[int], copy: bool = Tru
     targets.refuse_bypassed(model, others)
     rows = TokenRows(path, module, ids, copy)
     return [peftcore.Around(each, rows) for each in (path, *others)]
-
-
-def modules_tied_to(model: nn.Module, path: str) -> list[str]:
-    """The modules whose weight is that of the module at `path`, unless the model's config says that none is."""
-    untied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False
-    names = [] if untied else tied_to(model, [f"{path}.weight"])
-    return [name.rpartition(".")[0] for name in names if name.endswith(".weight")]
 
 
 def exported(placement: peftcore.Around) -> dict[str, Tensor]:

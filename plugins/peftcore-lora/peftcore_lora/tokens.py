@@ -10,11 +10,12 @@ from torch import nn
 import peftcore
 from peftcore import targets, validation
 from peftcore.adaptation.adapted import base_modules
+from peftcore.engine.trained import modules_tied_to
 from peftcore.errors import nearest
 from peftcore_lora.config import LoraConfig
 
 try:
-    from peftcore_trainable_tokens import modules_tied_to, token_rows
+    from peftcore_trainable_tokens import token_rows
 except ImportError:
     token_rows = None  # type: ignore[assignment]
 
