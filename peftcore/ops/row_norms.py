@@ -1,6 +1,6 @@
 """n = the norms of the rows of W + scale · B A, which is never there as a whole; W is frozen, dense or in 4 bits.
 
-Rows are made in pieces of a few MB, in fp32 (float64 beside float64).
+Rows are made in fp32 (float64 beside float64): in registers by kernels, in pieces of a few MB by the reference.
 
 Without gradients: whoever divides by norms takes them for constants, or differentiates another formula.
 """

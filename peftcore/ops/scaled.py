@@ -91,8 +91,8 @@ class _Scaled(torch.autograd.Function):
         x, g = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         if _has_kernel(x, ctx.behind) and not torch.is_grad_enabled():
-            dx, dg = (d if needed else None for d, needed in zip(_OPS.scaled_backward(dy, x, g, needs), needs, strict=True))
-            return dx, dg, None
+            dx, dg = _OPS.scaled_backward(dy, x, g, needs)
+            return dx if needs[0] else None, dg if needs[1] else None, None
         dx = (dy * _wide(g, ctx.behind)).to(x.dtype) if needs[0] else None
         if not needs[1]:
             return dx, None, None
@@ -102,7 +102,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def _has_kernel(x: Tensor, behind: int) -> bool:
-    return behind == 0 and x.dtype in DTYPES and x.dim() > 0
+    return behind == 0 and x.dtype in DTYPES and x.dim() > 0 and not x.is_nested
 
 
 def _wide(g: Tensor, behind: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""row_norms beside float64, dense and in 4 bits, and its checks."""
+"""row_norms beside float64 at every SIMD level, dense and in 4 bits, and its checks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(7, 5, 3), (64, 128, 16), (33, 4097, 8), (300, 4096, 1), (1, 1, 1)], ids=str)
-def test_beside_float64(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_beside_float64(level: None, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     rows, columns, r = shape
     w, (a, b) = weight(rows, columns, dtype), factors(rows, columns, r)
     found = ops.row_norms(w, a, b, 0.7)
@@ -58,6 +58,16 @@ def test_where_the_change_takes_the_weight_away() -> None:
 def test_of_a_transposed_weight_and_16_bit_factors() -> None:
     w, (a, b) = weight(40, 30).T, factors(30, 40, 4, torch.bfloat16)
     torch.testing.assert_close(ops.row_norms(w, a, b).double(), exact(w, a, b, 1.0), rtol=1e-6, atol=0)
+
+
+def test_rows_past_a_panel_of_4_bits() -> None:
+    """Of rows that begin within blocks of values, and blocks of scales; and of a transposed weight in pieces."""
+    w, (a, b) = weight(1100, 1000), factors(1100, 1000, 2)
+    packed = ops.quantize_4bit(w, double_quant=True)
+    wanted = exact(ops.dequantize_4bit(packed), a, b, 1.0)
+    torch.testing.assert_close(ops.row_norms(packed, a, b).double(), wanted, rtol=1e-6, atol=0)
+    turned = w.T.contiguous().T
+    torch.testing.assert_close(ops.row_norms(turned, a, b).double(), exact(w, a, b, 1.0), rtol=1e-6, atol=0)
 
 
 def test_of_nothing() -> None:
