@@ -208,17 +208,16 @@ def is_outermost(module: nn.Module) -> bool:
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the model itself, without what peftcore put there; a shared module once."""
     seen: set[int] = set()
-
-    def walk(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    ahead = [(prefix, model)]  # the next one last; generators in generators would take twice as long
+    while ahead:
+        path, module = ahead.pop()
         if id(module) in seen:
-            return
+            continue
         seen.add(id(module))
         yield path, module
-        for name, child in module._modules.items():
+        for name, child in reversed(module._modules.items()):
             if child is not None and name not in (CHILD, TRAINED):
-                yield from walk(child, path if name == _WRAPPED else f"{path}.{name}" if path else name)
-
-    yield from walk(model, prefix)
+                ahead.append((path if name == _WRAPPED else f"{path}.{name}" if path else name, child))
 
 
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -12,6 +12,7 @@ Quantized weights, which have no values to sample, are passed over.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -57,12 +58,12 @@ def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
             return f"it has no parameter '{name}'"
         if list(tensor.shape) != shape:
             return f"'{name}' has shape {list(tensor.shape)}, the adapter's base {shape}"
-        if not len(values):
+        if not values:
             continue
         positions = (_positions if record["version"] == _VERSION else _positions_of_version_1)(tensor.numel())
         if len(values) != len(positions):
             return f"'{name}' has {len(positions)} sampled values, the adapter's base {len(values)}"
-        error = _error(_sample(tensor, positions), values)
+        error = _error(_sample(tensor, positions).tolist(), values)
         if not error <= _TOLERANCE:  # NaN is no agreement
             return f"the values of '{name}' differ by {100 * error:.0f} %"
     return None
@@ -75,8 +76,7 @@ def _parsed(text: str) -> dict[str, Any]:
         if not isinstance(record.get("version"), int):
             record = {"version": 1, "tensors": record}
         tensors = {
-            name: (list(shape), torch.tensor([float(v) for v in values], dtype=torch.float32, device="cpu"))
-            for name, (shape, values) in record["tensors"].items()
+            name: (list(shape), [float(v) for v in values]) for name, (shape, values) in record["tensors"].items()
         }
     except (ValueError, TypeError, AttributeError, KeyError, OverflowError, RecursionError, RuntimeError) as error:
         raise CheckpointError(f"the fingerprint of the base (peftcore_base) cannot be read: {error!r}") from error
@@ -88,10 +88,10 @@ def _parsed(text: str) -> dict[str, Any]:
     return {"version": record["version"], "tensors": tensors}
 
 
-def _error(found: Tensor, wanted: Tensor) -> float:
-    """|found - wanted| / |wanted|; values that are infinite in both agree."""
-    away = torch.where(found == wanted, 0, found - wanted)
-    return (away.norm() / wanted[wanted.isfinite()].norm().clamp(min=1e-12)).item()
+def _error(found: list[float], wanted: list[float]) -> float:
+    """|found - wanted| / |wanted|; values that are infinite in both agree. As tensors they take ten times as long."""
+    away = math.hypot(*(0.0 if one == other else one - other for one, other in zip(found, wanted, strict=True)))
+    return away / max(math.hypot(*filter(math.isfinite, wanted)), 1e-12)
 
 
 def _positions(count: int) -> list[int]:

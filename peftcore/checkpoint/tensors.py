@@ -7,6 +7,7 @@ kept       buffers that training has moved, and all of those in modules that are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -149,7 +150,8 @@ def _check_values(name: str, tensor: Tensor, target: Tensor, folder: Path) -> No
         raise CheckpointError(f"'{folder}': '{name}' is {tensor.dtype}, the model needs {target.dtype}")
     if floating and tensor.numel():
         there = tensor.to(target.dtype)
-        if not all(bound.isfinite() for bound in torch.aminmax(there.float() if there.dtype.itemsize == 1 else there)):
+        bounds = torch.aminmax(there.float() if there.dtype.itemsize == 1 else there)
+        if not all(math.isfinite(bound.item()) for bound in bounds):
             wrong = "values that are not finite" if not tensor.double().isfinite().all() else "too large values for it"
             raise CheckpointError(f"'{folder}': '{name}' ({tensor.dtype}, here {target.dtype}) holds {wrong}")
 

@@ -117,6 +117,8 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[peftcore.
 def named(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
     """The parameters that the ends of their names mean, by module, in its order."""
     found: dict[str, list[str]] = {}
+    if not patterns:
+        return found
     there = [(path, name) for path, module in base_modules(model) for name in module._parameters if path]
     for pattern in patterns:
         if not any(targets.matches(pattern, f"{path}.{name}") for path, name in there):
