@@ -1,31 +1,44 @@
 """4 bits for transformers: `from_pretrained(..., quantization_config=NF4Config())`, and `load`.
 
 transformers reads a checkpoint tensor by tensor and hands each weight to the quantizer below, so what is in memory at
-once is the quantized model and one dense weight. Importing this module registers the quantizer.
+once is the quantized model and one dense weight; of experts that lie in the checkpoint one by one, the weights of one.
+Importing this module registers the quantizer.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps
+from transformers.core_model_loading import (
+    Concatenate,
+    ConversionOps,
+    Interleave,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+)
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from peftcore.adaptation.adapted import base_modules
 from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.layers import shape_of
 from peftcore.quantization.convert import convert, convert_dense
-from peftcore.quantization.format import DTYPES, STATE_KEY, check_blocksize, check_quant_type, from_tensors
+from peftcore.quantization.experts import pack_parameter
+from peftcore.quantization.format import DTYPES, PARTS, STATE_KEY, check_blocksize, check_quant_type, from_tensors
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.noted import note_in_config
-from peftcore.quantization.parameters import check_shape, refuse_non_finite
-from peftcore.quantization.selection import selected
-from peftcore.targets import sizes
+from peftcore.quantization.parameters import check_experts, check_shape, joined_experts, refuse_non_finite
+from peftcore.quantization.selection import expert_parameters, selected, selected_experts
+from peftcore.targets import is_linear, sizes
 
 METHOD = "peftcore_4bit"
 _failures: list[PeftcoreError] = []  # what transformers, while it loads, turns into a line of its log
@@ -85,6 +98,7 @@ class NF4Quantizer(HfQuantizer):
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.weights: set[str] = set()
+        self.blocksizes: dict[str, int] = {}  # of experts, by the parameter's name
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -101,11 +115,25 @@ class NF4Quantizer(HfQuantizer):
         if not self.pre_quantized:
             tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
             chosen = selected(model, self.quantization_config.skip)
-            self.weights = {f"{path}.weight" for path in chosen} - tied
+            experts = selected_experts(model, self.quantization_config.skip, self.quantization_config.blocksize)
+            self.blocksizes = {
+                f"{path}.{name}": size for path, names in experts.items() for name, size in names.items()
+            }
+            self.weights = {*(f"{path}.weight" for path in chosen), *self.blocksizes} - tied
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         note_in_config(model)
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        found: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        if not self.pre_quantized:
+            return [_by_expert(each) if isinstance(each, WeightConverter) else each for each in found]
+        modules = [module for _, module in base_modules(model)]
+        for name in dict.fromkeys(name for module in modules for name in expert_parameters(module) if name != "weight"):
+            parts = [name, *(f"{name}.{part}" for part in PARTS)]
+            found.append(WeightConverter(parts, name, [_Deserialize(self)]))
+        return found
 
     def get_quantize_ops(self) -> ConversionOps:
         return _Quantize(self)
@@ -119,11 +147,16 @@ class _Quantize(ConversionOps):
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, nn.Parameter]:
-        config, done = self.hf_quantizer.quantization_config, {}
-        for name, value in input_dict.items():
+        config = self.hf_quantizer.quantization_config
+        done: dict[str, nn.Parameter] = {}
+        for name in list(input_dict):
+            value = input_dict.pop(name)
             value = value[0] if isinstance(value, list) else value
             with _noted():
                 refuse_non_finite(value, name)
+            if name in self.hf_quantizer.blocksizes:
+                done |= self.experts(model, name, value)
+                continue
             module = model.get_submodule(name.rpartition(".")[0])
             module.weight = nn.Parameter(value, requires_grad=False)
             convert_dense(
@@ -131,6 +164,80 @@ class _Quantize(ConversionOps):
             )
             done[name] = module.weight
         return done
+
+    def experts(self, model: Any, name: str, experts: Iterable[Tensor]) -> dict[str, nn.Parameter]:
+        """Quantize the parameter `name` expert by expert, as they come."""
+        config, blocksize = self.hf_quantizer.quantization_config, self.hf_quantizer.blocksizes[name]
+        path, _, attribute = name.rpartition(".")
+        module = model.get_submodule(path)
+        shape = shape_of(module, attribute)
+
+        def checked() -> Iterator[Tensor]:
+            count = 0
+            for count, expert in enumerate(experts, 1):
+                if tuple(expert.shape) != shape[1:] or count > shape[0]:
+                    raise CheckpointError(
+                        f"'{name}' holds {list(expert.shape)} at expert {count - 1}, this model takes {list(shape)}"
+                    )
+                yield expert
+            if count != shape[0]:
+                raise CheckpointError(f"'{name}' holds {count} experts, this model takes {list(shape)}")
+
+        with _noted():
+            packed = joined_experts(checked(), shape, config.quant_type, config.double_quant, blocksize)
+        pack_parameter(module, attribute, packed, self.hf_quantizer.compute_dtype)
+        return {name: module.get_parameter(attribute)}
+
+
+class _ByExpert(WeightConverter):
+    """Makes a parameter of single experts' tensors, one expert at a time, where it is quantized."""
+
+    __slots__ = ()
+
+    def convert(self, layer_name: str, model: Any = None, config: Any = None, **kwargs: Any) -> dict[str, Any]:
+        quantize, lists = self.quantization_operation, self.collected_tensors
+        counts = {len(tensors) for tensors in lists.values()}
+        is_by_expert = isinstance(quantize, _Quantize) and layer_name in quantize.hf_quantizer.blocksizes
+        if not is_by_expert or len(counts) != 1 or not all(callable(job) for jobs in lists.values() for job in jobs):
+            return super().convert(layer_name, model=model, config=config, **kwargs)
+        taken = {pattern: lists.pop(pattern) for pattern in list(lists)}
+
+        def experts() -> Iterator[Tensor]:
+            for i in range(*counts):
+                tensors = {pattern: [jobs[i]()] for pattern, jobs in taken.items()}
+                for operation in self.operations:
+                    tensors = operation.convert(
+                        tensors,
+                        source_patterns=self.source_patterns,
+                        target_patterns=self.target_patterns,
+                        full_layer_name=layer_name,
+                        model=model,
+                        config=config,
+                        missing_keys=None,
+                    )
+                (value,) = tensors.values()
+                with _noted():
+                    refuse_non_finite(value[0], f"{layer_name}[{i}]")
+                yield value[0]
+
+        return quantize.experts(model, layer_name, experts())
+
+
+def _by_expert(converter: Any) -> Any:
+    """The same converter, one expert at a time, if all that it does is done to each expert apart."""
+    merges = [operation for operation in converter.operations if isinstance(operation, MergeModulelist)]
+    others = [operation for operation in converter.operations if not isinstance(operation, MergeModulelist)]
+
+    def is_apart(operation: Any) -> bool:
+        if isinstance(operation, (Concatenate, Interleave)):
+            return operation.dim in (1, 2, -1, -2)
+        return isinstance(operation, Transpose) and {operation.dim0, operation.dim1} <= {1, 2, -1, -2}
+
+    if len(merges) != 1 or merges[0].dim != 0 or len(converter.target_patterns) != 1 or not all(map(is_apart, others)):
+        return converter
+    found = copy.copy(converter)
+    found.__class__ = _ByExpert
+    return found
 
 
 class _Deserialize(ConversionOps):
@@ -144,21 +251,27 @@ class _Deserialize(ConversionOps):
         full_layer_name: str = "",
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+        tensors = {name: t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
+        path, _, attribute = full_layer_name.rpartition(".")
         if len(tensors) == 1:
-            return input_dict  # a dense weight
-        parts = {name.removeprefix("weight."): value for name, value in tensors.items() if name != "weight"}
+            return tensors  # a dense weight
+        parts = {name.removeprefix(f"{attribute}."): value for name, value in tensors.items() if name != attribute}
+        module: Any = model.get_submodule(path)
         with _noted():
-            if "weight" not in tensors:
+            if attribute not in tensors:
                 raise CheckpointError(f"the checkpoint lacks '{full_layer_name}', whose 4-bit state it has")
-            packed = from_tensors(tensors["weight"], parts, full_layer_name)
-            module: Any = model.get_submodule(full_layer_name.rpartition(".")[0])
-            check_shape(packed, sizes(module)[::-1], full_layer_name)
-        if not isinstance(module, QuantizedLinear):
+            packed = from_tensors(tensors[attribute], parts, full_layer_name)
+            is_weight = attribute == "weight" and is_linear(module)
+            check_shape(packed, sizes(module)[::-1] if is_weight else shape_of(module, attribute), full_layer_name)
+            check_experts(packed, full_layer_name)
+        packed = packed._replace(codes=packed.codes.clone())
+        if not is_weight:
+            pack_parameter(module, attribute, packed, self.hf_quantizer.compute_dtype)
+        elif not isinstance(module, QuantizedLinear):
             module._parameters["weight"] = None
-            convert(module, packed._replace(codes=packed.codes.clone()), self.hf_quantizer.compute_dtype)
-            self.hf_quantizer.weights.add(full_layer_name)
-        return {"weight": module.weight}
+            convert(module, packed, self.hf_quantizer.compute_dtype)
+        self.hf_quantizer.weights.add(full_layer_name)
+        return {attribute: module.get_parameter(attribute)}
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -215,8 +328,27 @@ def load(
         model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
     _failures.clear()
     try:
-        return model_class.from_pretrained(where, config=config, dtype=dtype, **options)
+        model: nn.Module = model_class.from_pretrained(where, config=config, dtype=dtype, **options)
+        if told is not None:
+            _tell_of_dense(model, where, told.get("llm_int8_skip_modules") or ())
+        return model
     except RuntimeError as error:
         if _failures:
             raise _failures[0] from error
         raise
+
+
+def _tell_of_dense(model: nn.Module, where: str, skipped: Sequence[str]) -> None:
+    """Of experts, which transformers with bitsandbytes leaves dense."""
+    dense = [
+        f"{path}.{name}"
+        for path, module in base_modules(model)
+        for name in expert_parameters(module)
+        if path not in skipped and module.get_parameter(name).is_floating_point()
+    ]
+    if dense:
+        warnings.warn(
+            f"{len(dense)} weights of experts ('{dense[0]}') are dense in '{where}': peftcore.quantize(model) packs "
+            "them, too",
+            stacklevel=4,
+        )

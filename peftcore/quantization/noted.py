@@ -11,6 +11,7 @@ from torch import nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.quantization.parameters import PackedParameters
+from peftcore.quantization.selection import expert_parameters
 from peftcore.targets import is_linear
 
 _CONVERSIONS = "_weight_conversions"  # of transformers: how the names on disk become those of the model
@@ -33,7 +34,11 @@ def config_fields(model: nn.Module) -> dict[str, Any] | None:
     first = module.packings[name]
     paths = {path for path, _, _ in packed}
     floating = next((p.dtype for _, p in base_parameters(model) if p.is_floating_point()), torch.float32)
-    dense = [path for path, module in base_modules(model) if is_linear(module) and path not in paths]
+    dense = [
+        path
+        for path, module in base_modules(model)
+        if path not in paths and (is_linear(module) or expert_parameters(module))
+    ]
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
@@ -73,12 +78,7 @@ def _note_conversions(model: Any) -> None:
     loading = sys.modules.get("transformers.core_model_loading")
     if not packed or loading is None:
         return
-    own = conversions = getattr(model, _CONVERSIONS, None)
-    if conversions is None:  # as transformers finds them for a model that it did not load
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        found = get_model_conversion_mapping(model, add_legacy=False)
-        conversions = [each for each in found if not isinstance(each, loading.PrefixChange)]
+    from transformers.conversion_mapping import get_model_conversion_mapping
 
     def splits(conversion: Any) -> bool:
         if not isinstance(conversion, loading.WeightConverter):
@@ -86,5 +86,12 @@ def _note_conversions(model: Any) -> None:
         reverse = conversion.reverse_transform()
         return any(reverse.rename_source_key(name)[1] is not None for name in packed)
 
+    # As transformers has them for a model that it did not load.
+    found = get_model_conversion_mapping(model, add_legacy=False)
+    found = [each for each in found if not isinstance(each, loading.PrefixChange)]
+    own = getattr(model, _CONVERSIONS, None)
+    kept = [each for each in (found if own is None else own) if not splits(each)]
+    if own is not None:  # of a file that had the experts as they are here, it lacks what splits them
+        own = [*kept, *filter(splits, found)]
     model.__dict__[_OWN_CONVERSIONS] = own
-    model.__dict__[_CONVERSIONS] = [each for each in conversions if not splits(each)]
+    model.__dict__[_CONVERSIONS] = kept

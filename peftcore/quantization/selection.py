@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from torch import nn
 
@@ -12,10 +12,11 @@ from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.adaptation.class_swap import original_class
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.experts import experts_layout, stacked_weights
-from peftcore.layers import is_conv1d, is_linear, shape_of, sizes
+from peftcore.layers import is_conv1d
 from peftcore.observation import asked_for_dtype, bypassed, detect, rewritten
 from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.targets import matches
+from peftcore.targets.experts import routers
 
 # Parents that read the weights of their linear layers themselves, past the layers' forward.
 _BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -26,19 +27,9 @@ def default_skip(model: nn.Module) -> list[str]:
     architecture = detect(model)
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     paths = [path for path, _ in base_modules(model) if any(matches(name, path) for name in kept)]
-    return [path for path in (architecture.output_head, *architecture.task_heads, *routers(model), *paths) if path]
-
-
-def routers(model: nn.Module) -> Iterator[str]:
-    """The linear layers that choose experts: beside these, with an output for each."""
-    for path, module in base_modules(model):
-        names = expert_parameters(module)
-        if not names:
-            continue
-        count, block = shape_of(module, names[0])[0], path.rpartition(".")[0]
-        for inside, layer in base_modules(model.get_submodule(block), block) if path else ():
-            if is_linear(layer) and sizes(layer)[1] == count and not _within(inside, [path]):
-                yield inside
+    return [
+        path for path in (architecture.output_head, *architecture.task_heads, *sorted(routers(model)), *paths) if path
+    ]
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from torch import nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.experts import stacked_weights
-from peftcore.layers import is_linear, sizes
+from peftcore.layers import is_linear, shape_of, sizes
 from peftcore.observation import bypassed
 from peftcore.targets.names import excluded, is_inside, layer_indices, matches, shortest_suffixes
 from peftcore.targets.patterns import compiled
@@ -33,7 +33,7 @@ def routers(model: nn.Module) -> set[str]:
     found: set[str] = set()
     for path, names in expert_weights(model).items():
         block = path.rpartition(".")[0]
-        count = model.get_submodule(path).get_parameter(names[0]).shape[0]
+        count = shape_of(model.get_submodule(path), names[0])[0]
         for inside, module in base_modules(model.get_submodule(block)):
             is_named = any(word in inside for word in ("gate", "router"))
             if is_linear(module) and is_named and sizes(module)[1] == count:
