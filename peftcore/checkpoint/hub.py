@@ -64,7 +64,8 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
     except ImportError:
         raise CheckpointError(
             f"there is no folder '{name}'. To fetch an adapter of this name from Hugging Face's hub the library "
-            "huggingface_hub is needed, which is not installed"
+            "huggingface_hub is needed, which is not installed (it comes with transformers). Or give the folder into "
+            "which you have downloaded it"
         ) from None
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))

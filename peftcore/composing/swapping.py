@@ -112,7 +112,10 @@ def _swap(model: nn.Module, adapter: str, source: Any, check_base: bool) -> None
 
 def _refuse_other(method: Method, other: Method, adapter: str, where: Path) -> None:
     if other.name != method.name:
-        raise CheckpointError(f"'{where}' holds {other.name}, the adapter '{adapter}' is {method.name}")
+        raise CheckpointError(
+            f"'{where}' holds {other.name}, the adapter '{adapter}' is {method.name}. Load it beside, by "
+            f"peftcore.load(model, folder, adapter=...), activate that, and remove '{adapter}'"
+        )
 
 
 def _refuse_other_shapes(model: nn.Module, adapter: str, tensors: Mapping[str, Tensor]) -> None:

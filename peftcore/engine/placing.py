@@ -22,7 +22,7 @@ from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Train
 from peftcore.observation import detect, observe
-from peftcore.peft_fields import config_of_peft, is_of_peft
+from peftcore.peft_fields import config_of_peft, is_of_peft, why_unknown
 from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, refuse_targeted, trained_modules
 from peftcore.targets.coverage import LITTLE, Coverage, coverage
@@ -188,11 +188,11 @@ def _method_and_config(model: nn.Module, method: str | Any, fields: dict[str, An
         return chosen, method
     chosen = registry.method(method)
     known = [f.name for f in dataclasses.fields(chosen.config_class)]
-    for name in fields:
+    for name, value in fields.items():
         if name not in known:
             raise PeftcoreError(
-                f"{chosen.config_class.__name__} has no field '{name}'{nearest(name, known)}. "
-                f"Its fields: {', '.join(known)}"
+                f"{chosen.config_class.__name__} has no field '{name}'{nearest(name, known)}"
+                f"{why_unknown(chosen, name, value)}. Its fields: {', '.join(known)}"
             )
     check_types(chosen.config_class, fields)
     try:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peftcore.errors import PluginError
+from peftcore.errors import PeftcoreError, PluginError
 from peftcore.method import Method
 from peftcore.peft_fields.config import COMMON, own_of
 from peftcore.peft_fields.defaults import defaults, says_something
@@ -81,6 +81,23 @@ def method_of_fields(
             stacklevel=2,
         )
     return chosen
+
+
+def why_unknown(method: Method, name: str, value: Any) -> str:
+    """` ..`, of a field that the method's config does not have and PEFT's has: whose it is, or why it is refused."""
+    peft_type = method.state.peft_type
+    if not says_something(peft_type, name, value):
+        return ""
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # of a plugin, which may want more fields
+        warnings.simplefilter("ignore")
+        other = method_of_fields("", {**defaults(peft_type), "peft_type": peft_type, name: value})
+        if other is not method:
+            return f". It is of the method '{other.name}': peftcore.apply(model, '{other.name}', ...)"
+        try:
+            method.state.read_config({name: value})
+        except PeftcoreError as error:
+            return f". A file of PEFT's with it is refused: {error}"
+    return ""
 
 
 def refuse_not_its_own(method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> None:

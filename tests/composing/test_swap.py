@@ -198,7 +198,7 @@ def test_other_methods_bases_and_damaged_values_are_refused_and_nothing_changes(
         other.model.embed_tokens.weight.mul_(2)
     peftcore.save(adapted(make=lambda: other, seed=2), tmp_path)
     cases: list[tuple[Any, str]] = [
-        (prompt, "holds prompt-tuning, the adapter 'a' is lora"),
+        (prompt, r"holds prompt-tuning, the adapter 'a' is lora. Load it beside, by peftcore.load\("),
         ({**state, last: state[last] * float("nan")}, "not finite"),
         ({name: tensor for name, tensor in state.items() if name != last}, "1 tensors are missing"),
         ({**state, "more": state[last]}, "1 tensors have no place, such as 'more'"),

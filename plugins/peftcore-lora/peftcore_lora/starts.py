@@ -179,8 +179,11 @@ def refused(fields: Mapping[str, Any]) -> str | None:
     start = str(fields.get("init_lora_weights"))
     if start in FOUND_AGAIN or not (is_subtracted(start) or start == "loftq"):
         return None
+    author = "Have its author save it as plain LoRA: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+    anew = f"Or train anew: peftcore.apply(model, 'lora', init_lora_weights={start!r}) changes no weight of the base"
+    merged = "Have its author merge it in PEFT, on the base that it was trained on (merge_and_unload), and take that"
     return (
         f"it was trained with init_lora_weights={start!r}, for which PEFT changes the base by values that the file "
-        "does not hold, so that on the base itself it computes something else. Have its author save it as plain LoRA: "
-        "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        "does not hold, so that on the base itself it computes something else. "
+        + (f"{merged} model. Or train on a base in 4 bits: method qlora" if start == "loftq" else f"{author}. {anew}")
     )

@@ -24,10 +24,10 @@ ELSEWHERE = "is a method of its own, and needs a plugin that is not installed. O
 REFUSED = {
     "use_dora": f"DoRA {ELSEWHERE}",
     "alora_invocation_tokens": f"activated LoRA {ELSEWHERE}",
-    "arrow_config": "Arrow chooses adapters for each token. Load those, then apply a method that chooses among them",
+    "arrow_config": "Arrow chooses adapters for each token. Load those, each by its name, and apply the method arrow",
     "kasa_config": "KaSA cuts the base's own weights. Merge it in PEFT (merge_and_unload), and take that model",
-    "use_qalora": "QA-LoRA is of layers in GPTQ, which LoRA does not adapt here. Train it on a base in 4 bits without",
-    "megatron_config": "its layers are Megatron's, sharded over ranks. Train it on the model as transformers has it",
+    "use_qalora": "QA-LoRA is of layers in GPTQ, which LoRA does not adapt here. Train on a base in NF4: method qlora",
+    "megatron_config": "its layers are Megatron's, sharded over ranks. Train on transformers' model, by FSDP2: `shard`",
 }
 
 

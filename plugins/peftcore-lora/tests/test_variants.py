@@ -26,3 +26,19 @@ def test_training_that_goes_another_way_is_told(fields: dict[str, Any], message:
     quiet(moved(quiet(peft.get_peft_model, tiny.llama(), config)).save_pretrained, tmp_path)
     with pytest.warns(UserWarning, match=message):
         peftcore.load(tiny.llama(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "way_round"),
+    [
+        ({"use_dora": True}, r"no field 'use_dora'.* of the method 'dora': peftcore.apply\(model, 'dora', ...\)\. Its"),
+        ({"use_qalora": True}, "no field 'use_qalora'.* Train on a base in NF4: method qlora. Its fields: r,"),
+        ({"use_dorra": True}, r"no field 'use_dorra' \(nearest: 'use_rslora'\)\. Its fields: r,"),
+    ],
+    ids=["dora", "qalora", "misspelt"],
+)
+def test_a_field_of_peft_s_that_is_not_lora_s_is_refused_with_the_way_round(
+    fields: dict[str, Any], way_round: str
+) -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=way_round):
+        peftcore.apply(tiny.llama(), "lora", **fields)
