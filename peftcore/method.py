@@ -165,6 +165,21 @@ class ForeignFormat:
 
 
 @dataclass(frozen=True)
+class FileLayout:
+    """Another form of a method's files, beside that of PEFT, in which others read or write the same adapter.
+
+    Both functions take (model, tensors on disk, fields on disk) and give (tensors, fields).
+
+    Args:
+        read: of a file in this form what is in PEFT's; a file in any other it gives back as it is.
+        write: the other way round, for `save(..., layout=...)`. It raises a PeftcoreError for what has no place there.
+    """
+
+    read: Callable[[nn.Module, dict[str, Tensor], Mapping[str, Any]], tuple[dict[str, Tensor], dict[str, Any]]]
+    write: Callable[[nn.Module, dict[str, Tensor], Mapping[str, Any]], tuple[dict[str, Tensor], dict[str, Any]]]
+
+
+@dataclass(frozen=True)
 class StateRules:
     """How a method's adapters look on disk.
 
@@ -198,6 +213,7 @@ class StateRules:
             that was not written here, or None.
         scaled: (config, factor) -> config of an adapter with the same tensors and `factor` times the change, for
             methods whose adapters have a `multiplier`: what others read of one that `peftcore.scale` has scaled.
+        layouts: other forms of the files by name, each of which is tried when one is read.
     """
 
     peft_type: str
@@ -217,6 +233,7 @@ class StateRules:
     unreadable: Callable[[nn.Module, Sequence[str]], Sequence[str]] = lambda _model, _paths: ()
     refused: Callable[[nn.Module, Mapping[str, Tensor], Mapping[str, Any]], str | None] = lambda *_: None
     scaled: Callable[[Any, float], Any] | None = None
+    layouts: Mapping[str, FileLayout] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

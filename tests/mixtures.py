@@ -38,6 +38,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 32,
         "decoder_sparse_step": 1,
     },
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
     "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
     "glm4_moe": {**_ROUTED, "first_k_dense_replace": 1, "head_dim": 8},
     "minimax": {**_LOCAL, "head_dim": 8, "layer_types": ["full_attention", "full_attention"]},

@@ -8,12 +8,14 @@ A link is what an adapter is given as `base`: it can be called, and says what th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adaptation.class_swap import BUILT, original_class
+from peftcore.adaptation.class_swap import BUILT, original_class, original_forward
 from peftcore.adaptation.outputs import first_of, with_first
 from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_forward, has_interface_forward, thin_changes
@@ -52,23 +54,37 @@ class Base:
         if not self._changes:
             return self._forward(self.module, *args, **kwargs)
         if self._forward is own_forward:
-            raise PeftcoreError(
-                f"{original_class(self.module).__name__} has a forward of this one instance, such as accelerate sets "
-                "where it spreads a model over devices: what that reads of the weights cannot be changed. Keep the "
-                "module on one device, or exclude it: exclude_modules=[...]"
-            )
-        thin = self._thin_changes(kwargs)
+            return self._within_hook(*args, **kwargs)
+        return self._changed(self._forward, *args, **kwargs)
+
+    def _changed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """`forward` on changed parameters."""
+        thin = self._thin_changes(forward, kwargs)
         if thin is not None:
             return experts_forward(self.module, *args, changes=thin, **kwargs)
         copy = _changed(self.module, self._changes, self._weights)
-        output = self._forward(copy, *args, **kwargs)
+        output = forward(copy, *args, **kwargs)
         if not is_dynamo_compiling():
             keep_attributes(self.module, copy)
         return output
 
-    def _thin_changes(self, arguments: Mapping[str, Any]) -> dict[str, list[Thin]] | None:
+    def _within_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """The same where accelerate spreads a model over devices: its hook brings input and weights to one."""
+        hook: Any = getattr(self.module, "_hf_hook", None)
+        forward = getattr(getattr(self.module, "_old_forward", None), "__func__", None)
+        if hook is None or forward is not original_forward(self.module):
+            raise PeftcoreError(
+                f"{original_class(self.module).__name__} has a forward of this one instance: what that reads of the "
+                "weights cannot be changed. Exclude the module: exclude_modules=[...]"
+            )
+        args, kwargs = hook.pre_forward(self.module, *args, **kwargs)
+        with torch.no_grad() if getattr(hook, "no_grad", False) else nullcontext():
+            output = self._changed(forward, *args, **kwargs)
+        return hook.post_forward(self.module, output)
+
+    def _thin_changes(self, forward: Any, arguments: Mapping[str, Any]) -> dict[str, list[Thin]] | None:
         """What is added to the weights of experts, where their forward need not read changed copies of all."""
-        if not has_interface_forward(self.module, self._forward) or not arguments.keys() <= EXPERTS_ARGUMENTS:
+        if not has_interface_forward(self.module, forward) or not arguments.keys() <= EXPERTS_ARGUMENTS:
             return None
         return thin_changes(self.module, self._changes)
 

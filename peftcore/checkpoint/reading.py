@@ -102,6 +102,8 @@ def _read(
     if "peftcore_version" in metadata:
         fields.setdefault("peft_version", peft_version())  # it is as that release has it
     with guarded(method, f"'{opened.path}'"):
+        for layout in method.state.layouts.values():
+            tensors, fields = layout.read(model, tensors, fields)
         why = None if "peftcore_version" in metadata else method.state.refused(model, tensors, fields)
         if why is not None:
             raise CheckpointError(f"'{opened.path}' cannot be read: {why}")

@@ -19,10 +19,12 @@ from peftcore.checkpoint.multiplier import in_metadata
 from peftcore.checkpoint.reading import METHOD, OWN_FIELDS, TIED, TOGETHER, name_inside
 from peftcore.checkpoint.tensors import kept_on_disk, name_of_base, tensors_on_disk
 from peftcore.engine.trained import base_tensors
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.observation import detect
 from peftcore.peft_fields import refuse_not_its_own
 from peftcore.registry import registry
+
+PEFT = "peft"  # the layout of files
 
 
 def save(
@@ -32,6 +34,7 @@ def save(
     adapter: str | None = None,
     dtype: torch.dtype | None = None,
     resumable: bool = True,
+    layout: str = PEFT,
 ) -> Path:
     """Write an adapter to the folder `path`, or all of a model's adapters.
 
@@ -43,18 +46,21 @@ def save(
             of their name, as in PEFT; `load` finds them together, in the order in which they act.
         dtype: of the floating tensors on disk; by default theirs.
         resumable: False leaves out what only further training needs (`StateRules.exported`).
+        layout: "peft", or another that the method knows (`StateRules.layouts`): with "per_expert" factors of experts
+            are written one by one, as vLLM and SGLang read them. `load` takes any.
 
     Returns:
         The folder.
 
     Raises:
         CheckpointError: the folder cannot be written, or a value is not finite. What lay there is unharmed.
+        PeftcoreError: the adapter has no such layout.
     """
     state = engine.require_state(model)
     names = list(state.applied) if adapter is None else [adapter]
     together = {} if len(names) == 1 else {TOGETHER: json.dumps({"adapters": names, "active": state.active})}
     inside = {name_inside(name) if together else "": name for name in names}
-    return _save(model, Path(path), inside, dtype, resumable, together)
+    return _save(model, Path(path), inside, dtype, resumable, together, layout)
 
 
 def save_each(model: nn.Module, path: str | os.PathLike[str], adapters: Sequence[str]) -> Path:
@@ -69,13 +75,17 @@ def _save(
     dtype: torch.dtype | None,
     resumable: bool,
     metadata: dict[str, str],
+    layout: str = PEFT,
 ) -> Path:
     """Write adapters, by the place that each has inside of `folder`."""
     engine.refuse_merged(engine.require_state(model), "save")
     engine.refuse_changed(model)
     sharded = ranks.is_sharded(model)
     if inside and (sharded or ranks.rank() == 0):
-        contents = {place: _content(model, name, dtype, resumable, metadata) for place, name in inside.items()}
+        contents = {
+            place: _laid_out(model, name, layout, _content(model, name, dtype, resumable, metadata))
+            for place, name in inside.items()
+        }
         ranks.once(lambda: adapter_files.write(folder, contents), together=sharded)
     return folder
 
@@ -111,6 +121,17 @@ def _content(
     return Content(
         fields, dict(method.state.write_tensors(_for_disk(tensors, dtype), entry.config)), {**about, **metadata}
     )
+
+
+def _laid_out(model: nn.Module, adapter: str, layout: str, content: Content) -> Content:
+    if layout == PEFT:
+        return content
+    method = registry.method(engine.applied(model, adapter).method)
+    if layout not in method.state.layouts:
+        known = ", ".join(map(repr, [PEFT, *method.state.layouts]))
+        raise PeftcoreError(f"layout={layout!r} is not known of '{adapter}' ({method.name}). Known: {known}")
+    tensors, fields = method.state.layouts[layout].write(model, content.tensors, content.fields)
+    return Content(fields, tensors, content.metadata)
 
 
 def _important(model: nn.Module, names: Iterable[str]) -> set[str]:

@@ -24,7 +24,7 @@ from peftcore.composing.likeness import difference
 from peftcore.engine.scaling import scaled_config, set_multiplier
 from peftcore.errors import CheckpointError
 from peftcore.method import Factors, Method, Model
-from peftcore.peft_fields import guarded
+from peftcore.peft_fields import guarded, peft_version
 from peftcore.registry import registry
 
 _OWN = "peftcore"  # in the dictionary's `_metadata`, where PyTorch keeps what it knows of a state
@@ -94,7 +94,7 @@ def _swap(model: nn.Module, adapter: str, source: Any, check_base: bool) -> None
             _refuse_other(method, registry.method(own["method"]), adapter, where)
             config = method.config_class(**own["config"])
         with guarded(method, f"'{where}'"):
-            fields = method.state.write_config(dataclasses.asdict(config))
+            fields = {**method.state.write_config(dataclasses.asdict(config)), "peft_version": peft_version()}
             tensors = dict(method.state.read_tensors(model, tensors, fields))
         if own is None:
             _refuse_other_shapes(model, adapter, tensors)

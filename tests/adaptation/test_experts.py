@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -13,6 +14,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from peftcore.adaptation import chain
 from peftcore.adaptation.adapted import activate, attach
 from peftcore.adaptation.chain import WeightChanges
+from peftcore.errors import PeftcoreError
 from peftcore.experts import Thin
 
 
@@ -120,6 +122,22 @@ def test_else_the_forward_of_the_module_reads_changed_weights(
     if why == "gradients":
         y.sum().backward()
         assert module.down_proj.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("change", [ThinChange(48, 32), Doubled()], ids=["thin", "any"])
+def test_offloaded_by_accelerate(change: nn.Module, fused: list[Any]) -> None:
+    """Its hook brings the weights, which lie on meta, for the time of a call."""
+    module = experts(a=change)
+    wanted = module(*CALL)
+    plain = experts()
+    add_hook_to_module(plain, AlignDevicesHook("cpu", offload=True, weights_map=dict(plain.named_parameters())))
+    attach(plain, "a", module.peftcore["a"])
+    activate(plain, ["a"])
+    assert plain.down_proj.is_meta and torch.equal(plain(*CALL), wanted) and plain.down_proj.is_meta
+    assert len(fused) == (2 if isinstance(change, ThinChange) else 0)
+    plain.__dict__["_old_forward"] = lambda *args: args  # another forward than the class's inside the hook
+    with pytest.raises(PeftcoreError, match="Qwen3MoeExperts has a forward of this one instance"):
+        plain(*CALL)
 
 
 def test_weights_in_another_dtype_than_the_input(fused: list[Any]) -> None:

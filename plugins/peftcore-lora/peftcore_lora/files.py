@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import targets
-from peftcore_lora import starts
+from peftcore_lora import per_expert, starts
 from peftcore_lora.config import LoraConfig, scaled
 from peftcore_lora.layer_facts import Convolution, adds_to_product, is_undilated
 from peftcore_lora.layers import LoraEmbedding
@@ -152,4 +152,5 @@ RULES = peftcore.StateRules(
     unreadable=unreadable,
     refused=refused,
     scaled=scaled,
+    layouts={"per_expert": peftcore.FileLayout(per_expert.read, per_expert.write)},
 )

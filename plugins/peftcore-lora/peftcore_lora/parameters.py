@@ -137,7 +137,12 @@ def name_on_disk(placement: peftcore.OnWeight, name: str) -> str:
     """PEFT's name; of experts' factors, which have another shape there, one that `write_experts` turns into it."""
     adapter: Any = placement.adapter
     end = "weight" if adapter.experts is None else BY_EXPERT
-    return f"base_model.model.{placement.path}{'.base_layer' * adapter.inside}.{name}.{end}"
+    return f"{stem_on_disk(placement.path, adapter.inside)}.{name}.{end}"
+
+
+def stem_on_disk(path: str, inside: int) -> str:
+    """What the names of a parameter's factors begin with, one that lies in `inside` others of its module."""
+    return f"base_model.model.{path}{'.base_layer' * inside}"
 
 
 def write_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -159,7 +164,7 @@ def read_experts(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
     for path, names in named(model, fields.get("target_parameters") or ()).items():
         for inside, name in enumerate(reversed(names)):
             shape = shape_of(model.get_submodule(path), name)
-            stem = f"base_model.model.{path}{'.base_layer' * inside}"
+            stem = stem_on_disk(path, inside)
             for which in "AB" if len(shape) == 3 else ():
                 tensor = tensors.pop(f"{stem}.lora_{which}.weight", None)
                 if tensor is None or tensor.shape[0 if which == "A" else 1] % shape[0]:
@@ -177,7 +182,7 @@ def upgraded(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, 
     for path, names in named(model, fields.get("target_parameters") or ()).items():
         module = model.get_submodule(path)
         for inside, name in enumerate(reversed(names)):
-            shape, prefix = shape_of(module, name), f"base_model.model.{path}{'.base_layer' * inside}"
+            shape, prefix = shape_of(module, name), stem_on_disk(path, inside)
             a, b = (tensors.get(f"{prefix}.lora_{which}.weight") for which in "AB")
             if a is None or b is None or len(shape) != 3 or getattr(module, "is_transposed", False):
                 continue

@@ -8,60 +8,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 from beside_peft import logits, moved, quiet
+from mixtures import FAMILIES, mixture
 from torch import nn
 
 import peftcore
 from peftcore.adaptation.adapted import adapters_at
 from peftcore.engine import applied
 from peftcore.testing import disturb
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-}
-LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-SHARED = {"n_routed_experts": 4, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
-FULL = {"layer_types": ["full_attention", "full_attention"]}
-LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-QWEN = {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "decoder_sparse_step": 1}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": QWEN,
-    "qwen3_next": {
-        **QWEN,
-        **LINEAR,
-        "shared_expert_intermediate_size": 24,
-        "layer_types": ["linear_attention", "full_attention"],
-    },
-    "olmoe": {"num_experts": 4},
-    "granitemoe": {"num_local_experts": 4},
-    "deepseek_v3": {**SHARED, **LATENT, "num_key_value_heads": 4},
-    "gpt_oss": {"num_local_experts": 4, "head_dim": 8, **FULL},
-    "llama4_text": {
-        **{"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "head_dim": 8},
-        **{"moe_layers": [1], "attention_chunk_size": 8},
-    },
-    "glm4_moe": {**SHARED, "head_dim": 8},
-    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24},
-    "minimax": {"num_local_experts": 4, "head_dim": 8, **FULL},
-}
-
-
-def build(family: str) -> nn.Module:
-    config = transformers.AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():  # some begin experts at zero
-        nn.init.normal_(parameter, std=0.1) if parameter.dim() == 3 else None
-    return model
 
 
 def config_of(model: nn.Module) -> Any:
@@ -70,7 +24,7 @@ def config_of(model: nn.Module) -> Any:
 
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_family(family: str) -> None:
-    base, model = build(family), build(family)
+    base, model = mixture(family), mixture(family)
     assert peftcore.plan(model, "lora", r=4).coverage.share > 0.95  # but for routers, and convolutions of Qwen3-Next
     peftcore.apply(model, "lora", r=4)
     torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=1e-6)
@@ -108,28 +62,28 @@ OTHERS = {
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_beside_peft(family: str, tmp_path: Path) -> None:
     out = [f"{block}.{name}" for block in OTHERS.get(family, ()) for name in ("gate_proj", "up_proj", "down_proj")]
-    ours = peftcore.apply(build(family), "lora", r=4, lora_dropout=0.1, exclude_modules=out or None)
+    ours = peftcore.apply(mixture(family), "lora", r=4, lora_dropout=0.1, exclude_modules=out or None)
     disturb(ours, "default", seed=1)
     peftcore.save(ours, tmp_path / "ours")
-    again = peftcore.load(build(family), tmp_path / "ours")
+    again = peftcore.load(mixture(family), tmp_path / "ours")
     assert torch.equal(logits(again), logits(ours)) and config_of(again).lora_dropout == 0.1
-    theirs = quiet(peft.PeftModel.from_pretrained, build(family), tmp_path / "ours").eval()
+    theirs = quiet(peft.PeftModel.from_pretrained, mixture(family), tmp_path / "ours").eval()
     torch.testing.assert_close(logits(theirs), logits(ours), rtol=0, atol=1e-5)
     names = ("r", "lora_alpha", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
     fields = {name: getattr(config_of(ours), name) for name in names}
-    theirs = moved(quiet(peft.get_peft_model, build(family), peft.LoraConfig(task_type="CAUSAL_LM", **fields)).eval())
+    theirs = moved(quiet(peft.get_peft_model, mixture(family), peft.LoraConfig(task_type="CAUSAL_LM", **fields)).eval())
     quiet(theirs.save_pretrained, tmp_path / "theirs")
     torch.testing.assert_close(
-        logits(peftcore.load(build(family), tmp_path / "theirs")), logits(theirs), rtol=0, atol=1e-5
+        logits(peftcore.load(mixture(family), tmp_path / "theirs")), logits(theirs), rtol=0, atol=1e-5
     )
 
 
 def test_a_file_of_pefts_all_linear(tmp_path: Path) -> None:
     """PEFT adapts experts, too, with twice the rank at gate and up, and routers."""
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
-    theirs = moved(quiet(peft.get_peft_model, build("qwen3_moe"), config).eval())
+    theirs = moved(quiet(peft.get_peft_model, mixture("qwen3_moe"), config).eval())
     quiet(theirs.save_pretrained, tmp_path)
-    ours = peftcore.load(build("qwen3_moe"), tmp_path)
+    ours = peftcore.load(mixture("qwen3_moe"), tmp_path)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
 
 
@@ -161,7 +115,7 @@ BOTH = ["experts.down_proj", "experts.gate_up_proj"]
 def test_what_reaches_experts(
     family: str, fields: dict[str, Any], modules: int, parameters: list[str], ranks: dict[str, int]
 ) -> None:
-    model = build(family)
+    model = mixture(family)
     peftcore.apply(model, "lora", **fields)
     config = config_of(model)
     assert (list(config.target_parameters), config.rank_pattern, config.expert_r) == (parameters, ranks, None)
@@ -184,19 +138,27 @@ def test_what_reaches_experts(
 )
 def test_what_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(peftcore.PeftcoreError, match=message):
-        peftcore.apply(build("qwen3_moe"), "lora", **fields)
+        peftcore.apply(mixture("qwen3_moe"), "lora", **fields)
 
 
 @pytest.mark.filterwarnings("ignore:lora on Qwen3Moe")
 def test_experts_are_left_out_aloud() -> None:
     with pytest.warns(UserWarning, match="lora_fa=True is known for linear layers: experts are left out"):
-        peftcore.apply(build("qwen3_moe"), "lora", lora_fa=True)
+        peftcore.apply(mixture("qwen3_moe"), "lora", lora_fa=True)
 
 
 @pytest.mark.filterwarnings("ignore:lora on Qwen3Moe")
 def test_expert_parallelism_is_refused() -> None:
-    model = build("qwen3_moe")
+    model = mixture("qwen3_moe")
     model.model.layers[1].mlp.experts._is_expert_parallel = True
     with pytest.raises(peftcore.PeftcoreError, match=r"layers.1.mlp.experts' are spread over processes"):
         peftcore.apply(model, "lora")
     peftcore.apply(model, "lora", exclude_modules=["experts"])
+
+
+def test_swapped() -> None:
+    """Tensors by their names on disk, of experts whose in and out are equal, too (64 and 2 · 32)."""
+    model, other = (peftcore.apply(mixture("qwen3_moe"), "lora", r=4) for _ in range(2))
+    disturb(other, "default", seed=1)
+    peftcore.swap(model, "default", peftcore.state_dict(other, "default"))
+    assert torch.equal(logits(model), logits(other))

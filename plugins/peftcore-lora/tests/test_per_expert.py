@@ -1,0 +1,97 @@
+"""Files with experts one by one: written and read without loss, as PEFT reads them, and refused where not whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from beside_peft import logits, quiet
+from mixtures import mixture
+from safetensors.torch import load_file, save_file
+
+import peftcore
+from peftcore.engine import applied
+from peftcore.testing import disturb
+
+TENSORS = "adapter_model.safetensors"
+NAMES = {
+    "mixtral": "block_sparse_moe.experts.3.w1",
+    "qwen3_moe": "mlp.experts.3.gate_proj",
+    "deepseek_v3": "mlp.experts.3.up_proj",  # with shared experts, whose layers have these names
+    "gpt_oss": "mlp.experts.3.down_proj",  # interleaved, transposed
+}
+
+
+def config_of(model: torch.nn.Module) -> Any:
+    return applied(model, "default").config
+
+
+def written(family: str, folder: Path, **fields: object) -> torch.nn.Module:
+    model = peftcore.apply(mixture(family), "lora", r=4, **fields)
+    disturb(model, "default", seed=1)
+    peftcore.save(model, folder, layout="per_expert")
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:Hugging Face PEFT cannot read this file. in a Deepseek")
+@pytest.mark.parametrize("family", list(NAMES))
+@pytest.mark.parametrize("fields", [{}, {"target_modules": ["experts"], "use_rslora": True}], ids=["all", "experts"])
+def test_without_loss(family: str, fields: dict[str, object], tmp_path: Path) -> None:
+    model = written(family, tmp_path, lora_dropout=0.1, **fields)
+    tensors = load_file(tmp_path / TENSORS)
+    a, b = (tensors[f"base_model.model.model.layers.1.{NAMES[family]}.lora_{which}.weight"] for which in "AB")
+    assert a.shape[0] == b.shape[1] == 2
+    again = peftcore.load(mixture(family), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    for name in ("target_parameters", "rank_pattern", "alpha_pattern", "lora_dropout"):
+        assert getattr(config_of(again), name) == getattr(config_of(model), name)
+    peftcore.save(again, tmp_path / "peft")
+    assert torch.equal(logits(peftcore.load(mixture(family), tmp_path / "peft")), logits(model))
+
+
+def plain(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """As another library writes it."""
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
+    (folder / "peftcore_manifest.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_as_peft_reads_them(family: str, tmp_path: Path) -> None:
+    """Gate and up with an A of their own, too: one pair of twice the rank."""
+    model = written(family, tmp_path, expert_r=4)
+    theirs = quiet(peft.PeftModel.from_pretrained, mixture(family), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
+    tensors = load_file(tmp_path / TENSORS)
+    gates = [name for name in tensors if name.endswith((".gate_proj.lora_A.weight", ".w1.lora_A.weight"))]
+    plain(tmp_path, {name: t.flip(0) if name in gates else t for name, t in tensors.items()})
+    ours = peftcore.load(mixture(family), tmp_path)
+    assert config_of(ours).rank_pattern == {"experts.gate_up_proj": 8}
+    theirs = quiet(peft.PeftModel.from_pretrained, mixture(family), tmp_path).eval()
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    assert (logits(ours) - logits(model)).abs().max() > 1e-3
+
+
+def test_a_part_alone(tmp_path: Path) -> None:
+    """An adapter of up_proj and no other leaves gate as it is."""
+    written("qwen3_moe", tmp_path, target_modules=["gate_up_proj"])
+    tensors = load_file(tmp_path / TENSORS)
+    plain(tmp_path, {n: torch.zeros_like(t) if "gate_proj.lora_B" in n else t for n, t in tensors.items()})
+    wanted = logits(peftcore.load(mixture("qwen3_moe"), tmp_path))
+    plain(tmp_path, {name: tensor for name, tensor in tensors.items() if "gate_proj" not in name})
+    assert torch.equal(logits(peftcore.load(mixture("qwen3_moe"), tmp_path)), wanted)
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    model = written("qwen3_moe", tmp_path)
+    tensors = load_file(tmp_path / TENSORS)
+    plain(tmp_path, {name: tensor for name, tensor in tensors.items() if "1.mlp.experts.2.up_proj.lora_B" not in name})
+    with pytest.raises(peftcore.CheckpointError, match=r"lacks lora_B of expert 2 for up of 'model.layers.1.mlp.exp"):
+        peftcore.load(mixture("qwen3_moe"), tmp_path)
+    with pytest.raises(peftcore.PeftcoreError, match=r"layout='vllm' is not known of 'default'.*'peft', 'per_expert'"):
+        peftcore.save(model, tmp_path, layout="vllm")
+    llama = peftcore.apply(mixture("llama4_text"), "lora", r=4)
+    with pytest.raises(peftcore.PeftcoreError, match="no weight of experts that transformers' interface runs"):
+        peftcore.save(llama, tmp_path, layout="per_expert")
