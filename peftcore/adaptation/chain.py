@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -232,6 +232,16 @@ class WeightChanges(nn.Module):
     def changes(self) -> dict[str, Any]:
         """(parameter -> what is read in its place), by the parameter's name."""
         return {key.replace("/", "."): adapter for key, adapter in self._modules.items()}
+
+    @property
+    def multiplier(self) -> float:
+        """That of all its adapters, where they have one, which is set at each of them."""
+        each = [float(cast(Any, adapter).multiplier) for adapter in self._modules.values()]  # all have one
+        return each[0]
+
+    @multiplier.setter
+    def multiplier(self, factor: float) -> None:
+        pass
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         return base.on_weights(self.changes)(*args, **kwargs)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks
+from peftcore.adaptation.chain import WeightChanges
 from peftcore.composing import low_rank
 from peftcore.composing.products import Product, of_matrix, of_product
 from peftcore.errors import PeftcoreError
@@ -73,7 +74,12 @@ def _nearest(model: nn.Module, adapter: str, path: str, placed: Any, r: int | No
 
     if not is_mergeable(placed):
         raise refuse("is no change of a weight")
-    if not low_rank.why_not(module, placed, seen):
+    if isinstance(placed, WeightChanges) and "weight" not in placed.changes:
+        raise refuse(
+            f"changes parameters by name ({', '.join(placed.changes)}), and products are made of a layer's weight. "
+            "Of such adapters peftcore.combine makes sums, with method='svd' of smaller rank"
+        )
+    if not low_rank.why_not(low_rank.Site(module), placed, seen):
         factors = placed.factors()
         if len(factors) == 1:
             (f,) = factors

@@ -6,25 +6,45 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peftcore import engine
+from peftcore.adaptation.chain import WeightChanges
 from peftcore.composing.products import dense
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
+from peftcore.layers import shape_of
 from peftcore.merging.layers import is_mergeable
 from peftcore.method import Factors, Method
 from peftcore.registry import registry
 from peftcore.weight_formats import weight_format
 
 
+class Site(NamedTuple):
+    """A module at which an adapter stands, and the parameter of it whose change it is, if it is one."""
+
+    module: nn.Module
+    name: str | None = None
+
+
 def has_factors(model: nn.Module, adapter: str) -> bool:
     """Says every adapter of that name what its factors are?"""
-    placed = list(engine.adapter_modules(model, adapter))
-    return bool(placed) and all(hasattr(module, "factors") for _, module in placed)
+    placed = [each for _, _, each in sites(model, adapter)]
+    return bool(placed) and all(hasattr(each, "factors") for each in placed)
+
+
+def sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, Site, Any]]:
+    """(path, what it stands at, what it placed); of a change of a parameter, its own path."""
+    for path, placed in engine.adapter_modules(model, adapter):
+        module = model.get_submodule(path)
+        if isinstance(placed, WeightChanges):
+            for name, change in placed.changes.items():
+                yield (f"{path}.{name}" if path else name), Site(module, name), change
+        else:
+            yield path, Site(module), placed
 
 
 def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[Factors]]:
@@ -41,19 +61,19 @@ def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[Fact
     found: dict[str, list[Factors]] = {}
     seen: set[Any] = set()
     placed: Any
-    for path, placed in engine.adapter_modules(model, adapter):
-        why = why_not(model.get_submodule(path), placed, seen)
+    for path, site, placed in sites(model, adapter):
+        why = why_not(site, placed, seen)
         if why:
             raise PeftcoreError(
                 f"'{adapter}' ({entry.method}) cannot {what}: what it does at '{path}' {why}. "
-                + ways(f"peftcore.convert(model, '{adapter}', to=...)", is_mergeable(placed))
+                + ways(f"peftcore.convert(model, '{adapter}', to=...)", site.name is None and is_mergeable(placed))
             )
         found[path] = list(placed.factors())
     return found
 
 
-def why_not(module: nn.Module, adapter: Any, seen: set[Any]) -> str:
-    """Why an adapter of `module` is not the thin products that its `factors` tell of, in words; empty: it is.
+def why_not(site: Site, adapter: Any, seen: set[Any]) -> str:
+    """Why an adapter at `site` is not the thin products that its `factors` tell of, in words; empty: it is.
 
     Args:
         seen: kinds of adapter, by class and shapes, whose `merged` was compared with their factors; its own is added.
@@ -62,9 +82,9 @@ def why_not(module: nn.Module, adapter: Any, seen: set[Any]) -> str:
         return "is no thin product that is added to a weight"
     factors = list(adapter.factors())
     why = _more(adapter, factors)
-    kind = type(adapter), type(module), tuple((f.a.shape, f.b.shape, f.transposed) for f in factors)
+    kind = type(adapter), type(site.module), site.name, tuple((f.a.shape, f.b.shape, f.transposed) for f in factors)
     if not why and kind not in seen:
-        why = _other(module, adapter, factors)
+        why = _other(site, adapter, factors)
         seen.add(kind)
     return why
 
@@ -128,17 +148,17 @@ def add(
     ranks = {path: pairs[0][0].shape[1] for path, pairs in products.items()}
     config = method.low_rank(model, template, ranks)
     with resting(model, name, config, dtype):
-        placed = dict(engine.adapter_modules(model, name))
+        placed = {path: (site, each) for path, site, each in sites(model, name)}
         if placed.keys() != products.keys() or engine.applied(model, name).trained:
             raise PeftcoreError(f"{method.name} places something else than it was asked for: {sorted(placed)}")
         adapter: Any
         seen: set[Any] = set()
-        for path, adapter in placed.items():
-            if why := why_not(model.get_submodule(path), adapter, seen):
+        for path, (site, adapter) in placed.items():
+            if why := why_not(site, adapter, seen):
                 raise PeftcoreError(f"{method.name} places an adapter at '{path}' that {why}")
             own, given = set(map(id, adapter.parameters())), products[path]
             factors = list(adapter.factors())
-            if len(factors) != len(given) or not {id(t) for f in factors for t in (f.a, f.b)} <= own:
+            if len(factors) != len(given) or not {_owner(t) for f in factors for t in (f.a, f.b)} <= own:
                 raise PeftcoreError(
                     f"at '{path}' {method.name} has {len(factors)} products, not {len(given)} to be filled"
                 )
@@ -189,25 +209,37 @@ def _fill(factors: Factors, b: Tensor, a: Tensor, name: str, path: str) -> None:
 
 def _more(adapter: nn.Module, factors: Sequence[Factors]) -> str:
     """What an adapter whose parameters are its factors holds beside them, in words."""
-    known = {id(tensor) for each in factors for tensor in (each.a, each.b)}
+    known = {_owner(tensor) for each in factors for tensor in (each.a, each.b)}
     own = dict(chain(adapter.named_parameters(), adapter.named_buffers()))
     more = [name for name, tensor in own.items() if id(tensor) not in known]
     return f"is more than a thin product: it holds '{more[0]}', too" if len(more) < len(own) and more else ""
 
 
-def _other(module: nn.Module, adapter: Any, factors: Sequence[Factors]) -> str:
-    """How `merged` differs from adding the products, in words; seen on random values in place of the weight."""
-    if not hasattr(adapter, "merged"):
+def _owner(tensor: Tensor) -> int:
+    """The identity of the parameter that a factor is, or is a part of."""
+    return id(tensor if tensor._base is None else tensor._base)
+
+
+def _other(site: Site, adapter: Any, factors: Sequence[Factors]) -> str:
+    """How a weight that the adapter changes differs from one to which the products are added, in words.
+
+    Seen on random values in place of the weight.
+    """
+    device = factors[0].a.device
+    if site.name is not None:
+        shape, bias = torch.Size(shape_of(site.module, site.name)), None
+    elif not hasattr(adapter, "merged"):
         return "is no change of a weight"
-    form = weight_format(module)
-    shape, bias, device = form.read(module).shape, form.read_bias(module), factors[0].a.device
+    else:
+        form = weight_format(site.module)
+        shape, bias = form.read(site.module).shape, form.read_bias(site.module)
     numbers = sum(f.b.shape[0] * f.a[0].numel() for f in factors)
     if numbers != shape.numel() or any(f.b.shape[1] != f.a.shape[0] for f in factors):
         return "is no product of its factors"
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     with torch.no_grad():
         zeros = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        changed, moved = adapter.merged(weight.clone(), zeros)
+        changed, moved = adapter.merged(weight.clone(), zeros) if site.name is None else (adapter(weight.clone()), None)
         change = as_weight(factors, shape)
     off = (changed - weight - change).norm() / (change.norm() + weight.norm())
     if moved is not None and (bias is None or moved.any()):

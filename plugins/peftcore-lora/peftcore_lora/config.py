@@ -135,7 +135,8 @@ class LoraConfig:
 
 
 def of_ranks(model: nn.Module, config: LoraConfig | None, ranks: Mapping[str, int]) -> LoraConfig:
-    """Adapters of these ranks at these modules and nowhere else, each with the scale 1, and as much dropout."""
+    """Adapters of these ranks at these modules or parameters alone, each with the scale 1, and as much dropout."""
+    parameters = [path for path in ranks if path in dict(targets.base_parameters(model))]
     r = max(set(ranks.values()), key=list(ranks.values()).count)
     others = {path: rank for path, rank in ranks.items() if rank != r}
     # As a suffix a path may be that of another module, too; with ^ it is not.
@@ -146,7 +147,8 @@ def of_ranks(model: nn.Module, config: LoraConfig | None, ranks: Mapping[str, in
         lora_dropout=0.0 if config is None else config.lora_dropout,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=targets.minimal_suffixes(model, ranks),
+        target_modules=targets.minimal_suffixes(model, [path for path in ranks if path not in parameters]),
+        target_parameters=targets.parameter_suffixes(model, parameters),
         modules_to_save=(),
     )
 

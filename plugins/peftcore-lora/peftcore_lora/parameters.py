@@ -66,6 +66,12 @@ class LoraParameter(Lora):
         p = self.dropout.p if self.training else 0.0
         return None if self.experts is None else Thin(self.lora_A, self.lora_B, self.scale, p)
 
+    def factors(self) -> list[peftcore.Factors]:
+        if self.experts is None:
+            return super().factors()
+        pairs = zip(self.lora_A, self.lora_B, strict=True)
+        return [peftcore.Factors(a, b, self.scale, self.transposed) for a, b in pairs]
+
     def forward(self, weight: Tensor) -> Tensor:
         if self.training and self.dropout.p and self.drops and torch.is_grad_enabled():
             warnings.warn(

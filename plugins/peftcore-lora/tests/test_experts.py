@@ -162,3 +162,26 @@ def test_swapped() -> None:
     disturb(other, "default", seed=1)
     peftcore.swap(model, "default", peftcore.state_dict(other, "default"))
     assert torch.equal(logits(model), logits(other))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_combined_and_scaled(family: str, tmp_path: Path) -> None:
+    model = mixture(family)
+    for seed, (name, r) in enumerate({"a": 4, "b": 2}.items()):
+        peftcore.apply(model, "lora", r=r, adapter=name)
+        disturb(model, name, seed=seed)
+    peftcore.scale(model, "a", 0.5)
+    peftcore.activate(model, ["a", "b"])
+    wanted = logits(model)
+    peftcore.combine(model, ["a", "b"], name="sum", method="cat")
+    peftcore.combine(model, ["a", "b"], name="nearest", method="svd", r=6)
+    for name in ("sum", "nearest"):
+        peftcore.activate(model, [name])
+        torch.testing.assert_close(logits(model), wanted, rtol=0, atol=5e-5)
+    peftcore.save(model, tmp_path, adapter="sum")
+    peftcore.scale(model, "a", 0.0)
+    peftcore.activate(model, ["a"])
+    torch.testing.assert_close(logits(model), logits(mixture(family)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(logits(peftcore.load(mixture(family), tmp_path)), wanted, rtol=0, atol=5e-5)
+    with pytest.raises(peftcore.PeftcoreError, match=r"changes parameters by name \(.*combine makes sums"):
+        peftcore.convert(model, "b", to="lora")
