@@ -166,7 +166,8 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
         raise
     except PeftcoreError as error:
         raise CheckpointError(f"'{folder / CONFIG}' does not fit {type(model).__name__}: {error}") from error
-    wanted = sum(tensor.numel() for each in placed.around for tensor in each.adapter.state_dict().values())
+    kept = (tensor for each in placed.around for tensor in each.adapter.state_dict(keep_vars=True).values())
+    wanted = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in kept}.values())  # shared ones once
     there = sum(tensor.numel() for tensor in tensors.values())
     if wanted > 2 * there + 1_000_000:  # a small difference is named tensor by tensor
         raise CheckpointError(

@@ -41,3 +41,11 @@ def test_a_and_b_are_one_pair(tmp_path: Path) -> None:
     file = peftcore.save(model, tmp_path) / "adapter_model.safetensors"
     names = list(load_file(file))
     assert [n for n in names if "vera_A" in n or "vera_B" in n] == ["base_model.vera_A", "base_model.vera_B"]
+
+
+def test_large_matrices_of_many_layers_are_loaded(tmp_path: Path) -> None:
+    """They stand once in the file, and are to be counted once against what it holds."""
+    model = peftcore.apply(tiny.llama(), "vera", r=4000)
+    folder = peftcore.save(model, tmp_path)
+    loaded = peftcore.load(tiny.llama(), folder)
+    assert (tiny.logits(model) == tiny.logits(loaded)).all()
