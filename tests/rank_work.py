@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mixtures import mixture
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +21,7 @@ from peftcore.testing import disturb
 CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "lora": ("llama", {"r": 3, "lora_alpha": 6}, False),
     "lora, 4 bits": ("llama", {"r": 3, "lora_alpha": 6}, True),
+    "lora, experts in 4 bits": ("gpt_oss", {"r": 3, "lora_alpha": 6}, True),
     "qlora": ("llama", {"r": 3, "lora_alpha": 6}, False),
     "adapter": ("llama", {"bottleneck_size": 5}, False),
     "adapter, 4 bits": ("llama", {"bottleneck_size": 5}, True),
@@ -52,6 +54,8 @@ def model(kind: str = "llama", seed: int = 0) -> nn.Module:
 
         off = {"attn_pdrop": 0, "embd_pdrop": 0, "resid_pdrop": 0, "bos_token_id": 1, "eos_token_id": 2}
         return GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=36, n_layer=2, n_head=4, n_positions=32, **off))
+    if kind != "llama":
+        return mixture(kind, vocab_size=97, hidden_size=32, intermediate_size=34, num_local_experts=3)
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = {"hidden_size": 36, "intermediate_size": 45, "num_hidden_layers": 3, "vocab_size": 97}

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +14,24 @@ from torch import Tensor, nn
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.errors import CheckpointError, nearest
+from peftcore.layers import is_linear
+from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.parallel.sharding import check_running, shard
 from peftcore.quantization.convert import convert_dense
+from peftcore.quantization.experts import pack_experts
 from peftcore.quantization.format import PARTS, from_tensors
-from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.noted import note_in_config
-from peftcore.quantization.parameters import refuse_non_finite
-from peftcore.quantization.selection import selected
+from peftcore.quantization.parameters import PackedParameters, check_experts, joined_experts, refuse_non_finite
+from peftcore.quantization.selection import selected, selected_experts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
     from torch.distributed.tensor import DTensor
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+    from peftcore.parallel.checkpoint_files import CheckpointFiles
+
+_PARTS = tuple(f".{part}" for part in PARTS)  # of what lies beside a packed parameter
 
 
 def load_sharded(
@@ -53,9 +55,10 @@ def load_sharded(
     call `shard` once more, which gives the adapter to all ranks.
 
     Args:
-        path: a local folder with safetensors in the model's own names, as `save_pretrained` writes it.
-        quant_type: None keeps the weights as they are; `nf4` or `fp4` quantizes linear layers as they are read.
-            Those that bitsandbytes' 4-bit format holds keep their bits either way.
+        path: a local folder with safetensors in the model's own names, as `save_pretrained` writes it; experts may lie
+            in it one by one.
+        quant_type: None keeps the weights as they are; `nf4` or `fp4` quantizes linear layers and experts as they are
+            read. Those that bitsandbytes' 4-bit format holds keep their bits either way.
         mesh, mixed_precision, offload, reshard_after_forward: as for `shard`.
         double_quant, skip, compute_dtype, blocksize: as for `quantize`.
         dtype: of what stays dense; None: the checkpoint's.
@@ -67,9 +70,11 @@ def load_sharded(
     import transformers
     from accelerate import init_empty_weights
 
+    from peftcore.parallel.checkpoint_files import CheckpointFiles
+
     check_running()
     folder = Path(path)
-    files = _files(folder)
+    tensors = CheckpointFiles(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
@@ -80,34 +85,19 @@ def load_sharded(
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     model.config._name_or_path = os.fspath(path)
-    _make_quantized(model, files, quant_type, skip, double_quant, blocksize, compute_dtype)
+    tensors.rename(model)
+    _make_quantized(model, tensors, quant_type, skip, double_quant, blocksize, compute_dtype)
     shard(model, mesh, mixed_precision=mixed_precision, offload=offload, reshard_after_forward=reshard_after_forward)
     device = torch.device("cpu") if offload else _device(model)
     _materialize(model, device)
-    _read(model, folder, files)
+    _read(model, tensors)
     note_in_config(model)
     return model.eval()
 
 
-def _files(folder: Path) -> dict[str, str]:
-    """The file of every tensor of a checkpoint."""
-    if (folder / _INDEX).is_file():
-        files = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
-        for file in sorted(set(files.values())):
-            if not (folder / file).is_file():
-                raise CheckpointError(f"'{folder}' is not whole: '{file}', which its index names, is missing")
-        return files
-    if not (folder / _SINGLE).is_file():
-        raise CheckpointError(f"'{folder}' holds neither {_SINGLE} nor {_INDEX}: give a local folder with safetensors")
-    from safetensors import safe_open
-
-    with safe_open(folder / _SINGLE, framework="pt") as archive:
-        return dict.fromkeys(archive.keys(), _SINGLE)
-
-
 def _make_quantized(
     model: nn.Module,
-    files: dict[str, str],
+    tensors: CheckpointFiles,
     quant_type: str | None,
     skip: Any,
     double_quant: bool,
@@ -115,10 +105,19 @@ def _make_quantized(
     compute_dtype: torch.dtype | None,
 ) -> None:
     """Turn the layers that are or become 4 bits into quantized ones, on the meta device."""
-    packed = {name.removesuffix(".weight.absmax") for name in files if name.endswith(".weight.absmax")}
+    packed = [name.removesuffix(".absmax") for name in tensors.keys if name.endswith(".absmax")]
     chosen = set(selected(model, skip)) if quant_type is not None and not packed else set()
-    for path in packed | chosen:
+    experts = selected_experts(model, skip, blocksize) if quant_type is not None and not packed else {}
+    for name in packed:
+        path, _, attribute = name.rpartition(".")
+        if attribute == "weight" and is_linear(model.get_submodule(path)):
+            chosen.add(path)
+        else:  # the blocks are the file's
+            experts.setdefault(path, {})[attribute] = MIN_BLOCKSIZE
+    for path in chosen:
         convert_dense(model.get_submodule(path), quant_type or "nf4", double_quant, blocksize, compute_dtype)
+    for path, blocksizes in experts.items():
+        pack_experts(model.get_submodule(path), blocksizes, quant_type or "nf4", double_quant, compute_dtype)
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -148,44 +147,41 @@ def _materialize(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def _read(model: nn.Module, folder: Path, files: dict[str, str]) -> None:
-    from safetensors import safe_open
-
+def _read(model: nn.Module, tensors: CheckpointFiles) -> None:
     parameters = dict(base_parameters(model))
     left = {id(p): name for name, p in parameters.items()}
     buffers = dict(model.named_buffers())
-    with ExitStack() as stack, torch.no_grad():
-        archives = {
-            file: stack.enter_context(safe_open(folder / file, framework="pt")) for file in sorted(set(files.values()))
-        }
-        for name, file in files.items():
-            base, _, part = name.rpartition(".weight.")
-            if base and part in PARTS:
+    with closing(tensors), torch.no_grad():
+        for name in [*tensors.keys, *tensors.experts]:
+            if name.endswith(_PARTS):
                 continue
             if name not in parameters:
+                key = tensors.keys[name]
                 if name in buffers:
-                    buffers[name].copy_(archives[file].get_tensor(name))
+                    buffers[name].copy_(tensors.stored(key)[...])
                     continue
                 raise CheckpointError(
-                    f"'{folder / file}' holds '{name}', for which {type(model).__name__} has no place"
-                    f"{nearest(name, parameters)}"
+                    f"'{tensors.folder / tensors.files[key]}' holds '{name}', for which {type(model).__name__} has no "
+                    f"place{nearest(name, parameters)}"
                 )
-            module = model.get_submodule(name.rpartition(".")[0])
-            parameter = parameters[name]
-            if isinstance(module, QuantizedLinear) and name.endswith(".weight"):
-                parts = {
-                    p: archives[files[f"{name}.{p}"]].get_tensor(f"{name}.{p}") for p in PARTS if f"{name}.{p}" in files
-                }
-                _fill_quantized(module, archives[file].get_tensor(name), parts, name)
+            parameter, (path, _, attribute) = parameters[name], name.rpartition(".")
+            module: Any = model.get_submodule(path)
+            assert ranks.is_part(parameter)
+            if attribute in getattr(module, "packings", ()):
+                _fill_quantized(model, module, attribute, tensors, name)
+            elif name in tensors.experts:
+                begin, rows = _rows(parameter)
+                _check_shape(name, tensors.experts[name][1], parameter.shape)
+                for i, expert in enumerate(tensors.by_expert(model, name, begin, begin + rows)):
+                    parameter.to_local()[i].copy_(expert)
             else:
-                assert ranks.is_part(parameter)
-                _fill_dense(parameter, archives[file].get_slice(name), name)
+                _fill_dense(parameter, tensors.stored(tensors.keys[name]), name)
             left.pop(id(parameter), None)
     if left:
         missing = sorted(left.values())
         raise CheckpointError(
-            f"'{folder}' is not whole: {len(missing)} tensors are missing, such as '{missing[0]}'"
-            f"{nearest(missing[0], files)}"
+            f"'{tensors.folder}' is not whole: {len(missing)} tensors are missing, such as '{missing[0]}'"
+            f"{nearest(missing[0], tensors.files)}"
         )
 
 
@@ -198,21 +194,39 @@ def _fill_dense(parameter: DTensor, stored: Any, name: str) -> None:
         parameter.to_local().copy_(stored[begin : begin + rows])
 
 
-def _fill_quantized(module: QuantizedLinear, weight: Tensor, parts: dict[str, Tensor], name: str) -> None:
-    if parts:
-        packed = from_tensors(weight, parts, name)
+def _fill_quantized(
+    model: nn.Module, module: PackedParameters, attribute: str, tensors: CheckpointFiles, name: str
+) -> None:
+    packing, parameter = module.packings[attribute], module.get_parameter(attribute)
+    if name in tensors.experts:
+        _check_shape(name, tensors.experts[name][1], packing.shape)
+        double_quant = module._buffers[packing.buffers[2]] is not None
+        experts = (_finite(expert, name) for expert in tensors.by_expert(model, name, 0, packing.shape[0]))
+        packed = joined_experts(experts, packing.shape, packing.quant_type, double_quant, packing.blocksize)
     else:
-        refuse_non_finite(weight, name)
-        packed = module.quantized_parameter("weight", weight)
-    parameter = module.weight
-    assert ranks.is_part(parameter)
-    if packed.codes.shape != parameter.shape or packed.shape != (module.out_features, module.in_features):
-        raise CheckpointError(
-            f"'{name}' has shape {list(packed.shape)}, this layer {[module.out_features, module.in_features]}"
+        weight, parts = tensors.stored(tensors.keys[name])[...], tensors.parts(name)
+        packed = (
+            from_tensors(weight, parts, name) if parts else module.quantized_parameter(attribute, _finite(weight, name))
         )
-    module.set_packed_parameter("weight", packed.to(parameter.to_local().device)._replace(codes=parameter))
+        check_experts(packed, name)
+    assert ranks.is_part(parameter)
+    if packed.codes.shape != parameter.shape or packed.shape != packing.shape:
+        raise CheckpointError(f"'{name}' has shape {list(packed.shape)}, this layer {list(packing.shape)}")
+    module.set_packed_parameter(attribute, packed.to(parameter.to_local().device)._replace(codes=parameter))
     begin, rows = _rows(parameter)
     parameter.to_local().copy_(packed.codes[begin : begin + rows])
+
+
+def _finite(weight: Tensor, name: str) -> Tensor:
+    refuse_non_finite(weight, name)
+    return weight
+
+
+def _check_shape(name: str, lists: dict[str, list[str]], shape: Sequence[int]) -> None:
+    """Raise a CheckpointError unless each of the lists has an entry for every expert."""
+    counts = {len(keys) for keys in lists.values()}
+    if counts != {shape[0]}:
+        raise CheckpointError(f"'{name}' has {sorted(counts)} experts in the files, the model needs {list(shape)}")
 
 
 def _rows(parameter: DTensor) -> tuple[int, int]:

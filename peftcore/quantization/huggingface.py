@@ -16,14 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import (
-    Concatenate,
-    ConversionOps,
-    Interleave,
-    MergeModulelist,
-    Transpose,
-    WeightConverter,
-)
+from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -32,6 +25,7 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.layers import shape_of
 from peftcore.quantization.convert import convert, convert_dense
+from peftcore.quantization.expert_files import expert_of, is_by_expert
 from peftcore.quantization.experts import pack_parameter
 from peftcore.quantization.format import DTYPES, PARTS, STATE_KEY, check_blocksize, check_quant_type, from_tensors
 from peftcore.quantization.linear import QuantizedLinear
@@ -204,36 +198,17 @@ class _ByExpert(WeightConverter):
 
         def experts() -> Iterator[Tensor]:
             for i in range(*counts):
-                tensors = {pattern: [jobs[i]()] for pattern, jobs in taken.items()}
-                for operation in self.operations:
-                    tensors = operation.convert(
-                        tensors,
-                        source_patterns=self.source_patterns,
-                        target_patterns=self.target_patterns,
-                        full_layer_name=layer_name,
-                        model=model,
-                        config=config,
-                        missing_keys=None,
-                    )
-                (value,) = tensors.values()
+                value = expert_of(self, {pattern: jobs[i]() for pattern, jobs in taken.items()}, layer_name, model)
                 with _noted():
-                    refuse_non_finite(value[0], f"{layer_name}[{i}]")
-                yield value[0]
+                    refuse_non_finite(value, f"{layer_name}[{i}]")
+                yield value
 
         return quantize.experts(model, layer_name, experts())
 
 
 def _by_expert(converter: Any) -> Any:
     """The same converter, one expert at a time, if all that it does is done to each expert apart."""
-    merges = [operation for operation in converter.operations if isinstance(operation, MergeModulelist)]
-    others = [operation for operation in converter.operations if not isinstance(operation, MergeModulelist)]
-
-    def is_apart(operation: Any) -> bool:
-        if isinstance(operation, (Concatenate, Interleave)):
-            return operation.dim in (1, 2, -1, -2)
-        return isinstance(operation, Transpose) and {operation.dim0, operation.dim1} <= {1, 2, -1, -2}
-
-    if len(merges) != 1 or merges[0].dim != 0 or len(converter.target_patterns) != 1 or not all(map(is_apart, others)):
+    if not is_by_expert(converter):
         return converter
     found = copy.copy(converter)
     found.__class__ = _ByExpert

@@ -117,8 +117,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("quant_type", [None, "nf4"])
-def test_a_model_is_sharded_as_it_is_read(folder: Path, quant_type: str | None) -> None:
-    base = rank_work.model()
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt_oss"])  # experts one by one in the file, and together
+def test_a_model_is_sharded_as_it_is_read(folder: Path, tmp_path: Path, kind: str, quant_type: str | None) -> None:
+    base = rank_work.model(kind)
+    if kind != "llama":
+        folder = tmp_path
+        base.save_pretrained(folder, max_shard_size="20KB")
     if quant_type:
         peftcore.quantize(base, quant_type)
     wanted = dict(base.named_parameters())
@@ -126,13 +130,14 @@ def test_a_model_is_sharded_as_it_is_read(folder: Path, quant_type: str | None) 
     for whole, found, held in run(rank_work.load_sharded, str(folder), quant_type):
         assert whole.keys() == wanted.keys()
         assert all(torch.equal(whole[name], wanted[name]) for name in wanted)
-        assert held["here"] < 0.53 * held["all"]
+        assert held["here"] < (0.53 if kind == "llama" else 0.62) * held["all"]  # of three experts one rank has two
         losses.append(found)
     assert losses[0][1] < losses[0][0] + 1 and losses[0] != losses[1]
 
 
-def test_bits_of_a_quantized_checkpoint_stay(tmp_path: Path) -> None:
-    quantized = peftcore.quantize(rank_work.model())
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_bits_of_a_quantized_checkpoint_stay(tmp_path: Path, kind: str) -> None:
+    quantized = peftcore.quantize(rank_work.model(kind))
     quantized.save_pretrained(tmp_path)
     wanted = dict(quantized.named_parameters())
     whole, _, _ = run(rank_work.load_sharded, str(tmp_path), None)[0]
