@@ -31,8 +31,8 @@ struct WeightView {
     int64_t first_block =
         0;  // of this weight, counted from where `nested_absmax` begins: an expert's may be any
 
-    int64_t count() const { return rows * columns; }
-    int64_t blocks() const { return ceil_div(count(), int64_t(1) << shift); }
+    PEFTCORE_HD int64_t count() const { return rows * columns; }
+    PEFTCORE_HD int64_t blocks() const { return ceil_div(count(), int64_t(1) << shift); }
 };
 
 // The scale of a block, on the host. Compiled with -ffp-contract=off: the product is rounded before the sum.
@@ -68,7 +68,7 @@ static inline void block_scales(const WeightView& weight, int64_t first, int64_t
 
 // Of a weight [experts, out, in], whose view has experts * out rows, the expert `index`, where it lies: in 4 bits
 // an expert is whole blocks. It may begin within a block of scales.
-static inline WeightView expert_of(const WeightView& weight, int64_t index, int64_t experts) {
+static PEFTCORE_HD WeightView expert_of(const WeightView& weight, int64_t index, int64_t experts) {
     WeightView expert = weight;
     expert.rows = weight.rows / experts;
     const int64_t begin = index * expert.count(), block = begin >> weight.shift;

@@ -10,8 +10,9 @@ W is `[E, out, in]`, or `[E, in, out]` with `transposed`; dense, or in 4 bits, w
 experts that have rows are read. Rows behind the last offset belong to none (transformers' expert parallelism sorts
 those of other processes there): their y and dx are zero.
 
-`offsets` stays on its device: nothing waits for it. The rest is as in lora.py: S, T and the factors are fp32 beside a
-16-bit x, and the gradient cannot be differentiated again.
+`offsets` stays on its device: nothing waits for it. Offsets that do not rise from 0 to the number of rows are an error,
+or, where CUDA's kernels find it and nobody waits to hear of it, NaN in all results. The rest is as in lora.py: S, T and
+the factors are fp32 beside a 16-bit x, and the gradient cannot be differentiated again.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 //   sanitized nf4 SEED      the NF4 kernels over shapes that are no multiples of anything, beside the CPU's
 //   sanitized linear SEED   linear_4bit's kernels likewise, beside sums in double
 //   sanitized lora SEED     LoRA's kernels likewise
+//   sanitized grouped SEED   those of experts (sanitized_grouped.cpp)
 //   sanitized optim SEED    the optimizer's, beside the CPU's (sanitized_optim.cpp)
 //   sanitized read LIMIT    a toy that reads beyond 100 values when LIMIT is more
 //   sanitized shared INDEX  a toy that writes values[INDEX] of 32 in shared memory
@@ -291,6 +292,7 @@ int main(int argc, char** argv) {
     if (what == "nf4") return run_nf4(uint64_t(number));
     if (what == "linear") return run_linear(uint64_t(number));
     if (what == "lora") return run_lora(uint64_t(number));
+    if (what == "grouped") return run_grouped(uint64_t(number));
     if (what == "optim") return run_optim(uint64_t(number));
     if (what == "read") {
         Array<int> in(100), out(100);

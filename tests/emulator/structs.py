@@ -1,6 +1,6 @@
 """The plain structs that launchers take, as ctypes. They keep the tensors alive whose addresses they hold."""
 
-from ctypes import POINTER, Structure, byref, c_float, c_int, c_int64, c_uint32, c_void_p
+from ctypes import POINTER, Structure, byref, c_bool, c_float, c_int, c_int64, c_uint32, c_void_p
 
 import torch
 
@@ -31,13 +31,17 @@ class WeightView(Structure):
     ]  # fmt: skip
 
     def __init__(self, weight):
+        """A `PackedWeight`, or a dense one."""
         *leading, columns = weight.shape or (1,)
         super().__init__(rows=torch.Size(leading).numel(), columns=columns)
+        self.kept = weight
+        if isinstance(weight, torch.Tensor):
+            self.dense, self.itemsize = weight.data_ptr(), weight.element_size()
+            return
         for name in ("codes", "absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_offset"):
             setattr(self, name, address(getattr(weight, name)))
         self.shift = weight.blocksize.bit_length() - 1
         self.nested_shift = weight.nested_blocksize.bit_length() - 1 if weight.double_quant else 0
-        self.kept = weight
 
     def expert(self, library, index):
         """One of a weight `[experts, out, in]`, where it lies."""
@@ -88,3 +92,68 @@ class Dropout(Structure):
     """csrc/lora/dropout.h"""
 
     _fields_ = [("threshold", c_uint32), ("key0", c_uint32), ("key1", c_uint32)]
+
+
+class Groups(Structure):
+    """csrc/grouped/cuda/grouped_cuda.h: where rows of experts end."""
+
+    _fields_ = [("offsets", c_void_p), ("experts", c_int64), ("rows", c_int64)]
+
+    def __init__(self, offsets, rows):
+        super().__init__(offsets.data_ptr(), len(offsets), rows)
+        self.kept = offsets
+
+
+class GroupedProduct(Structure):
+    """csrc/grouped/cuda/grouped_cuda.h, Product"""
+
+    _fields_ = [
+        ("groups", Groups),
+        ("dtype", c_int),
+        ("wide", c_void_p),
+        ("out", c_void_p),
+        ("inner", c_int64),
+        ("columns", c_int64),
+        ("weight", WeightView),
+        ("across", c_bool),
+        ("bias", c_void_p),
+        ("thin", c_void_p),
+        ("factor", c_void_p),
+        ("factor_across", c_bool),
+        ("rank", c_int),
+        ("dropout", Dropout),
+    ]  # fmt: skip
+
+
+class GroupedDown(Structure):
+    """csrc/grouped/cuda/grouped_cuda.h, Down"""
+
+    _fields_ = [
+        ("groups", Groups),
+        ("dtype", c_int),
+        ("wide", c_void_p),
+        ("columns", c_int64),
+        ("factor", c_void_p),
+        ("across", c_bool),
+        ("rank", c_int),
+        ("scale", c_float),
+        ("dropout", Dropout),
+        ("out", c_void_p),
+    ]  # fmt: skip
+
+
+class GroupedReduce(Structure):
+    """csrc/grouped/cuda/grouped_cuda.h, Reduce"""
+
+    _fields_ = [
+        ("groups", Groups),
+        ("dtype", c_int),
+        ("wide", c_void_p),
+        ("thin", c_void_p),
+        ("columns", c_int64),
+        ("rank", c_int),
+        ("dropout", Dropout),
+        ("out_dtype", c_int),
+        ("transposed", c_bool),
+        ("out", c_void_p),
+    ]  # fmt: skip

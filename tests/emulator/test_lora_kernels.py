@@ -4,20 +4,15 @@ from ctypes import c_bool, c_float, c_int64
 
 import pytest
 import torch
-from emulator.structs import DTYPES, Dropout, Factors, WeightView, Wide
+from emulator.products import SEED, check, dropout, guarded, kept, normal, untouched
+from emulator.structs import DTYPES, Factors, WeightView, Wide
 
 from peftcore import ops
-from peftcore.ops.dropout import keep_mask, threshold
+from peftcore.ops.dropout import keep_mask
 
 RANKS = [1, 3, 8, 16, 64, 100, 256]
 ROWS = [1, 5, 16, 33, 64, 130]
-SEED = 0x123456789ABCDEF0  # of dropout
-EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 SHAPES = [(rank, rows) for rank in RANKS for rows in ROWS]
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def mixed(rank, rows, columns):
@@ -26,35 +21,10 @@ def mixed(rank, rows, columns):
     return dtype, [dtype, torch.float32][(rank // 2 + rows) % 2], [0.0, 0.1, 0.5][(rank + rows // 2) % 3], columns
 
 
-def kept(x, p):
-    return x.double() * keep_mask(*x.shape, p, SEED)
-
-
-def check(found, wanted, magnitude):
-    # fp32 sums in another order, and one rounding of the result.
-    error = (found.double() - wanted).abs()
-    assert (error <= magnitude * 2.0**-18 + wanted.abs() * EPS[found.dtype] + 2.0**-24).all(), error.max()
-
-
 def check_product(found, left, right, scale=1.0, added=0.0):
     """found = scale left right + added; left and right in float64."""
     added = torch.as_tensor(added).double()
     check(found, scale * (left @ right) + added, abs(scale) * (left.abs() @ right.abs()) + added.abs())
-
-
-def guarded(*shape, dtype):
-    """(memory, a view of it, whose surroundings must stay 7)."""
-    count = torch.Size(shape).numel()
-    memory = torch.full((count + 8,), 7, dtype=dtype)
-    return memory, memory[4 : 4 + count].view(shape)
-
-
-def untouched(memory):
-    assert (memory[:4] == 7).all() and (memory[-4:] == 7).all()
-
-
-def dropout(p):
-    return Dropout(threshold(p), SEED & 0xFFFFFFFF, SEED >> 32)
 
 
 class Kernels:

@@ -1,15 +1,11 @@
 // s = c (keep ∘ x) Aᵀ in one kernel: x comes from memory once. No GPU was at hand: written for bandwidth,
 // proved on the emulator.
 //
-// A block takes 16 or 64 rows of x and up to 64 ranks (more ranks are further blocks, next to each other, so
-// that they find x in L2). x and A arrive by cp.async in stages of columns, several on their way at a time. A
-// thread drops elements of the 16 bytes that it fetched, in shared memory: one Philox call for eight. The
-// four warps share out the rows, or with 16 rows the columns of a stage; their sums are added in a fixed
-// order.
-//
-// Few rows are few blocks: then the columns are split over blocks too, and peftcore_lora_sum adds their sums
-// in order.
-#include "lora/cuda/tiles.cuh"
+// Blocks of one part of the rows and several of the ranks (down.cuh) lie next to each other, so that they find
+// x in L2. Few rows are few blocks: then the columns are split over blocks too, and peftcore_lora_sum adds their
+// sums in order.
+#include "common/integers.h"
+#include "lora/cuda/down.cuh"
 
 namespace peftcore {
 namespace lora {
@@ -33,92 +29,28 @@ struct DownParams {
     float* s;
 };
 
-// kRowTiles: of 16 rows of x. kRankTiles: of 8 rows of A.
 template <typename T, int kRowTiles, int kRankTiles>
 __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
-    constexpr int kRows = 16 * kRowTiles, kRanks = 8 * kRankTiles, kStage = kRowTiles == 1 ? 64 : 32;
-    constexpr int kParts = kWarps / kRowTiles;  // warps that share rows
-    using Input = Tile<T, kRows, kStage>;
-    using Factor = Tile<float, kRanks, kStage>;
-    constexpr int kStageBytes = Input::kBytes + Factor::kBytes, kStages = kStagesThatFit<kStageBytes>;
-    static_assert(kStages >= 2 && kParts * kRows * (kRanks + 1) * 4 <= kStages * kStageBytes, "");
-    PEFTCORE_SHARED(uint8_t, memory, [kStages * kStageBytes]);
-
+    constexpr int kRows = 16 * kRowTiles;
     const int64_t row_tiles = (p.rows + kRows - 1) / kRows;
     const int64_t tile = blockIdx.x / p.chunks, sample = tile / row_tiles;
-    const int first_rank = int(blockIdx.x % p.chunks) * kRanks;
     const int64_t adapter = (p.index != nullptr ? p.index[sample] : 0) - p.adapters.first;
     if (adapter < 0 || adapter >= p.adapters.count) return;
-    const int rank = p.adapters.rank[adapter];
-    // Rows of x as one matrix: dropout counts them so.
-    const int64_t row = sample * p.rows + tile % row_tiles * kRows, last_row = (sample + 1) * p.rows;
-    const int64_t first_column = int64_t(blockIdx.y) * p.split_columns;
-    const int64_t last_column =
-        first_column + p.split_columns < p.columns ? first_column + p.split_columns : p.columns;
-    const Source<T> x(p.x, p.columns);
-    const Source<float> a(p.adapters.factor[adapter], p.columns);
-    const auto fetch_stage = [&](int64_t stage, int slot) {
-        uint8_t* to = memory + slot * kStageBytes;
-        const int64_t column = first_column + stage * kStage;
-        if (column < last_column) {
-            fetch<Input>(to, x, row, last_row, column, last_column);
-            fetch<Factor>(to + Input::kBytes, a, first_rank, rank, column, last_column);
-        }
-        cp_async_commit();
-    };
-
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int warp_row = warp % kRowTiles * 16, part = warp / kRowTiles;
-    float d[kRankTiles][4] = {};
-    const int64_t stages = (last_column - first_column + kStage - 1) / kStage;
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) fetch_stage(s, s);
-    int slot = 0;
-    for (int64_t stage = 0; stage < stages; ++stage) {
-        uint8_t* input = memory + slot * kStageBytes;
-        cp_async_wait<kStages - 2>();
-        if (p.dropout.threshold != 0)
-            drop<Input>(input, p.dropout, row, last_row, first_column + stage * kStage);
-        __syncthreads();  // this stage has arrived, and the one before has been read
-        fetch_stage(stage + kStages - 1, (slot + kStages - 1) % kStages);
-#pragma unroll
-        for (int step = 0; step < kStage / 16 / kParts; ++step) {
-            const int column = (step * kParts + part) * 16;
-            uint32_t left[4];
-            load_left<Input>(left, input, warp_row, column);
-#pragma unroll
-            for (int t = 0; t < kRankTiles; t += 2) {
-                if (first_rank + t * 8 >= rank) break;
-                Tf32Right right[2];
-                load_right<Factor>(right, input + Input::kBytes, t * 8, column);
-                tf32_multiply<T>(d[t], left, right[0]);
-                tf32_multiply<T>(d[t + 1], left, right[1]);
-            }
-        }
-        slot = (slot + 1) % kStages;
-    }
-    cp_async_wait<0>();
-    __syncthreads();  // stages have been read: their memory is free
-
-    auto sums = reinterpret_cast<float (*)[kRows][kRanks + 1]>(memory);
-#pragma unroll
-    for (int t = 0; t < kRankTiles; ++t)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            sums[part][warp_row + lane / 4 + i / 2 * 8][t * 8 + lane % 4 * 2 + i % 2] = d[t][i];
-    __syncthreads();
-    for (int i = threadIdx.x; i < kRows * kRanks; i += kThreads) {
-        const int r = i / kRanks, j = i % kRanks;
-        if (row + r >= last_row || first_rank + j >= rank) continue;
-        float total = 0;
-#pragma unroll
-        for (int w = 0; w < kParts; ++w) total += sums[w][r][j];
-        const int64_t at = (row + r) * p.stride + first_rank + j;
-        if (p.partial != nullptr)
-            p.partial[blockIdx.y * p.all_rows * p.stride + at] = total;
-        else
-            p.s[at] = p.adapters.scale[adapter] * total;
-    }
+    DownTile own = {};
+    own.x = p.x;
+    own.columns = p.columns;
+    own.row = sample * p.rows + tile % row_tiles * kRows;
+    own.last_row = (sample + 1) * p.rows;
+    own.first_column = int64_t(blockIdx.y) * p.split_columns;
+    own.last_column = least(own.first_column + p.split_columns, p.columns);
+    own.factor = p.adapters.factor[adapter];
+    own.rank = p.adapters.rank[adapter];
+    own.first_rank = int(blockIdx.x % p.chunks) * 8 * kRankTiles;
+    own.dropout = p.dropout;
+    own.scale = p.partial != nullptr ? 1 : p.adapters.scale[adapter];
+    own.out = p.partial != nullptr ? p.partial + blockIdx.y * p.all_rows * p.stride : p.s;
+    own.stride = p.stride;
+    down_tile<T, kRowTiles, kRankTiles>(own);
 }
 
 // Chosen by the shape alone, so that results are the same on every GPU.

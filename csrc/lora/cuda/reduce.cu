@@ -1,19 +1,18 @@
 // R = (keep ∘ W)ᵀ V, the sums over rows of a gradient: dA from x and T, dB from dy and S; and in the same
 // pass P = c W Fᵀ, T from dy and B. No GPU was at hand: written for bandwidth, proved on the emulator.
 //
-// A block takes 128 columns of W and a part of its rows, 32 at a time; a warp has 32 of the columns. Sums
-// over the rows of a part stay in registers. Parts, a fixed split of the rows, are added in order by
-// peftcore_lora_sum, so every run gives the same bits. P needs all columns: blocks leave partial products,
-// which are added in the same way.
-#include "lora/cuda/tiles.cuh"
+// A block takes 128 columns of W and a part of its rows (reduce.cuh). Parts, a fixed split of the rows, are added
+// in order by peftcore_lora_sum, so every run gives the same bits. P needs all columns: blocks leave partial
+// products, which are added in the same way.
+#include "common/integers.h"
+#include "lora/cuda/reduce.cuh"
 
 namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int kRows = 32, kColumns = 128;
-constexpr int kBlocksWanted = 264;          // about two for each multiprocessor of a large GPU
-constexpr int64_t kRowsOfPart = 8 * kRows;  // at least: partial sums are written and read once more
+constexpr int kBlocksWanted = 264;                // about two for each multiprocessor of a large GPU
+constexpr int64_t kRowsOfPart = 8 * kReduceRows;  // at least: partial sums are written and read once more
 
 struct ReduceParams {
     const void* wide;
@@ -23,104 +22,30 @@ struct ReduceParams {
     int64_t part_rows;
     int64_t column_step, rank_step;  // of partial sums
     Dropout dropout;
-    float *partial, *product;  // [parts, columns * rank], [columns / kColumns, rows, rank]
+    float *partial, *product;  // [parts, columns * rank], [columns / kReduceColumns, rows, rank]
 };
 
 template <typename T, int kRankTiles, bool kProduct>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) {
-    constexpr int kRanks = 8 * kRankTiles;
-    using Wide = Tile<T, kRows, kColumns>;
-    using Thin = Tile<float, kRows, kRanks>;
-    using Factor = Tile<float, kProduct ? kRanks : 1, kColumns>;
-    constexpr int kStageBytes = Wide::kBytes + Thin::kBytes;
-    constexpr int kStages = kStagesThatFit<kStageBytes, Factor::kBytes>;
-    static_assert(kStages >= 2, "");
-    PEFTCORE_SHARED(uint8_t, memory, [kStages * kStageBytes]);
-    PEFTCORE_SHARED(uint8_t, factor_tile, [Factor::kBytes]);
-
-    const int64_t chunk = blockIdx.x / p.chunks, column = chunk * kColumns;
-    const int first_rank = int(blockIdx.x % p.chunks) * kRanks;
-    const int64_t first_row = int64_t(blockIdx.y) * p.part_rows;
-    const int64_t last_row = first_row + p.part_rows < p.rows ? first_row + p.part_rows : p.rows;
-    const Source<T> wide(p.wide, p.columns);
-    const Source<float> thin(p.thin, p.rank);
-    const auto fetch_stage = [&](int64_t stage, int slot) {
-        uint8_t* to = memory + slot * kStageBytes;
-        const int64_t row = first_row + stage * kRows;
-        if (row < last_row) {
-            fetch<Wide>(to, wide, row, last_row, column, p.columns);
-            fetch<Thin>(to + Wide::kBytes, thin, row, last_row, first_rank, p.rank);
-        }
-        cp_async_commit();
-    };
-
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    float d[2][kRankTiles][4] = {};
-    const int64_t stages = (last_row - first_row + kRows - 1) / kRows;
-    if constexpr (kProduct)  // arrives with the first stage
-        fetch<Factor>(factor_tile, Source<float>(p.factor, p.columns), 0, p.rank, column, p.columns);
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) fetch_stage(s, s);
-    int slot = 0;
-    for (int64_t stage = 0; stage < stages; ++stage) {
-        uint8_t *input = memory + slot * kStageBytes, *beside = input + Wide::kBytes;
-        const int64_t row = first_row + stage * kRows;
-        cp_async_wait<kStages - 2>();
-        if (p.dropout.threshold != 0) drop<Wide>(input, p.dropout, row, last_row, column);
-        __syncthreads();  // this stage has arrived, and the one before has been read
-        fetch_stage(stage + kStages - 1, (slot + kStages - 1) % kStages);
-#pragma unroll
-        for (int step = 0; step < kRows; step += 16) {
-            uint32_t left[2][4];  // columns of W are rows of the result: transposed
-#pragma unroll
-            for (int c = 0; c < 2; ++c)
-                ldmatrix_x4_trans(left[c], input + (step + lane / 16 * 8 + lane % 8) * Wide::kPitch +
-                                               (warp * 32 + c * 16 + lane / 8 % 2 * 8) * 2);
-#pragma unroll
-            for (int t = 0; t < kRankTiles; t += 2) {
-                if (first_rank + t * 8 >= p.rank) break;
-                Tf32Right right[2];
-                load_right<Thin, true>(right, beside, t * 8, step);
-#pragma unroll
-                for (int c = 0; c < 2; ++c)
-#pragma unroll
-                    for (int i = 0; i < 2; ++i) tf32_multiply<T>(d[c][t + i], left[c], right[i]);
-            }
-        }
-        if constexpr (kProduct) {  // a warp has 16 rows and 8 ranks
-            static_assert(kRows == 32 && kRankTiles == 2 && kWarps == 4, "");
-            const int warp_row = warp % 2 * 16, warp_rank = warp / 2 * 8;
-            float e[4] = {};
-#pragma unroll
-            for (int k = 0; k < kColumns; k += 16) {
-                uint32_t left[4];
-                load_left<Wide>(left, input, warp_row, k);
-                Tf32Right right[1];
-                load_right<Factor>(right, factor_tile, warp_rank, k);
-                tf32_multiply<T>(e, left, right[0]);
-            }
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int64_t m = row + warp_row + lane / 4 + i / 2 * 8;
-                const int j = warp_rank + lane % 4 * 2 + i % 2;
-                if (m < last_row && j < p.rank) p.product[(chunk * p.rows + m) * p.rank + j] = e[i];
-            }
-        }
-        slot = (slot + 1) % kStages;
+    const int64_t chunk = blockIdx.x / p.chunks;
+    ReduceTile own = {};
+    own.wide = p.wide;
+    own.thin = p.thin;
+    own.columns = p.columns;
+    own.rank = p.rank;
+    own.first_row = int64_t(blockIdx.y) * p.part_rows;
+    own.last_row = least(own.first_row + p.part_rows, p.rows);
+    own.column = chunk * kReduceColumns;
+    own.first_rank = int(blockIdx.x % p.chunks) * 8 * kRankTiles;
+    own.dropout = p.dropout;
+    if (kProduct) {
+        own.factor = p.factor;
+        own.product = p.product + chunk * p.rows * p.rank;
     }
-    cp_async_wait<0>();
-
     float* partial = p.partial + blockIdx.y * p.columns * p.rank;
-#pragma unroll
-    for (int c = 0; c < 2; ++c)
-#pragma unroll
-        for (int t = 0; t < kRankTiles; ++t)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const int64_t k = column + warp * 32 + c * 16 + lane / 4 + i / 2 * 8;
-                const int j = first_rank + t * 8 + lane % 4 * 2 + i % 2;
-                if (k < p.columns && j < p.rank) partial[k * p.column_step + j * p.rank_step] = d[c][t][i];
-            }
+    reduce_tile<T, kRankTiles, kProduct>(own, [&](int64_t column, int rank, float sum) {
+        partial[column * p.column_step + rank * p.rank_step] = sum;
+    });
 }
 
 // Chosen by the shape alone, so that results are the same on every GPU.
@@ -130,13 +55,13 @@ struct Plan {
 
 Plan plan_of(int64_t rows, int64_t columns, int rank) {
     Plan plan;
-    plan.column_chunks = (columns + kColumns - 1) / kColumns;
+    plan.column_chunks = (columns + kReduceColumns - 1) / kReduceColumns;
     plan.rank_chunks = (rank + kRankChunk - 1) / kRankChunk;
     const int64_t blocks = plan.column_chunks * plan.rank_chunks;
     const int64_t wanted = (kBlocksWanted + blocks - 1) / blocks;
     const int64_t most = (rows + kRowsOfPart - 1) / kRowsOfPart;
     const int64_t parts = wanted < most ? wanted : most;
-    plan.part_rows = ((rows + parts - 1) / parts + kRows - 1) / kRows * kRows;
+    plan.part_rows = ((rows + parts - 1) / parts + kReduceRows - 1) / kReduceRows * kReduceRows;
     plan.parts = (rows + plan.part_rows - 1) / plan.part_rows;
     return plan;
 }
@@ -174,7 +99,7 @@ extern "C" int64_t peftcore_lora_reduce_workspace(int64_t rows, int64_t columns,
 
 extern "C" int64_t peftcore_lora_product_workspace(int64_t rows, int64_t columns, int rank) {
     using namespace peftcore::lora;
-    return (columns + kColumns - 1) / kColumns * rows * rank;
+    return (columns + kReduceColumns - 1) / kReduceColumns * rows * rank;
 }
 
 extern "C" const char* peftcore_lora_reduce(const peftcore::lora::Wide* wide, const float* thin, int rank,
@@ -218,6 +143,6 @@ extern "C" const char* peftcore_lora_reduce_and_product(const peftcore::lora::Wi
     p.product = product_partial;
     const char* error = reduce(p, wide->dtype, out, out_dtype, false, stream);
     if (error != nullptr) return error;
-    return peftcore_lora_sum(product_partial, (columns + kColumns - 1) / kColumns, rows * rank, scale,
-                             product, int(Dtype::kFloat), stream);
+    return peftcore_lora_sum(product_partial, (columns + kReduceColumns - 1) / kReduceColumns, rows * rank,
+                             scale, product, int(Dtype::kFloat), stream);
 }

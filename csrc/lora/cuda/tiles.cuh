@@ -22,8 +22,9 @@ constexpr int kThreads = 128, kWarps = kThreads / 32;
 constexpr int kSharedBytes = 48 * 1024;  // of static shared memory that a block may have
 constexpr int kRankChunk = 64;           // ranks that a block takes at most
 
-template <typename Element, int kRows_, int kColumns_>
+template <typename Element_, int kRows_, int kColumns_>
 struct Tile {
+    using Element = Element_;
     static constexpr int kRows = kRows_, kColumns = kColumns_;
     static constexpr int kPitch = (kColumns + 8) * int(sizeof(Element));  // in bytes
     static constexpr int kBytes = kRows * kPitch;
@@ -88,8 +89,20 @@ __device__ __forceinline__ uint4 keep_eight(uint4 values, const Dropout& dropout
     return values;
 }
 
-// Dropout in a tile of 16-bit values at (row, column). Each thread takes the pieces that it fetched, so that
-// its own wait is enough.
+// The same of four values of fp32, which half a counter is for.
+__device__ __forceinline__ uint4 keep_four(uint4 values, const Dropout& dropout, int64_t row,
+                                           int64_t columns_over_4) {
+    const PhiloxWords words = dropout_words(dropout, row, columns_over_4 / 2);
+    const bool odd = columns_over_4 % 2;
+    const uint32_t random[2] = {odd ? words.word[2] : words.word[0], odd ? words.word[3] : words.word[1]};
+    const auto mask = [&](int i) {
+        return (random[i / 2] >> 16 * (i % 2) & 0xffffu) >= dropout.threshold ? ~0u : 0u;
+    };
+    return {values.x & mask(0), values.y & mask(1), values.z & mask(2), values.w & mask(3)};
+}
+
+// Dropout in a tile at (row, column). Each thread takes the pieces that it fetched, so that its own wait is
+// enough.
 template <typename Tile>
 __device__ __forceinline__ void drop(uint8_t* tile, const Dropout& dropout, int64_t row, int64_t rows,
                                      int64_t column) {
@@ -97,15 +110,58 @@ __device__ __forceinline__ void drop(uint8_t* tile, const Dropout& dropout, int6
         const int r = i / Tile::kPieces, piece = i % Tile::kPieces;
         if (row + r >= rows) break;
         uint4* values = reinterpret_cast<uint4*>(tile + r * Tile::kPitch + piece * 16);
-        *values = keep_eight(*values, dropout, row + r, column / kColumnsPerCounter + piece);
+        if constexpr (sizeof(typename Tile::Element) == 2)
+            *values = keep_eight(*values, dropout, row + r, column / kColumnsPerCounter + piece);
+        else
+            *values = keep_four(*values, dropout, row + r, column / 4 + piece);
     }
 }
+
+// The left operand of products, of 16-bit values or of fp32.
+template <typename T>
+struct LeftOperand {
+    using type = uint32_t[4];
+};
+template <>
+struct LeftOperand<float> {
+    using type = Tf32Left;
+};
+template <typename T>
+using Left = typename LeftOperand<T>::type;
 
 // The 16 x 16 left operand of an mma at (row, column).
 template <typename Tile>
 __device__ __forceinline__ void load_left(uint32_t (&a)[4], const uint8_t* tile, int row, int column) {
     const int lane = threadIdx.x % 32;
     ldmatrix_x4(a, tile + (row + lane % 16) * Tile::kPitch + (column + lane / 16 * 8) * 2);
+}
+template <typename Tile>
+__device__ __forceinline__ void load_left(Tf32Left& a, const uint8_t* tile, int row, int column) {
+    const int group = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const uint8_t* from = tile + (row + group + i % 2 * 8) * Tile::kPitch;
+        a.piece[i / 2][i % 2] =
+            tf32_pieces(*reinterpret_cast<const float*>(from + (column + tf32_inner(i / 2)) * 4));
+    }
+}
+
+// Of a tile that has the operand's columns as rows: its 16 rows from `column` on, the sum from `row` on.
+template <typename Tile>
+__device__ __forceinline__ void load_left_across(uint32_t (&a)[4], const uint8_t* tile, int row, int column) {
+    const int lane = threadIdx.x % 32;
+    ldmatrix_x4_trans(
+        a, tile + (row + lane / 16 * 8 + lane % 8) * Tile::kPitch + (column + lane / 8 % 2 * 8) * 2);
+}
+template <typename Tile>
+__device__ __forceinline__ void load_left_across(Tf32Left& a, const uint8_t* tile, int row, int column) {
+    const int group = threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const uint8_t* from = tile + (row + tf32_inner(i / 2)) * Tile::kPitch;
+        a.piece[i / 2][i % 2] =
+            tf32_pieces(*reinterpret_cast<const float*>(from + (column + group + i % 2 * 8) * 4));
+    }
 }
 
 // Right operands of some products, of a tile of fp32 that has the 8 columns of each from `column` on as rows,
@@ -123,6 +179,14 @@ __device__ __forceinline__ void load_right(Tf32Right (&b)[kProducts], const uint
             b[j].piece[i] =
                 tf32_pieces(*reinterpret_cast<const float*>(tile + row * Tile::kPitch + place * 4));
         }
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply(float (&d)[4], const Left<T>& left, const Tf32Right& right) {
+    if constexpr (sizeof(T) == 2)
+        tf32_multiply<T>(d, left, right);
+    else
+        tf32_multiply(d, left, right);
 }
 
 // As many adapters as a launch takes by value; launchers loop over more.

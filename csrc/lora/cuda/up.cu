@@ -94,12 +94,7 @@ __global__ void __launch_bounds__(kThreads) up_kernel(const UpParams p) {
         for (int step = 0; step < kRankChunk; step += 16) {
             if (first + step >= rank) break;
             Tf32Left left;
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const uint8_t* from = memory + (warp * 16 + lane / 4 + i % 2 * 8) * Thin::kPitch;
-                left.piece[i / 2][i % 2] =
-                    tf32_pieces(*reinterpret_cast<const float*>(from + (step + tf32_inner(i / 2)) * 4));
-            }
+            load_left<Thin>(left, memory, warp * 16, step);
 #pragma unroll
             for (int t = 0; t < kTileSide / 8; t += 2) {
                 Tf32Right right[2];

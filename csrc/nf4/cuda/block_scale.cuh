@@ -1,7 +1,8 @@
-// A weight's codebooks in shared memory, and the scale of a block as the CPU kernels have it, bit for bit.
+// A weight's codebooks in shared memory, and scales and values as the CPU kernels have them, bit for bit.
 #pragma once
 
 #include "common/cuda_launch.cuh"
+#include "common/half.h"
 #include "weight/view.h"
 
 namespace peftcore {
@@ -20,17 +21,43 @@ __device__ __forceinline__ float load_codebooks(const WeightView& weight, float*
     return 0;
 }
 
+// A block's scale as it lies in memory, so that it can be on its way while other work is done.
+struct StoredScale {
+    float outer;  // or the scale itself
+    uint8_t code;
+};
+
+template <bool kNested>
+__device__ __forceinline__ StoredScale stored_scale(const WeightView& weight, int64_t block) {
+    if constexpr (kNested)
+        return {weight.nested_absmax[(weight.first_block + block) >> weight.nested_shift],
+                static_cast<const uint8_t*>(weight.absmax)[block]};
+    else
+        return {static_cast<const float*>(weight.absmax)[block], 0};
+}
+
+template <bool kNested>
+__device__ __forceinline__ float scale_of(const StoredScale& stored, const float* nested_quant_map,
+                                          float nested_offset) {
+    // Rounded twice, not fused.
+    if constexpr (kNested)
+        return __fadd_rn(__fmul_rn(nested_quant_map[stored.code], stored.outer), nested_offset);
+    else
+        return stored.outer;
+}
+
 template <bool kNested>
 __device__ __forceinline__ float block_scale(const WeightView& weight, const float* nested_quant_map,
                                              float nested_offset, int64_t block) {
-    if constexpr (kNested) {
-        const uint8_t code = static_cast<const uint8_t*>(weight.absmax)[block];
-        const float outer = weight.nested_absmax[(weight.first_block + block) >> weight.nested_shift];
-        // Rounded twice, not fused.
-        return __fadd_rn(__fmul_rn(nested_quant_map[code], outer), nested_offset);
-    } else {
-        return static_cast<const float*>(weight.absmax)[block];
-    }
+    return scale_of<kNested>(stored_scale<kNested>(weight, block), nested_quant_map, nested_offset);
+}
+
+// The two values of a byte, rounded to 16 bits, the even one in the low half.
+template <typename T>
+__device__ __forceinline__ uint32_t value_pair(const float* quant_map, uint32_t byte, float scale) {
+    const T even = from_float<T>(quant_map[byte >> 4 & 15] * scale),
+            odd = from_float<T>(quant_map[byte & 15] * scale);
+    return uint32_t(even.bits) | uint32_t(odd.bits) << 16;
 }
 
 }  // namespace

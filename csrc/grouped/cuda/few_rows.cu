@@ -1,0 +1,57 @@
+// The product of few rows an expert, as in generation, with a weight in 4 bits that lies as [columns, inner]: a block
+// takes 8 or 16 rows of one expert and 16 columns, straight from 4 bits (nf4/cuda/linear.cuh).
+#include "grouped/cuda/groups.cuh"
+#include "nf4/cuda/linear.cuh"
+
+namespace peftcore {
+namespace grouped {
+namespace {
+
+static_assert(nf4::kThreads == kThreads, "");
+
+template <typename T, int kTiles, bool kNested>
+__global__ void __launch_bounds__(kThreads) few_rows_kernel(const Product p, unsigned column_tiles) {
+    const int64_t column = int64_t(blockIdx.x % column_tiles) * nf4::kRows;
+    const Rows rows = rows_of_tile<8 * kTiles>(p.groups, blockIdx.x / column_tiles);
+    T* out = static_cast<T*>(p.out);
+    if (rows.first >= rows.last) return;
+    if (rows.expert < 0) return fill(rows, out, p.columns, column, column + nf4::kRows);
+    nf4::LinearLaunch own = {};
+    own.weight = expert_of(p.weight, rows.expert, p.groups.experts);
+    own.batch = int(rows.last - rows.first);
+    own.x = static_cast<const T*>(p.wide) + rows.first * p.inner;
+    if (p.bias != nullptr) own.bias = static_cast<const T*>(p.bias) + rows.expert * p.columns;
+    own.rank = p.rank;
+    if (p.rank > 0) {
+        own.thin = p.thin + rows.first * p.rank;
+        own.factor = p.factor + rows.expert * p.columns * p.rank;
+    }
+    own.y = out + rows.first * p.columns;
+    nf4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3, kNested>(own, column);
+}
+
+template <typename T, int kTiles>
+const char* launch(const Product& p, void* stream) {
+    const int64_t column_tiles = ceil_div(p.columns, nf4::kRows);
+    const int64_t blocks = most_tiles(p.groups, 8 * kTiles) * column_tiles;
+    if (blocks > INT32_MAX) return "too many rows and columns for one launch";
+    const unsigned grid = unsigned(blocks), tiles = unsigned(column_tiles);
+    if (p.weight.nested_absmax != nullptr)
+        return PEFTCORE_LAUNCH((few_rows_kernel<T, kTiles, true>), grid, kThreads, 0, stream, p, tiles);
+    return PEFTCORE_LAUNCH((few_rows_kernel<T, kTiles, false>), grid, kThreads, 0, stream, p, tiles);
+}
+
+template <typename T>
+const char* launch(const Product& p, void* stream) {
+    return p.groups.rows <= 8 * p.groups.experts ? launch<T, 1>(p, stream) : launch<T, 2>(p, stream);
+}
+
+}  // namespace
+}  // namespace grouped
+}  // namespace peftcore
+
+extern "C" const char* peftcore_grouped_few_rows(const peftcore::grouped::Product* product, void* stream) {
+    using namespace peftcore;
+    return product->dtype == Dtype::kHalf ? grouped::launch<Half>(*product, stream)
+                                          : grouped::launch<BFloat16>(*product, stream);
+}

@@ -1,0 +1,86 @@
+// Launchers of the CUDA kernels of experts. Pointers are device memory but for the structs themselves, `stream` a
+// cudaStream_t; matrices are contiguous. Factors and thin matrices are fp32. They return nullptr, or why the launch
+// failed. Arguments are checked by the caller (grouped/arguments.h), but for the offsets, which stay where they
+// are: if they do not rise from 0 to `rows`, nothing is read beyond any matrix, and what is written is NaN.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "lora/dropout.h"
+#include "weight/view.h"
+
+namespace peftcore {
+namespace grouped {
+
+// Rows that are sorted by expert; those behind the last offset belong to none.
+struct Groups {
+    const int32_t* offsets;  // [experts]: the row behind the last one of each
+    int64_t experts, rows;
+};
+
+// out_i = keep ∘ (thin_i F_eᵀ) + wide_i W_e + bias_e of each row of an expert, zero of one of none.
+struct Product {
+    Groups groups;
+    Dtype dtype;       // of wide, bias and out, and of W if it is dense
+    const void* wide;  // [rows, inner]
+    void* out;         // [rows, columns]
+    int64_t inner, columns;
+    WeightView weight;  // [experts * columns, inner], or across [experts * inner, columns]
+    bool across;
+    const void* bias;     // [experts, columns] or nullptr
+    const float* thin;    // [rows, rank]
+    const float* factor;  // F [experts, columns, rank], or across [experts, rank, columns]
+    bool factor_across;
+    int rank;  // 0: without both
+    lora::Dropout dropout;
+};
+
+// out_i = scale (keep ∘ wide_i) F_eᵀ of each row of an expert, zero of one of none.
+struct Down {
+    Groups groups;
+    Dtype dtype;       // of wide
+    const void* wide;  // [rows, columns]
+    int64_t columns;
+    const float* factor;  // F [experts, rank, columns], or across [experts, columns, rank]
+    bool across;
+    int rank;
+    float scale;
+    lora::Dropout dropout;
+    float* out;  // [rows, rank]
+};
+
+// out_e = (keep ∘ wide)_eᵀ thin_e, the sum over the rows of each expert in their order.
+struct Reduce {
+    Groups groups;
+    Dtype dtype;        // of wide
+    const void* wide;   // [rows, columns]
+    const float* thin;  // [rows, rank]
+    int64_t columns;
+    int rank;
+    lora::Dropout dropout;
+    Dtype out_dtype;
+    bool transposed;
+    void* out;  // [experts, columns, rank], or transposed [experts, rank, columns]
+};
+
+}  // namespace grouped
+}  // namespace peftcore
+
+extern "C" {
+
+// The product by whichever kernel is right for it.
+const char* peftcore_grouped_product(const peftcore::grouped::Product* product, void* stream);
+
+// Its kernels, of any rows of one dtype.
+const char* peftcore_grouped_product_float(const peftcore::grouped::Product* product, void* stream);
+const char* peftcore_grouped_product_half(const peftcore::grouped::Product* product, void* stream);
+const char* peftcore_grouped_product_bfloat16(const peftcore::grouped::Product* product, void* stream);
+
+// Of few rows an expert, where `peftcore_grouped_takes_few_rows`.
+const char* peftcore_grouped_few_rows(const peftcore::grouped::Product* product, void* stream);
+bool peftcore_grouped_takes_few_rows(const peftcore::grouped::Product* product);
+
+const char* peftcore_grouped_down(const peftcore::grouped::Down* down, void* stream);
+const char* peftcore_grouped_reduce(const peftcore::grouped::Reduce* reduce, void* stream);
+}

@@ -1,0 +1,301 @@
+// out = keep ∘ (thin Fᵀ) + wide W + bias, of rows sorted by expert: y with S Bᵀ inside, dx with T A. No GPU was at
+// hand: written for bandwidth and tensor cores, proved on the emulator.
+//
+// A block takes 16, 64 or 128 rows of one expert and 64 columns; blocks of the same rows lie next to each other, so
+// that they find these in L2, and the expert's weight after them. The thin product comes first, so that dropout sees
+// it alone, in sums that the base's product goes on with: one rounding. Both operands arrive by cp.async in stages,
+// several on their way at a time. A weight in 4 bits arrives as it is stored, its scales in registers, and is
+// unpacked in shared memory (unpack.cuh).
+//
+// fp16 and bf16 are multiplied as they are; fp32 as in common/tf32.cuh.
+#pragma once
+
+#include "grouped/cuda/groups.cuh"
+#include "grouped/cuda/unpack.cuh"
+
+namespace peftcore {
+namespace grouped {
+namespace {
+
+using lora::Source, lora::Tile;
+
+constexpr int kColumns = 64;
+constexpr int kRankStage = 32;
+
+// kRowTiles: of 16 rows. kAcross: W lies as [inner, columns].
+template <typename T, int kRowTiles, bool kPacked_, bool kAcross_>
+struct Shape {
+    static constexpr bool kPacked = kPacked_, kAcross = kAcross_;
+    static constexpr int kRows = 16 * kRowTiles;
+    // Few rows wait for memory: more of it is on its way.
+    static constexpr int kStage = kRowTiles > 1 ? 32 : sizeof(T) == 2 ? 128 : 64;
+    using Input = Tile<T, kRows, kStage>;
+    using Frozen = Tile<T, kAcross ? kStage : kColumns, kAcross ? kColumns : kStage>;
+    static constexpr int kCodeBytes = kPacked ? kStage * kColumns / 2 : 0;
+    static constexpr int kStageBytes = Input::kBytes + (kPacked ? kCodeBytes : Frozen::kBytes);
+    static constexpr int kUnpackedBytes = kPacked ? Frozen::kBytes : 0;
+    static constexpr int kBookBytes = kPacked ? (16 + 256) * 4 : 0;
+    static constexpr int kStages = lora::kStagesThatFit<kStageBytes, kUnpackedBytes + kBookBytes>;
+    static_assert(kStages >= 2, "");
+    using Thin = Tile<float, kRows, kRankStage>;
+    static constexpr int kThinBytes = Thin::kBytes + kColumns * (kRankStage + 8) * 4;  // and a factor's
+    static constexpr int kStagesBytes = kStages * kStageBytes + kUnpackedBytes;
+    static constexpr int kBytes = kThinBytes > kStagesBytes ? kThinBytes : kStagesBytes;
+    // A warp has kM * 16 rows and kN * 8 columns.
+    static constexpr int kWarpsOfRows = kRowTiles > 1 ? 2 : 1;
+    static constexpr int kM = kRowTiles / kWarpsOfRows, kN = kColumns / 8 / (kWarps / kWarpsOfRows);
+};
+
+template <typename Shape>
+using Sums = float[Shape::kM][Shape::kN][4];
+
+// Where this warp's sums are in the block's tile.
+template <typename Shape>
+__device__ __forceinline__ int warp_row() {
+    return int(threadIdx.x) / 32 % Shape::kWarpsOfRows * 16 * Shape::kM;
+}
+template <typename Shape>
+__device__ __forceinline__ int warp_column() {
+    return int(threadIdx.x) / 32 / Shape::kWarpsOfRows * 8 * Shape::kN;
+}
+
+// d += thin Fᵀ.
+template <typename Shape, bool kAcross>
+__device__ void add_thin(const Product& p, const Rows& rows, int64_t column, uint8_t* memory,
+                         Sums<Shape>& d) {
+    using Thin = typename Shape::Thin;
+    using Factor = Tile<float, kAcross ? kRankStage : kColumns, kAcross ? kColumns : kRankStage>;
+    static_assert(Thin::kBytes + Factor::kBytes <= Shape::kThinBytes, "");
+    const Source<float> thin(p.thin, p.rank);
+    const Source<float> factor(p.factor + rows.expert * p.columns * p.rank, kAcross ? p.columns : p.rank);
+    uint8_t* beside = memory + Thin::kBytes;
+    for (int first = 0; first < p.rank; first += kRankStage) {
+        lora::fetch<Thin>(memory, thin, rows.first, rows.last, first, p.rank);
+        if constexpr (kAcross)
+            lora::fetch<Factor>(beside, factor, first, p.rank, column, p.columns);
+        else
+            lora::fetch<Factor>(beside, factor, column, p.columns, first, p.rank);
+        cp_async_commit();
+        cp_async_wait<0>();
+        __syncthreads();
+#pragma unroll
+        for (int step = 0; step < kRankStage; step += 16) {
+            if (first + step >= p.rank) break;
+            Tf32Right right[Shape::kN];
+            lora::load_right<Factor, kAcross>(right, beside, warp_column<Shape>(), step);
+#pragma unroll
+            for (int m = 0; m < Shape::kM; ++m) {
+                Tf32Left left;
+                lora::load_left<Thin>(left, memory, warp_row<Shape>() + m * 16, step);
+#pragma unroll
+                for (int n = 0; n < Shape::kN; ++n) tf32_multiply(d[m][n], left, right[n]);
+            }
+        }
+        __syncthreads();  // this stage has been read
+    }
+}
+
+template <typename Shape>
+__device__ void drop_sums(const lora::Dropout& dropout, const Rows& rows, int64_t column, Sums<Shape>& d) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int m = 0; m < Shape::kM; ++m)
+#pragma unroll
+        for (int n = 0; n < Shape::kN; ++n)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int64_t row = rows.first + warp_row<Shape>() + m * 16 + half * 8 + lane / 4;
+                const int64_t counter = (column + warp_column<Shape>()) / lora::kColumnsPerCounter + n;
+                const PhiloxWords words = lora::dropout_words(dropout, row, counter);
+#pragma unroll
+                for (int i = 0; i < 2; ++i)
+                    if (!lora::keeps(words, lane % 4 * 2 + i, dropout.threshold)) d[m][n][half * 2 + i] = 0;
+            }
+}
+
+// --- the product ---
+
+// The right operands of two products, of columns from `column` on.
+template <typename Shape>
+__device__ __forceinline__ void load_pair(uint32_t (&b)[4], const uint8_t* tile, int column, int inner) {
+    using Frozen = typename Shape::Frozen;
+    const int lane = threadIdx.x % 32;
+    if constexpr (Shape::kAcross)
+        ldmatrix_x4_trans(b, tile + (inner + lane % 16) * Frozen::kPitch + (column + lane / 16 * 8) * 2);
+    else
+        ldmatrix_x4(
+            b, tile + (column + lane / 16 * 8 + lane % 8) * Frozen::kPitch + (inner + lane / 8 % 2 * 8) * 2);
+}
+
+// d += of a stage.
+template <typename T, typename Shape>
+__device__ __forceinline__ void add_stage(const uint8_t* input, const uint8_t* frozen, Sums<Shape>& d) {
+#pragma unroll 2
+    for (int k = 0; k < Shape::kStage; k += 16) {
+        lora::Left<T> left[Shape::kM];
+#pragma unroll
+        for (int m = 0; m < Shape::kM; ++m)
+            lora::load_left<typename Shape::Input>(left[m], input, warp_row<Shape>() + m * 16, k);
+#pragma unroll
+        for (int n = 0; n < Shape::kN; n += 2) {
+            const int column = warp_column<Shape>() + n * 8;
+            if constexpr (sizeof(T) == 2) {
+                uint32_t pair[4];
+                load_pair<Shape>(pair, frozen, column, k);
+#pragma unroll
+                for (int m = 0; m < Shape::kM; ++m) {
+                    mma_m16n8k16<T>(d[m][n], left[m], {pair[0], pair[1]});
+                    mma_m16n8k16<T>(d[m][n + 1], left[m], {pair[2], pair[3]});
+                }
+            } else {
+                Tf32Right right[2];
+                lora::load_right<typename Shape::Frozen, Shape::kAcross>(right, frozen, column, k);
+#pragma unroll
+                for (int m = 0; m < Shape::kM; ++m)
+#pragma unroll
+                    for (int i = 0; i < 2; ++i) tf32_multiply(d[m][n + i], left[m], right[i]);
+            }
+        }
+    }
+}
+
+template <typename T, typename Shape>
+__device__ void store_sums(const Product& p, const Rows& rows, int64_t first_column, const Sums<Shape>& d) {
+    const int lane = threadIdx.x % 32;
+    const T* bias = p.bias != nullptr ? static_cast<const T*>(p.bias) + rows.expert * p.columns : nullptr;
+    T* out = static_cast<T*>(p.out);
+    const bool pairs = p.columns % 2 == 0 && reinterpret_cast<uintptr_t>(out) % (2 * sizeof(T)) == 0;
+#pragma unroll
+    for (int n = 0; n < Shape::kN; ++n) {
+        const int64_t column = first_column + warp_column<Shape>() + n * 8 + lane % 4 * 2;
+        if (column >= p.columns) continue;
+        const bool second = column + 1 < p.columns;
+        const float added[2] = {bias ? to_float(bias[column]) : 0,
+                                bias && second ? to_float(bias[column + 1]) : 0};
+#pragma unroll
+        for (int m = 0; m < Shape::kM; ++m)
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int64_t row = rows.first + warp_row<Shape>() + m * 16 + half * 8 + lane / 4;
+                if (row >= rows.last) continue;
+                struct alignas(2 * sizeof(T)) {
+                    T value[2];
+                } both = {{from_float<T>(d[m][n][half * 2] + added[0]),
+                           from_float<T>(d[m][n][half * 2 + 1] + added[1])}};
+                T* to = out + row * p.columns + column;
+                if (pairs) {
+                    *reinterpret_cast<decltype(both)*>(to) = both;
+                } else {
+                    to[0] = both.value[0];
+                    if (second) to[1] = both.value[1];
+                }
+            }
+    }
+}
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(kThreads) product_kernel(const Product p, unsigned column_tiles) {
+    PEFTCORE_SHARED(uint8_t, memory, [Shape::kBytes]);
+    PEFTCORE_SHARED(float, quant_map, [16]);
+    PEFTCORE_SHARED(float, nested_quant_map, [Shape::kPacked ? 256 : 1]);
+    using Input = typename Shape::Input;
+    using Frozen = typename Shape::Frozen;
+    constexpr int kStage = Shape::kStage, kStages = Shape::kStages;
+
+    const int64_t column = int64_t(blockIdx.x % column_tiles) * kColumns;
+    const Rows rows = rows_of_tile<Shape::kRows>(p.groups, blockIdx.x / column_tiles);
+    if (rows.first >= rows.last) return;
+    if (rows.expert < 0) return fill(rows, static_cast<T*>(p.out), p.columns, column, column + kColumns);
+
+    float d[Shape::kM][Shape::kN][4] = {};
+    if (p.rank > 0) {
+        if (p.factor_across)
+            add_thin<Shape, true>(p, rows, column, memory, d);
+        else
+            add_thin<Shape, false>(p, rows, column, memory, d);
+        if (p.dropout.threshold != 0) drop_sums<Shape>(p.dropout, rows, column, d);
+    }
+
+    const WeightView weight = expert_of(p.weight, rows.expert, p.groups.experts);
+    const Source<T> input(p.wide, p.inner), dense(weight.dense, weight.columns);
+    Unpacker<Frozen> unpacker{weight, quant_map, nested_quant_map, 0, false, false, {}};
+    if constexpr (Shape::kPacked) {
+        unpacker.nested = weight.nested_absmax != nullptr;
+        unpacker.vectors = weight.columns % 32 == 0 && reinterpret_cast<uintptr_t>(weight.codes) % 16 == 0;
+        unpacker.nested_offset = unpacker.nested
+                                     ? nf4::load_codebooks<true>(weight, quant_map, nested_quant_map)
+                                     : nf4::load_codebooks<false>(weight, quant_map, nested_quant_map);
+    }
+    const auto place_of = [&](int64_t stage) -> Place {
+        return Shape::kAcross ? Place{stage * kStage, column} : Place{column, stage * kStage};
+    };
+    const auto fetch_stage = [&](int64_t stage, int slot) {
+        uint8_t* to = memory + slot * Shape::kStageBytes;
+        if (stage * kStage < p.inner) {
+            const Place place = place_of(stage);
+            lora::fetch<Input>(to, input, rows.first, rows.last, stage * kStage, p.inner);
+            if constexpr (!Shape::kPacked)
+                lora::fetch<Frozen>(to + Input::kBytes, dense, place.row, weight.rows, place.column,
+                                    weight.columns);
+            else if (unpacker.vectors)
+                fetch_codes<Frozen>(to + Input::kBytes, weight, place);
+        }
+        cp_async_commit();
+    };
+
+    const int64_t stages = ceil_div(p.inner, kStage);
+#pragma unroll
+    for (int s = 0; s < kStages - 1; ++s) fetch_stage(s, s);
+    if constexpr (Shape::kPacked) unpacker.fetch_scales(place_of(0));
+    int slot = 0;
+    for (int64_t stage = 0; stage < stages; ++stage) {
+        const uint8_t *now = memory + slot * Shape::kStageBytes, *frozen = now + Input::kBytes;
+        cp_async_wait<kStages - 2>();
+        __syncthreads();  // this stage has arrived, and the one before has been read
+        fetch_stage(stage + kStages - 1, (slot + kStages - 1) % kStages);
+        if constexpr (Shape::kPacked) {
+            uint8_t* unpacked = memory + kStages * Shape::kStageBytes;
+            unpacker.unpack(unpacked, frozen, place_of(stage));
+            unpacker.fetch_scales(place_of(stage + 1));
+            frozen = unpacked;
+            __syncthreads();
+        }
+        add_stage<T, Shape>(now, frozen, d);
+        slot = (slot + 1) % kStages;
+    }
+    cp_async_wait<0>();
+    store_sums<T, Shape>(p, rows, column, d);
+}
+
+// --- launches ---
+
+template <typename T, int kRowTiles, bool kPacked, bool kAcross>
+const char* launch(const Product& p, void* stream) {
+    using Own = Shape<T, kRowTiles, kPacked, kAcross>;
+    const int64_t column_tiles = ceil_div(p.columns, kColumns);
+    const int64_t blocks = most_tiles(p.groups, Own::kRows) * column_tiles;
+    if (blocks > INT32_MAX) return "too many rows and columns for one launch";
+    return PEFTCORE_LAUNCH((product_kernel<T, Own>), unsigned(blocks), kThreads, 0, stream, p,
+                           unsigned(column_tiles));
+}
+
+template <typename T, int kRowTiles>
+const char* launch(const Product& p, void* stream) {
+    if (p.weight.quant_map == nullptr)
+        return p.across ? launch<T, kRowTiles, false, true>(p, stream)
+                        : launch<T, kRowTiles, false, false>(p, stream);
+    return p.across ? launch<T, kRowTiles, true, true>(p, stream)
+                    : launch<T, kRowTiles, true, false>(p, stream);
+}
+
+// By the rows that an expert has if all have as many: nobody here knows how many one has.
+template <typename T>
+const char* launch_product(const Product& p, void* stream) {
+    if (p.groups.rows <= 16 * p.groups.experts) return launch<T, 1>(p, stream);
+    if (sizeof(T) == 4 || p.groups.rows <= 64 * p.groups.experts) return launch<T, 4>(p, stream);
+    return launch<T, sizeof(T) == 4 ? 4 : 8>(p, stream);
+}
+
+}  // namespace
+}  // namespace grouped
+}  // namespace peftcore

@@ -1,0 +1,74 @@
+// dA and dB of experts: a block takes columns of one expert, whose rows it adds in their order
+// (lora/cuda/reduce.cuh). An expert without rows has zeros. No GPU was at hand: written for bandwidth, proved on the
+// emulator.
+#include "grouped/cuda/groups.cuh"
+#include "lora/cuda/reduce.cuh"
+
+namespace peftcore {
+namespace grouped {
+namespace {
+
+__device__ __forceinline__ void store(void* out, Dtype dtype, int64_t i, float value) {
+    if (dtype == Dtype::kFloat)
+        static_cast<float*>(out)[i] = value;
+    else if (dtype == Dtype::kHalf)
+        static_cast<Half*>(out)[i] = from_float<Half>(value);
+    else
+        static_cast<BFloat16*>(out)[i] = from_float<BFloat16>(value);
+}
+
+template <typename T, int kRankTiles>
+__global__ void __launch_bounds__(kThreads)
+    reduce_kernel(const Reduce p, int column_chunks, int rank_chunks) {
+    const bool rise = offsets_rise(p.groups);
+    const int64_t chunk = blockIdx.x / unsigned(rank_chunks), expert = chunk / column_chunks;
+    lora::ReduceTile own = {};
+    own.wide = p.wide;
+    own.thin = p.thin;
+    own.columns = p.columns;
+    own.rank = p.rank;
+    own.first_row = rise && expert > 0 ? p.groups.offsets[expert - 1] : 0;
+    own.last_row = rise ? p.groups.offsets[expert] : 0;
+    own.column = chunk % column_chunks * lora::kReduceColumns;
+    own.first_rank = int(blockIdx.x % unsigned(rank_chunks)) * 8 * kRankTiles;
+    own.dropout = p.dropout;
+    const int64_t begin = expert * p.columns * p.rank;
+    lora::reduce_tile<T, kRankTiles, false>(own, [&](int64_t column, int rank, float sum) {
+        const int64_t i = p.transposed ? rank * p.columns + column : column * p.rank + rank;
+        store(p.out, p.out_dtype, begin + i, rise ? sum : bits_float(0x7fc00000u));
+    });
+}
+
+template <typename T, int kRankTiles>
+const char* launch(const Reduce& p, void* stream) {
+    const int column_chunks = int(ceil_div(p.columns, lora::kReduceColumns));
+    const int rank_chunks = int(ceil_div(p.rank, 8 * kRankTiles));
+    const int64_t blocks = p.groups.experts * column_chunks * rank_chunks;
+    if (blocks > INT32_MAX) return "too many experts for one launch";
+    return PEFTCORE_LAUNCH((reduce_kernel<T, kRankTiles>), unsigned(blocks), kThreads, 0, stream, p,
+                           column_chunks, rank_chunks);
+}
+
+template <typename T>
+const char* launch(const Reduce& p, void* stream) {
+    constexpr int kMany = sizeof(T) == 2 ? 8 : 4;  // two stages of fp32 have no room for more
+    return p.rank <= 16 ? launch<T, 2>(p, stream) : launch<T, kMany>(p, stream);
+}
+
+}  // namespace
+}  // namespace grouped
+}  // namespace peftcore
+
+extern "C" const char* peftcore_grouped_reduce(const peftcore::grouped::Reduce* reduce, void* stream) {
+    using namespace peftcore;
+    if (reduce->groups.experts == 0 || reduce->columns == 0 || reduce->rank == 0) return nullptr;
+    switch (reduce->dtype) {
+        case Dtype::kFloat:
+            return grouped::launch<float>(*reduce, stream);
+        case Dtype::kHalf:
+            return grouped::launch<Half>(*reduce, stream);
+        case Dtype::kBFloat16:
+            return grouped::launch<BFloat16>(*reduce, stream);
+    }
+    return "unknown dtype";
+}

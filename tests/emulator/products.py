@@ -1,0 +1,38 @@
+"""What tests of products share: numbers, memory that must stay as it is, and how far a sum may be off."""
+
+import torch
+from emulator.structs import Dropout
+
+from peftcore.ops.dropout import keep_mask, threshold
+
+SEED = 0x123456789ABCDEF0  # of dropout
+EPS = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def kept(x, p):
+    return x.double() * keep_mask(*x.shape, p, SEED)
+
+
+def dropout(p):
+    return Dropout(threshold(p), SEED & 0xFFFFFFFF, SEED >> 32)
+
+
+def check(found, wanted, magnitude):
+    # fp32 sums in another order, and one rounding of the result.
+    error = (found.double() - wanted).abs()
+    assert (error <= magnitude * 2.0**-18 + wanted.abs() * EPS[found.dtype] + 2.0**-24).all(), error.max()
+
+
+def guarded(*shape, dtype):
+    """(memory, a view of it, whose surroundings must stay 7)."""
+    count = torch.Size(shape).numel()
+    memory = torch.full((count + 8,), 7, dtype=dtype)
+    return memory, memory[4 : 4 + count].view(shape)
+
+
+def untouched(memory):
+    assert (memory[:4] == 7).all() and (memory[-4:] == 7).all()

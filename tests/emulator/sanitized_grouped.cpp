@@ -1,0 +1,191 @@
+// The kernels of experts on memory of exactly the size they may touch, beside sums in double; and with offsets that
+// lead out of it.
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "emulator.h"
+#include "grouped/cuda/grouped_cuda.h"
+#include "sanitized.h"
+
+namespace {
+
+using namespace peftcore;
+using namespace peftcore::grouped;
+
+// An expert's values are whole blocks of 32, of which 64 share a scale of scales.
+struct Sizes {
+    int64_t inner, columns;
+    int rank;
+    bool across, packed;
+};
+
+template <typename T>
+class Case {
+ public:
+    Case(const Sizes& sizes, const std::vector<int>& ends, int64_t rows, int skip, Dtype dtype,
+         std::mt19937& random)
+        : sizes_(sizes),
+          experts_(int64_t(ends.size())),
+          rows_(rows),
+          count_(sizes.inner * sizes.columns),
+          dtype_(dtype),
+          random_(random),
+          offsets_(experts_),
+          x_(rows * sizes.inner, skip),
+          out_(rows * sizes.columns, skip),
+          bias_(experts_ * sizes.columns, skip),
+          dense_(experts_ * count_, skip),
+          thin_(rows * sizes.rank, skip),
+          factor_(experts_ * sizes.columns * sizes.rank, skip),
+          codes_(experts_ * count_ / 2, skip),
+          absmax_(experts_ * count_ / 32),
+          quant_map_(16),
+          map_(256),
+          offset_(1),
+          outer_((experts_ * count_ / 32 + 63) / 64) {
+        std::copy(ends.begin(), ends.end(), offsets_.data);
+        for (Array<T>* array : {&x_, &bias_, &dense_}) fill(*array);
+        for (Array<float>* array : {&thin_, &factor_, &quant_map_, &map_, &offset_, &outer_}) fill(*array);
+        for (int64_t i = 0; i < codes_.count; ++i) codes_.data[i] = uint8_t(random());
+        for (int64_t i = 0; i < absmax_.count; ++i) absmax_.data[i] = uint8_t(random());
+    }
+
+    void run(bool rise) {
+        Product p = {};
+        p.groups = {offsets_.data, experts_, rows_};
+        p.dtype = dtype_;
+        p.wide = x_.data;
+        p.out = out_.data;
+        p.inner = sizes_.inner;
+        p.columns = sizes_.columns;
+        p.weight = view();
+        p.across = sizes_.across;
+        p.bias = bias_.data;
+        p.thin = thin_.data;
+        p.factor = factor_.data;
+        p.factor_across = sizes_.rank > 16;
+        p.rank = sizes_.rank;
+        checked(peftcore_grouped_product(&p, nullptr));
+        compare(p, rise);
+        p.dropout = {6554, 1, 2};  // for what it touches
+        checked(peftcore_grouped_product(&p, nullptr));
+
+        const Array<float> a(experts_ * sizes_.inner * sizes_.rank), s(rows_ * sizes_.rank);
+        std::fill_n(a.data, a.count, 1.0f);
+        Down down = {p.groups,        dtype_,      x_.data, sizes_.inner, a.data,
+                     p.factor_across, sizes_.rank, 1,       {},           s.data};
+        checked(peftcore_grouped_down(&down, nullptr));
+        down.dropout = p.dropout;
+        checked(peftcore_grouped_down(&down, nullptr));
+
+        const Array<T> da(experts_ * sizes_.inner * sizes_.rank);
+        const Reduce reduce = {p.groups,    dtype_, x_.data, thin_.data,      sizes_.inner,
+                               sizes_.rank, {},     dtype_,  p.factor_across, da.data};
+        checked(peftcore_grouped_reduce(&reduce, nullptr));
+        for (int64_t i = 0; i < da.count; ++i)
+            require(std::isfinite(to_float(da.data[i])) == rise, "a gradient differs", rows_, sizes_.rank);
+    }
+
+ private:
+    template <typename Element>
+    void fill(Array<Element>& array) {
+        std::normal_distribution<float> normal;
+        for (int64_t i = 0; i < array.count; ++i) array.data[i] = from_float<Element>(normal(random_));
+    }
+
+    void checked(const char* error) { require(error == nullptr, error ? error : "", rows_, sizes_.rank); }
+
+    WeightView view() const {
+        WeightView weight;
+        weight.rows = experts_ * (sizes_.across ? sizes_.inner : sizes_.columns);
+        weight.columns = sizes_.across ? sizes_.columns : sizes_.inner;
+        if (!sizes_.packed) {
+            weight.dense = dense_.data;
+            weight.itemsize = sizeof(T);
+            return weight;
+        }
+        weight.codes = codes_.data;
+        weight.absmax = absmax_.data;
+        weight.quant_map = quant_map_.data;
+        weight.shift = 5;
+        weight.nested_absmax = outer_.data;
+        weight.nested_quant_map = map_.data;
+        weight.nested_offset = offset_.data;
+        weight.nested_shift = 6;
+        return weight;
+    }
+
+    double value(int64_t expert, int64_t k, int64_t n) const {
+        const int64_t i = expert * count_ + (sizes_.across ? k * sizes_.columns + n : n * sizes_.inner + k);
+        if (!sizes_.packed) return to_float(dense_.data[i]);
+        const int q = i % 2 ? codes_.data[i / 2] & 15 : codes_.data[i / 2] >> 4;
+        return to_float(from_float<T>(quant_map_.data[q] * block_scale(view(), i / 32)));
+    }
+
+    void compare(const Product& p, bool rise) const {
+        const double eps = sizeof(T) == 4 ? 0x1p-24 : std::is_same_v<T, Half> ? 0x1p-11 : 0x1p-8;
+        int64_t expert = 0;
+        for (int64_t m = 0; m < rows_; ++m) {
+            while (rise && expert < experts_ && m >= offsets_.data[expert]) ++expert;
+            for (int64_t n = 0; n < sizes_.columns; ++n) {
+                const double found = to_float(out_.data[m * sizes_.columns + n]);
+                if (!rise || expert == experts_) {
+                    require(rise ? found == 0 : std::isnan(found), "a row of none differs", rows_,
+                            sizes_.rank);
+                    continue;
+                }
+                double sum = to_float(bias_.data[expert * sizes_.columns + n]), magnitude = std::fabs(sum);
+                const auto add = [&](double product) { sum += product, magnitude += std::fabs(product); };
+                for (int64_t k = 0; k < sizes_.inner; ++k)
+                    add(to_float(x_.data[m * sizes_.inner + k]) * value(expert, k, n));
+                const float* f = factor_.data + expert * sizes_.columns * sizes_.rank;
+                for (int j = 0; j < sizes_.rank; ++j)
+                    add(double(thin_.data[m * sizes_.rank + j]) *
+                        f[p.factor_across ? j * sizes_.columns + n : n * sizes_.rank + j]);
+                const double tolerance = magnitude * 0x1p-18 + std::fabs(sum) * eps + 0x1p-24;
+                require(std::fabs(found - sum) <= tolerance, "a product differs", rows_, sizes_.rank);
+            }
+        }
+    }
+
+    Sizes sizes_;
+    int64_t experts_, rows_, count_;
+    Dtype dtype_;
+    std::mt19937& random_;
+    Array<int32_t> offsets_;
+    Array<T> x_, out_, bias_, dense_;
+    Array<float> thin_, factor_;
+    Array<uint8_t> codes_, absmax_;
+    Array<float> quant_map_, map_, offset_, outer_;
+};
+
+}  // namespace
+
+int run_grouped(uint64_t seed) {
+    emulator::machine.seed = seed;
+    std::mt19937 random(static_cast<unsigned>(seed));
+    struct {
+        std::vector<int> ends;
+        int64_t rows;
+        bool rise;
+    } const groups[] = {{{3, 3, 20}, 22, true},   {{40, 71}, 71, true},   {{130}, 131, true},
+                        {{2, 1, 9}, 9, false},    {{-7, 5, 9}, 9, false}, {{4, 9, 1 << 30}, 9, false},
+                        {{9, 1 << 30}, 70, false}};
+    int cases = 0;
+    for (const auto& [ends, rows, rise] : groups)
+        for (bool across : {false, true})
+            for (bool packed : {false, true}) {
+                const int dtype = cases % 3, skip = cases / 2 % 2, odd = cases / 3 % 2;
+                Sizes sizes{odd ? 75 : 160, odd ? 32 : 96, std::vector<int>{1, 16, 33}[cases / 2 % 3], across,
+                            packed};
+                if (across) std::swap(sizes.inner, sizes.columns);
+                if (dtype == 0) Case<float>(sizes, ends, rows, skip, Dtype::kFloat, random).run(rise);
+                if (dtype == 1) Case<Half>(sizes, ends, rows, skip, Dtype::kHalf, random).run(rise);
+                if (dtype == 2) Case<BFloat16>(sizes, ends, rows, skip, Dtype::kBFloat16, random).run(rise);
+                ++cases;
+            }
+    printf("%d cases agree\n", cases);
+    return 0;
+}
