@@ -1,4 +1,4 @@
-# One command each: make demo | test | fuzz | lint | fix | bench | matrix | compare | census. What they need is installed into .venv by the first call;
+# One command each: make install | demo | test | fuzz | lint | fix | docs | bench | matrix | compare | census. What they need is installed into .venv by the first call;
 # stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -14,7 +14,10 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 
 BENCHMARKS = $(shell grep -l __main__ benchmarks/*.py)
 
-.PHONY: demo test fuzz lint fix bench matrix compare census clean
+.PHONY: install demo test fuzz lint fix docs bench matrix compare census clean
+
+install: $(VENV)/train.stamp
+	@echo "installed into $(VENV). Go on with: . $(VENV)/bin/activate"
 
 demo: $(VENV)/train.stamp
 	$(PY) benchmarks/demo/run.py
@@ -39,7 +42,11 @@ fix: $(VENV)/dev.stamp
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-# The README's table of methods, from conformance runs; a test fails when it is stale.
+# The site into build/docs: links, names and options that lead nowhere are errors.
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+# The table of methods in docs/methods.md, from conformance runs; a test fails when it is stale.
 matrix: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(PY) tests/matrix.py
 
@@ -68,6 +75,10 @@ $(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)
 	@echo "building the extension, installing peftcore and its plugins"
 	$(BUILD) -e ".[train,gguf]"
 	$(BUILD) --no-deps $(PLUGINS:%=-e ./%)
+	@touch $@
+
+$(VENV)/docs.stamp: $(VENV)/train.stamp
+	$(BUILD) -e ".[docs]"
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp

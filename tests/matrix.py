@@ -1,7 +1,7 @@
-"""The README's table of methods, made from conformance runs: `make matrix`.
+"""The table of methods in docs/methods.md, made from conformance runs: `make matrix`.
 
 A conformance test gives its report to `check`, which compares it with that of the last `make matrix`, kept in
-tests/matrix.json; a test of the README compares the table with the file. So a table that is no longer true fails,
+tests/matrix.json; a test of the page compares the table with the file. So a table that is no longer true fails,
 and nothing is run twice.
 """
 
@@ -35,14 +35,14 @@ COLUMNS = {
 
 
 def check(report: Report) -> None:
-    """Compare a report with the one that the README's table was made from, or in `make matrix` keep it."""
+    """Compare a report with the one that the table was made from, or in `make matrix` keep it."""
     reports = read()
     found = {r.name: r.reason for r in report.of(report.first) if r.name in COLUMNS.values()}
     found |= {f"{ON}{family}": report.of(family)[0].reason for family in report.families}
     if os.environ.get(WRITING):
         REPORTS.write_text(json.dumps({**reports, report.method: found}, indent=1, sort_keys=True) + "\n")
         return
-    assert reports.get(report.method) == found, f"the README's row of {report.method} is stale. Run: make matrix"
+    assert reports.get(report.method) == found, f"the row of {report.method} is stale. Run: make matrix"
 
 
 def read() -> dict[str, dict[str, str | None]]:
@@ -77,7 +77,7 @@ def table(reports: dict[str, dict[str, str | None]]) -> str:
 
 
 def section(text: str) -> str:
-    """What the README has between the markers."""
+    """What the page has between the markers."""
     return re.search(f"{re.escape(START)}\n(.*?){re.escape(END)}", text, re.DOTALL)[1]
 
 
@@ -89,10 +89,10 @@ def main() -> None:
     missing = registry.methods().keys() - read().keys()
     if missing:
         sys.exit(f"no conformance run of {', '.join(sorted(missing))} gave its report to matrix.check")
-    readme = ROOT / "README.md"
-    text = readme.read_text()
+    page = ROOT / "docs/methods.md"
+    text = page.read_text()
     before, rest = text.split(START)
-    readme.write_text(f"{before}{START}\n{table(read())}{END}{rest.split(END)[1]}")
+    page.write_text(f"{before}{START}\n{table(read())}{END}{rest.split(END)[1]}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,124 @@
+"""What README and the pages of docs/ show is true: their code runs, in its order, and what they name exists."""
+
+import json
+import pkgutil
+import re
+from pathlib import Path
+
+import matrix
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+import peftcore
+from peftcore.registry import registry
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a tiny one stands in for it, as a folder where the code runs
+README_WORDS = 900
+# A block of code, unless the line above says that it is not run here, and why.
+BLOCK = re.compile(r"(<!-- not run here: .* -->\n)?```(python|sh)\n(.*?)```", re.DOTALL)
+NOT_RUN = {"plugins.md"}  # parts of one module, of which test_tutorial.py runs the whole
+
+
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """(language, code) of those that are run."""
+    found = BLOCK.findall(page.read_text())
+    return [(language, code) for why, language, code in found if not why and page.name not in NOT_RUN]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the model and the conversations that the pages name."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from peftcore.cli.conversations import CHATML
+
+    torch.manual_seed(0)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    letters = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="<|im_end|>", pad_token="<|pad|>")
+    tokenizer.chat_template = CHATML
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    special = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **sizes, **special))
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / MODEL)
+    turns = [("user", "Is it good?"), ("assistant", "It is very good.")]
+    line = json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
+    (tmp_path / "chat.jsonl").write_text(f"{line}\n" * 6)
+    monkeypatch.chdir(tmp_path)
+
+    def no_line(_prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", no_line)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(page: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    for language, code in blocks(page):
+        if language == "python":
+            exec(compile(code, page.name, "exec"), names)
+            continue
+        for line in code.replace("\\\n", " ").splitlines():
+            run(line)
+
+
+def run(line: str) -> None:
+    """A command of ours; what installs is run by CI itself."""
+    import shlex
+
+    from typer.testing import CliRunner
+
+    from peftcore.cli.app import build
+
+    words = shlex.split(line, comments=True)
+    if words[:1] != ["peftcore"]:
+        assert words[:1] in ([], ["make"], ["pip"], ["."]), line
+        return
+    result = CliRunner().invoke(build(words[1:]), words[1:])
+    assert result.exit_code == 0, f"{line}\n{result.output}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_names_exists(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:\s]+)\)", text):
+        assert (page.parent / target).exists(), target
+    for _, language, code in BLOCK.findall(text):
+        for name in re.findall(r"peftcore\.(\w+)", code) if language == "python" else ():
+            assert hasattr(peftcore, name), name
+    for command in re.findall(r"\bmake ([a-z]+)\b", re.sub(r"[^`]*`([^`]*)`", r" \1 ", text)):
+        assert f"\n{command}:" in (ROOT / "Makefile").read_text(), command
+
+
+def test_what_peft_has_is_there_and_what_stands_for_it_too() -> None:
+    rows = re.findall(r"^\| `(peft\.[\w.]+)` \| (.*) \|$", (ROOT / "docs/from-peft.md").read_text(), re.MULTILINE)
+    assert len(rows) > 15
+    for theirs, ours in rows:
+        assert pkgutil.resolve_name(theirs) is not None
+        for name in re.findall(r"`(peftcore\.\w+)`", ours):
+            assert pkgutil.resolve_name(name) is not None
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= README_WORDS
+
+
+def test_every_public_name_is_in_the_api() -> None:
+    listed = re.findall(r"^::: peftcore\.([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert set(peftcore.__all__) <= set(listed)
+    assert len(listed) == len(set(listed))
+
+
+def test_the_table_of_methods_is_that_of_the_conformance_runs() -> None:
+    reports, page = matrix.read(), (ROOT / "docs/methods.md").read_text()
+    assert reports.keys() == registry.methods().keys(), "run: make matrix"
+    assert matrix.section(page) == matrix.table(reports), "run: make matrix"
+    for name in registry.methods():
+        assert all(f"| `{name}` |" in text for text in (page, (ROOT / "README.md").read_text())), name
