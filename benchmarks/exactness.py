@@ -1,6 +1,6 @@
 """How exact the operators are, beside Hugging Face PEFT and bitsandbytes: errors against float64.
 
-    python benchmarks/exactness.py [--small] [--level amx] [--only lora linear_4bit nf4 optim]
+    python benchmarks/exactness.py [--small] [--level amx] [--only lora grouped linear_4bit nf4 optim]
 
 Every input is what both sides are given, as it is, in float64 for the exact result. "roundings" are an error's median,
 99th percentile and maximum, each over that of the exact result rounded once to the output's dtype: 1.0 is the best
@@ -112,6 +112,44 @@ def lora(shapes=SHAPES, ranks=RANKS, dtypes=DTYPES):
                     yield Row(what, Error.of(one, right), Error.of(other, right), bound)
 
 
+def grouped(shapes=SHAPES, dtypes=DTYPES):
+    """grouped_linear and grouped_lora_linear over four experts, beside transformers' grouped_mm over their weights, and
+    over weights to which 0.5 B A was added, as peft's `target_parameters` does."""
+    offsets = torch.tensor([0.1, 0.1, 0.7, 1.0])
+    for m, k, n in shapes:
+        ends, r = (offsets * m).to(torch.int32), 16
+        for dtype in dtypes:
+            x, w = normal(m, k, seed=0, dtype=dtype), (normal(4, n, k, seed=1) / k**0.5).to(dtype)
+            a, b = normal(4, r, k, seed=2) / k**0.5, normal(4, n, r, seed=3) / r**0.5
+            dy = (normal(m, n, seed=4) / n**0.5).to(dtype)
+
+            def gradients(call, thin, x=x, dy=dy, a=a, b=b):
+                inputs = [t.clone().requires_grad_() for t in ((x, a, b) if thin else (x,))]
+                y = call(*inputs)
+                return y, *torch.autograd.grad(y, inputs, dy)
+
+            def ours(x, *thin, w=w, ends=ends):
+                if thin:
+                    return ops.grouped_lora_linear(x, ends, w, None, *thin, scale=0.5)
+                return ops.grouped_linear(x, ends, w)
+
+            def theirs(x, *thin, w=w, ends=ends, dtype=dtype):
+                if thin:
+                    w = w + (0.5 * thin[1] @ thin[0]).to(dtype)
+                return F.grouped_mm(x, w.mT, offs=ends)
+
+            def exact(x, *thin, w=w, ends=ends):
+                w = w.double() + (0.5 * thin[1].double() @ thin[0].double() if thin else 0)
+                return torch.cat([part @ w[e].T for e, part in enumerate(x.double().tensor_split(ends[:-1].long()))])
+
+            for thin in (False, True):
+                wide = (t.double() for t in (x, dy, a, b))
+                rows = zip(gradients(ours, thin), gradients(theirs, thin), gradients(exact, thin, *wide), strict=True)
+                for name, (one, other, right) in zip(("y", "dx", "dA", "dB"), rows, strict=False):
+                    what = f"grouped{'_lora' if thin else ''}_linear {name}, {k} -> {n}, {str(dtype)[6:]}"
+                    yield Row(what, Error.of(one, right), Error.of(other, right))
+
+
 def linear_4bit(shapes=SHAPES, dtypes=DTYPES):
     """y and dx of a weight in NF4 beside bitsandbytes, which unpacks it; exact is what its codes stand for."""
     import bitsandbytes.functional as bnb
@@ -190,7 +228,7 @@ def optimizers(shapes=SHAPES, steps=20):
         yield Row(f"{rule}, {steps} steps, {count} values", Error.of(ours(rule), p), Error.of(theirs(make), p))
 
 
-TABLES = {"lora": lora, "linear_4bit": linear_4bit, "nf4": nf4, "optim": optimizers}
+TABLES = {"lora": lora, "grouped": grouped, "linear_4bit": linear_4bit, "nf4": nf4, "optim": optimizers}
 
 
 def main():

@@ -19,6 +19,7 @@ struct Place {
     int64_t row, column;
     float* sums;  // of this row and column, kPanelColumns a row
     bool first, last;
+    Ahead* ahead;
 };
 
 template <int R>
@@ -30,7 +31,9 @@ inline void multiply_tile(const Place& place, const uint32_t* x, const uint32_t*
         for (int v = 0; v < 2; ++v)
             sum[r][v] =
                 place.first ? _mm512_setzero_ps() : _mm512_loadu_ps(place.sums + r * kPanelColumns + 16 * v);
+    Ahead ahead = place.ahead != nullptr ? *place.ahead : Ahead({});
     for (int64_t p = 0; p < pairs; ++p, x += R, right += kTileColumns) {
+        ahead.next();
         const __m512bh first = __m512bh(_mm512_loadu_si512(right)),
                        second = __m512bh(_mm512_loadu_si512(right + 16));
 #pragma GCC unroll 12
@@ -40,6 +43,7 @@ inline void multiply_tile(const Place& place, const uint32_t* x, const uint32_t*
             sum[r][1] = _mm512_dpbf16_ps(sum[r][1], second, pair);
         }
     }
+    if (place.ahead != nullptr) *place.ahead = ahead;
     if (!place.last) {
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r)
@@ -95,7 +99,8 @@ struct DotProducts {
                                  .column = (panel.tile + i) * kTileColumns,
                                  .sums = block.sums + i * kTileColumns,
                                  .first = panel.first,
-                                 .last = panel.last},
+                                 .last = panel.last,
+                                 .ahead = block.ahead},
                                 rows, panel.right + i * panel.pairs * kTileColumns, panel.pairs);
     }
 

@@ -15,6 +15,12 @@ namespace gemm {
 
 constexpr int kTileColumns = 32;  // two registers
 
+// Rows of memory, so many bytes each, which begin `stride` apart.
+struct Region {
+    const char* first = nullptr;
+    int64_t rows = 0, bytes = 0, stride = 0;
+};
+
 // B, tile by tile. Two values that follow one another on the inner dimension make a pair, the first in the
 // low half.
 struct Tiles {
@@ -26,7 +32,10 @@ struct Tiles {
                    uint32_t* out) = nullptr;
     bool even_odd = false;  // a tile's columns come as 0, 2, .. 30, 1, 3, .. 31; otherwise in order
 
-    Tiles of(const void* matrix) const { return {matrix, unpack, even_odd}; }
+    // What `unpack` of the same arguments reads, but for scales.
+    Region (*region)(const void* source, int64_t column, int tiles, int64_t first, int64_t last) = nullptr;
+
+    Tiles of(const void* matrix) const { return {matrix, unpack, even_odd, region}; }
 };
 
 // Which numbers of a matrix count: for column k bit k % 8 of byte k / 8 of its row. A row is read by 32 bits.

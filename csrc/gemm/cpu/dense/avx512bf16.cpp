@@ -72,11 +72,30 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
     }
 }
 
+Region region(const WeightView& weight, Range rows, Range columns) {
+    const int64_t row = weight.columns * int64_t(sizeof(BFloat16));
+    return {.first = static_cast<const char*>(weight.dense) + rows.first * row +
+                     columns.first * int64_t(sizeof(BFloat16)),
+            .rows = least(rows.last, weight.rows) - rows.first,
+            .bytes = (least(columns.last, weight.columns) - columns.first) * int64_t(sizeof(BFloat16)),
+            .stride = row};
+}
+
+Region region_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last) {
+    return region(*static_cast<const WeightView*>(source), {column, column + tiles * kTileColumns},
+                  {first, last});
+}
+
+Region region_plain(const void* source, int64_t column, int tiles, int64_t first, int64_t last) {
+    return region(*static_cast<const WeightView*>(source), {first, last},
+                  {column, column + tiles * kTileColumns});
+}
+
 }  // namespace
 
 void fill_avx512bf16(DenseReader& reader) {
-    reader = {.transposed = {.unpack = unpack_transposed, .even_odd = false},
-              .plain = {.unpack = unpack_plain, .even_odd = true}};
+    reader = {.transposed = {.unpack = unpack_transposed, .even_odd = false, .region = region_transposed},
+              .plain = {.unpack = unpack_plain, .even_odd = true, .region = region_plain}};
 }
 
 }  // namespace gemm

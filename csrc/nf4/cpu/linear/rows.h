@@ -35,6 +35,9 @@ template <RowLanes Level>
 struct LinearRows {
     static constexpr int kChunk = Level::kLanes * 8;  // values
     static constexpr int kMaxTile = 4;                // rows of x that share a lookup
+    // Bytes from what is read to what is fetched meanwhile: some rows of W, which the processor does not foresee to
+    // their ends. A row of x by 1536 x 2048 out of memory on one core of Zen 4: 0.17 ms, and 0.29 without.
+    static constexpr int64_t kAhead = 4096;
     using Vector = typename Level::Vector;
 
     static int64_t chunks(int64_t columns) { return (columns + kChunk - 1) / kChunk; }
@@ -83,8 +86,11 @@ struct LinearRows {
             const int64_t k = c * kChunk;
             const int words = columns - k < kChunk ? int(columns - k) / 8 : Level::kLanes;
             typename Level::Words word[kRows];
-            for (int r = 0; r < kRows; ++r)
-                word[r] = Level::load_words(weight.codes + ((n + r) * columns + k) / 2, words);
+            for (int r = 0; r < kRows; ++r) {
+                const uint8_t* from = weight.codes + ((n + r) * columns + k) / 2;
+                __builtin_prefetch(from + kAhead);
+                word[r] = Level::load_words(from, words);
+            }
             Vector part[kRows][kTile];
             for (auto& row : part)
                 for (Vector& sum : row) sum = Level::zero();

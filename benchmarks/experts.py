@@ -1,0 +1,229 @@
+"""Experts' forward and backward beside transformers and peft, in one run, and one token through experts in 4 bits.
+
+    python benchmarks/experts.py [--threads 2] [--seconds 20] [--rank 16] [--only step decode] [--slow]
+
+step: 32 experts of [768, 1024] and [1024, 384], 256 tokens, top 8 (2048 rows), bf16; gradients for what enters, and for
+the factors of LoRA. Rows of the table are timed in turn, and all keep the memory that they free. The floor is that of
+the frozen rows: one dense pair of layers with the same operations, as the library computes it, and all weights read
+twice at the bandwidth of a plain read; "weights" are those alone. peft is its `target_parameters` over the same module.
+--slow: also transformers' batched_mm and peft over its eager forward, once each.
+
+decode: one token, top 8 of 128 experts of [1536, 2048] and [2048, 768] (Qwen3-30B-A3B) in NF4 with nested scales, other
+experts at every call, so that they come from memory, as a share of a plain read's bandwidth.
+"""
+
+import argparse
+import copy
+import logging
+import time
+import warnings
+
+import measure
+import torch
+from torch.nn import functional as F
+
+from peftcore import ops
+from peftcore.experts import Thin, experts_forward
+
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
+TOKENS, TOP_K = 256, 8
+
+
+def experts(count, hidden, intermediate, dtype=torch.bfloat16):
+    """Qwen3-MoE's module of experts, frozen."""
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(hidden_size=hidden, moe_intermediate_size=intermediate, num_experts=count)
+    config._experts_implementation = "grouped_mm"
+    module = Qwen3MoeExperts(config).to(dtype).requires_grad_(False)
+    for weight in module.parameters():
+        weight.copy_(torch.randn(weight.shape, dtype=torch.float32) * weight.shape[-1] ** -0.5)
+    return module
+
+
+def routing(tokens, count, top_k):
+    weights, index = torch.randn(tokens, count).softmax(-1).topk(top_k)
+    return index, weights / weights.sum(-1, keepdim=True)
+
+
+def factors(module, rank):
+    """A thin change of each parameter; both factors fp32, as peft's."""
+
+    def change(weight):
+        count, out, width = weight.shape
+        a = (torch.randn(count, rank, width) * width**-0.5).requires_grad_()
+        return Thin(a, (torch.randn(count, out, rank) * rank**-0.5).requires_grad_(), 0.5)
+
+    return {name: [change(weight)] for name, weight in module.named_parameters()}
+
+
+def in_nf4(module):
+    packed = {n: ops.quantize_4bit(w.float(), double_quant=True) for n, w in module.named_parameters()}
+    module = copy.deepcopy(module)
+    module.packed_parameter = packed.get
+    return module
+
+
+def with_peft(module, rank, implementation):
+    """(the module with peft's LoRA on its parameters, what is trained)."""
+    import peft
+
+    module = copy.deepcopy(module)
+    module.config._experts_implementation = implementation
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=rank // 2, target_modules=[], target_parameters=["0.gate_up_proj", "0.down_proj"]
+    )
+    model = peft.inject_adapter_in_model(config, torch.nn.Sequential(module)).train()
+    return model[0], [p for p in model.parameters() if p.requires_grad]
+
+
+def bandwidth(tensors):
+    """Bytes a second of reading these, which no cache holds: all threads, the best of a few."""
+    words = [t.contiguous().view(torch.uint8).view(-1)[: t.nbytes // 8 * 8].view(torch.int64) for t in tensors]
+    best = 0.0
+    for _ in range(3):
+        start = time.perf_counter()
+        for t in words:
+            t.sum()
+        best = max(best, sum(t.nbytes for t in words) / (time.perf_counter() - start))
+    return best
+
+
+def floor_of(module, seconds):
+    """ms of the dense pair and of the weights read twice."""
+    rows = TOKENS * TOP_K
+    pairs = [(w[0].clone(), torch.randn(rows, w.shape[2]).bfloat16(), torch.randn(rows, w.shape[1]).bfloat16())
+             for w in module.parameters()]  # fmt: skip
+
+    def pair():
+        for w, x, dy in pairs:
+            F.linear(x, w)
+            torch.mm(dy, w)
+
+    dense = min(measure.interleaved({"pair": pair}, seconds)["pair"])
+    rate = bandwidth([*module.parameters(), torch.randn(1 << 24)])
+    return dense, 2e3 * sum(w.nbytes for w in module.parameters()) / rate, rate
+
+
+def step(rank, seconds, slow):
+    torch.manual_seed(0)
+    module = experts(32, 1024, 384)
+    hidden = torch.randn(TOKENS, 1024).bfloat16().requires_grad_()
+    grad, (index, shares) = torch.randn(TOKENS, 1024).bfloat16(), routing(TOKENS, 32, TOP_K)
+    shares = shares.bfloat16()
+    packed, changes = in_nf4(module), factors(module, rank)
+    trained = [t for (thin,) in changes.values() for t in thin[:2]]
+
+    def timed(forward, more=()):
+        return lambda: torch.autograd.grad(forward(), (hidden, *more), grad)
+
+    def theirs(implementation):
+        other = copy.deepcopy(module)
+        other.config._experts_implementation = implementation
+        return timed(lambda: other(hidden, index, shares))
+
+    def ours(module, changes=None):
+        more = trained if changes else ()
+        return timed(lambda: experts_forward(module, hidden, index, shares, changes=changes), more)
+
+    def by_peft(implementation):
+        other, more = with_peft(module, rank, implementation)
+        return timed(lambda: other(hidden, index, shares), more)
+
+    rows = {
+        "peftcore": ours(module),
+        "peftcore NF4": ours(packed),
+        f"peftcore LoRA r={rank}": ours(module, changes),
+        f"peftcore LoRA r={rank} on NF4": ours(packed, changes),
+        "transformers grouped_mm": theirs("grouped_mm"),
+        "transformers eager": theirs("eager"),
+        f"peft r={rank}, grouped_mm": by_peft("grouped_mm"),
+    }
+    # First its backward alone, which others' memory would slow.
+    dense, weights, rate = floor_of(module, min(2.0, seconds / 8))
+    times = measure.interleaved(rows, seconds)
+    exact = exact_result(module, hidden, index, shares)
+    best = min(min(times[f"transformers {name}"]) for name in ("grouped_mm", "eager"))
+    print(f"\n32 experts, {TOKENS} tokens, top {TOP_K}, bf16, forward and backward (ms)")
+    print(f"{'':34}{'min':>9}{'median':>9}{'IQR':>8}   of transformers' best, of the floor, error")
+    print(f"{'dense pair':34}{dense:9.2f}\n{f'weights twice, {rate / 1e9:.1f} GB/s':34}{weights:9.2f}")
+    print(f"{'floor':34}{dense + weights:9.2f}")
+    for name, spent in times.items():
+        low, median, width = measure.spread(spent)
+        error = ""
+        if name in ("peftcore", "transformers grouped_mm", "transformers eager"):
+            forward = experts_forward if name == "peftcore" else type(module).forward
+            other = copy.deepcopy(module)
+            other.config._experts_implementation = name.split()[-1]
+            found = forward(other, hidden, index, shares).double()
+            error = f"{float((found - exact).norm() / exact.norm()):.1e}"
+        print(
+            f"{name:34}{low:9.2f}{median:9.2f}{width:8.2f}   {low / best:6.2f}{low / (dense + weights):8.2f}  {error}"
+        )
+    if slow:
+        for name, call in (("transformers batched_mm", theirs("batched_mm")), ("peft, eager", by_peft("eager"))):
+            start = time.perf_counter()
+            call()
+            print(f"{name:34}{(time.perf_counter() - start) * 1e3:9.0f}   once")
+
+
+@torch.no_grad()
+def exact_result(module, hidden, index, shares):
+    """In float64."""
+    other = copy.deepcopy(module).double()
+    other.config._experts_implementation = "eager"
+    return other(hidden.double(), index, shares.double())
+
+
+@torch.no_grad()
+def decode(seconds):
+    torch.manual_seed(0)
+    module = in_nf4(experts(128, 2048, 768))
+    parts = [t for n in ("gate_up_proj", "down_proj") for t in module.packed_parameter(n).operands()[0][:2]]
+    bytes_of_expert = sum(t.nbytes for t in parts) / 128
+    hidden = torch.randn(1, 2048).bfloat16()
+    calls = [routing(1, 128, TOP_K) for _ in range(64)]
+    turn = iter(range(1 << 40))
+
+    def token():
+        index, shares = calls[next(turn) % len(calls)]
+        experts_forward(module, hidden, index, shares.bfloat16())
+
+    def read():
+        index, _ = calls[next(turn) % len(calls)]
+        for t in parts:
+            rows = t.view(128, -1)
+            for e in index[0].tolist():
+                rows[e].view(torch.int64).sum()
+
+    times = measure.interleaved({"token": token, "read": read}, seconds)
+    rate, one = bandwidth(parts), TOP_K * bytes_of_expert
+    print(f"\none token, {TOP_K} of 128 experts of Qwen3-30B-A3B in NF4: {one / 1e6:.1f} MB, ", end="")
+    print(f"a plain read {rate / 1e9:.1f} GB/s")
+    for name, spent in times.items():
+        low, median, width = measure.spread(spent)
+        share = one / median * 1e3 / rate
+        print(f"{name:34}{low:9.3f}{median:9.3f}{width:8.3f} ms, {share:.0%} of the bandwidth")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=20)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--only", nargs="+", choices=["step", "decode"], default=["step", "decode"])
+    parser.add_argument("--slow", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    measure.print_surroundings(options.threads)
+    measure.keep_freed_memory()
+    if "step" in options.only:
+        step(options.rank, options.seconds, options.slow)
+    if "decode" in options.only:
+        decode(options.seconds / 4)
+
+
+if __name__ == "__main__":
+    main()
