@@ -6,14 +6,18 @@ method adapts may mean a module of experts (`experts`) or a weight of one (`gate
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from itertools import takewhile
+from types import CodeType
 from typing import Any
 
 from torch import nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
-from peftcore.experts import stacked_weights
+from peftcore.adaptation.class_swap import original_class
+from peftcore.experts import experts_layout, stacked_weights
 from peftcore.layers import is_linear, shape_of, sizes
 from peftcore.observation import bypassed
 from peftcore.targets.names import excluded, is_inside, layer_indices, matches, shortest_suffixes
@@ -24,8 +28,29 @@ ALL_LINEAR = "all-linear"
 
 def expert_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """The names of the weights of each module of experts, by its path."""
-    found = {path: stacked_weights(module) for path, module in base_modules(model) if path}
-    return {path: names for path, names in found.items() if names}
+    found = {}
+    for path, module in base_modules(model):
+        names = stacked_weights(module) if path else ()
+        if names and (experts_layout(module) is not None or all(is_read_by_itself(module, name) for name in names)):
+            found[path] = names
+    return found
+
+
+def is_read_by_itself(module: nn.Module, name: str) -> bool:
+    """Does a method of the module's class name its parameter `name`? One that none names is read by other modules.
+
+    Past its forward, so that a change of what that reads would do nothing (DBRX's experts).
+    """
+    own = takewhile(lambda cls: cls is not nn.Module, original_class(module).__mro__)
+    methods = (each for cls in own for key, each in vars(cls).items() if key not in ("__init__", "reset_parameters"))
+    codes = [getattr(inspect.unwrap(getattr(each, "__func__", each)), "__code__", None) for each in methods]
+    while codes:
+        code = codes.pop()
+        if code is not None:
+            if name in code.co_names:
+                return True
+            codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    return False
 
 
 def routers(model: nn.Module) -> set[str]:

@@ -101,13 +101,18 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[peftcore.
         targets.refuse_bypassed(model, [path])
         validation.require(
             not getattr(module, "_is_expert_parallel", False) and not has_forward_of_instance(module),
-            f"the experts at '{path}' are spread over processes (expert parallelism), or have a forward of their own, "
-            "which reads their weights unchanged. Load the model without a plan of that kind (distributed_config), or "
-            f"leave them out: exclude_modules=['{path.rpartition('.')[2]}']",
+            f"the experts at '{path}' are spread over processes (tensor or expert parallelism), or have a forward of "
+            "their own, which reads their weights unchanged. Load the model without a plan of that kind "
+            f"(distributed_config), or leave them out: exclude_modules=['{path.rpartition('.')[2]}']",
         )
         for place, name in enumerate(names):
             parameter: Any = module._parameters[name]
             shape, whole = shape_of(module, name), f"{path}.{name}"
+            validation.require(
+                targets.is_read_by_itself(module, name) or experts_layout(module) is not None,
+                f"'{whole}' is read past the forward of its module, by others: LoRA of it would do nothing. Leave it "
+                "out of target_parameters",
+            )
             is_packed = format_in_few_bits(module, name) is not None
             validation.require(
                 len(shape) in (2, 3) and (parameter.itemsize > 1 or name == "weight" or is_packed),

@@ -122,6 +122,18 @@ def test_a_layer_in_four_bits() -> None:
     torch.testing.assert_close(logits(model), acting, rtol=0, atol=1e-5)
 
 
+def test_what_others_read_is_refused() -> None:
+    """DBRX's experts read the weights of their GLU, and give them to its forward."""
+    from transformers.models.dbrx.modeling_dbrx import DbrxExperts
+
+    class Config:
+        hidden_size, ffn_hidden_size, moe_num_experts, ffn_act_fn = 16, 24, 4, {"name": "silu"}
+
+    model = nn.Sequential(nn.Linear(16, 16), DbrxExperts(Config()))
+    with pytest.raises(peftcore.PeftcoreError, match=r"'1.mlp.w1' is read past the forward of its module, by others"):
+        peftcore.apply(model, "lora", target_modules=[], target_parameters=["mlp.w1"])
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
