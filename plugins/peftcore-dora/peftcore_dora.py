@@ -14,18 +14,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import peftcore_lora
-from peftcore_lora.files import RULES
+from peftcore_lora.config import refuse_fields
+from peftcore_lora.files import RULES, name_inside
 from peftcore_lora.layers import LoraConv, LoraConvOnWeight, LoraEmbedding, LoraLinear, LoraLinearOnWeight, OnWeight
 from peftcore_lora.placing import place as place_lora
+from peftcore_lora.placing import wrapped
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import ops, validation
+from peftcore import ops
 from peftcore.adaptation.adapted import inside
 
 KNOWN = LoraLinear, LoraConv, LoraEmbedding, LoraLinearOnWeight, LoraConvOnWeight  # PEFT's DoRA has no others
-FIELDS = """r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern
-    alpha_pattern modules_to_save ensure_weight_tying use_rslora init_lora_weights bias fan_in_fan_out""".split()  # noqa: SIM905
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,7 @@ class DoraConfig(peftcore_lora.LoraConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        plain = peftcore_lora.LoraConfig()
-        for name in (field.name for field in dataclasses.fields(self) if field.name not in FIELDS):
-            message = f"{name}={getattr(self, name)!r} is not known with DoRA. Leave it out, or choose LoRA"
-            validation.require((getattr(self, name) or None) == (getattr(plain, name) or None), message)  # [] is None
-        validation.one_of((True, False, "gaussian"), init_lora_weights=self.init_lora_weights)
+        refuse_fields(self, "DoRA")
 
 
 class Dora(nn.Module):
@@ -96,12 +92,7 @@ class WithoutBias:
 
 def place(model: nn.Module, config: DoraConfig, architecture: peftcore.Architecture) -> list[Any]:
     placed = place_lora(model, config, architecture)
-    for i, (path, lora) in enumerate((getattr(p, "path", ""), getattr(p, "adapter", None)) for p in placed):
-        if lora is not None:
-            message = f"'{path}' is a layer that DoRA does not know, in PEFT neither: {type(lora).__name__}. Exclude it"
-            validation.require(type(lora) in KNOWN, f"{message}: exclude_modules=['{path}']; or choose LoRA")
-            placed[i] = dataclasses.replace(placed[i], adapter=Dora(lora))
-    return placed
+    return wrapped(placed, lambda lora: Dora(lora) if type(lora) in KNOWN else None, "DoRA")
 
 
 def initialize(model: nn.Module, adapters: Any, config: DoraConfig, batches: Any) -> None:
@@ -111,19 +102,12 @@ def initialize(model: nn.Module, adapters: Any, config: DoraConfig, batches: Any
         m.copy_(dora.norms(inside(model.get_submodule(path)).weight()).view_as(m))
 
 
-def tensor_name(placement: Any, name: str) -> str:
-    if not name.startswith("lora."):
-        return peftcore.tensor_name(placement, name)
-    of_lora = dataclasses.replace(placement, adapter=placement.adapter.lora)
-    return RULES.tensor_name(of_lora, name.removeprefix("lora."))
-
-
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
     rules = dataclasses.replace(
         RULES,
         matches=lambda fields: bool(fields.get("use_dora")),
-        tensor_name=tensor_name,
+        tensor_name=name_inside,
         write_config=lambda fields: {**RULES.write_config(fields), "use_dora": True},
         read_config=lambda fields: RULES.read_config({n: value for n, value in fields.items() if n != "use_dora"}),
         scaled=None,

@@ -159,6 +159,22 @@ def scaled(config: LoraConfig, factor: float) -> LoraConfig:
     return replace(config, lora_alpha=factor * config.lora_alpha, alpha_pattern=alphas)
 
 
+OF_KIN = """r lora_alpha lora_dropout target_modules exclude_modules layers_to_transform layers_pattern rank_pattern
+    alpha_pattern modules_to_save ensure_weight_tying use_rslora init_lora_weights bias fan_in_fan_out""".split()  # noqa: SIM905
+
+
+def refuse_fields(config: LoraConfig, method: str) -> None:
+    """Raise a PeftcoreError where a method that has a LoRA inside is given more of LoRA's fields, or starts."""
+    plain = LoraConfig()
+    for name in (each.name for each in fields(plain) if each.name not in OF_KIN):
+        found = getattr(config, name)
+        validation.require(
+            (found or None) == (getattr(plain, name) or None),  # [] is None
+            f"{name}={found!r} is not known with {method}. Leave it out, or choose LoRA",
+        )
+    validation.one_of((True, False, "gaussian"), init_lora_weights=config.init_lora_weights)
+
+
 def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
     """The layers that the config means, by path, of those that LoRA can adapt."""
     modules, experts = config.target_modules, list[str]()

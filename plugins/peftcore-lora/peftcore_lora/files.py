@@ -38,6 +38,14 @@ def tensor_name(placement: Any, name: str) -> str:
     return peftcore.tensor_name(placement, name)
 
 
+def name_inside(placement: Any, name: str) -> str:
+    """The same of an adapter that has a LoRA inside, `lora`, and is one on disk."""
+    if not name.startswith("lora."):
+        return peftcore.tensor_name(placement, name)
+    of_lora = replace(placement, adapter=placement.adapter.lora)
+    return tensor_name(of_lora, name.removeprefix("lora."))
+
+
 def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
     """With bias="all" PEFT writes the biases of modules_to_save, and those they replace, a second time."""
     tensors = {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}

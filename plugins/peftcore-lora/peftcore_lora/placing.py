@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -36,6 +38,17 @@ from peftcore_lora.parameters import LoraParameter, place_parameters
 from peftcore_lora.replication import check_replicated
 from peftcore_lora.tokens import place_tokens
 from peftcore_lora.training import LoraFrozenA
+
+
+def wrapped(placed: list[Any], wrap: Callable[[Any], nn.Module | None], method: str) -> list[Any]:
+    """LoRA's placements, each adapter inside `wrap(lora)`, which is None for a layer that the method does not know."""
+    for i, (path, lora) in enumerate((getattr(p, "path", ""), getattr(p, "adapter", None)) for p in placed):
+        outer = None if lora is None else wrap(lora)
+        message = f"'{path}' is a layer that {method} does not know, in PEFT neither: {type(lora).__name__}. Exclude it"
+        known = lora is None or outer is not None
+        validation.require(known, f"{message}: exclude_modules=['{path}']; or choose LoRA")
+        placed[i] = placed[i] if outer is None else replace(placed[i], adapter=outer)
+    return placed
 
 
 def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> list[Any]:

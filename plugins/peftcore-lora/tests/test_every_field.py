@@ -87,7 +87,7 @@ ROWS: dict[str, list[Case]] = {
     "lora_ga_config": [Case("{...}", Q, {"lora_ga_config": {"direction": "ArB2r"}})],
     "use_dora": cases("use_dora", True),
     "velora_config": [Case("{...}", {**Q, "velora_config": peft.VeloraConfig(num_groups=4, init_type="random")})],
-    "alora_invocation_tokens": cases("alora_invocation_tokens", [5, 17]),
+    "alora_invocation_tokens": cases("alora_invocation_tokens", [17, 3]),
     "use_qalora": [Case("true", Q, {"use_qalora": True})],
     "qalora_group_size": [Case("16", Q, {"qalora_group_size": 16})],
     "monteclora_config": [Case("{...}", {**Q, "monteclora_config": peft.MontecloraConfig()})],
@@ -114,6 +114,7 @@ NOTES = {
     "qalora_group_size": "of no consequence without `use_qalora`",
     "fan_in_fan_out": "here a layer's layout is read off the layer",
     "use_dora": "by the plugin `dora`",
+    "alora_invocation_tokens": "by the plugin `alora`",
     "target_parameters": "of any module, of two or three dimensions; files of PEFT before 0.19, too",
     "trainable_token_indices": "by the plugin `trainable-tokens`; of what is tied to the embedding, too",
     "lora_bias": "merged, it moves the layer's bias; where there is none that is refused",
@@ -184,7 +185,7 @@ def test_the_page_says_what_is_found(found: dict[str, list[tuple[str, str]]]) ->
 def test_plain_fields_work(found: dict[str, list[tuple[str, str]]]) -> None:
     """Whatever else is refused, these are not."""
     refused = {
-        "megatron_config", "alora_invocation_tokens", "use_qalora", "arrow_config", "kasa_config", "init_lora_weights",
+        "megatron_config", "use_qalora", "arrow_config", "kasa_config", "init_lora_weights",
         "use_dora",
     }  # fmt: skip
     wrong = {(field, *each) for field in found.keys() - refused for each in found[field] if each[1] != "works"}

@@ -1,0 +1,155 @@
+"""Activated LoRA (Greenewald et al. 2025, arXiv 2504.12397): a LoRA that acts from an invocation on.
+
+    y_t = W x_t + scale · B A x_t     at the tokens of a row's last invocation, and behind them
+    y_t = W x_t                       before it, and in rows without one
+
+So what is before it lies in the cache as the base would have it. Where the invocation is found in a call's `input_ids`
+is kept beside the cache for the calls that go on with it: tokens that come one by one are taken for generated ones,
+which invoke nothing. `model(..., alora_offsets=n)` says it instead, int64 [batch]: how many of the last tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, cast
+
+import peftcore_lora
+import torch
+from peftcore_lora.config import refuse_fields
+from peftcore_lora.files import RULES, name_inside
+from peftcore_lora.layers import LoraLinear, OnWeight
+from peftcore_lora.placing import place as place_lora
+from peftcore_lora.placing import wrapped
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import validation
+
+
+@dataclass(frozen=True)
+class AloraConfig(peftcore_lora.LoraConfig):
+    """LoRA's fields, of linear layers of decoders; on disk, as in Hugging Face PEFT, a LoRA with one more.
+
+    Args:
+        alora_invocation_tokens: the ids of what invokes it, as they stand in the text.
+    """
+
+    alora_invocation_tokens: Sequence[int] = ()
+    reaches_experts: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        refuse_fields(self, "activated LoRA")
+        tokens = list(self.alora_invocation_tokens)
+        wanted = f"alora_invocation_tokens are the ids that tokenizer.encode gives for the invocation, found {tokens}"
+        validation.require(bool(tokens) and all(type(t) is int and t >= 0 for t in tokens), wanted)
+
+
+class Text(NamedTuple):
+    """What a cache holds: where each row was invoked (-1: nowhere), its last tokens, how many there are."""
+
+    starts: Tensor
+    tail: Tensor
+    length: int
+
+
+class Invocation(nn.Module):
+    """Where the tokens stand in a call's input: found around the backbone, before any layer adds to the cache."""
+
+    needs_call = ("alora_offsets",)
+
+    def __init__(self, tokens: Sequence[int]) -> None:
+        super().__init__()
+        self.tokens = tuple(tokens)
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        self.acts()
+        return base(*args, **kwargs)
+
+    def acts(self) -> Tensor:
+        """`[batch, tokens]`: does the adapter act?"""
+        call = peftcore.current_call()
+        known = vars(call).setdefault("alora", {})
+        if self.tokens not in known:
+            known[self.tokens] = self.offset(call) if call.get("alora_offsets") is not None else self.found(call)
+        return cast(Tensor, known[self.tokens])
+
+    def offset(self, call: peftcore.Call) -> Tensor:
+        rows, count = (call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]).shape[:2]
+        last = torch.as_tensor(call["alora_offsets"]).reshape(rows, 1)
+        return torch.arange(count, device=last.device) >= count - last
+
+    def found(self, call: peftcore.Call) -> Tensor:
+        ids, say = call.get("input_ids"), "Give alora_offsets: how many of each row's last tokens, 0 for none"
+        validation.require(ids is not None, f"activated LoRA reads input_ids, and the call has none. {say}")
+        cache: Any = next((value for value in call.values() if "Cache" in type(value).__name__), None)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        before = vars(cache).get("alora", {}).get(self.tokens) if past else None
+        starts, tail = ids.new_full((len(ids),), -1), ids[:, :0]
+        if before is not None and len(before.starts) == len(ids):
+            starts = torch.where(before.starts < past, before.starts, -1)  # the cache was cropped where not
+        if ids.shape[1] > 1 or not past:
+            tail = before.tail if before is not None and before.length == past else tail
+            text, more = torch.cat([tail, ids], 1), len(self.tokens) - 1
+            hits = F.pad(text, (0, more), value=-1).unfold(1, more + 1, 1) == ids.new_tensor(self.tokens)
+            counted = torch.arange(1, text.shape[1] + 1, device=ids.device)
+            last = (hits.all(-1) * counted).amax(1) - 1 - tail.shape[1]  # less: there is none
+            cut = tail.numel() and bool(((last < 0) & (last >= -tail.shape[1])).any())
+            validation.require(not cut, "the invocation lies across two calls. Give its tokens in one, or in one chunk")
+            starts = torch.where(last >= 0, last + past, starts)
+            tail = text[:, max(0, text.shape[1] - more) :]
+        if past and (before is None or len(before.starts) != len(ids)):
+            why = "the call goes on with a cache of earlier calls, whose text may have invoked the adapter"
+            validation.require(bool((starts >= 0).all()), f"{why}. {say}; or give the cache to the first call, too")
+        if cache is not None:
+            vars(cache).setdefault("alora", {})[self.tokens] = Text(starts, tail, past + ids.shape[1])
+        return (starts >= 0)[:, None] & (torch.arange(ids.shape[1], device=ids.device) + past >= starts[:, None])
+
+
+class Alora(nn.Module):
+    """The LoRA of a linear layer; x `[batch, tokens, in]`, or `[batch · tokens, in]`."""
+
+    needs_call = Invocation.needs_call
+
+    def __init__(self, lora: LoraLinear, invocation: Invocation) -> None:
+        super().__init__()
+        self.lora, self.invocation = lora, invocation
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        acts = self.invocation.acts().to(x.device)
+        acts = acts[:, -x.shape[1] :] if x.dim() == 3 else acts  # a head sees the last tokens alone
+        fits = x.shape[:-1] == acts.shape or x.shape[:-1] == (acts.numel(),)
+        wanted = f"activated LoRA stands at layers of {[*acts.shape]} tokens, found {list(x.shape)}"
+        validation.require(fits, f"{wanted}. Leave such a layer out: exclude_modules=[...]")
+        y, (a, b) = base(x), self.lora.pair()
+        s = F.linear(self.lora.dropout(x.to(a.dtype)), a) * acts.reshape(*x.shape[:-1], 1)
+        return y + (self.lora.scale * F.linear(s, b)).to(y.dtype)
+
+
+def place(model: nn.Module, config: AloraConfig, architecture: peftcore.Architecture) -> list[Any]:
+    decoder = architecture.task_type in (None, "CAUSAL_LM") and architecture.embedding is not None
+    message = f"activated LoRA is of decoders of text, in PEFT, too, and {type(model).__name__} is none. Choose LoRA"
+    validation.require(decoder, message)
+    invocation = Invocation(config.alora_invocation_tokens)
+
+    def wrap(lora: Any) -> Alora | None:
+        return Alora(lora, invocation) if isinstance(lora, LoraLinear) and not isinstance(lora, OnWeight) else None
+
+    layers = wrapped(place_lora(model, config, architecture), wrap, "activated LoRA")
+    return [peftcore.Around(architecture.backbone or "", invocation), *layers]
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    own = "alora_invocation_tokens"
+    rules = dataclasses.replace(
+        RULES,
+        matches=lambda fields: bool(fields.get(own)),
+        tensor_name=name_inside,
+        read_config=lambda fields: {**RULES.read_config({**fields, own: None}), own: fields.get(own) or ()},
+        scaled=None,
+    )
+    return [peftcore.Method("alora", AloraConfig, place, rules)]

@@ -1,0 +1,19 @@
+"""It passes the conformance suite."""
+
+import matrix
+from peftcore_alora import AloraConfig
+from torch import nn
+
+from peftcore.testing import MERGE, check_method
+from peftcore.testing.families import tokens
+
+EXCUSED = {
+    MERGE: "it acts from a token on",
+    **dict.fromkeys(("T5", "BERT", "ViT"), "in PEFT it is of decoders, too"),
+}
+
+
+def test_conformance() -> None:
+    second = int(tokens(nn.Module(), 1)["input_ids"][0, 1])
+    config = AloraConfig(r=4, alora_invocation_tokens=[second])
+    matrix.check(check_method(config, not_applicable=EXCUSED, compile_backend="eager"))
