@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -108,9 +108,16 @@ def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight
     return WeightChanges({placement.name: placement.adapter for placement in placements})
 
 
+def reached_by(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    """The paths of modules, and the full names of parameters, at which adapters stand."""
+    for path, placed in placements.items():
+        for each in placed:
+            yield (f"{path}.{each.name}" if path else each.name) if isinstance(each, OnWeight) else path
+
+
 def covered(model: nn.Module, placed: Placed) -> Coverage:
     """What share of the weight in layers has an adapter beside or around it, or a trained parameter with it."""
-    reached = [placement.path for placement in placed.around]
+    reached = list(reached_by(placed.placements))
     reached += dict.fromkeys(f"{name.rpartition('.')[0]}." for name in placed.trained)
     lacking = "not selected" if placed.around else "without a trained parameter"
     return coverage(model, detect(model), reached, lacking=lacking)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine.applying import check_dtype
-from peftcore.engine.placing import covered, device_and_dtype, placements_for
+from peftcore.engine.mixtures import Mixture, bits_of, mixture_of
+from peftcore.engine.placing import covered, device_and_dtype, placements_for, reached_by
 from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
 from peftcore.engine.trained import TrainedParameters
 from peftcore.method import OnWeight
@@ -28,6 +29,7 @@ class Plan:
         matches: per pattern of `target_modules`, after resolving, how many modules it matches.
         coverage: what share of the weight in layers it reaches, and what it leaves out.
         buffers, buffer_bytes: numbers that adapters keep beside and do not train.
+        experts: those of the model, if it has some.
     """
 
     method: str
@@ -38,6 +40,7 @@ class Plan:
     coverage: Coverage
     buffers: int = 0
     buffer_bytes: int = 0
+    experts: Mixture | None = None
 
     @property
     def trainable_parameters(self) -> int:
@@ -55,6 +58,7 @@ class Plan:
             f"({share(self.trainable_parameters, self.base_parameters)}), {megabytes(self.trainable_bytes)}"
             + in_buffers(self.buffers, self.buffer_bytes),
             str(self.coverage),
+            *described(self),
         ]
         lines += [f"  {pattern}: {count} modules" for pattern, count in self.matches.items()]
         return "\n".join(lines)
@@ -86,7 +90,10 @@ class Summary:
 
     Args:
         trainable_parameters: how many an optimizer would change now.
+        base_bytes: with what scales weights in 4 bits.
         changed: by path, modules with adapters that were replaced, resized or parametrized since `apply`.
+        experts: those of the model, if it has some.
+        packed_parameters, packed_bytes: those of the base that are in 4 bits, and their size with what scales them.
     """
 
     adapters: tuple[AdapterSummary, ...]
@@ -95,13 +102,21 @@ class Summary:
     trainable_parameters: int
     merged: bool
     changed: dict[str, str] = field(default_factory=dict)
+    experts: Mixture | None = None
+    packed_parameters: int = 0
+    packed_bytes: int = 0
 
     def __str__(self) -> str:
         lines = [
             f"base: {self.base_parameters:,} parameters, {megabytes(self.base_bytes)}"
             + (" (adapters merged into it)" if self.merged else ""),
             f"trainable: {self.trainable_parameters:,} ({share(self.trainable_parameters, self.base_parameters)})",
+            *described(self),
         ]
+        if self.packed_parameters:
+            bits = 8 * self.packed_bytes / self.packed_parameters
+            part = share(self.packed_parameters, self.base_parameters)
+            lines.insert(1, f"in 4 bits: {self.packed_parameters:,} of them ({part}), {bits:.3f} bits each with scales")
         lines += [
             f"  {a.name}: {a.method}, {'active' if a.active else 'resting'}, {a.modules} modules"
             + (f", {a.trained} parameters of the base" if a.trained else "")
@@ -146,6 +161,7 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
         coverage=covered(model, placed),
         buffers=buffers,
         buffer_bytes=buffer_bytes,
+        experts=mixture_of(model, [*reached_by(placed.placements), *placed.trained]),
     )
 
 
@@ -154,11 +170,20 @@ def summary(model: nn.Module) -> Summary:
     check_model(model)
     state = state_of(model)
     base = _base_of(model)
-    adapters = []
+    by_parameter = {
+        id(module._parameters[name]): sizes
+        for _, module in base_modules(model)
+        for name, sizes in bits_of(module).items()
+    }
+    packed = list(by_parameter.values())
+    packed_bytes = sum(size for _, size in packed)
+    codes = sum((weights + 1) // 2 for weights, _ in packed)
+    adapters, reached = [], set[str]()
     active = state.active if state is not None else ()
     for name, entry in state.applied.items() if state is not None else ():
         parameters = list(dict.fromkeys(p for _, p in adapter_parameters(model, name)))
         buffers = list(dict.fromkeys(b for _, module in adapter_modules(model, name) for b in module.buffers()))
+        reached.update(entry.trained, *(reached_by({path: found}) for path, found in entry.placements.items()))
         own = TrainedParameters.of(model, name)
         for _, value, original in own.standing(model) if own is not None else ():
             if isinstance(original, nn.Parameter):
@@ -180,11 +205,19 @@ def summary(model: nn.Module) -> Summary:
     return Summary(
         adapters=tuple(adapters),
         base_parameters=sum(count for _, count in base.values()),
-        base_bytes=sum(p.nbytes for p, _ in base.values()),
+        base_bytes=sum(p.nbytes for p, _ in base.values()) + packed_bytes - codes,
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         merged=state is not None and state.merged is not None,
         changed=changed(model),
+        experts=mixture_of(model, reached),
+        packed_parameters=sum(weights for weights, _ in packed),
+        packed_bytes=packed_bytes,
     )
+
+
+def described(found: Plan | Summary) -> list[str]:
+    """The line on experts, where there are some."""
+    return [] if found.experts is None else [found.experts.described(found.base_parameters)]
 
 
 def in_buffers(count: int, size: int) -> str:

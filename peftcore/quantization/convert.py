@@ -21,7 +21,7 @@ from peftcore.ops.weight import DTYPES
 from peftcore.quantization.experts import pack_experts, unpack_experts
 from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors
 from peftcore.quantization.linear import QuantizedLinear
-from peftcore.quantization.noted import note_in_config
+from peftcore.quantization.noted import note_in_config, packed_names
 from peftcore.quantization.parameters import PackedParameters, refuse_non_finite
 from peftcore.quantization.selection import selected, selected_experts
 from peftcore.targets import is_conv1d
@@ -72,8 +72,8 @@ def quantize(
         applied = ", ".join(state.applied) if state is not None else "to a part of the model"
         raise PeftcoreError(f"quantize before adapters are applied (applied: {applied}), or after peftcore.remove")
     chosen, experts = selected(model, skip), selected_experts(model, skip, blocksize)
-    there = [path for path, module in base_modules(model) if isinstance(module, PackedParameters) or _is_bnb(module)]
-    if not chosen and not experts and not there:
+    theirs = [path for path, module in base_modules(model) if _is_bnb(module)]
+    if not chosen and not experts and not theirs and not any(packed_names(model)):
         raise PeftcoreError(f"found no linear layer to quantize in {type(model).__name__} (skip={skip!r})")
     for path, module in chosen.items():
         _check_parameter(path, module, "weight")
@@ -81,8 +81,11 @@ def quantize(
         for name in names:
             _check_parameter(path, model.get_submodule(path), name)
     if skip is None:
-        _tell_if_little(model, [*chosen, *experts, *there])
-    for path in there:
+        reached = [(path, name) for path, names in experts.items() for name in names]
+        reached += [(path, name) for path, _, name in packed_names(model)]
+        full = [f"{path}.{name}" if path else name for path, name in reached]
+        _tell_if_little(model, [*chosen, *full, *theirs])
+    for path in theirs:
         _adopt(model.get_submodule(path), path)
     for module, first in _with_first(chosen.values()):
         if first is module:
@@ -208,8 +211,6 @@ def _is_bnb(module: nn.Module) -> bool:
 
 def _adopt(module: Any, path: str) -> None:
     """Make a layer of bitsandbytes one of ours, with the same bits."""
-    if isinstance(module, PackedParameters):
-        return
     parts = {name.removeprefix("weight."): t for name, t in module.state_dict().items() if name.startswith("weight.")}
     if not parts:
         raise PeftcoreError(

@@ -162,6 +162,14 @@ class PackedParameters(nn.Module):
             packed = packed._replace(codes=packed.codes.to(device, copy=True))
         self.set_packed_parameter(name, packed.to(device))
 
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr()]
+        for name, packing in self.packings.items():
+            kept = packing.quant_type if self.packed_parameter(name) is not None else "dense"
+            double = ", double_quant" if self._buffers[packing.buffers[2]] is not None else ""
+            parts.append(f"{name}={list(packing.shape)} {kept}, blocksize={packing.blocksize}{double}")
+        return "; ".join(filter(None, parts))
+
     def _fqn_modifiers(self) -> dict[str, str]:
         """What torch.distributed.checkpoint asks: where it finds what a key such as `weight.absmax` names."""
         return dict.fromkeys(self.packings, "_any_path")

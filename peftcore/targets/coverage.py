@@ -48,6 +48,7 @@ def coverage(
 
     Args:
         reached: paths; a module reaches what is inside it, and a path that ends in `.` reaches its own weight alone.
+            And full names of parameters.
         lacking: why a linear layer is left out where nothing else is known.
     """
     heads = [head for head in (architecture.output_head, *architecture.task_heads) if head]
@@ -58,12 +59,12 @@ def coverage(
     for path, module in base_modules(model):
         if isinstance(module, nn.Embedding) or any(_inside(path, head) for head in heads):
             continue
-        for what, identity, count in _matrices(module):
+        for name, what, identity, count in _matrices(module):
             if identity in seen:
                 continue
             seen.add(identity)
             total += count
-            if f"{path}." in wanted or not wanted.isdisjoint(_ways_to(path)):
+            if not wanted.isdisjoint((f"{path}.", f"{path}.{name}" if path else name, *_ways_to(path))):
                 counted += count
             else:
                 left[_reason(what, lacking, path in past)] += count
@@ -75,8 +76,8 @@ def weights_in(module: nn.Module, name: str) -> int:
     return math.prod(shape_of(module, name))
 
 
-def _matrices(module: nn.Module) -> Iterator[tuple[str, int, int]]:
-    """(what it is, its identity, how many weights) of each of a module's own."""
+def _matrices(module: nn.Module) -> Iterator[tuple[str, str, int, int]]:
+    """(name, what it is, its identity, how many weights) of each of a module's own."""
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue
@@ -85,13 +86,13 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, int, int]]:
             continue  # a vector, such as a class token
         count = weights_in(module, name)
         if isinstance(module, _ConvNd):
-            yield "convolutions", id(parameter), count
+            yield name, "convolutions", id(parameter), count
         elif is_linear or (name == "weight" and len(shape) == 2):
-            yield "linear layers", id(parameter), count
+            yield name, "linear layers", id(parameter), count
         elif len(shape) == 3 and min(shape[-2:]) > 1:
-            yield "experts' stacked weights", id(parameter), count
+            yield name, "experts' stacked weights", id(parameter), count
         else:
-            yield "other parameters", id(parameter), count
+            yield name, "other parameters", id(parameter), count
 
 
 def _reason(what: str, lacking: str, is_bypassed: bool) -> str:

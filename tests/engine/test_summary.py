@@ -3,8 +3,10 @@
 import pytest
 import tiny
 import torch
+from mixtures import mixture
 
 import peftcore
+from peftcore.engine.mixtures import Mixture
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -63,3 +65,27 @@ def test_summary() -> None:
     assert (b.active, b.trained, b.parameters, b.bytes) == (True, 1, 96 * 32, 96 * 32 * 2)
     assert found.trainable_parameters == 96 * 32
     assert "b: train, active, 0 modules, 1 parameters of the base" in str(found)
+
+
+def test_experts_and_four_bits_are_told_of() -> None:
+    model = mixture("qwen3_moe", num_experts=6)
+    count, experts = sum(p.numel() for p in model.parameters()), 2 * 6 * 3 * 32 * 64
+    found = peftcore.plan(model, "around", target_modules=("q_proj",)).experts
+    assert found == Mixture(2, 6, 2, experts, packed=0, adapted=0, idle=experts * 4 // 6)
+    peftcore.quantize(model, double_quant=False, skip=["layers.0.mlp.experts", "lm_head", "self_attn"])
+    place = lambda *_: [peftcore.OnWeight("model.layers.1.mlp.experts", "down_proj", tiny.LowRank(6, 64, 32))]  # noqa: E731
+    with tiny.installed(tiny.method("down", place)):
+        plan = peftcore.plan(model, "down")
+        peftcore.apply(model, "down")
+    summary = peftcore.summary(model)
+    assert plan.experts == summary.experts == Mixture(2, 6, 2, experts, experts // 2, experts // 6, experts * 4 // 6)
+    assert summary.base_parameters == count and summary.packed_parameters == experts // 2
+    assert summary.packed_bytes == experts // 4 + 4 * experts // 2 // 64 + 2 * 64
+    assert summary.base_bytes == 4 * (count - experts // 2) + summary.packed_bytes
+    line = "experts: 2 modules of 6, 74.2 % of the parameters; 16.7 % with an adapter, 50 % in 4 bits; a token"
+    assert plan.coverage.reached == experts // 6  # and not all that the module holds
+    assert line in str(plan) and line in str(summary)
+    bits = 8 * summary.packed_bytes / summary.packed_parameters
+    assert f"in 4 bits: 36,864 of them (37.08 %), {bits:.3f} bits each with scales" in str(summary)
+    assert repr(model.model.layers[1].mlp.experts).count("down_proj=[6, 64, 32] nf4, blocksize=64") == 1
+    assert "experts" not in str(peftcore.summary(tiny.llama()))

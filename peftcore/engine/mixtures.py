@@ -1,0 +1,85 @@
+"""What is known of a model's experts before anything runs: how many, how they are kept, what of them a token meets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from peftcore.adaptation.adapted import base_modules
+from peftcore.layers import shape_of
+from peftcore.targets.experts import expert_weights, experts_per_token
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The experts of a model, whose weights are parameters `[experts, out, in]`.
+
+    Args:
+        modules: that hold such. count: experts in each; the most, where that differs.
+        per_token: how many of them a token passes through.
+        weights: in all of them. packed, adapted: how many of these are in 4 bits, and have an adapter.
+        idle: of the weights, those that do not act on a token.
+    """
+
+    modules: int
+    count: int
+    per_token: int
+    weights: int
+    packed: int
+    adapted: int
+    idle: int
+
+    def described(self, base_parameters: int) -> str:
+        """A line, beside how many parameters the base has in all."""
+
+        def percent(part: int, whole: int) -> str:
+            return f"{100 * part / whole:.3g} %" if whole else "0 %"
+
+        return (
+            f"experts: {self.modules} modules of {self.count}, {percent(self.weights, base_parameters)} of the "
+            f"parameters; {percent(self.adapted, self.weights)} with an adapter, "
+            f"{percent(self.packed, self.weights)} in 4 bits; a token meets {self.per_token} of {self.count}, "
+            f"{base_parameters - self.idle:,} parameters in all"
+        )
+
+
+def mixture_of(model: nn.Module, reached: Collection[str] = ()) -> Mixture | None:
+    """The experts of `model`, if it has some.
+
+    Args:
+        reached: what adapters stand at: paths of modules, and full names of parameters.
+    """
+    found = expert_weights(model)
+    if not found:
+        return None
+    modules, wanted = dict(base_modules(model)), set(reached)
+    counts: list[int] = []
+    used: list[int] = []
+    weights = packed = adapted = idle = 0
+    for path, names in found.items():
+        module = modules[path]
+        for name in names:
+            shape = shape_of(module, name)
+            size, taken = math.prod(shape), min(experts_per_token(module, model), shape[0])
+            counts.append(shape[0])
+            used.append(taken)
+            weights += size
+            idle += size // shape[0] * (shape[0] - taken)
+            packed += size if name in bits_of(module) else 0
+            adapted += size if wanted & {path, f"{path}.{name}"} else 0
+    return Mixture(len(found), max(counts), max(used), weights, packed, adapted, idle)
+
+
+def bits_of(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """(weights, bytes with all that scales them) of each parameter of a module's own that is in 4 bits, by name."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, packing in getattr(module, "packings", {}).items():  # of `quantization.parameters.PackedParameters`
+        parameter = module._parameters[name]
+        if parameter is not None and not parameter.is_floating_point():
+            buffers = (module._buffers[buffer] for buffer in packing.buffers)
+            beside = sum(buffer.nbytes for buffer in buffers if buffer is not None)
+            found[name] = math.prod(packing.shape), parameter.nbytes + beside
+    return found
