@@ -228,10 +228,11 @@ class _Deserialize(ConversionOps):
     ) -> dict[str, Tensor]:
         tensors = {name: t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
         path, _, attribute = full_layer_name.rpartition(".")
-        if len(tensors) == 1:
-            return tensors  # a dense weight
-        parts = {name.removeprefix(f"{attribute}."): value for name, value in tensors.items() if name != attribute}
         module: Any = model.get_submodule(path)
+        if len(tensors) == 1:  # a dense weight, which comes as the file has it
+            like = getattr(module, attribute)
+            return {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+        parts = {name.removeprefix(f"{attribute}."): value for name, value in tensors.items() if name != attribute}
         with _noted():
             if attribute not in tensors:
                 raise CheckpointError(f"the checkpoint lacks '{full_layer_name}', whose 4-bit state it has")

@@ -125,6 +125,13 @@ def test_values_that_are_not_finite_are_named(tmp_path):
         peftcore.quantization.load(tmp_path)
 
 
+def test_what_stays_dense_of_a_quantized_checkpoint_is_cast(tmp_path):
+    peftcore.quantize(llama(attention_bias=True)).save_pretrained(tmp_path)
+    found = peftcore.quantization.load(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in found.parameters()} == {torch.uint8, torch.bfloat16}
+    assert logits(found).dtype is torch.bfloat16
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path):
     peftcore.quantize(llama()).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
