@@ -59,8 +59,8 @@ def experts_forward(
         hidden_states = hidden_states.to(dtype)
     tokens, k = top_k_index.shape
     expert, order = top_k_index.reshape(-1).sort(stable=True)
-    counts = (expert[:, None] == torch.arange(layout.count, device=expert.device)).sum(0)
-    offsets = counts.cumsum(0).to(torch.int32)
+    every = torch.arange(layout.count, device=expert.device, dtype=expert.dtype)
+    offsets = torch.searchsorted(expert, every, right=True, out_int32=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     x = _Gathered.apply(hidden_states, order // k, inverse.view(tokens, k))  # type: ignore[no-untyped-call]
 
