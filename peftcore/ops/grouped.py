@@ -228,10 +228,13 @@ class GroupedLinearBackward(_Experts):
         grad, dtype, drop = self.grad, wide(self.grad), (self.dropout_p, self.seed)
         dx, da, db = (t.zero_() for t in self.empty())
         matrices = self.matrices(grad.dtype)
-        mask: Any = None
-        if self.seed is not None and self.dropout_p:
-            assert self.x is not None
-            mask = dropped(torch.ones_like(self.x), *drop)
+        mask: Tensor | None = None
+        if self.seed is not None and self.dropout_p and self.x is not None:
+            mask = dropped(torch.ones_like(self.x), *drop) != 0
+
+        def kept(t: Tensor, rows: slice) -> Tensor:
+            return t if mask is None else t.where(mask[rows], 0)
+
         for expert, rows in self.groups(len(grad)):
             if self.needs[0]:
                 dx[rows] = grad[rows] @ matrices[expert]
@@ -240,11 +243,10 @@ class GroupedLinearBackward(_Experts):
             a, b, s = self.factors[0][expert].to(dtype), self.factors[1][expert].to(dtype), self.factors[2][rows]
             wide_grad, x = grad[rows].to(dtype), self.x[rows].to(dtype)
             t = wide_grad @ b * factor(self.scale, *drop)
-            keep = 1 if mask is None else mask[rows].to(dtype)
             if self.needs[0]:
-                dx[rows] = (dx[rows] + t @ a * keep).to(grad.dtype)
+                dx[rows] = (dx[rows] + kept(t @ a, rows)).to(grad.dtype)
             if self.needs[1]:
-                da[expert] = (t.T @ (x * keep)).to(da.dtype)
+                da[expert] = (t.T @ kept(x, rows)).to(da.dtype)
             if self.needs[2]:
                 db[expert] = (wide_grad.T @ s).to(db.dtype)
         return dx, da, db

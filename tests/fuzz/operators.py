@@ -160,6 +160,8 @@ def _grouped_linear_backward(m):
     out = (packing[2:] if packing else weight[0].shape)[2 if given["transposed"] else 1]
     if factors:
         factors.append(m.normal(len(x), factors[0].shape[1], layouts=["contiguous", "shifted"]))
+    else:
+        given["x"] = None
     needs = [m.random.random() < 0.7, *(bool(factors) and m.random.random() < 0.7 for _ in range(2))]
     return {"grad": m.normal(len(x), out, dtype=x.dtype), **given, "needs": needs}
 
