@@ -3,7 +3,7 @@
     dx = dy ∘ g                   dg = the sum of dy ∘ x over all other dimensions, in fp32
 
 As PyTorch differentiates `(x * g).to(x.dtype)`, dy becomes a matrix of fp32, and another two are made of it. Here a
-pass over memory is all, where g is of the last dimension.
+pass over memory is all, on CPU and where g is of the last dimension; elsewhere products of bf16 are rounded to it.
 """
 
 from __future__ import annotations
@@ -97,12 +97,14 @@ class _Scaled(torch.autograd.Function):
         if not needs[1]:
             return dx, None, None
         others = [i for i in range(x.dim()) if i != x.dim() - 1 - ctx.behind]
-        products = dy.to(torch.promote_types(x.dtype, torch.float32)) * x
-        return dx, (products.sum(others) if others else products).to(g.dtype), None
+        products = dy.float() * x if x.dtype is torch.float16 else dy * x  # of fp16 small ones would vanish
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return dx, (products.sum(others, dtype=wide) if others else products).to(g.dtype), None
 
 
 def _has_kernel(x: Tensor, behind: int) -> bool:
-    return behind == 0 and x.dtype in DTYPES and x.dim() > 0 and not x.is_nested
+    """Elsewhere the operator's reference would make matrices of fp32 for the sake of its exactness."""
+    return x.is_cpu and behind == 0 and x.dtype in DTYPES and x.dim() > 0 and not x.is_nested
 
 
 def _wide(g: Tensor, behind: int) -> Tensor:
