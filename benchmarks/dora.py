@@ -1,6 +1,6 @@
 """What DoRA costs over LoRA: a layer's norms, a layer forward and backward, a training step. peft beside it.
 
-    python benchmarks/dora.py [--threads 2] [--seconds 10] [--rank 16] [--only norms linear step]
+    python benchmarks/dora.py [--threads 2] [--seconds 10] [--rank 16] [--only norms linear step] [--cpu]
 
 Rows of a table are timed in turn, in one process; all keep the memory that they free. The step is engine.py's: the
 shape of SmolLM2-135M in bf16, batch 4 x 128, r=16 on every linear layer, no dropout.
@@ -9,6 +9,7 @@ shape of SmolLM2-135M in bf16, batch 4 x 128, r=16 on every linear layer, no dro
 import argparse
 import json
 import logging
+import time
 import warnings
 
 import engine
@@ -91,9 +92,9 @@ def stepper(kind):
 KINDS = ("peftcore lora", "peftcore dora", "peft lora", "peft dora")
 
 
-def steps(kinds, seconds):
+def steps(kinds, seconds, clock):
     """Time of a training step, interleaved, and the peak memory of each in a process of its own."""
-    times = measure.interleaved({kind: stepper(kind) for kind in kinds}, seconds)
+    times = measure.interleaved({kind: stepper(kind) for kind in kinds}, seconds, clock=clock)
     lora.table("a training step, 135M Llama shape, bf16, batch 4 x 128 (ms)", times, kinds[0])
     for kind in kinds:
         peak = measure.in_child(__file__, "--peak", kind, "--threads", torch.get_num_threads())["peak"]
@@ -107,6 +108,7 @@ def main():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--only", nargs="+", default=["norms", "linear", "step"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of step; the first is the base")
+    parser.add_argument("--cpu", action="store_true", help="CPU time of the step: with --threads 1, on a busy machine")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -126,7 +128,7 @@ def main():
         if "linear" in options.only:
             linear(m, k, n, dtype, options.rank, options.seconds / 5)
     if "step" in options.only:
-        steps(options.kinds, options.seconds * 4)
+        steps(options.kinds, options.seconds * 4, time.process_time if options.cpu else time.perf_counter)
 
 
 if __name__ == "__main__":
