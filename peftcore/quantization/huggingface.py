@@ -27,7 +27,7 @@ from peftcore.layers import shape_of
 from peftcore.quantization.convert import convert, convert_dense
 from peftcore.quantization.expert_files import expert_of, is_by_expert
 from peftcore.quantization.experts import pack_parameter
-from peftcore.quantization.format import DTYPES, PARTS, STATE_KEY, check_blocksize, check_quant_type, from_tensors
+from peftcore.quantization.format import DTYPES, PARTS, check_blocksize, check_quant_type, from_tensors
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.noted import note_in_config
 from peftcore.quantization.parameters import check_experts, check_shape, joined_experts, refuse_non_finite
@@ -35,6 +35,7 @@ from peftcore.quantization.selection import expert_parameters, selected, selecte
 from peftcore.targets import is_linear, sizes
 
 METHOD = "peftcore_4bit"
+_WHOLE = r"(?<!\w)"  # before a name in a pattern: the `weight` of `inject_weight.weight.absmax` is the second
 _failures: list[PeftcoreError] = []  # what transformers, while it loads, turns into a line of its log
 
 
@@ -77,17 +78,7 @@ class NF4Quantizer(HfQuantizer):
     is_qat_trainable = True
     is_trainable = True
     quantized_element_size = 0.5
-    serialized_names: ClassVar = {
-        "weight": [
-            "weight",
-            "weight.nested_absmax",
-            "weight.nested_quant_map",
-            "weight.quant_map",
-            "weight.absmax",
-            f"weight.{STATE_KEY}nf4",
-            f"weight.{STATE_KEY}fp4",
-        ]
-    }
+    serialized_names: ClassVar = {"weight": [_WHOLE + "weight", *(f"{_WHOLE}weight.{part}" for part in PARTS)]}
 
     def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -125,7 +116,7 @@ class NF4Quantizer(HfQuantizer):
             return [_by_expert(each) if isinstance(each, WeightConverter) else each for each in found]
         modules = [module for _, module in base_modules(model)]
         for name in dict.fromkeys(name for module in modules for name in expert_parameters(module) if name != "weight"):
-            parts = [name, *(f"{name}.{part}" for part in PARTS)]
+            parts = [_WHOLE + name, *(f"{_WHOLE}{name}.{part}" for part in PARTS)]
             found.append(WeightConverter(parts, name, [_Deserialize(self)]))
         return found
 
@@ -226,7 +217,7 @@ class _Deserialize(ConversionOps):
         full_layer_name: str = "",
         **kwargs: Any,
     ) -> dict[str, Tensor]:
-        tensors = {name: t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
+        tensors = {name.removeprefix(_WHOLE): t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
         path, _, attribute = full_layer_name.rpartition(".")
         module: Any = model.get_submodule(path)
         if len(tensors) == 1:  # a dense weight, which comes as the file has it

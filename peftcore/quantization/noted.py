@@ -65,11 +65,11 @@ def note_in_config(model: nn.Module) -> None:
 
 
 def _note_conversions(model: Any) -> None:
-    """Let `save_pretrained` write packed experts under the names that they have in the model.
+    """Let `save_pretrained` write what is in 4 bits under the names that it has in the model.
 
-    transformers would split them into the tensors of single experts, as it does for dense ones.
+    transformers would split it, or join it to others, as it does with dense weights: experts into the tensors of each.
     """
-    packed = [f"{path}.{name}" for path, module, name in packed_names(model) if not isinstance(module, nn.Linear)]
+    packed = [f"{path}.{name}" for path, _, name in packed_names(model)]
     if _OWN_CONVERSIONS in model.__dict__:
         own = model.__dict__.pop(_OWN_CONVERSIONS)
         model.__dict__.pop(_CONVERSIONS, None)
@@ -91,7 +91,9 @@ def _note_conversions(model: Any) -> None:
     found = [each for each in found if not isinstance(each, loading.PrefixChange)]
     own = getattr(model, _CONVERSIONS, None)
     kept = [each for each in (found if own is None else own) if not splits(each)]
-    if own is not None:  # of a file that had the experts as they are here, it lacks what splits them
+    if not any(map(splits, own or found)):
+        return
+    if own is not None:  # of a file that had them as they are here, it lacks what splits them
         own = [*kept, *filter(splits, found)]
     model.__dict__[_OWN_CONVERSIONS] = own
     model.__dict__[_CONVERSIONS] = kept

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
+from census import instances
 from quantized import gpt2, llama, logits
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -130,6 +131,14 @@ def test_what_stays_dense_of_a_quantized_checkpoint_is_cast(tmp_path):
     found = peftcore.quantization.load(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in found.parameters()} == {torch.uint8, torch.bfloat16}
     assert logits(found).dtype is torch.bfloat16
+
+
+# One whose projections transformers joins as it saves, and one with `inject_weight.weight`.
+@pytest.mark.parametrize("name", ["LaraMiniForCausalLM", "Qwen4ExpForCausalLM"])
+def test_names_that_others_take_apart(name, tmp_path):
+    model = peftcore.quantize(instances.build(name).float())
+    model.save_pretrained(tmp_path)
+    same(peftcore.quantization.load(tmp_path, model_class=type(model)), model)
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path):
