@@ -75,6 +75,13 @@ def test_the_environment_chooses_a_level():
     assert "Rebuild" not in done.stderr
 
 
+def with_kernels_of(path):
+    """Text of a .cu file and the .cuh files that it includes."""
+    text = path.read_text()
+    included = re.findall(r'#include "(.*\.cuh)"', text)
+    return "".join([text, *(with_kernels_of(ROOT / "csrc" / name) for name in included)])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc").rglob("*.cu")), ids=lambda path: path.name)
@@ -83,7 +90,7 @@ def test_cuda_kernels_do_not_spill(source, tmp_path):
     done = subprocess.run(["nvcc", *flags, str(source), "-o", str(tmp_path / "out")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    assert bool(spills) == ("__global__" in source.read_text())
+    assert bool(spills) == ("__global__" in with_kernels_of(source))
     assert set(spills) <= {("0", "0", "0")}, done.stderr
 
 

@@ -17,6 +17,7 @@ namespace grouped {
 namespace {
 
 using lora::Dropout;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // dx, dA, dB
 
 // What the calls of an operator share, and the launchers with tensors.
 class Call {
@@ -130,12 +131,10 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets
     return {y, s};
 }
 
-std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad, const std::optional<Tensor>& x,
-                                                           const Tensor& offsets, at::TensorList tensors,
-                                                           at::IntArrayRef packing, at::TensorList factors,
-                                                           bool transposed, std::array<bool, 3> needs,
-                                                           double scale, double dropout_p,
-                                                           const std::optional<Tensor>& seed) {
+Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& offsets,
+                                  at::TensorList tensors, at::IntArrayRef packing, at::TensorList factors,
+                                  bool transposed, std::array<bool, 3> needs, double scale, double dropout_p,
+                                  const std::optional<Tensor>& seed) {
     const char* op = "grouped_linear_backward";
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);

@@ -60,19 +60,23 @@ __device__ __forceinline__ int warp_column() {
 }
 
 // d += thin Fᵀ.
-template <typename Shape, bool kAcross>
+template <typename Shape>
 __device__ void add_thin(const Product& p, const Rows& rows, int64_t column, uint8_t* memory,
                          Sums<Shape>& d) {
     using Thin = typename Shape::Thin;
-    using Factor = Tile<float, kAcross ? kRankStage : kColumns, kAcross ? kColumns : kRankStage>;
-    static_assert(Thin::kBytes + Factor::kBytes <= Shape::kThinBytes, "");
+    using Factor = Tile<float, kColumns, kRankStage>;
+    using Across = Tile<float, kRankStage, kColumns>;
+    static_assert(Across::kBytes <= Factor::kBytes && Thin::kBytes + Factor::kBytes <= Shape::kThinBytes, "");
+    const bool across = p.factor_across;
     const Source<float> thin(p.thin, p.rank);
-    const Source<float> factor(p.factor + rows.expert * p.columns * p.rank, kAcross ? p.columns : p.rank);
+    const Source<float> factor(p.factor + rows.expert * p.columns * p.rank, across ? p.columns : p.rank);
     uint8_t* beside = memory + Thin::kBytes;
+    const int column_step = across ? 4 : Factor::kPitch, rank_step = across ? Across::kPitch : 4;
+    const int first_column = warp_column<Shape>() + int(threadIdx.x) % 32 / 4;
     for (int first = 0; first < p.rank; first += kRankStage) {
         lora::fetch<Thin>(memory, thin, rows.first, rows.last, first, p.rank);
-        if constexpr (kAcross)
-            lora::fetch<Factor>(beside, factor, first, p.rank, column, p.columns);
+        if (across)
+            lora::fetch<Across>(beside, factor, first, p.rank, column, p.columns);
         else
             lora::fetch<Factor>(beside, factor, column, p.columns, first, p.rank);
         cp_async_commit();
@@ -82,7 +86,14 @@ __device__ void add_thin(const Product& p, const Rows& rows, int64_t column, uin
         for (int step = 0; step < kRankStage; step += 16) {
             if (first + step >= p.rank) break;
             Tf32Right right[Shape::kN];
-            lora::load_right<Factor, kAcross>(right, beside, warp_column<Shape>(), step);
+#pragma unroll
+            for (int n = 0; n < Shape::kN; ++n)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const uint8_t* from = beside + (first_column + n * 8) * column_step;
+                    right[n].piece[i] = tf32_pieces(
+                        *reinterpret_cast<const float*>(from + (step + tf32_inner(i)) * rank_step));
+                }
 #pragma unroll
             for (int m = 0; m < Shape::kM; ++m) {
                 Tf32Left left;
@@ -107,9 +118,12 @@ __device__ void drop_sums(const lora::Dropout& dropout, const Rows& rows, int64_
                 const int64_t row = rows.first + warp_row<Shape>() + m * 16 + half * 8 + lane / 4;
                 const int64_t counter = (column + warp_column<Shape>()) / lora::kColumnsPerCounter + n;
                 const PhiloxWords words = lora::dropout_words(dropout, row, counter);
-#pragma unroll
-                for (int i = 0; i < 2; ++i)
-                    if (!lora::keeps(words, lane % 4 * 2 + i, dropout.threshold)) d[m][n][half * 2 + i] = 0;
+                // Word lane % 4, without an index, so that words stay in registers.
+                const uint32_t low = lane & 1 ? words.word[1] : words.word[0];
+                const uint32_t high = lane & 1 ? words.word[3] : words.word[2];
+                const uint32_t mask = lora::keep_pair(lane & 2 ? high : low, dropout.threshold);
+                if (!(mask & 0xffffu)) d[m][n][half * 2] = 0;
+                if (!(mask & 0xffff0000u)) d[m][n][half * 2 + 1] = 0;
             }
 }
 
@@ -209,10 +223,7 @@ __global__ void __launch_bounds__(kThreads) product_kernel(const Product p, unsi
 
     float d[Shape::kM][Shape::kN][4] = {};
     if (p.rank > 0) {
-        if (p.factor_across)
-            add_thin<Shape, true>(p, rows, column, memory, d);
-        else
-            add_thin<Shape, false>(p, rows, column, memory, d);
+        add_thin<Shape>(p, rows, column, memory, d);
         if (p.dropout.threshold != 0) drop_sums<Shape>(p.dropout, rows, column, d);
     }
 

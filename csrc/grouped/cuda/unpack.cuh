@@ -46,6 +46,10 @@ struct Unpacker {
         const int i = int(threadIdx.x) + unit * kThreads;
         return {place.row + i / kPerRow, place.column + i % kPerRow * 16};
     }
+    __device__ uint8_t* tile_unit(uint8_t* tile, int unit) const {
+        const int i = int(threadIdx.x) + unit * kThreads;
+        return tile + i / kPerRow * Tile::kPitch + i % kPerRow * 16 * int(sizeof(T));
+    }
     __device__ bool inside(const Place& own) const {
         return own.row < weight.rows && own.column < weight.columns;
     }
@@ -64,15 +68,17 @@ struct Unpacker {
     }
 
     __device__ void unpack(uint8_t* tile, const uint8_t* codes, const Place& place) const {
+        if (!vectors) {
+#pragma unroll 1
+            for (int unit = 0; unit < kUnits; ++unit)
+                one_by_one(tile_unit(tile, unit), place_of(unit, place));
+            return;
+        }
 #pragma unroll
         for (int unit = 0; unit < kUnits; ++unit) {
             const int i = int(threadIdx.x) + unit * kThreads;
-            uint8_t* to = tile + i / kPerRow * Tile::kPitch + i % kPerRow * 16 * int(sizeof(T));
+            uint8_t* to = tile_unit(tile, unit);
             const Place own = place_of(unit, place);
-            if (!vectors) {
-                one_by_one(to, own);
-                continue;
-            }
             const bool there = inside(own);
             const float factor = !there ? 0
                                  : nested
@@ -103,6 +109,7 @@ struct Unpacker {
     }
 
     __device__ void one_by_one(uint8_t* to, const Place& own) const {
+#pragma unroll 1
         for (int i = 0; i < 16; ++i) {
             float value = 0;
             if (own.row < weight.rows && own.column + i < weight.columns) {
