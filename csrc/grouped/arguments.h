@@ -12,6 +12,7 @@ namespace peftcore {
 namespace grouped {
 
 using at::Tensor;
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // dx, dA, dB
 
 // (experts, out, in) of W [experts, out, in], or [experts, in, out] with `transposed`.
 struct Sizes {

@@ -92,10 +92,10 @@ def select_experts(
     *,
     target_modules: str | Sequence[str],
     exclude_modules: str | Sequence[str] | None = None,
+    supported: Callable[[nn.Module], bool] = is_linear,
+    modules_to_save: Sequence[str] | None = None,
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
-    modules_to_save: Sequence[str] | None = None,
-    supported: Callable[[nn.Module], bool] = is_linear,
 ) -> list[str]:
     """The full names of the experts' weights meant, in the model's order. The arguments are those of `select`."""
     weights = {f"{path}.{name}": path for path, names in expert_weights(model).items() for name in names}

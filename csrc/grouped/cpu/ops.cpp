@@ -78,12 +78,10 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets
     return {y, s};
 }
 
-std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad, const std::optional<Tensor>& x,
-                                                           const Tensor& offsets, at::TensorList tensors,
-                                                           at::IntArrayRef packing, at::TensorList factors,
-                                                           bool transposed, std::array<bool, 3> needs,
-                                                           double scale, double dropout_p,
-                                                           const std::optional<Tensor>& seed) {
+Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& offsets,
+                                  at::TensorList tensors, at::IntArrayRef packing, at::TensorList factors,
+                                  bool transposed, std::array<bool, 3> needs, double scale, double dropout_p,
+                                  const std::optional<Tensor>& seed) {
     const char* op = "grouped_linear_backward";
     const at::AutoDispatchBelowADInplaceOrView below;
     const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);

@@ -17,7 +17,6 @@ namespace grouped {
 namespace {
 
 using lora::Dropout;
-using Gradients = std::tuple<Tensor, Tensor, Tensor>;  // dx, dA, dB
 
 // What the calls of an operator share, and the launchers with tensors.
 class Call {
