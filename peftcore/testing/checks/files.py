@@ -17,6 +17,8 @@ from torch import nn
 
 import peftcore
 from peftcore.engine import adapter_modules, adapter_parameters
+from peftcore.quantization import quantized_experts
+from peftcore.quantization.experts import unpack_experts
 from peftcore.testing.case import Case, close, differs, disturb, logits, same
 from peftcore.testing.checks.register import check
 
@@ -96,7 +98,7 @@ def read_by_peft(case: Case) -> str | None:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of names that transformers has deprecated
         peftcore.save(model, folder, adapter="default")
-        found = logits(peft.PeftModel.from_pretrained(case.base(), folder).eval(), inputs)
+        found = logits(peft.PeftModel.from_pretrained(_base_for_peft(case), folder).eval(), inputs)
     wanted = logits(model, inputs)
     close(found[:, -wanted.shape[1] :], wanted, "output")  # theirs of a soft prompt's own places come first
     return None
@@ -115,7 +117,7 @@ def written_by_peft(case: Case) -> str | None:
         config = peft.PeftConfig.from_pretrained(folder)
         config.inference_mode = False
         torch.manual_seed(7)
-        theirs = peft.get_peft_model(case.base(), config).eval()
+        theirs = peft.get_peft_model(_base_for_peft(case), config).eval()
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             for parameter in theirs.parameters():
@@ -126,6 +128,14 @@ def written_by_peft(case: Case) -> str | None:
         found, wanted = logits(ours, inputs), logits(theirs, inputs)
     close(found, wanted[:, -found.shape[1] :], "output")
     return None
+
+
+def _base_for_peft(case: Case) -> nn.Module:
+    """The base with the values of experts that are in 4 bits, of which PEFT knows none."""
+    model = case.base()
+    for _, experts in list(quantized_experts(model)):
+        unpack_experts(experts)
+    return model
 
 
 def _peft(case: Case) -> tuple[Any, str | None]:
