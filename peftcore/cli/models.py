@@ -55,8 +55,9 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     fields, foreign = checkpoint.about(folder)
     try:
         stored = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
-        chat = {name: stored.get(name) for name in ("chat", "chat_template")}
-        task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), **chat)
+        # A file without `chat` is of before there were conversations.
+        chat, template = stored.get("chat", False), stored.get("chat_template")
+        task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template)
         if type(stored["labels"]) is not list:
             raise TypeError(f"labels={stored['labels']!r} is no list")
         if task.task not in data.TASKS:
