@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "ia3": ("llama", {}, False),
     "ia3, 4 bits": ("gpt2", {}, True),
     "adalora": ("llama", {"init_r": 3, "target_r": 2, "total_step": 9}, False),
+    "alora": ("llama", {"r": 3, "lora_alpha": 6, "alora_invocation_tokens": [29]}, False),  # a token of TOKENS
     "ln-tuning": ("gpt2", {}, False),
     "p-tuning": ("llama", {"num_virtual_tokens": 3}, False),
     "multitask-prompt-tuning": ("llama", {"num_virtual_tokens": 3}, False),

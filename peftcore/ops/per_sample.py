@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from peftcore.ops._library import define_by
 from peftcore.ops.lora import check_factors, frozen_linear, wide
-from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, value
+from peftcore.ops.weight import PackedWeight, check_linear, check_tensor, checked, frozen_operands, value
 
 _OP = "lora_linear_per_sample"
 
@@ -40,8 +40,7 @@ class LoraLinearPerSample:
         value(same, _OP, f"a, b and scales must be of one length, found {sizes}")
         for i, factors in enumerate(zip(a, b, strict=True)):
             check_factors(_OP, x, *factors, self.out_features, (f"a[{i}]", f"b[{i}]"))
-        if index.dtype != torch.int64:
-            raise TypeError(f"{_OP}: index must be torch.int64, found {index.dtype}")
+        check_tensor(index, torch.int64, x.device, _OP, "index")
         wanted = f"index must be [{x.shape[0]}], one for each sample of x"
         value(index.shape == x.shape[:1], _OP, f"{wanted}, found {list(index.shape)}")
 
