@@ -187,7 +187,8 @@ def _conversation(where: str, messages: Messages, learned_from: int, fields: dic
 
 def _messages(where: str, key: str, found: Any) -> Messages:
     if not isinstance(found, list) or not found:
-        raise PeftcoreError(f"{where}: '{key}' must be a list of messages, found {type(found).__name__}")
+        kind = "an empty list" if found == [] else type(found).__name__
+        raise PeftcoreError(f"{where}: '{key}' must be a list of messages, found {kind}")
     for index, message in enumerate(found):
         place = f"{where}: {key}[{index}]"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):

@@ -156,6 +156,7 @@ def test_conversations(fields: dict[str, object], learned_from: int, tmp_path: P
         ({"messages": MESSAGES[:1]}, "no turn of the assistant"),
         ({"prompt": MESSAGES, "completion": MESSAGES[:1]}, "no turn of the assistant"),
         ({"messages": "hi"}, "'messages' must be a list of messages, found str"),
+        ({"messages": []}, "'messages' must be a list of messages, found an empty list"),
         ({"messages": [{"content": "hi"}]}, r"messages\[0\] must be"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"messages\[0\] has content in parts"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\] has no text"),
