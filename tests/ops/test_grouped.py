@@ -4,32 +4,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import LEVELS, at_level
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from peftcore import ops
 from peftcore.ops.grouped import GroupedLinear, GroupedLinearBackward
 
-LEVELS = ops.extension.cpu_levels() if ops.extension is not None else ["reference"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 SEED = torch.tensor(2**62 + 12345)
 OPS = torch.ops.peftcore
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    yield from at_level(request.param)
-
-
-def at_level(name):
-    if ops.extension is None:
-        yield name
-        return
-    before = ops.extension.cpu_level()
-    ops.extension.set_cpu_level(name)
-    yield name
-    ops.extension.set_cpu_level(before)
 
 
 def values(*shape, seed=0, dtype=torch.float64):
@@ -148,7 +133,7 @@ def test_values_and_gradients(level, counts, out, width, r, p, dtype, transposed
 )
 def test_odd_shapes(counts, out, width, r, dtype, transposed, p, behind, factors, level):
     given = {"transposed": transposed, "p": p if r else 0.0, "behind": behind, "factors": factors}
-    for _ in at_level(level):
+    with at_level(level):
         check(counts, out, width, r, dtype, **given)
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from levels import LEVELS, at_level
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -12,25 +13,9 @@ from peftcore import ops
 from peftcore.ops import keep_mask, lora_linear, lora_linear_per_sample
 from peftcore.ops.lora import LoraLinear, LoraLinearBackward
 
-LEVELS = ops.extension.cpu_levels() if ops.extension is not None else ["reference"]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
 SEED = torch.tensor(2**62 + 12345)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    yield from at_level(request.param)
-
-
-def at_level(name):
-    if ops.extension is None:
-        yield name
-        return
-    before = ops.extension.cpu_level()
-    ops.extension.set_cpu_level(name)
-    yield name
-    ops.extension.set_cpu_level(before)
 
 
 def values(shape, dtype=torch.float32, seed=1, grad=False):
@@ -186,7 +171,7 @@ def test_odd_shapes_and_strides(rows, k, n, r, dtype, factors, p, layout, level)
         "strided": lambda: values((rows, 2 * k), dtype)[:, ::2],
     }[layout]()
     a, b = values((r, k), factors or dtype, 4), values((n, r), factors or dtype, 5)
-    for _ in at_level(level):
+    with at_level(level):
         check(x, values((n, k), dtype, 2), values((n,), dtype, 3), a, b, p)
 
 

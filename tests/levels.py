@@ -1,0 +1,22 @@
+"""SIMD levels of the CPU kernels, for tests that run at each of them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peftcore import ops
+
+LEVELS = ops.extension.cpu_levels() if ops.extension is not None else ["reference"]
+
+
+@contextmanager
+def at_level(name: str) -> Iterator[str]:
+    """All kernels at this level."""
+    if ops.extension is None:
+        yield name
+        return
+    before = ops.extension.cpu_level()
+    ops.extension.set_cpu_level(name)
+    try:
+        yield name
+    finally:
+        ops.extension.set_cpu_level(before)
