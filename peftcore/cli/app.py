@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
+from peftcore.cli import completion, console
 from peftcore.cli.commands import (
     chat,
     compare,
@@ -34,19 +34,20 @@ from peftcore.cli.commands import (
 from peftcore.cli.console import fail, warn
 from peftcore.errors import PeftcoreError
 
-COMMANDS: dict[str, Callable[..., None]] = {
-    "train": train.train,
-    "compare": compare.compare,
-    "eval": evaluate.evaluate,
-    "generate": generate.generate,
-    "chat": chat.chat,
-    "merge": merge.merge,
-    "plan": plan.plan,
-    "info": info.info,
-    "methods": methods.methods,
-    "plugins": plugins.plugins,
-    "new-plugin": new_plugin.new_plugin,
-    "doctor": doctor.doctor,
+# What runs it, and examples for the end of its --help.
+COMMANDS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
+    "train": (train.train, train.EXAMPLES),
+    "compare": (compare.compare, compare.EXAMPLES),
+    "eval": (evaluate.evaluate, evaluate.EXAMPLES),
+    "generate": (generate.generate, generate.EXAMPLES),
+    "chat": (chat.chat, chat.EXAMPLES),
+    "merge": (merge.merge, merge.EXAMPLES),
+    "plan": (plan.plan, plan.EXAMPLES),
+    "info": (info.info, info.EXAMPLES),
+    "methods": (methods.methods, methods.EXAMPLES),
+    "plugins": (plugins.plugins, plugins.EXAMPLES),
+    "new-plugin": (new_plugin.new_plugin, new_plugin.EXAMPLES),
+    "doctor": (doctor.doctor, doctor.EXAMPLES),
 }
 HOOK = "peftcore_commands"
 
@@ -62,14 +63,15 @@ def build(arguments: list[str]) -> typer.Typer:
     """The application. Plugins are asked for commands unless `arguments` name one of the core's."""
     app = typer.Typer(
         help="Parameter-efficient fine-tuning: an adapter from a model and a file of examples.",
+        epilog=_epilog(["peftcore methods", "peftcore train --help"]),
         no_args_is_help=True,
-        add_completion=False,
         pretty_exceptions_show_locals=False,
     )
-    for name, command in COMMANDS.items():
-        app.command(name)(_with_clear_errors(command))
+    app.callback()(_options)
+    for name, (command, examples) in COMMANDS.items():
+        app.command(name, epilog=_epilog(examples))(_with_clear_errors(command))
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if named not in COMMANDS and any(map(_mentions_commands, entry_points(group="peftcore"))):
+    if named not in COMMANDS and any(completion.mentions(point, HOOK) for point in entry_points(group="peftcore")):
         from peftcore.registry import registry
 
         for _ in registry.answers("peftcore_commands", contain=True, app=app):
@@ -90,10 +92,24 @@ def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def _mentions_commands(entry_point: EntryPoint) -> bool:
-    """May this plugin add commands? Read off its source, without running it; where that fails, yes."""
-    try:
-        spec = find_spec(entry_point.module)
-        return spec is None or spec.origin is None or HOOK in Path(spec.origin).read_text(encoding="utf-8")
-    except Exception:  # whatever a broken plugin does; the registry reports it
-        return True
+def _epilog(examples: Sequence[str]) -> str:
+    """Examples as typer prints them: paragraphs, without markup."""
+    return "\n\n".join(["Examples:", *(escape(example) for example in examples)])
+
+
+def _show_versions(wanted: bool) -> None:
+    if wanted:
+        from peftcore.cli.versions import versions
+
+        for name, found in versions():
+            console.say(f"{name} {found}")
+        raise typer.Exit
+
+
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_show_versions, help="Show versions, and the SIMD level."),
+    ] = False,
+) -> None:
+    pass

@@ -7,12 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
+from peftcore.cli import completion
 from peftcore.errors import PluginError
 
 FULL = "full"  # stands for a method: every parameter of the model is trained, the reference of a comparison
 
 
-def _in_run(folder: Path | None) -> Path | None:
+def in_run(folder: Path | None) -> Path | None:
     """An adapter may be named by the run that made it."""
     from peftcore.cli.models import adapter_folder
 
@@ -26,11 +27,22 @@ BaseModel = Annotated[
 Adapter = Annotated[
     Path,
     typer.Option(
-        "--adapter", "-a", callback=_in_run, help="Adapter folder, ours, PEFT's or of a library that a plugin reads."
+        "--adapter",
+        "-a",
+        callback=in_run,
+        autocompletion=completion.adapters,
+        help="Folder of an adapter or a run: ours, PEFT's or of a library that a plugin reads.",
     ),
 ]
 MaybeAdapter = Annotated[
-    Path | None, typer.Option("--adapter", "-a", callback=_in_run, help="Adapter folder; without, the base.")
+    Path | None,
+    typer.Option(
+        "--adapter",
+        "-a",
+        callback=in_run,
+        autocompletion=completion.adapters,
+        help="Folder of an adapter or a run; without, the base.",
+    ),
 ]
 Data = Annotated[
     str,
@@ -46,7 +58,12 @@ ChatTemplate = Annotated[
     typer.Option(help="How messages become text: chatml, or a file with a template; default the tokenizer's."),
 ]
 MethodName = Annotated[
-    str | None, typer.Option("--method", help="Fine-tuning method; may be left out where only one is installed.")
+    str | None,
+    typer.Option(
+        "--method",
+        autocompletion=completion.methods,
+        help="Fine-tuning method; may be left out where only one is installed.",
+    ),
 ]
 Fields = Annotated[
     list[str] | None,

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 from commands import Run
 
 import peftcore
@@ -141,6 +144,27 @@ def test_no_plugin_is_imported_for_help(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(registry, "plugins", lambda: pytest.fail("a plugin was imported"))
     application.build(["--help"])
     application.build(["train", "--help"])
+
+
+def test_version(run: Run) -> None:
+    import torch
+
+    lines = run("--version").output.splitlines()
+    assert lines[:2] == [f"peftcore {version('peftcore')}", f"torch {torch.__version__}"]
+    assert lines[2].startswith("transformers 5.") and lines[3].startswith("extension ")
+
+
+@pytest.mark.parametrize("name", application.COMMANDS)
+def test_examples_of_help_are_understood(name: str) -> None:
+    """Each is one of this command, whose options exist and take what it gives them; nothing is run."""
+    _, examples = application.COMMANDS[name]
+    group: Any = typer.main.get_command(application.build([name]))
+    command = group.commands[name]
+    assert examples and "Examples:" in command.epilog
+    for example in examples:
+        program, *words = shlex.split(example)
+        assert (program, words[0]) == ("peftcore", name)
+        command.make_context(name, words[1:])
 
 
 def test_an_unknown_command(run: Run) -> None:

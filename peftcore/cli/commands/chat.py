@@ -7,9 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcore.cli import options
+from peftcore.cli import completion, options
 from peftcore.cli.console import out, say, warn
 from peftcore.errors import PeftcoreError, nearest
+
+EXAMPLES = (
+    "peftcore chat -a run",
+    "peftcore chat -a one=run1 -a two=run2",
+)
 
 BASE = "base"
 HELP = """/use NAME       answer with this adapter, or with: /use base
@@ -22,7 +27,13 @@ HELP = """/use NAME       answer with this adapter, or with: /use base
 def chat(
     adapter: Annotated[
         list[str] | None,
-        typer.Option("--adapter", "-a", metavar="[NAME=]FOLDER", help="An adapter or a run. Repeatable."),
+        typer.Option(
+            "--adapter",
+            "-a",
+            metavar="[NAME=]FOLDER",
+            autocompletion=completion.adapters,
+            help="An adapter or a run. Repeatable.",
+        ),
     ] = None,
     model: options.BaseModel = None,
     system: Annotated[str | None, typer.Option(help="What the system says first.")] = None,

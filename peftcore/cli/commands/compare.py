@@ -19,12 +19,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from peftcore.cli import options
+from peftcore.cli import completion, options
 from peftcore.cli.console import out, require, resume_command, say, warn
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
     from peftcore.cli.training import Settings
+
+EXAMPLES = (
+    'peftcore compare -m MODEL -d chat.jsonl -o both --method METHOD --method "OTHER FIELD=VALUE lr=1e-3" --seeds 3',
+)
 
 FULL_LEARNING_RATE = 5e-5
 
@@ -52,6 +56,7 @@ def compare(
         list[str] | None,
         typer.Option(
             metavar="'NAME FIELD=VALUE ...'",
+            autocompletion=completion.methods,
             help="A method with fields of its config and lr=RATE. Repeatable; default: every installed method.",
         ),
     ] = None,

@@ -9,6 +9,8 @@ from importlib.metadata import version
 
 from peftcore.cli.console import NO_METHOD, out, say, table, warn
 
+EXAMPLES = ("peftcore doctor",)
+
 # What each optional library is for, and the extra that brings it.
 LIBRARIES = {
     "transformers": ("train, eval, generate, merge, plan", "train"),

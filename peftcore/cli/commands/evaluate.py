@@ -9,6 +9,11 @@ import typer
 from peftcore.cli import options
 from peftcore.cli.console import table
 
+EXAMPLES = (
+    "peftcore eval -a run -d test.jsonl",
+    "peftcore eval -a adapter -m MODEL -d test.csv --labels negative,positive",
+)
+
 
 def evaluate(
     adapter: options.Adapter,

@@ -10,6 +10,8 @@ from peftcore.cli import options
 from peftcore.cli.console import say
 from peftcore.errors import PeftcoreError
 
+EXAMPLES = ('peftcore generate -a run -p "Is it good?" --compare',)
+
 
 def generate(
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer to.")],

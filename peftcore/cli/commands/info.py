@@ -7,10 +7,20 @@ from typing import Annotated
 
 import typer
 
+from peftcore.cli import completion, options
 from peftcore.cli.console import table
 
+EXAMPLES = ("peftcore info run",)
 
-def info(adapter: Annotated[Path, typer.Argument(help="Adapter folder.")]) -> None:
+
+def info(
+    adapter: Annotated[
+        Path,
+        typer.Argument(
+            help="Adapter folder, or that of a run.", callback=options.in_run, autocompletion=completion.adapters
+        ),
+    ],
+) -> None:
     """Show an adapter's method, config, base and size."""
     from peftcore import adapter_files, checkpoint
     from peftcore.engine.summary import megabytes

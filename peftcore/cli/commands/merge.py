@@ -12,6 +12,8 @@ from peftcore.cli import options
 from peftcore.cli.console import say, warn
 from peftcore.errors import PeftcoreError
 
+EXAMPLES = ("peftcore merge -a run -o merged",)
+
 
 def merge(
     adapter: options.Adapter,

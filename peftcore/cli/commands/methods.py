@@ -9,11 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
+from peftcore.cli import completion
 from peftcore.cli.console import NO_METHOD, out, say, table
+
+EXAMPLES = (
+    "peftcore methods",
+    "peftcore methods METHOD",
+)
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(help="Show this method's fields.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="Show this method's fields.", autocompletion=completion.methods)
+    ] = None,
 ) -> None:
     """List the installed methods, or with a name the fields that --set can give."""
     from peftcore.registry import registry

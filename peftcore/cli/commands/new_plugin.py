@@ -13,6 +13,8 @@ import typer
 from peftcore.cli.console import say
 from peftcore.errors import PeftcoreError
 
+EXAMPLES = ("peftcore new-plugin gain --kind around",)
+
 
 class Kind(str, Enum):
     """Which placement the new method uses."""

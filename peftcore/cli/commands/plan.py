@@ -9,6 +9,8 @@ import typer
 from peftcore.cli import options
 from peftcore.cli.console import say, table
 
+EXAMPLES = ("peftcore plan -m MODEL --method METHOD --set FIELD=VALUE --full",)
+
 
 def plan(
     model: options.Model,

@@ -7,6 +7,8 @@ import warnings
 
 from peftcore.cli.console import NO_METHOD, say, table
 
+EXAMPLES = ("peftcore plugins",)
+
 
 def plugins() -> None:
     """List the installed plugins; broken ones with the reason."""

@@ -16,6 +16,12 @@ from peftcore.errors import PeftcoreError
 if TYPE_CHECKING:
     from peftcore.cli.training import Result, Settings
 
+EXAMPLES = (
+    "peftcore train -m HuggingFaceTB/SmolLM2-135M-Instruct -d chat.jsonl --method METHOD -o run",
+    "peftcore train -m MODEL -d reviews.csv --columns text=review,label=stars --method METHOD --set FIELD=VALUE -o run",
+    "peftcore train -m MODEL -d chat.jsonl --method METHOD -o run --resume",
+)
+
 
 def train(
     model: options.Model,

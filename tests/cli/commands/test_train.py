@@ -49,7 +49,7 @@ def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews:
     assert f"{found['before']['loss']:.4f}" in report and f"{found['after']['loss']:.4f}" in report
     assert "http" not in report.replace(str(writer), ""), "the report must need nothing from elsewhere"
 
-    evaluated = run("eval", "--adapter", writer / "adapter", "-d", reviews).output
+    evaluated = run("eval", "--adapter", writer, "-d", reviews).output
     assert f"{found['before']['loss']:.4f}" in evaluated and f"{found['after']['loss']:.4f}" in evaluated
 
     both = run("generate", "--adapter", writer / "adapter", "-p", "the film is good", "--compare").output
@@ -75,7 +75,7 @@ def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews:
     refused = run("merge", "--adapter", writer / "adapter", "--output", tmp_path / "merged", code=1).output
     assert "exists already" in refused
 
-    about = run("info", writer / "adapter").output
+    about = run("info", writer).output  # the run's folder, in which the adapter lies
     assert "LORA" in about and "CAUSAL_LM" in about and str(llama)[:20] in about
 
 

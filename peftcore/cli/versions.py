@@ -1,0 +1,57 @@
+"""What a run was made with: versions, the extension and its SIMD level, the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+LIBRARIES = ("peftcore", "torch", "transformers")
+
+
+def versions() -> list[tuple[str, str]]:
+    """(what, its version): the libraries, and the extension with its level."""
+    from peftcore.ops.build_info import build_info
+
+    build = build_info()
+    extension = (
+        f"{build.version}, SIMD level {build.cpu_level}" if build.available else f"missing: {build.missing_because}"
+    )
+    if build.cuda_architectures:
+        extension += f", CUDA {' '.join(build.cuda_architectures)}"
+    return [*((name, _version(name)) for name in LIBRARIES), ("extension", extension)]
+
+
+def machine() -> list[tuple[str, str]]:
+    """(what, which it is): Python and its system, the processor, and CUDA's devices."""
+    import torch
+
+    processor = f"{_processor()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
+    cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("processor", processor),
+        *([("CUDA", f"{torch.version.cuda}: {', '.join(cards)}")] if cards else []),
+    ]
+
+
+def _version(name: str) -> str:
+    if name == "torch":
+        import torch
+
+        return str(torch.__version__)  # with what it was built for, such as 2.13.0+cpu
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    """Its name as the system has it; Python's own word for it is often empty."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return named or platform.processor() or platform.machine()
