@@ -1,5 +1,6 @@
 """What README and the pages of docs/ show is true: their code runs, in its order, and what they name exists."""
 
+import ast
 import json
 import pkgutil
 import re
@@ -59,6 +60,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*pin_memory")  # of Trainer, on a machine without a card
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated")  # TRL gives it to transformers
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names: dict[str, object] = {}
@@ -105,6 +107,32 @@ def test_what_peft_has_is_there_and_what_stands_for_it_too() -> None:
         assert pkgutil.resolve_name(theirs) is not None
         for name in re.findall(r"`(peftcore\.\w+)`", ours):
             assert pkgutil.resolve_name(name) is not None
+
+
+def test_the_errors_that_are_explained_exist() -> None:
+    words = "\n".join(
+        node.value
+        for path in [*(ROOT / "peftcore").rglob("*.py"), *(ROOT / "plugins").glob("*/*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \| ", page, re.MULTILINE)
+    named = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    assert len(named) > 30
+    assert [text for text in named if text not in words] == []
+
+
+def test_the_options_that_stand_for_others_exist() -> None:
+    import typer
+
+    from peftcore.cli.app import build
+
+    train = typer.main.get_command(build(["train"])).commands["train"]  # type: ignore[attr-defined]
+    options = {each for option in train.params for each in option.opts}
+    section = (ROOT / "docs/from-others.md").read_text().partition("## axolotl")[2]
+    named = set(re.findall(r"`(--[a-z-]+)", section))
+    assert len(named) > 20 and named <= options
 
 
 def test_the_readme_is_short() -> None:

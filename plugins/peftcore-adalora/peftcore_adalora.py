@@ -1,10 +1,10 @@
 """AdaLoRA (Zhang et al. 2023, arXiv 2303.10512): y = W x + scale · B diag(E) A x, with ranks spent where they matter.
 
-    triplet i of a layer: row i of A, number i of E, column i of B       scale = lora_alpha / init_r
-    importance            s(E_i) + mean s(A_i) + mean s(B_i),  s = sensitivity · uncertainty, both smoothed  (eq. 8-10)
-    budget                init_r a layer until step tinit, then cubically down to target_r until total_step - tfinal
-
-E of the least important triplets is set to zero. The loss has the mean of |A Aᵀ - 1| and |Bᵀ B - 1| (eq. 4).
+triplet i of a layer: row i of A, number i of E, column i of B       scale = lora_alpha / init_r
+importance            s(E_i) + mean s(A_i) + mean s(B_i),  s = sensitivity · uncertainty, both smoothed  (eq. 8-10)
+budget                init_r a layer until step tinit, then cubically down to target_r until total_step - tfinal;
+                      E of the least important triplets is set to zero
+loss                  and orth_reg_weight times the mean of |A Aᵀ - 1| and |Bᵀ B - 1|  (eq. 4)
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class AdaLoraConfig(targets.LayersConfig):
 
 
 class AdaLora(LoraLinear):
-    """A `[r, in]`, E `[r, 1]`, B `[out, r]` of a linear layer, what is known of their importance, and who is left."""
+    """A `[r, in]`, E `[r, 1]`, B `[out, r]` of a linear layer; how much and how surely they matter; who is left."""
 
     lora_E: Tensor
 
@@ -68,8 +68,7 @@ class AdaLora(LoraLinear):
         for name, shape in {"lora_A": (r, width), "lora_B": (out_width, r), "lora_E": (r, 1)}.items():
             std = 1.0 if not config.init_lora_weights else 0.0 if name == "lora_E" else 0.02
             self.register_parameter(name, nn.Parameter(std * torch.randn(shape)))
-            for kind in ("sensitivity", "uncertainty"):
-                self.register_buffer(f"{kind}_{name}", torch.zeros(shape))
+            self.register_buffer(f"seen_{name}", torch.zeros(2, *shape))
         self.register_buffer("left", torch.ones(r, 1))
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -78,24 +77,21 @@ class AdaLora(LoraLinear):
     def observe(self, config: AdaLoraConfig) -> None:
         """Smooth |p · dp| of each number, and how far it is from its mean."""
         for name in INNER:
-            p, mean, off = (getattr(self, each) for each in (name, f"sensitivity_{name}", f"uncertainty_{name}"))
+            p, (mean, off) = getattr(self, name), getattr(self, f"seen_{name}")
             now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()  # a layer that was not called
             mean.mul_(config.beta1).add_(now, alpha=1 - config.beta1)
             off.mul_(config.beta2).add_((now - mean).abs(), alpha=1 - config.beta2)
 
     def importance(self) -> Tensor:
         """Of each triplet, `[r]`."""
-        scores = {name: getattr(self, f"sensitivity_{name}") * getattr(self, f"uncertainty_{name}") for name in INNER}
-        a, b, e = (scores[name].mean(along) for name, along in INNER.items())
-        return a + b + e
+        return torch.stack([getattr(self, f"seen_{name}").prod(0).mean(along) for name, along in INNER.items()]).sum(0)
 
 
 def place(model: nn.Module, config: AdaLoraConfig, architecture: peftcore.Architecture) -> list[Any]:
     left = {name.partition(".lora_E")[0]: sum(which) for name, which in (config.rank_pattern or {}).items()}
-    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    ranks = {path: left.get(path, config.init_r) for path in layers}
-    placements: list[Any] = [peftcore.Around(p, AdaLora(config, ranks[p], *sizes)) for p, sizes in layers.items()]
-    return placements + targets.trained_biases(model, config.bias, layers)
+    sizes = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    layers = [peftcore.Around(p, AdaLora(config, left.get(p, config.init_r), *sizes[p])) for p in sizes]
+    return [*layers, *targets.trained_biases(model, config.bias, sizes)]
 
 
 def loss(adapters: Mapping[str, Any], config: AdaLoraConfig) -> Tensor | None:
@@ -109,12 +105,11 @@ def after_step(adapters: Mapping[str, Any], config: AdaLoraConfig, step: int, to
     layers, until = list(adapters.values()), (config.total_step or total_steps) - config.tfinal
     validation.require(
         until > config.tinit,
-        f"AdaLoRA's schedule has no step: total_step={config.total_step} (the trainer says {total_steps}), "
-        f"tinit={config.tinit}, tfinal={config.tfinal}. Give the trainer max_steps, or the method total_step=...",
+        f"AdaLoRA's schedule has no step: total_step={config.total_step}, tinit={config.tinit}, tfinal={config.tfinal}"
+        f"; the trainer says {total_steps} in all. Give the trainer max_steps, or the method total_step=...",
     )
-    if step < until:
-        for layer in layers:
-            layer.observe(config)
+    for layer in layers if step < until else ():
+        layer.observe(config)
     allocates = config.tinit < step <= until and (step % config.deltaT == 0 or step == until)
     if allocates:
         start, end = config.init_r * len(layers), config.target_r * len(layers)
@@ -134,13 +129,13 @@ def no_steps(fields: Mapping[str, Any]) -> int:
 
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
-    # For others the factors, without what further training needs.
-    exported = lambda place: {peftcore.tensor_name(place, name): getattr(place.adapter, name) for name in INNER}  # noqa: E731
     rules = peftcore.StateRules(
         peft_type="ADALORA",
-        exported=exported,
+        # For others the factors, without what further training needs.
+        exported=lambda at: {peftcore.tensor_name(at, name): getattr(at.adapter, name) for name in INNER},
         write_config=lambda fields: {**fields, "total_step": fields["total_step"] or no_steps(fields)},
         read_config=lambda fields: {n: v for n, v in fields.items() if n != "total_step" or v != no_steps(fields)},
     )
-    more: Any = {"loss": loss, "after_step": after_step, "learning_rate": 1e-3}
-    return [peftcore.Method("adalora", AdaLoraConfig, place, rules, **more)]
+    return [
+        peftcore.Method("adalora", AdaLoraConfig, place, rules, loss=loss, after_step=after_step, learning_rate=1e-3)
+    ]
