@@ -62,6 +62,14 @@ def lines_of(command):
         return [""]
 
 
+def commit():
+    """Of this checkout; a source archive may lie in a checkout of something else."""
+    described = (
+        lines_of(["git", "describe", "--always", "--dirty", "--abbrev=12"])[0] if (ROOT / ".git").exists() else ""
+    )
+    return described or "unknown"
+
+
 def flag(name):
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
@@ -193,7 +201,7 @@ class Build:
     def facts(self):
         return {
             "version": self.version,
-            "commit": lines_of(["git", "describe", "--always", "--dirty", "--abbrev=12"])[0] or "unknown",
+            "commit": commit(),
             "compiler": lines_of([*self.cxx, "--version"])[0],
             "torch": self.torch["version"],
             "cuda_compiler": lines_of([self.nvcc, "--version"])[-2:][0] if self.nvcc else "",
@@ -332,10 +340,6 @@ class BuildExtension(build_ext):
             if not built.exists():
                 (ROOT / "peftcore" / built.name).unlink(missing_ok=True)
             shutil.copyfile(built.parent / RECORD, ROOT / "peftcore" / RECORD)
-
-    def get_source_files(self):
-        """For source archives: setuptools knows no sources of its own."""
-        return [str(path.relative_to(ROOT)) for path in sorted(CSRC.rglob("*")) if path.is_file()]
 
 
 setup(
