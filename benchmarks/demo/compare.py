@@ -107,9 +107,10 @@ def train_beside(library: str, label: str, run: Path) -> dict:
 
     import peftcore
     from peftcore.cli import data, models, progress, tasks, training
+    from peftcore.cli import settings as run_settings
 
     warnings.simplefilter("ignore")
-    settings = training.Settings(**json.loads((run / training.RUN_FILE).read_text()))
+    settings = run_settings.Settings(**json.loads((run / run_settings.RUN_FILE).read_text()))
     train_rows, eval_rows = training.read_splits(settings)
     labels = tuple(data.labels_of(train_rows))
     tokenizer = models.load_tokenizer(settings.model)

@@ -17,7 +17,7 @@ from peftcore.cli.progress import gigabytes
 from peftcore.engine.summary import megabytes
 
 if TYPE_CHECKING:
-    from peftcore.cli.training import Settings
+    from peftcore.cli.settings import Settings
 
 
 @dataclass

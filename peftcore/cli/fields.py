@@ -79,6 +79,13 @@ def convert(text: str, hint: Any) -> Any:
     return text
 
 
+def text_of(value: Any) -> str:
+    """A value as `convert` takes it: what it has made of a text it makes of this one, too."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
 def describe(hint: Any) -> str:
     """The type `hint` in words."""
     origin, arguments = get_origin(hint), get_args(hint)

@@ -1,6 +1,5 @@
 """One training run: settings in; an adapter folder, checkpoints and facts for the report out.
 
-OUTPUT/run.json       the settings; --resume refuses others
 OUTPUT/checkpoints/   adapter, optimizer, scheduler, RNG and trainer state
 OUTPUT/adapter/       the result, in Hugging Face PEFT's format
 OUTPUT/report.html
@@ -9,12 +8,10 @@ OUTPUT/report.html
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-import shutil
 import time
 import warnings
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,52 +26,12 @@ from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.models import AdapterTask
 from peftcore.cli.options import FULL
 from peftcore.cli.sampler import LengthGroupedSampler
+from peftcore.cli.settings import Settings
 from peftcore.engine import takes_batches
 from peftcore.engine.summary import Summary
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import bare_model, latest_checkpoint
 from peftcore.quantization import QuantizedLinear
-
-RUN_FILE = "run.json"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All that decides the course of a run. `fields` are those of the method's config."""
-
-    model: str
-    data: str
-    task: str
-    method: str
-    fields: dict[str, Any] = field(default_factory=dict)
-    columns: str | None = None
-    chat_template: str | None = None
-    eval_data: str | None = None
-    holdout: float = 0.1
-    epochs: float = 3.0
-    steps: int | None = None
-    batch_size: int = 8
-    grad_accum: int = 1
-    lr: float = 2e-4
-    scheduler: str = "linear"
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    max_length: int = 512
-    dtype: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-    gradient_checkpointing: bool = False
-    parallel: str | None = None
-    ranks: int = 1
-    optim: str = "adamw_torch"
-    optim_args: str | None = None
-    eval_every: int | None = None
-    save_every: int | None = None
-    keep: int = 2
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON keeps it."""
-        return json.loads(json.dumps(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -150,40 +107,6 @@ class MeasuringTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-
-def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
-    """Make the run's folder and note the settings there.
-
-    Raises:
-        PeftcoreError: it holds something already, or a run with other settings is to be resumed.
-    """
-    run_file = output / RUN_FILE
-    if resume and run_file.exists():
-        try:
-            before = json.loads(run_file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start anew: --overwrite") from error
-        now = settings.to_json()
-        for name in before.keys() | now.keys():
-            if before.get(name) != now.get(name):
-                raise PeftcoreError(
-                    f"the run in '{output}' had {name}={before.get(name)!r}, now it is {now.get(name)!r}. "
-                    "To continue exactly, resume with the same settings; to start anew: --overwrite"
-                )
-        return
-    if output.exists() and not output.is_dir():
-        raise PeftcoreError(f"'{output}' is a file. Give a folder: --output FOLDER")
-    # Settings alone are of a run that failed before it made anything: nothing is lost.
-    if output.is_dir() and any(path != run_file for path in output.iterdir()):
-        if not (overwrite and run_file.exists()):
-            what = "a run" if run_file.exists() else "something else"
-            hint = "--resume continues it, --overwrite starts anew" if run_file.exists() else "Give another folder"
-            raise PeftcoreError(f"'{output}' holds {what} already. {hint}")
-        for name in ("checkpoints", "adapter"):
-            shutil.rmtree(output / name, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-    run_file.write_text(json.dumps(settings.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
 def run(

@@ -1,6 +1,6 @@
 """One training run in a process of its own, so that its peak memory is its own and its failure no one else's.
 
-FOLDER/run.json       the settings
+FOLDER/run.json       the settings; run.toml as options
 FOLDER/log.txt        what it printed
 FOLDER/result.json    what it found, or
 FOLDER/error.txt      why it found nothing
@@ -15,12 +15,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peftcore.cli.options import FULL
+from peftcore.cli.settings import RUN_FILE, Settings, prepare_folder, write_options
 from peftcore.errors import PeftcoreError
-
-if TYPE_CHECKING:
-    from peftcore.cli.training import Settings
 
 _RESULT, _ERROR = "result.json", "error.txt"
 STOPPED = 130
@@ -35,9 +34,9 @@ def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[s
         PeftcoreError: a run with other settings lies there.
         KeyboardInterrupt: Ctrl-C; the run has stopped, with a checkpoint.
     """
-    from peftcore.cli import training
-
-    training.prepare_folder(folder, settings, resume=True, overwrite=False)
+    prepare_folder(folder, settings, resume=True, overwrite=False)
+    if settings.method != FULL:  # which `train` does not know
+        write_options(folder, settings, {})
     if not (folder / _RESULT).exists():
         status = run_child(folder, show)
         if status == STOPPED:
@@ -86,7 +85,7 @@ def main(folder: Path) -> int:
     """Train as `folder` says; the exit status."""
     from peftcore.cli import training
 
-    settings = training.Settings(**json.loads((folder / training.RUN_FILE).read_text(encoding="utf-8")))
+    settings = Settings(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
     (folder / _ERROR).unlink(missing_ok=True)
     try:
         result = training.run(settings, folder, resume=(folder / "checkpoints").is_dir())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from peftcore import PeftcoreError
-from peftcore.cli.fields import describe, parse
+from peftcore.cli.fields import describe, parse, text_of
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ def test_values(setting: str, value: Any) -> None:
     (name,) = found
     assert found[name] == value and type(found[name]) is type(value)
     Config(**found)
+    again = parse(Config, [f"{name}={text_of(found[name])}"])[name]  # as run.toml keeps it
+    assert again == value and type(again) is type(value)
 
 
 @pytest.mark.parametrize(

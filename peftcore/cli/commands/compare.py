@@ -24,7 +24,7 @@ from peftcore.cli.console import out, require, resume_command, say, warn
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
-    from peftcore.cli.training import Settings
+    from peftcore.cli.settings import Settings
 
 EXAMPLES = (
     'peftcore compare -m MODEL -d chat.jsonl -o both --method METHOD --method "OTHER FIELD=VALUE lr=1e-3" --seeds 3',
@@ -94,9 +94,9 @@ def compare(
     candidates = parse_candidates(method, full)
     require("transformers", "accelerate", "matplotlib", "psutil")
     models.quiet_transformers()
-    from peftcore.cli import training
+    from peftcore.cli.settings import Settings
 
-    common = training.Settings(
+    common = Settings(
         model=models.resolve(model),
         data=options.absolute(data),
         task=task,

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftcore.cli import options
+from peftcore.cli import config_file, options
 from peftcore.cli.console import out, require, resume_command, say, table
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
-    from peftcore.cli.training import Result, Settings
+    from peftcore.cli.settings import Settings
+    from peftcore.cli.training import Result
 
 EXAMPLES = (
     "peftcore train -m HuggingFaceTB/SmolLM2-135M-Instruct -d chat.jsonl --method METHOD -o run",
@@ -24,9 +25,18 @@ EXAMPLES = (
 
 
 def train(
+    context: typer.Context,
     model: options.Model,
     data: options.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run; the adapter lies in it.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=config_file.use,
+            help="A TOML file of options, such as a run's run.toml; the command line wins over it.",
+        ),
+    ] = None,
     task: options.Task = None,
     method: options.MethodName = None,
     fields: options.Fields = None,
@@ -76,6 +86,9 @@ def train(
     from peftcore.cli import models
     from peftcore.cli.data_files import parsed_columns
 
+    overruled = config_file.overruled(context)
+    steps = None if "steps" in overruled else steps
+    eval_data = None if "eval_data" in overruled else eval_data
     names = parsed_columns(columns)
     task = task or examples.guess_task(data, names)
     examples.check_task(task)
@@ -88,12 +101,13 @@ def train(
     require("transformers", "accelerate", "matplotlib", "psutil")
     models.quiet_transformers()
     from peftcore import ranks
+    from peftcore.cli import settings as run_settings
     from peftcore.cli import torchrun, training
     from peftcore.registry import registry
 
     torchrun.join(parallel, device)
-    name, chosen = options.resolve_method(method, fields)
-    settings = training.Settings(
+    name, chosen = options.resolve_method(method, config_file.fields(context, fields))
+    settings = run_settings.Settings(
         model=models.resolve(model),
         data=options.absolute(data),
         task=task,
@@ -124,7 +138,13 @@ def train(
         save_every=save_every,
         keep=keep,
     )
-    ranks.once(lambda: training.prepare_folder(output, settings, resume=resume, overwrite=overwrite), together=True)
+    sampling = {"sample": sample, "sample_tokens": sample_tokens}
+
+    def prepare() -> None:
+        run_settings.prepare_folder(output, settings, resume=resume, overwrite=overwrite)
+        run_settings.write_options(output, settings, sampling)
+
+    ranks.once(prepare, together=True)
     try:
         result = training.run(settings, output, resume=resume, sample=sample, sample_tokens=sample_tokens)
     except training.Stopped as stopped:

@@ -19,7 +19,7 @@ from peftcore import PeftcoreError
 from peftcore.cli import training_process
 from peftcore.cli.commands import compare
 from peftcore.cli.comparison_report import ComparisonReport
-from peftcore.cli.training import Settings
+from peftcore.cli.settings import Settings
 
 SIZE = ("--steps", 2, "--batch-size", 4, "--max-length", 16)
 

@@ -347,7 +347,7 @@ def test_wrong_settings(
 
 
 def test_a_run_that_failed_before_it_made_anything_does_not_block_its_folder(tmp_path: Path) -> None:
-    from peftcore.cli.training import RUN_FILE, prepare_folder
+    from peftcore.cli.settings import RUN_FILE, prepare_folder
 
     class Noted:
         def to_json(self) -> dict[str, int]:

@@ -1,0 +1,141 @@
+"""`--config run.toml`: a command's options from a file; and the file of a run, from which it can be repeated.
+
+A key is an option's name, `batch_size` or `batch-size`; the table `[set]` has the fields of the method's config. What
+the command line says holds before what the file says; of `[set]` that is field by field.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from peftcore.cli.console import warn
+from peftcore.cli.fields import text_of
+from peftcore.errors import nearest
+
+NAME = "run.toml"
+_FIELDS = "peftcore.cli.fields"  # of the context: the file's `[set]`
+_NOT_IN_FILES = {"config", "help"}
+# Where the command line names the first, the file's second, which would overrule it, does not hold.
+_OVERRULED = {"epochs": "steps", "holdout": "eval_data"}
+
+
+def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) -> Path | None:
+    """The callback of `--config`: what the file says becomes the defaults of the command.
+
+    Raises:
+        typer.BadParameter: the file cannot be read, or a key is no option, or not of its type.
+    """
+    if file is None or context.resilient_parsing:
+        return file
+    options = {_key(option): option for option in context.command.params if option.name not in _NOT_IN_FILES}
+    defaults = {}
+    for name, value in _read(file).items():
+        key = name.replace("-", "_")
+        if key not in options:
+            raise typer.BadParameter(f"{file}: there is no option '{name}'{nearest(key, options)}")
+        option = options[key]
+        if key == "set" and isinstance(value, dict):
+            context.meta[_FIELDS] = {field: text_of(given) for field, given in value.items()}
+        else:
+            defaults[str(option.name)] = _default(f"{file}: '{name}'", context, option, value)
+    context.default_map = defaults
+    return file
+
+
+def fields(context: typer.Context, settings: list[str] | None) -> list[str]:
+    """The fields of `--set`, NAME=VALUE, with those of the file that the command line does not give."""
+    settings = settings or []
+    said = {setting.partition("=")[0].strip() for setting in settings}
+    from_file: dict[str, str] = context.meta.get(_FIELDS, {})
+    return [*settings, *(f"{name}={value}" for name, value in from_file.items() if name not in said)]
+
+
+def overruled(context: typer.Context) -> set[str]:
+    """Options that hold only in the file, and that the command line overrules by another."""
+
+    def source(name: str) -> str:
+        return getattr(context.get_parameter_source(name), "name", "")
+
+    return {name for by, name in _OVERRULED.items() if source(by) == "COMMANDLINE" and source(name) == "DEFAULT_MAP"}
+
+
+def write(file: Path, options: Mapping[str, Any]) -> None:
+    """Write options as a file that `--config` reads; those that are None are left out. `set` becomes a table."""
+    shown = {name: value for name, value in options.items() if value is not None and name != "set"}
+    lines = [f"{name} = {_toml(value)}" for name, value in shown.items()]
+    if options.get("set"):
+        lines += ["", "[set]", *(f"{_toml_key(name)} = {_toml(value)}" for name, value in options["set"].items())]
+    try:
+        text = "\n".join(lines).encode() + b"\n"
+    except UnicodeEncodeError as error:  # a path that is no UTF-8, which TOML has no place for
+        warn(f"'{file}' is not written: {error.object[error.start : error.end]!r} is no text")
+        return
+    file.write_bytes(text)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    try:
+        tomllib = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise typer.BadParameter(f"TOML files need '{name}' before Python 3.11. Try: pip install {name}") from error
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise typer.BadParameter(f"'{file}' cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # of TOML, or of UTF-8
+        raise typer.BadParameter(f"'{file}' is not TOML: {error}") from error
+
+
+def _key(option: Any) -> str:
+    """As a file names it: the option's long name."""
+    return max(option.opts, key=len).lstrip("-").replace("-", "_")
+
+
+def _default(what: str, context: typer.Context, option: Any, value: Any) -> Any:
+    """A value of the file as the option takes it: converted from text, so that 8.5 is no whole number."""
+    scalar: tuple[type, ...] = (bool,) if option.is_flag else (str, int, float)
+    values = value if option.multiple and isinstance(value, list) else [value]
+    for each in values:
+        if not isinstance(each, scalar) or isinstance(each, bool) != option.is_flag:
+            takes = "true or false" if option.is_flag else "text or a number"
+            raise typer.BadParameter(f"{what} takes {takes}, found {each!r}")
+    values = [each if option.is_flag else text_of(each) for each in values]
+    default = values if option.multiple else values[0]
+    try:
+        option.process_value(context, default)
+    except Exception as error:  # click's, of which typer may have a copy of its own
+        raise typer.BadParameter(f"{what}: {getattr(error, 'message', error)}") from error
+    return default
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it; None, which TOML has not, as --set writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return str(value) if not math.isfinite(value) else repr(value)
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_toml_key(key)} = {_toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return _quoted("none" if value is None else str(value))
+
+
+def _toml_key(key: Any) -> str:
+    return key if isinstance(key, str) and re.fullmatch(r"[A-Za-z0-9_-]+", key) else _quoted(str(key))
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return '"' + re.sub(r"[\x00-\x1f\x7f]", lambda found: f"\\u{ord(found[0]):04x}", escaped) + '"'
