@@ -47,12 +47,14 @@ def fail(message: str) -> NoReturn:
     raise typer.Exit(1)
 
 
-def resume_command() -> str:
-    """The command at hand, as one that goes on."""
-    arguments = [argument for argument in sys.argv[1:] if argument not in ("--resume", "--overwrite")]
+def command(*, resume: bool = False) -> str:
+    """The command at hand; with `resume` as one that goes on."""
+    arguments = sys.argv[1:]
+    if resume:
+        arguments = [*(each for each in arguments if each not in ("--resume", "--overwrite")), "--resume"]
     several = os.environ.get("WORLD_SIZE", "1")
     started = ["torchrun", "--nproc-per-node", several, "-m"] if several != "1" else []
-    return shlex.join([*started, "peftcore", *arguments, "--resume"])
+    return shlex.join([*started, "peftcore", *arguments])
 
 
 def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), title: str | None = None) -> None:

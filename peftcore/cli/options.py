@@ -70,6 +70,10 @@ Fields = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="A field of the method's config, such as r=16. Repeatable."),
 ]
 Dtype = Annotated[str, typer.Option(help="Of the base: fp32, bf16, or auto (bf16 on a GPU that has it, else fp32).")]
+Precision = Annotated[
+    str,
+    typer.Option(help="Of training: auto (as the base's dtype), fp32, or bf16 or fp16 (mixed, beside a base in fp32)."),
+]
 Quantize = Annotated[
     str | None,
     typer.Option("--quantize", help="Keep the base in 4 bits, nf4 or fp4, as an adapter was trained on it."),

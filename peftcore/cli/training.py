@@ -11,6 +11,7 @@ import contextlib
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArgum
 
 import peftcore
 from peftcore import ranks
-from peftcore.cli import conversations, data, models, progress, tasks
+from peftcore.cli import conversations, data, models, precision, progress, tasks
 from peftcore.cli.console import say, warn
 from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.models import AdapterTask
@@ -100,7 +101,9 @@ class MeasuringTrainer(Trainer):
         return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        measured = tasks.measure(bare_model(self), self.eval_dataset, self.tokenizer)
+        model = bare_model(self)
+        with precision.own(model):
+            measured = tasks.measure(model, self.eval_dataset, self.tokenizer)
         self.measured[self.state.global_step] = measured
         say(f"step {self.state.global_step}/{self.state.max_steps}  held out: {measured}", "bold")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.as_dict().items()}
@@ -110,9 +113,19 @@ class MeasuringTrainer(Trainer):
 
 
 def run(
-    settings: Settings, output: Path, *, resume: bool, sample: str | None = None, sample_tokens: int = 48
+    settings: Settings,
+    output: Path,
+    *,
+    resume: bool,
+    sample: str | None = None,
+    sample_tokens: int = 48,
+    report_to: Sequence[str] = (),
 ) -> Result:
     """Train, evaluate before and after, and save the adapter.
+
+    Args:
+        sample: a prompt to answer before and after, in `sample_tokens` tokens at most.
+        report_to: services that Trainer writes its log to, see `reporting`.
 
     Raises:
         PeftcoreError: the data, the model or a setting is wrong.
@@ -129,9 +142,8 @@ def run(
 
     set_seed(settings.seed)  # also draws a classifier's new head
     say(f"loading {settings.model}")
-    model = models.load_model(
-        settings.model, settings.task, dtype=settings.dtype, device=settings.device, labels=labels
-    )
+    dtype = precision.base_dtype(settings.precision, settings.dtype)
+    model = models.load_model(settings.model, settings.task, dtype=dtype, device=settings.device, labels=labels)
     if settings.method == FULL:
         model.requires_grad_(True)
     else:
@@ -142,7 +154,8 @@ def run(
 
     def sample_text() -> str:
         prompt: Any = [{"role": "user", "content": sample}] if is_chat else sample or ""
-        return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
+        with precision.own(model):
+            return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
 
     with peftcore.disabled(model) if settings.method != FULL else contextlib.nullcontext():
         before = tasks.measure(model, held_out, tokenizer)
@@ -154,7 +167,7 @@ def run(
     meter, stop = progress.Meter(), progress.OrderlyStop()
     trainer = MeasuringTrainer(
         model=model,
-        args=training_arguments(settings, output, len(train)),
+        args=training_arguments(settings, output, len(train), report_to),
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=tasks.collator(tokenizer),
@@ -236,7 +249,9 @@ def encode_examples(
     return encoded.examples
 
 
-def training_arguments(settings: Settings, output: Path, examples: int) -> TrainingArguments:
+def training_arguments(
+    settings: Settings, output: Path, examples: int, report_to: Sequence[str] = ()
+) -> TrainingArguments:
     """Trainer's settings for so many examples."""
     per_epoch = math.ceil(math.ceil(examples / (settings.batch_size * settings.ranks)) / settings.grad_accum)
     steps = settings.steps or math.ceil(per_epoch * settings.epochs)
@@ -266,7 +281,9 @@ def training_arguments(settings: Settings, output: Path, examples: int) -> Train
             include_num_input_tokens_seen="non_padding",
             use_cpu=models.torch_device(settings.device).type == "cpu",
             dataloader_pin_memory=models.torch_device(settings.device).type == "cuda",
-            report_to="none",
+            report_to=list(report_to) or "none",
+            run_name=output.name,
+            **precision.arguments(settings.precision),
             disable_tqdm=True,
             remove_unused_columns=False,
         )

@@ -20,7 +20,7 @@ import typer
 from rich.markup import escape
 
 from peftcore.cli import completion, options
-from peftcore.cli.console import out, require, resume_command, say, warn
+from peftcore.cli.console import command, out, require, say, warn
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def _run_all(common: Settings, candidates: list[Candidate], seeds: int, output: 
                 else:
                     result = training_process.run(folder, settings, show)
             except KeyboardInterrupt:
-                say(f"stopped; finished runs are in {output}. To go on:\n  {resume_command()}", "bold")
+                say(f"stopped; finished runs are in {output}. To go on:\n  {command(resume=True)}", "bold")
                 raise typer.Exit(130) from None
             report.add(candidate.label, seed, result)
             report.write(output)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peftcore.cli import config_file, options
-from peftcore.cli.console import out, require, resume_command, say, table
+from peftcore.cli.console import command, out, require, say, table
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ def train(
     columns: options.Columns = None,
     chat_template: options.ChatTemplate = None,
     dtype: options.Dtype = "auto",
+    precision: options.Precision = "auto",
     device: options.Device = "auto",
     seed: Annotated[int, typer.Option(help="Of the split, the adapter's start, the order and dropout.")] = 0,
     parallel: Annotated[
@@ -75,6 +76,9 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where a run lies.")] = False,
     sample: Annotated[str | None, typer.Option(help="A prompt to answer before and after (causal-lm).")] = None,
     sample_tokens: Annotated[int, typer.Option(min=1, help="Tokens of that answer at most.")] = 48,
+    report_to: Annotated[
+        str | None, typer.Option(help="Where Trainer's log goes, too: tensorboard, wandb, mlflow, ... (commas).")
+    ] = None,
 ) -> None:
     """Fine-tune a model on a file of examples.
 
@@ -101,10 +105,13 @@ def train(
     require("transformers", "accelerate", "matplotlib", "psutil")
     models.quiet_transformers()
     from peftcore import ranks
+    from peftcore.cli import precision as precisions
+    from peftcore.cli import reporting, torchrun, training
     from peftcore.cli import settings as run_settings
-    from peftcore.cli import torchrun, training
     from peftcore.registry import registry
 
+    precisions.check(precision, dtype, device)
+    services = reporting.services(report_to)
     torchrun.join(parallel, device)
     name, chosen = options.resolve_method(method, config_file.fields(context, fields))
     settings = run_settings.Settings(
@@ -127,6 +134,7 @@ def train(
         weight_decay=weight_decay,
         max_length=max_length,
         dtype=dtype,
+        precision=precision,
         device=device,
         seed=seed,
         gradient_checkpointing=gradient_checkpointing,
@@ -138,17 +146,19 @@ def train(
         save_every=save_every,
         keep=keep,
     )
-    sampling = {"sample": sample, "sample_tokens": sample_tokens}
+    more = {"sample": sample, "sample_tokens": sample_tokens, "report_to": report_to}
 
     def prepare() -> None:
         run_settings.prepare_folder(output, settings, resume=resume, overwrite=overwrite)
-        run_settings.write_options(output, settings, sampling)
+        run_settings.write_options(output, settings, more)
 
     ranks.once(prepare, together=True)
     try:
-        result = training.run(settings, output, resume=resume, sample=sample, sample_tokens=sample_tokens)
+        result = training.run(
+            settings, output, resume=resume, sample=sample, sample_tokens=sample_tokens, report_to=services
+        )
     except training.Stopped as stopped:
-        say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To go on:\n  {resume_command()}", "bold")
+        say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To go on:\n  {command(resume=True)}", "bold")
         torchrun.leave()
         raise typer.Exit(130) from None
     if ranks.rank() == 0:
@@ -158,10 +168,10 @@ def train(
 
 def _show(settings: Settings, result: Result, output: Path) -> None:
     """Print the result, and write `report.html` and, for programs, `result.json`."""
-    from peftcore.cli import training_report
+    from peftcore.cli import training_report, versions
 
     facts = _facts(result)
-    commands = _commands(settings, result)
+    uses = _commands(settings, result)
     (output / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     rows = [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in _before_after(result)]
     training_report.write(
@@ -175,8 +185,9 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
             ("The run", facts),
             *([("A sample", result.samples)] if result.samples else []),
             ("Settings", [(name, value) for name, value in settings.to_json().items() if value is not None]),
+            ("Made with", [*versions.versions(), *versions.machine(), ("command", command())]),
         ],
-        commands=commands,
+        commands=uses,
     )
     out.print()
     table(rows, ("held out", "before", "after"))
@@ -186,8 +197,8 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
         say(f"\n{writer} writes:", "bold")
         say(text.strip())
     say(f"\nreport: {output / 'report.html'}\nuse it:", "bold")
-    for command in commands:
-        say(f"  {command}")
+    for use in uses:
+        say(f"  {use}")
 
 
 def _before_after(result: Result) -> list[tuple[str, float, float]]:

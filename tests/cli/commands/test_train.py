@@ -47,6 +47,8 @@ def test_language_model_end_to_end(run: Run, writer: Path, llama: Path, reviews:
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
     assert f"peftcore generate --adapter {writer / 'adapter'}" in report
     assert f"{found['before']['loss']:.4f}" in report and f"{found['after']['loss']:.4f}" in report
+    for made_with in (torch.__version__, "transformers", "processor", "peftcore ", "SIMD level"):
+        assert made_with in report
     assert "http" not in report.replace(str(writer), ""), "the report must need nothing from elsewhere"
 
     evaluated = run("eval", "--adapter", writer, "-d", reviews).output
@@ -328,6 +330,9 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
         (("--set", "target_modules=q_prj"), "'q_prj' matches no module"),
         (("--method", "lorra"), "no PEFT method 'lorra' is installed"),
         (("--dtype", "fp8"), "--dtype is one of auto, fp32, bf16, found 'fp8'"),
+        (("--precision", "bf8"), "--precision is one of auto, fp32, bf16, fp16, found 'bf8'"),
+        (("--precision", "fp16", "--device", "cpu"), "PyTorch does on CUDA only. On a CPU: --precision bf16"),
+        (("--precision", "fp32", "--dtype", "bf16"), "Leave out --dtype bf16"),
         (("--optim", "adamm"), "adamm"),
         (("--holdout", "1.5"), "must be between 0 and 1, found 1.5"),
         (("--lr", "0"), "--lr and --epochs must be above 0"),

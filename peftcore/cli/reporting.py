@@ -1,0 +1,25 @@
+"""`--report-to`: services that Trainer writes its log to, such as tensorboard and wandb."""
+
+from __future__ import annotations
+
+from peftcore.errors import PeftcoreError, nearest
+
+
+def services(text: str | None) -> list[str]:
+    """The names in `text`, separated by commas.
+
+    Raises:
+        PeftcoreError: transformers knows no such service, or the library that speaks to it is not installed.
+    """
+    from transformers.integrations import integration_utils
+
+    names = [part.strip() for part in (text or "").split(",") if part.strip() not in ("", "none")]
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    for name in names:
+        if name not in known:
+            raise PeftcoreError(f"--report-to {name}: no such service{nearest(name, known)}. Known: {', '.join(known)}")
+        try:
+            known[name]()  # before a model is loaded
+        except (RuntimeError, ImportError) as error:
+            raise PeftcoreError(f"--report-to {name}: {' '.join(str(error).split())}") from error
+    return names
