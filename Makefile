@@ -1,8 +1,9 @@
-# One command each: make install | demo | test | fuzz | lint | fix | docs | bench | matrix | compare | census. What they need is installed into .venv by the first call;
+# One command each: make install | demo | test | fuzz | lint | fix | docs | bench | matrix | compare | census | export-check. What they need is installed into .venv by the first call;
 # stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
+LLAMA := .llama
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check --quiet
 # Built against the PyTorch in .venv, which therefore comes first; plugins are packages of their own.
@@ -14,7 +15,7 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 
 BENCHMARKS = $(shell grep -l __main__ benchmarks/*.py)
 
-.PHONY: install demo test fuzz lint fix docs bench matrix compare census clean
+.PHONY: install demo test fuzz lint fix docs bench matrix compare census export-check clean
 
 install: $(VENV)/train.stamp
 	@echo "installed into $(VENV). Go on with: . $(VENV)/bin/activate"
@@ -59,16 +60,26 @@ compare: $(VENV)/dev.stamp
 census: $(VENV)/dev.stamp
 	cd tests && OMP_NUM_THREADS=1 ../$(PY) -W ignore -m census --write ../docs/census.md $(CENSUS)
 
+# What `peftcore export` writes against llama.cpp, which is built from its source: half an hour on two cores.
+export-check: $(VENV)/train.stamp $(LLAMA)/llama.stamp
+	$(PY) benchmarks/export/check.py --llama $(LLAMA)/bin/python
+
 bench: $(VENV)/dev.stamp
 	for file in $(BENCHMARKS); do echo "== $$file" && $(PY) $$file || exit 1; done
 
 clean:
-	rm -rf $(VENV) .demo build dist *.egg-info plugins/*/*.egg-info peftcore/_C*.so peftcore/_build.json
+	rm -rf $(VENV) $(LLAMA) .demo build dist *.egg-info plugins/*/*.egg-info peftcore/_C*.so peftcore/_build.json
 
 $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch and the build tools into $(VENV)"
 	$(PIP) "torch>=2.9" numpy "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
+	@touch $@
+
+$(LLAMA)/llama.stamp:
+	$(PYTHON) -m venv $(LLAMA)
+	@echo "building llama.cpp into $(LLAMA)"
+	$(LLAMA)/bin/python -m pip install --disable-pip-version-check --quiet --no-binary llama-cpp-python llama-cpp-python
 	@touch $@
 
 $(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)

@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.errors import CheckpointError as CheckpointError
     from peftcore.errors import PeftcoreError as PeftcoreError
     from peftcore.errors import PluginError as PluginError
+    from peftcore.exporting.export import export as export
     from peftcore.hookspecs import hookimpl as hookimpl
     from peftcore.merging.merge import merge as merge
     from peftcore.merging.merge import merge_loss as merge_loss

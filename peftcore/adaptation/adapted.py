@@ -151,8 +151,7 @@ def _chain_of(module: nn.Module, base: Base) -> Any:
         chain = _link(adapters, name, inside)
         links[name] = adapters[name], chain
     if samples is not None and names:
-        behind = all(name in adapters.behind for name in names)
-        chain = PerSample(base, links, samples, behind, module.__dict__[LOCK])
+        chain = PerSample(base, links, samples, behind=all(name in adapters.behind for name in names))
     return chain
 
 

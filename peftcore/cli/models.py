@@ -6,12 +6,13 @@ import contextlib
 import io
 import json
 import logging
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcore.cli import data
-from peftcore.cli.console import require
+from peftcore.cli.console import require, warn
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.validation import check_types
 
@@ -120,7 +121,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A base for `task`, in evaluation mode on its device; with `quantize` its linear layers are in 4 bits."""
     quiet_transformers()
-    loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_head(task, labels)}
+    loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_label_maps(labels)}
     is_gguf = model.endswith(".gguf")
     if quantize is not None:
         from peftcore import quantization
@@ -144,7 +145,7 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
     import torch
     from transformers import AutoConfig
 
-    config = _load(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
+    config = _load(AutoConfig.from_pretrained, model, "configuration", **_label_maps(labels))
     with torch.device("meta"):
         return _auto_class(task).from_config(config)
 
@@ -154,6 +155,23 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str | None = None) 
     import peftcore
 
     return peftcore.load(model, folder, adapter=name, trainable=False).eval()
+
+
+def merge_adapter(
+    model: PreTrainedModel, *, untie: bool, quantize: str | None, dtype: str, device: str
+) -> PreTrainedModel:
+    """Work the adapter into the weights for good; what is in 4 bits becomes dense. Warnings are the commands' own."""
+    import peftcore
+
+    dense = torch_dtype(dtype, device) if quantize else None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peftcore.merge(model, keep_adapters=False, untie=untie, dtype=dense)
+    if quantize:
+        peftcore.quantization.dequantize(model, dense)  # layers that the adapter leaves alone
+    for warning in caught:
+        warn(str(warning.message))
+    return model
 
 
 def adapter_folder(folder: Path) -> Path:
@@ -222,20 +240,15 @@ def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
 def _auto_class(task: str) -> Any:
     import transformers
 
-    if task in data.LABELLED:
+    if task == data.CLASSIFICATION:
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModelForCausalLM
 
 
-def _head(task: str, labels: tuple[str, ...]) -> dict[str, Any]:
-    """What the config has to say of the head, for the model to have its outputs and its loss."""
-    if task not in data.LABELLED:
+def _label_maps(labels: tuple[str, ...]) -> dict[str, Any]:
+    if not labels:
         return {}
-    if task == data.REGRESSION:
-        return {"num_labels": 1, "problem_type": "regression"}
-    kinds = {data.CLASSIFICATION: "single_label_classification", data.MULTI_LABEL: "multi_label_classification"}
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
-    return {"problem_type": kinds[task], **(names if labels else {})}
+    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
 
 
 def _set_padding(loaded: PreTrainedModel, model: str) -> None:
@@ -256,7 +269,4 @@ def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
     heads = [tensor for name, tensor in tensors.items() if any(f".{module}." in name for module in saved)]
     if not heads:
         raise CheckpointError(f"'{folder}' holds no classification head among its tensors")
-    outputs = heads[-1].shape[0]
-    if outputs == 1:
-        return AdapterTask(data.REGRESSION, 512)
-    return AdapterTask(data.CLASSIFICATION, 512, tuple(str(i) for i in range(outputs)))
+    return AdapterTask(data.CLASSIFICATION, 512, tuple(str(i) for i in range(heads[-1].shape[0])))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from peftcore.cli import options
-from peftcore.cli.console import say, warn
+from peftcore.cli.console import say
 from peftcore.errors import PeftcoreError
 
 EXAMPLES = ("peftcore merge -a run -o merged",)
@@ -32,21 +31,13 @@ def merge(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PeftcoreError(f"'{output}' exists already. Give a new folder: --output FOLDER")
-    import peftcore
     from peftcore.cli import models
 
     task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
     tokenizer = models.load_tokenizer(base)
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     models.load_adapter(loaded, adapter)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        dense = models.torch_dtype(dtype, device) if quantize else None
-        peftcore.merge(loaded, keep_adapters=False, untie=untie, dtype=dense)
-    if quantize:
-        peftcore.quantization.dequantize(loaded, dense)  # layers that the adapter leaves alone
-    for warning in caught:
-        warn(str(warning.message))
+    models.merge_adapter(loaded, untie=untie, quantize=quantize, dtype=dtype, device=device)
     try:
         loaded.save_pretrained(output, max_shard_size=shard_size)
         tokenizer.save_pretrained(output)

@@ -1,0 +1,71 @@
+"""A GGUF file is written whole or not at all, one tensor after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftcore.errors import PeftcoreError
+
+
+class Entry(NamedTuple):
+    """A tensor to be written: its name in the file, what it is made of, and the type of ggml it gets there."""
+
+    name: str
+    tensor: Tensor
+    kind: Any
+
+
+@contextmanager
+def writing(path: Path, architecture: str) -> Iterator[Any]:
+    """A writer of the file at `path`; behind the block the file stands there, or, after an error, what was there.
+
+    Raises:
+        PeftcoreError: the package `gguf` is not installed, or the file cannot be written.
+    """
+    try:
+        import gguf
+    except ModuleNotFoundError as error:
+        raise PeftcoreError(f"this needs '{error.name}', which is not installed: pip install peftcore[gguf]") from error
+    part = path.with_name(f"{path.name}.part")
+    writer = gguf.GGUFWriter(part, architecture)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield writer
+        writer.close()
+        part.replace(path)
+    except OSError as error:
+        raise PeftcoreError(f"'{path}' cannot be written: {error.strerror or error}") from error
+    finally:
+        writer.close()
+        part.unlink(missing_ok=True)
+
+
+def write_tensors(writer: Any, entries: list[Entry]) -> None:
+    """Behind the keys, which must be complete: the list of the tensors, and each of them."""
+    import gguf
+    import numpy as np
+
+    for name, tensor, kind in entries:
+        shape: tuple[int, ...] = tuple(tensor.shape)
+        quantized = kind not in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16)
+        stored = gguf.quant_shape_to_byte_shape(shape, kind) if quantized else shape
+        number = np.dtype(np.uint8 if quantized else np.float16 if kind.name == "F16" else np.float32)
+        writer.add_tensor_info(name, stored, number, int(np.prod(stored)) * number.itemsize, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, tensor, kind in entries:
+        values = tensor.detach().to("cpu", torch.float32).contiguous().numpy()
+        with np.errstate(over="ignore"):
+            data = gguf.quantize(values, kind)
+        if not np.isfinite(values).all() or (kind.name == "F16" and not np.isfinite(data).all()):
+            raise PeftcoreError(
+                f"'{name}' holds {abs(values).max():.3g}, which {kind.name} cannot. Take a type of a larger range: bf16"
+            )
+        writer.write_tensor_data(data)

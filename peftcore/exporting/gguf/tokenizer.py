@@ -1,0 +1,155 @@
+"""A tokenizer as keys of GGUF: byte-level BPE, or what another GGUF file has.
+
+How a text is cut before the merges is known to llama.cpp by a name. The cuts by these names are those of
+src/llama-vocab.cpp, compared here with what the tokenizer's own file says, exactly.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peftcore.errors import PeftcoreError
+from peftcore.exporting.gguf.names import WAY_ROUND
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_BYTES, _BYTES_AND_WORDS = {"type": "ByteLevel", "use_regex": False}, {"type": "ByteLevel", "use_regex": True}
+
+
+def _split(numbers: str) -> dict[str, Any]:
+    pattern = {"Regex": f"{_WORDS}|{numbers}{_REST}"}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+
+
+CUTS: dict[str, list[dict[str, Any]]] = {
+    "gpt-2": [_BYTES_AND_WORDS],
+    "smollm": [{"type": "Digits", "individual_digits": True}, _BYTES_AND_WORDS],
+    "qwen2": [_split(r"\p{N}"), _BYTES],
+    "llama-bpe": [_split(r"\p{N}{1,3}"), _BYTES],
+}
+WHOLE_WORDS_FIRST = {"llama-bpe"}  # a word that is a token is not merged together
+SPECIAL = ("bos", "eos", "unk", "pad")
+
+
+def write_tokenizer(writer: Any, tokenizer: Any, rows: int, template: str | None = None) -> None:
+    """Add the keys of a tokenizer of transformers, or of the GGUF file at a path.
+
+    Args:
+        rows: of the model's vocabulary, which may be longer.
+        template: of chats, in place of the tokenizer's own.
+
+    Raises:
+        PeftcoreError: llama.cpp would cut texts in another way.
+    """
+    if isinstance(tokenizer, str | Path):
+        _copy(writer, Path(tokenizer), rows, template)
+        return
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise _refused(f"{type(tokenizer).__name__} has no tokenizer.json")
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = parts["model"]
+    cut = _cut(parts)
+    vocabulary = {**model["vocab"], **{added["content"]: added["id"] for added in parts["added_tokens"]}}
+    _refuse_longer(max(vocabulary.values()) + 1, rows)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    if not merges:
+        raise _refused("it has no merges")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(cut)
+    _write_tokens(writer, vocabulary, parts["added_tokens"], rows)
+    writer.add_token_merges(merges)
+    _write_special(writer, tokenizer)
+    template = template or _template(tokenizer)
+    if template:
+        writer.add_chat_template(template)
+
+
+def _cut(parts: dict[str, Any]) -> str:
+    """The name of the way in which the tokenizer cuts texts."""
+    model, before = parts["model"], parts["pre_tokenizer"]
+    plain = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "byte_fallback": False}
+    odd = [key for key, value in plain.items() if (model.get(key) or value) != value]
+    if model["type"] != "BPE" or odd:
+        raise _refused(f"its model is {model['type']}{' with ' + ', '.join(odd) if odd else ''}")
+    if parts["normalizer"] not in (None, {"type": "NFC"}):
+        raise _refused(f"it has a normalizer, {parts['normalizer']['type']}")
+    steps = before["pretokenizers"] if before and before["type"] == "Sequence" else [before or {"type": "none"}]
+    if any(step.get("add_prefix_space") for step in steps):
+        raise _refused("it puts a space before a text")
+    cuts = [{k: v for k, v in s.items() if k not in ("add_prefix_space", "trim_offsets")} for s in steps]
+    name = next((name for name, known in CUTS.items() if cuts == known), None)
+    if name is None:
+        raise _refused(f"it cuts texts in another way ({', '.join(step['type'] for step in steps)})")
+    if bool(model.get("ignore_merges")) != (name in WHOLE_WORDS_FIRST):
+        raise _refused(f"it has ignore_merges={model.get('ignore_merges')}")
+    odd = [each["content"] for each in parts["added_tokens"] if each["lstrip"] or each["rstrip"] or each["single_word"]]
+    if odd:
+        raise _refused(f"its token {odd[0]!r} takes spaces beside it along")
+    return name
+
+
+def _write_tokens(writer: Any, vocabulary: dict[str, int], added: list[dict[str, Any]], rows: int) -> None:
+    import gguf
+
+    tokens = [f"[PAD{i}]" for i in range(rows)]
+    kinds = [gguf.TokenType.UNUSED] * rows
+    for token, i in vocabulary.items():
+        tokens[i], kinds[i] = token, gguf.TokenType.NORMAL
+    for each in added:
+        kinds[each["id"]] = gguf.TokenType.CONTROL if each["special"] else gguf.TokenType.USER_DEFINED
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+
+
+def _write_special(writer: Any, tokenizer: Any) -> None:
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    if ids["pad"] == ids["eos"]:  # put there for batches
+        ids["pad"] = None
+    for name, i in ids.items():
+        if i is not None:
+            getattr(writer, f"add_{name}_token_id")(i)
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    first, last = whole[:1] == [ids["bos"]] and whole[:1] != bare[:1], whole[-1:] == [ids["eos"]] != bare[-1:]
+    if whole != [*whole[:1] * first, *bare, *whole[-1:] * last]:
+        raise _refused(f"it puts the tokens {whole} for {bare}")
+    writer.add_add_bos_token(first)
+    writer.add_add_eos_token(last)
+
+
+def _template(tokenizer: Any) -> str | None:
+    found = getattr(tokenizer, "chat_template", None)
+    return found.get("default") if isinstance(found, dict) else found
+
+
+def _copy(writer: Any, file: Path, rows: int, template: str | None) -> None:
+    import gguf
+
+    fields = gguf.GGUFReader(file).fields
+    tokens = fields.get(gguf.Keys.Tokenizer.LIST)
+    if tokens is None:
+        raise PeftcoreError(f"'{file}' has no tokenizer")
+    _refuse_longer(len(tokens.data), rows)
+    if len(tokens.data) < rows:
+        raise PeftcoreError(f"the vocabulary of '{file}' has {len(tokens.data)} tokens, the model {rows} rows for it")
+    for key, field in fields.items():
+        if not key.startswith("tokenizer.") or (template and key == gguf.Keys.Tokenizer.CHAT_TEMPLATE):
+            continue
+        of_items = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, field.contents(), field.types[0], sub_type=of_items)
+    if template:
+        writer.add_chat_template(template)
+
+
+def _refuse_longer(tokens: int, rows: int) -> None:
+    if tokens > rows:
+        raise PeftcoreError(f"the tokenizer has {tokens} tokens, the model {rows} rows for them: it is another model's")
+
+
+def _refused(why: str) -> PeftcoreError:
+    return PeftcoreError(
+        f"the tokenizer is not one that is written as GGUF here: {why}. Known is byte-level BPE that cuts texts as "
+        f"{', '.join(CUTS)} do. {WAY_ROUND}"
+    )

@@ -1,0 +1,96 @@
+"""A text model as ONNX, by PyTorch's own exporter: adapters that act are in the graph, merged or not."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import engine, ranks
+from peftcore.adaptation.class_swap import original_forward
+from peftcore.errors import PeftcoreError
+
+INPUTS = ("input_ids", "attention_mask")
+PROTOBUF_BYTES = 1_900_000_000  # a file holds two gigabytes at most; more lies in a file beside it
+
+
+def write(model: nn.Module, path: Path) -> Path:
+    """Write the file: from `input_ids` and `attention_mask`, `[batch, length]` of any sizes, to logits.
+
+    Of a model without a head, to the last hidden state. There is no cache: each call computes the whole text.
+
+    Raises:
+        PeftcoreError: the packages `onnx` and `onnxscript` are not installed, or the model cannot be exported.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise PeftcoreError(f"this needs '{error.name}', which is not installed: pip install peftcore[onnx]") from error
+    _refuse(model)
+    device = next(model.parameters()).device
+    example = torch.ones(2, 8, dtype=torch.long, device=device)
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length")
+    size = sum(each.numel() * each.element_size() for each in (*model.parameters(), *model.buffers()))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    was_training, verbosity = model.training, logging.root.manager.disable
+    try:
+        logging.disable(logging.WARNING)  # of operators of libraries that are not there
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(
+                _Plain(model.eval()).eval(),
+                (example, example.clone()),  # one tensor twice would be one input
+                path,
+                input_names=[*INPUTS],
+                output_names=["logits" if _gives(model, "logits") else "last_hidden_state"],
+                dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}),
+                dynamo=True,
+                external_data=size > PROTOBUF_BYTES,
+                verbose=False,
+            )
+    except Exception as error:  # whatever the exporter raises
+        raise PeftcoreError(
+            f"{type(model).__name__} cannot be exported as it is: {str(error).strip().splitlines()[0]}. "
+            "Merging first makes a plain model: peftcore.merge(model)"
+        ) from error
+    finally:
+        logging.disable(verbosity)
+        model.train(was_training)
+    return path
+
+
+class _Plain(nn.Module):
+    """Two tensors in, one out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits, or the last hidden state."""
+        cache: dict[str, Any] = {"use_cache": False} if hasattr(self.model, "generate") else {}
+        found = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **cache)
+        return found.logits if "logits" in found else found.last_hidden_state
+
+
+def _gives(model: nn.Module, name: str) -> bool:
+    with torch.no_grad():
+        one = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+        return name in model(input_ids=one, attention_mask=one, return_dict=True)
+
+
+def _refuse(model: nn.Module) -> None:
+    ranks.refuse_sharded(model, "export")
+    state = engine.state_of(model)
+    if state is not None:
+        engine.refuse_per_sample(state, "export")
+    taken = inspect.signature(original_forward(model)).parameters
+    missing = [name for name in INPUTS if name not in taken]
+    if missing:
+        raise PeftcoreError(f"{type(model).__name__} takes no {missing[0]}: only models of text are exported")

@@ -1,0 +1,119 @@
+"""An adapter's folder as vLLM and SGLang read it.
+
+They read PEFT's format, but not all of it (vLLM's vllm/lora/peft_helper.py and lora_model.py, SGLang's
+srt/lora/lora_config.py and lora.py): no DoRA, no biases, no modules trained whole; and older ones pass over
+`rank_pattern`, `alpha_pattern` and, SGLang, `use_rslora` without a word. So the file has none of these: one rank, to
+which smaller ones are filled up with zeros, and one scale, by which B is multiplied.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore import adapter_files, checkpoint, engine
+from peftcore.adapter_files import Content
+from peftcore.composing import low_rank
+from peftcore.errors import PeftcoreError
+from peftcore.exporting.thin import Thin, padded, products
+from peftcore.registry import registry
+
+WHAT = "be written for vLLM and SGLang"
+RANKS = (8, 16, 32, 64, 128, 256, 512)  # that vLLM takes as --max-lora-rank, 16 if nothing is said
+PER_EXPERT = "per_expert"  # the layout of files in which both read experts
+
+
+def write(model: nn.Module, folder: Path, adapter: str | None) -> Path:
+    """Write the folder.
+
+    Raises:
+        PeftcoreError: they do not know what the adapter does.
+    """
+    name = adapter if adapter is not None else _only(model)
+    if _has_experts(model, name):
+        low_rank.refuse_trained(model, name, WHAT)
+        return checkpoint.save(model, folder, adapter=name, layout=PER_EXPERT, resumable=False)
+    found = products(model, name, WHAT)
+    rank, scale = max(each.rank for each in found.values()), next(iter(found.values())).scale or 1.0
+    tensors: dict[str, Tensor] = {}
+    for path, thin in found.items():
+        tensors.update(_tensors(model, name, path, padded(thin, rank, scale)))
+    adapter_files.write(folder, {"": Content(_fields(model, found, rank, scale), tensors, {"format": "pt"})})
+    return folder
+
+
+def commands(folder: Path, base: str) -> list[str]:
+    """What serves it with vLLM, and with SGLang."""
+    named, rank = f"mine={folder}", checkpoint.about(folder)[0]["r"]
+    told = ["--max-lora-rank", str(next((each for each in RANKS if each >= rank), rank))] if rank > RANKS[1] else []
+    return [
+        shlex.join(["vllm", "serve", base, "--enable-lora", *told, "--lora-modules", named]),
+        shlex.join(["python", "-m", "sglang.launch_server", "--model-path", base, "--lora-paths", named]),
+    ]
+
+
+def remarks(folder: Path) -> list[str]:
+    """What may not work there of a folder that `write` wrote, in sentences."""
+    fields, tensors = checkpoint.about(folder)[0], adapter_files.read_tensors(folder)[0]
+    rank, said = fields["r"], []
+    if rank > RANKS[-1]:
+        said.append(f"vLLM takes ranks up to {RANKS[-1]}, and this is {rank}.")
+    paths = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in tensors}
+    outside = sorted(path for path in paths if not any(part.isdigit() for part in path.split(".")))
+    if outside:
+        said.append(
+            f"{', '.join(outside)} lie outside of the layers, where these programs read adapters for some "
+            "architectures only."
+        )
+    if any(".experts." in path for path in paths):
+        said.append("Experts are read by versions of vLLM and SGLang that say so for the architecture.")
+        if fields.get("rank_pattern") or fields.get("alpha_pattern"):
+            said.append("The adapter has ranks or scales of its own for some modules, which older versions pass over.")
+    return said
+
+
+def _only(model: nn.Module) -> str:
+    names = list(engine.require_state(model).applied)
+    if len(names) != 1:
+        raise PeftcoreError(f"the model has the adapters {names}. Say which: export(..., adapter=NAME)")
+    return names[0]
+
+
+def _has_experts(model: nn.Module, adapter: str) -> bool:
+    method = registry.method(engine.applied(model, adapter).method)
+    changed = [site.name for _, site, _ in low_rank.sites(model, adapter)]
+    return any(name is not None for name in changed) and PER_EXPERT in method.state.layouts
+
+
+def _tensors(model: nn.Module, adapter: str, path: str, thin: Thin) -> dict[str, Tensor]:
+    module: Any = model.get_submodule(path)
+    stem = f"base_model.model.{path}"
+    if isinstance(module, nn.Embedding):
+        return {
+            f"{stem}.lora_embedding_A": thin.b.T.contiguous(),
+            f"{stem}.lora_embedding_B": thin.a.T.contiguous(),
+        }
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    if sizes != (len(thin.b), thin.a.shape[1]):
+        raise PeftcoreError(f"'{adapter}' cannot {WHAT}: it changes '{path}', no linear layer and no embedding")
+    return {f"{stem}.lora_A.weight": thin.a.contiguous(), f"{stem}.lora_B.weight": thin.b.contiguous()}
+
+
+def _fields(model: nn.Module, found: dict[str, Thin], rank: int, scale: float) -> dict[str, Any]:
+    ends = {path.rpartition(".")[2] for path in found}
+    all_of_them = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in ends}
+    config = getattr(model, "config", None)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": getattr(config, "_name_or_path", None) or None,
+        "r": rank,
+        "lora_alpha": scale * rank,
+        "target_modules": sorted(ends if all_of_them == found.keys() else found),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }

@@ -1,0 +1,116 @@
+"""`peftcore export`: which files are written, what is said of them, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import exported
+import pytest
+import tiny
+import torch
+from commands import Run
+from exported import logits, tensors
+from safetensors.torch import load_file
+
+import peftcore
+from peftcore.cli.models import AdapterTask
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    exported.llama().save_pretrained(folder)
+    exported.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def gpt2_in(folder: Path) -> Path:
+    tiny.gpt2().save_pretrained(folder)
+    exported.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def adapter_of(base: Path, folder: Path, method: Any = "lora", **fields: Any) -> torch.Tensor:
+    """Logits with an adapter that is saved as a run has it."""
+    from transformers import AutoModelForCausalLM
+
+    model = exported.apply(AutoModelForCausalLM.from_pretrained(base), method, **fields)
+    peftcore.save(model, folder / "adapter")
+    AdapterTask("causal-lm", 64, chat=True, chat_template="{{ ours }}").write(folder / "adapter")
+    return logits(model)
+
+
+def test_gguf(run: Run, base: Path, tmp_path: Path) -> None:
+    expected = adapter_of(base, tmp_path / "run", r=4)
+    told = run("export", "--to", "gguf", "--adapter", tmp_path / "run", "--type", "f32").output
+    folder = tmp_path / "run" / "gguf"
+    assert sorted(file.name for file in folder.iterdir()) == ["adapter.gguf", "model-f32.gguf"]
+    assert "llama-cli -m BASE.gguf --lora" in told and "model-f32.gguf" in told
+    assert exported.keys(folder / "model-f32.gguf")["tokenizer.chat_template"] == "{{ ours }}"
+
+    run("export", "--to", "gguf", "--model", base, "--type", "f32", "--output", tmp_path / "bare")
+    before, after = tensors(tmp_path / "bare/model-f32.gguf"), tensors(folder / "model-f32.gguf")
+    pairs = tensors(folder / "adapter.gguf")
+    for name in (name.removesuffix(".lora_a") for name in pairs if name.endswith("a")):
+        change = pairs[f"{name}.lora_b"] @ pairs[f"{name}.lora_a"]
+        scale = exported.keys(folder / "adapter.gguf")["adapter.lora.alpha"] / 4
+        assert abs(before[name] + scale * change - after[name]).max() < 2e-6
+
+    # the file is a base in its turn, and its tokenizer goes on to the next one
+    again = tmp_path / "again"
+    run("export", "--to", "gguf", "--model", folder / "model-f32.gguf", "--type", "f16", "--output", again)
+    facts = exported.keys(again / "model-f16.gguf")
+    assert facts["tokenizer.chat_template"] == "{{ ours }}" and facts["tokenizer.ggml.pre"] == "gpt-2"
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(again, gguf_file="model-f16.gguf").eval()
+    assert (logits(model) - expected).abs().max() < 5e-3
+
+
+def test_parts_of_gguf_and_what_is_made_thin(run: Run, base: Path, tmp_path: Path) -> None:
+    adapter_of(base, tmp_path / "run", "dora", r=4, target_modules=["q_proj"])
+    given = ("export", "--to", "gguf", "--adapter", tmp_path / "run", "--output")
+    refused = run(*given, tmp_path / "x", "--only", "adapter", code=1).output
+    assert "cannot be written as an adapter of llama.cpp" in refused and not (tmp_path / "x").exists()
+    told = run(*given, tmp_path / "merged").output.replace("\n", " ")
+    assert "With --convert RANK it is written all the same" in told
+    assert [file.name for file in (tmp_path / "merged").iterdir()] == ["model-f16.gguf"]
+    told = run(*given, tmp_path / "thin", "--only", "adapter", "--convert", 64).output
+    assert "rank 64 keeps at least 100.0% of the adapter's change" in told
+    assert tensors(tmp_path / "thin/adapter.gguf")["blk.0.attn_q.weight.lora_a"].shape == (64, 64)
+
+
+def test_vllm_and_peft(run: Run, base: Path, tmp_path: Path) -> None:
+    ranks = {"r": 20, "rank_pattern": {"v_proj": 24}, "target_modules": ["q_proj", "v_proj"]}
+    expected = adapter_of(base, tmp_path / "run", **ranks)
+    told = run("export", "--to", "vllm", "--adapter", tmp_path / "run").output.replace("\n", " ")
+    folder = tmp_path / "run" / "vllm"
+    assert f"vllm serve {base} --enable-lora --max-lora-rank 32 --lora-modules mine={folder}" in told
+    assert f"sglang.launch_server --model-path {base} --lora-paths mine={folder}" in told
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == 24
+    from transformers import AutoModelForCausalLM
+
+    run("export", "--to", "peft", "--adapter", folder, "--output", tmp_path / "peft")
+    assert (
+        load_file(tmp_path / "peft/adapter_model.safetensors").keys()
+        == load_file(folder / "adapter_model.safetensors").keys()
+    )
+    model = peftcore.load(AutoModelForCausalLM.from_pretrained(base), tmp_path / "peft").eval()
+    assert torch.allclose(logits(model), expected, atol=2e-5)
+
+
+def test_asked_for_wrongly(run: Run, base: Path, llama: Path, tmp_path: Path) -> None:
+    adapter_of(base, tmp_path / "run", r=4)
+    given = ("export", "--adapter", tmp_path / "run", "--to")
+    assert "--to is one of gguf, vllm, peft, onnx, found 'ggml'" in run(*given, "ggml", code=1).output
+    assert "--only is one of adapter, model, found 'base'" in run(*given, "gguf", "--only", "base", code=1).output
+    assert "name the adapter: --adapter FOLDER" in run("export", "--to", "vllm", "--model", base, code=1).output
+    assert "name the adapter" in run("export", "--to", "gguf", code=1).output
+    assert "exists already" in run(*given, "peft", "--output", tmp_path / "run", code=1).output
+    adapter_of(gpt2_in(tmp_path / "gpt2"), tmp_path / "other", r=4)
+    output = run("export", "--to", "gguf", "--adapter", tmp_path / "other", code=1).output.replace("\n", " ")
+    assert "GPT2LMHeadModel is not written as GGUF here" in output and "--convert" not in output
+    output = run("export", "--to", "gguf", "--model", llama, "--output", tmp_path / "words", code=1).output
+    assert "its model is WordLevel" in output.replace("\n", " ") and not list(tmp_path.glob("words/*"))

@@ -1,0 +1,96 @@
+"""What tests of exporting share: tiny models that GGUF knows, a tokenizer of byte-level BPE, adapters of any values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import peftcore
+
+TOKENS = torch.tensor([[5, 17, 3, 60, 41, 22, 9], [8, 4, 77, 31, 2, 50, 63]])
+VOCABULARY = 262  # of the model; the tokenizer has two tokens fewer
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+}
+
+
+def llama(**changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return _drawn(LlamaForCausalLM(LlamaConfig(**{**SIZES, **changes})))
+
+
+def qwen2(**changes: Any) -> Any:
+    """With biases of q, k and v."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    return _drawn(Qwen2ForCausalLM(Qwen2Config(**{**SIZES, **changes})))
+
+
+def qwen3(**changes: Any) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    return _drawn(Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "head_dim": 128, **changes})))
+
+
+def _drawn(model: nn.Module) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
+    return model.eval()
+
+
+def apply(model: nn.Module, method: Any = "lora", *, std: float = 0.1, **fields: Any) -> nn.Module:
+    """An adapter whose tensors are all drawn."""
+    peftcore.apply(model, method, **fields)
+    for _, parameter in peftcore.engine.adapter_parameters(model, "default"):
+        nn.init.normal_(parameter, std=std)
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(TOKENS).logits
+
+
+def tokenizer(pre: Any = None, ignore_merges: bool = False, **special: Any) -> Any:
+    """256 bytes, two merged ones, and two special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "ab", "Ġab"]
+    merges = [("a", "b"), ("Ġ", "ab")]
+    made = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges, ignore_merges=ignore_merges))
+    made.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    names = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>", **special}
+    found = PreTrainedTokenizerFast(tokenizer_object=made, **names)
+    found.chat_template = "{{ messages[0].content }}"
+    return found
+
+
+def tensors(file: Path) -> dict[str, np.ndarray]:
+    """All tensors of a GGUF file by name, dequantized, `[rows, columns]`."""
+    import gguf
+
+    return {each.name: gguf.dequantize(each.data, each.tensor_type) for each in gguf.GGUFReader(file).tensors}
+
+
+def keys(file: Path) -> dict[str, Any]:
+    import gguf
+
+    return {key: field.contents() for key, field in gguf.GGUFReader(file).fields.items()}

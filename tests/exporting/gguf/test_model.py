@@ -1,0 +1,157 @@
+"""Models as GGUF files, read back by transformers, whose reader knows nothing of us."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from exported import TOKENS, apply, keys, llama, logits, qwen2, qwen3, tensors, tokenizer
+from tiny import gpt2
+
+import peftcore
+from peftcore import PeftcoreError
+
+
+def write(model: Any, file: Path, kind: str = "f32", **options: Any) -> Path:
+    return peftcore.export(model, file, to="gguf", tokenizer=tokenizer(), kind=kind, **options)
+
+
+def read(file: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "changes"),
+    [
+        (llama, {}),
+        (llama, {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+        (qwen2, {}),
+        (qwen3, {"tie_word_embeddings": True}),
+    ],
+)
+def test_a_merged_model_computes_the_same(make: Any, changes: dict[str, Any], tmp_path: Path) -> None:
+    model = apply(make(**changes), r=4, target_modules="all-linear")
+    expected = logits(model)
+    peftcore.merge(model)
+    assert (logits(read(write(model, tmp_path / "exact.gguf"))) - expected).abs().max() < 2e-5
+    assert (logits(read(write(model, tmp_path / "half.gguf", "f16"))) - expected).abs().max() < 5e-3
+    peftcore.unmerge(model)  # it was left as it is
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_matrices_have_the_type_and_vectors_fp32(kind: str, tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=kind == "q4_0")
+    file = write(model, tmp_path / "model.gguf", kind)
+    kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(file).tensors}
+    head = "token_embd.weight" if kind == "q4_0" else "output.weight"
+    assert kinds[head] == ("Q8_0" if kind[1] in "45" else kind.upper())
+    assert kinds["blk.0.attn_norm.weight"] == "F32" and kinds["blk.1.ffn_down.weight"] == kind.upper()
+    assert keys(file)["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{kind.upper()}"]
+    weight = model.model.layers[1].mlp.down_proj.weight.detach().numpy()
+    wrong = tensors(file)["blk.1.ffn_down.weight"] - weight
+    bits = {"bf16": 9, "q8_0": 8, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4}[kind]
+    assert 0 < abs(wrong).max() < abs(weight).max() * 2.0 ** (1 - bits) * 1.01
+
+
+def test_rows_that_are_no_whole_blocks_are_in_16_bits(tmp_path: Path) -> None:
+    file = write(llama(intermediate_size=80), tmp_path / "model.gguf", "q4_0")
+    kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(file).tensors}
+    assert kinds["blk.0.ffn_down.weight"] == "F16" and kinds["blk.0.ffn_up.weight"] == "Q4_0"
+
+
+def test_an_untied_head_is_written(tmp_path: Path) -> None:
+    model = apply(llama(tie_word_embeddings=True), r=4, target_modules=["lm_head"])
+    expected = logits(model)
+    with pytest.warns(UserWarning, match="untied 'lm_head'"):
+        peftcore.merge(model, untie=True)
+    file = write(model, tmp_path / "model.gguf")
+    assert "output.weight" in tensors(file)
+    assert (logits(read(file)) - expected).abs().max() < 2e-5
+
+
+def test_llama3_s_rotary_embedding_has_its_factors(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    model = llama(rope_parameters={**rope, "original_max_position_embeddings": 32})
+    file = write(model, tmp_path / "model.gguf")
+    plain = 1.0 / 1e4 ** (torch.arange(0, 16, 2) / 16)
+    factors = torch.from_numpy(tensors(file)["rope_freqs.weight"].copy())
+    assert torch.allclose(plain / factors, model.model.rotary_emb.inv_freq)
+    assert 1 in factors and factors.max() == 8
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32},
+        ),
+    ],
+)
+def test_scaled_rotary_embeddings(rope: dict[str, Any], expected: dict[str, Any], tmp_path: Path) -> None:
+    found = keys(write(qwen2(rope_parameters={"rope_theta": 5e4, **rope}), tmp_path / "model.gguf"))
+    assert {key: found[f"qwen2.rope.scaling.{key}"] for key in expected} == expected
+    assert found["qwen2.rope.freq_base"] == 5e4
+
+
+def test_a_window_is_the_length_of_the_context(tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {**llama().config.to_dict(), "sliding_window": 48}
+    for key in ("architectures", "model_type", "rope_parameters"):
+        sizes.pop(key)
+    found = keys(write(MistralForCausalLM(MistralConfig(**sizes)), tmp_path / "model.gguf"))
+    assert found["llama.context_length"] == 48 and found["general.architecture"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (gpt2, "GPT2LMHeadModel is not written as GGUF here, which knows LlamaForCausalLM, .* convert_hf_to_gguf.py"),
+        (lambda: llama(hidden_act="gelu"), "hidden_act='gelu', which llama.cpp's 'llama' does not know"),
+        (
+            lambda: llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            "rotary embedding is .*dynamic.*, not written here",
+        ),
+        (
+            lambda: qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=0),
+            "some of the model's layers have a sliding window",
+        ),
+        (lambda: apply(llama()), r"the adapters 'default' act beside the weights.*peftcore.merge\(model\)"),
+        (lambda: peftcore.quantize(llama()), "is kept as torch.uint8. First: peftcore.dequantize"),
+    ],
+)
+def test_what_llama_cpp_would_compute_in_another_way_is_refused(make: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(PeftcoreError, match=message):
+        write(make(), tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_too_large_for_the_type_is_refused(tmp_path: Path) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.lm_head.weight[3, 5] = 7e4
+    file = tmp_path / "model.gguf"
+    file.write_text("what was there")
+    with pytest.raises(PeftcoreError, match=r"'output.weight' holds 7e\+04, which F16 cannot.*bf16"):
+        write(model, file, "f16")
+    assert file.read_text() == "what was there" and len(list(tmp_path.iterdir())) == 1
+    write(model, file, "bf16")
+
+
+def test_asked_for_wrongly(tmp_path: Path) -> None:
+    model = llama()
+    with pytest.raises(PeftcoreError, match=r"'q4_k' is not written here. Known: f32, f16"):
+        write(model, tmp_path / "model.gguf", "q4_k")
+    with pytest.raises(PeftcoreError, match="tokenizer=tokenizer"):
+        peftcore.export(model, tmp_path / "model.gguf", to="gguf")
+    with pytest.raises(PeftcoreError, match=r"to='ggml' is not known. Known: gguf, vllm, onnx"):
+        peftcore.export(model, tmp_path / "model.gguf", to="ggml")
+    assert model(TOKENS) is not None

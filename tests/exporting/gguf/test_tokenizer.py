@@ -1,0 +1,135 @@
+"""Tokenizers as keys of GGUF: read back by transformers, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+from exported import VOCABULARY, keys, llama, tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import peftcore
+from peftcore import PeftcoreError
+from peftcore.exporting.gguf.tokenizer import CUTS
+
+
+def write(given: Any, file: Path, **options: Any) -> dict[str, Any]:
+    return keys(peftcore.export(llama(), file, to="gguf", tokenizer=given, **options))
+
+
+def sequence(*steps: Any) -> Any:
+    return pre_tokenizers.Sequence([*steps, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def split(name: str) -> Any:
+    return sequence(pre_tokenizers.Split(Regex(CUTS[name][0]["pattern"]["Regex"]), "isolated"))
+
+
+CUT = {
+    "gpt-2": lambda: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    "smollm": lambda: pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    ),
+    "qwen2": lambda: split("qwen2"),
+    "llama-bpe": lambda: split("llama-bpe"),
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_how_a_text_is_cut_has_a_name(name: str, tmp_path: Path) -> None:
+    given = tokenizer(CUT[name](), ignore_merges=name == "llama-bpe")
+    found = write(given, tmp_path / "model.gguf")
+    assert found["tokenizer.ggml.model"] == "gpt2" and found["tokenizer.ggml.pre"] == name
+    assert found["tokenizer.ggml.merges"] == ["a b", "Ġ ab"]
+    assert CUT.keys() == CUTS.keys()
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    given = tokenizer(additional_special_tokens=["<|x|>"])
+    given.add_tokens(["word"])
+    found = write(given, tmp_path / "model.gguf")
+    kinds = gguf.TokenType
+    assert found["tokenizer.ggml.tokens"][256:] == ["ab", "Ġab", "<|im_start|>", "<|im_end|>", "<|x|>", "word"]
+    assert found["tokenizer.ggml.token_type"][256:] == [kinds.NORMAL] * 2 + [kinds.CONTROL] * 3 + [kinds.USER_DEFINED]
+    ids = {key: found.get(f"tokenizer.ggml.{key}_token_id") for key in ("bos", "eos", "padding", "unknown")}
+    assert ids == {"bos": 258, "eos": 259, "padding": None, "unknown": None}  # what pads is what ends
+    assert not found["tokenizer.ggml.add_bos_token"] and not found["tokenizer.ggml.add_eos_token"]
+    assert found["tokenizer.chat_template"] == given.chat_template
+    back = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
+    text = "Größe ab<|im_end|> abc"
+    assert back(text)["input_ids"] == given(text)["input_ids"]
+
+
+def test_rows_without_a_token_are_unused(tmp_path: Path) -> None:
+    found = write(tokenizer(), tmp_path / "model.gguf")
+    assert found["tokenizer.ggml.tokens"][260:] == ["[PAD260]", "[PAD261]"]
+    assert len(found["tokenizer.ggml.token_type"]) == VOCABULARY == found["llama.vocab_size"]
+    assert found["tokenizer.ggml.token_type"][260:] == [gguf.TokenType.UNUSED] * 2
+
+
+def test_tokens_at_the_ends_of_a_text(tmp_path: Path) -> None:
+    given = tokenizer()
+    ends = [("<|im_start|>", 258), ("<|im_end|>", 259)]
+    given.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_start|> $A <|im_end|>", None, ends)
+    found = write(given, tmp_path / "model.gguf")
+    assert found["tokenizer.ggml.add_bos_token"] and found["tokenizer.ggml.add_eos_token"]
+    given.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_end|> $A", None, ends[1:])
+    with pytest.raises(PeftcoreError, match=r"it puts the tokens \[259, \d+\] for \[\d+\]"):
+        write(given, tmp_path / "model.gguf")
+
+
+def test_a_template_in_place_of_the_tokenizer_s_and_a_tokenizer_of_another_file(tmp_path: Path) -> None:
+    first = write(tokenizer(CUT["smollm"]()), tmp_path / "first.gguf", chat_template="{{ other }}")
+    assert first["tokenizer.chat_template"] == "{{ other }}"
+    second = write(tmp_path / "first.gguf", tmp_path / "second.gguf")
+    assert second == first
+    third = write(tmp_path / "first.gguf", tmp_path / "third.gguf", chat_template="{{ third }}")
+    assert third == {**first, "tokenizer.chat_template": "{{ third }}"}
+    with pytest.raises(PeftcoreError, match="the tokenizer has 262 tokens, the model 100 rows for them"):
+        peftcore.export(llama(vocab_size=100), tmp_path / "x.gguf", to="gguf", tokenizer=tmp_path / "first.gguf")
+    with pytest.raises(PeftcoreError, match="has 262 tokens, the model 300 rows"):
+        peftcore.export(llama(vocab_size=300), tmp_path / "x.gguf", to="gguf", tokenizer=tmp_path / "first.gguf")
+
+
+def words() -> Any:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")))
+
+
+def lowercase() -> Any:
+    made = tokenizer()
+    made.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return made
+
+
+def greedy() -> Any:
+    made = tokenizer()
+    made.add_special_tokens({"additional_special_tokens": [AddedToken("<m>", lstrip=True)]})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            words,
+            "its model is WordLevel. Known is byte-level BPE that cuts texts as gpt-2, smollm, qwen2, llama-bpe do",
+        ),
+        (lowercase, "it has a normalizer, Lowercase"),
+        (greedy, "its token '<m>' takes spaces beside it along"),
+        (
+            lambda: tokenizer(pre_tokenizers.Whitespace()),
+            r"cuts texts in another way \(Whitespace\).*convert_hf_to_gguf",
+        ),
+        (lambda: tokenizer(pre_tokenizers.ByteLevel()), "puts a space before a text"),
+        (lambda: tokenizer(split("llama-bpe")), "it has ignore_merges=False"),
+        (lambda: tokenizer(sequence(pre_tokenizers.Split(Regex("x"), "isolated"))), "in another way"),
+        (object, "object has no tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_that_llama_cpp_has_no_name_for_is_refused(make: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(PeftcoreError, match=message):
+        write(make(), tmp_path / "model.gguf")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,35 @@
+"""A model with its adapter beside the weights as ONNX, run by onnxruntime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from exported import apply, llama
+from tiny import convnet
+
+import peftcore
+from peftcore import PeftcoreError
+
+
+def test_it_computes_the_same_for_any_batch(tmp_path: Path) -> None:
+    model = apply(llama(num_hidden_layers=1), r=4, lora_dropout=0.5, target_modules=["q_proj", "down_proj"]).train()
+    file = peftcore.export(model, tmp_path / "model.onnx", to="onnx")
+    assert model.training
+    session = onnxruntime.InferenceSession(file)
+    for batch, length in ((1, 1), (3, 11)):
+        tokens = torch.randint(0, 260, (batch, length), generator=torch.Generator().manual_seed(0))
+        mask = torch.ones_like(tokens)
+        mask[0, : length // 2] = 0
+        (found,) = session.run(None, {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})
+        with torch.no_grad():
+            expected = model.eval()(input_ids=tokens, attention_mask=mask).logits
+        assert np.abs(found - expected.numpy())[mask.bool().numpy()].max() < 1e-5
+
+
+def test_only_models_of_text(tmp_path: Path) -> None:
+    with pytest.raises(PeftcoreError, match="takes no input_ids: only models of text"):
+        peftcore.export(convnet(), tmp_path / "model.onnx", to="onnx")
