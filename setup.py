@@ -252,6 +252,9 @@ class Build:
         ]
         # A relative rpath would tie the binary to one environment; peftcore imports torch first instead.
         link = [f"-L{self.torch['lib']}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
+        # g++'s OpenMP is the one that PyTorch has loaded: a second would have threads of its own.
+        if "clang" in self.cxx[0]:
+            link.append("-fopenmp")
         if self.nvcc:
             home = self.nvcc.parent.parent
             link += [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -265,7 +268,7 @@ class Build:
             "  depfile = $out.d",
             "  description = C++ $in",
             "rule link",
-            f"  command = $cxx -shared $in -o $out -fopenmp {instrument} {' '.join(link)}",
+            f"  command = $cxx -shared $in -o $out {instrument} {' '.join(link)}",
             "  description = link $out",
         ]
         if self.nvcc:

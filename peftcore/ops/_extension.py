@@ -13,10 +13,27 @@ from typing import Any
 
 import torch
 
+import peftcore
 from peftcore.ops._sources import digest
 
 ROOT = Path(__file__).resolve().parents[2]
-REBUILD = "in the folder of its source: pip install --no-build-isolation --no-deps --force-reinstall . (or -e .)"
+
+
+def sources_beside(root: Path) -> Path | None:
+    """A checkout's `csrc`; in site-packages there may be another package's."""
+    return root / "csrc" if (root / "setup.py").exists() else None
+
+
+def how_to_build(csrc: Path | None) -> str:
+    """The command that builds it for the PyTorch that is installed, beside a checkout's sources or without them."""
+    pip = "pip install --no-build-isolation --no-deps --force-reinstall"
+    if csrc is None:
+        return f"{pip} --no-binary peftcore peftcore=={peftcore.__version__}, with g++, ninja and pybind11"
+    return f"in the folder of its source: {pip} . (or -e .)"
+
+
+CSRC = sources_beside(ROOT)
+REBUILD = how_to_build(CSRC)
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -35,7 +52,7 @@ def release(version: str) -> str:
 
 
 def why_not(
-    record: dict[str, Any], torch_version: str = torch.__version__, csrc: Path = ROOT / "csrc"
+    record: dict[str, Any], torch_version: str = torch.__version__, csrc: Path | None = CSRC
 ) -> tuple[str, bool]:
     """Why the recorded build must not be loaded, and whether that is worth a warning; ("", False) if it may be.
 
@@ -50,7 +67,7 @@ def why_not(
     built_with = str(record.get("torch", "unknown"))
     if release(built_with) != release(torch_version):
         return f"it was built with PyTorch {built_with}, this is {torch_version}. Rebuild it: {REBUILD}", True
-    sources = digest(csrc)
+    sources = "" if csrc is None else digest(csrc)
     if sources and record.get("sources") != sources:
         return f"it was built from other sources than those in {csrc}. Rebuild it: {REBUILD}", True
     return "", False

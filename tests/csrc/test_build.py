@@ -1,5 +1,6 @@
 """The extension as a binary: its facts, its SIMD levels, and life without it."""
 
+import importlib
 import json
 import os
 import re
@@ -153,7 +154,24 @@ def test_a_changed_source_makes_the_binary_a_stale_one(tmp_path):
     source.write_text("int a;")
     source.rename(tmp_path / "cpu" / "products.cpp")
     assert "built from other sources" in _extension.why_not(record, csrc=tmp_path)[0]
-    assert _extension.why_not(record, csrc=tmp_path / "none") == ("", False)  # a wheel has no sources beside it
+    assert _extension.why_not(record, csrc=None) == ("", False)  # a wheel has no sources beside it
+
+
+def test_anothers_csrc_in_site_packages_is_not_ours(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "other.cpp").write_text("int a;")
+    assert _extension.sources_beside(tmp_path) is None
+    assert "--no-binary peftcore peftcore==" in _extension.how_to_build(None)
+    (tmp_path / "setup.py").touch()
+    assert _extension.sources_beside(tmp_path) == tmp_path / "csrc"
+
+
+@needs_extension
+def test_there_is_one_openmp_in_a_process():
+    """PyTorch's own: a wheel would bring a second of any that the extension names."""
+    binary = Path(importlib.import_module("peftcore._C").__file__).read_bytes()
+    assert b"GOMP_parallel" in binary or "clang" in build_info().compiler
+    assert b"libgomp" not in binary or "clang" in build_info().compiler
 
 
 @needs_extension
