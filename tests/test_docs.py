@@ -16,6 +16,7 @@ from peftcore.registry import registry
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted(ROOT.glob("plugins/*/README.md"))]  # nothing is run
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # a tiny one stands in for it, as a folder where the code runs
 README_WORDS = 900
 # A block of code, unless the line above says that it is not run here, and why.
@@ -89,7 +90,7 @@ def run(line: str) -> None:
     assert result.exit_code == 0, f"{line}\n{result.output}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_what_a_page_names_exists(page: Path) -> None:
     text = page.read_text()
     for target in re.findall(r"\]\(([^)#:\s]+)\)", text):
@@ -151,4 +152,5 @@ def test_the_table_of_methods_is_that_of_the_conformance_runs() -> None:
     assert reports.keys() == registry.methods().keys(), "run: make matrix"
     assert matrix.section(page) == matrix.table(reports), "run: make matrix"
     for name in registry.methods():
-        assert all(f"| `{name}` |" in text for text in (page, (ROOT / "README.md").read_text())), name
+        pages = page, (ROOT / "README.md").read_text(), (ROOT / "docs/plugin-directory.md").read_text()
+        assert all(f"| `{name}` |" in text for text in pages), name

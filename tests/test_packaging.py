@@ -111,3 +111,11 @@ def test_a_link_that_leads_nowhere_is_refused(tmp_path: Path, for_index: Any) ->
         for_index.absolute("[a](#part) [b](mailto:x@y.z)", tmp_path, tmp_path, URL, "v1")
         == "[a](#part) [b](mailto:x@y.z)"
     )
+
+
+def test_a_wheel_asks_for_the_pytorch_that_it_is_built_with() -> None:
+    workflow = ROOT / ".github" / "workflows" / "wheels.yml"
+    if not workflow.exists():
+        pytest.skip("a source archive has no workflows")
+    (replaced,) = re.findall(r'sed -i "s/(.*?)/.*?/" pyproject.toml', workflow.read_text().replace("\\", ""))
+    assert PROJECTS[0].read_text().count(replaced) == 2  # build-system.requires and dependencies
