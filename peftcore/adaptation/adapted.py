@@ -151,7 +151,8 @@ def _chain_of(module: nn.Module, base: Base) -> Any:
         chain = _link(adapters, name, inside)
         links[name] = adapters[name], chain
     if samples is not None and names:
-        chain = PerSample(base, links, samples, behind=all(name in adapters.behind for name in names))
+        behind = all(name in adapters.behind for name in names)
+        chain = PerSample(base, links, samples, behind, module.__dict__[LOCK])
     return chain
 
 

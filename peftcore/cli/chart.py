@@ -21,7 +21,7 @@ class Panel:
         title: the question, with its unit.
         values: a number for each row; texts: as it is written beside the mark.
         spreads: half the length of an error bar, one a row; given, rows are points and not bars.
-        line: a value to compare with, and its name.
+        lines: values to compare with, and their names.
         log: a logarithmic axis.
     """
 
@@ -29,7 +29,7 @@ class Panel:
     values: Sequence[float]
     texts: Sequence[str]
     spreads: Sequence[float] | None = None
-    line: tuple[float, str] | None = None
+    lines: Sequence[tuple[float, str]] = ()
     log: bool = False
 
 
@@ -59,17 +59,18 @@ def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: s
             axes.annotate(
                 text, (far, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK
             )
-        if panel.line is not None:
-            axes.axvline(panel.line[0], color=ORANGE, linestyle="--", linewidth=1.2, zorder=0)
+        for level, (value, name) in enumerate(panel.lines):
+            axes.axvline(value, color=ORANGE, linestyle=("--", ":")[level % 2], linewidth=1.2, zorder=0)
             axes.annotate(
-                panel.line[1],
-                (panel.line[0], 1),
+                name,
+                (value, 1),
                 xycoords=("data", "axes fraction"),
-                xytext=(4, -2),
+                xytext=(4, -2 - 10 * level),
                 textcoords="offset points",
                 va="top",
                 fontsize=8.5,
                 color=ORANGE,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # another line may run behind it
             )
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GREY)
@@ -93,7 +94,7 @@ def _limits(axes: Axes, panel: Panel) -> None:
         axes.set_xlim(0, 1.5 * max(panel.values))
     else:
         spread = panel.spreads
-        shown = [*panel.values, *([panel.line[0]] if panel.line else [])]
+        shown = [*panel.values, *(value for value, _ in panel.lines)]
         low = min(value - s for value, s in zip(panel.values, spread, strict=True))
         low, high = min(low, *shown), max(value + s for value, s in zip(panel.values, spread, strict=True))
         room = high - low or abs(high) or 1.0

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.cli import data
+import torch
+
+from peftcore.cli import metrics
 from peftcore.cli.chart import Panel, small_multiples
 from peftcore.cli.console import table
 from peftcore.cli.options import FULL
@@ -18,6 +20,9 @@ from peftcore.engine.summary import megabytes
 
 if TYPE_CHECKING:
     from peftcore.cli.settings import Settings
+
+
+_COSTS = ("trained", "size", "peak memory", "step")
 
 
 @dataclass
@@ -54,7 +59,7 @@ class ComparisonReport:
 
     def __init__(self, settings: Settings, rows: Sequence[tuple[str, float]]) -> None:
         self.settings = settings
-        self.metric = "accuracy" if settings.task == data.CLASSIFICATION else "loss"
+        self.metric = metrics.MAIN.get(settings.task, "loss")
         self.methods = [MethodRuns(label, lr) for label, lr in rows]
 
     def add(self, label: str, seed: int, result: dict[str, Any]) -> None:
@@ -65,11 +70,12 @@ class ComparisonReport:
         """One run in a few words."""
         if "error" in result:
             return f"failed: {result['error']}"
-        return f"{self.metric} {self.format_metric([result['after'][self.metric]])}, {result['seconds']:.0f} s"
+        value = self.format_metric([result["after"][self.metric]])
+        return f"{metrics.title(self.metric)} {value}, {result['seconds']:.0f} s"
 
-    def format_metric(self, values: Sequence[float]) -> str:
-        """Mean ± standard deviation of the metric over seeds."""
-        scale, digits, unit = (100, 1, " %") if self.metric == "accuracy" else (1, 3, "")
+    def format_metric(self, values: Sequence[float], name: str | None = None) -> str:
+        """Mean ± standard deviation of a figure over seeds, by default of the task's main one."""
+        scale, digits, unit = (100, 1, " %") if (name or self.metric) in metrics.SHARES else (1, 3, "")
         mean = f"{scale * statistics.mean(values):.{digits}f}"
         deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return mean + deviation + unit
@@ -78,22 +84,34 @@ class ComparisonReport:
         """(label, reason) of methods with a run that failed."""
         return [(method.label, method.error) for method in self.methods if method.error]
 
+    def figures(self) -> list[str]:
+        """Names of what was measured: the main one, then the task's others."""
+        measured: dict[str, float] = next((run["after"] for method in self.methods for run in method.finished), {})
+        return [self.metric, *(name for name in measured if name not in (self.metric, "loss", "perplexity"))]
+
     def columns(self) -> tuple[str, ...]:
-        return ("method", "learning rate", self.metric, "trained", "size", "peak memory", "step")
+        return ("method", "learning rate", *map(metrics.title, self.figures()), *_COSTS)
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The table, without its heading; the first row is the model before training."""
-        rows: list[tuple[str, ...]]
-        rows = [("before training", "", self.format_metric(self.before()), "", "", "", "")] if self.before() else []
+        """The table, without its heading; first the model before training, and an answer that is always the same."""
+        names = self.figures()
+        costs = ("",) * len(_COSTS)
+        rows: list[tuple[str, ...]] = []
+        if self.before():
+            values = (self.format_metric(self.before(name), name) for name in names)
+            rows.append(("before training", "", *values, *costs))
+        if (baseline := self.baseline()) is not None:
+            rows.append((baseline[0], "", self.format_metric([baseline[1]]), *("" for _ in names[1:]), *costs))
         for method in self.methods:
             if not method.finished:
-                rows += [(method.label, f"{method.lr:g}", "failed", "", "", "", "")] if method.error else []
+                failed = (method.label, f"{method.lr:g}", "failed", *("" for _ in names[1:]), *costs)
+                rows += [failed] if method.error else []
                 continue
             rows.append(
                 (
                     method.label,
                     f"{method.lr:g}",
-                    self.format_metric(method.values(self.metric)),
+                    *(self.format_metric(method.values(name), name) for name in names),
                     f"{method.finished[0]['trainable_parameters']:,}",
                     megabytes(method.median("adapter_bytes")),
                     gigabytes(method.median("peak")),
@@ -102,20 +120,33 @@ class ComparisonReport:
             )
         return rows
 
-    def before(self) -> list[float]:
-        """The metric of the untrained model, one value a seed."""
-        return max((method.values(self.metric, "before") for method in self.methods), key=len, default=[])
+    def baseline(self) -> tuple[str, float] | None:
+        """(name, value) of the main figure of an answer that is always the same, where there is one.
+
+        The mean over the seeds, whose held-out examples may differ.
+        """
+        found = [run["baseline"] for method in self.methods for run in method.finished if run.get("baseline")]
+        return (found[0][0], statistics.mean(value for _, value in found)) if found else None
+
+    def before(self, name: str | None = None) -> list[float]:
+        """A figure of the untrained model, by default the main one; one value a seed."""
+        return max((method.values(name or self.metric, "before") for method in self.methods), key=len, default=[])
 
     def show(self) -> None:
         """Print the table."""
         table(self.cells(), self.columns())
 
     def markdown(self) -> str:
-        """The table as Markdown, reasons of failures below."""
-        rows = [self.columns(), ("---",) * len(self.columns()), *self.cells()]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        lines += ["", *(f"{label} failed: {reason}" for label, reason in self.failures())]
-        return "\n".join(lines).strip() + "\n"
+        """The table as Markdown; below it reasons of failures, and what each method answers to each label."""
+        parts = [_markdown([self.columns(), *self.cells()])]
+        parts += [f"{label} failed: {reason}" for label, reason in self.failures()]
+        for method in self.methods:
+            counted = [run for run in method.finished if run.get("confusion")]
+            if counted:
+                summed = torch.tensor([run["confusion"] for run in counted]).sum(0).tolist()
+                title = f"Answers of {method.label} (across) to each label (down), all seeds together:"
+                parts.append(f"{title}\n\n{_markdown(metrics.confusion_rows(summed, counted[0]['labels']))}")
+        return "\n\n".join(parts) + "\n"
 
     def write(self, folder: Path) -> None:
         """Write the three files."""
@@ -133,22 +164,25 @@ class ComparisonReport:
     def picture(self) -> bytes:
         """The chart as a PNG."""
         methods = [method for method in self.methods if method.finished]
-        scale = 100 if self.metric == "accuracy" else 1
+        scale = 100 if self.metric in metrics.SHARES else 1
         values = [[scale * value for value in method.values(self.metric)] for method in methods]
         seeds = max(map(len, values))
         before = scale * statistics.mean(self.before())
+        lines = [(before, "before training")]
+        if (baseline := self.baseline()) is not None:
+            lines.append((scale * baseline[1], baseline[0]))
         trained = [method.finished[0]["trainable_parameters"] for method in methods]
         peak = [method.median("peak") / 1e6 for method in methods]
         step = [1e3 * method.median("step_seconds") for method in methods]
         panels = [
             Panel(
-                f"held-out {self.metric}"
+                f"held-out {metrics.title(self.metric)}"
                 + (" (%)" if scale == 100 else "")
                 + (f", {seeds} seeds" if seeds > 1 else ""),
                 [statistics.mean(each) for each in values],
                 [self.format_metric(method.values(self.metric)).removesuffix(" %") for method in methods],
                 spreads=[statistics.stdev(each) if len(each) > 1 else 0.0 for each in values],
-                line=(before, "before training"),
+                lines=lines,
             ),
             Panel("trained parameters", trained, [_short(count) for count in trained], log=True),
             Panel("peak memory (MB)", peak, [f"{value:,.0f}" for value in peak]),
@@ -157,6 +191,12 @@ class ComparisonReport:
         model = "/".join(Path(self.settings.model).parts[-2:])
         title = f"{model} on {Path(self.settings.data).name}"
         return small_multiples([method.label for method in methods], panels, FULL, title)
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table whose first row is its heading."""
+    rows = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def _short(count: int) -> str:

@@ -3,7 +3,8 @@
 Language modelling: `{"text": ...}`; `{"prompt": ..., "completion": ...}`, where only the completion is learned; or a
 conversation, `{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`, where the assistant's turns are.
 `prompt` and `completion` may be lists of messages, too, and `conversations` with `from` and `value` is ShareGPT's way
-to write the same. Classification: `{"text": ..., "label": ...}`.
+to write the same. Labels: `{"text": ..., "label": ...}`, where the label is a name (classification), a number
+(regression) or a list of names (multi-label).
 """
 
 from __future__ import annotations
@@ -15,18 +16,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from peftcore.cli import labels
 from peftcore.cli.data_files import records
+from peftcore.cli.labels import Label
 from peftcore.errors import PeftcoreError, nearest
 
 LANGUAGE_MODEL = "causal-lm"
-CLASSIFICATION = "classification"
-TASKS = (LANGUAGE_MODEL, CLASSIFICATION)
+CLASSIFICATION, REGRESSION, MULTI_LABEL = LABELLED = labels.KINDS
+TASKS = (LANGUAGE_MODEL, *LABELLED)
 
 _KEYS = {
     LANGUAGE_MODEL: (("messages",), ("conversations",), ("prompt", "completion"), ("text",)),
     CLASSIFICATION: (("text", "label"),),
+    REGRESSION: (("text", "label"),),
+    MULTI_LABEL: (("text", "label"), ("text", "labels")),
 }
-_SHOWN = {LANGUAGE_MODEL: "text, prompt/completion or messages", CLASSIFICATION: "text/label"}
+_SHOWN = {LANGUAGE_MODEL: "text, prompt/completion or messages", MULTI_LABEL: "text/labels"}
+_SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ROLES |= {"tool": "tool", "observation": "tool", "function": "tool"}
 
@@ -44,7 +50,7 @@ class Row:
     where: str
     text: str
     completion: str | None = None
-    label: str | None = None
+    label: Label | None = None
     messages: Messages | None = None
     learned_from: int = 0
     tools: list[Any] | None = None
@@ -86,10 +92,24 @@ def read_rows(path: str | os.PathLike[str], task: str, columns: Mapping[str, str
 
 
 def guess_task(path: str | os.PathLike[str], columns: Mapping[str, str] | None = None) -> str:
-    """The task that the first line of a file is an example of."""
+    """The task that a file has examples of: by the fields of its first line, or where that has a label, by all labels.
+
+    Lists are of several labels; numbers of which one is not whole are regression's; all else are names.
+    """
+    found: list[Any] = []
     for _, fields in records(os.fspath(path), columns):
-        return CLASSIFICATION if "label" in fields else LANGUAGE_MODEL
-    raise PeftcoreError(f"'{path}' holds no example")
+        name = next((name for name in ("label", "labels") if name in fields), None)
+        if name is None and not found:
+            return LANGUAGE_MODEL
+        found.append(fields.get(name or "label"))
+    if not found:
+        raise PeftcoreError(f"'{path}' holds no example")
+    if labels.names(found[0]) is not None:
+        return MULTI_LABEL
+    numbers = [labels.number(label) for label in found]
+    if all(number is not None for number in numbers) and not all(float(number or 0).is_integer() for number in numbers):
+        return REGRESSION
+    return CLASSIFICATION
 
 
 def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -110,34 +130,42 @@ def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[
 
 
 def labels_of(rows: list[Row]) -> list[str]:
-    """The distinct labels, numbers in numeric order, else alphabetically.
+    """The distinct names of labels, numbers in numeric order, else alphabetically; of regression none.
 
     Raises:
-        PeftcoreError: there is only one.
+        PeftcoreError: a classifier has only one, or no row has any.
     """
-    labels = {row.label for row in rows if row.label is not None}
-    if len(labels) < 2:
-        raise PeftcoreError(f"{rows[0].where}: every example has the label {labels}; a classifier needs two or more")
-    try:
-        return sorted(labels, key=float)
-    except ValueError:
-        return sorted(labels)
+    if isinstance(rows[0].label, float):
+        return []
+    found: set[str] = set()
+    for row in rows:
+        found.update((row.label,) if isinstance(row.label, str) else row.label if isinstance(row.label, tuple) else ())
+    if len(found) < 2 and isinstance(rows[0].label, str):
+        raise PeftcoreError(f"{rows[0].where}: every example has the label {found}; a classifier needs two or more")
+    if not found:
+        raise PeftcoreError(f"{rows[0].where}: no example has a label")
+    return sorted(found, key=int) if all(each.removeprefix("-").isdecimal() for each in found) else sorted(found)
 
 
-def label_ids(rows: list[Row], labels: list[str]) -> list[int]:
-    """Each row's label as its index in `labels`.
+def targets(rows: list[Row], known: list[str]) -> list[int] | list[float] | list[tuple[float, ...]]:
+    """What a model is to answer to each row: its label's index in `known`, its number, or for each label one or zero.
 
     Raises:
         PeftcoreError: a label is not among them.
     """
-    index: dict[str | None, int] = {label: i for i, label in enumerate(labels)}
+    index = {label: i for i, label in enumerate(known)}
     for row in rows:
-        if row.label not in index:
-            raise PeftcoreError(
-                f"{row.where}: the label '{row.label}' is unknown{nearest(row.label or '', labels)}. "
-                f"The model knows: {', '.join(labels)}"
-            )
-    return [index[row.label] for row in rows]
+        for name in row.label if isinstance(row.label, tuple) else (row.label,):
+            if isinstance(name, str) and name not in index:
+                raise PeftcoreError(
+                    f"{row.where}: the label '{name}' is unknown{nearest(name, known)}. "
+                    f"The model knows: {', '.join(known)}"
+                )
+    if isinstance(rows[0].label, float):
+        return [row.label for row in rows if isinstance(row.label, float)]
+    if isinstance(rows[0].label, tuple):
+        return [tuple(float(label in row.label) for label in known) for row in rows if isinstance(row.label, tuple)]
+    return [index[row.label] for row in rows if isinstance(row.label, str)]
 
 
 def _row(where: str, fields: dict[str, Any], task: str) -> Row:
@@ -156,19 +184,20 @@ def _row(where: str, fields: dict[str, Any], task: str) -> Row:
     if keys == ("prompt", "completion") and isinstance(fields["prompt"], list):
         before, answer = (_messages(where, key, fields[key]) for key in keys)
         return _conversation(where, [*before, *answer], len(before), fields)
-    for key in keys:
-        value = fields[key]
-        if key == "label" and isinstance(value, (int, str)):
-            continue
-        if not isinstance(value, str):
-            raise PeftcoreError(f"{where}: '{key}' must be text, found {json.dumps(value, ensure_ascii=False)[:80]}")
-    if not str(fields[keys[-1]]).strip():
+    if task in LABELLED:
+        return Row(
+            where, _text(where, "text", fields["text"]), label=labels.parsed(where, keys[-1], fields[keys[-1]], task)
+        )
+    texts = [_text(where, key, fields[key]) for key in keys]
+    if not texts[-1].strip():
         raise PeftcoreError(f"{where}: '{keys[-1]}' is empty")
-    if task == CLASSIFICATION:
-        return Row(where, str(fields["text"]), label=str(fields["label"]))
-    if keys == ("text",):
-        return Row(where, str(fields["text"]))
-    return Row(where, str(fields["prompt"]), completion=str(fields["completion"]))
+    return Row(where, texts[0], completion=texts[1] if len(texts) > 1 else None)
+
+
+def _text(where: str, key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise PeftcoreError(f"{where}: '{key}' must be text, found {labels.short(value)}")
+    return value
 
 
 def _conversation(where: str, messages: Messages, learned_from: int, fields: dict[str, Any]) -> Row:

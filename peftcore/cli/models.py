@@ -121,7 +121,7 @@ def load_model(
 ) -> PreTrainedModel:
     """A base for `task`, in evaluation mode on its device; with `quantize` its linear layers are in 4 bits."""
     quiet_transformers()
-    loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_label_maps(labels)}
+    loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_head(task, labels)}
     is_gguf = model.endswith(".gguf")
     if quantize is not None:
         from peftcore import quantization
@@ -145,7 +145,7 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
     import torch
     from transformers import AutoConfig
 
-    config = _load(AutoConfig.from_pretrained, model, "configuration", **_label_maps(labels))
+    config = _load(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
     with torch.device("meta"):
         return _auto_class(task).from_config(config)
 
@@ -240,15 +240,20 @@ def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
 def _auto_class(task: str) -> Any:
     import transformers
 
-    if task == data.CLASSIFICATION:
+    if task in data.LABELLED:
         return transformers.AutoModelForSequenceClassification
     return transformers.AutoModelForCausalLM
 
 
-def _label_maps(labels: tuple[str, ...]) -> dict[str, Any]:
-    if not labels:
+def _head(task: str, labels: tuple[str, ...]) -> dict[str, Any]:
+    """What the config has to say of the head, for the model to have its outputs and its loss."""
+    if task not in data.LABELLED:
         return {}
-    return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    if task == data.REGRESSION:
+        return {"num_labels": 1, "problem_type": "regression"}
+    kinds = {data.CLASSIFICATION: "single_label_classification", data.MULTI_LABEL: "multi_label_classification"}
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    return {"problem_type": kinds[task], **(names if labels else {})}
 
 
 def _set_padding(loaded: PreTrainedModel, model: str) -> None:
@@ -269,4 +274,7 @@ def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
     heads = [tensor for name, tensor in tensors.items() if any(f".{module}." in name for module in saved)]
     if not heads:
         raise CheckpointError(f"'{folder}' holds no classification head among its tensors")
-    return AdapterTask(data.CLASSIFICATION, 512, tuple(str(i) for i in range(heads[-1].shape[0])))
+    outputs = heads[-1].shape[0]
+    if outputs == 1:
+        return AdapterTask(data.REGRESSION, 512)
+    return AdapterTask(data.CLASSIFICATION, 512, tuple(str(i) for i in range(outputs)))

@@ -1,46 +1,22 @@
-"""The two tasks: how rows become tensors, and what is measured."""
+"""The tasks: how rows become tensors, and what is measured."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli import conversations, data
+from peftcore.cli import conversations, data, metrics
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.data import Messages, Row
+from peftcore.cli.metrics import Metrics
 from peftcore.errors import PeftcoreError
 
 Example = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """Mean loss over `count` predictions (tokens, or examples); `accuracy` where there are classes."""
-
-    loss: float
-    count: int
-    accuracy: float | None = None
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
-
-    def as_dict(self) -> dict[str, float]:
-        """`loss`, and `perplexity` or `accuracy`."""
-        if self.accuracy is None:
-            return {"loss": self.loss, "perplexity": self.perplexity}
-        return {"loss": self.loss, "accuracy": self.accuracy}
-
-    def __str__(self) -> str:
-        if self.accuracy is None:
-            return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}"
-        return f"loss {self.loss:.4f}, accuracy {100 * self.accuracy:.1f} %"
 
 
 @dataclass(frozen=True)
@@ -65,8 +41,8 @@ def encode(
     """
     if max_length < 2:
         raise PeftcoreError(f"the length must be at least 2 tokens, found {max_length}")
-    if task == data.CLASSIFICATION:
-        return _encode_classes(rows, tokenizer, max_length, labels)
+    if task in data.LABELLED:
+        return _encode_labelled(rows, tokenizer, max_length, labels)
     if rows and rows[0].messages is not None:
         return _encode_conversations(rows, tokenizer, max_length)
     examples, truncated = [], 0
@@ -93,7 +69,10 @@ def encode(
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], dict[str, Tensor]]:
-    """Examples as one padded batch: `input_ids`, `attention_mask` [batch, length]; `labels` likewise, or [batch]."""
+    """Examples as one padded batch: `input_ids`, `attention_mask` [batch, length].
+
+    `labels` likewise for a language model; else [batch] of classes or numbers, or [batch, labels] of zeros and ones.
+    """
     padding = tokenizer.pad_token_id or 0
 
     def batch(examples: list[Example]) -> dict[str, Tensor]:
@@ -122,24 +101,37 @@ def measure(
     """Loss over every predicted token or example, each counted once, whatever the batches; no randomness is drawn."""
     batch = collator(tokenizer)
     device = next(model.parameters()).device
+    is_writer = isinstance(examples[0]["labels"], list)
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))  # little padding
     was_training = model.training
     model.eval()
-    loss, count, right = 0.0, 0, 0
+    loss, count = 0.0, 0
+    answers, labels = [], []
     try:
         for start in range(0, len(ordered), batch_size):
             inputs = {name: t.to(device) for name, t in batch(ordered[start : start + batch_size]).items()}
             output = model(**inputs)
-            labels = inputs["labels"]
-            predicted = int((labels[:, 1:] != IGNORED).sum()) if labels.dim() == 2 else len(labels)
+            predicted = int((inputs["labels"][:, 1:] != IGNORED).sum()) if is_writer else len(inputs["labels"])
             loss += float(output.loss) * predicted
             count += predicted
-            if labels.dim() == 1:
-                right += int((output.logits.argmax(-1) == labels).sum())
+            if not is_writer:
+                answers.append(output.logits.float().cpu())
+                labels.append(inputs["labels"].cpu())
     finally:
         model.train(was_training)
-    is_classifier = not isinstance(examples[0]["labels"], list)
-    return Metrics(loss / count, count, right / count if is_classifier else None)
+    if is_writer:
+        return Metrics(loss / count, count)
+    found = _figures(torch.cat(answers), torch.cat(labels))
+    return replace(found, loss=loss / count)
+
+
+def _figures(answers: Tensor, labels: Tensor) -> Metrics:
+    """Of logits [n, outputs], by what the labels are: classes [n], zeros and ones [n, outputs], or numbers [n]."""
+    if labels.dim() == 2:
+        return metrics.of_label_sets(answers > 0, labels)
+    if labels.is_floating_point():
+        return metrics.of_numbers(answers[:, 0], labels)
+    return metrics.of_classes(answers.argmax(-1), labels, answers.shape[1])
 
 
 @torch.no_grad()
@@ -185,26 +177,32 @@ def generate_text(
 
 @torch.no_grad()
 def classify(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, labels: Sequence[str], max_length: int
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, labels: Sequence[str], max_length: int, task: str
 ) -> str:
-    """The likeliest label of `text`, with its probability."""
+    """The likeliest label of `text` with its probability, all labels that are likelier than not, or a number."""
     inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length)
     inputs = {name: inputs[name].to(next(model.parameters()).device) for name in ("input_ids", "attention_mask")}
-    probabilities = model(**inputs).logits[0].float().softmax(-1)
+    logits = model(**inputs).logits[0].float()
+    if task == data.REGRESSION:
+        return f"{logits.item():.4g}"
+    if task == data.MULTI_LABEL:
+        chances = zip(labels, logits.sigmoid().tolist(), strict=True)
+        return ", ".join(f"{label} ({100 * chance:.1f} %)" for label, chance in chances if chance > 0.5) or "none"
+    probabilities = logits.softmax(-1)
     best = int(probabilities.argmax())
     return f"{labels[best]} ({100 * probabilities[best]:.1f} %)"
 
 
-def _encode_classes(
+def _encode_labelled(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str]
 ) -> Encoded:
-    ids = data.label_ids(list(rows), list(labels))
+    targets = data.targets(list(rows), list(labels))
     encoded = [tokenizer(row.text)["input_ids"] for row in rows]
     shortened = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)["input_ids"]
     for row, tokens in zip(rows, shortened, strict=True):
         if not tokens:
             raise PeftcoreError(f"{row.where}: the text gives no token")
-    examples = [{"input_ids": tokens, "labels": label} for tokens, label in zip(shortened, ids, strict=True)]
+    examples = [{"input_ids": tokens, "labels": label} for tokens, label in zip(shortened, targets, strict=True)]
     return Encoded(examples, sum(len(tokens) > max_length for tokens in encoded))
 
 

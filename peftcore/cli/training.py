@@ -24,6 +24,7 @@ from peftcore import ranks
 from peftcore.cli import conversations, data, models, precision, progress, tasks
 from peftcore.cli.console import say, warn
 from peftcore.cli.data_files import parsed_columns
+from peftcore.cli.metrics import Metrics
 from peftcore.cli.models import AdapterTask
 from peftcore.cli.options import FULL
 from peftcore.cli.sampler import LengthGroupedSampler
@@ -39,11 +40,11 @@ from peftcore.quantization import QuantizedLinear
 class Result:
     """What a finished run found. `samples`: (what wrote it, text); `quantize`: the 4-bit type of the base, if any.
 
-    `is_chat`: the examples are conversations.
+    `is_chat`: the examples are conversations; `labels`: their names, in the order of the model's outputs.
     """
 
-    before: tasks.Metrics
-    after: tasks.Metrics
+    before: Metrics
+    after: Metrics
     history: list[dict[str, Any]]
     summary: Summary
     steps: int
@@ -59,12 +60,16 @@ class Result:
     samples: list[tuple[str, str]]
     quantize: str | None
     is_chat: bool
+    labels: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON keeps them; the history is in the checkpoints."""
         return {
             "before": self.before.as_dict(),
             "after": self.after.as_dict(),
+            "baseline": self.after.baseline,
+            "labels": list(self.labels),
+            "confusion": self.after.confusion,
             "trainable_parameters": self.summary.trainable_parameters,
             "base_parameters": self.summary.base_parameters,
             "steps": self.steps,
@@ -94,7 +99,10 @@ class MeasuringTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.tokenizer = tokenizer
         self.control: TrainerControl
-        self.measured: dict[int, tasks.Metrics] = {}  # by step
+        self.measured: dict[int, Metrics] = {}  # by step
+        if not isinstance(self.train_dataset[0]["labels"], list):
+            # Their loss is a mean, whatever the model is told of the size of a step's batches: Trainer has to divide.
+            self.model_accepts_loss_kwargs = False
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
         lengths = [len(example["input_ids"]) for example in self.train_dataset]
@@ -133,7 +141,7 @@ def run(
     """
     began = time.perf_counter()
     train_rows, eval_rows = read_splits(settings)
-    labels = tuple(data.labels_of(train_rows)) if settings.task == data.CLASSIFICATION else ()
+    labels = tuple(data.labels_of(train_rows)) if settings.task in data.LABELLED else ()
     tokenizer = models.load_tokenizer(settings.model)
     conversations.set_template(tokenizer, settings.chat_template)
     is_chat = train_rows[0].messages is not None
@@ -141,7 +149,7 @@ def run(
     held_out = encode_examples("held-out", eval_rows, settings, tokenizer, labels)
 
     set_seed(settings.seed)  # also draws a classifier's new head
-    say(f"loading {settings.model}")
+    say(f"loading {settings.model} for {settings.task}")
     dtype = precision.base_dtype(settings.precision, settings.dtype)
     model = models.load_model(settings.model, settings.task, dtype=dtype, device=settings.device, labels=labels)
     if settings.method == FULL:
@@ -214,6 +222,7 @@ def run(
         samples=samples,
         quantize=next((m.quant_type for m in model.modules() if isinstance(m, QuantizedLinear)), None),
         is_chat=is_chat,
+        labels=labels,
     )
 
 

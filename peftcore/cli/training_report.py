@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from peftcore.cli import metrics
+from peftcore.cli.metrics import Metrics
+
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 56rem; margin: 2.5rem auto; padding: 0 1rem }}
@@ -32,14 +35,14 @@ def write(
     title: str,
     note: str,
     history: Sequence[dict[str, Any]],
-    before: dict[str, float],
+    before: Metrics,
     sections: Sequence[tuple[str, Sequence[tuple[Any, ...]]]],
     commands: Sequence[str],
 ) -> None:
     """Write the report.
 
     Args:
-        history: Trainer's log: dicts with `step` and `loss`, `eval_loss`, `eval_accuracy`.
+        history: Trainer's log: dicts with `step` and `loss`, `eval_loss`, `eval_accuracy` or the like.
         before: the base's metrics, drawn at step 0.
         sections: (heading, rows of a table) in the order of the page.
         commands: how to use the adapter.
@@ -54,8 +57,8 @@ def write(
     path.write_text(page, encoding="utf-8")
 
 
-def curve(history: Sequence[dict[str, Any]], before: dict[str, float]) -> bytes:
-    """The loss curve as a PNG: training loss with its running mean, held-out loss, and accuracy where there is one."""
+def curve(history: Sequence[dict[str, Any]], before: Metrics) -> bytes:
+    """The loss curve as a PNG: training loss with its running mean, held-out loss, and the task's first figure."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -67,19 +70,25 @@ def curve(history: Sequence[dict[str, Any]], before: dict[str, float]) -> bytes:
         axes.plot(steps, running_mean(losses), color="#2457a6", linewidth=2, label="training, running mean")
     eval_steps, eval_losses = _series(history, "eval_loss")
     axes.plot(
-        [0, *eval_steps], [before["loss"], *eval_losses], "o-", color="#c2521a", linewidth=1.5, label="held out", ms=5
+        [0, *eval_steps], [before.loss, *eval_losses], "o-", color="#c2521a", linewidth=1.5, label="held out", ms=5
     )
     axes.set(xlabel="step", ylabel="loss")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(color="#e3e7ee")
     lines = axes.get_lines()
-    if "accuracy" in before:
+    figure_name = next(iter(before.figures), None)
+    if figure_name is not None:
         right = axes.twinx()
-        accuracy_steps, accuracies = _series(history, "eval_accuracy")
-        values = [100 * value for value in (before["accuracy"], *accuracies)]
-        right.plot([0, *accuracy_steps], values, "s--", color="#2e8b57", linewidth=1.5, ms=5, label="held-out accuracy")
-        right.set_ylabel("accuracy (%)")
+        scale, unit = (100, " (%)") if figure_name in metrics.SHARES else (1, "")
+        found_steps, found = _series(history, f"eval_{figure_name}")
+        values = [scale * value for value in (before.figures[figure_name], *found)]
+        name = metrics.title(figure_name)
+        right.plot([0, *found_steps], values, "s--", color="#2e8b57", linewidth=1.5, ms=5, label=f"held-out {name}")
+        if figure_name == "accuracy" and before.baseline is not None:
+            most, share = before.baseline
+            right.axhline(scale * share, color="#2e8b57", linewidth=1, linestyle=":", label=most)
+        right.set_ylabel(name + unit)
         right.spines["top"].set_visible(False)
         lines = [*lines, *right.get_lines()]
     labels = [str(line.get_label()) for line in lines]

@@ -20,6 +20,7 @@ from peftcore.architecture import Architecture
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, nearest
+from peftcore.experts import experts_layout
 from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Train
 from peftcore.observation import detect, observe
 from peftcore.peft_fields import config_of_peft, is_of_peft, why_unknown
@@ -105,7 +106,8 @@ def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight
     names = [placement.name for placement in placements]
     if len(set(names)) < len(names):
         raise PeftcoreError(f"{method} places two adapters on one parameter of '{path}': {sorted(names)}")
-    return WeightChanges({placement.name: placement.adapter for placement in placements})
+    by_rows = experts_layout(modules[path]) is not None  # which get their tokens in rows, whose sample is known
+    return WeightChanges({placement.name: placement.adapter for placement in placements}, whole_batch=not by_rows)
 
 
 def reached_by(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:

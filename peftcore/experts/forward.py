@@ -61,8 +61,11 @@ def experts_forward(
     expert, order = top_k_index.reshape(-1).sort(stable=True)
     every = torch.arange(layout.count, device=expert.device, dtype=expert.dtype)
     offsets = torch.searchsorted(expert, every, right=True, out_int32=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    x = _Gathered.apply(hidden_states, order // k, inverse.view(tokens, k))  # type: ignore[no-untyped-call]
+    if tokens == 1:  # as in decoding: all its rows are alike, and the sum of all is its
+        x = hidden_states.expand(k, -1)
+    else:
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        x = _Gathered.apply(hidden_states, order // k, inverse.view(tokens, k))  # type: ignore[no-untyped-call]
 
     def product(x: Tensor, name: str) -> Tensor:
         weight, bias = operand(module, name), getattr(module, f"{name}_bias") if layout.has_bias else None
@@ -85,6 +88,8 @@ def experts_forward(
     if module.has_post_expert_norm:
         y = module.post_expert_norm(y)
     y = y * top_k_weights.reshape(-1)[order].unsqueeze(-1)
+    if tokens == 1:
+        return y.sum(0, keepdim=True).to(given)
     y = _Gathered.apply(y, inverse, order.view(-1, 1))  # type: ignore[no-untyped-call]
     return y.view(tokens, k, -1).sum(1).to(given)
 
@@ -146,22 +151,6 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
         return nn.functional.embedding_bag(places, grad.contiguous(), mode="sum"), None, None
-
-
-class _Combined(torch.autograd.Function):
-    """Σ_j shares[t, j] y[places[t, j]] of each token t, in one pass; row i of y stands at order[i] of all shares."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, shares: Tensor, places: Tensor, order: Tensor, router_learns: bool) -> Tensor:
-        ctx.save_for_backward(y if router_learns else None, shares, places, order)
-        return nn.functional.embedding_bag(places, y.contiguous(), mode="sum", per_sample_weights=shares)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        y, shares, places, order = ctx.saved_tensors
-        grad = grad.index_select(0, order // shares.shape[1])
-        d_shares = None if y is None else (grad * y).sum(-1)[places]
-        return grad * shares.reshape(-1)[order].unsqueeze(-1), d_shares, None, None, None
 
 
 def _thin(x: Tensor, offsets: Tensor, change: Thin) -> Tensor:

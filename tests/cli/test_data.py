@@ -79,9 +79,9 @@ def test_errors_name_file_and_line(tmp_path: Path, name: str, content: str, task
     assert message in str(error.value)
 
 
-def test_a_task_is_one_of_two(tmp_path: Path) -> None:
+def test_a_task_is_one_that_there_is(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(PeftcoreError, match="--task is one of causal-lm, classification, found 'chat'"):
+    with pytest.raises(PeftcoreError, match=r"--task is one of causal-lm, classification, .*, found 'chat'"):
         data.read_rows(tmp_path / "d.jsonl", "chat")
 
 
@@ -115,10 +115,10 @@ def test_hold_out_refuses() -> None:
 def test_labels() -> None:
     rows = [Row(f"f:{i}", "t", label=label) for i, label in enumerate(["10", "9", "9"])]
     assert data.labels_of(rows) == ["9", "10"]
-    assert data.label_ids(rows, ["9", "10"]) == [1, 0, 0]
+    assert data.targets(rows, ["9", "10"]) == [1, 0, 0]
     assert data.labels_of([Row("f", "t", label=label) for label in ("pos", "neg")]) == ["neg", "pos"]
     with pytest.raises(PeftcoreError, match=r"f:0: the label '10' is unknown"):
-        data.label_ids(rows, ["9", "11"])
+        data.targets(rows, ["9", "11"])
     with pytest.raises(PeftcoreError, match=r"every example has the label {'9'}; a classifier needs two"):
         data.labels_of(rows[1:])
 

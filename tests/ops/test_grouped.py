@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from peftcore import ops
-from peftcore.ops.grouped import GroupedLinear, GroupedLinearBackward
+from peftcore.ops.grouped_operators import GroupedLinear, GroupedLinearBackward
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peftcore import ops
-from peftcore.ops.grouped import GroupedLinear, GroupedLinearBackward
+from peftcore.ops.grouped_operators import GroupedLinear, GroupedLinearBackward
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -55,7 +55,7 @@ def chat(
     if not folders and model is None:
         raise PeftcoreError("name an adapter (--adapter FOLDER), a model (--model MODEL), or both")
     about = {name: models.adapter_task(folder) for name, folder in folders.items()}
-    classifier = next((name for name, task in about.items() if task.task == data.CLASSIFICATION), None)
+    classifier = next((name for name, task in about.items() if task.task in data.LABELLED), None)
     if classifier is not None:
         raise PeftcoreError(f"'{folders[classifier]}' is a classifier's, which writes nothing. Try: peftcore generate")
     bases = {name: models.base_of(folder, model) for name, folder in folders.items()}

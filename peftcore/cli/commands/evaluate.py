@@ -1,4 +1,4 @@
-"""`peftcore eval`: loss and perplexity, or accuracy, of a base and its adapter on a file."""
+"""`peftcore eval`: what is measured of a base and its adapter on a file of examples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from peftcore.cli import options
-from peftcore.cli.console import table
+from peftcore.cli.console import out, table
 
 EXAMPLES = (
     "peftcore eval -a run -d test.jsonl",
@@ -40,7 +40,7 @@ def evaluate(
     rows = examples.read_rows(data, task.task, parsed_columns(columns))
     base = models.base_of(adapter, model)
     tokenizer = models.load_tokenizer(base)
-    from peftcore.cli import conversations, tasks
+    from peftcore.cli import conversations, metrics, tasks
 
     conversations.set_template(tokenizer, chat_template or task.chat_template)
     encoded = tasks.encode(rows, task.task, tokenizer, max_length or task.max_length, task.labels)
@@ -48,8 +48,8 @@ def evaluate(
     before = tasks.measure(loaded, encoded.examples, tokenizer, batch_size)
     models.load_adapter(loaded, adapter)
     after = tasks.measure(loaded, encoded.examples, tokenizer, batch_size)
-    figures = after.as_dict()
-    table(
-        ((name, f"{value:.4f}", f"{figures[name]:.4f}") for name, value in before.as_dict().items()),
-        (f"{len(rows):,} examples", "base", "with the adapter"),
-    )
+    table(metrics.rows(before, after), (f"{len(rows):,} examples", "base", "with the adapter"))
+    if after.confusion is not None:
+        out.print()
+        cells = metrics.confusion_rows(after.confusion, task.labels)
+        table(cells[1:], cells[0], title="with the adapter: labels down, answers across")

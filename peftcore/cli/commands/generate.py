@@ -50,8 +50,8 @@ def generate(
     given: Any = [{"role": "user", "content": prompt}] if chat else prompt
 
     def answer() -> str:
-        if task.task == data.CLASSIFICATION:
-            return tasks.classify(loaded, tokenizer, prompt, task.labels, task.max_length)
+        if task.task in data.LABELLED:
+            return tasks.classify(loaded, tokenizer, prompt, task.labels, task.max_length, task.task)
         return tasks.generate_text(
             loaded, tokenizer, given, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
         )

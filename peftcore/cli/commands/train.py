@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -84,7 +84,8 @@ def train(
 
     Language modelling learns from {"text": ...}, from {"prompt": ..., "completion": ...} (only the completion is
     learned) or from conversations {"messages": [{"role": ..., "content": ...}, ...]} (only the assistant's turns are,
-    through the tokenizer's chat template); classification from {"text": ..., "label": ...}.
+    through the tokenizer's chat template). {"text": ..., "label": ...} is classification, regression where labels are
+    numbers that are not all whole, and multi-label where they are lists.
     """
     from peftcore.cli import data as examples
     from peftcore.cli import models
@@ -96,7 +97,7 @@ def train(
     names = parsed_columns(columns)
     task = task or examples.guess_task(data, names)
     examples.check_task(task)
-    if sample is not None and task == examples.CLASSIFICATION:
+    if sample is not None and task in examples.LABELLED:
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes nothing")
     if epochs <= 0 or (lr is not None and lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {lr} and {epochs:g}")
@@ -168,20 +169,25 @@ def train(
 
 def _show(settings: Settings, result: Result, output: Path) -> None:
     """Print the result, and write `report.html` and, for programs, `result.json`."""
-    from peftcore.cli import training_report, versions
+    from peftcore.cli import metrics, training_report, versions
 
     facts = _facts(result)
     uses = _commands(settings, result)
+    confusion: list[tuple[str, Any]] = []
+    if result.after.confusion is not None:
+        cells = metrics.confusion_rows(result.after.confusion, result.labels)
+        confusion = [("Answers (across) to each label (down), after training", cells)]
     (output / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
-    rows = [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in _before_after(result)]
+    rows = metrics.rows(result.before, result.after)
     training_report.write(
         output / "report.html",
         title=f"{settings.method} on {'/'.join(Path(settings.model).parts[-2:])}",
         note=f"{settings.task}, {result.steps:,} steps; held out: {result.eval_rows:,} examples",
         history=result.history,
-        before=result.before.as_dict(),
+        before=result.before,
         sections=[
             ("Held out", [("", "before", "after"), *rows]),
+            *confusion,
             ("The run", facts),
             *([("A sample", result.samples)] if result.samples else []),
             ("Settings", [(name, value) for name, value in settings.to_json().items() if value is not None]),
@@ -199,11 +205,6 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
     say(f"\nreport: {output / 'report.html'}\nuse it:", "bold")
     for use in uses:
         say(f"  {use}")
-
-
-def _before_after(result: Result) -> list[tuple[str, float, float]]:
-    after = result.after.as_dict()
-    return [(name, value, after[name]) for name, value in result.before.as_dict().items()]
 
 
 def _facts(result: Result) -> list[tuple[str, str]]:

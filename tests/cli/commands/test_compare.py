@@ -56,7 +56,11 @@ def test_rows_failures_and_what_is_kept(
     assert full["after"] != full["before"] and full["adapter_bytes"] > 4 * full["base_parameters"]
     assert set(rows["adapter bottleneck_size=64"]["runs"]["0"]) == {"error"}
     assert (output / "compare.png").read_bytes().startswith(b"\x89PNG")
-    assert "| adapter bottleneck_size=64 | 0.0003 | failed |" in (output / "table.md").read_text()
+    table = (output / "table.md").read_text()
+    assert "| adapter bottleneck_size=64 | 0.0003 | failed |" in table and "| accuracy | macro F1 |" in table
+    assert "| most frequent label |  | 50.0 % |" in table
+    answers = [row for row in table.partition("Answers of lora r=2 ")[2].splitlines() if row.startswith("|")][2:4]
+    assert sum(int(cell) for row in answers for cell in row.split("|")[2:-1]) == 32, "sixteen examples, two seeds"
     assert (output / "runs" / "lora r=2" / "seed-0" / "adapter" / "adapter_model.safetensors").exists()
 
     assert "holds a comparison already. --resume keeps what is finished" in run(*arguments, *methods, code=1).output

@@ -113,11 +113,15 @@ def test_classifier_end_to_end(run: Run, bert: Path, labelled: Path, tmp_path: P
     found = result_of(output)
     assert found["after"]["accuracy"] == 1.0 and found["before"]["accuracy"] < 1.0
     assert json.loads((output / "adapter" / "peftcore_task.json").read_text())["labels"] == ["down", "up"]
-    assert "accuracy" in (output / "report.html").read_text()
+    assert found["baseline"] == ["most frequent label", 0.5] and found["confusion"] == [[8, 0], [0, 8]]
+    report = (output / "report.html").read_text()
+    assert all(shown in report for shown in ("accuracy", "macro F1", "most frequent label", "Answers (across)"))
     for word, label in (("good", "up"), ("bad", "down")):
         answer = run("generate", "--adapter", output / "adapter", "-p", f"the story is {word}").output
         assert answer.startswith(label)
-    assert "1.0000" in run("eval", "--adapter", output / "adapter", "-d", labelled).output
+    evaluated = run("eval", "--adapter", output / "adapter", "-d", labelled).output
+    assert "1.0000" in evaluated and re.search(r"most frequent label +0.5000", evaluated)
+    assert re.search(r"down +up *\n *down +8 +0 *\n *up +0 +8", evaluated), evaluated
 
     strange = write_jsonl(tmp_path / "strange.jsonl", [{"text": "a", "label": "up"}, {"text": "a", "label": "upp"}])
     error = run("eval", "--adapter", output / "adapter", "-d", strange, code=1).output
@@ -337,7 +341,7 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
         (("--holdout", "1.5"), "must be between 0 and 1, found 1.5"),
         (("--lr", "0"), "--lr and --epochs must be above 0"),
         (("--lr", "1e30", "--warmup", "0", "--steps", "9"), "the loss is nan at step"),
-        (("--task", "poetry"), "--task is one of causal-lm, classification, found 'poetry'"),
+        (("--task", "poetry"), "--task is one of causal-lm, classification, regression, multi-label, found 'poetry'"),
         (("--model", "./nowhere"), "there is no model at './nowhere'"),
         (("--device", "tpu9"), "'tpu9' is no device"),
     ],

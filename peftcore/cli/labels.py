@@ -1,0 +1,74 @@
+"""Labels of examples as files have them: names (classification), numbers (regression), lists of names (multi-label)."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+from peftcore.errors import PeftcoreError
+
+CLASSIFICATION = "classification"
+REGRESSION = "regression"
+MULTI_LABEL = "multi-label"
+KINDS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
+
+Label = str | float | tuple[str, ...]  # of each of them
+
+
+def parsed(where: str, key: str, value: Any, task: str) -> Label:
+    """A label as the file has it, for `task`.
+
+    Raises:
+        PeftcoreError: it is none; the message begins with `where`.
+    """
+    if task == REGRESSION:
+        found = number(value)
+        if found is None:
+            raise PeftcoreError(f"{where}: '{key}' must be a number, found {short(value)}")
+        return found
+    if task == MULTI_LABEL:
+        several = names(value)
+        if several is None:
+            raise PeftcoreError(f'{where}: \'{key}\' must be a list of names, such as ["a", "b"], found {short(value)}')
+        twice = next((name for name in several if several.count(name) > 1), None)
+        if twice is not None:
+            raise PeftcoreError(
+                f"{where}: '{key}' names {twice} twice: {short(value)}. It is a list of the labels that apply, not of "
+                "zeros and ones for all of them"
+            )
+        return several
+    if not isinstance(value, (int, str)):
+        raise PeftcoreError(f"{where}: '{key}' must be text, found {short(value)}")
+    if not str(value).strip():
+        raise PeftcoreError(f"{where}: '{key}' is empty")
+    return str(value)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, also one that is written as text, as in CSV files; else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return found if math.isfinite(found) else None
+
+
+def names(value: Any) -> tuple[str, ...] | None:
+    """A list of names or whole numbers, also one that is written as JSON text, as in CSV files; else None."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    if not isinstance(value, list):
+        return None
+    found = [str(each).strip() for each in value if isinstance(each, (str, int)) and not isinstance(each, bool)]
+    return tuple(found) if len(found) == len(value) and all(found) else None
+
+
+def short(value: Any) -> str:
+    """A value for a message."""
+    return json.dumps(value, ensure_ascii=False, default=str)[:80]
