@@ -41,6 +41,7 @@ class Settings:
     warmup: float = 0.03
     weight_decay: float = 0.0
     max_length: int = 512
+    pack: bool = False
     dtype: str = "auto"
     precision: str = "auto"
     device: str = "auto"

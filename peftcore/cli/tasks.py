@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from peftcore.cli import conversations, data, metrics
+from peftcore.cli import conversations, data, metrics, packing
 from peftcore.cli.conversations import IGNORED
 from peftcore.cli.data import Messages, Row
 from peftcore.cli.metrics import Metrics
@@ -68,14 +68,16 @@ def encode(
     return Encoded(examples, truncated)
 
 
-def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], dict[str, Tensor]]:
-    """Examples as one padded batch: `input_ids`, `attention_mask` [batch, length].
+def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], dict[str, Any]]:
+    """Examples as one padded batch: `input_ids`, `attention_mask` [batch, length]; packed rows as `packing` has them.
 
     `labels` likewise for a language model; else [batch] of classes or numbers, or [batch, labels] of zeros and ones.
     """
     padding = tokenizer.pad_token_id or 0
 
-    def batch(examples: list[Example]) -> dict[str, Tensor]:
+    def batch(examples: list[Example]) -> dict[str, Any]:
+        if "position_ids" in examples[0]:
+            return packing.collate(examples, padding)
         length = max(len(example["input_ids"]) for example in examples)
 
         def padded(key: str, value: int) -> Tensor:

@@ -21,7 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArgum
 
 import peftcore
 from peftcore import ranks
-from peftcore.cli import conversations, data, models, precision, progress, tasks
+from peftcore.cli import conversations, data, models, packing, precision, progress, tasks
 from peftcore.cli.console import say, warn
 from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.metrics import Metrics
@@ -148,15 +148,23 @@ def run(
     train = encode_examples("training", train_rows, settings, tokenizer, labels)
     held_out = encode_examples("held-out", eval_rows, settings, tokenizer, labels)
 
+    rows = train
+    if settings.pack:
+        rows = packing.packed(train, settings.max_length)
+        say(f"packed {len(train):,} examples into {len(rows):,} rows of at most {settings.max_length} tokens")
     set_seed(settings.seed)  # also draws a classifier's new head
     say(f"loading {settings.model} for {settings.task}")
     dtype = precision.base_dtype(settings.precision, settings.dtype)
     model = models.load_model(settings.model, settings.task, dtype=dtype, device=settings.device, labels=labels)
+    if settings.pack:
+        packing.check(model, train, type(model).__name__)
     if settings.method == FULL:
         model.requires_grad_(True)
     else:
-        batches = first_batches(settings, train, tokenizer)
+        batches = first_batches(settings, rows, tokenizer)
         peftcore.apply(model, settings.method, batches=batches, **settings.fields)
+        if settings.pack:
+            packing.check(model, train, settings.method)
     summary = peftcore.summary(model)
     say(str(summary))
 
@@ -175,8 +183,8 @@ def run(
     meter, stop = progress.Meter(), progress.OrderlyStop()
     trainer = MeasuringTrainer(
         model=model,
-        args=training_arguments(settings, output, len(train), report_to),
-        train_dataset=train,
+        args=training_arguments(settings, output, len(rows), report_to),
+        train_dataset=rows,
         eval_dataset=held_out,
         data_collator=tasks.collator(tokenizer),
         callbacks=[meter, stop],

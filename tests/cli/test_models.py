@@ -17,5 +17,7 @@ def test_a_task_file_that_names_no_task_is_refused(tmp_path: Path) -> None:
     (tmp_path / TASK_FILE).write_text(json.dumps(fields))
     assert adapter_task(tmp_path) == AdapterTask("classification", 7, ("a", "b"), chat=False)
     (tmp_path / TASK_FILE).write_text(json.dumps({**fields, "task": "chat"}))
-    with pytest.raises(CheckpointError, match=r"task='chat' is none of causal-lm, classification, .*\. It may be deleted"):
+    with pytest.raises(
+        CheckpointError, match=r"task='chat' is none of causal-lm, classification, .*\. It may be deleted"
+    ):
         adapter_task(tmp_path)

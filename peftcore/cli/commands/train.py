@@ -53,6 +53,10 @@ def train(
     warmup: Annotated[float, typer.Option(min=0, help="Share of the steps, or from 1 up their number.")] = 0.03,
     weight_decay: Annotated[float, typer.Option(min=0)] = 0.0,
     max_length: options.MaxLength = 512,
+    pack: Annotated[
+        bool,
+        typer.Option("--pack", help="Several examples in a row of --max-length tokens, which do not see each other."),
+    ] = False,
     columns: options.Columns = None,
     chat_template: options.ChatTemplate = None,
     dtype: options.Dtype = "auto",
@@ -99,6 +103,8 @@ def train(
     examples.check_task(task)
     if sample is not None and task in examples.LABELLED:
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes nothing")
+    if pack and task in examples.LABELLED:
+        raise PeftcoreError("--pack is for language models; a classifier has one label for a whole row")
     if epochs <= 0 or (lr is not None and lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {lr} and {epochs:g}")
     for file in filter(None, (data, eval_data)):
@@ -134,6 +140,7 @@ def train(
         warmup=warmup,
         weight_decay=weight_decay,
         max_length=max_length,
+        pack=pack,
         dtype=dtype,
         precision=precision,
         device=device,
