@@ -50,6 +50,7 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.method import After as After
     from peftcore.method import Around as Around
     from peftcore.method import Factors as Factors
+    from peftcore.method import FileFormat as FileFormat
     from peftcore.method import FileLayout as FileLayout
     from peftcore.method import ForeignFormat as ForeignFormat
     from peftcore.method import Method as Method

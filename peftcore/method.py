@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -180,6 +180,33 @@ class FileLayout:
 
 
 @dataclass(frozen=True)
+class FileFormat:
+    """One file, without a config beside it, for one model or for several at once, such as those of a pipeline.
+
+    Tensors and fields are, in both directions, those of a folder in PEFT's layout; the fields say which method's.
+
+    Args:
+        file: its name in a folder.
+        matches: (names of a file's tensors) -> is it in this format?
+        parts: (model, what the user calls it, or None) -> the names that its part may have in a file. It raises a
+            PeftcoreError where the model, or one of this name, has no place there.
+        split: (a file's tensors) -> {part: its tensors}; of a file that names no parts {"": all}.
+        read: (model, part, its tensors, the file's metadata) -> (tensors, fields).
+        write: ({part: (model, tensors, fields)}) -> (tensors, metadata). It raises a PeftcoreError for what has no
+            place there.
+    """
+
+    file: str
+    matches: Callable[[Collection[str]], bool]
+    parts: Callable[[nn.Module, str | None], Sequence[str]]
+    split: Callable[[Mapping[str, Tensor]], Mapping[str, dict[str, Tensor]]]
+    read: Callable[[nn.Module, str, dict[str, Tensor], Mapping[str, str]], tuple[dict[str, Tensor], dict[str, Any]]]
+    write: Callable[
+        [Mapping[str, tuple[nn.Module, dict[str, Tensor], dict[str, Any]]]], tuple[dict[str, Tensor], dict[str, str]]
+    ]
+
+
+@dataclass(frozen=True)
 class StateRules:
     """How a method's adapters look on disk.
 
@@ -214,6 +241,7 @@ class StateRules:
         scaled: (config, factor) -> config of an adapter with the same tensors and `factor` times the change, for
             methods whose adapters have a `multiplier`: what others read of one that `peftcore.scale` has scaled.
         layouts: other forms of the files by name, each of which is tried when one is read.
+        files: formats of single files by name, for `save(..., layout=...)`; `load` knows them by their tensors' names.
     """
 
     peft_type: str
@@ -234,6 +262,7 @@ class StateRules:
     refused: Callable[[nn.Module, Mapping[str, Tensor], Mapping[str, Any]], str | None] = lambda *_: None
     scaled: Callable[[Any, float], Any] | None = None
     layouts: Mapping[str, FileLayout] = field(default_factory=dict)
+    files: Mapping[str, FileFormat] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

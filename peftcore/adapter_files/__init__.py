@@ -11,6 +11,6 @@ read as they are.
 
 from peftcore.adapter_files.content import CONFIG, TENSORS
 from peftcore.adapter_files.folder import MANIFEST, Folder, read, read_tensors
-from peftcore.adapter_files.saving import Content, write
+from peftcore.adapter_files.saving import Content, write, write_file
 
-__all__ = ["CONFIG", "MANIFEST", "TENSORS", "Content", "Folder", "read", "read_tensors", "write"]
+__all__ = ["CONFIG", "MANIFEST", "TENSORS", "Content", "Folder", "read", "read_tensors", "write", "write_file"]

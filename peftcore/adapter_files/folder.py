@@ -32,6 +32,7 @@ from peftcore.errors import CheckpointError
 MANIFEST = "peftcore_manifest.json"
 CONFIG_HASH = "peftcore_config_sha256"  # in the metadata of tensors that had no manifest yet
 _VERSION = 1
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 PATIENCE = 60  # seconds, for which another process may save again and again before a reader gives up
 
 T = TypeVar("T")
@@ -105,15 +106,19 @@ class Folder:
     Args:
         path: of the folder. prefix: of its files in the manifest.
         read: contents by path relative to the root, each read once.
+        only: the name of the one file of it that is meant.
     """
 
     path: Path
     prefix: str
     manifest: Manifest | None
     read: dict[str, bytearray] = field(default_factory=dict)
+    only: str | None = None
 
     @classmethod
     def opened(cls, path: Path) -> Folder:
+        if os.path.lexists(path) and not os.path.isdir(path):
+            return cls(path.parent, "", None, only=path.name)
         if not os.path.isdir(path):
             raise CheckpointError(f"there is no folder '{path}'")
         _, prefix, manifest = root_of(path)
@@ -134,6 +139,8 @@ class Folder:
 
     def holds(self, name: str) -> bool:
         """Does the file belong to the save?"""
+        if self.only is not None:
+            return name == self.only
         if self.manifest is not None and name in (CONFIG, TENSORS):
             return self.prefix + name in self.manifest.files
         return os.path.exists(self.path / name)
@@ -186,17 +193,21 @@ class Folder:
         Raises:
             CheckpointError: there is none, or it is no whole one.
         """
+        why = "a pickle, which can run any code and is never read here"
+        if name.endswith(_PICKLES):
+            raise CheckpointError(f"'{self.path / name}' is {why}. Have its author save it as safetensors")
         try:
             return parse_tensors(self.content(name), self.path / name)
         except FileNotFoundError:
-            ends = (".bin", ".pt", ".pth", ".pkl")
-            pickles = sorted(path.name for path in self.path.glob("*") if path.name.endswith(ends))
+            pickles = sorted(path.name for path in self.path.glob("*") if path.name.endswith(_PICKLES))
             if pickles:
                 raise CheckpointError(
-                    f"'{self.path}' holds '{pickles[0]}', a pickle, which can run any code and is never read here. "
+                    f"'{self.path}' holds '{pickles[0]}', {why}. "
                     f"Have its author save it as {name}, or convert it where you trust it"
                 ) from None
-            raise CheckpointError(f"'{self.path}' holds no adapter: {name} is missing") from None
+            others = sorted(path for path in self.path.glob("*.safetensors") if path.name != TENSORS)
+            hint = f". If '{others[0].name}' is one, give that file: '{others[0]}'" if others else ""
+            raise CheckpointError(f"'{self.path}' holds no adapter: {name} is missing{hint}") from None
 
     def metadata(self) -> dict[str, str]:
         """The metadata of `adapter_model.safetensors`; empty where the folder has no such file."""
@@ -209,7 +220,7 @@ class Folder:
 
     def was_replaced(self) -> bool:
         """Has another save taken the place of the one that was opened?"""
-        return root_of(self.path)[2] != self.manifest
+        return self.only is None and root_of(self.path)[2] != self.manifest
 
 
 def _saved(manifest: Manifest, file: Path, wanted: str, limit: int | None) -> bytearray:

@@ -75,6 +75,27 @@ def write(folder: Path, adapters: Mapping[str, Content]) -> None:
         ) from error
 
 
+def write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, whole or not at all.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    beside = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            create(beside, to_bytes(dict(tensors), {"format": "pt", **metadata}))
+            os.replace(beside, file)
+        finally:
+            beside.unlink(missing_ok=True)
+        _sync(file.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"the adapter could not be saved to '{file}': {error.strerror or error}. What lay there before is unharmed"
+        ) from error
+
+
 def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> None:
     folders = [root, *(root / name for name in adapters if name)]
     before = _finished(root, folders)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from peftcore.adapter_files import CONFIG, MANIFEST, TENSORS, Folder
 from peftcore.checkpoint.reading import TOGETHER
+from peftcore.checkpoint.single_file import file_names
 from peftcore.errors import CheckpointError
 from peftcore.registry import registry
 
@@ -37,6 +38,10 @@ def folder_of(path: str | os.PathLike[str], revision: str | None = None) -> Path
 def _fetched(name: str, revision: str | None) -> Path:
     folder = _fetch(name, revision, _OWN)
     if not os.path.exists(folder / CONFIG) and not os.path.exists(folder / MANIFEST):
+        files = file_names()
+        folder = _fetch(name, revision, files) if files else folder
+        if any(os.path.exists(folder / file) for file in files):
+            return folder
         raise CheckpointError(f"'{name}' on Hugging Face's hub holds no adapter: {CONFIG} is missing")
     more = _more(folder)
     # Both at once, so that a commit between the two is none between an adapter's files.

@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftcore import adapter_files, engine
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.adapter_files import CONFIG, TENSORS
+from peftcore.checkpoint import single_file
 from peftcore.checkpoint.fingerprint import difference
 from peftcore.checkpoint.hub import folder_of
 from peftcore.checkpoint.multiplier import multiplier_in, without
@@ -27,14 +28,16 @@ from peftcore.checkpoint.tensors import fill, is_tied_in
 from peftcore.engine.scaling import set_multiplier
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
-from peftcore.method import Method, Model, Train
+from peftcore.method import Method, Train
 from peftcore.observation import detect
 from peftcore.peft_fields import ends_within_a_name, guarded
 from peftcore.targets import drop_unmatched
 
+Models = TypeVar("Models", bound="nn.Module | Mapping[str, Any]")
+
 
 def load(
-    model: Model,
+    model: Models,
     path: str | os.PathLike[str],
     *,
     adapter: str | None = None,
@@ -43,13 +46,15 @@ def load(
     check_base: bool = True,
     method: str | None = None,
     revision: str | None = None,
-) -> Model:
+) -> Models:
     """Apply the adapter that lies in the folder `path`, or those that were saved there together.
 
     The folder was written here, by Hugging Face PEFT, or in a foreign format that a plugin reads. Where there is no
-    folder `path` it may be an id on Hugging Face's hub, `ORG/NAME`, whose files are fetched by huggingface_hub.
+    folder `path` it may be an id on Hugging Face's hub, `ORG/NAME`, whose files are fetched by huggingface_hub. It may
+    also be a single file for one model or several (`StateRules.files`), or its folder: a model is given its part.
 
     Args:
+        model: or models by their names, such as `pipe.components`, each of which is given its part of such a file.
         adapter: the name of the folder's own adapter on this model, `default` if left out. Adapters that were saved
             together are all loaded if it is left out, under the names they had.
         trainable: False freezes it.
@@ -63,20 +68,34 @@ def load(
         CheckpointError: the files cannot be read, or do not fit the model. The model is then as it was.
     """
     folder = folder_of(path, revision)  # which may take its time, in which the model may be called
-    return _load_all(model, folder, adapter, trainable, dtype, check_base, method)
+    if isinstance(model, nn.Module):
+        _load_all(model, folder, adapter, trainable, dtype, check_base, method)
+        return model
+    done: list[nn.Module] = []
+    try:
+        for called, each in single_file.owners(folder, single_file.by_name(model)).items():
+            _load_all(each, folder, adapter, trainable, dtype, check_base, method, called)
+            done.append(each)
+    except BaseException:
+        for each in done:
+            engine.remove(each, adapter or "default")
+        raise
+    return model
 
 
 @engine.alone("load adapters", base=True)
 def _load_all(
-    model: Model,
+    model: nn.Module,
     folder: Path,
     adapter: str | None,
     trainable: bool,
     dtype: torch.dtype | None,
     check_base: bool,
     method: str | None,
-) -> Model:
-    together, contents = adapter_files.read(folder, lambda opened: read_saved(opened, model, adapter, method))
+    called: str | None = None,
+) -> None:
+    engine.refuse_adapters_of_others(model)  # in which a file's names mean nothing
+    together, contents = adapter_files.read(folder, lambda opened: read_saved(opened, model, adapter, method, called))
     before = engine.state_of(model)
     active = before.active if before else ()
     done: list[str] = []
@@ -95,7 +114,6 @@ def _load_all(
         if engine.state_of(model):
             engine.set_active(model, active)
         raise
-    return model
 
 
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
@@ -165,7 +183,8 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
     except (CheckpointError, PluginError):
         raise
     except PeftcoreError as error:
-        raise CheckpointError(f"'{folder / CONFIG}' does not fit {type(model).__name__}: {error}") from error
+        where = folder / CONFIG if (folder / CONFIG).exists() else folder
+        raise CheckpointError(f"'{where}' does not fit {type(model).__name__}: {error}") from error
     kept = (tensor for each in placed.around for tensor in each.adapter.state_dict(keep_vars=True).values())
     wanted = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in kept}.values())  # shared ones once
     there = sum(tensor.numel() for tensor in tensors.values())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftcore import adapter_files, engine
 from peftcore.adapter_files import CONFIG, TENSORS, Folder
 from peftcore.adapter_files.content import JSON_BYTES, parse_json
+from peftcore.checkpoint import single_file
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.method import ForeignFormat, Method
 from peftcore.peft_fields import config_of_fields, guarded, method_of_fields, peft_version, with_own
@@ -46,12 +47,16 @@ def read(
 
 
 def read_saved(
-    opened: Folder, model: nn.Module, adapter: str | None, method: str | None = None
+    opened: Folder, model: nn.Module, adapter: str | None, method: str | None = None, called: str | None = None
 ) -> tuple[dict[str, list[str]] | None, dict[str, Any]]:
-    """({adapters, active} of those that were saved together, or None; what each adapter's files hold)."""
-    together = _saved_together(opened) if adapter is None else None
+    """({adapters, active} of those that were saved together, or None; what each adapter's files hold).
+
+    Args:
+        called: what the user calls the model, whose part is read of a file for several.
+    """
+    together = _saved_together(opened) if adapter is None and opened.only is None else None
     if together is None:
-        return None, {adapter or "default": _read(opened, model, method)}
+        return None, {adapter or "default": _read(opened, model, method, called=called)}
     return together, {name: _read(_of_several(opened, name), model, method) for name in together["adapters"]}
 
 
@@ -83,16 +88,25 @@ def _of_several(opened: Folder, adapter: str) -> Folder:
 
 
 def _read(
-    opened: Folder, model: nn.Module, named: str | None = None, applied: str | None = None
+    opened: Folder,
+    model: nn.Module,
+    named: str | None = None,
+    applied: str | None = None,
+    called: str | None = None,
 ) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
     foreign = _foreign(opened, named)
     if foreign is not None:
         return _read_foreign(opened, model, *foreign)
-    tensors, metadata = opened.tensors()
+    single = single_file.named_in(opened)
+    if single is not None:
+        tensors, fields, metadata = single_file.read(opened, single, model, called)
+        where = f"'{opened.path / single}'"
+    else:
+        tensors, metadata = opened.tensors()
+        fields = opened.config()
+        where = f"'{opened.path / CONFIG}'"
     # torch compares no numbers of 8 bits with others; float32 holds them all.
     tensors = {n: t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t for n, t in tensors.items()}
-    fields = opened.config()
-    where = f"'{opened.path / CONFIG}'"
     own = own_fields(opened.path, metadata)
     method = method_of_fields(where, fields, own, written_by=metadata.get(METHOD, applied), method=named)
     fields = with_own(f"'{opened.path / TENSORS}'", method, fields, own)

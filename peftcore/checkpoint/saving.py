@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import adapter_files, engine, ranks
 from peftcore.adapter_files import Content
+from peftcore.checkpoint import single_file
 from peftcore.checkpoint.config import fields_of_config
 from peftcore.checkpoint.fingerprint import fingerprint
 from peftcore.checkpoint.multiplier import in_metadata
@@ -28,7 +30,7 @@ PEFT = "peft"  # the layout of files
 
 
 def save(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Any],
     path: str | os.PathLike[str],
     *,
     adapter: str | None = None,
@@ -42,25 +44,66 @@ def save(
     files are there; else the other ranks return at once.
 
     Args:
+        model: or, in a layout of one file for several, models by their names, such as `pipe.components`, of which those
+            that have adapters are saved.
         adapter: which one. Left out: all. Of several, `default` lies in the folder itself and the others in folders
             of their name, as in PEFT; `load` finds them together, in the order in which they act.
         dtype: of the floating tensors on disk; by default theirs.
         resumable: False leaves out what only further training needs (`StateRules.exported`).
         layout: "peft", or another that the method knows (`StateRules.layouts`): with "per_expert" factors of experts
-            are written one by one, as vLLM and SGLang read them. `load` takes any.
+            are written one by one, as vLLM and SGLang read them. Those of `StateRules.files`, such as "diffusers" and
+            "kohya", are one file: in the folder, or `path` itself, if that ends in `.safetensors`. `load` takes any.
 
     Returns:
-        The folder.
+        `path`.
 
     Raises:
-        CheckpointError: the folder cannot be written, or a value is not finite. What lay there is unharmed.
-        PeftcoreError: the adapter has no such layout.
+        CheckpointError: the files cannot be written, or a value is not finite. What lay there is unharmed.
+        PeftcoreError: the adapter has no such layout, or the layout no place for it.
     """
+    if layout in single_file.formats():
+        return _save_single(model, Path(path), adapter, dtype, layout)
+    if not isinstance(model, nn.Module):
+        raise PeftcoreError(
+            f"layout={layout!r} is of one model, found {type(model).__name__}. Save each to a folder of its own, or "
+            f"choose a layout of one file for several: {', '.join(single_file.formats()) or 'none is installed'}"
+        )
     state = engine.require_state(model)
     names = list(state.applied) if adapter is None else [adapter]
     together = {} if len(names) == 1 else {TOGETHER: json.dumps({"adapters": names, "active": state.active})}
     inside = {name_inside(name) if together else "": name for name in names}
     return _save(model, Path(path), inside, dtype, resumable, together, layout)
+
+
+def _save_single(
+    model: nn.Module | Mapping[str, Any], path: Path, adapter: str | None, dtype: torch.dtype | None, layout: str
+) -> Path:
+    """Write an adapter of each model to one file."""
+    models: dict[str | None, nn.Module] = {None: model} if isinstance(model, nn.Module) else {}
+    if not isinstance(model, nn.Module):
+        there = {name: each for name, each in single_file.by_name(model).items() if isinstance(each, nn.Module)}
+        models = {name: each for name, each in there.items() if engine.state_of(each) is not None}
+        if not models:
+            raise PeftcoreError(f"none of the models has adapters: {', '.join(there) or 'there is none'}")
+    chosen: dict[str | None, tuple[nn.Module, str]] = {}
+    for called, each in models.items():
+        state = engine.require_state(each)
+        names = list(state.applied) if adapter is None else [adapter]
+        if len(names) != 1:
+            raise PeftcoreError(
+                f"layout={layout!r} has one adapter of a model, found {', '.join(names)}. Say adapter='NAME'"
+            )
+        engine.refuse_merged(state, "save")
+        engine.refuse_changed(each)
+        method = registry.method(engine.applied(each, names[0]).method)
+        if layout not in method.state.files:
+            raise PeftcoreError(f"layout={layout!r} is not known of '{names[0]}' ({method.name})")
+        chosen[called] = each, names[0]
+    sharded = any(ranks.is_sharded(each) for each, _ in chosen.values())
+    if sharded or ranks.rank() == 0:
+        contents = {called: (each, _content(each, name, dtype, False, {})) for called, (each, name) in chosen.items()}
+        ranks.once(lambda: single_file.write(layout, path, contents), together=sharded)
+    return path
 
 
 def save_each(model: nn.Module, path: str | os.PathLike[str], adapters: Sequence[str]) -> Path:
@@ -128,7 +171,7 @@ def _laid_out(model: nn.Module, adapter: str, layout: str, content: Content) -> 
         return content
     method = registry.method(engine.applied(model, adapter).method)
     if layout not in method.state.layouts:
-        known = ", ".join(map(repr, [PEFT, *method.state.layouts]))
+        known = ", ".join(map(repr, [PEFT, *method.state.layouts, *method.state.files]))
         raise PeftcoreError(f"layout={layout!r} is not known of '{adapter}' ({method.name}). Known: {known}")
     tensors, fields = method.state.layouts[layout].write(model, content.tensors, content.fields)
     return Content(fields, tensors, content.metadata)

@@ -15,7 +15,7 @@ from peftcore.engine.applying import (
 from peftcore.engine.branches import refuse_needed
 from peftcore.engine.changes import with_adapter
 from peftcore.engine.first_values import takes_batches
-from peftcore.engine.placing import placements_for
+from peftcore.engine.placing import placements_for, refuse_adapters_of_others
 from peftcore.engine.state import (
     STATE,
     Applied,
@@ -71,6 +71,7 @@ __all__ = [
     "parameter_groups",
     "placements",
     "placements_for",
+    "refuse_adapters_of_others",
     "refuse_changed",
     "refuse_merged",
     "refuse_needed",

@@ -50,7 +50,7 @@ def placements_for(model: nn.Module, method: str | Any, fields: dict[str, Any]) 
     if hasattr(model, "_orig_mod"):
         raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
     _refuse_lazy(model)
-    _refuse_adapters_of_others(model)
+    refuse_adapters_of_others(model)
     chosen, config = _method_and_config(model, method, fields)
     architecture = detect(model)
     names_modules = getattr(config, "target_modules", None) not in ("all", ALL_LINEAR)
@@ -261,7 +261,7 @@ def _refuse_lazy(model: nn.Module) -> None:
             raise PeftcoreError(f"'{name}' has no shape yet (a lazy module). Run the model once before apply")
 
 
-def _refuse_adapters_of_others(model: nn.Module) -> None:
+def refuse_adapters_of_others(model: nn.Module) -> None:
     """Adapters in adapters: another library's, or those of a model that this is a part of, or that is a part of it."""
     state = state_of(model)
     for path, module in model.named_modules():
