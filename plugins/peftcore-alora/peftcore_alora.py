@@ -151,5 +151,6 @@ def peftcore_methods() -> list[peftcore.Method]:
         tensor_name=name_inside,
         read_config=lambda fields: {**RULES.read_config({**fields, own: None}), own: fields.get(own) or ()},
         scaled=None,
+        files={},  # nobody invokes an image
     )
     return [peftcore.Method("alora", AloraConfig, place, rules)]

@@ -17,6 +17,7 @@ from peftcore_lora.config import LoraConfig, scaled
 from peftcore_lora.layer_facts import Convolution, adds_to_product, is_undilated
 from peftcore_lora.layers import LoraEmbedding
 from peftcore_lora.parameters import LoraParameter, name_on_disk, read_experts, write_experts
+from peftcore_lora.pipelines import FILES
 from peftcore_lora.variants import as_plain, plain_fields, why_not
 
 KNOWN_PEFT = (0, 21, 2)  # up to this release it is known what PEFT computes of an attention's file
@@ -161,4 +162,5 @@ RULES = peftcore.StateRules(
     refused=refused,
     scaled=scaled,
     layouts={"per_expert": peftcore.FileLayout(per_expert.read, per_expert.write)},
+    files=FILES,
 )

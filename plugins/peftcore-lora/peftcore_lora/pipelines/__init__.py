@@ -1,0 +1,14 @@
+"""One file for the models of a pipeline, as diffusers and kohya-ss/sd-scripts keep LoRA.
+
+diffusers    unet.PATH.lora_A.weight, text_encoder.PATH.lora_linear_layer.down.weight, ...; alpha in the header
+kohya        lora_unet_PATH.lora_down.weight, .lora_up.weight, .alpha, with _ for each dot; Flux by its own names
+
+Both are read to, and written from, the LoRA of single layers (`layer_changes.py`); `parts.py` says which model is which
+part of a pipeline.
+"""
+
+from peftcore_lora.pipelines import diffusers_file, kohya_file
+
+FILES = {"diffusers": diffusers_file.FORMAT, "kohya": kohya_file.FORMAT}
+
+__all__ = ["FILES"]

@@ -1,0 +1,153 @@
+"""LoRA of single layers, by path: between the tensors and fields of PEFT's layout and those of other files."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import targets
+from peftcore_lora.layer_facts import Convolution
+
+PEFT = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
+FUSED = (".to_qkv", ".to_kv", ".to_added_qkv", ".to_added_kv")  # which another pipeline has not, unless it fuses, too
+
+
+@dataclass
+class Change:
+    """B A of one layer, times `alpha / r`, or `alpha / sqrt(r)` (rs).
+
+    Args:
+        a: `[r, in, ...]`. b: `[out, r, ...]`. bias: of b, `[out]`.
+        magnitude: of DoRA, as PEFT has it.
+    """
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
+    rs: bool = False
+
+    @property
+    def r(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.r**0.5 if self.rs else self.r)
+
+
+def layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of which these files have LoRA."""
+    return {
+        path: module
+        for path, module in targets.base_modules(model)
+        if path and (targets.is_linear(module) or isinstance(module, Convolution))
+    }
+
+
+def outputs(module: Any) -> int:
+    return int(module.out_channels if isinstance(module, Convolution) else targets.sizes(module)[1])
+
+
+def from_peft(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Change]:
+    """What is in PEFT's layout. Raises a PeftcoreError for a tensor that is no LoRA of such a layer."""
+    there, found, modules = layers(model), dict[str, dict[str, Tensor]](), dict(targets.base_modules(model))
+    for name, tensor in tensors.items():
+        match = PEFT.fullmatch(name)
+        path = match[1] if match else ""
+        owner = modules.get(path.rpartition(".")[0])
+        fused = getattr(owner, "fused_projections", False) is True and path.endswith(FUSED)
+        if match is None or path not in there or fused:
+            raise peftcore.PeftcoreError(
+                f"'{name.removeprefix('base_model.model.')}' has no place in a file for pipelines, which holds LoRA of "
+                "linear layers and convolutions. Leave its module out, or choose layout='peft'"
+            )
+        found.setdefault(path, {})[match[2]] = tensor
+    return {
+        path: Change(
+            each["lora_A.weight"],
+            each["lora_B.weight"],
+            float(targets.pattern_value(fields.get("alpha_pattern"), path, fields["lora_alpha"])),
+            each.get("lora_B.bias"),
+            each.get("lora_magnitude_vector"),
+            bool(fields.get("use_rslora")),
+        )
+        for path, each in found.items()
+    }
+
+
+def to_peft(
+    model: nn.Module, changes: Mapping[str, Change], others: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, fields) in PEFT's layout, with the fields `others`."""
+    tensors: dict[str, Tensor] = {}
+    for path, change in changes.items():
+        stem = f"base_model.model.{path}"
+        tensors |= {f"{stem}.lora_A.weight": change.a, f"{stem}.lora_B.weight": change.b}
+        tensors |= {} if change.bias is None else {f"{stem}.lora_B.bias": change.bias}
+        tensors |= {} if change.magnitude is None else {f"{stem}.lora_magnitude_vector": change.magnitude}
+    for what, whose in (
+        ("lora_B.bias", [path for path, change in changes.items() if change.bias is None]),
+        ("the magnitude of DoRA", [path for path, change in changes.items() if change.magnitude is None]),
+    ):
+        if whose and len(whose) < len(changes):
+            raise peftcore.CheckpointError(f"some layers have {what}, and '{whose[0]}' has none: all or none must")
+    first = next(iter(changes.values()))
+    return tensors, {
+        **others,
+        **ranks_and_alphas(model, changes),
+        "peft_type": "LORA",
+        "target_modules": targets.minimal_suffixes(model, changes),
+        "use_rslora": first.rs,
+        "use_dora": first.magnitude is not None,
+        "lora_bias": first.bias is not None,
+    }
+
+
+def ranks_and_alphas(model: nn.Module, changes: Mapping[str, Change]) -> dict[str, Any]:
+    r, rank_pattern = _patterns(model, {path: change.r for path, change in changes.items()})
+    alpha, alpha_pattern = _patterns(model, {path: change.alpha for path, change in changes.items()})
+    return {"r": r, "lora_alpha": alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+
+
+def _patterns(model: nn.Module, values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(what most have, {path: what another has}); a path that ends as another's does is anchored."""
+    usual, _ = Counter(values.values()).most_common(1)[0]
+    ends = Counter(end for path, _ in targets.base_modules(model) for end in _ends(path))
+    others = {path: value for path, value in values.items() if value != usual}
+    return usual, {f"^{path}$" if ends[path] > 1 else path: value for path, value in others.items()}
+
+
+def _ends(path: str) -> Iterable[str]:
+    parts = path.split(".")
+    return (".".join(parts[i:]) for i in range(len(parts)))
+
+
+def complete(path: str, found: Mapping[str, Tensor], alpha: float | None, rs: bool = False) -> Change:
+    """The change of the tensors "a", "b", "bias", "magnitude" that a file has of a layer; alpha None: r."""
+    for name, other in (("a", "lora_A (down)"), ("b", "lora_B (up)")):
+        if name not in found:
+            raise peftcore.CheckpointError(f"{other} of '{path}' is missing. The file is not whole")
+    a, b = found["a"], found["b"]
+    if a.dim() < 2 or b.dim() < 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
+        raise peftcore.CheckpointError(
+            f"'{path}' has A {list(a.shape)} and B {list(b.shape)}, which are no [r, in, ...] and [out, r, ...]"
+        )
+    return Change(a, b, float(a.shape[0]) if alpha is None else alpha, found.get("bias"), found.get("magnitude"), rs)
+
+
+def number(name: str, tensor: Tensor) -> float:
+    """An alpha, which is one finite number that is not 0 (to sd-scripts 0 means r, to diffusers 0)."""
+    if tensor.numel() != 1 or (not tensor.is_floating_point() and tensor.dtype.itemsize == 1):
+        raise peftcore.CheckpointError(f"'{name}' is {tensor.dtype} {list(tensor.shape)}, where one number belongs")
+    value = float(tensor.item())
+    if value == 0 or value != value or abs(value) == float("inf"):
+        raise peftcore.CheckpointError(f"'{name}' is {value}, which is no alpha")
+    return value

@@ -1,0 +1,57 @@
+"""Which part of a diffusers pipeline a model is, seen on its class: neither library need be imported for that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+import peftcore
+from peftcore.adaptation.class_swap import original_class
+
+UNET, TRANSFORMER, TEXT_ENCODER = "unet", "transformer", "text_encoder"
+ONE_OF_TEXT = (TEXT_ENCODER, f"{TEXT_ENCODER}_2")
+
+
+def parts(model: nn.Module, called: str | None) -> list[str]:
+    """The parts of a pipeline that a model may be, one if it is called something.
+
+    Of text encoders diffusers reads LoRA of CLIP's alone.
+    """
+    may_be = _parts(model)
+    if called is not None and called in may_be:
+        return [called]
+    if called is None and may_be:
+        return may_be
+    kind = original_class(model).__name__
+    known = f"It may be {' or '.join(map(repr, may_be))}" if may_be else "Save it in PEFT's layout: layout='peft'"
+    what = (
+        f"a {kind} is not read as '{called}' of a pipeline"
+        if called
+        else f"a {kind} is no part of a pipeline whose LoRA is read"
+    )
+    raise peftcore.PeftcoreError(f"{what}. {known}")
+
+
+def _parts(model: nn.Module) -> list[str]:
+    cls = original_class(model)
+    names = [f"{each.__module__}.{each.__qualname__}" for each in cls.__mro__]
+    if is_a(names, "transformers.", "CLIPTextModelWithProjection"):
+        return list(ONE_OF_TEXT)  # the second of SDXL, both of SD 3
+    if is_a(names, "transformers.", "CLIPTextModel"):
+        return [TEXT_ENCODER]
+    if is_a(names, "diffusers.", "ModelMixin"):
+        if cls.__name__.startswith("UNet"):
+            return [UNET]
+        if "Transformer" in cls.__name__:
+            return [TRANSFORMER]
+    return []
+
+
+def is_a(names: Iterable[str], library: str, kind: str) -> bool:
+    return any(name.startswith(library) and name.endswith(f".{kind}") for name in names)
+
+
+def has_flat_clip(model: nn.Module) -> bool:
+    """Is it a CLIP text encoder without the `text_model.` that others' files have? (transformers 5's CLIPTextModel)"""
+    return TEXT_ENCODER in _parts(model) and not hasattr(model, "text_model")
