@@ -4,6 +4,7 @@ they are imported. Who never does either pays for none of them.
     transformers            `pretrained`: `save_pretrained`
     transformers.trainer    `transformers`: `Trainer`, and what is made of it
     peft                    `peft`: refuses a model with adapters
+    diffusers               `diffusers`: refuses what would pass adapters over
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _TEACHERS = {  # by the module of others that each teaches
     "transformers": "peftcore.integrations.pretrained",
     "transformers.trainer": "peftcore.integrations.transformers",
     "peft": "peftcore.integrations.peft",
+    "diffusers.pipelines.pipeline_utils": "peftcore.integrations.diffusers",
 }
 
 
@@ -27,6 +29,8 @@ def _teach(model: Any) -> None:
     if "transformers" in sys.modules and hasattr(model, "save_pretrained"):
         for theirs, ours in _TEACHERS.items():
             when_imported(theirs, partial(import_module, ours))
+    if any(cls.__module__.startswith("diffusers.") for cls in type(model).__mro__):
+        import_module("peftcore.integrations.diffusers").teach_model(model)
 
 
 adapter_applied.subscribe(_teach)

@@ -1,14 +1,12 @@
-"""transformers' `save_pretrained` on a model with adapters, and how a class of others is taught of them.
+"""transformers' `save_pretrained` on a model with adapters.
 
     model.save_pretrained(folder)     the adapters, in Hugging Face PEFT's format; after `merge` the merged model
 
-Importing this module teaches `PreTrainedModel`. Each method that is taught asks first whether adapters stand on the
-model, and is transformers' own where none does.
+Importing this module teaches `PreTrainedModel`.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,21 +14,8 @@ from transformers import PreTrainedModel
 
 from peftcore import checkpoint, ranks
 from peftcore.adaptation.adapted import CHILD, TRAINED
-from peftcore.engine import require_state, state_of
-
-
-def teach(cls: type, name: str, ours: Callable[..., Any], model_of: Callable[[Any], Any]) -> None:
-    """Let `cls.name` be `ours(self, own, *args, **kwargs)` where `model_of(self)` has adapters; `own` is its own."""
-    own = getattr(cls, name)
-
-    @functools.wraps(own)
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = model_of(self)
-        if model is None or state_of(model) is None:
-            return own(self, *args, **kwargs)
-        return ours(self, functools.partial(own, self), *args, **kwargs)
-
-    setattr(cls, name, method)
+from peftcore.engine import require_state
+from peftcore.integrations.teaching import teach
 
 
 def save_pretrained(

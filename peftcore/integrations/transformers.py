@@ -34,8 +34,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftcore import checkpoint, engine, ranks
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.integrations.pretrained import teach
 from peftcore.integrations.reference_model import reference_of, refuse_bypassed, refuse_wrapped, teach_trainers
+from peftcore.integrations.teaching import teach
 from peftcore.integrations.trainer_loss import add_extra_loss, logged
 from peftcore.integrations.trainer_optimizer import optimizer_of, with_groups
 from peftcore.parallel import check_ranks, give_adapters

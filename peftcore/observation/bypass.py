@@ -26,12 +26,16 @@ _FACTS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "is_cu
           "requires_grad_", "register_hook"}  # fmt: skip
 
 
-@once_a_model
 def bypassed(model: nn.Module) -> dict[str, str]:
     """{path: why} of the layers with a weight that are bypassed. What is not reached is not known, and left out.
 
     Those of `nn.MultiheadAttention` are not among them: it is adapted as a whole.
     """
+    return {**_bypassed_in_code(model), **dict(_fused(dict(base_modules(model))))}
+
+
+@once_a_model
+def _bypassed_in_code(model: nn.Module) -> dict[str, str]:
     modules = dict(base_modules(model))
     found: dict[str, str] = {}
     for path, cls, read in _reads(model):
@@ -43,6 +47,29 @@ def bypassed(model: nn.Module) -> dict[str, str]:
         if parent not in seen.failed and not isinstance(modules.get(parent), nn.MultiheadAttention):
             found[path] = "its weight is read, and it is not called"
     return {path: why for path, why in found.items() if path in modules and _has_matrix(modules[path])}
+
+
+# Projections that diffusers' attentions have made one of, by its name, once their `fused_projections` is True.
+_FUSED = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
+}
+
+
+def _fused(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
+    """(path, why) of projections in whose place a fused one is called, or of one that was taken apart and stays."""
+    for path, module in modules.items():
+        if getattr(module, "fused_projections", False) is not True:
+            continue
+        processor = type(getattr(module, "processor", None)).__name__  # which alone changes where there is no method
+        is_used = hasattr(module, "unfuse_projections") or processor.startswith("Fused")
+        for whole, parts in _FUSED.items():
+            if _join(path, whole) in modules and is_used:
+                yield from ((_join(path, part), f"'{whole}' has its weight, and is called") for part in parts)
+            elif _join(path, whole) in modules:
+                yield _join(path, whole), f"{', '.join(parts)} are called in its place"
 
 
 @once_a_model
