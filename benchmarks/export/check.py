@@ -8,7 +8,8 @@ demo's model and data, a short run of LoRA, and the files that `peftcore export`
     llama.cpp    its logits against those of transformers in fp32, with the weights as they were
     rounding     the same of transformers, with the weights that the file holds: what its type alone changes
 
-The first must be within three times the second, plus 0.005; tokens and chat template must be the same.
+The first must be within three times the second, plus 0.005; tokens and chat template must be the same, and what the
+merged model in fp32 answers in a chat. Each way to cut texts that is written is tried on SmolLM2's merges, too.
 """
 
 import argparse
@@ -17,15 +18,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["TQDM_DISABLE"] = "1"  # bars of transformers
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import peftcore
+from peftcore.exporting.gguf.tokenizer import CUTS, WHOLE_WORDS_FIRST
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "demo"))
@@ -33,11 +42,13 @@ sys.path.insert(0, str(HERE.parent / "demo"))
 from run import ROOT, WRITER, fetch  # noqa: E402
 from run import peftcore as command  # noqa: E402
 
+ANSWER, ANSWERS, ASK = 24, "merged, f32", "What is the capital of Peru?"
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 RUN = "export-run"
 TEXTS = (
     "<|im_start|>user\nWhat is the capital of Peru?<|im_end|>\n<|im_start|>assistant\n",
     "A negative movie review: two hours, 12345 minutes\nthat I'll never\n\n  get back -- it's 3.14 times too long!!",
+    "  two spaces 12 345 6789\t\ttabs\r\n\r\nHE'LL SAY I'VE WE'D, y'all'd've -- f(x)[0] != 'a'; $1,234.50 50% e\u0301",
     "def mean(xs):\n    return sum(xs) / len(xs)\n\n# Größe, naïve, 日本語, 🙂",
 )
 
@@ -68,6 +79,30 @@ def write_files(folder: Path) -> dict[str, tuple[Path, Path | None]]:
     return found
 
 
+def write_tokenizers(folder: Path, tokenizer: Any) -> dict[str, tuple[Path, Any]]:
+    """{how texts are cut: (GGUF file of a tiny model, the tokenizer of transformers)}, all with the same merges."""
+    made: dict[str, tuple[Path, Any]] = {}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
+    for name, steps in CUTS.items():
+        parts = json.loads(tokenizer.backend_tokenizer.to_str())
+        whole = [{"add_prefix_space": False, "trim_offsets": True, **step} for step in steps]
+        parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": whole}
+        parts["model"]["ignore_merges"] = name in WHOLE_WORDS_FIRST
+        backend = Tokenizer.from_str(json.dumps(parts))
+        cut = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token)
+        file = folder / "exported/cuts" / f"{name}.gguf"
+        made[name] = peftcore.export(model, file, to="gguf", tokenizer=cut), cut
+    return made
+
+
+def answer(model: Any, tokenizer: Any) -> str:
+    said = [{"role": "user", "content": ASK}]
+    given = tokenizer.apply_chat_template(said, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    tokens = model.generate(**given, do_sample=False, max_new_tokens=ANSWER)
+    return tokenizer.decode(tokens[0, given["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 def from_file(path: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()
 
@@ -96,16 +131,24 @@ def apart(exact: list[np.ndarray], found: list[np.ndarray]) -> Apart:
     return Apart((a - b).abs().max().item(), (a - b).abs().mean().item(), kl, same)
 
 
+def job(model: Path, lora: Path | None, tokens: list[list[int]], ask: str, out: Path) -> dict[str, Any]:
+    """For llama_logits.py."""
+    given = {"model": str(model), "lora": lora and str(lora), "out": str(out)}
+    return {**given, "tokens": tokens, "texts": TEXTS, "ask": ask}
+
+
 def main(folder: Path, llama: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     fetch(folder)
     files = write_files(folder)
     tokenizer = AutoTokenizer.from_pretrained((folder / WRITER).parent, gguf_file=Path(WRITER).name)
     rows = [tokenizer(text)["input_ids"] for text in TEXTS]
+    cuts = write_tokenizers(folder, tokenizer)
     jobs = [
-        {"model": str(model), "lora": lora and str(lora), "tokens": rows, "texts": TEXTS, "out": f"{folder}/{i}.npz"}
-        for i, (model, lora) in enumerate(files.values())
+        job(model, lora, rows, ASK if name == ANSWERS else "", folder / f"{i}.npz")
+        for i, (name, (model, lora)) in enumerate(files.items())
     ]
+    jobs += [job(file, None, [], "", file.with_suffix(".npz")) for file, _ in cuts.values()]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     subprocess.run([llama, HERE / "llama_logits.py", folder / "jobs.json"], check=True)
 
@@ -118,9 +161,9 @@ def main(folder: Path, llama: str) -> None:
     print(f"\n{'':34}{'llama.cpp':>38}{'rounding':>40}\n{'':34}{columns}  {columns}")
     print(f"{'(the base without the adapter)':34}{change}")
     wrong = []
-    for (name, (file, lora)), job in zip(files.items(), jobs, strict=True):
+    for (name, (file, lora)), done in zip(files.items(), jobs, strict=False):
         adapted = not name.endswith("f32") or name.startswith("merged")
-        found = np.load(job["out"])
+        found = np.load(done["out"])
         ours = exact[adapted]
         theirs = apart(ours, [found[f"row{i}"] for i in range(len(rows))])
         rounding = apart(ours, ours if lora or "f32" in name else logits(from_file(file), rows))
@@ -130,6 +173,13 @@ def main(folder: Path, llama: str) -> None:
         tokens = [found[f"text{i}"].tolist() for i in range(len(rows))]
         if tokens != rows or str(found["template"]) != tokenizer.chat_template:
             wrong.append(f"{name}: tokens or template")
+        if name == ANSWERS and (said := answer(model, tokenizer)) != str(found["answer"]):
+            wrong.append(f"{name}: {str(found['answer'])!r} where transformers says {said!r}")
+    for name, (file, cut) in cuts.items():
+        found = np.load(file.with_suffix(".npz"))
+        if [found[f"text{i}"].tolist() for i in range(len(TEXTS))] != [cut(text)["input_ids"] for text in TEXTS]:
+            wrong.append(f"texts cut as {name}")
+    print(f"tokens of {len(TEXTS)} texts are the same, cut as {', '.join(cuts)}; and so is an answer in a chat")
     if wrong:
         raise SystemExit(f"llama.cpp computes something else: {', '.join(wrong)}")
 

@@ -1,8 +1,9 @@
 """What llama.cpp computes, for check.py: run by the Python of an environment that has llama-cpp-python and no PyTorch.
 
-    python llama_logits.py JOBS    # [{"model", "lora" or null, "tokens": [[...]], "texts": [...], "out"}] in JSON
+    python llama_logits.py JOBS    # JSON: [{"model", "lora" or null, "tokens": [[...]], "texts": [...], "ask", "out"}]
 
-For each job `out`.npz gets the logits of each row of tokens, `[length, vocabulary]`, and the tokens of each text.
+For each job `out`.npz gets the logits of each row of tokens, `[length, vocabulary]`, the tokens of each text, and the
+answer to what is asked, by the file's chat template and the likeliest tokens.
 """
 
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import llama_cpp
 import numpy as np
+
+ANSWER = 24  # tokens at most
 
 
 def main(jobs: list[dict]) -> None:
@@ -25,7 +28,12 @@ def main(jobs: list[dict]) -> None:
             logits[f"row{i}"] = np.array(llama.scores[: len(row)])
         for i, text in enumerate(job["texts"]):
             logits[f"text{i}"] = np.array(llama.tokenize(text.encode(), add_bos=True, special=True))
-        np.savez(job["out"], template=llama.metadata.get("tokenizer.chat_template", ""), **logits)
+        answer = ""
+        if job["ask"]:
+            said = [{"role": "user", "content": job["ask"]}]
+            whole = llama.create_chat_completion(said, temperature=0, max_tokens=ANSWER)
+            answer = whole["choices"][0]["message"]["content"]
+        np.savez(job["out"], template=llama.metadata.get("tokenizer.chat_template", ""), answer=answer, **logits)
 
 
 if __name__ == "__main__":
