@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -70,7 +70,7 @@ def export(
         if only != "adapter":
             if name is not None:
                 models.merge_adapter(loaded, untie=untie, quantize=quantize, dtype=dtype, device=device)
-            work.gguf_model(kind, task)
+            work.gguf_model(kind, *_tokenizer(base, adapter, task))
     elif to == "onnx":
         work.onnx()
     else:
@@ -104,16 +104,13 @@ class _Work:
             return
         self._told(file, gguf.command(self.base if self.base.endswith(".gguf") else "BASE.gguf", file))
 
-    def gguf_model(self, kind: str, task: AdapterTask) -> None:
+    def gguf_model(self, kind: str, tokenizer: Any, template: str | None) -> None:
         """The weights as they stand, with the tokenizer."""
         import peftcore
-        from peftcore.cli import models
         from peftcore.exporting import gguf
 
         file = self.folder / f"model-{kind}.gguf"
-        whose = self.base if self.base.endswith(".gguf") else models.load_tokenizer(self.base)
-        template = task.chat_template
-        peftcore.export(self.model, file, to="gguf", tokenizer=whose, kind=kind, chat_template=template)
+        peftcore.export(self.model, file, to="gguf", tokenizer=tokenizer, kind=kind, chat_template=template)
         self._told(file, gguf.command(file))
 
     def onnx(self) -> None:
@@ -140,6 +137,17 @@ class _Work:
 
     def _told(self, file: Path, use: str) -> None:
         self.said.append(f"{file} ({file.stat().st_size / 1e6:.1f} MB){': ' if use else ''}{use}")
+
+
+def _tokenizer(base: str, adapter: Path | None, task: AdapterTask) -> tuple[Any, str | None]:
+    """The tokenizer, and a chat template in place of its own; trainers may have put theirs beside the adapter."""
+    from peftcore.cli import models
+
+    beside = adapter is not None and (adapter / "tokenizer_config.json").exists()
+    tokenizer = models.load_tokenizer(str(adapter) if beside else base)
+    if not base.endswith(".gguf"):
+        return tokenizer, task.chat_template
+    return base, task.chat_template or (tokenizer.chat_template if beside else None)
 
 
 def _beside(adapter: Path | None, model: str, to: str) -> Path:

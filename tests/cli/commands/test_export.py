@@ -15,7 +15,7 @@ from exported import logits, tensors
 from safetensors.torch import load_file
 
 import peftcore
-from peftcore.cli.models import AdapterTask
+from peftcore.cli.models import TASK_FILE, AdapterTask
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +80,17 @@ def test_parts_of_gguf_and_what_is_made_thin(run: Run, base: Path, tmp_path: Pat
     told = run(*given, tmp_path / "thin", "--only", "adapter", "--convert", 64).output
     assert "rank 64 keeps at least 100.0% of the adapter's change" in told
     assert tensors(tmp_path / "thin/adapter.gguf")["blk.0.attn_q.weight.lora_a"].shape == (64, 64)
+
+
+def test_a_tokenizer_beside_the_adapter_is_the_one_it_was_trained_with(run: Run, base: Path, tmp_path: Path) -> None:
+    adapter_of(base, tmp_path, r=4)
+    (tmp_path / "adapter" / TASK_FILE).unlink()  # as other trainers leave it
+    theirs = exported.tokenizer(additional_special_tokens=["<|call|>"])
+    theirs.chat_template = "{{ theirs }}"
+    theirs.save_pretrained(tmp_path / "adapter")
+    run("export", "--to", "gguf", "--adapter", tmp_path, "--only", "model")
+    facts = exported.keys(tmp_path / "gguf" / "model-f16.gguf")
+    assert facts["tokenizer.chat_template"] == "{{ theirs }}" and "<|call|>" in facts["tokenizer.ggml.tokens"]
 
 
 def test_vllm_and_peft(run: Run, base: Path, tmp_path: Path) -> None:
