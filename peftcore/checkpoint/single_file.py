@@ -28,9 +28,12 @@ ENDING = ".safetensors"
 
 
 def formats() -> dict[str, tuple[FileFormat, Method]]:
-    """Those that installed methods have, by the names by which `save` knows them, each with one method that has it."""
+    """Those that installed methods have, by the names by which `save` knows them, each with one method that has it.
+
+    Of several with the same one that is a method which reads any file of its type.
+    """
     found: dict[str, tuple[FileFormat, Method]] = {}
-    for method in registry.methods().values():
+    for method in sorted(registry.methods().values(), key=lambda method: method.state.matches is not None):
         for name, form in method.state.files.items() if method.recorded_as is None else ():
             found.setdefault(name, (form, method))
     return found
@@ -94,6 +97,21 @@ def read(
     own = parse_json(metadata.get(PARTS, "{}").encode(errors="surrogatepass"), f"{where}: {PARTS}")
     about = own.get(there[0], {}) if isinstance(own, dict) else {}
     return found, fields, {name: about[name] for name in KEPT if isinstance(about, dict) and name in about}
+
+
+def contents(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]] | None:
+    """(name of the format, {part: its tensors}) of a single file, or of its folder; None of any other folder.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    opened = Folder.opened(path)
+    file = named_in(opened)
+    if file is None:
+        return None
+    tensors, _ = opened.tensors(file)
+    form, _ = _format_of(path, tensors)
+    return next(name for name, (each, _) in formats().items() if each is form), dict(form.split(tensors))
 
 
 def by_name(models: Any) -> Mapping[str, Any]:

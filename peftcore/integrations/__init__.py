@@ -4,7 +4,7 @@ they are imported. Who never does either pays for none of them.
     transformers            `pretrained`: `save_pretrained`
     transformers.trainer    `transformers`: `Trainer`, and what is made of it
     peft                    `peft`: refuses a model with adapters
-    diffusers               `diffusers`: refuses what would pass adapters over
+    diffusers               `diffusers`, `diffusers_pipelines`: refuse what would pass adapters over
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _TEACHERS = {  # by the module of others that each teaches
     "transformers": "peftcore.integrations.pretrained",
     "transformers.trainer": "peftcore.integrations.transformers",
     "peft": "peftcore.integrations.peft",
-    "diffusers.pipelines.pipeline_utils": "peftcore.integrations.diffusers",
+    "diffusers.pipelines.pipeline_utils": "peftcore.integrations.diffusers_pipelines",
 }
 
 

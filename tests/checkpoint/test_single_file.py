@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftcore
+from peftcore import checkpoint
 from peftcore.engine import adapter_parameters, state_of
 
 FILE = "toys.safetensors"
@@ -118,7 +119,7 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     model = tiny.llama()
     save_file({"weight": next(model.parameters()).detach()}, tmp_path / "model.safetensors")
     with pytest.raises(
-        peftcore.CheckpointError, match=r"in no format that is known \(known: .*toys\). Its tensors: 'w"
+        peftcore.CheckpointError, match=r"in no format that is known \(known: .*toys.*\). Its tensors: 'w"
     ):
         peftcore.load(model, tmp_path / "model.safetensors")
     (tmp_path / "adapter.bin").write_bytes(b"a pickle")
@@ -137,6 +138,12 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     for call in (lambda: peftcore.load(object(), folder), lambda: peftcore.save(object(), folder, layout="toys")):
         with pytest.raises(peftcore.PeftcoreError, match="found a object, where a model belongs"):
             call()
+
+
+def test_what_is_in_it(tmp_path: Path) -> None:
+    assert checkpoint.contents(peftcore.save(peftcore.apply(tiny.llama(), "filed"), tmp_path / "folder")) is None
+    name, parts = checkpoint.contents(saved(tmp_path / "several"))
+    assert name == "toys" and parts.keys() == {"left", "right"} and len(parts["left"]) == len(parts["right"]) > 0
 
 
 def test_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,3 +102,16 @@ def test_save_pretrained(tmp_path: Path) -> None:
     assert not [name for name in load_file(tmp_path / "diffusion_pytorch_model.safetensors") if "peftcore" in name]
     reloaded = output(type(unet).from_pretrained(tmp_path).eval())
     torch.testing.assert_close(reloaded, output(unet), rtol=1e-6, atol=1e-6)
+
+
+def test_a_pipeline_is_saved_whole(tmp_path: Path) -> None:
+    pipe = pipeline("sd")
+    peftcore.apply(pipe.text_encoder, "lora", target_modules=["q_proj"], init_lora_weights=False)
+    with pytest.raises(peftcore.PeftcoreError, match=r"no place for the adapters of 'text_encoder' \(CLIPTextModel\)"):
+        pipe.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    peftcore.merge(pipe.text_encoder)
+    wanted = output(pipe.text_encoder)
+    pipe.save_pretrained(tmp_path)
+    again = type(pipe.text_encoder).from_pretrained(tmp_path / "text_encoder").eval()
+    torch.testing.assert_close(output(again), wanted, rtol=1e-6, atol=1e-6)

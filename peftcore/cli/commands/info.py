@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from peftcore.cli import completion, options
 from peftcore.cli.console import table
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXAMPLES = ("peftcore info run",)
 
@@ -17,7 +21,9 @@ def info(
     adapter: Annotated[
         Path,
         typer.Argument(
-            help="Adapter folder, or that of a run.", callback=options.in_run, autocompletion=completion.adapters
+            help="Adapter folder, that of a run, or one file.",
+            callback=options.in_run,
+            autocompletion=completion.adapters,
         ),
     ],
 ) -> None:
@@ -27,6 +33,11 @@ def info(
     from peftcore.errors import PluginError
     from peftcore.peft_fields import method_of_fields
 
+    single = checkpoint.contents(adapter)
+    if single is not None:
+        name, parts = single
+        table([("layout", name), *((part or "of one model", _counts(tensors)) for part, tensors in parts.items())])
+        return
     fields, foreign = checkpoint.about(adapter)
     tensors, metadata = adapter_files.read_tensors(adapter, foreign.tensors if foreign else adapter_files.TENSORS)
     own = checkpoint.own_fields(adapter, metadata)
@@ -56,3 +67,9 @@ def info(
         if name not in shown and value not in (None, False, "", [], {})
     ]
     table(rows)
+
+
+def _counts(tensors: Mapping[str, Tensor]) -> str:
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    return f"{len(tensors):,} tensors, {', '.join(dtypes)}, {numbers:,} parameters"

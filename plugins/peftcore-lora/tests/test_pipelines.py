@@ -217,3 +217,16 @@ def test_on_a_base_in_4_bits(layout: str, tmp_path: Path) -> None:
     peftcore.save(models[0], tmp_path, layout=layout)
     peftcore.load(models[1], tmp_path)
     torch.testing.assert_close(output(models[1]), output(models[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_command_line_says_what_is_in_it(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from peftcore.cli.app import build
+
+    pipe = pipeline("sd")
+    apply(pipe)
+    peftcore.save(pipe.components, tmp_path / "a.safetensors", layout="kohya")
+    words = ["info", str(tmp_path / "a.safetensors")]
+    printed = CliRunner().invoke(build(words), words).output
+    assert "kohya" in printed and "24 tensors, float32" in printed

@@ -138,6 +138,8 @@ def test_hostile_files(change: dict[str, Tensor | None], message: str, tmp_path:
         ('{"unet.r": 4, "unet.rank_pattern": {"((a+)+)+$": 4}}', None),
         ('{"unet.r": 4, "unet.init_lora_weights": "corda"}', "was trained with init_lora_weights='corda'"),
         ('{"unet.r": 4, "unet.flux": 4}', "flux"),
+        ('{"unet.r": 4, "unet.use_dora": true}', "says use_dora=true, and no tensor is a magnitude"),
+        ('{"unet.r": 4, "unet.rank_pattern": [1]}', "the plugin 'lora' cannot use"),
     ],
 )
 def test_hostile_headers(header: str, message: str | None, tmp_path: Path) -> None:

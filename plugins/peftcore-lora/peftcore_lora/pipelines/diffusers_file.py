@@ -88,6 +88,11 @@ def read(
         )
     fields = _header(metadata, part)
     changes = {path: _change(path, names[path], each, fields) for path, each in found.items()}
+    for name, kind in (("use_dora", "magnitude"), ("lora_bias", "bias")):
+        there_is = any(kind in each for each in found.values())
+        validation.require(
+            there_is or not (fields or {}).get(name), f"the header says {name}=true, and no tensor is a {kind}"
+        )
     return to_peft(model, changes, {name: value for name, value in (fields or {}).items() if name not in REPLACED})
 
 
