@@ -100,7 +100,8 @@ class _Work:
         except PeftcoreError as error:
             if alone:
                 raise
-            warn(f"{error}. With --convert RANK it is written all the same; now the merged model alone is")
+            way = "; with --convert RANK it is" if "convert" in str(error) else ""
+            warn(f"{error}. No adapter.gguf is written{way}")
             return
         self._told(file, gguf.command(self.base if self.base.endswith(".gguf") else "BASE.gguf", file))
 

@@ -55,7 +55,9 @@ def _refuse_other(model: nn.Module, config: Any, head: int) -> None:
 
     if config.hidden_act != "silu":
         raise refuse(f"the model has hidden_act={config.hidden_act!r}")
-    if getattr(config, "use_sliding_window", False) and "sliding_attention" in (config.layer_types or ()):
+    if getattr(config, "use_sliding_window", False) and "sliding_attention" in (
+        getattr(config, "layer_types", None) or ()
+    ):
         raise refuse("some of the model's layers have a sliding window")
     if family_of(model).architecture == "qwen2" and head * config.num_attention_heads != config.hidden_size:
         raise refuse(f"the model's heads have {head} dimensions, {config.num_attention_heads} of them not hidden_size")

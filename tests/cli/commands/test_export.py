@@ -75,7 +75,7 @@ def test_parts_of_gguf_and_what_is_made_thin(run: Run, base: Path, tmp_path: Pat
     refused = run(*given, tmp_path / "x", "--only", "adapter", code=1).output
     assert "cannot be written as an adapter of llama.cpp" in refused and not (tmp_path / "x").exists()
     told = run(*given, tmp_path / "merged").output.replace("\n", " ")
-    assert "With --convert RANK it is written all the same" in told
+    assert "No adapter.gguf is written; with --convert RANK it is" in told
     assert [file.name for file in (tmp_path / "merged").iterdir()] == ["model-f16.gguf"]
     told = run(*given, tmp_path / "thin", "--only", "adapter", "--convert", 64).output
     assert "rank 64 keeps at least 100.0% of the adapter's change" in told
