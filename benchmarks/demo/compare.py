@@ -106,7 +106,7 @@ def train_beside(library: str, label: str, run: Path) -> dict:
     from transformers import PrinterCallback, set_seed
 
     import peftcore
-    from peftcore.cli import data, models, progress, tasks, training
+    from peftcore.cli import data, models, progress, tasks, trainers, training
     from peftcore.cli import settings as run_settings
 
     warnings.simplefilter("ignore")
@@ -132,14 +132,15 @@ def train_beside(library: str, label: str, run: Path) -> dict:
     meter = progress.Meter()
     arguments = training.training_arguments(settings, run / f"beside-{library}", len(train))
     arguments.save_strategy = "no"
-    trainer = training.MeasuringTrainer(
+    trainer = trainers.MeasuringTrainer(
         model=model,
         args=arguments,
         train_dataset=train,
         eval_dataset=held_out,
         data_collator=tasks.collator(tokenizer),
         callbacks=[meter],
-        tokenizer=tokenizer,
+        measure=lambda model: tasks.measure(model, held_out, tokenizer),
+        lengths=[len(example["input_ids"]) for example in train],
     )
     trainer.remove_callback(PrinterCallback)
     if library == "peft" and hasattr(model.base_model, "update_and_allocate"):

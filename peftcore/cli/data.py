@@ -9,6 +9,7 @@ to write the same. Labels: `{"text": ..., "label": ...}`, where the label is a n
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -23,16 +24,18 @@ from peftcore.errors import PeftcoreError, nearest
 
 LANGUAGE_MODEL = "causal-lm"
 CLASSIFICATION, REGRESSION, MULTI_LABEL = LABELLED = labels.KINDS
-TASKS = (LANGUAGE_MODEL, *LABELLED)
+PREFERENCES = "dpo"
+TASKS = (LANGUAGE_MODEL, *LABELLED, PREFERENCES)
 
 _KEYS = {
     LANGUAGE_MODEL: (("messages",), ("conversations",), ("prompt", "completion"), ("text",)),
     CLASSIFICATION: (("text", "label"),),
     REGRESSION: (("text", "label"),),
     MULTI_LABEL: (("text", "label"), ("text", "labels")),
+    PREFERENCES: (("prompt", "chosen", "rejected"), ("chosen", "rejected")),
 }
 _SHOWN = {LANGUAGE_MODEL: "text, prompt/completion or messages", MULTI_LABEL: "text/labels"}
-_SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label"}
+_SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label", PREFERENCES: "prompt/chosen/rejected"}
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ROLES |= {"tool": "tool", "observation": "tool", "function": "tool"}
 
@@ -44,12 +47,14 @@ class Row:
     """One example. `where` is `FILE:LINE`; `text` is the prompt where there is a completion.
 
     Of a conversation there are messages as chat templates take them, of which the assistant's from `learned_from` on
-    are learned, and the tools that it may call.
+    are learned, and the tools that it may call. Of a preference `completion` is chosen and `rejected` not; of one
+    among conversations `messages` are what both answer, and these a message each.
     """
 
     where: str
     text: str
-    completion: str | None = None
+    completion: str | Messages | None = None
+    rejected: str | Messages | None = None
     label: Label | None = None
     messages: Messages | None = None
     learned_from: int = 0
@@ -100,7 +105,7 @@ def guess_task(path: str | os.PathLike[str], columns: Mapping[str, str] | None =
     for _, fields in records(os.fspath(path), columns):
         name = next((name for name in ("label", "labels") if name in fields), None)
         if name is None and not found:
-            return LANGUAGE_MODEL
+            return PREFERENCES if {"chosen", "rejected"} <= fields.keys() else LANGUAGE_MODEL
         found.append(fields.get(name or "label"))
     if not found:
         raise PeftcoreError(f"'{path}' holds no example")
@@ -177,6 +182,8 @@ def _row(where: str, fields: dict[str, Any], task: str) -> Row:
             f"{where}: {task} needs the keys {_SHOWN[task]}, found {', '.join(fields) or 'none'}. "
             "Where they have other names: --columns prompt=question,completion=answer"
         )
+    if task == PREFERENCES:
+        return _preference(where, fields)
     if keys == ("messages",):
         return _conversation(where, _messages(where, "messages", fields["messages"]), 0, fields)
     if keys == ("conversations",):
@@ -198,6 +205,41 @@ def _text(where: str, key: str, value: Any) -> str:
     if not isinstance(value, str):
         raise PeftcoreError(f"{where}: '{key}' must be text, found {labels.short(value)}")
     return value
+
+
+def _preference(where: str, fields: dict[str, Any]) -> Row:
+    row = _compared_turns(where, fields) if isinstance(fields["chosen"], list) else _compared_texts(where, fields)
+    if row.completion == row.rejected:
+        raise PeftcoreError(f"{where}: 'chosen' and 'rejected' are the same")
+    return row
+
+
+def _compared_texts(where: str, fields: dict[str, Any]) -> Row:
+    prompt, chosen, rejected = (_text(where, key, fields.get(key)) for key in ("prompt", "chosen", "rejected"))
+    for key, answer in (("chosen", chosen), ("rejected", rejected)):
+        if not answer.strip():
+            raise PeftcoreError(f"{where}: '{key}' is empty")
+    return Row(where, prompt, completion=chosen, rejected=rejected)
+
+
+def _compared_turns(where: str, fields: dict[str, Any]) -> Row:
+    answers = {key: _messages(where, key, fields[key]) for key in ("chosen", "rejected")}
+    if fields.get("prompt") is not None:
+        asked = _messages(where, "prompt", fields["prompt"])
+    else:  # both hold the whole conversation
+        pairs = zip(answers["chosen"], answers["rejected"], strict=False)
+        asked = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
+        answers = {key: messages[len(asked) :] for key, messages in answers.items()}
+        if not asked:
+            raise PeftcoreError(f"{where}: 'chosen' and 'rejected' must begin alike: that is what both answer")
+    for key, answer in answers.items():
+        if [message["role"] for message in answer] != ["assistant"]:
+            found = ", ".join(message["role"] for message in answer) or "nothing"
+            raise PeftcoreError(
+                f"{where}: '{key}' must be one answer of the assistant to the same prompt, found {found}"
+            )
+    whole = _conversation(where, [*asked, *answers["chosen"]], len(asked), fields)
+    return Row(where, "", answers["chosen"], answers["rejected"], messages=asked, tools=whole.tools)
 
 
 def _conversation(where: str, messages: Messages, learned_from: int, fields: dict[str, Any]) -> Row:

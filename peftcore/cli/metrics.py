@@ -21,8 +21,13 @@ MAIN = {
     labels.MULTI_LABEL: "micro_f1",
     labels.REGRESSION: "pearson",
 }  # else the loss
-TITLES = {"macro_f1": "macro F1", "micro_f1": "micro F1", "exact_match": "exact match"}
-SHARES = ("accuracy", "macro_f1", "micro_f1", "exact_match")  # shown as percentages
+TITLES = {
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+    "exact_match": "exact match",
+    "told_right": "pairs told right",
+}
+SHARES = ("accuracy", "macro_f1", "micro_f1", "exact_match", "told_right")  # shown as percentages
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ class AdapterTask:
     labels: tuple[str, ...] = ()
     chat: bool | None = None  # was it trained on conversations? None: not known
     chat_template: str | None = None  # where it is not the tokenizer's own
+    beta: float | None = None  # of preferences, where it is not the default
 
     def write(self, folder: Path) -> None:
         """Write it into the adapter's folder."""
@@ -58,7 +59,9 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         stored = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
         # A file without `chat` is of before there were conversations.
         chat, template = stored.get("chat", False), stored.get("chat_template")
-        task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template)
+        task = AdapterTask(
+            stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, stored.get("beta")
+        )
         if type(stored["labels"]) is not list:
             raise TypeError(f"labels={stored['labels']!r} is no list")
         if task.task not in data.TASKS:

@@ -81,7 +81,7 @@ Quantize = Annotated[
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, or auto.")]
 Task = Annotated[
     str | None,
-    typer.Option(help="causal-lm, classification, regression or multi-label; read off the file if left out."),
+    typer.Option(help="causal-lm, classification, regression, multi-label or dpo; read off the file if left out."),
 ]
 EvalData = Annotated[str | None, typer.Option(help="Examples to evaluate on.")]
 Holdout = Annotated[float, typer.Option(help="Without --eval-data: share of the examples held out.")]

@@ -36,7 +36,7 @@ def base_dtype(precision: str, dtype: str) -> str:
 
 def arguments(precision: str) -> dict[str, bool]:
     """Of transformers' `TrainingArguments`."""
-    return {precision: True} if precision in ("bf16", "fp16") else {}
+    return {name: precision == name for name in ("bf16", "fp16")}
 
 
 @contextlib.contextmanager

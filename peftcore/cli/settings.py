@@ -42,6 +42,7 @@ class Settings:
     weight_decay: float = 0.0
     max_length: int = 512
     pack: bool = False
+    beta: float | None = None
     dtype: str = "auto"
     precision: str = "auto"
     device: str = "auto"

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import peftcore
 from peftcore import ranks
-from peftcore.cli import conversations, data, models, packing, precision, progress, tasks
-from peftcore.cli.console import say, warn
+from peftcore.cli import conversations, data, models, packing, precision, preferences, progress, tasks, trainers
+from peftcore.cli.console import require, say, warn
 from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.models import AdapterTask
@@ -32,7 +32,7 @@ from peftcore.cli.settings import Settings
 from peftcore.engine import takes_batches
 from peftcore.engine.summary import Summary
 from peftcore.errors import PeftcoreError
-from peftcore.integrations.transformers import bare_model, latest_checkpoint
+from peftcore.integrations.transformers import latest_checkpoint
 from peftcore.quantization import QuantizedLinear
 
 
@@ -92,34 +92,6 @@ class Stopped(Exception):
         super().__init__(f"stopped at step {step} of {steps}")
 
 
-class MeasuringTrainer(Trainer):
-    """Batches of like lengths; evaluates with `tasks.measure`, so that every figure is the same kind of mean."""
-
-    def __init__(self, *args: Any, tokenizer: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.tokenizer = tokenizer
-        self.control: TrainerControl
-        self.measured: dict[int, Metrics] = {}  # by step
-        if not isinstance(self.train_dataset[0]["labels"], list):
-            # Their loss is a mean, whatever the model is told of the size of a step's batches: Trainer has to divide.
-            self.model_accepts_loss_kwargs = False
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
-        lengths = [len(example["input_ids"]) for example in self.train_dataset]
-        return LengthGroupedSampler(lengths, self.args.train_batch_size, self.args.seed)
-
-    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        model = bare_model(self)
-        with precision.own(model):
-            measured = tasks.measure(model, self.eval_dataset, self.tokenizer)
-        self.measured[self.state.global_step] = measured
-        say(f"step {self.state.global_step}/{self.state.max_steps}  held out: {measured}", "bold")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.as_dict().items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
 def run(
     settings: Settings,
     output: Path,
@@ -173,23 +145,33 @@ def run(
         with precision.own(model):
             return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
 
+    def measure(model: Any) -> Metrics:
+        if settings.task == data.PREFERENCES:
+            return preferences.measure(model, held_out, tokenizer, beta=settings.beta or preferences.BETA)
+        return tasks.measure(model, held_out, tokenizer)
+
     with peftcore.disabled(model) if settings.method != FULL else contextlib.nullcontext():
-        before = tasks.measure(model, held_out, tokenizer)
+        before = measure(model)
         samples = [("base", sample_text())] if sample is not None else []
     say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
 
     if settings.parallel == "fsdp2":
         peftcore.shard(model)
     meter, stop = progress.Meter(), progress.OrderlyStop()
-    trainer = MeasuringTrainer(
-        model=model,
-        args=training_arguments(settings, output, len(rows), report_to),
-        train_dataset=rows,
-        eval_dataset=held_out,
-        data_collator=tasks.collator(tokenizer),
-        callbacks=[meter, stop],
-        tokenizer=tokenizer,
-    )
+    common = {
+        "model": model,
+        "args": training_arguments(settings, output, len(rows), report_to),
+        "train_dataset": rows,
+        "eval_dataset": held_out,
+        "callbacks": [meter, stop],
+        "measure": measure,
+    }
+    trainer: trainers.Measuring
+    if settings.task == data.PREFERENCES:
+        trainer = trainers.dpo_trainer(**common, lengths=preferences.lengths(rows), processing_class=tokenizer)
+    else:
+        sizes = [len(each["input_ids"]) for each in rows]
+        trainer = trainers.MeasuringTrainer(**common, lengths=sizes, data_collator=tasks.collator(tokenizer))
     trainer.remove_callback(PrinterCallback)
     from_checkpoint = _checkpoint_to_resume(output) if resume else None
     try:
@@ -210,7 +192,7 @@ def run(
     else:
         peftcore.save(model, adapter)
         template = tokenizer.chat_template if is_chat and settings.chat_template else None
-        made_for = AdapterTask(settings.task, settings.max_length, labels, is_chat, template)
+        made_for = AdapterTask(settings.task, settings.max_length, labels, is_chat, template, settings.beta)
         ranks.once(lambda: made_for.write(adapter), together=True)
     return Result(
         before=before,
@@ -238,6 +220,8 @@ def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any
     """The examples of training as a method reads them that draws first values from data; None for the others."""
     if not takes_batches(settings.method, settings.fields):
         return None
+    if settings.task == data.PREFERENCES:
+        train = preferences.as_texts(train)
     order = LengthGroupedSampler([len(each["input_ids"]) for each in train], settings.batch_size, settings.seed)
     return DataLoader(train, settings.batch_size, sampler=order, collate_fn=tasks.collator(tokenizer))  # type: ignore[arg-type]
 
@@ -255,7 +239,10 @@ def encode_examples(
     what: str, rows: list[data.Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
 ) -> list[tasks.Example]:
     """Rows as token ids; `what` they are, for the warning that some are too long."""
-    encoded = tasks.encode(rows, settings.task, tokenizer, settings.max_length, labels)
+    if settings.task == data.PREFERENCES:
+        encoded = preferences.encode(rows, tokenizer, settings.max_length)
+    else:
+        encoded = tasks.encode(rows, settings.task, tokenizer, settings.max_length, labels)
     if encoded.truncated:
         warn(
             f"{encoded.truncated:,} of {len(rows):,} {what} examples are longer than {settings.max_length} tokens "
@@ -273,8 +260,16 @@ def training_arguments(
     per_epoch = math.ceil(math.ceil(examples / (settings.batch_size * settings.ranks)) / settings.grad_accum)
     steps = settings.steps or math.ceil(per_epoch * settings.epochs)
     often = max(1, math.ceil(steps / 5))
+    kind: Any = TrainingArguments
+    more: dict[str, Any] = {}
+    if settings.task == data.PREFERENCES:
+        require("trl", extra="dpo")
+        from trl import DPOConfig
+
+        kind = DPOConfig
+        more = {"beta": settings.beta or preferences.BETA, "max_length": None, "gradient_checkpointing": False}
     try:
-        return TrainingArguments(
+        return kind(
             output_dir=str(output / "checkpoints"),
             num_train_epochs=settings.epochs,
             max_steps=settings.steps or -1,
@@ -287,7 +282,7 @@ def training_arguments(
             optim=settings.optim,
             optim_args=settings.optim_args,
             seed=settings.seed,
-            **_gradient_checkpointing(settings.gradient_checkpointing),
+            **{**more, **_gradient_checkpointing(settings.gradient_checkpointing)},
             eval_strategy="steps",
             eval_steps=settings.eval_every or often,
             save_strategy="no" if settings.method == FULL else "steps",  # a checkpoint holds adapters only

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+from typing import Annotated, Any
 
 import typer
 
@@ -43,11 +44,19 @@ def evaluate(
     from peftcore.cli import conversations, metrics, tasks
 
     conversations.set_template(tokenizer, chat_template or task.chat_template)
-    encoded = tasks.encode(rows, task.task, tokenizer, max_length or task.max_length, task.labels)
+    length = max_length or task.max_length
+    measure: Any = tasks.measure
+    if task.task == examples.PREFERENCES:
+        from peftcore.cli import preferences
+
+        encoded = preferences.encode(rows, tokenizer, length)
+        measure = functools.partial(preferences.measure, beta=task.beta or preferences.BETA)
+    else:
+        encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
-    before = tasks.measure(loaded, encoded.examples, tokenizer, batch_size)
+    before = measure(loaded, encoded.examples, tokenizer, batch_size)
     models.load_adapter(loaded, adapter)
-    after = tasks.measure(loaded, encoded.examples, tokenizer, batch_size)
+    after = measure(loaded, encoded.examples, tokenizer, batch_size)
     table(metrics.rows(before, after), (f"{len(rows):,} examples", "base", "with the adapter"))
     if after.confusion is not None:
         out.print()

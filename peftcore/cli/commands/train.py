@@ -57,6 +57,9 @@ def train(
         bool,
         typer.Option("--pack", help="Several examples in a row of --max-length tokens, which do not see each other."),
     ] = False,
+    beta: Annotated[
+        float | None, typer.Option(help="Of --task dpo: how much it costs to leave the base; default 0.1.")
+    ] = None,
     columns: options.Columns = None,
     chat_template: options.ChatTemplate = None,
     dtype: options.Dtype = "auto",
@@ -89,7 +92,8 @@ def train(
     Language modelling learns from {"text": ...}, from {"prompt": ..., "completion": ...} (only the completion is
     learned) or from conversations {"messages": [{"role": ..., "content": ...}, ...]} (only the assistant's turns are,
     through the tokenizer's chat template). {"text": ..., "label": ...} is classification, regression where labels are
-    numbers that are not all whole, and multi-label where they are lists.
+    numbers that are not all whole, and multi-label where they are lists. {"prompt": ..., "chosen": ..., "rejected":
+    ...}, texts or messages, is learned by DPO, with the frozen base as the reference.
     """
     from peftcore.cli import data as examples
     from peftcore.cli import models
@@ -103,13 +107,17 @@ def train(
     examples.check_task(task)
     if sample is not None and task in examples.LABELLED:
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes nothing")
-    if pack and task in examples.LABELLED:
-        raise PeftcoreError("--pack is for language models; a classifier has one label for a whole row")
+    if pack and task != examples.LANGUAGE_MODEL:
+        raise PeftcoreError(f"--pack is for causal-lm; {task} has one answer for a whole row")
+    if beta is not None and (task != examples.PREFERENCES or beta <= 0):
+        raise PeftcoreError(f"--beta is of --task dpo, and above 0; found {beta:g} for {task}")
     if epochs <= 0 or (lr is not None and lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {lr} and {epochs:g}")
     for file in filter(None, (data, eval_data)):
         examples.read_rows(file, task, names)  # wrong lines show before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
+    if task == examples.PREFERENCES:
+        require("trl", extra="dpo")
     models.quiet_transformers()
     from peftcore import ranks
     from peftcore.cli import precision as precisions
@@ -141,6 +149,7 @@ def train(
         weight_decay=weight_decay,
         max_length=max_length,
         pack=pack,
+        beta=beta,
         dtype=dtype,
         precision=precision,
         device=device,

@@ -1,0 +1,130 @@
+"""Preference pairs, for `--task dpo`: which of two answers to a prompt is the better one (Rafailov et al. 2023,
+arXiv 2305.18290).
+
+    loss = -log sigmoid(m),   m = beta ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected)))
+
+p is the model with its adapter, q the frozen base; m is the margin, which is above 0 where the pair is told right.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+import peftcore
+from peftcore.cli import conversations, tasks
+from peftcore.cli.conversations import IGNORED
+from peftcore.cli.data import Row
+from peftcore.cli.metrics import Metrics
+from peftcore.cli.tasks import Encoded, Example
+from peftcore.engine import state_of
+from peftcore.errors import PeftcoreError
+
+BETA = 0.1
+
+
+def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
+    """Rows as `prompt_ids`, `chosen_ids` and `rejected_ids`; a prompt that is too long loses its beginning.
+
+    Raises:
+        PeftcoreError: a row gives no token, or both answers give the same.
+    """
+    examples, truncated = [], 0
+    for row in rows:
+        chosen, rejected = (_answered(row, answer, tokenizer) for answer in (row.completion, row.rejected))
+        begin = min(_first_learned(chosen), _first_learned(rejected))
+        ids, others = chosen["input_ids"], rejected["input_ids"]
+        prompt = next((i for i in range(begin) if ids[i] != others[i]), begin)  # tokens may merge across its end
+        pair = (_learned(chosen, prompt), _learned(rejected, prompt))
+        if pair[0] == pair[1]:
+            raise PeftcoreError(f"{row.where}: 'chosen' and 'rejected' are the same")
+        truncated += prompt + max(map(len, pair)) > max_length
+        pair = (pair[0][: max_length - 1], pair[1][: max_length - 1])
+        kept = min(prompt, max_length - max(map(len, pair)))
+        before = ids[prompt - kept : prompt]
+        if not before:
+            raise PeftcoreError(f"{row.where}: the prompt gives no token")
+        examples.append({"prompt_ids": before, "chosen_ids": pair[0], "rejected_ids": pair[1]})
+    return Encoded(examples, truncated)
+
+
+def as_texts(examples: Sequence[Example]) -> list[Example]:
+    """The chosen answers as examples of a language model; for first values that a method draws from data."""
+    return [_joined(each, "chosen_ids") for each in examples]
+
+
+def lengths(examples: Sequence[Example]) -> list[int]:
+    """Tokens of the longer answer with its prompt."""
+    return [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 8,
+    beta: float = BETA,
+) -> Metrics:
+    """Loss over every pair, how many are told right, and the mean margin; the reference is the base."""
+    is_adapted = state_of(model) is not None
+    was_training = model.training
+    model.eval()
+    margins = []
+    ordered = sorted(examples, key=lambda each: sum(map(len, each.values())))  # little padding
+    try:
+        for start in range(0, len(ordered), batch_size):
+            pairs = ordered[start : start + batch_size]
+            answers = [_joined(each, name) for name in ("chosen_ids", "rejected_ids") for each in pairs]
+            found = log_likelihoods(model, answers, tokenizer)
+            with peftcore.disabled(model) if is_adapted else contextlib.nullcontext():
+                found = found - log_likelihoods(model, answers, tokenizer)
+            margins.append(beta * (found[: len(pairs)] - found[len(pairs) :]))
+    finally:
+        model.train(was_training)
+    margin = torch.cat(margins)
+    figures = {"told_right": float((margin > 0).double().mean()), "margin": float(margin.mean())}
+    return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), figures)
+
+
+def log_likelihoods(model: nn.Module, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """log p of the learned tokens of each example, [examples], in float32."""
+    batch = tasks.collator(tokenizer)(examples)
+    device = next(model.parameters()).device
+    inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1].float()
+    wanted = inputs["labels"][:, 1:]
+    losses = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
+    return -losses.sum(1).cpu()
+
+
+def _answered(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
+    """The prompt with one of its answers, as language modelling learns it."""
+    if row.messages is not None:
+        begins = len(row.messages)
+        asked = Row(row.where, "", messages=[*row.messages, *answer], learned_from=begins, tools=row.tools)
+        (example,) = conversations.encode(asked, tokenizer)
+        return example
+    asked = Row(row.where, row.text, completion=answer)
+    return tasks.encode([asked], "causal-lm", tokenizer, 1 << 30).examples[0]
+
+
+def _first_learned(example: Example) -> int:
+    return next(i for i, label in enumerate(example["labels"]) if label != IGNORED)
+
+
+def _learned(example: Example, begin: int) -> list[int]:
+    """Tokens from `begin` to the last that is learned: what a template writes behind the answer's end is none."""
+    end = max(i for i, label in enumerate(example["labels"]) if label != IGNORED)
+    return list(example["input_ids"][begin : end + 1])
+
+
+def _joined(example: Example, answer: str) -> Example:
+    prompt, ids = example["prompt_ids"], example[answer]
+    return {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids}

@@ -1,0 +1,76 @@
+"""Trainers of the command line: transformers' Trainer and TRL's DPOTrainer, whose examples and figures are ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import Trainer, TrainerControl
+
+from peftcore.cli import precision
+from peftcore.cli.console import require, say
+from peftcore.cli.metrics import Metrics
+from peftcore.cli.sampler import LengthGroupedSampler
+from peftcore.integrations.transformers import bare_model
+
+_Base: Any = Trainer if TYPE_CHECKING else object  # it stands before one of several trainers
+
+
+class Measuring(_Base):
+    """Batches of like lengths; evaluates with `measure`, so that every figure is the same kind of mean.
+
+    Args:
+        measure: (model) -> what is measured on held-out examples.
+        lengths: tokens of each example of training.
+    """
+
+    def __init__(
+        self, *args: Any, measure: Callable[[nn.Module], Metrics], lengths: Sequence[int], **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.measure, self.lengths = measure, lengths
+        self.control: TrainerControl
+        self.measured: dict[int, Metrics] = {}  # by step
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
+        return LengthGroupedSampler(self.lengths, self.args.train_batch_size, self.args.seed)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        model = bare_model(self)
+        with precision.own(model):
+            measured = self.measure(model)
+        self.measured[self.state.global_step] = measured
+        say(f"step {self.state.global_step}/{self.state.max_steps}  held out: {measured}", "bold")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.as_dict().items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class MeasuringTrainer(Measuring, Trainer):
+    """Trainer on examples with `input_ids` and `labels`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.train_dataset[0]["labels"], list):
+            # Their loss is a mean, whatever the model is told of the size of a step's batches: Trainer has to divide.
+            self.model_accepts_loss_kwargs = False
+
+
+def dpo_trainer(**arguments: Any) -> Measuring:
+    """TRL's DPOTrainer on examples with `prompt_ids`, `chosen_ids` and `rejected_ids`, as `preferences` makes them.
+
+    The reference is the model as it is now, of which no second one is loaded (`integrations.reference_model`).
+    """
+    require("trl", extra="dpo")
+    from datasets import Dataset
+    from trl import DPOTrainer
+
+    class MeasuringDPOTrainer(Measuring, DPOTrainer):
+        def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
+            return dataset  # tokens already, with the answer's end where it is learned
+
+    for name in ("train_dataset", "eval_dataset"):
+        arguments[name] = Dataset.from_list(arguments[name])
+    return MeasuringDPOTrainer(**arguments)
