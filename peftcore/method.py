@@ -285,6 +285,8 @@ class Method:
             without gradients unless it asks for them, with the adapters that act already. It changes its adapters
             alone; mode, gradients, moving buffers and random numbers are afterwards what they were, and if it
             raises, the adapter is taken off again. Not called by `load`.
+        initializes: (config) -> has `initialize` anything to do for it? Where not it is not called, and `batches` are
+            refused.
         loss: (adapters, config) -> a term that is added to the loss, a scalar with gradients, or None. Trainers add it
             once a step, however many batches a step has: to each of n batches 1/n of what it is after its forward.
         after_step: (adapters, config, step, total_steps) -> None, after each optimizer step, counted from 1, while the
@@ -309,6 +311,7 @@ class Method:
     loss: Callable[[AdapterModules, Any], Tensor | None] | None = None
     after_step: Callable[[AdapterModules, Any, int, int], None] | None = None
     parameter_groups: Callable[[AdapterModules, Any, float, float], list[dict[str, Any]]] | None = None
+    initializes: Callable[[Any], bool] = lambda _config: True
     prepare: Callable[[nn.Module, Any], None] | None = None
     recorded_as: Callable[[Any], Any] | None = None
     low_rank: Callable[[nn.Module, Any, Mapping[str, int]], Any] | None = None

@@ -154,6 +154,8 @@ def refuse_sharded(module: nn.Module, what: str) -> None:
 
 def reshard(module: nn.Module) -> None:
     """Let `fully_shard` take back whole parameters that a forward left in their slots."""
+    if count() == 1:
+        return
     for part in module.modules():
         if hasattr(part, "unshard") and (reshard := getattr(part, "reshard", None)):
             reshard()

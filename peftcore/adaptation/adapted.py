@@ -124,6 +124,12 @@ def activate(module: nn.Module, names: Sequence[str], samples: Sequence[str | No
     module.__dict__[_CHAIN] = _chain_of(module, base)
 
 
+def activate_behind(module: nn.Module, name: str) -> None:
+    """Let `name`, which combines no others, act after the adapters that do."""
+    module.__dict__[_ACTIVE] = (*module.__dict__[_ACTIVE], name)
+    module.__dict__[_CHAIN] = _link(adapters_at(module), name, module.__dict__[_CHAIN])
+
+
 def inside(module: nn.Module) -> Any:
     """What an adapter that is placed at `module` now will stand around: its forward, with the adapters that act."""
     return module.__dict__[_CHAIN] if is_adapted(module) else _base_of(module)

@@ -238,13 +238,20 @@ def current_frame() -> Frame | None:
     return getattr(_CURRENT, "frame", None)
 
 
-def asked(adapters: Iterable[nn.Module], before: CallContext | None = None) -> CallContext | None:
-    """What these adapters ask of calls of their model, None where none asks; `before` stays the same object."""
+def asked(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
+    """The arguments that these adapters read of calls of their model; None where none asks for its calls."""
     needs = [need for adapter in adapters for m in adapter.modules() if (need := getattr(m, "needs_call", False))]
-    if not needs:
+    return frozenset(name for need in needs if need is not True for name in need) if needs else None
+
+
+def context_for(names: Iterable[frozenset[str]], before: CallContext | None) -> CallContext | None:
+    """What calls are noted in for adapters that read `names` of them, None where none does; `before` stays the same
+    object."""
+    each = list(names)
+    if not each:
         return None
     context = before or CallContext()
-    context.names = frozenset(name for need in needs if need is not True for name in need)
+    context.names = frozenset().union(*each)
     return context
 
 

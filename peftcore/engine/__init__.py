@@ -1,17 +1,8 @@
 """Adapters of a model: apply, activate, disable and remove, and the record of them on the model."""
 
-from peftcore.engine.applying import (
-    activate,
-    alone,
-    apply,
-    apply_to_fill,
-    check_dtype,
-    check_name,
-    disabled,
-    remove,
-    set_active,
-    set_trainable,
-)
+from peftcore.engine.activating import activate, disabled, set_active, set_trainable
+from peftcore.engine.alone import alone
+from peftcore.engine.applying import apply, apply_to_fill, check_dtype, check_name, remove
 from peftcore.engine.branches import refuse_needed
 from peftcore.engine.changes import with_adapter
 from peftcore.engine.first_values import takes_batches

@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import adapters_at
-from peftcore.adaptation.call import CallContext, asked
-from peftcore.engine.state import State, modules_with, require_state
+from peftcore.adaptation.call import CallContext, context_for
+from peftcore.engine.state import State, require_state
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.targets.experts import expert_weights
 
@@ -40,8 +39,8 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
 
 def ask_of_calls(model: nn.Module, state: State) -> None:
     """Let calls of `model` be noted for adapters that read them, active or not, and for samples among experts."""
-    modules = (adapters_at(m)[name] for name in state.applied for _, m in modules_with(model, state, name))
     before = state.lock.context
-    state.lock.context = asked(modules, before)
+    reads = [entry.reads for entry in state.applied.values() if entry.reads is not None]
+    state.lock.context = context_for(reads, before)
     if state.lock.context is None and state.samples is not None and expert_weights(model):
         state.lock.context = before or CallContext()

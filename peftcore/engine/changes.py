@@ -7,6 +7,7 @@ adapters is told which module it is, and `remove` takes off what is still there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -19,6 +20,19 @@ from peftcore.engine.trained import TrainedParameters
 Facts = Mapping[str, tuple[int, ...]]
 
 
+@dataclass
+class Site:
+    """A module that has adapters.
+
+    Args:
+        facts: what it was before the first one.
+        adapters: how many stand there.
+    """
+
+    facts: Facts
+    adapters: int = 0
+
+
 def facts(module: nn.Module) -> Facts:
     """The shape of each parameter of `module` itself, by name; of one that is parametrized an empty one."""
     # Of other classes, such as bitsandbytes' or DTensor, the shape may change with the device. ZeRO-3 empties its own.
@@ -28,27 +42,39 @@ def facts(module: nn.Module) -> Facts:
 
 
 def changes(
-    model: nn.Module, adapter: str, before: Mapping[str, Facts], lock: ModelLock, *, shapes: bool = True
+    model: nn.Module,
+    sites: Iterable[tuple[str, Site]],
+    lock: ModelLock,
+    *,
+    adapter: str | None = None,
+    shapes: bool = True,
 ) -> Iterator[tuple[str, str]]:
-    """(path, what has become of it) of every module that `adapter` stands at, or trains, and that is not as it was.
+    """(path, what has become of it) of every module of `sites` that is not as it was.
 
     Args:
-        before: the facts of the modules at which it stands.
         lock: of the model.
+        adapter: the one that must stand there; None: all that did.
         shapes: compare the parameters, too; not while the model is merged.
     """
-    for path, was in before.items():
+    for path, site in sites:
         module = _submodule(model, path)
-        change = _replaced(module, adapter, lock)
-        if change is None and shapes and module is not None:
-            change = _differs(module, was)
+        change = _replaced(module, lock)
+        if change is None and module is not None:
+            there = adapters_at(module)
+            if len(there) < site.adapters if adapter is None else adapter not in there:
+                change = "has lost its adapter"
+            elif shapes:
+                change = _differs(module, site.facts)
         if change:
             yield path, change
+
+
+def changes_of_trained(model: nn.Module, adapter: str, lock: ModelLock) -> Iterator[tuple[str, str]]:
+    """The same of the parameters that `adapter` trains, by their slots, and of the modules that hold them."""
     own = TrainedParameters.of(model, adapter)
     if own is None:
         return
-    for slot, change in own.changes(model):
-        yield slot, change
+    yield from own.changes(model)
     for owner in {slot.rpartition(".")[0] for slots in own.slots.values() for slot in slots}:
         module = _submodule(model, owner)
         if module is not None and lock_of(module) is not lock:
@@ -59,7 +85,7 @@ def standing(model: nn.Module, adapter: str, paths: Iterable[str], lock: ModelLo
     """(path, module) of those at which `adapter` still stands."""
     for path in paths:
         module = _submodule(model, path)
-        if module is not None and _replaced(module, adapter, lock) is None:
+        if module is not None and _replaced(module, lock) is None and adapter in adapters_at(module):
             yield path, module
 
 
@@ -71,7 +97,7 @@ def with_adapter(model: nn.Module, adapter: str, paths: Iterable[str]) -> Iterat
             yield module
 
 
-def _replaced(module: nn.Module | None, adapter: str, lock: ModelLock) -> str | None:
+def _replaced(module: nn.Module | None, lock: ModelLock) -> str | None:
     if module is None:
         return "is gone"
     kind = type(module).__name__
@@ -79,7 +105,7 @@ def _replaced(module: nn.Module | None, adapter: str, lock: ModelLock) -> str | 
         return f"was given another class, {kind}" if CHILD in module._modules else f"was replaced by another {kind}"
     if lock_of(module) is not lock:
         return f"was replaced by a {kind} of another model, or a copy"
-    return None if adapter in adapters_at(module) else "has lost its adapter"
+    return None
 
 
 def _differs(module: nn.Module, was: Facts) -> str | None:

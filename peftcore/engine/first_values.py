@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules
 from peftcore.engine.placing import with_memory
-from peftcore.engine.state import adapter_modules, applied
+from peftcore.engine.state import adapter_modules, applied, require_state
 from peftcore.engine.trained import moving_buffers, unmoved_buffers
 from peftcore.engine.training import method_modules
 from peftcore.errors import PeftcoreError, PluginError
@@ -21,18 +21,17 @@ from peftcore.registry import registry
 
 
 def initializer(method: Method, config: Any) -> tuple[Any, Any]:
-    """(`initialize` of `method`, or of the one that it is recorded as; its config), or (None, config)."""
+    """(`initialize` of `method`, or of the one that it is recorded as; its config); None where nothing is to do."""
     if method.initialize is None and method.recorded_as is not None:
         config = method.recorded_as(config)
         method = registry.method_of_config(config)
-    return method.initialize, config
+    wanted = method.initialize is not None and method.initializes(config)
+    return method.initialize if wanted else None, config
 
 
 def takes_batches(method: str, fields: dict[str, Any]) -> bool:
-    """Has the method `method` first values for its adapters, which it may take from data?"""
+    """Has the method `method`, with these fields, first values for its adapters, which it may take from data?"""
     chosen = registry.method(method)
-    if chosen.initialize is not None or chosen.recorded_as is None:
-        return chosen.initialize is not None
     try:
         return initializer(chosen, chosen.config_class(**fields))[0] is not None
     except TypeError:  # of a field that is not known, which `apply` names
@@ -49,7 +48,7 @@ def give_first_values(
     """
     before = _base(model)
     try:
-        with as_it_was(model), with_memory(), torch.no_grad():
+        with as_it_was(model, [adapter, *require_state(model).active]), with_memory(), torch.no_grad():
             new = initialize(model, method_modules(model, adapter), config, batches)
             if new is not None:
                 applied(model, adapter).config = new
@@ -71,11 +70,13 @@ def give_first_values(
 
 
 @contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Within the block the model evaluates. Behind it its mode, its gradients and moving buffers, and PyTorch's random
-    numbers, are what they were before."""
-    modes = {module: module.training for module in model.modules()}
-    gradients = {p: p.grad for p in model.parameters()}
+def as_it_was(model: nn.Module, adapters: Iterable[str]) -> Iterator[None]:
+    """Within the block the base and `adapters` evaluate. Behind it their mode, their gradients, moving buffers, and
+    PyTorch's random numbers, are what they were before."""
+    trees = [top for name in adapters for _, top in adapter_modules(model, name)]
+    modules = [*(module for _, module in base_modules(model)), *(module for top in trees for module in top.modules())]
+    modes = {module: module.training for module in modules}
+    gradients = {p: p.grad for module in modules for p in module._parameters.values() if p is not None}
     devices = {p.device for p in gradients if p.device.type not in ("cpu", "meta")}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
@@ -83,17 +84,21 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             of_kind = [device.index for device in devices if device.type == kind]
             stack.enter_context(torch.random.fork_rng(devices=of_kind, device_type=kind))
         stack.enter_context(unmoved_buffers(model))
-        for module in modes:
-            module.training = False
-        for parameter in gradients:
-            parameter.grad = None
+        for module, mode in modes.items():
+            if mode:
+                module.training = False
+        for parameter, gradient in gradients.items():
+            if gradient is not None:
+                parameter.grad = None
         try:
             yield
         finally:
             for module, mode in modes.items():
-                module.training = mode
+                if module.training is not mode:
+                    module.training = mode
             for parameter, gradient in gradients.items():
-                parameter.grad = gradient
+                if parameter.grad is not gradient:
+                    parameter.grad = gradient
 
 
 def _base(model: nn.Module) -> dict[str, tuple[int, int]]:

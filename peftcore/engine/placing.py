@@ -22,7 +22,7 @@ from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.experts import experts_layout
 from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Train
-from peftcore.observation import detect, observe
+from peftcore.observation import detect, left_as_it_is, observe
 from peftcore.peft_fields import config_of_peft, is_of_peft, why_unknown
 from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, refuse_targeted, trained_modules
@@ -51,6 +51,11 @@ def placements_for(model: nn.Module, method: str | Any, fields: dict[str, Any]) 
         raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
     _refuse_lazy(model)
     refuse_adapters_of_others(model)
+    with left_as_it_is(model):
+        return _placed(model, method, fields)
+
+
+def _placed(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
     chosen, config = _method_and_config(model, method, fields)
     architecture = detect(model)
     names_modules = getattr(config, "target_modules", None) not in ("all", ALL_LINEAR)
@@ -264,7 +269,7 @@ def _refuse_lazy(model: nn.Module) -> None:
 def refuse_adapters_of_others(model: nn.Module) -> None:
     """Adapters in adapters: another library's, or those of a model that this is a part of, or that is a part of it."""
     state = state_of(model)
-    for path, module in model.named_modules():
+    for path, module in adapted.base_modules(model):
         if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):
             raise PeftcoreError(
                 f"the model has adapters of Hugging Face PEFT already ({path or 'the model itself'!r} is a "

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.engine.applying import alone
+from peftcore.engine.alone import alone
 from peftcore.engine.state import adapter_modules, applied, refuse_changed, refuse_merged, require_state
 from peftcore.errors import PeftcoreError
 from peftcore.method import Model

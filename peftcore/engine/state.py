@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
 
 from peftcore.adaptation import adapted
 from peftcore.adaptation.concurrency import ModelLock
-from peftcore.engine.changes import Facts, changes, standing
+from peftcore.engine.changes import Site, changes, changes_of_trained, standing
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.method import AdapterPlacement, Around
@@ -30,6 +31,7 @@ class Applied:
             several changes of parameters may stand on one.
         trained: parameters of the base, by name.
         multiplier: of its change, as `peftcore.scale` sets it.
+        reads: the arguments of calls that its adapters read; None: they ask for none.
     """
 
     method: str
@@ -37,15 +39,15 @@ class Applied:
     placements: dict[str, tuple[AdapterPlacement, ...]] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
     trainable: bool = True
-    facts: dict[str, Facts] = field(default_factory=dict)  # of the modules where it stands, as they were
     multiplier: float = 1.0
+    reads: frozenset[str] | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:
         """Of the modules at which it stands."""
         return tuple(self.placements)
 
-    @property
+    @cached_property
     def branches(self) -> tuple[str, ...]:
         """Names of the adapters that it combines."""
         placed = (placement for each in self.placements.values() for placement in each)
@@ -54,9 +56,13 @@ class Applied:
 
 @dataclass
 class State:
-    """What is applied to a model, the active adapters in the order of their chain, and what the base was."""
+    """What is applied to a model, the active adapters in the order of their chain, and what the base was.
+
+    What is asked at each change costs what that change touches: `sites` are there so that nobody walks all adapters.
+    """
 
     applied: dict[str, Applied] = field(default_factory=dict)
+    sites: dict[str, Site] = field(default_factory=dict)  # by the path of each module that has adapters
     active: tuple[str, ...] = ()
     requires_grad: dict[str, bool] = field(default_factory=dict)
     merged: Any = None  # peftcore.merging.merge.Merged
@@ -136,8 +142,13 @@ def changed(model: nn.Module) -> dict[str, str]:
 def refuse_changed(model: nn.Module) -> None:
     """Raise a PeftcoreError if modules with adapters were replaced, resized or parametrized since `apply`."""
     state = require_state(model)
+    anything = next(changes(model, state.sites.items(), state.lock, shapes=state.merged is None), None)
     for name in state.applied:
-        modules = dict(changes_of(model, state, name))
+        modules = (
+            dict(changes_of_trained(model, name, state.lock))
+            if anything is None
+            else dict(changes_of(model, state, name))
+        )
         if modules:
             raise PeftcoreError(
                 f"the model was changed after the adapter '{name}' was applied: {in_words(modules)}. "
@@ -148,7 +159,9 @@ def refuse_changed(model: nn.Module) -> None:
 
 def changes_of(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, str]]:
     """(path, what has become of it) of the modules of `adapter` that are not what they were."""
-    return changes(model, adapter, state.applied[adapter].facts, state.lock, shapes=state.merged is None)
+    sites = ((path, state.sites[path]) for path in state.applied[adapter].paths)
+    yield from changes(model, sites, state.lock, adapter=adapter, shapes=state.merged is None)
+    yield from changes_of_trained(model, adapter, state.lock)
 
 
 def modules_with(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, nn.Module]]:

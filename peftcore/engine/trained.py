@@ -100,7 +100,8 @@ class TrainedParameters(nn.Module):
     @staticmethod
     def of(model: nn.Module, adapter: str) -> TrainedParameters | None:
         """What `adapter` has of its own; None where that is nothing."""
-        return next((own for name, own in _everyone(model) if name == adapter), None)
+        adapters = model._modules.get(TRAINED)
+        return None if adapters is None else cast("TrainedParameters | None", adapters._modules.get(adapter))
 
     def activate(self, model: nn.Module, active: bool) -> None:
         """Put the parameters that the adapter trains into the model, or the base's back."""

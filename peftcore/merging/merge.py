@@ -112,8 +112,8 @@ def merge(
         merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [_there(model, name)]}
         state.merged = merged
     else:
-        for entry in state.applied.values():  # a weight that was packed has another shape now
-            entry.facts = {path: facts(model.get_submodule(path)) for path in entry.facts}
+        for path, site in state.sites.items():  # a weight that was packed has another shape now
+            site.facts = facts(model.get_submodule(path))
         for name in merged.active:
             engine.remove(model, name)
         for path, was in unpacked.items():

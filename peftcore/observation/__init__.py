@@ -4,7 +4,7 @@ from peftcore.observation.architecture import detect
 from peftcore.observation.batches import gradients_of, inputs_of, run
 from peftcore.observation.bypass import asked_for_dtype, bypassed, rewritten
 from peftcore.observation.inputs import example_inputs
-from peftcore.observation.tracing import Trace, known_as, observe, trace
+from peftcore.observation.tracing import Trace, known_as, left_as_it_is, observe, once_a_model, trace
 
 __all__ = [
     "Trace",
@@ -15,7 +15,9 @@ __all__ = [
     "gradients_of",
     "inputs_of",
     "known_as",
+    "left_as_it_is",
     "observe",
+    "once_a_model",
     "rewritten",
     "run",
     "trace",

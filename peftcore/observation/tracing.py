@@ -9,8 +9,10 @@ import functools
 import inspect
 import re
 import sys
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -92,12 +94,27 @@ class Trace:
 _REMEMBERED: WeakKeyDictionary[nn.Module, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
 
 
+_HELD = threading.local()  # .model: (the model that this thread leaves as it is, its likeness)
+
+
+@contextmanager
+def left_as_it_is(model: nn.Module) -> Iterator[None]:
+    """Within the block nothing of `model` changes, so that it is compared with what is remembered of it once."""
+    before = getattr(_HELD, "model", None)
+    _HELD.model = model, likeness(model)
+    try:
+        yield
+    finally:
+        _HELD.model = before
+
+
 def once_a_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
     """Remember what a function found out about a model, while its modules stay as they are."""
 
     @functools.wraps(find)
     def remembered(model: nn.Module) -> Any:
-        like = likeness(model)
+        held = getattr(_HELD, "model", None)
+        like = held[1] if held is not None and held[0] is model else likeness(model)
         if model not in _REMEMBERED or _REMEMBERED[model][0] != like:
             _REMEMBERED[model] = like, {}
         found = _REMEMBERED[model][1]

@@ -19,13 +19,14 @@ from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.adaptation.class_swap import original_class
 from peftcore.experts import experts_layout, stacked_weights
 from peftcore.layers import is_linear, shape_of, sizes
-from peftcore.observation import bypassed
+from peftcore.observation import bypassed, once_a_model
 from peftcore.targets.names import excluded, is_inside, layer_indices, matches, shortest_suffixes
 from peftcore.targets.patterns import compiled
 
 ALL_LINEAR = "all-linear"
 
 
+@once_a_model
 def expert_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
     """The names of the weights of each module of experts, by its path."""
     found = {}

@@ -25,7 +25,7 @@ from peftcore_lora.config import LoraConfig, of_ranks
 from peftcore_lora.files import RULES
 from peftcore_lora.placing import place
 from peftcore_lora.replication import replicate_layers
-from peftcore_lora.starts import initialize
+from peftcore_lora.starts import initialize, is_read_off
 from peftcore_lora.training import parameter_groups
 
 __all__ = ["LoraConfig", "peftcore_methods", "replicate_layers"]
@@ -40,6 +40,7 @@ def peftcore_methods() -> list[peftcore.Method]:
             place,
             RULES,
             initialize=initialize,
+            initializes=is_read_off,
             parameter_groups=parameter_groups,
             low_rank=of_ranks,
         )

@@ -27,12 +27,15 @@ from peftcore_lora.config import LoraConfig, is_subtracted
 from peftcore_lora.layers import LoraFromStart, LoraLinear
 
 
+def is_read_off(config: LoraConfig) -> bool:
+    """Is the start read off W, or off data, rather than drawn?"""
+    return isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, adapters: Mapping[str, Any], config: LoraConfig, batches: Any) -> LoraConfig | None:
     """Give all adapters the start that the config asks for; the config that then holds, where that is another."""
-    start = config.init_lora_weights
-    if not isinstance(start, str) or start == "gaussian":
-        return None
+    start = str(config.init_lora_weights)
     adapters = {path: adapter for path, adapter in adapters.items() if hasattr(adapter, "lora_A")}
     for path, adapter in adapters.items():
         validation.require(

@@ -1,0 +1,177 @@
+"""Which adapters act, and train: activate, disable, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+from torch import nn
+
+from peftcore.adaptation import adapted
+from peftcore.adaptation.call import asked
+from peftcore.adaptation.concurrency import Activation
+from peftcore.engine.alone import alone
+from peftcore.engine.branches import combined, with_branches
+from peftcore.engine.calling import ask_of_calls
+from peftcore.engine.placing import refuse_shared
+from peftcore.engine.state import (
+    State,
+    adapter_modules,
+    adapter_parameters,
+    applied,
+    modules_with,
+    refuse_changed,
+    refuse_merged,
+    require_state,
+)
+from peftcore.engine.trained import TrainedParameters, hold_of_last, unmoved_buffers
+from peftcore.errors import PeftcoreError
+from peftcore.method import Model
+
+
+@alone("activate adapters", base=True)
+def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample: bool = False) -> None:
+    """Let the adapters `names` act, in this order, and train; all others rest and are frozen.
+
+    Args:
+        per_sample: `names` has an adapter, or None, for each sample of a batch, and each sample passes through its
+            own. The batch, dimension 0 of every input, must then be as long as `names`. For inference: the fused
+            operator is used without gradients.
+
+    Raises:
+        PeftcoreError: a name is unknown, two of them train one parameter, or the model is merged. With per_sample
+            an adapter that acts on a whole batch: prompts, prefixes and parameters of the base.
+    """
+    state = require_state(model)
+    given = _names(names, per_sample)
+    chosen = tuple(name for name in given if name is not None)
+    if per_sample:
+        chosen = tuple(dict.fromkeys(chosen))
+    for name in chosen:
+        applied(model, name)
+    if len(set(chosen)) < len(chosen):
+        raise PeftcoreError(
+            f"activate: an adapter is named twice in {list(chosen)}. For a name for each sample of a batch: "
+            "per_sample=True"
+        )
+    refuse_changed(model)
+    refuse_merged(state, "activate adapters")
+    if per_sample:
+        _refuse_whole_batch(model, with_branches(state, chosen))
+    refuse_shared(state, chosen)
+    set_active(model, chosen, given if per_sample else None)
+
+
+@contextmanager
+def disabled(model: Model) -> Iterator[Model]:
+    """Within the block the model computes what its base computes; afterwards its adapters act again.
+
+    As with `torch.no_grad`, that holds in the thread (and asyncio task) that entered the block, and in no other. Where
+    active adapters train parameters of the base, which the block must exchange, calls of other threads wait for its
+    end.
+
+    Raises:
+        PeftcoreError: no adapter is applied, the model is merged, or another thread keeps changing it.
+    """
+    state = require_state(model)
+    block = state.lock.open_block()
+    exchanged: list[TrainedParameters] = []
+    try:
+        refuse_merged(state, "disable adapters")
+        if any(True for _ in _in_place_of_base(model, state)):
+            state.lock.hold(block)
+            exchanged = list(_in_place_of_base(model, state))
+            hold_of_last(model, ())
+        for own in exchanged:
+            own.activate(model, False)
+        with unmoved_buffers(model) if exchanged else nullcontext():
+            yield model
+    finally:
+        for own in exchanged:
+            own.activate(model, True)
+        if exchanged:
+            hold_of_last(model, state.active)
+        state.lock.close_block(block)
+
+
+def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParameters]:
+    """What adapters have of their own that stands in the base's place now."""
+    for name in state.applied:
+        own = TrainedParameters.of(model, name)
+        if own is not None and (own.active or own.held):
+            yield own
+
+
+@alone("set what trains")
+def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
+    """Let `adapter` train when active, or keep it frozen."""
+    refuse_changed(model)
+    applied(model, adapter).trainable = bool(trainable)
+    state = require_state(model)
+    set_active(model, state.active, state.samples)
+
+
+def set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | None, ...] | None = None) -> None:
+    """Let `names` act and train in this order, and what combiners among them combine.
+
+    It costs what changes: adapters that rested and go on resting are not looked at, and where `names` begin with all
+    that act, only the modules of those behind them.
+    """
+    state = require_state(model)
+    names, before = with_branches(state, names), state.active
+    inside = combined(state, names)
+    grows = not (samples or state.samples or inside) and len(names) > len(before) and names[: len(before)] == before
+    # Those that come to rest first: two may have trained one parameter.
+    touched = names[len(before) :] if grows else tuple(dict.fromkeys((*(n for n in before if n not in names), *names)))
+    own = {name: TrainedParameters.of(model, name) for name in touched}
+    for name, tensors in own.items():
+        if tensors is not None and name not in names:
+            tensors.activate(model, False)
+    state.active = names
+    state.samples = samples and tuple(name if name in names else None for name in samples)
+    if grows:
+        for name in touched:
+            for _, module in modules_with(model, state, name):
+                adapted.activate_behind(module, name)
+    else:
+        acting = [name for name in names if name not in inside or name in (samples or ())]
+        for module in dict.fromkeys(module for name in touched for _, module in modules_with(model, state, name)):
+            there = adapted.adapters_at(module)
+            adapted.activate(module, [name for name in acting if name in there], state.samples)
+    for name, tensors in own.items():
+        if tensors is not None and name in names:
+            tensors.activate(model, True)
+    hold_of_last(model, names)
+    ask_of_calls(model, state)
+    for name in touched:
+        trains = state.applied[name].trainable and name in names
+        for _, parameter in adapter_parameters(model, name):
+            parameter.requires_grad_(trains)
+    training = tuple(name for name in names if state.applied[name].trainable)
+    state.lock.activation = Activation(state.active, state.samples, training)
+
+
+def _names(names: Any, per_sample: bool) -> tuple[str | None, ...]:
+    names = (names,) if isinstance(names, str) else names
+    if not isinstance(names, Sequence) or not all(name is None or isinstance(name, str) for name in names):
+        raise PeftcoreError(f"activate takes a name or a list of names, found {names!r}. To let none act: []")
+    if None in names and not per_sample:
+        raise PeftcoreError(
+            f"activate: None in {list(names)} leaves a sample of a batch without an adapter, with per_sample=True. "
+            "For the whole batch leave it out"
+        )
+    return tuple(names)
+
+
+def _refuse_whole_batch(model: nn.Module, names: Sequence[str]) -> None:
+    for name in names:
+        entry = applied(model, name)
+        whole = (
+            a for _, a in adapter_modules(model, name) if getattr(a, "whole_batch", False) or asked([a]) is not None
+        )
+        own = TrainedParameters.of(model, name)
+        if entry.trained or (own is not None and own.has_moved(model)) or next(whole, None) is not None:
+            raise PeftcoreError(
+                f"'{name}' ({entry.method}) acts on a batch as a whole, so it cannot be given to single samples"
+            )

@@ -1,0 +1,38 @@
+"""What changes a model does so alone: no thread calls it or changes it meanwhile."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from torch import nn
+
+from peftcore.adaptation.concurrency import refuse_running
+from peftcore.engine.state import check_model, state_of
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def alone(what: str, *, base: bool = False) -> Callable[[Function], Function]:
+    """For functions that change a model, their first argument: other threads neither call nor change it meanwhile.
+
+    Args:
+        what: for messages, such as `merge`.
+        base: the base is changed too, which `disabled` shows, so open blocks of other threads are waited for.
+    """
+
+    def decorate(function: Function) -> Function:
+        @functools.wraps(function)
+        def changing(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            check_model(model)
+            state = state_of(model)
+            if state is None:
+                refuse_running(model, what)
+                return function(model, *args, **kwargs)
+            with state.lock.changing(what, base=base):
+                return function(model, *args, **kwargs)
+
+        return cast(Function, changing)
+
+    return decorate
