@@ -51,6 +51,7 @@ def placements_for(model: nn.Module, method: str | Any, fields: dict[str, Any]) 
         raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
     _refuse_lazy(model)
     refuse_adapters_of_others(model)
+    _refuse_offloaded(model)
     with left_as_it_is(model):
         return _placed(model, method, fields)
 
@@ -264,6 +265,17 @@ def _refuse_lazy(model: nn.Module) -> None:
     for name, parameter in adapted.base_parameters(model):
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise PeftcoreError(f"'{name}' has no shape yet (a lazy module). Run the model once before apply")
+
+
+def _refuse_offloaded(model: nn.Module) -> None:
+    """Where accelerate keeps weights elsewhere between calls, adapters would be made on meta, without values."""
+    for path, module in adapted.base_modules(model):
+        on_meta = any(parameter is not None and parameter.is_meta for parameter in module._parameters.values())
+        if on_meta and hasattr(module, "_hf_hook"):
+            raise PeftcoreError(
+                f"accelerate has offloaded {path or 'the model itself'!r}, whose weights are here only while it is "
+                "called. Apply or load adapters first, and offload the model with them afterwards"
+            )
 
 
 def refuse_adapters_of_others(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pipelines
 import pytest
 import torch
@@ -115,3 +116,16 @@ def test_a_pipeline_is_saved_whole(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path)
     again = type(pipe.text_encoder).from_pretrained(tmp_path / "text_encoder").eval()
     torch.testing.assert_close(output(again), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_offloading_comes_after_adapters(tmp_path: Path) -> None:
+    model, plain = pipeline("sd").text_encoder, pipeline("sd").text_encoder
+    peftcore.apply(model, "lora", target_modules=["q_proj"], init_lora_weights=False)
+    wanted = output(model)
+    peftcore.save(model, tmp_path, layout="diffusers")
+    for each in (model, plain):
+        accelerate.cpu_offload(each, execution_device=torch.device("cpu"))
+    assert torch.equal(output(model), wanted)
+    for act in (lambda: peftcore.apply(plain, "lora"), lambda: peftcore.load(plain, tmp_path)):
+        with pytest.raises(peftcore.PeftcoreError, match=r"accelerate has offloaded .*Apply or load adapters first"):
+            act()
