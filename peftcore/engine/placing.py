@@ -117,9 +117,9 @@ def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight
 
 
 def reached_by(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
-    """The paths of modules, and the full names of parameters, at which adapters stand."""
+    """The paths of modules, and the full names of parameters, at which adapters that hold something stand."""
     for path, placed in placements.items():
-        for each in placed:
+        for each in (each for each in placed if next(each.adapter.parameters(), None) is not None):
             yield (f"{path}.{each.name}" if path else each.name) if isinstance(each, OnWeight) else path
 
 
