@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.class_swap import original_class, original_forward
+from peftcore.experts import why_not_fused
 from peftcore.layers import shape_of
 from peftcore.targets.experts import expert_weights, experts_per_token
 
@@ -22,6 +24,7 @@ class Mixture:
         per_token: how many of them a token passes through.
         weights: in all of them. packed, adapted: how many of these are in 4 bits, and have an adapter.
         idle: of the weights, those that do not act on a token.
+        unfused: why experts with an adapter or in 4 bits run on dense copies of their weights, where some do.
     """
 
     modules: int
@@ -31,6 +34,7 @@ class Mixture:
     packed: int
     adapted: int
     idle: int
+    unfused: str | None = None
 
     def described(self, base_parameters: int) -> str:
         """A line, beside how many parameters the base has in all."""
@@ -38,19 +42,23 @@ class Mixture:
         def percent(part: int, whole: int) -> str:
             return f"{100 * part / whole:.3g} %" if whole else "0 %"
 
+        way = ""
+        if self.packed or self.adapted:
+            way = f"; on dense copies of all, without dropout: {self.unfused}" if self.unfused else "; fused"
         return (
             f"experts: {self.modules} modules of {self.count}, {percent(self.weights, base_parameters)} of the "
             f"parameters; {percent(self.adapted, self.weights)} with an adapter, "
             f"{percent(self.packed, self.weights)} in 4 bits; a token meets {self.per_token} of {self.count}, "
-            f"{base_parameters - self.idle:,} parameters in all"
+            f"{base_parameters - self.idle:,} parameters in all{way}"
         )
 
 
-def mixture_of(model: nn.Module, reached: Collection[str] = ()) -> Mixture | None:
+def mixture_of(model: nn.Module, reached: Collection[str] = (), copied: Collection[str] = ()) -> Mixture | None:
     """The experts of `model`, if it has some.
 
     Args:
         reached: what adapters stand at: paths of modules, and full names of parameters.
+        copied: of the parameters, those that adapters change by more than a thin product.
     """
     found = expert_weights(model)
     if not found:
@@ -59,6 +67,7 @@ def mixture_of(model: nn.Module, reached: Collection[str] = ()) -> Mixture | Non
     counts: list[int] = []
     used: list[int] = []
     weights = packed = adapted = idle = 0
+    reasons: list[str] = []
     for path, names in found.items():
         module = modules[path]
         for name in names:
@@ -68,9 +77,15 @@ def mixture_of(model: nn.Module, reached: Collection[str] = ()) -> Mixture | Non
             used.append(taken)
             weights += size
             idle += size // shape[0] * (shape[0] - taken)
-            packed += size if name in bits_of(module) else 0
-            adapted += size if wanted & {path, f"{path}.{name}"} else 0
-    return Mixture(len(found), max(counts), max(used), weights, packed, adapted, idle)
+            is_packed, is_adapted = name in bits_of(module), bool(wanted & {path, f"{path}.{name}"})
+            packed += size if is_packed else 0
+            adapted += size if is_adapted else 0
+            reason = why_not_fused(module, original_forward(module)) if is_packed or is_adapted else None
+            reason = "its adapter is no thin product" if not reason and f"{path}.{name}" in copied else reason
+            reasons += [f"{original_class(module).__name__}: {reason}"] if reason else []
+    return Mixture(
+        len(found), max(counts), max(used), weights, packed, adapted, idle, "; ".join(dict.fromkeys(reasons)) or None
+    )
 
 
 def bits_of(module: nn.Module) -> dict[str, tuple[int, int]]:

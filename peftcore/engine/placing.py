@@ -123,6 +123,14 @@ def reached_by(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
             yield (f"{path}.{each.name}" if path else each.name) if isinstance(each, OnWeight) else path
 
 
+def not_thin(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    """The full names of parameters of which adapters make changed copies: their changes are no thin products."""
+    for path, placed in placements.items():
+        for each in placed:
+            if isinstance(each, OnWeight) and not hasattr(each.adapter, "thin"):
+                yield f"{path}.{each.name}" if path else each.name
+
+
 def covered(model: nn.Module, placed: Placed) -> Coverage:
     """What share of the weight in layers has an adapter beside or around it, or a trained parameter with it."""
     reached = list(reached_by(placed.placements))

@@ -67,15 +67,22 @@ def experts_layout(module: nn.Module) -> ExpertsLayout | None:
 
 
 def has_interface_forward(module: Any, forward: Any) -> bool:
-    """Is `forward`, that of the module's class, the interface's? A subclass may have one that computes something else.
+    """Is `forward`, that of the module's class, the interface's? See `why_not_fused`."""
+    return why_not_fused(module, forward) is None
 
-    And is what it looks up by the config one of transformers', not one that a user has registered?
+
+def why_not_fused(module: Any, forward: Any) -> str | None:
+    """Why `experts_forward` does not stand for `forward`, that of the module's class; None where it does.
+
+    A subclass may have one that computes something else, and what the interface looks up by the config may be one that
+    a user has registered.
     """
     forward = getattr(forward, "over_dense", forward)  # of weights in 4 bits (`quantization.experts`)
     names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
     if "experts_interface" not in names or forward.__globals__.get("__name__") != "transformers.integrations.moe":
-        return False
-    return getattr(module.config, "_experts_implementation", None) in IMPLEMENTATIONS
+        return "its forward is written by hand, not one of transformers' experts interface"
+    implementation = getattr(module.config, "_experts_implementation", None)
+    return None if implementation in IMPLEMENTATIONS else f"_experts_implementation={implementation!r} is a user's own"
 
 
 def stacked_weights(module: nn.Module) -> tuple[str, ...]:

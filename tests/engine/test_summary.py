@@ -67,6 +67,23 @@ def test_summary() -> None:
     assert "b: train, active, 0 modules, 1 parameters of the base" in str(found)
 
 
+def test_whether_experts_are_fused_and_why_not_is_told_of() -> None:
+    for kind, way in (
+        ("qwen3_moe", "in all; fused\n"),
+        ("llama4_text", "Llama4TextExperts: its forward is written by"),
+    ):
+        model = mixture(kind)
+        assert "fused" not in str(peftcore.summary(model)) and "copies" not in str(peftcore.summary(model))
+        assert way in str(peftcore.plan(model, "lora"))
+        assert way in str(peftcore.summary(peftcore.apply(model, "lora"))) + "\n"
+    model = peftcore.quantize(mixture("qwen3_moe"))
+    assert str(peftcore.summary(model)).endswith(
+        "100 % in 4 bits; a token meets 2 of 4, 50,016 parameters in all; fused"
+    )
+    model.config._experts_implementation = "mine"
+    assert "_experts_implementation='mine' is a user's own" in str(peftcore.plan(model, "lora"))
+
+
 def test_experts_and_four_bits_are_told_of() -> None:
     model = mixture("qwen3_moe", num_experts=6)
     count, experts = sum(p.numel() for p in model.parameters()), 2 * 6 * 3 * 32 * 64
@@ -78,7 +95,9 @@ def test_experts_and_four_bits_are_told_of() -> None:
         plan = peftcore.plan(model, "down")
         peftcore.apply(model, "down")
     summary = peftcore.summary(model)
-    assert plan.experts == summary.experts == Mixture(2, 6, 2, experts, experts // 2, experts // 6, experts * 4 // 6)
+    sizes = 2, 6, 2, experts, experts // 2, experts // 6, experts * 4 // 6
+    assert plan.experts == summary.experts == Mixture(*sizes, "Qwen3MoeExperts: its adapter is no thin product")
+    assert str(plan).count("; on dense copies of all, without dropout: Qwen3MoeExperts: its adapter is no") == 1
     assert summary.base_parameters == count and summary.packed_parameters == experts // 2
     assert summary.packed_bytes == experts // 4 + 4 * experts // 2 // 64 + 2 * 64
     assert summary.base_bytes == 4 * (count - experts // 2) + summary.packed_bytes
