@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import typer
 from commands import Run
+from mixtures import mixture
 
 import peftcore
 from peftcore.cli import app as application
@@ -57,6 +58,7 @@ def test_doctor(run: Run) -> None:
 
     output = run("doctor").output
     assert torch.__version__ in output and "extension" in output and "lora" in output
+    assert "experts" in output and "fused" in output
 
 
 def test_doctor_names_the_kernels_that_this_machine_cannot_run(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,6 +113,17 @@ def test_info_without_the_method(run: Run, tmp_path: Path) -> None:
     assert "no installed method reads peft_type 'SOMETHING_NEW'" in " ".join(output.split())
     assert "peftcore-something-new" not in output  # a stranger's file must not name what is installed
     assert "there is no folder" in run("info", tmp_path / "nothing", code=1).output
+
+
+def test_info_of_experts(run: Run, tmp_path: Path) -> None:
+    peftcore.save(peftcore.apply(mixture("qwen3_moe", num_experts=6), "lora", r=8, expert_r=2), tmp_path)
+    held = 2 * 6 * 2 * ((64 + 64) + (32 + 64))  # modules, experts, r, (in + out) of both weights
+    assert f"2 modules of 6, {held:,} of the parameters" in run("info", tmp_path).output
+    (tmp_path / "peftcore_manifest.json").unlink()
+    for found in ({"r": "?"}, {"r": 0}, {"target_parameters": [7, "lora"]}, {"target_parameters": 3}):
+        fields = json.loads((tmp_path / "adapter_config.json").read_text())
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "rank_pattern": {}, **found}))
+        run("info", tmp_path)
 
 
 def test_a_plugin_adds_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -55,7 +55,7 @@ def doctor() -> None:
         except Exception as error:  # a library that fails to import is as good as missing, whatever it raises
             rows.append((name, f"missing: {error}"))
             missing.append(f"'{name}' is missing; it is needed for {used_for}. Try: pip install peftcore[{extra}]")
-    rows += _plugins(missing)
+    rows += [("experts", _experts(build.available, build.cpu_level)), *_plugins(missing)]
     table(rows)
     out.print()
     missing += [f"costs: {cost}" for cost in build.costs]
@@ -68,6 +68,17 @@ def doctor() -> None:
         warn(line)
     if not missing:
         say("nothing is missing", "green")
+
+
+def _experts(has_kernels: bool, level: str | None) -> str:
+    """How mixtures of experts run here."""
+    try:
+        importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS  # noqa: B018
+    except Exception:
+        return "no interface to them: transformers 5 has it. Each model runs its own forward on changed weights"
+    return (
+        f"fused, kernels of {level}" if has_kernels else "fused, but without the extension expert by expert in PyTorch"
+    )
 
 
 def _plugins(missing: list[str]) -> list[tuple[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,6 +59,7 @@ def info(
         ("tensors", f"{len(tensors):,}, {', '.join(dtypes)}"),
         ("parameters", f"{sum(tensor.numel() for tensor in tensors.values()):,}"),
         ("size", megabytes(sum(tensor.nbytes for tensor in tensors.values()))),
+        *of_experts(fields, tensors),
     ]
     shown = {"peft_type", "task_type", "base_model_name_or_path", "peft_version", "inference_mode"}
     rows += [
@@ -73,3 +74,31 @@ def _counts(tensors: Mapping[str, Tensor]) -> str:
     numbers = sum(tensor.numel() for tensor in tensors.values())
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     return f"{len(tensors):,} tensors, {', '.join(dtypes)}, {numbers:,} parameters"
+
+
+def of_experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """What is of parameters `[experts, out, in]`, which are adapted by their names: A is `[experts · r, in]`."""
+    from peftcore.targets import pattern_value
+
+    given = fields.get("target_parameters")
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    counts: set[int] = set()
+    modules: set[str] = set()
+    held = 0
+    for key, tensor in tensors.items():
+        path, part, _ = key.removeprefix("base_model.model.").replace(".base_layer", "").rpartition(".lora_")
+        inside = [name for name in names if part and f".{path}".endswith("." + name.rpartition(".")[0])]
+        if not inside:
+            continue
+        modules.add(path)
+        held += tensor.numel()
+        full = (f"{path}.{name.rpartition('.')[2]}" for name in inside)
+        ranks = {pattern_value(fields.get("rank_pattern"), name, fields.get("r")) for name in full}
+        r = ranks.pop()
+        if "lora_A" in key and not ranks and type(r) is int and r > 0:
+            counts.add(tensor.shape[0] // r)
+    if not modules or counts == {1}:
+        return []
+    each = f" of {', '.join(map(str, sorted(counts)))}" if counts else ""
+    share = 100 * held / sum(tensor.numel() for tensor in tensors.values())
+    return [("experts", f"{len(modules)} modules{each}, {held:,} of the parameters ({share:.3g} %)")]
