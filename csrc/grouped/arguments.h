@@ -1,4 +1,5 @@
-// Argument checks of the grouped operators, the same for every backend. Schemas and formulas: peftcore/ops/grouped.py.
+// Argument checks of the grouped operators, the same for every backend. Schemas and formulas:
+// peftcore/ops/grouped_operators.py.
 #pragma once
 
 #include <ATen/ops/empty.h>

@@ -68,7 +68,10 @@ def test_each_level_is_forced_by_its_name(levels):
 @needs_extension
 @pytest.mark.parametrize("level", LEVELS)
 def test_dot_products_of_bf16_round_the_codebook_s_entry(levels, level):
-    """By which a level is known: without them a weight is code times scale in fp32, rounded once."""
+    """By which a level is known: without them a weight is code times scale in fp32, rounded once.
+
+    The codebook is scaled first, by the factor of 128 at which its entries lose least.
+    """
     if level not in levels:
         pytest.skip(f"no {level} on this machine")
     ops.extension.set_cpu_level(level)
@@ -79,9 +82,17 @@ def test_dot_products_of_bf16_round_the_codebook_s_entry(levels, level):
     x[range(4), range(4)] = 1
     y = ops.linear_4bit(x, PackedWeight(packed, absmax, code, (128, 64)))
     exact = code[torch.stack([packed[:, 0] >> 4, packed[:, 0] & 15], 1).int().view(128, 64)[:, :4].T]
-    if level == "avx512bf16":
-        exact = exact.bfloat16().float()
-    assert torch.equal(y, (exact * 1.5).bfloat16())
+    if level != "avx512bf16":
+        assert torch.equal(y, (exact * 1.5).bfloat16())
+        return
+    factors = 1 + torch.arange(128.0)[:, None] / 128
+    rounded = (code * factors).bfloat16().float()
+    best = ((rounded - code * factors) / factors).square().sum(1).argmin()
+    assert best != 0
+    exact = (exact * factors[best]).bfloat16().float()
+    for rows in (4, 1):  # as tiles, and as rows of W
+        y = ops.linear_4bit(x[:rows], PackedWeight(packed, absmax, code, (128, 64)))
+        assert torch.equal(y, (exact[:rows] * 1.5 / factors[best]).bfloat16())
 
 
 @needs_extension

@@ -46,6 +46,26 @@ def test_values_and_gradients(n, k, double_quant, dtype):
     torch.testing.assert_close(bias.grad.double(), up64.flatten(0, 1).sum(0), rtol=4 * EPS[dtype], atol=8 * EPS[dtype])
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("n", "k", "blocksize"), [(67, 64, 64), (66, 320, 64), (65, 2880, 64), (99, 512, 128), (96, 96, 32)]
+)
+def test_few_rows_of_bf16_lose_less_than_a_weight_unpacked_into_bf16(n, k, blocksize, quant_type, level):
+    """Rows that end within 128 columns, begin with any block, and lie in any place of a block of scales."""
+    w = torch.randn(n + 300, k, generator=torch.Generator().manual_seed(0))
+    for double_quant in (False, True):
+        packed = ops.quantize_4bit(w, quant_type, blocksize=blocksize, double_quant=double_quant)
+        first = packed.rows_that_begin_blocks()
+        packed = packed.rows(first, first + n) if first <= 300 else packed
+        dense, bias = packed.values(torch.float64), inputs(packed.shape[:1], torch.bfloat16, grad=False, seed=2)
+        for rows in (1, 2, 3):
+            x = inputs((rows, k), torch.bfloat16, grad=False)
+            exact = x.double() @ dense.T + bias.double()
+            peer = F.linear(x, dense.bfloat16(), bias).double()
+            found = linear_4bit_function(x, packed, bias).double()
+            assert (found - exact).norm() <= 1.1 * (peer - exact).norm()
+
+
 @pytest.mark.parametrize(("n", "k"), [(512, 64), (40, 1024), (300, 96), (64, 576)])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_panels_give_what_the_whole_weight_gives(n, k, double_quant, monkeypatch):

@@ -1,4 +1,4 @@
-// grouped_linear and its gradient on CPU. Schemas and formulas: peftcore/ops/grouped.py.
+// grouped_linear and its gradient on CPU. Schemas and formulas: peftcore/ops/grouped_operators.py.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -55,9 +55,10 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets
     const Matrices matrices(weight, transposed, op);
     for_each(groups, [&](const Group& group) {
         if (group.rows == 0) return;
+        const Matrix matrix = matrices.forward(group.expert);
+        if (r == 0 && multiply_few(kernels, rows, group, matrix, biases, y)) return;
         const Tensor its_x = rows_of(rows, group), its_y = rows_of(y, group), its_s = rows_of(s, group);
         const Tensor its_bias = biases.defined() ? biases.select(0, group.expert) : Tensor();
-        const Matrix matrix = matrices.forward(group.expert);
         if (r == 0) return multiply(kernels, its_x, matrix, its_bias, its_y);
         const Tensor a = floats(factors[0].select(0, group.expert)),
                      b = floats(factors[1].select(0, group.expert));

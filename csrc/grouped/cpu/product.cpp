@@ -57,6 +57,22 @@ Matrix Matrices::of(int64_t expert, bool transposed) const {
     return matrix;
 }
 
+bool multiply_few(const CpuKernels& kernels, const Tensor& x, const Group& group, const Matrix& matrix,
+                  const Tensor& bias, const Tensor& y) {
+    const WeightView& view = matrix.right.view;
+    if (!matrix.right.packed() || !matrix.right.transposed || view.count() == 0) return false;
+    const auto at_row = [](const Tensor& t, int64_t row, int64_t columns) {
+        return static_cast<const char*>(t.const_data_ptr()) + row * columns * t.element_size();
+    };
+    return nf4::few_rows(kernels,
+                         {.x = at_row(x, group.first, view.columns),
+                          .rows = group.rows,
+                          .bias = bias.defined() ? at_row(bias, group.expert, view.rows) : nullptr,
+                          .y = const_cast<char*>(at_row(y, group.first, view.rows)),
+                          .dtype = kernel_dtype(x.scalar_type(), "grouped_linear")},
+                         view);
+}
+
 void multiply(const CpuKernels& kernels, const Tensor& x, const Matrix& matrix, const Tensor& bias,
               const Tensor& y) {
     if (y.numel() == 0) return;
@@ -65,7 +81,7 @@ void multiply(const CpuKernels& kernels, const Tensor& x, const Matrix& matrix, 
         return;
     }
     const lora::Right& right = matrix.right;
-    if (right.packed() && right.transposed && nf4::few_rows(kernels, x, right.view, bias, y)) return;
+    if (multiply_few(kernels, x, {0, 0, x.size(0)}, matrix, bias, y)) return;
     if (const std::optional<gemm::Tiles> tiles = lora::tiles_of(kernels, x, right)) {
         const auto bits = [](const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); };
         gemm::multiply(kernels.gemm, {.x = bits(x),

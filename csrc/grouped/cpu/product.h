@@ -2,6 +2,7 @@
 // not depend on the number of threads, nor on whether a loop over experts is around them.
 #pragma once
 
+#include "grouped/cpu/groups.h"
 #include "lora/cpu/frozen.h"
 
 namespace peftcore {
@@ -32,6 +33,11 @@ class Matrices {
     bool flipped_;
     Tensor dense_;  // [experts, .., ..], each as near to contiguous as it can be; undefined in 4 bits
 };
+
+// y = x right + bias, if any, for the rows of one expert in x and y of all; where kernels read few rows straight from 4
+// bits, else false. Without a tensor for each expert: for a row that is a third of the time.
+bool multiply_few(const CpuKernels& kernels, const Tensor& x, const Group& group, const Matrix& matrix,
+                  const Tensor& bias, const Tensor& y);
 
 // y = x right + bias, if any. x and y are contiguous.
 void multiply(const CpuKernels& kernels, const Tensor& x, const Matrix& matrix, const Tensor& bias,

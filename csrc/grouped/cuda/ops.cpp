@@ -1,5 +1,5 @@
-// grouped_linear and its gradient on CUDA. Schemas and formulas: peftcore/ops/grouped.py. The offsets stay on the
-// device, where every block reads them: nothing here waits for it.
+// grouped_linear and its gradient on CUDA. Schemas and formulas: peftcore/ops/grouped_operators.py. The
+// offsets stay on the device, where every block reads them: nothing here waits for it.
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "common/avx512.h"
-#include "nf4/cpu/linear/kernels.h"
+#include "nf4/cpu/linear/dots.h"
 
 namespace peftcore {
 namespace nf4 {
@@ -163,8 +163,8 @@ void spread_scales(const WeightView& weight, int64_t begin, int step, float* out
     }
 }
 
-// `store_result` of kRows columns.
-void store_results(const LinearCall& args, int64_t n, int64_t rows, const float* sums) {
+// `store_result` of kRows columns, of sums times `factor`.
+void store_results(const LinearCall& args, int64_t n, int64_t rows, const float* sums, float factor) {
     for (int64_t first = 0; first < rows; first += 16, n += 16, sums += 16) {
         const __mmask16 stored = __mmask16(rows - first < 16 ? (1u << (rows - first)) - 1 : 0xffff);
         __m512 bias = _mm512_setzero_ps();
@@ -172,7 +172,8 @@ void store_results(const LinearCall& args, int64_t n, int64_t rows, const float*
             bias = from_bf16(_mm256_maskz_loadu_epi16(stored, static_cast<const uint16_t*>(args.bias) + n));
         }
         for (int64_t m = 0; m < args.batch; ++m) {
-            const __m512 sum = _mm512_add_ps(_mm512_loadu_ps(sums + m * kRows), bias);
+            const __m512 sum =
+                _mm512_fmadd_ps(_mm512_loadu_ps(sums + m * kRows), _mm512_set1_ps(factor), bias);
             _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + m * args.weight.rows + n, stored,
                                      to_bf16(sum));
         }
@@ -182,9 +183,8 @@ void store_results(const LinearCall& args, int64_t n, int64_t rows, const float*
 // first is a multiple of kRows.
 void run(const LinearCall& args, int64_t first, int64_t last) {
     const WeightView& weight = args.weight;
-    uint16_t rounded[32];
-    for (int i = 0; i < 32; ++i) rounded[i] = from_float<BFloat16>(weight.quant_map[i % 16]).bits;
-    const __m512i table = _mm512_loadu_si512(rounded);
+    const RoundedCodebook& code = rounded_codebook(weight.quant_map);
+    const __m512i table = code.table;
     const int step = weight.shift < 6 ? kHalfStep : kStep;
     const int64_t columns = weight.columns, batch = args.batch;
     std::vector<float> sums(size_t(batch * kRows)), scales(size_t(columns / step * kRows));
@@ -230,7 +230,7 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
                 multiply_some(std::min<int64_t>(batch - m, kInputRows), now, step / 2, x + m, batch, factor,
                               sums.data() + m * kRows, [](int) {});
         }
-        store_results(args, n, std::min<int64_t>(last - n, kRows), sums.data());
+        store_results(args, n, std::min<int64_t>(last - n, kRows), sums.data(), code.inverse);
     }
 }
 
@@ -239,6 +239,7 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
 // Measured on Zen 4, 4096 x 4096: for fewer rows of x, unpacking 32 rows of W into bf16 costs more than products
 // of fp32.
 void fill_avx512bf16(LinearKernels& kernels) {
+    kernels.dots = LinearDots::kernel();
     kernels.tile = {.granule = kRows,
                     .min_batch = 3,
                     .max_batch = {0, 0, kTileBatch},

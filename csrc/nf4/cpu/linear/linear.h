@@ -14,10 +14,18 @@ at::Tensor linear(const at::Tensor& x, const WeightView& weight,
                   const at::Tensor& bias);                                   // x Wᵀ + bias, if any
 at::Tensor linear_backward(const at::Tensor& dy, const WeightView& weight);  // dy W
 
+// Rows of x, contiguous, and where y belongs.
+struct FewRows {
+    const void* x;
+    int64_t rows;
+    const void* bias;  // or nullptr
+    void* y;
+    Dtype dtype;
+};
+
 // y = x Wᵀ + bias, if any, straight from 4 bits; or false: x has too many rows for that, or the shape is not one that
-// kernels read. x is contiguous, nothing empty.
-bool few_rows(const CpuKernels& kernels, const at::Tensor& x, const WeightView& weight,
-              const at::Tensor& bias, const at::Tensor& y);
+// kernels read. Nothing is empty.
+bool few_rows(const CpuKernels& kernels, const FewRows& args, const WeightView& weight);
 
 }  // namespace nf4
 }  // namespace peftcore

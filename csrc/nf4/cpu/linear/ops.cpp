@@ -33,24 +33,19 @@ const LinearKernel* choose(const CpuKernels& kernels, const WeightView& weight, 
         return nullptr;
     // Without dot products of bf16 the library is as slow in it as in fp16.
     const Dtype as = dtype == Dtype::kBFloat16 && !kernels.library_has_bf16 ? Dtype::kHalf : dtype;
-    for (const LinearKernel* kernel : {&kernels.linear.tile, &kernels.linear.rows})
+    for (const LinearKernel* kernel : {&kernels.linear.tile, &kernels.linear.dots, &kernels.linear.rows})
         if (batch >= kernel->min_batch && batch <= kernel->max_batch[int(as)] &&
-            weight.columns % kernel->column_multiple == 0)
+            weight.columns % kernel->column_multiple == 0 &&
+            int64_t(1) << weight.shift >= kernel->min_blocksize)
             return kernel;
     return nullptr;
 }
 
-void multiply_few_rows(const LinearKernel& kernel, const WeightView& weight, const Tensor& x,
-                       const Tensor& bias, const Tensor& y) {
-    LinearCall args;
-    args.weight = weight;
-    args.batch = x.size(0);
-    args.dtype = kernel_dtype(x.scalar_type(), "linear_4bit");
-    void* arranged = workspace(kernel.arranged_bytes(args.batch, weight.columns));
-    kernel.arrange(x.const_data_ptr(), args.dtype, args.batch, weight.columns, arranged);
-    args.x = arranged;
-    args.bias = bias.defined() ? bias.const_data_ptr() : nullptr;
-    args.y = y.mutable_data_ptr();
+void multiply_few_rows(const LinearKernel& kernel, const FewRows& few, const WeightView& weight) {
+    void* arranged = workspace(kernel.arranged_bytes(few.rows, weight.columns));
+    kernel.arrange(few.x, few.dtype, few.rows, weight.columns, arranged);
+    const LinearCall args{
+        .weight = weight, .batch = few.rows, .x = arranged, .bias = few.bias, .y = few.y, .dtype = few.dtype};
     const int64_t units = ceil_div(weight.rows, kernel.granule);
     const int64_t grain = ceil_div(kProductsPerTask, weight.columns * args.batch * kernel.granule);
     at::parallel_for(0, units, grain, [&](int64_t first, int64_t last) {
@@ -76,11 +71,9 @@ bool by_tiles(const CpuKernels& kernels, const WeightView& weight, bool transpos
 
 }  // namespace
 
-bool few_rows(const CpuKernels& kernels, const Tensor& x, const WeightView& weight, const Tensor& bias,
-              const Tensor& y) {
-    const LinearKernel* kernel =
-        choose(kernels, weight, kernel_dtype(x.scalar_type(), "linear_4bit"), x.size(0));
-    if (kernel != nullptr) multiply_few_rows(*kernel, weight, x, bias, y);
+bool few_rows(const CpuKernels& kernels, const FewRows& args, const WeightView& weight) {
+    const LinearKernel* kernel = choose(kernels, weight, args.dtype, args.rows);
+    if (kernel != nullptr) multiply_few_rows(*kernel, args, weight);
     return kernel != nullptr;
 }
 
@@ -91,7 +84,12 @@ Tensor linear(const Tensor& x, const WeightView& weight, const Tensor& bias) {
     if (weight.columns == 0) return bias.defined() ? y.copy_(bias) : y.zero_();
     const Tensor source = x.contiguous();
     const CpuKernels& kernels = cpu_kernels();
-    if (few_rows(kernels, source, weight, bias, y)) return y;
+    const FewRows few{.x = source.const_data_ptr(),
+                      .rows = batch,
+                      .bias = bias.defined() ? bias.const_data_ptr() : nullptr,
+                      .y = y.mutable_data_ptr(),
+                      .dtype = kernel_dtype(x.scalar_type(), "linear_4bit")};
+    if (few_rows(kernels, few, weight)) return y;
     if (by_tiles(kernels, weight, true, source, bias, y)) return y;
     const int64_t limit = batch <= kPanelsOfFewRows ? kPanelBytes : kLargePanelBytes;
     const int64_t step = std::max<int64_t>(1, limit / (weight.columns * x.element_size()));

@@ -85,11 +85,11 @@ struct LinearRows {
         for (int64_t c = 0; c < count; ++c) {
             const int64_t k = c * kChunk;
             const int words = columns - k < kChunk ? int(columns - k) / 8 : Level::kLanes;
+            const uint8_t* ahead = weight.codes + n * columns / 2 + c * kRows * kChunk / 2 + kAhead;
             typename Level::Words word[kRows];
             for (int r = 0; r < kRows; ++r) {
-                const uint8_t* from = weight.codes + ((n + r) * columns + k) / 2;
-                __builtin_prefetch(from + kAhead);
-                word[r] = Level::load_words(from, words);
+                __builtin_prefetch(ahead + r * kChunk / 2);
+                word[r] = Level::load_words(weight.codes + ((n + r) * columns + k) / 2, words);
             }
             Vector part[kRows][kTile];
             for (auto& row : part)
