@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib
 import sys
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -59,6 +60,7 @@ def _completed(where: str, model: nn.Module, config: Any) -> Any:
         if getattr(config, "target_modules", ()) is None:
             raise PeftcoreError(f"{where} names no target_modules. Name them, or 'all-linear'")
         return config
+    _name_experts(where, model, config)
     of_model: Any = getattr(model, "config", None)
     known = of_model.to_dict() if hasattr(of_model, "to_dict") else {}
     try:
@@ -67,6 +69,23 @@ def _completed(where: str, model: nn.Module, config: Any) -> Any:
         raise PeftcoreError(
             f"{where} does not say which modules, and PEFT has no table for {type(model).__name__} ({error})"
         ) from error
+
+
+def _name_experts(where: str, model: nn.Module, config: Any) -> None:
+    """Let `target_modules` of layers that transformers 5 made parameters `[experts, out, in]` mean these, as in PEFT.
+
+    By its own table of models: `gate_proj` and `up_proj` together are `gate_up_proj`, of twice the rank, and all that
+    is linear is they and the router. What is in no table, `all-linear` leaves out.
+    """
+    try:
+        conversion: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
+        convert = conversion.convert_peft_config_for_transformers
+    except (ImportError, AttributeError):  # another PEFT, or transformers 4, whose experts are layers
+        return
+    try:
+        convert(config, model=model, conversions=None)
+    except ValueError as error:
+        raise PeftcoreError(f"{where} does not fit {type(model).__name__}: {error}") from error
 
 
 def ends_within_a_name(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]:

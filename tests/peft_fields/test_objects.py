@@ -12,6 +12,7 @@ import peft
 import pytest
 import tiny
 import torch
+from mixtures import INPUTS, mixture
 
 import peftcore
 from peftcore.engine import adapter_parameters, applied
@@ -51,6 +52,47 @@ def test_it_means_what_it_means_in_a_file(name: str, tmp_path: Path) -> None:
     assert configs[0] == configs[1]
     count = sum(p.numel() for p in theirs.parameters() if p.requires_grad)
     assert peftcore.plan(tiny.llama(), OBJECTS[name]).trainable_parameters == count
+
+
+EXPERTS = ["q_proj", "gate_proj", "up_proj", "down_proj"]  # the layers of transformers 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("mixtral", {"target_modules": "all-linear"}),
+        ("qwen3_moe", {"target_modules": "all-linear"}),
+        ("qwen3_moe", {"target_modules": EXPERTS, "lora_alpha": 4}),
+        ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["experts.down_proj"]}),
+        ("deepseek_v3", {"target_modules": EXPERTS[1:]}),
+        ("gpt_oss", {"target_modules": "all-linear"}),  # which is not in PEFT's table
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_experts_are_those_that_peft_finds(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, **fields)
+    theirs = peft.get_peft_model(mixture(kind), copy.deepcopy(config)).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theirs.save_pretrained(tmp_path)
+    wanted, found = peftcore.load(mixture(kind), tmp_path), peftcore.apply(mixture(kind), config)
+    for (name, one), (other, value) in zip(
+        adapter_parameters(found, "default"), adapter_parameters(wanted, "default"), strict=True
+    ):
+        assert name == other
+        one.data.copy_(value)
+    with torch.no_grad():
+        logits = theirs(**INPUTS).logits
+        assert (logits - mixture(kind)(**INPUTS).logits).abs().max() > 0.1
+        torch.testing.assert_close(found(**INPUTS).logits, logits, rtol=1e-5, atol=1e-5)
+    reached = peftcore.plan(mixture(kind), config).experts
+    assert reached is not None and (reached.adapted == 0) == (kind == "gpt_oss")
+
+
+def test_half_of_what_is_one_parameter_is_refused_as_by_peft() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match="without also targeting up_proj because they are fused"):
+        peftcore.plan(mixture("qwen3_moe"), peft.LoraConfig(target_modules=["gate_proj"]))
 
 
 def trained(model: torch.nn.Module) -> set[str]:
