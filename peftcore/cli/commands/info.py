@@ -86,8 +86,9 @@ def of_experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple
     modules: set[str] = set()
     held = 0
     for key, tensor in tensors.items():
-        path, part, _ = key.removeprefix("base_model.model.").replace(".base_layer", "").rpartition(".lora_")
-        inside = [name for name in names if part and f".{path}".endswith("." + name.rpartition(".")[0])]
+        whole = key.removeprefix("base_model.model.").removesuffix(".weight").replace(".base_layer", "")
+        path, _, part = whole.rpartition(".")
+        inside = [name for name in names if f".{path}".endswith("." + name.rpartition(".")[0])]
         if not inside:
             continue
         modules.add(path)
@@ -95,7 +96,7 @@ def of_experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple
         full = (f"{path}.{name.rpartition('.')[2]}" for name in inside)
         ranks = {pattern_value(fields.get("rank_pattern"), name, fields.get("r")) for name in full}
         r = ranks.pop()
-        if "lora_A" in key and not ranks and type(r) is int and r > 0:
+        if part.endswith("_A") and not ranks and type(r) is int and r > 0:
             counts.add(tensor.shape[0] // r)
     if not modules or counts == {1}:
         return []
