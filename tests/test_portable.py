@@ -1,0 +1,34 @@
+"""The sample of files that run with the kernels of plain C++ (conftest.py) is a tenth, and all have their turn."""
+
+import os
+from typing import Any
+
+import pytest
+from levels import LEVELS
+
+from peftcore import ops
+
+FILES = [f"tests/{kind}/test_{i}.py" for kind in ("engine", "cli") for i in range(50)]
+
+
+@pytest.fixture
+def sample(request: pytest.FixtureRequest) -> Any:
+    (conftest,) = (p for p in request.config.pluginmanager.get_plugins() if getattr(p, "SHARE", None) == 10)
+    return conftest
+
+
+def test_a_tenth_of_the_files_by_the_seed(sample: Any) -> None:
+    chosen = [{file for file in FILES if sample.is_portable(file, f"commit {i}")} for i in range(100)]
+    assert 8 < sum(map(len, chosen)) / 100 < 12
+    assert set.union(*chosen) == set(FILES)
+    assert chosen[0] == {file for file in FILES if sample.is_portable(file, "commit 0")}
+    assert not any(sample.is_portable(file, "none") for file in FILES)
+    assert all(sample.is_portable(file, "all") for file in FILES)
+    assert not sample.is_portable("tests/ops/test_lora.py", "all")  # which takes all levels itself
+
+
+def test_this_file_runs_where_the_sample_says(sample: Any) -> None:
+    if ops.extension is None:
+        pytest.skip("no levels without the extension")
+    chosen = sample.is_portable("tests/test_portable.py", sample.seed())
+    assert ops.extension.cpu_level() == ("portable" if chosen else os.environ.get("PEFTCORE_CPU_LEVEL", LEVELS[-1]))
