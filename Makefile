@@ -25,7 +25,7 @@ demo: $(VENV)/train.stamp
 
 # Two workers of one thread: tiny matrices gain nothing by more, and threads that wait for one another cost much.
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 40 --durations-min 5
 
 # All mutated files, states and calls; `make test` runs a tenth of them. PEFTCORE_FUZZ_SEED=1 makes others.
 fuzz: $(VENV)/dev.stamp
