@@ -10,6 +10,7 @@ import pytest
 import quantized
 import torch
 from commands import WORDS, save_tokenizer
+from mixtures import mixture
 from quantized import logits, moved
 
 import peftcore
@@ -156,6 +157,20 @@ def test_other_methods(name: str, method: str, fields: Any, tokenizer: Any, tmp_
     run = trainer(name, found, tokenizer, tmp_path, disable_dropout=True)
     run.train()
     assert run.state.log_history[0][FIRST[name][0]] == pytest.approx(FIRST[name][1], abs=1e-6)
+    torch.testing.assert_close(logits(run.ref_model), before)
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_experts(quantize: bool, tokenizer: Any, tmp_path: Path) -> None:
+    found = mixture("qwen3_moe")
+    found = peftcore.apply(peftcore.quantize(found) if quantize else found, "lora", r=4)
+    before = logits(found)
+    run = trainer("DPO", found, tokenizer, tmp_path)
+    run.train()
+    first, second, *_ = run.state.log_history
+    assert first["rewards/margins"] == 0 != second["rewards/margins"]
+    assert first["loss"] == pytest.approx(math.log(2) + 0.001 * first["aux_loss"], abs=1e-5)  # which balances experts
+    assert not torch.equal(logits(found), before)
     torch.testing.assert_close(logits(run.ref_model), before)
 
 

@@ -9,8 +9,10 @@ import pytest
 import tiny
 import torch
 from commands import WORDS, save_tokenizer
+from mixtures import INPUTS, mixture
 
 import peftcore
+from peftcore.engine import adapter_parameters
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning"),  # TRL sets it by its older name
@@ -50,6 +52,23 @@ def test_sft_trainer(tmp_path: Path) -> None:
     pairs = list(zip(whole.parameters(), resumed.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
     assert "trl" in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_experts(quantized: bool, tmp_path: Path) -> None:
+    """With checkpointing, which TRL sets; what is saved is what was trained, and loads into a base of its own."""
+
+    def base() -> torch.nn.Module:
+        model = mixture("qwen3_moe")
+        return peftcore.quantize(model) if quantized else model
+
+    model = peftcore.apply(base(), "lora", r=4)
+    before = {name: p.detach().clone() for name, p in adapter_parameters(model, "default") if "experts" in name}
+    sft_trainer(model, tmp_path).train()
+    parameters = dict(adapter_parameters(model, "default"))
+    assert len(before) == 8 and all(not torch.equal(p, parameters[name]) for name, p in before.items())
+    loaded = peftcore.load(base(), tmp_path / "run" / "checkpoint-4").eval()
+    assert torch.equal(loaded(**INPUTS).logits, model.eval()(**INPUTS).logits)
 
 
 def test_a_term_of_the_loss_and_groups_of_parameters(tmp_path: Path) -> None:
