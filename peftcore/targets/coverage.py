@@ -18,6 +18,7 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.architecture import Architecture
 from peftcore.layers import shape_of
 from peftcore.observation import bypassed
+from peftcore.targets.experts import is_read_by_itself
 
 LITTLE = 0.5  # of the weight; a selection of all there is that reaches less is told of
 
@@ -91,8 +92,10 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, str, int, int]]:
             yield name, "linear layers", id(parameter), count
         elif len(shape) == 3 and min(shape[-2:]) > 1:
             yield name, "experts' stacked weights", id(parameter), count
-        else:
+        elif is_read_by_itself(module, name):
             yield name, "other parameters", id(parameter), count
+        else:  # DBRX's experts
+            yield name, "parameters that other modules read past their own", id(parameter), count
 
 
 def _reason(what: str, lacking: str, is_bypassed: bool) -> str:

@@ -27,6 +27,14 @@ def test_a_plan_says_what_is_reached() -> None:
     assert share(tiny.llama(), "prompt-tuning", num_virtual_tokens=2) == 1
 
 
+def test_experts_that_other_modules_read_are_told_of() -> None:
+    dbrx = instances.build("DbrxForCausalLM")
+    with pytest.warns(UserWarning, match="left out: parameters that other modules read past their own"):
+        peftcore.apply(dbrx, "lora")
+    with pytest.raises(peftcore.PeftcoreError, match="is read past the forward of its module, by others"):
+        peftcore.plan(dbrx, "lora", target_modules=[], target_parameters=["mlp.w1"])
+
+
 def test_experts_and_convolutions_are_told_of() -> None:
     mixtral = instances.build("MixtralForCausalLM")
     assert sum(p.numel() for name, p in mixtral.named_parameters() if "experts" in name) > 0
