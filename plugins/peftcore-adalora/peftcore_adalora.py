@@ -137,5 +137,5 @@ def peftcore_methods() -> list[peftcore.Method]:
         read_config=lambda fields: {n: v for n, v in fields.items() if n != "total_step" or v != no_steps(fields)},
     )
     return [
-        peftcore.Method("adalora", AdaLoraConfig, place, rules, loss=loss, after_step=after_step, learning_rate=1e-3)
+        peftcore.Method("adalora", AdaLoraConfig, place, rules, loss=loss, after_step=after_step, learning_rate=5e-3)
     ]

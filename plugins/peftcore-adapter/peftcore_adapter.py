@@ -214,4 +214,4 @@ def place(model: nn.Module, config: AdapterConfig, architecture: peftcore.Archit
 def peftcore_methods() -> list[peftcore.Method]:
     foreign = peftcore_adapter_hub.foreign_format(AdapterConfig, of_sublayer)
     rules = peftcore.StateRules(peft_type="BOTTLENECK_ADAPTER", foreign=(foreign,))
-    return [peftcore.Method("adapter", AdapterConfig, place, rules, learning_rate=3e-4)]
+    return [peftcore.Method("adapter", AdapterConfig, place, rules, learning_rate=3e-3)]

@@ -153,4 +153,4 @@ def peftcore_methods() -> list[peftcore.Method]:
         scaled=None,
         files={},  # nobody invokes an image
     )
-    return [peftcore.Method("alora", AloraConfig, place, rules)]
+    return [peftcore.Method("alora", AloraConfig, place, rules, learning_rate=1e-3)]

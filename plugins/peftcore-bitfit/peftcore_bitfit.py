@@ -145,4 +145,4 @@ def place(model: nn.Module, config: BitFitConfig, architecture: peftcore.Archite
 
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
-    return [peftcore.Method("bitfit", BitFitConfig, place, peftcore.StateRules(peft_type="BITFIT"), learning_rate=1e-3)]
+    return [peftcore.Method("bitfit", BitFitConfig, place, peftcore.StateRules(peft_type="BITFIT"), learning_rate=3e-3)]

@@ -112,4 +112,4 @@ def peftcore_methods() -> list[peftcore.Method]:
         read_config=lambda fields: RULES.read_config({n: value for n, value in fields.items() if n != "use_dora"}),
         scaled=None,
     )
-    return [peftcore.Method("dora", DoraConfig, place, rules, initialize)]
+    return [peftcore.Method("dora", DoraConfig, place, rules, initialize, learning_rate=1e-3)]

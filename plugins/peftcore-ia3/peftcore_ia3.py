@@ -127,4 +127,4 @@ def place(model: nn.Module, config: IA3Config, architecture: peftcore.Architectu
 
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
-    return [peftcore.Method("ia3", IA3Config, place, peftcore.StateRules(peft_type="IA3"), learning_rate=3e-3)]
+    return [peftcore.Method("ia3", IA3Config, place, peftcore.StateRules(peft_type="IA3"), learning_rate=1e-2)]

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
 import peftcore_lora
 import torch
@@ -77,4 +77,5 @@ def as_lora(config: QLoraConfig) -> peftcore_lora.LoraConfig:
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
     (lora,) = peftcore_lora.peftcore_methods()
-    return [peftcore.Method("qlora", QLoraConfig, lora.place, lora.state, prepare=prepare, recorded_as=as_lora)]
+    more: dict[str, Any] = {"prepare": prepare, "recorded_as": as_lora, "learning_rate": lora.learning_rate}
+    return [peftcore.Method("qlora", QLoraConfig, lora.place, lora.state, **more)]

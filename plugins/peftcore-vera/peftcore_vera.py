@@ -127,4 +127,4 @@ def tensor_name(placement: Any, name: str) -> str:
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
     rules = peftcore.StateRules(peft_type="VERA", tensor_name=tensor_name)
-    return [peftcore.Method("vera", VeraConfig, place, rules, learning_rate=4e-3)]
+    return [peftcore.Method("vera", VeraConfig, place, rules, learning_rate=3e-2)]

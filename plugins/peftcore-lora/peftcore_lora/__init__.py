@@ -43,5 +43,6 @@ def peftcore_methods() -> list[peftcore.Method]:
             initializes=is_read_off,
             parameter_groups=parameter_groups,
             low_rank=of_ranks,
+            learning_rate=1e-3,
         )
     ]

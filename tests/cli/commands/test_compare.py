@@ -57,7 +57,7 @@ def test_rows_failures_and_what_is_kept(
     assert set(rows["adapter bottleneck_size=64"]["runs"]["0"]) == {"error"}
     assert (output / "compare.png").read_bytes().startswith(b"\x89PNG")
     table = (output / "table.md").read_text()
-    assert "| adapter bottleneck_size=64 | 0.0003 | failed |" in table and "| accuracy | macro F1 |" in table
+    assert "| adapter bottleneck_size=64 | 0.003 | failed |" in table and "| accuracy | macro F1 |" in table
     assert "| most frequent label |  | 50.0 % |" in table
     answers = [row for row in table.partition("Answers of lora r=2 ")[2].splitlines() if row.startswith("|")][2:4]
     assert sum(int(cell) for row in answers for cell in row.split("|")[2:-1]) == 32, "sixteen examples, two seeds"
@@ -80,7 +80,7 @@ def test_a_language_model_is_compared_by_its_loss(
     run("compare", "-m", llama, "-d", reviews, "-o", output, *SIZE, "--method", "lora r=2", "--seeds", 1)
     table = (output / "table.md").read_text()
     found = json.loads((output / "report.json").read_text())["rows"][0]["runs"]["0"]
-    assert f"| lora r=2 | 0.0002 | {found['after']['loss']:.3f} |" in table and "| loss |" in table
+    assert f"| lora r=2 | 0.001 | {found['after']['loss']:.3f} |" in table and "| loss |" in table
 
 
 def test_a_cut_off_comparison_goes_on(
@@ -162,7 +162,7 @@ def test_every_installed_method_and_the_whole_model_by_default() -> None:
         (["lora r=four"], "'r' takes a whole number, found 'four'"),
         (["lora lr=fast"], "lr takes a number above 0, found 'fast'"),
         (["lora lr=-1"], "lr takes a number above 0, found '-1'"),
-        (["lora r=4", "lora r=4"], "'lora r=4 lr=0.0002' is given twice"),
+        (["lora r=4", "lora r=4"], "'lora r=4 lr=0.001' is given twice"),
         (["full r=4"], "the whole model has no field but lr, found 'r=4'"),
         (["lora 'r=4"], "expected 'NAME FIELD=VALUE ...' .No closing quotation"),
         ([""], "expected 'NAME FIELD=VALUE ...'"),

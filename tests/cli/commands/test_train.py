@@ -341,7 +341,10 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
         (("--holdout", "1.5"), "must be between 0 and 1, found 1.5"),
         (("--lr", "0"), "--lr and --epochs must be above 0"),
         (("--lr", "1e30", "--warmup", "0", "--steps", "9"), "the loss is nan at step"),
-        (("--task", "poetry"), "--task is one of causal-lm, classification, regression, multi-label, dpo, found 'poetry'"),
+        (
+            ("--task", "poetry"),
+            "--task is one of causal-lm, classification, regression, multi-label, dpo, found 'poetry'",
+        ),
         (("--model", "./nowhere"), "there is no model at './nowhere'"),
         (("--device", "tpu9"), "'tpu9' is no device"),
     ],
