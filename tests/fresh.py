@@ -83,12 +83,17 @@ def saved(act: Callable[[str], nn.Module], model: nn.Module) -> nn.Module:
         return act(folder)
 
 
-def save() -> nn.Module:
-    model = lora()
-    with tempfile.TemporaryDirectory() as folder:
-        peftcore.save(model, folder)
-        with torch.device("cpu"):
-            return peftcore.load(llama(), folder)
+def written(write: Callable[[nn.Module, str], Any]) -> Callable[[], nn.Module]:
+    """A new model with what `write` writes of one that has adapters."""
+
+    def run() -> nn.Module:
+        model = lora()
+        with tempfile.TemporaryDirectory() as folder:
+            write(model, f"{folder}/adapter")
+            with torch.device("cpu"):
+                return peftcore.load(llama(), f"{folder}/adapter")
+
+    return run
 
 
 def quantized_by_transformers(folder: str) -> nn.Module:
@@ -108,6 +113,7 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "convert": of_adapted(lambda model: peftcore.convert(model, "default", to="lora", r=2, name="other")),
     "dequantize": lambda: peftcore.dequantize(peftcore.quantize(llama())),
     "disabled": disabled,
+    "export": written(lambda model, folder: peftcore.export(model, folder, to="vllm")),
     "extra_loss": of_adapted(lambda model: peftcore.extra_loss(model)),
     "load": lambda: saved(lambda folder: peftcore.load(llama(), folder), lora()),
     "loss_terms": of_adapted(lambda model: peftcore.loss_terms(model)),
@@ -119,7 +125,7 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "quantization.load": lambda: saved(lambda folder: peftcore.quantization.load(folder), llama()),
     "quantize": lambda: peftcore.quantize(llama()),
     "remove": of_adapted(lambda model: peftcore.remove(model)),
-    "save": save,
+    "save": written(peftcore.save),
     "scale": of_adapted(lambda model: peftcore.scale(model, "default", 0.5)),
     "state_dict": of_adapted(lambda model: peftcore.state_dict(model, "default")),
     "swap": of_adapted(lambda model: peftcore.swap(model, "default", peftcore.state_dict(model, "default"))),
