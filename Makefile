@@ -23,9 +23,10 @@ install: $(VENV)/train.stamp
 demo: $(VENV)/train.stamp
 	$(PY) benchmarks/demo/run.py
 
-# Two workers of one thread: tiny matrices gain nothing by more, and threads that wait for one another cost much.
+# Two workers of one thread: tiny matrices gain nothing by more, and threads that wait for one another cost much. Files keep
+# their order, of which the longest are the first.
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations 40 --durations-min 5
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 --durations-min 5
 
 # All mutated files, states and calls; `make test` runs a tenth of them. PEFTCORE_FUZZ_SEED=1 makes others.
 fuzz: $(VENV)/dev.stamp

@@ -7,9 +7,12 @@ import pytest
 import tiny
 
 
+LONGEST = ("csrc/test_sanitizers.py::", "commands/test_new_plugin.py::")  # minutes each
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file comes first: workers take whole files, and one of them would end alone with it."""
-    items.sort(key=lambda item: "test_new_plugin.py::" not in item.nodeid)
+    """The longest files come first: workers take whole files, and one of them would end alone with it."""
+    items.sort(key=lambda item: not any(file in item.nodeid for file in LONGEST))
 
 
 @pytest.fixture
