@@ -222,7 +222,7 @@ class Build:
         import pybind11
 
         sanitize = os.environ.get("PEFTCORE_SANITIZE", "")
-        instrument = f"-fsanitize={sanitize} -fno-omit-frame-pointer -g -O1" if sanitize else ""
+        instrument = f"-fsanitize={sanitize} -fno-omit-frame-pointer -g1 -O1" if sanitize else ""
         includes = [CSRC, *self.torch["include"], pybind11.get_include(), sysconfig.get_path("include")]
         defines = [f"-DPEFTCORE_HAVE_{level.upper()}" for level in self.levels]
         common = [

@@ -117,7 +117,7 @@ def test_operators_pass_opcheck_without_the_extension():
 @pytest.mark.parametrize(
     ("record", "reason", "warned"),
     [
-        ({}, "never built here. Build it: in the folder of its source: pip install", False),
+        ({}, "never built here. Build it: .*pip install", False),
         ({"built": False, "reason": "no C++ compiler: g++ not found"}, "not built: no C\\+\\+ compiler", False),
         ({"built": True, "torch": "1.13.1+cu117"}, "built with PyTorch 1.13.1\\+cu117, this is .* Rebuild", True),
     ],
@@ -194,7 +194,7 @@ import peftcore.ops
 """
     done = python(code)
     assert "the compiled extension is another version's: its 'linear_4bit" in done.stderr, done.stderr
-    assert "Rebuild it: in the folder of its source" in done.stderr
+    assert "Rebuild it: " in done.stderr
 
 
 def test_an_extension_that_does_not_load_is_reported(monkeypatch):

@@ -1,6 +1,7 @@
 """Compiles the .cu files for the emulator, once for each state of the sources."""
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -13,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "emulator"
-FLAGS = "-std=c++20 -g -O1 -fPIC -ffp-contract=off -DPEFTCORE_EMULATOR -Wall -Wextra -Werror "
+FLAGS = "-std=c++20 -g1 -O1 -fPIC -ffp-contract=off -DPEFTCORE_EMULATOR -Wall -Wextra -Werror "
 FLAGS += f"-Wno-unknown-pragmas -Wno-unused-parameter -I{HERE} -I{ROOT / 'csrc'}"
 SANITIZE = " -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 AVX512 = " -mavx2 -mf16c -mfma -mavx512f -mavx512bw -mavx512vl -mavx512dq"
@@ -28,14 +29,18 @@ def compiler():
 
 
 def run_compiler(target, *arguments):
-    """Compile to `target` unless it is there; a run that is cut off leaves nothing of that name."""
-    if target.exists():
-        return target
+    """Compile to `target` unless it is there; a run that is cut off leaves nothing of that name.
+
+    Of several workers that want it one compiles, and the others wait.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f"{target.name}.{os.getpid()}")
-    done = subprocess.run([compiler(), *arguments, "-o", str(beside)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    beside.rename(target)
+    with target.with_name(f"{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            beside = target.with_name(f"{target.name}.{os.getpid()}")
+            done = subprocess.run([compiler(), *arguments, "-o", str(beside)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            beside.rename(target)
     return target
 
 
