@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import pytest
 import tiny
 
-
 LONGEST = ("csrc/test_sanitizers.py::", "commands/test_new_plugin.py::")  # minutes each
 
 
