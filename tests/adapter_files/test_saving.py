@@ -104,7 +104,7 @@ def test_killed_at_any_step(tmp_path: Path, monkeypatch, names) -> None:
 
 
 _KILLED = """
-import os, random, signal, sys, time
+import os, random, signal, struct, sys, time
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from test_saving import contents, values
@@ -112,19 +112,22 @@ from peftcore.adapter_files import read, write
 
 os.fsync = lambda descriptor: None  # slow, and a power cut is not tried here
 folder = Path(sys.argv[1])
-began = time.perf_counter()
-write(folder, contents(2))
-write(folder, contents(1))
-pair = time.perf_counter() - began
 random.seed(0)
 for attempt in range(80):
+    told, tells = os.pipe()
     child = os.fork()
     while child == 0:
-        write(folder, contents(2))
-        write(folder, contents(1))
-    time.sleep(random.uniform(0.1, 2) * pair)
+        for value in (2, 1):
+            began = time.perf_counter()
+            write(folder, contents(value))
+            os.write(tells, struct.pack("d", time.perf_counter() - began))
+    for _ in range(random.choice((1, 2))):  # saves that it has finished; then a part of the next one
+        (seconds,) = struct.unpack("d", os.read(told, 8))
+    time.sleep(random.uniform(0, 1.2) * seconds)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(told)
+    os.close(tells)
     print(read(folder, values))
 """
 

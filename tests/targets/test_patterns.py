@@ -70,9 +70,9 @@ def test_any_pattern_gives_what_re_gives(pattern: str, text: str) -> None:
 
 @pytest.mark.parametrize("pattern", TRAPS)
 def test_traps_take_no_time(pattern: str) -> None:
-    began = time.perf_counter()
+    began = time.process_time()
     assert not any(patterns.compiled(pattern, "target_modules")(path) for path in PATHS)
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
 
 
 @pytest.mark.parametrize("pattern", TRAPS[:2])
