@@ -97,4 +97,25 @@ PEFTCORE_HD Half from_float<Half>(float value) {
 #endif
 }
 
+// Two values rounded to 16 bits, `low` in the lower half.
+template <typename T>
+static PEFTCORE_HD uint32_t pair_bits(float low, float high) {
+    return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+#if defined(__CUDACC__)
+template <>
+__device__ __forceinline__ uint32_t pair_bits<BFloat16>(float low, float high) {
+    uint32_t bits;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t pair_bits<Half>(float low, float high) {
+    uint32_t bits;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+    return bits;
+}
+#endif
+
 }  // namespace peftcore

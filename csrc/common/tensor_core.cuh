@@ -1,4 +1,4 @@
-// The tensor-core instructions the kernels use (sm_80 and later), each behind one function; the emulator
+// The instructions without a name in C++ that the kernels use (sm_80 and later), each behind one function; the emulator
 // supplies its own. Fragment layouts: PTX ISA, "Matrix fragments for mma.m16n8k16", "mma.m16n8k8" and
 // "ldmatrix". All lanes of a warp call together.
 #pragma once
@@ -76,6 +76,14 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(shared_address(row))
                  : "memory");
+}
+
+// Of the eight bytes of `low` and `high` the four that the nibbles of `selector` name, the lowest first; its upper half is
+// not read, and no nibble is above 7.
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+    return bytes;
 }
 
 // 16 bytes to shared memory, of which the first `bytes` come from `from` and the rest are zero.

@@ -1,9 +1,17 @@
 // The page store of a card over a runtime of the test's, any call of which can fail: built with
 // csrc/optim/pool.cpp and run by test_cuda_store.py. Nothing here needs CUDA or PyTorch.
+//
+// Work on streams is done late, in any order that streams and events leave open: drawn anew for every run.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <set>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <vector>
 
 #include "optim/cuda/store.h"
 #include "optim/pool.h"
@@ -12,7 +20,27 @@ namespace {
 
 int device = 3, switched = 0;  // the caller's device; how often it was left
 long fail_record = -1, fail_copy = -1, fail_synchronize = -1, records = 0, copies = 0, synchronizes = 0;
-std::set<void*> events;
+
+using Event = std::shared_ptr<bool>;               // whether it is over
+using Stream = std::deque<std::function<bool()>>;  // what waits returns false
+std::map<void*, Event> events;
+std::map<void*, Stream> streams;
+std::mt19937 order;
+char current;       // the stream of kernels
+long together = 0;  // how often a copy began while the other stream had one
+
+// One piece of work of any stream that can go on.
+bool advance() {
+    std::vector<Stream*> all;
+    for (auto& [name, stream] : streams) all.push_back(&stream);
+    std::shuffle(all.begin(), all.end(), order);
+    for (Stream* stream : all)
+        if (!stream->empty() && stream->front()()) {
+            stream->pop_front();
+            return true;
+        }
+    return false;
+}
 
 const char* failing(long& count, long at) { return ++count == at ? "unspecified launch failure" : nullptr; }
 
@@ -31,6 +59,19 @@ void require(bool holds, const char* what) {
     std::exit(1);
 }
 
+void finish(Stream& stream) {
+    while (!stream.empty())
+        if (!advance()) {
+            std::printf("streams wait for each other\n");
+            std::exit(1);
+        }
+}
+
+void add(void* stream, std::function<bool()> work) {
+    streams[stream].push_back(std::move(work));
+    for (unsigned steps = order() % 3; steps > 0; --steps) advance();
+}
+
 void here() { require(device == 7, "a runtime call on another device than the store's"); }
 
 }  // namespace
@@ -44,6 +85,7 @@ const char* peftcore_cuda_alloc(int64_t bytes, void** memory) {
 }
 void peftcore_cuda_free(void* memory) {
     here();
+    for (auto& [name, stream] : streams) finish(stream);
     std::free(memory);
 }
 const char* peftcore_pinned_alloc(int64_t bytes, void** memory) {
@@ -59,40 +101,50 @@ const char* peftcore_cuda_free_bytes(int64_t* bytes) {
 }
 const char* peftcore_cuda_new_stream(void** stream) {
     here();
-    *stream = nullptr;
+    *stream = std::malloc(1);
     return nullptr;
 }
-void peftcore_cuda_delete_stream(void*) {}
-const char* peftcore_cuda_record(void*, void** event) {
+void peftcore_cuda_delete_stream(void* stream) {
+    require(streams[stream].empty(), "a stream goes before its work is done");
+    streams.erase(stream);
+    std::free(stream);
+}
+const char* peftcore_cuda_record(void* stream, void** event) {
     here();
     *event = nullptr;
     if (const char* error = failing(records, fail_record)) return error;
-    *event = std::malloc(1);
-    events.insert(*event);
+    const Event over = events[*event = std::malloc(1)] = std::make_shared<bool>(false);
+    add(stream, [over] { return *over = true; });
     return nullptr;
 }
 void peftcore_cuda_delete_event(void* event) {
     require(events.erase(event) == 1, "an event that was never recorded is deleted");
     std::free(event);
 }
-const char* peftcore_cuda_wait_event(void*, void* event) {
+const char* peftcore_cuda_wait_event(void* stream, void* event) {
     here();
     require(events.count(event) == 1, "an event that was never recorded is waited for");
+    add(stream, [over = events[event]] { return *over; });
     return nullptr;
 }
-const char* peftcore_cuda_synchronize(void*) {
+const char* peftcore_cuda_synchronize(void* stream) {
     here();
-    return failing(synchronizes, fail_synchronize);
+    if (const char* error = failing(synchronizes, fail_synchronize)) return error;
+    finish(streams[stream]);
+    return nullptr;
 }
-const char* peftcore_cuda_copy(void* to, const void* from, int64_t bytes, void*) {
+const char* peftcore_cuda_copy(void* to, const void* from, int64_t bytes, void* stream) {
     here();
     if (const char* error = failing(copies, fail_copy)) return error;
-    std::memcpy(to, from, size_t(bytes));
+    size_t others = 0;
+    for (const auto& [name, other] : streams) others += name != stream && name != &current && !other.empty();
+    if (stream != &current) together += long(others);
+    add(stream, [=] { return std::memcpy(to, from, size_t(bytes)) != nullptr; });
     return nullptr;
 }
-const char* peftcore_cuda_zero(void* memory, int64_t bytes, void*) {
+const char* peftcore_cuda_zero(void* memory, int64_t bytes, void* stream) {
     here();
-    std::memset(memory, 0, size_t(bytes));
+    add(stream, [=] { return std::memset(memory, 0, size_t(bytes)) != nullptr; });
     return nullptr;
 }
 }
@@ -107,7 +159,7 @@ int main() {
             records = copies = synchronizes = 0;
             fail_record = fail_copy = fail_synchronize = -1;
             {
-                Pool pool(std::make_unique<CudaStore<On>>(7, kPage, [](int) -> void* { return nullptr; }),
+                Pool pool(std::make_unique<CudaStore<On>>(7, kPage, [](int) -> void* { return &current; }),
                           kPage, 2 * kPage);
                 pool.grow(kPages);
                 if (kind == 0) fail_record = at;
@@ -116,12 +168,14 @@ int main() {
                     fail_record = at, fail_synchronize = 1;  // the one that stands in for the event
                 for (int round = 0; round < 2; ++round) {
                     for (int64_t page = 0; page < kPages; ++page) {
-                        char bytes[kPage];
-                        std::memset(bytes, int(10 * (round + 1) + page), kPage);
+                        const int value = int(10 * (round + 1) + page);
                         for (int attempt = 0;; ++attempt) {
                             require(attempt < 4, "a fault that is over still fails");
                             try {
-                                pool.write(page, 0, kPage, bytes);
+                                void* frame = pool.acquire(page);
+                                // A kernel, which uses the page when its turn comes.
+                                add(&current, [=] { return std::memset(frame, value, kPage) != nullptr; });
+                                pool.release(page, true);
                                 break;
                             } catch (const std::runtime_error&) {
                                 ++faults;
@@ -150,6 +204,7 @@ int main() {
             require(device == 3, "the caller's device is another one");
         }
     }
+    require(together > 100, "copies hardly ever go both ways at a time");
     require(faults > 40, "hardly anything failed");
     require(switched > 0, "the store never went to its device");
     std::printf("whole\n");

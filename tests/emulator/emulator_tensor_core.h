@@ -92,6 +92,16 @@ inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { emulated_ldmatrix<4
 inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row) { emulated_ldmatrix<2, true>(r, row); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { emulated_ldmatrix<4, true>(r, row); }
 
+// Of the eight bytes of `low` and `high` the four that the nibbles of `selector` name; bit 3 of a nibble, which asks
+// for a byte's sign, is not used.
+inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+    if (selector & 0x8888u) emulator::fail("permute_bytes: a nibble of the selector is above 7");
+    const uint64_t bytes = uint64_t(high) << 32 | low;
+    uint32_t result = 0;
+    for (int i = 0; i < 4; ++i) result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7) & 0xffu) << 8 * i;
+    return result;
+}
+
 // 16 bytes to shared memory, of which the first `bytes` come from `from` and the rest are zero.
 inline void cp_async_16(void* to, const void* from, int bytes = 16) {
     if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (bytes && reinterpret_cast<uintptr_t>(from) % 16 != 0))

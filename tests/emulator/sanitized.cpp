@@ -175,8 +175,8 @@ int run_linear(uint64_t seed) {
     std::mt19937 random(static_cast<unsigned>(seed));
     int cases = 0;
     for (int64_t rows : {1, 17, 33})
-        for (int64_t columns : {1, 32, 75, 96, 352})
-            for (int batch : {1, 9, 24})
+        for (int64_t columns : {1, 32, 75, 96, 320, 352})
+            for (int batch : {1, 8, 24})
                 for (int skip : {0, 1}) {
                     const int blocksize = cases % 2 ? 64 : 32;
                     const bool nested = cases / 3 % 2;

@@ -88,6 +88,23 @@ class Factors(Structure):
         self.kept = factors, index
 
 
+class FactorCopy(Structure):
+    """csrc/lora/cuda/lora_cuda.h: a factor, and where it goes in fp32."""
+
+    _fields_ = [
+        ("source", c_void_p),
+        ("dtype", c_int),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("transposed", c_bool),
+        ("target", c_void_p),
+    ]  # fmt: skip
+
+    def __init__(self, source, transposed, target):
+        super().__init__(source.data_ptr(), DTYPES.index(source.dtype), *source.shape, transposed, target.data_ptr())
+        self.kept = source, target
+
+
 class Dropout(Structure):
     """csrc/lora/dropout.h"""
 

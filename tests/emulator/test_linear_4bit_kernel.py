@@ -71,6 +71,26 @@ def test_every_way_through_the_launcher(emulated, dtype, batch, columns):
     check(run(emulated, *arguments), wanted, magnitude)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [3, 8])
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_column_of_w_has_the_bits_of_dequantization(emulated, dtype, batch, nested):
+    (_, weight, _), _, _ = case(19, 1344, batch, dtype, 64, nested, batch, code="fp4" if nested else "nf4")
+    dense = ops.dequantize_4bit(weight, dtype)
+    for columns in torch.randperm(1344)[:48].split(batch):
+        x = torch.nn.functional.one_hot(columns, 1344).to(dtype)
+        assert torch.equal(run(emulated, x, weight, None), dense[:, columns].T)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+def test_infinity_in_the_last_column_stays_there(emulated, batch):  # what is read behind a row's end counts for nothing
+    (x, weight, bias), _, _ = case(9, 320, batch, torch.bfloat16, 64, True, 2)
+    last = ops.dequantize_4bit(weight, torch.bfloat16)[:, -1]
+    x[:, -1] = torch.inf
+    wanted = (last * torch.inf).expand(batch, -1)  # NaN where a weight is 0
+    assert torch.equal(run(emulated, x, weight, bias).nan_to_num(7), wanted.nan_to_num(7))
+
+
 def test_an_x_off_its_alignment(emulated):
     arguments, wanted, magnitude = case(20, 128, 5, torch.bfloat16, 64, True, 3)
     moved = torch.zeros(5 * 128 + 1, dtype=torch.bfloat16)[1:].view(5, 128)

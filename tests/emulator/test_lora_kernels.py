@@ -5,7 +5,7 @@ from ctypes import c_bool, c_float, c_int64
 import pytest
 import torch
 from emulator.products import SEED, check, dropout, guarded, kept, normal, untouched
-from emulator.structs import DTYPES, Factors, WeightView, Wide
+from emulator.structs import DTYPES, FactorCopy, Factors, WeightView, Wide
 
 from peftcore import ops
 from peftcore.ops.dropout import keep_mask
@@ -98,6 +98,19 @@ def kernels(emulated_library, emulated):
     return Kernels(emulated_library, emulated)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shapes", "transposed"), [([(3, 70), (33, 3)], (True, False)), ([(64, 40)], (True,))])
+def test_factors_in_fp32(emulated, shapes, transposed, dtype):
+    factors = [normal(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+    wanted = [(t.T if turned else t).float().contiguous() for t, turned in zip(factors, transposed, strict=True)]
+    places = [guarded(*t.shape, dtype=torch.float32) for t in wanted]
+    copies = [FactorCopy(t, turned, to) for t, turned, (_, to) in zip(factors, transposed, places, strict=True)]
+    emulated("peftcore_lora_copy_factors")((FactorCopy * len(copies))(*copies), len(copies))
+    for t, (memory, found) in zip(wanted, places, strict=True):
+        assert torch.equal(found, t)
+        untouched(memory)
+
+
 @pytest.mark.parametrize(("rank", "rows"), [*SHAPES, (16, 300), (70, 270)])
 def test_down(kernels, rank, rows):
     dtype, _, p, columns = mixed(rank, rows, [75, 72, 136][(rank + rows) % 3])
@@ -108,9 +121,21 @@ def test_down(kernels, rank, rows):
 
 @pytest.mark.parametrize(("rank", "columns"), [(3, 1100), (16, 2048), (100, 1028)])
 def test_down_with_columns_split_over_blocks(kernels, rank, columns):
-    x, a = normal(5, columns, dtype=torch.bfloat16), normal(rank, columns, seed=1)
-    assert len(kernels.floats("peftcore_lora_down_workspace", c_int64(5), c_int64(columns), rank)) > 5 * rank
+    x, a = normal(9, columns, dtype=torch.bfloat16), normal(rank, columns, seed=1)
+    assert len(kernels.floats("peftcore_lora_down_workspace", c_int64(9), c_int64(columns), rank)) > 9 * rank
     check_product(kernels.down(x[None], [a], [0.5], p=0.1), kept(x, 0.1), a.double().T, 0.5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("columns", [1100, 2048])
+def test_down_of_few_rows_leaves_no_sums(kernels, rows, columns):
+    assert len(kernels.floats("peftcore_lora_down_workspace", c_int64(rows), c_int64(columns), 16)) == 0
+    x, a = normal(3, rows, columns, dtype=torch.half), [normal(5, columns, seed=1), normal(3, columns, seed=2)]
+    found = kernels.down(x, a, [0.5, -2.0], torch.tensor([1, -1, 0]), p=0.25, seed=rows)
+    keep = kept(x.view(3 * rows, columns), 0.25).view(x.shape)
+    check_product(found[:rows, :3], keep[0], a[1].double().T, -2.0)
+    check_product(found[2 * rows :], keep[2], a[0].double().T, 0.5)
+    assert (found[rows : 2 * rows] == 7).all() and (found[:rows, 3:] == 7).all()  # of no adapter, beyond its rank
 
 
 @pytest.mark.parametrize(("rank", "rows"), SHAPES)
@@ -173,7 +198,7 @@ def test_products_that_fp16_does_not_hold(kernels, size):
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("rows", [1, 5, 16, 33, 64])
 def test_linear_with_lora_from_four_bits(kernels, rank, rows, nested):
-    dtype, _, _, columns = mixed(rank, rows, [75, 96, 352][(rank + rows) % 3])
+    dtype, _, _, columns = mixed(rank, rows, [75, 96, 320][(rank + rows) % 3])
     weight = ops.quantize_4bit(normal(37, columns), double_quant=nested, nested_blocksize=32)
     dense = ops.dequantize_4bit(weight, dtype).double()
     x, bias = normal(rows, columns, seed=1, dtype=dtype), normal(37, seed=2, dtype=dtype)
@@ -265,6 +290,7 @@ def test_every_order_of_threads_gives_the_same_bits(kernels):
     def run(seed):
         return [
             kernels.down(x[None, :17], [a], [1.0], p=0.1, seed=seed),
+            kernels.down(x[None, :5], [a], [1.0], p=0.1, seed=seed),
             kernels.reduce(wide, thin, torch.float32, 0.1, seed=seed),
             *kernels.reduce_and_product(wide, thin, factor, 1.0, torch.float32, seed=seed),
             kernels.up(thin[:70], [few], wide[None, :70], seed=seed),

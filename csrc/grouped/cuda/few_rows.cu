@@ -1,7 +1,8 @@
 // The product of few rows an expert, as in generation, with a weight in 4 bits that lies as [columns, inner]: a block
-// takes 8 or 16 rows of one expert and 16 columns, straight from 4 bits (nf4/cuda/linear.cuh).
+// takes 8 or 16 rows of one expert and 16 columns, straight from 4 bits (nf4/cuda/rows.cuh, linear.cuh).
 #include "grouped/cuda/groups.cuh"
 #include "nf4/cuda/linear.cuh"
+#include "nf4/cuda/rows.cuh"
 
 namespace peftcore {
 namespace grouped {
@@ -9,7 +10,8 @@ namespace {
 
 static_assert(nf4::kThreads == kThreads, "");
 
-template <typename T, int kTiles, bool kNested>
+// kLanes: by rows_tile.
+template <typename T, int kTiles, bool kLanes, bool kNested>
 __global__ void __launch_bounds__(kThreads) few_rows_kernel(const Product p, unsigned column_tiles) {
     const int64_t column = int64_t(blockIdx.x % column_tiles) * nf4::kRows;
     const Rows rows = rows_of_tile<8 * kTiles>(p.groups, blockIdx.x / column_tiles);
@@ -27,18 +29,27 @@ __global__ void __launch_bounds__(kThreads) few_rows_kernel(const Product p, uns
         own.factor = p.factor + rows.expert * p.columns * p.rank;
     }
     own.y = out + rows.first * p.columns;
-    nf4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3, kNested>(own, column);
+    if constexpr (kLanes)
+        nf4::rows_tile<T, 1, kTiles, kNested>(own, column);
+    else
+        nf4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3, kNested>(own, column);
 }
 
-template <typename T, int kTiles>
+template <typename T, int kTiles, bool kLanes>
 const char* launch(const Product& p, void* stream) {
     const int64_t column_tiles = ceil_div(p.columns, nf4::kRows);
     const int64_t blocks = most_tiles(p.groups, 8 * kTiles) * column_tiles;
     if (blocks > INT32_MAX) return "too many rows and columns for one launch";
     const unsigned grid = unsigned(blocks), tiles = unsigned(column_tiles);
     if (p.weight.nested_absmax != nullptr)
-        return PEFTCORE_LAUNCH((few_rows_kernel<T, kTiles, true>), grid, kThreads, 0, stream, p, tiles);
-    return PEFTCORE_LAUNCH((few_rows_kernel<T, kTiles, false>), grid, kThreads, 0, stream, p, tiles);
+        return PEFTCORE_LAUNCH((few_rows_kernel<T, kTiles, kLanes, true>), grid, kThreads, 0, stream, p,
+                               tiles);
+    return PEFTCORE_LAUNCH((few_rows_kernel<T, kTiles, kLanes, false>), grid, kThreads, 0, stream, p, tiles);
+}
+
+template <typename T, int kTiles>
+const char* launch(const Product& p, void* stream) {
+    return nf4::in_lanes(p.weight) ? launch<T, kTiles, true>(p, stream) : launch<T, kTiles, false>(p, stream);
 }
 
 template <typename T>

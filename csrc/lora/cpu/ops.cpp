@@ -27,16 +27,21 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const Tensor s = at::empty({flat.size(0), r}, x.options().dtype(at::kFloat));
     const CpuKernels& kernels = cpu_kernels();
     const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
+    const bool few = flat.size(0) < kArrangeFrom && dropout.threshold == 0 && weight.columns() != 0;
     Tensor y;
-    if (s.numel() != 0) {
+    if (s.numel() != 0 && few) {
+        down_rows(kernels.lora, flat, plain_factor(a), float(scale), s);
+    } else if (s.numel() != 0) {
         const KeepMask keep = keep_mask(thin, dropout, flat);
         const Factor right = arranged_factor(thin.arrangement, floats(a), true);
         down(thin, down_args(flat, right, factor_of(scale, dropout), keep.mask, s), flat.size(0));
-        y = whole_linear(kernels, flat, weight, bias, s, floats(b));
     }
+    if (s.numel() != 0) y = whole_linear(kernels, flat, weight, bias, s, floats(b));
     if (!y.defined()) {
         y = frozen_linear(flat, weight, bias);
-        if (s.numel() != 0 && y.numel() != 0)
+        if (s.numel() != 0 && y.numel() != 0 && few)
+            up_rows(kernels.lora, y, s, plain_factor(b));
+        else if (s.numel() != 0 && y.numel() != 0)
             up(thin, y, s, arranged_factor(thin.plain, floats(b), true), {});
     }
     return {y.view(with_last(x, weight.rows())), s};

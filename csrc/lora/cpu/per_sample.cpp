@@ -17,8 +17,6 @@ const RowKernels& row_kernels(at::ScalarType dtype, const char* op) {
     return cpu_kernels().lora.row[int(kernel_dtype(dtype, op))];
 }
 
-// Rows of x that pass through one adapter: below, its factors are read as they lie.
-constexpr int64_t kArrangeFrom = 8;
 constexpr int64_t kRoom = 16;  // see RowKernels
 
 // The rows [index] of x by adapters whose factors are not arranged; all of one dtype.
@@ -76,8 +74,8 @@ Tensor lora_linear_per_sample(const Tensor& x, at::TensorList tensors, at::IntAr
         const int64_t r = a[i].size(0);
         if (total[i] == 0 || r == 0) continue;
         if (total[i] < kArrangeFrom) {
-            few_a[i] = a[i].scalar_type() == at::kDouble ? floats(a[i]) : a[i].contiguous();
-            few_b[i] = b[i].scalar_type() == at::kDouble ? floats(b[i]) : b[i].contiguous();
+            few_a[i] = plain_factor(a[i]);
+            few_b[i] = plain_factor(b[i]);
         }
         Factor down_right, up_right;
         if (total[i] >= kArrangeFrom) {

@@ -31,6 +31,23 @@ struct Factors {
     const int64_t* index;  // of each sample its adapter; nullptr: the first, of all
 };
 
+// out[i] = scale (partial[0][i] + partial[1][i] + ...), in this order, rounded once.
+struct Sum {
+    const float* partial;  // [parts, count]
+    int64_t parts, count;
+    float scale;
+    void* out;
+};
+
+// A factor [rows, columns] of `dtype`, contiguous, and where it goes in fp32, as it is or transposed.
+struct FactorCopy {
+    const void* from;
+    Dtype dtype;
+    int64_t rows, columns;
+    bool transposed;
+    float* to;
+};
+
 }  // namespace lora
 }  // namespace peftcore
 
@@ -70,7 +87,12 @@ int64_t peftcore_lora_product_workspace(int64_t rows, int64_t columns, int rank)
 const char* peftcore_lora_drop(const peftcore::lora::Wide* x, const peftcore::lora::Dropout* dropout,
                                void* out, void* stream);
 
-// out[i] = scale (partial[0][i] + partial[1][i] + ...), in this order, rounded once.
+// A Sum, its parts one by one; and two in a launch, the first of `dtype`, the second of fp32.
 const char* peftcore_lora_sum(const float* partial, int64_t parts, int64_t count, float scale, void* out,
                               int dtype, void* stream);
+const char* peftcore_lora_sum_pair(const peftcore::lora::Sum* first, int dtype,
+                                   const peftcore::lora::Sum* second, void* stream);
+
+// One or two factors in a launch.
+const char* peftcore_lora_copy_factors(const peftcore::lora::FactorCopy* copies, int count, void* stream);
 }

@@ -74,6 +74,34 @@ class FactorList {
     const int64_t* index_;
 };
 
+// LoRA's factors in fp32, contiguous, transposed where asked, by at most one launch.
+std::array<Tensor, 2> float_factors(const Tensor& a, bool a_transposed, const Tensor& b, bool b_transposed,
+                                    const char* op) {
+    std::array<Tensor, 2> sources, results;
+    std::array<FactorCopy, 2> copies;
+    int count = 0;
+    const auto add = [&](int i, const Tensor& factor, bool transposed) {
+        const bool copied = factor.scalar_type() == at::kHalf || factor.scalar_type() == at::kBFloat16;
+        sources[i] = copied ? factor.contiguous() : floats(factor);
+        results[i] = sources[i];
+        if (sources[i].scalar_type() == at::kFloat && !transposed) return;
+        const int64_t rows = factor.size(0), columns = factor.size(1);
+        results[i] = at::empty({transposed ? columns : rows, transposed ? rows : columns},
+                               factor.options().dtype(at::kFloat));
+        copies[count++] = {sources[i].const_data_ptr(),
+                           kernel_dtype(sources[i].scalar_type(), op),
+                           rows,
+                           columns,
+                           transposed,
+                           results[i].mutable_data_ptr<float>()};
+    };
+    add(0, a, a_transposed);
+    add(1, b, b_transposed);
+    if (count > 0)
+        check_launch(peftcore_lora_copy_factors(copies.data(), count, current_cuda_stream(a.device())), op);
+    return results;
+}
+
 // s [rows of x, the highest rank].
 Tensor down(const Tensor& x, int64_t samples, const FactorList& a, const Dropout& dropout, const char* op) {
     const Wide wide = wide_of(x, samples);
@@ -159,18 +187,19 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const float factor = factor_of(scale, dropout);
     const Tensor flat = matrix(x), added = contiguous(bias);
-    const Tensor s = has_kernels(x) ? down(flat, 1, FactorList({a}, 0, {factor}), dropout, op)
-                                    : at::mm(dropped(flat, dropout, op), floats(a).t()).mul_(factor);
+    const auto [a_float, b_float] = float_factors(a, false, b, false, op);
+    const Tensor s = has_kernels(x) ? down(flat, 1, FactorList({a_float}, 0, {factor}), dropout, op)
+                                    : at::mm(dropped(flat, dropout, op), a_float.t()).mul_(factor);
     Tensor y;
     if (weight.packed() && flat.size(0) <= nf4::kLinearMaxBatch) {
-        y = nf4::few_rows(flat, weight.view(), added, s, floats(b));
+        y = nf4::few_rows(flat, weight.view(), added, s, b_float);
     } else {
         const Tensor dense = nf4::dense_weight(weight, x);
         if (has_kernels(x)) {
             y = at::empty({flat.size(0), weight.rows()}, x.options());
-            up(s, FactorList({b}, 1), {}, added, false, y, 1, op);
+            up(s, FactorList({b_float}, 1), {}, added, false, y, 1, op);
         } else {
-            y = bias.has_value() ? at::addmm(*bias, s, floats(b).t()) : at::mm(s, floats(b).t());
+            y = bias.has_value() ? at::addmm(*bias, s, b_float.t()) : at::mm(s, b_float.t());
         }
         y.addmm_(flat, dense.t());
     }
@@ -194,28 +223,29 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(const Tensor& grad, cons
     const float factor = factor_of(scale, dropout);
     const Tensor flat = matrix(x), rows = matrix(grad), thin = s.contiguous();
 
-    const Tensor a_float = floats(a), b_float = floats(b);
     Tensor dx = at::empty({0}, x.options()), da = at::empty({0}, a.options()),
            db = at::empty({0}, b.options());
     Tensor t;
     const bool needs_t = needs[0] || needs[1];
     if (!has_kernels(x)) {
+        const Tensor a_float = floats(a), b_float = floats(b);
         if (needs_t) t = at::mm(rows, b_float).mul_(factor);
         if (needs[1]) da = at::mm(t.t(), dropped(flat, dropout, op)).to(a.scalar_type());
         if (needs[2]) db = at::mm(rows.t(), thin).to(b.scalar_type());
         if (needs[0]) dx = dropped(at::mm(t, a_float), dropout, op);
     } else {
-        const Tensor b_columns = needs_t ? b_float.t().contiguous() : b_float;  // [r, out]
+        std::array<Tensor, 2> across;  // A [in, r], B [r, out]
+        if (needs_t) across = float_factors(a, needs[0], b, true, op);
         if (needs_t && needs[2] && s.size(1) <= kOnePassMaxRank) {
-            std::tie(db, t) = reduce_and_product(rows, thin, b_columns, factor, b.scalar_type(), op);
+            std::tie(db, t) = reduce_and_product(rows, thin, across[1], factor, b.scalar_type(), op);
         } else {
-            if (needs_t) t = down(rows, 1, FactorList({b_columns}, 0, {factor}), {}, op);
+            if (needs_t) t = down(rows, 1, FactorList({across[1]}, 0, {factor}), {}, op);
             if (needs[2]) db = reduce(rows, thin, {}, false, b.scalar_type(), op);
         }
         if (needs[1]) da = reduce(flat, t, dropout, true, a.scalar_type(), op);
         if (needs[0]) {
             dx = at::empty(flat.sizes(), x.options());
-            up(t, FactorList({a_float.t()}, 1), dropout, {}, false, dx, 1, op);
+            up(t, FactorList({across[0]}, 1), dropout, {}, false, dx, 1, op);
         }
     }
     if (needs[0]) dx = dx.addmm_(rows, nf4::dense_weight(weight, x)).view(x.sizes());

@@ -75,17 +75,17 @@ const char* launch(const ReduceParams& p, const Plan& plan, void* stream) {
                         : PEFTCORE_LAUNCH((reduce_kernel<T, 8, false>), grid, kThreads, 0, stream, p);
 }
 
-const char* reduce(ReduceParams& p, Dtype dtype, void* out, int out_dtype, bool transposed, void* stream) {
+// Leaves partial sums; `sum` is what adds them.
+const char* reduce(ReduceParams& p, Dtype dtype, void* out, bool transposed, Sum& sum, void* stream) {
     const Plan plan = plan_of(p.rows, p.columns, p.rank);
     p.chunks = int(plan.rank_chunks);
     p.part_rows = plan.part_rows;
     p.column_step = transposed ? 1 : p.rank;
     p.rank_step = transposed ? p.columns : 1;
-    const char* error = "W must have 16 bits";
-    if (dtype == Dtype::kHalf) error = launch<Half>(p, plan, stream);
-    if (dtype == Dtype::kBFloat16) error = launch<BFloat16>(p, plan, stream);
-    if (error != nullptr) return error;
-    return peftcore_lora_sum(p.partial, plan.parts, p.columns * p.rank, 1, out, out_dtype, stream);
+    sum = {p.partial, plan.parts, p.columns * p.rank, 1, out};
+    if (dtype == Dtype::kHalf) return launch<Half>(p, plan, stream);
+    if (dtype == Dtype::kBFloat16) return launch<BFloat16>(p, plan, stream);
+    return "W must have 16 bits";
 }
 
 }  // namespace
@@ -117,7 +117,10 @@ extern "C" const char* peftcore_lora_reduce(const peftcore::lora::Wide* wide, co
     p.rank = rank;
     p.dropout = *dropout;
     p.partial = partial;
-    return reduce(p, wide->dtype, out, out_dtype, transposed, stream);
+    Sum sum;
+    const char* error = reduce(p, wide->dtype, out, transposed, sum, stream);
+    if (error != nullptr) return error;
+    return peftcore_lora_sum(sum.partial, sum.parts, sum.count, sum.scale, sum.out, out_dtype, stream);
 }
 
 extern "C" const char* peftcore_lora_reduce_and_product(const peftcore::lora::Wide* wide, const float* thin,
@@ -141,8 +144,10 @@ extern "C" const char* peftcore_lora_reduce_and_product(const peftcore::lora::Wi
     p.rank = rank;
     p.partial = partial;
     p.product = product_partial;
-    const char* error = reduce(p, wide->dtype, out, out_dtype, false, stream);
+    Sum sum;
+    const char* error = reduce(p, wide->dtype, out, false, sum, stream);
     if (error != nullptr) return error;
-    return peftcore_lora_sum(product_partial, (columns + kReduceColumns - 1) / kReduceColumns, rows * rank,
-                             scale, product, int(Dtype::kFloat), stream);
+    const int64_t chunks = (columns + kReduceColumns - 1) / kReduceColumns;
+    const Sum products = {product_partial, chunks, rows * rank, scale, product};
+    return peftcore_lora_sum_pair(&sum, out_dtype, &products, stream);
 }

@@ -18,6 +18,27 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
+// Two sums in a launch, the second in fp32.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) sum_pair_kernel(const Sum first, const Sum second) {
+    const int64_t count = first.count + second.count;
+    for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count;
+         i += int64_t(gridDim.x) * kThreads) {
+        const bool in_first = i < first.count;
+        const int64_t at = in_first ? i : i - first.count;
+        // Each by itself: a reference to one of the two would put both on the stack.
+        const float* partial = in_first ? first.partial : second.partial;
+        const int64_t parts = in_first ? first.parts : second.parts,
+                      stride = in_first ? first.count : second.count;
+        float total = 0;
+        for (int64_t part = 0; part < parts; ++part) total += partial[part * stride + at];
+        if (in_first)
+            static_cast<T*>(first.out)[at] = from_float<T>(first.scale * total);
+        else
+            static_cast<float*>(second.out)[at] = second.scale * total;
+    }
+}
+
 // A thread takes the eight columns of a counter.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
@@ -50,6 +71,12 @@ const char* launch_sum(const float* partial, int64_t parts, int64_t count, float
 }
 
 template <typename T>
+const char* launch_pair(const Sum& first, const Sum& second, void* stream) {
+    return PEFTCORE_LAUNCH(sum_pair_kernel<T>, blocks_for(first.count + second.count), kThreads, 0, stream,
+                           first, second);
+}
+
+template <typename T>
 const char* launch_drop(const Wide& x, const Dropout& dropout, void* out, void* stream) {
     const int64_t rows = x.rows, columns = x.columns;
     const int64_t groups = (columns + kColumnsPerCounter - 1) / kColumnsPerCounter;
@@ -72,6 +99,21 @@ extern "C" const char* peftcore_lora_sum(const float* partial, int64_t parts, in
             return launch_sum<peftcore::Half>(partial, parts, count, scale, out, stream);
         case Dtype::kBFloat16:
             return launch_sum<peftcore::BFloat16>(partial, parts, count, scale, out, stream);
+    }
+    return "unknown dtype";
+}
+
+extern "C" const char* peftcore_lora_sum_pair(const peftcore::lora::Sum* first, int dtype,
+                                              const peftcore::lora::Sum* second, void* stream) {
+    using namespace peftcore::lora;
+    if (first->count + second->count == 0) return nullptr;
+    switch (Dtype(dtype)) {
+        case Dtype::kFloat:
+            return launch_pair<float>(*first, *second, stream);
+        case Dtype::kHalf:
+            return launch_pair<peftcore::Half>(*first, *second, stream);
+        case Dtype::kBFloat16:
+            return launch_pair<peftcore::BFloat16>(*first, *second, stream);
     }
     return "unknown dtype";
 }

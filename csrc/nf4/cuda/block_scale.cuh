@@ -55,9 +55,7 @@ __device__ __forceinline__ float block_scale(const WeightView& weight, const flo
 // The two values of a byte, rounded to 16 bits, the even one in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t value_pair(const float* quant_map, uint32_t byte, float scale) {
-    const T even = from_float<T>(quant_map[byte >> 4 & 15] * scale),
-            odd = from_float<T>(quant_map[byte & 15] * scale);
-    return uint32_t(even.bits) | uint32_t(odd.bits) << 16;
+    return pair_bits<T>(quant_map[byte >> 4 & 15] * scale, quant_map[byte & 15] * scale);
 }
 
 }  // namespace

@@ -1,13 +1,14 @@
 // y = x Wᵀ + b for few rows of x, straight from 4 bits, and with it s Fᵀ of LoRA, both fp32. No GPU was at
 // hand: written for bandwidth, proved on the emulator.
 //
-// tensor_kernel (fp16, bf16): linear.cuh. s comes from a launch before. If every block made it itself, each
-// would read all of LoRA's A beside its own 16 rows of W: four times their bytes at rank 16, against a launch of
-// about 3 us.
+// rows_kernel (fp16, bf16; up to 32 rows, columns that are whole blocks of 64): rows.cuh. tensor_kernel (fp16, bf16):
+// linear.cuh. s comes from a launch before. If every block made it itself, each would read all of LoRA's A beside its
+// own 16 rows of W: four times their bytes at rank 16, against a launch of about 3 us.
 //
 // simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W.
 #include "nf4/cuda/linear.cuh"
 #include "nf4/cuda/nf4_cuda.h"
+#include "nf4/cuda/rows.cuh"
 #include "nf4/nf4.h"
 
 namespace peftcore {
@@ -19,6 +20,11 @@ constexpr int kSimpleTile = 8;  // rows of x that a warp of simple_kernel takes 
 template <typename T, int kTiles, int kStage, int kStages, bool kNested>
 __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) {
     tensor_tile<T, kTiles, kStage, kStages, kNested>(p, int64_t(blockIdx.x) * kRows);
+}
+
+template <typename T, int kParts, int kTiles, bool kNested>
+__global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 4 : 3) rows_kernel(const LinearLaunch p) {
+    rows_tile<T, kParts, kTiles, kNested>(p, int64_t(blockIdx.x) * (16 / kParts));
 }
 
 template <typename T, bool kNested>
@@ -69,6 +75,17 @@ const char* launch_tensor(const LinearLaunch& p, void* stream) {
     if (p.weight.columns % 32 != 0 || !aligned(p.x) || !aligned(p.weight.codes))
         return launch_simple<T, kNested>(p, stream);
     const unsigned blocks = unsigned((p.weight.rows + kRows - 1) / kRows);
+    if (in_lanes(p.weight)) {
+        const unsigned half = unsigned((p.weight.rows + 7) / 8);
+        if (p.batch <= 4)
+            return PEFTCORE_LAUNCH((rows_kernel<T, 2, 1, kNested>), half, kThreads, 0, stream, p);
+        if (p.batch <= 8)
+            return PEFTCORE_LAUNCH((rows_kernel<T, 1, 1, kNested>), blocks, kThreads, 0, stream, p);
+        if (p.batch <= 16)
+            return PEFTCORE_LAUNCH((rows_kernel<T, 1, 2, kNested>), blocks, kThreads, 0, stream, p);
+        if (p.batch <= 32)
+            return PEFTCORE_LAUNCH((rows_kernel<T, 1, 4, kNested>), blocks, kThreads, 0, stream, p);
+    }
     // As many stages as 48 KiB of shared memory hold.
     if (p.batch <= 8)
         return PEFTCORE_LAUNCH((tensor_kernel<T, 1, 64, 4, kNested>), blocks, kThreads, 0, stream, p);

@@ -16,7 +16,9 @@ inline void check_call(const char* error, const char* what) {
     if (error != nullptr) throw std::runtime_error(std::string(what) + " failed on CUDA: " + error);
 }
 
-// Pages in pinned memory of the host; copies go over a stream of their own, and streams wait, not threads.
+// Pages in pinned memory of the host; copies go over two streams of their own, one each way, so that a page comes while
+// another one leaves, and streams wait, not threads: the one that brings a page into a frame for what took the frame's
+// page out, kernels for the event of their frame.
 //
 // `On` makes the store's device the current one for a while, and makes no context on any other: PyTorch's
 // guard. `current` gives the stream that kernels are launched on.
@@ -26,13 +28,19 @@ class CudaStore : public Store {
     CudaStore(int device, int64_t page_bytes, void* (*current)(int device))
         : device_(device), page_bytes_(page_bytes), current_(current) {
         const On on(device_);
-        check_call(peftcore_cuda_new_stream(&stream_), "making a stream");
+        check_call(peftcore_cuda_new_stream(&out_), "making a stream");
+        if (const char* error = peftcore_cuda_new_stream(&in_)) {
+            peftcore_cuda_delete_stream(out_);
+            check_call(error, "making a stream");
+        }
     }
 
     ~CudaStore() override {
         const On on(device_);
-        peftcore_cuda_synchronize(stream_);
-        peftcore_cuda_delete_stream(stream_);
+        for (void* stream : {out_, in_}) {
+            peftcore_cuda_synchronize(stream);
+            peftcore_cuda_delete_stream(stream);
+        }
         for (void* page : pinned_) peftcore_pinned_free(page);
     }
 
@@ -65,22 +73,33 @@ class CudaStore : public Store {
 
     void start(const std::shared_ptr<Transfer>& transfer) override {
         const On on(device_);
-        const char* error = follow(current_(device_), stream_);  // kernels that use the frame come first
-        if (error == nullptr && transfer->out >= 0) {
-            error = peftcore_cuda_copy(pinned_[transfer->out], transfer->frame, page_bytes_, stream_);
+        void* last = current_(device_);  // kernels that use the frame come first
+        const char* error = nullptr;
+        if (transfer->out >= 0) {
+            error = follow(last, out_);
+            if (error == nullptr)
+                error = peftcore_cuda_copy(pinned_[transfer->out], transfer->frame, page_bytes_, out_);
             transfer->written = error == nullptr;
+            last = out_;
         }
-        if (error == nullptr && transfer->in >= 0)
-            error = transfer->zero
-                        ? peftcore_cuda_zero(transfer->frame, page_bytes_, stream_)
-                        : peftcore_cuda_copy(transfer->frame, pinned_[transfer->in], page_bytes_, stream_);
+        if (error == nullptr && transfer->in >= 0) {
+            error = follow(last, in_);
+            if (error != nullptr) {
+                transfer->written = false;  // nobody can know; the frame still has it
+            } else {
+                last = in_;
+                error = transfer->zero
+                            ? peftcore_cuda_zero(transfer->frame, page_bytes_, in_)
+                            : peftcore_cuda_copy(transfer->frame, pinned_[transfer->in], page_bytes_, in_);
+            }
+        }
         void* event = nullptr;
-        if (peftcore_cuda_record(stream_, &event) == nullptr) {
+        if (peftcore_cuda_record(last, &event) == nullptr) {
             transfer->event = std::shared_ptr<void>(event, peftcore_cuda_delete_event);
-        } else if (const char* unfinished = peftcore_cuda_synchronize(stream_)) {
-            // Nobody can wait for the copies, nor know that they are done: the page counts as neither written
-            // nor read.
-            transfer->written = false;
+        } else if (const char* unfinished = peftcore_cuda_synchronize(last)) {
+            // Nobody can wait for the last copy, nor know that it is done: its page does not count as written,
+            // or read.
+            if (last == out_) transfer->written = false;
             if (error == nullptr) error = unfinished;
         }
         if (error != nullptr) transfer->error = std::string("a page cannot be copied: ") + error;
@@ -111,9 +130,10 @@ class CudaStore : public Store {
     std::string place() const override { return "pinned memory"; }
 
  private:
+    // What `second` is given from here on happens after what `first` has been given.
     static const char* follow(void* first, void* second) {
         void* event = nullptr;
-        if (const char* error = peftcore_cuda_record(first, &event)) return error;
+        if (peftcore_cuda_record(first, &event) != nullptr) return peftcore_cuda_synchronize(first);
         const char* error = peftcore_cuda_wait_event(second, event);
         peftcore_cuda_delete_event(event);
         return error;
@@ -128,7 +148,7 @@ class CudaStore : public Store {
     const int device_;
     const int64_t page_bytes_;
     void* (*const current_)(int);
-    void* stream_ = nullptr;
+    void *out_ = nullptr, *in_ = nullptr;
     std::vector<void*> pinned_;
 };
 

@@ -1,6 +1,7 @@
 // AVX-512: 16 words a chunk, and one permutation a lookup, which ignores the index's upper bits.
 #include <immintrin.h>
 
+#include "nf4/cpu/linear/integers.h"
 #include "nf4/cpu/linear/rows.h"
 
 namespace peftcore {
@@ -40,9 +41,69 @@ struct Avx512 {
     static inline float sum(Vector v) { return _mm512_reduce_add_ps(v); }
 };
 
+struct Avx512Integers {
+    static constexpr int kRows = 4, kTile = 4;
+    using Words = __m512i;
+    using Floats = __m512;
+    struct Values {
+        __m512i of[4];
+    };
+
+    static inline Words load_words(const uint8_t* from) { return _mm512_loadu_si512(from); }
+
+    struct Table {
+        explicit Table(const int16_t* code) {
+            alignas(16) uint8_t bytes[2][16];
+            for (int i = 0; i < 16; ++i) {
+                bytes[0][i] = uint8_t(code[i]);
+                bytes[1][i] = uint8_t(code[i] >> 8);
+            }
+            first = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[0])));
+            second = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[1])));
+        }
+        inline Values operator()(Words words) const {
+            const __m512i nibble = _mm512_set1_epi8(15);
+            const __m512i low = _mm512_and_si512(words, nibble),
+                          high = _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble);
+            const __m512i a = _mm512_shuffle_epi8(first, low), b = _mm512_shuffle_epi8(second, low),
+                          c = _mm512_shuffle_epi8(first, high), d = _mm512_shuffle_epi8(second, high);
+            return {{_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b), _mm512_unpacklo_epi8(c, d),
+                     _mm512_unpackhi_epi8(c, d)}};
+        }
+        __m512i first, second;
+    };
+
+    static inline Floats dot(const Values& w, const int16_t* x) {
+        __m512i part[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) part[i] = _mm512_madd_epi16(w.of[i], _mm512_load_si512(x + 32 * i));
+        return _mm512_cvtepi32_ps(
+            _mm512_add_epi32(_mm512_add_epi32(part[0], part[1]), _mm512_add_epi32(part[2], part[3])));
+    }
+
+    static inline Floats zero() { return _mm512_setzero_ps(); }
+    static inline Floats load(const float* from) { return _mm512_load_ps(from); }
+    static inline Floats scales(const float* two) {
+        return _mm512_mask_broadcastss_ps(_mm512_broadcastss_ps(_mm_load_ss(two)), 0xff00,
+                                          _mm_load_ss(two + 1));
+    }
+    static inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+    static inline Floats all(float value) { return _mm512_set1_ps(value); }
+    static inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(_mm512_abs_ps(b), a); }
+    static inline float largest(Floats v) { return _mm512_reduce_max_ps(v); }
+    static inline Floats rounded(Floats v, int16_t* out) {
+        const __m512i whole = _mm512_cvtps_epi32(v);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(whole));
+        return _mm512_cvtepi32_ps(whole);
+    }
+};
+
 }  // namespace
 
 void fill_avx512(LinearKernels& kernels) {
+    kernels.integers = LinearIntegers<Avx512Integers>::kernel(1024);
     kernels.rows = LinearRows<Avx512>::kernel({.fp32 = 24, .fp16 = 32, .bf16 = 8});
 }
 

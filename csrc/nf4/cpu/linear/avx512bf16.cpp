@@ -27,7 +27,7 @@ int64_t arranged_bytes(int64_t batch, int64_t columns) { return batch * columns 
 
 // [columns / 2 pairs][batch] of two values, in the order above. A step at a time, whose part of `out` stays
 // in the first cache.
-void arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
+bool arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
     const uint16_t* from = static_cast<const uint16_t*>(x);
     uint32_t* to = static_cast<uint32_t*>(out);
     const __m128i pairs = _mm_setr_epi8(2, 3, 10, 11, 0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13);
@@ -42,6 +42,7 @@ void arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
                 at[2 * batch] = uint32_t(_mm_extract_epi32(eight, 2));
                 at[3 * batch] = uint32_t(_mm_extract_epi32(eight, 3));
             }
+    return true;
 }
 
 // A cache line of each row, copied to lie side by side: rows that are a power of two apart share so few sets
@@ -240,6 +241,8 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
 // of fp32.
 void fill_avx512bf16(LinearKernels& kernels) {
     kernels.dots = LinearDots::kernel();
+    kernels.integers.max_batch[int(Dtype::kBFloat16)] =
+        0;  // dot products of bf16 are faster, for many rows as well
     kernels.tile = {.granule = kRows,
                     .min_batch = 3,
                     .max_batch = {0, 0, kTileBatch},

@@ -35,7 +35,7 @@ struct LinearDots {
     }
 
     // [batch][chunk][j][lane]: value j ^ 1 of four, the even value being the high nibble.
-    static void arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
+    static bool arrange(const void* x, Dtype, int64_t batch, int64_t columns, void* out) {
         const uint16_t* from = static_cast<const uint16_t*>(x);
         uint16_t* to = static_cast<uint16_t*>(out);
         alignas(64) uint16_t every_fourth[32];
@@ -53,6 +53,7 @@ struct LinearDots {
                                         _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
                 }
             }
+        return true;
     }
 
     // Of two blocks of kBlock values, which begin with element `at`; the second half of the lanes is the second one's.

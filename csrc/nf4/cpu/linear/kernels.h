@@ -1,9 +1,10 @@
 // y = x Wᵀ + b for few rows of x, straight from 4 bits: what each SIMD level supplies.
 //
-// Three ways. "rows" reads a row of W at a time, 8 values (one 32-bit word) a lane: word >> 4 j is then the
+// Four ways. "rows" reads a row of W at a time, 8 values (one 32-bit word) a lane: word >> 4 j is then the
 // lookup's index of the lane's j-th value, x being stored in that order, and a lane has one scale. Products
 // and sums are fp32. "dots" does so by the bf16 dot product; the scales are multiplied in fp32, once a block, so what is
-// rounded is the codebook's entry (rounded.h). "tile" turns 32 rows of W into bf16, rounded likewise, for more rows of x.
+// rounded is the codebook's entry (rounded.h). "integers" multiplies both in 16-bit integers, for x of 16 bits: what
+// processors without bf16 do fastest (integers.h). "tile" turns 32 rows of W into bf16, rounded likewise, for more rows of x.
 // With AMX the tile is a register and what is rounded is entry times scale.
 //
 // Plain C++ has neither: looking values up one by one took 17 to 20 ms for 4096 x 4096, unpacking a panel 10.
@@ -33,13 +34,14 @@ struct LinearKernel {
     int64_t min_blocksize = 1;
     int column_multiple = 1;  // of the columns
     int64_t (*arranged_bytes)(int64_t batch, int64_t columns) = nullptr;
-    void (*arrange)(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out) = nullptr;
+    // False: not of these values.
+    bool (*arrange)(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out) = nullptr;
     void (*run)(const LinearCall&, int64_t first_row, int64_t last_row) = nullptr;
 };
 
 // Any may be missing: then it takes no row of x.
 struct LinearKernels {
-    LinearKernel rows, dots, tile;
+    LinearKernel rows, integers, dots, tile;
 };
 
 // Rows of x that a "tile" takes at most, in bf16 only: with more gemm::multiply is as fast.

@@ -25,25 +25,16 @@ using at::Tensor;
 namespace {
 
 constexpr int64_t kProductsPerTask = 1 << 17;
-// The kernel for `batch` rows of x, or none: then tiles or the library's GEMM on panels are faster, or the
-// shape is not one that the kernels read.
-const LinearKernel* choose(const CpuKernels& kernels, const WeightView& weight, Dtype dtype, int64_t batch) {
-    if (!std::all_of(weight.quant_map, weight.quant_map + 16,
-                     [](float value) { return std::isfinite(value); }))
-        return nullptr;
-    // Without dot products of bf16 the library is as slow in it as in fp16.
-    const Dtype as = dtype == Dtype::kBFloat16 && !kernels.library_has_bf16 ? Dtype::kHalf : dtype;
-    for (const LinearKernel* kernel : {&kernels.linear.tile, &kernels.linear.dots, &kernels.linear.rows})
-        if (batch >= kernel->min_batch && batch <= kernel->max_batch[int(as)] &&
-            weight.columns % kernel->column_multiple == 0 &&
-            int64_t(1) << weight.shift >= kernel->min_blocksize)
-            return kernel;
-    return nullptr;
+
+bool takes(const LinearKernel& kernel, const WeightView& weight, Dtype dtype, int64_t batch) {
+    return batch >= kernel.min_batch && batch <= kernel.max_batch[int(dtype)] &&
+           weight.columns % kernel.column_multiple == 0 && int64_t(1) << weight.shift >= kernel.min_blocksize;
 }
 
-void multiply_few_rows(const LinearKernel& kernel, const FewRows& few, const WeightView& weight) {
+// False: not of these values of x.
+bool multiply_few_rows(const LinearKernel& kernel, const FewRows& few, const WeightView& weight) {
     void* arranged = workspace(kernel.arranged_bytes(few.rows, weight.columns));
-    kernel.arrange(few.x, few.dtype, few.rows, weight.columns, arranged);
+    if (!kernel.arrange(few.x, few.dtype, few.rows, weight.columns, arranged)) return false;
     const LinearCall args{
         .weight = weight, .batch = few.rows, .x = arranged, .bias = few.bias, .y = few.y, .dtype = few.dtype};
     const int64_t units = ceil_div(weight.rows, kernel.granule);
@@ -51,6 +42,7 @@ void multiply_few_rows(const LinearKernel& kernel, const FewRows& few, const Wei
     at::parallel_for(0, units, grain, [&](int64_t first, int64_t last) {
         kernel.run(args, first * kernel.granule, std::min(last * kernel.granule, weight.rows));
     });
+    return true;
 }
 
 // y = x B + bias with B unpacked tile by tile, where this processor and these shapes allow it.
@@ -72,9 +64,15 @@ bool by_tiles(const CpuKernels& kernels, const WeightView& weight, bool transpos
 }  // namespace
 
 bool few_rows(const CpuKernels& kernels, const FewRows& args, const WeightView& weight) {
-    const LinearKernel* kernel = choose(kernels, weight, args.dtype, args.rows);
-    if (kernel != nullptr) multiply_few_rows(*kernel, args, weight);
-    return kernel != nullptr;
+    if (!std::all_of(weight.quant_map, weight.quant_map + 16,
+                     [](float value) { return std::isfinite(value); }))
+        return false;
+    // Without dot products of bf16 the library is as slow in it as in fp16.
+    const Dtype as = args.dtype == Dtype::kBFloat16 && !kernels.library_has_bf16 ? Dtype::kHalf : args.dtype;
+    const LinearKernels& all = kernels.linear;
+    for (const LinearKernel* kernel : {&all.tile, &all.dots, &all.integers, &all.rows})
+        if (takes(*kernel, weight, as, args.rows) && multiply_few_rows(*kernel, args, weight)) return true;
+    return false;
 }
 
 Tensor linear(const Tensor& x, const WeightView& weight, const Tensor& bias) {

@@ -58,16 +58,20 @@ struct LinearRows {
                     }
     }
 
-    static void arrange(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out) {
+    static bool arrange(const void* x, Dtype dtype, int64_t batch, int64_t columns, void* out) {
         float* to = static_cast<float*>(out);
         switch (dtype) {
             case Dtype::kFloat:
-                return arrange_as(static_cast<const float*>(x), batch, columns, to);
+                arrange_as(static_cast<const float*>(x), batch, columns, to);
+                break;
             case Dtype::kHalf:
-                return arrange_as(static_cast<const Half*>(x), batch, columns, to);
+                arrange_as(static_cast<const Half*>(x), batch, columns, to);
+                break;
             case Dtype::kBFloat16:
-                return arrange_as(static_cast<const BFloat16*>(x), batch, columns, to);
+                arrange_as(static_cast<const BFloat16*>(x), batch, columns, to);
+                break;
         }
+        return true;
     }
 
     // Rows [n, n + kRows) of W by rows [m, m + kTile) of x. `scales[r]` begins with the block of row n + r's

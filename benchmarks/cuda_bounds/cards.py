@@ -1,0 +1,131 @@
+"""Two cards, and how long each part of them is busy with a kernel: estimates, from data sheets and instruction counts.
+
+Every scheduler of an SM, of which there are four, issues one instruction of a warp in a cycle. Pipes take longer (CUDA
+C++ Programming Guide, "Arithmetic Instructions"): integers, bytes and conversions to 16 bits two cycles, for 16 of 32
+lanes; loads and stores share 128 bytes a cycle among the four.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from sass import Instruction, Resources
+
+
+class Card(NamedTuple):
+    name: str
+    arch: int
+    multiprocessors: int
+    clock: float  # GHz, as it runs under load
+    bandwidth: float  # bytes a ns
+    l2: float  # bytes a ns
+    latency: float  # of memory under load, ns
+    shared: int  # bytes of a multiprocessor
+    warps: int  # of a multiprocessor, at most
+    blocks: int
+    mma: float  # cycles of a scheduler for an mma.m16n8k16 of 16 bits, sums in fp32
+    tf32: float  # for an mma.m16n8k8
+
+
+# Of an H100's tensor cores `mma.sync` reaches about 0.62 (arXiv 2402.13499): 2 cycles at the full rate.
+CARDS = (
+    Card("H100 SXM", 90, 132, 1.755, 3350, 5500, 800, 228 << 10, 64, 32, 3.2, 3.2),
+    Card("RTX 4090", 89, 128, 2.52, 1008, 5000, 600, 100 << 10, 48, 24, 32, 32),
+)
+REGISTERS, RESERVED = 65536, 1024  # of a multiprocessor; shared memory that a block has beside its own
+
+
+class Work(NamedTuple):
+    """What a launch does, as far as its code does not say."""
+
+    label: str
+    source: str  # below csrc
+    kernel: str  # what its demangled name contains
+    marker: str  # an opcode of the inner loop
+    markers: float  # how often warps execute it, in all
+    bytes: float  # from and to memory: each once
+    blocks: int
+    threads: int
+    again: float = 0  # bytes that come from the second cache once more
+    in_flight: float = 0  # bytes of memory that a block waits for at a time; 0: enough
+    weight_bytes: float = 0  # of the weight alone, in 4 bits
+
+
+class Times(NamedTuple):
+    """In microseconds."""
+
+    memory: float
+    l2: float
+    waiting: float
+    issue: float
+    alu: float
+    shared: float
+    tensor: float
+
+    @property
+    def estimate(self) -> float:
+        return max(self)
+
+    @property
+    def limit(self) -> str:
+        return self._fields[self.index(self.estimate)]
+
+
+def resident(card: Card, resources: Resources, threads: int) -> int:
+    """Blocks that a multiprocessor holds."""
+    warps = -(-threads // 32)
+    of_warp = -(-resources.registers * 32 // 256) * 256
+    by_registers = REGISTERS // of_warp // warps
+    by_shared = card.shared // (-(-resources.shared // 128) * 128 + RESERVED)
+    return min(by_registers, by_shared, card.warps // warps, card.blocks)
+
+
+def _pieces(opcode: str) -> int:
+    """Times 128 bytes that a load or store of a warp moves."""
+    modifiers = opcode.split(".")
+    if modifiers[0] == "LDSM":
+        return int(modifiers[-1]) if modifiers[-1].isdigit() else 1
+    return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
+
+
+def cycles(card: Card, instructions: Iterable[Instruction]) -> dict[str, float]:
+    """Of one warp: what a scheduler, its integer pipe and its tensor core are busy for, and all four's memory pipe."""
+    total = dict.fromkeys(("issue", "alu", "shared", "tensor"), 0.0)
+    for one in instructions:
+        total["issue"] += 1
+        if one.kind == "alu":
+            total["alu"] += 2
+        elif one.kind == "convert":
+            total["alu"] += 8
+        elif one.kind in ("global", "shared"):
+            total["shared"] += _pieces(one.opcode)
+        elif one.kind == "tensor":
+            total["tensor"] += card.tf32 if "TF32" in one.opcode else card.mma
+    return total
+
+
+def times(card: Card, work: Work, body: list[Instruction], resources: Resources) -> Times:
+    """A launch on this card, as if each part of it had nothing to wait for but itself."""
+    here = max(1, sum(one.opcode.startswith(work.marker) for one in body))
+    busy = cycles(card, body)
+    # The multiprocessor that has most blocks is the last.
+    most = -(-work.blocks // card.multiprocessors)
+    share = most / work.blocks
+    schedulers = work.markers / here * share / (card.clock * 1000)
+    held = min(resident(card, resources, work.threads), most)
+    rate = work.in_flight * held * card.multiprocessors / card.latency if work.in_flight else card.bandwidth
+    return Times(
+        memory=work.bytes / card.bandwidth / 1000,
+        l2=(work.bytes + work.again) / card.l2 / 1000,
+        waiting=work.bytes / min(rate, card.bandwidth) / 1000,
+        issue=busy["issue"] * schedulers / 4,
+        alu=busy["alu"] * schedulers / 4,
+        shared=busy["shared"] * schedulers,
+        tensor=busy["tensor"] * schedulers / 4,
+    )
+
+
+def bound(card: Card, work: Work, body: list[Instruction]) -> float:
+    """Microseconds below which no kernel gets: memory once, and the products on all tensor cores."""
+    here = max(1, sum(one.opcode.startswith(work.marker) for one in body))
+    tensor = cycles(card, body)["tensor"] * work.markers / here / 4 / card.multiprocessors / (card.clock * 1000)
+    return max(work.bytes / card.bandwidth / 1000, tensor)

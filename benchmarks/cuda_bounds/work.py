@@ -1,0 +1,113 @@
+"""The kernels of the table: layers of 4096 x 4096 in bf16, 4 bits with double quantization, LoRA of rank 16."""
+
+from cards import CARDS, Work
+
+N = K = 4096
+RANK = 16
+CODES = N * K / 2 + N * K / 64 + N * K / 64 / 256 * 4  # with both kinds of scales
+TOKENS = 8192  # of training
+LINEAR = "nf4/cuda/linear.cu"
+
+
+def linear(batch: int, kernel: str, blocks: int, threads: int, in_flight: float, readers: int) -> Work:
+    """`readers`: how often all of x comes from the second cache."""
+    x, y = batch * K * 2.0, batch * N * 2.0
+    mma = N * K / 256 * -(-batch // 8)
+    return Work(
+        label=f"linear from 4 bits, {batch} rows" if batch > 1 else "linear from 4 bits, 1 row",
+        source=LINEAR,
+        kernel=kernel,
+        marker="HMMA.16816",
+        markers=mma,
+        bytes=CODES + x + y,
+        blocks=blocks,
+        threads=threads,
+        again=(readers - 1) * x,
+        in_flight=in_flight,
+        weight_bytes=N * K / 2,
+    )
+
+
+def tensor(batch: int, tiles: int, stage: int, stages: int) -> Work:
+    name = f"tensor_kernel<peftcore::BFloat16, {tiles}, {stage}, {stages}, true>"
+    return linear(batch, name, N // 16, 128, 4 * (stages - 1) * 16 * stage / 2, N // 16)
+
+
+def rows(batch: int, parts: int, tiles: int = 1) -> Work:
+    name = f"rows_kernel<peftcore::BFloat16, {parts}, {tiles}, true>"
+    blocks = N // (16 // parts)
+    # A lane waits for 64 bytes. Up to 128 KB of x stay in the first cache of a multiprocessor.
+    readers = CARDS[0].multiprocessors if batch <= 16 else blocks
+    return linear(batch, name, blocks, 128, 128 * 64, readers)
+
+
+# One mma.m16n8k8 for each half of 16 numbers along the sum and each piece of the fp32 operand.
+THIN = TOKENS / 16 * K / 16 * RANK / 8 * 4
+
+WORK = (
+    rows(1, 2),
+    rows(4, 2),
+    rows(8, 1),
+    rows(16, 1, 2),
+    rows(32, 1, 4),
+    tensor(64, 8, 32, 2),
+    Work(
+        label="dequantize",
+        source="nf4/cuda/dequantize.cu",
+        kernel="dequantize_kernel<peftcore::BFloat16, true>",
+        marker="LDG.E.128",
+        markers=N * K / 1024,
+        bytes=CODES + N * K * 2,
+        blocks=N * K // 1024 // 8,
+        threads=256,
+        in_flight=8 * 512,
+        weight_bytes=N * K / 2,
+    ),
+    Work(
+        label="quantize",
+        source="nf4/cuda/quantize.cu",
+        kernel="quantize_kernel<peftcore::BFloat16>",
+        marker="LDG.E.128",
+        markers=N * K / 8 / 32,
+        bytes=N * K * 2.5 + N * K / 64 * 4,
+        blocks=N * K // 8 // 256,
+        threads=256,
+        in_flight=256 * 16,
+        weight_bytes=N * K / 2,
+    ),
+    Work(
+        label="LoRA down, 8,192 rows",
+        source="lora/cuda/down.cu",
+        kernel="down_kernel<peftcore::BFloat16, 4, 2>",
+        marker="HMMA.1688",
+        markers=THIN,
+        bytes=TOKENS * K * 2 + RANK * K * 4 + TOKENS * RANK * 4,
+        blocks=TOKENS // 64 * 2,
+        threads=128,
+        again=(TOKENS / 64 - 1) * RANK * K * 4,
+        in_flight=5 * 64 * 32 * 2,
+    ),
+    Work(
+        label="LoRA reduce and product, 8,192 rows",
+        source="lora/cuda/reduce.cu",
+        kernel="reduce_kernel<peftcore::BFloat16, 2, true>",
+        marker="HMMA.1688",
+        markers=2 * THIN,
+        bytes=TOKENS * K * 2 + TOKENS * RANK * 4 + K * RANK * 4,
+        blocks=N // 128 * 9,
+        threads=128,
+        again=K / 128 * TOKENS * RANK * 4 * 2,
+        in_flight=2 * 32 * 128 * 2,
+    ),
+    Work(
+        label="LoRA up, 8,192 rows",
+        source="lora/cuda/up.cu",
+        kernel="up_kernel<peftcore::BFloat16>",
+        marker="HMMA.1688",
+        markers=TOKENS / 16 * N / 8 * RANK / 8 * 3,
+        bytes=TOKENS * N * 2 + TOKENS * RANK * 4 + N * RANK * 4,
+        blocks=TOKENS // 64 * N // 64,
+        threads=128,
+        again=(TOKENS / 64 - 1) * N * RANK * 4,
+    ),
+)
