@@ -1,0 +1,58 @@
+"""`peftcore fit`: which ways of training fit into a memory, and how long each takes; no weight is loaded."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Annotated
+
+import typer
+
+from peftcore.cli import options
+from peftcore.cli.console import say
+
+EXAMPLES = (
+    "peftcore fit -m MODEL --memory 24GB --device rtx4090 --max-length 2048 --examples 10000",
+    "peftcore fit -m MODEL --method METHOD --rank 8 --rank 64",
+)
+
+
+def fit(
+    model: options.Model,
+    memory: Annotated[
+        str | None, typer.Option(help="Such as 24GB; default the device's, of this machine what is free.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, this machine, or a card: t4, rtx4090, a100, h100, ...")] = "cpu",
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Repeatable; default those installed that have a rank.")
+    ] = None,
+    rank: Annotated[list[int] | None, typer.Option("--rank", min=1, help="Repeatable; default 16.")] = None,
+    max_length: options.MaxLength = 512,
+    examples: Annotated[int, typer.Option(min=1, help="How many there are, for the time of an epoch.")] = 1000,
+    dtype: options.Dtype = "auto",
+) -> None:
+    """Look for ways to train a model in so much memory, and print the commands for them.
+
+    Each way is a step of training that was run without memory. Times on cards are guesses from their data sheets.
+    """
+    import torch
+
+    import peftcore
+    from peftcore.cli import models
+
+    models.quiet_transformers()
+    on_card = device != "cpu" and dtype == "auto"
+    where = models.resolve(model)
+    found = peftcore.fit(
+        where,
+        memory=memory,
+        device=device,
+        length=max_length,
+        examples=examples,
+        methods=method,
+        ranks=rank or (16,),
+        dtype=torch.bfloat16 if on_card else models.torch_dtype(dtype, "cpu"),
+    )
+    say(str(found))
+    say("\nto train in the first of these ways:", "bold")
+    chosen = shlex.join([*found.ways[0].options(), "--max-length", str(max_length)])
+    say(f"  peftcore train -m {shlex.quote(model)} -d DATA -o RUN {chosen}" + (" --dtype bf16" if on_card else ""))

@@ -1,0 +1,162 @@
+"""What a step's operations take in seconds: on this machine, whose rates are measured once, and on named cards.
+
+    seconds = sum over operators of max(operations / rate, bytes moved / bandwidth) + what a call costs
+
+Rates of cards are their makers' (dense, without sparsity), of which a step reaches about half in products and three
+quarters in bandwidth; memory is what is left of it beside a context. Nothing here was measured on them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.estimating.following import Operation
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a step runs.
+
+    Args:
+        memory: bytes that there are for tensors.
+        half, single: floating-point operations a second in products of 16 and of 32 bits.
+        bandwidth: bytes a second.
+        call: seconds that an operator costs beside its work.
+        measured: rates of this machine, and not of a table.
+    """
+
+    name: str
+    memory: float
+    half: float
+    single: float
+    bandwidth: float
+    call: float
+    measured: bool = False
+
+    def seconds(self, operations: Sequence[Operation]) -> float:
+        """Of a step of these operations."""
+        total = 0.0
+        for operation in operations:
+            rate = self.half if operation.halves else self.single
+            total += max(operation.cost.flops / rate, operation.moved / self.bandwidth) + self.call
+        return total
+
+
+def usable(memory: float) -> float:
+    """Bytes of a card's memory that there are for tensors, beside a context and what is not to be had."""
+    return 0.94 * memory - 0.5e9
+
+
+def _card(name: str, gigabytes: float, half: float, single: float, bandwidth: float) -> Device:
+    """Of its data sheet: GB, TFLOP/s in 16 and 32 bits, GB/s."""
+    return Device(name, usable(1e9 * gigabytes), 0.5e12 * half, 0.5e12 * single, 0.75e9 * bandwidth, 8e-6)
+
+
+CARDS = {
+    card.name: card
+    for card in (
+        _card("t4", 16, 65, 8.1, 320),
+        _card("v100", 16, 112, 14, 900),
+        _card("rtx3090", 24, 71, 35.6, 936),
+        _card("rtx4090", 24, 165, 82.6, 1008),
+        _card("rtx5090", 32, 209, 104.8, 1792),
+        _card("l4", 24, 121, 30.3, 300),
+        _card("l40s", 48, 362, 91.6, 864),
+        _card("a100-40gb", 40, 312, 19.5, 1555),
+        _card("a100", 80, 312, 19.5, 2039),
+        _card("h100", 80, 989, 67, 3350),
+        _card("h200", 141, 989, 67, 4800),
+        _card("m3-max", 48, 28, 14, 400),
+    )
+}
+
+
+def device_of(name: str) -> Device:
+    """The card of that name, or with `cpu` this machine.
+
+    Raises:
+        PeftcoreError: it is neither.
+    """
+    if name == "cpu":
+        return this_machine()
+    card = CARDS.get(name.lower())
+    if card is None:
+        raise PeftcoreError(
+            f"there is no card '{name}' in the table{nearest(name, [*CARDS, 'cpu'])}. It has: cpu, {', '.join(CARDS)}"
+        )
+    return card
+
+
+def memory_here() -> float:
+    """Bytes of this machine's memory that may be had now, within a container's limit.
+
+    Raises:
+        PeftcoreError: that cannot be told here.
+    """
+    try:
+        import psutil
+
+        available = float(psutil.virtual_memory().available)
+    except ImportError:
+        try:
+            available = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+        except (AttributeError, ValueError, OSError):
+            raise PeftcoreError("how much memory is free is asked of psutil here: pip install psutil") from None
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        if limit != "max":
+            available = min(available, float(limit) - float(used))
+    except (OSError, ValueError):  # no such limit here
+        pass
+    return available
+
+
+def this_machine() -> Device:
+    """This machine, with its rates as they were measured when that was first asked; kept in a file of the user's."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftcore"
+    key = f"{platform.node()} {platform.machine()} {torch.__version__} {torch.get_num_threads()}"
+    kept: dict[str, dict[str, float]] = {}
+    try:
+        kept = json.loads((folder / "rates.json").read_text())
+        rates = {name: float(kept[key][name]) for name in ("half", "single", "bandwidth", "call")}
+    except (OSError, ValueError, KeyError, TypeError):
+        rates = _measured()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "rates.json").write_text(json.dumps({**kept, key: rates}, indent=1))
+        except OSError:
+            pass  # they are measured again the next time
+    return Device("this machine", memory_here(), **rates, measured=True)
+
+
+@torch.no_grad()
+def _measured() -> dict[str, float]:
+    """The best of a few runs each, which together take a second or two."""
+
+    def best(call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    rates = {}
+    with torch.device("cpu"):
+        for name, dtype in (("half", torch.bfloat16), ("single", torch.float32)):
+            x, w = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+            rates[name] = 2 * 512 * 1024 * 1024 / best(lambda: x @ w)  # noqa: B023  # called at once
+        large, small = torch.ones(8 << 20), torch.ones(4)
+        rates["bandwidth"] = 2 * large.nbytes / best(lambda: large + 1)  # into fresh memory, as in training
+        rates["call"] = best(lambda: [small + 1 for _ in range(1000)]) / 1000 * 2  # and Python around it
+    return rates

@@ -1,0 +1,207 @@
+"""A run without values, followed: every storage from when it is made until nothing holds it any more.
+
+Floats are on the meta device and small integers real (`observation.meta`). Where PyTorch chooses between algorithms by
+the device, the choice is the CPU's.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from peftcore.errors import PeftcoreError
+from peftcore.estimating.costs import FREE, Cost, cost
+from peftcore.observation.meta import MetaFloats
+
+LARGEST_INDEX = 1 << 22  # integers with more values than this are not real
+
+
+class NotFollowed(PeftcoreError):
+    """A model, or a step of it, that does not run without values."""
+
+
+@dataclass(slots=True)
+class Storage:
+    """Memory from operation `born` to operation `died`; None: it stays.
+
+    Args:
+        shape: of the first tensor that was seen in it.
+        kind: what it is for, as far as that is known.
+        module: path of the module in which it was made.
+    """
+
+    bytes: int
+    shape: tuple[int, ...]
+    born: int
+    died: int | None = None
+    kind: str | None = None
+    module: str = ""
+
+
+@dataclass(slots=True)
+class Operation:
+    """One operator.
+
+    Args:
+        name: its schema's.
+        module: path of the module in whose forward it ran, or if none does of that whose results it read.
+        phase: part of the step.
+        moved: bytes that it reads and writes.
+        halves: does it compute in 16 bits?
+        recomputed: in a forward that a backward runs again.
+        recorded: with a node of autograd, in a forward.
+    """
+
+    name: str
+    module: str
+    phase: str
+    cost: Cost = FREE
+    moved: int = 0
+    halves: bool = False
+    recomputed: bool = False
+    recorded: bool = False
+
+
+def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]], dict[int, list[int]], list[int]]:
+    """By operation the numbers of the storages that it makes, and that are gone before it; and of those that stay."""
+    born, died, stay = defaultdict(list), defaultdict(list), []
+    for number, storage in enumerate(storages):
+        if storage.born == 0 and storage.died is None:
+            stay.append(number)
+            continue
+        born[storage.born].append(number)
+        if storage.died is not None:
+            died[storage.died].append(number)
+    return born, died, stay
+
+
+class Following:
+    """Follows what is done within `with following.running(model):`."""
+
+    def __init__(self) -> None:
+        self.storages: list[Storage] = []
+        self.operations: list[Operation] = []
+        self.phase = ""
+        self._modules: list[str] = []  # those whose forward is running
+        self._live: dict[int, Storage] = {}
+
+    @contextmanager
+    def running(self, model: nn.Module) -> Iterator[None]:
+        """Within the block everything is followed, and known by the paths of `model`'s modules."""
+        paths = {id(module): path for path, module in model.named_modules()}
+
+        def enter(module: nn.Module, _: Any) -> None:
+            if id(module) in paths:
+                self._modules.append(paths[id(module)])
+
+        def leave(module: nn.Module, *_: Any) -> None:
+            if id(module) in paths and self._modules:
+                self._modules.pop()
+
+        with ExitStack() as stack:
+            hooks = torch.nn.modules.module
+            stack.callback(hooks.register_module_forward_pre_hook(enter).remove)
+            stack.callback(hooks.register_module_forward_hook(leave, always_call=True).remove)
+            stack.enter_context(_attention_of_cpu())
+            stack.enter_context(MetaFloats(self._record, LARGEST_INDEX))
+            yield
+
+    def see(self, tensor: Tensor, kind: str | None = None, *, only_new: bool = False) -> None:
+        """Note the tensor's storage; with `kind`, what it is for, unless that is known and `only_new`."""
+        if tensor.layout is not torch.strided:
+            raise NotFollowed(f"a tensor of layout {tensor.layout} is made, whose memory is not followed")
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._live.get(key)
+        if known is None:
+            module = self._modules[-1] if self._modules else ""
+            known = Storage(storage.nbytes(), tuple(tensor.shape), len(self.operations), None, kind, module)
+            self._live[key] = known
+            self.storages.append(known)
+            weakref.finalize(storage, self._gone, key, known).atexit = False
+        elif kind is not None and not (only_new and known.kind):
+            known.kind = kind
+
+    def _gone(self, key: int, storage: Storage) -> None:
+        storage.died = len(self.operations)
+        if self._live.get(key) is storage:
+            del self._live[key]
+
+    def _record(self, operator: Any, args: tuple[Any, ...], tensors: list[Tensor], output: Any) -> None:
+        inside = self._modules[-1] if self._modules else ""
+        if not inside:
+            for tensor in tensors:
+                known = self._live.get(tensor.untyped_storage()._cdata)
+                if known is not None and known.module:
+                    inside = known.module
+        again = bool(self._modules) and self.phase.startswith("backward")
+        ours = operator.namespace == "peftcore"  # which runs within a node that is there already
+        recorded = self.phase.startswith("forward") and (torch.is_grad_enabled() or ours)
+        operation = Operation(operator._schema.name, inside, self.phase, recomputed=again, recorded=recorded)
+        if not operator.is_view:
+            made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+            operation.moved = sum(t.nbytes for t in tensors) + sum(t.nbytes for t in made)
+            operation.halves = any(t.dtype in (torch.float16, torch.bfloat16) for t in made)
+            operation.cost = cost(operator, args, tensors, output)
+            for tensor in made:
+                self.see(tensor)
+        self.operations.append(operation)
+
+
+@contextmanager
+def _attention_of_cpu() -> Iterator[None]:
+    """Within the block attention on meta tensors takes the algorithm that a CPU takes for such shapes.
+
+    The function is replaced in its module, since a function mode does not reach what a backward computes again; on
+    other tensors it is what it was.
+    """
+    original = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        flash = query.is_meta and _takes_flash(query, key, value, attn_mask, *args, **kwargs)
+        return (_flash if flash else original)(query, key, value, attn_mask, *args, **kwargs)
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = original
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if mask is not None and mask.dtype is torch.bool:  # as on a CPU, which adds 0 or -inf
+        mask = torch.empty(mask.shape, dtype=query.dtype, device="meta").masked_fill_(mask.to("meta"), 0)
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    return attend(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
+
+
+def _takes_flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any) -> bool:
+    """PyTorch's own choice, by tensors of the CPU that have the shapes and take no memory."""
+
+    def like(t: Tensor) -> Tensor:
+        made = torch.empty(t.shape[-1:], dtype=t.dtype, device="cpu").expand(t.shape)
+        return made.detach().requires_grad_(t.requires_grad) if t.is_floating_point() else made
+
+    with _disable_current_modes():
+        on_cpu: Any = (like(query), like(key), like(value), None if mask is None else like(mask))
+        choice: Any = torch._fused_sdp_choice
+        return choice(*on_cpu, *args, **kwargs) == torch.nn.attention.SDPBackend.FLASH_ATTENTION.value

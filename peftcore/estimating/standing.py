@@ -1,0 +1,99 @@
+"""Stand-ins: a model of the same parts whose tensors have shapes and no values, from a model, a config or a folder."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftcore.errors import PeftcoreError
+from peftcore.estimating.following import NotFollowed
+from peftcore.observation.meta import meta_copy
+from peftcore.quantization import QuantizedLinear, quantized_experts
+from peftcore.quantization.convert import convert_dense
+
+
+def stand_in(model: Any, dtype: torch.dtype | None) -> nn.Module:
+    """A model on the meta device, without adapters, in training mode.
+
+    Args:
+        model: a module, a config of transformers, a folder with a `config.json`, or a hub id.
+        dtype: of its floating parameters; None: those of the module, or what the config says, else fp32.
+
+    Raises:
+        PeftcoreError: it is none of these, or no model can be built of it on the meta device.
+    """
+    if isinstance(model, nn.Module):
+        copied = _copy(model)
+        return (copied if dtype is None else copied.to(dtype)).train()
+    if isinstance(model, (str, Path)):
+        model = _config(str(model))
+    if not hasattr(model, "to_dict") or not hasattr(model, "model_type"):
+        raise PeftcoreError(
+            f"estimate takes a model, a config of transformers, a folder or a hub id, found {type(model).__name__}"
+        )
+    return _built(model, dtype or getattr(model, "dtype", None) or torch.float32).train()
+
+
+def config_of(model: Any) -> Any:
+    """The config of a model, of a folder or hub id, or the config itself.
+
+    Raises:
+        PeftcoreError: there is none, or it does not say how many layers there are.
+    """
+    found = _config(str(model)) if isinstance(model, (str, Path)) else getattr(model, "config", model)
+    if not isinstance(getattr(found, "num_hidden_layers", None), int):
+        raise PeftcoreError(f"a config of transformers with num_hidden_layers is needed, found {type(found).__name__}")
+    return found
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    if next(quantized_experts(model), None) is not None:
+        raise PeftcoreError("the model's experts are in 4 bits already. Estimate from its config, with quantize=")
+    packed = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.is_quantized}
+    copied = meta_copy(model)
+    for path, layer in packed.items():
+        dense: Any = copied.get_submodule(path)
+        dense.weight.data = dense.weight.data.to(layer.packings["weight"].dtype)
+        double = layer.nested_absmax is not None
+        convert_dense(dense, layer.quant_type, double, layer.blocksize, layer.compute_dtype)
+    return copied
+
+
+def _config(where: str) -> Any:
+    try:
+        from transformers import AutoConfig
+    except ImportError as error:
+        raise PeftcoreError("a folder or a hub id is read with transformers: pip install transformers") from error
+    if Path(where).is_absolute() and not Path(where).is_dir():  # which the hub would call a bad name of its own
+        raise PeftcoreError(f"there is no folder '{where}': give one with a config.json, or a hub id")
+    try:
+        return AutoConfig.from_pretrained(where)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise PeftcoreError(f"the configuration of '{where}' cannot be read: {reason}") from error
+
+
+def _built(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The class that the config names, or the one with a head for language; from_config would draw weights."""
+    import transformers
+
+    config = copy.deepcopy(config)  # which a model writes to
+    named = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)
+    kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if named is not None:
+                return named._from_config(config, dtype=dtype)
+            kind = next((k for k in kinds if type(config) in k._model_mapping), transformers.AutoModel)
+            return kind.from_config(config, dtype=dtype)
+    except Exception as error:
+        raise NotFollowed(
+            f"no model can be built on the meta device of this {type(config).__name__}: "
+            f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ) from error

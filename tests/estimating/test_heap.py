@@ -1,0 +1,43 @@
+"""glibc's malloc, simulated: what is mapped, what is used again, and what lies in vain between others."""
+
+from peftcore.estimating.heap import Heap
+
+MIB = 1 << 20
+
+
+def test_large_pieces_are_mapped_until_one_was_freed() -> None:
+    heap = Heap()
+    first = heap.allocate_aligned(4 * MIB)
+    assert first[0] == -1 and heap.touched == 0 and 4 * MIB < heap.resident < 4 * MIB + 8192
+    heap.free(first)
+    assert heap.resident == 0 and heap.threshold > 4 * MIB
+    assert heap.allocate_aligned(3 * MIB)[0] >= 0 and heap.mapped == 0
+
+
+def test_a_freed_tensor_leaves_no_room_for_one_of_its_size() -> None:
+    """96 bytes more are looked for, which are there where the neighbour is free as well."""
+    heap = Heap()
+    heap.threshold = heap.trim = 32 * MIB
+    first, node, second = heap.allocate_aligned(MIB), heap.allocate(472), heap.allocate_aligned(MIB)
+    heap.allocate(472)
+    heap.free(first)
+    third = heap.allocate_aligned(MIB)
+    assert third[0] > second[0] and third[0] % 64 == 48  # beside a header of 16 bytes
+    heap.free(node)  # it stays with its size's pieces
+    assert heap.allocate_aligned(MIB)[0] > third[0]
+    heap.free(second)
+    assert heap.allocate(472) == node
+    top = heap.top
+    assert heap.allocate_aligned(MIB - 4096)[0] < second[0] + MIB and heap.top == top
+
+
+def test_the_end_is_given_back() -> None:
+    heap = Heap()
+    heap.threshold, heap.trim = 32 * MIB, 8 * MIB
+    pieces = [heap.allocate_aligned(3 * MIB) for _ in range(4)]
+    most = heap.resident
+    heap.free(pieces.pop())
+    assert heap.resident == most
+    for piece in reversed(pieces):
+        heap.free(piece)
+    assert heap.resident < 4 * MIB < 12 * MIB < most  # less than 8 MiB at the end stay
