@@ -1,0 +1,62 @@
+"""BEFT, bias-efficient fine-tuning (Huang et al. 2025, arXiv 2509.15974): y = W x + b + d, d zero at the start.
+
+As BitFit, but of chosen layers, and also of those without a bias of their own. The paper finds the values' projections
+to be worth most: `target_modules=["v_proj"]`. It merges into b, where a layer has one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import targets
+
+
+@dataclass(frozen=True)
+class BeftConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `BeftConfig`; those that are not here are LoRA's.
+
+    Args:
+        init_weights: False: d is drawn, so that the adapter changes the model from the start.
+    """
+
+    init_weights: bool = True
+
+    not_in_peft = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"})
+
+
+class Beft(nn.Module):
+    """d `[1, out]` of a linear layer."""
+
+    def __init__(self, out_width: int, start: bool) -> None:
+        super().__init__()
+        self.beft_bias = nn.Parameter((torch.zeros if start else torch.randn)(1, out_width))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return base(x) + self.beft_bias[0].to(x.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        d = self.beft_bias[0].float()
+        return weight, d if bias is None else bias + d
+
+    def neutral(self) -> dict[str, Tensor]:
+        return {"beft_bias": torch.zeros_like(self.beft_bias)}
+
+
+def place(model: nn.Module, config: BeftConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = config.selected(model, architecture).items()
+    return [peftcore.Around(path, Beft(targets.sizes(layer)[1], config.init_weights)) for path, layer in layers]
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="BEFT",
+        own_fields=BeftConfig.not_in_peft,
+        unreadable=targets.conv1d_paths,
+    )
+    return [peftcore.Method("beft", BeftConfig, place, rules, learning_rate=3e-3)]

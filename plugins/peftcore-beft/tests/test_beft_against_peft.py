@@ -1,0 +1,26 @@
+"""Hugging Face PEFT reads what is saved here, and the other way round, with the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+from beside_peft import both_ways
+
+import peftcore
+
+TARGETS = {"llama": ["k_proj", "v_proj", "down_proj"], "bert": ["key", "output.dense"], "t5": ["k", "wo"]}
+TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+CASES: dict[str, dict[str, Any]] = {
+    "biases": {},
+}
+
+
+@pytest.mark.parametrize("kind", list(TARGETS))
+def test_files(kind: str, tmp_path: Path) -> None:
+    fields = {"target_modules": TARGETS[kind], **CASES["biases"]}
+    ours = peftcore.apply(tiny.MODELS[kind](), "beft", **fields)
+    both_ways(tiny.MODELS[kind], tmp_path, ours, peft.BeftConfig(task_type=TASKS[kind], **fields))

@@ -1,0 +1,19 @@
+"""It passes the conformance suite."""
+
+import matrix
+from peftcore_beft import BeftConfig
+
+from peftcore.testing import check_method
+
+NO_BIASES = "of layers without a bias, which merge refuses; it merges where all have one"
+
+
+def test_conformance() -> None:
+    excuses = {
+        "Llama: merge equals forward, unmerge is bit exact": NO_BIASES,
+        "Qwen2: merge equals forward, unmerge is bit exact": NO_BIASES,
+        "Gemma: merge equals forward, unmerge is bit exact": NO_BIASES,
+        "T5: merge equals forward, unmerge is bit exact": NO_BIASES,
+        "Qwen3-MoE: merge equals forward, unmerge is bit exact": NO_BIASES,
+    }
+    matrix.check(check_method(BeftConfig(), compile_backend="eager", not_applicable=excuses))
