@@ -1,0 +1,133 @@
+"""BOFT (Liu et al. 2023, arXiv 2311.06243): y = g ∘ W (R x) + bias, with R a product of sparse rotations.
+
+    R = Rm ... R2 R1: each turns blocks of b numbers, which are neighbours in R1, and in Rᵢ come from halves of blocks
+                      that lie 2ⁱ⁻¹ apart (a butterfly, as in the FFT), so that few numbers turn all inputs
+
+    x -- R -- W -- · g --- + bias --- y
+
+A block is Cayley's (1 - Q) (1 + Q)⁻¹ with Q = (A - Aᵀ) / 2. Trained: A of each block, zero at the start, and a gain g
+for each output, one at the start. No matrix [in, in] is made.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peftcore_oft import cayley, turned
+from torch import Tensor, nn
+
+from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+
+
+@dataclass(frozen=True)
+class BOFTConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `BOFTConfig`; those that are not here choose layers.
+
+    Args:
+        boft_block_size, boft_block_num: size and number of the blocks; one of them is 0, and follows from the other.
+            It must divide each layer's inputs.
+        boft_n_butterfly_factor: rotations in the product; 1: blocks of neighbours alone. (PEFT takes 1 for any other
+            number where its CUDA kernel is not built, and its files are then of one.)
+        boft_dropout: share of the blocks of one rotation, drawn anew, that are not turned in a training step.
+        bias: which are trained too: "none", "all", or "boft_only" (those of adapted modules).
+        init_weights: False: random rotations and gains, so that the adapter changes the model from the start.
+    """
+
+    boft_block_size: int = 4
+    boft_block_num: int = 0
+    boft_n_butterfly_factor: int = 1
+    boft_dropout: float = 0.0
+    bias: Literal["none", "all", "boft_only"] = "none"
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        size, number = self.boft_block_size, self.boft_block_num
+        one = min(size, number) == 0 < max(size, number)
+        found = f"found boft_block_size={size}, boft_block_num={number}"
+        validation.require(one, f"one of boft_block_size and boft_block_num is 0, and the other above 0, {found}")
+        validation.positive_whole(boft_n_butterfly_factor=self.boft_n_butterfly_factor)
+        validation.probability(boft_dropout=self.boft_dropout)
+
+
+class BOFT(nn.Module):
+    """`boft_R` `[rotations, blocks, b, b]` and `boft_s` `[out, 1]` of a linear layer."""
+
+    orders: Tensor  # [rotations, in]: where in x each number of the blocks comes from
+
+    def __init__(self, config: BOFTConfig, blocks: int, block_size: int, out_width: int) -> None:
+        super().__init__()
+        self.dropout = config.boft_dropout
+        rotations = range(config.boft_n_butterfly_factor)
+        self.boft_R = nn.Parameter(torch.zeros(len(rotations), blocks, block_size, block_size))
+        self.boft_s = nn.Parameter(torch.ones(out_width, 1))
+        self.register_buffer(
+            "orders", torch.stack([butterfly(i, blocks, block_size) for i in rotations]), persistent=False
+        )
+        if not config.init_weights:
+            nn.init.normal_(self.boft_R, std=0.1)
+            nn.init.normal_(self.boft_s, mean=1.0, std=0.1)
+
+    def turns(self) -> Tensor:
+        """Each block's rotation less 1, fp32 `[rotations, blocks, b, b]`."""
+        r = self.boft_R.float()
+        return cayley((r - r.transpose(-1, -2)) / 2)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        turns = self.turns()
+        if self.training and self.dropout:
+            shape = turns.shape[:2]
+            dropped = torch.randperm(shape[1], device=x.device) < int(self.dropout * shape[1])
+            one = torch.arange(shape[0], device=x.device) == torch.randint(shape[0], (), device=x.device)
+            turns = turns * ~(one[:, None] & dropped)[:, :, None, None]
+        operands = base.linear_operands(x)
+        bias = base.weight_and_bias()[1] if operands is None else operands[1]
+        for order, rotation in reversed(list(zip(self.orders, turns.to(x.dtype), strict=True))):
+            x = self.turned(x, order, rotation)
+        gain = self.boft_s.flatten().float()
+        y = base(x) * gain.to(x.dtype)
+        return y if bias is None else y + ((1 - gain) * bias).to(x.dtype)
+
+    def turned(self, x: Tensor, order: Tensor, rotation: Tensor) -> Tensor:
+        """x `[..., in]`, a row, after one rotation of the product."""
+        if len(self.orders) == 1:  # they are neighbours
+            return x + turned(x, rotation)
+        return x + torch.zeros_like(x).index_copy(-1, order, turned(x.index_select(-1, order), rotation))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        for order, rotation in zip(self.orders, self.turns().transpose(-1, -2), strict=True):
+            weight = self.turned(weight, order, rotation)
+        return self.boft_s.float() * weight, bias
+
+
+def butterfly(i: int, blocks: int, block_size: int) -> Tensor:
+    """Of rotation i, from 0, where each number of its blocks comes from: two halves of blocks that lie 2ⁱ apart."""
+    order = torch.arange(2 * blocks).view(-1, 2, 2**i).transpose(1, 2).flatten()
+    width = block_size // 2
+    return (order[:, None] * width + torch.arange(width)).flatten() if i else torch.arange(blocks * block_size)
+
+
+def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    placed: list[Any] = []
+    for path, (width, out_width) in layers.items():
+        given, m = config.boft_block_num or config.boft_block_size, config.boft_n_butterfly_factor
+        name = "boft_block_num" if config.boft_block_num else "boft_block_size"
+        validation.require(width % given == 0, f"{name}={given} does not divide the {width} inputs of '{path}'")
+        blocks, size = (given, width // given) if config.boft_block_num else (width // given, given)
+        fits = m == 1 or (size % 2 == 0 and blocks % 2 ** (m - 1) == 0)
+        validation.require(
+            fits,
+            f"boft_n_butterfly_factor={m} wants blocks of an even size, and {2 ** (m - 1)} or a multiple of them; "
+            f"'{path}' has {blocks} of {size}",
+        )
+        placed.append(Around(path, BOFT(config, blocks, size, out_width)))
+    return placed + targets.trained_biases(model, config.bias, layers)
+
+
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="BOFT", unreadable=targets.conv1d_paths)
+    return [Method("boft", BOFTConfig, place, rules, learning_rate=1e-3)]

@@ -1,0 +1,76 @@
+"""Hugging Face PEFT reads what is saved here, and the other way round, also products of rotations; what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from beside_peft import both_ways, same_start
+from peft.tuners.boft import layer as peft_layer
+
+import peftcore
+from peftcore.testing import disturb
+
+TARGETS = {"llama": ["k_proj", "v_proj", "down_proj"], "bert": ["key", "output.dense"], "t5": ["k", "v", "wo"]}
+TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+
+
+def block_diagonals(blocks: torch.Tensor) -> list[torch.Tensor]:
+    """What PEFT's CUDA kernel computes, which its products of several rotations need."""
+    return [torch.stack([torch.block_diag(*each) for each in blocks])]
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("llama", {"boft_block_size": 4}), ("bert", {"boft_block_size": 0, "boft_block_num": 4, "bias": "boft_only"}),
+     ("t5", {"boft_block_size": 4, "boft_n_butterfly_factor": 3, "init_weights": False}),
+     ("bert", {"boft_block_size": 2, "boft_n_butterfly_factor": 4})],
+)  # fmt: skip
+def test_files(kind: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_layer, "_FBD_CUDA", SimpleNamespace(forward=block_diagonals))
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **more}
+    config = peft.BOFTConfig(task_type=TASKS[kind], **fields)
+    same_start(make, tmp_path, peftcore.apply(make(), "boft", **fields), config)
+    both_ways(make, tmp_path, peftcore.apply(make(), "boft", **fields), config)
+
+
+def adapted(**fields: Any) -> Any:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(32, 20))
+    return peftcore.apply(model, "boft", target_modules=["0"], **fields)
+
+
+def test_the_product_merges() -> None:
+    model, x = adapted(boft_n_butterfly_factor=3), torch.randn(3, 32)
+    disturb(model, "default", seed=1)
+    wanted = model(x)
+    torch.testing.assert_close(peftcore.merge(model)(x), wanted)
+
+
+def test_a_share_of_one_rotation_s_blocks_rests_in_training() -> None:
+    model, x = adapted(boft_dropout=0.5), torch.randn(3, 32)
+    disturb(model, "default", seed=1)
+    boft = model[0].peftcore["default"]
+    torch.nn.init.ones_(boft.boft_s)
+    seen: list[torch.Tensor] = []
+    turned = boft.turned
+    boft.turned = lambda *args: seen.append(turned(*args)) or seen[-1]
+    model.train()(x)
+    assert (seen[0] == x).view(3, 8, 4).all(-1).all(0).sum() == 4
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for fields, message in (
+        ({"boft_block_size": 5}, "boft_block_size=5 does not divide the 32 inputs of '0'"),
+        ({"boft_block_num": 2}, "one of boft_block_size and boft_block_num is 0"),
+        ({"boft_n_butterfly_factor": 5}, "wants blocks of an even size, and 16 or a multiple of them; '0' has 8 of 4"),
+    ):
+        with pytest.raises(peftcore.PeftcoreError, match=message):
+            adapted(**fields)
+    with pytest.raises(peftcore.PeftcoreError, match=r"'0' matches Conv2d .* which this method cannot adapt"):
+        peftcore.apply(tiny.convnet(), "boft", target_modules=["0"])
