@@ -1,0 +1,122 @@
+"""C3A (Chen et al. 2024, arXiv 2407.19342): beside W stand circular convolutions of blocks, computed by FFT.
+
+    x in blocks x₁ .. xₙ of b numbers, y in blocks y₁ .. yₘ        kernels w [m, n, b]
+    yⱼ += 1/in · Σᵢ IDFT( DFT(xᵢ) · conj DFT(wⱼᵢ) )                of real numbers: half the spectrum is enough
+
+So an update of any rank has out · in / b numbers, and no matrix of the weight's size is made. Trained: w.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+
+
+@dataclass(frozen=True)
+class C3AConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `C3AConfig`; those that are not here choose layers.
+
+    Args:
+        block_size: b, which divides inputs and outputs of each layer. block_size_pattern: others by name of a layer.
+        bias: which are trained too: "none", "all", or "c3a_only" (those of adapted modules).
+        init_weights: "xavier_uniform" (False means that, too), "kaiming_uniform" or "gaussian": random kernels, so that
+            the adapter changes the model from the start. True: they are zero.
+    """
+
+    not_in_peft = frozenset({"exclude_modules", "fan_in_fan_out"})
+    block_size: int = 256
+    bias: Literal["none", "all", "c3a_only"] = "none"
+    block_size_pattern: dict[str, int] = field(default_factory=dict)
+    init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(block_size=self.block_size, **self.block_size_pattern)
+
+
+class Correlation(torch.autograd.Function):
+    """x `[..., n b]`, kernels `[m, n, b]` -> `[..., m b]`; for the backward pass it keeps these, and no spectrum."""
+
+    @staticmethod
+    def forward(x: Tensor, kernel: Tensor) -> Tensor:
+        return blocks_of(
+            torch.einsum("...nf,mnf->...mf", spectrum(x, kernel), torch.fft.rfft(kernel).conj()), x, kernel
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, kernel = ctx.saved_tensors
+        dx, dkernel, g = None, None, spectrum(dy, kernel)
+        if ctx.needs_input_grad[0]:
+            dx = blocks_of(torch.einsum("...mf,mnf->...nf", g, torch.fft.rfft(kernel)), x, kernel)
+        if ctx.needs_input_grad[1]:
+            both = torch.einsum("tmf,tnf->mnf", g.conj().flatten(0, -3), spectrum(x, kernel).flatten(0, -3))
+            dkernel = torch.fft.irfft(both, n=kernel.shape[-1])
+        return dx, dkernel
+
+
+def wide_enough(x: Tensor) -> torch.dtype:
+    """FFTs are of 32 bits and more."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def spectrum(x: Tensor, kernel: Tensor) -> Tensor:
+    """Of each block of x, `[..., blocks, b / 2 + 1]`."""
+    return torch.fft.rfft(x.to(kernel.dtype).unflatten(-1, (-1, kernel.shape[-1])))
+
+
+def blocks_of(spectra: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
+    return torch.fft.irfft(spectra, n=kernel.shape[-1]).flatten(-2).to(x.dtype)
+
+
+class C3A(nn.Module):
+    """`c3a_kernel` `[out / b, in / b, b]` of a linear layer."""
+
+    def __init__(self, config: C3AConfig, block_size: int, width: int, out_width: int) -> None:
+        super().__init__()
+        self.width, self.block_size = width, block_size
+        self.c3a_kernel = nn.Parameter(torch.zeros(out_width // block_size, width // block_size, block_size))
+        if config.init_weights == "gaussian":
+            nn.init.normal_(self.c3a_kernel)
+        elif config.init_weights is not True:
+            kaiming = config.init_weights == "kaiming_uniform"
+            bound = math.sqrt(1 / width) if kaiming else math.sqrt(6 / (width + out_width))
+            nn.init.uniform_(self.c3a_kernel, -bound, bound)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return base(x) + Correlation.apply(x, self.c3a_kernel.to(wide_enough(x)) / self.width)  # type: ignore[no-untyped-call]
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        steps = torch.arange(self.block_size, device=weight.device)
+        circulant = self.c3a_kernel.float()[:, :, (steps - steps[:, None]) % self.block_size]  # [m, n, b out, b in]
+        return weight + circulant.transpose(1, 2).reshape(weight.shape) / self.width, bias
+
+    def neutral(self) -> dict[str, Tensor]:
+        return {"c3a_kernel": torch.zeros_like(self.c3a_kernel)}
+
+
+def place(model: nn.Module, config: C3AConfig, architecture: Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    placed: list[Any] = []
+    for path, (width, out_width) in layers.items():
+        b = targets.pattern_value(config.block_size_pattern, path, config.block_size)
+        fits, sizes = width % b == out_width % b == 0, f"'{path}' has {width} inputs and {out_width} outputs"
+        validation.require(fits, f"block_size={b} must divide both sizes, {sizes}: choose {math.gcd(width, out_width)}")
+        placed.append(Around(path, C3A(config, b, width, out_width)))
+    return placed + targets.trained_biases(model, config.bias, layers)
+
+
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="C3A", own_fields=C3AConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    return [Method("c3a", C3AConfig, place, rules, learning_rate=3e-2)]
