@@ -1,0 +1,85 @@
+"""DeLoRA (Bini et al. 2025, arXiv 2503.18225, eq. 6): directions of a low-rank update, and its strength apart.
+
+    W + λ / r · Σᵢ bᵢ aᵢᵀ / (‖bᵢ‖ ‖aᵢ‖) · diag(n)          n [in]: norms of W's columns, as they were at the start
+
+Each of the r products has length 1, so λ bounds how far the weight goes, however large the steps. Trained: A [r, in],
+B [out, r], zero at the start, and λ. It is computed as LoRA is, with the factors in A; n is kept in the file.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peftcore_lora.layers import ThinLinear
+from torch import Tensor, nn
+
+from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.adaptation.adapted import inside
+
+
+@dataclass(frozen=True)
+class DeloraConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `DeloraConfig`; those that are not here choose layers.
+
+    Args:
+        r: rank. delora_lambda: λ at the start. rank_pattern, lambda_pattern: others by name of a layer.
+        module_dropout: probability with which an input of A is dropped in training.
+        bias: which are trained too: "none", "all", or "delora_only" (those of adapted modules).
+        init_weights: False: B is random, too, so that the adapter changes the model from the start.
+    """
+
+    not_in_peft = frozenset({"fan_in_fan_out"})
+    r: int = 8
+    delora_lambda: float = 15
+    module_dropout: float = 0.0
+    bias: Literal["none", "all", "delora_only"] = "none"
+    init_weights: bool = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    lambda_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(r=self.r, **self.rank_pattern)
+        validation.probability(module_dropout=self.module_dropout)
+
+
+class Delora(ThinLinear):
+    """`delora_A` `[r, in]`, `delora_B` `[out, r]`, `delora_lambda` `[1]`, and n, `delora_w_norm` `[in]`."""
+
+    def __init__(self, config: DeloraConfig, path: str, width: int, out_width: int) -> None:
+        super().__init__(dropout=config.module_dropout)
+        r = targets.pattern_value(config.rank_pattern, path, config.r)
+        bound = float(targets.pattern_value(config.lambda_pattern, path, config.delora_lambda))
+        self.delora_A = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(r, width), a=math.sqrt(5)))
+        self.delora_B = nn.Parameter(torch.zeros(out_width, r))
+        self.delora_lambda = nn.Parameter(torch.full((1,), bound))
+        self.register_buffer("delora_w_norm", torch.ones(width))
+        if not config.init_weights:
+            nn.init.kaiming_uniform_(self.delora_B, a=math.sqrt(5))
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        a, b = self.delora_A.float(), self.delora_B.float()
+        lengths = a.norm(dim=1).clamp(min=1e-4) * b.norm(dim=0).clamp(min=1e-4)
+        factor = self.delora_lambda.float() / len(a) / lengths
+        return a * factor[:, None] * self.get_buffer("delora_w_norm").float(), b
+
+
+def place(model: nn.Module, config: DeloraConfig, architecture: Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    placed: list[Any] = [Around(path, Delora(config, path, *sizes)) for path, sizes in layers.items()]
+    return placed + targets.trained_biases(model, config.bias, layers)
+
+
+def initialize(model: nn.Module, adapters: Any, config: DeloraConfig, batches: Any) -> None:
+    """n is of what stands inside; data, which `train` gives, says nothing of it."""
+    for path, delora in adapters.items():
+        delora.delora_w_norm.copy_(inside(model.get_submodule(path)).weight().float().norm(dim=0))
+
+
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="DELORA", own_fields=DeloraConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    return [Method("delora", DeloraConfig, place, rules, initialize, learning_rate=1e-2)]
