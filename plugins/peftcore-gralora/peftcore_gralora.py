@@ -1,0 +1,123 @@
+"""GraLoRA (Jung et al. 2025, arXiv 2505.20355): y = W x + b + s · G x, G of k · k blocks, each of rank r / k.
+
+    x_1 --- A_1 --- u_11 | u_12        A_n [in / k, r] of part n of the input; its r numbers are cut into k pieces,
+    x_2 --- A_2 --- u_21 | u_22        piece j goes to part j of the output, where B_j [r, out / k] takes the k pieces
+                      |      |
+                     B_1    B_2        s = alpha / (r + hybrid_r)
+                      |      |
+                     y_1    y_2        hybrid_r > 0: beside it a plain low-rank product of that rank
+
+As many numbers as LoRA of rank r; an outlier in one part of x moves that part's blocks alone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import targets, validation
+
+
+@dataclass(frozen=True)
+class GraloraConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `GraloraConfig`; those that are not here are LoRA's.
+
+    Args:
+        r: a multiple of gralora_k. hybrid_r: rank of the plain product beside the blocks; 0: none.
+        gralora_k: k, which divides inputs and outputs of all layers.
+        init_weights: False: B is drawn, too, so that the adapter changes the model from the start.
+    """
+
+    r: int = 32
+    hybrid_r: int = 0
+    alpha: int = 64
+    gralora_dropout: float = 0.0
+    gralora_k: int = 2
+    bias: Literal["none", "all", "gralora_only"] = "none"
+    init_weights: bool = True
+
+    not_in_peft = frozenset({"exclude_modules"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(r=self.r, gralora_k=self.gralora_k)
+        validation.probability(gralora_dropout=self.gralora_dropout)
+        validation.require(self.hybrid_r >= 0, f"hybrid_r must not be negative, found {self.hybrid_r}")
+        whole = f"r={self.r} must be a multiple of gralora_k={self.gralora_k}"
+        validation.require(self.r % self.gralora_k == 0, whole)
+
+
+class Gralora(nn.Module):
+    """A `[k, in / k, r]` and B `[k, r, out / k]`; of the plain product `[hybrid_r, in]` and `[out, hybrid_r]`."""
+
+    def __init__(self, config: GraloraConfig, width: int, out_width: int) -> None:
+        super().__init__()
+        k, r, drawn = config.gralora_k, config.r, not config.init_weights
+        self.scale = config.alpha / (r + config.hybrid_r)
+        self.dropout = nn.Dropout(config.gralora_dropout)
+        self.gralora_A = nn.Parameter(kaiming(k, r, width // k).transpose(1, 2).contiguous())
+        b = kaiming(k, out_width // k, r) if drawn else torch.zeros(k, out_width // k, r)
+        self.gralora_B = nn.Parameter(b.transpose(1, 2).contiguous())
+        self.gralora_A_general: nn.Linear | None = None
+        self.gralora_B_general: nn.Linear | None = None
+        if config.hybrid_r:
+            self.gralora_A_general = nn.Linear(width, config.hybrid_r, bias=False)
+            self.gralora_B_general = nn.Linear(config.hybrid_r, out_width, bias=False)
+            if not drawn:
+                nn.init.zeros_(self.gralora_B_general.weight)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        y, x = base(x), self.dropout(x)
+        k, a, b = len(self.gralora_A), self.gralora_A.to(x.dtype), self.gralora_B.to(x.dtype)
+        u = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (k, -1)), a)
+        pieces = u.unflatten(-1, (k, -1)).transpose(-3, -2).flatten(-2)  # [..., j, r]: part n's piece j
+        change = torch.einsum("...jr,jro->...jo", pieces, b).flatten(-2)
+        if self.gralora_A_general is not None:
+            first, second = self.plain()
+            change = change + F.linear(F.linear(x, first.to(x.dtype)), second.to(x.dtype))
+        return y + self.scale * change
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        k = len(self.gralora_A)
+        a = self.gralora_A.float().unflatten(-1, (k, -1))  # [n, in / k, j, r / k]
+        b = self.gralora_B.float().unflatten(1, (k, -1))  # [j, n, r / k, out / k]
+        change = torch.einsum("nijq,jnqo->joni", a, b).flatten(2).flatten(0, 1)
+        if self.gralora_A_general is not None:
+            first, second = self.plain()
+            change = change + second.float() @ first.float()
+        return weight + self.scale * change, bias
+
+    def plain(self) -> tuple[Tensor, Tensor]:
+        """The factors of the plain product."""
+        assert self.gralora_A_general is not None and self.gralora_B_general is not None
+        return self.gralora_A_general.weight, self.gralora_B_general.weight
+
+
+def kaiming(*shape: int) -> Tensor:
+    """As PEFT draws each of the k matrices by itself."""
+    drawn = torch.empty(shape)
+    for matrix in drawn:
+        nn.init.kaiming_uniform_(matrix, a=math.sqrt(5))
+    return drawn
+
+
+def place(model: nn.Module, config: GraloraConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    for path, sizes in layers.items():
+        odd = any(size % config.gralora_k for size in sizes)
+        divides = f"gralora_k={config.gralora_k} must divide inputs and outputs of '{path}': {sizes}"
+        validation.require(not odd, f"{divides}. Choose another k, or leave it out: exclude_modules=[...]")
+    placements = [peftcore.Around(path, Gralora(config, *sizes)) for path, sizes in layers.items()]
+    return [*placements, *targets.trained_biases(model, config.bias, layers)]
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(peft_type="GRALORA", own_fields=GraloraConfig.not_in_peft)
+    return [peftcore.Method("gralora", GraloraConfig, place, rules, learning_rate=1e-3)]
