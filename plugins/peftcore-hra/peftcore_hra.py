@@ -1,0 +1,90 @@
+"""HRA (Yuan et al. 2024, arXiv 2405.17484): y = W (R x) + bias, with R = H1 H2 ... Hr a product of reflections.
+
+    Hᵢ = 1 - 2 uᵢ uᵢᵀ / uᵢᵀ uᵢ                  all at once, with the unit vectors uᵢ as columns of U [in, r]:
+    R = 1 - U T Uᵀ                            T⁻¹ = 1/2 + what UᵀU has above its diagonal (compact WY form)
+
+So W stays as it is, and x is multiplied with two thin matrices. Trained: U; at the start two neighbours are equal, and
+undo one another. With `apply_GS` the reflections are made orthogonal (Gram-Schmidt), R = 1 - 2 Q Qᵀ with Q a basis.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+
+
+@dataclass(frozen=True)
+class HRAConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `HRAConfig`; those that are not here choose layers.
+
+    Args:
+        r: reflections. Of an odd number none begins as its neighbour, so that the start changes the model.
+        apply_GS: make them orthogonal. Their product is then never 1: the start changes the model, here by random
+            reflections, in PEFT by what is left of a vector without its equal.
+        bias: which are trained too: "none", "all", or "hra_only" (those of adapted modules).
+        init_weights: False: all are random.
+    """
+
+    not_in_peft = frozenset({"fan_in_fan_out"})
+    r: int = 8
+    apply_GS: bool = False
+    bias: Literal["none", "all", "hra_only"] = "none"
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(r=self.r)
+
+
+class HRA(nn.Module):
+    """`hra_u` `[in, r]` of a linear layer."""
+
+    def __init__(self, config: HRAConfig, width: int) -> None:
+        super().__init__()
+        self.orthogonal = config.apply_GS
+        paired = config.init_weights and config.r % 2 == 0 and not config.apply_GS
+        u = nn.init.kaiming_uniform_(torch.empty(width, config.r // 2 if paired else config.r), a=math.sqrt(5))
+        self.hra_u = nn.Parameter(u.repeat_interleave(2, dim=1) if paired else u)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """U and U T, fp32 `[in, r]` each, of R = 1 - U T Uᵀ."""
+        u = self.hra_u.float()
+        if self.orthogonal:
+            basis = torch.linalg.qr(u).Q
+            return basis, 2 * basis
+        u = u / torch.linalg.vector_norm(u, dim=0)
+        inverse = (u.T @ u).triu(1) + 0.5 * torch.eye(u.shape[1], device=u.device)
+        return u, torch.linalg.solve_triangular(inverse, u, upper=True, left=False)
+
+    def forward(self, base: Any, x: Tensor) -> Any:
+        u, ut = (each.to(x.dtype) for each in self.pair())
+        return base(x - F.linear(x @ u, ut))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        u, ut = self.pair()
+        return weight - (weight @ ut) @ u.T, bias
+
+
+def place(model: nn.Module, config: HRAConfig, architecture: Architecture) -> list[Any]:
+    widths = {path: targets.sizes(module)[0] for path, module in config.selected(model, architecture).items()}
+    if config.r > min(widths.values()):
+        path = min(widths, key=lambda path: widths[path])
+        validation.require(not config.apply_GS, f"r={config.r} is above the {widths[path]} inputs of '{path}'")
+    if config.init_weights and (config.r % 2 or config.apply_GS):
+        why = "apply_GS=True" if config.apply_GS else f"r={config.r} is odd"
+        warnings.warn(f"{why}: reflections do not undo one another at the start, which changes the model", stacklevel=2)
+    return [Around(p, HRA(config, w)) for p, w in widths.items()] + targets.trained_biases(model, config.bias, widths)
+
+
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="HRA", own_fields=HRAConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    return [Method("hra", HRAConfig, place, rules, learning_rate=1e-3)]

@@ -1,0 +1,12 @@
+"""It passes the conformance suite."""
+
+import matrix
+from peftcore_hra import HRAConfig
+
+from peftcore.testing import IDENTITY, check_method
+
+ROUNDED = "two reflections that undo one another do so up to rounding"
+
+
+def test_conformance() -> None:
+    matrix.check(check_method(HRAConfig(r=4), compile_backend="eager", not_applicable={IDENTITY: ROUNDED}))
