@@ -1,0 +1,122 @@
+"""Lily (Zhong et al. 2024, arXiv 2407.09946): y = W x + b + s · (sum over e of p_e B_e) A x, factors that layers share.
+
+    x --- A --- h --- B_1 .. B_n ---(+)        A [r, in]: one for each `stride_A` neighbouring layers
+                |     p_1 .. p_n                B_e [out, r]: n of them for all layers of the same name and size
+                '--- R --- softmax, mean        R [n, r]: the router, of each layer
+
+p is the mean over all tokens of the call, so what stands beside a token changes it: a row alone, or without padding, is
+computed otherwise than in a batch, and a token otherwise than behind a cache. It is no change of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import targets, validation
+
+
+@dataclass(frozen=True)
+class LilyConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `LilyConfig`; those that are not here are LoRA's.
+
+    Args:
+        stride_A: layers of the same name and size, one after the other, that share an A. num_B: n, 2 or more.
+        init_weights: False: B is drawn, too, so that the adapter changes the model from the start.
+    """
+
+    r: int = 32
+    stride_A: int = 1
+    num_B: int = 2
+    scaling: float = 1.0
+    init_weights: bool = True
+
+    not_in_peft = frozenset({"fan_in_fan_out"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(r=self.r, stride_A=self.stride_A)
+        validation.require(self.num_B >= 2, f"num_B must be 2 or more, so that the router learns, found {self.num_B}")
+
+
+def weight(rows: int, columns: int, drawn: bool = True) -> nn.Linear:
+    """A matrix as a module, which layers can share."""
+    layer = nn.Linear(columns, rows, bias=False)
+    if not drawn:
+        nn.init.zeros_(layer.weight)
+    return layer
+
+
+class Lily(nn.Module):
+    """A `[r, in]`, B `[n · r, out]` and the router `[n, r]`; x `[..., in]` -> y `[..., out]`."""
+
+    whole_batch = True
+
+    def __init__(self, config: LilyConfig, a: nn.Linear, b: nn.Linear) -> None:
+        super().__init__()
+        self.scale, self.lily_A, self.lily_B = config.scaling, a, b
+        self.lily_router = weight(config.num_B, config.r)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        a, b, router = (m.weight.to(x.device, x.dtype) for m in (self.lily_A, self.lily_B, self.lily_router))
+        h = F.linear(x, a)
+        p = F.linear(h, router).softmax(-1).flatten(0, -2).mean(0)  # [n]
+        mixed = torch.einsum("e,ero->ro", p, b.unflatten(0, (len(p), -1)))
+        return base(x) + self.scale * (h @ mixed)
+
+
+def sharing(layers: Mapping[str, tuple[int, int]], named: str | Sequence[str]) -> list[list[str]]:
+    """Paths of layers that share B: of the same size, and meant by the same entry of target_modules."""
+    groups: dict[Any, list[str]] = {}
+    for path, sizes in layers.items():
+        entry = None if isinstance(named, str) else max((n for n in named if path.endswith(n)), key=len)
+        groups.setdefault((entry, sizes), []).append(path)
+    return list(groups.values())
+
+
+def place(model: nn.Module, config: LilyConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    placements = {}
+    for group in sharing(layers, config.target_modules):
+        width, out_width = layers[group[0]]
+        b = weight(config.num_B * config.r, out_width, drawn=not config.init_weights)
+        for index, path in enumerate(group):
+            if index % config.stride_A == 0:
+                a = weight(config.r, width)
+            placements[path] = peftcore.Around(path, Lily(config, a, b))
+    return [placements[path] for path in layers]
+
+
+def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    """PEFT writes a shared matrix with each of its layers; here it stands with the first."""
+    start, end = "base_model.model.", ".lily_router.weight"
+    paths = {name[len(start) : -len(end)] for name in tensors if name.startswith(start) and name.endswith(end)}
+    there = {path: targets.sizes(m) for path, m in targets.base_modules(model) if path in paths}
+    found = dict(tensors)
+    for group in sharing(there, fields["target_modules"]):
+        for index, path in enumerate(group):
+            first = {"lily_B": group[0], "lily_A": group[index - index % fields["stride_A"]]}
+            for name, owner in first.items():
+                own = found.get(f"{start}{path}.{name}.weight")
+                if owner != path and own is not None:
+                    same = torch.equal(own, tensors[f"{start}{owner}.{name}.weight"])
+                    validation.require(same, f"{name} of '{path}' is not that of '{owner}', with which it is shared")
+                    del found[f"{start}{path}.{name}.weight"]
+    return found
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="LILY",
+        own_fields=LilyConfig.not_in_peft,
+        unreadable=targets.conv1d_paths,
+        read_tensors=read_tensors,
+    )
+    return [peftcore.Method("lily", LilyConfig, place, rules, learning_rate=1e-3)]
