@@ -1,0 +1,117 @@
+"""LoKr (Yeh et al. 2023, LyCORIS, arXiv 2309.14859, section 3.3): W + scale · W1 ⊗ W2, scale = alpha / r.
+
+    out = l · k, in = m · n          x [m · n] as a matrix X [m, n]:
+    W1 [l, m], W2 [k, n]             (W1 ⊗ W2) x = W1 X W2ᵀ, of which no matrix [out, in] is made
+
+m and l are the largest divisors that are at most the root, or `decompose_factor`. W2 is a product of rank r where that
+is smaller, and W1 too with `decompose_both`. Trained: all; W1, or its first factor, is zero at the start.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peftcore_loha import kept, uniform
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+
+
+@dataclass(frozen=True)
+class LoKrConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `LoKrConfig`; those that are not here choose layers.
+
+    Args:
+        r, alpha: rank of factors that are products, and the scale, alpha / r, also where none is. rank_pattern,
+            alpha_pattern: others by name of a layer.
+        rank_dropout: probability with which, in training, an output of the update is dropped. rank_dropout_scale: the
+            others make up for it. module_dropout: with which a layer's update is dropped as a whole.
+        decompose_both: W1 is a product, too. decompose_factor: the first divisor. -1: the largest up to the root.
+        use_effective_conv2d: of convolutions alone, which are not known here: of linear layers it changes nothing.
+        init_weights: "lycoris": W2, or its second factor, is zero in place of W1. False: all are random.
+    """
+
+    not_in_peft = frozenset({"fan_in_fan_out"})
+    r: int = 8
+    alpha: float = 8
+    rank_dropout: float = 0.0
+    module_dropout: float = 0.0
+    use_effective_conv2d: bool = False
+    decompose_both: bool = False
+    decompose_factor: int = -1
+    rank_dropout_scale: bool = False
+    init_weights: bool | Literal["lycoris"] = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(r=self.r, **self.rank_pattern)
+        validation.probability(rank_dropout=self.rank_dropout, module_dropout=self.module_dropout)
+        factor = self.decompose_factor
+        validation.require(factor == -1 or factor > 0, f"decompose_factor must be -1 or above 0, found {factor}")
+
+
+class LoKr(nn.Module):
+    """`lokr_w1` `[l, m]` and `lokr_w2` `[k, n]`, or for each `lokr_w1_a` `[l, r]`, `lokr_w1_b` `[r, m]`."""
+
+    def __init__(self, config: LoKrConfig, path: str, width: int, out_width: int) -> None:
+        super().__init__()
+        r = targets.pattern_value(config.rank_pattern, path, config.r)
+        self.scale = targets.pattern_value(config.alpha_pattern, path, config.alpha) / r
+        self.drops = config.rank_dropout, config.module_dropout, config.rank_dropout_scale
+        (m, n), (o, k) = divided(width, config.decompose_factor), divided(out_width, config.decompose_factor)
+        for name, rows, columns, whole in (
+            ("lokr_w1", o, m, not config.decompose_both or 2 * r >= max(o, m)),
+            ("lokr_w2", k, n, 2 * r >= max(k, n)),
+        ):
+            parts = {"": (rows, columns)} if whole else {"_a": (rows, r), "_b": (r, columns)}
+            for part, shape in parts.items():
+                self.register_parameter(name + part, uniform(*shape))
+        if config.init_weights:
+            own = dict(self.named_parameters())
+            zero = ("lokr_w2", "lokr_w2_b") if config.init_weights == "lycoris" else ("lokr_w1", "lokr_w1_a")
+            nn.init.zeros_(own[zero[0]] if zero[0] in own else own[zero[1]])
+
+    def parts(self, name: str) -> list[Tensor]:
+        """The matrices whose product W1, or W2, is."""
+        return [getattr(self, each) for each in (name, f"{name}_a", f"{name}_b") if hasattr(self, each)]
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        first, second = ([part.to(x.dtype) for part in self.parts(name)] for name in ("lokr_w1", "lokr_w2"))
+        u = x.unflatten(-1, (first[-1].shape[1], second[-1].shape[1]))  # [..., m, n]
+        for part in reversed(second):
+            u = F.linear(u, part)  # [..., m, k]
+        for part in reversed(first):
+            u = part @ u  # [..., l, k]
+        update = self.scale * u.flatten(-2)
+        return base(x) + (kept(update, *self.drops) if self.training else update)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        first, second = ([part.float() for part in self.parts(name)] for name in ("lokr_w1", "lokr_w2"))
+        product = [parts[0] @ parts[1] if len(parts) == 2 else parts[0] for parts in (first, second)]
+        return weight + self.scale * torch.kron(product[0].contiguous(), product[1].contiguous()), bias
+
+
+def divided(size: int, factor: int) -> tuple[int, int]:
+    """(p, q) with p · q = size: p is `factor` where that divides it, else the largest divisor up to it and the root."""
+    if factor > 0 and size % factor == 0:
+        return factor, size // factor
+    limit = math.isqrt(size) if factor == -1 else min(factor, math.isqrt(size))
+    p = next(p for p in range(limit, 0, -1) if size % p == 0)
+    return p, size // p
+
+
+def place(model: nn.Module, config: LoKrConfig, architecture: Architecture) -> list[Any]:
+    sizes = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    return [Around(path, LoKr(config, path, *sizes[path])) for path in sizes]
+
+
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="LOKR", own_fields=LoKrConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    return [Method("lokr", LoKrConfig, place, rules, learning_rate=1e-3)]
