@@ -1,0 +1,115 @@
+"""MiSS (Kang and Yin 2024, arXiv 2409.15371; first called Bone): shards of a weight share a matrix D [r, out].
+
+    x [in] in shards of r, the last filled with zeros:  s = x[0:r] + x[r:2r] + ...      y = W x + bias + Dᵀ s
+
+So W is changed by Dᵀ, repeated along the inputs. Two variants, of `init_weights`:
+
+    "mini"   D [r, mini_r] is repeated along the outputs, too
+    "bat"    D [out / r, r, r]: W' = W + W[o, i] D[o] + D[o] for each block [r, r], so that the weight is made anew
+
+Trained: D, zero at the start. Files of Bone, of PEFT before 0.18, are those of this method under other names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+
+
+@dataclass(frozen=True)
+class MissConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `MissConfig`; those that are not here choose layers.
+
+    Args:
+        r: inputs of a shard, and rank of the update; at most a layer's inputs.
+        miss_dropout: probability with which an input of the sums is dropped in training; not with "bat".
+        mini_r: with "mini" the outputs after which D repeats; it divides a layer's outputs.
+        bias: which are trained too: "none", "all", or "MiSS_only" (those of adapted modules; Bone's is "bone_only").
+        init_weights: the variant, "mini" or "bat", or True. False: D is random.
+    """
+
+    not_in_peft = frozenset({"fan_in_fan_out"})
+    r: int = 64
+    miss_dropout: float = 0.0
+    mini_r: int = 1
+    bias: Literal["none", "all", "MiSS_only", "miss_only", "bone_only", "Bone_only"] = "none"
+    init_weights: bool | Literal["bat", "mini"] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(r=self.r, mini_r=self.mini_r)
+        validation.probability(miss_dropout=self.miss_dropout)
+        drops = not self.miss_dropout or self.init_weights != "bat"
+        validation.require(
+            drops, "miss_dropout drops nothing where init_weights='bat', which changes the weight itself"
+        )
+
+
+class Miss(nn.Module):
+    """`miss_block` of a linear layer: `[r, out]`, "mini" `[r, mini_r]`, "bat" `[out / r, r, r]`."""
+
+    def __init__(self, config: MissConfig, out_width: int) -> None:
+        super().__init__()
+        self.variant, self.r, self.dropout = config.init_weights, config.r, nn.Dropout(config.miss_dropout)
+        shapes = {"bat": (out_width // self.r, self.r, self.r), "mini": (self.r, config.mini_r)}
+        self.miss_block = nn.Parameter(torch.zeros(shapes.get(str(self.variant), (self.r, out_width))))
+        if not self.variant:
+            nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        if self.variant == "bat":
+            weight, bias = base.weight_and_bias()
+            weight, bias = self.merged(weight.float(), bias)
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y, x, missing = base(x), self.dropout(x), -x.shape[-1] % self.r
+        shards = (F.pad(x, (0, missing)) if missing else x).unflatten(-1, (-1, self.r))
+        update = shards.sum(-2) @ self.miss_block.to(x.dtype)
+        repeats = y.shape[-1] // update.shape[-1]
+        return y + (update if repeats == 1 else update.repeat(*(1 for _ in y.shape[1:]), repeats))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        block, (out, width) = self.miss_block.float(), weight.shape
+        if self.variant == "bat":
+            blocks = weight.view(out // self.r, self.r, width // self.r, self.r).transpose(1, 2)  # [o, i, r, r]
+            change = (blocks @ block[:, None] + block[:, None]).transpose(1, 2).reshape(out, width)
+        else:
+            change = block.T.repeat(out // block.shape[1], -(-width // self.r))[:, :width]
+        return weight + change, bias
+
+
+def place(model: nn.Module, config: MissConfig, architecture: Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    for path, (width, out_width) in layers.items():
+        sizes, r = f"'{path}' has {width} inputs and {out_width} outputs", config.r
+        validation.require(r <= width, f"r={r} is above the inputs: {sizes}")
+        whole = config.init_weights != "bat" or width % r == out_width % r == 0
+        validation.require(whole, f"init_weights='bat' wants blocks of r={r} by {r}: {sizes}")
+        repeats = config.init_weights != "mini" or out_width % config.mini_r == 0
+        validation.require(repeats, f"mini_r={config.mini_r} does not divide the outputs: {sizes}")
+    placed: list[Any] = [Around(path, Miss(config, out_width)) for path, (_, out_width) in layers.items()]
+    return placed + targets.trained_biases(model, config.bias, layers)
+
+
+def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Bone's tensors under today's names."""
+    return {name.replace(".bone_block", ".miss_block"): tensor for name, tensor in tensors.items()}
+
+
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
+        peft_type="MISS",
+        older_types=frozenset({"BONE"}),
+        own_fields=MissConfig.not_in_peft,
+        read_tensors=read_tensors,
+        unreadable=targets.conv1d_paths,
+    )
+    return [Method("miss", MissConfig, place, rules, learning_rate=1e-3)]
