@@ -1,0 +1,173 @@
+"""OFT (Qiu et al. 2023, arXiv 2306.07280; 2025, OFTv2, arXiv 2506.19847): y = W (R x), blocks of x are turned.
+
+      x [in] in blocks of b:  .--R1--. .--R2--. .--R3--.      W keeps the angles between its rows, since each R is a
+      x Wᵀ + bias             |______| |______| |______|      rotation, made of a skew-symmetric Q (Cayley):
+
+    R - 1 = -2 Q (1 + Q)⁻¹                                exactly, or, the default, for -Q in its place, by a series
+    R - 1 = 2 Q + 2 Q² + ... + 2 Qⁿ⁻² + Qⁿ⁻¹              of n terms (Neumann; PEFT takes three of them for four)
+
+Trained: for each block what Q has above the diagonal, zero at the start. What is added to x is (R - 1) x, so that small
+rotations are not lost beside a 16-bit base. COFT keeps Q within eps of zero.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+
+
+@dataclass(frozen=True)
+class OFTConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `OFTConfig`; those that are not here choose layers.
+
+    Args:
+        r, oft_block_size: number and size of the blocks of x; one of them is 0, and follows from the other. One that
+            does not divide a layer's inputs becomes, there, the nearest that does, as in PEFT, with a warning.
+        module_dropout: share of the blocks that are not turned in a training step. (PEFT 0.21 reads it and drops none.)
+        coft, eps: the norm of Q of each block is at most eps / √blocks. block_share: all blocks are turned alike.
+        use_cayley_neumann, num_cayley_neumann_terms: the series, and its terms.
+        bias: which are trained too: "none", "all", or "oft_only" (those of adapted modules).
+        init_weights: False: random rotations, so that the adapter changes the model from the start.
+    """
+
+    r: int = 0
+    oft_block_size: int = 32
+    module_dropout: float = 0.0
+    bias: Literal["none", "all", "oft_only"] = "none"
+    init_weights: bool = True
+    coft: bool = False
+    eps: float = 6e-5
+    block_share: bool = False
+    use_cayley_neumann: bool = True
+    num_cayley_neumann_terms: int = 5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        found = f"found r={self.r}, oft_block_size={self.oft_block_size}"
+        one = min(self.r, self.oft_block_size) == 0 < max(self.r, self.oft_block_size)
+        validation.require(one, f"one of r and oft_block_size is 0, and the other above 0, {found}")
+        validation.probability(module_dropout=self.module_dropout)
+        validation.require(self.eps > 0, f"eps must be above 0, found {self.eps}")
+        least = f"num_cayley_neumann_terms={self.num_cayley_neumann_terms} turns nothing: take 2 or more"
+        validation.require(self.num_cayley_neumann_terms > 1, least)
+
+
+class Rotation(nn.Module):
+    """`weight` `[blocks, b (b - 1) / 2]`, one block for all with `block_share`; x `[..., in]` -> turned x."""
+
+    def __init__(self, config: OFTConfig, blocks: int, block_size: int) -> None:
+        super().__init__()
+        self.config, self.block_size = config, block_size
+        self.weight = nn.Parameter(torch.zeros(1 if config.block_share else blocks, block_size * (block_size - 1) // 2))
+        if not config.init_weights:
+            nn.init.normal_(self.weight, std=0.1)
+
+    def within_eps(self) -> Tensor:
+        """`weight`, of which COFT has taken what is too much; the gradient is that of what is left, taken as it is."""
+        limit = self.config.eps / len(self.weight) ** 0.5
+        w = self.weight.detach()
+        norms = 2**0.5 * torch.linalg.vector_norm(w, dim=1, keepdim=True)  # of Q, which has each number twice
+        return self.weight + (w * (limit / norms.clamp(min=limit)) - w)
+
+    def turns(self) -> Tensor:
+        """R - 1 of each block, fp32 `[blocks, b, b]`."""
+        q = skew((self.within_eps() if self.config.coft else self.weight).float(), self.block_size)
+        return neumann(q, self.config.num_cayley_neumann_terms) if self.config.use_cayley_neumann else cayley(q)
+
+    def forward(self, x: Tensor) -> Tensor:
+        turns = self.turns()
+        if self.training and self.config.module_dropout and len(turns) > 1:
+            dropped = torch.randperm(len(turns), device=x.device) < int(self.config.module_dropout * len(turns))
+            turns = turns * ~dropped[:, None, None]
+        return x + turned(x, turns.to(x.dtype))
+
+
+class OFT(nn.Module):
+    """`oft_R`, what turns the inputs of a linear layer."""
+
+    def __init__(self, config: OFTConfig, blocks: int, block_size: int) -> None:
+        super().__init__()
+        self.oft_R = Rotation(config, blocks, block_size)
+
+    def forward(self, base: Any, x: Tensor) -> Any:
+        return base(self.oft_R(x))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + turned(weight, self.oft_R.turns().transpose(1, 2)), bias
+
+
+def skew(upper: Tensor, size: int) -> Tensor:
+    """The skew-symmetric matrices `[..., size, size]` with these numbers above the diagonal, row by row."""
+    rows, columns = torch.triu_indices(size, size, 1, device=upper.device).unbind()
+    q = upper.new_zeros(*upper.shape[:-1], size * size).index_copy(-1, rows * size + columns, upper)
+    q = q.unflatten(-1, (size, size))
+    return q - q.transpose(-1, -2)
+
+
+def cayley(q: Tensor) -> Tensor:
+    """R - 1 for R = (1 - Q) (1 + Q)⁻¹, of skew-symmetric matrices."""
+    return torch.linalg.solve(torch.eye(q.shape[-1], device=q.device, dtype=q.dtype) + q, -2 * q, left=False)
+
+
+def neumann(q: Tensor, terms: int) -> Tensor:
+    """R - 1 for R = (1 + Q) (1 - Q)⁻¹ by the first terms of its series."""
+    if terms == 2:
+        return 2 * q
+    r = q
+    for _ in range(max(terms - 2, 2)):
+        r = 2 * q + q @ r
+    return r
+
+
+def turned(x: Tensor, matrices: Tensor) -> Tensor:
+    """Each block of x `[..., in]`, a row, times its matrix of `[blocks, b, b]`, or all times the one there is."""
+    x = x.unflatten(-1, (-1, matrices.shape[-1]))
+    return (x @ matrices[0] if len(matrices) == 1 else torch.einsum("...rk,rkc->...rc", x, matrices)).flatten(-2)
+
+
+def nearest_divisor(size: int, wanted: int) -> int:
+    """The divisor of `size` that is nearest to `wanted`, of two the lower."""
+    return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - wanted), d))
+
+
+def place(model: nn.Module, config: OFTConfig, architecture: Architecture) -> list[Any]:
+    widths = {path: targets.sizes(module)[0] for path, module in config.selected(model, architecture).items()}
+    given = config.r or config.oft_block_size
+    divisors = {width: nearest_divisor(width, given) for width in sorted(set(widths.values()))}
+    if any(divisor != given for divisor in divisors.values()):
+        what = "r" if config.r else "oft_block_size"
+        others = ", ".join(f"{d} of {width} inputs" for width, d in divisors.items() if d != given)
+        warnings.warn(f"{what}={given} does not divide all layers' inputs: it is taken for {others}", stacklevel=2)
+    placed: list[Any] = []
+    for path, width in widths.items():
+        other = width // divisors[width]
+        placed.append(Around(path, OFT(config, *((divisors[width], other) if config.r else (other, divisors[width])))))
+    return placed + targets.trained_biases(model, config.bias, widths)
+
+
+@torch.no_grad()
+def after_step(adapters: Mapping[str, Any], config: OFTConfig, step: int, total_steps: int) -> None:
+    """COFT goes on from where it was brought back to."""
+    for adapter in adapters.values() if config.coft else ():
+        adapter.oft_R.weight.copy_(adapter.oft_R.within_eps())
+
+
+def refuse_old(fields: dict[str, Any]) -> dict[str, Any]:
+    """Files of PEFT before 0.14 have other blocks."""
+    if "oft_block_size" not in fields:
+        raise peftcore.PeftcoreError("it is an OFT of PEFT before 0.14, whose blocks are others. Train it again")
+    return fields
+
+
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="OFT", read_config=refuse_old, unreadable=targets.conv1d_paths)
+    return [Method("oft", OFTConfig, place, rules, after_step=after_step, learning_rate=1e-3)]

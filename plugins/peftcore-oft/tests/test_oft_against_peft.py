@@ -1,0 +1,95 @@
+"""Hugging Face PEFT reads what is saved here, and the other way round; rotations; block sizes; what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from beside_peft import both_ways, same_start
+from peftcore_oft import OFTConfig, Rotation, nearest_divisor
+
+import peftcore
+from peftcore.testing import disturb
+
+TARGETS = {"llama": ["k_proj", "v_proj", "down_proj"], "bert": ["key", "output.dense"], "t5": ["k", "v", "wo"]}
+TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [("llama", {"oft_block_size": 8}), ("llama", {"oft_block_size": 8, "use_cayley_neumann": False}),
+     ("llama", {"oft_block_size": 16, "coft": True, "eps": 0.9}), ("llama", {"oft_block_size": 8, "block_share": True}),
+     ("bert", {"r": 4, "oft_block_size": 0, "num_cayley_neumann_terms": 2, "init_weights": False, "bias": "oft_only"}),
+     ("t5", {"oft_block_size": 4, "num_cayley_neumann_terms": 3}),
+     ("t5", {"oft_block_size": 4, "num_cayley_neumann_terms": 4})],
+)  # fmt: skip
+def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], **more}
+    config = peft.OFTConfig(task_type=TASKS[kind], **fields)
+    same_start(make, tmp_path, peftcore.apply(make(), "oft", **fields), config)
+    both_ways(make, tmp_path, peftcore.apply(make(), "oft", **fields), config)
+
+
+@pytest.mark.parametrize("more", [{"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 30}])
+def test_blocks_are_turned(more: dict[str, Any]) -> None:
+    rotation = Rotation(OFTConfig(**more), blocks=3, block_size=4)
+    torch.nn.init.normal_(rotation.weight, std=0.1)
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(rotation(x).view(5, 3, 4).norm(dim=-1), x.view(5, 3, 4).norm(dim=-1))
+    assert (rotation(x) - x).abs().max() > 0.1
+
+
+def test_coft_goes_on_from_where_it_was_brought_back_to() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    peftcore.apply(model, "oft", target_modules=["0"], oft_block_size=4, coft=True, eps=0.5)
+    disturb(model, "default", seed=1, std=5.0)
+    weight, x = model[0].peftcore["default"].oft_R.weight, torch.randn(3, 8)
+    before = model(x)
+    before.sum().backward()
+    assert weight.norm() > 1 and weight.grad is not None and weight.grad.abs().max() > 0
+    peftcore.after_step(model, 1, 2)
+    limit = 0.5 / 2**0.5
+    torch.testing.assert_close(2**0.5 * weight.norm(dim=1), torch.full((2,), limit))
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_share_of_the_blocks_rests_in_training() -> None:
+    rotation = Rotation(OFTConfig(module_dropout=0.5), blocks=8, block_size=4)
+    torch.nn.init.normal_(rotation.weight)
+    x = torch.randn(5, 32)
+    assert (rotation.train()(x) == x).view(5, 8, 4).all(-1).all(0).sum() == 4
+    assert not (rotation.eval()(x) == x).any()
+
+
+@pytest.mark.parametrize(("size", "wanted", "found"), [(48, 32, 24), (48, 44, 48), (7, 32, 7), (32, 8, 8), (30, 8, 6)])
+def test_a_block_size_becomes_the_nearest_that_divides(size: int, wanted: int, found: int) -> None:
+    layer = peft.tuners.oft.layer.OFTLayer.adjust_oft_parameters
+    assert nearest_divisor(size, wanted) == found and (size % wanted == 0 or layer(None, size, wanted) == found)
+
+
+def test_that_is_said() -> None:
+    with pytest.warns(UserWarning, match=r"oft_block_size=32 does not divide .*: it is taken for 24 of 48 inputs"):
+        peftcore.apply(tiny.llama(), "oft")
+
+
+def test_what_has_no_meaning_is_refused(tmp_path: Path) -> None:
+    for fields, message in (
+        ({"r": 4}, "one of r and oft_block_size is 0, and the other above 0, found r=4, oft_block_size=32"),
+        ({"num_cayley_neumann_terms": 1}, "turns nothing: take 2 or more"),
+    ):
+        with pytest.raises(peftcore.PeftcoreError, match=message):
+            peftcore.apply(tiny.llama(), "oft", **fields)
+    with pytest.raises(peftcore.PeftcoreError, match=r"'0' matches Conv2d .* which this method cannot adapt"):
+        peftcore.apply(tiny.convnet(), "oft", target_modules=["0"])
+    folder = peftcore.save(peftcore.apply(tiny.llama(), "oft", oft_block_size=8), tmp_path)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["oft_block_size"]
+    (folder / "peftcore_manifest.json").unlink()
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(peftcore.CheckpointError, match=r"an OFT of PEFT before 0\.14"):
+        peftcore.load(tiny.llama(), folder)
