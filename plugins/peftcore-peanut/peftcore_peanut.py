@@ -1,0 +1,94 @@
+"""PEANUT (Zhong et al. 2024, arXiv 2410.01870): y = (W + s · D) x + b, where a small network makes D from W.
+
+    Wᵀ [in, out] --- A --- f ---.---.---.--- B --- Dᵀ [in, out]       A [r, out], B [out, r], zero at the start
+                                |   |   |                             f, and `depth` times f(E_i h), then as often
+                                encoders, decoders [r, r]             f(D_i h) + what stood before E of that depth
+
+D = B Hᵀ with H [in, r], so that D itself is never made: y = base(x) + s · B (Hᵀ x).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import targets, validation
+
+
+@dataclass(frozen=True)
+class PeanutConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `PeanutConfig`; those that are not here are LoRA's.
+
+    Args:
+        depth: of encoders and decoders between A and B.
+        act_fn: f, by its name in transformers, such as "relu", "gelu" or "silu".
+        init_weights: False: B is drawn, too, so that the adapter changes the model from the start.
+    """
+
+    r: int = 32
+    depth: int = 0
+    act_fn: str = "relu"
+    scaling: float = 1.0
+    init_weights: bool = True
+
+    not_in_peft = frozenset({"fan_in_fan_out"})
+
+    def __post_init__(self) -> None:
+        from transformers.activations import ACT2FN  # second: half a second
+
+        super().__post_init__()
+        validation.positive_whole(r=self.r)
+        validation.require(self.depth >= 0, f"depth must not be negative, found {self.depth}")
+        validation.one_of(sorted(ACT2FN), act_fn=self.act_fn)
+
+
+class Peanut(nn.Module):
+    """The network of a linear layer; x `[..., in]` -> y `[..., out]`."""
+
+    def __init__(self, config: PeanutConfig, out_width: int) -> None:
+        from transformers.activations import ACT2FN
+
+        super().__init__()
+        r, self.scale, self.act = config.r, config.scaling, ACT2FN[config.act_fn]
+        self.peanut_A = nn.Linear(out_width, r, bias=False)
+        self.peanut_encoders = nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(config.depth))
+        self.peanut_decoders = nn.ModuleList(nn.Linear(r, r, bias=False) for _ in range(config.depth))
+        self.peanut_B = nn.Linear(r, out_width, bias=False)
+        if config.init_weights:
+            nn.init.zeros_(self.peanut_B.weight)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        h = self.inner(base.weight()).to(x.dtype)
+        return base(x) + self.scale * F.linear(x @ h, self.peanut_B.weight.to(x.dtype))
+
+    def inner(self, weight: Tensor) -> Tensor:
+        """H `[in, r]` of W `[out, in]`."""
+        h, before = self.act(self.peanut_A(weight.T.to(self.peanut_A.weight))), []
+        for encoder in self.peanut_encoders:
+            before.append(h)
+            h = self.act(encoder(h))
+        for decoder in self.peanut_decoders:
+            h = self.act(decoder(h)) + before.pop()
+        return h
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * (self.peanut_B.weight.float() @ self.inner(weight).T), bias
+
+
+def place(model: nn.Module, config: PeanutConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = config.selected(model, architecture).items()
+    return [peftcore.Around(path, Peanut(config, targets.sizes(layer)[1])) for path, layer in layers]
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="PEANUT",
+        own_fields=PeanutConfig.not_in_peft,
+        unreadable=targets.conv1d_paths,
+    )
+    return [peftcore.Method("peanut", PeanutConfig, place, rules, learning_rate=1e-3)]
