@@ -1,0 +1,153 @@
+"""PSOFT (Wu et al. 2025, arXiv 2505.11235): the principal subspace of W is turned: W + scale · B (R - 1) A.
+
+    B A · scale = the r largest singular values of W, with their vectors      A [r, in], B [out, r], frozen
+    R = diag(b) · rotation · diag(a)                                          scale = psoft_alpha / r
+
+The rotation is Cayley's, of a skew-symmetric Q, as in OFT; a and b, of r numbers each, let lengths change a little.
+Trained: what Q has above its diagonal, zero at the start, and a, b, one. x is multiplied by A, R - 1 and B in turn.
+A and B are made from W again when a file, which has R alone, is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peftcore_lora.layers import ThinLinear
+from peftcore_oft import cayley, neumann, skew
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.weight_formats import weight_format
+
+
+@dataclass(frozen=True)
+class PsoftConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `PsoftConfig`; those that are not here choose layers.
+
+    Args:
+        r, psoft_alpha: rank of the subspace; the scale, psoft_alpha / r, is taken out of B again. psoft_dropout:
+            probability with which an input of A is dropped in training.
+        ab_svd_init: "psoft_init": singular values are in B; "pissa_init": their roots in both.
+        psoft_svd: "full", or "lowrank" (`torch.svd_lowrank`, with psoft_svd_lowrank_niter and random_seed).
+        psoft_orth: False: R is any matrix. psoft_mag_a, psoft_mag_b: are there a and b?
+        use_cayley_neumann, num_cayley_neumann_terms: the rotation by a series, and its terms. cayley_neumann_eps: the
+            norm of Q that it takes at most, between 0 and 1, or None.
+        init_weights: False: a random rotation, so that the adapter changes the model from the start.
+    """
+
+    r: int = 32
+    psoft_alpha: float = 32
+    psoft_dropout: float = 0.0
+    ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
+    psoft_svd: Literal["full", "lowrank"] = "full"
+    psoft_svd_lowrank_niter: int = 10
+    random_seed: int = 0
+    psoft_orth: bool = True
+    psoft_mag_b: bool = True
+    psoft_mag_a: bool = True
+    use_cayley_neumann: bool = False
+    num_cayley_neumann_terms: int = 5
+    cayley_neumann_eps: float | None = None
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(r=self.r, psoft_svd_lowrank_niter=self.psoft_svd_lowrank_niter)
+        validation.probability(psoft_dropout=self.psoft_dropout)
+        validation.require(self.psoft_alpha > 0, f"psoft_alpha must be above 0, found {self.psoft_alpha}")
+        terms, eps = self.num_cayley_neumann_terms, self.cayley_neumann_eps
+        validation.require(terms > 1, f"num_cayley_neumann_terms={terms} turns nothing: take 2 or more")
+        validation.require(eps is None or 0 < eps < 1, f"cayley_neumann_eps must be between 0 and 1, found {eps}")
+
+
+class Turn(nn.Module):
+    """R `[r, r]`: `weight` `[r (r - 1) / 2]` of Q, or R's own, and the vectors b and a `[r]`."""
+
+    def __init__(self, config: PsoftConfig) -> None:
+        super().__init__()
+        r, self.config = config.r, config
+        self.weight = nn.Parameter(torch.zeros(r * (r - 1) // 2) if config.psoft_orth else torch.eye(r))
+        self.vector_b = nn.Parameter(torch.ones(r)) if config.psoft_mag_b else None
+        self.vector_a = nn.Parameter(torch.ones(r)) if config.psoft_mag_a else None
+        if not config.init_weights:
+            self.weight.data += 0.1 * torch.randn(self.weight.shape)
+
+    def forward(self) -> Tensor:
+        """R - 1, fp32."""
+        one = torch.eye(self.config.r, device=self.weight.device)
+        turn = self.rotation_less_1() if self.config.psoft_orth else self.weight.float() - one
+        gain = turn.new_ones(self.config.r)
+        if self.vector_b is not None:
+            turn, gain = self.vector_b.float()[:, None] * turn, gain * self.vector_b.float()
+        if self.vector_a is not None:
+            turn, gain = turn * self.vector_a.float(), gain * self.vector_a.float()
+        return turn + torch.diag(gain - 1)
+
+    def rotation_less_1(self) -> Tensor:
+        q, eps = skew(self.weight.float(), self.config.r), self.config.cayley_neumann_eps
+        if not self.config.use_cayley_neumann:
+            return cayley(-q)
+        if eps is not None:
+            q = q * (eps / torch.linalg.matrix_norm(q).clamp(min=eps))
+        return neumann(q, self.config.num_cayley_neumann_terms)
+
+
+class Psoft(ThinLinear):
+    """`psoft_R` of a linear layer, and the frozen A and B of its weight."""
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, config: PsoftConfig, weight: Tensor | None, width: int, out_width: int) -> None:
+        super().__init__(config.psoft_alpha / config.r, config.psoft_dropout)
+        self.psoft_R = Turn(config)
+        a, b = torch.empty(config.r, width), torch.empty(out_width, config.r)
+        if weight is not None:
+            a, b = principal(weight, config, self.full_scale)
+        self.register_buffer("a", a, persistent=False)
+        self.register_buffer("b", b, persistent=False)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.psoft_R() @ self.a.float(), self.b
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        """A x, of r numbers, is all that the gradient of R needs."""
+        y, u = base(x), F.linear(self.dropout(x), self.a.to(x.dtype))
+        return y + F.linear(F.linear(u, (self.scale * self.psoft_R()).to(x.dtype)), self.b.to(x.dtype))
+
+
+@torch.no_grad()
+def principal(weight: Tensor, config: PsoftConfig, scale: float) -> tuple[Tensor, Tensor]:
+    """A and B of a weight `[out, in]`, as PEFT makes them: the same signs, which R depends on."""
+    if config.psoft_svd == "full":
+        u, s, vh = torch.linalg.svd(weight.float(), full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[] if weight.device.type == "cpu" else [weight.device]):
+            torch.manual_seed(config.random_seed)
+            u, s, v = torch.svd_lowrank(weight.float(), q=config.r, niter=config.psoft_svd_lowrank_niter)
+        vh = v.T
+    u, s, vh = u[:, : config.r], s[: config.r] / scale, vh[: config.r]
+    in_a, in_b = (s.sqrt(), s.sqrt()) if config.ab_svd_init == "pissa_init" else (torch.ones_like(s), s)
+    return (in_a[:, None] * vh).contiguous(), (u * in_b).contiguous()
+
+
+def place(model: nn.Module, config: PsoftConfig, architecture: Architecture) -> list[Any]:
+    placed: list[Any] = []
+    for path, module in config.selected(model, architecture).items():
+        width, out_width = targets.sizes(module)
+        fits = config.r <= min(width, out_width)
+        validation.require(fits, f"r={config.r} is above a size of '{path}', {width} inputs and {out_width} outputs")
+        stored: Any = module
+        filled = not (stored.weight.is_meta or torch.empty(0).is_meta)
+        weight = weight_format(module).read(module) if filled else None
+        placed.append(Around(path, Psoft(config, weight, width, out_width)))
+    return placed
+
+
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="PSOFT", unreadable=targets.conv1d_paths)
+    return [Method("psoft", PsoftConfig, place, rules, learning_rate=3e-3)]
