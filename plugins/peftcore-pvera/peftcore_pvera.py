@@ -1,0 +1,131 @@
+"""PVeRA (arXiv 2512.07703): y = W x + b ⊙ B z, z drawn around d ⊙ A x, with A and B random, frozen and shared.
+
+    (m, v) = d ⊙ A x          A [2 r, widest in], d [2 r] trained
+    z = m + e · exp(v / 2)    e normal, in training; outside of it z = m, or with sample_at_inference as in training
+    y = W x + b ⊙ B z         B [widest out, r], b [out] trained, zero at the start
+
+VeRA (`peftcore-vera`) whose inner activations are noisy in training. With z = m it is a change of the weight, and
+merges.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import targets, validation
+
+
+@dataclass(frozen=True)
+class PveraConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `PveraConfig`; those that are not here are LoRA's.
+
+    Args:
+        r: rank of B. projection_prng_key: seed of A and B. save_projection: keep them in the file, else they are drawn
+            again. d_initial: of d at the start. init_weights: False: b is one and d random.
+        sample_at_inference: z is drawn at every call. Such an adapter does not merge.
+    """
+
+    r: int = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    pvera_dropout: float = 0.0
+    d_initial: float = 0.1
+    bias: Literal["none", "all", "pvera_only"] = "none"
+    init_weights: bool = True
+    sample_at_inference: bool = False
+
+    not_in_peft = frozenset({"exclude_modules"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(r=self.r)
+        validation.probability(pvera_dropout=self.pvera_dropout)
+
+
+class Projections(nn.Module):
+    """A `[2 r, widest in]` and B `[widest out, r]`, one pair for all layers."""
+
+    pvera_A: Tensor
+    pvera_B: Tensor
+
+    def __init__(self, config: PveraConfig, width: int, out_width: int) -> None:
+        super().__init__()
+        generator = torch.Generator("cpu").manual_seed(config.projection_prng_key)
+        for name, shape in (("pvera_A", (2 * config.r, width)), ("pvera_B", (out_width, config.r))):
+            values = torch.empty(shape)
+            if not values.is_meta:  # as PEFT draws them: Kaiming uniform, on the CPU
+                bound = math.sqrt(6 / shape[1])
+                values.copy_(torch.empty(shape, device="cpu").uniform_(-bound, bound, generator=generator))
+            self.register_buffer(name, values, persistent=config.save_projection)
+
+
+class Pvera(nn.Module):
+    """b and d of a linear layer; x `[..., in]` -> y `[..., out]`."""
+
+    def __init__(self, config: PveraConfig, projections: Projections, width: int, out_width: int) -> None:
+        super().__init__()
+        self.width, self.out_width, self.projections = width, out_width, projections
+        self.dropout, self.always_draws = nn.Dropout(config.pvera_dropout), config.sample_at_inference
+        self.pvera_lambda_b = nn.Parameter(torch.zeros(out_width) if config.init_weights else torch.ones(out_width))
+        d = torch.full((2 * config.r,), config.d_initial) if config.init_weights else torch.randn(2 * config.r)
+        self.pvera_lambda_d = nn.Parameter(d)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        y, (a, b) = base(x), self.shared(x.device, x.dtype)
+        d, scale = self.pvera_lambda_d.to(x.dtype), self.pvera_lambda_b.to(x.dtype)
+        if self.training or self.always_draws:
+            mean, logarithm = (d * F.linear(self.dropout(x), a)).chunk(2, dim=-1)
+            z = mean + torch.randn_like(mean) * torch.exp(logarithm / 2)
+        else:
+            r = b.shape[1]
+            z = d[:r] * F.linear(x, a[:r])
+        return y + scale * F.linear(z, b)
+
+    def shared(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """What this layer takes of A and B."""
+        a, b = self.projections.pvera_A[:, : self.width], self.projections.pvera_B[: self.out_width]
+        return a.to(device, dtype), b.to(device, dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        drawn = "sample_at_inference draws at every call, which no weight does. Load it without to merge its mean"
+        validation.require(not self.always_draws, drawn)
+        a, b = self.shared(weight.device, weight.dtype)
+        d = self.pvera_lambda_d.float()[: b.shape[1], None]
+        return weight + (self.pvera_lambda_b.float()[:, None] * b) @ (d * a[: b.shape[1]]), bias
+
+
+def place(model: nn.Module, config: PveraConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    shared = Projections(config, *(max(sizes) for sizes in zip(*layers.values(), strict=True)))
+    placements: list[Any] = [peftcore.Around(path, Pvera(config, shared, *sizes)) for path, sizes in layers.items()]
+    return placements + targets.trained_biases(model, config.bias, layers)
+
+
+def tensor_name(placement: Any, name: str) -> str:
+    """A and B stand once in a file."""
+    if name.startswith("projections."):
+        return f"base_model.{name.removeprefix('projections.')}"
+    return peftcore.tensor_name(placement, name)
+
+
+def read_config(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without PEFT's own generator, which would draw other noise where checkpointing computes a part again."""
+    if fields.get("generator_seed") is not None:
+        warnings.warn("generator_seed is not used: the noise follows torch.manual_seed(...)", stacklevel=2)
+    return {name: value for name, value in fields.items() if name != "generator_seed"}
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="PVERA", tensor_name=tensor_name, own_fields=PveraConfig.not_in_peft, read_config=read_config
+    )
+    return [peftcore.Method("pvera", PveraConfig, place, rules, learning_rate=3e-2)]

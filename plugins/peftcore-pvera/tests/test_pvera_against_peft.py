@@ -1,0 +1,30 @@
+"""Hugging Face PEFT reads what is saved here, and the other way round, with the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+from beside_peft import TASKS, both_ways
+
+import peftcore
+
+TARGETS = {
+    "llama": ["k_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "bert": ["key", "output.dense"],
+    "t5": ["k", "wo"],
+}
+CASES: dict[str, dict[str, Any]] = {
+    "with A and B": {"r": 8},
+}
+
+
+@pytest.mark.parametrize("kind", list(TARGETS))
+def test_files(kind: str, tmp_path: Path) -> None:
+    fields = {"target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", **CASES["with A and B"]}
+    ours = peftcore.apply(tiny.MODELS[kind](), "pvera", **fields)
+    both_ways(tiny.MODELS[kind], tmp_path, ours, peft.PveraConfig(task_type=TASKS[kind], **fields))
