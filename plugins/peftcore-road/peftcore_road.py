@@ -1,0 +1,89 @@
+"""RoAd (Liao and Monz 2024, arXiv 2409.00119, eq. 4): pairs of what a layer gives are turned and scaled.
+
+    y = W x + bias        z₀ = g cos t · y₀ - g sin t · y₁         within a group of n outputs y₀ is one of the first
+    (y₀, y₁): a pair      z₁ = g sin t · y₀ + g cos t · y₁         half, y₁ the one that lies n / 2 behind it
+
+    road_1   one t and g for a pair             road_4   each of the four factors of a pair has its own
+    road_2   one for each z
+
+Trained: t, zero at the start, and g, one. What is added to y is (R - 1) y, so that small turns are not lost beside a
+16-bit base. It merges: rows of W are turned, and the bias with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+
+
+@dataclass(frozen=True)
+class RoadConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `RoadConfig`; those that are not here choose layers.
+
+    Args:
+        variant: "road_1", "road_2" or "road_4".
+        group_size: outputs of a group, an even number that divides each layer's outputs.
+        init_weights: False: random turns, so that the adapter changes the model from the start.
+    """
+
+    not_in_peft = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"})
+    variant: Literal["road_1", "road_2", "road_4"] = "road_1"
+    group_size: int = 64
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(group_size=self.group_size)
+        validation.require(self.group_size % 2 == 0, f"group_size must be even, found {self.group_size}")
+
+
+class Road(nn.Module):
+    """`road_theta` and `road_alpha` of a linear layer: half as many as its outputs, as many, or twice as many."""
+
+    def __init__(self, config: RoadConfig, out_width: int) -> None:
+        super().__init__()
+        self.span, self.sets = config.group_size // 2, {"road_1": 1, "road_2": 2, "road_4": 4}[config.variant]
+        self.road_theta = nn.Parameter(torch.zeros(out_width // 2 * self.sets))
+        self.road_alpha = nn.Parameter(torch.ones(out_width // 2 * self.sets))
+        if not config.init_weights:
+            nn.init.normal_(self.road_theta, std=0.5)
+            nn.init.normal_(self.road_alpha, mean=1.0, std=0.5)
+
+    def factors_of(self) -> tuple[Tensor, Tensor]:
+        """Of each output, less 1, and of its partner, fp32 `[out]`."""
+        theta, alpha = (p.float().view(-1, self.sets, self.span) for p in (self.road_theta, self.road_alpha))
+        last = slice(2, None) if self.sets == 4 else slice(None)
+        own, other = (alpha * theta.cos())[:, : min(self.sets, 2)], (alpha * theta.sin())[:, last]
+        signs = torch.tensor([[-1.0], [1.0]], device=other.device)
+        return (own - 1).expand(-1, 2, -1).flatten(), (other * signs).flatten()
+
+    def turned(self, y: Tensor) -> Tensor:
+        """y `[..., out]` after its pairs are turned."""
+        own, other = (factor.to(y.dtype) for factor in self.factors_of())
+        partners = y.unflatten(-1, (-1, 2, self.span)).flip(-2).flatten(-3)
+        return torch.addcmul(torch.addcmul(y, y, own), partners, other)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return self.turned(base(x))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.turned(weight.T).T, None if bias is None else self.turned(bias)
+
+
+def place(model: nn.Module, config: RoadConfig, architecture: Architecture) -> list[Any]:
+    widths = {path: targets.sizes(module)[1] for path, module in config.selected(model, architecture).items()}
+    for path, width in widths.items():
+        fits = width % config.group_size == 0
+        validation.require(fits, f"group_size={config.group_size} does not divide the {width} outputs of '{path}'")
+    return [Around(path, Road(config, width)) for path, width in widths.items()]
+
+
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="ROAD", own_fields=RoadConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    return [Method("road", RoadConfig, place, rules, learning_rate=5e-3)]
