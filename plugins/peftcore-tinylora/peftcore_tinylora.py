@@ -1,0 +1,124 @@
+"""TinyLoRA (Morris et al. 2026, arXiv 2602.04118): y = W x + B R A x + b, with R = sum of v_i P_i.
+
+    W ~ B A             the r largest singular vectors, B = U sqrt(S) and A = sqrt(S) V, frozen
+    P_i [r, r]          u random matrices of a layer, frozen
+    v [u]               trained, zero at the start; one of each layer, or of a group of layers (weight_tying)
+
+With weight_tying=1 and u=13 a whole model is trained by thirteen numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peftcore_lora.layers import ThinLinear
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import targets, validation
+from peftcore.adaptation.adapted import inside
+
+
+@dataclass(frozen=True)
+class TinyLoraConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `TinyLoraConfig`; those that are not here are LoRA's.
+
+    Args:
+        r: singular vectors, at most as many as a weight has. u: numbers in v.
+        weight_tying: 0: each layer has a v; 1: all share one; between: groups of neighbours.
+        projection_seed: of P. save_projection: keep it in the file, else it is drawn again.
+        init_weights: True: v is zero. "uniform", or False, for which PEFT has no values: within init_v_bound of zero.
+    """
+
+    r: int = 2
+    u: int = 64
+    weight_tying: float = 0.0
+    projection_seed: int = 42
+    save_projection: bool = True
+    init_v_bound: float = 0.02
+    tinylora_dropout: float = 0.0
+    bias: Literal["none", "all", "tinylora_only"] = "none"
+    init_weights: bool | Literal["uniform"] = True
+
+    not_in_peft = frozenset({"exclude_modules"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(r=self.r, u=self.u)
+        validation.probability(tinylora_dropout=self.tinylora_dropout)
+        tying = self.weight_tying
+        validation.require(0 <= tying <= 1, f"weight_tying must be in [0, 1], found {tying}")
+
+
+class Group(nn.Module):
+    """v of the layers of one group, `number` in the file."""
+
+    def __init__(self, config: TinyLoraConfig, number: int) -> None:
+        super().__init__()
+        self.number, bound = number, config.init_v_bound
+        start = torch.zeros(config.u)
+        self.v = nn.Parameter(start if config.init_weights is True else start.uniform_(-bound, bound))
+
+
+class TinyLora(ThinLinear):
+    """A `[r, in]`, B `[out, r]` and P `[u, r, r]` of the layer number `index`, frozen."""
+
+    tinylora_A: Tensor
+    tinylora_B: Tensor
+    tinylora_P: Tensor
+
+    def __init__(self, config: TinyLoraConfig, group: Group, index: int, width: int, out_width: int) -> None:
+        super().__init__(dropout=config.tinylora_dropout)
+        self.group = group
+        r = min(config.r, width, out_width)
+        p = torch.empty(config.u, r, r)
+        if not p.is_meta:  # as PEFT draws it, on the CPU
+            generator = torch.Generator("cpu").manual_seed(config.projection_seed + index)
+            p = torch.normal(0.0, r**-0.5, p.shape, generator=generator, device="cpu")
+        self.register_buffer("tinylora_A", torch.zeros(r, width))
+        self.register_buffer("tinylora_B", torch.zeros(out_width, r))
+        self.register_buffer("tinylora_P", p, persistent=config.save_projection)
+
+    def extra_repr(self) -> str:
+        return f"r={len(self.tinylora_A)}, u={len(self.tinylora_P)}, group={self.group.number}"
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        v = self.group.v.to(self.tinylora_P.device)
+        return self.tinylora_A, self.tinylora_B @ torch.einsum("i,ijk->jk", v, self.tinylora_P)
+
+
+def place(model: nn.Module, config: TinyLoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    count = max(1, round(len(layers) * (1 - config.weight_tying)))
+    size = max(1, len(layers) // count)
+    groups = [Group(config, number) for number in range(count)]
+    placements: list[Any] = []
+    for index, (path, sizes) in enumerate(layers.items()):
+        group = groups[min(index // size, count - 1)]
+        placements.append(peftcore.Around(path, TinyLora(config, group, index, *sizes)))
+    return [*placements, *targets.trained_biases(model, config.bias, layers)]
+
+
+def initialize(model: nn.Module, adapters: Mapping[str, Any], config: TinyLoraConfig, batches: Any) -> None:
+    """A and B of what stands inside; data, which `train` gives, says nothing of them."""
+    for path, adapter in adapters.items():
+        r = len(adapter.tinylora_A)
+        u, s, v = torch.linalg.svd(inside(model.get_submodule(path)).weight().float(), full_matrices=False)
+        adapter.tinylora_A.copy_(s[:r, None].sqrt() * v[:r])
+        adapter.tinylora_B.copy_(u[:, :r] * s[:r].sqrt())
+
+
+def tensor_name(placement: Any, name: str) -> str:
+    """v of a group stands once in a file."""
+    if name == "group.v":
+        return f"base_model.tinylora_v.{placement.adapter.group.number}"
+    return peftcore.tensor_name(placement, name)
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(peft_type="TINYLORA", tensor_name=tensor_name, own_fields=TinyLoraConfig.not_in_peft)
+    return [peftcore.Method("tinylora", TinyLoraConfig, place, rules, initialize, learning_rate=1e-2)]
