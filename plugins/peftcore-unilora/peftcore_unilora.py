@@ -1,0 +1,121 @@
+"""Uni-LoRA (Li et al. 2025, arXiv 2506.00799): y = W x + B A x, each number of all A and B read from one vector.
+
+    theta [d] ------ P ------>  A, B of layer 1, A, B of layer 2, ...       D numbers
+
+    Each row of P has one number, 1 / sqrt(n_j) in a random column j that n_j rows have: P is an isometry, and each
+    number of theta stands for as many of the factors as any other.
+
+Trained: theta, d numbers for the whole model. The start changes the model a little, as in PEFT: no factor is zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from peftcore_lora.layers import ThinLinear
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import targets, validation
+
+
+@dataclass(frozen=True)
+class UniLoraConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `UniLoraConfig`; those that are not here are LoRA's.
+
+    Args:
+        theta_d_length: d. proj_seed: of the columns, which NumPy draws.
+        init_weights: theta uniform within init_theta_d_bound of zero; False: normal.
+        save_indices: keep the columns, and the numbers in them, in the file; else they are drawn again.
+    """
+
+    r: int = 4
+    proj_seed: int = 42
+    theta_d_length: int = 256
+    unilora_dropout: float = 0.0
+    bias: Literal["none", "all", "unilora_only"] = "none"
+    init_theta_d_bound: float = 0.02
+    init_weights: bool = True
+    save_indices: bool = False
+
+    not_in_peft = frozenset({"exclude_modules"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(r=self.r, theta_d_length=self.theta_d_length)
+        validation.probability(unilora_dropout=self.unilora_dropout)
+        bound = self.init_theta_d_bound
+        validation.require(bound > 0, f"init_theta_d_bound must be above 0, found {bound}")
+
+
+class Theta(nn.Module):
+    """The vector, one for all layers."""
+
+    def __init__(self, config: UniLoraConfig) -> None:
+        super().__init__()
+        values, bound = torch.empty(config.theta_d_length), config.init_theta_d_bound
+        values = values.uniform_(-bound, bound) if config.init_weights else values.normal_()
+        self.unilora_theta_d = nn.Parameter(values)
+
+
+class UniLora(ThinLinear):
+    """Of A `[r, in]` and B `[out, r]`: which number of theta each is, int64, and by what it is multiplied."""
+
+    def __init__(self, config: UniLoraConfig, theta: Theta, columns: Tensor, scales: Tensor, sizes: Any) -> None:
+        super().__init__(dropout=config.unilora_dropout)
+        self.theta = theta
+        (width, out_width), r = sizes, config.r
+        for name, values in (("indices", columns), ("scales", scales)):
+            for factor, part, shape in zip(
+                "AB", values.split([r * width, r * out_width]), ((r, width), (out_width, r)), strict=True
+            ):
+                buffer = part.view(shape).clone()
+                self.register_buffer(f"unilora_{name}_{factor}", buffer, persistent=config.save_indices)
+
+    def extra_repr(self) -> str:
+        return f"r={len(self.get_buffer('unilora_indices_A'))}"
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        return self.factor("A"), self.factor("B")
+
+    def factor(self, which: str) -> Tensor:
+        columns, scales = (self.get_buffer(f"unilora_{name}_{which}") for name in ("indices", "scales"))
+        return self.theta.unilora_theta_d.to(columns.device)[columns] * scales
+
+
+def drawn(config: UniLoraConfig, count: int) -> Tensor:
+    """The column of each of `count` numbers, as PEFT draws it: all columns as often, but for what is left over."""
+    if torch.empty(0).is_meta:
+        return torch.empty(count, dtype=torch.int64)
+    d, generator = config.theta_d_length, np.random.default_rng(config.proj_seed)
+    left_over = generator.choice(d, size=count % d, replace=False) if count % d else np.arange(0)
+    columns = np.concatenate([np.repeat(np.arange(d), count // d), left_over])
+    generator.shuffle(columns)
+    return torch.as_tensor(columns, dtype=torch.int64, device="cpu")
+
+
+def place(model: nn.Module, config: UniLoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    counts = [config.r * sum(sizes) for sizes in layers.values()]
+    columns, theta = drawn(config, sum(counts)), Theta(config)
+    often = torch.zeros(config.theta_d_length, device=columns.device).index_add(
+        0, columns, torch.ones(len(columns), device=columns.device)
+    )
+    scales, placements = often.rsqrt()[columns], []
+    for path, ours, by in zip(layers, columns.split(counts), scales.split(counts), strict=True):
+        placements.append(peftcore.Around(path, UniLora(config, theta, ours, by, layers[path])))
+    return [*placements, *targets.trained_biases(model, config.bias, layers)]
+
+
+def tensor_name(placement: Any, name: str) -> str:
+    """The vector stands once in a file."""
+    return f"base_model.{name.removeprefix('theta.')}" if "theta." in name else peftcore.tensor_name(placement, name)
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(peft_type="UNILORA", tensor_name=tensor_name, own_fields=UniLoraConfig.not_in_peft)
+    return [peftcore.Method("unilora", UniLoraConfig, place, rules, learning_rate=5e-3)]

@@ -1,0 +1,33 @@
+"""Hugging Face PEFT reads what is saved here, and the other way round, with the same logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+from beside_peft import TASKS, both_ways
+
+import peftcore
+
+TARGETS = {
+    "llama": ["k_proj", "v_proj", "down_proj"],
+    "gpt2": ["c_attn", "mlp.c_proj"],
+    "bert": ["key", "output.dense"],
+    "t5": ["k", "wo"],
+}
+CASES: dict[str, dict[str, Any]] = {
+    "drawn again": {"theta_d_length": 50},
+    "with indices": {"theta_d_length": 50, "r": 3, "save_indices": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "case"), [*((kind, "drawn again") for kind in TARGETS), *(("llama", case) for case in [*CASES][1:])]
+)
+def test_files(kind: str, case: str, tmp_path: Path) -> None:
+    fields = {"target_modules": TARGETS[kind], "fan_in_fan_out": kind == "gpt2", **CASES[case]}
+    ours = peftcore.apply(tiny.MODELS[kind](), "unilora", **fields)
+    both_ways(tiny.MODELS[kind], tmp_path, ours, peft.UniLoraConfig(task_type=TASKS[kind], **fields))
