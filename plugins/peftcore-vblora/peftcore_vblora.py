@@ -1,0 +1,156 @@
+"""VB-LoRA (Li et al. 2024, arXiv 2405.15179): y = W x + B A x, with A and B put together from one bank of vectors.
+
+    bank [h, b]      each piece of b numbers of a row of A, or of a column of B, has h logits; it is the sum of the
+      |  top k       vectors of its k largest, weighted by their softmax
+      v
+    A [r, in]  B [out, r]
+
+Trained: the bank, one for all layers, and the logits. The start changes the model a little, as in the paper: no factor
+is zero. With `save_only_topk_weights` a file has the k weights and indices of each piece in place of its logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peftcore_lora.layers import ThinLinear
+from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
+
+import peftcore
+from peftcore import targets, validation
+
+MISSING = -1e4  # the logit of a vector that a file with save_only_topk_weights leaves out
+
+
+@dataclass(frozen=True)
+class VBLoRAConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `VBLoRAConfig`; those that are not here are LoRA's.
+
+    Args:
+        num_vectors, vector_length: of the bank. The length divides inputs and outputs of all layers.
+        topk: vectors of which a piece is the sum.
+        save_only_topk_weights: files that are small, and cannot be trained further.
+        init_vector_bank_bound, init_logits_std: of a uniform and a normal distribution.
+    """
+
+    r: int = 4
+    num_vectors: int = 256
+    vector_length: int = 256
+    topk: int = 2
+    save_only_topk_weights: bool = False
+    vblora_dropout: float = 0.0
+    bias: Literal["none", "all", "vblora_only"] = "none"
+    init_vector_bank_bound: float = 0.02
+    init_logits_std: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sizes = {name: getattr(self, name) for name in ("r", "num_vectors", "vector_length", "topk")}
+        validation.positive_whole(**sizes)
+        validation.probability(vblora_dropout=self.vblora_dropout)
+        found = f"topk={self.topk} is above num_vectors={self.num_vectors}"
+        validation.require(self.topk <= self.num_vectors, found)
+
+
+class Bank(nn.Module):
+    """`[num_vectors, vector_length]`, one for all layers."""
+
+    def __init__(self, config: VBLoRAConfig) -> None:
+        super().__init__()
+        bound = config.init_vector_bank_bound
+        values = torch.empty(config.num_vectors, config.vector_length).uniform_(-bound, bound)
+        self.vblora_vector_bank = nn.Parameter(values)
+
+
+class VBLoRA(ThinLinear):
+    """Logits `[r, in / b, h]` of A and `[out / b, r, h]` of B."""
+
+    def __init__(self, config: VBLoRAConfig, bank: Bank, width: int, out_width: int) -> None:
+        super().__init__(dropout=config.vblora_dropout)
+        self.topk, self.bank, self.thinned = config.topk, bank, config.save_only_topk_weights
+        r, h, b = config.r, config.num_vectors, config.vector_length
+        self.vblora_logits_A = nn.Parameter(config.init_logits_std * torch.randn(r, width // b, h))
+        self.vblora_logits_B = nn.Parameter(config.init_logits_std * torch.randn(out_width // b, r, h))
+
+    def extra_repr(self) -> str:
+        return f"r={len(self.vblora_logits_A)}, topk={self.topk}"
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        if self.thinned and self.training and not is_dynamo_compiling():
+            thinned = "a file with save_only_topk_weights has no logits to train: load one without, or call eval()"
+            validation.require(bool((self.vblora_logits_A[0, 0] > MISSING).all()), thinned)
+        bank = self.bank.vblora_vector_bank.to(self.vblora_logits_A.device)
+        a, b = (self.pieces(logits, bank) for logits in (self.vblora_logits_A, self.vblora_logits_B))
+        return a.flatten(1), b.transpose(1, 2).flatten(0, 1)
+
+    def pieces(self, logits: Tensor, bank: Tensor) -> Tensor:
+        """`[.., h]` -> `[.., b]`."""
+        largest, which = logits.topk(self.topk, dim=-1)
+        return (largest.softmax(-1)[..., None] * bank[which]).sum(-2)
+
+
+def place(model: nn.Module, config: VBLoRAConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    for path, sizes in layers.items():
+        odd = any(size % config.vector_length for size in sizes)
+        divides = f"vector_length={config.vector_length} must divide inputs and outputs of '{path}': {sizes}"
+        validation.require(not odd, f"{divides}. Choose another length, or leave it out: exclude_modules=[...]")
+    bank = Bank(config)
+    placements = [peftcore.Around(path, VBLoRA(config, bank, *sizes)) for path, sizes in layers.items()]
+    return [*placements, *targets.trained_biases(model, config.bias, layers)]
+
+
+def parameter_groups(adapters: Mapping[str, Any], config: Any, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """The bank learns at a tenth of the logits' rate, as its authors train."""
+    bank = next(iter(adapters.values())).bank.vblora_vector_bank
+    return [{"params": [bank], "lr": lr / 10, "weight_decay": weight_decay}]
+
+
+def tensor_name(placement: Any, name: str) -> str:
+    """The bank stands once in a file."""
+    return (
+        f"base_model.{name.removeprefix('bank.')}"
+        if name.startswith("bank.")
+        else peftcore.tensor_name(placement, name)
+    )
+
+
+def thinned(tensors: dict[str, Tensor], config: VBLoRAConfig) -> dict[str, Tensor]:
+    """Of each piece the k largest logits' places, and their weights but the last, which the others leave over."""
+    if not config.save_only_topk_weights:
+        return tensors
+    found, h = {}, config.num_vectors
+    kind = torch.uint8 if h < 1 << 8 else torch.int16 if h < 1 << 15 else torch.int32 if h < 1 << 31 else torch.int64
+    for name, tensor in tensors.items():
+        if ".vblora_logits_" in name:
+            largest, which = tensor.topk(config.topk, dim=-1)
+            found[f"{name}_topk_indices"] = which.to(kind)
+            found[f"{name}_topk_weights"] = largest.softmax(-1)[..., :-1].contiguous()
+        else:
+            found[name] = tensor
+    return found
+
+
+def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Logits that have these weights."""
+    found = {name: t for name, t in tensors.items() if not name.endswith(("_topk_indices", "_topk_weights"))}
+    for name, first in tensors.items():
+        if name.endswith("_topk_weights"):
+            name = name.removesuffix("_topk_weights")
+            weights = torch.cat([first, 1 - first.sum(-1, keepdim=True)], dim=-1).clamp(min=1e-30)
+            logits = weights.new_full((*weights.shape[:-1], fields["num_vectors"]), MISSING)
+            found[name] = logits.scatter(-1, tensors[f"{name}_topk_indices"].long(), weights.log())
+    return found
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="VBLORA", tensor_name=tensor_name, write_tensors=thinned, read_tensors=read_tensors
+    )
+    groups = parameter_groups
+    return [peftcore.Method("vblora", VBLoRAConfig, place, rules, parameter_groups=groups, learning_rate=1e-2)]
