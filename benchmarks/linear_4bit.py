@@ -1,23 +1,23 @@
 """linear_4bit beside bitsandbytes and a dense F.linear, in one run, on the same threads.
 
-    python benchmarks/linear_4bit.py [--size 4096] [--threads 2] [--seconds 3] [--dtype bfloat16] [--batches 1 16 256]
+    python benchmarks/linear_4bit.py [--size 4096] [--threads 2] [--seconds 3] [--dtype bfloat16] [--batches 1 4 16]
 
-Forward for few rows of x; forward and gradient of x from 256 on. Rows of a table are timed in turn, so a busy machine
-slows all alike; the ratio is of the minima, the spread the interquartile range. bitsandbytes runs as users run it: it
-unpacks the whole weight into fresh memory (set MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=4294967296
-to take the page faults out). Rows for lower SIMD levels change peftcore's kernels alone: PyTorch's product of the
-unpacked panels stays what it is.
+Forward for few rows of x; forward and gradient of x from 256 on. Weights come from memory, as in a model: each row goes
+through as many layers as no cache holds, and is timed once more with the layer that it has just used ("in cache": 4
+bits fit where a dense layer does not). Rows are timed in turn, so a busy machine slows all alike; the ratios are of the
+shortest times, the spread is the interquartile range. bitsandbytes runs as users run it: it unpacks the whole weight
+into fresh memory (set MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=4294967296 to take the page faults
+out). Rows for lower SIMD levels change peftcore's kernels alone: PyTorch's product of the unpacked panels stays.
 
-The floor is the larger of what must be read (packed weight and scales) over the bandwidth of a copy, and the
-operations over the rate of a large dense product in x's dtype, both measured in this run.
+"read" reads the codes and scales and computes nothing. The floor is the larger of what must be read (packed weight and
+scales) at the speed of that, and the operations at the rate of a large dense product, in x's dtype or in fp32.
 """
 
 import argparse
 import logging
-import os
 
+import measure
 import torch
-from measure import interleaved, spread
 from torch.nn import functional as F
 
 from peftcore import ops
@@ -26,20 +26,33 @@ from peftcore.ops.build_info import build_info
 logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
 
 
-def rates(size, dtype):
-    """(GB/s of a copy, GFLOP/s of a dense product)."""
+def words(weight):
+    """What is stored of a packed weight, as integers."""
+    whole = [part for part in (weight.codes, weight.absmax) if part.nbytes % 8 == 0]
+    return [part.view(-1).view(torch.uint8).view(torch.int64) for part in whole]
+
+
+def product_rate(size, dtype):
+    """GFLOP/s of a large dense product."""
     x, weight = torch.randn(512, size).to(dtype), torch.randn(size, size).to(dtype)
-    source = torch.randn(size, size)
-    target = torch.empty_like(source)
-    times = interleaved({"copy": lambda: target.copy_(source), "product": lambda: F.linear(x, weight)}, 2)
-    return 2 * source.nbytes / min(times["copy"]) / 1e6, 2 * 512 * size**2 / min(times["product"]) / 1e6
+    times = measure.interleaved({"product": lambda: F.linear(x, weight)}, 1)["product"]
+    return 2 * 512 * size**2 / min(times) / 1e6
 
 
-def table(title, rows, floor, seconds):
-    print(f"\n{title}\n{'':26}{'min':>9}{'median':>9}{'IQR':>8}   of dense\n{'floor':26}{floor:9.2f}")
-    found = {name: spread(times) for name, times in interleaved(rows, seconds).items()}
-    for name, (least, median, width) in found.items():
-        print(f"{name:26}{least:9.2f}{median:9.2f}{width:8.2f}   {least / found['dense'][0]:8.3f}")
+def table(title, rows, sizes, operations, rate, seconds):
+    """`sizes`: bytes of a layer, by row."""
+    first, again = measure.from_memory(rows, seconds)
+    read = min(first["read"])
+    floor = max(read, operations / rate / 1e6)
+    print(f"\n{title}\n{'':26}{'min':>9}{'median':>9}{'IQR':>8}{'of dense':>10}{'GB/s':>7}{'GFLOP/s':>9}", end="")
+    print(f"{'in cache':>12}{'of dense':>10}\n{'floor':26}{floor:9.2f}")
+    for name, times in first.items():
+        least, median, width = measure.spread(times)
+        cached = min(again[name])
+        print(f"{name:26}{least:9.3f}{median:9.3f}{width:8.3f}{least / min(first['dense']):10.3f}", end="")
+        print(f"{sizes.get(name, sizes['peftcore']) / least / 1e6:7.1f}", end="")
+        print(f"{0 if name == 'read' else operations / least / 1e6:9.0f}", end="")
+        print(f"{cached:12.3f}{cached / min(again['dense']):10.3f}")
 
 
 def main():
@@ -49,39 +62,62 @@ def main():
     parser.add_argument("--seconds", type=float, default=3)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16, 32, 256, 1024])
+    parser.add_argument("--ours", action="store_true", help="neither bitsandbytes nor lower levels")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    import bitsandbytes as bnb
-    import bitsandbytes.functional as functional
-
     size, dtype, info = options.size, getattr(torch, options.dtype), build_info()
-    print(f"PyTorch {torch.__version__}, {options.threads} threads, load {os.getloadavg()[0]:.1f}, ", end="")
-    print(f"extension: {info.cpu_level} ({info.compiler or info.missing_because}), {size} x {size} {options.dtype}")
-    bandwidth, flops = rates(size, dtype)
-    print(f"copy {bandwidth:.1f} GB/s, dense product {flops:.0f} GFLOP/s")
+    measure.print_surroundings(options.threads)
+    rate = max(product_rate(size, dtype), product_rate(size, torch.float32))
+    print(
+        f"{size} x {size} {options.dtype}, dense product {rate:.0f} GFLOP/s, {measure.last_cache() >> 20} MiB of cache"
+    )
 
-    weight = torch.randn(size, size)
-    plain, nested = (ops.quantize_4bit(weight, double_quant=double) for double in (False, True))
-    theirs, state = functional.quantize_4bit(weight, quant_type="nf4")
-    state.dtype = dtype
-    dense = weight.to(dtype)
+    one = ops.quantize_4bit(torch.randn(size, size), double_quant=True)
+    stored = sum(part.nbytes for part in words(one))
+    count, few = measure.beyond_caches(stored), measure.beyond_caches(size * size * dtype.itemsize)
+    nested = [one, *(ops.quantize_4bit(torch.randn(size, size), double_quant=True) for _ in range(count - 1))]
+    plain = [ops.quantize_4bit(torch.randn(size, size)) for _ in range(count)]
+    dense = [torch.randn(size, size).to(dtype) for _ in range(few)]
+    weights = {
+        "read": (nested, lambda w: lambda x: [part.sum() for part in words(w)]),
+        "dense": (dense, lambda w: lambda x: F.linear(x, w)),
+        "peftcore": (nested, lambda w: lambda x: ops.linear_4bit(x, w)),
+        "peftcore, plain scales": (plain, lambda w: lambda x: ops.linear_4bit(x, w)),
+    }
+    sizes = {
+        "peftcore": stored,
+        "dense": dense[0].nbytes,
+        "peftcore, plain scales": sum(p.nbytes for p in words(plain[0])),
+    }
+    if not options.ours:
+        import bitsandbytes as bnb
+        import bitsandbytes.functional as functional
 
-    def ours(weight):
-        own = weight._replace(codes=weight.codes.clone())  # no row finds in a cache what another has read
-        return lambda x: ops.linear_4bit(x, own)
+        def theirs(pair):
+            codes, state = pair
+            state.dtype = dtype
+            return lambda x: bnb.matmul_4bit(x, codes.t(), quant_state=state)
 
-    def peer(x):
-        return bnb.matmul_4bit(x, theirs.t(), quant_state=state)
+        packed = [functional.quantize_4bit(torch.randn(size, size), quant_type="nf4") for _ in range(count)]
+        weights["bitsandbytes"] = packed, theirs
 
-    def at(level, run):
-        def at_level():
-            ops.extension.set_cpu_level(level)
-            run()
-            ops.extension.set_cpu_level(info.cpu_level)
+    def at(level):
+        def call_of(w):
+            def call(x):
+                ops.extension.set_cpu_level(level)
+                try:
+                    return ops.linear_4bit(x, w)
+                finally:
+                    ops.extension.set_cpu_level(info.cpu_level)
 
-        return at_level
+            return call
 
-    lower_levels = [level for level in reversed(info.cpu_levels) if level != info.cpu_level]
+        return nested, call_of
+
+    if not options.ours:
+        lower = [level for level in reversed(info.cpu_levels) if level != info.cpu_level]
+        weights |= {f"peftcore, {level}": at(level) for level in lower}
+
     for batch in options.batches:
         back = batch >= 256
         x = torch.randn(batch, size).to(dtype).requires_grad_(back)
@@ -91,23 +127,14 @@ def main():
             def run():
                 with torch.set_grad_enabled(back):
                     y = call(x)
-                    if back:
+                    if back and isinstance(y, torch.Tensor):
                         torch.autograd.grad(y, x, grad)
 
             return run
 
-        calls = {
-            "dense": lambda x: F.linear(x, dense),
-            "peftcore, double quant": ours(nested),
-            "peftcore, plain scales": ours(plain),
-            "bitsandbytes": peer,
-        }
-        needs = nested.codes.nbytes + nested.absmax.nbytes + 2 * batch * size * dtype.itemsize
-        floor = (1 + back) * max(needs / bandwidth / 1e6, 2 * batch * size**2 / flops / 1e6)
+        rows = {name: [timed(call_of(w)) for w in ws] for name, (ws, call_of) in weights.items()}
         title = f"{batch} rows, forward{' and backward' if back else ''} (ms)"
-        rows = {name: timed(call) for name, call in calls.items()}
-        rows |= {f"peftcore, {level}": at(level, timed(ours(nested))) for level in lower_levels}
-        table(title, rows, floor, options.seconds)
+        table(title, rows, sizes, (1 + back) * 2 * batch * size**2, rate, options.seconds)
 
 
 if __name__ == "__main__":

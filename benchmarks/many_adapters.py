@@ -1,28 +1,36 @@
-"""What a change costs where many adapters are there: adding, switching, mixing in a batch, the forward. peft beside.
+"""What a change costs where many adapters are there: adding, switching, choosing, loading, memory. peft beside.
 
     python benchmarks/many_adapters.py [--adapters 1000] [--layers 32] [--hidden 64] [--peft 100] [--threads 2]
+                                       [--only add,disk,mix,peft]
 
-A Llama of `layers` layers, LoRA r=8 on its seven linear layers each. Adapters are added one after the other and rest
-but for the first. peft gets fewer of them, since its times grow with their number: both are shown at that number too.
+A Llama of `layers` layers, LoRA r=8 on its seven linear layers each.
+
+add     one after the other; they rest but for the first. Memory is what the process holds more of (resident set).
+disk    `load(..., resident=False)` of so many names, three folders in turn; then some come, and go for others.
+mix     64 different adapters for 64 samples over one for all, 4096 x 4096, bf16.
+peft    gets fewer of them, since its times grow with their number: both are shown at that number.
 """
 
 import argparse
-import copy
+import gc
 import itertools
 import logging
-import resource
 import statistics
+import tempfile
 import time
 import warnings
+from pathlib import Path
 
 import measure
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
+from peftcore import ops
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
+SAMPLES = 64
 
 
 def milliseconds(change, times=1):
@@ -36,36 +44,142 @@ def milliseconds(change, times=1):
 
 
 def row(what, least, median):
-    print(f"  {what:44}{least:10.2f}{median:10.2f}", flush=True)
+    print(f"  {what:52}{least:10.2f}{median:10.2f}", flush=True)
 
 
-def ours(model, count, ids, shown):
-    print("\npeftcore (ms)                                      least    median")
-    mixed = [f"a{i % shown}" for i in range(64)]
-    there, others = 0, itertools.cycle(range(1, shown))
-    for target in (1, shown, count):
-        added = []
+def resident_bytes():
+    gc.collect()
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+
+
+def llama(options):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=options.hidden,
+        intermediate_size=2 * options.hidden,
+        num_hidden_layers=options.layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def choosing(model, names, there):
+    """Switching, and other adapters for each sample of a batch, of those that are there and do not train."""
+    others, shift = itertools.cycle(names[1:]), itertools.count()
+
+    def mixed():
+        first = next(shift)
+        return [names[(first + i) % there] for i in range(SAMPLES)]
+
+    row("switching", *milliseconds(lambda: peftcore.activate(model, next(others)), 20))
+    choose = lambda: peftcore.activate(model, mixed(), per_sample=True)  # noqa: E731
+    choose()
+    row(f"{min(there, SAMPLES)} for {SAMPLES} samples", *milliseconds(choose, 20))
+
+
+def add(options):
+    """Adapters that were applied, in memory; those that are chosen do not train."""
+    model, ids = llama(options), torch.randint(0, 256, (1, 16))
+    folder = peftcore.save(peftcore.apply(llama(options), "lora", r=8), Path(tempfile.mkdtemp()) / "adapter")
+    with torch.no_grad():
+        row("the model alone, forward of 16 tokens", *milliseconds(lambda: model(ids), 30))
+    there, before, begin = 0, 0, time.perf_counter()
+    for target in dict.fromkeys((1, min(options.peft, options.adapters), options.adapters)):
+        added, loaded = [], []
         for i in range(there, target):
-            added.append(milliseconds(lambda i=i: peftcore.apply(model, "lora", r=8, adapter=f"a{i}"))[0])
+            if target - i <= 10:
+                load = lambda i=i: peftcore.load(model, folder, adapter=f"a{i}", trainable=False)  # noqa: E731
+                loaded.append(milliseconds(load)[0])
+            else:
+                added.append(milliseconds(lambda i=i: peftcore.apply(model, "lora", r=8, adapter=f"a{i}"))[0])
             peftcore.activate(model, "a0")
+            if i == 0:
+                before, begin = resident_bytes(), time.perf_counter()
         there = target
-        print(f" {target} adapters")
-        row("adding one (the last ten)", min(added[-10:]), statistics.median(added[-10:]))
+        print(f" {target} adapters, after {time.perf_counter() - begin:.1f} s")
+        if added:
+            row("adding one (the last ten)", min(added[-10:]), statistics.median(added[-10:]))
+        row("loading one (the last ten)", min(loaded), statistics.median(loaded))
         if target > 1:
-            row("switching", *milliseconds(lambda: peftcore.activate(model, f"a{next(others)}"), 20))
-            mix = milliseconds(lambda: peftcore.activate(model, mixed, per_sample=True), 5)
-            row("64 for the samples of a batch", *mix)
+            row("switching to one that trains", *milliseconds(lambda: peftcore.activate(model, "a1"), 1))
+            names = [f"a{i}" for i in range(target)]
+            for name in names[:SAMPLES]:
+                peftcore.engine.set_trainable(model, name, False)
+            choosing(model, names[:SAMPLES], min(target, SAMPLES))
             peftcore.activate(model, "a0")
         with torch.no_grad():
             row("forward of 16 tokens", *milliseconds(lambda: model(ids), 30))
+    grown = resident_bytes() - before
+    held = sum(p.nbytes for name, p in model.named_parameters() if ".lora_" in name) * (there - 1) / there
+    print(f"  memory: {grown / 2**20:,.0f} MB more for adapters of {held / 2**20:,.0f} MB ({grown / held:.2f})")
+    row("removing one", *milliseconds(lambda: peftcore.remove(model, f"a{there - 1}"), 1))
 
 
-def theirs(model, count, ids):
+def disk(options):
+    """Adapters that rest on disk."""
+    model = llama(options)
+    with tempfile.TemporaryDirectory() as root:
+        folders = []
+        for i in range(3):
+            trained = peftcore.apply(llama(options), "lora", r=8, init_lora_weights=False)
+            folders.append(peftcore.save(trained, Path(root) / str(i)))
+        names, before, begin = [f"d{i}" for i in range(options.adapters)], resident_bytes(), time.perf_counter()
+        times = [
+            milliseconds(lambda i=i, n=n: peftcore.load(model, folders[i % 3], adapter=n, resident=False))[0]
+            for i, n in enumerate(names)
+        ]
+        print(f" {options.adapters} on disk, after {time.perf_counter() - begin:.1f} s")
+        row("load(..., resident=False) (the last ten)", min(times[-10:]), statistics.median(times[-10:]))
+        print(f"  memory: {(resident_bytes() - before) / 2**20:,.1f} MB more")
+        order = itertools.cycle(names)
+        row("one comes", *milliseconds(lambda: peftcore.activate(model, next(order)), 10))
+        size = next(iter(model._peftcore_state.resting.values())).size
+        peftcore.activate(model, [])
+        peftcore.limit_resident(model, 8 * size)
+        for _ in range(8):
+            peftcore.activate(model, next(order))
+        row("one comes, and another goes", *milliseconds(lambda: peftcore.activate(model, next(order)), 10))
+
+
+def mix(options):
+    """The operator: 64 samples of a row each, bf16."""
+    measure.keep_freed_memory()
+    size, r = 4096, 16
+    index, scales = torch.arange(SAMPLES), [1.0] * SAMPLES
+    for rows in (1, 16):
+        x = torch.randn(SAMPLES, rows, size).bfloat16()
+        w = (torch.randn(size, size) / 64).bfloat16()
+        a = [(torch.randn(r, size) / 64).bfloat16() for _ in range(SAMPLES)]
+        b = [(torch.randn(size, r) / 4).bfloat16() for _ in range(SAMPLES)]
+        with torch.no_grad():
+            times = measure.interleaved(
+                {
+                    "frozen": lambda x=x, w=w: torch.nn.functional.linear(x, w),
+                    "one for all": lambda x=x, w=w, a=a, b=b: ops.lora_linear(x, w, None, a[0], b[0], 1.0, 0.0),
+                    "64 different": lambda x=x, w=w, a=a, b=b: ops.lora_linear_per_sample(
+                        x, w, None, a, b, scales, index
+                    ),
+                },
+                8,
+            )
+        least = {name: min(each) for name, each in times.items()}
+        medians = {name: statistics.median(each) for name, each in times.items()}
+        print(f" {SAMPLES} samples of {rows} rows, {size} x {size}, r={r}, bf16")
+        for name in times:
+            row(name, least[name], medians[name])
+        ratio, usual = (each["64 different"] / each["one for all"] for each in (least, medians))
+        print(f"  64 different over one for all: {ratio:.2f} (medians {usual:.2f})")
+
+
+def peft(options):
     import peft
 
-    print("\npeft (ms)                                          least    median")
+    count, ids = options.peft, torch.randint(0, 256, (1, 16))
     config = peft.LoraConfig(r=8, target_modules="all-linear")
-    wrapped = peft.get_peft_model(model, config, adapter_name="a0")
+    wrapped = peft.get_peft_model(llama(options), config, adapter_name="a0")
     added = [milliseconds(lambda i=i: wrapped.add_adapter(f"a{i}", config))[0] for i in range(1, count)]
     print(f" {count} adapters")
     row("adding one (the last ten)", min(added[-10:]), statistics.median(added[-10:]))
@@ -75,6 +189,9 @@ def theirs(model, count, ids):
         row("forward of 16 tokens", *milliseconds(lambda: wrapped(input_ids=ids), 30))
 
 
+PARTS = {"add": add, "disk": disk, "mix": mix, "peft": peft}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--adapters", type=int, default=1000)
@@ -82,29 +199,13 @@ def main():
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--peft", type=int, default=100)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--only", default="add,disk,mix,peft")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     measure.print_surroundings(options.threads)
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=options.hidden,
-        intermediate_size=2 * options.hidden,
-        num_hidden_layers=options.layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    other, ids = copy.deepcopy(model), torch.randint(0, 256, (1, 16))
-    with torch.no_grad():
-        row("the model alone, forward of 16 tokens", *milliseconds(lambda: model(ids), 30))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ours(model, options.adapters, ids, min(options.peft, options.adapters))
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    held = sum(p.nbytes for name, p in model.named_parameters() if ".lora_" in name)
-    print(f"  memory: {grown / 2**20:,.0f} MB more for adapters of {held / 2**20:,.0f} MB ({grown / held:.2f})")
-    if options.peft:
-        theirs(other, options.peft, ids)
+    for name in options.only.split(","):
+        print(f"\n{name}: {'peft' if name == 'peft' else 'peftcore'} (ms)".ljust(55) + "     least    median")
+        PARTS[name](options)
 
 
 if __name__ == "__main__":

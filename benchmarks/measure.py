@@ -28,6 +28,38 @@ def interleaved(rows, seconds, least=5, clock=time.perf_counter):
     return times
 
 
+def last_cache():
+    """Bytes of the last level of cache, as the kernels read it from the machine; 64 MB where they could not."""
+    from peftcore.ops.build_info import build_info
+
+    return max(build_info().caches, default=64 << 20)
+
+
+def beyond_caches(nbytes):
+    """How many pieces of `nbytes` come from memory when they are read in turn: twice the last cache, and one."""
+    return 2 * last_cache() // nbytes + 2
+
+
+def from_memory(rows, seconds, least=5):
+    """(times, times again) in ms: every round times one of each row's calls, another each time, then it again.
+
+    A row's calls are one computation over different weights, which together no cache holds (`beyond_caches`): so the
+    first time weights come from memory, as in a model, and the second from whatever cache holds one.
+    """
+    first, again = ({name: [] for name in rows} for _ in range(2))
+    turn = 0
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or turn < least:
+        for name, calls in random.sample(list(rows.items()), len(rows)):
+            call = calls[turn % len(calls)]
+            for times in (first, again):
+                start = time.perf_counter()
+                call()
+                times[name].append((time.perf_counter() - start) * 1e3)
+        turn += 1
+    return ({name: times[1:] for name, times in found.items()} for found in (first, again))
+
+
 def print_surroundings(threads):
     """PyTorch, how busy the machine is, and the kernels that run."""
     import torch

@@ -1,6 +1,6 @@
 """What a training step costs with each method, beside Hugging Face PEFT's and the frozen model, in one run.
 
-    python benchmarks/methods.py [--threads 2] [--seconds 20] [--layers 30] [--methods lora dora vera ia3 adalora]
+    python benchmarks/methods.py [--threads 2] [--seconds 20] [--layers 30] [--methods lora dora vera ia3 adalora ...]
 
 Every linear layer but the head is adapted, by the same config in both libraries; base in bf16, adapters in fp32. Rows
 are timed in turn and keep the memory that they free. The floor is the frozen model: forward, and the gradients of all
@@ -29,6 +29,17 @@ FIELDS = {
     "ia3": {},
     "adalora": {"init_r": 16, "target_r": 8, "total_step": STEPS},
     "ln-tuning": {},
+    "loha": {"r": 8, "alpha": 8},
+    "lokr": {"r": 16, "alpha": 16},
+    "oft": {"oft_block_size": 32},
+    "boft": {"boft_block_size": 4},
+    "hra": {"r": 8},
+    "miss": {"r": 64},
+    "road": {"group_size": 64},
+    "fourierft": {"n_frequency": 1000},
+    "c3a": {"block_size": 64},
+    "delora": {"r": 16},
+    "psoft": {"r": 32},
 }
 PEERS = {
     "lora": ("LoraConfig", {}),
@@ -37,6 +48,17 @@ PEERS = {
     "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
     "adalora": ("AdaLoraConfig", {}),
     "ln-tuning": ("LNTuningConfig", {}),
+    "loha": ("LoHaConfig", {}),
+    "lokr": ("LoKrConfig", {}),
+    "oft": ("OFTConfig", {}),
+    "boft": ("BOFTConfig", {}),
+    "hra": ("HRAConfig", {}),
+    "miss": ("MissConfig", {}),
+    "road": ("RoadConfig", {}),
+    "fourierft": ("FourierFTConfig", {}),
+    "c3a": ("C3AConfig", {}),
+    "delora": ("DeloraConfig", {}),
+    "psoft": ("PsoftConfig", {}),
 }
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

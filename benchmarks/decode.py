@@ -1,0 +1,257 @@
+"""Greedy decoding: tokens a second of `generate` over a base in 4 bits, alone and with LoRA, beside others.
+
+    python benchmarks/decode.py [--shapes smollm2-135m llama-1.1b] [--prompts 32 512] [--batches 1 4] [--compile]
+                                [--llama PYTHON]
+
+Models have random weights of the shapes named. In turn: the dense model in bf16, ours in NF4 (double quantization), the
+same with LoRA r=16 on every linear layer, peft's LoRA over the dense model, and peft over bitsandbytes. PYTHON, of an
+environment with llama-cpp-python (`make export-check` makes one), adds llama.cpp with the same shape in q4_0, alone and
+with a LoRA, on as many threads, of one sequence: a batch is its own program there.
+
+--compile adds each of them once more with transformers' static cache and one token's step as one compiled graph; one
+that cannot be compiled so is named with its reason.
+
+"prefill" is the time until the first token, for tokens of the prompt a second; "decode" the tokens after it. The floor
+of a token is what must be read, the packed layers and the head, at the speed of a plain read in this run.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import subprocess
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import measure
+import torch
+
+import peftcore
+from peftcore import quantization
+
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
+R = 16
+SHAPES = {
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "llama-1.1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+    "llama-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "vocab_size": 32000,
+        "tie_word_embeddings": False,
+    },
+}
+
+
+def llama(shape):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], max_position_embeddings=2048)).eval()
+    torch.set_default_dtype(torch.float32)
+    model.generation_config.pad_token_id = 0
+    return model.requires_grad_(False)
+
+
+def randomized(model):
+    """A LoRA that changes something: B is not zero."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.01)
+    return model.eval()
+
+
+def with_peft(model):
+    import peft
+
+    config = peft.LoraConfig(r=R, lora_alpha=R, target_modules="all-linear", task_type="CAUSAL_LM")
+    return randomized(peft.get_peft_model(model, config))
+
+
+def with_bitsandbytes(model):
+    """Its layers in place of the model's, as transformers puts them there."""
+    import bitsandbytes as bnb
+
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and name != "lm_head":
+            theirs = bnb.nn.Linear4bit(
+                layer.in_features, layer.out_features, False, torch.bfloat16, compress_statistics=True, quant_type="nf4"
+            )
+            theirs.weight = bnb.nn.Params4bit(layer.weight.data, quant_type="nf4", requires_grad=False).to("cpu")
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, theirs)
+    return model
+
+
+def with_lora(model):
+    return randomized(peftcore.apply(model, "lora", r=R, lora_alpha=R))
+
+
+def models(shape, peers):
+    dense = llama(shape)
+    packed = quantization.quantize(copy.deepcopy(dense), double_quant=True)
+    found = {"dense, bf16": dense, "peftcore, NF4": packed, "peftcore, NF4, LoRA": with_lora(copy.deepcopy(packed))}
+    if peers:
+        found["peft, bf16, LoRA"] = with_peft(copy.deepcopy(dense))
+        found["peft, bitsandbytes NF4, LoRA"] = with_peft(with_bitsandbytes(copy.deepcopy(dense)))
+    return found
+
+
+def with_compiled_steps(found):
+    """The same models, and each once more to be generated from by a compiled step: {name: (model, more fields)}."""
+    from transformers.generation.configuration_utils import CompileConfig
+
+    step = CompileConfig(fullgraph=True, dynamic=False, mode=None)
+    step._compile_all_devices = True  # transformers compiles by itself on accelerators alone
+    fields = {"cache_implementation": "static", "compile_config": step}
+    return {
+        f"{name}{more}": (model, kw) for name, model in found.items() for more, kw in (("", {}), ("; step", fields))
+    }
+
+
+def generated(model, tokens, count, fields):
+    with torch.no_grad():
+        return model.generate(
+            input_ids=tokens,
+            attention_mask=torch.ones_like(tokens),
+            do_sample=False,
+            min_new_tokens=count,
+            max_new_tokens=count,
+            **fields,
+        )
+
+
+def bytes_of_token(model):
+    """What decoding reads: every parameter and buffer but an embedding that is only looked up."""
+    lookup = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is lookup
+    parts = [t for t in (*model.parameters(), *model.buffers()) if tied or t is not lookup]
+    return sum(t.nbytes for t in parts)
+
+
+def read_rate():
+    """GB/s of a plain read of what no cache holds."""
+    words = torch.zeros(max(4 * measure.last_cache(), 256 << 20) // 8, dtype=torch.int64)
+    return words.nbytes / min(measure.interleaved({"read": words.sum}, 1)["read"]) / 1e6
+
+
+def compiled_once(found, tokens, count):
+    """Those that generate; their first tokens, in which steps are compiled, are not timed."""
+    left = dict(found)
+    for name, (model, fields) in found.items():
+        start = time.perf_counter()
+        try:
+            generated(model, tokens, count, fields)
+        except Exception as error:
+            print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
+            del left[name]
+        if fields and name in left:
+            print(f"{name}: compiled and run once in {time.perf_counter() - start:.0f} s")
+    return left
+
+
+def table(found, shape, prompt, batch, count, rounds):
+    tokens = torch.randint(5, 30000, (batch, prompt), generator=torch.Generator().manual_seed(1))
+    found = compiled_once(found, tokens, count + 1)
+    times = {name: ([], []) for name in found}
+    for _ in range(rounds):
+        for name, (model, fields) in found.items():
+            start = time.perf_counter()
+            generated(model, tokens, 1, fields)
+            middle = time.perf_counter()
+            generated(model, tokens, count + 1, fields)
+            whole = time.perf_counter() - middle
+            times[name][0].append(middle - start)
+            times[name][1].append(whole - (middle - start))
+    rate = read_rate()
+    print(f"\n{shape}, prompt of {prompt}, batch {batch}, {count} tokens, {rate:.1f} GB/s of a plain read")
+    print(f"{'':36}{'prefill/s':>10}{'decode/s':>10}{'median':>10}{'MB a token':>12}{'of the floor':>14}")
+    for name, (first, rest) in times.items():
+        size = bytes_of_token(found[name][0])
+        best, median = (batch * count / t for t in (min(rest), sorted(rest)[len(rest) // 2]))
+        floor = rate * 1e9 / size * batch
+        print(f"{name:36}{batch * prompt / min(first):10.0f}{best:10.1f}{median:10.1f}", end="")
+        print(f"{size / 1e6:12.0f}{best / floor:14.0%}", flush=True)
+
+
+def byte_level(rows):
+    """A tokenizer of so many tokens: 256 bytes, a pair of them, and names that no text has."""
+    import tokenizers
+    import transformers
+
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, letters[0] + letters[1], *(f"<{i}>" for i in range(rows - len(letters) - 1))]
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(tokens)}, [tuple(letters[:2])]))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<0>")
+
+
+def beside_llama_cpp(python, shape, prompts, count, threads):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dense = llama(shape)
+        tokenizer = byte_level(SHAPES[shape]["vocab_size"])
+        model = peftcore.export(dense, folder / "model.gguf", to="gguf", tokenizer=tokenizer, kind="q4_0")
+        lora = peftcore.export(with_lora(dense), folder / "lora.gguf", to="gguf", adapter="default")
+        jobs = {
+            "model": str(model),
+            "lora": str(lora),
+            "prompts": prompts,
+            "count": count,
+            "threads": threads,
+        }
+        (folder / "jobs.json").write_text(json.dumps(jobs))
+        subprocess.run([python, Path(__file__).with_name("decode_llama.py"), folder / "jobs.json"], check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["smollm2-135m", "llama-1.1b"])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--ours", action="store_true", help="neither peft nor bitsandbytes")
+    parser.add_argument("--compile", action="store_true", help="compiled steps, too: minutes more")
+    parser.add_argument("--llama", help="a Python that has llama-cpp-python")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    measure.print_surroundings(options.threads)
+    for shape in options.shapes:
+        if options.llama:
+            beside_llama_cpp(options.llama, shape, options.prompts, options.tokens, options.threads)
+        found = models(shape, not options.ours)
+        found = with_compiled_steps(found) if options.compile else {name: (found[name], {}) for name in found}
+        for prompt in options.prompts:
+            for batch in options.batches:
+                table(found, shape, prompt, batch, options.tokens, options.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What each method adds to a training step of layers alone, beside Hugging Face PEFT's, all in one process.
+
+    python benchmarks/methods_layers.py [--model smollm2] [--threads 1] [--seconds 2] [--methods loha lokr ...]
+
+Two layers of SmolLM2-135M's or MiniLM-L6's shape with a vocabulary of 1,000, random weights in fp32, 512 tokens; every
+linear layer but the head is adapted, by the same config in both libraries. Rows are timed in turn. Added time is a step
+(forward, backward) less that of the frozen model, at the fastest of each; kept memory is what the graph holds for the
+backward pass, less the frozen model's, each storage once and parameters not.
+"""
+
+import argparse
+import logging
+import time
+import warnings
+
+import measure
+import methods
+import peft
+import torch
+
+import peftcore
+
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
+OTHERS = {"minilm": ["query", "key", "value", "dense"], "smollm2": methods.LAYERS}
+TOKENS = torch.randint(3, 1000, (4, 128), generator=torch.Generator().manual_seed(1))
+
+
+def model(shape):
+    from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    if shape == "minilm":
+        sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 2, "num_attention_heads": 12}
+        made = BertForSequenceClassification(BertConfig(vocab_size=1000, **sizes))
+    else:
+        sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2, "vocab_size": 1000}
+        made = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3))
+    return made.eval().requires_grad_(False)  # without dropout
+
+
+def stepper(shape, library, method):
+    """A forward and a backward pass."""
+    made = model(shape)
+    if library == "peftcore":
+        made = peftcore.apply(made, method, target_modules=OTHERS[shape], modules_to_save=[], **methods.FIELDS[method])
+    elif library == "peft":
+        name, fields = methods.PEERS[method]
+        fields = {**methods.FIELDS[method], **fields, "target_modules": OTHERS[shape]}
+        made = peft.get_peft_model(made, getattr(peft, name)(**fields))
+    else:
+        made.enable_input_require_grads()
+    return lambda: made(input_ids=TOKENS).logits.float().logsumexp(-1).sum().backward()
+
+
+def kept(step):
+    """MB that one step's graph holds, without parameters."""
+    held = {}
+
+    def pack(tensor):
+        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
+            held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(held.values()) / 1e6
+
+
+def fastest(steps, seconds):
+    """ms of the fastest step of each, timed in turn."""
+    best = {name: float("inf") for name in steps}
+    until = time.perf_counter() + seconds * len(steps)
+    while time.perf_counter() < until:
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
+    return best
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=OTHERS, default="smollm2")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=2, help="for each row")
+    known = [method for method in methods.FIELDS if method not in ("adalora", "ia3", "ln-tuning")]
+    parser.add_argument("--methods", nargs="+", choices=known, default=known)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    measure.print_surroundings(options.threads)
+    measure.keep_freed_memory()
+    print(f"{options.model}: 2 layers, 512 tokens, fp32")
+    print(f"{'':12}{'frozen, ms':>12}{'added, ms':>12}{'peft':>9}{'ratio':>8}{'kept, MB':>12}{'peft':>9}")
+    for method in options.methods:
+        steps = {name: stepper(options.model, name, method) for name in ("frozen", "peftcore", "peft")}
+        memory = {name: kept(step) for name, step in steps.items()}
+        times = fastest(steps, options.seconds)
+        ours, theirs = (times[name] - times["frozen"] for name in ("peftcore", "peft"))
+        beside = [memory[name] - memory["frozen"] for name in ("peftcore", "peft")]
+        print(f"{method:12}{times['frozen']:12.1f}{ours:12.1f}{theirs:9.1f}{ours / theirs:8.2f}", end="")
+        print(f"{beside[0]:12.1f}{beside[1]:9.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
