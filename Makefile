@@ -1,4 +1,4 @@
-# One command each: make install | demo | test | fuzz | lint | fix | docs | bench | matrix | compare | census | export-check. What they need is installed into .venv by the first call;
+# One command each: make install | demo | test | fuzz | lint | fix | docs | bench | cuda-bounds | matrix | compare | census | export-check. What they need is installed into .venv by the first call;
 # stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -15,7 +15,7 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 
 BENCHMARKS = $(shell grep -l __main__ benchmarks/*.py)
 
-.PHONY: install demo test fuzz lint fix docs bench matrix compare census export-check clean
+.PHONY: install demo test fuzz lint fix docs bench cuda-bounds matrix compare census export-check clean
 
 install: $(VENV)/train.stamp
 	@echo "installed into $(VENV). Go on with: . $(VENV)/bin/activate"
@@ -64,9 +64,15 @@ census: $(VENV)/dev.stamp
 # What `peftcore export` writes against llama.cpp, which is built from its source: half an hour on two cores.
 export-check: $(VENV)/train.stamp $(LLAMA)/llama.stamp
 	$(PY) benchmarks/export/check.py --llama $(LLAMA)/bin/python
+	$(PY) benchmarks/export/quickstart.py --llama $(LLAMA)/bin/python
 
 bench: $(VENV)/dev.stamp
 	for file in $(BENCHMARKS); do echo "== $$file" && $(PY) $$file || exit 1; done
+
+# What bounds each CUDA kernel on two cards, from what nvcc makes of it: no card is needed, and 3 minutes. Some of the
+# kernels: make cuda-bounds KERNELS=dequantize
+cuda-bounds: $(VENV)/nvdisasm.stamp
+	$(PY) benchmarks/cuda_bounds/run.py $(KERNELS)
 
 clean:
 	rm -rf $(VENV) $(LLAMA) .demo build dist *.egg-info plugins/*/*.egg-info peftcore/_C*.so peftcore/_build.json
@@ -75,6 +81,10 @@ $(VENV)/torch.stamp:
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing PyTorch and the build tools into $(VENV)"
 	$(PIP) "torch>=2.9" numpy "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
+	@touch $@
+
+$(VENV)/nvdisasm.stamp: | $(VENV)/torch.stamp
+	$(PIP) nvidia-cuda-nvdisasm
 	@touch $@
 
 $(LLAMA)/llama.stamp:

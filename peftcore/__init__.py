@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.adaptation.call import Call as Call
     from peftcore.adaptation.call import current_call as current_call
     from peftcore.architecture import Architecture as Architecture
+    from peftcore.checkpoint import limit_resident as limit_resident
     from peftcore.checkpoint import load as load
     from peftcore.checkpoint import save as save
     from peftcore.composing.combining import combine as combine
@@ -42,6 +43,10 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.errors import CheckpointError as CheckpointError
     from peftcore.errors import PeftcoreError as PeftcoreError
     from peftcore.errors import PluginError as PluginError
+    from peftcore.estimating import Estimate as Estimate
+    from peftcore.estimating import Fit as Fit
+    from peftcore.estimating import estimate as estimate
+    from peftcore.estimating import fit as fit
     from peftcore.exporting.export import export as export
     from peftcore.hookspecs import hookimpl as hookimpl
     from peftcore.merging.merge import merge as merge

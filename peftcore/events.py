@@ -23,3 +23,4 @@ class Event:
 
 
 adapter_applied = Event()  # (model): an adapter stands on it, its first or one more
+adapters_wanted = Event()  # (model, names, those that must stay): they are about to be used, and may rest on disk

@@ -212,6 +212,7 @@ class StateRules:
 
     Args:
         peft_type: the key by which a file's method is known, that of Hugging Face PEFT where it has the method.
+        older_types: peft_types under which older versions of PEFT wrote such files, which are read all the same.
         matches: (fields on disk) -> is a file of this peft_type one of this method? Of several methods with one
             peft_type those that say so come before those that do not ask, or that take a file in which nothing is set
             as well. Two that are left are an error that names both; a file that was saved here names its method.
@@ -263,6 +264,7 @@ class StateRules:
     scaled: Callable[[Any, float], Any] | None = None
     layouts: Mapping[str, FileLayout] = field(default_factory=dict)
     files: Mapping[str, FileFormat] = field(default_factory=dict)
+    older_types: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,14 @@ from typing import Any
 import peft
 import tiny
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import peftcore
 from peftcore.testing import disturb
+
+# PEFT's task of each of tiny.MODELS.
+TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 def quiet(call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -69,3 +73,17 @@ def moved(model: nn.Module) -> nn.Module:
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
+
+
+def same_start(make: Any, folder: Path, ours: nn.Module, config: peft.PeftConfig) -> None:
+    """An adapter that nothing has changed has PEFT's tensors: constant ones are equal, random ones as wide."""
+    theirs = peft.get_peft_model_state_dict(quiet(peft.get_peft_model, make(), config))
+    found = load_file(peftcore.save(ours, folder / "start") / "adapter_model.safetensors")
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in theirs.items()}
+    for kind in {name.rpartition(".")[2] for name in found}:  # of all layers together
+        own, wanted = (
+            torch.cat([t.flatten() for n, t in each.items() if n.endswith(kind)]) for each in (found, theirs)
+        )
+        width, off = wanted.std(correction=0).item(), 0.1 + 3 / len(wanted) ** 0.5
+        assert abs(own.mean() - wanted.mean()) <= off * width, kind
+        assert abs(own.std(correction=0).item() - width) <= off * width, kind

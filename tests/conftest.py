@@ -6,13 +6,6 @@ from collections.abc import Iterator
 import pytest
 import tiny
 
-LONGEST = ("csrc/test_sanitizers.py::", "commands/test_new_plugin.py::")  # minutes each
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files come first: workers take whole files, and one of them would end alone with it."""
-    items.sort(key=lambda item: not any(file in item.nodeid for file in LONGEST))
-
 
 @pytest.fixture
 def toys() -> Iterator[None]:

@@ -36,6 +36,11 @@ def llama() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).eval()
 
 
+def fitted() -> float:
+    found = peftcore.fit(llama().config, memory="1GB", device="t4", length=5, methods=["lora"], most=1)
+    return float(found.ways[0].estimate.peak)
+
+
 def lora(method: str = "lora") -> nn.Module:
     """A model with adapters that act, made in ordinary surroundings."""
     with torch.device("cpu"):
@@ -96,6 +101,13 @@ def written(write: Callable[[nn.Module, str], Any]) -> Callable[[], nn.Module]:
     return run
 
 
+def resting(folder: str) -> nn.Module:
+    model = peftcore.load(llama(), folder, adapter="on_disk", resident=False)
+    peftcore.limit_resident(model, 1 << 20)
+    peftcore.activate(model, "on_disk")
+    return model
+
+
 def quantized_by_transformers(folder: str) -> nn.Module:
     return LlamaForCausalLM.from_pretrained(folder, quantization_config=peftcore.NF4Config())
 
@@ -113,8 +125,11 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "convert": of_adapted(lambda model: peftcore.convert(model, "default", to="lora", r=2, name="other")),
     "dequantize": lambda: peftcore.dequantize(peftcore.quantize(llama())),
     "disabled": disabled,
+    "estimate": lambda: [float(peftcore.estimate(llama(), "lora", batch_size=2, length=5).peak)],
     "export": written(lambda model, folder: peftcore.export(model, folder, to="vllm")),
+    "fit": lambda: [fitted()],
     "extra_loss": of_adapted(lambda model: peftcore.extra_loss(model)),
+    "limit_resident": lambda: saved(resting, lora()),
     "load": lambda: saved(lambda folder: peftcore.load(llama(), folder), lora()),
     "loss_terms": of_adapted(lambda model: peftcore.loss_terms(model)),
     "merge": of_adapted(lambda model: peftcore.merge(model)),

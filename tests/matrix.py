@@ -2,7 +2,7 @@
 
 A conformance test gives its report to `check`, which compares it with that of the last `make matrix`, kept in
 tests/matrix.json; a test of the page compares the table with the file. So a table that is no longer true fails,
-and nothing is run twice.
+and nothing is run twice. A single row: its test with PEFTCORE_WRITE_MATRIX=1, then `python tests/matrix.py --page`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,14 @@ def section(text: str) -> str:
     return re.search(f"{re.escape(START)}\n(.*?){re.escape(END)}", text, re.DOTALL)[1]
 
 
+def write_page() -> None:
+    """Put the table of the reports that are kept into the page."""
+    page = ROOT / "docs/methods.md"
+    text = page.read_text()
+    before, rest = text.split(START)
+    page.write_text(f"{before}{START}\n{table(read())}{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
     tests = sorted(map(str, ROOT.glob("plugins/*/tests/test_*conformance.py")))
     REPORTS.unlink(missing_ok=True)
@@ -89,11 +97,8 @@ def main() -> None:
     missing = registry.methods().keys() - read().keys()
     if missing:
         sys.exit(f"no conformance run of {', '.join(sorted(missing))} gave its report to matrix.check")
-    page = ROOT / "docs/methods.md"
-    text = page.read_text()
-    before, rest = text.split(START)
-    page.write_text(f"{before}{START}\n{table(read())}{END}{rest.split(END)[1]}")
+    write_page()
 
 
 if __name__ == "__main__":
-    main()
+    write_page() if "--page" in sys.argv else main()

@@ -7,43 +7,19 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from mixtures import mixture
+from rank_cases import CASES, SHARED_BETWEEN_BLOCKS
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_parameters
+from peftcore.parallel import refuse_between_blocks
 from peftcore.testing import disturb
 
-# Every installed method, on a base where its gradients are not zero; sizes do not divide by the number of ranks.
-CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "lora": ("llama", {"r": 3, "lora_alpha": 6}, False),
-    "lora, 4 bits": ("llama", {"r": 3, "lora_alpha": 6}, True),
-    "lora, experts in 4 bits": ("gpt_oss", {"r": 3, "lora_alpha": 6}, True),
-    "qlora": ("llama", {"r": 3, "lora_alpha": 6}, False),
-    "adapter": ("llama", {"bottleneck_size": 5}, False),
-    "adapter, 4 bits": ("llama", {"bottleneck_size": 5}, True),
-    "prompt-tuning": ("llama", {"num_virtual_tokens": 3}, False),
-    "prompt-tuning, 4 bits": ("llama", {"num_virtual_tokens": 3}, True),
-    "prefix-tuning": ("llama", {"num_virtual_tokens": 3}, False),
-    "prefix-tuning, 4 bits": ("llama", {"num_virtual_tokens": 3}, True),
-    "bitfit": ("gpt2", {}, False),
-    "bitfit, 4 bits": ("gpt2", {}, True),
-    "dora": ("llama", {"r": 3, "lora_alpha": 6}, False),
-    "dora, 4 bits": ("llama", {"r": 3, "lora_alpha": 6}, True),
-    "vera": ("llama", {"r": 5}, False),
-    "vera, 4 bits": ("llama", {"r": 5}, True),
-    "ia3": ("llama", {}, False),
-    "ia3, 4 bits": ("gpt2", {}, True),
-    "adalora": ("llama", {"init_r": 3, "target_r": 2, "total_step": 9}, False),
-    "alora": ("llama", {"r": 3, "lora_alpha": 6, "alora_invocation_tokens": [29]}, False),  # a token of TOKENS
-    "ln-tuning": ("gpt2", {}, False),
-    "p-tuning": ("llama", {"num_virtual_tokens": 3}, False),
-    "multitask-prompt-tuning": ("llama", {"num_virtual_tokens": 3}, False),
-    "trainable-tokens": ("llama", {"token_indices": [1, 5]}, False),
-}
 TOKENS = torch.randint(3, 90, (6, 7), generator=torch.Generator().manual_seed(3))
 
 
@@ -308,6 +284,12 @@ def sharded_by_accelerate() -> dict[str, float]:
             state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="no", is_main_process=ranks.rank() == 0
         )
         alone, spread = adapted(case), adapted(case)
+        if case in SHARED_BETWEEN_BLOCKS:
+            with pytest.raises(peftcore.PeftcoreError, match=r"in several blocks, which FSDP2 as accelerate sets it"):
+                refuse_between_blocks(spread)
+            found[case] = 0.0
+            continue
+        refuse_between_blocks(spread)
         assert fsdp2_prepare_model(accelerator, spread) is spread
         loss(alone, TOKENS).backward()
         loss(spread, mine()).backward()

@@ -154,5 +154,20 @@ def test_the_table_of_methods_is_that_of_the_conformance_runs() -> None:
     assert reports.keys() == registry.methods().keys(), "run: make matrix"
     assert matrix.section(page) == matrix.table(reports), "run: make matrix"
     for name in registry.methods():
-        pages = page, (ROOT / "README.md").read_text(), (ROOT / "docs/plugin-directory.md").read_text()
+        pages = page, (ROOT / "docs/plugin-directory.md").read_text()
         assert all(f"| `{name}` |" in text for text in pages), name
+
+
+def test_the_methods_of_peft_s_that_are_not_here_are_listed() -> None:
+    section = (ROOT / "docs/methods.md").read_text().partition("## PEFT's methods that are not here\n")[2]
+    listed = re.findall(r"^\| `([A-Z0-9_]+)` \|", section.partition("\n## ")[0], re.MULTILINE)
+    known = json.loads((ROOT / "peftcore/peft_fields/peft_defaults.json").read_text())["defaults"].keys()
+    here = {m.state.peft_type for m in registry.methods().values()}
+    assert len(known) == 45 and set(listed) == known - here
+
+
+def test_the_readme_names_methods_that_are_installed() -> None:
+    section = (ROOT / "README.md").read_text().partition("\n## Methods\n")[2].partition("\n## ")[0]
+    assert "(docs/methods.md)" in section
+    names = set(re.findall(r"`([a-z0-9-]+)`", section))
+    assert names and names <= registry.methods().keys()

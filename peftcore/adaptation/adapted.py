@@ -12,8 +12,11 @@ weights survive. The chain is built when the set of active adapters changes, not
 
 from __future__ import annotations
 
+import threading
 from _thread import get_ident
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
@@ -31,8 +34,7 @@ from peftcore.weight_formats import find_weight_format
 CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
 TRAINED = "peftcore_trained"  # the child of the model that keeps the values of `Train` placements
 _CHAIN, _BASE = BUILT  # the chain, and that of no adapter for where they rest
-_ACTIVE = "_peftcore_active"
-_SAMPLES = "_peftcore_samples"
+_ACTIVE = "_peftcore_active"  # names; None: each sample of a batch has its own, which the lock knows
 _WRAPPED = "_checkpoint_wrapped_module"  # the one child of PyTorch's wrapper for activation checkpointing
 
 
@@ -93,17 +95,18 @@ def detach(module: nn.Module, name: str) -> None:
     adapters = adapters_at(module)
     if not is_adapted(module):  # it was given another class meanwhile
         del module._modules[CHILD]
-        for key in (LOCK, _CHAIN, _BASE, _ACTIVE, _SAMPLES):
+        for key in (LOCK, _CHAIN, _BASE, _ACTIVE):
             del module.__dict__[key]
         return
-    active = tuple(active for active in module.__dict__[_ACTIVE] if active != name)
-    activate(module, active, module.__dict__[_SAMPLES])
+    active = module.__dict__[_ACTIVE]
+    if active is not None and name in active:
+        activate(module, [other for other in active if other != name])
     del adapters._modules[name]
     adapters.behind.discard(name)
     adapters.branches.pop(name, None)
     if not len(adapters):
         del module._modules[CHILD]
-        for key in (_CHAIN, _BASE, _ACTIVE, _SAMPLES):
+        for key in (_CHAIN, _BASE, _ACTIVE):
             del module.__dict__[key]
         take_off(module, "_peftcore_original")
         if not is_enclosing(module):
@@ -112,16 +115,23 @@ def detach(module: nn.Module, name: str) -> None:
             module.__dict__["forward"] = module.__dict__.pop(OWN_FORWARD)
 
 
-def activate(module: nn.Module, names: Sequence[str], samples: Sequence[str | None] | None = None) -> None:
+def activate(module: nn.Module, names: Sequence[str] | None, *, same_base: bool = False) -> None:
     """Rebuild the chain of an adapted module: its own forward inside, then the adapters `names` in order.
 
-    With `samples`, a name or None for each sample of a batch, they do not follow each other: each has its samples.
+    Args:
+        names: None: they do not follow each other, but each sample of a batch has its own, which the lock of the model
+            tells at every call.
+        same_base: the module is what it was when its chain was built last.
     """
-    base = _base_of(module)
-    module.__dict__[_ACTIVE] = tuple(names)
-    module.__dict__[_SAMPLES] = samples
+    base = module.__dict__[_BASE] if same_base else _base_of(module)
+    module.__dict__[_ACTIVE] = None if names is None else tuple(names)
     module.__dict__[_BASE] = base
     module.__dict__[_CHAIN] = _chain_of(module, base)
+
+
+def is_per_sample(module: nn.Module) -> bool:
+    """Has each sample of a batch its own adapter at this adapted module?"""
+    return module.__dict__[_ACTIVE] is None
 
 
 def activate_behind(module: nn.Module, name: str) -> None:
@@ -145,21 +155,21 @@ def _base_of(module: nn.Module) -> Base:
 
 
 def _chain_of(module: nn.Module, base: Base) -> Any:
-    adapters = adapters_at(module)
-    names, samples = module.__dict__[_ACTIVE], module.__dict__[_SAMPLES]
+    adapters, names = adapters_at(module), module.__dict__[_ACTIVE]
+    if names is None:
+        link = partial(_around, adapters, inside=base, own=base)
+        return PerSample(base, adapters._modules, adapters.behind, link, module.__dict__[LOCK])
     chain: Any = base
-    links = {}
     for name in names:
-        inside = base if samples is not None else chain
-        if name in adapters.branches:
-            branches = {branch: _link(adapters, branch, base) for branch in adapters.branches[name]}
-            inside = Branched(inside, base, branches)
-        chain = _link(adapters, name, inside)
-        links[name] = adapters[name], chain
-    if samples is not None and names:
-        behind = all(name in adapters.behind for name in names)
-        chain = PerSample(base, links, samples, behind, module.__dict__[LOCK])
+        chain = _around(adapters, name, inside=chain, own=base)
     return chain
+
+
+def _around(adapters: Adapters, name: str, *, inside: Any, own: Base) -> AroundLink:
+    """The adapter `name`, or what it combines of the module's, around what stands inside."""
+    if name in adapters.branches:
+        inside = Branched(inside, own, {branch: _link(adapters, branch, own) for branch in adapters.branches[name]})
+    return _link(adapters, name, inside)
 
 
 def _link(adapters: Adapters, name: str, inside: Any) -> AroundLink:
@@ -171,7 +181,7 @@ def rebind(copy: nn.Module) -> None:
     copy.__dict__.pop("forward", None)
     copy.__dict__.pop(OWN_FORWARD, None)
     if is_adapted(copy):
-        activate(copy, copy.__dict__[_ACTIVE], copy.__dict__[_SAMPLES])
+        activate(copy, copy.__dict__[_ACTIVE])
 
 
 def has_forward_of_instance(module: nn.Module) -> bool:
@@ -193,7 +203,10 @@ def adapters_at(module: nn.Module) -> Adapters:
 
 def acts(module: nn.Module) -> bool:
     """Would an adapter of `module` itself act in a call that this context makes?"""
-    if not module.__dict__.get(_ACTIVE):
+    names = module.__dict__.get(_ACTIVE, ())
+    if names is None:
+        names = [name for name in module.__dict__[LOCK].activation.mixed if name in adapters_at(module)]
+    if not names:
         return False
     lock = module.__dict__[LOCK]
     if is_dynamo_compiling():
@@ -212,8 +225,30 @@ def is_outermost(module: nn.Module) -> bool:
     return "_peftcore_original" in type(module).__dict__
 
 
+_WALKED = threading.local()  # .model: (a model whose modules do not change now in this thread, `base_modules` of it)
+
+
+@contextmanager
+def walked_once(model: nn.Module) -> Iterator[None]:
+    """Within the block no module of `model` comes or goes, so that its modules are looked up once."""
+    before = getattr(_WALKED, "model", None)
+    if before is None or before[0] is not model:
+        _WALKED.model = model, list(_walk(model, ""))
+    try:
+        yield
+    finally:
+        _WALKED.model = before
+
+
 def base_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of the model itself, without what peftcore put there; a shared module once."""
+    walked = getattr(_WALKED, "model", None)
+    if walked is not None and walked[0] is model and not prefix:
+        return iter(walked[1])
+    return _walk(model, prefix)
+
+
+def _walk(model: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
     seen: set[int] = set()
     ahead = [(prefix, model)]  # the next one last; generators in generators would take twice as long
     while ahead:
@@ -259,7 +294,7 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
 
     def __setstate__(self: Any, state: dict[str, Any]) -> None:
         super(adapted, self).__setstate__(state)
-        activate(self, self.__dict__[_ACTIVE], self.__dict__.get(_SAMPLES))
+        activate(self, self.__dict__[_ACTIVE])
 
     def _replicate_for_data_parallel(self: Any) -> nn.Module:
         # Of `nn.DataParallel`: a replica is called in a thread of its own, and once.

@@ -17,8 +17,8 @@ from _thread import get_ident
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, is_dataclass
-from functools import partial
+from dataclasses import dataclass, field, is_dataclass
+from functools import cached_property, partial
 from types import FrameType
 from typing import Any
 
@@ -36,11 +36,24 @@ _ALONE = "Let one thread change adapters while no other runs the model, or run t
 
 @dataclass(frozen=True)
 class Activation:
-    """Which adapters act, in order, whose each sample is (`per_sample`), and which of them train."""
+    """Which adapters act, in order, whose each sample is (`per_sample`), and which of them train.
+
+    The modules of a model read it at their calls, so that another choice for each sample is another one of these and
+    no more. What a module makes of it is kept in `found`, and goes with it.
+    """
 
     active: tuple[str, ...] = ()
     samples: tuple[str | None, ...] | None = None
     training: tuple[str, ...] = ()
+    found: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def mixed(self) -> tuple[str, ...]:
+        """Each adapter that some sample has, once."""
+        return tuple(name for name in dict.fromkeys(self.samples or ()) if name is not None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Activation, (self.active, self.samples, self.training)
 
 
 class Block:
@@ -94,7 +107,7 @@ class ModelLock:
 
     def for_replica(self) -> ModelLock:
         """The lock of a module's replica of `nn.DataParallel`, which is called in a thread of its own, and once."""
-        return ModelLock(context=self.context and self.context.for_replica())
+        return ModelLock(self.activation, self.context and self.context.for_replica())
 
     @partial(untraced, within=True)
     def enter(self, thread: int) -> None:

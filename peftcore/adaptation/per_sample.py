@@ -13,78 +13,120 @@ the model they belong to says how many each sample has.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.call import current_call
-from peftcore.adaptation.concurrency import ModelLock
+from peftcore.adaptation.concurrency import Activation, ModelLock
 from peftcore.adaptation.outputs import first_of, with_first
 from peftcore.errors import PeftcoreError
 
 _TOKENS = ("input_ids", "inputs_embeds", "hidden_states")  # what a call gets its tokens by
 
 
-class PerSample:
-    """The link of a module's chain that gives each sample its adapter.
+class Chosen:
+    """What an activation means at one module: its adapters that some sample has, and which of them each sample has.
 
     Args:
-        links: by name, (adapter, what calls it around the module).
-        samples: a name of `links` or None for each sample, which are dimension 0 of every tensor.
-        behind: all adapters stand behind the module, not around it.
+        there: all adapters of the module, by name.
+    """
+
+    __slots__ = ("_index", "adapters", "names", "samples", "together")
+
+    def __init__(self, there: Mapping[str, nn.Module | None], activation: Activation) -> None:
+        self.names = [name for name in activation.mixed if name in there]
+        self.adapters: list[Any] = [there[name] for name in self.names]
+        number: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
+        self.samples = [number.get(name, -1) for name in activation.samples or ()]
+        kinds = {type(adapter) for adapter in self.adapters}
+        self.together = getattr(next(iter(kinds)), "per_sample", None) if len(kinds) == 1 else None
+        self._index: Tensor | None = None
+
+    def index(self, device: torch.device) -> Tensor:
+        """int64 `[samples]`: which of the adapters a sample has; -1 for none."""
+        if self._index is None or self._index.device != device:
+            self._index = torch.tensor(self.samples, device=device)
+        return self._index
+
+    def groups(self, each: int, device: torch.device) -> list[tuple[int, Tensor]]:
+        """(adapter or -1, its rows), of which each sample has so many."""
+        groups = []
+        for which in sorted(set(self.samples)):
+            own = torch.tensor([i for i, other in enumerate(self.samples) if other == which], device=device)
+            if each > 1:
+                own = (own[:, None] * each + torch.arange(each, device=device)).flatten()
+            groups.append((which, own))
+        return groups
+
+
+class PerSample:
+    """The link of a module's chain that gives each sample its adapter, as the activation of its model's lock has it.
+
+    Args:
+        adapters: those of the module, by name.
+        behind: names of those that stand behind the module, not around it.
+        link: (name) -> what calls that adapter around the module.
         lock: that of the model, whose calls are noted where it has experts.
     """
 
-    __slots__ = ("_adapters", "_base", "_behind", "_index", "_links", "_lock", "_samples", "module")
+    __slots__ = ("_adapters", "_base", "_behind", "_link", "_lock", "module")
 
     def __init__(
         self,
         base: Any,
-        links: dict[str, tuple[nn.Module, Callable[..., Any]]],
-        samples: Sequence[str | None],
-        behind: bool,
+        adapters: Mapping[str, nn.Module | None],
+        behind: Collection[str],
+        link: Callable[[str], Callable[..., Any]],
         lock: ModelLock,
     ) -> None:
-        self.module, self._base, self._behind, self._lock = base.module, base, behind, lock
-        names = list(links)
-        self._adapters = [adapter for adapter, _ in links.values()]
-        self._links = [link for _, link in links.values()]
-        self._samples = [names.index(name) if name in links else -1 for name in samples]
-        self._index = torch.tensor(self._samples)
+        self.module, self._base, self._lock = base.module, base, lock
+        self._adapters, self._behind, self._link = adapters, behind, link
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        chosen = self._chosen()
+        if not chosen.names:
+            return self._base(*args, **kwargs)
         first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         rows = 0 if first is None or not first.dim() else first.shape[0]
-        each = self._rows_of_each(rows)
+        each = self._rows_of_each(rows, len(chosen.samples))
         if first is None or each is None:
             batch = self._batch()
-            found = rows if batch is None or batch[0] == len(self._samples) else batch[0]
+            found = rows if batch is None or batch[0] == len(chosen.samples) else batch[0]
             raise PeftcoreError(
-                f"{len(self._samples)} samples were given adapters (activate(..., per_sample=True)), but "
+                f"{len(chosen.samples)} samples were given adapters (activate(..., per_sample=True)), but "
                 f"{type(self.module).__name__} gets "
                 + ("no batch" if first is None or not first.dim() else f"a batch of {found}")
             )
-        kinds = {type(adapter) for adapter in self._adapters}
-        together = getattr(next(iter(kinds)), "per_sample", None) if len(kinds) == 1 else None
-        if together is not None:
-            if self._index.device != first.device:
-                self._index = self._index.to(first.device)
-            index = self._index if each == 1 else self._index.repeat_interleave(each)
-            output = together(self._adapters, index, self._base, *args, **kwargs)
+        if chosen.together is not None:
+            index = chosen.index(first.device)
+            index = index if each == 1 else index.repeat_interleave(each)
+            output = chosen.together(chosen.adapters, index, self._base, *args, **kwargs)
             if output is not NotImplemented:
                 return output
-        if self._behind:
-            return self._after(each, *args, **kwargs)
+        if all(name in self._behind for name in chosen.names):
+            return self._after(chosen, each, *args, **kwargs)
         parts, order = [], []
-        for which, own in self._groups(each, first.device):
-            call = self._base if which < 0 else self._links[which]
+        for which, own in chosen.groups(each, first.device):
+            call = self._base if which < 0 else self._link(chosen.names[which])
             if len(own) == rows:
                 return call(*args, **kwargs)
             parts.append(call(*_taken(args, own, rows), **_taken(kwargs, own, rows)))
             order.append(own)
         return _joined(parts, [len(own) for own in order], torch.cat(order).argsort())
+
+    def _chosen(self) -> Chosen:
+        """What the activation of now means here."""
+        activation = self._lock.activation
+        if is_dynamo_compiling():
+            return Chosen(self._adapters, activation)
+        found: Chosen | None = activation.found.get(self)
+        if found is None:
+            found = activation.found[self] = Chosen(self._adapters, activation)
+        return found
 
     def _batch(self) -> tuple[int, int] | None:
         """(samples, tokens of each) of the running call of the model, where they are noted."""
@@ -94,33 +136,23 @@ class PerSample:
         given = (call.get(name) for name in (*_TOKENS, *call))
         return next(((t.shape[0], t.shape[1]) for t in given if isinstance(t, Tensor) and t.dim() > 1), None)
 
-    def _rows_of_each(self, rows: int) -> int | None:
+    def _rows_of_each(self, rows: int, samples: int) -> int | None:
         """How many of `rows` a sample has; None where they are not those of these samples."""
-        samples, batch = len(self._samples), self._batch()
+        batch = self._batch()
         if batch is not None and batch[0] != samples:
             return None
         if rows == samples:
             return 1
         return batch[1] if batch is not None and batch[1] and rows == samples * batch[1] else None
 
-    def _groups(self, each: int, device: torch.device) -> list[tuple[int, Tensor]]:
-        """(adapter or -1, its rows)."""
-        groups = []
-        for which in sorted(set(self._samples)):
-            own = torch.tensor([i for i, other in enumerate(self._samples) if other == which], device=device)
-            if each > 1:
-                own = (own[:, None] * each + torch.arange(each, device=device)).flatten()
-            groups.append((which, own))
-        return groups
-
-    def _after(self, each: int, *args: Any, **kwargs: Any) -> Any:
+    def _after(self, chosen: Chosen, each: int, *args: Any, **kwargs: Any) -> Any:
         """All adapters stand behind the module, which then runs once, on the whole batch."""
         output = self._base(*args, **kwargs)
         first = first_of(output)
         parts, order = [], []
-        for which, own in self._groups(each, first.device):
+        for which, own in chosen.groups(each, first.device):
             y = first[own]
-            parts.append(y if which < 0 else self._adapters[which](y))
+            parts.append(y if which < 0 else chosen.adapters[which](y))
             order.append(own)
         first = _joined(parts, [len(own) for own in order], torch.cat(order).argsort())
         return with_first(output, first)

@@ -1,21 +1,25 @@
 """Save and load adapters: the whole, the config, the tensors, the base that they belong to, what PEFT makes of them."""
 
 from peftcore.checkpoint.loading import load, restore
-from peftcore.checkpoint.reading import METHOD, about, adapter_folder, own_fields, read
+from peftcore.checkpoint.reading import about, adapter_folder, method_of, own_fields, read
+from peftcore.checkpoint.resident import limit_resident
 from peftcore.checkpoint.saving import save, save_each
 from peftcore.checkpoint.single_file import contents
 from peftcore.checkpoint.tensors import tensors_on_disk
+from peftcore.checkpoint.vocabulary import vocabulary_rows
 
 __all__ = [
-    "METHOD",
     "about",
     "adapter_folder",
     "contents",
+    "limit_resident",
     "load",
+    "method_of",
     "own_fields",
     "read",
     "restore",
     "save",
     "save_each",
     "tensors_on_disk",
+    "vocabulary_rows",
 ]

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftcore import adapter_files, engine
-from peftcore.adaptation.adapted import base_parameters
-from peftcore.adapter_files import CONFIG, TENSORS
 from peftcore.checkpoint import single_file
-from peftcore.checkpoint.fingerprint import difference
+from peftcore.checkpoint.fitting import Content, brings_all, fill_applied, fitting
 from peftcore.checkpoint.hub import folder_of
-from peftcore.checkpoint.multiplier import multiplier_in, without
-from peftcore.checkpoint.reading import (
-    adapter_folder,
-    read,
-    read_saved,
-    ties_partly,
-)
-from peftcore.checkpoint.tensors import fill, is_tied_in
+from peftcore.checkpoint.multiplier import multiplier_in
+from peftcore.checkpoint.reading import adapter_folder, read, read_saved, ties_partly
+from peftcore.checkpoint.resident import rest
+from peftcore.checkpoint.tensors import fill
 from peftcore.engine.scaling import set_multiplier
-from peftcore.engine.trained import base_tensors
-from peftcore.errors import CheckpointError, PeftcoreError, PluginError
-from peftcore.method import Method, Train
-from peftcore.observation import detect
-from peftcore.peft_fields import ends_within_a_name, guarded
-from peftcore.targets import drop_unmatched
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.observation import left_as_it_is
 
 Models = TypeVar("Models", bound="nn.Module | Mapping[str, Any]")
 
@@ -41,11 +30,12 @@ def load(
     path: str | os.PathLike[str],
     *,
     adapter: str | None = None,
-    trainable: bool = True,
+    trainable: bool | None = None,
     dtype: torch.dtype | None = None,
     check_base: bool = True,
     method: str | None = None,
     revision: str | None = None,
+    resident: bool = True,
 ) -> Models:
     """Apply the adapter that lies in the folder `path`, or those that were saved there together.
 
@@ -57,17 +47,28 @@ def load(
         model: or models by their names, such as `pipe.components`, each of which is given its part of such a file.
         adapter: the name of the folder's own adapter on this model, `default` if left out. Adapters that were saved
             together are all loaded if it is left out, under the names they had.
-        trainable: False freezes it.
+        trainable: False freezes it. By default it trains, but with `resident=False`.
         dtype: of its parameters, as for `apply`.
         check_base: compare the fingerprint of the base that the adapter was trained on, where the file has one.
         method: the installed method that reads it. Needed only where several may, and an error names them.
         revision: a branch, tag or commit, on the hub.
+        resident: False: it is read to see that it fits, and rests on disk, frozen. It comes into memory when
+            `activate`, for a whole batch or for samples, or another function names it, and goes when `limit_resident`
+            says so and it was not used for longest. The files must stay as they are.
 
     Raises:
         PluginError: no installed method reads it, or several may and none is named.
         CheckpointError: the files cannot be read, or do not fit the model. The model is then as it was.
     """
     folder = folder_of(path, revision)  # which may take its time, in which the model may be called
+    if not resident:
+        if not isinstance(model, nn.Module) or trainable:
+            found = type(model).__name__
+            what = "is for adapters that do not train" if trainable else f"is of one model, found {found}"
+            raise PeftcoreError(f"load(..., resident=False) {what}. Load it with resident=True")
+        rest(model, folder, adapter, dtype, check_base, method)
+        return model
+    trainable = trainable is not False
     if isinstance(model, nn.Module):
         _load_all(model, folder, adapter, trainable, dtype, check_base, method)
         return model
@@ -96,24 +97,25 @@ def _load_all(
 ) -> None:
     engine.refuse_adapters_of_others(model)  # in which a file's names mean nothing
     together, contents = adapter_files.read(folder, lambda opened: read_saved(opened, model, adapter, method, called))
-    before = engine.state_of(model)
-    active = before.active if before else ()
-    done: list[str] = []
-    try:
-        for name, content in contents.items():
-            if together and engine.state_of(model):
-                engine.activate(model, [])  # two that train one parameter may lie together
-            _load(model, adapter_folder(folder, name) if together else folder, content, name, dtype, check_base)
-            done.append(name)
-            engine.set_trainable(model, name, trainable)
-        if together:
-            engine.activate(model, [*active, *together["active"]])
-    except BaseException:
-        for name in reversed(done):
-            engine.remove(model, name)
-        if engine.state_of(model):
-            engine.set_active(model, active)
-        raise
+    with left_as_it_is(model):
+        before = engine.state_of(model)
+        active = before.active if before else ()
+        done: list[str] = []
+        try:
+            for name, content in contents.items():
+                if together and engine.state_of(model):
+                    engine.activate(model, [])  # two that train one parameter may lie together
+                _load(model, adapter_folder(folder, name) if together else folder, content, name, dtype, check_base)
+                done.append(name)
+                engine.set_trainable(model, name, trainable)
+            if together:
+                engine.activate(model, [*active, *together["active"]])
+        except BaseException:
+            for name in reversed(done):
+                engine.remove(model, name)
+            if engine.state_of(model):
+                engine.set_active(model, active)
+            raise
 
 
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
@@ -129,78 +131,14 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
 
 
 def _load(
-    model: nn.Module, folder: Path, content: Any, adapter: str, dtype: torch.dtype | None, check_base: bool
+    model: nn.Module, folder: Path, content: Content, adapter: str, dtype: torch.dtype | None, check_base: bool
 ) -> None:
-    method, config, tensors, metadata = content
-    config, multiplier = without(method, config, metadata)
-    if check_base:
-        refuse_other_base(model, folder, metadata, "peftcore.load(...")
-    config = config_on(model, method, config, tensors, metadata)
-    _check_fits(model, method, config, tensors, folder)
-    engine.apply_to_fill(model, config, adapter=adapter, dtype=dtype)
+    placed, config, multiplier = fitting(model, folder, content, check_base)
+    to_fill = placed if brings_all(placed, content[2]) else config
+    engine.apply_to_fill(model, to_fill, adapter=adapter, dtype=dtype)
     try:
-        fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
+        fill_applied(model, adapter, folder, content)
         set_multiplier(model, adapter, multiplier)
     except BaseException:
         engine.remove(model, adapter)
         raise
-
-
-def config_on(
-    model: nn.Module, method: Method, config: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
-) -> Any:
-    """A file's config, of modules that are in `model` alone, with the heads that its tensors bring."""
-    changes: dict[str, Any] = {
-        name: drop_unmatched(model, value)
-        for name in ("target_modules", "modules_to_save", "exclude_modules")
-        if isinstance(value := getattr(config, name, None), (list, tuple)) and value
-    }
-    if hasattr(config, "modules_to_save"):  # None: no other heads than those that the file holds
-        named = changes.get("modules_to_save", config.modules_to_save) or []
-        changes["modules_to_save"] = [*named, *_unnamed(model, method, named, tensors)]
-    saved = changes.get("modules_to_save")
-    if saved and getattr(config, "ensure_weight_tying", False) and "peftcore_version" not in metadata:
-        changes["ensure_weight_tying"] = is_tied_in(model, method, saved, tensors)  # PEFT ties by names, and not always
-    return dataclasses.replace(config, **changes)
-
-
-def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], call: str) -> None:
-    """Raise a CheckpointError if the file's fingerprint is of another base. `call`: what would take it all the same."""
-    why = difference(base_tensors(model), metadata["peftcore_base"]) if "peftcore_base" in metadata else None
-    if why:
-        raise CheckpointError(
-            f"'{folder}' was trained on another base: {why}. If each load of the base draws that anew (a head, "
-            "new rows of a vocabulary), have its module trained along: modules_to_save. "
-            f"To load it all the same: {call}, check_base=False)"
-        )
-
-
-def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str, Tensor], folder: Path) -> None:
-    """Raise a CheckpointError unless the config can be applied, and asks for no more numbers than the file holds."""
-    try:
-        with torch.device("meta"), guarded(method, f"'{folder}'"):
-            placed = engine.placements_for(model, config, {})
-    except (CheckpointError, PluginError):
-        raise
-    except PeftcoreError as error:
-        where = folder / CONFIG if (folder / CONFIG).exists() else folder
-        raise CheckpointError(f"'{where}' does not fit {type(model).__name__}: {error}") from error
-    kept = (tensor for each in placed.around for tensor in each.adapter.state_dict(keep_vars=True).values())
-    wanted = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in kept}.values())  # shared ones once
-    there = sum(tensor.numel() for tensor in tensors.values())
-    if wanted > 2 * there + 1_000_000:  # a small difference is named tensor by tensor
-        raise CheckpointError(
-            f"'{folder / CONFIG}' asks for an adapter of {wanted:,} numbers, '{TENSORS}' holds {there:,}"
-        )
-
-
-def _unnamed(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Heads, and modules that PEFT finds by the end of their path, that the file holds and its config does not name."""
-
-    def in_file(path: str) -> bool:
-        names = [f"{path}.{name}" for name, _ in base_parameters(model.get_submodule(path))]
-        held = (method.state.tensor_name(Train((name,), saved=True), name) in tensors for name in names)
-        return bool(names) and all(held)
-
-    candidates = [*detect(model).task_heads, *ends_within_a_name(model, saved)]
-    return [path for path in dict.fromkeys(candidates) if path not in saved and in_file(path)]

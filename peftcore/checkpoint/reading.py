@@ -161,6 +161,28 @@ def _about(opened: Folder) -> tuple[dict[str, Any], ForeignFormat | None]:
         return {"peft_type": method.state.peft_type, **form.about(fields)}, form
 
 
+def method_of(folder: Path, method: str | None = None, say: str = "peftcore.load(..., method='{}')") -> Method:
+    """The installed method that reads an adapter folder, or `method`, if it does; the base is not needed.
+
+    Args:
+        say: how the user names one, for messages.
+
+    Raises:
+        PluginError: none does, several may, or the named one does not.
+        CheckpointError: the folder holds no adapter.
+    """
+    return adapter_files.read(folder, lambda opened: _method(opened, method, say))
+
+
+def _method(opened: Folder, named: str | None, say: str) -> Method:
+    foreign = _foreign(opened, named)
+    if foreign is not None:
+        return foreign[0]
+    fields, metadata = opened.config(), opened.metadata()
+    own, where = own_fields(opened.path, metadata), f"'{opened.path / CONFIG}'"
+    return method_of_fields(where, fields, own, written_by=metadata.get(METHOD), method=named, say=say)
+
+
 def _foreign(opened: Folder, named: str | None = None) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:
     """(method, format, fields) where the folder is another library's, by a config without peft_type."""
     try:

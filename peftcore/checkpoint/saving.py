@@ -68,11 +68,25 @@ def save(
             f"layout={layout!r} is of one model, found {type(model).__name__}. Save each to a folder of its own, or "
             f"choose a layout of one file for several: {', '.join(single_file.formats()) or 'none is installed'}"
         )
+    names = _names(model, adapter)
     state = engine.require_state(model)
-    names = list(state.applied) if adapter is None else [adapter]
     together = {} if len(names) == 1 else {TOGETHER: json.dumps({"adapters": names, "active": state.active})}
     inside = {name_inside(name) if together else "": name for name in names}
     return _save(model, Path(path), inside, dtype, resumable, together, layout)
+
+
+def _names(model: nn.Module, adapter: str | None) -> list[str]:
+    """The adapters to save, which are in memory then."""
+    state = engine.require_state(model)
+    left_out = [name for name in state.resting if name not in state.applied]
+    if adapter is None and left_out:
+        raise PeftcoreError(
+            f"{len(left_out)} adapters rest on disk, such as '{left_out[0]}', and would be left out. Name the one to "
+            "save: save(model, folder, adapter='NAME')"
+        )
+    if adapter is not None:
+        engine.call_in(model, adapter)
+    return list(state.applied) if adapter is None else [adapter]
 
 
 def _save_single(
@@ -87,8 +101,8 @@ def _save_single(
             raise PeftcoreError(f"none of the models has adapters: {', '.join(there) or 'there is none'}")
     chosen: dict[str | None, tuple[nn.Module, str]] = {}
     for called, each in models.items():
+        names = _names(each, adapter)
         state = engine.require_state(each)
-        names = list(state.applied) if adapter is None else [adapter]
         if len(names) != 1:
             raise PeftcoreError(
                 f"layout={layout!r} has one adapter of a model, found {', '.join(names)}. Say adapter='NAME'"

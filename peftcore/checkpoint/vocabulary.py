@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from peftcore import adapter_files
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.observation import detect
 from peftcore.observation.config import text_config
@@ -33,6 +34,18 @@ def embedding_parameters(model: nn.Module) -> list[str]:
     architecture = detect(model)
     paths = {path for path in (architecture.embedding, architecture.output_head) if path}
     return [name for name, _ in base_parameters(model) if name.rpartition(".")[0] in paths]
+
+
+def vocabulary_rows(model: nn.Module, folder: Path) -> int | None:
+    """How many rows the embedding, or the output head, has in the adapter's file; None: it holds neither."""
+    own = set(embedding_parameters(model))
+
+    def rows(opened: adapter_files.Folder) -> int | None:
+        tensors = opened.tensors()[0] if opened.holds(adapter_files.TENSORS) else {}
+        plain = {name.removeprefix("base_model.model.").replace(".base_layer.", "."): t for name, t in tensors.items()}
+        return max((len(tensor) for name, tensor in plain.items() if name in own), default=None)
+
+    return adapter_files.read(folder, rows)
 
 
 def _vocabulary(config: Any) -> int | None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TASK_FILE = "peftcore_task.json"
 DTYPES = ("auto", "fp32", "bf16")
+NEW_ROWS = "the adapter's vocabulary is larger than its base's, whose rows for the new tokens are drawn at random here"
 
 
 @dataclass(frozen=True)
@@ -102,11 +103,18 @@ def resolve(model: str) -> str:
     return model
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base; padding, where it has none, is its end-of-text token."""
+def has_tokenizer(folder: Path) -> bool:
+    """Does one lie beside the adapter? Trainers put theirs there, which may have tokens that the base's has not."""
+    return (folder / "tokenizer_config.json").exists()
+
+
+def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside the adapter, else the base's; padding, where it has none, is its end-of-text."""
     quiet_transformers()
     from transformers import AutoTokenizer
 
+    if adapter is not None and has_tokenizer(adapter):
+        model = str(adapter)
     tokenizer = _load(AutoTokenizer.from_pretrained, model, "tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -153,10 +161,48 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
         return _auto_class(task).from_config(config)
 
 
+def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
+    """Give the base as many rows of vocabulary as the adapter in `folder` was trained with. Has it others now?
+
+    Raises:
+        PeftcoreError: the tokenizer beside the adapter has tokens for which there are no rows.
+    """
+    from peftcore import checkpoint
+
+    before = vocabulary(model)
+    if before is None:
+        return False
+    rows = checkpoint.vocabulary_rows(model, folder) or before
+    if rows != before:
+        model.resize_token_embeddings(rows)  # the new rows are the adapter's
+    if has_tokenizer(folder) and (tokens := _tokens(load_tokenizer(str(folder)))) > rows:
+        base = str(getattr(model.config, "_name_or_path", ""))
+        if tokens > _tokens(load_tokenizer(base)):
+            raise PeftcoreError(
+                f"the tokenizer beside '{folder}' has {tokens:,} tokens, the model rows for {rows:,}, and the adapter "
+                "brings no others. Have its author save it with its embedding (in PEFT: save_embedding_layers=True)"
+            )
+    return rows != before
+
+
+def vocabulary(model: PreTrainedModel) -> int | None:
+    """The rows of the embedding of tokens; None: the model has none, as those that read characters."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        return None
+    return None if weight is None else len(weight)
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def load_adapter(model: PreTrainedModel, folder: Path, name: str | None = None) -> PreTrainedModel:
     """Load the adapter in `folder`, frozen."""
     import peftcore
 
+    fit_vocabulary(model, folder)
     return peftcore.load(model, folder, adapter=name, trainable=False).eval()
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from peftcore.cli import completion
+from peftcore.cli import completion, config_file
 from peftcore.errors import PluginError
 
 FULL = "full"  # stands for a method: every parameter of the model is trained, the reference of a comparison
@@ -21,6 +21,10 @@ def in_run(folder: Path | None) -> Path | None:
 
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Hub id, local folder, or a .gguf file.")]
+MaybeModel = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="Hub id, local folder, or a .gguf file; with --adapter its base, if elsewhere."),
+]
 BaseModel = Annotated[
     str | None, typer.Option("--model", "-m", help="The adapter's base, if it is not where the adapter says.")
 ]
@@ -44,10 +48,28 @@ MaybeAdapter = Annotated[
         help="Folder of an adapter or a run; without, the base.",
     ),
 ]
+Continued = Annotated[
+    Path | None,
+    typer.Option(
+        "--adapter",
+        "-a",
+        callback=in_run,
+        autocompletion=completion.adapters,
+        help="Go on training this adapter, or a run's, in a new run.",
+    ),
+]
 Data = Annotated[
     str,
     typer.Option(
         "--data", "-d", help="Examples: a file (.jsonl .json .csv .tsv .parquet), a folder of them, a dataset's hub id."
+    ),
+]
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        is_eager=True,
+        callback=config_file.use,
+        help="A TOML file of options, such as one that an earlier call wrote; the command line wins over it.",
     ),
 ]
 Columns = Annotated[
@@ -114,5 +136,7 @@ def resolve_method(name: str | None, settings: list[str] | None) -> tuple[str, d
 
 def absolute(path: str) -> str:
     """A path as it is found from any folder; what is none (a hub's id, `chatml`) as it is."""
+    if "{" in path:  # the text of a template
+        return path
     where = Path(path).expanduser()
     return str(where.resolve()) if where.exists() else path

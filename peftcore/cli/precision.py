@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from peftcore.cli import models
 from peftcore.errors import PeftcoreError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 

@@ -3,7 +3,8 @@ arXiv 2305.18290).
 
     loss = -log sigmoid(m),   m = beta ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected)))
 
-p is the model with its adapter, q the frozen base; m is the margin, which is above 0 where the pair is told right.
+p is the model with its adapter, q the frozen base, or the adapter as it was where a run goes on with one; m is the
+margin, which is above 0 where the pair is told right.
 """
 
 from __future__ import annotations
@@ -64,33 +65,51 @@ def lengths(examples: Sequence[Example]) -> list[int]:
     return [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
 
 
-@torch.no_grad()
+Likelihoods = list[Tensor]  # of a batch each: log p of the chosen answers, then of the rejected ones
+
+
 def measure(
     model: nn.Module,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = 8,
     beta: float = BETA,
+    reference: Likelihoods | None = None,
 ) -> Metrics:
-    """Loss over every pair, how many are told right, and the mean margin; the reference is the base."""
-    is_adapted = state_of(model) is not None
+    """Loss over every pair, how many are told right, and the mean margin.
+
+    Args:
+        reference: `likelihoods` of what the model is compared with, in the same batches; None: its base.
+    """
+    if reference is None:
+        with peftcore.disabled(model) if state_of(model) is not None else contextlib.nullcontext():
+            reference = likelihoods(model, examples, tokenizer, batch_size)
+    margins = []
+    for found, its in zip(likelihoods(model, examples, tokenizer, batch_size), reference, strict=True):
+        chosen, rejected = (found - its).chunk(2)
+        margins.append(beta * (chosen - rejected))
+    margin = torch.cat(margins)
+    figures = {"told_right": float((margin > 0).double().mean()), "margin": float(margin.mean())}
+    return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), figures)
+
+
+@torch.no_grad()
+def likelihoods(
+    model: nn.Module, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
+) -> Likelihoods:
+    """What the model gives to both answers of every pair, by batches of like lengths."""
     was_training = model.training
     model.eval()
-    margins = []
     ordered = sorted(examples, key=lambda each: sum(map(len, each.values())))  # little padding
+    found = []
     try:
         for start in range(0, len(ordered), batch_size):
             pairs = ordered[start : start + batch_size]
             answers = [_joined(each, name) for name in ("chosen_ids", "rejected_ids") for each in pairs]
-            found = log_likelihoods(model, answers, tokenizer)
-            with peftcore.disabled(model) if is_adapted else contextlib.nullcontext():
-                found = found - log_likelihoods(model, answers, tokenizer)
-            margins.append(beta * (found[: len(pairs)] - found[len(pairs) :]))
+            found.append(log_likelihoods(model, answers, tokenizer))
     finally:
         model.train(was_training)
-    margin = torch.cat(margins)
-    figures = {"told_right": float((margin > 0).double().mean()), "margin": float(margin.mean())}
-    return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), figures)
+    return found
 
 
 def log_likelihoods(model: nn.Module, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Tensor:

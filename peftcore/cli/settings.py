@@ -17,17 +17,26 @@ from peftcore.cli import config_file
 from peftcore.errors import PeftcoreError
 
 RUN_FILE = "run.json"
+_NOT_THE_SAME = (
+    ". --resume goes on with the run that lies in --output, where it was cut off; --adapter begins another from an "
+    "adapter that is there"
+)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides the course of a run. `fields` are those of the method's config."""
+    """All that decides the course of a run. `fields` are those of the method's config.
+
+    `adapter`: the folder of the one that the run goes on with; `labels` are its classifier's.
+    """
 
     model: str
     data: str
     task: str
     method: str
     fields: dict[str, Any] = field(default_factory=dict)
+    adapter: str | None = None
+    labels: str | None = None
     columns: str | None = None
     chat_template: str | None = None
     eval_data: str | None = None
@@ -74,11 +83,12 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
         except ValueError as error:
             raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start anew: --overwrite") from error
         now = settings.to_json()
-        for name in before.keys() | now.keys():
+        for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "adapter", name)):
             if before.get(name) != now.get(name):
                 raise PeftcoreError(
                     f"the run in '{output}' had {name}={before.get(name)!r}, now it is {now.get(name)!r}. "
                     "To continue exactly, resume with the same settings; to start anew: --overwrite"
+                    f"{_NOT_THE_SAME if name == 'adapter' else ''}"
                 )
         return
     if output.exists() and not output.is_dir():

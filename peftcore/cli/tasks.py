@@ -171,7 +171,7 @@ def generate_text(
             **sampling,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=_ends(model, tokenizer),
+            eos_token_id=ends(model, tokenizer),
             streamer=streamer,
         )
     return tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -225,7 +225,7 @@ def _encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBas
     return Encoded(examples, truncated, left_out)
 
 
-def _ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
+def ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """The tokens that end an answer: the tokenizer's, and those that the model's own settings name (a turn's end)."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]

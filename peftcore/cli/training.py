@@ -21,7 +21,19 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 
 import peftcore
 from peftcore import ranks
-from peftcore.cli import conversations, data, models, packing, precision, preferences, progress, tasks, trainers
+from peftcore.cli import (
+    continuing,
+    conversations,
+    data,
+    models,
+    packing,
+    precision,
+    preferences,
+    progress,
+    tasks,
+    trainers,
+)
+from peftcore.cli import forecast as forecasts
 from peftcore.cli.console import require, say, warn
 from peftcore.cli.data_files import parsed_columns
 from peftcore.cli.metrics import Metrics
@@ -40,6 +52,7 @@ from peftcore.quantization import QuantizedLinear
 class Result:
     """What a finished run found. `samples`: (what wrote it, text); `quantize`: the 4-bit type of the base, if any.
 
+    `predicted`: bytes that the peak was said to be, if it was.
     `is_chat`: the examples are conversations; `labels`: their names, in the order of the model's outputs.
     """
 
@@ -61,6 +74,7 @@ class Result:
     quantize: str | None
     is_chat: bool
     labels: tuple[str, ...] = ()
+    predicted: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON keeps them; the history is in the checkpoints."""
@@ -80,6 +94,7 @@ class Result:
             "step_seconds": self.step_seconds,
             "tokens_per_second": round(self.tokens_per_second, 1),
             "peak": self.peak,
+            "predicted_peak": self.predicted,
             "adapter_bytes": self.adapter_bytes,
             "samples": self.samples,
         }
@@ -100,21 +115,26 @@ def run(
     sample: str | None = None,
     sample_tokens: int = 48,
     report_to: Sequence[str] = (),
+    force: bool = False,
 ) -> Result:
     """Train, evaluate before and after, and save the adapter.
 
     Args:
         sample: a prompt to answer before and after, in `sample_tokens` tokens at most.
         report_to: services that Trainer writes its log to, see `reporting`.
+        force: go on where memory will not be enough, as it is predicted.
 
     Raises:
-        PeftcoreError: the data, the model or a setting is wrong.
+        PeftcoreError: the data, the model or a setting is wrong, or the memory will not be enough.
         Stopped: Ctrl-C; a checkpoint is there.
     """
     began = time.perf_counter()
     train_rows, eval_rows = read_splits(settings)
-    labels = tuple(data.labels_of(train_rows)) if settings.task in data.LABELLED else ()
-    tokenizer = models.load_tokenizer(settings.model)
+    start = Path(settings.adapter) if settings.adapter is not None else None
+    labels: tuple[str, ...] = ()
+    if settings.task in data.LABELLED:
+        labels = tuple(data.labels_of(train_rows)) if start is None else continuing.labels_of(start, settings.labels)
+    tokenizer = models.load_tokenizer(settings.model, start)
     conversations.set_template(tokenizer, settings.chat_template)
     is_chat = train_rows[0].messages is not None
     train = encode_examples("training", train_rows, settings, tokenizer, labels)
@@ -124,6 +144,12 @@ def run(
     if settings.pack:
         rows = packing.packed(train, settings.max_length)
         say(f"packed {len(train):,} examples into {len(rows):,} rows of at most {settings.max_length} tokens")
+    longest = 1 if settings.task == data.PREFERENCES else max(len(each["input_ids"]) for each in rows)
+    predicted = forecasts.forecast(settings, longest, labels)
+    if predicted is not None:
+        say(str(predicted))
+        if not force:
+            forecasts.refuse_if_too_large(predicted, settings)
     set_seed(settings.seed)  # also draws a classifier's new head
     say(f"loading {settings.model} for {settings.task}")
     dtype = precision.base_dtype(settings.precision, settings.dtype)
@@ -132,11 +158,13 @@ def run(
         packing.check(model, train, type(model).__name__)
     if settings.method == FULL:
         model.requires_grad_(True)
+    elif start is not None:
+        continuing.load(model, settings)
     else:
         batches = first_batches(settings, rows, tokenizer)
         peftcore.apply(model, settings.method, batches=batches, **settings.fields)
-        if settings.pack:
-            packing.check(model, train, settings.method)
+    if settings.pack and settings.method != FULL:
+        packing.check(model, train, settings.method)
     summary = peftcore.summary(model)
     say(str(summary))
 
@@ -145,14 +173,20 @@ def run(
         with precision.own(model):
             return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
 
+    first: Any = None  # what preferences are measured against
+
     def measure(model: Any) -> Metrics:
         if settings.task == data.PREFERENCES:
-            return preferences.measure(model, held_out, tokenizer, beta=settings.beta or preferences.BETA)
+            beta = settings.beta or preferences.BETA
+            return preferences.measure(model, held_out, tokenizer, beta=beta, reference=first)
         return tasks.measure(model, held_out, tokenizer)
 
-    with peftcore.disabled(model) if settings.method != FULL else contextlib.nullcontext():
+    with peftcore.disabled(model) if settings.method != FULL and start is None else contextlib.nullcontext():
+        if settings.task == data.PREFERENCES:
+            first = preferences.likelihoods(model, held_out, tokenizer)
         before = measure(model)
-        samples = [("base", sample_text())] if sample is not None else []
+        name = "base" if start is None else "the adapter before"
+        samples = [(name, sample_text())] if sample is not None else []
     say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
 
     if settings.parallel == "fsdp2":
@@ -193,7 +227,13 @@ def run(
         peftcore.save(model, adapter)
         template = tokenizer.chat_template if is_chat and settings.chat_template else None
         made_for = AdapterTask(settings.task, settings.max_length, labels, is_chat, template, settings.beta)
-        ranks.once(lambda: made_for.write(adapter), together=True)
+
+        def write_beside() -> None:
+            made_for.write(adapter)
+            if start is not None and models.has_tokenizer(start):
+                tokenizer.save_pretrained(adapter)
+
+        ranks.once(write_beside, together=True)
     return Result(
         before=before,
         after=trainer.measured[trainer.state.global_step],
@@ -213,6 +253,7 @@ def run(
         quantize=next((m.quant_type for m in model.modules() if isinstance(m, QuantizedLinear)), None),
         is_chat=is_chat,
         labels=labels,
+        predicted=None if predicted is None else predicted.peak,
     )
 
 

@@ -43,6 +43,7 @@ def convert(
         PeftcoreError: the adapter is no change of weights alone (prompts, bottlenecks, biases, modules trained whole).
             The model is then as it was.
     """
+    engine.call_in(model, adapter)
     state, entry = engine.require_state(model), engine.applied(model, adapter)
     engine.refuse_merged(state, "convert an adapter")
     engine.refuse_changed(model)

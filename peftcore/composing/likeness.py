@@ -5,14 +5,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 # What a module has besides, that its forward does not read, or that is compared on its own.
 _APART = {"training", "multiplier", *vars(nn.Module())}
 
 
 def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str | None:
-    """The first of what tells two adapters apart, in words, or None; the values of their tensors are left out.
+    """The first of what tells two adapters apart, in words, or None.
+
+    The values of their tensors are left out, but for buffers that no file has: those follow from a config.
 
     Args:
         numbers: attributes that are numbers must be the same, too (a scale, a rank, a probability).
@@ -28,6 +31,9 @@ def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str
         own, beside = ({n for n, t in vars(m)[kind].items() if t is not None} for m in (one, other))
         if own != beside:
             return f"the tensors {sorted(beside)}, here {sorted(own)}"
+    for name in one._non_persistent_buffers_set:
+        if not _equal_values(one._buffers[name], other._buffers[name]):
+            return f"other values of '{name}', which no file has"
     if one._modules.keys() != other._modules.keys():
         return f"the modules {sorted(other._modules)}, here {sorted(one._modules)}"
     for name, child in one._modules.items():
@@ -36,6 +42,17 @@ def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str
         if found:
             return found
     return None
+
+
+def has_values_of_its_config(module: nn.Module) -> bool:
+    """Has it buffers that no file has?"""
+    return any(each._non_persistent_buffers_set for each in module.modules())
+
+
+def _equal_values(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.shape == other.shape and torch.equal(one.cpu(), other.to("cpu", one.dtype))
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import checkpoint, engine, ranks
-from peftcore.checkpoint.loading import config_on, refuse_other_base
+from peftcore.checkpoint.fitting import config_on, refuse_other_base
 from peftcore.checkpoint.reading import ties_partly
 from peftcore.checkpoint.tensors import fill, kept_on_disk, tensors_on_disk
-from peftcore.composing.likeness import difference
+from peftcore.composing.likeness import difference, has_values_of_its_config
 from peftcore.engine.scaling import scaled_config, set_multiplier
 from peftcore.errors import CheckpointError
 from peftcore.method import Factors, Method, Model
@@ -40,6 +40,7 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
         PeftcoreError: no such adapter is applied, or adapters are merged.
     """
     engine.refuse_merged(engine.require_state(model), "read an adapter's state")
+    engine.call_in(model, adapter)
     engine.refuse_changed(model)
     ranks.reshard(model)
     tensors = {**tensors_on_disk(model, adapter, exported=True), **kept_on_disk(model, adapter)}
@@ -70,6 +71,7 @@ def swap(
         CheckpointError: it is of another method, a larger rank or other modules, or cannot be read. Nothing was
             changed.
     """
+    engine.call_in(model, adapter)
     state, entry = engine.require_state(model), engine.applied(model, adapter)
     engine.refuse_merged(state, f"swap '{adapter}'")
     engine.refuse_changed(model)
@@ -152,6 +154,9 @@ def _fitted(
         raise refuse(f"both train parameters of the base, such as '{entry.trained[0]}', and their configs differ")
     with torch.device("meta"), guarded(method, f"'{where}'"):
         placed = engine.placements_for(model, config, {})
+    if any(has_values_of_its_config(placement.adapter) for placement in placed.around):
+        with torch.random.fork_rng(devices=[]), guarded(method, f"'{where}'"):
+            placed = engine.placements_for(model, config, {})
     wanted = {placement.path: placement.adapter for placement in placed.around}
     standing = dict(engine.adapter_modules(model, adapter))
     more = next((path for path in wanted if path not in standing), None)

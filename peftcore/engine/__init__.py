@@ -2,7 +2,7 @@
 
 from peftcore.engine.activating import activate, disabled, set_active, set_trainable
 from peftcore.engine.alone import alone
-from peftcore.engine.applying import apply, apply_to_fill, check_dtype, check_name, remove
+from peftcore.engine.applying import apply, apply_to_fill, check_dtype, check_name, refuse_resting, remove, take_off
 from peftcore.engine.branches import refuse_needed
 from peftcore.engine.changes import with_adapter
 from peftcore.engine.first_values import takes_batches
@@ -14,6 +14,7 @@ from peftcore.engine.state import (
     adapter_modules,
     adapter_parameters,
     applied,
+    call_in,
     changed,
     check_model,
     placements,
@@ -47,6 +48,7 @@ __all__ = [
     "applied",
     "apply",
     "apply_to_fill",
+    "call_in",
     "changed",
     "check_dtype",
     "check_model",
@@ -67,11 +69,13 @@ __all__ = [
     "refuse_merged",
     "refuse_needed",
     "refuse_per_sample",
+    "refuse_resting",
     "remove",
     "require_state",
     "set_active",
     "set_trainable",
     "state_of",
+    "take_off",
     "takes_batches",
     "with_adapter",
 ]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
 
 from peftcore.adaptation import adapted
-from peftcore.adaptation.call import asked
 from peftcore.adaptation.concurrency import Activation
 from peftcore.engine.alone import alone
 from peftcore.engine.branches import combined, with_branches
@@ -17,9 +16,8 @@ from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.placing import refuse_shared
 from peftcore.engine.state import (
     State,
-    adapter_modules,
-    adapter_parameters,
     applied,
+    intact,
     modules_with,
     refuse_changed,
     refuse_merged,
@@ -27,12 +25,15 @@ from peftcore.engine.state import (
 )
 from peftcore.engine.trained import TrainedParameters, hold_of_last, unmoved_buffers
 from peftcore.errors import PeftcoreError
+from peftcore.events import adapters_wanted
 from peftcore.method import Model
 
 
 @alone("activate adapters", base=True)
 def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample: bool = False) -> None:
     """Let the adapters `names` act, in this order, and train; all others rest and are frozen.
+
+    Those that rest on disk (`load(..., resident=False)`) come, and others go where `limit_resident` says so.
 
     Args:
         per_sample: `names` has an adapter, or None, for each sample of a batch, and each sample passes through its
@@ -49,7 +50,8 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
     if per_sample:
         chosen = tuple(dict.fromkeys(chosen))
     for name in chosen:
-        applied(model, name)
+        if name not in state.resting:
+            applied(model, name)
     if len(set(chosen)) < len(chosen):
         raise PeftcoreError(
             f"activate: an adapter is named twice in {list(chosen)}. For a name for each sample of a batch: "
@@ -57,6 +59,8 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
         )
     refuse_changed(model)
     refuse_merged(state, "activate adapters")
+    if state.resting:
+        adapters_wanted.announce(model, chosen, [])
     if per_sample:
         _refuse_whole_batch(model, with_branches(state, chosen))
     refuse_shared(state, chosen)
@@ -119,37 +123,93 @@ def set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | No
     that act, only the modules of those behind them.
     """
     state = require_state(model)
-    names, before = with_branches(state, names), state.active
+    names, before, mixed_before = with_branches(state, names), state.active, state.samples is not None
     inside = combined(state, names)
-    grows = not (samples or state.samples or inside) and len(names) > len(before) and names[: len(before)] == before
+    mixes = samples is not None
+    grows = not (mixes or mixed_before or inside) and len(names) > len(before) and names[: len(before)] == before
     # Those that come to rest first: two may have trained one parameter.
     touched = names[len(before) :] if grows else tuple(dict.fromkeys((*(n for n in before if n not in names), *names)))
-    own = {name: TrainedParameters.of(model, name) for name in touched}
+    own = {name: tensors for name in touched if (tensors := TrainedParameters.of(model, name)) is not None}
     for name, tensors in own.items():
-        if tensors is not None and name not in names:
+        if name not in names:
             tensors.activate(model, False)
     state.active = names
     state.samples = samples and tuple(name if name in names else None for name in samples)
-    if grows:
+    if mixes:
+        _let_samples_choose(model, state)
+    elif grows:
         for name in touched:
             for _, module in modules_with(model, state, name):
                 adapted.activate_behind(module, name)
     else:
-        acting = [name for name in names if name not in inside or name in (samples or ())]
-        for module in dict.fromkeys(module for name in touched for _, module in modules_with(model, state, name)):
-            there = adapted.adapters_at(module)
-            adapted.activate(module, [name for name in acting if name in there], state.samples)
+        _let_act(model, state, [name for name in names if name not in inside], None if mixed_before else touched)
     for name, tensors in own.items():
-        if tensors is not None and name in names:
+        if name in names:
             tensors.activate(model, True)
     hold_of_last(model, names)
-    ask_of_calls(model, state)
-    for name in touched:
-        trains = state.applied[name].trainable and name in names
-        for _, parameter in adapter_parameters(model, name):
-            parameter.requires_grad_(trains)
+    if mixes != mixed_before:
+        ask_of_calls(model, state)
     training = tuple(name for name in names if state.applied[name].trainable)
+    _let_train(model, state, touched, training)
     state.lock.activation = Activation(state.active, state.samples, training)
+
+
+def _let_act(model: nn.Module, state: State, acting: Sequence[str], touched: Sequence[str] | None) -> None:
+    """Build the chains of those modules at which adapters `touched` stand; None: of all."""
+    known = intact(model, state)
+    modules: Iterable[nn.Module]
+    if touched is None:
+        modules = _all_modules(model, state)
+    else:
+        modules = dict.fromkeys(module for name in touched for _, module in modules_with(model, state, name))
+    for module in modules:
+        there = adapted.adapters_at(module)
+        adapted.activate(module, [name for name in acting if name in there], same_base=known is not None)
+    if known is not None:
+        known.per_sample = False
+
+
+def _let_samples_choose(model: nn.Module, state: State) -> None:
+    """Let all modules ask at their calls which adapter a sample has; where they do so already nothing is done."""
+    known = intact(model, state)
+    if known is not None and known.per_sample:
+        return
+    for module in _all_modules(model, state):
+        if not adapted.is_per_sample(module):
+            adapted.activate(module, None)
+    if known is not None:
+        known.per_sample = True
+
+
+def _all_modules(model: nn.Module, state: State) -> list[nn.Module]:
+    """Those at which adapters stand."""
+    if state.intact is not None:
+        return list(state.intact.modules.values())
+    return list(dict.fromkeys(module for name in state.applied for _, module in modules_with(model, state, name)))
+
+
+def _let_train(model: nn.Module, state: State, touched: Iterable[str], training: Collection[str]) -> None:
+    """Let the parameters of those adapters ask for gradients that train, and of others among `touched` not."""
+    for name in touched:
+        entry, trains = state.applied[name], name in training
+        if trains or not entry.frozen:
+            for parameter in _parameters(model, state, name):
+                parameter.requires_grad_(trains)
+            entry.frozen = not trains
+
+
+def _parameters(model: nn.Module, state: State, name: str) -> Iterator[nn.Parameter]:
+    """As `adapter_parameters`, without their names, in a third of its time."""
+    for _, module in modules_with(model, state, name):
+        ahead: list[nn.Module | None] = [adapted.adapters_at(module)[name]]
+        while ahead:
+            part = ahead.pop()
+            if part is not None:
+                yield from (parameter for parameter in part._parameters.values() if parameter is not None)
+                ahead += part._modules.values()
+    own = TrainedParameters.of(model, name)
+    if own is not None:
+        yield from (parameter for _, parameter in own.values(model))
 
 
 def _names(names: Any, per_sample: bool) -> tuple[str | None, ...]:
@@ -166,12 +226,9 @@ def _names(names: Any, per_sample: bool) -> tuple[str | None, ...]:
 
 def _refuse_whole_batch(model: nn.Module, names: Sequence[str]) -> None:
     for name in names:
-        entry = applied(model, name)
-        whole = (
-            a for _, a in adapter_modules(model, name) if getattr(a, "whole_batch", False) or asked([a]) is not None
-        )
-        own = TrainedParameters.of(model, name)
-        if entry.trained or (own is not None and own.has_moved(model)) or next(whole, None) is not None:
+        entry, own = applied(model, name), TrainedParameters.of(model, name)
+        whole = entry.whole_batch or entry.reads is not None
+        if entry.trained or whole or (own is not None and own.has_moved(model)):
             raise PeftcoreError(
                 f"'{name}' ({entry.method}) acts on a batch as a whole, so it cannot be given to single samples"
             )

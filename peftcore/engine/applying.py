@@ -19,6 +19,7 @@ from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.changes import Site, facts, with_adapter
 from peftcore.engine.first_values import give_first_values, initializer
 from peftcore.engine.placing import (
+    Placed,
     device_and_dtype,
     placements_for,
     recorded,
@@ -43,6 +44,7 @@ from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_applied
 from peftcore.method import After, Around, Model
+from peftcore.observation import left_as_it_is
 
 
 @alone("apply another adapter", base=True)
@@ -80,9 +82,16 @@ def apply(
 
 
 @alone("apply another adapter", base=True)
-def apply_to_fill(model: Model, config: Any, *, adapter: str = "default", dtype: torch.dtype | None = None) -> Model:
-    """As `apply`, for an adapter whose values are there already and will be filled in."""
-    return _apply(model, config, {}, adapter, dtype, None, first_values=False)
+def apply_to_fill(
+    model: Model, config: Any, *, adapter: str = "default", dtype: torch.dtype | None = None, acts: bool = True
+) -> Model:
+    """As `apply`, for an adapter whose values are there already and will be filled in.
+
+    Args:
+        config: or what it places, on the meta device: the adapter's tensors are then made without first values.
+        acts: False: it rests, and what acts is left alone, though each sample of a batch have its own.
+    """
+    return _apply(model, config, {}, adapter, dtype, None, first_values=False, acts=acts)
 
 
 def _apply(
@@ -94,38 +103,42 @@ def _apply(
     batches: Iterable[Any] | None,
     *,
     first_values: bool,
+    acts: bool = True,
 ) -> Model:
     state = state_of(model) or State()
     _check_new(adapter, state)
     refuse_merged(state, "apply another adapter")
-    refuse_per_sample(state, "apply another adapter")
+    if acts:
+        refuse_resting(model, adapter)
+        refuse_per_sample(state, "apply another adapter")
     check_dtype(dtype)
     if state.applied:
         refuse_changed(model)
-    with with_memory():
-        placed = placements_for(model, method, fields)
-    initialize, its_config = initializer(placed.method, placed.config) if first_values else (None, None)
-    if batches is not None and initialize is None:
-        here = "" if placed.method.initialize is None else " with these fields"
-        raise PeftcoreError(f"{placed.method.name} takes no first values from data{here}. Leave batches out")
-    check_branches(model, state, adapter, placed.around)
-    refuse_without_gradient(model, placed)
-    tell_if_little(model, placed)
+    with left_as_it_is(model), with_memory(model):
+        placed = method if isinstance(method, Placed) else placements_for(model, method, fields)
+        initialize, its_config = initializer(placed.method, placed.config) if first_values else (None, None)
+        if batches is not None and initialize is None:
+            here = "" if placed.method.initialize is None else " with these fields"
+            raise PeftcoreError(f"{placed.method.name} takes no first values from data{here}. Leave batches out")
+        check_branches(model, state, adapter, placed.around)
+        refuse_without_gradient(model, placed)
+        tell_if_little(model, placed)
     if placed.method.prepare is not None:
         placed.method.prepare(model, placed.config)
     of_method, config = recorded(placed)
+    modules = {placement.path: model.get_submodule(placement.path) for placement in placed.around}
+    made: dict[Any, Any] = {}
     for placement in placed.around:
-        module = model.get_submodule(placement.path)
-        placement.adapter.to(*device_and_dtype(module, dtype)).train(model.training).requires_grad_(False)
+        _settle(placement.adapter, *device_and_dtype(modules[placement.path], dtype), model.training, made)
 
     for path in _enclosing_paths(model, [placement.path for placement in placed.around], placed.trained):
         enclosing.enclose(model.get_submodule(path), state.lock, root=not path)
-    if not state.applied:
+    if not state.applied and not state.resting:
         state.requires_grad = {name: p.requires_grad for name, p in adapted.base_parameters(model)}
         for _, parameter in adapted.base_parameters(model):
             parameter.requires_grad_(False)
     for placement in placed.around:
-        module = model.get_submodule(placement.path)
+        module = modules[placement.path]
         behind = isinstance(placement, After)
         branches = placement.branches if isinstance(placement, Around) else ()
         if placement.path not in state.sites:
@@ -135,18 +148,46 @@ def _apply(
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     fast_path.guard(model)
     reads = asked(placement.adapter for placement in placed.around)
-    state.applied[adapter] = Applied(of_method.name, config, placed.placements, placed.trained, reads=reads)
+    whole_batch = any(getattr(placement.adapter, "whole_batch", False) for placement in placed.around)
+    entry = Applied(of_method.name, config, placed.placements, placed.trained, reads=reads, whole_batch=whole_batch)
+    state.applied[adapter] = entry
     model.__dict__[STATE] = state
+    ask_of_calls(model, state)
     if initialize is not None:
-        ask_of_calls(model, state)
         try:
             give_first_values(model, adapter, initialize, placed.method.name, its_config, batches)
         except BaseException:
             remove(model, adapter)
             raise
-    set_active(model, (*state.active, adapter))
+    if acts:
+        set_active(model, (*state.active, adapter))
     adapter_applied.announce(model)
     return model
+
+
+def _settle(
+    adapter: nn.Module, device: torch.device | None, dtype: torch.dtype, training: bool, made: dict[Any, Any]
+) -> None:
+    """`adapter.to(device, dtype).train(training).requires_grad_(False)`, of which most is done already.
+
+    What is on the meta device is given memory, and no values; `made` has what was, which adapters may share.
+    """
+    fits = True
+    for module in adapter.modules():
+        for name, parameter in module._parameters.items() if device is not None and device.type != "meta" else ():
+            if parameter is not None and parameter.is_meta and type(parameter) is nn.Parameter:
+                own = dtype if parameter.is_floating_point() else parameter.dtype
+                if parameter not in made:
+                    made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=own, device=device), False)
+                module._parameters[name] = made[parameter]
+        tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+        fits &= all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors)
+    if not fits:
+        adapter.to(dtype=dtype)
+        (adapter.to_empty if any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers())) else adapter.to)(
+            device=device
+        )
+    adapter.train(training).requires_grad_(False)
 
 
 def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[str]) -> list[str]:
@@ -165,11 +206,31 @@ def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[s
 def remove(model: Model, adapter: str = "default") -> Model:
     """Take an adapter off. With the last one gone the model is, bit for bit, what it was before `apply`."""
     state = require_state(model)
-    applied(model, adapter)
+    if not isinstance(adapter, str) or adapter not in state.resting:
+        applied(model, adapter)
     refuse_merged(state, f"remove '{adapter}'")
+    record = state.resting.pop(adapter, None)
+    try:
+        left = take_off(model, adapter) if adapter in state.applied else _let_base_go(model, state)
+    except BaseException:
+        if record is not None:
+            state.resting[adapter] = record
+        raise
+    if left:
+        warnings.warn(f"remove left the following as it is: {in_words(left)}", stacklevel=3)
+    return model
+
+
+def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
+    """Take an adapter off that is in memory, though it may rest on disk and come again.
+
+    Returns:
+        By path, what has become of modules that were changed meanwhile, and are left as they are.
+    """
+    state = require_state(model)
     refuse_needed(state, adapter, "remove")
     left = dict(changes_of(model, state, adapter))
-    there = list(with_adapter(model, adapter, state.applied[adapter].paths))
+    there = set(with_adapter(model, adapter, state.applied[adapter].paths))
     if not all(adapted.is_outermost(module) for module in there if adapted.is_adapted(module)):
         ranks.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
     resting = {adapter, *state.applied[adapter].branches} if adapter in state.active else {adapter}
@@ -188,16 +249,30 @@ def remove(model: Model, adapter: str = "default") -> Model:
     for path, module in adapted.base_modules(model):
         if path in inside and module in there:
             enclosing.enclose(module, state.lock)  # what has lost this adapter holds those of others
-    if not state.applied:
+    _let_base_go(model, state)
+    return left
+
+
+def _let_base_go(model: nn.Module, state: State) -> dict[str, str]:
+    """With no adapter left, in memory or on disk, the base is what it was before the first."""
+    if not state.applied and not state.resting:
         for name, parameter in adapted.base_parameters(model):
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
         for _, module in adapted.base_modules(model):
             enclosing.release(module)
         state.lock.retired = True
         del model.__dict__[STATE]
-    if left:
-        warnings.warn(f"remove left the following as it is: {in_words(left)}", stacklevel=3)
-    return model
+    return {}
+
+
+def refuse_resting(model: nn.Module, adapter: str) -> None:
+    """Raise a PeftcoreError if an adapter of this name rests on disk."""
+    state = state_of(model)
+    if state is not None and adapter in state.resting:
+        raise PeftcoreError(
+            f"an adapter '{adapter}' rests on disk already ('{state.resting[adapter].folder}'). Give another name "
+            f"(adapter=...), or forget it first: peftcore.remove(model, '{adapter}')"
+        )
 
 
 def check_name(adapter: Any) -> None:

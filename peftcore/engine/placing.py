@@ -166,8 +166,13 @@ def refuse_without_gradient(model: nn.Module, placed: Placed) -> None:
     warnings.warn(f"{what}gradient unless the inputs have requires_grad=True", stacklevel=4)
 
 
-def with_memory() -> AbstractContextManager[Any]:
-    """Adapters have values, though the caller be under `torch.device("meta")` to build models without memory."""
+def with_memory(model: nn.Module) -> AbstractContextManager[Any]:
+    """Adapters have values, though the caller be under `torch.device("meta")` to build models without memory.
+
+    Those of a model that has none itself would lose theirs: they are made without, and nothing is drawn for them.
+    """
+    if next(model.parameters(), torch.empty(0, device="cpu")).is_meta and all(p.is_meta for p in model.parameters()):
+        return torch.device("meta")
     return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.engine.alone import alone
-from peftcore.engine.state import adapter_modules, applied, refuse_changed, refuse_merged, require_state
+from peftcore.engine.state import adapter_modules, applied, call_in, refuse_changed, refuse_merged, require_state
 from peftcore.errors import PeftcoreError
 from peftcore.method import Model
 from peftcore.registry import registry
@@ -27,6 +27,7 @@ def scale(model: Model, adapter: str, factor: float) -> Model:
     """
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
         raise PeftcoreError(f"scale takes a finite number, found {factor!r}")
+    call_in(model, adapter)
     applied(model, adapter)
     refuse_changed(model)
     refuse_merged(require_state(model), f"scale '{adapter}'")

@@ -13,10 +13,13 @@ from typing import Any
 from torch import nn
 
 from peftcore.adaptation import adapted
+from peftcore.adaptation.adapted import TRAINED
 from peftcore.adaptation.concurrency import ModelLock
 from peftcore.engine.changes import Site, changes, changes_of_trained, standing
+from peftcore.engine.intact import Intact
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
+from peftcore.events import adapters_wanted
 from peftcore.method import AdapterPlacement, Around
 
 STATE = "_peftcore_state"
@@ -32,6 +35,8 @@ class Applied:
         trained: parameters of the base, by name.
         multiplier: of its change, as `peftcore.scale` sets it.
         reads: the arguments of calls that its adapters read; None: they ask for none.
+        whole_batch: one of its adapters does not treat the samples of a batch apart.
+        frozen: since it came to rest, or trains no more, none of its parameters asks for gradients.
     """
 
     method: str
@@ -41,6 +46,8 @@ class Applied:
     trainable: bool = True
     multiplier: float = 1.0
     reads: frozenset[str] | None = None
+    whole_batch: bool = False
+    frozen: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -68,6 +75,12 @@ class State:
     merged: Any = None  # peftcore.merging.merge.Merged
     samples: tuple[str | None, ...] | None = None  # with activate(..., per_sample=True): whose each sample is
     lock: ModelLock = field(default_factory=ModelLock)
+    resting: dict[str, Any] = field(default_factory=dict)  # `checkpoint.resident.Resting` by name, the last used last
+    limit: int | None = None  # bytes of those of them that are in memory
+    intact: Intact | None = None  # of `sites`, when they were last found to be what they were
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "intact": None}  # of a copy, whose modules are others
 
 
 def state_of(model: nn.Module) -> State | None:
@@ -102,9 +115,22 @@ def applied(model: nn.Module, adapter: str) -> Applied:
     if not isinstance(adapter, str):
         raise PeftcoreError(f"an adapter's name is a string, found {adapter!r}")
     if adapter not in state.applied:
+        if adapter in state.resting:
+            raise PeftcoreError(
+                f"the adapter '{adapter}' rests on disk ('{state.resting[adapter].folder}'). It comes into memory with "
+                f"peftcore.activate(model, '{adapter}')"
+            )
         there = ", ".join(state.applied)
-        raise PeftcoreError(f"no adapter '{adapter}' is applied (applied: {there}){nearest(adapter, state.applied)}")
+        near = nearest(adapter, [*state.applied, *state.resting])
+        raise PeftcoreError(f"no adapter '{adapter}' is applied (applied: {there}){near}")
     return state.applied[adapter]
+
+
+def call_in(model: nn.Module, *adapters: str) -> None:
+    """Have those of `adapters` in memory that rest on disk, beside those that act."""
+    state = state_of(model)
+    if state is not None and state.resting:
+        adapters_wanted.announce(model, adapters, state.active)
 
 
 def adapter_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
@@ -142,6 +168,8 @@ def changed(model: nn.Module) -> dict[str, str]:
 def refuse_changed(model: nn.Module) -> None:
     """Raise a PeftcoreError if modules with adapters were replaced, resized or parametrized since `apply`."""
     state = require_state(model)
+    if intact(model, state) is not None:
+        return
     anything = next(changes(model, state.sites.items(), state.lock, shapes=state.merged is None), None)
     for name in state.applied:
         modules = (
@@ -157,6 +185,15 @@ def refuse_changed(model: nn.Module) -> None:
             )
 
 
+def intact(model: nn.Module, state: State) -> Intact | None:
+    """The modules with adapters, where nothing has become of one, and no adapter has something of the base's own."""
+    if state.intact is None or not state.intact.still(state.sites):
+        state.intact = None
+        if TRAINED not in model._modules and state.merged is None:
+            state.intact = Intact.of(model, state.sites, state.lock)
+    return state.intact
+
+
 def changes_of(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, str]]:
     """(path, what has become of it) of the modules of `adapter` that are not what they were."""
     sites = ((path, state.sites[path]) for path in state.applied[adapter].paths)
@@ -166,6 +203,8 @@ def changes_of(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[s
 
 def modules_with(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of those at which `adapter` still stands."""
+    if state.intact is not None and state.intact.still(state.sites):
+        return ((path, state.intact.modules[path]) for path in state.applied[adapter].paths)
     return standing(model, adapter, state.applied[adapter].paths, state.lock)
 
 

@@ -93,6 +93,7 @@ class Summary:
         base_bytes: with what scales weights in 4 bits.
         changed: by path, modules with adapters that were replaced, resized or parametrized since `apply`.
         experts: those of the model, if it has some.
+        on_disk: by name, the folders of adapters that rest there and not in memory.
         packed_parameters, packed_bytes: those of the base that are in 4 bits, and their size with what scales them.
     """
 
@@ -105,6 +106,7 @@ class Summary:
     experts: Mixture | None = None
     packed_parameters: int = 0
     packed_bytes: int = 0
+    on_disk: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [
@@ -124,6 +126,7 @@ class Summary:
             + in_buffers(a.buffers, a.buffer_bytes)
             for a in self.adapters
         ]
+        lines += [f"  {name}: rests on disk, '{folder}'" for name, folder in self.on_disk.items()]
         lines += [f"  changed since: '{path}' {what}" for path, what in self.changed.items()]
         return "\n".join(lines)
 
@@ -213,6 +216,11 @@ def summary(model: nn.Module) -> Summary:
         experts=mixture_of(model, reached, copied),
         packed_parameters=sum(weights for weights, _ in packed),
         packed_bytes=packed_bytes,
+        on_disk={
+            name: record.folder
+            for name, record in (state.resting.items() if state is not None else ())
+            if state is not None and name not in state.applied
+        },
     )
 
 

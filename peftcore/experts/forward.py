@@ -69,7 +69,8 @@ def experts_forward(
 
     def product(x: Tensor, name: str) -> Tensor:
         weight, bias = operand(module, name), getattr(module, f"{name}_bias") if layout.has_bias else None
-        if isinstance(weight, Tensor) and not torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        if isinstance(weight, Tensor) and (device == "meta" or not torch.is_autocast_enabled(device)):
             x = x.to(weight.dtype)  # as transformers' grouped_mm does
         thin = changes.get(name, ())
         if not thin:

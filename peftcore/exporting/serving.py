@@ -33,6 +33,7 @@ def write(model: nn.Module, folder: Path, adapter: str | None) -> Path:
         PeftcoreError: they do not know what the adapter does.
     """
     name = adapter if adapter is not None else _only(model)
+    engine.call_in(model, name)
     if _has_experts(model, name):
         low_rank.refuse_trained(model, name, WHAT)
         return checkpoint.save(model, folder, adapter=name, layout=PER_EXPERT, resumable=False)
@@ -76,7 +77,8 @@ def remarks(folder: Path) -> list[str]:
 
 
 def _only(model: nn.Module) -> str:
-    names = list(engine.require_state(model).applied)
+    state = engine.require_state(model)
+    names = list({**state.applied, **state.resting})
     if len(names) != 1:
         raise PeftcoreError(f"the model has the adapters {names}. Say which: export(..., adapter=NAME)")
     return names[0]

@@ -38,7 +38,7 @@ from peftcore.integrations.reference_model import reference_of, refuse_bypassed,
 from peftcore.integrations.teaching import teach
 from peftcore.integrations.trainer_loss import add_extra_loss, logged
 from peftcore.integrations.trainer_optimizer import optimizer_of, with_groups
-from peftcore.parallel import check_ranks, give_adapters
+from peftcore.parallel import check_ranks, give_adapters, refuse_between_blocks
 
 COMPLETE = "complete.json"
 _QUANTIZED_WITH_ADAPTERS = "_hf_peft_config_loaded"
@@ -138,6 +138,7 @@ def _prepare_for_training(trainer: Trainer, own: Callable[..., Any], *args: Any,
     if not ranks.is_sharded(bare_model(trainer)):
         check_ranks(bare_model(trainer))  # DDP's own message names no adapter
         if trainer.is_fsdp_enabled and ranks.count() > 1:  # DDP gives them itself
+            refuse_between_blocks(bare_model(trainer))
             give_adapters(bare_model(trainer))
     add_extra_loss(trainer, bare_model(trainer))
     return own(*args, **kwargs)

@@ -8,14 +8,14 @@ a number read off them 0.0: any valid value will do to see where it goes. Nothin
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from peftcore.adaptation.adapted import CHILD, TRAINED
 from peftcore.adaptation.class_swap import original_class
@@ -32,15 +32,17 @@ class MetaFloats(TorchDispatchMode):
 
     Args:
         record: called after each operator with (operator, its arguments, the tensors among them, its output).
+        largest_index: integer tensors with more values than this are on meta as well.
     """
 
-    def __init__(self, record: Record | None = None) -> None:
+    def __init__(self, record: Record | None = None, largest_index: int = _SMALL) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # of torch
         self._record = record
+        self._largest = largest_index
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = _tensors(args, kwargs.values() if kwargs else ())
         output = self._run(operator, args, kwargs, tensors)
         if self._record is not None:
             self._record(operator, args, tensors, output)
@@ -49,7 +51,7 @@ class MetaFloats(TorchDispatchMode):
     def _run(self, operator: Any, args: Any, kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         device = kwargs.get("device")
         to_meta = device is not None and torch.device(device).type == "meta"
-        if operator in _FILLED and args[0].is_meta and args[0].numel() <= _SMALL:
+        if operator in _FILLED and args[0].is_meta and args[0].numel() <= _SMALL and not _in_backward():
             return _without_values(operator, args, {**kwargs, "device": "meta"}, _FILLED[operator](args))
         if not any(tensor.is_meta for tensor in tensors):
             if torch.Tag.nondeterministic_seeded in operator.tags:
@@ -70,9 +72,75 @@ class MetaFloats(TorchDispatchMode):
             return written  # a real tensor keeps its values where those to be written are not known
         if device is not None and not to_meta:
             kwargs = {**kwargs, "device": "meta"}
-        args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
-        shaped = _SHAPES.get(operator, operator)
-        return tree_map_only(Tensor, _with_values, shaped(*args, **kwargs))
+        made = _shaped(operator, args, kwargs)
+        return self._with_values(made) if isinstance(made, Tensor) else tree_map_only(Tensor, self._with_values, made)
+
+    def _with_values(self, tensor: Tensor) -> Tensor:
+        """Integers and truths are real: zeros, where they are not known."""
+        if not tensor.is_meta or tensor.is_floating_point() or tensor.is_complex() or tensor.numel() > self._largest:
+            return tensor
+        return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+_Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
+_known: dict[Any, _Form | tuple[_Form, ...] | None] = {}  # outputs of operators that make new tensors
+_MOST_KNOWN = 1 << 15
+
+
+def _shaped(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """The operator's output on meta, where one with arguments of the same kind was there before without running it."""
+    key = None
+    if not operator.is_view and not operator._schema.is_mutable:
+        key = operator, _kind_of(args), _kind_of(tuple(kwargs.items())), torch.get_default_dtype()
+        try:
+            known = _known.get(key)
+        except TypeError:  # an argument that cannot be a key
+            key = known = None
+        if known is not None:
+            return _made(*known) if isinstance(known[0], torch.Size) else tuple(_made(*form) for form in known)
+    args, kwargs = tree_map_only(Tensor, _on_meta, (args, kwargs))
+    output = _SHAPES.get(operator, operator)(*args, **kwargs)
+    if key is not None:
+        found = (output,) if isinstance(output, Tensor) else output
+        if type(found) is tuple and all(type(each) is Tensor and each.is_meta for each in found):
+            storages = [each.untyped_storage()._cdata for each in (*found, *_tensors(args, kwargs.values()))]
+            if len({*storages[: len(found)]}) == len(found) and not {*storages[: len(found)]} & {
+                *storages[len(found) :]
+            }:
+                if len(_known) >= _MOST_KNOWN:
+                    _known.clear()
+                forms = tuple((each.shape, each.stride(), each.dtype) for each in found)
+                _known[key] = forms[0] if isinstance(output, Tensor) else forms
+    return output
+
+
+def _made(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return aten.empty_strided.default(shape, stride, dtype=dtype, device="meta")
+
+
+def _kind_of(value: Any) -> Any:
+    """What of an argument decides the form of an output: of a tensor its own form, of others type and value."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_kind_of, value))
+    return type(value), value
+
+
+def _in_backward() -> bool:
+    """Is a gradient being computed, and not a forward once more? Gradients are on meta, those of zeros as well."""
+    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
+
+
+def _tensors(*values: Any) -> list[Tensor]:
+    """Those among arguments, also in lists."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif not isinstance(value, str) and isinstance(value, Iterable):
+            found += _tensors(*value)
+    return found
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, offs: Any = None, *_: Any, **__: Any) -> Tensor:
@@ -91,13 +159,6 @@ def _on_meta(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _with_values(tensor: Tensor) -> Tensor:
-    """Integers and truths are real: zeros, where they are not known."""
-    if not tensor.is_meta or tensor.is_floating_point() or tensor.is_complex() or tensor.numel() > _SMALL:
-        return tensor
-    return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
 
 
 def _without_values(operator: Any, args: Any, kwargs: dict[str, Any], value: float = _LARGEST) -> Any:

@@ -19,9 +19,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
-from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.adapted import base_modules, walked_once
 from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.outputs import first_of
 from peftcore.observation.inputs import example_inputs
@@ -101,9 +102,11 @@ _HELD = threading.local()  # .model: (the model that this thread leaves as it is
 def left_as_it_is(model: nn.Module) -> Iterator[None]:
     """Within the block nothing of `model` changes, so that it is compared with what is remembered of it once."""
     before = getattr(_HELD, "model", None)
-    _HELD.model = model, likeness(model)
+    if before is None or before[0] is not model:
+        _HELD.model = model, likeness(model)
     try:
-        yield
+        with walked_once(model):
+            yield
     finally:
         _HELD.model = before
 
@@ -304,15 +307,21 @@ def likeness(module: nn.Module) -> Any:
 
     def part(name: str, module: nn.Module) -> Any:
         tensors = (*module._parameters.items(), *module._buffers.items())
-        settings = ((n, v) for n, v in module.__dict__.items() if isinstance(v, _SETTINGS) and not _INDEX.search(n))
-        shapes = ((n, tensor.shape, tensor.dtype) for n, tensor in tensors if tensor is not None)
+        settings = ((n, v) for n, v in module.__dict__.items() if isinstance(v, _SETTINGS) and not _is_index(n))
+        there = ((n, tensor) for n, tensor in tensors if tensor is not None)
+        shapes = ((n, None if is_lazy(tensor) else tensor.shape, tensor.dtype) for n, tensor in there)
         return name, original_class(module), tuple(shapes), tuple(settings)
 
     return tuple(part(path, inside) for path, inside in base_modules(module))
 
 
 _SETTINGS = (bool, int, float, str, type(None))
-_INDEX = re.compile(r"(^|_)(idx|index|id|number)$|^training$")
+_INDEX = re.compile(r"(^|_)(idx|index|id|number)$|^training$|^_peftcore_")  # or what a change of adapters changes
+
+
+@functools.lru_cache(4096)
+def _is_index(name: str) -> bool:
+    return _INDEX.search(name) is not None
 
 
 def _in_function() -> bool:

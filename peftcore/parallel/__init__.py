@@ -2,7 +2,7 @@
 
 from peftcore.parallel.ending import finish
 from peftcore.parallel.loading import load_sharded
-from peftcore.parallel.sharding import check_ranks, give_adapters, shard
+from peftcore.parallel.sharding import check_ranks, give_adapters, refuse_between_blocks, shard
 from peftcore.parallel.state import TrainingState
 
-__all__ = ["TrainingState", "check_ranks", "finish", "give_adapters", "load_sharded", "shard"]
+__all__ = ["TrainingState", "check_ranks", "finish", "give_adapters", "load_sharded", "refuse_between_blocks", "shard"]

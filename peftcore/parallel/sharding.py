@@ -148,6 +148,20 @@ def _between_blocks(model: nn.Module) -> set[nn.Parameter]:
     return {parameter for parameter, count in found.items() if count > 1}
 
 
+def refuse_between_blocks(model: nn.Module) -> None:
+    """Raise a PeftcoreError where blocks share a trained parameter and each is to be sharded by itself."""
+    shared = {parameter for parameter in _between_blocks(model) if parameter.requires_grad}
+    state = state_of(model)
+    for adapter, entry in state.applied.items() if state is not None else ():
+        name = next((name for name, p in adapter_parameters(model, adapter) if p in shared), None)
+        if name is not None:
+            raise PeftcoreError(
+                f"'{adapter}' ({entry.method}) trains '{name}' in several blocks, which FSDP2 as accelerate sets it up "
+                "cannot shard. Leave fsdp out of the arguments, and shard before Trainer is made: "
+                "peftcore.shard(model, adapters='replicate')"
+            )
+
+
 class _GradientMean:
     """Averages the gradients of replicated parameters over the ranks when a backward pass has ended."""
 

@@ -115,12 +115,12 @@ def refuse_not_its_own(method: Method, fields: Mapping[str, Any], own: Mapping[s
 
 
 def of_peft_type(peft_type: str) -> list[Offered]:
-    """The installed methods that write files of this `peft_type`, each with its plugin."""
+    """The installed methods that read files of this `peft_type`, each with its plugin."""
     return [
         (method, plugin)
         for plugin in registry.plugins()
         for method in plugin.methods
-        if method.recorded_as is None and method.state.peft_type == peft_type
+        if method.recorded_as is None and peft_type in {method.state.peft_type, *method.state.older_types}
     ]
 
 

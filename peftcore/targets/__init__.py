@@ -15,6 +15,7 @@ from peftcore.targets.experts import (
 from peftcore.targets.names import is_inside, matches
 from peftcore.targets.selection import (
     biases,
+    conv1d_paths,
     drop_unmatched,
     match_counts,
     minimal_suffixes,
@@ -35,6 +36,7 @@ __all__ = [
     "base_modules",
     "base_parameters",
     "biases",
+    "conv1d_paths",
     "drop_unmatched",
     "expert_weights",
     "experts_per_token",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 from torch import nn
 
@@ -12,7 +12,7 @@ from peftcore.architecture import Architecture
 from peftcore.layers import is_conv1d
 from peftcore.targets.experts import ALL_LINEAR
 from peftcore.targets.selection import minimal_suffixes, select_by
-from peftcore.validation import check_types
+from peftcore.validation import check_types, require
 
 Config = TypeVar("Config", bound="LayersConfig")
 
@@ -34,8 +34,16 @@ class LayersConfig:
     modules_to_save: Sequence[str] | None = None
     fan_in_fan_out: bool = False
 
+    # Of these fields those that PEFT's config of the method lacks. They are worked into target_modules, so that PEFT
+    # adapts the same layers; a method has them in `StateRules.own_fields`, too.
+    not_in_peft: ClassVar[frozenset[str]] = frozenset()
+
     def __post_init__(self) -> None:
         check_types(self)
+        counted = self.layers_pattern is None or self.layers_to_transform is not None
+        require(
+            counted, "layers_pattern says where layers are counted: name some in layers_to_transform, or leave it out"
+        )
 
     def selected(self, model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
         """The layers that are meant, by path."""
@@ -44,6 +52,10 @@ class LayersConfig:
     def resolved(self: Config, model: nn.Module, architecture: Architecture) -> Config:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
         chosen = self.selected(model, architecture)
-        every = self.target_modules == ALL_LINEAR
+        choices = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        worked_in = {n: None for n in choices if n in self.not_in_peft and getattr(self, n) is not None}
+        by_layer = isinstance(self.target_modules, str) and self.layers_to_transform is not None  # PEFT refuses both
+        every = self.target_modules == ALL_LINEAR or by_layer or bool(worked_in)
         names = minimal_suffixes(model, chosen) if every else self.target_modules
-        return replace(self, target_modules=names, fan_in_fan_out=any(map(is_conv1d, chosen.values())))
+        transposed = "fan_in_fan_out" not in self.not_in_peft and any(map(is_conv1d, chosen.values()))
+        return replace(self, target_modules=names, fan_in_fan_out=transposed, **worked_in)

@@ -10,13 +10,13 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.adaptation.class_swap import original_class
 from peftcore.architecture import Architecture, Sublayer
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.layers import is_linear, sizes
+from peftcore.layers import is_conv1d, is_linear, sizes
 from peftcore.method import Train
 from peftcore.observation import bypassed, rewritten
 from peftcore.targets.experts import ALL_LINEAR, expert_weights, routers
@@ -94,6 +94,9 @@ def select(
             )
     elif isinstance(target_modules, str):
         chosen = _by_regex(modules, target_modules, supported)
+        if not own_parameters and layers_to_transform is None:  # which leaves out what is in no layer
+            left = {path: modules[path] for path in modules if path not in without and path not in inside_saved}
+            _refuse_other_layers(left, target_modules, supported)
     else:
         chosen = _by_suffix(modules, target_modules, supported, names)
 
@@ -162,6 +165,11 @@ def minimal_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
     """The shortest list of suffixes that selects the modules `chosen` and no other: what a saved config says."""
     chosen = set(chosen)
     return shortest_suffixes(chosen, [path for path, _ in base_modules(model) if path not in chosen])
+
+
+def conv1d_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Those of `paths` that are transformers' Conv1D, which PEFT refuses for many methods (`StateRules.unreadable`)."""
+    return [path for path in paths if is_conv1d(model.get_submodule(path))]
 
 
 def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
@@ -295,6 +303,23 @@ def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Any) -> li
             f"Paths here look like: {_examples(modules, supported)}"
         )
     return chosen
+
+
+def _refuse_other_layers(modules: dict[str, nn.Module], pattern: str, supported: Any) -> None:
+    """Of a regular expression that also matches layers which the method would leave as they are."""
+    matched = filter(compiled(pattern, "target_modules"), modules)
+    other = [path for path in matched if not supported(modules[path]) and _is_layer(modules[path])]
+    if other:
+        raise PeftcoreError(
+            f"target_modules={pattern!r} also matches {_kinds(modules, other)} (such as '{other[0]}'), which this "
+            "method cannot adapt. Name it in exclude_modules, or write an expression that leaves it out"
+        )
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Has it a matrix, or a kernel, of its own?"""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.dim() > 1 and not any(True for _ in module.children())
 
 
 def _by_suffix(

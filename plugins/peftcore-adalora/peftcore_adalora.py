@@ -2,8 +2,7 @@
 
 triplet i of a layer: row i of A, number i of E, column i of B       scale = lora_alpha / init_r
 importance            s(E_i) + mean s(A_i) + mean s(B_i),  s = sensitivity · uncertainty, both smoothed  (eq. 8-10)
-budget                init_r a layer until step tinit, then cubically down to target_r until total_step - tfinal;
-                      E of the least important triplets is set to zero
+budget                init_r a layer until step tinit, then cubically down to target_r until total_step - tfinal
 loss                  and orth_reg_weight times the mean of |A Aᵀ - 1| and |Bᵀ B - 1|  (eq. 4)
 """
 
@@ -17,10 +16,7 @@ import torch
 from peftcore_lora.layers import LoraLinear
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets, validation
-
-INNER = {"lora_A": 1, "lora_B": 0, "lora_E": 1}  # the dimension of a factor that a triplet runs along
+from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, tensor_name, validation
 
 
 @dataclass(frozen=True)
@@ -59,16 +55,15 @@ class AdaLoraConfig(targets.LayersConfig):
 class AdaLora(LoraLinear):
     """A `[r, in]`, E `[r, 1]`, B `[out, r]` of a linear layer; how much and how surely they matter; who is left."""
 
-    lora_E: Tensor
-
     def __init__(self, config: AdaLoraConfig, r: int, width: int, out_width: int) -> None:
         nn.Module.__init__(self)  # its factors begin otherwise than LoRA's
         self.full_scale = (config.lora_alpha if config.lora_alpha > 0 else config.init_r) / (config.init_r + 1e-5)
         self.dropout, self.lora_bias = nn.Dropout(config.lora_dropout), None
-        for name, shape in {"lora_A": (r, width), "lora_B": (out_width, r), "lora_E": (r, 1)}.items():
-            std = 1.0 if not config.init_lora_weights else 0.0 if name == "lora_E" else 0.02
-            self.register_parameter(name, nn.Parameter(std * torch.randn(shape)))
-            self.register_buffer(f"seen_{name}", torch.zeros(2, *shape))
+        std, first_e = (0.02, torch.zeros) if config.init_lora_weights else (1.0, torch.randn)
+        self.lora_A = nn.Parameter(std * torch.randn(r, width))
+        self.lora_B = nn.Parameter(std * torch.randn(out_width, r))
+        self.lora_E = nn.Parameter(first_e(r, 1))
+        self.register_buffer("seen", torch.zeros(2, r, width + out_width + 1))  # a triplet a row
         self.register_buffer("left", torch.ones(r, 1))
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -76,21 +71,21 @@ class AdaLora(LoraLinear):
 
     def observe(self, config: AdaLoraConfig) -> None:
         """Smooth |p · dp| of each number, and how far it is from its mean."""
-        for name in INNER:
-            p, (mean, off) = getattr(self, name), getattr(self, f"seen_{name}")
-            now = torch.zeros_like(p) if p.grad is None else (p * p.grad).abs()  # a layer that was not called
-            mean.mul_(config.beta1).add_(now, alpha=1 - config.beta1)
-            off.mul_(config.beta2).add_((now - mean).abs(), alpha=1 - config.beta2)
+        a, b, e = (p * (0 if p.grad is None else p.grad) for p in self.parameters())  # None: it was not called
+        now, (mean, off) = torch.cat([a, b.T, e], dim=1).abs(), self.get_buffer("seen")
+        mean.mul_(config.beta1).add_(now, alpha=1 - config.beta1)
+        off.mul_(config.beta2).add_((now - mean).abs(), alpha=1 - config.beta2)
 
     def importance(self) -> Tensor:
-        """Of each triplet, `[r]`."""
-        return torch.stack([getattr(self, f"seen_{name}").prod(0).mean(along) for name, along in INNER.items()]).sum(0)
+        """Of each triplet, `[r]`. Of those beyond the budget E becomes zero."""
+        widths = [self.lora_A.shape[1], self.lora_B.shape[0], 1]
+        return sum(seen.mean(1) for seen in self.get_buffer("seen").prod(0).split(widths, dim=1))
 
 
-def place(model: nn.Module, config: AdaLoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: AdaLoraConfig, architecture: Architecture) -> list[Any]:
     left = {name.partition(".lora_E")[0]: sum(which) for name, which in (config.rank_pattern or {}).items()}
     sizes = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    layers = [peftcore.Around(p, AdaLora(config, left.get(p, config.init_r), *sizes[p])) for p in sizes]
+    layers = [Around(p, AdaLora(config, left.get(p, config.init_r), *sizes[p])) for p in sizes]
     return [*layers, *targets.trained_biases(model, config.bias, sizes)]
 
 
@@ -102,12 +97,9 @@ def loss(adapters: Mapping[str, Any], config: AdaLoraConfig) -> Tensor | None:
 
 @torch.no_grad()
 def after_step(adapters: Mapping[str, Any], config: AdaLoraConfig, step: int, total_steps: int) -> None:
-    layers, until = list(adapters.values()), (config.total_step or total_steps) - config.tfinal
-    validation.require(
-        until > config.tinit,
-        f"AdaLoRA's schedule has no step: total_step={config.total_step}, tinit={config.tinit}, tfinal={config.tfinal}"
-        f"; the trainer says {total_steps} in all. Give the trainer max_steps, or the method total_step=...",
-    )
+    layers, total = list(adapters.values()), config.total_step or total_steps
+    until, found = total - config.tfinal, f"total_step={total}, tinit={config.tinit}, tfinal={config.tfinal}"
+    validation.require(until > config.tinit, f"schedule has no step ({found}): give max_steps, or total_step=...")
     for layer in layers if step < until else ():
         layer.observe(config)
     allocates = config.tinit < step <= until and (step % config.deltaT == 0 or step == until)
@@ -127,15 +119,12 @@ def no_steps(fields: Mapping[str, Any]) -> int:
     return int(fields.get("tinit", 0) + fields.get("tfinal", 0) + 1)
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="ADALORA",
-        # For others the factors, without what further training needs.
-        exported=lambda at: {peftcore.tensor_name(at, name): getattr(at.adapter, name) for name in INNER},
+        exported=lambda at: {tensor_name(at, name): p for name, p in at.adapter.named_parameters()},  # no buffers
         write_config=lambda fields: {**fields, "total_step": fields["total_step"] or no_steps(fields)},
         read_config=lambda fields: {n: v for n, v in fields.items() if n != "total_step" or v != no_steps(fields)},
     )
-    return [
-        peftcore.Method("adalora", AdaLoraConfig, place, rules, loss=loss, after_step=after_step, learning_rate=5e-3)
-    ]
+    return [Method("adalora", AdaLoraConfig, place, rules, loss=loss, after_step=after_step, learning_rate=5e-3)]

@@ -125,7 +125,9 @@ class Alora(nn.Module):
         wanted = f"activated LoRA stands at layers of {[*acts.shape]} tokens, found {list(x.shape)}"
         validation.require(fits, f"{wanted}. Leave such a layer out: exclude_modules=[...]")
         y, (a, b) = base(x), self.lora.pair()
-        s = F.linear(self.lora.dropout(x.to(a.dtype)), a) * acts.reshape(*x.shape[:-1], 1)
+        s = F.linear(F.dropout(x.to(a.dtype), self.lora.dropout.p, self.lora.training), a) * acts.reshape(
+            *x.shape[:-1], 1
+        )
         return y + (self.lora.scale * F.linear(s, b)).to(y.dtype)
 
 

@@ -16,6 +16,7 @@ import pytest
 import typer
 from commands import Run
 from mixtures import mixture
+from transformers import AutoModelForCausalLM
 
 import peftcore
 from peftcore.cli import app as application
@@ -47,10 +48,20 @@ def test_plugins_survives_a_broken_one_in_strict_mode(tmp_path: Path) -> None:
 
 
 def test_methods(run: Run) -> None:
-    assert "LORA" in run("methods").output
+    assert "lora" in run("methods").output
     fields = run("methods", "lora").output
     assert "rank_pattern" in fields and "one of none, all, lora_only" in fields.replace("\n", " ")
     assert "no PEFT method 'lorra' is installed" in run("methods", "lorra", code=1).output
+
+
+def test_methods_for_a_model(run: Run, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    lines = {line.split()[0]: line for line in run("methods", "--for", str(llama)).output.splitlines()}
+    trained = peftcore.plan(AutoModelForCausalLM.from_pretrained(llama), "lora")
+    assert f"{trained.trainable_parameters:,}" in lines["lora"]
+    assert "lacks biases to train" in lines["bitfit"] and lines["bitfit"].split()[1] == "-"
+    both = run("methods", "lora", "--for", str(llama), code=1).output
+    assert "--for tries every method: leave out 'lora'" in both
 
 
 def test_doctor(run: Run) -> None:

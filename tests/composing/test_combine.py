@@ -223,6 +223,16 @@ def test_adapters_that_are_linear_in_their_tensors_are_summed() -> None:
         assert list(peftcore.engine.state_of(model).applied) == ["a", "b", "c", "d"]
 
 
+def test_adapters_whose_tensors_mean_something_else_are_not_summed() -> None:
+    model = tiny.llama()
+    for name, seed in (("a", 1), ("b", 2), ("c", 1)):
+        peftcore.apply(model, "fourierft", adapter=name, n_frequency=20, random_loc_seed=seed)
+        disturb(model, name, seed=seed)
+    with pytest.raises(peftcore.PeftcoreError, match=r"cannot be combined: other values of '\w+', which no file has"):
+        peftcore.combine(model, ["a", "b"], name="d", method="linear")
+    peftcore.combine(model, ["a", "c"], name="d", method="linear")
+
+
 def test_trained_parameters_of_the_base_are_summed_as_changes() -> None:
     model = qwen2()
     base = {n: p.clone() for n, p in model.named_parameters() if n.endswith("bias")}

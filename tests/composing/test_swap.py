@@ -221,3 +221,24 @@ def test_configs_that_compute_otherwise_are_refused() -> None:
     other = adapted("adapter", non_linearity="gelu", reduction_factor=4)
     with pytest.raises(peftcore.CheckpointError, match=r"at '.*' it is another: .*Beside it: peftcore\.load"):
         peftcore.swap(model, "a", peftcore.state_dict(other, "a"))
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "other"),
+    [
+        ("vera", {"r": 8, "save_projection": False}, {"projection_prng_key": 5}),
+        ("fourierft", {"n_frequency": 20}, {"random_loc_seed": 5}),
+        ("trainable-tokens", {"token_indices": [3, 4]}, {"token_indices": [4, 5]}),
+    ],
+)
+def test_what_follows_from_a_config_and_is_in_no_file_is_compared(
+    method: str, fields: dict[str, Any], other: dict[str, Any]
+) -> None:
+    model, state = adapted(method, **fields), peftcore.state_dict(adapted(method, **{**fields, **other}), "a")
+    before = torch.random.get_rng_state()
+    with pytest.raises(peftcore.CheckpointError, match=r"it is another: other values of '\w+', which no file has"):
+        peftcore.swap(model, "a", state)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    same = adapted(method, seed=3, **fields)
+    peftcore.swap(model, "a", peftcore.state_dict(same, "a"))
+    assert torch.equal(output(model), output(same))

@@ -1,8 +1,10 @@
 """With many adapters on a model, each change costs what it touches: functions are counted, not seconds."""
 
+import copy
 import gc
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,15 +12,15 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore.engine import set_trainable
+from peftcore.engine import require_state, set_trainable
 
 LAYERS = 6
 
 
-def model_with(count: int) -> nn.Module:
+def model_with(count: int, layers: int = LAYERS) -> nn.Module:
     """LoRA on each of its layers, `count` times; the first one acts."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(LAYERS)))
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(layers)))
     for i in range(count):
         peftcore.apply(model, "lora", r=1, adapter=f"a{i}")
     peftcore.activate(model, "a0")
@@ -43,6 +45,28 @@ def calls(change: Callable[[], Any]) -> int:
     return count
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("adapter")
+    return peftcore.save(model_with(1), path, adapter="a0")
+
+
+def test_loading_and_bringing_cost_what_they_touch(folder: Path) -> None:
+    def costs(count: int) -> list[int]:
+        model = model_with(count)
+        peftcore.load(model, folder, adapter="first", resident=False)
+        found = [calls(lambda: peftcore.load(model, folder, adapter="new"))]
+        found.append(calls(lambda: peftcore.load(model, folder, adapter="on disk", resident=False)))
+        found.append(calls(lambda: peftcore.activate(model, ["on disk", None], per_sample=True)))
+        peftcore.limit_resident(model, 2 * LAYERS * 8 * 4 - 1)
+        found.append(calls(lambda: peftcore.activate(model, ["first", None], per_sample=True)))
+        assert "on disk" not in require_state(model).applied
+        return found
+
+    growth = [many - few for few, many in zip(costs(3), costs(33), strict=True)]
+    assert max(growth) / 30 < LAYERS / 2, growth
+
+
 CHANGES: dict[str, Callable[[nn.Module], Any]] = {
     "apply": lambda model: peftcore.apply(model, "lora", r=1, adapter="new"),
     "activate": lambda model: peftcore.activate(model, "a1"),
@@ -60,6 +84,65 @@ def test_a_change_costs_what_it_touches(change: Callable[[nn.Module], Any]) -> N
     change(model_with(3))  # what is found once for a class, or a kind of model
     growth = calls(lambda: change(many)) - calls(lambda: change(few))
     assert growth / 30 < LAYERS / 2  # for each adapter that is not touched: it is named, its layers are not walked
+
+
+def test_another_choice_for_each_sample_walks_no_layers() -> None:
+    def cost(layers: int) -> int:
+        model = model_with(9, layers)
+        for i in range(9):
+            set_trainable(model, f"a{i}", False)
+        peftcore.activate(model, ["a1", "a2", None], per_sample=True)
+        return calls(lambda: peftcore.activate(model, ["a3", "a4", *(f"a{i}" for i in range(9))], per_sample=True))
+
+    assert cost(4) == cost(12)
+
+
+def test_a_switch_calls_a_few_functions_a_layer() -> None:
+    def cost(layers: int) -> int:
+        model = model_with(3, layers)
+        set_trainable(model, "a1", False)
+        peftcore.activate(model, "a1")
+        peftcore.activate(model, "a2")  # which may train, so that it is walked
+        return calls(lambda: peftcore.activate(model, "a1"))
+
+    assert (cost(12) - cost(4)) / 8 < 40
+
+
+def test_a_layer_that_is_exchanged_is_noticed_though_nothing_is_walked() -> None:
+    model = model_with(3)
+    peftcore.activate(model, ["a1", None], per_sample=True)
+    before, model[1] = model[1], nn.Linear(4, 4)
+    with pytest.raises(peftcore.PeftcoreError, match="'1' was replaced by another Linear"):
+        peftcore.activate(model, ["a2", None], per_sample=True)
+    model[1] = before
+    peftcore.activate(model, ["a2", None], per_sample=True)
+    model[2].weight.data = torch.zeros(5, 4)
+    with pytest.raises(peftcore.PeftcoreError, match=r"'2' has 'weight' of shape \[5, 4\], which was \[4, 4\]"):
+        peftcore.activate(model, ["a1", None], per_sample=True)
+    model[2].weight.data = torch.zeros(4, 4)
+    nn.utils.parametrize.register_parametrization(model[3], "weight", nn.Identity())
+    with pytest.raises(peftcore.PeftcoreError, match=r"'3' has the parameters \['parametrizations.weight'\]"):
+        peftcore.activate(model, ["a1", None], per_sample=True)
+
+
+def test_layers_read_the_choice_at_their_call() -> None:
+    model, x = model_with(4).eval(), torch.randn(3, 4)
+    for i in range(4):
+        nn.init.normal_(model[0]._modules["peftcore"][f"a{i}"].lora_B)  # type: ignore[index]
+    alone = {}
+    for name in ("a1", "a2", "a3"):
+        peftcore.activate(model, name)
+        alone[name] = model(x)
+    with peftcore.disabled(model):
+        alone[None] = model(x)
+    for names in (["a1", "a2", None], [None, "a3", "a3"], ["a2", "a1", "a3"]):
+        peftcore.activate(model, names, per_sample=True)
+        wanted = torch.stack([alone[name][i] for i, name in enumerate(names)])
+        torch.testing.assert_close(model(x), wanted)
+    copied = copy.deepcopy(model)
+    peftcore.activate(copied, ["a1", "a1", None], per_sample=True)
+    torch.testing.assert_close(model(x), wanted)  # which the copy has not taken along
+    torch.testing.assert_close(copied(x)[2], alone[None][2])
 
 
 def test_adapters_that_are_added_act_behind_those_that_do() -> None:

@@ -1,5 +1,7 @@
 """Counts of parameters and bytes, before `apply` and after."""
 
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -108,3 +110,17 @@ def test_experts_and_four_bits_are_told_of() -> None:
     assert f"in 4 bits: 36,864 of them (37.08 %), {bits:.3f} bits each with scales" in str(summary)
     assert repr(model.model.layers[1].mlp.experts).count("down_proj=[6, 64, 32] nf4, blocksize=64") == 1
     assert "experts" not in str(peftcore.summary(tiny.llama()))
+
+
+@pytest.mark.parametrize(("method", "fields"), [("lora", {}), ("shira", {"r": 1}), ("fourierft", {"n_frequency": 9})])
+def test_nothing_is_drawn_for_a_model_without_memory(
+    method: str, fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.device("meta"):
+        model = tiny.llama()
+    monkeypatch.delattr(torch, "randperm")  # of all numbers of a weight, in each of its layers
+    before = torch.random.get_rng_state()
+    peftcore.apply(model, method, **fields)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    assert not torch.empty(0).is_meta

@@ -66,6 +66,54 @@ def test_few_rows_of_bf16_lose_less_than_a_weight_unpacked_into_bf16(n, k, block
             assert (found - exact).norm() <= 1.1 * (peer - exact).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "n", "k", "blocksize"), [(1, 67, 320, 64), (6, 21, 192, 128), (35, 9, 2880, 64)])
+def test_rows_of_16_bits_lose_little_more_than_their_last_rounding(rows, n, k, blocksize, dtype, level):
+    packed, dense = weight(n, k, blocksize=blocksize)
+    x, bias = inputs((rows, k), dtype, grad=False), inputs((n,), dtype, grad=False, seed=2)
+    exact = x.double() @ dense.T + bias.double()
+    found = linear_4bit_function(x, packed, bias).double()
+    if (level == "avx512bf16" and dtype == torch.bfloat16) or level in ("portable", "amx"):
+        peer = F.linear(x, dense.to(dtype), bias).double()
+        assert (found - exact).norm() <= 1.1 * (peer - exact).norm()
+        return
+    rounded = (exact.to(dtype).double() - exact).norm()
+    assert (found - exact).norm() <= (1.03 if dtype == torch.bfloat16 else 1.3) * rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spike", [2.0**15, torch.inf, torch.nan])
+def test_a_value_far_above_those_beside_it_takes_no_bits_from_them(spike, dtype, level):
+    """W is zero where the spike is, so that y is what the other values make."""
+    n, k = 48, 256
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(0))
+    w[:, 70] = 0
+    packed = ops.quantize_4bit(w)
+    x = inputs((3, k), dtype, grad=False)
+    x[1, 70] = spike
+    found, dense = linear_4bit_function(x, packed).double(), packed.values(torch.float64)
+    if spike == 2.0**15:
+        peer = F.linear(x, dense.to(dtype)).double()
+        exact = x.double() @ dense.T
+        assert (found - exact).norm() <= 1.1 * (peer - exact).norm()
+    else:
+        assert found[1].isnan().all()  # 0 times that
+        assert found[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rows_of_zeros_and_of_the_smallest_values(dtype, level):
+    packed, dense = weight(33, 128)
+    x = torch.zeros(4, 128, dtype=dtype)
+    x[1, 3], x[2] = 2.0, torch.finfo(dtype).tiny * 2.0 ** (10 if dtype == torch.bfloat16 else 4)
+    found = linear_4bit_function(x, packed)
+    assert (found[[0, 3]] == 0).all()
+    torch.testing.assert_close(found[1].double(), 2 * dense[:, 3], rtol=2 * EPS[dtype], atol=0)
+    exact = x[2].double() @ dense.T
+    smallest = torch.finfo(dtype).smallest_normal
+    assert ((found[2].double() - exact).abs() <= 4 * EPS[dtype] * exact.abs().max() + 128 * smallest).all()
+
+
 @pytest.mark.parametrize(("n", "k"), [(512, 64), (40, 1024), (300, 96), (64, 576)])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_panels_give_what_the_whole_weight_gives(n, k, double_quant, monkeypatch):

@@ -47,6 +47,8 @@ def test_a_string_is_a_regular_expression_for_the_whole_path() -> None:
 
 
 def test_exclusions_and_layers() -> None:
+    both = {"target_modules": r".*(q_proj|embed_tokens)", "exclude_modules": ["embed_tokens"]}
+    assert select(**both) == [p for p in LINEARS if p.endswith("q_proj")]
     assert select(target_modules="all-linear", exclude_modules=["q_proj", "mlp.up_proj"]) == [
         p for p in LINEARS if not p.endswith(("q_proj", "up_proj"))
     ]
@@ -73,6 +75,10 @@ def test_exclusions_and_layers() -> None:
             r"a regular expression for whole paths, matches no module.*Paths here look like",
         ),
         ({"target_modules": ".*mlp"}, r"matches only LlamaMLP, which this method cannot adapt"),
+        (
+            {"target_modules": r".*(q_proj|embed_tokens)"},
+            r"also matches Embedding \(such as 'model.embed_tokens'\), which this method cannot adapt. Name it in excl",
+        ),
         ({"target_modules": "(["}, r"'\(\[' is no regular expression"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["k_pro"]}, r"exclude_modules: 'k_pro' matches no module"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"leaves nothing after exclude_modules"),

@@ -75,7 +75,7 @@ def wrong(net: Net) -> None:
     peftcore.apply("lora", net)  # E: cannot be "str"
     peftcore.apply(net, "lora", adapter=1)  # E: incompatible type "int"; expected "str"
     peftcore.save(net)  # E: Missing positional argument "path"
-    peftcore.load(net, "folder", trainable="no")  # E: incompatible type "str"; expected "bool"
+    peftcore.load(net, "folder", trainable="no")  # E: incompatible type "str"; expected "bool | None"
     peftcore.shard(net, adapters="both")  # E: incompatible type "Literal['both']"
     peftcore.Around("path", 3)  # E: incompatible type "int"; expected Module
     LoraConfig(r="8")  # E: incompatible type "str"; expected "int"

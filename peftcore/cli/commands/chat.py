@@ -68,16 +68,22 @@ def chat(
         )
     base = models.resolve(str(base))
     loaded = models.load_model(base, data.LANGUAGE_MODEL, dtype=dtype, device=device, quantize=quantize)
-    tokenizer = models.load_tokenizer(base)
+    grown = _fit_vocabulary(loaded, folders)
     for name, folder in folders.items():
         models.load_adapter(loaded, folder, name)
     from peftcore.cli import conversations
 
-    templates = [task.chat_template for task in about.values() if task.chat_template]
-    conversations.set_template(tokenizer, chat_template or next(iter(templates), None))
-    conversations.rendered(tokenizer, [{"role": "user", "content": "."}])  # is there one at all?
-    talk = Talk(loaded, tokenizer, list(folders), system, max_new_tokens, temperature, seed)
-    talk.use(next(reversed(folders), BASE))
+    tokenizers = {name: models.load_tokenizer(base, folder) for name, folder in folders.items()}
+    if not grown:  # else the base has no rows for some tokens
+        tokenizers[BASE] = models.load_tokenizer(base)
+    for name, tokenizer in tokenizers.items():
+        own = about[name].chat_template if name in about else None
+        first = next((task.chat_template for task in about.values() if task.chat_template), None)
+        conversations.set_template(tokenizer, chat_template or own or (first if name == BASE else None))
+    start = next(reversed(folders), BASE)
+    conversations.rendered(tokenizers[start], [{"role": "user", "content": "."}])  # is there one at all?
+    talk = Talk(loaded, tokenizers, system, max_new_tokens, temperature, seed)
+    talk.use(start)
     say("/help says what can be said to the program; Ctrl-D ends", "dim")
     while (line := _read()) is not None:
         if line.strip() and not talk.hear(line.strip()):
@@ -85,19 +91,22 @@ def chat(
 
 
 class Talk:
-    """A conversation: what was said, and which adapter answers."""
+    """A conversation: what was said, and which adapter answers.
+
+    `tokenizers`: of each adapter, and of the base, by name.
+    """
 
     def __init__(
         self,
         model: Any,
-        tokenizer: Any,
-        adapters: list[str],
+        tokenizers: dict[str, Any],
         system: str | None,
         max_new_tokens: int,
         temperature: float,
         seed: int,
     ) -> None:
-        self.model, self.tokenizer, self.adapters, self.system = model, tokenizer, adapters, system
+        self.model, self.tokenizers, self.system = model, tokenizers, system
+        self.tokenizer = next(iter(tokenizers.values()))
         self.how = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         self.reset()
 
@@ -109,12 +118,17 @@ class Talk:
         """Let the adapter `name`, or the base, answer."""
         import peftcore
 
-        if name != BASE and name not in self.adapters:
-            warn(f"no adapter '{name}' is loaded{nearest(name, self.adapters)}. There are: {', '.join(self.adapters)}")
+        if name not in self.tokenizers:
+            there = list(self.tokenizers)
+            why = f"no adapter '{name}' is loaded{nearest(name, there)}"
+            if name == BASE:
+                why = "the base has no rows for the new tokens of the adapter's vocabulary"
+            warn(f"{why}. There are: {', '.join(there)}")
             return
-        if self.adapters:
+        if self.tokenizers.keys() != {BASE}:
             peftcore.activate(self.model, [] if name == BASE else name)
         self.model.eval()
+        self.tokenizer = self.tokenizers[name]
         say(f"{name} answers", "dim")
 
     def hear(self, line: str) -> bool:
@@ -127,7 +141,7 @@ class Talk:
         elif command == "/use":
             self.use(rest.strip())
         elif command == "/adapters":
-            say(", ".join([*self.adapters, BASE]))
+            say(", ".join(self.tokenizers))
         elif command == "/system":
             self.system = rest.strip() or None
             self.reset()
@@ -157,6 +171,19 @@ class Talk:
             warn(str(error))
             return
         self.messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _fit_vocabulary(model: Any, folders: dict[str, Path]) -> bool:
+    """Give the model the rows of vocabulary that all its adapters want. Are they others than the base's?"""
+    from peftcore import checkpoint
+    from peftcore.cli import models
+
+    before = models.vocabulary(model)
+    wanted = {name: checkpoint.vocabulary_rows(model, folder) or before for name, folder in folders.items()}
+    if len(set(wanted.values())) > 1:
+        which = ", ".join(f"'{name}' {rows}" for name, rows in wanted.items())
+        raise PeftcoreError(f"these adapters have vocabularies of their own: {which} tokens. Talk with one at a time")
+    return any([models.fit_vocabulary(model, folder) for folder in folders.values()])
 
 
 def _named(texts: list[str]) -> dict[str, Path]:

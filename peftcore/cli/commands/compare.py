@@ -1,6 +1,7 @@
 """`peftcore compare`: several methods on one model and one set of examples.
 
 OUTPUT/report.json, table.md, compare.png    what was found, written anew after every run
+OUTPUT/compare.toml                          the options: `peftcore compare --config` repeats it
 OUTPUT/runs/METHOD/seed-N/                   one run, in a process of its own
 """
 
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from peftcore.cli import completion, options
+from peftcore.cli import completion, config_file, options
 from peftcore.cli.console import command, out, require, say, warn
 from peftcore.errors import PeftcoreError
 
@@ -31,6 +32,8 @@ EXAMPLES = (
 )
 
 FULL_LEARNING_RATE = 5e-5
+# Settings that are options of `compare`, too.
+_OPTIONS = "model data task columns chat_template eval_data holdout epochs steps batch_size max_length dtype device"
 
 
 @dataclass(frozen=True)
@@ -49,9 +52,11 @@ class Candidate:
 
 
 def compare(
+    context: typer.Context,
     model: options.Model,
     data: options.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report and the runs.")],
+    config: options.Config = None,
     method: Annotated[
         list[str] | None,
         typer.Option(
@@ -85,6 +90,9 @@ def compare(
     from peftcore.cli import models
     from peftcore.cli.data_files import parsed_columns
 
+    overruled = config_file.overruled(context)
+    steps = None if "steps" in overruled else steps
+    eval_data = None if "eval_data" in overruled else eval_data
     names = parsed_columns(columns)
     task = task or examples.guess_task(data, names)
     for file in filter(None, (data, eval_data)):
@@ -114,6 +122,9 @@ def compare(
         eval_every=sys.maxsize,  # once, at the end
     )
     _prepare_folder(output, resume, overwrite)
+    chosen = {name: getattr(common, name) for name in _OPTIONS.split()}
+    more = {"method": method, "full": full, "seeds": seeds, "output": str(output.resolve())}
+    config_file.write(output / "compare.toml", {**chosen, **more})
     _run_all(common, candidates, seeds, output)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli import options
-from peftcore.cli.console import out, table
+from peftcore.cli.console import out, table, warn
 
 EXAMPLES = (
     "peftcore eval -a run -d test.jsonl",
@@ -40,7 +40,7 @@ def evaluate(
     task = models.adapter_task(adapter, labels)
     rows = examples.read_rows(data, task.task, parsed_columns(columns))
     base = models.base_of(adapter, model)
-    tokenizer = models.load_tokenizer(base)
+    tokenizer = models.load_tokenizer(base, adapter)
     from peftcore.cli import conversations, metrics, tasks
 
     conversations.set_template(tokenizer, chat_template or task.chat_template)
@@ -54,6 +54,8 @@ def evaluate(
     else:
         encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
+    if models.fit_vocabulary(loaded, adapter):
+        warn(models.NEW_ROWS)
     before = measure(loaded, encoded.examples, tokenizer, batch_size)
     models.load_adapter(loaded, adapter)
     after = measure(loaded, encoded.examples, tokenizer, batch_size)

@@ -144,9 +144,9 @@ def _tokenizer(base: str, adapter: Path | None, task: AdapterTask) -> tuple[Any,
     """The tokenizer, and a chat template in place of its own; trainers may have put theirs beside the adapter."""
     from peftcore.cli import models
 
-    beside = adapter is not None and (adapter / "tokenizer_config.json").exists()
-    tokenizer = models.load_tokenizer(str(adapter) if beside else base)
-    if not base.endswith(".gguf"):
+    tokenizer = models.load_tokenizer(base, adapter)
+    beside = adapter is not None and models.has_tokenizer(adapter)
+    if not base.endswith(".gguf") or (beside and tokenizer.get_vocab() != models.load_tokenizer(base).get_vocab()):
         return tokenizer, task.chat_template
     return base, task.chat_template or (tokenizer.chat_template if beside else None)
 

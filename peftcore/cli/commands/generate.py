@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from peftcore.cli import options
-from peftcore.cli.console import say
+from peftcore.cli.console import say, warn
 from peftcore.errors import PeftcoreError
 
 EXAMPLES = ('peftcore generate -a run -p "Is it good?" --compare',)
@@ -41,7 +41,7 @@ def generate(
     else:
         task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
-    tokenizer = models.load_tokenizer(base)
+    tokenizer = models.load_tokenizer(base, adapter)
     from peftcore.cli import conversations, tasks
 
     conversations.set_template(tokenizer, chat_template or task.chat_template)
@@ -60,6 +60,8 @@ def generate(
         say(answer())
         return
     if compare:
+        if models.fit_vocabulary(loaded, adapter):
+            warn(models.NEW_ROWS)
         say("base:", "bold")
         say(answer().strip() + "\n")
         say("with the adapter:", "bold")

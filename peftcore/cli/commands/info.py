@@ -31,7 +31,6 @@ def info(
     from peftcore import adapter_files, checkpoint
     from peftcore.engine.summary import megabytes
     from peftcore.errors import PluginError
-    from peftcore.peft_fields import method_of_fields
 
     single = checkpoint.contents(adapter)
     if single is not None:
@@ -42,7 +41,7 @@ def info(
     tensors, metadata = adapter_files.read_tensors(adapter, foreign.tensors if foreign else adapter_files.TENSORS)
     own = checkpoint.own_fields(adapter, metadata)
     try:
-        method = method_of_fields(f"'{adapter}'", fields, own, written_by=metadata.get(checkpoint.METHOD)).name
+        method = checkpoint.method_of(adapter).name
     except PluginError as error:
         method = str(error)
     written_by = foreign.name if foreign else fields.get("peft_version") and f"PEFT {fields['peft_version']}"

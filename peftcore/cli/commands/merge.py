@@ -27,17 +27,21 @@ def merge(
 ) -> None:
     """Write the merged model and its tokenizer: a folder that transformers loads without peftcore.
 
+    A tokenizer that lies beside the adapter is the one that is written.
+
     With --quantize the adapter is merged into the values that the 4 bits stand for, and those are written.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise PeftcoreError(f"'{output}' exists already. Give a new folder: --output FOLDER")
-    from peftcore.cli import models
+    from peftcore.cli import models, tasks
 
     task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
-    tokenizer = models.load_tokenizer(base)
+    tokenizer = models.load_tokenizer(base, adapter)
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     models.load_adapter(loaded, adapter)
     models.merge_adapter(loaded, untie=untie, quantize=quantize, dtype=dtype, device=device)
+    if models.has_tokenizer(adapter) and loaded.can_generate():  # its answers may end by another token
+        loaded.generation_config.eos_token_id = tasks.ends(loaded, tokenizer)
     try:
         loaded.save_pretrained(output, max_shard_size=shard_size)
         tokenizer.save_pretrained(output)

@@ -1,20 +1,23 @@
-"""`peftcore methods`: the installed methods, and the fields of one's config."""
+"""`peftcore methods`: the installed methods, which of them work on a model, and the fields of one's config."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
 import typing
+import warnings
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import typer
 
-from peftcore.cli import completion
-from peftcore.cli.console import NO_METHOD, out, say, table
+from peftcore.cli import completion, options
+from peftcore.cli.console import NO_METHOD, fail, out, say, table
 
 EXAMPLES = (
     "peftcore methods",
     "peftcore methods METHOD",
+    "peftcore methods --for MODEL",
 )
 
 
@@ -22,20 +25,25 @@ def methods(
     name: Annotated[
         str | None, typer.Argument(help="Show this method's fields.", autocompletion=completion.methods)
     ] = None,
+    for_: Annotated[
+        str | None,
+        typer.Option("--for", metavar="MODEL", help="What each trains on this model, or why it cannot."),
+    ] = None,
+    task: options.Task = None,
 ) -> None:
-    """List the installed methods, or with a name the fields that --set can give."""
+    """List the installed methods, those that work on a model, or with a name the fields that --set can give."""
     from peftcore.registry import registry
 
+    if name is not None and for_ is not None:
+        fail(f"--for tries every method: leave out '{name}', or see what it does to a model with `peftcore plan`")
     if name is None:
-        rows = [
-            (method.name, f"{plugin.distribution} {plugin.version}", method.state.peft_type, _first_line(method))
-            for plugin in registry.plugins()
-            for method in plugin.methods
-        ]
-        if not rows:
+        found = {method.name: method for plugin in registry.plugins() for method in plugin.methods}
+        if not found:
             say(NO_METHOD)
-            return
-        table(rows, ("method", "from", "peft_type", ""))
+        elif for_ is None:
+            table(((name, _first_line(method)) for name, method in found.items()), ("method", ""))
+        else:
+            table(_tried(for_, task, list(found)), ("method", "trains", "size", ""))
         return
     from peftcore.cli.fields import describe
 
@@ -48,6 +56,27 @@ def methods(
     if config.__doc__:
         out.print()
         say(inspect.cleandoc(config.__doc__))
+
+
+def _tried(folder: str, task: str | None, names: list[str]) -> Iterator[tuple[str, str, str, str]]:
+    """Of each method with its defaults: parameters and bytes that it would train, or the error that says why not."""
+    import peftcore
+    from peftcore.cli import data, models
+    from peftcore.engine.summary import megabytes
+
+    task = task or data.LANGUAGE_MODEL
+    data.check_task(task)
+    base = models.empty_model(models.resolve(folder), task, ())
+    for name in names:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            try:
+                planned = peftcore.plan(base, name)
+            except peftcore.PeftcoreError as error:
+                yield name, "-", "-", str(error)
+                continue
+        notes = "; ".join(str(each.message) for each in told)
+        yield name, f"{planned.trainable_parameters:,}", megabytes(planned.trainable_bytes), notes
 
 
 def _first_line(method: Any) -> str:

@@ -18,19 +18,47 @@ def plan(
     fields: options.Fields = None,
     task: options.Task = None,
     labels: Annotated[str | None, typer.Option(help="For classification: the labels, separated by commas.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 8,
+    grad_accum: Annotated[int, typer.Option(min=1, help="Batches that make one step.")] = 1,
+    max_length: options.MaxLength = 512,
+    optim: Annotated[str, typer.Option(help="Trainer's optim, as `train` takes it.")] = "adamw_torch",
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
+    dtype: options.Dtype = "auto",
+    device: Annotated[str, typer.Option(help="cpu, this machine, or a card: t4, rtx4090, a100, h100, ...")] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="List every placement.")] = False,
 ) -> None:
-    """Show what would be trained, before anything is."""
+    """Show what would be trained, before anything is, and what a step of training would take."""
+    import torch
+
     import peftcore
     from peftcore.cli import data, models
     from peftcore.engine.summary import megabytes
+    from peftcore.estimating import NotFollowed
 
     task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
     data.check_task(task)
     name, chosen = options.resolve_method(method, fields)
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
-    planned = peftcore.plan(models.empty_model(models.resolve(model), task, names), name, **chosen)
+    base = models.empty_model(models.resolve(model), task, names)
+    planned = peftcore.plan(base, name, **chosen)
     say(str(planned))
+    on_card = device != "cpu" and dtype == "auto"
+    try:
+        found = peftcore.estimate(
+            base,
+            name,
+            batch_size=batch_size,
+            length=max_length,
+            optimizer=optim,
+            gradient_checkpointing=gradient_checkpointing,
+            gradient_accumulation=grad_accum,
+            dtype=torch.bfloat16 if on_card else models.torch_dtype(dtype, "cpu"),
+            device=device,
+            **chosen,
+        )
+        say(f"\n{found}")
+    except NotFollowed as error:
+        say(f"\nwhat a step takes is not predicted: {error}")
     if full:
         table(
             ((path, kind, f"{count:,}", megabytes(size)) for path, kind, count, size in planned.rows),

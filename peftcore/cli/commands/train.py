@@ -21,22 +21,17 @@ EXAMPLES = (
     "peftcore train -m HuggingFaceTB/SmolLM2-135M-Instruct -d chat.jsonl --method METHOD -o run",
     "peftcore train -m MODEL -d reviews.csv --columns text=review,label=stars --method METHOD --set FIELD=VALUE -o run",
     "peftcore train -m MODEL -d chat.jsonl --method METHOD -o run --resume",
+    "peftcore train --adapter run -d more.jsonl -o further",
 )
 
 
 def train(
     context: typer.Context,
-    model: options.Model,
     data: options.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run; the adapter lies in it.")],
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            is_eager=True,
-            callback=config_file.use,
-            help="A TOML file of options, such as a run's run.toml; the command line wins over it.",
-        ),
-    ] = None,
+    model: options.MaybeModel = None,
+    config: options.Config = None,
+    adapter: options.Continued = None,
     task: options.Task = None,
     method: options.MethodName = None,
     fields: options.Fields = None,
@@ -60,6 +55,7 @@ def train(
     beta: Annotated[
         float | None, typer.Option(help="Of --task dpo: how much it costs to leave the base; default 0.1.")
     ] = None,
+    labels: options.Labels = None,
     columns: options.Columns = None,
     chat_template: options.ChatTemplate = None,
     dtype: options.Dtype = "auto",
@@ -81,6 +77,13 @@ def train(
     keep: Annotated[int, typer.Option(min=2, help="Checkpoints kept.")] = 2,
     resume: Annotated[bool, typer.Option("--resume", help="Go on exactly from the newest whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where a run lies.")] = False,
+    fit: Annotated[
+        bool,
+        typer.Option("--fit", help="Choose batch, checkpointing and optimizer so that it fits into what is free."),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on where memory will not be enough, as it is predicted.")
+    ] = False,
     sample: Annotated[str | None, typer.Option(help="A prompt to answer before and after (causal-lm).")] = None,
     sample_tokens: Annotated[int, typer.Option(min=1, help="Tokens of that answer at most.")] = 48,
     report_to: Annotated[
@@ -94,16 +97,29 @@ def train(
     through the tokenizer's chat template). {"text": ..., "label": ...} is classification, regression where labels are
     numbers that are not all whole, and multi-label where they are lists. {"prompt": ..., "chosen": ..., "rejected":
     ...}, texts or messages, is learned by DPO, with the frozen base as the reference.
+
+    With --adapter training goes on from an adapter that is there, of this or another library, on its base and with its
+    method; what it is compared with, before and in DPO, is that adapter as it was.
     """
+    from peftcore.cli import continuing, models
     from peftcore.cli import data as examples
-    from peftcore.cli import models
+    from peftcore.cli import precision as precisions
     from peftcore.cli.data_files import parsed_columns
 
     overruled = config_file.overruled(context)
     steps = None if "steps" in overruled else steps
     eval_data = None if "eval_data" in overruled else eval_data
+    precisions.check(precision, dtype, device)
     names = parsed_columns(columns)
-    task = task or examples.guess_task(data, names)
+    if adapter is None:
+        if model is None:
+            raise PeftcoreError("name a model (--model MODEL), or an adapter to go on from (--adapter FOLDER)")
+        if labels is not None:
+            raise PeftcoreError("--labels names those of an adapter's outputs (--adapter); a new one has the examples'")
+        start, task = None, task or examples.guess_task(data, names)
+    else:
+        start = continuing.start_of(adapter, output, model=model, method=method, labels=labels)
+        task = start.task_of(task, data, names)
     examples.check_task(task)
     if sample is not None and task in examples.LABELLED:
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes nothing")
@@ -120,21 +136,33 @@ def train(
         require("trl", extra="dpo")
     models.quiet_transformers()
     from peftcore import ranks
-    from peftcore.cli import precision as precisions
     from peftcore.cli import reporting, torchrun, training
     from peftcore.cli import settings as run_settings
     from peftcore.registry import registry
 
-    precisions.check(precision, dtype, device)
     services = reporting.services(report_to)
     torchrun.join(parallel, device)
-    name, chosen = options.resolve_method(method, config_file.fields(context, fields))
+    name, chosen = options.resolve_method(start.method if start else method, config_file.fields(context, fields))
+    if start is not None:
+        chosen, chat_template = {**start.fields, **chosen}, chat_template or start.task.chat_template
+    if fit:
+        from peftcore.cli import forecast
+
+        base = models.resolve(start.base if start else str(model))
+        way = forecast.best_way(base, name, chosen, max_length, dtype, device)
+        batches = batch_size * grad_accum
+        batch_size = min(batch_size, way.batch_size)
+        grad_accum = -(-batches // batch_size)
+        gradient_checkpointing, optim = way.gradient_checkpointing, way.optimizer
+        say(f"--fit: --batch-size {batch_size} --grad-accum {grad_accum} {' '.join(way.options()[-1:])}")
     settings = run_settings.Settings(
-        model=models.resolve(model),
+        model=models.resolve(start.base if start else str(model)),
         data=options.absolute(data),
         task=task,
         method=name,
         fields=chosen,
+        adapter=str(start.folder) if start else None,
+        labels=labels,
         columns=columns,
         chat_template=options.absolute(chat_template) if chat_template else None,
         eval_data=options.absolute(eval_data) if eval_data else None,
@@ -172,7 +200,13 @@ def train(
     ranks.once(prepare, together=True)
     try:
         result = training.run(
-            settings, output, resume=resume, sample=sample, sample_tokens=sample_tokens, report_to=services
+            settings,
+            output,
+            resume=resume,
+            sample=sample,
+            sample_tokens=sample_tokens,
+            report_to=services,
+            force=force,
         )
     except training.Stopped as stopped:
         say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To go on:\n  {command(resume=True)}", "bold")
@@ -236,7 +270,17 @@ def _facts(result: Result) -> list[tuple[str, str]]:
         ("time", f"{result.seconds:.0f} s, of it {result.training_seconds:.0f} s in training steps"),
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
         *((f"peak {name}", gigabytes(count)) for name, count in result.peak.items()),
+        *_predicted(result),
     ]
+
+
+def _predicted(result: Result) -> list[tuple[str, str]]:
+    from peftcore.cli.progress import gigabytes
+
+    if result.predicted is None:
+        return []
+    peak = result.peak.get("CUDA memory", result.peak["memory"])
+    return [("predicted peak", f"{gigabytes(result.predicted)} ({result.predicted / peak - 1:+.1%} of what it was)")]
 
 
 def _commands(settings: Settings, result: Result) -> list[str]:

@@ -12,7 +12,6 @@ EXPERTS = ("maths", "code", "poems")
 EXCUSED = {
     IDENTITY: "the experts act at once",
     MERGE: "each token has its own mixture of experts",
-    "remove is bit exact": "the experts stay, whose calls are chained anew; so it is in its tests",
     "a quantized base (NF4)": "quantize comes before the experts; so it is in its tests",
 }
 

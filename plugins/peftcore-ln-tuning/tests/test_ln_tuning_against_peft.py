@@ -7,11 +7,9 @@ from pathlib import Path
 import peft
 import pytest
 import tiny
-from beside_peft import both_ways
+from beside_peft import TASKS, both_ways
 
 import peftcore
-
-TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize("kind", list(tiny.MODELS))

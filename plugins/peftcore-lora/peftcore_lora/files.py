@@ -93,7 +93,7 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str
 
     Whether a PEFT yet to come adds the change of an attention's `out_proj` once or twice is not known.
     """
-    for name, module in model.named_modules():
+    for name, module in targets.base_modules(model):
         there = f"base_model.model.{name}.lora_A.weight"
         if there in tensors and isinstance(module, Convolution) and is_other_in_peft(module):
             return (

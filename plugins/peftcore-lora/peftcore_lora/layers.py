@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -16,6 +18,19 @@ from peftcore.merging.lookup import embed_scale
 from peftcore_lora.config import LoraConfig
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by spatial dimensions
+
+
+_DROPOUT: ContextVar[nn.Dropout | None] = ContextVar("peftcore_lora_dropout", default=None)
+
+
+@contextmanager
+def one_dropout(probability: float) -> Iterator[None]:
+    """Within the block all layers have one module that drops inputs."""
+    token = _DROPOUT.set(nn.Dropout(probability))
+    try:
+        yield
+    finally:
+        _DROPOUT.reset(token)
 
 
 class Lora(nn.Module):
@@ -36,7 +51,8 @@ class Lora(nn.Module):
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
         self.full_scale = alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.dropout = nn.Dropout(config.lora_dropout)  # a module: trainers find those, to switch dropout off
+        # A module: trainers find those, to switch dropout off. One for all layers, since it takes 2 KB.
+        self.dropout = _DROPOUT.get() or nn.Dropout(config.lora_dropout)
         self.lora_A = nn.Parameter(torch.empty(r * experts, *a_shape))
         self.lora_B = nn.Parameter(torch.zeros(b_shape[0], r * experts // groups, *b_shape[1:]))
         if config.init_lora_weights == "gaussian":
@@ -89,7 +105,7 @@ class LoraLinear(Lora):
             weight, bias = operands
             return ops.lora_linear(x, weight, self.with_bias(bias), a, b, self.scale, p)
         y, bias = base(x), self.with_bias(None)
-        x = self.dropout(x)
+        x = F.dropout(x, self.dropout.p, self.training)  # of which other layers may have been told otherwise
         s = self.scale * F.linear(x, a.to(x.dtype))  # [..., r]
         return y + F.linear(s, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -103,6 +119,23 @@ class LoraLinear(Lora):
             return NotImplemented
         weight, bias = operands
         return ops.lora_linear_per_sample(x, weight, bias, list(a), list(b), [m.scale for m in adapters], index)
+
+
+class ThinLinear(LoraLinear):
+    """A change of a linear layer that is a thin product of other numbers: what other methods have in common with LoRA.
+
+    Subclasses have parameters of their own, and `pair()`: A `[r, in]` and B `[out, r]` computed from them.
+    """
+
+    def __init__(self, scale: float = 1.0, dropout: float = 0.0) -> None:
+        nn.Module.__init__(self)
+        self.full_scale, self.dropout, self.lora_bias = scale, nn.Dropout(dropout), None
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"scale={self.scale:g}"
 
 
 class LoraFromStart(LoraLinear):
@@ -135,7 +168,7 @@ class LoraConv(Lora):
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         y = base(x)
-        x = self.dropout(x)
+        x = F.dropout(x, self.dropout.p, self.training)  # of which other layers may have been told otherwise
         s = base.module._conv_forward(x, self.lora_A.to(x.dtype), None)  # as the layer strides, pads and dilates
         return self.mixed(y, s)
 
@@ -157,7 +190,7 @@ class LoraGroupedConv(LoraConv):
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         y, layer = base(x), base.module
-        x = self.dropout(x)
+        x = F.dropout(x, self.dropout.p, self.training)  # of which other layers may have been told otherwise
         convolve = CONVOLUTIONS[self.lora_A.dim() - 2]
         s = convolve(x, self.lora_A.to(x.dtype), None, layer.stride, layer.padding)
         return self.mixed(y, s, layer.groups)

@@ -33,6 +33,7 @@ from peftcore_lora.layers import (
     LoraLinear,
     LoraLinearOnWeight,
     OnWeight,
+    one_dropout,
 )
 from peftcore_lora.parameters import LoraParameter, place_parameters
 from peftcore_lora.replication import check_replicated
@@ -55,9 +56,10 @@ def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architect
     if config.layer_replication:
         check_replicated(model, config.layer_replication)
     chosen = selected(model, config, architecture)
-    placements: list[Any] = [
-        peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()
-    ]
+    with one_dropout(config.lora_dropout):
+        placements: list[Any] = [
+            peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()
+        ]
     parameters = list(place_parameters(model, config)) if config.target_parameters else []
     all_of_them = [*placements, *parameters]
     on_weight = [

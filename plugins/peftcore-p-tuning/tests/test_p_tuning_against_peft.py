@@ -8,12 +8,10 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways
+from beside_peft import TASKS, both_ways
 from safetensors.torch import load_file
 
 import peftcore
-
-TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize("kind", list(tiny.MODELS))

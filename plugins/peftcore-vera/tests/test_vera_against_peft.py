@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import tiny
-from beside_peft import both_ways
+from beside_peft import TASKS, both_ways
 from safetensors.torch import load_file
 
 import peftcore
@@ -19,7 +19,6 @@ TARGETS = {
     "bert": ["key", "value", "output.dense"],
     "t5": ["k", "v", "wo"],
 }
-TASKS = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
 
 
 @pytest.mark.parametrize("kind", list(tiny.MODELS))

@@ -72,6 +72,13 @@ def test_rows_failures_and_what_is_kept(
     run(*arguments, "--method", "lora r=2 lr=2e-2", "--no-full", "--seeds", 1, "--overwrite")
     assert [path.name for path in (output / "runs").iterdir()] == ["lora r=2"]
 
+    in_this_process.clear()
+    again = tmp_path / "again"
+    run("compare", "--config", output / "compare.toml", "-o", again)
+    assert in_this_process == ["lora r=2/seed-0"], "one seed, and not the whole model"
+    first, second = (json.loads((each / "report.json").read_text())["rows"][0] for each in (output, again))
+    assert first["runs"]["0"]["after"] == second["runs"]["0"]["after"] and second["lr"] == 0.02
+
 
 def test_a_language_model_is_compared_by_its_loss(
     run: Run, in_this_process: list[str], llama: Path, reviews: Path, tmp_path: Path

@@ -1,0 +1,153 @@
+"""Whether the files of an adapter fit a model: what its config places there, of which base it is, what it brings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from peftcore import engine
+from peftcore.adaptation.adapted import base_parameters
+from peftcore.adapter_files import CONFIG, TENSORS
+from peftcore.checkpoint.fingerprint import difference
+from peftcore.checkpoint.multiplier import without
+from peftcore.checkpoint.reading import ties_partly
+from peftcore.checkpoint.tensors import fill, is_tied_in
+from peftcore.engine.placing import Placed
+from peftcore.engine.trained import base_tensors
+from peftcore.errors import CheckpointError, PeftcoreError, PluginError
+from peftcore.method import Method, Train
+from peftcore.observation import detect
+from peftcore.peft_fields import ends_within_a_name, guarded
+from peftcore.targets import drop_unmatched
+
+Content = tuple[Method, Any, dict[str, Tensor], dict[str, str]]  # what `reading.read` gives
+
+
+def fitting(model: nn.Module, folder: Path, content: Content, check_base: bool) -> tuple[Placed, Any, float]:
+    """What a file's config places on `model`, on the meta device; that config, and the factor that `scale` had set.
+
+    Raises:
+        CheckpointError: it does not fit, or is of another base.
+    """
+    method, config, tensors, metadata = content
+    config, multiplier = without(method, config, metadata)
+    if check_base:
+        refuse_other_base(model, folder, metadata, "peftcore.load(...")
+    config = config_on(model, method, config, tensors, metadata)
+    return _check_fits(model, method, config, tensors, folder), config, multiplier
+
+
+def fill_applied(model: nn.Module, adapter: str, folder: Path, content: Content) -> None:
+    """Give the applied `adapter` the values of a file."""
+    fill(model, adapter, content[2], folder, partly_tied=ties_partly(content[3]))
+
+
+def config_on(
+    model: nn.Module, method: Method, config: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> Any:
+    """A file's config, of modules that are in `model` alone, with the heads that its tensors bring."""
+    changes: dict[str, Any] = {
+        name: drop_unmatched(model, value)
+        for name in ("target_modules", "modules_to_save", "exclude_modules")
+        if isinstance(value := getattr(config, name, None), (list, tuple)) and value
+    }
+    if hasattr(config, "modules_to_save"):  # None: no other heads than those that the file holds
+        named = changes.get("modules_to_save", config.modules_to_save) or []
+        changes["modules_to_save"] = [*named, *_unnamed(model, method, named, tensors)]
+    saved = changes.get("modules_to_save")
+    if saved and getattr(config, "ensure_weight_tying", False) and "peftcore_version" not in metadata:
+        changes["ensure_weight_tying"] = is_tied_in(model, method, saved, tensors)  # PEFT ties by names, and not always
+    return dataclasses.replace(config, **changes)
+
+
+def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], call: str) -> None:
+    """Raise a CheckpointError if the file's fingerprint is of another base. `call`: what would take it all the same."""
+    why = difference(base_tensors(model), metadata["peftcore_base"]) if "peftcore_base" in metadata else None
+    if why:
+        raise CheckpointError(
+            f"'{folder}' was trained on another base: {why}. If each load of the base draws that anew (a head, "
+            "new rows of a vocabulary), have its module trained along: modules_to_save. "
+            f"To load it all the same: {call}, check_base=False)"
+        )
+
+
+def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str, Tensor], folder: Path) -> Placed:
+    """What the config places, on the meta device.
+
+    Raises:
+        CheckpointError: it cannot be applied, or asks for more numbers than the file holds.
+    """
+    try:
+        with torch.device("meta"), _Unfilled(), guarded(method, f"'{folder}'"):
+            placed = engine.placements_for(model, config, {})
+    except (CheckpointError, PluginError):
+        raise
+    except PeftcoreError as error:
+        where = folder / CONFIG if (folder / CONFIG).exists() else folder
+        raise CheckpointError(f"'{where}' does not fit {type(model).__name__}: {error}") from error
+    kept = (tensor for each in placed.around for tensor in each.adapter.state_dict(keep_vars=True).values())
+    wanted = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in kept}.values())  # shared ones once
+    there = sum(tensor.numel() for tensor in tensors.values())
+    if wanted > 2 * there + 1_000_000:  # a small difference is named tensor by tensor
+        raise CheckpointError(
+            f"'{folder / CONFIG}' asks for an adapter of {wanted:,} numbers, '{TENSORS}' holds {there:,}"
+        )
+    return placed
+
+
+class _Unfilled(TorchFunctionMode):
+    """Within the block nothing is given random values, which on the meta device takes longer than to make it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FILLS:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
+_FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_normal_, nn.init.xavier_uniform_}
+
+
+def brings_all(placed: Placed, tensors: Mapping[str, Tensor]) -> bool:
+    """Does a file hold every tensor of these adapters, so that they need no first values, and no second placing?"""
+    rules, brought = placed.method.state, set[int]()
+    for placement in {id(each): each for placements in placed.placements.values() for each in placements}.values():
+        for name, tensor in placement.adapter.state_dict(keep_vars=True).items():
+            if rules.tensor_name(placement, name) not in tensors:
+                return False
+            brought.add(id(tensor))
+    for module in (module for each in placed.around for module in each.adapter.modules()):
+        held = (*module._parameters.values(), *module._buffers.values())
+        others = (value for name, value in module.__dict__.items() if name not in _OF_ANY_MODULE)
+        if any(t is not None and id(t) not in brought for t in held) or not all(map(_is_plain, others)):
+            return False
+    return True
+
+
+_OF_ANY_MODULE = nn.Module().__dict__.keys()
+
+
+def _is_plain(value: Any) -> bool:
+    """Is it no place for a tensor that nobody names?"""
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values()))
+    return isinstance(value, (bool, int, float, str, type(None), torch.dtype, torch.device))
+
+
+def _unnamed(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Heads, and modules that PEFT finds by the end of their path, that the file holds and its config does not name."""
+
+    def in_file(path: str) -> bool:
+        names = [f"{path}.{name}" for name, _ in base_parameters(model.get_submodule(path))]
+        held = (method.state.tensor_name(Train((name,), saved=True), name) in tensors for name in names)
+        return bool(names) and all(held)
+
+    candidates = [*detect(model).task_heads, *ends_within_a_name(model, saved)]
+    return [path for path in dict.fromkeys(candidates) if path not in saved and in_file(path)]

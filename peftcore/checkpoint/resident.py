@@ -1,0 +1,269 @@
+"""Adapters that rest on disk: they come when they are named, and the least recently used go to make room.
+
+    load(..., resident=False)     read, checked against the model, and let go of again: the state knows where it lies
+    activate, save, combine, ...  those named come; `limit_resident` says how many bytes of them may be there at a time
+
+An adapter goes only as it came. One that was changed since, or that trains, stays and is an adapter like any other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import adapter_files, engine, ranks
+from peftcore.adaptation.adapted import base_parameters
+from peftcore.adapter_files import Folder
+from peftcore.checkpoint.fitting import Content, brings_all, fill_applied, fitting
+from peftcore.checkpoint.reading import adapter_folder, read_saved
+from peftcore.engine.scaling import set_multiplier
+from peftcore.engine.trained import TrainedParameters
+from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.events import adapters_wanted
+from peftcore.observation import left_as_it_is
+
+Stamp = dict[str, str]  # of the files of an adapter, by name: a hash of what is in each
+
+
+@dataclass
+class Resting:
+    """Where an adapter lies that need not be in memory, and what it was when it was read.
+
+    Args:
+        folder: absolute. method, dtype, check_base: as `load` was given them.
+        stamp: of its files. size: in memory, in bytes.
+        multiplier: that `scale` has set.
+        digest: of its values as they came last, by which is seen whether they were changed.
+    """
+
+    folder: str
+    method: str | None
+    dtype: torch.dtype | None
+    check_base: bool
+    stamp: Stamp
+    size: int = 0
+    multiplier: float = 1.0
+    digest: bytes = b""
+
+
+def read_with_stamp(
+    folder: Path, model: nn.Module, adapter: str | None, method: str | None
+) -> tuple[dict[str, list[str]] | None, dict[str, Content], Stamp]:
+    """What `read_saved` finds, and the hash of each file that it has read."""
+
+    def look(opened: Folder) -> tuple[dict[str, list[str]] | None, dict[str, Content], Stamp]:
+        together, contents = read_saved(opened, model, adapter, method)
+        return together, contents, {name: _hash(content).hexdigest() for name, content in opened.read.items()}
+
+    return adapter_files.read(folder, look)
+
+
+@engine.alone("load adapters", base=True)
+def rest(
+    model: nn.Module, folder: Path, adapter: str | None, dtype: torch.dtype | None, check_base: bool, method: str | None
+) -> None:
+    """Load what lies in `folder` to see that it fits, and note where it lies; nothing of it stays in memory."""
+    _refuse_sharded(model)
+    engine.refuse_adapters_of_others(model)
+    together, contents, stamp = read_with_stamp(folder, model, adapter, method)
+    done: list[str] = []
+    with left_as_it_is(model):
+        try:
+            for name in contents:
+                engine.refuse_resting(model, name)
+                own = adapter_folder(folder, name) if together else folder
+                content = contents[name]
+                if together:
+                    _, read, stamp = read_with_stamp(own, model, name, method)
+                    content = read[name]
+                record = Resting(os.path.abspath(own), method, dtype, check_base, stamp)
+                _come(model, name, record, content)
+                done.append(name)
+                engine.require_state(model).resting[name] = record
+                engine.take_off(model, name)
+        except BaseException:
+            for name in done:
+                engine.remove(model, name)
+            raise
+
+
+@engine.alone("limit adapters that rest on disk", base=True)
+def limit_resident(model: nn.Module, limit: int | None) -> None:
+    """Let the adapters that were loaded with `resident=False` take at most `limit` bytes of memory at a time.
+
+    Those that were not used for longest go first; one that acts never goes. Adapters that were loaded without it, or
+    applied, and those that were changed since they came, are not counted.
+
+    Args:
+        limit: bytes; None, as at first: all that were asked for stay.
+
+    Raises:
+        PeftcoreError: those that act now take more, or no adapter is on the model.
+    """
+    state = engine.require_state(model)
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+        raise PeftcoreError(f"limit_resident takes a number of bytes or None, found {limit!r}")
+    _check_room(state, [], state.active, limit)
+    before, state.limit = state.limit, limit
+    try:
+        _make_room(model, state, 0, state.active)
+    except BaseException:
+        state.limit = before
+        raise
+
+
+@engine.alone("bring adapters into memory", base=True)
+def bring(model: nn.Module, names: Sequence[str], keep: Sequence[str]) -> None:
+    """Have those of `names` in memory that rest on disk. Of the others any may go that are not among `keep`.
+
+    All that can be wrong with their files is found before anything is changed.
+    """
+    state = engine.state_of(model)
+    wanted = [name for name in dict.fromkeys(names) if name in state.resting] if state is not None else []
+    if state is None or not wanted:
+        return
+    for name in wanted:
+        state.resting[name] = state.resting.pop(name)  # the last one is the most recently used
+    missing = [name for name in wanted if name not in state.applied]
+    if not missing:
+        return
+    _refuse_sharded(model)
+    engine.refuse_merged(state, f"bring '{missing[0]}' into memory")
+    engine.refuse_changed(model)
+    _check_room(state, wanted, keep, state.limit)
+    with left_as_it_is(model):
+        contents = {name: _read_again(model, name, state.resting[name]) for name in missing}
+        _make_room(model, state, sum(state.resting[name].size for name in missing), (*wanted, *keep))
+        for name in missing:
+            _come(model, name, state.resting[name], contents[name])
+
+
+adapters_wanted.subscribe(bring)
+
+
+def _come(model: nn.Module, name: str, record: Resting, content: Content) -> None:
+    """Give `model` the adapter, resting and frozen, and note what it is."""
+    folder = Path(record.folder)
+    placed, config, multiplier = fitting(model, folder, content, record.check_base)
+    if placed.trained:
+        raise PeftcoreError(
+            f"'{folder}' cannot be loaded with resident=False: it trains '{placed.trained[0]}' of the base. Load it "
+            "without"
+        )
+    to_fill = placed if brings_all(placed, content[2]) else config
+    engine.apply_to_fill(model, to_fill, adapter=name, dtype=record.dtype, acts=False)
+    try:
+        fill_applied(model, name, folder, content)
+        if TrainedParameters.of(model, name) is not None:
+            raise PeftcoreError(
+                f"'{folder}' cannot be loaded with resident=False: it keeps tensors of the base beside its own, such "
+                "as buffers that training moves, or a resized vocabulary. Load it without"
+            )
+        engine.set_trainable(model, name, False)
+        set_multiplier(model, name, record.multiplier if record.digest else multiplier)
+        record.multiplier = engine.applied(model, name).multiplier
+        record.size = sum(tensor.nbytes for tensor in _tensors(model, name))
+        record.digest = _digest(model, name)
+    except BaseException:
+        engine.take_off(model, name)
+        raise
+
+
+def _read_again(model: nn.Module, name: str, record: Resting) -> Content:
+    again = f"Put it back, or forget the adapter: peftcore.remove(model, '{name}')"
+    try:
+        _, contents, stamp = read_with_stamp(Path(record.folder), model, name, record.method)
+    except CheckpointError as error:
+        raise CheckpointError(f"the adapter '{name}' rests on disk, and cannot be read: {error}. {again}") from error
+    if stamp != record.stamp:
+        raise CheckpointError(
+            f"the adapter '{name}' rests on disk, and '{record.folder}' is not what it was when it was loaded. "
+            f"{again}, and load it again"
+        )
+    return contents[name]
+
+
+def _check_room(state: engine.State, wanted: Sequence[str], keep: Sequence[str], limit: int | None) -> None:
+    """Raise a PeftcoreError if those that must be there at a time take more than the limit."""
+    needed = dict.fromkeys(name for name in (*wanted, *keep) if name in state.resting)
+    size = sum(state.resting[name].size for name in needed)
+    if limit is not None and size > limit:
+        raise PeftcoreError(
+            f"{len(needed)} of the adapters that rest on disk are needed at a time ({', '.join(list(needed)[:3])}"
+            f"{', ...' if len(needed) > 3 else ''}), which take {size:,} bytes, and the limit is {limit:,}. Let fewer "
+            "act in a batch, or raise it: peftcore.limit_resident(model, BYTES)"
+        )
+
+
+def _make_room(model: nn.Module, state: engine.State, coming: int, keep: Sequence[str]) -> None:
+    """Let the least recently used go until there is room for so many bytes."""
+    here = {name: record.size for name, record in state.resting.items() if name in state.applied}
+    total = coming + sum(here.values())
+    needed = {branch for entry in state.applied.values() for branch in entry.branches}
+    for name, size in here.items():
+        if state.limit is None or total <= state.limit:
+            return
+        if name in keep or name in needed:
+            continue
+        total -= size
+        record = state.resting[name]
+        if _was_changed(model, name, record):
+            del state.resting[name]
+            warnings.warn(
+                f"the adapter '{name}' was changed since it came from '{record.folder}', so it stays in memory, beside "
+                "the limit. Save it, and load that with resident=False",
+                stacklevel=4,
+            )
+        else:
+            record.multiplier = engine.applied(model, name).multiplier
+            engine.take_off(model, name)
+    if state.limit is not None and total > state.limit:
+        raise PeftcoreError(
+            f"adapters that rest on disk would take {total:,} bytes, and the limit is {state.limit:,}: others combine "
+            "some of those that are there. Raise it: peftcore.limit_resident(model, BYTES)"
+        )
+
+
+def _was_changed(model: nn.Module, name: str, record: Resting) -> bool:
+    if engine.applied(model, name).trainable or any(tensor.requires_grad for tensor in _tensors(model, name)):
+        return True
+    return _digest(model, name) != record.digest
+
+
+def _tensors(model: nn.Module, name: str) -> Iterator[Tensor]:
+    """The adapter's parameters and buffers, each once."""
+    seen: set[int] = set()
+    for _, adapter in engine.adapter_modules(model, name):
+        for module in adapter.modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield tensor
+
+
+def _digest(model: nn.Module, name: str) -> bytes:
+    found = hashlib.blake2b(digest_size=16)
+    for tensor in _tensors(model, name):
+        flat: Any = tensor.detach().contiguous().cpu().flatten()
+        found.update(flat.view(torch.uint8).numpy())
+    return found.digest()
+
+
+def _hash(content: bytearray) -> Any:
+    return hashlib.blake2b(content, digest_size=32)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    if any(ranks.is_part(parameter) for _, parameter in base_parameters(model)):
+        raise PeftcoreError(
+            "the model is sharded, to which adapters that rest on disk cannot come: all ranks would have to read them "
+            "together. Load them with resident=True, before peftcore.shard"
+        )

@@ -1,0 +1,55 @@
+"""Every method as the ranks of the tests in tests/parallel try it: (model, fields, in 4 bits)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Every installed method, on a base where its gradients are not zero; sizes do not divide by the number of ranks.
+CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "lora": ("llama", {"r": 3, "lora_alpha": 6}, False),
+    "lora, 4 bits": ("llama", {"r": 3, "lora_alpha": 6}, True),
+    "lora, experts in 4 bits": ("gpt_oss", {"r": 3, "lora_alpha": 6}, True),
+    "qlora": ("llama", {"r": 3, "lora_alpha": 6}, False),
+    "adapter": ("llama", {"bottleneck_size": 5}, False),
+    "adapter, 4 bits": ("llama", {"bottleneck_size": 5}, True),
+    "prompt-tuning": ("llama", {"num_virtual_tokens": 3}, False),
+    "prompt-tuning, 4 bits": ("llama", {"num_virtual_tokens": 3}, True),
+    "prefix-tuning": ("llama", {"num_virtual_tokens": 3}, False),
+    "prefix-tuning, 4 bits": ("llama", {"num_virtual_tokens": 3}, True),
+    "bitfit": ("gpt2", {}, False),
+    "bitfit, 4 bits": ("gpt2", {}, True),
+    "dora": ("llama", {"r": 3, "lora_alpha": 6}, False),
+    "dora, 4 bits": ("llama", {"r": 3, "lora_alpha": 6}, True),
+    "vera": ("llama", {"r": 5}, False),
+    "vera, 4 bits": ("llama", {"r": 5}, True),
+    "ia3": ("llama", {}, False),
+    "ia3, 4 bits": ("gpt2", {}, True),
+    "adalora": ("llama", {"init_r": 3, "target_r": 2, "total_step": 9}, False),
+    "alora": ("llama", {"r": 3, "lora_alpha": 6, "alora_invocation_tokens": [29]}, False),  # a token of TOKENS
+    "ln-tuning": ("gpt2", {}, False),
+    "p-tuning": ("llama", {"num_virtual_tokens": 3}, False),
+    "multitask-prompt-tuning": ("llama", {"num_virtual_tokens": 3}, False),
+    "trainable-tokens": ("llama", {"token_indices": [1, 5]}, False),
+    "loha": ("llama", {"r": 2, "alpha": 4}, False),
+    "lokr": ("llama", {"r": 1, "alpha": 2}, False),
+    "oft": ("llama", {"oft_block_size": 9}, False),
+    "boft": ("llama", {"boft_block_size": 3}, False),
+    "hra": ("llama", {"r": 4}, False),
+    "miss": ("llama", {"r": 5}, False),
+    "road": ("llama", {"group_size": 18, "target_modules": ["q_proj", "o_proj"]}, False),
+    "fourierft": ("llama", {"n_frequency": 9, "init_weights": True}, False),
+    "c3a": ("llama", {"block_size": 9}, False),
+    "delora": ("llama", {"r": 3}, False),
+    "psoft": ("llama", {"r": 4, "psoft_alpha": 4}, False),
+    "shira": ("llama", {"r": 3}, False),
+    "randlora": ("llama", {"r": 7, "randlora_alpha": 7}, False),
+    "vblora": ("llama", {"r": 3, "vector_length": 9, "num_vectors": 11}, False),
+    "hira": ("llama", {"r": 3}, False),
+    "gralora": ("llama", {"r": 6, "gralora_k": 3, "hybrid_r": 2}, False),
+    "beft": ("llama", {}, False),
+    "unilora": ("llama", {"r": 3, "theta_d_length": 50}, False),
+    "tinylora": ("llama", {"r": 3, "u": 5, "weight_tying": 0.5}, False),
+    "peanut": ("llama", {"r": 3, "depth": 1}, False),
+    "deft": ("llama", {"r": 3}, False),
+}
+SHARED_BETWEEN_BLOCKS = ("vblora", "unilora", "tinylora")  # trained parameters are
