@@ -9,12 +9,14 @@ demo's model and data, a short run of LoRA, and the files that `peftcore export`
     rounding     the same of transformers, with the weights that the file holds: what its type alone changes
 
 The first must be within three times the second, plus 0.005; tokens and chat template must be the same, and what the
-merged model in fp32 answers in a chat. Each way to cut texts that is written is tried on SmolLM2's merges, too.
+merged model in fp32 answers in a chat. Each way to cut texts that is written is tried on SmolLM2's merges, too, and
+SentencePiece's BPE on a vocabulary of the reviews, as Llama 2's tokenizer.json and Gemma's have it.
 """
 
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -24,12 +26,14 @@ os.environ["TQDM_DISABLE"] = "1"  # bars of transformers
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models, normalizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GemmaTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaTokenizer,
     PreTrainedTokenizerFast,
 )
 
@@ -50,6 +54,21 @@ TEXTS = (
     "A negative movie review: two hours, 12345 minutes\nthat I'll never\n\n  get back -- it's 3.14 times too long!!",
     "  two spaces 12 345 6789\t\ttabs\r\n\r\nHE'LL SAY I'VE WE'D, y'all'd've -- f(x)[0] != 'a'; $1,234.50 50% e\u0301",
     "def mean(xs):\n    return sum(xs) / len(xs)\n\n# Größe, naïve, 日本語, 🙂",
+)
+PARTS = (
+    " a film",
+    "</s>",
+    "<eos>",
+    "<unk>",
+    "<end_of_turn>",
+    "\n\n\n",
+    "▁▁",
+    "<0x0A>",
+    "<s",
+    "\u200d🏳️",
+    "ǅ",
+    "=" * 9,
+    "\t ",
 )
 
 
@@ -80,20 +99,50 @@ def write_files(folder: Path) -> dict[str, tuple[Path, Path | None]]:
 
 
 def write_tokenizers(folder: Path, tokenizer: Any) -> dict[str, tuple[Path, Any]]:
-    """{how texts are cut: (GGUF file of a tiny model, the tokenizer of transformers)}, all with the same merges."""
+    """{how texts are cut: (GGUF file of a tiny model, the tokenizer of transformers)}."""
     made: dict[str, tuple[Path, Any]] = {}
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
+    for name, cut in {**byte_level(tokenizer), **sentencepiece(folder)}.items():
+        file = folder / "exported/cuts" / f"{name}.gguf"
+        made[name] = peftcore.export(model, file, to="gguf", tokenizer=cut), cut
+    return made
+
+
+def byte_level(tokenizer: Any) -> dict[str, Any]:
+    """One tokenizer's merges behind each way to cut a text."""
+    made = {}
     for name, steps in CUTS.items():
         parts = json.loads(tokenizer.backend_tokenizer.to_str())
         whole = [{"add_prefix_space": False, "trim_offsets": True, **step} for step in steps]
         parts["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": whole}
         parts["model"]["ignore_merges"] = name in WHOLE_WORDS_FIRST
         backend = Tokenizer.from_str(json.dumps(parts))
-        cut = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token)
-        file = folder / "exported/cuts" / f"{name}.gguf"
-        made[name] = peftcore.export(model, file, to="gguf", tokenizer=cut), cut
+        made[name] = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=tokenizer.eos_token)
     return made
+
+
+def sentencepiece(folder: Path) -> dict[str, Any]:
+    """Tokenizers as SentencePiece's, of words in the reviews; spaces are part of them."""
+    lines = (folder / "data/write_train.jsonl").read_text(encoding="utf-8").replace(" ", "▁").splitlines()
+    trained = Tokenizer(models.BPE())
+    trained.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=3000, show_progress=False))
+    words = dict(sorted(trained.get_vocab().items(), key=lambda each: each[1]))
+    tokens = [*(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    pairs = [(word[:i], word[i:]) for word in words for i in range(len(word) - 1, 0, -1)]
+    merges = [pair for pair in pairs if pair[0] in words and pair[1] in words]
+    as_llama = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *tokens])}
+    llama = LlamaTokenizer(vocab=as_llama, merges=merges)
+    llama.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]  # in a file; LlamaTokenizer made here spares some
+    )
+    llama.backend_tokenizer.pre_tokenizer = None
+    llama.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    as_gemma = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *tokens])}
+    gemma = GemmaTokenizer(vocab=as_gemma, merges=merges)
+    gemma.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
+    gemma.add_tokens([AddedToken(run * i, normalized=False) for run in ("\n", "▁") for i in range(2, 9)])
+    return {"sentencepiece-llama": llama, "sentencepiece-gemma": gemma}
 
 
 def answer(model: Any, tokenizer: Any) -> str:
@@ -131,10 +180,19 @@ def apart(exact: list[np.ndarray], found: list[np.ndarray]) -> Apart:
     return Apart((a - b).abs().max().item(), (a - b).abs().mean().item(), kl, same)
 
 
-def job(model: Path, lora: Path | None, tokens: list[list[int]], ask: str, out: Path) -> dict[str, Any]:
+def job(
+    model: Path, lora: Path | None, tokens: list[list[int]], ask: str, out: Path, texts: tuple[str, ...] = TEXTS
+) -> dict[str, Any]:
     """For llama_logits.py."""
     given = {"model": str(model), "lora": lora and str(lora), "out": str(out)}
-    return {**given, "tokens": tokens, "texts": TEXTS, "ask": ask}
+    return {**given, "tokens": tokens, "texts": texts, "ask": ask}
+
+
+def cut_texts() -> tuple[str, ...]:
+    """Texts, and any parts of them in any order."""
+    draw = random.Random(0)
+    parts = [*PARTS, *(text[i : i + 9] for text in TEXTS for i in range(0, len(text), 9))]
+    return (*TEXTS, *("".join(draw.choices(parts, k=12)) for _ in range(200)))
 
 
 def main(folder: Path, llama: str) -> None:
@@ -148,7 +206,7 @@ def main(folder: Path, llama: str) -> None:
         job(model, lora, rows, ASK if name == ANSWERS else "", folder / f"{i}.npz")
         for i, (name, (model, lora)) in enumerate(files.items())
     ]
-    jobs += [job(file, None, [], "", file.with_suffix(".npz")) for file, _ in cuts.values()]
+    jobs += [job(file, None, [], "", file.with_suffix(".npz"), cut_texts()) for file, _ in cuts.values()]
     (folder / "jobs.json").write_text(json.dumps(jobs))
     subprocess.run([llama, HERE / "llama_logits.py", folder / "jobs.json"], check=True)
 
@@ -177,9 +235,13 @@ def main(folder: Path, llama: str) -> None:
             wrong.append(f"{name}: {str(found['answer'])!r} where transformers says {said!r}")
     for name, (file, cut) in cuts.items():
         found = np.load(file.with_suffix(".npz"))
-        if [found[f"text{i}"].tolist() for i in range(len(TEXTS))] != [cut(text)["input_ids"] for text in TEXTS]:
-            wrong.append(f"texts cut as {name}")
-    print(f"tokens of {len(TEXTS)} texts are the same, cut as {', '.join(cuts)}; and so is an answer in a chat")
+        other = [t for i, t in enumerate(cut_texts()) if found[f"text{i}"].tolist() != cut(t)["input_ids"]]
+        if other:
+            wrong.append(f"{len(other)} texts cut as {name}, as {other[0]!r}")
+    if not wrong:
+        print(
+            f"tokens of {len(cut_texts())} texts are the same, cut as {', '.join(cuts)}; and so is an answer in a chat"
+        )
     if wrong:
         raise SystemExit(f"llama.cpp computes something else: {', '.join(wrong)}")
 

@@ -1,6 +1,6 @@
-"""A tokenizer as keys of GGUF: byte-level BPE, or what another GGUF file has.
+"""A tokenizer as keys of GGUF: byte-level BPE, SentencePiece's BPE, or what another GGUF file has.
 
-How a text is cut before the merges is known to llama.cpp by a name. The cuts by these names are those of
+How a text is cut before byte-level merges is known to llama.cpp by a name. The cuts by these names are those of
 src/llama-vocab.cpp, compared here with what the tokenizer's own file says, exactly.
 """
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from peftcore.errors import PeftcoreError
+from peftcore.exporting.gguf import sentencepiece
 from peftcore.exporting.gguf.names import WAY_ROUND
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -49,27 +50,52 @@ def write_tokenizer(writer: Any, tokenizer: Any, rows: int, template: str | None
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise _refused(f"{type(tokenizer).__name__} has no tokenizer.json")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = parts["model"]
-    cut = _cut(parts)
-    vocabulary = {**model["vocab"], **{added["content"]: added["id"] for added in parts["added_tokens"]}}
-    _refuse_longer(max(vocabulary.values()) + 1, rows)
-    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-    if not merges:
-        raise _refused("it has no merges")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(cut)
-    _write_tokens(writer, vocabulary, parts["added_tokens"], rows)
-    writer.add_token_merges(merges)
+    _refuse_added(parts["added_tokens"])
+    if sentencepiece.is_sentencepiece(parts):
+        _write_sentencepiece(writer, parts, rows, tokenizer)
+    else:
+        _write_bytes(writer, parts, rows)
     _write_special(writer, tokenizer)
     template = template or _template(tokenizer)
     if template:
         writer.add_chat_template(template)
 
 
+def _write_bytes(writer: Any, parts: dict[str, Any], rows: int) -> None:
+    """Byte-level BPE."""
+    cut = _cut(parts)
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in parts["model"]["merges"]]
+    if not merges:
+        raise _refused("it has no merges")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(cut)
+    _write_tokens(writer, parts, rows)
+    writer.add_token_merges(merges)
+
+
+def _write_sentencepiece(writer: Any, parts: dict[str, Any], rows: int, tokenizer: Any) -> None:
+    if tokenizer.eos_token_id is None:
+        raise _refused("it has no token for the end, for which llama.cpp takes token 2")
+    vocabulary = _vocabulary(parts)
+    try:
+        space, scores = sentencepiece.space_before(parts), sentencepiece.scores(parts, vocabulary)
+    except ValueError as odd:
+        raise _refused(str(odd)) from odd
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    tokens = _write_tokens(writer, parts, rows, unknown=tokenizer.unk_token_id)
+    writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
+    writer.add_add_space_prefix(space)
+
+
+def _vocabulary(parts: dict[str, Any]) -> dict[str, int]:
+    return {**parts["model"]["vocab"], **{added["content"]: added["id"] for added in parts["added_tokens"]}}
+
+
 def _cut(parts: dict[str, Any]) -> str:
     """The name of the way in which the tokenizer cuts texts."""
     model, before = parts["model"], parts["pre_tokenizer"]
-    plain = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "byte_fallback": False}
+    plain = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     odd = [key for key, value in plain.items() if (model.get(key) or value) != value]
     if model["type"] != "BPE" or odd:
         raise _refused(f"its model is {model['type']}{' with ' + ', '.join(odd) if odd else ''}")
@@ -84,23 +110,48 @@ def _cut(parts: dict[str, Any]) -> str:
         raise _refused(f"it cuts texts in another way ({', '.join(step['type'] for step in steps)})")
     if bool(model.get("ignore_merges")) != (name in WHOLE_WORDS_FIRST):
         raise _refused(f"it has ignore_merges={model.get('ignore_merges')}")
-    odd = [each["content"] for each in parts["added_tokens"] if each["lstrip"] or each["rstrip"] or each["single_word"]]
-    if odd:
-        raise _refused(f"its token {odd[0]!r} takes spaces beside it along")
     return name
 
 
-def _write_tokens(writer: Any, vocabulary: dict[str, int], added: list[dict[str, Any]], rows: int) -> None:
+def _refuse_added(added: list[dict[str, Any]]) -> None:
+    """llama.cpp looks for the longest token first, transformers, from left to right, for the longest that begins."""
+    odd = [each["content"] for each in added if each["lstrip"] or each["rstrip"] or each["single_word"]]
+    if odd:
+        raise _refused(f"its token {odd[0]!r} takes spaces beside it along")
+    longest: dict[str, str] = {}
+    for token in sorted((each["content"] for each in added), key=len):
+        longest.update((token[:i], token) for i in range(1, len(token)))
+    for token in (each["content"] for each in added):
+        for i in range(1, len(token)):
+            other = longest.get(token[i:], "")
+            if len(other) > len(token) and len(set(token + other)) > 1:  # runs of one character come out the same
+                raise _refused(f"where its token {token!r} ends, {other!r} may begin")
+
+
+def _write_tokens(writer: Any, parts: dict[str, Any], rows: int, unknown: int | None = None) -> list[str]:
     import gguf
 
+    vocabulary = _vocabulary(parts)
+    _refuse_longer(max(vocabulary.values()) + 1, rows)
     tokens = [f"[PAD{i}]" for i in range(rows)]
     kinds = [gguf.TokenType.UNUSED] * rows
     for token, i in vocabulary.items():
         tokens[i], kinds[i] = token, gguf.TokenType.NORMAL
-    for each in added:
+    if sentencepiece.is_sentencepiece(parts):
+        for token in sentencepiece.BYTES:
+            tokens[vocabulary[token]], kinds[vocabulary[token]] = token, gguf.TokenType.BYTE
+    for each in parts["added_tokens"]:
         kinds[each["id"]] = gguf.TokenType.CONTROL if each["special"] else gguf.TokenType.USER_DEFINED
+    if unknown is not None:
+        kinds[unknown] = gguf.TokenType.UNKNOWN
+    twice = {
+        token for token in vocabulary.keys() - set(tokens) if sentencepiece.byte_of(token) != tokens[vocabulary[token]]
+    }
+    if twice:
+        raise _refused(f"its tokens {min(twice)!r} and {tokens[vocabulary[min(twice)]]!r} are one")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
+    return tokens
 
 
 def _write_special(writer: Any, tokenizer: Any) -> None:
@@ -150,6 +201,6 @@ def _refuse_longer(tokens: int, rows: int) -> None:
 
 def _refused(why: str) -> PeftcoreError:
     return PeftcoreError(
-        f"the tokenizer is not one that is written as GGUF here: {why}. Known is byte-level BPE that cuts texts as "
-        f"{', '.join(CUTS)} do. {WAY_ROUND}"
+        f"the tokenizer is not one that is written as GGUF here: {why}. Known are byte-level BPE that cuts texts as "
+        f"{', '.join(CUTS)} do, and SentencePiece's BPE with bytes for what has no token. {WAY_ROUND}"
     )

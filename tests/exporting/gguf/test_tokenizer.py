@@ -115,7 +115,7 @@ def greedy() -> Any:
     [
         (
             words,
-            "its model is WordLevel. Known is byte-level BPE that cuts texts as gpt-2, smollm, qwen2, llama-bpe do",
+            "its model is WordLevel. Known are byte-level BPE that cuts texts as gpt-2, smollm, qwen2, llama-bpe do",
         ),
         (lowercase, "it has a normalizer, Lowercase"),
         (greedy, "its token '<m>' takes spaces beside it along"),
