@@ -47,10 +47,40 @@ def qwen3(**changes: Any) -> Any:
     return _drawn(Qwen3ForCausalLM(Qwen3Config(**{**SIZES, "head_dim": 128, **changes})))
 
 
-def _drawn(model: nn.Module) -> nn.Module:
+def qwen3moe(**changes: Any) -> Any:
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    return _drawn(Qwen3MoeForCausalLM(Qwen3MoeConfig(**{**SIZES, "head_dim": 32, **experts, **changes})))
+
+
+GEMMA = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 4}
+
+
+def gemma2(**changes: Any) -> Any:
+    """Its norms multiply by 1 + weight; one of two layers has a window."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(**{**SIZES, **GEMMA, **changes})
+    config._attn_implementation = "eager"  # which caps scores
+    return _drawn(Gemma2ForCausalLM(config), norms=0.0)
+
+
+def gemma3(**changes: Any) -> Any:
+    """Its norms multiply by 1 + weight; five of six layers have a window, and another rotary embedding."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(**{**SIZES, **GEMMA, "num_hidden_layers": 6, **changes})
+    return _drawn(Gemma3ForCausalLM(config), norms=0.0)
+
+
+def _drawn(model: nn.Module, norms: float = 1.0) -> nn.Module:
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.3)
+            nn.init.normal_(parameter, norms if "norm" in name else 0.0, 0.3)
     return model.eval()
 
 

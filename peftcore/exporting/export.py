@@ -28,8 +28,8 @@ def export(
 
     Args:
         to: "gguf": the file `path` for llama.cpp and Ollama, of `adapter` if one is named, which must be thin products
-            added to weights, else of the model's weights as they stand: merge first. Models of Llama, Mistral, Qwen2
-            and Qwen3, tokenizers of byte-level BPE or of SentencePiece's BPE.
+            added to weights, else of the model's weights as they stand: merge first. Models of Llama, Mistral, Qwen2,
+            Qwen3 (and its experts), Gemma 2 and 3, tokenizers of byte-level BPE or of SentencePiece's BPE.
             "vllm": the folder `path` with `adapter` as vLLM and SGLang read it, one rank and scale for all modules.
             "onnx": the file `path` of the model in evaluation mode, with what acts on it, merged or not.
         adapter: its name. May be left out of "vllm" where there is one.

@@ -5,13 +5,14 @@ Facts from llama.cpp's conversion/base.py and src/models.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError
-from peftcore.exporting.gguf.names import WAY_ROUND, family_of
+from peftcore.exporting.gguf.names import WAY_ROUND, Family, family_of
 
 ROPE = {  # by kind: the keys that are understood
     "default": {"rope_theta"},
@@ -20,6 +21,7 @@ ROPE = {  # by kind: the keys that are understood
     "llama3": {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 ROPE_FREQUENCIES = "rope_freqs.weight"
+LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # by which llama.cpp knows those whose scores have another scale
 
 
 def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str, Tensor]:
@@ -32,10 +34,13 @@ def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str,
         PeftcoreError: the model does something that llama.cpp's of this kind does not.
     """
     config: Any = model.config
+    family = family_of(model)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    _refuse_other(model, config, head)
+    for what in [*_odd(config, family, head), *_odd_of_gemma(config, family, head)]:
+        raise PeftcoreError(f"{what}, which llama.cpp's '{family.architecture}' does not know. {WAY_ROUND}")
     length, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
-    writer.add_context_length(min(length, window) if window else length)  # within the window all is attended to
+    cut = window and not family.all_seen_every  # within the window all is attended to
+    writer.add_context_length(min(length, window) if cut else length)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -46,42 +51,85 @@ def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str,
     writer.add_rope_dimension_count(head)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(rows)
-    return _write_rope(writer, model, config, head)
+    if family.experts:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if family.all_seen_every:
+        writer.add_sliding_window(window)
+        if config.attn_logit_softcapping is not None:
+            writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        if config.final_logit_softcapping is not None:
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
+    rope = config.rope_parameters
+    if "full_attention" in rope:
+        within, rope = rope["sliding_attention"], rope["full_attention"]
+        _refuse_rope(within, ("default",))
+        _refuse_rope(rope, ("default", "linear"))
+        writer.add_rope_freq_base_swa(within["rope_theta"])
+    return _write_rope(writer, model, rope, config.max_position_embeddings, head)
 
 
-def _refuse_other(model: nn.Module, config: Any, head: int) -> None:
-    def refuse(what: str) -> PeftcoreError:
-        return PeftcoreError(f"{what}, which llama.cpp's '{family_of(model).architecture}' does not know. {WAY_ROUND}")
+def _odd(config: Any, family: Family, head: int) -> Iterator[str]:
+    """What llama.cpp does not do in a model of this kind."""
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    types = getattr(config, "layer_types", None) or ()
+    if activation != family.activation:
+        yield f"the model has hidden_act={activation!r}"
+    if getattr(config, "use_sliding_window", False) and "sliding_attention" in types:
+        yield "some of the model's layers have a sliding window"
+    if family.architecture == "qwen2" and head * config.num_attention_heads != config.hidden_size:
+        yield f"the model's heads have {head} dimensions, {config.num_attention_heads} of them not hidden_size"
+    if family.experts and not config.norm_topk_prob:
+        yield "the weights of a token's experts do not sum to one (norm_topk_prob)"
 
-    if config.hidden_act != "silu":
-        raise refuse(f"the model has hidden_act={config.hidden_act!r}")
-    if getattr(config, "use_sliding_window", False) and "sliding_attention" in (
-        getattr(config, "layer_types", None) or ()
-    ):
-        raise refuse("some of the model's layers have a sliding window")
-    if family_of(model).architecture == "qwen2" and head * config.num_attention_heads != config.hidden_size:
-        raise refuse(f"the model's heads have {head} dimensions, {config.num_attention_heads} of them not hidden_size")
+
+def _odd_of_gemma(config: Any, family: Family, head: int) -> Iterator[str]:
+    every = family.all_seen_every
+    if not every:
+        return
+    types = [
+        "full_attention" if i % every == every - 1 else "sliding_attention" for i in range(len(config.layer_types))
+    ]
+    big = config.num_hidden_layers == LAYERS_OF_27B[family.architecture]
+    scale = config.hidden_size // config.num_attention_heads if big else head
+    capped = config.attn_logit_softcapping is not None
+    if list(config.layer_types) != types:
+        yield f"the model's layers do not have a sliding window but every {every}th"
+    if config.query_pre_attn_scalar != scale:
+        yield f"the model has query_pre_attn_scalar={config.query_pre_attn_scalar}, not {scale}"
+    if config.attention_bias or getattr(config, "use_bidirectional_attention", False):
+        yield "the model has attention_bias or use_bidirectional_attention"
+    if capped != (family.architecture == "gemma2"):
+        yield f"the model has attn_logit_softcapping={config.attn_logit_softcapping}"
+    if family.architecture == "gemma2" and config.final_logit_softcapping is None:
+        yield "the model has no final_logit_softcapping"
 
 
-def _write_rope(writer: Any, model: nn.Module, config: Any, head: int) -> dict[str, Tensor]:
+def _refuse_rope(given: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    kind = given.get("rope_type", "default")
+    known = {"rope_type"} | ({"partial_rotary_factor"} if given.get("partial_rotary_factor") == 1.0 else set())
+    odd = {key for key, value in given.items() if value is not None} - known - ROPE.get(kind, set())
+    if odd or kind not in kinds:
+        raise PeftcoreError(f"the model's rotary embedding is {given}, not written here. {WAY_ROUND}")
+
+
+def _write_rope(writer: Any, model: nn.Module, given: dict[str, Any], length: int, head: int) -> dict[str, Tensor]:
     import gguf
 
-    given = {key: value for key, value in config.rope_parameters.items() if value is not None}
-    kind = given.pop("rope_type", "default")
-    if given.get("partial_rotary_factor") == 1.0:
-        del given["partial_rotary_factor"]
-    if not given.keys() <= ROPE.get(kind, set()):
-        raise PeftcoreError(f"the model's rotary embedding is {config.rope_parameters}, not written here. {WAY_ROUND}")
-    theta = given["rope_theta"]
+    _refuse_rope(given, tuple(ROPE))
+    kind, theta = given.get("rope_type", "default"), given["rope_theta"]
     writer.add_rope_freq_base(theta)
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(given["factor"])
     if kind == "yarn":
-        original = given.get("original_max_position_embeddings", config.max_position_embeddings)
-        writer.add_rope_scaling_orig_ctx_len(original)
-        writer.add_rope_scaling_yarn_beta_fast(given.get("beta_fast", 32.0))
-        writer.add_rope_scaling_yarn_beta_slow(given.get("beta_slow", 1.0))
+        original, fast, slow = (
+            given.get(key) for key in ("original_max_position_embeddings", "beta_fast", "beta_slow")
+        )
+        writer.add_rope_scaling_orig_ctx_len(length if original is None else original)
+        writer.add_rope_scaling_yarn_beta_fast(32.0 if fast is None else fast)
+        writer.add_rope_scaling_yarn_beta_slow(1.0 if slow is None else slow)
     if kind != "llama3":
         return {}
     actual = next(buffer for name, buffer in model.named_buffers() if name.endswith("rotary_emb.inv_freq"))

@@ -18,6 +18,7 @@ from peftcore.exporting.gguf.tokenizer import write_tokenizer
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # those that the package `gguf` quantizes to
 FEW_BITS = ("q5_1", "q5_0", "q4_1", "q4_0")  # of which llama.cpp, too, keeps the head in more
 HEAD, EMBEDDING = "output.weight", "token_embd.weight"
+ROUTER = ".ffn_gate_inp.weight"  # whose logits choose experts
 
 
 def write_model(
@@ -28,7 +29,7 @@ def write_model(
     Args:
         tokenizer: of transformers, or the path of a GGUF file that has it.
         kind: of matrices, one of `TYPES`; with 4 and 5 bits the head has 8. Vectors are in fp32, and so is, in 16, a
-            matrix whose rows are no multiple of 32.
+            matrix whose rows are no multiple of 32. Routers of experts are in fp32, too.
         template: of chats, in place of the tokenizer's own.
 
     Raises:
@@ -49,7 +50,9 @@ def write_model(
         tensors = {**write_hyperparameters(writer, model, rows), **tensors}
         write_tokenizer(writer, tokenizer, rows, template)
         head = HEAD if HEAD in tensors else EMBEDDING  # which, tied, is the head as well
-        write_tensors(writer, [Entry(name, each, _kind(each, kind, name == head)) for name, each in tensors.items()])
+        write_tensors(
+            writer, [Entry(name, each, _kind(name, each, kind, name == head)) for name, each in tensors.items()]
+        )
     return path
 
 
@@ -61,7 +64,7 @@ def _tensors(model: nn.Module, names: Names) -> dict[str, Tensor]:
         if not tensor.is_floating_point():
             raise PeftcoreError(f"'{name}' is kept as {tensor.dtype}. First: peftcore.dequantize(model)")
         if id(tensor) not in seen:
-            found[names.of(name)] = names.rows(name.rpartition(".")[0], tensor)
+            found.update(names.stored(name, tensor))
             seen.add(id(tensor))
     return found
 
@@ -76,11 +79,11 @@ def _refuse_unmerged(model: nn.Module) -> None:
         )
 
 
-def _kind(tensor: Tensor, kind: str, head: bool) -> Any:
+def _kind(name: str, tensor: Tensor, kind: str, head: bool) -> Any:
     import gguf
 
     kinds = gguf.GGMLQuantizationType
-    if tensor.ndim == 1:
+    if tensor.ndim == 1 or name.endswith(ROUTER):
         return kinds.F32
     found = kinds.Q8_0 if head and kind in FEW_BITS else kinds[kind.upper()]
     return kinds.F16 if tensor.shape[-1] % gguf.GGML_QUANT_SIZES[found][0] else found

@@ -1,6 +1,6 @@
 """What llama.cpp calls a model's tensors, and in which order it has the rows of them.
 
-Facts from llama.cpp's conversion/llama.py and conversion/qwen.py: its `llama` turns neighbouring dimensions of a head
+Facts from llama.cpp's conversion/llama.py, qwen.py and gemma.py: its `llama` turns neighbouring dimensions of a head
 (rotary embedding), transformers' turn those that lie half a head apart; so rows of q and k change places.
 """
 
@@ -24,13 +24,21 @@ class Family(NamedTuple):
 
     architecture: str
     neighbours: bool = False  # its rotary embedding turns neighbouring dimensions
+    activation: str = "silu"
+    norms_from_one: bool = False  # norms multiply by one more than their weight, and by what the file has
+    all_seen_every: int = 0  # so many layers one attends to all, the others within a sliding window
+    experts: bool = False
 
 
+GELU = "gelu_pytorch_tanh"
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", neighbours=True),
     "MistralForCausalLM": Family("llama", neighbours=True),
     "Qwen2ForCausalLM": Family("qwen2"),
     "Qwen3ForCausalLM": Family("qwen3"),
+    "Qwen3MoeForCausalLM": Family("qwen3moe", experts=True),
+    "Gemma2ForCausalLM": Family("gemma2", activation=GELU, norms_from_one=True, all_seen_every=2),
+    "Gemma3ForCausalLM": Family("gemma3", activation=GELU, norms_from_one=True, all_seen_every=6),
 }
 
 
@@ -60,6 +68,18 @@ class Names:
         if found is None:
             raise PeftcoreError(f"'{name}' has no place in a GGUF file of '{self.family.architecture}'. {WAY_ROUND}")
         return found
+
+    def stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What the file has of a parameter, by its names there."""
+        if name.endswith(".experts.gate_up_proj"):  # [experts, gates and then the others, in]
+            place = name.removesuffix("gate_up_proj")
+            gate, up = tensor.chunk(2, dim=1)
+            return {self.of(f"{place}gate_proj.weight"): gate, self.of(f"{place}up_proj.weight"): up}
+        if name.endswith(".experts.down_proj"):
+            return {self.of(f"{name}.weight"): tensor}
+        if self.family.norms_from_one and name.endswith("norm.weight"):
+            return {self.of(name): tensor.float() + 1}
+        return {self.of(name): self.rows(name.rpartition(".")[0], tensor)}
 
     def rows(self, path: str, tensor: Tensor) -> Tensor:
         """The rows of what belongs to the module at `path`, `[rows, ...]`, in the file's order."""

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
-from exported import TOKENS, apply, keys, llama, logits, qwen2, qwen3, tensors, tokenizer
+from exported import TOKENS, apply, gemma2, gemma3, keys, llama, logits, qwen2, qwen3, qwen3moe, tensors, tokenizer
 from tiny import gpt2
 
 import peftcore
@@ -57,6 +58,43 @@ def test_matrices_have_the_type_and_vectors_fp32(kind: str, tmp_path: Path) -> N
     wrong = tensors(file)["blk.1.ffn_down.weight"] - weight
     bits = {"bf16": 9, "q8_0": 8, "q5_1": 5, "q5_0": 5, "q4_1": 4, "q4_0": 4}[kind]
     assert 0 < abs(wrong).max() < abs(weight).max() * 2.0 ** (1 - bits) * 1.01
+
+
+@pytest.mark.parametrize("make", [gemma2, lambda: gemma3(tie_word_embeddings=False)])
+def test_weights_of_gemma(make: Any, tmp_path: Path) -> None:
+    """transformers reads them, and not all of the hyperparameters."""
+    model = make()
+    file = write(model, tmp_path / "model.gguf")
+    back = read(file).state_dict()
+    assert back.keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.allclose(back[name], tensor, atol=3e-7), name
+    name = "model.layers.1.post_feedforward_layernorm.weight"
+    assert np.allclose(tensors(file)["blk.1.post_ffw_norm.weight"], model.state_dict()[name] + 1)
+
+
+def test_experts_have_their_gates_apart(tmp_path: Path) -> None:
+    model = qwen3moe()
+    found, experts = tensors(write(model, tmp_path / "model.gguf")), model.model.layers[1].mlp.experts
+    parts = {"gate": experts.gate_up_proj[:, :32], "up": experts.gate_up_proj[:, 32:], "down": experts.down_proj}
+    for name, weight in parts.items():
+        assert np.array_equal(found[f"blk.1.ffn_{name}_exps.weight"], weight.detach().numpy()), name
+
+
+def test_a_router_of_experts_is_in_fp32(tmp_path: Path) -> None:
+    file = write(qwen3moe(), tmp_path / "model.gguf", "q8_0")
+    kinds = {each.name: each.tensor_type.name for each in gguf.GGUFReader(file).tensors}
+    assert kinds["blk.1.ffn_gate_inp.weight"] == "F32" and kinds["blk.1.ffn_up_exps.weight"] == "Q8_0"
+    found = keys(file)
+    assert [found[f"qwen3moe.expert_{key}"] for key in ("count", "used_count", "feed_forward_length")] == [4, 2, 32]
+
+
+def test_windows_and_caps_of_gemma(tmp_path: Path) -> None:
+    second, third = keys(write(gemma2(), tmp_path / "2.gguf")), keys(write(gemma3(), tmp_path / "3.gguf"))
+    assert second["gemma2.attention.sliding_window"] == 4 and second["gemma2.context_length"] == 128
+    assert (second["gemma2.attn_logit_softcapping"], second["gemma2.final_logit_softcapping"]) == (50, 30)
+    assert third["gemma3.rope.freq_base"] == 1e6 and third["gemma3.rope.freq_base_swa"] == 1e4
+    assert "gemma3.attn_logit_softcapping" not in third
 
 
 def test_rows_that_are_no_whole_blocks_are_in_16_bits(tmp_path: Path) -> None:
@@ -124,6 +162,16 @@ def test_a_window_is_the_length_of_the_context(tmp_path: Path) -> None:
             lambda: qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=0),
             "some of the model's layers have a sliding window",
         ),
+        (lambda: qwen3moe(norm_topk_prob=False), "do not sum to one .norm_topk_prob."),
+        (lambda: qwen3moe(mlp_only_layers=[0]), "layers.0.mlp.gate_proj.weight' has no place in a GGUF"),
+        (lambda: gemma2(query_pre_attn_scalar=64), "query_pre_attn_scalar=64, not 32"),
+        (lambda: gemma2(attn_logit_softcapping=None), "attn_logit_softcapping=None"),
+        (lambda: gemma2(final_logit_softcapping=None), "no final_logit_softcapping"),
+        (lambda: gemma2(tie_word_embeddings=False), "'lm_head.weight' has no place in a GGUF file of 'gemma2'"),
+        (lambda: gemma2(layer_types=["full_attention"] * 2), "do not have a sliding window but every 2th"),
+        (lambda: gemma3(attn_logit_softcapping=9.0), "attn_logit_softcapping=9.0"),
+        (lambda: gemma3(hidden_activation="gelu"), "hidden_act='gelu'"),
+        (lambda: gemma3(attention_bias=True), "attention_bias or use_bidirectional_attention"),
         (lambda: apply(llama()), r"the adapters 'default' act beside the weights.*peftcore.merge\(model\)"),
         (lambda: peftcore.quantize(llama()), "is kept as torch.uint8. First: peftcore.dequantize"),
     ],
