@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +23,36 @@ if TYPE_CHECKING:
     from peftcore.cli.settings import Settings
 
 
+_FORGETTING, _MERGES = "forgetting", "merges"
 _COSTS = ("trained", "size", "peak memory", "step")
 
 
 @dataclass
 class MethodRuns:
-    """One method's runs: results by seed, as `training.Result.to_json` has them or {"error": reason}."""
+    """One method's runs: results by seed, as `training.Result.to_json` has them or {"error": reason}.
+
+    Args:
+        lr: the rate of these runs.
+        tried: of a search, the first seed's results by rate; `lr` has the lowest loss on the validation part.
+    """
 
     label: str
     lr: float
     runs: dict[int, dict[str, Any]] = field(default_factory=dict)
+    tried: dict[float, dict[str, Any]] = field(default_factory=dict)
+
+    def add_tried(self, lr: float, seed: int, result: dict[str, Any]) -> None:
+        """Note a run of the search, and choose again."""
+        self.tried[lr] = result
+        self.lr = min(self.tried, key=self.validation_loss)
+        self.runs[seed] = self.tried[self.lr]
+
+    def validation_loss(self, lr: float) -> float:
+        """Of a rate that was tried; infinite where the run failed."""
+        if "error" in self.tried[lr]:
+            return math.inf
+        loss = self.tried[lr]["validation"]["loss"]
+        return math.inf if math.isnan(loss) else loss
 
     @property
     def finished(self) -> list[dict[str, Any]]:
@@ -57,14 +78,22 @@ class ComparisonReport:
 
     files = ("report.json", "table.md", "compare.png")
 
-    def __init__(self, settings: Settings, rows: Sequence[tuple[str, float]]) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, rows: Sequence[tuple[str, float]], rates: Sequence[float] = ()) -> None:
+        self.settings, self.rates = settings, rates
         self.metric = metrics.MAIN.get(settings.task, "loss")
         self.methods = [MethodRuns(label, lr) for label, lr in rows]
 
-    def add(self, label: str, seed: int, result: dict[str, Any]) -> None:
-        """Note the result of a run."""
-        next(method for method in self.methods if method.label == label).runs[seed] = result
+    def row(self, label: str) -> MethodRuns:
+        """A method's runs."""
+        return next(method for method in self.methods if method.label == label)
+
+    def add(self, label: str, seed: int, result: dict[str, Any], lr: float | None = None) -> None:
+        """Note the result of a run; `lr`: its rate, where it is one of a search's."""
+        row = self.row(label)
+        if self.rates and lr is not None and seed == 0:
+            row.add_tried(lr, seed, result)
+        else:
+            row.runs[seed] = result
 
     def sentence(self, result: dict[str, Any]) -> str:
         """One run in a few words."""
@@ -89,13 +118,28 @@ class ComparisonReport:
         measured: dict[str, float] = next((run["after"] for method in self.methods for run in method.finished), {})
         return [self.metric, *(name for name in measured if name not in (self.metric, "loss", "perplexity"))]
 
+    def more(self) -> list[str]:
+        """Names of what only some comparisons have."""
+        finished = [run for method in self.methods for run in method.finished]
+        forgets = [_FORGETTING] if any(run.get("other") for run in finished) else []
+        merges = [_MERGES] if any(run.get("merges") is not None for run in finished) else []
+        return forgets + merges
+
     def columns(self) -> tuple[str, ...]:
-        return ("method", "learning rate", *map(metrics.title, self.figures()), *_COSTS)
+        return ("method", "learning rate", *map(metrics.title, self.figures()), *_COSTS, *self.more())
+
+    def _more_cells(self, method: MethodRuns) -> Iterator[str]:
+        for name in self.more():
+            if name == _MERGES:
+                yield {True: "yes", False: "no", None: ""}[method.finished[0]["merges"]]
+            else:
+                rises = [after["loss"] - before["loss"] for before, after in (run["other"] for run in method.finished)]
+                yield ("+" if statistics.mean(rises) >= 0 else "") + self.format_metric(rises, "loss")
 
     def cells(self) -> list[tuple[str, ...]]:
         """The table, without its heading; first the model before training, and an answer that is always the same."""
         names = self.figures()
-        costs = ("",) * len(_COSTS)
+        costs = ("",) * (len(_COSTS) + len(self.more()))
         rows: list[tuple[str, ...]] = []
         if self.before():
             values = (self.format_metric(self.before(name), name) for name in names)
@@ -116,6 +160,7 @@ class ComparisonReport:
                     megabytes(method.median("adapter_bytes")),
                     gigabytes(method.median("peak")),
                     f"{1e3 * method.median('step_seconds'):,.0f} ms",
+                    *self._more_cells(method),
                 )
             )
         return rows
@@ -139,6 +184,8 @@ class ComparisonReport:
     def markdown(self) -> str:
         """The table as Markdown; below it reasons of failures, and what each method answers to each label."""
         parts = [_markdown([self.columns(), *self.cells()])]
+        if self.rates:
+            parts += ["Loss on the validation part at each learning rate, first seed:", _markdown(self.search_cells())]
         parts += [f"{label} failed: {reason}" for label, reason in self.failures()]
         for method in self.methods:
             counted = [run for run in method.finished if run.get("confusion")]
@@ -148,13 +195,27 @@ class ComparisonReport:
                 parts.append(f"{title}\n\n{_markdown(metrics.confusion_rows(summed, counted[0]['labels']))}")
         return "\n\n".join(parts) + "\n"
 
+    def search_cells(self) -> list[tuple[str, ...]]:
+        """What each rate of the search gave, with its heading; the lowest in bold."""
+        rows: list[tuple[str, ...]] = [("method", *(f"{rate:g}" for rate in self.rates))]
+        for method in self.methods:
+            losses = [method.validation_loss(rate) if rate in method.tried else None for rate in self.rates]
+            shown = ["" if loss is None else f"{loss:.3f}" if math.isfinite(loss) else "failed" for loss in losses]
+            best = [rate == method.lr and "failed" not in text for rate, text in zip(self.rates, shown, strict=True)]
+            rows.append((method.label, *(f"**{t}**" if b and t else t for t, b in zip(shown, best, strict=True))))
+        return rows
+
     def write(self, folder: Path) -> None:
         """Write the three files."""
         report = {
             "settings": {
                 k: v for k, v in self.settings.to_json().items() if k not in ("method", "fields", "lr", "seed")
             },
-            "rows": [{"method": method.label, "lr": method.lr, "runs": method.runs} for method in self.methods],
+            "rows": [
+                {"method": method.label, "lr": method.lr, "runs": method.runs}
+                | ({"tried": {f"{rate:g}": found for rate, found in method.tried.items()}} if self.rates else {})
+                for method in self.methods
+            ],
         }
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (folder / "table.md").write_text(self.markdown(), encoding="utf-8")

@@ -28,6 +28,8 @@ class Settings:
     """All that decides the course of a run. `fields` are those of the method's config.
 
     `adapter`: the folder of the one that the run goes on with; `labels` are its classifier's.
+    `validation`: share of the training examples that is kept from training, to choose among runs by.
+    `other_data`: texts of another domain, whose loss before and after tells what is forgotten.
     """
 
     model: str
@@ -41,6 +43,8 @@ class Settings:
     chat_template: str | None = None
     eval_data: str | None = None
     holdout: float = 0.1
+    validation: float | None = None
+    other_data: str | None = None
     epochs: float = 3.0
     steps: int | None = None
     batch_size: int = 8
@@ -108,6 +112,6 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
 def write_options(output: Path, settings: Settings, more: Mapping[str, Any]) -> None:
     """Write `run.toml`; `more` are options that are no settings, such as a sample's prompt."""
     options = {**settings.to_json(), "set": settings.fields, "output": str(output.resolve()), **more}
-    for name in ("fields", "ranks"):  # the first is `set`, the second torchrun's
+    for name in ("fields", "ranks", "validation", "other_data"):  # `set`; torchrun's; of `compare` alone
         del options[name]
     config_file.write(output / config_file.NAME, options)

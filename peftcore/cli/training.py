@@ -45,6 +45,7 @@ from peftcore.engine import takes_batches
 from peftcore.engine.summary import Summary
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import latest_checkpoint
+from peftcore.merging.layers import mergeable
 from peftcore.quantization import QuantizedLinear
 
 
@@ -53,6 +54,8 @@ class Result:
     """What a finished run found. `samples`: (what wrote it, text); `quantize`: the 4-bit type of the base, if any.
 
     `predicted`: bytes that the peak was said to be, if it was.
+    `validation`: of examples that were kept to choose by; `other`: of texts of another domain, before and after.
+    `merges`: every change is one of weights; None of the whole model.
     `is_chat`: the examples are conversations; `labels`: their names, in the order of the model's outputs.
     """
 
@@ -75,6 +78,9 @@ class Result:
     is_chat: bool
     labels: tuple[str, ...] = ()
     predicted: int | None = None
+    validation: Metrics | None = None
+    other: tuple[Metrics, Metrics] | None = None
+    merges: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON keeps them; the history is in the checkpoints."""
@@ -96,6 +102,9 @@ class Result:
             "peak": self.peak,
             "predicted_peak": self.predicted,
             "adapter_bytes": self.adapter_bytes,
+            "validation": self.validation and self.validation.as_dict(),
+            "other": self.other and [found.as_dict() for found in self.other],
+            "merges": self.merges,
             "samples": self.samples,
         }
 
@@ -129,16 +138,20 @@ def run(
         Stopped: Ctrl-C; a checkpoint is there.
     """
     began = time.perf_counter()
-    train_rows, eval_rows = read_splits(settings)
+    train_rows, eval_rows, validation_rows = read_splits(settings)
     start = Path(settings.adapter) if settings.adapter is not None else None
     labels: tuple[str, ...] = ()
     if settings.task in data.LABELLED:
-        labels = tuple(data.labels_of(train_rows)) if start is None else continuing.labels_of(start, settings.labels)
+        seen = [*train_rows, *validation_rows]
+        labels = tuple(data.labels_of(seen)) if start is None else continuing.labels_of(start, settings.labels)
     tokenizer = models.load_tokenizer(settings.model, start)
     conversations.set_template(tokenizer, settings.chat_template)
     is_chat = train_rows[0].messages is not None
     train = encode_examples("training", train_rows, settings, tokenizer, labels)
-    held_out = encode_examples("held-out", eval_rows, settings, tokenizer, labels)
+    held_out, validation, other = (
+        encode_examples(what, rows, settings, tokenizer, labels) if rows else []
+        for what, rows in (("held-out", eval_rows), ("validation", validation_rows), ("other", other_rows(settings)))
+    )
 
     rows = train
     if settings.pack:
@@ -173,18 +186,21 @@ def run(
         with precision.own(model):
             return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
 
-    first: Any = None  # what preferences are measured against
+    first: dict[int, Any] = {}  # what preferences are measured against
 
-    def measure(model: Any) -> Metrics:
+    def measure(model: Any, examples: list[tasks.Example] = held_out) -> Metrics:
         if settings.task == data.PREFERENCES:
-            beta = settings.beta or preferences.BETA
-            return preferences.measure(model, held_out, tokenizer, beta=beta, reference=first)
-        return tasks.measure(model, held_out, tokenizer)
+            beta, reference = settings.beta or preferences.BETA, first[id(examples)]
+            return preferences.measure(model, examples, tokenizer, beta=beta, reference=reference)
+        # No more at once than in training: what was made to fit fits.
+        return tasks.measure(model, examples, tokenizer, min(16, settings.batch_size))
 
     with peftcore.disabled(model) if settings.method != FULL and start is None else contextlib.nullcontext():
         if settings.task == data.PREFERENCES:
-            first = preferences.likelihoods(model, held_out, tokenizer)
+            parts = [part for part in (held_out, validation) if part]
+            first |= {id(part): preferences.likelihoods(model, part, tokenizer) for part in parts}
         before = measure(model)
+        other_before = measure(model, other) if other else None
         name = "base" if start is None else "the adapter before"
         samples = [(name, sample_text())] if sample is not None else []
     say(f"before training, on {len(eval_rows):,} held-out examples: {before}", "bold")
@@ -234,6 +250,9 @@ def run(
                 tokenizer.save_pretrained(adapter)
 
         ranks.once(write_beside, together=True)
+    with precision.own(model):
+        chosen_by = measure(model, validation) if validation else None
+        other_after = measure(model, other) if other else None
     return Result(
         before=before,
         after=trainer.measured[trainer.state.global_step],
@@ -254,6 +273,9 @@ def run(
         is_chat=is_chat,
         labels=labels,
         predicted=None if predicted is None else predicted.peak,
+        validation=chosen_by,
+        other=(other_before, other_after) if other_before and other_after else None,
+        merges=None if settings.method == FULL else mergeable(model),
     )
 
 
@@ -267,13 +289,23 @@ def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any
     return DataLoader(train, settings.batch_size, sampler=order, collate_fn=tasks.collator(tokenizer))  # type: ignore[arg-type]
 
 
-def read_splits(settings: Settings) -> tuple[list[data.Row], list[data.Row]]:
-    """(examples to train on, held-out ones)."""
+def read_splits(settings: Settings) -> tuple[list[data.Row], list[data.Row], list[data.Row]]:
+    """(examples to train on, held-out ones, those kept to choose among runs by)."""
     names = parsed_columns(settings.columns)
     rows = data.read_rows(settings.data, settings.task, names)
     if settings.eval_data is not None:
-        return rows, data.read_rows(settings.eval_data, settings.task, names)
-    return data.hold_out(rows, settings.holdout, settings.seed)
+        held_out = data.read_rows(settings.eval_data, settings.task, names)
+    else:
+        rows, held_out = data.hold_out(rows, settings.holdout, settings.seed)
+    if settings.validation is None:
+        return rows, held_out, []
+    train, validation = data.hold_out(rows, settings.validation, settings.seed)
+    return train, held_out, validation
+
+
+def other_rows(settings: Settings) -> list[data.Row]:
+    """Texts of another domain, by whose loss the run tells what is forgotten; none where it names none."""
+    return [] if settings.other_data is None else data.read_rows(settings.other_data, settings.task)
 
 
 def encode_examples(

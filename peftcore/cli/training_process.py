@@ -8,14 +8,18 @@ FOLDER/error.txt      why it found nothing
 
 from __future__ import annotations
 
+import io
 import json
+import multiprocessing
+import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from peftcore.cli.options import FULL
 from peftcore.cli.settings import RUN_FILE, Settings, prepare_folder, write_options
@@ -47,29 +51,54 @@ def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[s
 
 
 def run_child(folder: Path, show: Callable[[str], None]) -> int:
-    command = [sys.executable, "-u", "-m", __name__, str(folder)]
-    with (
-        open(folder / "log.txt", "a", 1, encoding="utf-8") as log,
-        # In a session of its own: Ctrl-C is for this process, which asks the run for an orderly stop.
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        ) as child,
-    ):
-        assert child.stdout is not None  # it is a pipe
+    """The exit status of `main` in a process of its own."""
+    return in_process(main, folder, show)
+
+
+def in_process(work: Callable[[Path], int], folder: Path, show: Callable[[str], None]) -> int:
+    """Do `work(folder)`, a function of a module, in a process of its own; its status, or minus the signal it died of.
+
+    What it prints is added to FOLDER/log.txt; `show` gets each line.
+    """
+    child: Any = _context().Process(target=_work, args=(work, folder))
+    with open(folder / "log.txt", "a+", encoding="utf-8", errors="replace") as log:
+        log.seek(0, os.SEEK_END)
+        child.start()
         stopping = False
         while True:
             try:
-                for line in child.stdout:
-                    log.write(line)
+                child.join(0.2)
+                ended = child.exitcode is not None
+                for line in log.readlines():
                     show(line.strip())
-                status = child.wait()
-                return STOPPED if stopping else status
+                if ended:
+                    return STOPPED if stopping else child.exitcode
             except KeyboardInterrupt:
                 if stopping:
                     child.kill()
                     raise
                 stopping = True
-                child.send_signal(signal.SIGTERM)
+                child.terminate()
+
+
+def _context() -> Any:
+    """How processes begin: off one that has the libraries imported, which saves seconds, where a fork of it is safe."""
+    if sys.platform != "linux" or torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peftcore.cli.training"])
+    return context
+
+
+def _work(work: Callable[[Path], int], folder: Path) -> None:
+    if hasattr(os, "setsid"):
+        os.setsid()  # Ctrl-C is for the process that began this one, and asks it for an orderly stop
+    with open(folder / "log.txt", "a", encoding="utf-8") as log:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8", line_buffering=True)
+    sys.exit(work(folder))
 
 
 def _failure(folder: Path, status: int) -> str:
@@ -98,7 +127,3 @@ def main(folder: Path) -> int:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     (folder / _RESULT).write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))

@@ -89,6 +89,12 @@ def is_mergeable(adapter: nn.Module) -> bool:
     return isinstance(adapter, WeightChanges) or hasattr(adapter, "merged")
 
 
+def mergeable(model: nn.Module) -> bool:
+    """Are all of the active adapters changes of weights?"""
+    active = engine.require_state(model).active
+    return all(is_mergeable(adapter) for name in active for _, adapter in engine.adapter_modules(model, name))
+
+
 def merged_layers(
     model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None, checked: bool = False
 ) -> Iterator[MergedLayer]:

@@ -3,6 +3,7 @@
 OUTPUT/report.json, table.md, compare.png    what was found, written anew after every run
 OUTPUT/compare.toml                          the options: `peftcore compare --config` repeats it
 OUTPUT/runs/METHOD/seed-N/                   one run, in a process of its own
+OUTPUT/runs/METHOD/lr-RATE/seed-N/           the same with --search
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,10 +27,12 @@ from peftcore.cli.console import command, out, require, say, warn
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
+    from peftcore.cli.comparison_report import ComparisonReport
     from peftcore.cli.settings import Settings
 
 EXAMPLES = (
     'peftcore compare -m MODEL -d chat.jsonl -o both --method METHOD --method "OTHER FIELD=VALUE lr=1e-3" --seeds 3',
+    "peftcore compare -m MODEL -d chat.jsonl -o all --search lr=3e-4,3e-3,3e-2",
 )
 
 FULL_LEARNING_RATE = 5e-5
@@ -67,10 +71,22 @@ def compare(
     ] = None,
     full: Annotated[bool, typer.Option(help="Train the whole model, too, where it fits.")] = True,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with the seeds 0, 1, ...")] = 3,
+    search: Annotated[
+        str | None,
+        typer.Option(
+            metavar="lr=RATE,RATE,...",
+            help="Rates that each method is tried with, first seed; the lowest loss on a part of the training examples "
+            "that is kept from training (--holdout of them) chooses.",
+        ),
+    ] = None,
     task: options.Task = None,
     columns: options.Columns = None,
     chat_template: options.ChatTemplate = None,
     eval_data: options.EvalData = None,
+    other_data: Annotated[
+        str | None,
+        typer.Option(help="Texts of another domain: how much their loss rises is what a method forgets (causal-lm)."),
+    ] = None,
     holdout: options.Holdout = 0.1,
     epochs: options.Epochs = 3.0,
     steps: options.Steps = None,
@@ -83,7 +99,8 @@ def compare(
 ) -> None:
     """Compare methods: held-out accuracy or loss, parameters, size on disk, peak memory and time of a step.
 
-    Each run is one of `peftcore train` with the learning rate of its method, unless lr=RATE says another.
+    Each run is one of `peftcore train` with the learning rate of its method, unless lr=RATE says another, or --search
+    finds one, from rates that are the same for all.
     A run that fails is a row with its reason. `--method full` is the whole model.
     """
     from peftcore.cli import data as examples
@@ -99,6 +116,11 @@ def compare(
         examples.read_rows(file, task, names)  # wrong lines show before anything is loaded
     if epochs <= 0:
         raise PeftcoreError(f"--epochs must be above 0, found {epochs:g}")
+    if other_data is not None and task != examples.LANGUAGE_MODEL:
+        raise PeftcoreError(f"--other-data is of language models (causal-lm), whose loss any text has; found {task}")
+    if other_data is not None:
+        examples.read_rows(other_data, task)
+    rates = parse_search(search, method)
     candidates = parse_candidates(method, full)
     require("transformers", "accelerate", "matplotlib", "psutil")
     models.quiet_transformers()
@@ -113,6 +135,8 @@ def compare(
         chat_template=options.absolute(chat_template) if chat_template else None,
         eval_data=options.absolute(eval_data) if eval_data else None,
         holdout=holdout,
+        validation=holdout if rates else None,
+        other_data=options.absolute(other_data) if other_data else None,
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
@@ -123,9 +147,32 @@ def compare(
     )
     _prepare_folder(output, resume, overwrite)
     chosen = {name: getattr(common, name) for name in _OPTIONS.split()}
-    more = {"method": method, "full": full, "seeds": seeds, "output": str(output.resolve())}
+    more = {"method": method, "full": full, "seeds": seeds, "search": search, "output": str(output.resolve())}
     config_file.write(output / "compare.toml", {**chosen, **more})
-    _run_all(common, candidates, seeds, output)
+    _run_all(common, candidates, seeds, rates, output)
+
+
+def parse_search(text: str | None, methods: list[str] | None) -> list[float]:
+    """The rates of `--search lr=RATE,RATE,...`, in rising order; none without it.
+
+    Raises:
+        PeftcoreError: it searches something else, a rate is wrong or there twice, or a method has a rate of its own.
+    """
+    if text is None:
+        return []
+    name, _, values = text.partition("=")
+    if name.strip() != "lr":
+        raise PeftcoreError(f"--search tries learning rates, as lr=1e-4,1e-3; found '{text}'")
+    try:
+        rates = sorted(float(value) for value in values.split(","))
+    except ValueError:
+        rates = []
+    if not rates or not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) < len(rates):
+        raise PeftcoreError(f"--search lr=RATE,RATE,... takes different numbers above 0, found '{values}'")
+    own = next((each for each in methods or () if re.search(r"(^|\s)lr=", each)), None)
+    if own is not None:
+        raise PeftcoreError(f"--search tries the same rates for every method: leave out the rate of --method '{own}'")
+    return rates
 
 
 def parse_candidates(texts: list[str] | None, full: bool) -> list[Candidate]:
@@ -189,20 +236,20 @@ def _prepare_folder(output: Path, resume: bool, overwrite: bool) -> None:
     runs.mkdir(parents=True, exist_ok=True)
 
 
-def _run_all(common: Settings, candidates: list[Candidate], seeds: int, output: Path) -> None:
-    """Every method with the first seed, then with the next: what is there early compares all of them."""
+def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: Sequence[float], output: Path) -> None:
+    """All runs, and the report after each of them."""
     from peftcore.cli import training_process
     from peftcore.cli.comparison_report import ComparisonReport
 
-    report = ComparisonReport(common, [(candidate.label, candidate.lr) for candidate in candidates])
+    report = ComparisonReport(common, [(candidate.label, candidate.lr) for candidate in candidates], rates)
     too_big = {options.FULL: reason} if (reason := _does_not_fit(common)) else {}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    runs = [(candidate, seed) for seed in range(seeds) for candidate in candidates]
+    count = len(candidates) * (max(1, len(rates)) + seeds - 1)
     with out.status("") as status:
-        for number, (candidate, seed) in enumerate(runs, 1):
-            name = f"{number}/{len(runs)}  {candidate.label}, seed {seed}"
-            settings = replace(common, method=candidate.method, fields=candidate.fields, lr=candidate.lr, seed=seed)
-            folder = output / "runs" / candidate.folder / f"seed-{seed}"
+        for number, (candidate, seed, lr) in enumerate(_runs(report, candidates, seeds, rates), 1):
+            name = f"{number}/{count}  {candidate.label}, " + (f"lr {lr:g}, " if rates else "") + f"seed {seed}"
+            settings = replace(common, method=candidate.method, fields=candidate.fields, lr=lr, seed=seed)
+            folder = output / "runs" / candidate.folder / (f"lr-{lr:g}" if rates else "") / f"seed-{seed}"
 
             def show(line: str, name: str = name) -> None:
                 status.update(escape(f"{name}  {line}"))
@@ -216,7 +263,7 @@ def _run_all(common: Settings, candidates: list[Candidate], seeds: int, output: 
             except KeyboardInterrupt:
                 say(f"stopped; finished runs are in {output}. To go on:\n  {command(resume=True)}", "bold")
                 raise typer.Exit(130) from None
-            report.add(candidate.label, seed, result)
+            report.add(candidate.label, seed, result, lr)
             report.write(output)
             say(f"{name}: {report.sentence(result)}")
     out.print()
@@ -224,6 +271,23 @@ def _run_all(common: Settings, candidates: list[Candidate], seeds: int, output: 
     for label, reason in report.failures():
         warn(f"{label}: {reason}")
     say(f"\nreport: {', '.join(str(output / name) for name in report.files)}", "bold")
+
+
+def _runs(
+    report: ComparisonReport, candidates: Sequence[Candidate], seeds: int, rates: Sequence[float]
+) -> Iterator[tuple[Candidate, int, float]]:
+    """(method, seed, rate) of each run: every method with the first seed, then with the next.
+
+    So what is there early compares all of them. What a search found by then is the rate of the later seeds.
+    """
+    for seed in range(seeds):
+        for candidate in candidates:
+            if rates and seed == 0:
+                yield from ((candidate, seed, rate) for rate in rates)
+            elif not rates:
+                yield candidate, seed, candidate.lr
+            elif (found := report.row(candidate.label)).finished:
+                yield candidate, seed, found.lr
 
 
 def _does_not_fit(common: Settings) -> str | None:

@@ -90,6 +90,86 @@ def test_a_language_model_is_compared_by_its_loss(
     assert f"| lora r=2 | 0.001 | {found['after']['loss']:.3f} |" in table and "| loss |" in table
 
 
+def test_a_search_tries_the_same_rates_for_all_and_chooses_by_examples_that_none_trains_on(
+    run: Run, in_this_process: list[str], bert: Path, labelled: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = ("compare", "-m", bert, "-d", labelled, "--eval-data", labelled, "-o", output, *SIZE, "--seeds", 2)
+    methods = ("--method", "lora r=2", "--method", "adapter bottleneck_size=64", "--no-full")
+    shown = run(*arguments, *methods, "--search", "lr=1e-2,1e-4", "--holdout", 0.25).output
+    assert "1/6  lora r=2, lr 0.0001, seed 0: accuracy" in shown and "5/6  lora r=2, lr " in shown
+    rows = {each["method"]: each for each in json.loads((output / "report.json").read_text())["rows"]}
+    found = rows["lora r=2"]
+    losses = {float(lr): each["validation"]["loss"] for lr, each in found["tried"].items()}
+    assert set(losses) == {1e-4, 1e-2} and found["lr"] == min(losses, key=lambda lr: losses[lr])
+    assert found["runs"]["0"] == found["tried"][f"{found['lr']:g}"] and "after" in found["runs"]["1"]
+    every = len(labelled.read_text().splitlines())
+    assert found["runs"]["0"]["train_rows"] == every - round(0.25 * every) and found["runs"]["0"]["eval_rows"] == every
+    failed = rows["adapter bottleneck_size=64"]
+    assert set(failed["runs"]) == {"0"} and "is wider than" in failed["runs"]["0"]["error"]
+    table = (output / "table.md").read_text()
+    low, high = (f"{loss:.3f}" for loss in (losses[1e-4], losses[1e-2]))
+    cells = (f"**{low}**", high) if found["lr"] == 1e-4 else (low, f"**{high}**")
+    assert f"| lora r=2 | {cells[0]} | {cells[1]} |" in table and "| failed | failed |" in table
+    assert "| merges |" in table and " | yes |" in table
+
+    in_this_process.clear()
+    run(*arguments, *methods[:2], "--no-full", "--search", "lr=1e-4,1e-3,1e-2", "--holdout", 0.25, "--resume")
+    assert in_this_process[0] == "lr-0.001/seed-0", "the others are kept"
+    again = tmp_path / "again"
+    run("compare", "--config", output / "compare.toml", "-o", again, "--seeds", 1)
+    assert len(json.loads((again / "report.json").read_text())["rows"][0]["tried"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("search", "methods", "message"),
+    [
+        ("r=4,8", None, "--search tries learning rates, as lr=1e-4,1e-3; found 'r=4,8'"),
+        ("lr=fast", None, "takes different numbers above 0, found 'fast'"),
+        ("lr=", None, "takes different numbers above 0, found ''"),
+        ("lr=1e-3,nan", None, "takes different numbers above 0, found '1e-3,nan'"),
+        ("lr=1e-3,0.001", None, "takes different numbers above 0, found '1e-3,0.001'"),
+        ("lr=1e-3", ["lora r=4", "ia3 lr=1e-2"], "leave out the rate of --method 'ia3 lr=1e-2'"),
+    ],
+)
+def test_wrong_searches(search: str, methods: list[str] | None, message: str) -> None:
+    with pytest.raises(PeftcoreError, match=message):
+        compare.parse_search(search, methods)
+
+
+def test_a_rate_whose_loss_is_no_number_is_not_chosen() -> None:
+    settings = Settings("m", "d.jsonl", "classification", "")
+    found = ComparisonReport(settings, [("a", 1e-3), ("b", 1e-3)], [1e-3, 1e-2, 1e-1])
+    for lr, loss in ((1e-3, 0.7), (1e-2, float("nan")), (1e-1, 0.6)):
+        found.add("a", 0, fake(0.8, validation={"loss": loss}), lr)
+        found.add("b", 0, {"error": "the loss is nan"}, lr)
+    found.add("a", 1, fake(0.9), 1e-1)
+    assert found.row("a").lr == 1e-1 and found.row("a").runs[0] == found.row("a").tried[1e-1]
+    assert found.search_cells() == [
+        ("method", "0.001", "0.01", "0.1"),
+        ("a", "0.700", "failed", "**0.600**"),
+        ("b", "failed", "failed", "failed"),
+    ]
+    assert found.failures() == [("b", "the loss is nan")]
+
+
+def test_what_a_language_model_forgets(
+    run: Run, in_this_process: list[str], llama: Path, reviews: Path, labelled: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("Shares fell.", "Rain is expected.")))
+    output = tmp_path / "out"
+    arguments = ("compare", "-m", llama, "-d", reviews, "-o", output, *SIZE, "--no-full", "--seeds", 1)
+    run(*arguments, "--method", "lora r=2 lr=3e-2", "--method", "prompt-tuning", "--other-data", other)
+    rows = json.loads((output / "report.json").read_text())["rows"]
+    before, after = (each["loss"] for each in rows[0]["runs"]["0"]["other"])
+    assert before != after and before == rows[1]["runs"]["0"]["other"][0]["loss"], "the base's, with either"
+    table = (output / "table.md").read_text()
+    assert f" | {after - before:+.3f} | yes |" in table and table.count(" | no |") == 1
+    classes = ("compare", "-m", llama, "-d", labelled, "-o", tmp_path / "no", "--other-data", other)
+    assert "--other-data is of language models" in run(*classes, code=1).output
+
+
 def test_a_cut_off_comparison_goes_on(
     run: Run, in_this_process: list[str], bert: Path, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
