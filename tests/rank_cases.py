@@ -12,6 +12,7 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "qlora": ("llama", {"r": 3, "lora_alpha": 6}, False),
     "adapter": ("llama", {"bottleneck_size": 5}, False),
     "adapter, 4 bits": ("llama", {"bottleneck_size": 5}, True),
+    "adapter, shared factors": ("llama", {"phm_layer": True, "phm_dim": 3, "bottleneck_size": 6}, False),
     "prompt-tuning": ("llama", {"num_virtual_tokens": 3}, False),
     "prompt-tuning, 4 bits": ("llama", {"num_virtual_tokens": 3}, True),
     "prefix-tuning": ("llama", {"num_virtual_tokens": 3}, False),
@@ -52,4 +53,4 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "peanut": ("llama", {"r": 3, "depth": 1}, False),
     "deft": ("llama", {"r": 3}, False),
 }
-SHARED_BETWEEN_BLOCKS = ("vblora", "unilora", "tinylora")  # trained parameters are
+SHARED_BETWEEN_BLOCKS = ("adapter, shared factors", "vblora", "unilora", "tinylora")  # trained parameters are

@@ -36,6 +36,7 @@ class Base:
     """The module's own forward, as the innermost adapter sees it."""
 
     __slots__ = ("_changes", "_forward", "_operands", "_weights", "module")
+    adapter: nn.Module | None = None  # none stands inside
 
     def __init__(
         self,
@@ -138,6 +139,16 @@ class AroundLink:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._adapter(self._base, *args, **kwargs)
 
+    @property
+    def adapter(self) -> nn.Module:
+        """The adapter of this link: for the next one outside, the one that acts before it."""
+        return cast(nn.Module, self._adapter)
+
+    @property
+    def inside(self) -> Any:
+        """What that adapter itself is given as `base`."""
+        return self._base
+
     def on_weights(self, changes: Mapping[str, Change]) -> AroundLink:
         return type(self)(self._name, self._adapter, self._base.on_weights(changes))
 
@@ -184,6 +195,16 @@ class Branched:
                 f"Around(path, adapter, branches=[..., '{name}'])"
             )
         return self._branches[name]
+
+    @property
+    def adapter(self) -> nn.Module | None:
+        """That of the next link inside, or None."""
+        return cast("nn.Module | None", self._base.adapter)
+
+    @property
+    def inside(self) -> Any:
+        """What that adapter itself is given as `base`."""
+        return self._base.inside
 
     @property
     def is_own(self) -> bool:

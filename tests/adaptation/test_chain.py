@@ -115,3 +115,36 @@ def test_it_is_compiled_whole(normed: None) -> None:
 class Divided(nn.Module):
     def forward(self, base: Any, x: Tensor) -> Tensor:
         return base(x) / base.weight().norm()
+
+
+class Told(nn.Module):
+    """Keeps what it is told of those inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.inside: list[nn.Module] = []
+
+    def forward(self, base: Any, x: Tensor) -> Any:
+        self.inside, link = [], base
+        while link.adapter is not None:
+            self.inside.append(link.adapter)
+            link = link.inside
+        return base(x) * self.gain
+
+
+def test_an_adapter_knows_those_that_act_before_it() -> None:
+    def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
+        return [peftcore.Around("0", Told())]
+
+    model = nn.Sequential(nn.Linear(64, 32))
+    with tiny.installed(tiny.method("told", place)):
+        for name in "abc":
+            peftcore.apply(model, "told", adapter=name)
+        told: dict[str, Any] = {name: dict(peftcore.engine.adapter_modules(model, name))["0"] for name in "abc"}
+        model(X)
+        assert told["a"].inside == [] and told["b"].inside == [told["a"]]
+        assert told["c"].inside == [told["b"], told["a"]]
+        peftcore.activate(model, ["c", "a"])
+        model(X)
+        assert told["a"].inside == [told["c"]] and told["c"].inside == []

@@ -166,6 +166,108 @@ def test_sizes_and_what_is_trained() -> None:
     assert sum(p.numel() for p in frozen.parameters() if p.requires_grad) == 4 * 162
 
 
+def test_what_stands_behind_a_norm_adds_in_the_order_of_its_names() -> None:
+    """norm(z + f_a(norm(z)) + f_b(norm(z + f_a(norm(z))))) for [a, b], as AdapterHub's Stack(a, b)."""
+    style = {"placement": "pfeiffer", "original_ln_before": True, "bottleneck_size": 4, "modules_to_save": []}
+    model, seen = tiny.MODELS["bert"](), {}
+    norm = model.bert.encoder.layer[0].output.LayerNorm
+    for name in "ab":
+        peftcore.apply(model, "adapter", adapter=name, layers_to_transform=[0], **style)
+        disturb(model, name, seed=ord(name), std=0.5)
+    a, b = (dict(adapter_modules(model, name))["bert.encoder.layer.0.output.LayerNorm"] for name in "ab")
+    norm.register_forward_hook(lambda module, args, out: seen.update(z=args[0], out=out))
+
+    def plain(z: Tensor) -> Tensor:
+        return nn.functional.layer_norm(z, (32,), norm.weight, norm.bias, norm.eps)
+
+    with torch.no_grad():
+        for first, second in ((a, b), (b, a)):
+            model(input_ids=tiny.TOKENS)
+            z = seen["z"] + f(first, plain(seen["z"])).float()
+            wanted = plain(z + f(second, plain(z)).float())
+            torch.testing.assert_close(seen["out"], wanted, rtol=1e-4, atol=1e-5)
+            peftcore.activate(model, ["b", "a"])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_compacter_is_a_sum_of_kronecker_products(whole: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    peftcore.apply(
+        model, "adapter", target_modules=["0"], bottleneck_size=4, phm_layer=True, phm_dim=2, factorized_phm_W=not whole
+    )
+    x = torch.randn(3, 8)
+    assert torch.equal(model(x), model[0]._parameters["bias"] + x @ model[0].weight.T)
+    disturb(model, "default", seed=1, std=0.5)
+    adapter: Any = dict(adapter_modules(model, "default"))["0"]
+
+    def product(layer: Any) -> Tensor:
+        factors = layer.factors
+        w = factors.whole if whole else factors.left @ factors.right
+        return sum(torch.kron(layer.rule.whole[i], w[i]) for i in range(2))
+
+    y = nn.functional.linear(x, model[0].weight, model[0].bias)
+    z = torch.relu(y @ product(adapter.adapter_down) + adapter.adapter_down.bias)
+    wanted = y + z @ product(adapter.adapter_up) + adapter.adapter_up.bias
+    torch.testing.assert_close(model(x), wanted)
+    assert adapter.adapter_down.rule is adapter.adapter_up.rule
+
+
+def test_what_compacter_shares_and_trains() -> None:
+    sizes = {"phm_layer": True, "bottleneck_size": 8}
+    count = {}
+    for name, fields in (
+        ("rule", {}),
+        ("all", {"shared_W_phm": True}),
+        ("none", {"shared_phm_rule": False}),
+        ("thin", {"factorized_phm_rule": True}),
+        ("fixed", {"learn_phm": False}),
+    ):
+        model = peftcore.apply(tiny.llama(), "adapter", **sizes, **fields)
+        count[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    biases, each = 4 * (8 + 32), 2 * 4 * (8 + 2)  # of a D or U `[32, 8]`: 4 pairs of 8 and 2
+    assert count == {
+        "rule": 4 * each + 64 + biases,
+        "all": each + 64 + biases,
+        "none": 4 * (each + 128) + biases,
+        "thin": 4 * each + 32 + biases,
+        "fixed": 4 * each + biases,
+    }
+
+
+def test_an_invertible_adapter_and_its_inverse() -> None:
+    """What the head reads is what it would read if the layers changed nothing."""
+    model = peftcore.apply(tiny.llama(), "adapter", inv_adapter="nice", bottleneck_size=4, adapter="lang")
+    disturb(model, "lang", seed=1, std=0.5)
+    modules = dict(adapter_modules(model, "lang"))
+    nice: Any = modules["model.embed_tokens"]
+    x = torch.randn(2, 5, 32)
+    assert (nice(x) - x).abs().max() > 0.1
+    torch.testing.assert_close(nice.inverse(nice(x)), x, rtol=1e-4, atol=1e-4)
+    assert modules["lm_head"].of is nice
+    assert "bert.embeddings" in paths("bert", inv_adapter="nice")
+    assert "lm_head" not in paths("llama", inv_adapter="nice", inv_adapter_output=False)
+
+
+def test_stochastic_depth_drops_whole_rows_in_training() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(64, 8)
+    peftcore.apply(model, "adapter", target_modules=["0"], bottleneck_size=4, stochastic_depth=0.25)
+    disturb(model, "default", seed=1)
+    base = nn.functional.linear(x, model[0].weight, model[0].bias)
+    with torch.no_grad():
+        change = model.eval()(x) - base
+        dropped = model.train()(x) - base
+    kept = (dropped != 0).any(1)
+    assert 0 < int((~kept).sum()) < 64
+    torch.testing.assert_close(dropped[kept], change[kept] / 0.75, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gate_needs_rows_of_tokens() -> None:
+    model = peftcore.apply(nn.Sequential(nn.Linear(8, 8)), "adapter", target_modules=["0"], use_gating=True)
+    with pytest.raises(peftcore.PeftcoreError, match=r"use_gating takes a mean .* found \[3, 8\]"):
+        model(torch.randn(3, 8))
+
+
 def test_dropout_acts_in_training_only() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8)), torch.randn(4, 8)
@@ -260,7 +362,7 @@ def test_merging_says_that_it_cannot_and_what_can() -> None:
             "must be 'houlsby', 'pfeiffer' or 'attention', found 'pfeifer' .nearest: 'pfeiffer'",
         ),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), found 1.0"),
-        ({"scaling": math.nan}, "scaling must be a finite number, found nan"),
+        ({"scaling": math.nan}, "scaling must be a finite number or .learned. or .channel., found nan"),
         ({"is_parallel": True, "original_ln_before": True}, "exclude each other"),
         ({"original_ln_before": True}, "no module of LlamaForCausalLM gives what comes behind the residual"),
         ({"target_modules": ["mlpp"]}, "'mlpp' matches no module"),
@@ -268,6 +370,9 @@ def test_merging_says_that_it_cannot_and_what_can() -> None:
         ({"exclude_modules": ["mlp"]}, "go with target_modules"),
         ({"layers_to_transform": [0, 7]}, r"there is no layer \[7\] \(layers: \[0, 1\]\)"),
         ({"layers_to_transform": []}, "names no layer"),
+        ({"original_ln_after": False}, "go together, with original_ln_before=True .AdapterPlus.*"),
+        ({"phm_layer": True, "bottleneck_size": 6}, "phm_dim=4 does not divide the width 6 of a projection 32 -> 6"),
+        ({"factorized_phm_W": False, "phm_rank": 2}, "phm_rank is of factors that factorized_phm_W=False leaves whole"),
         ({"reduction": 4}, "no field 'reduction' .nearest: 'reduction_factor'"),
     ],
 )

@@ -19,9 +19,7 @@ make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)
 
 
-@pytest.mark.parametrize(
-    "name", ["bert-seq_bn", "bert-par_bn", "distilbert-double_seq_bn", "llama-seq_bn", "t5-double_seq_bn"]
-)
+@pytest.mark.parametrize("name", sorted(path.name for path in FOLDERS.iterdir() if "-" in path.name))
 def test_computes_the_same(name: str, tmp_path: Path) -> None:
     wanted = load_file(FOLDERS / name / "output.safetensors")["output"]
     model = make.filled(getattr(make, name.split("-")[0])())
@@ -54,12 +52,18 @@ def changed(folder: Path, **settings: Any) -> Path:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"phm_layer": True}, "it uses phm_layer=True"),
-        ({"inv_adapter": "nice"}, "it uses inv_adapter='nice'"),
-        ({"ln_after": True}, "it uses ln_after=True"),
-        ({"original_ln_after": False}, "it uses original_ln_after=False"),
-        ({"residual_before_ln": False}, "it uses residual_before_ln=False"),
-        ({"scaling": "learned"}, "it uses scaling='learned'; only a number"),
+        ({"phm_layer": True}, "its layers share parameters that are not in the file"),
+        ({"inv_adapter": "nice"}, "it uses inv_adapter='nice', and the file lacks"),
+        ({"inv_adapter": "glow"}, "it uses inv_adapter='glow', which a bottleneck here does not have"),
+        ({"adapter_residual_before_ln": True}, "it uses adapter_residual_before_ln=True"),
+        (
+            {"original_ln_after": False},
+            "original_ln_after=False and residual_before_ln=True, which add the residual twice",
+        ),
+        ({"residual_before_ln": False}, "original_ln_after=True and residual_before_ln=False, which add the residual"),
+        ({"residual_before_ln": "post_add"}, "residual_before_ln='post_add', which add the residual twice"),
+        ({"scaling": "chanel"}, "it uses scaling='chanel'; only a number, 'learned' or 'channel'"),
+        ({"phm_dim": "4"}, "it uses phm_dim='4'; only a whole number"),
         ({"reduction_factor": {"default": 4}}, "only a number"),
         ({"scaling": True}, "only a number"),
         ({"dropout": "0.1"}, "it uses dropout='0.1'; only a number"),

@@ -1,0 +1,35 @@
+"""Bottleneck adapters: f(x) = U · act(D x + d) + u, with D, U thin, beside or behind a frozen sublayer F.
+
+    series (Houlsby et al. 2019)      series, behind the norm           parallel (He et al. 2021)
+                                      (Pfeiffer et al. 2020)
+        x                                 x                                 x
+        |                                 |                                 |
+        F                                 F                                 |------.
+        | h                               | h                               F      f
+        |------.                          |---- + x, norm --- f             | h    | · scaling
+        |      f                          |                   |            (+)-----'
+       (+)-----' · scaling               (+)------------------' · scaling   |
+        |                                 |                                 |
+     + x, norm                         + x, norm                         + x, norm
+
+arXiv 1902.00751, 2005.00247, 2110.04366. U and u are zero at the start, so the model is unchanged. D and U may be sums
+of Kronecker products (Compacter, `phm`), f may stand behind the norm for good (AdapterPlus, Steitz and Roth 2024, arXiv
+2406.06820: `original_ln_after=False`, a scale for each channel), and the embedding may have an adapter of its own
+(MAD-X, `invertible`). Trained: 2 · d · bottleneck + d + bottleneck numbers each. No `merged`: act stands between.
+"""
+
+from __future__ import annotations
+
+import peftcore
+from peftcore_adapter import hub
+from peftcore_adapter.bottleneck import BehindNorm, Bottleneck, behind_norm
+from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
+from peftcore_adapter.placing import place
+
+__all__ = ["ACTIVATIONS", "AdapterConfig", "BehindNorm", "Bottleneck", "behind_norm", "peftcore_methods"]
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(peft_type="BOTTLENECK_ADAPTER", foreign=(hub.FORMAT,))
+    return [peftcore.Method("adapter", AdapterConfig, place, rules, learning_rate=3e-3)]

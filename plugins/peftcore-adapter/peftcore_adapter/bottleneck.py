@@ -1,0 +1,138 @@
+"""f, and how it stands at a sublayer: behind it, behind its norm, or beside it."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import validation
+from peftcore.adaptation.outputs import first_of, with_first
+from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
+from peftcore_adapter.phm import PHMLinear, Shared
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """`layer(x)`, its weights, often fp32, rounded to the dtype of x."""
+    if not isinstance(layer, nn.Linear):
+        return cast(Tensor, layer(x))
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """The same of a norm."""
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+
+
+class Bottleneck(nn.Module):
+    """f. Subclasses say what it reads and where its output goes; x `[..., width]`."""
+
+    def __init__(
+        self, config: AdapterConfig, path: str, width: int, out_width: int | None = None, shared: Shared | None = None
+    ) -> None:
+        super().__init__()
+        out_width, shared = out_width or width, shared or Shared(config)
+        size = config.bottleneck_size or max(1, int(width // config.reduction_factor))
+        validation.require(
+            size <= width,
+            f"bottleneck_size={size} is wider than '{path}' ({width}). Choose at most {width}, usually an 8th of it",
+        )
+        self.config = config
+        if config.ln_before:
+            self.adapter_norm_before = nn.LayerNorm(width)
+        self.adapter_down: nn.Module
+        self.adapter_up: nn.Module
+        if config.phm_layer:
+            self.adapter_down = PHMLinear(config, (width, size), shared, up=False)
+            self.adapter_up = PHMLinear(config, (size, out_width), shared, up=True)
+        else:
+            self.adapter_down = down = nn.Linear(width, size)  # Kaiming-uniform, as in He et al.
+            self.adapter_up = up = nn.Linear(size, out_width)
+            for zero in (down.bias, up.weight, up.bias):
+                nn.init.zeros_(zero)
+        if isinstance(config.scaling, str):
+            self.scaling = nn.Parameter(torch.ones(out_width if config.scaling == "channel" else 1))
+        if config.use_gating:
+            self.gate = nn.Linear(width, 1)
+            nn.init.normal_(self.gate.weight, std=0.02)
+            nn.init.zeros_(self.gate.bias)
+        if config.ln_after:
+            self.adapter_norm_after = nn.LayerNorm(out_width)
+        self.dropout = nn.Dropout(config.dropout)  # a module: trainers find those, to switch dropout off
+
+    def extra_repr(self) -> str:
+        return f"non_linearity={self.config.non_linearity}, scaling={self.config.scaling}"
+
+    def up(self, x: Tensor) -> Tensor:
+        """scaling · U act(D x), before dropout, gate and norm: what AdapterFusion weighs."""
+        config = self.config
+        z = normed(self.adapter_norm_before, x) if config.ln_before else x
+        z = ACTIVATIONS[config.non_linearity](linear(self.adapter_down, z))  # [..., bottleneck]
+        z = linear(self.adapter_up, z)  # [..., out_width]
+        if self.training and config.stochastic_depth:
+            kept = torch.full((len(z), *[1] * (z.dim() - 1)), 1 - config.stochastic_depth, device=z.device)
+            z = z * (torch.bernoulli(kept) / kept).to(z.dtype)
+        return z * (self.scaling.to(z.dtype) if isinstance(config.scaling, str) else config.scaling)
+
+    def change(self, x: Tensor, base: Any = None) -> Tensor:
+        """What is added where x is read. An adapter of another kind that stands so may ask base, what is inside."""
+        z = self.dropout(self.up(x))
+        if self.config.use_gating:
+            validation.require(
+                x.dim() == 3,
+                f"use_gating takes a mean over the tokens of each row: [rows, tokens, width], found {list(x.shape)}",
+            )
+            z = z * torch.sigmoid(linear(self.gate, x)).mean(1, keepdim=True)
+        return normed(self.adapter_norm_after, z) if self.config.ln_after else z
+
+
+class Series(Bottleneck):
+    """Behind a module: y -> y + f(y)."""
+
+    def forward(self, y: Tensor) -> Tensor:
+        return y + self.change(y)
+
+
+class BehindNorm(Bottleneck):
+    """Around the norm of z = h + x: norm(z + f(norm(z)))."""
+
+    def forward(self, base: Any, z: Tensor) -> Any:
+        return behind_norm(self, base, z)
+
+
+class Parallel(Bottleneck):
+    """Around a module whose first argument is x: h + f(x)."""
+
+    def __init__(self, config: AdapterConfig, path: str, module: nn.Module, widths: tuple[int, int], shared: Shared):
+        super().__init__(config, path, *widths, shared=shared)
+        self.argument = next(iter(inspect.signature(module.forward).parameters))
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs[self.argument]
+        output = base(*args, **kwargs)
+        return with_first(output, first_of(output) + self.change(x))
+
+
+class BesideResidual(Bottleneck):
+    """Around a module that takes (h, x) and adds them: it gets x + f(x) for x."""
+
+    def forward(self, base: Any, h: Tensor, x: Tensor) -> Any:
+        return base(h, x + self.change(x))
+
+
+def behind_norm(adapter: Any, base: Any, z: Tensor) -> Any:
+    """norm(z + f(norm(z))), after what others that stand so have added to z: the first named is the first to add.
+
+    Args:
+        adapter: with `change`, and `stands_behind_norm` if it is not a `BehindNorm`.
+    """
+    stack = [(adapter, base)]
+    while isinstance(base.adapter, BehindNorm) or hasattr(base.adapter, "stands_behind_norm"):
+        stack.append((base.adapter, base.inside))
+        base = base.inside
+    for each, inside in reversed(stack):
+        z = z + each.change(base(z), inside)
+    return base(z)

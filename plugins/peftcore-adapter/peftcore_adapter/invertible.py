@@ -1,0 +1,87 @@
+"""Invertible adapters (MAD-X, Pfeiffer et al. 2020, arXiv 2005.00052, section 3.2.2), of NICE's coupling blocks.
+
+    forward, behind the embedding     y1 = x1 + F(x2)       inverse, before the head     x2 = y2 - G(y1)
+    x = [x1, x2]                      y2 = x2 + G(y1)                                    x1 = y1 - F(x2)
+
+F and G are bottlenecks `V act(D x)`, and zero at the start. NICE: Dinh et al. 2014, arXiv 1410.8516.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import validation
+from peftcore_adapter.bottleneck import linear
+from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
+
+
+class Nice(nn.Module):
+    """x `[..., width]` -> y `[..., width]`, and back."""
+
+    def __init__(self, config: AdapterConfig, width: int) -> None:
+        super().__init__()
+        self.config, self.width = config, width
+        first, second = width // 2, width - width // 2
+        self.F, self.G = self._network(second, first), self._network(first, second)
+
+    def _network(self, width: int, out_width: int) -> nn.Sequential:
+        size = max(1, int(width // self.config.inv_adapter_reduction_factor))
+        first, last = nn.Linear(width, size), nn.Linear(size, out_width)
+        for parameter in (first.bias, *last.parameters()):
+            nn.init.zeros_(parameter)
+        return nn.Sequential(first, nn.Identity(), last)
+
+    def _of(self, network: nn.Sequential, x: Tensor) -> Tensor:
+        return linear(network[2], ACTIVATIONS[self.config.non_linearity](linear(network[0], x)))
+
+    def _halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        validation.require(
+            x.shape[-1] == self.width,
+            f"an invertible adapter of width {self.width} (the embedding's) meets vectors of {x.shape[-1]}. This model "
+            "projects them in between: choose inv_adapter=None",
+        )
+        return x[..., : self.width // 2], x[..., self.width // 2 :]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self._halves(x)
+        first = first + self._of(self.F, second)
+        return torch.cat([first, second + self._of(self.G, first)], -1)
+
+    def inverse(self, y: Tensor) -> Tensor:
+        first, second = self._halves(y)
+        second = second - self._of(self.G, first)
+        return torch.cat([first - self._of(self.F, second), second], -1)
+
+
+class Inverse(nn.Module):
+    """Around the head of tokens: it reads what the embedding gave before the adapter."""
+
+    def __init__(self, of: Nice) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, base: Any, y: Tensor) -> Any:
+        return base(self.of.inverse(y))
+
+
+def placements(model: nn.Module, config: AdapterConfig, architecture: peftcore.Architecture) -> list[Any]:
+    """Behind what the embedding gives to the first layer, and before the head."""
+    tokens, name = architecture.embedding, type(model).__name__
+    if tokens is None or architecture.is_encoder_decoder:
+        why = "its encoder and decoder share it" if tokens else "an image has no tokens"
+        raise peftcore.PeftcoreError(
+            f"inv_adapter stands behind the embedding of tokens, of which {name} has none of one stack alone: {why}. "
+            "Choose inv_adapter=None"
+        )
+    whole = tokens.rpartition(".")[0]  # of words, positions and kinds, where the layers are not in it as well
+    alone = whole and not any(sublayer.output.startswith(f"{whole}.") for sublayer in architecture.sublayers)
+    embedding: Any = model.get_submodule(tokens)
+    adapter = Nice(config, getattr(embedding, "embedding_dim", None) or embedding.weight.shape[-1])
+    found: list[Any] = [peftcore.After(whole if alone and whole != architecture.backbone else tokens, adapter)]
+    if architecture.output_head is not None and config.inv_adapter_output:
+        found.append(peftcore.Around(architecture.output_head, Inverse(adapter)))
+    return found

@@ -1,0 +1,106 @@
+"""Compacter (Karimi Mahabadi et al. 2021, arXiv 2106.04647): matrices that are sums of Kronecker products.
+
+    H = A_1 ⊗ W_1 + ... + A_n ⊗ W_n       y = x H + b,    A_i [n, n],  W_i [in / n, out / n]
+    W_i = L_i R_i                         with factorized_phm_W, L_i [in / n, rank], R_i [rank, out / n]
+    A_i = s_i t_i                         with factorized_phm_rule, s_i [n, 1], t_i [1, n]
+
+The A_i are one set for all layers with shared_phm_rule, the W_i of all D, and of all U, with shared_W_phm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import validation
+from peftcore_adapter.config import AdapterConfig
+
+
+class Factors(nn.Module):
+    """n matrices `[n, rows, columns]`, whole or as products of thin ones."""
+
+    def __init__(self, shape: tuple[int, int, int], rank: int | None) -> None:
+        super().__init__()
+        n, rows, columns = shape
+        if rank is None:
+            self.whole = nn.Parameter(torch.empty(shape))
+        else:
+            self.left = nn.Parameter(torch.empty(n, rows, rank))
+            self.right = nn.Parameter(torch.empty(n, rank, columns))
+
+    def matrices(self, like: Tensor) -> Tensor:
+        """They, on the device and in the dtype of `like`."""
+        own = [self.whole] if hasattr(self, "whole") else [self.left, self.right]
+        parts = [part.to(like.device, like.dtype) for part in own]
+        return parts[0] if len(parts) == 1 else torch.bmm(*parts)
+
+
+def rule(config: AdapterConfig) -> Factors:
+    """The A_i; as buffers where they do not train."""
+    n = config.phm_dim
+    made = Factors((n, n, n), 1 if config.factorized_phm_rule else None)
+    for name, parameter in list(made.named_parameters()):
+        nn.init.normal_(parameter, std=config.phm_init_range)
+        if not config.learn_phm:
+            delattr(made, name)
+            made.register_buffer(name, parameter.detach())
+    return made
+
+
+def weights(config: AdapterConfig, width: int, out_width: int, zero: bool) -> Factors:
+    """The W_i, whose products, or the last factors of these, are zero at the start or Glorot-uniform."""
+    n = config.phm_dim
+    for what, size in (("the width", width), ("the width", out_width)):
+        validation.require(
+            size % n == 0,
+            f"phm_dim={n} does not divide {what} {size} of a projection {width} -> {out_width}. Choose a phm_dim that "
+            "divides both, or a bottleneck_size that it divides",
+        )
+    made = Factors((n, width // n, out_width // n), config.phm_rank if config.factorized_phm_W else None)
+    for name, parameter in made.named_parameters():
+        for matrix in parameter:
+            nn.init.zeros_(matrix) if zero and name != "left" else nn.init.xavier_uniform_(matrix)
+    return made
+
+
+class Shared:
+    """What the layers of one adapter have in common, made when the first of them asks."""
+
+    def __init__(self, config: AdapterConfig) -> None:
+        self.config = config
+        self.made: dict[str, Factors] = {}
+
+    def rule(self) -> Factors:
+        """The A_i of a layer."""
+        if not self.config.shared_phm_rule:
+            return rule(self.config)
+        if "rule" not in self.made:
+            self.made["rule"] = rule(self.config)
+        return self.made["rule"]
+
+    def weights(self, width: int, out_width: int, up: bool) -> Factors:
+        """The W_i of a layer, of its U or of its D."""
+        made = weights(self.config, width, out_width, zero=up)
+        if not self.config.shared_W_phm:
+            return made
+        first = self.made.setdefault("up" if up else "down", made)
+        validation.require(
+            [p.shape for p in first.parameters()] == [p.shape for p in made.parameters()],
+            "shared_W_phm is for layers of one width, and these have several. Leave it out, or name target_modules",
+        )
+        return first
+
+
+class PHMLinear(nn.Module):
+    """x `[..., in]` -> x H + b `[..., out]`."""
+
+    def __init__(self, config: AdapterConfig, sizes: tuple[int, int], shared: Shared, up: bool) -> None:
+        super().__init__()
+        self.rule, self.factors = shared.rule(), shared.weights(*sizes, up=up)
+        self.bias = nn.Parameter(torch.zeros(sizes[1])) if config.phm_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, w = self.rule.matrices(x), self.factors.matrices(x)
+        h = torch.einsum("nab,nij->bjai", a, w).flatten(2).flatten(0, 1)  # [out, in]
+        return F.linear(x, h, None if self.bias is None else self.bias.to(x.dtype))
