@@ -141,7 +141,8 @@ def sentencepiece(folder: Path) -> dict[str, Any]:
     as_gemma = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *tokens])}
     gemma = GemmaTokenizer(vocab=as_gemma, merges=merges)
     gemma.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>"]})
-    gemma.add_tokens([AddedToken(run * i, normalized=False) for run in ("\n", "▁") for i in range(2, 9)])
+    runs = ["\n" * i for i in range(2, 9)] + [word for word in words if set(word) == {"▁"}]
+    gemma.add_tokens([AddedToken(run, normalized=False) for run in runs])
     return {"sentencepiece-llama": llama, "sentencepiece-gemma": gemma}
 
 

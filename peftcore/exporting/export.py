@@ -34,7 +34,8 @@ def export(
             "onnx": the file `path` of the model in evaluation mode, with what acts on it, merged or not.
         adapter: its name. May be left out of "vllm" where there is one.
         tokenizer: for a model in GGUF: of transformers, or the path of a GGUF file that has it.
-        kind: of a model in GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.
+        kind: of a model in GGUF: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; with llama-cpp-python q6_k, q5_k_m,
+            q5_k_s, q4_k_m, q4_k_s, q3_k_m or q2_k.
         chat_template: for a model in GGUF, in place of the tokenizer's own.
 
     Returns:

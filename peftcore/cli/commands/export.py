@@ -33,7 +33,7 @@ def export(
     ] = None,
     model: options.BaseModel = None,
     kind: Annotated[
-        str, typer.Option("--type", help="Of a model in gguf: f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0.")
+        str, typer.Option("--type", help="Of a model in gguf: f32 f16 bf16 q8_0 q5_1 q5_0 q4_1 q4_0, q6_k to q2_k.")
     ] = "f16",
     only: Annotated[str | None, typer.Option(help="Of gguf: the adapter alone, or the merged model alone.")] = None,
     convert: Annotated[

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks
 from peftcore.engine.trained import base_tensors
 from peftcore.errors import PeftcoreError
+from peftcore.exporting.gguf import k_quants
 from peftcore.exporting.gguf.file import Entry, write_tensors, writing
 from peftcore.exporting.gguf.hyperparameters import write_hyperparameters
 from peftcore.exporting.gguf.names import Names
@@ -28,15 +30,28 @@ def write_model(
 
     Args:
         tokenizer: of transformers, or the path of a GGUF file that has it.
-        kind: of matrices, one of `TYPES`; with 4 and 5 bits the head has 8. Vectors are in fp32, and so is, in 16, a
+        kind: of matrices, one of `TYPES`, or of `k_quants.FILE_TYPES`, for which the disk holds the model in its own
+            type as well, for a while; with 4 and 5 bits the head has 8. Vectors are in fp32, and so is, in 16, a
             matrix whose rows are no multiple of 32. Routers of experts are in fp32, too.
         template: of chats, in place of the tokenizer's own.
 
     Raises:
         PeftcoreError: adapters act beside the weights, or llama.cpp would compute something else.
     """
+    kind = kind.lower()
+    if kind in k_quants.FILE_TYPES:
+        k_quants.library(kind)
+        whole = path.with_name(f"{path.name}.whole")
+        try:
+            write_model(model, whole, tokenizer=tokenizer, kind=_unrounded(model), template=template)
+            k_quants.quantize(whole, path, kind)
+        finally:
+            whole.unlink(missing_ok=True)
+        return path
     if kind not in TYPES:
-        raise PeftcoreError(f"the type '{kind}' is not written here. Known: {', '.join(TYPES)}")
+        raise PeftcoreError(
+            f"the type '{kind}' is not written here. Known: {', '.join([*TYPES, *k_quants.FILE_TYPES])}"
+        )
     _refuse_unmerged(model)
     names = Names(model)
     tensors = _tensors(model, names)
@@ -77,6 +92,12 @@ def _refuse_unmerged(model: nn.Module) -> None:
             f"the adapters {', '.join(map(repr, state.active))} act beside the weights, which are written without. "
             "Merge them first: peftcore.merge(model), or let them rest: peftcore.activate(model, [])"
         )
+
+
+def _unrounded(model: nn.Module) -> str:
+    """The type that holds all of the model's numbers."""
+    kinds = {each.dtype for each in base_tensors(model).values()}
+    return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(kinds.pop(), "f32") if len(kinds) == 1 else "f32"
 
 
 def _kind(name: str, tensor: Tensor, kind: str, head: bool) -> Any:
