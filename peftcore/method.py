@@ -89,6 +89,10 @@ class SoftPrompt:
     `[batch, tokens, hidden]`, or `[1, tokens, hidden]` for all rows, where they depend on the call, which the adapter
     reads from `peftcore.current_call()` (`needs_call`). It then has attributes `tokens` and `hidden`, since it is not
     called without a call.
+
+    What the model gives at the prompt's places is taken off its output. An adapter for which it counts, as in a loss of
+    the prompt's own tokens, says so for each call: `in_output() -> bool`. It then stands first, before the input's, up
+    to the model's output, and an `Around("", ...)` of the method takes it off.
     """
 
     adapter: nn.Module

@@ -52,5 +52,6 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "tinylora": ("llama", {"r": 3, "u": 5, "weight_tying": 0.5}, False),
     "peanut": ("llama", {"r": 3, "depth": 1}, False),
     "deft": ("llama", {"r": 3}, False),
+    "cpt": ("llama", {"cpt_token_ids": [5, 6, 7], "cpt_tokens_type_mask": [1, 2, 4]}, False),
 }
 SHARED_BETWEEN_BLOCKS = ("adapter, shared factors", "vblora", "unilora", "tinylora")  # trained parameters are

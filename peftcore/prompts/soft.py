@@ -172,7 +172,13 @@ class SoftPromptAround(Backbone):
             output = self._by_tokens(base, call, order)
         else:
             output = base(**self._embedded(call, order))
-        return output if self._keeps else _without_prompt(output, self.tokens, self.tokens + length, back)
+        if self._keeps:
+            return output
+        if not getattr(self.adapter, "in_output", bool)():
+            return _without_prompt(output, self.tokens, self.tokens + length, back)
+        if back is not None:
+            back = torch.cat([places(order, self.tokens, len(back), back.device), back], dim=1)
+        return _without_prompt(output, 0, self.tokens + length, back)
 
     def _embedded(self, call: dict[str, Any], order: Tensor | None) -> dict[str, Any]:
         embedded = call.get("inputs_embeds")

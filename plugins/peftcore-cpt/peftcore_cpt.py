@@ -1,0 +1,222 @@
+"""CPT, context-aware prompt tuning (Blau et al. 2024, arXiv 2410.17222): examples as a prompt, moved a little.
+
+    P_i = E(token i) + d_i,  |d_i| <= ε_i        E: the token embedding, of examples in the text's own format; d trains
+    ε_i = (format's or input's ε) · sqrt(hidden / 2048), after each step d_i is put back onto the ball (section 3.4)
+
+    type of a token, mod 4:  1 format of an input   2 input   3 format of an output   0 output (0 itself: none of these)
+    loss = mean over labels of type 4, 8, ...:  g^k · cross-entropy       k: how many examples of the row come after it
+
+The outputs of the prompt's own examples are labels, too (section 3.3); theirs is the first part of the mean. They do
+not move, nor do tokens of type 0. The input's types follow the prompt's: 4 everywhere, or the call's `input_type_mask`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import ranks, validation
+
+
+@dataclass(frozen=True)
+class CptConfig:
+    """The fields bear the names of Hugging Face PEFT's `CPTConfig`.
+
+    Args:
+        cpt_token_ids: the prompt's tokens.
+        cpt_tokens_type_mask: their types, 1 where None: of the first example 1 to 4, of the second 5 to 8, and so on.
+        cpt_mask: as many numbers, which nothing reads, as in PEFT: each token of the prompt is attended to.
+        opt_weighted_loss_type: "decay": examples weigh less the further they are from the last, by g each.
+        opt_loss_decay_factor: g.
+        opt_projection_epsilon, opt_projection_format_epsilon: ε of inputs, and of formats, at 2048 numbers a token.
+        tokenizer_name_or_path: for the reader of the file.
+        modules_to_save: modules trained whole.
+        num_virtual_tokens, token_dim, num_layers, num_attention_heads, num_transformer_submodules: written for PEFT,
+            read off the tokens and the model.
+    """
+
+    cpt_token_ids: Sequence[int] | None = None
+    cpt_mask: Sequence[int] | None = None
+    cpt_tokens_type_mask: Sequence[int] | None = None
+    opt_weighted_loss_type: Literal["none", "decay"] | None = "none"
+    opt_loss_decay_factor: float = 1.0
+    opt_projection_epsilon: float = 0.1
+    opt_projection_format_epsilon: float = 0.1
+    tokenizer_name_or_path: str | None = None
+    modules_to_save: Sequence[str] | None = None
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_transformer_submodules: int | None = None
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+        tokens = [0] if self.cpt_token_ids is None else list(self.cpt_token_ids)
+        given = {"num_virtual_tokens": self.num_virtual_tokens}
+        for name in ("cpt_mask", "cpt_tokens_type_mask"):
+            mask = getattr(self, name)
+            given[name] = None if mask is None else len(mask)
+        found = f"found {len(tokens)} tokens and {given}"
+        fits = set(given.values()) <= {None, len(tokens)} and len(tokens) > 0
+        validation.require(fits, f"cpt_token_ids, cpt_mask and cpt_tokens_type_mask must be of one length, {found}")
+        negative = min([*tokens, *(self.cpt_tokens_type_mask or ())]) < 0
+        validation.require(not negative, "cpt_token_ids and cpt_tokens_type_mask must not have negative numbers")
+        for name in ("opt_projection_epsilon", "opt_projection_format_epsilon", "opt_loss_decay_factor"):
+            value = getattr(self, name)
+            validation.require(value >= 0, f"{name} must not be negative, found {value}")
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> CptConfig:
+        """Lists of one length, and the model's sizes."""
+        tokens = [0] if self.cpt_token_ids is None else list(self.cpt_token_ids)
+        embedding: Any = None if architecture.embedding is None else model.get_submodule(architecture.embedding)
+        found: dict[str, Any] = {"cpt_token_ids": tokens, "num_virtual_tokens": len(tokens)}
+        found |= {"cpt_mask": [1] * len(tokens), "cpt_tokens_type_mask": [1] * len(tokens)}
+        found |= {"token_dim": getattr(embedding, "embedding_dim", None), "num_layers": architecture.num_layers}
+        found |= {"num_attention_heads": architecture.num_heads, "num_transformer_submodules": 1}
+        missing = {name: value for name, value in found.items() if getattr(self, name) is None}
+        return replace(self, **missing)
+
+
+class ContextPrompt(nn.Module):
+    """`embedding [n, hidden]`, of the tokens, and d, `delta_embedding [n, hidden]`; it gives P."""
+
+    needs_call = ("input_type_mask",)
+    embedding: Tensor
+
+    def __init__(self, config: CptConfig) -> None:
+        super().__init__()
+        self.tokens, self.hidden = len(config.cpt_token_ids or ()), config.token_dim or 0
+        self.register_buffer("embedding", torch.zeros(self.tokens, self.hidden))
+        self.delta_embedding = nn.Parameter(torch.zeros(self.tokens, self.hidden))
+        format_eps, input_eps = config.opt_projection_format_epsilon, config.opt_projection_epsilon
+        radius = [(0.0, format_eps, input_eps, format_eps)[kind % 4] for kind in config.cpt_tokens_type_mask or ()]
+        self.radius = [epsilon * (self.hidden / 2048) ** 0.5 for epsilon in radius]
+
+    def projected(self, d: Tensor) -> Tensor:
+        """d `[n, hidden]` on its balls."""
+        radius = d.new_tensor(self.radius)[:, None]
+        return d * (radius / d.norm(dim=1, keepdim=True).clamp(min=1e-10).max(radius))
+
+    def forward(self) -> Tensor:
+        d, moves = self.delta_embedding, self.delta_embedding.new_tensor(self.radius)[:, None] > 0
+        onto = (
+            self.projected(d.detach()) - d.detach()
+        )  # the gradient is that of d where it may move, as if it lay there
+        return self.embedding + torch.where(moves, d, d.detach()) + onto
+
+    def in_output(self) -> bool:
+        """Its outputs are labels where the input has some."""
+        return peftcore.current_call().get("labels") is not None
+
+
+class ContextLoss(nn.Module):
+    """Around the model: the loss of prompt and input, from the logits of both."""
+
+    needs_call = ContextPrompt.needs_call
+
+    def __init__(self, config: CptConfig) -> None:
+        super().__init__()
+        self.token_ids, self.types = list(config.cpt_token_ids or ()), list(config.cpt_tokens_type_mask or ())
+        self.decay = config.opt_loss_decay_factor if config.opt_weighted_loss_type == "decay" else 1.0
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        call = peftcore.current_call()
+        if call.get("labels") is None:
+            return base(*args, **kwargs)
+        validation.require("labels" in kwargs, "CPT reads labels: give them by name, model(..., labels=labels)")
+        labels, items = kwargs["labels"], kwargs.get("num_items_in_batch")
+        output = base(*args, **{**kwargs, "labels": None, "return_dict": True})
+        n, wanted = len(self.types), len(self.types) + labels.shape[1]
+        found = None if output.get("logits") is None else output.logits.shape[1]
+        message = f"CPT's loss is over the logits of {n} tokens of its own and {labels.shape[1]} labels, found {found}"
+        validation.require(found == wanted, f"{message}. Leave out logits_to_keep, and losses that make no logits")
+        loss = self.loss(output.logits, labels, call.get("input_type_mask"))
+        if items is not None:  # of all batches of a step: this one's share of their mean
+            loss = loss * (labels[:, 1:] != -100).sum() / items
+        output.logits = output.logits[:, n:].contiguous()  # FSDP2 wants no view
+        if output.get("hidden_states") is not None:
+            output.hidden_states = tuple(states[:, n:] for states in output.hidden_states)
+        output["loss"] = loss
+        output.move_to_end("loss", last=False)
+        return output if kwargs.get("return_dict") is not False else output.to_tuple()
+
+    def loss(self, logits: Tensor, labels: Tensor, types: Any) -> Tensor:
+        """The mean of the docstring; logits `[batch, n + tokens, vocabulary]`, labels and types `[batch, tokens]`."""
+        labels, end = labels.to(logits.device), max(self.types)
+        none = (
+            f"cpt_tokens_type_mask ends with type {end}, and an input's labels would be of type {end + 4}, no output's"
+        )
+        fits = types is not None or end % 4 == 0
+        validation.require(fits, f"{none}. Let the last type be a multiple of 4, or give input_type_mask in the call")
+        types = torch.full_like(labels, 4) if types is None else torch.as_tensor(types).to(labels)
+        own = labels.new_tensor(self.types)
+        types = torch.cat([own.expand(len(labels), -1), torch.where(types > 0, types + end, types)], dim=1)[:, 1:]
+        labels = torch.cat([labels.new_tensor(self.token_ids).expand(len(labels), -1), labels], dim=1)[:, 1:]
+        outputs = (types > 0) & (types % 4 == 0)
+        counts = outputs & (labels != -100)
+        each = F.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), labels.where(counts, -100).flatten(), reduction="none"
+        )
+        order, index = types.where(outputs, -1).sort(dim=1, descending=True)
+        later = F.pad((order.diff(dim=1) != 0).cumsum(dim=1), (1, 0))  # how many other types are larger
+        weights = self.decay ** torch.zeros_like(later).scatter(1, index, later).to(each.dtype)
+        return (each * weights.flatten()).sum() / counts.sum()
+
+
+def place(model: nn.Module, config: CptConfig, architecture: peftcore.Architecture) -> list[Any]:
+    decoder = architecture.task_type == "CAUSAL_LM" and architecture.embedding is not None
+    message = f"CPT is of decoders of text that have a head, in PEFT, too, and {type(model).__name__} is none"
+    validation.require(decoder, f"{message}. Choose prompt-tuning")
+    embedding: Any = model.get_submodule(architecture.embedding or "")
+    rows, tokens = embedding.num_embeddings, config.cpt_token_ids or ()
+    largest = f"cpt_token_ids has {max(tokens)}, and the model {rows} tokens, from 0"
+    validation.require(max(tokens) < rows, f"{largest}. Take the ids that its own tokenizer gives")
+    return [peftcore.SoftPrompt(ContextPrompt(config)), peftcore.Around("", ContextLoss(config))]
+
+
+def prompts(adapters: Mapping[str, Any]) -> list[Any]:
+    return [
+        module for adapter in adapters.values() for module in adapter.modules() if isinstance(module, ContextPrompt)
+    ]
+
+
+def initialize(model: Any, adapters: Mapping[str, Any], config: CptConfig, batches: Iterable[Any] | None) -> None:
+    embedding = model.get_input_embeddings()
+    for prompt in prompts(adapters):
+        tokens = torch.tensor(config.cpt_token_ids, device=embedding.weight.device)
+        prompt.embedding.copy_(embedding(tokens))
+
+
+@torch.no_grad()
+def after_step(adapters: Mapping[str, Any], config: CptConfig, step: int, total_steps: int) -> None:
+    for prompt in prompts(adapters):
+        ranks.fill(prompt.delta_embedding, prompt.projected(ranks.whole(prompt.delta_embedding)))
+
+
+def exported(placement: Any) -> dict[str, Tensor]:
+    """P, all that PEFT keeps; it goes on from there, with a ball of its own."""
+    prompt: Any = placement.adapter
+    return {"prompt_embeddings": prompt().detach()} if isinstance(prompt, ContextPrompt) else {}
+
+
+def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    if "embedding" in tensors or "prompt_embeddings" not in tensors:
+        return tensors
+    rows = tensors.pop("prompt_embeddings")
+    return {**tensors, "embedding": rows, "delta_embedding": torch.zeros_like(rows)}
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="CPT", tensor_name=peftcore.prompt_tensor_name, exported=exported, read_tensors=read_tensors
+    )
+    hooks: dict[str, Any] = {"initialize": initialize, "after_step": after_step}
+    return [peftcore.Method("cpt", CptConfig, place, rules, **hooks, learning_rate=1e-3)]

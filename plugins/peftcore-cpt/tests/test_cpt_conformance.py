@@ -1,0 +1,20 @@
+"""It passes the conformance suite."""
+
+import matrix
+from peftcore_cpt import CptConfig
+
+from peftcore.testing import IDENTITY, MERGE, check_method
+
+NO_DECODER = "its loss is that of a decoder, in PEFT, too"
+EXCUSED = {
+    IDENTITY: "vectors before the input change the output, whatever their values",
+    MERGE: "a prompt is no change of a weight",
+    "T5": NO_DECODER,
+    "BERT": NO_DECODER,
+    "ViT": NO_DECODER,
+}
+
+
+def test_conformance() -> None:
+    config = CptConfig(cpt_token_ids=[5, 6, 7, 8], cpt_tokens_type_mask=[1, 2, 3, 4], opt_projection_epsilon=4.0)
+    matrix.check(check_method(config, not_applicable=EXCUSED))
