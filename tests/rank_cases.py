@@ -53,5 +53,9 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "peanut": ("llama", {"r": 3, "depth": 1}, False),
     "deft": ("llama", {"r": 3}, False),
     "cpt": ("llama", {"cpt_token_ids": [5, 6, 7], "cpt_tokens_type_mask": [1, 2, 4]}, False),
+    "adaption-prompt": ("llama", {"adapter_len": 3}, False),
+    "waveft": ("llama", {"n_frequency": 9, "wavelet_family": "db2"}, False),
+    "cartridge": ("llama", {"num_virtual_tokens": 3}, False),
+    "supertuning": ("llama", {"sparsity": 0.9, "r": 3}, False),
 }
 SHARED_BETWEEN_BLOCKS = ("adapter, shared factors", "vblora", "unilora", "tinylora")  # trained parameters are

@@ -77,6 +77,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "oft": {"oft_block_size": 16},
     "psoft": {"r": 4},
     "fourierft": {"n_frequency": 100},
+    "waveft": {"n_frequency": 100},
     "cpt": {"cpt_token_ids": [5, 6, 7, 8], "cpt_tokens_type_mask": [1, 2, 3, 4]},
 }
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {

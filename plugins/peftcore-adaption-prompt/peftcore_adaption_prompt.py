@@ -1,0 +1,150 @@
+"""Adaption prompts (LLaMA-Adapter, Zhang et al. 2023, arXiv 2303.16199, section 3.2): vectors that attention reads.
+
+    q     the queries of the layer's attention, rotated as its own are       P [n, hidden], trained, one for each layer
+    S   = softmax(q (W_k P)ᵀ / sqrt(d))         without positions: P is before all of them
+    y   = attention(x) + W_o (g · S W_v P)      g trained, zero at the start: nothing is changed then
+
+The prompts have a softmax of their own, and stand in the upper layers. W_q, W_k, W_v, W_o are the layer's. For GPT-2
+PEFT adds g · S W_v P itself, without W_o; so here. The multimodal variant of the paper is not in PEFT, nor here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import targets, validation
+
+_ROTARY, _FUSED = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"c_attn", "c_proj"}
+_IN_PEFT = ("llama", "mistral", "gpt2")
+
+
+@dataclass(frozen=True)
+class AdaptionPromptConfig:
+    """The fields bear the names of Hugging Face PEFT's `AdaptionPromptConfig`, which has no defaults.
+
+    Args:
+        target_modules: how the attention modules are called. None: as the model's family calls them.
+        adapter_len: n.
+        adapter_layers: how many of the uppermost layers have prompts; None: all. The paper leaves out the lowest two.
+        modules_to_save: modules trained whole. None: a classifier's head.
+    """
+
+    target_modules: str | None = None
+    adapter_len: int = 10
+    adapter_layers: int | None = None
+    modules_to_save: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+        validation.positive_whole(adapter_len=self.adapter_len)
+        if self.adapter_layers is not None:
+            validation.positive_whole(adapter_layers=self.adapter_layers)
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> AdaptionPromptConfig:
+        """The attention's name and the number of layers made explicit."""
+        found = attentions(model, self.target_modules)
+        name = next(iter(found), "").rpartition(".")[2]
+        return replace(self, target_modules=name, adapter_layers=self.adapter_layers or len(found))
+
+
+def kind(module: Any) -> set[str] | None:
+    """Which of the two forms of attention it is, for which the formula is known."""
+    inside = dict(targets.base_modules(module))
+    layers = {
+        name for name, child in inside.items() if name and "." not in name and any(True for _ in child.parameters())
+    }
+    scale = getattr(module, "scaling", None)
+    d = getattr(module, "head_dim", None)
+    if not isinstance(d, int) or (isinstance(scale, float) and abs(scale * d**0.5 - 1) > 1e-6) or module._parameters:
+        return None
+    if getattr(module, "attn_logit_softcapping", None) is not None or getattr(module, "is_cross_attention", False):
+        return None
+    if layers == _ROTARY and rotation(module) is not None and module.o_proj.bias is None:
+        return _ROTARY
+    return _FUSED if layers == _FUSED and targets.is_conv1d(module.c_attn) else None
+
+
+def rotation(module: Any) -> Callable[..., Any] | None:
+    """The family's own `apply_rotary_pos_emb(q, k, cos, sin)`."""
+    cls: Any
+    for cls in type(module).__mro__:
+        found = getattr(sys.modules[cls.__module__], "apply_rotary_pos_emb", None)
+        if found is not None:
+            takes = list(inspect.signature(found).parameters)[:4] == ["q", "k", "cos", "sin"]
+            return found if takes and "position_embeddings" in inspect.signature(cls.forward).parameters else None
+    return None
+
+
+def attentions(model: nn.Module, name: str | None) -> dict[str, Any]:
+    """The attention modules by path, in the order of the layers."""
+    modules = dict(targets.base_modules(model))
+    found = {p: m for p, m in modules.items() if (kind(m) if name is None else p.endswith(f".{name}"))}
+    odd = [path for path, module in found.items() if kind(module) is None]
+    there = f"'{odd[0]}' ({type(modules[odd[0]]).__name__}) is none" if odd else f"{type(model).__name__} has none"
+    validation.require(
+        bool(found) and not odd,
+        "adaption prompts are for attention as in Llama, Mistral, Qwen2, Gemma and GPT-2: queries, keys and values of "
+        f"the layer's linear layers alone, scaled by 1 / sqrt(head_dim), {there}. A prefix or LoRA works",
+    )
+    return found
+
+
+class AdaptionPrompt(nn.Module):
+    """P `[1, n, hidden]` and g `[1]` of an attention module; hidden states `[batch, tokens, hidden]`, and back."""
+
+    def __init__(self, config: AdaptionPromptConfig, width: int, rotate: Callable[..., Any] | None) -> None:
+        super().__init__()
+        self.adaption_prompt = nn.Parameter(torch.randn(1, config.adapter_len, width))
+        self.adaption_gate = nn.Parameter(torch.zeros(1))
+        self.rotate = rotate
+
+    def forward(self, base: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        output, rest = base(hidden_states, *args, **kwargs), []
+        if isinstance(output, tuple):
+            output, *rest = output
+        attention, p = base.module, self.adaption_prompt.to(hidden_states.dtype)
+        if self.rotate is None:
+            parts = attention.c_attn(hidden_states).chunk(3, -1)[0], *attention.c_attn(p).chunk(3, -1)[1:]
+        else:
+            parts = attention.q_proj(hidden_states), attention.k_proj(p), attention.v_proj(p)
+        q, k, v = (part.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for part in parts)
+        if self.rotate is not None:
+            cos, sin = args[0] if args else kwargs["position_embeddings"]
+            q, _ = self.rotate(q, q[:, :1], cos, sin)
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+        weights = (q @ k.transpose(2, 3) * attention.head_dim**-0.5).softmax(-1, dtype=torch.float32)
+        read = ((self.adaption_gate.float() * weights).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+        y = output + (read if self.rotate is None else attention.o_proj(read))
+        return (y, *rest) if rest else y
+
+
+def place(model: nn.Module, config: AdaptionPromptConfig, architecture: peftcore.Architecture) -> list[Any]:
+    found = list(attentions(model, config.target_modules).items())
+    count = config.adapter_layers or len(found)
+    there = f"adapter_layers={count}, and the model has {len(found)}. Take fewer, or None for all"
+    validation.require(count <= len(found), there)
+    placed = []
+    for path, module in found[-count:]:
+        rotary = kind(module) is _ROTARY
+        width, _ = targets.sizes(module.k_proj if rotary else module.c_attn)
+        placed.append(peftcore.Around(path, AdaptionPrompt(config, width, rotation(module) if rotary else None)))
+    return placed
+
+
+def unreadable(model: Any, paths: Sequence[str]) -> Sequence[str]:
+    """PEFT knows three families."""
+    return () if getattr(model.config, "model_type", None) in _IN_PEFT else paths
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(peft_type="ADAPTION_PROMPT", unreadable=unreadable)
+    return [peftcore.Method("adaption-prompt", AdaptionPromptConfig, place, rules, learning_rate=1e-2)]

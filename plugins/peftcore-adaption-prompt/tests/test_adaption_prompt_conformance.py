@@ -1,0 +1,19 @@
+"""It passes the conformance suite."""
+
+import matrix
+from peftcore_adaption_prompt import AdaptionPromptConfig
+
+from peftcore.testing import MERGE, check_method
+
+OTHER = "its attention is another, as in PEFT"
+EXCUSED = {
+    MERGE: "prompts of attention are no change of a weight",
+    "T5": OTHER,
+    "BERT": OTHER,
+    "ViT": OTHER,
+    "Qwen3-MoE": OTHER,
+}
+
+
+def test_conformance() -> None:
+    matrix.check(check_method(AdaptionPromptConfig(adapter_len=4), not_applicable=EXCUSED, compile_backend="eager"))

@@ -1,0 +1,131 @@
+"""Cartridges (Eyuboglu et al. 2025, arXiv 2506.06266): the attention cache of a long text, made short and trained.
+
+    layer l:   softmax( q · [K_l ; k(x)]ᵀ / √d ) · [V_l ; v(x)]        K_l, V_l [kv_heads, n, head_dim]
+
+As prefix tuning without a projection, but for the first tokens, which stay as they are, since attention rests on them,
+and the start: `apply(model, "cartridge", batches=loader)` takes what the model itself has in its cache for the first n
+tokens of the first text (section 3.2 of the paper). Without batches K and V are random, as in PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peftcore_prefix_tuning import Prefix, PrefixTuningConfig
+from torch import Tensor, nn
+
+import peftcore
+from peftcore import validation
+
+
+@dataclass(frozen=True)
+class CartridgeConfig:
+    """The fields bear the names of Hugging Face PEFT's `CartridgeConfig`.
+
+    Args:
+        num_virtual_tokens: n.
+        num_frozen_tokens: how many of the first stay as they are.
+        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+        token_dim, num_attention_heads, num_layers, num_transformer_submodules: as in prefix tuning.
+    """
+
+    num_virtual_tokens: int = 20
+    num_frozen_tokens: int = 1
+    modules_to_save: Sequence[str] | None = None
+    token_dim: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    num_transformer_submodules: int | None = None
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+        self.prefix()
+        fits = 0 <= self.num_frozen_tokens < self.num_virtual_tokens
+        found = f"{self.num_frozen_tokens} of {self.num_virtual_tokens}"
+        validation.require(fits, f"num_frozen_tokens must leave a token that trains, found {found}")
+
+    def prefix(self) -> PrefixTuningConfig:
+        """The same for prefix tuning."""
+        fields = {name: value for name, value in vars(self).items() if name != "num_frozen_tokens"}
+        return PrefixTuningConfig(**fields)
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> CartridgeConfig:
+        """The sizes of the model's attention made explicit."""
+        found = self.prefix().resolved(model, architecture)
+        return replace(self, **{name: getattr(found, name) for name in vars(self) if hasattr(found, name)})
+
+
+class Cartridge(Prefix):
+    """P `[n, 2 · layers · kv_heads · head_dim]`: its first rows frozen, the others trained."""
+
+    frozen_embedding: Tensor
+
+    def __init__(self, config: CartridgeConfig) -> None:
+        super().__init__(config.prefix())
+        rows, first = self.prompt_embeddings.data, config.num_frozen_tokens
+        del self.prompt_embeddings
+        self.register_buffer("frozen_embedding", rows[:first].clone())
+        self.trainable_embedding = nn.Parameter(rows[first:].clone())
+
+    def rows(self) -> Tensor:
+        return torch.cat([self.frozen_embedding, self.trainable_embedding])
+
+
+def place(model: nn.Module, config: CartridgeConfig, architecture: peftcore.Architecture) -> list[peftcore.PrefixKV]:
+    return [peftcore.PrefixKV(Cartridge(config))]
+
+
+def initialize(model: Any, adapters: Mapping[str, Any], config: CartridgeConfig, batches: Iterable[Any] | None) -> None:
+    """K and V of the first n tokens of the first row, as the model caches them."""
+    if batches is None:
+        return
+    n = config.num_virtual_tokens
+    first: Any = next(iter(batches), None)
+    ids: Any = first.get("input_ids") if isinstance(first, Mapping) else first
+    given = isinstance(ids, Tensor) and ids.dim() == 2 and ids.shape[1] >= n
+    found = list(ids.shape) if isinstance(ids, Tensor) else type(ids).__name__
+    validation.require(given, f"a cartridge of {n} tokens starts from input_ids of at least as many, found {found}")
+    submodules = f"num_transformer_submodules={config.num_transformer_submodules}"
+    validation.require(config.num_transformer_submodules == 1, f"only a decoder's cache is a start, found {submodules}")
+    device = next(model.parameters()).device
+    cache = model(input_ids=ids[:1, :n].to(device), use_cache=True).past_key_values
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    shape = (1, config.num_attention_heads, n)
+    same = all(tuple(t.shape[:3]) == shape for pair in pairs for t in pair) and len(pairs) == config.num_layers
+    validation.require(
+        same, f"the cache of {type(model).__name__} has not all tokens of all layers. Start without batches"
+    )
+    rows = torch.stack([torch.stack(pair) for pair in pairs])[:, :, 0]  # [layers, 2, kv_heads, n, head_dim]
+    rows = rows.permute(3, 0, 1, 2, 4).flatten(1)
+    for adapter in adapters.values():
+        for cartridge in (module for module in adapter.modules() if isinstance(module, Cartridge)):
+            cartridge.frozen_embedding.copy_(rows[: config.num_frozen_tokens])
+            cartridge.trainable_embedding.data.copy_(rows[config.num_frozen_tokens :])
+
+
+def write_tensors(tensors: dict[str, Tensor], config: CartridgeConfig) -> Mapping[str, Tensor]:
+    """P as one tensor, as PEFT writes it."""
+    rest = {name: t for name, t in tensors.items() if name not in ("frozen_embedding", "trainable_embedding")}
+    return {**rest, "prompt_embeddings": torch.cat([tensors["frozen_embedding"], tensors["trainable_embedding"]])}
+
+
+def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    if "prompt_embeddings" not in tensors:
+        return tensors
+    first, rest = fields.get("num_frozen_tokens", 1), dict(tensors)
+    rows = rest.pop("prompt_embeddings")
+    return {**rest, "frozen_embedding": rows[:first].clone(), "trainable_embedding": rows[first:].clone()}
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="CARTRIDGE",
+        tensor_name=peftcore.prompt_tensor_name,
+        write_tensors=write_tensors,
+        read_tensors=read_tensors,
+    )
+    return [peftcore.Method("cartridge", CartridgeConfig, place, rules, initialize, learning_rate=1e-2)]

@@ -1,0 +1,18 @@
+"""It passes the conformance suite."""
+
+import matrix
+from peftcore_cartridge import CartridgeConfig
+
+from peftcore.testing import IDENTITY, MERGE, PEFT_READS, PEFT_WRITES, check_method
+
+EXCUSED = {
+    IDENTITY: "keys and values in the cache change the output, whatever they are",
+    MERGE: "a prefix is no change of a weight",
+    f"BERT: {PEFT_READS}": "PEFT has it for models with a cache",
+    f"BERT: {PEFT_WRITES}": "PEFT has it for models with a cache",
+    "ViT": "an image has no tokens before which a prefix could stand",
+}
+
+
+def test_conformance() -> None:
+    matrix.check(check_method(CartridgeConfig(num_virtual_tokens=4), not_applicable=EXCUSED))

@@ -1,0 +1,155 @@
+"""Super-tuning (arXiv 2607.09287): y = (W + S) x + b, S sparse, with its numbers where those of W are largest.
+
+    W [out, in]      1 . 9 . .       + S      . . 3 . .       the share 1 - sparsity of the places, by |W|; or where
+                     . . . 8 .                . . . 1 .       they are smallest (select_top=False)
+                     7 . . . .                2 . . . .
+
+Trained: the numbers, zero at the start. With r ("Supra") a LoRA beside them: + lora_alpha / r · B A dropout(x). The
+places are written into the file, or found again in the same base (save_precomputed_indices=False).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import targets, validation
+from peftcore.weight_formats import weight_format
+
+
+@dataclass(frozen=True)
+class SupertuningConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `SupertuningConfig`; those that are not here choose layers.
+
+    Args:
+        sparsity: share of a weight's numbers that are not trained.
+        select_top: the largest are trained; False: the smallest.
+        r: rank of a LoRA beside them. None: there is none.
+        lora_alpha, lora_dropout: of the LoRA. None: 2 r.
+        init_weights: False: numbers and B are drawn, so that the adapter changes the model from the start.
+        save_precomputed_indices: False: places are not written; whoever reads the file looks for them in the base.
+    """
+
+    not_in_peft: ClassVar[frozenset[str]] = frozenset(
+        {"exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
+    )
+    sparsity: float = 0.99
+    select_top: bool = True
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    init_weights: bool = True
+    save_precomputed_indices: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.require(0 <= self.sparsity < 1, f"sparsity is from 0 up to, without, 1, found {self.sparsity}")
+        validation.probability(lora_dropout=self.lora_dropout)
+        if self.r is not None:
+            validation.positive_whole(r=self.r)
+        alone = self.lora_alpha is not None and self.r is None
+        validation.require(not alone, "lora_alpha is that of the LoRA of rank r: give r, too")
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> Any:
+        """With the LoRA's scale."""
+        found = super().resolved(model, architecture)
+        return replace(found, lora_alpha=2.0 * self.r) if self.r and self.lora_alpha is None else found
+
+
+class Supertuning(nn.Module):
+    """`supertuning_values` `[n]`, their places in the flat W `[out · in]`, and A, B where there is a LoRA."""
+
+    supertuning_indices: Tensor
+
+    def __init__(self, config: SupertuningConfig, indices: Tensor, width: int, out_width: int) -> None:
+        super().__init__()
+        self.sizes, self.scale = (out_width, width), (config.lora_alpha or 0.0) / (config.r or 1)
+        self.supertuning_values = nn.Parameter((torch.zeros if config.init_weights else torch.randn)(len(indices)))
+        self.register_buffer("supertuning_indices", indices)
+        self.dropout = nn.Dropout(config.lora_dropout)
+        if config.r is not None:
+            self.supertuning_lora_A = nn.Linear(width, config.r, bias=False)
+            self.supertuning_lora_B = nn.Linear(config.r, out_width, bias=False)
+            nn.init.kaiming_uniform_(self.supertuning_lora_A.weight, a=math.sqrt(5))
+            if config.init_weights:
+                nn.init.zeros_(self.supertuning_lora_B.weight)
+
+    def with_sparse(self, weight: Tensor) -> Tensor:
+        """weight `[out, in]` + S."""
+        values = self.supertuning_values.to(weight.dtype)
+        return weight.reshape(-1).index_add(0, self.supertuning_indices.long(), values).view(self.sizes)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        weight, bias = base.linear_operands(x) or (None, None)
+        if isinstance(weight, Tensor) and weight.dtype == torch.float32:
+            y = F.linear(x, self.with_sparse(weight), bias)
+        else:  # in 16 bits W + S would lose small numbers
+            y = base(x) + F.linear(x, self.with_sparse(x.new_zeros(self.sizes)))
+        if self.scale:
+            low = self.supertuning_lora_A(self.dropout(x).to(self.supertuning_values.dtype))
+            y = y + (self.scale * self.supertuning_lora_B(low)).to(y.dtype)
+        return y
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        changed = self.with_sparse(weight)
+        if self.scale:
+            product = self.supertuning_lora_B.weight.float() @ self.supertuning_lora_A.weight.float()
+            changed = changed + self.scale * product
+        return changed, bias
+
+
+def places_of(module: nn.Module, config: SupertuningConfig, path: str) -> Tensor:
+    """int32 `[n]`: where the numbers of the layer's weight `[out, in]` are largest, or smallest."""
+    width, out_width = targets.sizes(module)
+    count = int(width * out_width * (1 - config.sparsity))
+    whole = f"sparsity={config.sparsity} leaves none of the {width * out_width} numbers of '{path}' to train"
+    validation.require(count > 0, f"{whole}. Lower it, or exclude the layer")
+    stored: Any = getattr(module, "base_layer", module)
+    if stored.weight.is_meta or torch.empty(0).is_meta:
+        return torch.empty(count, dtype=torch.int32)
+    weight = weight_format(module).read(module).abs().flatten()
+    return weight.topk(count, largest=config.select_top)[1].int()
+
+
+def place(model: nn.Module, config: SupertuningConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers = config.selected(model, architecture)
+    return [
+        peftcore.Around(path, Supertuning(config, places_of(module, config, path), *targets.sizes(module)))
+        for path, module in layers.items()
+    ]
+
+
+def write_tensors(tensors: dict[str, Tensor], config: SupertuningConfig) -> Mapping[str, Tensor]:
+    kept = config.save_precomputed_indices
+    return {name: t for name, t in tensors.items() if kept or not name.endswith(".supertuning_indices")}
+
+
+def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    """With the places that a file does not have, of the model's own weights."""
+    config = SupertuningConfig(sparsity=fields.get("sparsity", 0.99), select_top=fields.get("select_top", True))
+    found = dict(tensors)
+    for name in tensors:
+        prefix, _, last = name.rpartition(".")
+        if last == "supertuning_values" and f"{prefix}.supertuning_indices" not in tensors:
+            path = prefix.removeprefix("base_model.model.")
+            found[f"{prefix}.supertuning_indices"] = places_of(model.get_submodule(path), config, path)
+    return found
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="SUPERTUNING",
+        own_fields=SupertuningConfig.not_in_peft,
+        unreadable=targets.conv1d_paths,
+        write_tensors=write_tensors,
+        read_tensors=read_tensors,
+    )
+    return [peftcore.Method("supertuning", SupertuningConfig, place, rules, learning_rate=5e-4)]

@@ -1,0 +1,81 @@
+"""Hugging Face PEFT reads what is saved here, and the other way round; places; what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import tiny
+import torch
+from beside_peft import TASKS, both_ways, quiet
+from safetensors.torch import load_file
+
+import peftcore
+from peftcore.testing import disturb
+
+TARGETS = {"llama": ["k_proj", "v_proj", "down_proj"], "bert": ["key", "output.dense"], "t5": ["k", "v", "wo"]}
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smallest": {"select_top": False, "sparsity": 0.95},
+    "all": {"sparsity": 0.0},
+    "supra": {"r": 3},
+    "supra, scaled": {"r": 3, "lora_alpha": 9.0, "lora_dropout": 0.5},
+    "drawn": {"init_weights": False, "r": 2},
+    "without places": {"save_precomputed_indices": False},
+}
+
+
+@pytest.mark.parametrize("kind", list(TARGETS))
+@pytest.mark.parametrize("case", list(CASES))
+def test_files(case: str, kind: str, tmp_path: Path) -> None:
+    make, fields = tiny.MODELS[kind], {"target_modules": TARGETS[kind], "sparsity": 0.9, **CASES[case]}
+    torch.manual_seed(0)
+    config = quiet(peft.SupertuningConfig, task_type=TASKS[kind], **fields)
+    ours = peftcore.apply(make(), "supertuning", **fields)
+    both_ways(make, tmp_path, ours, config)
+
+
+@pytest.mark.parametrize("case", ["plain", "smallest", "supra", "drawn"])
+def test_it_starts_as_peft_s(case: str, tmp_path: Path) -> None:
+    """The same places, and numbers of the same width."""
+    fields = {"target_modules": TARGETS["llama"], "sparsity": 0.9, **CASES[case]}
+    torch.manual_seed(0)
+    config = peft.SupertuningConfig(task_type="CAUSAL_LM", **fields)
+    wanted = peft.get_peft_model_state_dict(quiet(peft.get_peft_model, tiny.llama(), config))
+    folder = peftcore.save(peftcore.apply(tiny.llama(), "supertuning", **fields), tmp_path)
+    found = load_file(folder / "adapter_model.safetensors")
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        if name.endswith("indices"):
+            assert torch.equal(tensor, wanted[name]) and tensor.dtype == wanted[name].dtype
+        else:
+            assert float(tensor.std()) == pytest.approx(float(wanted[name].std()), rel=0.4)
+
+
+def test_places_are_those_of_the_largest_numbers(tmp_path: Path) -> None:
+    model = peftcore.apply(tiny.llama(), "supertuning", sparsity=0.98, target_modules=["up_proj"])
+    layer = model.model.layers[1].mlp.up_proj
+    at = layer.peftcore["default"].supertuning_indices.long()
+    size = layer.weight.detach().abs().flatten()
+    assert len(at) == int(size.numel() * 0.02) and size[at].min() >= size.sort(descending=True)[0][len(at) - 1]
+
+
+def test_places_that_a_file_lacks_are_the_base_s(tmp_path: Path) -> None:
+    model = peftcore.apply(tiny.llama(), "supertuning", sparsity=0.9, save_precomputed_indices=False)
+    disturb(model, "default", seed=1)
+    tensors = load_file(peftcore.save(model, tmp_path) / "adapter_model.safetensors")
+    assert tensors and not any("indices" in name for name in tensors)
+    torch.testing.assert_close(tiny.logits(peftcore.load(tiny.llama(), tmp_path)), tiny.logits(model), rtol=0, atol=0)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    def refused(match: str, make: Any = tiny.llama, **fields: Any) -> None:
+        with pytest.raises(peftcore.PeftcoreError, match=match):
+            peftcore.apply(make(), "supertuning", **fields)
+
+    refused("sparsity is from 0 up to, without, 1, found 1.0", sparsity=1.0)
+    refused("leaves none of the 1024 numbers of 'model", sparsity=0.9999)
+    refused("lora_alpha is that of the LoRA of rank r", lora_alpha=4.0)
+    refused(r"'0' matches Conv2d .* which this method cannot adapt", tiny.convnet, target_modules=["0"])

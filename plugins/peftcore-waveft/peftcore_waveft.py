@@ -1,0 +1,232 @@
+"""WaveFT (Bilican et al. 2025, arXiv 2505.12532): W + scaling · IDWT2(S), with S zero but for n entries.
+
+    S = [ LL  HL ]     entry c at (i, j) adds c · f_i ⊗ g_j to the change of W: f and g are the wavelet's low filter
+        [ LH  HH ]     or its high one, from row 2 i - L + 2 and column 2 j - L + 2 on; L numbers each
+
+One level of the transform. S is larger than W by L - 2 in both directions, and even; entries are in its middle, and
+what a wavelet adds outside W is lost. Trained: the n entries, whose places are drawn from a seed, the same in all
+layers of one size. So the change of W is n small patches, and no transform is run.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+
+# Coiflets 1 to 4 (Daubechies 1993) of sum 1: PEFT's numbers, which are PyWavelets', but for the fourth, 2 % off.
+_COIFLETS = {
+    "coif1": (
+        -0.05142972847077,
+        0.2389297284708,
+        0.6028594569415,
+        0.2721405430585,
+        -0.05142972847077,
+        -0.01107027152923,
+    ),
+    "coif2": (
+        0.01158759673872,
+        -0.02932013798347,
+        -0.04763959031101,
+        0.2730210465348,
+        0.5746823938569,
+        0.2948671936956,
+        -0.05408560709171,
+        -0.04202648046077,
+        0.01674441016328,
+        0.003967883612962,
+        -0.001289203356141,
+        -0.0005095053991076,
+    ),
+    "coif3": (
+        -0.002682418670922,
+        0.005503126707831,
+        0.01658356047917,
+        -0.04650776447873,
+        -0.04322076356021,
+        0.2865033352736,
+        0.5612852568703,
+        0.3029835717728,
+        -0.05077014075489,
+        -0.05819625076159,
+        0.02443409432117,
+        0.01122924096204,
+        -0.006369601011049,
+        -0.001820458915566,
+        0.0007902051009576,
+        0.0003296651737932,
+        -5.019277455328e-05,
+        -2.446573425531e-05,
+    ),
+    "coif4": (
+        0.0006309612114309,
+        -0.00115222514377,
+        -0.00519452516347,
+        0.01136093089978,
+        0.01894506104562,
+        -0.05171984370582,
+        -0.03448614047094,
+        0.3022725105366,
+        0.5545479062409,
+        0.3079176680252,
+        -0.04352500928127,
+        -0.06488795097143,
+        0.01988077364816,
+        0.01763894787126,
+        -0.007366054847173,
+        -0.002312432307659,
+        0.001426006344233,
+        0.0004666984635537,
+        -0.0001270007842387,
+        -0.0001130536369789,
+        3.048364879678e-05,
+        1.266744808933e-05,
+        -1.584926580757e-06,
+        -1.123948088282e-06,
+    ),
+}
+# Of each pair of roots z, 1 / z of a symlet, by the angle of z: is it the outer one? So Daubechies 1992, section 8.1.1.
+_OUTER = {2: "0", 3: "0", 4: "01", 5: "10", 6: "101", 7: "100", 8: "0101", 9: "0110", 10: "10101"}
+_FAMILIES = [f"db{n}" for n in range(1, 11)] + [f"sym{n}" for n in range(2, 11)] + list(_COIFLETS)
+
+
+@dataclass(frozen=True)
+class WaveFTConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `WaveFTConfig`; those that are not here choose layers.
+
+    Args:
+        n_frequency: entries of S a layer. n_frequency_pattern: others by name of a layer.
+        proportional_parameters: as many for a layer as its share of all adapted numbers; n_frequency is the mean.
+        scaling: of the update.
+        wavelet_family: "db1" (Haar) to "db10", "sym2" to "sym10", "coif1" to "coif4". Those that PEFT names beside
+            these fail there.
+        use_idwt: False: S itself is the change of W.
+        random_loc_seed: of the places.
+        bias: which are trained too: "none", "all", or "waveft_only" (those of adapted modules).
+        init_weights: True: entries are zero at the start. False: drawn, with standard deviation 0.01.
+    """
+
+    n_frequency: int = 2592
+    scaling: float = 25.0
+    wavelet_family: str = "db1"
+    use_idwt: bool = True
+    random_loc_seed: int = 777
+    bias: Literal["none", "all", "waveft_only"] = "none"
+    n_frequency_pattern: dict[str, int] | None = field(default_factory=dict)
+    proportional_parameters: bool = False
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(n_frequency=self.n_frequency, **(self.n_frequency_pattern or {}))
+        known = f"wavelet_family is one of {', '.join(_FAMILIES)}, found {self.wavelet_family!r}"
+        validation.require(self.wavelet_family in _FAMILIES, known)
+
+
+@lru_cache
+def filters(family: str) -> Tensor:
+    """The low-pass filter of the inverse transform, and the high-pass one, fp64 `[2, L]`.
+
+    Daubechies' and symlets are the factor (1 + z)^n Π (z - root) of sum sqrt(2), with the n - 1 roots of one of each
+    pair z, 1 / z for which Σ_k C(n - 1 + k, k) y^k = 0, y = (2 - z - 1 / z) / 4 (Daubechies 1992, chapter 6).
+    """
+    if family in _COIFLETS:
+        low = math.sqrt(2) * np.array(_COIFLETS[family])
+    else:
+        n, roots = int(family.lstrip("dbsym")), []
+        ys = np.roots([math.comb(n - 1 + k, k) for k in reversed(range(n))])
+        pairs = [sorted(np.roots([1, 4 * y - 2, 1]), key=abs) for y in ys]
+        pairs.sort(key=lambda pair: round(abs(np.angle(pair[0])), 6))
+        upper = [pair for pair in pairs if abs(pair[0].imag) < 1e-6 or pair[0].imag > 0]
+        for pair, outer in zip(upper, _OUTER[n] if family.startswith("sym") else "0" * len(upper), strict=True):
+            root = pair[int(outer)]
+            roots += [root.real] if abs(root.imag) < 1e-6 else [root, root.conjugate()]
+        low = np.poly([-1.0] * n + roots).real
+        low *= math.sqrt(2) / low.sum()
+    high = low[::-1] * (-1.0) ** np.arange(len(low))
+    return torch.tensor(np.stack([low, high]), device="cpu")
+
+
+@lru_cache(maxsize=32)
+def places(size: int, count: int, seed: int) -> Tensor:
+    """int64 `[count]`, drawn without repetition from `size` as PEFT draws them."""
+    return torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:count].clone()
+
+
+class WaveFT(nn.Module):
+    """`waveft_spectrum` `[n]` of a linear layer; where its patches begin, `[n]`, and what they are, `[n, L]`."""
+
+    rows: Tensor
+    columns: Tensor
+    high: Tensor
+
+    def __init__(self, config: WaveFTConfig, n: int, width: int, out_width: int) -> None:
+        super().__init__()
+        self.scaling, self.width, self.out_width = config.scaling, width, out_width
+        spectrum = torch.zeros(n) if config.init_weights else 0.01 * torch.randn(n)
+        self.waveft_spectrum = nn.Parameter(spectrum)
+        self.filters = filters(config.wavelet_family).float() if config.use_idwt else torch.ones(2, 1, device="cpu")
+        self.margin = max(self.filters.shape[1] - 2, 0)  # what a patch may reach beyond W
+        begin, high = torch.empty(2, n, dtype=torch.int64), torch.empty(2, n, dtype=torch.bool)
+        if not begin.is_meta:
+            at = places(width * out_width, n, config.random_loc_seed).to(begin.device)
+            begin, high = torch.stack([at // width, at % width]), high.fill_(False)
+            if config.use_idwt:
+                for axis, size in enumerate((out_width, width)):
+                    half = (size + self.margin + 1) // 2
+                    at = begin[axis] + (2 * half - size) // 2
+                    high[1 - axis], begin[axis] = at >= half, 2 * (at % half)
+        self.register_buffer("rows", begin[0], persistent=False)
+        self.register_buffer("columns", begin[1], persistent=False)
+        self.register_buffer("high", high, persistent=False)
+
+    def delta(self) -> Tensor:
+        """The change of the weight, fp32 `[out, in]`."""
+        taps, device = self.filters.to(self.rows.device), self.rows.device
+        down, across = taps[self.high.long()]  # [n, L]
+        patches = (self.scaling * self.waveft_spectrum.float())[:, None, None] * down[:, :, None] * across[:, None, :]
+        reach = torch.arange(taps.shape[1], device=device)
+        height, width = self.out_width + 2 * self.margin + 1, self.width + 2 * self.margin + 1
+        at = (self.rows[:, None] + reach)[:, :, None] * width + (self.columns[:, None] + reach)[:, None, :]
+        dense = patches.new_zeros(height * width).index_add(0, at.flatten(), patches.flatten()).view(height, width)
+        return dense[self.margin : self.margin + self.out_width, self.margin : self.margin + self.width]
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        weight, bias = base.linear_operands(x) or (None, None)
+        if isinstance(weight, Tensor) and weight.dtype == torch.float32:
+            return F.linear(x, weight + self.delta(), bias)
+        return base(x) + F.linear(x, self.delta().to(x.dtype))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.delta(), bias
+
+    def neutral(self) -> dict[str, Tensor]:
+        return {"waveft_spectrum": torch.zeros_like(self.waveft_spectrum)}
+
+
+def place(model: nn.Module, config: WaveFTConfig, architecture: Architecture) -> list[Any]:
+    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    total, placed = sum(width * out_width for width, out_width in layers.values()), []
+    for path, (width, out_width) in layers.items():
+        n = targets.pattern_value(config.n_frequency_pattern, path, config.n_frequency)
+        if config.proportional_parameters:
+            n = max(1, round(width * out_width / total * (config.n_frequency * len(layers))))
+        there = f"the weight of '{path}' has {width * out_width}"
+        validation.require(n <= width * out_width, f"n_frequency={n} is above the entries there are: {there}")
+        placed.append(Around(path, WaveFT(config, n, width, out_width)))
+    return placed + targets.trained_biases(model, config.bias, layers)
+
+
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    filled = lambda fields: {**fields, "n_frequency_pattern": fields["n_frequency_pattern"] or {}}  # noqa: E731
+    rules = StateRules(peft_type="WAVEFT", write_config=filled)
+    return [Method("waveft", WaveFTConfig, place, rules, learning_rate=3e-3)]
