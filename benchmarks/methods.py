@@ -40,6 +40,8 @@ FIELDS = {
     "c3a": {"block_size": 64},
     "delora": {"r": 16},
     "psoft": {"r": 32},
+    "waveft": {"n_frequency": 1000},
+    "supertuning": {"sparsity": 0.99},
 }
 PEERS = {
     "lora": ("LoraConfig", {}),
@@ -59,6 +61,8 @@ PEERS = {
     "c3a": ("C3AConfig", {}),
     "delora": ("DeloraConfig", {}),
     "psoft": ("PsoftConfig", {}),
+    "waveft": ("WaveFTConfig", {}),
+    "supertuning": ("SupertuningConfig", {}),
 }
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

@@ -95,7 +95,7 @@ _COIFLETS = {
 }
 # Of each pair of roots z, 1 / z of a symlet, by the angle of z: is it the outer one? So Daubechies 1992, section 8.1.1.
 _OUTER = {2: "0", 3: "0", 4: "01", 5: "10", 6: "101", 7: "100", 8: "0101", 9: "0110", 10: "10101"}
-_FAMILIES = [f"db{n}" for n in range(1, 11)] + [f"sym{n}" for n in range(2, 11)] + list(_COIFLETS)
+FAMILIES = [f"db{n}" for n in range(1, 11)] + [f"sym{n}" for n in range(2, 11)] + list(_COIFLETS)
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class WaveFTConfig(targets.LayersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         validation.positive_whole(n_frequency=self.n_frequency, **(self.n_frequency_pattern or {}))
-        known = f"wavelet_family is one of {', '.join(_FAMILIES)}, found {self.wavelet_family!r}"
-        validation.require(self.wavelet_family in _FAMILIES, known)
+        known = f"wavelet_family is one of {', '.join(FAMILIES)}, found {self.wavelet_family!r}"
+        validation.require(self.wavelet_family in FAMILIES, known)
 
 
 @lru_cache

@@ -13,7 +13,7 @@ from beside_peft import TASKS, both_ways, quiet, same_start
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.waveft.layer import WaveFTLinear
-from peftcore_waveft import _FAMILIES, WaveFT, WaveFTConfig, filters
+from peftcore_waveft import FAMILIES, WaveFT, WaveFTConfig, filters
 from torch import nn
 
 import peftcore
@@ -40,7 +40,7 @@ def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
     both_ways(make, tmp_path, peftcore.apply(make(), "waveft", **fields), config)
 
 
-@pytest.mark.parametrize("family", _FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_each_wavelet(family: str) -> None:
     """Filters whose shifts by two are orthonormal, and PEFT's change of weights of odd and even sizes."""
     low, high = filters(family)
@@ -58,7 +58,7 @@ def test_each_wavelet(family: str) -> None:
         torch.testing.assert_close(ours.delta(), theirs.get_delta_weight("x"), rtol=0, atol=1e-5 * 25)
 
 
-@given(st.integers(2, 9), st.integers(2, 9), st.sampled_from(_FAMILIES), st.booleans(), st.data())
+@given(st.integers(2, 9), st.integers(2, 9), st.sampled_from(FAMILIES), st.booleans(), st.data())
 def test_gradients_are_those_of_the_change(
     width: int, out_width: int, family: str, use_idwt: bool, data: st.DataObject
 ) -> None:
