@@ -61,6 +61,21 @@ def test_two_ranks_train_what_one_trains(run: Run, llama: Path, reviews: Path, t
 
 
 @pytest.mark.slow
+def test_two_ranks_go_on_from_an_adapter(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    first, data = tmp_path / "first", ("-d", reviews, "--eval-data", reviews)
+    run("train", "-m", llama, *data, *METHOD, *STEPS, "-o", first, "--batch-size", 4)
+    found = {}
+    for parallel in ("ddp", "fsdp2"):
+        output = tmp_path / parallel
+        torchrun("train", "-a", first, *data, *STEPS, "-o", output, "--batch-size", 2, "--parallel", parallel)
+        before, after = losses(output)
+        assert before == pytest.approx(losses(first)[1], abs=1e-5) and after < 0.9 * before
+        found[parallel] = load_file(output / "adapter" / "adapter_model.safetensors")
+    for name, tensor in found["ddp"].items():
+        torch.testing.assert_close(found["fsdp2"][name], tensor, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
 def test_a_dead_rank_ends_all_with_its_reason(llama: Path, reviews: Path, tmp_path: Path) -> None:
     common = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora")
     told = torchrun(*common, "--set", "r=nonsense", "--parallel", "ddp", code=1)
