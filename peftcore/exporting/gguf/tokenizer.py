@@ -74,8 +74,6 @@ def _write_bytes(writer: Any, parts: dict[str, Any], rows: int) -> None:
 
 
 def _write_sentencepiece(writer: Any, parts: dict[str, Any], rows: int, tokenizer: Any) -> None:
-    if tokenizer.eos_token_id is None:
-        raise _refused("it has no token for the end, for which llama.cpp takes token 2")
     vocabulary = _vocabulary(parts)
     try:
         space, scores = sentencepiece.space_before(parts), sentencepiece.scores(parts, vocabulary)
@@ -156,6 +154,8 @@ def _write_tokens(writer: Any, parts: dict[str, Any], rows: int, unknown: int | 
 
 def _write_special(writer: Any, tokenizer: Any) -> None:
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    if ids["eos"] is None:
+        raise _refused("it has no token for the end, as which llama.cpp then takes one of its own choice")
     if ids["pad"] == ids["eos"]:  # put there for batches
         ids["pad"] = None
     for name, i in ids.items():

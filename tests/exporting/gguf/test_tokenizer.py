@@ -126,6 +126,7 @@ def greedy() -> Any:
         (lambda: tokenizer(pre_tokenizers.ByteLevel()), "puts a space before a text"),
         (lambda: tokenizer(split("llama-bpe")), "it has ignore_merges=False"),
         (lambda: tokenizer(sequence(pre_tokenizers.Split(Regex("x"), "isolated"))), "in another way"),
+        (lambda: tokenizer(eos_token=None), "no token for the end"),
         (object, "object has no tokenizer.json"),
     ],
 )
