@@ -25,7 +25,7 @@ def test_its_examples_are_conversations_with_one_answer_to_each_question() -> No
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not LLAMA.exists(), reason=f"llama.cpp is not built ({LLAMA}): make export-check does, in half an hour"
+    not LLAMA.exists(), reason=f"llama.cpp is not built ({LLAMA}): make export-check does, in five minutes"
 )
 @pytest.mark.skipif(not (ROOT / ".demo/fetched").exists(), reason="SmolLM2 is not fetched (.demo): make demo does")
 def test_llama_cpp_answers_as_the_chat_file_does(tmp_path: Path) -> None:

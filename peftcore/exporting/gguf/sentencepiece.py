@@ -35,7 +35,10 @@ def _metaspace(scheme: str) -> dict[str, Any]:
 _AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _SPACES = "llama.cpp puts a space before a text that begins with one, and"
 _ALWAYS = f"{_SPACES} before a part of it behind a special token that does. This tokenizer puts none there"
-_FIRST = f"{_SPACES} behind each special token in it. This tokenizer puts none there"
+_FIRST = (
+    f'{_SPACES} behind each special token in it. This tokenizer puts none there ("legacy": true in the base\'s '
+    "tokenizer_config.json, before training, has it put those behind special tokens)"
+)
 WAYS: list[tuple[Steps, Steps, bool, str]] = [  # normalizer, pre-tokenizer, a space before the text, what differs
     ([_PREPEND, _ESCAPE], [], True, ""),
     ([_ESCAPE, _TWICE], [_metaspace("always")], True, ""),
