@@ -91,7 +91,7 @@ MODELS = {
     "vit": vit,
     "moe": moe,
 }
-OTHERS = sorted({*peftcore.methods()} - {"arrow", "lora"})  # arrow needs adapters that are trained
+OTHERS = sorted({*peftcore.methods()} - {"arrow", "adapter-fusion", "lora"})  # two need adapters that are trained
 FIELDS = {
     "adalora": {"total_step": 1000},
     "alora": {"alora_invocation_tokens": [3]},

@@ -154,11 +154,12 @@ class ForeignFormat:
     Args:
         name: for messages, such as `the library adapters`.
         tensors: name of its safetensors file.
-        matches: (fields of an `adapter_config.json` without `peft_type`) -> is it this format?
+        matches: (fields of its config, an `adapter_config.json` without `peft_type`) -> is it this format?
         read: (model, fields, tensors) -> (config, tensors by the names that they have on disk here). It raises
             a PeftcoreError for what this method cannot compute.
         about: (fields) -> the same facts as an `adapter_config.json` of PEFT has them: base_model_name_or_path, and
             fields of the method that are worth showing.
+        config: name of its config's file.
     """
 
     name: str
@@ -166,6 +167,7 @@ class ForeignFormat:
     matches: Callable[[dict[str, Any]], bool]
     read: Callable[[nn.Module, dict[str, Any], dict[str, Tensor]], tuple[Any, dict[str, Tensor]]]
     about: Callable[[dict[str, Any]], dict[str, Any]] = lambda _fields: {}
+    config: str = "adapter_config.json"
 
 
 @dataclass(frozen=True)

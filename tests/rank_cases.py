@@ -57,5 +57,6 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "waveft": ("llama", {"n_frequency": 9, "wavelet_family": "db2"}, False),
     "cartridge": ("llama", {"num_virtual_tokens": 3}, False),
     "supertuning": ("llama", {"sparsity": 0.9, "r": 3}, False),
+    "reft": ("llama", {"r": 3, "suffix_positions": 1, "dropout": 0.0}, False),
 }
 SHARED_BETWEEN_BLOCKS = ("adapter, shared factors", "vblora", "unilora", "tinylora")  # trained parameters are

@@ -185,30 +185,37 @@ def _method(opened: Folder, named: str | None, say: str) -> Method:
 
 def _foreign(opened: Folder, named: str | None = None) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:
     """(method, format, fields) where the folder is another library's, by a config without peft_type."""
-    try:
-        fields = parse_json(opened.content(CONFIG, JSON_BYTES), opened.path / CONFIG)
-    except (FileNotFoundError, CheckpointError):
-        return None
-    if not isinstance(fields, dict) or "peft_type" in fields:
-        return None
     chosen = None if named is None else registry.method(named)
-    found: dict[str, tuple[Method, ForeignFormat, Plugin]] = {}
+    found: dict[str, tuple[Method, ForeignFormat, dict[str, Any], Plugin]] = {}
+    configs: dict[str, dict[str, Any] | None] = {}
     for plugin in registry.plugins():
         for method in plugin.methods:
             for foreign in method.state.foreign if method.recorded_as is None and chosen in (None, method) else ():
                 try:
-                    if foreign.matches(dict(fields)):
-                        found.setdefault(method.name, (method, foreign, plugin))
+                    if foreign.config not in configs:
+                        configs[foreign.config] = _fields_of_others(opened, foreign.config)
+                    fields = configs[foreign.config]
+                    if fields is not None and foreign.matches(dict(fields)):
+                        found.setdefault(method.name, (method, foreign, fields, plugin))
                 except (Exception, SystemExit) as error:
                     registry.go_on_without(f"ForeignFormat.matches of {foreign.name!r}", plugin, error)
     if len(found) > 1:
-        names = ", ".join(f"'{name}' ({p.distribution} {p.version})" for name, (_, _, p) in found.items())
+        names = ", ".join(f"'{name}' ({p.distribution} {p.version})" for name, (*_, p) in found.items())
         raise PluginError(
             f"'{opened.path}' may be read by any of {len(found)} installed methods: {names}. Say which: "
             f"peftcore.load(..., method='NAME'); or name the plugins to use without the others: "
             "PEFTCORE_PLUGINS=NAME,NAME"
         )
-    return next(((method, foreign, fields) for method, foreign, _ in found.values()), None)
+    return next(((method, foreign, fields) for method, foreign, fields, _ in found.values()), None)
+
+
+def _fields_of_others(opened: Folder, config: str) -> dict[str, Any] | None:
+    """The fields of a config that is not PEFT's, or None."""
+    try:
+        fields = parse_json(opened.content(config, JSON_BYTES), opened.path / config)
+    except (FileNotFoundError, CheckpointError):
+        return None
+    return fields if isinstance(fields, dict) and "peft_type" not in fields else None
 
 
 def _read_foreign(

@@ -11,9 +11,9 @@ from peftcore.registry import registry
 
 
 def test_every_method_is_tried() -> None:
-    # Arrow chooses among other adapters, which must stand there; PVeRA and Poly draw noise of their own on each rank,
-    # and Lily takes a mean over the rows of a call, which are not those of one process.
-    apart = {"arrow", "pvera", "poly", "lily"}
+    # Arrow and fusions choose among other adapters, which must stand there; PVeRA and Poly draw noise of their own on
+    # each rank, and Lily takes a mean over the rows of a call, which are not those of one process.
+    apart = {"arrow", "adapter-fusion", "pvera", "poly", "lily"}
     assert {case.partition(",")[0] for case in rank_cases.CASES} == set(registry.methods()) - apart
 
 

@@ -130,8 +130,8 @@ def test_two_that_read_one_foreign_format(tmp_path: Path) -> None:
     def broken(fields):
         raise KeyError("kind")
 
-    def foreign(name: str, matches) -> Method:
-        form = peftcore.ForeignFormat("theirs", "their.safetensors", matches, read)
+    def foreign(name: str, matches, **more) -> Method:
+        form = peftcore.ForeignFormat("theirs", "their.safetensors", matches, read, **more)
         return tiny.method(name, state=peftcore.StateRules(name, foreign=(form,)))
 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"kind": "zz"}))
@@ -142,6 +142,13 @@ def test_two_that_read_one_foreign_format(tmp_path: Path) -> None:
         with pytest.raises(peftcore.PluginError, match=r"any of 2 installed methods: 'aa' .*, 'zz' .*method='NAME'"):
             peftcore.load(tiny.llama(), tmp_path)
         assert applied(peftcore.load(tiny.llama(), tmp_path, method="zz"), "default").method == "zz"
+    by_another_config = tmp_path / "other"
+    by_another_config.mkdir()
+    (by_another_config / "theirs.json").write_text(json.dumps({"kind": "yy"}))
+    safetensors.torch.save_file({"a": torch.zeros(1)}, by_another_config / "their.safetensors")
+    with tiny.installed(foreign("yy", lambda fields: True, config="theirs.json"), foreign("zz", lambda fields: True)):
+        assert applied(peftcore.load(tiny.llama(), by_another_config), "default").method == "yy"
+        assert applied(peftcore.load(tiny.llama(), tmp_path), "default").method == "zz"
     with (
         tiny.installed(foreign("aa", broken), foreign("zz", lambda fields: True)),
         pytest.warns(UserWarning, match=r"ForeignFormat.matches of 'theirs' of the plugin 'aa' .* failed: KeyError"),

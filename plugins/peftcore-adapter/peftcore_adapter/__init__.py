@@ -22,11 +22,11 @@ from __future__ import annotations
 
 import peftcore
 from peftcore_adapter import hub
-from peftcore_adapter.bottleneck import BehindNorm, Bottleneck, behind_norm
+from peftcore_adapter.bottleneck import BehindNorm, Bottleneck, Series, behind_norm
 from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
 from peftcore_adapter.placing import place
 
-__all__ = ["ACTIVATIONS", "AdapterConfig", "BehindNorm", "Bottleneck", "behind_norm", "peftcore_methods"]
+__all__ = ["ACTIVATIONS", "AdapterConfig", "BehindNorm", "Bottleneck", "Series", "behind_norm", "peftcore_methods"]
 
 
 @peftcore.hookimpl

@@ -40,7 +40,7 @@ class Bottleneck(nn.Module):
             size <= width,
             f"bottleneck_size={size} is wider than '{path}' ({width}). Choose at most {width}, usually an 8th of it",
         )
-        self.config = config
+        self.config, self.width = config, width
         if config.ln_before:
             self.adapter_norm_before = nn.LayerNorm(width)
         self.adapter_down: nn.Module

@@ -56,7 +56,8 @@ _OURS |= {"phm_rule_left": "rule.left", "phm_rule_right": "rule.right", "phm_rul
 
 def matches(fields: dict[str, Any]) -> bool:
     """Is it an adapter_config.json of a bottleneck of `adapters` (or its predecessor `adapter-transformers`)?"""
-    return isinstance(fields.get("config"), dict) and {"model_type", "name"} <= fields.keys()
+    theirs = fields.get("config")
+    return isinstance(theirs, dict) and theirs.get("architecture") != "reft" and {"model_type", "name"} <= fields.keys()
 
 
 def about(fields: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +79,7 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
             f"its tensor '{strange}' belongs to no bottleneck" if strange else "it has no tensor"
         )
     facts = detect(model)
-    used = {match["place"]: _sublayer(match["place"], facts.sublayers) for match in matched.values()}
+    used = {match["place"]: sublayer_at(match["place"], facts.sublayers) for match in matched.values()}
     inverts = any(match["what"] == "invertible_adapters" for match in common.values())
     if theirs.get("inv_adapter") and not inverts and fields.get("type") != "text_task":  # which named it in vain
         raise peftcore.PeftcoreError("it uses inv_adapter='nice', and the file lacks that adapter's tensors")
@@ -235,7 +236,7 @@ def _placement(kinds: Collection[str]) -> Literal["houlsby", "pfeiffer", "attent
     return "attention"
 
 
-def _sublayer(place: str, known: Iterable[Any]) -> Any:
+def sublayer_at(place: str, known: Iterable[Any]) -> Any:
     """The sublayer of a place such as `bert.encoder.layer.0.attention.output` or `model.layers.3.output_adapters`."""
     parts = _PLACE.fullmatch(place)
     if parts is not None:

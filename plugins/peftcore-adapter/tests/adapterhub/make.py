@@ -103,7 +103,10 @@ def moved(model, name, seed=0, std=0.2):
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if f".{name}." in key:
-                parameter.add_(std * torch.randn(parameter.shape, generator=generator))
+                noise = std * torch.randn(parameter.shape, generator=generator)
+                if key.endswith("original"):  # of a matrix with orthonormal rows: its diagonal holds signs
+                    noise.fill_diagonal_(0.0)
+                parameter.add_(noise)
 
 
 def main():

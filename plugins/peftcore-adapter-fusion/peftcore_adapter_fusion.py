@@ -1,0 +1,223 @@
+"""AdapterFusion (Pfeiffer et al. 2021, arXiv 2005.00247): several bottlenecks of a sublayer act as one.
+
+    attention     p = softmax over i of (Q x + q) · (K f_i(x) + k)       x what the bottlenecks read, of each token
+                  x -> + V (sum over i of p_i f_i(x))
+    average       x -> + (sum over i of w_i f_i(x))                      w given, sum 1
+    split         x -> + f_i(x)                                          i by the place in the text
+
+f_i are adapters that stand on the model already, of the method `adapter`, at the same places. V is the identity at the
+start, Q and K random. Trained: 3 d² + 2 d numbers each (attention), and the f_i where they are not frozen.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peftcore_adapter import BehindNorm, Bottleneck, Series, behind_norm
+from peftcore_adapter.hub import sublayer_at
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import engine, validation
+from peftcore.adaptation.outputs import first_of, with_first
+from peftcore.observation import detect
+
+
+@dataclass(frozen=True)
+class AdapterFusionConfig:
+    """Where AdapterHub's `DynamicAdapterFusionConfig` has a field, it is its name here.
+
+    Args:
+        adapters: names of bottleneck adapters of the model.
+        how: "attention", "average" or "split".
+        query, key, value: is there a Q, a K, a V? Without one the vectors are taken as they are.
+        regularization: the loss has 0.01 · |V - 1|², as in AdapterHub's library.
+        dropout_prob: of the scores in training.
+        weights: of an average, one for each adapter. None: all alike.
+        splits: of a split, how many tokens go to each adapter, one after the other; their sum is the text's length.
+        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
+    """
+
+    adapters: Sequence[str] = ()
+    how: Literal["attention", "average", "split"] = "attention"
+    query: bool = True
+    key: bool = True
+    value: bool = True
+    regularization: bool = True
+    dropout_prob: float = 0.0
+    weights: Sequence[float] | None = None
+    splits: Sequence[int] | None = None
+    modules_to_save: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+        validation.probability(dropout_prob=self.dropout_prob)
+        count, require = len(self.adapters), validation.require
+        require(count > 0, "name the adapters that are fused: adapters=[...]; first apply or load them")
+        for name, values, how in (("weights", self.weights, "average"), ("splits", self.splits, "split")):
+            require(values is None or self.how == how, f"{name} goes with how={how!r}, found how={self.how!r}")
+            require(values is None or len(values) == count, f"{name} has one entry for each of {count} adapters")
+        require(
+            self.how != "split" or self.splits is not None, "how='split' needs splits=[...], tokens for each adapter"
+        )
+        require(all(number > 0 for number in self.splits or ()), "splits are positive numbers of tokens")
+
+
+class Fusion(nn.Module):
+    """x `[..., width]` -> the change `[..., width]` that takes the place of those of its adapters."""
+
+    def __init__(self, config: AdapterFusionConfig, width: int) -> None:
+        super().__init__()
+        self.config, self.names = config, tuple(config.adapters)
+        weights = config.weights or [1 / len(self.names)] * len(self.names)
+        self.weights = [float(w) / sum(weights) for w in weights]
+        if config.how == "attention":
+            for name in ("query", "key"):
+                if getattr(config, name):
+                    layer = nn.Linear(width, width)
+                    nn.init.normal_(layer.weight, std=0.02)
+                    nn.init.zeros_(layer.bias)
+                    setattr(self, name, layer)
+            if config.value:
+                self.value = nn.Linear(width, width, bias=False)
+                nn.init.constant_(self.value.weight, 1e-6)
+                with torch.no_grad():
+                    self.value.weight.fill_diagonal_(1.0)
+
+    def change(self, x: Tensor, base: Any) -> Tensor:
+        """Of what is read, x; base: the link that has the branches."""
+        adapters: list[Bottleneck] = [base.branch(name).adapter for name in self.names]
+        if self.config.how == "average":
+            return torch.stack([w * f.change(x) for w, f in zip(self.weights, adapters, strict=True)]).sum(0)
+        if self.config.how == "split":
+            splits = list(self.config.splits or ())
+            found = f"splits={splits} are of {sum(splits)} tokens, and the text has {x.shape[1]}"
+            validation.require(x.dim() == 3 and sum(splits) == x.shape[1], found)
+            parts = zip(adapters, x.split(splits, dim=1), strict=True)
+            return torch.cat([f.change(part) for f, part in parts], 1)
+        ups = torch.stack([f.up(x) for f in adapters], -2)  # [..., adapters, width]
+        query, keys = self._of("query", x), self._of("key", ups)
+        scores = F.dropout((keys @ query[..., None]).squeeze(-1), self.config.dropout_prob, self.training)
+        mixed = (scores.softmax(-1)[..., None, :] @ ups).squeeze(-2)
+        return self._of("value", mixed)
+
+    def _of(self, name: str, x: Tensor) -> Tensor:
+        layer = self._modules.get(name)
+        if layer is None:
+            return x
+        bias = layer._parameters.get("bias")
+        return F.linear(x, layer.get_parameter("weight").to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class FusedSeries(Fusion):
+    """Around a module behind which the adapters stand."""
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        output = base(*args, **kwargs)
+        x = first_of(output)
+        return with_first(output, x + self.change(x, base))
+
+
+class FusedBehindNorm(Fusion):
+    """Around a norm around which they stand."""
+
+    stands_behind_norm = True
+
+    def forward(self, base: Any, z: Tensor) -> Any:
+        return behind_norm(self, base, z)
+
+
+def bottlenecks(model: nn.Module, name: str) -> dict[str, Bottleneck]:
+    """The bottlenecks of an adapter by the path of their module.
+
+    Raises:
+        PeftcoreError: there is no such adapter, or it is none of bottlenecks behind sublayers.
+    """
+    there = engine.state_of(model) is not None
+    validation.require(there, f"the adapter '{name}' is not there: first apply or load it, adapter='{name}'")
+    found: dict[str, Bottleneck] = {}
+    for path, adapter in engine.adapter_modules(model, name):
+        if not isinstance(adapter, (Series, BehindNorm)):
+            method = engine.applied(model, name).method
+            raise peftcore.PeftcoreError(
+                f"'{name}' ({method}) has at '{path}' a {type(adapter).__name__}, and what is fused are bottlenecks "
+                "behind sublayers (is_parallel=False, inv_adapter=None)"
+            )
+        found[path] = adapter
+    return found
+
+
+def place(model: nn.Module, config: AdapterFusionConfig, architecture: peftcore.Architecture) -> list[peftcore.Around]:
+    each = {name: bottlenecks(model, name) for name in config.adapters}
+    first = each[config.adapters[0]]
+    for name, found in each.items():
+        apart = sorted(
+            path for path in found.keys() | first.keys() if type(found.get(path)) is not type(first.get(path))
+        )
+        validation.require(
+            not apart,
+            f"adapters that are fused stand at the same places in the same way: '{config.adapters[0]}' and '{name}' "
+            f"differ at {apart[:3]}",
+        )
+
+    def fusion(adapter: Bottleneck) -> Fusion:
+        kind = FusedBehindNorm if isinstance(adapter, BehindNorm) else FusedSeries
+        return kind(config, adapter.width)
+
+    return [peftcore.Around(path, fusion(f), branches=tuple(config.adapters)) for path, f in first.items()]
+
+
+def loss(adapters: Mapping[str, Any], config: AdapterFusionConfig) -> Tensor | None:
+    values = [f.value.weight for f in adapters.values() if "value" in f._modules and config.regularization]
+    apart = [(value - torch.eye(len(value), device=value.device, dtype=value.dtype)).square().sum() for value in values]
+    return 0.01 * torch.stack([term.to(apart[0].device) for term in apart]).sum() if apart else None
+
+
+KEY = re.compile(r"(?P<place>.+)\.adapter_fusion_layer\.(?P<names>[^.]+)\.(?P<tensor>(?:query|key|value)\.\w+)")
+
+
+def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """The config and tensors of a fusion that AdapterHub's `adapters` saved."""
+    theirs, names = fields["config"], [str(name) for name in fields.get("adapter_names") or fields["name"].split(",")]
+    for name in ("query_before_ln", "residual_before", "temperature"):
+        validation.require(
+            not theirs.get(name), f"it uses {name}={theirs.get(name)!r}, which a fusion here does not have"
+        )
+    drop = theirs.get("dropout_prob") or getattr(getattr(model, "config", None), "attention_probs_dropout_prob", 0.0)
+    kept = {name: theirs[name] for name in ("query", "key", "value", "regularization") if name in theirs}
+    config = AdapterFusionConfig(names, dropout_prob=drop, modules_to_save=(), **kept)
+    known, found = detect(model).sublayers, {}
+    standing = bottlenecks(model, names[0])
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        if match is None:
+            raise peftcore.PeftcoreError(f"its tensor '{key}' belongs to no fusion")
+        sublayer = sublayer_at(match["place"], known)
+        path = next((p for p in (sublayer.norm, sublayer.stream, sublayer.output) if p in standing), None)
+        validation.require(path is not None, f"'{names[0]}' has no bottleneck at its place '{match['place']}'")
+        found[f"base_model.model.{path}.{match['tensor']}"] = tensor
+    return config, found
+
+
+def matches(fields: dict[str, Any]) -> bool:
+    """Is it an adapter_fusion_config.json?"""
+    return isinstance(fields.get("config"), dict) and isinstance(fields.get("name"), str)
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    foreign = peftcore.ForeignFormat(
+        "the library adapters",
+        "model_adapter_fusion.safetensors",
+        matches,
+        read,
+        lambda fields: dict(fields["config"]),
+        config="adapter_fusion_config.json",
+    )
+    rules = peftcore.StateRules(peft_type="ADAPTER_FUSION", foreign=(foreign,))
+    return [peftcore.Method("adapter-fusion", AdapterFusionConfig, place, rules, loss=loss, learning_rate=1e-3)]

@@ -1,0 +1,267 @@
+"""ReFT (Wu et al. 2024, arXiv 2404.03592): what layers give for chosen tokens is edited within a subspace of rank r.
+
+    LoReFT     h -> h + Rᵀ (W h + b - R h)      R [r, d] with orthonormal rows, W [r, d], b [r]      (section 3.2)
+    NoReFT     h -> h + Rᵀ (W h + b - R h)      R any matrix:          orthogonality=False
+    DiReFT     h -> h + Rᵀ (W h + b)            neither:               and subtract_projection=False
+
+for the first p tokens of a text and its last s (section 3.3), which have an R, W and b each, or with `tied_weights`
+the same. W starts as R (DiReFT: as 0), b as 0, so that nothing is changed. Trained: 2 · r · d + r numbers each.
+
+Tokens are counted without padding. Where a text goes on, behind a cache or not, its last tokens are those of the
+prompt: `model(..., prompt_lengths=n)`, int64 `[batch]`, says how many tokens that has; without it, all of the first.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import targets, validation
+from peftcore.observation import detect
+
+ACTIVATIONS = {
+    **{name: getattr(F, name) for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "mish")},
+    **{"swish": F.silu, "leakyrelu": F.leaky_relu, "gelu_new": partial(F.gelu, approximate="tanh")},  # AdapterHub's
+}
+
+
+@dataclass(frozen=True)
+class ReftConfig:
+    """The fields bear the names of AdapterHub's `LoReftConfig`, but for `layers`, which is layers_to_transform here.
+
+    Args:
+        r: rank of the subspace.
+        prefix_positions, suffix_positions: how many tokens, p and s.
+        orthogonality, subtract_projection, tied_weights: see above.
+        dropout: probability with which a number of an edited vector is dropped in training, as in the paper's code.
+        non_linearity: of W h + b, one of `ACTIVATIONS`. None: none. With one and `subtract_projection` the start is
+            not the base.
+        target_modules: modules behind which vectors are edited, in place of all layers; exclude_modules,
+            layers_to_transform, layers_pattern: see `peftcore.targets.select`.
+    """
+
+    r: int = 1
+    prefix_positions: int = 3
+    suffix_positions: int = 0
+    orthogonality: bool = True
+    subtract_projection: bool = True
+    tied_weights: bool = False
+    dropout: float = 0.05
+    non_linearity: str | None = None
+    target_modules: str | Sequence[str] | None = None
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    modules_to_save: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+        validation.positive_whole(r=self.r)
+        validation.probability(dropout=self.dropout)
+        if self.non_linearity is not None:
+            validation.one_of(ACTIVATIONS, non_linearity=self.non_linearity)
+        require, counts = validation.require, (self.prefix_positions, self.suffix_positions)
+        require(min(counts) >= 0 and max(counts) > 0, f"no tokens are chosen: prefix and suffix are {counts}")
+        require(
+            self.target_modules is not None or not (self.exclude_modules or self.layers_pattern),
+            "exclude_modules and layers_pattern go with target_modules; layers_to_transform goes without",
+        )
+
+
+class Unit(nn.Module):
+    """One edit; h `[..., d]`."""
+
+    def __init__(self, config: ReftConfig, path: str, width: int) -> None:
+        super().__init__()
+        wanted = f"r={config.r} is more than the width of '{path}', {width}. Choose less"
+        validation.require(config.r <= width, wanted)
+        self.config = config
+        self.learned_source = nn.Linear(width, config.r)
+        self.projection = nn.Linear(width, config.r, bias=False)
+        if config.orthogonality:
+            nn.init.orthogonal_(self.projection.weight)
+        nn.init.zeros_(self.learned_source.bias)
+        with torch.no_grad():
+            start = self.subspace() if config.subtract_projection else torch.zeros_like(self.projection.weight)
+            self.learned_source.weight.copy_(start)
+
+    def subspace(self) -> Tensor:
+        """R `[r, d]`, float32: the rows of the parameter made orthonormal, one after the other, or as they are."""
+        weight = self.projection.weight.float()
+        if not self.config.orthogonality:
+            return weight
+        q, triangle = torch.linalg.qr(weight.T)
+        return (q * triangle.diagonal().sign()).T
+
+    def forward(self, h: Tensor) -> Tensor:
+        r, w, b = self.subspace(), self.learned_source.weight.float(), self.learned_source.bias.to(h.dtype)
+        if self.config.non_linearity is None:  # one product, and exactly 0 where W is R
+            source = F.linear(h, (w - r if self.config.subtract_projection else w).to(h.dtype), b)
+        else:
+            source = ACTIVATIONS[self.config.non_linearity](F.linear(h, w.to(h.dtype), b))
+            if self.config.subtract_projection:
+                source = source - F.linear(h, r.to(h.dtype))
+        return F.dropout(h + source @ r.to(h.dtype), self.config.dropout, self.training)
+
+
+class Reft(nn.Module):
+    """Behind a layer: y `[batch, tokens, d]`. units: `first` and `last`, as far as there are such tokens, or `both`."""
+
+    needs_call = ("prompt_lengths",)
+    whole_batch = True
+
+    def __init__(self, config: ReftConfig, path: str, width: int, stack: str) -> None:
+        super().__init__()
+        self.config, self.stack = config, stack
+        counts = {"first": config.prefix_positions, "last": config.suffix_positions}
+        names = ["both"] if config.tied_weights else [name for name, count in counts.items() if count]
+        self.units = nn.ModuleDict({name: Unit(config, path, width) for name in names})
+
+    def forward(self, y: Tensor) -> Tensor:
+        edited = y
+        for name, chosen in zip(("first", "last"), self.chosen(y), strict=True):
+            if name in self.units or "both" in self.units:
+                unit = self.units[name if name in self.units else "both"]
+                edited = torch.where(chosen[..., None], unit(y), edited)
+        return edited
+
+    def chosen(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """`[batch, tokens]` each: is it one of the first tokens, of the last?"""
+        call, config = peftcore.current_call(), self.config
+        name = "decoder_attention_mask" if self.stack == "decoder" and "decoder_input_ids" in call else "attention_mask"
+        mask, tokens = call.get(name), y.shape[1]
+        if mask is None:
+            cache: Any = next((value for value in call.values() if "Cache" in type(value).__name__), None)
+            seen = 0 if cache is None or self.stack == "encoder" else int(cache.get_seq_length())  # with this call's
+            mask = torch.ones(y.shape[0], max(seen, tokens), dtype=torch.bool, device=y.device)
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        fits = y.dim() == 3 and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= tokens
+        validation.require(
+            fits,
+            f"ReFT counts the tokens of [batch, tokens, width] by {name} [batch, tokens], found {list(y.shape)} and "
+            f"{shape}. With a prompt before the input, or a mask of another shape, it cannot",
+        )
+        is_text = mask.to(y.device) != 0
+        place, past = is_text.cumsum(1)[:, -tokens:], mask.shape[1] - tokens  # of each token in its text, from 1
+        given = call.get("prompt_lengths")
+        if given is not None:
+            length = torch.as_tensor(given, device=y.device).reshape(-1, 1)
+        else:
+            length = torch.zeros_like(place[:, :1]) if past else is_text.sum(1, keepdim=True)
+        first = place <= config.prefix_positions
+        last = (place <= length) & (place > length - config.suffix_positions)
+        return first & is_text[:, -tokens:], last & is_text[:, -tokens:]
+
+
+def layers(model: nn.Module, config: ReftConfig, architecture: peftcore.Architecture) -> dict[str, tuple[int, int]]:
+    """{module that gives what a layer gives: (index of the layer, width)}."""
+    kinds = {"attention", "cross_attention", "feed_forward"}
+    last: dict[str, Any] = {}
+    for sublayer in targets.sublayers(model, architecture, kinds, config.layers_to_transform):
+        last[re.split(rf"(?<=\.{sublayer.layer})\.", f".{sublayer.output}.", maxsplit=1)[0]] = sublayer
+    nameless = [s.output for s in last.values() if s.norm is None and s.stream is None]
+    validation.require(
+        not nameless,
+        f"no module of {type(model).__name__} gives what comes behind '{', '.join(nameless[:2])}' and its residual. "
+        "Name modules: target_modules=[...]",
+    )
+    return {s.norm or s.stream: (s.layer, s.width) for s in last.values()}
+
+
+def place(model: nn.Module, config: ReftConfig, architecture: peftcore.Architecture) -> list[peftcore.After]:
+    if config.target_modules is None:
+        found = {path: width for path, (_, width) in layers(model, config, architecture).items()}
+    else:
+        chosen = targets.select_by(config, model, architecture, supported=lambda m: not isinstance(m, nn.ModuleList))
+        found = {path: targets.widths(model, path, architecture)[1] for path in chosen}
+    stacks = {f"{getattr(architecture, name)}.": name for name in ("encoder", "decoder")}
+    stack = {path: next((name for start, name in stacks.items() if path.startswith(start)), "") for path in found}
+    return [peftcore.After(path, Reft(config, path, width, stack[path])) for path, width in found.items()]
+
+
+KEY = re.compile(r"(?P<stack>.*?)\.?(?P<layer>\d+)\.reft_layer\.refts\.[^.]+\.units\.(?P<unit>\d)\.(?P<tensor>.+)")
+
+
+def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    """The config and tensors of a file of AdapterHub's `adapters`."""
+    theirs = fields["config"]
+    names = ("r", "prefix_positions", "suffix_positions", "orthogonality", "tied_weights", "dropout", "non_linearity")
+    matched = {key: match for key in tensors if (match := KEY.fullmatch(key)) is not None}
+    strange = next((key for key in tensors if key not in matched), None)
+    validation.require(bool(matched) and strange is None, f"its tensor '{strange}' belongs to no ReFT")
+    numbers = sorted({int(match["layer"]) for match in matched.values()})
+    plain = {name: theirs[name] for name in names if name in theirs}
+    if isinstance(act := plain.get("non_linearity"), str):
+        plain["non_linearity"] = act.lower()
+    subtracts = theirs.get("subtract_projection", True if plain.get("orthogonality") is True else None)
+    validation.require(
+        subtracts is not None,
+        "it is a NoReFT or a DiReFT: `adapters` does not write which, and takes either for a NoReFT itself. Write "
+        '"subtract_projection": true (NoReFT) or false (DiReFT) into "config" of its adapter_config.json',
+    )
+    config = ReftConfig(**plain, subtract_projection=subtracts, layers_to_transform=numbers, modules_to_save=())
+    facts = detect(model)
+    there = {(index, _decodes(path)): path for path, (index, _) in layers(model, config, facts).items()}
+    found = {}
+    units = {"0": "both"} if config.tied_weights else {"0": "first", "1": "last"}
+    used = {
+        "both",
+        *(n for n, count in (("first", config.prefix_positions), ("last", config.suffix_positions)) if count),
+    }
+    parts: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for key, match in matched.items():
+        at = int(match["layer"]), _decodes(match["stack"])
+        validation.require(at in there, f"its place '{key}' is no known layer of this model")
+        if (unit := units.get(match["unit"])) not in used:
+            continue  # of tokens of which it edits none
+        name = f"base_model.model.{there[at]}.units.{unit}"
+        if match["tensor"].startswith("projection."):
+            parts.setdefault((name, "projection"), {})[match["tensor"].removeprefix("projection.")] = tensors[key]
+        else:
+            found[f"{name}.{match['tensor']}"] = tensors[key]
+    for (name, _), those in parts.items():
+        found[f"{name}.projection.weight"] = _projection(those)
+    return config, found
+
+
+def _projection(those: Mapping[str, Tensor]) -> Tensor:
+    """R, of PyTorch's parametrization, which keeps Householder vectors and a base `[d, r]` to turn."""
+    if "weight" in those:
+        return those["weight"]
+    raw = those["parametrizations.weight.original"]
+    layer: Any = nn.utils.parametrizations.orthogonal(nn.Linear(raw.shape[1], raw.shape[0], bias=False))
+    layer.load_state_dict(dict(those))
+    found: Tensor = layer.weight.detach().clone()
+    is_orthonormal = torch.allclose(found @ found.T, torch.eye(len(found)), atol=1e-3)
+    validation.require(is_orthonormal, "the rows of one of its projections are not orthonormal")
+    return found
+
+
+def _decodes(path: str) -> bool:
+    return "decoder" in path.split(".")
+
+
+def matches(fields: dict[str, Any]) -> bool:
+    """Is it an adapter_config.json of a ReFT of `adapters`?"""
+    config = fields.get("config")
+    return isinstance(config, dict) and config.get("architecture") == "reft" and {"model_type", "name"} <= fields.keys()
+
+
+def about(fields: dict[str, Any]) -> dict[str, Any]:
+    """The base, and all settings."""
+    return {"base_model_name_or_path": fields.get("model_name") or None, **fields["config"]}
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    foreign = peftcore.ForeignFormat("the library adapters", "adapter.safetensors", matches, read, about)
+    rules = peftcore.StateRules(peft_type="REFT", foreign=(foreign,))
+    return [peftcore.Method("reft", ReftConfig, place, rules, learning_rate=3e-3)]
