@@ -206,7 +206,7 @@ class ComparisonReport:
         return rows
 
     def write(self, folder: Path) -> None:
-        """Write the three files."""
+        """Write the tables."""
         report = {
             "settings": {
                 k: v for k, v in self.settings.to_json().items() if k not in ("method", "fields", "lr", "seed")
@@ -219,6 +219,9 @@ class ComparisonReport:
         }
         (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
+
+    def write_picture(self, folder: Path) -> None:
+        """Write the chart, where there is something to draw."""
         if any(method.finished for method in self.methods):
             (folder / "compare.png").write_bytes(self.picture())
 

@@ -1,6 +1,6 @@
 """`peftcore compare`: several methods on one model and one set of examples.
 
-OUTPUT/report.json, table.md, compare.png    what was found, written anew after every run
+OUTPUT/report.json, table.md, compare.png    what was found, the first two written anew after every run
 OUTPUT/compare.toml                          the options: `peftcore compare --config` repeats it
 OUTPUT/runs/METHOD/seed-N/                   one run, in a process of its own
 OUTPUT/runs/METHOD/lr-RATE/seed-N/           the same with --search
@@ -261,11 +261,13 @@ def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: S
                 else:
                     result = training_process.run(folder, settings, show)
             except KeyboardInterrupt:
+                report.write_picture(output)
                 say(f"stopped; finished runs are in {output}. To go on:\n  {command(resume=True)}", "bold")
                 raise typer.Exit(130) from None
             report.add(candidate.label, seed, result, lr)
             report.write(output)
             say(f"{name}: {report.sentence(result)}")
+    report.write_picture(output)  # takes a second, which after every run is much where runs are short
     out.print()
     report.show()
     for label, reason in report.failures():
