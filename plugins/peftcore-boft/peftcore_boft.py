@@ -130,4 +130,4 @@ def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> l
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(peft_type="BOFT", unreadable=targets.conv1d_paths)
-    return [Method("boft", BOFTConfig, place, rules, learning_rate=1e-3)]
+    return [Method("boft", BOFTConfig, place, rules, learning_rate=3e-3)]

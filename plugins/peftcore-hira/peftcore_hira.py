@@ -86,4 +86,4 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str
 def peftcore_methods() -> list[peftcore.Method]:
     filled = lambda fields: {**fields, "rank_pattern": fields["rank_pattern"] or {}}  # noqa: E731
     rules = peftcore.StateRules(peft_type="HIRA", write_config=filled, refused=refused)
-    return [peftcore.Method("hira", HiraConfig, place, rules, learning_rate=1e-3)]
+    return [peftcore.Method("hira", HiraConfig, place, rules, learning_rate=1e-2)]

@@ -87,4 +87,4 @@ def place(model: nn.Module, config: HRAConfig, architecture: Architecture) -> li
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(peft_type="HRA", own_fields=HRAConfig.not_in_peft, unreadable=targets.conv1d_paths)
-    return [Method("hra", HRAConfig, place, rules, learning_rate=1e-3)]
+    return [Method("hra", HRAConfig, place, rules, learning_rate=3e-3)]

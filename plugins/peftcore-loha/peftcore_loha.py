@@ -103,4 +103,4 @@ def place(model: nn.Module, config: LoHaConfig, architecture: Architecture) -> l
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(peft_type="LOHA", own_fields=LoHaConfig.not_in_peft, unreadable=targets.conv1d_paths)
-    return [Method("loha", LoHaConfig, place, rules, learning_rate=1e-3)]
+    return [Method("loha", LoHaConfig, place, rules, learning_rate=1e-2)]

@@ -114,4 +114,4 @@ def place(model: nn.Module, config: LoKrConfig, architecture: Architecture) -> l
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(peft_type="LOKR", own_fields=LoKrConfig.not_in_peft, unreadable=targets.conv1d_paths)
-    return [Method("lokr", LoKrConfig, place, rules, learning_rate=1e-3)]
+    return [Method("lokr", LoKrConfig, place, rules, learning_rate=1e-2)]

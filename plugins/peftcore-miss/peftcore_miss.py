@@ -112,4 +112,4 @@ def peftcore_methods() -> list[Method]:
         read_tensors=read_tensors,
         unreadable=targets.conv1d_paths,
     )
-    return [Method("miss", MissConfig, place, rules, learning_rate=1e-3)]
+    return [Method("miss", MissConfig, place, rules, learning_rate=2e-4)]
