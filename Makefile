@@ -52,9 +52,10 @@ docs: $(VENV)/docs.stamp
 matrix: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(PY) tests/matrix.py
 
-# Every method on the demo's classifier, three seeds each, peft beside it: half an hour on two cores. It can be resumed.
+# Every method on the demo's two tasks, PEFT beside it: two hours on two cores, docs/comparison.md. It goes on where it was
+# stopped. Twenty minutes: make compare COMPARE=--reduced
 compare: $(VENV)/dev.stamp
-	$(PY) benchmarks/demo/compare.py
+	$(PY) benchmarks/demo/compare.py $(COMPARE)
 
 # Every model class of transformers under every method: an hour on one core. It goes on where it was stopped; the page is
 # docs/census.md, one class: make census CENSUS="--only '^BertModel$$' --verbose". To begin anew: CENSUS=--fresh

@@ -1,179 +1,172 @@
-"""Every method on the demo's classifier, three seeds each, and peft beside those it has, with the same settings.
+"""Every installed method on the demo's two tasks, the whole model and PEFT's own run of the same beside them.
 
-    python benchmarks/demo/compare.py [FOLDER] [METHOD ...]
+    python benchmarks/demo/compare.py [FOLDER] [--reduced] [--task classifier|writer] [--method NAME ...]
 
-FOLDER is the demo's (default: .demo at the top of the repository), METHOD names those to be run (default: all).
-MiniLM-L6 learns from 1,600 movie-review snippets, one pass in batches of 8, and is measured on 500 others. A second
-call keeps the runs that are finished. The learning rates are the best of those tried with one or two seeds (BitFit
-fails to learn above 3e-3, prompt tuning at 0.3).
+FOLDER is the demo's (default: .demo at the top of the repository). MiniLM-L6 learns to tell kinds of movie reviews;
+SmolLM2-135M learns to write them, and sentences of newspapers tell what it forgets. Each method is tried with the same
+learning rates; a part of the training examples, which is not the test part, chooses (`peftcore compare --search`). Both
+tasks run at once, in one thread each. A second call keeps the runs that are finished, and goes on.
+
+In the reduced form a method has fewer steps, fewer rates and one seed, and the writer takes each method's own. --shared
+leaves out times, of a machine that others use. What was found is benchmarks/demo/comparison.json; the page and the
+picture, docs/comparison.md, are made from it.
 """
 
+import argparse
 import json
-import statistics
+import os
+import random
+import shlex
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
-from run import CLASSIFIER, ROOT, fetch, peftcore
+from learning_rates import sentences
+from run import CLASSIFIER, ROOT, WRITER, fetch
 
-SEEDS = 3
-METHODS = (
-    "lora r=8 lora_alpha=16 lr=1e-3",
-    "qlora r=8 lora_alpha=16 lr=1e-3",
-    "adapter lr=1e-3",
-    "adapter is_parallel=true scaling=4 lr=3e-4",
-    "prefix-tuning lr=2e-2",
-    "prompt-tuning lr=0.1",
-    "bitfit lr=1e-3",
-    "dora r=8 lora_alpha=16 lr=1e-3",
-    "vera r=256 lr=3e-2",
-    "ia3 lr=1e-2",
-    "adalora lora_alpha=32 tinit=20 tfinal=80 total_step=200 lr=5e-3",
-    "full lr=1e-4",
-)
-SCHEDULE = {"lora_alpha": 32, "tinit": 20, "tfinal": 80, "total_step": 200}
-# What peft has; its settings are read off our runs.
-PEERS = {
-    "lora r=8 lora_alpha=16": ("LoraConfig", {"r": 8, "lora_alpha": 16, "target_modules": "all-linear"}),
-    "prefix-tuning": ("PrefixTuningConfig", {"num_virtual_tokens": 20}),
-    "prompt-tuning": ("PromptTuningConfig", {"num_virtual_tokens": 20}),
-    "dora r=8 lora_alpha=16": (
-        "LoraConfig",
-        {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "use_dora": True},
-    ),
-    "vera r=256": ("VeraConfig", {"r": 256, "target_modules": "all-linear"}),
-    "ia3": ("IA3Config", {"target_modules": "all-linear", "feedforward_modules": [".output.dense"]}),
-    "adalora lora_alpha=32 tinit=20 tfinal=80 total_step=200": (
-        "AdaLoraConfig",
-        {"target_modules": "all-linear", **SCHEDULE},
-    ),
+DENSE_WRITER = "models/smollm2"
+RESULTS = ROOT / "benchmarks/demo/comparison.json"
+# What a method cannot do without: a schedule's length, the tokens that it trains or that wake it (` movie review:`), a
+# size of blocks or vectors that divides those of both models.
+FIELDS = {
+    "adalora": lambda steps: f"tinit={steps // 10} tfinal={steps * 2 // 5} total_step={steps}",
+    "alora": lambda _: "alora_invocation_tokens=7704,2523,42",
+    "c3a": lambda _: "block_size=64",
+    "vblora": lambda _: "vector_length=64",
+    "trainable-tokens": lambda _: "token_indices=" + ",".join(map(str, range(1000, 1100))),
 }
 
 
-def main(folder: Path, chosen: list[str]) -> None:
-    methods = [text for text in METHODS if not chosen or text.split()[0] in chosen]
+@dataclass(frozen=True)
+class Size:
+    """Of one task's runs. `rates`: those of the search; None: each method has its own."""
+
+    steps: int
+    batch_size: int
+    train: int
+    test: int
+    rates: str | None
+    seeds: int
+
+
+FULL = {
+    "classifier": Size(150, 8, 1600, 500, "1e-4,1e-3,3e-3,3e-2", 3),
+    "writer": Size(30, 4, 480, 100, "1e-4,1e-3,3e-3,3e-2", 3),
+}
+REDUCED = {
+    "classifier": Size(40, 8, 800, 200, "3e-3,3e-2", 1),
+    "writer": Size(12, 4, 240, 24, None, 1),
+}
+MODELS = {"classifier": CLASSIFIER, "writer": DENSE_WRITER}
+FILES = {"classifier": "classify", "writer": "write"}
+OTHER_TEXTS = 24  # sentences of newspapers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / ".demo")
+    parser.add_argument("--reduced", action="store_true")
+    parser.add_argument("--task", choices=list(MODELS), action="append")
+    parser.add_argument("--method", action="append", help="one of those installed; default all")
+    parser.add_argument("--shared", action="store_true", help="others use the machine: leave out times")
+    parser.add_argument("--no-peft", action="store_true", help="leave out PEFT's runs that are not there yet")
+    parser.add_argument("--page", action="store_true", help="run nothing; make the page from what was found")
+    chosen = parser.parse_args()
+    began = time.perf_counter()
+    sizes = REDUCED if chosen.reduced else FULL
+    folder = chosen.folder.resolve()
+    output = folder / ("compare-reduced" if chosen.reduced else "compare")
+    if not chosen.page:
+        prepare(folder, sizes)
+        run_tasks(folder, output, sizes, chosen)
+    if chosen.page or not (chosen.method or chosen.task):
+        from compare_collect import collect
+        from compare_page import write_page
+
+        if output.exists():
+            found = collect(output, sizes, shared=chosen.shared)
+            RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+        write_page(json.loads(RESULTS.read_text()), ROOT / "docs")
+    print(f"\n{time.perf_counter() - began:.0f} s in all")
+
+
+def prepare(folder: Path, sizes: dict[str, Size]) -> None:
+    """Models and examples; the language model in 16 bits, which is read much faster than its GGUF."""
     folder.mkdir(parents=True, exist_ok=True)
     fetch(folder)
-    for name, count in (("train", 1600), ("test", 500)):
-        lines = (folder / f"data/classify_{name}.jsonl").read_text().splitlines(keepends=True)
-        (folder / f"data/compare_{name}.jsonl").write_text("".join(lines[:count]))
+    if not (folder / DENSE_WRITER / "model.safetensors").exists():
+        from peftcore.cli import models
+
+        written = folder / f"{DENSE_WRITER}-unfinished"
+        models.load_model(str(folder / WRITER), "causal-lm", dtype="bf16", device="cpu").save_pretrained(written)
+        models.load_tokenizer(str(folder / WRITER)).save_pretrained(written)
+        written.rename(folder / DENSE_WRITER)
+    for task, size in sizes.items():
+        for part, count in (("train", size.train), ("test", size.test)):
+            lines = (folder / f"data/{FILES[task]}_{part}.jsonl").read_text().splitlines(keepends=True)
+            data_file(folder, task, part, size).write_text("".join(lines[:count]))
+    texts = [text for _, text in sentences(folder, "news")]
+    random.Random(0).shuffle(texts)
+    rows = (json.dumps({"text": text}) + "\n" for text in texts[:OTHER_TEXTS])
+    (folder / "data/compare_other.jsonl").write_text("".join(rows))
+
+
+def data_file(folder: Path, task: str, part: str, size: Size) -> Path:
+    return folder / f"data/compare_{task}_{part}_{getattr(size, part)}.jsonl"
+
+
+def run_tasks(folder: Path, output: Path, sizes: dict[str, Size], chosen: argparse.Namespace) -> None:
+    """Both at once, this program for each."""
+    tasks = chosen.task or list(MODELS)
+    if len(tasks) == 1:
+        run_task(folder, output / tasks[0], tasks[0], sizes[tasks[0]], chosen.method)
+        if not chosen.no_peft:
+            from compare_beside import beside_peft
+
+            beside_peft(output / tasks[0])
+        return
+    more = [word for name in chosen.method or () for word in ("--method", name)]
+    more += [option for option in ("--reduced", "--no-peft") if option in sys.argv]
+    first, second = ([sys.executable, __file__, str(folder), "--task", task, *more] for task in tasks)
+    with open(folder / f"compare-{tasks[1]}.log", "a") as log:
+        print(f"what {tasks[1]} prints is in {log.name}")
+        beside = subprocess.Popen(second, env=environment(), stdout=log, stderr=log)
+        try:
+            failed = subprocess.run(first, env=environment()).returncode
+        finally:
+            failed_beside = beside.wait()  # Ctrl-C reaches both
+    if failed or failed_beside:
+        sys.exit(failed or failed_beside)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run_task(folder: Path, output: Path, task: str, size: Size, names: list[str] | None) -> None:
+    """`peftcore compare` of one task."""
+    from peftcore.registry import registry
+
+    methods = []
+    for name in names or [*registry.methods(), "full"]:
+        methods += ["--method", " ".join([name, *(FIELDS[name](size.steps).split() if name in FIELDS else [])])]
+    train, test = (str(data_file(folder, task, part, size)) for part in ("train", "test"))
     # fmt: off
-    peftcore(folder, "compare", "--model", CLASSIFIER, "--data", "data/compare_train.jsonl",
-             "--eval-data", "data/compare_test.jsonl", *(word for text in methods for word in ("--method", text)),
-             "--full" if any(text.startswith("full") for text in methods) else "--no-full",
-             "--seeds", str(SEEDS), "--epochs", "1", "--batch-size", "8", "--max-length", "64",
-             "--output", "-".join(["compare", *chosen]), "--resume")
+    command = ["compare", "--model", str(folder / MODELS[task]), "--data", train, "--eval-data", test, *methods,
+               "--no-full", "--seeds", str(size.seeds), "--steps", str(size.steps),
+               "--batch-size", str(size.batch_size), "--max-length", "64", "--output", str(output), "--resume"]
     # fmt: on
-    beside_peft(folder / "-".join(["compare", *chosen]), [text.rpartition(" lr=")[0] for text in methods])
-
-
-def beside_peft(output: Path, labels: list[str]) -> None:
-    """Run peft, and peftcore from peft's initial values, each time in a process of its own, and print all."""
-    print(f"\n{'held-out accuracy, %':28}{'peftcore':>16}{'from its start':>16}{'peft':>16}{'step, ms':>12}{'peft':>8}")
-    for label in (label for label in PEERS if label in labels):
-        ours, same, theirs = [], [], []
-        for seed in range(SEEDS):
-            run = output / "runs" / label / f"seed-{seed}"
-            ours.append(json.loads((run / "result.json").read_text()))
-            for library, found in (("peft", theirs), ("peftcore", same)):
-                result = run / f"beside-{library}.json"
-                if not result.exists():
-                    command = [sys.executable, __file__, "--beside", library, label, run]
-                    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                found.append(json.loads(result.read_text()))
-        if "error" in theirs[0]:
-            print(f"{label:28}{shown(ours):>16}   peft: {theirs[0]['error']}")
-            continue
-        assert ours[0]["trainable_parameters"] == theirs[0]["trainable_parameters"], label
-        steps = [1e3 * statistics.median(run["step_seconds"] for run in runs) for runs in (ours, theirs)]
-        print(f"{label:28}{shown(ours):>16}{shown(same):>16}{shown(theirs):>16}{steps[0]:12.0f}{steps[1]:8.0f}")
-        for seed, runs in enumerate(zip(ours, same, theirs, strict=True)):
-            accuracies = "".join(f"{100 * run['after']['accuracy']:16.1f}" for run in runs)
-            print(f"{f'  seed {seed}':28}{accuracies}")
-
-
-def shown(runs: list[dict]) -> str:
-    values = [100 * run["after"]["accuracy"] for run in runs]
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-
-
-def train_beside(library: str, label: str, run: Path) -> dict:
-    """The run in the folder `run` with peft in place of peftcore, or with peftcore from peft's initial values."""
-    import warnings
-
-    import peft
-    from transformers import PrinterCallback, set_seed
-
-    import peftcore
-    from peftcore.cli import data, models, progress, tasks, trainers, training
-    from peftcore.cli import settings as run_settings
-
-    warnings.simplefilter("ignore")
-    settings = run_settings.Settings(**json.loads((run / run_settings.RUN_FILE).read_text()))
-    train_rows, eval_rows = training.read_splits(settings)
-    labels = tuple(data.labels_of(train_rows))
-    tokenizer = models.load_tokenizer(settings.model)
-    train, held_out = (
-        training.encode_examples(what, rows, settings, tokenizer, labels)
-        for what, rows in (("training", train_rows), ("held-out", eval_rows))
-    )
-
-    def fresh():
-        set_seed(settings.seed)
-        return models.load_model(settings.model, settings.task, device="cpu", labels=labels)
-
-    config, fields = PEERS[label]
-    model = peft.get_peft_model(fresh(), getattr(peft, config)(task_type="SEQ_CLS", **fields))
-    if library == "peftcore":
-        model.save_pretrained(run / "start")
-        model = fresh()
-        peftcore.load(model, run / "start")
-    meter = progress.Meter()
-    arguments = training.training_arguments(settings, run / f"beside-{library}", len(train))
-    arguments.save_strategy = "no"
-    trainer = trainers.MeasuringTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=tasks.collator(tokenizer),
-        callbacks=[meter],
-        measure=lambda model: tasks.measure(model, held_out, tokenizer),
-        lengths=[len(example["input_ids"]) for example in train],
-    )
-    trainer.remove_callback(PrinterCallback)
-    if library == "peft" and hasattr(model.base_model, "update_and_allocate"):
-        trainer.add_callback(allocating(model.base_model))
-    trainer.train()
-    return {
-        "after": tasks.measure(model, held_out, tokenizer).as_dict(),
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "step_seconds": meter.step_seconds,
-        "peak": progress.peak_memory(),
-    }
-
-
-def allocating(tuner: object) -> object:
-    """What PEFT's documentation lets a loop do for AdaLoRA; steps count from 1."""
-    from transformers import TrainerCallback
-
-    class Allocating(TrainerCallback):
-        def on_optimizer_step(self, args, state, control, **kwargs):
-            tuner.update_and_allocate(state.global_step + 1)
-
-    return Allocating()
+    if size.rates:
+        command += ["--search", f"lr={size.rates}"]
+    if task == "writer":
+        command += ["--other-data", str(folder / "data/compare_other.jsonl"), "--dtype", "bf16"]
+    print(f"\n$ peftcore {shlex.join(command)}", flush=True)
+    finished = subprocess.run([sys.executable, "-m", "peftcore", *command], env=environment()).returncode
+    if finished != 0:
+        sys.exit(finished)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--beside"]:
-        library, label, run = *sys.argv[2:4], Path(sys.argv[4])
-        try:
-            result = train_beside(library, label, run)
-        except ValueError as error:  # peft 0.21 cannot run every method on every model
-            result = {"error": str(error)}
-        (run / f"beside-{library}.json").write_text(json.dumps(result, indent=2) + "\n")
-    else:
-        began = time.perf_counter()
-        main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / ".demo", sys.argv[2:])
-        print(f"\n{time.perf_counter() - began:.0f} s in all")
+    main()
