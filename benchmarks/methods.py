@@ -42,6 +42,7 @@ FIELDS = {
     "psoft": {"r": 32},
     "waveft": {"n_frequency": 1000},
     "supertuning": {"sparsity": 0.99},
+    "glora": {"r": 8},
 }
 PEERS = {
     "lora": ("LoraConfig", {}),
@@ -63,6 +64,7 @@ PEERS = {
     "psoft": ("PsoftConfig", {}),
     "waveft": ("WaveFTConfig", {}),
     "supertuning": ("SupertuningConfig", {}),
+    "glora": ("GloraConfig", {}),
 }
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

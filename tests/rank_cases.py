@@ -58,5 +58,6 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "cartridge": ("llama", {"num_virtual_tokens": 3}, False),
     "supertuning": ("llama", {"sparsity": 0.9, "r": 3}, False),
     "reft": ("llama", {"r": 3, "suffix_positions": 1, "dropout": 0.0}, False),
+    "glora": ("llama", {"r": 3}, False),
 }
 SHARED_BETWEEN_BLOCKS = ("adapter, shared factors", "vblora", "unilora", "tinylora")  # trained parameters are

@@ -146,5 +146,7 @@ def unreadable(model: Any, paths: Sequence[str]) -> Sequence[str]:
 
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="ADAPTION_PROMPT", unreadable=unreadable)
+    rules = peftcore.StateRules(
+        peft_type="ADAPTION_PROMPT", own_fields=frozenset({"modules_to_save"}), unreadable=unreadable
+    )
     return [peftcore.Method("adaption-prompt", AdaptionPromptConfig, place, rules, learning_rate=1e-2)]

@@ -1,0 +1,145 @@
+"""GLoRA (Chavan et al. 2023, arXiv 2306.07967, section 3.2): weight and bias, scaled and shifted.
+
+    y = (W + W ⊙ A + B) x + b + b ⊙ D + E + W C         ⊙ number by number
+
+    A, B [out, in]     lora: Xd Xu, of rank r    vector: one number for each output    constant: one    none
+    C    [in]          lora: Xd Xu               vector: its own numbers                                none
+    D, E [out]                                   vector: one number for each output    constant: one    none
+
+Trained: the X, so that all five are zero at the start. C, D and E are those of a bias: a layer without one has none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import peftcore
+from peftcore import targets, validation
+
+
+@dataclass(frozen=True)
+class GloraConfig(targets.LayersConfig):
+    """The fields bear the names of Hugging Face PEFT's `GloraConfig`; those that are not here choose layers.
+
+    Args:
+        r: rank of those that are "lora".
+        config_A_B, config_C, config_D_E: the form of A and B, of C, and of D and E.
+        bias: which are trained too: "none", "all", or "glora_only" (those of adapted modules).
+        init_weights: False: a random start.
+    """
+
+    not_in_peft: ClassVar[frozenset[str]] = frozenset(
+        {"exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"}
+    )
+    r: int = 8
+    bias: Literal["none", "all", "glora_only"] = "none"
+    config_A_B: Literal["lora", "vector", "constant", "none"] = "lora"
+    config_C: Literal["lora", "vector", "none"] = "lora"
+    config_D_E: Literal["vector", "constant", "none"] = "constant"
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        validation.positive_whole(r=self.r)
+        forms = {self.config_A_B, self.config_C, self.config_D_E}
+        validation.require(forms != {"none"}, "config_A_B, config_C and config_D_E are all 'none': nothing would train")
+
+
+class Path(nn.Module):
+    """One of the five: `Xd` and `Xu`, or `X`. It gives what broadcasts to `shape`, [rows, columns] or [rows]."""
+
+    def __init__(self, form: str, shape: tuple[int, ...], config: GloraConfig) -> None:
+        super().__init__()
+        self.form, start = form, config.init_weights
+        if form == "lora":
+            self.Xd = nn.Parameter(torch.zeros(shape[0], config.r))
+            self.Xu = nn.Parameter(torch.empty(config.r, shape[1]))
+            nn.init.kaiming_uniform_(self.Xu, a=math.sqrt(5))
+        elif form == "vector":
+            self.X = nn.Parameter(torch.zeros(shape[0], *[1] * (len(shape) - 1)))
+        elif form == "constant":
+            self.X = nn.Parameter(torch.zeros(1))
+        if not start and form == "constant":
+            nn.init.normal_(self.X, std=0.02)
+        elif not start and form != "none":  # uniform, as wide as the columns are few
+            drawn = self.Xd if form == "lora" else self.X
+            nn.init.kaiming_uniform_(drawn if drawn.dim() > 1 else drawn[None], a=math.sqrt(5))
+
+    def forward(self) -> Any:
+        if self.form == "lora":
+            return self.Xd.float() @ self.Xu.float()
+        return 0.0 if self.form == "none" else self.X.float()
+
+    def neutral(self) -> dict[str, Tensor]:
+        name = {"lora": "Xd", "none": ""}.get(self.form, "X")
+        return {name: torch.zeros_like(getattr(self, name))} if name else {}
+
+
+class Glora(nn.Module):
+    """The five of a linear layer."""
+
+    def __init__(self, config: GloraConfig, width: int, out_width: int, has_bias: bool) -> None:
+        super().__init__()
+        form_of_c, form_of_d_e = (config.config_C, config.config_D_E) if has_bias else ("none", "none")
+        self.glora_A = Path(config.config_A_B, (out_width, width), config)
+        self.glora_B = Path(config.config_A_B, (out_width, width), config)
+        self.glora_C = Path(form_of_c, (width, 1), config)
+        self.glora_D = Path(form_of_d_e, (out_width,), config)
+        self.glora_E = Path(form_of_d_e, (out_width,), config)
+
+    def changes(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What is added to weight and bias, fp32."""
+        w = weight.float()
+        change = w * self.glora_A() + self.glora_B()
+        if bias is None:
+            return change, None
+        shift = bias.float() * self.glora_D() + self.glora_E()
+        return change, shift if self.glora_C.form == "none" else shift + (w @ self.glora_C())[:, 0]
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        weight, bias = base.linear_operands(x) or (None, None)
+        if isinstance(weight, Tensor) and weight.dtype == torch.float32:
+            return F.linear(x, *self.merged(weight, bias))
+        change, shift = self.changes(*base.weight_and_bias())
+        return base(x) + F.linear(x, change.to(x.dtype), None if shift is None else shift.to(x.dtype))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        change, shift = self.changes(weight, bias)
+        return weight + change, bias if bias is None or shift is None else bias + shift
+
+    def neutral(self) -> dict[str, Tensor]:
+        paths: dict[str, Any] = dict(self.named_children())
+        return {f"{name}.{own}": t for name, path in paths.items() for own, t in path.neutral().items()}
+
+
+def place(model: nn.Module, config: GloraConfig, architecture: peftcore.Architecture) -> list[Any]:
+    layers, placed = config.selected(model, architecture), []
+    for path, layer in layers.items():
+        has_bias = getattr(layer, "bias", None) is not None
+        trains = config.config_A_B != "none" or has_bias
+        validation.require(trains, f"'{path}' has no bias, and config_A_B is 'none': nothing would train. Leave it out")
+        placed.append(peftcore.Around(path, Glora(config, *targets.sizes(layer), has_bias)))
+    return placed + targets.trained_biases(model, config.bias, layers)
+
+
+def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Without the zeros that PEFT writes for each that is "none"."""
+    return {name: t for name, t in tensors.items() if not name.endswith(".zeros") or t.any()}
+
+
+@peftcore.hookimpl
+def peftcore_methods() -> list[peftcore.Method]:
+    rules = peftcore.StateRules(
+        peft_type="GLORA",
+        own_fields=GloraConfig.not_in_peft,
+        unreadable=targets.conv1d_paths,
+        read_tensors=read_tensors,
+    )
+    return [peftcore.Method("glora", GloraConfig, place, rules, learning_rate=1e-3)]
