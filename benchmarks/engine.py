@@ -25,12 +25,12 @@ R = 16
 BATCH, LENGTH = 4, 128
 
 
-def llama(layers=30, dtype=torch.bfloat16):
+def llama(layers=30, dtype=torch.bfloat16, vocabulary=49152):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": 49152}
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": layers, "vocab_size": vocabulary}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads)).train()
     torch.set_default_dtype(torch.float32)

@@ -1,16 +1,23 @@
-"""What a training step costs with each method, beside Hugging Face PEFT's and the frozen model, in one run.
+"""What a training step costs with each method, beside Hugging Face PEFT's, in one run: time, memory and the ratios.
 
-    python benchmarks/methods.py [--threads 2] [--seconds 20] [--layers 30] [--methods lora dora vera ia3 adalora ...]
+    python benchmarks/methods.py [--model minilm|smollm2] [--methods NAME ...] [--seconds 20] [--layers N] [--threads 2]
+    python benchmarks/methods.py --quick        both models with fewer layers: at most ten minutes
 
-Every linear layer but the head is adapted, by the same config in both libraries; base in bf16, adapters in fp32. Rows
-are timed in turn and keep the memory that they free. The floor is the frozen model: forward, and the gradients of all
-that is computed. AdaLoRA's step is its whole: the term of the loss, importance and allocation. Peak memory is that of a
-process of its own, of two steps.
+All installed methods that PEFT has. Both libraries train the same adapter: ours is saved before the first step, and
+PEFT reads it. MiniLM-L6's shape is in fp32, 8 texts of 32 tokens; SmolLM2-135M's in bf16 with adapters in fp32, 4 texts
+of 128. Weights are random. A step is forward, backward and AdamW, and whatever else the method does in one (AdaLoRA's
+importance and allocation). Both are timed in turn, the first steps left out; the ratio is that of the fastest ones.
+Memory is the peak of a process of its own in two steps beyond what it held with the base alone. With --busy the clock
+is the process's own time, of one thread, for machines that others use.
 """
 
 import argparse
-import json
+import gc
 import logging
+import multiprocessing
+import os
+import tempfile
+import time
 import warnings
 
 import engine
@@ -19,128 +26,183 @@ import torch
 
 import peftcore
 
-logging.disable(logging.WARNING)
-warnings.simplefilter("ignore")
 STEPS = 10_000  # of AdaLoRA's schedule, in whose middle every step allocates
+# Where a default is none to compare with, or none at all.
 FIELDS = {
     "lora": {"r": 16, "lora_alpha": 16},
     "dora": {"r": 16, "lora_alpha": 16},
-    "vera": {"r": 256},
-    "ia3": {},
+    "alora": {"r": 16, "lora_alpha": 16, "alora_invocation_tokens": [11]},
     "adalora": {"init_r": 16, "target_r": 8, "total_step": STEPS},
-    "ln-tuning": {},
-    "loha": {"r": 8, "alpha": 8},
-    "lokr": {"r": 16, "alpha": 16},
-    "oft": {"oft_block_size": 32},
     "boft": {"boft_block_size": 4},
-    "hra": {"r": 8},
-    "miss": {"r": 64},
-    "road": {"group_size": 64},
-    "fourierft": {"n_frequency": 1000},
     "c3a": {"block_size": 64},
-    "delora": {"r": 16},
-    "psoft": {"r": 32},
-    "waveft": {"n_frequency": 1000},
-    "supertuning": {"sparsity": 0.99},
-    "glora": {"r": 8},
+    "trainable-tokens": {"token_indices": list(range(100))},
 }
-PEERS = {
-    "lora": ("LoraConfig", {}),
-    "dora": ("LoraConfig", {"use_dora": True}),
-    "vera": ("VeraConfig", {}),
-    "ia3": ("IA3Config", {"feedforward_modules": ["down_proj"]}),
-    "adalora": ("AdaLoraConfig", {}),
-    "ln-tuning": ("LNTuningConfig", {}),
-    "loha": ("LoHaConfig", {}),
-    "lokr": ("LoKrConfig", {}),
-    "oft": ("OFTConfig", {}),
-    "boft": ("BOFTConfig", {}),
-    "hra": ("HRAConfig", {}),
-    "miss": ("MissConfig", {}),
-    "road": ("RoadConfig", {}),
-    "fourierft": ("FourierFTConfig", {}),
-    "c3a": ("C3AConfig", {}),
-    "delora": ("DeloraConfig", {}),
-    "psoft": ("PsoftConfig", {}),
-    "waveft": ("WaveFTConfig", {}),
-    "supertuning": ("SupertuningConfig", {}),
-    "glora": ("GloraConfig", {}),
-}
-LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SHAPES = {"minilm": (6, 8, 32), "smollm2": (30, 4, 128)}  # layers, texts, tokens
+QUICK = {"minilm": 3, "smollm2": 3}
+KINDS = {"minilm": "SEQ_CLS", "smollm2": "CAUSAL_LM"}
 
 
-def adapted(library, method, model):
-    model.train()
+def known() -> list[str]:
+    """The installed methods that PEFT has, too."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    from peftcore.registry import registry
+
+    return [
+        name
+        for name in registry.methods()
+        if registry.method(name).state.peft_type in PEFT_TYPE_TO_CONFIG_MAPPING
+        and registry.method(name).recorded_as is None
+    ]
+
+
+def base(shape, layers=None, vocabulary=None):
+    """A frozen model of random weights."""
+    torch.manual_seed(0)
+    if shape == "smollm2":
+        return engine.llama(layers or SHAPES[shape][0], **({"vocabulary": vocabulary} if vocabulary else {}))
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": layers or SHAPES[shape][0]}
+    config = BertConfig(vocab_size=vocabulary or 30522, num_attention_heads=12, **sizes)
+    return BertForSequenceClassification(config).train().requires_grad_(False)
+
+
+def adapted(library, method, model, shape, start):
+    """The model with the adapter that lies in the folder `start`, or in ours with one that is saved there."""
     if library == "peftcore":
-        return peftcore.apply(model, method, **FIELDS[method])
+        model = peftcore.apply(model, method, **FIELDS.get(method, {}))
+        if not os.listdir(start):
+            peftcore.save(model, start)
+        return model
     import peft
 
-    name, fields = PEERS[method]
-    targets = {} if method == "ln-tuning" else {"target_modules": LAYERS}
-    config = getattr(peft, name)(task_type="CAUSAL_LM", **targets, **FIELDS[method], **fields)
-    return peft.get_peft_model(model, config)
+    config = peft.PeftConfig.from_pretrained(start)
+    config.task_type, config.inference_mode = KINDS[shape], False
+    if config.is_prompt_learning:  # which PEFT loads for inference alone
+        return peft.get_peft_model(model, config)
+    return peft.PeftModel.from_pretrained(model, start, config=config, is_trainable=True)
 
 
-def stepper(kind, layers):
-    """A training step of engine.py's model; `kind` is `frozen`, or a library and a method."""
-    torch.manual_seed(0)
-    model = engine.llama(layers)
-    tokens = torch.randint(0, 49152, (engine.BATCH, engine.LENGTH), generator=torch.Generator().manual_seed(1))
-    if kind == "frozen":
-        model = engine.with_adapter("frozen", model)
-        return lambda: model(input_ids=tokens, labels=tokens).loss.backward()
-    library, method = kind.split()
-    model = adapted(library, method, model)
+def stepper(library, method, model, shape, start):
+    """A training step."""
+    model = adapted(library, method, model, shape, start).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    _, texts, length = SHAPES[shape]
+    words = model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(12, words, (texts, length), generator=torch.Generator().manual_seed(1))
+    tokens[:, 1] = 11  # from which aLoRA acts
+    labels = tokens if shape == "smollm2" else torch.arange(texts) % 2
+    more = {"task_ids": torch.zeros(texts, dtype=torch.long)} if method.startswith("multitask") else {}
     done = 0
 
     def step():
         nonlocal done
         done += 1
-        loss = model(input_ids=tokens, labels=tokens).loss
+        loss = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels, **more).loss
         if library == "peftcore":
             loss = loss + peftcore.extra_loss(model)
         loss.backward()
         optimizer.step()
         if library == "peftcore":
             peftcore.after_step(model, done, STEPS)
-        elif method == "adalora":
+        elif hasattr(model.base_model, "update_and_allocate"):
             model.base_model.update_and_allocate(done)
         optimizer.zero_grad()
 
     return step
 
 
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def peak(library, method, shape, start, sizes):
+    """MB of two steps beyond the base; in a process of its own."""
+    model = base(shape, *sizes)
+    sum(float(p.sum()) for p in model.parameters())  # every page is there
+    gc.collect()
+    before = resident()
+    step = stepper(library, method, model, shape, start)
+    measure.reset_peak()
+    for _ in range(2):
+        step()
+    return measure.peak_megabytes() - before
+
+
+def times(method, shape, start, sizes, seconds, busy):
+    """{library: (fastest, median) ms}."""
+    measure.keep_freed_memory()
+    steps = {name: stepper(name, method, base(shape, *sizes), shape, start) for name in ("peftcore", "peft")}
+    found = measure.interleaved(steps, seconds, clock=time.process_time if busy else time.perf_counter)
+    return {name: measure.spread(each[1:])[:2] for name, each in found.items()}
+
+
+def in_process(threads, work, *arguments):
+    """What `work` gives in a process of its own, or why it failed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["peft", "transformers", "peftcore.engine", "engine"])
+    ours, theirs = context.Pipe(duplex=False)
+    child = context.Process(target=answer, args=(theirs, threads, work, arguments))
+    child.start()
+    theirs.close()
+    try:
+        return ours.recv()
+    except EOFError:
+        return f"ended with status {child.exitcode}"
+    finally:
+        child.join()
+
+
+def answer(pipe, threads, work, arguments):
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(threads)
+    try:
+        pipe.send(work(*arguments))
+    except Exception as error:
+        pipe.send(f"{type(error).__name__}: {error}".partition("\n")[0])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=list(SHAPES), nargs="+", default=list(SHAPES))
+    parser.add_argument("--methods", nargs="+", choices=known(), default=known())
+    parser.add_argument("--seconds", type=float, default=20, help="for each method and model")
+    parser.add_argument("--layers", type=int)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=20, help="for each method, with its peer and the frozen model")
-    parser.add_argument("--layers", type=int, default=30)
-    parser.add_argument("--methods", nargs="+", choices=FIELDS, default=list(FIELDS))
-    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--busy", action="store_true")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    if options.peak:
-        step = stepper(options.peak, options.layers)
-        measure.reset_peak()
-        for _ in range(2):
-            step()
-        print(json.dumps({"peak": measure.peak_megabytes()}))
-        return
-    measure.print_surroundings(options.threads)
-    measure.keep_freed_memory()
-    print(f"a step, {options.layers} layers of a 135M Llama, bf16, batch {engine.BATCH} x {engine.LENGTH}")
-    print(f"{'':20}{'min, ms':>10}{'median':>9}{'IQR':>7}   of frozen: min, median{'peak, MB':>14}")
-    for method in options.methods:
-        kinds = ("frozen", f"peftcore {method}", f"peft {method}")
-        times = measure.interleaved({kind: stepper(kind, options.layers) for kind in kinds}, options.seconds)
-        floor = measure.spread(times["frozen"])
-        for kind in kinds:
-            low, median, width = measure.spread(times[kind])
-            arguments = ("--peak", kind, "--threads", options.threads, "--layers", options.layers)
-            peak = measure.in_child(__file__, *arguments)["peak"]
-            of = f"{low / floor[0]:18.3f}{median / floor[1]:8.3f}"
-            print(f"{kind:20}{low:10.1f}{median:9.1f}{width:7.1f}{of}{peak:14.0f}", flush=True)
+    threads, seconds = (1 if options.busy else options.threads), (2 if options.quick else options.seconds)
+    measure.print_surroundings(threads)
+    for shape in options.model:
+        layers, texts, length = SHAPES[shape]
+        sizes = (options.layers or (QUICK[shape] if options.quick else layers), 2000 if options.quick else None)
+        print(f"\n{shape}: {sizes[0]} layers, {texts} x {length} tokens")
+        print(
+            f"{'step, ms':26}{'ours':>8}{'PEFT':>9}{'ratio':>8}   of medians{'memory, MB':>14}{'PEFT':>8}{'ratio':>8}"
+        )
+        above = []
+        for method in options.methods:
+            with tempfile.TemporaryDirectory() as start:
+                first = in_process(threads, peak, "peftcore", method, shape, start, sizes)
+                second = first if isinstance(first, str) else in_process(
+                    threads, peak, "peft", method, shape, start, sizes
+                )  # fmt: skip
+                found = second if isinstance(second, str) else in_process(
+                    threads, times, method, shape, start, sizes, seconds, options.busy
+                )  # fmt: skip
+            if isinstance(found, str):
+                print(f"{method:26}{'not compared':>14}: {found[:100]}", flush=True)
+                continue
+            (low, median), (their_low, their_median) = found["peftcore"], found["peft"]
+            print(f"{method:26}{low:8.1f}{their_low:9.1f}{low / their_low:8.2f}{median / their_median:13.2f}", end="")
+            print(f"{first:14.1f}{second:8.1f}{first / second:8.2f}", flush=True)
+            if max(low / their_low, first / second) > 1.03:
+                above.append(f"{method} ({low / their_low:.2f}, {first / second:.2f})")
+        print(f"above PEFT by more than 3 % (time, memory): {', '.join(above) or 'none'}")
 
 
 if __name__ == "__main__":

@@ -2,27 +2,24 @@
 
     python benchmarks/methods_layers.py [--model smollm2] [--threads 1] [--seconds 2] [--methods loha lokr ...]
 
-Two layers of SmolLM2-135M's or MiniLM-L6's shape with a vocabulary of 1,000, random weights in fp32, 512 tokens; every
-linear layer but the head is adapted, by the same config in both libraries. Rows are timed in turn. Added time is a step
+Two layers of SmolLM2-135M's or MiniLM-L6's shape with a vocabulary of 1,000, random weights in fp32, 512 tokens; fields
+are at their defaults, and PEFT trains the adapter that ours was saved as. Rows are timed in turn. Added time is a step
 (forward, backward) less that of the frozen model, at the fastest of each; kept memory is what the graph holds for the
 backward pass, less the frozen model's, each storage once and parameters not.
 """
 
 import argparse
 import logging
+import tempfile
 import time
 import warnings
 
 import measure
 import methods
-import peft
 import torch
-
-import peftcore
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
-OTHERS = {"minilm": ["query", "key", "value", "dense"], "smollm2": methods.LAYERS}
 TOKENS = torch.randint(3, 1000, (4, 128), generator=torch.Generator().manual_seed(1))
 
 
@@ -39,17 +36,13 @@ def model(shape):
     return made.eval().requires_grad_(False)  # without dropout
 
 
-def stepper(shape, library, method):
+def stepper(shape, library, method, start):
     """A forward and a backward pass."""
     made = model(shape)
-    if library == "peftcore":
-        made = peftcore.apply(made, method, target_modules=OTHERS[shape], modules_to_save=[], **methods.FIELDS[method])
-    elif library == "peft":
-        name, fields = methods.PEERS[method]
-        fields = {**methods.FIELDS[method], **fields, "target_modules": OTHERS[shape]}
-        made = peft.get_peft_model(made, getattr(peft, name)(**fields))
-    else:
+    if library == "frozen":
         made.enable_input_require_grads()
+    else:
+        made = methods.adapted(library, method, made, shape, start).eval()
     return lambda: made(input_ids=TOKENS).logits.float().logsumexp(-1).sum().backward()
 
 
@@ -81,10 +74,10 @@ def fastest(steps, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=OTHERS, default="smollm2")
+    parser.add_argument("--model", choices=list(methods.SHAPES), default="smollm2")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2, help="for each row")
-    known = [method for method in methods.FIELDS if method not in ("adalora", "ia3", "ln-tuning")]
+    known = methods.known()
     parser.add_argument("--methods", nargs="+", choices=known, default=known)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -93,7 +86,8 @@ def main():
     print(f"{options.model}: 2 layers, 512 tokens, fp32")
     print(f"{'':12}{'frozen, ms':>12}{'added, ms':>12}{'peft':>9}{'ratio':>8}{'kept, MB':>12}{'peft':>9}")
     for method in options.methods:
-        steps = {name: stepper(options.model, name, method) for name in ("frozen", "peftcore", "peft")}
+        with tempfile.TemporaryDirectory() as start:
+            steps = {name: stepper(options.model, name, method, start) for name in ("frozen", "peftcore", "peft")}
         memory = {name: kept(step) for name, step in steps.items()}
         times = fastest(steps, options.seconds)
         ours, theirs = (times[name] - times["frozen"] for name in ("peftcore", "peft"))
