@@ -52,8 +52,8 @@ docs: $(VENV)/docs.stamp
 matrix: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(PY) tests/matrix.py
 
-# Every method on the demo's two tasks, PEFT beside it: two hours on two cores, docs/comparison.md. It goes on where it was
-# stopped. Twenty minutes: make compare COMPARE=--reduced
+# Every method on the demo's two tasks, PEFT beside it, docs/comparison.md: hours on two cores, and it goes on where it was
+# stopped. Much less: make compare COMPARE=--reduced
 compare: $(VENV)/dev.stamp
 	$(PY) benchmarks/demo/compare.py $(COMPARE)
 
