@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,24 +129,29 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     labels: tuple[str, ...] = (),
-    quantize: str | None = None,
+    quantize: str | Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A base for `task`, in evaluation mode on its device; with `quantize` its linear layers are in 4 bits."""
+    """A base for `task`, in evaluation mode on its device.
+
+    Args:
+        quantize: its linear layers are in 4 bits of this type, or as these arguments of `quantization.load` say.
+    """
     quiet_transformers()
+    packing = {"quant_type": quantize} if isinstance(quantize, str) else quantize
     loader, options = _auto_class(task).from_pretrained, {"dtype": torch_dtype(dtype, device), **_head(task, labels)}
     is_gguf = model.endswith(".gguf")
-    if quantize is not None:
+    if packing is not None:
         from peftcore import quantization
 
-        quantization.check_quant_type(quantize)
+        quantization.check_quant_type(packing["quant_type"])
         if not is_gguf:  # transformers reads such a file whole
-            loader, options = quantization.load, {**options, "quant_type": quantize, "model_class": _auto_class(task)}
+            loader, options = quantization.load, {**options, **packing, "model_class": _auto_class(task)}
     loaded = _load(loader, model, "model", **options)
     loaded.config._name_or_path = model  # for a .gguf file transformers would note its folder alone
     if is_gguf and getattr(loaded, "hf_quantizer", None) is not None:
         loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
-    if is_gguf and quantize is not None:
-        quantization.quantize(loaded, quantize)
+    if is_gguf and packing is not None:
+        quantization.quantize(loaded, **packing)
     _set_padding(loaded, model)
     return loaded.to(torch_device(device)).eval()
 
@@ -159,6 +165,46 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
     config = _load(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
     with torch.device("meta"):
         return _auto_class(task).from_config(config)
+
+
+def packing_by(
+    method: str, fields: Mapping[str, Any], model: str, task: str, labels: tuple[str, ...]
+) -> dict[str, Any] | None:
+    """How a method packs the base before it places anything, as `load_model` takes it; None: it does not.
+
+    Known by letting it prepare a base without weights. A base that is loaded so is never dense as a whole.
+    """
+    from peftcore.quantization import quantized_experts, quantized_layers
+    from peftcore.quantization.selection import selected, selected_experts
+    from peftcore.registry import registry
+
+    found = registry.method(method)
+    if found.prepare is None:
+        return None
+    config, empty = found.config_class(**fields), empty_model(model, task, labels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # `apply` gives them
+        could = {*selected(empty, ())}
+        could |= {f"{path}.{name}" for path, names in selected_experts(empty, (), 64).items() for name in names}
+        found.prepare(empty, config)
+    layers = dict(quantized_layers(empty))
+    packed = {*layers}
+    for path, module in quantized_experts(empty):
+        packed |= {f"{path}.{name}" for name in module.packings if module.packed_parameter(name) is not None}
+    ways = {
+        (each.quant_type, each.nested_absmax is not None, each.blocksize, each.compute_dtype)
+        for each in layers.values()
+    }
+    if len(ways) != 1:
+        return None
+    quant_type, double_quant, blocksize, compute_dtype = ways.pop()
+    return {
+        "quant_type": quant_type,
+        "double_quant": double_quant,
+        "blocksize": blocksize,
+        "compute_dtype": compute_dtype,
+        "skip": sorted(could - packed),
+    }
 
 
 def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:

@@ -163,10 +163,15 @@ def run(
         say(str(predicted))
         if not force:
             forecasts.refuse_if_too_large(predicted, settings)
+    packed = None
+    if settings.method != FULL and start is None:
+        packed = models.packing_by(settings.method, settings.fields, settings.model, settings.task, labels)
     set_seed(settings.seed)  # also draws a classifier's new head
     say(f"loading {settings.model} for {settings.task}")
     dtype = precision.base_dtype(settings.precision, settings.dtype)
-    model = models.load_model(settings.model, settings.task, dtype=dtype, device=settings.device, labels=labels)
+    model = models.load_model(
+        settings.model, settings.task, dtype=dtype, device=settings.device, labels=labels, quantize=packed
+    )
     if settings.pack:
         packing.check(model, train, type(model).__name__)
     if settings.method == FULL:

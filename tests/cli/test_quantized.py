@@ -31,6 +31,22 @@ def test_train_and_use(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> 
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
 
 
+@pytest.mark.parametrize("fields", [{}, {"skip": ["mlp"], "double_quant": False, "blocksize": 32}])
+def test_the_base_is_packed_as_it_is_read(llama: Path, fields: dict[str, object]) -> None:
+    """Never dense as a whole, and bit for bit what `apply` makes of a dense one."""
+    from peftcore.cli import data, models
+
+    packing = models.packing_by("qlora", fields, str(llama), data.LANGUAGE_MODEL, ())
+    loaded = models.load_model(str(llama), data.LANGUAGE_MODEL, dtype="fp32", device="cpu", quantize=packing)
+    dense = models.load_model(str(llama), data.LANGUAGE_MODEL, dtype="fp32", device="cpu")
+    assert len([*peftcore.quantization.quantized_layers(loaded)]) == (9 if fields else 14)
+    wanted = peftcore.apply(dense, "qlora", **fields).state_dict()
+    found = peftcore.apply(loaded, "qlora", **fields).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in found if "lora_A" not in name)  # which is drawn
+    assert models.packing_by("lora", {}, str(llama), data.LANGUAGE_MODEL, ()) is None
+
+
 def held_out_losses(output: str) -> list[float]:
     """(the base's, with the adapter) from what `eval` prints."""
     return [float(word) for word in next(line for line in output.splitlines() if "loss" in line).split()[-2:]]
