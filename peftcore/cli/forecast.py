@@ -80,7 +80,7 @@ def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: t
         length=length,
         optimizer=settings.optim,
         gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_accumulation=settings.grad_accum,
+        gradient_accumulation=min(2, settings.grad_accum),  # the second one takes what all others take
         **settings.fields,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,20 +98,27 @@ def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], di
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 16
+    model: nn.Module,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 16,
+    tokens: int | None = None,
 ) -> Metrics:
-    """Loss over every predicted token or example, each counted once, whatever the batches; no randomness is drawn."""
+    """Loss over every predicted token or example, each counted once, whatever the batches; no randomness is drawn.
+
+    Args:
+        tokens: of a batch at most, with padding; None: any number.
+    """
     batch = collator(tokenizer)
     device = next(model.parameters()).device
     is_writer = isinstance(examples[0]["labels"], list)
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))  # little padding
     was_training = model.training
     model.eval()
     loss, count = 0.0, 0
     answers, labels = [], []
     try:
-        for start in range(0, len(ordered), batch_size):
-            inputs = {name: t.to(device) for name, t in batch(ordered[start : start + batch_size]).items()}
+        for some in batches_of(examples, batch_size, tokens):
+            inputs = {name: t.to(device) for name, t in batch(some).items()}
             output = model(**inputs)
             predicted = int((inputs["labels"][:, 1:] != IGNORED).sum()) if is_writer else len(inputs["labels"])
             loss += float(output.loss) * predicted
@@ -125,6 +132,21 @@ def measure(
         return Metrics(loss / count, count)
     found = _figures(torch.cat(answers), torch.cat(labels))
     return replace(found, loss=loss / count)
+
+
+def batches_of(examples: Sequence[Example], batch_size: int, tokens: int | None = None) -> Iterator[list[Example]]:
+    """Examples of like lengths, at most so many together, and unless one alone has more, of so many tokens padded."""
+    batch: list[Example] = []
+    for example in sorted(examples, key=lambda example: len(example["input_ids"])):
+        is_full = len(batch) == batch_size or (
+            tokens is not None and (len(batch) + 1) * len(example["input_ids"]) > tokens
+        )
+        if batch and is_full:
+            yield batch
+            batch = []
+        batch.append(example)
+    if batch:
+        yield batch
 
 
 def _figures(answers: Tensor, labels: Tensor) -> Metrics:

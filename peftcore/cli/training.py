@@ -36,6 +36,7 @@ from peftcore.cli import (
 from peftcore.cli import forecast as forecasts
 from peftcore.cli.console import require, say, warn
 from peftcore.cli.data_files import parsed_columns
+from peftcore.cli.memory_trace import MemoryTrace, Trace
 from peftcore.cli.metrics import Metrics
 from peftcore.cli.models import AdapterTask
 from peftcore.cli.options import FULL
@@ -53,7 +54,7 @@ from peftcore.quantization import QuantizedLinear
 class Result:
     """What a finished run found. `samples`: (what wrote it, text); `quantize`: the 4-bit type of the base, if any.
 
-    `predicted`: bytes that the peak was said to be, if it was.
+    `predicted`: what was said of the memory, if it was; `trace`: of the step that took the most.
     `validation`: of examples that were kept to choose by; `other`: of texts of another domain, before and after.
     `merges`: every change is one of weights; None of the whole model.
     `is_chat`: the examples are conversations; `labels`: their names, in the order of the model's outputs.
@@ -77,7 +78,8 @@ class Result:
     quantize: str | None
     is_chat: bool
     labels: tuple[str, ...] = ()
-    predicted: int | None = None
+    predicted: forecasts.Forecast | None = None
+    trace: Trace | None = None
     validation: Metrics | None = None
     other: tuple[Metrics, Metrics] | None = None
     merges: bool | None = None
@@ -100,7 +102,8 @@ class Result:
             "step_seconds": self.step_seconds,
             "tokens_per_second": round(self.tokens_per_second, 1),
             "peak": self.peak,
-            "predicted_peak": self.predicted,
+            "peak_of_steps": self.trace.peak if self.trace is not None else None,
+            "predicted_peak": self.predicted.peak if self.predicted is not None else None,
             "adapter_bytes": self.adapter_bytes,
             "validation": self.validation and self.validation.as_dict(),
             "other": self.other and [found.as_dict() for found in self.other],
@@ -192,18 +195,19 @@ def run(
             return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
 
     first: dict[int, Any] = {}  # what preferences are measured against
+    pairs = min(8, settings.batch_size)  # at once: what is measured takes no more memory than training
 
     def measure(model: Any, examples: list[tasks.Example] = held_out) -> Metrics:
         if settings.task == data.PREFERENCES:
             beta, reference = settings.beta or preferences.BETA, first[id(examples)]
-            return preferences.measure(model, examples, tokenizer, beta=beta, reference=reference)
-        # No more at once than in training: what was made to fit fits.
-        return tasks.measure(model, examples, tokenizer, min(16, settings.batch_size))
+            return preferences.measure(model, examples, tokenizer, pairs, beta=beta, reference=reference)
+        # No more tokens at once than in training: what was made to fit fits.
+        return tasks.measure(model, examples, tokenizer, tokens=settings.batch_size * longest)
 
     with peftcore.disabled(model) if settings.method != FULL and start is None else contextlib.nullcontext():
         if settings.task == data.PREFERENCES:
             parts = [part for part in (held_out, validation) if part]
-            first |= {id(part): preferences.likelihoods(model, part, tokenizer) for part in parts}
+            first |= {id(part): preferences.likelihoods(model, part, tokenizer, pairs) for part in parts}
         before = measure(model)
         other_before = measure(model, other) if other else None
         name = "base" if start is None else "the adapter before"
@@ -212,13 +216,13 @@ def run(
 
     if settings.parallel == "fsdp2":
         peftcore.shard(model)
-    meter, stop = progress.Meter(), progress.OrderlyStop()
+    meter, stop, trace = progress.Meter(), progress.OrderlyStop(), MemoryTrace(model)
     common = {
         "model": model,
         "args": training_arguments(settings, output, len(rows), report_to),
         "train_dataset": rows,
         "eval_dataset": held_out,
-        "callbacks": [meter, stop],
+        "callbacks": [meter, stop, trace],
         "measure": measure,
     }
     trainer: trainers.Measuring
@@ -234,6 +238,7 @@ def run(
             trainer.train(resume_from_checkpoint=from_checkpoint)
     finally:
         meter.close()
+        trace.close()
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(trainer.state.global_step, trainer.state.max_steps)
 
@@ -277,7 +282,8 @@ def run(
         quantize=next((m.quant_type for m in model.modules() if isinstance(m, QuantizedLinear)), None),
         is_chat=is_chat,
         labels=labels,
-        predicted=None if predicted is None else predicted.peak,
+        predicted=predicted,
+        trace=trace.largest,
         validation=chosen_by,
         other=(other_before, other_after) if other_before and other_after else None,
         merges=None if settings.method == FULL else mergeable(model),

@@ -1,26 +1,30 @@
-"""`report.html`: one file with the loss curve as an embedded picture and a table of the run."""
+"""`report.html`: one file with the loss and the memory of a step as embedded pictures, and a table of the run."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from peftcore.cli import metrics
 from peftcore.cli.metrics import Metrics
 
+WIDE, NARROW = 9.0, 4.6  # inches
+
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{title}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #1c2330; max-width: 56rem; margin: 2.5rem auto; padding: 0 1rem }}
 h1 {{ font-size: 1.5rem; margin-bottom: 0 }} h2 {{ font-size: 1.1rem; margin: 2rem 0 .5rem }}
-p.note {{ color: #5a6475; margin-top: .2rem }} img {{ width: 100%; height: auto }}
+p.note {{ color: #5a6475; margin-top: .2rem }} img {{ display: block; width: 100%; height: auto }}
 table {{ border-collapse: collapse; width: 100% }}
 td, th {{ text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e3e7ee; vertical-align: top }}
 td:first-child {{ color: #5a6475; white-space: nowrap; width: 14rem }}
 td {{ overflow-wrap: anywhere }}
+@media (max-width: 40rem) {{ td:first-child {{ white-space: normal; width: 8rem }} }}
 pre {{ background: #f4f6f9; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere }}
 </style></head><body>
 <h1>{title}</h1><p class="note">{note}</p>
@@ -38,6 +42,7 @@ def write(
     before: Metrics,
     sections: Sequence[tuple[str, Sequence[tuple[Any, ...]]]],
     commands: Sequence[str],
+    memory: Callable[[float], bytes] | None = None,
 ) -> None:
     """Write the report.
 
@@ -46,9 +51,12 @@ def write(
         before: the base's metrics, drawn at step 0.
         sections: (heading, rows of a table) in the order of the page.
         commands: how to use the adapter.
+        memory: a PNG of memory over a step, so many inches wide.
     """
-    picture = base64.b64encode(curve(history, before)).decode()
-    body = [f'<img alt="Loss over the steps of training" src="data:image/png;base64,{picture}">']
+    body = [_pictured("Loss over the steps of training", lambda width: curve(history, before, width))]
+    if memory is not None:
+        body.append("<h2>Memory over a step</h2>")
+        body.append(_pictured("Memory over a step of training, predicted and measured", memory))
     for heading, rows in sections:
         body.append(f"<h2>{html.escape(heading)}</h2>")
         body.append(_table(rows))
@@ -57,12 +65,21 @@ def write(
     path.write_text(page, encoding="utf-8")
 
 
-def curve(history: Sequence[dict[str, Any]], before: Metrics) -> bytes:
+def _pictured(what: str, draw: Callable[[float], bytes]) -> str:
+    """A picture in two widths, of which the page shows the one that its width asks for."""
+    wide, narrow = (base64.b64encode(draw(inches)).decode() for inches in (WIDE, NARROW))
+    return (
+        f'<picture><source media="(max-width: 40rem)" srcset="data:image/png;base64,{narrow}">'
+        f'<img alt="{what}" src="data:image/png;base64,{wide}"></picture>'
+    )
+
+
+def curve(history: Sequence[dict[str, Any]], before: Metrics, width: float = WIDE) -> bytes:
     """The loss curve as a PNG: training loss with its running mean, held-out loss, and the task's first figure."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, 4), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     steps, losses = _series(history, "loss")
     if steps:
@@ -92,7 +109,7 @@ def curve(history: Sequence[dict[str, Any]], before: Metrics) -> bytes:
         right.spines["top"].set_visible(False)
         lines = [*lines, *right.get_lines()]
     labels = [str(line.get_label()) for line in lines]
-    figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(lines))
+    figure.legend(lines, labels, frameon=False, loc="outside lower center", ncols=len(lines) if width == WIDE else 2)
     axes.spines[["top", "right"]].set_visible(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")

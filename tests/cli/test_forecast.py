@@ -25,13 +25,16 @@ def test_what_will_not_fit_is_refused_before_it_loads(
     run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forecast, "memory_here", lambda: 5e4)
-    arguments = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", *METHOD, "--steps", 1, "--batch-size", 4)
+    arguments = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", *METHOD, "--steps", 3, "--batch-size", 4)
     error = run(*arguments, code=1).output
     assert "needs about" in error and "loading" not in error
     assert "--batch-size 1 --grad-accum 4 or --gradient-checkpointing or --optim paged_adamw_8bit" in error
     assert "predicted peak" in run(*arguments, "--force").output
     found = json.loads((tmp_path / "run/result.json").read_text())
     assert found["predicted_peak"] == pytest.approx(found["peak"]["memory"], rel=0.2)
+    assert 0 < found["peak_of_steps"] < 1.01 * found["peak"]["memory"]  # of which the kernel keeps two counts
+    page = (tmp_path / "run/report.html").read_text()
+    assert "<h2>Memory over a step</h2>" in page and "of what it was in a step" in page
 
 
 def test_what_is_not_known_is_said(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:

@@ -83,3 +83,14 @@ def test_generation_leaves_the_random_state_alone(llama: Path, tokenizer: Any) -
 def test_errors(tokenizer: Any) -> None:
     with pytest.raises(PeftcoreError, match="at least 2 tokens, found 1"):
         tasks.encode([Row("f:1", "a")], LANGUAGE_MODEL, tokenizer, 1)
+
+
+def test_batches_of_so_many_examples_and_tokens() -> None:
+    examples = [{"input_ids": [0] * length, "labels": []} for length in (3, 9, 2, 2, 5, 4)]
+
+    def lengths(**limits: int) -> list[list[int]]:
+        return [[len(each["input_ids"]) for each in batch] for batch in tasks.batches_of(examples, **limits)]
+
+    assert lengths(batch_size=4) == [[2, 2, 3, 4], [5, 9]]
+    assert lengths(batch_size=4, tokens=8) == [[2, 2], [3, 4], [5], [9]]  # the last has more alone
+    assert [*tasks.batches_of([], 4)] == []

@@ -219,8 +219,9 @@ def train(
 
 def _show(settings: Settings, result: Result, output: Path) -> None:
     """Print the result, and write `report.html` and, for programs, `result.json`."""
-    from peftcore.cli import metrics, training_report, versions
+    from peftcore.cli import memory_picture, metrics, training_report, versions
 
+    said = result.predicted
     facts = _facts(result)
     uses = _commands(settings, result)
     confusion: list[tuple[str, Any]] = []
@@ -244,6 +245,7 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
             ("Made with", [*versions.versions(), *versions.machine(), ("command", command())]),
         ],
         commands=uses,
+        memory=None if said is None else lambda width: memory_picture.picture(said, result.trace, width),
     )
     out.print()
     table(rows, ("held out", "before", "after"))
@@ -279,8 +281,12 @@ def _predicted(result: Result) -> list[tuple[str, str]]:
 
     if result.predicted is None:
         return []
-    peak = result.peak.get("CUDA memory", result.peak["memory"])
-    return [("predicted peak", f"{gigabytes(result.predicted)} ({result.predicted / peak - 1:+.1%} of what it was)")]
+    said, was, where = result.predicted.peak, result.peak.get("CUDA memory", result.peak["memory"]), "was"
+    rows = []
+    if result.trace is not None:
+        was, where = result.trace.peak, "was in a step"
+        rows = [("peak in a step", gigabytes(was))]
+    return [*rows, ("predicted peak", f"{gigabytes(said)} ({said / was - 1:+.1%} of what it {where})")]
 
 
 def _commands(settings: Settings, result: Result) -> list[str]:
