@@ -1,31 +1,29 @@
-"""Which ways of training fit into a memory, and how long each takes.
-
-    memory and time of a step = a + b · batch, each of them u + v · layers, from four steps of models of 2 and 3 layers
-
-That is how ways are searched. Those that are answered were estimated whole, at their own batch and all layers; where
-that does not fit (layers that differ), the batch is halved until it does.
-"""
+"""Which ways of training fit into a memory, and how long each takes (`searching` says how they are found)."""
 
 from __future__ import annotations
 
-import copy
+import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from dataclasses import fields as dataclass_fields
 from typing import Any
 
 import torch
 
 from peftcore.errors import PeftcoreError
-from peftcore.estimating.devices import Device, device_of, usable
-from peftcore.estimating.prediction import Estimate, estimate
+from peftcore.estimating.devices import CARDS, Device, device_of, usable, usable_here
+from peftcore.estimating.following import NotFollowed
+from peftcore.estimating.prediction import Estimate
+from peftcore.estimating.searching import ALIKE, LARGEST_BATCH, PAGED, PLAIN, Choice, Search, Sized, front
 from peftcore.estimating.standing import config_of
+from peftcore.estimating.step import ADAPTERS, BASE, STATE
 from peftcore.optim.paging import bytes_of
 from peftcore.registry import registry
 
-LARGEST_BATCH = 64
-PLAIN, PAGED = "adamw_torch", "paged_adamw_8bit"
+SHORTEST = 64  # tokens of an example, of those that are offered where nothing fits
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,8 @@ class Way:
 
     Args:
         hours: of all examples once.
-        next_need: bytes that the next larger batch would need, or the same without recomputing activations.
+        next_need: bytes that twice the batch would need, about.
+        alike: other methods that need as much memory and time, and train fewer parameters.
     """
 
     method: str
@@ -45,6 +44,7 @@ class Way:
     estimate: Estimate
     hours: float
     next_need: float
+    alike: tuple[str, ...] = ()
 
     @property
     def memory(self) -> float:
@@ -55,14 +55,17 @@ class Way:
         """As `peftcore train` takes them."""
         chosen = ["--method", self.method]
         for name, value in self.fields.items():
-            chosen += ["--set", f"{name}={value}"]
+            chosen += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
         chosen += ["--batch-size", str(self.batch_size), "--optim", self.optimizer]
         return chosen + (["--gradient-checkpointing"] if self.gradient_checkpointing else [])
 
 
 @dataclass(frozen=True)
 class Fit:
-    """What fits into `memory` bytes, the fastest first; each later one needs less memory and takes longer."""
+    """What fits into `memory` bytes, the fastest first; of those alike in time the one whose base is not in 4 bits.
+
+    A slower one needs less memory, or keeps the base dense.
+    """
 
     memory: float
     device: Device
@@ -71,84 +74,14 @@ class Fit:
     def __str__(self) -> str:
         lines = [f"into {self.memory / 1e9:,.1f} GB on {self.device.name}, fastest first:"]
         for way in self.ways:
+            why = "" if way.next_need <= self.memory else ", and so does not fit"
             lines += [
-                f"  {way.memory / 1e9:8,.2f} GB{way.hours:10,.2f} h an epoch   {' '.join(way.options())}",
-                f"  {'':8}   twice the batch would need {way.next_need / 1e9:,.2f} GB",
+                f"  {way.memory / 1e9:8,.2f} GB{way.hours:10,.2f} h an epoch   {shlex.join(way.options())}",
+                f"  {'':8}   twice the batch would need about {way.next_need / 1e9:,.2f} GB{why}",
             ]
+            if way.alike:
+                lines += [f"  {'':8}   alike in both, with fewer parameters to train: {', '.join(way.alike)}"]
         return "\n".join(lines)
-
-
-@dataclass
-class _Line:
-    """Memory and seconds by batch, at all layers."""
-
-    at_one: tuple[float, float]
-    more: tuple[float, float]
-
-    def at(self, batch: int) -> tuple[float, float]:
-        (memory, seconds), (more_memory, more_seconds) = self.at_one, self.more
-        return memory + (batch - 1) * more_memory, seconds + (batch - 1) * more_seconds
-
-
-@dataclass
-class _Search:
-    config: Any
-    device: Device
-    length: int
-    dtype: torch.dtype
-    lines: dict[Any, _Line] = field(default_factory=dict)
-
-    def estimate(self, config: Any, batch: int, method: str, its: dict[str, Any], again: bool, optim: str) -> Estimate:
-        return estimate(
-            config,
-            method,
-            batch_size=batch,
-            length=self.length,
-            optimizer=optim,
-            gradient_checkpointing=again,
-            dtype=self.dtype,
-            device=self.device,
-            **its,
-        )
-
-    def shallow(self, depth: int) -> Any:
-        """The config with so many layers."""
-        small = copy.deepcopy(self.config)
-        small.num_hidden_layers = depth
-        if getattr(small, "layer_types", None) is not None:
-            small.layer_types = small.layer_types[:depth]
-        return small
-
-    def contenders(self, methods: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
-        """Those of which, for one example and one layer, no other needs less memory and less time."""
-        small, found = self.shallow(1), []
-        for method, its in methods:
-            try:
-                each = self.estimate(small, 1, method, its, False, PLAIN)
-            except PeftcoreError:
-                continue  # it does not apply to this model, or needs more than a rank
-            found.append((each.least, each.seconds or 0.0, method, its))
-        return [
-            (method, its)
-            for memory, seconds, method, its in found
-            if not any(m <= memory and s <= seconds and (m, s) != (memory, seconds) for m, s, _, _ in found)
-        ]
-
-    def line(self, method: str, its: dict[str, Any], again: bool, optim: str) -> _Line:
-        layers = self.config.num_hidden_layers
-        found = {}
-        for depth in (2, 3):
-            small = self.shallow(depth)
-            for batch in (1, 2):
-                each = self.estimate(small, batch, method, its, again, optim)
-                found[depth, batch] = float(each.least), each.seconds or 0.0
-
-        def whole(batch: int, of: int) -> float:
-            two, three = found[2, batch][of], found[3, batch][of]
-            return two + (layers - 2) * (three - two)
-
-        one, two = ((whole(batch, 0), whole(batch, 1)) for batch in (1, 2))
-        return _Line(one, (two[0] - one[0], two[1] - one[1]))
 
 
 def fit(
@@ -186,66 +119,129 @@ def fit(
         PeftcoreError: nothing fits, with the least that was found, or an argument is wrong.
     """
     where = device_of(device)
+    room = _room(memory, where)
+    search = Search(config_of(model), replace(where, memory=room), length, dtype)
+    named = _methods(methods, ranks, fields or {})
+    firsts = {Choice(method, tuple(its.items()), False, PLAIN): () for method, its in named}
+    alike: Mapping[Choice, tuple[str, ...]] = search.contenders([*firsts]) if methods is None else firsts
+    if not alike:
+        raise PeftcoreError("no method with a rank is installed that applies to this model. Name some: methods=[...]")
+    choices = []
+    for first in alike:
+        search.line(first)  # what it refuses, it says itself
+        choices.append(first)
+        for optimizer in (PLAIN, PAGED):
+            again = replace(first, gradient_checkpointing=True, optimizer=optimizer)
+            with suppress(NotFollowed):  # not every model can compute activations again
+                search.line(again)
+                choices.append(again)
+    found = _search(search, choices, room, most)
+    if not found:
+        raise PeftcoreError(_why_nothing(search, choices, room))
+    ways = []
+    for each in found:
+        step, choice = each.found, each.choice
+        assert step is not None  # all that is answered was followed whole
+        ways.append(
+            Way(
+                choice.method,
+                dict(choice.fields),
+                each.batch,
+                choice.gradient_checkpointing,
+                choice.optimizer,
+                step,
+                hours=(step.seconds or 0.0) * math.ceil(examples / each.batch) / 3600,
+                next_need=search.line(choice).at(2 * each.batch)[0],
+                alike=alike[replace(choice, gradient_checkpointing=False, optimizer=PLAIN)],
+            )
+        )
+    ways.sort(key=lambda way: way.hours)
+    alike_in_time = [way for way in ways if way.hours <= (1 + ALIKE) * ways[0].hours]
+    first = next((way for way in alike_in_time if not way.estimate.summary.packed_parameters), ways[0])
+    return Fit(room, where, (first, *(way for way in ways if way is not first)))
+
+
+def _room(memory: int | str | None, where: Device) -> float:
+    """Bytes of `memory` that there are for a step on this device."""
+    if memory is None:
+        return where.memory
     try:
-        room = where.memory if memory is None else float(bytes_of(memory) or 0)
+        given = float(bytes_of(memory) or 0)
     except ValueError as error:
         raise PeftcoreError(f"memory is bytes, or text such as '24GB', found {memory!r}") from error
-    if room < 1e6:
+    if given < 1e6:
         raise PeftcoreError(f"memory is bytes, or text such as '24GB', found {memory!r}: no model fits into that")
-    if memory is not None and not where.measured:
-        room = usable(room)
-        if room < 1e6:
-            raise PeftcoreError(f"memory={memory!r} on a card is no more than its context takes: give at least 1GB")
-    search = _Search(config_of(model), replace(where, memory=room), length, dtype)
-    candidates: list[tuple[_Line, str, dict[str, Any], bool, str]] = []
-    named = _methods(methods, ranks, fields or {})
-    for method, its in named if methods is not None else search.contenders(named):
-        for again, optim in ((False, PLAIN), (True, PLAIN), (True, PAGED)):
-            candidates.append((search.line(method, its, again, optim), method, its, again, optim))
-    if not candidates:
-        raise PeftcoreError("no method with a rank is installed that applies to this model. Name some: methods=[...]")
-    sized: list[Any] = []
-    for line, *rest in candidates:
-        batch = LARGEST_BATCH
-        while batch > 1 and line.at(batch)[0] > room:
-            batch //= 2
-        while batch >= 1:
-            sized.append((*line.at(batch), batch, line, *rest))
-            batch //= 2
-    inside = [each for each in sized if each[0] <= room]
-    if not inside:
-        least, _, _, _, method, its, again, optim = min(sized, key=lambda each: each[0])
-        raise PeftcoreError(
-            f"nothing fits into {_size(room)}: the least is {_size(least)}, {method} with one example at a "
-            "time and recomputed activations. Take a smaller model, shorter examples (length), or a method with a base "
-            "in 4 bits"
-        )
-    ways: list[Way] = []
-    for _, _, batch, line, method, its, again, optim in _front(inside, most):
-        found = search.estimate(search.config, batch, method, its, again, optim)
-        while found.needed > room and batch > 1:
-            batch //= 2
-            found = search.estimate(search.config, batch, method, its, again, optim)
-        if found.needed <= room:
-            hours = (found.seconds or 0.0) * math.ceil(examples / batch) / 3600
-            ways.append(Way(method, its, batch, again, optim, found, hours, line.at(2 * batch)[0]))
-    return Fit(room, where, tuple(sorted(ways, key=lambda way: way.hours)))
+    room = usable_here(given) if where.measured else usable(given)
+    if room < 1e6:
+        what = "Python and its libraries take" if where.measured else "its context takes"
+        raise PeftcoreError(f"memory={memory!r} on {where.name} is no more than {what}: give at least 1GB")
+    return room
+
+
+def _search(search: Search, choices: Sequence[Choice], room: float, most: int) -> list[Sized]:
+    """The front of what fits, at most so many of it, each followed whole."""
+    known: dict[tuple[Choice, int], Estimate] = {}
+    while True:
+        sized = []
+        for choice in choices:
+            line = search.line(choice)
+            for power in range(LARGEST_BATCH.bit_length()):
+                step = known.get((choice, 2**power))
+                memory, seconds = line.at(2**power) if step is None else (step.needed, step.seconds or 0.0)
+                sized.append(Sized(choice, 2**power, memory, seconds, line.trained, line.is_packed, step))
+        chosen = _spread(front([each for each in sized if each.memory <= room]), most)
+        unseen = next((each for each in chosen if each.found is None), None)
+        if unseen is None:
+            return chosen
+        step = search.whole(unseen.choice, unseen.batch)
+        known[unseen.choice, unseen.batch] = step
+        search.line(unseen.choice).correct(unseen.batch, step)
+
+
+def _spread(found: list[Sized], most: int) -> list[Sized]:
+    """Of the front so many: the fastest, the fastest with a dense base, the smallest, and others between."""
+    if len(found) <= most:
+        return found
+    dense = next((each for each in found if not each.is_packed), found[0])
+    between = [found[round(i * (len(found) - 1) / most)] for i in range(1, most)]
+    order = [found[0], dense, min(found, key=lambda each: each.memory), *between, *found]
+    chosen = list(dict.fromkeys(map(id, order)))[:most]
+    return [each for each in found if id(each) in chosen]
+
+
+def _why_nothing(search: Search, choices: Sequence[Choice], room: float) -> str:
+    """What the least way needs, what for, and what would help."""
+    choice = min(choices, key=lambda each: search.line(each).at(1)[0])
+    step = search.whole(choice, 1)
+    lasting = step.parts[BASE] + step.parts[ADAPTERS] + (0 if step.paged else step.parts[STATE])
+    again = " and recomputed activations" if choice.gradient_checkpointing else ""
+    text = (
+        f"nothing fits into {_size(room)}: the least is {_size(step.needed)}, {choice.method} with one example at a "
+        f"time{again}, {_size(step.parts[BASE])} of it the base"
+    )
+    ways = []
+    if lasting < room:
+        length = search.length // 2
+        while length >= SHORTEST:
+            if search.whole(choice, 1, length).needed <= room:
+                ways.append(f"with examples of at most {length} tokens this would fit (--max-length {length})")
+                break
+            length //= 2
+    if not step.summary.packed_parameters:
+        ways.append("a method with a base in 4 bits needs less")
+    cards = [card.name for card in CARDS.values() if card.memory >= step.needed]
+    if not search.device.measured and cards:
+        ways.append(f"cards with enough: {', '.join(cards)}")
+    return f"{text}. {_sentence(ways or ['A smaller model is needed, or more memory'])}"
+
+
+def _sentence(parts: Sequence[str]) -> str:
+    joined = "; ".join(parts)
+    return joined[:1].upper() + joined[1:]
 
 
 def _size(count: float) -> str:
     return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.1f} MB"
-
-
-def _front(sized: list[Any], most: int) -> list[Any]:
-    """Those of which no other needs less memory and takes less time an example, the fastest first."""
-    front: list[Any] = []
-    for each in sorted(sized, key=lambda each: (each[1] / each[2], each[0])):
-        if not front or each[0] < front[-1][0]:
-            front.append(each)
-    if len(front) <= most:
-        return front
-    step = (len(front) - 1) / (most - 1) if most > 1 else 1
-    return [front[round(i * step)] for i in range(most)]
 
 
 def _methods(

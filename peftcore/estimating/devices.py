@@ -56,6 +56,11 @@ def usable(memory: float) -> float:
     return 0.94 * memory - 0.5e9
 
 
+def usable_here(memory: float) -> float:
+    """Bytes of a memory that is given to one process of this machine, beside Python and its libraries in `train`."""
+    return memory - 0.6e9
+
+
 def _card(name: str, gigabytes: float, half: float, single: float, bandwidth: float) -> Device:
     """Of its data sheet: GB, TFLOP/s in 16 and 32 bits, GB/s."""
     return Device(name, usable(1e9 * gigabytes), 0.5e12 * half, 0.5e12 * single, 0.75e9 * bandwidth, 8e-6)

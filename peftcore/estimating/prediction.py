@@ -229,7 +229,7 @@ def checkpoint(model: nn.Module, kind: bool | str) -> None:
         if hasattr(model, name):
             getattr(model, name)({"use_reentrant": kind == "reentrant"})
             return
-    raise PeftcoreError(f"{type(model).__name__} has no gradient checkpointing of transformers' kind")
+    raise NotFollowed(f"{type(model).__name__} has no gradient checkpointing of transformers' kind")
 
 
 def _estimate(title: str, following: Following, vocabulary: int | None, about: Summary, paged: bool) -> Estimate:

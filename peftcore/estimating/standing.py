@@ -43,18 +43,31 @@ def config_of(model: Any) -> Any:
     """The config of a model, of a folder or hub id, or the config itself.
 
     Raises:
-        PeftcoreError: there is none, or it does not say how many layers there are.
+        PeftcoreError: there is none.
     """
     found = _config(str(model)) if isinstance(model, (str, Path)) else getattr(model, "config", model)
-    if not isinstance(getattr(found, "num_hidden_layers", None), int):
-        raise PeftcoreError(f"a config of transformers with num_hidden_layers is needed, found {type(found).__name__}")
+    if not hasattr(found, "to_dict") or not hasattr(found, "model_type"):
+        raise PeftcoreError(f"a config of transformers is needed, found {type(found).__name__}")
     return found
+
+
+def _refuse_packed(config: Any) -> None:
+    """Raise where weights are stored in a form of which a model built from the config knows nothing."""
+    told = getattr(config, "quantization_config", None)
+    if told is not None:
+        kind = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
+        raise NotFollowed(
+            f"the weights are quantized ({getattr(kind, 'value', kind) or 'see quantization_config'}), which is not "
+            "followed. Estimate from the config of the dense model, with quantize='nf4' or a method that packs the base"
+        )
 
 
 def _copy(model: nn.Module) -> nn.Module:
     if next(quantized_experts(model), None) is not None:
         raise PeftcoreError("the model's experts are in 4 bits already. Estimate from its config, with quantize=")
     packed = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.is_quantized}
+    if not packed:
+        _refuse_packed(getattr(model, "config", None))
     copied = meta_copy(model)
     for path, layer in packed.items():
         dense: Any = copied.get_submodule(path)
@@ -82,6 +95,7 @@ def _built(config: Any, dtype: torch.dtype) -> nn.Module:
     """The class that the config names, or the one with a head for language; from_config would draw weights."""
     import transformers
 
+    _refuse_packed(config)
     config = copy.deepcopy(config)  # which a model writes to
     named = getattr(transformers, (getattr(config, "architectures", None) or ["?"])[0], None)
     kinds = (transformers.AutoModelForCausalLM, transformers.AutoModelForSeq2SeqLM)

@@ -2,21 +2,23 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import DeepseekV3Config, Gemma3Config, LlamaConfig
 
 import peftcore
 from peftcore.errors import PeftcoreError
+from peftcore.estimating.devices import usable
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIG = LlamaConfig(**SIZES, num_hidden_layers=4, vocab_size=320)
+WIDE = {**SIZES, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
 METHODS = ("lora",)
 
 
 def test_ways_lie_on_the_front_and_fit() -> None:
     found = peftcore.fit(
-        CONFIG, memory="550MB", device="t4", length=32, examples=100, methods=METHODS, ranks=(4,), most=2
+        CONFIG, memory="600MB", device="t4", length=32, examples=100, methods=METHODS, ranks=(4,), most=2
     )
-    assert found.memory < 1e8 and found.ways
+    assert found.memory == pytest.approx(64e6) and found.ways
     for way in found.ways:
         again = peftcore.estimate(
             CONFIG,
@@ -31,8 +33,31 @@ def test_ways_lie_on_the_front_and_fit() -> None:
         assert again.parts == way.estimate.parts and way.estimate.needed == way.memory <= found.memory
     hours, needs = [way.hours for way in found.ways], [way.memory for way in found.ways]
     assert hours == sorted(hours) and needs == sorted(needs, reverse=True)
-    assert found.ways[0].next_need > found.ways[0].memory
+    assert found.ways[0].next_need >= found.ways[0].memory  # segments hold more than is used of them
     assert f"--batch-size {found.ways[0].batch_size}" in str(found)
+
+
+def test_layers_that_differ_are_followed_whole() -> None:
+    """Experts stand behind three dense layers, of which the shallow models of the search see only those."""
+    experts = {"n_routed_experts": 64, "moe_intermediate_size": 256, "first_k_dense_replace": 3, "n_group": 1}
+    config = DeepseekV3Config(
+        **{**SIZES, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8},
+        **experts, v_head_dim=16, qk_nope_head_dim=16, num_hidden_layers=6, vocab_size=64, topk_group=1,
+    )  # fmt: skip
+    (way,) = peftcore.fit(config, memory="850MB", device="t4", length=16, methods=METHODS, most=1).ways
+    assert 100e6 < way.memory <= usable(850e6)
+
+
+def test_a_language_model_inside_another_and_fields_that_are_lists() -> None:
+    text = {**SIZES, "num_hidden_layers": 4, "head_dim": 16, "vocab_size": 320}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 32, "patch_size": 8}, mm_tokens_per_image=4
+    )
+    fields = {"target_modules": ["q_proj"]}
+    found = peftcore.fit(config, memory="800MB", device="t4", length=16, methods=METHODS, fields=fields, most=1)
+    assert found.ways[0].fields == {"target_modules": ["q_proj"], "r": 16}
+    assert "--set 'target_modules=[\"q_proj\"]'" in str(found)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +65,10 @@ def test_ways_lie_on_the_front_and_fit() -> None:
     [
         ({"memory": "much"}, "memory is bytes, or text such as '24GB', found 'much'"),
         ({"memory": 0}, "no model fits into that"),
-        ({"memory": "1MB"}, "nothing fits into 1.0 MB: the least is [0-9.]+ MB, lora"),
+        ({"memory": "lots"}, "memory is bytes, or text such as '24GB', found 'lots'"),
+        ({"memory": "-3GB"}, "memory is bytes, or text such as '24GB', found '-3GB'"),
+        ({"memory": "1MB"}, "memory='1MB' on this machine is no more than Python and its libraries take"),
+        ({"memory": "535MB", "device": "t4"}, "nothing fits into 2.9 MB: the least is [0-9.]+ MB, lora with one exam"),
         ({"memory": "400MB", "device": "t4"}, "is no more than its context takes: give at least 1GB"),
         ({"device": "h1000"}, "there is no card 'h1000' in the table"),
     ],
@@ -50,6 +78,16 @@ def test_what_cannot_be_answered(arguments: dict[str, object], message: str) -> 
         peftcore.fit(CONFIG, length=16, methods=["lora"], **{"device": "cpu", **arguments})  # type: ignore[arg-type]
 
 
-def test_a_model_without_layers() -> None:
-    with pytest.raises(PeftcoreError, match="a config of transformers with num_hidden_layers is needed"):
+def test_no_config() -> None:
+    with pytest.raises(PeftcoreError, match="a config of transformers is needed, found object"):
         peftcore.fit(object(), memory="1GB", device="t4")
+
+
+def test_what_would_help_where_nothing_fits() -> None:
+    wide = LlamaConfig(
+        **{**SIZES, "hidden_size": 512, "intermediate_size": 1024}, num_hidden_layers=4, vocab_size=32000
+    )
+    with pytest.raises(PeftcoreError, match=r"With examples of at most \d+ tokens this would fit \(--max-length"):
+        peftcore.fit(wide, memory="900MB", device="t4", length=4096, methods=METHODS)
+    with pytest.raises(PeftcoreError, match=r"of it the base. A method with a base in 4 bits needs less; cards with"):
+        peftcore.fit(wide, memory="560MB", device="t4", length=64, methods=METHODS)

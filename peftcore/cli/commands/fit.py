@@ -55,4 +55,8 @@ def fit(
     say(str(found))
     say("\nto train in the first of these ways:", "bold")
     chosen = shlex.join([*found.ways[0].options(), "--max-length", str(max_length)])
-    say(f"  peftcore train -m {shlex.quote(model)} -d DATA -o RUN {chosen}" + (" --dtype bf16" if on_card else ""))
+    as_what = "bf16" if on_card else dtype
+    say(
+        f"  peftcore train -m {shlex.quote(model)} -d DATA -o RUN {chosen}"
+        + (f" --dtype {as_what}" if as_what != "auto" else "")
+    )

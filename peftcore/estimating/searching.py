@@ -1,0 +1,196 @@
+"""The ways of training that are searched: their memory and time by batch, from models of few layers.
+
+    memory and time of a step = a + b · batch, each of them u + v · layers, from four steps of models of 2 and 3 layers
+
+A way that is answered is followed whole, at its own batch and all layers; what that finds corrects its line.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from peftcore.errors import PeftcoreError
+from peftcore.estimating.devices import Device
+from peftcore.estimating.prediction import Estimate, estimate
+from peftcore.observation.config import text_config
+
+PLAIN, PAGED = "adamw_torch", "paged_adamw_8bit"
+LARGEST_BATCH = 64
+ALIKE = 0.05  # what differs by less in memory and in time is no choice
+_DEPTHS = (2, 3)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is chosen beside the batch."""
+
+    method: str
+    fields: tuple[tuple[str, Any], ...]
+    gradient_checkpointing: bool
+    optimizer: str
+
+    def __hash__(self) -> int:
+        return hash((self.method, repr(self.fields), self.gradient_checkpointing, self.optimizer))
+
+
+@dataclass
+class Line:
+    """Bytes and seconds of a choice by batch, how many parameters it trains, and whether its base is in 4 bits."""
+
+    at_one: tuple[float, float]
+    more: tuple[float, float]
+    trained: float
+    is_packed: bool
+    correction: tuple[float, float] = (1.0, 1.0)
+
+    def at(self, batch: int) -> tuple[float, float]:
+        """(bytes, seconds) of a step of such batches."""
+        memory, seconds = (
+            c * (a + (batch - 1) * b) for a, b, c in zip(self.at_one, self.more, self.correction, strict=True)
+        )
+        return memory, seconds
+
+    def correct(self, batch: int, found: Estimate) -> None:
+        """Let the line go through what was found at this batch."""
+        memory, seconds = self.at(batch)
+        by_memory, by_time = self.correction
+        self.correction = by_memory * found.needed / memory, by_time * (found.seconds or 0.0) / (seconds or 1.0)
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A choice with a batch, and what a step of it takes; `found` where it was followed whole."""
+
+    choice: Choice
+    batch: int
+    memory: float
+    seconds: float
+    trained: float
+    is_packed: bool
+    found: Estimate | None = None
+
+    @property
+    def of_an_example(self) -> float:
+        """Seconds."""
+        return self.seconds / self.batch
+
+
+@dataclass
+class Search:
+    """Follows steps of one model on one device, and none of them twice."""
+
+    config: Any
+    device: Device
+    length: int
+    dtype: torch.dtype
+    lines: dict[Choice, Line] = field(default_factory=dict)
+    _known: dict[Any, Estimate] = field(default_factory=dict)
+
+    def whole(self, choice: Choice, batch: int, length: int | None = None) -> Estimate:
+        """All layers followed."""
+        return self._estimate(choice, batch, None, length or self.length)
+
+    def line(self, choice: Choice) -> Line:
+        """Of few layers, or where they cannot be counted, or are few, of all."""
+        if choice not in self.lines:
+            one, two = ((self._bytes(choice, batch), self._seconds(choice, batch)) for batch in (1, 2))
+            self.lines[choice] = Line(one, (two[0] - one[0], two[1] - one[1]), *self._base(choice))
+        return self.lines[choice]
+
+    def contenders(self, choices: Sequence[Choice]) -> dict[Choice, tuple[str, ...]]:
+        """Their `front` with one example at a time, and the names of those that are alike to each."""
+        found = []
+        for choice in choices:
+            try:
+                found.append(Sized(choice, 1, self._bytes(choice, 1), self._seconds(choice, 1), *self._base(choice)))
+            except PeftcoreError:
+                continue  # it does not apply to this model, or needs more than a rank
+        return {
+            best.choice: tuple(e.choice.method for e in found if e is not best and is_alike(e, best))
+            for best in front(found)
+        }
+
+    def _base(self, choice: Choice) -> tuple[float, bool]:
+        """(parameters that are trained, is the base in 4 bits?)."""
+        trained = self._extrapolated(choice, 1, lambda each: each.summary.trainable_parameters)
+        return trained, bool(self._extrapolated(choice, 1, lambda each: each.summary.packed_parameters))
+
+    def _bytes(self, choice: Choice, batch: int) -> float:
+        return self._extrapolated(choice, batch, lambda each: each.needed)
+
+    def _seconds(self, choice: Choice, batch: int) -> float:
+        return self._extrapolated(choice, batch, lambda each: each.seconds or 0.0)
+
+    def _extrapolated(self, choice: Choice, batch: int, value: Callable[[Estimate], float]) -> float:
+        layers = layers_of(self.config)
+        if layers is None or layers <= _DEPTHS[-1]:
+            return float(value(self.whole(choice, batch)))
+        few, more = (float(value(self._estimate(choice, batch, depth, self.length))) for depth in _DEPTHS)
+        return few + (layers - _DEPTHS[0]) * (more - few)
+
+    def _estimate(self, choice: Choice, batch: int, depth: int | None, length: int) -> Estimate:
+        key = choice, batch, depth, length
+        if key not in self._known:
+            self._known[key] = estimate(
+                self.config if depth is None else shallow(self.config, depth),
+                choice.method,
+                batch_size=batch,
+                length=length,
+                optimizer=choice.optimizer,
+                gradient_checkpointing=choice.gradient_checkpointing,
+                dtype=self.dtype,
+                device=self.device,
+                **dict(choice.fields),
+            )
+        return self._known[key]
+
+
+def layers_of(config: Any) -> int | None:
+    """How many layers a model of this config has; None: it does not say."""
+    found = getattr(text_config(config), "num_hidden_layers", None)
+    return found if isinstance(found, int) else None
+
+
+def shallow(config: Any, depth: int) -> Any:
+    """The config with so many layers."""
+    small = copy.deepcopy(config)
+    text = text_config(small)
+    layers = text.num_hidden_layers
+    text.num_hidden_layers = depth
+    for name, value in vars(text).items():  # such as layer_types
+        if isinstance(value, list) and len(value) == layers:
+            setattr(text, name, value[:depth])
+    return small
+
+
+def front(sized: Sequence[Sized]) -> list[Sized]:
+    """Those of which no other needs less memory and takes less time an example, the fastest first.
+
+    Of those that are alike in both the one that trains the most parameters. A base in 4 bits is not what it was, and so
+    beats no dense one.
+    """
+    found: list[Sized] = []
+    for each in sorted(sized, key=lambda each: (each.of_an_example, each.memory)):
+        rivals = [n for n, other in enumerate(found) if each.is_packed or not other.is_packed]
+        if all(each.memory < (1 - ALIKE) * found[n].memory for n in rivals):
+            found.append(each)
+            continue
+        for n in rivals:
+            more = each.trained > (1 + ALIKE) * found[n].trained and each.is_packed == found[n].is_packed
+            if more and is_alike(each, found[n]):
+                found[n] = each
+                break
+    return found
+
+
+def is_alike(one: Sized, other: Sized) -> bool:
+    """Are they one as good as the other in memory and time?"""
+    return all(
+        abs(a - b) <= ALIKE * max(a, b)
+        for a, b in ((one.memory, other.memory), (one.of_an_example, other.of_an_example))
+    )
