@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,7 +13,8 @@ from peftcore.cli.options import FULL
 from peftcore.cli.progress import current_memory, gigabytes
 from peftcore.cli.settings import Settings
 from peftcore.errors import PeftcoreError
-from peftcore.estimating import Way, memory_here
+from peftcore.estimating import memory_here
+from peftcore.estimating.searching import PAGED, PLAIN
 
 
 @dataclass(frozen=True)
@@ -100,18 +100,41 @@ def refuse_if_too_large(found: Forecast, settings: Settings) -> None:
     )
 
 
-def best_way(model: str, method: str, fields: dict[str, Any], length: int, dtype: str, device: str) -> Way:
-    """The fastest way that fits into what is free on this machine.
+def fitted(settings: Settings) -> Settings:
+    """The same with the batch, recomputed activations and the optimizer of the fastest way that fits into what is free.
+
+    The examples of a step stay as many: what the batch loses is accumulated.
 
     Raises:
-        PeftcoreError: none does, or the run would be on a card, whose free memory is not looked at.
+        PeftcoreError: none fits, or of such a run it is not known.
     """
-    if models.torch_device(device).type != "cpu":
+    if models.torch_device(settings.device).type != "cpu":
         raise PeftcoreError("--fit is for training on a CPU. For a card: peftcore fit --device NAME --memory 24GB")
-    found = peftcore.fit(
-        model, length=length, methods=[method], fields=fields, dtype=models.torch_dtype(dtype, device), most=1
+    why = _why_not(settings)
+    if why is not None:
+        raise PeftcoreError(f"--fit cannot choose: {why}")
+    if settings.optim != PLAIN:
+        raise PeftcoreError(f"--fit chooses the optimizer, of {PLAIN} and {PAGED}: leave out --optim {settings.optim}")
+    dtype = precision.base_dtype(settings.precision, settings.dtype)
+    (way,) = peftcore.fit(
+        models.load_config(settings.model, settings.task),
+        length=settings.max_length,
+        methods=[settings.method],
+        fields=settings.fields,
+        dtype=models.torch_dtype(dtype, settings.device),
+        most=1,
+    ).ways
+    batch_size = min(settings.batch_size, way.batch_size)
+    chosen = replace(
+        settings,
+        batch_size=batch_size,
+        grad_accum=-(-settings.batch_size * settings.grad_accum // batch_size),
+        gradient_checkpointing=way.gradient_checkpointing,
+        optim=way.optimizer,
     )
-    return found.ways[0]
+    again = " --gradient-checkpointing" if chosen.gradient_checkpointing else ""
+    say(f"--fit: --batch-size {batch_size} --grad-accum {chosen.grad_accum} --optim {chosen.optim}{again}")
+    return chosen
 
 
 def _why_not(settings: Settings) -> str | None:

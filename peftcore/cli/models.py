@@ -19,7 +19,7 @@ from peftcore.validation import check_types
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TASK_FILE = "peftcore_task.json"
 DTYPES = ("auto", "fp32", "bf16")
@@ -158,13 +158,23 @@ def load_model(
 
 def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrainedModel:
     """A base without its weights, on the meta device: shapes only."""
-    quiet_transformers()
     import torch
+
+    config = load_config(model, task, labels)
+    with torch.device("meta"):
+        return _auto_class(task).from_config(config)
+
+
+def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> PretrainedConfig:
+    """A base's configuration, which names the class that `load_model` makes of it for this task."""
+    quiet_transformers()
     from transformers import AutoConfig
 
     config = _load(AutoConfig.from_pretrained, model, "configuration", **_head(task, labels))
-    with torch.device("meta"):
-        return _auto_class(task).from_config(config)
+    kinds = _auto_class(task)._model_mapping
+    if type(config) in kinds:
+        config.architectures = [kinds[type(config)].__name__]
+    return config
 
 
 def packing_by(
@@ -324,11 +334,14 @@ def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
         require("gguf", extra="gguf")
         where, options["gguf_file"] = str(Path(model).parent), Path(model).name
         hidden = contextlib.redirect_stderr(io.StringIO())  # a bar that no setting of transformers turns off
+    from huggingface_hub.errors import StrictDataclassError
+
     try:
         with hidden:
             return loader(where, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
+        told = error.__cause__ if isinstance(error, StrictDataclassError) else None  # what is wrong with the field
+        reason = str(told or error).strip().partition("\n")[0]
         raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {reason}") from error
 
 

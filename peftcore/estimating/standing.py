@@ -86,8 +86,9 @@ def _config(where: str) -> Any:
         raise PeftcoreError(f"there is no folder '{where}': give one with a config.json, or a hub id")
     try:
         return AutoConfig.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # of transformers, or of the class that checks a config's fields
+        known = isinstance(error, (OSError, ValueError, KeyError))
+        reason = str(error if known else error.__cause__ or error).strip().partition("\n")[0]
         raise PeftcoreError(f"the configuration of '{where}' cannot be read: {reason}") from error
 
 

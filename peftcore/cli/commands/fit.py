@@ -9,6 +9,7 @@ import typer
 
 from peftcore.cli import options
 from peftcore.cli.console import say
+from peftcore.errors import PeftcoreError
 
 EXAMPLES = (
     "peftcore fit -m MODEL --memory 24GB --device rtx4090 --max-length 2048 --examples 10000",
@@ -26,6 +27,8 @@ def fit(
         list[str] | None, typer.Option("--method", help="Repeatable; default those installed that have a rank.")
     ] = None,
     rank: Annotated[list[int] | None, typer.Option("--rank", min=1, help="Repeatable; default 16.")] = None,
+    task: options.Task = None,
+    labels: Annotated[str | None, typer.Option(help="For classification: the labels, separated by commas.")] = None,
     max_length: options.MaxLength = 512,
     examples: Annotated[int, typer.Option(min=1, help="How many there are, for the time of an epoch.")] = 1000,
     dtype: options.Dtype = "auto",
@@ -37,13 +40,16 @@ def fit(
     import torch
 
     import peftcore
-    from peftcore.cli import models
+    from peftcore.cli import data, models
 
-    models.quiet_transformers()
+    task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
+    data.check_task(task)
+    if task == data.PREFERENCES:
+        raise PeftcoreError("DPO's batches and its reference are not followed: fit is for the other tasks")
+    names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     on_card = device != "cpu" and dtype == "auto"
-    where = models.resolve(model)
     found = peftcore.fit(
-        where,
+        models.load_config(models.resolve(model), task, names),
         memory=memory,
         device=device,
         length=max_length,

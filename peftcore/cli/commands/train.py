@@ -145,16 +145,6 @@ def train(
     name, chosen = options.resolve_method(start.method if start else method, config_file.fields(context, fields))
     if start is not None:
         chosen, chat_template = {**start.fields, **chosen}, chat_template or start.task.chat_template
-    if fit:
-        from peftcore.cli import forecast
-
-        base = models.resolve(start.base if start else str(model))
-        way = forecast.best_way(base, name, chosen, max_length, dtype, device)
-        batches = batch_size * grad_accum
-        batch_size = min(batch_size, way.batch_size)
-        grad_accum = -(-batches // batch_size)
-        gradient_checkpointing, optim = way.gradient_checkpointing, way.optimizer
-        say(f"--fit: --batch-size {batch_size} --grad-accum {grad_accum} {' '.join(way.options()[-1:])}")
     settings = run_settings.Settings(
         model=models.resolve(start.base if start else str(model)),
         data=options.absolute(data),
@@ -191,6 +181,10 @@ def train(
         save_every=save_every,
         keep=keep,
     )
+    if fit:
+        from peftcore.cli import forecast
+
+        settings = forecast.fitted(settings)
     more = {"sample": sample, "sample_tokens": sample_tokens, "report_to": report_to}
 
     def prepare() -> None:

@@ -1,0 +1,103 @@
+"""`fit`: the ways it prints, and what it says to a wrong memory, card or model; `train --fit` takes the fastest."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from commands import Run
+
+from peftcore.cli import forecast
+
+ONE = ("--method", "lora", "--rank", 4, "--max-length", 12)
+
+
+def test_prints_a_command_that_trains(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    output = run("fit", "-m", llama, "--memory", "1GB", *ONE, "--dtype", "bf16").output
+    assert "into 0.4 GB on this machine, fastest first:" in output and "h an epoch" in output
+    command = shlex.split(output.strip().splitlines()[-1])
+    assert command[:4] == ["peftcore", "train", "-m", str(llama)] and command[-2:] == ["--dtype", "bf16"]
+    given = [{"DATA": str(reviews), "RUN": str(tmp_path / "run")}.get(word, word) for word in command[1:]]
+    assert "predicted: " in run(*given, "--steps", 1).output
+    settings = json.loads((tmp_path / "run/run.json").read_text())
+    assert (settings["method"], settings["fields"], settings["dtype"]) == ("lora", {"r": 4}, "bf16")
+
+
+def test_on_a_card(run: Run, llama: Path) -> None:
+    output = run("fit", "-m", llama, "--device", "T4", "--memory", "1GB", *ONE).output
+    assert "into 0.4 GB on t4, fastest first:" in output and output.strip().endswith("--dtype bf16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--device", "rtx4091"), "there is no card 'rtx4091' in the table (nearest: 'rtx4090'"),
+        (("--memory", "0"), "found '0': no model fits into that"),
+        (("--memory", "-3GB"), "memory is bytes, or text such as '24GB', found '-3GB'"),
+        (("--memory", "lots"), "memory is bytes, or text such as '24GB', found 'lots'"),
+        (("--memory", "24"), "memory is bytes, or text such as '24GB', found '24': no model fits into that"),
+        (("--memory", "500MB"), "is no more than Python and its libraries take: give at least 1GB"),
+        (("--memory", "1GB", "--dtype", "fp8"), "fp8"),
+        (("--memory", "1GB", "--method", "loro"), "nearest: 'lora'"),
+    ],
+)
+def test_what_it_does_not_understand(run: Run, llama: Path, arguments: tuple[str, ...], message: str) -> None:
+    output = " ".join(run("fit", "-m", llama, *arguments, code=1).output.split())
+    assert message in output
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4},
+            "The hidden size (30) is not a multiple",
+        ),
+        ({"model_type": "llama", "vocab_size": -3}, "no model can be built on the meta device of this LlamaConfig"),
+        ({"model_type": "no_such_model"}, "the configuration of '"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}},
+            "the weights are quantized (gptq), which is not followed",
+        ),
+    ],
+)
+def test_configs_that_cannot_be_followed(run: Run, tmp_path: Path, config: dict[str, object], message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    output = run("fit", "-m", tmp_path, "--memory", "8GB", *ONE, code=1).output
+    assert message in " ".join(output.split())
+
+
+def test_train_takes_the_fastest_that_fits(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
+    arguments = ("-m", llama, "-d", reviews, "--method", "lora", "--set", "r=4", "--steps", 1, "--max-length", 12)
+    output = run("train", *arguments, "-o", tmp_path / "run", "--fit", "--batch-size", 2, "--grad-accum", 3).output
+    assert "--fit: --batch-size 2 --grad-accum 3 --optim adamw_torch" in output
+    settings = json.loads((tmp_path / "run/run.json").read_text())
+    assert (settings["batch_size"], settings["grad_accum"], settings["gradient_checkpointing"]) == (2, 3, False)
+    for more, message in [
+        (("--optim", "lion_32bit"), "--fit chooses the optimizer"),
+        (("--precision", "bf16"), "--fit cannot choose: mixed precision is not followed"),
+    ]:
+        assert message in run("train", *arguments, "-o", tmp_path / "other", "--fit", *more, code=1).output
+
+
+def test_a_classifier_without_a_head(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
+    """The folder is of a bare BERT: the task names the class that is trained."""
+    arguments = ("-m", bert, "--method", "lora", "--max-length", 12)
+    assert "h an epoch" in run("fit", *arguments, "--memory", "1GB", "--labels", "up,down").output
+    run("train", *arguments, "-d", labelled, "-o", tmp_path / "run", "--steps", 1, "--fit")
+    assert "DPO's batches" in run("fit", *arguments, "--memory", "1GB", "--task", "dpo", code=1).output
+
+
+def test_train_says_what_does_not_fit_before_it_loads(
+    run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peftcore.estimating import devices
+
+    monkeypatch.setattr(devices, "memory_here", lambda: 2e5)
+    monkeypatch.setattr(forecast, "memory_here", lambda: 2e5)
+    arguments = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora", "--max-length", 12)
+    output = run(*arguments, "--fit", code=1).output
+    assert "nothing fits into 0.2 MB: the least is" in output and "loading" not in output
+    assert not (tmp_path / "run").exists()
