@@ -156,9 +156,9 @@ def fit(
             )
         )
     ways.sort(key=lambda way: way.hours)
-    alike_in_time = [way for way in ways if way.hours <= (1 + ALIKE) * ways[0].hours]
-    first = next((way for way in alike_in_time if not way.estimate.summary.packed_parameters), ways[0])
-    return Fit(room, where, (first, *(way for way in ways if way is not first)))
+    near = [way for way in ways if way.hours <= (1 + ALIKE) * ways[0].hours]
+    best = next((way for way in near if not way.estimate.summary.packed_parameters), ways[0])
+    return Fit(room, where, (best, *(way for way in ways if way is not best)))
 
 
 def _room(memory: int | str | None, where: Device) -> float:
