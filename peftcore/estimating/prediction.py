@@ -43,6 +43,13 @@ from peftcore.registry import registry
 ACTIVATIONS, LOGITS, TEMPORARIES = "activations", "logits and loss", "temporaries"
 KERNELS, KEPT = "inside operators", "kept by operators"
 KINDS = (BASE, ADAPTERS, GRADIENTS, STATE, INPUTS, ACTIVATIONS, LOGITS, TEMPORARIES, KERNELS, KEPT)
+_NOT_FOLLOWED = {
+    "ranks": "of one process among several. With DDP each takes what one process takes, and all gradients once more in "
+    "its buckets (torch's gradient_as_bucket_view)",
+    "shard": "of a base that is sharded (FSDP2): each rank takes less than one process alone, of which the estimate is",
+    "per_sample": "with adapters of each sample's own: a step of training follows one method",
+    "reference": "with the passes of a reference model, as DPO makes them",
+}
 NOT_COUNTED = (
     "Not in it: Python with its libraries (0.4 GB and more), a trainer's own (log, examples), evaluation and loading; "
     "on CUDA its context."
@@ -174,6 +181,8 @@ def estimate(
     for name, number in numbers.items():
         if not isinstance(number, int) or number < 1:
             raise PeftcoreError(f"{name} must be a whole number from 1, found {number!r}")
+    for name in _NOT_FOLLOWED.keys() & fields.keys():
+        raise NotFollowed(f"{name}: a step is not followed {_NOT_FOLLOWED[name]}")
     where = device_of(device) if isinstance(device, str) else device
     following = Following()
     with ExitStack() as stack:
@@ -224,7 +233,10 @@ def _place(model: nn.Module, method: Any, fields: dict[str, Any]) -> None:
 def checkpoint(model: nn.Module, kind: bool | str) -> None:
     """Let a model of transformers compute activations again in the backward, by either kind of PyTorch's."""
     if kind not in (True, "reentrant", "non-reentrant"):
-        raise PeftcoreError(f"gradient_checkpointing is True, False, 'reentrant' or 'non-reentrant', found {kind!r}")
+        raise PeftcoreError(
+            f"gradient_checkpointing is True, False, 'reentrant' or 'non-reentrant', found {kind!r}. Selective "
+            "checkpointing is not followed"
+        )
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # by transformers' release
         if hasattr(model, name):
             getattr(model, name)({"use_reentrant": kind == "reentrant"})

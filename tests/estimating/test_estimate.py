@@ -157,7 +157,10 @@ def test_draws_nothing() -> None:
     [
         ({"batch_size": 0}, "batch_size must be a whole number from 1, found 0"),
         ({"optimizer": "adamw_8bits"}, "nearest: 'adamw_8bit'"),
-        ({"gradient_checkpointing": "some"}, "'reentrant' or 'non-reentrant', found 'some'"),
+        ({"gradient_checkpointing": "some"}, "'non-reentrant', found 'some'. Selective checkpointing is not followed"),
+        ({"ranks": 2}, "ranks: a step is not followed of one process among several. With DDP each takes"),
+        ({"shard": True}, "shard: a step is not followed of a base that is sharded"),
+        ({"per_sample": True}, "per_sample: a step is not followed with adapters of each sample's own"),
         ({"quantize": "int3"}, "no 4-bit type 'int3'"),
     ],
 )
@@ -188,8 +191,22 @@ def test_of_a_model_is_that_of_its_config() -> None:
         assert torch.equal(tensor, state[name])
 
 
+def test_plan_of_a_model_is_that_of_its_config() -> None:
+    """Loaded, with values and on the CPU, or built on meta from the config."""
+    for method in ("lora", "qlora"):
+        loaded, empty = peftcore.plan(real(None), method), peftcore.plan(stand_in(CONFIG, None), method)
+        assert str(loaded) == str(empty) and loaded.rows == empty.rows
+
+
+def test_weights_that_are_packed_in_another_way() -> None:
+    config = deepcopy(CONFIG)
+    config.quantization_config = {"quant_method": "fp8"}
+    with pytest.raises(PeftcoreError, match=r"the weights are quantized \(fp8\), which is not followed"):
+        peftcore.estimate(config, "lora")
+
+
 def test_of_a_model_in_4_bits_is_that_of_its_config() -> None:
-    model = peftcore.quantize(transformers.LlamaForCausalLM(CONFIG))
+    model = peftcore.quantize(transformers.LlamaForCausalLM(deepcopy(CONFIG)))  # whose config says so then
     of_config = peftcore.estimate(CONFIG, "lora", quantize="nf4", **RUN)
     assert peftcore.estimate(model, "lora", **RUN).parts == of_config.parts
     assert of_config.parts["base"] == peftcore.summary(model).base_bytes + 64  # the rotary embedding's frequencies
