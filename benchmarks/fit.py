@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/fit.py [--only Llama-3-8B] [--memory 24] [--length 2048]
 
-Prints a row of Markdown for each: the fastest way, what it needs, its epoch by the card's data sheet, and the seconds of
-a processor that the answer took. Each is asked of a config alone, in a process of its own; --folder keeps the configs.
+Prints a row of Markdown for each: the fastest way, what it needs, its epoch by the card's data sheet, and the seconds
+of a processor that the answer took. Each is asked of a config alone, in a process of its own; --folder keeps them.
 """
 
 import argparse
