@@ -16,7 +16,7 @@ ONE = ("--method", "lora", "--rank", 4, "--max-length", 12)
 
 def test_prints_a_command_that_trains(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     output = run("fit", "-m", llama, "--memory", "1GB", *ONE, "--dtype", "bf16").output
-    assert "into 0.4 GB on this machine, fastest first:" in output and "h an epoch" in output
+    assert "into 0.3 GB on this machine, fastest first:" in output and "h an epoch" in output
     command = shlex.split(output.strip().splitlines()[-1])
     assert command[:4] == ["peftcore", "train", "-m", str(llama)] and command[-2:] == ["--dtype", "bf16"]
     given = [{"DATA": str(reviews), "RUN": str(tmp_path / "run")}.get(word, word) for word in command[1:]]
