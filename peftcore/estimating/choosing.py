@@ -23,6 +23,7 @@ from peftcore.estimating.step import ADAPTERS, BASE, STATE
 from peftcore.optim.paging import bytes_of
 from peftcore.registry import registry
 
+NEARLY = 1.2  # what a line says to need so much more than there is may fit, and is followed whole before it is left out
 SHORTEST = 64  # tokens of an example, of those that are offered where nothing fits
 
 
@@ -151,7 +152,7 @@ def fit(
                 choice.optimizer,
                 step,
                 hours=(step.seconds or 0.0) * math.ceil(examples / each.batch) / 3600,
-                next_need=search.line(choice).at(2 * each.batch)[0],
+                next_need=search.needs(choice, 2 * each.batch),
                 alike=alike[replace(choice, gradient_checkpointing=False, optimizer=PLAIN)],
             )
         )
@@ -189,7 +190,8 @@ def _search(search: Search, choices: Sequence[Choice], room: float, most: int) -
                 step = known.get((choice, 2**power))
                 memory, seconds = line.at(2**power) if step is None else (step.needed, step.seconds or 0.0)
                 sized.append(Sized(choice, 2**power, memory, seconds, line.trained, line.is_packed, step))
-        chosen = _spread(front([each for each in sized if each.memory <= room]), most)
+        limits = ((each, room if each.found is not None else NEARLY * room) for each in sized)
+        chosen = _spread(front([each for each, limit in limits if each.memory <= limit]), most)
         unseen = next((each for each in chosen if each.found is None), None)
         if unseen is None:
             return chosen

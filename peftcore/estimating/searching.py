@@ -95,6 +95,11 @@ class Search:
         """All layers followed."""
         return self._estimate(choice, batch, None, length or self.length)
 
+    def needs(self, choice: Choice, batch: int) -> float:
+        """Bytes: as found where it was followed whole, else by the choice's line."""
+        known = self._known.get((choice, batch, None, self.length))
+        return self.line(choice).at(batch)[0] if known is None else known.needed
+
     def line(self, choice: Choice) -> Line:
         """Of few layers, or where they cannot be counted, or are few, of all."""
         if choice not in self.lines:
