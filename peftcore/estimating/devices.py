@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import Operation
+from peftcore.estimating.libraries import cache_folder, machine
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ def memory_here() -> float:
 
 def this_machine() -> Device:
     """This machine, with its rates as they were measured when that was first asked; kept in a file of the user's."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftcore"
-    key = f"{platform.node()} {platform.machine()} {torch.__version__} {torch.get_num_threads()}"
+    folder, key = cache_folder(), machine()
     kept: dict[str, dict[str, float]] = {}
     try:
         kept = json.loads((folder / "rates.json").read_text())

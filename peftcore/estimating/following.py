@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.costs import FREE, Cost, cost
+from peftcore.estimating.libraries import Libraries
 from peftcore.observation.meta import MetaFloats
 
+MADE, GONE, TENSOR_MADE, VIEW_MADE, TENSOR_GONE = "made", "gone", "tensor made", "view made", "tensor gone"
+NODE, SCRATCH, NODES_GONE, STEPS = "node", "scratch", "nodes gone", "steps"
 LARGEST_INDEX = 1 << 22  # integers with more values than this are not real
 
 
@@ -59,7 +62,6 @@ class Operation:
         moved: bytes that it reads and writes.
         halves: does it compute in 16 bits?
         recomputed: in a forward that a backward runs again.
-        recorded: with a node of autograd, in a forward.
     """
 
     name: str
@@ -69,7 +71,24 @@ class Operation:
     moved: int = 0
     halves: bool = False
     recomputed: bool = False
-    recorded: bool = False
+
+
+class Event(NamedTuple):
+    """What a process does with its heap, in the order in which it does it.
+
+    Args:
+        kind: a storage is `MADE` or `GONE`; so are a tensor's objects, those of a view being others; an operator gets a
+            node of autograd (`NODE`) or takes memory of its own (`SCRATCH`); all nodes are given back (`NODES_GONE`),
+            the optimizer `STEPS`.
+        number: of the storage, the tensor or the operation.
+        edges: of a node, the tensors that its operator takes; of a tensor, those of them that need a gradient.
+        leaves: of a node, those tensors that are parameters and need one.
+    """
+
+    kind: str
+    number: int = 0
+    edges: int = 0
+    leaves: int = 0
 
 
 def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]], dict[int, list[int]], list[int]]:
@@ -86,12 +105,16 @@ def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]]
 
 
 class Following:
-    """Follows what is done within `with following.running(model):`."""
+    """Follows what is done within `with following.running(model):`. `libraries`: what is taken inside operators."""
 
-    def __init__(self) -> None:
+    def __init__(self, libraries: Libraries) -> None:
+        self.libraries = libraries
         self.storages: list[Storage] = []
         self.operations: list[Operation] = []
+        self.events: list[Event] = []
         self.phase = ""
+        self._tensors = 0
+        self._ended = False
         self._modules: list[str] = []  # those whose forward is running
         self._live: dict[int, Storage] = {}
 
@@ -127,13 +150,29 @@ class Following:
             module = self._modules[-1] if self._modules else ""
             known = Storage(storage.nbytes(), tuple(tensor.shape), len(self.operations), None, kind, module)
             self._live[key] = known
+            self.events.append(Event(MADE, len(self.storages)))
+            weakref.finalize(storage, self._gone, key, known, len(self.storages)).atexit = False
             self.storages.append(known)
-            weakref.finalize(storage, self._gone, key, known).atexit = False
         elif kind is not None and not (only_new and known.kind):
             known.kind = kind
 
-    def _gone(self, key: int, storage: Storage) -> None:
+    def note(self, kind: str) -> None:
+        """Note what is done in between: `NODES_GONE` or `STEPS`."""
+        self.events.append(Event(kind))
+
+    def end(self) -> None:
+        """Follow no more: what is there now stays, though the stand-in is about to go."""
+        self._ended = True
+
+    def _tensor_gone(self, number: int) -> None:
+        if not self._ended:
+            self.events.append(Event(TENSOR_GONE, number))
+
+    def _gone(self, key: int, storage: Storage, number: int) -> None:
+        if self._ended:
+            return
         storage.died = len(self.operations)
+        self.events.append(Event(GONE, number))
         if self._live.get(key) is storage:
             del self._live[key]
 
@@ -145,16 +184,26 @@ class Following:
                 if known is not None and known.module:
                     inside = known.module
         again = bool(self._modules) and self.phase.startswith("backward")
-        ours = operator.namespace == "peftcore"  # which runs within a node that is there already
-        recorded = self.phase.startswith("forward") and (torch.is_grad_enabled() or ours)
-        operation = Operation(operator._schema.name, inside, self.phase, recomputed=again, recorded=recorded)
+        operation = Operation(operator._schema.name, inside, self.phase, recomputed=again)
+        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        ours = operator.namespace == "peftcore" and self.phase.startswith("forward")  # within a Function's forward
+        needing = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() or ours else []
+        if needing:
+            leaves = sum(t.is_leaf for t in needing)
+            self.events.append(Event(NODE, len(self.operations), len(tensors), leaves))
         if not operator.is_view:
-            made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             operation.moved = sum(t.nbytes for t in tensors) + sum(t.nbytes for t in made)
             operation.halves = any(t.dtype in (torch.float16, torch.bfloat16) for t in made)
-            operation.cost = cost(operator, args, tensors, output)
+            operation.cost = cost(operator, args, output, self.libraries)
+            if operation.cost.scratch:
+                self.events.append(Event(SCRATCH, len(self.operations)))
             for tensor in made:
                 self.see(tensor)
+        for tensor in made:
+            if not any(tensor is given for given in tensors):
+                self.events.append(Event(VIEW_MADE if operator.is_view else TENSOR_MADE, self._tensors, len(needing)))
+                weakref.finalize(tensor, self._tensor_gone, self._tensors).atexit = False
+                self._tensors += 1
         self.operations.append(operation)
 
 

@@ -1,14 +1,15 @@
-"""What a process holds for its tensors: glibc's malloc, simulated on a step's allocations.
+"""What a process holds for its tensors: glibc's malloc, simulated on a step's allocations (malloc/malloc.c, 2.41).
 
 Requests from a threshold on are mapped where no free piece is large enough, and gone when they are freed; the threshold
 rises to the largest freed one, up to 32 MiB. The others come from one heap: the smallest free piece that is large
 enough, split; free neighbours are joined; the end is given back when it is larger than twice the threshold. What lies
-free between others stays with the process (malloc/malloc.c: `sysmalloc`, `_int_malloc`, `_int_free`, `systrim`).
+free between others stays with the process.
 
 Most of what a process holds in vain comes of two things together. A tensor begins at a multiple of 64 bytes, for which
 96 bytes more are looked for than it takes (`_int_memalign`): the piece that a freed tensor leaves is too small for
 another of its size, unless the bytes before or behind it are free too. And there lie PyTorch's objects of a few hundred
-bytes: a tensor's, its storage's, and the node of autograd, which stays until the backward has ended.
+bytes: a tensor's, its storage's, and the node of autograd, which stays until the backward has ended. Which pieces of
+up to 1,040 bytes are joined, and when, decides over hundreds of megabytes, so malloc's lists of them are kept, too.
 """
 
 from __future__ import annotations
@@ -17,31 +18,55 @@ from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
 
-from peftcore.estimating.following import Operation, Storage, births_and_deaths
+from peftcore.estimating.following import (
+    GONE,
+    MADE,
+    NODE,
+    NODES_GONE,
+    SCRATCH,
+    STEPS,
+    TENSOR_GONE,
+    TENSOR_MADE,
+    VIEW_MADE,
+    Event,
+    Operation,
+    Storage,
+)
 
 _PAGE, _PAD = 4096, 128 << 10
 _LARGEST_THRESHOLD = 32 << 20
 _ALIGNMENT, _LEAST = 64, 32
-_CACHED, _CACHED_OF_A_SIZE = 1040, 7  # pieces that are kept by size when they are freed, and joined with none
-_OF_A_TENSOR = (104, 184, 24)  # bytes of StorageImpl, TensorImpl and a vector; seen in traces of PyTorch 2.13
-_OF_A_NODE = (472, 24, 24, 40)
+_CACHED, _CACHED_OF_A_SIZE = 1040, 7  # `tcache`: pieces that are kept by size when they are freed, and joined with none
+_FAST, _SMALL = 128, 1024  # `fastbins` and `smallbins`: up to, and below, so many bytes
+_CONSOLIDATES = 64 << 10  # a freed piece of so many bytes has the fast ones joined
+
+# Bytes of PyTorch's objects, as requests of PyTorch 2.13: seen in traces of whole steps.
+_STORAGE, _TENSOR, _VERSION = 96, 176, 24  # StorageImpl, TensorImpl and VariableVersion
+_META, _VIEW_META = 184, 312  # AutogradMeta and DifferentiableViewMeta
+_NODE, _SAVED, _EDGE, _LEAF = 560, (16, 16), 16, 472  # a node, sizes that it saves, an edge, and AccumulateGrad
 
 Piece = tuple[int, int]  # (address, size); address -1: it is mapped
 
 
 class Heap:
-    """One arena. Addresses count from 0."""
+    """The main arena. Addresses count from 0."""
 
     def __init__(self) -> None:
-        self.threshold, self.trim = 128 << 10, 128 << 10
+        self.threshold, self.trim = 128 << 10, 256 << 10
         self.mapped = 0
         self.end = 0  # of what was got from the system
         self.top = 0  # from here on all is free
         self.touched = 0
-        self._free: list[Piece] = []  # as (size, address), sorted
-        self._size_at: dict[int, int] = {}  # of free pieces, by where they begin
+        self._size_at: dict[int, int] = {}  # of free pieces that may be joined, by where they begin
         self._start_at: dict[int, int] = {}  # and by where they end
-        self._cached: dict[int, list[Piece]] = defaultdict(list)
+        self._unsorted: dict[int, int] = {}  # those of them freed since the last search, the oldest first
+        self._sorted: list[tuple[int, int, int]] = []  # (size, order within it, address) of the others
+        self._order: dict[int, int] = {}
+        self._count = 0
+        self._cached: dict[int, list[int]] = defaultdict(list)
+        self._fast: dict[int, list[int]] = defaultdict(list)
+        self._fast_ones = 0
+        self._remainder = -1  # of the last small request
 
     @property
     def resident(self) -> int:
@@ -49,25 +74,28 @@ class Heap:
         return self.mapped + self.touched
 
     def allocate(self, count: int) -> Piece:
-        """A new piece for so many bytes."""
+        """A new piece for so many bytes (`malloc`)."""
         size = _size_for(count)
         if cached := self._cached.get(size):
-            return cached.pop()
-        return self._map(size) or self._cut(size)
+            return cached.pop(), size
+        return self._allocate(size)
 
     def allocate_aligned(self, count: int) -> Piece:
-        """A new piece for so many bytes of a tensor."""
+        """A new piece for so many bytes of a tensor (`posix_memalign` to 64 bytes)."""
         size = _size_for(count)
-        wanted = size + _ALIGNMENT + _LEAST
-        if mapped := self._map(wanted):
-            return mapped
-        address, found = self._cut(wanted)
+        for address in reversed(self._cached.get(size, ())):
+            if (address + 16) % _ALIGNMENT == 0:
+                self._cached[size].remove(address)
+                return address, size
+        address, found = self._allocate(size + _ALIGNMENT + _LEAST)
+        if address < 0:
+            return address, found
         start = -(-(address + 16) // _ALIGNMENT) * _ALIGNMENT - 16
         if start != address:
             start += _ALIGNMENT if start - address < _LEAST else 0
             self._join(address, start - address)
         rest, behind = address + found - start - size, start + size
-        if rest >= _LEAST or behind + rest == self.top or behind + rest in self._size_at:
+        if rest >= _LEAST or (rest > 0 and (behind + rest == self.top or behind + rest in self._size_at)):
             self._join(behind, rest)
             return start, size
         return start, size + rest
@@ -79,98 +107,224 @@ class Heap:
             self.mapped -= size
             if self.threshold < size <= _LARGEST_THRESHOLD:
                 self.threshold, self.trim = size, 2 * size
-            return
-        if size <= _CACHED and len(cached := self._cached[size]) < _CACHED_OF_A_SIZE:
-            cached.append(piece)
-            return
-        self._join(address, size)
-        if self.end - self.top > self.trim:
-            self.end = -(-(self.top + _PAD) // _PAGE) * _PAGE
-            self.touched = min(self.touched, self.end)
+        elif size <= _CACHED and len(cached := self._cached[size]) < _CACHED_OF_A_SIZE:
+            cached.append(address)
+        elif size <= _FAST:
+            self._fast[size].append(address)
+            self._fast_ones += 1
+        else:
+            self._join(address, size)
 
-    def _map(self, size: int) -> Piece | None:
-        if size < self.threshold or (self._free and self._free[-1][0] >= size):
-            return None
-        size = -(-(size + 16) // _PAGE) * _PAGE
-        self.mapped += size
-        return -1, size
-
-    def _cut(self, size: int) -> Piece:
-        """Of the smallest free piece that is large enough, or of the end."""
-        at = bisect_left(self._free, (size, -1))
-        if at < len(self._free):
-            found, address = self._free[at]
-            self._take(found, address)
-            if found - size < _LEAST:
-                return address, found
-            self._give(found - size, address + size)
+    def _allocate(self, size: int) -> Piece:
+        """`_int_malloc`: a piece that was freed, of the end, or mapped."""
+        if size <= _FAST and (fast := self._fast[size]):
+            address = fast.pop()
+            moved = min(len(fast), _CACHED_OF_A_SIZE - len(self._cached[size]))
+            self._cached[size] += [fast.pop() for _ in range(moved)]
+            self._fast_ones -= 1 + moved
             return address, size
-        address = self.top
-        self.top += size
-        if self.top > self.end:
-            self.end = -(-(self.top + _PAD) // _PAGE) * _PAGE
-        self.touched = max(self.touched, self.top)
-        return address, size
+        if size < _SMALL:
+            if (same := self._of_size(size)) is not None:
+                cached = self._cached[size]
+                while len(cached) < _CACHED_OF_A_SIZE and (more := self._of_size(size)) is not None:
+                    cached.append(more)
+                return same, size
+        elif self._fast_ones:
+            self._consolidate()
+        while True:
+            if (just := self._sort(size)) is not None:
+                return just, size
+            at = bisect_left(self._sorted, (size,))
+            if at < len(self._sorted):
+                found, _, address = self._sorted[at]
+                self._take(address)
+                if found - size < _LEAST:
+                    return address, found
+                self._give(address + size, found - size)
+                if size < _SMALL:
+                    self._remainder = address + size
+                return address, size
+            if self.end - self.top < size + _LEAST:
+                if self._fast_ones:
+                    self._consolidate()
+                    continue
+                if size >= self.threshold:
+                    mapped = -(-(size + 8) // _PAGE) * _PAGE
+                    self.mapped += mapped
+                    return -1, mapped
+                self.end += -(-(size + _PAD + _LEAST - (self.end - self.top)) // _PAGE) * _PAGE
+            address = self.top
+            self.top += size
+            self.touched = max(self.touched, self.top)
+            return address, size
+
+    def _of_size(self, size: int) -> int | None:
+        """Of the sorted pieces of this very size the oldest."""
+        at = bisect_left(self._sorted, (size,))
+        if at == len(self._sorted) or self._sorted[at][0] != size:
+            return None
+        address = self._sorted[at][2]
+        self._take(address)
+        return address
+
+    def _sort(self, size: int) -> int | None:
+        """Sort what was freed since the last search; one of this very size is the one looked for."""
+        kept = False
+        while self._unsorted:
+            address, found = next(iter(self._unsorted.items()))
+            if size < _SMALL and address == self._remainder and len(self._unsorted) == 1 and found > size + _LEAST:
+                self._take(address)
+                self._remainder = address + size
+                self._give(self._remainder, found - size)
+                return address
+            if found != size:
+                del self._unsorted[address]
+                self._count += 1
+                self._order[address] = self._count if found < _SMALL else -self._count
+                insort(self._sorted, (found, self._order[address], address))
+                continue
+            self._take(address)
+            if size > _CACHED or len(self._cached[size]) >= _CACHED_OF_A_SIZE:
+                return address
+            self._cached[size].append(address)
+            kept = True
+        return self._cached[size].pop() if kept else None
 
     def _join(self, address: int, size: int) -> None:
         """Make free what lies there, in one piece with its free neighbours."""
+        size = self._joined(address, size)
+        if size < _CONSOLIDATES:
+            return
+        if self._fast_ones:
+            self._consolidate()
+        if self.end - self.top >= self.trim:
+            self.end -= (self.end - self.top - _LEAST - 1 - _PAD) // _PAGE * _PAGE
+            self.touched = min(self.touched, self.end)
+
+    def _joined(self, address: int, size: int) -> int:
         if (after := self._size_at.get(address + size)) is not None:
-            self._take(after, address + size)
+            self._take(address + size)
             size += after
         if (before := self._start_at.get(address)) is not None:
-            self._take(address - before, before)
+            self._take(before)
             address, size = before, size + address - before
         if address + size < self.top:
-            self._give(size, address)
-        else:
-            self.top = address
+            self._give(address, size)
+            return size
+        self.top = address
+        return self.end - address
 
-    def _give(self, size: int, address: int) -> None:
-        insort(self._free, (size, address))
+    def _consolidate(self) -> None:
+        for size, pieces in self._fast.items():
+            while pieces:
+                self._joined(pieces.pop(), size)
+        self._fast_ones = 0
+
+    def _give(self, address: int, size: int) -> None:
+        self._unsorted[address] = size
         self._size_at[address] = size
         self._start_at[address + size] = address
 
-    def _take(self, size: int, address: int) -> None:
-        del self._free[bisect_left(self._free, (size, address))]
-        del self._size_at[address]
+    def _take(self, address: int) -> None:
+        size = self._size_at.pop(address)
         del self._start_at[address + size]
+        if address in self._unsorted:
+            del self._unsorted[address]
+        else:
+            del self._sorted[bisect_left(self._sorted, (size, self._order.pop(address), address))]
+
+
+def _edges(count: int) -> int:
+    """Bytes of a vector that grew by one edge after the other."""
+    return _EDGE << (count - 1).bit_length()
 
 
 def _size_for(count: int) -> int:
     return max(_LEAST, (count + 8 + 15) & ~15)
 
 
-def peak_of_process(storages: Sequence[Storage], operations: Sequence[Operation]) -> int:
-    """The most bytes that a process has for these storages in the second of two such steps."""
+def peak_of_process(
+    storages: Sequence[Storage], operations: Sequence[Operation], events: Sequence[Event], state: str
+) -> int:
+    """The most bytes that a process has for these storages in the second of two such steps.
+
+    In the first one the optimizer makes its state, the storages of kind `state`, when all gradients are there. Before
+    it weights were loaded, and copies of them freed.
+    """
+    stay = [n for n, storage in enumerate(storages) if storage.born == 0 and storage.died is None]
     heap = Heap()
-    born, died, stay = births_and_deaths(storages)
+    fitting = [storages[n].bytes for n in stay if storages[n].bytes <= _LARGEST_THRESHOLD]
+    heap.threshold = max(heap.threshold, *fitting, 0)
+    heap.trim = 2 * heap.threshold
+    run = _Run(heap, storages, operations)
     for number in stay:
-        heap.allocate_aligned(storages[number].bytes)
+        if storages[number].kind != state:
+            run.make(number)
     most = 0
-    for _ in range(2):
+    for first in (True, False):
         most = heap.resident
-        held: dict[int, list[Piece]] = {}
-        nodes: list[Piece] = []
-        recording = ""
-        for number in range(len(operations) + 1):
-            for each in died[number]:
-                for piece in held.pop(each, ()):
-                    heap.free(piece)
-            operation = operations[number] if number < len(operations) else None
-            if operation is not None and operation.recorded:
-                recording = operation.phase
-                nodes += map(heap.allocate, _OF_A_NODE)
-            elif nodes and operation is not None and operation.phase != operations[number - 1].phase != recording:
-                for piece in nodes:  # a backward has ended
-                    heap.free(piece)
-                nodes = []
-            for each in born[number]:
-                held[each] = [heap.allocate_aligned(storages[each].bytes), *map(heap.allocate, _OF_A_TENSOR)]
-            most = max(most, heap.resident)
-            if operation is not None and operation.cost.scratch:
-                piece = heap.allocate_aligned(operation.cost.scratch)
-                most = max(most, heap.resident)
-                heap.free(piece)
-        for piece in (*nodes, *(piece for pieces in held.values() for piece in pieces)):
-            heap.free(piece)
+        for event in events:
+            if event.kind == STEPS and first:
+                for number in stay:
+                    if storages[number].kind == state:
+                        run.make(number)
+            elif event.kind != MADE or event.number not in run.stay:
+                most = max(most, run.do(event))
+        run.over()
     return most
+
+
+class _Run:
+    """Events of a step, done with a heap."""
+
+    def __init__(self, heap: Heap, storages: Sequence[Storage], operations: Sequence[Operation]) -> None:
+        self.heap, self.storages, self.operations = heap, storages, operations
+        self.stay: set[int] = set()
+        self._data: dict[int, list[Piece]] = {}
+        self._objects: dict[int, list[Piece]] = {}
+        self._nodes: list[Piece] = []
+
+    def make(self, number: int) -> None:
+        """Make a storage that stays, with its tensor."""
+        self.stay.add(number)
+        self.heap.allocate(_STORAGE)
+        self.heap.allocate_aligned(self.storages[number].bytes)
+        for size in (_TENSOR, _VERSION):
+            self.heap.allocate(size)
+
+    def do(self, event: Event) -> int:
+        """What the process has at most meanwhile."""
+        heap, (kind, number, edges, leaves) = self.heap, event
+        if kind == MADE:
+            storage = heap.allocate(_STORAGE)
+            self._data[number] = [heap.allocate_aligned(self.storages[number].bytes), storage]
+        elif kind == GONE:
+            self._free(self._data.pop(number, []))
+        elif kind == TENSOR_GONE:
+            self._free(self._objects.pop(number, []))
+        elif kind in (TENSOR_MADE, VIEW_MADE):
+            sizes = [_TENSOR, _VERSION] if kind == TENSOR_MADE else [_TENSOR]
+            if edges:
+                sizes.append(_META if kind == TENSOR_MADE else _VIEW_META)
+            self._objects[number] = [heap.allocate(size) for size in sizes][::-1]
+        elif kind == NODE:
+            self._nodes += map(heap.allocate, (_NODE, *[_LEAF] * leaves, _edges(edges), *_SAVED))
+        elif kind == SCRATCH:
+            piece = heap.allocate_aligned(self.operations[number].cost.scratch)
+            most = heap.resident
+            heap.free(piece)
+            return most
+        elif kind == NODES_GONE:
+            self._free(self._nodes[::-1])  # the loss's first
+            self._nodes = []
+        return heap.resident
+
+    def over(self) -> None:
+        """The step has ended: nothing is left of it."""
+        for pieces in (self._nodes, *self._data.values(), *self._objects.values()):
+            self._free(pieces)
+        self._nodes, self._data, self._objects = [], {}, {}
+
+    def _free(self, pieces: list[Piece]) -> None:
+        for piece in pieces:
+            self.heap.free(piece)

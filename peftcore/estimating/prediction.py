@@ -18,8 +18,10 @@ from peftcore.engine.summary import Summary, summary
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.costs import kept
 from peftcore.estimating.devices import Device, device_of
-from peftcore.estimating.following import Following, NotFollowed, Operation, Storage
+from peftcore.estimating.following import Event, Following, NotFollowed, Operation, Storage
 from peftcore.estimating.heap import peak_of_process
+from peftcore.estimating.libraries import OF_A_CARD
+from peftcore.estimating.libraries import here as libraries_here
 from peftcore.estimating.segments import peak_reserved
 from peftcore.estimating.standing import stand_in
 from peftcore.estimating.step import (
@@ -67,7 +69,8 @@ class Estimate:
         phases: (first operation, name) of each part of the step.
         summary: of the model with its adapters.
         operations: all of the step, in their order.
-        storages: all memory of the step. untouched: bytes of `kept by operators` that are never written.
+        storages: all memory of the step. events: what a process does with its heap.
+        untouched: bytes of `kept by operators` that are never written.
         device: where it runs, for the time.
         paged: is the optimizer's state in pages? All of it is in `parts`; where memory is short, a page stays of it.
     """
@@ -82,12 +85,13 @@ class Estimate:
     paged: bool = False
     device: Device | None = None
     storages: tuple[Storage, ...] = field(default=(), repr=False)
+    events: tuple[Event, ...] = field(default=(), repr=False)
     untouched: int = 0
 
     @cached_property
     def resident(self) -> int:
         """Bytes that a process has for all of it, with what glibc's malloc keeps of what was freed (`heap`)."""
-        return peak_of_process(self.storages, self.operations) + self.parts[KEPT] - self.untouched
+        return peak_of_process(self.storages, self.operations, self.events, STATE) + self.parts[KEPT] - self.untouched
 
     @property
     def peak(self) -> int:
@@ -184,7 +188,8 @@ def estimate(
     for name in _NOT_FOLLOWED.keys() & fields.keys():
         raise NotFollowed(f"{name}: a step is not followed {_NOT_FOLLOWED[name]}")
     where = device_of(device) if isinstance(device, str) else device
-    following = Following()
+    on_card = where is not None and not where.measured
+    following = Following(OF_A_CARD if on_card else libraries_here())
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.inference_mode(False))
@@ -257,7 +262,7 @@ def _estimate(title: str, following: Following, vocabulary: int | None, about: S
         if operation.cost.scratch:
             changes[number][KINDS.index(KERNELS)] += operation.cost.scratch
             changes[number + 1][KINDS.index(KERNELS)] -= operation.cost.scratch
-    stays = kept([operation.cost for operation in operations])
+    stays = kept([operation.cost for operation in operations], following.libraries)
     changes[0][KINDS.index(KEPT)] += stays.allocated
     now, timeline = [0] * len(KINDS), []
     for number in sorted(changes):
@@ -281,6 +286,7 @@ def _estimate(title: str, following: Following, vocabulary: int | None, about: S
         about,
         paged,
         storages=tuple(storages),
+        events=tuple(following.events),
         untouched=stays.allocated - stays.touched,
     )
 

@@ -13,7 +13,7 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.engine import after_step, extra_loss, state_of
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.estimating.following import Following, NotFollowed
+from peftcore.estimating.following import NODES_GONE, STEPS, Following, NotFollowed
 from peftcore.observation.config import text_config
 from peftcore.observation.inputs import BATCH, LENGTH, example_inputs
 from peftcore.observation.meta import MetaFloats
@@ -107,12 +107,15 @@ def follow(
             following.phase = BACKWARD if batches == 1 else f"{BACKWARD} of batch {batch + 1}"
             loss.backward()
             del loss
+            following.note(NODES_GONE)
         following.phase = UPDATE
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        following.note(STEPS)
         _update(parameters, optimizer)
         if state_of(model) is not None:
             after_step(model, 1, 1000)
         optimizer.zero_grad()
+    following.end()
     for hook in hooks:
         hook.remove()
 

@@ -141,6 +141,15 @@ def test_says_where_the_peak_falls_and_what_there_is() -> None:
         assert part in text
 
 
+def test_what_lies_there_before_a_step_stays_when_the_stand_in_is_gone() -> None:
+    """The heap is simulated later, and must not free weights and state between steps."""
+    found = peftcore.estimate(CONFIG, "lora", **RUN)
+    gc.collect()
+    stay = sum(storage.bytes for storage in found.storages if storage.born == 0 and storage.died is None)
+    assert stay == sum(found.parts[kind] for kind in ("base", "adapters", "optimizer state", "inputs"))
+    assert found.resident >= stay
+
+
 def test_from_a_folder_without_weights(tmp_path: Path) -> None:
     CONFIG.save_pretrained(tmp_path)
     assert peftcore.estimate(tmp_path, "lora", **RUN).parts == peftcore.estimate(CONFIG, "lora", **RUN).parts
