@@ -324,7 +324,11 @@ def main():
                     continue
                 options.limit -= 1
             start = time.process_time()
-            found = peftcore.estimate(config, method, **chosen, **FIELDS.get(method, {}))
+            try:
+                found = peftcore.estimate(config, method, **chosen, **FIELDS.get(method, {}))
+            except peftcore.PeftcoreError as error:
+                print(f"{name:60} not estimated: {error}", flush=True)
+                continue
             taken = time.process_time() - start
             measured = results.get(name) or preloaded(["--run", name], library, options.threads)
             state = found.parts["optimizer state"] if found.paged else 0

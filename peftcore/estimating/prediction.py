@@ -52,6 +52,9 @@ _NOT_FOLLOWED = {
     "per_sample": "with adapters of each sample's own: a step of training follows one method",
     "reference": "with the passes of a reference model, as DPO makes them",
 }
+# Of the tensors' bytes, what a process holds at most: malloc's pieces are simulated, and now and then a step falls into
+# a pattern that its real one is kept from by what is not followed. Of 81 measured, two were above, by a tenth at most.
+_MOST_HELD = 1.25
 NOT_COUNTED = (
     "Not in it: Python with its libraries (0.4 GB and more), a trainer's own (log, examples), evaluation and loading; "
     "on CUDA its context."
@@ -91,7 +94,8 @@ class Estimate:
     @cached_property
     def resident(self) -> int:
         """Bytes that a process has for all of it, with what glibc's malloc keeps of what was freed (`heap`)."""
-        return peak_of_process(self.storages, self.operations, self.events, STATE) + self.parts[KEPT] - self.untouched
+        held = peak_of_process(self.storages, self.operations, self.events, STATE) + self.parts[KEPT] - self.untouched
+        return min(held, round(_MOST_HELD * self.peak))
 
     @property
     def peak(self) -> int:
