@@ -168,7 +168,7 @@ def with_code() -> Any:
         (peft.LoraConfig(runtime_config=peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)), "uses runtime_config="),
         (peft.LoraConfig(target_modules=["k_porj"]), "'k_porj' matches no module"),
         (peft.LoraConfig(r=0.5), "peft.LoraConfig is no valid config of 'lora': r must be"),
-        (peft.PolyConfig(), "no installed method reads peft_type 'POLY'"),
+        (peft.OSFConfig(), "no installed method reads peft_type 'OSF'"),
         (peft.PeftConfig(), "peft.PeftConfig names no peft_type"),
     ],
 )  # fmt: skip
