@@ -28,6 +28,7 @@ def test_ways_lie_on_the_front_and_fit() -> None:
             gradient_checkpointing=way.gradient_checkpointing,
             optimizer=way.optimizer,
             dtype=torch.bfloat16,
+            device="t4",
             **way.fields,
         )
         assert again.parts == way.estimate.parts and way.estimate.needed == way.memory <= found.memory
