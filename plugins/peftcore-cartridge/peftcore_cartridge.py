@@ -91,7 +91,9 @@ def initialize(model: Any, adapters: Mapping[str, Any], config: CartridgeConfig,
     submodules = f"num_transformer_submodules={config.num_transformer_submodules}"
     validation.require(config.num_transformer_submodules == 1, f"only a decoder's cache is a start, found {submodules}")
     device = next(model.parameters()).device
-    cache = model(input_ids=ids[:1, :n].to(device), use_cache=True).past_key_values
+    cache: Any = getattr(model(input_ids=ids[:1, :n].to(device), use_cache=True), "past_key_values", None)
+    none = f"{type(model).__name__} gives no cache to start from. Start without batches, or choose prefix-tuning"
+    validation.require(cache is not None, none)
     pairs = [(layer.keys, layer.values) for layer in cache.layers]
     shape = (1, config.num_attention_heads, n)
     same = all(tuple(t.shape[:3]) == shape for pair in pairs for t in pair) and len(pairs) == config.num_layers
