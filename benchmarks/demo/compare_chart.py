@@ -75,7 +75,7 @@ def draw(file: Path, panels: Sequence[Panel], families: Sequence[str]) -> None:
     figure.set_layout_engine("none")
     for axes, panel in zip(figure.axes, panels, strict=True):
         label(figure, axes, panel, colours)
-    figure.savefig(file)
+    figure.savefig(file, bbox_inches="tight")  # a name may stand beyond the axes
 
 
 def ticks(axes, values: Sequence[float]) -> None:

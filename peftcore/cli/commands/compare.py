@@ -8,6 +8,7 @@ OUTPUT/runs/METHOD/lr-RATE/seed-N/           the same with --search
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import shutil
@@ -51,8 +52,9 @@ class Candidate:
 
     @property
     def folder(self) -> str:
-        """The name of its folder under `runs`."""
-        return re.sub(r"[^\w=.,-]+", " ", self.label)
+        """The name of its folder under `runs`; file systems take 255 bytes at most."""
+        name = re.sub(r"[^\w=.,-]+", " ", self.label)
+        return name if len(name) <= 60 else f"{name[:50]} {hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def compare(

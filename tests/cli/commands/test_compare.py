@@ -209,6 +209,15 @@ def test_runs_in_processes_of_their_own(bert: Path, labelled: Path, tmp_path: Pa
     assert max(state["global_step"] for state in states) >= 200
 
 
+def test_a_long_list_of_fields_is_a_folder_of_its_own(tmp_path: Path) -> None:
+    labels = ["x token_indices=" + ",".join(map(str, range(start, start + 100))) for start in (1000, 2000)]
+    labels.append("x target_modules=" + "ä" * 300)
+    names = {compare.Candidate(label, "x", 1e-3).folder for label in labels}
+    assert len(names) == 3
+    for name in names:
+        (tmp_path / name).mkdir()
+
+
 def fake(accuracy: float, before: float = 0.5, **changes: Any) -> dict[str, Any]:
     figures = {"trainable_parameters": 1234, "adapter_bytes": 5000, "peak": {"memory": 10**9}, "step_seconds": 0.25}
     return {"before": {"accuracy": before}, "after": {"accuracy": accuracy}, "seconds": 3.0, **figures, **changes}
