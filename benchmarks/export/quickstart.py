@@ -105,4 +105,4 @@ if __name__ == "__main__":
     parser.add_argument("folder", nargs="?", type=Path, default=ROOT / ".demo" / f"quickstart-{os.getpid()}")
     parser.add_argument("--llama", required=True)
     given = parser.parse_args()
-    main(given.folder.resolve(), given.llama)
+    main(given.folder.resolve(), os.path.abspath(given.llama))  # it runs in the folder; a link stays one
