@@ -56,7 +56,7 @@ FULL = {
     "writer": Size(30, 4, 480, 100, "1e-4,1e-3,3e-3,3e-2", 3),
 }
 REDUCED = {
-    "classifier": Size(40, 8, 800, 200, "3e-3,3e-2", 1),
+    "classifier": Size(40, 8, 800, 200, "3e-4,3e-3,3e-2", 1),
     "writer": Size(12, 4, 240, 24, None, 1),
 }
 MODELS = {"classifier": CLASSIFIER, "writer": DENSE_WRITER}
