@@ -51,7 +51,9 @@ class AfterStep(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):  # by a scaler: gradients were not finite
-            model = extract_model_from_parallel(kwargs["model"], keep_torch_compile=False)
+            model = kwargs["model"]
+            if engine.state_of(model) is None:  # within DDP or torch.compile; asking accelerate takes a millisecond
+                model = extract_model_from_parallel(model, keep_torch_compile=False)
             engine.after_step(model, state.global_step + 1, state.max_steps)
 
 
