@@ -2,10 +2,12 @@
 
     python benchmarks/estimate.py [--only WORD ..] [--threads 2] [--output estimate.json] [--picture estimate.png]
 
-Each configuration runs in a process of its own: a model of that shape with random weights takes two steps, of which the
-second is measured. `counted` is the peak that a counting allocator saw above what there was before the model
-(counting_allocator.c, compiled here and preloaded), to be compared with the tensors of the prediction; `process` is the
-peak of the whole process, to be compared with the prediction and the libraries. Both exist on Linux only.
+Each configuration runs in a process of its own: a model of that shape with random weights takes four steps, of which
+the second's memory is measured, and the fastest after the first timed. What lies in the output is not measured again,
+only predicted anew: a run that was stopped goes on. `counted` is the peak that a counting allocator saw above what
+there was before the model (counting_allocator.c, compiled here and preloaded), to be compared with the tensors of the
+prediction; `process` is the peak of the whole process, to be compared with the prediction and the libraries. Both exist
+on Linux only.
 """
 
 import argparse
@@ -139,6 +141,7 @@ CASES = [  # model, method, what differs from batch 4 x 128 in bf16
     ("moe", "qlora", {"batch_size": 1, "length": 512, "gradient_checkpointing": True}),
     ("1b", "qlora", {"batch_size": 1, "length": 64, "gradient_checkpointing": True}),
 ]
+STEPS = 4
 DEFAULTS = {"batch_size": 4, "length": 128, "dtype": "bfloat16"}
 
 
@@ -160,7 +163,10 @@ def name_of(case):
 
 
 def run(case):
-    """Two steps for real, after one of a model of one layer, with which everything is imported; sizes in bytes."""
+    """Steps for real, after one of a model of one layer, with which everything is imported; sizes in bytes.
+
+    The second one's memory is measured, and the time of the fastest after the first.
+    """
     config, method, chosen = arguments_of(case)
     counter = ctypes.CDLL(None)
     for name in ("counted_now", "counted_peak"):
@@ -171,18 +177,20 @@ def run(case):
     gc.collect()
     counter.malloc_trim(0)  # what the small model leaves would be counted among the libraries
     before, libraries = counter.counted_now(), resident("VmRSS")
+    peaks = []
 
     def reset():
+        peaks.append((counter.counted_peak() - before, resident("VmHWM")))
         counter.counted_reset()
         measure.reset_peak()
 
-    seconds = steps(config, method, chosen, 2, reset)
-    counted = counter.counted_peak() - before
-    return {"counted": counted, "process": resident("VmHWM"), "libraries": libraries, "seconds": seconds}
+    seconds = steps(config, method, chosen, STEPS, reset)
+    counted, process = peaks[2]
+    return {"counted": counted, "process": process, "libraries": libraries, "seconds": min(seconds[1:])}
 
 
 def steps(config, method, chosen, count, reset):
-    """Make a model and train it for so many steps, before each of which `reset` is called; seconds of the last."""
+    """Make a model and train it for so many steps, before each of which `reset` is called; seconds of each."""
     import torch
     import transformers
 
@@ -205,6 +213,7 @@ def steps(config, method, chosen, count, reset):
         inputs["input_ids"] = torch.randint(3, 1000, inputs["input_ids"].shape)
     optimizer = step.make_optimizer(model, chosen.get("optimizer", "adamw_torch"), paged=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    seconds = []
     for _ in range(count):
         reset()
         start = time.perf_counter()
@@ -215,7 +224,8 @@ def steps(config, method, chosen, count, reset):
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    return time.perf_counter() - start
+        seconds.append(time.perf_counter() - start)
+    return seconds
 
 
 def resident(field):
@@ -235,11 +245,11 @@ def preloaded(arguments, library, threads):
     return json.loads(out.stdout.splitlines()[-1])
 
 
-def in_words(results):
+def in_words(results, times=False):
     """Median, 95th percentile and the extremes of the errors, in percent of what was measured."""
     lines = []
-    for what, measured in (("tensors, counted", counted), ("process", process)):
-        errors = sorted(100 * (measured(each)[0] / measured(each)[1] - 1) for each in results.values())
+    for what, measured in (("tensors, counted", counted), ("process", process), ("time of a step", timed))[: 2 + times]:
+        errors = sorted(100 * (said / was - 1) for said, was in map(measured, results.values()))
         sizes = sorted(map(abs, errors))
         at = min(len(sizes) - 1, int(0.95 * len(sizes)))
         lines.append(
@@ -249,8 +259,14 @@ def in_words(results):
     return "\n".join(lines)
 
 
-def as_table(results):
-    """A row of Markdown a case, in MB."""
+def as_table(results, times=False):
+    """A row of Markdown a case, in MB, or in seconds."""
+    if times:
+        lines = ["| | seconds: predicted, measured | |", "|---|---|---|"]
+        for name, each in results.items():
+            said, was = timed(each)
+            lines.append(f"| {name} | {said:.2f}, {was:.2f} | {100 * (said / was - 1):+.0f} % |")
+        return "\n".join(lines)
     lines = ["| | tensors: predicted, counted | | process: predicted, measured | |", "|---|---|---|---|---|"]
     for name, each in results.items():
         cells = []
@@ -267,27 +283,35 @@ def counted(each):
 
 def process(each):
     """(predicted, measured) bytes: of a process, without the libraries that it began with."""
-
     return each["resident"], each["process"] - each["libraries"]
 
 
-def picture(results, file):
+def timed(each):
+    """(predicted, measured) seconds of a step."""
+    return each["time"], each["seconds"]
+
+
+def picture(results, file, times=False):
     """Predicted against measured, a point a case."""
     from matplotlib.figure import Figure
 
     from peftcore.cli.chart import BLUE, GREY, INK, PALE
 
+    measured, scale, near = (timed, 1, 0.15) if times else (process, 1e6, 0.08)
     figure = Figure(figsize=(6.4, 5.6), dpi=130, layout="constrained")
     axes = figure.subplots()
-    points = [tuple(size / 1e6 for size in process(each)) for each in results.values()]
+    points = [tuple(size / scale for size in measured(each)) for each in results.values()]
     low, high = 0.8 * min(map(min, points)), 1.25 * max(map(max, points))
-    axes.fill_between([low, high], [0.92 * low, 0.92 * high], [1.08 * low, 1.08 * high], color=PALE, label="within 8 %")
+    ends, least, most = [low, high], [(1 - near) * low, (1 - near) * high], [(1 + near) * low, (1 + near) * high]
+    axes.fill_between(ends, least, most, color=PALE, label=f"within {100 * near:.0f} %")
     axes.plot([low, high], [low, high], color=GREY, linewidth=1)
     axes.scatter([m for _, m in points], [p for p, _ in points], color=BLUE, s=22, zorder=3)
     axes.set(xscale="log", yscale="log", xlim=(low, high), ylim=(low, high))
-    axes.set_xlabel("measured: peak of the process beside its libraries, MB", color=INK)
-    axes.set_ylabel("predicted, MB", color=INK)
-    axes.set_title(f"A training step's memory, {len(points)} configurations", loc="left", fontsize=11, color=INK)
+    what = "seconds of a step" if times else "peak of the process beside its libraries, MB"
+    axes.set_xlabel(f"measured: {what}", color=INK)
+    axes.set_ylabel("predicted, s" if times else "predicted, MB", color=INK)
+    title = f"A training step's {'time' if times else 'memory'}, {len(points)} configurations"
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file)
@@ -297,8 +321,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", help="cases whose name has all these words")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", default="estimate.json")
-    parser.add_argument("--limit", type=int, help="run so many more cases, and leave what lies in the output")
+    parser.add_argument("--output", default="estimate.json", help="results; what lies there is not measured again")
+    parser.add_argument("--limit", type=int, help="measure so many more cases, and leave what lies in the output")
+    parser.add_argument("--times", action="store_true", help="compare seconds: on a machine that does nothing else")
     parser.add_argument("--picture", help="a PNG of what lies in the output, predicted against measured")
     parser.add_argument("--table", action="store_true", help="print what lies in the output as Markdown")
     parser.add_argument("--run", help=argparse.SUPPRESS)
@@ -308,43 +333,50 @@ def main():
         return
     import torch
 
-    # What lies in the output already is not run again, and unless there is a limit predicted anew.
     torch.set_num_threads(options.threads)  # by which libraries take memory
     results = json.loads(Path(options.output).read_text()) if Path(options.output).exists() else {}
+    cases = {name_of(case): case for case in CASES}
+    cases = {name: case for name, case in cases.items() if all(word in name for word in options.only or ())}
+    if options.limit is not None:
+        cases = dict([item for item in cases.items() if item[0] not in results][: options.limit])
+    began, new = time.perf_counter(), sum(name not in results for name in cases)
+    print(f"{len(cases)} cases, {new} of them to be measured", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         library = str(Path(folder) / "counting.so")
         subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, HERE / "counting_allocator.c"], check=True)
-        for case in CASES:
-            name = name_of(case)
-            if any(word not in name for word in options.only or ()):
-                continue
-            config, method, chosen = arguments_of(case)
-            if options.limit is not None:
-                if name in results or options.limit == 0:
-                    continue
-                options.limit -= 1
-            start = time.process_time()
+        for number, (name, case) in enumerate(cases.items(), 1):
+            at = f"{number:3}/{len(cases)} {time.perf_counter() - began:5.0f} s  {name:58}"
             try:
-                found = peftcore.estimate(config, method, **chosen, **FIELDS.get(method, {}))
+                found, taken = predicted(case)
             except peftcore.PeftcoreError as error:
-                print(f"{name:60} not estimated: {error}", flush=True)
+                print(f"{at} not estimated: {error}", flush=True)
                 continue
-            taken = time.process_time() - start
             measured = results.get(name) or preloaded(["--run", name], library, options.threads)
-            state = found.parts["optimizer state"] if found.paged else 0
-            predicted = {"predicted": found.peak, "resident": found.resident, "paged": state, "estimating": taken}
-            results[name] = each = {**measured, **predicted, "parts": found.parts}
+            results[name] = each = {**measured, **found}
             shown = []
             for what, (said, was) in (("counted", counted(each)), ("process", process(each))):
                 shown.append(f"{said / 1e6:9.1f}{was / 1e6:9.1f} {what} {100 * (said / was - 1):+6.1f} %")
-            print(f"{name:60}{' '.join(shown)}{taken:6.1f} s  {found.where}", flush=True)
+            said, was = timed(each)
+            print(f"{at}{' '.join(shown)}{said:7.2f}{was:7.2f} s; predicted in {taken:.1f} s", flush=True)
             Path(options.output).write_text(json.dumps(results, indent=1))
-    known = {name: each for name, each in results.items() if "paged" in each}
-    print(in_words(known))
+    known = {name: each for name, each in results.items() if "time" in each}
+    if not known:
+        return
+    print(in_words(known, options.times))
     if options.table:
-        print(as_table(known))
+        print(as_table(known, options.times))
     if options.picture:
-        picture(known, options.picture)
+        picture(known, options.picture, options.times)
+
+
+def predicted(case):
+    """What is said of a case, and the processor's seconds that it took to say it."""
+    config, method, chosen = arguments_of(case)
+    start = time.process_time()
+    found = peftcore.estimate(config, method, **chosen, **FIELDS.get(method, {}), device="cpu")
+    paged = found.parts["optimizer state"] if found.paged else 0
+    sizes = {"predicted": found.peak, "resident": found.resident, "paged": paged, "parts": found.parts}
+    return {**sizes, "time": found.seconds}, time.process_time() - start
 
 
 if __name__ == "__main__":

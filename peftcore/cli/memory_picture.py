@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from peftcore.cli.chart import BLUE, GREY, INK, PALE
 from peftcore.cli.forecast import Forecast
 from peftcore.cli.memory_trace import Trace
-from peftcore.estimating.devices import Device
+from peftcore.estimating.devices import Sheet
 from peftcore.estimating.prediction import ACTIVATIONS, KEPT, KERNELS, KINDS, LOGITS, TEMPORARIES
 from peftcore.estimating.step import ADAPTERS, BASE, GRADIENTS, INPUTS, STATE
 
@@ -28,7 +28,7 @@ _LAYERS = {
     "temporaries": ((TEMPORARIES, KERNELS, KEPT), "#e9dcc9"),
 }
 # Of no machine: only how long operations take beside one another matters here.
-_RATES = Device("", 0.0, half=2e11, single=1e11, bandwidth=1e10, call=1e-5)
+_RATES = Sheet(half=2e11, single=1e11, bandwidth=1e10, call=1e-5)
 
 
 def stacked(found: Estimate) -> tuple[list[float], dict[str, list[int]]]:
@@ -38,7 +38,7 @@ def stacked(found: Estimate) -> tuple[list[float], dict[str, list[int]]]:
     """
     firsts = [first for first, _ in found.phases]
     count = len(found.operations)
-    seconds = [0.0, *itertools.accumulate(_RATES.seconds([each]) for each in found.operations)]
+    seconds = [0.0, *itertools.accumulate(_RATES.seconds(each) for each in found.operations)]
     places = []
     for operation, _ in found.timeline:
         phase = max(0, bisect_right(firsts, operation) - 1)

@@ -153,9 +153,6 @@ def load_model(
     if is_gguf and packing is not None:
         quantization.quantize(loaded, **packing)
     _set_padding(loaded, model)
-    if packing is not None and not is_gguf:
-        for parameter in loaded.parameters():  # what stayed dense may lie in the file, and hold all of it in memory
-            parameter.data = parameter.data.clone()
     return loaded.to(torch_device(device)).eval()
 
 

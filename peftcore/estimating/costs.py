@@ -26,6 +26,9 @@ class Cost(NamedTuple):
 
     Args:
         flops: a multiplication and an addition are two.
+        narrow: of a product the least of rows, inner dimension and columns.
+        thin: of them those of adapters, with the least dimension of their products.
+        unpacked: values of a weight in 4 bits that are read.
         scratch: bytes that are taken and given back.
         kept: bytes that stay with the thread, of which the largest of all operators counts.
         product: (rows, inner, columns, layout) of a product that a library computes, in the type `dtype`.
@@ -38,6 +41,9 @@ class Cost(NamedTuple):
     product: tuple[int, int, int, str] | None = None
     products: int = 1
     dtype: str = ""
+    narrow: int = 0
+    thin: tuple[float, int] = (0.0, 0)
+    unpacked: int = 0
 
 
 FREE = Cost()
@@ -48,6 +54,8 @@ def cost(operator: Any, args: tuple[Any, ...], output: Any, libraries: Libraries
     name = operator._schema.name
     if name.startswith("peftcore::"):
         return _with_scratch(_ours(operator, args), libraries)
+    if name.startswith("aten::_scaled_dot_product_flash_attention_for_cpu"):
+        return Cost(_attention(operator, args))
     formula = flop_registry.get(operator.overloadpacket)
     if formula is None:
         return FREE
@@ -57,6 +65,9 @@ def cost(operator: Any, args: tuple[Any, ...], output: Any, libraries: Libraries
         layout = OUTER if _transposed(left) else TRANSPOSED if _transposed(right) else PLAIN
         found = _product(left.shape[0], left.shape[1], right.shape[1], left.dtype, layout)
         return _with_scratch(found, libraries)._replace(flops=flops)
+    if name in ("aten::bmm", "aten::baddbmm"):
+        left, right = args[-2:] if name == "aten::bmm" else args[1:3]
+        return Cost(flops, narrow=min(*left.shape[1:], right.shape[2]))
     return Cost(flops)
 
 
@@ -89,13 +100,23 @@ def kept(costs: Sequence[Cost], libraries: Libraries) -> Kept:
     return Kept(ours + allocated, ours + touched)
 
 
+def _attention(operator: Any, args: tuple[Any, ...]) -> float:
+    """Operations of attention as a CPU computes it: scores and their product with values, or their three gradients."""
+    given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
+    query, key, value = (given[name] for name in ("query", "key", "value"))
+    forward = 2.0 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+    causal = 0.5 if given.get("is_causal", False) else 1.0
+    return forward * causal * (2.5 if "grad_out" in given else 1.0)
+
+
 def _transposed(matrix: Tensor) -> bool:
     return matrix.stride(0) == 1 and matrix.shape[0] > 1
 
 
 def _product(rows: int, inner: int, columns: int, dtype: torch.dtype, layout: str) -> Cost:
     """[rows, inner] times [inner, columns]."""
-    found = Cost(2.0 * rows * inner * columns, dtype=str(dtype).removeprefix("torch."))
+    narrow = min(rows, inner, columns)
+    found = Cost(2.0 * rows * inner * columns, dtype=str(dtype).removeprefix("torch."), narrow=narrow)
     return found._replace(product=(rows, inner, columns, layout)) if dtype.itemsize in (2, 4) else found
 
 
@@ -118,7 +139,8 @@ def _frozen(rows: int, weight: list[Tensor], packing: list[int], dtype: torch.dt
         panel = min(out, max(1, limit // (row_bytes * multiple)) * multiple)
     layout = PLAIN if backward else TRANSPOSED
     found = _product(rows, *((panel, inner) if backward else (inner, panel)), dtype, layout)
-    return found._replace(flops=2.0 * rows * out * inner, kept=panel * row_bytes)
+    narrow = min(rows, out, inner)
+    return found._replace(flops=2.0 * rows * out * inner, kept=panel * row_bytes, narrow=narrow, unpacked=out * inner)
 
 
 def _ours(operator: Any, args: tuple[Any, ...]) -> Cost:
@@ -136,7 +158,8 @@ def _ours(operator: Any, args: tuple[Any, ...]) -> Cost:
         experts = given["offsets"].numel()
         out, inner = packing[-2:] if packing else weight[0].shape[-2:]
         found = _product(-(-rows // experts), inner, out, rows_of.dtype, TRANSPOSED)
-        found = found._replace(flops=2.0 * rows * inner * out, products=experts)
+        unpacked = experts * out * inner if packing else 0
+        found = found._replace(flops=2.0 * rows * inner * out, products=experts, unpacked=unpacked)
         factors = [factor[0] for factor in factors]
     else:
         found = _frozen(rows, weight, packing, rows_of.dtype, backward=grad is not None)
@@ -144,4 +167,5 @@ def _ours(operator: Any, args: tuple[Any, ...]) -> Cost:
         found = FREE
     again = (0, 0) if grad is None else needs[1:]
     thin = sum((1 + more) * factor.numel() for factor, more in zip(factors, again, strict=False))
-    return found._replace(flops=found.flops + 2.0 * rows * thin)
+    narrow = min([rows, *(min(factor.shape) for factor in factors)])
+    return found._replace(flops=found.flops + 2.0 * rows * thin, thin=(2.0 * rows * thin, narrow))

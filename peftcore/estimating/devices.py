@@ -1,6 +1,7 @@
 """What a step's operations take in seconds: on this machine, whose rates are measured once, and on named cards.
 
-    seconds = sum over operators of max(operations / rate, bytes moved / bandwidth) + what a call costs
+    a card    sum over operators of max(operations / rate, bytes moved / bandwidth) + what a call costs
+    here      see `rates`
 
 Rates of cards are their makers' (dense, without sparsity), of which a step reaches about half in products and three
 quarters in bandwidth; memory is what is left of it beside a context. Nothing here was measured on them.
@@ -10,16 +11,35 @@ from __future__ import annotations
 
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
+from typing import Any, NamedTuple
 
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import Operation
 from peftcore.estimating.libraries import cache_folder, machine
+from peftcore.estimating.rates import Rates, measure, read
+
+
+class Sheet(NamedTuple):
+    """Rates of a data sheet.
+
+    Args:
+        half, single: floating-point operations a second in products of 16 and of 32 bits.
+        bandwidth: bytes a second.
+        call: seconds that an operator costs beside its work.
+    """
+
+    half: float
+    single: float
+    bandwidth: float
+    call: float
+
+    def seconds(self, operation: Operation) -> float:
+        """Of one operator."""
+        rate = self.half if operation.halves else self.single
+        return operation.times * (max(operation.cost.flops / rate, operation.moved / self.bandwidth) + self.call)
 
 
 @dataclass(frozen=True)
@@ -28,27 +48,22 @@ class Device:
 
     Args:
         memory: bytes that there are for tensors.
-        half, single: floating-point operations a second in products of 16 and of 32 bits.
-        bandwidth: bytes a second.
-        call: seconds that an operator costs beside its work.
-        measured: rates of this machine, and not of a table.
+        rates: of a data sheet, or as they were measured on this machine.
     """
 
     name: str
     memory: float
-    half: float
-    single: float
-    bandwidth: float
-    call: float
-    measured: bool = False
+    rates: Sheet | Rates
 
-    def seconds(self, operations: Sequence[Operation]) -> float:
-        """Of a step of these operations."""
-        total = 0.0
-        for operation in operations:
-            rate = self.half if operation.halves else self.single
-            total += max(operation.cost.flops / rate, operation.moved / self.bandwidth) + self.call
-        return total
+    @property
+    def measured(self) -> bool:
+        """Is it this machine?"""
+        return isinstance(self.rates, Rates)
+
+    def seconds(self, operations: Sequence[Operation], fresh: int = 0) -> float:
+        """Of a step of these operations. `fresh`: bytes of memory that a process of this machine gets anew in it."""
+        of_pages = fresh * self.rates.fresh if isinstance(self.rates, Rates) else 0.0
+        return sum(map(self.rates.seconds, operations)) + of_pages
 
 
 def usable(memory: float) -> float:
@@ -63,7 +78,7 @@ def usable_here(memory: float) -> float:
 
 def _card(name: str, gigabytes: float, half: float, single: float, bandwidth: float) -> Device:
     """Of its data sheet: GB, TFLOP/s in 16 and 32 bits, GB/s."""
-    return Device(name, usable(1e9 * gigabytes), 0.5e12 * half, 0.5e12 * single, 0.75e9 * bandwidth, 8e-6)
+    return Device(name, usable(1e9 * gigabytes), Sheet(0.5e12 * half, 0.5e12 * single, 0.75e9 * bandwidth, 8e-6))
 
 
 CARDS = {
@@ -129,38 +144,15 @@ def memory_here() -> float:
 def this_machine() -> Device:
     """This machine, with its rates as they were measured when that was first asked; kept in a file of the user's."""
     folder, key = cache_folder(), machine()
-    kept: dict[str, dict[str, float]] = {}
+    kept: dict[str, Any] = {}
     try:
         kept = json.loads((folder / "rates.json").read_text())
-        rates = {name: float(kept[key][name]) for name in ("half", "single", "bandwidth", "call")}
+        found = read(kept[key])
     except (OSError, ValueError, KeyError, TypeError):
-        rates = _measured()
+        found = measure()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "rates.json").write_text(json.dumps({**kept, key: rates}, indent=1))
+            (folder / "rates.json").write_text(json.dumps({**kept, key: found._asdict()}, indent=1))
         except OSError:
             pass  # they are measured again the next time
-    return Device("this machine", memory_here(), **rates, measured=True)
-
-
-@torch.no_grad()
-def _measured() -> dict[str, float]:
-    """The best of a few runs each, which together take a second or two."""
-
-    def best(call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    rates = {}
-    with torch.device("cpu"):
-        for name, dtype in (("half", torch.bfloat16), ("single", torch.float32)):
-            x, w = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
-            rates[name] = 2 * 512 * 1024 * 1024 / best(lambda: x @ w)  # noqa: B023  # called at once
-        large, small = torch.ones(8 << 20), torch.ones(4)
-        rates["bandwidth"] = 2 * large.nbytes / best(lambda: large + 1)  # into fresh memory, as in training
-        rates["call"] = best(lambda: [small + 1 for _ in range(1000)]) / 1000 * 2  # and Python around it
-    return rates
+    return Device("this machine", memory_here(), found)

@@ -25,7 +25,8 @@ from peftcore.estimating.libraries import Libraries
 from peftcore.observation.meta import MetaFloats
 
 MADE, GONE, TENSOR_MADE, VIEW_MADE, TENSOR_GONE = "made", "gone", "tensor made", "view made", "tensor gone"
-NODE, SCRATCH, NODES_GONE, STEPS = "node", "scratch", "nodes gone", "steps"
+NODE, SCRATCH, NODES_GONE, STEPS, AGAIN_GONE = "node", "scratch", "nodes gone", "steps", "nodes again gone"
+_LOOKUPS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}  # of what they read little is used
 LARGEST_INDEX = 1 << 22  # integers with more values than this are not real
 
 
@@ -59,9 +60,10 @@ class Operation:
         name: its schema's.
         module: path of the module in whose forward it ran, or if none does of that whose results it read.
         phase: part of the step.
-        moved: bytes that it reads and writes.
+        moved: bytes that it reads and writes. elements: of the largest tensor among these.
         halves: does it compute in 16 bits?
         recomputed: in a forward that a backward runs again.
+        times: it stands for so many, which are not followed one by one.
     """
 
     name: str
@@ -71,6 +73,8 @@ class Operation:
     moved: int = 0
     halves: bool = False
     recomputed: bool = False
+    elements: int = 0
+    times: float = 1.0
 
 
 class Event(NamedTuple):
@@ -79,7 +83,7 @@ class Event(NamedTuple):
     Args:
         kind: a storage is `MADE` or `GONE`; so are a tensor's objects, those of a view being others; an operator gets a
             node of autograd (`NODE`) or takes memory of its own (`SCRATCH`); all nodes are given back (`NODES_GONE`),
-            the optimizer `STEPS`.
+            or those of a forward that a backward ran again (`AGAIN_GONE`); the optimizer `STEPS`.
         number: of the storage, the tensor or the operation.
         edges: of a node, the tensors that its operator takes; of a tensor, those of them that need a gradient.
         leaves: of a node, those tensors that are parameters and need one.
@@ -113,6 +117,7 @@ class Following:
         self.operations: list[Operation] = []
         self.events: list[Event] = []
         self.phase = ""
+        self.times = 1.0  # how often what runs now does, of which it is followed once
         self._tensors = 0
         self._ended = False
         self._modules: list[str] = []  # those whose forward is running
@@ -125,11 +130,15 @@ class Following:
 
         def enter(module: nn.Module, _: Any) -> None:
             if id(module) in paths:
+                if not self._modules:
+                    self._nodes_of_again_gone()  # of what the older kind of checkpointing has computed before
                 self._modules.append(paths[id(module)])
 
-        def leave(module: nn.Module, *_: Any) -> None:
+        def leave(module: nn.Module, _: Any, output: Any) -> None:
             if id(module) in paths and self._modules:
                 self._modules.pop()
+                if not self._modules and output is None:  # it was stopped when all was there that is needed
+                    self._nodes_of_again_gone()
 
         with ExitStack() as stack:
             hooks = torch.nn.modules.module
@@ -138,6 +147,10 @@ class Following:
             stack.enter_context(_attention_of_cpu())
             stack.enter_context(MetaFloats(self._record, LARGEST_INDEX))
             yield
+
+    def _nodes_of_again_gone(self) -> None:
+        if self.phase.startswith("backward"):
+            self.events.append(Event(AGAIN_GONE))
 
     def see(self, tensor: Tensor, kind: str | None = None, *, only_new: bool = False) -> None:
         """Note the tensor's storage; with `kind`, what it is for, unless that is known and `only_new`."""
@@ -184,15 +197,18 @@ class Following:
                 if known is not None and known.module:
                     inside = known.module
         again = bool(self._modules) and self.phase.startswith("backward")
-        operation = Operation(operator._schema.name, inside, self.phase, recomputed=again)
+        operation = Operation(operator._schema.name, inside, self.phase, recomputed=again, times=self.times)
         made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        ours = operator.namespace == "peftcore" and self.phase.startswith("forward")  # within a Function's forward
+        is_forward = again or self.phase.startswith("forward")
+        ours = operator.namespace == "peftcore" and is_forward  # within a Function's forward
         needing = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() or ours else []
         if needing:
             leaves = sum(t.is_leaf for t in needing)
             self.events.append(Event(NODE, len(self.operations), len(tensors), leaves))
         if not operator.is_view:
-            operation.moved = sum(t.nbytes for t in tensors) + sum(t.nbytes for t in made)
+            touched = made if operation.name in _LOOKUPS else [*tensors, *made]
+            operation.moved = sum(t.nbytes for t in touched)
+            operation.elements = max((t.numel() for t in touched), default=0)
             operation.halves = any(t.dtype in (torch.float16, torch.bfloat16) for t in made)
             operation.cost = cost(operator, args, output, self.libraries)
             if operation.cost.scratch:

@@ -6,7 +6,7 @@ enough, split; free neighbours are joined; the end is given back when it is larg
 free between others stays with the process.
 
 Most of what a process holds in vain comes of two things together. A tensor begins at a multiple of 64 bytes, for which
-96 bytes more are looked for than it takes (`_int_memalign`): the piece that a freed tensor leaves is too small for
+112 bytes more are looked for than it takes (`_int_memalign`): the piece that a freed tensor leaves is too small for
 another of its size, unless the bytes before or behind it are free too. And there lie PyTorch's objects of a few hundred
 bytes: a tensor's, its storage's, and the node of autograd, which stays until the backward has ended. Which pieces of
 up to 1,040 bytes are joined, and when, decides over hundreds of megabytes, so malloc's lists of them are kept, too.
@@ -17,8 +17,10 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from peftcore.estimating.following import (
+    AGAIN_GONE,
     GONE,
     MADE,
     NODE,
@@ -32,6 +34,7 @@ from peftcore.estimating.following import (
     Operation,
     Storage,
 )
+from peftcore.estimating.objects import META, STORAGE, TENSOR, VERSION, VIEW_META, node
 
 _PAGE, _PAD = 4096, 128 << 10
 _LARGEST_THRESHOLD = 32 << 20
@@ -39,13 +42,6 @@ _ALIGNMENT, _LEAST = 64, 32
 _CACHED, _CACHED_OF_A_SIZE = 1040, 7  # `tcache`: pieces that are kept by size when they are freed, and joined with none
 _FAST, _SMALL = 128, 1024  # `fastbins` and `smallbins`: up to, and below, so many bytes
 _CONSOLIDATES = 64 << 10  # a freed piece of so many bytes has the fast ones joined
-
-# Bytes of PyTorch's objects, as requests of PyTorch 2.13: seen in traces of whole steps. A node's differ with the
-# operation, and with them what lies between two tensors, by a tenth of all memory: of 20 layouts tried on 81
-# configurations this one was under what was measured least often.
-_STORAGE, _TENSOR, _VERSION = 96, 176, 24  # StorageImpl, TensorImpl and VariableVersion
-_META, _VIEW_META = 184, 312  # AutogradMeta and DifferentiableViewMeta
-_NODE, _SAVED, _EDGE, _LEAF = 640, (32,), 16, 472  # a node, sizes that it saves, an edge, and AccumulateGrad
 
 Piece = tuple[int, int]  # (address, size); address -1: it is mapped
 
@@ -59,12 +55,12 @@ class Heap:
         self.end = 0  # of what was got from the system
         self.top = 0  # from here on all is free
         self.touched = 0
+        self.fresh = 0  # bytes that were got from the system, all together
         self._size_at: dict[int, int] = {}  # of free pieces that may be joined, by where they begin
         self._start_at: dict[int, int] = {}  # and by where they end
         self._unsorted: dict[int, int] = {}  # those of them freed since the last search, the oldest first
-        self._sorted: list[tuple[int, int, int]] = []  # (size, order within it, address) of the others
-        self._order: dict[int, int] = {}
-        self._count = 0
+        self._sizes: list[int] = []  # of the others, sorted
+        self._bins: dict[int, list[int]] = {}  # and those of a size in the order of their bin
         self._cached: dict[int, list[int]] = defaultdict(list)
         self._fast: dict[int, list[int]] = defaultdict(list)
         self._fast_ones = 0
@@ -89,7 +85,7 @@ class Heap:
             if (address + 16) % _ALIGNMENT == 0:
                 self._cached[size].remove(address)
                 return address, size
-        address, found = self._allocate(size + _ALIGNMENT + _LEAST)
+        address, found = self._allocate(_size_for(size + _ALIGNMENT + _LEAST))
         if address < 0:
             return address, found
         start = -(-(address + 16) // _ALIGNMENT) * _ALIGNMENT - 16
@@ -136,9 +132,12 @@ class Heap:
         while True:
             if (just := self._sort(size)) is not None:
                 return just, size
-            at = bisect_left(self._sorted, (size,))
-            if at < len(self._sorted):
-                found, _, address = self._sorted[at]
+            at = bisect_left(self._sizes, size)
+            if at < len(self._sizes):
+                found = self._sizes[at]
+                alike = self._bins[found]
+                # Of a bin of the request's own the second, so that the first keeps its links; of another the last.
+                address = alike[-1 if len(alike) == 1 or _bin(found) != _bin(size) else 1]
                 self._take(address)
                 if found - size < _LEAST:
                     return address, found
@@ -153,19 +152,21 @@ class Heap:
                 if size >= self.threshold:
                     mapped = -(-(size + 8) // _PAGE) * _PAGE
                     self.mapped += mapped
+                    self.fresh += mapped
                     return -1, mapped
                 self.end += -(-(size + _PAD + _LEAST - (self.end - self.top)) // _PAGE) * _PAGE
             address = self.top
             self.top += size
+            self.fresh += max(0, self.top - self.touched)
             self.touched = max(self.touched, self.top)
             return address, size
 
     def _of_size(self, size: int) -> int | None:
         """Of the sorted pieces of this very size the oldest."""
-        at = bisect_left(self._sorted, (size,))
-        if at == len(self._sorted) or self._sorted[at][0] != size:
+        alike = self._bins.get(size)
+        if not alike:
             return None
-        address = self._sorted[at][2]
+        address = alike[-1]
         self._take(address)
         return address
 
@@ -181,9 +182,7 @@ class Heap:
                 return address
             if found != size:
                 del self._unsorted[address]
-                self._count += 1
-                self._order[address] = self._count if found < _SMALL else -self._count
-                insort(self._sorted, (found, self._order[address], address))
+                self._put(address, found)
                 continue
             self._take(address)
             if size > _CACHED or len(self._cached[size]) >= _CACHED_OF_A_SIZE:
@@ -203,7 +202,7 @@ class Heap:
             self.end -= (self.end - self.top - _LEAST - 1 - _PAD) // _PAGE * _PAGE
             self.touched = min(self.touched, self.end)
 
-    def _joined(self, address: int, size: int) -> int:
+    def _joined(self, address: int, size: int, directly: bool = True) -> int:
         if (after := self._size_at.get(address + size)) is not None:
             self._take(address + size)
             size += after
@@ -211,19 +210,28 @@ class Heap:
             self._take(before)
             address, size = before, size + address - before
         if address + size < self.top:
-            self._give(address, size)
+            self._give(address, size, directly=directly and size < _SMALL)
             return size
         self.top = address
         return self.end - address
 
     def _consolidate(self) -> None:
-        for size, pieces in self._fast.items():
+        for size, pieces in sorted(self._fast.items()):
             while pieces:
-                self._joined(pieces.pop(), size)
+                self._joined(pieces.pop(), size, directly=False)
         self._fast_ones = 0
 
-    def _give(self, address: int, size: int) -> None:
-        self._unsorted[address] = size
+    def _put(self, address: int, size: int) -> None:
+        alike = self._bins.setdefault(size, [])
+        if not alike:
+            insort(self._sizes, size)
+        alike.insert(0 if size < _SMALL else 1, address)
+
+    def _give(self, address: int, size: int, directly: bool = False) -> None:
+        if directly:
+            self._put(address, size)
+        else:
+            self._unsorted[address] = size
         self._size_at[address] = size
         self._start_at[address + size] = address
 
@@ -232,23 +240,38 @@ class Heap:
         del self._start_at[address + size]
         if address in self._unsorted:
             del self._unsorted[address]
-        else:
-            del self._sorted[bisect_left(self._sorted, (size, self._order.pop(address), address))]
+            return
+        alike = self._bins[size]
+        alike.remove(address)
+        if not alike:
+            del self._bins[size], self._sizes[bisect_left(self._sizes, size)]
 
 
-def _edges(count: int) -> int:
-    """Bytes of a vector that grew by one edge after the other."""
-    return _EDGE << (count - 1).bit_length()
+def _bin(size: int) -> int:
+    """Which of malloc's bins a free piece lies in (`largebin_index`)."""
+    if size < _SMALL:
+        return size >> 4
+    for shift, most, first in ((6, 48, 48), (9, 20, 91), (12, 10, 110), (15, 4, 119), (18, 2, 124)):
+        if size >> shift <= most:
+            return first + (size >> shift)
+    return 126
 
 
 def _size_for(count: int) -> int:
     return max(_LEAST, (count + 8 + 15) & ~15)
 
 
-def peak_of_process(
+class Held(NamedTuple):
+    """Bytes that a process has at most, and those that it gets from the system in a step, some again and again."""
+
+    most: int
+    fresh: int
+
+
+def held_by_process(
     storages: Sequence[Storage], operations: Sequence[Operation], events: Sequence[Event], state: str
-) -> int:
-    """The most bytes that a process has for these storages in the second of two such steps.
+) -> Held:
+    """What a process has for these storages in the second of two such steps.
 
     In the first one the optimizer makes its state, the storages of kind `state`, when all gradients are there. Before
     it weights were loaded, and copies of them freed.
@@ -262,9 +285,9 @@ def peak_of_process(
     for number in stay:
         if storages[number].kind != state:
             run.make(number)
-    most = 0
+    most = before = 0
     for first in (True, False):
-        most = heap.resident
+        most, before = heap.resident, heap.fresh
         for event in events:
             if event.kind == STEPS and first:
                 for number in stay:
@@ -273,7 +296,7 @@ def peak_of_process(
             elif event.kind != MADE or event.number not in run.stay:
                 most = max(most, run.do(event))
         run.over()
-    return most
+    return Held(most, heap.fresh - before)
 
 
 class _Run:
@@ -285,47 +308,53 @@ class _Run:
         self._data: dict[int, list[Piece]] = {}
         self._objects: dict[int, list[Piece]] = {}
         self._nodes: list[Piece] = []
+        self._again: list[Piece] = []  # those of a forward that is run again
 
     def make(self, number: int) -> None:
         """Make a storage that stays, with its tensor."""
         self.stay.add(number)
-        self.heap.allocate(_STORAGE)
+        self.heap.allocate(STORAGE)
         self.heap.allocate_aligned(self.storages[number].bytes)
-        for size in (_TENSOR, _VERSION):
+        for size in (TENSOR, VERSION):
             self.heap.allocate(size)
 
     def do(self, event: Event) -> int:
         """What the process has at most meanwhile."""
         heap, (kind, number, edges, leaves) = self.heap, event
         if kind == MADE:
-            storage = heap.allocate(_STORAGE)
+            storage = heap.allocate(STORAGE)
             self._data[number] = [heap.allocate_aligned(self.storages[number].bytes), storage]
         elif kind == GONE:
             self._free(self._data.pop(number, []))
         elif kind == TENSOR_GONE:
             self._free(self._objects.pop(number, []))
         elif kind in (TENSOR_MADE, VIEW_MADE):
-            sizes = [_TENSOR, _VERSION] if kind == TENSOR_MADE else [_TENSOR]
+            sizes = [TENSOR, VERSION] if kind == TENSOR_MADE else [TENSOR]
             if edges:
-                sizes.append(_META if kind == TENSOR_MADE else _VIEW_META)
+                sizes.append(META if kind == TENSOR_MADE else VIEW_META)
             self._objects[number] = [heap.allocate(size) for size in sizes][::-1]
         elif kind == NODE:
-            self._nodes += map(heap.allocate, (_NODE, *[_LEAF] * leaves, _edges(edges), *_SAVED))
+            nodes = self._again if self.operations[number].recomputed else self._nodes
+            name = self.operations[number].name
+            nodes += map(heap.allocate, node(name, edges, leaves))
         elif kind == SCRATCH:
             piece = heap.allocate_aligned(self.operations[number].cost.scratch)
             most = heap.resident
             heap.free(piece)
             return most
+        elif kind == AGAIN_GONE:
+            self._free(self._again[::-1])
+            self._again = []
         elif kind == NODES_GONE:
-            self._free(self._nodes[::-1])  # the loss's first
-            self._nodes = []
+            self._free([*self._again[::-1], *self._nodes[::-1]])  # the loss's first
+            self._again, self._nodes = [], []
         return heap.resident
 
     def over(self) -> None:
         """The step has ended: nothing is left of it."""
-        for pieces in (self._nodes, *self._data.values(), *self._objects.values()):
+        for pieces in (self._again, self._nodes, *self._data.values(), *self._objects.values()):
             self._free(pieces)
-        self._nodes, self._data, self._objects = [], {}, {}
+        self._again, self._nodes, self._data, self._objects = [], [], {}, {}
 
     def _free(self, pieces: list[Piece]) -> None:
         for piece in pieces:

@@ -19,7 +19,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.estimating.costs import kept
 from peftcore.estimating.devices import Device, device_of
 from peftcore.estimating.following import Event, Following, NotFollowed, Operation, Storage
-from peftcore.estimating.heap import peak_of_process
+from peftcore.estimating.heap import Held, held_by_process
 from peftcore.estimating.libraries import OF_A_CARD
 from peftcore.estimating.libraries import here as libraries_here
 from peftcore.estimating.segments import peak_reserved
@@ -52,9 +52,6 @@ _NOT_FOLLOWED = {
     "per_sample": "with adapters of each sample's own: a step of training follows one method",
     "reference": "with the passes of a reference model, as DPO makes them",
 }
-# Of the tensors' bytes, what a process holds at most: malloc's pieces are simulated, and now and then a step falls into
-# a pattern that its real one is kept from by what is not followed. Of 81 measured, two were above, by a tenth at most.
-_MOST_HELD = 1.25
 NOT_COUNTED = (
     "Not in it: Python with its libraries (0.4 GB and more), a trainer's own (log, examples), evaluation and loading; "
     "on CUDA its context."
@@ -94,8 +91,11 @@ class Estimate:
     @cached_property
     def resident(self) -> int:
         """Bytes that a process has for all of it, with what glibc's malloc keeps of what was freed (`heap`)."""
-        held = peak_of_process(self.storages, self.operations, self.events, STATE) + self.parts[KEPT] - self.untouched
-        return min(held, round(_MOST_HELD * self.peak))
+        return self._held.most + self.parts[KEPT] - self.untouched
+
+    @cached_property
+    def _held(self) -> Held:
+        return held_by_process(self.storages, self.operations, self.events, STATE)
 
     @property
     def peak(self) -> int:
@@ -120,7 +120,9 @@ class Estimate:
     @property
     def seconds(self) -> float | None:
         """Of a step, where it is known on which device."""
-        return None if self.device is None else self.device.seconds(self.operations)
+        if self.device is None:
+            return None
+        return self.device.seconds(self.operations, self._held.fresh if self.device.measured else 0)
 
     @property
     def needed(self) -> float:

@@ -111,7 +111,10 @@ def follow(
         following.phase = UPDATE
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         following.note(STEPS)
+        firsts = {*_firsts(parameters).values()}
+        following.times = sum(p.numel() for p in parameters) / max(1, sum(p.numel() for p in firsts))
         _update(parameters, optimizer)
+        following.times = 1.0
         if state_of(model) is not None:
             after_step(model, 1, 1000)
         optimizer.zero_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -27,6 +29,7 @@ from peftcore.quantization.selection import selected, selected_experts
 from peftcore.targets import is_conv1d
 from peftcore.targets.coverage import LITTLE, coverage
 
+_WORTH = 16 << 20  # bytes of dense weights for which it is worth a walk through all that is free
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -85,6 +88,7 @@ def quantize(
         reached += [(path, name) for path, _, name in packed_names(model)]
         full = [f"{path}.{name}" if path else name for path, name in reached]
         _tell_if_little(model, [*chosen, *full, *theirs])
+    before = _held_by(model)
     for path in theirs:
         _adopt(model.get_submodule(path), path)
     for module, first in _with_first(chosen.values()):
@@ -95,7 +99,22 @@ def quantize(
     for path, blocksizes in experts.items():
         pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
     note_in_config(model)
+    if before - _held_by(model) >= _WORTH:
+        give_back_freed()
     return model
+
+
+def _held_by(model: nn.Module) -> int:
+    """Bytes of its parameters."""
+    return sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
+
+
+def give_back_freed() -> None:
+    """Give back to the system what lies free between weights that stay, which glibc keeps otherwise."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 def _tell_if_little(model: nn.Module, quantized: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from peftcore.adaptation.adapted import base_modules
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.layers import shape_of
-from peftcore.quantization.convert import convert, convert_dense
+from peftcore.quantization.convert import convert, convert_dense, give_back_freed
 from peftcore.quantization.expert_files import expert_of, is_by_expert
 from peftcore.quantization.experts import pack_parameter
 from peftcore.quantization.format import DTYPES, PARTS, check_blocksize, check_quant_type, from_tensors
@@ -295,7 +295,12 @@ def load(
         model_class = getattr(transformers, named or "", None) or transformers.AutoModelForCausalLM
     _failures.clear()
     try:
-        model: nn.Module = model_class.from_pretrained(where, config=config, dtype=dtype, **options)
+        with _not_mapped():
+            model: nn.Module = model_class.from_pretrained(where, config=config, dtype=dtype, **options)
+        for parameter in model.parameters():
+            if parameter.untyped_storage().filename is not None:  # mapped all the same: it would hold the whole file
+                parameter.data = parameter.data.clone()
+        give_back_freed()
         if told is not None:
             _tell_of_dense(model, where, told.get("llm_int8_skip_modules") or ())
         return model
@@ -303,6 +308,30 @@ def load(
         if _failures:
             raise _failures[0] from error
         raise
+
+
+@contextlib.contextmanager
+def _not_mapped() -> Iterator[None]:
+    """Within the block transformers reads weights from files that it would map.
+
+    What was read of a mapped file stays with the process until the file is closed: at the end of loading all of the
+    dense checkpoint would be counted beside the packed model. Other threads that load meanwhile get the same values.
+    """
+    import transformers.modeling_utils as reader
+
+    opened = reader.safe_open
+    if opened.__name__ == "opened_to_read":  # by another thread
+        yield
+        return
+
+    def opened_to_read(*args: Any, **kwargs: Any) -> Any:
+        return opened(*args, **({**kwargs, "backend": "pread"} if kwargs.get("backend") == "mmap" else kwargs))
+
+    reader.safe_open = opened_to_read
+    try:
+        yield
+    finally:
+        reader.safe_open = opened
 
 
 def _tell_of_dense(model: nn.Module, where: str, skipped: Sequence[str]) -> None:

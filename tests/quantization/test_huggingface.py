@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import peftcore
-from peftcore.quantization import QuantizedLinear, quantized_layers
+from peftcore.quantization import QuantizedLinear, huggingface, quantized_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
@@ -51,6 +52,22 @@ def test_load_is_the_same(dense):
     found = peftcore.quantization.load(folder, "nf4", double_quant=False, blocksize=128)
     same(found, peftcore.quantize(model, double_quant=False, blocksize=128))
     assert type(found) is type(model) and not found.training
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks at what the process has mapped")
+def test_what_was_read_does_not_stay_with_the_process(tmp_path, monkeypatch):
+    """Else all of the dense checkpoint would be there beside the packed model when the last weight is read."""
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    checked, mapped = huggingface.refuse_non_finite, []
+
+    def check(*args):
+        mapped.append(str(tmp_path) in Path("/proc/self/maps").read_text())
+        return checked(*args)
+
+    monkeypatch.setattr(huggingface, "refuse_non_finite", check)  # called with each weight before it is packed
+    model = peftcore.quantization.load(tmp_path)
+    assert mapped == [False] * 14
+    assert not any(p.untyped_storage().filename for p in model.parameters())
 
 
 def test_arguments_reach_the_layers(tmp_path):

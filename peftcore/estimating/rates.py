@@ -1,0 +1,276 @@
+"""How fast this machine does what a step consists of: measured once, in seconds, and kept in a file.
+
+    an operator   max(operations / rate of such products, elements x seconds of one, bytes / bandwidth) + a call
+    a step        the sum of its operators, and a page fault for each page that its process gets anew
+
+A rate of products depends on the type and on the narrowest dimension: those of adapters are thin. Of a weight in 4 bits
+each value is unpacked, too. Operators that compute more than they move (`_OPERATORS`) have seconds of their own for an
+element; all others take what an addition takes. What is small is read from the caches: so the bandwidth is one by size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+if TYPE_CHECKING:
+    from peftcore.estimating.following import Operation
+
+aten, ours = torch.ops.aten, torch.ops.peftcore
+HALF, SINGLE = "half", "single"
+_TYPES = {HALF: torch.bfloat16, SINGLE: torch.float32}
+_NARROW = (1, 8, 32, 128, 512)
+_SIZES = (1 << 18, 1 << 21, 1 << 24, 1 << 27)  # bytes
+_ROWS, _INNER = 512, 1024
+_OTHERS = "aten::add"  # what an operator without a rate of its own takes
+
+
+class Rates(NamedTuple):
+    """Of this machine, with so many threads as PyTorch had.
+
+    Args:
+        products: (narrowest dimension, operations a second) by type.
+        attention: operations a second of (forward, backward) by type.
+        packed: (seconds for a value of a weight in 4 bits, operations a second) by type.
+        elements: seconds for an element, by type and operator.
+        bandwidth: (bytes that are moved, bytes a second).
+        fresh: seconds for a byte of memory that a process gets anew.
+        calls: seconds that an operator costs beside its work, by phase and whose it is.
+    """
+
+    products: dict[str, tuple[tuple[int, float], ...]]
+    attention: dict[str, tuple[float, float]]
+    packed: dict[str, tuple[float, float]]
+    elements: dict[str, dict[str, float]]
+    bandwidth: tuple[tuple[int, float], ...]
+    fresh: float
+    calls: dict[str, float]
+
+    def seconds(self, operation: Operation) -> float:
+        """Of one operator."""
+        cost, kind = operation.cost, HALF if operation.halves else SINGLE
+        backward = operation.phase.startswith("backward") and not operation.recomputed
+        mine = operation.name.startswith("peftcore::")
+        call = self.calls["ours" if mine else "backward" if backward else "forward"]
+        if not operation.moved:
+            return call
+        elements = self.elements[kind]
+        name = operation.name if operation.name in elements else operation.name.removesuffix("_")
+        size = operation.moved
+        worked = size / _between(self.bandwidth, size)
+        if cost.flops:
+            if "attention" in operation.name:
+                worked = max(worked, cost.flops / self.attention[kind][backward])
+            elif cost.unpacked:
+                of_a_value, rate = self.packed[kind]
+                worked = max(worked, (cost.flops - cost.thin[0]) / rate + cost.unpacked * of_a_value)
+            else:
+                rate = _between(self.products[kind], cost.narrow or _NARROW[-1])
+                worked = max(worked, (cost.flops - cost.thin[0]) / rate)
+            if cost.thin[0]:
+                worked += cost.thin[0] / _between(self.products[kind], cost.thin[1])
+        else:
+            worked = max(worked, operation.elements * elements.get(name, elements[_OTHERS]))
+        return operation.times * (worked + call)
+
+
+def read(found: Mapping[str, Any]) -> Rates:
+    """What JSON keeps of them.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is of another kind.
+    """
+    made = Rates(**found)
+    by_type: tuple[Mapping[str, Any], ...] = (made.products, made.attention, made.packed, made.elements)
+    if any(each.keys() != _TYPES.keys() for each in by_type) or not made.bandwidth:
+        raise ValueError("rates of other types")
+    if not all(made.products.values()) or not all(_OTHERS in each for each in made.elements.values()):
+        raise ValueError("no rates")
+    return made._replace(
+        products={kind: tuple((int(n), float(r)) for n, r in rows) for kind, rows in made.products.items()},
+        bandwidth=tuple((int(n), float(r)) for n, r in made.bandwidth),
+        attention={kind: (float(a), float(b)) for kind, (a, b) in made.attention.items()},
+        packed={kind: (float(a), float(b)) for kind, (a, b) in made.packed.items()},
+        fresh=float(made.fresh),
+        calls={name: float(made.calls[name]) for name in ("forward", "backward", "ours")},
+    )
+
+
+def _between(table: Sequence[tuple[int, float]], at: int) -> float:
+    """The rate at `at`, between two entries by their logarithms; beyond the last that of the last."""
+    place = bisect_left(table, (at,))
+    if place in (0, len(table)):
+        return table[min(place, len(table) - 1)][1]
+    (low, one), (high, other) = table[place - 1], table[place]
+    share = math.log(at / low) / math.log(high / low)
+    return one ** (1 - share) * other**share
+
+
+def fastest(call: Callable[[], object], seconds: float = 0.03) -> float:
+    """The least of several runs."""
+    call()
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure() -> Rates:
+    """All of them, in a few seconds."""
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            products = {kind: tuple((n, _product(n, dtype)) for n in _NARROW) for kind, dtype in _TYPES.items()}
+            packed = {kind: _packed(dtype) for kind, dtype in _TYPES.items()}
+            attention = {kind: _attention(dtype) for kind, dtype in _TYPES.items()}
+            elements = {kind: _elements(dtype) for kind, dtype in _TYPES.items()}
+            bandwidth = tuple((size, _bandwidth(size)) for size in _SIZES)
+            fresh = _fresh()
+        return Rates(products, attention, packed, elements, bandwidth, fresh, _calls())
+
+
+def _product(narrow: int, dtype: torch.dtype) -> float:
+    """Operations a second where the inner dimension, or the columns, are so few: the mean of their seconds."""
+    taken = 0.0
+    for inner, columns in ((narrow, _INNER), (_INNER, narrow)):
+        x, w = torch.ones(_ROWS, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
+        taken += fastest(lambda: x @ w.t()) / 2  # noqa: B023  # called at once
+    return 2 * _ROWS * _INNER * narrow / taken
+
+
+def _packed(dtype: torch.dtype) -> tuple[float, float]:
+    """By few and by many rows, forward and backward: what a value costs, and what a product."""
+    from peftcore.ops import quantize_4bit
+
+    weight, packing = quantize_4bit(torch.randn(_INNER, _INNER)).operands()
+    few, many = 32, _ROWS
+    taken = {}
+    for rows in (few, many):
+        x = torch.ones(rows, _INNER, dtype=dtype)
+        taken[rows] = sum(
+            fastest(lambda: call(x, weight, packing)) / 2  # noqa: B023
+            for call in (ours.linear_4bit, ours.linear_4bit_backward)
+        )
+    of_a_row = max(1e-12, (taken[many] - taken[few]) / (many - few))
+    return max(0.0, taken[few] - few * of_a_row) / _INNER**2, 2 * _INNER**2 / of_a_row
+
+
+def _attention(dtype: torch.dtype) -> tuple[float, float]:
+    batch, heads, length, size = 1, 8, 256, 64
+    q, k, v = (torch.randn(batch, heads, length, size, dtype=dtype) for _ in range(3))
+    attend = aten._scaled_dot_product_flash_attention_for_cpu
+    made, sums = attend(q, k, v)
+    forward = fastest(lambda: attend(q, k, v))
+    backward = fastest(
+        lambda: aten._scaled_dot_product_flash_attention_for_cpu_backward(made, q, k, v, made, sums, 0.0, False)
+    )
+    flops = 4 * batch * heads * length**2 * size
+    return flops / forward, 2.5 * flops / backward
+
+
+def _elements(dtype: torch.dtype) -> dict[str, float]:
+    x, y = torch.randn(1024, 1024, dtype=dtype), torch.rand(1024, 1024, dtype=dtype)
+    of_heads = x.view(16, 64, 16, 64).transpose(1, 2)
+    wide, row = x.view(8, -1), torch.ones(1024, dtype=dtype)
+    mean, deviation = torch.zeros(1024, 1, dtype=dtype), torch.ones(1024, 1, dtype=dtype)
+    labels = torch.zeros(8, dtype=torch.long)
+    other = torch.float32 if dtype is torch.bfloat16 else torch.bfloat16
+    z = y.to(other)
+    calls: dict[str, Callable[[], object]] = {
+        _OTHERS: lambda: x + y,
+        "aten::clone": lambda: of_heads.clone(memory_format=torch.contiguous_format),
+        "aten::_to_copy": lambda: z.to(dtype),
+        "aten::cat": lambda: torch.cat((x, y)),
+        "aten::neg": lambda: -x,
+        "aten::pow": lambda: x.pow(2),
+        "aten::mean": lambda: x.mean(-1),
+        "aten::sum": lambda: x.sum(0),
+        "aten::linalg_vector_norm": lambda: torch.linalg.vector_norm(x),
+        "aten::gelu": lambda: F.gelu(x),
+        "aten::gelu_backward": lambda: aten.gelu_backward(y, x),
+        "aten::silu": lambda: F.silu(x),
+        "aten::silu_backward": lambda: aten.silu_backward(y, x),
+        "aten::tanh": lambda: torch.tanh(x),
+        "aten::tanh_backward": lambda: aten.tanh_backward(y, x),
+        "aten::exp": lambda: x.exp(),
+        "aten::_softmax": lambda: aten._softmax(x, -1, False),
+        "aten::_softmax_backward_data": lambda: aten._softmax_backward_data(y, x, -1, dtype),
+        "aten::_log_softmax": lambda: aten._log_softmax(wide, -1, False),
+        "aten::_log_softmax_backward_data": lambda: aten._log_softmax_backward_data(wide, wide, -1, dtype),
+        "aten::nll_loss_backward": lambda: aten.nll_loss_backward(row[0], wide, labels, None, 1, -100, row[0]),
+        "aten::native_layer_norm": lambda: aten.native_layer_norm(x, [1024], row, row, 1e-5),
+        "aten::native_layer_norm_backward": lambda: aten.native_layer_norm_backward(
+            y, x, [1024], mean, deviation, row, row, [True, True, True]
+        ),
+        "aten::addcdiv": lambda: x.addcdiv_(y, y, value=1e-9),
+        "aten::addcmul": lambda: x.addcmul_(y, y, value=1e-9),
+        "aten::sqrt": lambda: y.sqrt(),
+        "aten::div": lambda: x / y,
+        "aten::fill": lambda: x.clone().zero_(),
+    }
+    size = {"aten::cat": 2}
+    return {name: fastest(call) / x.numel() / size.get(name, 1) for name, call in calls.items()}
+
+
+def _bandwidth(size: int) -> float:
+    x = torch.ones(size // 8)
+    out = torch.empty_like(x)
+    return size / fastest(lambda: torch.neg(x, out=out))
+
+
+def _fresh() -> float:
+    """Of memory that is larger than what malloc keeps, the first touch of each page beside the second."""
+    size = 64 << 20
+    known = torch.ones(size // 4)
+    return max(0.0, fastest(lambda: torch.ones(size // 4)) - fastest(lambda: known.fill_(1.0))) / size
+
+
+class _Counted(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # of torch
+        self.count = 0
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return operator(*args, **(kwargs or {}))
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x)).view(2, 2, 16).transpose(0, 1).reshape(4, 16)))
+
+
+def _calls() -> dict[str, float]:
+    """By a stack of tiny layers, whose work is nothing."""
+    from peftcore.ops import linear_4bit, quantize_4bit
+
+    with torch.enable_grad():
+        model, x = nn.Sequential(*[_Block() for _ in range(8)]), torch.ones(4, 8)
+        with _Counted() as forward:
+            y = model(x).sum()
+        with _Counted() as backward:
+            y.backward()
+        of_forward = fastest(lambda: model(x).sum(), 0.1)
+        both = fastest(lambda: model(x).sum().backward(), 0.1)
+        weight, row = quantize_4bit(torch.ones(64, 64)), torch.ones(1, 64, requires_grad=True)
+        mine = fastest(lambda: linear_4bit(row, weight).backward(row), 0.05)
+    return {
+        "forward": of_forward / forward.count,
+        "backward": max(0.0, both - of_forward) / backward.count,
+        "ours": mine / 2,
+    }

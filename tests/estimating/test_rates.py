@@ -1,0 +1,94 @@
+"""Seconds of operators by rates made by hand, and that what is measured can be kept in a file."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peftcore.estimating import rates
+from peftcore.estimating.costs import Cost
+from peftcore.estimating.devices import Device
+from peftcore.estimating.following import Operation
+
+MADE = rates.Rates(
+    products={"half": ((8, 10.0), (512, 1000.0)), "single": ((8, 1.0), (512, 100.0))},
+    attention={"half": (50.0, 40.0), "single": (5.0, 4.0)},
+    packed={"half": (2.0, 200.0), "single": (3.0, 100.0)},
+    elements={"half": {"aten::add": 0.5}, "single": {"aten::add": 1.0, "aten::gelu": 4.0}},
+    bandwidth=((64, 32.0), (1024, 8.0)),
+    fresh=0.25,
+    calls={"forward": 0.125, "backward": 0.0625, "ours": 0.5},
+)
+MOVES = {"moved": 64, "elements": 2}
+
+
+def of(name: str, cost: Cost | None = None, phase: str = "forward", **more: int) -> Operation:
+    found = Operation(name, "", phase, **{**MOVES, **more})
+    return found if cost is None else replace(found, cost=cost)
+
+
+@pytest.mark.parametrize(
+    ("operation", "seconds"),
+    [
+        (Operation("aten::view", "", "forward"), 0.125),  # a call and nothing else
+        (of("aten::add"), 2.0 + 0.125),  # as fast as from the cache
+        (of("aten::add_"), 2.0 + 0.125),
+        (of("aten::any_other"), 2.0 + 0.125),
+        (of("aten::gelu"), 8.0 + 0.125),
+        (of("aten::add", moved=4096), 512.0 + 0.125),  # from memory
+        (of("aten::add", moved=256), 16.0 + 0.125),  # half of the way from 32 to 8 bytes a second, in logarithms
+        (of("aten::mm", Cost(1000.0, narrow=512)), 10.0 + 0.125),
+        (of("aten::mm", Cost(1000.0, narrow=64)), 100.0 + 0.125),
+        (of("aten::mm", Cost(1000.0, narrow=4), "backward"), 1000.0 + 0.0625),
+        (of("aten::attention", Cost(1000.0)), 200.0 + 0.125),
+        (of("aten::attention_backward", Cost(1000.0), "backward"), 250.0 + 0.0625),
+        (of("peftcore::linear", Cost(1100.0, narrow=512, thin=(100.0, 8))), 10.0 + 100.0 + 0.5),
+        (of("peftcore::linear_4bit", Cost(1000.0, narrow=512, unpacked=7)), 10.0 + 21.0 + 0.5),
+    ],
+)
+def test_seconds_of_an_operator(operation: Operation, seconds: float) -> None:
+    assert MADE.seconds(operation) == pytest.approx(seconds)
+
+
+def test_type_forwards_that_run_again_and_those_that_stand_for_others() -> None:
+    product = of("aten::mm", Cost(1000.0, narrow=512), "backward")
+    assert MADE.seconds(replace(product, recomputed=True)) == pytest.approx(10.125)
+    assert MADE.seconds(replace(product, halves=True, moved=8)) == pytest.approx(1.0625)
+    assert MADE.seconds(replace(product, times=3.0)) == pytest.approx(3 * 10.0625)
+
+
+def test_a_step_pays_for_its_pages() -> None:
+    assert Device("here", 1.0, MADE).seconds([of("aten::add")] * 2, fresh=8) == pytest.approx(2 * 2.125 + 2.0)
+
+
+def test_what_is_measured_is_kept_in_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 0
+
+    def once(call: Callable[[], object], seconds: float = 0.0) -> float:
+        nonlocal count
+        count += 1
+        call()
+        return 1e-3 * count  # no two alike
+
+    monkeypatch.setattr(rates, "fastest", once)
+    state = torch.get_rng_state()
+    found = rates.measure()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert rates.read(json.loads(json.dumps(found._asdict()))) == found
+    assert {*found.products, *found.elements} == {"half", "single"} and count > 60
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {"half": 1.0, "single": 2.0, "bandwidth": 3.0, "call": 4.0},  # as they once were
+        {**MADE._asdict(), "products": {"half": ()}},
+        {**MADE._asdict(), "calls": {"forward": 1.0}},
+        {**MADE._asdict(), "bandwidth": ((1, "fast"),)},
+    ],
+)
+def test_others_are_refused(kept: dict[str, object]) -> None:
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        rates.read(kept)
