@@ -194,7 +194,7 @@ def steps(config, method, chosen, count, reset):
     import torch
     import transformers
 
-    from peftcore.estimating import step
+    from peftcore.estimating import loop
 
     torch.manual_seed(0)
     kind = getattr(transformers, (config.architectures or ["LlamaForCausalLM"])[0])
@@ -207,12 +207,12 @@ def steps(config, method, chosen, count, reset):
         model.gradient_checkpointing_enable({"use_reentrant": chosen["gradient_checkpointing"] == "reentrant"})
     inputs = {
         name: torch.randn(value.shape, dtype=value.dtype) if value.is_meta else value
-        for name, value in step.make_inputs(model, chosen["batch_size"], chosen["length"]).items()
+        for name, value in loop.make_inputs(model, chosen["batch_size"], chosen["length"]).items()
     }
     if "input_ids" in inputs:
         inputs["input_ids"] = torch.randint(3, 1000, inputs["input_ids"].shape)
-    optimizer = step.make_optimizer(model, chosen.get("optimizer", "adamw_torch"), paged=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = loop.make_optimizer(parameters, chosen.get("optimizer", "adamw_torch"), paged=True)
     seconds = []
     for _ in range(count):
         reset()

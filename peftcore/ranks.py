@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -19,6 +19,8 @@ from peftcore.errors import PeftcoreError
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
     from typing_extensions import TypeIs
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -179,6 +181,15 @@ def once(action: Callable[[], Any], *, together: bool) -> None:
         distributed.broadcast_object_list(failure, src=0)
         if failure[0] is not None:
             raise failure[0]
+
+
+def of_first(value: T) -> T:
+    """Rank 0's value, which can be pickled. Collective."""
+    if count() == 1:
+        return value
+    message = [value]
+    distributed.broadcast_object_list(message, src=0)
+    return message[0]
 
 
 def agree(facts: dict[str, Any], what: str) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 import peftcore
-from peftcore.cli import data, models, precision
+from peftcore import ranks
+from peftcore.cli import data, models, torchrun
+from peftcore.cli import precision as precisions
 from peftcore.cli.console import say
 from peftcore.cli.options import FULL
 from peftcore.cli.progress import current_memory, gigabytes
@@ -15,6 +19,7 @@ from peftcore.cli.settings import Settings
 from peftcore.errors import PeftcoreError
 from peftcore.estimating import memory_here
 from peftcore.estimating.searching import PAGED, PLAIN
+from peftcore.estimating.step import MIXED
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,20 @@ class Forecast:
     Args:
         before: what the process had, with its libraries, when it was made.
         room: bytes that were free then.
+        together: processes of the run that take of this room.
     """
 
     estimate: peftcore.Estimate
     before: int
     room: float
     on_card: bool = False
+    together: int = 1
 
     @property
     def needed(self) -> float:
-        """Beside what the process has."""
+        """Beside what the processes have."""
         found = self.estimate
-        return found.reserved - (found.peak - found.least) if self.on_card else found.needed
+        return self.together * (found.reserved - (found.peak - found.least) if self.on_card else found.needed)
 
     @property
     def peak(self) -> int:
@@ -45,10 +52,37 @@ class Forecast:
     def __str__(self) -> str:
         parts = sorted(self.estimate.parts.items(), key=lambda part: -part[1])
         most = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in parts[:4])
+        each = f" in each of {self.estimate.step.ranks} processes" if self.estimate.step.ranks > 1 else ""
         return (
-            f"predicted: {gigabytes(self.peak)} at most, {gigabytes(self.before)} of them Python and its libraries "
-            f"({most}); {gigabytes(self.room)} free"
+            f"predicted: {gigabytes(self.peak)} at most{each}, {gigabytes(self.before)} of them Python and its "
+            f"libraries ({most}); {gigabytes(self.room)} free"
         )
+
+
+def how(task: str, precision: str, parallel: str | None, processes: int) -> dict[str, Any]:
+    """What options say of how a step is run, as `peftcore.Step` takes it.
+
+    Raises:
+        PeftcoreError: one is unknown, or `parallel` and the number of processes do not go together.
+    """
+    if precision not in precisions.PRECISIONS:
+        raise PeftcoreError(f"--precision is one of {', '.join(precisions.PRECISIONS)}, found '{precision}'")
+    if parallel is not None and parallel not in torchrun.WAYS:
+        raise PeftcoreError(f"--parallel is one of {', '.join(torchrun.WAYS)}, found '{parallel}'")
+    if parallel is None and processes > 1:
+        raise PeftcoreError(f"say how {processes} processes share the work: --parallel ddp, or fsdp2")
+    return {
+        "loss": "dpo" if task == data.PREFERENCES else None,
+        "mixed_precision": precision if precision in MIXED else None,
+        "ranks": processes,
+        "shard": parallel == "fsdp2",
+    }
+
+
+def dtype_of_base(precision: str, dtype: str, device: str) -> torch.dtype:
+    """What a base has on this machine (`cpu`), or on a card of the table, by the options of those names."""
+    found = precisions.base_dtype(precision, dtype)
+    return models.torch_dtype("bf16" if found == "auto" and device != "cpu" else found, "cpu")
 
 
 def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Forecast | None:
@@ -61,7 +95,7 @@ def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Foreca
     if why is not None:
         say(f"memory is not predicted: {why}")
         return None
-    dtype = models.torch_dtype(precision.base_dtype(settings.precision, settings.dtype), settings.device)
+    dtype = models.torch_dtype(precisions.base_dtype(settings.precision, settings.dtype), settings.device)
     try:
         found = _estimate(settings, length, labels, dtype)
     except PeftcoreError as error:  # what the run itself will refuse, it says itself
@@ -69,18 +103,22 @@ def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Foreca
         return None
     on_cuda = models.torch_device(settings.device).type == "cuda"
     room = float(torch.cuda.mem_get_info()[0]) if on_cuda else memory_here()
-    return Forecast(found, 0 if on_cuda else current_memory(), room, on_cuda)
+    together = 1 if on_cuda else int(os.environ.get("LOCAL_WORLD_SIZE", settings.ranks))
+    return Forecast(found, 0 if on_cuda else current_memory(), room, on_cuda, together)
 
 
 def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: torch.dtype) -> peftcore.Estimate:
     return peftcore.estimate(
         models.empty_model(settings.model, settings.task, labels).to(dtype),
         None if settings.method == FULL else settings.method,
-        batch_size=settings.batch_size,
-        length=length,
-        optimizer=settings.optim,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        gradient_accumulation=min(2, settings.grad_accum),  # the second one takes what all others take
+        step=peftcore.Step(
+            batch_size=settings.batch_size,
+            length=length,
+            optimizer=settings.optim,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            gradient_accumulation=min(2, settings.grad_accum),  # the second one takes what all others take
+            **how(settings.task, settings.precision, settings.parallel, settings.ranks),
+        ),
         **settings.fields,
     )
 
@@ -105,9 +143,21 @@ def fitted(settings: Settings) -> Settings:
 
     The examples of a step stay as many: what the batch loses is accumulated.
 
+    Of several processes the first one chooses for all. Collective.
+
     Raises:
         PeftcoreError: none fits, or of such a run it is not known.
     """
+    chosen = [settings]
+
+    def choose() -> None:
+        chosen[0] = _fitted(settings)
+
+    ranks.once(choose, together=True)
+    return ranks.of_first(chosen[0])
+
+
+def _fitted(settings: Settings) -> Settings:
     if models.torch_device(settings.device).type != "cpu":
         raise PeftcoreError("--fit is for training on a CPU. For a card: peftcore fit --device NAME --memory 24GB")
     why = _why_not(settings)
@@ -115,14 +165,15 @@ def fitted(settings: Settings) -> Settings:
         raise PeftcoreError(f"--fit cannot choose: {why}")
     if settings.optim != PLAIN:
         raise PeftcoreError(f"--fit chooses the optimizer, of {PLAIN} and {PAGED}: leave out --optim {settings.optim}")
-    dtype = precision.base_dtype(settings.precision, settings.dtype)
+    dtype = precisions.base_dtype(settings.precision, settings.dtype)
     (way,) = peftcore.fit(
         models.load_config(settings.model, settings.task),
-        length=settings.max_length,
         methods=[settings.method],
         fields=settings.fields,
         dtype=models.torch_dtype(dtype, settings.device),
         most=1,
+        length=settings.max_length,
+        **how(settings.task, settings.precision, settings.parallel, settings.ranks),
     ).ways
     batch_size = min(settings.batch_size, way.batch_size)
     chosen = replace(
@@ -138,14 +189,8 @@ def fitted(settings: Settings) -> Settings:
 
 
 def _why_not(settings: Settings) -> str | None:
-    from peftcore.estimating.step import OPTIMIZERS
+    from peftcore.estimating.loop import OPTIMIZERS
 
-    if settings.task == data.PREFERENCES:
-        return "DPO's batches and its reference are not followed"
-    if settings.parallel is not None:
-        return f"of one process among several ({settings.parallel}) it is not known"
-    if settings.precision in ("bf16", "fp16"):
-        return "mixed precision is not followed"
     if settings.optim not in OPTIMIZERS:
         return f"the state of --optim {settings.optim} is not known"
     return None

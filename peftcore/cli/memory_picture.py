@@ -11,21 +11,22 @@ from peftcore.cli.chart import BLUE, GREY, INK, PALE
 from peftcore.cli.forecast import Forecast
 from peftcore.cli.memory_trace import Trace
 from peftcore.estimating.devices import Sheet
+from peftcore.estimating.loop import ADAPTERS, BASE, INPUTS, STATE
 from peftcore.estimating.prediction import ACTIVATIONS, KEPT, KERNELS, KINDS, LOGITS, TEMPORARIES
-from peftcore.estimating.step import ADAPTERS, BASE, GRADIENTS, INPUTS, STATE
+from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES
 
 if TYPE_CHECKING:
     from peftcore import Estimate
 
 # What is drawn as one, from below, with its colour.
 _LAYERS = {
-    "weights": ((BASE,), "#c9d3e3"),
+    "weights": ((BASE, GATHERED), "#c9d3e3"),
     "adapters": ((ADAPTERS,), "#7c9ccb"),
     "gradients": ((GRADIENTS,), "#e5b25d"),
     "optimizer": ((STATE,), "#b58ab8"),
     "activations": ((ACTIVATIONS, INPUTS), "#7fb69b"),
     "logits and loss": ((LOGITS,), "#d98a6a"),
-    "temporaries": ((TEMPORARIES, KERNELS, KEPT), "#e9dcc9"),
+    "temporaries": ((TEMPORARIES, KERNELS, MESSAGES, KEPT), "#e9dcc9"),
 }
 # Of no machine: only how long operations take beside one another matters here.
 _RATES = Sheet(half=2e11, single=1e11, bandwidth=1e10, call=1e-5)

@@ -69,7 +69,7 @@ class MemoryTrace(TrainerCallback):
         self._memory = memory
         self._steps = 0
         self._over = threading.Event()
-        self._hook = model.register_forward_hook(lambda *_: self._phase_ends() if model.training else None)
+        self._hook = model.register_forward_hook(lambda m, *_: self._phase_ends() if m.training else None)
 
     def sample(self) -> None:
         """Note what is taken now, where a step is running."""

@@ -96,6 +96,10 @@ Precision = Annotated[
     str,
     typer.Option(help="Of training: auto (as the base's dtype), fp32, or bf16 or fp16 (mixed, beside a base in fp32)."),
 ]
+Parallel = Annotated[
+    str | None, typer.Option(help="Of several processes: ddp (a copy of the base in each) or fsdp2 (shards of it).")
+]
+Ranks = Annotated[int, typer.Option(min=1, help="Processes of the run, of which one is estimated.")]
 Quantize = Annotated[
     str | None,
     typer.Option("--quantize", help="Keep the base in 4 bits, nf4 or fp4, as an adapter was trained on it."),

@@ -65,6 +65,11 @@ def lengths(examples: Sequence[Example]) -> list[int]:
     return [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
 
 
+def pairs_at_once(batch_size: int, longest: int) -> int:
+    """How many are measured together, by what training has at once: their logits are whole, a step's are not."""
+    return max(1, min(8, batch_size, 512 // longest))
+
+
 Likelihoods = list[Tensor]  # of a batch each: log p of the chosen answers, then of the rejected ones
 
 
@@ -117,10 +122,11 @@ def log_likelihoods(model: nn.Module, examples: list[Example], tokenizer: PreTra
     batch = tasks.collator(tokenizer)(examples)
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
-    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1].float()
+    logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
     wanted = inputs["labels"][:, 1:]
-    losses = F.cross_entropy(logits.transpose(1, 2), wanted, ignore_index=IGNORED, reduction="none")
-    return -losses.sum(1).cpu()
+    # Row by row: copies of all logits would need more memory than a step of training, which has none of them.
+    rows = zip(logits, wanted, strict=True)
+    return -torch.stack([F.cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum") for x, y in rows]).cpu()
 
 
 def _answered(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Example:

@@ -160,12 +160,15 @@ def run(
     if settings.pack:
         rows = packing.packed(train, settings.max_length)
         say(f"packed {len(train):,} examples into {len(rows):,} rows of at most {settings.max_length} tokens")
-    longest = 1 if settings.task == data.PREFERENCES else max(len(each["input_ids"]) for each in rows)
+    is_dpo = settings.task == data.PREFERENCES
+    sizes = preferences.lengths(rows) if is_dpo else [len(each["input_ids"]) for each in rows]
+    longest = max(sizes)
     predicted = forecasts.forecast(settings, longest, labels)
     if predicted is not None:
         say(str(predicted))
         if not force:
-            forecasts.refuse_if_too_large(predicted, settings)
+            said = predicted  # of several processes the first one decides, since what is free changes
+            ranks.once(lambda: forecasts.refuse_if_too_large(said, settings), together=True)
     packed = None
     if settings.method != FULL and start is None:
         packed = models.packing_by(settings.method, settings.fields, settings.model, settings.task, labels)
@@ -195,7 +198,7 @@ def run(
             return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
 
     first: dict[int, Any] = {}  # what preferences are measured against
-    pairs = min(8, settings.batch_size)  # at once: what is measured takes no more memory than training
+    pairs = preferences.pairs_at_once(settings.batch_size, longest)
 
     def measure(model: Any, examples: list[tasks.Example] = held_out) -> Metrics:
         if settings.task == data.PREFERENCES:
@@ -227,9 +230,8 @@ def run(
     }
     trainer: trainers.Measuring
     if settings.task == data.PREFERENCES:
-        trainer = trainers.dpo_trainer(**common, lengths=preferences.lengths(rows), processing_class=tokenizer)
+        trainer = trainers.dpo_trainer(**common, lengths=sizes, processing_class=tokenizer)
     else:
-        sizes = [len(each["input_ids"]) for each in rows]
         trainer = trainers.MeasuringTrainer(**common, lengths=sizes, data_collator=tasks.collator(tokenizer))
     trainer.remove_callback(PrinterCallback)
     from_checkpoint = _checkpoint_to_resume(output) if resume else None

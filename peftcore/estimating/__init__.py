@@ -4,6 +4,7 @@ from peftcore.estimating.choosing import Fit, Way, fit
 from peftcore.estimating.devices import CARDS, Device, device_of, memory_here
 from peftcore.estimating.following import NotFollowed
 from peftcore.estimating.prediction import Estimate, estimate
+from peftcore.estimating.step import Step
 
 __all__ = [
     "CARDS",
@@ -11,6 +12,7 @@ __all__ = [
     "Estimate",
     "Fit",
     "NotFollowed",
+    "Step",
     "Way",
     "device_of",
     "estimate",

@@ -16,13 +16,15 @@ import torch
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.devices import CARDS, Device, device_of, usable, usable_here
 from peftcore.estimating.following import NotFollowed
-from peftcore.estimating.prediction import Estimate
+from peftcore.estimating.loop import ADAPTERS, BASE, STATE
+from peftcore.estimating.prediction import Estimate, step_of
 from peftcore.estimating.searching import ALIKE, LARGEST_BATCH, PAGED, PLAIN, Choice, Search, Sized, front
 from peftcore.estimating.standing import config_of
-from peftcore.estimating.step import ADAPTERS, BASE, STATE
+from peftcore.estimating.step import Step
 from peftcore.optim.paging import bytes_of
 from peftcore.registry import registry
 
+_LOOKED_FOR = ("batch_size", "gradient_checkpointing", "optimizer")
 NEARLY = 1.2  # what a line says to need so much more than there is may fit, and is followed whole before it is left out
 SHORTEST = 64  # tokens of an example, of those that are offered where nothing fits
 
@@ -73,7 +75,9 @@ class Fit:
     ways: tuple[Way, ...]
 
     def __str__(self) -> str:
-        lines = [f"into {self.memory / 1e9:,.1f} GB on {self.device.name}, fastest first:"]
+        ranks = self.ways[0].estimate.step.ranks
+        each = f" for each of {ranks} processes, without what they wait for" if ranks > 1 else ""
+        lines = [f"into {self.memory / 1e9:,.1f} GB on {self.device.name}{each}, fastest first:"]
         for way in self.ways:
             why = "" if way.next_need <= self.memory else ", and so does not fit"
             lines += [
@@ -91,27 +95,30 @@ def fit(
     *,
     memory: int | str | None = None,
     device: str = "cpu",
-    length: int = 512,
     examples: int = 1000,
     methods: Sequence[str] | None = None,
-    ranks: Sequence[int] = (16,),
+    r: Sequence[int] = (16,),
     dtype: torch.dtype = torch.bfloat16,
     most: int = 4,
     fields: Mapping[str, Any] | None = None,
+    step: Step | None = None,
+    **options: Any,
 ) -> Fit:
     """Look for ways to train `model` in so much memory: method, rank, recomputed activations, batch, paged optimizer.
 
     Args:
         model: a config of transformers, a folder with a `config.json`, a hub id, or a model that has a config.
-        memory: bytes, also as text ("24GB"); None: what the device has.
+        memory: of a process, in bytes, also as text ("24GB"); None: what the device has.
         device: `cpu`, which is this machine, or a card, as `estimate` takes it.
-        length: tokens of an example. examples: how many there are.
+        examples: how many there are.
         methods: their names; None: of those installed that have a rank `r` and need no field beside it, each that is
             smaller or faster than the others.
-        ranks: of methods that have one.
+        r: ranks of methods that have one.
         dtype: of the base.
         most: ways to answer at most.
         fields: of every method's config, such as target_modules.
+        step: how a step is run, apart from what is looked for; None: as `Step()` says.
+        options: fields of `Step`, such as length=2048, ranks=8 or mixed_precision="bf16", before those of `step`.
 
     Returns:
         The front of memory against time.
@@ -121,8 +128,18 @@ def fit(
     """
     where = device_of(device)
     room = _room(memory, where)
-    search = Search(config_of(model), replace(where, memory=room), length, dtype)
-    named = _methods(methods, ranks, fields or {})
+    wanted = [name for name in _LOOKED_FOR if name in options]
+    step = step_of(step, options)
+    if wanted or options:
+        raise PeftcoreError(
+            f"fit looks for {', '.join(_LOOKED_FOR)} itself: leave out {', '.join(wanted)}"
+            if wanted
+            else f"fit takes no {', '.join(options)}. A method's fields: fields={{...}}"
+        )
+    if memory is None and where.measured:
+        room /= step.ranks
+    search = Search(config_of(model), replace(where, memory=room), step, dtype)
+    named = _methods(methods, r, fields or {})
     firsts = {Choice(method, tuple(its.items()), False, PLAIN): () for method, its in named}
     alike: Mapping[Choice, tuple[str, ...]] = search.contenders([*firsts]) if methods is None else firsts
     if not alike:
@@ -141,8 +158,8 @@ def fit(
         raise PeftcoreError(_why_nothing(search, choices, room))
     ways = []
     for each in found:
-        step, choice = each.found, each.choice
-        assert step is not None  # all that is answered was followed whole
+        followed, choice = each.found, each.choice
+        assert followed is not None  # all that is answered was followed whole
         ways.append(
             Way(
                 choice.method,
@@ -150,8 +167,8 @@ def fit(
                 each.batch,
                 choice.gradient_checkpointing,
                 choice.optimizer,
-                step,
-                hours=(step.seconds or 0.0) * math.ceil(examples / each.batch) / 3600,
+                followed,
+                hours=(followed.seconds or 0.0) * math.ceil(examples / (each.batch * step.ranks)) / 3600,
                 next_need=search.needs(choice, 2 * each.batch),
                 alike=alike[replace(choice, gradient_checkpointing=False, optimizer=PLAIN)],
             )
@@ -223,7 +240,7 @@ def _why_nothing(search: Search, choices: Sequence[Choice], room: float) -> str:
     )
     ways = []
     if lasting < room:
-        length = search.length // 2
+        length = search.step.length // 2
         while length >= SHORTEST:
             if search.whole(choice, 1, length).needed <= room:
                 ways.append(f"with examples of at most {length} tokens this would fit (--max-length {length})")

@@ -122,6 +122,7 @@ class Following:
         self._ended = False
         self._modules: list[str] = []  # those whose forward is running
         self._live: dict[int, Storage] = {}
+        self._numbers: dict[int, int] = {}  # of those, in `storages`
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
@@ -162,12 +163,22 @@ class Following:
         if known is None:
             module = self._modules[-1] if self._modules else ""
             known = Storage(storage.nbytes(), tuple(tensor.shape), len(self.operations), None, kind, module)
-            self._live[key] = known
+            self._live[key], self._numbers[key] = known, len(self.storages)
             self.events.append(Event(MADE, len(self.storages)))
             weakref.finalize(storage, self._gone, key, known, len(self.storages)).atexit = False
             self.storages.append(known)
         elif kind is not None and not (only_new and known.kind):
             known.kind = kind
+
+    def release(self, tensor: Tensor) -> None:
+        """Note that the tensor's memory is given back, though the tensor stays; `see` has it come again."""
+        key = tensor.untyped_storage()._cdata
+        self._gone(key, self._live[key], self._numbers[key])
+
+    def pass_by(self, name: str, moved: int) -> None:
+        """Note an operation that takes place on other memory than tensors': so many bytes are moved."""
+        inside = self._modules[-1] if self._modules else ""
+        self.operations.append(Operation(name, inside, self.phase, moved=moved))
 
     def note(self, kind: str) -> None:
         """Note what is done in between: `NODES_GONE` or `STEPS`."""
@@ -182,7 +193,7 @@ class Following:
             self.events.append(Event(TENSOR_GONE, number))
 
     def _gone(self, key: int, storage: Storage, number: int) -> None:
-        if self._ended:
+        if self._ended or storage.died is not None:
             return
         storage.died = len(self.operations)
         self.events.append(Event(GONE, number))
@@ -233,6 +244,11 @@ def _attention_of_cpu() -> Iterator[None]:
     original = F.scaled_dot_product_attention
 
     def attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if query.is_meta and torch.is_autocast_enabled("cpu"):  # which casts before the algorithm is chosen
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            if attn_mask is not None and attn_mask.is_floating_point():
+                attn_mask = attn_mask.to(dtype)
         flash = query.is_meta and _takes_flash(query, key, value, attn_mask, *args, **kwargs)
         return (_flash if flash else original)(query, key, value, attn_mask, *args, **kwargs)
 

@@ -7,36 +7,29 @@ import warnings
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 
-from peftcore.engine import apply, apply_to_fill, takes_batches
+from peftcore.engine import activate, apply, apply_to_fill, takes_batches
 from peftcore.engine.summary import Summary, summary
 from peftcore.errors import PeftcoreError
+from peftcore.estimating.checkpointing import checkpoint
 from peftcore.estimating.costs import kept
 from peftcore.estimating.devices import Device, device_of
 from peftcore.estimating.following import Event, Following, NotFollowed, Operation, Storage
 from peftcore.estimating.heap import Held, held_by_process
 from peftcore.estimating.libraries import OF_A_CARD
 from peftcore.estimating.libraries import here as libraries_here
+from peftcore.estimating.loop import ADAPTERS, BACKWARD, BASE, FORWARD, INPUTS, STATE, follow, is_paged
+from peftcore.estimating.losses import rows_of
+from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES
 from peftcore.estimating.segments import peak_reserved
 from peftcore.estimating.standing import stand_in
-from peftcore.estimating.step import (
-    ADAPTERS,
-    BACKWARD,
-    BASE,
-    FORWARD,
-    GRADIENTS,
-    INPUTS,
-    STATE,
-    follow,
-    is_paged,
-    make_inputs,
-    make_optimizer,
-)
+from peftcore.estimating.step import Step
 from peftcore.observation.config import text_config
 from peftcore.optim.paging import PAGE_BYTES
 from peftcore.quantization import quantize as to_4_bits
@@ -44,14 +37,10 @@ from peftcore.registry import registry
 
 ACTIVATIONS, LOGITS, TEMPORARIES = "activations", "logits and loss", "temporaries"
 KERNELS, KEPT = "inside operators", "kept by operators"
-KINDS = (BASE, ADAPTERS, GRADIENTS, STATE, INPUTS, ACTIVATIONS, LOGITS, TEMPORARIES, KERNELS, KEPT)
-_NOT_FOLLOWED = {
-    "ranks": "of one process among several. With DDP each takes what one process takes, and all gradients once more in "
-    "its buckets (torch's gradient_as_bucket_view)",
-    "shard": "of a base that is sharded (FSDP2): each rank takes less than one process alone, of which the estimate is",
-    "per_sample": "with adapters of each sample's own: a step of training follows one method",
-    "reference": "with the passes of a reference model, as DPO makes them",
-}
+KINDS = (
+    BASE, GATHERED, ADAPTERS, GRADIENTS, STATE, INPUTS, ACTIVATIONS, LOGITS, TEMPORARIES, KERNELS, MESSAGES, KEPT,
+)  # fmt: skip
+_OF_STEP = {each.name for each in dataclass_fields(Step)}
 NOT_COUNTED = (
     "Not in it: Python with its libraries (0.4 GB and more), a trainer's own (log, examples), evaluation and loading; "
     "on CUDA its context."
@@ -68,6 +57,7 @@ class Estimate:
         timeline: (operation, bytes of each of `KINDS` after it), in the order of the step.
         phases: (first operation, name) of each part of the step.
         summary: of the model with its adapters.
+        step: how it is run.
         operations: all of the step, in their order.
         storages: all memory of the step. events: what a process does with its heap.
         untouched: bytes of `kept by operators` that are never written.
@@ -82,6 +72,7 @@ class Estimate:
     phases: tuple[tuple[int, str], ...]
     operations: tuple[Operation, ...]
     summary: Summary
+    step: Step = field(default_factory=Step)
     paged: bool = False
     device: Device | None = None
     storages: tuple[Storage, ...] = field(default=(), repr=False)
@@ -132,15 +123,18 @@ class Estimate:
 
     @property
     def fits(self) -> bool | None:
-        """Is the device's memory enough? On this machine, what is free of it now."""
-        return None if self.device is None else self.needed <= self.device.memory
+        """Is the device's memory enough? On this machine what is free of it now, for all ranks together."""
+        if self.device is None:
+            return None
+        return self.needed * (self.step.ranks if self.device.measured else 1) <= self.device.memory
 
     def __str__(self) -> str:
         lines = [self.title, *(line for line in str(self.summary).splitlines() if not line.startswith(" "))]
         lines += [f"  {kind:<18}{size / 1e6:>12,.1f} MB" for kind, size in self.parts.items() if size]
         lines += [f"  {'peak':<18}{self.peak / 1e6:>12,.1f} MB, {self.where}"]
         if self.device is None or self.device.measured:
-            lines += [f"  {'of a process':<18}{self.resident / 1e6:>12,.1f} MB beside its libraries"]
+            ranks = f"; {self.step.ranks} of them here" if self.step.ranks > 1 else ""
+            lines += [f"  {'of a process':<18}{self.resident / 1e6:>12,.1f} MB beside its libraries{ranks}"]
         else:
             lines += [f"  {'of the card':<18}{self.reserved / 1e6:>12,.1f} MB in segments of PyTorch's allocator"]
         if self.paged:
@@ -149,6 +143,7 @@ class Estimate:
         if self.device is not None and self.seconds is not None:
             room = f"{'fits' if self.fits else 'does not fit'} into {self.device.memory / 1e9:,.1f} GB"
             how = "at rates measured here" if self.device.measured else "by its data sheet, half of its rates, untested"
+            how += ", without what ranks wait for" if self.step.ranks > 1 else ""
             lines[-1] += f": about {self.seconds:.2g} s a step on {self.device.name} ({how}); {room}"
         lines += [NOT_COUNTED]
         return "\n".join(lines)
@@ -159,40 +154,30 @@ def estimate(
     method: Any = None,
     /,
     *,
-    batch_size: int = 8,
-    length: int = 512,
-    optimizer: str = "adamw_torch",
+    step: Step | None = None,
     quantize: str | None = None,
-    gradient_checkpointing: bool | str = False,
-    gradient_accumulation: int = 1,
     dtype: torch.dtype | None = None,
     device: str | Device | None = None,
-    **fields: Any,
+    **options: Any,
 ) -> Estimate:
     """Estimate a training step by running it without memory: no weight is read, and the model is left alone.
 
     Args:
         model: a module, a config of transformers, a folder with a `config.json`, or a hub id.
         method: as `peftcore.apply` takes it; None: every parameter is trained.
-        batch_size, length: examples at once, and their tokens.
-        optimizer: by the name that `peftcore train --optim` takes.
+        step: how it is run; None: as `Step()` says.
         quantize: `nf4` or `fp4`: the base in 4 bits.
-        gradient_checkpointing: True, or `"reentrant"` for PyTorch's older kind.
-        gradient_accumulation: batches that make one step.
         dtype: of the base; None: the module's, or what the config says.
         device: for the time, and whether it fits: `cpu`, which is this machine, or a card of `CARDS`, such as `h100`.
-        fields: of the method's config.
+        options: fields of `Step` (batch_size=4, length=2048, ranks=8, ...), before those of `step`; all others are of
+            the method's config.
 
     Raises:
         NotFollowed: the model cannot be built or run without values, or has no loss.
         PeftcoreError: an argument is wrong, or the method refuses the model.
     """
-    numbers = {"batch_size": batch_size, "length": length, "gradient_accumulation": gradient_accumulation}
-    for name, number in numbers.items():
-        if not isinstance(number, int) or number < 1:
-            raise PeftcoreError(f"{name} must be a whole number from 1, found {number!r}")
-    for name in _NOT_FOLLOWED.keys() & fields.keys():
-        raise NotFollowed(f"{name}: a step is not followed {_NOT_FOLLOWED[name]}")
+    step = step_of(step, options)
+    _refuse_doubtful(method)
     where = device_of(device) if isinstance(device, str) else device
     on_card = where is not None and not where.measured
     following = Following(OF_A_CARD if on_card else libraries_here())
@@ -207,13 +192,10 @@ def estimate(
             if quantize is not None:
                 to_4_bits(made, quantize)
             with torch.device("meta"):
-                _place(made, method, fields)
-                if gradient_checkpointing:
-                    checkpoint(made, gradient_checkpointing)
-                chosen = make_optimizer(made.train(), optimizer)
-            inputs = make_inputs(made, batch_size, length)
-            with torch.device("cpu"):
-                follow(following, made, inputs, chosen, gradient_accumulation)
+                _place(made, method, options, step)
+                if step.gradient_checkpointing:
+                    checkpoint(made, step.gradient_checkpointing)
+                follow(following, made.train(), step, on_card=on_card)
         except PeftcoreError:
             raise
         except Exception as error:  # anything may go wrong in a forward, or in a method that looks at values
@@ -223,17 +205,41 @@ def estimate(
             ) from error
     named = "every parameter" if method is None else getattr(method, "peft_type", method)
     found = _estimate(
-        f"a training step of {type(made).__name__}, {named}, batch {batch_size} x {length}",
+        f"a training step of {type(made).__name__}, {named}, {step}",
         following,
         getattr(text_config(made.config), "vocab_size", None) if hasattr(made, "config") else None,
         summary(made),
-        is_paged(optimizer),
+        step,
     )
     return replace(found, device=where)
 
 
-def _place(model: nn.Module, method: Any, fields: dict[str, Any]) -> None:
-    if method is None:
+def step_of(step: Step | None, options: dict[str, Any]) -> Step:
+    """The step with those `options` that are fields of one, which are taken out of them."""
+    return replace(step or Step(), **{name: options.pop(name) for name in _OF_STEP & options.keys()})
+
+
+def _refuse_doubtful(method: Any) -> None:
+    """Raise where a name is one of the step's and of the method's config."""
+    if isinstance(method, str):
+        both = _OF_STEP & {each.name for each in dataclass_fields(registry.method(method).config_class)}
+        if both:
+            raise PeftcoreError(
+                f"{', '.join(sorted(both))}: of a step and of {method}'s config. Give the config itself, and "
+                "step=peftcore.Step(...)"
+            )
+
+
+def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) -> None:
+    if step.per_sample and method is None:
+        raise PeftcoreError("per_sample is of a method's adapters, and every parameter is trained: name a method")
+    if step.per_sample:
+        names = [f"adapter {number}" for number in range(step.per_sample)]
+        for name in names:
+            apply(model, method, adapter=name, **fields)
+        rows = rows_of(step.loss, step.batch_size)
+        activate(model, [names[row % step.per_sample] for row in range(rows)], per_sample=True)
+    elif method is None:
         model.requires_grad_(True)
     elif isinstance(method, str) and takes_batches(method, fields):  # none are needed for its size
         apply_to_fill(model, registry.method(method).config_class(**fields))
@@ -241,21 +247,7 @@ def _place(model: nn.Module, method: Any, fields: dict[str, Any]) -> None:
         apply(model, method, **fields)
 
 
-def checkpoint(model: nn.Module, kind: bool | str) -> None:
-    """Let a model of transformers compute activations again in the backward, by either kind of PyTorch's."""
-    if kind not in (True, "reentrant", "non-reentrant"):
-        raise PeftcoreError(
-            f"gradient_checkpointing is True, False, 'reentrant' or 'non-reentrant', found {kind!r}. Selective "
-            "checkpointing is not followed"
-        )
-    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # by transformers' release
-        if hasattr(model, name):
-            getattr(model, name)({"use_reentrant": kind == "reentrant"})
-            return
-    raise NotFollowed(f"{type(model).__name__} has no gradient checkpointing of transformers' kind")
-
-
-def _estimate(title: str, following: Following, vocabulary: int | None, about: Summary, paged: bool) -> Estimate:
+def _estimate(title: str, following: Following, vocabulary: int | None, about: Summary, step: Step) -> Estimate:
     operations, storages = following.operations, following.storages
     ends = _ends_of_forwards(operations)
     changes: dict[int, dict[int, int]] = defaultdict(lambda: defaultdict(int))
@@ -290,7 +282,8 @@ def _estimate(title: str, following: Following, vocabulary: int | None, about: S
         tuple(phases),
         tuple(operations),
         about,
-        paged,
+        step,
+        is_paged(step.optimizer),
         storages=tuple(storages),
         events=tuple(following.events),
         untouched=stays.allocated - stays.touched,

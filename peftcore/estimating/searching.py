@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.devices import Device
 from peftcore.estimating.prediction import Estimate, estimate
+from peftcore.estimating.step import Step
 from peftcore.observation.config import text_config
 
 PLAIN, PAGED = "adamw_torch", "paged_adamw_8bit"
@@ -82,22 +83,22 @@ class Sized:
 
 @dataclass
 class Search:
-    """Follows steps of one model on one device, and none of them twice."""
+    """Follows steps of one model on one device, and none of them twice. `step`: what is not searched of them."""
 
     config: Any
     device: Device
-    length: int
+    step: Step
     dtype: torch.dtype
     lines: dict[Choice, Line] = field(default_factory=dict)
     _known: dict[Any, Estimate] = field(default_factory=dict)
 
     def whole(self, choice: Choice, batch: int, length: int | None = None) -> Estimate:
         """All layers followed."""
-        return self._estimate(choice, batch, None, length or self.length)
+        return self._estimate(choice, batch, None, length or self.step.length)
 
     def needs(self, choice: Choice, batch: int) -> float:
         """Bytes: as found where it was followed whole, else by the choice's line."""
-        known = self._known.get((choice, batch, None, self.length))
+        known = self._known.get((choice, batch, None, self.step.length))
         return self.line(choice).at(batch)[0] if known is None else known.needed
 
     def line(self, choice: Choice) -> Line:
@@ -135,7 +136,7 @@ class Search:
         layers = layers_of(self.config)
         if layers is None or layers <= _DEPTHS[-1]:
             return float(value(self.whole(choice, batch)))
-        few, more = (float(value(self._estimate(choice, batch, depth, self.length))) for depth in _DEPTHS)
+        few, more = (float(value(self._estimate(choice, batch, depth, self.step.length))) for depth in _DEPTHS)
         return few + (layers - _DEPTHS[0]) * (more - few)
 
     def _estimate(self, choice: Choice, batch: int, depth: int | None, length: int) -> Estimate:
@@ -144,10 +145,13 @@ class Search:
             self._known[key] = estimate(
                 self.config if depth is None else shallow(self.config, depth),
                 choice.method,
-                batch_size=batch,
-                length=length,
-                optimizer=choice.optimizer,
-                gradient_checkpointing=choice.gradient_checkpointing,
+                step=replace(
+                    self.step,
+                    batch_size=batch,
+                    length=length,
+                    optimizer=choice.optimizer,
+                    gradient_checkpointing=choice.gradient_checkpointing,
+                ),
                 dtype=self.dtype,
                 device=self.device,
                 **dict(choice.fields),

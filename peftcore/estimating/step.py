@@ -1,174 +1,104 @@
-"""A training step of a stand-in, as a training loop does it: forward, backward, clipped gradients, optimizer."""
+"""How a step of training is run: how much of it at once, in what it computes, by which loss, on how many processes."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from peftcore.adaptation.adapted import base_modules
-from peftcore.adaptation.class_swap import original_forward
-from peftcore.engine import after_step, extra_loss, state_of
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.estimating.following import NODES_GONE, STEPS, Following, NotFollowed
-from peftcore.observation.config import text_config
-from peftcore.observation.inputs import BATCH, LENGTH, example_inputs
-from peftcore.observation.meta import MetaFloats
-from peftcore.optim import NAMES
-from peftcore.optim.paging import PagedOptimizer
 
-BASE, ADAPTERS, GRADIENTS, STATE = "base", "adapters", "gradients", "optimizer state"
-INPUTS = "inputs"
-FORWARD, BACKWARD, UPDATE = "forward", "backward", "optimizer"
-
-_TORCH: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
-    "adamw_torch": lambda parameters: torch.optim.AdamW(parameters, foreach=False),
-    "adamw_torch_fused": lambda parameters: torch.optim.AdamW(parameters, foreach=False),  # the state is the same
-    "sgd": lambda parameters: torch.optim.SGD(parameters, foreach=False),
-    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, foreach=False),
-    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, foreach=False),
-}
-OPTIMIZERS = (*_TORCH, *NAMES)
+MIXED = ("bf16", "fp16")
+LOSSES = ("sft", "dpo", "kto")
+CHECKPOINTING = ("reentrant", "non-reentrant")
+_OF_SHARD = {"adapters": ("replicate", "shard"), "reshard_after_forward": (True, False)}
 
 
-def make_inputs(model: nn.Module, batch_size: int, length: int) -> dict[str, Tensor]:
-    """What the model is trained on: example inputs of that size, and labels for its loss.
+@dataclass(frozen=True)
+class Step:
+    """How a step of training is run, by the words of `peftcore train`, of Trainer's arguments and of `peftcore.shard`.
+
+    Args:
+        batch_size, length: examples at once in each process, and their tokens; for `dpo` pairs, and the tokens of a
+            prompt with an answer.
+        optimizer: by the name that `peftcore train --optim` takes.
+        gradient_accumulation: batches that make one step.
+        gradient_checkpointing: True; `"reentrant"` for PyTorch's older kind; or what Trainer takes as its
+            `gradient_checkpointing_kwargs`: `use_reentrant`, `every_n_layers`, and `context_fn` for a selection of
+            operators whose outputs are kept (`torch.utils.checkpoint.create_selective_checkpoint_contexts`).
+        mixed_precision: `bf16` or `fp16`: products in 16 bits beside a base in its own dtype, by PyTorch's autocast, as
+            Trainer's `bf16=True` does. None: all in the base's dtype.
+        loss: `sft`, `dpo` or `kto`: of TRL's trainer, with the passes of its reference. None: the model's own, as
+            Trainer's.
+        ranks: processes of the run, one of which is estimated.
+        shard: False: each has a whole copy (DDP). True: the base lies in shards (FSDP2), as `peftcore.shard` puts it;
+            or arguments of that, `adapters` and `reshard_after_forward`.
+        per_sample: adapters of which each sample of a batch has one, in turn (`activate(..., per_sample=True)`); 0: one
+            for all.
 
     Raises:
-        PeftcoreError: its forward takes no labels.
+        PeftcoreError: a value is none of these.
     """
-    if "labels" not in inspect.signature(original_forward(model)).parameters:
-        raise NotFollowed(
-            f"the forward of {type(model).__name__} takes no labels, so that what its loss needs is not known. "
-            "Estimate a class with a loss, such as ...ForCausalLM or ...ForSequenceClassification"
-        )
-    sized = {}
-    for name, value in example_inputs(model, device="cpu").items():
-        shape = list(value.shape)
-        if shape[:1] == [BATCH]:
-            shape[0] = batch_size
-        if shape[1:2] == [LENGTH]:
-            shape[1] = length
-        if value.is_floating_point():
-            sized[name] = value.new_empty(shape, device="meta")
-        else:
-            sized[name] = torch.full(shape, 3, dtype=value.dtype, device="cpu")
-    config = getattr(model, "config", None)
-    if "input_ids" in sized and config is not None and config.is_encoder_decoder:
-        sized.pop("decoder_input_ids", None)  # made of the labels
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
-    if head is not None and "input_ids" in sized:
-        sized["labels"] = torch.full((batch_size, length), 3, device="cpu")
-    else:
-        sized["labels"] = torch.zeros(batch_size, dtype=torch.long, device="cpu")
-        if config is not None:
-            text_config(config).problem_type = config.problem_type = "single_label_classification"
-    return sized
 
+    batch_size: int = 8
+    length: int = 512
+    optimizer: str = "adamw_torch"
+    gradient_accumulation: int = 1
+    gradient_checkpointing: bool | str | Mapping[str, Any] = False
+    mixed_precision: str | None = None
+    loss: str | None = None
+    ranks: int = 1
+    shard: bool | Mapping[str, Any] = False
+    per_sample: int = 0
 
-def make_optimizer(model: nn.Module, optimizer: str, *, paged: bool = False) -> torch.optim.Optimizer:
-    """The optimizer of that name; unless `paged`, one with the same state in tensors instead of pages."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if optimizer in _TORCH:
-        return _TORCH[optimizer](parameters)
-    if optimizer not in NAMES:
-        raise PeftcoreError(
-            f"there is no optimizer '{optimizer}' that estimate knows{nearest(optimizer, OPTIMIZERS)}. "
-            f"It knows: {', '.join(OPTIMIZERS)}"
-        )
-    kind: Any = NAMES[optimizer]
-    if issubclass(kind, PagedOptimizer) and not paged:
-        kind = next(c for c in kind.__mro__ if not issubclass(c, PagedOptimizer))
-    return kind(parameters)
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "length", "gradient_accumulation", "ranks", "per_sample"):
+            least = 0 if name == "per_sample" else 1
+            number = getattr(self, name)
+            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                raise PeftcoreError(f"{name} must be a whole number from {least}, found {number!r}")
+        for name, known in (("mixed_precision", MIXED), ("loss", LOSSES)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise PeftcoreError(
+                    f"{name} is None or one of {', '.join(known)}, found {value!r}{nearest(str(value), known)}"
+                )
+        kind = self.gradient_checkpointing
+        if not isinstance(kind, (bool, Mapping)) and kind not in CHECKPOINTING:
+            raise PeftcoreError(
+                "gradient_checkpointing is True, False, 'reentrant', 'non-reentrant' or a dict of what Trainer takes "
+                f"as gradient_checkpointing_kwargs, found {kind!r}"
+            )
+        self._check_shard()
 
+    def _check_shard(self) -> None:
+        if isinstance(self.shard, bool):
+            return
+        if not isinstance(self.shard, Mapping):
+            raise PeftcoreError(
+                f"shard is True (FSDP2), False (DDP), or a dict of arguments of peftcore.shard, found {self.shard!r}"
+            )
+        for name, value in self.shard.items():
+            if name not in _OF_SHARD:
+                raise PeftcoreError(
+                    f"shard: '{name}' is not followed. Estimated are: {', '.join(_OF_SHARD)}{nearest(name, _OF_SHARD)}"
+                )
+            if value not in _OF_SHARD[name]:
+                raise PeftcoreError(f"shard: {name} is one of {_OF_SHARD[name]}, found {value!r}")
 
-def is_paged(optimizer: str) -> bool:
-    """Does it keep its state in pages?"""
-    return optimizer in NAMES and issubclass(NAMES[optimizer], PagedOptimizer)
+    @property
+    def is_sharded(self) -> bool:
+        """Do parameters lie in shards?"""
+        return self.shard is not False
 
-
-def follow(
-    following: Following, model: nn.Module, inputs: dict[str, Tensor], optimizer: torch.optim.Optimizer, batches: int
-) -> None:
-    """Follow one step of `batches` batches, which is not the first: the optimizer has its state."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    _give_state(parameters, optimizer)
-    _see_what_stays(following, model, optimizer)
-    for tensor in inputs.values():
-        following.see(tensor, INPUTS)
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: following.see(p.grad, GRADIENTS)) for p in parameters]
-    with following.running(model):
-        for batch in range(batches):
-            following.phase = FORWARD if batches == 1 else f"{FORWARD} of batch {batch + 1}"
-            loss = _loss(model, inputs) / batches
-            following.phase = BACKWARD if batches == 1 else f"{BACKWARD} of batch {batch + 1}"
-            loss.backward()
-            del loss
-            following.note(NODES_GONE)
-        following.phase = UPDATE
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        following.note(STEPS)
-        firsts = {*_firsts(parameters).values()}
-        following.times = sum(p.numel() for p in parameters) / max(1, sum(p.numel() for p in firsts))
-        _update(parameters, optimizer)
-        following.times = 1.0
-        if state_of(model) is not None:
-            after_step(model, 1, 1000)
-        optimizer.zero_grad()
-    following.end()
-    for hook in hooks:
-        hook.remove()
-
-
-def _firsts(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
-    """For each parameter the first one like it: optimizers treat them alike, one after the other."""
-    found: dict[Any, nn.Parameter] = {}
-    return {p: found.setdefault((p.shape, p.dtype, p.stride(), p.grad is None), p) for p in parameters}
-
-
-def _update(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's step, of one parameter of each kind; all gradients stay meanwhile."""
-    firsts = _firsts(parameters)
-    held = {p: p.grad for p in parameters if firsts[p] is not p}
-    for p in held:
-        p.grad = None
-    optimizer.step()
-    for p, grad in held.items():
-        p.grad = grad
-
-
-def _give_state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """The state that the optimizer has after its first step."""
-    firsts = _firsts(parameters)
-    for p in {*firsts.values()}:
-        p.grad = torch.empty_like(p)
-    with MetaFloats():
-        optimizer.step()
-        optimizer.zero_grad()
-    for p, first in firsts.items():
-        if p is not first and first in optimizer.state:
-            state = optimizer.state[first]
-            optimizer.state[p] = {n: torch.empty_like(v) if isinstance(v, Tensor) else v for n, v in state.items()}
-
-
-def _see_what_stays(following: Following, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    for _, module in base_modules(model):
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                following.see(tensor, BASE)
-    for tensor in (*model.parameters(), *model.buffers()):
-        following.see(tensor, ADAPTERS, only_new=True)
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, Tensor):
-                following.see(value, STATE)
-
-
-def _loss(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    loss = model(**inputs).loss
-    if loss is None:
-        raise NotFollowed(f"{type(model).__name__} returned no loss for labels {list(inputs['labels'].shape)}")
-    return loss + extra_loss(model) if state_of(model) is not None else loss
+    def __str__(self) -> str:
+        parts = [f"batch {self.batch_size} x {self.length}"]
+        if self.per_sample:
+            parts.append(f"{self.per_sample} adapters by sample")
+        if self.loss is not None:
+            parts.append(self.loss)
+        if self.mixed_precision is not None:
+            parts.append(f"mixed {self.mixed_precision}")
+        if self.ranks > 1 or self.is_sharded:
+            parts.append(f"one of {self.ranks} ranks ({'FSDP2' if self.is_sharded else 'DDP'})")
+        return ", ".join(parts)

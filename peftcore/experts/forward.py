@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftcore import ops
 from peftcore.experts.layout import experts_layout
+from peftcore.ops.weight import autocast_device
 
 
 class Thin(NamedTuple):
@@ -69,8 +70,7 @@ def experts_forward(
 
     def product(x: Tensor, name: str) -> Tensor:
         weight, bias = operand(module, name), getattr(module, f"{name}_bias") if layout.has_bias else None
-        device = x.device.type
-        if isinstance(weight, Tensor) and (device == "meta" or not torch.is_autocast_enabled(device)):
+        if isinstance(weight, Tensor) and not torch.is_autocast_enabled(autocast_device(x)):
             x = x.to(weight.dtype)  # as transformers' grouped_mm does
         thin = changes.get(name, ())
         if not thin:

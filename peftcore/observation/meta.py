@@ -56,8 +56,12 @@ class MetaFloats(TorchDispatchMode):
         if not any(tensor.is_meta for tensor in tensors):
             if torch.Tag.nondeterministic_seeded in operator.tags:
                 return _without_values(operator, args, kwargs)
-            if to_meta and (not tensors or not tensors[0].is_floating_point()):  # it stays real
-                kwargs = {**kwargs, "device": "cpu"}
+            if to_meta and (not tensors or not tensors[0].is_floating_point()):
+                if operator is aten.empty.memory_format or _in_backward():
+                    made = operator(*args, **kwargs)
+                    if made.is_floating_point() and (_in_backward() or made.numel() > _SMALL):
+                        return made  # a gradient, or room for what is not known
+                kwargs = {**kwargs, "device": "cpu"}  # it stays real
             try:
                 return operator(*args, **kwargs)
             except NotImplementedError:  # of integers on a CPU, but a forward on another device has it

@@ -120,12 +120,17 @@ class PackedWeight(NamedTuple):
         )
 
 
+def autocast_device(x: Tensor) -> str:
+    """Of which device autocast is asked for x: PyTorch has none for meta tensors, which are cast as on a CPU."""
+    return "cpu" if x.is_meta else x.device.type
+
+
 def frozen_operands(
     x: Tensor, weight: Tensor | PackedWeight, bias: Tensor | None
 ) -> tuple[Tensor, list[Tensor], list[int], Tensor | None]:
     """(x, the operator's two arguments, bias), cast as autocast says."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    device = autocast_device(x)
+    if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
         if isinstance(weight, Tensor):
             weight = weight.to(x.dtype)

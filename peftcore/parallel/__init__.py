@@ -2,7 +2,17 @@
 
 from peftcore.parallel.ending import finish
 from peftcore.parallel.loading import load_sharded
-from peftcore.parallel.sharding import check_ranks, give_adapters, refuse_between_blocks, shard
+from peftcore.parallel.sharding import blocks, check_ranks, divided, give_adapters, refuse_between_blocks, shard
 from peftcore.parallel.state import TrainingState
 
-__all__ = ["TrainingState", "check_ranks", "finish", "give_adapters", "load_sharded", "refuse_between_blocks", "shard"]
+__all__ = [
+    "TrainingState",
+    "blocks",
+    "check_ranks",
+    "divided",
+    "finish",
+    "give_adapters",
+    "load_sharded",
+    "refuse_between_blocks",
+    "shard",
+]

@@ -69,22 +69,16 @@ def shard(
     if state is not None and state.merged is not None:
         raise PeftcoreError("adapters are merged into the base. Shard after peftcore.unmerge, or a plain merged model")
     check_ranks(model)
-    names = list(state.applied) if state is not None else []
-    trained = list(dict.fromkeys(p for name in names for _, p in adapter_parameters(model, name)))
-    between = _between_blocks(model)
-    aside = list(_aside(model))
-    if adapters == "shard" and isinstance(model, FSDPModule) and not all(map(ranks.is_part, trained)):
+    if adapters == "shard" and isinstance(model, FSDPModule) and not all(map(ranks.is_part, _of_adapters(model))):
         raise PeftcoreError("the base is sharded already: adapters that come afterwards can only be replicated")
-    whole = [p for p in trained if not ranks.is_part(p)]
+    replicated, whole = divided(model, adapters)
     give_adapters(model)
-    replicated = [p for p in whole if adapters == "replicate" or p in between]
     if not isinstance(model, FSDPModule):
         options: dict[str, Any] = {
             "mesh": mesh,
             "mp_policy": mixed_precision or MixedPrecisionPolicy(),
             "offload_policy": CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
-            # What a trained parameter has replaced takes no part in any forward: to gather it would be idle work.
-            "ignored_params": {*aside, *between, *replicated},
+            "ignored_params": whole,
         }
         for block in blocks(model):
             fully_shard(block, reshard_after_forward=reshard_after_forward, **options)
@@ -131,6 +125,23 @@ def check_ranks(model: nn.Module) -> None:
             resting = "" if name in state.active else ", resting"
             facts[name] = f"{entry.method}, {entry.config}, {_digest(adapter_parameters(model, name))}{resting}"
     ranks.agree(facts, "adapters")
+
+
+def divided(model: nn.Module, adapters: str) -> tuple[list[nn.Parameter], set[nn.Parameter]]:
+    """(adapters' parameters that are replicated, all that is on no shard): the rest of the model is sharded.
+
+    What a trained parameter has replaced takes no part in any forward: to gather it would be idle work.
+    """
+    between = _between_blocks(model)
+    plain = [p for p in _of_adapters(model) if not ranks.is_part(p)]
+    replicated = [p for p in plain if adapters == "replicate" or p in between]
+    return replicated, {*_aside(model), *between, *replicated}
+
+
+def _of_adapters(model: nn.Module) -> list[nn.Parameter]:
+    state = state_of(model)
+    names = list(state.applied) if state is not None else []
+    return list(dict.fromkeys(p for name in names for _, p in adapter_parameters(model, name)))
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

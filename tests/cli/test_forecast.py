@@ -39,5 +39,39 @@ def test_what_will_not_fit_is_refused_before_it_loads(
 
 def test_what_is_not_known_is_said(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     arguments = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", *METHOD, "--steps", 1)
-    output = run(*arguments, "--precision", "bf16").output
-    assert "memory is not predicted: mixed precision is not followed" in output
+    output = run(*arguments, "--optim", "adafactor").output
+    assert "memory is not predicted: the state of --optim adafactor is not known" in output
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL calls what transformers has deprecated
+def test_the_head_of_train_knows_how_it_runs(
+    run: Run, llama: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    monkeypatch.setattr(forecast, "refuse_if_too_large", lambda found, settings: said.append(found.estimate))
+    common = ("train", "-m", llama, *METHOD, "--steps", 1, "--batch-size", 2)
+    run(*common, "-d", reviews, "-o", tmp_path / "plain")
+    run(*common, "-d", reviews, "-o", tmp_path / "mixed", "--precision", "bf16")
+    pairs = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"say {n}:", "chosen": " yes and more of it", "rejected": " no"} for n in range(8)]
+    pairs.write_text("\n".join(map(json.dumps, rows)))
+    run(*common, "-d", pairs, "-o", tmp_path / "dpo")
+    plain, mixed, dpo = (found.step for found in said)
+    assert (plain.mixed_precision, plain.loss, plain.ranks) == (None, None, 1)
+    assert (mixed.mixed_precision, mixed.loss) == ("bf16", None) and mixed.length == plain.length
+    assert dpo.loss == "dpo" and dpo.length > len("say 0:") / 4
+    found = json.loads((tmp_path / "dpo/result.json").read_text())
+    assert found["predicted_peak"] == pytest.approx(found["peak"]["memory"], rel=0.3)
+
+
+def test_plan_of_several_processes_and_mixed_precision(run: Run, llama: Path) -> None:
+    arguments = ("plan", "-m", llama, *METHOD, "--batch-size", 2, "--max-length", 12)
+    several = run(*arguments, "--parallel", "fsdp2", "--ranks", 4, "--precision", "bf16").output
+    assert "batch 2 x 12, mixed bf16, one of 4 ranks (FSDP2)" in several and "gathered weights" in several
+    assert "batch 2 x 12, dpo" in run(*arguments, "--task", "dpo").output
+    assert "say how 2 processes share the work: --parallel ddp" in run(*arguments, "--ranks", 2, code=1).output
+    assert "--parallel is one of ddp, fsdp2, found 'tp'" in run(*arguments, "--parallel", "tp", code=1).output
+    assert (
+        "--precision is one of auto, fp32, bf16, fp16, found 'fp8'"
+        in run(*arguments, "--precision", "fp8", code=1).output
+    )

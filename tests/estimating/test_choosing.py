@@ -15,9 +15,7 @@ METHODS = ("lora",)
 
 
 def test_ways_lie_on_the_front_and_fit() -> None:
-    found = peftcore.fit(
-        CONFIG, memory="600MB", device="t4", length=32, examples=100, methods=METHODS, ranks=(4,), most=2
-    )
+    found = peftcore.fit(CONFIG, memory="600MB", device="t4", length=32, examples=100, methods=METHODS, r=(4,), most=2)
     assert found.memory == pytest.approx(64e6) and found.ways
     for way in found.ways:
         again = peftcore.estimate(
@@ -71,12 +69,24 @@ def test_a_language_model_inside_another_and_fields_that_are_lists() -> None:
         ({"memory": "1MB"}, "memory='1MB' on this machine is no more than Python and its libraries take"),
         ({"memory": "535MB", "device": "t4"}, "nothing fits into 2.9 MB: the least is [0-9.]+ MB, lora with one exam"),
         ({"memory": "400MB", "device": "t4"}, "is no more than its context takes: give at least 1GB"),
+        ({"batch_size": 4}, "fit looks for batch_size, gradient_checkpointing, optimizer itself: leave out batch_size"),
+        ({"alpha": 4}, "fit takes no alpha. A method's fields: fields="),
+        ({"ranks": 0}, "ranks must be a whole number from 1, found 0"),
         ({"device": "h1000"}, "there is no card 'h1000' in the table"),
     ],
 )
 def test_what_cannot_be_answered(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(PeftcoreError, match=message):
         peftcore.fit(CONFIG, length=16, methods=["lora"], **{"device": "cpu", **arguments})  # type: ignore[arg-type]
+
+
+def test_ranks_share_the_examples_and_the_base() -> None:
+    kept = {"memory": "600MB", "device": "t4", "length": 32, "examples": 1000, "methods": METHODS, "most": 1}
+    alone, eight = (peftcore.fit(CONFIG, **kept, **more).ways[0] for more in ({}, {"ranks": 8, "shard": True}))
+    assert eight.estimate.step.ranks == 8 and eight.estimate.parts["base"] < 0.2 * alone.estimate.parts["base"]
+    for way, ranks in ((alone, 1), (eight, 8)):
+        steps = 3600 * way.hours / (way.estimate.seconds or 1)
+        assert steps == pytest.approx(-(-1000 // (ranks * way.batch_size)))
 
 
 def test_no_config() -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from step_memory import allocated, predicted, real
 from torch import nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import LlamaConfig
 
 import peftcore
 from peftcore.errors import PeftcoreError
-from peftcore.estimating import step
-from peftcore.estimating.prediction import KINDS, checkpoint
+from peftcore.estimating import Step
 from peftcore.estimating.standing import stand_in
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -22,45 +23,10 @@ CONFIG = LlamaConfig(**SIZES, num_hidden_layers=2, vocab_size=320)
 RUN = {"batch_size": 3, "length": 40}
 
 
-def extra(model: nn.Module) -> Any:
-    return peftcore.extra_loss(model) if not all(p.requires_grad for p in model.parameters()) else 0.0
-
-
-def allocated(model: nn.Module, **run: Any) -> int:
-    """Bytes that a second step for real has taken at most above what there was before it."""
-    inputs = {
-        name: torch.rand(value.shape, dtype=value.dtype) if value.is_meta else value
-        for name, value in step.make_inputs(model, run["batch_size"], run["length"]).items()
-    }
-    optimizer = step.make_optimizer(model, run.get("optimizer", "adamw_torch"))
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def train() -> None:
-        for _ in range(run.get("gradient_accumulation", 1)):
-            loss = model(**inputs).loss
-            (loss + extra(model)).backward()
-            del loss
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    train()
-    gc.collect()
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        train()
-    sizes = [event.nbytes() for event in profile.kineto_results.events() if event.name() == "[memory]"]
-    held = most = 0
-    for size in sizes:
-        held += size
-        most = max(most, held)
-    return most
-
-
-def predicted(found: peftcore.Estimate) -> int:
-    """The same of an estimate: tensors alone, without what lies in memory before a step and inside operators."""
-    apart = ("base", "adapters", "optimizer state", "inputs", "inside operators", "kept by operators")
-    own = [i for i, kind in enumerate(KINDS) if kind not in apart]
-    return max(sum(sizes[i] for i in own) for _, sizes in found.timeline)
+def selective() -> Any:
+    """Keeps what products with weights give."""
+    products = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.peftcore.lora_linear.default]
+    return create_selective_checkpoint_contexts(products)
 
 
 FIELDS: dict[str, dict[str, Any]] = {
@@ -87,6 +53,9 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "8 bits": ("lora", {"optimizer": "paged_adamw_8bit"}),
     "checkpointing": ("lora", {"gradient_checkpointing": True}),
     "older checkpointing": ("dora", {"gradient_checkpointing": "reentrant"}),
+    "every second layer": ("lora", {"gradient_checkpointing": {"every_n_layers": 2}}),
+    "selective checkpointing": ("lora", {"gradient_checkpointing": {"context_fn": selective}}),
+    "an adapter for each sample": ("lora", {"per_sample": 2}),
     "two batches": (None, {"gradient_accumulation": 2}),
     "in 4 bits": ("lora", {"quantize": "nf4"}),
     "in 16 bits": ("lora", {"dtype": torch.bfloat16}),
@@ -94,15 +63,14 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def real(method: Any, **run: Any) -> nn.Module:
-    model = transformers.LlamaForCausalLM._from_config(deepcopy(CONFIG), dtype=run.get("dtype", torch.float32)).train()
-    if "quantize" in run:
-        peftcore.quantize(model, run["quantize"])
-    if method is not None:
-        peftcore.apply(model, method, **FIELDS.get(method, {}))
-    if kind := run.get("gradient_checkpointing"):
-        checkpoint(model, kind)
-    return model
+def of(method: Any, **run: Any) -> nn.Module:
+    """A model with values, of `CONFIG`."""
+    options = {name: run[name] for name in ("quantize", "dtype") if name in run}
+    return real(CONFIG, method, step_of(run), **options, **FIELDS.get(method, {}))
+
+
+def step_of(run: dict[str, Any]) -> Step:
+    return Step(**{name: value for name, value in run.items() if name not in ("quantize", "dtype")})
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -110,10 +78,11 @@ def test_is_what_the_allocator_reports(case: str) -> None:
     method, more = CASES[case]
     run = {**RUN, **more}
     found = peftcore.estimate(CONFIG, method, **run, **FIELDS.get(method, {}))
-    states = (
-        5056 * CONFIG.num_hidden_layers if "gradient_checkpointing" in run else 0
-    )  # of the generator, at each layer
-    assert predicted(found) + states == pytest.approx(allocated(real(method, **run), **run), rel=2e-3)
+    again = run.get("gradient_checkpointing", False)
+    kept = 0 if not again else CONFIG.num_hidden_layers  # layers that keep the generator's state
+    if isinstance(again, dict):
+        kept //= again.get("every_n_layers", 1)
+    assert predicted(found) + 5056 * kept == pytest.approx(allocated(of(method, **run), step_of(run)), rel=2e-3)
 
 
 def test_other_kinds_of_models() -> None:
@@ -132,7 +101,7 @@ def test_other_kinds_of_models() -> None:
         found = peftcore.estimate(config, "lora", **RUN)
         kind = type(stand_in(config, None))
         model = peftcore.apply(kind._from_config(config, dtype=torch.float32).train(), "lora")
-        assert predicted(found) == pytest.approx(allocated(model, **RUN), rel=0.02), kind
+        assert predicted(found) == pytest.approx(allocated(model, Step(**RUN)), rel=0.02), kind
 
 
 def test_says_where_the_peak_falls_and_what_there_is() -> None:
@@ -166,16 +135,29 @@ def test_draws_nothing() -> None:
     [
         ({"batch_size": 0}, "batch_size must be a whole number from 1, found 0"),
         ({"optimizer": "adamw_8bits"}, "nearest: 'adamw_8bit'"),
-        ({"gradient_checkpointing": "some"}, "'non-reentrant', found 'some'. Selective checkpointing is not followed"),
-        ({"ranks": 2}, "ranks: a step is not followed of one process among several. With DDP each takes"),
-        ({"shard": True}, "shard: a step is not followed of a base that is sharded"),
-        ({"per_sample": True}, "per_sample: a step is not followed with adapters of each sample's own"),
+        ({"gradient_checkpointing": "some"}, "'non-reentrant' or a dict of what Trainer takes as .* found 'some'"),
+        ({"gradient_checkpointing": {"context": 1}}, "torch.utils.checkpoint takes no context. It takes use_reentrant"),
+        ({"gradient_checkpointing": {"offload": True}}, "offload=True moves activations to another memory"),
+        ({"ranks": 0}, "ranks must be a whole number from 1, found 0"),
+        ({"ranks": True}, "ranks must be a whole number from 1, found True"),
+        ({"per_sample": -1}, "per_sample must be a whole number from 0, found -1"),
+        ({"per_sample": 2, "method": "prompt-tuning"}, "acts on a batch as a whole"),
+        ({"per_sample": 2, "method": None}, "per_sample is of a method.s adapters, and every parameter is trained"),
+        ({"shard": True, "loss": "dpo", "method": None}, "loss=.dpo. without adapters: how the trainer shards its"),
+        (
+            {"shard": "full"},
+            "shard is True .FSDP2., False .DDP., or a dict of arguments of .* found .full.",
+        ),
+        ({"shard": {"adapter": "shard"}}, "shard: 'adapter' is not followed. .*nearest: 'adapters'"),
+        ({"shard": {"adapters": "both"}}, "shard: adapters is one of .* found 'both'"),
+        ({"mixed_precision": "fp8"}, "mixed_precision is None or one of bf16, fp16, found 'fp8'"),
+        ({"loss": "dpp"}, "loss is None or one of sft, dpo, kto, found 'dpp' .nearest: 'dpo'"),
         ({"quantize": "int3"}, "no 4-bit type 'int3'"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(PeftcoreError, match=message):
-        peftcore.estimate(CONFIG, "lora", **arguments)
+        peftcore.estimate(CONFIG, arguments.pop("method", "lora"), **arguments)
 
 
 def test_wrong_models(tmp_path: Path) -> None:
@@ -192,7 +174,7 @@ def test_wrong_models(tmp_path: Path) -> None:
 
 
 def test_of_a_model_is_that_of_its_config() -> None:
-    model = real(None)
+    model = of(None)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     of_model, of_config = peftcore.estimate(model, "dora", **RUN), peftcore.estimate(CONFIG, "dora", **RUN)
     assert (of_model.parts, of_model.where, of_model.flops) == (of_config.parts, of_config.where, of_config.flops)
@@ -203,7 +185,7 @@ def test_of_a_model_is_that_of_its_config() -> None:
 def test_plan_of_a_model_is_that_of_its_config() -> None:
     """Loaded, with values and on the CPU, or built on meta from the config."""
     for method in ("lora", "qlora"):
-        loaded, empty = peftcore.plan(real(None), method), peftcore.plan(stand_in(CONFIG, None), method)
+        loaded, empty = peftcore.plan(of(None), method), peftcore.plan(stand_in(CONFIG, None), method)
         assert str(loaded) == str(empty) and loaded.rows == empty.rows
 
 

@@ -7,6 +7,7 @@ from transformers import LlamaConfig
 import peftcore
 from peftcore.estimating.devices import CARDS
 from peftcore.estimating.searching import PLAIN, Choice, Line, Search, Sized, front, layers_of, shallow
+from peftcore.estimating.step import Step
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIG = LlamaConfig(**SIZES, num_hidden_layers=6, vocab_size=320)
@@ -38,7 +39,7 @@ def test_a_base_in_4_bits_beats_no_dense_one() -> None:
 
 
 def test_a_line_is_corrected_by_what_was_found() -> None:
-    search = Search(CONFIG, CARDS["t4"], 16, torch.bfloat16)
+    search = Search(CONFIG, CARDS["t4"], Step(length=16), torch.bfloat16)
     line = Line((1e6, 2.0), (1e5, 0.5), 1.0, False)
     assert line.at(3) == pytest.approx((1.2e6, 3.0))
     found = search.whole(Choice("lora", (("r", 4),), False, PLAIN), 4)
@@ -47,7 +48,7 @@ def test_a_line_is_corrected_by_what_was_found() -> None:
 
 
 def test_lines_of_equal_layers_are_right() -> None:
-    search = Search(CONFIG, CARDS["t4"], 64, torch.bfloat16)
+    search = Search(CONFIG, CARDS["t4"], Step(length=64), torch.bfloat16)
     choice = Choice("lora", (("r", 4), ("target_modules", ["q_proj"])), False, PLAIN)
     line, whole = search.line(choice), search.whole(choice, 8)
     trained = peftcore.estimate(CONFIG, "lora", r=4, target_modules=["q_proj"], batch_size=1, length=8).summary

@@ -9,7 +9,6 @@ import typer
 
 from peftcore.cli import options
 from peftcore.cli.console import say
-from peftcore.errors import PeftcoreError
 
 EXAMPLES = (
     "peftcore fit -m MODEL --memory 24GB --device rtx4090 --max-length 2048 --examples 10000",
@@ -32,37 +31,37 @@ def fit(
     max_length: options.MaxLength = 512,
     examples: Annotated[int, typer.Option(min=1, help="How many there are, for the time of an epoch.")] = 1000,
     dtype: options.Dtype = "auto",
+    precision: options.Precision = "auto",
+    parallel: options.Parallel = None,
+    ranks: options.Ranks = 1,
 ) -> None:
     """Look for ways to train a model in so much memory, and print the commands for them.
 
     Each way is a step of training that was run without memory. Times on cards are guesses from their data sheets.
     """
-    import torch
-
     import peftcore
-    from peftcore.cli import data, models
+    from peftcore.cli import data, forecast, models
 
     task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
     data.check_task(task)
-    if task == data.PREFERENCES:
-        raise PeftcoreError("DPO's batches and its reference are not followed: fit is for the other tasks")
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
-    on_card = device != "cpu" and dtype == "auto"
     found = peftcore.fit(
         models.load_config(models.resolve(model), task, names),
         memory=memory,
         device=device,
-        length=max_length,
         examples=examples,
         methods=method,
-        ranks=rank or (16,),
-        dtype=torch.bfloat16 if on_card else models.torch_dtype(dtype, "cpu"),
+        r=rank or (16,),
+        dtype=forecast.dtype_of_base(precision, dtype, device),
+        length=max_length,
+        **forecast.how(task, precision, parallel, ranks),
     )
     say(str(found))
     say("\nto train in the first of these ways:", "bold")
-    chosen = shlex.join([*found.ways[0].options(), "--max-length", str(max_length)])
-    as_what = "bf16" if on_card else dtype
-    say(
-        f"  peftcore train -m {shlex.quote(model)} -d DATA -o RUN {chosen}"
-        + (f" --dtype {as_what}" if as_what != "auto" else "")
-    )
+    chosen = [*found.ways[0].options(), "--max-length", str(max_length)]
+    as_what = "bf16" if device != "cpu" and dtype == precision == "auto" else dtype
+    for name, value in (("task", task), ("dtype", as_what), ("precision", precision), ("parallel", parallel)):
+        if value not in (None, "auto") and (name != "task" or value == data.PREFERENCES):
+            chosen += [f"--{name}", value]
+    start = "peftcore" if parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore"
+    say(f"  {start} train -m {shlex.quote(model)} -d DATA -o RUN {shlex.join(chosen)}")

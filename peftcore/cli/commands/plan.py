@@ -24,35 +24,39 @@ def plan(
     optim: Annotated[str, typer.Option(help="Trainer's optim, as `train` takes it.")] = "adamw_torch",
     gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
     dtype: options.Dtype = "auto",
+    precision: options.Precision = "auto",
+    parallel: options.Parallel = None,
+    ranks: options.Ranks = 1,
     device: Annotated[str, typer.Option(help="cpu, this machine, or a card: t4, rtx4090, a100, h100, ...")] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="List every placement.")] = False,
 ) -> None:
     """Show what would be trained, before anything is, and what a step of training would take."""
-    import torch
-
     import peftcore
-    from peftcore.cli import data, models
+    from peftcore.cli import data, forecast, models
     from peftcore.engine.summary import megabytes
     from peftcore.estimating import NotFollowed
 
     task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
     data.check_task(task)
+    how = forecast.how(task, precision, parallel, ranks)
     name, chosen = options.resolve_method(method, fields)
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     base = models.empty_model(models.resolve(model), task, names)
     planned = peftcore.plan(base, name, **chosen)
     say(str(planned))
-    on_card = device != "cpu" and dtype == "auto"
     try:
         found = peftcore.estimate(
             base,
             name,
-            batch_size=batch_size,
-            length=max_length,
-            optimizer=optim,
-            gradient_checkpointing=gradient_checkpointing,
-            gradient_accumulation=grad_accum,
-            dtype=torch.bfloat16 if on_card else models.torch_dtype(dtype, "cpu"),
+            step=peftcore.Step(
+                batch_size=batch_size,
+                length=max_length,
+                optimizer=optim,
+                gradient_checkpointing=gradient_checkpointing,
+                gradient_accumulation=grad_accum,
+                **how,
+            ),
+            dtype=forecast.dtype_of_base(precision, dtype, device),
             device=device,
             **chosen,
         )

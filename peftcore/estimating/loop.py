@@ -1,0 +1,213 @@
+"""A step of training of a stand-in, as a training loop does it: forward, backward, clipped gradients, optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.class_swap import original_forward
+from peftcore.engine import after_step, extra_loss, state_of
+from peftcore.errors import PeftcoreError, nearest
+from peftcore.estimating.following import NODES_GONE, STEPS, Following, NotFollowed
+from peftcore.estimating.losses import Own, loss_of, rows_of
+from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
+from peftcore.estimating.processes import GRADIENTS, Alone, processes_of
+from peftcore.estimating.step import Step
+from peftcore.observation.config import text_config
+from peftcore.observation.inputs import BATCH, LENGTH, example_inputs
+from peftcore.observation.meta import MetaFloats
+from peftcore.optim import NAMES
+from peftcore.optim.paging import PagedOptimizer
+
+BASE, ADAPTERS, STATE = "base", "adapters", "optimizer state"
+INPUTS = "inputs"
+FORWARD, BACKWARD, UPDATE = "forward", "backward", "optimizer"
+
+_TORCH: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "adamw_torch": lambda parameters: torch.optim.AdamW(parameters, foreach=False),
+    "adamw_torch_fused": lambda parameters: torch.optim.AdamW(parameters, foreach=False),  # the state is the same
+    "sgd": lambda parameters: torch.optim.SGD(parameters, foreach=False),
+    "adagrad": lambda parameters: torch.optim.Adagrad(parameters, foreach=False),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(parameters, foreach=False),
+}
+OPTIMIZERS = (*_TORCH, *NAMES)
+
+
+def make_inputs(model: nn.Module, rows: int, length: int) -> dict[str, Tensor]:
+    """What the model is trained on: example inputs of so many rows and tokens, and labels for its loss.
+
+    Raises:
+        PeftcoreError: its forward takes no labels.
+    """
+    if "labels" not in inspect.signature(original_forward(model)).parameters:
+        raise NotFollowed(
+            f"the forward of {type(model).__name__} takes no labels, so that what its loss needs is not known. "
+            "Estimate a class with a loss, such as ...ForCausalLM or ...ForSequenceClassification"
+        )
+    sized = {}
+    for name, value in example_inputs(model, device="cpu").items():
+        shape = list(value.shape)
+        if shape[:1] == [BATCH]:
+            shape[0] = rows
+        if shape[1:2] == [LENGTH]:
+            shape[1] = length
+        if value.is_floating_point():
+            sized[name] = value.new_empty(shape, device="meta")
+        else:
+            sized[name] = torch.full(shape, 3, dtype=value.dtype, device="cpu")
+    config = getattr(model, "config", None)
+    if "input_ids" in sized and config is not None and config.is_encoder_decoder:
+        sized.pop("decoder_input_ids", None)  # made of the labels
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None  # type: ignore[operator]
+    if head is not None and "input_ids" in sized:
+        sized["labels"] = torch.full((rows, length), 3, device="cpu")
+    else:
+        sized["labels"] = torch.zeros(rows, dtype=torch.long, device="cpu")
+        if config is not None:
+            text_config(config).problem_type = config.problem_type = "single_label_classification"
+    return sized
+
+
+def make_optimizer(parameters: list[nn.Parameter], optimizer: str, *, paged: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of that name; unless `paged`, one with the same state in tensors instead of pages."""
+    if optimizer in _TORCH:
+        return _TORCH[optimizer](parameters)
+    if optimizer not in NAMES:
+        raise PeftcoreError(
+            f"there is no optimizer '{optimizer}' that estimate knows{nearest(optimizer, OPTIMIZERS)}. "
+            f"It knows: {', '.join(OPTIMIZERS)}"
+        )
+    kind: Any = NAMES[optimizer]
+    if issubclass(kind, PagedOptimizer) and not paged:
+        kind = next(c for c in kind.__mro__ if not issubclass(c, PagedOptimizer))
+    return kind(parameters)
+
+
+def is_paged(optimizer: str) -> bool:
+    """Does it keep its state in pages?"""
+    return optimizer in NAMES and issubclass(NAMES[optimizer], PagedOptimizer)
+
+
+def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool) -> None:
+    """Follow one step of the stand-in, which is not the first: the optimizer has its state."""
+    inputs = make_inputs(model, rows_of(step.loss, step.batch_size), step.length)
+    loss, processes = loss_of(model, step.loss), processes_of(model, step, on_card=on_card)
+    if loss.reference is not None and step.is_sharded:
+        raise NotFollowed(
+            f"loss='{step.loss}' without adapters: how the trainer shards its second model is not followed"
+        )
+    optimizer = make_optimizer(processes.trained(), step.optimizer)
+    with ExitStack() as stack:
+        stack.enter_context(torch.device("cpu"))
+        stack.enter_context(asked_of_cpu())
+        if step.mixed_precision is not None:
+            stack.enter_context(on_meta(on_card))
+        _follow(following, inputs, loss, processes, optimizer, step)
+
+
+def _follow(
+    following: Following,
+    inputs: dict[str, Tensor],
+    loss_of_batch: Own,
+    processes: Alone,
+    optimizer: torch.optim.Optimizer,
+    step: Step,
+) -> None:
+    model, parameters = processes.model, processes.trained()
+    _give_state(parameters, optimizer)
+    _see_what_stays(following, processes, loss_of_batch, optimizer)
+    for tensor in inputs.values():
+        following.see(tensor, INPUTS)
+    processes.start(following)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: following.see(p.grad, GRADIENTS)) for p in trained]
+
+    def call(called: nn.Module, **arguments: Any) -> Any:
+        with autocast(step.mixed_precision):
+            outputs = called(**arguments)
+        if step.mixed_precision is not None:
+            outputs = to_single(outputs)
+        return processes.after_forward(outputs)
+
+    batches = step.gradient_accumulation
+    with following.running(model):
+        for batch in range(batches):
+            following.phase = FORWARD if batches == 1 else f"{FORWARD} of batch {batch + 1}"
+            loss = loss_of_batch(call, inputs)
+            loss = (loss + extra_loss(model) if state_of(model) is not None else loss) / batches
+            following.phase = BACKWARD if batches == 1 else f"{BACKWARD} of batch {batch + 1}"
+            loss.backward()
+            del loss
+            following.note(NODES_GONE)
+            processes.after_backward()
+        following.phase = UPDATE
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        following.note(STEPS)
+        firsts = {*_firsts(parameters).values()}
+        following.times = sum(p.numel() for p in parameters) / max(1, sum(p.numel() for p in firsts))
+        _update(parameters, optimizer)
+        following.times = 1.0
+        if state_of(model) is not None:
+            after_step(model, 1, 1000)
+        optimizer.zero_grad()
+    following.end()
+    for hook in hooks:
+        hook.remove()
+
+
+def _firsts(parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
+    """For each parameter the first one like it: optimizers treat them alike, one after the other."""
+    found: dict[Any, nn.Parameter] = {}
+    return {p: found.setdefault((p.shape, p.dtype, p.stride(), p.grad is None), p) for p in parameters}
+
+
+def _update(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's step, of one parameter of each kind; all gradients stay meanwhile."""
+    firsts = _firsts(parameters)
+    held = {p: p.grad for p in parameters if firsts[p] is not p}
+    for p in held:
+        p.grad = None
+    optimizer.step()
+    for p, grad in held.items():
+        p.grad = grad
+
+
+def _give_state(parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """The state that the optimizer has after its first step."""
+    firsts = _firsts(parameters)
+    for p in {*firsts.values()}:
+        p.grad = torch.empty_like(p)
+    with MetaFloats():
+        optimizer.step()
+        optimizer.zero_grad()
+    for p, first in firsts.items():
+        if p is not first and first in optimizer.state:
+            state = optimizer.state[first]
+            optimizer.state[p] = {n: torch.empty_like(v) if isinstance(v, Tensor) else v for n, v in state.items()}
+
+
+def _see_what_stays(following: Following, processes: Alone, loss: Own, optimizer: torch.optim.Optimizer) -> None:
+    model = processes.model
+
+    def here(tensor: Tensor) -> Tensor:
+        return processes.shards.get(tensor, tensor) if isinstance(tensor, nn.Parameter) else tensor
+
+    for _, module in base_modules(model):
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                following.see(here(tensor), BASE)
+    for tensor in (*model.parameters(), *model.buffers()):
+        following.see(here(tensor), ADAPTERS, only_new=True)
+    if loss.reference is not None:
+        for tensor in (*loss.reference.parameters(), *loss.reference.buffers()):
+            following.see(tensor, BASE)
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                following.see(value, STATE)

@@ -1,0 +1,265 @@
+"""A model on several processes, as one of them has it: what DDP and FSDP2 keep and make beside a step of one process.
+
+DDP (torch.nn.parallel.DistributedDataParallel, Li et al. 2020, arXiv 2006.15704): all gradients once more, in buckets.
+FSDP2 (`fully_shard`, as `peftcore.shard` calls it): of each block a shard of 1/ranks; before its forward, and again
+before its backward, one message with all of it is gathered and copied out to whole weights:
+
+    forward     gather block k | copy out | give message k-1 back | compute | give the weights back
+    backward    gather block k, if it is not there | copy out | gather block k-1 | compute | give the weights back |
+                gradients into one message, of which this rank's part stays
+
+What one rank sends to another is no memory of its own, and its time is not known here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+
+from peftcore.estimating.following import Following
+from peftcore.estimating.step import Step
+from peftcore.parallel import blocks, divided
+
+GRADIENTS, GATHERED, MESSAGES = "gradients", "gathered weights", "between ranks"
+
+
+class Alone:
+    """One process, and what the others change about it.
+
+    Attributes:
+        shards: this rank's part of each parameter of which it has no more.
+    """
+
+    shards: dict[nn.Parameter, nn.Parameter]
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.shards = model, {}
+
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimizer has."""
+        return [self.shards.get(p, p) for p in self.model.parameters() if p.requires_grad]
+
+    def start(self, following: Following) -> None:
+        """Within the run: note what there is beside the model."""
+
+    def after_forward(self, outputs: Any) -> Any:
+        """The model's outputs, as the loss gets them."""
+        return outputs
+
+    def after_backward(self) -> None:
+        """What is done when a backward has ended."""
+
+
+class Replicas(Alone):
+    """DDP. `clones`: where it looks for parameters that no output needs, as Trainer lets it do without gradient
+    checkpointing, it copies all outputs."""
+
+    def __init__(self, model: nn.Module, clones: bool) -> None:
+        super().__init__(model)
+        self.clones = clones
+
+    def start(self, following: Following) -> None:
+        self.buckets = [p.new_empty(p.numel()) for p in self.trained()]
+        for bucket in self.buckets:
+            following.see(bucket, MESSAGES)
+
+    def after_forward(self, outputs: Any) -> Any:
+        if not self.clones:
+            return outputs
+        return tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, outputs)
+
+
+class Shards(Alone):
+    """FSDP2, and the mean of the gradients of adapters that stay whole."""
+
+    def __init__(self, model: nn.Module, step: Step, on_card: bool) -> None:
+        super().__init__(model)
+        self.on_card = on_card
+        options = {} if isinstance(step.shard, bool) else dict(step.shard)
+        self.ranks = step.ranks
+        self.reshards = options.get("reshard_after_forward", True)
+        self.averaged, whole = divided(model, options.get("adapters", "replicate"))
+        self.nothing = torch.empty((), device="meta")
+        self.last: Tensor | None = None  # the message of the forward's last gather, which the next one gives back
+        self.reduced: list[Tensor] = []  # the messages of gradients that are under way
+        self.order: list[_Group] = []  # in which the groups' forwards ended
+        taken: set[nn.Parameter] = set(whole)
+        self.groups = []
+        for module in (*blocks(model), model):
+            parameters = [p for p in dict.fromkeys(module.parameters()) if p not in taken]
+            taken.update(parameters)
+            if parameters:
+                self.groups.append(_Group(self, module, parameters))
+        self.root = self.groups[-1] if self.groups and self.groups[-1].module is model else None
+        for group in self.groups:
+            self.shards.update(group.shards)
+
+    def start(self, following: Following) -> None:
+        self.following = following
+        for group in self.groups:
+            group.hook()
+
+    def message(self, size: int) -> Tensor:
+        """Memory of so many bytes for what goes between ranks."""
+        made = self.nothing.new_empty(-(-size // 2), dtype=torch.bfloat16)
+        self.following.see(made, MESSAGES)
+        return made
+
+    def sent(self, name: str, size: int) -> None:
+        """A message goes between ranks: gloo, which does so on a CPU, has a copy of it meanwhile; NCCL has none."""
+        copy = None if self.on_card else self.message(size)
+        self.following.pass_by(name, size)
+        del copy
+
+    def after_backward(self) -> None:
+        for group in self.groups:
+            group.after_backward()
+            group.gathering = None
+        self.order.clear()
+        self.reduced.clear()
+        by_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
+        for p in self.averaged:
+            if p.requires_grad and p.grad is not None:
+                by_dtype.setdefault(p.dtype, []).append(p)
+        for parameters in by_dtype.values():
+            message = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+            self.following.see(message, MESSAGES)
+
+
+class _Group:
+    """Parameters that are gathered together: a block's, or what is in none."""
+
+    def __init__(self, run: Shards, module: nn.Module, parameters: list[nn.Parameter]) -> None:
+        self.run, self.module, self.parameters = run, module, parameters
+        self.shards = {p: _shard(p, run.ranks) for p in parameters}
+        self.size = run.ranks * sum(shard.nbytes for shard in self.shards.values())
+        self.gathering: Tensor | None = None
+        self.is_whole = self.is_in_backward = False
+
+    def hook(self) -> None:
+        """Let the module gather and give back."""
+        self.module.register_forward_pre_hook(self._before_forward, prepend=True, with_kwargs=True)
+        self.module.register_forward_hook(self._after_forward, always_call=False)
+
+    def gather(self) -> None:
+        if self.gathering is None and not self.is_whole and self.run.ranks > 1:
+            self.gathering = self.run.message(self.size)
+            self.run.sent("c10d::_allgather_base_", self.size)
+
+    def copy_out(self, *, forward: bool) -> None:
+        if self.is_whole:
+            return
+        if forward:
+            self.run.last = None
+        for p in self.parameters:
+            self.run.following.see(p, GATHERED)
+        self.run.following.pass_by("fsdp::split_with_sizes_copy", 2 * self.size)
+        if forward:
+            self.run.last = self.gathering
+        self.gathering, self.is_whole = None, True
+
+    def give_back(self) -> None:
+        if self.is_whole:
+            for p in self.parameters:
+                self.run.following.release(p)
+        self.is_whole = False
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        self.gather()
+        self.copy_out(forward=not self.is_in_backward)
+        if self.is_in_backward or not torch.is_grad_enabled():
+            return args, kwargs
+        leaves, form = tree_flatten((args, kwargs))
+        at = [n for n, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if at:
+            passed = _AfterBackward.apply(self, *(leaves[n] for n in at))  # type: ignore[no-untyped-call]
+            for n, tensor in zip(at, passed, strict=True):
+                leaves[n] = tensor
+        return tree_unflatten(leaves, form)
+
+    def _after_forward(self, module: nn.Module, args: Any, outputs: Any) -> None:
+        if self.is_in_backward:
+            return
+        if not _in_backward():
+            if self.run.reshards:
+                self.give_back()
+            self.run.order.append(self)
+        if self is self.run.root:
+            self.run.last = None
+        for leaf in tree_flatten(outputs)[0]:
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._before_backward)
+
+    def _before_backward(self, _: Tensor) -> None:
+        if self.is_in_backward:
+            return
+        self.is_in_backward = True
+        self.gather()
+        self.copy_out(forward=False)
+        order = self.run.order
+        if self in order:
+            at = len(order) - 1 - order[::-1].index(self)
+            del order[at]
+            if at > 0:
+                order[at - 1].gather()
+
+    def after_backward(self) -> None:
+        """The block's gradients are there: its weights go, and of the gradients this rank's part stays."""
+        self.is_in_backward = False
+        trained = [p for p in self.parameters if p.grad is not None]
+        if not trained:
+            return self.give_back()
+        gradients = [p.grad for p in trained]
+        for p in trained:
+            p.grad = None
+        self.give_back()
+        self.run.reduced.clear()
+        size = sum(self.shards[p].nbytes for p in trained)
+        self.run.reduced.append(self.run.message(self.run.ranks * size))
+        gradients.clear()
+        dtype = trained[0].dtype
+        part = self.run.nothing.new_empty(size // dtype.itemsize, dtype=dtype)
+        self.run.following.see(part, GRADIENTS)
+        offset = 0
+        for p in trained:
+            shard = self.shards[p]
+            own = part.narrow(0, offset, shard.numel()).view(shard.shape)
+            offset += shard.numel()
+            shard.grad = own if shard.grad is None else shard.grad.add_(own)
+        return None
+
+
+class _AfterBackward(torch.autograd.Function):
+    """Tensors as they are; when their gradients are there, a group's backward has ended."""
+
+    @staticmethod
+    def forward(ctx: Any, group: _Group, *tensors: Tensor) -> Any:
+        ctx.group = group
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.group.after_backward()
+        return None, *gradients
+
+
+def _shard(p: nn.Parameter, ranks: int) -> nn.Parameter:
+    """The first rank's part of the first dimension, which no other's is larger than."""
+    rows = -(-p.shape[0] // ranks) if p.dim() else 1
+    return nn.Parameter(p.detach().new_empty((rows, *p.shape[1:]), device="meta"), p.requires_grad)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def processes_of(model: nn.Module, step: Step, *, on_card: bool) -> Alone:
+    """What a step's processes make of the model."""
+    if step.is_sharded:
+        return Shards(model, step, on_card)
+    if step.ranks > 1:
+        return Replicas(model, clones=not step.gradient_checkpointing)
+    return Alone(model)

@@ -1,0 +1,86 @@
+"""Steps of TRL's trainers, with the passes of their references, beside what is said of them."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from step_memory import allocated_by, predicted, real
+from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast, TrainingArguments
+
+import peftcore
+from peftcore.errors import PeftcoreError
+from peftcore.estimating import Step
+
+pytest.importorskip("trl")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of names that TRL has of transformers
+
+SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+CONFIG = LlamaConfig(**SIZES, num_hidden_layers=3, vocab_size=320, pad_token_id=0, eos_token_id=2)
+RUN = {"batch_size": 3, "length": 40}
+TOKENS = list(range(3, 23))
+PAIR = {"prompt_ids": TOKENS, "chosen_ids": TOKENS, "rejected_ids": TOKENS[::-1]}
+ROWS: dict[str, dict[str, Any]] = {
+    "sft": {"input_ids": TOKENS * 2, "completion_mask": [0] * 20 + [1] * 20},
+    "dpo": PAIR,
+    "kto": {"prompt_ids": TOKENS, "completion_ids": TOKENS, "KL_completion_ids": TOKENS[::-1], "label": True},
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    words = {f"w{n}": n for n in range(320)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, "w1")), pad_token="w0", eos_token="w2")
+
+
+def trainer(name: str, model: torch.nn.Module, folder: Path, watch: Any, **changes: Any) -> Any:
+    import trl
+    from datasets import Dataset
+
+    settings = {"max_steps": 3, "report_to": "none", "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    settings |= {"per_device_train_batch_size": 3, "dataloader_pin_memory": False, "remove_unused_columns": False}
+    settings |= {"max_length": None, "bf16": False, **changes}
+    known = {field.name for field in fields(TrainingArguments)}
+    settings[next(each for each in ("activation_checkpointing", "gradient_checkpointing") if each in known)] = False
+    kind, config = getattr(trl, f"{name.upper()}Trainer"), getattr(trl, f"{name.upper()}Config")
+
+    class OfTokens(kind):  # type: ignore[misc, valid-type]
+        def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
+            return dataset
+
+    rows = Dataset.from_list([ROWS[name]] * 9)
+    return OfTokens(
+        model, args=config(str(folder), **settings), train_dataset=rows, processing_class=tokenizer(), callbacks=[watch]
+    )
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_is_what_a_step_of_the_trainer_takes(name: str, tmp_path: Path) -> None:
+    step = Step(**RUN, loss=name)
+    found = peftcore.estimate(CONFIG, "lora", step=step)
+    model = real(CONFIG, "lora", step)
+    most = allocated_by(lambda watch: trainer(name, model, tmp_path, watch))
+    assert predicted(found) == pytest.approx(most, rel=0.03)
+
+
+def test_mixed_precision_and_checkpointing_of_dpo(tmp_path: Path) -> None:
+    step = Step(**RUN, loss="dpo", mixed_precision="bf16", gradient_checkpointing=True)
+    found = peftcore.estimate(CONFIG, "lora", step=step)
+    model = real(CONFIG, "lora", step)
+    most = allocated_by(lambda watch: trainer("dpo", model, tmp_path, watch, bf16=True))
+    assert predicted(found) == pytest.approx(most, rel=0.03)
+
+
+def test_without_adapters_there_is_a_second_model() -> None:
+    dpo, sft = (peftcore.estimate(CONFIG, None, **RUN, loss=name) for name in ("dpo", "sft"))
+    assert dpo.parts["base"] == 2 * sft.parts["base"]
+    assert peftcore.estimate(CONFIG, "lora", **RUN, loss="dpo").parts["base"] == sft.parts["base"]
+
+
+def test_what_has_no_such_loss() -> None:
+    classifier = BertConfig(**{**SIZES, "num_key_value_heads": 4}, architectures=["BertForSequenceClassification"])
+    with pytest.raises(PeftcoreError, match="loss='dpo' is for language models, and BertForSequenceClass"):
+        peftcore.estimate(classifier, "lora", **RUN, loss="dpo")

@@ -1,0 +1,128 @@
+"""Bytes that PyTorch's CPU allocator reports of a training step, and what an estimate says of the same."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+import peftcore
+from peftcore.estimating import Step, loop
+from peftcore.estimating.checkpointing import checkpoint
+from peftcore.estimating.prediction import KEPT, KERNELS, KINDS
+
+
+def predicted(found: peftcore.Estimate) -> int:
+    """Of tensors, without what lies in memory before a step."""
+    own = [i for i, kind in enumerate(KINDS) if kind not in (KERNELS, KEPT)]
+    return max(sum(sizes[i] for i in own) for _, sizes in found.timeline) - staying(found)
+
+
+def staying(found: peftcore.Estimate) -> int:
+    """Of tensors that lie in memory before a step."""
+    return sum(storage.bytes for storage in found.storages if storage.born == 0 and storage.died is None)
+
+
+def most_of(profile: Any) -> int:
+    """Bytes above those at its beginning."""
+    held = most = 0
+    for event in profile.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def allocated(model: nn.Module, step: Step) -> int:
+    """What one more step for real takes at most above what there was before it; on ranks, of this one."""
+    rows = loop.make_inputs(model, step.batch_size, step.length)
+    inputs = {n: torch.rand(v.shape, dtype=v.dtype) if v.is_meta else v for n, v in rows.items()}
+    called = spread(model, step)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = loop.make_optimizer(parameters, step.optimizer)
+
+    def train() -> None:
+        for _ in range(step.gradient_accumulation):
+            loss = called(**inputs).loss
+            if peftcore.engine.state_of(model) is not None:
+                loss = loss + peftcore.extra_loss(model)
+            loss.backward()
+            del loss
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2 if step.ranks > 1 else 1):  # DDP makes its buckets anew in the second
+        train()
+    gc.collect()
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        train()
+    return most_of(profile)
+
+
+def spread(model: nn.Module, step: Step) -> nn.Module:
+    """The model over the ranks, as the step has it."""
+    if step.is_sharded:
+        return peftcore.shard(model, **({} if step.shard is True else dict(step.shard)))  # type: ignore[call-overload]
+    if step.ranks == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=not step.gradient_checkpointing)
+
+
+def real(config: Any, method: Any, step: Step, dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
+    """A model with values, and the step's adapters and checkpointing."""
+    model = transformers.LlamaForCausalLM._from_config(deepcopy(config), dtype=dtype).train()
+    quantize = fields.pop("quantize", None)
+    if quantize is not None:
+        peftcore.quantize(model, quantize)
+    if step.per_sample:
+        names = [f"a{number}" for number in range(step.per_sample)]
+        for name in names:
+            peftcore.apply(model, method, adapter=name, **fields)
+        peftcore.activate(model, [names[n % len(names)] for n in range(step.batch_size)], per_sample=True)
+    elif method is not None:
+        peftcore.apply(model, method, **fields)
+    if step.gradient_checkpointing:
+        checkpoint(model, step.gradient_checkpointing)
+    return model
+
+
+def on_a_rank(config: Any, method: Any, step: Step, fields: dict[str, Any]) -> tuple[int, int]:
+    """(bytes that a step takes at most above what there was, of parameters and buffers) of this rank."""
+    model = real(config, method, step, **fields)
+    most = allocated(model, step)
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    return most, sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+
+
+class Watch(TrainerCallback):
+    """Profiles the last step of a Trainer."""
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+        self.most = 0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step + 1 == self.last:
+            gc.collect()
+            self.profile = torch.autograd.profiler.profile(profile_memory=True)
+            self.profile.__enter__()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self.last:
+            self.profile.__exit__(None, None, None)
+            self.most = most_of(self.profile)
+
+
+def allocated_by(make: Callable[[TrainerCallback], Any], steps: int = 3) -> int:
+    """What the last of a trainer's steps takes above what there was before it."""
+    watch = Watch(steps)
+    make(watch).train()
+    return watch.most
