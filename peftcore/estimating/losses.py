@@ -8,6 +8,7 @@ numbers a sequence.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -119,6 +120,21 @@ class OfTrainer(Own):
             self.model.forward = policy
             for module in training:
                 module.training = True
+
+
+@contextmanager
+def tiles_in_place() -> Iterator[None]:
+    """Within the block TRL reads and writes a tile of logits in place, as its Triton kernels do on a card."""
+    kernels = sys.modules.get("trl.kernels.chunked_logprob")
+    names = [name for name in ("_forward_tile", "_backward_tile") if hasattr(kernels, name)]
+    before = {name: getattr(kernels, name) for name in names}
+    try:
+        for name in names:
+            setattr(kernels, name, lambda *_, **__: None)
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(kernels, name, function)
 
 
 def loss_of(model: nn.Module, name: str | None) -> Own:
