@@ -83,8 +83,8 @@ def test_without_adapters_there_is_a_second_model() -> None:
 def test_on_a_card_tiles_of_logits_have_nothing_beside_them() -> None:
     wide = LlamaConfig(**SIZES, num_hidden_layers=3, vocab_size=9000)
     here, there = (peftcore.estimate(wide, "lora", **RUN, loss="dpo", device=device) for device in ("cpu", "t4"))
-    tile = 2 * RUN["batch_size"] * (RUN["length"] - 1) * 8192 * 4  # of 8,192 words, in fp32
-    assert tile < predicted(there) < 2 * tile < 4 * tile < predicted(here)
+    tile = 2 * RUN["batch_size"] * (RUN["length"] - 1) * 32768 * 4  # of 32,768 words at once, in fp32
+    assert tile < predicted(there) < 1.2 * tile < 2.5 * tile < predicted(here)
 
 
 def test_what_has_no_such_loss() -> None:
