@@ -39,6 +39,13 @@ SIMD = {
     "avx512": AVX512,
     "avx512bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "neon": [],
+    "neonbf16": ["-march=armv8-a+bf16"],
+}
+# By what Python calls the processor.
+MACHINES = {
+    ("x86_64", "AMD64"): ("avx2", "avx512", "avx512bf16", "amx"),
+    ("aarch64", "arm64"): ("neon", "neonbf16"),
 }
 
 
@@ -163,13 +170,14 @@ def quoted(value):
 
 
 def source_levels(machine, cxx):
-    """Those whose flags the compiler knows: GCC 11 and Clang 12 know all, GCC 10 has no AMX."""
+    """Of this kind of processor, those whose flags the compiler knows: GCC 11 and Clang 12 know all, GCC 10 no AMX."""
 
     def knows(flags):
         command = [*cxx, *flags, "-fsyntax-only", "-x", "c++", os.devnull]
         return subprocess.run(command, capture_output=True).returncode == 0
 
-    return [level for level in SIMD if machine in ("x86_64", "AMD64") and knows(SIMD[level])]
+    levels = next((levels for machines, levels in MACHINES.items() if machine in machines), ())
+    return [level for level in levels if knows(SIMD[level])]
 
 
 class Build:

@@ -10,22 +10,33 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace peftcore {
 namespace {
 
-// Whether this CPU has dot products of bf16 in AVX-512.
+// Whether this CPU has dot products of bf16: in AVX-512, or ARM's (with its products of 2 x 4 by 4 x 2).
 bool has_bf16_dot() {
 #if defined(PEFTCORE_HAVE_AVX512BF16)
     return __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__) && defined(__linux__)
+    constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not name
+    return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__aarch64__) && defined(__APPLE__)
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_BF16", &found, &size, nullptr, 0) == 0 && found == 1;
 #else
     return false;
 #endif
 }
 
 // Whether this process may use tiles of bf16 (compiled here or not: the library's products then use them).
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;  // CPUID 7, EDX
     // Tiles are more than Linux saves of a thread unasked: a process asks for them once.
@@ -93,6 +104,24 @@ void amx(CpuKernels& table) {
 }
 #endif
 
+#if defined(PEFTCORE_HAVE_NEON)
+void neon(CpuKernels& table) {
+    fill_neon(table.nf4);
+    fill_neon(table.linear);
+    fill_neon(table.lora);
+    fill_neon(table.optim);
+}
+#endif
+
+#if defined(PEFTCORE_HAVE_NEONBF16)
+void neonbf16(CpuKernels& table) {
+    fill_neonbf16(table.linear);
+    fill_neonbf16(table.gemm);
+    fill_neonbf16(table.dense);
+    fill_neonbf16(table.packed);
+}
+#endif
+
 struct Level {
     const char* name;
     bool (*here)();             // whether this CPU, and the system on it, has what this level adds
@@ -112,6 +141,12 @@ const Level kLevels[] = {
 #endif
 #if defined(PEFTCORE_HAVE_AMX)
     {"amx", has_amx, amx},
+#endif
+#if defined(PEFTCORE_HAVE_NEON)
+    {"neon", anywhere, neon},
+#endif
+#if defined(PEFTCORE_HAVE_NEONBF16)
+    {"neonbf16", has_bf16_dot, neonbf16},
 #endif
 };
 

@@ -17,8 +17,11 @@ COSTS = {
 }
 
 
-# Lowest first: each has what those before it have (csrc/cpu/levels.cpp).
-LEVELS = ("portable", "avx2", "avx512", "avx512bf16", "amx")
+# On each kind of processor, lowest first: each has what those before it have (csrc/cpu/levels.cpp).
+LEVELS = {
+    "x86-64": ("portable", "avx2", "avx512", "avx512bf16", "amx"),
+    "64-bit ARM": ("portable", "neon", "neonbf16"),
+}
 
 
 @dataclass(frozen=True)

@@ -78,8 +78,8 @@ def test_doctor_names_the_kernels_that_this_machine_cannot_run(run: Run, monkeyp
     old = build_info.BuildInfo(
         True,
         cpu_level="avx2",
-        cpu_levels=build_info.LEVELS[:2],
-        compiled_cpu_levels=build_info.LEVELS,
+        cpu_levels=build_info.LEVELS["x86-64"][:2],
+        compiled_cpu_levels=build_info.LEVELS["x86-64"],
         caches=(32 << 10, 1 << 20, 32 << 20),
     )
     monkeypatch.setattr(build_info, "build_info", lambda: old)

@@ -73,7 +73,7 @@ def test_rows_of_16_bits_lose_little_more_than_their_last_rounding(rows, n, k, b
     x, bias = inputs((rows, k), dtype, grad=False), inputs((n,), dtype, grad=False, seed=2)
     exact = x.double() @ dense.T + bias.double()
     found = linear_4bit_function(x, packed, bias).double()
-    if (level == "avx512bf16" and dtype == torch.bfloat16) or level in ("portable", "amx"):
+    if (level in ("avx512bf16", "neonbf16") and dtype == torch.bfloat16) or level in ("portable", "amx"):
         peer = F.linear(x, dense.to(dtype), bias).double()
         assert (found - exact).norm() <= 1.1 * (peer - exact).norm()
         return

@@ -18,7 +18,7 @@ LEVELS = ops.extension.cpu_levels()
 CPU_INFO = Path("/proc/cpuinfo").read_text()
 # A build without AMX leaves the product to the library on a CPU with it.
 HAS_TILES = "avx512_bf16" in CPU_INFO and ("amx" in LEVELS or "amx_bf16" not in CPU_INFO)
-TILE_LEVELS = [name for name in LEVELS if HAS_TILES and name in ("avx512bf16", "amx")]
+TILE_LEVELS = [name for name in LEVELS if (HAS_TILES and name in ("avx512bf16", "amx")) or name == "neonbf16"]
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Of each term, since a weight or its codebook entry may be rounded once to x's dtype, and of the result.

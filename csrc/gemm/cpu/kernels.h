@@ -54,7 +54,9 @@ struct DenseReader {
 
 void fill_avx512bf16(Kernel&);
 void fill_amx(Kernel&);
+void fill_neonbf16(Kernel&);
 void fill_avx512bf16(DenseReader&);
+void fill_neonbf16(DenseReader&);
 
 }  // namespace gemm
 }  // namespace peftcore

@@ -148,6 +148,7 @@ void fill_portable(Kernels&);
 void fill_avx2(Kernels&);
 void fill_avx512(Kernels&);
 void fill_amx(Kernels&);
+void fill_neon(Kernels&);
 
 }  // namespace lora
 }  // namespace peftcore

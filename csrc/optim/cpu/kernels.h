@@ -24,6 +24,7 @@ struct Kernels {
 void fill_portable(Kernels&);
 void fill_avx2(Kernels&);
 void fill_avx512(Kernels&);
+void fill_neon(Kernels&);
 
 }  // namespace optim
 }  // namespace peftcore

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "gemm/cpu/kernels.h"
+#include "gemm/cpu/region.h"
 #include "gemm/cpu/transpose.h"
 
 namespace peftcore {
@@ -70,25 +71,6 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
                                 _mm512_mask_mov_epi16(b, 0x55555555, _mm512_srli_epi32(a, 16)));
         }
     }
-}
-
-Region region(const WeightView& weight, Range rows, Range columns) {
-    const int64_t row = weight.columns * int64_t(sizeof(BFloat16));
-    return {.first = static_cast<const char*>(weight.dense) + rows.first * row +
-                     columns.first * int64_t(sizeof(BFloat16)),
-            .rows = least(rows.last, weight.rows) - rows.first,
-            .bytes = (least(columns.last, weight.columns) - columns.first) * int64_t(sizeof(BFloat16)),
-            .stride = row};
-}
-
-Region region_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last) {
-    return region(*static_cast<const WeightView*>(source), {column, column + tiles * kTileColumns},
-                  {first, last});
-}
-
-Region region_plain(const void* source, int64_t column, int tiles, int64_t first, int64_t last) {
-    return region(*static_cast<const WeightView*>(source), {first, last},
-                  {column, column + tiles * kTileColumns});
 }
 
 }  // namespace

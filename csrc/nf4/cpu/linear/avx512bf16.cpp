@@ -184,7 +184,7 @@ void store_results(const LinearCall& args, int64_t n, int64_t rows, const float*
 // first is a multiple of kRows.
 void run(const LinearCall& args, int64_t first, int64_t last) {
     const WeightView& weight = args.weight;
-    const RoundedCodebook& code = rounded_codebook(weight.quant_map);
+    const Rounded& code = Rounded::made_of(weight.quant_map);
     const __m512i table = code.table;
     const int step = weight.shift < 6 ? kHalfStep : kStep;
     const int64_t columns = weight.columns, batch = args.batch;

@@ -5,6 +5,8 @@
 // arranged in that order.
 #pragma once
 
+#include <immintrin.h>
+
 #include <vector>
 
 #include "nf4/cpu/linear/kernels.h"
@@ -13,6 +15,21 @@
 namespace peftcore {
 namespace nf4 {
 namespace {
+
+// Twice over: an index's fifth bit then does not matter.
+struct Avx512Rounding {
+    using Table = __m512i;
+
+    static float round(const float* code, float factor, Table& table) {
+        const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(code), _mm512_set1_ps(factor));
+        const __m256i rounded = __m256i(_mm512_cvtneps_pbh(scaled));
+        const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16));
+        const __m512 lost = _mm512_mul_ps(_mm512_sub_ps(back, scaled), _mm512_set1_ps(1.0f / factor));
+        table = _mm512_broadcast_i64x4(rounded);
+        return _mm512_reduce_add_ps(_mm512_mul_ps(lost, lost));
+    }
+};
+using Rounded = RoundedCodebook<Avx512Rounding>;
 
 struct LinearDots {
     static constexpr int kChunk = 128;   // values, 64 bytes
@@ -79,7 +96,7 @@ struct LinearDots {
 
     // Rows [n, n + kCount) of W by all of x.
     template <int kCount, int kBatch>
-    static void multiply(const LinearCall& args, const RoundedCodebook& code, int64_t n) {
+    static void multiply(const LinearCall& args, const Rounded& code, int64_t n) {
         const WeightView weight = args.weight;
         const int64_t columns = weight.columns, count = chunks(columns);
         const uint16_t* x = static_cast<const uint16_t*>(args.x);
@@ -125,7 +142,7 @@ struct LinearDots {
 
     template <int kBatch>
     static void run_all(const LinearCall& args, int64_t first, int64_t last) {
-        const RoundedCodebook& code = rounded_codebook(args.weight.quant_map);
+        const Rounded& code = Rounded::made_of(args.weight.quant_map);
         for (; last - first >= kRows; first += kRows) multiply<kRows, kBatch>(args, code, first);
         for (; first < last; ++first) multiply<1, kBatch>(args, code, first);
     }

@@ -51,6 +51,8 @@ void fill_avx2(LinearKernels&);
 void fill_avx512(LinearKernels&);
 void fill_avx512bf16(LinearKernels&);
 void fill_amx(LinearKernels&);
+void fill_neon(LinearKernels&);
+void fill_neonbf16(LinearKernels&);
 
 // W's scales of elements [begin, end), one a block that they touch, followed by 16 zeros.
 static inline void copy_scales(const WeightView& weight, int64_t begin, int64_t end, float* out) {

@@ -1,5 +1,6 @@
 #include "nf4/cpu/avx512bf16.h"
 
+#include "gemm/cpu/region.h"
 #include "gemm/cpu/transpose.h"
 #include "nf4/cpu/tiles/tiles.h"
 
@@ -77,29 +78,12 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
     }
 }
 
-gemm::Region region(const WeightView& weight, Range rows, Range columns) {
-    const int64_t row = weight.columns / 2;
-    return {.first = reinterpret_cast<const char*>(weight.codes) + rows.first * row + columns.first / 2,
-            .rows = least(rows.last, weight.rows) - rows.first,
-            .bytes = (least(columns.last, weight.columns) - columns.first) / 2,
-            .stride = row};
-}
-
-gemm::Region region_transposed(const void* source, int64_t column, int tiles, int64_t first, int64_t last) {
-    return region(*static_cast<const WeightView*>(source), {column, column + tiles * kTileColumns},
-                  {first, last});
-}
-
-gemm::Region region_plain(const void* source, int64_t column, int tiles, int64_t first, int64_t last) {
-    return region(*static_cast<const WeightView*>(source), {first, last},
-                  {column, column + tiles * kTileColumns});
-}
-
 }  // namespace
 
 void fill_avx512bf16(PackedReader& reader) {
-    reader = {.transposed = {.unpack = unpack_transposed, .even_odd = false, .region = region_transposed},
-              .plain = {.unpack = unpack_plain, .even_odd = true, .region = region_plain}};
+    reader = {
+        .transposed = {.unpack = unpack_transposed, .even_odd = false, .region = gemm::region_transposed},
+        .plain = {.unpack = unpack_plain, .even_odd = true, .region = gemm::region_plain}};
 }
 
 }  // namespace nf4

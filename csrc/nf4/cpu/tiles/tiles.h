@@ -16,6 +16,7 @@ struct PackedReader {
 };
 
 void fill_avx512bf16(PackedReader&);
+void fill_neonbf16(PackedReader&);
 
 }  // namespace nf4
 }  // namespace peftcore
