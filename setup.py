@@ -49,6 +49,10 @@ MACHINES = {
 }
 
 
+# Where Homebrew puts libomp, on Apple silicon and on Intel.
+HOMEBREW = ("/opt/homebrew/opt/libomp", "/usr/local/opt/libomp")
+
+
 class BuildFailed(Exception):
     """The extension cannot be built; the message says why and what to do."""
 
@@ -85,12 +89,27 @@ def flag(name):
 
 
 def compiler():
-    cxx = shlex.split(os.environ.get("CXX", ""))
+    """Its command. On Windows and macOS PyTorch has another C++ library than g++'s."""
+    if platform.system() == "Windows":
+        raise BuildFailed(
+            "it does not build on Windows, where PyTorch is built by MSVC, which does not know these kernels. "
+            "Try: WSL, in which it builds as on Linux"
+        )
+    cxx, mac = shlex.split(os.environ.get("CXX", "")), platform.system() == "Darwin"
     for candidate in [cxx] if cxx else [["g++"], ["c++"], ["clang++"]]:
-        if shutil.which(candidate[0]):
-            return candidate
+        if not shutil.which(candidate[0]):
+            continue
+        if mac and not is_clang(candidate):
+            raise BuildFailed(f"PyTorch for macOS is built by Clang, and {candidate[0]} is another. Set CXX=clang++")
+        return candidate
     wanted = cxx[0] if cxx else "g++, c++ or clang++"
-    raise BuildFailed(f"no C++ compiler: {wanted} not found. Try: apt install g++ (or set CXX)")
+    install = "xcode-select --install" if mac else "apt install g++"
+    raise BuildFailed(f"no C++ compiler: {wanted} not found. Try: {install} (or set CXX)")
+
+
+def is_clang(cxx):
+    """Whatever its name: on macOS g++ and c++ are Clang, too."""
+    return "clang" in lines_of([*cxx, "--version"])[0].lower()
 
 
 def ninja():
@@ -180,12 +199,41 @@ def source_levels(machine, cxx):
     return [level for level in levels if knows(SIMD[level])]
 
 
+def openmp(system, clang, torch):
+    """Flags to compile and to link with OpenMP, and why there is none, or None: then loops run in one thread.
+
+    It must be the one that PyTorch has loaded, as a second would have threads of its own. g++ calls what is there.
+    Apple's Clang has no header, and knows the option only inside; PyTorch's wheels for macOS have the header and the
+    library.
+    """
+    if system != "Darwin":
+        return ["-fopenmp"], ["-fopenmp"] if clang else [], None
+    folders = [*torch["include"], *(Path(place) / "include" for place in HOMEBREW)]
+    header = next((folder for folder in folders if (folder / "omp.h").exists()), None)
+    if header is None or not (torch["lib"] / "libomp.dylib").exists():
+        missing = "omp.h" if header is None else f"{torch['lib']}/libomp.dylib"
+        return [], [], f"{missing} was not found. Try: brew install libomp, with PyTorch's own wheel, and build again"
+    return ["-Xclang", "-fopenmp", f"-isystem {shlex.quote(str(header))}"], ["-lomp"], None
+
+
+def link_flags(system, lib):
+    """Of a Python module beside PyTorch's libraries, which are loaded before it.
+
+    A relative rpath would tie the binary to one environment; peftcore imports torch first instead.
+    """
+    libraries = [f"-L{shlex.quote(str(lib))}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    if system == "Darwin":
+        return ["-bundle", "-undefined", "dynamic_lookup", *libraries]
+    return ["-shared", libraries[0], "-Wl,--no-as-needed", *libraries[1:]]
+
+
 class Build:
     """One ninja build: what goes in, where it goes, and what to record of it."""
 
     def __init__(self, output, folder, version):
         self.output, self.folder = output, folder
         self.cxx, self.ninja, self.torch = compiler(), ninja(), torch_facts()
+        self.openmp, self.openmp_link, self.openmp_note = openmp(platform.system(), is_clang(self.cxx), self.torch)
         self.levels = source_levels(platform.machine(), self.cxx)
         self.cuda_wanted = flag("PEFTCORE_CUDA")
         self.nvcc = None if self.cuda_wanted is False else nvcc()
@@ -238,7 +286,7 @@ class Build:
             "-fPIC",
             "-std=c++20",
             "-fvisibility=hidden",
-            "-fopenmp",
+            *self.openmp,
             "-ffp-contract=off",
             "-Wall",
             "-Wextra",
@@ -258,11 +306,7 @@ class Build:
             )
             for key, value in facts.items()
         ]
-        # A relative rpath would tie the binary to one environment; peftcore imports torch first instead.
-        link = [f"-L{self.torch['lib']}", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"]
-        # g++'s OpenMP is the one that PyTorch has loaded: a second would have threads of its own.
-        if "clang" in self.cxx[0]:
-            link.append("-fopenmp")
+        link = [*link_flags(platform.system(), self.torch["lib"]), *self.openmp_link]
         if self.nvcc:
             home = self.nvcc.parent.parent
             link += [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -276,7 +320,7 @@ class Build:
             "  depfile = $out.d",
             "  description = C++ $in",
             "rule link",
-            f"  command = $cxx -shared $in -o $out {instrument} {' '.join(link)}",
+            f"  command = $cxx $in -o $out {instrument} {' '.join(link)}",
             "  description = link $out",
         ]
         if self.nvcc:
@@ -310,7 +354,9 @@ class Build:
         done = subprocess.run([self.ninja, "-C", str(self.folder), "-j", jobs], capture_output=True, text=True)
         print(done.stdout, done.stderr, sep="\n", flush=True)
         if done.returncode == 0:
-            return facts | {"cuda_note": self.cuda_note, "sources": sources}
+            if self.openmp_note:
+                print(f"peftcore's kernels run in one thread: {self.openmp_note}", file=sys.stderr, flush=True)
+            return facts | {"cuda_note": self.cuda_note, "openmp_note": self.openmp_note, "sources": sources}
         tail = "\n".join((done.stdout + done.stderr).strip().split("\n")[-30:])
         if self.nvcc and not self.cuda_wanted and ".cu.o" in done.stdout:
             print("the CUDA kernels do not compile; building without them", file=sys.stderr)

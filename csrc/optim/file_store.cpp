@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <sys/statvfs.h>
 #include <unistd.h>
 
@@ -25,15 +26,42 @@ constexpr int kPrivate = 0600;
 
 // Around the page cache where the file system can: a second copy in memory is what the budget is to avoid.
 int open_nameless(const std::string& directory) {
+#if defined(O_TMPFILE)
     for (int direct : {O_DIRECT, 0}) {
         const int fd = open(directory.c_str(), O_TMPFILE | O_RDWR | O_EXCL | O_CLOEXEC | direct, kPrivate);
         if (fd >= 0) return fd;
         if (errno != EINVAL && errno != EOPNOTSUPP && errno != EISDIR) return -1;
     }
+#endif
     std::string name = directory + "/peftcore-XXXXXX";
     const int fd = mkostemp(name.data(), O_CLOEXEC);
     if (fd >= 0) unlink(name.c_str());
     return fd;
+}
+
+// Gives the file so many bytes; 0, or the error's number.
+int allocate(int fd, int64_t bytes) {
+#if defined(__APPLE__)
+    struct stat facts = {};
+    if (fstat(fd, &facts) != 0) return errno;
+    if (facts.st_size >= bytes) return 0;
+    fstore_t room = {};
+    room.fst_flags = F_ALLOCATEALL;
+    room.fst_posmode = F_PEOFPOSMODE;
+    room.fst_length = bytes - facts.st_size;
+    return fcntl(fd, F_PREALLOCATE, &room) == 0 && ftruncate(fd, bytes) == 0 ? 0 : errno;
+#else
+    return posix_fallocate(fd, 0, bytes);
+#endif
+}
+
+// What an error is, for good.
+const char* description(int error) {
+#if defined(__GLIBC__)
+    return strerrordesc_np(error);
+#else
+    return strerror(error);
+#endif
 }
 
 class FileStore : public Store {
@@ -68,14 +96,16 @@ class FileStore : public Store {
         if (frame > begin) munmap(begin, frame - begin);
         const int64_t behind = begin + bytes - (frame + page_bytes_);
         if (behind > 0) munmap(frame + page_bytes_, behind);
+#if defined(MADV_HUGEPAGE)
         madvise(frame, page_bytes_, MADV_HUGEPAGE);
+#endif
         return frame;
     }
 
     void delete_frame(void* frame) override { munmap(frame, page_bytes_); }
 
     void reserve(int64_t pages) override {
-        const int error = posix_fallocate(fd_, 0, pages * page_bytes_);
+        const int error = allocate(fd_, pages * page_bytes_);
         if (error == 0) return;
         struct statvfs facts = {};
         fstatvfs(fd_, &facts);
@@ -165,7 +195,7 @@ class FileStore : public Store {
         for (int64_t done = 0; done < page_bytes_;) {
             const ssize_t count = call(done, page * page_bytes_ + done);
             if (count == 0) return "the file is too short";
-            if (count < 0 && errno != EINTR) return strerrordesc_np(errno);
+            if (count < 0 && errno != EINTR) return description(errno);
             done += std::max<ssize_t>(count, 0);
         }
         return nullptr;

@@ -14,6 +14,7 @@ COSTS = {
     "temporaries several times the size of the tensor; optimizers too, and the paged ones do not run",
     "cuda": "4-bit operators on CUDA tensors run on their PyTorch references: the same values, several passes over "
     "memory instead of one",
+    "openmp": "kernels run in one thread",
 }
 
 
@@ -60,6 +61,10 @@ def build_info() -> BuildInfo:
     facts = module.build_facts()
     architectures = tuple(facts["cuda_architectures"])
     note = "" if architectures else str(record.get("cuda_note") or "it was built without CUDA")
+    openmp_note = str(record.get("openmp_note") or "")
+    costs: tuple[str, ...] = (COSTS["cuda"],) if note and torch.cuda.is_available() else ()
+    if openmp_note:
+        costs += (f"{COSTS['openmp']}: {openmp_note}",)
     return BuildInfo(
         available=True,
         version=facts["version"],
@@ -73,5 +78,5 @@ def build_info() -> BuildInfo:
         cuda_compiler=facts["cuda_compiler"],
         cuda_architectures=architectures,
         cuda_missing_because=note,
-        costs=(COSTS["cuda"],) if note and torch.cuda.is_available() else (),
+        costs=costs,
     )
