@@ -294,6 +294,7 @@ def timed(each):
 def picture(results, file, times=False):
     """Predicted against measured, a point a case."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
     from peftcore.cli.chart import BLUE, GREY, INK, PALE
 
@@ -312,6 +313,9 @@ def picture(results, file, times=False):
     axes.set_ylabel("predicted, s" if times else "predicted, MB", color=INK)
     title = f"A training step's {'time' if times else 'memory'}, {len(points)} configurations"
     axes.set_title(title, loc="left", fontsize=11, color=INK)
+    if times:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set(major_locator=LogLocator(2), major_formatter=FormatStrFormatter("%g"), minor_locator=NullLocator())
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file)

@@ -43,6 +43,8 @@ _CACHED, _CACHED_OF_A_SIZE = 1040, 7  # `tcache`: pieces that are kept by size w
 _FAST, _SMALL = 128, 1024  # `fastbins` and `smallbins`: up to, and below, so many bytes
 _CONSOLIDATES = 64 << 10  # a freed piece of so many bytes has the fast ones joined
 
+_STEPS = 3  # that are simulated: where pieces lie differs between them
+
 Piece = tuple[int, int]  # (address, size); address -1: it is mapped
 
 
@@ -271,7 +273,7 @@ class Held(NamedTuple):
 def held_by_process(
     storages: Sequence[Storage], operations: Sequence[Operation], events: Sequence[Event], state: str
 ) -> Held:
-    """What a process has for these storages in the second of two such steps.
+    """What a process has for these storages in such steps after the first.
 
     In the first one the optimizer makes its state, the storages of kind `state`, when all gradients are there. Before
     it weights were loaded, and copies of them freed.
@@ -286,17 +288,18 @@ def held_by_process(
         if storages[number].kind != state:
             run.make(number)
     most = before = 0
-    for first in (True, False):
-        most, before = heap.resident, heap.fresh
+    for step in range(_STEPS):
+        if step == 1:
+            most, before = heap.resident, heap.fresh
         for event in events:
-            if event.kind == STEPS and first:
+            if event.kind == STEPS and step == 0:
                 for number in stay:
                     if storages[number].kind == state:
                         run.make(number)
             elif event.kind != MADE or event.number not in run.stay:
                 most = max(most, run.do(event))
         run.over()
-    return Held(most, heap.fresh - before)
+    return Held(most, (heap.fresh - before) // (_STEPS - 1))
 
 
 class _Run:

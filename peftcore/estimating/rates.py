@@ -75,8 +75,8 @@ class Rates(NamedTuple):
             else:
                 rate = _between(self.products[kind], cost.narrow or _NARROW[-1])
                 worked = max(worked, (cost.flops - cost.thin[0]) / rate)
-            if cost.thin[0]:
-                worked += cost.thin[0] / _between(self.products[kind], cost.thin[1])
+            if cost.thin[0]:  # computed in 32 bits
+                worked += cost.thin[0] / _between(self.products[SINGLE], cost.thin[1])
         else:
             worked = max(worked, operation.elements * elements.get(name, elements[_OTHERS]))
         return operation.times * (worked + call)
