@@ -34,13 +34,24 @@ class Case:
     def method(self) -> peftcore.Method:
         return registry.method_of_config(self.config)
 
-    def base(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The family's model; where the method prepares the base, prepared."""
+    def base(self, dtype: torch.dtype = torch.float32, *, quantized: bool = False) -> nn.Module:
+        """The family's model; where the method prepares the base, prepared. `quantized`: in 4 bits (NF4)."""
         model = self.family.make()
         known_as(model, self._made)  # observing each anew takes most of the suite's time
         model.to(dtype)
         if self.method.prepare is not None:
             peftcore.remove(self.add(model, None, "default"))
+        if quantized:
+            peftcore.quantize(model)
+        if self.family.before is not None:
+            self.family.before(model)
+        return model
+
+    def unprepared(self) -> nn.Module:
+        """The family's model, which the method has not prepared."""
+        model = self.family.make()
+        if self.family.before is not None:
+            self.family.before(model)
         return model
 
     def model(self, dtype: torch.dtype = torch.float32, seed: int | None = 1, adapter: str = "default") -> nn.Module:

@@ -37,11 +37,14 @@ class Family:
         make: a model, in evaluation mode and without dropout, with the same weights at each call.
         inputs: (model, number of rows) -> a call of it, whose tensors have a row for each sample. The first output is
             a floating tensor with the rows first.
+        before: what is done to a model of it, in 4 bits or not, before the method: for one that works with adapters
+            that stand there, apply them.
     """
 
     name: str
     make: Callable[[], nn.Module]
     inputs: Callable[[Any, int], dict[str, Tensor]] = tokens
+    before: Callable[[nn.Module], object] | None = None
 
 
 class _TokenBatchNorm(nn.BatchNorm1d):

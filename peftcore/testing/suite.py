@@ -156,7 +156,7 @@ def _applies(case: Case, excuses: _Excuses) -> Result:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            case.add(case.family.make(), None, "default")
+            case.add(case.unprepared(), None, "default")
     except peftcore.PluginError as fault:  # the plugin's, not its word
         return Result(APPLIES, error=_where(fault), family=family)
     except peftcore.PeftcoreError as refusal:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.class_swap import BUILT
 from peftcore.architecture import Sublayer
 from peftcore.engine import adapter_parameters, applied, set_trainable
 from peftcore.experts import experts_layout
@@ -156,7 +157,7 @@ def _facts(model: nn.Module) -> list[tuple[str, Any]]:
     for path, module in model.named_modules():
         found.append((f"the class of '{path}'", type(module)))
         for name, value in vars(module).items():
-            if name in ("_parameters", "_buffers"):
+            if name in ("_parameters", "_buffers", *BUILT):  # of adapters that stood there before
                 continue
             is_plain = isinstance(value, (bool, int, float, str, tuple, set, torch.dtype, type(None)))
             fact = value if is_plain else id(value)

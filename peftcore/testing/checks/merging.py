@@ -74,7 +74,7 @@ def beside(case: Case) -> str | None:
     return None
 
 
-@check()
+@check(essential=True)
 def stacked(case: Case) -> None:
     """beside another method's adapter it acts, merges in both orders, is saved and comes off alone"""
     inputs = case.inputs()

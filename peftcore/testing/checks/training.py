@@ -11,7 +11,6 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.engine import adapter_parameters
-from peftcore.quantization import quantize
 from peftcore.testing.case import Case, first_output, logits, loss_of, optimizer_of, same, train
 from peftcore.testing.checks.register import check
 
@@ -105,10 +104,10 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@check()
+@check(essential=True)
 def quantized_base(case: Case) -> None:
     """a quantized base (NF4)"""
-    base, inputs = quantize(case.base()), case.inputs()
+    base, inputs = case.base(quantized=True), case.inputs()
     packed = [p for _, p in base_parameters(base) if p.dtype is torch.uint8]
     bits = [p.clone() for p in packed]
     model = case.add(base, 1, "default")
@@ -117,9 +116,9 @@ def quantized_base(case: Case) -> None:
         assert torch.isfinite(gradient).all(), f"the gradient of '{name}' is not finite"
     with tempfile.TemporaryDirectory() as folder:
         peftcore.save(model, folder, adapter="default")
-        fresh = peftcore.load(quantize(case.base()), folder)
+        fresh = peftcore.load(case.base(quantized=True), folder)
     same(logits(fresh, inputs), logits(model, inputs), "output after save and load")
     peftcore.remove(model, "default")
-    same(logits(model, inputs), logits(quantize(case.base()), inputs), "removed")
+    same(logits(model, inputs), logits(case.base(quantized=True), inputs), "removed")
     for parameter, before in zip(packed, bits, strict=True):
         same(parameter, before, "a weight in 4 bits")

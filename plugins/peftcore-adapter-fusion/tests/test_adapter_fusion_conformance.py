@@ -1,30 +1,33 @@
-"""It passes the conformance suite, on a model with two bottlenecks."""
+"""It passes the conformance suite, on models with two bottlenecks."""
+
+from dataclasses import replace
 
 import matrix
-import tiny
 from peftcore_adapter_fusion import AdapterFusionConfig
 from torch import nn
 
 import peftcore
+from peftcore import testing
 from peftcore.testing import IDENTITY, MERGE, check_method, disturb
 
 NAMES = ("reviews", "tweets")
 EXCUSED = {
     IDENTITY: "its adapters act at once",
     MERGE: "its adapters are no change of a weight",
-    "a quantized base (NF4)": "quantize comes before its adapters; so it is in its tests",
 }
 
 
-def fused() -> nn.Module:
-    model = tiny.llama()
+def fused(model: nn.Module) -> None:
     for seed, name in enumerate(NAMES):
-        peftcore.apply(model, "adapter", bottleneck_size=4, placement="pfeiffer", adapter=name)
+        peftcore.apply(model, "adapter", bottleneck_size=4, placement="pfeiffer", adapter=name, modules_to_save=[])
         disturb(model, name, seed, std=0.5)
         peftcore.engine.set_trainable(model, name, False)
     peftcore.activate(model, [])
-    return model
+
+
+FAMILIES = [replace(family, before=fused) for family in testing.FAMILIES.values()]
 
 
 def test_conformance() -> None:
-    matrix.check(check_method(AdapterFusionConfig(NAMES), families=[fused], not_applicable=EXCUSED))
+    config = AdapterFusionConfig(NAMES, modules_to_save=())
+    matrix.check(check_method(config, families=FAMILIES, not_applicable=EXCUSED))
