@@ -1,4 +1,4 @@
-"""Every method as the ranks of the tests in tests/parallel try it: (model, fields, in 4 bits)."""
+"""Every method on a tiny model, as the tests of ranks and of Trainer try it: (model, fields, in 4 bits)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,19 @@ CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "waveft": ("llama", {"n_frequency": 9, "wavelet_family": "db2"}, False),
     "cartridge": ("llama", {"num_virtual_tokens": 3}, False),
     "supertuning": ("llama", {"sparsity": 0.9, "r": 3}, False),
-    "reft": ("llama", {"r": 3, "suffix_positions": 1, "dropout": 0.0}, False),
+    "reft": ("llama", {"r": 3, "suffix_positions": 2, "dropout": 0.0}, False),
     "glora": ("llama", {"r": 3}, False),
+    "pvera": ("llama", {"r": 5}, False),
+    "lily": ("llama", {"r": 3}, False),
+    "poly": ("llama", {"r": 3, "n_skills": 2, "n_splits": 3}, False),
+    "arrow": ("llama", {"experts": ["a", "b", "c"], "top_k": 2}, False),
+    "arrow, 4 bits": ("llama", {"experts": ["a", "b", "c"], "top_k": 2}, True),
+    "adapter-fusion": ("llama", {"adapters": ["a", "b"]}, False),
+    "adapter-fusion, 4 bits": ("llama", {"adapters": ["a", "b"]}, True),
 }
-SHARED_BETWEEN_BLOCKS = ("adapter, shared factors", "vblora", "unilora", "tinylora")  # trained parameters are
+# What methods combine: frozen adapters "a", "b" and "c" that stand there before.
+COMBINED: dict[str, tuple[str, dict[str, Any]]] = {
+    "arrow": ("lora", {"r": 3}),
+    "adapter-fusion": ("adapter", {"bottleneck_size": 5, "placement": "pfeiffer"}),
+}
+SHARED_BETWEEN_BLOCKS = ("adapter, shared factors", "lily", "vblora", "unilora", "tinylora")  # trained parameters are

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from mixtures import mixture
-from rank_cases import CASES, SHARED_BETWEEN_BLOCKS
+from rank_cases import CASES, COMBINED, SHARED_BETWEEN_BLOCKS
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 import peftcore
 from peftcore import ranks
-from peftcore.engine import adapter_parameters
+from peftcore.engine import adapter_parameters, set_trainable
 from peftcore.parallel import refuse_between_blocks
 from peftcore.testing import disturb
 
@@ -41,13 +41,27 @@ def model(kind: str = "llama", seed: int = 0) -> nn.Module:
 
 
 def adapted(case: str = "lora") -> nn.Module:
-    kind, fields, quantized = CASES[case]
+    kind, _, quantized = CASES[case]
     found = model(kind)
     if quantized:
         peftcore.quantize(found)
-    peftcore.apply(found, case.partition(",")[0], **fields)
-    disturb(found, "default", seed=1, std=0.05)
+    combined(found, case)
+    disturb(apply(found, case), "default", seed=1, std=0.05)
     return found.train()
+
+
+def combined(found: nn.Module, case: str) -> None:
+    """Apply what the method of `case` combines, frozen."""
+    method, fields = COMBINED.get(case.partition(",")[0], (None, {}))
+    for seed, name in enumerate("abc" if method else ""):
+        peftcore.apply(found, method, adapter=name, **fields)
+        disturb(found, name, seed)
+        set_trainable(found, name, False)
+        peftcore.activate(found, [])
+
+
+def apply(found: nn.Module, case: str) -> nn.Module:
+    return peftcore.apply(found, case.partition(",")[0], **CASES[case][1])
 
 
 def loss(found: nn.Module, tokens: Tensor) -> Tensor:
@@ -71,10 +85,10 @@ def optimizer_of(found: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW([p for p in found.parameters() if p.requires_grad], lr=0.01, foreach=False)
 
 
-def values(found: nn.Module, attribute: str | None = None) -> dict[str, Tensor]:
+def values(found: nn.Module, attribute: str | None = None, adapter: str = "default") -> dict[str, Tensor]:
     """Whole parameters of the adapter by name, or their gradients."""
     ranks.reshard(found)
-    chosen = ((n, p if attribute is None else getattr(p, attribute)) for n, p in adapter_parameters(found, "default"))
+    chosen = ((n, p if attribute is None else getattr(p, attribute)) for n, p in adapter_parameters(found, adapter))
     return {name: ranks.whole(t.detach()).clone() for name, t in chosen if t is not None}
 
 
@@ -83,8 +97,24 @@ def farthest(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return max((found[name] - wanted[name]).abs().max().item() for name in wanted)
 
 
+def backward_alone(found: nn.Module) -> None:
+    """What the ranks do, one after the other, in one process.
+
+    So it is the whole batch, and what a method draws for a rank's rows, or takes a mean of over them, is the same.
+    """
+    for rank, rows in enumerate(TOKENS.chunk(ranks.count())):
+        torch.manual_seed(rank)
+        ((loss(found, rows) + peftcore.extra_loss(found)) / ranks.count()).backward()
+
+
+def backward_here(spread: nn.Module, bare: nn.Module) -> None:
+    """This rank's part of it."""
+    torch.manual_seed(ranks.rank())
+    (loss(spread, mine()) + peftcore.extra_loss(bare)).backward()
+
+
 def against_one_process(case: str, how: str) -> tuple[float, float]:
-    """(largest difference of a gradient, of a value after one step) from one process on the whole batch."""
+    """(largest difference of a gradient, of a value after one step) from one process on the rows of all ranks."""
     alone, spread = adapted(case), adapted(case)
     bare = spread
     if how == "ddp":
@@ -98,9 +128,11 @@ def against_one_process(case: str, how: str) -> tuple[float, float]:
         assert frozen and all(isinstance(p, DTensor) for p in frozen)
     if "checkpointing" in how:
         bare.gradient_checkpointing_enable({"use_reentrant": False})
-    loss(alone, TOKENS).backward()
-    loss(spread, mine()).backward()
-    gradients = farthest(values(bare, "grad"), values(alone, "grad"))
+    backward_alone(alone)
+    backward_here(spread, bare)
+    wanted = values(alone, "grad")
+    assert max(gradient.abs().max().item() for gradient in wanted.values()) > 1e-5
+    gradients = farthest(values(bare, "grad"), wanted)
     for trained in (alone, bare):
         trainable = [p for p in trained.parameters() if p.requires_grad]
         torch.optim.SGD(trainable, lr=0.1, foreach=False).step()
@@ -291,8 +323,8 @@ def sharded_by_accelerate() -> dict[str, float]:
             continue
         refuse_between_blocks(spread)
         assert fsdp2_prepare_model(accelerator, spread) is spread
-        loss(alone, TOKENS).backward()
-        loss(spread, mine()).backward()
+        backward_alone(alone)
+        backward_here(spread, spread)
         found[case] = farthest(values(spread, "grad"), values(alone, "grad"))
     return found
 

@@ -1,4 +1,4 @@
-"""What ranks do with adapters that share a module, and with terms of the loss. Their processes import it."""
+"""What ranks do with adapters that share a module or rested, and with terms of the loss. Their processes import it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_modules
+from peftcore.testing import disturb
 
 
 def pull(adapters: Any, config: Any) -> Tensor:
@@ -81,3 +82,20 @@ def all_against_one_process() -> dict[str, tuple[float, ...] | str]:
             for method in ("shared", "seeing")
             for how in ("ddp", "replicate", "replicate keeping", "shard", "shard keeping")
         }
+
+
+def awakened(how: str, trained_before: bool) -> float:
+    """Largest difference of a gradient of an adapter that rested when the model was sharded."""
+    alone, spread = rank_work.adapted(), rank_work.adapted()
+    for found in (alone, spread):
+        peftcore.apply(found, "lora", adapter="other", r=2)
+        disturb(found, "other", seed=2, std=0.05)
+        peftcore.activate(found, "default")
+    peftcore.shard(spread, adapters=how)
+    if trained_before:
+        rank_work.loss(spread, rank_work.mine()).backward()
+    for found in (alone, spread):
+        peftcore.activate(found, "other")
+    rank_work.backward_alone(alone)
+    rank_work.backward_here(spread, spread)
+    return rank_work.farthest(rank_work.values(spread, "grad", "other"), rank_work.values(alone, "grad", "other"))

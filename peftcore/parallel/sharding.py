@@ -179,7 +179,9 @@ class _GradientMean:
     def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any]) -> None:
         self.parameters, self.groups, self.waits = parameters, groups, False
         for parameter in parameters:
-            parameter.register_post_accumulate_grad_hook(self._note)
+            trains = parameter.requires_grad  # a frozen or resting adapter may train later
+            parameter.requires_grad_(True).register_post_accumulate_grad_hook(self._note)
+            parameter.requires_grad_(trains)
             setattr(parameter, _AVERAGED, True)
 
     def _note(self, parameter: Tensor) -> None:

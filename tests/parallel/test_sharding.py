@@ -5,16 +5,14 @@ from __future__ import annotations
 import pytest
 import rank_cases
 import rank_work
+import training_work
 from processes import run
 
 from peftcore.registry import registry
 
 
 def test_every_method_is_tried() -> None:
-    # Arrow and fusions choose among other adapters, which must stand there; PVeRA and Poly draw noise of their own on
-    # each rank, and Lily takes a mean over the rows of a call, which are not those of one process.
-    apart = {"arrow", "adapter-fusion", "pvera", "poly", "lily"}
-    assert {case.partition(",")[0] for case in rank_cases.CASES} == set(registry.methods()) - apart
+    assert {case.partition(",")[0] for case in rank_cases.CASES} == set(registry.methods())
 
 
 @pytest.mark.parametrize("hows", [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"]], ids=str)
@@ -28,3 +26,9 @@ def test_gradients_and_a_step_are_those_of_one_process(hows: list[str]) -> None:
 def test_gradients_where_accelerate_shards() -> None:
     for found in run(rank_work.sharded_by_accelerate):
         assert found.keys() == rank_cases.CASES.keys() and max(found.values()) <= 1e-6, found
+
+
+@pytest.mark.parametrize("trained_before", [False, True])
+@pytest.mark.parametrize("how", ["replicate", "shard"])
+def test_an_adapter_that_rested_when_the_model_was_sharded_trains_later(how: str, trained_before: bool) -> None:
+    assert max(run(training_work.awakened, how, trained_before)) <= 1e-6
