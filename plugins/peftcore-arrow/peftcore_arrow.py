@@ -97,6 +97,8 @@ def factors_of(model: nn.Module, expert: str) -> dict[str, peftcore.Factors]:
 def direction(factors: peftcore.Factors, seed: int | None) -> Tensor:
     """The top right singular vector `[in]` of B A, fp32, by power iteration."""
     a, b = factors.a.float(), factors.b.float()
+    if a.is_meta:
+        return a.new_empty(a.shape[1])
     generator = None if seed is None else torch.Generator(a.device).manual_seed(seed)
     v = F.normalize(torch.randn(a.shape[1], generator=generator, device=a.device), dim=0)
     for _ in range(_STEPS):

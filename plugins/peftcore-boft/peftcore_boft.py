@@ -52,20 +52,26 @@ class BOFTConfig(targets.LayersConfig):
         validation.probability(boft_dropout=self.boft_dropout)
 
 
+class Butterflies(nn.Module):
+    """`orders` `[rotations, in]`: where in x each number of the blocks comes from; one for all layers of a size."""
+
+    orders: Tensor
+
+    def __init__(self, rotations: int, blocks: int, block_size: int) -> None:
+        super().__init__()
+        orders = torch.stack([butterfly(i, blocks, block_size) for i in range(rotations)])
+        self.register_buffer("orders", orders, persistent=False)
+
+
 class BOFT(nn.Module):
     """`boft_R` `[rotations, blocks, b, b]` and `boft_s` `[out, 1]` of a linear layer."""
 
-    orders: Tensor  # [rotations, in]: where in x each number of the blocks comes from
-
-    def __init__(self, config: BOFTConfig, blocks: int, block_size: int, out_width: int) -> None:
+    def __init__(self, config: BOFTConfig, butterflies: Butterflies, blocks: int, out_width: int) -> None:
         super().__init__()
-        self.dropout = config.boft_dropout
-        rotations = range(config.boft_n_butterfly_factor)
-        self.boft_R = nn.Parameter(torch.zeros(len(rotations), blocks, block_size, block_size))
+        self.dropout, self.butterflies = config.boft_dropout, butterflies
+        rotations, width = butterflies.orders.shape
+        self.boft_R = nn.Parameter(torch.zeros(rotations, blocks, width // blocks, width // blocks))
         self.boft_s = nn.Parameter(torch.ones(out_width, 1))
-        self.register_buffer(
-            "orders", torch.stack([butterfly(i, blocks, block_size) for i in rotations]), persistent=False
-        )
         if not config.init_weights:
             nn.init.normal_(self.boft_R, std=0.1)
             nn.init.normal_(self.boft_s, mean=1.0, std=0.1)
@@ -84,7 +90,8 @@ class BOFT(nn.Module):
             turns = turns * ~(one[:, None] & dropped)[:, :, None, None]
         operands = base.linear_operands(x)
         bias = base.weight_and_bias()[1] if operands is None else operands[1]
-        for order, rotation in reversed(list(zip(self.orders, turns.to(x.dtype), strict=True))):
+        orders = self.butterflies.orders.to(x.device)
+        for order, rotation in reversed(list(zip(orders, turns.to(x.dtype), strict=True))):
             x = self.turned(x, order, rotation)
         gain = self.boft_s.flatten().float()
         y = base(x) * gain.to(x.dtype)
@@ -92,12 +99,13 @@ class BOFT(nn.Module):
 
     def turned(self, x: Tensor, order: Tensor, rotation: Tensor) -> Tensor:
         """x `[..., in]`, a row, after one rotation of the product."""
-        if len(self.orders) == 1:  # they are neighbours
+        if len(self.boft_R) == 1:  # they are neighbours
             return x + turned(x, rotation)
         return x + torch.zeros_like(x).index_copy(-1, order, turned(x.index_select(-1, order), rotation))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        for order, rotation in zip(self.orders, self.turns().transpose(-1, -2), strict=True):
+        orders = self.butterflies.orders.to(weight.device)
+        for order, rotation in zip(orders, self.turns().transpose(-1, -2), strict=True):
             weight = self.turned(weight, order, rotation)
         return self.boft_s.float() * weight, bias
 
@@ -112,6 +120,7 @@ def butterfly(i: int, blocks: int, block_size: int) -> Tensor:
 def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     placed: list[Any] = []
+    butterflies: dict[int, Butterflies] = {}
     for path, (width, out_width) in layers.items():
         given, m = config.boft_block_num or config.boft_block_size, config.boft_n_butterfly_factor
         name = "boft_block_num" if config.boft_block_num else "boft_block_size"
@@ -123,7 +132,8 @@ def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> l
             f"boft_n_butterfly_factor={m} wants blocks of an even size, and {2 ** (m - 1)} or a multiple of them; "
             f"'{path}' has {blocks} of {size}",
         )
-        placed.append(Around(path, BOFT(config, blocks, size, out_width)))
+        butterflies[width] = butterflies.get(width) or Butterflies(m, blocks, size)
+        placed.append(Around(path, BOFT(config, butterflies[width], blocks, out_width)))
     return placed + targets.trained_biases(model, config.bias, layers)
 
 

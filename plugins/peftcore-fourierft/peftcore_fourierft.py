@@ -104,28 +104,37 @@ def product(x: Tensor, entries: Tensor, rows: Tensor, columns: Tensor, out_width
     return y.view(*x.shape[:-1], out_width).to(x.dtype)
 
 
-class FourierFT(nn.Module):
-    """`fourierft_spectrum` `[n]` of a linear layer, and where its entries stand."""
+class Places(nn.Module):
+    """Where entries stand, `rows` and `columns` `[n]`: one for all layers of a size."""
 
     rows: Tensor
     columns: Tensor
 
-    def __init__(self, config: FourierFTConfig, n: int, width: int, out_width: int) -> None:
+    def __init__(self, n: int, width: int, out_width: int, seed: int) -> None:
         super().__init__()
-        self.scaling, self.out_width = config.scaling, out_width
-        self.fourierft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
         at = torch.empty(n, dtype=torch.int64)
-        at = at if at.is_meta else places(width * out_width, n, config.random_loc_seed).to(at.device)
+        at = at if at.is_meta else places(width * out_width, n, seed).to(at.device)
         self.register_buffer("rows", at // width, persistent=False)
         self.register_buffer("columns", at % width, persistent=False)
 
+
+class FourierFT(nn.Module):
+    """`fourierft_spectrum` `[n]` of a linear layer, and where its entries stand."""
+
+    def __init__(self, config: FourierFTConfig, at: Places, out_width: int) -> None:
+        super().__init__()
+        self.scaling, self.out_width, self.at = config.scaling, out_width, at
+        n = len(at.rows)
+        self.fourierft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
+
     def forward(self, base: Any, x: Tensor) -> Tensor:
         entries = self.scaling * self.fourierft_spectrum.to(torch.promote_types(x.dtype, torch.float32))
-        return base(x) + Update.apply(x, entries, self.rows, self.columns, self.out_width)  # type: ignore[no-untyped-call]
+        rows, columns = self.at.rows.to(x.device), self.at.columns.to(x.device)
+        return base(x) + Update.apply(x, entries, rows, columns, self.out_width)  # type: ignore[no-untyped-call]
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        spectrum = self.fourierft_spectrum.float()
-        dense = spectrum.new_zeros(weight.shape).index_put((self.rows, self.columns), spectrum)
+        spectrum, at = self.fourierft_spectrum.float(), (self.at.rows, self.at.columns)
+        dense = spectrum.new_zeros(weight.shape).index_put(tuple(t.to(weight.device) for t in at), spectrum)
         return weight + self.scaling * torch.fft.ifft2(dense).real, bias
 
     def neutral(self) -> dict[str, Tensor]:
@@ -135,11 +144,14 @@ class FourierFT(nn.Module):
 def place(model: nn.Module, config: FourierFTConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     placed: list[Any] = []
+    at: dict[Any, Places] = {}
     for path, (width, out_width) in layers.items():
         n = targets.pattern_value(config.n_frequency_pattern, path, config.n_frequency)
         there = f"the weight of '{path}' has {width * out_width}"
         validation.require(n <= width * out_width, f"n_frequency={n} is above the entries there are: {there}")
-        placed.append(Around(path, FourierFT(config, n, width, out_width)))
+        size = (n, width, out_width)
+        at[size] = at.get(size) or Places(*size, config.random_loc_seed)
+        placed.append(Around(path, FourierFT(config, at[size], out_width)))
     return placed + targets.trained_biases(model, config.bias, layers)
 
 

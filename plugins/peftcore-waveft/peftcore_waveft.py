@@ -161,8 +161,11 @@ def places(size: int, count: int, seed: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")[:count].clone()
 
 
-class WaveFT(nn.Module):
-    """`waveft_spectrum` `[n]` of a linear layer; where its patches begin, `[n]`, and what they are, `[n, L]`."""
+class Patches(nn.Module):
+    """Where patches begin, `rows` and `columns` `[n]`, and of which filters they are, `high` `[2, n]`.
+
+    One for all layers of a size.
+    """
 
     rows: Tensor
     columns: Tensor
@@ -170,9 +173,6 @@ class WaveFT(nn.Module):
 
     def __init__(self, config: WaveFTConfig, n: int, width: int, out_width: int) -> None:
         super().__init__()
-        self.scaling, self.width, self.out_width = config.scaling, width, out_width
-        spectrum = torch.zeros(n) if config.init_weights else 0.01 * torch.randn(n)
-        self.waveft_spectrum = nn.Parameter(spectrum)
         self.filters = filters(config.wavelet_family).float() if config.use_idwt else torch.ones(2, 1, device="cpu")
         self.margin = max(self.filters.shape[1] - 2, 0)  # what a patch may reach beyond W
         begin, high = torch.empty(2, n, dtype=torch.int64), torch.empty(2, n, dtype=torch.bool)
@@ -188,16 +188,29 @@ class WaveFT(nn.Module):
         self.register_buffer("columns", begin[1], persistent=False)
         self.register_buffer("high", high, persistent=False)
 
+
+class WaveFT(nn.Module):
+    """`waveft_spectrum` `[n]` of a linear layer, and the patches that it weighs."""
+
+    def __init__(self, config: WaveFTConfig, patches: Patches, width: int, out_width: int) -> None:
+        super().__init__()
+        self.scaling, self.width, self.out_width, self.patches = config.scaling, width, out_width, patches
+        n = len(patches.rows)
+        self.waveft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else 0.01 * torch.randn(n))
+
     def delta(self) -> Tensor:
         """The change of the weight, fp32 `[out, in]`."""
-        taps, device = self.filters.to(self.rows.device), self.rows.device
-        down, across = taps[self.high.long()]  # [n, L]
+        device, margin = self.waveft_spectrum.device, self.patches.margin
+        taps, rows, columns, high = (
+            t.to(device) for t in (self.patches.filters, self.patches.rows, self.patches.columns, self.patches.high)
+        )
+        down, across = taps[high.long()]  # [n, L]
         patches = (self.scaling * self.waveft_spectrum.float())[:, None, None] * down[:, :, None] * across[:, None, :]
         reach = torch.arange(taps.shape[1], device=device)
-        height, width = self.out_width + 2 * self.margin + 1, self.width + 2 * self.margin + 1
-        at = (self.rows[:, None] + reach)[:, :, None] * width + (self.columns[:, None] + reach)[:, None, :]
+        height, width = self.out_width + 2 * margin + 1, self.width + 2 * margin + 1
+        at = (rows[:, None] + reach)[:, :, None] * width + (columns[:, None] + reach)[:, None, :]
         dense = patches.new_zeros(height * width).index_add(0, at.flatten(), patches.flatten()).view(height, width)
-        return dense[self.margin : self.margin + self.out_width, self.margin : self.margin + self.width]
+        return dense[margin : margin + self.out_width, margin : margin + self.width]
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         weight, bias = base.linear_operands(x) or (None, None)
@@ -215,13 +228,16 @@ class WaveFT(nn.Module):
 def place(model: nn.Module, config: WaveFTConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     total, placed = sum(width * out_width for width, out_width in layers.values()), []
+    patches: dict[Any, Patches] = {}
     for path, (width, out_width) in layers.items():
         n = targets.pattern_value(config.n_frequency_pattern, path, config.n_frequency)
         if config.proportional_parameters:
             n = max(1, round(width * out_width / total * (config.n_frequency * len(layers))))
         there = f"the weight of '{path}' has {width * out_width}"
         validation.require(n <= width * out_width, f"n_frequency={n} is above the entries there are: {there}")
-        placed.append(Around(path, WaveFT(config, n, width, out_width)))
+        size = (n, width, out_width)
+        patches[size] = patches.get(size) or Patches(config, *size)
+        placed.append(Around(path, WaveFT(config, patches[size], width, out_width)))
     return placed + targets.trained_biases(model, config.bias, layers)
 
 

@@ -12,7 +12,7 @@ import torch
 from beside_peft import both_ways, quiet, same_start
 from hypothesis import given
 from hypothesis import strategies as st
-from peftcore_fourierft import FourierFT, FourierFTConfig
+from peftcore_fourierft import FourierFT, FourierFTConfig, Places
 
 import peftcore
 
@@ -38,7 +38,8 @@ def test_files(kind: str, more: dict[str, Any], tmp_path: Path) -> None:
 @given(st.integers(1, 9), st.integers(1, 9), st.data())
 def test_the_transforms_are_the_change_of_the_weight(width: int, out_width: int, data: st.DataObject) -> None:
     n = data.draw(st.integers(1, width * out_width))
-    adapter, x = FourierFT(FourierFTConfig(scaling=3.0), n, width, out_width), torch.randn(2, width, requires_grad=True)
+    at = Places(n, width, out_width, seed=777)
+    adapter, x = FourierFT(FourierFTConfig(scaling=3.0), at, out_width), torch.randn(2, width, requires_grad=True)
     found = adapter(lambda x: x.new_zeros(2, out_width), x)
     wanted = x @ adapter.merged(torch.zeros(out_width, width), None)[0].T
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

@@ -13,7 +13,7 @@ from beside_peft import TASKS, both_ways, quiet, same_start
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.tuners.waveft.layer import WaveFTLinear
-from peftcore_waveft import FAMILIES, WaveFT, WaveFTConfig, filters
+from peftcore_waveft import FAMILIES, Patches, WaveFT, WaveFTConfig, filters
 from torch import nn
 
 import peftcore
@@ -52,7 +52,8 @@ def test_each_wavelet(family: str) -> None:
     for width, out_width in ((12, 7), (9, 16)):
         fields = {"n_frequency": 50, "wavelet_family": family}
         theirs = WaveFTLinear(nn.Linear(width, out_width), "x", peft.WaveFTConfig(**fields), n_frequency=50)
-        ours = WaveFT(WaveFTConfig(**fields), 50, width, out_width)
+        config = WaveFTConfig(**fields)
+        ours = WaveFT(config, Patches(config, 50, width, out_width), width, out_width)
         values = torch.randn(50)
         ours.waveft_spectrum.data, theirs.waveft_spectrum["x"].data = values, values.clone()
         torch.testing.assert_close(ours.delta(), theirs.get_delta_weight("x"), rtol=0, atol=1e-5 * 25)
@@ -64,7 +65,8 @@ def test_gradients_are_those_of_the_change(
 ) -> None:
     """The change is linear in the entries: along each of them it is that of the entry alone."""
     n = data.draw(st.integers(1, width * out_width))
-    adapter = WaveFT(WaveFTConfig(wavelet_family=family, use_idwt=use_idwt, scaling=1.0), n, width, out_width)
+    config = WaveFTConfig(wavelet_family=family, use_idwt=use_idwt, scaling=1.0)
+    adapter = WaveFT(config, Patches(config, n, width, out_width), width, out_width)
     g = torch.randn(out_width, width)
     (adapter.delta() * g).sum().backward()
     entry = data.draw(st.integers(0, n - 1))
