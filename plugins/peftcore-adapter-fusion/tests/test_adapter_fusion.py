@@ -74,6 +74,23 @@ def test_compositions_of_adapters(name: str, tmp_path: Path) -> None:
             assert torch.equal(model(**inputs)[0], twin(**inputs)[0])
 
 
+def test_mam_is_that_of_adapters() -> None:
+    """A prefix and a parallel bottleneck, with the text's positions where `adapters` has them, from 0 on."""
+    wanted = load_file(FOLDERS / "mam" / "outputs.safetensors")
+    model: Any = models.filled(models.bert())
+    tokens, n = models.inputs(model)["input_ids"], len(wanted["prefix"])
+    peftcore.apply(model, "prefix-tuning", adapter="prefix", num_virtual_tokens=n)
+    [(_, prefix)] = peftcore.engine.adapter_parameters(model, "prefix")
+    with torch.no_grad():
+        prefix.copy_(wanted["prefix"])
+        peftcore.load(model, FOLDERS / "mam" / "ffn", adapter="ffn")
+        call = {"input_ids": tokens, "position_ids": torch.arange(tokens.shape[1]).expand_as(tokens) - n}
+        torch.testing.assert_close(model(**call)[0], wanted["output"], rtol=1e-4, atol=1e-5)
+        for alone, inputs in (("prefix", call), ("ffn", {"input_ids": tokens})):
+            peftcore.activate(model, [alone])
+            assert (model(**inputs)[0] - wanted["output"]).abs().max() > 0.03
+
+
 @pytest.mark.parametrize("how", ["attention", "average", "split"])
 @pytest.mark.parametrize("behind_norm", [True, False])
 def test_behind_another_adapter_it_reads_what_that_one_gives(how: str, behind_norm: bool) -> None:

@@ -3,7 +3,8 @@
     pip install adapters==1.3.0 torch torchvision safetensors && python make.py
 
 Of the models of plugins/peftcore-adapter/tests/adapterhub/make.py with two adapters, `a` and `b`: their folders, that
-of their fusion, and `outputs.safetensors`, the model's first output with each composition.
+of their fusion, and `outputs.safetensors`, the model's first output with each composition. And `mam`: its bottleneck's
+folder, and of the whole the first output and the prefix `[n, 2 · layers · heads · head_dim]`.
 """
 
 import importlib.util
@@ -16,6 +17,30 @@ HERE = Path(__file__).parent
 spec = importlib.util.spec_from_file_location("models", HERE.parents[2] / "peftcore-adapter/tests/adapterhub/make.py")
 models = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(models)
+
+
+def mam():
+    import adapters
+    from adapters import MAMConfig, ParBnConfig, PrefixTuningConfig
+
+    config = MAMConfig(PrefixTuningConfig(prefix_length=3, bottleneck_size=5), ParBnConfig(reduction_factor=4))
+    model = models.filled(models.bert())
+    torch.manual_seed(0)
+    adapters.init(model)
+    model.add_adapter("mam", config=config)
+    models.moved(model, "mam")
+    model.set_active_adapters("mam")
+    with torch.no_grad():
+        output = model.eval()(**models.inputs(model))[0].contiguous()
+    model.eject_prefix_tuning("mam")
+    [prefix] = [p.detach() for name, p in model.named_parameters() if name.endswith("control_trans")]
+    model.add_adapter("ffn", config=config.adapter)
+    trained = {name.replace(".mam.", ".ffn."): p for name, p in model.state_dict().items() if ".mam." in name}
+    model.load_state_dict(trained, strict=False)
+    folder = HERE / "mam"
+    folder.mkdir(exist_ok=True)
+    model.save_adapter(str(folder / "ffn"), "ffn", use_safetensors=True, with_head=False)
+    save_file({"output": output, "prefix": prefix.view(3, -1).contiguous()}, folder / "outputs.safetensors")
 
 
 def main():
@@ -59,3 +84,4 @@ def main():
 
 if __name__ == "__main__":
     main()
+    mam()
