@@ -69,7 +69,9 @@ def kind(module: Any) -> set[str] | None:
         return None
     if layers == _ROTARY and rotation(module) is not None and module.o_proj.bias is None:
         return _ROTARY
-    return _FUSED if layers == _FUSED and targets.is_conv1d(module.c_attn) else None
+    # GPTBigCode has layers of these names, too, and another order within; in 4 bits both are of one class.
+    conv1d = any(hasattr(sys.modules[cls.__module__], "Conv1D") for cls in type(module).__mro__)
+    return _FUSED if layers == _FUSED and conv1d else None
 
 
 def rotation(module: Any) -> Callable[..., Any] | None:
