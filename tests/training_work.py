@@ -86,12 +86,14 @@ def all_against_one_process() -> dict[str, tuple[float, ...] | str]:
 
 def awakened(how: str, trained_before: bool) -> float:
     """Largest difference of a gradient of an adapter that rested when the model was sharded."""
-    alone, spread = rank_work.adapted(), rank_work.adapted()
-    for found in (alone, spread):
-        peftcore.apply(found, "lora", adapter="other", r=2)
+
+    def two() -> nn.Module:
+        found = peftcore.apply(rank_work.adapted(), "lora", adapter="other", r=2)
         disturb(found, "other", seed=2, std=0.05)
         peftcore.activate(found, "default")
-    peftcore.shard(spread, adapters=how)
+        return found
+
+    alone, spread = two(), peftcore.shard(two(), adapters=how)
     if trained_before:
         rank_work.loss(spread, rank_work.mine()).backward()
     for found in (alone, spread):
