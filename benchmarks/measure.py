@@ -80,6 +80,13 @@ def keep_freed_memory():
         libc.mallopt(mmap_max, 0)
 
 
+def give_back_freed_memory():
+    """Freed memory goes back to the system (glibc), so that what is held is what is used."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def spread(times):
     """(minimum, median, interquartile range)."""
     low, median, high = statistics.quantiles(times, n=4)
