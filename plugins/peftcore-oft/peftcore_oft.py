@@ -6,8 +6,8 @@
     R - 1 = -2 Q (1 + Q)⁻¹                                exactly, or, the default, for -Q in its place, by a series
     R - 1 = 2 Q + 2 Q² + ... + 2 Qⁿ⁻² + Qⁿ⁻¹              of n terms (Neumann; PEFT takes three of them for four)
 
-Trained: for each block what Q has above the diagonal, zero at the start. What is added to x is (R - 1) x, so that small
-rotations are not lost beside a 16-bit base. COFT keeps Q within eps of zero.
+Trained: for each block what Q has above the diagonal, zero at the start. In 16 bits (R - 1) x is added to x, so that
+small rotations are not lost. COFT keeps Q within eps of zero.
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ class Rotation(nn.Module):
         if self.training and self.config.module_dropout and len(turns) > 1:
             dropped = torch.randperm(len(turns), device=x.device) < int(self.config.module_dropout * len(turns))
             turns = turns * ~dropped[:, None, None]
-        return x + turned(x, turns.to(x.dtype))
+        turns = turns.to(x.dtype)
+        if x.dtype in (torch.float32, torch.float64):  # in which R itself is exact enough
+            return turned(x, turns + torch.eye(self.block_size, device=x.device, dtype=x.dtype))
+        return x + turned(x, turns)
 
 
 class OFT(nn.Module):
@@ -121,10 +124,37 @@ def neumann(q: Tensor, terms: int) -> Tensor:
     """R - 1 for R = (1 + Q) (1 - Q)⁻¹ by the first terms of its series."""
     if terms == 2:
         return 2 * q
-    r = q
-    for _ in range(max(terms - 2, 2)):
-        r = 2 * q + q @ r
-    return r
+    turns: Tensor = Series.apply(q, max(terms - 2, 2))  # type: ignore[no-untyped-call]
+    return turns
+
+
+class Series(torch.autograd.Function):
+    """The last of Horner's steps; for the backward pass it keeps Q alone."""
+
+    @staticmethod
+    def forward(q: Tensor, count: int) -> Tensor:
+        return horner(q, count)[-1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+        ctx.count = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        (q,) = ctx.saved_tensors
+        dq = torch.zeros_like(q)
+        for r in reversed(horner(q, ctx.count - 1)):
+            dq, dy = dq + 2 * dy + dy @ r.transpose(-1, -2), q.transpose(-1, -2) @ dy
+        return dq + dy, None
+
+
+def horner(q: Tensor, count: int) -> list[Tensor]:
+    """r₀ = Q, and as many steps rₖ₊₁ = 2 Q + Q rₖ."""
+    steps = [q]
+    for _ in range(count):
+        steps.append(2 * q + q @ steps[-1])
+    return steps
 
 
 def turned(x: Tensor, matrices: Tensor) -> Tensor:
