@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +195,7 @@ class PrefixAround(Backbone):
             shape = (given.shape[0], *key.shape)
             layers.update(key.expand(shape), value.expand(shape), layer)
             if key.requires_grad:  # tensors inside a graph have no deep copy of their own
-                layers.layers[layer].__deepcopy__ = partial(_copied, layers.layers[layer])
+                _copy_with_graph(layers.layers[layer])
         setattr(cache, IN_CACHE, before + self.tokens)
 
     def _refuse_padding(self, module: nn.Module, mask: Any) -> None:
@@ -299,13 +300,18 @@ def _is_shared(layer: Any) -> bool:
     return type(layer).__name__ == "DummyLayer"
 
 
-def _copied(layer: Any, memo: dict[int, Any]) -> Any:
+def _copy_with_graph(layer: Any) -> None:
+    """Let deep copies of a cache's layer be made by `_copied`. It does not hold itself: keys would outlive their step."""
+    layer.__deepcopy__ = partial(_copied, ref(layer))
+
+
+def _copied(layer: ref[Any], memo: dict[int, Any]) -> Any:
     """A deep copy of a cache's layer in which the prefix keeps its graph: a model that runs layers again copies it."""
-    new = copy.copy(layer)
-    for name, value in vars(layer).items():
+    new = copy.copy(layer())
+    for name, value in vars(new).items():
         if isinstance(value, Tensor):
             setattr(new, name, value.clone())
-    new.__deepcopy__ = partial(_copied, new)
+    _copy_with_graph(new)
     return new
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import tiny
 import torch
 from prompted import DECODERS, KINDS, applied, bloom, by_hand, check_steps, close, generate, logits
 from torch import nn
+from transformers.cache_utils import CacheLayerMixin
 
 import peftcore
 from peftcore.engine import adapter_parameters
@@ -145,3 +147,21 @@ def test_bf16(make: Callable[[], nn.Module], kind: str) -> None:
     model = applied(make(), kind)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         close(tiny.logits(model).float(), wanted, atol=0.05 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_leaves_no_cache_behind(kind: str) -> None:
+    model = applied(tiny.llama(), kind).train()
+    gc.collect()
+    gc.disable()
+    try:
+        before = _caches()
+        model(input_ids=tiny.TOKENS, labels=tiny.TOKENS, use_cache=True).loss.backward()
+        assert _caches() == before
+    finally:
+        gc.enable()
+
+
+def _caches() -> int:
+    """How many layers of caches there are, of which some may be held by nothing but themselves."""
+    return sum(issubclass(type(one), CacheLayerMixin) for one in gc.get_objects())
