@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,18 +21,21 @@ DENSE = [case for case, (kind, _, quantized) in rank_cases.CASES.items() if kind
 
 
 def calls_of(work: Callable[[], object]) -> int:
-    """Calls of Python's functions and of C's."""
+    """Calls of Python's functions and of C's; not of what the collector finalizes of earlier tests."""
     count = 0
 
     def counted(frame: Any, event: str, argument: Any) -> None:
         nonlocal count
         count += event in ("call", "c_call")
 
+    gc.collect()
+    gc.disable()
     sys.setprofile(counted)
     try:
         work()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return count
 
 
