@@ -2,8 +2,9 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 COLOURS = ("#2457a6", "#c2521a", "#2e8b57", "#8e44ad", "#5a6475")
@@ -39,6 +40,17 @@ def front(points: Sequence[Point], rises: bool) -> list[Point]:
     return found
 
 
+def near(panel: Panel) -> Panel:
+    """What is far worse than the rest stands at the edge, its number beside its name, so that the rest can be read."""
+    low, _, high = statistics.quantiles([p.y for p in panel.points], n=4)
+    worst = low - 2 * (high - low) if panel.rises else high + 2 * (high - low)
+    points = [
+        replace(p, y=worst, name=f"{p.name} ({p.y:.1f})") if (p.y < worst) == panel.rises and p.y != worst else p
+        for p in panel.points
+    ]
+    return replace(panel, points=points)
+
+
 def draw(file: Path, panels: Sequence[Panel], families: Sequence[str]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -47,6 +59,7 @@ def draw(file: Path, panels: Sequence[Panel], families: Sequence[str]) -> None:
     figure = Figure(figsize=(12, 6.6 * len(panels)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     colours = dict(zip(families, COLOURS, strict=False))
+    panels = [near(panel) for panel in panels]
     for axes, panel in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels, strict=True):
         best = front(panel.points, panel.rises)
         axes.step([p.x for p in best], [p.y for p in best], where="post", color=FRONT, lw=1.4, zorder=1)

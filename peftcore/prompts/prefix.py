@@ -301,7 +301,7 @@ def _is_shared(layer: Any) -> bool:
 
 
 def _copy_with_graph(layer: Any) -> None:
-    """Let deep copies of a cache's layer be made by `_copied`. It does not hold itself: keys would outlive their step."""
+    """Let `_copied` make deep copies of a cache's layer. It must not hold itself: its keys would outlive a step."""
     layer.__deepcopy__ = partial(_copied, ref(layer))
 
 
