@@ -31,7 +31,7 @@ def test_what_will_not_fit_is_refused_before_it_loads(
     assert "--batch-size 1 --grad-accum 4 or --gradient-checkpointing or --optim paged_adamw_8bit" in error
     assert "predicted peak" in run(*arguments, "--force").output
     found = json.loads((tmp_path / "run/result.json").read_text())
-    assert found["predicted_peak"] == pytest.approx(found["peak"]["memory"], rel=0.2)
+    assert found["predicted_peak"] == pytest.approx(found["peak_of_steps"], rel=0.2)
     assert 0 < found["peak_of_steps"] < 1.01 * found["peak"]["memory"]  # of which the kernel keeps two counts
     page = (tmp_path / "run/report.html").read_text()
     assert "<h2>Memory over a step</h2>" in page and "of what it was in a step" in page
@@ -55,13 +55,13 @@ def test_the_head_of_train_knows_how_it_runs(
     pairs = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"say {n}:", "chosen": " yes and more of it", "rejected": " no"} for n in range(8)]
     pairs.write_text("\n".join(map(json.dumps, rows)))
-    run(*common, "-d", pairs, "-o", tmp_path / "dpo")
+    run(*common, "-d", pairs, "-o", tmp_path / "dpo", "--steps", 3)  # the last are measured
     plain, mixed, dpo = (found.step for found in said)
     assert (plain.mixed_precision, plain.loss, plain.ranks) == (None, None, 1)
     assert (mixed.mixed_precision, mixed.loss) == ("bf16", None) and mixed.length == plain.length
     assert dpo.loss == "dpo" and dpo.length > len("say 0:") / 4
     found = json.loads((tmp_path / "dpo/result.json").read_text())
-    assert found["predicted_peak"] == pytest.approx(found["peak"]["memory"], rel=0.3)
+    assert found["predicted_peak"] == pytest.approx(found["peak_of_steps"], rel=0.3)
 
 
 def test_plan_of_several_processes_and_mixed_precision(run: Run, llama: Path) -> None:
