@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 from typing import Any
 from weakref import ref
 
@@ -195,7 +194,7 @@ class PrefixAround(Backbone):
             shape = (given.shape[0], *key.shape)
             layers.update(key.expand(shape), value.expand(shape), layer)
             if key.requires_grad:  # tensors inside a graph have no deep copy of their own
-                _copy_with_graph(layers.layers[layer])
+                layers.layers[layer].__deepcopy__ = _DeepCopy(layers.layers[layer])
         setattr(cache, IN_CACHE, before + self.tokens)
 
     def _refuse_padding(self, module: nn.Module, mask: Any) -> None:
@@ -300,19 +299,28 @@ def _is_shared(layer: Any) -> bool:
     return type(layer).__name__ == "DummyLayer"
 
 
-def _copy_with_graph(layer: Any) -> None:
-    """Let `_copied` make deep copies of a cache's layer. It must not hold itself: its keys would outlive a step."""
-    layer.__deepcopy__ = partial(_copied, ref(layer))
+class _DeepCopy:
+    """A deep copy of a cache's layer in which the prefix keeps its graph: a model that runs layers again copies it.
 
+    It is the layer's `__deepcopy__`, and must not hold the layer: its keys would outlive a step.
+    """
 
-def _copied(layer: ref[Any], memo: dict[int, Any]) -> Any:
-    """A deep copy of a cache's layer in which the prefix keeps its graph: a model that runs layers again copies it."""
-    new = copy.copy(layer())
-    for name, value in vars(new).items():
-        if isinstance(value, Tensor):
-            setattr(new, name, value.clone())
-    _copy_with_graph(new)
-    return new
+    def __init__(self, layer: Any) -> None:
+        self._layer = ref(layer)
+
+    def __call__(self, memo: dict[int, Any]) -> Any:
+        layer = self._layer()
+        if layer is None:
+            raise PeftcoreError("a shallow copy of a cache's layer, whose original is gone: deepcopy the original")
+        new = copy.copy(layer)
+        for name, value in vars(layer).items():
+            if isinstance(value, Tensor):
+                setattr(new, name, value.clone())
+        new.__deepcopy__ = _DeepCopy(new)
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _DeepCopy, (self._layer(),)
 
 
 def _without(output: Any, name: str | None) -> Any:

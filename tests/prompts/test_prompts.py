@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -160,6 +161,17 @@ def test_a_step_leaves_no_cache_behind(kind: str) -> None:
         assert _caches() == before
     finally:
         gc.enable()
+
+
+def test_a_cache_with_a_graph_is_copied_and_pickled() -> None:
+    cache = applied(tiny.llama(), "prefix").train()(tiny.TOKENS, use_cache=True).cache
+    for twin in (copy.deepcopy(cache), pickle.loads(pickle.dumps(cache)), copy.deepcopy(copy.deepcopy(cache))):
+        assert torch.equal(twin.layers[1].keys, cache.layers[1].keys)
+    shallow = copy.copy(cache.layers[0])
+    del cache, twin
+    gc.collect()
+    with pytest.raises(peftcore.PeftcoreError, match="deepcopy the original"):
+        copy.deepcopy(shallow)
 
 
 def _caches() -> int:
