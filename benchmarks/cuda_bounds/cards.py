@@ -48,6 +48,7 @@ class Work(NamedTuple):
     again: float = 0  # bytes that come from the second cache once more
     in_flight: float = 0  # bytes of memory that a block waits for at a time; 0: enough
     weight_bytes: float = 0  # of the weight alone, in 4 bits
+    dynamic_shared: int = 0  # bytes that a launch asks for beside what ptxas knows of
 
 
 class Times(NamedTuple):

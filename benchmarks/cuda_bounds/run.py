@@ -64,7 +64,8 @@ def found(kernels: dict[str, tuple[Function, Resources]], work: Work) -> tuple[F
     matches = [name for name in kernels if work.kernel in name]
     if len(matches) != 1:
         sys.exit(f"{work.label}: {len(matches)} kernels of {work.source} are called {work.kernel}: {sorted(kernels)}")
-    return kernels[matches[0]]
+    function, used = kernels[matches[0]]
+    return function, used._replace(shared=used.shared + work.dynamic_shared)
 
 
 def facts(card: Card, work: Work, function: Function, used: Resources) -> list[str]:

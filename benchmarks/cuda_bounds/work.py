@@ -33,6 +33,16 @@ def tensor(batch: int, tiles: int, stage: int, stages: int) -> Work:
     return linear(batch, name, N // 16, 128, 4 * (stages - 1) * 16 * stage / 2, N // 16)
 
 
+def panel(batch: int, tiles: int) -> Work:
+    """Blocks of 128 rows of W and a part of its columns. Sums that they leave in fp32 another launch adds."""
+    row_blocks = N // 128
+    splits = 128 // row_blocks
+    name = f"panel_kernel<peftcore::BFloat16, {tiles}, true>"
+    work = linear(batch, name, row_blocks * splits, 256, 256 * 128, row_blocks)
+    stages = 3 * tiles * 8 * 256 * 2
+    return work._replace(again=work.again + splits * batch * N * 4 * 2, dynamic_shared=stages)
+
+
 def rows(batch: int, parts: int, tiles: int = 1) -> Work:
     name = f"rows_kernel<peftcore::BFloat16, {parts}, {tiles}, true>"
     blocks = N // (16 // parts)
@@ -49,8 +59,8 @@ WORK = (
     rows(4, 2),
     rows(8, 1),
     rows(16, 1, 2),
-    rows(32, 1, 4),
-    tensor(64, 8, 32, 2),
+    panel(32, 4),
+    panel(64, 8),
     Work(
         label="dequantize",
         source="nf4/cuda/dequantize.cu",

@@ -17,6 +17,10 @@
     alignas(16) static type name __VA_ARGS__; \
     static const ::emulator::SharedArray name##_registered(&name, sizeof name)
 
+#define PEFTCORE_DYNAMIC_SHARED(name) uint8_t* name = static_cast<uint8_t*>(::emulator::dynamic_shared())
+
+#define PEFTCORE_ALLOW_SHARED(kernel, bytes) static_cast<const char*>(nullptr)
+
 #define PEFTCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
     ::emulator::launch(dim3(grid), dim3(block), shared_bytes, [=] { kernel(__VA_ARGS__); })
 
@@ -26,6 +30,13 @@
 
 // An array in shared memory on a 16-byte boundary: PEFTCORE_SHARED(float, tile, [16][32]).
 #define PEFTCORE_SHARED(type, name, ...) __shared__ __align__(16) type name __VA_ARGS__
+
+// Bytes whose number the launch gives. Beyond 48 KiB a kernel needs PEFTCORE_ALLOW_SHARED first, which is nullptr, or
+// why the device has not as many.
+#define PEFTCORE_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
+
+#define PEFTCORE_ALLOW_SHARED(kernel, bytes) \
+    ::peftcore::allow_shared(reinterpret_cast<const void*>(&kernel), bytes)
 
 #define PEFTCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                 \
     (kernel<<<dim3(grid), dim3(block), shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
@@ -39,6 +50,24 @@ inline const char* launch_error() {
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+inline const char* allow_shared(const void* kernel, int bytes) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess) return nullptr;
+    (void)cudaGetLastError();  // not for the next launch to find
+    return cudaGetErrorString(error);
+}
+
 }  // namespace peftcore
 
 #endif
+
+namespace peftcore {
+
+// Blocks of `threads` for a kernel that goes through `count` values once, from a thread's own in strides of the grid.
+inline unsigned blocks_once(int64_t count, int threads) {
+    const int64_t wanted = (count + threads - 1) / threads, most = 4096;
+    return unsigned(wanted < most ? wanted : most);
+}
+
+}  // namespace peftcore

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from one_in_three import has_its_turn
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,27 +64,40 @@ def compile_emulated(name, sources, flags, link):
     return run_compiler(folder / f"{name}-{digest}", *flags.split(), *map(str, objects), *link.split())
 
 
-def launcher(library, name):
-    """A launcher as a function that raises RuntimeError with its message. Tensors and structs are passed by address."""
-    function = getattr(library, name)
-    function.restype = ctypes.c_char_p
+class Emulated:
+    """Launchers by name, as functions that raise RuntimeError with their message, and how much they ask for."""
 
-    def argument(value):
-        if hasattr(value, "data_ptr"):
-            return ctypes.c_void_p(value.data_ptr())
-        if value is None:
-            return ctypes.c_void_p()
-        if isinstance(value, ctypes.Structure):
-            return ctypes.byref(value)
-        return value
+    def __init__(self, library):
+        self.library = library
 
-    def call(*args, seed=0):
-        library.emulator_seed(ctypes.c_uint64(seed))
-        error = function(*map(argument, args), None)
-        if error is not None:
-            raise RuntimeError(error.decode())
+    def __call__(self, name):
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_char_p
 
-    return call
+        def call(*args, seed=0):
+            self.library.emulator_seed(ctypes.c_uint64(seed))
+            error = function(*map(passed, args), None)  # the stream
+            if error is not None:
+                raise RuntimeError(error.decode())
+
+        return call
+
+    def workspace(self, name, *args):
+        """As many floats as the function tells, and no more."""
+        function = getattr(self.library, name)
+        function.restype = ctypes.c_int64
+        return torch.full((function(*map(passed, args)),), torch.nan)
+
+
+def passed(value):
+    """An argument in C: tensors and structs by address."""
+    if hasattr(value, "data_ptr"):
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p()
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    return value
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +109,7 @@ def emulated_library():
 
 @pytest.fixture(scope="session")
 def emulated(emulated_library):
-    """name -> launcher."""
-    return lambda name: launcher(emulated_library, name)
+    return Emulated(emulated_library)
 
 
 @pytest.fixture(scope="session")

@@ -149,8 +149,9 @@ void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int
     for (int64_t i = 0; i < rows; ++i) bias.data[i] = from_float<T>(normal(random));
     const WeightView weight =
         view(rows, columns, packed, absmax, code, blocksize, nested, quantized, outer, map, offset);
+    Array<float> partial(peftcore_nf4_linear_workspace(x.data, int(dtype), batch, &weight));
     const char* error = peftcore_nf4_linear(x.data, int(dtype), batch, &weight, bias.data, nullptr, nullptr,
-                                            0, y.data, nullptr);
+                                            0, partial.data, y.data, nullptr);
     require(error == nullptr, error ? error : "", count, blocksize);
     for (int m = 0; m < batch; ++m)
         for (int64_t n = 0; n < rows; ++n) {
@@ -175,11 +176,11 @@ int run_linear(uint64_t seed) {
     std::mt19937 random(static_cast<unsigned>(seed));
     int cases = 0;
     for (int64_t rows : {1, 17, 33})
-        for (int64_t columns : {1, 32, 75, 96, 320, 352})
+        for (int64_t columns : {1, 32, 75, 96, 320, 576})
             for (int batch : {1, 8, 24})
                 for (int skip : {0, 1}) {
-                    const int blocksize = cases % 2 ? 64 : 32;
-                    const bool nested = cases / 3 % 2;
+                    const int blocksize = cases / 6 % 2 ? 64 : 32;  // each with and without `skip`
+                    const bool nested = cases / 12 % 2;
                     compare_linear<float>(rows, columns, batch, blocksize, skip, nested, Dtype::kFloat,
                                           random);
                     compare_linear<Half>(rows, columns, batch, blocksize, skip, nested, Dtype::kHalf, random);

@@ -29,8 +29,9 @@ def run(emulated, x, weight, bias, seed=0, offset=0):
     count = batch * rows
     memory = torch.full((count + offset + 4,), 7, dtype=x.dtype)
     y = memory[offset : offset + count]
-    given = (x, DTYPES.index(x.dtype), batch, WeightView(weight), bias)
-    emulated("peftcore_nf4_linear")(*given, None, None, 0, y, seed=seed)
+    given = (x, DTYPES.index(x.dtype), batch, WeightView(weight))
+    partial = emulated.workspace("peftcore_nf4_linear_workspace", *given)
+    emulated("peftcore_nf4_linear")(*given, bias, None, None, 0, partial, y, seed=seed)
     assert (memory[:offset] == 7).all() and (memory[offset + count :] == 7).all()
     return y.view(batch, rows)
 
@@ -72,7 +73,17 @@ def test_every_way_through_the_launcher(emulated, dtype, batch, columns):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("batch", [3, 8])
+@pytest.mark.parametrize("batch", [17, 32, 50])
+@pytest.mark.parametrize(("rows", "columns"), [(131, 64), (200, 512), (9, 1088), (150, 1600)])
+def test_panels_of_w(
+    emulated, dtype, batch, rows, columns
+):  # rows of one and two panels, columns of one to four splits
+    arguments, wanted, magnitude = case(rows, columns, batch, dtype, 64, True, columns + batch)
+    check(run(emulated, *arguments, seed=batch), wanted, magnitude)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [3, 8, 20])
 @pytest.mark.parametrize("nested", [True, False])
 def test_a_column_of_w_has_the_bits_of_dequantization(emulated, dtype, batch, nested):
     (_, weight, _), _, _ = case(19, 1344, batch, dtype, 64, nested, batch, code="fp4" if nested else "nf4")
@@ -82,7 +93,7 @@ def test_a_column_of_w_has_the_bits_of_dequantization(emulated, dtype, batch, ne
         assert torch.equal(run(emulated, x, weight, None), dense[:, columns].T)
 
 
-@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("batch", [1, 5, 18])
 def test_infinity_in_the_last_column_stays_there(emulated, batch):  # what is read behind a row's end counts for nothing
     (x, weight, bias), _, _ = case(9, 320, batch, torch.bfloat16, 64, True, 2)
     last = ops.dequantize_4bit(weight, torch.bfloat16)[:, -1]
@@ -98,9 +109,9 @@ def test_an_x_off_its_alignment(emulated):
     check(run(emulated, moved, *arguments[1:]), wanted, magnitude)
 
 
-@pytest.mark.parametrize("columns", [1024, 75])
-def test_every_order_of_threads_gives_the_same_bits(emulated, columns):
-    arguments, _, _ = case(40, columns, 11, torch.bfloat16, 64, True, 1)
+@pytest.mark.parametrize(("columns", "batch"), [(1024, 11), (75, 11), (1088, 33)])
+def test_every_order_of_threads_gives_the_same_bits(emulated, columns, batch):
+    arguments, _, _ = case(40, columns, batch, torch.bfloat16, 64, True, 1)
     first = run(emulated, *arguments, seed=0)
     for seed in range(1, 12):
         assert torch.equal(run(emulated, *arguments, seed=seed), first)

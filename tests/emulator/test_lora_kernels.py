@@ -33,16 +33,11 @@ class Kernels:
     def __init__(self, library, emulated):
         self.library, self.emulated = library, emulated
 
-    def floats(self, name, *sizes):
-        function = getattr(self.library, name)
-        function.restype = c_int64
-        return torch.full((function(*sizes),), torch.nan)
-
     def down(self, x, factors, scales, index=None, p=0.0, seed=0):
         samples, rows, columns = x.shape
         stride = max(t.shape[0] for t in factors)
         memory, s = guarded(samples * rows, stride, dtype=torch.float32)
-        partial = self.floats("peftcore_lora_down_workspace", c_int64(rows), c_int64(columns), stride)
+        partial = self.emulated.workspace("peftcore_lora_down_workspace", c_int64(rows), c_int64(columns), stride)
         given = Factors(factors, 0, stride, scales, index)
         self.emulated("peftcore_lora_down")(Wide(x), given, dropout(p), partial, s, seed=seed)
         untouched(memory)
@@ -60,7 +55,7 @@ class Kernels:
     def reduce(self, wide, thin, dtype, p=0.0, transposed=False, seed=0):
         (rows, columns), rank = wide.shape, thin.shape[1]
         memory, out = guarded(*((rank, columns) if transposed else (columns, rank)), dtype=dtype)
-        partial = self.floats("peftcore_lora_reduce_workspace", c_int64(rows), c_int64(columns), rank)
+        partial = self.emulated.workspace("peftcore_lora_reduce_workspace", c_int64(rows), c_int64(columns), rank)
         arguments = Wide(wide), thin, rank, dropout(p), partial, out, DTYPES.index(dtype), c_bool(transposed)
         self.emulated("peftcore_lora_reduce")(*arguments, seed=seed)
         untouched(memory)
@@ -71,7 +66,9 @@ class Kernels:
         memory, out = guarded(columns, rank, dtype=dtype)
         beside, product = guarded(rows, rank, dtype=torch.float32)
         sizes = c_int64(rows), c_int64(columns), rank
-        partials = [self.floats(f"peftcore_lora_{name}_workspace", *sizes) for name in ("reduce", "product")]
+        partials = [
+            self.emulated.workspace(f"peftcore_lora_{name}_workspace", *sizes) for name in ("reduce", "product")
+        ]
         launch = self.emulated("peftcore_lora_reduce_and_product")
         arguments = Wide(wide), thin, factor, rank, c_float(scale), *partials
         launch(*arguments, out, DTYPES.index(dtype), product, seed=seed)
@@ -88,7 +85,8 @@ class Kernels:
         memory, y = guarded(x.shape[0], weight.shape[0], dtype=x.dtype)
         given = x, DTYPES.index(x.dtype), x.shape[0], WeightView(weight)
         launch = self.emulated("peftcore_nf4_linear")
-        launch(*given, bias, thin, factor, thin.shape[1], y, seed=seed)
+        partial = self.emulated.workspace("peftcore_nf4_linear_workspace", *given)
+        launch(*given, bias, thin, factor, thin.shape[1], partial, y, seed=seed)
         untouched(memory)
         return y
 
@@ -122,14 +120,16 @@ def test_down(kernels, rank, rows):
 @pytest.mark.parametrize(("rank", "columns"), [(3, 1100), (16, 2048), (100, 1028)])
 def test_down_with_columns_split_over_blocks(kernels, rank, columns):
     x, a = normal(9, columns, dtype=torch.bfloat16), normal(rank, columns, seed=1)
-    assert len(kernels.floats("peftcore_lora_down_workspace", c_int64(9), c_int64(columns), rank)) > 9 * rank
+    assert (
+        len(kernels.emulated.workspace("peftcore_lora_down_workspace", c_int64(9), c_int64(columns), rank)) > 9 * rank
+    )
     check_product(kernels.down(x[None], [a], [0.5], p=0.1), kept(x, 0.1), a.double().T, 0.5)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
 @pytest.mark.parametrize("columns", [1100, 2048])
 def test_down_of_few_rows_leaves_no_sums(kernels, rows, columns):
-    assert len(kernels.floats("peftcore_lora_down_workspace", c_int64(rows), c_int64(columns), 16)) == 0
+    assert len(kernels.emulated.workspace("peftcore_lora_down_workspace", c_int64(rows), c_int64(columns), 16)) == 0
     x, a = normal(3, rows, columns, dtype=torch.half), [normal(5, columns, seed=1), normal(3, columns, seed=2)]
     found = kernels.down(x, a, [0.5, -2.0], torch.tensor([1, -1, 0]), p=0.25, seed=rows)
     keep = kept(x.view(3 * rows, columns), 0.25).view(x.shape)

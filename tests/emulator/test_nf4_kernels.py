@@ -123,7 +123,7 @@ def test_an_expert_is_a_view(emulated, emulated_library, shape, nested):
         values, y = torch.zeros(shape[1:]), torch.zeros(4, shape[1])
         emulated("peftcore_nf4_dequantize")(expert, values, 0)
         assert torch.equal(bits(values), bits(whole[index]))
-        emulated("peftcore_nf4_linear")(inputs, 0, 4, expert, None, None, None, 0, y)
+        emulated("peftcore_nf4_linear")(inputs, 0, 4, expert, None, None, None, 0, None, y)
         torch.testing.assert_close(y, inputs @ whole[index].T, rtol=1e-4, atol=1e-4 * float(whole.abs().max()))
 
 

@@ -2,7 +2,7 @@
 // proved on the emulator.
 //
 // Blocks of one part of the rows and several of the ranks (down.cuh) lie next to each other, so that they find
-// x in L2. Few rows are few blocks: then the columns are split over blocks too, and peftcore_lora_sum adds their
+// x in L2. Few rows are few blocks: then the columns are split over blocks too, and peftcore_sum adds their
 // sums in order. Up to 8 rows, as in generation, a block has one rank instead: no sums are left to add, which
 // would be a launch that takes as long as this one.
 #include "common/integers.h"
@@ -196,6 +196,6 @@ extern "C" const char* peftcore_lora_down(const peftcore::lora::Wide* x,
         if (error != nullptr) return error;
     }
     if (p.partial == nullptr) return nullptr;
-    return peftcore_lora_sum(partial, plan.splits, p.all_rows * stride, factors->scales[0], s,
-                             int(Dtype::kFloat), stream);
+    return peftcore_sum(partial, plan.splits, p.all_rows * stride, factors->scales[0], s, int(Dtype::kFloat),
+                        stream);
 }

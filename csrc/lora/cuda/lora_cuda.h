@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "common/cuda_sum.h"
 #include "common/dtype.h"
 #include "lora/dropout.h"
 
@@ -87,9 +88,7 @@ int64_t peftcore_lora_product_workspace(int64_t rows, int64_t columns, int rank)
 const char* peftcore_lora_drop(const peftcore::lora::Wide* x, const peftcore::lora::Dropout* dropout,
                                void* out, void* stream);
 
-// A Sum, its parts one by one; and two in a launch, the first of `dtype`, the second of fp32.
-const char* peftcore_lora_sum(const float* partial, int64_t parts, int64_t count, float scale, void* out,
-                              int dtype, void* stream);
+// Two sums in a launch, the first of `dtype`, the second of fp32.
 const char* peftcore_lora_sum_pair(const peftcore::lora::Sum* first, int dtype,
                                    const peftcore::lora::Sum* second, void* stream);
 

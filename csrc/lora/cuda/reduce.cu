@@ -2,7 +2,7 @@
 // pass P = c W Fᵀ, T from dy and B. No GPU was at hand: written for bandwidth, proved on the emulator.
 //
 // A block takes 128 columns of W and a part of its rows (reduce.cuh). Parts, a fixed split of the rows, are added
-// in order by peftcore_lora_sum, so every run gives the same bits. P needs all columns: blocks leave partial
+// in order by peftcore_sum, so every run gives the same bits. P needs all columns: blocks leave partial
 // products, which are added in the same way.
 #include "common/integers.h"
 #include "lora/cuda/reduce.cuh"
@@ -107,8 +107,7 @@ extern "C" const char* peftcore_lora_reduce(const peftcore::lora::Wide* wide, co
                                             int out_dtype, bool transposed, void* stream) {
     using namespace peftcore::lora;
     if (wide->columns == 0 || rank == 0) return nullptr;
-    if (wide->rows == 0)
-        return peftcore_lora_sum(partial, 0, wide->columns * rank, 1, out, out_dtype, stream);
+    if (wide->rows == 0) return peftcore_sum(partial, 0, wide->columns * rank, 1, out, out_dtype, stream);
     ReduceParams p = {};
     p.wide = wide->values;
     p.thin = thin;
@@ -120,7 +119,7 @@ extern "C" const char* peftcore_lora_reduce(const peftcore::lora::Wide* wide, co
     Sum sum;
     const char* error = reduce(p, wide->dtype, out, transposed, sum, stream);
     if (error != nullptr) return error;
-    return peftcore_lora_sum(sum.partial, sum.parts, sum.count, sum.scale, sum.out, out_dtype, stream);
+    return peftcore_sum(sum.partial, sum.parts, sum.count, sum.scale, sum.out, out_dtype, stream);
 }
 
 extern "C" const char* peftcore_lora_reduce_and_product(const peftcore::lora::Wide* wide, const float* thin,
@@ -131,9 +130,8 @@ extern "C" const char* peftcore_lora_reduce_and_product(const peftcore::lora::Wi
     const int64_t rows = wide->rows, columns = wide->columns;
     if (rank > kOnePassMaxRank) return "more ranks than one pass takes";
     if (rows == 0 || columns == 0 || rank == 0) {  // sums of nothing
-        const char* error = peftcore_lora_sum(partial, 0, columns * rank, 1, out, out_dtype, stream);
-        return error ? error
-                     : peftcore_lora_sum(partial, 0, rows * rank, 1, product, int(Dtype::kFloat), stream);
+        const char* error = peftcore_sum(partial, 0, columns * rank, 1, out, out_dtype, stream);
+        return error ? error : peftcore_sum(partial, 0, rows * rank, 1, product, int(Dtype::kFloat), stream);
     }
     ReduceParams p = {};
     p.wide = wide->values;

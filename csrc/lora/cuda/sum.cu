@@ -1,22 +1,9 @@
-// Second passes and dropout alone: memory goes through once, a value a thread.
+// Second passes of two sums, and dropout alone: memory goes through once, a value a thread.
 #include "lora/cuda/tiles.cuh"
 
 namespace peftcore {
 namespace lora {
 namespace {
-
-constexpr int64_t kMaxBlocks = 4096;
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    sum_kernel(const float* partial, int64_t parts, int64_t count, float scale, T* out) {
-    for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < count;
-         i += int64_t(gridDim.x) * kThreads) {
-        float total = 0;
-        for (int64_t part = 0; part < parts; ++part) total += partial[part * count + i];
-        out[i] = from_float<T>(scale * total);
-    }
-}
 
 // Two sums in a launch, the second in fp32.
 template <typename T>
@@ -58,50 +45,23 @@ __global__ void __launch_bounds__(kThreads)
     }
 }
 
-unsigned blocks_for(int64_t count) {
-    const int64_t wanted = (count + kThreads - 1) / kThreads;
-    return unsigned(wanted < kMaxBlocks ? wanted : kMaxBlocks);
-}
-
-template <typename T>
-const char* launch_sum(const float* partial, int64_t parts, int64_t count, float scale, void* out,
-                       void* stream) {
-    return PEFTCORE_LAUNCH(sum_kernel<T>, blocks_for(count), kThreads, 0, stream, partial, parts, count,
-                           scale, static_cast<T*>(out));
-}
-
 template <typename T>
 const char* launch_pair(const Sum& first, const Sum& second, void* stream) {
-    return PEFTCORE_LAUNCH(sum_pair_kernel<T>, blocks_for(first.count + second.count), kThreads, 0, stream,
-                           first, second);
+    return PEFTCORE_LAUNCH(sum_pair_kernel<T>, blocks_once(first.count + second.count, kThreads), kThreads, 0,
+                           stream, first, second);
 }
 
 template <typename T>
 const char* launch_drop(const Wide& x, const Dropout& dropout, void* out, void* stream) {
     const int64_t rows = x.rows, columns = x.columns;
     const int64_t groups = (columns + kColumnsPerCounter - 1) / kColumnsPerCounter;
-    return PEFTCORE_LAUNCH(drop_kernel<T>, blocks_for(rows * groups), kThreads, 0, stream,
+    return PEFTCORE_LAUNCH(drop_kernel<T>, blocks_once(rows * groups, kThreads), kThreads, 0, stream,
                            static_cast<const T*>(x.values), rows, columns, dropout, static_cast<T*>(out));
 }
 
 }  // namespace
 }  // namespace lora
 }  // namespace peftcore
-
-extern "C" const char* peftcore_lora_sum(const float* partial, int64_t parts, int64_t count, float scale,
-                                         void* out, int dtype, void* stream) {
-    using namespace peftcore::lora;
-    if (count == 0) return nullptr;
-    switch (Dtype(dtype)) {
-        case Dtype::kFloat:
-            return launch_sum<float>(partial, parts, count, scale, out, stream);
-        case Dtype::kHalf:
-            return launch_sum<peftcore::Half>(partial, parts, count, scale, out, stream);
-        case Dtype::kBFloat16:
-            return launch_sum<peftcore::BFloat16>(partial, parts, count, scale, out, stream);
-    }
-    return "unknown dtype";
-}
 
 extern "C" const char* peftcore_lora_sum_pair(const peftcore::lora::Sum* first, int dtype,
                                               const peftcore::lora::Sum* second, void* stream) {

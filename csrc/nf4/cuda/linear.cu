@@ -1,13 +1,15 @@
 // y = x Wᵀ + b for few rows of x, straight from 4 bits, and with it s Fᵀ of LoRA, both fp32. No GPU was at
 // hand: written for bandwidth, proved on the emulator.
 //
-// rows_kernel (fp16, bf16; up to 32 rows, columns that are whole blocks of 64): rows.cuh. tensor_kernel (fp16, bf16):
-// linear.cuh. s comes from a launch before. If every block made it itself, each would read all of LoRA's A beside its
+// rows_kernel (fp16, bf16; up to 16 rows, columns that are whole blocks of 64): rows.cuh; panel_kernel (up to 64):
+// panel.cuh. tensor_kernel (fp16, bf16; other columns): linear.cuh. s comes from a launch before. If every block made it itself, each would read all of LoRA's A beside its
 // own 16 rows of W: four times their bytes at rank 16, against a launch of about 3 us.
 //
 // simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W.
+#include "common/cuda_sum.h"
 #include "nf4/cuda/linear.cuh"
 #include "nf4/cuda/nf4_cuda.h"
+#include "nf4/cuda/panel.cuh"
 #include "nf4/cuda/rows.cuh"
 #include "nf4/nf4.h"
 
@@ -15,7 +17,8 @@ namespace peftcore {
 namespace nf4 {
 namespace {
 
-constexpr int kSimpleTile = 8;  // rows of x that a warp of simple_kernel takes together
+constexpr int64_t kPanelBlocks = 128;  // wanted: about the multiprocessors of a large card
+constexpr int kSimpleTile = 8;         // rows of x that a warp of simple_kernel takes together
 
 template <typename T, int kTiles, int kStage, int kStages, bool kNested>
 __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) {
@@ -23,8 +26,18 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) 
 }
 
 template <typename T, int kParts, int kTiles, bool kNested>
-__global__ void __launch_bounds__(kThreads, kTiles <= 2 ? 4 : 3) rows_kernel(const LinearLaunch p) {
+__global__ void __launch_bounds__(kThreads, 4) rows_kernel(const LinearLaunch p) {
     rows_tile<T, kParts, kTiles, kNested>(p, int64_t(blockIdx.x) * (16 / kParts));
+}
+
+template <typename T, int kTiles, bool kNested>
+__global__ void __launch_bounds__(kPanelThreads)
+    panel_kernel(const LinearLaunch p, unsigned row_blocks, uint32_t split_columns) {
+    const unsigned split = blockIdx.x / row_blocks;
+    const uint32_t begin = split * split_columns, columns = uint32_t(p.weight.columns);
+    panel_tile<T, kTiles, kNested>(p, int64_t(blockIdx.x % row_blocks) * kPanelRows, begin,
+                                   begin + split_columns < columns ? begin + split_columns : columns,
+                                   int(split));
 }
 
 template <typename T, bool kNested>
@@ -69,11 +82,55 @@ const char* launch_simple(const LinearLaunch& p, void* stream) {
     return PEFTCORE_LAUNCH((simple_kernel<T, kNested>), grid, kThreads, 0, stream, p);
 }
 
+template <typename T>
+constexpr Dtype kDtypeOf = Dtype::kBFloat16;
+template <>
+constexpr Dtype kDtypeOf<Half> = Dtype::kHalf;
+
+bool in_pieces(const void* x, const WeightView& weight) {
+    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+    return weight.columns % 32 == 0 && aligned(x) && aligned(weight.codes);
+}
+
+// How panel_kernel's blocks share out W: chosen by the shape alone, so that results are the same on every GPU.
+struct PanelPlan {
+    unsigned row_blocks, splits;  // no splits: another kernel's shape
+    uint32_t split_columns;
+};
+
+PanelPlan panel_plan(const void* x, Dtype dtype, int batch, const WeightView& weight) {
+    if (dtype == Dtype::kFloat || batch <= 16 || weight.columns == 0 || !in_pieces(x, weight) ||
+        !in_lanes(weight))
+        return {};
+    PanelPlan plan;
+    plan.row_blocks = unsigned(ceil_div(weight.rows, kPanelRows));
+    const int64_t steps = ceil_div(weight.columns, kPanelStep);
+    const int64_t splits = least(steps, ceil_div(kPanelBlocks, plan.row_blocks));
+    plan.split_columns = uint32_t(ceil_div(steps, splits) * kPanelStep);
+    plan.splits = unsigned(ceil_div(weight.columns, plan.split_columns));
+    return plan;
+}
+
+template <typename T, int kTiles, bool kNested>
+const char* launch_panel(LinearLaunch p, const PanelPlan& plan, void* stream) {
+    constexpr int kBytes = panel_bytes<kTiles>();
+    constexpr auto kernel = panel_kernel<T, kTiles, kNested>;
+    if (const char* error = PEFTCORE_ALLOW_SHARED(kernel, kBytes)) return error;
+    if (plan.splits == 1) p.partial = nullptr;
+    if (const char* error = PEFTCORE_LAUNCH(kernel, plan.row_blocks * plan.splits, kPanelThreads, kBytes,
+                                            stream, p, plan.row_blocks, plan.split_columns))
+        return error;
+    if (plan.splits == 1) return nullptr;
+    return peftcore_sum(p.partial, plan.splits, p.batch * p.weight.rows, 1, p.y, int(kDtypeOf<T>), stream);
+}
+
 template <typename T, bool kNested>
 const char* launch_tensor(const LinearLaunch& p, void* stream) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-    if (p.weight.columns % 32 != 0 || !aligned(p.x) || !aligned(p.weight.codes))
-        return launch_simple<T, kNested>(p, stream);
+    if (!in_pieces(p.x, p.weight)) return launch_simple<T, kNested>(p, stream);
+    const PanelPlan plan = panel_plan(p.x, kDtypeOf<T>, p.batch, p.weight);
+    if (plan.splits > 0)
+        return p.batch <= 32 ? launch_panel<T, 4, kNested>(p, plan, stream)
+                             : launch_panel<T, 8, kNested>(p, plan, stream);
     const unsigned blocks = unsigned((p.weight.rows + kRows - 1) / kRows);
     if (in_lanes(p.weight)) {
         const unsigned half = unsigned((p.weight.rows + 7) / 8);
@@ -83,8 +140,6 @@ const char* launch_tensor(const LinearLaunch& p, void* stream) {
             return PEFTCORE_LAUNCH((rows_kernel<T, 1, 1, kNested>), blocks, kThreads, 0, stream, p);
         if (p.batch <= 16)
             return PEFTCORE_LAUNCH((rows_kernel<T, 1, 2, kNested>), blocks, kThreads, 0, stream, p);
-        if (p.batch <= 32)
-            return PEFTCORE_LAUNCH((rows_kernel<T, 1, 4, kNested>), blocks, kThreads, 0, stream, p);
     }
     // As many stages as 48 KiB of shared memory hold.
     if (p.batch <= 8)
@@ -115,14 +170,21 @@ const char* launch(const LinearLaunch& p, Dtype dtype, void* stream) {
 }  // namespace nf4
 }  // namespace peftcore
 
+extern "C" int64_t peftcore_nf4_linear_workspace(const void* x, int dtype, int batch,
+                                                 const peftcore::WeightView* weight) {
+    using namespace peftcore::nf4;
+    const unsigned splits = panel_plan(x, Dtype(dtype), batch, *weight).splits;
+    return splits > 1 ? splits * batch * weight->rows : 0;
+}
+
 extern "C" const char* peftcore_nf4_linear(const void* x, int dtype, int batch,
                                            const peftcore::WeightView* weight, const void* bias,
-                                           const float* thin, const float* factor, int rank, void* y,
-                                           void* stream) {
+                                           const float* thin, const float* factor, int rank, float* partial,
+                                           void* y, void* stream) {
     using namespace peftcore::nf4;
     if (batch == 0 || weight->rows == 0) return nullptr;
     if (batch > kLinearMaxBatch) return "more rows of x than the kernel takes";
-    const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y};
+    const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y, partial};
     return weight->nested_absmax != nullptr ? launch<true>(p, Dtype(dtype), stream)
                                             : launch<false>(p, Dtype(dtype), stream);
 }

@@ -26,6 +26,7 @@ struct LinearLaunch {
     const float *thin, *factor;  // s [batch, rank] and F
     int rank;                    // 0: neither
     void* y;
+    float* partial;  // of panel_tile, where its blocks share out the columns of W: [splits, batch, rows]
 };
 
 template <typename T>
@@ -40,6 +41,24 @@ __device__ __forceinline__ float thin_value(const LinearLaunch& p, int64_t m, in
 }
 __device__ __forceinline__ float factor_value(const LinearLaunch& p, int64_t n, int j) {
     return n < p.weight.rows && j < p.rank ? p.factor[n * p.rank + j] : 0;
+}
+
+// Adds s Fᵀ of the 16 ranks from `j` on to sums of 16 rows of W, from `n` on: 16 more columns.
+template <int kTiles>
+__device__ __forceinline__ void add_ranks(const LinearLaunch& p, int64_t n, int j, float (&d)[kTiles][4]) {
+    const int group = threadIdx.x % 32 / 4;
+    Tf32Left a;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        a.piece[i / 2][i % 2] = tf32_pieces(factor_value(p, n + group + i % 2 * 8, j + tf32_inner(i / 2)));
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+        Tf32Right b;
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            b.piece[i] = tf32_pieces(thin_value(p, tile * 8 + group, j + tf32_inner(i)));
+        tf32_multiply(d[tile], a, b);
+    }
 }
 
 // A warp's stage in shared memory: 16 rows of W and kTiles * 8 rows of x, of kStage columns and 16 bytes that
@@ -145,21 +164,7 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
     }
     cp_async_wait<0>();
 
-    for (int j = warp * 16; j < p.rank; j += kWarps * 16) {  // s Fᵀ: 16 ranks are 16 more columns
-        Tf32Left a;
-#pragma unroll
-        for (int i = 0; i < 8; ++i)
-            a.piece[i / 2][i % 2] =
-                tf32_pieces(factor_value(p, n + group + i % 2 * 8, j + tf32_inner(i / 2)));
-#pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
-            Tf32Right b;
-#pragma unroll
-            for (int i = 0; i < 4; ++i)
-                b.piece[i] = tf32_pieces(thin_value(p, tile * 8 + group, j + tf32_inner(i)));
-            tf32_multiply(d[tile], a, b);
-        }
-    }
+    for (int j = warp * 16; j < p.rank; j += kWarps * 16) add_ranks(p, n, j, d);
     __syncthreads();  // stages have been read
 
     Sums& sums = *reinterpret_cast<Sums*>(memory);

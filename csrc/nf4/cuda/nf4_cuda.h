@@ -21,17 +21,19 @@ const char* peftcore_nf4_dequantize(const peftcore::WeightView* weight, void* ou
 
 // y [batch, rows] = x [batch, columns] Wᵀ + bias + thin factorᵀ, x, bias (or nullptr) and y of `dtype`, thin
 // [batch, rank] and factor [rows, rank] fp32. Rank 0: without the last two. At most kLinearMaxBatch rows of
-// x.
+// x. `partial`: peftcore_nf4_linear_workspace floats.
 const char* peftcore_nf4_linear(const void* x, int dtype, int batch, const peftcore::WeightView* weight,
-                                const void* bias, const float* thin, const float* factor, int rank, void* y,
-                                void* stream);
+                                const void* bias, const float* thin, const float* factor, int rank,
+                                float* partial, void* y, void* stream);
+int64_t peftcore_nf4_linear_workspace(const void* x, int dtype, int batch,
+                                      const peftcore::WeightView* weight);
 }
 
 namespace peftcore {
 namespace nf4 {
 
-// An estimate, not measured: every 16 rows of W read all of x, from L2. At 64 rows that is 16 times the bytes
-// of W in 4 bits, and takes about as long as unpacking W to memory and reading it again.
+// Estimated, not measured: at 64 rows the kernel takes about half of what unpacking W to memory does, before anything
+// reads it there (benchmarks/cuda_bounds). Its sums of more rows would not fit into registers.
 constexpr int kLinearMaxBatch = 64;
 
 }  // namespace nf4

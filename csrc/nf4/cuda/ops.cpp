@@ -133,11 +133,14 @@ Tensor few_rows(const Tensor& x, const WeightView& weight, const Tensor& bias, c
                 const Tensor& factor) {
     const char* op = "linear_4bit";
     const auto pointer = [](const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; };
-    const Tensor y = at::empty({x.size(0), weight.rows}, x.options());
+    const int dtype = int(kernel_dtype(x.scalar_type(), op)), batch = int(x.size(0));
+    const Tensor y = at::empty({batch, weight.rows}, x.options());
+    const int64_t floats = peftcore_nf4_linear_workspace(x.const_data_ptr(), dtype, batch, &weight);
+    const Tensor partial = at::empty({floats}, x.options().dtype(at::kFloat));
     check_launch(peftcore_nf4_linear(
-                     x.const_data_ptr(), int(kernel_dtype(x.scalar_type(), op)), int(x.size(0)), &weight,
-                     pointer(bias), static_cast<const float*>(pointer(thin)),
-                     static_cast<const float*>(pointer(factor)), thin.defined() ? int(thin.size(1)) : 0,
+                     x.const_data_ptr(), dtype, batch, &weight, pointer(bias),
+                     static_cast<const float*>(pointer(thin)), static_cast<const float*>(pointer(factor)),
+                     thin.defined() ? int(thin.size(1)) : 0, partial.mutable_data_ptr<float>(),
                      y.mutable_data_ptr(), current_cuda_stream(x.device())),
                  op);
     return y;

@@ -1,0 +1,188 @@
+// A block's part of y = x Wᵀ + b + s Fᵀ for 17 to 64 rows of x, straight from 4 bits: 128 rows of W, so that x comes from
+// the second cache once for as many, and where that makes too few blocks for a card, a part of the columns, whose sums
+// another launch adds. Where columns are whole blocks of 64 with one scale.
+//
+// Four pairs of warps have 32 rows of W each; the two of a pair share out the columns. A lane has 64 columns of four
+// rows of W at a time, and their values as in rows.cuh: a row by a table, one by its neighbours. x arrives by cp.async
+// in stages that all warps read: of each lane's columns one half, 64 bytes in a piece.
+#pragma once
+
+#include "nf4/cuda/rows.cuh"
+
+namespace peftcore {
+namespace nf4 {
+namespace {
+
+constexpr int kPanelThreads = 256, kPanelRows = 128;
+constexpr int kSlices = 2;                              // of the columns, a warp each
+constexpr int kPanelStep = kSlices * 4 * kLaneColumns;  // columns
+constexpr int kHalf = kLaneColumns / 2;                 // of a lane's columns: what a stage has of them
+constexpr int kPanelStages = 3, kStageColumns = kPanelStep / 2, kStagePieces = kStageColumns / 8;
+
+// What the block needs of shared memory: stages of x, and when they have been read, the sums of both slices.
+template <int kTiles>
+constexpr int panel_bytes() {
+    constexpr int stages = kPanelStages * kTiles * 8 * kStageColumns * 2;
+    constexpr int sums = kSlices * kTiles * 8 * (kPanelRows + 1) * 4;
+    return stages > sums ? stages : sums;
+}
+
+// Where a piece of 16 bytes of x lies in its row of a stage: eight lanes that read together meet no bank twice.
+__device__ __forceinline__ int place_of_piece(int row, int piece) {
+    return piece ^ ((piece >> 2 & 2) | (row & 1));
+}
+
+// Rows of W from `first_row` on, columns [begin, end). kTiles: of 8 rows of x. The first split adds b and s Fᵀ.
+template <typename T, int kTiles, bool kNested>
+__device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t begin, uint32_t end,
+                           int split) {
+    using XStage = uint4[kTiles * 8][kStagePieces];
+    using Sums = float[kSlices][kTiles * 8][kPanelRows + 1];
+    PEFTCORE_SHARED(float, quant_map, [16]);
+    PEFTCORE_SHARED(float, nested_quant_map, [kNested ? 256 : 1]);
+    PEFTCORE_DYNAMIC_SHARED(memory);
+    XStage* stages = reinterpret_cast<XStage*>(memory);
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int group = lane / 4, pair = lane % 4;  // of mma fragments
+    const int slice = warp % kSlices;
+    const int64_t warp_row = first_row + warp / kSlices * 32;
+    const uint32_t columns = uint32_t(p.weight.columns);
+    const uint32_t lane_column = begin + (slice * 4 + pair) * kLaneColumns;
+
+    uint32_t row_block[4];    // of 64 columns
+    const uint8_t* codes[4];  // of the row; rows behind the last repeat it, and are not stored
+#pragma unroll
+    for (int r = 0; r < 4; ++r) {
+        const int64_t row = least(warp_row + group + 8 * r, p.weight.rows - 1);
+        row_block[r] = uint32_t(row * (columns / kLaneColumns));
+        codes[r] = p.weight.codes + row * (columns / 2);
+    }
+
+    const auto fetch_x = [&](int stage) {  // what lies beyond is zero
+        const int slot = stage % kPanelStages, piece = lane;
+        const uint32_t column =
+            begin + stage / 2 * kPanelStep + piece / 4 * kLaneColumns + stage % 2 * kHalf + piece % 4 * 8;
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) {
+            const int row = i * 8 + warp;
+            const bool inside = row < p.batch && column < end;
+            const T* from = static_cast<const T*>(p.x) + (inside ? row * int64_t(columns) + column : 0);
+            cp_async_16(&stages[slot][row][place_of_piece(row, piece)], from, inside ? 16 : 0);
+        }
+        cp_async_commit();
+    };
+    uint4 ahead[4][2];  // codes
+    StoredScale scale_ahead[4];
+    const auto place = [&](uint32_t k) {
+        return lane_column + k < end ? lane_column + k : end - kLaneColumns;
+    };
+    const auto fetch_codes = [&](int half, uint32_t k) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) ahead[r][half] = load_16_bytes(codes[r] + place(k) / 2 + 16 * half);
+    };
+    const auto fetch_scales = [&](uint32_t k) {
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            const uint32_t block = (row_block[r] + place(k) / kLaneColumns) >> (p.weight.shift - 6);
+            scale_ahead[r] = stored_scale<kNested>(p.weight, block);
+        }
+    };
+    const int stage_count = 2 * int(ceil_div(end - begin, kPanelStep));
+    fetch_x(0);
+    fetch_x(1);
+    const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
+
+    float d[2][kTiles][4] = {};
+    if (split == 0)
+        for (int j = slice * 16; j < p.rank; j += kSlices * 16)
+#pragma unroll
+            for (int t = 0; t < 2; ++t) add_ranks(p, warp_row + 16 * t, j, d[t]);
+    fetch_codes(0, 0);
+    fetch_codes(1, 0);
+    fetch_scales(0);
+    __syncthreads();
+    const float value_of_lane = quant_map[lane % 16];
+
+    for (int step = 0; 2 * step < stage_count; ++step) {
+        const uint32_t next = (step + 1) * kPanelStep;
+        float scale[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) {
+            scale[r] = scale_of<kNested>(scale_ahead[r], nested_quant_map, offset);
+            if (lane_column + next - kPanelStep >= end) scale[r] = 0;
+        }
+        fetch_scales(next);
+        const ValueTable tables[2] = {value_table<T>(quant_map, scale[0]),
+                                      value_table<T>(quant_map, scale[2])};
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int stage = 2 * step + half;
+            cp_async_wait<kPanelStages - 2>();
+            __syncthreads();  // this stage has arrived, and the one before has been read
+            if (stage + kPanelStages - 1 < stage_count)
+                fetch_x(stage + kPanelStages - 1);
+            else
+                cp_async_commit();
+            const XStage& now = stages[stage % kPanelStages];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const auto word = [&](int r) {
+                    const uint4& four = ahead[r][half];
+                    return i == 0 ? four.x : i == 1 ? four.y : i == 2 ? four.z : four.w;
+                };
+                uint32_t upper[2][4], lower[2][4];
+#pragma unroll
+                for (int t = 0; t < 2; ++t) {
+                    eight_values(word(2 * t), tables[t], upper[t]);
+                    eight_values<T>(word(2 * t + 1), value_of_lane, scale[2 * t + 1], lower[t]);
+                }
+#pragma unroll
+                for (int tile = 0; tile < kTiles; ++tile) {
+                    const int row = tile * 8 + group;
+                    const uint4 piece = now[row][place_of_piece(row, (slice * 4 + pair) * 4 + i)];
+#pragma unroll
+                    for (int t = 0; t < 2; ++t)
+                        mma_m16n8k16<T>(d[t][tile], {upper[t][0], lower[t][0], upper[t][1], lower[t][1]},
+                                        {piece.x, piece.y});
+#pragma unroll
+                    for (int t = 0; t < 2; ++t)
+                        mma_m16n8k16<T>(d[t][tile], {upper[t][2], lower[t][2], upper[t][3], lower[t][3]},
+                                        {piece.z, piece.w});
+                }
+            }
+            fetch_codes(half, next);  // these have been read
+        }
+    }
+    cp_async_wait<0>();
+    __syncthreads();  // stages have been read
+
+    Sums& sums = *reinterpret_cast<Sums*>(memory);
+#pragma unroll
+    for (int t = 0; t < 2; ++t)
+#pragma unroll
+        for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                sums[slice][tile * 8 + pair * 2 + i % 2][warp / kSlices * 32 + t * 16 + group + i / 2 * 8] =
+                    d[t][tile][i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < kTiles * 8 * kPanelRows; i += kPanelThreads) {
+        const int m = i / kPanelRows, row = i % kPanelRows;
+        const int64_t n = first_row + row;
+        if (m >= p.batch || n >= p.weight.rows) continue;
+        float total = 0;
+#pragma unroll
+        for (int s = 0; s < kSlices; ++s) total += sums[s][m][row];
+        if (p.partial == nullptr) {
+            store_result<T>(p, m, n, total);
+            continue;
+        }
+        if (split == 0 && p.bias != nullptr) total += to_float(static_cast<const T*>(p.bias)[n]);
+        p.partial[(int64_t(split) * p.batch + m) * p.weight.rows + n] = total;
+    }
+}
+
+}  // namespace
+}  // namespace nf4
+}  // namespace peftcore
