@@ -27,10 +27,13 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 def shape_of(module: nn.Module, name: str) -> tuple[int, ...]:
     """The shape of the weight that the parameter `name` of `module` itself stands for; in 4 bits it has another."""
-    packing = getattr(module, "packings", {}).get(name)  # of `quantization.parameters.PackedParameters`
-    if packing is not None:
-        return tuple(packing.shape)
-    parameter = module.get_parameter(name)
+    if hasattr(type(module), "packings"):  # of `quantization.parameters.PackedParameters`
+        packings: Any = module.packings
+        if name in packings:
+            return tuple(packings[name].shape)
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        parameter = module.get_parameter(name)
     if name == "weight" and is_linear(module) and not parameter.is_floating_point():  # bitsandbytes'
         return sizes(module)[::-1]
     return tuple(parameter.shape)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from peftcore.architecture import Architecture
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Around:
     """`adapter(base, *args, **kwargs) -> output` in place of the forward of the module at `path`.
 
@@ -54,7 +54,7 @@ class Factors:
     transposed: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class After:
     """`adapter(y) -> y` behind the module at `path`; of a tuple output it sees and replaces the first element."""
 
@@ -62,7 +62,7 @@ class After:
     adapter: nn.Module
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class OnWeight:
     """`adapter(weight) -> weight`: what the forward of the module at `path` reads of its parameter `name`.
 
@@ -271,6 +271,11 @@ class StateRules:
     layouts: Mapping[str, FileLayout] = field(default_factory=dict)
     files: Mapping[str, FileFormat] = field(default_factory=dict)
     older_types: frozenset[str] = frozenset()
+
+    @property
+    def exports(self) -> bool:
+        """May an adapter have exported tensors?"""
+        return self.exported is not StateRules.exported
 
 
 @dataclass(frozen=True)

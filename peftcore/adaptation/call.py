@@ -240,7 +240,8 @@ def current_frame() -> Frame | None:
 
 def asked(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
     """The arguments that these adapters read of calls of their model; None where none asks for its calls."""
-    needs = [need for adapter in adapters for m in adapter.modules() if (need := getattr(m, "needs_call", False))]
+    modules = dict.fromkeys(module for adapter in adapters for module in adapter.modules())
+    needs = [need for module in modules if (need := getattr(module, "needs_call", False))]
     return frozenset(name for need in needs if need is not True for name in need) if needs else None
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -94,18 +95,24 @@ def _error(found: list[float], wanted: list[float]) -> float:
     return away / max(math.hypot(*filter(math.isfinite, wanted)), 1e-12)
 
 
-def _positions(count: int) -> list[int]:
+@lru_cache(1024)
+def _positions(count: int) -> tuple[int, ...]:
     spread = [i * count // _SPREAD for i in range(_SPREAD)]
-    return sorted({*spread, *range(max(0, count - _LAST), count)} - {count})
+    return tuple(sorted({*spread, *range(max(0, count - _LAST), count)} - {count}))
 
 
-def _positions_of_version_1(count: int) -> list[int]:
-    return [i * max(1, count // 32) for i in range(min(32, count))]
+def _positions_of_version_1(count: int) -> tuple[int, ...]:
+    return tuple(i * max(1, count // 32) for i in range(min(32, count)))
 
 
-def _sample(tensor: Tensor, positions: list[int]) -> Tensor:
+def _sample(tensor: Tensor, positions: tuple[int, ...]) -> Tensor:
     flat = ranks.whole(tensor.detach()).reshape(-1)
-    return flat[torch.tensor(positions, dtype=torch.long, device=flat.device)].float().cpu()
+    return flat.index_select(0, _index(positions).to(flat.device)).float().cpu()
+
+
+@lru_cache(1024)  # of layers that are alike
+def _index(positions: tuple[int, ...]) -> Tensor:
+    return torch.tensor(positions, dtype=torch.long, device="cpu")
 
 
 def _rounded(values: Tensor | None) -> list[float]:

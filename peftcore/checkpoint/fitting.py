@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 from peftcore import engine
 from peftcore.adaptation.adapted import base_parameters
@@ -84,7 +84,7 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
         CheckpointError: it cannot be applied, or asks for more numbers than the file holds.
     """
     try:
-        with torch.device("meta"), _Unfilled(), guarded(method, f"'{folder}'"):
+        with _Unfilled("meta"), guarded(method, f"'{folder}'"):
             placed = engine.placements_for(model, config, {})
     except (CheckpointError, PluginError):
         raise
@@ -101,13 +101,16 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
     return placed
 
 
-class _Unfilled(TorchFunctionMode):
-    """Within the block nothing is given random values, which on the meta device takes longer than to make it."""
+class _Unfilled(DeviceContext):
+    """`torch.device("meta")`, in which nothing is given random values: that takes longer than to make it.
+
+    As one mode, since every function of PyTorch passes through each.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _FILLS:
             return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # of torch
 
 
 _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_normal_, nn.init.xavier_uniform_}

@@ -94,8 +94,9 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
         partly_tied: a parameter that is tied may lie in the file under one of its names only.
     """
     ranks.reshard(model)
-    expected = tensors_on_disk(model, adapter)
-    exported = tensors_on_disk(model, adapter, exported=True)  # where the adapter's own tensors say the same
+    expected = exported = tensors_on_disk(model, adapter)
+    if registry.method(engine.applied(model, adapter).method).state.exports or own_slots(model, adapter):
+        exported = tensors_on_disk(model, adapter, exported=True)  # where the adapter's own tensors say the same
     tensors = _untied(tensors, expected, exported, folder, type(model).__name__, partly_tied)
     embeddings = _take_embeddings(model, adapter, tensors, expected, folder)
     kept = _take_kept(model, adapter, tensors)
@@ -135,7 +136,7 @@ def _for_training(model: nn.Module, adapter: str) -> set[str]:
     """The names of tensors that a file may lack: those of adapters whose exported tensors are some of their own."""
     rules = registry.method(engine.applied(model, adapter).method).state
     found: set[str] = set()
-    for placement in engine.placements(model, adapter):
+    for placement in engine.placements(model, adapter) if rules.exports else ():
         exported = rules.exported(placement)
         own = {rules.tensor_name(placement, n): t for n, t in placement.adapter.state_dict(keep_vars=True).items()}
         if exported and all(own.get(name) is tensor for name, tensor in exported.items()):

@@ -16,7 +16,7 @@ from peftcore.engine.activating import set_active
 from peftcore.engine.alone import alone
 from peftcore.engine.branches import check_branches, refuse_needed
 from peftcore.engine.calling import ask_of_calls
-from peftcore.engine.changes import Site, facts, with_adapter
+from peftcore.engine.changes import Site, facts, submodule, with_adapter
 from peftcore.engine.first_values import give_first_values, initializer
 from peftcore.engine.placing import (
     Placed,
@@ -126,13 +126,13 @@ def _apply(
     if placed.method.prepare is not None:
         placed.method.prepare(model, placed.config)
     of_method, config = recorded(placed)
-    modules = {placement.path: model.get_submodule(placement.path) for placement in placed.around}
+    modules = {placement.path: submodule(model, placement.path) for placement in placed.around}
     made: dict[Any, Any] = {}
     for placement in placed.around:
         _settle(placement.adapter, *device_and_dtype(modules[placement.path], dtype), model.training, made)
 
     for path in _enclosing_paths(model, [placement.path for placement in placed.around], placed.trained):
-        enclosing.enclose(model.get_submodule(path), state.lock, root=not path)
+        enclosing.enclose(submodule(model, path), state.lock, root=not path)
     if not state.applied and not state.resting:
         state.requires_grad = {name: p.requires_grad for name, p in adapted.base_parameters(model)}
         for _, parameter in adapted.base_parameters(model):
@@ -172,22 +172,26 @@ def _settle(
 
     What is on the meta device is given memory, and no values; `made` has what was, which adapters may share.
     """
-    fits = True
+    fits, is_set = True, True
     for module in adapter.modules():
+        is_set &= module.training == training and type(module).train is nn.Module.train
         for name, parameter in module._parameters.items() if device is not None and device.type != "meta" else ():
             if parameter is not None and parameter.is_meta and type(parameter) is nn.Parameter:
                 own = dtype if parameter.is_floating_point() else parameter.dtype
                 if parameter not in made:
                     made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=own, device=device), False)
                 module._parameters[name] = made[parameter]
-        tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-        fits &= all(t.device == device and (t.dtype == dtype or not t.is_floating_point()) for t in tensors)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                fits &= tensor.device == device and (tensor.dtype == dtype or not tensor.is_floating_point())
     if not fits:
         adapter.to(dtype=dtype)
         (adapter.to_empty if any(t.is_meta for t in (*adapter.parameters(), *adapter.buffers())) else adapter.to)(
             device=device
         )
-    adapter.train(training).requires_grad_(False)
+    if not is_set:
+        adapter.train(training)
+    adapter.requires_grad_(False)
 
 
 def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[str]) -> list[str]:

@@ -47,7 +47,8 @@ class TrainedParameters(nn.Module):
         Args:
             apart: those of `names` that are trained apart from the parameters they are tied to.
         """
-        base = base_tensors(model)
+        names = list(names)
+        base = base_tensors(model) if names else {}
         slots: dict[str, list[str]] = {}
         taken: set[int] = set()
         for name in names:
@@ -203,6 +204,8 @@ def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
     """
     moving = []
     for path, module in base_modules(model):
+        if not module._buffers:
+            continue
         tensors = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
         if any(not t.is_floating_point() and t.dim() > 1 for t in tensors):
             continue
@@ -238,7 +241,8 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The names of the base's parameters that are tied to those of `names`, these left out."""
-    base, names = base_tensors(model), set(names)
+    names = set(names)
+    base = base_tensors(model) if names else {}
     tensors = {id(base[name]) for name in names}
     return [name for name, tensor in base.items() if id(tensor) in tensors and name not in names]
 

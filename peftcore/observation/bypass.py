@@ -61,6 +61,8 @@ _FUSED = {
 def _fused(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
     """(path, why) of projections in whose place a fused one is called, or of one that was taken apart and stays."""
     for path, module in modules.items():
+        if "fused_projections" not in module.__dict__ and not hasattr(type(module), "fused_projections"):
+            continue  # a module that has none looks for it long
         if getattr(module, "fused_projections", False) is not True:
             continue
         processor = type(getattr(module, "processor", None)).__name__  # which alone changes where there is no method

@@ -118,9 +118,10 @@ def once_a_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]
     def remembered(model: nn.Module) -> Any:
         held = getattr(_HELD, "model", None)
         like = held[1] if held is not None and held[0] is model else likeness(model)
-        if model not in _REMEMBERED or _REMEMBERED[model][0] != like:
-            _REMEMBERED[model] = like, {}
-        found = _REMEMBERED[model][1]
+        known = _REMEMBERED.get(model)
+        if known is None or known[0] is not like:
+            known = _REMEMBERED[model] = like, known[1] if known is not None and known[0] == like else {}
+        found = known[1]
         if find.__qualname__ not in found:
             found[find.__qualname__] = find(model)
         return found[find.__qualname__]

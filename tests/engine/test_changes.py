@@ -10,10 +10,11 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, parametrize
 
 import peftcore
-from peftcore.engine import set_trainable
+from peftcore.engine import adapter_modules, set_trainable
 
 pytestmark = pytest.mark.usefixtures("toys")
 Q = "model.layers.0.self_attn.q_proj"
@@ -165,3 +166,14 @@ def test_moving_casting_and_copying_are_no_change(change: Callable[[nn.Module], 
     model = change(peftcore.apply(tiny.llama(), "around"))
     assert not peftcore.summary(model).changed
     peftcore.activate(model, "default")
+
+
+def test_a_layer_inside_a_wrapper_is_found() -> None:
+    """PyTorch's for activation checkpointing is on the way to it, and no part of its path."""
+    model = nn.Sequential(checkpoint_wrapper(nn.Sequential(nn.Linear(4, 4))))
+    peftcore.apply(model, "lora", r=1, target_modules=["0.0"])
+    assert [path for path, _ in adapter_modules(model, "default")] == ["0.0"]
+    peftcore.apply(model, "lora", r=1, target_modules=["0.0"], adapter="second")
+    peftcore.remove(model, "second")
+    peftcore.remove(model)
+    assert "peftcore" not in model[0][0]._modules

@@ -86,6 +86,31 @@ def test_a_change_costs_what_it_touches(change: Callable[[nn.Module], Any]) -> N
     assert growth / 30 < LAYERS / 2  # for each adapter that is not touched: it is named, its layers are not walked
 
 
+def test_a_layer_of_an_adapter_is_few_objects() -> None:
+    """Of those that the garbage collector walks: it does so time and again, and the more there are, the longer."""
+
+    def objects(change: Callable[[], Any]) -> int:
+        gc.collect()
+        before = len(gc.get_objects())
+        change()
+        gc.collect()
+        return len(gc.get_objects()) - before
+
+    CHANGES["apply"](model_with(2))  # what a process, and a kind of model, has once
+    few, many = model_with(2), model_with(2, 10 + LAYERS)
+    added = [objects(lambda model=model: CHANGES["apply"](model)) for model in (few, many)]  # type: ignore[misc]
+    modules: list[nn.Module] = []
+    empty = objects(lambda: modules.extend(nn.Module() for _ in range(10)))  # more, once something was compiled
+    assert added[1] - added[0] < empty  # with two parameters, a placement and, since it acts, a link
+
+
+def test_adding_one_calls_so_many_functions_a_layer() -> None:
+    CHANGES["apply"](model_with(2))
+    few, many = model_with(2), model_with(2, 10 + LAYERS)
+    added = [calls(lambda model=model: CHANGES["apply"](model)) for model in (few, many)]  # type: ignore[misc]
+    assert (added[1] - added[0]) / 10 < 340
+
+
 def test_another_choice_for_each_sample_walks_no_layers() -> None:
     def cost(layers: int) -> int:
         model = model_with(9, layers)

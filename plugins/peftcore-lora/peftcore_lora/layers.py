@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import ops, targets
+from peftcore.adaptation.light import LightModule
 from peftcore.merging.lookup import embed_scale
 from peftcore_lora.config import LoraConfig
 
@@ -33,10 +34,14 @@ def one_dropout(probability: float) -> Iterator[None]:
         _DROPOUT.reset(token)
 
 
-class Lora(nn.Module):
+class Lora(LightModule):
     """What the kinds of layer share: two factors, their scale, their dropout. Subclasses say how B A acts."""
 
     multiplier = 1.0  # what `peftcore.scale` sets
+    dropout: nn.Dropout
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -52,9 +57,9 @@ class Lora(nn.Module):
         alpha = targets.pattern_value(config.alpha_pattern, path, config.lora_alpha)
         self.full_scale = alpha / (math.sqrt(r) if config.use_rslora else r)
         # A module: trainers find those, to switch dropout off. One for all layers, since it takes 2 KB.
-        self.dropout = _DROPOUT.get() or nn.Dropout(config.lora_dropout)
-        self.lora_A = nn.Parameter(torch.empty(r * experts, *a_shape))
-        self.lora_B = nn.Parameter(torch.zeros(b_shape[0], r * experts // groups, *b_shape[1:]))
+        self.add_module("dropout", _DROPOUT.get() or nn.Dropout(config.lora_dropout))
+        self.register_parameter("lora_A", nn.Parameter(torch.empty(r * experts, *a_shape)))
+        self.register_parameter("lora_B", nn.Parameter(torch.zeros(b_shape[0], r * experts // groups, *b_shape[1:])))
         if config.init_lora_weights == "gaussian":
             nn.init.normal_(self.lora_A, std=1 / r)
         else:
@@ -128,7 +133,7 @@ class ThinLinear(LoraLinear):
     """
 
     def __init__(self, scale: float = 1.0, dropout: float = 0.0) -> None:
-        nn.Module.__init__(self)
+        LightModule.__init__(self)
         self.full_scale, self.dropout, self.lora_bias = scale, nn.Dropout(dropout), None
 
     def pair(self) -> tuple[Tensor, Tensor]:
