@@ -86,8 +86,10 @@ def take_off(module: nn.Module, marker: str) -> None:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class of `module` without adapters."""
-    cls = getattr(type(module), "_peftcore_original", type(module))
-    return getattr(cls, "_peftcore_enclosed", cls)
+    cls = type(module)
+    for marker in ("_peftcore_original", "_peftcore_enclosed", "_peftcore_folds"):  # from the outermost
+        cls = getattr(cls, marker, cls)
+    return cls
 
 
 def original_forward(module: nn.Module) -> Callable[..., Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftcore import ranks
-from peftcore.adaptation import adapted, enclosing, fast_path
+from peftcore.adaptation import adapted, enclosing, fast_path, folding
 from peftcore.adaptation.call import asked
 from peftcore.engine.activating import set_active
 from peftcore.engine.alone import alone
@@ -44,7 +44,7 @@ from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_applied
 from peftcore.method import After, Around, Model
-from peftcore.observation import left_as_it_is
+from peftcore.observation import detect, left_as_it_is
 
 
 @alone("apply another adapter", base=True)
@@ -131,9 +131,13 @@ def _apply(
     for placement in placed.around:
         _settle(placement.adapter, *device_and_dtype(modules[placement.path], dtype), model.training, made)
 
+    is_first = not state.applied and not state.resting
+    head = detect(model).output_head if is_first else None
+    if head is not None:
+        folding.fold(submodule(model, head))  # before other classes are swapped in, inside which its own stays
     for path in _enclosing_paths(model, [placement.path for placement in placed.around], placed.trained):
         enclosing.enclose(submodule(model, path), state.lock, root=not path)
-    if not state.applied and not state.resting:
+    if is_first:
         state.requires_grad = {name: p.requires_grad for name, p in adapted.base_parameters(model)}
         for _, parameter in adapted.base_parameters(model):
             parameter.requires_grad_(False)
@@ -264,6 +268,7 @@ def _let_base_go(model: nn.Module, state: State) -> dict[str, str]:
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
         for _, module in adapted.base_modules(model):
             enclosing.release(module)
+            folding.unfold(module)
         state.lock.retired = True
         del model.__dict__[STATE]
     return {}

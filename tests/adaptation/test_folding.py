@@ -1,0 +1,109 @@
+"""The frozen output head multiplies all rows at once, as it did before it was frozen."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peftcore
+from peftcore.adaptation.chain import Base
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.append(operator.overloadpacket.__name__)
+        return operator(*args, **(kwargs or {}))
+
+
+def last(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(input_ids=tiny.TOKENS, logits_to_keep=2).logits
+    return logits
+
+
+def test_the_logits_of_some_places_are_one_product() -> None:
+    model = tiny.llama()
+    head = model.lm_head
+    before, hidden = last(model), torch.randn(3, 7, 32)
+    peftcore.apply(model, "lora", target_modules=["q_proj"])
+    assert torch.equal(last(model), before)
+    with Operators() as operators:
+        found = head(hidden[:, 5:])
+    assert operators.seen.count("mm") == 1
+    assert not {"bmm", "expand"} & set(operators.seen)
+    with Operators() as operators:
+        wanted = nn.functional.linear(hidden[:, 5:], head.weight)
+    assert "bmm" in operators.seen  # else PyTorch does it by itself now, and peftcore.adaptation.folding may go
+    torch.testing.assert_close(found, wanted)
+    assert isinstance(head, nn.Linear)
+    assert type(head).__name__ == "Linear"
+    peftcore.remove(model)
+    assert type(head) is nn.Linear
+    assert torch.equal(last(model), before)
+
+
+@pytest.mark.parametrize("shape", [(32,), (4, 32), (2, 3, 32), (2, 1, 3, 32), (0, 3, 32)])
+def test_any_shape_and_its_gradient(shape: tuple[int, ...]) -> None:
+    model = peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"])
+    x = torch.randn(shape, requires_grad=True)
+    y = model.lm_head(x)
+    wanted = x @ model.lm_head.weight.T
+    torch.testing.assert_close(y, wanted)
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(wanted, x, dy))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_copies_give_the_class_back(copied: Callable[[nn.Module], Any]) -> None:
+    model = copied(peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"]))
+    assert torch.equal(last(model), last(peftcore.remove(copied(model))))
+    assert type(peftcore.remove(model).lm_head) is nn.Linear
+
+
+def test_adapters_of_the_head_itself_are_fused() -> None:
+    model = peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"])
+    peftcore.apply(model, "lora", target_modules=["lm_head"], adapter="head")
+    base: Base = model.lm_head._peftcore_base
+    assert base.linear_operands(torch.randn(2, 32)) is not None
+    peftcore.remove(model, "head")
+    peftcore.remove(model, "default")
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_a_head_that_computes_something_else_is_left_alone() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    model = tiny.llama()
+    model.lm_head.__class__ = Scaled
+    before = last(model)
+    peftcore.apply(model, "lora", target_modules=["q_proj"])
+    assert type(model.lm_head) is Scaled
+    torch.testing.assert_close(last(model), before)  # by another product, of the frozen weight
+
+
+def test_a_head_that_trains_whole() -> None:
+    model = peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
+    assert model.lm_head.weight.grad is not None
+    last(peftcore.remove(model))
+    assert type(model.lm_head) is nn.Linear
+
+
+def test_a_head_that_a_later_adapter_trains() -> None:
+    model = peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"])
+    peftcore.apply(model, "lora", target_modules=["q_proj"], modules_to_save=["lm_head"], adapter="second")
+    last(peftcore.remove(model, "default"))
+    last(peftcore.remove(model, "second"))
+    assert type(model.lm_head) is nn.Linear
