@@ -21,21 +21,84 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_equals_the_forward_of_the_module(kind):
+def experts_of(kind, dtype=torch.float32):
     config = transformers.AutoConfig.for_model(kind, **SIZES, **MODELS[kind])
     model = transformers.AutoModelForCausalLM.from_config(config)
     experts = next(module for module in model.modules() if experts_layout(module))
     torch.manual_seed(0)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, std=0.1).requires_grad_(False)
-    hidden, weights = torch.randn(9, 32, requires_grad=True), torch.rand(9, 2)
+    return experts.to(dtype)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_equals_the_forward_of_the_module(kind):
+    experts = experts_of(kind)
+    hidden, weights = torch.randn(9, 32, requires_grad=True), torch.rand(9, 2, requires_grad=True)
     index = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
     for found, wanted in zip(
         *(
-            (y, *torch.autograd.grad(y.square().sum(), hidden))
+            (y, *torch.autograd.grad(y.square().sum(), (hidden, weights)))
             for y in (experts_forward(experts, hidden, index, weights), experts(hidden, index, weights))
         ),
         strict=True,
     ):
         torch.testing.assert_close(found, wanted)
+
+
+def routing(tokens):
+    index = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
+    return index, torch.rand(tokens, 2)
+
+
+@pytest.mark.parametrize("weights_in", [torch.float32, torch.bfloat16])
+def test_in_bf16_it_is_no_less_exact_than_the_forward_of_the_module(weights_in):
+    """Of routers whose weights are fp32 as well."""
+    experts = experts_of("mixtral", torch.bfloat16)
+    hidden, (index, weights) = torch.randn(40, 32).bfloat16(), routing(40)
+    weights = weights.to(weights_in)
+    exact = experts_of("mixtral", torch.float64)
+    exact.load_state_dict(experts.state_dict())
+    exact.config._experts_implementation = "eager"
+    wanted = exact(hidden.double(), index, weights.double())
+
+    def error(found):
+        assert found.dtype is torch.bfloat16
+        return float((found.double() - wanted).norm())
+
+    assert error(experts_forward(experts, hidden, index, weights)) <= error(experts(hidden, index, weights))
+
+
+def doubled(module, inputs, output):
+    return 2 * output
+
+
+def test_an_activation_of_the_users_own_is_called():
+    """One with a hook, another module in its place, another forward on the instance, another gate."""
+    experts = experts_of("qwen3_moe")
+    arguments = torch.randn(7, 32), *routing(7)
+    plain = experts(*arguments)
+    torch.testing.assert_close(experts_forward(experts, *arguments), plain)
+
+    def found():
+        y = experts_forward(experts, *arguments)
+        torch.testing.assert_close(y, experts(*arguments))
+        return y
+
+    handle = experts.act_fn.register_forward_hook(doubled)
+    torch.testing.assert_close(found(), 2 * plain)
+    handle.remove()
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: 2 * output if module is experts.act_fn else output
+    )
+    torch.testing.assert_close(experts_forward(experts, *arguments), 2 * plain)
+    handle.remove()
+    act = experts.act_fn
+    act.forward = lambda x: 3 * torch.nn.functional.silu(x)
+    torch.testing.assert_close(found(), 3 * plain)
+    del act.forward
+    experts.act_fn = torch.nn.ReLU()
+    assert (found() - plain).abs().max() > 1e-2
+    experts.act_fn = act
+    experts._apply_gate = lambda y: 2 * type(experts)._apply_gate(experts, y)
+    torch.testing.assert_close(found(), 2 * plain)

@@ -19,7 +19,7 @@ import torch
 from fuzz.memory import LAYOUTS, laid_out
 
 from peftcore import ops
-from peftcore.ops import grouped, lora, nf4, optim, per_sample
+from peftcore.ops import grouped, lora, nf4, optim, per_sample, routing, swiglu
 from peftcore.ops import optim_rules as rules
 from peftcore.ops.linear_4bit import Linear4bit, Linear4bitBackward
 from peftcore.ops.row_norms import RowNorms
@@ -166,6 +166,44 @@ def _grouped_linear_backward(m):
     return {"grad": m.normal(len(x), out, dtype=x.dtype), **given, "needs": needs}
 
 
+def _routed(m):
+    index = m.place(torch.randint(0, 9, (m.size(40), m.choice([0, 1, 2, 8])), generator=m.generator))
+    return {"index": index, "experts": m.choice([0, 1, 4, 9, 20])}
+
+
+def _gathered(m):
+    k, x = m.choice([1, 2, 8]), m.normal(m.choice([1, m.size(40)]), m.size(300), dtype=m.choice(FLOATS))
+    rows = m.size(60) if len(x) else 0
+    return {"x": x, "order": m.place(torch.randint(0, max(1, len(x) * k), (rows,), generator=m.generator)), "k": k}
+
+
+def _combined(m):
+    tokens, k = m.choice([0, 1, m.size(40)]), m.choice([1, 2, 3, 8])
+    y = m.normal(tokens * k, m.size(300), dtype=m.choice(FLOATS))
+    places = m.place(torch.randperm(tokens * k, generator=m.generator).view(tokens, k))
+    return {"y": y, "weights": m.some(m.normal(tokens, k, dtype=m.choice([torch.float32, y.dtype]))), "places": places}
+
+
+def _combined_backward(m):
+    given = _combined(m)
+    places, y, weights = given.pop("places"), given["y"], given["weights"]
+    if weights is None:
+        given["weights"] = weights = m.normal(*places.shape)
+    order = m.place(torch.randperm(y.shape[0], generator=m.generator))
+    grad = m.normal(len(places), y.shape[1], dtype=torch.promote_types(y.dtype, weights.dtype))
+    needs = [m.random.random() < 0.7 for _ in range(2)]
+    return {"grad": grad, **given, "y": y if needs[1] else None, "order": order, "needs": needs}
+
+
+def _swiglu(m):
+    return {"x": m.normal(*m.choice([(m.size(200),), (2, 3), ()]), 2 * m.size(300), dtype=m.choice(FLOATS))}
+
+
+def _swiglu_backward(m):
+    x = _swiglu(m)["x"]
+    return {"grad": m.normal(*x.shape[:-1], x.shape[-1] // 2, dtype=x.dtype), "x": x}
+
+
 def _row_norms(m):
     rows, columns, r = m.size(), m.choice([m.size(), 64, 288, 2100]), m.choice([1, 2, 8, 16, 17, 40])
     factors = m.choice([torch.float32, torch.float32, torch.bfloat16, torch.float64])
@@ -263,6 +301,12 @@ OPERATORS = {
     "lora_linear_per_sample": (_lora_linear_per_sample, by_reference(per_sample.LoraLinearPerSample)),
     "grouped_linear": (_grouped_linear, by_reference(grouped.GroupedLinear)),
     "grouped_linear_backward": (_grouped_linear_backward, by_reference(grouped.GroupedLinearBackward)),
+    "routed": (_routed, by_reference(routing.Routed)),
+    "gathered": (_gathered, by_reference(routing.Gathered)),
+    "combined": (_combined, by_reference(routing.Combined)),
+    "combined_backward": (_combined_backward, by_reference(routing.CombinedBackward)),
+    "swiglu": (_swiglu, by_reference(swiglu.Swiglu)),
+    "swiglu_backward": (_swiglu_backward, by_reference(swiglu.SwigluBackward)),
     "row_norms": (_row_norms, by_reference(RowNorms)),
     "scaled": (_scaled, by_reference(Scaled)),
     "scaled_backward": (_scaled_backward, by_reference(ScaledBackward)),

@@ -23,6 +23,7 @@ def cases():
     experts, offsets = values(3, 32, 64), torch.tensor([2, 2, 4], dtype=torch.int32)
     many = [values(3, 4, 64), values(3, 32, 4)]
     of_experts = (x, offsets, [experts], [], None, many, False, 1.0, 0.0, None)
+    pairs, shares = torch.tensor([[2, 0], [1, 2]]), values(2, 2)
     many_s = torch.ops.peftcore.grouped_linear(*of_experts)[1]
     return {
         "grouped_linear": of_experts,
@@ -37,6 +38,12 @@ def cases():
         "row_norms": ([w], [], a, b, 0.5),
         "scaled": (x, values(64)),
         "scaled_backward": (values(5, 64), x, values(64), [True] * 2),
+        "routed": (pairs, 3),
+        "gathered": (x, torch.arange(10), 2),
+        "combined": (x, shares, pairs),
+        "combined_backward": (values(2, 64), values(4, 64), shares, torch.arange(4), [True] * 2),
+        "swiglu": (x,),
+        "swiglu_backward": (values(5, 32), x),
         "lora_linear_per_sample": (x[:, None], [w], [], None, [a], [b], [1.0], index),
     }
 

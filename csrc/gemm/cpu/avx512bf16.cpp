@@ -6,6 +6,7 @@
 // a dense weight. No better: chunks of 384 or 512 pairs, panels of 8 tiles.
 #include "gemm/cpu/avx512.h"
 #include "gemm/cpu/panels.h"
+#include "gemm/cpu/transpose.h"
 
 namespace peftcore {
 namespace gemm {
@@ -73,16 +74,28 @@ struct DotProducts {
     // out[pair][row].
     static void arrange_block(const Product& product, int64_t first_row, int64_t rows, int64_t first_pair,
                               int64_t pairs, uint32_t* out) {
-        alignas(64) uint32_t block[kRows][16];
         const BFloat16* x = product.x + first_row * product.inner;
+        const __mmask16 its_rows = __mmask16((1u << rows) - 1);
         const int64_t last = least(2 * (first_pair + pairs), product.inner);
         for (int64_t k = 2 * first_pair; k < last; k += 32, out += 16 * rows) {
             const __mmask32 there = last - k < 32 ? (__mmask32(1) << (last - k)) - 1 : ~__mmask32(0);
-            for (int64_t m = 0; m < rows; ++m)
-                _mm512_store_si512(block[m], _mm512_maskz_loadu_epi16(there, x + m * product.inner + k));
+            __m512i block[16];
+#pragma GCC unroll 16
+            for (int64_t m = 0; m < 16; ++m)
+                block[m] = m < rows ? _mm512_maskz_loadu_epi16(there, x + m * product.inner + k)
+                                    : _mm512_setzero_si512();
+            transpose_words(block);
             const int64_t count = least(16, (last - k + 1) / 2);
-            for (int64_t p = 0; p < count; ++p)
-                for (int64_t m = 0; m < rows; ++m) out[p * rows + m] = block[m][p];
+            if (rows == kRows && count == 16) {
+                // What is written behind a pair's rows, the next pair's overwrite.
+#pragma GCC unroll 16
+                for (int64_t p = 0; p < 15; ++p) _mm512_storeu_si512(out + p * kRows, block[p]);
+                _mm512_mask_storeu_epi32(out + 15 * kRows, its_rows, block[15]);
+            } else {
+#pragma GCC unroll 16
+                for (int64_t p = 0; p < 16; ++p)
+                    if (p < count) _mm512_mask_storeu_epi32(out + p * rows, its_rows, block[p]);
+            }
         }
     }
 

@@ -107,11 +107,22 @@ inline void unpack(const Product& product, int64_t tile, int64_t tiles, int64_t 
                     size_t(missing * kTileColumns) * sizeof(uint32_t));
 }
 
-// What the panel from here on is unpacked from, if there is one.
-inline Ahead ahead_of(const Product& product, int64_t tile, int64_t tiles, int64_t first, int64_t pairs) {
-    if (tiles <= 0 || product.right.region == nullptr) return Ahead({});
-    return Ahead(product.right.region(product.right.source, tile * kTileColumns, int(tiles), 2 * first,
+// What a panel is unpacked from, if there is one.
+inline Ahead ahead_of(const Product& product, const void* source, int64_t tile, int64_t tiles, int64_t first,
+                      int64_t pairs) {
+    if (tiles <= 0 || source == nullptr || product.right.region == nullptr) return Ahead({});
+    return Ahead(product.right.region(source, tile * kTileColumns, int(tiles), 2 * first,
                                       least(2 * (first + pairs), product.inner)));
+}
+
+// That of the panel from `tile` on, the task's next; or after the product's last one that of what follows it.
+template <BlockKernel Level>
+Ahead ahead_of_next(const Product& product, Range tiles, Range rows, int64_t tile, int64_t chunk) {
+    if (tile < tiles.last)
+        return ahead_of(product, product.right.source, tile, least(Level::kTiles, tiles.last - tile), 0,
+                        chunk);
+    if (tiles.last * kTileColumns < product.columns || rows.last < product.rows) return Ahead({});
+    return ahead_of(product, product.following, 0, least(Level::kTiles, tiles.last), 0, chunk);
 }
 
 template <BlockKernel Level>
@@ -136,10 +147,9 @@ void multiply_panels(const Product& product, const Arranged& arranged, Range til
                               .addend_pairs = addend_pairs,
                               .first = first == 0,
                               .last = first + pairs == all};
-            Ahead ahead =
-                panel.last ? ahead_of(product, tile + Level::kTiles,
-                                      least(Level::kTiles, tiles.last - tile - Level::kTiles), 0, chunk)
-                           : ahead_of(product, tile, count, first + chunk, least(chunk, all - first - chunk));
+            Ahead ahead = panel.last ? ahead_of_next<Level>(product, tiles, rows, tile + Level::kTiles, chunk)
+                                     : ahead_of(product, product.right.source, tile, count, first + chunk,
+                                                least(chunk, all - first - chunk));
             for (int64_t row = rows.first; row < rows.last; row += Level::kRows)
                 level.multiply(panel,
                                {.row = row,

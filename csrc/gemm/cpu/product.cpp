@@ -82,6 +82,7 @@ void multiply(const Kernel& kernel, const Product& product) {
         group.y += first * product.columns;
         if (group.addend.left != nullptr) group.addend.left += first * product.addend.inner;
         group.addend.keep.bits = product.addend.keep.row(first);
+        if (first + step < product.rows) group.following = product.right.source;
         multiply_group(kernel, group);
     }
 }

@@ -65,6 +65,9 @@ struct Product {
     const BFloat16* bias = nullptr;
     BFloat16* y;
     Addend addend{};
+    // A source like `right`'s, of a product of these sizes that is likely to come next: where its first panel lies is
+    // fetched during the last one. Or nullptr.
+    const void* following = nullptr;
 
     int64_t pairs() const { return (inner + 1) / 2; }
 };

@@ -37,7 +37,8 @@ inline int64_t end_of(const std::vector<Group>& groups) {
 }
 
 // `work` for each: for one with so many rows that a thread alone would keep the others waiting, with all threads
-// inside; then for the others, of which each thread takes the next, those with many rows first.
+// inside; then for the others, of which each thread takes the next, those with many rows first. `work` is also told
+// which this thread will probably take after it, or nullptr.
 template <typename Work>
 void for_each(std::vector<Group> groups, const Work& work) {
     std::stable_sort(groups.begin(), groups.end(),
@@ -46,15 +47,18 @@ void for_each(std::vector<Group> groups, const Work& work) {
     for (const Group& group : groups) all += group.rows;
     const int64_t threads = at::get_num_threads();
     size_t begin = 0;
+    const auto at = [&](size_t i) { return i < groups.size() && groups[i].rows != 0 ? &groups[i] : nullptr; };
     if (threads > 1)
-        for (; begin < groups.size() && groups[begin].rows * 2 * threads > all; ++begin) work(groups[begin]);
+        for (; begin < groups.size() && groups[begin].rows * 2 * threads > all; ++begin)
+            work(groups[begin], at(begin + 1));
     std::atomic<size_t> next{begin};
     at::parallel_for(0, begin < groups.size() ? threads : 0, 1, [&](int64_t first, int64_t last) {
         // Of this thread: the operator's own do not reach here.
         const at::AutoDispatchBelowADInplaceOrView below;
         const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
         for (; first < last; ++first)
-            for (size_t i = next++; i < groups.size(); i = next++) work(groups[i]);
+            for (size_t i = next++; i < groups.size(); i = next++)
+                work(groups[i], at(next.load(std::memory_order_relaxed) + size_t(threads - 1)));
     });
 }
 

@@ -53,10 +53,12 @@ std::tuple<Tensor, Tensor> grouped_linear(const Tensor& x, const Tensor& offsets
     const CpuKernels& kernels = cpu_kernels();
     const ThinKernels& thin = thin_kernels(kernels, x, op);
     const Matrices matrices(weight, transposed, op);
-    for_each(groups, [&](const Group& group) {
+    for_each(groups, [&](const Group& group, const Group* next) {
         if (group.rows == 0) return;
-        const Matrix matrix = matrices.forward(group.expert);
+        Matrix matrix = matrices.forward(group.expert);
         if (r == 0 && multiply_few(kernels, rows, group, matrix, biases, y)) return;
+        const Matrix following = next == nullptr ? Matrix{} : matrices.forward(next->expert);
+        if (next != nullptr) matrix.right.following = &following.right.view;
         const Tensor its_x = rows_of(rows, group), its_y = rows_of(y, group), its_s = rows_of(s, group);
         const Tensor its_bias = biases.defined() ? biases.select(0, group.expert) : Tensor();
         if (r == 0) return multiply(kernels, its_x, matrix, its_bias, its_y);
@@ -109,14 +111,16 @@ Gradients grouped_linear_backward(const Tensor& grad, const std::optional<Tensor
     const auto store = [](const Tensor& its, const Tensor& all, int64_t expert) {
         if (its.defined() && all.scalar_type() != at::kFloat) all.select(0, expert).copy_(its);
     };
-    for_each(groups, [&](const Group& group) {
+    for_each(groups, [&](const Group& group, const Group* next) {
         if (group.rows == 0 || !is_thin) {
             for (const auto& [gradient, needed] : {std::pair(da, needs[1]), std::pair(db, needs[2])})
                 if (needed && !factors.empty()) gradient.select(0, group.expert).zero_();
             if (group.rows == 0) return;
         }
         const Tensor its_dy = rows_of(dy, group), its_dx = needs[0] ? rows_of(dx, group) : Tensor();
-        const Matrix matrix = needs[0] ? matrices.backward(group.expert) : Matrix{};
+        Matrix matrix = needs[0] ? matrices.backward(group.expert) : Matrix{};
+        const Matrix following = needs[0] && next != nullptr ? matrices.backward(next->expert) : Matrix{};
+        if (next != nullptr) matrix.right.following = &following.right.view;
         if (!is_thin) {
             if (needs[0]) multiply(kernels, its_dy, matrix, {}, its_dx);
             return;

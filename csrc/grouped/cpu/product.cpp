@@ -90,7 +90,8 @@ void multiply(const CpuKernels& kernels, const Tensor& x, const Matrix& matrix, 
                                       .inner = x.size(1),
                                       .columns = y.size(1),
                                       .bias = bias.defined() ? bits(bias) : nullptr,
-                                      .y = static_cast<BFloat16*>(y.mutable_data_ptr())});
+                                      .y = static_cast<BFloat16*>(y.mutable_data_ptr()),
+                                      .following = right.following});
         return;
     }
     const int64_t columns = y.size(1), panels = ceil_div(columns, kPanel);

@@ -93,7 +93,8 @@ bool whole_product(const CpuKernels& kernels, const Tensor& x, const Right& righ
                                              .right = reader.of(&view),
                                              .inner = left.size(1),
                                              .keep = thin.keep,
-                                             .halves = parts == 2}});
+                                             .halves = parts == 2},
+                                  .following = right.following});
     return true;
 }
 

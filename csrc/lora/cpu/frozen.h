@@ -18,6 +18,7 @@ Tensor frozen_linear_backward(const Tensor& dy, const Weight& weight);  // dy W
 struct Right {
     WeightView view;
     bool transposed;
+    const WeightView* following = nullptr;  // see gemm::Product; of the sizes of `view`
 
     bool packed() const { return view.codes != nullptr; }
 };

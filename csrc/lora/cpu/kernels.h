@@ -95,6 +95,37 @@ struct ScaleBackwardArgs {
     float* sums;  // to which dy ∘ x is added, columns filled up to whole vectors; or nullptr
 };
 
+// Rows [g, u] of 2 columns values each.
+struct GateArgs {
+    const void* x;  // [M, 2 columns]
+    int64_t columns;
+    void* y;                   // silu(g) ∘ u [M, columns]; of the gradient dx [M, 2 columns]
+    const void* dy = nullptr;  // [M, columns]
+};
+
+// out_t: the sum over j of w[t, j] y[places[t, j]]
+struct RowSumArgs {
+    const void* y;  // [.., columns]
+    int64_t columns;
+    const float* weights;  // [tokens, k]; or nullptr: all are 1
+    const int64_t* places;
+    int64_t k;
+    void* out;  // [tokens, columns]
+    bool wide;  // out is fp32 and not of y's dtype
+};
+
+struct RowSumBackwardArgs {
+    const void* grad;  // [tokens, columns]
+    const void* y;     // [tokens k, columns], or nullptr
+    int64_t columns;
+    const float* weights;  // [tokens, k]
+    const int64_t* order;  // of each row its pair (t, j), as t k + j
+    int64_t k;
+    void* dy;   // or nullptr
+    float* dw;  // [tokens, k], if there is y
+    bool wide;  // grad and dy are fp32 and not of y's dtype
+};
+
 // A matrix of fp32 as bf16 halves: a first value, rounded, and what that leaves, rounded. Two parts are just
 // these. Of the products of two matrices all but the smallest are in
 //   [first, rest, first] [first, first, rest]ᵀ
@@ -125,6 +156,17 @@ struct ScaleKernels {
     void (*backward)(const ScaleBackwardArgs&, int64_t first_row, int64_t last_row);
 };
 
+struct GateKernels {
+    void (*forward)(const GateArgs&, int64_t first_row, int64_t last_row);
+    void (*backward)(const GateArgs&, int64_t first_row, int64_t last_row);
+};
+
+// A range is of tokens; of the gradient, of rows.
+struct RowSumKernels {
+    void (*sums)(const RowSumArgs&, int64_t first, int64_t last);
+    void (*backward)(const RowSumBackwardArgs&, int64_t first, int64_t last);
+};
+
 // For one row, fp32 in between; by the dtype of what they read (see rows.h). Buffers have room for 16 more.
 struct RowKernels {
     void (*widen)(const void* from, int64_t count, float* to);
@@ -140,6 +182,8 @@ struct Kernels {
     ThinKernels thin[kDtypes];
     RowKernels row[kDtypes];
     ScaleKernels scale[kDtypes];
+    GateKernels gate[kDtypes];
+    RowSumKernels row_sum[kDtypes];
     void (*norms[kDtypes])(const NormArgs&, int64_t first_row, int64_t last_row);
     void (*halves)(const Halves&) = nullptr;  // of the factors of a gemm::Addend
 };

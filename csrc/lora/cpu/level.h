@@ -1,9 +1,11 @@
 // All of a level's kernels that are loops over its vectors.
 #pragma once
 
+#include "lora/cpu/gates.h"
 #include "lora/cpu/norms.h"
 #include "lora/cpu/rows.h"
 #include "lora/cpu/scaled.h"
+#include "lora/cpu/sums_of_rows.h"
 
 namespace peftcore {
 namespace lora {
@@ -17,6 +19,8 @@ static Kernels kernels_of() {
     return {.thin = {Blocks<F>::kernels(), Blocks<H>::kernels(), Blocks<B>::kernels()},
             .row = {Rows<F>::kernels(), Rows<H>::kernels(), Rows<B>::kernels()},
             .scale = {Scaled<F>::kernels(), Scaled<H>::kernels(), Scaled<B>::kernels()},
+            .gate = {Gates<F>::kernels(), Gates<H>::kernels(), Gates<B>::kernels()},
+            .row_sum = {SumsOfRows<F>::kernels(), SumsOfRows<H>::kernels(), SumsOfRows<B>::kernels()},
             .norms = {Norms<F>::norms, Norms<H>::norms, Norms<B>::norms}};
 }
 

@@ -1,0 +1,67 @@
+// swiglu and its gradient on CPU. Schemas and formulas: peftcore/ops/swiglu.py.
+#include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "common/tensors.h"
+#include "cpu/kernels.h"
+#include "weight/linear_arguments.h"
+
+namespace peftcore {
+namespace grouped {
+namespace {
+
+using at::Tensor;
+using lora::GateArgs;
+
+constexpr int64_t kValuesPerTask = 8192;
+
+template <typename Body>
+void for_rows(int64_t rows, int64_t columns, const Body& body) {
+    at::parallel_for(0, columns == 0 ? 0 : rows, ceil_div(kValuesPerTask, std::max<int64_t>(1, columns)),
+                     body);
+}
+
+Dtype gate_dtype(const Tensor& x, const char* op) {
+    const Dtype dtype = kernel_dtype(x.scalar_type(), op);
+    TORCH_CHECK_VALUE(x.dim() > 0 && x.size(-1) % 2 == 0, op, ": x must be [.., 2 n], found ", x.sizes());
+    return dtype;
+}
+
+Tensor swiglu(const Tensor& x) {
+    const char* op = "swiglu";
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto forward = cpu_kernels().lora.gate[int(gate_dtype(x, op))].forward;
+    const Tensor rows = matrix(x), y = at::empty(with_last(x, x.size(-1) / 2), x.options());
+    const GateArgs args{.x = rows.const_data_ptr(), .columns = x.size(-1) / 2, .y = y.mutable_data_ptr()};
+    for_rows(rows.size(0), args.columns, [&](int64_t first, int64_t last) { forward(args, first, last); });
+    return y;
+}
+
+Tensor swiglu_backward(const Tensor& grad, const Tensor& x) {
+    const char* op = "swiglu_backward";
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const auto backward = cpu_kernels().lora.gate[int(gate_dtype(x, op))].backward;
+    check_like(grad, x, op, "grad");
+    const std::vector<int64_t> shape = with_last(x, x.size(-1) / 2);
+    TORCH_CHECK_VALUE(grad.sizes() == at::IntArrayRef(shape), op, ": grad must be ", at::IntArrayRef(shape),
+                      ", found ", grad.sizes());
+    const Tensor rows = matrix(x), dy = matrix(grad), dx = at::empty(x.sizes(), x.options());
+    const GateArgs args{.x = rows.const_data_ptr(),
+                        .columns = x.size(-1) / 2,
+                        .y = dx.mutable_data_ptr(),
+                        .dy = dy.const_data_ptr()};
+    for_rows(rows.size(0), args.columns, [&](int64_t first, int64_t last) { backward(args, first, last); });
+    return dx;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peftcore, CPU, m) {
+    m.impl("swiglu", &swiglu);
+    m.impl("swiglu_backward", &swiglu_backward);
+}
+
+}  // namespace grouped
+}  // namespace peftcore

@@ -1,0 +1,262 @@
+"""Rows of experts from tokens, and back: which rows are whose, copies of tokens for them, and their weighted sums.
+
+    e[t, j]      the experts of token t, j < k                     order = the pairs (t, j), as t k + j, sorted by e
+    x_i          = the token of pair order[i]                      places[t, j] = the i of this pair
+    y_t          = the sum over j of w[t, j] y[places[t, j]]
+
+Sums are fp32, rounded once. The gradient of copies is such a sum with w = 1, that of a sum weighted copies: nothing is
+added into memory in an order that threads decide, as PyTorch's `index_put` would.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peftcore.ops._library import define_by
+from peftcore.ops.weight import DTYPES, check_dtype, check_tensor, value
+
+_OPS = torch.ops.peftcore
+
+
+class Routing(NamedTuple):
+    """Rows sorted by expert.
+
+    Args:
+        order: int64 `[tokens · k]`, the pair of each row; pairs of one expert stay in their order.
+        places: int64 `[tokens, k]`, the row of each pair.
+        offsets: int32 `[experts]`, the row behind the last one of each expert.
+    """
+
+    order: Tensor
+    places: Tensor
+    offsets: Tensor
+
+
+def _check_strided(t: Tensor, op: str, name: str) -> None:
+    value(t.layout is torch.strided, op, f"{name} must be strided, found {t.layout}")
+
+
+def _check_int64(t: Tensor, beside: Tensor, op: str, name: str) -> None:
+    check_tensor(t, torch.int64, beside.device, op, name)
+    _check_strided(t, op, name)
+
+
+def _check_x(t: Tensor, op: str, name: str) -> None:
+    check_dtype(t.dtype, op)
+    _check_strided(t, op, name)
+    value(t.dim() == 2, op, f"{name} must have two dimensions, found {list(t.shape)}")
+
+
+def _check_numbers(t: Tensor, op: str, name: str, least: int) -> None:
+    """Numbers below `least` from 0 on; on a GPU nobody waits to see."""
+    if t.device.type == "cpu" and t.numel():
+        low, high = int(t.min()), int(t.max())
+        value(low >= 0 and high < least, op, f"{name} must be from 0 to {least - 1}, found {low} to {high}")
+
+
+def _check_weights(weights: Tensor, op: str, beside: Tensor) -> None:
+    if weights.dtype not in DTYPES:
+        raise TypeError(f"{op}: weights must be float32, float16 or bfloat16, found {weights.dtype}")
+    _check_strided(weights, op, "weights")
+    value(weights.device == beside.device, op, f"weights must be on {beside.device}, found {weights.device}")
+
+
+@dataclass
+class Routed:
+    index: Tensor
+    experts: int
+
+    def __post_init__(self) -> None:
+        op, index = "routed", self.index
+        _check_int64(index, index, op, "index")
+        value(index.dim() == 2, op, f"index must be [tokens, k], found {list(index.shape)}")
+        value(self.experts >= 0, op, f"experts must not be negative, found {self.experts}")
+        value(index.numel() < 2**31, op, f"index must hold less than 2^31 numbers, found {index.numel()}")
+
+    def compute(self) -> Routing:
+        index = self.index.reshape(-1).clamp(max=self.experts)
+        if index.device.type == "cpu" and index.numel():
+            value(int(index.min()) >= 0, "routed", f"index must not be negative, found {int(index.min())}")
+        expert, order = index.sort(stable=True)
+        every = torch.arange(self.experts, device=index.device)
+        offsets = torch.searchsorted(expert, every, right=True, out_int32=True)
+        places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return Routing(order, places.view(self.index.shape), offsets)
+
+    def empty(self) -> Routing:
+        index = self.index
+        places = index.new_empty(index.shape)
+        return Routing(index.new_empty(index.numel()), places, index.new_empty(self.experts, dtype=torch.int32))
+
+
+@dataclass
+class Gathered:
+    x: Tensor
+    order: Tensor
+    k: int
+
+    def __post_init__(self) -> None:
+        op = "gathered"
+        _check_x(self.x, op, "x")
+        value(self.k > 0, op, f"k must be positive, found {self.k}")
+        value(self.order.dim() == 1, op, f"order must have one dimension, found {list(self.order.shape)}")
+        _check_int64(self.order, self.x, op, "order")
+
+    def compute(self) -> Tensor:
+        _check_numbers(self.order, "gathered", "order", len(self.x) * self.k)
+        return self.x.index_select(0, self.order // self.k)
+
+    def empty(self) -> Tensor:
+        return self.x.new_empty(len(self.order), self.x.shape[1])
+
+
+@dataclass
+class Combined:
+    y: Tensor
+    weights: Tensor | None
+    places: Tensor
+
+    def __post_init__(self) -> None:
+        op = "combined"
+        _check_x(self.y, op, "y")
+        _check_int64(self.places, self.y, op, "places")
+        value(self.places.dim() == 2, op, f"places must be [tokens, k], found {list(self.places.shape)}")
+        if self.weights is not None:
+            _check_weights(self.weights, op, self.y)
+            found = f"found {list(self.weights.shape)}"
+            value(self.weights.shape == self.places.shape, op, f"weights must be {list(self.places.shape)}, {found}")
+
+    def compute(self) -> Tensor:
+        _check_numbers(self.places, "combined", "places", len(self.y))
+        rows = self.y.float()[self.places]
+        weights = rows.new_ones(self.places.shape) if self.weights is None else self.weights.float()
+        return torch.bmm(weights.unsqueeze(1), rows).squeeze(1).to(self.empty().dtype)
+
+    def empty(self) -> Tensor:
+        dtype = self.y.dtype if self.weights is None else torch.promote_types(self.y.dtype, self.weights.dtype)
+        return self.y.new_empty(len(self.places), self.y.shape[1], dtype=dtype)
+
+
+@dataclass
+class CombinedBackward:
+    grad: Tensor
+    y: Tensor | None  # if dw is needed
+    weights: Tensor
+    order: Tensor
+    needs: Sequence[bool]
+
+    def __post_init__(self) -> None:
+        op = "combined_backward"
+        _check_x(self.grad, op, "grad")
+        _check_weights(self.weights, op, self.grad)
+        value(self.weights.dim() == 2, op, f"weights must be [tokens, k], found {list(self.weights.shape)}")
+        found = f"found {list(self.grad.shape)}"
+        value(len(self.grad) == len(self.weights), op, f"grad must have {len(self.weights)} rows, {found}")
+        _check_int64(self.order, self.grad, op, "order")
+        rows = self.weights.numel()
+        value(self.order.shape == (rows,), op, f"order must be [{rows}], found {list(self.order.shape)}")
+        if not self.needs[1]:
+            return
+        if self.y is None:
+            raise TypeError(f"{op}: y must be a tensor for the gradient of weights, found None")
+        _check_x(self.y, op, "y")
+        value(self.y.device == self.grad.device, op, f"y must be on {self.grad.device}, found {self.y.device}")
+        shape = [rows, self.grad.shape[1]]
+        value(list(self.y.shape) == shape, op, f"y must be {shape}, found {list(self.y.shape)}")
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        k = self.weights.shape[1]
+        _check_numbers(self.order, "combined_backward", "order", self.weights.numel())
+        dy, dw = self.empty()
+        grad = self.grad.float()[self.order // max(1, k)]
+        if self.needs[0]:
+            dy = (grad * self.weights.reshape(-1)[self.order].float().unsqueeze(1)).to(self.grad.dtype)
+        if self.needs[1] and self.y is not None:
+            sums = (grad * self.y.float()).sum(1)
+            dw = dw.zero_().view(-1).index_copy(0, self.order, sums.to(dw.dtype)).view(dw.shape)
+        return dy, dw
+
+    def empty(self) -> tuple[Tensor, Tensor]:
+        rows, columns = self.weights.numel(), self.grad.shape[1]
+        dy = self.grad.new_empty((rows, columns) if self.needs[0] else (0,))
+        return dy, self.weights.new_empty(self.weights.shape if self.needs[1] else (0,))
+
+
+define_by("routed(Tensor index, SymInt experts) -> (Tensor order, Tensor places, Tensor offsets)", Routed)
+define_by("gathered(Tensor x, Tensor order, SymInt k) -> Tensor", Gathered)
+define_by("combined(Tensor y, Tensor? weights, Tensor places) -> Tensor", Combined)
+define_by(
+    "combined_backward(Tensor grad, Tensor? y, Tensor weights, Tensor order, bool[2] needs) -> (Tensor dy, Tensor dw)",
+    CombinedBackward,
+)
+
+
+def routed(index: Tensor, experts: int) -> Routing:
+    """The rows of pairs (token, j), sorted by the experts that `index` `[tokens, k]` names.
+
+    Numbers from `experts` on are nobody's: their rows come last, behind all offsets.
+    """
+    return Routing(*_OPS.routed(index.to(torch.int64), experts))
+
+
+def gathered(x: Tensor, routing: Routing) -> Tensor:
+    """The token of each row: `[tokens, n]` -> `[rows, n]`, with a gradient."""
+    k = routing.places.shape[1]
+    if x.dtype is torch.float64:
+        return x[routing.order // k]
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Gathered.apply(x, routing.order, routing.places)  # type: ignore[no-untyped-call]
+    return _OPS.gathered(x, routing.order, k)
+
+
+def combined(y: Tensor, weights: Tensor, routing: Routing) -> Tensor:
+    """Each token's rows of y, times its weights `[tokens, k]`, added up; with gradients for both.
+
+    Returns:
+        `[tokens, n]` in the dtype of their product.
+    """
+    if torch.float64 in (y.dtype, weights.dtype):
+        return (weights.unsqueeze(-1) * y[routing.places]).sum(1)
+    if torch.is_grad_enabled() and (y.requires_grad or weights.requires_grad):
+        return _Combined.apply(y, weights, *routing[:2])  # type: ignore[no-untyped-call]
+    return _OPS.combined(y, weights, routing.places)
+
+
+def _refuse_second(name: str) -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name} cannot be differentiated twice (create_graph=True). "
+            "Compute it from differentiable operators instead"
+        )
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return _OPS.gathered(x, order, places.shape[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second("gathered")
+        return _OPS.combined(grad, None, *ctx.saved_tensors), None, None
+
+
+class _Combined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, weights: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(y if ctx.needs_input_grad[1] else None, weights, order)
+        ctx.dtype = y.dtype
+        return _OPS.combined(y, weights, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second("combined")
+        needs = ctx.needs_input_grad[:2]
+        dy, dw = _OPS.combined_backward(grad, *ctx.saved_tensors, needs)
+        return dy.to(ctx.dtype) if needs[0] else None, dw if needs[1] else None, None, None
