@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError
+from peftcore.experts import PackedExpert
 from peftcore.layers import is_conv1d
 from peftcore.method import WeightFormat
 from peftcore.registry import registry
@@ -43,11 +44,19 @@ ATTENTION = WeightFormat(
 )
 
 
+ONE_EXPERT = WeightFormat(
+    name="one expert in 4 bits",
+    matches=lambda module: isinstance(module, PackedExpert),
+    read=lambda module: module.weight,
+    write=lambda _module, weight: {"weight": weight},
+    decode=lambda _module, tensors: tensors["weight"],
+)
+
+
 def find_weight_format(module: nn.Module) -> WeightFormat | None:
     """The format that reads the weight of `module`, if one does; those of plugins are asked first."""
-    return next(
-        (each for each in (*registry.weight_formats(), TRANSPOSED, ATTENTION, DENSE) if each.matches(module)), None
-    )
+    known = (*registry.weight_formats(), TRANSPOSED, ATTENTION, ONE_EXPERT, DENSE)
+    return next((each for each in known if each.matches(module)), None)
 
 
 def weight_format(module: nn.Module) -> WeightFormat:

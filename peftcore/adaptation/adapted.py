@@ -23,12 +23,13 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.call import Frame
-from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Base, Branched, own_forward
+from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Base, Branched, expert_link, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, rests_in_thread
 from peftcore.adaptation.enclosing import LOCK, is_enclosing
 from peftcore.adaptation.per_sample import PerSample
 from peftcore.errors import PeftcoreError
+from peftcore.experts import split_expert_path
 from peftcore.weight_formats import find_weight_format
 
 CHILD = "peftcore"  # the child module of an adapted module that holds its adapters
@@ -143,6 +144,15 @@ def activate_behind(module: nn.Module, name: str) -> None:
 def inside(module: nn.Module) -> Any:
     """What an adapter that is placed at `module` now will stand around: its forward, with the adapters that act."""
     return module.__dict__[_CHAIN] if is_adapted(module) else _base_of(module)
+
+
+def inside_at(model: nn.Module, path: str) -> Any:
+    """The same at a path, which may be that of one expert's layer (`experts.3.down_proj`)."""
+    found = split_expert_path(model, path)
+    if found is None:
+        return inside(model.get_submodule(path))
+    module = model.get_submodule(found[0])
+    return expert_link(module, inside(module), *found[1:])
 
 
 def _base_of(module: nn.Module) -> Base:

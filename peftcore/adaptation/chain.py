@@ -18,12 +18,12 @@ from torch.compiler import is_dynamo_compiling
 from peftcore.adaptation.class_swap import BUILT, original_class, original_forward
 from peftcore.adaptation.outputs import first_of, with_first
 from peftcore.errors import PeftcoreError
-from peftcore.experts import experts_forward, has_interface_forward, thin_changes
+from peftcore.experts import PackedExpert, expert_changes, expert_linear, experts_forward, has_interface_forward
 from peftcore.method import WeightFormat
-from peftcore.weight_formats import format_in_few_bits, weight_format
+from peftcore.weight_formats import DENSE, ONE_EXPERT, format_in_few_bits, weight_format
 
 if TYPE_CHECKING:
-    from peftcore.experts import Thin
+    from peftcore.experts import EachExpert, Thin
     from peftcore.ops import PackedWeight
 
 Change = Callable[[Tensor], Tensor]  # a parameter -> what is read in its place
@@ -60,9 +60,9 @@ class Base:
 
     def _changed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """`forward` on changed parameters."""
-        thin = self._thin_changes(forward, kwargs)
-        if thin is not None:
-            return experts_forward(self.module, *args, changes=thin, **kwargs)
+        found = self._expert_changes(forward, kwargs)
+        if found is not None:
+            return experts_forward(self.module, *args, changes=found, around=_with_changes, **kwargs)
         copy = _changed(self.module, self._changes, self._weights)
         output = forward(copy, *args, **kwargs)
         if not is_dynamo_compiling():
@@ -83,11 +83,11 @@ class Base:
             output = self._changed(forward, *args, **kwargs)
         return hook.post_forward(self.module, output)
 
-    def _thin_changes(self, forward: Any, arguments: Mapping[str, Any]) -> dict[str, list[Thin]] | None:
-        """What is added to the weights of experts, where their forward need not read changed copies of all."""
+    def _expert_changes(self, forward: Any, arguments: Mapping[str, Any]) -> dict[str, list[Thin | EachExpert]] | None:
+        """What changes the weights of experts, where their forward need not read changed copies of all."""
         if not has_interface_forward(self.module, forward) or not arguments.keys() <= EXPERTS_ARGUMENTS:
             return None
-        return thin_changes(self.module, self._changes)
+        return expert_changes(self.module, self._changes)
 
     def on_weights(self, changes: Mapping[str, Change]) -> Base:
         """The same forward, which reads changed parameters: by name (`weight`, `out_proj.weight`), what becomes of it.
@@ -269,6 +269,39 @@ class WeightChanges(nn.Module):
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         return base.on_weights(self.changes)(*args, **kwargs)
+
+
+def _with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:
+    """The layer of an expert with what changes do to it, the first innermost."""
+    link: Any = Base(layer, type(layer).forward, ONE_EXPERT if isinstance(layer, PackedExpert) else DENSE)
+    for change in changes:
+        adapter = change.of_expert(expert)
+        link = (AfterLink if getattr(change, "behind", False) else AroundLink)(type(adapter).__name__, adapter, link)
+    return link
+
+
+def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
+    """What an adapter of one expert's layer stands around: that layer, with the adapters that `base` has inside.
+
+    Args:
+        base: the chain of the module of experts as it is.
+    """
+    inside: list[Mapping[str, Any]] = []
+    while not isinstance(base, Base):
+        if not isinstance(base.adapter, WeightChanges):
+            raise PeftcoreError(
+                f"an adapter of experts' weights is placed where another, {type(base.adapter).__name__}, stands around "
+                "all experts of a module. Let that one rest: peftcore.activate(model, [...])"
+            )
+        inside.insert(0, base.adapter.changes)
+        base = base.inside
+    found = expert_changes(module, inside)
+    if found is None:
+        raise PeftcoreError(
+            f"an adapter changes the weights of {original_class(module).__name__} as a whole, and another is placed at "
+            "each expert. Let the first one rest: peftcore.activate(model, [...])"
+        )
+    return _with_changes(expert_linear(module, name, expert), found.get(name, ()), expert)
 
 
 def _changed(

@@ -59,7 +59,10 @@ def _task_type(model: nn.Module, adapter: str) -> str | None:
             f"Hugging Face PEFT computes the base from this file: it gives prompts to no {type(model).__name__}",
             stacklevel=5,
         )
-    paths = registry.method(entry.method).state.unreadable(model, entry.paths)
+    paths = [*registry.method(entry.method).state.unreadable(model, entry.paths)]
+    paths += [
+        path for path, placed in entry.placements.items() if any(engine.weight_of_expert(path, p) for p in placed)
+    ]
     if paths:
         warnings.warn(
             f"Hugging Face PEFT cannot read this file: in a {type(model).__name__} it takes the adapters of "

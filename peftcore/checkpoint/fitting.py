@@ -51,9 +51,12 @@ def fill_applied(model: nn.Module, adapter: str, folder: Path, content: Content)
 def config_on(
     model: nn.Module, method: Method, config: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Any:
-    """A file's config, of modules that are in `model` alone, with the heads that its tensors bring."""
+    """A file's config, of modules that are in `model` alone, with the heads that its tensors bring.
+
+    Others than ours do not mean experts by their names in `target_modules`.
+    """
     changes: dict[str, Any] = {
-        name: drop_unmatched(model, value)
+        name: drop_unmatched(model, value, experts="peftcore_version" in metadata)
         for name in ("target_modules", "modules_to_save", "exclude_modules")
         if isinstance(value := getattr(config, name, None), (list, tuple)) and value
     }

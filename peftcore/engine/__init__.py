@@ -5,6 +5,7 @@ from peftcore.engine.alone import alone
 from peftcore.engine.applying import apply, apply_to_fill, check_dtype, check_name, refuse_resting, remove, take_off
 from peftcore.engine.branches import refuse_needed
 from peftcore.engine.changes import with_adapter
+from peftcore.engine.expert_layers import weight_of_expert
 from peftcore.engine.first_values import takes_batches
 from peftcore.engine.placing import placements_for, refuse_adapters_of_others
 from peftcore.engine.state import (
@@ -77,5 +78,6 @@ __all__ = [
     "state_of",
     "take_off",
     "takes_batches",
+    "weight_of_expert",
     "with_adapter",
 ]

@@ -25,6 +25,7 @@ class Mixture:
         weights: in all of them. packed, adapted: how many of these are in 4 bits, and have an adapter.
         idle: of the weights, those that do not act on a token.
         unfused: why experts with an adapter or in 4 bits run on dense copies of their weights, where some do.
+        one_by_one: some have adapters of their own, within which they run one after the other.
     """
 
     modules: int
@@ -35,6 +36,7 @@ class Mixture:
     adapted: int
     idle: int
     unfused: str | None = None
+    one_by_one: bool = False
 
     def described(self, base_parameters: int) -> str:
         """A line, beside how many parameters the base has in all."""
@@ -44,7 +46,8 @@ class Mixture:
 
         way = ""
         if self.packed or self.adapted:
-            way = f"; on dense copies of all, without dropout: {self.unfused}" if self.unfused else "; fused"
+            way = "; one expert after the other" if self.one_by_one else "; fused"
+            way = f"; on dense copies of all, without dropout: {self.unfused}" if self.unfused else way
         return (
             f"experts: {self.modules} modules of {self.count}, {percent(self.weights, base_parameters)} of the "
             f"parameters; {percent(self.adapted, self.weights)} with an adapter, "
@@ -53,12 +56,15 @@ class Mixture:
         )
 
 
-def mixture_of(model: nn.Module, reached: Collection[str] = (), copied: Collection[str] = ()) -> Mixture | None:
+def mixture_of(
+    model: nn.Module, reached: Collection[str] = (), copied: Collection[str] = (), one_by_one: bool = False
+) -> Mixture | None:
     """The experts of `model`, if it has some.
 
     Args:
         reached: what adapters stand at: paths of modules, and full names of parameters.
         copied: of the parameters, those that adapters change by more than a thin product.
+        one_by_one: some experts have adapters of their own.
     """
     found = expert_weights(model)
     if not found:
@@ -83,9 +89,8 @@ def mixture_of(model: nn.Module, reached: Collection[str] = (), copied: Collecti
             reason = why_not_fused(module, original_forward(module)) if is_packed or is_adapted else None
             reason = "its adapter is no thin product" if not reason and f"{path}.{name}" in copied else reason
             reasons += [f"{original_class(module).__name__}: {reason}"] if reason else []
-    return Mixture(
-        len(found), max(counts), max(used), weights, packed, adapted, idle, "; ".join(dict.fromkeys(reasons)) or None
-    )
+    unfused = "; ".join(dict.fromkeys(reasons)) or None
+    return Mixture(len(found), max(counts), max(used), weights, packed, adapted, idle, unfused, one_by_one)
 
 
 def bits_of(module: nn.Module) -> dict[str, tuple[int, int]]:

@@ -17,15 +17,16 @@ from peftcore.adaptation import adapted
 from peftcore.adaptation.chain import WeightChanges
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.architecture import Architecture
+from peftcore.engine.expert_layers import each_expert, weight_of_expert
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.experts import experts_layout
+from peftcore.experts import experts_layout, split_expert_path
 from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Train
 from peftcore.observation import detect, left_as_it_is, observe
 from peftcore.peft_fields import config_of_peft, is_of_peft, why_unknown
 from peftcore.registry import registry
-from peftcore.targets import ALL_LINEAR, refuse_targeted, trained_modules
+from peftcore.targets import ALL_LINEAR, expert_weights, refuse_targeted, trained_modules
 from peftcore.targets.coverage import LITTLE, Coverage, coverage
 from peftcore.validation import check_types
 from peftcore.weight_formats import format_in_few_bits
@@ -67,6 +68,7 @@ def _placed(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Plac
     placements: dict[str, tuple[AdapterPlacement, ...]] = {}
     trained: list[str] = []
     on_weights: dict[str, list[OnWeight]] = {}
+    of_experts: dict[str, list[Around | After]] = {}
     for placement in [*chosen.place(model, config, architecture), saved]:
         carriers: Sequence[Around | After]
         if isinstance(placement, Train):
@@ -76,11 +78,18 @@ def _placed(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Plac
             on_weights.setdefault(placement.path, []).append(placement)
             continue
         if isinstance(placement, (Around, After)):
+            of_expert = split_expert_path(model, placement.path)
+            if of_expert is not None:
+                of_experts.setdefault(of_expert[0], []).append(placement)
+                continue
             carriers = [placement]
         else:
             carriers = prompts.compiled(model, architecture, placement)
         around += carriers
         placements |= {carrier.path: (placement,) for carrier in carriers}
+    for path, parts in of_experts.items():
+        around.append(Around(path, each_expert(model, chosen.name, path, parts)))
+        placements[path] = tuple(parts)
     for path, changes in on_weights.items():
         around.append(Around(path, _weight_changes(model, chosen.name, changes)))
         placements[path] = (*placements.get(path, ()), *changes)
@@ -120,7 +129,10 @@ def reached_by(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     """The paths of modules, and the full names of parameters, at which adapters that hold something stand."""
     for path, placed in placements.items():
         for each in (each for each in placed if next(each.adapter.parameters(), None) is not None):
-            yield (f"{path}.{each.name}" if path else each.name) if isinstance(each, OnWeight) else path
+            if isinstance(each, OnWeight):
+                yield f"{path}.{each.name}" if path else each.name
+            else:
+                yield weight_of_expert(path, each) or path
 
 
 def not_thin(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
@@ -140,9 +152,17 @@ def covered(model: nn.Module, placed: Placed) -> Coverage:
 
 
 def tell_if_little(model: nn.Module, placed: Placed) -> None:
-    """A selection of all there is that leaves most of the weight out is told of."""
-    if not placed.names_modules and (found := covered(model, placed)).share < LITTLE:
-        warnings.warn(f"{placed.method.name} on {type(model).__name__} {found}", stacklevel=4)
+    """A selection of all there is that leaves most of the weight out is told of, or experts, of which nobody spoke."""
+    if placed.names_modules:
+        return
+    found, reached = covered(model, placed), {*reached_by(placed.placements), *placed.trained}
+    weights = [f"{path}.{name}" for path, names in expert_weights(model).items() for name in names]
+    lacks = any(name not in reached for name in weights)
+    spoken = any(getattr(placed.config, field, None) for field in ("exclude_modules", "layers_to_transform"))
+    if found.share < LITTLE or (lacks and not spoken):
+        told = ". Methods that know linear layers adapt experts one by one where they are named: target_modules=[..., "
+        more = f"{told}'experts']" if lacks else ""
+        warnings.warn(f"{placed.method.name} on {type(model).__name__} {found}{more}", stacklevel=4)
 
 
 def refuse_without_gradient(model: nn.Module, placed: Placed) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine.applying import check_dtype
+from peftcore.engine.expert_layers import one_by_one, weight_of_expert
 from peftcore.engine.mixtures import Mixture, bits_of, mixture_of
 from peftcore.engine.placing import covered, device_and_dtype, not_thin, placements_for, reached_by
 from peftcore.engine.state import adapter_modules, adapter_parameters, changed, check_model, state_of
@@ -148,7 +149,8 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
         beside = [b for b in placement.adapter.buffers() if b not in counted]
         counted.update(own, beside)
         count = sum(p.numel() for p in own)
-        changes = [each.adapter for each in placed.placements[placement.path] if isinstance(each, OnWeight)]
+        inside = placed.placements[placement.path]
+        changes = [p.adapter for p in inside if isinstance(p, OnWeight) or weight_of_expert(placement.path, p)]
         kind = " and ".join(dict.fromkeys(type(each).__name__ for each in changes or [placement.adapter]))
         rows.append((placement.path, kind, count, count * kept.itemsize))
         buffers += sum(b.numel() for b in beside)
@@ -164,7 +166,12 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
         coverage=covered(model, placed),
         buffers=buffers,
         buffer_bytes=buffer_bytes,
-        experts=mixture_of(model, [*reached_by(placed.placements), *placed.trained], set(not_thin(placed.placements))),
+        experts=mixture_of(
+            model,
+            [*reached_by(placed.placements), *placed.trained],
+            set(not_thin(placed.placements)),
+            one_by_one(placed.placements),
+        ),
     )
 
 
@@ -181,13 +188,14 @@ def summary(model: nn.Module) -> Summary:
     packed = list(by_parameter.values())
     packed_bytes = sum(size for _, size in packed)
     codes = sum((weights + 1) // 2 for weights, _ in packed)
-    adapters, reached, copied = [], set[str](), set[str]()
+    adapters, reached, copied, apart = [], set[str](), set[str](), False
     active = state.active if state is not None else ()
     for name, entry in state.applied.items() if state is not None else ():
         parameters = list(dict.fromkeys(p for _, p in adapter_parameters(model, name)))
         buffers = list(dict.fromkeys(b for _, module in adapter_modules(model, name) for b in module.buffers()))
         reached.update(entry.trained, *(reached_by({path: found}) for path, found in entry.placements.items()))
         copied.update(*(not_thin({path: found}) for path, found in entry.placements.items()))
+        apart |= one_by_one(entry.placements)
         own = TrainedParameters.of(model, name)
         for _, value, original in own.standing(model) if own is not None else ():
             if isinstance(original, nn.Parameter):
@@ -213,7 +221,7 @@ def summary(model: nn.Module) -> Summary:
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         merged=state is not None and state.merged is not None,
         changed=changed(model),
-        experts=mixture_of(model, reached, copied),
+        experts=mixture_of(model, reached, copied, apart),
         packed_parameters=sum(weights for weights, _ in packed),
         packed_bytes=packed_bytes,
         on_disk={

@@ -1,6 +1,7 @@
 """Mixtures of experts whose weights are parameters `[experts, out, in]`: what is known of them, and their forward."""
 
-from peftcore.experts.forward import Thin, experts_forward, thin_changes
+from peftcore.experts.each import EachExpert
+from peftcore.experts.forward import Thin, expert_changes, experts_forward
 from peftcore.experts.layout import (
     ExpertsLayout,
     expert_biases,
@@ -9,15 +10,21 @@ from peftcore.experts.layout import (
     stacked_weights,
     why_not_fused,
 )
+from peftcore.experts.linear import PackedExpert, expert_linear, expert_path, split_expert_path
 
 __all__ = [
+    "EachExpert",
     "ExpertsLayout",
+    "PackedExpert",
     "Thin",
     "expert_biases",
+    "expert_changes",
+    "expert_linear",
+    "expert_path",
     "experts_forward",
     "experts_layout",
     "has_interface_forward",
+    "split_expert_path",
     "stacked_weights",
-    "thin_changes",
     "why_not_fused",
 ]

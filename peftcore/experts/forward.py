@@ -3,7 +3,7 @@
     rows sorted by expert -> x W_upᵀ -> gate -> · W_downᵀ -> times the router's weights -> added up, row by row
 
 Each of the two products is one operator over all experts (`ops.grouped_linear`): dense or in 4 bits, thin changes
-included.
+included. Where an adapter changes experts one by one, it is that of one expert after the other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import ops
+from peftcore.experts.each import Around, EachExpert, product_by_expert
 from peftcore.experts.layout import experts_layout
+from peftcore.experts.linear import operand
 from peftcore.ops.routing import combined, gathered, routed
 from peftcore.ops.swiglu import swiglu
 from peftcore.ops.weight import autocast_device
@@ -36,6 +38,27 @@ class Thin(NamedTuple):
     scale: float
     dropout_p: float = 0.0
 
+    def of_expert(self, expert: int) -> OneThin:
+        """The same of one expert, as an adapter of its layer."""
+        return OneThin(self.a[expert], self.b[expert], self.scale, self.dropout_p)
+
+
+class OneThin(nn.Module):
+    """scale · B A beside a linear layer: see `Thin`."""
+
+    def __init__(self, a: Tensor, b: Tensor, scale: float, dropout_p: float) -> None:
+        super().__init__()
+        self.a, self.b, self.scale, self.dropout_p = a, b, scale, dropout_p
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        a, b = (t.to(x.dtype) for t in (self.a, self.b))
+        dropped = nn.functional.dropout(x, self.dropout_p) if self.dropout_p else x
+        y: Tensor = base(x)
+        return y + self.scale * (dropped @ a.mT) @ b.mT
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.scale * self.b.float() @ self.a.float(), bias
+
 
 def experts_forward(
     module: Any,
@@ -43,7 +66,8 @@ def experts_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    changes: Mapping[str, Sequence[Thin]] | None = None,
+    changes: Mapping[str, Sequence[Thin | EachExpert]] | None = None,
+    around: Around = lambda layer, _changes, _expert: layer,
 ) -> Tensor:
     """What `module` computes, a module that has an `experts_layout`.
 
@@ -51,7 +75,8 @@ def experts_forward(
         hidden_states: `[tokens, hidden]`.
         top_k_index, top_k_weights: `[tokens, k]`, each token's experts and their shares.
             An index from the number of experts on is another process's (transformers' expert parallelism).
-        changes: thin changes of the parameters, by name. Without them the weights may be in 4 bits all the same.
+        changes: of the parameters, by name. Without them the weights may be in 4 bits all the same.
+        around: puts changes around the layer of one expert, where there are others than thin ones.
 
     Returns:
         `[tokens, hidden]` in the dtype of `hidden_states`.
@@ -69,7 +94,11 @@ def experts_forward(
         weight, bias = operand(module, name), getattr(module, f"{name}_bias") if layout.has_bias else None
         if isinstance(weight, Tensor) and not torch.is_autocast_enabled(autocast_device(x)):
             x = x.to(weight.dtype)  # as transformers' grouped_mm does
-        thin = changes.get(name, ())
+        own = changes.get(name, ())
+        thin = [each for each in own if isinstance(each, Thin)]
+        trains = isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
+        if len(thin) < len(own) or trains:
+            return product_by_expert(module, x, routing.offsets, name, own, around)
         if not thin:
             return ops.grouped_linear(x, routing.offsets, weight, bias, layout.transposed)
         first, *others = _together(thin)
@@ -112,31 +141,29 @@ def _is_silu(act: Any) -> bool:
     return not any(vars(act).get(name) for name in own) and not any(vars(nn.modules.module)[name] for name in of_all)
 
 
-def operand(module: nn.Module, name: str) -> Tensor | ops.PackedWeight:
-    """A weight as operators take it: the parameter, or the packed one that a quantized module keeps under its name."""
-    packed = getattr(module, "packed_parameter", None)
-    found = packed(name) if packed is not None else None
-    return getattr(module, name) if found is None else found
+def expert_changes(
+    module: nn.Module, changes: Sequence[Mapping[str, Any]]
+) -> dict[str, list[Thin | EachExpert]] | None:
+    """What is added to the weights, or done to each expert's, by name; None where a change is neither.
 
-
-def thin_changes(module: nn.Module, changes: Sequence[Mapping[str, Any]]) -> dict[str, list[Thin]] | None:
-    """What changes add to the weights, by name; None where one does not offer it (`thin`), or a weight gets gradients.
-
-    Of a module with an `experts_layout`, else None.
+    None, too, where weights get gradients and all changes are thin. Of a module with an `experts_layout`, else None.
     """
     layout = experts_layout(module)
     if layout is None:
         return None
-    found: dict[str, list[Thin]] = {}
+    found: dict[str, list[Thin | EachExpert]] = {}
+    trains = False
     for each in changes:
         for name, change in each.items():
-            if name not in layout.names or not hasattr(change, "thin"):
+            if name not in layout.names or not (isinstance(change, EachExpert) or hasattr(change, "thin")):
                 return None
-            weight, thin = module._parameters[name], change.thin()
-            if thin is None or (weight is not None and weight.requires_grad and torch.is_grad_enabled()):
+            weight, one = module._parameters[name], change if isinstance(change, EachExpert) else change.thin()
+            if one is None:
                 return None
-            found.setdefault(name, []).append(thin)
-    return found
+            trains |= weight is not None and weight.requires_grad and torch.is_grad_enabled()
+            found.setdefault(name, []).append(one)
+    alone = any(isinstance(change, EachExpert) for own in found.values() for change in own)
+    return None if trains and not alone else found
 
 
 def _together(changes: Sequence[Thin]) -> list[Thin]:

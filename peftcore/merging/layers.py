@@ -21,6 +21,7 @@ from peftcore.adaptation.adapted import adapters_at
 from peftcore.adaptation.chain import WeightChanges
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
+from peftcore.experts import EachExpert, experts_layout
 from peftcore.merging.probe import evaluated, put, refuse_inexact
 from peftcore.method import WeightFormat
 from peftcore.weight_formats import DENSE, find_weight_format, format_in_few_bits, weight_format
@@ -86,7 +87,9 @@ def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
 
 def is_mergeable(adapter: nn.Module) -> bool:
     """Is it a change of weights?"""
-    return isinstance(adapter, WeightChanges) or hasattr(adapter, "merged")
+    if isinstance(adapter, WeightChanges):
+        return all(change.is_mergeable() for change in adapter.changes.values() if isinstance(change, EachExpert))
+    return hasattr(adapter, "merged")
 
 
 def mergeable(model: nn.Module) -> bool:
@@ -141,8 +144,11 @@ def worked_in(path: str, module: nn.Module, names: list[str], chosen: WeightForm
     worked = Worked(base, evaluated(base))
     for adapter in adapters.values():
         for name, change in adapter.changes.items() if isinstance(adapter, WeightChanges) else ():
-            before = _with_values(path, _get(worked.merged, name))
-            put(worked.merged, name, change(before.clone()).float())
+            before = _with_values(path, _get(worked.merged, name)).clone()
+            if isinstance(change, EachExpert):
+                _work_in_each(module, worked, name, change, before)
+            else:
+                put(worked.merged, name, change(before).float())
             worked.changed[name] = None
     around = {name: adapter for name, adapter in adapters.items() if not isinstance(adapter, WeightChanges)}
     if not around:
@@ -163,6 +169,18 @@ def worked_in(path: str, module: nn.Module, names: list[str], chosen: WeightForm
         put(worked.merged, name, tensor)
         worked.changed[name] = None
     return worked
+
+
+def _work_in_each(module: nn.Module, worked: Worked, name: str, change: EachExpert, weight: Tensor) -> None:
+    """Adapters of experts one by one, which may change their biases, too."""
+    layout = experts_layout(module)
+    bias_name = None if layout is None else layout.bias_name(name)
+    before = None if bias_name is None else _get(worked.merged, bias_name)
+    weight, bias = change.merged(weight, before)
+    put(worked.merged, name, weight)
+    if bias_name is not None and bias is not None and before is not None and not torch.equal(bias, before):
+        put(worked.merged, bias_name, bias)
+        worked.changed[bias_name] = None
 
 
 def _checked(path: str, name: str, found: Any, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -119,6 +119,24 @@ class PackedWeight(NamedTuple):
             shape=(last - first, columns),
         )
 
+    def expert(self, index: int) -> PackedWeight:
+        """`[1, out, in]`: one of `[experts, out, in]`, each of whole blocks, where it lies."""
+        size = math.prod(self.shape[1:])
+        begin, end = (i * size // self.blocksize for i in (index, index + 1))
+        absmax, nested, step = self.absmax.reshape(-1)[begin:end], self.nested_absmax, self.nested_blocksize
+        one = self._replace(
+            codes=self.codes.reshape(-1)[index * size // 2 : (index + 1) * size // 2],
+            absmax=absmax,
+            shape=(1, *self.shape[1:]),
+        )
+        if nested is None or self.nested_quant_map is None or self.nested_offset is None:
+            return one
+        if begin % step == 0:
+            return one._replace(nested_absmax=nested.reshape(-1)[begin // step : -(-end // step)])
+        per_block = nested.reshape(-1)[torch.arange(begin, end, device=nested.device) // step]
+        scales = self.nested_quant_map.reshape(-1)[absmax.int()] * per_block + self.nested_offset.reshape(())
+        return one._replace(absmax=scales, nested_absmax=None, nested_quant_map=None, nested_offset=None)
+
 
 def autocast_device(x: Tensor) -> str:
     """Of which device autocast is asked for x: PyTorch has none for meta tensors, which are cast as on a CPU."""

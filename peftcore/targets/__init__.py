@@ -8,9 +8,11 @@ from peftcore.targets.experts import (
     expert_weights,
     experts_per_token,
     is_read_by_itself,
+    layer_at,
     name_experts,
     parameter_suffixes,
     select_experts,
+    weight_named,
 )
 from peftcore.targets.names import is_inside, matches
 from peftcore.targets.selection import (
@@ -44,6 +46,7 @@ __all__ = [
     "is_inside",
     "is_linear",
     "is_read_by_itself",
+    "layer_at",
     "match_counts",
     "matches",
     "minimal_suffixes",
@@ -59,5 +62,6 @@ __all__ = [
     "sublayers",
     "trained_biases",
     "trained_modules",
+    "weight_named",
     "widths",
 ]

@@ -90,7 +90,7 @@ def _matrices(module: nn.Module) -> Iterator[tuple[str, str, int, int]]:
             yield name, "convolutions", id(parameter), count
         elif is_linear or (name == "weight" and len(shape) == 2):
             yield name, "linear layers", id(parameter), count
-        elif len(shape) == 3 and min(shape[-2:]) > 1:
+        elif len(shape) == 3 and min(shape) > 1:
             yield name, "experts' stacked weights", id(parameter), count
         elif is_read_by_itself(module, name):
             yield name, "other parameters", id(parameter), count

@@ -15,9 +15,17 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.adaptation.adapted import base_modules, base_parameters
-from peftcore.adaptation.class_swap import original_class
-from peftcore.experts import experts_layout, stacked_weights
+from peftcore.adaptation.adapted import base_modules, base_parameters, has_forward_of_instance
+from peftcore.adaptation.class_swap import original_class, original_forward
+from peftcore.errors import PeftcoreError
+from peftcore.experts import (
+    expert_linear,
+    expert_path,
+    experts_layout,
+    split_expert_path,
+    stacked_weights,
+    why_not_fused,
+)
 from peftcore.layers import is_linear, shape_of, sizes
 from peftcore.observation import bypassed, once_a_model
 from peftcore.targets.names import excluded, is_inside, layer_indices, matches, shortest_suffixes
@@ -86,6 +94,43 @@ def name_experts(
     by_entry = {entry: meant(partial(matches, entry)) for entry in target_modules}
     names = dict.fromkeys(name for found in by_entry.values() for name in found)
     return [entry for entry, found in by_entry.items() if not found], list(names)
+
+
+def expert_layers(model: nn.Module, path: str, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The layers of single experts, by paths as of a list of them, of the weights `names` of the module at `path`.
+
+    Raises:
+        PeftcoreError: the module is not run by transformers' experts interface, in this process alone.
+    """
+    module = model.get_submodule(path)
+    layout = experts_layout(module)
+    why = (
+        why_not_fused(module, original_forward(module)) if layout is not None else "its weights are laid out otherwise"
+    )
+    if has_forward_of_instance(module) or getattr(module, "_is_expert_parallel", False):
+        why = "they are spread over processes (tensor or expert parallelism), or have a forward of their own"
+    if layout is None or why is not None:
+        raise PeftcoreError(
+            f"the experts at '{path}' cannot be adapted one by one: {why}. Leave them out, "
+            f"exclude_modules=['{path.rpartition('.')[2]}'], or choose a method that changes their weights as a whole"
+        )
+    return {
+        expert_path(path, name, expert): expert_linear(module, name, expert)
+        for expert in range(layout.count)
+        for name in names
+    }
+
+
+def layer_at(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path, which may be that of one expert's layer."""
+    found = split_expert_path(model, path)
+    return model.get_submodule(path) if found is None else expert_linear(model.get_submodule(found[0]), *found[1:])
+
+
+def weight_named(model: nn.Module, path: str) -> str:
+    """The full name of the stacked weight of which the layer of an expert is a part; any other path as it is."""
+    found = split_expert_path(model, path)
+    return path if found is None else f"{found[0]}.{found[1]}"
 
 
 def select_experts(

@@ -16,10 +16,19 @@ from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.adaptation.class_swap import original_class
 from peftcore.architecture import Architecture, Sublayer
 from peftcore.errors import PeftcoreError, nearest
+from peftcore.experts import expert_biases
 from peftcore.layers import is_conv1d, is_linear, sizes
 from peftcore.method import Train
 from peftcore.observation import bypassed, rewritten
-from peftcore.targets.experts import ALL_LINEAR, expert_weights, routers
+from peftcore.targets.experts import (
+    ALL_LINEAR,
+    expert_layers,
+    expert_weights,
+    name_experts,
+    parameter_suffixes,
+    routers,
+    weight_named,
+)
 from peftcore.targets.names import excluded, is_inside, layer_indices, matches, nearest_path, shortest_suffixes
 from peftcore.targets.patterns import compiled
 
@@ -60,7 +69,9 @@ def select(
     Args:
         target_modules: list of suffixes, a regular expression that matches the whole path, or `all-linear`:
             every linear layer but the output head, the task's heads, routers, and those that are bypassed. A
-            `nn.MultiheadAttention` stands for its projections where `supported`.
+            `nn.MultiheadAttention` stands for its projections where `supported`. What means no module that the
+            method adapts may mean experts, `experts` or a weight of theirs: their layers are found one by one, at paths
+            as of a list of experts (`experts.3.down_proj`).
         exclude_modules: list of suffixes or a regular expression, taken away from the selection.
         layers_to_transform: layer indices; `layers_pattern` names the list of layers (`layers`, `h`), by
             default the first numbered part of a path counts.
@@ -76,8 +87,15 @@ def select(
     names = [*modules, *(f"{path}.{name}" for path, each in expert_weights(model).items() for name in each)]
     without = excluded(names, exclude_modules)
     inside_saved = {path for path in modules if any(is_inside(saved, path) for saved in modules_to_save or ())}
+    experts = dict[str, str]()  # the path of their module by the names of weights
+    if not own_parameters and supported(nn.Linear(1, 1, device="meta")):
+        weights = {f"{path}.{name}": path for path, each in expert_weights(model).items() for name in each}
+        target_modules, named = name_experts(model, target_modules, supported) if weights else (target_modules, [])
+        experts = {name: weights[name] for name in named}
 
-    if target_modules == ALL_LINEAR:
+    if not target_modules and experts:
+        chosen = []
+    elif target_modules == ALL_LINEAR:
         heads = {architecture.output_head, *architecture.task_heads} - {None}
         chosen = [
             path
@@ -101,6 +119,8 @@ def select(
         chosen = _by_suffix(modules, target_modules, supported, names)
 
     chosen = [path for path in chosen if path not in without and path not in inside_saved]
+    gone = without | inside_saved
+    chosen += [name for name, path in experts.items() if name not in without and path not in gone]
     if target_modules == ALL_LINEAR:
         chosen = _with_attention(modules, chosen, without, supported)
     if layers_to_transform is not None:
@@ -120,8 +140,24 @@ def select(
             f"modules_to_save={modules_to_save!r}"
         )
     if not own_parameters:
-        refuse_bypassed(model, chosen)
-    return {path: modules[path] for path in chosen}
+        refuse_bypassed(model, [experts.get(path, path) for path in chosen])
+    return _in_order(model, modules, [path for path in chosen if path not in experts], set(chosen) & experts.keys())
+
+
+def _in_order(
+    model: nn.Module, modules: Mapping[str, nn.Module], chosen: Collection[str], weights: Collection[str]
+) -> dict[str, nn.Module]:
+    """The modules `chosen`, and the layers of the experts whose weights are named, in the model's order."""
+    if not weights:
+        return {path: modules[path] for path in chosen}
+    found: dict[str, nn.Module] = {}
+    for path, module in modules.items():
+        if path in chosen:
+            found[path] = module
+        own = [name for name in module._parameters if f"{path}.{name}" in weights]
+        if own:
+            found |= expert_layers(model, path, own)
+    return found
 
 
 def select_by(config: Any, model: nn.Module, architecture: Architecture, **others: Any) -> dict[str, nn.Module]:
@@ -158,13 +194,17 @@ def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
     paths = [path for path, _ in base_modules(model)]
     if isinstance(target_modules, str):
         return {target_modules: sum(map(compiled(target_modules, "target_modules"), paths))}
-    return {pattern: sum(matches(pattern, path) for path in paths) for pattern in target_modules}
+    weights = [f"{path}.{name}" for path, names in expert_weights(model).items() for name in names]
+    counts = {pattern: sum(matches(pattern, path) for path in paths) for pattern in target_modules}
+    return {p: count or sum(matches(p, name) for name in weights) for p, count in counts.items()}
 
 
 def minimal_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
     """The shortest list of suffixes that selects the modules `chosen` and no other: what a saved config says."""
-    chosen = set(chosen)
-    return shortest_suffixes(chosen, [path for path, _ in base_modules(model) if path not in chosen])
+    paths, named = [path for path, _ in base_modules(model)], {weight_named(model, path) for path in chosen}
+    layers = named.intersection(paths)
+    suffixes = shortest_suffixes(layers, [path for path in paths if path not in layers])
+    return suffixes + (parameter_suffixes(model, named - layers) if named - layers else [])
 
 
 def conv1d_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
@@ -219,7 +259,15 @@ def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
 
 def trained_biases(model: nn.Module, bias: str, paths: Iterable[str]) -> list[Train]:
     """What PEFT's field `bias` trains: "none", "all" biases of the model, or, with any other word, those of `paths`."""
-    return [] if bias == "none" else [biases(model, None if bias == "all" else paths)]
+    if bias == "none":
+        return []
+    of_experts = next((path for path in paths if weight_named(model, path) != path), None)
+    if of_experts is not None and any(expert_biases(module) for _, module in base_modules(model)):
+        raise PeftcoreError(
+            f"bias={bias!r} is not known beside '{of_experts}', an expert, whose biases are parameters of other names. "
+            "Choose bias='none'"
+        )
+    return [biases(model, None if bias == "all" else paths)]
 
 
 def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
@@ -232,14 +280,15 @@ def pattern_value(patterns: dict[str, Any] | None, path: str, default: Any) -> A
     return default
 
 
-def drop_unmatched(model: nn.Module, entries: Sequence[str]) -> list[str]:
-    """The entries that match a module of `model`.
+def drop_unmatched(model: nn.Module, entries: Sequence[str], experts: bool = False) -> list[str]:
+    """The entries that match a module of `model`, or a weight of `experts`.
 
     Files of PEFT name modules that a model may lack (`classifier` and `score` for every classifier).
     Reading one, the tensors decide what must be there; the list need not.
     """
     ends: set[str] = set()
-    for path, _ in base_modules(model):
+    weights = expert_weights(model) if experts else {}
+    for path in [*dict(base_modules(model)), *(f"{path}.{name}" for path, names in weights.items() for name in names)]:
         parts = path.split(".")
         ends.update(".".join(parts[i:]) for i in range(len(parts)))
     return [entry for entry in dict.fromkeys(entries) if entry in ends]

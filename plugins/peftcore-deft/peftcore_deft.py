@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import targets, validation
-from peftcore.adaptation.adapted import inside
+from peftcore.adaptation.adapted import inside_at
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def place(model: nn.Module, config: DeftConfig, architecture: peftcore.Architect
 def initialize(model: nn.Module, adapters: Mapping[str, Any], config: DeftConfig, batches: Any) -> None:
     """R puts back what is taken out; data, which `train` gives, says nothing of it."""
     for path, adapter in adapters.items():
-        weight = inside(model.get_submodule(path)).weight().float()
+        weight = inside_at(model, path).weight().float()
         adapter.deft_R.copy_(adapter.directions()[1].T @ weight / adapter.scale)
 
 

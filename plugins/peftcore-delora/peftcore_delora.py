@@ -17,7 +17,7 @@ from peftcore_lora.layers import ThinLinear
 from torch import Tensor, nn
 
 from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
-from peftcore.adaptation.adapted import inside
+from peftcore.adaptation.adapted import inside_at
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def place(model: nn.Module, config: DeloraConfig, architecture: Architecture) ->
 def initialize(model: nn.Module, adapters: Any, config: DeloraConfig, batches: Any) -> None:
     """n is of what stands inside; data, which `train` gives, says nothing of it."""
     for path, delora in adapters.items():
-        delora.delora_w_norm.copy_(inside(model.get_submodule(path)).weight().float().norm(dim=0))
+        delora.delora_w_norm.copy_(inside_at(model, path).weight().float().norm(dim=0))
 
 
 @hookimpl

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import ops
-from peftcore.adaptation.adapted import inside
+from peftcore.adaptation.adapted import inside_at
 
 KNOWN = LoraLinear, LoraConv, LoraEmbedding, LoraLinearOnWeight, LoraConvOnWeight  # PEFT's DoRA has no others
 
@@ -99,7 +99,7 @@ def initialize(model: nn.Module, adapters: Any, config: DoraConfig, batches: Any
     """m is the norms of what stands inside, with A and B; data, which `train` gives, says nothing of them."""
     for path, dora in adapters.items():
         m: Any = dora.lora_magnitude_vector
-        m.copy_(dora.norms(inside(model.get_submodule(path)).weight()).view_as(m))
+        m.copy_(dora.norms(inside_at(model, path).weight()).view_as(m))
 
 
 @peftcore.hookimpl
@@ -111,5 +111,6 @@ def peftcore_methods() -> list[peftcore.Method]:
         write_config=lambda fields: {**RULES.write_config(fields), "use_dora": True},
         read_config=lambda fields: RULES.read_config({n: value for n, value in fields.items() if n != "use_dora"}),
         scaled=None,
+        layouts={},  # in which experts are LoRA's
     )
     return [peftcore.Method("dora", DoraConfig, place, rules, initialize, learning_rate=1e-3)]

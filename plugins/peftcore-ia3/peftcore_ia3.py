@@ -54,9 +54,9 @@ class IA3Config:
         config = replace(self, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
         if self.feedforward_modules is not None and self.target_modules != targets.ALL_LINEAR:
             return config
-        back = [path for path, module in chosen.items() if leads_back(path, module, architecture)]
+        back = [path for path, module in chosen.items() if leads_back(model, path, module, architecture)]
         if self.feedforward_modules is not None:
-            back = [path for path in chosen if scales_input(self, path)]
+            back = [path for path in chosen if scales_input(self, targets.weight_named(model, path))]
         parts = [[path for path in chosen if path not in back], back]
         others, last = (targets.minimal_suffixes(model, part) if part else [] for part in parts)
         given = self.target_modules
@@ -101,8 +101,10 @@ def scales_input(config: IA3Config, path: str) -> bool:
     return compiled(named, "feedforward_modules")(path) if isinstance(named, str) else path.endswith(tuple(named))
 
 
-def leads_back(path: str, module: nn.Module, architecture: peftcore.Architecture) -> bool:
+def leads_back(model: nn.Module, path: str, module: nn.Module, architecture: peftcore.Architecture) -> bool:
     """Does a linear layer lead a feed-forward from its inner to the hidden size?"""
+    if targets.weight_named(model, path) != path:
+        return path.endswith(".down_proj")  # an expert's
     for sublayer in architecture.sublayers:
         inner = [other for other in sublayer.inner if other.rpartition(".")[0] == path.rpartition(".")[0]]
         is_last = path == sublayer.output or path.startswith(f"{sublayer.output}.") or bool(inner)
@@ -115,7 +117,7 @@ def place(model: nn.Module, config: IA3Config, architecture: peftcore.Architectu
     placements = []
     for path, module in selected(model, config, architecture).items():
         layer: Any = module
-        of_input = scales_input(config, path)
+        of_input = scales_input(config, targets.weight_named(model, path))
         if targets.is_linear(module):
             width, out_width = targets.sizes(module)
             shape = [1, width] if of_input else [out_width, 1]

@@ -139,7 +139,7 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
         prefix, _, last = name.rpartition(".")
         if last == "supertuning_values" and f"{prefix}.supertuning_indices" not in tensors:
             path = prefix.removeprefix("base_model.model.")
-            found[f"{prefix}.supertuning_indices"] = places_of(model.get_submodule(path), config, path)
+            found[f"{prefix}.supertuning_indices"] = places_of(targets.layer_at(model, path), config, path)
     return found
 
 

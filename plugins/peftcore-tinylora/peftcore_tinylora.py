@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import targets, validation
-from peftcore.adaptation.adapted import inside
+from peftcore.adaptation.adapted import inside_at
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def initialize(model: nn.Module, adapters: Mapping[str, Any], config: TinyLoraCo
     """A and B of what stands inside; data, which `train` gives, says nothing of them."""
     for path, adapter in adapters.items():
         r = len(adapter.tinylora_A)
-        u, s, v = torch.linalg.svd(inside(model.get_submodule(path)).weight().float(), full_matrices=False)
+        u, s, v = torch.linalg.svd(inside_at(model, path).weight().float(), full_matrices=False)
         adapter.tinylora_A.copy_(s[:r, None].sqrt() * v[:r])
         adapter.tinylora_B.copy_(u[:, :r] * s[:r].sqrt())
 

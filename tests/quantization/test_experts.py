@@ -63,8 +63,13 @@ def test_reached_and_equal_to_dense_values(kind):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "llama4_text"])
-@pytest.mark.parametrize(("quant_type", "double_quant"), [("nf4", True), ("nf4", False), ("fp4", False)])
+@pytest.mark.parametrize(
+    ("kind", "quant_type", "double_quant"),
+    [
+        *((kind, "nf4", True) for kind in FAMILIES),
+        *((kind, *how) for kind in ("gpt_oss", "llama4_text") for how in (("nf4", False), ("fp4", False))),
+    ],
+)
 def test_bits_and_keys_of_bitsandbytes(kind, quant_type, double_quant):
     dense = next(m for m in mixture(kind).modules() if hasattr(m, "gate_up_proj"))
     theirs, ours = copy.deepcopy(dense), nn.ModuleList([dense])

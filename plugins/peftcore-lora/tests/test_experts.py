@@ -22,11 +22,43 @@ def config_of(model: nn.Module) -> Any:
     return applied(model, "default").config
 
 
+# modules of experts, how many of each a token meets, and what share of the parameters experts are
+MIXTURES = {
+    "mixtral": (2, 2, 72.3),
+    "qwen3_moe": (2, 2, 65.9),
+    "gpt_oss": (2, 2, 78.3),
+    "granitemoe": (2, 2, 72.3),
+    "deepseek_v3": (1, 2, 36),
+    "qwen3_next": (2, 2, 53.5),
+    "ernie4_5_moe": (1, 2, 30.5),
+    "olmoe": (2, 2, 72.2),
+    "glm4_moe": (1, 2, 36.1),
+    "minimax": (2, 2, 79.5),
+    "llama4_text": (1, 1, 49.7),
+}
+
+
+@pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_family(family: str) -> None:
-    base, model = mixture(family), mixture(family)
-    assert peftcore.plan(model, "lora", r=4).coverage.share > 0.95  # but for routers, and convolutions of Qwen3-Next
+def test_family(family: str, quantized: bool, tmp_path: Path) -> None:
+    def new() -> nn.Module:
+        return peftcore.quantize(mixture(family)) if quantized else mixture(family)
+
+    base, model = new(), new()
+    plan = peftcore.plan(model, "lora", r=4)
+    assert plan.coverage.share > 0.95  # but for routers, and convolutions of Qwen3-Next
     peftcore.apply(model, "lora", r=4)
+    modules, per_token, share = MIXTURES[family]
+    way = "on dense copies of all, without dropout: Llama4TextExperts" if family == "llama4_text" else "fused"
+    for found in (str(plan), str(peftcore.summary(model))):
+        sentence = next(line for line in found.splitlines() if line.startswith("experts: "))
+        assert sentence.startswith(
+            f"experts: {modules} modules of 4, {share} % of the parameters; 100 % with an adapter, "
+        )
+        assert (
+            f"{100 * quantized} % in 4 bits; a token meets {per_token} of 4, " in sentence
+            and f" in all; {way}" in sentence
+        )
     torch.testing.assert_close(logits(model), logits(base), rtol=0, atol=1e-6)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     tokens, losses = torch.arange(3, 27).view(2, 12), []
@@ -41,7 +73,9 @@ def test_family(family: str) -> None:
     experts = {path: each for path, each in experts.items() if path.endswith(".experts")}
     assert experts and all(p.grad is not None and p.grad.any() for each in experts.values() for p in each.parameters())
     acting = logits(model)
-    peftcore.merge(model)
+    peftcore.save(model, tmp_path)
+    assert torch.equal(logits(peftcore.load(new(), tmp_path)), acting)
+    peftcore.merge(model, dtype=torch.float32 if quantized else None)
     torch.testing.assert_close(logits(model), acting, rtol=0, atol=1e-5)
     peftcore.unmerge(model)
     assert torch.equal(logits(model), acting)

@@ -1,0 +1,68 @@
+"""Adapters that a method places at layers of single experts, `experts.3.down_proj`, joined to one of their module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from peftcore.adaptation.call import asked
+from peftcore.adaptation.chain import WeightChanges
+from peftcore.errors import PeftcoreError
+from peftcore.experts import EachExpert, experts_layout, split_expert_path
+from peftcore.method import After, Around
+
+
+def each_expert(model: nn.Module, method: str, path: str, placements: Sequence[Around | After]) -> WeightChanges:
+    """What stands at the module of experts at `path`: an adapter for each expert of each of its weights.
+
+    Raises:
+        PeftcoreError: some experts of a weight have none, or their adapters cannot tell what an expert is given.
+    """
+    layout: Any = experts_layout(model.get_submodule(path))
+    by_name: dict[str, dict[int, Around | After]] = {}
+    for placement in placements:
+        _refuse_unfit(method, path, placement)
+        _, name, expert = split_expert_path(model, placement.path) or ("", "", 0)
+        if expert in by_name.setdefault(name, {}):
+            raise PeftcoreError(
+                f"{method} places two adapters at '{placement.path}'; one module takes one of each name"
+            )
+        by_name[name][expert] = placement
+    changes: dict[str, nn.Module] = {}
+    for name in (name for name in layout.names if name in by_name):
+        own = by_name[name]
+        lacking = next((expert for expert in range(layout.count) if expert not in own), None)
+        if lacking is not None:
+            raise PeftcoreError(
+                f"{method} places adapters at experts of '{path}.{name}', and none at expert {lacking}. All have "
+                "one, or none"
+            )
+        behind = isinstance(own[0], After)
+        changes[name] = EachExpert([own[i].adapter for i in range(layout.count)], layout.transposed, behind)
+    return WeightChanges(changes, whole_batch=False)
+
+
+def weight_of_expert(path: str, placement: Any) -> str | None:
+    """The full name of the stacked weight, of the module at `path`, at one expert of which `placement` is; or None."""
+    own = getattr(placement, "path", path)
+    return f"{path}.{own.rpartition('.')[2]}" if own != path else None
+
+
+def one_by_one(placements: Mapping[str, Sequence[Any]]) -> bool:
+    """Do some of these, by the path of their module, stand at single experts?"""
+    return any(weight_of_expert(path, each) is not None for path, placed in placements.items() for each in placed)
+
+
+def _refuse_unfit(method: str, path: str, placement: Around | After) -> None:
+    """Of adapters that ask what the model was called with, or treat all rows of a call as one batch."""
+    asks = asked([placement.adapter]) is not None
+    whole = any(getattr(module, "whole_batch", False) for module in placement.adapter.modules())
+    branches = isinstance(placement, Around) and placement.branches
+    if asks or whole or branches:
+        why = "reads the call of the model" if asks else "mixes the rows of a call" if whole else "combines others"
+        raise PeftcoreError(
+            f"{method} {why}, and the experts of '{path}' are given rows of which it is not known whose they are. "
+            "Leave them out of target_modules"
+        )

@@ -1,0 +1,121 @@
+"""Adapters of linear layers at experts, one each: the rows of an expert pass through its layer with its adapters.
+
+    y_i = adapter_e(base_e, x_i)        base_e: x W_eᵀ + b_e, for the rows i of expert e
+
+So a method that knows linear layers knows experts, in a list of which it would compute the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.errors import PeftcoreError
+from peftcore.experts.layout import experts_layout
+from peftcore.experts.linear import expert_linear, operand
+from peftcore.ops.weight import autocast_device
+
+Around = Callable[[nn.Linear, Sequence[Any], int], Callable[[Tensor], Tensor]]  # a layer, changes, whose -> with them
+
+
+class EachExpert(nn.Module):
+    """What a method changes of one stacked weight: an adapter for each expert.
+
+    Args:
+        adapters: as of linear layers, `adapter(base, x)`.
+        behind: they stand behind the layers, `adapter(y)`.
+        transposed: the weight is `[experts, in, out]`.
+    """
+
+    def __init__(self, adapters: Sequence[nn.Module], transposed: bool, behind: bool = False) -> None:
+        super().__init__()
+        self.transposed, self.behind = transposed, behind
+        for expert, adapter in enumerate(adapters):
+            self.add_module(str(expert), adapter)
+
+    @property
+    def multiplier(self) -> float:
+        """That of all its adapters, where they have one, which is set at each of them."""
+        first: Any = self.of_expert(0)
+        return float(first.multiplier)
+
+    @multiplier.setter
+    def multiplier(self, factor: float) -> None:
+        pass
+
+    def of_expert(self, expert: int) -> Any:
+        """The adapter of one."""
+        return self._modules[str(expert)]
+
+    def is_mergeable(self) -> bool:
+        return all(hasattr(adapter, "merged") for adapter in self._modules.values())
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(weight, bias) of all experts with their adapters in them, fp32; bias `[experts, out]` or None."""
+        weights, biases = [], []
+        for expert in range(len(weight)):
+            own = weight[expert].float()
+            given = None if bias is None else bias[expert].float().clone()
+            changed, its_bias = self.of_expert(expert).merged((own.mT if self.transposed else own).clone(), given)
+            if bias is None and its_bias is not None:
+                raise PeftcoreError(
+                    f"'merged' of {type(self.of_expert(expert)).__name__} gives experts a bias, and they have none "
+                    "that could take it. Nothing was changed. Keep the adapters beside the base, or off the experts"
+                )
+            weights.append(changed.mT if self.transposed else changed)
+            biases.append(its_bias)
+        return torch.stack(weights), None if bias is None else torch.stack(biases)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Of a forward that reads the weight of all experts with its changes, which is refused."""
+        raise PeftcoreError(
+            f"{type(self.of_expert(0)).__name__} acts on experts one by one, for which transformers' experts interface "
+            "must run them. Here another forward does, or another adapter changes the weights as a whole. Leave "
+            "_experts_implementation as it was, or that adapter out"
+        )
+
+
+def product_by_expert(
+    module: nn.Module, x: Tensor, offsets: Tensor, name: str, changes: Sequence[Any], around: Around
+) -> Tensor:
+    """The product of a module's weight `name`, for rows sorted by expert, with whatever changes each expert's.
+
+    Args:
+        offsets: int32 `[experts]`, where the rows of each end. On the meta device all rows are the first one's.
+        changes: `Thin`s and `EachExpert`s, the first innermost.
+        around: puts these around the layer of one expert.
+    """
+    layout: Any = experts_layout(module)
+    weight = operand(module, name)
+    if isinstance(weight, Tensor) and not torch.is_autocast_enabled(autocast_device(x)):
+        x = x.to(weight.dtype)
+    ends = [len(x)] * layout.count if offsets.is_meta else offsets.tolist()
+    parts, idle = [], list[Tensor]()
+    for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if begin < end:
+            parts.append(around(expert_linear(module, name, expert), changes, expert)(x[begin:end]))
+        else:
+            each = (change.of_expert(expert) for change in changes if isinstance(change, EachExpert))
+            idle += [p for adapter in each for p in adapter.parameters() if p.requires_grad]
+    begin = ends[-1] if ends else 0
+    if begin < len(x) or not parts:  # rows of another process's experts
+        width = expert_linear(module, name, 0).out_features
+        parts.append(x.new_zeros(len(x) - begin, width, dtype=parts[0].dtype if parts else x.dtype))
+    y = torch.cat(parts)
+    return _Idle.apply(y, *idle) if idle and torch.is_grad_enabled() else y  # type: ignore[no-untyped-call]
+
+
+class _Idle(torch.autograd.Function):
+    """y; parameters of experts that had no rows get zeros, since all that trains has gradients on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, *idle: Tensor) -> Tensor:
+        ctx.save_for_backward(*idle)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(parameter) for parameter in ctx.saved_tensors)
