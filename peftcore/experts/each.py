@@ -93,7 +93,8 @@ def product_by_expert(
     if isinstance(weight, Tensor) and not torch.is_autocast_enabled(autocast_device(x)):
         x = x.to(weight.dtype)
     ends = [len(x)] * layout.count if offsets.is_meta else offsets.tolist()
-    parts, idle = [], list[Tensor]()
+    parts: list[Tensor] = []
+    idle: list[Tensor] = []
     for expert, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if begin < end:
             parts.append(around(expert_linear(module, name, expert), changes, expert)(x[begin:end]))
