@@ -155,9 +155,10 @@ def tell_if_little(model: nn.Module, placed: Placed) -> None:
     """A selection of all there is that leaves most of the weight out is told of, or experts, of which nobody spoke."""
     if placed.names_modules:
         return
-    found, reached = covered(model, placed), {*reached_by(placed.placements), *placed.trained}
-    weights = [f"{path}.{name}" for path, names in expert_weights(model).items() for name in names]
-    lacks = any(name not in reached for name in weights)
+    found, reached = covered(model, placed), set(reached_by(placed.placements))
+    trained = {name.rpartition(".")[0] for name in placed.trained}  # a bias counts, as in `covered`
+    experts = ((path, f"{path}.{name}") for path, names in expert_weights(model).items() for name in names)
+    lacks = any(path not in trained and name not in reached for path, name in experts)
     spoken = any(getattr(placed.config, field, None) for field in ("exclude_modules", "layers_to_transform"))
     if found.share < LITTLE or (lacks and not spoken):
         told = ". Methods that know linear layers adapt experts one by one where they are named: target_modules=[..., "

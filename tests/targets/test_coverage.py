@@ -5,6 +5,7 @@ import warnings
 import pytest
 import tiny
 from census import instances
+from mixtures import mixture
 from torch import nn
 
 import peftcore
@@ -33,6 +34,19 @@ def test_experts_that_other_modules_read_are_told_of() -> None:
         peftcore.apply(dbrx, "lora")
     with pytest.raises(peftcore.PeftcoreError, match="is read past the forward of its module, by others"):
         peftcore.plan(dbrx, "lora", target_modules=[], target_parameters=["mlp.w1"])
+
+
+@pytest.mark.parametrize("method", ["vera", "dora", "ia3"])
+def test_experts_are_told_of_where_they_are_little(method: str) -> None:
+    model = mixture("deepseek_v3")  # beside a dense layer, and shared experts
+    with pytest.warns(UserWarning, match=r"experts' stacked weights \(44.2 %\).*target_modules=\[..., 'experts'\]"):
+        peftcore.apply(model, method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        peftcore.apply(mixture("deepseek_v3"), method, target_modules=["o_proj"])
+        if method != "vera":  # which has no such field
+            peftcore.apply(mixture("deepseek_v3"), method, exclude_modules=["experts"])
+        peftcore.apply(mixture("gpt_oss"), "bitfit")  # their biases
 
 
 def test_experts_and_convolutions_are_told_of() -> None:
