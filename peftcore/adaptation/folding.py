@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peftcore.adaptation.class_swap import one_for_each_class, original_forward, subclass, take_off
 
@@ -38,8 +39,11 @@ def _folding_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, input: Tensor) -> Tensor:  # as `nn.Linear` calls it
         if type(input) is not Tensor or input.dim() < 3 or input.is_nested or self.weight.requires_grad:
             return nn.Linear.forward(self, input)
-        rows = nn.Linear.forward(self, input.flatten(0, -2))
-        return rows.view(*input.shape[:-1], rows.shape[-1])
+        if self.bias is not None and input.is_contiguous():  # which PyTorch folds, and rounds once
+            return nn.Linear.forward(self, input)
+        rows = F.linear(input.flatten(0, -2), self.weight)
+        product = rows.view(*input.shape[:-1], rows.shape[-1])
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
     forward.__wrapped__ = cls.forward  # type: ignore[attr-defined]  # as functools.wraps sets it
     forward.__doc__ = cls.forward.__doc__

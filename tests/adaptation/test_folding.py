@@ -52,6 +52,19 @@ def test_the_logits_of_some_places_are_one_product() -> None:
     assert torch.equal(last(model), before)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_head_with_a_bias_gives_the_same_bits(cut: bool, autocast: bool) -> None:
+    model = tiny.llama()
+    model.lm_head = nn.Linear(32, 96).bfloat16()
+    hidden = torch.randn(3, 7, 32, dtype=torch.bfloat16)
+    hidden = hidden[:, 5:] if cut else hidden
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        before = model.lm_head(hidden)
+        peftcore.apply(model, "lora", target_modules=["q_proj"])
+        assert torch.equal(model.lm_head(hidden), before)
+
+
 @pytest.mark.parametrize("shape", [(32,), (4, 32), (2, 3, 32), (2, 1, 3, 32), (0, 3, 32)])
 def test_any_shape_and_its_gradient(shape: tuple[int, ...]) -> None:
     model = peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"])
