@@ -14,6 +14,7 @@ from torch import nn
 
 from peftcore.adaptation.adapted import base_modules
 from peftcore.errors import PeftcoreError
+from peftcore.experts import experts_layout
 from peftcore.method import Method
 from peftcore.observation import detect
 from peftcore.peft_fields.choosing import method_of_fields
@@ -61,6 +62,7 @@ def _completed(where: str, model: nn.Module, config: Any) -> Any:
             raise PeftcoreError(f"{where} names no target_modules. Name them, or 'all-linear'")
         return config
     _name_experts(where, model, config)
+    _refuse_experts(where, model, config)
     of_model: Any = getattr(model, "config", None)
     known = of_model.to_dict() if hasattr(of_model, "to_dict") else {}
     try:
@@ -86,6 +88,23 @@ def _name_experts(where: str, model: nn.Module, config: Any) -> None:
         convert(config, model=model, conversions=None)
     except ValueError as error:
         raise PeftcoreError(f"{where} does not fit {type(model).__name__}: {error}") from error
+
+
+def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
+    """Of an entry that means no module, which PEFT passes over beside others, and which means experts here."""
+    named = getattr(config, "target_modules", None)
+    if not named or isinstance(named, str) or hasattr(config, "target_parameters"):
+        return
+    modules = dict(base_modules(model))
+    layouts = ((path, layout) for path, module in modules.items() if (layout := experts_layout(module)) is not None)
+    weights = [f".{path}.{name}" for path, layout in layouts for name in layout.names]
+    for entry in named:
+        means_module = any(f".{path}".endswith(f".{entry}") for path in modules)
+        if not means_module and any(weight.endswith(f".{entry}") for weight in weights):
+            raise PeftcoreError(
+                f"{where} names '{entry}' in target_modules, which is no layer of {type(model).__name__}: PEFT passes "
+                "over it, and here it would mean experts. Leave it out, or apply the method by name with these fields"
+            )
 
 
 def ends_within_a_name(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]:

@@ -8,8 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from beside_peft import quiet
 from mixtures import INPUTS, mixture
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -321,6 +323,23 @@ def test_an_entry_that_means_layers_means_no_experts() -> None:
     assert not any(path.endswith(".experts") for path in applied(model, "default").paths)
     model = applied_to(mixture("deepseek_v3"), "loha", target_modules=["down_proj", "experts.down_proj"])
     assert any(path.endswith(".experts") for path in applied(model, "default").paths)
+
+
+def test_a_config_of_peft_means_what_it_means_there() -> None:
+    named = {"target_modules": ["q_proj", "down_proj"]}
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"peft.LoHaConfig names 'down_proj' in target_modules, which is no"
+    ):
+        peftcore.apply(new("qwen3_moe"), peft.LoHaConfig(**named))
+    theirs = quiet(peft.get_peft_model, new("qwen3_moe"), peft.LoHaConfig(**named))
+    assert not any("experts" in name for name, p in theirs.named_parameters() if p.requires_grad)
+
+
+def test_a_file_of_peft_means_what_it_means_there(tmp_path: Path) -> None:
+    config = peft.LoHaConfig(target_modules=["q_proj", "down_proj"])
+    quiet(quiet(peft.get_peft_model, new("qwen3_moe"), config).save_pretrained, tmp_path)
+    ours = peftcore.load(new("qwen3_moe"), tmp_path)
+    assert applied(ours, "default").paths == ("model.layers.0.self_attn.q_proj",)
 
 
 def test_planned_and_summed_up() -> None:
