@@ -24,5 +24,26 @@ inline __m512 from_bf16(__m256i values) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16));
 }
 
+// Four 32-bit words of each of 16 rows, as vectors of one word of all rows. `row(i)`: where those of row i lie.
+struct FourColumns {
+    __m512i of[4];
+};
+
+template <typename Row>
+inline FourColumns four_columns(const Row& row) {
+    const auto words = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row(i))); };
+    const auto four_rows = [&](int i) {
+        __m512i result = _mm512_castsi128_si512(words(i));
+        result = _mm512_inserti32x4(result, words(i + 4), 1);
+        result = _mm512_inserti32x4(result, words(i + 8), 2);
+        return _mm512_inserti32x4(result, words(i + 12), 3);
+    };
+    const __m512i a = four_rows(0), b = four_rows(1), c = four_rows(2), d = four_rows(3);
+    const __m512i ab_low = _mm512_unpacklo_epi32(a, b), ab_high = _mm512_unpackhi_epi32(a, b);
+    const __m512i cd_low = _mm512_unpacklo_epi32(c, d), cd_high = _mm512_unpackhi_epi32(c, d);
+    return {{_mm512_unpacklo_epi64(ab_low, cd_low), _mm512_unpackhi_epi64(ab_low, cd_low),
+             _mm512_unpacklo_epi64(ab_high, cd_high), _mm512_unpackhi_epi64(ab_high, cd_high)}};
+}
+
 }  // namespace
 }  // namespace peftcore

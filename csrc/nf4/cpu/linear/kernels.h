@@ -4,7 +4,7 @@
 // lookup's index of the lane's j-th value, x being stored in that order, and a lane has one scale. Products
 // and sums are fp32. "dots" does so by the bf16 dot product; the scales are multiplied in fp32, once a block, so what is
 // rounded is the codebook's entry (rounded.h). "integers" multiplies both in 16-bit integers, for x of 16 bits: what
-// processors without bf16 do fastest (integers.h). "tile" turns 32 rows of W into bf16, rounded likewise, for more rows of x.
+// processors without bf16 do fastest (integers.h). "tile" turns many rows of W into bf16, rounded likewise, for more rows of x.
 // With AMX the tile is a register and what is rounded is entry times scale.
 //
 // Plain C++ has neither: looking values up one by one took 17 to 20 ms for 4096 x 4096, unpacking a panel 10.
