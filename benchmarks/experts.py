@@ -3,10 +3,11 @@
     python benchmarks/experts.py [--threads 2] [--seconds 20] [--rank 16] [--only step decode] [--slow]
 
 step: 32 experts of [768, 1024] and [1024, 384], 256 tokens, top 8 (2048 rows), bf16; gradients for what enters, and for
-the factors of LoRA. Rows of the table are timed in turn, and all keep the memory that they free. The floor is that of
-the frozen rows: one dense pair of layers with the same operations, as the library computes it, and all weights read
-twice at the bandwidth of a plain read; "weights" are those alone. peft is its `target_parameters` over the same module.
---slow: also transformers' batched_mm and peft over its eager forward, once each.
+the factors of LoRA. Weights come from memory, as in a model: each row goes through as many modules as no cache holds,
+and is timed once more with the one that it has just used ("in cache"). Rows are timed in turn, and all keep the memory
+that they free. The floor is that of the frozen rows: one dense pair of layers with the same operations, as the library
+computes it, and all weights read twice at the bandwidth of a plain read. peft is its `target_parameters` over the same
+module. --slow: also transformers' batched_mm and peft over its eager forward, once each.
 
 decode: one token, top 8 of 128 experts of [1536, 2048] and [2048, 768] (Qwen3-30B-A3B) in NF4 with nested scales, other
 experts at every call, so that they come from memory, as a share of a plain read's bandwidth.
@@ -109,63 +110,68 @@ def floor_of(module, seconds):
 
 def step(rank, seconds, slow):
     torch.manual_seed(0)
-    module = experts(32, 1024, 384)
+    dense = [experts(32, 1024, 384)]
+    size = sum(w.nbytes for w in dense[0].parameters())
+    dense += [copy.deepcopy(dense[0]) for _ in range(measure.beyond_caches(size) - 1)]
+    module = dense[0]
     hidden = torch.randn(TOKENS, 1024).bfloat16().requires_grad_()
     grad, (index, shares) = torch.randn(TOKENS, 1024).bfloat16(), routing(TOKENS, 32, TOP_K)
     shares = shares.bfloat16()
-    packed, changes = in_nf4(module), factors(module, rank)
+    packed_size = size * 33 // 128  # of 16 bits 4.125
+    packed = [in_nf4(module) for _ in range(measure.beyond_caches(packed_size))]
+    changes = factors(module, rank)
     trained = [t for (thin,) in changes.values() for t in thin[:2]]
 
     def timed(forward, more=()):
         return lambda: torch.autograd.grad(forward(), (hidden, *more), grad)
 
     def theirs(implementation):
-        other = copy.deepcopy(module)
-        other.config._experts_implementation = implementation
-        return timed(lambda: other(hidden, index, shares))
+        def of(module):
+            other = copy.copy(module)
+            other.config = copy.deepcopy(module.config)
+            other.config._experts_implementation = implementation
+            return timed(lambda: other(hidden, index, shares))
 
-    def ours(module, changes=None):
+        return [of(module) for module in dense]
+
+    def ours(modules, changes=None):
         more = trained if changes else ()
-        return timed(lambda: experts_forward(module, hidden, index, shares, changes=changes), more)
+        return [timed(lambda m=m: experts_forward(m, hidden, index, shares, changes=changes), more) for m in modules]
 
     def by_peft(implementation):
-        other, more = with_peft(module, rank, implementation)
-        return timed(lambda: other(hidden, index, shares), more)
+        others = [with_peft(module, rank, implementation) for module in dense]
+        return [timed(lambda other=other: other(hidden, index, shares), more) for other, more in others]
 
     rows = {
-        "peftcore": ours(module),
+        "peftcore": ours(dense),
         "peftcore NF4": ours(packed),
-        f"peftcore LoRA r={rank}": ours(module, changes),
+        f"peftcore LoRA r={rank}": ours(dense, changes),
         f"peftcore LoRA r={rank} on NF4": ours(packed, changes),
         "transformers grouped_mm": theirs("grouped_mm"),
         "transformers eager": theirs("eager"),
         f"peft r={rank}, grouped_mm": by_peft("grouped_mm"),
     }
     # First its backward alone, which others' memory would slow.
-    dense, weights, rate = floor_of(module, min(2.0, seconds / 8))
-    times = measure.interleaved(rows, seconds)
+    pair, weights, rate = floor_of(module, min(2.0, seconds / 8))
+    found = measure.from_memory(rows, seconds)
     exact = exact_result(module, hidden, index, shares)
-    best = min(min(times[f"transformers {name}"]) for name in ("grouped_mm", "eager"))
-    print(f"\n32 experts, {TOKENS} tokens, top {TOP_K}, bf16, forward and backward (ms)")
-    print(f"{'':34}{'min':>9}{'median':>9}{'IQR':>8}   of transformers' best, of the floor, error")
-    print(f"{'dense pair':34}{dense:9.2f}\n{f'weights twice, {rate / 1e9:.1f} GB/s':34}{weights:9.2f}")
-    print(f"{'floor':34}{dense + weights:9.2f}")
-    for name, spent in times.items():
-        low, median, width = measure.spread(spent)
-        error = ""
-        if name in ("peftcore", "transformers grouped_mm", "transformers eager"):
-            forward = experts_forward if name == "peftcore" else type(module).forward
-            other = copy.deepcopy(module)
-            other.config._experts_implementation = name.split()[-1]
-            found = forward(other, hidden, index, shares).double()
-            error = f"{float((found - exact).norm() / exact.norm()):.1e}"
-        print(
-            f"{name:34}{low:9.2f}{median:9.2f}{width:8.2f}   {low / best:6.2f}{low / (dense + weights):8.2f}  {error}"
-        )
+    times = {name: min(found[0][f"transformers {name}"]) for name in ("grouped_mm", "eager")}
+    moved = {name: 2 * (packed_size if "NF4" in name else size) for name in rows}  # forward and backward
+    print(f"\ndense pair {pair:.2f} ms, weights twice at {rate / 1e9:.1f} GB/s {weights:.2f} ms", end="")
+    title = f"32 experts, {TOKENS} tokens, top {TOP_K}, bf16, forward and backward (ms)"
+    operations = 4 * TOKENS * TOP_K * size // (2 * 32)
+    best = f"transformers {min(times, key=times.get)}"
+    measure.print_rates(title, found, best, moved, operations, pair + weights)
+    for name in ("peftcore", "transformers grouped_mm", "transformers eager"):
+        forward = experts_forward if name == "peftcore" else type(module).forward
+        other = copy.deepcopy(module)
+        other.config._experts_implementation = name.split()[-1]
+        y = forward(other, hidden, index, shares).double()
+        print(f"{name:34}error {float((y - exact).norm() / exact.norm()):.1e}")
     if slow:
-        for name, call in (("transformers batched_mm", theirs("batched_mm")), ("peft, eager", by_peft("eager"))):
+        for name, calls in (("transformers batched_mm", theirs("batched_mm")), ("peft, eager", by_peft("eager"))):
             start = time.perf_counter()
-            call()
+            calls[0]()
             print(f"{name:34}{(time.perf_counter() - start) * 1e3:9.0f}   once")
 
 
@@ -185,27 +191,25 @@ def decode(seconds):
     bytes_of_expert = sum(t.nbytes for t in parts) / 128
     hidden = torch.randn(1, 2048).bfloat16()
     calls = [routing(1, 128, TOP_K) for _ in range(64)]
-    turn = iter(range(1 << 40))
 
-    def token():
-        index, shares = calls[next(turn) % len(calls)]
-        experts_forward(module, hidden, index, shares.bfloat16())
+    def token(index, shares):
+        return lambda: experts_forward(module, hidden, index, shares.bfloat16())
 
-    def read():
-        index, _ = calls[next(turn) % len(calls)]
-        for t in parts:
-            rows = t.view(128, -1)
-            for e in index[0].tolist():
-                rows[e].view(torch.int64).sum()
+    def read(index, _):
+        def run():
+            for t in parts:
+                rows = t.view(128, -1)
+                for e in index[0].tolist():
+                    rows[e].view(torch.int64).sum()
 
-    times = measure.interleaved({"token": token, "read": read}, seconds)
+        return run
+
+    rows = {"token": [token(*call) for call in calls], "read": [read(*call) for call in calls]}
+    found = measure.from_memory(rows, seconds)
     rate, one = bandwidth(parts), TOP_K * bytes_of_expert
-    print(f"\none token, {TOP_K} of 128 experts of Qwen3-30B-A3B in NF4: {one / 1e6:.1f} MB, ", end="")
-    print(f"a plain read {rate / 1e9:.1f} GB/s")
-    for name, spent in times.items():
-        low, median, width = measure.spread(spent)
-        share = one / median * 1e3 / rate
-        print(f"{name:34}{low:9.3f}{median:9.3f}{width:8.3f} ms, {share:.0%} of the bandwidth")
+    title = f"one token, {TOP_K} of 128 experts of Qwen3-30B-A3B in NF4 (ms): {one / 1e6:.1f} MB, a plain read "
+    operations = 2 * TOP_K * sum(w[0].numel() for w in module.parameters())
+    measure.print_rates(f"{title}{rate / 1e9:.1f} GB/s", found, "read", dict.fromkeys(rows, one), operations)
 
 
 def main():

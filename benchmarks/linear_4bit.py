@@ -5,16 +5,18 @@
 Forward for few rows of x; forward and gradient of x from 256 on. Weights come from memory, as in a model: each row goes
 through as many layers as no cache holds, and is timed once more with the layer that it has just used ("in cache": 4
 bits fit where a dense layer does not). Rows are timed in turn, so a busy machine slows all alike; the ratios are of the
-shortest times, the spread is the interquartile range. bitsandbytes runs as users run it: it unpacks the whole weight
-into fresh memory (set MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=4294967296 to take the page faults
-out). Rows for lower SIMD levels change peftcore's kernels alone: PyTorch's product of the unpacked panels stays.
+shortest times and of medians, the spread is the interquartile range. bitsandbytes runs as users run it: it unpacks the
+whole weight into fresh memory (set MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=4294967296 to take the
+page faults out). Rows for lower SIMD levels change peftcore's kernels alone: PyTorch's product of the unpacked panels
+stays.
 
 "read" reads the codes and scales and computes nothing. The floor is the larger of what must be read (packed weight and
-scales) at the speed of that, and the operations at the rate of a large dense product, in x's dtype or in fp32.
+scales) at the median speed of that, and the operations at the rate of a large dense product, in x's dtype or in fp32.
 """
 
 import argparse
 import logging
+import statistics
 
 import measure
 import torch
@@ -37,22 +39,6 @@ def product_rate(size, dtype):
     x, weight = torch.randn(512, size).to(dtype), torch.randn(size, size).to(dtype)
     times = measure.interleaved({"product": lambda: F.linear(x, weight)}, 1)["product"]
     return 2 * 512 * size**2 / min(times) / 1e6
-
-
-def table(title, rows, sizes, operations, rate, seconds):
-    """`sizes`: bytes of a layer, by row."""
-    first, again = measure.from_memory(rows, seconds)
-    read = min(first["read"])
-    floor = max(read, operations / rate / 1e6)
-    print(f"\n{title}\n{'':26}{'min':>9}{'median':>9}{'IQR':>8}{'of dense':>10}{'GB/s':>7}{'GFLOP/s':>9}", end="")
-    print(f"{'in cache':>12}{'of dense':>10}\n{'floor':26}{floor:9.2f}")
-    for name, times in first.items():
-        least, median, width = measure.spread(times)
-        cached = min(again[name])
-        print(f"{name:26}{least:9.3f}{median:9.3f}{width:8.3f}{least / min(first['dense']):10.3f}", end="")
-        print(f"{sizes.get(name, sizes['peftcore']) / least / 1e6:7.1f}", end="")
-        print(f"{0 if name == 'read' else operations / least / 1e6:9.0f}", end="")
-        print(f"{cached:12.3f}{cached / min(again['dense']):10.3f}")
 
 
 def main():
@@ -85,7 +71,6 @@ def main():
         "peftcore, plain scales": (plain, lambda w: lambda x: ops.linear_4bit(x, w)),
     }
     sizes = {
-        "peftcore": stored,
         "dense": dense[0].nbytes,
         "peftcore, plain scales": sum(p.nbytes for p in words(plain[0])),
     }
@@ -134,7 +119,11 @@ def main():
 
         rows = {name: [timed(call_of(w)) for w in ws] for name, (ws, call_of) in weights.items()}
         title = f"{batch} rows, forward{' and backward' if back else ''} (ms)"
-        table(title, rows, sizes, (1 + back) * 2 * batch * size**2, rate, options.seconds)
+        operations = (1 + back) * 2 * batch * size**2
+        found = measure.from_memory(rows, options.seconds)
+        floor = max(statistics.median(found[0]["read"]), operations / rate / 1e6)
+        moved = {name: sizes.get(name, stored) for name in rows}
+        measure.print_rates(title, found, "dense", moved, operations, floor)
 
 
 if __name__ == "__main__":

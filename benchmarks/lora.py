@@ -2,13 +2,16 @@
 
     python benchmarks/lora.py [--threads 2] [--seconds 4] [--rank 16] [--only linear call samples step]
 
-Rows of a table are timed in turn, so a busy machine slows all alike, and all keep the memory that they free. "frozen"
-is F.linear and the gradient of its input. The floor adds to it the operations of the thin products, 3 r (in + out) M
-multiplications, at the rate that the frozen linear itself reaches: nothing read or written twice, no call. A and B are
-fp32 beside a bf16 x, peft's default as well. Beside each table of times stands one of errors.
+Rows of a table are timed in turn, so a busy machine slows all alike, and all keep the memory that they free. Weights
+and factors come from memory, as in a model: each row goes through as many layers as no cache holds, and is timed once
+more with the one that it has just used ("in cache"). "frozen" is F.linear and the gradient of its input. The floor adds
+to it the operations of the thin products, 3 r (in + out) M multiplications, at the rate that the frozen linear itself
+reaches: nothing read or written twice, no call. A and B are fp32 beside a bf16 x, peft's default as well. Beside each
+table of times stands one of errors.
 """
 
 import argparse
+import copy
 import json
 import logging
 import warnings
@@ -27,11 +30,9 @@ warnings.simplefilter("ignore")
 SHAPES = [(1024, 576, 1536, "bfloat16"), (1024, 576, 1536, "float32"), (1024, 4096, 4096, "bfloat16")]
 
 
-def table(title, times, base, floor=None):
+def table(title, times, base):
     print(f"\n{title}\n{'':34}{'min':>9}{'median':>9}{'IQR':>8}   of {base}: min, median")
     of = measure.spread(times[base])
-    if floor is not None:
-        print(f"{'floor':34}{of[0] * floor:9.3f}{'':17}   {floor:8.3f}")
     for name, row in times.items():
         low, median, width = measure.spread(row)
         print(f"{name:34}{low:9.3f}{median:9.3f}{width:8.3f}   {low / of[0]:8.3f}{median / of[1]:8.3f}")
@@ -45,31 +46,45 @@ def peft_layer(layer, rank, dropout):
 
 
 def linear(m, k, n, dtype, rank, seconds):
-    """Forward and backward of one layer."""
+    """Forward and backward of one layer, other layers in turn, so that weights and factors come from memory."""
     dtype = getattr(torch, dtype)
     torch.manual_seed(0)
-    layer = nn.Linear(k, n, bias=False, dtype=dtype).requires_grad_(False)
+    count = measure.beyond_caches(k * n * dtype.itemsize)
+    layers = [nn.Linear(k, n, bias=False, dtype=dtype).requires_grad_(False) for _ in range(count)]
     x, dy = torch.randn(m, k).to(dtype).requires_grad_(), torch.randn(m, n).to(dtype)
-    a, b = torch.randn(rank, k, requires_grad=True), torch.randn(n, rank, requires_grad=True)
+    factors = [(torch.randn(rank, k).requires_grad_(), torch.randn(n, rank).requires_grad_()) for _ in range(count)]
 
-    def composed(p):
+    def composed(w, a, b, p):
         s = F.linear(F.dropout(x, p) if p else x, a.to(dtype))
-        return torch.addmm(F.linear(x, layer.weight), s, b.to(dtype).T, alpha=0.5)
+        return torch.addmm(F.linear(x, w), s, b.to(dtype).T, alpha=0.5)
 
     def timed(call, inputs):
         return lambda: torch.autograd.grad(call(), inputs, dy)
 
-    rows = {"frozen": timed(lambda: F.linear(x, layer.weight), (x,))}
+    def of_all(call, p):
+        """`call` of each layer's weight and factors."""
+        return [
+            timed(lambda w=layer.weight, a=a, b=b: call(w, a, b, p), (x, a, b))
+            for layer, (a, b) in zip(layers, factors, strict=True)
+        ]
+
+    rows = {"frozen": [timed(lambda w=layer.weight: F.linear(x, w), (x,)) for layer in layers]}
     for p in (0.0, 0.1):
         drop = f", dropout {p}" if p else ""
-        peers = peft_layer(nn.Linear(k, n, bias=False, dtype=dtype), rank, p)
-        theirs = (x, *(t for t in peers.parameters() if t.requires_grad))
-        rows[f"peftcore{drop}"] = timed(lambda p=p: ops.lora_linear(x, layer.weight, None, a, b, 0.5, p), (x, a, b))
-        rows[f"composed of PyTorch{drop}"] = timed(lambda p=p: composed(p), (x, a, b))
-        rows[f"peft{drop}"] = timed(lambda peers=peers: peers(x), theirs)
-    times = measure.interleaved(rows, seconds)
-    floor = 1 + 3 * rank * (k + n) / (2 * k * n)
-    table(f"{k} -> {n}, {m} rows, {dtype}, r={rank}, forward and backward (ms)", times, "frozen", floor)
+        peers = [peft_layer(copy.deepcopy(layer), rank, p) for layer in layers]
+        rows[f"peftcore{drop}"] = of_all(lambda w, a, b, p: ops.lora_linear(x, w, None, a, b, 0.5, p), p)
+        rows[f"composed of PyTorch{drop}"] = of_all(composed, p)
+        rows[f"peft{drop}"] = [
+            timed(lambda peer=peer: peer(x), (x, *(t for t in peer.parameters() if t.requires_grad))) for peer in peers
+        ]
+    found = measure.from_memory(rows, seconds)
+    frozen = 2 * k * n
+    thin = 3 * rank * (k + n)
+    # Forward and backward read W; x, y, dy and dx pass once.
+    moved = dict.fromkeys(rows, (2 * k * n + 2 * m * (k + n)) * dtype.itemsize)
+    title = f"{k} -> {n}, {m} rows, {dtype}, r={rank}, forward and backward, {count} layers in turn (ms)"
+    floor = min(found[0]["frozen"]) * (1 + thin / frozen)
+    measure.print_rates(title, found, "frozen", moved, 2 * m * (frozen + thin), floor)
     print(f"errors against float64, peft beside (see exactness.py)\n{exactness.HEAD}")
     for row in exactness.lora([(256, k, n)], (rank,), (dtype,)):
         print(row)
@@ -94,22 +109,26 @@ def call(seconds):
 
 
 def samples(rank, seconds):
-    """16 samples of one row, each with an adapter of its own, beside all with one."""
+    """16 samples of one row, each with an adapter of its own, beside all with one; other layers in turn."""
+    scales, index = [0.5] * 16, torch.arange(16)
     for k, n in ((576, 1536), (4096, 4096)):
-        x, w = torch.randn(16, k).bfloat16(), torch.randn(n, k).bfloat16()
-        a = [torch.randn(rank, k) for _ in range(16)]
-        b = [torch.randn(n, rank) for _ in range(16)]
-        scales, index = [0.5] * 16, torch.arange(16)
-        rows = {
-            "one adapter": lambda x=x, w=w, a=a, b=b: ops.lora_linear(x, w, None, a[0], b[0], 0.5),
-            "16 adapters": lambda x=x, w=w, a=a, b=b, scales=scales, index=index: ops.lora_linear_per_sample(
-                x, w, None, a, b, scales, index
-            ),
-            "base": lambda x=x, w=w: F.linear(x, w),
-        }
+        x = torch.randn(16, k).bfloat16()
+        rows = {"one adapter": [], "16 adapters": [], "base": []}
+        for _ in range(measure.beyond_caches(2 * k * n)):
+            w = torch.randn(n, k).bfloat16()
+            a = [torch.randn(rank, k) for _ in range(16)]
+            b = [torch.randn(n, rank) for _ in range(16)]
+            rows["one adapter"].append(lambda w=w, a=a, b=b, x=x: ops.lora_linear(x, w, None, a[0], b[0], 0.5))
+            rows["16 adapters"].append(
+                lambda w=w, a=a, b=b, x=x: ops.lora_linear_per_sample(x, w, None, a, b, scales, index)
+            )
+            rows["base"].append(lambda w=w, x=x: F.linear(x, w))
         with torch.no_grad():
-            times = measure.interleaved(rows, seconds)
-        table(f"{k} -> {n}, 16 samples, bf16, r={rank}, forward (ms)", times, "one adapter")
+            found = measure.from_memory(rows, seconds)
+        one = rank * (k + n)  # numbers, fp32
+        moved = {"one adapter": 2 * k * n + 4 * one, "16 adapters": 2 * k * n + 64 * one, "base": 2 * k * n}
+        title = f"{k} -> {n}, 16 samples, bf16, r={rank}, forward (ms)"
+        measure.print_rates(title, found, "one adapter", moved, 32 * (k * n + one))
 
 
 def stepper(kind, layers=30):

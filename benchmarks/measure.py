@@ -44,20 +44,44 @@ def from_memory(rows, seconds, least=5):
     """(times, times again) in ms: every round times one of each row's calls, another each time, then it again.
 
     A row's calls are one computation over different weights, which together no cache holds (`beyond_caches`): so the
-    first time weights come from memory, as in a model, and the second from whatever cache holds one.
+    first time weights come from memory, as in a model, and the second from whatever cache holds one. Rows may share
+    weights: what the one has just read is not what the next one reads.
     """
     first, again = ({name: [] for name in rows} for _ in range(2))
+    apart = {name: place * len(calls) // len(rows) for place, (name, calls) in enumerate(rows.items())}
     turn = 0
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or turn < least:
         for name, calls in random.sample(list(rows.items()), len(rows)):
-            call = calls[turn % len(calls)]
+            call = calls[(turn + apart[name]) % len(calls)]
             for times in (first, again):
                 start = time.perf_counter()
                 call()
                 times[name].append((time.perf_counter() - start) * 1e3)
         turn += 1
-    return ({name: times[1:] for name, times in found.items()} for found in (first, again))
+    return tuple({name: times[1:] for name, times in found.items()} for found in (first, again))
+
+
+def print_rates(title, found, base, moved, operations=0, floor=None):
+    """A table of `from_memory`'s times: shortest ones and what they are of those of `base`, medians likewise.
+
+    Args:
+        moved: bytes that a call reads and writes at least, by row, for GB/s.
+        operations: of a call, for GFLOP/s; 0: nothing that is counted so.
+        floor: ms.
+    """
+    first, again = found
+    of = spread(first[base])
+    print(f"\n{title}\n{'':34}{'min':>9}{'median':>9}{'IQR':>8}   of {base}:{'GB/s':>8}{'GFLOP/s':>9}", end="")
+    print(f"{'in cache':>10}{'of that':>9}")
+    if floor is not None:
+        print(f"{'floor':34}{floor:9.3f}{'':17}{floor / of[0]:8.3f}")
+    for name, times in first.items():
+        low, median, width = spread(times)
+        flops = f"{operations / low / 1e6:.0f}" if operations and name != "read" else ""
+        print(f"{name:34}{low:9.3f}{median:9.3f}{width:8.3f}{low / of[0]:8.3f}{median / of[1]:7.3f}", end="")
+        cached = min(again[name])
+        print(f"{moved[name] / low / 1e6:8.1f}{flops:>9}{cached:10.3f}{cached / min(again[base]):9.3f}")
 
 
 def print_surroundings(threads):

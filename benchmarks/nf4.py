@@ -2,17 +2,16 @@
 
     python benchmarks/nf4.py [--size 4096] [--threads 2] [--seconds 3]
 
-Rows are interleaved: every round times each of them once, in random order, so a
-busy machine slows all alike. "fresh" allocates its
-result on every call, as a model does that calls the peer; "mapped" writes to memory that is there already. The floor
-is the bytes that must move over the copy bandwidth measured in the same run. Set MALLOC_MMAP_THRESHOLD_=4294967296
-and MALLOC_TRIM_THRESHOLD_=4294967296 to take page faults out of every "fresh" row.
+Weights come from memory, as in a model: each row goes through as many layers as no cache holds, and is timed once more
+with the layer that it has just used ("in cache"). Rows are timed in turn, in random order, so a busy machine slows all
+alike. "fresh" allocates its result on every call, as a model does that calls the peer; "mapped" writes to one buffer
+that is there already. The floor is the bytes that must move over the copy bandwidth measured in the same run. Set
+MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=4294967296 to take page faults out of every "fresh" row.
 """
 
 import argparse
 import logging
 import os
-import statistics
 
 import measure
 import torch
@@ -21,16 +20,6 @@ from peftcore import ops
 from peftcore.ops.build_info import build_info
 
 logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
-
-
-def table(title, rows, floor_ms, seconds, against):
-    print(f"\n{title}\n{'':34}{'min':>9}{'median':>9}{'IQR':>8}  {'of floor':>8}  ratio to {against}")
-    times = measure.interleaved(rows, seconds)
-    base = statistics.median(times[against])
-    print(f"{'floor':34}{floor_ms:9.2f}")
-    for name, row in times.items():
-        low, median, iqr = measure.spread(row)
-        print(f"{name:34}{low:9.2f}{median:9.2f}{iqr:8.2f}  {floor_ms / median:8.0%}  {median / base:8.3f}")
 
 
 def mapped_bitsandbytes(bnb, packed, state, out):
@@ -70,59 +59,73 @@ def main():
     bandwidth = 2 * x.nbytes / min(copy) / 1e6  # GB/s
     print(f"copy: {bandwidth:.1f} GB/s")
 
-    def floor(*sizes):
-        return sum(sizes) / bandwidth / 1e6
-
     levels = info.cpu_levels
     in_use = info.cpu_level
 
     def at(level, call):
-        def run():
+        def run(weight):
             ops.extension.set_cpu_level(level)
-            call()
+            call(weight)
             ops.extension.set_cpu_level(in_use)
 
         return run
 
-    for dtype in (torch.float32, torch.bfloat16):
-        source = x.to(dtype)
-        weight = ops.quantize_4bit(source)
-        rows = {f"peftcore {level}": at(level, lambda s=source: ops.quantize_4bit(s)) for level in reversed(levels)}
-        if not rows:
-            rows["peftcore reference"] = lambda s=source: ops.quantize_4bit(s)
-        rows["bitsandbytes"] = lambda s=source: bnb.quantize_4bit(s, quant_type="nf4")
-        name = str(dtype).removeprefix("torch.")
-        needs = floor(source.nbytes, weight.codes.nbytes, weight.absmax.nbytes)
-        table(f"quantize {name} (ms)", rows, needs, options.seconds, "bitsandbytes")
+    def many(call, *operands):
+        """One call for each layer, whose operands are the next ones of each list."""
+        return [lambda each=each: call(*each) for each in zip(*operands, strict=True)]
 
-    nested = ops.quantize_4bit(x, double_quant=True)
-    theirs, state = bnb.quantize_4bit(x, quant_type="nf4")
-    assert torch.equal(ops.quantize_4bit(x).codes, theirs)
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        count = measure.beyond_caches(x.nbytes * dtype.itemsize // 4)
+        sources = [torch.randn(size, size).to(dtype) for _ in range(count)]
+        weight = ops.quantize_4bit(sources[0])
+        moved = sources[0].nbytes + weight.codes.nbytes + weight.absmax.nbytes
+        rows = {f"peftcore {level}": many(at(level, ops.quantize_4bit), sources) for level in reversed(levels)}
+        if not rows:
+            rows["peftcore reference"] = many(ops.quantize_4bit, sources)
+        rows["bitsandbytes"] = many(lambda source: bnb.quantize_4bit(source, quant_type="nf4"), sources)
+        found = measure.from_memory(rows, options.seconds)
+        title = f"quantize {name} (ms)"
+        measure.print_rates(title, found, "bitsandbytes", dict.fromkeys(rows, moved), floor=moved / bandwidth / 1e6)
+        del sources
+
+    count = measure.beyond_caches(weight.codes.nbytes)
+    dense = [torch.randn(size, size) for _ in range(count)]
+    plain = [ops.quantize_4bit(layer) for layer in dense]
+    nested = [ops.quantize_4bit(layer, double_quant=True) for layer in dense]
+    theirs = [bnb.quantize_4bit(layer, quant_type="nf4") for layer in dense]
+    assert torch.equal(plain[0].codes, theirs[0][0])
     for dtype in (torch.bfloat16, torch.float32):
         name = str(dtype).removeprefix("torch.")
-        state.dtype = dtype
+        for _, state in theirs:
+            state.dtype = dtype
+        dense = [layer.to(dtype) for layer in dense]
         out, other = torch.empty(size, size, dtype=dtype), torch.empty(size, size, dtype=dtype)
-        dense = x.to(dtype)
-        weight = ops.quantize_4bit(x)
-        wanted = bnb.dequantize_4bit(theirs, state)
-        assert torch.equal(ops.dequantize_4bit(weight, out=out), wanted)
-        needs = floor(weight.codes.nbytes, weight.absmax.nbytes, out.nbytes)
+        assert torch.equal(ops.dequantize_4bit(plain[0], out=out), bnb.dequantize_4bit(*theirs[0]))
+        moved = plain[0].codes.nbytes + plain[0].absmax.nbytes + out.nbytes
 
-        def into(w=weight, o=out):
-            ops.dequantize_4bit(w, out=o)
+        def into(weight, out=out):
+            ops.dequantize_4bit(weight, out=out)
 
-        rows = {f"peftcore {level}": at(level, into) for level in reversed(levels)} or {"peftcore reference": into}
-        rows["peftcore, nested scales"] = lambda o=out: ops.dequantize_4bit(nested, out=o)
-        rows["bitsandbytes' kernel"] = mapped_bitsandbytes(bnb, theirs, state, other)
-        rows["torch fill_"] = lambda o=other: o.fill_(1)
-        rows["torch copy_"] = lambda o=other, d=dense: o.copy_(d)
-        table(f"dequantize to {name}, mapped (ms)", rows, needs, options.seconds, "bitsandbytes' kernel")
+        rows = {f"peftcore {level}": many(at(level, into), plain) for level in reversed(levels)}
+        rows = rows or {"peftcore reference": many(into, plain)}
+        rows["peftcore, nested scales"] = many(into, nested)
+        rows["bitsandbytes' kernel"] = [mapped_bitsandbytes(bnb, *layer, other) for layer in theirs]
+        rows["torch copy_"] = many(other.copy_, dense)
+        sizes = {row: 2 * out.nbytes if row.startswith("torch") else moved for row in rows}
+        found = measure.from_memory(rows, options.seconds)
+        title = f"dequantize to {name}, mapped (ms)"
+        measure.print_rates(title, found, "bitsandbytes' kernel", sizes, floor=moved / bandwidth / 1e6)
         rows = {
-            "peftcore": lambda w=weight, d=dtype: ops.dequantize_4bit(w, d),
-            "bitsandbytes": lambda s=state: bnb.dequantize_4bit(theirs, s),
-            "torch clone": lambda d=dense: d.clone(),
+            "peftcore": many(lambda weight, dtype=dtype: ops.dequantize_4bit(weight, dtype), plain),
+            "bitsandbytes": many(bnb.dequantize_4bit, *zip(*theirs, strict=True)),
+            "torch clone": many(torch.clone, dense),
         }
-        table(f"dequantize to {name}, fresh (ms)", rows, needs, options.seconds, "bitsandbytes")
+        found = measure.from_memory(rows, options.seconds)
+        title = f"dequantize to {name}, fresh (ms)"
+        sizes["peftcore"] = sizes["bitsandbytes"] = moved
+        sizes["torch clone"] = 2 * out.nbytes
+        measure.print_rates(title, found, "bitsandbytes", sizes, floor=moved / bandwidth / 1e6)
 
 
 if __name__ == "__main__":
