@@ -100,12 +100,12 @@ struct LinearDots {
     // too few registers: one row takes 1.2 times as long then, three 1.4.
     template <int kCount, int kBatch>
     [[gnu::noinline]]
-    static void multiply(const LinearCall& args, const Rounded& code, const float* scales, int64_t stride,
+    static void multiply(const LinearCall& args, const Rounded& rounded, const float* scales, int64_t stride,
                          int64_t n) {
         const WeightView weight = args.weight;
         const int64_t columns = weight.columns, count = chunks(columns);
         const uint16_t* x = static_cast<const uint16_t*>(args.x);
-        const __m512i table = code.table;
+        const __m512i table = rounded.table;
         __m512 sums[kCount][kBatch];
         for (auto& row : sums)
             for (__m512& sum : row) sum = _mm512_setzero_ps();
@@ -143,13 +143,13 @@ struct LinearDots {
         }
         for (int r = 0; r < kCount; ++r)
             for (int i = 0; i < kBatch; ++i)
-                store_result(args, i, n + r, _mm512_reduce_add_ps(sums[r][i]) * code.inverse);
+                store_result(args, i, n + r, _mm512_reduce_add_ps(sums[r][i]) * rounded.inverse);
     }
 
     template <int kBatch>
     static void run_all(const LinearCall& args, int64_t first, int64_t last) {
         constexpr int kRows = kBatch < 3 ? 4 : 2;  // of W, whose sums and parts of them fit into registers
-        const Rounded& code = Rounded::made_of(args.weight.quant_map);
+        const Rounded& rounded = Rounded::made_of(args.weight.quant_map);
         const RowScales scales(args.weight, kBlock);
         const int64_t stride = RowScales::capacity(args.weight.columns, kBlock);
         std::vector<float> memory(size_t(kRows * stride));
@@ -163,9 +163,9 @@ struct LinearDots {
             scales.fetch(n + kScalesAhead, rows);
             for (int r = 0; r < rows; ++r) scales.write(n + r, memory.data() + r * stride);
             if (rows == 1)
-                multiply<1, kBatch>(args, code, memory.data(), stride, n);
+                multiply<1, kBatch>(args, rounded, memory.data(), stride, n);
             else
-                multiply<kRows, kBatch>(args, code, memory.data(), stride, n);
+                multiply<kRows, kBatch>(args, rounded, memory.data(), stride, n);
             n += rows;
         }
     }

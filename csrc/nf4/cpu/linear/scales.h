@@ -76,7 +76,7 @@ class RowScales {
                                        _mm512_mask_blend_epi16(six, of(2), of(3)));
     }
 
-    // The nested scales of 16 blocks from `block` on; those behind the last one may be any.
+    // What entries of 16 blocks from `block` on are multiplied by; behind the last one it may be any.
     __m512 outer(int64_t block, int64_t last) const {
         const int64_t one = block >> weight_.nested_shift, next = (one + 1) << weight_.nested_shift;
         const __m512 scale = _mm512_set1_ps(weight_.nested_absmax[one]);
