@@ -36,8 +36,10 @@ FIELDS = {
     "adalora": {"init_r": 16, "target_r": 8, "total_step": STEPS},
     "boft": {"boft_block_size": 4},
     "c3a": {"block_size": 64},
+    "vblora": {"vector_length": 64},
     "trainable-tokens": {"token_indices": list(range(100))},
 }
+OF_TASKS = ("multitask-prompt-tuning", "poly")
 SHAPES = {"minilm": (6, 8, 32), "smollm2": (30, 4, 128)}  # layers, texts, tokens
 QUICK = {"minilm": 3, "smollm2": 3}
 KINDS = {"minilm": "SEQ_CLS", "smollm2": "CAUSAL_LM"}
@@ -90,11 +92,11 @@ def stepper(library, method, model, shape, start):
     model = adapted(library, method, model, shape, start).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     _, texts, length = SHAPES[shape]
-    words = model.get_input_embeddings().num_embeddings
+    words = model.config.vocab_size
     tokens = torch.randint(12, words, (texts, length), generator=torch.Generator().manual_seed(1))
     tokens[:, 1] = 11  # from which aLoRA acts
     labels = tokens if shape == "smollm2" else torch.arange(texts) % 2
-    more = {"task_ids": torch.zeros(texts, dtype=torch.long)} if method.startswith("multitask") else {}
+    more = {"task_ids": torch.zeros(texts, dtype=torch.long)} if method in OF_TASKS else {}
     done = 0
 
     def step():

@@ -19,7 +19,7 @@ def beside_peft(output: Path) -> None:
     from peftcore.cli import training_process
 
     for row in rows_of(output):
-        if not row.finished or (row.first / PEFT_RESULT).exists() or not peft_has(row.first):
+        if not row.finished or (row.first / PEFT_RESULT).exists() or not peft_has(row.first, row.settings["method"]):
             continue
         status = training_process.in_process(main, row.first, lambda line: None)
         if status != 0:
@@ -28,12 +28,15 @@ def beside_peft(output: Path) -> None:
         print(f"peft {row.settings['method']}: {found.get('error') or found['after']}", flush=True)
 
 
-def peft_has(run: Path) -> bool:
-    """Does PEFT know the kind of adapter that was saved there?"""
+def peft_has(run: Path, method: str) -> bool:
+    """Does PEFT know this method by itself? QLoRA it knows as LoRA over a base that others have packed."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+    from peftcore.registry import registry
+
     saved = run / "adapter" / "adapter_config.json"
-    return saved.exists() and json.loads(saved.read_text())["peft_type"] in PEFT_TYPE_TO_CONFIG_MAPPING
+    known = saved.exists() and json.loads(saved.read_text())["peft_type"] in PEFT_TYPE_TO_CONFIG_MAPPING
+    return known and registry.method(method).recorded_as is None
 
 
 def main(run: Path) -> int:

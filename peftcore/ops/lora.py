@@ -191,7 +191,9 @@ class _LoraLinear(torch.autograd.Function):
         arguments = x, weight, packing, bias, a, b, scale, dropout_p, seed
         exact = x.dtype is torch.float64
         y, s = _in_float64(LoraLinear, *arguments) if exact else _OPS.lora_linear(*arguments)
-        ctx.save_for_backward(x, s, a, b, seed, *weight)
+        # With A frozen (LoRA-FA, TinyLoRA) no gradient reads x: its shape stays, its values go.
+        kept = x if ctx.needs_input_grad[2] else x.new_empty(()).expand(x.shape)
+        ctx.save_for_backward(kept, s, a, b, seed, *weight)
         ctx.numbers = numbers
         return unviewed(y)
 

@@ -96,12 +96,12 @@ class Glora(nn.Module):
 
     def changes(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """What is added to weight and bias, fp32."""
-        w = weight.float()
-        change = w * self.glora_A() + self.glora_B()
+        # Of 16 and 32 bits PyTorch multiplies in fp32; a copy of W in fp32 would stay for the backward pass.
+        change = weight * self.glora_A() + self.glora_B()
         if bias is None:
             return change, None
-        shift = bias.float() * self.glora_D() + self.glora_E()
-        return change, shift if self.glora_C.form == "none" else shift + (w @ self.glora_C())[:, 0]
+        shift = bias * self.glora_D() + self.glora_E()
+        return change, shift if self.glora_C.form == "none" else shift + (weight.float() @ self.glora_C())[:, 0]
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         weight, bias = base.linear_operands(x) or (None, None)
