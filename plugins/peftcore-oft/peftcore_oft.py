@@ -200,4 +200,4 @@ def refuse_old(fields: dict[str, Any]) -> dict[str, Any]:
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(peft_type="OFT", read_config=refuse_old, unreadable=targets.conv1d_paths)
-    return [Method("oft", OFTConfig, place, rules, after_step=after_step, learning_rate=3e-3)]
+    return [Method("oft", OFTConfig, place, rules, after_step=after_step, learning_rate=1e-3)]

@@ -121,4 +121,4 @@ def tensor_name(placement: Any, name: str) -> str:
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
     rules = peftcore.StateRules(peft_type="TINYLORA", tensor_name=tensor_name, own_fields=TinyLoraConfig.not_in_peft)
-    return [peftcore.Method("tinylora", TinyLoraConfig, place, rules, initialize, learning_rate=1e-2)]
+    return [peftcore.Method("tinylora", TinyLoraConfig, place, rules, initialize, learning_rate=3e-3)]
