@@ -148,6 +148,9 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
+_OF_ANY_MODULE = tuple(vars(nn.Module()))
+
+
 def _facts(model: nn.Module) -> list[tuple[str, Any]]:
     """(where, what is there) of all else; objects by their identity."""
     found: list[tuple[str, Any]] = [
@@ -156,6 +159,8 @@ def _facts(model: nn.Module) -> list[tuple[str, Any]]:
     found += [(f"the gradient of '{name}'", id(p.grad)) for name, p in model.named_parameters()]
     for path, module in model.named_modules():
         found.append((f"the class of '{path}'", type(module)))
+        for name in _OF_ANY_MODULE:
+            getattr(module, name, None)  # of a `LightModule`, which has its tables from then on
         for name, value in vars(module).items():
             if name in ("_parameters", "_buffers", *BUILT):  # of adapters that stood there before
                 continue
