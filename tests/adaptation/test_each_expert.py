@@ -19,7 +19,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 import peftcore
 from peftcore.checkpoint.tensors import tensors_on_disk
 from peftcore.engine import applied
-from peftcore.testing import disturb
+from peftcore.registry import registry
+from peftcore.testing import check_method, disturb
 
 TARGETS = ["q_proj", "gate_up_proj", "down_proj"]
 
@@ -350,3 +351,17 @@ def test_planned_and_summed_up() -> None:
     applied_to(model, "dora", r=4, target_modules=["experts"])
     assert "one expert after the other" in str(peftcore.summary(model))
     assert plan.rows[0][2] == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:Hugging Face PEFT cannot read this file")
+def test_what_the_suite_tries(capsys: pytest.CaptureFixture[str]) -> None:
+    peft_lacks = "PEFT has no DoRA of stacked experts"
+    config = registry.method("dora").config_class(r=4, target_modules=TARGETS)
+    excused = {
+        "Hugging Face PEFT computes the same from the file": peft_lacks,
+        "a file that Hugging Face PEFT writes computes the same here": peft_lacks,
+        "torch.compile(fullgraph=True)": "how many rows an expert has is data",
+        "tensors that adapters share are saved once, and are shared after load, deepcopy and .to()": "may share none",
+    }
+    report = check_method(config, families=["Qwen3-MoE"], not_applicable=excused)
+    assert len([result for result in report.results if not result.reason]) > 22
