@@ -180,15 +180,18 @@ def _together(changes: Sequence[Thin]) -> list[Thin]:
 
 
 def _thin(x: Tensor, offsets: Tensor, change: Thin) -> Tensor:
-    """scale · (dropout(x_i) A_eᵀ) B_eᵀ, expert by expert: of an adapter with another dropout than the first."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x = nn.functional.dropout(x, change.dropout_p).to(wide) if change.dropout_p else x.to(wide)
-    ends = offsets.tolist()
-    parts = []
-    for expert, (begin, end) in enumerate(zip([0, *ends], [*ends, len(x)], strict=False)):
-        if expert == len(ends):
-            parts.append(x.new_zeros(end - begin, change.b.shape[1]))
-        elif begin < end:
-            s = change.scale * (x[begin:end] @ change.a[expert].to(wide).T)
-            parts.append(s @ change.b[expert].to(wide).T)
-    return torch.cat(parts)
+    """scale · (dropout(x_i) A_eᵀ) B_eᵀ in fp32, of an adapter with another dropout than the first.
+
+    The operator adds a thin product to a base's: here two bases of zeros, as narrow as the factors, beside which one
+    factor is A and then B, and the other the identity. A loop over experts takes four to six times as long.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    experts, r = change.a.shape[:2]
+    same = torch.eye(r, dtype=x.dtype, device=x.device).expand(experts, r, r)
+
+    def alone(x: Tensor, out: int, a: Tensor, b: Tensor, scale: float, dropout_p: float) -> Tensor:
+        zeros = x.new_zeros(1, out, x.shape[1]).expand(experts, -1, -1)
+        return ops.grouped_lora_linear(x, offsets, zeros, None, a, b, False, scale, dropout_p)
+
+    s = alone(x, r, change.a, same, change.scale, change.dropout_p)
+    return alone(s, change.b.shape[1], same, change.b, 1.0, 0.0)

@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from peftcore.experts import experts_forward, experts_layout
+from peftcore.experts import Thin, experts_forward, experts_layout
+from peftcore.experts.forward import _thin
 
 SIZES = {
     "hidden_size": 32,
@@ -102,3 +103,31 @@ def test_an_activation_of_the_users_own_is_called():
     experts.act_fn = act
     experts._apply_gate = lambda y: 2 * type(experts)._apply_gate(experts, y)
     torch.testing.assert_close(found(), 2 * plain)
+
+
+def test_an_adapter_with_a_dropout_of_its_own_is_added_to_the_first():
+    """Exact without dropout, gradients included; with it each value of x is dropped or doubled, expert by expert."""
+    experts = experts_of("mixtral")
+    arguments = torch.randn(9, 32), *routing(9)
+    name, out = "gate_up_proj", experts.gate_up_proj.shape[1]
+    factors = [(torch.randn(4, r, 32) / 6, torch.randn(4, out, r) / 6) for r in (3, 5)]
+    leaves = [t.requires_grad_() for pair in factors for t in pair]
+    first, other = (Thin(a, b, 0.5, p) for (a, b), p in zip(factors, (0.0, 1e-9), strict=True))  # drops none
+    y = experts_forward(experts, *arguments, changes={name: [first, other]})
+    dense = experts_of("mixtral")
+    del dense.gate_up_proj
+    dense.gate_up_proj = experts.gate_up_proj + sum(0.5 * b @ a for a, b in factors)
+    wanted = dense(*arguments)
+    torch.testing.assert_close(y, wanted)
+    for found, exact in zip(*(torch.autograd.grad(t.square().sum(), leaves) for t in (y, wanted)), strict=True):
+        torch.testing.assert_close(found, exact)
+
+
+def test_what_it_drops():
+    x, same = torch.rand(40, 16) + 1, torch.eye(16).expand(4, 16, 16)
+    change = Thin(same, torch.arange(1.0, 5)[:, None, None] * same, 3.0, 0.5)
+    found = _thin(x, torch.tensor([10, 10, 25, 38], dtype=torch.int32), change)
+    expert = torch.tensor([1.0] * 10 + [3.0] * 15 + [4.0] * 13 + [0.0] * 2)[:, None]
+    kept = found != 0
+    torch.testing.assert_close(found, (6 * expert * x).where(kept, 0))
+    assert 0.35 < float(kept[:38].float().mean()) < 0.65 and not kept[38:].any()
