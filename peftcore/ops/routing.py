@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from peftcore.ops._library import define_by
 from peftcore.ops.weight import DTYPES, check_dtype, check_tensor, value
@@ -133,9 +134,13 @@ class Combined:
 
     def compute(self) -> Tensor:
         _check_numbers(self.places, "combined", "places", len(self.y))
-        rows = self.y.float()[self.places]
-        weights = rows.new_ones(self.places.shape) if self.weights is None else self.weights.float()
-        return torch.bmm(weights.unsqueeze(1), rows).squeeze(1).to(self.empty().dtype)
+        found = self.empty()
+        if found.numel() == 0 or self.places.numel() == 0:
+            return found.zero_()
+        if self.weights is None or self.weights.dtype == self.y.dtype:  # adds up in fp32 while it gathers
+            return F.embedding_bag(self.places, self.y.contiguous(), mode="sum", per_sample_weights=self.weights)
+        rows = self.y[self.places].float()
+        return torch.bmm(self.weights.float().unsqueeze(1), rows).squeeze(1).to(found.dtype)
 
     def empty(self) -> Tensor:
         dtype = self.y.dtype if self.weights is None else torch.promote_types(self.y.dtype, self.weights.dtype)
@@ -173,11 +178,11 @@ class CombinedBackward:
         k = self.weights.shape[1]
         _check_numbers(self.order, "combined_backward", "order", self.weights.numel())
         dy, dw = self.empty()
-        grad = self.grad.float()[self.order // max(1, k)]
+        grad = self.grad[self.order // max(1, k)]
         if self.needs[0]:
-            dy = (grad * self.weights.reshape(-1)[self.order].float().unsqueeze(1)).to(self.grad.dtype)
+            dy = (grad * self.weights.reshape(-1)[self.order].unsqueeze(1)).to(grad.dtype)
         if self.needs[1] and self.y is not None:
-            sums = (grad * self.y.float()).sum(1)
+            sums = (grad.float() * self.y.float()).sum(1)
             dw = dw.zero_().view(-1).index_copy(0, self.order, sums.to(dw.dtype)).view(dw.shape)
         return dy, dw
 
