@@ -5,7 +5,6 @@ import torch
 import transformers
 
 from peftcore.experts import Thin, experts_forward, experts_layout
-from peftcore.experts.forward import _thin
 
 SIZES = {
     "hidden_size": 32,
@@ -124,10 +123,15 @@ def test_an_adapter_with_a_dropout_of_its_own_is_added_to_the_first():
 
 
 def test_what_it_drops():
-    x, same = torch.rand(40, 16) + 1, torch.eye(16).expand(4, 16, 16)
-    change = Thin(same, torch.arange(1.0, 5)[:, None, None] * same, 3.0, 0.5)
-    found = _thin(x, torch.tensor([10, 10, 25, 38], dtype=torch.int32), change)
-    expert = torch.tensor([1.0] * 10 + [3.0] * 15 + [4.0] * 13 + [0.0] * 2)[:, None]
-    kept = found != 0
-    torch.testing.assert_close(found, (6 * expert * x).where(kept, 0))
-    assert 0.35 < float(kept[:38].float().mean()) < 0.65 and not kept[38:].any()
+    """Half of what its A reads, and doubles the others: here the numbers of the output, one by one."""
+    experts = experts_of("mixtral")
+    experts.down_proj.zero_()
+    arguments = torch.randn(40, 32), torch.randint(0, 3, (40, 1)), torch.ones(40, 1)
+    none = Thin(torch.zeros(4, 1, 48), torch.zeros(4, 32, 1), 1.0)
+    a, b = torch.eye(32, 48).expand(4, 32, 48), torch.arange(1.0, 5)[:, None, None] * torch.eye(32)
+    kept, found = (
+        experts_forward(experts, *arguments, changes={"down_proj": [none, Thin(a, b, 3.0, p)]}) for p in (1e-9, 0.5)
+    )
+    is_kept = found != 0
+    torch.testing.assert_close(found, (2 * kept).where(is_kept, 0))
+    assert 0.4 < float(is_kept.float().mean()) < 0.6
