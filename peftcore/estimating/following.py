@@ -141,6 +141,9 @@ class Following:
                 if not self._modules and output is None:  # it was stopped when all was there that is needed
                     self._nodes_of_again_gone()
 
+        for hook in (enter, leave):
+            vars(hook)["only_looks"] = True  # for code that takes another way where a hook could change something
+
         with ExitStack() as stack:
             hooks = torch.nn.modules.module
             stack.callback(hooks.register_module_forward_pre_hook(enter).remove)

@@ -95,7 +95,8 @@ def swiglu(x: Tensor) -> Tensor:
     Returns:
         `[.., n]` in the dtype of x, with a gradient.
     """
-    if not x.is_cpu or x.dtype is torch.float64:  # without a kernel, the reference would make matrices of fp32
+    # Without a kernel the reference would make matrices of fp32. Tensors without memory (meta) stand in for a CPU.
+    if x.device.type not in ("cpu", "meta") or x.dtype is torch.float64:
         gate, up = x.chunk(2, -1)
         return F.silu(gate) * up
     if torch.is_grad_enabled() and x.requires_grad:
