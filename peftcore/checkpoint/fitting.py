@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._device import DeviceContext
+from torch.overrides import TorchFunctionMode
 
 from peftcore import engine
 from peftcore.adaptation.adapted import base_parameters
@@ -87,7 +87,7 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
         CheckpointError: it cannot be applied, or asks for more numbers than the file holds.
     """
     try:
-        with _Unfilled("meta"), guarded(method, f"'{folder}'"):
+        with torch.device("meta"), _Unfilled(), guarded(method, f"'{folder}'"):
             placed = engine.placements_for(model, config, {})
     except (CheckpointError, PluginError):
         raise
@@ -104,16 +104,13 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
     return placed
 
 
-class _Unfilled(DeviceContext):
-    """`torch.device("meta")`, in which nothing is given random values: that takes longer than to make it.
-
-    As one mode, since every function of PyTorch passes through each.
-    """
+class _Unfilled(TorchFunctionMode):
+    """Within the block nothing is given random values, which on the meta device takes longer than to make it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _FILLS:
             return args[0] if args else (kwargs or {})["tensor"]
-        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # of torch
+        return func(*args, **(kwargs or {}))
 
 
 _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_normal_, nn.init.xavier_uniform_}
