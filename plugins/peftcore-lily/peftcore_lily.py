@@ -75,7 +75,7 @@ def sharing(layers: Mapping[str, tuple[int, int]], named: str | Sequence[str]) -
     """Paths of layers that share B: of the same size, and meant by the same entry of target_modules."""
     groups: dict[Any, list[str]] = {}
     for path, sizes in layers.items():
-        entry = None if isinstance(named, str) else max((n for n in named if path.endswith(n)), key=len)
+        entry = None if isinstance(named, str) else max((n for n in named if path.endswith(n)), key=len, default=None)
         groups.setdefault((entry, sizes), []).append(path)
     return list(groups.values())
 

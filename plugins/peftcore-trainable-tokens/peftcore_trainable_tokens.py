@@ -116,8 +116,11 @@ def exported(placement: peftcore.Around) -> dict[str, Tensor]:
 def place(model: nn.Module, config: TrainableTokensConfig, architecture: peftcore.Architecture) -> list[Any]:
     named, kinds = config.target_modules or [], (nn.Embedding, nn.Linear)
     chosen = targets.select(model, architecture, target_modules=named, supported=lambda m: isinstance(m, kinds))
+    there = dict(model.named_modules())
     placed: dict[str, Any] = {}  # what is tied to one of them is placed with that
     for path in chosen:
+        no_rows = f"'{path}' is a layer of one expert, none whose rows are tokens. Leave it out of target_modules"
+        validation.require(path in there, no_rows)
         if path not in placed:
             placed |= {each.path: each for each in token_rows(model, path, config.token_indices, config.init_weights)}
     return list(placed.values())

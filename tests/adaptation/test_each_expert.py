@@ -160,10 +160,16 @@ def test_beside_a_list_in_float64(method: str) -> None:
         torch.testing.assert_close(gradient.double(), others[name].double(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("named", [["q_proj", "down_proj"], ["experts"]])
 @pytest.mark.parametrize(("method", "why"), [("lily", "mixes the rows"), ("poly", "reads the call of the model")])
-def test_methods_that_must_know_whose_rows_they_are(method: str, why: str) -> None:
+def test_methods_that_must_know_whose_rows_they_are(method: str, why: str, named: list[str]) -> None:
     with pytest.raises(peftcore.PeftcoreError, match=f"{method} {why}.*the experts of 'model.layers.0.mlp.experts'"):
-        peftcore.apply(new("qwen3_moe"), method, target_modules=["q_proj", "down_proj"])
+        peftcore.apply(new("qwen3_moe"), method, target_modules=named)
+
+
+def test_an_expert_has_no_rows_of_tokens() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=r"gate_up_proj' is a layer of one expert.*Leave it out"):
+        peftcore.apply(new("qwen3_moe"), "trainable-tokens", target_modules=["experts"])
 
 
 def test_beside_lora_on_the_same_experts(tmp_path: Path) -> None:
