@@ -5,6 +5,8 @@ kept = |B A| / |M|      (Frobenius), so |M - B A| / |M| = sqrt(1 - kept²)
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +42,13 @@ def of_product(b: Tensor, a: Tensor, r: int | None) -> Product:
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     return _cut(q_b @ u, s, v @ q_a.T, r)
+
+
+def kept_of(products: Sequence[Product]) -> float:
+    """The share that several keep of all that they are nearest to."""
+    norms = [((each.b.T @ each.b) * (each.a @ each.a.T)).sum().clamp(min=0).sqrt().item() for each in products]
+    asked = math.hypot(*(norm / each.kept for norm, each in zip(norms, products, strict=True)))
+    return math.hypot(*norms) / asked if asked else 1.0
 
 
 def _cut(u: Tensor, s: Tensor, v: Tensor, r: int | None) -> Product:

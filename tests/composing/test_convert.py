@@ -12,6 +12,7 @@ import tiny
 import torch
 from beside_peft import quiet
 from composed import Images, output, qwen2
+from mixtures import mixture
 from torch import Tensor, nn
 
 import peftcore
@@ -140,6 +141,48 @@ def test_a_change_of_the_bias_is_refused() -> None:
     with pytest.raises(peftcore.PeftcoreError, match=r"cannot be converted: .*q_proj' changes the bias, too"):
         peftcore.convert(model, "a", to="lora")
     assert list(peftcore.engine.state_of(model).applied) == ["a"]
+
+
+@pytest.mark.parametrize("bits", [16, 4])
+@pytest.mark.parametrize(("kind", "method"), [("qwen3_moe", "dora"), ("qwen3_moe", "lora"), ("gpt_oss", "hra")])
+def test_experts_have_a_product_each(kind: str, method: str, bits: int) -> None:
+    model = mixture(kind)  # gpt-oss' weights are [experts, in, out]
+    if bits == 4:
+        peftcore.quantize(model)
+    model = adapted(method, lambda: model, target_modules=["experts", "q_proj"])
+    wanted = output(model)
+    kept = peftcore.convert(model, "a", to="lora", r=64)
+    peftcore.activate(model, "a-lora")
+    torch.testing.assert_close(output(model), wanted, rtol=0, atol=2e-5)
+    experts = [f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")]
+    assert kept == {
+        path: pytest.approx(1) for path in [*experts, *(f"model.layers.{i}.self_attn.q_proj" for i in (0, 1))]
+    }
+
+
+@pytest.mark.parametrize("r", [3, None])
+def test_experts_of_a_smaller_rank_keep_what_is_told_of_them_all(r: int | None) -> None:
+    model = adapted("dora", lambda: mixture("qwen3_moe"), r=6, target_modules=["experts"])
+    kept = peftcore.convert(model, "a", to="lora", r=r, name="b")
+    experts = model.get_submodule("model.layers.1.mlp.experts")
+    whole, part = (worked_in("", experts, [name], None) for name in "ab")
+    for name in ("gate_up_proj", "down_proj"):
+        before = getattr(whole.base, name)
+        wanted, found = getattr(whole.merged, name) - before, getattr(part.merged, name) - before
+        s = torch.linalg.svdvals(wanted.double())
+        shares = s.square().cumsum(-1).sqrt() / s.norm(dim=-1, keepdim=True)
+        rank = r or int((shares < 0.99).sum(-1).max()) + 1  # which the expert that needs most asks for
+        share = kept[f"model.layers.1.mlp.experts.{name}"]
+        assert share == pytest.approx((s[:, :rank].norm() / s.norm()).item(), rel=1e-5)
+        assert (found.norm() / wanted.norm()).item() == pytest.approx(share, rel=1e-4)
+        assert ((wanted - found).norm() / wanted.norm()).item() == pytest.approx(math.sqrt(1 - share**2), rel=1e-3)
+    assert max(kept.values()) < 0.9999
+
+
+def test_a_change_of_experts_biases_is_refused() -> None:
+    model = adapted("ia3", lambda: mixture("gpt_oss"), target_modules=["experts"], feedforward_modules=[])
+    with pytest.raises(peftcore.PeftcoreError, match=r"at 'model.layers.0.mlp.experts' changes 'down_proj_bias', too"):
+        peftcore.convert(model, "a", to="lora")
 
 
 @pytest.mark.parametrize(
