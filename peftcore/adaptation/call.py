@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
+from peftcore.adaptation.light import parts
 from peftcore.errors import PeftcoreError
 
 
@@ -240,7 +241,7 @@ def current_frame() -> Frame | None:
 
 def asked(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
     """The arguments that these adapters read of calls of their model; None where none asks for its calls."""
-    modules = dict.fromkeys(module for adapter in adapters for module in adapter.modules())
+    modules = dict.fromkeys(module for adapter in adapters for module in parts(adapter))
     needs = [need for module in modules if (need := getattr(module, "needs_call", False))]
     return frozenset(name for need in needs if need is not True for name in need) if needs else None
 

@@ -7,9 +7,10 @@ with a thousand adapters has a quarter of a million of their modules, of which f
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class _Table:
@@ -38,3 +39,42 @@ class LightModule(nn.Module):
 _TABLES = {name: type(value) for name, value in vars(nn.Module()).items() if type(value) in (OrderedDict, set)}
 for _name, _kind in _TABLES.items():
     setattr(LightModule, _name, _Table(_name, _kind))
+
+
+def parts(module: nn.Module) -> Iterator[nn.Module]:
+    """Those of `module.modules()`, in a third of its time; one that it has twice comes twice."""
+    ahead: list[nn.Module | None] = [module]
+    while ahead:
+        part = ahead.pop()
+        if part is not None:
+            yield part
+            ahead += part._modules.values()
+
+
+def own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """`module.state_dict(keep_vars=True)`, in less time, and without the tables of hooks that this would read."""
+    found: dict[str, Tensor] = {}
+    ahead: list[tuple[str, nn.Module]] = [("", module)]
+    while ahead:
+        prefix, part = ahead.pop()
+        own = part.__dict__
+        if not _has_plain_state(type(part)) or own.get("_state_dict_hooks") or own.get("_state_dict_pre_hooks"):
+            return module.state_dict(keep_vars=True)
+        passing = own.get("_non_persistent_buffers_set", ())
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                found[prefix + name] = parameter
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in passing:
+                found[prefix + name] = buffer
+        ahead += [(f"{prefix}{name}.", child) for name, child in reversed(part._modules.items()) if child is not None]
+    return found
+
+
+def _has_plain_state(cls: type[nn.Module]) -> bool:
+    """Is what a module of the class itself adds to `state_dict` its parameters and buffers?"""
+    return (
+        cls.state_dict is nn.Module.state_dict
+        and cls._save_to_state_dict is nn.Module._save_to_state_dict
+        and cls.get_extra_state is nn.Module.get_extra_state
+    )

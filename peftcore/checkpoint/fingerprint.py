@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -39,8 +39,9 @@ def fingerprint(tensors: dict[str, Tensor], important: Collection[str] = ()) -> 
     chosen: Collection[str] = names
     if any(ranks.is_part(tensors[name]) for name in names):
         chosen = {*names[:: -(-len(names) // _GATHERED)], *important}
-    values = {name: _sample(tensors[name], _positions(tensors[name].numel())) for name in names if name in chosen}
-    found = {name: [list(tensors[name].shape), _rounded(values.get(name))] for name in names}
+    sampled = {name: _sample(tensors[name], _positions(tensors[name].numel())) for name in names if name in chosen}
+    values = dict(_as_lists(sampled))
+    found = {name: [list(tensors[name].shape), _rounded(values.get(name, ()))] for name in names}
     return json.dumps({"version": _VERSION, "tensors": found}, separators=(",", ":"))
 
 
@@ -51,6 +52,8 @@ def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
         CheckpointError: it is no fingerprint.
     """
     record = _parsed(expected)
+    positions_of = _positions if record["version"] == _VERSION else _positions_of_version_1
+    sampled: dict[str, Tensor] = {}
     for name, (shape, values) in record["tensors"].items():
         tensor = tensors.get(name)
         if tensor is not None and (not tensor.is_floating_point() or tensor.is_meta):
@@ -61,10 +64,12 @@ def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
             return f"'{name}' has shape {list(tensor.shape)}, the adapter's base {shape}"
         if not values:
             continue
-        positions = (_positions if record["version"] == _VERSION else _positions_of_version_1)(tensor.numel())
+        positions = positions_of(tensor.numel())
         if len(values) != len(positions):
             return f"'{name}' has {len(positions)} sampled values, the adapter's base {len(values)}"
-        error = _error(_sample(tensor, positions).tolist(), values)
+        sampled[name] = _sample(tensor, positions)
+    for name, found in _as_lists(sampled):
+        error = _error(found, record["tensors"][name][1])
         if not error <= _TOLERANCE:  # NaN is no agreement
             return f"the values of '{name}' differ by {100 * error:.0f} %"
     return None
@@ -106,8 +111,23 @@ def _positions_of_version_1(count: int) -> tuple[int, ...]:
 
 
 def _sample(tensor: Tensor, positions: tuple[int, ...]) -> Tensor:
+    """The values at those positions, on the tensor's device and in its dtype."""
     flat = ranks.whole(tensor.detach()).reshape(-1)
-    return flat.index_select(0, _index(positions).to(flat.device)).float().cpu()
+    index = _index(positions)
+    return flat.index_select(0, index if flat.is_cpu else index.to(flat.device))
+
+
+def _as_lists(samples: dict[str, Tensor]) -> Iterator[tuple[str, list[float]]]:
+    """The values of each tensor; those of one dtype and device are fetched together."""
+    kinds: dict[Any, list[str]] = {}
+    for name, sample in samples.items():
+        kinds.setdefault((sample.dtype, sample.device), []).append(name)
+    for names in kinds.values():
+        values = torch.cat([samples[name] for name in names]).float().tolist()
+        end = 0
+        for name in names:
+            begin, end = end, end + len(samples[name])
+            yield name, values[begin:end]
 
 
 @lru_cache(1024)  # of layers that are alike
@@ -115,5 +135,5 @@ def _index(positions: tuple[int, ...]) -> Tensor:
     return torch.tensor(positions, dtype=torch.long, device="cpu")
 
 
-def _rounded(values: Tensor | None) -> list[float]:
-    return [] if values is None else [float(f"{value:.5g}") for value in values.tolist()]
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [float(f"{value:.5g}") for value in values]

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from peftcore import engine
 from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.light import own_tensors, parts
 from peftcore.adapter_files import CONFIG, TENSORS
 from peftcore.checkpoint.fingerprint import difference
 from peftcore.checkpoint.multiplier import without
@@ -87,14 +88,14 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
         CheckpointError: it cannot be applied, or asks for more numbers than the file holds.
     """
     try:
-        with torch.device("meta"), _Unfilled(), guarded(method, f"'{folder}'"):
+        with torch.device("meta"), Unfilled(), guarded(method, f"'{folder}'"):
             placed = engine.placements_for(model, config, {})
     except (CheckpointError, PluginError):
         raise
     except PeftcoreError as error:
         where = folder / CONFIG if (folder / CONFIG).exists() else folder
         raise CheckpointError(f"'{where}' does not fit {type(model).__name__}: {error}") from error
-    kept = (tensor for each in placed.around for tensor in each.adapter.state_dict(keep_vars=True).values())
+    kept = (tensor for each in placed.around for tensor in own_tensors(each.adapter).values())
     wanted = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in kept}.values())  # shared ones once
     there = sum(tensor.numel() for tensor in tensors.values())
     if wanted > 2 * there + 1_000_000:  # a small difference is named tensor by tensor
@@ -104,27 +105,35 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
     return placed
 
 
-class _Unfilled(TorchFunctionMode):
-    """Within the block nothing is given random values, which on the meta device takes longer than to make it."""
+class Unfilled(TorchFunctionMode):
+    """Within the block nothing on the meta device is given values, which takes longer than to make it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func in _FILLS:
-            return args[0] if args else (kwargs or {})["tensor"]
-        return func(*args, **(kwargs or {}))
+            tensor = args[0] if args else kwargs["tensor"]
+            if tensor.is_meta:
+                return tensor
+        elif func in _CONSTANTS:
+            tensor = torch.empty(*args, **kwargs)
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)
 
 
 _FILLS = {nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_, nn.init.kaiming_normal_, nn.init.xavier_uniform_}
+_CONSTANTS = {torch.zeros, torch.ones}
 
 
 def brings_all(placed: Placed, tensors: Mapping[str, Tensor]) -> bool:
     """Does a file hold every tensor of these adapters, so that they need no first values, and no second placing?"""
     rules, brought = placed.method.state, set[int]()
     for placement in {id(each): each for placements in placed.placements.values() for each in placements}.values():
-        for name, tensor in placement.adapter.state_dict(keep_vars=True).items():
+        for name, tensor in own_tensors(placement.adapter).items():
             if rules.tensor_name(placement, name) not in tensors:
                 return False
             brought.add(id(tensor))
-    for module in (module for each in placed.around for module in each.adapter.modules()):
+    for module in (module for each in placed.around for module in parts(each.adapter)):
         held = (*module._parameters.values(), *module._buffers.values())
         others = (value for name, value in module.__dict__.items() if name not in _OF_ANY_MODULE)
         if any(t is not None and id(t) not in brought for t in held) or not all(map(_is_plain, others)):

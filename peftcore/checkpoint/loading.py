@@ -105,9 +105,9 @@ def _load_all(
             for name, content in contents.items():
                 if together and engine.state_of(model):
                     engine.activate(model, [])  # two that train one parameter may lie together
-                _load(model, adapter_folder(folder, name) if together else folder, content, name, dtype, check_base)
+                inside = adapter_folder(folder, name) if together else folder
+                _load(model, inside, content, name, dtype, check_base, trainable)
                 done.append(name)
-                engine.set_trainable(model, name, trainable)
             if together:
                 engine.activate(model, [*active, *together["active"]])
         except BaseException:
@@ -131,11 +131,17 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
 
 
 def _load(
-    model: nn.Module, folder: Path, content: Content, adapter: str, dtype: torch.dtype | None, check_base: bool
+    model: nn.Module,
+    folder: Path,
+    content: Content,
+    adapter: str,
+    dtype: torch.dtype | None,
+    check_base: bool,
+    trainable: bool,
 ) -> None:
     placed, config, multiplier = fitting(model, folder, content, check_base)
     to_fill = placed if brings_all(placed, content[2]) else config
-    engine.apply_to_fill(model, to_fill, adapter=adapter, dtype=dtype)
+    engine.apply_to_fill(model, to_fill, adapter=adapter, dtype=dtype, trainable=trainable)
     try:
         fill_applied(model, adapter, folder, content)
         set_multiplier(model, adapter, multiplier)

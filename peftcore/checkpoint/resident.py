@@ -159,7 +159,7 @@ def _come(model: nn.Module, name: str, record: Resting, content: Content) -> Non
             "without"
         )
     to_fill = placed if brings_all(placed, content[2]) else config
-    engine.apply_to_fill(model, to_fill, adapter=name, dtype=record.dtype, acts=False)
+    engine.apply_to_fill(model, to_fill, adapter=name, dtype=record.dtype, acts=False, trainable=False)
     try:
         fill_applied(model, name, folder, content)
         if TrainedParameters.of(model, name) is not None:
@@ -167,7 +167,6 @@ def _come(model: nn.Module, name: str, record: Resting, content: Content) -> Non
                 f"'{folder}' cannot be loaded with resident=False: it keeps tensors of the base beside its own, such "
                 "as buffers that training moves, or a resized vocabulary. Load it without"
             )
-        engine.set_trainable(model, name, False)
         set_multiplier(model, name, record.multiplier if record.digest else multiplier)
         record.multiplier = engine.applied(model, name).multiplier
         record.size = sum(tensor.nbytes for tensor in _tensors(model, name))

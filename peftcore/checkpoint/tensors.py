@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftcore import engine, ranks, targets
 from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.light import own_tensors
 from peftcore.checkpoint import vocabulary
 from peftcore.engine.trained import TrainedParameters, base_tensors, tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, nearest
@@ -50,7 +51,7 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
         for name, tensor in others.items():
             add(name, tensor, said_by="exported")
         if own or not others:
-            for name, tensor in placement.adapter.state_dict(keep_vars=True).items():
+            for name, tensor in own_tensors(placement.adapter).items():
                 if id(tensor) not in written:
                     written.add(id(tensor))
                     add(rules.tensor_name(placement, name), tensor)
@@ -138,7 +139,7 @@ def _for_training(model: nn.Module, adapter: str) -> set[str]:
     found: set[str] = set()
     for placement in engine.placements(model, adapter) if rules.exports else ():
         exported = rules.exported(placement)
-        own = {rules.tensor_name(placement, n): t for n, t in placement.adapter.state_dict(keep_vars=True).items()}
+        own = {rules.tensor_name(placement, n): t for n, t in own_tensors(placement.adapter).items()}
         if exported and all(own.get(name) is tensor for name, tensor in exported.items()):
             found |= own.keys() - exported.keys()
     return found

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import engine, ranks
+from peftcore.adaptation.light import own_tensors
 from peftcore.composing import low_rank
 from peftcore.composing.arithmetic import Majority, Pruning, pruned_sum, weighted_sum
 from peftcore.composing.likeness import difference
@@ -196,7 +197,7 @@ def _linear_parts(model: nn.Module, adapter: str) -> Parts:
     parts: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
     placed: Any
     for path, placed in engine.adapter_modules(model, adapter):
-        own = placed.state_dict(keep_vars=True)
+        own = own_tensors(placed)
         neutral = placed.neutral() if hasattr(placed, "neutral") else None
         if neutral is None or own.keys() != neutral.keys():
             raise PeftcoreError(

@@ -12,6 +12,7 @@ from torch import nn
 from peftcore import ranks
 from peftcore.adaptation import adapted, enclosing, fast_path, folding
 from peftcore.adaptation.call import asked
+from peftcore.adaptation.light import parts
 from peftcore.engine.activating import set_active
 from peftcore.engine.alone import alone
 from peftcore.engine.branches import check_branches, refuse_needed
@@ -83,15 +84,22 @@ def apply(
 
 @alone("apply another adapter", base=True)
 def apply_to_fill(
-    model: Model, config: Any, *, adapter: str = "default", dtype: torch.dtype | None = None, acts: bool = True
+    model: Model,
+    config: Any,
+    *,
+    adapter: str = "default",
+    dtype: torch.dtype | None = None,
+    acts: bool = True,
+    trainable: bool = True,
 ) -> Model:
     """As `apply`, for an adapter whose values are there already and will be filled in.
 
     Args:
         config: or what it places, on the meta device: the adapter's tensors are then made without first values.
         acts: False: it rests, and what acts is left alone, though each sample of a batch have its own.
+        trainable: False: it is frozen, as by `set_trainable`.
     """
-    return _apply(model, config, {}, adapter, dtype, None, first_values=False, acts=acts)
+    return _apply(model, config, {}, adapter, dtype, None, first_values=False, acts=acts, trainable=trainable)
 
 
 def _apply(
@@ -104,6 +112,7 @@ def _apply(
     *,
     first_values: bool,
     acts: bool = True,
+    trainable: bool = True,
 ) -> Model:
     state = state_of(model) or State()
     _check_new(adapter, state)
@@ -153,7 +162,16 @@ def _apply(
     fast_path.guard(model)
     reads = asked(placement.adapter for placement in placed.around)
     whole_batch = any(getattr(placement.adapter, "whole_batch", False) for placement in placed.around)
-    entry = Applied(of_method.name, config, placed.placements, placed.trained, reads=reads, whole_batch=whole_batch)
+    entry = Applied(
+        of_method.name,
+        config,
+        placed.placements,
+        placed.trained,
+        trainable=trainable,
+        reads=reads,
+        whole_batch=whole_batch,
+        frozen=TrainedParameters.of(model, adapter) is None,  # by `_settle`
+    )
     state.applied[adapter] = entry
     model.__dict__[STATE] = state
     ask_of_calls(model, state)
@@ -176,16 +194,22 @@ def _settle(
 
     What is on the meta device is given memory, and no values; `made` has what was, which adapters may share.
     """
-    fits, is_set = True, True
-    for module in adapter.modules():
+    fits, is_set, gets_memory = True, True, device is not None and device.type != "meta"
+    for module in parts(adapter):
         is_set &= module.training == training and type(module).train is nn.Module.train
-        for name, parameter in module._parameters.items() if device is not None and device.type != "meta" else ():
-            if parameter is not None and parameter.is_meta and type(parameter) is nn.Parameter:
+        parameters = module._parameters
+        for name, parameter in parameters.items():
+            if parameter is None:
+                continue
+            if gets_memory and parameter.is_meta and type(parameter) is nn.Parameter:
                 own = dtype if parameter.is_floating_point() else parameter.dtype
                 if parameter not in made:
                     made[parameter] = nn.Parameter(torch.empty(parameter.shape, dtype=own, device=device), False)
-                module._parameters[name] = made[parameter]
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
+                parameters[name] = made[parameter]
+                continue
+            parameter.requires_grad_(False)
+            fits &= parameter.device == device and (parameter.dtype == dtype or not parameter.is_floating_point())
+        for tensor in module._buffers.values():
             if tensor is not None:
                 fits &= tensor.device == device and (tensor.dtype == dtype or not tensor.is_floating_point())
     if not fits:
@@ -195,7 +219,6 @@ def _settle(
         )
     if not is_set:
         adapter.train(training)
-    adapter.requires_grad_(False)
 
 
 def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[str]) -> list[str]:

@@ -221,8 +221,12 @@ def _saved_modules(model: nn.Module, config: Any, architecture: Architecture) ->
 
 def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device | None, torch.dtype]:
     """Where an adapter of `module` lives, and in what dtype, by `apply`'s rule."""
-    device = next((p.device for _, p in adapted.base_parameters(module)), None)
-    own = next((p.dtype for _, p in adapted.base_parameters(module) if p.is_floating_point()), torch.float32)
+    device, own = None, torch.float32
+    for _, parameter in adapted.base_parameters(module):
+        device = device or parameter.device
+        if parameter.is_floating_point():
+            own = parameter.dtype
+            break
     return device, dtype or (own if own.itemsize >= 4 else torch.float32)
 
 

@@ -306,17 +306,26 @@ _TURNS: dict[str, Callable[..., bool]] = {
 def likeness(module: nn.Module) -> Any:
     """Equal for modules of the same parts, sizes and settings, whatever their index is."""
 
+    is_setting: Callable[[Any], bool] = _is_setting  # to mypy a class is not hashable
+
     def part(name: str, module: nn.Module) -> Any:
         tensors = (*module._parameters.items(), *module._buffers.items())
-        settings = ((n, v) for n, v in module.__dict__.items() if isinstance(v, _SETTINGS) and not _is_index(n))
-        there = ((n, tensor) for n, tensor in tensors if tensor is not None)
-        shapes = ((n, None if is_lazy(tensor) else tensor.shape, tensor.dtype) for n, tensor in there)
+        settings = [(n, v) for n, v in module.__dict__.items() if is_setting(type(v)) and not _is_index(n)]
+        there = [(n, tensor) for n, tensor in tensors if tensor is not None]
+        shapes = [(n, None if is_lazy(tensor) else tensor.shape, tensor.dtype) for n, tensor in there]
         return name, original_class(module), tuple(shapes), tuple(settings)
 
-    return tuple(part(path, inside) for path, inside in base_modules(module))
+    return tuple([part(path, inside) for path, inside in base_modules(module)])
 
 
 _SETTINGS = (bool, int, float, str, type(None))
+
+
+@functools.lru_cache(1024)
+def _is_setting(cls: type) -> bool:
+    return issubclass(cls, _SETTINGS)
+
+
 _INDEX = re.compile(r"(^|_)(idx|index|id|number)$|^training$|^_peftcore_")  # or what a change of adapters changes
 
 

@@ -376,8 +376,10 @@ def _by_suffix(
 ) -> list[str]:
     if not patterns:
         raise PeftcoreError("target_modules is an empty list. Name modules, or use 'all-linear'")
+    chosen: set[str] = set()
     for pattern in patterns:
         matched = [path for path in modules if matches(pattern, path)]
+        chosen.update(matched)
         if not matched:
             raise PeftcoreError(f"target_modules: '{pattern}' matches no module{nearest_path(pattern, names)}")
         wrong = [path for path in matched if not supported(modules[path])]
@@ -386,7 +388,7 @@ def _by_suffix(
                 f"target_modules: '{pattern}' matches {_kinds(modules, wrong)} (such as '{wrong[0]}'), which this "
                 f"method cannot adapt. Modules it can: {_examples(modules, supported)}"
             )
-    return [path for path in modules if any(matches(pattern, path) for pattern in patterns)]
+    return [path for path in modules if path in chosen]
 
 
 def _kinds(modules: dict[str, nn.Module], paths: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftcore.adaptation.light import LightModule
+from peftcore.adaptation.light import LightModule, own_tensors, parts
 
 
 class Double(LightModule):
@@ -87,3 +87,61 @@ def test_compiled_before_and_after_a_hook_comes() -> None:
     assert torch.equal(compiled(X), -2 * X)
     handle.remove()
     assert torch.equal(compiled(X), 2 * X)
+
+
+class Extra(Double):
+    def get_extra_state(self) -> Tensor:
+        return torch.ones(1)
+
+
+class OtherNames(Double):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}other"] = self.weight if keep_vars else self.weight.detach()
+
+
+def _with_children(*inside: nn.Module) -> nn.Module:
+    module = Double()
+    module.register_buffer("kept", torch.ones(1))
+    module.register_buffer("left", torch.ones(1), persistent=False)
+    module.register_parameter("none", None)
+    for i, child in enumerate((nn.Linear(2, 2), *inside, nn.BatchNorm1d(2))):
+        module.add_module(f"child{i}", child)
+    module.add_module("nothing", None)
+    return module
+
+
+def _with_hook(register: str) -> nn.Module:
+    def rename(module: nn.Module, *found: Any) -> None:
+        if found and isinstance(found[0], dict):
+            found[0][f"{found[1]}renamed"] = found[0].pop(f"{found[1]}weight")
+
+    module = _with_children()
+    getattr(module.child0, register)(rename)
+    return module
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        Double(),
+        nn.Identity(),
+        _with_children(),
+        _with_children(_with_children()),
+        _with_children(Extra()),
+        _with_children(OtherNames()),
+        _with_hook("register_state_dict_post_hook"),
+        _with_hook("register_state_dict_pre_hook"),
+    ],
+)
+def test_own_tensors_are_those_of_the_state_dict(module: nn.Module) -> None:
+    found = own_tensors(module)
+    wanted = module.state_dict(keep_vars=True)
+    assert list(found) == list(wanted)
+    assert all(found[name] is wanted[name] or isinstance(module.child1, Extra) for name in wanted)
+    assert set(parts(module)) == set(module.modules())
+
+
+def test_reading_own_tensors_makes_no_table() -> None:
+    module = Double()
+    assert list(own_tensors(module)) == ["weight"]
+    assert not {name for name in module.__dict__ if name.endswith("_hooks")}
