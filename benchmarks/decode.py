@@ -1,12 +1,14 @@
 """Greedy decoding: tokens a second of `generate` over a base in 4 bits, alone and with LoRA, beside others.
 
-    python benchmarks/decode.py [--shapes smollm2-135m llama-1.1b] [--prompts 32 512] [--batches 1 4] [--compile]
-                                [--llama PYTHON]
+    python benchmarks/decode.py [--shapes smollm2-135m llama-1.1b llama-7b] [--prompts 32 512] [--batches 1 4 16]
+                                [--compile] [--llama PYTHON] [--ours]
 
 Models have random weights of the shapes named. In turn: the dense model in bf16, ours in NF4 (double quantization), the
-same with LoRA r=16 on every linear layer, peft's LoRA over the dense model, and peft over bitsandbytes. PYTHON, of an
-environment with llama-cpp-python (`make export-check` makes one), adds llama.cpp with the same shape in q4_0, alone and
-with a LoRA, on as many threads, of one sequence: a batch is its own program there.
+same with LoRA r=16 on every linear layer, and both with the output head in NF4 as well, where no embedding shares it:
+`quantize` leaves it dense unless told otherwise (`skip=[]`), where llama.cpp's files have it in 8 or 6 bits. Of the
+smaller shapes also peft's LoRA over the dense model, and peft over bitsandbytes. PYTHON, of an environment with
+llama-cpp-python (`make export-check` makes one), adds llama.cpp with the same shape in q4_0 and q4_K_M, alone and with
+a LoRA, on as many threads.
 
 --compile adds each of them once more with transformers' static cache and one token's step as one compiled graph; one
 that cannot be compiled so is named with its reason.
@@ -27,6 +29,7 @@ from pathlib import Path
 
 import measure
 import torch
+from torch import nn
 
 import peftcore
 from peftcore import quantization
@@ -34,6 +37,8 @@ from peftcore import quantization
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
 R = 16
+# Layers times the square of their width; more than that dense takes much memory, and with bitsandbytes much time.
+DENSE_BELOW, BITSANDBYTES_BELOW = 3e8, 5e7
 SHAPES = {
     "smollm2-135m": {
         "hidden_size": 576,
@@ -65,15 +70,28 @@ SHAPES = {
 }
 
 
-def llama(shape):
+def shared_copy(module):
+    """A copy whose numbers lie where the module's do. No cache holds a model's until another one is run."""
+    own = {id(p): nn.Parameter(p.data, requires_grad=False) for p in module.parameters()}
+    return copy.deepcopy(module, own | {id(b): b for b in module.buffers()})
+
+
+def llama(shape, finished=lambda layer: layer, copied=copy.deepcopy):
+    """The model in bf16, made of one layer, `finished`, and copies of it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPES[shape], max_position_embeddings=2048)).eval()
+    config = LlamaConfig(**{**SHAPES[shape], "num_hidden_layers": 1}, max_position_embeddings=2048)
+    model = LlamaForCausalLM(config).eval().requires_grad_(False)
     torch.set_default_dtype(torch.float32)
+    first = finished(model.model.layers[0])
+    for index in range(1, SHAPES[shape]["num_hidden_layers"]):
+        model.model.layers.append(copied(first))
+        model.model.layers[index].self_attn.layer_idx = index
+    config.num_hidden_layers = SHAPES[shape]["num_hidden_layers"]
     model.generation_config.pad_token_id = 0
-    return model.requires_grad_(False)
+    return model
 
 
 def randomized(model):
@@ -112,11 +130,18 @@ def with_lora(model):
 
 
 def models(shape, peers):
-    dense = llama(shape)
-    packed = quantization.quantize(copy.deepcopy(dense), double_quant=True)
-    found = {"dense, bf16": dense, "peftcore, NF4": packed, "peftcore, NF4, LoRA": with_lora(copy.deepcopy(packed))}
-    if peers:
-        found["peft, bf16, LoRA"] = with_peft(copy.deepcopy(dense))
+    size, found = SHAPES[shape]["num_hidden_layers"] * SHAPES[shape]["hidden_size"] ** 2, {}
+    if size < DENSE_BELOW:
+        dense = llama(shape)
+        found["dense, bf16"] = dense
+    packed = llama(shape, lambda layer: quantization.quantize(layer, double_quant=True))
+    found |= {"peftcore, NF4": packed, "peftcore, NF4, LoRA": with_lora(shared_copy(packed))}
+    if not SHAPES[shape]["tie_word_embeddings"]:
+        whole = quantization.quantize(shared_copy(packed), skip=[])
+        found |= {"peftcore, NF4, head too": whole, "peftcore, NF4, head too, LoRA": with_lora(shared_copy(whole))}
+    if peers and size < DENSE_BELOW:
+        found["peft, bf16, LoRA"] = with_peft(shared_copy(dense))
+    if peers and size < BITSANDBYTES_BELOW:
         found["peft, bitsandbytes NF4, LoRA"] = with_peft(with_bitsandbytes(copy.deepcopy(dense)))
     return found
 
@@ -133,16 +158,31 @@ def with_compiled_steps(found):
     }
 
 
+class Clock:
+    """When each token was there. One of transformers' criteria to stop, which never does."""
+
+    def __init__(self):
+        self.times = [time.perf_counter()]
+
+    def __call__(self, tokens, scores, **kwargs):
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(tokens), dtype=torch.bool)
+
+
 def generated(model, tokens, count, fields):
+    """Seconds until the first token, and of the `count` behind it."""
+    clock = Clock()
     with torch.no_grad():
-        return model.generate(
+        model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             do_sample=False,
-            min_new_tokens=count,
-            max_new_tokens=count,
+            min_new_tokens=count + 1,
+            max_new_tokens=count + 1,
+            stopping_criteria=[clock],
             **fields,
         )
+    return clock.times[1] - clock.times[0], clock.times[-1] - clock.times[1]
 
 
 def bytes_of_token(model):
@@ -176,17 +216,12 @@ def compiled_once(found, tokens, count):
 
 def table(found, shape, prompt, batch, count, rounds):
     tokens = torch.randint(5, 30000, (batch, prompt), generator=torch.Generator().manual_seed(1))
-    found = compiled_once(found, tokens, count + 1)
+    found = compiled_once(found, tokens, count)
     times = {name: ([], []) for name in found}
     for _ in range(rounds):
         for name, (model, fields) in found.items():
-            start = time.perf_counter()
-            generated(model, tokens, 1, fields)
-            middle = time.perf_counter()
-            generated(model, tokens, count + 1, fields)
-            whole = time.perf_counter() - middle
-            times[name][0].append(middle - start)
-            times[name][1].append(whole - (middle - start))
+            for kept, seconds in zip(times[name], generated(model, tokens, count, fields), strict=True):
+                kept.append(seconds)
     rate = read_rate()
     print(f"\n{shape}, prompt of {prompt}, batch {batch}, {count} tokens, {rate:.1f} GB/s of a plain read")
     print(f"{'':36}{'prefill/s':>10}{'decode/s':>10}{'median':>10}{'MB a token':>12}{'of the floor':>14}")
@@ -211,41 +246,47 @@ def byte_level(rows):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<0>")
 
 
-def beside_llama_cpp(python, shape, prompts, count, threads):
+def beside_llama_cpp(shape, options):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        dense = llama(shape)
+        dense = llama(shape, copied=shared_copy)  # 7 billion numbers take 13 GB, the file 4
         tokenizer = byte_level(SHAPES[shape]["vocab_size"])
         model = peftcore.export(dense, folder / "model.gguf", to="gguf", tokenizer=tokenizer, kind="q4_0")
         lora = peftcore.export(with_lora(dense), folder / "lora.gguf", to="gguf", adapter="default")
         jobs = {
             "model": str(model),
             "lora": str(lora),
-            "prompts": prompts,
-            "count": count,
-            "threads": threads,
+            "kinds": options.kinds,
+            "prompts": options.prompts,
+            "batches": options.batches,
+            "count": options.tokens,
+            "rounds": options.rounds,
+            "threads": options.threads,
         }
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        subprocess.run([python, Path(__file__).with_name("decode_llama.py"), folder / "jobs.json"], check=True)
+        subprocess.run([options.llama, Path(__file__).with_name("decode_llama.py"), folder / "jobs.json"], check=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["smollm2-135m", "llama-1.1b"])
-    parser.add_argument("--prompts", type=int, nargs="+", default=[32, 512])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--prompts", type=int, nargs="+", default=[32])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--ours", action="store_true", help="neither peft nor bitsandbytes")
     parser.add_argument("--compile", action="store_true", help="compiled steps, too: minutes more")
     parser.add_argument("--llama", help="a Python that has llama-cpp-python")
+    parser.add_argument(
+        "--kinds", nargs="+", choices=["q4_0", "q4_K_M"], default=["q4_0", "q4_K_M"], help="of its files"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     measure.print_surroundings(options.threads)
     for shape in options.shapes:
         if options.llama:
-            beside_llama_cpp(options.llama, shape, options.prompts, options.tokens, options.threads)
+            beside_llama_cpp(shape, options)
         found = models(shape, not options.ours)
         found = with_compiled_steps(found) if options.compile else {name: (found[name], {}) for name in found}
         for prompt in options.prompts:
