@@ -184,6 +184,23 @@ def test_a_weight_in_4_bits(level, rows, n, k, dtype, double_quant):
     check(values((rows, k), dtype), dense, *arguments, 0.3, weight=weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "r", "factors"), [(1, 16, None), (3, 5, torch.bfloat16), (7, 130, torch.float64)])
+def test_few_rows_by_a_weight_in_4_bits(level, rows, r, factors, dtype):
+    """Threads take parts of A, then rows of W, then of B. Who took what changes no bit of ours, so W is zero."""
+    weight, dense = packed(300, 2112, True)
+    x, bias = values((rows, 2112), dtype), values((300,), dtype, 3)
+    a, b = values((r, 2112)).to(factors), values((300, r)).to(factors)
+    check(x, dense, bias, a, b, 0.0, weight=weight)
+    tensors, packing = ops.quantize_4bit(torch.zeros(300, 2112), double_quant=True).operands()
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 2):
+        torch.set_num_threads(threads)
+        results += torch.ops.peftcore.lora_linear(x, tensors, packing, bias, a, b, 0.5)
+    torch.set_num_threads(before)
+    assert all(torch.equal(found, results[i % 2]) for i, found in enumerate(results))
+
+
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_gradcheck(p):
     def inputs(*shape):

@@ -5,12 +5,41 @@
 
 #include "common/tensors.h"
 #include "cpu/kernels.h"
+#include "lora/cpu/few_rows.h"
 #include "lora/cpu/frozen.h"
 #include "lora/cpu/thin.h"
 
 namespace peftcore {
 namespace lora {
 namespace {
+
+// s = factor x aᵀ, and y of few rows.
+Tensor few_rows_linear(const CpuKernels& kernels, const Tensor& x, const Weight& weight,
+                       const std::optional<Tensor>& bias, const Tensor& a, const Tensor& b, float factor,
+                       const Tensor& s) {
+    const Tensor added = contiguous(bias), plain_a = plain_factor(a), plain_b = plain_factor(b);
+    Tensor y;
+    if (weight.packed()) {
+        y = at::empty({x.size(0), weight.rows()}, x.options());
+        const FewRowsOfLora lora(kernels.lora, x, plain_a, plain_b, factor, s, y);
+        BesideFewRows beside(lora);
+        const nf4::FewRows few{.x = x.const_data_ptr(),
+                               .rows = x.size(0),
+                               .bias = added.defined() ? added.const_data_ptr() : nullptr,
+                               .y = y.mutable_data_ptr(),
+                               .dtype = kernel_dtype(x.scalar_type(), "lora_linear"),
+                               .beside = &beside};
+        if (nf4::few_rows(kernels, few, weight.view())) {
+            beside.finish();
+            return y;
+        }
+    }
+    y = frozen_linear(x, weight, bias);
+    const FewRowsOfLora lora(kernels.lora, x, plain_a, plain_b, factor, s, y);
+    lora.down_all();
+    lora.up_all();
+    return y;
+}
 
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef packing,
                                        const std::optional<Tensor>& bias, const Tensor& a, const Tensor& b,
@@ -27,21 +56,19 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const Tensor s = at::empty({flat.size(0), r}, x.options().dtype(at::kFloat));
     const CpuKernels& kernels = cpu_kernels();
     const ThinKernels& thin = kernels.lora.thin[int(kernel_dtype(x.scalar_type(), op))];
-    const bool few = flat.size(0) < kArrangeFrom && dropout.threshold == 0 && weight.columns() != 0;
     Tensor y;
-    if (s.numel() != 0 && few) {
-        down_rows(kernels.lora, flat, plain_factor(a), float(scale), s);
+    if (flat.size(0) < kArrangeFrom && dropout.threshold == 0 &&
+        s.numel() * weight.rows() * weight.columns() != 0) {
+        y = few_rows_linear(kernels, flat, weight, bias, a, b, float(scale), s);
     } else if (s.numel() != 0) {
         const KeepMask keep = keep_mask(thin, dropout, flat);
         const Factor right = arranged_factor(thin.arrangement, floats(a), true);
         down(thin, down_args(flat, right, factor_of(scale, dropout), keep.mask, s), flat.size(0));
+        y = whole_linear(kernels, flat, weight, bias, s, floats(b));
     }
-    if (s.numel() != 0) y = whole_linear(kernels, flat, weight, bias, s, floats(b));
     if (!y.defined()) {
         y = frozen_linear(flat, weight, bias);
-        if (s.numel() != 0 && y.numel() != 0 && few)
-            up_rows(kernels.lora, y, s, plain_factor(b));
-        else if (s.numel() != 0 && y.numel() != 0)
+        if (s.numel() != 0 && y.numel() != 0)
             up(thin, y, s, arranged_factor(thin.plain, floats(b), true), {});
     }
     return {y.view(with_last(x, weight.rows())), s};

@@ -6,6 +6,7 @@
 
 #include "common/tensors.h"
 #include "cpu/kernels.h"
+#include "lora/cpu/few_rows.h"
 #include "lora/cpu/frozen.h"
 #include "lora/cpu/thin.h"
 

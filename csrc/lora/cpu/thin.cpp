@@ -127,65 +127,6 @@ void up(const ThinKernels& kernels, const Tensor& y, const Tensor& s, const Fact
                      [&](int64_t first, int64_t last) { kernels.up(args, first, last); });
 }
 
-namespace {
-
-constexpr int64_t kRoom = 16;                      // see RowKernels
-constexpr int64_t kFewProductsPerTask = 1 << 15;   // of factors that come from memory
-constexpr int64_t kOutputs = 4, kUpOutputs = 256;  // rows of a factor that a task takes at once
-
-const RowKernels& row_kernels(const Kernels& kernels, const Tensor& of) {
-    return kernels.row[int(kernel_dtype(of.scalar_type(), "lora_linear"))];
-}
-
-const char* row_of(const Tensor& matrix, int64_t row) {
-    return static_cast<const char*>(matrix.const_data_ptr()) + row * matrix.size(1) * matrix.element_size();
-}
-
-}  // namespace
-
-Tensor plain_factor(const Tensor& factor) {
-    return factor.scalar_type() == at::kDouble ? floats(factor) : factor.contiguous();
-}
-
-void down_rows(const Kernels& kernels, const Tensor& x, const Tensor& a, float factor, const Tensor& s) {
-    const int64_t rows = x.size(0), columns = x.size(1), r = a.size(0), stride = columns + kRoom;
-    std::vector<float> wide(size_t(rows * stride));
-    for (int64_t m = 0; m < rows; ++m)
-        row_kernels(kernels, x).widen(row_of(x, m), columns, wide.data() + m * stride);
-    const RowKernels& of_a = row_kernels(kernels, a);
-    float* out = s.mutable_data_ptr<float>();
-    at::parallel_for(0, ceil_div(r, kOutputs), ceil_div(kFewProductsPerTask, kOutputs * columns * rows),
-                     [&](int64_t first, int64_t last) {
-                         for (int64_t i = first * kOutputs; i < std::min(last * kOutputs, r); i += kOutputs)
-                             for (int64_t m = 0; m < rows; ++m) {
-                                 float sums[kOutputs + kRoom];
-                                 const int64_t count = std::min(kOutputs, r - i);
-                                 of_a.multiply(wide.data() + m * stride, row_of(a, i), columns, count, sums);
-                                 for (int64_t j = 0; j < count; ++j) out[m * r + i + j] = factor * sums[j];
-                             }
-                     });
-}
-
-void up_rows(const Kernels& kernels, const Tensor& y, const Tensor& s, const Tensor& b) {
-    const int64_t rows = y.size(0), columns = y.size(1), r = s.size(1), stride = r + kRoom;
-    std::vector<float> left(size_t(rows * stride));
-    for (int64_t m = 0; m < rows; ++m)
-        std::copy_n(s.const_data_ptr<float>() + m * r, r, left.data() + m * stride);
-    const RowKernels &of_y = row_kernels(kernels, y), &of_b = row_kernels(kernels, b);
-    char* out = static_cast<char*>(y.mutable_data_ptr());
-    at::parallel_for(0, ceil_div(columns, kUpOutputs), ceil_div(kFewProductsPerTask, kUpOutputs * r * rows),
-                     [&](int64_t first, int64_t last) {
-                         float delta[kUpOutputs + kRoom];
-                         for (int64_t n = first * kUpOutputs; n < std::min(last * kUpOutputs, columns);
-                              n += kUpOutputs)
-                             for (int64_t m = 0; m < rows; ++m) {
-                                 const int64_t count = std::min(kUpOutputs, columns - n);
-                                 of_b.multiply(left.data() + m * stride, row_of(b, n), r, count, delta);
-                                 of_y.add(delta, count, out + (m * columns + n) * y.element_size());
-                             }
-                     });
-}
-
 void outer(const ThinKernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out,
            bool transposed, const Mask& keep, const DownArgs* down_too) {
     const int64_t rows = x.size(0), columns = x.size(1), r = left.size(1);

@@ -36,16 +36,6 @@ void down(const ThinKernels& kernels, const DownArgs& args, int64_t rows);
 // y += keep ∘ (s right), right in the plain arrangement.
 void up(const ThinKernels& kernels, const Tensor& y, const Tensor& s, const Factor& right, const Mask& keep);
 
-// For fewer rows than this, factors are read as they lie: arranging them takes longer than using them.
-constexpr int64_t kArrangeFrom = 8;
-
-// A factor that RowKernels read, as it is where it can be.
-Tensor plain_factor(const Tensor& factor);
-
-// Of few rows: s = factor x aᵀ, and y += s bᵀ. a and b are plain, r and the sizes at least 1.
-void down_rows(const Kernels& kernels, const Tensor& x, const Tensor& a, float factor, const Tensor& s);
-void up_rows(const Kernels& kernels, const Tensor& y, const Tensor& s, const Tensor& b);
-
 // out [r, columns] = leftᵀ (keep ∘ x); transposed: [columns, r]. `down_too`, if given, is of the same x and
 // goes along, so that x comes from memory once.
 void outer(const ThinKernels& kernels, const Tensor& x, const Tensor& left, const Tensor& out,

@@ -4,6 +4,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "common/integers.h"
 #include "cpu/kernels.h"
 #include "weight/view.h"
 
@@ -14,6 +15,16 @@ at::Tensor linear(const at::Tensor& x, const WeightView& weight,
                   const at::Tensor& bias);                                   // x Wᵀ + bias, if any
 at::Tensor linear_backward(const at::Tensor& dy, const WeightView& weight);  // dy W
 
+// What the threads of a product do besides, each around its rows of W.
+class Beside {
+ public:
+    virtual void before() = 0;
+    virtual void after(Range rows) = 0;  // of W, whose columns of y are there
+
+ protected:
+    ~Beside() = default;
+};
+
 // Rows of x, contiguous, and where y belongs.
 struct FewRows {
     const void* x;
@@ -21,6 +32,7 @@ struct FewRows {
     const void* bias;  // or nullptr
     void* y;
     Dtype dtype;
+    Beside* beside = nullptr;
 };
 
 // y = x Wᵀ + bias, if any, straight from 4 bits; or false: x has too many rows for that, or the shape is not one that

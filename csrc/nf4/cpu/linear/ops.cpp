@@ -40,7 +40,10 @@ bool multiply_few_rows(const LinearKernel& kernel, const FewRows& few, const Wei
     const int64_t units = ceil_div(weight.rows, kernel.granule);
     const int64_t grain = ceil_div(kProductsPerTask, weight.columns * args.batch * kernel.granule);
     at::parallel_for(0, units, grain, [&](int64_t first, int64_t last) {
-        kernel.run(args, first * kernel.granule, std::min(last * kernel.granule, weight.rows));
+        const Range rows{first * kernel.granule, std::min(last * kernel.granule, weight.rows)};
+        if (few.beside != nullptr) few.beside->before();
+        kernel.run(args, rows.first, rows.last);
+        if (few.beside != nullptr) few.beside->after(rows);
     });
     return true;
 }

@@ -1,0 +1,103 @@
+#include "lora/cpu/few_rows.h"
+
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
+#include "common/check.h"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+constexpr int64_t kRoom = 16;                  // see RowKernels
+constexpr int64_t kProductsPerTask = 1 << 15;  // of factors that come from memory
+
+const RowKernels& row_kernels(const Kernels& kernels, const Tensor& of) {
+    return kernels.row[int(kernel_dtype(of.scalar_type(), "lora_linear"))];
+}
+
+const char* bytes(const Tensor& t) { return static_cast<const char*>(t.const_data_ptr()); }
+
+}  // namespace
+
+Tensor plain_factor(const Tensor& factor) {
+    return factor.scalar_type() == at::kDouble ? floats(factor) : factor.contiguous();
+}
+
+FewRowsOfLora::FewRowsOfLora(const Kernels& kernels, const Tensor& x, const Tensor& a, const Tensor& b,
+                             float factor, const Tensor& s, const Tensor& y)
+    : of_a_(row_kernels(kernels, a)),
+      of_b_(row_kernels(kernels, b)),
+      of_y_(row_kernels(kernels, y)),
+      rows_(x.size(0)),
+      inner_(x.size(1)),
+      columns_(y.size(1)),
+      r_(s.size(1)),
+      a_row_(inner_ * a.element_size()),
+      b_row_(r_ * b.element_size()),
+      y_item_(y.element_size()),
+      factor_(factor),
+      a_(bytes(a)),
+      b_(bytes(b)),
+      y_(static_cast<char*>(y.mutable_data_ptr())),
+      s_(s.mutable_data_ptr<float>()),
+      wide_(size_t(rows_ * (inner_ + kRoom))) {
+    const char* from = bytes(x);
+    for (int64_t m = 0; m < rows_; ++m, from += inner_ * x.element_size())
+        row_kernels(kernels, x).widen(from, inner_, wide_.data() + m * (inner_ + kRoom));
+}
+
+void FewRowsOfLora::down(int64_t piece) const {
+    const int64_t first = piece * kOutputs, count = std::min(kOutputs, r_ - first);
+    for (int64_t m = 0; m < rows_; ++m) {
+        float sums[kOutputs + kRoom];
+        of_a_.multiply(wide_.data() + m * (inner_ + kRoom), a_ + first * a_row_, inner_, count, sums);
+        for (int64_t j = 0; j < count; ++j) s_[m * r_ + first + j] = factor_ * sums[j];
+    }
+}
+
+void FewRowsOfLora::up(Range columns) const {
+    float delta[kUpOutputs + kRoom];
+    std::vector<float> s(size_t(r_ + kRoom));
+    for (int64_t m = 0; m < rows_; ++m) {
+        std::copy_n(s_ + m * r_, r_, s.data());
+        for (int64_t n = columns.first; n < columns.last; n += kUpOutputs) {
+            const int64_t count = std::min(kUpOutputs, columns.last - n);
+            of_b_.multiply(s.data(), b_ + n * b_row_, r_, count, delta);
+            of_y_.add(delta, count, y_ + (m * columns_ + n) * y_item_);
+        }
+    }
+}
+
+void FewRowsOfLora::down_all() const {
+    at::parallel_for(0, down_pieces(), ceil_div(kProductsPerTask, kOutputs * inner_ * rows_),
+                     [&](int64_t first, int64_t last) {
+                         for (; first < last; ++first) down(first);
+                     });
+}
+
+void FewRowsOfLora::up_all() const {
+    at::parallel_for(0, ceil_div(columns_, kUpOutputs), ceil_div(kProductsPerTask, kUpOutputs * r_ * rows_),
+                     [&](int64_t first, int64_t last) {
+                         up({first * kUpOutputs, std::min(last * kUpOutputs, columns_)});
+                     });
+}
+
+void BesideFewRows::before() {
+    for (int64_t piece; (piece = next_.fetch_add(1)) < lora_.down_pieces(); done_.fetch_add(1))
+        lora_.down(piece);
+}
+
+void BesideFewRows::after(Range rows) {
+    if (done_.load() == lora_.down_pieces()) return lora_.up(rows);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    left_.push_back(rows);
+}
+
+void BesideFewRows::finish() const {
+    for (const Range& rows : left_) lora_.up(rows);
+}
+
+}  // namespace lora
+}  // namespace peftcore
