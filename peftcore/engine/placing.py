@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -69,7 +70,7 @@ def _placed(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Plac
     trained: list[str] = []
     on_weights: dict[str, list[OnWeight]] = {}
     of_experts: dict[str, list[Around | After]] = {}
-    for placement in [*chosen.place(model, config, architecture), saved]:
+    for placement in [*_asked(chosen, model, config, architecture), saved]:
         carriers: Sequence[Around | After]
         if isinstance(placement, Train):
             trained += placement.names
@@ -96,6 +97,22 @@ def _placed(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Plac
     placed = Placed(chosen, config, tuple(around), placements, tuple(dict.fromkeys(trained)), apart, names_modules)
     _check_placed(model, placed)
     return placed
+
+
+def _asked(method: Method, model: nn.Module, config: Any, architecture: Architecture) -> Sequence[Any]:
+    """What `place` gives; where it ends for it takes an expert's path for that of a module, that is said."""
+    try:
+        return list(method.place(model, config, architecture))
+    except AttributeError as error:
+        *_, last = traceback.walk_tb(error.__traceback__)
+        path = last[0].f_locals.get("target") if last[0].f_code.co_name == "get_submodule" else None
+        if not isinstance(path, str) or split_expert_path(model, path) is None:
+            raise
+        raise PeftcoreError(
+            f"{method.name} looks for a module at '{path}', where an expert's layer is made of a part of a stacked "
+            "weight. Leave experts out of target_modules; the method's author can read the layer with "
+            "peftcore.targets.layer_at(model, path)"
+        ) from error
 
 
 def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight]) -> WeightChanges:

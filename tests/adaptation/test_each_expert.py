@@ -10,6 +10,7 @@ from typing import Any
 
 import peft
 import pytest
+import tiny
 import torch
 from beside_peft import quiet
 from mixtures import INPUTS, mixture
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import peftcore
+from peftcore import targets
 from peftcore.checkpoint.tensors import tensors_on_disk
 from peftcore.engine import applied
 from peftcore.registry import registry
@@ -170,6 +172,38 @@ def test_methods_that_must_know_whose_rows_they_are(method: str, why: str, named
 def test_an_expert_has_no_rows_of_tokens() -> None:
     with pytest.raises(peftcore.PeftcoreError, match=r"gate_up_proj' is a layer of one expert.*Leave it out"):
         peftcore.apply(new("qwen3_moe"), "trainable-tokens", target_modules=["experts"])
+
+
+class Gain(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(size))
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        return base(x) * self.gain
+
+
+@pytest.mark.parametrize(
+    ("left_out", "read", "message"),
+    [
+        (None, lambda model, path: model.get_submodule(path), r"gain looks for a module at '.*experts.0.gate_up_proj'"),
+        ("2.down_proj", targets.layer_at, r"at experts of '.*experts.down_proj', and none at expert 2. All have one"),
+        (None, lambda model, path: model.heads, "has no attribute 'heads'"),
+    ],
+)
+def test_what_authors_of_methods_miss_is_said(left_out: str | None, read: Any, message: str) -> None:
+    def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
+        layers = targets.select(model, architecture, target_modules=["experts"])
+        sizes = {path: targets.sizes(read(model, path))[1] for path in layers}
+        return [peftcore.Around(path, Gain(size)) for path, size in sizes.items() if not path.endswith(f"{left_out}")]
+
+    model = new("qwen3_moe")
+    with (
+        tiny.installed(tiny.method("gain", place)),
+        pytest.raises((peftcore.PeftcoreError, AttributeError), match=message),
+    ):
+        peftcore.apply(model, "gain")
+    assert peftcore.engine.state_of(model) is None
 
 
 def test_beside_lora_on_the_same_experts(tmp_path: Path) -> None:
