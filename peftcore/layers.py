@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -17,6 +19,36 @@ def is_conv1d(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """A linear layer in the sense of `all-linear`."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_unknown_linear(module: nn.Module) -> bool:
+    """Has it the sizes of a linear layer and no weight that could be read, as HQQ's, GPTQ's and AWQ's layers have?"""
+    features = (getattr(module, "in_features", None), getattr(module, "out_features", None))
+    return (
+        all(type(each) is int for each in features)
+        and not any(is_linear(each) for each in module.modules())
+        and not any(p is not None and p.is_floating_point() and p.dim() > 1 for p in module._parameters.values())
+    )
+
+
+def unknown_layers(modules: Iterable[nn.Module]) -> str:
+    """What is to be said of such layers where others were sought; empty if there are none."""
+    kinds = sorted({type(module).__name__ for module in modules if is_unknown_linear(module)})
+    if not kinds:
+        return ""
+    return (
+        f". Its layers are {' and '.join(kinds)}, whose weight cannot be read: take a base that is dense (in 4 bits by "
+        "peftcore.quantize), or whose layers are still nn.Linear, as torchao leaves them"
+    )
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Is it of another library's class, which stands for a weight that it keeps in other tensors (torchao, quanto)?"""
+    return (
+        type(tensor) is not nn.Parameter
+        and is_traceable_wrapper_subclass(tensor)
+        and not type(tensor).__module__.startswith("torch.")  # DTensor
+    )
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:

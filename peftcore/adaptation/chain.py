@@ -121,8 +121,13 @@ class Base:
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward of this one instance."""
-    return module.__dict__[OWN_FORWARD](*args, **kwargs)
+    """The forward of this one instance. What it calls of its class is that of the class without adapters."""
+    own = module.__dict__[OWN_FORWARD]
+    if getattr(own, "__self__", None) is not module:
+        return own(*args, **kwargs)
+    plain: nn.Module = object.__new__(original_class(module))
+    object.__setattr__(plain, "__dict__", module.__dict__)  # the same module, of another class
+    return own.__func__(plain, *args, **kwargs)
 
 
 class AroundLink:

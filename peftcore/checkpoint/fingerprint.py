@@ -22,6 +22,7 @@ from torch import Tensor
 
 from peftcore import ranks
 from peftcore.errors import CheckpointError
+from peftcore.layers import is_wrapped
 
 _VERSION = 2
 _GATHERED = 16
@@ -35,7 +36,7 @@ def fingerprint(tensors: dict[str, Tensor], important: Collection[str] = ()) -> 
     Where they are sharded it is collective, and has values of 16 of them and of the `important` ones, since each is
     gathered whole.
     """
-    names = [name for name, t in tensors.items() if t.is_floating_point() and not t.is_meta]
+    names = [name for name, t in tensors.items() if _has_values(t)]
     chosen: Collection[str] = names
     if any(ranks.is_part(tensors[name]) for name in names):
         chosen = {*names[:: -(-len(names) // _GATHERED)], *important}
@@ -56,7 +57,7 @@ def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
     sampled: dict[str, Tensor] = {}
     for name, (shape, values) in record["tensors"].items():
         tensor = tensors.get(name)
-        if tensor is not None and (not tensor.is_floating_point() or tensor.is_meta):
+        if tensor is not None and not _has_values(tensor):
             continue
         if tensor is None:
             return f"it has no parameter '{name}'"
@@ -73,6 +74,10 @@ def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
         if not error <= _TOLERANCE:  # NaN is no agreement
             return f"the values of '{name}' differ by {100 * error:.0f} %"
     return None
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not tensor.is_meta and not is_wrapped(tensor)
 
 
 def _parsed(text: str) -> dict[str, Any]:

@@ -19,12 +19,12 @@ from peftcore.engine.branches import check_branches, refuse_needed
 from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.changes import Site, facts, submodule, with_adapter
 from peftcore.engine.first_values import give_first_values, initializer
+from peftcore.engine.gradients import refuse_without_gradient
 from peftcore.engine.placing import (
     Placed,
     device_and_dtype,
     placements_for,
     recorded,
-    refuse_without_gradient,
     tell_if_little,
     with_memory,
 )
@@ -130,7 +130,7 @@ def _apply(
             here = "" if placed.method.initialize is None else " with these fields"
             raise PeftcoreError(f"{placed.method.name} takes no first values from data{here}. Leave batches out")
         check_branches(model, state, adapter, placed.around)
-        refuse_without_gradient(model, placed)
+        refuse_without_gradient(model, placed, trains=first_values)
         tell_if_little(model, placed)
     if placed.method.prepare is not None:
         placed.method.prepare(model, placed.config)

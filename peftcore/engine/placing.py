@@ -24,7 +24,7 @@ from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.experts import experts_layout, split_expert_path
 from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Train
-from peftcore.observation import detect, left_as_it_is, observe
+from peftcore.observation import detect, left_as_it_is
 from peftcore.peft_fields import config_of_peft, is_of_peft, why_unknown
 from peftcore.registry import registry
 from peftcore.targets import ALL_LINEAR, expert_weights, refuse_targeted, trained_modules
@@ -181,27 +181,6 @@ def tell_if_little(model: nn.Module, placed: Placed) -> None:
         told = ". Methods that know linear layers adapt experts one by one where they are named: target_modules=[..., "
         more = f"{told}'experts']" if lacks else ""
         warnings.warn(f"{placed.method.name} on {type(model).__name__} {found}{more}", stacklevel=4)
-
-
-def refuse_without_gradient(model: nn.Module, placed: Placed) -> None:
-    """Layers in a `torch.autograd.Function` (Reformer's reversible ones) learn only where its input asks for gradients.
-
-    Raises:
-        PeftcoreError: adapters would lie there, and the inputs of the frozen model do not ask for any.
-    """
-    inside = observe(model).in_function
-    if not inside or getattr(model, "_require_grads_hooks", None):
-        return
-    paths = [*(placement.path for placement in placed.around), *(name.rpartition(".")[0] for name in placed.trained)]
-    lost = next((path for path in paths if path in inside), None)
-    if lost is None:
-        return
-    what = f"{type(model).__name__} runs '{lost}' inside a torch.autograd.Function, so what is trained there gets no "
-    if hasattr(model, "enable_input_require_grads"):
-        raise PeftcoreError(
-            f"{what}gradient while no input asks for one. Before apply: model.enable_input_require_grads()"
-        )
-    warnings.warn(f"{what}gradient unless the inputs have requires_grad=True", stacklevel=4)
 
 
 def with_memory(model: nn.Module) -> AbstractContextManager[Any]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
+from peftcore.layers import is_wrapped
 from peftcore.observation.meta import meta_copy
 from peftcore.quantization import QuantizedLinear, quantized_experts
 from peftcore.quantization.convert import convert_dense
@@ -56,10 +57,14 @@ def _refuse_packed(config: Any) -> None:
     told = getattr(config, "quantization_config", None)
     if told is not None:
         kind = told.get("quant_method") if isinstance(told, dict) else getattr(told, "quant_method", None)
-        raise NotFollowed(
-            f"the weights are quantized ({getattr(kind, 'value', kind) or 'see quantization_config'}), which is not "
-            "followed. Estimate from the config of the dense model, with quantize='nf4' or a method that packs the base"
-        )
+        raise _not_followed(getattr(kind, "value", kind) or "see quantization_config")
+
+
+def _not_followed(kind: str) -> NotFollowed:
+    return NotFollowed(
+        f"the weights are quantized ({kind}), which is not followed. Estimate from the config of the dense model, with "
+        "quantize='nf4' or a method that packs the base"
+    )
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -68,6 +73,9 @@ def _copy(model: nn.Module) -> nn.Module:
     packed = {path: m for path, m in model.named_modules() if isinstance(m, QuantizedLinear) and m.is_quantized}
     if not packed:
         _refuse_packed(getattr(model, "config", None))
+    wrapped = next(filter(is_wrapped, model.parameters()), None)
+    if wrapped is not None:
+        raise _not_followed(type(wrapped).__name__)
     copied = meta_copy(model)
     for path, layer in packed.items():
         dense: Any = copied.get_submodule(path)

@@ -23,7 +23,7 @@ from peftcore.adaptation.chain import WeightChanges
 from peftcore.adaptation.class_swap import original_class, original_forward
 from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_layout
-from peftcore.layers import is_linear, shape_of, sizes
+from peftcore.layers import is_linear, is_wrapped, shape_of, sizes
 
 TOLERANCE = 1e-4
 TOLERANCE_TF32 = 4e-3  # where products in float32 may round their factors
@@ -99,7 +99,7 @@ def evaluated(module: nn.Module, floats: torch.dtype | None = torch.float32) -> 
     for kind in ("_parameters", "_buffers"):
         copy.__dict__[kind] = tensors = dict(module.__dict__[kind])
         for name, tensor in tensors.items():
-            if tensor is not None and tensor.is_floating_point() and floats is not None:
+            if tensor is not None and tensor.is_floating_point() and floats is not None and not is_wrapped(tensor):
                 tensors[name] = tensor.detach().to(floats)
     copy.__dict__["_modules"] = {
         name: None if child is None else evaluated(child, floats) for name, child in module._modules.items()

@@ -16,9 +16,11 @@ from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.parameters import PackedParameters
 from peftcore.quantization.selection import default_skip
 from peftcore.quantization.weight_format import QUANTIZED
+from peftcore.quantization.wrapped import WRAPPED
 
 __all__ = [
     "QUANTIZED",
+    "WRAPPED",
     "PackedParameters",
     "QuantizedLinear",
     "check_quant_type",

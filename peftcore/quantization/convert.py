@@ -15,6 +15,7 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
+from peftcore.layers import is_wrapped
 from peftcore.method import Model
 from peftcore.observation import detect
 from peftcore.observation.heads import mark_as_loaded
@@ -209,6 +210,11 @@ def _with_first(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
 def _check_parameter(path: str, module: nn.Module, parameter: str) -> None:
     weight = module.get_parameter(parameter)
     name = f"{path}.{parameter}" if path else parameter
+    if is_wrapped(weight):
+        raise PeftcoreError(
+            f"'{name}' is quantized already, by another library ({type(weight).__name__}). Quantize the model as it "
+            f"was before, or leave the layer as it is: skip=['{path}']"
+        )
     if weight.dtype not in DTYPES:
         raise PeftcoreError(
             f"'{name}' is {weight.dtype}; 4-bit weights are made of float32, float16 or bfloat16. "

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from peftcore.adaptation.adapted import base_modules
 from peftcore.architecture import Architecture
-from peftcore.layers import shape_of
+from peftcore.layers import is_unknown_linear, shape_of, sizes
 from peftcore.observation import bypassed
 from peftcore.targets.experts import is_read_by_itself
 
@@ -79,6 +79,14 @@ def weights_in(module: nn.Module, name: str) -> int:
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, str, int, int]]:
     """(name, what it is, its identity, how many weights) of each of a module's own."""
+    if is_unknown_linear(module):
+        yield (
+            "",
+            f"layers of {type(module).__name__}, whose weight cannot be read",
+            id(module),
+            math.prod(sizes(module)),
+        )
+        return
     for name, parameter in module._parameters.items():
         if parameter is None:
             continue

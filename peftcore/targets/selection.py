@@ -17,7 +17,7 @@ from peftcore.adaptation.class_swap import original_class
 from peftcore.architecture import Architecture, Sublayer
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.experts import expert_biases
-from peftcore.layers import is_conv1d, is_linear, sizes
+from peftcore.layers import is_conv1d, is_linear, sizes, unknown_layers
 from peftcore.method import Train
 from peftcore.observation import bypassed, rewritten
 from peftcore.targets.experts import (
@@ -108,7 +108,7 @@ def select(
         if not chosen:
             raise PeftcoreError(
                 f"target_modules='{ALL_LINEAR}' found no linear layer in {type(model).__name__}. "
-                f"Name the modules: {_examples(modules, supported)}"
+                f"Name the modules: {_examples(modules, supported)}{unknown_layers(modules.values())}"
             )
     elif isinstance(target_modules, str):
         chosen = _by_regex(modules, target_modules, supported)

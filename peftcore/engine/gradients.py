@@ -1,0 +1,86 @@
+"""Where adapters would get no gradient, or a wrong one, for what the frozen model does to it on its way."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.class_swap import original_class, original_forward
+from peftcore.engine.placing import Placed
+from peftcore.errors import PeftcoreError
+from peftcore.layers import is_linear, is_wrapped, sizes
+from peftcore.observation import observe
+
+
+def refuse_without_gradient(model: nn.Module, placed: Placed, trains: bool) -> None:
+    """Raise if what is trained there would not learn, or learn something else.
+
+    Args:
+        trains: False: adapters are only read, so that a warning is enough where a gradient is cut off.
+
+    Raises:
+        PeftcoreError: adapters would lie in a `torch.autograd.Function` whose input asks for no gradient, or the
+            product with a weight that another library has wrapped lets none through to its input.
+    """
+    _refuse_in_function(model, placed)
+    cut = _cut_off(model)
+    if cut is not None:
+        path, weight = cut
+        what = (
+            f"the product with '{path}.weight' ({type(weight).__name__}) gives its input no gradient, so that what "
+            "lies before it learns nothing, or from a part of what it does"
+        )
+        if trains:
+            raise PeftcoreError(
+                f"{what}. Quantize weights alone, and not what they are multiplied with, or take 4 bits of "
+                "peftcore's own: peftcore.quantize"
+            )
+        warnings.warn(f"{what}: it can be used, and not be trained", stacklevel=5)
+
+
+def _refuse_in_function(model: nn.Module, placed: Placed) -> None:
+    """Layers in a `torch.autograd.Function` (Reformer's reversible ones) learn only where its input asks for it."""
+    inside = observe(model).in_function
+    if not inside or getattr(model, "_require_grads_hooks", None):
+        return
+    paths = [*(placement.path for placement in placed.around), *(name.rpartition(".")[0] for name in placed.trained)]
+    lost = next((path for path in paths if path in inside), None)
+    if lost is None:
+        return
+    what = f"{type(model).__name__} runs '{lost}' inside a torch.autograd.Function, so what is trained there gets no "
+    if hasattr(model, "enable_input_require_grads"):
+        raise PeftcoreError(
+            f"{what}gradient while no input asks for one. Before apply: model.enable_input_require_grads()"
+        )
+    warnings.warn(f"{what}gradient unless the inputs have requires_grad=True", stacklevel=5)
+
+
+def _cut_off(model: nn.Module) -> tuple[str, Tensor] | None:
+    """(path, weight) of a linear layer whose wrapped weight lets no gradient through; one of each kind is run."""
+    seen = set()
+    for path, module in base_modules(model):
+        weight: Any = module._parameters.get("weight")
+        if weight is None or not is_wrapped(weight) or not is_linear(module):
+            continue
+        kind = original_class(module), type(weight)
+        if kind not in seen and not _lets_through(module, weight):
+            return path, weight
+        seen.add(kind)
+    return None
+
+
+def _lets_through(module: nn.Module, weight: Tensor) -> bool:
+    with torch.enable_grad():
+        x = torch.ones(2, sizes(module)[0], dtype=weight.dtype, device=weight.device, requires_grad=True)
+        try:
+            y = original_forward(module)(module, x)
+        except Exception:
+            return True  # the model's own calls say why
+        try:
+            return bool(torch.autograd.grad(y.float().sum(), x)[0].isfinite().any())
+        except (RuntimeError, NotImplementedError):  # it is no function of x, or its derivative is not known
+            return False
