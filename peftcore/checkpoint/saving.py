@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import adapter_files, engine, ranks
+from peftcore.adaptation.adapted import base_parameters
 from peftcore.adapter_files import Content
 from peftcore.checkpoint import single_file
 from peftcore.checkpoint.config import fields_of_config
@@ -20,7 +22,7 @@ from peftcore.checkpoint.fingerprint import fingerprint
 from peftcore.checkpoint.multiplier import in_metadata
 from peftcore.checkpoint.reading import METHOD, OWN_FIELDS, TIED, TOGETHER, name_inside
 from peftcore.checkpoint.tensors import kept_on_disk, name_of_base, tensors_on_disk
-from peftcore.engine.trained import base_tensors
+from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.observation import detect
 from peftcore.peft_fields import refuse_not_its_own
@@ -109,6 +111,7 @@ def _save_single(
             )
         engine.refuse_merged(state, "save")
         engine.refuse_changed(each)
+        _tell_of_others_trained(each)
         method = registry.method(engine.applied(each, names[0]).method)
         if layout not in method.state.files:
             raise PeftcoreError(f"layout={layout!r} is not known of '{names[0]}' ({method.name})")
@@ -137,6 +140,7 @@ def _save(
     """Write adapters, by the place that each has inside of `folder`."""
     engine.refuse_merged(engine.require_state(model), "save")
     engine.refuse_changed(model)
+    _tell_of_others_trained(model)
     sharded = ranks.is_sharded(model)
     if inside and (sharded or ranks.rank() == 0):
         contents = {
@@ -145,6 +149,19 @@ def _save(
         }
         ranks.once(lambda: adapter_files.write(folder, contents), together=sharded)
     return folder
+
+
+def _tell_of_others_trained(model: nn.Module) -> None:
+    """Warn of parameters of the base that somebody has let train, which are in no adapter's file."""
+    of_adapters = {id(parameter) for _, own in all_of(model) for _, parameter in own.values(model)}
+    others = [name for name, p in base_parameters(model) if p.requires_grad and id(p) not in of_adapters]
+    if others:
+        warnings.warn(
+            f"{len(others)} parameters of the base ask for gradients, such as '{others[0]}', and belong to no adapter: "
+            "what they learn is not saved. Name what is to be trained along to apply, modules_to_save=[...], or keep "
+            "them frozen: requires_grad_(False)",
+            stacklevel=4,
+        )
 
 
 def _content(

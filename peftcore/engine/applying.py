@@ -102,6 +102,7 @@ def apply_to_fill(
     return _apply(model, config, {}, adapter, dtype, None, first_values=False, acts=acts, trainable=trainable)
 
 
+@torch.inference_mode(False)  # what is made under it could never train
 def _apply(
     model: Model,
     method: str | Any,

@@ -182,7 +182,7 @@ def hold_of_last(model: nn.Module, active: Sequence[str]) -> None:
     for name in active:
         owned = TrainedParameters.of(model, name)
         owner.update(dict.fromkeys(owned.kept if owned is not None else (), name))
-    everyone = _everyone(model)
+    everyone = all_of(model)
     wanted = {name: {kept for kept in own.kept if owner.get(kept) == name} for name, own in everyone}
     for name, own in everyone:
         own.hold(model, own.held & wanted[name])
@@ -190,7 +190,7 @@ def hold_of_last(model: nn.Module, active: Sequence[str]) -> None:
         own.hold(model, wanted[name])
 
 
-def _everyone(model: nn.Module) -> list[tuple[str, TrainedParameters]]:
+def all_of(model: nn.Module) -> list[tuple[str, TrainedParameters]]:
     """(adapter, what it has of its own) of all that have something."""
     adapters = model._modules.get(TRAINED)
     return [] if adapters is None else [(name, cast(TrainedParameters, own)) for name, own in adapters._modules.items()]
@@ -233,7 +233,7 @@ def unmoved_buffers(model: nn.Module) -> Iterator[None]:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and moving buffers of the base by name; where an adapter's own stand in their place, the base's."""
     tensors = dict([*base_parameters(model), *moving_buffers(model)])
-    for _, own in _everyone(model):
+    for _, own in all_of(model):
         for slots, _, original in own.standing(model):
             tensors.update(dict.fromkeys(slots, original))
     return tensors

@@ -52,6 +52,15 @@ def test_the_files(saved: Path) -> None:
     assert sorted(tensors) == [f"base_model.model.model.layers.{i}.self_attn.q_proj.gain" for i in range(2)]
 
 
+def test_what_is_trained_beside_the_adapters_is_told_of(tmp_path: Path) -> None:
+    model = peftcore.apply(tiny.llama(), "around")
+    peftcore.apply(model, "train", adapter="second", names=("lm_head.weight",))
+    peftcore.save(model, tmp_path / "all")  # which has what is trained
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"1 parameters of the base .*, such as 'model.norm.weight', .* modules_to_save"):
+        peftcore.save(model, tmp_path / "one", adapter="default")
+
+
 def test_names_of_every_placement() -> None:
     for kind, wanted in {
         "after": "base_model.model.model.layers.0.self_attn.shift",

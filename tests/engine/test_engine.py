@@ -109,6 +109,15 @@ def test_dtype_of_the_adapter(base, asked, wanted) -> None:
     assert {p.dtype for _, p in adapter_parameters(model, "default")} == {wanted}
 
 
+def test_an_adapter_made_in_inference_mode_trains() -> None:
+    model = tiny.llama()
+    with torch.inference_mode():
+        peftcore.apply(model, "around")
+    tiny.logits(model)
+    model(**tiny.inputs(model)).logits.sum().backward()
+    assert all(p.grad is not None for _, p in adapter_parameters(model, "default"))
+
+
 def test_the_adapter_takes_the_mode_of_its_module() -> None:
     model = peftcore.apply(tiny.llama().train(), "around")
     assert all(module.training for module in model.modules())
