@@ -120,3 +120,8 @@ def unviewed(y: torch.Tensor) -> torch.Tensor:
     if torch.compiler.is_compiling() or not y._is_view():
         return y
     return torch.ops.aten._unsafe_view.default(y, y.shape)
+
+
+def transformed() -> bool:
+    """Is a transform of `torch.func` (vmap, grad, jvp) at work? It sees through PyTorch's own operators alone."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.ops._extension import extension
-from peftcore.ops._library import define_by, unviewed
+from peftcore.ops._library import define_by, transformed, unviewed
 from peftcore.ops.nf4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_beside, check_linear, checked_packed, frozen_operands
 
@@ -159,6 +159,8 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
     Raises:
         TypeError, ValueError: an argument that does not fit the others. RuntimeError: differentiated twice.
     """
+    if transformed():
+        return F.linear(x, dequantize_4bit(weight, x.dtype), bias)
     x, tensors, packing, bias = frozen_operands(x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear4bit.apply(x, bias, packing, *tensors)  # type: ignore[no-untyped-call]

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftcore.ops._library import define_by, unviewed
+from peftcore.ops._library import define_by, transformed, unviewed
 from peftcore.ops.dropout import check_dropout, dropped, factor, refuse_capture
+from peftcore.ops.nf4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, value
 
 _OPS = torch.ops.peftcore
@@ -249,6 +250,11 @@ def lora_linear(
     Raises:
         TypeError, ValueError: an argument that does not fit the others. RuntimeError: differentiated twice.
     """
+    if transformed():
+        dense = dequantize_4bit(weight, x.dtype) if isinstance(weight, PackedWeight) else weight
+        return F.linear(x, dense, bias) + scale * F.linear(
+            F.linear(F.dropout(x, dropout_p), a.to(x.dtype)), b.to(x.dtype)
+        )
     x, tensors, packing, bias = frozen_operands(x, weight, bias)
     if not dropout_p:
         seed = None

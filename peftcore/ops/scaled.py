@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.ops._library import define_by
+from peftcore.ops._library import define_by, transformed
 from peftcore.ops.weight import DTYPES, check_dtype, check_like, value
 
 _OPS = torch.ops.peftcore
@@ -126,6 +126,8 @@ def scaled(x: Tensor, g: Tensor, behind: int = 0) -> Tensor:
     Returns:
         In the shape and dtype of x, with gradients for both.
     """
+    if transformed():
+        return (x * _wide(g, behind)).to(x.dtype)
     if torch.is_grad_enabled() and (x.requires_grad or g.requires_grad):
         return _Scaled.apply(x, g, behind)  # type: ignore[no-untyped-call]
     return _forward(x, g, behind)

@@ -57,7 +57,9 @@ def test_what_is_trained_beside_the_adapters_is_told_of(tmp_path: Path) -> None:
     peftcore.apply(model, "train", adapter="second", names=("lm_head.weight",))
     peftcore.save(model, tmp_path / "all")  # which has what is trained
     model.model.norm.weight.requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"1 parameters of the base .*, such as 'model.norm.weight', .* modules_to_save"):
+    with pytest.warns(
+        UserWarning, match=r"1 parameters of the base .*, such as 'model.norm.weight', .* modules_to_save"
+    ):
         peftcore.save(model, tmp_path / "one", adapter="default")
 
 
