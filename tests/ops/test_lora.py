@@ -349,7 +349,7 @@ def test_the_reference_computes_what_the_kernels_do():
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(5, 64), (5, 3, 64)])
+@pytest.mark.parametrize("shape", [(5, 64), (5, 3, 64), (5, 11, 64)])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_an_adapter_for_each_sample(level, dtype, shape, quantized):
     if quantized and dtype is torch.float64:
@@ -369,6 +369,25 @@ def test_an_adapter_for_each_sample(level, dtype, shape, quantized):
             exact = exact + scales[which] * (x[i].double() @ factors[0].T) @ factors[1].T
             magnitude = magnitude + scales[which] * (x[i].double().abs() @ factors[0].T.abs()) @ factors[1].T.abs()
         near(found[i], exact, magnitude, base)
+
+
+@pytest.mark.parametrize("rows", [2, 9, 300])  # straight from the factors; one thread for each adapter; all for each
+def test_adapters_of_samples_do_not_depend_on_threads(level, rows):
+    x, w = values((6, rows, 40), torch.bfloat16), values((33, 40), torch.bfloat16)
+    a, b = [values((r, 40), seed=r) for r in (3, 17, 5)], [values((33, r), seed=r + 20) for r in (3, 17, 5)]
+    index, before, found = torch.tensor([2, 0, 1, -1, 2, 0]), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            found.append(lora_linear_per_sample(x, w, None, a, b, [0.5, 1.0, 2.0], index))
+    finally:
+        torch.set_num_threads(before)
+    for which, scale in enumerate((0.5, 1.0, 2.0)):
+        mine = index == which
+        factors = [a[which]], [b[which]], [scale], torch.zeros(int(mine.sum()), dtype=torch.long)
+        alone = lora_linear_per_sample(x[mine], w, None, *factors)
+        torch.testing.assert_close(found[0][mine].float(), alone.float(), rtol=0.01, atol=0.05)
+    assert all(torch.equal(each, found[0]) for each in found)
 
 
 def arguments(**change):

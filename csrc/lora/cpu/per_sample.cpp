@@ -5,6 +5,8 @@
 #include <torch/library.h>
 
 #include "common/tensors.h"
+#include "common/threads.h"
+#include "common/workspace.h"
 #include "cpu/kernels.h"
 #include "lora/cpu/few_rows.h"
 #include "lora/cpu/frozen.h"
@@ -19,6 +21,72 @@ const RowKernels& row_kernels(at::ScalarType dtype, const char* op) {
 }
 
 constexpr int64_t kRoom = 16;  // see RowKernels
+
+// One adapter, and the samples that have it, by their first rows.
+struct Sharing {
+    const Tensor *a, *b;
+    float scale;
+    std::vector<int64_t> samples;
+};
+
+// Of an adapter with fewer rows one thread does all. Threads that share out each of its products meet four
+// times, and with 64 adapters of 16 rows they wait as long as they multiply.
+constexpr int64_t kShareFrom = 512;
+
+// y += scale x aᵀ bᵀ, by one thread, for the rows of these samples, `count` each.
+void add_samples(const ThinKernels& kernels, const Tensor& x, const Tensor& y, const Sharing& adapter,
+                 const Tensor& a, const Tensor& b, int64_t count, const char* op) {
+    const int64_t r = a.size(0), columns = x.size(1), out_features = y.size(1);
+    const int64_t width = filled_up(r, kWidthMultiple), out_width = filled_up(out_features, kWidthMultiple);
+    const Arrangement &for_down = kernels.arrangement, &for_up = kernels.plain;
+    const int64_t wide_bytes = filled_up(4 * (r * std::max(columns, out_features) + kRoom), 64),
+                  units_bytes =
+                      filled_up(std::max(ceil_div(columns, for_down.pair) * width * for_down.unit_size,
+                                         ceil_div(r, for_up.pair) * out_width * for_up.unit_size),
+                                64);
+    char* memory = static_cast<char*>(
+        workspace(wide_bytes + units_bytes + 4 * r * count * int64_t(adapter.samples.size())));
+    float *wide = reinterpret_cast<float*>(memory),
+          *s = reinterpret_cast<float*>(memory + wide_bytes + units_bytes);
+    char* units = memory + wide_bytes;
+    row_kernels(a.scalar_type(), op).widen(a.const_data_ptr(), r * columns, wide);
+    for_down.arrange(wide, 1, columns, columns, r, width, units);
+    for (size_t i = 0; i < adapter.samples.size(); ++i)
+        kernels.down({.x = static_cast<const char*>(x.const_data_ptr()) +
+                           adapter.samples[i] * columns * x.element_size(),
+                      .columns = columns,
+                      .right = units,
+                      .width = width,
+                      .r = r,
+                      .factor = adapter.scale,
+                      .keep = {},
+                      .s = s + int64_t(i) * count * r},
+                     0, count);
+    row_kernels(b.scalar_type(), op).widen(b.const_data_ptr(), r * out_features, wide);
+    for_up.arrange(wide, 1, r, r, out_features, out_width, units);
+    for (size_t i = 0; i < adapter.samples.size(); ++i)
+        kernels.up({.y = static_cast<char*>(y.mutable_data_ptr()) +
+                         adapter.samples[i] * out_features * y.element_size(),
+                    .columns = out_features,
+                    .left = s + int64_t(i) * count * r,
+                    .inner = r,
+                    .right = reinterpret_cast<const float*>(units),
+                    .width = out_width,
+                    .keep = {}},
+                   0, count);
+}
+
+// The same by all threads.
+void add_shared(const ThinKernels& kernels, const Tensor& x, const Tensor& y, const Sharing& adapter,
+                int64_t count) {
+    const Factor down_right = arranged_factor(kernels.arrangement, floats(*adapter.a), true),
+                 up_right = arranged_factor(kernels.plain, floats(*adapter.b), true);
+    const Tensor s = at::empty({count, adapter.a->size(0)}, x.options().dtype(at::kFloat));
+    for (const int64_t first : adapter.samples) {
+        down(kernels, down_args(x.narrow(0, first, count), down_right, adapter.scale, {}, s), count);
+        up(kernels, y.narrow(0, first, count), s, up_right, {});
+    }
+}
 
 // The rows [index] of x by adapters whose factors are not arranged; all of one dtype.
 void add_rows(const Tensor& x, const Tensor& y, const std::vector<Tensor>& a, const std::vector<Tensor>& b,
@@ -61,42 +129,49 @@ Tensor lora_linear_per_sample(const Tensor& x, at::TensorList tensors, at::IntAr
     const int64_t samples = x.size(0), count = samples == 0 ? 0 : flat.size(0) / samples;
     const Tensor which = index.contiguous();
     const int64_t* of = which.const_data_ptr<int64_t>();
-    std::vector<int64_t> total(a.size());
+    std::vector<Sharing> adapters(a.size());
     for (int64_t i = 0; i < samples; ++i) {
         TORCH_CHECK_VALUE(of[i] >= -1 && of[i] < int64_t(a.size()), op, ": index must be -1 (none) to ",
                           int64_t(a.size()) - 1, ", found ", of[i]);
-        if (of[i] >= 0) total[size_t(of[i])] += count;
+        if (of[i] >= 0) adapters[size_t(of[i])].samples.push_back(i * count);
     }
     if (y.numel() == 0) return y.view(with_last(x, out_features));
     const ThinKernels& kernels = cpu_kernels().lora.thin[int(kernel_dtype(x.scalar_type(), op))];
-    std::vector<Tensor> few_a(a.size()), few_b(a.size());
+    std::vector<Tensor> plain_a(a.size()), plain_b(a.size());
     std::vector<std::pair<int64_t, int64_t>> few;
+    std::vector<size_t> alone, shared;
     for (size_t i = 0; i < a.size(); ++i) {
-        const int64_t r = a[i].size(0);
-        if (total[i] == 0 || r == 0) continue;
-        if (total[i] < kArrangeFrom) {
-            few_a[i] = plain_factor(a[i]);
-            few_b[i] = plain_factor(b[i]);
+        Sharing& adapter = adapters[i];
+        adapter.a = &a[i];
+        adapter.b = &b[i];
+        adapter.scale = float(scales[i]);
+        const int64_t rows = count * int64_t(adapter.samples.size());
+        if (rows == 0 || a[i].size(0) == 0) continue;
+        if (rows >= kShareFrom) {
+            shared.push_back(i);
+            continue;
         }
-        Factor down_right, up_right;
-        if (total[i] >= kArrangeFrom) {
-            down_right = arranged_factor(kernels.arrangement, floats(a[i]), true);
-            up_right = arranged_factor(kernels.plain, floats(b[i]), true);
+        plain_a[i] = plain_factor(a[i]);
+        plain_b[i] = plain_factor(b[i]);
+        if (rows >= kArrangeFrom) {
+            alone.push_back(i);
+            continue;
         }
-        for (int64_t sample = 0; sample < samples; ++sample) {
-            if (of[sample] != int64_t(i)) continue;
-            const int64_t first = sample * count;
-            if (total[i] < kArrangeFrom) {
-                for (int64_t row = first; row < first + count; ++row) few.emplace_back(row, int64_t(i));
-            } else {
-                const Tensor s = at::empty({count, r}, x.options().dtype(at::kFloat));
-                down(kernels, down_args(flat.narrow(0, first, count), down_right, float(scales[i]), {}, s),
-                     count);
-                up(kernels, y.narrow(0, first, count), s, up_right, {});
-            }
-        }
+        for (const int64_t first : adapter.samples)
+            for (int64_t row = first; row < first + count; ++row) few.emplace_back(row, int64_t(i));
     }
-    add_rows(flat, y, few_a, few_b, scales, few, op);
+    if (int64_t(alone.size()) < threads_here()) {
+        shared.insert(shared.end(), alone.begin(), alone.end());
+    } else {
+        at::parallel_for(0, int64_t(alone.size()), 1, [&](int64_t first, int64_t last) {
+            for (; first < last; ++first) {
+                const size_t i = alone[size_t(first)];
+                add_samples(kernels, flat, y, adapters[i], plain_a[i], plain_b[i], count, op);
+            }
+        });
+    }
+    for (const size_t i : shared) add_shared(kernels, flat, y, adapters[i], count);
+    add_rows(flat, y, plain_a, plain_b, scales, few, op);
     return y.view(with_last(x, out_features));
 }
 
