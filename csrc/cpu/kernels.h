@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "gemm/cpu/few_rows/kernels.h"
 #include "gemm/cpu/kernels.h"
 #include "lora/cpu/kernels.h"
 #include "nf4/cpu/kernels.h"
@@ -18,10 +19,11 @@ namespace peftcore {
 
 struct CpuKernels {
     const char* level;
-    nf4::Kernels nf4;           // quantize, dequantize
-    nf4::LinearKernels linear;  // few rows of x by a packed weight
-    gemm::Kernel gemm;          // many rows
-    gemm::DenseReader dense;    // what the right side of such a product is read from
+    nf4::Kernels nf4;              // quantize, dequantize
+    nf4::LinearKernels linear;     // few rows of x by a packed weight
+    gemm::FewRowsKernel few_rows;  // few rows of x by a dense weight
+    gemm::Kernel gemm;             // many rows
+    gemm::DenseReader dense;       // what the right side of such a product is read from
     nf4::PackedReader packed;
     lora::Kernels lora;    // thin products
     optim::Kernels optim;  // optimizer steps

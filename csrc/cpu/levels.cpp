@@ -87,6 +87,7 @@ void avx512(CpuKernels& table) {
 #if defined(PEFTCORE_HAVE_AVX512BF16)
 void avx512bf16(CpuKernels& table) {
     fill_avx512bf16(table.linear);
+    fill_avx512bf16(table.few_rows);
 #if !defined(PEFTCORE_HAVE_AMX)
     if (has_amx()) return;  // the library's products, which use it, are faster
 #endif

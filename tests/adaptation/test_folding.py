@@ -52,6 +52,30 @@ def test_the_logits_of_some_places_are_one_product() -> None:
     assert torch.equal(last(model), before)
 
 
+def operators_of(head: nn.Module, hidden: Tensor) -> list[str]:
+    with Operators() as operators:
+        head(hidden)
+    return [name for name in operators.seen if name in ("mm", "addmm", "bmm", "dense_linear")]
+
+
+def test_a_decoded_token_in_bf16_is_one_call_of_the_operator_for_few_rows() -> None:
+    model = tiny.llama().bfloat16()
+    model.lm_head.weight.requires_grad_(False)
+    peftcore.apply(model, "lora", target_modules=["q_proj"])
+    hidden = torch.randn(2, 7, 32).bfloat16()
+    with torch.no_grad():
+        assert operators_of(model.lm_head, hidden[:, -1:]) == ["dense_linear"]
+        assert operators_of(model.lm_head, hidden[0, 0]) == ["dense_linear"]
+        assert operators_of(model.lm_head, hidden) == ["mm"]
+        torch.testing.assert_close(model.lm_head(hidden[:, -1:]), hidden[:, -1:] @ model.lm_head.weight.T)
+        with torch.autocast("cpu", torch.float16):
+            assert operators_of(model.lm_head, hidden[:, -1:]) == ["mm"]
+        model.generate(tiny.TOKENS[:1], max_new_tokens=2, do_sample=False)
+    assert operators_of(model.lm_head, hidden[:, -1:].requires_grad_()) == ["mm"]
+    peftcore.remove(model)
+    assert operators_of(model.lm_head, hidden[:, -1:].detach()) == ["bmm"]
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
 def test_a_head_with_a_bias_gives_the_same_bits(cut: bool, autocast: bool) -> None:

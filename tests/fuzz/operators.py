@@ -21,6 +21,7 @@ from fuzz.memory import LAYOUTS, laid_out
 from peftcore import ops
 from peftcore.ops import grouped, lora, nf4, optim, per_sample, routing, swiglu
 from peftcore.ops import optim_rules as rules
+from peftcore.ops.dense_linear import DenseLinear
 from peftcore.ops.linear_4bit import Linear4bit, Linear4bitBackward
 from peftcore.ops.row_norms import RowNorms
 from peftcore.ops.scaled import Scaled, ScaledBackward
@@ -82,6 +83,12 @@ def _dequantize_4bit_out(m):
     layouts = [layout for layout in LAYOUTS if layout not in ("expanded", "overlapping")]
     out = m.normal(*given["packing"][2:], dtype=given.pop("dtype"), layouts=layouts)
     return {**given, "out": out}
+
+
+def _dense_linear(m):
+    rows, columns, dtype = m.size(), m.choice([m.size(), 64, 77]), m.choice([*FLOATS, torch.bfloat16])
+    x = m.normal(*m.choice([(m.size(6),), (2, 2), ()]), columns, dtype=dtype)
+    return {"x": x, "weight": m.normal(rows, columns, dtype=dtype), "bias": m.some(m.normal(rows, dtype=dtype))}
 
 
 def _linear_4bit(m):
@@ -294,6 +301,7 @@ OPERATORS = {
     "quantize_absmax": (_quantize_absmax, by_reference(nf4.QuantizeAbsmax)),
     "dequantize_4bit": (_dequantize_4bit, by_reference(nf4.Dequantize4bit)),
     "dequantize_4bit.out": (_dequantize_4bit_out, by_reference(nf4.Dequantize4bitOut)),
+    "dense_linear": (_dense_linear, by_reference(DenseLinear)),
     "linear_4bit": (_linear_4bit, by_reference(Linear4bit)),
     "linear_4bit_backward": (_linear_4bit_backward, by_reference(Linear4bitBackward)),
     "lora_linear": (_lora_linear, by_reference(lora.LoraLinear)),

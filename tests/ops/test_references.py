@@ -31,6 +31,7 @@ def cases():
         "quantize_4bit": (w, ops.NF4, 64),
         "quantize_absmax": (four.absmax, ops.DYNAMIC8, 256),
         "dequantize_4bit": (*four.operands(), torch.float32),
+        "dense_linear": (x, w),
         "linear_4bit": (x, *four.operands()),
         "linear_4bit_backward": (values(5, 32), *four.operands()),
         "lora_linear": (x, [w], [], None, a, b, 1.0, 0.0, None),

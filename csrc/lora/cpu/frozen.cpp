@@ -1,9 +1,9 @@
 #include "lora/cpu/frozen.h"
 
-#include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
+#include "gemm/cpu/few_rows/linear.h"
 #include "nf4/cpu/dequantize.h"
 #include "nf4/cpu/linear/linear.h"
 
@@ -12,8 +12,7 @@ namespace lora {
 
 Tensor frozen_linear(const Tensor& x, const Weight& weight, const std::optional<Tensor>& bias) {
     if (weight.packed()) return nf4::linear(x, weight.view(), contiguous(bias));
-    const Tensor transposed = weight.first().t();
-    return bias.has_value() ? at::cpu::addmm(*bias, x, transposed) : at::cpu::mm(x, transposed);
+    return gemm::dense_linear(x, weight.first(), contiguous(bias));
 }
 
 Tensor frozen_linear_backward(const Tensor& dy, const Weight& weight) {

@@ -1,0 +1,82 @@
+"""dense_linear beside float64 at every SIMD level, for as many rows as the kernel takes and more, and its checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from levels import LEVELS, at_level
+from torch import Tensor
+
+from peftcore import ops
+
+_OP = torch.ops.peftcore.dense_linear
+EPS = {torch.float32: 2.0**-23, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def values(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("dtype", EPS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 96), (130, 77), (1030, 2112)], ids=str)
+@pytest.mark.parametrize("leading", [(), (1, 1), (2,), (3, 1), (4,), (5,), (2, 9)], ids=str)
+def test_beside_float64(leading: tuple[int, ...], shape: tuple[int, int], dtype: torch.dtype, level: str) -> None:
+    x, w = values(*leading, shape[1], dtype=dtype), values(*shape, dtype=dtype, seed=1)
+    bias = values(shape[0], dtype=dtype, seed=2) if len(leading) % 2 else None
+    exact = x.double() @ w.double().T + (0 if bias is None else bias.double())
+    magnitude = x.double().abs() @ w.double().abs().T + 1
+    with at_level(level):
+        found = ops.dense_linear(x, w, bias)
+    assert found.dtype == dtype
+    assert found.shape == exact.shape
+    assert ((found.double() - exact).abs() <= exact.abs() * EPS[dtype] + magnitude * 2.0**-18).all()
+
+
+@pytest.mark.parametrize("w", [values(96, 64).T, values(64, 192)[:, ::2], values(96, 64)[:0], values(64, 0)])
+@pytest.mark.parametrize("rows", [0, 1, 7])
+def test_weights_that_lie_otherwise_and_nothing(w: Tensor, rows: int) -> None:
+    x = values(w.shape[1], rows).T
+    torch.testing.assert_close(ops.dense_linear(x, w), (x.float() @ w.float().T).bfloat16())
+
+
+def test_no_bit_depends_on_the_threads() -> None:
+    x, w, before, found = values(3, 512), values(4099, 512), torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(ops.dense_linear(x, w))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+def test_what_is_no_number_stays_so() -> None:
+    x, w = values(2, 70), values(9, 70)
+    x[0, 69], w[4, 3] = float("inf"), float("nan")
+    found = ops.dense_linear(x, w)
+    assert not found[0].isfinite().any()
+    assert found[1].isnan().nonzero().tolist() == [[4]]
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_opcheck(rows: int) -> None:
+    torch.library.opcheck(_OP.default, (values(rows, 64), values(32, 64), values(32)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((values(2, 63), values(32, 64)), ValueError, r"x must be \[.., 64\]"),
+        ((values(2, 64), values(32, 64, dtype=torch.float32)), TypeError, "weight must be"),
+        ((values(2, 64), values(32, 64), values(31)), ValueError, r"bias must be \[32\]"),
+        ((values(2, 64), values(32, 64), values(32, dtype=torch.float16)), TypeError, "bias must be"),
+        ((values(2, 64), values(2, 32, 64)), ValueError, r"weight must be \[out, in\]"),
+        ((values(2, 64).int(), values(32, 64).int()), TypeError, "only"),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_arguments_that_do_not_fit(
+    device: str, arguments: tuple[Tensor, ...], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        ops.dense_linear(*(t.to(device) for t in arguments))
