@@ -46,7 +46,7 @@ def _is_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if bias is not None and (bias.dtype is not x.dtype or (bias.requires_grad and torch.is_grad_enabled())):
         return False
-    if torch.compiler.is_exporting() or torch.jit.is_tracing():  # for programs that have no operators of ours
+    if torch.compiler.is_exporting():  # for programs that have no operators of ours
         return False
     return not (x.requires_grad and torch.is_grad_enabled())
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _disable_current_modes
 
 from peftcore.ops import _extension
@@ -123,5 +124,10 @@ def unviewed(y: torch.Tensor) -> torch.Tensor:
 
 
 def transformed() -> bool:
-    """Is a transform of `torch.func` (vmap, grad, jvp) at work? It sees through PyTorch's own operators alone."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Is a transform of `torch.func` (vmap, grad, jvp) at work, or a dual level of `forward_ad`?
+
+    They see through PyTorch's own operators alone.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

@@ -96,10 +96,10 @@ class QuantizedLinear(PackedParameters, nn.Linear):
 
     def linear_operands(self, x: Tensor) -> tuple[PackedWeight, Tensor | None] | None:
         """What an adapter may multiply by itself: see `peftcore.adaptation.adapted.Base`."""
-        weight: Any = self._parameters["weight"]
-        if weight.dtype is not torch.uint8 or self.compute_dtype not in (None, x.dtype):
+        parameters: dict[str, Any] = self._parameters  # as in `packed`
+        if parameters["weight"].dtype is not torch.uint8 or self.compute_dtype not in (None, x.dtype):
             return None
-        return self.packed, self.bias
+        return self.packed, parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  # looked up when needed
 
     def extra_repr(self) -> str:
         kept = self.quant_type if self.is_quantized else "dense"

@@ -58,6 +58,18 @@ def test_what_is_no_number_stays_so() -> None:
     assert found[1].isnan().nonzero().tolist() == [[4]]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_derivatives_along_a_direction_are_pytorch_s() -> None:
+    x, w, direction = values(2, 64), values(32, 64), values(2, 64, seed=3)
+    wanted = direction @ w.T
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, direction)
+        found = torch.autograd.forward_ad.unpack_dual(ops.dense_linear(dual, w)).tangent
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(torch.func.jvp(lambda x: ops.dense_linear(x, w), (x,), (direction,))[1], wanted)
+    torch.testing.assert_close(torch.vmap(ops.dense_linear, (0, None))(x[:, None], w)[:, 0], x @ w.T)
+
+
 @pytest.mark.parametrize("rows", [1, 9])
 def test_opcheck(rows: int) -> None:
     torch.library.opcheck(_OP.default, (values(rows, 64), values(32, 64), values(32)))

@@ -79,6 +79,9 @@ class Lora(LightModule):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B of what is computed."""
+        parameters: dict[str, Any] = self._parameters  # past `nn.Module.__getattr__`: once a layer and token
+        if "lora_A" in parameters and "lora_B" in parameters:
+            return parameters["lora_A"], parameters["lora_B"]
         return self.lora_A, self.lora_B
 
     def factors(self) -> list[peftcore.Factors]:
