@@ -132,14 +132,13 @@ class _Linear4bit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "linear_4bit cannot be differentiated twice (create_graph=True). Use a dense weight: "
-                "peftcore.quantization.dequantize(model)"
-            )
         x_grad = bias_grad = None
         if ctx.needs_input_grad[0]:
-            x_grad = _OPS.linear_4bit_backward(grad, ctx.saved_tensors, ctx.packing)
+            weight, packing = ctx.saved_tensors, ctx.packing
+            if torch.is_grad_enabled():  # create_graph=True: what has a gradient itself
+                x_grad = grad @ dequantize_4bit(checked_packed(weight, packing, "linear_4bit"), grad.dtype)
+            else:
+                x_grad = _OPS.linear_4bit_backward(grad, weight, packing)
         if ctx.needs_input_grad[1]:
             bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0)
         return x_grad, bias_grad, *(None for _ in ctx.needs_input_grad[2:])
@@ -157,7 +156,7 @@ def linear_4bit(x: Tensor, weight: PackedWeight, bias: Tensor | None = None) -> 
         `[..., out]` in x's dtype (autocast's, where it is on), with gradients for x and bias.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit the others. RuntimeError: differentiated twice.
+        TypeError, ValueError: an argument that does not fit the others.
     """
     if transformed():
         return F.linear(x, dequantize_4bit(weight, x.dtype), bias)

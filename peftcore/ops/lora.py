@@ -22,7 +22,7 @@ every microsecond (see linear_4bit.py). It cannot be differentiated again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -176,6 +176,23 @@ def _in_float64(call: type[LoraLinear] | type[LoraLinearBackward], *arguments: A
     return call(*arguments).compute()
 
 
+def _differentiable(call: LoraLinearBackward) -> tuple[Tensor, ...]:
+    """The gradients by operators that have gradients themselves (create_graph=True)."""
+    x, drop, dtype = call.x, (call.dropout_p, call.seed), wide(call.x)
+    if call.needs[2]:
+        if not call.needs[1]:
+            raise RuntimeError(
+                "lora_linear keeps no x beside a frozen A, so that it cannot be differentiated twice "
+                "(create_graph=True). Let A require gradients, too"
+            )
+        s = dropped(matrix(x), *drop).to(dtype) @ call.a.to(dtype).T * factor(call.scale, *drop)
+        call = replace(call, s=s)
+    frozen = checked(call.weight, call.packing, "lora_linear_backward")
+    if isinstance(frozen, PackedWeight):
+        call = replace(call, weight=[dequantize_4bit(frozen, x.dtype)], packing=[])
+    return call.compute()
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -200,11 +217,6 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "lora_linear cannot be differentiated twice (create_graph=True). Compute x @ W.T + "
-                "scale * (x @ A.T) @ B.T from differentiable operators instead"
-            )
         x, s, a, b, seed, *weight = ctx.saved_tensors
         scale, dropout_p, packing = ctx.numbers
         need_x, need_bias, *need_factors = ctx.needs_input_grad[:4]
@@ -212,7 +224,9 @@ class _LoraLinear(torch.autograd.Function):
         needs = [need_x, *need_factors]
         if any(needs):
             arguments = grad, x, s, weight, packing, a, b, needs, scale, dropout_p, seed
-            if x.dtype is torch.float64:
+            if torch.is_grad_enabled():
+                found = _differentiable(LoraLinearBackward(*arguments))
+            elif x.dtype is torch.float64:
                 found = _in_float64(LoraLinearBackward, *arguments)
             else:
                 found = _OPS.lora_linear_backward(*arguments)
@@ -248,7 +262,8 @@ def lora_linear(
         `[..., out]` in x's dtype (autocast's, where it is on), with gradients for x, bias, a and b.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit the others. RuntimeError: differentiated twice.
+        TypeError, ValueError: an argument that does not fit the others. RuntimeError: differentiated twice while a
+            requires no gradient and b does.
     """
     if transformed():
         dense = dequantize_4bit(weight, x.dtype) if isinstance(weight, PackedWeight) else weight

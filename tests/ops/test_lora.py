@@ -282,11 +282,32 @@ def test_only_what_asks_for_it_gets_a_gradient():
         assert [t.grad is not None for t in inputs] == [i == j for j in range(3)]
 
 
-def test_it_is_not_differentiated_twice():
-    x = values((3, 64), grad=True)
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_it_is_differentiated_twice(quantized, p):
+    weight, dense = packed(8, 64)
+    leaves = values((3, 64), grad=True), values((4, 64), grad=True), values((8, 4), grad=True)
+    x, a, b = leaves
+    seed = torch.tensor(7)
+    kept = keep_mask(3, 64, p, seed) / (1 - p)
+    second = []
+    for y in (
+        lora_linear(x, weight if quantized else dense.float(), None, a, b, 0.5, p, seed if p else None),
+        x @ dense.float().T + 0.5 * (x * kept) @ a.T @ b.T,
+    ):
+        first = torch.autograd.grad(y.pow(3).sum(), leaves, create_graph=True)
+        second.append(torch.autograd.grad(sum(each.square().sum() for each in first), leaves))
+    for found, wanted in zip(*second, strict=True):
+        assert (found - wanted).norm() < 1e-5 * wanted.norm()
+
+
+def test_it_is_not_differentiated_twice_where_x_is_not_kept():
+    x, b = values((3, 64), grad=True), values((8, 4), grad=True)
+    y = lora_linear(x, values((8, 64)), None, values((4, 64)), b).square().sum()
+    with pytest.raises(RuntimeError, match="keeps no x beside a frozen A"):
+        torch.autograd.grad(y, [x, b], create_graph=True)
     y = lora_linear(x, values((8, 64)), None, values((4, 64)), values((8, 4))).square().sum()
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        torch.autograd.grad(y, x, create_graph=True)
+    assert torch.autograd.grad(y, x, create_graph=True)[0].requires_grad
 
 
 @pytest.mark.parametrize("quantized", [False, True])
