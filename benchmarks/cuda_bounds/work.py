@@ -34,7 +34,7 @@ def tensor(batch: int, tiles: int, stage: int, stages: int) -> Work:
 
 
 def panel(batch: int, tiles: int) -> Work:
-    """Blocks of 128 rows of W and a part of its columns. Sums that they leave in fp32 another launch adds."""
+    """Blocks of 128 rows of W and a part of its columns. Sums that they leave in fp32 the last of them adds."""
     row_blocks = N // 128
     splits = 128 // row_blocks
     name = f"panel_kernel<peftcore::BFloat16, {tiles}, true>"
@@ -43,12 +43,22 @@ def panel(batch: int, tiles: int) -> Work:
     return work._replace(again=work.again + splits * batch * N * 4 * 2, dynamic_shared=stages)
 
 
-def rows(batch: int, parts: int, tiles: int = 1) -> Work:
-    name = f"rows_kernel<peftcore::BFloat16, {parts}, {tiles}, true>"
-    blocks = N // (16 // parts)
-    # A lane waits for 64 bytes. Up to 128 KB of x stay in the first cache of a multiprocessor.
-    readers = CARDS[0].multiprocessors if batch <= 16 else blocks
-    return linear(batch, name, blocks, 128, 128 * 64, readers)
+def rows(batch: int, parts: int) -> Work:
+    name = f"rows_kernel<peftcore::BFloat16, {parts}, true>"
+    # A lane waits for 64 bytes. The 64 KB of x stay in the first cache of a multiprocessor.
+    return linear(batch, name, N // (16 // parts), 128, 128 * 64, CARDS[0].multiprocessors)
+
+
+def one_launch(batch: int, parts: int) -> Work:
+    """The same with LoRA's A and B, each from memory once, and s by the second cache to every block."""
+    work = rows(batch, parts)
+    return work._replace(
+        label=work.label + ", LoRA in the same launch",
+        source="lora/cuda/one_launch.cu",
+        kernel=f"one_launch_kernel<peftcore::BFloat16, {parts}, true>",
+        bytes=work.bytes + RANK * (K + N) * 4,
+        again=work.again + (work.blocks + RANK) * batch * RANK * 4,
+    )
 
 
 # One mma.m16n8k8 for each half of 16 numbers along the sum and each piece of the fp32 operand.
@@ -58,7 +68,9 @@ WORK = (
     rows(1, 2),
     rows(4, 2),
     rows(8, 1),
-    rows(16, 1, 2),
+    one_launch(1, 2),
+    one_launch(8, 1),
+    panel(16, 2),
     panel(32, 4),
     panel(64, 8),
     Work(

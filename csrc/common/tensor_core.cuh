@@ -86,6 +86,11 @@ __device__ __forceinline__ uint32_t permute_bytes(uint32_t low, uint32_t high, u
     return bytes;
 }
 
+// Starts to bring the line of this byte into the second cache.
+__device__ __forceinline__ void prefetch(const void* from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+}
+
 // 16 bytes to shared memory, of which the first `bytes` come from `from` and the rest are zero.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, int bytes = 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),

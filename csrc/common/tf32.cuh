@@ -13,10 +13,9 @@ struct Tf32Pieces {
 };
 
 static __device__ __forceinline__ Tf32Pieces tf32_pieces(float value) {
-    const uint32_t bits = float_bits(value), magnitude = bits & 0x7fffffffu;
-    // Nothing is left of infinity, and a NaN stays one.
-    if (magnitude >= 0x7f800000u) return {magnitude > 0x7f800000u ? 0x7fc00000u : bits, 0};
-    return {bits & 0xffffe000u, float_bits(value - bits_float(bits & 0xffffe000u))};
+    const uint32_t first = float_bits(value) & 0xffffe000u;
+    // Nothing is left of infinity; of a NaN, whose upper bits may be infinity's, a NaN.
+    return {first, bits_float(first) == value ? 0 : float_bits(value - bits_float(first))};
 }
 
 // Operands of d[16 x 8] += a[16 x 16] b[16 x 8], the sum over 16 in any order. A lane has of `a` rows lane /

@@ -74,13 +74,24 @@ class Emulated:
         function = getattr(self.library, name)
         function.restype = ctypes.c_char_p
 
-        def call(*args, seed=0):
+        def call(*args, seed=0, tickets=True):
             self.library.emulator_seed(ctypes.c_uint64(seed))
-            error = function(*map(passed, args), None)  # the stream
+            error = function(*map(passed, args), ctypes.c_void_p(None if tickets else 1))  # the stream
             if error is not None:
                 raise RuntimeError(error.decode())
 
         return call
+
+    def launches(self):
+        """How many there were."""
+        self.library.emulator_launches.restype = ctypes.c_uint64
+        return self.library.emulator_launches()
+
+    def tickets(self):
+        """The counters that launches share (csrc/common/cuda_tickets.h)."""
+        function, count = self.library.peftcore_tickets, 512
+        function.restype = ctypes.POINTER(ctypes.c_uint * count)
+        return list(function(count, None).contents)
 
     def workspace(self, name, *args):
         """As many floats as the function tells, and no more."""

@@ -56,7 +56,7 @@ struct Meeting {
 };
 
 struct Machine {
-    uint64_t seed = 0, random = 0;
+    uint64_t seed = 0, random = 0, launches = 0;
     std::vector<Fiber> fibers;
     std::vector<int> ready;
     std::vector<uint64_t> warp_order;            // lowest first; empty: any thread

@@ -38,6 +38,10 @@ T __ldg(const T* address) {
     return *address;
 }
 template <typename T>
+T __ldcg(const T* address) {
+    return *address;
+}
+template <typename T>
 T atomicAdd(T* address, T value) {
     const T before = *address;
     *address = before + value;

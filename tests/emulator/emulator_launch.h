@@ -85,6 +85,7 @@ inline const char* launch(dim3 grid, dim3 block, size_t shared_bytes, std::funct
     if (blocks == 0 || threads == 0 || threads > 1024 || grid.x > 0x7fffffff || grid.y > 65535 ||
         grid.z > 65535)
         return "invalid configuration argument";
+    ++machine.launches;
     machine.random = machine.seed;
     machine.error.clear();
     machine.kernel = std::move(kernel);

@@ -102,6 +102,8 @@ inline uint32_t permute_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     return result;
 }
 
+inline void prefetch(const void* from) { (void)*static_cast<const volatile uint8_t*>(from); }
+
 // 16 bytes to shared memory, of which the first `bytes` come from `from` and the rest are zero.
 inline void cp_async_16(void* to, const void* from, int bytes = 16) {
     if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (bytes && reinterpret_cast<uintptr_t>(from) % 16 != 0))

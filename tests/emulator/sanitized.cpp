@@ -169,6 +169,18 @@ void compare_linear(int64_t rows, int64_t columns, int batch, int blocksize, int
             require(std::fabs(found - sum) <= magnitude * 0x1p-18 + std::fabs(sum) * eps, "linear differs",
                     count, blocksize);
         }
+    // With LoRA in the same launch, whose B is zero: the same, where there is a kernel for it.
+    const int rank = 5;
+    Array<T> a(rank * columns, skip), b(rows * rank, skip), same(batch * rows, skip);
+    Array<float> s(batch * rank, skip);
+    for (int64_t i = 0; i < a.count; ++i) a.data[i] = from_float<T>(normal(random));
+    std::fill_n(b.data, b.count, T{});
+    const lora::FewRows own = {x.data, dtype, batch, bias.data, a.data, b.data,
+                               dtype,  dtype, rank,  1.0f,      s.data, same.data};
+    bool launched = false;
+    const char* other = peftcore_lora_few_rows(&own, &weight, &launched, nullptr);
+    require(other == nullptr, other ? other : "", count, blocksize);
+    require(!launched || same == y, "one launch differs", count, blocksize);
 }
 
 int run_linear(uint64_t seed) {

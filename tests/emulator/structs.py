@@ -88,6 +88,31 @@ class Factors(Structure):
         self.kept = factors, index
 
 
+class FewRows(Structure):
+    """csrc/lora/cuda/lora_cuda.h: LoRA over a base in 4 bits."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("dtype", c_int),
+        ("batch", c_int),
+        ("bias", c_void_p),
+        ("a", c_void_p),
+        ("b", c_void_p),
+        ("a_dtype", c_int),
+        ("b_dtype", c_int),
+        ("rank", c_int),
+        ("scale", c_float),
+        ("s", c_void_p),
+        ("y", c_void_p),
+    ]  # fmt: skip
+
+    def __init__(self, x, bias, a, b, scale, s, y):
+        super().__init__(address(x), DTYPES.index(x.dtype), len(x), address(bias), address(a), address(b))
+        self.a_dtype, self.b_dtype, self.rank = DTYPES.index(a.dtype), DTYPES.index(b.dtype), len(a)
+        self.scale, self.s, self.y = scale, address(s), address(y)
+        self.kept = x, bias, a, b, s, y
+
+
 class FactorCopy(Structure):
     """csrc/lora/cuda/lora_cuda.h: a factor, and where it goes in fp32."""
 

@@ -194,6 +194,17 @@ def test_products_that_fp16_does_not_hold(kernels, size):
         assert (found.double() - exact).norm() <= eps * exact.norm()
 
 
+@pytest.mark.parametrize("bits", [0x7F800000, -0x800000, 0x7F800001, 0x7FC00000, -1])
+def test_infinity_and_every_nan_stay_what_they_are(kernels, bits):
+    """Also a NaN whose upper bits, which a product reads, are those of infinity."""
+    factor = torch.ones(8, 64)
+    factor.view(torch.int32)[3, 5] = bits
+    found = kernels.down(torch.ones(20, 64, dtype=torch.half)[None], [factor], [1.0])
+    wanted = torch.full((20, 8), 64.0)
+    wanted[:, 3] = factor[3].sum()
+    assert torch.equal(found.nan_to_num(7, posinf=8, neginf=9), wanted.nan_to_num(7, posinf=8, neginf=9))
+
+
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("rank", RANKS)
 @pytest.mark.parametrize("rows", [1, 5, 16, 33, 64])

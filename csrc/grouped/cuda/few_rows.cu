@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) few_rows_kernel(const Product p, uns
     }
     own.y = out + rows.first * p.columns;
     if constexpr (kLanes)
-        nf4::rows_tile<T, 1, kTiles, kNested>(own, column);
+        nf4::rows_tile<T, 1, kTiles, kNested>(own, column, nf4::ThinIsThere{own});
     else
         nf4::tensor_tile<T, kTiles, 64, kTiles == 1 ? 4 : 3, kNested>(own, column);
 }

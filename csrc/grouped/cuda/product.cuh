@@ -208,7 +208,7 @@ __device__ void store_sums(const Product& p, const Rows& rows, int64_t first_col
 }
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(kThreads) product_kernel(const Product p, unsigned column_tiles) {
+__global__ void __launch_bounds__(kThreads, 3) product_kernel(const Product p, unsigned column_tiles) {
     PEFTCORE_SHARED(uint8_t, memory, [Shape::kBytes]);
     PEFTCORE_SHARED(float, quant_map, [16]);
     PEFTCORE_SHARED(float, nested_quant_map, [Shape::kPacked ? 256 : 1]);

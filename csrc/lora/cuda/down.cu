@@ -2,17 +2,18 @@
 // proved on the emulator.
 //
 // Blocks of one part of the rows and several of the ranks (down.cuh) lie next to each other, so that they find
-// x in L2. Few rows are few blocks: then the columns are split over blocks too, and peftcore_sum adds their
-// sums in order. Up to 8 rows, as in generation, a block has one rank instead: no sums are left to add, which
-// would be a launch that takes as long as this one.
+// x in L2. Few rows are few blocks: then the columns are split over blocks too, and the last of them adds their
+// sums in order. Up to 8 rows, as in generation, a block has one rank instead: no sums are left to add.
+#include "common/cuda_tickets.cuh"
+#include "common/cuda_tickets.h"
 #include "common/integers.h"
 #include "lora/cuda/down.cuh"
+#include "lora/cuda/few_rows.cuh"
 
 namespace peftcore {
 namespace lora {
 namespace {
 
-constexpr int kFewRows = 8;             // up to here, a block for each rank
 constexpr int kSmallRows = 256;         // up to here, 16 rows a block
 constexpr int kBlocksWanted = 264;      // about two for each multiprocessor of a large GPU
 constexpr int64_t kSplitColumns = 512;  // at least, of a split
@@ -27,7 +28,8 @@ struct DownParams {
     Dropout dropout;
     int64_t split_columns;
     int64_t all_rows;
-    float* partial;  // [splits, all_rows, stride], or nullptr: s is written
+    float* partial;     // [splits, all_rows, stride], or nullptr: s is written
+    unsigned* tickets;  // a block of rows and ranks each, or nullptr: another launch adds
     float* s;
 };
 
@@ -53,72 +55,45 @@ __global__ void __launch_bounds__(kThreads) down_kernel(const DownParams p) {
     own.out = p.partial != nullptr ? p.partial + blockIdx.y * p.all_rows * p.stride : p.s;
     own.stride = p.stride;
     down_tile<T, kRowTiles, kRankTiles>(own);
-}
-
-// Eight values from column k on, zero behind the last.
-template <typename T>
-__device__ __forceinline__ void load_eight(const T* row, int64_t k, int64_t columns, bool vectors,
-                                           float (&values)[8]) {
-    union {
-        uint4 vectors[sizeof(T) / 2];
-        T items[8];
-    } loaded;
-    if (vectors) {
+    if (p.tickets == nullptr || !comes_last(p.tickets + blockIdx.x, gridDim.y)) return;
+    constexpr int kEach = 2;
+    for (int first = 0; first < kRows * 8 * kRankTiles; first += kEach * kThreads) {
+        int64_t at[kEach];
+        float sum[kEach];
+        bool inside[kEach];
 #pragma unroll
-        for (int i = 0; i < int(sizeof(T)) / 2; ++i)
-            loaded.vectors[i] = reinterpret_cast<const uint4*>(row + k)[i];
-    } else {
+        for (int i = 0; i < kEach; ++i) {
+            const int place = first + i * kThreads + int(threadIdx.x);
+            const int64_t m = own.row + place / (8 * kRankTiles);
+            const int j = own.first_rank + place % (8 * kRankTiles);
+            inside[i] = m < own.last_row && j < own.rank;
+            at[i] = inside[i] ? m * p.stride + j : 0;
+        }
+        ordered_sums(p.partial, gridDim.y, p.all_rows * p.stride, at, sum);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) loaded.items[i] = k + i < columns ? row[k + i] : T{};
+        for (int i = 0; i < kEach; ++i)
+            if (inside[i]) p.s[at[i]] = p.adapters.scale[adapter] * sum[i];
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = to_float(loaded.items[i]);
 }
 
 // A block: at most kFewRows rows of a sample and one rank.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) few_rows_kernel(const DownParams p) {
-    PEFTCORE_SHARED(float, sums, [kWarps][kFewRows]);
+__global__ void __launch_bounds__(kThreads, 4) few_rows_kernel(const DownParams p) {
     const int64_t sample = blockIdx.x / p.stride;
-    const int rank = int(blockIdx.x % p.stride), rows = int(p.rows);
+    const int rank = int(blockIdx.x % p.stride);
     const int64_t adapter = (p.index != nullptr ? p.index[sample] : 0) - p.adapters.first;
     if (adapter < 0 || adapter >= p.adapters.count || rank >= p.adapters.rank[adapter]) return;
-    const Source<T> x(static_cast<const T*>(p.x) + sample * p.rows * p.columns, p.columns);
-    const Source<float> a(p.adapters.factor[adapter] + rank * p.columns, p.columns);
-    const bool vectors = x.vectors && a.vectors && p.columns % 8 == 0;
-    float total[kFewRows] = {};
-    for (int64_t k = threadIdx.x * 8; k < p.columns; k += kThreads * 8) {
-        float factor[8], values[8];
-        load_eight(a.data, k, p.columns, vectors, factor);
-#pragma unroll
-        for (int m = 0; m < kFewRows; ++m) {
-            if (m >= rows) break;
-            load_eight(x.data + m * p.columns, k, p.columns, vectors, values);
-            if (p.dropout.threshold != 0) {
-                const PhiloxWords words =
-                    dropout_words(p.dropout, sample * p.rows + m, k / kColumnsPerCounter);
-#pragma unroll
-                for (int i = 0; i < 8; ++i)
-                    if (!keeps(words, i, p.dropout.threshold)) values[i] = 0;
-            }
-#pragma unroll
-            for (int i = 0; i < 8; ++i) total[m] += values[i] * factor[i];
-        }
-    }
-#pragma unroll
-    for (int m = 0; m < kFewRows; ++m) {
-        if (m >= rows) break;
-        for (int distance = 16; distance > 0; distance /= 2)
-            total[m] += __shfl_xor_sync(0xffffffffu, total[m], distance);
-        if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32][m] = total[m];
-    }
-    __syncthreads();
-    const int m = threadIdx.x;
-    if (m >= rows) return;
-    float all = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) all += sums[w][m];
-    p.s[(sample * p.rows + m) * p.stride + rank] = p.adapters.scale[adapter] * all;
+    FewRowsPart own = {};
+    own.row = sample * p.rows;
+    own.x = static_cast<const T*>(p.x) + own.row * p.columns;
+    own.rows = int(p.rows);
+    own.columns = p.columns;
+    own.factor = p.adapters.factor[adapter] + rank * p.columns;
+    own.dropout = p.dropout;
+    own.scale = p.adapters.scale[adapter];
+    own.out = p.s + own.row * p.stride + rank;
+    own.stride = p.stride;
+    few_rows_part<T>(own);
 }
 
 // Chosen by the shape alone, so that results are the same on every GPU.
@@ -188,6 +163,7 @@ extern "C" const char* peftcore_lora_down(const peftcore::lora::Wide* x,
     p.split_columns = plan.split_columns;
     p.all_rows = x->samples * x->rows;
     p.partial = plan.splits > 1 ? partial : nullptr;
+    p.tickets = plan.splits > 1 ? peftcore_tickets(int(plan.row_blocks * plan.chunks), stream) : nullptr;
     p.s = s;
     for (int first = 0; first < factors->count; first += kMaxAdapters) {
         p.adapters = adapters_from(first, *factors);
@@ -195,7 +171,7 @@ extern "C" const char* peftcore_lora_down(const peftcore::lora::Wide* x,
                                  : launch<peftcore::BFloat16>(p, plan, stride, stream);
         if (error != nullptr) return error;
     }
-    if (p.partial == nullptr) return nullptr;
+    if (p.partial == nullptr || p.tickets != nullptr) return nullptr;
     return peftcore_sum(partial, plan.splits, p.all_rows * stride, factors->scales[0], s, int(Dtype::kFloat),
                         stream);
 }

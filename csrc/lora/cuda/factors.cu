@@ -1,6 +1,7 @@
 // LoRA's factors as the other kernels take them, fp32 and some of them transposed: both in one launch, for they are
 // small, and a launch is not.
 #include "common/integers.h"
+#include "common/typed.cuh"
 #include "lora/cuda/tiles.cuh"
 
 namespace peftcore {
@@ -13,12 +14,6 @@ struct Copies {  // by name: an index known only at run time would put them on t
     FactorCopy first, second;
 };
 
-__device__ __forceinline__ float value_at(const FactorCopy& own, int64_t at) {
-    if (own.dtype == Dtype::kFloat) return static_cast<const float*>(own.from)[at];
-    if (own.dtype == Dtype::kHalf) return to_float(static_cast<const Half*>(own.from)[at]);
-    return to_float(static_cast<const BFloat16*>(own.from)[at]);
-}
-
 __global__ void __launch_bounds__(kThreads) copy_kernel(const Copies copies) {
     PEFTCORE_SHARED(float, tile, [kSide][kSide + 1]);
     const FactorCopy own = blockIdx.y == 0 ? copies.first : copies.second;
@@ -28,7 +23,7 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const Copies copies) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int i = warp; i < kSide; i += kWarps)
         if (row + i < own.rows && column + lane < own.columns)
-            tile[i][lane] = value_at(own, (row + i) * own.columns + column + lane);
+            tile[i][lane] = value_at(own.from, own.dtype, (row + i) * own.columns + column + lane);
     __syncthreads();
     for (int i = warp; i < kSide; i += kWarps) {
         const int r = own.transposed ? lane : i, c = own.transposed ? i : lane;

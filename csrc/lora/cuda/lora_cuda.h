@@ -8,12 +8,15 @@
 #include "common/cuda_sum.h"
 #include "common/dtype.h"
 #include "lora/dropout.h"
+#include "weight/view.h"
 
 namespace peftcore {
 namespace lora {
 
 // Partial products of the one pass weigh rank / 32 of a pass over wide: beyond, a second pass costs less.
 constexpr int kOnePassMaxRank = 16;
+
+constexpr int kFewRows = 8;  // of x: a block makes one rank of s
 
 // x, dy, or what is written: [samples * rows, columns] of `dtype`.
 struct Wide {
@@ -49,6 +52,19 @@ struct FactorCopy {
     float* to;
 };
 
+// y [batch, rows] = x Wᵀ + bias + s Bᵀ and s [batch, rank] = scale x Aᵀ: x, bias (or nullptr) and y of `dtype`.
+struct FewRows {
+    const void* x;
+    Dtype dtype;
+    int batch;
+    const void *bias, *a, *b;  // A [rank, columns], B [rows, rank]
+    Dtype a_dtype, b_dtype;
+    int rank;
+    float scale;
+    float* s;
+    void* y;
+};
+
 }  // namespace lora
 }  // namespace peftcore
 
@@ -60,6 +76,11 @@ const char* peftcore_lora_down(const peftcore::lora::Wide* x, const peftcore::lo
                                const peftcore::lora::Dropout* dropout, float* partial, float* s,
                                void* stream);
 int64_t peftcore_lora_down_workspace(int64_t rows, int64_t columns, int rank);
+
+// Both of its results in one launch, of up to 8 rows of x of 16 bits and a weight in 4 bits of whole blocks of 64; of other
+// shapes, and where `stream` has no counters left, nothing is launched.
+const char* peftcore_lora_few_rows(const peftcore::lora::FewRows* given, const peftcore::WeightView* weight,
+                                   bool* launched, void* stream);
 
 // out = keep ∘ (bias + thin factor_iᵀ), without bias where that is nullptr, or added to it where `add`; thin
 // [samples * rows, stride], out and bias [columns] of one dtype, of 16 bits, factors [columns, rank_i]. i = -1

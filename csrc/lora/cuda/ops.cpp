@@ -1,6 +1,7 @@
 // lora_linear, its gradient, and adapters by sample on CUDA. Schemas and formulas: peftcore/ops/lora.py.
 //
-// The sum s Bᵀ + x Wᵀ. Up to kLinearMaxBatch rows over a packed W, one kernel does both (nf4/cuda/linear.cu).
+// The sum s Bᵀ + x Wᵀ. Up to kLinearMaxBatch rows over a packed W, one kernel does both (nf4/cuda/linear.cu), and up to
+// kFewRows s as well (one_launch.cu).
 // Beyond, and over a dense W, y is first written as bias + s Bᵀ, and cuBLAS adds x Wᵀ with beta = 1: its read
 // of y runs beside the product. A pass over y after the product costs the same bytes with nothing beside it.
 // The gradient of x likewise.
@@ -173,6 +174,32 @@ Tensor dropped(const Tensor& x, const Dropout& dropout, const char* op) {
     return out;
 }
 
+// y, and s into its memory, by one launch; undefined where there is no kernel for that.
+Tensor one_launch(const Tensor& x, const WeightView& weight, const Tensor& bias, const Tensor& a,
+                  const Tensor& b, float scale, const Tensor& s, const char* op) {
+    const auto factor = [](const Tensor& t) {
+        const bool known = t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
+        return known ? t.contiguous() : floats(t);
+    };
+    const Tensor left = factor(a), right = factor(b);
+    const Tensor y = at::empty({x.size(0), weight.rows}, x.options());
+    const FewRows own = {x.const_data_ptr(),
+                         kernel_dtype(x.scalar_type(), op),
+                         int(x.size(0)),
+                         bias.defined() ? bias.const_data_ptr() : nullptr,
+                         left.const_data_ptr(),
+                         right.const_data_ptr(),
+                         kernel_dtype(left.scalar_type(), op),
+                         kernel_dtype(right.scalar_type(), op),
+                         int(a.size(0)),
+                         scale,
+                         s.mutable_data_ptr<float>(),
+                         y.mutable_data_ptr()};
+    bool launched = false;
+    check_launch(peftcore_lora_few_rows(&own, &weight, &launched, current_cuda_stream(x.device())), op);
+    return launched ? y : Tensor();
+}
+
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, at::IntArrayRef packing,
                                        const std::optional<Tensor>& bias, const Tensor& a, const Tensor& b,
                                        double scale, double dropout_p, const std::optional<Tensor>& seed) {
@@ -187,6 +214,11 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     const Dropout dropout = dropout_of(dropout_p, seed, op);
     const float factor = factor_of(scale, dropout);
     const Tensor flat = matrix(x), added = contiguous(bias);
+    if (has_kernels(x) && weight.packed() && dropout.threshold == 0 && flat.size(0) <= kFewRows) {
+        const Tensor s = at::empty({flat.size(0), a.size(0)}, x.options().dtype(at::kFloat));
+        const Tensor y = one_launch(flat, weight.view(), added, a, b, factor, s, op);
+        if (y.defined()) return {y.view(with_last(x, weight.rows())), s};
+    }
     const auto [a_float, b_float] = float_factors(a, false, b, false, op);
     const Tensor s = has_kernels(x) ? down(flat, 1, FactorList({a_float}, 0, {factor}), dropout, op)
                                     : at::mm(dropped(flat, dropout, op), a_float.t()).mul_(factor);

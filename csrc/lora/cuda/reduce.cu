@@ -1,10 +1,13 @@
 // R = (keep ∘ W)ᵀ V, the sums over rows of a gradient: dA from x and T, dB from dy and S; and in the same
 // pass P = c W Fᵀ, T from dy and B. No GPU was at hand: written for bandwidth, proved on the emulator.
 //
-// A block takes 128 columns of W and a part of its rows (reduce.cuh). Parts, a fixed split of the rows, are added
-// in order by peftcore_sum, so every run gives the same bits. P needs all columns: blocks leave partial
-// products, which are added in the same way.
+// A block takes 128 columns of W and a part of its rows (reduce.cuh). Parts, a fixed split of the rows, are added in
+// order by the last block, so every run gives the same bits. P needs all columns: blocks leave partial products, of
+// which one block would have too many to add; another launch adds those, and R's parts beside them.
+#include "common/cuda_tickets.cuh"
+#include "common/cuda_tickets.h"
 #include "common/integers.h"
+#include "common/typed.cuh"
 #include "lora/cuda/reduce.cuh"
 
 namespace peftcore {
@@ -23,7 +26,34 @@ struct ReduceParams {
     int64_t column_step, rank_step;  // of partial sums
     Dropout dropout;
     float *partial, *product;  // [parts, columns * rank], [columns / kReduceColumns, rows, rank]
+    unsigned* tickets;         // of columns and ranks each, or nullptr: another launch adds
+    void* out;
+    Dtype out_dtype;
 };
+
+// R of a block's columns and ranks: what the blocks with its parts have left, added in their order.
+template <int kRanks>
+__device__ void add_parts(const ReduceParams& p, int64_t first_column, int first_rank) {
+    constexpr int kEach = 8;  // that a thread waits for together
+    for (int first = 0; first < kReduceColumns * kRanks; first += kEach * kThreads) {
+        int64_t at[kEach];
+        float sum[kEach];
+        bool inside[kEach];
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int place = first + i * kThreads + int(threadIdx.x);
+            const bool ranks_first = p.rank_step == 1;  // as they lie in memory
+            const int64_t column = first_column + (ranks_first ? place / kRanks : place % kReduceColumns);
+            const int rank = first_rank + (ranks_first ? place % kRanks : place / kReduceColumns);
+            inside[i] = column < p.columns && rank < p.rank;
+            at[i] = inside[i] ? column * p.column_step + rank * p.rank_step : 0;
+        }
+        ordered_sums(p.partial, gridDim.y, p.columns * p.rank, at, sum);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i)
+            if (inside[i]) store_at(p.out, p.out_dtype, at[i], sum[i]);
+    }
+}
 
 template <typename T, int kRankTiles, bool kProduct>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) {
@@ -46,6 +76,9 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(const ReduceParams p) 
     reduce_tile<T, kRankTiles, kProduct>(own, [&](int64_t column, int rank, float sum) {
         partial[column * p.column_step + rank * p.rank_step] = sum;
     });
+    if constexpr (!kProduct)
+        if (p.tickets != nullptr && comes_last(p.tickets + blockIdx.x, gridDim.y))
+            add_parts<8 * kRankTiles>(p, own.column, own.first_rank);
 }
 
 // Chosen by the shape alone, so that results are the same on every GPU.
@@ -75,9 +108,12 @@ const char* launch(const ReduceParams& p, const Plan& plan, void* stream) {
                         : PEFTCORE_LAUNCH((reduce_kernel<T, 8, false>), grid, kThreads, 0, stream, p);
 }
 
-// Leaves partial sums; `sum` is what adds them.
+// Leaves partial sums, unless there are tickets; `sum` is what adds them.
 const char* reduce(ReduceParams& p, Dtype dtype, void* out, bool transposed, Sum& sum, void* stream) {
     const Plan plan = plan_of(p.rows, p.columns, p.rank);
+    if (p.product == nullptr)
+        p.tickets = peftcore_tickets(int(least(plan.column_chunks * plan.rank_chunks, INT32_MAX)), stream);
+    p.out = out;
     p.chunks = int(plan.rank_chunks);
     p.part_rows = plan.part_rows;
     p.column_step = transposed ? 1 : p.rank;
@@ -116,9 +152,10 @@ extern "C" const char* peftcore_lora_reduce(const peftcore::lora::Wide* wide, co
     p.rank = rank;
     p.dropout = *dropout;
     p.partial = partial;
+    p.out_dtype = Dtype(out_dtype);
     Sum sum;
     const char* error = reduce(p, wide->dtype, out, transposed, sum, stream);
-    if (error != nullptr) return error;
+    if (error != nullptr || p.tickets != nullptr) return error;
     return peftcore_sum(sum.partial, sum.parts, sum.count, sum.scale, sum.out, out_dtype, stream);
 }
 

@@ -1,12 +1,13 @@
 // y = x Wᵀ + b for few rows of x, straight from 4 bits, and with it s Fᵀ of LoRA, both fp32. No GPU was at
 // hand: written for bandwidth, proved on the emulator.
 //
-// rows_kernel (fp16, bf16; up to 16 rows, columns that are whole blocks of 64): rows.cuh; panel_kernel (up to 64):
-// panel.cuh. tensor_kernel (fp16, bf16; other columns): linear.cuh. s comes from a launch before. If every block made it itself, each would read all of LoRA's A beside its
-// own 16 rows of W: four times their bytes at rank 16, against a launch of about 3 us.
+// rows_kernel (fp16, bf16; up to 8 rows, columns that are whole blocks of 64): rows.cuh; panel_kernel (up to 64):
+// panel.cuh. tensor_kernel (fp16, bf16; other columns): linear.cuh. s comes from a launch before; lora/cuda/one_launch.cu
+// makes it in the same.
 //
 // simple_kernel (fp32, and shapes without 16-byte pieces): a warp for each row of W.
 #include "common/cuda_sum.h"
+#include "common/cuda_tickets.h"
 #include "nf4/cuda/linear.cuh"
 #include "nf4/cuda/nf4_cuda.h"
 #include "nf4/cuda/panel.cuh"
@@ -25,19 +26,19 @@ __global__ void __launch_bounds__(kThreads) tensor_kernel(const LinearLaunch p) 
     tensor_tile<T, kTiles, kStage, kStages, kNested>(p, int64_t(blockIdx.x) * kRows);
 }
 
-template <typename T, int kParts, int kTiles, bool kNested>
+template <typename T, int kParts, bool kNested>
 __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const LinearLaunch p) {
-    rows_tile<T, kParts, kTiles, kNested>(p, int64_t(blockIdx.x) * (16 / kParts));
+    rows_tile<T, kParts, 1, kNested>(p, int64_t(blockIdx.x) * (16 / kParts), ThinIsThere{p});
 }
 
 template <typename T, int kTiles, bool kNested>
-__global__ void __launch_bounds__(kPanelThreads)
+__global__ void __launch_bounds__(kPanelThreads, 1)
     panel_kernel(const LinearLaunch p, unsigned row_blocks, uint32_t split_columns) {
     const unsigned split = blockIdx.x / row_blocks;
     const uint32_t begin = split * split_columns, columns = uint32_t(p.weight.columns);
     panel_tile<T, kTiles, kNested>(p, int64_t(blockIdx.x % row_blocks) * kPanelRows, begin,
                                    begin + split_columns < columns ? begin + split_columns : columns,
-                                   int(split));
+                                   int(split), int(gridDim.x / row_blocks));
 }
 
 template <typename T, bool kNested>
@@ -87,11 +88,6 @@ constexpr Dtype kDtypeOf = Dtype::kBFloat16;
 template <>
 constexpr Dtype kDtypeOf<Half> = Dtype::kHalf;
 
-bool in_pieces(const void* x, const WeightView& weight) {
-    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
-    return weight.columns % 32 == 0 && aligned(x) && aligned(weight.codes);
-}
-
 // How panel_kernel's blocks share out W: chosen by the shape alone, so that results are the same on every GPU.
 struct PanelPlan {
     unsigned row_blocks, splits;  // no splits: another kernel's shape
@@ -99,7 +95,7 @@ struct PanelPlan {
 };
 
 PanelPlan panel_plan(const void* x, Dtype dtype, int batch, const WeightView& weight) {
-    if (dtype == Dtype::kFloat || batch <= 16 || weight.columns == 0 || !in_pieces(x, weight) ||
+    if (dtype == Dtype::kFloat || batch <= 8 || weight.columns == 0 || !in_pieces(x, weight) ||
         !in_lanes(weight))
         return {};
     PanelPlan plan;
@@ -116,11 +112,12 @@ const char* launch_panel(LinearLaunch p, const PanelPlan& plan, void* stream) {
     constexpr int kBytes = panel_bytes<kTiles>();
     constexpr auto kernel = panel_kernel<T, kTiles, kNested>;
     if (const char* error = PEFTCORE_ALLOW_SHARED(kernel, kBytes)) return error;
-    if (plan.splits == 1) p.partial = nullptr;
+    p.partial = plan.splits > 1 ? p.partial : nullptr;
+    p.tickets = plan.splits > 1 ? peftcore_tickets(int(plan.row_blocks), stream) : nullptr;
     if (const char* error = PEFTCORE_LAUNCH(kernel, plan.row_blocks * plan.splits, kPanelThreads, kBytes,
                                             stream, p, plan.row_blocks, plan.split_columns))
         return error;
-    if (plan.splits == 1) return nullptr;
+    if (plan.splits == 1 || p.tickets != nullptr) return nullptr;
     return peftcore_sum(p.partial, plan.splits, p.batch * p.weight.rows, 1, p.y, int(kDtypeOf<T>), stream);
 }
 
@@ -128,18 +125,17 @@ template <typename T, bool kNested>
 const char* launch_tensor(const LinearLaunch& p, void* stream) {
     if (!in_pieces(p.x, p.weight)) return launch_simple<T, kNested>(p, stream);
     const PanelPlan plan = panel_plan(p.x, kDtypeOf<T>, p.batch, p.weight);
-    if (plan.splits > 0)
+    if (plan.splits > 0) {
+        if (p.batch <= 16) return launch_panel<T, 2, kNested>(p, plan, stream);
         return p.batch <= 32 ? launch_panel<T, 4, kNested>(p, plan, stream)
                              : launch_panel<T, 8, kNested>(p, plan, stream);
+    }
     const unsigned blocks = unsigned((p.weight.rows + kRows - 1) / kRows);
     if (in_lanes(p.weight)) {
         const unsigned half = unsigned((p.weight.rows + 7) / 8);
-        if (p.batch <= 4)
-            return PEFTCORE_LAUNCH((rows_kernel<T, 2, 1, kNested>), half, kThreads, 0, stream, p);
+        if (p.batch <= 4) return PEFTCORE_LAUNCH((rows_kernel<T, 2, kNested>), half, kThreads, 0, stream, p);
         if (p.batch <= 8)
-            return PEFTCORE_LAUNCH((rows_kernel<T, 1, 1, kNested>), blocks, kThreads, 0, stream, p);
-        if (p.batch <= 16)
-            return PEFTCORE_LAUNCH((rows_kernel<T, 1, 2, kNested>), blocks, kThreads, 0, stream, p);
+            return PEFTCORE_LAUNCH((rows_kernel<T, 1, kNested>), blocks, kThreads, 0, stream, p);
     }
     // As many stages as 48 KiB of shared memory hold.
     if (p.batch <= 8)
@@ -184,7 +180,7 @@ extern "C" const char* peftcore_nf4_linear(const void* x, int dtype, int batch,
     using namespace peftcore::nf4;
     if (batch == 0 || weight->rows == 0) return nullptr;
     if (batch > kLinearMaxBatch) return "more rows of x than the kernel takes";
-    const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y, partial};
+    const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y, partial, nullptr};
     return weight->nested_absmax != nullptr ? launch<true>(p, Dtype(dtype), stream)
                                             : launch<false>(p, Dtype(dtype), stream);
 }

@@ -26,8 +26,17 @@ struct LinearLaunch {
     const float *thin, *factor;  // s [batch, rank] and F
     int rank;                    // 0: neither
     void* y;
-    float* partial;  // of panel_tile, where its blocks share out the columns of W: [splits, batch, rows]
+    // Of panel_tile, where its blocks share out the columns of W: [splits, batch, rows], and a counter for each block of
+    // rows, or nullptr: another launch adds.
+    float* partial;
+    unsigned* tickets;
 };
+
+// Whether x and the codes of W are pieces of 16 bytes.
+inline bool in_pieces(const void* x, const WeightView& weight) {
+    const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+    return weight.columns % 32 == 0 && aligned(x) && aligned(weight.codes);
+}
 
 template <typename T>
 __device__ __forceinline__ void store_result(const LinearLaunch& p, int64_t m, int64_t n, float sum) {
@@ -43,21 +52,26 @@ __device__ __forceinline__ float factor_value(const LinearLaunch& p, int64_t n, 
     return n < p.weight.rows && j < p.rank ? p.factor[n * p.rank + j] : 0;
 }
 
-// Adds s Fᵀ of the 16 ranks from `j` on to sums of 16 rows of W, from `n` on: 16 more columns.
-template <int kTiles>
-__device__ __forceinline__ void add_ranks(const LinearLaunch& p, int64_t n, int j, float (&d)[kTiles][4]) {
+// Adds s Fᵀ of the 16 ranks from `j` on to sums of 16 rows of W each, from `n` on: 16 more columns.
+template <int kRowTiles, int kTiles>
+__device__ __forceinline__ void add_ranks(const LinearLaunch& p, int64_t n, int j,
+                                          float (&d)[kRowTiles][kTiles][4]) {
     const int group = threadIdx.x % 32 / 4;
-    Tf32Left a;
+    Tf32Left a[kRowTiles];
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-        a.piece[i / 2][i % 2] = tf32_pieces(factor_value(p, n + group + i % 2 * 8, j + tf32_inner(i / 2)));
+    for (int t = 0; t < kRowTiles; ++t)
+#pragma unroll
+        for (int i = 0; i < 8; ++i)
+            a[t].piece[i / 2][i % 2] =
+                tf32_pieces(factor_value(p, n + 16 * t + group + i % 2 * 8, j + tf32_inner(i / 2)));
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
         Tf32Right b;
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             b.piece[i] = tf32_pieces(thin_value(p, tile * 8 + group, j + tf32_inner(i)));
-        tf32_multiply(d[tile], a, b);
+#pragma unroll
+        for (int t = 0; t < kRowTiles; ++t) tf32_multiply(d[t][tile], a[t], b);
     }
 }
 
@@ -108,7 +122,7 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
     const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
     __syncthreads();
 
-    float d[kTiles][4] = {};
+    float d[1][kTiles][4] = {};
     const int64_t stages = (p.weight.columns + kStage - 1) / kStage;
 #pragma unroll
     for (int s = 0; s < kStages - 1; ++s) {
@@ -156,7 +170,7 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
                     uint32_t b[2];
                     const int row = tile * 8 + lane % 8, part = lane / 8 % 2;
                     ldmatrix_x2(b, &now.input[row][(column + part * 8) * 2]);
-                    mma_m16n8k16<T>(d[tile], a, b);
+                    mma_m16n8k16<T>(d[0][tile], a, b);
                 }
             }
         }
@@ -171,7 +185,8 @@ __device__ void tensor_tile(const LinearLaunch& p, int64_t n) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[warp][tile * 8 + pair * 2 + i % 2][group + i / 2 * 8] = d[tile][i];
+        for (int i = 0; i < 4; ++i)
+            sums[warp][tile * 8 + pair * 2 + i % 2][group + i / 2 * 8] = d[0][tile][i];
     __syncthreads();
     for (int i = threadIdx.x; i < kTiles * 8 * kRows; i += kThreads) {
         const int m = i / kRows, row = i % kRows;

@@ -1,12 +1,13 @@
 // A block's part of y = x Wᵀ + b + s Fᵀ for 17 to 64 rows of x, straight from 4 bits: 128 rows of W, so that x comes from
 // the second cache once for as many, and where that makes too few blocks for a card, a part of the columns, whose sums
-// another launch adds. Where columns are whole blocks of 64 with one scale.
+// the last of them adds in order. Where columns are whole blocks of 64 with one scale.
 //
 // Four pairs of warps have 32 rows of W each; the two of a pair share out the columns. A lane has 64 columns of four
 // rows of W at a time, and their values as in rows.cuh: a row by a table, one by its neighbours. x arrives by cp.async
 // in stages that all warps read: of each lane's columns one half, 64 bytes in a piece.
 #pragma once
 
+#include "common/cuda_tickets.cuh"
 #include "nf4/cuda/rows.cuh"
 
 namespace peftcore {
@@ -32,10 +33,32 @@ __device__ __forceinline__ int place_of_piece(int row, int piece) {
     return piece ^ ((piece >> 2 & 2) | (row & 1));
 }
 
+// y of the rows of W from `first_row` on: what `splits` blocks have left, added in their order.
+template <typename T, int kTiles>
+__device__ void add_splits(const LinearLaunch& p, int64_t first_row, int splits) {
+    constexpr int kEach = 8;  // that a thread waits for together
+    for (int first = 0; first < kTiles * 8 * kPanelRows; first += kEach * kPanelThreads) {
+        int64_t at[kEach];
+        float sum[kEach];
+        bool inside[kEach];
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int place = first + i * kPanelThreads + int(threadIdx.x);
+            const int64_t m = place / kPanelRows, n = first_row + place % kPanelRows;
+            inside[i] = m < p.batch && n < p.weight.rows;
+            at[i] = inside[i] ? m * p.weight.rows + n : 0;
+        }
+        ordered_sums(p.partial, splits, p.batch * p.weight.rows, at, sum);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i)
+            if (inside[i]) static_cast<T*>(p.y)[at[i]] = from_float<T>(sum[i]);
+    }
+}
+
 // Rows of W from `first_row` on, columns [begin, end). kTiles: of 8 rows of x. The first split adds b and s Fᵀ.
 template <typename T, int kTiles, bool kNested>
-__device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t begin, uint32_t end,
-                           int split) {
+__device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t begin, uint32_t end, int split,
+                           int splits) {
     using XStage = uint4[kTiles * 8][kStagePieces];
     using Sums = float[kSlices][kTiles * 8][kPanelRows + 1];
     PEFTCORE_SHARED(float, quant_map, [16]);
@@ -50,14 +73,11 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
     const uint32_t columns = uint32_t(p.weight.columns);
     const uint32_t lane_column = begin + (slice * 4 + pair) * kLaneColumns;
 
-    uint32_t row_block[4];    // of 64 columns
-    const uint8_t* codes[4];  // of the row; rows behind the last repeat it, and are not stored
+    uint32_t row_block[4];  // of 64 columns; rows behind the last repeat it, and are not stored
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {
-        const int64_t row = least(warp_row + group + 8 * r, p.weight.rows - 1);
-        row_block[r] = uint32_t(row * (columns / kLaneColumns));
-        codes[r] = p.weight.codes + row * (columns / 2);
-    }
+    for (int r = 0; r < 4; ++r)
+        row_block[r] =
+            uint32_t(least(warp_row + group + 8 * r, p.weight.rows - 1)) * (columns / kLaneColumns);
 
     const auto fetch_x = [&](int stage) {  // what lies beyond is zero
         const int slot = stage % kPanelStages, piece = lane;
@@ -67,26 +87,26 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
         for (int i = 0; i < kTiles; ++i) {
             const int row = i * 8 + warp;
             const bool inside = row < p.batch && column < end;
-            const T* from = static_cast<const T*>(p.x) + (inside ? row * int64_t(columns) + column : 0);
+            const T* from = static_cast<const T*>(p.x) + (inside ? row * columns + column : 0);
             cp_async_16(&stages[slot][row][place_of_piece(row, piece)], from, inside ? 16 : 0);
         }
         cp_async_commit();
     };
     uint4 ahead[4][2];  // codes
     StoredScale scale_ahead[4];
-    const auto place = [&](uint32_t k) {
-        return lane_column + k < end ? lane_column + k : end - kLaneColumns;
+    const auto block_at = [&](int r, uint32_t k) {  // what lies behind a row is its end once more
+        return row_block[r] + (lane_column + k < end ? lane_column + k : end - kLaneColumns) / kLaneColumns;
     };
     const auto fetch_codes = [&](int half, uint32_t k) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) ahead[r][half] = load_16_bytes(codes[r] + place(k) / 2 + 16 * half);
+        for (int r = 0; r < 4; ++r)
+            ahead[r][half] =
+                load_16_bytes(p.weight.codes + uint64_t(block_at(r, k)) * (kLaneColumns / 2) + 16 * half);
     };
     const auto fetch_scales = [&](uint32_t k) {
 #pragma unroll
-        for (int r = 0; r < 4; ++r) {
-            const uint32_t block = (row_block[r] + place(k) / kLaneColumns) >> (p.weight.shift - 6);
-            scale_ahead[r] = stored_scale<kNested>(p.weight, block);
-        }
+        for (int r = 0; r < 4; ++r)
+            scale_ahead[r] = stored_scale<kNested>(p.weight, block_at(r, k) >> (p.weight.shift - 6));
     };
     const int stage_count = 2 * int(ceil_div(end - begin, kPanelStep));
     fetch_x(0);
@@ -95,9 +115,7 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
 
     float d[2][kTiles][4] = {};
     if (split == 0)
-        for (int j = slice * 16; j < p.rank; j += kSlices * 16)
-#pragma unroll
-            for (int t = 0; t < 2; ++t) add_ranks(p, warp_row + 16 * t, j, d[t]);
+        for (int j = slice * 16; j < p.rank; j += kSlices * 16) add_ranks(p, warp_row, j, d);
     fetch_codes(0, 0);
     fetch_codes(1, 0);
     fetch_scales(0);
@@ -181,6 +199,8 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
         if (split == 0 && p.bias != nullptr) total += to_float(static_cast<const T*>(p.bias)[n]);
         p.partial[(int64_t(split) * p.batch + m) * p.weight.rows + n] = total;
     }
+    if (p.tickets != nullptr && comes_last(p.tickets + first_row / kPanelRows, splits))
+        add_splits<T, kTiles>(p, first_row, splits);
 }
 
 }  // namespace

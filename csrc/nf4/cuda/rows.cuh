@@ -1,4 +1,4 @@
-// A block's part of y = x Wᵀ + b + s Fᵀ for at most 32 rows of x, straight from 4 bits: 8 or 16 rows of W, of which
+// A block's part of y = x Wᵀ + b + s Fᵀ for at most 16 rows of x, straight from 4 bits: 8 or 16 rows of W, of which
 // its warps share out the columns. Where columns are whole blocks of 64 with one scale.
 //
 // A lane has 64 columns of two rows of W, whose codes come from memory in registers, a step ahead. A weight is
@@ -72,9 +72,20 @@ __device__ __forceinline__ void eight_values(uint32_t codes, float value_of_lane
 
 __device__ __forceinline__ uint4 load_16_bytes(const void* from) { return *static_cast<const uint4*>(from); }
 
-// Rows of W from `first_row` on. kTiles: of 8 / kParts rows of x.
-template <typename T, int kParts, int kTiles, bool kNested>
-__device__ void rows_tile(const LinearLaunch& p, int64_t first_row) {
+// s that is there when the kernel begins.
+struct ThinIsThere {
+    static constexpr bool kLater = false;
+    const LinearLaunch& p;
+    __device__ void begin() const {}
+    __device__ void wait() const {}
+    __device__ float thin(int64_t m, int j) const { return thin_value(p, m, j); }
+    __device__ float factor(int64_t n, int j) const { return factor_value(p, n, j); }
+};
+
+// Rows of W from `first_row` on. kTiles: of 8 / kParts rows of x. `beside`: s and F; what else the block does while its
+// first codes are on their way; and where it waits for an s that comes later (lora/cuda/one_launch.cu).
+template <typename T, int kParts, int kTiles, bool kNested, typename Beside>
+__device__ void rows_tile(const LinearLaunch& p, int64_t first_row, const Beside& beside) {
     constexpr int kTileRows = 16 / kParts, kBatch = 8 / kParts;  // rows of W, and of x in a tile
     constexpr int kPartColumns = 4 * kLaneColumns, kStep = kWarps * kParts * kPartColumns;
     PEFTCORE_SHARED(float, quant_map, [16]);
@@ -124,20 +135,24 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row) {
     fetch_codes(1, 0);
     fetch_scales(0);
     const float offset = load_codebooks<kNested>(p.weight, quant_map, nested_quant_map);
+    beside.begin();
 
-    // s Fᵀ while they come: a warp has every kWarps-th rank; with two parts a lane every second of those.
+    // s Fᵀ: a warp has every kWarps-th rank; with two parts a lane every second of those.
     constexpr int kResults = 4 / kParts;  // of a tile
     const int part = kParts == 1 ? 0 : pair / 2;
     const auto row_of = [&](int i) { return group + i / 2 * 8; };  // of the lane's results, in the tile
     const auto batch_of = [&](int tile, int i) { return tile * kBatch + pair % (4 / kParts) * 2 + i % 2; };
     float thin[kTiles][kResults] = {};
-    for (int j = warp * kParts + part; j < p.rank; j += kWarps * kParts)
+    const auto multiply_thin = [&] {
+        for (int j = warp * kParts + part; j < p.rank; j += kWarps * kParts)
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile)
+            for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll
-            for (int i = 0; i < kResults; ++i)
-                thin[tile][i] +=
-                    factor_value(p, first_row + row_of(i), j) * thin_value(p, batch_of(tile, i), j);
+                for (int i = 0; i < kResults; ++i)
+                    thin[tile][i] +=
+                        beside.factor(first_row + row_of(i), j) * beside.thin(batch_of(tile, i), j);
+    };
+    if (!Beside::kLater) multiply_thin();  // while they come
     __syncthreads();
 
     const float value_of_lane = quant_map[lane % 16];
@@ -177,6 +192,8 @@ __device__ void rows_tile(const LinearLaunch& p, int64_t first_row) {
     for (; behind + k <= columns; k += kStep) add_step(k, std::true_type());
     if (first + k < columns) add_step(k, std::false_type());
 
+    beside.wait();
+    if (Beside::kLater) multiply_thin();
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile)
 #pragma unroll

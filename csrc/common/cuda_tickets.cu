@@ -1,0 +1,75 @@
+#include "common/cuda_launch.cuh"
+#include "common/cuda_tickets.h"
+
+#if defined(PEFTCORE_EMULATOR)
+
+// No stream but the one without a name has any, so that tests see both ways.
+extern "C" unsigned* peftcore_tickets(int count, void* stream) {
+    static unsigned tickets[peftcore::kMostTickets];
+    return stream == nullptr && count <= peftcore::kMostTickets ? tickets : nullptr;
+}
+
+#else
+
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace peftcore {
+namespace {
+
+constexpr int kStreams = 128, kOfStreams = kStreams * kMostTickets;
+constexpr int kOfGraphs = 1 << 20;  // of a model of 224 layers, 4 a layer, more than a thousand graphs
+
+__device__ unsigned tickets[kOfStreams + kOfGraphs];  // a device's own, zero when its code is loaded
+
+struct Device {
+    unsigned* tickets = nullptr;
+    int of_graphs = 0;                        // taken
+    std::map<unsigned long long, int> place;  // of a stream, by what it is called for the program's life
+};
+
+unsigned* in_graph(Device& device, int count) {
+    // Its address is asked for while nothing is captured: whether it may be in between is nowhere said.
+    if (device.tickets == nullptr || count > kOfGraphs - device.of_graphs) return nullptr;
+    unsigned* own = device.tickets + kOfStreams + device.of_graphs;
+    device.of_graphs += count;
+    return own;
+}
+
+unsigned* on_stream(Device& device, cudaStream_t stream) {
+    void* address = device.tickets;
+    if (address == nullptr && cudaGetSymbolAddress(&address, tickets) != cudaSuccess) return nullptr;
+    device.tickets = static_cast<unsigned*>(address);
+    unsigned long long id = 0;
+    if (cudaStreamGetId(stream, &id) != cudaSuccess) return nullptr;
+    const auto known = device.place.find(id);
+    if (known != device.place.end()) return device.tickets + known->second;
+    if (device.place.size() == kStreams) return nullptr;
+    const int place = int(device.place.size()) * kMostTickets;
+    device.place.emplace(id, place);
+    return device.tickets + place;
+}
+
+}  // namespace
+}  // namespace peftcore
+
+extern "C" unsigned* peftcore_tickets(int count, void* stream) {
+    using namespace peftcore;
+    static std::mutex mutex;
+    static std::map<int, Device> devices;
+    if (count > kMostTickets) return nullptr;
+    const auto on = static_cast<cudaStream_t>(stream);
+    int number = 0;
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const std::lock_guard<std::mutex> lock(mutex);
+    unsigned* own = nullptr;
+    if (cudaGetDevice(&number) == cudaSuccess && cudaStreamIsCapturing(on, &status) == cudaSuccess) {
+        Device& device = devices[number];
+        own = status == cudaStreamCaptureStatusNone ? on_stream(device, on) : in_graph(device, count);
+    }
+    if (own == nullptr) (void)cudaGetLastError();  // not for the next launch to find
+    return own;
+}
+
+#endif

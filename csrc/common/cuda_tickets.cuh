@@ -1,0 +1,53 @@
+// What a block does with counters (cuda_tickets.h), and how it reads what other blocks of the launch have written.
+#pragma once
+
+#include "common/cuda_launch.cuh"
+
+namespace peftcore {
+
+// How many have come to this counter before the block; what they wrote before can be read. By all threads of the block.
+static __device__ __forceinline__ unsigned take_ticket(unsigned* counter) {
+    PEFTCORE_SHARED(unsigned, ticket, [1]);
+    __syncthreads();  // whatever the block wrote is before
+    if (threadIdx.x == 0) {
+        __threadfence();
+        ticket[0] = atomicAdd(counter, 1u);
+        __threadfence();
+    }
+    __syncthreads();
+    return ticket[0];
+}
+
+// How many have come to it by now; what those wrote before can be read.
+static __device__ __forceinline__ unsigned count(unsigned* counter) {
+    PEFTCORE_SHARED(unsigned, seen, [1]);
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        seen[0] = atomicAdd(counter, 0u);
+        __threadfence();
+    }
+    __syncthreads();
+    return seen[0];
+}
+
+// Whether all other blocks of `blocks` have come. The last sets the counter back.
+static __device__ __forceinline__ bool comes_last(unsigned* counter, unsigned blocks) {
+    const bool last = take_ticket(counter) == blocks - 1;
+    if (last && threadIdx.x == 0) *counter = 0;
+    return last;
+}
+
+// sum[i] = partial[0][at[i]] + partial[1][at[i]] + ..., in the order of peftcore_sum, whichever block comes last. They
+// lie in the second cache: the first might still have what was there before.
+template <int kCount>
+__device__ __forceinline__ void ordered_sums(const float* partial, int64_t parts, int64_t stride,
+                                             const int64_t (&at)[kCount], float (&sum)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) sum[i] = 0;
+#pragma unroll 4
+    for (int64_t part = 0; part < parts; ++part)
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) sum[i] += __ldcg(partial + part * stride + at[i]);
+}
+
+}  // namespace peftcore

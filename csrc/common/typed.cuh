@@ -1,0 +1,25 @@
+// Single values of a dtype that is known only when the kernel runs.
+#pragma once
+
+#include "common/cuda_launch.cuh"
+#include "common/dtype.h"
+#include "common/half.h"
+
+namespace peftcore {
+
+static __device__ __forceinline__ float value_at(const void* from, Dtype dtype, int64_t at) {
+    if (dtype == Dtype::kFloat) return static_cast<const float*>(from)[at];
+    if (dtype == Dtype::kHalf) return to_float(static_cast<const Half*>(from)[at]);
+    return to_float(static_cast<const BFloat16*>(from)[at]);
+}
+
+static __device__ __forceinline__ void store_at(void* to, Dtype dtype, int64_t at, float value) {
+    if (dtype == Dtype::kFloat)
+        static_cast<float*>(to)[at] = value;
+    else if (dtype == Dtype::kHalf)
+        static_cast<Half*>(to)[at] = from_float<Half>(value);
+    else
+        static_cast<BFloat16*>(to)[at] = from_float<BFloat16>(value);
+}
+
+}  // namespace peftcore

@@ -1,0 +1,117 @@
+// y = x Wᵀ + b + s Bᵀ and s = c x Aᵀ in one launch, for few rows of x and a W in 4 bits: generation, where a launch
+// takes as long as the work. No GPU was at hand: proved on the emulator.
+//
+// A block has rows of W (nf4/cuda/rows.cuh). While its first codes are on their way it takes a rank of s that none has yet;
+// at its end it waits until all ranks are there, and meanwhile takes what is left of them. So it waits for nothing but
+// blocks that run already, and whichever of them the card starts first, all come to their end. A rank is the same
+// sum whoever makes it: every run gives the same bits.
+#include "common/cuda_tickets.cuh"
+#include "common/cuda_tickets.h"
+#include "lora/cuda/few_rows.cuh"
+#include "nf4/cuda/rows.cuh"
+
+namespace peftcore {
+namespace lora {
+namespace {
+
+constexpr int kCounters = 3;  // ranks taken, ranks done, blocks that are through
+
+struct Launch {
+    nf4::LinearLaunch linear;
+    FewRows own;
+    unsigned* counters;
+};
+
+// s and B for rows_tile.
+template <typename T>
+struct ThinOfThisLaunch {
+    static constexpr bool kLater = true;
+    const Launch& p;
+    int64_t first_row;
+    int rows;  // of W, in a block
+
+    // The first that none has taken, if there is one.
+    __device__ bool take_rank() const {
+        const unsigned rank = take_ticket(p.counters);
+        if (rank >= unsigned(p.own.rank)) return false;
+        const int64_t columns = p.linear.weight.columns, bytes = p.own.a_dtype == Dtype::kFloat ? 4 : 2;
+        FewRowsPart part = {};
+        part.x = p.linear.x;
+        part.rows = p.linear.batch;
+        part.columns = columns;
+        part.factor = static_cast<const uint8_t*>(p.own.a) + rank * columns * bytes;
+        part.factor_dtype = p.own.a_dtype;
+        part.scale = p.own.scale;
+        part.out = p.own.s + rank;
+        part.stride = p.own.rank;
+        few_rows_part<T>(part);
+        take_ticket(p.counters + 1);
+        return true;
+    }
+    __device__ void begin() const {
+        const int64_t row = first_row + threadIdx.x,
+                      bytes = p.own.rank * (p.own.b_dtype == Dtype::kFloat ? 4 : 2);
+        if (int(threadIdx.x) < rows && row < p.linear.weight.rows)
+            for (int64_t at = 0; at < bytes; at += 128)
+                prefetch(static_cast<const uint8_t*>(p.own.b) + row * bytes + at);
+        take_rank();
+    }
+    __device__ void wait() const {
+        bool left = true;
+        while (count(p.counters + 1) < unsigned(p.own.rank)) left = left && take_rank();
+    }
+    // Not of the first cache, which other blocks do not write.
+    __device__ float thin(int64_t m, int j) const {
+        return m < p.linear.batch ? __ldcg(p.own.s + m * p.own.rank + j) : 0;
+    }
+    __device__ float factor(int64_t n, int j) const {
+        return n < p.linear.weight.rows ? value_at(p.own.b, p.own.b_dtype, n * p.own.rank + j) : 0;
+    }
+};
+
+template <typename T, int kParts, bool kNested>
+__global__ void __launch_bounds__(kThreads, 4) one_launch_kernel(const Launch p) {
+    constexpr int kRows = 16 / kParts;
+    const int64_t row = int64_t(blockIdx.x) * kRows;
+    nf4::rows_tile<T, kParts, 1, kNested>(p.linear, row, ThinOfThisLaunch<T>{p, row, kRows});
+    if (comes_last(p.counters + 2, gridDim.x) && threadIdx.x < 2) p.counters[threadIdx.x] = 0;
+}
+
+template <typename T, bool kNested>
+const char* launch(const Launch& p, void* stream) {
+    const int parts = p.linear.batch <= 4 ? 2 : 1;
+    const unsigned blocks = unsigned(ceil_div(p.linear.weight.rows, 16 / parts));
+    return parts == 2 ? PEFTCORE_LAUNCH((one_launch_kernel<T, 2, kNested>), blocks, kThreads, 0, stream, p)
+                      : PEFTCORE_LAUNCH((one_launch_kernel<T, 1, kNested>), blocks, kThreads, 0, stream, p);
+}
+
+template <typename T>
+const char* launch(const Launch& p, void* stream) {
+    return p.linear.weight.nested_absmax != nullptr ? launch<T, true>(p, stream)
+                                                    : launch<T, false>(p, stream);
+}
+
+}  // namespace
+}  // namespace lora
+}  // namespace peftcore
+
+extern "C" const char* peftcore_lora_few_rows(const peftcore::lora::FewRows* given,
+                                              const peftcore::WeightView* weight, bool* launched,
+                                              void* stream) {
+    using namespace peftcore::lora;
+    const FewRows& own = *given;
+    *launched = false;
+    if (own.dtype == Dtype::kFloat || own.batch == 0 || own.batch > kFewRows || own.rank == 0) return nullptr;
+    if (weight->rows == 0 || weight->columns == 0 || !peftcore::nf4::in_pieces(own.x, *weight) ||
+        !peftcore::nf4::in_lanes(*weight))
+        return nullptr;
+    unsigned* counters = peftcore_tickets(kCounters, stream);
+    if (counters == nullptr) return nullptr;
+    *launched = true;
+    Launch p = {};
+    p.linear = {*weight, own.batch, own.x, own.bias, nullptr, nullptr, own.rank, own.y, nullptr, nullptr};
+    p.own = own;
+    p.counters = counters;
+    return own.dtype == Dtype::kHalf ? launch<peftcore::Half>(p, stream)
+                                     : launch<peftcore::BFloat16>(p, stream);
+}
