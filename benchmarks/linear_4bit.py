@@ -10,6 +10,9 @@ whole weight into fresh memory (set MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC
 page faults out). Rows for lower SIMD levels change peftcore's kernels alone: PyTorch's product of the unpacked panels
 stays.
 
+"LoRA" is `ops.lora_linear` of rank 16 over the same weight, with factors in fp32, as PEFT keeps them, and in x's dtype;
+they come from memory as well. What such a row takes over the one without stands below the table.
+
 "read" reads the codes and scales and computes nothing. The floor is the larger of what must be read (packed weight and
 scales) at the median speed of that, and the operations at the rate of a large dense product, in x's dtype or in fp32.
 """
@@ -25,6 +28,7 @@ from torch.nn import functional as F
 from peftcore import ops
 from peftcore.ops.build_info import build_info
 
+RANK = 16
 logging.disable(logging.WARNING)  # bitsandbytes reports optional packages
 
 
@@ -61,7 +65,11 @@ def main():
     one = ops.quantize_4bit(torch.randn(size, size), double_quant=True)
     stored = sum(part.nbytes for part in words(one))
     count, few = measure.beyond_caches(stored), measure.beyond_caches(size * size * dtype.itemsize)
-    nested = [one, *(ops.quantize_4bit(torch.randn(size, size), double_quant=True) for _ in range(count - 1))]
+
+    def layers():
+        return [ops.quantize_4bit(torch.randn(size, size), double_quant=True) for _ in range(count)]
+
+    nested = layers()
     plain = [ops.quantize_4bit(torch.randn(size, size)) for _ in range(count)]
     dense = [torch.randn(size, size).to(dtype) for _ in range(few)]
     weights = {
@@ -70,10 +78,21 @@ def main():
         "peftcore": (nested, lambda w: lambda x: ops.linear_4bit(x, w)),
         "peftcore, plain scales": (plain, lambda w: lambda x: ops.linear_4bit(x, w)),
     }
+
+    def with_lora(layer):
+        w, a, b = layer
+        return lambda x: ops.lora_linear(x, w, None, a, b, 0.5)
+
+    adapted = [f"LoRA in {name}" for name in dict.fromkeys(("float32", options.dtype))]
+    factors = [torch.float32, dtype]
+    for name, kind in zip(adapted, factors, strict=False):
+        thin = [(torch.randn(RANK, size).to(kind), torch.randn(size, RANK).to(kind)) for _ in nested]
+        weights[name] = [(w, *pair) for w, pair in zip(layers(), thin, strict=True)], with_lora
     sizes = {
         "dense": dense[0].nbytes,
         "peftcore, plain scales": sum(p.nbytes for p in words(plain[0])),
     }
+    sizes |= {name: stored + 2 * RANK * size * kind.itemsize for name, kind in zip(adapted, factors, strict=False)}
     if not options.ours:
         import bitsandbytes as bnb
         import bitsandbytes.functional as functional
@@ -124,6 +143,10 @@ def main():
         floor = max(statistics.median(found[0]["read"]), operations / rate / 1e6)
         moved = {name: sizes.get(name, stored) for name in rows}
         measure.print_rates(title, found, "dense", moved, operations, floor)
+        low, median, _ = measure.spread(found[0]["peftcore"])
+        for name in adapted:
+            with_it = measure.spread(found[0][name])
+            print(f"{name + ' over peftcore':34}{with_it[0] / low:9.3f}{with_it[1] / median:9.3f}")
 
 
 if __name__ == "__main__":

@@ -126,6 +126,14 @@ def test_more_than_one_block_of_anything(level, rows, k, n, r, dtype, p):
     check(values((rows, k), dtype), values((n, k), dtype, 2), values((n,), dtype, 3), values((r, k)), values((n, r)), p)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "k", "r"), [(1, 128, 16), (4, 2112, 20), (16, 128, 8), (32, 192, 40)])
+def test_few_rows_beside_a_packed_weight(level, rows, k, r, dtype):
+    """Where the thin product follows parts of y as they are written, by rows of W that are no whole number of parts."""
+    weight, dense = packed(600, k)
+    check(values((rows, k), dtype), dense, values((600,), dtype, 3), values((r, k)), values((600, r)), weight=weight)
+
+
 def test_sums_over_rows_that_outgrow_their_memory():
     """r so large that groups of rows are fewer and larger, and columns are divided."""
     rows, n, r = 600, 14336, 256

@@ -27,7 +27,8 @@ Tensor plain_factor(const Tensor& factor) {
 
 FewRowsOfLora::FewRowsOfLora(const Kernels& kernels, const Tensor& x, const Tensor& a, const Tensor& b,
                              float factor, const Tensor& s, const Tensor& y)
-    : of_a_(row_kernels(kernels, a)),
+    : of_x_(row_kernels(kernels, x)),
+      of_a_(row_kernels(kernels, a)),
       of_b_(row_kernels(kernels, b)),
       of_y_(row_kernels(kernels, y)),
       rows_(x.size(0)),
@@ -38,33 +39,31 @@ FewRowsOfLora::FewRowsOfLora(const Kernels& kernels, const Tensor& x, const Tens
       b_row_(r_ * b.element_size()),
       y_item_(y.element_size()),
       factor_(factor),
+      x_(bytes(x)),
       a_(bytes(a)),
       b_(bytes(b)),
       y_(static_cast<char*>(y.mutable_data_ptr())),
-      s_(s.mutable_data_ptr<float>()),
-      wide_(size_t(rows_ * (inner_ + kRoom))) {
-    const char* from = bytes(x);
-    for (int64_t m = 0; m < rows_; ++m, from += inner_ * x.element_size())
-        row_kernels(kernels, x).widen(from, inner_, wide_.data() + m * (inner_ + kRoom));
-}
+      s_(s.mutable_data_ptr<float>()) {}
 
+// A row of A stays in the first cache while all of x passes by.
 void FewRowsOfLora::down(int64_t piece) const {
-    const int64_t first = piece * kOutputs, count = std::min(kOutputs, r_ - first);
-    for (int64_t m = 0; m < rows_; ++m) {
-        float sums[kOutputs + kRoom];
-        of_a_.multiply(wide_.data() + m * (inner_ + kRoom), a_ + first * a_row_, inner_, count, sums);
-        for (int64_t j = 0; j < count; ++j) s_[m * r_ + first + j] = factor_ * sums[j];
+    std::vector<float> a(size_t(inner_ + kRoom)), sums(size_t(rows_ + kRoom));
+    const int64_t first = piece * kOutputs, last = std::min(first + kOutputs, r_);
+    for (int64_t i = first; i < last; ++i) {
+        of_a_.widen(a_ + i * a_row_, inner_, a.data());
+        of_x_.multiply(a.data(), x_, inner_, rows_, sums.data());
+        for (int64_t m = 0; m < rows_; ++m) s_[m * r_ + i] = factor_ * sums[size_t(m)];
     }
 }
 
 void FewRowsOfLora::up(Range columns) const {
     float delta[kUpOutputs + kRoom];
-    std::vector<float> s(size_t(r_ + kRoom));
-    for (int64_t m = 0; m < rows_; ++m) {
-        std::copy_n(s_ + m * r_, r_, s.data());
-        for (int64_t n = columns.first; n < columns.last; n += kUpOutputs) {
-            const int64_t count = std::min(kUpOutputs, columns.last - n);
-            of_b_.multiply(s.data(), b_ + n * b_row_, r_, count, delta);
+    std::vector<float> s(size_t(rows_ * (r_ + kRoom)));
+    for (int64_t m = 0; m < rows_; ++m) std::copy_n(s_ + m * r_, r_, s.data() + m * (r_ + kRoom));
+    for (int64_t n = columns.first; n < columns.last; n += kUpOutputs) {
+        const int64_t count = std::min(kUpOutputs, columns.last - n);
+        for (int64_t m = 0; m < rows_; ++m) {
+            of_b_.multiply(s.data() + m * (r_ + kRoom), b_ + n * b_row_, r_, count, delta);
             of_y_.add(delta, count, y_ + (m * columns_ + n) * y_item_);
         }
     }

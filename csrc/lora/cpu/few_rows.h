@@ -15,8 +15,8 @@ namespace lora {
 
 using at::Tensor;
 
-// For fewer rows than this.
-constexpr int64_t kArrangeFrom = 8;
+// For fewer rows than this; of several adapters, where each has fewer than the second.
+constexpr int64_t kArrangeFrom = 17, kArrangeEachFrom = 8;
 
 // A factor that RowKernels read, as it is where it can be.
 Tensor plain_factor(const Tensor& factor);
@@ -39,13 +39,12 @@ class FewRowsOfLora {
  private:
     static constexpr int64_t kOutputs = 4, kUpOutputs = 256;  // rows of a factor that are taken at once
 
-    const RowKernels &of_a_, &of_b_, &of_y_;
+    const RowKernels &of_x_, &of_a_, &of_b_, &of_y_;
     const int64_t rows_, inner_, columns_, r_, a_row_, b_row_, y_item_;  // of a row and an item the bytes
     const float factor_;
-    const char *const a_, *const b_;
+    const char *const x_, *const a_, *const b_;
     char* const y_;
     float* const s_;
-    std::vector<float> wide_;  // x [rows][inner + kRoom]
 };
 
 // All of it in the one go in which threads multiply x by their rows of W, so that they wait for one another once. One

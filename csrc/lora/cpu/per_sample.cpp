@@ -153,7 +153,7 @@ Tensor lora_linear_per_sample(const Tensor& x, at::TensorList tensors, at::IntAr
         }
         plain_a[i] = plain_factor(a[i]);
         plain_b[i] = plain_factor(b[i]);
-        if (rows >= kArrangeFrom) {
+        if (rows >= kArrangeEachFrom) {
             alone.push_back(i);
             continue;
         }

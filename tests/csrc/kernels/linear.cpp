@@ -67,13 +67,14 @@ void try_dtype(const Way& way, bool library_has_bf16) {
     const Dtype dtype = dtype_of<T>,
                 as = dtype == Dtype::kBFloat16 && !library_has_bf16 ? Dtype::kHalf : dtype;
     bool nested = false;
-    for (int64_t columns : {8, 64, 104, 320, 712})
+    for (int64_t columns : {8, 64, 104, 320, 712, 2368})
         for (int64_t blocksize : {32, 64, 4096})
             for (int64_t rows : {1, 6, 33}) {
                 if (columns % kernel.column_multiple != 0 || blocksize < kernel.min_blocksize) continue;
+                if (columns > 1000 && rows != 33) continue;
                 nested = !nested;
                 const Packed packed(rows, columns, blocksize, nested);
-                for (int64_t batch : {1, 2, 3, 5, 8, 15, 32})
+                for (int64_t batch : {1, 2, 3, 4, 5, 8, 15, 32})
                     if (batch >= kernel.min_batch && batch <= kernel.max_batch[int(as)])
                         try_product<T>(way, packed, batch, batch % 2 == 1);
             }

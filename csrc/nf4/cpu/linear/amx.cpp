@@ -139,6 +139,7 @@ void fill_amx(LinearKernels& kernels) {
     static_assert(kTileBatch == 2 * kSide);
     kernels.integers.max_batch[int(Dtype::kHalf)] =
         kTileBatch;  // such processors' library multiplies fp16 faster
+    kernels.dots.max_batch[int(Dtype::kBFloat16)] = 1;
     kernels.tile = {.granule = kRows,
                     .min_batch = 2,
                     .max_batch = {0, 0, kTileBatch},

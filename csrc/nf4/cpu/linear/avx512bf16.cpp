@@ -5,7 +5,7 @@
 // that a word holds. They are multiplied at once, and never lie in memory. x is arranged in the same pairs and broadcast.
 //
 // On Zen 4 all multiplications of 512 bits share two ports: one dot product a cycle, so that 16 rows by 4096 x 4096 take
-// 1.14 ms on two cores. Measured: 1.07 cycles with all in the first cache, 1.13 with W in the second, 1.3 with 4 or 5
+// 1.14 ms on two cores. Measured: 1.07 cycles with all in the first cache, 1.13 with W in the second, 1.4 with 5
 // rows, whose products wait for one another. No better: 32 rows of W for so few rows of x; lines copied to lie side by
 // side, although rows a power of two apart share sets of the first cache.
 #include <algorithm>
@@ -18,8 +18,8 @@ namespace peftcore {
 namespace nf4 {
 namespace {
 
-constexpr int kRows = 16, kInputs = 16;    // of W, of x
-constexpr int kStep = 64, kHalfStep = 32;  // columns that share a scale
+constexpr int kInputs = 16, kMinInputs = 4;  // rows of x, beside kRows of W
+constexpr int kStep = 64, kHalfStep = 32;    // columns that share a scale
 
 // Rows of x that are multiplied together, from m on: of more than kInputs about half each, as few cost most.
 int64_t inputs_from(int64_t m, int64_t batch) {
@@ -100,25 +100,11 @@ void multiply(const Strip& strip, const uint32_t* x, float* sums) {
 // take 1.2 times as long.
 using Multiply = void (*)(const Strip&, const uint32_t*, float*);
 template <int kHalves>
-constexpr Multiply kMultiply[kInputs - LinearDots::kMaxBatch] = {
+constexpr Multiply kMultiply[kInputs - kMinInputs + 1] = {
     multiply<4, kHalves>,  multiply<5, kHalves>,  multiply<6, kHalves>,  multiply<7, kHalves>,
     multiply<8, kHalves>,  multiply<9, kHalves>,  multiply<10, kHalves>, multiply<11, kHalves>,
     multiply<12, kHalves>, multiply<13, kHalves>, multiply<14, kHalves>, multiply<15, kHalves>,
     multiply<16, kHalves>};
-
-// Of rows of x from m on, [m][kRows] times `factor`: `store_result` of columns from n on.
-void store_results(const LinearCall& args, int64_t n, int64_t rows, int64_t m, int64_t count,
-                   const float* sums, float factor) {
-    const __mmask16 stored = __mmask16((1u << rows) - 1);
-    __m512 bias = _mm512_setzero_ps();
-    if (args.bias != nullptr)
-        bias = from_bf16(_mm256_maskz_loadu_epi16(stored, static_cast<const uint16_t*>(args.bias) + n));
-    for (int64_t i = 0; i < count; ++i) {
-        const __m512 sum = _mm512_fmadd_ps(_mm512_loadu_ps(sums + i * kRows), _mm512_set1_ps(factor), bias);
-        _mm256_mask_storeu_epi16(static_cast<uint16_t*>(args.y) + (m + i) * args.weight.rows + n, stored,
-                                 to_bf16(sum));
-    }
-}
 
 // Those of kRows rows, `stride` apart, as [step][kRows].
 void turn_scales(const float* from, int64_t stride, int64_t steps, float* out) {
@@ -155,7 +141,7 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
         const uint32_t* x = static_cast<const uint32_t*>(args.x);
         for (int64_t m = 0, count; m < args.batch; m += count, x += count * columns / 2, strip.line = 0) {
             count = inputs_from(m, args.batch);
-            const int64_t which = count - LinearDots::kMaxBatch - 1;
+            const int64_t which = count - kMinInputs;
             (halves == 1 ? kMultiply<1> : kMultiply<2>)[which](strip, x, sums.data());
             store_results(args, n, least(last - n, kRows), m, count, sums.data(), code.inverse);
         }
@@ -164,13 +150,13 @@ void run(const LinearCall& args, int64_t first, int64_t last) {
 
 }  // namespace
 
-// Measured on Zen 4, 4096 x 4096: 3 rows of x take 0.36 ms by dots and 0.48 so, 4 rows 0.51 and 0.47.
+// Measured on Zen 4, 4096 x 4096 in the second cache: 4 rows of x take 0.41 ms by dots and 0.49 so, 5 rows 0.52.
 void fill_avx512bf16(LinearKernels& kernels) {
     kernels.dots = LinearDots::kernel();
     kernels.integers.max_batch[int(Dtype::kBFloat16)] =
         0;  // dot products of bf16 are faster, for many rows as well
     kernels.tile = {.granule = kRows,
-                    .min_batch = LinearDots::kMaxBatch + 1,
+                    .min_batch = kMinInputs,
                     .max_batch = {0, 0, kTileBatch},
                     .column_multiple = kStep,
                     .arranged_bytes = arranged_bytes,

@@ -73,7 +73,7 @@ bool few_rows(const CpuKernels& kernels, const FewRows& args, const WeightView& 
     // Without dot products of bf16 the library is as slow in it as in fp16.
     const Dtype as = args.dtype == Dtype::kBFloat16 && !kernels.library_has_bf16 ? Dtype::kHalf : args.dtype;
     const LinearKernels& all = kernels.linear;
-    for (const LinearKernel* kernel : {&all.tile, &all.dots, &all.integers, &all.rows})
+    for (const LinearKernel* kernel : {&all.dots, &all.tile, &all.integers, &all.rows})
         if (takes(*kernel, weight, as, args.rows) && multiply_few_rows(*kernel, args, weight)) return true;
     return false;
 }
