@@ -1,7 +1,9 @@
 """4-bit operators against bitsandbytes, a float64 computation, and each other at every SIMD level."""
 
 import math
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -444,3 +446,22 @@ def test_fake_tensors_have_the_right_shapes():
         assert y.shape == (3, 43) and y.dtype == torch.half
         with pytest.raises(ValueError, match="codes must hold 66"):
             ops.dequantize_4bit(weight._replace(shape=(3, 44)), torch.half)
+
+
+@pytest.mark.skipif(
+    ops.extension is None or not Path("/sys/kernel/mm/transparent_hugepage").exists(),
+    reason="no kernel, or no such pages",
+)
+def test_large_codes_ask_for_huge_pages():
+    """The mapping in which they lie has the flag."""
+    if "VmFlags" not in Path("/proc/self/smaps").read_text():
+        pytest.skip("this kernel does not tell")
+    codes = ops.quantize_4bit(torch.ones(4096, 4096)).codes
+    middle, flags = codes.data_ptr() + codes.numel() // 2, ""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if (bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)) is not None:
+            inside = int(bounds[1], 16) <= middle < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            flags = line
+    assert "hg" in flags.split()

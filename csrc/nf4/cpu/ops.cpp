@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "common/caches.h"
+#include "common/huge_pages.h"
 #include "cpu/kernels.h"
 #include "nf4/cpu/dequantize.h"
 #include "weight/linear_arguments.h"
@@ -50,6 +51,7 @@ std::tuple<Tensor, Tensor> quantize_4bit(const Tensor& x, const Tensor& quant_ma
     const Tensor source = x.contiguous();
     const int64_t count = source.numel(), blocks = ceil_div(count, blocksize);
     Tensor codes = at::empty({ceil_div(count, 2), 1}, x.options().dtype(at::kByte));
+    ask_for_huge_pages(codes.mutable_data_ptr(), codes.numel());
     Tensor absmax = at::empty({blocks}, x.options().dtype(at::kFloat));
     args.x = source.const_data_ptr();
     args.count = count;
