@@ -24,11 +24,13 @@ class Card(NamedTuple):
     blocks: int
     mma: float  # cycles of a scheduler for an mma.m16n8k16 of 16 bits, sums in fp32
     tf32: float  # for an mma.m16n8k8
+    cluster: float = 0  # bytes a ns between the multiprocessors of clusters; 0: there are none
 
 
-# Of an H100's tensor cores `mma.sync` reaches about 0.62 (arXiv 2402.13499): 2 cycles at the full rate.
+# Of an H100's tensor cores `mma.sync` reaches about 0.62 (arXiv 2402.13499): 2 cycles at the full rate. Clusters
+# of four reach 2.65 TB/s there.
 CARDS = (
-    Card("H100 SXM", 90, 132, 1.755, 3350, 5500, 800, 228 << 10, 64, 32, 3.2, 3.2),
+    Card("H100 SXM", 90, 132, 1.755, 3350, 5500, 800, 228 << 10, 64, 32, 3.2, 3.2, 2650),
     Card("RTX 4090", 89, 128, 2.52, 1008, 5000, 600, 100 << 10, 48, 24, 32, 32),
 )
 REGISTERS, RESERVED = 65536, 1024  # of a multiprocessor; shared memory that a block has beside its own
@@ -46,6 +48,9 @@ class Work(NamedTuple):
     blocks: int
     threads: int
     again: float = 0  # bytes that come from the second cache once more
+    sums: float = (
+        0  # bytes that blocks leave for others: in the second cache, or where there are clusters read once there
+    )
     in_flight: float = 0  # bytes of memory that a block waits for at a time; 0: enough
     weight_bytes: float = 0  # of the weight alone, in 4 bits
     dynamic_shared: int = 0  # bytes that a launch asks for beside what ptxas knows of
@@ -61,6 +66,7 @@ class Times(NamedTuple):
     alu: float
     shared: float
     tensor: float
+    cluster: float = 0
 
     @property
     def estimate(self) -> float:
@@ -116,12 +122,13 @@ def times(card: Card, work: Work, body: list[Instruction], resources: Resources)
     rate = work.in_flight * held * card.multiprocessors / card.latency if work.in_flight else card.bandwidth
     return Times(
         memory=work.bytes / card.bandwidth / 1000,
-        l2=(work.bytes + work.again) / card.l2 / 1000,
+        l2=(work.bytes + work.again + (0 if card.cluster else 2 * work.sums)) / card.l2 / 1000,
         waiting=work.bytes / min(rate, card.bandwidth) / 1000,
         issue=busy["issue"] * schedulers / 4,
         alu=busy["alu"] * schedulers / 4,
         shared=busy["shared"] * schedulers,
         tensor=busy["tensor"] * schedulers / 4,
+        cluster=work.sums / card.cluster / 1000 if card.cluster else 0,
     )
 
 

@@ -6,10 +6,10 @@ nvcc compiles csrc's .cu files for both cards; registers and shared memory are p
 loop as nvdisasm prints it. PATTERN: of labels, to see some of them only.
 
     bound        memory once at the bandwidth of the data sheet, or the products on all tensor cores: nothing is faster
-    estimate     the longest of: memory; what the second cache gives; bytes on their way at a time over memory's
-                 latency; instructions over what four schedulers issue; the integer pipe; loads and stores of shared
-                 memory and of the first cache; tensor cores. Time outside the inner loop, of launches, of barriers,
-                 and of pipes that wait for each other, is not in it
+    estimate     the longest of: memory; what the second cache and clusters give; bytes on their way at a time over
+                 memory's latency; instructions over what four schedulers issue; the integer pipe; loads and stores of
+                 shared memory and of the first cache; tensor cores. Time outside the inner loop, of launches, of
+                 barriers, and of pipes that wait for each other, is not in it
     of bound     bound over estimate
 
 All times are estimates until a card has run the kernels.

@@ -34,13 +34,13 @@ def tensor(batch: int, tiles: int, stage: int, stages: int) -> Work:
 
 
 def panel(batch: int, tiles: int) -> Work:
-    """Blocks of 128 rows of W and a part of its columns. Sums that they leave in fp32 the last of them adds."""
+    """Blocks of 128 rows of W and a part of its columns. Their sums in fp32 their cluster adds, or the last of them."""
     row_blocks = N // 128
     splits = 128 // row_blocks
     name = f"panel_kernel<peftcore::BFloat16, {tiles}, true>"
     work = linear(batch, name, row_blocks * splits, 256, 256 * 128, row_blocks)
     stages = 3 * tiles * 8 * 256 * 2
-    return work._replace(again=work.again + splits * batch * N * 4 * 2, dynamic_shared=stages)
+    return work._replace(sums=splits * batch * N * 4, dynamic_shared=stages)
 
 
 def rows(batch: int, parts: int) -> Work:

@@ -35,8 +35,7 @@
 // why the device has not as many.
 #define PEFTCORE_DYNAMIC_SHARED(name) extern __shared__ __align__(16) uint8_t name[]
 
-#define PEFTCORE_ALLOW_SHARED(kernel, bytes) \
-    ::peftcore::allow_shared(reinterpret_cast<const void*>(&kernel), bytes)
+#define PEFTCORE_ALLOW_SHARED(kernel, bytes) ::peftcore::allow_shared(kernel, bytes)
 
 #define PEFTCORE_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                 \
     (kernel<<<dim3(grid), dim3(block), shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__), \
@@ -50,9 +49,11 @@ inline const char* launch_error() {
     return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-inline const char* allow_shared(const void* kernel, int bytes) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+// CUDA takes any address for a kernel's, that of a pointer to it as well, and finds none there: so the type is asked for.
+template <typename... Parameters>
+const char* allow_shared(void (*kernel)(Parameters...), int bytes) {
+    const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                   cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error == cudaSuccess) return nullptr;
     (void)cudaGetLastError();  // not for the next launch to find
     return cudaGetErrorString(error);

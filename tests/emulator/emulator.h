@@ -16,6 +16,7 @@
 // A launch returns nullptr or what went wrong. One launch at a time: the emulator has one state.
 #pragma once
 
+#include "emulator_clusters.h"
 #include "emulator_collectives.h"
 #include "emulator_language.h"
 #include "emulator_launch.h"

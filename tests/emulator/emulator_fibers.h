@@ -25,7 +25,7 @@ namespace emulator {
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kWarp = 32;
 
-enum class State { kReady, kBarrier, kCollective, kDone };
+enum class State { kReady, kBarrier, kCollective, kCluster, kDone };
 
 struct Copy {  // a cp.async on its way
     void* to;
@@ -55,17 +55,26 @@ struct Meeting {
     void* operand[kWarp] = {};
 };
 
-struct Machine {
-    uint64_t seed = 0, random = 0, launches = 0;
+// What is a block's own.
+struct Block {
+    dim3 index;
     std::vector<Fiber> fibers;
     std::vector<int> ready;
     std::vector<uint64_t> warp_order;            // lowest first; empty: any thread
     std::vector<std::vector<Meeting>> meetings;  // of each warp
-    int count = 0, alive = 0, at_barrier = 0, current = -1;
+    int count = 0, alive = 0, at_barrier = 0, at_cluster = 0;
     const char* barrier = nullptr;
-    std::function<void()> kernel;
-    std::vector<std::pair<void*, size_t>> shared;  // static arrays met so far
     std::vector<char> dynamic_shared;
+    std::vector<std::vector<char>> shared;  // static arrays, of a block that is put aside
+};
+
+struct Machine : Block {  // the block that runs
+    uint64_t seed = 0, random = 0, launches = 0;
+    int current = -1;
+    std::function<void()> kernel;
+    std::vector<std::pair<void*, size_t>> arrays;  // static ones met so far
+    std::vector<Block> cluster;  // put aside; as many as the largest had, for their stacks stay
+    unsigned cluster_size = 1, in_cluster = 0;  // and the number of the block that runs
     std::string error;
 #if defined(__x86_64__)
     void* sp = nullptr;

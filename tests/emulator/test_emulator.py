@@ -94,6 +94,22 @@ def test_transposed_matrices_and_zero_filled_copies(emulated):
     assert torch.equal(found, wanted.transpose(1, 2))
 
 
+def test_blocks_of_a_cluster_read_each_other(emulated):
+    cluster = emulated("toy_cluster")
+    own = torch.arange(8 * 64, dtype=torch.float32).view(2, 4, 64)
+    for seed in SEEDS:
+        found = torch.zeros(2, 4, 64)
+        cluster(found, 4, 8, 1, 1, seed=seed)
+        assert torch.equal(found, own.roll(-1, 1))
+        with pytest.raises(RuntimeError, match=r"that block has ended|has ended where others wait"):
+            cluster(found, 4, 8, 1, 0, seed=seed)
+        with pytest.raises(RuntimeError, match="invalid configuration"):
+            cluster(found, 4, 6, 1, 1, seed=seed)
+    found = torch.zeros(2, 4, 64)
+    with pytest.raises(RuntimeError, match="has not begun"):
+        cluster(found, 4, 8, 0, 1)
+
+
 @pytest.mark.slow
 def test_reads_out_of_range_are_found_by_the_address_sanitizer(sanitized):
     assert sanitized("read", 100).stdout == "nothing found\n"

@@ -23,7 +23,7 @@ def case(rows, columns, batch, dtype, blocksize, nested, seed, code="nf4"):
     return (x, weight, bias), wanted, magnitude
 
 
-def run(emulated, x, weight, bias, seed=0, offset=0):
+def run(emulated, x, weight, bias, seed=0, offset=0, tickets=True):
     """The launcher's result, `offset` values behind an allocation whose rest must stay as it is."""
     batch, rows = x.shape[0], weight.shape[0]
     count = batch * rows
@@ -31,7 +31,7 @@ def run(emulated, x, weight, bias, seed=0, offset=0):
     y = memory[offset : offset + count]
     given = (x, DTYPES.index(x.dtype), batch, WeightView(weight))
     partial = emulated.workspace("peftcore_nf4_linear_workspace", *given)
-    emulated("peftcore_nf4_linear")(*given, bias, None, None, 0, partial, y, seed=seed)
+    emulated("peftcore_nf4_linear")(*given, bias, None, None, 0, partial, y, seed=seed, tickets=tickets)
     assert (memory[:offset] == 7).all() and (memory[offset + count :] == 7).all()
     return y.view(batch, rows)
 
@@ -80,6 +80,15 @@ def test_panels_of_w(
 ):  # rows of one and two panels, columns of one to four splits
     arguments, wanted, magnitude = case(rows, columns, batch, dtype, 64, True, columns + batch)
     check(run(emulated, *arguments, seed=batch), wanted, magnitude)
+
+
+@pytest.mark.parametrize(("columns", "batch"), [(1024, 64), (2048, 30), (4096, 9)])
+def test_clusters_of_two_four_and_eight_blocks_give_the_bits_of_another_launch(emulated, columns, batch):
+    arguments, wanted, magnitude = case(131, columns, batch, torch.bfloat16, 64, True, columns)
+    first = run(emulated, *arguments, tickets=False)
+    check(first, wanted, magnitude)
+    for seed in range(3):
+        assert torch.equal(run(emulated, *arguments, seed=seed), first)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -1,4 +1,5 @@
 // Small kernels that show what the emulator finds, each with the fault and without it.
+#include "common/cuda_clusters.cuh"
 #include "common/cuda_launch.cuh"
 #include "common/tensor_core.cuh"
 
@@ -87,6 +88,20 @@ __global__ void transpose_kernel(const uint16_t* in, uint16_t* out) {
             out[matrix * 64 + lane / 4 * 8 + lane % 4 * 2 + i] = uint16_t(r[matrix] >> 16 * i);
 }
 
+// Each block reads what the next of its cluster wrote, with both barriers or without one of them.
+__global__ void cluster_kernel(float* out, unsigned blocks, bool before, bool behind) {
+    PEFTCORE_DYNAMIC_SHARED(memory);
+    PEFTCORE_SHARED(unsigned, own_block, [1]);
+    float* values = reinterpret_cast<float*>(memory);
+    if (threadIdx.x == 0) own_block[0] = blockIdx.x;
+    values[threadIdx.x] = float(blockIdx.x * blockDim.x + threadIdx.x);
+    __syncthreads();
+    if (before) peftcore::cluster_sync();
+    const float value = peftcore::shared_of_block((own_block[0] + 1) % blocks, &values[threadIdx.x]);
+    if (behind) peftcore::cluster_sync();
+    out[own_block[0] * blockDim.x + threadIdx.x] = value;
+}
+
 }  // namespace
 
 extern "C" {
@@ -121,6 +136,11 @@ const char* toy_mma(const void* a, const void* b, float* c, int bfloat16, int wa
                                static_cast<const BFloat16*>(a), static_cast<const BFloat16*>(b), c);
     return PEFTCORE_LAUNCH((mma_kernel<Half, true>), 1, 32, 0, stream, static_cast<const Half*>(a),
                            static_cast<const Half*>(b), c);
+}
+
+const char* toy_cluster(float* out, int blocks, int grid, int before, int behind, void* stream) {
+    return PEFTCORE_LAUNCH_CLUSTERS(cluster_kernel, unsigned(blocks), unsigned(grid), 64u, 64 * 4, stream,
+                                    out, unsigned(blocks), before != 0, behind != 0);
 }
 
 const char* toy_transpose(const uint16_t* in, uint16_t* out, void* stream) {

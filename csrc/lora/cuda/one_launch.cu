@@ -109,7 +109,8 @@ extern "C" const char* peftcore_lora_few_rows(const peftcore::lora::FewRows* giv
     if (counters == nullptr) return nullptr;
     *launched = true;
     Launch p = {};
-    p.linear = {*weight, own.batch, own.x, own.bias, nullptr, nullptr, own.rank, own.y, nullptr, nullptr};
+    p.linear = {*weight,  own.batch, own.x,   own.bias, nullptr, nullptr,
+                own.rank, own.y,     nullptr, nullptr,  false};
     p.own = own;
     p.counters = counters;
     return own.dtype == Dtype::kHalf ? launch<peftcore::Half>(p, stream)

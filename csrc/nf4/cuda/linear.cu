@@ -34,11 +34,11 @@ __global__ void __launch_bounds__(kThreads, 4) rows_kernel(const LinearLaunch p)
 template <typename T, int kTiles, bool kNested>
 __global__ void __launch_bounds__(kPanelThreads, 1)
     panel_kernel(const LinearLaunch p, unsigned row_blocks, uint32_t split_columns) {
-    const unsigned split = blockIdx.x / row_blocks;
+    const unsigned splits = gridDim.x / row_blocks, split = blockIdx.x % splits;  // a cluster has all of them
     const uint32_t begin = split * split_columns, columns = uint32_t(p.weight.columns);
-    panel_tile<T, kTiles, kNested>(p, int64_t(blockIdx.x % row_blocks) * kPanelRows, begin,
+    panel_tile<T, kTiles, kNested>(p, int64_t(blockIdx.x / splits) * kPanelRows, begin,
                                    begin + split_columns < columns ? begin + split_columns : columns,
-                                   int(split), int(gridDim.x / row_blocks));
+                                   int(split), int(splits));
 }
 
 template <typename T, bool kNested>
@@ -95,8 +95,9 @@ struct PanelPlan {
 };
 
 PanelPlan panel_plan(const void* x, Dtype dtype, int batch, const WeightView& weight) {
-    if (dtype == Dtype::kFloat || batch <= 8 || weight.columns == 0 || !in_pieces(x, weight) ||
-        !in_lanes(weight))
+    constexpr int64_t kMostColumns = INT32_MAX / kLinearMaxBatch;  // x has numbers of 32 bits
+    if (dtype == Dtype::kFloat || batch <= 8 || weight.columns == 0 || weight.columns > kMostColumns ||
+        !in_pieces(x, weight) || !in_lanes(weight))
         return {};
     PanelPlan plan;
     plan.row_blocks = unsigned(ceil_div(weight.rows, kPanelRows));
@@ -112,10 +113,15 @@ const char* launch_panel(LinearLaunch p, const PanelPlan& plan, void* stream) {
     constexpr int kBytes = panel_bytes<kTiles>();
     constexpr auto kernel = panel_kernel<T, kTiles, kNested>;
     if (const char* error = PEFTCORE_ALLOW_SHARED(kernel, kBytes)) return error;
-    p.partial = plan.splits > 1 ? p.partial : nullptr;
+    const unsigned blocks = plan.row_blocks * plan.splits;
+    p.clusters = (plan.splits == 2 || plan.splits == 4 || plan.splits == 8) &&
+                 PEFTCORE_CLUSTERS_FIT(kernel, plan.splits, kPanelThreads, kBytes, stream);
+    if (p.clusters)
+        return PEFTCORE_LAUNCH_CLUSTERS(kernel, plan.splits, blocks, kPanelThreads, kBytes, stream, p,
+                                        plan.row_blocks, plan.split_columns);
     p.tickets = plan.splits > 1 ? peftcore_tickets(int(plan.row_blocks), stream) : nullptr;
-    if (const char* error = PEFTCORE_LAUNCH(kernel, plan.row_blocks * plan.splits, kPanelThreads, kBytes,
-                                            stream, p, plan.row_blocks, plan.split_columns))
+    if (const char* error = PEFTCORE_LAUNCH(kernel, blocks, kPanelThreads, kBytes, stream, p, plan.row_blocks,
+                                            plan.split_columns))
         return error;
     if (plan.splits == 1 || p.tickets != nullptr) return nullptr;
     return peftcore_sum(p.partial, plan.splits, p.batch * p.weight.rows, 1, p.y, int(kDtypeOf<T>), stream);
@@ -180,7 +186,7 @@ extern "C" const char* peftcore_nf4_linear(const void* x, int dtype, int batch,
     using namespace peftcore::nf4;
     if (batch == 0 || weight->rows == 0) return nullptr;
     if (batch > kLinearMaxBatch) return "more rows of x than the kernel takes";
-    const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y, partial, nullptr};
+    const LinearLaunch p{*weight, batch, x, bias, thin, factor, rank, y, partial, nullptr, false};
     return weight->nested_absmax != nullptr ? launch<true>(p, Dtype(dtype), stream)
                                             : launch<false>(p, Dtype(dtype), stream);
 }

@@ -26,10 +26,11 @@ struct LinearLaunch {
     const float *thin, *factor;  // s [batch, rank] and F
     int rank;                    // 0: neither
     void* y;
-    // Of panel_tile, where its blocks share out the columns of W: [splits, batch, rows], and a counter for each block of
-    // rows, or nullptr: another launch adds.
+    // Of panel_tile, where its blocks share out the columns of W: they are a cluster, or leave [splits, batch, rows], and
+    // have a counter for each block of rows, or nullptr: another launch adds.
     float* partial;
     unsigned* tickets;
+    bool clusters;
 };
 
 // Whether x and the codes of W are pieces of 16 bytes.

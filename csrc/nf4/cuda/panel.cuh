@@ -1,12 +1,14 @@
 // A block's part of y = x Wᵀ + b + s Fᵀ for 17 to 64 rows of x, straight from 4 bits: 128 rows of W, so that x comes from
-// the second cache once for as many, and where that makes too few blocks for a card, a part of the columns, whose sums
-// the last of them adds in order. Where columns are whole blocks of 64 with one scale.
+// the second cache once for as many, and where that makes too few blocks for a card, a part of the columns. Their sums
+// are added in order: by the last of them, or where the card has clusters each has a part of the rows of x, and reads them
+// where they are. Where columns are whole blocks of 64 with one scale.
 //
 // Four pairs of warps have 32 rows of W each; the two of a pair share out the columns. A lane has 64 columns of four
 // rows of W at a time, and their values as in rows.cuh: a row by a table, one by its neighbours. x arrives by cp.async
 // in stages that all warps read: of each lane's columns one half, 64 bytes in a piece.
 #pragma once
 
+#include "common/cuda_clusters.cuh"
 #include "common/cuda_tickets.cuh"
 #include "nf4/cuda/rows.cuh"
 
@@ -52,6 +54,34 @@ __device__ void add_splits(const LinearLaunch& p, int64_t first_row, int splits)
 #pragma unroll
         for (int i = 0; i < kEach; ++i)
             if (inside[i]) static_cast<T*>(p.y)[at[i]] = from_float<T>(sum[i]);
+    }
+}
+
+// The same, of a block's part of the rows of x, from the `sums` of all blocks of its cluster.
+template <typename T, int kTiles>
+__device__ void add_in_cluster(const LinearLaunch& p, int64_t first_row, int split, int splits,
+                               const float (&sums)[kTiles * 8][kPanelRows + 1]) {
+    constexpr int kEach = 4;  // that a thread waits for together
+    const int rows = kTiles * 8 / splits;
+    for (int first = 0; first < rows * kPanelRows; first += kEach * kPanelThreads) {
+        const float* own[kEach];
+        float sum[kEach] = {};
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {  // of one behind the last, the last once more
+            const int place = int(least(first + i * kPanelThreads + int(threadIdx.x), rows * kPanelRows - 1));
+            own[i] = &sums[split * rows + place / kPanelRows][place % kPanelRows];
+        }
+#pragma unroll 2
+        for (int s = 0; s < splits; ++s)
+#pragma unroll
+            for (int i = 0; i < kEach; ++i) sum[i] += shared_of_block(s, own[i]);
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+            const int place = first + i * kPanelThreads + int(threadIdx.x);
+            const int64_t m = split * rows + place / kPanelRows, n = first_row + place % kPanelRows;
+            if (place < rows * kPanelRows && m < p.batch && n < p.weight.rows)
+                static_cast<T*>(p.y)[m * p.weight.rows + n] = from_float<T>(sum[i]);
+        }
     }
 }
 
@@ -192,12 +222,20 @@ __device__ void panel_tile(const LinearLaunch& p, int64_t first_row, uint32_t be
         float total = 0;
 #pragma unroll
         for (int s = 0; s < kSlices; ++s) total += sums[s][m][row];
-        if (p.partial == nullptr) {
+        if (splits == 1) {
             store_result<T>(p, m, n, total);
             continue;
         }
         if (split == 0 && p.bias != nullptr) total += to_float(static_cast<const T*>(p.bias)[n]);
-        p.partial[(int64_t(split) * p.batch + m) * p.weight.rows + n] = total;
+        if (p.clusters)
+            sums[0][m][row] = total;
+        else
+            p.partial[(int64_t(split) * p.batch + m) * p.weight.rows + n] = total;
+    }
+    if (splits > 1 && p.clusters) {
+        cluster_sync();
+        add_in_cluster<T, kTiles>(p, first_row, split, splits, sums[0]);
+        cluster_sync();  // no block ends before its sums have been read
     }
     if (p.tickets != nullptr && comes_last(p.tickets + first_row / kPanelRows, splits))
         add_splits<T, kTiles>(p, first_row, splits);
