@@ -88,11 +88,11 @@ WORK = (
     Work(
         label="quantize",
         source="nf4/cuda/quantize.cu",
-        kernel="quantize_kernel<peftcore::BFloat16>",
+        kernel="quantize_kernel<peftcore::BFloat16, true>",
         marker="LDG.E.128",
         markers=N * K / 8 / 32,
         bytes=N * K * 2.5 + N * K / 64 * 4,
-        blocks=N * K // 8 // 256,
+        blocks=1056,
         threads=256,
         in_flight=256 * 16,
         weight_bytes=N * K / 2,

@@ -8,7 +8,8 @@
 // block before.
 //
 // What it finds: wrong arithmetic and indexing, missing barriers (over seeds), barriers that not all threads
-// reach, collectives whose mask names lanes that do not come, reads before a cp.async was waited for; and
+// reach, collectives whose mask names lanes that do not come, reads before a cp.async was waited for, reads of a
+// block of the cluster that has ended or not begun; and
 // under AddressSanitizer and UndefinedBehaviorSanitizer, accesses out of range and misaligned vectors. What
 // it cannot find: anything about speed, memory ordering between blocks, and races within one stretch between
 // two waits.

@@ -64,6 +64,13 @@ def test_quantize(emulated, count, dtype, blocksize, name, seed, offset):
     assert torch.equal(packed, wanted[0]) and torch.equal(bits(absmax), bits(wanted[1]))
 
 
+def test_quantize_more_than_its_blocks_take_at_a_time(emulated):
+    x = data(1057 * 2048, torch.bfloat16, 3, 0)
+    packed, absmax = cuda_quantize(emulated, x, ops.NF4, 64, seed=1)
+    wanted = Quantize4bit(x, ops.NF4, 64).compute()
+    assert torch.equal(packed, wanted[0]) and torch.equal(absmax, wanted[1])
+
+
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(**cases, out_dtype=st.sampled_from(DTYPES), nested=st.booleans())
 def test_dequantize(emulated, count, dtype, blocksize, name, seed, offset, out_dtype, nested):

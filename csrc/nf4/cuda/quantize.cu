@@ -1,8 +1,9 @@
-// 4-bit quantization on CUDA: 8 values a thread, blocksize / 8 threads a block of values.
+// 4-bit quantization on CUDA: 8 values a thread at a time, blocksize / 8 threads a block of values.
 //
 // A thread loads its values in 16-byte pieces, the threads of a block agree on the largest magnitude (by
 // shuffles within a warp, through shared memory beyond), and each writes its 8 codes as one 32-bit word.
 #include "common/cuda_launch.cuh"
+#include "common/integers.h"
 #include "nf4/cuda/nf4_cuda.h"
 #include "nf4/nf4.h"
 
@@ -11,6 +12,7 @@ namespace nf4 {
 namespace {
 
 constexpr int kValues = 8;
+constexpr int64_t kMostBlocks = 1056;  // of whole values: eight for each multiprocessor of a large card
 constexpr unsigned kFullWarp = 0xffffffffu;
 
 __device__ __forceinline__ uint32_t max_magnitude(uint32_t largest, float value) {
@@ -28,9 +30,9 @@ __device__ __forceinline__ uint32_t max_over_lanes(uint32_t largest, int threads
 }
 
 template <typename T>
-__device__ __forceinline__ void load_values(const T* x, int64_t begin, int64_t count, bool aligned,
+__device__ __forceinline__ void load_values(const T* x, int64_t begin, int64_t count, bool in_pieces,
                                             float* values) {
-    if (aligned && begin + kValues <= count) {
+    if (in_pieces) {
         constexpr int kPieces = kValues * sizeof(T) / 16;
         constexpr int kPerPiece = 16 / sizeof(T);
         for (int piece = 0; piece < kPieces; ++piece) {
@@ -46,12 +48,12 @@ __device__ __forceinline__ void load_values(const T* x, int64_t begin, int64_t c
     for (int i = 0; i < kValues; ++i) values[i] = begin + i < count ? to_float(x[begin + i]) : 0.0f;
 }
 
-// blockDim.x is a multiple of 32 and of blocksize / 8.
-template <typename T>
+// blockDim.x is a multiple of 32 and of blocksize / 8; blocksize is 1 << shift. kWhole: x and codes are on pieces of 16
+// and 4 bytes, all threads have eight values at a time, and those of a block of values are in one warp.
+template <typename T, bool kWhole>
 __global__ void __launch_bounds__(512)
-    quantize_kernel(const T* __restrict__ x, const float* __restrict__ quant_map, int64_t count,
-                    int blocksize, bool aligned, bool words, uint8_t* __restrict__ codes,
-                    float* __restrict__ absmax) {
+    quantize_kernel(const T* __restrict__ x, const float* __restrict__ quant_map, int64_t count, int shift,
+                    bool aligned, bool words, uint8_t* __restrict__ codes, float* __restrict__ absmax) {
     PEFTCORE_SHARED(float, threshold, [16]);
     PEFTCORE_SHARED(uint32_t, order, [16]);
     PEFTCORE_SHARED(uint32_t, warp_largest, [16]);
@@ -66,47 +68,53 @@ __global__ void __launch_bounds__(512)
     if (thread < 15) threshold[thread] = (quant_map[order[thread]] + quant_map[order[thread + 1]]) / 2;
     __syncthreads();
 
-    const int threads = blocksize / kValues;
-    const int64_t begin = (int64_t(blockIdx.x) * blockDim.x + thread) * kValues;
-    float values[kValues];
-    load_values(x, begin, count, aligned, values);
+    const int threads = (1 << shift) / kValues;
+    const auto quantize_eight = [&](int64_t begin) {
+        float values[kValues];
+        load_values(x, begin, count, kWhole || (aligned && begin + kValues <= count), values);
 
-    uint32_t largest = 0;
-    for (int i = 0; i < kValues; ++i) largest = max_magnitude(largest, values[i]);
-    largest = max_over_lanes(largest, threads < 32 ? threads : 32);
-    if (threads > 32) {
-        if (thread % 32 == 0) warp_largest[thread / 32] = largest;
-        __syncthreads();
-        const int first = thread / threads * (threads / 32);
-        for (int i = 0; i < threads / 32; ++i) {
-            const uint32_t other = warp_largest[first + i];
-            largest = other > largest ? other : largest;
+        uint32_t largest = 0;
+        for (int i = 0; i < kValues; ++i) largest = max_magnitude(largest, values[i]);
+        largest = max_over_lanes(largest, threads < 32 ? threads : 32);
+        if (!kWhole && threads > 32) {
+            if (thread % 32 == 0) warp_largest[thread / 32] = largest;
+            __syncthreads();
+            const int first = thread / threads * (threads / 32);
+            for (int i = 0; i < threads / 32; ++i) {
+                const uint32_t other = warp_largest[first + i];
+                largest = other > largest ? other : largest;
+            }
         }
-    }
 
-    if (begin >= count) return;
-    const int64_t block = begin / blocksize;
-    const bool partial = (block + 1) * blocksize > count;
-    float scale = bits_float(largest);
-    const float raised = scale < kSmallestScale ? kSmallestScale : scale;
-    if (partial) scale = raised;
-    if (begin % blocksize == 0) absmax[block] = scale;
-    const float inverse = 1.0f / raised;
+        if (!kWhole && begin >= count) return;
+        const int64_t block = begin >> shift;
+        const bool partial = !kWhole && (block + 1) << shift > count;
+        float scale = bits_float(largest);
+        const float raised = scale < kSmallestScale ? kSmallestScale : scale;
+        if (partial) scale = raised;
+        if (block << shift == begin) absmax[block] = scale;
+        const float inverse = 1.0f / raised;
 
-    uint32_t word = 0;
-    for (int i = 0; i < kValues; ++i) {
-        const float scaled = partial ? values[i] / raised : values[i] * inverse;
-        int rank = 0;
-        for (int step = 8; step > 0; step /= 2)
-            if (!(scaled <= threshold[rank + step - 1])) rank += step;
-        word |= order[rank] << (i / 2 * 8 + (i % 2 ? 0 : 4));
-    }
-    if (words && begin + kValues <= count) {
-        *reinterpret_cast<uint32_t*>(codes + begin / 2) = word;
-    } else {
-        for (int i = 0; 2 * i < kValues && begin + 2 * i < count; ++i)
-            codes[begin / 2 + i] = uint8_t(word >> 8 * i);
-    }
+        uint32_t word = 0;
+        for (int i = 0; i < kValues; ++i) {
+            const float scaled = partial ? values[i] / raised : values[i] * inverse;
+            int rank = 0;
+            for (int step = 8; step > 0; step /= 2)
+                if (!(scaled <= threshold[rank + step - 1])) rank += step;
+            word |= order[rank] << (i / 2 * 8 + (i % 2 ? 0 : 4));
+        }
+        if (kWhole || (words && begin + kValues <= count)) {
+            *reinterpret_cast<uint32_t*>(codes + begin / 2) = word;
+        } else {
+            for (int i = 0; 2 * i < kValues && begin + 2 * i < count; ++i)
+                codes[begin / 2 + i] = uint8_t(word >> 8 * i);
+        }
+    };
+    const int64_t begin = (int64_t(blockIdx.x) * blockDim.x + thread) * kValues;
+    if constexpr (kWhole)
+        for (int64_t i = begin; i < count; i += int64_t(gridDim.x) * blockDim.x * kValues) quantize_eight(i);
+    else
+        quantize_eight(begin);
 }
 
 // One block of threads a block of scales.
@@ -148,8 +156,13 @@ const char* launch_quantize(const void* x, const float* quant_map, int64_t count
     if (blocks > 0x7fffffff) return "more than 2^42 elements";
     const bool aligned = reinterpret_cast<uintptr_t>(x) % 16 == 0;
     const bool words = reinterpret_cast<uintptr_t>(codes) % 4 == 0;
-    return PEFTCORE_LAUNCH(quantize_kernel<T>, unsigned(blocks), threads, 0, stream, static_cast<const T*>(x),
-                           quant_map, count, blocksize, aligned, words, codes, absmax);
+    const int shift = log2_of(blocksize);
+    if (aligned && words && count % (int64_t(threads) * kValues) == 0 && blocksize <= 32 * kValues)
+        return PEFTCORE_LAUNCH((quantize_kernel<T, true>), unsigned(least(blocks, kMostBlocks)), threads, 0,
+                               stream, static_cast<const T*>(x), quant_map, count, shift, true, true, codes,
+                               absmax);
+    return PEFTCORE_LAUNCH((quantize_kernel<T, false>), unsigned(blocks), threads, 0, stream,
+                           static_cast<const T*>(x), quant_map, count, shift, aligned, words, codes, absmax);
 }
 
 }  // namespace
