@@ -1,6 +1,6 @@
 """What a change costs where many adapters are there: adding, switching, choosing, loading, memory. peft beside.
 
-    python benchmarks/many_adapters.py [--adapters 1000] [--layers 32] [--hidden 64] [--peft 100] [--threads 2]
+    python benchmarks/many_adapters.py [--adapters 1000] [--layers 32] [--hidden 64] [--peft 50] [--threads 2]
                                        [--only add,disk,mix,peft]
 
 A Llama of `layers` layers, LoRA r=8 on its seven linear layers each.
@@ -197,7 +197,7 @@ def main():
     parser.add_argument("--adapters", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--hidden", type=int, default=64)
-    parser.add_argument("--peft", type=int, default=100)
+    parser.add_argument("--peft", type=int, default=50)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", default="add,disk,mix,peft")
     options = parser.parse_args()

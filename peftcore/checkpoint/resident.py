@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from peftcore import adapter_files, engine, ranks
 from peftcore.adaptation.adapted import base_parameters
+from peftcore.adaptation.light import parts
 from peftcore.adapter_files import Folder
 from peftcore.checkpoint.fitting import Content, brings_all, fill_applied, fitting
 from peftcore.checkpoint.reading import adapter_folder, read_saved
@@ -241,7 +242,7 @@ def _tensors(model: nn.Module, name: str) -> Iterator[Tensor]:
     """The adapter's parameters and buffers, each once."""
     seen: set[int] = set()
     for _, adapter in engine.adapter_modules(model, name):
-        for module in adapter.modules():
+        for module in parts(adapter):
             for tensor in (*module._parameters.values(), *module._buffers.values()):
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))

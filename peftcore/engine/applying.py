@@ -265,8 +265,9 @@ def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
     there = set(with_adapter(model, adapter, state.applied[adapter].paths))
     if not all(adapted.is_outermost(module) for module in there if adapted.is_adapted(module)):
         ranks.refuse_sharded(model, f"remove '{adapter}'")  # `fully_shard` has swapped a class once more
-    resting = {adapter, *state.applied[adapter].branches} if adapter in state.active else {adapter}
-    set_active(model, tuple(name for name in state.active if name not in resting), state.samples)
+    if adapter in state.active:
+        resting = {adapter, *state.applied[adapter].branches}
+        set_active(model, tuple(name for name in state.active if name not in resting), state.samples)
     for module in there:
         adapted.detach(module, adapter)
     fast_path.guard(model)
