@@ -51,7 +51,7 @@ struct Avx2 {
 };
 
 struct Avx2Integers {
-    static constexpr int kRows = 2, kTile = 2;  // of 16 registers, 4 hold sums and 4 what was looked up
+    static constexpr int kRows = 2, kTile = 3;  // of 16 registers, 6 hold sums and 4 what was looked up
     using Words = __m256i;
     using Floats = __m256;
     struct Values {
@@ -109,6 +109,9 @@ struct Avx2Integers {
         m = _mm_max_ps(m, _mm_movehl_ps(m, m));
         return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
     }
+    static inline void widen(const Half* from, float* to) {
+        _mm256_storeu_ps(to, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    }
     static inline Floats rounded(Floats v, int16_t* out) {
         const __m256i whole = _mm256_cvtps_epi32(v);
         const __m128i short_ones =
@@ -122,7 +125,7 @@ struct Avx2Integers {
 
 void fill_avx2(LinearKernels& kernels) {
     kernels.integers = LinearIntegers<Avx2Integers>::kernel(1024);
-    kernels.rows = LinearRows<Avx2>::kernel({.fp32 = 12, .fp16 = 16, .bf16 = 4});
+    kernels.rows = LinearRows<Avx2>::kernel({.fp32 = 16, .fp16 = 16, .bf16 = 4});
 }
 
 }  // namespace nf4

@@ -51,27 +51,23 @@ struct Avx512Integers {
 
     static inline Words load_words(const uint8_t* from) { return _mm512_loadu_si512(from); }
 
+    // Twice over: an index's fifth bit then does not matter.
     struct Table {
-        explicit Table(const int16_t* code) {
-            alignas(16) uint8_t bytes[2][16];
-            for (int i = 0; i < 16; ++i) {
-                bytes[0][i] = uint8_t(code[i]);
-                bytes[1][i] = uint8_t(code[i] >> 8);
-            }
-            first = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[0])));
-            second = _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes[1])));
-        }
+        explicit Table(const int16_t* code)
+            : code(_mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(code)))) {}
         inline Values operator()(Words words) const {
-            const __m512i nibble = _mm512_set1_epi8(15);
-            const __m512i low = _mm512_and_si512(words, nibble),
-                          high = _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble);
-            const __m512i a = _mm512_shuffle_epi8(first, low), b = _mm512_shuffle_epi8(second, low),
-                          c = _mm512_shuffle_epi8(first, high), d = _mm512_shuffle_epi8(second, high);
-            return {{_mm512_unpacklo_epi8(a, b), _mm512_unpackhi_epi8(a, b), _mm512_unpacklo_epi8(c, d),
-                     _mm512_unpackhi_epi8(c, d)}};
+            return {{_mm512_permutexvar_epi16(words, code),
+                     _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), code),
+                     _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 8), code),
+                     _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 12), code)}};
         }
-        __m512i first, second;
+        __m512i code;
     };
+    // One permutation looks up a nibble of each 16 bits.
+    static constexpr int place(int value) {
+        const int byte = value / 2, nibble = byte % 2 * 2 + 1 - value % 2;
+        return nibble * 32 + byte / 2;
+    }
 
     static inline Floats dot(const Values& w, const int16_t* x) {
         __m512i part[4];
@@ -93,6 +89,9 @@ struct Avx512Integers {
     static inline Floats all(float value) { return _mm512_set1_ps(value); }
     static inline Floats larger(Floats a, Floats b) { return _mm512_max_ps(_mm512_abs_ps(b), a); }
     static inline float largest(Floats v) { return _mm512_reduce_max_ps(v); }
+    static inline void widen(const Half* from, float* to) {
+        _mm512_storeu_ps(to, _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+    }
     static inline Floats rounded(Floats v, int16_t* out) {
         const __m512i whole = _mm512_cvtps_epi32(v);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(whole));
