@@ -27,8 +27,8 @@ class Card(NamedTuple):
     cluster: float = 0  # bytes a ns between the multiprocessors of clusters; 0: there are none
 
 
-# Of an H100's tensor cores `mma.sync` reaches about 0.62 (arXiv 2402.13499): 2 cycles at the full rate. Clusters
-# of four reach 2.65 TB/s there.
+# Of an H100's tensor cores `mma.sync` reaches about 0.62 (arXiv 2402.13499): 2 cycles at the full rate. Between
+# the multiprocessors of clusters about 2.65 TB/s are taken, which was not checked, and of these kernels bounds none.
 CARDS = (
     Card("H100 SXM", 90, 132, 1.755, 3350, 5500, 800, 228 << 10, 64, 32, 3.2, 3.2, 2650),
     Card("RTX 4090", 89, 128, 2.52, 1008, 5000, 600, 100 << 10, 48, 24, 32, 32),
