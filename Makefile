@@ -13,7 +13,8 @@ PACKAGING := pyproject.toml setup.py $(PLUGINS:%=%/pyproject.toml)
 CXX_FILES := $(sort $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'))
 CSRC := $(filter csrc/%,$(CXX_FILES))
 
-BENCHMARKS = $(shell grep -l __main__ benchmarks/*.py)
+# decode_llama.py is a part of decode.py, for another Python.
+BENCHMARKS = $(filter-out benchmarks/decode_llama.py,$(shell grep -l __main__ benchmarks/*.py))
 
 .PHONY: install demo test fuzz lint fix docs bench cuda-bounds matrix compare census export-check clean
 
