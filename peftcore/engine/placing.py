@@ -23,6 +23,7 @@ from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.experts import experts_layout, split_expert_path
+from peftcore.layers import is_wrapped
 from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Train
 from peftcore.observation import detect, left_as_it_is
 from peftcore.peft_fields import config_of_peft, is_of_peft, why_unknown
@@ -277,6 +278,11 @@ def _check_placed(model: nn.Module, placed: Placed) -> None:
         dtype = parameters[name].dtype
         if not dtype.is_floating_point:
             raise PeftcoreError(f"{method} trains '{name}' of dtype {dtype}, which has no gradient")
+        if is_wrapped(parameters[name]):
+            raise PeftcoreError(
+                f"{method} trains '{name}', which another library keeps quantized ({type(parameters[name]).__name__}). "
+                "Adapt its module (target_modules), or leave it dense where the model is quantized"
+            )
     state = state_of(model) or State()
     entry = Applied(method, None, trained=placed.trained)  # it joins the active ones
     refuse_shared(State({**state.applied, "(new)": entry}), (*state.active, "(new)"))

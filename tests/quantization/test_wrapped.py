@@ -110,6 +110,13 @@ def test_a_product_without_a_gradient_cannot_be_trained_through(tmp_path: Path) 
     torch.testing.assert_close(output(model), output(peftcore.load(wrap(tiny.llama()), tmp_path)))
 
 
+def test_a_wrapped_weight_is_not_trained_whole() -> None:
+    model = wrap(tiny.llama())
+    with pytest.raises(peftcore.PeftcoreError, match=r"trains '.*o_proj.weight', which another library keeps .*.Int8."):
+        peftcore.apply(model, "lora", target_modules=["q_proj"], modules_to_save=["o_proj"])
+    peftcore.apply(model, "lora", target_modules=["q_proj"], modules_to_save=["lm_head"])  # which is dense
+
+
 def test_what_is_quantized_already_is_not_quantized_again_nor_estimated() -> None:
     model = wrap(tiny.llama())
     with pytest.raises(peftcore.PeftcoreError, match=r"q_proj.weight' is quantized already, by another library .Int8."):
