@@ -1,21 +1,13 @@
 // dA and dB of experts: a block takes columns of one expert, whose rows it adds in their order
 // (lora/cuda/reduce.cuh). An expert without rows has zeros. No GPU was at hand: written for bandwidth, proved on the
 // emulator.
+#include "common/typed.cuh"
 #include "grouped/cuda/groups.cuh"
 #include "lora/cuda/reduce.cuh"
 
 namespace peftcore {
 namespace grouped {
 namespace {
-
-__device__ __forceinline__ void store(void* out, Dtype dtype, int64_t i, float value) {
-    if (dtype == Dtype::kFloat)
-        static_cast<float*>(out)[i] = value;
-    else if (dtype == Dtype::kHalf)
-        static_cast<Half*>(out)[i] = from_float<Half>(value);
-    else
-        static_cast<BFloat16*>(out)[i] = from_float<BFloat16>(value);
-}
 
 template <typename T, int kRankTiles>
 __global__ void __launch_bounds__(kThreads)
@@ -35,7 +27,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t begin = expert * p.columns * p.rank;
     lora::reduce_tile<T, kRankTiles, false>(own, [&](int64_t column, int rank, float sum) {
         const int64_t i = p.transposed ? rank * p.columns + column : column * p.rank + rank;
-        store(p.out, p.out_dtype, begin + i, rise ? sum : bits_float(0x7fc00000u));
+        store_at(p.out, p.out_dtype, begin + i, rise ? sum : bits_float(0x7fc00000u));
     });
 }
 
