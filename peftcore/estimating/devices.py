@@ -9,16 +9,15 @@ quarters in bandwidth; memory is what is left of it beside a context. Nothing he
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import Operation
-from peftcore.estimating.libraries import cache_folder, machine
+from peftcore.estimating.libraries import FromFile
 from peftcore.estimating.rates import Rates, measure, read
 
 
@@ -141,18 +140,9 @@ def memory_here() -> float:
     return available
 
 
+_FILE = FromFile("rates.json", read, measure, Rates._asdict)
+
+
 def this_machine() -> Device:
     """This machine, with its rates as they were measured when that was first asked; kept in a file of the user's."""
-    folder, key = cache_folder(), machine()
-    kept: dict[str, Any] = {}
-    try:
-        kept = json.loads((folder / "rates.json").read_text())
-        found = read(kept[key])
-    except (OSError, ValueError, KeyError, TypeError):
-        found = measure()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "rates.json").write_text(json.dumps({**kept, key: found._asdict()}, indent=1))
-        except OSError:
-            pass  # they are measured again the next time
-    return Device("this machine", memory_here(), found)
+    return Device("this machine", memory_here(), _FILE.found())

@@ -18,8 +18,9 @@ import platform
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ PLAIN, TRANSPOSED, OUTER = "xw", "xwt", "xtw"  # products x w, x wᵀ and xᵀ w
 COLUMNS = (64, 256, 1024, 4096, 16384)
 _SEVERAL = 6  # shapes, of which each takes the same
 _TIMEOUT = 120  # seconds
+_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "PEFTCORE_CPU_LEVEL")
+
+T = TypeVar("T")
 
 
 class Libraries(NamedTuple):
@@ -63,8 +67,51 @@ def cache_folder() -> Path:
 
 
 def machine() -> str:
-    """What measurements depend on."""
-    return f"{platform.node()} {platform.machine()} {torch.__version__} {torch.get_num_threads()}"
+    """What measurements depend on: the machine, PyTorch, its threads, and the instructions that it may use."""
+    limits = [f"{name}={os.environ[name]}" for name in _LIMITS if os.environ.get(name)]
+    parts = (platform.node(), platform.machine(), torch.__version__, torch.get_num_threads())
+    return " ".join(map(str, (*parts, torch.backends.cpu.get_cpu_capability(), *limits)))
+
+
+@dataclass(frozen=True)
+class FromFile(Generic[T]):
+    """What is measured once on a machine, and kept in a file of the user's.
+
+    Args:
+        name: of the file, in `cache_folder()`.
+        read: makes it of what JSON has; raises KeyError, TypeError or ValueError where that is of another kind.
+        measure: takes the measurement.
+        to_json: makes of it what JSON keeps.
+    """
+
+    name: str
+    read: Callable[[Any], T]
+    measure: Callable[[], T]
+    to_json: Callable[[T], Any]
+
+    def found(self) -> T:
+        """Return what the file has for this machine; where it has nothing, measure."""
+        try:
+            return self.read(self._kept()[machine()])
+        except (KeyError, TypeError, ValueError):
+            return self.measured()
+
+    def measured(self) -> T:
+        """Measure, and put the result into the file."""
+        made, kept, folder = self.measure(), self._kept(), cache_folder()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / self.name).write_text(json.dumps({**kept, machine(): self.to_json(made)}, indent=1))
+        except OSError:
+            pass  # it is measured again the next time
+        return made
+
+    def _kept(self) -> dict[str, Any]:
+        try:
+            kept = json.loads((cache_folder() / self.name).read_text())
+        except (OSError, ValueError):
+            return {}
+        return kept if isinstance(kept, dict) else {}
 
 
 def here() -> Libraries:
