@@ -3,9 +3,11 @@
     an operator   max(operations / rate of such products, elements x seconds of one, bytes / bandwidth) + a call
     a step        the sum of its operators, and a page fault for each page that its process gets anew
 
-A rate of products depends on the type and on the narrowest dimension: those of adapters are thin. Of a weight in 4 bits
-each value is unpacked, too. Operators that compute more than they move (`_OPERATORS`) have seconds of their own for an
-element; all others take what an addition takes. What is small is read from the caches: so the bandwidth is one by size.
+A rate of products depends on the type, on how the matrices lie (a CPU without bf16 instructions multiplies x Wᵀ ten
+times as fast as dy W) and on the narrowest dimension: those of adapters are thin. peftcore's operators may multiply a
+dense weight faster than PyTorch does. Of a weight in 4 bits each value is unpacked, too. Operators that compute more
+than they move (`_elements`) have seconds of their own for an element; all others take what an addition takes. What is
+small is read from the caches: so the bandwidth is one by size.
 """
 
 from __future__ import annotations
@@ -21,12 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from peftcore.estimating.libraries import OUTER, PLAIN, TRANSPOSED
+
 if TYPE_CHECKING:
     from peftcore.estimating.following import Operation
 
 aten, ours = torch.ops.aten, torch.ops.peftcore
 HALF, SINGLE = "half", "single"
 _TYPES = {HALF: torch.bfloat16, SINGLE: torch.float32}
+_LAYOUTS = (PLAIN, TRANSPOSED, OUTER)
 _NARROW = (1, 8, 32, 128, 512)
 _SIZES = (1 << 18, 1 << 21, 1 << 24, 1 << 27)  # bytes
 _ROWS, _INNER = 512, 1024
@@ -37,7 +42,8 @@ class Rates(NamedTuple):
     """Of this machine, with so many threads as PyTorch had.
 
     Args:
-        products: (narrowest dimension, operations a second) by type.
+        products: (narrowest dimension, operations a second) by type and layout.
+        dense: operations a second of (x Wᵀ, dy W) of peftcore's operators over a dense weight, by type.
         attention: operations a second of (forward, backward) by type.
         packed: (seconds for a value of a weight in 4 bits, operations a second) by type.
         elements: seconds for an element, by type and operator.
@@ -46,7 +52,8 @@ class Rates(NamedTuple):
         calls: seconds that an operator costs beside its work, by phase and whose it is.
     """
 
-    products: dict[str, tuple[tuple[int, float], ...]]
+    products: dict[str, dict[str, tuple[tuple[int, float], ...]]]
+    dense: dict[str, tuple[float, float]]
     attention: dict[str, tuple[float, float]]
     packed: dict[str, tuple[float, float]]
     elements: dict[str, dict[str, float]]
@@ -73,10 +80,13 @@ class Rates(NamedTuple):
                 of_a_value, rate = self.packed[kind]
                 worked = max(worked, (cost.flops - cost.thin[0]) / rate + cost.unpacked * of_a_value)
             else:
-                rate = _between(self.products[kind], cost.narrow or _NARROW[-1])
+                layout = cost.product[3] if cost.product is not None else TRANSPOSED
+                rate = _between(self.products[kind][layout], cost.narrow or _NARROW[-1])
+                if mine:
+                    rate *= self.dense[kind][backward] / self.products[kind][layout][-1][1]
                 worked = max(worked, (cost.flops - cost.thin[0]) / rate)
             if cost.thin[0]:  # computed in 32 bits
-                worked += cost.thin[0] / _between(self.products[SINGLE], cost.thin[1])
+                worked += cost.thin[0] / _between(self.products[SINGLE][TRANSPOSED], cost.thin[1])
         else:
             worked = max(worked, operation.elements * elements.get(name, elements[_OTHERS]))
         return operation.times * (worked + call)
@@ -89,13 +99,19 @@ def read(found: Mapping[str, Any]) -> Rates:
         KeyError, TypeError, ValueError: it is of another kind.
     """
     made = Rates(**found)
-    by_type: tuple[Mapping[str, Any], ...] = (made.products, made.attention, made.packed, made.elements)
+    by_type: tuple[Mapping[str, Any], ...] = (made.products, made.dense, made.attention, made.packed, made.elements)
     if any(each.keys() != _TYPES.keys() for each in by_type) or not made.bandwidth:
         raise ValueError("rates of other types")
-    if not all(made.products.values()) or not all(_OTHERS in each for each in made.elements.values()):
+    if any(set(tables) != set(_LAYOUTS) or not all(tables.values()) for tables in made.products.values()) or not all(
+        _OTHERS in each for each in made.elements.values()
+    ):
         raise ValueError("no rates")
     return made._replace(
-        products={kind: tuple((int(n), float(r)) for n, r in rows) for kind, rows in made.products.items()},
+        products={
+            kind: {layout: tuple((int(n), float(r)) for n, r in rows) for layout, rows in tables.items()}
+            for kind, tables in made.products.items()
+        },
+        dense={kind: (float(a), float(b)) for kind, (a, b) in made.dense.items()},
         bandwidth=tuple((int(n), float(r)) for n, r in made.bandwidth),
         attention={kind: (float(a), float(b)) for kind, (a, b) in made.attention.items()},
         packed={kind: (float(a), float(b)) for kind, (a, b) in made.packed.items()},
@@ -115,11 +131,14 @@ def _between(table: Sequence[tuple[int, float]], at: int) -> float:
 
 
 def fastest(call: Callable[[], object], seconds: float = 0.03) -> float:
-    """The least of several runs."""
-    call()
-    times: list[float] = []
+    """The least of several runs: of three at least, but for calls that take far longer than `seconds`."""
     end = time.perf_counter() + seconds
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
+    call()
+    end, last = time.perf_counter() + seconds, end + 3 * seconds
+    times: list[float] = []
+    while (
+        not times or (len(times) < 3 and time.perf_counter() < last) or (time.perf_counter() < end and len(times) < 200)
+    ):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -131,22 +150,40 @@ def measure() -> Rates:
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         with torch.no_grad():
-            products = {kind: tuple((n, _product(n, dtype)) for n in _NARROW) for kind, dtype in _TYPES.items()}
+            products = {
+                kind: {layout: tuple((n, _product(n, layout, dtype)) for n in _NARROW) for layout in _LAYOUTS}
+                for kind, dtype in _TYPES.items()
+            }
+            dense = {kind: _dense(dtype) for kind, dtype in _TYPES.items()}
             packed = {kind: _packed(dtype) for kind, dtype in _TYPES.items()}
             attention = {kind: _attention(dtype) for kind, dtype in _TYPES.items()}
             elements = {kind: _elements(dtype) for kind, dtype in _TYPES.items()}
             bandwidth = tuple((size, _bandwidth(size)) for size in _SIZES)
             fresh = _fresh()
-        return Rates(products, attention, packed, elements, bandwidth, fresh, _calls())
+        return Rates(products, dense, attention, packed, elements, bandwidth, fresh, _calls())
 
 
-def _product(narrow: int, dtype: torch.dtype) -> float:
+def _product(narrow: int, layout: str, dtype: torch.dtype) -> float:
     """Operations a second where the inner dimension, or the columns, are so few: the mean of their seconds."""
     taken = 0.0
     for inner, columns in ((narrow, _INNER), (_INNER, narrow)):
-        x, w = torch.ones(_ROWS, inner, dtype=dtype), torch.ones(columns, inner, dtype=dtype)
-        taken += fastest(lambda: x @ w.t()) / 2  # noqa: B023  # called at once
+        x = torch.ones((inner, _ROWS) if layout == OUTER else (_ROWS, inner), dtype=dtype)
+        w = torch.ones((columns, inner) if layout == TRANSPOSED else (inner, columns), dtype=dtype)
+        left, right = x.t() if layout == OUTER else x, w.t() if layout == TRANSPOSED else w
+        taken += fastest(lambda: left @ right) / 2  # noqa: B023  # called at once
     return 2 * _ROWS * _INNER * narrow / taken
+
+
+def _dense(dtype: torch.dtype) -> tuple[float, float]:
+    """Operations a second of x Wᵀ and of dy W, with a low-rank product beside them that is too small to count."""
+    x, weight = torch.ones(_ROWS, _INNER, dtype=dtype), torch.ones(_INNER, _INNER, dtype=dtype)
+    a, b = torch.ones(1, _INNER), torch.ones(_INNER, 1)
+    y, s = ours.lora_linear(x, [weight], [], None, a, b, 1.0)
+    forward = fastest(lambda: ours.lora_linear(x, [weight], [], None, a, b, 1.0))
+    needs = (True, False, False)
+    backward = fastest(lambda: ours.lora_linear_backward(y, x, s, [weight], [], a, b, needs, 1.0))
+    flops = 2 * _ROWS * _INNER**2
+    return flops / forward, flops / backward
 
 
 def _packed(dtype: torch.dtype) -> tuple[float, float]:

@@ -11,9 +11,15 @@ from peftcore.estimating import rates
 from peftcore.estimating.costs import Cost
 from peftcore.estimating.devices import Device
 from peftcore.estimating.following import Operation
+from peftcore.estimating.libraries import OUTER, PLAIN, TRANSPOSED
 
+HALVES, SINGLES = ((8, 10.0), (512, 1000.0)), ((8, 1.0), (512, 100.0))
 MADE = rates.Rates(
-    products={"half": ((8, 10.0), (512, 1000.0)), "single": ((8, 1.0), (512, 100.0))},
+    products={
+        "half": {PLAIN: ((8, 10.0), (512, 20.0)), TRANSPOSED: HALVES, OUTER: HALVES},
+        "single": dict.fromkeys((PLAIN, TRANSPOSED, OUTER), SINGLES),
+    },
+    dense={"half": (500.0, 80.0), "single": (100.0, 50.0)},
     attention={"half": (50.0, 40.0), "single": (5.0, 4.0)},
     packed={"half": (2.0, 200.0), "single": (3.0, 100.0)},
     elements={"half": {"aten::add": 0.5}, "single": {"aten::add": 1.0, "aten::gelu": 4.0}},
@@ -59,6 +65,31 @@ def test_type_forwards_that_run_again_and_those_that_stand_for_others() -> None:
     assert MADE.seconds(replace(product, times=3.0)) == pytest.approx(3 * 10.0625)
 
 
+def test_a_dtype_without_instructions_is_slow_by_how_the_matrices_lie() -> None:
+    """dy W of 16 bits in a loop of PyTorch's, and by peftcore's own operator."""
+    product = replace(of("aten::mm", Cost(1000.0, narrow=512, product=(512, 512, 512, PLAIN))), halves=True)
+    assert MADE.seconds(product) == pytest.approx(1000 / 20 + 0.125)
+    transposed = replace(product, cost=Cost(1000.0, narrow=512, product=(512, 512, 512, TRANSPOSED)), moved=8)
+    assert MADE.seconds(transposed) == pytest.approx(1000 / 1000 + 0.125)
+    ours = replace(product, name="peftcore::lora_linear_backward", phase="backward")
+    assert MADE.seconds(ours) == pytest.approx(1000 / 80 + 0.5)
+    thin = replace(ours, cost=Cost(1000.0, narrow=8, product=(512, 8, 512, PLAIN)))
+    assert MADE.seconds(thin) == pytest.approx(1000 / (10 * 80 / 20) + 0.5)
+
+
+def test_a_slow_call_is_not_run_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, calls = 0.0, 0
+
+    def call() -> None:
+        nonlocal now, calls
+        now, calls = now + 1.0 / (calls + 1), calls + 1
+
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: now)
+    assert rates.fastest(call, 0.03) == pytest.approx(0.5) and calls == 2
+    calls = 20
+    assert rates.fastest(call, 0.03) == pytest.approx(1 / 23) and calls == 23
+
+
 def test_a_step_pays_for_its_pages() -> None:
     assert Device("here", 1.0, MADE).seconds([of("aten::add")] * 2, fresh=8) == pytest.approx(2 * 2.125 + 2.0)
 
@@ -85,6 +116,7 @@ def test_what_is_measured_is_kept_in_json(monkeypatch: pytest.MonkeyPatch) -> No
     [
         {"half": 1.0, "single": 2.0, "bandwidth": 3.0, "call": 4.0},  # as they once were
         {**MADE._asdict(), "products": {"half": ()}},
+        {**MADE._asdict(), "products": {"half": HALVES, "single": SINGLES}},  # of all layouts in one
         {**MADE._asdict(), "calls": {"forward": 1.0}},
         {**MADE._asdict(), "bandwidth": ((1, "fast"),)},
     ],
