@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import heapq
 from collections.abc import Iterable
+
+_COMPARED = 1_000  # names with one, which takes 0.1 s
+_LONGEST = 200  # characters of a name that is compared
 
 
 class PeftcoreError(ValueError):
@@ -19,6 +23,15 @@ class CheckpointError(PeftcoreError):
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
-    """A hint such as ` (nearest: 'r', 'use_rslora')`, or an empty string where nothing is near."""
-    found = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    """Return a hint such as ` (nearest: 'r', 'use_rslora')`, or an empty string where nothing is near.
+
+    Of very many names, those of other lengths are not compared, and of long ones nothing is said: a file's names may be
+    of any number and length.
+    """
+    if len(name) > _LONGEST:
+        return ""
+    names = [each for each in known if len(each) <= _LONGEST]
+    if len(names) > _COMPARED:
+        names = heapq.nsmallest(_COMPARED, names, key=lambda each: abs(len(each) - len(name)))
+    found = difflib.get_close_matches(name, names, n=n, cutoff=0.5)
     return f" (nearest: {', '.join(map(repr, found))})" if found else ""

@@ -25,6 +25,7 @@ TENSORS = "adapter_model.safetensors"
 JSON_BYTES = 16 << 20
 _HEADER_BYTES = 100_000_000  # safetensors' own limit
 _NAME_LENGTH = 1000
+_NAMES = 200_000  # LoRA of each expert of the largest mixture known has 140,000
 _DIMENSIONS = 16
 _DTYPES = {
     "F64": torch.float64,
@@ -173,6 +174,7 @@ def _header(content: bytearray, file: Path) -> tuple[int, dict[str, Any], dict[s
     begin = 8 + int.from_bytes(content[:8], "little")
     if len(content) < 8 or begin > min(len(content), _HEADER_BYTES) or content[8:9] != b"{":
         raise _wrong(file, content, f"its header would end at byte {begin:,}")
+    _refuse_many(content.count(b'"data_offsets"', 8, begin), file)  # before they take memory
     try:
         header = json.loads(content[8:begin].decode("utf-8"), parse_constant=_no_constant, object_pairs_hook=_distinct)
         metadata = header.pop("__metadata__", {})
@@ -181,7 +183,14 @@ def _header(content: bytearray, file: Path) -> tuple[int, dict[str, Any], dict[s
     except (ValueError, RecursionError) as error:
         what = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise _wrong(file, content, f"its header cannot be read: {what}") from error
+    _refuse_many(len(header), file)  # which names with escapes are counted by
     return begin, header, metadata
+
+
+def _refuse_many(names: int, file: Path) -> None:
+    """Raise a CheckpointError if a header names more tensors than are read."""
+    if names > _NAMES:
+        raise CheckpointError(f"'{file}' holds {names:,} tensors, at most {_NAMES:,} are read")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

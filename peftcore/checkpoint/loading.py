@@ -21,10 +21,12 @@ from peftcore.checkpoint.tensors import fill
 from peftcore.engine.scaling import set_multiplier
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.observation import left_as_it_is
+from peftcore.targets.patterns import limited
 
 Models = TypeVar("Models", bound="nn.Module | Mapping[str, Any]")
 
 
+@limited()
 def load(
     model: Models,
     path: str | os.PathLike[str],
@@ -118,6 +120,7 @@ def _load_all(
             raise
 
 
+@limited()
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
     """Give the applied `adapter` the values that lie in the folder `path`, which must be of the same method."""
     folder = Path(path)

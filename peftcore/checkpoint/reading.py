@@ -16,6 +16,7 @@ from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.method import ForeignFormat, Method
 from peftcore.peft_fields import config_of_fields, guarded, method_of_fields, peft_version, with_own
 from peftcore.registry import Plugin, registry
+from peftcore.targets.patterns import limited
 from peftcore.validation import shown
 
 TOGETHER = "peftcore_together"  # in a file's metadata: which adapters were saved with it
@@ -34,6 +35,7 @@ def name_inside(adapter: str) -> str:
     return "" if adapter == "default" else adapter
 
 
+@limited()
 def read(
     folder: Path, model: nn.Module, method: str | None = None, applied: str | None = None
 ) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:

@@ -102,7 +102,8 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     embeddings = _take_embeddings(model, adapter, tensors, expected, folder)
     kept = _take_kept(model, adapter, tensors)
     extra = [name for name in tensors if name not in expected]
-    repeats = {name for name in extra if name in exported or _is_copy_of_base(model, name, tensors[name])}
+    base = _values_of_base(model) if extra else {}
+    repeats = {name for name in extra if name in exported or _is_copy_of_base(base, name, tensors[name])}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in repeats}
     missing = sorted(expected.keys() - tensors.keys() - _for_training(model, adapter))
     extra = sorted(tensors.keys() - expected.keys())
@@ -219,7 +220,7 @@ def _take_embeddings(
     """Embedding and head that the file brings and that are not the base's, by name there, taken out of `tensors`."""
     entry, base = engine.applied(model, adapter), base_tensors(model)
     rules, owned = registry.method(entry.method).state, TrainedParameters.of(model, adapter)
-    mine = owned.kept if owned is not None else {}
+    mine, values = owned.kept if owned is not None else {}, _values_of_base(model)
     resized: dict[str, Tensor] = {}
     lacking: list[str] = []
     for name in vocabulary.embedding_parameters(model):
@@ -240,7 +241,7 @@ def _take_embeddings(
         if tied is not None and not torch.equal(resized[tied], value):
             raise CheckpointError(f"'{folder}' has two values of '{tied}' and '{name}', which are one parameter here")
         del tensors[on_disk]
-        if tied is None and not _is_copy_of_base(model, on_disk, value):
+        if tied is None and not _is_copy_of_base(values, on_disk, value):
             resized[name] = value
     lacking = [name for name in lacking if all(base[other] is not base[name] for other in resized)]
     if resized and lacking:
@@ -265,14 +266,18 @@ def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> li
     return kept
 
 
-def _is_copy_of_base(model: nn.Module, name: str, tensor: Tensor) -> bool:
-    """PEFT saves the embedding's own weight beside an adapter of it; where it is the base's, nothing is lost."""
-    own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    base = {**dict(model.named_buffers()), **base_tensors(model)}.get(own)
+def _values_of_base(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers and parameters of the base by name."""
+    return {**dict(model.named_buffers()), **base_tensors(model)}
+
+
+def _is_copy_of_base(base: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
+    """Return whether a tensor of a file repeats one of the base, as PEFT's files do with the embedding's weight."""
+    own = base.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
     return (
-        base is not None
-        and base.shape == tensor.shape
-        and torch.equal(ranks.whole(base.detach()).cpu().to(tensor.dtype), tensor)
+        own is not None
+        and own.shape == tensor.shape
+        and torch.equal(ranks.whole(own.detach()).cpu().to(tensor.dtype), tensor)
     )
 
 

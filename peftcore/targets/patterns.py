@@ -9,13 +9,18 @@ pattern that has few ways is given to `re`. Any other is followed on all ways at
 
 which takes (nodes · length) operations on integers, and gives what `re.fullmatch` gives. References back to a group,
 atomic groups and possessive repeats depend on the way that was taken; they are refused where `re` is not bounded.
+
+A config may have thousands of patterns for a model of thousands of modules. `limited` bounds what they take together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
@@ -30,7 +35,11 @@ except ImportError:  # Python 3.10
 
 _LENGTH = 100_000  # of a pattern: the names of all modules of a large model, one after the other
 _WAYS = 1 << 17  # that `re` may have to try on a path of 64 characters
-_STEPS = 1_000_000  # on one path
+_STEPS = 200_000  # on one path
+_STEPS_BETWEEN_CHECKS = 1_000
+_SECONDS = 10.0  # of processor time for the patterns of one load; usual patterns of a large model take 0.3
+_PATTERNS = 2_000  # different ones in one load
+_CHARACTERS = 500_000  # of all patterns of one load: to parse them takes 3 s, and a hundred times their size
 _ONE_CHARACTER = {_constants.LITERAL, _constants.NOT_LITERAL, _constants.ANY, _constants.IN}
 _REPEATS = {_constants.MAX_REPEAT, _constants.MIN_REPEAT}
 _ASSERTIONS = {_constants.ASSERT, _constants.ASSERT_NOT}
@@ -39,25 +48,97 @@ _SCOPED = re.IGNORECASE | re.DOTALL | re.ASCII | re.MULTILINE
 FullMatch = Callable[[str], bool]
 
 
+class _Budget:
+    """What the patterns of one load may take together: processor time, their number and their length."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.characters = 0
+        self.patterns = set[str]()
+
+    def take(self, pattern: str) -> None:
+        """Count a pattern. Raise a PeftcoreError if there are too many."""
+        if pattern in self.patterns:
+            return
+        self.patterns.add(pattern)
+        self.characters += len(pattern)
+        if len(self.patterns) > _PATTERNS or self.characters > _CHARACTERS:
+            raise PeftcoreError(
+                f"the config has more than {_PATTERNS:,} regular expressions, or {_CHARACTERS:,} characters of them. "
+                "Name modules by their paths"
+            )
+
+    @contextlib.contextmanager
+    def spending(self, pattern: str) -> Iterator[None]:
+        """Count the time of the block. Raise a PeftcoreError if all blocks together took too long."""
+        began = time.thread_time()
+        yield
+        self.seconds += time.thread_time() - began
+        self.check(pattern)
+
+    def check(self, pattern: str, since: float = 0.0) -> None:
+        """Raise a PeftcoreError if the time is spent, with the `since` seconds that are not counted yet."""
+        if self.seconds + since > _SECONDS:
+            raise PeftcoreError(
+                f"the patterns of the config take more than {_SECONDS:g} s to match, the last of them "
+                f"{_short(pattern)}. Write them more simply"
+            )
+
+
+_BUDGET: ContextVar[_Budget | None] = ContextVar("peftcore_patterns", default=None)
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Bound the time that all patterns take together that are compiled within the block; blocks inside belong to it.
+
+    Raises:
+        PeftcoreError: in the block, where they take too long or are too many.
+    """
+    if _BUDGET.get() is not None:
+        yield
+        return
+    token = _BUDGET.set(_Budget())
+    try:
+        yield
+    finally:
+        _BUDGET.reset(token)
+
+
 def compiled(pattern: str, field: str) -> FullMatch:
-    """`re.compile(pattern).fullmatch` as a yes or no, in bounded time.
+    """Return `re.compile(pattern).fullmatch` as a yes or no, in bounded time.
 
     Args:
+        pattern: a regular expression, which may come from a stranger's file.
         field: of the config, for messages.
 
     Raises:
-        PeftcoreError: it is no regular expression, or none that can be matched in bounded time.
+        PeftcoreError: `pattern` is not a regular expression, or cannot be matched in bounded time.
     """
+    budget = _BUDGET.get() or _Budget()
+    budget.take(pattern)
     try:
-        return full_match(pattern)
+        with budget.spending(pattern):
+            matches = full_match(pattern)
+    except PeftcoreError:
+        raise
     except (re.error, RecursionError, OverflowError, ValueError) as error:
         what = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise PeftcoreError(f"{field}={_short(pattern)} is no regular expression that can be used: {what}") from None
 
+    def counted(text: str) -> bool:
+        began = time.thread_time()
+        found = matches(text, budget)
+        budget.seconds += time.thread_time() - began
+        budget.check(pattern)
+        return found
 
-@lru_cache(maxsize=16384)
-def full_match(pattern: str) -> FullMatch:
-    """Does a text match as a whole? Raises what Python's parser of patterns raises, and ValueError."""
+    return counted
+
+
+@lru_cache(maxsize=1024)
+def full_match(pattern: str) -> Callable[[str, _Budget], bool]:
+    """Return whether a text matches as a whole. Raise what Python's parser of patterns raises, and ValueError."""
     if len(pattern) > _LENGTH:
         raise ValueError(f"it has {len(pattern):,} characters, at most {_LENGTH:,} are read")
     with warnings.catch_warnings():
@@ -65,10 +146,10 @@ def full_match(pattern: str) -> FullMatch:
         parsed = _parser.parse(pattern)
         if _ways(parsed) <= _WAYS:
             regex = re.compile(pattern)
-            return lambda text: regex.fullmatch(text) is not None
+            return lambda text, _: regex.fullmatch(text) is not None
     flags = parsed.state.flags
     _refuse_unknown(parsed)
-    return lambda text: _Search(text, parsed.state, pattern).full(parsed, flags)
+    return lambda text, budget: _Search(text, parsed.state, pattern, budget).full(parsed, flags)
 
 
 def _ways(items: Iterable[Any]) -> float:
@@ -114,8 +195,9 @@ def _refuse_unknown(items: Iterable[Any]) -> None:
 class _Search:
     """All ways through a pattern at once, on one text."""
 
-    def __init__(self, text: str, state: Any, pattern: str) -> None:
-        self.text, self.state, self.pattern = text, state, pattern
+    def __init__(self, text: str, state: Any, pattern: str, budget: _Budget) -> None:
+        self.text, self.state, self.pattern, self.budget = text, state, pattern, budget
+        self.began = time.thread_time()
         self.everywhere = (1 << len(text) + 1) - 1
         self.steps = 0
         self.found: dict[tuple[Any, Any, int], int] = {}
@@ -129,6 +211,8 @@ class _Search:
             self.steps += 1
             if self.steps > _STEPS:
                 raise PeftcoreError(f"the pattern {_short(self.pattern)} takes too many steps. Write it more simply")
+            if self.steps % _STEPS_BETWEEN_CHECKS == 0:
+                self.budget.check(self.pattern, time.thread_time() - self.began)
             if not at:
                 return 0
             if op in _ONE_CHARACTER:

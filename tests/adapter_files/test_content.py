@@ -141,3 +141,22 @@ def test_kinds_of_files(tmp_path: Path) -> None:
     assert content.read_bytes(tmp_path / "to file") == b"abc"
     with pytest.raises(CheckpointError, match="has 3 bytes, at most 2 are read"):
         content.read_bytes(tmp_path / "file", 2)
+
+
+def test_a_header_of_very_many_names_is_refused_before_it_takes_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = {f"layers.{i}.lora_A": entry(place=(4 * i, 4 * i + 4)) for i in range(50)}
+    assert len(content.parse_tensors(file_of(header, bytes(200)), Path("x"))[0]) == 50
+    monkeypatch.setattr(content, "_NAMES", 40)
+    with pytest.raises(CheckpointError, match="'x' holds 50 tensors, at most 40 are read"):
+        content.parse_tensors(file_of(header, bytes(200)), Path("x"))
+    escaped = json.dumps(header).replace("data_offsets", "data\\u005foffsets")
+    with pytest.raises(CheckpointError, match="'x' holds 50 tensors, at most 40 are read"):
+        content.parse_tensors(file_of(escaped, bytes(200)), Path("x"))
+
+
+def test_the_limit_of_names_holds_for_whole_files() -> None:
+    text = b'{"x": {"data_offsets"' + b'"data_offsets"' * 250_000 + b"}"
+    began = time.process_time()
+    with pytest.raises(CheckpointError, match=r"holds 250,001 tensors, at most 200,000 are read"):
+        content.parse_tensors(bytearray(len(text).to_bytes(8, "little") + text), Path("x"))
+    assert time.process_time() - began < 0.5

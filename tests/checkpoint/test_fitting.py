@@ -1,8 +1,15 @@
 """What a file's config would place is made on the meta device, without values; what is not there has its own."""
 
+import time
+from pathlib import Path
+
+import pytest
+import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+import peftcore
 from peftcore.checkpoint.fitting import Unfilled
 
 
@@ -16,3 +23,18 @@ def test_only_what_is_on_the_meta_device_stays_without_values() -> None:
     assert all(tensor.is_meta for tensor in meta) and meta[1].requires_grad
     assert zeros.tolist() == [0, 0, 0] and ones.tolist() == 2 * [3 * [1]] and inside.sum() == 5
     assert drawn.max() < 1
+
+
+def test_thousands_of_tensors_without_a_place_take_time_by_their_number_alone(tmp_path: Path) -> None:
+    model = peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"], r=2)
+    peftcore.save(model, tmp_path)
+    (tmp_path / "peftcore_manifest.json").unlink()
+    file = tmp_path / "adapter_model.safetensors"
+    more = {f"base_model.model.layers.{i}.q_proj.lora_A.weight": torch.ones(1) for i in range(5_000)}
+    save_file({**load_file(file), **more}, file, {"format": "pt"})
+    model = tiny.llama()
+    began = time.process_time()
+    message = r"5000 tensors have no place, such as 'base_model\.model\.layers"
+    with pytest.raises(peftcore.CheckpointError, match=message):
+        peftcore.load(model, tmp_path)
+    assert time.process_time() - began < 1.5

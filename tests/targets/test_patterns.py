@@ -1,5 +1,6 @@
 """Patterns give what `re.fullmatch` gives, in bounded time."""
 
+import ast
 import re
 import time
 
@@ -7,8 +8,10 @@ import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
+from imports import ROOT
 
 import peftcore
+from peftcore import targets
 from peftcore.targets import patterns
 
 PATHS = [
@@ -40,7 +43,8 @@ def bounded(pattern: str):
     """The pattern, followed on all ways at once whether it must be or not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(patterns, "_WAYS", -1)
-        return patterns.full_match.__wrapped__(pattern)
+        patch.setattr(patterns, "full_match", patterns.full_match.__wrapped__)
+        return patterns.compiled(pattern, "target_modules")
 
 
 @pytest.mark.parametrize("pattern", USUAL)
@@ -106,3 +110,98 @@ def test_every_field_of_a_config_is_bounded(field: str, pattern: str) -> None:
 def test_what_cannot_be_used_is_refused(pattern: str, message: str) -> None:
     with pytest.raises(peftcore.PeftcoreError, match=message):
         patterns.compiled(pattern, "target_modules")
+
+
+def test_the_patterns_of_one_load_share_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One is fast enough; many together are refused, whether followed here or given to `re`."""
+    monkeypatch.setattr(patterns, "_SECONDS", 0.02)
+    slow = ["(?:m|[lm])?" * 40 + f"X{number}" for number in range(500)]
+    usual = [rf"(.*\.)?(q|v)_proj{number}" for number in range(20)]
+    assert not any(patterns.compiled(pattern, "rank_pattern")(PATHS[2]) for pattern in slow[:5])
+    with patterns.limited():
+        assert not any(patterns.compiled(pattern, "rank_pattern")(path) for pattern in usual for path in PATHS)
+    message = r"take more than 0\.02 s to match, the last of them '\(\?:m"
+    with pytest.raises(peftcore.PeftcoreError, match=message), patterns.limited():
+        for pattern in slow:
+            patterns.compiled(pattern, "rank_pattern")(PATHS[2])
+
+
+def test_a_single_pattern_has_a_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "_SECONDS", 0.0)
+    monkeypatch.setattr(patterns, "_STEPS_BETWEEN_CHECKS", 10)
+    with pytest.raises(peftcore.PeftcoreError, match="Write them more simply"):
+        patterns.compiled("(?:(?:.*a)*b)*X", "target_modules")("ab" * 40)
+
+
+@pytest.mark.parametrize("many", [[f"{i}(a|b)" for i in range(3000)], [f"{i}{'x' * 9_000}" for i in range(60)]])
+def test_the_patterns_of_one_load_are_counted(many: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "full_match", lambda pattern: pattern)  # which takes a while
+    message = r"more than 2,000 regular expressions, or 500,000 characters"
+    with patterns.limited(), pytest.raises(peftcore.PeftcoreError, match=message):
+        for pattern in many:
+            patterns.compiled(pattern, "rank_pattern")
+
+
+def test_a_pattern_with_thousands_of_expressions_is_refused() -> None:
+    traps = {f"([a-z_.0-9]+)+X{i}": 4 for i in range(3000)}
+    with pytest.raises(peftcore.PeftcoreError, match=r"3,000 regular expressions, at most 1,000 are read"):
+        targets.pattern_value(traps, PATHS[2], 8)
+
+
+def test_a_pattern_with_thousands_of_names_takes_time_by_module_alone() -> None:
+    paths = [f"model.layers.{i}.self_attn.{name}_proj" for i in range(5_000) for name in "qkvo"]
+    values = {path: i for i, path in enumerate(paths)}
+    assert targets.pattern_value(values, paths[0], None) == 0
+    began = time.process_time()
+    assert [targets.pattern_value(values, path, None) for path in paths[-500:]] == list(range(19_500, 20_000))
+    assert time.process_time() - began < 1.5  # 1.2 million comparisons took 10 s
+
+
+_KEYS = st.sampled_from(["a", "b.a", "b_a", "b.b.a", "bxa", ".a", "a.", "b.(a|b)", ".*a", "..", "b.."])
+
+
+@given(
+    st.lists(_KEYS, max_size=5, unique=True), st.sampled_from(["a", "b.a", "b_a", "c.b.a", "cb.a", "b.a.a", "x.bxa"])
+)
+def test_the_first_key_that_matches_counts(keys: list[str], path: str) -> None:
+    matched = [key for key in keys if re.fullmatch(rf"(?:.*\.)?(?:{key})", path)]
+    assert targets.pattern_value({key: key for key in keys}, path, None) == (matched[0] if matched else None)
+    assert targets.matched_keys(keys, [path]) == set(matched)
+
+
+# How many calls of `re` have a pattern that is not a constant. All are made of peftcore's own words.
+_OWN_WORDS = {
+    "peftcore/targets/patterns.py": 1,  # the bounded matcher itself
+    "peftcore/adapter_files/saving.py": 1,  # names of files
+    "plugins/peftcore-lora/peftcore_lora/per_expert.py": 2,  # parts of experts, names of blocks in transformers
+    "plugins/peftcore-lora/peftcore_lora/pipelines/diffusers_file.py": 1,  # parts of a pipeline
+    "plugins/peftcore-reft/peftcore_reft.py": 1,  # the index of a layer
+}
+_OF_RE = {"compile", "match", "fullmatch", "search", "sub", "subn", "split", "findall", "finditer"}
+
+
+def _patterns_that_are_not_constant(code: str) -> int:
+    count = 0
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            module, names = getattr(node, "module", None), {alias.name for alias in node.names}
+            assert module != "re" or names == {"_compiler", "_constants", "_parser"}, f"from re import {names}"
+            assert not {module, *names} & {"regex", "fnmatch"}, f"import {names}"
+            assert all(alias.asname is None for alias in node.names if alias.name == "re"), "re has one name"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _OF_RE:
+            is_of_re = isinstance(node.func.value, ast.Name) and node.func.value.id == "re"
+            count += is_of_re and not isinstance(node.args[0], ast.Constant)
+    return count
+
+
+def test_no_other_code_matches_patterns_that_may_be_a_strangers() -> None:
+    found = {}
+    for file in [
+        *ROOT.glob("peftcore/**/*.py"),
+        *ROOT.glob("plugins/*/*.py"),
+        *ROOT.glob("plugins/*/peftcore_*/**/*.py"),
+    ]:
+        code = file.read_text(encoding="utf-8")
+        if re.search(r"\bre\b|regex|fnmatch", code) and (count := _patterns_that_are_not_constant(code)):
+            found[file.relative_to(ROOT).as_posix()] = count
+    assert found == _OWN_WORDS, "match with peftcore.targets, which takes bounded time"

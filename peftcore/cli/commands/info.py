@@ -80,14 +80,18 @@ def of_experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple
     from peftcore.targets import pattern_value
 
     given = fields.get("target_parameters")
-    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    by_module: dict[str, list[str]] = {}
+    for name in given if isinstance(given, list) else ():
+        if isinstance(name, str):
+            by_module.setdefault(name.rpartition(".")[0], []).append(name)
     counts: set[int] = set()
     modules: set[str] = set()
     held = 0
     for key, tensor in tensors.items():
         whole = key.removeprefix("base_model.model.").removesuffix(".weight").replace(".base_layer", "")
         path, _, part = whole.rpartition(".")
-        inside = [name for name in names if f".{path}".endswith("." + name.rpartition(".")[0])]
+        words = path.split(".")
+        inside = [name for i in range(len(words)) for name in by_module.get(".".join(words[i:]), ())]
         if not inside:
             continue
         modules.add(path)

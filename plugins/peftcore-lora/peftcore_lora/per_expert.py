@@ -56,9 +56,12 @@ def read(
     """(tensors, fields) in PEFT's layout for fused experts, of a file that has them one by one."""
     found: dict[str, dict[tuple[str, int, str], Tensor]] = {}
     others: dict[str, Tensor] = {}
+    paths: dict[str, str | None] = {}
     for name, tensor in tensors.items():
         match = NAME.fullmatch(name)
-        path = _fused(model, match[1]) if match else None
+        if match and match[1] not in paths:
+            paths[match[1]] = _fused(model, match[1])
+        path = paths[match[1]] if match else None
         if match is None or path is None:
             others[name] = tensor
             continue
@@ -78,7 +81,7 @@ def read(
             others[f"{stem}.lora_B.weight"] = pair.b.permute(1, 2, 0).flatten(1)
             ranks[f"{path}.{name}"], alphas[f"{path}.{name}"] = pair.r, pair.alpha
     chosen = fields.get("target_modules") or []
-    if isinstance(chosen, str) and not any(re.fullmatch(chosen, path) for path, _ in targets.base_modules(model)):
+    if isinstance(chosen, str) and not any(targets.match_counts(model, chosen).values()):
         chosen = []
     return others, {
         **fields,
@@ -257,8 +260,5 @@ def _known(model: nn.Module, patterns: Mapping[str, Any] | None, layers: bool = 
     """The entries of a pattern that mean something in the model, or layers alone."""
     names = [path for path, module in targets.base_modules(model) if is_adaptable(module) or not layers]
     names += [] if layers else [name for name, _ in targets.base_parameters(model)]
-    return {
-        key: value
-        for key, value in (patterns or {}).items()
-        if any(targets.pattern_value({key: value}, name, None) is not None for name in names)
-    }
+    known = targets.matched_keys(patterns or {}, names)
+    return {key: value for key, value in (patterns or {}).items() if key in known and value is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,22 @@ def test_without_loss(family: str, fields: dict[str, object], tmp_path: Path) ->
         assert getattr(config_of(again), name) == getattr(config_of(model), name)
     peftcore.save(again, tmp_path / "peft")
     assert torch.equal(logits(peftcore.load(mixture(family), tmp_path / "peft")), logits(model))
+
+
+TRAPS = [r"([a-z_.0-9]+)+X", r".*.*.*.*.*.*.*.*.*.*.*.*X", r"(a|[ab]|\w|.)*X"]
+
+
+@pytest.mark.filterwarnings("ignore:Hugging Face PEFT cannot read this file")
+@pytest.mark.parametrize("trap", TRAPS)
+def test_a_pattern_that_takes_re_forever_is_matched_in_bounded_time(trap: str, tmp_path: Path) -> None:
+    model = written("mixtral", tmp_path, target_modules=["experts"])
+    (tmp_path / "peftcore_manifest.json").unlink()
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "target_modules": trap}))
+    again = mixture("mixtral")
+    began = time.process_time()
+    assert torch.equal(logits(peftcore.load(again, tmp_path)), logits(model))
+    assert time.process_time() - began < 2
 
 
 def plain(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

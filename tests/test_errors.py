@@ -1,0 +1,21 @@
+"""The name that was meant is searched for in bounded time, however many names a file holds."""
+
+from __future__ import annotations
+
+import time
+
+from peftcore.errors import nearest
+
+
+def test_the_nearest_names_are_found() -> None:
+    assert nearest("q_prj", ["q_proj", "k_proj", "down"]) == " (nearest: 'q_proj', 'k_proj')"
+    assert nearest("q_prj", ["mlp"]) == ""
+
+
+def test_very_many_and_very_long_names_take_no_time() -> None:
+    many = [f"base_model.model.layers.{i}.self_attn.q_proj.lora_A.weight" for i in range(100_000)]
+    long = ["ab" * 50_000, *(f"{i}" + "ba" * 50_000 for i in range(50))]
+    began = time.process_time()
+    assert "self_attn.q_proj.lora_A.weight" in nearest("base_model.model.layers.7.self_attn.q_prj.lora_A.weight", many)
+    assert nearest("ba" * 50_000, long) == "" and nearest("ba", long) == ""
+    assert time.process_time() - began < 1.5
