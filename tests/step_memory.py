@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -62,9 +63,24 @@ def allocated(model: nn.Module, step: Step) -> int:
     for _ in range(2 if step.ranks > 1 else 1):  # DDP makes its buckets anew in the second
         train()
     gc.collect()
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+    with without_onednn(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         train()
     return most_of(profile)
+
+
+@contextmanager
+def without_onednn() -> Iterator[None]:
+    """Within the block PyTorch multiplies without oneDNN.
+
+    What oneDNN takes inside a product in 16 bits depends on the processor: nothing with AVX2, and with bf16
+    instructions more than a tiny product's result. The profiler reports it, and it belongs to no tensor.
+    """
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)  # mkldnn.flags(enabled=False) sets TF32 as well, with a warning
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 def spread(model: nn.Module, step: Step) -> nn.Module:
@@ -124,5 +140,6 @@ class Watch(TrainerCallback):
 def allocated_by(make: Callable[[TrainerCallback], Any], steps: int = 3) -> int:
     """What the last of a trainer's steps takes above what there was before it."""
     watch = Watch(steps)
-    make(watch).train()
+    with without_onednn():
+        make(watch).train()
     return watch.most

@@ -15,6 +15,7 @@ from peftcore.adaptation.class_swap import original_forward
 from peftcore.engine import after_step, extra_loss, state_of
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import NODES_GONE, STEPS, Following, NotFollowed
+from peftcore.estimating.kernels import kernels_of_cpu
 from peftcore.estimating.losses import Own, loss_of, rows_of, tiles_in_place
 from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
 from peftcore.estimating.processes import GRADIENTS, Alone, processes_of
@@ -108,8 +109,7 @@ def follow(following: Following, model: nn.Module, step: Step, *, on_card: bool)
         stack.enter_context(asked_of_cpu())
         if step.mixed_precision is not None:
             stack.enter_context(on_meta(on_card))
-        if on_card:
-            stack.enter_context(tiles_in_place())
+        stack.enter_context(tiles_in_place() if on_card else kernels_of_cpu())
         _follow(following, inputs, loss, processes, optimizer, step)
 
 

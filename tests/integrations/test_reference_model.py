@@ -168,7 +168,9 @@ def test_experts(quantize: bool, tokenizer: Any, tmp_path: Path) -> None:
     run = trainer("DPO", found, tokenizer, tmp_path)
     run.train()
     first, second, *_ = run.state.log_history
-    assert first["rewards/margins"] == 0 != second["rewards/margins"]
+    # Layers with adapters that add 0 use other kernels than layers without: log-probabilities near 24 differ by units
+    # in the last place (1.9e-6), of which a margin is 0.1 (beta). A step of training changes it by 1.
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5) != second["rewards/margins"]
     assert first["loss"] == pytest.approx(math.log(2) + 0.001 * first["aux_loss"], abs=1e-5)  # which balances experts
     assert not torch.equal(logits(found), before)
     torch.testing.assert_close(logits(run.ref_model), before)
