@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftcore.estimating.libraries import OUTER, PLAIN, TRANSPOSED
+from peftcore.ops.probes import over_dense
 
 if TYPE_CHECKING:
     from peftcore.estimating.following import Operation
@@ -175,15 +176,9 @@ def _product(narrow: int, layout: str, dtype: torch.dtype) -> float:
 
 
 def _dense(dtype: torch.dtype) -> tuple[float, float]:
-    """Operations a second of x Wᵀ and of dy W, with a low-rank product beside them that is too small to count."""
-    x, weight = torch.ones(_ROWS, _INNER, dtype=dtype), torch.ones(_INNER, _INNER, dtype=dtype)
-    a, b = torch.ones(1, _INNER), torch.ones(_INNER, 1)
-    y, s = ours.lora_linear(x, [weight], [], None, a, b, 1.0)
-    forward = fastest(lambda: ours.lora_linear(x, [weight], [], None, a, b, 1.0))
-    needs = (True, False, False)
-    backward = fastest(lambda: ours.lora_linear_backward(y, x, s, [weight], [], a, b, needs, 1.0))
-    flops = 2 * _ROWS * _INNER**2
-    return flops / forward, flops / backward
+    """Operations a second of x Wᵀ and of dy W, by peftcore's operators over a dense weight."""
+    forward, backward = (2 * _ROWS * _INNER**2 / fastest(call) for call in over_dense(_ROWS, _INNER, dtype))
+    return forward, backward
 
 
 def _packed(dtype: torch.dtype) -> tuple[float, float]:

@@ -1,0 +1,24 @@
+"""Calls of operators whose time tells how fast a processor multiplies in them; `estimating.rates` takes the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+_OPS = torch.ops.peftcore
+
+
+def over_dense(rows: int, size: int, dtype: torch.dtype) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Return calls of x Wᵀ and of dy W with a dense frozen W `[size, size]`, x and dy `[rows, size]`.
+
+    Both are those of a linear layer with an adapter, whose low-rank product is of rank 1: too small to count.
+    """
+    x, weight = torch.ones(rows, size, dtype=dtype), [torch.ones(size, size, dtype=dtype)]
+    a, b = torch.ones(1, size), torch.ones(size, 1)
+    y, s = _OPS.lora_linear(x, weight, [], None, a, b, 1.0)
+    needs = (True, False, False)
+    return (
+        lambda: _OPS.lora_linear(x, weight, [], None, a, b, 1.0),
+        lambda: _OPS.lora_linear_backward(y, x, s, weight, [], a, b, needs, 1.0),
+    )
