@@ -41,6 +41,12 @@ def warn(message: str) -> None:
         err.print(Text(f"warning: {message}", style="yellow"), soft_wrap=True)
 
 
+def note(message: str) -> None:
+    """Print a remark to standard error, where it is in no answer's way."""
+    if not out.quiet:
+        err.print(Text(message, style="dim"), soft_wrap=True)
+
+
 def fail(message: str) -> NoReturn:
     """Print an error to standard error and end the command with status 1."""
     err.print(Text(f"{_speaker}error: {message}", style="bold red"), soft_wrap=True)

@@ -10,7 +10,7 @@ import torch
 
 import peftcore
 from peftcore import ranks
-from peftcore.cli import data, models, torchrun
+from peftcore.cli import data, dtype_choice, models, torchrun
 from peftcore.cli import precision as precisions
 from peftcore.cli.console import say
 from peftcore.cli.options import FULL
@@ -30,6 +30,7 @@ class Forecast:
         before: what the process had, with its libraries, when it was made.
         room: bytes that were free then.
         together: processes of the run that take of this room.
+        lighter: options that need less, beside those of every run.
     """
 
     estimate: peftcore.Estimate
@@ -37,6 +38,7 @@ class Forecast:
     room: float
     on_card: bool = False
     together: int = 1
+    lighter: tuple[str, ...] = ()
 
     @property
     def needed(self) -> float:
@@ -79,10 +81,12 @@ def how(task: str, precision: str, parallel: str | None, processes: int) -> dict
     }
 
 
-def dtype_of_base(precision: str, dtype: str, device: str) -> torch.dtype:
-    """What a base has on this machine (`cpu`), or on a card of the table, by the options of those names."""
-    found = precisions.base_dtype(precision, dtype)
-    return models.torch_dtype("bf16" if found == "auto" and device != "cpu" else found, "cpu")
+def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dtype:
+    """Return a base's dtype on this machine (`cpu`), or on a card of the table, which it has bf16 for auto."""
+    if settings.device != "cpu":
+        found = precisions.base_dtype(settings.precision, settings.dtype)
+        return models.torch_dtype("bf16" if found == "auto" else found, "cpu")
+    return models.torch_dtype(dtype_choice.of_run(settings, labels).say(), "cpu")
 
 
 def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Forecast | None:
@@ -131,6 +135,7 @@ def refuse_if_too_large(found: Forecast, settings: Settings) -> None:
         *(["--batch-size 1 --grad-accum " + str(settings.batch_size)] if settings.batch_size > 1 else []),
         *(["--gradient-checkpointing"] if not settings.gradient_checkpointing else []),
         *(["--optim paged_adamw_8bit"] if not settings.optim.startswith("paged") else []),
+        *found.lighter,
     ]
     raise PeftcoreError(
         f"this run needs about {gigabytes(found.needed)}, and {gigabytes(found.room)} are free. Less would be needed "
@@ -165,7 +170,7 @@ def _fitted(settings: Settings) -> Settings:
         raise PeftcoreError(f"--fit cannot choose: {why}")
     if settings.optim != PLAIN:
         raise PeftcoreError(f"--fit chooses the optimizer, of {PLAIN} and {PAGED}: leave out --optim {settings.optim}")
-    dtype = precisions.base_dtype(settings.precision, settings.dtype)
+    dtype = dtype_choice.of_run(settings, ()).dtype  # `train` says it
     (way,) = peftcore.fit(
         models.load_config(settings.model, settings.task),
         methods=[settings.method],

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from peftcore.cli import data
-from peftcore.cli.console import require, warn
+from peftcore.cli.console import note, require, warn
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.validation import check_types
 
@@ -36,6 +37,7 @@ class AdapterTask:
     chat: bool | None = None  # was it trained on conversations? None: not known
     chat_template: str | None = None  # where it is not the tokenizer's own
     beta: float | None = None  # of preferences, where it is not the default
+    dtype: str | None = None  # of the base in training
 
     def write(self, folder: Path) -> None:
         """Write it into the adapter's folder."""
@@ -61,9 +63,8 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         stored = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
         # A file without `chat` is of before there were conversations.
         chat, template = stored.get("chat", False), stored.get("chat_template")
-        task = AdapterTask(
-            stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, stored.get("beta")
-        )
+        beta, dtype = stored.get("beta"), stored.get("dtype")
+        task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, beta, dtype)
         if type(stored["labels"]) is not list:
             raise TypeError(f"labels={stored['labels']!r} is no list")
         if task.task not in data.TASKS:
@@ -96,8 +97,8 @@ def resolve(model: str) -> str:
     Raises:
         PeftcoreError: it is a path, and nothing lies there.
     """
-    path = Path(model).expanduser()
-    if path.exists():
+    path = Path(os.path.expanduser(model))
+    if os.path.exists(path):
         return str(path.resolve())
     if model.startswith((".", "/", "~")) or path.suffix == ".gguf" or model.count("/") > 1:
         raise PeftcoreError(f"there is no model at '{model}'. A hub id has the form NAME or OWNER/NAME")
@@ -106,7 +107,7 @@ def resolve(model: str) -> str:
 
 def has_tokenizer(folder: Path) -> bool:
     """Does one lie beside the adapter? Trainers put theirs there, which may have tokens that the base's has not."""
-    return (folder / "tokenizer_config.json").exists()
+    return os.path.exists(folder / "tokenizer_config.json")
 
 
 def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokenizerBase:
@@ -152,8 +153,34 @@ def load_model(
         loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
     if is_gguf and packing is not None:
         quantization.quantize(loaded, **packing)
+    if packing is None and options["dtype"].itemsize == 4:
+        _compute_in_fp32(loaded, device)
     _set_padding(loaded, model)
     return loaded.to(torch_device(device)).eval()
+
+
+def _compute_in_fp32(loaded: PreTrainedModel, device: str) -> None:
+    """Let what a checkpoint has in 4 bits compute in fp32 where this processor multiplies the named 16 bits slowly.
+
+    Such a checkpoint names a dtype of computation, which is that of the card for which it was made; bitsandbytes'
+    layers and ours keep it as `compute_dtype`.
+    """
+    import torch
+
+    from peftcore.estimating import dtype_rates
+
+    if torch_device(device).type != "cpu":
+        return
+    packed = [module for module in loaded.modules() if isinstance(vars(module).get("compute_dtype"), torch.dtype)]
+    for name in ("bf16", "fp16"):
+        found: list[Any] = [module for module in packed if module.compute_dtype == dtype_rates.DTYPES[name]]
+        if found and not (rates := dtype_rates.here()).is_fast(name):
+            note(
+                f"4-bit weights are multiplied in fp32, not in {name} as the checkpoint says: "
+                f"PyTorch multiplies {name} {rates.sentence(name)}"
+            )
+            for module in found:
+                module.compute_dtype = torch.float32
 
 
 def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrainedModel:
@@ -282,8 +309,8 @@ def merge_adapter(
 def adapter_folder(folder: Path) -> Path:
     """The adapter's folder, where `folder` may be that of the run that made it."""
     inside = folder / "adapter"
-    is_run = not (folder / "adapter_config.json").exists() and (inside / "adapter_config.json").exists()
-    return inside if is_run else folder
+    here, there = (os.path.exists(each / "adapter_config.json") for each in (folder, inside))
+    return inside if there and not here else folder
 
 
 def torch_device(device: str) -> torch.device:
@@ -302,7 +329,7 @@ def torch_device(device: str) -> torch.device:
 
 
 def torch_dtype(dtype: str, device: str) -> torch.dtype:
-    """`auto` is bf16 on a CUDA device that has it, else fp32."""
+    """`auto` is bf16 on a CUDA device that has it, else fp32. Which dtype is fast on a CPU: `dtype_choice`."""
     import torch
 
     if dtype not in DTYPES:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,7 +92,16 @@ Fields = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="A field of the method's config, such as r=16. Repeatable."),
 ]
-Dtype = Annotated[str, typer.Option(help="Of the base: fp32, bf16, or auto (bf16 on a GPU that has it, else fp32).")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Base dtype: fp32, bf16, or auto: bf16 on a GPU that has it; on a CPU the checkpoint's, or fp32 where the "
+        "CPU multiplies that slowly."
+    ),
+]
+WrittenDtype = Annotated[
+    str, typer.Option(help="Base dtype: fp32, bf16, or auto (bf16 on a GPU that has it, else fp32).")
+]
 Precision = Annotated[
     str,
     typer.Option(help="Of training: auto (as the base's dtype), fp32, or bf16 or fp16 (mixed, beside a base in fp32)."),
@@ -142,5 +152,5 @@ def absolute(path: str) -> str:
     """A path as it is found from any folder; what is none (a hub's id, `chatml`) as it is."""
     if "{" in path:  # the text of a template
         return path
-    where = Path(path).expanduser()
-    return str(where.resolve()) if where.exists() else path
+    where = Path(os.path.expanduser(path))
+    return str(where.resolve()) if os.path.exists(where) else path

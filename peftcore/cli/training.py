@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from peftcore.cli import (
     continuing,
     conversations,
     data,
+    dtype_choice,
     models,
     packing,
     precision,
@@ -163,8 +164,12 @@ def run(
     is_dpo = settings.task == data.PREFERENCES
     sizes = preferences.lengths(rows) if is_dpo else [len(each["input_ids"]) for each in rows]
     longest = max(sizes)
+    base_in = dtype_choice.of_run(settings, labels)
+    settings = replace(settings, dtype=base_in.say())
     predicted = forecasts.forecast(settings, longest, labels)
     if predicted is not None:
+        if base_in.instead_of == "bf16":
+            predicted = replace(predicted, lighter=("--dtype bf16",))
         say(str(predicted))
         if not force:
             said = predicted  # of several processes the first one decides, since what is free changes
@@ -174,9 +179,8 @@ def run(
         packed = models.packing_by(settings.method, settings.fields, settings.model, settings.task, labels)
     set_seed(settings.seed)  # also draws a classifier's new head
     say(f"loading {settings.model} for {settings.task}")
-    dtype = precision.base_dtype(settings.precision, settings.dtype)
     model = models.load_model(
-        settings.model, settings.task, dtype=dtype, device=settings.device, labels=labels, quantize=packed
+        settings.model, settings.task, dtype=settings.dtype, device=settings.device, labels=labels, quantize=packed
     )
     if settings.pack:
         packing.check(model, train, type(model).__name__)
@@ -254,7 +258,9 @@ def run(
     else:
         peftcore.save(model, adapter)
         template = tokenizer.chat_template if is_chat and settings.chat_template else None
-        made_for = AdapterTask(settings.task, settings.max_length, labels, is_chat, template, settings.beta)
+        made_for = AdapterTask(
+            settings.task, settings.max_length, labels, is_chat, template, settings.beta, settings.dtype
+        )
 
         def write_beside() -> None:
             made_for.write(adapter)

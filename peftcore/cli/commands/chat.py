@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,7 +50,7 @@ def chat(
 
     Several adapters of one base may be loaded, and answer in turn: /use NAME.
     """
-    from peftcore.cli import data, models
+    from peftcore.cli import data, dtype_choice, models
 
     folders = _named(adapter or [])
     if not folders and model is None:
@@ -67,6 +68,8 @@ def chat(
             "--model MODEL"
         )
     base = models.resolve(str(base))
+    wide = any(task.dtype == "fp32" for task in about.values())
+    dtype = dtype_choice.of_base(base, data.LANGUAGE_MODEL, dtype, device, (), "fp32" if wide else None).say()
     loaded = models.load_model(base, data.LANGUAGE_MODEL, dtype=dtype, device=device, quantize=quantize)
     grown = _fit_vocabulary(loaded, folders)
     for name, folder in folders.items():
@@ -193,8 +196,9 @@ def _named(texts: list[str]) -> dict[str, Path]:
     folders: dict[str, Path] = {}
     for text in texts:
         name, equals, path = text.partition("=")
-        where = Path(path if equals and not Path(text).exists() else text)
-        name = name if equals and not Path(text).exists() else where.resolve().name
+        is_named = bool(equals) and not os.path.exists(text)
+        where = Path(path if is_named else text)
+        name = name if is_named else where.resolve().name
         if name in folders or name == BASE:
             raise PeftcoreError(f"two adapters would be called '{name}'. Give them names: --adapter NAME=FOLDER")
         folders[name] = adapter_folder(where)

@@ -94,7 +94,7 @@ def compare(
     steps: options.Steps = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 8,
     max_length: options.MaxLength = 512,
-    dtype: options.Dtype = "auto",
+    dtype: options.WrittenDtype = "auto",
     device: options.Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs, and go on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where a comparison lies.")] = False,
@@ -151,7 +151,14 @@ def compare(
     chosen = {name: getattr(common, name) for name in _OPTIONS.split()}
     more = {"method": method, "full": full, "seeds": seeds, "search": search, "output": str(output.resolve())}
     config_file.write(output / "compare.toml", {**chosen, **more})
-    _run_all(common, candidates, seeds, rates, output)
+    _run_all(replace(common, dtype=_one_dtype(dtype, device)), candidates, seeds, rates, output)
+
+
+def _one_dtype(dtype: str, device: str) -> str:
+    """The dtype of all runs, whatever each method would choose: auto is bf16 on CUDA, else fp32."""
+    from peftcore.cli import dtype_choice
+
+    return dtype_choice.choose(dtype, device, None).dtype
 
 
 def parse_search(text: str | None, methods: list[str] | None) -> list[float]:

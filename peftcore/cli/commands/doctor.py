@@ -35,6 +35,7 @@ def doctor() -> None:
         ("PyTorch", torch.__version__),
         ("CUDA", cuda),
         ("threads", torch.get_num_threads()),
+        *_products(),
         ("extension", "works" if build.available else f"missing: {build.missing_because}"),
     ]
     if build.available:
@@ -68,6 +69,22 @@ def doctor() -> None:
         warn(line)
     if not missing:
         say("nothing is missing", "green")
+
+
+def _products() -> list[tuple[str, str]]:
+    """Measure how fast PyTorch multiplies in each dtype; `--dtype auto` goes by these rates from here on."""
+    from peftcore.estimating import dtype_rates
+
+    rates, rows = dtype_rates.measured_again(), []
+    for name in dtype_rates.DTYPES:
+        rate = rates.of(name)
+        forward, backward = dtype_rates.gigaflops(rate.forward), dtype_rates.gigaflops(rate.backward)
+        text = f"{dtype_rates.gigaflops(rate.both)} GFLOP/s a core (x Wᵀ {forward}, dy W {backward})"
+        if name != "fp32":
+            slow = "" if rates.is_fast(name) else ": --dtype auto computes in fp32"
+            text += f", {rates.share(name):.2g} of fp32's rate{slow}"
+        rows.append((f"products in {name}", text))
+    return rows
 
 
 def _experts(has_kernels: bool, level: str | None) -> str:

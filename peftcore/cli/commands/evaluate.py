@@ -34,7 +34,7 @@ def evaluate(
     A classifier's base has a random head: its figures say what chance gives.
     """
     from peftcore.cli import data as examples
-    from peftcore.cli import models
+    from peftcore.cli import dtype_choice, models
     from peftcore.cli.data_files import parsed_columns
 
     task = models.adapter_task(adapter, labels)
@@ -53,6 +53,7 @@ def evaluate(
         measure = functools.partial(preferences.measure, beta=task.beta or preferences.BETA)
     else:
         encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
+    dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     if models.fit_vocabulary(loaded, adapter):
         warn(models.NEW_ROWS)

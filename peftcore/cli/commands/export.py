@@ -41,7 +41,7 @@ def export(
     ] = None,
     untie: Annotated[bool, typer.Option("--untie", help="As of `peftcore merge`.")] = False,
     quantize: options.Quantize = None,
-    dtype: options.Dtype = "auto",
+    dtype: options.WrittenDtype = "auto",
     device: options.Device = "auto",
 ) -> None:
     """Write what another program reads, or say why that would compute something else.

@@ -41,18 +41,21 @@ def fit(
     """
     import peftcore
     from peftcore.cli import data, forecast, models
+    from peftcore.cli.settings import Settings
 
     task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
     data.check_task(task)
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
+    base = models.resolve(model)
+    settings = Settings(base, "", task, "", dtype=dtype, precision=precision, device=device)
     found = peftcore.fit(
-        models.load_config(models.resolve(model), task, names),
+        models.load_config(base, task, names),
         memory=memory,
         device=device,
         examples=examples,
         methods=method,
         r=rank or (16,),
-        dtype=forecast.dtype_of_base(precision, dtype, device),
+        dtype=forecast.dtype_of_base(settings, names),
         length=max_length,
         **forecast.how(task, precision, parallel, ranks),
     )

@@ -32,7 +32,7 @@ def generate(
     device: options.Device = "auto",
 ) -> None:
     """Answer a prompt with an adapter's model, and with --compare also with its base."""
-    from peftcore.cli import data, models
+    from peftcore.cli import data, dtype_choice, models
 
     if adapter is None and model is None:
         raise PeftcoreError("name an adapter (--adapter FOLDER), a model (--model MODEL), or both")
@@ -40,6 +40,7 @@ def generate(
         task, base = models.AdapterTask(data.LANGUAGE_MODEL, 512), models.resolve(str(model))
     else:
         task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
+    dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     tokenizer = models.load_tokenizer(base, adapter)
     from peftcore.cli import conversations, tasks

@@ -22,7 +22,7 @@ def merge(
     shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most, such as 5GB.")] = "5GB",
     untie: Annotated[bool, typer.Option("--untie", help="Give an adapted tied embedding its own weight.")] = False,
     quantize: options.Quantize = None,
-    dtype: options.Dtype = "auto",
+    dtype: options.WrittenDtype = "auto",
     device: options.Device = "auto",
 ) -> None:
     """Write the merged model and its tokenizer: a folder that transformers loads without peftcore.

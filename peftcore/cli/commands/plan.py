@@ -33,6 +33,7 @@ def plan(
     """Show what would be trained, before anything is, and what a step of training would take."""
     import peftcore
     from peftcore.cli import data, forecast, models
+    from peftcore.cli.settings import Settings
     from peftcore.engine.summary import megabytes
     from peftcore.estimating import NotFollowed
 
@@ -44,6 +45,7 @@ def plan(
     base = models.empty_model(models.resolve(model), task, names)
     planned = peftcore.plan(base, name, **chosen)
     say(str(planned))
+    settings = Settings(models.resolve(model), "", task, name, chosen, dtype=dtype, precision=precision, device=device)
     try:
         found = peftcore.estimate(
             base,
@@ -56,7 +58,7 @@ def plan(
                 gradient_accumulation=grad_accum,
                 **how,
             ),
-            dtype=forecast.dtype_of_base(precision, dtype, device),
+            dtype=forecast.dtype_of_base(settings, names),
             device=device,
             **chosen,
         )
