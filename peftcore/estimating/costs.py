@@ -148,6 +148,9 @@ def _ours(operator: Any, args: tuple[Any, ...]) -> Cost:
     given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
     grad = given.get("grad")
     rows_of = given.get("x") if grad is None else grad
+    if operator._schema.name.startswith("peftcore::dense_linear") and rows_of is not None:
+        rows, (out, inner) = rows_of[..., 0].numel(), given["weight"].shape
+        return Cost(2.0 * rows * out * inner, narrow=min(rows, out, inner))
     if "packing" not in given or rows_of is None:
         return FREE
     weight, packing, needs = given["weight"], given["packing"], given.get("needs", (True, True, True))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from peftcore.estimating import rates
+from peftcore.estimating import costs, libraries, rates
 from peftcore.estimating.costs import Cost
 from peftcore.estimating.devices import Device
 from peftcore.estimating.following import Operation
@@ -75,6 +75,14 @@ def test_a_dtype_without_instructions_is_slow_by_how_the_matrices_lie() -> None:
     assert MADE.seconds(ours) == pytest.approx(1000 / 80 + 0.5)
     thin = replace(ours, cost=Cost(1000.0, narrow=8, product=(512, 8, 512, PLAIN)))
     assert MADE.seconds(thin) == pytest.approx(1000 / (10 * 80 / 20) + 0.5)
+
+
+def test_an_output_head_of_peftcore_s_is_a_product() -> None:
+    x, weight = torch.empty(2, 3, 8), torch.empty(20, 8)
+    found = costs.cost(torch.ops.peftcore.dense_linear.default, (x, weight), x @ weight.T, libraries.OF_A_CARD)
+    assert found == Cost(2 * 6 * 20 * 8, narrow=6)
+    operation = Operation("peftcore::dense_linear", "", "forward", found._replace(narrow=512), moved=8, halves=True)
+    assert MADE.seconds(operation) == pytest.approx(1920 / 500 + 0.5)
 
 
 def test_a_slow_call_is_not_run_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
