@@ -7,6 +7,7 @@ read is one save, or is read again. Of a folder without a manifest it is asked w
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import time
@@ -88,15 +89,29 @@ def _names_a_file(name: str) -> bool:
 
 
 def root_of(folder: Path) -> tuple[Path, str, Manifest | None]:
-    """(root, what is before the names of `folder`'s files there, manifest) of the save that `folder` belongs to.
+    """Return (root, what is before the names of `folder`'s files there, manifest) of the save that `folder` belongs to.
 
-    One of several that were saved together belongs to the folder above.
+    One of several that were saved together belongs to the folder above. A file there that is not a manifest, and that
+    does not name `folder`, is none of its business: the folder above may be anyone's.
     """
     here = Path(os.path.realpath(folder))
-    above = read_manifest(here.parent)
+    try:
+        above = read_manifest(here.parent)
+    except CheckpointError:
+        if os.path.lexists(here / MANIFEST) or not _may_name(here.parent / MANIFEST, here.name):
+            return folder, "", read_manifest(folder)
+        raise
     if above is not None and any(name.startswith(f"{here.name}/") for name in above.files):
         return folder.parent if folder.name == here.name else here.parent, f"{here.name}/", above
     return folder, "", read_manifest(folder)
+
+
+def _may_name(file: Path, folder: str) -> bool:
+    """Return whether a file that is not a manifest, perhaps since it was damaged, has the name of a folder in it."""
+    try:
+        return json.dumps(f"{folder}/")[1:-1].encode() in read_bytes(file, JSON_BYTES)
+    except (CheckpointError, FileNotFoundError):
+        return False
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from peftcore.adapter_files.folder import (
     root_of,
     sha256,
 )
-from peftcore.errors import CheckpointError
+from peftcore.errors import CheckpointError, PeftcoreError
 
 try:
     import fcntl
@@ -59,8 +59,10 @@ def write(folder: Path, adapters: Mapping[str, Content]) -> None:
         CheckpointError: they cannot be written. The message says what then lies there.
     """
     try:
-        for name in adapters:
-            (folder / name).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in filter(None, adapters):
+            _refuse_link(folder / name)
+            (folder / name).mkdir(exist_ok=True)
         with locked(folder, adapters) as (root, prefix):
             if prefix and [*adapters] != [""]:
                 raise CheckpointError(
@@ -72,6 +74,12 @@ def write(folder: Path, adapters: Mapping[str, Content]) -> None:
         raise CheckpointError(
             f"the adapter could not be saved to '{folder}': {error.strerror or error}. "
             "What lay there before is unharmed"
+        ) from error
+    except ValueError as error:
+        if isinstance(error, PeftcoreError):
+            raise
+        raise CheckpointError(
+            f"the adapter could not be saved: {str(folder)!a} cannot name a folder ({error})"
         ) from error
 
 
@@ -94,6 +102,19 @@ def write_file(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         raise CheckpointError(
             f"the adapter could not be saved to '{file}': {error.strerror or error}. What lay there before is unharmed"
         ) from error
+    except ValueError as error:
+        if isinstance(error, PeftcoreError):
+            raise
+        raise CheckpointError(f"the adapter could not be saved: {str(file)!a} cannot name a file ({error})") from error
+
+
+def _refuse_link(folder: Path) -> None:
+    """Raise a CheckpointError if one of several adapters would be written through a link, to somewhere else."""
+    if os.path.islink(folder):
+        raise CheckpointError(
+            f"'{folder}' is a link to '{os.path.realpath(folder)}', and nothing is written out of the folder that was "
+            "named. Delete the link, or save to another folder"
+        )
 
 
 def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> None:
@@ -138,7 +159,9 @@ def _write(root: Path, adapters: Mapping[str, Content], keep_others: bool) -> No
 
 def put_in_place(root: Path, manifest: Manifest) -> None:
     """Give the files of a manifest that is there their names."""
-    waiting = [root / name for name in manifest.files if os.path.lexists(manifest.temporary(root / name))]
+    files = [root / name for name in manifest.files]
+    files = [file for file in files if file.parent == root or not os.path.islink(file.parent)]  # a stranger's manifest
+    waiting = [file for file in files if os.path.lexists(manifest.temporary(file))]
     if waiting:
         _sync(root)  # the manifest comes first on the disk, too
     for file in waiting:

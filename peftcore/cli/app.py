@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from peftcore.cli import completion, console
+from peftcore.cli import arguments, completion, console
 from peftcore.cli.commands import (
     chat,
     compare,
@@ -56,15 +56,15 @@ COMMANDS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
 HOOK = "peftcore_commands"
 
 
-def run(arguments: list[str] | None = None) -> None:
-    """Run the command that `arguments` (by default those of the process) name."""
+def run(words: list[str] | None = None) -> None:
+    """Run the command that `words` (by default those of the process) name."""
     warnings.showwarning = lambda message, *_, **__: warn(str(message))
-    arguments = sys.argv[1:] if arguments is None else arguments
-    build(arguments)(arguments, prog_name="peftcore")
+    words = sys.argv[1:] if words is None else words
+    build(words)(words, prog_name="peftcore")
 
 
-def build(arguments: list[str]) -> typer.Typer:
-    """The application. Plugins are asked for commands unless `arguments` name one of the core's."""
+def build(words: list[str]) -> typer.Typer:
+    """The application. Plugins are asked for commands unless `words` name one of the core's."""
     app = typer.Typer(
         help="Parameter-efficient fine-tuning: an adapter from a model and a file of examples.",
         epilog=_epilog(["peftcore methods", "peftcore train --help"]),
@@ -74,7 +74,7 @@ def build(arguments: list[str]) -> typer.Typer:
     app.callback()(_options)
     for name, (command, examples) in COMMANDS.items():
         app.command(name, epilog=_epilog(examples))(_with_clear_errors(command))
-    named = next((argument for argument in arguments if not argument.startswith("-")), None)
+    named = next((word for word in words if not word.startswith("-")), None)
     if named not in COMMANDS and any(completion.mentions(point, HOOK) for point in entry_points(group="peftcore")):
         from peftcore.registry import registry
 
@@ -89,9 +89,15 @@ def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
+            arguments.check(kwargs)
             command(*args, **kwargs)
         except PeftcoreError as error:
             fail(str(error))
+        except OSError as error:
+            refused = arguments.refusal(error)
+            if refused is None:
+                raise
+            fail(refused)
 
     return wrapped
 

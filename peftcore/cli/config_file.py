@@ -91,6 +91,8 @@ def _read(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise typer.BadParameter(f"'{file}' cannot be read: {error.strerror or error}") from error
+    except RecursionError as error:
+        raise typer.BadParameter(f"'{file}' cannot be used: it is nested too deeply") from error
     except ValueError as error:  # of TOML, or of UTF-8
         raise typer.BadParameter(f"'{file}' is not TOML: {error}") from error
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from peftcore.cli import labels
-from peftcore.cli.data_files import records
+from peftcore.cli.data_files import listed, records
 from peftcore.cli.labels import Label
 from peftcore.errors import PeftcoreError, nearest
 
@@ -179,7 +179,7 @@ def _row(where: str, fields: dict[str, Any], task: str) -> Row:
         keys = next((keys for keys in _KEYS[task] if all(key in fields for key in keys)), None)
     if keys is None:
         raise PeftcoreError(
-            f"{where}: {task} needs the keys {_SHOWN[task]}, found {', '.join(fields) or 'none'}. "
+            f"{where}: {task} needs the keys {_SHOWN[task]}, found {listed(fields) or 'none'}. "
             "Where they have other names: --columns prompt=question,completion=answer"
         )
     if task == PREFERENCES:

@@ -6,8 +6,11 @@ A name that is no path is that of a dataset on Hugging Face's hub, whose split `
 from __future__ import annotations
 
 import csv
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ from peftcore.cli.console import require
 from peftcore.errors import PeftcoreError, nearest
 
 Record = tuple[str, dict[str, Any]]  # FILE:LINE or FILE:INDEX, and the fields
+_FIELD = (1 << 31) - 1  # characters; the largest that the csv module takes on every system
+_SHOWN = 20  # names of columns in a message
 CONVERSIONS = {
     ".txt": 'Write a line {"text": ...} for each example: .jsonl',
     ".xlsx": "Export the sheet as CSV",
@@ -34,13 +39,13 @@ def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Rec
     Raises:
         PeftcoreError: it is missing, of another kind, or damaged. The message names the file and the line.
     """
-    where = Path(path).expanduser()
-    if where.is_dir():
+    where = Path(os.path.expanduser(path))
+    if os.path.isdir(where):
         files = sorted(file for file in where.iterdir() if file.suffix.lower() in READERS)
         if not files:
             raise PeftcoreError(f"the folder '{path}' holds no file of examples ({', '.join(READERS)})")
         found: Iterator[Record] = (record for file in files for record in _of_file(file))
-    elif not where.exists() and _is_hub_id(path):
+    elif not os.path.exists(where) and _is_hub_id(path):
         found = _of_hub(path)
     else:
         found = _of_file(where)
@@ -63,6 +68,12 @@ def parsed_columns(text: str | None) -> dict[str, str]:
             )
         columns[name] = theirs
     return columns
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return names for a message, of which there may be thousands."""
+    first = list(itertools.islice(names, _SHOWN + 1))
+    return ", ".join(map(str, first[:_SHOWN])) + (", ..." if len(first) > _SHOWN else "")
 
 
 def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
@@ -110,6 +121,10 @@ def _of_file(path: Path) -> Iterator[Record]:
         raise PeftcoreError(f"'{path}' is not UTF-8 text: {error.reason} at byte {error.start}") from error
     except OSError as error:
         raise PeftcoreError(f"'{path}' cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        if isinstance(error, PeftcoreError):
+            raise
+        raise PeftcoreError(f"'{path}' cannot be read: {error}") from error  # its name has a NUL character
 
 
 def _text(path: Path) -> Any:
@@ -143,6 +158,8 @@ def _parsed(text: str, where: str) -> Any:
         raise PeftcoreError(f"{where}: not JSON: {error.msg} at {place}") from error
     except RecursionError as error:
         raise PeftcoreError(f"{where}: not JSON of examples: it is nested too deeply") from error
+    except ValueError as error:  # a whole number of thousands of digits
+        raise PeftcoreError(f"{where}: not JSON of examples: {error}") from error
 
 
 def _object(where: str, fields: Any) -> Record:
@@ -151,13 +168,20 @@ def _object(where: str, fields: Any) -> Record:
     return where, fields
 
 
+def _read_long_fields() -> None:
+    """Let the csv module read fields of any length: a document is one. Its own limit is 131,072 characters."""
+    csv.field_size_limit(_FIELD)
+
+
 def _tsv(path: Path) -> Iterator[Record]:
     # Quotes have no meaning: reviews and tweets are full of single ones.
+    _read_long_fields()
     with _text(path) as file:
         yield from _table(path, csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
 
 
 def _csv(path: Path) -> Iterator[Record]:
+    _read_long_fields()
     with _text(path) as file:
         yield from _table(path, csv.reader(file, strict=True))
 
@@ -168,7 +192,7 @@ def _table(path: Path, lines: Any) -> Iterator[Record]:
         header = next(lines, None)
         if header is None:
             return
-        twice = next((name for name in header if header.count(name) > 1), None)
+        twice = next((name for name, count in Counter(header).items() if count > 1), None)
         if twice is not None:
             raise PeftcoreError(f"{path}:1: the first line names the column '{twice}' twice")
         is_empty = True
@@ -183,7 +207,7 @@ def _table(path: Path, lines: Any) -> Iterator[Record]:
             yield f"{path}:{lines.line_num}", dict(zip(header, values, strict=True))
         if is_empty:
             raise PeftcoreError(
-                f"{path}:1: the first line names the columns, here {', '.join(header)}, and no line follows"
+                f"{path}:1: the first line names the columns, here {listed(header)}, and no line follows"
             )
     except csv.Error as error:
         raise PeftcoreError(f"{path}:{lines.line_num}: {error}") from error

@@ -40,7 +40,9 @@ class AdapterTask:
     dtype: str | None = None  # of the base in training
 
     def write(self, folder: Path) -> None:
-        """Write it into the adapter's folder."""
+        """Write it into the adapter's folder, in place of a link that leads out of it."""
+        if (folder / TASK_FILE).is_symlink():
+            (folder / TASK_FILE).unlink()
         (folder / TASK_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 

@@ -7,6 +7,7 @@ OUTPUT/run.toml       the same as options: `peftcore train --config OUTPUT/run.t
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -68,6 +69,14 @@ class Settings:
     eval_every: int | None = None
     save_every: int | None = None
     keep: int = 2
+
+    def __post_init__(self) -> None:
+        """Raise a PeftcoreError unless all numbers are finite, and the rate and the number of epochs positive."""
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise PeftcoreError(f"{name} must be a finite number, found {value}")
+        if self.lr <= 0 or self.epochs <= 0:
+            raise PeftcoreError(f"lr and epochs must be above 0, found lr={self.lr:g}, epochs={self.epochs:g}")
 
     def to_json(self) -> dict[str, Any]:
         """As JSON keeps it."""

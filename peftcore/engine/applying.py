@@ -318,6 +318,12 @@ def check_name(adapter: Any) -> None:
             raise PeftcoreError(
                 f"the adapter name {adapter!r} contains {wrong!r}, which paths and keys use. Choose another"
             )
+    try:
+        adapter.encode()
+    except UnicodeEncodeError:
+        raise PeftcoreError(
+            f"the adapter name {adapter!a} contains half a surrogate pair, which is not text. Choose another"
+        ) from None
     if hasattr(nn.Module, adapter):
         raise PeftcoreError(f"the adapter name '{adapter}' is an attribute of torch.nn.Module. Choose another")
 

@@ -221,6 +221,66 @@ def test_links_are_not_followed(tmp_path: Path) -> None:
         saving.create(folder / "adapter_config.json", b"")
 
 
+def test_no_adapter_is_written_through_a_link_out_of_the_folder(tmp_path: Path) -> None:
+    outside, folder = tmp_path / "outside", tmp_path / "set"
+    outside.mkdir()
+    folder.mkdir()
+    (folder / "b").symlink_to(outside)
+    with pytest.raises(CheckpointError, match=rf"'{folder}/b' is a link to '{outside}', and nothing is written out of"):
+        write(folder, contents(1))
+    assert not files(outside) and not files(folder)
+    write(outside, contents(1, [""]))  # and what lies there is left alone, whatever a stranger's manifest says
+    before = {name: (outside / name).read_bytes() for name in files(outside)}
+    waiting = outside / f".adapter_config.json.{'0' * 16}.tmp"
+    waiting.write_text("{}")
+    told = {"version": 1, "save": "0" * 16, "sha256": {"b/adapter_config.json": "0" * 64}}
+    (folder / MANIFEST).write_text(json.dumps(told))
+    write(folder, contents(2, ["", "a"]))
+    assert {name: (outside / name).read_bytes() for name in before} == before and waiting.exists()
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 300, "\ud800"])
+def test_a_folder_that_cannot_be_named(tmp_path: Path, name: str) -> None:
+    for path in (tmp_path / name, tmp_path / name / "inside"):
+        with pytest.raises(CheckpointError, match=r"the adapter could not be saved"):
+            write(path, contents(1))
+        with pytest.raises(CheckpointError, match=r"the adapter could not be saved"):
+            saving.write_file(path / "adapter.safetensors", {}, {})
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"could not be saved to '.*file/run': Not a directory"):
+        write(tmp_path / "file" / "run", contents(1))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+GARBAGE = ["", "{", "[]", "null", '{"version": 1}', "\xff" * 100, "[" * 100_000, '{"save": "x", "sha256": {"a/x": 3}}']
+
+
+@pytest.mark.parametrize("garbage", GARBAGE)
+def test_garbage_in_the_folder_above_blocks_nothing(tmp_path: Path, garbage: str) -> None:
+    folder = tmp_path / "mine"
+    (tmp_path / MANIFEST).write_text(garbage)
+    write(folder, contents(1, [""]))
+    assert read(folder, lambda opened: values(opened, [""])) == {1.0}
+    (folder / MANIFEST).unlink()  # as from PEFT
+    assert read(folder, lambda opened: values(opened, [""])) == {1.0}
+    write(folder, contents(2, [""]))
+    assert read(folder, lambda opened: values(opened, [""])) == {2.0} and (tmp_path / MANIFEST).read_text() == garbage
+
+
+def test_a_pipe_in_the_folder_above_blocks_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "mine", contents(1, [""]))
+    os.mkfifo(tmp_path / MANIFEST)
+    assert read(tmp_path / "mine", lambda opened: values(opened, [""])) == {1.0}
+
+
+def test_a_damaged_manifest_above_that_names_the_folder_is_told(tmp_path: Path) -> None:
+    """The folder is one of several, and whether its files are those that were saved cannot be known any more."""
+    write(tmp_path, contents(1))
+    (tmp_path / MANIFEST).write_text((tmp_path / MANIFEST).read_text()[:-10])
+    with pytest.raises(CheckpointError, match=rf"'{tmp_path}/{MANIFEST}' cannot be read as JSON"):
+        read(tmp_path / "b", lambda opened: values(opened, [""]))
+
+
 def test_one_of_several_can_be_saved_again(tmp_path: Path) -> None:
     write(tmp_path, contents(1))
     write(tmp_path / "a", contents(2, [""]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,50 @@ def test_an_empty_folder_and_no_dataset(tmp_path: Path) -> None:
         records(str(tmp_path))
     with pytest.raises(PeftcoreError, match="cannot be read: No such file"):
         list(records(str(tmp_path / "none.jsonl")))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_field_may_be_a_document(suffix: str, tmp_path: Path) -> None:
+    """The csv module's own limit is 131,072 characters."""
+    text = "a long, long story " * 20_000
+    path = tmp_path / f"rows{suffix}"
+    path.write_text(
+        f'prompt,completion\n"{text}",good\n' if suffix == ".csv" else f"prompt\tcompletion\n{text}\tgood\n"
+    )
+    assert data.read_rows(path, LANGUAGE_MODEL) == [Row(f"{path}:2", text, completion="good")]
+
+
+def test_thousands_of_columns_take_time_by_their_number_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    names = [f"column{i}" for i in range(20_000)]
+    path.write_text(",".join(names) + "\n" + ",".join("x" for _ in names) + "\n")
+    began = time.process_time()
+    assert [len(fields) for _, fields in records(str(path))] == [20_000]
+    with pytest.raises(PeftcoreError, match=r"found column0, column1, .*column19, \.\.\.\. Where they have other"):
+        data.read_rows(path, LANGUAGE_MODEL)
+    with pytest.raises(PeftcoreError, match=r"which is not there \(nearest: 'column7"):
+        data.read_rows(path, LANGUAGE_MODEL, {"text": "colum7"})
+    path.write_text(",".join(names) + "\n")
+    with pytest.raises(PeftcoreError, match=r"here column0, .*column19, \.\.\., and no line follows"):
+        list(records(str(path)))
+    assert time.process_time() - began < 1.5
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_number_of_thousands_of_digits(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"rows{suffix}"
+    row = '{"text": "a", "label": ' + "9" * 5_000 + "}"
+    path.write_text(row if suffix == ".jsonl" else f"[{row}]")
+    with pytest.raises(
+        PeftcoreError, match=r"rows\.jsonl?(:1)?: not JSON of examples: Exceeds the limit \(4300 digits\)"
+    ):
+        list(records(str(path)))
+
+
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5_000, "\ud800", "file/rows", "~no-such-user/a/rows"])
+@pytest.mark.parametrize("suffix", ["", ".jsonl", ".csv", ".parquet"])
+def test_a_path_that_names_no_file(name: str, suffix: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    path = f"{name}{suffix}" if name.startswith("~") else str(tmp_path / f"{name}{suffix}")
+    with pytest.raises(PeftcoreError, match=r"cannot be read|examples are read from"):
+        list(records(path))

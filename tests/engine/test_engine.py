@@ -325,3 +325,8 @@ def test_a_lazy_module_is_refused_until_it_has_run() -> None:
         peftcore.apply(model, "around", target_modules=("0",))
     model(torch.randn(2, 3))
     peftcore.apply(model, "around", target_modules=("0",))
+
+
+def test_a_name_that_is_not_text_is_refused() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=r"the adapter name 'a\\ud800' contains half a surrogate pair"):
+        peftcore.apply(tiny.llama(), "lora", adapter="a\ud800", target_modules=["q_proj"])
