@@ -7,4 +7,7 @@ enum class Dtype { kFloat = 0, kHalf = 1, kBFloat16 = 2 };
 
 constexpr int kDtypes = 3;
 
+// Bytes of a value.
+constexpr int itemsize(Dtype dtype) { return dtype == Dtype::kFloat ? 4 : 2; }
+
 }  // namespace peftcore

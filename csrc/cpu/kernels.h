@@ -19,18 +19,12 @@ namespace peftcore {
 
 struct CpuKernels {
     const char* level;
-    nf4::Kernels nf4;              // quantize, dequantize
-    nf4::LinearKernels linear;     // few rows of x by a packed weight
-    gemm::FewRowsKernel few_rows;  // few rows of x by a dense weight
-    gemm::Kernel gemm;             // many rows
-    gemm::DenseReader dense;       // what the right side of such a product is read from
-    nf4::PackedReader packed;
-    lora::Kernels lora;    // thin products
-    optim::Kernels optim;  // optimizer steps
-
-    // Whether PyTorch's own products of bf16 use dot products here, by which they beat ours of fp32 sooner. It
-    // is a fact about the CPU, at every level the same.
-    bool library_has_bf16;
+    nf4::Kernels nf4;                   // quantize, dequantize
+    nf4::LinearKernels linear;          // few rows of x by a packed weight
+    gemm::FewRowsKernel few_rows;       // few rows of x by a dense weight
+    gemm::ManyRows many_rows[kDtypes];  // of x, by its dtype
+    lora::Kernels lora;                 // thin products
+    optim::Kernels optim;               // optimizer steps
 };
 
 // Of the level in use: the best of what was compiled, what this CPU has, and what PEFTCORE_CPU_LEVEL allows.

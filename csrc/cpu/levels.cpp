@@ -21,8 +21,12 @@ namespace {
 
 // Whether this CPU has dot products of bf16: in AVX-512, or ARM's (with its products of 2 x 4 by 4 x 2).
 bool has_bf16_dot() {
-#if defined(PEFTCORE_HAVE_AVX512BF16)
-    return __builtin_cpu_supports("avx512bf16");
+#if defined(__x86_64__) && defined(__linux__)
+    constexpr unsigned kBf16 =
+        1u << 5;  // CPUID 7.1, EAX; compilers that do not know the level do not name it
+    unsigned a, b, c, d = 0;
+    return __builtin_cpu_supports("avx512f") && __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 &&
+           (a & kBf16) != 0;
 #elif defined(__aarch64__) && defined(__linux__)
     constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not name
     return (getauxval(AT_HWCAP2) & kBf16) != 0;
@@ -65,6 +69,8 @@ bool has_avx2() {
 void avx2(CpuKernels& table) {
     fill_avx2(table.nf4);
     fill_avx2(table.linear);
+    fill_avx2(table.many_rows);
+    nf4::fill_avx2(table.many_rows);
     fill_avx2(table.lora);
     fill_avx2(table.optim);
 }
@@ -76,11 +82,24 @@ bool has_avx512() {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
 
+// Whether this CPU multiplies fp16.
+bool has_fp16() {
+    constexpr unsigned kFp16 = 1u << 23;  // CPUID 7, EDX
+    unsigned a, b, c, d = 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) != 0 && (d & kFp16) != 0;
+}
+
 void avx512(CpuKernels& table) {
     fill_avx512(table.nf4);
     fill_avx512(table.linear);
+    fill_avx512(table.many_rows);
     fill_avx512(table.lora);
     fill_avx512(table.optim);
+    // What the processor multiplies in 16 bits, and no level of this build does, the library multiplies faster.
+    if (has_fp16()) table.many_rows[int(Dtype::kHalf)] = {};
+#if !defined(PEFTCORE_HAVE_AVX512BF16)
+    if (has_bf16_dot()) table.many_rows[int(Dtype::kBFloat16)] = {};
+#endif
 }
 #endif
 
@@ -88,19 +107,22 @@ void avx512(CpuKernels& table) {
 void avx512bf16(CpuKernels& table) {
     fill_avx512bf16(table.linear);
     fill_avx512bf16(table.few_rows);
+    gemm::ManyRows& products = table.many_rows[int(Dtype::kBFloat16)];
+    products = {};
 #if !defined(PEFTCORE_HAVE_AMX)
     if (has_amx()) return;  // the library's products, which use it, are faster
 #endif
-    fill_avx512bf16(table.gemm);
-    fill_avx512bf16(table.dense);
-    fill_avx512bf16(table.packed);
+    fill_avx512bf16(products.kernel);
+    fill_avx512bf16(products.dense);
+    nf4::fill_avx512bf16(products.packed);
+    products.factor = products.dense;
 }
 #endif
 
 #if defined(PEFTCORE_HAVE_AMX)
 void amx(CpuKernels& table) {
     fill_amx(table.linear);
-    fill_amx(table.gemm);
+    fill_amx(table.many_rows[int(Dtype::kBFloat16)].kernel);
     fill_amx(table.lora);
 }
 #endif
@@ -117,9 +139,11 @@ void neon(CpuKernels& table) {
 #if defined(PEFTCORE_HAVE_NEONBF16)
 void neonbf16(CpuKernels& table) {
     fill_neonbf16(table.linear);
-    fill_neonbf16(table.gemm);
-    fill_neonbf16(table.dense);
-    fill_neonbf16(table.packed);
+    gemm::ManyRows& products = table.many_rows[int(Dtype::kBFloat16)];
+    fill_neonbf16(products.kernel);
+    fill_neonbf16(products.dense);
+    nf4::fill_neonbf16(products.packed);
+    products.factor = products.dense;
 }
 #endif
 
@@ -156,7 +180,6 @@ const std::vector<CpuKernels>& tables() {
     static const std::vector<CpuKernels> tables = [] {
         std::vector<CpuKernels> made;
         CpuKernels table{};
-        table.library_has_bf16 = has_bf16_dot();
         for (const Level& level : kLevels) {
             if (!level.here()) break;
             table.level = level.name;

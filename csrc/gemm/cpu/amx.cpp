@@ -42,7 +42,7 @@ bool readable_in_place(const Product& product) {
 
 Left left_of(const Product& product, const uint32_t* arranged, int64_t row, int64_t chunk, int64_t pairs) {
     if (readable_in_place(product) && product.rows - row >= kBlockRows)
-        return {.first = reinterpret_cast<const char*>(product.x + row * product.inner + 2 * chunk),
+        return {.first = reinterpret_cast<const char*>(bf16_row(product, row) + 2 * chunk),
                 .row = 2 * product.inner,
                 .step = kRowBytes};
     const int64_t rows = least(kBlockRows, filled_up(product.rows - row, kSide));
@@ -229,7 +229,8 @@ void multiply_tile(const Work& work, Pending& pending) {
 }
 
 struct TileRegisters {
-    static constexpr int64_t kRows = kBlockRows, kTiles = kPanelTiles, kMultiple = kSide, kPairs = 1024;
+    static constexpr int64_t kRows = kBlockRows, kTiles = kPanelTiles, kMultiple = kSide, kWords = 1024,
+                             kWordValues = 2;
     static constexpr bool kTakesAddend = true;
 
     static int64_t chunk(int64_t pairs, int64_t fit) {
@@ -242,7 +243,7 @@ struct TileRegisters {
                               int64_t pairs, uint32_t* out) {
         const int64_t filled = filled_up(rows, kSide);
         for (int64_t m = 0; m < filled; ++m) {
-            const BFloat16* x = product.x + (first_row + m) * product.inner;
+            const BFloat16* x = bf16_row(product, first_row + m);
             for (int64_t p = 0; p < pairs; p += kSide) {
                 const int64_t k = 2 * (first_pair + p), left = m < rows ? product.inner - k : 0;
                 const __mmask32 mask = left < 32 ? (__mmask32(1) << left) - 1 : ~__mmask32(0);
@@ -267,24 +268,24 @@ struct TileRegisters {
 
     void multiply(const Panel& panel, const Block& block) {
         memory_barrier_of_tiles();
-        Left left = left_of(product, arranged.x, block.row, panel.chunk, panel.pairs);
-        Left next = left_of(product, arranged.x, block.next, panel.chunk, panel.pairs);
-        const Left addend_left = left_of(addend, arranged.addend_left, block.row, 0, panel.addend_pairs);
+        Left left = left_of(product, arranged.x, block.row, panel.chunk, panel.words);
+        Left next = left_of(product, arranged.x, block.next, panel.chunk, panel.words);
+        const Left addend_left = left_of(addend, arranged.addend_left, block.row, 0, panel.addend_words);
         const int64_t ahead_rows = kRows / panel.tiles;
-        for (int64_t first = 0; first < panel.pairs; first += piece) {
-            const int64_t pairs = least(piece, panel.pairs - first);
-            const bool begins = first == 0, ends = first + pairs == panel.pairs, last = ends && panel.last;
-            const bool masks = last && panel.addend_pairs != 0 && product.addend.keep.bits != nullptr;
+        for (int64_t first = 0; first < panel.words; first += piece) {
+            const int64_t pairs = least(piece, panel.words - first);
+            const bool begins = first == 0, ends = first + pairs == panel.words, last = ends && panel.last;
+            const bool masks = last && panel.addend_words != 0 && product.addend.keep.bits != nullptr;
             for (int64_t i = 0; i < panel.tiles; ++i) {
                 const Sums here{.first = sums[begins && ends ? 0 : i], .stride = kTileColumns};
                 const Sums between{.first = block.sums + i * kTileColumns, .stride = kPanelColumns};
                 const Work work{.left = left,
                                 .addend_left = addend_left,
                                 .next = next,
-                                .right = panel.right + (i * panel.pairs + first) * kTileColumns,
-                                .addend_right = panel.addend_right + i * panel.addend_pairs * kTileColumns,
+                                .right = panel.right + (i * panel.words + first) * kTileColumns,
+                                .addend_right = panel.addend_right + i * panel.addend_words * kTileColumns,
                                 .pairs = pairs,
-                                .addend_pairs = last ? panel.addend_pairs : 0,
+                                .addend_pairs = last ? panel.addend_words : 0,
                                 .ahead_row = i * ahead_rows,
                                 .ahead_rows = ahead_rows,
                                 .halves = product.addend.halves,

@@ -21,7 +21,8 @@ struct Bias {
 
 inline Bias bias_of(const Product& product, int64_t column) {
     if (product.bias == nullptr) return {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    const __m512i values = _mm512_maskz_loadu_epi16(columns_there(product, column), product.bias + column);
+    const __m512i values =
+        _mm512_maskz_loadu_epi16(columns_there(product, column), bf16_bias(product) + column);
     if (product.right.even_odd)
         return {_mm512_castsi512_ps(_mm512_slli_epi32(values, 16)),
                 _mm512_castsi512_ps(_mm512_and_si512(values, _mm512_set1_epi32(int(0xffff0000))))};
@@ -42,7 +43,7 @@ inline __m512i rounded(const Product& product, __m512 first, __m512 second) {
 inline void store_row(const Product& product, int64_t row, int64_t column, const Bias& bias, __m512 first,
                       __m512 second) {
     _mm512_mask_storeu_epi16(
-        product.y + row * product.columns + column, columns_there(product, column),
+        bf16_result(product, row) + column, columns_there(product, column),
         rounded(product, _mm512_add_ps(first, bias.first), _mm512_add_ps(second, bias.second)));
 }
 

@@ -65,7 +65,8 @@ constexpr Tile kTileOf[kBlockRows + 1] = {
     multiply_tile<10>, multiply_tile<11>, multiply_tile<12>};
 
 struct DotProducts {
-    static constexpr int64_t kRows = kBlockRows, kTiles = kPanelTiles, kMultiple = 1, kPairs = 1024;
+    static constexpr int64_t kRows = kBlockRows, kTiles = kPanelTiles, kMultiple = 1, kWords = 1024,
+                             kWordValues = 2;
     static constexpr bool kTakesAddend = false;
 
     static int64_t chunk(int64_t, int64_t fit) { return fit; }
@@ -74,7 +75,7 @@ struct DotProducts {
     // out[pair][row].
     static void arrange_block(const Product& product, int64_t first_row, int64_t rows, int64_t first_pair,
                               int64_t pairs, uint32_t* out) {
-        const BFloat16* x = product.x + first_row * product.inner;
+        const BFloat16* x = bf16_row(product, first_row);
         const __mmask16 its_rows = __mmask16((1u << rows) - 1);
         const int64_t last = least(2 * (first_pair + pairs), product.inner);
         for (int64_t k = 2 * first_pair; k < last; k += 32, out += 16 * rows) {
@@ -105,7 +106,7 @@ struct DotProducts {
     DotProducts(const Product& its_product, const Arranged& arranged) : product(its_product), x(arranged.x) {}
 
     void multiply(const Panel& panel, const Block& block) {
-        const uint32_t* rows = x + panel.chunk * product.rows + block.row * panel.pairs;
+        const uint32_t* rows = x + panel.chunk * product.rows + block.row * panel.words;
         for (int64_t i = 0; i < panel.tiles; ++i)
             kTileOf[block.rows]({.product = product,
                                  .row = block.row,
@@ -114,7 +115,7 @@ struct DotProducts {
                                  .first = panel.first,
                                  .last = panel.last,
                                  .ahead = block.ahead},
-                                rows, panel.right + i * panel.pairs * kTileColumns, panel.pairs);
+                                rows, panel.right + i * panel.words * kTileColumns, panel.words);
     }
 
     void finish() {}

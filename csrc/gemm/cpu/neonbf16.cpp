@@ -30,14 +30,14 @@ inline bfloat16x8_t as_bf16(uint32x4_t words) { return vreinterpretq_bf16_u32(wo
 inline uint16x8_t bias_of(const Place& place) {
     uint16_t whole[kColumns] = {};
     if (place.product.bias != nullptr)
-        std::memcpy(whole, place.product.bias + place.column,
+        std::memcpy(whole, bf16_bias(place.product) + place.column,
                     size_t(least(kColumns, place.product.columns - place.column)) * sizeof *whole);
     return vld1q_u16(whole);
 }
 
 // One row of a place.
 inline void store_row(const Place& place, int64_t row, float32x4_t low, float32x4_t high) {
-    BFloat16* to = place.product.y + (place.row + row) * place.product.columns + place.column;
+    BFloat16* to = bf16_result(place.product, place.row + row) + place.column;
     const int64_t count = place.product.columns - place.column;
     const uint16x8_t values = vreinterpretq_u16_bf16(vcvtq_high_bf16_f32(vcvtq_low_bf16_f32(low), high));
     if (count >= kColumns) return vst1q_u16(bits_of(to), values);
@@ -107,7 +107,8 @@ constexpr Tile kTileOf[kBlockRows / 2 + 1] = {nullptr,          multiply_tile<1>
                                               multiply_tile<6>};
 
 struct MatrixProducts {
-    static constexpr int64_t kRows = kBlockRows, kTiles = kPanelTiles, kMultiple = 2, kPairs = 1024;
+    static constexpr int64_t kRows = kBlockRows, kTiles = kPanelTiles, kMultiple = 2, kWords = 1024,
+                             kWordValues = 2;
     static constexpr bool kTakesAddend = false;
 
     static int64_t chunk(int64_t, int64_t fit) { return fit; }
@@ -118,7 +119,7 @@ struct MatrixProducts {
                               int64_t pairs, uint32_t* out) {
         const int64_t first = 2 * first_pair, last = first + 2 * pairs;
         for (int64_t m = 0; m < filled_up(rows, 2); ++m) {
-            const BFloat16* from = product.x + (first_row + m) * product.inner;
+            const BFloat16* from = bf16_row(product, first_row + m);
             const int64_t there = m < rows ? least(last, product.inner) : 0;
             uint32_t* to = out + m / 2 * 4 + m % 2 * 2;
             for (int64_t k = first; k < last; k += 4, to += 2 * filled_up(rows, 2)) {
@@ -136,7 +137,7 @@ struct MatrixProducts {
         : product(its_product), x(arranged.x) {}
 
     void multiply(const Panel& panel, const Block& block) {
-        const uint32_t* rows = x + panel.chunk * filled_up(product.rows, kMultiple) + block.row * panel.pairs;
+        const uint32_t* rows = x + panel.chunk * filled_up(product.rows, kMultiple) + block.row * panel.words;
         for (int64_t i = 0; i < panel.tiles * kTileColumns; i += kColumns) {
             const int64_t column = panel.tile * kTileColumns + i;
             if (column >= product.columns) return;
@@ -149,8 +150,8 @@ struct MatrixProducts {
                  .first = panel.first,
                  .last = panel.last,
                  .ahead = block.ahead},
-                rows, panel.right + i / kTileColumns * panel.pairs * kTileColumns + i % kTileColumns,
-                panel.pairs);
+                rows, panel.right + i / kTileColumns * panel.words * kTileColumns + i % kTileColumns,
+                panel.words);
         }
     }
 

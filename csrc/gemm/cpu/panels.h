@@ -17,7 +17,7 @@ namespace {
 struct Panel {
     const uint32_t *right, *addend_right;
     int64_t tile, tiles;
-    int64_t chunk, pairs, addend_pairs;  // chunk: its first pair
+    int64_t chunk, words, addend_words;  // chunk: its first word
     bool first, last;                    // of the chunks
 };
 
@@ -60,15 +60,16 @@ struct Block {
 template <typename Level>
 concept BlockKernel = requires(Level level, const Product& product, const Arranged& arranged,
                                const Panel& panel, const Block& block, int64_t n, uint32_t* out) {
-    { Level::kRows } -> std::convertible_to<int64_t>;      // of a block
-    { Level::kTiles } -> std::convertible_to<int64_t>;     // of a panel
-    { Level::kMultiple } -> std::convertible_to<int64_t>;  // see Kernel
-    { Level::kPairs } -> std::convertible_to<int64_t>;     // of a chunk at most: more gained nothing
+    { Level::kRows } -> std::convertible_to<int64_t>;        // of a block
+    { Level::kTiles } -> std::convertible_to<int64_t>;       // of a panel
+    { Level::kMultiple } -> std::convertible_to<int64_t>;    // see Kernel
+    { Level::kWords } -> std::convertible_to<int64_t>;       // of a chunk at most: more gained nothing
+    { Level::kWordValues } -> std::convertible_to<int64_t>;  // see Kernel
     { Level::kTakesAddend } -> std::convertible_to<bool>;
-    // Pairs of a chunk, of so many in all, where a panel of so many fits.
+    // Words of a chunk, of so many in all, where a panel of so many fits.
     { Level::chunk(n, n) } -> std::same_as<int64_t>;
     { Level::in_place(product) } -> std::same_as<bool>;
-    // x's block from row n on of n rows, pairs from n on, n of them; filled up with zeros to kMultiple.
+    // x's block from row n on of n rows, words from n on, n of them; filled up with zeros to kMultiple.
     Level::arrange_block(product, n, n, n, n, out);
     Level(product, arranged);
     // Adds their products to the block's sums, or in the last chunk to what is stored in y.
@@ -76,32 +77,33 @@ concept BlockKernel = requires(Level level, const Product& product, const Arrang
     level.finish();
 };
 
-// A panel is half of the second cache; as many pairs as a chunk may have.
+// A panel is half of the second cache; as many words as a chunk may have.
 template <BlockKernel Level>
-int64_t chunk_of(int64_t pairs) {
-    constexpr int64_t kPairBytes = Level::kTiles * kTileColumns * sizeof(uint32_t);
-    const int64_t fit = caches().second / 2 / kPairBytes / 16 * 16;
-    return std::min(pairs, Level::chunk(pairs, std::clamp<int64_t>(fit, 64, Level::kPairs)));
+int64_t chunk_of(int64_t words) {
+    constexpr int64_t kWordBytes = Level::kTiles * kTileColumns * sizeof(uint32_t);
+    const int64_t fit = caches().second / 2 / kWordBytes / 16 * 16;
+    return std::min(words, Level::chunk(words, std::clamp<int64_t>(fit, 64, Level::kWords)));
 }
 
 template <BlockKernel Level>
 void arrange(const Product& product, int64_t chunk, Range rows, uint32_t* out) {
-    const int64_t all = filled_up(product.pairs(), Level::kMultiple);
+    const int64_t all = filled_up(product.words(), Level::kMultiple);
     const int64_t all_rows = filled_up(product.rows, Level::kMultiple);
     for (int64_t first = 0; first < all; first += chunk) {
-        const int64_t pairs = least(chunk, all - first);
+        const int64_t words = least(chunk, all - first);
         for (int64_t row = rows.first; row < rows.last; row += Level::kRows)
-            Level::arrange_block(product, row, least(Level::kRows, rows.last - row), first, pairs,
-                                 out + first * all_rows + row * pairs);
+            Level::arrange_block(product, row, least(Level::kRows, rows.last - row), first, words,
+                                 out + first * all_rows + row * words);
     }
 }
 
-// What is missing of the last pairs is zero.
-inline void unpack(const Product& product, int64_t tile, int64_t tiles, int64_t first, int64_t pairs,
+// What is missing of the last words is zero.
+inline void unpack(const Product& product, int64_t tile, int64_t tiles, int64_t first, int64_t words,
                    uint32_t* panel) {
-    const int64_t stride = pairs * kTileColumns, missing = first + pairs - product.pairs();
-    product.right.unpack(product.right.source, tile * kTileColumns, int(tiles), 2 * first,
-                         least(2 * (first + pairs), product.inner), stride, panel);
+    const int64_t stride = words * kTileColumns, missing = first + words - product.words();
+    const int64_t values = product.word_values;
+    product.right.unpack(product.right.source, tile * kTileColumns, int(tiles), values * first,
+                         least(values * (first + words), product.inner), stride, panel);
     for (int64_t i = 0; missing > 0 && i < tiles; ++i)
         std::memset(panel + (i + 1) * stride - missing * kTileColumns, 0,
                     size_t(missing * kTileColumns) * sizeof(uint32_t));
@@ -109,10 +111,11 @@ inline void unpack(const Product& product, int64_t tile, int64_t tiles, int64_t 
 
 // What a panel is unpacked from, if there is one.
 inline Ahead ahead_of(const Product& product, const void* source, int64_t tile, int64_t tiles, int64_t first,
-                      int64_t pairs) {
+                      int64_t words) {
     if (tiles <= 0 || source == nullptr || product.right.region == nullptr) return Ahead({});
-    return Ahead(product.right.region(source, tile * kTileColumns, int(tiles), 2 * first,
-                                      least(2 * (first + pairs), product.inner)));
+    const int64_t values = product.word_values;
+    return Ahead(product.right.region(source, tile * kTileColumns, int(tiles), values * first,
+                                      least(values * (first + words), product.inner)));
 }
 
 // That of the panel from `tile` on, the task's next; or after the product's last one that of what follows it.
@@ -129,24 +132,24 @@ template <BlockKernel Level>
 void multiply_panels(const Product& product, const Arranged& arranged, Range tiles, Range rows,
                      const Buffers& buffers) {
     const Product addend = addend_alone(product);
-    const int64_t all = filled_up(product.pairs(), Level::kMultiple), chunk = chunk_of<Level>(all);
-    const int64_t addend_pairs = filled_up(addend.pairs(), Level::kMultiple);
+    const int64_t all = filled_up(product.words(), Level::kMultiple), chunk = chunk_of<Level>(all);
+    const int64_t addend_words = filled_up(addend.words(), Level::kMultiple);
     Level level(product, arranged);
     for (int64_t tile = tiles.first; tile < tiles.last; tile += Level::kTiles) {
         const int64_t count = least(Level::kTiles, tiles.last - tile);
-        if (addend_pairs != 0) unpack(addend, tile, count, 0, addend_pairs, buffers.addend_panel);
+        if (addend_words != 0) unpack(addend, tile, count, 0, addend_words, buffers.addend_panel);
         for (int64_t first = 0; first < all; first += chunk) {
-            const int64_t pairs = least(chunk, all - first);
-            unpack(product, tile, count, first, pairs, buffers.panel);
+            const int64_t words = least(chunk, all - first);
+            unpack(product, tile, count, first, words, buffers.panel);
             const Panel panel{.right = buffers.panel,
                               .addend_right = buffers.addend_panel,
                               .tile = tile,
                               .tiles = count,
                               .chunk = first,
-                              .pairs = pairs,
-                              .addend_pairs = addend_pairs,
+                              .words = words,
+                              .addend_words = addend_words,
                               .first = first == 0,
-                              .last = first + pairs == all};
+                              .last = first + words == all};
             Ahead ahead = panel.last ? ahead_of_next<Level>(product, tiles, rows, tile + Level::kTiles, chunk)
                                      : ahead_of(product, product.right.source, tile, count, first + chunk,
                                                 least(chunk, all - first - chunk));
@@ -167,6 +170,7 @@ Kernel kernel_of() {
     return {.rows = Level::kRows,
             .tiles = Level::kTiles,
             .multiple = Level::kMultiple,
+            .word_values = Level::kWordValues,
             .takes_addend = Level::kTakesAddend,
             .chunk = chunk_of<Level>,
             .in_place = Level::in_place,

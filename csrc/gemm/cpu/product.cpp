@@ -18,42 +18,47 @@ constexpr int64_t kGroupRows = 1536;
 // kernel's block.
 constexpr int64_t kFewRows = 96;
 
+// Values of a dtype, `count` of them further on.
+const void* advanced(const void* values, Dtype dtype, int64_t count) {
+    return static_cast<const char*>(values) + count * itemsize(dtype);
+}
+
 // Of a group: its arranged rows stay in the third cache, beside what else is there.
-int64_t group_rows(int64_t pairs) {
-    const int64_t fit = caches().third / 4 * 3 / (pairs * int64_t(sizeof(uint32_t)));
+int64_t group_rows(int64_t depth) {
+    const int64_t fit = caches().third / 4 * 3 / (depth * int64_t(sizeof(uint32_t)));
     return std::clamp(fit / kFewRows * kFewRows, kFewRows, kGroupRows);
 }
 
 void multiply_group(const Kernel& kernel, const Product& product) {
     const int64_t rows = product.rows, blocks = ceil_div(rows, kernel.rows);
-    const int64_t pairs = filled_up(product.pairs(), kernel.multiple), chunk = kernel.chunk(pairs);
+    const int64_t depth = filled_up(product.words(), kernel.multiple), chunk = kernel.chunk(depth);
     const int64_t tiles = ceil_div(product.columns, kTileColumns), threads = threads_here();
     // Rows are divided only where there are too few columns to go round.
     const int64_t wanted = tiles >= 4 * threads ? 1 : ceil_div(4 * threads, tiles);
     const int64_t part_rows = ceil_div(blocks, std::min(wanted, ceil_div(rows, kFewRows))) * kernel.rows;
     const int64_t parts = ceil_div(rows, part_rows);
     const Product addend = addend_alone(product);
-    const int64_t addend_pairs = filled_up(addend.pairs(), kernel.multiple);
+    const int64_t addend_depth = filled_up(addend.words(), kernel.multiple);
     const int64_t panel_words = kernel.tiles * chunk * kTileColumns,
-                  addend_words = kernel.tiles * addend_pairs * kTileColumns;
-    const int64_t sums = chunk < pairs ? part_rows * kernel.tiles * kTileColumns : 0,
+                  addend_words = kernel.tiles * addend_depth * kTileColumns;
+    const int64_t sums = chunk < depth ? part_rows * kernel.tiles * kTileColumns : 0,
                   own = panel_words + addend_words + sums;
     const int64_t all_rows = filled_up(rows, kernel.multiple);
-    const int64_t x_words = filled_up(all_rows * pairs, 16),
-                  left_words = filled_up(all_rows * addend_pairs, 16);
+    const int64_t x_words = filled_up(all_rows * depth, 16),
+                  left_words = filled_up(all_rows * addend_depth, 16);
     uint32_t* x = static_cast<uint32_t*>(workspace(4 * (x_words + left_words + threads * own)));
     uint32_t *left = x + x_words, *buffers = left + left_words;
-    const auto arrange = [&](const Product& matrix, int64_t its_pairs, int64_t its_chunk, uint32_t* out) {
+    const auto arrange = [&](const Product& matrix, int64_t its_depth, int64_t its_chunk, uint32_t* out) {
         const int64_t from = kernel.in_place(matrix) ? rows / kernel.rows : 0;
-        at::parallel_for(from, blocks, ceil_div(kProductsPerTask, kernel.rows * its_pairs * 8),
+        at::parallel_for(from, blocks, ceil_div(kProductsPerTask, kernel.rows * its_depth * 8),
                          [&](int64_t first, int64_t last) {
                              kernel.arrange(matrix, its_chunk,
                                             {first * kernel.rows, std::min(last * kernel.rows, rows)}, out);
                          });
     };
-    arrange(product, pairs, chunk, x);
-    if (addend_pairs != 0) arrange(addend, addend_pairs, addend_pairs, left);
-    const int64_t products = 2 * pairs * kTileColumns * part_rows;
+    arrange(product, depth, chunk, x);
+    if (addend_depth != 0) arrange(addend, addend_depth, addend_depth, left);
+    const int64_t products = kernel.word_values * depth * kTileColumns * part_rows;
     at::parallel_for(
         0, parts * tiles, ceil_div(kProductsPerTask, products), [&](int64_t first, int64_t last) {
             uint32_t* panel = buffers + at::get_thread_num() * own;
@@ -73,14 +78,18 @@ void multiply_group(const Kernel& kernel, const Product& product) {
 
 }  // namespace
 
-void multiply(const Kernel& kernel, const Product& product) {
-    const int64_t step = group_rows(product.pairs());
+void multiply(const Kernel& kernel, const Product& asked) {
+    Product product = asked;
+    product.word_values = kernel.word_values;
+    const int64_t step = group_rows(product.words());
+    const Dtype addend_dtype = kernel.word_values == 1 ? Dtype::kFloat : Dtype::kBFloat16;
     for (int64_t first = 0; first < product.rows; first += step) {
         Product group = product;
         group.rows = std::min(step, product.rows - first);
-        group.x += first * product.inner;
-        group.y += first * product.columns;
-        if (group.addend.left != nullptr) group.addend.left += first * product.addend.inner;
+        group.x = advanced(product.x, product.dtype, first * product.inner);
+        group.y = const_cast<void*>(advanced(product.y, product.dtype, first * product.columns));
+        if (group.addend.left != nullptr)
+            group.addend.left = advanced(product.addend.left, addend_dtype, first * product.addend.inner);
         group.addend.keep.bits = product.addend.keep.row(first);
         if (first + step < product.rows) group.following = product.right.source;
         multiply_group(kernel, group);

@@ -1,13 +1,17 @@
-// y [rows, columns] = x [rows, inner] B [inner, columns] + bias in bf16, with fp32 sums, rounded once.
+// y [rows, columns] = x [rows, inner] B [inner, columns] + bias in 16 bits, with fp32 sums, rounded once.
 //
-// B does not lie in memory: it is unpacked into the second cache, a panel at a time, from whatever holds it.
-// So a 4-bit weight costs no trip through memory as 16 bits.
+// B is not in memory as such: it is unpacked into the second cache, a panel at a time, from whatever holds it.
+// So a 4-bit weight costs no trip through memory as 16 bits, and a 16-bit one none as 32 bits.
+//
+// A panel consists of 32-bit words. Where the processor has dot products of bf16 a word is a pair of bf16 values that
+// follow one another on the inner dimension; elsewhere it is one fp32 value, and x is widened as well.
 //
 // A sum runs over the inner numbers in their order, whatever the number of threads and the size of caches.
 #pragma once
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "common/half.h"
 
 namespace peftcore {
@@ -21,11 +25,10 @@ struct Region {
     int64_t rows = 0, bytes = 0, stride = 0;
 };
 
-// B, tile by tile. Two values that follow one another on the inner dimension make a pair, the first in the
-// low half.
+// B, tile by tile. The first value of a pair is in the low half of its word.
 struct Tiles {
     const void* source = nullptr;
-    // Pair p of tile i, inner numbers first + 2 p and first + 2 p + 1, at
+    // Word p of tile i, inner numbers first + 2 p and first + 2 p + 1 of pairs, or first + p, at
     //   out + i * stride + p * kTileColumns
     // A pair's second half is zero behind an odd `last`. Columns behind the last one may hold anything.
     void (*unpack)(const void* source, int64_t column, int tiles, int64_t first, int64_t last, int64_t stride,
@@ -48,8 +51,8 @@ struct Mask {
 
 // keep ∘ (left right), which joins the sums of a product.
 struct Addend {
-    const BFloat16* left = nullptr;  // [rows, inner]; or nullptr
-    Tiles right{};                   // in the order of the product's own
+    const void* left = nullptr;  // [rows, inner], bf16 for words that are pairs, else fp32; or nullptr
+    Tiles right{};               // in the order of the product's own
     int64_t inner = 0;
     Mask keep;
     // Both factors are [first, rest], each as long and a multiple of kHalfMultiple: what is added is
@@ -59,17 +62,20 @@ struct Addend {
 constexpr int64_t kHalfMultiple = 32;
 
 struct Product {
-    const BFloat16* x;
+    const void* x;
+    Dtype dtype = Dtype::kBFloat16;  // of x, bias and y; bf16 for words that are pairs
     Tiles right;
     int64_t rows, inner, columns;
-    const BFloat16* bias = nullptr;
-    BFloat16* y;
+    const void* bias = nullptr;
+    void* y;
     Addend addend{};
     // A source like `right`'s, of a product of these sizes that is likely to come next: where its first panel lies is
     // fetched during the last one. Or nullptr.
     const void* following = nullptr;
 
-    int64_t pairs() const { return (inner + 1) / 2; }
+    int64_t word_values = 2;  // inner numbers of a word; `multiply` takes them from the kernel
+
+    int64_t words() const { return (inner + word_values - 1) / word_values; }
 };
 
 struct Kernel;

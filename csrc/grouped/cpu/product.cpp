@@ -5,6 +5,7 @@
 #include <ATen/ops/addmm_cpu_dispatch.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
 
+#include "gemm/cpu/matrices.h"
 #include "nf4/cpu/linear/linear.h"
 #include "nf4/cpu/linear/panel.h"
 
@@ -83,16 +84,9 @@ void multiply(const CpuKernels& kernels, const Tensor& x, const Matrix& matrix, 
     const lora::Right& right = matrix.right;
     if (multiply_few(kernels, x, {0, 0, x.size(0)}, matrix, bias, y)) return;
     if (const std::optional<gemm::Tiles> tiles = lora::tiles_of(kernels, x, right)) {
-        const auto bits = [](const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); };
-        gemm::multiply(kernels.gemm, {.x = bits(x),
-                                      .right = *tiles,
-                                      .rows = x.size(0),
-                                      .inner = x.size(1),
-                                      .columns = y.size(1),
-                                      .bias = bias.defined() ? bits(bias) : nullptr,
-                                      .y = static_cast<BFloat16*>(y.mutable_data_ptr()),
-                                      .following = right.following});
-        return;
+        gemm::Product product = gemm::product_of(x, *tiles, bias, y);
+        product.following = right.following;
+        return gemm::multiply(lora::many_rows(kernels, x).kernel, product);
     }
     const int64_t columns = y.size(1), panels = ceil_div(columns, kPanel);
     // Around a single one PyTorch would open no parallel region, and the library divide it among all threads.

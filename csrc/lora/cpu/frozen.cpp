@@ -4,7 +4,7 @@
 #include <ATen/ops/mm_cpu_dispatch.h>
 
 #include "gemm/cpu/few_rows/linear.h"
-#include "nf4/cpu/dequantize.h"
+#include "gemm/cpu/matrices.h"
 #include "nf4/cpu/linear/linear.h"
 
 namespace peftcore {
@@ -16,34 +16,25 @@ Tensor frozen_linear(const Tensor& x, const Weight& weight, const std::optional<
 }
 
 Tensor frozen_linear_backward(const Tensor& dy, const Weight& weight) {
-    return weight.packed() ? nf4::linear_backward(dy, weight.view()) : at::cpu::mm(dy, weight.first());
+    return weight.packed() ? nf4::linear_backward(dy, weight.view())
+                           : gemm::dense_linear(dy, weight.first().t(), {});
+}
+
+const gemm::ManyRows& many_rows(const CpuKernels& kernels, const Tensor& x) {
+    return kernels.many_rows[int(kernel_dtype(x.scalar_type(), "linear"))];
 }
 
 std::optional<gemm::Tiles> tiles_of(const CpuKernels& kernels, const Tensor& x, const Right& right) {
-    const WeightView& view = right.view;
-    if (x.scalar_type() != at::kBFloat16 || kernels.gemm.multiply == nullptr || x.numel() == 0 ||
-        view.count() == 0 || (view.dense == nullptr && !right.packed()))
-        return {};
-    if (right.packed() && !nf4::has_tiles(kernels, view)) return {};
-    const gemm::Tiles& transposed = right.packed() ? kernels.packed.transposed : kernels.dense.transposed;
-    const gemm::Tiles& plain = right.packed() ? kernels.packed.plain : kernels.dense.plain;
-    return (right.transposed ? transposed : plain).of(&view);
+    if (x.numel() == 0) return {};
+    return gemm::tiles_of(many_rows(kernels, x), right.view, right.transposed);
 }
 
 namespace {
 
-const BFloat16* bits(const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); }
-
-WeightView dense_view(const Tensor& matrix) {
-    WeightView view;
-    view.rows = matrix.size(0);
-    view.columns = matrix.size(1);
-    view.dense = matrix.const_data_ptr();
-    return view;
-}
-
 Right right_of(const Weight& weight, bool transposed) {
     if (weight.packed() || weight.first().is_contiguous()) return {weight.view(), transposed};
+    const Tensor turned = weight.first().t();
+    if (turned.is_contiguous()) return {gemm::view_of(turned), !transposed};
     return {{}, transposed};
 }
 
@@ -71,45 +62,54 @@ Tensor in_halves(const CpuKernels& kernels, const Tensor& from, int parts, bool 
 
 bool whole_product(const CpuKernels& kernels, const Tensor& x, const Right& right, const Tensor& bias,
                    const ThinProduct& thin, const Tensor& y) {
-    if (!kernels.gemm.takes_addend) return false;
+    const gemm::ManyRows& products = many_rows(kernels, x);
+    if (!products.kernel.takes_addend) return false;
     // For few rows of x, linear_4bit has kernels of its own.
-    if (right.packed() && x.size(0) <= kernels.linear.tile.max_batch[int(Dtype::kBFloat16)]) return false;
+    const Dtype dtype = kernel_dtype(x.scalar_type(), "linear");
+    if (right.packed() && nf4::takes_few_rows(kernels, right.view, dtype, x.size(0))) return false;
     const std::optional<gemm::Tiles> tiles = tiles_of(kernels, x, right);
     if (!tiles) return false;
-    const int parts = parts_of(thin.left.size(1));
-    const Tensor left = in_halves(kernels, thin.left, parts, true, false),
-                 factor = in_halves(kernels, thin.right, parts, false, !right.transposed);
-    const WeightView view = dense_view(factor);
-    const gemm::Tiles& reader = right.transposed ? kernels.dense.transposed : kernels.dense.plain;
-    gemm::multiply(kernels.gemm, {.x = bits(x),
-                                  .right = *tiles,
-                                  .rows = x.size(0),
-                                  .inner = x.size(1),
-                                  .columns = y.size(1),
-                                  .bias = bias.defined() ? bits(bias) : nullptr,
-                                  .y = static_cast<BFloat16*>(y.mutable_data_ptr()),
-                                  .addend = {.left = bits(left),
-                                             .right = reader.of(&view),
-                                             .inner = left.size(1),
-                                             .keep = thin.keep,
-                                             .halves = parts == 2},
-                                  .following = right.following});
+    gemm::Product product = gemm::product_of(x, *tiles, bias, y);
+    product.following = right.following;
+    Tensor left = thin.left, factor = thin.right;
+    if (products.kernel.word_values == 2) {
+        const int parts = parts_of(left.size(1));
+        left = in_halves(kernels, left, parts, true, false);
+        factor = in_halves(kernels, factor, parts, false, !right.transposed);
+        product.addend.halves = parts == 2;
+    }
+    const WeightView view = gemm::view_of(factor);
+    const gemm::Tiles& reader = right.transposed ? products.factor.transposed : products.factor.plain;
+    product.addend.left = left.const_data_ptr();
+    product.addend.right = reader.of(&view);
+    product.addend.inner = left.size(1);
+    product.addend.keep = thin.keep;
+    gemm::multiply(products.kernel, product);
     return true;
 }
 
+namespace {
+
+// The same, of a weight; the factor comes as it is where W is the right side, or where Wᵀ is.
+Tensor whole(const CpuKernels& kernels, const Tensor& x, const Right& right, int64_t columns,
+             const Tensor& bias, const Tensor& left, const Tensor& factor, const Mask& keep,
+             bool for_transposed) {
+    if (!many_rows(kernels, x).kernel.takes_addend) return {};
+    const Tensor y = at::empty({x.size(0), columns}, x.options());
+    const Tensor beside = right.transposed == for_transposed ? factor : factor.t().contiguous();
+    return whole_product(kernels, x, right, bias, {left, beside, keep}, y) ? y : Tensor();
+}
+
+}  // namespace
+
 Tensor whole_linear(const CpuKernels& kernels, const Tensor& x, const Weight& weight,
                     const std::optional<Tensor>& bias, const Tensor& s, const Tensor& b) {
-    if (!kernels.gemm.takes_addend || x.scalar_type() != at::kBFloat16) return {};
-    const Tensor y = at::empty({x.size(0), weight.rows()}, x.options());
-    const bool made = whole_product(kernels, x, right_of(weight, true), contiguous(bias), {s, b, {}}, y);
-    return made ? y : Tensor();
+    return whole(kernels, x, right_of(weight, true), weight.rows(), contiguous(bias), s, b, {}, true);
 }
 
 Tensor whole_linear_backward(const CpuKernels& kernels, const Tensor& dy, const Weight& weight,
                              const Tensor& t, const Tensor& a, const Mask& keep) {
-    if (!kernels.gemm.takes_addend || dy.scalar_type() != at::kBFloat16) return {};
-    const Tensor dx = at::empty({dy.size(0), weight.columns()}, dy.options());
-    return whole_product(kernels, dy, right_of(weight, false), {}, {t, a, keep}, dx) ? dx : Tensor();
+    return whole(kernels, dy, right_of(weight, false), weight.columns(), {}, t, a, keep, false);
 }
 
 }  // namespace lora

@@ -23,6 +23,9 @@ struct Right {
     bool packed() const { return view.codes != nullptr; }
 };
 
+// Products of many rows like x.
+const gemm::ManyRows& many_rows(const CpuKernels& kernels, const Tensor& x);
+
 // It as gemm::multiply reads it; or none, for this processor, dtype of x or shape. It refers to `right`.
 std::optional<gemm::Tiles> tiles_of(const CpuKernels& kernels, const Tensor& x, const Right& right);
 

@@ -59,7 +59,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, at::TensorList tensors, 
     Tensor y;
     // Where the thin product can join a dense one (frozen.h), arranged factors are faster sooner.
     const int64_t arrange_from =
-        kernels.gemm.takes_addend && !weight.packed() ? kArrangeEachFrom : kArrangeFrom;
+        many_rows(kernels, x).kernel.takes_addend && !weight.packed() ? kArrangeEachFrom : kArrangeFrom;
     if (flat.size(0) < arrange_from && dropout.threshold == 0 &&
         s.numel() * weight.rows() * weight.columns() != 0) {
         y = few_rows_linear(kernels, flat, weight, bias, a, b, float(scale), s);

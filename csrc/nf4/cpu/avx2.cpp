@@ -1,34 +1,11 @@
 // AVX2 with F16C: 8 fp32 values a register, the same steps as AVX-512.
-#include <immintrin.h>
+#include "nf4/cpu/avx2.h"
 
 #include "nf4/cpu/blocks.h"
 
 namespace peftcore {
 namespace nf4 {
 namespace {
-
-inline __m256 load(const float* x) { return _mm256_loadu_ps(x); }
-inline __m256 load(const Half* x) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
-}
-inline __m256 load(const BFloat16* x) {
-    const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
-}
-
-// 8 values rounded to 16 bits.
-inline __m128i round_to(__m256 values, const Half*) {
-    return _mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-inline __m128i round_to(__m256 values, const BFloat16*) {
-    const __m256i bits = _mm256_castps_si256(values);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, odd), _mm256_set1_epi32(0x7fff));
-    const __m256 nan = _mm256_cmp_ps(values, values, _CMP_UNORD_Q);
-    const __m256i result = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0),
-                                              _mm256_castps_si256(nan));
-    return _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1));
-}
 
 inline void store(void* out, __m256i value, bool stream) {
     if (stream)
@@ -66,8 +43,8 @@ struct Avx2 {
         const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
         __m256i a = _mm256_setzero_si256(), b = a;
         for (int64_t i = 0; i < count; i += 16) {
-            a = _mm256_max_epu32(a, _mm256_and_si256(_mm256_castps_si256(load(x + i)), magnitude));
-            b = _mm256_max_epu32(b, _mm256_and_si256(_mm256_castps_si256(load(x + i + 8)), magnitude));
+            a = _mm256_max_epu32(a, _mm256_and_si256(_mm256_castps_si256(load8(x + i)), magnitude));
+            b = _mm256_max_epu32(b, _mm256_and_si256(_mm256_castps_si256(load8(x + i + 8)), magnitude));
         }
         a = _mm256_max_epu32(a, b);
         __m128i c = _mm_max_epu32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
@@ -96,10 +73,10 @@ struct Avx2 {
                               uint8_t* out) {
         const __m256 factor = _mm256_set1_ps(inverse);
         for (int64_t i = 0; i < count; i += 32) {
-            const __m256i a = negative_rank(_mm256_mul_ps(load(x + i), factor), encoder);
-            const __m256i b = negative_rank(_mm256_mul_ps(load(x + i + 8), factor), encoder);
-            const __m256i c = negative_rank(_mm256_mul_ps(load(x + i + 16), factor), encoder);
-            const __m256i d = negative_rank(_mm256_mul_ps(load(x + i + 24), factor), encoder);
+            const __m256i a = negative_rank(_mm256_mul_ps(load8(x + i), factor), encoder);
+            const __m256i b = negative_rank(_mm256_mul_ps(load8(x + i + 8), factor), encoder);
+            const __m256i c = negative_rank(_mm256_mul_ps(load8(x + i + 16), factor), encoder);
+            const __m256i d = negative_rank(_mm256_mul_ps(load8(x + i + 24), factor), encoder);
             const __m256i negative = _mm256_packs_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
             const __m256i lanes = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
             const __m256i ranks =
@@ -113,19 +90,9 @@ struct Avx2 {
 
     static inline void decode(const uint8_t* packed, int64_t count, float scale, const Decoder& decoder,
                               float* out, bool stream) {
-        const __m256 factor = _mm256_set1_ps(scale);
-        const __m256 low = _mm256_mul_ps(decoder.low, factor), high = _mm256_mul_ps(decoder.high, factor);
-        // Four bytes broadcast; dword j of 8 takes nibble j, the high one of a byte first.
-        const __m256i shifts = _mm256_setr_epi32(4, 0, 12, 8, 20, 16, 28, 24);
-        for (int64_t i = 0; i < count; i += 8) {
-            int32_t bytes;
-            memcpy(&bytes, packed + i / 2, sizeof bytes);
-            const __m256i index = _mm256_srlv_epi32(_mm256_set1_epi32(bytes), shifts);
-            const __m256 upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));  // bit 3 as the sign
-            const __m256 value = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
-                                                  _mm256_permutevar8x32_ps(high, index), upper);
-            store(out + i, _mm256_castps_si256(value), stream);
-        }
+        const FloatTable table(decoder.low, decoder.high, scale);
+        for (int64_t i = 0; i < count; i += 8)
+            store(out + i, _mm256_castps_si256(decoded8(packed + i / 2, table)), stream);
     }
 
     // 16-bit values are looked up as two tables of bytes.

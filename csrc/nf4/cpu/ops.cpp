@@ -12,18 +12,12 @@
 #include "common/caches.h"
 #include "common/huge_pages.h"
 #include "cpu/kernels.h"
-#include "nf4/cpu/dequantize.h"
 #include "weight/linear_arguments.h"
 
 namespace peftcore {
 namespace nf4 {
 
 using at::Tensor;
-
-bool has_tiles(const CpuKernels& kernels, const WeightView& weight) {
-    return kernels.packed.plain.unpack != nullptr && weight.columns % kTileBlock == 0 &&
-           (int64_t(1) << weight.shift) >= kTileBlock;
-}
 
 namespace {
 

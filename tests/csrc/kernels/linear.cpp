@@ -62,10 +62,9 @@ void try_product(const Way& way, const Packed& packed, int64_t batch, bool has_b
 }
 
 template <typename T>
-void try_dtype(const Way& way, bool library_has_bf16) {
+void try_dtype(const Way& way) {
     const nf4::LinearKernel& kernel = way.kernel;
-    const Dtype dtype = dtype_of<T>,
-                as = dtype == Dtype::kBFloat16 && !library_has_bf16 ? Dtype::kHalf : dtype;
+    const Dtype dtype = dtype_of<T>;
     bool nested = false;
     for (int64_t columns : {8, 64, 104, 320, 712, 2368})
         for (int64_t blocksize : {32, 64, 4096})
@@ -75,7 +74,7 @@ void try_dtype(const Way& way, bool library_has_bf16) {
                 nested = !nested;
                 const Packed packed(rows, columns, blocksize, nested);
                 for (int64_t batch : {1, 2, 3, 4, 5, 8, 15, 32})
-                    if (batch >= kernel.min_batch && batch <= kernel.max_batch[int(as)])
+                    if (batch >= kernel.min_batch && batch <= kernel.max_batch[int(dtype)])
                         try_product<T>(way, packed, batch, batch % 2 == 1);
             }
 }
@@ -90,9 +89,9 @@ void try_linear(const CpuKernels& kernels) {
                         {"tile", kernels.linear.tile, rounded_code(), 0x1p-20}};
     for (const Way& way : ways) {
         if (way.kernel.run == nullptr) continue;
-        try_dtype<float>(way, kernels.library_has_bf16);
-        try_dtype<Half>(way, kernels.library_has_bf16);
-        try_dtype<BFloat16>(way, kernels.library_has_bf16);
+        try_dtype<float>(way);
+        try_dtype<Half>(way);
+        try_dtype<BFloat16>(way);
     }
 }
 

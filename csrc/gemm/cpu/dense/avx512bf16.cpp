@@ -76,8 +76,8 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
 }  // namespace
 
 void fill_avx512bf16(DenseReader& reader) {
-    reader = {.transposed = {.unpack = unpack_transposed, .even_odd = false, .region = region_transposed},
-              .plain = {.unpack = unpack_plain, .even_odd = true, .region = region_plain}};
+    reader = {{.transposed = {.unpack = unpack_transposed, .even_odd = false, .region = region_transposed},
+               .plain = {.unpack = unpack_plain, .even_odd = true, .region = region_plain}}};
 }
 
 }  // namespace gemm

@@ -8,6 +8,7 @@
 #include "common/tensors.h"
 #include "cpu/kernels.h"
 #include "gemm/cpu/few_rows/linear.h"
+#include "gemm/cpu/matrices.h"
 #include "weight/linear_arguments.h"
 
 namespace peftcore {
@@ -21,17 +22,9 @@ constexpr int64_t kProductsPerTask = 1 << 17, kGranule = 8;  // rows of W
 
 const BFloat16* bits(const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); }
 
-}  // namespace
-
-Tensor dense_linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-    const FewRowsKernel& kernel = cpu_kernels().few_rows;
-    if (x.scalar_type() != at::kBFloat16 || x.size(0) > kernel.max_batch || x.numel() == 0 ||
-        !weight.is_contiguous()) {
-        const Tensor transposed = weight.t();
-        return bias.defined() ? at::cpu::addmm(bias, x, transposed) : at::cpu::mm(x, transposed);
-    }
-    const Tensor source = x.contiguous(), y = at::empty({x.size(0), weight.size(0)}, x.options());
-    const FewRows args{.x = bits(source),
+void few_rows(const FewRowsKernel& kernel, const Tensor& x, const Tensor& weight, const Tensor& bias,
+              const Tensor& y) {
+    const FewRows args{.x = bits(x),
                        .batch = x.size(0),
                        .inner = x.size(1),
                        .w = bits(weight),
@@ -43,7 +36,31 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
                      [&](int64_t first, int64_t last) {
                          kernel.run(args, {first * kGranule, std::min(last * kGranule, args.columns)});
                      });
-    return y;
+}
+
+}  // namespace
+
+Tensor dense_linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
+    const std::optional<Dtype> dtype = known_dtype(x.scalar_type());
+    if (dtype.has_value() && x.numel() != 0 && weight.size(0) != 0) {
+        const CpuKernels& kernels = cpu_kernels();
+        const ManyRows& products = kernels.many_rows[int(*dtype)];
+        const auto empty = [&] { return at::empty({x.size(0), weight.size(0)}, x.options()); };
+        if (*dtype == Dtype::kBFloat16 && x.size(0) <= kernels.few_rows.max_batch && weight.is_contiguous()) {
+            const Tensor y = empty();
+            few_rows(kernels.few_rows, x.contiguous(), weight, bias, y);
+            return y;
+        }
+        if (products.beats_library) {
+            const Lying lies = lying(weight);
+            const WeightView view = view_of(lies.matrix);
+            const Tensor y = empty(), source = x.contiguous();
+            multiply(products.kernel, product_of(source, *tiles_of(products, view, !lies.flipped), bias, y));
+            return y;
+        }
+    }
+    const Tensor transposed = weight.t();
+    return bias.defined() ? at::cpu::addmm(bias, x, transposed) : at::cpu::mm(x, transposed);
 }
 
 namespace {

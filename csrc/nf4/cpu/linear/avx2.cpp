@@ -124,8 +124,8 @@ struct Avx2Integers {
 }  // namespace
 
 void fill_avx2(LinearKernels& kernels) {
-    kernels.integers = LinearIntegers<Avx2Integers>::kernel(1024);
-    kernels.rows = LinearRows<Avx2>::kernel({.fp32 = 16, .fp16 = 16, .bf16 = 4});
+    kernels.integers = LinearIntegers<Avx2Integers>::kernel(32);
+    kernels.rows = LinearRows<Avx2>::kernel({.fp32 = 16, .fp16 = 16, .bf16 = 16});
 }
 
 }  // namespace nf4

@@ -102,8 +102,8 @@ struct Avx512Integers {
 }  // namespace
 
 void fill_avx512(LinearKernels& kernels) {
-    kernels.integers = LinearIntegers<Avx512Integers>::kernel(1024);
-    kernels.rows = LinearRows<Avx512>::kernel({.fp32 = 24, .fp16 = 32, .bf16 = 8});
+    kernels.integers = LinearIntegers<Avx512Integers>::kernel(24);
+    kernels.rows = LinearRows<Avx512>::kernel({.fp32 = 24, .fp16 = 24, .bf16 = 24});
 }
 
 }  // namespace nf4

@@ -160,6 +160,7 @@ void fill_avx512bf16(LinearKernels& kernels) {
     kernels.dots = LinearDots::kernel();
     kernels.integers.max_batch[int(Dtype::kBFloat16)] =
         0;  // dot products of bf16 are faster, for many rows as well
+    kernels.rows.max_batch[int(Dtype::kBFloat16)] = 8;  // the library is faster from there on
     kernels.tile = {.granule = kRows,
                     .min_batch = kMinInputs,
                     .max_batch = {0, 0, kTileBatch},

@@ -39,5 +39,8 @@ struct FewRows {
 // kernels read. Nothing is empty.
 bool few_rows(const CpuKernels& kernels, const FewRows& args, const WeightView& weight);
 
+// Whether a kernel of few rows is the fastest for so many, unless it refuses x's values.
+bool takes_few_rows(const CpuKernels& kernels, const WeightView& weight, Dtype dtype, int64_t rows);
+
 }  // namespace nf4
 }  // namespace peftcore

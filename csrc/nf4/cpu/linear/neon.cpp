@@ -125,7 +125,7 @@ struct NeonIntegers {
 // faster.
 void fill_neon(LinearKernels& kernels) {
     kernels.integers = LinearIntegers<NeonIntegers>::kernel(64);
-    kernels.rows = LinearRows<Neon>::kernel({.fp32 = 8, .fp16 = 8, .bf16 = 4});
+    kernels.rows = LinearRows<Neon>::kernel({.fp32 = 8, .fp16 = 8, .bf16 = 8});
 }
 
 }  // namespace nf4

@@ -274,6 +274,7 @@ struct PairsOfRows {
 void fill_neonbf16(LinearKernels& kernels) {
     kernels.dots = Dots::kernel();
     kernels.integers.max_batch[int(Dtype::kBFloat16)] = 0;  // these are faster, for many rows as well
+    kernels.rows.max_batch[int(Dtype::kBFloat16)] = 4;
     kernels.tile = PairsOfRows::kernel();
 }
 

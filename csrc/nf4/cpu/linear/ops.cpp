@@ -12,7 +12,7 @@
 #include "common/tensors.h"
 #include "common/workspace.h"
 #include "cpu/kernels.h"
-#include "nf4/cpu/dequantize.h"
+#include "gemm/cpu/matrices.h"
 #include "nf4/cpu/linear/linear.h"
 #include "nf4/cpu/linear/panel.h"
 #include "weight/linear_arguments.h"
@@ -51,17 +51,10 @@ bool multiply_few_rows(const LinearKernel& kernel, const FewRows& few, const Wei
 // y = x B + bias with B unpacked tile by tile, where this processor and these shapes allow it.
 bool by_tiles(const CpuKernels& kernels, const WeightView& weight, bool transposed, const Tensor& x,
               const Tensor& bias, const Tensor& y) {
-    if (x.scalar_type() != at::kBFloat16 || !has_tiles(kernels, weight)) return false;
-    const auto bits = [](const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); };
-    const gemm::Tiles& tiles = transposed ? kernels.packed.transposed : kernels.packed.plain;
-    gemm::multiply(kernels.gemm, {.x = bits(x),
-                                  .right = tiles.of(&weight),
-                                  .rows = x.size(0),
-                                  .inner = x.size(1),
-                                  .columns = y.size(1),
-                                  .bias = bias.defined() ? bits(bias) : nullptr,
-                                  .y = static_cast<BFloat16*>(y.mutable_data_ptr())});
-    return true;
+    const gemm::ManyRows& products = kernels.many_rows[int(kernel_dtype(x.scalar_type(), "linear_4bit"))];
+    const std::optional<gemm::Tiles> tiles = gemm::tiles_of(products, weight, transposed);
+    if (tiles) gemm::multiply(products.kernel, gemm::product_of(x, *tiles, bias, y));
+    return tiles.has_value();
 }
 
 }  // namespace
@@ -70,12 +63,17 @@ bool few_rows(const CpuKernels& kernels, const FewRows& args, const WeightView& 
     if (!std::all_of(weight.quant_map, weight.quant_map + 16,
                      [](float value) { return std::isfinite(value); }))
         return false;
-    // Without dot products of bf16 the library is as slow in it as in fp16.
-    const Dtype as = args.dtype == Dtype::kBFloat16 && !kernels.library_has_bf16 ? Dtype::kHalf : args.dtype;
     const LinearKernels& all = kernels.linear;
     for (const LinearKernel* kernel : {&all.dots, &all.tile, &all.integers, &all.rows})
-        if (takes(*kernel, weight, as, args.rows) && multiply_few_rows(*kernel, args, weight)) return true;
+        if (takes(*kernel, weight, args.dtype, args.rows) && multiply_few_rows(*kernel, args, weight))
+            return true;
     return false;
+}
+
+bool takes_few_rows(const CpuKernels& kernels, const WeightView& weight, Dtype dtype, int64_t rows) {
+    const LinearKernels& all = kernels.linear;
+    return takes(all.dots, weight, dtype, rows) || takes(all.tile, weight, dtype, rows) ||
+           takes(all.integers, weight, dtype, rows) || takes(all.rows, weight, dtype, rows);
 }
 
 Tensor linear(const Tensor& x, const WeightView& weight, const Tensor& bias) {

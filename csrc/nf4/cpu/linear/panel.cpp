@@ -11,7 +11,6 @@
 #include "common/integers.h"
 #include "common/workspace.h"
 #include "cpu/kernels.h"
-#include "nf4/cpu/dequantize.h"
 
 namespace peftcore {
 namespace nf4 {

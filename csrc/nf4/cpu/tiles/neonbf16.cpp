@@ -64,10 +64,11 @@ void unpack_plain(const void* source, int64_t column, int tiles, int64_t first, 
 
 }  // namespace
 
-void fill_neonbf16(PackedReader& reader) {
+void fill_neonbf16(gemm::PackedReader& reader) {
     reader = {
-        .transposed = {.unpack = unpack_transposed, .even_odd = false, .region = gemm::region_transposed},
-        .plain = {.unpack = unpack_plain, .even_odd = false, .region = gemm::region_plain}};
+        {.transposed = {.unpack = unpack_transposed, .even_odd = false, .region = gemm::region_transposed},
+         .plain = {.unpack = unpack_plain, .even_odd = false, .region = gemm::region_plain},
+         .reads = has_tile_blocks}};
 }
 
 }  // namespace nf4

@@ -1,0 +1,215 @@
+// Products whose x and B are widened to fp32: for dtypes that the processor has no dot products of. The same loops at
+// every level with fused multiply-adds.
+//
+// Lanes::kRows rows of x by two vectors of B's columns are in registers, an inner number at a time.
+#pragma once
+
+#include <concepts>
+#include <cstring>
+
+#include "gemm/cpu/panels.h"
+#include "gemm/cpu/transpose8.h"
+
+namespace peftcore {
+namespace gemm {
+namespace {
+
+template <typename Lanes>
+concept WideLanes = requires(typename Lanes::Floats floats, const float* from, float* to, const void* values,
+                             void* out, uint32_t bits) {
+    { Lanes::kRows } -> std::convertible_to<int64_t>;   // of x that are multiplied together
+    { Lanes::kLanes } -> std::convertible_to<int64_t>;  // of a vector
+    { Lanes::zero() } -> std::same_as<typename Lanes::Floats>;
+    { Lanes::load(from) } -> std::same_as<typename Lanes::Floats>;
+    { Lanes::all(from) } -> std::same_as<typename Lanes::Floats>;  // one value in every lane
+    Lanes::store(to, floats);
+    { Lanes::add(floats, floats) } -> std::same_as<typename Lanes::Floats>;
+    { Lanes::fma(floats, floats, floats) } -> std::same_as<typename Lanes::Floats>;  // a b + c
+    { Lanes::kept(floats, bits) } -> std::same_as<typename Lanes::Floats>;  // zero where a lane's bit is 0
+    Lanes::round(floats, Dtype::kHalf, out);  // each value rounded to 16 bits, to nearest, ties to even
+};
+
+template <WideLanes Lanes>
+struct WideProducts {
+    static constexpr int64_t kRows = Lanes::kRows, kTiles = 4, kMultiple = 1, kWords = 1024, kWordValues = 1;
+    static constexpr bool kTakesAddend = true;
+    static constexpr int64_t kColumns = 2 * Lanes::kLanes;  // of B that are multiplied together
+    static constexpr int64_t kPanelColumns = kTiles * kTileColumns;
+    static_assert(kTileColumns % kColumns == 0);
+
+    using Floats = typename Lanes::Floats;
+
+    // Chunks of about the same size: a short last one would load and store sums for few products.
+    static int64_t chunk(int64_t words, int64_t fit) {
+        return filled_up(ceil_div(words, ceil_div(words, fit)), 16);
+    }
+    static bool in_place(const Product&) { return false; }
+
+    // out[word][row].
+    static void arrange_block(const Product& product, int64_t first_row, int64_t rows, int64_t first,
+                              int64_t words, uint32_t* out) {
+        const int64_t last = least(first + words, product.inner);
+        const int64_t row_bytes = product.inner * itemsize(product.dtype);
+        const char* x = static_cast<const char*>(product.x) + first_row * row_bytes;
+        float* to = reinterpret_cast<float*>(out);
+        for (int64_t k = first; k < last; k += 8, to += 8 * rows) {
+            const int64_t count = least(8, last - k);
+            for (int64_t row = 0; row < rows; row += 8) {
+                const int64_t there = least(8, rows - row);
+                __m256 block[8];
+                for (int64_t m = 0; m < 8; ++m)
+                    block[m] = m < there ? widen_some(x + (row + m) * row_bytes, product.dtype, k, count)
+                                         : _mm256_setzero_ps();
+                transpose8(block);
+                for (int64_t p = 0; p < count; ++p) store_some(to + p * rows + row, block[p], there);
+            }
+        }
+    }
+
+    const Product& product;
+    const Arranged arranged;
+
+    WideProducts(const Product& its_product, const Arranged& its_arranged)
+        : product(its_product), arranged(its_arranged) {}
+
+    struct Place {
+        int64_t row, column;
+        float* sums;  // of this row and column, kPanelColumns a row
+        bool first, last;
+        Ahead* ahead;
+    };
+    // What is added up: arranged rows of x, or of the addend, and a tile of B's words.
+    struct Factors {
+        const float *x, *right;
+        int64_t words;
+    };
+
+    template <int R>
+    using Sums = Floats[R][2];
+
+    template <int R>
+    [[gnu::always_inline]]
+    static inline void accumulate(const Factors& factors, Ahead* place_ahead, Sums<R>& sum) {
+        const float *x = factors.x, *right = factors.right;
+        const auto add_word = [&] {
+            const Floats one = Lanes::load(right), other = Lanes::load(right + Lanes::kLanes);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                const Floats value = Lanes::all(x + r);
+                sum[r][0] = Lanes::fma(value, one, sum[r][0]);
+                sum[r][1] = Lanes::fma(value, other, sum[r][1]);
+            }
+            x += R;
+            right += kTileColumns;
+        };
+        Ahead ahead = place_ahead != nullptr ? *place_ahead : Ahead({});
+        int64_t p = 0;
+        for (; p + 4 <= factors.words; p += 4) {
+            ahead.next();
+            add_word();
+            add_word();
+            add_word();
+            add_word();
+        }
+        for (; p < factors.words; ++p) add_word();
+        if (place_ahead != nullptr) *place_ahead = ahead;
+    }
+
+    template <int R>
+    static void multiply_tile(const Product& product, const Place& place, const Factors& factors,
+                              const Factors& addend) {
+        Sums<R> sum;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v)
+                sum[r][v] = place.first ? Lanes::zero()
+                                        : Lanes::load(place.sums + r * kPanelColumns + v * Lanes::kLanes);
+        const Mask& keep = product.addend.keep;
+        const bool masked = addend.words != 0 && keep.bits != nullptr;
+        if (addend.words != 0 && !masked) accumulate<R>(addend, nullptr, sum);
+        accumulate<R>(factors, place.ahead, sum);
+        if (!place.last || masked) {
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+                for (int v = 0; v < 2; ++v)
+                    Lanes::store(place.sums + r * kPanelColumns + v * Lanes::kLanes, sum[r][v]);
+        }
+        if (!place.last) return;
+        if (masked) {
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) sum[r][0] = sum[r][1] = Lanes::zero();
+            accumulate<R>(addend, nullptr, sum);
+#pragma GCC unroll 16
+            for (int r = 0; r < R; ++r) {
+                uint32_t bits;
+                std::memcpy(&bits, keep.row(place.row + r) + place.column / 32 * 4, sizeof bits);
+                bits >>= place.column % 32;
+#pragma GCC unroll 2
+                for (int v = 0; v < 2; ++v)
+                    sum[r][v] = Lanes::add(Lanes::load(place.sums + r * kPanelColumns + v * Lanes::kLanes),
+                                           Lanes::kept(sum[r][v], bits >> (v * Lanes::kLanes)));
+            }
+        }
+        store_rows<R>(product, place, sum);
+    }
+
+    template <int R>
+    static void store_rows(const Product& product, const Place& place, const Sums<R>& sum) {
+        const int64_t count = least(kColumns, product.columns - place.column);
+        float bias[kColumns] = {};
+        if (product.bias != nullptr) widen_row(product.bias, product.dtype, place.column, count, bias);
+        const Floats first = Lanes::load(bias), second = Lanes::load(bias + Lanes::kLanes);
+        uint16_t* y = static_cast<uint16_t*>(product.y) + place.row * product.columns + place.column;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r, y += product.columns) {
+            uint16_t some[kColumns], *to = count == kColumns ? y : some;
+            Lanes::round(Lanes::add(sum[r][0], first), product.dtype, to);
+            Lanes::round(Lanes::add(sum[r][1], second), product.dtype, to + Lanes::kLanes);
+            if (count != kColumns) std::memcpy(y, some, size_t(count) * sizeof *some);
+        }
+    }
+
+    using Tile = void (*)(const Product&, const Place&, const Factors&, const Factors&);
+    template <int... R>
+    static Tile tile_of(int64_t rows, std::integer_sequence<int, R...>) {
+        static constexpr Tile kTileOf[] = {multiply_tile<R + 1>...};
+        return kTileOf[rows - 1];
+    }
+
+    void multiply(const Panel& panel, const Block& block) {
+        // A block's sums of a masked addend wait here, where the product has one chunk.
+        const float *x = reinterpret_cast<const float*>(arranged.x) + panel.chunk * product.rows +
+                         block.row * panel.words,
+                    *left =
+                        reinterpret_cast<const float*>(arranged.addend_left) + block.row * panel.addend_words,
+                    *right = reinterpret_cast<const float*>(panel.right),
+                    *addend_right = reinterpret_cast<const float*>(panel.addend_right);
+        const Tile tile = tile_of(block.rows, std::make_integer_sequence<int, int(kRows)>());
+        float* sums = panel.first && panel.last ? here : block.sums;
+        for (int64_t i = 0; i < panel.tiles * kTileColumns; i += kColumns) {
+            const int64_t column = panel.tile * kTileColumns + i, at = i % kTileColumns;
+            if (column >= product.columns) return;
+            tile(product,
+                 {.row = block.row,
+                  .column = column,
+                  .sums = sums + i,
+                  .first = panel.first,
+                  .last = panel.last,
+                  .ahead = block.ahead},
+                 {x, right + i / kTileColumns * panel.words * kTileColumns + at, panel.words},
+                 {left, addend_right + i / kTileColumns * panel.addend_words * kTileColumns + at,
+                  panel.last ? panel.addend_words : 0});
+        }
+    }
+
+    void finish() {}
+
+ private:
+    alignas(64) float here[kRows * kPanelColumns];
+};
+
+}  // namespace
+}  // namespace gemm
+}  // namespace peftcore
