@@ -1,11 +1,12 @@
-# One command each: make install | demo | test | fuzz | lint | fix | docs | bench | cuda-bounds | matrix | compare | census | export-check. What they need is installed into .venv by the first call;
+# One command each: make install | demo | test | test-avx2 | fuzz | lint | fix | docs | bench | cuda-bounds | matrix | compare | census | export-check. What they need is installed into .venv by the first call;
 # stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
 LLAMA := .llama
 PY := $(VENV)/bin/python
-PIP := $(PY) -m pip install --disable-pip-version-check --quiet
+# pip shows what it downloads, and is quiet only about plugins and documentation, which take seconds.
+PIP := $(PY) -m pip install --disable-pip-version-check
 # Built against the PyTorch in .venv, which therefore comes first; plugins are packages of their own.
 BUILD := $(PIP) --no-build-isolation
 PLUGINS := $(sort $(patsubst %/,%,$(dir $(wildcard plugins/*/pyproject.toml))))
@@ -16,7 +17,7 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 # decode_llama.py is a part of decode.py, for another Python.
 BENCHMARKS = $(filter-out benchmarks/decode_llama.py,$(shell grep -l __main__ benchmarks/*.py))
 
-.PHONY: install demo test fuzz lint fix docs bench cuda-bounds matrix compare census export-check clean
+.PHONY: install demo test test-avx2 fuzz lint fix docs bench cuda-bounds matrix compare census export-check clean
 
 install: $(VENV)/train.stamp
 	@echo "installed into $(VENV). Go on with: . $(VENV)/bin/activate"
@@ -28,6 +29,21 @@ demo: $(VENV)/train.stamp
 # their order, of which the longest are the first.
 test: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 --durations-min 5
+
+# Tests of kernels and dtypes, as on a processor with AVX2 and nothing above: the variables limit PyTorch, oneDNN and
+# peftcore's kernels, in this run alone. Two minutes on two cores.
+AVX2 := ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 PEFTCORE_CPU_LEVEL=avx2
+AVX2_TESTS := \
+	tests/estimating/test_mixed_precision.py \
+	tests/integrations/test_reference_model.py \
+	tests/quantization \
+	tests/ops/test_linear_4bit.py tests/ops/test_dense_linear.py tests/ops/test_swiglu.py \
+	plugins/peftcore-lora/tests/test_experts.py plugins/peftcore-lora/tests/test_lora.py \
+	plugins/peftcore-dora/tests/test_dora.py \
+	plugins/peftcore-qlora/tests
+
+test-avx2: $(VENV)/dev.stamp
+	$(AVX2) PEFTCORE_PORTABLE=none OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(AVX2_TESTS)
 
 # All mutated files, states and calls; `make test` runs a tenth of them. PEFTCORE_FUZZ_SEED=1 makes others.
 fuzz: $(VENV)/dev.stamp
@@ -81,8 +97,8 @@ clean:
 	rm -rf $(VENV) $(LLAMA) .demo build dist *.egg-info plugins/*/*.egg-info peftcore/_C*.so peftcore/_build.json
 
 $(VENV)/torch.stamp:
+	@echo "1 of 3: installing PyTorch and the build tools into $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	@echo "installing PyTorch and the build tools into $(VENV)"
 	$(PIP) "torch>=2.9" numpy "setuptools>=77" "pybind11>=2.13" "ninja>=1.11"
 	@touch $@
 
@@ -98,13 +114,15 @@ $(LLAMA)/llama.stamp:
 	@touch $@
 
 $(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)
-	@echo "building the extension, installing peftcore and its plugins"
+	@echo "2 of 3: building the extension"
+	$(PY) setup.py --quiet build_ext --inplace
+	@echo "3 of 3: installing peftcore, what training needs, and $(words $(PLUGINS)) plugins"
 	$(BUILD) -e ".[train,gguf]"
-	$(BUILD) --no-deps $(PLUGINS:%=-e ./%)
+	$(BUILD) --quiet --no-deps $(PLUGINS:%=-e ./%)
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/train.stamp
-	$(BUILD) -e ".[docs]"
+	$(BUILD) --quiet -e ".[docs]"
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp

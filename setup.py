@@ -81,6 +81,23 @@ def commit():
     return described or "unknown"
 
 
+def followed(command):
+    """Run the command and print its output line by line; return whether it failed, and the lines.
+
+    What nvcc reports of registers and shared memory is left out.
+    """
+    lines, of_ptxas = [], re.compile(r"ptxas info|\s+\d+ bytes stack frame")
+    status = {"NINJA_STATUS": "[%f/%t, %es] ", **os.environ}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=status
+    ) as running:
+        for line in running.stdout:
+            lines.append(line.rstrip())
+            if not of_ptxas.match(line):
+                print(lines[-1], flush=True)
+    return running.returncode != 0, lines
+
+
 def flag(name):
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
@@ -345,20 +362,31 @@ class Build:
         lines.append(f"default {escape(self.output)}")
         return "\n".join(lines) + "\n"
 
+    def announcement(self, jobs):
+        """Say what is about to be compiled, and which part is optional."""
+        count = sum(1 for _ in self.sources())
+        kernels = ", ".join(["portable", *self.levels])
+        optional = (
+            f"CUDA kernels for {', '.join(architectures()[1])} are optional: PEFTCORE_CUDA=0 leaves them out"
+            if self.nvcc
+            else f"no CUDA kernels: {self.cuda_note}"
+        )
+        return f"compiling up to {count} files, {jobs} at a time: CPU kernels ({kernels}); {optional}"
+
     def run(self):
         """Builds; returns the facts. Without CUDA if only that part fails and it was not demanded."""
         facts, sources = self.facts(), digest(CSRC)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text(self.ninja_file(facts))
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-        done = subprocess.run([self.ninja, "-C", str(self.folder), "-j", jobs], capture_output=True, text=True)
-        print(done.stdout, done.stderr, sep="\n", flush=True)
-        if done.returncode == 0:
+        print(self.announcement(jobs), flush=True)
+        failed, output = followed([self.ninja, "-C", str(self.folder), "-j", jobs])
+        if not failed:
             if self.openmp_note:
                 print(f"peftcore's kernels run in one thread: {self.openmp_note}", file=sys.stderr, flush=True)
             return facts | {"cuda_note": self.cuda_note, "openmp_note": self.openmp_note, "sources": sources}
-        tail = "\n".join((done.stdout + done.stderr).strip().split("\n")[-30:])
-        if self.nvcc and not self.cuda_wanted and ".cu.o" in done.stdout:
+        tail = "\n".join(output[-30:])
+        if self.nvcc and not self.cuda_wanted and any(".cu.o" in line for line in output):
             print("the CUDA kernels do not compile; building without them", file=sys.stderr)
             self.nvcc, self.cuda_note = None, f"the CUDA kernels did not compile:\n{tail}"
             return self.run()
