@@ -77,8 +77,8 @@ def test_family(family: str, quantized: bool, tmp_path: Path) -> None:
     peftcore.save(model, tmp_path)
     assert torch.equal(logits(peftcore.load(new(), tmp_path)), acting)
     peftcore.merge(model, dtype=torch.float32 if quantized else None)
-    # Merged weights are summed in another order, by other kernels: of logits up to 3.3, apart 4e-6 with AVX-512, 1.03e-5
-    # with AVX2.
+    # Merged weights are summed in another order, by other kernels: logits up to 3.3 are 4e-6 apart with AVX-512, and
+    # 1.03e-5 with AVX2.
     torch.testing.assert_close(logits(model), acting, rtol=0, atol=3e-5)
     peftcore.unmerge(model)
     assert torch.equal(logits(model), acting)
