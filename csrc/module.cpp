@@ -36,6 +36,12 @@ py::dict facts() {
     return result;
 }
 
+bool beats_library(const std::string& dtype) {
+    const gemm::ManyRows(&products)[kDtypes] = cpu_kernels().many_rows;
+    if (dtype == "torch.float16") return products[int(Dtype::kHalf)].beats_library;
+    return dtype == "torch.bfloat16" && products[int(Dtype::kBFloat16)].beats_library;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -46,6 +52,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("cpu_level", [] { return cpu_kernels().level; }, "The SIMD level in use.");
     m.def("set_cpu_level", &set_cpu_level, py::arg("name"),
           "Use another SIMD level; ValueError if it is not among cpu_levels().");
+    m.def("beats_library", &beats_library, py::arg("dtype"),
+          "Whether dense_linear multiplies a dtype, by PyTorch's name of it, faster than PyTorch at this "
+          "level.");
     m.def(
         "caches", [] { return std::make_tuple(caches().first, caches().second, caches().third); },
         "Sizes of the first, second and third cache in bytes, by which work is divided.");

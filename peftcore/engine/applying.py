@@ -143,8 +143,8 @@ def _apply(
 
     is_first = not state.applied and not state.resting
     head = detect(model).output_head if is_first else None
-    if head is not None:
-        folding.fold(submodule(model, head))  # before other classes are swapped in, inside which its own stays
+    if is_first:  # before other classes are swapped in, inside which the folding class stays
+        folding.fold_frozen(model, head)
     for path in _enclosing_paths(model, [placement.path for placement in placed.around], placed.trained):
         enclosing.enclose(submodule(model, path), state.lock, root=not path)
     if is_first:

@@ -5,7 +5,7 @@ A compiled kernel is used where the extension has one for the device; every othe
 
 from peftcore.ops._extension import extension
 from peftcore.ops.codebooks import DYNAMIC8, FP4, NF4, codebook
-from peftcore.ops.dense_linear import dense_linear
+from peftcore.ops.dense_linear import WIDENED, dense_linear
 from peftcore.ops.dropout import keep_mask
 from peftcore.ops.grouped import grouped_linear, grouped_lora_linear
 from peftcore.ops.linear_4bit import free_workspace, linear_4bit
@@ -21,6 +21,7 @@ __all__ = [
     "DYNAMIC8",
     "FP4",
     "NF4",
+    "WIDENED",
     "PackedWeight",
     "codebook",
     "dense_linear",

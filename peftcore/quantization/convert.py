@@ -13,6 +13,7 @@ from torch import nn
 
 from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.enclosing import lock_of
+from peftcore.adaptation.folding import fold_frozen
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
 from peftcore.layers import is_wrapped
@@ -100,6 +101,7 @@ def quantize(
     for path, blocksizes in experts.items():
         pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
     note_in_config(model)
+    fold_frozen(model, head=None)  # what stays dense
     if before - _held_by(model) >= _WORTH:
         give_back_freed()
     return model

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftcore
+from peftcore import ops
+from peftcore.adaptation import folding
 from peftcore.adaptation.chain import Base
 
 
@@ -58,7 +60,8 @@ def operators_of(head: nn.Module, hidden: Tensor) -> list[str]:
     return [name for name in operators.seen if name in ("mm", "addmm", "bmm", "dense_linear")]
 
 
-def test_a_decoded_token_in_bf16_is_one_call_of_the_operator_for_few_rows() -> None:
+def test_a_decoded_token_in_bf16_is_one_call_of_the_operator_for_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "WIDENED", frozenset())
     model = tiny.llama().bfloat16()
     model.lm_head.weight.requires_grad_(False)
     peftcore.apply(model, "lora", target_modules=["q_proj"])
@@ -76,9 +79,76 @@ def test_a_decoded_token_in_bf16_is_one_call_of_the_operator_for_few_rows() -> N
     assert operators_of(model.lm_head, hidden[:, -1:].detach()) == ["bmm"]
 
 
+SLOW = [torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def slow_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this processor count as one without instructions for bf16 and fp16."""
+    monkeypatch.setattr(ops, "WIDENED", frozenset(SLOW))
+
+
+def matrix_products(model: nn.Module, **inputs: Tensor) -> list[str]:
+    with Operators() as operators:
+        model(**inputs).logits.float().sum().backward()
+    return [name for name in operators.seen if name in ("mm", "addmm", "dense_linear", "lora_linear")]
+
+
+@pytest.mark.usefixtures("slow_16_bits")
+@pytest.mark.parametrize("dtype", SLOW)
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2])
+def test_no_frozen_layer_of_a_slow_dtype_is_left_to_pytorch(make: Callable[[], nn.Module], dtype: torch.dtype) -> None:
+    model = peftcore.apply(make().to(dtype), "lora", r=2)
+    seen = matrix_products(model, input_ids=tiny.TOKENS)
+    assert {"dense_linear", "lora_linear"} == set(seen)
+    model = peftcore.remove(model)
+    assert {type(module).__mro__[0].__module__ for module in model.modules() if isinstance(module, nn.Linear)} <= {
+        "torch.nn.modules.linear"
+    }
+    assert not any(hasattr(type(module), "_peftcore_folds") for module in model.modules())
+
+
+@pytest.mark.usefixtures("slow_16_bits")
+def test_under_autocast_fp32_layers_are_multiplied_by_the_operator() -> None:
+    model = peftcore.apply(tiny.llama(), "lora", r=2, target_modules=["q_proj"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert set(matrix_products(model, input_ids=tiny.TOKENS)) == {"dense_linear", "lora_linear"}
+    assert "dense_linear" not in matrix_products(model, input_ids=tiny.TOKENS)
+
+
+@pytest.mark.usefixtures("slow_16_bits")
+def test_what_stays_dense_of_a_quantized_model_is_multiplied_by_the_operator() -> None:
+    model = peftcore.quantize(tiny.llama().bfloat16())
+    with torch.no_grad():
+        assert operators_of(model.lm_head, torch.randn(2, 7, 32).bfloat16()) == ["dense_linear"]
+    assert "dense_linear" not in operators_of(model.lm_head, torch.randn(2, 7, 32).bfloat16())  # it trains
+
+
+@pytest.mark.usefixtures("slow_16_bits")
+@pytest.mark.parametrize("dtype", SLOW)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(32,), (40, 32), (2, 3, 32), (0, 3, 32)])
+def test_gradients_of_a_slow_dtype(shape: tuple[int, ...], bias: bool, dtype: torch.dtype) -> None:
+    layer = nn.Linear(32, 48, bias=bias, dtype=dtype)
+    layer.weight.requires_grad_(False)
+    folding.fold(layer)
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    y = layer(x)
+    dy = torch.randn_like(y)
+    inputs = [x] + ([layer.bias] if bias else [])
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    wanted = nn.functional.linear(wide[0], layer.weight.double(), wide[1] if bias else None)
+    assert y.dtype is dtype
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-2, atol=1e-2)
+    found = torch.autograd.grad(y, inputs, dy)
+    for mine, theirs in zip(found, torch.autograd.grad(wanted, wide, dy.double()), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_head_with_a_bias_gives_the_same_bits(cut: bool, autocast: bool) -> None:
+def test_a_head_with_a_bias_gives_the_same_bits(cut: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "WIDENED", frozenset())  # where PyTorch multiplies bf16 well, this is its own product
     model = tiny.llama()
     model.lm_head = nn.Linear(32, 96).bfloat16()
     hidden = torch.randn(3, 7, 32, dtype=torch.bfloat16)
