@@ -74,11 +74,11 @@ def _first(opened: BufferedReader, size: int) -> bytearray:
 def _opened(file: Path, limit: int | None) -> Iterator[tuple[BufferedReader, int]]:
     """(file, its size)."""
     try:
-        _require_regular(file, os.stat(file).st_mode)  # opening a device may have an effect
+        require_regular(file, os.stat(file).st_mode)  # opening a device may have an effect
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(descriptor, "rb") as opened:
             status = os.fstat(descriptor)
-            _require_regular(file, status.st_mode)
+            require_regular(file, status.st_mode)
             if limit is not None and status.st_size > limit:
                 raise CheckpointError(
                     f"'{file}' has {status.st_size:,} bytes, at most {limit:,} are read. It is no file of an adapter"
@@ -90,7 +90,8 @@ def _opened(file: Path, limit: int | None) -> Iterator[tuple[BufferedReader, int
         raise CheckpointError(f"'{file}' cannot be read: {getattr(error, 'strerror', None) or error!r}") from error
 
 
-def _require_regular(file: Path, mode: int) -> None:
+def require_regular(file: Path, mode: int) -> None:
+    """Raise a CheckpointError if `file`, whose `st_mode` is given, is a folder, a pipe or a device."""
     if not stat.S_ISREG(mode):
         kinds: dict[str, Callable[[int], bool]] = {
             "folder": stat.S_ISDIR,

@@ -98,6 +98,10 @@ def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
             if refused is None:
                 raise
             fail(refused)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of a library in Rust: no Exception
+                raise
+            fail(f"the tokenizer cannot read the text: {str(error)[:400]}")
 
     return wrapped
 

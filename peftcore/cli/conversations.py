@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from peftcore.cli import template_process
 from peftcore.cli.data import Messages, Row
 from peftcore.errors import PeftcoreError
 
@@ -22,25 +23,34 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+BUILT_IN = {"chatml": CHATML}
 IGNORED = -100  # a label that the loss passes over
 
 
-def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None) -> None:
-    """Give the tokenizer a template: `chatml`, a file of one, or the text of one.
+def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None, of_adapter: str | None = None) -> None:
+    """Give the tokenizer a chat template.
+
+    Args:
+        template: the user's: `chatml`, a file with a template, or the text of one.
+        of_adapter: what an adapter's folder has, which counts where the user names none: `chatml`, or text.
 
     Raises:
         PeftcoreError: there is no such file.
     """
-    if template is None:
+    if template is None or template == of_adapter:
+        if of_adapter is not None:
+            tokenizer.chat_template = BUILT_IN.get(of_adapter, of_adapter)
+            template_process.mark(tokenizer, foreign=of_adapter not in BUILT_IN)
         return
-    if template == "chatml":
-        template = CHATML
+    if template in BUILT_IN:
+        template = BUILT_IN[template]
     elif "{" not in template:
         try:
-            template = Path(template).expanduser().read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+            template = Path(os.path.expanduser(template)).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
             raise PeftcoreError(f"--chat-template '{template}' cannot be read: {error}. Or: chatml") from error
     tokenizer.chat_template = template
+    template_process.mark(tokenizer, foreign=False)
 
 
 def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -55,18 +65,23 @@ def rendered(
     Raises:
         PeftcoreError: there is no template, or it refuses the conversation.
     """
-    import jinja2
-
     if not has_template(tokenizer):
         name = os.path.basename(str(tokenizer.name_or_path))
         raise PeftcoreError(
             f"the tokenizer of '{name}' has no chat template, which says how messages become text. "
             "Give one: --chat-template chatml, or a file"
         )
+    is_rendered_by_transformers = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
     try:
+        if template_process.is_foreign(tokenizer) and is_rendered_by_transformers:
+            return template_process.render(tokenizer, messages, tools, begins_answer)
         text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=begins_answer)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-        raise PeftcoreError(f"the chat template refuses the conversation: {error}") from error
+    except PeftcoreError:
+        raise
+    except RecursionError as error:
+        raise PeftcoreError("the chat template is nested too deeply. Give another: --chat-template chatml") from error
+    except Exception as error:  # whatever a template does
+        raise PeftcoreError(f"the chat template refuses the conversation: {str(error)[:400]}") from error
     return str(text)
 
 

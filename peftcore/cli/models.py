@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peftcore.cli import data
+from peftcore.cli import adapter_tokenizer, data
 from peftcore.cli.console import note, require, warn
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.validation import check_types
+from peftcore.validation import check_types, shown
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,11 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
         if task.task not in data.TASKS:
             raise ValueError(f"task={task.task!r} is none of {', '.join(data.TASKS)}")
         check_types(task)
+        if template is not None and "{" not in template and template != "chatml":
+            raise ValueError(
+                f"chat_template={shown(template)} is neither a template's text nor 'chatml', and is not opened as a path "
+                "(a file of yours is given by --chat-template FILE)"
+            )
     except FileNotFoundError:
         if foreign is not None:  # it does not say; heads lie elsewhere, and are the base's own
             return AdapterTask(data.CLASSIFICATION if given else data.LANGUAGE_MODEL, 512, given)
@@ -113,12 +118,16 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer that lies beside the adapter, else the base's; padding, where it has none, is its end-of-text."""
+    """Return the tokenizer next to the adapter, else the base's; its end-of-text pads, where it has no other token.
+
+    Raises:
+        PeftcoreError: the tokenizer cannot be loaded.
+    """
     quiet_transformers()
     from transformers import AutoTokenizer
 
     if adapter is not None and has_tokenizer(adapter):
-        model = str(adapter)
+        return adapter_tokenizer.load(adapter)
     tokenizer = _load(AutoTokenizer.from_pretrained, model, "tokenizer")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -260,7 +269,7 @@ def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
     rows = checkpoint.vocabulary_rows(model, folder) or before
     if rows != before:
         model.resize_token_embeddings(rows)  # the new rows are the adapter's
-    if has_tokenizer(folder) and (tokens := _tokens(load_tokenizer(str(folder)))) > rows:
+    if has_tokenizer(folder) and (tokens := _tokens(adapter_tokenizer.load(folder))) > rows:
         base = str(getattr(model.config, "_name_or_path", ""))
         if tokens > _tokens(load_tokenizer(base)):
             raise PeftcoreError(

@@ -149,7 +149,8 @@ def run(
         seen = [*train_rows, *validation_rows]
         labels = tuple(data.labels_of(seen)) if start is None else continuing.labels_of(start, settings.labels)
     tokenizer = models.load_tokenizer(settings.model, start)
-    conversations.set_template(tokenizer, settings.chat_template)
+    of_adapter = models.adapter_task(start).chat_template if start is not None else None
+    conversations.set_template(tokenizer, settings.chat_template, of_adapter)
     is_chat = train_rows[0].messages is not None
     train = encode_examples("training", train_rows, settings, tokenizer, labels)
     held_out, validation, other = (

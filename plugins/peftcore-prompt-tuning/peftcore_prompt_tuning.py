@@ -114,7 +114,7 @@ def text_tokens(config: PromptTuningConfig) -> list[int]:
     if kwargs.pop("trust_remote_code", False):
         raise peftcore.PeftcoreError("tokenizer_kwargs asks for trust_remote_code: a config must not run code")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
         raise peftcore.PeftcoreError(
             f"the tokenizer '{config.tokenizer_name_or_path}' of prompt_tuning_init='TEXT' cannot be loaded: {error}"

@@ -82,7 +82,7 @@ def chat(
     for name, tokenizer in tokenizers.items():
         own = about[name].chat_template if name in about else None
         first = next((task.chat_template for task in about.values() if task.chat_template), None)
-        conversations.set_template(tokenizer, chat_template or own or (first if name == BASE else None))
+        conversations.set_template(tokenizer, chat_template, own or (first if name == BASE else None))
     start = next(reversed(folders), BASE)
     conversations.rendered(tokenizers[start], [{"role": "user", "content": "."}])  # is there one at all?
     talk = Talk(loaded, tokenizers, system, max_new_tokens, temperature, seed)

@@ -43,7 +43,7 @@ def evaluate(
     tokenizer = models.load_tokenizer(base, adapter)
     from peftcore.cli import conversations, metrics, tasks
 
-    conversations.set_template(tokenizer, chat_template or task.chat_template)
+    conversations.set_template(tokenizer, chat_template, task.chat_template)
     length = max_length or task.max_length
     measure: Any = tasks.measure
     if task.task == examples.PREFERENCES:

@@ -45,7 +45,7 @@ def generate(
     tokenizer = models.load_tokenizer(base, adapter)
     from peftcore.cli import conversations, tasks
 
-    conversations.set_template(tokenizer, chat_template or task.chat_template)
+    conversations.set_template(tokenizer, chat_template, task.chat_template)
     if chat is None:
         chat = task.chat if task.chat is not None else conversations.has_template(tokenizer)
     given: Any = [{"role": "user", "content": prompt}] if chat else prompt

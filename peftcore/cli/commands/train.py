@@ -144,7 +144,8 @@ def train(
     torchrun.join(parallel, device)
     name, chosen = options.resolve_method(start.method if start else method, config_file.fields(context, fields))
     if start is not None:
-        chosen, chat_template = {**start.fields, **chosen}, chat_template or start.task.chat_template
+        chosen = {**start.fields, **chosen}
+    template = start.task.chat_template if start is not None else None
     settings = run_settings.Settings(
         model=models.resolve(start.base if start else str(model)),
         data=options.absolute(data),
@@ -154,7 +155,7 @@ def train(
         adapter=str(start.folder) if start else None,
         labels=labels,
         columns=columns,
-        chat_template=options.absolute(chat_template) if chat_template else None,
+        chat_template=options.absolute(chat_template) if chat_template else template,
         eval_data=options.absolute(eval_data) if eval_data else None,
         holdout=holdout,
         epochs=epochs,
