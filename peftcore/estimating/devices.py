@@ -19,6 +19,7 @@ from peftcore.errors import PeftcoreError, nearest
 from peftcore.estimating.following import Operation
 from peftcore.estimating.libraries import FromFile
 from peftcore.estimating.rates import Rates, measure, read
+from peftcore.ops.build_info import build_info
 
 
 class Sheet(NamedTuple):
@@ -140,7 +141,13 @@ def memory_here() -> float:
     return available
 
 
-_FILE = FromFile("rates.json", read, measure, Rates._asdict)
+def _kernels() -> str:
+    """Which kernels run: a build that multiplies faster is measured again."""
+    build = build_info()
+    return f"{build.cpu_level} {build.commit}".strip()
+
+
+_FILE = FromFile("rates.json", read, measure, Rates._asdict, _kernels)
 
 
 def this_machine() -> Device:

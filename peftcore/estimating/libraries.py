@@ -82,17 +82,19 @@ class FromFile(Generic[T]):
         read: makes it of what JSON has; raises KeyError, TypeError or ValueError where that is of another kind.
         measure: takes the measurement.
         to_json: makes of it what JSON keeps.
+        kernels: says with which kernels of peftcore's it is measured; by default none take part.
     """
 
     name: str
     read: Callable[[Any], T]
     measure: Callable[[], T]
     to_json: Callable[[T], Any]
+    kernels: Callable[[], str] = str
 
     def found(self) -> T:
         """Return what the file has for this machine; where it has nothing, measure."""
         try:
-            return self.read(self._kept()[machine()])
+            return self.read(self._kept()[self._key()])
         except (KeyError, TypeError, ValueError):
             return self.measured()
 
@@ -101,10 +103,13 @@ class FromFile(Generic[T]):
         made, kept, folder = self.measure(), self._kept(), cache_folder()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / self.name).write_text(json.dumps({**kept, machine(): self.to_json(made)}, indent=1))
+            (folder / self.name).write_text(json.dumps({**kept, self._key(): self.to_json(made)}, indent=1))
         except OSError:
             pass  # it is measured again the next time
         return made
+
+    def _key(self) -> str:
+        return f"{machine()} {self.kernels()}".strip()
 
     def _kept(self) -> dict[str, Any]:
         try:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,3 +133,21 @@ def test_what_is_measured_is_kept_in_json(monkeypatch: pytest.MonkeyPatch) -> No
 def test_others_are_refused(kept: dict[str, object]) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
         rates.read(kept)
+
+
+def test_other_kernels_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = []
+
+    def measure() -> list[int]:
+        measured.append(len(measured))
+        return measured
+
+    kernels = "avx2 one"
+    file = libraries.FromFile("any.json", list, measure, list, lambda: kernels)
+    assert [file.found(), file.found()] == [[0], [0]]
+    kernels = "avx2 other"
+    assert file.found() == [0, 1]
+    assert len(json.loads((tmp_path / "peftcore/any.json").read_text())) == 2
+    (tmp_path / "peftcore/any.json").write_text("[")
+    assert file.found() == [0, 1, 2]
