@@ -7,17 +7,18 @@ written so beside its adapter, whose file does not tell.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from peftcore.adapter_files.content import JSON_BYTES, parse_json, read_bytes
 from peftcore.cli import data, models
 from peftcore.cli.fields import text_of
 from peftcore.cli.models import TASK_FILE, AdapterTask
 from peftcore.cli.settings import RUN_FILE, Settings
 from peftcore.errors import PeftcoreError
+from peftcore.validation import check_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,13 +93,19 @@ def labels_of(folder: Path, labels: str | None) -> tuple[str, ...]:
 
 
 def made_by(folder: Path) -> Settings | None:
-    """The settings of the run that made the adapter in `folder`, if it lies in one that can be read."""
+    """Return the settings of the run that made the adapter in `folder`, if it is in one that can be read.
+
+    The run may be a stranger's.
+    """
     where = folder.resolve()
     if where.name != "adapter":
         return None
+    file = where.parent / RUN_FILE
     try:
-        return Settings(**json.loads((where.parent / RUN_FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        found = Settings(**parse_json(read_bytes(file, JSON_BYTES), file))
+        check_types(found)
+        return found
+    except (FileNotFoundError, PeftcoreError, TypeError):
         return None
 
 

@@ -249,8 +249,9 @@ def _conversation(where: str, messages: Messages, learned_from: int, fields: dic
     if isinstance(tools, str):  # datasets keeps what differs from row to row as JSON text
         try:
             tools = json.loads(tools)
-        except ValueError as error:
-            raise PeftcoreError(f"{where}: 'tools' is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            what = "it is nested too deeply" if isinstance(error, RecursionError) else error
+            raise PeftcoreError(f"{where}: 'tools' is not JSON: {what}") from error
     if tools is not None and not isinstance(tools, list):
         raise PeftcoreError(f"{where}: 'tools' must be a list, found {type(tools).__name__}")
     return Row(where, "", messages=messages, learned_from=learned_from, tools=tools or None)

@@ -46,8 +46,9 @@ def parse(config_class: type, settings: list[str]) -> dict[str, Any]:
             raise PeftcoreError(f"--set {setting}: '{name}' is given twice")
         try:
             values[name] = convert(text.strip(), hints[name])
-        except ValueError:
-            raise PeftcoreError(f"--set {setting}: '{name}' takes {describe(hints[name])}, found '{text}'") from None
+        except (ValueError, RecursionError):
+            said = f"--set {setting}: '{name}' takes {describe(hints[name])}, found '{text}'"
+            raise PeftcoreError(said if len(said) < 1_000 else f"{said[:500]}...") from None
     return values
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 TASK_FILE = "peftcore_task.json"
 DTYPES = ("auto", "fp32", "bf16")
+_LABELS = 1_000  # beyond them the adapter's head is looked at before the base is given one
+_MODULES = 1_000
 NEW_ROWS = "the adapter's vocabulary is larger than its base's, whose rows for the new tokens are drawn at random here"
 
 
@@ -63,29 +65,45 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     fields, foreign = checkpoint.about(folder)
     try:
         stored = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
+        if not isinstance(stored, dict):
+            raise TypeError(f"it is not a table, found {shown(stored)}")
         # A file without `chat` is of before there were conversations.
         chat, template = stored.get("chat", False), stored.get("chat_template")
         beta, dtype = stored.get("beta"), stored.get("dtype")
         task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, beta, dtype)
         if type(stored["labels"]) is not list:
-            raise TypeError(f"labels={stored['labels']!r} is no list")
+            raise TypeError(f"labels={shown(stored['labels'])} is no list")
         if task.task not in data.TASKS:
-            raise ValueError(f"task={task.task!r} is none of {', '.join(data.TASKS)}")
+            raise ValueError(f"task={shown(task.task)} is none of {', '.join(data.TASKS)}")
         check_types(task)
         if template is not None and "{" not in template and template != "chatml":
             raise ValueError(
-                f"chat_template={shown(template)} is neither a template's text nor 'chatml', and is not opened as a path "
-                "(a file of yours is given by --chat-template FILE)"
+                f"chat_template={shown(template)} is neither a template's text nor 'chatml', and is not opened as a "
+                "path (a file of yours is given by --chat-template FILE)"
             )
+        _refuse_labels_without_outputs(folder, task)
     except FileNotFoundError:
         if foreign is not None:  # it does not say; heads lie elsewhere, and are the base's own
             return AdapterTask(data.CLASSIFICATION if given else data.LANGUAGE_MODEL, 512, given)
         task = _task_of_peft(folder, fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: it lacks {error}. It may be deleted") from error
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: {error}. It may be deleted") from error
     if given and len(given) != len(task.labels):
         raise PeftcoreError(f"--labels names {len(given)} labels, the adapter has {len(task.labels)}")
     return replace(task, labels=given or task.labels)
+
+
+def _refuse_labels_without_outputs(folder: Path, task: AdapterTask) -> None:
+    """Raise a ValueError for very many labels of which the adapter has no head, since the base is given one first."""
+    from peftcore import adapter_files
+
+    count = len(task.labels)
+    if task.task in data.LABELLED and count > _LABELS:
+        tensors, _ = adapter_files.read_tensors(folder)
+        if not any(tensor.shape[:1] == (count,) for tensor in tensors.values()):
+            raise ValueError(f"it names {count:,} labels, and no tensor of the adapter has as many rows")
 
 
 def base_of(folder: Path, model: str | None) -> str:
@@ -93,9 +111,9 @@ def base_of(folder: Path, model: str | None) -> str:
     from peftcore import checkpoint
 
     named = model or checkpoint.about(folder)[0].get("base_model_name_or_path")
-    if not named:
+    if not named or not isinstance(named, str):
         raise PeftcoreError(f"'{folder}' does not say what base it was trained on. Name it: --model MODEL")
-    return str(named)
+    return named
 
 
 def resolve(model: str) -> str:
@@ -417,7 +435,10 @@ def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
         raise PeftcoreError(f"'{folder}' is for the task {fields['task_type']}, which no command runs. Use the library")
     tensors, _ = adapter_files.read_tensors(folder)
     saved = fields.get("modules_to_save") or ["classifier", "score"]
-    heads = [tensor for name, tensor in tensors.items() if any(f".{module}." in name for module in saved)]
+    if not isinstance(saved, list) or len(saved) > _MODULES or not all(isinstance(each, str) for each in saved):
+        raise CheckpointError(f"'{folder}': modules_to_save must be a list of names, found {shown(saved)}")
+    held = [tensor for name, tensor in tensors.items() if any(f".{module}." in name for module in saved)]
+    heads = [tensor for tensor in held if tensor.dim()]
     if not heads:
         raise CheckpointError(f"'{folder}' holds no classification head among its tensors")
     outputs = heads[-1].shape[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from commands import Run, save_tokenizer, write_jsonl
 from safetensors.torch import load_file
 
 import peftcore
+from peftcore.cli import continuing
+from peftcore.cli.settings import Settings
 
 METHOD = ("--method", "lora", "--set", "r=4", "--set", "target_modules=all-linear")
 STEPS = ("--batch-size", 4, "--lr", "0.02", "--eval-every", 99, "--save-every", 99, "--steps")
@@ -204,3 +207,20 @@ def test_several_in_one_folder_are_none(run: Run, llama: Path, more: Path, tmp_p
     peftcore.save(model, tmp_path / "both")
     error = run("train", "-a", tmp_path / "both", "-d", more, "-o", tmp_path / "run", "--steps", 1, code=1).output
     assert "holds the adapters default, other. Name the folder of one of them" in error
+
+
+@pytest.mark.parametrize("kind", ["pipe", "nested", "list", "types", "rate"])
+def test_a_strangers_run_is_not_trusted(tmp_path: Path, kind: str) -> None:
+    folder, file = tmp_path / "adapter", tmp_path / "run.json"
+    folder.mkdir()
+    good = Settings("m", "d", "causal-lm", "lora").to_json()
+    file.write_text(json.dumps(good))
+    assert continuing.made_by(folder) == Settings("m", "d", "causal-lm", "lora")
+    if kind == "pipe":
+        file.unlink()
+        os.mkfifo(file)
+    else:
+        deep = "[" * 50_000
+        texts = {"nested": deep, "list": "[]", "types": json.dumps({**good, "method": ["lora"]})}
+        file.write_text({**texts, "rate": json.dumps({**good, "lr": "x"})}[kind])
+    assert continuing.made_by(folder) is None

@@ -137,3 +137,14 @@ def test_a_path_that_names_no_file(name: str, suffix: str, tmp_path: Path) -> No
     path = f"{name}{suffix}" if name.startswith("~") else str(tmp_path / f"{name}{suffix}")
     with pytest.raises(PeftcoreError, match=r"cannot be read|examples are read from"):
         list(records(path))
+
+
+def test_json_in_a_field_that_is_nested_too_deeply(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    deep = "[" * 50_000 + "]" * 50_000
+    path.write_text(json.dumps({"messages": [{"role": "assistant", "content": "x"}], "tools": deep}))
+    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: 'tools' is not JSON: it is nested too deeply"):
+        data.read_rows(path, LANGUAGE_MODEL)
+    path.write_text(json.dumps({"text": "x", "labels": deep}))
+    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: 'labels' must be a list of names"):
+        data.read_rows(path, data.MULTI_LABEL)

@@ -104,3 +104,9 @@ def test_every_installed_config_can_be_described() -> None:
 
     for method in registry.methods().values():
         assert all(describe(hint) for hint in typing.get_type_hints(method.config_class).values())
+
+
+def test_json_that_is_nested_too_deeply() -> None:
+    with pytest.raises(PeftcoreError, match=r"--set saved=\[\[.*\.\.\.$") as told:
+        parse(Config, ["saved=[" + "[" * 50_000 + '""'])
+    assert len(str(told.value)) < 1_100

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from peftcore import CheckpointError
-from peftcore.cli.models import TASK_FILE, AdapterTask, adapter_task
+from peftcore import CheckpointError, PeftcoreError
+from peftcore.cli.models import TASK_FILE, AdapterTask, adapter_task, base_of
 
 
 def test_a_task_file_that_names_no_task_is_refused(tmp_path: Path) -> None:
@@ -20,4 +23,36 @@ def test_a_task_file_that_names_no_task_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"task='chat' is none of causal-lm, classification, .*\. It may be deleted"
     ):
+        adapter_task(tmp_path)
+
+
+@pytest.mark.parametrize("told", [[], 3, None, "x", {}, {"task": "causal-lm"}, {"task": ["x"], "max_length": 1}])
+def test_a_task_file_of_other_types_is_refused(tmp_path: Path, told: Any) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (tmp_path / TASK_FILE).write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=rf"{TASK_FILE}' cannot be read: it (is not a table|lacks ').*It may be"):
+        adapter_task(tmp_path)
+
+
+def test_thousands_of_labels_need_a_head_of_as_many_rows(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    labels = [str(i) for i in range(2_000)]
+    (tmp_path / TASK_FILE).write_text(json.dumps({"task": "classification", "max_length": 7, "labels": labels}))
+    save_file({"score.weight": torch.ones(1_999, 1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"names 2,000 labels, and no tensor of the adapter has as many rows"):
+        adapter_task(tmp_path)
+    save_file({"score.weight": torch.ones(2_000, 1)}, tmp_path / "adapter_model.safetensors")
+    assert adapter_task(tmp_path).labels == tuple(labels)
+
+
+def test_a_config_of_other_types_says_what_is_wrong(tmp_path: Path) -> None:
+    fields = {"peft_type": "LORA", "task_type": "SEQ_CLS", "modules_to_save": 3, "base_model_name_or_path": ["x"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    save_file({"a.classifier.weight": torch.tensor(1.0)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="modules_to_save must be a list of names, found 3"):
+        adapter_task(tmp_path)
+    with pytest.raises(PeftcoreError, match="does not say what base it was trained on"):
+        base_of(tmp_path, None)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "modules_to_save": None}))
+    with pytest.raises(CheckpointError, match="holds no classification head among its tensors"):
         adapter_task(tmp_path)
