@@ -30,6 +30,7 @@ from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.events import adapters_wanted
 from peftcore.observation import left_as_it_is
+from peftcore.targets.patterns import limited
 
 Stamp = dict[str, str]  # of the files of an adapter, by name: a hash of what is in each
 
@@ -121,6 +122,7 @@ def limit_resident(model: nn.Module, limit: int | None) -> None:
         raise
 
 
+@limited()
 @engine.alone("bring adapters into memory", base=True)
 def bring(model: nn.Module, names: Sequence[str], keep: Sequence[str]) -> None:
     """Have those of `names` in memory that rest on disk. Of the others any may go that are not among `keep`.

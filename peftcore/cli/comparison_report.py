@@ -253,7 +253,8 @@ class ComparisonReport:
             Panel("step (ms)", step, [f"{value:,.0f}" for value in step]),
         ]
         model = "/".join(Path(self.settings.model).parts[-2:])
-        title = f"{model} on {Path(self.settings.data).name}"
+        files = [self.settings.data] if isinstance(self.settings.data, str) else self.settings.data
+        title = f"{model} on {', '.join(Path(file).name for file in files)}"
         return small_multiples([method.label for method in methods], panels, FULL, title)
 
 

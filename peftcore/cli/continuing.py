@@ -7,7 +7,7 @@ written so beside its adapter, whose file does not tell.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +37,7 @@ class Start:
     method: str
     fields: dict[str, Any] = field(default_factory=dict)
 
-    def task_of(self, task: str | None, file: str, columns: Mapping[str, str] | None) -> str:
+    def task_of(self, task: str | None, files: Sequence[str], columns: Mapping[str, str] | None) -> str:
         """The task of the run: the one that is named, else the adapter's, or of a language model what the file is for.
 
         Raises:
@@ -45,14 +45,14 @@ class Start:
         """
         own = self.task.task
         if own in _WRITERS:
-            found = task or data.guess_task(file, columns)
+            found = task or data.guess_task(files, columns)
             fits = found in _WRITERS
         else:
             found = task or own
             fits = found == own or (found == data.MULTI_LABEL and not self._says_task() and bool(self.task.labels))
         data.check_task(found)
         if not fits:
-            what = f"--task {found} is another" if task else f"'{file}' is for {found}"
+            what = f"--task {found} is another" if task else f"{', '.join(map(repr, files))} is for {found}"
             raise PeftcoreError(
                 f"the adapter in '{self.folder}' is for {own}, and {what}. Begin a new adapter: leave out --adapter"
             )

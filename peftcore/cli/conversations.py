@@ -93,14 +93,34 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]
     """
     messages = row.messages or []
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= row.learned_from]
+    turns = [i for i in turns if i not in row.not_learned]
     try:
         whole = rendered(tokenizer, messages, row.tools)
+        _refuse_what_vanishes(tokenizer, row, whole)
         spans = [_span(tokenizer, row, turn) for turn in turns]
     except PeftcoreError as error:
         raise PeftcoreError(f"{row.where}: {error}") from error
     if all(whole.startswith(text) for text, _ in spans):
         return [_example(tokenizer, whole, [(begin, len(text)) for text, begin in spans])]
     return [_example(tokenizer, text, [(begin, len(text))]) for text, begin in spans]
+
+
+def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, whole: str) -> None:
+    """Raise a PeftcoreError if `whole`, what the template writes, lacks the tools or a call of one."""
+    messages = row.messages or []
+    if row.tools and rendered(tokenizer, messages) == whole:
+        raise PeftcoreError(
+            "the chat template does not write the tools. Give one that does: --chat-template FILE; or take 'tools' out"
+        )
+    for index, message in enumerate(messages):
+        if not message.get("tool_calls"):
+            continue
+        without = {"content": "", **{name: value for name, value in message.items() if name != "tool_calls"}}
+        if rendered(tokenizer, [*messages[:index], without, *messages[index + 1 :]], row.tools) == whole:
+            raise PeftcoreError(
+                f"the chat template does not write the tool_calls of messages[{index}]. Give one that does: "
+                "--chat-template FILE; or write the calls as content"
+            )
 
 
 def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str, int]:

@@ -1,10 +1,11 @@
 """Examples of files (`data_files`) as rows; every error names the file and the line.
 
-Language modelling: `{"text": ...}`; `{"prompt": ..., "completion": ...}`, where only the completion is learned; or a
-conversation, `{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`, where the assistant's turns are.
-`prompt` and `completion` may be lists of messages, too, and `conversations` with `from` and `value` is ShareGPT's way
-to write the same. Labels: `{"text": ..., "label": ...}`, where the label is a name (classification), a number
-(regression) or a list of names (multi-label).
+Language modelling: `{"text": ...}`; `{"prompt": ..., "completion": ...}`, where only the completion is learned, or
+Alpaca's `{"instruction": ..., "input": ..., "output": ...}`, where the first two are the prompt; or a conversation,
+`{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`, where the assistant's turns are learned, but those
+with `"weight": 0` or `"train": false`. `prompt` and `completion` may be lists of messages, too, and `conversations`
+with `from` and `value` is ShareGPT's way to write a conversation. Labels: `{"text": ..., "label": ...}`, where the
+label is a name (classification), a number (regression) or a list of names (multi-label).
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peftcore.cli import labels
-from peftcore.cli.data_files import listed, records
+from peftcore.cli.data_files import alpaca_prompt, listed, records
 from peftcore.cli.labels import Label
 from peftcore.errors import PeftcoreError, nearest
 
@@ -28,7 +29,13 @@ PREFERENCES = "dpo"
 TASKS = (LANGUAGE_MODEL, *LABELLED, PREFERENCES)
 
 _KEYS = {
-    LANGUAGE_MODEL: (("messages",), ("conversations",), ("prompt", "completion"), ("text",)),
+    LANGUAGE_MODEL: (
+        ("messages",),
+        ("conversations",),
+        ("prompt", "completion"),
+        ("instruction", "output"),
+        ("text",),
+    ),
     CLASSIFICATION: (("text", "label"),),
     REGRESSION: (("text", "label"),),
     MULTI_LABEL: (("text", "label"), ("text", "labels")),
@@ -39,6 +46,8 @@ _SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label", PREFERENCES: 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ROLES |= {"tool": "tool", "observation": "tool", "function": "tool"}
 
+_MARKS = ("weight", "train")  # of a turn: is it learned?
+
 Messages = list[dict[str, Any]]
 
 
@@ -46,9 +55,9 @@ Messages = list[dict[str, Any]]
 class Row:
     """One example. `where` is `FILE:LINE`; `text` is the prompt where there is a completion.
 
-    Of a conversation there are messages as chat templates take them, of which the assistant's from `learned_from` on
-    are learned, and the tools that it may call. Of a preference `completion` is chosen and `rejected` not; of one
-    among conversations `messages` are what both answer, and these a message each.
+    Of a conversation there are messages as chat templates take them, of which the assistant's from `learned_from` on,
+    but those with the indices `not_learned`, are learned, and the tools that it may call. Of a preference `completion`
+    is chosen and `rejected` not; of one among conversations `messages` are what both answer, and these a message each.
     """
 
     where: str
@@ -58,6 +67,7 @@ class Row:
     label: Label | None = None
     messages: Messages | None = None
     learned_from: int = 0
+    not_learned: tuple[int, ...] = ()
     tools: list[Any] | None = None
 
     @property
@@ -74,35 +84,52 @@ def check_task(task: str) -> None:
         raise PeftcoreError(f"--task is one of {', '.join(TASKS)}, found '{task}'")
 
 
-def read_rows(path: str | os.PathLike[str], task: str, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """All examples of a file, a folder of files or a dataset of the hub.
+Paths = str | os.PathLike[str] | Sequence[str]
+
+
+def read_rows(path: Paths, task: str, columns: Mapping[str, str] | None = None) -> list[Row]:
+    """Return all examples of a file, a folder of files or a dataset of the hub, or of several, one after the other.
 
     Args:
+        path: of the file or folder, or the dataset's id, or a list of these.
         columns: the file's names of fields, by ours.
 
     Raises:
-        PeftcoreError: the file is missing, empty or of another kind, or a line is wrong.
+        PeftcoreError: a file is missing, empty or of another kind, or a line is wrong.
     """
     check_task(task)
-    rows = [_row(where, fields, task) for where, fields in records(os.fspath(path), columns)]
-    if not rows:
-        raise PeftcoreError(f"'{path}' holds no example")
-    odd = next((row for row in rows if row.kind != rows[0].kind), None)
-    if odd is not None and task == LANGUAGE_MODEL:
-        raise PeftcoreError(
-            f"{odd.where}: {rows[0].kind} and {odd.kind} are mixed in one file; the first line has {rows[0].kind}. "
-            "Split the file in two"
-        )
+    rows: list[Row] = []
+    for each in _paths(path):
+        found = [_row(where, fields, task) for where, fields in records(each, columns)]
+        if not found:
+            raise PeftcoreError(f"'{each}' holds no example")
+        odd = next((row for row in found if row.kind != found[0].kind), None)
+        if odd is not None and task == LANGUAGE_MODEL:
+            raise PeftcoreError(
+                f"{odd.where}: {found[0].kind} and {odd.kind} are mixed in one file; the first line has "
+                f"{found[0].kind}. Split the file in two"
+            )
+        if rows and found[0].kind != rows[0].kind and task == LANGUAGE_MODEL:
+            raise PeftcoreError(
+                f"{found[0].where}: {found[0].kind}, and {rows[0].where} is {rows[0].kind}. Write one as the other, or "
+                "train on them one after the other: --adapter"
+            )
+        rows += found
     return rows
 
 
-def guess_task(path: str | os.PathLike[str], columns: Mapping[str, str] | None = None) -> str:
-    """The task that a file has examples of: by the fields of its first line, or where that has a label, by all labels.
+def _paths(path: Paths) -> list[str]:
+    return [os.fspath(path)] if isinstance(path, (str, os.PathLike)) else list(path)
 
-    Lists are of several labels; numbers of which one is not whole are regression's; all else are names.
+
+def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
+    """Return the task that files have examples of.
+
+    It is known by the fields of the first line, or where that has a label, by all labels: lists are of several labels;
+    numbers of which one is not whole are regression's; all else are names.
     """
     found: list[Any] = []
-    for _, fields in records(os.fspath(path), columns):
+    for _, fields in itertools.chain.from_iterable(records(each, columns) for each in _paths(path)):
         name = next((name for name in ("label", "labels") if name in fields), None)
         if name is None and not found:
             return PREFERENCES if {"chosen", "rejected"} <= fields.keys() else LANGUAGE_MODEL
@@ -188,6 +215,9 @@ def _row(where: str, fields: dict[str, Any], task: str) -> Row:
         return _conversation(where, _messages(where, "messages", fields["messages"]), 0, fields)
     if keys == ("conversations",):
         return _conversation(where, _of_sharegpt(where, fields["conversations"]), 0, fields)
+    if keys == ("instruction", "output"):
+        prompt = alpaca_prompt(_text(where, "instruction", fields["instruction"]), fields.get("input"))
+        fields, keys = {"prompt": prompt, "completion": fields["output"]}, ("prompt", "completion")
     if keys == ("prompt", "completion") and isinstance(fields["prompt"], list):
         before, answer = (_messages(where, key, fields[key]) for key in keys)
         return _conversation(where, [*before, *answer], len(before), fields)
@@ -238,13 +268,24 @@ def _compared_turns(where: str, fields: dict[str, Any]) -> Row:
             raise PeftcoreError(
                 f"{where}: '{key}' must be one answer of the assistant to the same prompt, found {found}"
             )
+    answers = {key: _without_marks(answer) for key, answer in answers.items()}
     whole = _conversation(where, [*asked, *answers["chosen"]], len(asked), fields)
-    return Row(where, "", answers["chosen"], answers["rejected"], messages=asked, tools=whole.tools)
+    return Row(where, "", answers["chosen"], answers["rejected"], messages=_without_marks(asked), tools=whole.tools)
 
 
 def _conversation(where: str, messages: Messages, learned_from: int, fields: dict[str, Any]) -> Row:
-    if not any(message["role"] == "assistant" for message in messages[learned_from:]):
+    not_learned = tuple(i for i, message in enumerate(messages) if not _is_learned(f"{where}: messages[{i}]", message))
+    messages = _without_marks(messages)
+    learned = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= learned_from]
+    learned = [i for i in learned if i not in not_learned]
+    if not learned:
         raise PeftcoreError(f"{where}: no turn of the assistant, of which the model would learn")
+    says_nothing = next((i for i in learned if not _says_something(messages[i])), None)
+    if says_nothing is not None:
+        raise PeftcoreError(
+            f"{where}: messages[{says_nothing}] is an empty turn of the assistant, from which the model would learn to "
+            'say nothing. Take it out, or mark it as not to be learned: "weight": 0'
+        )
     tools = fields.get("tools")
     if isinstance(tools, str):  # datasets keeps what differs from row to row as JSON text
         try:
@@ -254,7 +295,27 @@ def _conversation(where: str, messages: Messages, learned_from: int, fields: dic
             raise PeftcoreError(f"{where}: 'tools' is not JSON: {what}") from error
     if tools is not None and not isinstance(tools, list):
         raise PeftcoreError(f"{where}: 'tools' must be a list, found {type(tools).__name__}")
-    return Row(where, "", messages=messages, learned_from=learned_from, tools=tools or None)
+    return Row(where, "", messages=messages, learned_from=learned_from, not_learned=not_learned, tools=tools or None)
+
+
+def _is_learned(place: str, message: Mapping[str, Any]) -> bool:
+    """Return False for a turn that is marked as not to be learned: `"weight": 0` (OpenAI), `"train": false`."""
+    weight, train = message.get("weight", 1), message.get("train", True)
+    if not isinstance(weight, (int, float)) or weight not in (0, 1):
+        raise PeftcoreError(f"{place}: 'weight' must be 0 or 1, found {labels.short(weight)}")
+    if not isinstance(train, bool):
+        raise PeftcoreError(f"{place}: 'train' must be true or false, found {labels.short(train)}")
+    return bool(weight) and train
+
+
+def _without_marks(messages: Messages) -> Messages:
+    """Return the messages without what says whether they are learned, which no chat template knows."""
+    return [{name: value for name, value in message.items() if name not in _MARKS} for message in messages]
+
+
+def _says_something(message: Mapping[str, Any]) -> bool:
+    """Return whether there is more to a turn than its role."""
+    return any(value.strip() if isinstance(value, str) else value for name, value in message.items() if name != "role")
 
 
 def _messages(where: str, key: str, found: Any) -> Messages:
@@ -284,5 +345,8 @@ def _of_sharegpt(where: str, found: Any) -> Messages:
             raise PeftcoreError(
                 f"{where}: conversations[{index}] is from {each.get('from')!r}; known are {', '.join(_ROLES)}"
             )
-    turns = [{"role": _ROLES[each["from"]], "content": each.get("value")} for each in found]
+    turns = [
+        {"role": _ROLES[each["from"]], "content": each.get("value"), **{n: each[n] for n in _MARKS if n in each}}
+        for each in found
+    ]
     return _messages(where, "conversations", turns)

@@ -76,6 +76,11 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(map(str, first[:_SHOWN])) + (", ..." if len(first) > _SHOWN else "")
 
 
+def alpaca_prompt(instruction: str, more: Any) -> str:
+    """Return the prompt of an example of Alpaca's: what to do, and where there is any, the text to do it with."""
+    return f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
+
+
 def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
     where, fields = record
     for name, theirs in columns.items():
@@ -85,7 +90,10 @@ def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
             )
     taken = set(columns.values())
     rest = {name: value for name, value in fields.items() if name not in taken and name not in columns}
-    return where, rest | {name: fields[theirs] for name, theirs in columns.items()}
+    found = {name: fields[theirs] for name, theirs in columns.items()}
+    if columns.get("prompt") == "instruction" and isinstance(found["prompt"], str):  # of Alpaca's, which has an `input`
+        found["prompt"] = alpaca_prompt(found["prompt"], rest.pop("input", None))
+    return where, rest | found
 
 
 def _is_hub_id(path: str) -> bool:

@@ -40,6 +40,7 @@ class AdapterTask:
     chat_template: str | None = None  # where it is not the tokenizer's own
     beta: float | None = None  # of preferences, where it is not the default
     dtype: str | None = None  # of the base in training
+    seed: int | None = None  # by which a classifier's new head was drawn
 
     def write(self, folder: Path) -> None:
         """Write it into the adapter's folder, in place of a link that leads out of it."""
@@ -69,8 +70,8 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
             raise TypeError(f"it is not a table, found {shown(stored)}")
         # A file without `chat` is of before there were conversations.
         chat, template = stored.get("chat", False), stored.get("chat_template")
-        beta, dtype = stored.get("beta"), stored.get("dtype")
-        task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, beta, dtype)
+        more = {name: stored.get(name) for name in ("beta", "dtype", "seed")}
+        task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, **more)
         if type(stored["labels"]) is not list:
             raise TypeError(f"labels={shown(stored['labels'])} is no list")
         if task.task not in data.TASKS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,9 +61,12 @@ Continued = Annotated[
     ),
 ]
 Data = Annotated[
-    str,
+    list[str],
     typer.Option(
-        "--data", "-d", help="Examples: a file (.jsonl .json .csv .tsv .parquet), a folder of them, a dataset's hub id."
+        "--data",
+        "-d",
+        help="Examples: a file (.jsonl .json .csv .tsv .parquet), a folder of them, a dataset's hub id. Repeatable: "
+        "all are read.",
     ),
 ]
 Config = Annotated[
@@ -146,6 +150,12 @@ def resolve_method(name: str | None, settings: list[str] | None) -> tuple[str, d
         name = next(iter(installed))
     method = registry.method(name)
     return method.name, parse(method.config_class, settings or [])
+
+
+def absolute_data(paths: Sequence[str]) -> str | list[str]:
+    """Return what `--data` names as it is found from any folder: one as text, several as a list."""
+    found = [absolute(path) for path in paths]
+    return found[0] if len(found) == 1 else found
 
 
 def absolute(path: str) -> str:

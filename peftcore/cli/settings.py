@@ -28,13 +28,14 @@ _NOT_THE_SAME = (
 class Settings:
     """All that decides the course of a run. `fields` are those of the method's config.
 
+    `data`: a path or a dataset's id, or several, whose examples are read together.
     `adapter`: the folder of the one that the run goes on with; `labels` are its classifier's.
     `validation`: share of the training examples that is kept from training, to choose among runs by.
     `other_data`: texts of another domain, whose loss before and after tells what is forgotten.
     """
 
     model: str
-    data: str
+    data: str | list[str]
     task: str
     method: str
     fields: dict[str, Any] = field(default_factory=dict)

@@ -259,8 +259,9 @@ def run(
     else:
         peftcore.save(model, adapter)
         template = tokenizer.chat_template if is_chat and settings.chat_template else None
+        seed = settings.seed if settings.task in data.LABELLED else None
         made_for = AdapterTask(
-            settings.task, settings.max_length, labels, is_chat, template, settings.beta, settings.dtype
+            settings.task, settings.max_length, labels, is_chat, template, settings.beta, settings.dtype, seed
         )
 
         def write_beside() -> None:

@@ -122,3 +122,37 @@ def test_a_conversation_too_long_is_cut_or_left_out(tokenizer: Any) -> None:
     assert len(found.examples[0]["input_ids"]) == 60
     with pytest.raises(PeftcoreError, match=r"no answer begins within 8 tokens\. Allow more: --max-length"):
         tasks.encode(rows, LANGUAGE_MODEL, tokenizer, 8)
+
+
+def test_turns_that_are_marked_are_read_and_not_learned(tokenizer: Any) -> None:
+    assert learned(tokenizer, "chatml", not_learned=(1,)) == ["Fine.<|im_end|>"]
+    assert learned(tokenizer, "chatml", not_learned=(3,)) == ["Hello, you.<|im_end|>"]
+
+
+CALL = [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+KNOWS = (
+    "{{ tools | tojson if tools }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{{ m.tool_calls | tojson if m.tool_calls else m['content'] }}{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_tools_that_a_template_does_not_write_are_refused(tokenizer: Any) -> None:
+    assert learned(tokenizer, KNOWS, tools=CALL) == ["Hello, you.<|im_end|>Fine.<|im_end|>"]
+    with pytest.raises(PeftcoreError, match=r"f:1: the chat template does not write the tools\. Give one that does"):
+        learned(tokenizer, "chatml", tools=CALL)
+
+
+def test_calls_of_tools_that_a_template_does_not_write_are_refused(tokenizer: Any) -> None:
+    asked = {"role": "user", "content": "Hi"}
+    for call in ({"role": "assistant", "tool_calls": CALL}, {"role": "assistant", "content": "", "tool_calls": CALL}):
+        row = Row("f:1", "", messages=[asked, call])
+        conversations.set_template(tokenizer, KNOWS)
+        (example,) = conversations.encode(row, tokenizer)
+        text = tokenizer.decode([token for token in example["labels"] if token >= 0])
+        assert text.startswith('[{"type": "function"') and text.endswith("<|im_end|>")
+        conversations.set_template(tokenizer, "{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}")
+        with pytest.raises(
+            PeftcoreError, match=r"f:1: the chat template does not write the tool_calls of messages\[1\]"
+        ):
+            conversations.encode(row, tokenizer)

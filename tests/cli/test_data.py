@@ -170,3 +170,82 @@ def test_a_wrong_conversation_is_named(fields: dict[str, object], message: str, 
     path.write_text(json.dumps(fields))
     with pytest.raises(PeftcoreError, match=f"rows.jsonl:1: {message}"):
         data.read_rows(path, LANGUAGE_MODEL)
+
+
+def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
+    a.write_text('{"text": "1"}\n{"text": "2"}\n')
+    b.write_text('{"text": "3"}\n')
+    c.write_text('{"prompt": "4", "completion": "5"}\n')
+    assert [row.text for row in data.read_rows([str(b), str(a)], LANGUAGE_MODEL)] == ["3", "1", "2"]
+    assert data.guess_task([str(a), str(b)]) == LANGUAGE_MODEL
+    with pytest.raises(
+        PeftcoreError, match=r"c.jsonl:1: prompt/completion, and .*a.jsonl:1 is text\. Write one as the"
+    ):
+        data.read_rows([str(a), str(c)], LANGUAGE_MODEL)
+    b.write_text("")
+    with pytest.raises(PeftcoreError, match=r"b.jsonl' holds no example"):
+        data.read_rows([str(a), str(b)], LANGUAGE_MODEL)
+    a.write_text('{"text": "1", "label": 1}\n')
+    b.write_text('{"text": "2", "label": 0.5}\n')
+    assert data.guess_task([str(a)]) == CLASSIFICATION and data.guess_task([str(a), str(b)]) == data.REGRESSION
+
+
+TURNS = [
+    {"role": "user", "content": "a"},
+    {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "c"},
+    {"role": "assistant", "content": "d"},
+]
+
+
+def conversation(tmp_path: Path, *marks: dict[str, object], key: str = "messages") -> Row:
+    path = tmp_path / "rows.jsonl"
+    turns = [{**turn, **mark} for turn, mark in zip(TURNS, marks, strict=True)]
+    if key == "conversations":
+        names = {"role": "from", "content": "value"}
+        turns = [{names.get(name, name): value for name, value in turn.items()} for turn in turns]
+    path.write_text(json.dumps({key: turns}))
+    return data.read_rows(path, LANGUAGE_MODEL)[0]
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}, {"weight": 1, "train": False}])
+def test_turns_that_are_marked_are_not_learned(tmp_path: Path, key: str, mark: dict[str, object]) -> None:
+    row = conversation(tmp_path, {}, mark, {}, {"weight": 1}, key=key)
+    assert row.not_learned == (1,) and row.messages == TURNS  # without the marks
+    assert conversation(tmp_path, {}, {"weight": None}, {}, {"train": True}, key=key).not_learned == ()
+    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: no turn of the assistant, of which the model would learn"):
+        conversation(tmp_path, {}, mark, {}, mark, key=key)
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        ({"weight": 0.5}, r"messages\[1\]: 'weight' must be 0 or 1, found 0.5"),
+        ({"weight": "0"}, r"messages\[1\]: 'weight' must be 0 or 1, found \"0\""),
+        ({"train": 0}, r"messages\[1\]: 'train' must be true or false, found 0"),
+        ({"content": " "}, r"messages\[1\] is an empty turn of the assistant, .*mark it as not .*: \"weight\": 0"),
+    ],
+)
+def test_marks_and_turns_that_mean_nothing(tmp_path: Path, mark: dict[str, object], message: str) -> None:
+    with pytest.raises(PeftcoreError, match=message):
+        conversation(tmp_path, {}, mark, {}, {})
+
+
+def test_an_empty_turn_that_is_not_learned_is_no_harm(tmp_path: Path) -> None:
+    assert conversation(tmp_path, {}, {"content": "", "weight": 0}, {}, {}).not_learned == (1,)
+
+
+@pytest.mark.parametrize("columns", [None, {"prompt": "instruction", "completion": "output"}])
+def test_the_input_of_alpaca_is_part_of_the_prompt(tmp_path: Path, columns: dict[str, str] | None) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+        {"instruction": "Say.", "input": " ", "output": "x"},
+        {"instruction": "Go.", "output": "y"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert data.guess_task(path, columns) == LANGUAGE_MODEL
+    found = [(row.text, row.completion) for row in data.read_rows(path, LANGUAGE_MODEL, columns)]
+    assert found == [("Add.\n\n1, 2", "3"), ("Say.", "x"), ("Go.", "y")]

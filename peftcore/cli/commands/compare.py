@@ -130,7 +130,7 @@ def compare(
 
     common = Settings(
         model=models.resolve(model),
-        data=options.absolute(data),
+        data=options.absolute_data(data),
         task=task,
         method="",
         columns=columns,

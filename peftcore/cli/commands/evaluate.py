@@ -31,7 +31,8 @@ def evaluate(
 ) -> None:
     """Measure a base and its adapter on a file of examples.
 
-    A classifier's base has a random head: its figures say what chance gives.
+    A classifier's base has a random head, the one that training began with where the adapter says which: its figures
+    say what chance gives.
     """
     from peftcore.cli import data as examples
     from peftcore.cli import dtype_choice, models
@@ -54,6 +55,10 @@ def evaluate(
     else:
         encoded = tasks.encode(rows, task.task, tokenizer, length, task.labels)
     dtype = dtype_choice.of_base(base, task.task, dtype, device, task.labels, task.dtype).say()
+    if task.seed is not None:
+        from transformers import set_seed
+
+        set_seed(task.seed % (1 << 32))  # draws the head that training began with
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     if models.fit_vocabulary(loaded, adapter):
         warn(models.NEW_ROWS)

@@ -148,7 +148,7 @@ def train(
     template = start.task.chat_template if start is not None else None
     settings = run_settings.Settings(
         model=models.resolve(start.base if start else str(model)),
-        data=options.absolute(data),
+        data=options.absolute_data(data),
         task=task,
         method=name,
         fields=chosen,
@@ -288,7 +288,8 @@ def _commands(settings: Settings, result: Result) -> list[str]:
     adapter = shlex.quote(str(result.adapter))
     if result.quantize is not None:
         adapter += f" --quantize {result.quantize}"
-    evaluation = shlex.quote(settings.eval_data or settings.data)
+    files = settings.eval_data or settings.data
+    evaluation = " --data ".join(map(shlex.quote, [files] if isinstance(files, str) else files))
     if settings.columns:
         evaluation += f" --columns {shlex.quote(settings.columns)}"
     return [

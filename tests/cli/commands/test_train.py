@@ -129,6 +129,37 @@ def test_classifier_end_to_end(run: Run, bert: Path, labelled: Path, tmp_path: P
     assert "The model knows: down, up" in error
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_eval_measures_the_base_that_training_began_with(
+    run: Run, bert: Path, labelled: Path, tmp_path: Path, seed: int
+) -> None:
+    """Each load of a classifier's base draws another head, and the figures of both commands are of one."""
+    data = ("-d", labelled, "--eval-data", labelled, "--seed", seed)
+    run("train", "-m", bert, *data, "-o", tmp_path / "run", *METHOD, "--steps", 1, "--device", "cpu")
+    before = result_of(tmp_path / "run")["before"]
+    torch.manual_seed(3)
+    shown = run("eval", "-a", tmp_path / "run", "-d", labelled, "--device", "cpu").output
+    row = next(line.split() for line in shown.splitlines() if line.startswith("loss"))
+    assert row[1] == f"{before['loss']:.4f}", shown
+
+
+def test_several_files_are_mixed_in_training(run: Run, llama: Path, tmp_path: Path) -> None:
+    files = [
+        write_jsonl(tmp_path / f"{name}.jsonl", 3 * [{"prompt": "the film is", "completion": name}])
+        for name in ("good", "bad")
+    ]
+    data = [word for file in files for word in ("-d", file)]
+    out = tmp_path / "run"
+    found = run(
+        "train", "-m", llama, *data, "--eval-data", files[0], "-o", out, *METHOD, "--steps", 1, "--device", "cpu"
+    )
+    assert result_of(out)["train_rows"] == 6 and result_of(out)["eval_rows"] == 3
+    assert json.loads((out / "run.json").read_text())["data"] == list(map(str, files))
+    again = run("train", "--config", out / "run.toml", "-o", tmp_path / "again")
+    assert result_of(tmp_path / "again")["after"] == result_of(out)["after"], again.output
+    assert "6 examples" in run("eval", "-a", out, *data, "--device", "cpu").output, found.output
+
+
 def test_classifier_from_tsv_on_a_held_out_split(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in labelled.read_text().splitlines()]
     data = tmp_path / "rows.tsv"
