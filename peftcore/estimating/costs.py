@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+from peftcore import ops
 from peftcore.estimating.libraries import OUTER, PLAIN, TRANSPOSED, Libraries
 from peftcore.ops._extension import extension
 from peftcore.ops.linear_4bit import PANEL_BYTES
@@ -29,6 +30,7 @@ class Cost(NamedTuple):
         narrow: of a product the least of rows, inner dimension and columns.
         thin: of them those of adapters, with the least dimension of their products.
         unpacked: values of a weight in 4 bits that are read.
+        widened: a CPU multiplies by this frozen weight with `ops.dense_linear`, which is not reached on meta tensors.
         scratch: bytes that are taken and given back.
         kept: bytes that stay with the thread, of which the largest of all operators counts.
         product: (rows, inner, columns, layout) of a product that a library computes, in the type `dtype`.
@@ -44,6 +46,7 @@ class Cost(NamedTuple):
     narrow: int = 0
     thin: tuple[float, int] = (0.0, 0)
     unpacked: int = 0
+    widened: bool = False
 
 
 FREE = Cost()
@@ -64,7 +67,8 @@ def cost(operator: Any, args: tuple[Any, ...], output: Any, libraries: Libraries
         left, right = args[-2:] if name == "aten::mm" else args[1:3]
         layout = OUTER if _transposed(left) else TRANSPOSED if _transposed(right) else PLAIN
         found = _product(left.shape[0], left.shape[1], right.shape[1], left.dtype, layout)
-        return _with_scratch(found, libraries)._replace(flops=flops)
+        widened = left.dtype in ops.WIDENED and layout != OUTER and not right.requires_grad
+        return _with_scratch(found, libraries)._replace(flops=flops, widened=widened)
     if name in ("aten::bmm", "aten::baddbmm"):
         left, right = args[-2:] if name == "aten::bmm" else args[1:3]
         return Cost(flops, narrow=min(*left.shape[1:], right.shape[2]))

@@ -83,7 +83,7 @@ class Rates(NamedTuple):
             else:
                 layout = cost.product[3] if cost.product is not None else TRANSPOSED
                 rate = _between(self.products[kind][layout], cost.narrow or _NARROW[-1])
-                if mine:
+                if mine or cost.widened:
                     rate *= self.dense[kind][backward] / self.products[kind][layout][-1][1]
                 worked = max(worked, (cost.flops - cost.thin[0]) / rate)
             if cost.thin[0]:  # computed in 32 bits

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from peftcore import ops
 from peftcore.estimating import costs, libraries, rates
 from peftcore.estimating.costs import Cost
 from peftcore.estimating.devices import Device
@@ -84,6 +85,25 @@ def test_an_output_head_of_peftcore_s_is_a_product() -> None:
     assert found == Cost(2 * 6 * 20 * 8, narrow=6)
     operation = Operation("peftcore::dense_linear", "", "forward", found._replace(narrow=512), moved=8, halves=True)
     assert MADE.seconds(operation) == pytest.approx(1920 / 500 + 0.5)
+
+
+def test_frozen_weights_are_widened_where_the_processor_does_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On meta tensors PyTorch's product stands for the operator that a CPU takes."""
+    mm, x = torch.ops.aten.mm.default, torch.empty(6, 8, dtype=torch.bfloat16, device="meta")
+    frozen = torch.empty(20, 8, dtype=torch.bfloat16, device="meta")
+    trained = frozen.clone().requires_grad_()
+
+    def widened(left: torch.Tensor, right: torch.Tensor) -> bool:
+        return costs.cost(mm, (left, right), left @ right, libraries.OF_A_CARD).widened
+
+    assert not widened(x, frozen.t())
+    monkeypatch.setattr(ops, "WIDENED", frozenset({torch.bfloat16}))
+    assert widened(x, frozen.t()) and widened(x.new_empty(6, 20), frozen)
+    assert not widened(x, trained.t()) and not widened(x.t(), x) and not widened(x.float(), frozen.float().t())
+    product = of(
+        "aten::mm", Cost(1000.0, narrow=512, product=(512, 512, 512, PLAIN), widened=True), "backward", moved=8
+    )
+    assert MADE.seconds(replace(product, halves=True)) == pytest.approx(1000 / 80 + 0.0625)
 
 
 def test_a_slow_call_is_not_run_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
