@@ -121,7 +121,8 @@ def test_what_contradicts_the_adapter(
         model.save_pretrained(other)
         save_tokenizer(other)
     words = [word.format(other=other, first=first, labelled=labelled) for word in arguments]
-    error = run("train", "-a", first, "-d", more, "-o", tmp_path / "run", "--steps", 1, *words, code=1).output
+    data = () if "--data" in words else ("-d", more)
+    error = run("train", "-a", first, *data, "-o", tmp_path / "run", "--steps", 1, *words, code=1).output
     assert message in error and "Traceback" not in error
     assert (first / "adapter" / "adapter_config.json").exists()
 
