@@ -19,12 +19,12 @@ namespace peftcore {
 
 struct CpuKernels {
     const char* level;
-    nf4::Kernels nf4;                   // quantize, dequantize
-    nf4::LinearKernels linear;          // few rows of x by a packed weight
-    gemm::FewRowsKernel few_rows;       // few rows of x by a dense weight
-    gemm::ManyRows many_rows[kDtypes];  // of x, by its dtype
-    lora::Kernels lora;                 // thin products
-    optim::Kernels optim;               // optimizer steps
+    nf4::Kernels nf4;                       // quantize, dequantize
+    nf4::LinearKernels linear;              // few rows of x by a packed weight
+    gemm::FewRowsKernel few_rows[kDtypes];  // few rows of x by a dense weight, by their dtype
+    gemm::ManyRows many_rows[kDtypes];      // of x, by its dtype
+    lora::Kernels lora;                     // thin products
+    optim::Kernels optim;                   // optimizer steps
 };
 
 // Of the level in use: the best of what was compiled, what this CPU has, and what PEFTCORE_CPU_LEVEL allows.

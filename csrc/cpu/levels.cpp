@@ -69,6 +69,7 @@ bool has_avx2() {
 void avx2(CpuKernels& table) {
     fill_avx2(table.nf4);
     fill_avx2(table.linear);
+    fill_avx2(table.few_rows);
     fill_avx2(table.many_rows);
     nf4::fill_avx2(table.many_rows);
     fill_avx2(table.lora);
@@ -96,9 +97,13 @@ void avx512(CpuKernels& table) {
     fill_avx512(table.lora);
     fill_avx512(table.optim);
     // What the processor multiplies in 16 bits, and no level of this build does, the library multiplies faster.
-    if (has_fp16()) table.many_rows[int(Dtype::kHalf)] = {};
+    const auto leave = [&](Dtype dtype) {
+        table.few_rows[int(dtype)] = {};
+        table.many_rows[int(dtype)] = {};
+    };
+    if (has_fp16()) leave(Dtype::kHalf);
 #if !defined(PEFTCORE_HAVE_AVX512BF16)
-    if (has_bf16_dot()) table.many_rows[int(Dtype::kBFloat16)] = {};
+    if (has_bf16_dot()) leave(Dtype::kBFloat16);
 #endif
 }
 #endif
@@ -106,7 +111,7 @@ void avx512(CpuKernels& table) {
 #if defined(PEFTCORE_HAVE_AVX512BF16)
 void avx512bf16(CpuKernels& table) {
     fill_avx512bf16(table.linear);
-    fill_avx512bf16(table.few_rows);
+    fill_avx512bf16(table.few_rows[int(Dtype::kBFloat16)]);
     gemm::ManyRows& products = table.many_rows[int(Dtype::kBFloat16)];
     products = {};
 #if !defined(PEFTCORE_HAVE_AMX)

@@ -84,16 +84,23 @@ void try_addend(const gemm::ManyRows& products, int64_t rows, int64_t out, int64
     ++cases;
 }
 
+template <typename T>
 void try_few_rows(const gemm::FewRowsKernel& kernel, int64_t rows, int64_t out, int64_t in) {
-    const Values<BFloat16> w = numbers<BFloat16>(out * in);
+    const Values<T> w = numbers<T>(out * in);
     const auto at = [&](int64_t k, int64_t n) { return double(to_float(w[n * in + k])); };
-    try_any<BFloat16>(
-        rows, in, out, at, "few rows", [&](const BFloat16* x, const BFloat16* bias, BFloat16* y) {
-            const gemm::FewRows args{
-                .x = x, .batch = rows, .inner = in, .w = w.data(), .columns = out, .bias = bias, .y = y};
-            kernel.run(args, {0, out / 2});
-            kernel.run(args, {out / 2, out});
-        });
+    try_any<T>(rows, in, out, at, "few rows", [&](const T* x, const T* bias, T* y) {
+        const gemm::FewRows args{
+            .x = x, .batch = rows, .inner = in, .w = w.data(), .columns = out, .bias = bias, .y = y};
+        kernel.run(args, {0, out / 2});
+        kernel.run(args, {out / 2, out});
+    });
+}
+
+template <typename T>
+void try_all_few_rows(const gemm::FewRowsKernel& kernel) {
+    for (int64_t rows = 1; rows <= kernel.max_batch; ++rows)
+        for (int64_t out : {1, 31})
+            for (int64_t in : {3, 64, 77}) try_few_rows<T>(kernel, rows, out, in);
 }
 
 template <typename T>
@@ -148,9 +155,8 @@ void try_many_rows(const gemm::ManyRows& products) {
 }  // namespace
 
 void try_gemm(const CpuKernels& kernels) {
-    for (int64_t rows = 1; rows <= kernels.few_rows.max_batch; ++rows)
-        for (int64_t out : {1, 31})
-            for (int64_t in : {3, 64, 77}) try_few_rows(kernels.few_rows, rows, out, in);
+    try_all_few_rows<Half>(kernels.few_rows[int(Dtype::kHalf)]);
+    try_all_few_rows<BFloat16>(kernels.few_rows[int(Dtype::kBFloat16)]);
     const Caches before = caches();
     set_caches(
         {.first = kSmallestFirst, .second = kSmallestSecond, .third = 2 << 20});  // several chunks, of 512

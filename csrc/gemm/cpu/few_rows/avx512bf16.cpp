@@ -18,7 +18,8 @@ __m512bh load(const BFloat16* from, __mmask32 there) {
 template <int kCount, int kBatch>
 void multiply(const FewRows& args, int64_t n) {
     const int64_t inner = args.inner;
-    const BFloat16 *w = args.w + n * inner, *x = args.x;
+    const BFloat16 *w = static_cast<const BFloat16*>(args.w) + n * inner,
+                   *x = static_cast<const BFloat16*>(args.x);
     __m512 sums[kCount][kBatch];
     for (auto& row : sums)
         for (__m512& sum : row) sum = _mm512_setzero_ps();
@@ -34,8 +35,9 @@ void multiply(const FewRows& args, int64_t n) {
     for (int i = 0; i < kBatch; ++i)
         for (int r = 0; r < kCount; ++r) {
             const float sum = _mm512_reduce_add_ps(sums[r][i]);
-            const float bias = args.bias == nullptr ? 0 : to_float(args.bias[n + r]);
-            args.y[i * args.columns + n + r] = from_float<BFloat16>(sum + bias);
+            const float bias =
+                args.bias == nullptr ? 0 : to_float(static_cast<const BFloat16*>(args.bias)[n + r]);
+            static_cast<BFloat16*>(args.y)[i * args.columns + n + r] = from_float<BFloat16>(sum + bias);
         }
 }
 

@@ -1,9 +1,10 @@
 // y = x Wᵀ + bias of few rows of x, W dense and read once, as it lies: what each SIMD level supplies.
 //
-// PyTorch's products of bf16 read W at half the speed of memory there: 131 MB, an output head, take 6.7 ms on two cores
-// of Zen 4.
+// PyTorch's products of bf16 read W at half the speed of memory: 131 MB, an output head, take 6.7 ms on two cores of
+// Zen 4. Where it has no instructions for 16 bits, a row of x takes as long as reading W, each further row as long again.
 #pragma once
 
+#include "common/dtype.h"
 #include "common/half.h"
 #include "common/integers.h"
 
@@ -11,19 +12,21 @@ namespace peftcore {
 namespace gemm {
 
 struct FewRows {
-    const BFloat16* x;  // [batch, inner]
+    const void* x;  // [batch, inner]
     int64_t batch, inner;
-    const BFloat16* w;  // [columns, inner]
+    const void* w;  // [columns, inner]
     int64_t columns;
-    const BFloat16* bias = nullptr;
-    BFloat16* y;  // [batch, columns], rounded once
+    const void* bias = nullptr;
+    void* y;  // [batch, columns], rounded once
 };
 
+// For tensors of one dtype.
 struct FewRowsKernel {
-    int64_t max_batch = 0;  // rows of x up to which it is faster than the library
+    int64_t max_batch = 0;  // rows of x up to which nothing else is faster
     void (*run)(const FewRows&, Range columns) = nullptr;
 };
 
+void fill_avx2(FewRowsKernel (&)[kDtypes]);  // for fp16 and bf16
 void fill_avx512bf16(FewRowsKernel&);
 
 }  // namespace gemm

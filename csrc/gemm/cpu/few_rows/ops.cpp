@@ -20,17 +20,15 @@ namespace {
 
 constexpr int64_t kProductsPerTask = 1 << 17, kGranule = 8;  // rows of W
 
-const BFloat16* bits(const Tensor& t) { return static_cast<const BFloat16*>(t.const_data_ptr()); }
-
 void few_rows(const FewRowsKernel& kernel, const Tensor& x, const Tensor& weight, const Tensor& bias,
               const Tensor& y) {
-    const FewRows args{.x = bits(x),
+    const FewRows args{.x = x.const_data_ptr(),
                        .batch = x.size(0),
                        .inner = x.size(1),
-                       .w = bits(weight),
+                       .w = weight.const_data_ptr(),
                        .columns = weight.size(0),
-                       .bias = bias.defined() ? bits(bias) : nullptr,
-                       .y = static_cast<BFloat16*>(y.mutable_data_ptr())};
+                       .bias = bias.defined() ? bias.const_data_ptr() : nullptr,
+                       .y = y.mutable_data_ptr()};
     at::parallel_for(0, ceil_div(args.columns, kGranule),
                      ceil_div(kProductsPerTask, kGranule * args.inner * args.batch),
                      [&](int64_t first, int64_t last) {
@@ -46,9 +44,10 @@ Tensor dense_linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
         const CpuKernels& kernels = cpu_kernels();
         const ManyRows& products = kernels.many_rows[int(*dtype)];
         const auto empty = [&] { return at::empty({x.size(0), weight.size(0)}, x.options()); };
-        if (*dtype == Dtype::kBFloat16 && x.size(0) <= kernels.few_rows.max_batch && weight.is_contiguous()) {
+        const FewRowsKernel& few = kernels.few_rows[int(*dtype)];
+        if (x.size(0) <= few.max_batch && weight.is_contiguous()) {
             const Tensor y = empty();
-            few_rows(kernels.few_rows, x.contiguous(), weight, bias, y);
+            few_rows(few, x.contiguous(), weight, bias, y);
             return y;
         }
         if (products.beats_library) {
