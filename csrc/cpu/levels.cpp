@@ -20,7 +20,7 @@ namespace peftcore {
 namespace {
 
 // Whether this CPU has dot products of bf16: in AVX-512, or ARM's (with its products of 2 x 4 by 4 x 2).
-bool has_bf16_dot() {
+[[maybe_unused]] bool has_bf16_dot() {
 #if defined(__x86_64__) && defined(__linux__)
     constexpr unsigned kBf16 =
         1u << 5;  // CPUID 7.1, EAX; compilers that do not know the level do not name it

@@ -77,7 +77,7 @@ def test_every_level_agrees_with_sums_in_double(all_levels):
     cases = {level: [all_levels[level, room][0] for room in ROOMS] for level in levels_of(all_levels)}
     assert cases == {
         "portable": [72, 0, 0, 180, 15],
-        "neon": [72, 992, 0, 180, 15],
+        "neon": [72, 1088, 0, 180, 15],
         "neonbf16": [72, 1034, 126, 180, 15],
     }
 
@@ -96,6 +96,4 @@ def test_plain_kernels_have_this_machine_s_bits(all_levels, tmp_path):
 def test_a_processor_without_products_of_bf16_runs_what_it_has(binary, all_levels):
     found = results(QEMU, "-cpu", "cortex-a57", binary)
     assert levels_of(found) == ("portable", "neon")
-    # There PyTorch's own products of bf16 are slower, so that integers take more rows of it.
-    assert found["neon", "linear"][0] > all_levels["neon", "linear"][0]
-    assert all(found[key] == all_levels[key] for key in found if key != ("neon", "linear"))
+    assert all(found[key] == all_levels[key] for key in found)

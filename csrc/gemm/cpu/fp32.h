@@ -127,8 +127,9 @@ struct WideProducts {
                                         : Lanes::load(place.sums + r * kPanelColumns + v * Lanes::kLanes);
         const Mask& keep = product.addend.keep;
         const bool masked = addend.words != 0 && keep.bits != nullptr;
-        if (addend.words != 0 && !masked) accumulate<R>(addend, nullptr, sum);
         accumulate<R>(factors, place.ahead, sum);
+        // Behind all of the product, wherever its chunks end: so no bit depends on the size of caches.
+        if (addend.words != 0 && !masked) accumulate<R>(addend, nullptr, sum);
         if (!place.last || masked) {
 #pragma GCC unroll 16
             for (int r = 0; r < R; ++r)
