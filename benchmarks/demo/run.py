@@ -71,7 +71,7 @@ def main(folder: Path) -> None:
     begin(2, "the same with its base in 4 bits and the optimizer's state in pages, with QLoRA", began)
     peftcore(folder, "train", "--model", WRITER, "--data", "data/write_train.jsonl",
              "--eval-data", "data/write_test.jsonl", "--method", "qlora", "--set", "r=8", "--set", "lora_alpha=16",
-             "--dtype", "bf16", "--optim", "paged_adamw_8bit", "--optim-args", "budget=1MB,page_bytes=65536",
+             "--optim", "paged_adamw_8bit", "--optim-args", "budget=1MB,page_bytes=65536",
              "--epochs", "1", "--batch-size", "8", "--lr", "5e-4", "--max-length", "96", "--eval-every", "30",
              "--output", "writer-4bit", "--overwrite")
     begin(3, "a classifier of movie reviews, with LoRA", began)
