@@ -25,7 +25,7 @@ TENSORS = "adapter_model.safetensors"
 JSON_BYTES = 16 << 20
 _HEADER_BYTES = 100_000_000  # safetensors' own limit
 _NAME_LENGTH = 1000
-_NAMES = 200_000  # LoRA of each expert of the largest mixture known has 140,000
+_NAMES = 200_000  # an adapter of each expert of the largest mixture known has 140,000
 _DIMENSIONS = 16
 _DTYPES = {
     "F64": torch.float64,

@@ -108,6 +108,9 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, begins_an
         "tools": tools,
         "chat_template": template,
         "add_generation_prompt": begins_answer,
+        "documents": None,
+        "continue_final_message": False,  # named, so that no special token of this name is taken for it
+        "return_assistant_tokens_mask": False,
     }
     answer = _process().ask(json.dumps(request, default=lambda value: f"<{type(value).__name__}>").encode())
     if "text" in answer:
