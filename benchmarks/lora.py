@@ -187,8 +187,11 @@ def main():
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--only", nargs="+", default=["linear", "call", "samples", "step"])
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="of step; the first is the base")
+    parser.add_argument("--dtypes", nargs="+", help="of linear, such as bfloat16; by default those of its shapes")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
+    measure.add_level_argument(parser)
     options = parser.parse_args()
+    measure.run_at(options.level)
     torch.set_num_threads(options.threads)
     if options.peak:
         step = stepper(options.peak)
@@ -200,7 +203,9 @@ def main():
     measure.print_surroundings(options.threads)
     measure.keep_freed_memory()
     if "linear" in options.only:
-        for shape in SHAPES:
+        sizes = dict.fromkeys(shape[:3] for shape in SHAPES)
+        chosen = [(*size, dtype) for size in sizes for dtype in options.dtypes] if options.dtypes else SHAPES
+        for shape in chosen:
             linear(*shape, options.rank, options.seconds)
     if "call" in options.only:
         call(options.seconds / 2)

@@ -135,3 +135,33 @@ def peak_megabytes():
     """The most memory this process has held since `reset_peak`."""
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1e3
+
+
+# What a processor that has no more than a level's instructions would run: PyTorch's own kernels, oneDNN's, MKL's, ours.
+LEVELS = {
+    "avx2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "PEFTCORE_CPU_LEVEL": "avx2",
+    },
+    "avx512": {
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "PEFTCORE_CPU_LEVEL": "avx512",
+    },
+}
+
+
+def add_level_argument(parser):
+    parser.add_argument(
+        "--level", choices=LEVELS, help="run all kernels, PyTorch's too, as on a processor that has no more than this"
+    )
+
+
+def run_at(level):
+    """Start this program again with the environment of a level, unless it has it; None: the processor as it is."""
+    wanted = LEVELS.get(level, {})
+    if all(os.environ.get(name) == value for name, value in wanted.items()):
+        return
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})

@@ -116,7 +116,9 @@ def main():
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
+    measure.add_level_argument(parser)
     options = parser.parse_args()
+    measure.run_at(options.level)
     torch.set_num_threads(options.threads)
     if options.kind:
         print(json.dumps(run(options.kind, options.steps)))
