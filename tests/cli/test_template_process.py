@@ -43,10 +43,9 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def foreign(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The template is a stranger's, and has a second."""
+def foreign(tokenizer: Any) -> None:
+    """The template is a stranger's."""
     template_process.mark(tokenizer, foreign=True)
-    monkeypatch.setattr(template_process, "SECONDS", 1.0)
 
 
 @pytest.mark.parametrize("template", [conversations.CHATML, LONG], ids=["chatml", "long"])
@@ -71,9 +70,9 @@ def test_values_that_are_not_json(tokenizer: Any) -> None:
     [
         (
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-            "took more than 1 s for one",
+            "took more than 0.5 s for one",
         ),
-        ("{{ 10 ** (10 ** 9) }}", "took more than 1 s for one conversation, and was stopped. Give another"),
+        ("{{ 10 ** (10 ** 9) }}", "took more than 0.5 s for one conversation, and was stopped. Give another"),
         ("{{ '%1000000000d' % 1 }}", "takes more than 512 MB of memory"),
         ("{{ 'x' * 10**10 }}", "takes more than 512 MB of memory"),
         ("{{ 'x'.ljust(10**10) }}", "takes more than 512 MB of memory"),
@@ -92,13 +91,18 @@ def test_values_that_are_not_json(tokenizer: Any) -> None:
     ],
     ids=lambda value: value[:30],
 )
-def test_what_would_not_end_is_refused(tokenizer: Any, template: str, message: str) -> None:
+def test_what_would_not_end_is_refused(
+    tokenizer: Any, template: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "took" in message:
+        monkeypatch.setattr(template_process, "SECONDS", 0.5)
     tokenizer.chat_template = template
     began = time.monotonic()
     with pytest.raises(PeftcoreError, match="the chat template ") as told:
         conversations.rendered(tokenizer, TALK)
     assert message in str(told.value) and "--chat-template chatml" in str(told.value) and len(str(told.value)) < 600
     assert time.monotonic() - began < 30
+    monkeypatch.undo()
     tokenizer.chat_template = "{{ messages | length }}"  # the next one is served again
     assert conversations.rendered(tokenizer, TALK) == "3"
 
@@ -154,8 +158,11 @@ def test_a_folder_names_no_file_as_its_template(tmp_path: Path, template: Any) -
 
 
 @pytest.mark.parametrize("command", ["generate", "eval", "train", "chat"])
-def test_an_adapter_whose_template_never_ends(run: Run, llama: Path, tmp_path: Path, command: str) -> None:
+def test_an_adapter_whose_template_never_ends(
+    run: Run, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     """Whether the folder has it in its task or with a tokenizer."""
+    monkeypatch.setattr(template_process, "SECONDS", 0.5)
     from transformers import AutoModelForCausalLM
 
     bomb = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -174,4 +181,4 @@ def test_an_adapter_whose_template_never_ends(run: Run, llama: Path, tmp_path: P
         "train": ("train", "-a", tmp_path / "a", "-d", data, "-o", tmp_path / "run", "--device", "cpu"),
         "chat": ("chat", "-a", tmp_path / "a", "--device", "cpu"),
     }[command]
-    assert "the chat template took more than 1 s for one conversation" in run(*words, code=1).stderr
+    assert "the chat template took more than 0.5 s for one conversation" in run(*words, code=1).stderr
