@@ -91,8 +91,8 @@ def _names_a_file(name: str) -> bool:
 def root_of(folder: Path) -> tuple[Path, str, Manifest | None]:
     """Return (root, what is before the names of `folder`'s files there, manifest) of the save that `folder` belongs to.
 
-    One of several that were saved together belongs to the folder above. A file there that is not a manifest, and that
-    does not name `folder`, is none of its business: the folder above may be anyone's.
+    One of several that were saved together belongs to the folder above. A damaged manifest there is ignored unless it
+    names `folder`: the folder above may be anyone's.
     """
     here = Path(os.path.realpath(folder))
     try:
