@@ -7,8 +7,9 @@ kept       buffers that training has moved, and all of those in modules that are
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -102,7 +103,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     embeddings = _take_embeddings(model, adapter, tensors, expected, folder)
     kept = _take_kept(model, adapter, tensors)
     extra = [name for name in tensors if name not in expected]
-    base = _values_of_base(model) if extra else {}
+    base = _values_of_base(model)
     repeats = {name for name in extra if name in exported or _is_copy_of_base(base, name, tensors[name])}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in repeats}
     missing = sorted(expected.keys() - tensors.keys() - _for_training(model, adapter))
@@ -266,14 +267,14 @@ def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> li
     return kept
 
 
-def _values_of_base(model: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers and parameters of the base by name."""
-    return {**dict(model.named_buffers()), **base_tensors(model)}
+def _values_of_base(model: nn.Module) -> Callable[[], Mapping[str, Tensor]]:
+    """Return a function that returns the buffers and parameters of the base by name, and walks the model once."""
+    return functools.cache(lambda: {**dict(model.named_buffers()), **base_tensors(model)})
 
 
-def _is_copy_of_base(base: Mapping[str, Tensor], name: str, tensor: Tensor) -> bool:
+def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor: Tensor) -> bool:
     """Return whether a tensor of a file repeats one of the base, as PEFT's files do with the embedding's weight."""
-    own = base.get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
+    own = base().get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
     return (
         own is not None
         and own.shape == tensor.shape

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peftcore import ranks
+from peftcore import ops, ranks
 from peftcore.cli import data, models
 from peftcore.cli.console import note, warn
 from peftcore.cli.options import FULL
@@ -82,7 +82,10 @@ def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | Non
 def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
     """Say what a dtype that the user named costs, where this processor multiplies it slowly; else None."""
     slow = _slow(dtype)
-    return None if slow is None else f"{slow}. {otherwise} would choose fp32"
+    if slow is None:
+        return None
+    spared = "; peftcore's linear layers are not affected" if models.torch_dtype(dtype, "cpu") in ops.WIDENED else ""
+    return f"{slow}{spared}. {otherwise} would choose fp32"
 
 
 def _slow(dtype: str) -> str | None:

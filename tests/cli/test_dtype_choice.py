@@ -11,6 +11,7 @@ import pytest
 import torch
 from commands import Run, save_tokenizer
 
+from peftcore import ops
 from peftcore.cli import data, dtype_choice, models
 from peftcore.estimating import dtype_rates
 from peftcore.estimating.dtype_rates import DtypeRate, DtypeRates
@@ -26,7 +27,8 @@ METHOD = ("--method", "lora", "--set", "r=4")
 
 @pytest.fixture
 def on(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`on(rates)`: this machine multiplies at these rates."""
+    """`on(rates)`: this machine multiplies at these rates, peftcore's layers no faster than PyTorch."""
+    monkeypatch.setattr(ops, "WIDENED", frozenset())
     return lambda rates: monkeypatch.setattr(dtype_rates, "here", lambda: rates)
 
 
@@ -75,6 +77,13 @@ def test_what_is_said(on: Any) -> None:
     trained = dtype_choice.choose("auto", "cpu", "bf16", needs_fp32=dtype_choice.TRAINED)
     assert trained.dtype == "fp32" and "whose small updates bf16 would round away. Dense weights" in str(trained.line)
     assert "gradients underflow in fp16" in str(dtype_choice.choose("auto", "cpu", "fp16").line)
+
+
+def test_layers_that_peftcore_widens_are_said_to_be_spared(on: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    on(AVX2)
+    monkeypatch.setattr(ops, "WIDENED", frozenset({torch.bfloat16}))
+    wanted = NAMED.replace(". --dtype", "; peftcore's linear layers are not affected. --dtype")
+    assert dtype_choice.choose("bf16", "cpu", "bf16").line == wanted
 
 
 def test_nothing_is_measured_where_it_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
