@@ -72,12 +72,12 @@ def main(folder: Path) -> None:
     peftcore(folder, "train", "--model", WRITER, "--data", "data/write_train.jsonl",
              "--eval-data", "data/write_test.jsonl", "--method", "qlora", "--set", "r=8", "--set", "lora_alpha=16",
              "--optim", "paged_adamw_8bit", "--optim-args", "budget=1MB,page_bytes=65536",
-             "--epochs", "1", "--batch-size", "8", "--lr", "5e-4", "--max-length", "96", "--eval-every", "30",
+             "--epochs", "1", "--batch-size", "8", "--lr", "5e-4", "--max-length", "96", "--eval-every", "60",
              "--output", "writer-4bit", "--overwrite")
     begin(3, "a classifier of movie reviews, with LoRA", began)
     peftcore(folder, "train", "--model", CLASSIFIER, "--data", "data/classify_train.jsonl",
              "--eval-data", "data/classify_test.jsonl", "--method", "lora", "--set", "r=8", "--set", "lora_alpha=16",
-             "--epochs", "2", "--batch-size", "32", "--lr", "1e-3", "--max-length", "96",
+             "--epochs", "2", "--batch-size", "32", "--lr", "1e-3", "--max-length", "96", "--eval-every", "188",
              "--output", "classifier", "--overwrite")
     peftcore(folder, "generate", "--adapter", "classifier/adapter",
              "--prompt", "Two hours that I will never get back.")
