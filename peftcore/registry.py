@@ -11,7 +11,7 @@ import os
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,8 @@ GROUP = "peftcore"
 STRICT = "PEFTCORE_STRICT_PLUGINS"
 CHOSEN = "PEFTCORE_PLUGINS"  # `none`, or the names of the plugins that may be imported, separated by commas
 API = 2  # of plugins; raised when a plugin written for the last one would no longer work
+ARGUMENTS_OF_APPLY = ("adapter", "dtype", "batches")  # keywords that `apply` takes itself: no names of config fields
+LISTS = ("peftcore_methods", "peftcore_weight_formats")  # hooks that answer a list, and never None
 
 
 def canonical(name: str) -> str:
@@ -143,7 +145,7 @@ class Registry:
                     raise PluginError(_failed(hook, plugin, error)) from error
                 self.go_on_without(hook, plugin, error)
                 continue
-            if answer is not None:
+            if answer is not None or hook in LISTS:
                 yield plugin, answer
 
     def go_on_without(self, what: str, plugin: Plugin, error: BaseException) -> None:
@@ -187,23 +189,26 @@ class Registry:
             if canonical(name) not in by_name:
                 self._forget()
                 raise PluginError(f"{CHOSEN} names '{name}', which is not installed{nearest(name, by_name)}")
-        unusable = []
+        problems = []
         for key, candidates in sorted(by_name.items()):
+            candidates.sort(key=_has_other_distribution)  # stable: else the first on sys.path, as of modules
             name, dist = candidates[0].name, candidates[0].dist
             entry = Plugin(name, dist.name if dist else "-", dist.version if dist else "-")
             self._plugins[key] = entry
             if chosen is not None and key not in map(canonical, chosen):
                 entry.error = f"it is switched off by {CHOSEN}={os.environ[CHOSEN]}"
                 continue
+            if len(candidates) > 1:
+                used, *others = [_owner(candidate, name) for candidate in candidates]
+                problems.append(
+                    f"{len(candidates)} distributions provide the peftcore plugin '{name}': {used} is used, "
+                    f"{', '.join(others)} is ignored. Uninstall all but one"
+                )
             try:
                 _check_requirement(dist)
-                if len(candidates) > 1:
-                    owners = [_owner(candidate, name) for candidate in candidates]
-                    entry.distribution = ", ".join(owners)
-                    raise PluginError(
-                        f"{len(owners)} distributions provide '{name}': {'; '.join(owners)}. Uninstall all but one"
-                    )
-                entry.methods = self._register(entry, candidates[0].load())
+                plugin = candidates[0].load()
+                _check_api_declared(plugin)
+                entry.methods = self._register(entry, plugin)
             except KeyboardInterrupt:
                 self._forget()
                 raise
@@ -215,8 +220,8 @@ class Registry:
                 if os.environ.get(STRICT) == "1":
                     self._forget()
                     raise PluginError(message) from error
-                unusable.append(message)
-        for message in unusable:  # now that all others are there: a warning may be an error
+                problems.append(message)
+        for message in problems:  # now that all others are there: a warning may be an error
             warnings.warn(message, stacklevel=4)
 
     def _forget(self) -> None:
@@ -235,10 +240,9 @@ class Registry:
                 raise PluginError(
                     "it has no hook. Mark its functions with @peftcore.hookimpl, at least peftcore_methods()"
                 )
-            subset = self._manager.subset_hook_caller(
-                "peftcore_methods", [p for p in self._manager.get_plugins() if p is not plugin]
-            )
-            methods = [method for offered in subset() for method in offered]
+            implementations = self._manager.hook.peftcore_methods.get_hookimpls()
+            offered = [each.function() for each in implementations if each.plugin is plugin]
+            methods = [method for answer in offered for method in _list_of_methods(answer)]
             for method in methods:
                 self._check_method(entry, method)
         except BaseException:
@@ -258,12 +262,33 @@ class Registry:
         if not (dataclasses.is_dataclass(config_class) and _is_frozen(config_class)):
             raise PluginError(f"config_class {config_class!r} must be a frozen dataclass")
         names = [f.name for f in dataclasses.fields(config_class)]
+        for name in ARGUMENTS_OF_APPLY:
+            if name in names:
+                raise PluginError(
+                    f"{config_class.__name__} has a field '{name}', which is an argument of peftcore.apply and would "
+                    "never reach the config. Rename the field"
+                )
+        peft_type = method.state.peft_type
+        if not isinstance(peft_type, str) or not peft_type:
+            raise PluginError(
+                f"StateRules.peft_type must be a non-empty string, by which load recognises the method's files, "
+                f"found {peft_type!r}"
+            )
         for name in method.state.own_fields:
             if name not in names:
                 raise PluginError(
                     f"StateRules.own_fields names '{name}', which is no field of {config_class.__name__}"
                     f"{nearest(name, names)}"
                 )
+
+
+def _list_of_methods(answer: Any) -> Sequence[Any]:
+    """Return what a `peftcore_methods` hook answered, or raise a PluginError unless it is a list."""
+    if not isinstance(answer, (list, tuple)):
+        raise PluginError(
+            f"peftcore_methods() must return a list of peftcore.Method objects, found {type(answer).__name__}"
+        )
+    return answer
 
 
 def _is_frozen(config_class: Any) -> bool:
@@ -294,6 +319,12 @@ def _failed(what: str, plugin: Plugin, error: BaseException) -> str:
 
 def _identity(entry_point: EntryPoint) -> tuple[str, str, str | None]:
     return entry_point.name, entry_point.value, entry_point.dist.name if entry_point.dist else None
+
+
+def _has_other_distribution(entry_point: EntryPoint) -> bool:
+    """Return whether the distribution has another name than the documented one, `peftcore-<name>`."""
+    distribution = canonical(entry_point.dist.name) if entry_point.dist else ""
+    return distribution != canonical(f"peftcore-{entry_point.name}")
 
 
 def _owner(entry_point: EntryPoint, name: str) -> str:
@@ -345,13 +376,21 @@ def _check_requirement(distribution: Any) -> None:
 
 
 def _check_api(plugin: Any) -> None:
-    """A plugin may say `peftcore_api = 2`, the plugin API that it was written for."""
+    """Raise a PluginError if `peftcore_api`, the plugin API that a plugin was written for, is not this one."""
     api = getattr(plugin, "peftcore_api", API)
     if type(api) is not int:
         raise PluginError(f"its peftcore_api must be a whole number, the plugin API it was written for, found {api!r}")
     if api != API:
         older = "peftcore" if api > API else "the plugin"
         raise PluginError(f"it was written for plugin API {api}, this peftcore has {API}. Upgrade {older}")
+
+
+def _check_api_declared(plugin: Any) -> None:
+    """Raise a PluginError if an installed plugin does not declare `peftcore_api`."""
+    if not hasattr(plugin, "peftcore_api"):
+        raise PluginError(
+            f"it does not declare the plugin API it was written for. Add a line to its module: peftcore_api = {API}"
+        )
 
 
 def _check_hook_names(manager: pluggy.PluginManager, name: str, plugin: Any) -> None:

@@ -1,5 +1,7 @@
 """Plugins: found one by one, refused with their names, and the rest goes on."""
 
+import dataclasses
+import inspect
 import sys
 import types
 from importlib.metadata import EntryPoint
@@ -11,7 +13,7 @@ import torch
 import peftcore
 from peftcore import registry as registry_module
 from peftcore.peft_fields import choosing
-from peftcore.registry import Registry
+from peftcore.registry import ARGUMENTS_OF_APPLY, Registry
 
 
 class Distribution:
@@ -32,6 +34,8 @@ def discover(monkeypatch):
     def discover(*entries: tuple[str, object, str]) -> Registry:
         entry_points = []
         for index, (name, plugin, distribution) in enumerate(entries):
+            if plugin is not None and not hasattr(plugin, "peftcore_api"):
+                plugin.peftcore_api = 2
             module = types.ModuleType(f"plugin_{index}")
             module.plugin = plugin
             monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -76,13 +80,23 @@ def test_strict_makes_it_an_error(discover, monkeypatch) -> None:
         discover(("broken", None, "peftcore-broken")).methods()
 
 
-def test_one_name_from_two_distributions_names_both(discover) -> None:
-    method = tiny.method("scale")
-    registry = discover(("scale", tiny.Plugin(method), "peftcore-scale"), ("scale", tiny.Plugin(method), "other"))
-    with pytest.warns(UserWarning, match=r"peftcore-scale 1.0; other 1.0. Uninstall all but one"):
-        assert registry.methods() == {}
-    with pytest.raises(peftcore.PluginError, match="2 distributions provide 'scale'"):
-        registry.method("scale")
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_second_distribution_of_one_name_does_not_disable_the_first(discover, order) -> None:
+    """The distribution with the documented name, `peftcore-<name>`, is used, wherever it is found."""
+    own, other = tiny.method("scale"), tiny.method("scale")
+    entries = [("scale", tiny.Plugin(own), "peftcore-scale"), ("scale", tiny.Plugin(other), "scale")]
+    registry = discover(*(entries[index] for index in order))
+    with pytest.warns(UserWarning, match=r"peftcore-scale 1.0 is used, scale 1.0 is ignored. Uninstall all but one"):
+        assert registry.method("scale") is own
+    (plugin,) = registry.plugins()
+    assert (plugin.distribution, plugin.error) == ("peftcore-scale", None)
+
+
+def test_of_two_distributions_with_other_names_the_first_found_is_used(discover) -> None:
+    first, second = tiny.method("scale"), tiny.method("scale")
+    registry = discover(("scale", tiny.Plugin(first), "one"), ("scale", tiny.Plugin(second), "another"))
+    with pytest.warns(UserWarning, match=r"one 1.0 is used, another 1.0 is ignored"):
+        assert registry.method("scale") is first
 
 
 @pytest.mark.parametrize("names", [("one", "two"), ("two", "one")])
@@ -111,10 +125,9 @@ def test_names_are_compared_as_those_of_packages(discover, monkeypatch, spelling
 def test_names_that_compare_equal_are_one_name(discover) -> None:
     plugin = tiny.Plugin(tiny.method("my-method"))
     registry = discover(("my-method", plugin, "peftcore-my"), ("My_Method", plugin, "other"))
-    with pytest.warns(UserWarning, match=r"'my-method': peftcore-my 1.0; other 1.0 \(as 'My_Method'\). Uninstall all"):
-        assert registry.methods() == {}
-    with pytest.raises(peftcore.PluginError, match="2 distributions provide 'my-method'"):
-        registry.method("MY-METHOD")
+    told = r"provide the peftcore plugin 'my-method': peftcore-my 1.0 is used, other 1.0 \(as 'My_Method'\) is ignored"
+    with pytest.warns(UserWarning, match=told):
+        assert list(registry.methods()) == ["my-method"]
 
 
 def test_a_misspelt_hook_shows_the_nearest(discover) -> None:
@@ -138,6 +151,30 @@ def test_a_hook_with_a_wrong_argument_is_broken(discover) -> None:
         discover(("wrong", Wrong(), "peftcore-wrong")).methods()
 
 
+class Answers:
+    """A plugin whose `peftcore_methods` answers what it was given."""
+
+    def __init__(self, answer: object) -> None:
+        self.answer = answer
+
+    @peftcore.hookimpl
+    def peftcore_methods(self):
+        return self.answer
+
+
+def test_arguments_of_apply_are_those_of_its_signature() -> None:
+    parameters = inspect.signature(peftcore.apply).parameters.values()
+    assert [p.name for p in parameters if p.kind is p.KEYWORD_ONLY] == list(ARGUMENTS_OF_APPLY)
+
+
+def test_an_installed_plugin_that_does_not_declare_its_api(discover) -> None:
+    plugin = Answers([tiny.method("scale")])
+    registry = discover(("scale", plugin, "peftcore-scale"))
+    del plugin.peftcore_api
+    with pytest.warns(UserWarning, match=r"'scale' .* does not declare the plugin API .*peftcore_api = 2"):
+        assert registry.methods() == {}
+
+
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
@@ -145,6 +182,20 @@ def test_a_hook_with_a_wrong_argument_is_broken(discover) -> None:
         (tiny.Plugin(tiny.method("other")), r"the method is named 'other' but its entry point 'named'"),
         (tiny.Plugin("text"), r"must return peftcore.Method objects, found str"),
         (tiny.Plugin(peftcore.Method("named", dict, None, peftcore.StateRules("X"))), r"must be a frozen dataclass"),
+        (
+            tiny.Plugin(tiny.method("named", state=peftcore.StateRules(peft_type=""))),
+            r"StateRules.peft_type must be a non-empty string, .*found ''",
+        ),
+        (Answers(None), r"peftcore_methods\(\) must return a list of peftcore.Method objects, found NoneType"),
+        (Answers(tiny.method("named")), r"must return a list of peftcore.Method objects, found Method"),
+        *(
+            (
+                tiny.Plugin(peftcore.Method("named", config, None, peftcore.StateRules("X"))),
+                rf"{config.__name__} has a field '{field}', which is an argument of peftcore.apply .*Rename the field",
+            )
+            for field in ARGUMENTS_OF_APPLY
+            for config in [dataclasses.make_dataclass("FieldConfig", [(field, int, 1)], frozen=True)]
+        ),
     ],
 )
 def test_malformed_methods(discover, plugin, message: str) -> None:
@@ -262,9 +313,6 @@ def test_weight_formats_of_another_type_are_refused(discover, answer: object, fo
         def peftcore_weight_formats(self):
             return answer
 
-    if answer is None:
-        assert discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats() == []  # as pluggy takes it
-        return
     with pytest.raises(peftcore.PluginError, match=rf"'wrong' .* list of peftcore.WeightFormat, found {found}"):
         discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()
 

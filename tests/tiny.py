@@ -234,6 +234,8 @@ PLACES = {
 class Plugin:
     """A plugin object that offers `methods`."""
 
+    peftcore_api = 2
+
     def __init__(self, *methods: peftcore.Method) -> None:
         self._methods = list(methods)
 

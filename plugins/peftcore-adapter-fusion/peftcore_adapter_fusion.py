@@ -27,6 +27,8 @@ from peftcore import engine, validation
 from peftcore.adaptation.outputs import first_of, with_first
 from peftcore.observation import detect
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class AdapterFusionConfig:

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import targets, validation
 
+peftcore_api = 2
+
 _ROTARY, _FUSED = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"c_attn", "c_proj"}
 _IN_PEFT = ("llama", "mistral", "gpt2")
 

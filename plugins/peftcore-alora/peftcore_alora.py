@@ -28,6 +28,8 @@ from torch.nn import functional as F
 import peftcore
 from peftcore import validation
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class AloraConfig(peftcore_lora.LoraConfig):

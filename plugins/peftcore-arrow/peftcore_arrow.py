@@ -22,6 +22,8 @@ from torch.nn import functional as F
 import peftcore
 from peftcore import engine, validation
 
+peftcore_api = 2
+
 _STEPS = 15  # of the power iteration, as in PEFT, so that v is PEFT's
 
 

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import targets
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class BeftConfig(targets.LayersConfig):

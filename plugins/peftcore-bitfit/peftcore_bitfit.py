@@ -28,6 +28,8 @@ import peftcore
 from peftcore import targets, validation
 from peftcore.experts import expert_biases
 
+peftcore_api = 2
+
 ALL = "all"
 QUERY_INTERMEDIATE = "query-intermediate"
 

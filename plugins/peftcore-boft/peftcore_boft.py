@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class BOFTConfig(targets.LayersConfig):

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class C3AConfig(targets.LayersConfig):

@@ -23,6 +23,8 @@ from torch.nn import functional as F
 import peftcore
 from peftcore import ranks, validation
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class CptConfig:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 from peftcore.adaptation.adapted import inside_at
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class DeloraConfig(targets.LayersConfig):

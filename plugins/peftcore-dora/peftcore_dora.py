@@ -25,6 +25,8 @@ import peftcore
 from peftcore import ops
 from peftcore.adaptation.adapted import inside_at
 
+peftcore_api = 2
+
 KNOWN = LoraLinear, LoraConv, LoraEmbedding, LoraLinearOnWeight, LoraConvOnWeight  # PEFT's DoRA has no others
 
 

@@ -20,6 +20,8 @@ from torch.nn import functional as F
 
 from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class HRAConfig(targets.LayersConfig):

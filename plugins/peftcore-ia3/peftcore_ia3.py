@@ -23,6 +23,8 @@ import peftcore
 from peftcore import targets, validation
 from peftcore.targets.patterns import compiled
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class IA3Config:

@@ -18,6 +18,8 @@ from peftcore import targets, validation
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.adaptation.class_swap import original_class
 
+peftcore_api = 2
+
 ALL_NORMS = "all-norms"
 
 

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import validation
 
+peftcore_api = 2
+
 Init = Literal["RANDOM", "TEXT", "AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"]
 _SOURCES = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class OFTConfig(targets.LayersConfig):

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import validation
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class PTuningConfig:

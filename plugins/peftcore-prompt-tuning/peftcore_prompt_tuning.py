@@ -23,6 +23,8 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import validation
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class PromptTuningConfig:

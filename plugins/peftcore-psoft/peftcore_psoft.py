@@ -22,6 +22,8 @@ from torch.nn import functional as F
 from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 from peftcore.weight_formats import weight_format
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class PsoftConfig(targets.LayersConfig):

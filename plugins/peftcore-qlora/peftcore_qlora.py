@@ -29,6 +29,8 @@ from torch import nn
 import peftcore
 from peftcore import quantization, validation
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class QLoraConfig(peftcore_lora.LoraConfig):

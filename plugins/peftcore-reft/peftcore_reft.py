@@ -27,6 +27,8 @@ import peftcore
 from peftcore import targets, validation
 from peftcore.observation import detect
 
+peftcore_api = 2
+
 ACTIVATIONS = {
     **{name: getattr(F, name) for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "mish")},
     **{"swish": F.silu, "leakyrelu": F.leaky_relu, "gelu_new": partial(F.gelu, approximate="tanh")},  # AdapterHub's

@@ -23,6 +23,8 @@ import peftcore
 from peftcore import targets, validation
 from peftcore.weight_formats import weight_format
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class SupertuningConfig(targets.LayersConfig):

@@ -21,6 +21,8 @@ import peftcore
 from peftcore import targets, validation
 from peftcore.adaptation.adapted import inside_at
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class TinyLoraConfig(targets.LayersConfig):

@@ -26,6 +26,8 @@ from peftcore.adaptation.class_swap import original_class
 from peftcore.engine.trained import modules_tied_to
 from peftcore.merging import lookup
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class TrainableTokensConfig:
@@ -47,7 +49,7 @@ class TrainableTokensConfig:
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> TrainableTokensConfig:
         named = self.target_modules or ([architecture.embedding] if architecture.embedding else None)
         validation.require(named is not None, "where the embedding is is not known. Name it: target_modules=[...]")
-        return replace(self, target_modules=named)
+        return replace(self, target_modules=by_embedding(model, architecture, named))
 
 
 class TokenRows(nn.Module):
@@ -113,9 +115,28 @@ def exported(placement: peftcore.Around) -> dict[str, Tensor]:
     return {} if placement.path == rows.path else {name: rows.trainable_tokens_delta}
 
 
+def selected(model: nn.Module, architecture: peftcore.Architecture, named: Any) -> list[str]:
+    """Return the paths of the embeddings and linear layers that `named` means."""
+    kinds = (nn.Embedding, nn.Linear)
+    return list(targets.select(model, architecture, target_modules=named, supported=lambda m: isinstance(m, kinds)))
+
+
+def by_embedding(model: nn.Module, architecture: peftcore.Architecture, named: Any) -> Any:
+    """Return `named` with the token embedding in place of modules tied to it.
+
+    The rows are one parameter either way. PEFT adapts the head along with a named embedding, but not the embedding
+    along with a named head, so a file that names the head would be another model there.
+    """
+    embedding = architecture.embedding
+    tied = modules_tied_to(model, embedding) if embedding else []
+    chosen = selected(model, architecture, named) if tied else []
+    if not set(chosen) & set(tied):
+        return named
+    return [embedding, *(path for path in chosen if path != embedding and path not in tied)]
+
+
 def place(model: nn.Module, config: TrainableTokensConfig, architecture: peftcore.Architecture) -> list[Any]:
-    named, kinds = config.target_modules or [], (nn.Embedding, nn.Linear)
-    chosen = targets.select(model, architecture, target_modules=named, supported=lambda m: isinstance(m, kinds))
+    chosen = selected(model, architecture, config.target_modules or [])
     there = dict(model.named_modules())
     placed: dict[str, Any] = {}  # what is tied to one of them is placed with that
     for path in chosen:

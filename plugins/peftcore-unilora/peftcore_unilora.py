@@ -21,6 +21,8 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import targets, validation
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class UniLoraConfig(targets.LayersConfig):

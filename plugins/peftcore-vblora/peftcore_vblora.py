@@ -23,6 +23,8 @@ from torch.compiler import is_dynamo_compiling
 import peftcore
 from peftcore import targets, validation
 
+peftcore_api = 2
+
 MISSING = -1e4  # the logit of a vector that a file with save_only_topk_weights leaves out
 
 

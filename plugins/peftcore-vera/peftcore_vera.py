@@ -18,6 +18,8 @@ from torch.nn import functional as F
 import peftcore
 from peftcore import targets, validation
 
+peftcore_api = 2
+
 
 @dataclass(frozen=True)
 class VeraConfig:

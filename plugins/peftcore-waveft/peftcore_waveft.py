@@ -22,6 +22,8 @@ from torch.nn import functional as F
 
 from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
+peftcore_api = 2
+
 # Coiflets 1 to 4 (Daubechies 1993) of sum 1: PEFT's numbers, which are PyWavelets', but for the fourth, 2 % off.
 _COIFLETS = {
     "coif1": (

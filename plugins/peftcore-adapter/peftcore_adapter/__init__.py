@@ -26,6 +26,8 @@ from peftcore_adapter.bottleneck import BehindNorm, Bottleneck, Series, behind_n
 from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
 from peftcore_adapter.placing import place
 
+peftcore_api = 2
+
 __all__ = ["ACTIVATIONS", "AdapterConfig", "BehindNorm", "Bottleneck", "Series", "behind_norm", "peftcore_methods"]
 
 

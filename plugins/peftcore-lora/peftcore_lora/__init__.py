@@ -28,6 +28,8 @@ from peftcore_lora.replication import replicate_layers
 from peftcore_lora.starts import initialize, is_read_off
 from peftcore_lora.training import parameter_groups
 
+peftcore_api = 2
+
 __all__ = ["LoraConfig", "peftcore_methods", "replicate_layers"]
 
 
