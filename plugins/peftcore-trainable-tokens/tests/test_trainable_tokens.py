@@ -8,7 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways
+from beside_peft import both_ways, logits, quiet
 from peftcore_trainable_tokens import TrainableTokensConfig
 from torch import nn
 
@@ -36,6 +36,25 @@ def test_files(kind: str, tmp_path: Path) -> None:
     task = peftcore.observation.detect(make()).task_type
     ours = peftcore.apply(make(), TrainableTokensConfig(token_indices=IDS))
     both_ways(make, tmp_path, ours, peft.TrainableTokensConfig(token_indices=IDS, task_type=task))
+
+
+@pytest.mark.parametrize("named", [["lm_head"], ["embed_tokens", "lm_head"], r"lm_head|model\.embed_tokens"])
+def test_peft_reads_the_rows_of_a_tied_head(named: str | list[str], tmp_path: Path) -> None:
+    model = peftcore.apply(gemma(), "trainable-tokens", token_indices=IDS, target_modules=named)
+    disturb(model, "default", seed=1)
+    peftcore.save(model, tmp_path)
+    ours = tiny.logits(model)
+    theirs = quiet(peft.PeftModel.from_pretrained, gemma(), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), ours, rtol=0, atol=1e-5)
+    assert not torch.allclose(tiny.logits(gemma()), ours, atol=0.1)
+    assert torch.equal(tiny.logits(peftcore.load(gemma(), tmp_path)), ours)
+
+
+def test_an_untied_head_is_adapted_alone() -> None:
+    model = peftcore.apply(tiny.llama(), "trainable-tokens", token_indices=IDS, target_modules=["lm_head"])
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "lm_head.peftcore.default.trainable_tokens_delta"
+    ]
 
 
 def test_rows_are_those_of_the_weight() -> None:
