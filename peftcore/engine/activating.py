@@ -117,17 +117,31 @@ def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     set_active(model, state.active, state.samples)
 
 
-def set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | None, ...] | None = None) -> None:
+def set_active(
+    model: nn.Module,
+    names: tuple[str, ...],
+    samples: tuple[str | None, ...] | None = None,
+    *,
+    base_exchanged: bool = False,
+) -> None:
     """Let `names` act and train in this order, and what combiners among them combine.
 
     It costs what changes: adapters that rested and go on resting are not looked at, and where `names` begin with all
     that act, only the modules of those behind them.
+
+    Args:
+        base_exchanged: other tensors are in place of the base's than when the chains were built, so how each module
+            stores its weight is looked up again.
     """
     state = require_state(model)
     names, before, mixed_before = with_branches(state, names), state.active, state.samples is not None
     inside = combined(state, names)
     mixes = samples is not None
-    grows = not (mixes or mixed_before or inside) and len(names) > len(before) and names[: len(before)] == before
+    grows = (
+        not (mixes or mixed_before or inside or base_exchanged)
+        and len(names) > len(before)
+        and names[: len(before)] == before
+    )
     # Those that come to rest first: two may have trained one parameter.
     touched = names[len(before) :] if grows else tuple(dict.fromkeys((*(n for n in before if n not in names), *names)))
     own = {name: tensors for name in touched if (tensors := TrainedParameters.of(model, name)) is not None}
@@ -143,7 +157,8 @@ def set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | No
             for _, module in modules_with(model, state, name):
                 adapted.activate_behind(module, name)
     else:
-        _let_act(model, state, [name for name in names if name not in inside], None if mixed_before else touched)
+        acting = [name for name in names if name not in inside]
+        _let_act(model, state, acting, None if mixed_before else touched, same_base=not base_exchanged)
     for name, tensors in own.items():
         if name in names:
             tensors.activate(model, True)
@@ -155,8 +170,10 @@ def set_active(model: nn.Module, names: tuple[str, ...], samples: tuple[str | No
     state.lock.activation = Activation(state.active, state.samples, training)
 
 
-def _let_act(model: nn.Module, state: State, acting: Sequence[str], touched: Sequence[str] | None) -> None:
-    """Build the chains of those modules at which adapters `touched` stand; None: of all."""
+def _let_act(
+    model: nn.Module, state: State, acting: Sequence[str], touched: Sequence[str] | None, *, same_base: bool
+) -> None:
+    """Build the chains of the modules to which adapters `touched` are attached; None: of all."""
     known = intact(model, state)
     modules: Iterable[nn.Module]
     if touched is None:
@@ -165,7 +182,7 @@ def _let_act(model: nn.Module, state: State, acting: Sequence[str], touched: Seq
         modules = dict.fromkeys(module for name in touched for _, module in modules_with(model, state, name))
     for module in modules:
         there = adapted.adapters_at(module)
-        adapted.activate(module, [name for name in acting if name in there], same_base=known is not None)
+        adapted.activate(module, [name for name in acting if name in there], same_base=same_base and known is not None)
     if known is not None:
         known.per_sample = False
 

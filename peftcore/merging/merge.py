@@ -107,7 +107,7 @@ def merge(
             unpacked[layer.path] = layer.unpacked
     if tied:
         merged.tied = _untie_config(model, tied)
-    engine.set_active(model, ())
+    engine.set_active(model, (), base_exchanged=True)
     if keep_adapters:
         merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [_there(model, name)]}
         state.merged = merged
@@ -171,7 +171,7 @@ def unmerge(model: Model) -> Model:
     paths = dict.fromkeys(path for name in merged.active for path in engine.applied(model, name).paths)
     formats = (find_weight_format(model.get_submodule(path)) for path in paths)
     _update_config(model, (found for found in formats if found is not None))
-    engine.set_active(model, merged.active)
+    engine.set_active(model, merged.active, base_exchanged=True)
     return model
 
 

@@ -167,6 +167,19 @@ def test_after_a_cast_unmerging_is_exact():
     assert all(torch.equal(found[name], value) for name, value in bits.items())
 
 
+@pytest.mark.parametrize("method", ["hira", "glora", "peanut"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_that_read_the_weight_read_it_packed_again_after_unmerge(method, dtype):
+    model = peftcore.apply(peftcore.quantize(tiny.llama()), method, target_modules=["q_proj", "down_proj"])
+    disturb(model, "default", 1, std=0.1)
+    wanted = tiny.logits(model)
+    assert not torch.equal(wanted, tiny.logits(peftcore.quantize(tiny.llama())))
+    peftcore.merge(model, dtype=dtype)
+    torch.testing.assert_close(tiny.logits(model), wanted, rtol=0, atol=1e-5 if dtype == torch.float32 else 0.05)
+    peftcore.unmerge(model)
+    assert torch.equal(tiny.logits(model), wanted)
+
+
 def test_the_config_says_after_unmerge_what_it_said_before_merge():
     model = peftcore.quantize(llama())
     before = model.config.quantization_config
