@@ -12,11 +12,13 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points, version
 from typing import TYPE_CHECKING, Any
 
 import pluggy
+import torch
 
 from peftcore import hookspecs, requirement
 from peftcore.errors import PeftcoreError, PluginError, nearest
@@ -153,6 +155,23 @@ class Registry:
         if os.environ.get(STRICT) == "1":
             raise PluginError(_failed(what, plugin, error)) from error
         warnings.warn(f"{_failure(what, plugin, error)}. peftcore goes on without it", stacklevel=4)
+
+    @contextmanager
+    def naming(self, method: str, function: str) -> Iterator[None]:
+        """Name the plugin of `method`, and its `function`, in an error that the block raises.
+
+        Errors of peftcore, warnings that are errors, and a lack of memory pass as they are.
+
+        Raises:
+            PluginError: the block raised another exception.
+        """
+        try:
+            yield
+        except (PeftcoreError, Warning, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            plugin = self._plugins.get(canonical(method), Plugin(method))
+            raise PluginError(_failure(f"`{function}`", plugin, error)) from error
 
     def register(self, name: str, plugin: Any, distribution: str = "-", version: str = "-") -> Plugin:
         """Register the plugin object `plugin` (a module, or any object with hooks) under the entry-point name `name`.

@@ -24,7 +24,9 @@ def fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[di
     Of the latter only what is not the default. Where PEFT cannot read the file, a warning says so.
     """
     # asdict makes lists of tuples only at the encoder; JSON has no sets, tuples or dtypes.
-    fields = method.state.write_config(dataclasses.asdict(scaled_config(model, adapter)))
+    own_fields = dataclasses.asdict(scaled_config(model, adapter))
+    with registry.naming(method.name, "write_config"):
+        fields = method.state.write_config(own_fields)
     if "ensure_weight_tying" in fields:
         fields["ensure_weight_tying"] = _is_tied_by_peft(model, adapter)
     base = getattr(getattr(model, "config", None), "_name_or_path", None) or None

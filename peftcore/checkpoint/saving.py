@@ -192,9 +192,10 @@ def _content(
     refuse_not_its_own(method, fields, own_fields)
     if own_fields:
         about[OWN_FIELDS] = json.dumps(own_fields, allow_nan=False)
-    return Content(
-        fields, dict(method.state.write_tensors(_for_disk(tensors, dtype), entry.config)), {**about, **metadata}
-    )
+    whole = _for_disk(tensors, dtype)
+    with registry.naming(method.name, "write_tensors"):
+        written = dict(method.state.write_tensors(whole, entry.config))
+    return Content(fields, written, {**about, **metadata})
 
 
 def _laid_out(model: nn.Module, adapter: str, layout: str, content: Content) -> Content:
@@ -204,7 +205,8 @@ def _laid_out(model: nn.Module, adapter: str, layout: str, content: Content) -> 
     if layout not in method.state.layouts:
         known = ", ".join(map(repr, [PEFT, *method.state.layouts, *method.state.files]))
         raise PeftcoreError(f"layout={layout!r} is not known of '{adapter}' ({method.name}). Known: {known}")
-    tensors, fields = method.state.layouts[layout].write(model, content.tensors, content.fields)
+    with registry.naming(method.name, f"layouts[{layout!r}].write"):
+        tensors, fields = method.state.layouts[layout].write(model, content.tensors, content.fields)
     return Content(fields, tensors, content.metadata)
 
 

@@ -47,7 +47,7 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
     for placement in engine.placements(model, adapter):
         others: Mapping[str, Tensor] = {}
         if exported:
-            with ranks.whole_parameters(placement.adapter):
+            with registry.naming(entry.method, "exported"), ranks.whole_parameters(placement.adapter):
                 others = rules.exported(placement)
         for name, tensor in others.items():
             add(name, tensor, said_by="exported")
@@ -55,7 +55,9 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
             for name, tensor in own_tensors(placement.adapter).items():
                 if id(tensor) not in written:
                     written.add(id(tensor))
-                    add(rules.tensor_name(placement, name), tensor)
+                    with registry.naming(entry.method, "tensor_name"):
+                        on_disk = rules.tensor_name(placement, name)
+                    add(on_disk, tensor)
     owned = TrainedParameters.of(model, adapter)
     if owned is not None:
         for name, parameter in owned.values(model):

@@ -46,7 +46,8 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
     tensors = {**tensors_on_disk(model, adapter, exported=True), **kept_on_disk(model, adapter)}
     whole = {name: ranks.whole(tensor.detach()).clone() for name, tensor in tensors.items()}
     entry = engine.applied(model, adapter)
-    found = OrderedDict(registry.method(entry.method).state.write_tensors(whole, entry.config))
+    with registry.naming(entry.method, "write_tensors"):
+        found = OrderedDict(registry.method(entry.method).state.write_tensors(whole, entry.config))
     config = dataclasses.asdict(scaled_config(model, adapter))
     found._metadata = {_OWN: {"method": entry.method, "config": config}}  # type: ignore[attr-defined]
     return found

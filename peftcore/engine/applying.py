@@ -46,6 +46,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_applied
 from peftcore.method import After, Around, Model
 from peftcore.observation import detect, left_as_it_is
+from peftcore.registry import registry
 
 
 @alone("apply another adapter", base=True)
@@ -134,7 +135,8 @@ def _apply(
         refuse_without_gradient(model, placed, trains=first_values)
         tell_if_little(model, placed)
     if placed.method.prepare is not None:
-        placed.method.prepare(model, placed.config)
+        with registry.naming(placed.method.name, "prepare"):
+            placed.method.prepare(model, placed.config)
     of_method, config = recorded(placed)
     modules = {placement.path: submodule(model, placement.path) for placement in placed.around}
     made: dict[Any, Any] = {}

@@ -8,10 +8,10 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore import prompts
 from peftcore.adaptation import adapted
@@ -21,10 +21,10 @@ from peftcore.architecture import Architecture
 from peftcore.engine.expert_layers import each_expert, weight_of_expert
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
-from peftcore.errors import PeftcoreError, nearest
+from peftcore.errors import PeftcoreError, PluginError, nearest
 from peftcore.experts import experts_layout, split_expert_path
 from peftcore.layers import is_wrapped
-from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Train
+from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Placement, Train
 from peftcore.observation import detect, left_as_it_is
 from peftcore.peft_fields import config_of_peft, is_of_peft, why_unknown
 from peftcore.registry import registry
@@ -65,13 +65,16 @@ def _placed(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Plac
     names_modules = getattr(config, "target_modules", None) not in ("all", ALL_LINEAR)
     config, saved, apart = _saved_modules(model, config, architecture)
     if hasattr(config, "resolved"):
-        config = config.resolved(model, architecture)
+        with registry.naming(chosen.name, "resolved"):
+            config = config.resolved(model, architecture)
     around: list[Around | After] = []
     placements: dict[str, tuple[AdapterPlacement, ...]] = {}
     trained: list[str] = []
     on_weights: dict[str, list[OnWeight]] = {}
     of_experts: dict[str, list[Around | After]] = {}
-    for placement in [*_asked(chosen, model, config, architecture), saved]:
+    asked = _asked(chosen, model, config, architecture)
+    _check_adapters(model, chosen.name, asked)
+    for placement in [*asked, saved]:
         carriers: Sequence[Around | After]
         if isinstance(placement, Train):
             trained += placement.names
@@ -103,8 +106,12 @@ def _placed(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Plac
 def _asked(method: Method, model: nn.Module, config: Any, architecture: Architecture) -> Sequence[Any]:
     """What `place` gives; where it ends for it takes an expert's path for that of a module, that is said."""
     try:
-        return list(method.place(model, config, architecture))
-    except AttributeError as error:
+        with registry.naming(method.name, "place"):
+            return list(method.place(model, config, architecture))
+    except PluginError as named:
+        error = named.__cause__
+        if not isinstance(error, AttributeError):
+            raise
         *_, last = traceback.walk_tb(error.__traceback__)
         path = last[0].f_locals.get("target") if last[0].f_code.co_name == "get_submodule" else None
         if not isinstance(path, str) or split_expert_path(model, path) is None:
@@ -255,8 +262,57 @@ def recorded(placed: Placed) -> tuple[Method, Any]:
     """The method whose adapter this is, and its config."""
     if placed.method.recorded_as is None:
         return placed.method, placed.config
-    config = placed.method.recorded_as(placed.config)
+    with registry.naming(placed.method.name, "recorded_as"):
+        config = placed.method.recorded_as(placed.config)
     return registry.method_of_config(config), config
+
+
+def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) -> None:
+    """Raise a PluginError unless all placements hold modules of their own, with tensors of their own."""
+    for placement in placements:
+        if not isinstance(placement, Placement):
+            kinds = ", ".join(kind.__name__ for kind in get_args(Placement))
+            raise PluginError(f"`place` of {method} must return placements ({kinds}), found {placement!r:.100}")
+        if not isinstance(placement, Train) and not isinstance(placement.adapter, nn.Module):
+            found = type(placement.adapter).__name__
+            raise PluginError(
+                f"{method}: the adapter of {type(placement).__name__} must be an nn.Module, found {found}"
+            )
+    of_base: dict[int, str] = {}  # the names of the base's modules, tensors and storages
+    for path, module in adapted.base_modules(model):
+        of_base[id(module)] = path or type(model).__name__
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                of_base |= dict.fromkeys(_identities(tensor), f"{path}.{name}" if path else name)
+    ahead = [(placement, "", placement.adapter) for placement in placements if not isinstance(placement, Train)]
+    seen: set[int] = set()
+    while ahead:
+        placement, name, part = ahead.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        own: list[tuple[str, tuple[int, ...]]] = [(name, (id(part),))]
+        for kind in (part._parameters, part._buffers):
+            own += [(f"{name}.{key}".lstrip("."), _identities(t)) for key, t in kind.items() if t is not None]
+        for registered, identities in own:
+            of = next((of_base[each] for each in identities if each in of_base), None)
+            if of is not None:
+                at = f" at '{placement.path}'" if hasattr(placement, "path") else ""
+                raise PluginError(
+                    f"the adapter that {method} places{at} registers '{of}' of the base"
+                    f"{f' as {registered!r}' if registered else ''}, which would be trained and saved as the adapter's "
+                    "own. An adapter reads the layer in forward (base.module, base.weight()), or registers a copy"
+                )
+        children = part._modules.items()
+        ahead += [(placement, f"{name}.{key}".lstrip("."), child) for key, child in children if child is not None]
+
+
+def _identities(tensor: Tensor) -> tuple[int, ...]:
+    """Return what identifies a tensor: itself, and where it has a plain storage, that, which views share."""
+    if type(tensor) not in (nn.Parameter, Tensor):
+        return (id(tensor),)
+    storage = tensor.untyped_storage()
+    return id(tensor), storage._cdata if storage.nbytes() else id(tensor)
 
 
 def _check_placed(model: nn.Module, placed: Placed) -> None:

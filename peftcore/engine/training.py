@@ -61,8 +61,11 @@ def after_step(model: nn.Module, step: int, total_steps: int) -> None:
     if not (isinstance(step, int) and isinstance(total_steps, int)) or step < 1:
         raise PeftcoreError(f"after_step takes the number of the step, from 1, and how many there are, found {step!r}")
     for name, entry, method in _training(model):
+        entry.missed_steps = None
         if method.after_step is not None:
-            method.after_step(method_modules(model, name), entry.config, step, total_steps)
+            modules = method_modules(model, name)
+            with registry.naming(method.name, "after_step"):
+                method.after_step(modules, entry.config, step, total_steps)
 
 
 def extra_loss(model: nn.Module) -> Tensor:
@@ -97,7 +100,8 @@ def loss_terms(model: nn.Module) -> dict[str, Tensor]:
         ranks.reshard(model)  # else whole parameters may stand in the slots, whose gradients nobody would collect
         of_parts = any(ranks.is_part(p) for module in modules.values() for p in module.parameters())
         of_modules = partial(method.loss, modules, entry.config)
-        term = ranks.of_whole(list(modules.values()), of_modules, method.name) if of_parts else of_modules()
+        with registry.naming(method.name, "loss"):
+            term = ranks.of_whole(list(modules.values()), of_modules, method.name) if of_parts else of_modules()
         if term is None:
             continue
         if not isinstance(term, Tensor) or term.dim() or not term.is_floating_point():
@@ -152,7 +156,9 @@ def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict
         if method.parameter_groups is None:
             continue
         by = f"the parameter groups of {method.name} ('{adapter}')"
-        made = method.parameter_groups(method_modules(model, adapter), entry.config, lr, weight_decay)
+        modules = method_modules(model, adapter)
+        with registry.naming(method.name, "parameter_groups"):
+            made = method.parameter_groups(modules, entry.config, lr, weight_decay)
         for group in made if isinstance(made, (list, tuple)) else [made]:
             given = group["params"] if isinstance(group, dict) and "params" in group else None
             given = [given] if isinstance(given, Tensor) else given

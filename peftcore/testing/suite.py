@@ -178,7 +178,8 @@ def _run(check: Check, case: Case, excuses: _Excuses) -> Result:
             warnings.filterwarnings("ignore", "Hugging Face PEFT cannot read this file: ")  # as the rules say
             reason = check.run(case)
     except Exception as found:
-        is_refusal = isinstance(found, peftcore.PeftcoreError) or not check.refused
+        is_refusal = isinstance(found, peftcore.PeftcoreError) and not isinstance(found, peftcore.PluginError)
+        is_refusal |= not check.refused
         reason = excuses.of(f"{family}: {check.name}", check.name) if is_refusal else None
         error = None if reason is not None else _where(found)
         return Result(check.name, error, reason, family)
