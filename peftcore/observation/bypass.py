@@ -3,13 +3,18 @@
     fused(x, self.out_proj.weight)        and not        self.out_proj(x)
 
 Such a read is seen in a forward, and in the code that a forward may run: a kernel for another device, another mode.
+Code under a condition that the settings of its module rule out (`if self.slow_but_exact:`) is not such code.
 """
 
 from __future__ import annotations
 
+import ast
 import dis
 import inspect
-from collections.abc import Iterator
+import operator
+import textwrap
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType
@@ -122,30 +127,150 @@ class _Read:
 
 
 def _reads(model: nn.Module) -> Iterator[tuple[str, type[nn.Module], _Read]]:
-    """(path, class, what its code takes of a weight) of all modules."""
-    classes = {path: original_class(module) for path, module in base_modules(model)}
-    by_class = _reads_by_class(frozenset(classes.values()))
-    for path, cls in classes.items():
-        for read in by_class[cls]:
-            yield path, cls, read
+    """Yield (path, class, what its code takes of a weight) of all modules.
 
-
-@cache
-def _reads_by_class(classes: frozenset[type[nn.Module]]) -> dict[type[nn.Module], frozenset[_Read]]:
-    """What the forwards of `classes` take of weights, and the methods whose names these use, on whichever module."""
-    found: dict[type[nn.Module], set[_Read]] = {cls: set() for cls in classes}
+    Code that counts is in the forwards, and in the methods whose names that code uses, on whichever module.
+    """
+    alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)  # to mypy a class is not hashable
+    for path, module in base_modules(model):
+        alike[original_class(module)].append((path, module))
+    found: dict[str, dict[_Read, None]] = defaultdict(dict)
     seen, queue = {"forward"}, ["forward"]
     while queue:
         name = queue.pop()
-        for cls in classes:
-            function = _function(cls, name)
-            if function is None:
-                continue
-            for code in _codes(function.__code__):
-                found[cls].update(_weights(code))
-                queue += [called for called in code.co_names if called not in seen]
-                seen.update(code.co_names)
-    return {cls: frozenset(reads) for cls, reads in found.items()}
+        for cls, modules in alike.items():
+            for part in _parts(cls, name):
+                for path, _ in (each for each in modules if not part.is_ruled_out(each[1])):
+                    found[path].update(dict.fromkeys(part.reads))
+                    queue += [used for used in part.names if used not in seen]
+                    seen.update(part.names)
+    for cls, modules in alike.items():
+        for path, _ in modules:
+            yield from ((path, cls, read) for read in found.get(path, ()))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The names that code of a method uses, and its reads of weights, under conditions that all must hold."""
+
+    conditions: tuple[tuple[ast.expr, bool], ...]
+    names: frozenset[str]
+    reads: tuple[_Read, ...]
+
+    def is_ruled_out(self, module: nn.Module) -> bool:
+        """Return whether settings of `module` rule out one of the conditions."""
+        for test, wanted in self.conditions:
+            value = _value(test, module)
+            if value is not _UNKNOWN and bool(value) is not wanted:
+                return True
+        return False
+
+
+@cache
+def _parts(cls: Any, name: str) -> tuple[_Part, ...]:
+    """Return the parts of the method `name` of `cls`."""
+    function = _function(cls, name)
+    if function is None:
+        return ()
+    conditions = _conditions(function)
+    names, reads = defaultdict[Any, set[str]](set), defaultdict[Any, list[_Read]](list)
+    for code in _codes(function.__code__):
+        for step, line in _lines(code):
+            if isinstance(step.argval, str) and step.argval in code.co_names:
+                names[conditions.get(line, ())].add(step.argval)
+        for read, line in _weights(code):
+            reads[conditions.get(line, ())].append(read)
+    return tuple(_Part(under, frozenset(names[under]), tuple(reads[under])) for under in {**names, **reads})
+
+
+def _lines(code: CodeType) -> Iterator[tuple[dis.Instruction, int]]:
+    """Yield the instructions of `code` with their lines."""
+    starts = dict(dis.findlinestarts(code))
+    line = code.co_firstlineno
+    for step in dis.get_instructions(code):
+        line = starts.get(step.offset) or line
+        yield step, line
+
+
+def _conditions(function: Any) -> dict[int, tuple[tuple[ast.expr, bool], ...]]:
+    """Return {line: (test, its value) of every `if` that leads to the line}; nothing without the source."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    found: dict[int, tuple[tuple[ast.expr, bool], ...]] = {}
+    first = function.__code__.co_firstlineno - 1
+
+    def walk(statements: list[ast.stmt], under: tuple[tuple[ast.expr, bool], ...]) -> None:
+        for statement in statements:
+            for line in range(statement.lineno, (statement.end_lineno or statement.lineno) + 1):
+                found[first + line] = under
+            if isinstance(statement, ast.If) and statement.body[0].lineno > (statement.test.end_lineno or 0):
+                walk(statement.body, (*under, (statement.test, True)))
+                walk(statement.orelse, (*under, (statement.test, False)))
+                if isinstance(statement.body[-1], ast.Return | ast.Raise):
+                    under = (*under, (statement.test, False))
+            elif not isinstance(statement, ast.ClassDef | ast.If):
+                for name in ("body", "orelse", "finalbody"):
+                    walk(getattr(statement, name, []), under)
+                for handler in getattr(statement, "handlers", []):
+                    walk(handler.body, under)
+
+    walk(tree.body, ())
+    return found
+
+
+_UNKNOWN: Any = object()
+_CHANGING = {"training", "gradient_checkpointing"}  # set by train() and by transformers, between two forwards
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
+    ast.GtE: operator.ge, ast.Is: operator.is_, ast.IsNot: operator.is_not,
+}  # fmt: skip
+
+
+def _value(test: ast.expr, module: nn.Module) -> Any:
+    """Return what `test` is with the settings of `module`, or `_UNKNOWN`."""
+    if isinstance(test, ast.Constant):
+        return test.value
+    if isinstance(test, ast.Attribute):
+        return _setting(test, module)
+    if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+        value = _value(test.operand, module)
+        return value if value is _UNKNOWN else not value
+    if isinstance(test, ast.BoolOp):
+        values = [_value(each, module) for each in test.values]
+        decides = isinstance(test.op, ast.Or)  # `or` with one that is true is true, whatever the others are
+        if any(value is not _UNKNOWN and bool(value) is decides for value in values):
+            return decides
+        return _UNKNOWN if _UNKNOWN in values else not decides
+    if isinstance(test, ast.Compare) and len(test.ops) == 1 and type(test.ops[0]) in _COMPARISONS:
+        left, right = _value(test.left, module), _value(test.comparators[0], module)
+        if left is not _UNKNOWN and right is not _UNKNOWN:
+            try:
+                return _COMPARISONS[type(test.ops[0])](left, right)
+            except TypeError:
+                return _UNKNOWN
+    return _UNKNOWN
+
+
+def _setting(attribute: ast.Attribute, module: nn.Module) -> Any:
+    """Return the plain value of `self.name`, or `_UNKNOWN` where it may change between two forwards."""
+    name, own = attribute.attr, module.__dict__
+    cls: Any = original_class(module)
+    if not (isinstance(attribute.value, ast.Name) and attribute.value.id == "self") or name not in own:
+        return _UNKNOWN
+    if name.startswith("_") or name in _CHANGING or name in _assigned(cls):
+        return _UNKNOWN
+    return own[name] if isinstance(own[name], bool | int | float | str | None) else _UNKNOWN
+
+
+@cache
+def _assigned(cls: type) -> frozenset[str]:
+    """Return the names of attributes that methods of `cls` other than `__init__` assign, on whichever object."""
+    functions = (inspect.unwrap(f) for c in cls.__mro__ for f in vars(c).values() if inspect.isfunction(f))
+    codes = (code for f in functions if f.__name__ != "__init__" for code in _codes(f.__code__))
+    steps = (step for code in codes for step in dis.get_instructions(code))
+    return frozenset(step.argval for step in steps if step.opname == "STORE_ATTR")
 
 
 def _function(cls: type, name: str) -> Any:
@@ -162,10 +287,12 @@ def _codes(code: CodeType) -> list[CodeType]:
     return [code, *(c for const in code.co_consts if isinstance(const, CodeType) for c in _codes(const))]
 
 
-def _weights(code: CodeType) -> Iterator[_Read]:
+def _weights(code: CodeType) -> Iterator[tuple[_Read, int]]:
+    """Yield the reads of weights in `code`, with their lines."""
     if "weight" not in code.co_names:
         return
-    steps = [step for step in dis.get_instructions(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "NOP")]
+    lines = [(step, line) for step, line in _lines(code) if step.opname not in ("CACHE", "EXTENDED_ARG", "NOP")]
+    steps = [step for step, _ in lines]
     for i, step in enumerate(steps[:-1]):
         if step.argval != "weight" or not step.opname.startswith("LOAD_"):
             continue
@@ -178,4 +305,4 @@ def _weights(code: CodeType) -> Iterator[_Read]:
         if path and isinstance(owner, str | tuple):
             then = tuple(s.argval for s in steps[i + 1 : last + 1])
             tested = any(s.argval == "isinstance" for s in steps[max(0, first - 4) : first])
-            yield _Read(".".join(path), then, owner == "self" or owner[-1:] == ("self",), tested)
+            yield _Read(".".join(path), then, owner == "self" or owner[-1:] == ("self",), tested), lines[i][1]

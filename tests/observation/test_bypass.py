@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from census import instances
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -79,6 +80,57 @@ def test_adapters_and_quantized_layers_keep_out(name: str, dead: set[str]) -> No
     adapters = dict(peftcore.engine.adapter_parameters(model, "default"))
     silent = [key for key, p in adapters.items() if p.grad is None]
     assert not silent and torch.isfinite(model(**call)[0]).all()
+
+
+class Switched(nn.Module):
+    """`dense` is read where `is_exact` and `pieces` say so; `once` in a method that is called under a setting."""
+
+    def __init__(self, is_exact: bool, pieces: int) -> None:
+        super().__init__()
+        self.is_exact, self.pieces, self.way = is_exact, pieces, "slow"
+        self.dense, self.once, self.trained = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return F.linear(x, self.trained.weight)
+        if self.pieces > 1 and self.is_exact:
+            return F.linear(x, self.dense.weight)
+        x = self.dense(x)
+        if self.way != "fast":
+            return self.trained(self.once(x))
+        return self._in_pieces(x)
+
+    def _in_pieces(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.once.weight)
+
+
+def test_code_that_the_settings_rule_out_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftcore.observation import inputs
+
+    monkeypatch.setattr(inputs, "BUILDERS", {"x": lambda facts: facts.floats(2, 8)})
+    assert set(bypassed(Switched(False, 2))) == set(bypassed(Switched(True, 1))) == {"trained"}
+    model = Switched(True, 2)
+    assert set(bypassed(model)) == {"dense", "trained"}
+    model.pieces, model.way = 1, "fast"  # what is remembered is of the settings it was found with
+    assert set(bypassed(model)) == {"once", "trained"}
+
+
+def test_bloom_is_adapted_as_its_config_computes() -> None:
+    tokens = torch.arange(8)[None]
+    settings = {"vocab_size": 64, "hidden_size": 16, "n_layer": 1, "n_head": 2}
+    model = transformers.BloomForCausalLM(transformers.BloomConfig(**settings)).eval()
+    assert bypassed(model) == {}
+    peftcore.apply(model, "lora", target_modules="all-linear", r=2)
+    assert applied(model, "default").paths == tuple(
+        f"transformer.h.0.{name}"
+        for name in ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    )
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None for _, p in peftcore.engine.adapter_parameters(model, "default"))
+    exact = transformers.BloomConfig(**settings, slow_but_exact=True, pretraining_tp=2)
+    for name in ("self_attention.dense", "mlp.dense_4h_to_h"):
+        with pytest.raises(peftcore.PeftcoreError, match=f"'transformer.h.0.{name}' would do nothing"):
+            peftcore.apply(transformers.BloomForCausalLM(exact), "lora", target_modules=[name])
 
 
 def test_it_is_observed_once(monkeypatch: pytest.MonkeyPatch) -> None:
