@@ -17,7 +17,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_layout
 from peftcore.method import Method
 from peftcore.observation import detect
-from peftcore.peft_fields.choosing import method_of_fields
+from peftcore.peft_fields.choosing import method_of_fields, of_peft_type
 from peftcore.peft_fields.config import config_of_fields
 
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose heads PEFT trains, whatever else it trains
@@ -38,6 +38,9 @@ def config_of_peft(model: nn.Module, config: Any) -> tuple[Method, Any]:
         PeftcoreError: it says something that the method does not know.
     """
     where = f"peft.{type(config).__name__}"
+    peft_type = _plain(getattr(config, "peft_type", None))
+    if isinstance(peft_type, str) and not of_peft_type(peft_type):
+        method_of_fields(where, {"peft_type": peft_type})  # which says so, before PEFT looks for what it would fill in
     config = _completed(where, model, config)
     fields = {name: _plain(value) for name, value in config.to_dict().items()}
     for name, value in vars(config).items():  # what PEFT writes to no file, where it has been set
@@ -128,7 +131,9 @@ def _plain(value: Any) -> Any:
 
 
 def _is_as_made(config: Any, name: str, value: Any) -> bool:
-    """Has an attribute that no file holds the value that every object has from the start?"""
+    """Return whether an attribute that no file holds has the value that every object has from the start."""
+    if name in vars(type(config)) and vars(type(config))[name] is value:  # CPT's `is_prompt_learning`
+        return True
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return bool(value == type(value)())
     try:

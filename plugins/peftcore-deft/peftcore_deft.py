@@ -80,9 +80,10 @@ class Deft(nn.Module):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         q, p = self.directions()
+        q, p = q.to(weight.dtype), p.to(weight.dtype)
         inner = -(p.T @ weight)
         if self.deft_R is not None:
-            inner = inner + self.scale * self.deft_R.float()
+            inner = inner + self.scale * self.deft_R.to(weight.dtype)
         return weight + q @ inner, bias
 
 
@@ -96,7 +97,7 @@ def initialize(model: nn.Module, adapters: Mapping[str, Any], config: DeftConfig
     """R puts back what is taken out; data, which `train` gives, says nothing of it."""
     for path, adapter in adapters.items():
         weight = inside_at(model, path).weight().float()
-        adapter.deft_R.copy_(adapter.directions()[1].T @ weight / adapter.scale)
+        adapter.deft_R.copy_(adapter.directions()[1].float().T @ weight / adapter.scale)
 
 
 @peftcore.hookimpl

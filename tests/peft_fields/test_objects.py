@@ -26,6 +26,11 @@ OBJECTS = {
     "a regular expression": peft.LoraConfig(target_modules=r".*\.mlp\.(up|down)_proj", exclude_modules=["up_proj"]),
     "all-linear": peft.LoraConfig(target_modules="all-linear", modules_to_save=["norm"]),
     "prompt": peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    "cpt": peft.CPTConfig(task_type="CAUSAL_LM"),
+    "cpt with examples": peft.CPTConfig(
+        cpt_token_ids=[5, 6, 7, 8], cpt_mask=[1] * 4, cpt_tokens_type_mask=[1, 2, 3, 4], opt_loss_decay_factor=0.5,
+        opt_weighted_loss_type="decay", task_type="CAUSAL_LM",
+    ),
     "prefix": peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
 }  # fmt: skip
 
@@ -133,6 +138,12 @@ def test_heads_of_a_task_are_trained_as_peft_does(saved: list[str] | None) -> No
     ours = peftcore.apply(base, config)
     assert {n.removesuffix(".weight") for n in trained(ours) if n in dict(base.named_parameters())} >= wanted
     assert "score" in wanted and "score.weight" in trained(ours)
+
+
+def test_an_object_that_no_installed_method_reads_is_refused() -> None:
+    for config in (peft.ShadowConfig(), peft.ShadowConfig(target_modules=["layers.0", "layers.1"])):
+        with pytest.raises(peftcore.PluginError, match="no installed method reads peft_type 'SHADOW'"):
+            peftcore.apply(tiny.llama(), config)
 
 
 def test_the_object_is_left_as_it_was() -> None:
