@@ -21,11 +21,12 @@ from peftcore.checkpoint.config import fields_of_config
 from peftcore.checkpoint.fingerprint import fingerprint
 from peftcore.checkpoint.multiplier import in_metadata
 from peftcore.checkpoint.reading import METHOD, OWN_FIELDS, TIED, TOGETHER, name_inside
-from peftcore.checkpoint.tensors import kept_on_disk, name_of_base, tensors_on_disk
+from peftcore.checkpoint.tensors import for_training, kept_on_disk, name_of_base, tensors_on_disk
 from peftcore.engine.trained import all_of, base_tensors
-from peftcore.errors import CheckpointError, PeftcoreError
+from peftcore.errors import CheckpointError, PeftcoreError, PluginError
+from peftcore.method import StateRules
 from peftcore.observation import detect
-from peftcore.peft_fields import refuse_not_its_own
+from peftcore.peft_fields import peft_version, refuse_not_its_own
 from peftcore.registry import registry
 
 PEFT = "peft"  # the layout of files
@@ -194,8 +195,29 @@ def _content(
         about[OWN_FIELDS] = json.dumps(own_fields, allow_nan=False)
     whole = _for_disk(tensors, dtype)
     with registry.naming(method.name, "write_tensors"):
-        written = dict(method.state.write_tensors(whole, entry.config))
+        written = dict(method.state.write_tensors(dict(whole), entry.config))
+    if method.state.write_tensors is not StateRules.write_tensors:
+        _refuse_unreadable(model, adapter, whole, written, {**fields, **own_fields})
     return Content(fields, written, {**about, **metadata})
+
+
+def _refuse_unreadable(
+    model: nn.Module, adapter: str, given: Mapping[str, Tensor], written: dict[str, Tensor], fields: dict[str, Any]
+) -> None:
+    """Raise a PluginError unless `read_tensors` returns the tensors that `write_tensors` was given, in their shapes."""
+    method = registry.method(engine.applied(model, adapter).method)
+    fields = {**fields, "peft_version": peft_version()}
+    with registry.naming(method.name, "read_tensors"):
+        found = method.state.read_tensors(model, dict(written), fields)
+    wanted = {**tensors_on_disk(model, adapter), **kept_on_disk(model, adapter)}
+    for name in sorted(wanted.keys() & given.keys() - for_training(model, adapter)):
+        if name not in found or found[name].shape != given[name].shape:
+            back = f"with shape {list(found[name].shape)}" if name in found else "not at all"
+            raise PluginError(
+                f"adapter '{adapter}' was not saved, since it could not be loaded: '{name}' with shape "
+                f"{list(given[name].shape)} comes back {back}. `write_tensors` of {method.name} must keep it in a form "
+                "that `read_tensors` reads"
+            )
 
 
 def _laid_out(model: nn.Module, adapter: str, layout: str, content: Content) -> Content:

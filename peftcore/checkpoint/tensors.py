@@ -108,7 +108,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
     base = _values_of_base(model)
     repeats = {name for name in extra if name in exported or _is_copy_of_base(base, name, tensors[name])}
     tensors = {name: tensor for name, tensor in tensors.items() if name not in repeats}
-    missing = sorted(expected.keys() - tensors.keys() - _for_training(model, adapter))
+    missing = sorted(expected.keys() - tensors.keys() - for_training(model, adapter))
     extra = sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise CheckpointError(
@@ -137,7 +137,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
         engine.set_active(model, state.active, state.samples)
 
 
-def _for_training(model: nn.Module, adapter: str) -> set[str]:
+def for_training(model: nn.Module, adapter: str) -> set[str]:
     """The names of tensors that a file may lack: those of adapters whose exported tensors are some of their own."""
     rules = registry.method(engine.applied(model, adapter).method).state
     found: set[str] = set()
