@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -85,7 +85,8 @@ def why_not(site: Site, adapter: Any, seen: set[Any]) -> str:
     kind = type(adapter), type(site.module), site.name, tuple((f.a.shape, f.b.shape, f.transposed) for f in factors)
     if not why and kind not in seen:
         why = _other(site, adapter, factors)
-        seen.add(kind)
+        if not _are_mixed(adapter, factors):  # else another layer's further tensors may do more
+            seen.add(kind)
     return why
 
 
@@ -208,11 +209,26 @@ def _fill(factors: Factors, b: Tensor, a: Tensor, name: str, path: str) -> None:
 
 
 def _more(adapter: nn.Module, factors: Sequence[Factors]) -> str:
-    """What an adapter whose parameters are its factors holds beside them, in words."""
-    known = {_owner(tensor) for each in factors for tensor in (each.a, each.b)}
+    """Describe what an adapter whose own tensors are its factors holds besides them; empty where some are computed."""
     own = dict(chain(adapter.named_parameters(), adapter.named_buffers()))
+    if _are_computed(own.values(), factors):
+        return ""
+    known = {_owner(tensor) for each in factors for tensor in (each.a, each.b)}
     more = [name for name, tensor in own.items() if id(tensor) not in known]
-    return f"is more than a thin product: it holds '{more[0]}', too" if len(more) < len(own) and more else ""
+    return f"is more than a thin product: it holds '{more[0]}', too" if more else ""
+
+
+def _are_computed(own: Iterable[Tensor], factors: Sequence[Factors]) -> bool:
+    """Return whether a factor is computed, rather than one of an adapter's `own` tensors."""
+    known = set(map(id, own))
+    return any(_owner(tensor) not in known for each in factors for tensor in (each.a, each.b))
+
+
+def _are_mixed(adapter: nn.Module, factors: Sequence[Factors]) -> bool:
+    """Return whether some factors are the adapter's own tensors and others are computed."""
+    own = [*adapter.parameters(), *adapter.buffers()]
+    owners = {_owner(tensor) for each in factors for tensor in (each.a, each.b)}
+    return _are_computed(own, factors) and not owners.isdisjoint(map(id, own))
 
 
 def _owner(tensor: Tensor) -> int:
