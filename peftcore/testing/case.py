@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.observation import known_as
+from peftcore.engine.first_values import initializer
+from peftcore.observation import detect, known_as
 from peftcore.registry import registry
 from peftcore.testing.families import Family
 
@@ -63,17 +65,33 @@ class Case:
         torch.manual_seed(7)
         try:
             peftcore.apply(model, self.config, adapter=adapter)
-        except peftcore.PeftcoreError as refusal:  # it may need data for its first values
-            if self.method.initialize is None:
+        except peftcore.PluginError:
+            raise
+        except peftcore.PeftcoreError:  # it may need data for its first values
+            if initializer(self.method, self.config)[0] is None:
                 raise
             torch.manual_seed(7)
-            try:
-                peftcore.apply(model, self.config, adapter=adapter, batches=[self.inputs(), self.inputs(rows=3)])
-            except peftcore.PeftcoreError:
-                raise refusal from None
+            peftcore.apply(model, self.config, adapter=adapter, batches=self._batches())
         if seed is not None:
             disturb(model, adapter, seed)
         return model
+
+    def _batches(self) -> list[dict[str, Tensor]]:
+        """Return two calls with labels, where the model takes them, for methods whose first values need gradients."""
+        batches = [self.family.inputs(self._made, rows) for rows in (2, 3)]  # `base()` may need them itself
+        if "labels" not in inspect.signature(self._made.forward).parameters:
+            return batches
+        classes = getattr(getattr(self._made, "config", None), "num_labels", 2)
+        is_classifier = detect(self._made).output_head is None
+        return [
+            {
+                **batch,
+                "labels": torch.arange(len(next(iter(batch.values())))) % classes
+                if is_classifier
+                else batch.get("decoder_input_ids", batch["input_ids"]).clone(),
+            }
+            for batch in batches
+        ]
 
     @cached_property
     def _made(self) -> nn.Module:

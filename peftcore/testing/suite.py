@@ -187,5 +187,6 @@ def _run(check: Check, case: Case, excuses: _Excuses) -> Result:
 
 
 def _where(error: Exception) -> str:
-    where = traceback.extract_tb(error.__traceback__)[-1]
+    raised = error.__cause__ if isinstance(error, peftcore.PluginError) and error.__cause__ is not None else error
+    where = traceback.extract_tb(raised.__traceback__)[-1]
     return f"{type(error).__name__}: {error!s:.600} ({where.name}, line {where.lineno})"

@@ -20,6 +20,7 @@ REMOVE = "remove is bit exact"
 RESUME = "resume is exact"
 SHARED = "tensors that adapters share are saved once, and are shared after load, deepcopy and .to()"
 STACKED = "beside another method's adapter it acts, merges in both orders, is saved and comes off alone"
+THREADS = "two threads that call the model at once get what each gets alone"
 TOGETHER = "two adapters of the method act together, and merge in both orders"
 
 
@@ -55,6 +56,20 @@ class MovesTheBase(Gain):
         with torch.no_grad():
             base.module.weight.mul_(1.001)
         return super().forward(base, x)
+
+
+class KeepsTheCall(Gain):
+    """Its change depends on the input, which it keeps on itself while the layer runs."""
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        self.size = x.detach().abs().mean()
+        return super().forward(base, x) * self.size
+
+
+class KeepsNothing(Gain):
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        size = x.detach().abs().mean()
+        return super().forward(base, x) * size
 
 
 class LeavesAnAttribute(Gain):
@@ -128,6 +143,13 @@ FAULTS = [
 @pytest.mark.parametrize(("adapter", "name", "family"), FAULTS, ids=lambda each: getattr(each, "__name__", None))
 def test_a_fault_is_found(adapter: type[nn.Module], name: str, family: str) -> None:
     assert failed(method_of(adapter), name, families=[family]).keys() == {f"FAILED          {name}"}
+
+
+def test_a_calls_state_that_is_kept_on_a_module() -> None:
+    """Whichever thread is slower: each runs one operation, then the other one."""
+    found = failed(method_of(KeepsTheCall), THREADS)
+    assert "while another one called the model with other inputs: differs by" in str(found)
+    check(method_of(KeepsNothing), THREADS)
 
 
 def test_a_method_without_fault_passes() -> None:

@@ -15,6 +15,7 @@ from peftcore.testing import check_sharded
 from peftcore.testing.suite import APPLIES
 
 FILES = "save and load are bit exact"
+LEFT_OUT = "no layer is left out in silence"
 RESUME = "resume is exact"
 ACCUMULATE = "four batches of one row give the gradients of one of four, with the method's term of the loss once"
 GROUPS = "parameter groups name each trained parameter once"
@@ -73,6 +74,38 @@ def test_first_values_that_change_the_base() -> None:
     assert "has changed 'model.embed_tokens.weight' of the base" in str(found) and f"FAILED          {APPLIES}" in found
     assert failed(method_of(Gain, initialize=moves), FILES, not_applicable={"Llama": "no"}), "it is no refusal"
     check(method_of(Gain, initialize=says_nothing), FILES)
+
+
+def test_first_values_from_batches() -> None:
+    """A method that requires batches, with labels, is given them by every check, on every family."""
+
+    def from_gradients(model: Any, adapters: Any, config: Any, batches: Any) -> None:
+        if batches is None:
+            raise peftcore.PeftcoreError("give it batches")
+        with torch.enable_grad():
+            losses = [model(**batch).loss for batch in batches]
+        for adapter in adapters.values():
+            adapter.gain.fill_(1 + 0 * float(sum(losses)))
+
+    check(method_of(Gain, initialize=from_gradients), LEFT_OUT, families=["Llama", "T5", "BERT", "ViT"])
+
+
+def test_an_error_of_first_values_is_what_is_reported() -> None:
+    """Also where the method prepares the base, which is asked for inputs."""
+
+    def refuses(model: Any, adapters: Any, config: Any, batches: Any) -> None:
+        raise peftcore.PeftcoreError("no batches" if batches is None else "it needs 1,000 tokens")
+
+    def fails(model: Any, adapters: Any, config: Any, batches: Any) -> None:
+        raise KeyError("labels")
+
+    for prepare in (None, lambda model, config: None):
+        (refused,) = failed(method_of(Gain, initialize=refuses, prepare=prepare), FILES).values()
+        assert "it needs 1,000 tokens" in refused and "Recursion" not in refused
+        (error,) = failed(method_of(Gain, initialize=fails, prepare=prepare), FILES).values()
+        assert (
+            "PluginError: `initialize` of the plugin 'faulty' (peftcore-faulty 1.0) failed: KeyError: 'labels'" in error
+        )
 
 
 def test_exported_names_that_collide() -> None:

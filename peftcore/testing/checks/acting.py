@@ -35,7 +35,7 @@ def left_out(case: Case) -> str | None:
     model = case.base()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        peftcore.apply(model, case.config)
+        case.add(model, None, "default")
     entry, architecture = applied(model, "default"), detect(model)
     if told or getattr(entry.config, "layers_to_transform", None) is not None:
         return None

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftcore.testing.case import Case, close, first_output, logits, loss_of, same
 from peftcore.testing.checks.register import check
@@ -94,6 +99,70 @@ def padding(case: Case) -> str | None:
             wanted = _steps(_generate(model, inputs, use_cache))[0]
             same(steps[row], wanted, f"logits of row {row}, use_cache={use_cache}", atol=1e-4)
     return None
+
+
+@check()
+def threads(case: Case) -> None:
+    """two threads that call the model at once get what each gets alone"""
+    model, rows = case.model(), case.inputs(rows=4)
+    calls = [
+        {name: each[part] if isinstance(each, Tensor) else each for name, each in rows.items()}
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+    wanted = [logits(model, call) for call in calls]
+    turns = _Turns(len(calls))
+
+    def run(number: int) -> Tensor:
+        with turns.of(number):
+            return logits(model, calls[number])
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        found = [future.result() for future in [pool.submit(run, number) for number in range(len(calls))]]
+    for number, output in enumerate(found):
+        close(output, wanted[number], f"thread {number}, while another one called the model with other inputs")
+
+
+class _Turns:
+    """Turns of threads: each runs one operation of PyTorch, then the next thread one, so that all meet everywhere."""
+
+    def __init__(self, threads: int) -> None:
+        self._changed = threading.Condition()
+        self._running = list(range(threads))
+        self._turn = 0
+
+    @contextmanager
+    def of(self, number: int) -> Iterator[None]:
+        """Within the block, each operation of this thread waits for its turn."""
+        try:
+            with _EachOperation(lambda: self._wait(number)):
+                yield
+        finally:
+            with self._changed:
+                self._pass_on(number)
+                self._running.remove(number)
+                self._changed.notify_all()
+
+    def _wait(self, number: int) -> None:
+        with self._changed:  # not for ever: the other thread may wait for a lock that this one holds
+            self._changed.wait_for(lambda: self._turn == number or self._running == [number], timeout=0.2)
+            self._pass_on(number)
+            self._changed.notify_all()
+
+    def _pass_on(self, number: int) -> None:
+        after = [each for each in self._running if each > number] or self._running
+        self._turn = after[0]
+
+
+class _EachOperation(TorchDispatchMode):
+    """Call a function before each operation of this thread."""
+
+    def __init__(self, before: Callable[[], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._before = before
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._before()
+        return func(*args, **(kwargs or {}))
 
 
 def _generate(model: Any, inputs: dict[str, Tensor], use_cache: bool) -> Any:
