@@ -283,7 +283,10 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 @one_for_each_class
 def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        lock = self._peftcore_lock
+        try:
+            lock = self._peftcore_lock
+        except AttributeError:  # a bound method that torch.compile kept, and the adapters were removed since
+            return cls.forward(self, *args, **kwargs)
         if is_dynamo_compiling():
             if lock.context is not None and not lock.context.inside():
                 with Frame(self, lock.context, args, kwargs):

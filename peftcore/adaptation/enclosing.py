@@ -16,6 +16,7 @@ from torch.compiler import is_dynamo_compiling
 from peftcore.adaptation.call import ROOT, Frame, untraced
 from peftcore.adaptation.class_swap import one_for_each_class, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock
+from peftcore.events import vocabulary_resizes
 
 LOCK = "_peftcore_lock"
 
@@ -49,9 +50,30 @@ def lock_of(module: nn.Module) -> ModelLock | None:
     return module.__dict__.get(LOCK)
 
 
+def _resizes(
+    module: nn.Module | None,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *_: Any,
+    **__: Any,
+) -> bool:
+    """Return whether `resize_token_embeddings` with these arguments gives `module` another number of rows."""
+    weight = getattr(module, "weight", None)
+    if weight is None or not isinstance(pad_to_multiple_of, (int, type(None))):  # which transformers refuses
+        return False
+    known = (getattr(module, name, None) for name in ("num_embeddings", "out_features"))  # the weight may be packed
+    rows: int = next((rows for rows in known if rows is not None), len(weight))
+    wanted = new_num_tokens or rows
+    return bool(-(-wanted // pad_to_multiple_of) * pad_to_multiple_of != rows if pad_to_multiple_of else wanted != rows)
+
+
 @one_for_each_class
 def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
+    original: Any = cls  # which may have `generate`
+
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if LOCK not in self.__dict__:  # torch.compile kept this bound method, and the adapters were removed since
+            return cls.__call__(self, *args, **kwargs)
         lock = self._peftcore_lock
         if lock.context is not None and not lock.context.inside():
             with Frame(self, lock.context, args, kwargs):
@@ -71,9 +93,11 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
             lock.leave(thread)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return super(enclosing, self).forward(*args, **kwargs)
+        return cls.forward(self, *args, **kwargs)
 
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if LOCK not in self.__dict__:  # as in __call__
+            return original.generate(self, *args, **kwargs)
         lock = self._peftcore_lock
         with lock.calling():  # one adapter from the first token to the last
             if lock.context is None:
@@ -92,6 +116,12 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
             context.own(self._peftcore_arguments, model_kwargs)  # which transformers would take for misspelt ones
         super(enclosing, self)._validate_model_kwargs(model_kwargs)
 
+    def resize_token_embeddings(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if LOCK in self.__dict__:
+            modules = [self.get_input_embeddings(), self.get_output_embeddings()]
+            vocabulary_resizes.announce(self, [each for each in modules if _resizes(each, *args, **kwargs)])
+        return super(enclosing, self).resize_token_embeddings(*args, **kwargs)
+
     def _replicate_for_data_parallel(self: Any) -> nn.Module:
         replica = super(enclosing, self)._replicate_for_data_parallel()
         replica.__dict__[LOCK] = self._peftcore_lock.for_replica()
@@ -107,7 +137,12 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
     untraced(__call__)
     if cls.forward.__module__.partition(".")[0] == "torch":
         namespace["forward"] = functools.wraps(cls.forward)(forward)
-    overriding: list[Any] = [generate, prepare_inputs_for_generation, _validate_model_kwargs]
+    overriding: list[Any] = [
+        generate,
+        prepare_inputs_for_generation,
+        _validate_model_kwargs,
+        resize_token_embeddings,
+    ]
     for function in overriding:
         own = getattr(cls, function.__name__, None)
         if callable(own):

@@ -150,3 +150,58 @@ def test_what_is_made_by_the_class_of_a_model_has_no_adapters(toys: None) -> Non
         assert type(other) in (nn.Sequential, nn.Linear)
     assert type(model) is not nn.Sequential
     assert torch.equal(type(model)(*model)(x), model(x))
+
+
+class Outer(nn.Module):
+    """A module of one's own, in which an adapted layer is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x) + 1
+
+    def generate(self, x: torch.Tensor) -> torch.Tensor:
+        return self(self(x))
+
+
+COMPILED = {
+    "model": lambda model: model,
+    "generate": lambda model: model.generate,
+    "layer": lambda model: model.layer,
+    "forward of a layer": lambda model: model.layer.forward,
+}
+
+
+@pytest.mark.parametrize("part", list(COMPILED))
+@pytest.mark.usefixtures("toys")
+def test_what_was_compiled_or_kept_runs_after_remove(part: str) -> None:
+    torch._dynamo.reset()
+    model, x = Outer(), torch.randn(2, 3)
+    base = COMPILED[part](model)(x)
+    peftcore.apply(model, "around", target_modules=["layer"])
+    adapted_output = COMPILED[part](model)(x)
+    assert not torch.allclose(adapted_output, base)
+    kept = COMPILED[part](model)
+    compiled = kept if part == "generate" else torch.compile(kept, backend="eager")  # generate takes a lock
+    torch.testing.assert_close(compiled(x), adapted_output)
+    peftcore.remove(model)
+    torch.testing.assert_close(compiled(x), base)
+    peftcore.apply(model, "around", target_modules=["layer"])
+    torch.testing.assert_close(compiled(x), adapted_output)
+
+
+@pytest.mark.usefixtures("toys")
+def test_a_compiled_sequential_runs_after_remove() -> None:
+    """Its forward is PyTorch's own, which the tracer treats in another way."""
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh()), torch.randn(2, 3)
+    base = model(x)
+    peftcore.apply(model, "around", target_modules=["0"])
+    compiled, adapted_output = torch.compile(model, backend="eager"), model(x)
+    torch.testing.assert_close(compiled(x), adapted_output)
+    peftcore.remove(model)
+    torch.testing.assert_close(compiled(x), base)
+    peftcore.apply(model, "around", target_modules=["0"])
+    torch.testing.assert_close(compiled(x), adapted_output)
