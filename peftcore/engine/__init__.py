@@ -8,6 +8,7 @@ from peftcore.engine.changes import with_adapter
 from peftcore.engine.expert_layers import weight_of_expert
 from peftcore.engine.first_values import takes_batches
 from peftcore.engine.placing import placements_for, refuse_adapters_of_others
+from peftcore.engine.resizing import refuse_resize
 from peftcore.engine.state import (
     STATE,
     Applied,
@@ -70,6 +71,7 @@ __all__ = [
     "refuse_merged",
     "refuse_needed",
     "refuse_per_sample",
+    "refuse_resize",
     "refuse_resting",
     "remove",
     "require_state",

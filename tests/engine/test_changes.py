@@ -14,7 +14,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.nn.utils import parametrizations, parametrize
 
 import peftcore
+from peftcore.adaptation.class_swap import original_class
 from peftcore.engine import adapter_modules, set_trainable
+from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")
 Q = "model.layers.0.self_attn.q_proj"
@@ -115,6 +117,48 @@ def test_summary_says_it_and_remove_gets_out(kind: str) -> None:
         assert torch.isfinite(tiny.logits(model)).all()
 
 
+def resize_unnoticed(model: nn.Module) -> None:
+    """As `model.resize_token_embeddings` was before it was refused."""
+    original_class(model).resize_token_embeddings(model, 100, mean_resizing=False)
+
+
+OF_VOCABULARY: dict[str, tuple[str, dict[str, Any], str]] = {
+    "head": ("lora", {"target_modules": ["lm_head"]}, "lm_head"),
+    "embedding": ("lora", {"target_modules": ["embed_tokens"]}, "model.embed_tokens"),
+    "trained head": ("train", {"names": ("lm_head.weight",)}, "lm_head"),
+    "rows": ("trainable-tokens", {"token_indices": [3, 5]}, "model.embed_tokens"),
+}
+
+
+@pytest.mark.parametrize("active", [True, False])
+@pytest.mark.parametrize("case", list(OF_VOCABULARY))
+def test_resizing_what_an_adapter_changes_is_refused(case: str, active: bool) -> None:
+    method, fields, path = OF_VOCABULARY[case]
+    model = peftcore.apply(tiny.llama(), method, **fields)
+    disturb(model, "default", seed=1)
+    before = tiny.logits(model)
+    if not active:
+        peftcore.activate(model, [])
+    for arguments in ({"new_num_tokens": 100}, {"pad_to_multiple_of": 64}):
+        with pytest.raises(peftcore.PeftcoreError, match=rf"'{path}'.*'default'.*remove\(model, 'default'\)"):
+            model.resize_token_embeddings(**arguments, mean_resizing=False)
+    for arguments in ({}, {"new_num_tokens": 96}, {"pad_to_multiple_of": 32}):
+        assert model.resize_token_embeddings(**arguments) is model.model.embed_tokens
+    peftcore.activate(model, "default")
+    assert torch.equal(tiny.logits(model), before)
+    peftcore.remove(model)
+    model.resize_token_embeddings(100, mean_resizing=False)
+    torch.testing.assert_close(tiny.logits(model)[..., :96], tiny.logits(tiny.llama()))
+
+
+def test_a_vocabulary_that_no_adapter_changes_is_resized() -> None:
+    model = peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"])
+    disturb(model, "default", seed=1)
+    before = tiny.logits(model)
+    model.resize_token_embeddings(100, mean_resizing=False)
+    torch.testing.assert_close(tiny.logits(model)[..., :96], before)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("active", [False, True])
 def test_a_resized_vocabulary(tied: bool, active: bool) -> None:
@@ -122,7 +166,7 @@ def test_a_resized_vocabulary(tied: bool, active: bool) -> None:
     peftcore.apply(model, "train", names=("lm_head.weight",))
     if not active:
         peftcore.activate(model, [])
-    model.resize_token_embeddings(100, mean_resizing=False)
+    resize_unnoticed(model)
     slot = "transformer.wte.weight" if tied else "lm_head.weight"
     shapes = rf"'{slot}' has shape \[100, 32\], which was \[96, 32\]"
     with pytest.raises(peftcore.PeftcoreError, match=shapes):
@@ -136,7 +180,7 @@ def test_a_resized_vocabulary(tied: bool, active: bool) -> None:
 
 def test_an_adapter_of_a_resized_embedding() -> None:
     model = peftcore.apply(tiny.llama(), "lora", target_modules=["embed_tokens", "lm_head"])
-    model.resize_token_embeddings(100, mean_resizing=False)
+    resize_unnoticed(model)
     changed = peftcore.summary(model).changed
     assert set(changed) == {"model.embed_tokens", "lm_head"}
     with pytest.raises(peftcore.PeftcoreError, match=r"'model.embed_tokens' .*'lm_head' was replaced"):
