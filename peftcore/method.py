@@ -305,6 +305,8 @@ class Method:
         after_step: (adapters, config, step, total_steps) -> None, after each optimizer step, counted from 1, while the
             gradients still stand; for methods with a schedule, or an importance, of their own. Not after a step that a
             scaler skipped, whose gradients are not finite.
+        needs_after_step: (config) -> does `after_step` do anything for it? Training that leaves it out is then warned
+            of, at the second optimizer step.
         parameter_groups: (adapters, config, lr, weight_decay) -> groups as `torch.optim` takes them, of all that the
             adapters train; parameters that no group names are given `lr` and `weight_decay`.
         prepare: (model, config) -> None. What `apply`, and nothing else, does to the base once the placements are
@@ -325,6 +327,7 @@ class Method:
     after_step: Callable[[AdapterModules, Any, int, int], None] | None = None
     parameter_groups: Callable[[AdapterModules, Any, float, float], list[dict[str, Any]]] | None = None
     initializes: Callable[[Any], bool] = lambda _config: True
+    needs_after_step: Callable[[Any], bool] = lambda _config: True
     prepare: Callable[[nn.Module, Any], None] | None = None
     recorded_as: Callable[[Any], Any] | None = None
     low_rank: Callable[[nn.Module, Any, Mapping[str, int]], Any] | None = None

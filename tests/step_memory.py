@@ -58,6 +58,8 @@ def allocated(model: nn.Module, step: Step) -> int:
             del loss
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        if peftcore.engine.state_of(model) is not None:
+            peftcore.after_step(model, 1, 1000)
         optimizer.zero_grad()
 
     for _ in range(2 if step.ranks > 1 else 1):  # DDP makes its buckets anew in the second

@@ -7,6 +7,7 @@ from peftcore.engine.branches import refuse_needed
 from peftcore.engine.changes import with_adapter
 from peftcore.engine.expert_layers import weight_of_expert
 from peftcore.engine.first_values import takes_batches
+from peftcore.engine.missed_steps import watch
 from peftcore.engine.placing import placements_for, refuse_adapters_of_others
 from peftcore.engine.resizing import refuse_resize
 from peftcore.engine.state import (
@@ -80,6 +81,7 @@ __all__ = [
     "state_of",
     "take_off",
     "takes_batches",
+    "watch",
     "weight_of_expert",
     "with_adapter",
 ]

@@ -37,6 +37,8 @@ class Applied:
         reads: the arguments of calls that its adapters read; None: they ask for none.
         whole_batch: one of its adapters does not treat the samples of a batch apart.
         frozen: since it came to rest, or trains no more, none of its parameters asks for gradients.
+        missed_steps: optimizer steps on it without `after_step`; None: its method needs none, it had one, or a warning
+            was given.
     """
 
     method: str
@@ -48,6 +50,7 @@ class Applied:
     reads: frozenset[str] | None = None
     whole_batch: bool = False
     frozen: bool = False
+    missed_steps: int | None = None
 
     @property
     def paths(self) -> tuple[str, ...]:

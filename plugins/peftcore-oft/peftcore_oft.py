@@ -202,4 +202,5 @@ def refuse_old(fields: dict[str, Any]) -> dict[str, Any]:
 @hookimpl
 def peftcore_methods() -> list[Method]:
     rules = StateRules(peft_type="OFT", read_config=refuse_old, unreadable=targets.conv1d_paths)
-    return [Method("oft", OFTConfig, place, rules, after_step=after_step, learning_rate=1e-3)]
+    hooks: dict[str, Any] = {"after_step": after_step, "needs_after_step": lambda config: config.coft}
+    return [Method("oft", OFTConfig, place, rules, **hooks, learning_rate=1e-3)]

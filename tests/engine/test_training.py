@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -55,6 +56,50 @@ def test_after_step_is_given_the_modules_of_each_adapter_that_trains() -> None:
         for wrong in (0, 1.0, None):
             with pytest.raises(peftcore.PeftcoreError, match="from 1"):
                 peftcore.after_step(model, wrong, 10)
+
+
+def steps(model: nn.Module, count: int, after: bool = False) -> list[str]:
+    """The warnings of so many optimizer steps, each with `after_step` or without."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, count + 1):
+            model(tiny.TOKENS).logits.square().mean().backward()
+            optimizer.step()
+            if after:
+                peftcore.after_step(model, step, count)
+            optimizer.zero_grad()
+    assert all(warning.filename == __file__ for warning in caught)
+    return [str(warning.message) for warning in caught]
+
+
+def test_training_without_after_step_is_said_once_at_the_second_step() -> None:
+    with tiny.installed(tiny.method("stepping", after_step=lambda *_: None)):
+        model = peftcore.apply(tiny.llama(), "stepping")
+        assert steps(model, 1) == []
+        (message,) = steps(model, 3)
+        assert "two steps on the adapter 'default' (stepping) without peftcore.after_step" in message
+        assert "Call peftcore.after_step(model, step, total_steps)" in message
+        assert steps(model, 3) == []
+        peftcore.apply(model, "stepping", adapter="other")
+        peftcore.activate(model, "other")
+        (message,) = steps(model, 2)
+        assert "'other'" in message
+
+
+@pytest.mark.parametrize("case", ["called", "no hook", "nothing to do", "inactive", "frozen", "another model"])
+def test_nothing_is_said_where_after_step_is_called_or_does_nothing(case: str) -> None:
+    hooks: dict[str, Any] = {"after_step": lambda *_: None, "needs_after_step": lambda _: case != "nothing to do"}
+    with tiny.installed(tiny.method("stepping", **({} if case == "no hook" else hooks)), tiny.method("plain")):
+        model = peftcore.apply(tiny.llama(), "stepping")
+        trained = model
+        if case in ("inactive", "frozen"):
+            peftcore.apply(model, "plain", adapter="other")
+            peftcore.activate(model, ["other", "default"] if case == "frozen" else "other")
+            peftcore.engine.set_trainable(model, "default", False)
+        elif case == "another model":
+            trained = peftcore.apply(tiny.llama(), "plain")
+        assert steps(trained, 3, after=case == "called") == []
 
 
 def pull(adapters: Any, config: Any) -> Tensor | None:

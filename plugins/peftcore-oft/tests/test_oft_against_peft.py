@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,29 @@ def test_coft_goes_on_from_where_it_was_brought_back_to() -> None:
     limit = 0.5 / 2**0.5
     torch.testing.assert_close(2**0.5 * weight.norm(dim=1), torch.full((2,), limit))
     torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("coft", [True, False])
+def test_training_of_coft_without_after_step_is_said(coft: bool) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 4))
+    peftcore.apply(model, "oft", target_modules=["0"], oft_block_size=4, coft=coft, eps=0.05)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    weight, x = model[0].peftcore["default"].oft_R.weight, torch.randn(3, 8)
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(4):
+            model(x).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(len(caught))
+    assert found == ([0, 1, 1, 1] if coft else [0] * 4)
+    limit = 0.05 / 2**0.5
+    if coft:
+        assert (2**0.5 * weight.norm(dim=1)).min() > limit
+        peftcore.after_step(model, 5, 5)
+        torch.testing.assert_close(2**0.5 * weight.norm(dim=1), torch.full((2,), limit))
 
 
 def test_a_share_of_the_blocks_rests_in_training() -> None:
