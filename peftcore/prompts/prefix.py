@@ -118,7 +118,10 @@ def place_prefix(
         blocks=blocks,
         crosses=architecture.is_encoder_decoder,
     )
-    layers = [Around(at, PrefixLayer(adapter, module)) for at, module in attentions.items()]
+    windows: dict[int | None, int | None] = {i: getattr(part, "sliding_window", None) for i, part in enumerate(kept)}
+    layers = [
+        Around(at, PrefixLayer(adapter, module, windows.get(_layer(module)))) for at, module in attentions.items()
+    ]
     inside = path != architecture.backbone and not architecture.is_encoder_decoder
     if inside and around.counts and not hasattr(outer, "get_rope_index"):
         known = cache_argument(outer) or argument  # some pass it on among others
@@ -222,12 +225,16 @@ class PrefixLayer(nn.Module):
 
     The layer runs again in the backward pass, so it must not write into a cache; here it gets one that stores
     nothing and holds this layer's part of the prefix, computed anew so that every run has its own graph.
+
+    Args:
+        window: how many tokens the layer sees, its own included; None for all.
     """
 
     whole_batch = True
 
-    def __init__(self, adapter: nn.Module, module: Any) -> None:
+    def __init__(self, adapter: nn.Module, module: Any, window: int | None) -> None:
         super().__init__()
+        self._window = window
         self._adapter = (adapter,)  # its owner is the adapter around the backbone: no parameters here
         self._layer = _layer(module)
         self._names = arguments(module)
@@ -241,24 +248,31 @@ class PrefixLayer(nn.Module):
         ):
             return base(*args, **kwargs)
         key, value = self._adapter[0]()[self._layer]  # [kv_heads, tokens, head_dim] each
-        call[self._cache_argument] = _Stateless(key, value, cache)
+        call[self._cache_argument] = _Stateless(key, value, self._window, cache)
         return base(**call)
 
 
 class _Stateless:
-    """A cache of one layer that stores nothing: keys and values come back with the prefix before them."""
+    """A cache of one layer that stores nothing: keys and values come back with the prefix before them.
+
+    Args:
+        window: of the layer. As in transformers' cache, and its mask, no token sees more than the last `window - 1` of
+            the prefix; None: all of it.
+    """
 
     is_compileable = False
 
-    def __init__(self, key: Tensor, value: Tensor, before: _Stateless | None) -> None:
+    def __init__(self, key: Tensor, value: Tensor, window: int | None, before: _Stateless | None) -> None:
         self._key: Tensor = key if before is None else torch.cat([before._key, key], dim=1)
         self._value: Tensor = value if before is None else torch.cat([before._value, value], dim=1)
+        self._start = 0 if window is None else max(0, self._key.shape[1] - window + 1)
 
     def update(self, key: Tensor, value: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        shape = (key.shape[0], *self._key.shape)
+        before_key, before_value = self._key[:, self._start :], self._value[:, self._start :]
+        shape = (key.shape[0], *before_key.shape)
         return (
-            torch.cat([self._key.to(key.dtype).expand(shape), key], dim=2),
-            torch.cat([self._value.to(value.dtype).expand(shape), value], dim=2),
+            torch.cat([before_key.to(key.dtype).expand(shape), key], dim=2),
+            torch.cat([before_value.to(value.dtype).expand(shape), value], dim=2),
         )
 
     def get_seq_length(self, *_args: Any) -> int:

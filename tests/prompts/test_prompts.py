@@ -134,6 +134,35 @@ def test_gradient_checkpointing(order: tuple[str, ...], reentrant: bool) -> None
         close(found, plain)
 
 
+def mistral(window: int) -> nn.Module:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    return MistralForCausalLM(
+        MistralConfig(vocab_size=96, num_key_value_heads=2, sliding_window=window, **sizes)  # for 7 tokens
+    )
+
+
+@pytest.mark.parametrize("prefixes", [1, 2])
+@pytest.mark.parametrize("window", [2, 3, 4, 6, 20])
+def test_gradient_checkpointing_of_layers_with_a_window(window: int, prefixes: int) -> None:
+    """Prefixes of 3 tokens each, longer and shorter than the window: the layer sees as much as its cache would keep."""
+    results = []
+    for checkpointing in (False, True):
+        model = mistral(window)
+        for i in range(prefixes):
+            applied(model, "prefix", adapter=f"{i}", seed=i)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": False})
+        out = model.train()(tiny.TOKENS)
+        out.logits.square().mean().backward()
+        results.append([out.logits.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert any(gradient.abs().max() > 0 for gradient in results[0][1:])
+    for plain, found in zip(*results, strict=True):
+        close(found, plain)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", tiny.MODELS.values())
 def test_bf16(make: Callable[[], nn.Module], kind: str) -> None:
