@@ -278,41 +278,53 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
             raise PluginError(
                 f"{method}: the adapter of {type(placement).__name__} must be an nn.Module, found {found}"
             )
-    of_base: dict[int, str] = {}  # the names of the base's modules, tensors and storages
-    for path, module in adapted.base_modules(model):
-        of_base[id(module)] = path or type(model).__name__
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+    modules, tensors, addresses = set(), set(), set()  # of the base
+    for _, module in adapted.base_modules(model):
+        modules.add(id(module))
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None:
-                of_base |= dict.fromkeys(_identities(tensor), f"{path}.{name}" if path else name)
-    ahead = [(placement, "", placement.adapter) for placement in placements if not isinstance(placement, Train)]
+                tensors.add(id(tensor))
+                addresses.add(_address(tensor))
+    addresses.discard(0)  # of tensors without memory
     seen: set[int] = set()
-    while ahead:
-        placement, name, part = ahead.pop()
-        if id(part) in seen:
-            continue
-        seen.add(id(part))
-        own: list[tuple[str, tuple[int, ...]]] = [(name, (id(part),))]
-        for kind in (part._parameters, part._buffers):
-            own += [(f"{name}.{key}".lstrip("."), _identities(t)) for key, t in kind.items() if t is not None]
-        for registered, identities in own:
-            of = next((of_base[each] for each in identities if each in of_base), None)
-            if of is not None:
-                at = f" at '{placement.path}'" if hasattr(placement, "path") else ""
-                raise PluginError(
-                    f"the adapter that {method} places{at} registers '{of}' of the base"
-                    f"{f' as {registered!r}' if registered else ''}, which would be trained and saved as the adapter's "
-                    "own. An adapter reads the layer in forward (base.module, base.weight()), or registers a copy"
-                )
-        children = part._modules.items()
-        ahead += [(placement, f"{name}.{key}".lstrip("."), child) for key, child in children if child is not None]
+    for placement in placements:
+        ahead = [] if isinstance(placement, Train) else [placement.adapter]
+        while ahead:
+            part = ahead.pop()
+            if part is None or id(part) in seen:
+                continue
+            seen.add(id(part))
+            if id(part) in modules:
+                _refuse_registered(model, method, placement, part)
+            for tensor in (*part._parameters.values(), *part._buffers.values()):
+                if tensor is not None and (id(tensor) in tensors or _address(tensor) in addresses):
+                    _refuse_registered(model, method, placement, tensor)
+            ahead += part._modules.values()
 
 
-def _identities(tensor: Tensor) -> tuple[int, ...]:
-    """Return what identifies a tensor: itself, and where it has a plain storage, that, which views share."""
-    if type(tensor) not in (nn.Parameter, Tensor):
-        return (id(tensor),)
-    storage = tensor.untyped_storage()
-    return id(tensor), storage._cdata if storage.nbytes() else id(tensor)
+def _address(tensor: Tensor) -> int:
+    """Return where a plain tensor's memory begins, which a parameter made of another one has in common with it."""
+    return tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else 0
+
+
+def _refuse_registered(model: nn.Module, method: str, placement: Any, registered: Any) -> None:
+    """Raise a PluginError that names the module or tensor of the base that an adapter has registered."""
+
+    def name_in(root: nn.Module) -> str:
+        for name, each in (*root.named_modules(), *root.named_parameters(), *root.named_buffers()):
+            both_tensors = isinstance(each, Tensor) and isinstance(registered, Tensor)
+            if each is registered or (both_tensors and 0 != _address(each) == _address(registered)):
+                return name
+        return ""
+
+    of = name_in(model) or type(model).__name__
+    name = "" if registered is placement.adapter else name_in(placement.adapter)
+    at = f" at '{placement.path}'" if hasattr(placement, "path") else ""
+    raise PluginError(
+        f"the adapter that {method} places{at} registers '{of}' of the base{f' as {name!r}' if name else ''}, which "
+        "would be trained and saved as the adapter's own. An adapter reads the layer in forward (base.module, "
+        "base.weight()), or registers a copy"
+    )
 
 
 def _check_placed(model: nn.Module, placed: Placed) -> None:
