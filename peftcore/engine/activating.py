@@ -114,6 +114,8 @@ def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     refuse_changed(model)
     applied(model, adapter).trainable = bool(trainable)
     state = require_state(model)
+    for entry in state.applied.values():
+        entry.froze.discard(adapter)
     set_active(model, state.active, state.samples)
 
 

@@ -15,7 +15,7 @@ from peftcore.adaptation.call import asked
 from peftcore.adaptation.light import parts
 from peftcore.engine.activating import set_active
 from peftcore.engine.alone import alone
-from peftcore.engine.branches import check_branches, refuse_needed
+from peftcore.engine.branches import check_branches, freeze_branches, refuse_needed, release_branches
 from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.changes import Site, facts, submodule, with_adapter
 from peftcore.engine.first_values import give_first_values, initializer
@@ -177,6 +177,7 @@ def _apply(
     )
     state.applied[adapter] = entry
     model.__dict__[STATE] = state
+    freeze_branches(state, adapter)
     ask_of_calls(model, state)
     if initialize is not None:
         try:
@@ -270,6 +271,7 @@ def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
     if adapter in state.active:
         resting = {adapter, *state.applied[adapter].branches}
         set_active(model, tuple(name for name in state.active if name not in resting), state.samples)
+    release_branches(state, adapter)
     for module in there:
         adapted.detach(module, adapter)
     fast_path.guard(model)

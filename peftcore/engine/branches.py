@@ -1,6 +1,7 @@
 """Combiners: adapters that call others of their module as branches (`Around(..., branches=...)`).
 
-While a combiner is active so are those that it combines, and train by their own flag, but act through it alone.
+While a combiner is active so are those that it combines, but they act through it alone. It freezes them when it is
+applied; `set_trainable` lets them train with it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,20 @@ def check_branches(model: nn.Module, state: State, adapter: str, around: Iterabl
                     f"'{adapter}' combines '{name}' at '{placement.path}', where '{name}' ({entry.method}) does not "
                     f"stand. It stands at {', '.join(map(repr, entry.paths[:3]))}"
                 )
+
+
+def freeze_branches(state: State, adapter: str) -> None:
+    """Freeze the adapters that `adapter` combines, until it is removed or `set_trainable` is called."""
+    for name in state.applied[adapter].branches:
+        if state.applied[name].trainable:
+            state.applied[name].trainable = False
+            state.applied[adapter].froze.add(name)
+
+
+def release_branches(state: State, adapter: str) -> None:
+    """Make the branches trainable again that `adapter` froze."""
+    for name in state.applied[adapter].froze & state.applied.keys():
+        state.applied[name].trainable = True
 
 
 def with_branches(state: State, names: Sequence[str]) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ class Applied:
         reads: the arguments of calls that its adapters read; None: they ask for none.
         whole_batch: one of its adapters does not treat the samples of a batch apart.
         frozen: since it came to rest, or trains no more, none of its parameters asks for gradients.
+        froze: the branches that it froze, which are trainable again once it is removed.
         missed_steps: optimizer steps on it without `after_step`; None: its method needs none, it had one, or a warning
             was given.
     """
@@ -50,6 +51,7 @@ class Applied:
     reads: frozenset[str] | None = None
     whole_batch: bool = False
     frozen: bool = False
+    froze: set[str] = field(default_factory=set)
     missed_steps: int | None = None
 
     @property

@@ -6,7 +6,7 @@
     split         x -> + f_i(x)                                          i by the place in the text
 
 f_i are adapters that stand on the model already, of the method `adapter`, at the same places. V is the identity at the
-start, Q and K random. Trained: 3 d² + 2 d numbers each (attention), and the f_i where they are not frozen.
+start, Q and K random. Trained: 3 d² + 2 d numbers each (attention). The f_i are frozen.
 """
 
 from __future__ import annotations

@@ -102,9 +102,30 @@ def test_where_the_combiner_is_not_its_branches_rest() -> None:
     assert out(model) == 4.0
 
 
-def test_branches_train_by_their_own_flag() -> None:
-    model = combined()
+def test_branches_are_frozen_by_the_combiner() -> None:
+    model = two_and_three()
     set_trainable(model, "three", False)
+    combined(model)
+    model(X).sum().backward()
+    for name in TWO_AND_THREE:
+        assert [(p.requires_grad, p.grad) for _, p in adapter_parameters(model, name)] == [(False, None)] * 2
+    assert all(p.grad is not None for _, p in adapter_parameters(model, "both"))
+    peftcore.remove(model, "both")
+    peftcore.activate(model, ["two", "three"])
+    assert [all(p.requires_grad for _, p in adapter_parameters(model, name)) for name in TWO_AND_THREE] == [True, False]
+
+
+def test_a_branch_that_was_frozen_by_hand_stays_frozen() -> None:
+    model = combined()
+    set_trainable(model, "two", False)
+    peftcore.remove(model, "both")
+    peftcore.activate(model, ["two", "three"])
+    assert [all(p.requires_grad for _, p in adapter_parameters(model, name)) for name in TWO_AND_THREE] == [False, True]
+
+
+def test_branches_train_where_they_are_let() -> None:
+    model = combined()
+    set_trainable(model, "two", True)
     model(X).sum().backward()
     assert [p.grad.item() for _, p in adapter_parameters(model, "two")] == [4.0, 4.0]
     assert [p.grad for _, p in adapter_parameters(model, "three")] == [None, None]
@@ -118,6 +139,7 @@ def test_checkpointed(use_reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
     model, x = combined(), X.clone().requires_grad_()
+    set_trainable(model, "two", True)
     checkpoint(model, x, use_reentrant=use_reentrant).sum().backward()
     assert [p.grad.item() for _, p in adapter_parameters(model, "two")] == [4.0, 4.0]
 

@@ -200,3 +200,16 @@ def test_what_cannot_be_fused() -> None:
 def test_wrong_configs(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(peftcore.PeftcoreError, match=message):
         AdapterFusionConfig(**fields)
+
+
+def test_fused_adapters_are_frozen() -> None:
+    """Also where they trained before, as adapters do that were just applied or loaded."""
+    model = tiny.llama()
+    for name in ("reviews", "tweets"):
+        peftcore.apply(model, "adapter", bottleneck_size=4, placement="pfeiffer", adapter=name)
+    peftcore.apply(model, "adapter-fusion", adapters=["reviews", "tweets"], adapter="fused")
+    trained = {name.rpartition("peftcore.")[2].split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"fused"}
+    peftcore.remove(model, "fused")
+    peftcore.activate(model, "tweets")
+    assert all(p.requires_grad for name, p in model.named_parameters() if ".tweets." in name)

@@ -108,7 +108,7 @@ def test_files(tmp_path: Path) -> None:
     for loaded in (peftcore.load(again, tmp_path / "router"), peftcore.load(tiny.llama(), tmp_path / "all")):
         assert torch.equal(tiny.logits(loaded), tiny.logits(model))
     trained = {name.rpartition("peftcore.")[2].split(".")[0] for name, p in again.named_parameters() if p.requires_grad}
-    assert trained == {"default", *EXPERTS}
+    assert trained == {"default"}  # the router has frozen its experts, which loading let train
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
