@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
@@ -9,12 +11,14 @@ from typing import ClassVar, TypeVar
 from torch import nn
 
 from peftcore.architecture import Architecture
-from peftcore.layers import is_conv1d
+from peftcore.errors import PeftcoreError
+from peftcore.layers import is_conv1d, sizes
 from peftcore.targets.experts import ALL_LINEAR
 from peftcore.targets.selection import minimal_suffixes, select_by
 from peftcore.validation import check_types, require
 
 Config = TypeVar("Config", bound="LayersConfig")
+LEFT_OUT = 0.1  # of the weight that `all-linear` selects; misfits that hold more are an error
 
 
 @dataclass(frozen=True)
@@ -46,8 +50,32 @@ class LayersConfig:
         )
 
     def selected(self, model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
-        """The layers that are meant, by path."""
-        return select_by(self, model, architecture)
+        """Return the layers that are meant, by path.
+
+        `all-linear` leaves out misfits that hold little of the weight, such as gates of one row, and warns.
+
+        Raises:
+            PeftcoreError: a named layer, or much of the weight, does not fit the config.
+        """
+        chosen = select_by(self, model, architecture)
+        unfit = {path: why for path, module in chosen.items() if (why := self.misfit(path, module)) is not None}
+        if not unfit:
+            return chosen
+        first, why = next(iter(unfit.items()))
+        total = sum(math.prod(sizes(module)) for module in chosen.values())
+        share = sum(math.prod(sizes(chosen[path])) for path in unfit) / total
+        if self.target_modules != ALL_LINEAR or share > LEFT_OUT:
+            raise PeftcoreError(why)
+        warnings.warn(
+            f"target_modules='{ALL_LINEAR}' leaves out {len(unfit)} layers ('{first}'), {100 * share:.2g} % of the "
+            f"weight, which do not fit: {why}",
+            stacklevel=2,
+        )
+        return {path: module for path, module in chosen.items() if path not in unfit}
+
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        """Return the error for a layer whose sizes the fields do not fit, or None; for methods to override."""
+        return None
 
     def resolved(self: Config, model: nn.Module, architecture: Architecture) -> Config:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.class_swap import original_class
 from peftcore.architecture import Architecture
 from peftcore.layers import is_unknown_linear, shape_of, sizes
 from peftcore.observation import bypassed
@@ -53,13 +54,15 @@ def coverage(
         lacking: why a linear layer is left out where nothing else is known.
     """
     heads = [head for head in (architecture.output_head, *architecture.task_heads) if head]
-    past, wanted = bypassed(model), set(reached)
+    past, wanted = dict(bypassed(model)), set(reached)
     counted, total = 0, 0
     left: Counter[str] = Counter()
     seen: set[int] = set()
     for path, module in base_modules(model):
         if isinstance(module, nn.Embedding) or any(_inside(path, head) for head in heads):
             continue
+        if issubclass(original_class(module), nn.MultiheadAttention):
+            past[f"{path}.out_proj" if path else "out_proj"] = "read by the attention"
         for name, what, identity, count in _matrices(module):
             if identity in seen:
                 continue

@@ -71,9 +71,9 @@ def select(
     Args:
         target_modules: list of suffixes, a regular expression that matches the whole path, or `all-linear`:
             every linear layer but the output head, the task's heads, routers, and those that are bypassed. A
-            `nn.MultiheadAttention` stands for its projections where `supported`. What means no module that the
-            method adapts may mean experts, `experts` or a weight of theirs: their layers are found one by one, at paths
-            as of a list of experts (`experts.3.down_proj`).
+            `nn.MultiheadAttention` stands for its projections where `supported`, else they are left out. What means no
+            module that the method adapts may mean experts, `experts` or a weight of theirs: their layers are found one
+            by one, at paths as of a list of experts (`experts.3.down_proj`).
         exclude_modules: list of suffixes or a regular expression, taken away from the selection.
         layers_to_transform: layer indices; `layers_pattern` names the list of layers (`layers`, `h`), by
             default the first numbered part of a path counts.
@@ -124,7 +124,8 @@ def select(
     gone = without | inside_saved
     chosen += [name for name, path in experts.items() if name not in without and path not in gone]
     if target_modules == ALL_LINEAR:
-        chosen = _with_attention(modules, chosen, without, supported)
+        kept = _with_attention(modules, chosen, without, supported)
+        chosen = kept if kept or without else chosen  # where nothing else is there, the error is that of the projection
     if layers_to_transform is not None:
         indices = layer_indices(chosen, layers_pattern)
         wanted = {layers_to_transform} if isinstance(layers_to_transform, int) else set(layers_to_transform)
@@ -406,13 +407,13 @@ def _attention_over(modules: Mapping[str, nn.Module], path: str) -> str | None:
 def _with_attention(
     modules: Mapping[str, nn.Module], chosen: Iterable[str], excluded: Collection[str], supported: Any
 ) -> list[str]:
-    """`chosen`, with an attention as a whole in place of its projection, where the method can adapt that."""
+    """Return `chosen` with attentions as a whole in place of their projections; what is not `supported` is left out."""
     paths: list[str] = []
     for path in chosen:
         attention = _attention_over(modules, path)
-        if attention is None or not supported(modules[attention]):
+        if attention is None:
             paths.append(path)
-        elif attention not in excluded:
+        elif attention not in excluded and supported(modules[attention]):
             paths.append(attention)
     return paths
 

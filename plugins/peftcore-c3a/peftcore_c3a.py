@@ -9,7 +9,8 @@ So an update of any rank has out · in / b numbers, and no matrix of the weight'
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,12 +21,16 @@ from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets
 peftcore_api = 2
 
 
+SMALLEST = 16  # blocks that `all-linear` chooses: smaller ones have nearly as many numbers as the weight
+
+
 @dataclass(frozen=True)
 class C3AConfig(targets.LayersConfig):
     """The fields bear the names of Hugging Face PEFT's `C3AConfig`; those that are not here choose layers.
 
     Args:
-        block_size: b, which divides inputs and outputs of each layer. block_size_pattern: others by name of a layer.
+        block_size: b, which divides inputs and outputs of each layer. Where it does not, `all-linear` takes the largest
+            common divisor from 16 on, and warns. block_size_pattern: others by name of a layer.
         bias: which are trained too: "none", "all", or "c3a_only" (those of adapted modules).
         init_weights: "xavier_uniform" (False means that, too), "kaiming_uniform" or "gaussian": random kernels, so that
             the adapter changes the model from the start. True: they are zero.
@@ -40,6 +45,34 @@ class C3AConfig(targets.LayersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         validation.positive_whole(block_size=self.block_size, **self.block_size_pattern)
+
+    def block_of(self, path: str) -> int:
+        """Return the block size of the layer at `path`."""
+        size: int = targets.pattern_value(self.block_size_pattern, path, self.block_size)
+        return size
+
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        b, (width, out_width) = self.block_of(path), targets.sizes(module)
+        sizes = f"'{path}' has {width} inputs and {out_width} outputs"
+        odd = f"block_size={b} must divide both sizes, {sizes}: choose {math.gcd(width, out_width)}"
+        return odd if width % b or out_width % b else None
+
+    def resolved(self, model: nn.Module, architecture: Architecture) -> C3AConfig:
+        """Return the config with block sizes that fit the layers of `all-linear`."""
+        config = self
+        if self.target_modules == "all-linear":
+            smaller: dict[int, list[str]] = {}
+            for path, module in targets.select_by(self, model, architecture).items():
+                common = math.gcd(self.block_size, *targets.sizes(module))
+                named = targets.pattern_value(self.block_size_pattern, path, None) is not None
+                if SMALLEST <= common < self.block_size and not named:
+                    smaller.setdefault(common, []).append(path)
+            found = {name: b for b, paths in smaller.items() for name in targets.minimal_suffixes(model, paths)}
+            if found:
+                message = f"block_size={self.block_size} does not divide the sizes of all layers: block_size_pattern"
+                warnings.warn(f"{message}={found} is used for the others", stacklevel=2)
+                config = replace(self, block_size_pattern={**self.block_size_pattern, **found})
+        return targets.LayersConfig.resolved(config, model, architecture)
 
 
 class Correlation(torch.autograd.Function):
@@ -111,10 +144,7 @@ def place(model: nn.Module, config: C3AConfig, architecture: Architecture) -> li
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     placed: list[Any] = []
     for path, (width, out_width) in layers.items():
-        b = targets.pattern_value(config.block_size_pattern, path, config.block_size)
-        fits, sizes = width % b == out_width % b == 0, f"'{path}' has {width} inputs and {out_width} outputs"
-        validation.require(fits, f"block_size={b} must divide both sizes, {sizes}: choose {math.gcd(width, out_width)}")
-        placed.append(Around(path, C3A(config, b, width, out_width)))
+        placed.append(Around(path, C3A(config, config.block_of(path), width, out_width)))
     return placed + targets.trained_biases(model, config.bias, layers)
 
 

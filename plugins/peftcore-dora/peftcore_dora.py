@@ -35,6 +35,7 @@ class DoraConfig(peftcore_lora.LoraConfig):
     """LoRA's fields, but lora_bias. On disk it is, as in Hugging Face PEFT, a LoRA with `use_dora: true`."""
 
     reaches_experts = False
+    adapts_attention = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

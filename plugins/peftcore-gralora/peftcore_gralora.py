@@ -54,6 +54,12 @@ class GraloraConfig(targets.LayersConfig):
         whole = f"r={self.r} must be a multiple of gralora_k={self.gralora_k}"
         validation.require(self.r % self.gralora_k == 0, whole)
 
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        sizes = targets.sizes(module)
+        divides = f"gralora_k={self.gralora_k} must divide inputs and outputs of '{path}': {sizes}"
+        odd = any(size % self.gralora_k for size in sizes)
+        return f"{divides}. Choose another k, or leave it out: exclude_modules=[...]" if odd else None
+
 
 class Gralora(nn.Module):
     """A `[k, in / k, r]` and B `[k, r, out / k]`; of the plain product `[hybrid_r, in]` and `[out, hybrid_r]`."""
@@ -111,10 +117,6 @@ def kaiming(*shape: int) -> Tensor:
 
 def place(model: nn.Module, config: GraloraConfig, architecture: peftcore.Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    for path, sizes in layers.items():
-        odd = any(size % config.gralora_k for size in sizes)
-        divides = f"gralora_k={config.gralora_k} must divide inputs and outputs of '{path}': {sizes}"
-        validation.require(not odd, f"{divides}. Choose another k, or leave it out: exclude_modules=[...]")
     placements = [peftcore.Around(path, Gralora(config, *sizes)) for path, sizes in layers.items()]
     return [*placements, *targets.trained_biases(model, config.bias, layers)]
 

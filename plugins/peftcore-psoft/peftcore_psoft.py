@@ -64,6 +64,11 @@ class PsoftConfig(targets.LayersConfig):
         validation.require(terms > 1, f"num_cayley_neumann_terms={terms} turns nothing: take 2 or more")
         validation.require(eps is None or 0 < eps < 1, f"cayley_neumann_eps must be between 0 and 1, found {eps}")
 
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        width, out_width = targets.sizes(module)
+        above = f"r={self.r} is above a size of '{path}', {width} inputs and {out_width} outputs"
+        return above if self.r > min(width, out_width) else None
+
 
 class Turn(nn.Module):
     """R `[r, r]`: `weight` `[r (r - 1) / 2]` of Q, or R's own, and the vectors b and a `[r]`."""
@@ -140,8 +145,6 @@ def place(model: nn.Module, config: PsoftConfig, architecture: Architecture) -> 
     placed: list[Any] = []
     for path, module in config.selected(model, architecture).items():
         width, out_width = targets.sizes(module)
-        fits = config.r <= min(width, out_width)
-        validation.require(fits, f"r={config.r} is above a size of '{path}', {width} inputs and {out_width} outputs")
         stored: Any = module
         filled = not (stored.weight.is_meta or torch.empty(0).is_meta)
         weight = weight_format(module).read(module) if filled else None

@@ -43,6 +43,11 @@ class RoadConfig(targets.LayersConfig):
         validation.positive_whole(group_size=self.group_size)
         validation.require(self.group_size % 2 == 0, f"group_size must be even, found {self.group_size}")
 
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        width = targets.sizes(module)[1]
+        unlike = f"group_size={self.group_size} does not divide the {width} outputs of '{path}'"
+        return unlike if width % self.group_size else None
+
 
 class Road(nn.Module):
     """`road_theta` and `road_alpha` of a linear layer: half as many as its outputs, as many, or twice as many."""
@@ -79,9 +84,6 @@ class Road(nn.Module):
 
 def place(model: nn.Module, config: RoadConfig, architecture: Architecture) -> list[Any]:
     widths = {path: targets.sizes(module)[1] for path, module in config.selected(model, architecture).items()}
-    for path, width in widths.items():
-        fits = width % config.group_size == 0
-        validation.require(fits, f"group_size={config.group_size} does not divide the {width} outputs of '{path}'")
     return [Around(path, Road(config, width)) for path, width in widths.items()]
 
 

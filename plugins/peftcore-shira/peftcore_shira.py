@@ -46,6 +46,11 @@ class ShiraConfig(targets.LayersConfig):
         super().__post_init__()
         validation.positive_whole(r=self.r)
 
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        width, out_width = targets.sizes(module)
+        count, whole = self.r * (width + out_width), width * out_width
+        return f"r={self.r} asks for {count} numbers of '{path}', whose weight has {whole}" if count > whole else None
+
 
 class Shira(nn.Module):
     """`shira_weight` `[n]` are the numbers, `shira_indices` `[2, n]` their rows and columns in W `[out, in]`."""
@@ -81,10 +86,9 @@ class Shira(nn.Module):
         return rows, columns
 
 
-def drawn(config: ShiraConfig, path: str, width: int, out_width: int) -> Tensor:
+def drawn(config: ShiraConfig, width: int, out_width: int) -> Tensor:
     """Places `[2, n]` in a weight `[out, in]`, row by row, as PEFT draws them; all layers of a size have the same."""
     count, whole = config.r * (width + out_width), width * out_width
-    validation.require(count <= whole, f"r={config.r} asks for {count} numbers of '{path}', whose weight has {whole}")
     if torch.empty(0).is_meta:
         return torch.empty(2, count, dtype=torch.int32)
     generator = torch.Generator()
@@ -96,7 +100,7 @@ def drawn(config: ShiraConfig, path: str, width: int, out_width: int) -> Tensor:
 
 def place(model: nn.Module, config: ShiraConfig, architecture: peftcore.Architecture) -> list[Any]:
     layers = {path: targets.sizes(layer) for path, layer in config.selected(model, architecture).items()}
-    places = {sizes: drawn(config, path, *sizes) for sizes, path in {s: p for p, s in layers.items()}.items()}
+    places = {sizes: drawn(config, *sizes) for sizes in set(layers.values())}
     return [peftcore.Around(p, Shira(places[sizes], sizes, config.init_weights)) for p, sizes in layers.items()]
 
 

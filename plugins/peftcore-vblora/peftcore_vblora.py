@@ -57,6 +57,12 @@ class VBLoRAConfig(targets.LayersConfig):
         found = f"topk={self.topk} is above num_vectors={self.num_vectors}"
         validation.require(self.topk <= self.num_vectors, found)
 
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        sizes = targets.sizes(module)
+        divides = f"vector_length={self.vector_length} must divide inputs and outputs of '{path}': {sizes}"
+        odd = any(size % self.vector_length for size in sizes)
+        return f"{divides}. Choose another length, or leave it out: exclude_modules=[...]" if odd else None
+
 
 class Bank(nn.Module):
     """`[num_vectors, vector_length]`, one for all layers."""
@@ -97,10 +103,6 @@ class VBLoRA(ThinLinear):
 
 def place(model: nn.Module, config: VBLoRAConfig, architecture: peftcore.Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    for path, sizes in layers.items():
-        odd = any(size % config.vector_length for size in sizes)
-        divides = f"vector_length={config.vector_length} must divide inputs and outputs of '{path}': {sizes}"
-        validation.require(not odd, f"{divides}. Choose another length, or leave it out: exclude_modules=[...]")
     bank = Bank(config)
     placements = [peftcore.Around(path, VBLoRA(config, bank, *sizes)) for path, sizes in layers.items()]
     return [*placements, *targets.trained_biases(model, config.bias, layers)]

@@ -132,6 +132,14 @@ class WaveFTConfig(targets.LayersConfig):
         known = f"wavelet_family is one of {', '.join(FAMILIES)}, found {self.wavelet_family!r}"
         validation.require(self.wavelet_family in FAMILIES, known)
 
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        if self.proportional_parameters:  # a share that depends on the other layers
+            return None
+        n = targets.pattern_value(self.n_frequency_pattern, path, self.n_frequency)
+        count = math.prod(targets.sizes(module))
+        there = f"n_frequency={n} is above the entries there are: the weight of '{path}' has {count}"
+        return there if n > count else None
+
 
 @lru_cache
 def filters(family: str) -> Tensor:

@@ -104,6 +104,7 @@ class LoraConfig:
     kept_dropout: float | None = None
 
     reaches_experts: ClassVar[bool] = True  # of methods that are LoRA's kin, too
+    adapts_attention: ClassVar[bool] = True  # nn.MultiheadAttention; `all-linear` leaves it out for kin that do not
 
     def __post_init__(self) -> None:
         validation.check_types(self)
@@ -182,4 +183,6 @@ def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Archit
         modules, experts = targets.name_experts(model, modules, is_adaptable)
     if not modules and (config.target_parameters or config.trainable_token_indices or experts):
         return {}
-    return targets.select_by(config, model, architecture, supported=is_adaptable, target_modules=modules)
+    leaves_out = modules == targets.ALL_LINEAR and not config.adapts_attention
+    supported = targets.is_linear if leaves_out else is_adaptable
+    return targets.select_by(config, model, architecture, supported=supported, target_modules=modules)
