@@ -132,7 +132,9 @@ def _plain(value: Any) -> Any:
 
 def _is_as_made(config: Any, name: str, value: Any) -> bool:
     """Return whether an attribute that no file holds has the value that every object has from the start."""
-    if name in vars(type(config)) and vars(type(config))[name] is value:  # CPT's `is_prompt_learning`
+    if (
+        name in vars(type(config)) and vars(type(config))[name] is value
+    ):  # a constant of the class, such as `is_prompt_learning`
         return True
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return bool(value == type(value)())
