@@ -216,7 +216,7 @@ def run(
         if settings.task == data.PREFERENCES:
             parts = [part for part in (held_out, validation) if part]
             first |= {id(part): preferences.likelihoods(model, part, tokenizer, pairs) for part in parts}
-        say(f"measuring {len(eval_rows):,} held-out examples before training ...")
+        say("measuring held-out examples ...")
         before = measure(model)
         other_before = measure(model, other) if other else None
         name = "base" if start is None else "the adapter before"

@@ -127,7 +127,7 @@ def test_loading_one_calls_so_many_functions_a_layer_and_leaves_no_table_of_hook
         for _, adapter in peftcore.engine.adapter_modules(model, "new"):
             tables = [name for name in adapter.__dict__ if name.endswith("_hooks") or name.endswith("_set")]
             assert not tables and not any(p.requires_grad for p in adapter.parameters())
-    assert (found[1] - found[0]) / 10 < 440
+    assert (found[1] - found[0]) / 10 < 470
 
 
 def test_what_is_loaded_frozen_trains_when_it_is_let(folder: Path) -> None:

@@ -96,6 +96,7 @@ def test_frozen_weights_are_widened_where_the_processor_does_so(monkeypatch: pyt
     def widened(left: torch.Tensor, right: torch.Tensor) -> bool:
         return costs.cost(mm, (left, right), left @ right, libraries.OF_A_CARD).widened
 
+    monkeypatch.setattr(ops, "WIDENED", frozenset())
     assert not widened(x, frozen.t())
     monkeypatch.setattr(ops, "WIDENED", frozenset({torch.bfloat16}))
     assert widened(x, frozen.t()) and widened(x.new_empty(6, 20), frozen)
