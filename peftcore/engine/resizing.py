@@ -12,6 +12,7 @@ from torch import nn
 
 from peftcore.adaptation.adapted import adapters_of, base_modules
 from peftcore.engine.changes import submodule
+from peftcore.engine.state import state_of
 from peftcore.engine.trained import all_of
 from peftcore.errors import PeftcoreError
 from peftcore.events import vocabulary_resizes
@@ -24,6 +25,9 @@ def refuse_resize(model: nn.Module, modules: Iterable[nn.Module]) -> None:
         model: the model, or the part of it that `modules` are in.
         modules: those whose number of rows is about to change, and with them that of what is tied to them.
     """
+    state = state_of(model)
+    if state is not None and state.merged is not None:
+        return  # the base's own weights are resized; `unmerge` says that they no longer fit
     resized = set(modules)
     weights = {id(weight) for module in resized for weight in [module._parameters.get("weight")] if weight is not None}
     for path, module in base_modules(model) if resized else ():
