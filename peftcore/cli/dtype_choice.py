@@ -27,7 +27,7 @@ from peftcore.estimating.step import MIXED
 
 AUTO, WIDE = "auto", "fp32"
 TRAINED = "parameters of the base are trained, whose small updates {dtype} would round away"
-RECORDED = "its adapter was trained beside fp32"
+RECORDED = "its adapter was trained with the base in fp32"
 
 
 @dataclass(frozen=True)

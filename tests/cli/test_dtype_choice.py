@@ -152,7 +152,7 @@ def test_a_run_and_what_uses_it(
     assert [task["dtype"] for task in tasks] == ["fp32", "bf16"]
     assert json.loads((tmp_path / "slow/run.json").read_text())["dtype"] == "auto"
     shown = run("eval", "-a", tmp_path / "slow", "-d", reviews).output
-    assert "its adapter was trained beside fp32" in said(shown)
+    assert "its adapter was trained with the base in fp32" in said(shown)
     after = json.loads((tmp_path / "slow/result.json").read_text())["after"]["loss"]
     assert f"{after:.4f}" in shown
     run("generate", "-a", tmp_path / "fast", "-p", "the film is")
