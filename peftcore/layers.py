@@ -1,13 +1,16 @@
-"""Kinds of layer: what counts as linear, and its sizes."""
+"""Kinds of layer: what counts as linear, and sizes."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -52,8 +55,15 @@ def is_wrapped(tensor: Tensor) -> bool:
 
 
 def sizes(module: nn.Module) -> tuple[int, int]:
-    """(input, output) of a linear layer."""
+    """(input, output) of a linear layer; of others those of the linear map that the weight is.
+
+    A convolution maps the numbers under its kernel, in one group, to channels; an embedding maps tokens to vectors.
+    """
     layer: Any = module  # of whatever class
+    if isinstance(module, Convolution):
+        return math.prod(module.weight.shape[1:]), module.out_channels
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
     return (layer.nx, layer.nf) if is_conv1d(module) else (layer.in_features, layer.out_features)
 
 

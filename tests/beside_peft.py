@@ -58,6 +58,63 @@ def both_ways(make: Any, folder: Path, ours: nn.Module, config: peft.PeftConfig)
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
 
 
+class Layer(nn.Module):
+    """A model of one layer, with random values."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found
+
+
+def same_layer(make: Any, x: Tensor, folder: Path, config: peft.PeftConfig, method: str, **fields: Any) -> None:
+    """An adapter of one layer starts as PEFT's, computes what PEFT computes from its file, and merges; and PEFT's here.
+
+    Args:
+        make: () -> the layer.
+        config: PEFT's, with the fields `fields`.
+    """
+
+    def box() -> Layer:
+        return Layer(make()).eval()
+
+    def compare(found: nn.Module, wanted: nn.Module) -> None:
+        y = wanted(x).detach()
+        assert (y - box()(x)).abs().max() > 0.02
+        torch.testing.assert_close(found(x).detach(), y, rtol=0, atol=3e-5)
+
+    torch.manual_seed(0)
+    ours = peftcore.apply(box(), method, target_modules=["layer"], **fields)
+    start = peft.get_peft_model_state_dict(quiet(peft.get_peft_model, box(), config))
+    found = load_file(peftcore.save(ours, folder / "start") / "adapter_model.safetensors")
+    assert {name: t.shape for name, t in found.items()} == {name: t.shape for name, t in start.items()}
+    for name, t in start.items():
+        if len(t.unique()) == 1:
+            assert torch.equal(found[name], t), name
+        elif t.numel() > 16:  # else chance decides
+            assert 0.5 < found[name].std() / t.std() < 2, name
+    disturb(ours, "default", seed=1)
+    ours(x).square().sum().backward()
+    own = [p for _, p in peftcore.engine.adapter_parameters(ours, "default")]
+    assert own and all(p.grad is not None and p.grad.abs().max() > 0 for p in own)
+    peftcore.save(ours, folder / "ours")
+    theirs = quiet(peft.PeftModel.from_pretrained, box(), folder / "ours").eval()
+    compare(ours, theirs)
+    compare(quiet(theirs.merge_and_unload), peftcore.merge(ours))
+    theirs = moved(quiet(peft.get_peft_model, box(), config).eval())
+    quiet(theirs.save_pretrained, folder / "theirs")
+    ours = peftcore.load(box(), folder / "theirs")
+    compare(ours, theirs)
+    compare(peftcore.merge(ours), quiet(theirs.merge_and_unload))
+
+
 def trained_by_peft(model: nn.Module, config_class: type, **fields: Any) -> nn.Module:
     """A model of PEFT's with four virtual tokens, whose values are not those of the start."""
     task = peftcore.observation.detect(model).task_type

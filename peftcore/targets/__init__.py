@@ -3,6 +3,7 @@
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.layers import is_conv1d, is_linear, sizes
 from peftcore.targets.config import LayersConfig
+from peftcore.targets.convolutions import odd_convolution
 from peftcore.targets.experts import (
     ALL_LINEAR,
     expert_weights,
@@ -53,6 +54,7 @@ __all__ = [
     "matches",
     "minimal_suffixes",
     "name_experts",
+    "odd_convolution",
     "parameter_suffixes",
     "pattern_value",
     "refuse_bypassed",

@@ -12,7 +12,7 @@ from torch import nn
 
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
-from peftcore.layers import is_conv1d, sizes
+from peftcore.layers import is_conv1d, is_linear, sizes
 from peftcore.targets.experts import ALL_LINEAR
 from peftcore.targets.selection import minimal_suffixes, select_by
 from peftcore.validation import check_types, require
@@ -23,7 +23,9 @@ LEFT_OUT = 0.1  # of the weight that `all-linear` selects; misfits that hold mor
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """Which linear layers a method adapts. The fields bear the names of Hugging Face PEFT's configs.
+    """Which layers a method adapts: linear ones, and those of `kinds`.
+
+    The fields bear the names of Hugging Face PEFT's configs.
 
     Args:
         target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
@@ -41,6 +43,7 @@ class LayersConfig:
     # Of these fields those that PEFT's config of the method lacks. They are worked into target_modules, so that PEFT
     # adapts the same layers; a method has them in `StateRules.own_fields`, too.
     not_in_peft: ClassVar[frozenset[str]] = frozenset()
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = ()  # other layers that the method adapts where they are named
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -57,7 +60,7 @@ class LayersConfig:
         Raises:
             PeftcoreError: a named layer, or much of the weight, does not fit the config.
         """
-        chosen = select_by(self, model, architecture)
+        chosen = select_by(self, model, architecture, supported=self.adapts)
         unfit = {path: why for path, module in chosen.items() if (why := self.misfit(path, module)) is not None}
         if not unfit:
             return chosen
@@ -72,6 +75,10 @@ class LayersConfig:
             stacklevel=2,
         )
         return {path: module for path, module in chosen.items() if path not in unfit}
+
+    def adapts(self, module: nn.Module) -> bool:
+        """Return whether the method can adapt layers of this class."""
+        return is_linear(module) or isinstance(module, self.kinds)
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
         """Return the error for a layer whose sizes the fields do not fit, or None; for methods to override."""

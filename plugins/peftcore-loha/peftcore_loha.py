@@ -5,13 +5,16 @@
 
 So it is computed, as LoRA is, where r² is thin, and else by the matrix itself. Trained: all four; A2 is zero at the
 start. Fields and files are PEFT's, which has them from LyCORIS.
+
+Of a convolution the matrix is [out, in · k], with k numbers in a kernel. With `use_effective_conv2d` (prop. 3) each of
+the two products is B (T A): T [r, r, k] mixes, at each place of the kernel, the r rows of A [r, in].
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peftcore_lora.layers import ThinLinear
@@ -31,11 +34,12 @@ class LoHaConfig(targets.LayersConfig):
         r, alpha: rank of each product; the scale is alpha / r. rank_pattern, alpha_pattern: others by name of a layer.
         rank_dropout: probability with which, in training, an output of the update is dropped.
         module_dropout: probability with which, in training, a layer's update is dropped as a whole.
-        use_effective_conv2d: of convolutions alone, which are not known here: of linear layers it changes nothing.
+        use_effective_conv2d: convolutions whose kernel is larger than one number have T.
         init_weights: False: A2 is random as the others are.
     """
 
     not_in_peft = frozenset({"fan_in_fan_out"})
+    kinds = nn.Conv1d, nn.Conv2d
     r: int = 8
     alpha: float = 8
     rank_dropout: float = 0.0
@@ -49,6 +53,9 @@ class LoHaConfig(targets.LayersConfig):
         super().__post_init__()
         validation.positive_whole(r=self.r, **self.rank_pattern)
         validation.probability(rank_dropout=self.rank_dropout, module_dropout=self.module_dropout)
+
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        return targets.odd_convolution(path, module)
 
 
 class LoHa(ThinLinear):
@@ -68,14 +75,17 @@ class LoHa(ThinLinear):
         if config.init_weights:
             nn.init.zeros_(self.hada_w2_b)
 
+    def products(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(B1, A1) and (B2, A2)."""
+        return (self.hada_w1_a, self.hada_w1_b), (self.hada_w2_a, self.hada_w2_b)
+
     def pair(self) -> tuple[Tensor, Tensor]:
-        a = self.hada_w1_b[:, None] * self.hada_w2_b[None]
-        b = self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]
-        return a.flatten(0, 1), b.flatten(1)
+        (b1, a1), (b2, a2) = self.products()
+        return (a1[:, None] * a2[None]).flatten(0, 1), (b1[:, :, None] * b2[:, None]).flatten(1)
 
     def delta(self) -> Tensor:
-        first, second = self.hada_w1_a.float() @ self.hada_w1_b.float(), self.hada_w2_a.float() @ self.hada_w2_b.float()
-        return self.scale * first * second
+        (b1, a1), (b2, a2) = self.products()
+        return self.scale * (b1.float() @ a1.float()) * (b2.float() @ a2.float())
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
         if self.is_thin and not (self.training and any(self.drops)):
@@ -84,22 +94,80 @@ class LoHa(ThinLinear):
         return base(x) + (kept(update, *self.drops) if self.training else update)
 
 
+class LoHaConv(LoHa):
+    """The two pairs of a convolution's weight, seen as a matrix `[out, in / groups · k]`."""
+
+    def __init__(self, config: LoHaConfig, path: str, layer: nn.Conv1d | nn.Conv2d) -> None:
+        super().__init__(config, path, *targets.sizes(layer))
+        self.shape = layer.weight.shape
+
+    def delta(self) -> Tensor:
+        return super().delta().view(self.shape)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        update = base.module._conv_forward(x, self.delta().to(x.dtype), None)
+        return base(x) + (kept(update, *self.drops, axes=len(self.shape) - 2) if self.training else update)
+
+
+class LoHaTucker(LoHaConv):
+    """`hada_t1` `[r, r, k, k]`, `hada_w1_a` `[r, out]` and `hada_w1_b` `[r, in]`, and the second three."""
+
+    def __init__(self, config: LoHaConfig, path: str, layer: nn.Conv1d | nn.Conv2d) -> None:
+        super().__init__(config, path, layer)
+        (r, out_width), width = self.hada_w1_a.T.shape, self.shape[1]
+        self.hada_t1, self.hada_w1_a, self.hada_w1_b = core(r, layer), uniform(r, out_width), uniform(r, width)
+        self.hada_t2, self.hada_w2_a, self.hada_w2_b = core(r, layer), uniform(r, out_width), uniform(r, width)
+        if config.init_weights:
+            nn.init.zeros_(self.hada_w2_b)
+
+    def products(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        a1, a2 = mixed(self.hada_t1, self.hada_w1_b), mixed(self.hada_t2, self.hada_w2_b)
+        return (self.hada_w1_a.T, a1), (self.hada_w2_a.T, a2)
+
+
+def has_core(layer: nn.Module, use_effective_conv2d: bool) -> bool:
+    """Return whether the change of a convolution has a T."""
+    return use_effective_conv2d and any(k > 1 for k in cast(Any, layer).kernel_size)
+
+
+def core(r: int, layer: nn.Conv1d | nn.Conv2d) -> nn.Parameter:
+    """T `[r, r, k, k]`; of one dimension `[r, r, k, 1]`."""
+    return uniform(r, r, *layer.kernel_size, *([1] if isinstance(layer, nn.Conv1d) else []))
+
+
+def mixed(core: Tensor, rows: Tensor) -> Tensor:
+    """T A, `[r, in · k]`."""
+    return torch.einsum("ijkl,jn->inkl", core, rows).flatten(1)
+
+
 def uniform(*shape: int) -> nn.Parameter:
     """As PEFT fills factors: `kaiming_uniform_` with a = √5."""
     return nn.Parameter(nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5)))
 
 
-def kept(update: Tensor, rank_dropout: float, module_dropout: float, rescaled: bool = True) -> Tensor:
-    """What is left of an update `[..., out]` in training: some outputs, which make up for the others, or nothing."""
+def kept(update: Tensor, rank_dropout: float, module_dropout: float, rescaled: bool = True, *, axes: int = 0) -> Tensor:
+    """What is left of an update in training: some outputs, which make up for the others, or nothing.
+
+    Args:
+        update: `[..., out]`, with as many dimensions behind the outputs as `axes` says.
+    """
     if rank_dropout:
-        mask = (torch.rand(update.shape[-1], device=update.device) > rank_dropout).to(update.dtype)
-        update = update * (mask / mask.mean().clamp(min=1 / len(mask)) if rescaled else mask)
+        mask = (torch.rand(update.shape[-1 - axes], device=update.device) > rank_dropout).to(update.dtype)
+        mask = mask / mask.mean().clamp(min=1 / len(mask)) if rescaled else mask
+        update = update * mask.view(-1, *[1] * axes)
     return update * (torch.rand((), device=update.device) > module_dropout) if module_dropout else update
 
 
 def place(model: nn.Module, config: LoHaConfig, architecture: Architecture) -> list[Any]:
-    sizes = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    return [Around(path, LoHa(config, path, *sizes[path])) for path in sizes]
+    return [
+        Around(path, of_layer(config, path, module)) for path, module in config.selected(model, architecture).items()
+    ]
+
+
+def of_layer(config: LoHaConfig, path: str, module: nn.Module) -> LoHa:
+    if not isinstance(module, nn.Conv1d | nn.Conv2d):
+        return LoHa(config, path, *targets.sizes(module))
+    return (LoHaTucker if has_core(module, config.use_effective_conv2d) else LoHaConv)(config, path, module)
 
 
 @hookimpl

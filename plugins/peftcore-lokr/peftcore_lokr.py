@@ -5,16 +5,20 @@
 
 m and l are the largest divisors that are at most the root, or `decompose_factor`. W2 is a product of rank r where that
 is smaller, and W1 too with `decompose_both`. Trained: all; W1, or its first factor, is zero at the start.
+
+Of a convolution W2 is [k, n, kernel], whose product of rank r is a matrix [k, n · kernel], or, with
+`use_effective_conv2d`, B (T A) as in LoHa.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from peftcore_loha import kept, uniform
+from peftcore_loha import has_core, kept, mixed, uniform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,11 +37,12 @@ class LoKrConfig(targets.LayersConfig):
         rank_dropout: probability with which, in training, an output of the update is dropped. rank_dropout_scale: the
             others make up for it. module_dropout: with which a layer's update is dropped as a whole.
         decompose_both: W1 is a product, too. decompose_factor: the first divisor. -1: the largest up to the root.
-        use_effective_conv2d: of convolutions alone, which are not known here: of linear layers it changes nothing.
+        use_effective_conv2d: the product in convolutions whose kernel is larger than one number has T.
         init_weights: "lycoris": W2, or its second factor, is zero in place of W1. False: all are random.
     """
 
     not_in_peft = frozenset({"fan_in_fan_out"})
+    kinds = nn.Conv1d, nn.Conv2d
     r: int = 8
     alpha: float = 8
     rank_dropout: float = 0.0
@@ -57,23 +62,33 @@ class LoKrConfig(targets.LayersConfig):
         factor = self.decompose_factor
         validation.require(factor == -1 or factor > 0, f"decompose_factor must be -1 or above 0, found {factor}")
 
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        return targets.odd_convolution(path, module)
+
 
 class LoKr(nn.Module):
     """`lokr_w1` `[l, m]` and `lokr_w2` `[k, n]`, or for each `lokr_w1_a` `[l, r]`, `lokr_w1_b` `[r, m]`."""
 
-    def __init__(self, config: LoKrConfig, path: str, width: int, out_width: int) -> None:
+    def __init__(
+        self, config: LoKrConfig, path: str, width: int, out_width: int, kernel: Sequence[int] = (), cored: bool = False
+    ) -> None:
         super().__init__()
         r = targets.pattern_value(config.rank_pattern, path, config.r)
         self.scale = targets.pattern_value(config.alpha_pattern, path, config.alpha) / r
         self.drops = config.rank_dropout, config.module_dropout, config.rank_dropout_scale
         (m, n), (o, k) = divided(width, config.decompose_factor), divided(out_width, config.decompose_factor)
-        for name, rows, columns, whole in (
-            ("lokr_w1", o, m, not config.decompose_both or 2 * r >= max(o, m)),
-            ("lokr_w2", k, n, 2 * r >= max(k, n)),
-        ):
-            parts = {"": (rows, columns)} if whole else {"_a": (rows, r), "_b": (r, columns)}
-            for part, shape in parts.items():
-                self.register_parameter(name + part, uniform(*shape))
+        whole = not config.decompose_both or 2 * r >= max(o, m)
+        shapes: dict[str, tuple[int, ...]] = (
+            {"lokr_w1": (o, m)} if whole else {"lokr_w1_a": (o, r), "lokr_w1_b": (r, m)}
+        )
+        if 2 * r >= max(k, n):
+            shapes |= {"lokr_w2": (k, n, *kernel)}
+        elif cored:
+            shapes |= {"lokr_t2": (r, r, *kernel, 1)[:4], "lokr_w2_a": (r, k), "lokr_w2_b": (r, n)}
+        else:
+            shapes |= {"lokr_w2_a": (k, r), "lokr_w2_b": (r, n * math.prod(kernel))}
+        for name, shape in shapes.items():
+            self.register_parameter(name, uniform(*shape))
         if config.init_weights:
             own = dict(self.named_parameters())
             zero = ("lokr_w2", "lokr_w2_b") if config.init_weights == "lycoris" else ("lokr_w1", "lokr_w1_a")
@@ -93,10 +108,40 @@ class LoKr(nn.Module):
         update = self.scale * u.flatten(-2)
         return base(x) + (kept(update, *self.drops) if self.training else update)
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def delta(self) -> Tensor:
+        """scale · W1 ⊗ W2, fp32 `[out, in]`."""
         first, second = ([part.float() for part in self.parts(name)] for name in ("lokr_w1", "lokr_w2"))
-        product = [parts[0] @ parts[1] if len(parts) == 2 else parts[0] for parts in (first, second)]
-        return weight + self.scale * torch.kron(product[0].contiguous(), product[1].contiguous()), bias
+        w1, w2 = (parts[0] @ parts[1] if len(parts) == 2 else parts[0] for parts in (first, second))
+        if w2.dim() == 4:
+            w1 = w1[:, :, None, None]
+        return self.scale * torch.kron(w1.contiguous(), w2.contiguous())
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.delta().view_as(weight), bias
+
+
+class LoKrConv(LoKr):
+    """`lokr_w2` `[k, n, kernel]`, or `[k, r]` and `[r, n · kernel]`, or with `lokr_t2` `[r, k]` and `[r, n]`.
+
+    A whole `lokr_w2` of an nn.Conv1d is paired with W1 from the right, [1, l, m] ⊗ [k, n, kernel], and the numbers are
+    then read as a weight: so PEFT has it, and files mean that.
+    """
+
+    def __init__(self, config: LoKrConfig, path: str, layer: nn.Conv1d | nn.Conv2d) -> None:
+        cored = has_core(layer, config.use_effective_conv2d)
+        super().__init__(config, path, layer.weight.shape[1], layer.out_channels, layer.kernel_size, cored)
+        self.shape = layer.weight.shape
+
+    def parts(self, name: str) -> list[Tensor]:
+        found = super().parts(name)
+        if name == "lokr_w2" and hasattr(self, "lokr_t2"):
+            core: Any = self.lokr_t2
+            return [found[0].T, mixed(core, found[1])]
+        return found
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        update = base.module._conv_forward(x, self.delta().view(self.shape).to(x.dtype), None)
+        return base(x) + (kept(update, *self.drops, axes=len(self.shape) - 2) if self.training else update)
 
 
 def divided(size: int, factor: int) -> tuple[int, int]:
@@ -109,8 +154,15 @@ def divided(size: int, factor: int) -> tuple[int, int]:
 
 
 def place(model: nn.Module, config: LoKrConfig, architecture: Architecture) -> list[Any]:
-    sizes = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    return [Around(path, LoKr(config, path, *sizes[path])) for path in sizes]
+    return [
+        Around(path, of_layer(config, path, module)) for path, module in config.selected(model, architecture).items()
+    ]
+
+
+def of_layer(config: LoKrConfig, path: str, module: nn.Module) -> LoKr:
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return LoKrConv(config, path, module)
+    return LoKr(config, path, *targets.sizes(module))
 
 
 @hookimpl
