@@ -6,7 +6,8 @@
     x -- R -- W -- · g --- + bias --- y
 
 A block is Cayley's (1 - Q) (1 + Q)⁻¹ with Q = (A - Aᵀ) / 2. Trained: A of each block, zero at the start, and a gain g
-for each output, one at the start. No matrix [in, in] is made.
+for each output, one at the start. No matrix [in, in] is made. Of a convolution W is the matrix [out, in · k], with k
+numbers in a kernel.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ class BOFTConfig(targets.LayersConfig):
     bias: Literal["none", "all", "boft_only"] = "none"
     init_weights: bool = True
 
+    kinds = (nn.Conv2d,)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         size, number = self.boft_block_size, self.boft_block_num
@@ -52,6 +55,9 @@ class BOFTConfig(targets.LayersConfig):
         validation.require(one, f"one of boft_block_size and boft_block_num is 0, and the other above 0, {found}")
         validation.positive_whole(boft_n_butterfly_factor=self.boft_n_butterfly_factor)
         validation.probability(boft_dropout=self.boft_dropout)
+
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        return targets.odd_convolution(path, module, alike=True, grouped=False)
 
 
 class Butterflies(nn.Module):
@@ -83,13 +89,18 @@ class BOFT(nn.Module):
         r = self.boft_R.float()
         return cayley((r - r.transpose(-1, -2)) / 2)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def kept(self) -> Tensor:
+        """`turns`, of which a share rests in training."""
         turns = self.turns()
         if self.training and self.dropout:
-            shape = turns.shape[:2]
-            dropped = torch.randperm(shape[1], device=x.device) < int(self.dropout * shape[1])
-            one = torch.arange(shape[0], device=x.device) == torch.randint(shape[0], (), device=x.device)
+            shape, device = turns.shape[:2], turns.device
+            dropped = torch.randperm(shape[1], device=device) < int(self.dropout * shape[1])
+            one = torch.arange(shape[0], device=device) == torch.randint(shape[0], (), device=device)
             turns = turns * ~(one[:, None] & dropped)[:, :, None, None]
+        return turns
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        turns = self.kept()
         operands = base.linear_operands(x)
         bias = base.weight_and_bias()[1] if operands is None else operands[1]
         orders = self.butterflies.orders.to(x.device)
@@ -106,10 +117,28 @@ class BOFT(nn.Module):
         return x + torch.zeros_like(x).index_copy(-1, order, turned(x.index_select(-1, order), rotation))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        orders = self.butterflies.orders.to(weight.device)
-        for order, rotation in zip(orders, self.turns().transpose(-1, -2), strict=True):
-            weight = self.turned(weight, order, rotation)
-        return self.boft_s.float() * weight, bias
+        return self.changed(weight, self.turns()), bias
+
+    def changed(self, weight: Tensor, turns: Tensor) -> Tensor:
+        """g ∘ W R, fp32."""
+        matrix = weight.flatten(1)
+        for order, rotation in zip(self.butterflies.orders.to(weight.device), turns.transpose(-1, -2), strict=True):
+            matrix = self.turned(matrix, order, rotation)
+        return (self.boft_s.flatten().float()[:, None] * matrix).view_as(weight)
+
+
+class BOFTConv(BOFT):
+    """The same of a convolution, with `boft_s` `[1, out]`."""
+
+    def __init__(self, config: BOFTConfig, butterflies: Butterflies, blocks: int, out_width: int) -> None:
+        super().__init__(config, butterflies, blocks, out_width)
+        self.boft_s = nn.Parameter(self.boft_s.detach().T)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        weight = base.weight().float()
+        change = self.changed(weight, self.kept()) - weight
+        y: Tensor = base(x) + base.module._conv_forward(x, change.to(x.dtype), None)
+        return y
 
 
 def butterfly(i: int, blocks: int, block_size: int) -> Tensor:
@@ -120,10 +149,11 @@ def butterfly(i: int, blocks: int, block_size: int) -> Tensor:
 
 
 def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> list[Any]:
-    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    layers = config.selected(model, architecture)
     placed: list[Any] = []
     butterflies: dict[int, Butterflies] = {}
-    for path, (width, out_width) in layers.items():
+    for path, module in layers.items():
+        width, out_width = targets.sizes(module)
         given, m = config.boft_block_num or config.boft_block_size, config.boft_n_butterfly_factor
         name = "boft_block_num" if config.boft_block_num else "boft_block_size"
         validation.require(width % given == 0, f"{name}={given} does not divide the {width} inputs of '{path}'")
@@ -135,7 +165,8 @@ def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> l
             f"'{path}' has {blocks} of {size}",
         )
         butterflies[width] = butterflies.get(width) or Butterflies(m, blocks, size)
-        placed.append(Around(path, BOFT(config, butterflies[width], blocks, out_width)))
+        kind = BOFTConv if isinstance(module, nn.Conv2d) else BOFT
+        placed.append(Around(path, kind(config, butterflies[width], blocks, out_width)))
     return placed + targets.trained_biases(model, config.bias, layers)
 
 

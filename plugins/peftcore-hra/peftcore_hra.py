@@ -5,6 +5,7 @@
 
 So W stays as it is, and x is multiplied with two thin matrices. Trained: U; at the start two neighbours are equal, and
 undo one another. With `apply_GS` the reflections are made orthogonal (Gram-Schmidt), R = 1 - 2 Q Qᵀ with Q a basis.
+Of a convolution W is the matrix [out, in · k], with k numbers in a kernel.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class HRAConfig(targets.LayersConfig):
     """
 
     not_in_peft = frozenset({"fan_in_fan_out"})
+    kinds = (nn.Conv2d,)
     r: int = 8
     apply_GS: bool = False
     bias: Literal["none", "all", "hra_only"] = "none"
@@ -44,6 +46,9 @@ class HRAConfig(targets.LayersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         validation.positive_whole(r=self.r)
+
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        return targets.odd_convolution(path, module, alike=True, grouped=False)
 
 
 class HRA(nn.Module):
@@ -71,19 +76,34 @@ class HRA(nn.Module):
         return base(x - F.linear(x @ u, ut))
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + self.change(weight), bias
+
+    def change(self, weight: Tensor) -> Tensor:
+        """W (R - 1), fp32."""
         u, ut = self.pair()
-        return weight - (weight @ ut) @ u.T, bias
+        return -((weight.flatten(1) @ ut) @ u.T).view_as(weight)
+
+
+class HRAConv(HRA):
+    """`hra_u` `[in · k, r]` of a convolution."""
+
+    def forward(self, base: Any, x: Tensor) -> Any:
+        change = self.change(base.weight().float())
+        return base(x) + base.module._conv_forward(x, change.to(x.dtype), None)
 
 
 def place(model: nn.Module, config: HRAConfig, architecture: Architecture) -> list[Any]:
-    widths = {path: targets.sizes(module)[0] for path, module in config.selected(model, architecture).items()}
+    layers = config.selected(model, architecture)
+    widths = {path: targets.sizes(module)[0] for path, module in layers.items()}
     if config.r > min(widths.values()):
         path = min(widths, key=lambda path: widths[path])
         validation.require(not config.apply_GS, f"r={config.r} is above the {widths[path]} inputs of '{path}'")
     if config.init_weights and (config.r % 2 or config.apply_GS):
         why = "apply_GS=True" if config.apply_GS else f"r={config.r} is odd"
         warnings.warn(f"{why}: reflections do not undo one another at the start, which changes the model", stacklevel=2)
-    return [Around(p, HRA(config, w)) for p, w in widths.items()] + targets.trained_biases(model, config.bias, widths)
+    kinds = {path: HRAConv if isinstance(module, nn.Conv2d) else HRA for path, module in layers.items()}
+    placed: list[Any] = [Around(path, kinds[path](config, width)) for path, width in widths.items()]
+    return placed + targets.trained_biases(model, config.bias, layers)
 
 
 @hookimpl

@@ -50,8 +50,3 @@ def test_a_start_that_changes_the_model_is_said(fields: dict[str, Any]) -> None:
 def test_more_orthogonal_reflections_than_inputs_are_refused() -> None:
     with pytest.raises(peftcore.PeftcoreError, match="r=33 is above the 32 inputs of"):
         peftcore.apply(tiny.llama(), "hra", r=33, apply_GS=True)
-
-
-def test_layers_that_are_not_linear_are_refused() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match=r"'0' matches Conv2d .* which this method cannot adapt"):
-        peftcore.apply(tiny.convnet(), "hra", target_modules=["0"])
