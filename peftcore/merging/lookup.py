@@ -17,6 +17,20 @@ def embed_scale(module: nn.Embedding) -> Tensor | float:
     return 1.0 if scale is None else scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
 
 
+def odd_embedding(path: str, module: nn.Module) -> str | None:
+    """Return the error for an embedding that a method cannot adapt as PEFT does, or None, also for other layers."""
+    if not isinstance(module, nn.Embedding):
+        return None
+    kind, scale = original_class(module).__name__, embed_scale(module)
+    if not looks_up(module):
+        why = "does more than look its input up"
+    elif isinstance(scale, Tensor) or scale != 1:
+        why = "multiplies its output by embed_scale, where PEFT does not multiply what an adapter adds"
+    else:
+        return None
+    return f"'{path}' ({kind}) {why}, which this method cannot adapt. Train without it: exclude_modules=['{path}']"
+
+
 def looks_up(module: nn.Embedding) -> bool:
     """Does it give rows of its weight, times `embed_scale`?"""
     if module.max_norm is not None or len(list(base_modules(module))) > 1:

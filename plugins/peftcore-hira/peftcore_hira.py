@@ -2,6 +2,9 @@
 
 x ---+--- W ----------(+)--- + b --- y        A [r, in], B [out, r]: thin, and trained; B zero at the start
      '--- W ⊙ B A ---- '                      the change's rank goes up to r · rank(W)
+
+Of a convolution A has its kernel, [r, in, k], and B mixes the r channels. Of an embedding A is [r, tokens], and zero at
+the start in place of B.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import targets, validation
+from peftcore.merging.lookup import odd_embedding
 
 peftcore_api = 2
 
@@ -26,8 +30,9 @@ class HiraConfig(targets.LayersConfig):
     """The fields bear the names of Hugging Face PEFT's `HiraConfig`; those that are not here are LoRA's.
 
     Args:
-        hira_dropout: probability with which an input of W ⊙ B A is dropped in training.
-        init_weights: True: A is drawn as LoRA's; "gaussian": with standard deviation 1 / r. Not True: B is drawn, too.
+        hira_dropout: probability with which an input of W ⊙ B A is dropped in training; not of an embedding.
+        init_weights: True: A is drawn as LoRA's; "gaussian": with standard deviation 1 / r, of linear layers. False:
+            all is drawn.
         rank_pattern: ranks of layers, by the ends of their paths or regular expressions.
     """
 
@@ -36,10 +41,15 @@ class HiraConfig(targets.LayersConfig):
     init_weights: bool | Literal["gaussian"] | None = True
     rank_pattern: dict[str, int] | None = None
 
+    kinds = nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding
+
     def __post_init__(self) -> None:
         super().__post_init__()
         validation.positive_whole(r=self.r, **(self.rank_pattern or {}))
         validation.probability(hira_dropout=self.hira_dropout)
+
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        return odd_embedding(path, module) or targets.odd_convolution(path, module, grouped=False)
 
 
 class Hira(nn.Module):
@@ -60,25 +70,83 @@ class Hira(nn.Module):
         drops = self.training and self.dropout.p > 0
         if isinstance(weight, Tensor) and weight.dtype == torch.float32 and not drops:
             return F.linear(x, self.merged(weight, bias)[0], bias)
-        change = base.weight() * (self.hira_B @ self.hira_A)
-        return base(x) + F.linear(self.dropout(x), change.to(x.dtype))
+        return base(x) + F.linear(self.dropout(x), self.change(base.weight()).to(x.dtype))
+
+    def product(self) -> Tensor:
+        """B A in the layout of the weight, fp32."""
+        return self.hira_B.float() @ self.hira_A.float()
+
+    def change(self, weight: Tensor) -> Tensor:
+        return weight * self.product()
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + weight * (self.hira_B.float() @ self.hira_A.float()), bias
+        return weight + self.change(weight), bias
 
     def neutral(self) -> dict[str, Tensor]:
         return {"hira_B": torch.zeros_like(self.hira_B)}
 
 
+class HiraConv(Hira):
+    """A `[r, in, k]` and B `[out, r, 1]` of a convolution, with as many k and ones as it has dimensions."""
+
+    def __init__(self, config: HiraConfig, r: int, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__(config, r, *targets.sizes(layer))
+        self.hira_A = nn.Parameter(torch.randn(r, *layer.weight.shape[1:]))
+        self.hira_B = nn.Parameter(self.hira_B.detach().view(-1, r, *[1 for _ in layer.kernel_size]))
+        if config.init_weights:
+            nn.init.kaiming_uniform_(self.hira_A, a=math.sqrt(5))
+
+    def product(self) -> Tensor:
+        return (self.hira_B.float().flatten(1) @ self.hira_A.float().flatten(1)).unflatten(1, self.hira_A.shape[1:])
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        change = self.change(base.weight()).to(x.dtype)
+        y: Tensor = base(x) + base.module._conv_forward(self.dropout(x), change, None)
+        return y
+
+
+class HiraEmbedding(nn.Module):
+    """`hira_embedding_A` `[r, tokens]` and `hira_embedding_B` `[width, r]`."""
+
+    def __init__(self, config: HiraConfig, r: int, layer: nn.Embedding) -> None:
+        super().__init__()
+        tokens, width = targets.sizes(layer)
+        self.hira_embedding_A = nn.Parameter((torch.zeros if config.init_weights else torch.randn)(r, tokens))
+        self.hira_embedding_B = nn.Parameter(torch.randn(width, r))
+
+    def forward(self, base: Any, tokens: Tensor) -> Tensor:
+        if tokens.is_floating_point():  # shares of each entry, as Ovis has them
+            mixed: Tensor = base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(tokens)
+            return mixed
+        y = base(tokens)
+        product = F.linear(F.embedding(tokens, self.hira_embedding_A.T), self.hira_embedding_B)  # of these tokens
+        return (y + y * product).to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + weight * (self.hira_embedding_B.float() @ self.hira_embedding_A.float()).T, bias
+
+    def neutral(self) -> dict[str, Tensor]:
+        return {"hira_embedding_A": torch.zeros_like(self.hira_embedding_A)}
+
+
 def place(model: nn.Module, config: HiraConfig, architecture: peftcore.Architecture) -> list[Any]:
-    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    ranks = {path: targets.pattern_value(config.rank_pattern, path, config.r) for path in layers}
-    return [peftcore.Around(path, Hira(config, ranks[path], *sizes)) for path, sizes in layers.items()]
+    layers = config.selected(model, architecture)
+    return [peftcore.Around(path, of_layer(config, path, module)) for path, module in layers.items()]
+
+
+def of_layer(config: HiraConfig, path: str, module: nn.Module) -> nn.Module:
+    r = targets.pattern_value(config.rank_pattern, path, config.r)
+    if isinstance(module, nn.Embedding):
+        return HiraEmbedding(config, r, module)
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return HiraConv(config, r, module)
+    return Hira(config, r, *targets.sizes(module))
 
 
 def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
     """PEFT 0.21 writes rank_pattern into the config and gives each layer the rank r."""
-    r, found = fields.get("r", 32), {len(tensor) for name, tensor in tensors.items() if name.endswith(".hira_A")}
+    names = (".hira_A", ".hira_embedding_A")
+    r, found = fields.get("r", 32), {len(tensor) for name, tensor in tensors.items() if name.endswith(names)}
     if found != {r} or set((fields.get("rank_pattern") or {}).values()) <= {r}:
         return None
     return f"its rank_pattern is not that of its tensors, whose ranks are {r}. Take it out of adapter_config.json"

@@ -7,11 +7,12 @@
     R - 1 = 2 Q + 2 Q² + ... + 2 Qⁿ⁻² + Qⁿ⁻¹              of n terms (Neumann; PEFT takes three of them for four)
 
 Trained: for each block what Q has above the diagonal, zero at the start. In 16 bits (R - 1) x is added to x, so that
-small rotations are not lost. COFT keeps Q within eps of zero.
+small rotations are not lost. COFT keeps Q within eps of zero. Of an embedding the outputs are turned.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -51,6 +52,8 @@ class OFTConfig(targets.LayersConfig):
     use_cayley_neumann: bool = True
     num_cayley_neumann_terms: int = 5
 
+    kinds = nn.Conv2d, nn.Embedding
+
     def __post_init__(self) -> None:
         super().__post_init__()
         found = f"found r={self.r}, oft_block_size={self.oft_block_size}"
@@ -61,13 +64,21 @@ class OFTConfig(targets.LayersConfig):
         least = f"num_cayley_neumann_terms={self.num_cayley_neumann_terms} turns nothing: take 2 or more"
         validation.require(self.num_cayley_neumann_terms > 1, least)
 
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        if not isinstance(module, nn.Conv2d) or math.prod(module.kernel_size) == 1:
+            return None
+        return (
+            f"'{path}' is a convolution with kernel_size={module.kernel_size}, whose turned patches PEFT puts back in "
+            f"another order, so that no weight computes what it does. Train without it: exclude_modules=['{path}']"
+        )
+
 
 class Rotation(nn.Module):
     """`weight` `[blocks, b (b - 1) / 2]`, one block for all with `block_share`; x `[..., in]` -> turned x."""
 
     def __init__(self, config: OFTConfig, blocks: int, block_size: int) -> None:
         super().__init__()
-        self.config, self.block_size = config, block_size
+        self.config, self.block_size, self.width = config, block_size, blocks * block_size
         self.weight = nn.Parameter(torch.zeros(1 if config.block_share else blocks, block_size * (block_size - 1) // 2))
         if not config.init_weights:
             nn.init.normal_(self.weight, std=0.1)
@@ -107,6 +118,36 @@ class OFT(nn.Module):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + turned(weight, self.oft_R.turns().transpose(1, 2)), bias
+
+
+class OFTConv(OFT):
+    """The same of a convolution with a kernel of one number: the channels of each pixel are turned, of all groups."""
+
+    def forward(self, base: Any, x: Tensor) -> Any:
+        return base(self.oft_R(x.movedim(-3, -1)).movedim(-1, -3))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if weight.shape[1] != self.oft_R.width:
+            raise peftcore.PeftcoreError(
+                f"OFT of a convolution in groups (weight {list(weight.shape)}) reaches across the groups, so it cannot "
+                "be merged, in PEFT neither. Keep the adapter beside the base, or apply it with that layer in "
+                "exclude_modules"
+            )
+        return super().merged(weight.flatten(1), bias)[0].view_as(weight), bias
+
+
+class OFTEmbedding(nn.Module):
+    """`oft_embedding_R`, what turns the outputs of an embedding."""
+
+    def __init__(self, config: OFTConfig, blocks: int, block_size: int) -> None:
+        super().__init__()
+        self.oft_embedding_R = Rotation(config, blocks, block_size)
+
+    def forward(self, base: Any, tokens: Tensor) -> Any:
+        return self.oft_embedding_R(base(tokens))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return weight + turned(weight, self.oft_embedding_R.turns()), bias
 
 
 def skew(upper: Tensor, size: int) -> Tensor:
@@ -171,7 +212,8 @@ def nearest_divisor(size: int, wanted: int) -> int:
 
 
 def place(model: nn.Module, config: OFTConfig, architecture: Architecture) -> list[Any]:
-    widths = {path: targets.sizes(module)[0] for path, module in config.selected(model, architecture).items()}
+    layers = config.selected(model, architecture)
+    widths = {path: turned_width(module) for path, module in layers.items()}
     given = config.r or config.oft_block_size
     divisors = {width: nearest_divisor(width, given) for width in sorted(set(widths.values()))}
     if any(divisor != given for divisor in divisors.values()):
@@ -181,15 +223,28 @@ def place(model: nn.Module, config: OFTConfig, architecture: Architecture) -> li
     placed: list[Any] = []
     for path, width in widths.items():
         other = width // divisors[width]
-        placed.append(Around(path, OFT(config, *((divisors[width], other) if config.r else (other, divisors[width])))))
+        blocks, block_size = (divisors[width], other) if config.r else (other, divisors[width])
+        placed.append(Around(path, kind_for(layers[path])(config, blocks, block_size)))
     return placed + targets.trained_biases(model, config.bias, widths)
+
+
+def turned_width(module: nn.Module) -> int:
+    """How many numbers are turned at once."""
+    if isinstance(module, nn.Conv2d):
+        return module.in_channels
+    return targets.sizes(module)[1 if isinstance(module, nn.Embedding) else 0]
+
+
+def kind_for(module: nn.Module) -> type[OFT | OFTEmbedding]:
+    return OFTEmbedding if isinstance(module, nn.Embedding) else OFTConv if isinstance(module, nn.Conv2d) else OFT
 
 
 @torch.no_grad()
 def after_step(adapters: Mapping[str, Any], config: OFTConfig, step: int, total_steps: int) -> None:
     """COFT goes on from where it was brought back to."""
     for adapter in adapters.values() if config.coft else ():
-        adapter.oft_R.weight.copy_(adapter.oft_R.within_eps())
+        (rotation,) = adapter.children()
+        rotation.weight.copy_(rotation.within_eps())
 
 
 def refuse_old(fields: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,8 @@
     P_i [r, r]          u random matrices of a layer, frozen
     v [u]               trained, zero at the start; one of each layer, or of a group of layers (weight_tying)
 
-With weight_tying=1 and u=13 a whole model is trained by thirteen numbers.
+With weight_tying=1 and u=13 a whole model is trained by thirteen numbers. Of an embedding the weight [tokens, width]
+takes the place of W.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from typing import Any, Literal
 import torch
 from peftcore_lora.layers import ThinLinear
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import peftcore
 from peftcore import targets, validation
 from peftcore.adaptation.adapted import inside_at
+from peftcore.merging.lookup import odd_embedding
 
 peftcore_api = 2
 
@@ -46,6 +49,7 @@ class TinyLoraConfig(targets.LayersConfig):
     init_weights: bool | Literal["uniform"] = True
 
     not_in_peft = frozenset({"exclude_modules"})
+    kinds = (nn.Embedding,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,6 +57,9 @@ class TinyLoraConfig(targets.LayersConfig):
         validation.probability(tinylora_dropout=self.tinylora_dropout)
         tying = self.weight_tying
         validation.require(0 <= tying <= 1, f"weight_tying must be in [0, 1], found {tying}")
+
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        return odd_embedding(path, module)
 
 
 class Group(nn.Module):
@@ -92,15 +99,31 @@ class TinyLora(ThinLinear):
         return self.tinylora_A, self.tinylora_B @ torch.einsum("i,ijk->jk", v, self.tinylora_P)
 
 
+class TinyLoraEmbedding(TinyLora):
+    """A `[r, width]`, B `[tokens, r]`, whose rows are looked up."""
+
+    per_sample = None  # type: ignore[assignment]  # which is of linear layers
+
+    def forward(self, base: Any, tokens: Tensor) -> Tensor:
+        if tokens.is_floating_point():  # shares of each entry, as Ovis has them
+            mixed: Tensor = base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(tokens)
+            return mixed
+        y, (a, b) = base(tokens), self.pair()
+        s = F.dropout(F.embedding(tokens, b), self.dropout.p, self.training)
+        return y + (s @ a).to(y.dtype)
+
+
 def place(model: nn.Module, config: TinyLoraConfig, architecture: peftcore.Architecture) -> list[Any]:
-    layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
+    layers = config.selected(model, architecture)
     count = max(1, round(len(layers) * (1 - config.weight_tying)))
     size = max(1, len(layers) // count)
     groups = [Group(config, number) for number in range(count)]
     placements: list[Any] = []
-    for index, (path, sizes) in enumerate(layers.items()):
-        group = groups[min(index // size, count - 1)]
-        placements.append(peftcore.Around(path, TinyLora(config, group, index, *sizes)))
+    for index, (path, module) in enumerate(layers.items()):
+        group, sizes = groups[min(index // size, count - 1)], targets.sizes(module)
+        embeds = isinstance(module, nn.Embedding)
+        adapter = (TinyLoraEmbedding if embeds else TinyLora)(config, group, index, *(sizes[::-1] if embeds else sizes))
+        placements.append(peftcore.Around(path, adapter))
     return [*placements, *targets.trained_biases(model, config.bias, layers)]
 
 
