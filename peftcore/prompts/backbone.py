@@ -19,6 +19,7 @@ from peftcore.observation import config
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 IN_CACHE = "_peftcore_prefix"  # attribute of a cache: how many of its tokens are prefixes
 IN_MASK = "_peftcore_masked"  # attribute of a cache: how many columns of this call's mask are of prefixes
+SOFT = "soft_prompt"  # attribute of a call in which a soft prompt stands before the input
 
 
 class Backbone(nn.Module):

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.call import current_frame
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around
 from peftcore.prompts.backbone import (
     IN_MASK,
+    SOFT,
     Backbone,
     arguments,
     cache_argument,
@@ -150,6 +152,8 @@ class SoftPromptAround(Backbone):
                 f"{type(base.module).__name__} keeps what it has read in '{unknown}', and whether a soft prompt is in "
                 "it is not known. Generate with use_cache=False"
             )
+        if (frame := current_frame()) is not None:
+            vars(frame.call)[SOFT] = True
         mask = call.get("attention_mask")
         positions = call.get("position_ids")
         length = self._make_room(call, past)

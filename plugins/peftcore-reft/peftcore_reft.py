@@ -14,6 +14,7 @@ prompt: `model(..., prompt_lengths=n)`, int64 `[batch]`, says how many tokens th
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,6 +27,7 @@ from torch.nn import functional as F
 import peftcore
 from peftcore import targets, validation
 from peftcore.observation import detect
+from peftcore.prompts.counting import TokenCounter
 
 peftcore_api = 2
 
@@ -33,6 +35,10 @@ ACTIVATIONS = {
     **{name: getattr(F, name) for name in ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "elu", "mish")},
     **{"swish": F.silu, "leakyrelu": F.leaky_relu, "gelu_new": partial(F.gelu, approximate="tanh")},  # AdapterHub's
 }
+WITHOUT_LENGTHS = (
+    "ReFT edits the last tokens of all that a call has. In a text that grows without a cache these are others at each "
+    "step: give prompt_lengths, how many tokens the prompt has, to generate or model(...)"
+)
 
 
 @dataclass(frozen=True)
@@ -120,9 +126,9 @@ class Reft(nn.Module):
     needs_call = ("prompt_lengths",)
     whole_batch = True
 
-    def __init__(self, config: ReftConfig, path: str, width: int, stack: str) -> None:
+    def __init__(self, config: ReftConfig, path: str, width: int, counter: TokenCounter) -> None:
         super().__init__()
-        self.config, self.stack = config, stack
+        self.config, self.counter = config, counter
         counts = {"first": config.prefix_positions, "last": config.suffix_positions}
         names = ["both"] if config.tied_weights else [name for name, count in counts.items() if count]
         self.units = nn.ModuleDict({name: Unit(config, path, width) for name in names})
@@ -137,30 +143,19 @@ class Reft(nn.Module):
 
     def chosen(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """`[batch, tokens]` each: is it one of the first tokens, of the last?"""
-        call, config = peftcore.current_call(), self.config
-        name = "decoder_attention_mask" if self.stack == "decoder" and "decoder_input_ids" in call else "attention_mask"
-        mask, tokens = call.get(name), y.shape[1]
-        if mask is None:
-            cache: Any = next((value for value in call.values() if "Cache" in type(value).__name__), None)
-            seen = 0 if cache is None or self.stack == "encoder" else int(cache.get_seq_length())  # with this call's
-            mask = torch.ones(y.shape[0], max(seen, tokens), dtype=torch.bool, device=y.device)
-        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        fits = y.dim() == 3 and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= tokens
-        validation.require(
-            fits,
-            f"ReFT counts the tokens of [batch, tokens, width] by {name} [batch, tokens], found {list(y.shape)} and "
-            f"{shape}. With a prompt before the input, or a mask of another shape, it cannot",
-        )
-        is_text = mask.to(y.device) != 0
-        place, past = is_text.cumsum(1)[:, -tokens:], mask.shape[1] - tokens  # of each token in its text, from 1
+        config, places = self.config, self.counter.places(y)
+        place, length = places.place, places.length
+        call = peftcore.current_call()
         given = call.get("prompt_lengths")
         if given is not None:
+            message = "prompt_lengths are of rows, and the positions of this call begin several texts in one"
+            validation.require(not places.packed(), message)
             length = torch.as_tensor(given, device=y.device).reshape(-1, 1)
-        else:
-            length = torch.zeros_like(place[:, :1]) if past else is_text.sum(1, keepdim=True)
+        elif config.suffix_positions and not self.training and call.get("use_cache") is False and not places.packed():
+            warnings.warn(WITHOUT_LENGTHS, stacklevel=2)
         first = place <= config.prefix_positions
         last = (place <= length) & (place > length - config.suffix_positions)
-        return first & is_text[:, -tokens:], last & is_text[:, -tokens:]
+        return first & places.is_text, last & places.is_text
 
 
 def layers(model: nn.Module, config: ReftConfig, architecture: peftcore.Architecture) -> dict[str, tuple[int, int]]:
@@ -178,15 +173,28 @@ def layers(model: nn.Module, config: ReftConfig, architecture: peftcore.Architec
     return {s.norm or s.stream: (s.layer, s.width) for s in last.values()}
 
 
-def place(model: nn.Module, config: ReftConfig, architecture: peftcore.Architecture) -> list[peftcore.After]:
+def place(model: nn.Module, config: ReftConfig, architecture: peftcore.Architecture) -> list[Any]:
     if config.target_modules is None:
         found = {path: width for path, (_, width) in layers(model, config, architecture).items()}
     else:
         chosen = targets.select_by(config, model, architecture, supported=lambda m: not isinstance(m, nn.ModuleList))
         found = {path: targets.widths(model, path, architecture)[1] for path in chosen}
-    stacks = {f"{getattr(architecture, name)}.": name for name in ("encoder", "decoder")}
-    stack = {path: next((name for start, name in stacks.items() if path.startswith(start)), "") for path in found}
-    return [peftcore.After(path, Reft(config, path, width, stack[path])) for path, width in found.items()]
+    counters: dict[str, TokenCounter] = {}
+    placements = []
+    for path, width in found.items():
+        stack = next(
+            (name for name in ("encoder", "decoder") if path.startswith(f"{getattr(architecture, name)}.")), ""
+        )
+        if stack not in counters:
+            counters[stack] = TokenCounter(
+                model.get_submodule(getattr(architecture, stack or "backbone") or ""), stack, "ReFT"
+            )
+        placements.append(peftcore.After(path, Reft(config, path, width, counters[stack])))
+    around = [
+        peftcore.Around(getattr(architecture, stack or "backbone") or "", counter)
+        for stack, counter in counters.items()
+    ]
+    return [*around, *placements]
 
 
 KEY = re.compile(r"(?P<stack>.*?)\.?(?P<layer>\d+)\.reft_layer\.refts\.[^.]+\.units\.(?P<unit>\d)\.(?P<tensor>.+)")

@@ -1,0 +1,188 @@
+"""Which token of its text each token of a call is: padding and prefixes are not counted, what a cache holds is.
+
+    Around(path, TokenCounter(...))      around the model, or a stack of an encoder-decoder: looks at a call before any
+                                         layer adds to its cache
+    counter.places(y)                    for an adapter behind a layer, y [batch, tokens, width]
+
+A recurrence's cache holds no tokens, so what was counted is noted on the cache. Where a call has neither a mask nor a
+cache, its positions say where texts begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore.adaptation.call import current_call
+from peftcore.errors import PeftcoreError
+from peftcore.prompts.backbone import IN_CACHE, IN_MASK, SOFT, arguments, first_position, named
+
+# What models keep of earlier calls, and is no `Cache` of transformers: how many tokens that has read is not known.
+_OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
+_COUNTED = "_peftcore_counted"  # attribute of a cache: `_Counted`
+
+
+class Places(NamedTuple):
+    """`[batch, tokens]` each.
+
+    Args:
+        place: of each token in its text, from 1.
+        is_text: False for padding.
+        length: tokens of the text, as far as this call has them; 0 of a text that began in an earlier call.
+        begins: at which tokens but the first a further text begins; None where each row is one.
+    """
+
+    place: Tensor
+    is_text: Tensor
+    length: Tensor
+    begins: Tensor | None
+
+    def packed(self) -> bool:
+        """Return whether a row has several texts."""
+        return self.begins is not None and bool(self.begins.any())
+
+
+class _Counted(NamedTuple):
+    """Tokens of each row that a cache has read: with padding, and without `[batch]`."""
+
+    tokens: int
+    text: Tensor
+
+
+class _Given(NamedTuple):
+    """What a call says of its tokens. past: how many its cache has read, None where that is not known."""
+
+    mask: Any
+    positions: Any
+    past: int | None
+    noted: _Counted | None
+
+
+class TokenCounter(nn.Module):
+    """An adapter that changes nothing.
+
+    Args:
+        module: what it is around.
+        stack: "encoder" or "decoder", whose own arguments are read; "": those of the whole call.
+        subject: whose adapters ask, for errors.
+    """
+
+    needs_call = True
+    whole_batch = True
+
+    def __init__(self, module: nn.Module, stack: str, subject: str) -> None:
+        super().__init__()
+        self.stack, self.subject = stack, subject
+        self._names = arguments(module)
+        self._first = first_position(module)
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        call, own = current_call(), named(self._names, args, kwargs)
+        known: dict[Any, Places] = {}
+        vars(call).setdefault("counted", {})[self.stack] = self._given(own if self.stack else call), known
+        output = base(*args, **kwargs)
+        made = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+        cache = _cache(own.values()) or _cache(call.values()) or _cache(made)
+        if known and cache is not None and self.stack != "encoder":
+            places = next(iter(known.values()))
+            given = vars(call)["counted"][self.stack][0]
+            setattr(cache, _COUNTED, _Counted((given.past or 0) + places.place.shape[1], places.place[:, -1]))
+        return output
+
+    def places(self, y: Tensor) -> Places:
+        """The tokens of `y [batch, tokens, width]`, which a layer inside gives.
+
+        Raises:
+            PeftcoreError: a prompt stands before the input, or the call does not say which of its tokens are text.
+        """
+        call = current_call()
+        self._require(not vars(call).get(SOFT), "a soft prompt is before the input. Activate one of the two alone")
+        counted = vars(call).get("counted", {})
+        given, known = counted[self.stack] if self.stack in counted else (self._given(call), {})
+        key = y.shape[1], y.device
+        if key not in known:
+            known[key] = self._counted(y, given)
+        return known[key]
+
+    def _given(self, call: Mapping[str, Any]) -> _Given:
+        """Of the arguments of a call of the model, or of a stack."""
+        cache = None if self.stack == "encoder" else _cache(call.values())
+        past, noted = (0, None) if cache is None else (held(cache), getattr(cache, _COUNTED, None))
+        if any(call.get(name) is not None and call[name] is not cache for name in _OTHER_CACHES):
+            past = None
+        mask = call.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.dim() == 2 and self.stack == "decoder":
+            mask = mask[:, getattr(cache, IN_MASK, 0) :]
+        return _Given(mask, call.get("position_ids"), past, noted)
+
+    def _counted(self, y: Tensor, given: _Given) -> Places:
+        wanted = f"[batch, tokens, width] is needed, found {list(y.shape)}"
+        self._require(y.dim() == 3, wanted)
+        rows, tokens = y.shape[:2]
+        mask, past, noted = given.mask, given.past, given.noted
+        if noted is not None and noted.tokens != past:  # the cache was cropped
+            noted = None
+        if mask is None:
+            unknown = (
+                "what the call goes on with does not say how many tokens it has read. Give the whole attention_mask"
+            )
+            self._require(past is not None and (noted is None or len(noted.text) == rows), unknown)
+            return self._without_mask(y, given.positions, cast(int, past), noted)
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        fits = isinstance(mask, Tensor) and mask.dim() == 2 and len(mask) in (1, rows) and mask.shape[1] >= tokens
+        self._require(fits, f"{wanted}, and a mask [batch, all tokens], found {shape}. Generate with the dynamic cache")
+        width = mask.shape[1]
+        is_text = mask.to(y.device) != 0
+        place = is_text.long().cumsum(1)[:, -tokens:]
+        is_text = is_text[:, -tokens:]
+        if width == tokens and past != 0:  # of this call alone
+            found = f"the mask is of these {width} alone. Give one of those before them as well"
+            self._require(noted is not None and len(noted.text) == rows, found)
+            place = place + cast(_Counted, noted).text[:, None].to(y.device)
+        else:
+            found = f"{past} tokens are in the cache, {tokens} are new, and the mask is of {width}"
+            self._require(not past or width == past + tokens, found)
+        length = torch.zeros_like(place) if past != 0 or width > tokens else place[:, -1:].expand_as(place)
+        return Places(place, is_text, length, None)
+
+    def _without_mask(self, y: Tensor, positions: Any, past: int, noted: _Counted | None) -> Places:
+        rows, tokens = y.shape[:2]
+        is_text = torch.ones(rows, tokens, dtype=torch.bool, device=y.device)
+        place = torch.arange(1, tokens + 1, device=y.device).expand(rows, -1)
+        if past:
+            before = past if noted is None else noted.text[:, None].to(y.device)
+            return Places(place + before, is_text, torch.zeros_like(place), None)
+        if not (isinstance(positions, Tensor) and positions.dim() == 2 and positions.shape[1] == tokens):
+            return Places(place, is_text, place[:, -1:].expand_as(place), None)
+        place = (positions.to(y.device) - self._first + 1).expand(rows, -1)
+        begins = F.pad(place[:, 1:] != place[:, :-1] + 1, (1, 0), value=True)
+        index = torch.arange(tokens, device=y.device).expand(rows, -1)
+        start = torch.where(begins, index, 0).cummax(1).values
+        ends = F.pad(begins[:, 1:], (0, 1), value=True)
+        end = torch.where(ends, index, tokens).flip(1).cummin(1).values.flip(1)
+        length = torch.where(place.gather(1, start) > 1, 0, place.gather(1, end))
+        return Places(place, is_text, length, begins[:, 1:])
+
+    def _require(self, condition: bool, found: str) -> None:
+        if not condition:
+            raise PeftcoreError(f"{self.subject} counts the tokens of each text and cannot count these: {found}")
+
+
+def held(cache: Any) -> int | None:
+    """How many tokens a cache has read, prefixes aside; None of a recurrence's, if they were not counted."""
+    try:
+        length = int(cache.get_seq_length())
+    except (ValueError, AttributeError):  # recurrent layers alone
+        if hasattr(cache, "has_previous_state") and not cache.has_previous_state():
+            return 0
+        noted = getattr(cache, _COUNTED, None)
+        return None if noted is None else noted.tokens
+    return length - getattr(cache, IN_CACHE, 0) if length else 0
+
+
+def _cache(values: Iterable[Any]) -> Any:
+    return next((value for value in values if "Cache" in type(value).__name__), None)

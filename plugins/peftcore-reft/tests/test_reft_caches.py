@@ -1,0 +1,189 @@
+"""The tokens that are edited are the same ones, whatever a cache holds: recurrent states, a prefix, padding."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from torch import Tensor, nn
+
+import peftcore
+from peftcore.testing import disturb
+
+SIZES = {"vocab_size": 96, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2}
+LINEAR = {f"linear_num_{part}_heads": 2 for part in ("key", "value")}
+LINEAR |= {f"linear_{part}_head_dim": 8 for part in ("key", "value")}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MOE |= {"shared_expert_intermediate_size": 16, "head_dim": 8}
+STATE = {"state_size": 8, "num_hidden_layers": 2}
+# Of the first three a recurrent layer comes first. The caches of the next two count no tokens. The last one keeps its
+# states in its modules.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "Qwen3Next": {**HEADS, **LINEAR, **MOE, "layer_types": ["linear_attention", "full_attention"]},
+    "Jamba": {**HEADS, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1, "mamba_dt_rank": 4},
+    "Lfm2": {**HEADS, "layer_types": ["conv", "full_attention"]},
+    "Mamba": STATE,
+    "Mamba2": {**STATE, "num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "RecurrentGemma": {**HEADS, "block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 8},
+}
+HYBRID, RECURRENT = ["Qwen3Next", "Jamba", "Lfm2"], ["Mamba", "Mamba2"]
+TOKENS = tiny.TOKENS[:, :3]
+PADDED = torch.tensor([[1, 1, 1], [0, 1, 1]])
+
+
+@cache
+def made(name: str) -> Any:
+    """A tiny model whose matrices are of the order of a trained one's."""
+    config = getattr(transformers, f"{name}Config")(**SIZES, **FAMILIES[name])
+    torch.manual_seed(0)
+    found = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in found.parameters():
+            if parameter.dim() == 2:
+                parameter.add_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
+    return found
+
+
+def edited(model: nn.Module, **fields: Any) -> nn.Module:
+    """A method with edits in the first 5 tokens: some are in the prompt, some are generated."""
+    peftcore.apply(model, "reft", r=2, dropout=0.0, **{"prefix_positions": 5, **fields})
+    disturb(model, "default", seed=1, std=0.5)
+    return model
+
+
+def generated(model: Any, mask: Tensor, **settings: Any) -> Tensor:
+    """The logits of 5 steps, `[batch, 5, vocabulary]`."""
+    found = model.generate(
+        TOKENS,
+        attention_mask=mask,
+        max_new_tokens=5,
+        min_new_tokens=5,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    return torch.stack(found.logits, 1)
+
+
+@pytest.fixture
+def model(request: pytest.FixtureRequest) -> Any:
+    found = made(request.param)
+    yield edited(found)
+    peftcore.remove(found, "default")
+
+
+@pytest.mark.parametrize("model", list(FAMILIES), indirect=True)
+@pytest.mark.parametrize("mask", [torch.ones_like(PADDED), PADDED], ids=["whole", "padded"])
+def test_generation_with_a_cache_and_without(model: Any, mask: Tensor) -> None:
+    torch.testing.assert_close(generated(model, mask), generated(model, mask, use_cache=False), rtol=1e-3, atol=1e-3)
+
+
+def in_parts(model: Any, parts: list[int], masks: str) -> Tensor:
+    """The logits of tiny.TOKENS, of which each call gets so many."""
+    ends = torch.tensor(parts).cumsum(0).tolist()
+    mask = torch.ones_like(tiny.TOKENS)
+    mask[1, :2] = 0
+    given: dict[str, Any] = {}
+    found = []
+    for start, end in zip([0, *ends], ends, strict=False):
+        if masks == "whole":
+            given["attention_mask"] = mask[:, :end]
+        elif masks == "each":
+            given["attention_mask"] = mask[:, start:end]
+        out = model(input_ids=tiny.TOKENS[:, start:end], use_cache=True, **given)
+        given = {"cache": out.cache}
+        found.append(out.logits)
+    logits = torch.cat(found, 1)
+    return logits if masks == "none" else logits[mask == 1]
+
+
+@pytest.mark.parametrize("model", [*HYBRID, "Mamba2"], indirect=True)
+@pytest.mark.parametrize("masks", ["none", "whole"])
+def test_a_text_in_several_calls(model: Any, masks: str) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(
+            in_parts(model, [2, 1, 1, 1, 1, 1], masks), in_parts(model, [7], masks), rtol=1e-3, atol=1e-3
+        )
+
+
+def test_masks_of_the_new_tokens_alone() -> None:
+    """A recurrence needs no other; which tokens came before is noted on the cache, padding aside."""
+    model = edited(copy.deepcopy(made("Mamba2")))
+    with torch.no_grad():
+        each, whole = in_parts(model, [3, 4], "each"), in_parts(model, [7], "each")
+    torch.testing.assert_close(each, whole, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mask", [torch.ones_like(PADDED), PADDED], ids=["whole", "padded"])
+@pytest.mark.parametrize("make", [tiny.llama, tiny.gpt2, tiny.t5])
+def test_next_to_a_prefix(make: Any, mask: Tensor) -> None:
+    model = make()
+    peftcore.apply(model, "prefix-tuning", adapter="prefix", num_virtual_tokens=3)
+    disturb(model, "prefix", seed=2, std=0.3)
+    edited(model)
+    peftcore.activate(model, ["prefix", "default"])
+    torch.testing.assert_close(generated(model, mask), generated(model, mask, use_cache=False), rtol=1e-3, atol=1e-3)
+    if not model.config.is_encoder_decoder:
+        with torch.no_grad():
+            torch.testing.assert_close(
+                in_parts(model, [2, 1, 4], "none"), in_parts(model, [7], "none"), rtol=1e-3, atol=1e-3
+            )
+
+
+def test_a_recurrence_that_read_before_the_adapter_came() -> None:
+    model: Any = copy.deepcopy(made("Mamba2"))
+    with torch.no_grad():
+        before = model(input_ids=TOKENS, use_cache=True).cache
+        edited(model)
+        with pytest.raises(peftcore.PeftcoreError, match=r"ReFT counts .* Give the whole attention_mask"):
+            model(input_ids=TOKENS, cache=before)
+
+
+def test_texts_that_are_packed_into_one_row() -> None:
+    """Positions begin anew where a text does: each has first tokens and last ones of its own."""
+    model: Any = edited(tiny.llama(), prefix_positions=2, suffix_positions=1)
+    texts = [tiny.TOKENS[:1, :4], tiny.TOKENS[1:, :3], tiny.TOKENS[:1, 4:6]]
+    positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+    with torch.no_grad():
+        wanted = torch.cat([model(input_ids=text).logits for text in texts], 1)
+        found = model(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        with pytest.raises(peftcore.PeftcoreError, match="prompt_lengths are of rows"):
+            model(input_ids=torch.cat(texts, 1), position_ids=positions, use_cache=False, prompt_lengths=[2])
+
+
+def test_a_decoder_that_makes_its_tokens_of_labels() -> None:
+    """The encoder's padding is not the decoder's."""
+    model: Any = edited(tiny.t5(), prefix_positions=2)
+    mask = torch.tensor([[1] * 7, [0, 0, 0, 1, 1, 1, 1]])
+    labels = tiny.TOKENS[:, 2:6].contiguous()
+    with torch.no_grad():
+        found = model(input_ids=tiny.TOKENS, attention_mask=mask, labels=labels).logits
+        decoder = model.prepare_decoder_input_ids_from_labels(labels)
+        wanted = model(input_ids=tiny.TOKENS, attention_mask=mask, decoder_input_ids=decoder).logits
+    torch.testing.assert_close(found, wanted)
+
+
+def test_a_soft_prompt_is_refused_with_a_mask_and_without() -> None:
+    model: Any = peftcore.apply(tiny.llama(), "reft")
+    peftcore.apply(model, "prompt-tuning", adapter="prompt", num_virtual_tokens=3)
+    peftcore.activate(model, ["default", "prompt"])
+    for mask in (None, torch.ones_like(tiny.TOKENS)):
+        with pytest.raises(peftcore.PeftcoreError, match="a soft prompt is before the input"):
+            model(input_ids=tiny.TOKENS, attention_mask=mask)
+
+
+def test_last_tokens_that_would_move_are_said() -> None:
+    model: Any = edited(tiny.llama(), suffix_positions=1)
+    with pytest.warns(UserWarning, match="give prompt_lengths"):
+        generated(model, PADDED, use_cache=False)
+    generated(model, PADDED, use_cache=False, prompt_lengths=torch.tensor([3, 2]))
+    generated(model, PADDED)
