@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import validation
+from peftcore.prompts.counting import held
 
 peftcore_api = 2
 
@@ -88,8 +89,10 @@ class Invocation(nn.Module):
         ids, say = call.get("input_ids"), "Give alora_offsets: how many of each row's last tokens, 0 for none"
         validation.require(ids is not None, f"activated LoRA reads input_ids, and the call has none. {say}")
         cache: Any = next((value for value in call.values() if "Cache" in type(value).__name__), None)
-        past = 0 if cache is None else int(cache.get_seq_length())
-        before = vars(cache).get("alora", {}).get(self.tokens) if past else None
+        past = 0 if cache is None else held(cache)
+        before = None if past == 0 else vars(cache).get("alora", {}).get(self.tokens)
+        if past is None:  # a recurrence's cache, which counts no tokens: any number serves, if nothing was noted
+            past = 1 if before is None else before.length
         starts, tail = ids.new_full((len(ids),), -1), ids[:, :0]
         if before is not None and len(before.starts) == len(ids):
             starts = torch.where(before.starts < past, before.starts, -1)  # the cache was cropped where not

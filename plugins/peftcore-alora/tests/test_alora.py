@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import prompted
 import pytest
 import tiny
 import torch
@@ -72,6 +73,15 @@ def test_a_cache_goes_on(cuts: tuple[int, ...]) -> None:
     cache.crop(2 - ids.shape[1])
     other = torch.tensor([[9, 9, 9], [9, 9, 9]])
     close(run(model, other, cache=cache), run(model, torch.cat([ids[:, :2], other], 1))[:, 2:])
+
+
+def test_a_recurrence_goes_on() -> None:
+    """Its cache does not say how many tokens it has read."""
+    model = peftcore.apply(prompted.mamba(), "alora", alora_invocation_tokens=INVOCATION, target_modules=["in_proj"])
+    disturb(model, "default", seed=1)
+    ids, cache = TOKENS[1:], DynamicCache(config=model.config)
+    found = [run(model, part, cache=cache) for part in ids.split([5, 1, 1, 1], dim=1)]
+    close(torch.cat(found, 1), run(model, ids))
 
 
 def test_a_cache_by_its_old_name() -> None:
