@@ -4,6 +4,8 @@ triplet i of a layer: row i of A, number i of E, column i of B       scale = lor
 importance            s(E_i) + mean s(A_i) + mean s(B_i),  s = sensitivity · uncertainty, both smoothed  (eq. 8-10)
 budget                init_r a layer until step tinit, then cubically down to target_r until total_step - tfinal
 loss                  and orth_reg_weight times the mean of |A Aᵀ - 1| and |Bᵀ B - 1|  (eq. 4)
+
+Of a convolution W is the matrix [out, in · k], with k numbers in a kernel.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any, Literal
 import torch
 from peftcore_lora.layers import LoraLinear
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, tensor_name, validation
 
@@ -47,11 +50,16 @@ class AdaLoraConfig(targets.LayersConfig):
     init_lora_weights: bool = True
     bias: Literal["none", "all", "lora_only"] = "none"
 
+    kinds = (nn.Conv2d,)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         validation.positive_whole(target_r=self.target_r, init_r=self.init_r, deltaT=self.deltaT)
         validation.probability(lora_dropout=self.lora_dropout)
         validation.require(self.target_r <= self.init_r, f"target_r={self.target_r} is above init_r={self.init_r}")
+
+    def misfit(self, path: str, module: nn.Module) -> str | None:
+        return targets.odd_convolution(path, module, grouped=False)
 
 
 class AdaLora(LoraLinear):
@@ -84,11 +92,34 @@ class AdaLora(LoraLinear):
         return sum(seen.mean(1) for seen in self.get_buffer("seen").prod(0).split(widths, dim=1))
 
 
+class AdaLoraConv(AdaLora):
+    """The same of a convolution: A `[r, in · k]`."""
+
+    per_sample = None  # type: ignore[assignment]  # which is of linear layers
+
+    def __init__(self, config: AdaLoraConfig, r: int, layer: nn.Conv2d) -> None:
+        super().__init__(config, r, *targets.sizes(layer))
+        self.shape = layer.weight.shape
+
+    def delta(self) -> Tensor:
+        return super().delta().view(self.shape)
+
+    def forward(self, base: Any, x: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.dropout.p, self.training)
+        y: Tensor = base(x) + base.module._conv_forward(dropped, self.delta().to(x.dtype), None)
+        return y
+
+
 def place(model: nn.Module, config: AdaLoraConfig, architecture: Architecture) -> list[Any]:
     left = {name.partition(".lora_E")[0]: sum(which) for name, which in (config.rank_pattern or {}).items()}
-    sizes = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    layers = [Around(p, AdaLora(config, left.get(p, config.init_r), *sizes[p])) for p in sizes]
-    return [*layers, *targets.trained_biases(model, config.bias, sizes)]
+    layers = config.selected(model, architecture)
+    placed = [Around(p, of_layer(config, left.get(p, config.init_r), module)) for p, module in layers.items()]
+    return [*placed, *targets.trained_biases(model, config.bias, layers)]
+
+
+def of_layer(config: AdaLoraConfig, r: int, module: nn.Module) -> AdaLora:
+    is_convolution = isinstance(module, nn.Conv2d)
+    return AdaLoraConv(config, r, module) if is_convolution else AdaLora(config, r, *targets.sizes(module))
 
 
 def loss(adapters: Mapping[str, Any], config: AdaLoraConfig) -> Tensor | None:
