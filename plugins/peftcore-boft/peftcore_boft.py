@@ -12,7 +12,8 @@ numbers in a kernel.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -32,7 +33,7 @@ class BOFTConfig(targets.LayersConfig):
         boft_block_size, boft_block_num: size and number of the blocks; one of them is 0, and follows from the other.
             It must divide each layer's inputs.
         boft_n_butterfly_factor: rotations in the product; 1: blocks of neighbours alone. (PEFT takes 1 for any other
-            number where its CUDA kernel is not built, and its files are then of one.)
+            number where its CUDA kernel is not built; its files are then read as of one.)
         boft_dropout: share of the blocks of one rotation, drawn anew, that are not turned in a training step.
         bias: which are trained too: "none", "all", or "boft_only" (those of adapted modules).
         init_weights: False: random rotations and gains, so that the adapter changes the model from the start.
@@ -170,7 +171,13 @@ def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> l
     return placed + targets.trained_biases(model, config.bias, layers)
 
 
+def config_on_disk(config: BOFTConfig, tensors: Mapping[str, Tensor]) -> BOFTConfig:
+    """Where PEFT's CUDA kernel is not built, it trains one rotation, and writes the number that it was given."""
+    rotations = {tensor.shape[:1] for name, tensor in tensors.items() if name.endswith(".boft_R")}
+    return replace(config, boft_n_butterfly_factor=1) if rotations == {(1,)} else config
+
+
 @hookimpl
 def peftcore_methods() -> list[Method]:
-    rules = StateRules(peft_type="BOFT", unreadable=targets.conv1d_paths)
+    rules = StateRules(peft_type="BOFT", unreadable=targets.conv1d_paths, config_on_disk=config_on_disk)
     return [Method("boft", BOFTConfig, place, rules, learning_rate=3e-3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways, same_start
+from beside_peft import both_ways, logits, moved, quiet, same_start
 from peft.tuners.boft import layer as peft_layer
 
 import peftcore
@@ -37,6 +38,22 @@ def test_files(kind: str, more: dict[str, Any], tmp_path: Path, monkeypatch: pyt
     config = peft.BOFTConfig(task_type=TASKS[kind], **fields)
     same_start(make, tmp_path, peftcore.apply(make(), "boft", **fields), config)
     both_ways(make, tmp_path, peftcore.apply(make(), "boft", **fields), config)
+
+
+def test_files_of_peft_without_its_kernel_have_one_rotation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT's config says three, which need not fit the layers."""
+    monkeypatch.setattr(peft_layer, "get_fbd_cuda", lambda: None)
+    config = peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=16, boft_n_butterfly_factor=3)
+    theirs = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
+    quiet(theirs.save_pretrained, tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 3
+    ours = peftcore.load(tiny.llama(), tmp_path / "theirs")
+    assert (logits(ours) - logits(tiny.llama())).abs().max() > 1e-3
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=0, atol=1e-5)
+    peftcore.save(ours, tmp_path / "ours")
+    assert json.loads((tmp_path / "ours" / "adapter_config.json").read_text())["boft_n_butterfly_factor"] == 1
+    again = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again), logits(theirs), rtol=0, atol=1e-5)
 
 
 def adapted(**fields: Any) -> Any:
