@@ -1,4 +1,4 @@
-"""Checks of config fields that several methods make. Each names the field, what it takes and what was found."""
+"""Checks of config fields and of calls that several methods make. Each names what it takes and what was found."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import typing
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any, Literal, Union
+
+import torch
+from torch import Tensor
 
 from peftcore.errors import PeftcoreError, nearest
 
@@ -143,3 +146,27 @@ def one_of(allowed: Collection[Any], **fields: Any) -> None:
             *first, last = map(repr, allowed)
             hint = nearest(str(value), [known for known in allowed if isinstance(known, str)])
             raise PeftcoreError(f"{name} must be {', '.join(first)} or {last}, found {value!r}{hint}")
+
+
+def task_ids(given: Any, count: int, device: torch.device, *, on_card: bool) -> Tensor:
+    """Return the `task_ids` of a call as int64 `[rows]`, or `[1]` of one number.
+
+    Args:
+        count: the number of tasks.
+        device: where they are needed.
+        on_card: check the values of a tensor on CUDA as well, for which the processor waits.
+
+    Raises:
+        PeftcoreError: they are not whole numbers from 0 to count - 1.
+    """
+    index = torch.as_tensor(given).reshape(-1)
+    whole = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+    wanted = f"task_ids are whole numbers from 0 to {count - 1}"
+    require(whole and len(index) > 0, f"{wanted}, found {str(index.dtype).removeprefix('torch.')} {list(index.shape)}")
+    if not torch.compiler.is_compiling() and (on_card or index.device.type == "cpu"):
+        known = int(index.min()) >= 0 and int(index.max()) < count
+        require(
+            known,
+            f"{wanted}, found {index.tolist() if len(index) <= 16 else [int(index.min()), '...', int(index.max())]}",
+        )
+    return index.to(device, torch.int64)

@@ -89,8 +89,9 @@ class MultitaskPrompt(nn.Module):
                     "task_ids=t). transformers' Trainer drops that column unless remove_unused_columns=False"
                 )
             tasks = 0
-        index = torch.as_tensor(tasks, device=self.prefix_task_cols.device).reshape(-1)
-        factor = self.prefix_task_cols.index_select(0, index) @ self.prefix_task_rows.index_select(0, index)
+        cols = self.prefix_task_cols
+        index = validation.task_ids(tasks, len(cols), cols.device, on_card=True)
+        factor = cols.index_select(0, index) @ self.prefix_task_rows.index_select(0, index)
         return self.prompt_embeddings * factor
 
 

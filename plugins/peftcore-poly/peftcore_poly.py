@@ -98,10 +98,7 @@ class Poly(nn.Module):
             hint = "transformers' Trainer drops that column unless remove_unused_columns=False"
             validation.require(count == 1, f"{why}. {hint}")
             tasks = 0
-        index = torch.as_tensor(tasks, device=x.device).reshape(-1)
-        if index.device.type == "cpu" and not torch.compiler.is_compiling():
-            known = int(index.min()) >= 0 and int(index.max()) < count
-            validation.require(known, f"task_ids are from 0 to {count - 1}, found {index.tolist()}")
+        index = validation.task_ids(tasks, count, x.device, on_card=False)  # at every layer
         a, b = self.factors_of(index, self.training)
         rows = math.prod(x.shape[:-1])
         fits = len(a) == 1 or (x.shape[0] == len(a) if x.dim() > 2 else rows % len(a) == 0)

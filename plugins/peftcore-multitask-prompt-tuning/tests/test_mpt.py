@@ -109,3 +109,27 @@ def test_tasks_come_from_the_call() -> None:
     torch.testing.assert_close(logits(one), logits(one, task_ids=torch.zeros(2).long()))
     with peftcore.disabled(model):
         assert torch.equal(logits(model, task_ids=TASKS), logits(tiny.llama()))
+
+
+@pytest.mark.parametrize(
+    ("tasks", "found"),
+    [
+        (torch.tensor([0, 3]), r"\[0, 3\]"),
+        (torch.tensor([-1, 0]), r"\[-1, 0\]"),
+        ([2, 7], r"\[2, 7\]"),
+        (3, r"\[3\]"),
+        (torch.tensor([0.0, 1.0]), r"float32 \[2\]"),
+        (torch.tensor([True, False]), r"bool \[2\]"),
+        (torch.tensor([], dtype=torch.int64), r"int64 \[0\]"),
+    ],
+)
+def test_tasks_that_there_are_not(tasks: Any, found: str) -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=f"task_ids are whole numbers from 0 to 2, found {found}"):
+        logits(ours(), task_ids=tasks)
+
+
+def test_a_task_for_each_row_in_other_dtypes_and_shapes() -> None:
+    model = ours()
+    wanted = logits(model, task_ids=TASKS)
+    for given in (TASKS.int(), TASKS.to(torch.uint8), TASKS[:, None], TASKS.tolist()):
+        assert torch.equal(logits(model, task_ids=given), wanted)

@@ -98,7 +98,7 @@ def test_what_does_not_fit_is_refused() -> None:
     model = peftcore.apply(tiny.llama(), "poly", **FIELDS)
     with pytest.raises(peftcore.PeftcoreError, match="is of 3 tasks, and the call names none"):
         tiny.logits(model)
-    with pytest.raises(peftcore.PeftcoreError, match=r"task_ids are from 0 to 2, found \[0, 3\]"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"task_ids are whole numbers from 0 to 2, found \[0, 3\]"):
         logits(model, torch.tensor([0, 3]))
     with pytest.raises(peftcore.PeftcoreError, match="the call names 3 tasks, and this layer takes"):
         logits(model, torch.tensor([0, 1, 2]))
