@@ -25,3 +25,4 @@ class Event:
 adapter_applied = Event()  # (model): an adapter stands on it, its first or one more
 vocabulary_resizes = Event()  # (model or part of it, its embedding and head that are about to get other sizes)
 adapters_wanted = Event()  # (model, names, those that must stay): they are about to be used, and may rest on disk
+adapter_names_given = Event()  # (model, adapter names of a call's samples, function that takes their activation)

@@ -26,8 +26,9 @@ from peftcore.adaptation.call import Frame
 from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Base, Branched, expert_link, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, rests_in_thread
-from peftcore.adaptation.enclosing import LOCK, is_enclosing
+from peftcore.adaptation.enclosing import LOCK, adapter_for_each_sample, is_enclosing, takes_adapter_names
 from peftcore.adaptation.per_sample import PerSample
+from peftcore.adaptation.rows import ROWS
 from peftcore.errors import PeftcoreError
 from peftcore.experts import split_expert_path
 from peftcore.weight_formats import find_weight_format
@@ -98,6 +99,7 @@ def detach(module: nn.Module, name: str) -> None:
         del module._modules[CHILD]
         for key in (LOCK, _CHAIN, _BASE, _ACTIVE):
             del module.__dict__[key]
+        module.__dict__.pop(ROWS, None)
         return
     active = module.__dict__[_ACTIVE]
     if active is not None and name in active:
@@ -109,6 +111,7 @@ def detach(module: nn.Module, name: str) -> None:
         del module._modules[CHILD]
         for key in (_CHAIN, _BASE, _ACTIVE):
             del module.__dict__[key]
+        module.__dict__.pop(ROWS, None)
         take_off(module, "_peftcore_original")
         if not is_enclosing(module):
             del module.__dict__[LOCK]
@@ -167,12 +170,25 @@ def _base_of(module: nn.Module) -> Base:
 def _chain_of(module: nn.Module, base: Base) -> Any:
     adapters, names = adapters_at(module), module.__dict__[_ACTIVE]
     if names is None:
-        link = partial(_around, adapters, inside=base, own=base)
-        return PerSample(base, adapters._modules, adapters.behind, link, module.__dict__[LOCK])
+        return _by_sample(module, base)
     chain: Any = base
     for name in names:
         chain = _around(adapters, name, inside=chain, own=base)
     return chain
+
+
+def _by_sample(module: nn.Module, base: Base) -> PerSample:
+    """The chain in which each sample of a batch has its adapter."""
+    adapters = adapters_at(module)
+    link = partial(_around, adapters, inside=base, own=base)
+    return PerSample(base, adapters._modules, adapters.behind, link, module.__dict__[LOCK])
+
+
+def _acting(module: Any, lock: ModelLock) -> Any:
+    """The chain that acts in this call."""
+    if lock.choosing and lock.choice() is not None:
+        return _by_sample(module, module._peftcore_base)
+    return module._peftcore_chain
 
 
 def _around(adapters: Adapters, name: str, *, inside: Any, own: Base) -> AroundLink:
@@ -214,11 +230,14 @@ def adapters_at(module: nn.Module) -> Adapters:
 def acts(module: nn.Module) -> bool:
     """Would an adapter of `module` itself act in a call that this context makes?"""
     names = module.__dict__.get(_ACTIVE, ())
-    if names is None:
-        names = [name for name in module.__dict__[LOCK].activation.mixed if name in adapters_at(module)]
+    if not is_adapted(module):
+        return False
+    lock: ModelLock = module.__dict__[LOCK]
+    choice = lock.choice() if lock.choosing else None
+    if names is None or choice is not None:
+        names = [name for name in (choice or lock.activation).mixed if name in adapters_at(module)]
     if not names:
         return False
-    lock = module.__dict__[LOCK]
     if is_dynamo_compiling():
         return not rests_in_thread(lock)
     rests = lock.calls.get(get_ident())
@@ -287,21 +306,24 @@ def _adapted_class(cls: type[nn.Module]) -> type[nn.Module]:
             lock = self._peftcore_lock
         except AttributeError:  # a bound method that torch.compile kept, and the adapters were removed since
             return cls.forward(self, *args, **kwargs)
+        if kwargs and takes_adapter_names(self, kwargs):
+            with adapter_for_each_sample(self, kwargs):
+                return forward(self, *args, **kwargs)
         if is_dynamo_compiling():
             if lock.context is not None and not lock.context.inside():
                 with Frame(self, lock.context, args, kwargs):
                     return forward(self, *args, **kwargs)
-            return (self._peftcore_base if rests_in_thread(lock) else self._peftcore_chain)(*args, **kwargs)
+            return (self._peftcore_base if rests_in_thread(lock) else _acting(self, lock))(*args, **kwargs)
         thread = get_ident()
         rests = lock.calls.get(thread)
         if rests is not None:
-            return (self._peftcore_base if rests else self._peftcore_chain)(*args, **kwargs)
+            return (self._peftcore_base if rests else _acting(self, lock))(*args, **kwargs)
         if lock.context is not None and not lock.context.inside():
             with Frame(self, lock.context, args, kwargs):
                 return forward(self, *args, **kwargs)
         lock.enter(thread)
         try:
-            return (self._peftcore_base if lock.calls[thread] else self._peftcore_chain)(*args, **kwargs)
+            return (self._peftcore_base if lock.calls[thread] else _acting(self, lock))(*args, **kwargs)
         finally:
             lock.leave(thread)
 

@@ -41,13 +41,23 @@ def untraced(function: Callable[..., Any], *, within: bool = False) -> Callable[
 
 
 ROOT = "_peftcore_root"  # attribute of the model itself
+SAMPLES = "peftcore_samples"  # int64 `[rows]`, a keyword argument of calls that `generate` makes: the sample of a row
 
 
 class Call(Mapping[str, Any]):
     """The arguments of a call by name, to be read: those that it was given, and those that are the adapters' alone."""
 
-    def __init__(self, values: dict[str, Any]) -> None:
+    def __init__(self, values: dict[str, Any], samples: Tensor | None = None) -> None:
         self._values = values
+        self._samples = samples
+
+    @property
+    def samples(self) -> tuple[int, ...] | None:
+        """The sample that each row of the batch is of, where `generate` has repeated samples; else None."""
+        if isinstance(self._samples, Tensor):
+            self._repeated: tuple[int, ...] = tuple(self._samples.tolist())
+            self._samples = None
+        return getattr(self, "_repeated", None)
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
@@ -88,15 +98,17 @@ class CallContext:
 
     Args:
         names: of keyword arguments that are theirs alone.
+        is_idle: no adapter reads calls; they are noted for the rows of a batch alone.
     """
 
-    def __init__(self, names: frozenset[str] = frozenset()) -> None:
+    def __init__(self, names: frozenset[str] = frozenset(), is_idle: bool = False) -> None:
         self.names = names
+        self.is_idle = is_idle
         self._frames: WeakSet[Frame] = WeakSet()  # of calls whose graph lives
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CallContext, (self.names,)
+        return CallContext, (self.names, self.is_idle)
 
     @partial(untraced, within=True)
     def inside(self) -> bool:
@@ -108,7 +120,8 @@ class CallContext:
 
     def own(self, names: Sequence[str], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Take those keyword arguments out of `kwargs` that are the adapters' alone. `names`: what forward takes."""
-        return {name: kwargs.pop(name) for name in list(kwargs) if name in self.names and name not in names}
+        there = {*self.names, SAMPLES}
+        return {name: kwargs.pop(name) for name in list(kwargs) if name in there and name not in names}
 
     @contextmanager
     def given(self, values: Mapping[str, Any]) -> Iterator[None]:
@@ -123,11 +136,16 @@ class CallContext:
             _CURRENT.given = tuple(other for other in getattr(_CURRENT, "given", ()) if other is not block)
 
     @contextmanager
-    def generating(self, names: Sequence[str], kwargs: dict[str, Any]) -> Iterator[None]:
+    def generating(self, names: Sequence[str], kwargs: dict[str, Any], samples: int = 0) -> Iterator[None]:
         """Within the block `generate` runs with `kwargs`, whose tensors it repeats for each row's beams.
 
         So they come with the call of each step; parts called alone before that, an encoder, get them as they are.
+
+        Args:
+            samples: number of samples whose numbers are to come with each call, since they are repeated; 0: none.
         """
+        if samples:
+            kwargs[SAMPLES] = torch.arange(samples)
         values = {name: value for name, value in kwargs.items() if name in self.names and name not in names}
         for name, value in self.values().items():
             if name not in names and isinstance(value, Tensor) and value.dim():
@@ -195,6 +213,7 @@ class Frame:
 
     def __init__(self, module: nn.Module, context: CallContext, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         self.context = context
+        self.module = module
         names: tuple[str, ...] = type(module)._peftcore_arguments  # type: ignore[attr-defined]
         own = context.own(names, kwargs)
         self.first = self.last = self.task = self.reached = -1
@@ -213,7 +232,8 @@ class Frame:
         if self.task >= 0:
             self.call = self.context.call_of_forward()
         else:
-            self.call = Call({**self.context.values(), **_named(names, args), **kwargs, **own})
+            samples = own.pop(SAMPLES, None)
+            self.call = Call({**self.context.values(), **_named(names, args), **kwargs, **own}, samples)
         if torch.is_grad_enabled():
             self.context.note(self)
 
@@ -227,6 +247,26 @@ class Frame:
             self.last = torch._C._autograd._get_sequence_nr()
         _CURRENT.frame = self.outer
         self.outer = None
+
+
+class _Replaced:
+    """What `current_frame` gives while adapters are to see another call than the one that runs."""
+
+    def __init__(self, frame: Frame, call: Call) -> None:
+        self.context, self.module, self.task, self.call = frame.context, frame.module, frame.task, call
+
+
+@contextmanager
+def as_if_called(frame: Frame | None, call: Call | None) -> Iterator[None]:
+    """Within the block `current_call` returns `call` in place of that of `frame`; None: it stays."""
+    if frame is None or call is None:
+        yield
+        return
+    _CURRENT.frame = _Replaced(frame, call)
+    try:
+        yield
+    finally:
+        _CURRENT.frame = frame
 
 
 for _function in (CallContext.own, CallContext.values, Frame.__init__, Frame.__enter__, Frame.__exit__):
@@ -253,7 +293,7 @@ def context_for(names: Iterable[frozenset[str]], before: CallContext | None) -> 
     if not each:
         return None
     context = before or CallContext()
-    context.names = frozenset().union(*each)
+    context.names, context.is_idle = frozenset().union(*each), False
     return context
 
 

@@ -245,15 +245,10 @@ class AfterLink(AroundLink):
 
 
 class WeightChanges(nn.Module):
-    """The adapters that one name has on parameters of one module (`OnWeight`), by the parameter's name.
+    """The adapters that one name has on parameters of one module (`OnWeight`), by the parameter's name."""
 
-    Args:
-        whole_batch: dimension 0 of what the module gets need not be its samples.
-    """
-
-    def __init__(self, adapters: Mapping[str, nn.Module], whole_batch: bool = True) -> None:
+    def __init__(self, adapters: Mapping[str, nn.Module]) -> None:
         super().__init__()
-        self.whole_batch = whole_batch
         for name, adapter in adapters.items():
             self._modules[name.replace(".", "/")] = adapter
 

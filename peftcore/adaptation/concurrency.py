@@ -20,7 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property, partial
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,7 @@ class ModelLock:
         self._changer: int | None = None  # the thread that changes the model, or waits to
         self._queue: list[object] = []  # those that want to after it
         self._alone = False  # it does not wait any more
+        self.choosing = 0  # number of calls, of all threads, that name an adapter for each of their samples
         self._held: Block | None = None  # the `disabled` block that keeps other calls out
         self._blocks: set[Block] = set()  # the open `disabled` blocks that keep nobody out
 
@@ -141,6 +142,27 @@ class ModelLock:
             yield
         finally:
             self.leave(thread)
+
+    @contextmanager
+    def choosing_by_sample(self, activation: Activation) -> Iterator[None]:
+        """Within the block `activation` holds in calls of this thread, which names an adapter for each sample."""
+        before = getattr(_THREAD, "choices", ())
+        _THREAD.choices = (*before, (self, activation))
+        with self._condition:
+            self.choosing += 1
+        try:
+            yield
+        finally:
+            _THREAD.choices = before
+            with self._condition:
+                self.choosing -= 1
+
+    def choice(self) -> Activation | None:
+        """Return the activation of `choosing_by_sample` in this thread, or None."""
+        for lock, activation in reversed(getattr(_THREAD, "choices", ())):
+            if lock is self:
+                return cast(Activation, activation)
+        return None
 
     @contextmanager
     def changing(self, what: str, *, base: bool = False) -> Iterator[None]:

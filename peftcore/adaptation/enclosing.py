@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 from _thread import get_ident
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,9 +18,12 @@ from torch.compiler import is_dynamo_compiling
 from peftcore.adaptation.call import ROOT, Frame, untraced
 from peftcore.adaptation.class_swap import one_for_each_class, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock
-from peftcore.events import vocabulary_resizes
+from peftcore.adaptation.rows import ROWS
+from peftcore.errors import PeftcoreError
+from peftcore.events import adapter_names_given, vocabulary_resizes
 
 LOCK = "_peftcore_lock"
+_NAMES = "adapter_names"  # PEFT's argument of a call: the adapter of each sample
 
 
 def enclose(module: nn.Module, lock: ModelLock, *, root: bool = False) -> None:
@@ -37,7 +42,8 @@ def release(module: nn.Module) -> None:
     if is_enclosing(module) and not hasattr(module, "unshard"):
         take_off(module, "_peftcore_enclosed")
         del module.__dict__[LOCK]
-    module.__dict__.pop(ROOT, None)
+    for name in (ROOT, ROWS):
+        module.__dict__.pop(name, None)
 
 
 def is_enclosing(module: nn.Module) -> bool:
@@ -48,6 +54,36 @@ def is_enclosing(module: nn.Module) -> bool:
 def lock_of(module: nn.Module) -> ModelLock | None:
     """The lock of the model with adapters that `module` is, or is a part of; None where it belongs to none."""
     return module.__dict__.get(LOCK)
+
+
+def takes_adapter_names(module: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether a call of `module` names an adapter for each sample, and that is no argument of its own."""
+    return _NAMES in kwargs and _NAMES not in module._peftcore_arguments
+
+
+@contextmanager
+def adapter_for_each_sample(module: nn.Module, kwargs: dict[str, Any]) -> Iterator[int]:
+    """Take PEFT's `adapter_names` out of the arguments of a call of the model, and let them hold within the block.
+
+    Yields:
+        The number of samples.
+
+    Raises:
+        PeftcoreError: names that are not there, or not of the model that adapters were applied to.
+    """
+    if ROOT not in module.__dict__:
+        raise PeftcoreError(
+            f"adapter_names were given to a {type(module).__name__}, a part of the model that adapters were applied "
+            "to. Give them to that model"
+        )
+    names = kwargs.pop(_NAMES)
+    if names is None:
+        yield 0
+        return
+    chosen: list[Any] = []
+    adapter_names_given.announce(module, names, chosen.append)
+    with lock_of(module).choosing_by_sample(chosen[0]):  # type: ignore[union-attr]  # of a model with adapters
+        yield len(chosen[0].samples)
 
 
 def _resizes(
@@ -67,6 +103,16 @@ def _resizes(
     return bool(-(-wanted // pad_to_multiple_of) * pad_to_multiple_of != rows if pad_to_multiple_of else wanted != rows)
 
 
+def _repeats_samples(model: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether `generate` with these arguments runs each sample several times, for beams or several answers."""
+    configs = [kwargs.get("generation_config"), getattr(model, "generation_config", None)]
+    for name in ("num_beams", "num_return_sequences"):
+        given = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        if next((number for number in given if number is not None), 1) > 1:
+            return True
+    return False
+
+
 @one_for_each_class
 def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
     original: Any = cls  # which may have `generate`
@@ -74,6 +120,9 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         if LOCK not in self.__dict__:  # torch.compile kept this bound method, and the adapters were removed since
             return cls.__call__(self, *args, **kwargs)
+        if kwargs and takes_adapter_names(self, kwargs):
+            with adapter_for_each_sample(self, kwargs):
+                return __call__(self, *args, **kwargs)
         lock = self._peftcore_lock
         if lock.context is not None and not lock.context.inside():
             with Frame(self, lock.context, args, kwargs):
@@ -98,11 +147,15 @@ def _enclosing_class(cls: type[nn.Module]) -> type[nn.Module]:
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         if LOCK not in self.__dict__:  # as in __call__
             return original.generate(self, *args, **kwargs)
+        if takes_adapter_names(self, kwargs):
+            with torch.no_grad(), adapter_for_each_sample(self, kwargs):
+                return generate(self, *args, **kwargs)
         lock = self._peftcore_lock
         with lock.calling():  # one adapter from the first token to the last
             if lock.context is None:
                 return super(enclosing, self).generate(*args, **kwargs)
-            with lock.context.generating(self._peftcore_arguments, kwargs):
+            samples = (lock.choice() or lock.activation).samples if _repeats_samples(self, kwargs) else None
+            with lock.context.generating(self._peftcore_arguments, kwargs, len(samples or ())):
                 return super(enclosing, self).generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,31 +1,31 @@
 """Several adapters in one batch: sample i passes through the adapter of the i-th name, or through none.
 
-The module runs once for each adapter on the samples that are its own. An adapter's class that can do better has
+The module runs once for each adapter, on the samples that have it. An adapter's class that can do better has
 
     @staticmethod
     per_sample(adapters, index, base, *args, **kwargs) -> output, or NotImplemented
 
-where `index`, int64 `[samples]`, says which of `adapters` (of this class) a sample passes through; -1 for none.
+where the samples lie in dimension 0 of the first tensor, and `index`, int64 `[x.shape[0]]`, says which of `adapters`
+(of this class) a row passes through; -1 for none.
 
-In a mixture of experts some modules get the tokens of all samples in one dimension, sample after sample. Which call of
-the model they belong to says how many each sample has.
+Which dimension the samples lie in is a fact of the module, observed before (`rows.py`); which sample a row is of is a
+fact of the call: `generate` repeats samples for beams, and repeats their numbers (`SAMPLES`) with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-from peftcore.adaptation.call import current_call
-from peftcore.adaptation.concurrency import Activation, ModelLock
+from peftcore.adaptation.call import Call, Frame, as_if_called, current_frame
+from peftcore.adaptation.concurrency import ModelLock
 from peftcore.adaptation.outputs import first_of, with_first
+from peftcore.adaptation.rows import ROWS, UNKNOWN, Rows, Samples, first_in, joined, taken
 from peftcore.errors import PeftcoreError
-
-_TOKENS = ("input_ids", "inputs_embeds", "hidden_states")  # what a call gets its tokens by
 
 
 class Chosen:
@@ -33,44 +33,42 @@ class Chosen:
 
     Args:
         there: all adapters of the module, by name.
+        samples: the adapter's name of each sample.
     """
 
     __slots__ = ("_index", "adapters", "names", "samples", "together")
 
-    def __init__(self, there: Mapping[str, nn.Module | None], activation: Activation) -> None:
-        self.names = [name for name in activation.mixed if name in there]
+    def __init__(self, there: Mapping[str, nn.Module | None], samples: tuple[str | None, ...]) -> None:
+        self.names = [name for name in dict.fromkeys(samples) if name is not None and name in there]
         self.adapters: list[Any] = [there[name] for name in self.names]
         number: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
-        self.samples = [number.get(name, -1) for name in activation.samples or ()]
+        self.samples = [number.get(name, -1) for name in samples]
         kinds = {type(adapter) for adapter in self.adapters}
         self.together = getattr(next(iter(kinds)), "per_sample", None) if len(kinds) == 1 else None
         self._index: Tensor | None = None
 
     def index(self, device: torch.device) -> Tensor:
-        """int64 `[samples]`: which of the adapters a sample has; -1 for none."""
+        """Return int64 `[samples]`: which of the adapters a sample has; -1 for none."""
         if self._index is None or self._index.device != device:
             self._index = torch.tensor(self.samples, device=device)
         return self._index
 
-    def groups(self, each: int, device: torch.device) -> list[tuple[int, Tensor]]:
-        """(adapter or -1, its rows), of which each sample has so many."""
-        groups = []
-        for which in sorted(set(self.samples)):
-            own = torch.tensor([i for i, other in enumerate(self.samples) if other == which], device=device)
-            if each > 1:
-                own = (own[:, None] * each + torch.arange(each, device=device)).flatten()
-            groups.append((which, own))
-        return groups
+    def groups(self, device: torch.device) -> list[tuple[int, Tensor]]:
+        """Return (adapter or -1, numbers of the samples that have it)."""
+        return [
+            (which, torch.tensor([i for i, other in enumerate(self.samples) if other == which], device=device))
+            for which in sorted(set(self.samples))
+        ]
 
 
 class PerSample:
-    """The link of a module's chain that gives each sample its adapter, as the activation of its model's lock has it.
+    """The link of a module's chain that gives each sample its adapter.
 
     Args:
         adapters: those of the module, by name.
         behind: names of those that stand behind the module, not around it.
         link: (name) -> what calls that adapter around the module.
-        lock: that of the model, whose calls are noted where it has experts.
+        lock: that of the model, whose activation of this moment holds.
     """
 
     __slots__ = ("_adapters", "_base", "_behind", "_link", "_lock", "module")
@@ -87,120 +85,138 @@ class PerSample:
         self._adapters, self._behind, self._link = adapters, behind, link
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        chosen = self._chosen()
+        frame = current_frame()
+        call = None if frame is None else frame.call
+        chosen = self._chosen(call)
         if not chosen.names:
             return self._base(*args, **kwargs)
-        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        rows = 0 if first is None or not first.dim() else first.shape[0]
-        each = self._rows_of_each(rows, len(chosen.samples))
-        if first is None or each is None:
-            batch = self._batch()
-            found = rows if batch is None or batch[0] == len(chosen.samples) else batch[0]
-            raise PeftcoreError(
-                f"{len(chosen.samples)} samples were given adapters (activate(..., per_sample=True)), but "
-                f"{type(self.module).__name__} gets "
-                + ("no batch" if first is None or not first.dim() else f"a batch of {found}")
-            )
+        first, rows = self._rows(len(chosen.samples), call, args, kwargs)
         if chosen.together is not None:
-            index = chosen.index(first.device)
-            index = index if each == 1 else index.repeat_interleave(each)
-            output = chosen.together(chosen.adapters, index, self._base, *args, **kwargs)
+            output = self._together(chosen, rows.first, first, *args, **kwargs)
             if output is not NotImplemented:
                 return output
         if all(name in self._behind for name in chosen.names):
-            return self._after(chosen, each, *args, **kwargs)
-        parts, order = [], []
-        for which, own in chosen.groups(each, first.device):
-            call = self._base if which < 0 else self._link(chosen.names[which])
-            if len(own) == rows:
-                return call(*args, **kwargs)
-            parts.append(call(*_taken(args, own, rows), **_taken(kwargs, own, rows)))
-            order.append(own)
-        return _joined(parts, [len(own) for own in order], torch.cat(order).argsort())
+            return self._after(chosen, rows, frame, *args, **kwargs)
+        parts, groups = [], chosen.groups(first.device)
+        count = len(chosen.samples)
+        for which, own in groups:
+            run = self._base if which < 0 else self._link(chosen.names[which])
+            if len(own) == count:
+                return run(*args, **kwargs)
+            own_args, own_kwargs = self._taken(rows, first, own, count, args, kwargs)
+            with as_if_called(frame, _narrowed(frame, own, count)):
+                parts.append(run(*own_args, **own_kwargs))
+        order = torch.cat([own for _, own in groups]).argsort()
+        return joined(parts, rows.output, [len(own) for _, own in groups], order)
 
-    def _chosen(self) -> Chosen:
-        """What the activation of now means here."""
-        activation = self._lock.activation
+    def _chosen(self, call: Call | None) -> Chosen:
+        """Return what the activation of now means here."""
+        activation = self._lock.choice() or self._lock.activation
+        repeated = call.samples if call is not None else None
+        samples = activation.samples or ()
+        if repeated is not None:
+            samples = tuple(samples[i] for i in repeated)
         if is_dynamo_compiling():
-            return Chosen(self._adapters, activation)
-        found: Chosen | None = activation.found.get(self)
+            return Chosen(self._adapters, samples)
+        found: Chosen | None = activation.found.get((self.module, repeated))
         if found is None:
-            found = activation.found[self] = Chosen(self._adapters, activation)
+            found = activation.found[self.module, repeated] = Chosen(self._adapters, samples)
         return found
 
-    def _batch(self) -> tuple[int, int] | None:
-        """(samples, tokens of each) of the running call of the model, where they are noted."""
-        if self._lock.context is None:
-            return None
-        call = current_call()
-        given = (call.get(name) for name in (*_TOKENS, *call))
-        return next(((t.shape[0], t.shape[1]) for t in given if isinstance(t, Tensor) and t.dim() > 1), None)
+    def _rows(
+        self, samples: int, call: Call | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Rows]:
+        """Return the first tensor that the module gets, and where the samples lie, as many as have adapters."""
+        first = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        rows = self.module.__dict__.get(ROWS, "it was not observed")
+        kind = type(self.module).__name__
+        if isinstance(rows, str) or first is None:
+            why = rows if isinstance(rows, str) else "it is called without a tensor"
+            raise PeftcoreError(
+                f"{samples} samples were given adapters (activate(..., per_sample=True)), and which part of the input "
+                f"of a {kind} belongs to which sample is not known: {why}. Leave that module out of target_modules, or "
+                "run the samples of each adapter in a batch of their own"
+            )
+        each, dim = rows.first.entries(call), rows.first.dim
+        size = first.shape[dim] if dim < first.dim() else 0
+        if each is None or size != samples * each:
+            found = f"{size // each:,}" if each and size % each == 0 else f"{size:,} rows"
+            raise PeftcoreError(
+                f"{samples} samples were given adapters (activate(..., per_sample=True)), but {kind} gets a batch of "
+                f"{found}. Give a name for each sample"
+            )
+        return first, rows
 
-    def _rows_of_each(self, rows: int, samples: int) -> int | None:
-        """How many of `rows` a sample has; None where they are not those of these samples."""
-        batch = self._batch()
-        if batch is not None and batch[0] != samples:
-            return None
-        if rows == samples:
-            return 1
-        return batch[1] if batch is not None and batch[1] and rows == samples * batch[1] else None
+    def _taken(
+        self, rows: Rows, first: Tensor, samples: Tensor, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[Any], dict[str, Any]]:
+        """Return the arguments as they would be with some of the samples alone."""
+        names: tuple[str, ...] = type(self.module)._peftcore_arguments
 
-    def _after(self, chosen: Chosen, each: int, *args: Any, **kwargs: Any) -> Any:
+        def part(name: str, value: Any) -> Any:
+            where = rows.first if value is first else rows.arguments.get(name, UNKNOWN)
+            return taken(value, where, samples, count)
+
+        named = [part(names[i] if i < len(names) else "", value) for i, value in enumerate(args)]
+        return named, {name: part(name, value) for name, value in kwargs.items()}
+
+    def _together(self, chosen: Chosen, where: Samples, first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Let the adapters' class run them all in one pass; NotImplemented where it does not."""
+        together, index = cast(Callable[..., Any], chosen.together), chosen.index(first.device)
+        each = first.shape[where.dim] // len(chosen.samples)
+        index = index if each == 1 else index.repeat_interleave(each)
+        if where.dim == 0:
+            return together(chosen.adapters, index, self._base, *args, **kwargs)
+        if not args or args[0] is not first or len(args) > 1 or kwargs:
+            return NotImplemented
+        output = together(chosen.adapters, index, self._base, first.transpose(0, where.dim))
+        return output if output is NotImplemented else output.transpose(0, where.dim)
+
+    def _after(self, chosen: Chosen, rows: Rows, frame: Frame | None, *args: Any, **kwargs: Any) -> Any:
         """All adapters stand behind the module, which then runs once, on the whole batch."""
         output = self._base(*args, **kwargs)
-        first = first_of(output)
-        parts, order = [], []
-        for which, own in chosen.groups(each, first.device):
-            y = first[own]
-            parts.append(y if which < 0 else chosen.adapters[which](y))
-            order.append(own)
-        first = _joined(parts, [len(own) for own in order], torch.cat(order).argsort())
-        return with_first(output, first)
+        first, where, count = first_of(output), first_in(rows.output), len(chosen.samples)
+        parts, groups = [], chosen.groups(first.device)
+        for which, own in groups:
+            y = taken(first, where, own, count)
+            with as_if_called(frame, _narrowed(frame, own, count)):
+                parts.append(y if which < 0 else chosen.adapters[which](y))
+        order = torch.cat([own for _, own in groups]).argsort()
+        return with_first(output, joined(parts, where, [len(own) for _, own in groups], order))
 
 
-def _taken(value: Any, rows: Tensor, samples: int) -> Any:
-    """Those samples of an argument; what all samples share stays."""
-    if isinstance(value, Tensor):
-        if not value.dim() or (value.shape[0] == 1 and samples > 1):
-            return value
-        if value.shape[0] == samples:
-            return value[rows]
-        raise PeftcoreError(
-            f"an adapter for each of {samples} samples: an argument of shape {list(value.shape)} cannot be split"
-        )
-    if type(value) in (tuple, list):
-        return type(value)(_taken(each, rows, samples) for each in value)
-    if type(value) is dict:
-        return {key: _taken(each, rows, samples) for key, each in value.items()}
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    raise PeftcoreError(
-        f"an adapter for each of {samples} samples: an argument of type {type(value).__name__} cannot be split. "
-        "Only adapters of layers such as linear ones can be mixed in a batch"
-    )
-
-
-def _joined(parts: list[Any], counts: list[int], order: Tensor) -> Any:
-    """The outputs of all samples, in their order; what all samples of a group share, as T5's biases of positions, too.
+class _CallOfSamples(Call):
+    """A call of the model as it would be with some of its samples alone.
 
     Args:
-        counts: how many samples each of the parts is of.
+        where: where samples lie in the model's arguments, as in `Rows.arguments`.
+        samples: int64, the numbers of the samples.
+        count: number of samples in the batch.
     """
-    if isinstance(parts[0], Tensor):
-        rows = [part if part.shape[:1] == (n,) else _shared(part, n) for part, n in zip(parts, counts, strict=True)]
-        return torch.cat(rows)[order]
-    if type(parts[0]) in (tuple, list):
-        return type(parts[0])(_joined(list(each), counts, order) for each in zip(*parts, strict=True))
-    if parts[0] is None:
+
+    def __init__(self, call: Call, where: Mapping[str, Any], samples: Tensor, count: int) -> None:
+        super().__init__(call._values)
+        self._where, self._numbers, self._count = where, samples, count
+
+    def __getitem__(self, name: str) -> Any:
+        return taken(self._values[name], self._where.get(name, UNKNOWN), self._numbers, self._count)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self._values else default
+
+
+# Arguments that hold samples in dimension 0, where the model was not observed with them.
+_OF_SAMPLES = (
+    "input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "labels", "decoder_input_ids",
+    "decoder_inputs_embeds", "decoder_attention_mask",
+)  # fmt: skip
+
+
+def _narrowed(frame: Frame | None, samples: Tensor, count: int) -> Call | None:
+    """Return what adapters that read the call are to see while they act on some of its samples; None: the same."""
+    if frame is None or frame.context.is_idle:
         return None
-    raise PeftcoreError(f"an adapter for each sample: an output of type {type(parts[0]).__name__} cannot be joined")
-
-
-def _shared(part: Tensor, samples: int) -> Tensor:
-    """What is the same for all samples of a group, for each of them."""
-    if part.shape[:1] != (1,):
-        raise PeftcoreError(
-            f"an adapter for each sample: an output of shape {list(part.shape)} for {samples} samples is not joined. "
-            "Only adapters of layers such as linear ones can be mixed in a batch"
-        )
-    return part.expand(samples, *part.shape[1:])
+    rows = frame.module.__dict__.get(ROWS)
+    where = rows.arguments if isinstance(rows, Rows) else {}
+    own = dict.fromkeys((*_OF_SAMPLES, *frame.context.names), Samples())
+    return _CallOfSamples(frame.call, {**own, **where}, samples, count)

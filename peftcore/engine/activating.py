@@ -15,6 +15,13 @@ from peftcore.engine.alone import alone
 from peftcore.engine.branches import combined, with_branches
 from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.placing import refuse_shared
+from peftcore.engine.samples import (
+    modules_by_sample,
+    observe_rows,
+    place_own_parameters,
+    refuse_whole_batch,
+    take_own_parameters_off,
+)
 from peftcore.engine.state import (
     State,
     applied,
@@ -38,8 +45,8 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
 
     Args:
         per_sample: `names` has an adapter, or None, for each sample of a batch, and each sample passes through its
-            own. The batch, dimension 0 of every input, must then be as long as `names`. For inference: the fused
-            operator is used without gradients.
+            own. The batch, dimension 0 of every input, must then be as long as `names`; `generate` may repeat samples
+            for beams and for several answers. For inference: the fused operator is used without gradients.
 
     Raises:
         PeftcoreError: a name is unknown, two of them train one parameter, or the model is merged. With per_sample
@@ -63,8 +70,9 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
     if state.resting:
         adapters_wanted.announce(model, chosen, [])
     if per_sample:
-        _refuse_whole_batch(model, with_branches(state, chosen))
-    refuse_shared(state, chosen)
+        refuse_whole_batch(model, with_branches(state, chosen))
+    else:
+        refuse_shared(state, chosen)
     set_active(model, chosen, given if per_sample else None)
 
 
@@ -147,12 +155,14 @@ def set_active(
     # Those that come to rest first: two may have trained one parameter.
     touched = names[len(before) :] if grows else tuple(dict.fromkeys((*(n for n in before if n not in names), *names)))
     own = {name: tensors for name in touched if (tensors := TrainedParameters.of(model, name)) is not None}
+    take_own_parameters_off(model, state)
     for name, tensors in own.items():
-        if name not in names:
+        if mixes or name not in names:
             tensors.activate(model, False)
     state.active = names
     state.samples = samples and tuple(name if name in names else None for name in samples)
     if mixes:
+        place_own_parameters(model, state, names)
         _let_samples_choose(model, state)
     elif grows:
         for name in touched:
@@ -162,11 +172,11 @@ def set_active(
         acting = [name for name in names if name not in inside]
         _let_act(model, state, acting, None if mixed_before else touched, same_base=not base_exchanged)
     for name, tensors in own.items():
-        if name in names:
+        if name in names and not mixes:
             tensors.activate(model, True)
     hold_of_last(model, names)
     if mixes != mixed_before:
-        ask_of_calls(model, state)
+        ask_of_calls(state)
     training = tuple(name for name in names if state.applied[name].trainable)
     _let_train(model, state, touched, training)
     state.lock.activation = Activation(state.active, state.samples, training)
@@ -194,7 +204,8 @@ def _let_samples_choose(model: nn.Module, state: State) -> None:
     known = intact(model, state)
     if known is not None and known.per_sample:
         return
-    for module in _all_modules(model, state):
+    observe_rows(model, state)
+    for _, module in modules_by_sample(model, state):
         if not adapted.is_per_sample(module):
             adapted.activate(module, None)
     if known is not None:
@@ -238,13 +249,3 @@ def _names(names: Any, per_sample: bool) -> tuple[str | None, ...]:
             "For the whole batch leave it out"
         )
     return tuple(names)
-
-
-def _refuse_whole_batch(model: nn.Module, names: Sequence[str]) -> None:
-    for name in names:
-        entry, own = applied(model, name), TrainedParameters.of(model, name)
-        whole = entry.whole_batch or entry.reads is not None
-        if entry.trained or whole or (own is not None and own.has_moved(model)):
-            raise PeftcoreError(
-                f"'{name}' ({entry.method}) acts on a batch as a whole, so it cannot be given to single samples"
-            )

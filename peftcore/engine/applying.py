@@ -178,7 +178,7 @@ def _apply(
     state.applied[adapter] = entry
     model.__dict__[STATE] = state
     freeze_branches(state, adapter)
-    ask_of_calls(model, state)
+    ask_of_calls(state)
     if initialize is not None:
         try:
             give_first_values(model, adapter, initialize, placed.method.name, its_config, batches)
@@ -280,7 +280,7 @@ def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
         state.sites[path].adapters -= 1
         if not state.sites[path].adapters:
             del state.sites[path]
-    ask_of_calls(model, state)
+    ask_of_calls(state)
     trained = dict.fromkeys(name for entry in state.applied.values() for name in entry.trained)
     inside = set(_enclosing_paths(model, state.sites, tuple(trained))) if state.applied else set()
     for path, module in adapted.base_modules(model):

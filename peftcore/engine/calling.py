@@ -11,7 +11,6 @@ from torch import nn
 from peftcore.adaptation.call import CallContext, context_for
 from peftcore.engine.state import State, require_state
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.targets.experts import expert_weights
 
 
 @contextmanager
@@ -37,10 +36,16 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
         yield
 
 
-def ask_of_calls(model: nn.Module, state: State) -> None:
-    """Let calls of `model` be noted for adapters that read them, active or not, and for samples among experts."""
+def ask_of_calls(state: State) -> None:
+    """Let calls of `model` be noted for adapters that read them, active or not, and where samples have their own."""
     before = state.lock.context
     reads = [entry.reads for entry in state.applied.values() if entry.reads is not None]
     state.lock.context = context_for(reads, before)
-    if state.lock.context is None and state.samples is not None and expert_weights(model):
-        state.lock.context = before or CallContext()
+    if state.lock.context is None and state.samples is not None:
+        note_calls(state)
+
+
+def note_calls(state: State) -> None:
+    """Let calls of the model be noted, which tell how many tokens a sample has."""
+    if state.lock.context is None:
+        state.lock.context = CallContext(is_idle=True)

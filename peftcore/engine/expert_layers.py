@@ -41,7 +41,7 @@ def each_expert(model: nn.Module, method: str, path: str, placements: Sequence[A
             )
         behind = isinstance(own[0], After)
         changes[name] = EachExpert([own[i].adapter for i in range(layout.count)], layout.transposed, behind)
-    return WeightChanges(changes, whole_batch=False)
+    return WeightChanges(changes)
 
 
 def weight_of_expert(path: str, placement: Any) -> str | None:

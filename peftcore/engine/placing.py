@@ -22,7 +22,7 @@ from peftcore.engine.expert_layers import each_expert, weight_of_expert
 from peftcore.engine.state import Applied, State, check_model, state_of
 from peftcore.engine.trained import tied_to
 from peftcore.errors import PeftcoreError, PluginError, nearest
-from peftcore.experts import experts_layout, split_expert_path
+from peftcore.experts import split_expert_path
 from peftcore.layers import is_wrapped
 from peftcore.method import AdapterPlacement, After, Around, Method, OnWeight, Placement, Train
 from peftcore.observation import detect, left_as_it_is
@@ -146,8 +146,7 @@ def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight
     names = [placement.name for placement in placements]
     if len(set(names)) < len(names):
         raise PeftcoreError(f"{method} places two adapters on one parameter of '{path}': {sorted(names)}")
-    by_rows = experts_layout(modules[path]) is not None  # which get their tokens in rows, whose sample is known
-    return WeightChanges({placement.name: placement.adapter for placement in placements}, whole_batch=not by_rows)
+    return WeightChanges({placement.name: placement.adapter for placement in placements})
 
 
 def reached_by(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:

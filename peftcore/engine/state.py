@@ -80,6 +80,7 @@ class State:
     merged: Any = None  # peftcore.merging.merge.Merged
     samples: tuple[str | None, ...] | None = None  # with activate(..., per_sample=True): whose each sample is
     lock: ModelLock = field(default_factory=ModelLock)
+    own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
     resting: dict[str, Any] = field(default_factory=dict)  # `checkpoint.resident.Resting` by name, the last used last
     limit: int | None = None  # bytes of those of them that are in memory
     intact: Intact | None = None  # of `sites`, when they were last found to be what they were

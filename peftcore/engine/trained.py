@@ -121,6 +121,19 @@ class TrainedParameters(nn.Module):
                 self._exchange(model, name, slots)
         self.held = set(names)
 
+    def by_module(self) -> dict[str, dict[str, str]]:
+        """Return, by path of a module, the names there of parameters that are trained -> their names here."""
+        found: dict[str, dict[str, str]] = {}
+        for name, slots in self.slots.items():
+            for slot in slots:
+                path, _, attribute = slot.rpartition(".")
+                found.setdefault(path, {})[attribute] = name
+        return found
+
+    def aside(self, name: str) -> Tensor:
+        """Return the tensor `name` that stands aside: the adapter's own while it rests."""
+        return self._aside(_key(name))
+
     def values(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
         """(name, the adapter's parameter) of those that are trained."""
         for name in self.slots:

@@ -19,6 +19,7 @@ from peftcore.adaptation.class_swap import original_forward
 from peftcore.observation.config import text_config
 
 BATCH, LENGTH = 2, 7
+_SIDE = 32  # of images of models that name no size
 
 BUILDERS: dict[str, Callable[[Facts], Any]] = {}  # by the name of the argument
 # Arguments that bring other ones along: one modality's input in pieces.
@@ -35,7 +36,14 @@ _MODALITIES = {
 }
 
 
-def example_inputs(model: nn.Module, *, device: torch.device | str | None = None) -> dict[str, Any]:
+def example_inputs(
+    model: nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    batch: int = BATCH,
+    length: int = LENGTH,
+    decoder_length: int | None = None,
+) -> dict[str, Any]:
     """Keyword arguments for one small forward of `model`.
 
     A model that takes text as well as images or sound gets text alone, if its config names a token that stands for
@@ -43,12 +51,16 @@ def example_inputs(model: nn.Module, *, device: torch.device | str | None = None
 
     Args:
         device: of the tensors; by default the model's.
+        batch: number of samples.
+        length: number of tokens of each sample.
+        decoder_length: number of tokens that a decoder beside an encoder gets of each; by default `length`.
 
     Returns:
         Integers drawn from the vocabulary, without special tokens where the config names them; floats of the
         model's dtype. The same at each call. Arguments that no builder knows are left out.
     """
-    facts = Facts(model, torch.device(device) if device is not None else _device(model))
+    device = torch.device(device) if device is not None else _device(model)
+    facts = Facts(model, device, batch, length, length if decoder_length is None else decoder_length)
     built = {name: BUILDERS[name](facts) for name in _wanted(facts) if name in BUILDERS}
     return {name: value for name, value in built.items() if value is not None}
 
@@ -69,6 +81,9 @@ class Facts:
 
     model: nn.Module
     device: torch.device
+    batch: int = BATCH
+    length: int = LENGTH
+    decoder_length: int = LENGTH
     parameters: dict[str, inspect.Parameter] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -175,14 +190,24 @@ def _has_placeholders(facts: Facts) -> bool:
 # Text
 
 
-@argument("input_ids", "decoder_input_ids", "input", "qformer_input_ids", "tasks_input_ids", "classes_input_ids")
+@argument("input_ids", "qformer_input_ids", "tasks_input_ids", "classes_input_ids")
 def _input_ids(facts: Facts) -> Tensor:
-    return facts.tokens(BATCH, LENGTH)
+    return facts.tokens(facts.batch, facts.length)
 
 
-@argument("attention_mask", "decoder_attention_mask", "classes_attention_mask", "tasks_attention_mask")
+@argument("decoder_input_ids")
+def _decoder_input_ids(facts: Facts) -> Tensor:
+    return facts.tokens(facts.batch, facts.decoder_length)
+
+
+@argument("attention_mask", "classes_attention_mask", "tasks_attention_mask")
 def _attention_mask(facts: Facts) -> Tensor:
-    return facts.whole(1, BATCH, LENGTH)
+    return facts.whole(1, facts.batch, facts.length)
+
+
+@argument("decoder_attention_mask")
+def _decoder_attention_mask(facts: Facts) -> Tensor:
+    return facts.whole(1, facts.batch, facts.decoder_length)
 
 
 @argument(
@@ -191,7 +216,27 @@ def _attention_mask(facts: Facts) -> Tensor:
 def _embeddings(facts: Facts) -> Tensor:
     if facts.has("grid_thw"):
         return _patches(facts)
-    return facts.floats(BATCH, LENGTH, facts.find("hidden_size", "d_model", "n_embd", "dim", default=32))
+    return facts.floats(facts.batch, facts.length, facts.find("hidden_size", "d_model", "n_embd", "dim", default=32))
+
+
+# Models of one's own, whose only argument goes to their first layer
+
+
+@argument("input", "x", "src")
+def _input(facts: Facts) -> Tensor | None:
+    for layer in facts.model.modules():
+        if isinstance(layer, nn.Embedding):
+            return facts.tokens(facts.batch, facts.length, vocabulary=layer.num_embeddings)
+        if isinstance(layer, nn.Linear):
+            return facts.floats(facts.batch, layer.in_features)
+        if isinstance(layer, (nn.MultiheadAttention, nn.RNNBase)):
+            sizes = (facts.batch, facts.length) if layer.batch_first else (facts.length, facts.batch)
+            return facts.floats(
+                *sizes, layer.embed_dim if isinstance(layer, nn.MultiheadAttention) else layer.input_size
+            )
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            return facts.floats(facts.batch, layer.in_channels, *[_SIDE] * len(layer.kernel_size))
+    return facts.tokens(facts.batch, facts.length)
 
 
 # Images
@@ -219,13 +264,13 @@ def _pixel_values(facts: Facts) -> Tensor:
         return _patches(facts)
     frames = facts.find("num_frames") if not facts.has("input_ids") else None
     clip = [frames] if frames and facts.find("tubelet_size", "drop_path_type", "num_frames") else []
-    return facts.floats(BATCH, *clip, _channels(facts), *_image_size(facts))
+    return facts.floats(facts.batch, *clip, _channels(facts), *_image_size(facts))
 
 
 @argument("pixel_values_videos")
 def _pixel_values_videos(facts: Facts) -> Tensor:
     frames = facts.find("frames_per_clip", "num_frames", inside="vi", default=4)
-    return facts.floats(BATCH, frames, _channels(facts), *_image_size(facts))
+    return facts.floats(facts.batch, frames, _channels(facts), *_image_size(facts))
 
 
 # Sound
@@ -238,10 +283,10 @@ def _input_values(facts: Facts) -> Tensor:
         length = 16
         for kernel, stride in zip(reversed(kernels), reversed(strides), strict=False):
             length = (length - 1) * stride + kernel
-        return facts.floats(BATCH, length)
+        return facts.floats(facts.batch, length)
     if (mels := facts.find("num_mel_bins", "max_length")) and facts.find("max_length"):
-        return facts.floats(BATCH, facts.find("max_length"), mels)  # a spectrogram as an image
-    return facts.floats(BATCH, facts.find("audio_channels", "num_channels", default=1), 2048)
+        return facts.floats(facts.batch, facts.find("max_length"), mels)  # a spectrogram as an image
+    return facts.floats(facts.batch, facts.find("audio_channels", "num_channels", default=1), 2048)
 
 
 @argument("input_features")
@@ -252,13 +297,13 @@ def _input_features(facts: Facts) -> Tensor:
     )  # fmt: skip
     frames = facts.find("max_source_positions", inside="audio")
     if frames and facts.find("num_mel_bins") and not facts.find("input_feat_per_channel"):
-        return facts.floats(BATCH, bins, 2 * frames)  # Whisper's order; its convolution halves the frames
-    return facts.floats(BATCH, 64, bins)
+        return facts.floats(facts.batch, bins, 2 * frames)  # Whisper's order; its convolution halves the frames
+    return facts.floats(facts.batch, 64, bins)
 
 
 @argument("input_features_mask", "audio_mel_mask")
 def _features_mask(facts: Facts) -> Tensor:
-    return facts.whole(1, BATCH, 64).bool()
+    return facts.whole(1, facts.batch, 64).bool()
 
 
 # Series
@@ -274,7 +319,7 @@ def _history(facts: Facts) -> int:
 def _past_values(facts: Facts) -> Tensor:
     channels = facts.find("num_input_channels", "input_size", default=1)
     series = [channels] if channels > 1 or not facts.has("past_time_features") else []
-    return facts.floats(BATCH, _history(facts), *series)
+    return facts.floats(facts.batch, _history(facts), *series)
 
 
 @argument("past_observed_mask")
@@ -284,17 +329,19 @@ def _past_observed_mask(facts: Facts) -> Tensor | None:
 
 @argument("past_time_features")
 def _past_time_features(facts: Facts) -> Tensor:
-    return facts.floats(BATCH, _history(facts), facts.find("num_time_features", default=0))
+    return facts.floats(facts.batch, _history(facts), facts.find("num_time_features", default=0))
 
 
 @argument("future_time_features")
 def _future_time_features(facts: Facts) -> Tensor | None:
-    return facts.floats(BATCH, facts.find("prediction_length", default=1), facts.find("num_time_features", default=0))
+    return facts.floats(
+        facts.batch, facts.find("prediction_length", default=1), facts.find("num_time_features", default=0)
+    )
 
 
 @argument("future_values")
 def _future_values(facts: Facts) -> Tensor:
-    return facts.floats(BATCH, facts.find("prediction_length", default=1))
+    return facts.floats(facts.batch, facts.find("prediction_length", default=1))
 
 
 # Grids of patches

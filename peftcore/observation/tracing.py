@@ -14,19 +14,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 from peftcore.adaptation.adapted import base_modules, walked_once
 from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.outputs import first_of
 from peftcore.observation.inputs import example_inputs
 from peftcore.observation.meta import MetaFloats, meta_copy
+
+Inputs = Callable[[nn.Module], dict[str, Any]]
 
 SKIPPED = "layer"  # the operator of what a layer gave that was not watched
 # Operators after which a value is no longer a weight in another form.
@@ -35,13 +38,22 @@ _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "embedding", "nativ
 
 @dataclass(eq=False)
 class Call:
-    """One call of a module: the values of its arguments by name, and of its output, a tensor or a tuple's first."""
+    """One call of a module.
+
+    Args:
+        arguments: value of each argument that is a tensor, by name.
+        output: value of the output, a tensor or a tuple's first.
+        given: shapes of all tensors in the arguments, by name, in the same containers; None for what is no tensor.
+        gave: the same of the output.
+    """
 
     path: str
     module: nn.Module
     parent: Call | None
     arguments: dict[str, int] = field(default_factory=dict)
     output: int | None = None
+    given: dict[str, Any] = field(default_factory=dict)
+    gave: Any = None
 
     def around(self) -> Iterator[Call]:
         """The calls inside which this one ran, from the innermost."""
@@ -66,6 +78,7 @@ class Value:
     shape: tuple[int, ...]
     is_weight: bool  # a parameter, buffer or constant, also transposed, cast or sliced
     turned: bool = False  # the last dimension of its input is another one here
+    moved: bool = False  # and the first
 
 
 @dataclass
@@ -142,7 +155,9 @@ def observe(model: nn.Module) -> Trace:
     return trace(model)
 
 
-def trace(model: nn.Module, *, training: bool = False, every_layer: bool = False) -> Trace:
+def trace(
+    model: nn.Module, *, training: bool = False, every_layer: bool = False, inputs: Inputs | None = None
+) -> Trace:
     """Watch a forward of `model` with its example inputs, on a copy without memory; the model is left alone.
 
     A forward that fails (on an input that no builder makes, say) is watched up to there.
@@ -150,13 +165,14 @@ def trace(model: nn.Module, *, training: bool = False, every_layer: bool = False
     Args:
         training: whether the copy is in training mode.
         every_layer: watch layers too that are like one that was watched.
+        inputs: (model) -> what it is called with, on the CPU; by default `example_inputs`.
     """
     try:
         copied = meta_copy(model).train(training)
     except Exception as error:  # something in it cannot be copied: a process group, an open file
         return Trace(error=error)
-    found = _Watch(copied, skips=not every_layer).run()
-    return trace(model, training=training, every_layer=True) if found.error and found.alike else found
+    found = _Watch(copied, skips=not every_layer).run(inputs or partial(example_inputs, device="cpu"))
+    return trace(model, training=training, every_layer=True, inputs=inputs) if found.error and found.alike else found
 
 
 class _Watch:
@@ -177,10 +193,10 @@ class _Watch:
                 if parameter is not None:
                     self._owners[id(parameter)].append(module)
 
-    def run(self) -> Trace:
+    def run(self, make_inputs: Inputs) -> Trace:
         inputs = {
             name: torch.empty_like(value, device="meta") if value.is_floating_point() else value
-            for name, value in example_inputs(self._model, device="cpu").items()
+            for name, value in make_inputs(self._model).items()
         }
         for value in inputs.values():
             self._new(value, "input", (), False)
@@ -205,6 +221,7 @@ class _Watch:
         def watched(*args: Any, **kwargs: Any) -> Any:
             call = Call(path, module, self._call)
             for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+                call.given[name] = shapes_of(value)
                 if isinstance(value, Tensor):
                     call.arguments[name] = self._number(value)
             self.trace.calls.append(call)
@@ -215,6 +232,7 @@ class _Watch:
                 output = self._through(call, forward, args, kwargs)
                 if key is not None:
                     self._seen[key] = path, (args, kwargs), output
+            call.gave = shapes_of(output)
             first = first_of(output)  # what an `After` gets
             if isinstance(first, Tensor):
                 call.output = self._number(first)
@@ -260,11 +278,17 @@ class _Watch:
         return self._likenesses[id(module)]
 
     def _new(
-        self, tensor: Tensor, operator: str, inputs: tuple[int, ...], is_weight: bool, turned: bool = False
+        self,
+        tensor: Tensor,
+        operator: str,
+        inputs: tuple[int, ...],
+        is_weight: bool,
+        turned: bool = False,
+        moved: bool = False,
     ) -> int:
         self._numbers[id(tensor)] = number = len(self._tensors)
         self._tensors.append(tensor)
-        self.trace.values.append(Value(operator, inputs, self._call, tuple(tensor.shape), is_weight, turned))
+        self.trace.values.append(Value(operator, inputs, self._call, tuple(tensor.shape), is_weight, turned, moved))
         return number
 
     def _number(self, tensor: Tensor) -> int:
@@ -280,10 +304,11 @@ class _Watch:
         values = self.trace.values
         name = operator._schema.name.partition("::")[2]
         is_weight = name not in _PRODUCTS and all(values[number].is_weight for number in inputs)
-        turned = name in _TURNS and _TURNS[name](*args)
+        turned = name in _TURNS and _TURNS[name](-1, *args)
+        moved = name in _TURNS and _TURNS[name](0, *args)
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
-                number = self._new(tensor, name, inputs, is_weight, turned)
+                number = self._new(tensor, name, inputs, is_weight, turned, moved)
         if operator._schema.is_mutable and tensors and inputs:  # what it was a view of has changed too
             of = inputs[0]
             while values[of].operator in _VIEWS:
@@ -296,10 +321,11 @@ _VIEWS = {
     "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view",
 }  # fmt: skip
 
+# Whether an operator puts a dimension, the first (0) or the last (-1), elsewhere.
 _TURNS: dict[str, Callable[..., bool]] = {
-    "t": lambda x: True,
-    "transpose": lambda x, a, b: x.dim() - 1 in (a % x.dim(), b % x.dim()),
-    "permute": lambda x, dims: dims[-1] % x.dim() != x.dim() - 1,
+    "t": lambda which, x: x.dim() > 1,
+    "transpose": lambda which, x, a, b: a % x.dim() != b % x.dim() and which % x.dim() in (a % x.dim(), b % x.dim()),
+    "permute": lambda which, x, dims: dims[which] % x.dim() != which % x.dim(),
 }
 
 
@@ -343,6 +369,11 @@ def _in_function() -> bool:
             return isinstance(frame.f_locals.get("ctx"), torch.autograd.function.FunctionCtx)
         frame = frame.f_back
     return False
+
+
+def shapes_of(value: Any) -> Any:
+    """The shape of each tensor in nested tuples, lists and dictionaries; None for anything else."""
+    return tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else None, value)
 
 
 def _kind(args: Any, kwargs: Any) -> Any:

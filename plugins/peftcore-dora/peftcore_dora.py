@@ -48,14 +48,14 @@ class Dora(nn.Module):
     def __init__(self, lora: Any) -> None:
         super().__init__()
         self.lora = lora
-        self.whole_batch = isinstance(lora, OnWeight)
+        self.on_weight = isinstance(lora, OnWeight)
         self.transposed = isinstance(lora, LoraEmbedding)  # outputs are the weight's last dimension
         self.axes = [1] * (lora.lora_A.dim() - 2)  # of an output, behind its channels
         m = lora.lora_B.new_ones(lora.lora_B.shape[0])
         self.lora_magnitude_vector = nn.Parameter(m.view(1, -1, *self.axes) if self.axes else m)
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.whole_batch:
+        if self.on_weight:
             return base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(*args, **kwargs)
         operands = base.linear_operands(args[0]) if isinstance(self.lora, LoraLinear) else None
         weight, bias = operands or base.weight_and_bias()

@@ -380,7 +380,18 @@ def test_a_model_within_another_has_its_own_call() -> None:
     assert list(seen[0]) == ["x"] and seen[0]["x"] is X
 
 
-def test_a_call_is_of_the_whole_batch() -> None:
+def test_adapters_of_some_samples_see_the_call_of_those() -> None:
     model = by_task(Net(), LAYERS)
-    with pytest.raises(peftcore.PeftcoreError, match="acts on a batch as a whole"):
-        peftcore.activate(model, ["default", None], per_sample=True)
+    peftcore.apply(model, "bytask", target_modules=LAYERS, adapter="other")
+    with torch.no_grad():
+        for _, parameter in peftcore.engine.adapter_parameters(model, "other"):
+            parameter.mul_(-3)
+    tasks, x, names = torch.tensor([3, 1, 2]), torch.randn(3, 3), ["other", None, "default"]
+    wanted = []
+    for row, name in enumerate(names):
+        peftcore.activate(model, name or [])
+        wanted.append(model(x[row : row + 1], task_ids=tasks[row : row + 1]))
+    peftcore.activate(model, names, per_sample=True)
+    torch.testing.assert_close(model(x, task_ids=tasks), torch.cat(wanted))
+    with peftcore.call_arguments(model, task_ids=tasks):
+        torch.testing.assert_close(model(x), torch.cat(wanted))

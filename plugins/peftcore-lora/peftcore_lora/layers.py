@@ -235,7 +235,6 @@ class OnWeight(Lora):
     """For layers that do more than their product: their own forward, which reads W + scale · B A. Without dropout."""
 
     per_sample = None
-    whole_batch = True
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         changes: dict[str, Any] = {"weight": self.changed}

@@ -219,10 +219,24 @@ def test_an_excluded_projection_excludes_the_attention() -> None:
         assert [path for path, _ in peftcore.engine.adapter_modules(model, "default")] == ["head"]
 
 
-def test_each_sample_its_own_is_refused() -> None:
-    model = peftcore.apply(made("batch first"), "lora")
-    with pytest.raises(peftcore.PeftcoreError, match="acts on a batch as a whole"):
-        peftcore.activate(model, ["default", None, None], per_sample=True)
+@pytest.mark.parametrize("kind", ["batch first", "sequence first", "encoder"])
+def test_each_sample_its_own(kind: str) -> None:
+    model, x = made(kind), torch.randn(3, 3, 16)  # as many tokens as samples
+    samples = 1 if kind == "sequence first" else 0
+    peftcore.apply(model, "lora", r=2, target_modules=["self_attn"])
+    disturb(model, "default", seed=0)
+    adapted, names = first(model(x)), ["default", None, "default"]
+    with peftcore.disabled(model):
+        base = first(model(x))
+    peftcore.activate(model, names, per_sample=True)
+    found = first(model(x))
+    for sample, name in enumerate(names):
+        wanted = adapted if name else base
+        torch.testing.assert_close(found.select(samples, sample), wanted.select(samples, sample))
+
+
+def first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def test_files_of_a_later_peft_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""Where the samples of a batch lie in what a module is called with and in what it returns.
+
+A model is called with samples in dimension 0 of its inputs. Inside it they may lie elsewhere: as `[tokens, samples,
+width]`, as `[samples · tokens, width]`, or nowhere, as in a bias that depends on positions alone. Sizes do not tell
+(there may be as many tokens as samples), so `observation.rows` watches the model with batches of different sizes, and
+what it finds is kept on each adapted module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftcore.adaptation.call import Call
+from peftcore.errors import PeftcoreError
+
+ROWS = "_peftcore_rows"  # attribute of an adapted module: its `Rows`, or a string that says why they are not known
+# In place of `Samples`: all samples share the tensor; they do, in a dimension 0 of size 1; nothing is known of it.
+SHARED, BROADCAST, UNKNOWN = "shared", "broadcast", "unknown"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of a batch lie one after another in dimension `dim` of a tensor.
+
+    Args:
+        dim: the dimension.
+        each: number of entries of each sample, or of each of its tokens where `tokens` are named.
+        tokens: names of arguments of the model, `[samples, tokens, ...]`; the first that is given tells how many.
+    """
+
+    dim: int = 0
+    each: int = 1
+    tokens: tuple[str, ...] = ()
+
+    def entries(self, call: Call | None) -> int | None:
+        """Return the number of entries of each sample in this call of the model, or None where it does not tell."""
+        if not self.tokens:
+            return self.each
+        given = (call.get(name) for name in (*self.tokens, *call)) if call is not None else ()
+        return next((self.each * t.shape[1] for t in given if isinstance(t, Tensor) and t.dim() > 1), None)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where samples lie in the tensors of a module's arguments and output.
+
+    Args:
+        first: in the first tensor that the module is called with.
+        arguments: by name of the argument, `Samples` or another of the above for each tensor, in the same containers.
+        output: the same of the output.
+    """
+
+    first: Samples
+    arguments: Mapping[str, Any]
+    output: Any
+
+
+def entries_of(samples: Tensor, each: int) -> Tensor:
+    """Return the numbers of the entries of these samples, of which each has `each` one after another."""
+    if each == 1:
+        return samples
+    return (samples[:, None] * each + torch.arange(each, device=samples.device)).flatten()
+
+
+def taken(value: Any, where: Any, samples: Tensor, count: int) -> Any:
+    """Return the part of an argument that belongs to some samples of a batch; what all samples share stays whole.
+
+    Args:
+        value: a tensor, a plain value, or containers of them.
+        where: where samples lie in it, as in `Rows.arguments`.
+        samples: int64, the numbers of the samples.
+        count: number of samples in the batch.
+
+    Raises:
+        PeftcoreError: where the samples lie in a part of it is not known.
+    """
+    if isinstance(value, Tensor):
+        size = value.shape[0] if value.dim() else 1
+        if where == SHARED or (size == 1 and (where in (BROADCAST, UNKNOWN) or (count > 1 and _lies_at(where, 0)))):
+            return value
+        where = Samples() if where == BROADCAST else where
+        if isinstance(where, Samples) and where.dim < value.dim() and value.shape[where.dim] % count == 0:
+            return value.index_select(where.dim, entries_of(samples, value.shape[where.dim] // count))
+        raise PeftcoreError(
+            f"an adapter for each of {count} samples: where they lie in an argument of shape {list(value.shape)} is "
+            "not known. Run the samples of each adapter in a batch of their own"
+        )
+    if type(value) in (tuple, list):
+        return type(value)(taken(each, _inside(where, value, i), samples, count) for i, each in enumerate(value))
+    if type(value) is dict:
+        return {key: taken(each, _inside(where, value, key), samples, count) for key, each in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise PeftcoreError(
+        f"an adapter for each of {count} samples: an argument of type {type(value).__name__} cannot be split. "
+        "Only adapters of layers such as linear ones can be mixed in a batch"
+    )
+
+
+def joined(parts: list[Any], where: Any, counts: list[int], order: Tensor) -> Any:
+    """Return one output for the whole batch, made of those of groups of samples.
+
+    What all samples of a group share, such as T5's bias of positions, is repeated for each of them.
+
+    Args:
+        parts: the output of each group.
+        where: where samples lie in it, as in `Rows.output`.
+        counts: number of samples of each group.
+        order: int64, by sample of the batch its place among the samples of all groups.
+
+    Raises:
+        PeftcoreError: where the samples lie in a part of it is not known.
+    """
+    if isinstance(parts[0], Tensor):
+        if isinstance(where, Samples) and _divide(parts, where.dim, counts):
+            each = parts[0].shape[where.dim] // counts[0]
+            return torch.cat(parts, where.dim).index_select(where.dim, entries_of(order, each))
+        if all(part.shape[:1] == (1,) for part in parts):
+            return torch.cat([part.expand(n, *part.shape[1:]) for part, n in zip(parts, counts, strict=True)])[order]
+        raise PeftcoreError(
+            f"an adapter for each sample: an output of shape {list(parts[0].shape)} for {counts[0]} samples cannot be "
+            "joined. Only adapters of layers such as linear ones can be mixed in a batch"
+        )
+    if type(parts[0]) in (tuple, list):
+        items = enumerate(zip(*parts, strict=True))
+        return type(parts[0])(joined(list(own), _inside(where, parts[0], i), counts, order) for i, own in items)
+    if parts[0] is None:
+        return None
+    raise PeftcoreError(f"an adapter for each sample: an output of type {type(parts[0]).__name__} cannot be joined")
+
+
+def first_in(where: Any) -> Any:
+    """Return where samples lie in the first tensor of an output."""
+    if isinstance(where, (tuple, list, dict)):
+        return first_in(next(iter(where.values() if isinstance(where, dict) else where), UNKNOWN))
+    return where
+
+
+def _lies_at(where: Any, dim: int) -> bool:
+    return isinstance(where, Samples) and where.dim == dim
+
+
+def _divide(parts: list[Tensor], dim: int, counts: list[int]) -> bool:
+    """Return whether each part has the same number of entries for each of its samples."""
+    sizes = [part.shape[dim] if dim < part.dim() else 0 for part in parts]
+    return all(size and size * counts[0] == sizes[0] * count for size, count in zip(sizes, counts, strict=True)) and (
+        sizes[0] % counts[0] == 0
+    )
+
+
+def _inside(where: Any, container: Any, key: Any) -> Any:
+    """Return what `where` says of one item of a container, which may have other items than the one that was seen."""
+    if (
+        type(where) is not type(container)
+        or len(where) != len(container)
+        or (isinstance(where, dict) and key not in where)
+    ):
+        return UNKNOWN
+    return where[key]
