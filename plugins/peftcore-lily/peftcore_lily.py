@@ -5,11 +5,13 @@
                 '--- R --- softmax, mean        R [n, r]: the router, of each layer
 
 p is the mean over all tokens of the call, so what stands beside a token changes it: a row alone, or without padding, is
-computed otherwise than in a batch, and a token otherwise than behind a cache. It is no change of a weight.
+computed otherwise than in a batch, and a token otherwise than behind a cache: a warning says so at the first call with
+padding, and at the first that goes on with a cache. It is no change of a weight.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,8 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import targets, validation
+from peftcore.prompts.backbone import arguments, cache_argument, named
+from peftcore.prompts.counting import held
 
 peftcore_api = 2
 
@@ -73,6 +77,36 @@ class Lily(nn.Module):
         return base(x) + self.scale * (h @ mixed)
 
 
+class Notice(nn.Module):
+    """Around the backbone: warns of what the mean over all tokens makes of padding and of a cache, once each."""
+
+    whole_batch = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._names, self._cache_argument = arguments(module), cache_argument(module)
+        self._left = {"padding", "cache"}  # to be said
+
+    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._left and not torch.compiler.is_compiling():
+            self.look(named(self._names, args, kwargs))
+        return base(*args, **kwargs)
+
+    def look(self, call: dict[str, Any]) -> None:
+        mean = "Lily mixes its factors by a mean over all tokens of a call"
+        mask, cache = call.get("attention_mask"), call.get(self._cache_argument or "")
+        if "padding" in self._left and isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask.all()):
+            self._left.remove("padding")
+            warnings.warn(
+                f"{mean}, padding included: a row is computed otherwise than alone. Give rows of one length",
+                stacklevel=2,
+            )
+        if "cache" in self._left and cache is not None and held(cache) != 0:
+            self._left.remove("cache")
+            how = "generate with use_cache=False computes each step as a forward over the whole text does"
+            warnings.warn(f"{mean}, and those in a cache are not among them: {how}", stacklevel=2)
+
+
 def sharing(layers: Mapping[str, tuple[int, int]], named: str | Sequence[str]) -> list[list[str]]:
     """Paths of layers that share B: of the same size, and meant by the same entry of target_modules."""
     groups: dict[Any, list[str]] = {}
@@ -92,7 +126,9 @@ def place(model: nn.Module, config: LilyConfig, architecture: peftcore.Architect
             if index % config.stride_A == 0:
                 a = weight(config.r, width)
             placements[path] = peftcore.Around(path, Lily(config, a, b))
-    return [placements[path] for path in layers]
+    backbone = architecture.backbone or ""
+    notice = peftcore.Around(backbone, Notice(model.get_submodule(backbone)))
+    return [notice, *(placements[path] for path in layers)]
 
 
 def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
