@@ -24,10 +24,11 @@ from peftcore.ops import PackedWeight, quantize_4bit
 from peftcore.ops.weight import DTYPES
 from peftcore.quantization.experts import pack_experts, unpack_experts
 from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors
+from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.noted import note_in_config, packed_names
 from peftcore.quantization.parameters import PackedParameters, refuse_non_finite
-from peftcore.quantization.selection import selected, selected_experts
+from peftcore.quantization.selection import selected, selected_experts, warn_of_dense
 from peftcore.targets import is_conv1d
 from peftcore.targets.coverage import LITTLE, coverage
 
@@ -48,9 +49,9 @@ def quantize(
 
     The layers stay where they are and become `QuantizedLinear`, an `nn.Linear`; modules that hold experts as parameters
     `[experts, .., ..]` get a class with `PackedParameters`. Left dense are embeddings, a weight that such a module
-    shares (a tied output head), subclasses of `nn.Linear`, experts' biases, and layers whose weight, or its dtype,
-    other code reads or changes (`observation.bypassed`, `rewritten`). Layers that are quantized already, by
-    bitsandbytes too, keep their bits.
+    shares (a tied output head), and experts' biases; with a warning also subclasses of `nn.Linear` that compute
+    something else, `nn.MultiheadAttention`, and layers whose weight, or its dtype, other code reads or changes
+    (`observation.bypassed`, `rewritten`). Layers that are quantized already, by bitsandbytes too, keep their bits.
 
     Args:
         quant_type: `nf4`, or `fp4`.
@@ -90,6 +91,7 @@ def quantize(
         reached += [(path, name) for path, _, name in packed_names(model)]
         full = [f"{path}.{name}" if path else name for path, name in reached]
         _tell_if_little(model, [*chosen, *full, *theirs])
+    warn_of_dense(model, skip, stacklevel=3)
     before = _held_by(model)
     for path in theirs:
         _adopt(model.get_submodule(path), path)
@@ -101,6 +103,7 @@ def quantize(
     for path, blocksizes in experts.items():
         pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
     note_in_config(model)
+    guard_quantized(model)
     fold_frozen(model, head=None)  # what stays dense
     if before - _held_by(model) >= _WORTH:
         give_back_freed()
@@ -143,6 +146,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
             make_plain(module, nn.Parameter(dense, requires_grad=False))
         else:
             make_plain(module, cast(nn.Parameter, first.weight))
+    guard_quantized(model)
     note_in_config(model)
     return model
 

@@ -28,10 +28,11 @@ from peftcore.quantization.convert import convert, convert_dense, give_back_free
 from peftcore.quantization.expert_files import expert_of, is_by_expert
 from peftcore.quantization.experts import pack_parameter
 from peftcore.quantization.format import DTYPES, PARTS, check_blocksize, check_quant_type, from_tensors
+from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.noted import note_in_config
 from peftcore.quantization.parameters import check_experts, check_shape, joined_experts, refuse_non_finite
-from peftcore.quantization.selection import expert_parameters, selected, selected_experts
+from peftcore.quantization.selection import expert_parameters, selected, selected_experts, warn_of_dense
 from peftcore.targets import is_linear, sizes
 
 METHOD = "peftcore_4bit"
@@ -100,6 +101,7 @@ class NF4Quantizer(HfQuantizer):
         if not self.pre_quantized:
             tied = {*model.all_tied_weights_keys, *model.all_tied_weights_keys.values()}
             chosen = selected(model, self.quantization_config.skip)
+            warn_of_dense(model, self.quantization_config.skip, stacklevel=2)
             experts = selected_experts(model, self.quantization_config.skip, self.quantization_config.blocksize)
             self.blocksizes = {
                 f"{path}.{name}": size for path, names in experts.items() for name, size in names.items()
@@ -107,6 +109,7 @@ class NF4Quantizer(HfQuantizer):
             self.weights = {*(f"{path}.weight" for path in chosen), *self.blocksizes} - tied
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        guard_quantized(model)
         note_in_config(model)
         return model
 

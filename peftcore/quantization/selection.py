@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import product
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.adaptation.class_swap import original_class
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.experts import experts_layout, stacked_weights
-from peftcore.layers import is_conv1d
+from peftcore.layers import is_conv1d, is_linear, is_wrapped
 from peftcore.observation import asked_for_dtype, bypassed, detect, rewritten
-from peftcore.ops.weight import MIN_BLOCKSIZE
+from peftcore.ops.weight import DTYPES, MIN_BLOCKSIZE
+from peftcore.quantization.parameters import PackedParameters
 from peftcore.targets import matches
 from peftcore.targets.experts import routers
-
-# Parents that read the weights of their linear layers themselves, past the layers' forward.
-_BYPASSING = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def default_skip(model: nn.Module) -> list[str]:
@@ -48,13 +50,46 @@ def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Modul
     owners = _owners(model)
     chosen = {}
     for path, module in modules.items():
-        if not _is_dense_layer(module) or _within(path, skipped):
+        if not is_dense_linear(module) or _within(path, skipped):
             continue
-        parent = modules.get(path.rpartition(".")[0]) if path else None
         alike = all(type(modules[owner]) is type(module) for owner in owners[id(module.weight)])
-        if not isinstance(parent, _BYPASSING) and alike:
+        if not _is_in_attention(modules, path) and alike:
             chosen[path] = module
     return {path: module for path, module in chosen.items() if owners[id(module.weight)] <= chosen.keys()}
+
+
+def warn_of_dense(model: nn.Module, skip: Sequence[str] | None, stacklevel: int) -> None:
+    """Warn of linear layers that are neither skipped nor quantized, with the reasons.
+
+    Layers that share their weight with one that stays dense, such as a tied head, are left out.
+    """
+    skipped, modules = _skipped(model, skip), dict(base_modules(model))
+    why = {**dict.fromkeys(asked_for_dtype(model), "code asks for the dtype of the weight")}
+    why |= {**rewritten(model), **bypassed(model)}
+    found: dict[str, list[str]] = {}
+    for path, module in modules.items():
+        if _within(path, skipped) or _is_in_attention(modules, path):
+            continue
+        if isinstance(module, nn.MultiheadAttention):
+            if _has_plain_weight(module.out_proj):
+                found.setdefault("nn.MultiheadAttention reads the weights of its layers itself", []).append(path)
+        elif is_linear(module) and _has_plain_weight(module):
+            reasons = [reason for other, reason in why.items() if _within(path, [other])]
+            if not is_dense_linear(module):
+                reasons = [f"{original_class(module).__name__} is not known to compute x Wᵀ + b"]
+            if reasons:
+                found.setdefault(reasons[0], []).append(path)
+    if found:
+        parts = [f"{_listed(paths)}, since {reason}" for reason, paths in found.items()]
+        warnings.warn(
+            f"quantize leaves layers of {type(model).__name__} dense: {'; '.join(parts)}. Name them in skip to do so "
+            "without this warning",
+            stacklevel=stacklevel,
+        )
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return f"'{paths[0]}'" + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
 def selected_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: int) -> dict[str, dict[str, int]]:
@@ -105,9 +140,73 @@ def _owners(model: nn.Module) -> dict[int, set[str]]:
     return owners
 
 
-def _is_dense_layer(module: nn.Module) -> bool:
-    plain = original_class(module) is nn.Linear or is_conv1d(module)
-    return plain and module._parameters.get("weight") is not None
+def _is_in_attention(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Return whether the layer belongs to an `nn.MultiheadAttention`, which reads its weight and never calls it."""
+    return bool(path) and isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _has_plain_weight(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    is_dense = weight is not None and weight.dtype in DTYPES and not is_wrapped(weight)
+    return is_dense and not isinstance(module, PackedParameters)
+
+
+def is_dense_linear(module: nn.Module) -> bool:
+    """Return whether `module` is dense and computes x Wᵀ + b: an `nn.Linear`, a Conv1D, or a class that does no more.
+
+    Falcon's is such a class, with a forward of its own.
+    """
+    if module._parameters.get("weight") is None:
+        return False
+    cls: Any = original_class(module)
+    if cls is nn.Linear or is_conv1d(module):
+        return True
+    if not isinstance(module, nn.Linear) or not module._parameters.keys() <= {"weight", "bias"}:
+        return False
+    if module._buffers or module._modules or not _adds_nothing(cls):
+        return False
+    return cls.forward is nn.Linear.forward or _computes_linear(module)
+
+
+@cache
+def _adds_nothing(cls: Any) -> bool:
+    """Return whether a subclass of `nn.Linear` overrides at most what is allowed here, and has no further methods."""
+    own = [c for c in cls.__mro__ if c not in nn.Linear.__mro__]
+    values = [(name, value) for c in own for name, value in vars(c).items()]
+    return all(name in _HARMLESS or not (callable(value) or hasattr(value, "__get__")) for name, value in values)
+
+
+_HARMLESS = {"__init__", "forward", "extra_repr", "reset_parameters"}
+
+
+def _computes_linear(module: nn.Module) -> bool:
+    """Return whether the forward of `module` computes what `nn.Linear`'s does, on small random values.
+
+    In training and evaluation, of inputs of one to three dimensions, small and large ones, in fp32 and bf16.
+    """
+    generator = torch.Generator().manual_seed(0)
+    probe: Any = object.__new__(original_class(module))
+    with torch.device("cpu"):
+        weight, bias = torch.randn(6, 4, generator=generator), torch.randn(6, generator=generator)
+        xs = [torch.randn(shape, generator=generator) for shape in ((4,), (3, 4), (2, 3, 4))]
+        xs += [1e4 * x for x in xs]
+    for dtype, is_training, x in product((torch.float32, torch.bfloat16), (False, True), xs):
+        w, b = weight.to(dtype), None if module._parameters.get("bias") is None else bias.to(dtype)
+        probe.__dict__ = {
+            **vars(module), "_parameters": {"weight": w, "bias": b}, "in_features": 4, "out_features": 6,
+            "training": is_training,
+        }  # fmt: skip
+        wanted = nn.functional.linear(x.to(dtype), w, b)
+        try:
+            with torch.no_grad():
+                found = original_class(module).forward(probe, x.to(dtype))
+        except Exception:  # it needs more than an input
+            return False
+        if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != wanted.shape:
+            return False
+        if (found - wanted).abs().max() > 4 * torch.finfo(dtype).eps * wanted.abs().max():
+            return False
+    return True
 
 
 def _within(path: str, paths: Sequence[str]) -> bool:

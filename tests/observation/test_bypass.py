@@ -149,7 +149,8 @@ def test_weights_that_the_model_changes_in_place_are_left_alone() -> None:
     assert {path.rpartition(".")[2] for path in rewritten(instances.build("Gemma3nTextModel"))} == {"prediction_coefs"}
     with pytest.raises(peftcore.PeftcoreError, match="would not be changed with the layer: code of RwkvModel"):
         peftcore.apply(model, "lora", target_modules=["attention.output"])
-    peftcore.quantize(model)
+    with pytest.warns(UserWarning, match="'blocks.0.attention.output' and 3 more, since code of RwkvModel changes its"):
+        peftcore.quantize(model)
     assert not {path for path, _ in quantized_layers(model)} & parts
     peftcore.apply(model, "lora", target_modules="all-linear")
     assert not set(applied(model, "default").paths) & parts and len(applied(model, "default").paths) == 10

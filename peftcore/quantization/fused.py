@@ -1,0 +1,32 @@
+"""PyTorch's fused paths of `nn.TransformerEncoder`, which would read the bytes of quantized layers as dense weights.
+
+In evaluation without gradients a layer, or all of them at once, passes its linear layers by. Both ask a flag of the
+module first, which is off while a layer inside is quantized.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peftcore.adaptation.adapted import base_modules
+from peftcore.quantization.linear import QuantizedLinear
+
+_FLAGS: dict[type[nn.Module], tuple[str, int]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+_KEPT = "_peftcore_fused"  # the flag as it was
+
+
+def guard_quantized(model: nn.Module) -> None:
+    """Switch the fused paths around quantized layers off, and others that were switched off on again."""
+    for _, module in base_modules(model):
+        for kind, (name, off) in _FLAGS.items():
+            if not isinstance(module, kind):
+                continue
+            is_off = any(isinstance(inside, QuantizedLinear) for inside in module.modules())
+            if is_off and _KEPT not in module.__dict__:
+                module.__dict__[_KEPT] = module.__dict__.get(name, off)
+                module.__dict__[name] = off
+            elif not is_off and _KEPT in module.__dict__:
+                module.__dict__[name] = module.__dict__.pop(_KEPT)
