@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftcore.engine import activate, apply, apply_to_fill, takes_batches
+from peftcore.engine import activate, apply, apply_to_fill, state_of, takes_batches
 from peftcore.engine.summary import Summary, summary
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.checkpointing import checkpoint
@@ -28,7 +28,7 @@ from peftcore.estimating.loop import ADAPTERS, BACKWARD, BASE, FORWARD, INPUTS, 
 from peftcore.estimating.losses import rows_of
 from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES
 from peftcore.estimating.segments import peak_reserved
-from peftcore.estimating.standing import stand_in
+from peftcore.estimating.standing import apply_again, stand_in
 from peftcore.estimating.step import Step
 from peftcore.observation.config import text_config
 from peftcore.optim.paging import PAGE_BYTES
@@ -164,7 +164,8 @@ def estimate(
 
     Args:
         model: a module, a config of transformers, a folder with a `config.json`, or a hub id.
-        method: as `peftcore.apply` takes it; None: every parameter is trained.
+        method: as `peftcore.apply` takes it, next to the adapters that the model has: `adapter=` names another one.
+            None: these adapters are trained as they are, or, where there are none, every parameter is.
         step: how it is run; None: as `Step()` says.
         quantize: `nf4` or `fp4`: the base in 4 bits.
         dtype: of the base; None: the module's, or what the config says.
@@ -179,6 +180,7 @@ def estimate(
     step = step_of(step, options)
     _refuse_doubtful(method)
     where = device_of(device) if isinstance(device, str) else device
+    there: tuple[str, ...] = ()
     on_card = where is not None and not where.measured
     following = Following(OF_A_CARD if on_card else libraries_here())
     with ExitStack() as stack:
@@ -192,6 +194,7 @@ def estimate(
             if quantize is not None:
                 to_4_bits(made, quantize)
             with torch.device("meta"):
+                there = apply_again(made, model)
                 _place(made, method, options, step)
                 if step.gradient_checkpointing:
                     checkpoint(made, step.gradient_checkpointing)
@@ -203,7 +206,9 @@ def estimate(
                 f"a step of {type(made).__name__} does not run without values: {type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]}"
             ) from error
-    named = "every parameter" if method is None else getattr(method, "peft_type", method)
+    parts = [] if method is None else [str(getattr(method, "peft_type", method))]
+    parts += [f"adapters {list(there)}"] if there else []
+    named = " next to ".join(parts) or "every parameter"
     found = _estimate(
         f"a training step of {type(made).__name__}, {named}, {step}",
         following,
@@ -239,8 +244,14 @@ def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) ->
             apply(model, method, adapter=name, **fields)
         rows = rows_of(step.loss, step.batch_size)
         activate(model, [names[row % step.per_sample] for row in range(rows)], per_sample=True)
-    elif method is None:
+    elif method is None and state_of(model) is None:
         model.requires_grad_(True)
+    elif method is None:
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise PeftcoreError(
+                "no active adapter of the model is trainable. Activate one that is, peftcore.activate(model, 'NAME'), "
+                "or name a method"
+            )
     elif isinstance(method, str) and takes_batches(method, fields):  # none are needed for its size
         apply_to_fill(model, registry.method(method).config_class(**fields))
     else:

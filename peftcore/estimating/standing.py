@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcore.engine import activate, adapter_parameters, apply_to_fill, state_of
+from peftcore.engine.state import refuse_merged, refuse_per_sample
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.following import NotFollowed
 from peftcore.layers import is_wrapped
@@ -38,6 +40,32 @@ def stand_in(model: Any, dtype: torch.dtype | None) -> nn.Module:
             f"estimate takes a model, a config of transformers, a folder or a hub id, found {type(model).__name__}"
         )
     return _built(model, dtype or getattr(model, "dtype", None) or torch.float32).train()
+
+
+def apply_again(made: nn.Module, model: Any) -> tuple[str, ...]:
+    """Apply the adapters of `model` to `made`, its stand-in, and return the names of the active ones.
+
+    Raises:
+        PeftcoreError: they are merged, or each sample of a batch has its own.
+    """
+    state = state_of(model) if isinstance(model, nn.Module) else None
+    if state is None:
+        return ()
+    refuse_merged(state, "estimate a step")
+    refuse_per_sample(state, "estimate a step")
+    for name, entry in state.applied.items():
+        dtypes = {p.dtype for _, p in adapter_parameters(model, name)}
+        apply_to_fill(
+            made,
+            entry.config,
+            adapter=name,
+            dtype=dtypes.pop() if len(dtypes) == 1 else None,
+            acts=name in state.active,
+            trainable=entry.trainable,
+        )
+    if state.active:
+        activate(made, list(state.active))
+    return state.active
 
 
 def config_of(model: Any) -> Any:

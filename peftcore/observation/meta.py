@@ -266,7 +266,9 @@ def _strip(module: nn.Module) -> None:
     module._modules.pop(CHILD, None)
     module._modules.pop(TRAINED, None)
     module.__dict__.pop("forward", None)  # accelerate's hooks, which move weights
-    for name, value in module.__dict__.items():
+    for name, value in list(module.__dict__.items()):
+        if name.startswith("_peftcore_"):  # the record of the adapters, and what they need at their modules
+            del module.__dict__[name]
         if (name.endswith("_hooks") or "_hooks_" in name) and isinstance(value, dict):
             value.clear()
     weight = module._parameters.get("weight")

@@ -1,0 +1,72 @@
+"""The stand-in of a model that has adapters has them, too: a step of it is that of the model itself."""
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import peftcore
+from peftcore.engine import set_trainable, state_of
+
+STEP: dict[str, Any] = {"batch_size": 2, "length": 8}
+
+
+def parts(found: peftcore.Estimate) -> dict[str, int]:
+    return {name: found.parts[name] for name in ("base", "adapters", "gradients", "optimizer state", "activations")}
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("lora", {"r": 4, "modules_to_save": ["lm_head"]}),
+        ("qlora", {"r": 4}),
+        ("bitfit", {"add_missing": True}),
+        ("prompt-tuning", {"num_virtual_tokens": 4}),
+        ("trainable-tokens", {"token_indices": [1, 2]}),
+        ("adaption-prompt", {}),
+    ],
+)
+def test_a_step_of_a_model_with_an_adapter(method: str, fields: dict[str, Any]) -> None:
+    wanted = peftcore.estimate(tiny.llama(), method, **STEP, **fields)
+    model = peftcore.apply(tiny.llama(), method, **fields)
+    before = [(name, p.requires_grad, p.clone()) for name, p in model.named_parameters()]
+    found = peftcore.estimate(model, **STEP)
+    assert parts(found) == parts(wanted) and found.flops == wanted.flops
+    assert found.title.startswith("a training step of LlamaForCausalLM, adapters ['default'], ")
+    for (name, requires_grad, value), (new_name, p) in zip(before, model.named_parameters(), strict=True):
+        assert (name, requires_grad) == (new_name, p.requires_grad) and torch.equal(value, p)
+
+
+def test_another_adapter_next_to_it() -> None:
+    """`apply` leaves the first one active and trainable."""
+    model = peftcore.apply(tiny.llama(), "lora", r=4)
+    first, found = peftcore.estimate(model, **STEP), peftcore.estimate(model, "lora", r=4, adapter="second", **STEP)
+    assert found.parts["adapters"] == 2 * first.parts["adapters"]
+    assert found.title.startswith("a training step of LlamaForCausalLM, lora next to adapters ['default'], ")
+    assert list(state_of(model).applied) == ["default"]
+    with pytest.raises(peftcore.PeftcoreError, match=r"an adapter 'default' is applied already \(lora\)"):
+        peftcore.estimate(model, "lora", **STEP)
+
+
+def test_what_is_inactive_or_frozen_does_not_train() -> None:
+    model = peftcore.apply(peftcore.apply(tiny.llama(), "lora", r=4), "lora", r=8, adapter="second")
+    both = peftcore.estimate(model, **STEP)
+    peftcore.activate(model, "second")
+    one = peftcore.estimate(model, **STEP)
+    assert one.parts["adapters"] == both.parts["adapters"]
+    assert one.parts["optimizer state"] < both.parts["optimizer state"]
+    set_trainable(model, "second", False)
+    with pytest.raises(peftcore.PeftcoreError, match=r"^no active adapter of the model is trainable"):
+        peftcore.estimate(model, **STEP)
+
+
+def test_merged_adapters_and_those_of_samples_are_refused() -> None:
+    model = peftcore.apply(peftcore.apply(tiny.llama(), "lora", r=4), "lora", r=8, adapter="second")
+    peftcore.activate(model, ["default", "second"], per_sample=True)
+    with pytest.raises(peftcore.PeftcoreError, match=r"^cannot estimate a step while each sample has its own"):
+        peftcore.estimate(model, **STEP)
+    peftcore.activate(model, "default")
+    peftcore.merge(model)
+    with pytest.raises(peftcore.PeftcoreError, match=r"^cannot estimate a step: adapters are merged into"):
+        peftcore.estimate(model, **STEP)
