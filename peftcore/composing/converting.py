@@ -97,11 +97,12 @@ def _changes(model: nn.Module, adapter: str, path: str, placed: Any, seen: set[A
     by_name = placed.changes if isinstance(placed, WeightChanges) and "weight" not in placed.changes else {}
     sites = {_joined(path, name): (low_rank.Site(module, name), each) for name, each in by_name.items()}
     sites = sites or {path: (low_rank.Site(module), placed)}
-    if not any(low_rank.why_not(site, each, seen) for site, each in sites.values()):
+    if not any(low_rank.why_not(site, each, seen, method) for site, each in sites.values()):
         found = {weight: _products(each) for weight, (_, each) in sites.items()}
         if by_name or len(found[path]) == 1:
             return found
-    worked = worked_in(path, module, [adapter], find_weight_format(module) if by_name else weight_format(module))
+    chosen = find_weight_format(module) if by_name else weight_format(module)
+    worked = worked_in(path, module, {adapter: method}, chosen)
     changes = _of_parameters(worked, list(by_name), refuse) if by_name else {"": _of_layer(module, worked, refuse)}
     if not all(bool(each.isfinite().all()) for each in changes.values()):
         raise refuse("gives a weight that is not finite")

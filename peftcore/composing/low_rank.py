@@ -62,7 +62,7 @@ def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[Fact
     seen: set[Any] = set()
     placed: Any
     for path, site, placed in sites(model, adapter):
-        why = why_not(site, placed, seen)
+        why = why_not(site, placed, seen, entry.method)
         if why:
             raise PeftcoreError(
                 f"'{adapter}' ({entry.method}) cannot {what}: what it does at '{path}' {why}. "
@@ -72,7 +72,7 @@ def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[Fact
     return found
 
 
-def why_not(site: Site, adapter: Any, seen: set[Any]) -> str:
+def why_not(site: Site, adapter: Any, seen: set[Any], method: str) -> str:
     """Why an adapter at `site` is not the thin products that its `factors` tell of, in words; empty: it is.
 
     Args:
@@ -80,11 +80,12 @@ def why_not(site: Site, adapter: Any, seen: set[Any]) -> str:
     """
     if not hasattr(adapter, "factors"):
         return "is no thin product that is added to a weight"
-    factors = list(adapter.factors())
+    with registry.naming(method, "factors"):
+        factors = list(adapter.factors())
     why = _more(adapter, factors)
     kind = type(adapter), type(site.module), site.name, tuple((f.a.shape, f.b.shape, f.transposed) for f in factors)
     if not why and kind not in seen:
-        why = _other(site, adapter, factors)
+        why = _other(site, adapter, factors, method)
         if not _are_mixed(adapter, factors):  # else another layer's further tensors may do more
             seen.add(kind)
     return why
@@ -155,7 +156,7 @@ def add(
         adapter: Any
         seen: set[Any] = set()
         for path, (site, adapter) in placed.items():
-            if why := why_not(site, adapter, seen):
+            if why := why_not(site, adapter, seen, method.name):
                 raise PeftcoreError(f"{method.name} places an adapter at '{path}' that {why}")
             own, given = set(map(id, adapter.parameters())), products[path]
             factors = list(adapter.factors())
@@ -236,7 +237,7 @@ def _owner(tensor: Tensor) -> int:
     return id(tensor if tensor._base is None else tensor._base)
 
 
-def _other(site: Site, adapter: Any, factors: Sequence[Factors]) -> str:
+def _other(site: Site, adapter: Any, factors: Sequence[Factors], method: str) -> str:
     """How a weight that the adapter changes differs from one to which the products are added, in words.
 
     Seen on random values in place of the weight.
@@ -255,7 +256,10 @@ def _other(site: Site, adapter: Any, factors: Sequence[Factors]) -> str:
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     with torch.no_grad():
         zeros = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        changed, moved = adapter.merged(weight.clone(), zeros) if site.name is None else (adapter(weight.clone()), None)
+        with registry.naming(method, "merged" if site.name is None else "forward"):
+            changed, moved = (
+                adapter.merged(weight.clone(), zeros) if site.name is None else (adapter(weight.clone()), None)
+            )
         change = as_weight(factors, shape)
     off = (changed - weight - change).norm() / (change.norm() + weight.norm())
     if moved is not None and (bias is None or moved.any()):

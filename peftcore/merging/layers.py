@@ -9,7 +9,7 @@ own forward reads, then `merged` of those around it and behind it, each in the o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.experts import EachExpert, experts_layout
 from peftcore.merging.probe import evaluated, put, refuse_inexact
 from peftcore.method import WeightFormat
+from peftcore.registry import registry
 from peftcore.weight_formats import DENSE, find_weight_format, format_in_few_bits, weight_format
 
 
@@ -110,7 +111,7 @@ def merged_layers(
     paths = dict.fromkeys(path for name in names for path in engine.applied(model, name).paths)
     for path in paths:
         module = model.get_submodule(path)
-        acting = [name for name in names if name in adapters_at(module)]
+        acting = {name: engine.applied(model, name).method for name in names if name in adapters_at(module)}
         kinds = {p.device.type for p in module._parameters.values() if p is not None} - {"meta"}
         with torch.no_grad(), torch.autocast(min(kinds, default="cpu"), enabled=False):
             chosen = find_weight_format(module)
@@ -128,13 +129,20 @@ def merged_layers(
                     "The adapter holds NaN or infinity, or the sum overflows; nothing was changed"
                 )
             if not checked:
-                refuse_inexact(path, module, acting, worked.base, worked.merged, worked.changed)
+                refuse_inexact(path, module, list(acting), worked.base, worked.merged, worked.changed)
         yield layer
 
 
-def worked_in(path: str, module: nn.Module, names: list[str], chosen: WeightFormat | None) -> Worked:
-    """The adapters `names` of a module, worked into a copy of it. Its own tensors are left alone."""
-    adapters = {name: cast(Any, adapters_at(module)[name]) for name in names}
+def worked_in(path: str, module: nn.Module, methods: Mapping[str, str], chosen: WeightFormat | None) -> Worked:
+    """Merge adapters of a module into a copy of it. Its own tensors are left alone.
+
+    Args:
+        methods: the method of each adapter, by the adapter's name, in the order in which they act.
+
+    Raises:
+        PluginError: `merged` of an adapter fails.
+    """
+    adapters = {name: cast(Any, adapters_at(module)[name]) for name in methods}
     base = evaluated(module)
     for name in module._parameters:
         found = format_in_few_bits(module, name)
@@ -142,13 +150,15 @@ def worked_in(path: str, module: nn.Module, names: list[str], chosen: WeightForm
             put(base, name, _with_values(path, found.read(module).detach()).float())
             chosen = DENSE if name == "weight" else chosen
     worked = Worked(base, evaluated(base))
-    for adapter in adapters.values():
+    for adapter_name, adapter in adapters.items():
         for name, change in adapter.changes.items() if isinstance(adapter, WeightChanges) else ():
             before = _with_values(path, _get(worked.merged, name)).clone()
-            if isinstance(change, EachExpert):
-                _work_in_each(module, worked, name, change, before)
-            else:
-                put(worked.merged, name, change(before).float())
+            is_of_each = isinstance(change, EachExpert)
+            with registry.naming(methods[adapter_name], "merged" if is_of_each else "forward"):
+                if is_of_each:
+                    _work_in_each(module, worked, name, change, before)
+                else:
+                    put(worked.merged, name, change(before).float())
             worked.changed[name] = None
     around = {name: adapter for name, adapter in adapters.items() if not isinstance(adapter, WeightChanges)}
     if not around:
@@ -158,7 +168,9 @@ def worked_in(path: str, module: nn.Module, names: list[str], chosen: WeightForm
     weight, bias = before.clone(), chosen.read_bias(worked.merged)  # a plugin's `merged` may change what it is given
     for name, adapter in around.items():
         given = None if bias is None else bias.clone()
-        weight, bias = _checked(path, name, adapter.merged(weight, given), before.shape, bias)
+        with registry.naming(methods[name], "merged"):
+            found = adapter.merged(weight, given)
+        weight, bias = _checked(path, name, found, before.shape, bias)
     worked.weight, worked.bias = weight, bias
     written = chosen.write(worked.merged, weight)
     if bias is not None and not torch.equal(bias, cast(Tensor, chosen.read_bias(worked.merged))):
@@ -268,8 +280,8 @@ def changes_nothing(model: nn.Module, adapter: str) -> bool:
     for path, module in engine.adapter_modules(model, adapter):
         if not is_mergeable(module):
             return False
-        adapted = model.get_submodule(path)
+        adapted, methods = model.get_submodule(path), {adapter: engine.applied(model, adapter).method}
         with torch.no_grad():
-            if worked_in(path, adapted, [adapter], find_weight_format(adapted)).differs():
+            if worked_in(path, adapted, methods, find_weight_format(adapted)).differs():
                 return False
     return True

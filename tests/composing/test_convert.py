@@ -61,7 +61,7 @@ def changes(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     for path, _ in adapter_modules(model, adapter):
         module = model.get_submodule(path)
         with torch.no_grad():
-            worked = worked_in(path, module, [adapter], find_weight_format(module))
+            worked = worked_in(path, module, {adapter: "ours"}, find_weight_format(module))
             found[path] = worked.merged.weight - worked.base.weight
     return found
 
@@ -165,7 +165,7 @@ def test_experts_of_a_smaller_rank_keep_what_is_told_of_them_all(r: int | None) 
     model = adapted("dora", lambda: mixture("qwen3_moe"), r=6, target_modules=["experts"])
     kept = peftcore.convert(model, "a", to="lora", r=r, name="b")
     experts = model.get_submodule("model.layers.1.mlp.experts")
-    whole, part = (worked_in("", experts, [name], None) for name in "ab")
+    whole, part = (worked_in("", experts, {name: "ours"}, None) for name in "ab")
     for name in ("gate_up_proj", "down_proj"):
         before = getattr(whole.base, name)
         wanted, found = getattr(whole.merged, name) - before, getattr(part.merged, name) - before

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import mixtures
 import pytest
 import tiny
 import torch
@@ -65,6 +66,67 @@ def test_functions_that_save_calls(tmp_path, function: str) -> None:
         if function == "write_tensors":
             with pytest.raises(peftcore.PluginError, match=named(function)):
                 peftcore.state_dict(model, "default")
+
+
+class Faulty(tiny.Scaled):
+    """Its factors may be had or not."""
+
+    def merged(self, weight, bias):
+        raising()
+
+
+class FaultyFactors(tiny.Scaled):
+    def factors(self):
+        raising()
+
+
+def placing(adapter: type[tiny.Scaled]):
+    return lambda model, config, architecture: [peftcore.Around("model.layers.0.self_attn.q_proj", adapter(1.5))]
+
+
+def test_merging() -> None:
+    with tiny.installed(tiny.method("faulty", placing(Faulty))):
+        model = peftcore.apply(tiny.llama(), "faulty")
+        wanted = tiny.logits(model)
+        for merge in (peftcore.merge, peftcore.merge_loss):
+            with pytest.raises(peftcore.PluginError, match=named("merged")):
+                merge(model)
+        with pytest.raises(peftcore.PluginError, match=named("merged")):
+            peftcore.convert(model, "default", to="lora", r=2)
+        assert torch.equal(tiny.logits(model), wanted)
+
+
+def test_merging_of_a_changed_parameter() -> None:
+    class Change(tiny.LowRank):
+        forward = raising
+
+    def place(model, config, architecture):
+        path = "model.layers.0.self_attn.q_proj"
+        return [peftcore.OnWeight(path, "weight", Change(*model.get_submodule(path).weight.shape))]
+
+    with tiny.installed(tiny.method("faulty", place)):
+        model = peftcore.apply(tiny.llama(), "faulty")
+        with pytest.raises(peftcore.PluginError, match=named("forward")):
+            peftcore.merge(model)
+
+
+def test_merging_of_experts_one_by_one() -> None:
+    def place(model, config, architecture):
+        experts = model.get_submodule("model.layers.0.mlp.experts")
+        paths = [f"model.layers.0.mlp.experts.{i}.down_proj" for i in range(len(experts.down_proj))]
+        return [peftcore.Around(path, Faulty(1.5)) for path in paths]
+
+    with tiny.installed(tiny.method("faulty", place)):
+        model = peftcore.apply(mixtures.mixture("mixtral"), "faulty")
+        with pytest.raises(peftcore.PluginError, match=named("merged")):
+            peftcore.merge(model)
+
+
+def test_factors() -> None:
+    with tiny.installed(tiny.method("faulty", placing(FaultyFactors))):
+        model = peftcore.apply(tiny.llama(), "faulty")
+        with pytest.raises(peftcore.PluginError, match=named("factors")):
+            peftcore.convert(model, "default", to="lora", r=2)
 
 
 def test_a_methods_own_refusal_is_its_word() -> None:
