@@ -83,17 +83,24 @@ class FusedOptimizer(Optimizer):
         if found is not None and found.item():
             return loss
         batches = self._batches(1.0 if scale is None else 1.0 / float(scale))
-        for batch in batches:
-            self._update(batch)
-            batch.copy_back()
-        for batch in batches:  # a step counts when all of it is done
-            for owner, row in zip(batch.owners, batch.rows, strict=True):
-                self.state[owner]["step"] = batch.steps[row]
-        self._stepped()
+        # Counted before it runs: Python raises KeyboardInterrupt where the operator returns, when the step is done.
+        self._count(batches, 1)
+        try:
+            for batch in batches:
+                try:
+                    self._update(batch)
+                finally:
+                    batch.copy_back()  # after a fault, too: of pages that are done
+        except Exception:
+            self._count(batches, -1)
+            raise
         return loss
 
-    def _stepped(self) -> None:
-        """After a step. (`step` itself cannot be overridden in a base of several: torch sets it on each class.)"""
+    def _count(self, batches: list[Batch], steps: int) -> None:
+        """Add to the number of steps of all parameters in `batches`: 1, or -1 of a step that failed."""
+        for batch in batches:
+            for owner in batch.owners:
+                self.state[owner]["step"] += steps
 
     def _batches(self, unscale: float) -> list[Batch]:
         batches: dict[torch.device, Batch] = {}

@@ -175,11 +175,12 @@ class PagedOptimizer(FusedOptimizer):
             pages.balance(_margin(device))
         slots = [self._slot(owner) for owner in batch.owners]
         ops.optim_step_paged_(
-            batch.params, batch.grads, pages.number, slots, self._sweep, self.rule.name, *batch.updates()
+            batch.params, batch.grads, pages.number, slots, self._sweep - 1, self.rule.name, *batch.updates()
         )
 
-    def _stepped(self) -> None:
-        self._sweep += 1
+    def _count(self, batches: list[Batch], steps: int) -> None:
+        super()._count(batches, steps)
+        self._sweep += steps
 
     # --- what a user may ask
 

@@ -8,8 +8,10 @@ import sys
 import pytest
 import torch
 from paged import PAGE, paged, pages_of, parameters, step
+from torch import nn
 
 from peftcore import ops, optim
+from peftcore.ops import optim as operators
 
 pytestmark = pytest.mark.skipif(ops.extension is None, reason="no _C")
 
@@ -103,6 +105,58 @@ def test_a_page_that_cannot_be_read_is_still_there(budget, tmp_path):
     step(optimizer, params, 3)
     step(resident, wanted, 3)
     assert all(torch.equal(p, q) for p, q in zip(params, wanted, strict=True))
+
+
+def test_strided_parameters_keep_what_was_updated_before_a_fault():
+    """The operator updates contiguous copies of them."""
+
+    def strided(params):
+        return [nn.Parameter(p.detach().view(-1, 10).t().contiguous().t()) for p in params]
+
+    params, wanted = strided(parameters(8)), strided(parameters(8))
+    optimizer, resident = paged(params, PAGE), optim.AdamW(wanted)
+    assert not params[0].is_contiguous()
+    for number in range(3):
+        step(optimizer, params, number)
+        step(resident, wanted, number)
+    with file_limit(3 * PAGE), pytest.raises(RuntimeError, match=r"cannot be written: .*Nothing is lost"):
+        for number in range(3, 6):
+            step(optimizer, params, number)
+            step(resident, wanted, number)
+    step(optimizer, params, number)  # completes the step that stopped
+    step(resident, wanted, number)
+    assert all(torch.equal(p, q) for p, q in zip(params, wanted, strict=True))
+
+
+@pytest.mark.parametrize("kind", [optim.PagedAdamW8bit, optim.PagedSGD, optim.AdamW, optim.AdamW8bit])
+def test_ctrl_c_in_a_step_is_raised_when_it_is_done(kind, monkeypatch):
+    """Python raises KeyboardInterrupt where the operator returns; the next step is another one."""
+    params, wanted = parameters(8), parameters(8)
+    if issubclass(kind, optim.PagedAdamW8bit | optim.PagedSGD):
+        resident_kind = optim.AdamW8bit if kind is optim.PagedAdamW8bit else optim.SGD
+        optimizer, resident = paged(params, 2 * PAGE, kind), resident_kind(wanted)
+    else:
+        optimizer, resident = kind(params), kind(wanted)
+    step(optimizer, params, 0)
+    step(resident, wanted, 0)
+    with monkeypatch.context() as patch:
+        for name in ("optim_step_", "optim_step_paged_"):
+            patch.setattr(operators, name, interrupted(getattr(operators, name)))
+        with pytest.raises(KeyboardInterrupt):
+            step(optimizer, params, 1)
+    step(resident, wanted, 1)
+    assert all(torch.equal(p, q) for p, q in zip(params, wanted, strict=True))
+    step(optimizer, params, 2)
+    step(resident, wanted, 2)
+    assert all(torch.equal(p, q) for p, q in zip(params, wanted, strict=True))
+
+
+def interrupted(operator):
+    def call(*arguments):
+        operator(*arguments)
+        raise KeyboardInterrupt
+
+    return call
 
 
 def test_a_directory_that_is_not_there():
