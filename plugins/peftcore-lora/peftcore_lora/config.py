@@ -69,6 +69,8 @@ class LoraConfig:
         layer_replication: `[[first, behind the last], ...]`: the adapters are of a model whose layers
             `peftcore_lora.replicate_layers` has let stand several times.
         lora_plus_ratio: B learns so many times as fast as A. lora_fa: A is not trained. See `training.py`.
+        use_bdlora: A or B of the layers whose paths hold a name of `target_modules_bd_a` or `target_modules_bd_b` is
+            block-diagonal, in `nblocks` blocks; with `match_strict`, the default, each layer must. See `blocks.py`.
         lora_bias: B has a bias, too, `[out]`: y = W x + scale · (B A x + b). It merges where the layer has one.
         bias: which biases are trained too: "none", "all", or "lora_only" (those of adapted modules).
         fan_in_fan_out: written for PEFT, which wants it True for GPT-2; here a layer's layout is read off the layer.
@@ -99,6 +101,7 @@ class LoraConfig:
     lora_plus_ratio: float | None = None
     lora_fa: bool = False
     lora_bias: bool = False
+    use_bdlora: dict[str, Any] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
     fan_in_fan_out: bool = False
     kept_dropout: float | None = None
@@ -119,11 +122,15 @@ class LoraConfig:
             f"lora_fa=True keeps A as it was drawn, which init_lora_weights={start!r} does not allow. Choose True",
         )
 
+        other = replace(self, use_bdlora=None).linear_alone if self.use_bdlora else None
+        validation.require(other is None, f"use_bdlora is not known with {other}. Leave one of the two out")
+
     @property
     def linear_alone(self) -> str | None:
         """What of it is known for linear layers alone, if something is."""
         fields = [name for name in ("lora_bias", "lora_fa", "frozen_start") if getattr(self, name)]
         fields += ["init_lora_weights"] if self.init_lora_weights not in (True, False, "gaussian") else []
+        fields += ["use_bdlora"] if self.use_bdlora else []
         return f"{fields[0]}={getattr(self, fields[0])!r}" if fields else None
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LoraConfig:

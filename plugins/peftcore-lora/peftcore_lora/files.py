@@ -50,7 +50,7 @@ def name_inside(placement: Any, name: str) -> str:
 def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
     """With bias="all" PEFT writes the biases of modules_to_save, and those they replace, a second time."""
     tensors = {n: t for n, t in tensors.items() if ".modules_to_save." not in n and ".original_module." not in n}
-    return starts.read_start(model, read_experts(model, as_plain(tensors, fields), fields), fields)
+    return starts.read_start(model, read_experts(model, as_plain(tensors), fields), fields)
 
 
 # Layers of dense and shared blocks that PEFT takes for the experts of old files, by the kind of model that transformers

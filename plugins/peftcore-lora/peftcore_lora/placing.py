@@ -13,6 +13,7 @@ import peftcore
 from peftcore import targets, validation
 from peftcore.adaptation.class_swap import original_class
 from peftcore.merging.lookup import looks_up
+from peftcore_lora.blocks import in_blocks
 from peftcore_lora.config import LoraConfig, selected
 from peftcore_lora.layer_facts import (
     Convolution,
@@ -61,6 +62,8 @@ def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architect
             peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()
         ]
     parameters = list(place_parameters(model, config)) if config.target_parameters else []
+    both_named = bool(config.use_bdlora and parameters)
+    validation.require(not both_named, "use_bdlora is not known with target_parameters. Leave one of the two out")
     all_of_them = [*placements, *parameters]
     on_weight = [
         p.path
@@ -108,6 +111,10 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
         not (config.lora_bias and isinstance(module, (nn.MultiheadAttention, nn.Embedding))),
         f"lora_bias=True is not known at '{path}', an {kind_of_layer}. Take it out of target_modules, or lora_bias out",
     )
+    validation.require(
+        not config.use_bdlora or (targets.is_linear(module) and adds_to_product(module)),
+        f"'{path}' ({kind_of_layer}) is not a plain linear layer, as use_bdlora needs. Take it out of target_modules",
+    )
     if isinstance(module, nn.MultiheadAttention):
         return of_attention(path, module, config)
     if isinstance(module, nn.Embedding):
@@ -115,6 +122,9 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
     if isinstance(module, Convolution):
         adapter = of_convolution(path, module, config)
     else:
+        blocks = in_blocks(config, path, module) if config.use_bdlora else None
+        if blocks is not None:
+            return blocks
         width, out_width = targets.sizes(module)
         own: type[LoraLinear] = LoraFrozenB if config.init_lora_weights == "mica" else LoraLinear
         own = LoraFromStart if config.frozen_start else LoraFrozenA if config.lora_fa else own

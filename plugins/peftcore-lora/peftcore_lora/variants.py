@@ -1,6 +1,5 @@
 """Files of PEFT's variants of LoRA: plain LoRA where they compute that once they are trained, else why not.
 
-use_bdlora          A or B in blocks on the diagonal [out, in / blocks], written one below the other: a LoRA with zeros
 monteclora_config   A is drawn around its mean in training; that mean is what acts afterwards
 velora_config       the gradient of A is taken from compressed inputs, to save memory
 """
@@ -11,11 +10,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 PLAIN = {
-    "use_bdlora": "blocks on the diagonal are read as they are, with zeros beside them, which train here",
     "monteclora_config": "A is not drawn anew in training here",
     "velora_config": "gradients are exact here",
 }
@@ -37,17 +34,9 @@ def why_not(fields: Mapping[str, Any]) -> str | None:
     return None if named is None else f"it has {named}: {REFUSED[named]}"
 
 
-def as_plain(tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
+def as_plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of plain LoRA that computes what the variant does."""
-    tensors = {name: t for name, t in tensors.items() if not any(part in name for part in OF_TRAINING)}
-    blocks = fields.get("use_bdlora") or {}
-    for which in "AB":
-        patterns = blocks.get(f"target_modules_bd_{which.lower()}") or ()
-        for name, tensor in tensors.items():
-            path = name.removesuffix(f".lora_{which}.weight")
-            if path != name and any(pattern in path for pattern in patterns):
-                tensors[name] = torch.block_diag(*tensor.chunk(blocks.get("nblocks", 1)))
-    return tensors
+    return {name: t for name, t in tensors.items() if not any(part in name for part in OF_TRAINING)}
 
 
 def plain_fields(fields: Mapping[str, Any]) -> dict[str, Any]:

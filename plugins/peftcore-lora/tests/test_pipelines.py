@@ -34,6 +34,8 @@ KIND = {
 }
 MIXED = {"lora_alpha": 2, "rank_pattern": {"to_q": 2, "fc1": 3}, "alpha_pattern": {"to_k": 7, "k_proj": 3}}
 
+BLOCKS = {"target_modules_bd_a": ["out"], "target_modules_bd_b": ["_q", "_k", "_v", "q_", "k_", "v_"], "nblocks": 2}
+
 
 @pytest.mark.parametrize(
     ("kind", "layout", "method", "fields"),
@@ -42,6 +44,8 @@ MIXED = {"lora_alpha": 2, "rank_pattern": {"to_q": 2, "fc1": 3}, "alpha_pattern"
         ("sd", "diffusers", "lora", {**MIXED, "use_rslora": True}),
         ("sd", "kohya", "lora", {**MIXED, "use_rslora": True}),
         ("sd", "diffusers", "lora", {"lora_bias": True}),
+        ("sd", "diffusers", "lora", {"r": 4, "use_bdlora": BLOCKS}),
+        ("sd", "kohya", "lora", {"r": 4, "use_bdlora": BLOCKS}),
         ("sd", "diffusers", "dora", {"targets": ("to_q", "conv1", "fc1")}),
         ("sdxl", "diffusers", "lora", {"r": 3}),
         ("sdxl", "kohya", "lora", {"targets": EVERY, "r": 3, "lora_alpha": 1}),

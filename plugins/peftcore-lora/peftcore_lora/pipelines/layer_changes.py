@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import targets
+from peftcore_lora.blocks import without_blocks
 from peftcore_lora.layer_facts import Convolution
 
 PEFT = re.compile(r"base_model\.model\.(.+)\.(lora_A\.weight|lora_B\.weight|lora_B\.bias|lora_magnitude_vector)")
@@ -70,6 +71,8 @@ def from_peft(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[s
                 "linear layers and convolutions. Leave its module out, or choose layout='peft'"
             )
         found.setdefault(path, {})[match[2]] = tensor
+    if fields.get("use_bdlora"):
+        found = {path: without_blocks(fields["use_bdlora"], path, each) for path, each in found.items()}
     return {
         path: Change(
             each["lora_A.weight"],

@@ -1,0 +1,103 @@
+"""BD-LoRA (Wang et al. 2025, arXiv 2510.23346): A or B of a layer is block-diagonal, so that ranks share no product.
+
+    A = diag(A1 ... An)   Ai [r / n, in / n], of layers that are sharded by rows (o_proj, down_proj)
+    B = diag(B1 ... Bn)   Bi [out / n, r / n], of layers that are sharded by columns (q_proj, up_proj)
+
+In parameters and files the blocks are one below the other: `lora_A` `[r, in / n]`, `lora_B` `[out, r / n]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from peftcore import targets, validation
+from peftcore_lora.config import LoraConfig, nested
+from peftcore_lora.layers import LoraLinear
+
+
+@dataclass(frozen=True)
+class BlockDiagonal:
+    """The fields of Hugging Face PEFT's `BdLoraConfig`."""
+
+    target_modules_bd_a: Sequence[str] | None = None
+    target_modules_bd_b: Sequence[str] | None = None
+    nblocks: int = 1
+    match_strict: bool = True
+
+    def __post_init__(self) -> None:
+        validation.check_types(self)
+        validation.positive_whole(nblocks=self.nblocks)
+
+    def factor(self, path: str) -> Literal["A", "B"] | None:
+        """Return which factor of the layer at `path` is block-diagonal; None: neither.
+
+        Raises:
+            PeftcoreError: the lists name both, or, with `match_strict`, neither.
+        """
+        a, b = (
+            any(name in path for name in names or ()) for names in (self.target_modules_bd_a, self.target_modules_bd_b)
+        )
+        validation.require(
+            not (a and b),
+            f"use_bdlora: '{path}' matches target_modules_bd_a and target_modules_bd_b. Take it out of one of the two",
+        )
+        validation.require(
+            a or b or not self.match_strict,
+            f"use_bdlora: '{path}' matches neither target_modules_bd_a nor target_modules_bd_b. Name it in one of the "
+            "two, or choose match_strict=False, by which it has a plain LoRA",
+        )
+        return "A" if a else "B" if b else None
+
+
+class LoraBlocks(LoraLinear):
+    """`lora_A` `[r, in / n]` with `lora_B` `[out, r]`, or `[r, in]` with `[out, r / n]`."""
+
+    def __init__(
+        self, config: LoraConfig, path: str, width: int, out_width: int, blocks: int, factor: Literal["A", "B"]
+    ) -> None:
+        shapes = ([width // blocks], [out_width]) if factor == "A" else ([width], [out_width])
+        super().__init__(config, path, *shapes, groups=1 if factor == "A" else blocks)
+        self.blocks, self.factor = blocks, factor
+        if factor == "A":  # as in PEFT, whatever init_lora_weights says
+            nn.init.kaiming_uniform_(self.lora_A)
+        else:
+            nn.init.zeros_(self.lora_B)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        if self.factor == "A":
+            return torch.block_diag(*self.lora_A.chunk(self.blocks)), self.lora_B
+        return self.lora_A, torch.block_diag(*self.lora_B.chunk(self.blocks))
+
+
+def in_blocks(config: LoraConfig, path: str, module: nn.Module) -> LoraBlocks | None:
+    """Return the adapter of a linear layer; None: it has a plain LoRA."""
+    diagonal = nested(BlockDiagonal, "use_bdlora", config.use_bdlora)
+    factor, n = diagonal.factor(path), diagonal.nblocks
+    if factor is None:
+        return None
+    r, (width, out_width) = targets.pattern_value(config.rank_pattern, path, config.r), targets.sizes(module)
+    size = width if factor == "A" else out_width
+    validation.require(
+        r % n == 0 and size % n == 0,
+        f"use_bdlora: nblocks={n} must divide r={r} and the {size} {'in' if factor == 'A' else 'out'}puts of '{path}'",
+    )
+    return LoraBlocks(config, path, width, out_width, n, factor)
+
+
+def without_blocks(values: Mapping[str, Any], path: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a layer as a plain LoRA has them, for files that have no blocks.
+
+    Args:
+        values: the field `use_bdlora`. tensors: by their names in PEFT's files, such as `lora_A.weight`.
+    """
+    diagonal = nested(BlockDiagonal, "use_bdlora", values)
+    factor = diagonal.factor(path)
+    if factor is None:
+        return dict(tensors)
+    name = f"lora_{factor}.weight"
+    return {**tensors, name: torch.block_diag(*tensors[name].chunk(diagonal.nblocks))}
