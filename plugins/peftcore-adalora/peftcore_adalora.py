@@ -118,8 +118,9 @@ def place(model: nn.Module, config: AdaLoraConfig, architecture: Architecture) -
 
 
 def of_layer(config: AdaLoraConfig, r: int, module: nn.Module) -> AdaLora:
-    is_convolution = isinstance(module, nn.Conv2d)
-    return AdaLoraConv(config, r, module) if is_convolution else AdaLora(config, r, *targets.sizes(module))
+    if isinstance(module, nn.Conv2d):
+        return AdaLoraConv(config, r, module)
+    return AdaLora(config, r, *targets.sizes(module))
 
 
 def loss(adapters: Mapping[str, Any], config: AdaLoraConfig) -> Tensor | None:
