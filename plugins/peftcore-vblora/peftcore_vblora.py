@@ -11,8 +11,10 @@ is zero. With `save_only_topk_weights` a file has the k weights and indices of e
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,6 +27,7 @@ from peftcore import targets, validation
 
 peftcore_api = 2
 
+SHORTEST = 32  # vectors that `all-linear` chooses: of shorter ones the logits outnumber LoRA's factors by far
 MISSING = -1e4  # the logit of a vector that a file with save_only_topk_weights leaves out
 
 
@@ -33,7 +36,8 @@ class VBLoRAConfig(targets.LayersConfig):
     """The fields bear the names of Hugging Face PEFT's `VBLoRAConfig`; those that are not here are LoRA's.
 
     Args:
-        num_vectors, vector_length: of the bank. The length divides inputs and outputs of all layers.
+        num_vectors, vector_length: of the bank. The length divides inputs and outputs of all layers. Where it does not,
+            `all-linear` takes the largest common divisor from 32 on, and warns.
         topk: vectors of which a piece is the sum.
         save_only_topk_weights: files that are small, and cannot be trained further.
         init_vector_bank_bound, init_logits_std: of a uniform and a normal distribution.
@@ -59,9 +63,22 @@ class VBLoRAConfig(targets.LayersConfig):
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
         sizes = targets.sizes(module)
+        common = math.gcd(self.vector_length, *sizes)
         divides = f"vector_length={self.vector_length} must divide inputs and outputs of '{path}': {sizes}"
-        odd = any(size % self.vector_length for size in sizes)
-        return f"{divides}. Choose another length, or leave it out: exclude_modules=[...]" if odd else None
+        ways = f"Choose {common}, or leave it out" if common >= SHORTEST else "Choose another length, or leave it out"
+        return None if common == self.vector_length else f"{divides}. {ways}: exclude_modules=[...]"
+
+    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> VBLoRAConfig:
+        """Return the config with a length that divides the sizes of the layers of `all-linear`."""
+        config = self
+        if self.target_modules == "all-linear":
+            sizes = [targets.sizes(layer) for layer in targets.select_by(self, model, architecture).values()]
+            length = math.gcd(self.vector_length, *(n for pair in sizes if min(pair) >= SHORTEST for n in pair))
+            if SHORTEST <= length < self.vector_length:
+                message = f"vector_length={self.vector_length} does not divide the sizes of all layers"
+                warnings.warn(f"{message}: vector_length={length} is used", stacklevel=2)
+                config = replace(self, vector_length=length)
+        return targets.LayersConfig.resolved(config, model, architecture)
 
 
 class Bank(nn.Module):

@@ -90,6 +90,42 @@ def test_attention_that_a_method_cannot_adapt_as_a_whole_is_left_out() -> None:
         peftcore.plan(model, "oft", target_modules=["head.attention.out_proj"])
 
 
+def llama(hidden: int, intermediate: int, heads: int, key_value_heads: int) -> nn.Module:
+    config = transformers.LlamaConfig(
+        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=1, num_attention_heads=heads,
+        num_key_value_heads=key_value_heads, vocab_size=64,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "length"),
+    [
+        ((896, 4864, 14, 2), 128),  # Qwen2.5-0.5B
+        ((576, 1536, 9, 3), 64),  # SmolLM2-135M
+        ((4096, 14336, 32, 8), 256),  # Llama-3.1-8B: the default
+    ],
+)
+def test_vectors_of_vblora_divide_sizes_that_256_does_not(sizes: tuple[int, int, int, int], length: int) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model = peftcore.apply(llama(*sizes), "vblora")
+    said = [str(warning.message) for warning in found]
+    assert said == ([f"vector_length=256 does not divide the sizes of all layers: vector_length={length} is used"] * (
+        length < 256
+    ))  # fmt: skip
+    assert peftcore.engine.applied(model, "default").config.vector_length == length
+    names = dict(peftcore.engine.adapter_parameters(model, "default"))
+    assert [p.shape[1] for name, p in names.items() if name.endswith("vector_bank")][:1] == [length]
+
+
+def test_vblora_names_a_length_for_layers_that_were_named() -> None:
+    with pytest.raises(peftcore.PeftcoreError, match=r"q_proj': \(896, 896\)\. Choose 128, or leave it out"):
+        peftcore.plan(llama(896, 4864, 14, 2), "vblora", target_modules=["q_proj", "k_proj"])
+    peftcore.plan(llama(896, 4864, 14, 2), "vblora", target_modules=["q_proj", "k_proj"], vector_length=128)
+
+
 def test_blocks_of_c3a_divide_sizes_that_256_does_not() -> None:
     config = transformers.LlamaConfig(
         hidden_size=96, intermediate_size=256, num_hidden_layers=1, num_attention_heads=3, vocab_size=64
