@@ -50,14 +50,17 @@ class Call(Mapping[str, Any]):
     def __init__(self, values: dict[str, Any], samples: Tensor | None = None) -> None:
         self._values = values
         self._samples = samples
+        self._repeated: tuple[int, ...] | None = None
 
     @property
     def samples(self) -> tuple[int, ...] | None:
-        """The sample that each row of the batch is of, where `generate` has repeated samples; else None."""
-        if isinstance(self._samples, Tensor):
-            self._repeated: tuple[int, ...] = tuple(self._samples.tolist())
-            self._samples = None
-        return getattr(self, "_repeated", None)
+        """The sample that each row of the batch is of, where they are not all in their order; else None.
+
+        `generate` repeats samples, and adapters that act on some samples see a call of those alone.
+        """
+        if self._repeated is None and self._samples is not None:
+            self._repeated = tuple(self._samples.tolist())
+        return self._repeated
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
@@ -98,17 +101,15 @@ class CallContext:
 
     Args:
         names: of keyword arguments that are theirs alone.
-        is_idle: no adapter reads calls; they are noted for the rows of a batch alone.
     """
 
-    def __init__(self, names: frozenset[str] = frozenset(), is_idle: bool = False) -> None:
+    def __init__(self, names: frozenset[str] = frozenset()) -> None:
         self.names = names
-        self.is_idle = is_idle
         self._frames: WeakSet[Frame] = WeakSet()  # of calls whose graph lives
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CallContext, (self.names, self.is_idle)
+        return CallContext, (self.names,)
 
     @partial(untraced, within=True)
     def inside(self) -> bool:
@@ -293,7 +294,7 @@ def context_for(names: Iterable[frozenset[str]], before: CallContext | None) -> 
     if not each:
         return None
     context = before or CallContext()
-    context.names, context.is_idle = frozenset().union(*each), False
+    context.names = frozenset().union(*each)
     return context
 
 

@@ -28,6 +28,17 @@ from peftcore.adaptation.rows import ROWS, UNKNOWN, Rows, Samples, first_in, joi
 from peftcore.errors import PeftcoreError
 
 
+class Group:
+    """Some samples of a batch, by their numbers."""
+
+    def __init__(self, numbers: tuple[int, ...], device: torch.device) -> None:
+        self.numbers = numbers
+        self.index = torch.tensor(numbers, device=device)  # int64
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+
 class Chosen:
     """What an activation means at one module: its adapters that some sample has, and which of them each sample has.
 
@@ -53,10 +64,10 @@ class Chosen:
             self._index = torch.tensor(self.samples, device=device)
         return self._index
 
-    def groups(self, device: torch.device) -> list[tuple[int, Tensor]]:
-        """Return (adapter or -1, numbers of the samples that have it)."""
+    def groups(self, device: torch.device) -> list[tuple[int, Group]]:
+        """Return (adapter or -1, the samples that have it)."""
         return [
-            (which, torch.tensor([i for i, other in enumerate(self.samples) if other == which], device=device))
+            (which, Group(tuple(i for i, other in enumerate(self.samples) if other == which), device))
             for which in sorted(set(self.samples))
         ]
 
@@ -106,7 +117,7 @@ class PerSample:
             own_args, own_kwargs = self._taken(rows, first, own, count, args, kwargs)
             with as_if_called(frame, _narrowed(frame, own, count)):
                 parts.append(run(*own_args, **own_kwargs))
-        order = torch.cat([own for _, own in groups]).argsort()
+        order = torch.cat([own.index for _, own in groups]).argsort()
         return joined(parts, rows.output, [len(own) for _, own in groups], order)
 
     def _chosen(self, call: Call | None) -> Chosen:
@@ -148,14 +159,14 @@ class PerSample:
         return first, rows
 
     def _taken(
-        self, rows: Rows, first: Tensor, samples: Tensor, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, rows: Rows, first: Tensor, samples: Group, count: int, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], dict[str, Any]]:
         """Return the arguments as they would be with some of the samples alone."""
         names: tuple[str, ...] = type(self.module)._peftcore_arguments
 
         def part(name: str, value: Any) -> Any:
             where = rows.first if value is first else rows.arguments.get(name, UNKNOWN)
-            return taken(value, where, samples, count)
+            return taken(value, where, samples.index, count)
 
         named = [part(names[i] if i < len(names) else "", value) for i, value in enumerate(args)]
         return named, {name: part(name, value) for name, value in kwargs.items()}
@@ -178,28 +189,29 @@ class PerSample:
         first, where, count = first_of(output), first_in(rows.output), len(chosen.samples)
         parts, groups = [], chosen.groups(first.device)
         for which, own in groups:
-            y = taken(first, where, own, count)
+            y = taken(first, where, own.index, count)
             with as_if_called(frame, _narrowed(frame, own, count)):
                 parts.append(y if which < 0 else chosen.adapters[which](y))
-        order = torch.cat([own for _, own in groups]).argsort()
+        order = torch.cat([own.index for _, own in groups]).argsort()
         return with_first(output, joined(parts, where, [len(own) for _, own in groups], order))
 
 
 class _CallOfSamples(Call):
-    """A call of the model as it would be with some of its samples alone.
+    """A call of the model as it would be with some of its samples alone; within it each row is of one of those.
 
     Args:
         where: where samples lie in the model's arguments, as in `Rows.arguments`.
-        samples: int64, the numbers of the samples.
         count: number of samples in the batch.
     """
 
-    def __init__(self, call: Call, where: Mapping[str, Any], samples: Tensor, count: int) -> None:
+    def __init__(self, call: Call, where: Mapping[str, Any], samples: Group, count: int) -> None:
         super().__init__(call._values)
-        self._where, self._numbers, self._count = where, samples, count
+        outer = call.samples
+        self._repeated = samples.numbers if outer is None else tuple(outer[i] for i in samples.numbers)
+        self._call, self._where, self._index, self._count = call, where, samples.index, count
 
     def __getitem__(self, name: str) -> Any:
-        return taken(self._values[name], self._where.get(name, UNKNOWN), self._numbers, self._count)
+        return taken(self._call[name], self._where.get(name, UNKNOWN), self._index, self._count)
 
     def get(self, name: str, default: Any = None) -> Any:
         return self[name] if name in self._values else default
@@ -212,9 +224,9 @@ _OF_SAMPLES = (
 )  # fmt: skip
 
 
-def _narrowed(frame: Frame | None, samples: Tensor, count: int) -> Call | None:
-    """Return what adapters that read the call are to see while they act on some of its samples; None: the same."""
-    if frame is None or frame.context.is_idle:
+def _narrowed(frame: Frame | None, samples: Group, count: int) -> Call | None:
+    """Return what is to be seen of the call by what acts on some of its samples."""
+    if frame is None:
         return None
     rows = frame.module.__dict__.get(ROWS)
     where = rows.arguments if isinstance(rows, Rows) else {}

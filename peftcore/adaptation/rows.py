@@ -127,8 +127,11 @@ def joined(parts: list[Any], where: Any, counts: list[int], order: Tensor) -> An
             "joined. Only adapters of layers such as linear ones can be mixed in a batch"
         )
     if type(parts[0]) in (tuple, list):
-        items = enumerate(zip(*parts, strict=True))
-        return type(parts[0])(joined(list(own), _inside(where, parts[0], i), counts, order) for i, own in items)
+        own = zip(*parts, strict=True)
+        return type(parts[0])(joined(list(p), _inside(where, parts[0], i), counts, order) for i, p in enumerate(own))
+    if isinstance(parts[0], dict):  # the outputs of transformers' models, too
+        items = {key: joined([p[key] for p in parts], _inside(where, parts[0], key), counts, order) for key in parts[0]}
+        return type(parts[0])(**items)
     if parts[0] is None:
         return None
     raise PeftcoreError(f"an adapter for each sample: an output of type {type(parts[0]).__name__} cannot be joined")
@@ -155,10 +158,6 @@ def _divide(parts: list[Tensor], dim: int, counts: list[int]) -> bool:
 
 def _inside(where: Any, container: Any, key: Any) -> Any:
     """Return what `where` says of one item of a container, which may have other items than the one that was seen."""
-    if (
-        type(where) is not type(container)
-        or len(where) != len(container)
-        or (isinstance(where, dict) and key not in where)
-    ):
-        return UNKNOWN
-    return where[key]
+    if isinstance(container, dict):
+        return where.get(key, UNKNOWN) if isinstance(where, dict) else UNKNOWN
+    return where[key] if type(where) is type(container) and len(where) == len(container) else UNKNOWN

@@ -48,4 +48,4 @@ def ask_of_calls(state: State) -> None:
 def note_calls(state: State) -> None:
     """Let calls of the model be noted, which tell how many tokens a sample has."""
     if state.lock.context is None:
-        state.lock.context = CallContext(is_idle=True)
+        state.lock.context = CallContext()

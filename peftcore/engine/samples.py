@@ -37,7 +37,11 @@ def observe_rows(model: nn.Module, state: State) -> None:
 
 def modules_by_sample(model: nn.Module, state: State) -> list[tuple[str, nn.Module]]:
     """Return (path, module) of those at which adapters act, or parameters of their own."""
-    attached = (each for name in state.applied for each in modules_with(model, state, name))
+    attached: Iterable[tuple[str, nn.Module]]
+    if state.intact is not None:
+        attached = state.intact.modules.items()
+    else:
+        attached = (each for name in state.applied for each in modules_with(model, state, name))
     own = ((path, model.get_submodule(path)) for path, _ in state.own_parameters)
     return list(dict.fromkeys((*attached, *own)))
 

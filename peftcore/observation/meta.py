@@ -17,9 +17,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from peftcore.adaptation.adapted import CHILD, TRAINED
+from peftcore.adaptation.adapted import CHILD, TRAINED, base_modules
 from peftcore.adaptation.class_swap import original_class
+from peftcore.adaptation.rows import ROWS
 
+_STATE = "_peftcore_state"  # of the engine: what is applied to a model
 _SMALL = 1 << 16  # an integer tensor with more values than this is no index: it is packed weights
 _LARGEST = 1 - 2**-24  # what every random number is: layers that are dropped at random stay
 aten = torch.ops.aten
@@ -250,7 +252,14 @@ def meta_copy(model: nn.Module) -> nn.Module:
     Linear layers whose weight is packed become plain ones. What happens to the copy leaves the model alone.
     """
     memo: dict[int, Any] = {}
-    for module in model.modules():  # a parameter has a way of its own to copy itself
+    for _, module in base_modules(model):  # a parameter has a way of its own to copy itself
+        for name in (CHILD, TRAINED):
+            adapters = module._modules.get(name)
+            if adapters is not None:
+                memo[id(adapters._modules)] = dict.fromkeys(adapters._modules)  # by name, none of them copied
+        for name in (_STATE, ROWS):
+            if not isinstance(module.__dict__.get(name), (str, type(None))):
+                memo[id(module.__dict__[name])] = None
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and id(tensor) not in memo:
                 memo[id(tensor)] = _copied(tensor)
