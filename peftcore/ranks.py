@@ -1,4 +1,7 @@
-"""Ranks of a distributed run: whole tensors out of sharded ones, one writer, and all of one mind.
+"""Ranks of a distributed run: whole tensors out of sharded ones, a single writer, and agreement between ranks.
+
+Two kinds of parameters are a part on each rank: DTensors (FSDP2, tensor parallelism), and those that DeepSpeed's ZeRO-3
+has partitioned, which have no elements between calls: their shape is `ds_shape`, and DeepSpeed gathers them.
 
 Without `torch.distributed` there is one rank, and a tensor is whole already. Functions marked collective must be
 called by every rank.
@@ -6,7 +9,7 @@ called by every rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -34,18 +37,59 @@ def count() -> int:
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Does every rank hold a part of `module`'s parameters only (`fully_shard`)?"""
+    """Return whether every rank holds only a part of some parameters of `module`."""
     return any(map(is_part, module.parameters()))
 
 
-def is_part(tensor: Tensor) -> TypeIs[DTensor]:
-    """Is it a DTensor, a part of a whole?"""
+def is_part(tensor: Tensor) -> bool:
+    """Return whether this rank holds a part of `tensor` only: it is a DTensor, or ZeRO-3 has partitioned it."""
+    return is_dtensor(tensor) or is_partitioned(tensor)
+
+
+def is_dtensor(tensor: Tensor) -> TypeIs[DTensor]:
+    """Return whether `tensor` is a DTensor."""
     return hasattr(tensor, "full_tensor")
 
 
+def is_partitioned(tensor: Tensor) -> bool:
+    """Return whether `tensor` is a parameter that DeepSpeed's ZeRO-3 has partitioned, gathered now or not."""
+    return hasattr(tensor, "ds_id")
+
+
+def shape_of(tensor: Tensor) -> torch.Size:
+    """Shape of the whole tensor, also where ZeRO-3 has left no elements of it here."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor itself, or what a sharded one is a part of. Collective for the latter."""
-    return tensor.full_tensor() if is_part(tensor) else tensor
+    """Return the detached tensor itself, or the whole of which a sharded one is a part. Collective for the latter."""
+    if is_partitioned(tensor):
+        with gathered([tensor]):
+            return tensor.detach().clone()
+    tensor = tensor.detach()
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
+
+
+@contextmanager
+def gathered(tensors: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
+    """Give the ZeRO-3 parameters among `tensors` all their elements within the block. Collective where there are any.
+
+    Args:
+        write: keep what the block writes into them on rank 0, also in the optimizer's float32 copy.
+    """
+    partitioned = [each for each in dict.fromkeys(tensors) if is_partitioned(each)]
+    if not write:  # small ones may be here already, and reading asks for no more
+        partitioned = [each for each in partitioned if each.shape != shape_of(each)]
+    if not partitioned:
+        yield
+        return
+    import deepspeed  # type: ignore[import-not-found]  # optional
+
+    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
+        yield
+    for parameter in partitioned if write else ():
+        if getattr(parameter, "_z3_optimizer", None) is not None:  # else nothing trains it
+            deepspeed.utils.safe_set_local_fp32_param(parameter, cast(Any, parameter).ds_tensor)
 
 
 @contextmanager
@@ -55,7 +99,7 @@ def whole_parameters(module: nn.Module) -> Iterator[nn.Module]:
         (m, name, p) for m in module.modules() for name, p in m._parameters.items() if p is not None and is_part(p)
     ]
     for owner, name, parameter in parts:
-        owner._parameters[name] = nn.Parameter(whole(parameter.detach()), parameter.requires_grad)
+        owner._parameters[name] = nn.Parameter(whole(parameter), parameter.requires_grad)
     try:
         yield module
     finally:
@@ -67,7 +111,7 @@ def of_whole(modules: Sequence[nn.Module], compute: Callable[[], Tensor | None],
     """`compute()` while the sharded parameters of `modules` are whole ones. Collective.
 
     Its gradient is the same on every rank. A backward pass adds each part's share when it has ended, behind what
-    `fully_shard` does.
+    `fully_shard` does; to what ZeRO-3 has partitioned the gradient goes as any other.
 
     Args:
         what: for messages, of which this is.
@@ -92,6 +136,9 @@ def of_whole(modules: Sequence[nn.Module], compute: Callable[[], Tensor | None],
     trained = [pair for pair in here.values() if pair[0].requires_grad]
     gradients = torch.autograd.grad(value, [leaf for leaf, _ in trained], allow_unused=True)
     shares = [(parameter, g) for (_, parameter), g in zip(trained, gradients, strict=True) if g is not None]
+    if any(is_partitioned(parameter) for parameter, _ in shares):
+        with gathered(parameter for parameter, _ in shares):  # autograd notes the shapes of inputs
+            return cast(Tensor, _Known.apply(value.detach(), [g for _, g in shares], *(p for p, _ in shares)))  # type: ignore[no-untyped-call]
     anchor = torch.zeros((), device=value.device, requires_grad=True)
     return cast(Tensor, _Shares.apply(anchor, value.detach(), shares))  # type: ignore[no-untyped-call]
 
@@ -119,6 +166,19 @@ class _Shares(torch.autograd.Function):
             parameter.grad = share if parameter.grad is None else parameter.grad.add_(share)
 
 
+class _Known(torch.autograd.Function):
+    """A value whose gradients are known, for ZeRO-3, which takes a parameter's gradient when autograd has summed it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.gradients = gradients
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return None, None, *(each * gradients[0] for each in ctx.gradients)
+
+
 def _leaves(value: Tensor) -> Iterator[Tensor]:
     """The tensors with gradients that `value` was computed from."""
     nodes, seen = [value.grad_fn], set()
@@ -133,8 +193,8 @@ def _leaves(value: Tensor) -> Iterator[Tensor]:
 
 
 def fill(parameter: Tensor, value: Tensor) -> None:
-    """Copy `value` into `parameter`; into a sharded one, this rank's part of it."""
-    if is_part(parameter):
+    """Copy `value` into `parameter`; into a DTensor, this rank's part of it. A ZeRO-3 parameter must be `gathered`."""
+    if is_dtensor(parameter):
         from torch.distributed.tensor import distribute_tensor
 
         value = value.to(parameter.device_mesh.device_type, parameter.dtype)
@@ -213,14 +273,45 @@ def agree(facts: dict[str, Any], what: str) -> None:
                 )
 
 
+def difference(tensors: Mapping[str, Tensor]) -> tuple[str, int, float] | None:
+    """Find a tensor that should have the same values on all ranks and has not. Collective.
+
+    Tensors of which each rank has a part are passed over. Rounding may differ: 1 % of the largest value is allowed.
+
+    Returns:
+        (its name, a rank, how far its values are from rank 0's), or None.
+    """
+    if count() == 1:
+        return None
+    plain = {name: tensor.detach() for name, tensor in tensors.items() if not is_part(tensor)}
+    agree({name: f"{list(tensor.shape)} of {tensor.dtype}" for name, tensor in plain.items()}, "adapters")
+    found: tuple[str, float] | None = None
+    for name, tensor in plain.items():
+        if not tensor.numel():
+            continue
+        mine = tensor.to(_device(), torch.float32, copy=True).nan_to_num_()
+        first = mine.clone(memory_format=torch.contiguous_format)
+        distributed.broadcast(first, src=0)
+        off = (mine - first).abs().max().item()
+        if found is None and off > 0.01 * first.abs().max().item():
+            found = name, off
+    everyone: list[Any] = [None] * count()
+    distributed.all_gather_object(everyone, found)
+    return next(((each[0], number, each[1]) for number, each in enumerate(everyone) if each is not None), None)
+
+
 def any_of(flag: bool) -> bool:
     """Is it true on any rank? Collective."""
     if count() == 1:
         return flag
-    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
-    found = torch.tensor(int(flag), device=device)
+    found = torch.tensor(int(flag), device=_device())
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return bool(found)
+
+
+def _device() -> str:
+    """Where a message between ranks is."""
+    return "cuda" if distributed.get_backend() == "nccl" else "cpu"
 
 
 def _running() -> bool:

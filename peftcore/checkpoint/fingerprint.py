@@ -40,9 +40,10 @@ def fingerprint(tensors: dict[str, Tensor], important: Collection[str] = ()) -> 
     chosen: Collection[str] = names
     if any(ranks.is_part(tensors[name]) for name in names):
         chosen = {*names[:: -(-len(names) // _GATHERED)], *important}
-    sampled = {name: _sample(tensors[name], _positions(tensors[name].numel())) for name in names if name in chosen}
+    shapes = {name: ranks.shape_of(tensors[name]) for name in names}
+    sampled = {name: _sample(tensors[name], _positions(shapes[name].numel())) for name in names if name in chosen}
     values = dict(_as_lists(sampled))
-    found = {name: [list(tensors[name].shape), _rounded(values.get(name, ()))] for name in names}
+    found = {name: [list(shapes[name]), _rounded(values.get(name, ()))] for name in names}
     return json.dumps({"version": _VERSION, "tensors": found}, separators=(",", ":"))
 
 
@@ -61,11 +62,12 @@ def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
             continue
         if tensor is None:
             return f"it has no parameter '{name}'"
-        if list(tensor.shape) != shape:
-            return f"'{name}' has shape {list(tensor.shape)}, the adapter's base {shape}"
+        here = ranks.shape_of(tensor)
+        if list(here) != shape:
+            return f"'{name}' has shape {list(here)}, the adapter's base {shape}"
         if not values:
             continue
-        positions = positions_of(tensor.numel())
+        positions = positions_of(here.numel())
         if len(values) != len(positions):
             return f"'{name}' has {len(positions)} sampled values, the adapter's base {len(values)}"
         sampled[name] = _sample(tensor, positions)
@@ -117,7 +119,7 @@ def _positions_of_version_1(count: int) -> tuple[int, ...]:
 
 def _sample(tensor: Tensor, positions: tuple[int, ...]) -> Tensor:
     """The values at those positions, on the tensor's device and in its dtype."""
-    flat = ranks.whole(tensor.detach()).reshape(-1)
+    flat = ranks.whole(tensor).reshape(-1)
     index = _index(positions)
     return flat.index_select(0, index if flat.is_cpu else index.to(flat.device))
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from peftcore import adapter_files, engine
+from peftcore import adapter_files, engine, ranks
 from peftcore.checkpoint import single_file
 from peftcore.checkpoint.fitting import Content, brings_all, fill_applied, fitting
 from peftcore.checkpoint.hub import folder_of
@@ -129,7 +129,8 @@ def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "d
     if method.name != entry.method:
         raise CheckpointError(f"'{folder}' holds {method.name}, the adapter '{adapter}' is {entry.method}")
     multiplier = multiplier_in(metadata)
-    fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
+    with ranks.gathered((parameter for _, parameter in engine.adapter_parameters(model, adapter)), write=True):
+        fill(model, adapter, tensors, folder, partly_tied=ties_partly(metadata))
     set_multiplier(model, adapter, multiplier)
 
 

@@ -118,6 +118,9 @@ def _save_single(
             raise PeftcoreError(f"layout={layout!r} is not known of '{names[0]}' ({method.name})")
         chosen[called] = each, names[0]
     sharded = any(ranks.is_sharded(each) for each, _ in chosen.values())
+    if sharded:
+        for each, name in chosen.values():
+            _refuse_drifted(each, name)
     if sharded or ranks.rank() == 0:
         contents = {called: (each, _content(each, name, dtype, False, {})) for called, (each, name) in chosen.items()}
         ranks.once(lambda: single_file.write(layout, path, contents), together=sharded)
@@ -143,6 +146,8 @@ def _save(
     engine.refuse_changed(model)
     _tell_of_others_trained(model)
     sharded = ranks.is_sharded(model)
+    for name in inside.values() if sharded else ():
+        _refuse_drifted(model, name)
     if inside and (sharded or ranks.rank() == 0):
         contents = {
             place: _laid_out(model, name, layout, _content(model, name, dtype, resumable, metadata))
@@ -150,6 +155,18 @@ def _save(
         }
         ranks.once(lambda: adapter_files.write(folder, contents), together=sharded)
     return folder
+
+
+def _refuse_drifted(model: nn.Module, adapter: str) -> None:
+    """Raise a PeftcoreError on every rank where one of them has trained the adapter by itself. Collective."""
+    found = ranks.difference(dict(engine.adapter_parameters(model, adapter)))
+    if found is not None:
+        name, number, off = found
+        raise PeftcoreError(
+            f"adapter '{adapter}' was not saved: '{name}' on rank {number} is off by {off:.2g} from rank 0. The ranks "
+            "have trained without averaging their gradients. After apply, call peftcore.shard(model), which averages "
+            "them in every backward pass"
+        )
 
 
 def _tell_of_others_trained(model: nn.Module) -> None:
@@ -168,12 +185,19 @@ def _tell_of_others_trained(model: nn.Module) -> None:
 def _content(
     model: nn.Module, adapter: str, dtype: torch.dtype | None, resumable: bool, metadata: dict[str, str]
 ) -> Content:
+    with ranks.gathered(parameter for _, parameter in engine.adapter_parameters(model, adapter)):
+        return _gathered_content(model, adapter, dtype, resumable, metadata)
+
+
+def _gathered_content(
+    model: nn.Module, adapter: str, dtype: torch.dtype | None, resumable: bool, metadata: dict[str, str]
+) -> Content:
     entry = engine.applied(model, adapter)
     method = registry.method(entry.method)
     ranks.reshard(model)
     own = tensors_on_disk(model, adapter, own=resumable, exported=True)
     for name, tensor in own.items():
-        if tensor.is_floating_point() and not bool(ranks.whole(tensor.detach()).float().isfinite().all()):
+        if tensor.is_floating_point() and not bool(ranks.whole(tensor).float().isfinite().all()):
             raise CheckpointError(
                 f"adapter '{adapter}': '{name}' holds NaN or infinity, which no load takes: training has diverged. Go "
                 "on from an earlier checkpoint, with a smaller learning rate or a dtype of a larger range"
@@ -243,7 +267,7 @@ def _for_disk(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str
     """Whole tensors on the CPU, each with a memory of its own."""
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        tensor = ranks.whole(tensor.detach())
+        tensor = ranks.whole(tensor)
         if dtype and tensor.is_floating_point():
             tensor = _cast(name, tensor, dtype)
         whole[name] = tensor.cpu().contiguous()

@@ -278,9 +278,7 @@ def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor
     """Return whether a tensor of a file repeats one of the base, as PEFT's files do with the embedding's weight."""
     own = base().get(name.removeprefix("base_model.model.").replace(".base_layer.", "."))
     return (
-        own is not None
-        and own.shape == tensor.shape
-        and torch.equal(ranks.whole(own.detach()).cpu().to(tensor.dtype), tensor)
+        own is not None and own.shape == tensor.shape and torch.equal(ranks.whole(own).cpu().to(tensor.dtype), tensor)
     )
 
 

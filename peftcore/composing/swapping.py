@@ -44,7 +44,7 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
     engine.refuse_changed(model)
     ranks.reshard(model)
     tensors = {**tensors_on_disk(model, adapter, exported=True), **kept_on_disk(model, adapter)}
-    whole = {name: ranks.whole(tensor.detach()).clone() for name, tensor in tensors.items()}
+    whole = {name: ranks.whole(tensor).clone() for name, tensor in tensors.items()}
     entry = engine.applied(model, adapter)
     with registry.naming(entry.method, "write_tensors"):
         found = OrderedDict(registry.method(entry.method).state.write_tensors(whole, entry.config))

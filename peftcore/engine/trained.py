@@ -163,7 +163,7 @@ class TrainedParameters(nn.Module):
     def changes(self, model: nn.Module) -> Iterator[tuple[str, str]]:
         """(slot, what has become of it) where the tensor is gone or has another shape."""
         for name, slots in {**self.slots, **self.kept}.items():
-            was = list(self._aside(_key(name)).shape)
+            was = list(ranks.shape_of(self._aside(_key(name))))
             for slot in slots:
                 now = _shape(model, slot)
                 if now != was:
@@ -180,7 +180,7 @@ class TrainedParameters(nn.Module):
         key = _key(name)
         here = self._tensors_aside(key)
         aside = here[key]
-        slots = [slot for slot in slots if _shape(model, slot) == list(aside.shape)]  # what was resized stays
+        slots = [slot for slot in slots if _shape(model, slot) == list(ranks.shape_of(aside))]  # what was resized stays
         if not slots:
             return
         here[key] = _slot(model, slots[0])
@@ -299,7 +299,7 @@ def _shape(model: nn.Module, name: str) -> list[int] | None:
         slot = _slot(model, name)
     except (AttributeError, KeyError):
         return None
-    return list(getattr(slot, "ds_shape", slot.shape))  # ZeRO-3 empties its own
+    return list(ranks.shape_of(slot))
 
 
 def _slot(model: nn.Module, name: str) -> Tensor:

@@ -194,4 +194,4 @@ def _training(model: nn.Module) -> Iterator[tuple[str, Applied, Method]]:
 
 
 def _dimensions(parameter: nn.Parameter) -> int:
-    return len(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 empties its own
+    return len(ranks.shape_of(parameter))

@@ -106,8 +106,8 @@ def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any)
     refuse_wrapped(trainer)
     refuse_bypassed(trainer, model)
     _add_callbacks(trainer)
-    if ranks.is_sharded(model):
-        if any(ranks.is_part(p) for p in model.parameters() if p.requires_grad):
+    if any(map(ranks.is_dtensor, model.parameters())):
+        if any(ranks.is_dtensor(p) for p in model.parameters() if p.requires_grad):
             raise PeftcoreError(
                 "Trainer keeps the optimizer's state on rank 0 and cannot keep that of sharded adapters. "
                 "Replicate them: peftcore.shard(model, adapters='replicate')"
@@ -171,7 +171,7 @@ def _train(
 def _save_model(
     trainer: Trainer, own: Callable[..., Any], output_dir: str | None = None, _internal_call: bool = False
 ) -> None:
-    if not trainer.is_fsdp_enabled:
+    if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return own(output_dir, _internal_call)
     trainer._save(output_dir)  # own would gather the whole model first
     if trainer.args.push_to_hub and not _internal_call:

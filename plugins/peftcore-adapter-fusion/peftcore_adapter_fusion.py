@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peftcore_adapter import BehindNorm, Bottleneck, Series, behind_norm
@@ -70,6 +70,13 @@ class AdapterFusionConfig:
         require(all(number > 0 for number in self.splits or ()), "splits are positive numbers of tokens")
 
 
+class Projection(nn.Linear):
+    """Linear layer in the dtype of its input. It is called, since DeepSpeed's ZeRO-3 gathers weights at a call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+
 class Fusion(nn.Module):
     """x `[..., width]` -> the change `[..., width]` that takes the place of those of its adapters."""
 
@@ -81,12 +88,12 @@ class Fusion(nn.Module):
         if config.how == "attention":
             for name in ("query", "key"):
                 if getattr(config, name):
-                    layer = nn.Linear(width, width)
+                    layer = Projection(width, width)
                     nn.init.normal_(layer.weight, std=0.02)
                     nn.init.zeros_(layer.bias)
                     setattr(self, name, layer)
             if config.value:
-                self.value = nn.Linear(width, width, bias=False)
+                self.value = Projection(width, width, bias=False)
                 nn.init.constant_(self.value.weight, 1e-6)
                 with torch.no_grad():
                     self.value.weight.fill_diagonal_(1.0)
@@ -110,10 +117,7 @@ class Fusion(nn.Module):
 
     def _of(self, name: str, x: Tensor) -> Tensor:
         layer = self._modules.get(name)
-        if layer is None:
-            return x
-        bias = layer._parameters.get("bias")
-        return F.linear(x, layer.get_parameter("weight").to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return x if layer is None else cast(Tensor, layer(x))
 
 
 class FusedSeries(Fusion):

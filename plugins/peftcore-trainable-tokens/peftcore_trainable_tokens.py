@@ -67,7 +67,7 @@ class TokenRows(nn.Module):
         validation.require(once, f"'{path}' takes the ids of tokens, each once, found {validation.shown(ids)}")
         rows = torch.randn(len(ids), weight.shape[1])
         if copy and not weight.is_meta and not rows.is_meta:
-            rows.copy_(ranks.whole(weight.detach())[list(ids)])
+            rows.copy_(ranks.whole(weight)[list(ids)])
         self.trainable_tokens_delta, self.path = nn.Parameter(rows), path
         self.is_table = isinstance(module, nn.Embedding) and lookup.looks_up(module)
         padding: Any = getattr(module, "padding_idx", None)  # it gets no gradient, in `nn.Embedding` neither

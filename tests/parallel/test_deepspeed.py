@@ -1,0 +1,59 @@
+"""Adapters under DeepSpeed's ZeRO-3 train as in one process, and are saved, restored and resumed whole.
+
+Run where DeepSpeed is installed, which compiles a part of itself at the first call: `make test-deepspeed`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import rank_cases
+import rank_work
+import rank_zero
+import trainers
+from processes import run
+from safetensors.torch import load_file
+
+import peftcore
+from peftcore.engine import adapter_parameters
+
+pytest.importorskip("deepspeed")
+
+
+def test_a_step_of_every_method_is_that_of_one_process() -> None:
+    for found in run(rank_zero.one_step_of_each, seconds=300):
+        assert found.keys() == rank_cases.CASES.keys()
+        assert not {case: far for case, far in found.items() if isinstance(far, str) or far > 1e-6}
+
+
+@pytest.mark.parametrize("threshold", [0, 100_000])  # above it nothing stays partitioned between calls
+def test_a_partitioned_adapter_is_saved_whole_and_restored(tmp_path: Path, threshold: int) -> None:
+    arguments = {"stage3_param_persistence_threshold": threshold}
+    for stages in run(_saved_and_restored, str(tmp_path), arguments, seconds=300):
+        loaded = peftcore.load(rank_work.model(), tmp_path)
+        assert rank_work.farthest(dict(adapter_parameters(loaded, "default")), stages["saved"]) == 0
+        assert rank_work.farthest(stages["restored"], stages["saved"]) == 0
+        assert rank_work.farthest(stages["moved"], stages["saved"]) > 0.015  # two steps of 0.01
+        # So the optimizer's float32 copy was restored, too: a step leads away from there, and not from "moved".
+        assert rank_work.farthest(stages["a step later"], stages["saved"]) < 0.012
+
+
+def _saved_and_restored(folder: str, arguments: dict[str, int]) -> object:
+    return rank_zero.saved_and_restored(folder, **arguments)
+
+
+@pytest.mark.parametrize(("stage", "gather"), [(3, False), (3, True), (2, False)])
+def test_trainer_saves_and_resumes(tmp_path: Path, stage: int, gather: bool) -> None:
+    alone = rank_work.adapted("lora")
+    trainers.trainer(tmp_path / "alone", alone, **rank_zero.SMOOTH).train()
+    wanted = rank_work.values(alone)
+    for resume in (False, True):
+        losses, _ = run(rank_zero.trained_by_trainer, str(tmp_path), stage, gather, resume, seconds=300)
+        assert len(losses) == 3
+        loaded = peftcore.load(rank_work.model(), tmp_path / "final")
+        assert rank_work.farthest(dict(adapter_parameters(loaded, "default")), wanted) < 1e-5
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "final/adapter_model.safetensors").items()}
+    for number in (1, 2, 3):
+        there = load_file(tmp_path / f"checkpoint-{number}/adapter_model.safetensors")
+        assert {name: tensor.shape for name, tensor in there.items()} == shapes

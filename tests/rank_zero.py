@@ -1,0 +1,133 @@
+"""What ranks do under DeepSpeed's ZeRO-3, on CPUs. In a module of its own, since their processes import it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import rank_work
+import torch
+from rank_cases import CASES
+from torch import Tensor, distributed, nn
+
+import peftcore
+from peftcore import ranks
+from peftcore.engine import adapter_parameters
+
+os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 3,
+    "gradient_clipping": 0.0,  # the default is 1
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+}
+# Adam's first steps divide by the size of a gradient, so that rounding would count as much as a gradient that is tiny.
+SMOOTH: dict[str, Any] = {"adam_epsilon": 1e-3, "max_grad_norm": 0.0}
+
+
+def begin() -> Any:
+    """DeepSpeed, which takes the process group that there is."""
+    import deepspeed
+
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    number, count = str(ranks.rank()), str(ranks.count())
+    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533"}
+    deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+    return deepspeed
+
+
+def engine_of(found: nn.Module, optimizer: type[torch.optim.Optimizer], lr: float, **zero: Any) -> Any:
+    """DeepSpeed's engine around `found`, whose parameters it partitions."""
+    trained = [p for p in found.parameters() if p.requires_grad]
+    config = CONFIG | {"zero_optimization": CONFIG["zero_optimization"] | zero}
+    return begin().initialize(model=found, optimizer=optimizer(trained, lr=lr), config=config)[0]
+
+
+def values(found: nn.Module) -> dict[str, Tensor]:
+    return {name: ranks.whole(p).clone() for name, p in adapter_parameters(found, "default")}
+
+
+def one_step(case: str) -> float | str:
+    """How far the adapter is, after one step, from one process on the rows of all ranks; or the error."""
+    alone, spread = rank_work.adapted(case), rank_work.adapted(case)
+    engine = engine_of(spread, torch.optim.SGD, 0.1)
+    assert all(p.numel() == 0 for p in spread.parameters())
+    torch.manual_seed(ranks.rank())
+    try:
+        engine.backward(rank_work.loss(engine, rank_work.mine()) + peftcore.extra_loss(spread))
+    except peftcore.PeftcoreError as error:
+        return str(error)
+    engine.step()
+    rank_work.backward_alone(alone)
+    torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1, foreach=False).step()
+    return rank_work.farthest(values(spread), rank_work.values(alone))
+
+
+def one_step_of_each() -> dict[str, float | str]:
+    begin()
+    return {case: one_step(case) for case in CASES}
+
+
+def saved_and_restored(folder: str, **zero: Any) -> dict[str, dict[str, Tensor]]:
+    """What an adapter was when it was saved, after more steps, after `restore`, and a step later."""
+    begin()
+    found = rank_work.adapted("lora")
+    engine = engine_of(found, torch.optim.AdamW, 0.01, **zero)
+
+    def step() -> dict[str, Tensor]:
+        engine.backward(rank_work.loss(engine, rank_work.mine()))
+        engine.step()
+        return values(found)
+
+    stages = {"saved": step()}
+    peftcore.save(found, folder)
+    step()
+    stages["moved"] = step()
+    peftcore.checkpoint.restore(found, folder)
+    stages["restored"] = values(found)
+    stages["a step later"] = step()
+    return stages
+
+
+def trained_by_trainer(folder: str, stage: int, gather: bool, resume: bool) -> list[float]:
+    """Losses of a run of Trainer, or of what is left of it after its second step; every step is a checkpoint."""
+    import trainers
+
+    begin()
+    config = dict.fromkeys(("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_clipping"), "auto") | {
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": gather},
+    }
+    trained = rank_work.adapted("lora")
+    settings = SMOOTH | {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
+    with on_cpus():
+        trainer = trainers.trainer(
+            Path(folder), trained, deepspeed=config, use_cpu=False, ddp_backend="gloo", **settings
+        )
+        trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-2" if resume else None)
+        trainer.save_model(f"{folder}/final")
+    distributed.barrier()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@contextlib.contextmanager
+def on_cpus() -> Iterator[None]:
+    """accelerate starts DeepSpeed on accelerators only: here it is told that processes of a CPU are such."""
+    import accelerate
+
+    def backend(*_: Any) -> tuple[str, accelerate.DistributedType]:
+        return "gloo", accelerate.DistributedType.MULTI_CPU
+
+    own = accelerate.PartialState._prepare_backend
+    accelerate.PartialState._prepare_backend = backend
+    try:
+        yield
+    finally:
+        accelerate.PartialState._prepare_backend = own
