@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
+from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.enclosing import lock_of
 from peftcore.adaptation.folding import fold_frozen
@@ -64,6 +65,7 @@ def quantize(
 
     Returns:
         The same model, changed in place. A transformers model's config says what bitsandbytes must know to load it.
+            Experts, and subclasses of `nn.Linear` (Falcon's), are read by `peftcore.quantization.load` only.
 
     Raises:
         PeftcoreError: an argument is wrong, a weight is no floating one or holds NaN or infinity, or adapters are
@@ -216,6 +218,11 @@ def _with_first(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
 def _check_parameter(path: str, module: nn.Module, parameter: str) -> None:
     weight = module.get_parameter(parameter)
     name = f"{path}.{parameter}" if path else parameter
+    if ranks.is_part(weight):
+        raise PeftcoreError(
+            f"'{name}' is sharded, and no rank holds the whole weight. Quantize first and shard the quantized model, "
+            "or load it in 4 bits: peftcore.load_sharded(folder, 'nf4')"
+        )
     if is_wrapped(weight):
         raise PeftcoreError(
             f"'{name}' is quantized already, by another library ({type(weight).__name__}). Quantize the model as it "

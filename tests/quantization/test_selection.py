@@ -1,6 +1,7 @@
 """Which layers are quantized where their class is not nn.Linear, or another one reads their weights."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -171,3 +172,16 @@ def test_attention_of_pytorch_stays_dense_with_a_warning() -> None:
         "quantize leaves layers of ModuleDict dense: 'attention', since nn.MultiheadAttention reads the weights of its "
         "layers itself. Name them in skip to do so without this warning"
     )
+
+
+def test_falcon_saved_in_4_bits_is_read_here(tmp_path: Path) -> None:
+    """transformers with bitsandbytes takes no subclass of nn.Linear, and refuses the tensors."""
+    model, tokens = peftcore.quantize(falcon()), torch.arange(12)[None]
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(peftcore.quantization.load(tmp_path)(tokens).logits, model(tokens).logits)
+        falcon().save_pretrained(tmp_path / "dense")
+        packed = transformers.FalconForCausalLM.from_pretrained(
+            tmp_path / "dense", quantization_config=peftcore.NF4Config()
+        )
+        assert torch.equal(packed(tokens).logits, model(tokens).logits)
