@@ -7,6 +7,7 @@ torch's own: `step` as an fp32 tensor and moments in the parameter's shape.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,10 +66,11 @@ class FusedOptimizer(Optimizer):
         for name, value in values.items():
             self.state[param][name] = value.to(local(param).device, copy=True).contiguous()
 
-    def _update(self, batch: Batch) -> None:
+    def _update_of(self, batch: Batch) -> Callable[[], None]:
+        """Return the operator's call for `batch`, with nothing left to do but to run it."""
         states = [self.state[owner] for owner in batch.owners]
         state = [values[name] for name in self.rule.plane_names for values in states]
-        ops.optim_step_(batch.params, batch.grads, state, self.rule.name, *batch.updates())
+        return partial(ops.optim_step_, batch.params, batch.grads, state, self.rule.name, *batch.updates())
 
     # --- the step
 
@@ -83,12 +85,13 @@ class FusedOptimizer(Optimizer):
         if found is not None and found.item():
             return loss
         batches = self._batches(1.0 if scale is None else 1.0 / float(scale))
+        updates = [self._update_of(batch) for batch in batches]
         # Counted before it runs: Python raises KeyboardInterrupt where the operator returns, when the step is done.
         self._count(batches, 1)
         try:
-            for batch in batches:
+            for batch, update in zip(batches, updates, strict=True):
                 try:
-                    self._update(batch)
+                    update()
                 finally:
                     batch.copy_back()  # after a fault, too: of pages that are done
         except Exception:

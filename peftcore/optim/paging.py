@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,15 +170,14 @@ class PagedOptimizer(FusedOptimizer):
             whole[: plane.numel(own.numel())] = values[plane.name].detach().cpu().flatten()
             self._pages_on(own.device).write(slot, number, whole.data_ptr())
 
-    def _update(self, batch: Batch) -> None:
+    def _update_of(self, batch: Batch) -> Callable[[], None]:
         device = batch.params[0].device
         pages = self._pages_on(device)
         if self._budget is None:
             pages.balance(_margin(device))
         slots = [self._slot(owner) for owner in batch.owners]
-        ops.optim_step_paged_(
-            batch.params, batch.grads, pages.number, slots, self._sweep - 1, self.rule.name, *batch.updates()
-        )
+        state = pages.number, slots, self._sweep
+        return partial(ops.optim_step_paged_, batch.params, batch.grads, *state, self.rule.name, *batch.updates())
 
     def _count(self, batches: list[Batch], steps: int) -> None:
         super()._count(batches, steps)
