@@ -157,10 +157,10 @@ def _reads(model: nn.Module) -> tuple[list[_ReadOf], Known]:
     alike: dict[Any, list[tuple[str, nn.Module]]] = defaultdict(list)  # to mypy a class is not hashable
     for path, module in base_modules(model):
         alike[original_class(module)].append((path, module))
-    known = Knowledge()
+    known = Knowledge(model)
     found, depends = _read_under(known, alike)
     if depends:
-        known = Knowledge(follows_arguments=True)
+        known = Knowledge(model, follows_arguments=True)
         while known.shrank or depends:
             known.shrank = depends = False
             found, _ = _read_under(known, alike)

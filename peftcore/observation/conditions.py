@@ -16,13 +16,14 @@ import operator
 import textwrap
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from types import CodeType
 from typing import Any
 
 from torch import nn
 
+from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_class
 
 Conditions = tuple[tuple[ast.expr, bool], ...]  # tests, and the value that each of them must have
@@ -68,13 +69,29 @@ class Source:
         """Return {conditions: (line, argument of a call of what may be a module)}."""
         if self._definition is None:
             return {(): [(0, Pass(ANY, False, ANY))]}
-        code = self._function.__code__
-        outside = (self._function.__globals__.keys() | dir(builtins)) - {*code.co_varnames, *code.co_cellvars}
         found = defaultdict[Conditions, list[tuple[int, Pass]]](list)
-        for call in (node for node in ast.walk(self._tree) if isinstance(node, ast.Call)):
-            for passed in _passes(call, outside):
+        for call, outside in self._calls():
+            for passed in _passes(call) if outside is None else self._through(outside):
                 found[self.under(self.line(call))].append((self.line(call), passed))
         return found
+
+    def _calls(self) -> Iterator[tuple[ast.Call, str | None]]:
+        """Yield (call, name of the function or class that is called, where it is no variable that may be a module)."""
+        code = self._function.__code__
+        outside = (self._function.__globals__.keys() | dir(builtins)) - {*code.co_varnames, *code.co_cellvars}
+        for call in (node for node in ast.walk(self._tree) if isinstance(node, ast.Call)):
+            is_outside = isinstance(call.func, ast.Name) and call.func.id in outside
+            yield call, call.func.id if isinstance(call.func, ast.Name) and is_outside else None
+
+    def _through(self, name: str) -> Iterator[Pass]:
+        """Yield what the function `name` passes on to modules: values of its own, which are not known."""
+        called = self._function.__globals__.get(name)
+        if "checkpoint" in getattr(called, "__name__", ""):
+            yield Pass(ANY, False, ANY)
+        elif inspect.isfunction(called) and not called.__module__.startswith("torch."):
+            for call, outside in source(inspect.unwrap(called))._calls():
+                given = _passes(call) if outside is None else ()
+                yield from (replace(each, of_self=False, value=None) for each in given)
 
     @cached_property
     def stores(self) -> dict[Conditions, list[tuple[str, int]]]:
@@ -138,11 +155,9 @@ def _conditions(body: list[ast.stmt]) -> list[tuple[int, Conditions]]:
     return found
 
 
-def _passes(call: ast.Call, outside: set[str]) -> Iterator[Pass]:
-    """Yield what a call passes, by the attribute that is called; nothing for functions and classes `outside`."""
+def _passes(call: ast.Call) -> Iterator[Pass]:
+    """Yield what a call passes, by the attribute that is called."""
     callee, of_self = ANY, False
-    if isinstance(call.func, ast.Name) and call.func.id in outside and "checkpoint" not in call.func.id:
-        return
     if isinstance(call.func, ast.Attribute) and call.func.attr not in ("forward", "__call__"):
         callee = call.func.attr
         of_self = isinstance(call.func.value, ast.Name) and call.func.value.id == "self"
@@ -181,8 +196,9 @@ class Knowledge:
     `stored` say otherwise: they are to be told of all code that is not ruled out, again as long as knowledge `shrank`.
     """
 
-    def __init__(self, follows_arguments: bool = False) -> None:
+    def __init__(self, model: nn.Module, follows_arguments: bool = False) -> None:
         self.asked: Known = {}
+        self._modules = dict(base_modules(model))
         self.shrank = False
         self.follows_arguments = follows_arguments
         self._keywords: set[tuple[str, str]] = set()
@@ -225,12 +241,22 @@ class Knowledge:
         index = within.optional.get(name) if self.follows_arguments else None
         if index is None or not path or hasattr(module, "main_input_name") or not _is_forward(within, module):
             return False  # the model itself, and parts that `generate` calls, get their arguments from elsewhere
+        if self._is_called_by_torch(path):
+            return False
         if line >= self._changed.get((within, name), math.inf):
             return False
         for callee in (path.rpartition(".")[2], ANY):
             if {(callee, name), (callee, ANY)} & self._keywords or self._positional[callee] > index:
                 return False
         return True
+
+    def _is_called_by_torch(self, path: str) -> bool:
+        """Return whether the module lies in one of PyTorch's that calls what it holds, such as `nn.Sequential`."""
+        parent = path.rpartition(".")[0]
+        while isinstance(self._modules.get(parent), nn.ModuleList | nn.ModuleDict):
+            parent = parent.rpartition(".")[0]
+        cls: Any = original_class(self._modules[parent]) if parent in self._modules else nn.Module
+        return bool(cls.__module__.startswith("torch."))
 
     def _value(self, test: ast.expr, within: Source, path: str, module: nn.Module) -> Any:
         """Return what `test` is, or `UNKNOWN`."""

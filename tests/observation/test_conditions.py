@@ -67,6 +67,37 @@ class ByAnotherName(Outer):
         return layer(x, query=x) if x.is_cuda else layer(x)
 
 
+def helped(layer: nn.Module, x: Tensor, query: Tensor | None) -> Any:
+    return layer(x, query=query)
+
+
+class ByAFunction(Outer):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = helped(self.layer, x, x if x.is_cuda else None)
+        return y
+
+
+class First(nn.Module):
+    """Its only argument has a default, and decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor | None = None) -> Tensor:
+        return self.dense(torch.ones(8)) if x is None else F.linear(x, self.dense.weight)
+
+
+class InASequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.Sequential(First())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.parts(x)
+        return y
+
+
 class Between(nn.Module):
     """Passes on what it gets, and changes it behind that, or in a loop before the next time."""
 
@@ -106,6 +137,8 @@ class Through(Outer):
         (ByPosition(), {"layer.dense"}),
         (ByDictionary(), {"layer.dense"}),
         (ByAnotherName(), {"layer.dense"}),
+        (ByAFunction(), {"layer.dense"}),
+        (InASequence(), {"parts.0.dense"}),
         (Through(Between), set()),
         (Through(InALoop), {"layer.inner.dense"}),
         (Layer(), {"dense"}),  # whose arguments are the user's
