@@ -23,6 +23,7 @@ MATRIX = {"mm", "addmm", "_grouped_mm", "bmm", "baddbmm", "convolution", *FUSED_
 # Operators by which one token sees others, where no product of activations does it.
 MIXING = {"convolution", "_fft_r2c", "_fft_c2c", "cumsum", "stack", "avg_pool2d", "roll"}
 _NORMS = {"native_layer_norm", "_fused_rms_norm", "rsqrt", "native_batch_norm", "native_group_norm", "var_mean", "std"}
+_VIEWS = {"view", "_unsafe_view"}
 _SCALES = {"mul", "div", "_to_copy", "clone", "view"}
 
 
@@ -46,6 +47,10 @@ class Residuals:
         for call in trace.calls:
             if call.output is not None and call.output not in call.arguments.values():
                 self.returned[call.output].insert(0, call)
+        self._views: dict[int, list[int]] = defaultdict(list)
+        for number, value in enumerate(self.values):
+            if value.operator in _VIEWS and value.shape[-1:] == self.values[value.inputs[0]].shape[-1:]:
+                self._views[value.inputs[0]].append(number)
         self._mixing = self._calls_with(MIXING | MATRIX)
         self.multiplies = self._calls_with(MATRIX)
         self._norms = self._calls_with(_NORMS)
@@ -59,6 +64,10 @@ class Residuals:
         ]
         adders = {around for branch in found for around in self._around(branch.adder)}
         self.branches = [branch for branch in found if branch.call not in adders]  # no blocks that have some inside
+
+    def views(self, value: int) -> list[int]:
+        """Return `value` and it with other leading dimensions, such as OPT's rows in batches again."""
+        return [value, *(view for each in self._views.get(value, ()) for view in self.views(each))]
 
     def region(self, value: int, since: int) -> set[int]:
         """The values from which `value` was made, none older than `since`."""

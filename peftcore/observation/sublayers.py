@@ -149,7 +149,8 @@ class _Reader:
     def _sublayer(self, branch: Branch, kind: Kind, layer: str) -> Sublayer:
         norm = self._norm_behind(branch, layer)
         whole, adds = self._whole(branch)
-        streams = [c for c in self.residuals.returned[branch.out] if not self.residuals.is_plain(c)]
+        given = [call for out in self.residuals.views(branch.out) for call in self.residuals.returned[out]]
+        streams = [call for call in given if not self.residuals.is_plain(call)]
         return Sublayer(
             kind,
             0,  # until all layers are known
@@ -164,10 +165,11 @@ class _Reader:
         )
 
     def _norm_behind(self, branch: Branch, layer: str) -> str | None:
-        if branch.out in self.residuals.streams:
+        outs = self.residuals.views(branch.out)
+        if not self.residuals.streams.isdisjoint(outs):
             return None
         for call in self.trace.calls:
-            if call.first == branch.out and self.residuals.is_norm(call) and call.path.startswith(f"{layer}."):
+            if call.first in outs and self.residuals.is_norm(call) and call.path.startswith(f"{layer}."):
                 return call.path
         return None
 

@@ -75,7 +75,10 @@ def test_what_is_observed_is_what_the_model_does(kind: str) -> None:
             stream = first(seen[sublayer.stream][2])  # pre-norm: its module adds h to what came before
             others = [s for s in sublayers if s is not sublayer and s.output.startswith(f"{sublayer.stream}.")]
             came = first(seen[sublayer.stream][0] or tuple(seen[sublayer.stream][1].values()))
-            torch.testing.assert_close(stream, came + h + sum(first(seen[s.output][2]) for s in others))
+            added = [
+                each.view(came.shape) for each in (h, *(first(seen[s.output][2]) for s in others))
+            ]  # OPT's are rows
+            torch.testing.assert_close(stream, came + sum(added))
 
 
 def test_what_is_told_of_families_without_a_table() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from peftcore_reft import Unit
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -209,3 +210,26 @@ def test_modules_by_name() -> None:
         plain[:, 0] = edit(unit, plain[:, 0], True, True).float()
         wanted = nn.functional.linear(plain, model[1].weight, model[1].bias)
         torch.testing.assert_close(model(x), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("is_pre_norm", "paths"),
+    [
+        (True, ("model.decoder.layers.0", "model.decoder.layers.1")),
+        (False, ("model.decoder.layers.0.final_layer_norm", "model.decoder.layers.1.final_layer_norm")),
+    ],
+)
+def test_opt_whose_feed_forward_has_rows(is_pre_norm: bool, paths: tuple[str, ...]) -> None:
+    """What a layer gives has the batch's shape again, behind the residual: a view, which hid what gives it."""
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(
+        vocab_size=64, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        do_layer_norm_before=is_pre_norm,
+    )  # fmt: skip
+    model, tokens = transformers.OPTForCausalLM(config).eval(), torch.arange(6)[None]
+    with torch.no_grad():
+        base = model(tokens).logits
+        peftcore.apply(model, "reft")
+        assert applied(model, "default").paths == ("model", *paths)
+        disturb(model, "default", 3)
+        assert (model(tokens).logits - base).abs().max() > 1e-3
