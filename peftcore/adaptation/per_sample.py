@@ -181,7 +181,7 @@ class PerSample:
         if not args or args[0] is not first or len(args) > 1 or kwargs:
             return NotImplemented
         output = together(chosen.adapters, index, self._base, first.transpose(0, where.dim))
-        return output if output is NotImplemented else output.transpose(0, where.dim)
+        return output if output is NotImplemented else output.transpose(0, where.dim).contiguous()
 
     def _after(self, chosen: Chosen, rows: Rows, frame: Frame | None, *args: Any, **kwargs: Any) -> Any:
         """All adapters stand behind the module, which then runs once, on the whole batch."""

@@ -1,8 +1,8 @@
 """A forward that takes no memory: floats without values, integers with theirs.
 
 Shapes, indices and masks decide which way a forward goes, and they are integers: these stay real tensors on the CPU.
-Weights and activations are meta tensors. An integer made of them (the expert that a router chose) is 0, a truth False,
-a number read off them 0.0: any valid value will do to see where it goes. Nothing random is drawn.
+Weights and activations are meta tensors. An integer made of them is 0, the experts that a router chose are the first
+ones, a truth is False, a number read off them 0.0: any valid value will do to see where it goes. Nothing random is drawn.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from peftcore import ranks
 from peftcore.adaptation.adapted import CHILD, TRAINED, base_modules
 from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.rows import ROWS
 
 _STATE = "_peftcore_state"  # of the engine: what is applied to a model
 _SMALL = 1 << 16  # an integer tensor with more values than this is no index: it is packed weights
+_COMPOSABLE = "__composable_api_state_key"  # of PyTorch: what fully_shard keeps at a module, process groups with it
 _LARGEST = 1 - 2**-24  # what every random number is: layers that are dropped at random stay
 aten = torch.ops.aten
 
@@ -79,6 +81,8 @@ class MetaFloats(TorchDispatchMode):
         if device is not None and not to_meta:
             kwargs = {**kwargs, "device": "meta"}
         made = _shaped(operator, args, kwargs)
+        if operator in _ORDERING:
+            return made[0], _positions(made[1], *args[_ORDERING[operator] :][:1], **kwargs)
         return self._with_values(made) if isinstance(made, Tensor) else tree_map_only(Tensor, self._with_values, made)
 
     def _with_values(self, tensor: Tensor) -> Tensor:
@@ -86,6 +90,19 @@ class MetaFloats(TorchDispatchMode):
         if not tensor.is_meta or tensor.is_floating_point() or tensor.is_complex() or tensor.numel() > self._largest:
             return tensor
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+
+# Operators that give values and their positions, and which argument is the dimension.
+_ORDERING: dict[Any, int] = {aten.topk.default: 2, aten.sort.default: 1, aten.sort.stable: 2}
+
+
+def _positions(like: Tensor, dim: int = -1, **_: Any) -> Tensor:
+    """Positions along `dim`, each another one, as of experts that a token is given to."""
+    counted = torch.arange(like.shape[dim], device="cpu") if like.dim() else torch.zeros((), dtype=torch.long)
+    shape = [1] * like.dim()
+    if shape:
+        shape[dim] = -1
+    return counted.view(shape).expand(like.shape).clone()
 
 
 _Form = tuple[torch.Size, tuple[int, ...], torch.dtype]
@@ -242,7 +259,7 @@ def _copied(tensor: Tensor) -> Tensor:
         return tensor.detach().cpu().clone()
     if tensor.is_meta and not floating and tensor.numel() <= _SMALL:
         return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cpu")
-    copied = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+    copied = torch.empty(ranks.shape_of(tensor), dtype=tensor.dtype, device="meta")
     return nn.Parameter(copied, requires_grad=False) if isinstance(tensor, nn.Parameter) else copied
 
 
@@ -263,8 +280,18 @@ def meta_copy(model: nn.Module) -> nn.Module:
         for tensor in (*module._parameters.values(), *module._buffers.values()):
             if tensor is not None and id(tensor) not in memo:
                 memo[id(tensor)] = _copied(tensor)
+    sharded: dict[nn.Module, Any] = {}  # modules of FSDP2's classes, which refuse to be copied
+    for _, module in base_modules(model):
+        cls = original_class(module)
+        if "FSDPModule" in (base.__name__ for base in cls.__mro__):
+            sharded[module] = memo[id(module)] = object.__new__(cls.__bases__[1])
+            for name, value in module.__dict__.items():
+                if isinstance(value, dict) and ("_hooks" in name or _COMPOSABLE in str(name)):
+                    memo[id(value)] = type(value)()
     with _CopyToMeta():
         copied = copy.deepcopy(model, memo)
+        for module, plain in sharded.items():
+            plain.__dict__.update(copy.deepcopy(module.__dict__, memo))
     for module in copied.modules():
         _strip(module)
     return copied

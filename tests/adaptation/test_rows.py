@@ -158,6 +158,36 @@ def test_changes_of_weights_act_by_sample(toys: None) -> None:
     check_rows(with_two(tiny.llama(), "on-weight", names=names), {"input_ids": tokens()})
 
 
+class Turned(nn.Module):
+    """Heads of `[tokens, samples, width]`, as fairseq's models split them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.layer = nn.Embedding(90, 8), nn.Linear(8, 8)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        y = self.layer(self.embed(input_ids).transpose(0, 1).contiguous())
+        return y.view(len(y), -1, 4).transpose(0, 1)
+
+
+def test_an_output_lies_in_memory_as_the_layers_own() -> None:
+    model = with_two(Turned(), target_modules=["layer"])
+    with torch.no_grad():
+        peftcore.activate(model, "a")
+        wanted = model(tokens())
+        peftcore.activate(model, ["a"] * 3, per_sample=True)
+        torch.testing.assert_close(model(tokens()), wanted)
+
+
+def test_layers_behind_a_router_are_observed() -> None:
+    config = hf.JetMoeConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_key_value_heads=2, kv_channels=8, intermediate_size=48,
+        num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    check_rows(with_two(hf.JetMoeForCausalLM(config), target_modules=["kv_proj"]), {"input_ids": tokens()})
+
+
 class Unknown(nn.Module):
     """Its forward takes what no builder of examples knows."""
 
