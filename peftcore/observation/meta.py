@@ -2,7 +2,7 @@
 
 Shapes, indices and masks decide which way a forward goes, and they are integers: these stay real tensors on the CPU.
 Weights and activations are meta tensors. An integer made of them is 0, the experts that a router chose are the first
-ones, a truth is False, a number read off them 0.0: any valid value will do to see where it goes. Nothing random is drawn.
+ones, a truth is False, a number read off them 0.0: any valid value shows where it goes. Nothing random is drawn.
 """
 
 from __future__ import annotations
