@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -177,7 +177,11 @@ def load_model(
         quantization.check_quant_type(packing["quant_type"])
         if not is_gguf:  # transformers reads such a file whole
             loader, options = quantization.load, {**options, **packing, "model_class": _auto_class(task)}
-    loaded = _load(loader, model, "model", **options)
+    if packing is None or is_gguf:
+        loaded, info = _load(loader, model, "model", output_loading_info=True, **options)
+        _check_whole(loaded, info["missing_keys"], model, task)
+    else:
+        loaded = _load(loader, model, "model", **options)
     loaded.config._name_or_path = model  # for a .gguf file transformers would note its folder alone
     if is_gguf and getattr(loaded, "hf_quantizer", None) is not None:
         loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
@@ -187,6 +191,22 @@ def load_model(
         _compute_in_fp32(loaded, device)
     _set_padding(loaded, model)
     return loaded.to(torch_device(device)).eval()
+
+
+def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, task: str) -> None:
+    """Warn of weights that transformers drew at random, as the checkpoint lacks them; refuse a .gguf file.
+
+    Args:
+        missing: names of these weights. Those of a classifier's head are expected.
+    """
+    backbone = f"{loaded.base_model_prefix}." if task in data.LABELLED else ""
+    names = sorted(name for name in missing if name.startswith(backbone))
+    if not names:
+        return
+    lacks = f"lacks {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+    if model.endswith(".gguf"):
+        raise PeftcoreError(f"the model of '{model}' cannot be loaded: the file {lacks}. Download it again")
+    warn(f"the checkpoint '{model}' {lacks}: these weights are drawn at random")
 
 
 def _compute_in_fp32(loaded: PreTrainedModel, device: str) -> None:
@@ -396,9 +416,15 @@ def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
     try:
         with hidden:
             return loader(where, **options)
-    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
+    except Exception as error:
+        # Readers of GGUF raise whatever a strange byte leads to.
+        expected = (OSError, ValueError, KeyError, ImportError, StrictDataclassError)
+        mismatched = isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
+        if not (isinstance(error, expected) or mismatched or "gguf_file" in options):
+            raise
         told = error.__cause__ if isinstance(error, StrictDataclassError) else None  # what is wrong with the field
-        reason = str(told or error).strip().partition("\n")[0]
+        reason = str(told or error).strip().partition("\n")[0] or type(error).__name__
+        reason = "its tensors have other shapes than its config says" if mismatched else reason
         raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {reason}") from error
 
 

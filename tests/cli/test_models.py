@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from peftcore import CheckpointError, PeftcoreError
-from peftcore.cli.models import TASK_FILE, AdapterTask, adapter_task, base_of
+from peftcore.cli.models import TASK_FILE, AdapterTask, adapter_task, base_of, load_model
 
 
 def test_a_task_file_that_names_no_task_is_refused(tmp_path: Path) -> None:
@@ -56,3 +57,17 @@ def test_a_config_of_other_types_says_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({**fields, "modules_to_save": None}))
     with pytest.raises(CheckpointError, match="holds no classification head among its tensors"):
         adapter_task(tmp_path)
+
+
+def test_weights_that_a_checkpoint_lacks_are_named(llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """transformers draws them at random, and its own notice is not shown."""
+    shutil.copytree(llama, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    for folder, warned in ((llama, False), (tmp_path / "base", True)):
+        for task in ("causal-lm", "classification"):
+            load_model(str(folder), task, dtype="fp32", device="cpu", labels=("a", "b"))
+            shown = " ".join("".join(capsys.readouterr()).split())
+            assert ("lacks model.layers.1.mlp.up_proj.weight: these weights are drawn at random" in shown) is warned
