@@ -254,7 +254,7 @@ def _optim_step_(m):
 
 
 @contextlib.contextmanager
-def _pages(given):
+def pages_of(given):
     """Pages for the call, whose `state` says for parameters of what sizes: "pages 300 70"."""
     rule = given["rule"] if given["rule"] in rules.RULES else "adamw"
     with tempfile.TemporaryDirectory() as folder:
@@ -456,19 +456,28 @@ def different(found, wanted, rough):
     return None
 
 
+WRITTEN = {"optim_step_": ["params", "state"], "optim_step_paged_": ["params"], "dequantize_4bit.out": ["out"]}
+
+
+def roughness(given):
+    """The least error of a call's results, of products of bf16 halves."""
+    x = next((v for v in given.values() if isinstance(v, torch.Tensor)), None)
+    return 2.0**-13 if x is not None and x.dtype == torch.bfloat16 else 2.0**-18
+
+
 def wrong_with(number):
     """None, or what is wrong with a call."""
     name, given, done = call_number(number)
-    written = {"optim_step_": ["params", "state"], "optim_step_paged_": ["params"], "dequantize_4bit.out": ["out"]}
+    written = WRITTEN.get(name, ())
     base, _, overload = name.partition(".")
     operator = getattr(getattr(torch.ops.peftcore, base), overload or "default")
     if any(t.numel() >= HUGE for t in tensors(given, keep=lambda t: t.device.type != "meta")):
         wanted = MemoryError("no machine holds that")  # the reference would compute for days
     else:
-        wanted = outcome(OPERATORS[name][1], copied_all(given), written.get(name, ()))
+        wanted = outcome(OPERATORS[name][1], copied_all(given), written)
     before = copied_all(given)
-    with _pages(given) if name == "optim_step_paged_" else contextlib.nullcontext():
-        found = outcome(operator, given, written.get(name, ()))
+    with pages_of(given) if name == "optim_step_paged_" else contextlib.nullcontext():
+        found = outcome(operator, given, written)
     what = f"call {number}, {name} with {', '.join(done) or 'nothing hostile'}: "
     if isinstance(found, Exception) and not isinstance(found, REFUSALS):
         return what + f"raises {found!r}"
@@ -478,11 +487,9 @@ def wrong_with(number):
         return what + (
             f"raises {found!r}" if isinstance(found, Exception) else f"gives what the reference refuses ({wanted!r})"
         )
-    x = next((v for v in given.values() if isinstance(v, torch.Tensor)), None)
-    rough = 2.0**-13 if x is not None and x.dtype == torch.bfloat16 else 2.0**-18
-    why = different(found, wanted, rough)
+    why = different(found, wanted, roughness(given))
     if why is None:
-        kept = {k: v for k, v in given.items() if k not in written.get(name, ())}
+        kept = {k: v for k, v in given.items() if k not in written}
         pairs = zip(tensors(kept), tensors(before, kept), strict=True)
         if any(
             not torch.equal(*(t.flatten().clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in pair))

@@ -1,0 +1,54 @@
+"""Programs of this folder that take longer than tests may: a part of each, or in the full run all of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fuzz import corpus
+
+from peftcore import ops
+
+TESTS = Path(__file__).parents[1]
+
+
+def run(program: str, *arguments: Any) -> list[str]:
+    """The lines of a program that ended well."""
+    command = [sys.executable, "-W", "ignore", "-m", f"fuzz.{program}", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=7200, env=environment)
+    lines = done.stdout.splitlines()
+    wrong = [line for line in lines if line.startswith("WRONG")]
+    assert done.returncode == 0 and lines[-1].startswith("done"), f"{lines[-1:]}: {done.stderr[-2000:]}"
+    assert not wrong, "\n".join(wrong)
+    return lines
+
+
+@pytest.mark.skipif(ops.extension is None, reason="no _C")
+def test_levels_agree() -> None:
+    """2,000 calls at every SIMD level, or 200: the same within rounding, or a refusal in the same words."""
+    first = 1_000_000 + corpus.SEED * 2000
+    run("levels", first, first + 2000, 1 if corpus.WHOLE else 10)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(ops.extension is None, reason="no _C: no paged optimizers")
+def test_interrupts() -> None:
+    """900 times Ctrl-C, or 15."""
+    run("interrupted", 900 if corpus.WHOLE else 15, corpus.SEED)
+
+
+@pytest.mark.slow
+def test_mutated_gguf_files(tmp_path: Path) -> None:
+    """1,000 of them, or 10."""
+    run("gguf_files", tmp_path, 1000, 1 if corpus.WHOLE else 100, corpus.SEED)
+
+
+@pytest.mark.skipif(not corpus.WHOLE, reason="ten minutes, for the full run")
+@pytest.mark.skipif(ops.extension is None, reason="no _C: no paged optimizers")
+def test_killed_trainings(tmp_path: Path) -> None:
+    run("killed_training", tmp_path, 100, corpus.SEED)
