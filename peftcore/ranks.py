@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd import Variable
+from torch.utils._pytree import tree_map_only
 
 from peftcore.errors import PeftcoreError
 
@@ -90,6 +91,86 @@ def gathered(tensors: Iterable[Tensor], *, write: bool = False) -> Iterator[None
     for parameter in partitioned if write else ():
         if getattr(parameter, "_z3_optimizer", None) is not None:  # else nothing trains it
             deepspeed.utils.safe_set_local_fp32_param(parameter, cast(Any, parameter).ds_tensor)
+
+
+class Unread(Tensor):
+    """Stand-in for a parameter of which this rank has a part, with the shape of the whole, which is read when used."""
+
+    _is_param = True  # so that it is an instance of nn.Parameter
+    part: Tensor
+
+    @staticmethod
+    def __new__(cls, part: Tensor) -> Unread:
+        found = Tensor._make_wrapper_subclass(
+            cls, shape_of(part), dtype=part.dtype, device=part.device, requires_grad=part.requires_grad
+        )
+        found.part = part
+        return found
+
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+        return f"Unread({list(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        written = [arg for arg, value in zip(args, operator._schema.arguments, strict=False) if value.is_write]
+        if any(isinstance(each, Unread) for each in written):
+            raise PeftcoreError("the base's weights are sharded, and cannot be changed while an adapter is applied")
+        return operator(*tree_map_only(Unread, _read, args), **tree_map_only(Unread, _read, kwargs or {}))
+
+
+def _read(stand_in: Unread) -> Tensor:
+    return whole(stand_in.part)
+
+
+def behind(tensor: Tensor) -> Tensor:
+    """Return the parameter that a stand-in stands for, or the tensor itself."""
+    return tensor.part if isinstance(tensor, Unread) else tensor
+
+
+@contextmanager
+def whole_when_read(model: nn.Module) -> Iterator[None]:
+    """Within the block, code that reads a parameter of which this rank has a part reads the whole. Collective.
+
+    One is gathered at a time, and only where its values are asked for. Parameters that stay divided in a forward pass
+    are left alone.
+    """
+    slots = [
+        (module._parameters, name, parameter)
+        for owner, module in enclosed(model)
+        for name, parameter in module._parameters.items()
+        if parameter is not None and is_part(parameter) and not is_divided(parameter, fsdp=owner)
+    ]
+    for parameters, name, parameter in slots:
+        parameters[name] = cast(nn.Parameter, Unread(parameter))
+    try:
+        yield
+    finally:
+        for parameters, name, parameter in slots:
+            if isinstance(parameters[name], Unread):  # a forward of FSDP2 has put its own back
+                parameters[name] = parameter
+
+
+def enclosed(module: nn.Module, fsdp: bool = False) -> Iterator[tuple[bool, nn.Module]]:
+    """Yield (whether FSDP2 gathers its parameters for a forward pass, the module) for all modules inside."""
+    fsdp = fsdp or hasattr(module, "unshard")
+    yield fsdp, module
+    for child in module.children():
+        yield from enclosed(child, fsdp)
+
+
+def has_divided(module: nn.Module) -> bool:
+    """Return whether a parameter of `module` is divided in a forward pass, too, unless FSDP2 does that outside."""
+    found = [(fsdp, parameter) for fsdp, part in enclosed(module) for parameter in part._parameters.values()]
+    return any(parameter is not None and is_divided(parameter, fsdp=fsdp) for fsdp, parameter in found)
+
+
+def is_divided(tensor: Tensor, *, fsdp: bool) -> bool:
+    """Return whether a rank has only a part of `tensor` in a forward pass, too, as in tensor parallelism.
+
+    Args:
+        fsdp: FSDP2 gathers it, in one of the dimensions of its mesh.
+    """
+    return is_dtensor(tensor) and sum(not placement.is_replicate() for placement in tensor.placements) > fsdp
 
 
 @contextmanager

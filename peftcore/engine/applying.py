@@ -18,6 +18,7 @@ from peftcore.engine.alone import alone
 from peftcore.engine.branches import check_branches, freeze_branches, refuse_needed, release_branches
 from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.changes import Site, facts, submodule, with_adapter
+from peftcore.engine.divided import refuse_divided, refuse_stage
 from peftcore.engine.first_values import give_first_values, initializer
 from peftcore.engine.gradients import refuse_without_gradient
 from peftcore.engine.placing import (
@@ -125,7 +126,8 @@ def _apply(
     check_dtype(dtype)
     if state.applied:
         refuse_changed(model)
-    with left_as_it_is(model), with_memory(model):
+    refuse_stage(model)
+    with left_as_it_is(model), with_memory(model), ranks.whole_when_read(model):
         placed = method if isinstance(method, Placed) else placements_for(model, method, fields)
         initialize, its_config = initializer(placed.method, placed.config) if first_values else (None, None)
         if batches is not None and initialize is None:
@@ -133,6 +135,7 @@ def _apply(
             raise PeftcoreError(f"{placed.method.name} takes no first values from data{here}. Leave batches out")
         check_branches(model, state, adapter, placed.around)
         refuse_without_gradient(model, placed, trains=first_values)
+        refuse_divided(model, placed)
         tell_if_little(model, placed)
     if placed.method.prepare is not None:
         with registry.naming(placed.method.name, "prepare"):

@@ -48,7 +48,12 @@ def give_first_values(
     """
     before = _base(model)
     try:
-        with as_it_was(model, [adapter, *require_state(model).active]), with_memory(model), torch.no_grad():
+        with (
+            as_it_was(model, [adapter, *require_state(model).active]),
+            with_memory(model),
+            torch.no_grad(),
+            ranks.whole_when_read(model),
+        ):
             with registry.naming(method, "initialize"):
                 new = initialize(model, method_modules(model, adapter), config, batches)
             if new is not None:

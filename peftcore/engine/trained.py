@@ -53,7 +53,7 @@ class TrainedParameters(nn.Module):
         taken: set[int] = set()
         for name in names:
             parameter = base[name]
-            if ranks.is_part(parameter):
+            if ranks.is_dtensor(parameter):
                 raise PeftcoreError(f"'{name}' is sharded and cannot be trained from here on. Apply first, then shard")
             if name in apart:
                 slots[name] = [name]
@@ -65,7 +65,7 @@ class TrainedParameters(nn.Module):
             return
         trained = _add(model, adapter, TrainedParameters(slots, kept))
         for name in slots:
-            copy = nn.Parameter(base[name].detach().clone())
+            copy = nn.Parameter(ranks.whole(base[name]).clone())
             mark_as_loaded(copy, base[name])
             trained._parameters[_key(name)] = copy
         for name in kept:
@@ -108,7 +108,7 @@ class TrainedParameters(nn.Module):
         """Put the parameters that the adapter trains into the model, or the base's back."""
         if active == self.active:
             return
-        if any(ranks.is_part(parameter) for _, parameter in self.originals(model)):
+        if any(ranks.is_dtensor(parameter) for _, parameter in self.originals(model)):
             ranks.refuse_sharded(model, "exchange trained parameters for those of the base")
         for name, slots in self.slots.items():
             self._exchange(model, name, slots)

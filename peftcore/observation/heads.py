@@ -15,6 +15,7 @@ from functools import cache
 
 from torch import Tensor, nn
 
+from peftcore import ranks
 from peftcore.adaptation.adapted import CHILD, TRAINED, base_modules, base_parameters
 from peftcore.adaptation.class_swap import original_class
 
@@ -79,7 +80,8 @@ def _missing(model: nn.Module, beside: list[str], output_head: str | None) -> It
     replaced after loading bear no mark, too.
     """
     marked: dict[str, bool] = {}
-    for name, parameter in base_parameters(model):
+    for name, found in base_parameters(model):
+        parameter = ranks.behind(found)
         plain = type(parameter) is nn.Parameter and parameter.is_floating_point() and not parameter.is_meta
         marked[name] = not plain or getattr(parameter, _LOADED, False)
     inside = [mark for name, mark in marked.items() if not _is_inside(name, beside)]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import targets, validation
+from peftcore import ranks, targets, validation
 
 peftcore_api = 2
 
@@ -137,6 +137,11 @@ def place(model: nn.Module, config: AdaptionPromptConfig, architecture: peftcore
     validation.require(count <= len(found), there)
     placed = []
     for path, module in found[-count:]:
+        validation.require(
+            not ranks.has_divided(module),
+            f"tensor parallelism divides the heads of '{path}' over the ranks, and adaption prompts are read by all of "
+            "them. Load the model without tp_plan, apply, and call peftcore.shard(model)",
+        )
         rotary = kind(module) is _ROTARY
         width, _ = targets.sizes(module.k_proj if rotary else module.c_attn)
         placed.append(peftcore.Around(path, AdaptionPrompt(config, width, rotation(module) if rotary else None)))

@@ -1,0 +1,59 @@
+"""Refusals of models whose computation is divided over ranks: tensor and pipeline parallelism."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from peftcore import ranks
+from peftcore.adaptation.adapted import base_modules
+from peftcore.adaptation.chain import WeightChanges
+from peftcore.engine.placing import Placed
+from peftcore.errors import PeftcoreError
+from peftcore.method import PrefixKV, SoftPrompt
+
+
+def refuse_stage(model: nn.Module) -> None:
+    """Raise a PeftcoreError where this rank has some of the model's layers only, a stage of a pipeline."""
+    if getattr(model, "_pp_stage", None) is not None:  # of transformers, for pp_size > 1
+        raise PeftcoreError(
+            "the model is divided into stages of a pipeline (pp_size), and this rank has some of its layers only: an "
+            "adapter would be of these alone, and no gradient crosses the stages. Load the model without pp_size, "
+            "apply, and share it out by peftcore.shard(model), or load it by peftcore.load_sharded(folder)"
+        )
+
+
+def refuse_divided(model: nn.Module, placed: Placed) -> None:
+    """Raise a PeftcoreError where an adapter would act on a weight of which each rank computes with a part.
+
+    So it is in tensor parallelism. What is outside such layers is whole on every rank, and so are their gradients.
+    """
+    paths = {id(module): path for path, module in base_modules(model)}
+    divided = {
+        f"{paths[id(module)]}.{name}".removeprefix("."): parameter
+        for fsdp, module in ranks.enclosed(model)
+        for name, parameter in module._parameters.items()
+        if id(module) in paths and parameter is not None and ranks.is_divided(parameter, fsdp=fsdp)
+    }
+    if not divided:
+        return
+    for placement in placed.around:
+        kinds = placed.placements.get(placement.path, ())
+        if any(isinstance(kind, SoftPrompt) for kind in kinds):  # next to the embeddings of tokens, which are whole
+            continue
+        names = [f"{placement.path}.{name}".removeprefix(".") for name in submodule_parameters(model, placement.path)]
+        if isinstance(placement.adapter, WeightChanges):
+            names += [f"{placement.path}.{name}" for name in placement.adapter.changes]
+        found = next((name for name in names if name in divided), None)
+        if found is None and any(isinstance(kind, PrefixKV) for kind in kinds):
+            found = next(iter(divided))
+        if found is not None:
+            raise PeftcoreError(
+                f"{placed.method.name} cannot be applied: tensor parallelism (tp_plan, tp_size) divides '{found}' over "
+                "the ranks, and the adapter needs all outputs or inputs of the layer. Load the model without tp_plan, "
+                "apply, and call peftcore.shard(model), or load it by peftcore.load_sharded(folder)"
+            )
+
+
+def submodule_parameters(model: nn.Module, path: str) -> list[str]:
+    """Names of the parameters that the module at `path` itself has."""
+    return [name for name, parameter in model.get_submodule(path)._parameters.items() if parameter is not None]

@@ -1,0 +1,55 @@
+"""Adapters on bases that are divided over two ranks before `apply`: as in one process, or a clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import rank_bases
+from processes import run
+
+BY_LAYER = {"adapter", "adapter, shared factors", "adapter-fusion", "reft", "ln-tuning"}
+PROMPTS = {"prompt-tuning", "p-tuning", "multitask-prompt-tuning", "cpt"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    found = tmp_path_factory.mktemp("bases")
+    rank_bases.write(found)
+    return str(found)
+
+
+def test_methods_that_read_the_base_on_a_sharded_one(folder: str) -> None:
+    """First values that are read off weights (DoRA, PSOFT, DEFT, ...) are those of whole ones."""
+    trains_base = {"bitfit", "ln-tuning"}
+    for found in run(rank_bases.table_on_shards, folder):
+        refused = {case: far for case, far in found.items() if isinstance(far, str)}
+        assert refused.keys() == {*trains_base, "qlora"}, refused
+        assert all("Apply first, then shard" in refused[case] for case in trains_base)
+        assert "peftcore.load_sharded(folder, 'nf4')" in refused["qlora"]
+        assert not {case: far for case, far in found.items() if case not in refused and far > 1e-6}
+
+
+def test_every_method_under_tensor_parallelism(folder: str) -> None:
+    for found in run(rank_bases.table_on_tensor_parallel, folder):
+        right = {case for case, far in found.items() if not isinstance(far, str) and far <= 1e-6}
+        assert right == (BY_LAYER | PROMPTS) & found.keys()
+        said = {case: far for case, far in found.items() if case not in right}
+        assert not {c: far for c, far in said.items() if "tensor parallelism" not in str(far) and c != "bitfit"}
+        assert all("peftcore.shard(model)" in str(far) for case, far in said.items() if case != "bitfit")
+
+
+def test_what_is_refused(folder: str) -> None:
+    for told in run(rank_bases.refused, folder):
+        assert "stages of a pipeline (pp_size)" in told["stage"] and "peftcore.shard(model)" in told["stage"]
+        assert "is sharded, and no rank holds the whole weight. Quantize first" in told["quantize"]
+        assert told["merge"].startswith("cannot merge: the model is sharded")
+
+
+def test_ranks_that_trained_each_by_itself_are_not_saved(folder: str) -> None:
+    for told in run(rank_bases.drifted, folder, False):
+        assert told.startswith("adapter 'default' was not saved: ") and "on rank 1 is off by" in told
+        assert "call peftcore.shard(model)" in told
+    assert not (Path(folder) / "adapter").exists()
+    assert run(rank_bases.drifted, folder, True) == ["saved", "saved"]
+    assert (Path(folder) / "adapter").exists()

@@ -1,0 +1,133 @@
+"""Adapters on bases that are divided over the ranks already: what the ranks do, and in which folders the bases lie."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rank_work
+import torch
+from rank_cases import CASES
+from torch import nn
+
+import peftcore
+from peftcore import ranks
+from peftcore.testing import disturb
+
+# Sizes that fit these bases better than those of `rank_cases`, which no number of ranks divides.
+FIELDS: dict[str, dict[str, Any]] = {"c3a": {"block_size": 12}, "vblora": {"vector_length": 12}}
+DENSE = [case for case, (_, _, quantized) in CASES.items() if not quantized]
+# Those that read weights when they are applied, look for the parts of a layer, or train the base's own parameters.
+READING = ["lora", "qlora", "dora", "delora", "psoft", "tinylora", "deft", "cpt", "supertuning", "trainable-tokens"]
+READING += ["adapter", "reft", "ia3", "bitfit", "ln-tuning"]
+
+
+def write(folder: Path) -> None:
+    """Folders `llama` and `gpt2` with a tiny model, of which two ranks can have halves."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 36, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 96, "head_dim": 18}
+    llama = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=False)
+    LlamaForCausalLM(llama).save_pretrained(folder / "llama")
+    rank_work.model("gpt2").save_pretrained(folder / "gpt2")
+
+
+def base(folder: str, kind: str, **divided: int) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    number, count = str(ranks.rank()), str(ranks.count())
+    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    found: nn.Module = AutoModelForCausalLM.from_pretrained(
+        f"{folder}/{kind}", **{"distributed_config": divided} if divided else {}
+    )
+    return found
+
+
+def adapted(found: nn.Module, case: str) -> nn.Module:
+    torch.manual_seed(7)
+    rank_work.combined(found, case)
+    peftcore.apply(found, case.partition(",")[0], **CASES[case][1] | FIELDS.get(case, {}))
+    disturb(found, "default", seed=1, std=0.05)
+    return found.train()
+
+
+def table(measure: Callable[[str, str], float], cases: list[str], folder: str) -> dict[str, float | str]:
+    """(largest difference from one process, or the error) by case."""
+    warnings.simplefilter("ignore")
+    found: dict[str, float | str] = {}
+    for case in cases:
+        try:
+            found[case] = measure(case, folder)
+        except peftcore.PeftcoreError as error:
+            found[case] = str(error)
+    return found
+
+
+def on_shards(case: str, folder: str) -> float:
+    """Gradients of an adapter that is applied to a base which `load_sharded` has read."""
+    kind = CASES[case][0]
+    spread = adapted(peftcore.load_sharded(f"{folder}/{kind}"), case)
+    peftcore.shard(spread)
+    alone = adapted(base(folder, kind), case)
+    rank_work.backward_alone(alone)
+    rank_work.backward_here(spread, spread)
+    return rank_work.farthest(rank_work.values(spread, "grad"), rank_work.values(alone, "grad"))
+
+
+def on_tensor_parallel(case: str, folder: str) -> float:
+    """The same where both ranks compute the whole batch, each with a half of the heads."""
+    spread = adapted(base(folder, "llama", tp_size=2), case)
+    alone = adapted(base(folder, "llama"), case)
+    losses = []
+    for found in (alone, spread):
+        torch.manual_seed(0)
+        loss = rank_work.loss(found, rank_work.TOKENS)
+        (loss + peftcore.extra_loss(found)).backward()
+        losses.append(loss.item())
+    far = rank_work.farthest(rank_work.values(spread, "grad"), rank_work.values(alone, "grad"))
+    return max(far, abs(losses[0] - losses[1]))
+
+
+def table_on_shards(folder: str) -> dict[str, float | str]:
+    return table(on_shards, READING, folder)
+
+
+def table_on_tensor_parallel(folder: str) -> dict[str, float | str]:
+    return table(on_tensor_parallel, DENSE, folder)
+
+
+def refused(folder: str) -> dict[str, str]:
+    """What raises, and how it is said."""
+    stage = base(folder, "llama", pp_size=2)
+    shards = peftcore.load_sharded(f"{folder}/llama")
+    calls: dict[str, Callable[[], Any]] = {
+        "stage": lambda: peftcore.apply(stage, "lora"),
+        "quantize": lambda: peftcore.quantize(shards),
+        "merge": lambda: peftcore.merge(peftcore.apply(shards, "lora")),
+    }
+    told = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except peftcore.PeftcoreError as error:
+            told[name] = str(error)
+        else:
+            told[name] = "nothing was raised"
+    return told
+
+
+def drifted(folder: str, shared: bool) -> str:
+    """Train on a base that transformers has sharded, by a loop of one's own, and save."""
+    found = peftcore.apply(base(folder, "llama", fsdp_size=2).train(), "lora", r=3)
+    if shared:
+        peftcore.shard(found)
+    rank_work.step(found, rank_work.mine(), rank_work.optimizer_of(found))
+    try:
+        peftcore.save(found, f"{folder}/adapter")
+    except peftcore.PeftcoreError as error:
+        return str(error)
+    return "saved"
