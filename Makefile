@@ -1,4 +1,4 @@
-# One command each: make install | demo | test | test-avx2 | fuzz | lint | fix | docs | bench | cuda-bounds | matrix | compare | census | export-check. What they need is installed into .venv by the first call;
+# One command each: make install | demo | test | test-all | test-avx2 | lint | fix | docs | bench | cuda-bounds | matrix | compare | census | export-check. What they need is installed into .venv by the first call;
 # stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -17,7 +17,7 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 # decode_llama.py is a part of decode.py, for another Python.
 BENCHMARKS = $(filter-out benchmarks/decode_llama.py,$(shell grep -l __main__ benchmarks/*.py))
 
-.PHONY: install demo test test-avx2 fuzz lint fix docs bench cuda-bounds matrix compare census export-check clean
+.PHONY: install demo test test-all test-avx2 lint fix docs bench cuda-bounds matrix compare census export-check clean
 
 install: $(VENV)/train.stamp
 	@echo "installed into $(VENV). Go on with: . $(VENV)/bin/activate"
@@ -27,8 +27,16 @@ demo: $(VENV)/train.stamp
 
 # Two workers of one thread: tiny matrices gain nothing by more, and threads that wait for one another cost much. Files keep
 # their order, of which the longest are the first.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/dev.stamp
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 --durations-min 5
+	$(PYTEST) --durations 40 --durations-min 5
+
+# And what takes long: each family of models and every check, all cases of the corpora, sanitizers, a part of the census;
+# then once more with the kernels of plain C++, which tests/ops tries in both. An hour on two cores.
+test-all: $(VENV)/dev.stamp
+	PEFTCORE_TESTS=all $(PYTEST) --durations 40 --durations-min 20
+	PEFTCORE_CPU_LEVEL=portable $(PYTEST) $(filter-out tests/csrc/ tests/emulator/ tests/fuzz/ tests/ops/ tests/typed/,$(wildcard tests/*/)) plugins
 
 # Tests of kernels and dtypes, as on a processor with AVX2 and nothing above: the variables limit PyTorch, oneDNN and
 # peftcore's kernels, in this run alone. Two minutes on two cores.
@@ -44,11 +52,7 @@ AVX2_TESTS := \
 	plugins/peftcore-qlora/tests
 
 test-avx2: $(VENV)/dev.stamp
-	$(AVX2) PEFTCORE_PORTABLE=none OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile $(AVX2_TESTS)
-
-# All mutated files, states and calls; `make test` runs a tenth of them. PEFTCORE_FUZZ_SEED=1 makes others.
-fuzz: $(VENV)/dev.stamp
-	PEFTCORE_FUZZ=all OMP_NUM_THREADS=1 $(PY) -m pytest tests/fuzz
+	$(AVX2) $(PYTEST) $(AVX2_TESTS)
 
 # mypy reads PyTorch once, 20 seconds, and then takes a second: its cache is .mypy_cache.
 lint: $(VENV)/dev.stamp

@@ -120,7 +120,9 @@ def joined(parts: list[Any], where: Any, counts: list[int], order: Tensor) -> An
         if isinstance(where, Samples) and _divide(parts, where.dim, counts):
             each = parts[0].shape[where.dim] // counts[0]
             return torch.cat(parts, where.dim).index_select(where.dim, entries_of(order, each))
-        if all(part.shape[:1] == (1,) for part in parts):
+        sizes = [part.shape[0] if part.dim() else 0 for part in parts]
+        may_be = counts if where == BROADCAST else [1] * len(counts)  # it has been repeated for each sample already
+        if all(size in (1, n) for size, n in zip(sizes, may_be, strict=True)):
             return torch.cat([part.expand(n, *part.shape[1:]) for part, n in zip(parts, counts, strict=True)])[order]
         raise PeftcoreError(
             f"an adapter for each sample: an output of shape {list(parts[0].shape)} for {counts[0]} samples cannot be "

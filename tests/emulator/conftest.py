@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from one_in_three import has_its_turn
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "emulator"
@@ -126,8 +125,6 @@ def emulated(emulated_library):
 @pytest.fixture(scope="session")
 def sanitized():
     """Runs tests/emulator/sanitized.cpp with arguments, under AddressSanitizer and UndefinedBehaviorSanitizer."""
-    if not has_its_turn("sanitizers", 4, at=1):
-        pytest.skip("has its turn at another commit, or with PEFTCORE_FUZZ=all")
     sources = [*sorted(ROOT.glob("csrc/**/*.cu")), HERE / "toys.cu", *sorted(HERE.glob("sanitized*.cpp"))]
     sources += [*sorted(ROOT.glob("csrc/nf4/cpu/[ap]*.cpp")), *sorted(ROOT.glob("csrc/optim/cpu/[ap]*.cpp"))]
     sources += [ROOT / "csrc" / "optim" / "dynamic8.cpp"]

@@ -111,6 +111,7 @@ def test_blocks_of_a_cluster_read_each_other(emulated):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_reads_out_of_range_are_found_by_the_address_sanitizer(sanitized):
     assert sanitized("read", 100).stdout == "nothing found\n"
     found = sanitized("read", 101)
@@ -118,6 +119,7 @@ def test_reads_out_of_range_are_found_by_the_address_sanitizer(sanitized):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_writes_beyond_shared_memory_are_found_by_the_sanitizers(sanitized):
     assert sanitized("shared", 31).stdout == "nothing found\n"
     found = sanitized("shared", 32)

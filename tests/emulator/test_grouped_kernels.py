@@ -299,6 +299,7 @@ def test_nothing_to_do(kernels):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_stays_within_its_memory(sanitized):
     done = sanitized("grouped", 1)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -135,6 +135,7 @@ def test_nothing_to_do_and_too_much(emulated):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_stays_within_its_memory(sanitized):
     done = sanitized("linear", 1)
     assert done.returncode == 0, done.stdout + done.stderr

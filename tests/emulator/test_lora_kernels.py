@@ -328,6 +328,7 @@ def test_nothing_to_do_and_what_is_refused(kernels):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_stays_within_its_memory(sanitized):
     done = sanitized("lora", 1)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -135,6 +135,7 @@ def test_an_expert_is_a_view(emulated, emulated_library, shape, nested):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_stays_within_its_memory(sanitized):
     done = sanitized("nf4", 1)
     assert done.returncode == 0, done.stdout + done.stderr

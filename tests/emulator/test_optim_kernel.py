@@ -127,6 +127,7 @@ def test_an_unknown_rule(emulated):
         emulated("peftcore_optim_step")(9, None, None, 0, ctypes.c_int64(1), None, None)
 
 
+@pytest.mark.nightly
 def test_stays_within_its_memory(sanitized):
     done = sanitized("optim", 1)
     assert done.returncode == 0, done.stdout + done.stderr

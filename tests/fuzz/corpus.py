@@ -8,13 +8,14 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from whole import WHOLE
+
 SECONDS = 10  # that a case may take
-WHOLE = os.environ.get("PEFTCORE_FUZZ") == "all"
 SEED = int(os.environ.get("PEFTCORE_FUZZ_SEED", "0"))
 
 
 def cases(name: str, count: int) -> Iterator[tuple[int, random.Random]]:
-    """(number, its own random numbers) of all cases, or of a tenth unless PEFTCORE_FUZZ=all."""
+    """(number, its own random numbers) of all cases in `make test-all`, of each tenth in `make test`."""
     for number in range(0, count, 1 if WHOLE else 10):
         yield number, random.Random(f"{name} {SEED} {number}")
 

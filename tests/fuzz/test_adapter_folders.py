@@ -1,4 +1,4 @@
-"""1,000 mutated adapter folders (a tenth of them unless PEFTCORE_FUZZ=all): the right model, or a CheckpointError.
+"""1,000 mutated adapter folders (each tenth in `make test`): the right model, or a CheckpointError.
 
 Right is what `by_hand` computes from the same files. A folder with its manifest is what was saved, or is refused.
 """

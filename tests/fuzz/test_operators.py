@@ -1,4 +1,4 @@
-"""2,000 hostile calls a SIMD level (a tenth unless PEFTCORE_FUZZ=all): what the reference gives, or a refusal."""
+"""2,000 hostile calls a SIMD level (each tenth in `make test`): what the reference gives, or a refusal."""
 
 import subprocess
 import sys
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from fuzz import corpus
+from whole import WHOLE
 
 from peftcore import ops
 
@@ -18,7 +19,7 @@ LEVELS = ops.extension.cpu_levels() if ops.extension is not None else []
 def test_every_call_is_right_or_refused(level):
     """In a process of its own: a crash is that process's, and its last line says at which call."""
     first = corpus.SEED * COUNT
-    numbers = first, first + COUNT, 1 if corpus.WHOLE else 10
+    numbers = first, first + COUNT, 1 if WHOLE else 10
     command = [sys.executable, "-m", "fuzz.operators", level, *map(str, numbers)]
     done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=1200)
     lines = done.stdout.splitlines()

@@ -1,4 +1,4 @@
-"""600 mutated states of 4-bit weights (a tenth of them unless PEFTCORE_FUZZ=all): the right weight, or a message.
+"""600 mutated states of 4-bit weights (each tenth in `make test`): the right weight, or a message.
 
 Right is what the format's description gives for the same tensors.
 """

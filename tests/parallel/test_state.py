@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 from pathlib import Path
@@ -12,8 +11,8 @@ import pytest
 import rank_cases
 import rank_work
 import torch
-from fuzz import corpus
 from processes import kill_one, run
+from whole import WHOLE
 
 import peftcore
 from peftcore.engine import adapter_parameters
@@ -45,10 +44,10 @@ def test_rank_0_writes_in_ddp(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rank_killed_in_a_save_leaves_a_whole_adapter(tmp_path: Path) -> None:
-    """SIGKILL at random points of the saves of a sharded model: 12 times, or with PEFTCORE_FUZZ=all 50."""
-    base = rank_work.model()
-    for attempt in range(50 if corpus.WHOLE else 12):
-        kill_one(rank_work.saving, str(tmp_path), after=random.uniform(0, 0.03))
+    """SIGKILL while a sharded model is saved, later each time: 12 times, in `make test-all` 50."""
+    base, attempts = rank_work.model(), 50 if WHOLE else 12
+    for attempt in range(attempts):
+        kill_one(rank_work.saving, str(tmp_path), after=0.03 * attempt / attempts)
         peftcore.load(base, tmp_path)
         found = {value for _, p in adapter_parameters(base, "default") for value in p.unique().tolist()}
         assert found in ({1.0}, {2.0}), attempt

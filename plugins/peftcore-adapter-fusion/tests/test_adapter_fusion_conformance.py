@@ -8,7 +8,7 @@ from torch import nn
 
 import peftcore
 from peftcore import testing
-from peftcore.testing import IDENTITY, MERGE, check_method, disturb
+from peftcore.testing import IDENTITY, MERGE, disturb
 
 NAMES = ("reviews", "tweets")
 EXCUSED = {
@@ -30,4 +30,4 @@ FAMILIES = [replace(family, before=fused) for family in testing.FAMILIES.values(
 
 def test_conformance() -> None:
     config = AdapterFusionConfig(NAMES, modules_to_save=())
-    matrix.check(check_method(config, families=FAMILIES, not_applicable=EXCUSED))
+    matrix.conformance(config, families=FAMILIES, not_applicable=EXCUSED)

@@ -25,7 +25,7 @@ OF_ROW = "the gate is a mean over all tokens of a row, padding included, as in `
 
 
 def test_conformance() -> None:
-    matrix.check(check_method(AdapterConfig(bottleneck_size=6), not_applicable=EXCUSED))
+    matrix.conformance(AdapterConfig(bottleneck_size=6), not_applicable=EXCUSED)
 
 
 @pytest.mark.parametrize(
@@ -36,10 +36,10 @@ def test_conformance() -> None:
         (COMPACTER, ["BERT", "Llama"]),
         (PLUS, ["ViT", "BERT"]),
         (INVERTIBLE, ["BERT", "GPT-2"]),
-        pytest.param(COMPACTER, ["T5", "GPT-2", "ViT", "Gemma", "Qwen3-MoE"], marks=pytest.mark.slow),
-        pytest.param(PLUS, ["T5", "Llama", "GPT-2", "Gemma", "Qwen3-MoE"], marks=pytest.mark.slow),
-        pytest.param(INVERTIBLE, ["Llama", "Gemma", "Qwen3-MoE"], marks=pytest.mark.slow),
-        pytest.param(PFEIFFER, ["T5", "Llama", "Gemma", "Qwen3-MoE"], marks=pytest.mark.slow),
+        pytest.param(COMPACTER, ["T5", "GPT-2", "ViT", "Gemma", "Qwen3-MoE"], marks=pytest.mark.nightly),
+        pytest.param(PLUS, ["T5", "Llama", "GPT-2", "Gemma", "Qwen3-MoE"], marks=pytest.mark.nightly),
+        pytest.param(INVERTIBLE, ["Llama", "Gemma", "Qwen3-MoE"], marks=pytest.mark.nightly),
+        pytest.param(PFEIFFER, ["T5", "Llama", "Gemma", "Qwen3-MoE"], marks=pytest.mark.nightly),
     ],
 )
 def test_other_styles(style: AdapterConfig, families: list[str]) -> None:
@@ -51,9 +51,9 @@ def test_other_styles(style: AdapterConfig, families: list[str]) -> None:
     ("family", "generates"),
     [
         ("BERT", []),
-        pytest.param("ViT", [], marks=pytest.mark.slow),
-        pytest.param("T5", ["generate for rows of different lengths"], marks=pytest.mark.slow),
-        pytest.param("Llama", ["generate, with", "generate for rows of different lengths"], marks=pytest.mark.slow),
+        pytest.param("ViT", [], marks=pytest.mark.nightly),
+        pytest.param("T5", ["generate for rows of different lengths"], marks=pytest.mark.nightly),
+        pytest.param("Llama", ["generate, with", "generate for rows of different lengths"], marks=pytest.mark.nightly),
     ],
 )
 def test_gated(family: str, generates: list[str]) -> None:
@@ -61,7 +61,7 @@ def test_gated(family: str, generates: list[str]) -> None:
     check_method(GATED, families=[family], not_applicable=EXCUSED | rows, checks=[c for c in CHECKS if c != COMPILE])
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "style",
     [PFEIFFER, PARALLEL, COMPACTER, PLUS, GATED],

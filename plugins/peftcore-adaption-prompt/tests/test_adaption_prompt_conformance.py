@@ -3,7 +3,7 @@
 import matrix
 from peftcore_adaption_prompt import AdaptionPromptConfig
 
-from peftcore.testing import MERGE, check_method
+from peftcore.testing import MERGE
 
 OTHER = "its attention is another, as in PEFT"
 EXCUSED = {
@@ -16,4 +16,4 @@ EXCUSED = {
 
 
 def test_conformance() -> None:
-    matrix.check(check_method(AdaptionPromptConfig(adapter_len=4), not_applicable=EXCUSED, compile_backend="eager"))
+    matrix.conformance(AdaptionPromptConfig(adapter_len=4), not_applicable=EXCUSED, compile_backend="eager")

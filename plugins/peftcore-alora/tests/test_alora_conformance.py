@@ -4,7 +4,7 @@ import matrix
 from peftcore_alora import AloraConfig
 from torch import nn
 
-from peftcore.testing import MERGE, check_method
+from peftcore.testing import MERGE
 from peftcore.testing.families import tokens
 
 EXCUSED = {
@@ -16,4 +16,4 @@ EXCUSED = {
 def test_conformance() -> None:
     second = int(tokens(nn.Module(), 1)["input_ids"][0, 1])
     config = AloraConfig(r=4, alora_invocation_tokens=[second])
-    matrix.check(check_method(config, not_applicable=EXCUSED, compile_backend="eager"))
+    matrix.conformance(config, not_applicable=EXCUSED, compile_backend="eager")

@@ -8,7 +8,7 @@ from torch import nn
 
 import peftcore
 from peftcore import testing
-from peftcore.testing import IDENTITY, MERGE, check_method, disturb
+from peftcore.testing import IDENTITY, MERGE, disturb
 
 EXPERTS = ("maths", "code", "poems")
 EXCUSED = {
@@ -34,4 +34,4 @@ FAMILIES = [replace(family, before=experts) for family in testing.FAMILIES.value
 
 def test_conformance() -> None:
     config = ArrowConfig(experts=EXPERTS, top_k=2, rng_seed=0)
-    matrix.check(check_method(config, families=FAMILIES, not_applicable=EXCUSED))
+    matrix.conformance(config, families=FAMILIES, not_applicable=EXCUSED)

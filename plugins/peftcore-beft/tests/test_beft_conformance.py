@@ -3,8 +3,6 @@
 import matrix
 from peftcore_beft import BeftConfig
 
-from peftcore.testing import check_method
-
 NO_BIASES = "of layers without a bias, which merge refuses; it merges where all have one"
 
 
@@ -16,4 +14,4 @@ def test_conformance() -> None:
         "T5: merge equals forward, unmerge is bit exact": NO_BIASES,
         "Qwen3-MoE: merge equals forward, unmerge is bit exact": NO_BIASES,
     }
-    matrix.check(check_method(BeftConfig(), compile_backend="eager", not_applicable=excuses))
+    matrix.conformance(BeftConfig(), compile_backend="eager", not_applicable=excuses)

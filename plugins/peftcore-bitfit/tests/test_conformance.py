@@ -9,7 +9,7 @@ BARE = dict.fromkeys(("Llama", "Gemma", "T5", "Qwen3-MoE"), "a model without bia
 
 
 def test_conformance() -> None:
-    matrix.check(check_method(BitFitConfig(), not_applicable=BARE))
+    matrix.conformance(BitFitConfig(), not_applicable=BARE)
 
 
 def test_conformance_of_added_biases() -> None:

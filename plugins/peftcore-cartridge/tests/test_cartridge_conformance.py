@@ -3,7 +3,7 @@
 import matrix
 from peftcore_cartridge import CartridgeConfig
 
-from peftcore.testing import IDENTITY, MERGE, PEFT_READS, PEFT_WRITES, check_method
+from peftcore.testing import IDENTITY, MERGE, PEFT_READS, PEFT_WRITES
 
 EXCUSED = {
     IDENTITY: "keys and values in the cache change the output, whatever they are",
@@ -15,4 +15,4 @@ EXCUSED = {
 
 
 def test_conformance() -> None:
-    matrix.check(check_method(CartridgeConfig(num_virtual_tokens=4), not_applicable=EXCUSED))
+    matrix.conformance(CartridgeConfig(num_virtual_tokens=4), not_applicable=EXCUSED)

@@ -3,7 +3,7 @@
 import matrix
 from peftcore_cpt import CptConfig
 
-from peftcore.testing import IDENTITY, MERGE, check_method
+from peftcore.testing import IDENTITY, MERGE
 
 NO_DECODER = "its loss is that of a decoder, in PEFT, too"
 EXCUSED = {
@@ -17,4 +17,4 @@ EXCUSED = {
 
 def test_conformance() -> None:
     config = CptConfig(cpt_token_ids=[5, 6, 7, 8], cpt_tokens_type_mask=[1, 2, 3, 4], opt_projection_epsilon=4.0)
-    matrix.check(check_method(config, not_applicable=EXCUSED))
+    matrix.conformance(config, not_applicable=EXCUSED)

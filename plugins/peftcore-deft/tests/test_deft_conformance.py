@@ -3,11 +3,9 @@
 import matrix
 from peftcore_deft import DeftConfig
 
-from peftcore.testing import check_method
-
 
 def test_conformance() -> None:
     excuses = {
         "identity at the start": "rounded apart: what is taken out is put back by another product",
     }
-    matrix.check(check_method(DeftConfig(r=4), compile_backend="eager", not_applicable=excuses))
+    matrix.conformance(DeftConfig(r=4), compile_backend="eager", not_applicable=excuses)

@@ -3,8 +3,6 @@
 import matrix
 from peftcore_dora import DoraConfig
 
-from peftcore.testing import check_method
-
 
 def test_conformance() -> None:
-    matrix.check(check_method(DoraConfig(r=4, lora_alpha=8), compile_backend="eager"))
+    matrix.conformance(DoraConfig(r=4, lora_alpha=8), compile_backend="eager")

@@ -3,8 +3,6 @@
 import matrix
 from peftcore_glora import GloraConfig
 
-from peftcore.testing import check_method
-
 
 def test_conformance() -> None:
-    matrix.check(check_method(GloraConfig(r=2), compile_backend="eager"))
+    matrix.conformance(GloraConfig(r=2), compile_backend="eager")

@@ -3,10 +3,10 @@
 import matrix
 from peftcore_hra import HRAConfig
 
-from peftcore.testing import IDENTITY, check_method
+from peftcore.testing import IDENTITY
 
 ROUNDED = "two reflections that undo one another do so up to rounding"
 
 
 def test_conformance() -> None:
-    matrix.check(check_method(HRAConfig(r=4), compile_backend="eager", not_applicable={IDENTITY: ROUNDED}))
+    matrix.conformance(HRAConfig(r=4), compile_backend="eager", not_applicable={IDENTITY: ROUNDED})

@@ -3,8 +3,6 @@
 import matrix
 from peftcore_lily import LilyConfig
 
-from peftcore.testing import check_method
-
 MEAN = "its factors are mixed by a mean over all tokens of the call, as in PEFT"
 
 
@@ -15,4 +13,4 @@ def test_conformance() -> None:
         "generate, with and without cache, equals one full forward": MEAN,
         "generate for rows of different lengths, with and without cache, equals each row alone": MEAN,
     }
-    matrix.check(check_method(LilyConfig(r=4), compile_backend="eager", not_applicable=excuses))
+    matrix.conformance(LilyConfig(r=4), compile_backend="eager", not_applicable=excuses)

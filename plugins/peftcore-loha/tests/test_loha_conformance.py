@@ -3,8 +3,6 @@
 import matrix
 from peftcore_loha import LoHaConfig
 
-from peftcore.testing import check_method
-
 
 def test_conformance() -> None:
-    matrix.check(check_method(LoHaConfig(r=3, alpha=6), compile_backend="eager"))
+    matrix.conformance(LoHaConfig(r=3, alpha=6), compile_backend="eager")

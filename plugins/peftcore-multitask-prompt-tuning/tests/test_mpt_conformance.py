@@ -3,7 +3,7 @@
 import matrix
 from peftcore_multitask_prompt_tuning import MultitaskPromptTuningConfig
 
-from peftcore.testing import IDENTITY, MERGE, PEFT_READS, PEFT_WRITES, check_method
+from peftcore.testing import IDENTITY, MERGE, PEFT_READS, PEFT_WRITES
 
 TASKS = "PEFT asks for task_ids in every call; compared in its tests"
 EXCUSED = {
@@ -17,4 +17,4 @@ EXCUSED = {
 
 def test_conformance() -> None:
     """With one task, which calls need not name."""
-    matrix.check(check_method(MultitaskPromptTuningConfig(num_virtual_tokens=4), not_applicable=EXCUSED))
+    matrix.conformance(MultitaskPromptTuningConfig(num_virtual_tokens=4), not_applicable=EXCUSED)

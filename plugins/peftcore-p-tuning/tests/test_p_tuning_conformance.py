@@ -3,7 +3,7 @@
 import matrix
 from peftcore_p_tuning import PTuningConfig
 
-from peftcore.testing import IDENTITY, MERGE, check_method
+from peftcore.testing import IDENTITY, MERGE
 
 EXCUSED = {
     IDENTITY: "vectors before the input change the output, whatever their values",
@@ -13,4 +13,4 @@ EXCUSED = {
 
 
 def test_conformance() -> None:
-    matrix.check(check_method(PTuningConfig(num_virtual_tokens=4), not_applicable=EXCUSED))
+    matrix.conformance(PTuningConfig(num_virtual_tokens=4), not_applicable=EXCUSED)

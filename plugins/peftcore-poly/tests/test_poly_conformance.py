@@ -3,7 +3,7 @@
 import matrix
 from peftcore_poly import PolyConfig
 
-from peftcore.testing import PEFT_READS, PEFT_WRITES, check_method
+from peftcore.testing import PEFT_READS, PEFT_WRITES
 
 TASKS = "PEFT asks for task_ids in every call; compared in its tests"
 
@@ -11,4 +11,4 @@ TASKS = "PEFT asks for task_ids in every call; compared in its tests"
 def test_conformance() -> None:
     """With one task, which calls need not name."""
     excused = {PEFT_READS: TASKS, PEFT_WRITES: TASKS}
-    matrix.check(check_method(PolyConfig(r=4), not_applicable=excused, compile_backend="eager"))
+    matrix.conformance(PolyConfig(r=4), not_applicable=excused, compile_backend="eager")

@@ -21,9 +21,10 @@ def of_classifiers(family: str) -> dict[str, str]:
 
 def test_conformance() -> None:
     excused = {**EXCUSED, **of_classifiers("BERT"), "ViT": "an image has no tokens before which a prefix could stand"}
-    matrix.check(check_method(PrefixTuningConfig(num_virtual_tokens=4), not_applicable=excused))
+    matrix.conformance(PrefixTuningConfig(num_virtual_tokens=4), not_applicable=excused)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", ["GPT-2", "T5"])
 def test_all_checks_on_another_family(family: str) -> None:
     config = PrefixTuningConfig(num_virtual_tokens=4)

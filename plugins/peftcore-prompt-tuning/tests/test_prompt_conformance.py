@@ -17,15 +17,16 @@ NOT_COMPILED = [name for name in CHECKS if name != COMPILE]  # it takes seconds;
 
 def test_conformance() -> None:
     excused = {**EXCUSED, "ViT": "an image has no tokens before which vectors could stand"}
-    matrix.check(check_method(CONFIG, not_applicable=excused))
+    matrix.conformance(CONFIG, not_applicable=excused)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("family", ["GPT-2", "T5", tiny.roberta_classifier])
 def test_all_checks_on_another_family(family) -> None:
     check_method(CONFIG, families=[family], not_applicable=EXCUSED, checks=NOT_COMPILED)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_compiled_encoder_decoder() -> None:
     """Encoder, prompt and the longer cross-attention compile as one graph."""
     check_method(CONFIG, families=["T5"], checks=[COMPILE], compile_backend="eager")

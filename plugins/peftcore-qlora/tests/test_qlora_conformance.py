@@ -3,9 +3,9 @@
 import matrix
 from peftcore_qlora import QLoraConfig
 
-from peftcore.testing import MERGE, check_method
+from peftcore.testing import MERGE
 
 
 def test_conformance() -> None:
     excused = {MERGE: "quantizing again loses the adapter; merge measures that and refuses"}
-    matrix.check(check_method(QLoraConfig(r=4, lora_alpha=8), not_applicable=excused))
+    matrix.conformance(QLoraConfig(r=4, lora_alpha=8), not_applicable=excused)

@@ -10,7 +10,7 @@ NO_WEIGHT = "it edits what layers give, for some tokens"
 
 
 def test_conformance() -> None:
-    matrix.check(check_method(ReftConfig(r=2, dropout=0.0), compile_backend="eager", not_applicable={MERGE: NO_WEIGHT}))
+    matrix.conformance(ReftConfig(r=2, dropout=0.0), compile_backend="eager", not_applicable={MERGE: NO_WEIGHT})
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import matrix
 import torch
 from peftcore_trainable_tokens import TrainableTokensConfig
 
-from peftcore.testing import IDENTITY, check_method
+from peftcore.testing import IDENTITY
 
 TOKENS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(3)).flatten()  # those of the suite
 APART = "may differ: rows of a tied head are a product of their own, which some processors round apart"
@@ -16,4 +16,4 @@ def test_conformance() -> None:
         **{f"{family}: {IDENTITY}": APART for family in ("GPT-2", "T5", "Gemma")},
     }
     config = TrainableTokensConfig(token_indices=[*dict.fromkeys(TOKENS[:6].tolist()), 2])
-    matrix.check(check_method(config, not_applicable=excused))
+    matrix.conformance(config, not_applicable=excused)

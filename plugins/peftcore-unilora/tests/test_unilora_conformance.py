@@ -3,11 +3,9 @@
 import matrix
 from peftcore_unilora import UniLoraConfig
 
-from peftcore.testing import check_method
-
 
 def test_conformance() -> None:
     excuses = {
         "identity at the start": "no factor is zero at the start, as in PEFT",
     }
-    matrix.check(check_method(UniLoraConfig(theta_d_length=64), compile_backend="eager", not_applicable=excuses))
+    matrix.conformance(UniLoraConfig(theta_d_length=64), compile_backend="eager", not_applicable=excuses)

@@ -3,16 +3,11 @@
 import matrix
 from peftcore_vblora import VBLoRAConfig
 
-from peftcore.testing import check_method
-
 
 def test_conformance() -> None:
     excuses = {
         "identity at the start": "no factor is zero at the start, as in the paper",
         "T5: gradient checkpointing": "may be rounded apart: T5 does not scale its attention",
     }
-    matrix.check(
-        check_method(
-            VBLoRAConfig(r=2, vector_length=8, num_vectors=16), compile_backend="eager", not_applicable=excuses
-        )
-    )
+    config = VBLoRAConfig(r=2, vector_length=8, num_vectors=16)
+    matrix.conformance(config, compile_backend="eager", not_applicable=excuses)
