@@ -107,7 +107,7 @@ class Unread(Tensor):
         found.part = part
         return found
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:  # type: ignore[override]
         return f"Unread({list(self.shape)}, {self.dtype})"
 
     @classmethod
