@@ -66,10 +66,11 @@ def _task_type(model: nn.Module, adapter: str) -> str | None:
         path for path, placed in entry.placements.items() if any(engine.weight_of_expert(path, p) for p in placed)
     ]
     if paths:
+        names = sorted({".".join(path.split(".")[-2:]) for path in paths})
+        way = f"exclude_modules={names}" if hasattr(entry.config, "exclude_modules") else f"adapt none of {names}"
         warnings.warn(
             f"Hugging Face PEFT cannot read this file: in a {type(model).__name__} it takes the adapters of "
-            f"{len(paths)} modules for others or refuses them, such as '{paths[0]}'. It reads one without: "
-            f"exclude_modules={sorted({'.'.join(path.split('.')[-2:]) for path in paths})}",
+            f"{len(paths)} modules for others or refuses them, such as '{paths[0]}'. It reads one without: {way}",
             stacklevel=5,
         )
     return task_type

@@ -12,7 +12,7 @@ T starts as these rows, and replaces them. W' is never made. As Hugging Face PEF
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,6 +115,26 @@ def exported(placement: peftcore.Around) -> dict[str, Tensor]:
     return {} if placement.path == rows.path else {name: rows.trainable_tokens_delta}
 
 
+def biased_heads(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Return the linear layers among the modules `paths` that have a bias, which PEFT leaves out of their outputs."""
+    modules = {path: model.get_submodule(path) for path in paths}
+    return [path for path, each in modules.items() if isinstance(each, nn.Linear) and each.bias is not None]
+
+
+def refused(model: nn.Module, tensors: Mapping[str, Tensor], _fields: Mapping[str, Any]) -> str | None:
+    """PEFT computes a linear layer with trained rows without its bias, and keeps the bias when it merges the rows."""
+    names = {name.removesuffix(".trainable_tokens_delta").removesuffix(".token_adapter") for name in tensors}
+    named = [path for path, _ in targets.base_modules(model) if f"base_model.model.{path}" in names]
+    heads = biased_heads(model, [each for path in named for each in (path, *modules_tied_to(model, path))])
+    if not heads:
+        return None
+    return (
+        f"PEFT computes '{heads[0]}' without its bias where rows of it are trained, so the adapter was trained on "
+        "other outputs than this model's. Load it on a model without that bias, which computes what PEFT does: "
+        f"model.get_submodule('{heads[0]}').bias = None"
+    )
+
+
 def selected(model: nn.Module, architecture: peftcore.Architecture, named: Any) -> list[str]:
     """Return the paths of the embeddings and linear layers that `named` means."""
     kinds = (nn.Embedding, nn.Linear)
@@ -149,5 +169,5 @@ def place(model: nn.Module, config: TrainableTokensConfig, architecture: peftcor
 
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="TRAINABLE_TOKENS", exported=exported)
+    rules = peftcore.StateRules("TRAINABLE_TOKENS", exported=exported, unreadable=biased_heads, refused=refused)
     return [peftcore.Method("trainable-tokens", TrainableTokensConfig, place, rules, learning_rate=1e-3)]

@@ -18,6 +18,7 @@ from peftcore_lora.layer_facts import Convolution, adds_to_product, is_undilated
 from peftcore_lora.layers import LoraEmbedding
 from peftcore_lora.parameters import LoraParameter, name_on_disk, read_experts, write_experts
 from peftcore_lora.pipelines import FILES
+from peftcore_lora.tokens import misread_heads, refused_tokens
 from peftcore_lora.variants import as_plain, plain_fields, why_not
 
 KNOWN_PEFT = (0, 21, 2)  # up to this release it is known what PEFT computes of an attention's file
@@ -64,8 +65,8 @@ READ_BY_KERNELS = {"out_proj", "conv1d"}
 
 
 def unreadable(model: nn.Module, paths: Sequence[str]) -> list[str]:
-    """The adapted modules that PEFT misreads (mixtures of experts, dilated convolutions), refuses (Mamba) or cannot run
-    (routers)."""
+    """The adapted modules that PEFT misreads (mixtures of experts, dilated convolutions, heads with a bias whose rows
+    are trained), refuses (Mamba) or cannot run (routers)."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     names = set(READ_BY_KERNELS) if kind in MAMBA else set()
     conversions = sys.modules.get("transformers.conversion_mapping")  # models are built by way of it
@@ -73,12 +74,13 @@ def unreadable(model: nn.Module, paths: Sequence[str]) -> list[str]:
         alike = {"mixtral": "mixtral", **getattr(conversions, "_MODEL_TO_CONVERSION_PATTERN", {})}
         names |= TAKEN_FOR_EXPERTS.get(alike.get(str(kind), ""), set())
     modules = {path: model.get_submodule(path) for path in paths}
-    return [
+    others = [
         path
         for path, module in modules.items()
         if path.rpartition(".")[2] in names or is_other_in_peft(module)
         if not any(isinstance(each, LoraParameter) for each in module.modules())
     ]
+    return [*others, *misread_heads(model, [path for path in paths if path not in others])]
 
 
 def is_other_in_peft(module: nn.Module) -> bool:
@@ -101,7 +103,7 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str
                 "does neither, so that no change of the weight computes what it was trained for. Train it without that "
                 f"layer: exclude_modules=['{name}']"
             )
-    why = starts.refused(fields)
+    why = starts.refused(fields) or refused_tokens(model, tensors, fields)
     if why is not None:
         return why
     twice = next((name for name in tensors if ".base_layer.out_proj.lora_B" in name), None)

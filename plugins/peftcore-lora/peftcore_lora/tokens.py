@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import peftcore
 from peftcore import targets, validation
@@ -15,9 +15,22 @@ from peftcore.errors import nearest
 from peftcore_lora.config import LoraConfig
 
 try:
-    from peftcore_trainable_tokens import token_rows
+    from peftcore_trainable_tokens import TokenRows, biased_heads, refused, token_rows
 except ImportError:
-    token_rows = None  # type: ignore[assignment]
+    token_rows = refused = None  # type: ignore[assignment]
+
+
+def refused_tokens(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str, Any]) -> str | None:
+    """Return why the rows of a file of PEFT's cannot be computed here, or None."""
+    return refused(model, tensors, fields) if refused is not None and fields.get("trainable_token_indices") else None
+
+
+def misread_heads(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Return the modules among `paths` that have trained rows, and a bias that PEFT leaves out."""
+    if token_rows is None:
+        return []
+    heads = biased_heads(model, paths)
+    return [path for path in heads if any(isinstance(m, TokenRows) for m in model.get_submodule(path).modules())]
 
 
 def place_tokens(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> list[Any]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways, logits, quiet
+from beside_peft import both_ways, logits, moved, quiet
 from peftcore_trainable_tokens import TrainableTokensConfig
 from torch import nn
 
@@ -119,3 +120,49 @@ def test_rows_in_few_bits_are_refused() -> None:
     model = peftcore.quantize(tiny.llama(), skip=[])
     with pytest.raises(peftcore.PeftcoreError, match=r"'lm_head' .* is in few bits.*skip="):
         peftcore.apply(model, "trainable-tokens", token_indices=[3], target_modules=["lm_head"])
+
+
+def masked() -> nn.Module:
+    """BERT whose head has a bias, and the weight of the embedding."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = BertForMaskedLM(BertConfig(vocab_size=96, **sizes)).eval()
+    nn.init.normal_(model.cls.predictions.bias)
+    return model
+
+
+BESIDE_LORA = {"target_modules": ["query"], "r": 2, "trainable_token_indices": {"word_embeddings": IDS}}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.TrainableTokensConfig(token_indices=IDS, target_modules=["word_embeddings"]),
+        peft.LoraConfig(**BESIDE_LORA),
+    ],
+    ids=["alone", "lora"],
+)
+def test_peft_leaves_out_the_bias_of_a_head(config: peft.PeftConfig, tmp_path: Path) -> None:
+    theirs = moved(quiet(peft.get_peft_model, masked(), config).eval())
+    quiet(theirs.save_pretrained, tmp_path)
+    with pytest.raises(peftcore.PeftcoreError, match=r"PEFT computes 'cls.predictions.decoder' without its bias"):
+        peftcore.load(masked(), tmp_path)
+    base = masked()
+    base.get_submodule("cls.predictions.decoder").bias = None  # as the message says
+    ours = peftcore.load(base, tmp_path)
+    torch.testing.assert_close(tiny.logits(ours), logits(theirs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"), [("trainable-tokens", {"token_indices": IDS}), ("lora", BESIDE_LORA)], ids=["alone", "lora"]
+)
+def test_a_head_that_peft_computes_without_its_bias_is_saved_with_a_warning(
+    method: str, fields: dict[str, Any], tmp_path: Path
+) -> None:
+    model = peftcore.apply(masked(), method, **fields)
+    disturb(model, "default", seed=1)
+    with pytest.warns(UserWarning, match="cls.predictions.decoder"):
+        peftcore.save(model, tmp_path)
+    assert torch.equal(tiny.logits(peftcore.load(masked(), tmp_path)), tiny.logits(model))
