@@ -145,7 +145,7 @@ class TokenCounter(nn.Module):
             place = place + cast(_Counted, noted).text[:, None].to(y.device)
         else:
             found = f"{past} tokens are in the cache, {tokens} are new, and the mask is of {width}"
-            self._require(not past or width == past + tokens, found)
+            self._require(past is None or width == past + tokens, found)
         length = torch.zeros_like(place) if past != 0 or width > tokens else place[:, -1:].expand_as(place)
         return Places(place, is_text, length, None)
 

@@ -187,3 +187,10 @@ def test_last_tokens_that_would_move_are_said() -> None:
         generated(model, PADDED, use_cache=False)
     generated(model, PADDED, use_cache=False, prompt_lengths=torch.tensor([3, 2]))
     generated(model, PADDED)
+
+
+def test_a_mask_of_more_tokens_than_there_are() -> None:
+    """Such as that of frames of sound, of which an encoder makes half as many."""
+    model: Any = edited(tiny.llama())
+    with pytest.raises(peftcore.PeftcoreError, match="0 tokens are in the cache, 7 are new, and the mask is of 14"):
+        model(input_ids=tiny.TOKENS, attention_mask=torch.ones(2, 14))
