@@ -16,18 +16,26 @@ from typing import Any
 import peftcore_lora
 from peftcore_lora.config import refuse_fields
 from peftcore_lora.files import RULES, name_inside
-from peftcore_lora.layers import LoraConv, LoraConvOnWeight, LoraEmbedding, LoraLinear, LoraLinearOnWeight, OnWeight
+from peftcore_lora.layers import (
+    LoraConv,
+    LoraConvOnWeight,
+    LoraEmbedding,
+    LoraGroupedConv,
+    LoraLinear,
+    LoraLinearOnWeight,
+    OnWeight,
+)
 from peftcore_lora.placing import place as place_lora
 from peftcore_lora.placing import wrapped
 from torch import Tensor, nn
 
 import peftcore
-from peftcore import ops
+from peftcore import ops, validation
 from peftcore.adaptation.adapted import inside_at
 
 peftcore_api = 2
 
-KNOWN = LoraLinear, LoraConv, LoraEmbedding, LoraLinearOnWeight, LoraConvOnWeight  # PEFT's DoRA has no others
+KNOWN = LoraLinear, LoraConv, LoraEmbedding, LoraLinearOnWeight, LoraConvOnWeight
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,13 @@ class WithoutBias:
 
 def place(model: nn.Module, config: DoraConfig, architecture: peftcore.Architecture) -> list[Any]:
     placed = place_lora(model, config, architecture)
+    grouped = next((p.path for p in placed if isinstance(getattr(p, "adapter", None), LoraGroupedConv)), None)
+    validation.require(
+        grouped is None,
+        f"'{grouped}' is a convolution in groups, where B A reaches across the groups and is no change of the weight, "
+        "so DoRA has no norms to divide by. PEFT divides by those of a matrix that the layer does not apply. Exclude "
+        f"it: exclude_modules=['{grouped}']; or choose LoRA",
+    )
     return wrapped(placed, lambda lora: Dora(lora) if type(lora) in KNOWN else None, "DoRA")
 
 
