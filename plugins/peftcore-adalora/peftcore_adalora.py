@@ -19,7 +19,7 @@ from peftcore_lora.layers import LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, tensor_name, validation
+from peftcore import Architecture, Around, Method, PeftcoreError, StateRules, hookimpl, targets, tensor_name, validation
 
 peftcore_api = 2
 
@@ -29,7 +29,8 @@ class AdaLoraConfig(targets.LayersConfig):
     """The fields bear the names of Hugging Face PEFT's `AdaLoraConfig`; those that are not here are LoRA's.
 
     Args:
-        target_r, init_r: triplets a layer, on average, at the end and at the start. tinit, tfinal: steps before and
+        target_r, init_r: triplets a layer, on average, at the end and at the start. A file may have target_r above
+            init_r, as PEFT's defaults make it: its triplets all stay. tinit, tfinal: steps before and
             after the schedule. deltaT: steps between two allocations. beta1, beta2: smoothing.
         orth_reg_weight: of the term of the loss. total_step: of the whole training. None: what the trainer says.
         rank_pattern: in files of PEFT's, which triplets are left, by the name of E.
@@ -56,7 +57,6 @@ class AdaLoraConfig(targets.LayersConfig):
         super().__post_init__()
         validation.positive_whole(target_r=self.target_r, init_r=self.init_r, deltaT=self.deltaT)
         validation.probability(lora_dropout=self.lora_dropout)
-        validation.require(self.target_r <= self.init_r, f"target_r={self.target_r} is above init_r={self.init_r}")
 
     def misfit(self, path: str, module: nn.Module) -> str | None:
         return targets.odd_convolution(path, module, grouped=False)
@@ -123,6 +123,12 @@ def of_layer(config: AdaLoraConfig, r: int, module: nn.Module) -> AdaLora:
     return AdaLora(config, r, *targets.sizes(module))
 
 
+def refuse_growth(model: nn.Module, adapters: Mapping[str, Any], config: AdaLoraConfig, batches: Any) -> None:
+    """Raise a PeftcoreError for a new adapter whose schedule would have to add triplets; files may have one."""
+    found = f"target_r={config.target_r} is above init_r={config.init_r}, and triplets are only taken away"
+    raise PeftcoreError(f"{found}. Give init_r=... more, or target_r=... at most {config.init_r}")
+
+
 def loss(adapters: Mapping[str, Any], config: AdaLoraConfig) -> Tensor | None:
     products = [product for a in adapters.values() for product in (a.lora_A @ a.lora_A.T, a.lora_B.T @ a.lora_B)]
     norms = torch.stack([torch.linalg.norm(p - torch.eye(len(p), device=p.device)) for p in products])
@@ -134,6 +140,13 @@ def after_step(adapters: Mapping[str, Any], config: AdaLoraConfig, step: int, to
     layers, total = list(adapters.values()), config.total_step or total_steps
     until, found = total - config.tfinal, f"total_step={total}, tinit={config.tinit}, tfinal={config.tfinal}"
     validation.require(until > config.tinit, f"schedule has no step ({found}): give max_steps, or total_step=...")
+    graded = any(p.grad is not None for layer in layers for p in layer.parameters())
+    validation.require(
+        graded or step >= until,
+        "AdaLoRA reads gradients in after_step, and there are none. Call it between optimizer.step() and "
+        "optimizer.zero_grad(). DeepSpeed clears them within its step: train another method there, or shard the "
+        "model by peftcore.shard(model)",
+    )
     for layer in layers if step < until else ():
         layer.observe(config)
     allocates = config.tinit < step <= until and (step % config.deltaT == 0 or step == until)
@@ -161,4 +174,16 @@ def peftcore_methods() -> list[Method]:
         write_config=lambda fields: {**fields, "total_step": fields["total_step"] or no_steps(fields)},
         read_config=lambda fields: {n: v for n, v in fields.items() if n != "total_step" or v != no_steps(fields)},
     )
-    return [Method("adalora", AdaLoraConfig, place, rules, loss=loss, after_step=after_step, learning_rate=5e-3)]
+    return [
+        Method(
+            "adalora",
+            AdaLoraConfig,
+            place,
+            rules,
+            refuse_growth,
+            initializes=lambda config: config.target_r > config.init_r,
+            loss=loss,
+            after_step=after_step,
+            learning_rate=5e-3,
+        )
+    ]

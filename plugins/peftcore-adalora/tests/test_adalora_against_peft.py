@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import TASKS, both_ways, logits, quiet
+from beside_peft import TASKS, both_ways, logits, moved, quiet
 
 import peftcore
 from peftcore.engine import adapter_parameters
@@ -64,3 +64,28 @@ def test_a_schedule_without_steps_is_refused() -> None:
         peftcore.PeftcoreError, match=r"no step \(total_step=10, tinit=5, tfinal=5\): give max_steps, or total_step"
     ):
         peftcore.after_step(model, 1, 10)
+
+
+def test_a_file_with_target_r_above_init_r_keeps_its_triplets(tmp_path: Path) -> None:
+    """PEFT's default target_r is 8: it trains such an adapter where nobody drives the schedule, and all of it stays."""
+    config = peft.AdaLoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_r=3, total_step=4)
+    theirs = moved(quiet(peft.get_peft_model, tiny.llama(), config).eval())
+    quiet(theirs.save_pretrained, tmp_path / "theirs")
+    ours = peftcore.load(tiny.llama(), tmp_path / "theirs")
+    wanted = logits(theirs)
+    assert (wanted - logits(tiny.llama())).abs().max() > 1e-3
+    torch.testing.assert_close(logits(ours), wanted, rtol=0, atol=1e-5)
+    for step in range(1, 5):
+        ours(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
+        peftcore.after_step(ours, step, 4)
+    torch.testing.assert_close(logits(ours), wanted, rtol=0, atol=1e-5)
+    peftcore.save(ours, tmp_path / "ours")
+    again = quiet(peft.PeftModel.from_pretrained, tiny.llama(), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(again), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_new_adapter_cannot_grow() -> None:
+    model = tiny.llama()
+    with pytest.raises(peftcore.PeftcoreError, match=r"target_r=8 is above init_r=4.*target_r=\.\.\. at most 4"):
+        peftcore.apply(model, "adalora", init_r=4)
+    assert not any("peftcore" in name for name, _ in model.named_modules())
