@@ -78,4 +78,4 @@ def shape_of(module: nn.Module, name: str) -> tuple[int, ...]:
         parameter = module.get_parameter(name)
     if name == "weight" and is_linear(module) and not parameter.is_floating_point():  # bitsandbytes'
         return sizes(module)[::-1]
-    return tuple(parameter.shape)
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves no elements of its own

@@ -84,7 +84,7 @@ def gathered(tensors: Iterable[Tensor], *, write: bool = False) -> Iterator[None
     if not partitioned:
         yield
         return
-    import deepspeed  # type: ignore[import-not-found]  # optional
+    import deepspeed  # type: ignore[import-not-found, import-untyped, unused-ignore]  # optional
 
     with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0 if write else None):
         yield

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import rank_bases
 import rank_work
 import torch
 from rank_cases import CASES
@@ -73,6 +74,88 @@ def one_step(case: str) -> float | str:
 def one_step_of_each() -> dict[str, float | str]:
     begin()
     return {case: one_step(case) for case in CASES}
+
+
+def on_partitioned(case: str, folder: str) -> float:
+    """The same where DeepSpeed has partitioned the base as it was read, before the adapter is applied."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    begin()
+    kind = CASES[case][0]
+    reading = HfDeepSpeedConfig(CONFIG)  # transformers looks for it while it lives
+    spread = rank_bases.base(folder, kind)
+    del reading
+    assert all(p.numel() == 0 for p in spread.parameters())
+    rank_bases.adapted(spread, case)
+    engine = engine_of(spread, torch.optim.SGD, 0.1)
+    torch.manual_seed(ranks.rank())
+    engine.backward(rank_work.loss(engine, rank_work.mine()) + peftcore.extra_loss(spread))
+    engine.step()
+    alone = rank_bases.adapted(rank_bases.base(folder, kind), case)
+    rank_work.backward_alone(alone)
+    torch.optim.SGD([p for p in alone.parameters() if p.requires_grad], lr=0.1, foreach=False).step()
+    return rank_work.farthest(values(spread), rank_work.values(alone))
+
+
+def table_on_partitioned(folder: str) -> dict[str, float | str]:
+    return rank_bases.table(on_partitioned, rank_bases.DENSE, folder)
+
+
+def loaded_on_partitioned(folder: str, adapter: str) -> dict[str, Tensor]:
+    """An adapter from a folder, on such a base."""
+    from transformers.integrations import HfDeepSpeedConfig
+
+    begin()
+    reading = HfDeepSpeedConfig(CONFIG)
+    found = peftcore.load(rank_bases.base(folder, "llama"), adapter)
+    del reading
+    return values(found)
+
+
+def projected() -> dict[str, float]:
+    """Largest norm of a trained block of COFT after a step, of which `after_step` keeps it small; AdaLoRA's error."""
+    begin()
+    found = rank_work.model()
+    peftcore.apply(found, "oft", oft_block_size=9, coft=True, eps=1e-4)
+    engine = engine_of(found.train(), torch.optim.SGD, 10.0)
+    engine.backward(rank_work.loss(engine, rank_work.mine()))
+    engine.step()
+    before = max(value.norm().item() for value in values(found).values())
+    peftcore.after_step(found, 1, 2)
+    return {"before": before, "after": max(value.norm().item() for value in values(found).values())}
+
+
+def refused_and_counted() -> tuple[dict[str, str], tuple[int, ...], tuple[int, ...]]:
+    """What raises on a partitioned model; its counts of parameters and those of a plain one; nothing is changed."""
+    begin()
+    found, plain = rank_work.adapted("lora"), rank_work.adapted("lora")
+    engine_of(found, torch.optim.SGD, 0.1)
+    optimizer = torch.optim.SGD([p for p in found.parameters() if p.requires_grad])
+    calls = {"merge": lambda: peftcore.merge(found), "state": lambda: peftcore.TrainingState(found, optimizer)}
+    told = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except peftcore.PeftcoreError as error:
+            told[name] = str(error)
+    counts = []
+    for each in (found, plain):
+        summary = peftcore.summary(each)
+        counts.append((summary.trainable_parameters, summary.base_parameters, summary.base_bytes))
+    return told, counts[0], counts[1]
+
+
+def without_gradients() -> str:
+    begin()
+    found = rank_work.adapted("adalora")
+    engine = engine_of(found, torch.optim.SGD, 0.1)
+    engine.backward(rank_work.loss(engine, rank_work.mine()))
+    engine.step()
+    try:
+        peftcore.after_step(found, 1, 1000)
+    except peftcore.PeftcoreError as error:
+        return str(error)
+    return "nothing was raised"
 
 
 def saved_and_restored(folder: str, **zero: Any) -> dict[str, dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore import ranks
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.engine.applying import check_dtype
 from peftcore.engine.expert_layers import one_by_one, weight_of_expert
@@ -200,7 +201,7 @@ def summary(model: nn.Module) -> Summary:
         for _, value, original in own.standing(model) if own is not None else ():
             if isinstance(original, nn.Parameter):
                 base.pop(id(value), None)
-                base[id(original)] = original, original.numel()
+                base[id(original)] = original, _count(original)
         adapters.append(
             AdapterSummary(
                 name=name,
@@ -208,8 +209,8 @@ def summary(model: nn.Module) -> Summary:
                 active=name in active,
                 modules=len(entry.paths),
                 trained=len(entry.trained),
-                parameters=sum(p.numel() for p in parameters),
-                bytes=sum(p.nbytes for p in parameters),
+                parameters=sum(map(_count, parameters)),
+                bytes=sum(_count(p) * p.itemsize for p in parameters),
                 buffers=sum(b.numel() for b in buffers),
                 buffer_bytes=sum(b.nbytes for b in buffers),
             )
@@ -217,8 +218,8 @@ def summary(model: nn.Module) -> Summary:
     return Summary(
         adapters=tuple(adapters),
         base_parameters=sum(count for _, count in base.values()),
-        base_bytes=sum(p.nbytes for p, _ in base.values()) + packed_bytes - codes,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        base_bytes=sum(_count(p) * p.itemsize for p, _ in base.values()) + packed_bytes - codes,
+        trainable_parameters=sum(_count(p) for p in model.parameters() if p.requires_grad),
         merged=state is not None and state.merged is not None,
         changed=changed(model),
         experts=mixture_of(model, reached, copied, apart),
@@ -260,3 +261,8 @@ def _base_of(model: nn.Module) -> dict[int, tuple[nn.Parameter, int]]:
         for name, parameter in module._parameters.items()
         if parameter is not None
     }
+
+
+def _count(tensor: Tensor) -> int:
+    """Return how many values the whole tensor has, also where it is sharded."""
+    return ranks.shape_of(tensor).numel()

@@ -64,7 +64,8 @@ def after_step(model: nn.Module, step: int, total_steps: int) -> None:
         entry.missed_steps = None
         if method.after_step is not None:
             modules = method_modules(model, name)
-            with registry.naming(method.name, "after_step"):
+            parameters = (parameter for module in modules.values() for parameter in module.parameters())
+            with registry.naming(method.name, "after_step"), ranks.gathered(parameters, write=True):
                 method.after_step(modules, entry.config, step, total_steps)
 
 

@@ -40,6 +40,11 @@ class TrainingState(Stateful):
         self.optimizer, self.others = optimizer, others
         if state_of(self.model) is None:
             raise PeftcoreError("no adapter is applied to this model. Try: peftcore.apply(model, 'METHOD')")
+        if any(map(ranks.is_partitioned, self.model.parameters())):
+            raise PeftcoreError(
+                "DeepSpeed's ZeRO-3 has partitioned the model, and keeps the optimizer's state itself. Save it by "
+                "DeepSpeed's engine.save_checkpoint(folder), and the adapter by peftcore.save(model, folder)"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Adapters by name, optimizer state by parameter name, the base's fingerprint."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import rank_bases
 import rank_cases
 import rank_work
 import rank_zero
@@ -25,6 +26,40 @@ def test_a_step_of_every_method_is_that_of_one_process() -> None:
     for found in run(rank_zero.one_step_of_each, seconds=300):
         assert found.keys() == rank_cases.CASES.keys()
         assert not {case: far for case, far in found.items() if isinstance(far, str) or far > 1e-6}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    found = tmp_path_factory.mktemp("bases")
+    rank_bases.write(found)
+    return str(found)
+
+
+def test_a_step_of_every_method_on_a_base_that_was_partitioned_before(folder: str) -> None:
+    for found in run(rank_zero.table_on_partitioned, folder, seconds=300):
+        assert "Quantize first" in str(found.pop("qlora"))
+        assert not {case: far for case, far in found.items() if isinstance(far, str) or far > 1e-6}
+
+
+def test_an_adapter_is_loaded_onto_a_partitioned_base(folder: str, tmp_path: Path) -> None:
+    alone = rank_bases.adapted(rank_bases.base(folder, "llama"), "lora")
+    peftcore.save(alone, tmp_path)
+    for found in run(rank_zero.loaded_on_partitioned, folder, str(tmp_path), seconds=300):
+        assert rank_work.farthest(found, rank_work.values(alone)) == 0
+
+
+def test_what_methods_do_after_a_step() -> None:
+    for found in run(rank_zero.projected, seconds=300):
+        assert found["after"] < 1e-2 < found["before"]
+    for told in run(rank_zero.without_gradients, seconds=300):
+        assert "AdaLoRA reads gradients in after_step" in told and "peftcore.shard(model)" in told
+
+
+def test_what_a_partitioned_model_refuses_and_counts() -> None:
+    for told, counted, wanted in run(rank_zero.refused_and_counted, seconds=300):
+        assert told["merge"].startswith("cannot merge: the model is sharded")
+        assert "engine.save_checkpoint(folder)" in told["state"]
+        assert counted == wanted
 
 
 @pytest.mark.parametrize("threshold", [0, 100_000])  # above it nothing stays partitioned between calls
