@@ -7,20 +7,22 @@ Trained: one or two vectors a norm. They merge by value.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import peftcore
 from peftcore import targets, validation
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.adaptation.class_swap import original_class
+from peftcore.targets.patterns import compiled
 
 peftcore_api = 2
 
 ALL_NORMS = "all-norms"
+BASE, COPY = "base_model.model.", ".ln_tuning_layers."  # PEFT keeps a trained copy of each chosen module
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,29 @@ class LNTuningConfig:
         validation.check_types(self)
 
     def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LNTuningConfig:
-        """The norms by name, so that a saved config means the same anywhere."""
-        if self.target_modules != ALL_NORMS:
+        """Name the norms, so that a saved config means the same anywhere, and of nested modules the outermost.
+
+        PEFT refuses a config that chooses a module and one inside it.
+        """
+        chosen = selected(model, self, architecture)
+        outermost = [path for path in chosen if not any(outer in chosen for outer in [*ancestors(path)][:-1])]
+        if self.target_modules != ALL_NORMS and len(outermost) == len(chosen):
             return self
-        named = targets.minimal_suffixes(model, selected(model, self, architecture))
+        named = targets.minimal_suffixes(model, outermost)
         return LNTuningConfig(named, self.exclude_modules, self.modules_to_save)
+
+
+def matcher(patterns: str | Sequence[str]) -> Callable[[str], bool]:
+    """Return whether a regular expression, or one of a list of suffixes, means a path, as a function of the path."""
+    if isinstance(patterns, str):
+        return compiled(patterns, "target_modules")
+    return lambda path: any(targets.matches(pattern, path) for pattern in patterns)
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """Yield the paths of the modules around `path`, the outermost first, and `path` itself."""
+    names = path.split(".")
+    return (".".join(names[: i + 1]) for i in range(len(names)))
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -77,14 +97,42 @@ def place(model: nn.Module, config: LNTuningConfig, architecture: peftcore.Archi
 
 
 def tensor_name(placement: Any, name: str) -> str:
-    """PEFT keeps a trained copy of the whole module in `ln_tuning_layers`."""
+    """`PATH.ln_tuning_layers.NAME`, of a module inside a chosen one, too; see `write_tensors`."""
     if placement.saved:  # a `Train`
         return peftcore.tensor_name(placement, name)
     path, _, parameter = name.rpartition(".")
-    return peftcore.tensor_name(placement, f"{path}.ln_tuning_layers.{parameter}")
+    return peftcore.tensor_name(placement, f"{path}{COPY}{parameter}")
+
+
+def write_tensors(tensors: dict[str, Tensor], config: LNTuningConfig) -> dict[str, Tensor]:
+    """Name tensors as in PEFT's copy of a chosen module: with its buffers, and the adapter before modules inside it."""
+    named, without = matcher(config.target_modules), matcher(config.exclude_modules or ())
+    written = {}
+    for name, tensor in tensors.items():
+        path, _, own = name.removeprefix(BASE).replace(COPY, ".").rpartition(".")
+        saved = any(targets.is_inside(entry, path) for entry in config.modules_to_save or ())
+        outer = None if saved else next((p for p in ancestors(path) if named(p) and not without(p)), None)
+        inside = "" if outer in (None, path) else f"default.{path.removeprefix(f'{outer}.')}."
+        written[name if outer is None else f"{BASE}{outer}{COPY}{inside}{own}"] = tensor
+    return written
+
+
+def read_tensors(model: nn.Module, tensors: dict[str, Tensor], _fields: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors under the names of `tensor_name`, whatever adapter `write_tensors` or PEFT named."""
+    buffers = {name for name, _ in model.named_buffers()}
+    found = {}
+    for name, tensor in tensors.items():
+        outer, copied, inside = name.removeprefix(BASE).partition(COPY)
+        _adapter, *modules = inside.rpartition(".")[0].split(".")
+        path, own = ".".join([outer, *modules]), inside.rpartition(".")[2]
+        of_copy = f"{BASE}{path}.{own}" if f"{path}.{own}" in buffers else f"{BASE}{path}{COPY}{own}"
+        found[of_copy if copied else name] = tensor
+    return found
 
 
 @peftcore.hookimpl
 def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="LN_TUNING", tensor_name=tensor_name)
+    rules = peftcore.StateRules(
+        peft_type="LN_TUNING", tensor_name=tensor_name, read_tensors=read_tensors, write_tensors=write_tensors
+    )
     return [peftcore.Method("ln-tuning", LNTuningConfig, place, rules, learning_rate=1e-3)]

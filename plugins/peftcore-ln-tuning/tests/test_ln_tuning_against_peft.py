@@ -7,9 +7,29 @@ from pathlib import Path
 import peft
 import pytest
 import tiny
-from beside_peft import TASKS, both_ways
+import torch
+from beside_peft import TASKS, both_ways, moved, quiet
+from torch import Tensor, nn
 
 import peftcore
+from peftcore.testing import disturb
+
+
+class Attention(nn.Module):
+    """A batch norm with statistics, and an attention that has a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.attention = nn.BatchNorm1d(8), nn.MultiheadAttention(8, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        found: Tensor = self.attention(x, x, x, need_weights=False)[0]
+        return found
+
+
+X = torch.linspace(-2, 2, 80).sin().view(2, 5, 8)
 
 
 @pytest.mark.parametrize("kind", list(tiny.MODELS))
@@ -23,3 +43,35 @@ def test_files(kind: str, tmp_path: Path) -> None:
 def test_norms_with_statistics_are_left_alone() -> None:
     with pytest.raises(peftcore.PeftcoreError, match="target_modules"):
         peftcore.apply(tiny.batchnorm_net(), "ln-tuning")
+
+
+def test_modules_with_modules_inside_and_buffers(tmp_path: Path) -> None:
+    """PEFT copies them whole: parameters inside have names of their own, and statistics move with the copy."""
+    config = peft.LNTuningConfig(target_modules=["norm", "attention"])
+    theirs = quiet(peft.get_peft_model, Attention(), config, adapter_name="mine")
+    theirs(X)  # moves the statistics
+    wanted = moved(theirs.eval())(X)
+    assert (wanted - Attention().eval()(X)).abs().max() > 0.1
+    quiet(theirs.save_pretrained, tmp_path)
+    ours = peftcore.load(Attention(), tmp_path / "mine").eval()
+    torch.testing.assert_close(ours(X), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(peftcore.merge(ours)(X), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("named", [["norm", "attention"], r"attention|attention\.out_proj|norm"], ids=str)
+def test_peft_reads_modules_with_modules_inside(named: str | list[str], tmp_path: Path) -> None:
+    ours = peftcore.apply(Attention(), "ln-tuning", target_modules=named).train()
+    ours(X)  # moves the statistics
+    disturb(ours, "default", seed=1)
+    wanted = ours.eval()(X)
+    assert (wanted - Attention().eval()(X)).abs().max() > 0.1
+    peftcore.save(ours, tmp_path)
+    theirs = quiet(peft.PeftModel.from_pretrained, Attention(), tmp_path).eval()
+    torch.testing.assert_close(theirs(X), wanted, rtol=0, atol=1e-5)
+    assert torch.equal(peftcore.load(Attention(), tmp_path).eval()(X), wanted)
+
+
+@pytest.mark.parametrize("named", ["mlp", "layers.0"])
+def test_blocks(named: str, tmp_path: Path) -> None:
+    ours = peftcore.apply(tiny.llama(), "ln-tuning", target_modules=[named])
+    both_ways(tiny.llama, tmp_path, ours, peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=[named]))
