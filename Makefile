@@ -1,9 +1,10 @@
-# One command each: make install | demo | test | test-all | test-avx2 | lint | fix | docs | bench | cuda-bounds | matrix | compare | census | export-check. What they need is installed into .venv by the first call;
+# One command each: make install | demo | test | test-deepspeed | test-all | test-avx2 | lint | fix | docs | bench | cuda-bounds | matrix | compare | census | export-check. What they need is installed into .venv by the first call;
 # stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
 VENV := .venv
 LLAMA := .llama
+DEEPSPEED := .deepspeed
 PY := $(VENV)/bin/python
 # pip shows what it downloads and installs.
 PIP := $(PY) -m pip install --disable-pip-version-check
@@ -17,7 +18,7 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 # decode_llama.py is a part of decode.py, for another Python.
 BENCHMARKS = $(filter-out benchmarks/decode_llama.py,$(shell grep -l __main__ benchmarks/*.py))
 
-.PHONY: install demo test test-all test-avx2 lint fix docs bench cuda-bounds matrix compare census export-check clean
+.PHONY: install demo test test-deepspeed test-all test-avx2 lint fix docs bench cuda-bounds matrix compare census export-check clean
 
 install: $(VENV)/train.stamp
 	@echo "installed into $(VENV). Go on with: . $(VENV)/bin/activate"
@@ -53,6 +54,11 @@ AVX2_TESTS := \
 
 test-avx2: $(VENV)/dev.stamp
 	$(AVX2) $(PYTEST) $(AVX2_TESTS)
+
+# Adapters under DeepSpeed's ZeRO-3, on processes of a CPU. DeepSpeed has an environment of its own, over .venv; it compiles
+# a part of itself at the first call.
+test-deepspeed: $(DEEPSPEED)/deepspeed.stamp
+	OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest -p no:xdist tests/parallel/test_deepspeed.py
 
 # mypy reads PyTorch once, 20 seconds, and then takes a second: its cache is .mypy_cache.
 lint: $(VENV)/dev.stamp
@@ -99,7 +105,7 @@ cuda-bounds: $(VENV)/nvdisasm.stamp
 	$(PY) benchmarks/cuda_bounds/run.py $(KERNELS)
 
 clean:
-	rm -rf $(VENV) $(LLAMA) .demo build dist *.egg-info plugins/*/*.egg-info peftcore/_C*.so peftcore/_build.json
+	rm -rf $(VENV) $(LLAMA) $(DEEPSPEED) .demo build dist *.egg-info plugins/*/*.egg-info peftcore/_C*.so peftcore/_build.json
 
 $(VENV)/torch.stamp:
 	@echo "1 of 3: installing PyTorch and the build tools into $(VENV)"
@@ -116,6 +122,13 @@ $(LLAMA)/llama.stamp:
 	@echo "building llama.cpp into $(LLAMA)"
 	CMAKE_ARGS="-DLLAVA_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF $$CMAKE_ARGS" $(LLAMA)/bin/python -m pip install \
 		--disable-pip-version-check --quiet --no-binary llama-cpp-python llama-cpp-python
+	@touch $@
+
+$(DEEPSPEED)/deepspeed.stamp: | $(VENV)/dev.stamp
+	$(PYTHON) -m venv $(DEEPSPEED)
+	$(PY) -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" \
+		> "$$($(DEEPSPEED)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/over.pth"
+	DS_BUILD_OPS=0 $(DEEPSPEED)/bin/python -m pip install --disable-pip-version-check --no-build-isolation deepspeed
 	@touch $@
 
 $(VENV)/train.stamp: $(VENV)/torch.stamp $(PACKAGING) $(CSRC)

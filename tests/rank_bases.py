@@ -40,7 +40,8 @@ def base(folder: str, kind: str, **divided: int) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     number, count = str(ranks.rank()), str(ranks.count())
-    os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    if divided:
+        os.environ |= {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     found: nn.Module = AutoModelForCausalLM.from_pretrained(
         f"{folder}/{kind}", **{"distributed_config": divided} if divided else {}
     )

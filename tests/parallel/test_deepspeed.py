@@ -23,7 +23,7 @@ pytest.importorskip("deepspeed")
 
 
 def test_a_step_of_every_method_is_that_of_one_process() -> None:
-    for found in run(rank_zero.one_step_of_each, seconds=300):
+    for found in run(rank_zero.one_step_of_each, seconds=600):
         assert found.keys() == rank_cases.CASES.keys()
         assert not {case: far for case, far in found.items() if isinstance(far, str) or far > 1e-6}
 
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_a_step_of_every_method_on_a_base_that_was_partitioned_before(folder: str) -> None:
-    for found in run(rank_zero.table_on_partitioned, folder, seconds=300):
+    for found in run(rank_zero.table_on_partitioned, folder, seconds=600):
         assert "Quantize first" in str(found.pop("qlora"))
         assert not {case: far for case, far in found.items() if isinstance(far, str) or far > 1e-6}
 
@@ -44,19 +44,19 @@ def test_a_step_of_every_method_on_a_base_that_was_partitioned_before(folder: st
 def test_an_adapter_is_loaded_onto_a_partitioned_base(folder: str, tmp_path: Path) -> None:
     alone = rank_bases.adapted(rank_bases.base(folder, "llama"), "lora")
     peftcore.save(alone, tmp_path)
-    for found in run(rank_zero.loaded_on_partitioned, folder, str(tmp_path), seconds=300):
+    for found in run(rank_zero.loaded_on_partitioned, folder, str(tmp_path), seconds=600):
         assert rank_work.farthest(found, rank_work.values(alone)) == 0
 
 
 def test_what_methods_do_after_a_step() -> None:
-    for found in run(rank_zero.projected, seconds=300):
+    for found in run(rank_zero.projected, seconds=600):
         assert found["after"] < 1e-2 < found["before"]
-    for told in run(rank_zero.without_gradients, seconds=300):
+    for told in run(rank_zero.without_gradients, seconds=600):
         assert "AdaLoRA reads gradients in after_step" in told and "peftcore.shard(model)" in told
 
 
 def test_what_a_partitioned_model_refuses_and_counts() -> None:
-    for told, counted, wanted in run(rank_zero.refused_and_counted, seconds=300):
+    for told, counted, wanted in run(rank_zero.refused_and_counted, seconds=600):
         assert told["merge"].startswith("cannot merge: the model is sharded")
         assert "engine.save_checkpoint(folder)" in told["state"]
         assert counted == wanted
@@ -65,7 +65,7 @@ def test_what_a_partitioned_model_refuses_and_counts() -> None:
 @pytest.mark.parametrize("threshold", [0, 100_000])  # above it nothing stays partitioned between calls
 def test_a_partitioned_adapter_is_saved_whole_and_restored(tmp_path: Path, threshold: int) -> None:
     arguments = {"stage3_param_persistence_threshold": threshold}
-    for stages in run(_saved_and_restored, str(tmp_path), arguments, seconds=300):
+    for stages in run(_saved_and_restored, str(tmp_path), arguments, seconds=600):
         loaded = peftcore.load(rank_work.model(), tmp_path)
         assert rank_work.farthest(dict(adapter_parameters(loaded, "default")), stages["saved"]) == 0
         assert rank_work.farthest(stages["restored"], stages["saved"]) == 0
@@ -84,7 +84,7 @@ def test_trainer_saves_and_resumes(tmp_path: Path, stage: int, gather: bool) -> 
     trainers.trainer(tmp_path / "alone", alone, **rank_zero.SMOOTH).train()
     wanted = rank_work.values(alone)
     for resume in (False, True):
-        losses, _ = run(rank_zero.trained_by_trainer, str(tmp_path), stage, gather, resume, seconds=300)
+        losses, _ = run(rank_zero.trained_by_trainer, str(tmp_path), stage, gather, resume, seconds=600)
         assert len(losses) == 3
         loaded = peftcore.load(rank_work.model(), tmp_path / "final")
         assert rank_work.farthest(dict(adapter_parameters(loaded, "default")), wanted) < 1e-5
