@@ -101,8 +101,13 @@ class TokenCounter(nn.Module):
         """
         call = current_call()
         self._require(not vars(call).get(SOFT), "a soft prompt is before the input. Activate one of the two alone")
-        counted = vars(call).get("counted", {})
-        given, known = counted[self.stack] if self.stack in counted else (self._given(call), {})
+        counted: dict[str, tuple[_Given, dict[Any, Places]]] = vars(call).get("counted", {})
+        if self.stack in counted:
+            given, known = counted[self.stack]
+        else:
+            given, known = self._given(call), {}
+            if given.past != 0:  # a part was called alone, whose layers may have added this call's tokens
+                given = given._replace(past=None, noted=None)
         key = y.shape[1], y.device
         if key not in known:
             known[key] = self._counted(y, given)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import peftcore
 from peftcore import targets, validation
-from peftcore.prompts.backbone import arguments, cache_argument, named
+from peftcore.prompts.backbone import arguments, cache_argument, entry, named
 from peftcore.prompts.counting import held
 
 peftcore_api = 2
@@ -126,8 +126,8 @@ def place(model: nn.Module, config: LilyConfig, architecture: peftcore.Architect
             if index % config.stride_A == 0:
                 a = weight(config.r, width)
             placements[path] = peftcore.Around(path, Lily(config, a, b))
-    backbone = architecture.backbone or ""
-    notice = peftcore.Around(backbone, Notice(model.get_submodule(backbone)))
+    called = entry(model, architecture) if not architecture.is_encoder_decoder else architecture.backbone
+    notice = peftcore.Around(called, Notice(model.get_submodule(called)))
     return [notice, *(placements[path] for path in layers)]
 
 

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 import peftcore
 from peftcore import targets, validation
 from peftcore.observation import detect
+from peftcore.prompts.backbone import entry
 from peftcore.prompts.counting import TokenCounter
 
 peftcore_api = 2
@@ -179,22 +180,17 @@ def place(model: nn.Module, config: ReftConfig, architecture: peftcore.Architect
     else:
         chosen = targets.select_by(config, model, architecture, supported=lambda m: not isinstance(m, nn.ModuleList))
         found = {path: targets.widths(model, path, architecture)[1] for path in chosen}
-    counters: dict[str, TokenCounter] = {}
+    counters: dict[str, tuple[str, TokenCounter]] = {}
     placements = []
     for path, width in found.items():
         stack = next(
             (name for name in ("encoder", "decoder") if path.startswith(f"{getattr(architecture, name)}.")), ""
         )
         if stack not in counters:
-            counters[stack] = TokenCounter(
-                model.get_submodule(getattr(architecture, stack or "backbone") or ""), stack, "ReFT"
-            )
-        placements.append(peftcore.After(path, Reft(config, path, width, counters[stack])))
-    around = [
-        peftcore.Around(getattr(architecture, stack or "backbone") or "", counter)
-        for stack, counter in counters.items()
-    ]
-    return [*around, *placements]
+            at = getattr(architecture, stack) if stack else entry(model, architecture)
+            counters[stack] = at, TokenCounter(model.get_submodule(at), stack, "ReFT")
+        placements.append(peftcore.After(path, Reft(config, path, width, counters[stack][1])))
+    return [*(peftcore.Around(*each) for each in counters.values()), *placements]
 
 
 KEY = re.compile(r"(?P<stack>.*?)\.?(?P<layer>\d+)\.reft_layer\.refts\.[^.]+\.units\.(?P<unit>\d)\.(?P<tensor>.+)")

@@ -230,6 +230,6 @@ def test_opt_whose_feed_forward_has_rows(is_pre_norm: bool, paths: tuple[str, ..
     with torch.no_grad():
         base = model(tokens).logits
         peftcore.apply(model, "reft")
-        assert applied(model, "default").paths == ("model", *paths)
+        assert applied(model, "default").paths == ("model.decoder", *paths)
         disturb(model, "default", 3)
         assert (model(tokens).logits - base).abs().max() > 1e-3

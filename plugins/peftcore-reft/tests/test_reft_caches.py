@@ -86,6 +86,16 @@ def test_generation_with_a_cache_and_without(model: Any, mask: Tensor) -> None:
     torch.testing.assert_close(generated(model, mask), generated(model, mask, use_cache=False), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("mask", [torch.ones_like(PADDED), PADDED], ids=["whole", "padded"])
+def test_a_decoder_that_its_head_calls_past_the_backbone(mask: Tensor) -> None:
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    config = transformers.BartConfig(vocab_size=96, **sizes, init_std=0.3, is_decoder=True)
+    model = edited(transformers.BartForCausalLM(config).eval())
+    torch.testing.assert_close(generated(model, mask), generated(model, mask, use_cache=False), rtol=1e-3, atol=1e-3)
+
+
 def in_parts(model: Any, parts: list[int], masks: str) -> Tensor:
     """The logits of tiny.TOKENS, of which each call gets so many."""
     ends = torch.tensor(parts).cumsum(0).tolist()
