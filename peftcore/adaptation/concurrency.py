@@ -184,17 +184,18 @@ class ModelLock:
         finally:
             self._release()
 
-    def open_block(self) -> Block:
-        """Enter `disabled` in this context; of calls in this thread too that have begun."""
+    def open_block(self, block: Block) -> None:
+        """Enter `disabled` in this context; of calls in this thread too that have begun.
+
+        Call it where `close_block` follows whatever it raises: Ctrl-C may stop it anywhere.
+        """
         with self._condition:
             if not self.rests() and not (self._changer == get_ident() and self._held is None):
                 self._refuse_own_hold("disable adapters")
                 if get_ident() not in self.calls and not rests_in_thread(self):  # else a change waits for this thread
                     self._wait(lambda: self._changer is None and not self._queue, "disable adapters")
-            block = Block(self)
             self._blocks.add(block)
         self._show(block)
-        return block
 
     def close_block(self, block: Block) -> None:
         """Leave it, from any context."""
@@ -248,7 +249,9 @@ class ModelLock:
         inside = thread in self.calls
 
         def others() -> bool:
-            return any(other != thread for other in list(self.calls)) or (base and bool(self._blocks))
+            return any(other != thread for other in list(self.calls)) or (
+                base and any(block.open for block in list(self._blocks))
+            )
 
         with self._condition:
             if inside and (self._changer is not None or others()):  # they may wait for the call that this is part of

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftcore.adaptation import adapted
-from peftcore.adaptation.concurrency import Activation
+from peftcore.adaptation.concurrency import Activation, Block
 from peftcore.adaptation.light import parts
 from peftcore.engine.alone import alone
 from peftcore.engine.branches import combined, with_branches
@@ -88,9 +88,10 @@ def disabled(model: Model) -> Iterator[Model]:
         PeftcoreError: no adapter is applied, the model is merged, or another thread keeps changing it.
     """
     state = require_state(model)
-    block = state.lock.open_block()
+    block = Block(state.lock)
     exchanged: list[TrainedParameters] = []
     try:
+        state.lock.open_block(block)
         refuse_merged(state, "disable adapters")
         if any(True for _ in _in_place_of_base(model, state)):
             state.lock.hold(block)

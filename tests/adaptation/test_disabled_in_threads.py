@@ -203,3 +203,23 @@ def test_changes_and_copies_inside_disabled_are_refused(change: Callable[[nn.Mod
         change(model)
     assert infer(model) == 16.0
     change(model)
+
+
+def test_ctrl_c_as_the_block_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The block is left: adapters act again, and a change waits for nobody."""
+    model = two_and_three()
+    before = infer(model)
+    real = concurrency.ModelLock.open_block
+
+    def stopped(self: Any, *args: Any) -> None:
+        real(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(concurrency.ModelLock, "open_block", stopped)
+        with pytest.raises(KeyboardInterrupt), peftcore.disabled(model):
+            pass
+    assert infer(model) == before
+    monkeypatch.setattr(concurrency, "PATIENCE", 0.1)
+    peftcore.activate(model, "three")
+    assert infer(model) == 81
