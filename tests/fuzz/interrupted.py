@@ -206,6 +206,7 @@ def main(count: str, seed: str = "0") -> None:
     print(f"operators: {interrupts.count} interrupts", flush=True)
     outcomes = run_optimizers(interrupts, 2 * each)
     print(f"optimizers: {interrupts.count - each} interrupts, {outcomes}", flush=True)
+    torch.set_num_threads(1)  # two wait for one another in layers as small as these
     run_model(interrupts, int(count))
     print(f"models: {interrupts.count - 2 * each} interrupts")
     print("done")
