@@ -134,6 +134,9 @@ def whole_when_read(model: nn.Module) -> Iterator[None]:
     One is gathered at a time, and only where its values are asked for. Parameters that stay divided in a forward pass
     are left alone.
     """
+    if not is_sharded(model):
+        yield
+        return
     slots = [
         (module._parameters, name, parameter)
         for owner, module in enclosed(model)

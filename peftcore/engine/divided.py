@@ -27,6 +27,8 @@ def refuse_divided(model: nn.Module, placed: Placed) -> None:
 
     So it is in tensor parallelism. What is outside such layers is whole on every rank, and so are their gradients.
     """
+    if not any(map(ranks.is_dtensor, model.parameters())):
+        return
     paths = {id(module): path for path, module in base_modules(model)}
     divided = {
         f"{paths[id(module)]}.{name}".removeprefix("."): parameter
