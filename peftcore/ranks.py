@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -39,6 +40,8 @@ def count() -> int:
 
 def is_sharded(module: nn.Module) -> bool:
     """Return whether every rank holds only a part of some parameters of `module`."""
+    if not _running():  # a model is sharded by a process group, which may have ended since; then all of it is
+        return any(map(is_part, islice(module.parameters(), 1)))
     return any(map(is_part, module.parameters()))
 
 

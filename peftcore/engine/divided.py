@@ -27,7 +27,7 @@ def refuse_divided(model: nn.Module, placed: Placed) -> None:
 
     So it is in tensor parallelism. What is outside such layers is whole on every rank, and so are their gradients.
     """
-    if not any(map(ranks.is_dtensor, model.parameters())):
+    if not ranks.is_sharded(model):
         return
     paths = {id(module): path for path, module in base_modules(model)}
     divided = {
