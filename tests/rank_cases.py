@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+# Of each kind of placement and of state, for tests of which the others run in `make test-all`.
+KINDS = (
+    "lora", "lora, 4 bits", "lora, experts in 4 bits", "qlora", "adapter", "prompt-tuning", "prefix-tuning", "bitfit",
+    "dora", "vera", "adalora", "cpt",
+)  # fmt: skip
+
 # Every installed method, on a base where its gradients are not zero; sizes do not divide by the number of ranks.
 CASES: dict[str, tuple[str, dict[str, Any], bool]] = {
     "lora": ("llama", {"r": 3, "lora_alpha": 6}, False),

@@ -60,7 +60,7 @@ def test_two_ranks_train_what_one_trains(run: Run, llama: Path, reviews: Path, t
     assert all(torch.equal(again[name], tensor) for name, tensor in found["fsdp2"].items())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_two_ranks_go_on_from_an_adapter(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     first, data = tmp_path / "first", ("-d", reviews, "--eval-data", reviews)
     run("train", "-m", llama, *data, *METHOD, *STEPS, "-o", first, "--batch-size", 4)

@@ -72,6 +72,7 @@ def all_levels(binary: str) -> dict[tuple[str, str], tuple[int, str]]:
     return results(QEMU, "-cpu", "max", binary)
 
 
+@pytest.mark.nightly
 def test_every_level_agrees_with_sums_in_double(all_levels):
     assert levels_of(all_levels) == ("portable", "neon", "neonbf16")
     cases = {level: [all_levels[level, room][0] for room in ROOMS] for level in levels_of(all_levels)}

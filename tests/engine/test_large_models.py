@@ -14,6 +14,7 @@ import rank_work
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from whole import nightly_but
 
 from peftcore.engine import adapter_modules
 
@@ -39,7 +40,7 @@ def calls_of(work: Callable[[], object]) -> int:
     return count
 
 
-@pytest.mark.parametrize("case", DENSE)
+@pytest.mark.parametrize("case", nightly_but(DENSE, rank_cases.KINDS))
 def test_apply_is_linear_in_the_layers(case: str) -> None:
     """On a model without memory, as in benchmarks/apply.py: in calls, which no clock disturbs."""
     sizes = {"hidden_size": 36, "intermediate_size": 45, "num_attention_heads": 2, "num_key_value_heads": 2}
@@ -53,7 +54,7 @@ def test_apply_is_linear_in_the_layers(case: str) -> None:
     assert many - more <= 2.6 * (more - few), f"calls for 2, 3, 6 and 12 layers: {found}"
 
 
-@pytest.mark.parametrize("case", [case for case in DENSE if case != "shira"])
+@pytest.mark.parametrize("case", nightly_but([case for case in DENSE if case != "shira"], rank_cases.KINDS))
 def test_what_layers_share_lies_once(case: str) -> None:
     """Frozen tensors that are the same in several layers (banks, bases, indices) are one.
 

@@ -9,6 +9,7 @@ import rank_cases
 import rank_work
 import torch
 from trainers import trainer
+from whole import nightly_but
 
 from peftcore.testing import disturb
 
@@ -16,7 +17,7 @@ ROWS = [{"input_ids": row, "labels": row} for row in rank_work.TOKENS]
 SETTINGS = {"max_steps": 5, "save_strategy": "steps", "save_steps": 2, "per_device_train_batch_size": 2}
 
 
-@pytest.mark.parametrize("case", rank_cases.CASES)
+@pytest.mark.parametrize("case", nightly_but(rank_cases.CASES, rank_cases.KINDS))
 def test_resume_is_exact(case: str, tmp_path: Path) -> None:
     """In the middle of an epoch, with what methods draw, average and schedule."""
     whole, resumed = rank_work.adapted(case), rank_work.adapted(case)

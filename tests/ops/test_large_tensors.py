@@ -40,7 +40,7 @@ def refuse_small_machines():
         pytest.skip(f"needs {PEAK_GB:.0f} GB of memory, {found:.1f} are available")
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_more_than_2_to_the_31_elements():
     refuse_small_machines()
     generator = torch.Generator().manual_seed(0)

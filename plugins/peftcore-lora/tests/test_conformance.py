@@ -18,7 +18,7 @@ def test_all_checks_on_another_family(family: str) -> None:
     check_method(LoraConfig(r=4, lora_alpha=8), families=[family], compile_backend="eager")  # traces the whole graph
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
 def test_conformance_with_inductor() -> None:
     check_method(LoraConfig(r=4, lora_alpha=8), families=["Llama"], checks=[COMPILE], compile_backend="inductor")

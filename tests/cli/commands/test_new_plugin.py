@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from whole import nightly_but
 
 import peftcore
 from peftcore.cli.commands.new_plugin import Kind, write
@@ -16,7 +17,7 @@ from peftcore.registry import registry
 from peftcore.testing import CHECKS, COMPILE
 
 
-@pytest.mark.parametrize("kind", [kind.value for kind in Kind])
+@pytest.mark.parametrize("kind", nightly_but([kind.value for kind in Kind], ("around", "soft-prompt")))
 def test_each_kind_passes_the_suite(kind: str, tmp_path: Path, monkeypatch) -> None:
     if kind not in ("around", "on-weight"):  # tracing is slow, and tried on two kinds
         monkeypatch.delitem(CHECKS, COMPILE)
