@@ -8,6 +8,8 @@ import pytest
 import tiny
 import torch
 import transformers as hf
+from census import instances
+from census.images import with_images
 from torch import Tensor, nn
 
 import peftcore
@@ -81,7 +83,7 @@ def llava() -> Any:
     )
 
 
-def with_images(*images: int) -> dict[str, Tensor]:
+def of_images(*images: int) -> dict[str, Tensor]:
     """Text of samples with so many images each, of four patches."""
     ids = tokens(len(images), 10)
     for row, count in enumerate(images):
@@ -91,7 +93,7 @@ def with_images(*images: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("images", [(2, 0), (1, 1)])
 def test_images_are_not_samples(images: tuple[int, int]) -> None:
-    inputs = with_images(*images)
+    inputs = of_images(*images)
     text = with_two(llava(), target_modules=r"model\.language_model\..*(q|v|down)_proj")
     check_rows(text, inputs, names=["a", "b"])
     model = with_two(llava(), target_modules=["q_proj"])
@@ -186,6 +188,21 @@ def test_layers_behind_a_router_are_observed() -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     check_rows(with_two(hf.JetMoeForCausalLM(config), target_modules=["kv_proj"]), {"input_ids": tokens()})
+
+
+def test_text_with_images_in_patches() -> None:
+    """Qwen2-VL's positions are `[3, samples, tokens]`, and its tower gets the patches of all images."""
+    model = instances.build("Qwen2VLForConditionalGeneration").eval()
+    case = with_images(model)
+    assert case is not None and len(case.inputs["input_ids"]) == 2
+    targets = r"model\.language_model\..*(q|v|down)_proj"
+    check_rows(with_two(model, target_modules=targets), case.inputs, names=["a", "b"])
+
+
+def test_experts_and_their_encoder_and_decoder() -> None:
+    model = instances.build("NllbMoeForConditionalGeneration").eval()
+    inputs = {"input_ids": tokens(), "decoder_input_ids": tokens(3, 4)}
+    check_rows(with_two(model, target_modules=["q_proj", "v_proj"]), inputs)
 
 
 class Unknown(nn.Module):
