@@ -33,6 +33,7 @@ def outcomes() -> dict[str, dict[str, list[float] | str]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("function", fresh.FUNCTIONS)
 @pytest.mark.parametrize("surroundings", [s for s in fresh.SURROUNDINGS if s != "plain"])
 def test_the_answer_is_the_same(outcomes, function: str, surroundings: str) -> None:

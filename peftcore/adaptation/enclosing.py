@@ -86,6 +86,9 @@ def adapter_for_each_sample(module: nn.Module, kwargs: dict[str, Any]) -> Iterat
         yield len(chosen[0].samples)
 
 
+untraced(adapter_for_each_sample.__wrapped__, within=True)  # type: ignore[attr-defined]  # of contextmanager
+
+
 def _resizes(
     module: nn.Module | None,
     new_num_tokens: int | None = None,

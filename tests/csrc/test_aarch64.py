@@ -24,7 +24,7 @@ CROSS, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64"
 SHARED = ("cpu/levels.cpp", "gemm/cpu/product.cpp", "optim/dynamic8.cpp", "common/caches.cpp", "common/workspace.cpp")
 ROOMS = ("nf4", "linear", "gemm", "lora", "optim")
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(not all(map(shutil.which, ("g++", CROSS, QEMU))), reason=f"no g++, {CROSS} or {QEMU}"),
 ]
 
@@ -72,7 +72,6 @@ def all_levels(binary: str) -> dict[tuple[str, str], tuple[int, str]]:
     return results(QEMU, "-cpu", "max", binary)
 
 
-@pytest.mark.nightly
 def test_every_level_agrees_with_sums_in_double(all_levels):
     assert levels_of(all_levels) == ("portable", "neon", "neonbf16")
     cases = {level: [all_levels[level, room][0] for room in ROOMS] for level in levels_of(all_levels)}

@@ -7,6 +7,7 @@ import rank_cases
 import rank_work
 import training_work
 from processes import run
+from whole import nightly_but
 
 from peftcore.registry import registry
 
@@ -15,7 +16,10 @@ def test_every_method_is_tried() -> None:
     assert {case.partition(",")[0] for case in rank_cases.CASES} == set(registry.methods())
 
 
-@pytest.mark.parametrize("hows", [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"]], ids=str)
+HOWS = [["ddp"], ["replicate"], ["shard"], ["replicate checkpointing", "offload"]]
+
+
+@pytest.mark.parametrize("hows", nightly_but(HOWS, [["ddp"], ["shard"]]), ids=str)
 def test_gradients_and_a_step_are_those_of_one_process(hows: list[str]) -> None:
     for found in run(rank_work.all_against_one_process, hows):
         assert len(found) == len(rank_cases.CASES) * len(hows)

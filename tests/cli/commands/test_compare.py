@@ -189,7 +189,7 @@ def test_a_cut_off_comparison_goes_on(
     assert in_this_process == ["bitfit/seed-0"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_runs_in_processes_of_their_own(bert: Path, labelled: Path, tmp_path: Path) -> None:
     """A signal asks the run at hand for a checkpoint, from which the next call goes on."""
     command = [sys.executable, "-m", "peftcore", "compare", "-m", bert, "-d", labelled, "-o", tmp_path / "out"]
