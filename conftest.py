@@ -4,7 +4,7 @@ Nothing is drawn: a test runs in every run of its name, or in none. The longest 
 whole files, and one of them would end alone with it.
 
 PEFTCORE_SECONDS=600 says when a run must be done: tests that have not begun by then fail, and the last lines name their
-files.
+files. With PEFTCORE_LATE=skip they are skipped, and named as well.
 """
 
 from __future__ import annotations
@@ -49,10 +49,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if time.time() > item.config.stash.get(UNTIL, math.inf):
+        if os.environ.get("PEFTCORE_LATE") == "skip":
+            pytest.skip(TIME_IS_UP)
         pytest.fail(TIME_IS_UP, pytrace=False)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    late = [report for report in terminalreporter.stats.get("error", []) if TIME_IS_UP in str(report.longrepr)]
+    stats = terminalreporter.stats
+    late = [r for r in (*stats.get("error", []), *stats.get("skipped", [])) if TIME_IS_UP in str(r.longrepr)]
     for file, count in Counter(report.nodeid.partition("::")[0] for report in late).items():
         terminalreporter.write_line(f"not run for lack of time: {count} tests of {file}")
