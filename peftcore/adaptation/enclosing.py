@@ -57,7 +57,7 @@ def lock_of(module: nn.Module) -> ModelLock | None:
 
 
 def takes_adapter_names(module: Any, kwargs: dict[str, Any]) -> bool:
-    """Return whether a call of `module` names an adapter for each sample, and that is no argument of its own."""
+    """Return whether a call of `module` names an adapter for each sample in an argument that its forward lacks."""
     return _NAMES in kwargs and _NAMES not in module._peftcore_arguments
 
 

@@ -121,7 +121,8 @@ def _not_by_sample(model: nn.Module, own: TrainedParameters, adapted_paths: Coll
 def _choose(model: nn.Module, names: Any, use: Callable[[Activation], object]) -> None:
     """Give `use` the activation that `model(..., adapter_names=names)` asks for."""
     state = require_state(model)
-    if isinstance(names, str) or not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+    is_list = isinstance(names, Sequence) and not isinstance(names, str) and len(names) > 0
+    if not is_list or not all(isinstance(name, str) for name in names):
         raise PeftcoreError(
             f"adapter_names must be a list with the name of an adapter for each sample, '{_BASE}' for none, found "
             f"{names!r:.200}"

@@ -76,7 +76,7 @@ class Source:
         return found
 
     def _calls(self) -> Iterator[tuple[ast.Call, str | None]]:
-        """Yield (call, name of the function or class that is called, where it is no variable that may be a module)."""
+        """Yield each call in the code, and the name of a global or builtin that it calls; None for anything else."""
         code = self._function.__code__
         outside = (self._function.__globals__.keys() | dir(builtins)) - {*code.co_varnames, *code.co_cellvars}
         for call in (node for node in ast.walk(self._tree) if isinstance(node, ast.Call)):
@@ -192,8 +192,9 @@ def _stores(definition: ast.FunctionDef) -> Iterator[tuple[int, str, int]]:
 class Knowledge:
     """What is known of the conditions in a model's code.
 
-    At first settings alone. With `follows_arguments` no parameter has a value but its default, until `called` and
-    `stored` say otherwise: they are to be told of all code that is not ruled out, again as long as knowledge `shrank`.
+    By default only plain settings are known. With `follows_arguments`, every parameter is assumed to keep its default
+    until `called` or `stored` shows another value. Pass all code that is not ruled out to both, and repeat while
+    `shrank` is true.
     """
 
     def __init__(self, model: nn.Module, follows_arguments: bool = False) -> None:

@@ -53,7 +53,7 @@ def example_inputs(
         device: of the tensors; by default the model's.
         batch: number of samples.
         length: number of tokens of each sample.
-        decoder_length: number of tokens that a decoder beside an encoder gets of each; by default `length`.
+        decoder_length: number of tokens of each sample for the decoder of an encoder-decoder; by default `length`.
 
     Returns:
         Integers drawn from the vocabulary, without special tokens where the config names them; floats of the

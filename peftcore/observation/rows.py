@@ -21,7 +21,7 @@ from peftcore.observation.inputs import example_inputs
 from peftcore.observation.tracing import Call, Inputs, Trace, Value, once_a_model, trace
 
 _FEW, _MORE = 2, 3  # samples
-_SHORT, _LONG = (7, 5), (11, 13)  # tokens of a model, and of a decoder beside an encoder
+_SHORT, _LONG = (7, 5), (11, 13)  # tokens of each sample, of the encoder (or only stack) and of the decoder
 _TOKENS = ("input_ids", "inputs_embeds", "hidden_states")
 _DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "labels", *_TOKENS)
 

@@ -107,6 +107,7 @@ def test_what_is_refused(model: Any) -> None:
         (["a", "b"], "2 samples were given adapters .* gets a batch of 4"),
         ("a", "must be a list with the name of an adapter for each sample"),
         ([1, 2, 3, 4], "must be a list with the name"),
+        ([], "must be a list with the name"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=why):
             model(input_ids=tokens(), adapter_names=names)
