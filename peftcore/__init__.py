@@ -44,10 +44,10 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.errors import PeftcoreError as PeftcoreError
     from peftcore.errors import PluginError as PluginError
     from peftcore.estimating import Estimate as Estimate
-    from peftcore.estimating import Fit as Fit
     from peftcore.estimating import Step as Step
+    from peftcore.estimating import Suggestion as Suggestion
     from peftcore.estimating import estimate as estimate
-    from peftcore.estimating import fit as fit
+    from peftcore.estimating import suggest as suggest
     from peftcore.exporting.export import export as export
     from peftcore.hookspecs import hookimpl as hookimpl
     from peftcore.merging.merge import merge as merge

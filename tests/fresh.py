@@ -36,8 +36,8 @@ def llama() -> nn.Module:
         return LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes)).eval()
 
 
-def fitted() -> float:
-    found = peftcore.fit(llama().config, memory="1GB", device="t4", length=5, methods=["lora"], most=1)
+def suggested() -> float:
+    found = peftcore.suggest(llama().config, memory="1GB", device="t4", length=5, methods=["lora"], most=1)
     return float(found.ways[0].estimate.peak)
 
 
@@ -127,7 +127,7 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "disabled": disabled,
     "estimate": lambda: [float(peftcore.estimate(llama(), "lora", batch_size=2, length=5).peak)],
     "export": written(lambda model, folder: peftcore.export(model, folder, to="vllm")),
-    "fit": lambda: [fitted()],
+    "suggest": lambda: [suggested()],
     "extra_loss": of_adapted(lambda model: peftcore.extra_loss(model)),
     "limit_resident": lambda: saved(resting, lora()),
     "load": lambda: saved(lambda folder: peftcore.load(llama(), folder), lora()),

@@ -23,7 +23,6 @@ from peftcore.cli.commands import (
     doctor,
     evaluate,
     export,
-    fit,
     generate,
     info,
     merge,
@@ -31,6 +30,7 @@ from peftcore.cli.commands import (
     new_plugin,
     plan,
     plugins,
+    suggest,
     train,
 )
 from peftcore.cli.console import fail, warn
@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], Sequence[str]]] = {
     "merge": (merge.merge, merge.EXAMPLES),
     "export": (export.export, export.EXAMPLES),
     "plan": (plan.plan, plan.EXAMPLES),
-    "fit": (fit.fit, fit.EXAMPLES),
+    "suggest": (suggest.suggest, suggest.EXAMPLES),
     "info": (info.info, info.EXAMPLES),
     "methods": (methods.methods, methods.EXAMPLES),
     "plugins": (plugins.plugins, plugins.EXAMPLES),

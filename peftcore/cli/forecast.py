@@ -164,14 +164,14 @@ def fitted(settings: Settings) -> Settings:
 
 def _fitted(settings: Settings) -> Settings:
     if models.torch_device(settings.device).type != "cpu":
-        raise PeftcoreError("--fit is for training on a CPU. For a card: peftcore fit --device NAME --memory 24GB")
+        raise PeftcoreError("--fit is for training on a CPU. For a card: peftcore suggest --device NAME --memory 24GB")
     why = _why_not(settings)
     if why is not None:
         raise PeftcoreError(f"--fit cannot choose: {why}")
     if settings.optim != PLAIN:
         raise PeftcoreError(f"--fit chooses the optimizer, of {PLAIN} and {PAGED}: leave out --optim {settings.optim}")
     dtype = dtype_choice.of_run(settings, ()).dtype  # `train` says it
-    (way,) = peftcore.fit(
+    (way,) = peftcore.suggest(
         models.load_config(settings.model, settings.task),
         methods=[settings.method],
         fields=settings.fields,

@@ -1,6 +1,6 @@
 """Whether a training step fits, where its memory goes, and how long it takes: by running it without memory."""
 
-from peftcore.estimating.choosing import Fit, Way, fit
+from peftcore.estimating.choosing import Suggestion, Way, suggest
 from peftcore.estimating.devices import CARDS, Device, device_of, memory_here
 from peftcore.estimating.following import NotFollowed
 from peftcore.estimating.prediction import Estimate, estimate
@@ -10,12 +10,12 @@ __all__ = [
     "CARDS",
     "Device",
     "Estimate",
-    "Fit",
     "NotFollowed",
     "Step",
+    "Suggestion",
     "Way",
     "device_of",
     "estimate",
-    "fit",
     "memory_here",
+    "suggest",
 ]

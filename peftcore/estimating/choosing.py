@@ -64,7 +64,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Suggestion:
     """What fits into `memory` bytes, the fastest first; of those alike in time the one whose base is not in 4 bits.
 
     A slower one needs less memory, or keeps the base dense.
@@ -89,7 +89,7 @@ class Fit:
         return "\n".join(lines)
 
 
-def fit(
+def suggest(
     model: Any,
     /,
     *,
@@ -103,7 +103,7 @@ def fit(
     fields: Mapping[str, Any] | None = None,
     step: Step | None = None,
     **options: Any,
-) -> Fit:
+) -> Suggestion:
     """Look for ways to train `model` in so much memory: method, rank, recomputed activations, batch, paged optimizer.
 
     Args:
@@ -132,9 +132,9 @@ def fit(
     step = step_of(step, options)
     if wanted or options:
         raise PeftcoreError(
-            f"fit looks for {', '.join(_LOOKED_FOR)} itself: leave out {', '.join(wanted)}"
+            f"suggest looks for {', '.join(_LOOKED_FOR)} itself: leave out {', '.join(wanted)}"
             if wanted
-            else f"fit takes no {', '.join(options)}. A method's fields: fields={{...}}"
+            else f"suggest takes no {', '.join(options)}. A method's fields: fields={{...}}"
         )
     if memory is None and where.measured:
         room /= step.ranks
@@ -176,7 +176,7 @@ def fit(
     ways.sort(key=lambda way: way.hours)
     near = [way for way in ways if way.hours <= (1 + ALIKE) * ways[0].hours]
     best = next((way for way in near if not way.estimate.summary.packed_parameters), ways[0])
-    return Fit(room, where, (best, *(way for way in ways if way is not best)))
+    return Suggestion(room, where, (best, *(way for way in ways if way is not best)))
 
 
 def _room(memory: int | str | None, where: Device) -> float:

@@ -15,7 +15,9 @@ METHODS = ("lora",)
 
 
 def test_ways_lie_on_the_front_and_fit() -> None:
-    found = peftcore.fit(CONFIG, memory="600MB", device="t4", length=32, examples=100, methods=METHODS, r=(4,), most=2)
+    found = peftcore.suggest(
+        CONFIG, memory="600MB", device="t4", length=32, examples=100, methods=METHODS, r=(4,), most=2
+    )
     assert found.memory == pytest.approx(64e6) and found.ways
     for way in found.ways:
         again = peftcore.estimate(
@@ -43,7 +45,7 @@ def test_layers_that_differ_are_followed_whole() -> None:
         **{**SIZES, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8},
         **experts, v_head_dim=16, qk_nope_head_dim=16, num_hidden_layers=6, vocab_size=64, topk_group=1,
     )  # fmt: skip
-    (way,) = peftcore.fit(config, memory="850MB", device="t4", length=16, methods=METHODS, most=1).ways
+    (way,) = peftcore.suggest(config, memory="850MB", device="t4", length=16, methods=METHODS, most=1).ways
     assert 100e6 < way.memory <= usable(850e6)
 
 
@@ -54,7 +56,7 @@ def test_a_language_model_inside_another_and_fields_that_are_lists() -> None:
         text_config=text, vision_config={**vision, "image_size": 32, "patch_size": 8}, mm_tokens_per_image=4
     )
     fields = {"target_modules": ["q_proj"]}
-    found = peftcore.fit(config, memory="800MB", device="t4", length=16, methods=METHODS, fields=fields, most=1)
+    found = peftcore.suggest(config, memory="800MB", device="t4", length=16, methods=METHODS, fields=fields, most=1)
     assert found.ways[0].fields == {"target_modules": ["q_proj"], "r": 16}
     assert "--set 'target_modules=[\"q_proj\"]'" in str(found)
 
@@ -69,20 +71,23 @@ def test_a_language_model_inside_another_and_fields_that_are_lists() -> None:
         ({"memory": "1MB"}, "memory='1MB' on this machine is no more than Python and its libraries take"),
         ({"memory": "535MB", "device": "t4"}, "nothing fits into 2.9 MB: the least is [0-9.]+ MB, lora with one exam"),
         ({"memory": "400MB", "device": "t4"}, "is no more than its context takes: give at least 1GB"),
-        ({"batch_size": 4}, "fit looks for batch_size, gradient_checkpointing, optimizer itself: leave out batch_size"),
-        ({"alpha": 4}, "fit takes no alpha. A method's fields: fields="),
+        (
+            {"batch_size": 4},
+            "suggest looks for batch_size, .*, optimizer itself: leave out batch_size",
+        ),
+        ({"alpha": 4}, "suggest takes no alpha. A method's fields: fields="),
         ({"ranks": 0}, "ranks must be a whole number from 1, found 0"),
         ({"device": "h1000"}, "there is no card 'h1000' in the table"),
     ],
 )
 def test_what_cannot_be_answered(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(PeftcoreError, match=message):
-        peftcore.fit(CONFIG, length=16, methods=["lora"], **{"device": "cpu", **arguments})  # type: ignore[arg-type]
+        peftcore.suggest(CONFIG, length=16, methods=["lora"], **{"device": "cpu", **arguments})  # type: ignore[arg-type]
 
 
 def test_ranks_share_the_examples_and_the_base() -> None:
     kept = {"memory": "600MB", "device": "t4", "length": 32, "examples": 1000, "methods": METHODS, "most": 1}
-    alone, eight = (peftcore.fit(CONFIG, **kept, **more).ways[0] for more in ({}, {"ranks": 8, "shard": True}))
+    alone, eight = (peftcore.suggest(CONFIG, **kept, **more).ways[0] for more in ({}, {"ranks": 8, "shard": True}))
     assert eight.estimate.step.ranks == 8 and eight.estimate.parts["base"] < 0.2 * alone.estimate.parts["base"]
     for way, ranks in ((alone, 1), (eight, 8)):
         steps = 3600 * way.hours / (way.estimate.seconds or 1)
@@ -91,7 +96,7 @@ def test_ranks_share_the_examples_and_the_base() -> None:
 
 def test_no_config() -> None:
     with pytest.raises(PeftcoreError, match="a config of transformers is needed, found object"):
-        peftcore.fit(object(), memory="1GB", device="t4")
+        peftcore.suggest(object(), memory="1GB", device="t4")
 
 
 def test_what_would_help_where_nothing_fits() -> None:
@@ -99,6 +104,6 @@ def test_what_would_help_where_nothing_fits() -> None:
         **{**SIZES, "hidden_size": 512, "intermediate_size": 1024}, num_hidden_layers=4, vocab_size=32000
     )
     with pytest.raises(PeftcoreError, match=r"With examples of at most \d+ tokens this would fit \(--max-length"):
-        peftcore.fit(wide, memory="900MB", device="t4", length=4096, methods=METHODS)
+        peftcore.suggest(wide, memory="900MB", device="t4", length=4096, methods=METHODS)
     with pytest.raises(PeftcoreError, match=r"of it the base. A method with a base in 4 bits needs less; cards with"):
-        peftcore.fit(wide, memory="560MB", device="t4", length=64, methods=METHODS)
+        peftcore.suggest(wide, memory="560MB", device="t4", length=64, methods=METHODS)

@@ -1,6 +1,6 @@
-"""What `peftcore fit` answers for models of 8 to 70 billion parameters and cards of 8 to 80 GB, and how long it takes.
+"""What `peftcore suggest` answers for models of 8B to 70B parameters and cards of 8 to 80 GB, and how long it takes.
 
-    OMP_NUM_THREADS=1 python benchmarks/fit.py [--only Llama-3-8B] [--memory 24] [--length 2048]
+    OMP_NUM_THREADS=1 python benchmarks/suggest.py [--only Llama-3-8B] [--memory 24] [--length 2048]
 
 Prints a row of Markdown for each: the fastest way, what it needs, its epoch by the card's data sheet, and the seconds
 of a processor that the answer took. Each is asked of a config alone, in a process of its own; --folder keeps them.
@@ -38,7 +38,7 @@ def ask(folder, memory, length):
     peftcore.methods()  # what is imported and measured once is not the answer's
     start = time.process_time()
     try:
-        found = peftcore.fit(folder, memory=f"{memory}GB", device=CARDS[memory], length=length, examples=10000)
+        found = peftcore.suggest(folder, memory=f"{memory}GB", device=CARDS[memory], length=length, examples=10000)
         best = found.ways[0]
         said = f"`{' '.join(best.options())}` | {best.memory / 1e9:.1f} of {found.memory / 1e9:.1f} | {best.hours:.2f}"
     except peftcore.PeftcoreError as error:

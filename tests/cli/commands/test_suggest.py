@@ -1,4 +1,4 @@
-"""`fit`: the ways it prints, and what it says to a wrong memory, card or model; `train --fit` takes the fastest."""
+"""`suggest`: the ways it prints, and what it says to a wrong memory, card or model; `train --fit` takes the fastest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ONE = ("--method", "lora", "--rank", 4, "--max-length", 12)
 
 
 def test_prints_a_command_that_trains(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
-    output = run("fit", "-m", llama, "--memory", "1GB", *ONE, "--dtype", "bf16").output
+    output = run("suggest", "-m", llama, "--memory", "1GB", *ONE, "--dtype", "bf16").output
     assert "into 0.3 GB on this machine, fastest first:" in output and "h an epoch" in output
     command = shlex.split(output.strip().splitlines()[-1])
     assert command[:4] == ["peftcore", "train", "-m", str(llama)] and command[-2:] == ["--dtype", "bf16"]
@@ -26,7 +26,7 @@ def test_prints_a_command_that_trains(run: Run, llama: Path, reviews: Path, tmp_
 
 
 def test_on_a_card(run: Run, llama: Path) -> None:
-    output = run("fit", "-m", llama, "--device", "T4", "--memory", "1GB", *ONE).output
+    output = run("suggest", "-m", llama, "--device", "T4", "--memory", "1GB", *ONE).output
     assert "into 0.4 GB on t4, fastest first:" in output and output.strip().endswith("--dtype bf16")
 
 
@@ -44,7 +44,7 @@ def test_on_a_card(run: Run, llama: Path) -> None:
     ],
 )
 def test_what_it_does_not_understand(run: Run, llama: Path, arguments: tuple[str, ...], message: str) -> None:
-    output = " ".join(run("fit", "-m", llama, *arguments, code=1).output.split())
+    output = " ".join(run("suggest", "-m", llama, *arguments, code=1).output.split())
     assert message in output
 
 
@@ -65,7 +65,7 @@ def test_what_it_does_not_understand(run: Run, llama: Path, arguments: tuple[str
 )
 def test_configs_that_cannot_be_followed(run: Run, tmp_path: Path, config: dict[str, object], message: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    output = run("fit", "-m", tmp_path, "--memory", "8GB", *ONE, code=1).output
+    output = run("suggest", "-m", tmp_path, "--memory", "8GB", *ONE, code=1).output
     assert message in " ".join(output.split())
 
 
@@ -82,13 +82,15 @@ def test_train_takes_the_fastest_that_fits(run: Run, llama: Path, reviews: Path,
 def test_a_classifier_without_a_head(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
     """The folder is of a bare BERT: the task names the class that is trained."""
     arguments = ("-m", bert, "--method", "lora", "--max-length", 12)
-    assert "h an epoch" in run("fit", *arguments, "--memory", "1GB", "--labels", "up,down").output
+    assert "h an epoch" in run("suggest", *arguments, "--memory", "1GB", "--labels", "up,down").output
     run("train", *arguments, "-d", labelled, "-o", tmp_path / "run", "--steps", 1, "--fit")
 
 
 def test_the_command_says_how_it_runs(run: Run, llama: Path) -> None:
     how = ("--parallel", "fsdp2", "--ranks", 2, "--precision", "bf16", "--task", "dpo")
-    found = run("fit", "-m", llama, "--method", "lora", "--max-length", 12, "--memory", "2GB", "--device", "t4", *how)
+    found = run(
+        "suggest", "-m", llama, "--method", "lora", "--max-length", 12, "--memory", "2GB", "--device", "t4", *how
+    )
     command = found.output.rpartition("torchrun --nproc-per-node 2 -m peftcore train")[2]
     assert "--task dpo" in command and "--precision bf16 --parallel fsdp2" in command and "--dtype" not in command
 

@@ -1,4 +1,4 @@
-"""`peftcore fit`: which ways of training fit into a memory, and how long each takes; no weight is loaded."""
+"""`peftcore suggest`: which ways of training fit into a memory, and how long each takes; no weight is loaded."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from peftcore.cli import options
 from peftcore.cli.console import say
 
 EXAMPLES = (
-    "peftcore fit -m MODEL --memory 24GB --device rtx4090 --max-length 2048 --examples 10000",
-    "peftcore fit -m MODEL --method METHOD --rank 8 --rank 64",
+    "peftcore suggest -m MODEL --memory 24GB --device rtx4090 --max-length 2048 --examples 10000",
+    "peftcore suggest -m MODEL --method METHOD --rank 8 --rank 64",
 )
 
 
-def fit(
+def suggest(
     model: options.Model,
     memory: Annotated[
         str | None, typer.Option(help="Such as 24GB; default the device's, of this machine what is free.")
@@ -48,7 +48,7 @@ def fit(
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     base = models.resolve(model)
     settings = Settings(base, "", task, "", dtype=dtype, precision=precision, device=device)
-    found = peftcore.fit(
+    found = peftcore.suggest(
         models.load_config(base, task, names),
         memory=memory,
         device=device,
