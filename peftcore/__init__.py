@@ -51,7 +51,7 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.exporting.export import export as export
     from peftcore.hookspecs import hookimpl as hookimpl
     from peftcore.merging.merge import merge as merge
-    from peftcore.merging.merge import merge_loss as merge_loss
+    from peftcore.merging.merge import merge_error as merge_error
     from peftcore.merging.merge import unmerge as unmerge
     from peftcore.method import After as After
     from peftcore.method import Around as Around

@@ -133,7 +133,7 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "load": lambda: saved(lambda folder: peftcore.load(llama(), folder), lora()),
     "loss_terms": of_adapted(lambda model: peftcore.loss_terms(model)),
     "merge": of_adapted(lambda model: peftcore.merge(model)),
-    "merge_loss": of_adapted(lambda model: peftcore.merge_loss(model), "qlora"),
+    "merge_error": of_adapted(lambda model: peftcore.merge_error(model), "qlora"),
     "methods": lambda: [float(len(peftcore.methods()))],
     "parameter_groups": of_adapted(lambda model: peftcore.parameter_groups(model, lr=0.1)),
     "plan": lambda: [float(peftcore.plan(llama(), "lora").trainable_parameters)],

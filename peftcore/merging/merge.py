@@ -47,7 +47,7 @@ def merge(
     keep_adapters: bool = True,
     untie: bool = False,
     dtype: torch.dtype | None = None,
-    max_loss: float = 0.1,
+    max_error: float = 0.1,
 ) -> Model:
     """Work the active adapters into the base's weights.
 
@@ -57,12 +57,12 @@ def merge(
         untie: a weight that another module shares (tied embeddings) is refused, since merging would change
             that module too; with True the adapted module gets a weight of its own.
         dtype: quantized weights that adapters change become dense ones of this dtype. For good (`keep_adapters` is
-            False) the whole model is cast to it. None: they are quantized again, see `max_loss`.
-        max_loss: the share of the adapters' change that quantizing again may lose, in any layer; see `merge_loss`.
+            False) the whole model is cast to it. None: they are quantized again, see `max_error`.
+        max_error: the share of the adapters' change that quantizing again may lose, in any layer; see `merge_error`.
 
     Raises:
         PeftcoreError: an adapter cannot be merged, or would compute something else in the weight than beside it, a
-            weight is tied, a result is not finite, or quantizing again would lose more than `max_loss`. The model is
+            weight is tied, a result is not finite, or quantizing again would lose more than `max_error`. The model is
             then as it was.
     """
     state = engine.require_state(model)
@@ -88,7 +88,7 @@ def merge(
     else:  # every result is checked before the first is written, and none is kept meanwhile
         lost = measured_loss(model, state.active, dtype)
         layers = merged_layers(model, state.active, dtype, checked=True)
-    _check_lost(lost, max_loss)
+    _check_lost(lost, max_error)
 
     merged = Merged(state.active, lost=lost)
     for name in state.active:
@@ -127,7 +127,7 @@ def merge(
 
 
 @engine.alone("measure")
-def merge_loss(model: nn.Module) -> dict[str, float]:
+def merge_error(model: nn.Module) -> dict[str, float]:
     """What of the active adapters' change `merge` would lose in each quantized layer, by path; the model is left alone.
 
     0 is nothing, 1 means that the error is as large as the change itself. Dense layers are not listed.
@@ -180,7 +180,7 @@ def _update_config(model: nn.Module, formats: Iterable[WeightFormat]) -> None:
         update(model)
 
 
-def _check_lost(lost: dict[str, float], max_loss: float) -> None:
+def _check_lost(lost: dict[str, float], max_error: float) -> None:
     if not lost:
         return
     worst = max(lost, key=lambda path: lost[path])
@@ -189,10 +189,10 @@ def _check_lost(lost: dict[str, float], max_loss: float) -> None:
         f"quantized again, {len(lost)} merged layers lose {mean:.0%} of what the adapters change on average, "
         f"at worst {lost[worst]:.0%} ('{worst}')"
     )
-    if lost[worst] > max_loss:
+    if lost[worst] > max_error:
         raise PeftcoreError(
-            f"{what}; max_loss={max_loss:g} allows {max_loss:.0%}. Nothing was changed. Merge into 16 bits: "
-            "peftcore.merge(model, dtype=torch.bfloat16). Layer by layer: peftcore.merge_loss(model)"
+            f"{what}; max_error={max_error:g} allows {max_error:.0%}. Nothing was changed. Merge into 16 bits: "
+            "peftcore.merge(model, dtype=torch.bfloat16). Layer by layer: peftcore.merge_error(model)"
         )
     warnings.warn(what, stacklevel=4)
 

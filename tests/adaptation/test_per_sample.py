@@ -97,7 +97,7 @@ def test_what_does_not_fit():
     for call in (
         lambda: peftcore.apply(model, "lora", adapter="d"),
         lambda: peftcore.merge(model),
-        lambda: peftcore.merge_loss(model),
+        lambda: peftcore.merge_error(model),
     ):
         with pytest.raises(peftcore.PeftcoreError, match="while each sample has its own"):
             call()

@@ -88,7 +88,7 @@ def test_merging() -> None:
     with tiny.installed(tiny.method("faulty", placing(Faulty))):
         model = peftcore.apply(tiny.llama(), "faulty")
         wanted = tiny.logits(model)
-        for merge in (peftcore.merge, peftcore.merge_loss):
+        for merge in (peftcore.merge, peftcore.merge_error):
             with pytest.raises(peftcore.PluginError, match=named("merged")):
                 merge(model)
         with pytest.raises(peftcore.PluginError, match=named("merged")):

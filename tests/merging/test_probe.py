@@ -73,7 +73,7 @@ def test_an_adapter_whose_merged_forgets_the_bias_is_refused(dtype: torch.dtype,
         wrong = r"merging \['default'\] into '1' \(Linear\) would change.*off by 0\.\d+"
         refused(model, wrong, keep_adapters=keep_adapters)
         with pytest.raises(peftcore.PeftcoreError, match="into '1'"):
-            peftcore.merge_loss(model)
+            peftcore.merge_error(model)
 
 
 def test_a_small_bias_beside_large_features_is_seen() -> None:

@@ -42,7 +42,7 @@ def lost_in(layer, delta, quantized_again):
 def test_the_loss_is_measured_layer_by_layer():
     model = adapted()
     before = states(model)
-    lost = peftcore.merge_loss(model)
+    lost = peftcore.merge_error(model)
     assert sorted(lost) == sorted(NAMES)
     same(states(model), before)
     layer = model.model.layers[0].self_attn.q_proj
@@ -64,14 +64,14 @@ def test_small_changes_are_lost_and_large_ones_are_not(relative, low, high):
     adapter = model[0].peftcore["default"]
     with torch.no_grad():
         adapter.lora_B *= relative * size / adapter.delta().norm()
-    assert low < peftcore.merge_loss(model)["0"] < high
+    assert low < peftcore.merge_error(model)["0"] < high
 
 
 @pytest.mark.parametrize("keep_adapters", [True, False])
 def test_too_much_is_refused_and_nothing_changes(keep_adapters):
     model = adapted()
     before, wanted = states(model), logits(model)
-    message = r"4 merged layers lose \d+% .* max_loss=0.1 allows 10%. .*merge\(model, dtype=torch.bfloat16\)"
+    message = r"4 merged layers lose \d+% .* max_error=0.1 allows 10%. .*merge\(model, dtype=torch.bfloat16\)"
     with pytest.raises(peftcore.PeftcoreError, match=message):
         peftcore.merge(model, keep_adapters=keep_adapters)
     same(states(model), before)
@@ -83,7 +83,7 @@ def test_what_is_allowed_is_written_and_reported(double_quant):
     model = adapted(std=0.5, double_quant=double_quant)
     before, wanted = states(model), logits(model)
     with pytest.warns(UserWarning, match="4 merged layers lose .* on average"):
-        peftcore.merge(model, max_loss=1.0)
+        peftcore.merge(model, max_error=1.0)
     lost = peftcore.engine.state_of(model).merged.lost
     assert sorted(lost) == sorted(NAMES) and 0 < max(lost.values()) < 0.5
     layer = model.model.layers[0].self_attn.q_proj
@@ -154,7 +154,7 @@ def test_not_finite_is_refused():
         model.model.layers[0].self_attn.q_proj.peftcore["default"].lora_B[0, 0] = torch.nan
     for dtype in (None, torch.bfloat16):
         with pytest.raises(peftcore.PeftcoreError, match=r"into 'model.layers.0.self_attn.q_proj' gives .* not finite"):
-            peftcore.merge(model, dtype=dtype, max_loss=10)
+            peftcore.merge(model, dtype=dtype, max_error=10)
 
 
 def test_after_a_cast_unmerging_is_exact():
@@ -209,7 +209,7 @@ def test_experts_are_merged_and_come_back(kind):
     before, wanted = states(model), logits(model)
     dense = peftcore.dequantize(copy.deepcopy(peftcore.remove(copy.deepcopy(model), "default")))
     assert not torch.allclose(logits(dense), wanted, atol=1e-3)  # the adapter acts
-    lost = peftcore.merge_loss(model)
+    lost = peftcore.merge_error(model)
     path, module = next(quantized_experts(model))
     assert set(lost) == {path for path, _ in quantized_experts(model)}
     with torch.no_grad():
@@ -221,11 +221,11 @@ def test_experts_are_merged_and_come_back(kind):
             worst = max(worst, ((stored - new).norm() / (new - old).norm()).item())
     assert lost[path] == pytest.approx(worst, rel=1e-5)
     with pytest.raises(peftcore.PeftcoreError, match=r"merge\(model, dtype=torch.bfloat16\)"):
-        peftcore.merge(model, max_loss=0.01)
+        peftcore.merge(model, max_error=0.01)
     same(states(model), before)
 
     with pytest.warns(UserWarning, match=r"merged layers lose"):
-        peftcore.merge(model, max_loss=5)
+        peftcore.merge(model, max_error=5)
     assert module.gate_up_proj.dtype is torch.uint8 and not torch.equal(logits(model), wanted)
     peftcore.unmerge(model)
     same(states(model), before)

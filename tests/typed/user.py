@@ -32,7 +32,7 @@ def train_and_keep(folder: Path) -> None:
     peftcore.activate(net, ["first", None], per_sample=True)
     assert_type(peftcore.save(net, folder), Path)
     assert_type(peftcore.load(Net(), str(folder), trainable=False), Net)
-    assert_type(peftcore.merge_loss(net), dict[str, float])
+    assert_type(peftcore.merge_error(net), dict[str, float])
     assert_type(peftcore.unmerge(peftcore.merge(net)), Net)
     assert_type(peftcore.remove(net), Net)
     assert_type(peftcore.shard(net, adapters="shard"), Net)
