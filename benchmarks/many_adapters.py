@@ -138,7 +138,7 @@ def disk(options):
         row("one comes", *milliseconds(lambda: peftcore.activate(model, next(order)), 10))
         size = next(iter(model._peftcore_state.resting.values())).size
         peftcore.activate(model, [])
-        peftcore.limit_resident(model, 8 * size)
+        peftcore.set_resident_limit(model, 8 * size)
         for _ in range(8):
             peftcore.activate(model, next(order))
         row("one comes, and another goes", *milliseconds(lambda: peftcore.activate(model, next(order)), 10))

@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.adaptation.call import Call as Call
     from peftcore.adaptation.call import current_call as current_call
     from peftcore.architecture import Architecture as Architecture
-    from peftcore.checkpoint import limit_resident as limit_resident
     from peftcore.checkpoint import load as load
     from peftcore.checkpoint import save as save
+    from peftcore.checkpoint import set_resident_limit as set_resident_limit
     from peftcore.composing.combining import combine as combine
     from peftcore.composing.converting import convert as convert
     from peftcore.composing.swapping import state_dict as state_dict

@@ -103,7 +103,7 @@ def written(write: Callable[[nn.Module, str], Any]) -> Callable[[], nn.Module]:
 
 def resting(folder: str) -> nn.Module:
     model = peftcore.load(llama(), folder, adapter="on_disk", resident=False)
-    peftcore.limit_resident(model, 1 << 20)
+    peftcore.set_resident_limit(model, 1 << 20)
     peftcore.activate(model, "on_disk")
     return model
 
@@ -129,7 +129,7 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "export": written(lambda model, folder: peftcore.export(model, folder, to="vllm")),
     "suggest": lambda: [suggested()],
     "extra_loss": of_adapted(lambda model: peftcore.extra_loss(model)),
-    "limit_resident": lambda: saved(resting, lora()),
+    "set_resident_limit": lambda: saved(resting, lora()),
     "load": lambda: saved(lambda folder: peftcore.load(llama(), folder), lora()),
     "loss_terms": of_adapted(lambda model: peftcore.loss_terms(model)),
     "merge": of_adapted(lambda model: peftcore.merge(model)),

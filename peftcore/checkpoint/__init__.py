@@ -2,7 +2,7 @@
 
 from peftcore.checkpoint.loading import load, restore
 from peftcore.checkpoint.reading import about, adapter_folder, method_of, own_fields, read
-from peftcore.checkpoint.resident import limit_resident
+from peftcore.checkpoint.resident import set_resident_limit
 from peftcore.checkpoint.saving import save, save_each
 from peftcore.checkpoint.single_file import contents
 from peftcore.checkpoint.tensors import tensors_on_disk
@@ -12,7 +12,6 @@ __all__ = [
     "about",
     "adapter_folder",
     "contents",
-    "limit_resident",
     "load",
     "method_of",
     "own_fields",
@@ -20,6 +19,7 @@ __all__ = [
     "restore",
     "save",
     "save_each",
+    "set_resident_limit",
     "tensors_on_disk",
     "vocabulary_rows",
 ]

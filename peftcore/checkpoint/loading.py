@@ -55,7 +55,7 @@ def load(
         method: the installed method that reads it. Needed only where several may, and an error names them.
         revision: a branch, tag or commit, on the hub.
         resident: False: it is read to see that it fits, and rests on disk, frozen. It comes into memory when
-            `activate`, for a whole batch or for samples, or another function names it, and goes when `limit_resident`
+            `activate`, for a whole batch or for samples, or another function names it, and goes when `set_resident_limit`
             says so and it was not used for longest. The files must stay as they are.
 
     Raises:

@@ -1,7 +1,7 @@
 """Adapters that rest on disk: they come when they are named, and the least recently used go to make room.
 
     load(..., resident=False)     read, checked against the model, and let go of again: the state knows where it lies
-    activate, save, combine, ...  those named come; `limit_resident` says how many bytes of them may be there at a time
+    activate, save, combine, ...  those named come; `set_resident_limit` says how many bytes of them may be there at a time
 
 An adapter goes only as it came. One that was changed since, or that trains, stays and is an adapter like any other.
 """
@@ -98,7 +98,7 @@ def rest(
 
 
 @engine.alone("limit adapters that rest on disk", base=True)
-def limit_resident(model: nn.Module, limit: int | None) -> None:
+def set_resident_limit(model: nn.Module, limit: int | None) -> None:
     """Let the adapters that were loaded with `resident=False` take at most `limit` bytes of memory at a time.
 
     Those that were not used for longest go first; one that acts never goes. Adapters that were loaded without it, or
@@ -112,7 +112,7 @@ def limit_resident(model: nn.Module, limit: int | None) -> None:
     """
     state = engine.require_state(model)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-        raise PeftcoreError(f"limit_resident takes a number of bytes or None, found {limit!r}")
+        raise PeftcoreError(f"set_resident_limit takes a number of bytes or None, found {limit!r}")
     _check_room(state, [], state.active, limit)
     before, state.limit = state.limit, limit
     try:
@@ -201,7 +201,7 @@ def _check_room(state: engine.State, wanted: Sequence[str], keep: Sequence[str],
         raise PeftcoreError(
             f"{len(needed)} of the adapters that rest on disk are needed at a time ({', '.join(list(needed)[:3])}"
             f"{', ...' if len(needed) > 3 else ''}), which take {size:,} bytes, and the limit is {limit:,}. Let fewer "
-            "act in a batch, or raise it: peftcore.limit_resident(model, BYTES)"
+            "act in a batch, or raise it: peftcore.set_resident_limit(model, BYTES)"
         )
 
 
@@ -230,7 +230,7 @@ def _make_room(model: nn.Module, state: engine.State, coming: int, keep: Sequenc
     if state.limit is not None and total > state.limit:
         raise PeftcoreError(
             f"adapters that rest on disk would take {total:,} bytes, and the limit is {state.limit:,}: others combine "
-            "some of those that are there. Raise it: peftcore.limit_resident(model, BYTES)"
+            "some of those that are there. Raise it: peftcore.set_resident_limit(model, BYTES)"
         )
 
 

@@ -41,7 +41,7 @@ from peftcore.method import Model
 def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample: bool = False) -> None:
     """Let the adapters `names` act, in this order, and train; all others rest and are frozen.
 
-    Those that rest on disk (`load(..., resident=False)`) come, and others go where `limit_resident` says so.
+    Those that rest on disk (`load(..., resident=False)`) come, and others go where `set_resident_limit` says so.
 
     Args:
         per_sample: `names` has an adapter, or None, for each sample of a batch, and each sample passes through its

@@ -45,7 +45,7 @@ def resting(folders: dict[str, Path], limit: int | None = None) -> nn.Module:
     model = base()
     for name, path in folders.items():
         peftcore.load(model, path, adapter=name, resident=False)
-    peftcore.limit_resident(model, limit)
+    peftcore.set_resident_limit(model, limit)
     return model
 
 
@@ -82,11 +82,11 @@ def test_the_least_recently_used_goes_first_and_one_that_acts_never(saved: dict[
     with pytest.raises(
         peftcore.PeftcoreError, match=r"2 of the adapters .* \(b, d\), which take 256 bytes, and the limit is 1"
     ):
-        peftcore.limit_resident(model, SIZE)
+        peftcore.set_resident_limit(model, SIZE)
     peftcore.activate(model, "d")
-    peftcore.limit_resident(model, SIZE)
+    peftcore.set_resident_limit(model, SIZE)
     assert here(model) == ["d"]
-    peftcore.limit_resident(model, None)
+    peftcore.set_resident_limit(model, None)
     peftcore.activate(model, [])
     peftcore.activate(model, ["b"])
     assert sorted(here(model)) == ["b", "d"]
@@ -221,7 +221,7 @@ def test_names_and_what_cannot_rest(saved: dict[str, Path], tmp_path: Path) -> N
     with pytest.raises(peftcore.PeftcoreError, match=r"resident=False\) is for adapters that do not train"):
         peftcore.load(model, saved["a"], adapter="e", resident=False, trainable=True)
     with pytest.raises(peftcore.PeftcoreError, match="a number of bytes or None, found '1 GB'"):
-        peftcore.limit_resident(model, "1 GB")  # type: ignore[arg-type]
+        peftcore.set_resident_limit(model, "1 GB")  # type: ignore[arg-type]
     whole = peftcore.apply(base(), "lora", r=2, target_modules=["0"], modules_to_save=["1"])
     peftcore.save(whole, tmp_path / "whole")
     with pytest.raises(peftcore.PeftcoreError, match=r"cannot be loaded with resident=False: it trains '1.weight'"):

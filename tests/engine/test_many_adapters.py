@@ -58,7 +58,7 @@ def test_loading_and_bringing_cost_what_they_touch(folder: Path) -> None:
         found = [calls(lambda: peftcore.load(model, folder, adapter="new"))]
         found.append(calls(lambda: peftcore.load(model, folder, adapter="on disk", resident=False)))
         found.append(calls(lambda: peftcore.activate(model, ["on disk", None], per_sample=True)))
-        peftcore.limit_resident(model, 2 * LAYERS * 8 * 4 - 1)
+        peftcore.set_resident_limit(model, 2 * LAYERS * 8 * 4 - 1)
         found.append(calls(lambda: peftcore.activate(model, ["first", None], per_sample=True)))
         assert "on disk" not in require_state(model).applied
         return found
