@@ -54,7 +54,7 @@ def load(kind, dtype=torch.bfloat16):
     library, _, double = kind.partition(" + ")
     config = None
     if library == "peftcore":
-        config = peftcore.NF4Config("nf4", double_quant=bool(double), compute_dtype=dtype)
+        config = peftcore.FourBitConfig("nf4", double_quant=bool(double), compute_dtype=dtype)
     elif library == "bitsandbytes":
         config = BitsAndBytesConfig(
             load_in_4bit=True,

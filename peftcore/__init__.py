@@ -73,7 +73,7 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     from peftcore.parallel import shard as shard
     from peftcore.quantization import dequantize as dequantize
     from peftcore.quantization import quantize as quantize
-    from peftcore.quantization.huggingface import NF4Config as NF4Config
+    from peftcore.quantization.huggingface import FourBitConfig as FourBitConfig
     from peftcore.registry import methods as methods
 
     __version__: str

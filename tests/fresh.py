@@ -109,11 +109,11 @@ def resting(folder: str) -> nn.Module:
 
 
 def quantized_by_transformers(folder: str) -> nn.Module:
-    return LlamaForCausalLM.from_pretrained(folder, quantization_config=peftcore.NF4Config())
+    return LlamaForCausalLM.from_pretrained(folder, quantization_config=peftcore.FourBitConfig())
 
 
 FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
-    "NF4Config": lambda: saved(quantized_by_transformers, llama()),
+    "FourBitConfig": lambda: saved(quantized_by_transformers, llama()),
     "activate": of_adapted(lambda model: peftcore.activate(model, [])),
     "after_step": of_adapted(lambda model: peftcore.after_step(model, 1, 1)),
     "apply": applying("lora", init_lora_weights=False),

@@ -12,7 +12,10 @@ import pytest
 import peftcore
 
 # transformers itself refuses to load a model there, and says so.
-NO_LOADING = {"NF4Config": "RuntimeError: You are using `from_pretrained`", "quantization.load": "under torch.device"}
+NO_LOADING = {
+    "FourBitConfig": "RuntimeError: You are using `from_pretrained`",
+    "quantization.load": "under torch.device",
+}
 ELSEWHERE = {  # public functions with tests of their own processes, and classes
     "load_sharded": "tests/parallel",
     "shard": "tests/parallel",

@@ -1,4 +1,4 @@
-"""4 bits for transformers: `from_pretrained(..., quantization_config=NF4Config())`, and `load`.
+"""4 bits for transformers: `from_pretrained(..., quantization_config=FourBitConfig())`, and `load`.
 
 transformers reads a checkpoint tensor by tensor and hands each weight to the quantizer below, so what is in memory at
 once is the quantized model and one dense weight; of experts that lie in the checkpoint one by one, the weights of one.
@@ -41,7 +41,7 @@ _failures: list[PeftcoreError] = []  # what transformers, while it loads, turns 
 
 
 @register_quantization_config(METHOD)
-class NF4Config(QuantizationConfigMixin):
+class FourBitConfig(QuantizationConfigMixin):
     """How `from_pretrained` quantizes a dense checkpoint; the arguments are those of `peftcore.quantize`.
 
     For a checkpoint that bitsandbytes quantized, transformers takes bitsandbytes' config only and raises ValueError:
@@ -71,17 +71,17 @@ class NF4Config(QuantizationConfigMixin):
 
 
 @register_quantizer(METHOD)
-class NF4Quantizer(HfQuantizer):
+class FourBitQuantizer(HfQuantizer):
     """Quantizes dense checkpoints on the way in, and reads those that bitsandbytes' format keeps in 4 bits."""
 
-    quantization_config: NF4Config
+    quantization_config: FourBitConfig
     # transformers' Trainer takes a quantized model without PEFT's wrapper for one that has nothing to train.
     is_qat_trainable = True
     is_trainable = True
     quantized_element_size = 0.5
     serialized_names: ClassVar = {"weight": [_WHOLE + "weight", *(f"{_WHOLE}weight.{part}" for part in PARTS)]}
 
-    def __init__(self, quantization_config: NF4Config, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: FourBitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.weights: set[str] = set()
         self.blocksizes: dict[str, int] = {}  # of experts, by the parameter's name
@@ -131,7 +131,7 @@ class NF4Quantizer(HfQuantizer):
 
 
 class _Quantize(ConversionOps):
-    def __init__(self, hf_quantizer: NF4Quantizer) -> None:
+    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(self, input_dict: dict[str, Any], model: Any = None, **kwargs: Any) -> dict[str, nn.Parameter]:
@@ -210,7 +210,7 @@ def _by_expert(converter: Any) -> Any:
 
 
 class _Deserialize(ConversionOps):
-    def __init__(self, hf_quantizer: NF4Quantizer) -> None:
+    def __init__(self, hf_quantizer: FourBitQuantizer) -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(
@@ -280,7 +280,7 @@ def load(
     import transformers
 
     where = os.fspath(path)
-    ours = NF4Config(quant_type, double_quant, skip, compute_dtype, blocksize)
+    ours = FourBitConfig(quant_type, double_quant, skip, compute_dtype, blocksize)
     config, _ = transformers.AutoConfig.from_pretrained(where, return_unused_kwargs=True, **options)
     options = {name: value for name, value in options.items() if not hasattr(config, name)}
     told = getattr(config, "quantization_config", None)

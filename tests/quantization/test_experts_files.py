@@ -32,7 +32,7 @@ def names(folder):
 def test_read_saved_and_read_back(kind, tmp_path):
     model = mixture(kind)
     model.save_pretrained(tmp_path / "dense")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=peftcore.NF4Config())
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=peftcore.FourBitConfig())
     wanted = peftcore.quantize(model)
     same(found, wanted)
     assert torch.equal(found(**INPUTS).logits, wanted(**INPUTS).logits)

@@ -40,7 +40,7 @@ def dense(request, tmp_path):
 
 def test_from_pretrained_quantizes_as_it_loads(dense):
     folder, model = dense
-    found = AutoModelForCausalLM.from_pretrained(folder, quantization_config=peftcore.NF4Config())
+    found = AutoModelForCausalLM.from_pretrained(folder, quantization_config=peftcore.FourBitConfig())
     wanted = peftcore.quantize(model)
     same(found, wanted)
     assert torch.equal(logits(found), logits(wanted))
@@ -72,11 +72,11 @@ def test_what_was_read_does_not_stay_with_the_process(tmp_path, monkeypatch):
 
 def test_arguments_reach_the_layers(tmp_path):
     llama().save_pretrained(tmp_path)
-    config = peftcore.NF4Config("fp4", skip=["mlp", "lm_head"], compute_dtype=torch.bfloat16)
+    config = peftcore.FourBitConfig("fp4", skip=["mlp", "lm_head"], compute_dtype=torch.bfloat16)
     found = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
     layer = found.model.layers[0].self_attn.q_proj
     assert (layer.quant_type, layer.compute_dtype, len(kinds(found))) == ("fp4", torch.bfloat16, 8)
-    assert peftcore.NF4Config.from_dict(json.loads(json.dumps(config.to_dict()))).skip == ["mlp", "lm_head"]
+    assert peftcore.FourBitConfig.from_dict(json.loads(json.dumps(config.to_dict()))).skip == ["mlp", "lm_head"]
 
 
 def test_saved_and_read_by_bitsandbytes_and_here(dense, tmp_path):
@@ -103,8 +103,8 @@ def test_a_checkpoint_that_bitsandbytes_quantized(tmp_path):
     ours = peftcore.quantization.load(tmp_path / "quantized")
     assert len(kinds(ours)) == 14 and ours.model.layers[0].mlp.up_proj.nested_absmax is None
     torch.testing.assert_close(logits(ours), logits(theirs.train()), rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"quantized with BitsAndBytesConfig but you are passing a NF4Config"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", quantization_config=peftcore.NF4Config())
+    with pytest.raises(ValueError, match=r"quantized with BitsAndBytesConfig but you are passing a FourBitConfig"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", quantization_config=peftcore.FourBitConfig())
 
 
 def test_options_of_from_pretrained_reach_the_config(tmp_path):
@@ -121,7 +121,7 @@ def test_a_loaded_model_trains_with_transformers_trainer(tmp_path):
     from transformers import Trainer
 
     llama().save_pretrained(tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=peftcore.NF4Config())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=peftcore.FourBitConfig())
     peftcore.apply(model, "qlora", r=2)
     tokens = torch.arange(3, 12)
     rows = [{"input_ids": tokens, "labels": tokens}] * 4
@@ -199,7 +199,7 @@ def test_another_quantization_is_refused(tmp_path):
 )
 def test_a_wrong_config(fields, message):
     with pytest.raises(peftcore.PeftcoreError, match=message):
-        peftcore.NF4Config(**fields)
+        peftcore.FourBitConfig(**fields)
 
 
 def test_importing_peftcore_imports_no_transformers():

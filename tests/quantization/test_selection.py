@@ -182,6 +182,6 @@ def test_falcon_saved_in_4_bits_is_read_here(tmp_path: Path) -> None:
         assert torch.equal(peftcore.quantization.load(tmp_path)(tokens).logits, model(tokens).logits)
         falcon().save_pretrained(tmp_path / "dense")
         packed = transformers.FalconForCausalLM.from_pretrained(
-            tmp_path / "dense", quantization_config=peftcore.NF4Config()
+            tmp_path / "dense", quantization_config=peftcore.FourBitConfig()
         )
         assert torch.equal(packed(tokens).logits, model(tokens).logits)
