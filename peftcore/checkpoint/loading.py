@@ -54,9 +54,9 @@ def load(
         check_base: compare the fingerprint of the base that the adapter was trained on, where the file has one.
         method: the installed method that reads it. Needed only where several may, and an error names them.
         revision: a branch, tag or commit, on the hub.
-        resident: False: it is read to see that it fits, and rests on disk, frozen. It comes into memory when
-            `activate`, for a whole batch or for samples, or another function names it, and goes when `set_resident_limit`
-            says so and it was not used for longest. The files must stay as they are.
+        resident: if False, check that the adapter fits the model, then keep it on disk, frozen. It is read when
+            `activate` or another function names it, and the least recently used is dropped when `set_resident_limit`
+            is exceeded. The files must not change.
 
     Raises:
         PluginError: no installed method reads it, or several may and none is named.

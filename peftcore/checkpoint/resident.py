@@ -1,9 +1,9 @@
-"""Adapters that rest on disk: they come when they are named, and the least recently used go to make room.
+"""Adapters kept on disk: they are read when they are named, and the least recently used are dropped to make room.
 
-    load(..., resident=False)     read, checked against the model, and let go of again: the state knows where it lies
-    activate, save, combine, ...  those named come; `set_resident_limit` says how many bytes of them may be there at a time
+    load(..., resident=False)     reads an adapter, checks it against the model, and drops it; its folder is noted
+    activate, save, combine, ...  read the adapters they name; `set_resident_limit` bounds the bytes held in memory
 
-An adapter goes only as it came. One that was changed since, or that trains, stays and is an adapter like any other.
+Only unchanged adapters are dropped. One that was changed, or that trains, stays like any other adapter.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import torch
 
 from peftcore.ops import _extension
 
-# Ratios measured by benchmarks/nf4.py on two AVX-512 cores, 4096 x 4096.
+# Ratios measured by benchmarks/quant4.py on two AVX-512 cores, 4096 x 4096.
 COSTS = {
     "extension": "4-bit operators run on their PyTorch references: the same values, 50 to 100 times slower and with "
     "temporaries several times the size of the tensor; optimizers too, and the paged ones do not run",

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from peftcore.ops._library import define_by
 from peftcore.ops.dropout import check_dropout, dropped, factor
 from peftcore.ops.lora import wide
-from peftcore.ops.nf4 import dequantize_4bit
+from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_dtype, check_like, checked, value
 
 

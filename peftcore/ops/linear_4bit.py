@@ -1,6 +1,6 @@
 """y = x Wᵀ + b from a 4-bit weight, and its gradient with respect to x and b; W itself is frozen.
 
-    W [out, in] = the dequantized weight (see nf4.py), each value rounded once to x's dtype
+    W [out, in] = the dequantized weight (see quant4.py), each value rounded once to x's dtype
     dx = dy W, db = the sum of dy over all rows
 
 The reference unpacks the weight panel by panel (whole rows of W) into a workspace that is kept between calls, and
@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from peftcore.ops._extension import extension
 from peftcore.ops._library import define_by, transformed, unviewed
-from peftcore.ops.nf4 import dequantize_4bit
+from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_beside, check_linear, checked_packed, frozen_operands
 
 # Bytes of a panel. Measured on one AVX-512 core, 4096 x 4096 in bf16: forward, panels of 8 MiB take 2.8 ms for one

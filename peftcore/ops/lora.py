@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from peftcore.ops._library import define_by, transformed, unviewed
 from peftcore.ops.dropout import check_dropout, dropped, factor, refuse_capture
-from peftcore.ops.nf4 import dequantize_4bit
+from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_linear, checked, frozen_operands, value
 
 _OPS = torch.ops.peftcore

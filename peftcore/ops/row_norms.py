@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from peftcore.ops._library import define_by
-from peftcore.ops.nf4 import dequantize_4bit
+from peftcore.ops.quant4 import dequantize_4bit
 from peftcore.ops.weight import PackedWeight, check_dtype, checked, value
 
 _OPS = torch.ops.peftcore

@@ -4,7 +4,7 @@
     in 4 bits   [codes, absmax, quant_map]                            [blocksize, 0, .., out, in]
     and nested  [.., nested_absmax, nested_quant_map, nested_offset]  [blocksize, nested_blocksize, .., out, in]
 
-The parts have the names that bitsandbytes gives them on disk. What they mean: nf4.py. The same in C++: csrc/weight.
+The parts have the names that bitsandbytes gives them on disk. What they mean: quant4.py. The same in C++: csrc/weight.
 
 What is checked where, with the same messages and types of error:
 
@@ -13,7 +13,7 @@ What is checked where, with the same messages and types of error:
     | a weight's parts and numbers             | `Weight` in csrc/weight      | `checked` here                   |
     | x, gradient and bias beside it           | csrc/weight/linear_arguments | `check_linear`, `check_beside`   |
     | LoRA's factors, dropout, samples         | csrc/lora/arguments.h        | lora.py, dropout.py, per_sample  |
-    | a codebook's values are finite, sorted   | csrc/nf4/cpu/ops.cpp         | nf4.py; not on a GPU, nor fake   |
+    | a codebook's values are finite, sorted   | csrc/nf4/cpu/ops.cpp         | quant4.py; on CPU, not fake      |
     | a sample's adapter exists                | lora/cpu; NaN on a GPU       | per_sample.py; not fake          |
 
 The Python functions that users call check nothing of this again: the operator does, once a call. Under

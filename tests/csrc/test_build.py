@@ -103,7 +103,7 @@ def test_without_the_extension_references_give_the_same_values():
 
 @pytest.mark.slow
 def test_operators_pass_opcheck_without_the_extension():
-    tests = str(ROOT / "tests" / "ops" / "test_nf4.py")
+    tests = str(ROOT / "tests" / "ops" / "test_quant4.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests, "-k", "opcheck"],
         env={**os.environ, "PEFTCORE_EXT": "0"},

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peftcore import ops
-from peftcore.ops.nf4 import Quantize4bit, QuantizeAbsmax
+from peftcore.ops.quant4 import Quantize4bit, QuantizeAbsmax
 
 BLOCKSIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 CODES = {"nf4": ops.NF4, "fp4": ops.FP4}

@@ -19,7 +19,7 @@ import torch
 from fuzz.memory import LAYOUTS, laid_out
 
 from peftcore import ops
-from peftcore.ops import grouped, lora, nf4, optim, per_sample, routing, swiglu
+from peftcore.ops import grouped, lora, optim, per_sample, quant4, routing, swiglu
 from peftcore.ops import optim_rules as rules
 from peftcore.ops.dense_linear import DenseLinear
 from peftcore.ops.linear_4bit import Linear4bit, Linear4bitBackward
@@ -297,10 +297,10 @@ def by_reference(call):
 
 
 OPERATORS = {
-    "quantize_4bit": (_quantize_4bit, by_reference(nf4.Quantize4bit)),
-    "quantize_absmax": (_quantize_absmax, by_reference(nf4.QuantizeAbsmax)),
-    "dequantize_4bit": (_dequantize_4bit, by_reference(nf4.Dequantize4bit)),
-    "dequantize_4bit.out": (_dequantize_4bit_out, by_reference(nf4.Dequantize4bitOut)),
+    "quantize_4bit": (_quantize_4bit, by_reference(quant4.Quantize4bit)),
+    "quantize_absmax": (_quantize_absmax, by_reference(quant4.QuantizeAbsmax)),
+    "dequantize_4bit": (_dequantize_4bit, by_reference(quant4.Dequantize4bit)),
+    "dequantize_4bit.out": (_dequantize_4bit_out, by_reference(quant4.Dequantize4bitOut)),
     "dense_linear": (_dense_linear, by_reference(DenseLinear)),
     "linear_4bit": (_linear_4bit, by_reference(Linear4bit)),
     "linear_4bit_backward": (_linear_4bit_backward, by_reference(Linear4bitBackward)),

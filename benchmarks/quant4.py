@@ -1,6 +1,6 @@
 """NF4 quantize and dequantize beside bitsandbytes and a plain copy, in one run, on the same threads.
 
-    python benchmarks/nf4.py [--size 4096] [--threads 2] [--seconds 3]
+    python benchmarks/quant4.py [--size 4096] [--threads 2] [--seconds 3]
 
 Weights come from memory, as in a model: each row goes through as many layers as no cache holds, and is timed once more
 with the layer that it has just used ("in cache"). Rows are timed in turn, in random order, so a busy machine slows all

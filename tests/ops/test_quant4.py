@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from peftcore import ops
 from peftcore.ops import PackedWeight
-from peftcore.ops.nf4 import Dequantize4bit, Quantize4bit, QuantizeAbsmax
+from peftcore.ops.quant4 import Dequantize4bit, Quantize4bit, QuantizeAbsmax
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
