@@ -19,7 +19,7 @@ import peftcore_lora
 import torch
 from peftcore_lora.config import refuse_fields
 from peftcore_lora.files import RULES, name_inside
-from peftcore_lora.layers import LoraLinear, OnWeight
+from peftcore_lora.layers import LoraLinear, LoraOnWeight
 from peftcore_lora.placing import place as place_lora
 from peftcore_lora.placing import wrapped
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ def place(model: nn.Module, config: AloraConfig, architecture: peftcore.Architec
     invocation = Invocation(config.alora_invocation_tokens)
 
     def wrap(lora: Any) -> Alora | None:
-        return Alora(lora, invocation) if isinstance(lora, LoraLinear) and not isinstance(lora, OnWeight) else None
+        return Alora(lora, invocation) if isinstance(lora, LoraLinear) and not isinstance(lora, LoraOnWeight) else None
 
     layers = wrapped(place_lora(model, config, architecture), wrap, "activated LoRA")
     return [peftcore.Around(architecture.backbone or "", invocation), *layers]

@@ -23,7 +23,7 @@ from peftcore_lora.layers import (
     LoraGroupedConv,
     LoraLinear,
     LoraLinearOnWeight,
-    OnWeight,
+    LoraOnWeight,
 )
 from peftcore_lora.placing import place as place_lora
 from peftcore_lora.placing import wrapped
@@ -56,7 +56,7 @@ class Dora(nn.Module):
     def __init__(self, lora: Any) -> None:
         super().__init__()
         self.lora = lora
-        self.on_weight = isinstance(lora, OnWeight)
+        self.on_weight = isinstance(lora, LoraOnWeight)
         self.transposed = isinstance(lora, LoraEmbedding)  # outputs are the weight's last dimension
         self.axes = [1] * (lora.lora_A.dim() - 2)  # of an output, behind its channels
         m = lora.lora_B.new_ones(lora.lora_B.shape[0])

@@ -231,7 +231,7 @@ class LoraEmbedding(Lora):
         return [peftcore.Factors(self.lora_A, self.lora_B, self.scale, transposed=True)]
 
 
-class OnWeight(Lora):
+class LoraOnWeight(Lora):
     """For layers that do more than their product: their own forward, which reads W + scale · B A. Without dropout."""
 
     per_sample = None
@@ -246,15 +246,15 @@ class OnWeight(Lora):
         return weight + self.delta().to(weight.dtype)
 
 
-class LoraLinearOnWeight(OnWeight, LoraLinear):  # type: ignore[misc]  # without LoraLinear's per_sample
+class LoraLinearOnWeight(LoraOnWeight, LoraLinear):  # type: ignore[misc]  # without LoraLinear's per_sample
     """A router that gives a choice beside its logits, a product in groups."""
 
 
-class LoraConvOnWeight(OnWeight, LoraConv):
+class LoraConvOnWeight(LoraOnWeight, LoraConv):
     """A convolution that pads, or transposes, its input by itself."""
 
 
-class LoraAttention(OnWeight):
+class LoraAttention(LoraOnWeight):
     """nn.MultiheadAttention: A `[r, E]`, B `[3 E, r]` for `in_proj_weight`, and a pair of their own for `out_proj`.
 
     To `out_proj` PEFT adds scale · B A twice (see `KNOWN_PEFT` in files.py). Files mean that, so it is done here, too.
@@ -262,7 +262,7 @@ class LoraAttention(OnWeight):
 
     def __init__(self, config: LoraConfig, path: str, width: int) -> None:
         super().__init__(config, path, [width], [3 * width])
-        self.out_proj = OnWeight(config, path, [width], [width])
+        self.out_proj = LoraOnWeight(config, path, [width], [width])
         self.out_proj.full_scale *= 2
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:

@@ -33,7 +33,7 @@ from peftcore_lora.layers import (
     LoraGroupedConv,
     LoraLinear,
     LoraLinearOnWeight,
-    OnWeight,
+    LoraOnWeight,
     one_dropout,
 )
 from peftcore_lora.parameters import LoraParameter, place_parameters
@@ -68,7 +68,7 @@ def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architect
     on_weight = [
         p.path
         for p in all_of_them
-        if isinstance(p.adapter, OnWeight) or (isinstance(p.adapter, LoraParameter) and not p.adapter.drops)
+        if isinstance(p.adapter, LoraOnWeight) or (isinstance(p.adapter, LoraParameter) and not p.adapter.drops)
     ]
     if config.lora_dropout and on_weight:
         warnings.warn(
@@ -131,7 +131,7 @@ def adapter_for(path: str, module: nn.Module, config: LoraConfig) -> Lora:
         kind = own if adds_to_product(module) else LoraLinearOnWeight
         adapter = kind(config, path, [width], [out_width])
     validation.require(
-        not (config.lora_bias and isinstance(adapter, OnWeight) and getattr(module, "bias", None) is None),
+        not (config.lora_bias and isinstance(adapter, LoraOnWeight) and getattr(module, "bias", None) is None),
         f"lora_bias=True is not possible at '{path}' ({kind_of_layer}), which has no bias and whose weight itself is "
         "changed. Take it out of target_modules, or lora_bias out",
     )
