@@ -1,4 +1,4 @@
-# One command each: make install | demo | test | test-deepspeed | test-all | test-avx2 | lint | fix | docs | bench | cuda-bounds | matrix | compare | census | export-check. What they need is installed into .venv by the first call;
+# One command each: make install | demo | test | test-deepspeed | test-all | test-avx2 | lint | fix | docs | bench | cuda-bounds | matrix | figures | compare | census | export-check. What they need is installed into .venv by the first call;
 # stamp files there remember it. PYTHON chooses the interpreter: make test PYTHON=python3.12
 
 PYTHON ?= python3
@@ -18,7 +18,7 @@ CSRC := $(filter csrc/%,$(CXX_FILES))
 # decode_llama.py is a part of decode.py, for another Python.
 BENCHMARKS = $(filter-out benchmarks/decode_llama.py,$(shell grep -l __main__ benchmarks/*.py))
 
-.PHONY: install demo test test-deepspeed test-all test-avx2 lint fix docs bench cuda-bounds matrix compare census export-check clean
+.PHONY: install demo test test-deepspeed test-all test-avx2 lint fix docs bench cuda-bounds matrix figures compare census export-check clean
 
 install: $(VENV)/train.stamp
 	@echo "installed into $(VENV). Go on with: . $(VENV)/bin/activate"
@@ -79,6 +79,10 @@ docs: $(VENV)/docs.stamp
 # The table of methods in docs/methods.md, from conformance runs; a test fails when it is stale.
 matrix: $(VENV)/dev.stamp
 	OMP_NUM_THREADS=1 $(PY) tests/matrix.py
+
+# docs/figures.md, a page of all figures, from docs/figures.csv; a test fails when it is stale.
+figures:
+	$(PYTHON) tests/figures.py
 
 # Every method on the demo's two tasks, PEFT beside it, docs/comparison.md: hours on two cores, and it goes on where it was
 # stopped. Much less: make compare COMPARE=--reduced

@@ -6,6 +6,7 @@ import pkgutil
 import re
 from pathlib import Path
 
+import figures
 import matrix
 import pytest
 import torch
@@ -156,6 +157,19 @@ def test_the_table_of_methods_is_that_of_the_conformance_runs() -> None:
     for name in registry.methods():
         pages = page, (ROOT / "docs/plugin-directory.md").read_text()
         assert all(f"| `{name}` |" in text for text in pages), name
+
+
+def test_all_figures_are_made_from_the_data_file() -> None:
+    assert figures.PAGE.read_text() == figures.page(), "run: make figures"
+    for row in figures.rows():
+        script = re.search(r"\b(?:benchmarks|tests)/[\w/]+\.py", row["command"])
+        assert script is None or (ROOT / script[0]).exists(), row["command"]
+
+
+def test_figures_in_other_pages_are_in_the_data_file() -> None:
+    pages = [page for page in PAGES if "<!-- figures -->" in page.read_text()]
+    assert {"README.md", "index.md", "performance.md"} <= {page.name for page in pages}
+    assert {page.name: figures.missing(page.read_text()) for page in pages} == {page.name: [] for page in pages}
 
 
 def test_the_methods_of_peft_s_that_are_not_here_are_listed() -> None:
