@@ -1,5 +1,9 @@
-"""docs/comparison.md, between its markers, and docs/comparison.png, from what the comparison found."""
+"""Write docs/comparison.md, between its markers, and docs/comparison.png from the results of the comparison.
 
+python benchmarks/demo/compare_page.py    # from benchmarks/demo/comparison.json, without running anything
+"""
+
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -9,8 +13,10 @@ from compare_chart import Panel, Point, draw
 from compare_collect import FAMILIES
 
 BEGIN, END = "<!-- comparison: made by `make compare` -->", "<!-- end of comparison -->"
+BEGIN_TEN, END_TEN = "<!-- ten methods: made by `make compare` -->", "<!-- end of ten methods -->"
+TEN = ("full", "hira", "dora", "lora", "qlora", "ia3", "adapter", "adalora", "vera", "prefix-tuning")
 TITLES = {
-    "classifier": "The classifier: MiniLM-L6 tells positive movie reviews from negative ones",
+    "classifier": "The classifier: MiniLM-L6 separates positive from negative movie reviews",
     "writer": "The writer: SmolLM2-135M-Instruct writes movie reviews",
 }
 MAIN = {"classifier": "accuracy", "writer": "loss"}
@@ -18,18 +24,43 @@ MAIN = {"classifier": "accuracy", "writer": "loss"}
 
 def write_page(found: dict, docs: Path) -> None:
     page = docs / "comparison.md"
-    before, _, rest = page.read_text().partition(BEGIN)
     made = "\n".join(line for part in (made_with(found), *tables(found), failures(found)) for line in part)
-    page.write_text(f"{before}{BEGIN}\n{made}\n{END}{rest.partition(END)[2]}")
+    text = between(page.read_text(), BEGIN_TEN, END_TEN, "\n".join(ten(found["tasks"])))
+    page.write_text(between(text, BEGIN, END, made))
     panels = [panel(task, each) for task, each in found["tasks"].items()]
     used = [name for name in FAMILIES if any(p.family == name for each in panels for p in each.points)]
     draw(docs / "comparison.png", panels, used)
 
 
+def between(text: str, begin: str, end: str, made: str) -> str:
+    """Return the page with `made` between the two markers."""
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n{made}\n{end}{rest.partition(end)[2]}"
+
+
+def ten(tasks: dict) -> list[str]:
+    """Return a table of ten well-known methods on both tasks."""
+    found = {task: {row["method"]: row for row in each["rows"] if "error" not in row} for task, each in tasks.items()}
+    lines = ["| method | accuracy of the classifier | peak memory | loss of the writer | peak memory | merges |"]
+    lines.append("|" + "---|" * 6)
+    for name in TEN:
+        label, loss = found["classifier"][name], found["writer"][name]
+        cells = [
+            f"`{name}`",
+            shown(label["accuracy"], "accuracy"),
+            f"{label['peak'] / 1e6:,.0f} MB",
+            shown(loss["loss"], "loss"),
+            f"{loss['peak'] / 1e6:,.0f} MB",
+            {True: "yes", False: "no", None: ""}[label["merges"]],
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
 def made_with(found: dict) -> list[str]:
     made = found["made"]
     facts = "; ".join(f"{name} {value}" for name, value in made["machine"])
-    times = " Others used the machine meanwhile, so no time of a step is given." if made["shared"] else ""
+    times = " Other programs used the machine at the same time, so step times are left out." if made["shared"] else ""
     return [f"Made with `{made['command']}`, each run in a process and a thread of its own, on {facts}.{times}", ""]
 
 
@@ -38,7 +69,7 @@ def tables(found: dict) -> list[list[str]]:
 
 
 def table(task: str, found: dict, shared: bool) -> list[str]:
-    """Best first."""
+    """Return the table of a task, the best method first."""
     size, metric = found["size"], MAIN[task]
     rates = f"the rates {size['rates'].replace(',', ', ')}" if size["rates"] else "each method's own rate"
     seeds = f"{size['seeds']} seeds" if size["seeds"] > 1 else "one seed"
@@ -81,7 +112,7 @@ def table(task: str, found: dict, shared: bool) -> list[str]:
 
 
 def at_the_edge(row: dict) -> bool:
-    """Is the best rate of a search the lowest or the highest that was tried?"""
+    """Return whether the best rate of a search is the lowest or the highest that was tried."""
     rates = [float(rate) for rate in row["tried"]]
     return len(rates) > 1 and row["lr"] in (min(rates), max(rates))
 
@@ -107,14 +138,14 @@ def size_of(count: int) -> str:
 
 
 def tried(found: dict) -> list[str]:
-    """The search: losses on the validation part."""
+    """Return a table of the search: the validation loss at each rate."""
     rates = sorted({rate for row in found["rows"] for rate in row["tried"]}, key=float)
     if not rates:
         return []
     lines = [
         "<details markdown><summary>What each rate gave</summary>",
         "",
-        "Loss on the part of the training examples that was kept to choose by, first seed.",
+        "Validation loss of the first seed.",
         "",
         "| method | " + " | ".join(f"{float(rate):g}" for rate in rates) + " |",
         "|" + "---|" * (len(rates) + 1),
@@ -132,7 +163,7 @@ def tried(found: dict) -> list[str]:
 
 
 def failures(found: dict) -> list[str]:
-    """Who cannot take part, and why."""
+    """Return a list of the methods that could not run, with the reason."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for task, each in found["tasks"].items():
         for row in each["rows"]:
@@ -157,3 +188,8 @@ def panel(task: str, found: dict) -> Panel:
     level = (scale * found["baseline"][1], found["baseline"][0]) if found["baseline"] else None
     y_name = "held-out accuracy, %" if metric == "accuracy" else "held-out loss (less is better)"
     return Panel(TITLES[task], y_name, points, metric == "accuracy", level)
+
+
+if __name__ == "__main__":
+    root = Path(__file__).resolve().parents[2]
+    write_page(json.loads((root / "benchmarks/demo/comparison.json").read_text()), root / "docs")
