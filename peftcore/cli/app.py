@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from peftcore.cli import arguments, completion, console
+from peftcore.cli import arguments, completion, console, signatures
 from peftcore.cli.commands import (
     chat,
     compare,
@@ -84,7 +84,8 @@ def build(words: list[str]) -> typer.Typer:
 
 
 def _with_clear_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Errors that a user can act on end the command with their message alone."""
+    """Return `command` as typer reads it; errors that a user can act on end it with their message alone."""
+    command = signatures.expand(command)
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:

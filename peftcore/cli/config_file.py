@@ -6,13 +6,14 @@ the command line says holds before what the file says; of `[set]` that is field 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import typer
 
@@ -25,6 +26,7 @@ _FIELDS = "peftcore.cli.fields"  # of the context: the file's `[set]`
 _NOT_IN_FILES = {"config", "help"}
 # Where the command line names the first, the file's second, which would overrule it, does not hold.
 _OVERRULED = {"epochs": "steps", "holdout": "eval_data"}
+_Given = TypeVar("_Given", bound=Any)  # a dataclass
 
 
 def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) -> Path | None:
@@ -58,13 +60,16 @@ def fields(context: typer.Context, settings: list[str] | None) -> list[str]:
     return [*settings, *(f"{name}={value}" for name, value in from_file.items() if name not in said)]
 
 
-def overruled(context: typer.Context) -> set[str]:
-    """Options that hold only in the file, and that the command line overrules by another."""
+def in_force(context: typer.Context, given: _Given) -> _Given:
+    """Return `given` without the options of the file that the command line overrules by another option."""
 
     def source(name: str) -> str:
         return getattr(context.get_parameter_source(name), "name", "")
 
-    return {name for by, name in _OVERRULED.items() if source(by) == "COMMANDLINE" and source(name) == "DEFAULT_MAP"}
+    overruled = [
+        name for by, name in _OVERRULED.items() if source(by) == "COMMANDLINE" and source(name) == "DEFAULT_MAP"
+    ]
+    return dataclasses.replace(given, **dict.fromkeys(overruled)) if overruled else given
 
 
 def write(file: Path, options: Mapping[str, Any]) -> None:

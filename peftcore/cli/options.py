@@ -106,12 +106,11 @@ Dtype = Annotated[
 WrittenDtype = Annotated[
     str, typer.Option(help="Base dtype: fp32, bf16, or auto (bf16 on a GPU that has it, else fp32).")
 ]
-Precision = Annotated[
-    str,
-    typer.Option(help="Of training: auto (as the base's dtype), fp32, or bf16 or fp16 (mixed, beside a base in fp32)."),
-]
 Parallel = Annotated[
-    str | None, typer.Option(help="Of several processes: ddp (a copy of the base in each) or fsdp2 (shards of it).")
+    str | None,
+    typer.Option(
+        help="Distribution over the processes of torchrun: ddp (a copy of the base in each) or fsdp2 (shards)."
+    ),
 ]
 Ranks = Annotated[int, typer.Option(min=1, help="Processes of the run, of which one is estimated.")]
 Quantize = Annotated[
@@ -123,11 +122,6 @@ Task = Annotated[
     str | None,
     typer.Option(help="causal-lm, classification, regression, multi-label or dpo; read off the file if left out."),
 ]
-EvalData = Annotated[str | None, typer.Option(help="Examples to evaluate on.")]
-Holdout = Annotated[float, typer.Option(help="Without --eval-data: share of the examples held out.")]
-Epochs = Annotated[float, typer.Option(help="Passes over the examples.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")]
-MaxLength = Annotated[int, typer.Option(min=2, help="Tokens of an example at most.")]
 Labels = Annotated[
     str | None, typer.Option(help="A classifier's labels in the order of its outputs, for adapters that PEFT wrote.")
 ]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from peftcore.cli import config_file
+import typer
+
+from peftcore.cli import config_file, options
 from peftcore.errors import PeftcoreError
 
 RUN_FILE = "run.json"
@@ -24,14 +25,91 @@ _NOT_THE_SAME = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Options of the command line that decide the course of a run, as the user gave them.
+
+    An option is defined here and nowhere else: `train` has an option for each field; `compare`, `plan` and `suggest`
+    have those that they name; `run.json`, `run.toml` and `--resume` follow.
+    """
+
+    eval_data: Annotated[str | None, typer.Option(help="Examples to evaluate on.")] = None
+    holdout: Annotated[float, typer.Option(help="Share of the examples held out, without --eval-data.")] = 0.1
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps, instead of --epochs.")] = None
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per batch, in each process.")] = 8
+    grad_accum: Annotated[int, typer.Option(min=1, help="Batches per optimizer step.")] = 1
+    lr: Annotated[float | None, typer.Option(help="Learning rate; default: the method's.")] = None
+    scheduler: Annotated[str, typer.Option(help="Trainer's lr_scheduler_type: linear, cosine, constant, ...")] = (
+        "linear"
+    )
+    warmup: Annotated[
+        float, typer.Option(min=0, help="Warmup as a share of the steps, or, from 1 up, as a number of steps.")
+    ] = 0.03
+    weight_decay: Annotated[float, typer.Option(min=0, help="Weight decay of the optimizer.")] = 0.0
+    max_length: Annotated[int, typer.Option(min=2, help="Maximum tokens per example.")] = 512
+    pack: Annotated[
+        bool,
+        typer.Option(
+            "--pack", help="Pack several examples into a row of --max-length tokens, without attention between them."
+        ),
+    ] = False
+    beta: Annotated[
+        float | None,
+        typer.Option(help="DPO's beta, the weight that keeps the model close to the base; default: 0.1."),
+    ] = None
+    labels: options.Labels = None
+    columns: options.Columns = None
+    chat_template: options.ChatTemplate = None
+    dtype: options.Dtype = "auto"
+    precision: Annotated[
+        str,
+        typer.Option(help="Training precision: auto (the base's dtype), fp32, or mixed (bf16 or fp16, base in fp32)."),
+    ] = "auto"
+    device: options.Device = "auto"
+    seed: Annotated[
+        int, typer.Option(help="Seed of the held-out split, the adapter's initialisation, the order and dropout.")
+    ] = 0
+    parallel: options.Parallel = None
+    gradient_checkpointing: Annotated[
+        bool, typer.Option(help="Recompute activations in backward: less memory, more time.")
+    ] = False
+    optim: Annotated[
+        str, typer.Option(help="Trainer's optim, or peftcore's paged_adamw_8bit and paged_adamw_32bit.")
+    ] = "adamw_torch"
+    optim_args: Annotated[
+        str | None, typer.Option(help="Arguments of --optim, such as betas=(0.9,0.95) or budget=256MB.")
+    ] = None
+    eval_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between evaluations; default: 5 evaluations per run.")
+    ] = None
+    save_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between checkpoints; default: 5 checkpoints per run.")
+    ] = None
+    keep: Annotated[int, typer.Option(min=2, help="Number of checkpoints to keep.")] = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Display:
+    """Options of a run that change what it shows, and not what it learns."""
+
+    sample: Annotated[str | None, typer.Option(help="Prompt to answer before and after training (causal-lm).")] = None
+    sample_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens of the answer to --sample.")] = 48
+    report_to: Annotated[
+        str | None,
+        typer.Option(help="Services that receive Trainer's log, separated by commas: tensorboard, wandb, mlflow, ..."),
+    ] = None
+
+
 @dataclass(frozen=True)
-class Settings:
-    """All that decides the course of a run. `fields` are those of the method's config.
+class Settings(RunOptions):
+    """All that decides the course of a run: its options, with those resolved that have no value of their own.
 
     `data`: a path or a dataset's id, or several, whose examples are read together.
-    `adapter`: the folder of the one that the run goes on with; `labels` are its classifier's.
-    `validation`: share of the training examples that is kept from training, to choose among runs by.
-    `other_data`: texts of another domain, whose loss before and after tells what is forgotten.
+    `fields`: of the method's config.
+    `adapter`: folder of the adapter that the run continues; `labels` are its classifier's.
+    `validation`: share of the training examples that is kept from training, to choose among runs.
+    `other_data`: texts of another domain, whose loss before and after shows what is forgotten.
     """
 
     model: str
@@ -40,36 +118,21 @@ class Settings:
     method: str
     fields: dict[str, Any] = field(default_factory=dict)
     adapter: str | None = None
-    labels: str | None = None
-    columns: str | None = None
-    chat_template: str | None = None
-    eval_data: str | None = None
-    holdout: float = 0.1
     validation: float | None = None
     other_data: str | None = None
-    epochs: float = 3.0
-    steps: int | None = None
-    batch_size: int = 8
-    grad_accum: int = 1
-    lr: float = 2e-4
-    scheduler: str = "linear"
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    max_length: int = 512
-    pack: bool = False
-    beta: float | None = None
-    dtype: str = "auto"
-    precision: str = "auto"
-    device: str = "auto"
-    seed: int = 0
-    gradient_checkpointing: bool = False
-    parallel: str | None = None
     ranks: int = 1
-    optim: str = "adamw_torch"
-    optim_args: str | None = None
-    eval_every: int | None = None
-    save_every: int | None = None
-    keep: int = 2
+    lr: float = field(default=2e-4, kw_only=True)
+
+    @classmethod
+    def of(cls, given: RunOptions, **resolved: Any) -> Settings:
+        """Return the settings of a run with the options `given`, and with what `resolved` has beyond or in place."""
+        values = {**vars(given), **resolved}
+        if values["lr"] is None:  # nothing is trained
+            del values["lr"]
+        for name in ("eval_data", "chat_template", "other_data"):
+            if values.get(name):
+                values[name] = options.absolute(values[name])
+        return cls(**values)
 
     def __post_init__(self) -> None:
         """Raise a PeftcoreError unless all numbers are finite, and the rate and the number of epochs positive."""
@@ -119,9 +182,9 @@ def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite:
     run_file.write_text(json.dumps(settings.to_json(), indent=2) + "\n", encoding="utf-8")
 
 
-def write_options(output: Path, settings: Settings, more: Mapping[str, Any]) -> None:
-    """Write `run.toml`; `more` are options that are no settings, such as a sample's prompt."""
-    options = {**settings.to_json(), "set": settings.fields, "output": str(output.resolve()), **more}
-    for name in ("fields", "ranks", "validation", "other_data"):  # `set`; torchrun's; of `compare` alone
-        del options[name]
-    config_file.write(output / config_file.NAME, options)
+def write_options(output: Path, settings: Settings, display: Display) -> None:
+    """Write `run.toml`."""
+    shown = ("model", "data", "task", "method", "adapter", *(each.name for each in fields(RunOptions)))
+    chosen = {name: getattr(settings, name) for name in shown}
+    more = {"set": settings.fields, "output": str(output.resolve()), **vars(display)}
+    config_file.write(output / config_file.NAME, {**chosen, **more})

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from peftcore.cli.options import FULL
-from peftcore.cli.settings import RUN_FILE, Settings, prepare_folder, write_options
+from peftcore.cli.settings import RUN_FILE, Display, Settings, prepare_folder, write_options
 from peftcore.errors import PeftcoreError
 
 _RESULT, _ERROR = "result.json", "error.txt"
@@ -40,7 +40,7 @@ def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[s
     """
     prepare_folder(folder, settings, resume=True, overwrite=False)
     if settings.method != FULL:  # which `train` does not know
-        write_options(folder, settings, {})
+        write_options(folder, settings, Display())
     if not (folder / _RESULT).exists():
         status = run_child(folder, show)
         if status == STOPPED:

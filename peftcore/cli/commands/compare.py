@@ -25,11 +25,11 @@ from rich.markup import escape
 
 from peftcore.cli import completion, config_file, options
 from peftcore.cli.console import command, out, require, say, warn
+from peftcore.cli.settings import RunOptions, Settings
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
     from peftcore.cli.comparison_report import ComparisonReport
-    from peftcore.cli.settings import Settings
 
 EXAMPLES = (
     'peftcore compare -m MODEL -d chat.jsonl -o both --method METHOD --method "OTHER FIELD=VALUE lr=1e-3" --seeds 3',
@@ -37,8 +37,31 @@ EXAMPLES = (
 )
 
 FULL_LEARNING_RATE = 5e-5
-# Settings that are options of `compare`, too.
-_OPTIONS = "model data task columns chat_template eval_data holdout epochs steps batch_size max_length dtype device"
+# Options of the runs that the user may set.
+_OPTIONS = (
+    "columns",
+    "chat_template",
+    "eval_data",
+    "other_data",
+    "holdout",
+    "epochs",
+    "steps",
+    "batch_size",
+    "max_length",
+    "dtype",
+    "device",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedOptions(RunOptions):
+    """Options of the runs that are compared."""
+
+    other_data: Annotated[
+        str | None,
+        typer.Option(help="Texts of another domain; the rise of their loss shows what a method forgets (causal-lm)."),
+    ] = None
+    dtype: options.WrittenDtype = "auto"
 
 
 @dataclass(frozen=True)
@@ -62,6 +85,7 @@ def compare(
     model: options.Model,
     data: options.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the report and the runs.")],
+    *,
     config: options.Config = None,
     method: Annotated[
         list[str] | None,
@@ -82,20 +106,7 @@ def compare(
         ),
     ] = None,
     task: options.Task = None,
-    columns: options.Columns = None,
-    chat_template: options.ChatTemplate = None,
-    eval_data: options.EvalData = None,
-    other_data: Annotated[
-        str | None,
-        typer.Option(help="Texts of another domain: how much their loss rises is what a method forgets (causal-lm)."),
-    ] = None,
-    holdout: options.Holdout = 0.1,
-    epochs: options.Epochs = 3.0,
-    steps: options.Steps = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once.")] = 8,
-    max_length: options.MaxLength = 512,
-    dtype: options.WrittenDtype = "auto",
-    device: options.Device = "auto",
+    given: Annotated[ComparedOptions, _OPTIONS],
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs, and go on.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where a comparison lies.")] = False,
 ) -> None:
@@ -109,49 +120,37 @@ def compare(
     from peftcore.cli import models
     from peftcore.cli.data_files import parsed_columns
 
-    overruled = config_file.overruled(context)
-    steps = None if "steps" in overruled else steps
-    eval_data = None if "eval_data" in overruled else eval_data
-    names = parsed_columns(columns)
+    given = config_file.in_force(context, given)
+    names = parsed_columns(given.columns)
     task = task or examples.guess_task(data, names)
-    for file in filter(None, (data, eval_data)):
+    for file in filter(None, (data, given.eval_data)):
         examples.read_rows(file, task, names)  # wrong lines show before anything is loaded
-    if epochs <= 0:
-        raise PeftcoreError(f"--epochs must be above 0, found {epochs:g}")
-    if other_data is not None and task != examples.LANGUAGE_MODEL:
+    if given.epochs <= 0:
+        raise PeftcoreError(f"--epochs must be above 0, found {given.epochs:g}")
+    if given.other_data is not None and task != examples.LANGUAGE_MODEL:
         raise PeftcoreError(f"--other-data is of language models (causal-lm), whose loss any text has; found {task}")
-    if other_data is not None:
-        examples.read_rows(other_data, task)
+    if given.other_data is not None:
+        examples.read_rows(given.other_data, task)
     rates = parse_search(search, method)
     candidates = parse_candidates(method, full)
     require("transformers", "accelerate", "matplotlib", "psutil")
     models.quiet_transformers()
-    from peftcore.cli.settings import Settings
 
-    common = Settings(
+    common = Settings.of(
+        given,
         model=models.resolve(model),
         data=options.absolute_data(data),
         task=task,
         method="",
-        columns=columns,
-        chat_template=options.absolute(chat_template) if chat_template else None,
-        eval_data=options.absolute(eval_data) if eval_data else None,
-        holdout=holdout,
-        validation=holdout if rates else None,
-        other_data=options.absolute(other_data) if other_data else None,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        max_length=max_length,
-        dtype=dtype,
-        device=device,
+        validation=given.holdout if rates else None,
         eval_every=sys.maxsize,  # once, at the end
     )
     _prepare_folder(output, resume, overwrite)
-    chosen = {name: getattr(common, name) for name in _OPTIONS.split()}
+    chosen = {name: getattr(common, name) for name in ("model", "data", "task", *_OPTIONS)}
     more = {"method": method, "full": full, "seeds": seeds, "search": search, "output": str(output.resolve())}
     config_file.write(output / "compare.toml", {**chosen, **more})
-    _run_all(replace(common, dtype=_one_dtype(dtype, device)), candidates, seeds, rates, output)
+    dtype = _one_dtype(given.dtype, given.device)
+    _run_all(replace(common, dtype=dtype), candidates, seeds, rates, output)
 
 
 def _one_dtype(dtype: str, device: str) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from peftcore.cli import options
 from peftcore.cli.console import say
+from peftcore.cli.settings import RunOptions, Settings
 
 EXAMPLES = (
     "peftcore suggest -m MODEL --memory 24GB --device rtx4090 --max-length 2048 --examples 10000",
@@ -26,13 +27,11 @@ def suggest(
         list[str] | None, typer.Option("--method", help="Repeatable; default those installed that have a rank.")
     ] = None,
     rank: Annotated[list[int] | None, typer.Option("--rank", min=1, help="Repeatable; default 16.")] = None,
+    *,
     task: options.Task = None,
     labels: Annotated[str | None, typer.Option(help="For classification: the labels, separated by commas.")] = None,
-    max_length: options.MaxLength = 512,
     examples: Annotated[int, typer.Option(min=1, help="How many there are, for the time of an epoch.")] = 1000,
-    dtype: options.Dtype = "auto",
-    precision: options.Precision = "auto",
-    parallel: options.Parallel = None,
+    given: Annotated[RunOptions, ("max_length", "dtype", "precision", "parallel")],
     ranks: options.Ranks = 1,
 ) -> None:
     """Look for ways to train a model in so much memory, and print the commands for them.
@@ -41,13 +40,12 @@ def suggest(
     """
     import peftcore
     from peftcore.cli import data, forecast, models
-    from peftcore.cli.settings import Settings
 
     task = task or (data.CLASSIFICATION if labels else data.LANGUAGE_MODEL)
     data.check_task(task)
     names = tuple(part.strip() for part in labels.split(",")) if labels else ()
     base = models.resolve(model)
-    settings = Settings(base, "", task, "", dtype=dtype, precision=precision, device=device)
+    settings = Settings.of(given, model=base, data="", task=task, method="", device=device)
     found = peftcore.suggest(
         models.load_config(base, task, names),
         memory=memory,
@@ -56,15 +54,16 @@ def suggest(
         methods=method,
         r=rank or (16,),
         dtype=forecast.dtype_of_base(settings, names),
-        length=max_length,
-        **forecast.how(task, precision, parallel, ranks),
+        length=given.max_length,
+        **forecast.how(task, given.precision, given.parallel, ranks),
     )
     say(str(found))
     say("\nto train in the first of these ways:", "bold")
-    chosen = [*found.ways[0].options(), "--max-length", str(max_length)]
-    as_what = "bf16" if device != "cpu" and dtype == precision == "auto" else dtype
-    for name, value in (("task", task), ("dtype", as_what), ("precision", precision), ("parallel", parallel)):
+    chosen = [*found.ways[0].options(), "--max-length", str(given.max_length)]
+    as_what = "bf16" if device != "cpu" and given.dtype == given.precision == "auto" else given.dtype
+    shown = {"task": task, "dtype": as_what, "precision": given.precision, "parallel": given.parallel}
+    for name, value in shown.items():
         if value not in (None, "auto") and (name != "task" or value == data.PREFERENCES):
             chosen += [f"--{name}", value]
-    start = "peftcore" if parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore"
+    start = "peftcore" if given.parallel is None else f"torchrun --nproc-per-node {ranks} -m peftcore"
     say(f"  {start} train -m {shlex.quote(model)} -d DATA -o RUN {shlex.join(chosen)}")

@@ -11,10 +11,10 @@ import typer
 
 from peftcore.cli import config_file, options
 from peftcore.cli.console import command, out, require, say, table
+from peftcore.cli.settings import Display, RunOptions, Settings, prepare_folder, write_options
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
-    from peftcore.cli.settings import Settings
     from peftcore.cli.training import Result
 
 EXAMPLES = (
@@ -29,52 +29,14 @@ def train(
     context: typer.Context,
     data: options.Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run; the adapter lies in it.")],
+    *,
     model: options.MaybeModel = None,
     config: options.Config = None,
     adapter: options.Continued = None,
     task: options.Task = None,
     method: options.MethodName = None,
     fields: options.Fields = None,
-    eval_data: options.EvalData = None,
-    holdout: options.Holdout = 0.1,
-    epochs: options.Epochs = 3.0,
-    steps: options.Steps = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples at once, in each process.")] = 8,
-    grad_accum: Annotated[int, typer.Option(min=1, help="Batches that make one step.")] = 1,
-    lr: Annotated[float | None, typer.Option(help="Learning rate; default the method's.")] = None,
-    scheduler: Annotated[
-        str, typer.Option(help="Trainer's lr_scheduler_type: linear, cosine, constant, ...")
-    ] = "linear",
-    warmup: Annotated[float, typer.Option(min=0, help="Share of the steps, or from 1 up their number.")] = 0.03,
-    weight_decay: Annotated[float, typer.Option(min=0)] = 0.0,
-    max_length: options.MaxLength = 512,
-    pack: Annotated[
-        bool,
-        typer.Option("--pack", help="Several examples in a row of --max-length tokens, which do not see each other."),
-    ] = False,
-    beta: Annotated[
-        float | None, typer.Option(help="Of --task dpo: how much it costs to leave the base; default 0.1.")
-    ] = None,
-    labels: options.Labels = None,
-    columns: options.Columns = None,
-    chat_template: options.ChatTemplate = None,
-    dtype: options.Dtype = "auto",
-    precision: options.Precision = "auto",
-    device: options.Device = "auto",
-    seed: Annotated[int, typer.Option(help="Of the split, the adapter's start, the order and dropout.")] = 0,
-    parallel: Annotated[
-        str | None, typer.Option(help="Under torchrun: ddp (a copy of the base per process) or fsdp2 (shards of it).")
-    ] = None,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
-    optim: Annotated[
-        str, typer.Option(help="Trainer's optim; paged_adamw_8bit and _32bit are peftcore's own.")
-    ] = "adamw_torch",
-    optim_args: Annotated[
-        str | None, typer.Option(help="Its arguments, such as betas=(0.9,0.95) or budget=256MB.")
-    ] = None,
-    eval_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations; default 5 in all.")] = None,
-    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints; default 5 in all.")] = None,
-    keep: Annotated[int, typer.Option(min=2, help="Checkpoints kept.")] = 2,
+    given: RunOptions,
     resume: Annotated[bool, typer.Option("--resume", help="Go on exactly from the newest whole checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where a run lies.")] = False,
     fit: Annotated[
@@ -84,11 +46,7 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Go on where memory will not be enough, as it is predicted.")
     ] = False,
-    sample: Annotated[str | None, typer.Option(help="A prompt to answer before and after (causal-lm).")] = None,
-    sample_tokens: Annotated[int, typer.Option(min=1, help="Tokens of that answer at most.")] = 48,
-    report_to: Annotated[
-        str | None, typer.Option(help="Where Trainer's log goes, too: tensorboard, wandb, mlflow, ... (commas).")
-    ] = None,
+    display: Display,
 ) -> None:
     """Fine-tune a model on a file of examples.
 
@@ -106,30 +64,28 @@ def train(
     from peftcore.cli import precision as precisions
     from peftcore.cli.data_files import parsed_columns
 
-    overruled = config_file.overruled(context)
-    steps = None if "steps" in overruled else steps
-    eval_data = None if "eval_data" in overruled else eval_data
-    precisions.check(precision, dtype, device)
-    names = parsed_columns(columns)
+    given = config_file.in_force(context, given)
+    precisions.check(given.precision, given.dtype, given.device)
+    names = parsed_columns(given.columns)
     if adapter is None:
         if model is None:
             raise PeftcoreError("name a model (--model MODEL), or an adapter to go on from (--adapter FOLDER)")
-        if labels is not None:
+        if given.labels is not None:
             raise PeftcoreError("--labels names those of an adapter's outputs (--adapter); a new one has the examples'")
         start, task = None, task or examples.guess_task(data, names)
     else:
-        start = continuing.start_of(adapter, output, model=model, method=method, labels=labels)
+        start = continuing.start_of(adapter, output, model=model, method=method, labels=given.labels)
         task = start.task_of(task, data, names)
     examples.check_task(task)
-    if sample is not None and task in examples.LABELLED:
+    if display.sample is not None and task in examples.LABELLED:
         raise PeftcoreError("--sample is a prompt for a language model; a classifier writes nothing")
-    if pack and task != examples.LANGUAGE_MODEL:
+    if given.pack and task != examples.LANGUAGE_MODEL:
         raise PeftcoreError(f"--pack is for causal-lm; {task} has one answer for a whole row")
-    if beta is not None and (task != examples.PREFERENCES or beta <= 0):
-        raise PeftcoreError(f"--beta is of --task dpo, and above 0; found {beta:g} for {task}")
-    if epochs <= 0 or (lr is not None and lr <= 0):
-        raise PeftcoreError(f"--lr and --epochs must be above 0, found {lr} and {epochs:g}")
-    for file in filter(None, (data, eval_data)):
+    if given.beta is not None and (task != examples.PREFERENCES or given.beta <= 0):
+        raise PeftcoreError(f"--beta is of --task dpo, and above 0; found {given.beta:g} for {task}")
+    if given.epochs <= 0 or (given.lr is not None and given.lr <= 0):
+        raise PeftcoreError(f"--lr and --epochs must be above 0, found {given.lr} and {given.epochs:g}")
+    for file in filter(None, (data, given.eval_data)):
         examples.read_rows(file, task, names)  # wrong lines show before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
     if task == examples.PREFERENCES:
@@ -137,60 +93,33 @@ def train(
     models.quiet_transformers()
     from peftcore import ranks
     from peftcore.cli import reporting, torchrun, training
-    from peftcore.cli import settings as run_settings
     from peftcore.registry import registry
 
-    services = reporting.services(report_to)
-    torchrun.join(parallel, device)
+    services = reporting.services(display.report_to)
+    torchrun.join(given.parallel, given.device)
     name, chosen = options.resolve_method(start.method if start else method, config_file.fields(context, fields))
     if start is not None:
         chosen = {**start.fields, **chosen}
-    template = start.task.chat_template if start is not None else None
-    settings = run_settings.Settings(
+    settings = Settings.of(
+        given,
         model=models.resolve(start.base if start else str(model)),
         data=options.absolute_data(data),
         task=task,
         method=name,
         fields=chosen,
         adapter=str(start.folder) if start else None,
-        labels=labels,
-        columns=columns,
-        chat_template=options.absolute(chat_template) if chat_template else template,
-        eval_data=options.absolute(eval_data) if eval_data else None,
-        holdout=holdout,
-        epochs=epochs,
-        steps=steps,
-        batch_size=batch_size,
-        grad_accum=grad_accum,
-        lr=registry.method(name).learning_rate if lr is None else lr,
-        scheduler=scheduler,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        max_length=max_length,
-        pack=pack,
-        beta=beta,
-        dtype=dtype,
-        precision=precision,
-        device=device,
-        seed=seed,
-        gradient_checkpointing=gradient_checkpointing,
-        parallel=parallel,
+        chat_template=given.chat_template or (start.task.chat_template if start else None),
+        lr=registry.method(name).learning_rate if given.lr is None else given.lr,
         ranks=ranks.count(),
-        optim=optim,
-        optim_args=optim_args,
-        eval_every=eval_every,
-        save_every=save_every,
-        keep=keep,
     )
     if fit:
         from peftcore.cli import forecast
 
         settings = forecast.fitted(settings)
-    more = {"sample": sample, "sample_tokens": sample_tokens, "report_to": report_to}
 
     def prepare() -> None:
-        run_settings.prepare_folder(output, settings, resume=resume, overwrite=overwrite)
-        run_settings.write_options(output, settings, more)
+        prepare_folder(output, settings, resume=resume, overwrite=overwrite)
+        write_options(output, settings, display)
 
     ranks.once(prepare, together=True)
     try:
@@ -198,8 +127,8 @@ def train(
             settings,
             output,
             resume=resume,
-            sample=sample,
-            sample_tokens=sample_tokens,
+            sample=display.sample,
+            sample_tokens=display.sample_tokens,
             report_to=services,
             force=force,
         )

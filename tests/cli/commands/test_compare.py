@@ -166,6 +166,7 @@ def test_what_a_language_model_forgets(
     assert before != after and before == rows[1]["runs"]["0"]["other"][0]["loss"], "the base's, with either"
     table = (output / "table.md").read_text()
     assert f" | {after - before:+.3f} | yes |" in table and table.count(" | no |") == 1
+    assert f'other_data = "{other}"' in (output / "compare.toml").read_text(), "a repeated comparison measures it, too"
     classes = ("compare", "-m", llama, "-d", labelled, "-o", tmp_path / "no", "--other-data", other)
     assert "--other-data is of language models" in run(*classes, code=1).output
 

@@ -1,0 +1,71 @@
+"""Options of a command from the fields of a dataclass, so that each option is defined once.
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimizer steps.")] = None
+    ...
+
+def train(output: Path, given: RunOptions): ...                          # an option for each field
+def plan(model: str, given: Annotated[RunOptions, ("steps",)]): ...      # for these fields; others keep defaults
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from typing import Any, get_type_hints
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A parameter whose type is a dataclass, and the fields that the command line gives."""
+
+    kind: type
+    names: Sequence[str]
+
+    def parameters(self) -> list[inspect.Parameter]:
+        hints = get_type_hints(self.kind, include_extras=True)
+        defaults = {
+            field.name: inspect.Parameter.empty if field.default is MISSING else field.default
+            for field in fields(self.kind)
+        }
+        return [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=defaults[name], annotation=hints[name])
+            for name in self.names
+        ]
+
+
+def expand(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `command` as typer reads it: a parameter that is a dataclass becomes one parameter for each field."""
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, _Group] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        group = _group(hints[parameter.name])
+        if group is None:
+            parameters.append(parameter.replace(annotation=hints[parameter.name], kind=inspect.Parameter.KEYWORD_ONLY))
+        else:
+            groups[parameter.name] = group
+            parameters += group.parameters()
+    if not groups:
+        return command
+
+    @functools.wraps(command)
+    def expanded(**given: Any) -> Any:
+        for name, group in groups.items():
+            given[name] = group.kind(**{field: given.pop(field) for field in group.names})
+        return command(**given)
+
+    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    expanded.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return expanded
+
+
+def _group(hint: Any) -> _Group | None:
+    kind, *metadata = (hint.__origin__, *hint.__metadata__) if hasattr(hint, "__metadata__") else (hint,)
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return None
+    names = next((each for each in metadata if isinstance(each, tuple)), None)
+    return _Group(kind, names or tuple(field.name for field in fields(kind)))
