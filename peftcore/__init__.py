@@ -3,14 +3,12 @@
 Names are imported when first used, so that the command line answers before PyTorch is loaded.
 """
 
-from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the public names, each once: type checkers read this, and so does `_homes`
-    # Rooms that are reached through the package, which are no public names of it.
+if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUBLIC`
+    # Packages that are reached as attributes and are not public names.
     from peftcore import experts as experts
     from peftcore import observation as observation
     from peftcore import optim as optim
@@ -80,14 +78,55 @@ if TYPE_CHECKING:  # the public names, each once: type checkers read this, and s
     __all__: list[str]
 
 
-@cache
-def _homes() -> dict[str, str]:
-    """{public name: the module that has it}, as this file says above."""
-    import ast
-
-    tree = ast.parse(Path(__file__).read_text("utf-8"))
-    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != __name__)
-    return {alias.asname: str(node.module) for node in imports for alias in node.names if alias.asname}
+# {module: its public names}; `tests/test_public_names.py` compares the names with the imports above.
+_PUBLIC = {
+    "peftcore.adaptation.call": ("Call", "current_call"),
+    "peftcore.architecture": ("Architecture",),
+    "peftcore.checkpoint": ("load", "save", "set_resident_limit"),
+    "peftcore.composing.combining": ("combine",),
+    "peftcore.composing.converting": ("convert",),
+    "peftcore.composing.swapping": ("state_dict", "swap"),
+    "peftcore.engine": (
+        "activate",
+        "after_step",
+        "apply",
+        "disabled",
+        "extra_loss",
+        "loss_terms",
+        "parameter_groups",
+        "remove",
+    ),
+    "peftcore.engine.calling": ("call_arguments",),
+    "peftcore.engine.scaling": ("scale",),
+    "peftcore.engine.summary": ("plan", "summary"),
+    "peftcore.errors": ("CheckpointError", "PeftcoreError", "PluginError"),
+    "peftcore.estimating": ("Estimate", "Step", "Suggestion", "estimate", "suggest"),
+    "peftcore.exporting.export": ("export",),
+    "peftcore.hookspecs": ("hookimpl",),
+    "peftcore.merging.merge": ("merge", "merge_error", "unmerge"),
+    "peftcore.method": (
+        "After",
+        "Around",
+        "Factors",
+        "FileFormat",
+        "FileLayout",
+        "ForeignFormat",
+        "Method",
+        "OnWeight",
+        "PrefixKV",
+        "SoftPrompt",
+        "StateRules",
+        "Train",
+        "WeightFormat",
+        "prompt_tensor_name",
+        "tensor_name",
+    ),
+    "peftcore.parallel": ("TrainingState", "load_sharded", "shard"),
+    "peftcore.quantization": ("dequantize", "quantize"),
+    "peftcore.quantization.huggingface": ("FourBitConfig",),
+    "peftcore.registry": ("methods",),
+}
+_HOMES = {name: module for module, names in _PUBLIC.items() for name in names}
 
 
 def _installed_version() -> str:
@@ -102,12 +141,12 @@ def _installed_version() -> str:
 if not TYPE_CHECKING:  # a type checker that sees it lets any name pass
 
     def __getattr__(name: str) -> Any:
-        if name in _homes():
-            value = getattr(import_module(_homes()[name]), name)
+        if name in _HOMES:
+            value = getattr(import_module(_HOMES[name]), name)
         elif name == "__version__":
             value = _installed_version()
         elif name == "__all__":
-            value = sorted(_homes())
+            value = sorted(_HOMES)
         elif not name.startswith("_") and find_spec(f"peftcore.{name}"):
             value = import_module(f"peftcore.{name}")
         else:
@@ -117,7 +156,7 @@ if not TYPE_CHECKING:  # a type checker that sees it lets any name pass
 
 
 def __dir__() -> list[str]:
-    return ["__version__", *sorted(_homes())]
+    return ["__version__", *sorted(_HOMES)]
 
 
 import_module("peftcore.integrations")  # they subscribe to events of rooms below, and import no library yet

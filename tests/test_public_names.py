@@ -1,7 +1,11 @@
 """The names of the package: each listed once, shown by `dir`, and free of PyTorch until one is used."""
 
+import ast
+import compileall
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +18,52 @@ def test_dir_shows_the_public_names_and_no_other() -> None:
     assert all(
         getattr(peftcore, name).__module__.startswith("peftcore.") for name in peftcore.__all__ if name != "hookimpl"
     )
+
+
+def test_type_checkers_and_programs_read_the_same_names() -> None:
+    tree = ast.parse(Path(peftcore.__file__).read_text("utf-8"))
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "peftcore"]
+    seen = {name.asname: node.module for node in imports for name in node.names if name.asname}
+    assert seen == peftcore._HOMES
+
+
+EVERYWHERE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import peftcore
+assert peftcore.__file__.startswith(sys.argv[1]), peftcore.__file__
+assert peftcore.apply.__module__ == "peftcore.engine.applying" and peftcore.quantization.quantize
+from peftcore.peft_fields.defaults import defaults
+assert defaults("LORA")["r"] == 8
+print(*dir(peftcore))
+"""
+
+
+@pytest.fixture
+def zipped(tmp_path: Path) -> Path:
+    package = shutil.copytree(Path(peftcore.__file__).parent, tmp_path / "tree" / "peftcore", ignore=NO_BINARIES)
+    return Path(shutil.make_archive(str(tmp_path / "packed"), "zip", package.parent))
+
+
+@pytest.fixture
+def without_sources(tmp_path: Path) -> Path:
+    package = shutil.copytree(Path(peftcore.__file__).parent, tmp_path / "tree" / "peftcore", ignore=NO_BINARIES)
+    compileall.compile_dir(package, quiet=1, legacy=True)
+    for file in package.rglob("*.py"):
+        file.unlink()
+    return package.parent
+
+
+NO_BINARIES = shutil.ignore_patterns("*.so", "__pycache__")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["zipped", "without_sources"])
+def test_names_are_found_where_there_is_no_source_file(where: str, request: pytest.FixtureRequest) -> None:
+    path = str(request.getfixturevalue(where))
+    words = [sys.executable, "-W", "ignore", "-c", EVERYWHERE, path]
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert found.stdout.split() == dir(peftcore), found.stderr
 
 
 def test_a_function_stays_when_modules_are_imported() -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from functools import cache
-from pathlib import Path
+from importlib.resources import files
 from typing import Any
 
-FILE = Path(__file__).parent / "peft_defaults.json"
+FILE = files(__package__) / "peft_defaults.json"  # may be in a zip file
 EMPTY: tuple[Any, ...] = (None, False, "", [], {}, 0)
 
 
