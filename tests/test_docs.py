@@ -185,3 +185,16 @@ def test_the_readme_names_methods_that_are_installed() -> None:
     assert "(docs/methods.md)" in section
     names = set(re.findall(r"`([a-z0-9-]+)`", section))
     assert names and names <= registry.methods().keys()
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that the site gives to the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    titles = (re.sub(r"[^\w\s-]", "", title).strip().lower() for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE))
+    return {re.sub(r"[-\s]+", "-", title) for title in titles}
+
+
+def test_links_to_headings_lead_somewhere() -> None:
+    for page in PAGES:
+        for target, anchor in re.findall(r"\]\(([^)#:\s]*)#([^)\s]+)\)", page.read_text()):
+            assert anchor in anchors(page.parent / target if target else page), f"{page.name}: {target}#{anchor}"
