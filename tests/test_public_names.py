@@ -5,6 +5,7 @@ import compileall
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def test_type_checkers_and_programs_read_the_same_names() -> None:
     tree = ast.parse(Path(peftcore.__file__).read_text("utf-8"))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module != "peftcore"]
     seen = {name.asname: node.module for node in imports for name in node.names if name.asname}
-    assert seen == peftcore._HOMES
+    assert sorted(seen) == peftcore.__all__
+    assert all(getattr(peftcore, name) is getattr(import_module(str(home)), name) for name, home in seen.items())
 
 
 EVERYWHERE = """
