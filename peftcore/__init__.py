@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUBLIC`
     # Packages that are reached as attributes and are not public names.
-    from peftcore import experts as experts
-    from peftcore import observation as observation
     from peftcore import optim as optim
     from peftcore import quantization as quantization
-    from peftcore import targets as targets
-    from peftcore import testing as testing
-    from peftcore import validation as validation
-    from peftcore.adaptation.call import Call as Call
-    from peftcore.adaptation.call import current_call as current_call
-    from peftcore.architecture import Architecture as Architecture
     from peftcore.checkpoint import load as load
     from peftcore.checkpoint import save as save
     from peftcore.checkpoint import set_resident_limit as set_resident_limit
@@ -47,25 +39,9 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
     from peftcore.estimating import estimate as estimate
     from peftcore.estimating import suggest as suggest
     from peftcore.exporting.export import export as export
-    from peftcore.hookspecs import hookimpl as hookimpl
     from peftcore.merging.merge import merge as merge
     from peftcore.merging.merge import merge_error as merge_error
     from peftcore.merging.merge import unmerge as unmerge
-    from peftcore.method import After as After
-    from peftcore.method import Around as Around
-    from peftcore.method import Factors as Factors
-    from peftcore.method import FileFormat as FileFormat
-    from peftcore.method import FileLayout as FileLayout
-    from peftcore.method import ForeignFormat as ForeignFormat
-    from peftcore.method import Method as Method
-    from peftcore.method import OnWeight as OnWeight
-    from peftcore.method import PrefixKV as PrefixKV
-    from peftcore.method import SoftPrompt as SoftPrompt
-    from peftcore.method import StateRules as StateRules
-    from peftcore.method import Train as Train
-    from peftcore.method import WeightFormat as WeightFormat
-    from peftcore.method import prompt_tensor_name as prompt_tensor_name
-    from peftcore.method import tensor_name as tensor_name
     from peftcore.parallel import TrainingState as TrainingState
     from peftcore.parallel import load_sharded as load_sharded
     from peftcore.parallel import shard as shard
@@ -80,8 +56,6 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
 
 # {module: its public names}; `tests/test_public_names.py` compares the names with the imports above.
 _PUBLIC = {
-    "peftcore.adaptation.call": ("Call", "current_call"),
-    "peftcore.architecture": ("Architecture",),
     "peftcore.checkpoint": ("load", "save", "set_resident_limit"),
     "peftcore.composing.combining": ("combine",),
     "peftcore.composing.converting": ("convert",),
@@ -102,25 +76,7 @@ _PUBLIC = {
     "peftcore.errors": ("CheckpointError", "PeftcoreError", "PluginError"),
     "peftcore.estimating": ("Estimate", "Step", "Suggestion", "estimate", "suggest"),
     "peftcore.exporting.export": ("export",),
-    "peftcore.hookspecs": ("hookimpl",),
     "peftcore.merging.merge": ("merge", "merge_error", "unmerge"),
-    "peftcore.method": (
-        "After",
-        "Around",
-        "Factors",
-        "FileFormat",
-        "FileLayout",
-        "ForeignFormat",
-        "Method",
-        "OnWeight",
-        "PrefixKV",
-        "SoftPrompt",
-        "StateRules",
-        "Train",
-        "WeightFormat",
-        "prompt_tensor_name",
-        "tensor_name",
-    ),
     "peftcore.parallel": ("TrainingState", "load_sharded", "shard"),
     "peftcore.quantization": ("dequantize", "quantize"),
     "peftcore.quantization.huggingface": ("FourBitConfig",),

@@ -87,8 +87,8 @@ class SoftPrompt:
     """`adapter() -> [tokens, hidden]`, vectors that stand before the embedded input of the backbone.
 
     `[batch, tokens, hidden]`, or `[1, tokens, hidden]` for all rows, where they depend on the call, which the adapter
-    reads from `peftcore.current_call()` (`needs_call`). It then has attributes `tokens` and `hidden`, since it is not
-    called without a call.
+    reads from `current_call()` (`needs_call`). It then has attributes `tokens` and `hidden`, since it is not called
+    without a call.
 
     What the model gives at the prompt's places is taken off its output. An adapter for which it counts, as in a loss of
     the prompt's own tokens, says so for each call: `in_output() -> bool`. It then stands first, before the input's, up

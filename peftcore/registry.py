@@ -257,7 +257,7 @@ class Registry:
             entry.hooks = sorted(caller.name for caller in callers)
             if not entry.hooks:
                 raise PluginError(
-                    "it has no hook. Mark its functions with @peftcore.hookimpl, at least peftcore_methods()"
+                    "it has no hook. Mark its functions with @peftcore.plugin.hookimpl, at least peftcore_methods()"
                 )
             implementations = self._manager.hook.peftcore_methods.get_hookimpls()
             offered = [each.function() for each in implementations if each.plugin is plugin]
@@ -272,7 +272,9 @@ class Registry:
 
     def _check_method(self, entry: Plugin, method: Method) -> None:
         if not isinstance(method, Method):
-            raise PluginError(f"peftcore_methods() must return peftcore.Method objects, found {type(method).__name__}")
+            raise PluginError(
+                f"peftcore_methods() must return peftcore.plugin.Method objects, found {type(method).__name__}"
+            )
         if canonical(method.name) != canonical(entry.name):
             raise PluginError(
                 f"the method is named '{method.name}' but its entry point '{entry.name}'. Give both the same name"
@@ -305,7 +307,7 @@ def _list_of_methods(answer: Any) -> Sequence[Any]:
     """Return what a `peftcore_methods` hook answered, or raise a PluginError unless it is a list."""
     if not isinstance(answer, (list, tuple)):
         raise PluginError(
-            f"peftcore_methods() must return a list of peftcore.Method objects, found {type(answer).__name__}"
+            f"peftcore_methods() must return a list of peftcore.plugin.Method objects, found {type(answer).__name__}"
         )
     return answer
 
@@ -357,7 +359,7 @@ def _all_are(kind: type, plugin: Plugin, hook: str, answers: Any) -> list[Any]:
     for answer in answers if isinstance(answers, (list, tuple)) else [answers]:
         if not isinstance(answer, kind):
             raise PluginError(
-                f"{_named(hook, plugin)} must return a list of peftcore.{kind.__name__}, found "
+                f"{_named(hook, plugin)} must return a list of peftcore.plugin.{kind.__name__}, found "
                 f"{type(answer).__name__}. {_without(plugin)}"
             )
     return list(answers)

@@ -9,6 +9,7 @@ import tiny
 from torch import nn
 
 import peftcore
+from peftcore.plugin import Architecture, Around, Method
 from peftcore.testing import Report, check_method
 
 
@@ -16,20 +17,20 @@ class Gain(tiny.Scaled):
     """y = gain · base(x), with a number of its own for all outputs."""
 
 
-def method_of(adapter: type[nn.Module], **changes: Any) -> peftcore.Method:
-    def place(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
+def method_of(adapter: type[nn.Module], **changes: Any) -> Method:
+    def place(model: nn.Module, config: Any, architecture: Architecture) -> list[Any]:
         layers = peftcore.targets.select(model, architecture, target_modules="all-linear")
-        return [peftcore.Around(path, adapter(config.value)) for path in layers]
+        return [Around(path, adapter(config.value)) for path in layers]
 
     return tiny.method("faulty", place, **changes)
 
 
-def check(method: peftcore.Method, *checks: str, families: Any = ("Llama",), **others: Any) -> Report:
+def check(method: Method, *checks: str, families: Any = ("Llama",), **others: Any) -> Report:
     with tiny.installed(method):
         return check_method(method.config_class(value=1.0), families=families, checks=checks, **others)
 
 
-def failed(method: peftcore.Method, *checks: str, **others: Any) -> dict[str, str]:
+def failed(method: Method, *checks: str, **others: Any) -> dict[str, str]:
     """{"family: check": error} of a method that has a fault."""
     with pytest.raises(AssertionError) as found:
         check(method, *checks, **others)

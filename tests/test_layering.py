@@ -21,6 +21,7 @@ ORDER = [
     {"merging", "parallel"},
     {"composing", "testing", "integrations", "estimating"},
     {"exporting"},
+    {"plugin"},  # names of all of the above, which plugins import
     {"cli"},
     {"__main__"},
 ]

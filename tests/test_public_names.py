@@ -15,7 +15,7 @@ import peftcore
 
 def test_dir_shows_the_public_names_and_no_other() -> None:
     assert dir(peftcore) == sorted(["__version__", *peftcore.__all__])
-    assert {"apply", "merge", "summary", "Architecture", "FourBitConfig"} <= {*peftcore.__all__}
+    assert {"apply", "merge", "summary", "FourBitConfig"} <= {*peftcore.__all__}
     assert all(
         getattr(peftcore, name).__module__.startswith("peftcore.") for name in peftcore.__all__ if name != "hookimpl"
     )

@@ -13,6 +13,7 @@ import torch
 import peftcore
 from peftcore import registry as registry_module
 from peftcore.peft_fields import choosing
+from peftcore.plugin import Architecture, Method, StateRules, WeightFormat, hookimpl
 from peftcore.registry import ARGUMENTS_OF_APPLY, Registry
 
 
@@ -101,7 +102,7 @@ def test_of_two_distributions_with_other_names_the_first_found_is_used(discover)
 
 @pytest.mark.parametrize("names", [("one", "two"), ("two", "one")])
 def test_two_of_one_peft_type_are_both_usable(discover, names) -> None:
-    state = peftcore.StateRules(peft_type="SAME")
+    state = StateRules(peft_type="SAME")
     plugins = [(name, tiny.Plugin(tiny.method(name, state=state)), f"peftcore-{name}") for name in names]
     assert list(discover(*plugins).methods()) == ["one", "two"]
     for plugin in plugins:
@@ -132,7 +133,7 @@ def test_names_that_compare_equal_are_one_name(discover) -> None:
 
 def test_a_misspelt_hook_shows_the_nearest(discover) -> None:
     class Misspelt:
-        @peftcore.hookimpl
+        @hookimpl
         def peftcore_method(self):
             return []
 
@@ -143,7 +144,7 @@ def test_a_misspelt_hook_shows_the_nearest(discover) -> None:
 
 def test_a_hook_with_a_wrong_argument_is_broken(discover) -> None:
     class Wrong:
-        @peftcore.hookimpl
+        @hookimpl
         def peftcore_architecture(self, modell):
             return None
 
@@ -157,7 +158,7 @@ class Answers:
     def __init__(self, answer: object) -> None:
         self.answer = answer
 
-    @peftcore.hookimpl
+    @hookimpl
     def peftcore_methods(self):
         return self.answer
 
@@ -178,19 +179,19 @@ def test_an_installed_plugin_that_does_not_declare_its_api(discover) -> None:
 @pytest.mark.parametrize(
     ("plugin", "message"),
     [
-        (types.ModuleType("empty"), r"it has no hook. Mark its functions with @peftcore.hookimpl"),
+        (types.ModuleType("empty"), r"it has no hook. Mark its functions with @peftcore.plugin.hookimpl"),
         (tiny.Plugin(tiny.method("other")), r"the method is named 'other' but its entry point 'named'"),
-        (tiny.Plugin("text"), r"must return peftcore.Method objects, found str"),
-        (tiny.Plugin(peftcore.Method("named", dict, None, peftcore.StateRules("X"))), r"must be a frozen dataclass"),
+        (tiny.Plugin("text"), r"must return peftcore.plugin.Method objects, found str"),
+        (tiny.Plugin(Method("named", dict, None, StateRules("X"))), r"must be a frozen dataclass"),
         (
-            tiny.Plugin(tiny.method("named", state=peftcore.StateRules(peft_type=""))),
+            tiny.Plugin(tiny.method("named", state=StateRules(peft_type=""))),
             r"StateRules.peft_type must be a non-empty string, .*found ''",
         ),
-        (Answers(None), r"peftcore_methods\(\) must return a list of peftcore.Method objects, found NoneType"),
-        (Answers(tiny.method("named")), r"must return a list of peftcore.Method objects, found Method"),
+        (Answers(None), r"peftcore_methods\(\) must return a list of peftcore.plugin.Method objects, found NoneType"),
+        (Answers(tiny.method("named")), r"must return a list of peftcore.plugin.Method objects, found Method"),
         *(
             (
-                tiny.Plugin(peftcore.Method("named", config, None, peftcore.StateRules("X"))),
+                tiny.Plugin(Method("named", config, None, StateRules("X"))),
                 rf"{config.__name__} has a field '{field}', which is an argument of peftcore.apply .*Rename the field",
             )
             for field in ARGUMENTS_OF_APPLY
@@ -240,15 +241,15 @@ def test_sys_exit_at_import_is_a_broken_plugin(discover, tmp_path, monkeypatch) 
 class Failing:
     """A plugin whose hooks all raise."""
 
-    @peftcore.hookimpl
+    @hookimpl
     def peftcore_architecture(self, model):
         raise KeyError("vision_config")
 
-    @peftcore.hookimpl
+    @hookimpl
     def peftcore_weight_formats(self):
         raise SystemExit(3)
 
-    @peftcore.hookimpl
+    @hookimpl
     def peftcore_commands(self, app):
         raise ImportError("no module named 'fire'")
 
@@ -257,12 +258,12 @@ def test_a_hook_that_fails_is_named_and_stops_no_other(discover, monkeypatch) ->
     asked = []
 
     class Works:
-        @peftcore.hookimpl
+        @hookimpl
         def peftcore_architecture(self):
             asked.append("architecture")
-            return peftcore.Architecture(hidden_size=7)
+            return Architecture(hidden_size=7)
 
-        @peftcore.hookimpl
+        @hookimpl
         def peftcore_commands(self, app):
             asked.append(app)
 
@@ -294,14 +295,14 @@ def test_an_architecture_of_another_type_is_refused(discover, monkeypatch, answe
     from peftcore.observation import architecture
 
     class Wrong:
-        @peftcore.hookimpl
+        @hookimpl
         def peftcore_architecture(self, model):
             return answer
 
     monkeypatch.setattr(architecture, "registry", discover(("wrong", Wrong(), "peftcore-wrong")))
     with pytest.raises(
         peftcore.PluginError,
-        match=rf"'wrong' .* must return a peftcore.Architecture or None, found {type(answer).__name__}",
+        match=rf"'wrong' .* must return a peftcore.plugin.Architecture or None, found {type(answer).__name__}",
     ):
         architecture.detect(tiny.llama())
 
@@ -309,19 +310,19 @@ def test_an_architecture_of_another_type_is_refused(discover, monkeypatch, answe
 @pytest.mark.parametrize(("answer", "found"), [("text", "str"), ([1], "int"), (None, "NoneType")])
 def test_weight_formats_of_another_type_are_refused(discover, answer: object, found: str) -> None:
     class Wrong:
-        @peftcore.hookimpl
+        @hookimpl
         def peftcore_weight_formats(self):
             return answer
 
-    with pytest.raises(peftcore.PluginError, match=rf"'wrong' .* list of peftcore.WeightFormat, found {found}"):
+    with pytest.raises(peftcore.PluginError, match=rf"'wrong' .* list of peftcore.plugin.WeightFormat, found {found}"):
         discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()
 
 
 def test_a_weight_format_that_fails_is_named(discover) -> None:
     class Wrong:
-        @peftcore.hookimpl
+        @hookimpl
         def peftcore_weight_formats(self):
-            return [peftcore.WeightFormat("blocks", lambda module: module.blocks, None, None)]
+            return [WeightFormat("blocks", lambda module: module.blocks, None, None)]
 
     (chosen,) = discover(("wrong", Wrong(), "peftcore-wrong")).weight_formats()
     with pytest.raises(peftcore.PluginError, match=r"'blocks'.*'wrong' \(peftcore-wrong 1.0\) failed at Linear: Attr"):

@@ -11,6 +11,18 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.plugin import (
+    After,
+    Architecture,
+    Around,
+    Method,
+    OnWeight,
+    PrefixKV,
+    SoftPrompt,
+    StateRules,
+    Train,
+    hookimpl,
+)
 from peftcore.registry import registry
 from peftcore.testing import tiny_llama as llama
 
@@ -177,47 +189,47 @@ class Vectors(nn.Module):
         return self.vectors
 
 
-def _paths(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[str]:
+def _paths(model: nn.Module, config: ToyConfig, architecture: Architecture) -> list[str]:
     return list(peftcore.targets.select(model, architecture, target_modules=config.target_modules))
 
 
-def _around(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
-    return [peftcore.Around(path, Scaled(config.value)) for path in _paths(model, config, architecture)]
+def _around(model: nn.Module, config: ToyConfig, architecture: Architecture) -> list[Any]:
+    return [Around(path, Scaled(config.value)) for path in _paths(model, config, architecture)]
 
 
-def _on_weight(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
+def _on_weight(model: nn.Module, config: ToyConfig, architecture: Architecture) -> list[Any]:
     """Of the parameters `names`, `path:name`."""
     placements = []
     for each in config.names:
         path, _, name = each.partition(":")
         module = model.get_submodule(path)
         shape = module.get_parameter(name).shape if not hasattr(module, "packed") else module.packed.shape
-        placements.append(peftcore.OnWeight(path, name, LowRank(*shape)))
+        placements.append(OnWeight(path, name, LowRank(*shape)))
     return placements
 
 
-def _after(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
-    return [peftcore.After("model.layers.0.self_attn", Shifted(config.value))]
+def _after(model: nn.Module, config: ToyConfig, architecture: Architecture) -> list[Any]:
+    return [After("model.layers.0.self_attn", Shifted(config.value))]
 
 
-def _soft_prompt(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
-    return [peftcore.SoftPrompt(Vectors(3, architecture.hidden_size))]
+def _soft_prompt(model: nn.Module, config: ToyConfig, architecture: Architecture) -> list[Any]:
+    return [SoftPrompt(Vectors(3, architecture.hidden_size))]
 
 
-def _prefix(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
+def _prefix(model: nn.Module, config: ToyConfig, architecture: Architecture) -> list[Any]:
     a = architecture
-    return [peftcore.PrefixKV(Vectors(a.num_layers, 2, a.num_kv_heads, 3, a.head_dim))]
+    return [PrefixKV(Vectors(a.num_layers, 2, a.num_kv_heads, 3, a.head_dim))]
 
 
-def _train(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
-    return [peftcore.Train(config.names)]
+def _train(model: nn.Module, config: ToyConfig, architecture: Architecture) -> list[Any]:
+    return [Train(config.names)]
 
 
-def _shared(model: nn.Module, config: ToyConfig, architecture: peftcore.Architecture) -> list[Any]:
+def _shared(model: nn.Module, config: ToyConfig, architecture: Architecture) -> list[Any]:
     paths = _paths(model, config, architecture)
     inputs, outputs = peftcore.targets.sizes(model.get_submodule(paths[0]))
     bank = Bank(inputs, outputs)
-    return [peftcore.Around(path, Banked(bank)) for path in paths]
+    return [Around(path, Banked(bank)) for path in paths]
 
 
 PLACES = {
@@ -236,22 +248,22 @@ class Plugin:
 
     peftcore_api = 2
 
-    def __init__(self, *methods: peftcore.Method) -> None:
+    def __init__(self, *methods: Method) -> None:
         self._methods = list(methods)
 
-    @peftcore.hookimpl
-    def peftcore_methods(self) -> list[peftcore.Method]:
+    @hookimpl
+    def peftcore_methods(self) -> list[Method]:
         return self._methods
 
 
-def method(name: str, place: Any = _around, **changes: Any) -> peftcore.Method:
+def method(name: str, place: Any = _around, **changes: Any) -> Method:
     config = dataclass(frozen=True)(type(f"Toy{name.title().replace('-', '')}Config", (ToyConfig,), {}))
-    rules = peftcore.StateRules(peft_type=f"TOY_{name.upper()}")
-    return peftcore.Method(name, config, place, changes.pop("state", rules), **changes)
+    rules = StateRules(peft_type=f"TOY_{name.upper()}")
+    return Method(name, config, place, changes.pop("state", rules), **changes)
 
 
 @contextmanager
-def installed(*methods: peftcore.Method) -> Iterator[None]:
+def installed(*methods: Method) -> Iterator[None]:
     """Within the block each method is registered as a plugin of its own."""
     for each in methods:
         registry.register(each.name, Plugin(each), distribution=f"peftcore-{each.name}", version="1.0")

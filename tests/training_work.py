@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import ranks
 from peftcore.engine import adapter_modules
+from peftcore.plugin import Around
 from peftcore.testing import disturb
 
 
@@ -36,7 +37,7 @@ class Seeing(tiny.Banked):
 
 def place_seeing(*arguments: Any) -> list[Any]:
     placements = tiny.PLACES["shared"](*arguments)
-    return [peftcore.Around(p.path, Seeing(p.adapter.bank)) for p in placements]
+    return [Around(p.path, Seeing(p.adapter.bank)) for p in placements]
 
 
 def adapted(method: str) -> nn.Module:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets
 
 peftcore_api = 2
 
@@ -67,10 +68,10 @@ class SparseGain(nn.Module):
         return weight * factor[:, None], bias
 
 
-def place(model: nn.Module, config: SparseGainConfig, architecture: peftcore.Architecture) -> list[Any]:
-    layers = peftcore.targets.select(model, architecture, target_modules=config.target_modules)
+def place(model: nn.Module, config: SparseGainConfig, architecture: Architecture) -> list[Any]:
+    layers = targets.select(model, architecture, target_modules=config.target_modules)
     return [
-        peftcore.Around(path, SparseGain(peftcore.targets.sizes(layer)[1], getattr(layer, "bias", None) is not None))
+        Around(path, SparseGain(targets.sizes(layer)[1], getattr(layer, "bias", None) is not None))
         for path, layer in layers.items()
     ]
 
@@ -90,8 +91,8 @@ def after_step(adapters: Mapping[str, Any], config: SparseGainConfig, step: int,
         adapter.left.copy_((adapter.left * adapter.gain).abs() >= limit)
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="SPARSE_GAIN")
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="SPARSE_GAIN")
     more: Any = {"loss": loss, "after_step": after_step, "learning_rate": 1e-3}
-    return [peftcore.Method("sparse-gain", SparseGainConfig, place, rules, **more)]
+    return [Method("sparse-gain", SparseGainConfig, place, rules, **more)]

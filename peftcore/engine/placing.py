@@ -119,7 +119,7 @@ def _asked(method: Method, model: nn.Module, config: Any, architecture: Architec
         raise PeftcoreError(
             f"{method.name} looks for a module at '{path}', where an expert's layer is made of a part of a stacked "
             "weight. Leave experts out of target_modules; the method's author can read the layer with "
-            "peftcore.targets.layer_at(model, path)"
+            "peftcore.plugin.layer_at(model, path)"
         ) from error
 
 

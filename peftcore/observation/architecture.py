@@ -37,7 +37,7 @@ def detect(model: nn.Module) -> Architecture:
         if not isinstance(answer, Architecture):
             raise PluginError(
                 f"peftcore_architecture of the plugin '{plugin.name}' ({plugin.distribution} {plugin.version}) must "
-                f"return a peftcore.Architecture or None, found {type(answer).__name__}"
+                f"return a peftcore.plugin.Architecture or None, found {type(answer).__name__}"
             )
         return answer
     return _read(model)

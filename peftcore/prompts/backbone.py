@@ -45,7 +45,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.adapter: Any = adapter  # None around what only makes room
         self.tokens = tokens
-        self._names = arguments(module)
+        self._names = forward_arguments(module)
         self._cache_argument = cache_argument
         self._causal = causal
         self.counts = causal and "position_ids" in self._names
@@ -56,7 +56,7 @@ class Backbone(nn.Module):
         return f"tokens={self.tokens}"
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        call = named(self._names, args, kwargs)
+        call = arguments_by_name(self._names, args, kwargs)
         old = [name for name in _CACHE_ARGUMENTS if name in call and name not in self._names]
         if old and self._cache_argument and call.get(self._cache_argument) is None:  # which the module still takes
             call[self._cache_argument] = call.pop(old[0])
@@ -118,7 +118,7 @@ class Positions(Backbone):
         return base(**call)
 
 
-def entry(model: nn.Module, architecture: Architecture) -> str:
+def decoder_path(model: nn.Module, architecture: Architecture) -> str:
     """Path of the module that is called with tokens, at prefill and at each step.
 
     Heads of some models (OPT, models with images) call a decoder inside the backbone, not the backbone; and some
@@ -129,12 +129,12 @@ def entry(model: nn.Module, architecture: Architecture) -> str:
     decoder = getattr(model, "get_decoder", lambda: None)()
     inside = dict(base_modules(model.get_submodule(architecture.backbone), architecture.backbone))
     path = architecture.backbone
-    if decoder is not None and "inputs_embeds" in arguments(decoder):
+    if decoder is not None and "inputs_embeds" in forward_arguments(decoder):
         path = next((path for path, module in inside.items() if module is decoder), path)
     if path == "" and architecture.output_head is not None and architecture.embedding is not None:
         parts = architecture.embedding.split(".")
         above = (".".join(parts[:i]) for i in range(1, len(parts)))
-        path = next((at for at in above if "inputs_embeds" in arguments(model.get_submodule(at))), path)
+        path = next((at for at in above if "inputs_embeds" in forward_arguments(model.get_submodule(at))), path)
     return path
 
 
@@ -152,19 +152,19 @@ def stacks(model: nn.Module, architecture: Architecture) -> tuple[str, str]:
     return architecture.encoder, architecture.decoder
 
 
-def named(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call by name."""
     return {**dict(zip(names, args)), **kwargs}  # noqa: B905  # PyTorch 2.9 traces strict=False as True
 
 
-def arguments(module: nn.Module) -> tuple[str, ...]:
+def forward_arguments(module: nn.Module) -> tuple[str, ...]:
     """The names of what `module` is called with."""
     return tuple(inspect.signature(original_forward(module)).parameters)[1:]
 
 
 def cache_argument(module: nn.Module) -> str | None:
     """The name under which `module` takes the attention cache."""
-    return next((name for name in _CACHE_ARGUMENTS if name in arguments(module)), None)
+    return next((name for name in _CACHE_ARGUMENTS if name in forward_arguments(module)), None)
 
 
 def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:

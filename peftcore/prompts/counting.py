@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from peftcore.adaptation.call import current_call
 from peftcore.errors import PeftcoreError
-from peftcore.prompts.backbone import IN_CACHE, IN_MASK, SOFT, arguments, first_position, named
+from peftcore.prompts.backbone import IN_CACHE, IN_MASK, SOFT, arguments_by_name, first_position, forward_arguments
 
 # What models keep of earlier calls, and is no `Cache` of transformers: how many tokens that has read is not known.
 _OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
@@ -77,11 +77,11 @@ class TokenCounter(nn.Module):
     def __init__(self, module: nn.Module, stack: str, subject: str) -> None:
         super().__init__()
         self.stack, self.subject = stack, subject
-        self._names = arguments(module)
+        self._names = forward_arguments(module)
         self._first = first_position(module)
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        call, own = current_call(), named(self._names, args, kwargs)
+        call, own = current_call(), arguments_by_name(self._names, args, kwargs)
         known: dict[Any, Places] = {}
         vars(call).setdefault("counted", {})[self.stack] = self._given(own if self.stack else call), known
         output = base(*args, **kwargs)
@@ -116,7 +116,7 @@ class TokenCounter(nn.Module):
     def _given(self, call: Mapping[str, Any]) -> _Given:
         """Of the arguments of a call of the model, or of a stack."""
         cache = None if self.stack == "encoder" else _cache(call.values())
-        past, noted = (0, None) if cache is None else (held(cache), getattr(cache, _COUNTED, None))
+        past, noted = (0, None) if cache is None else (cached_tokens(cache), getattr(cache, _COUNTED, None))
         if any(call.get(name) is not None and call[name] is not cache for name in _OTHER_CACHES):
             past = None
         mask = call.get("attention_mask")
@@ -177,7 +177,7 @@ class TokenCounter(nn.Module):
             raise PeftcoreError(f"{self.subject} counts the tokens of each text and cannot count these: {found}")
 
 
-def held(cache: Any) -> int | None:
+def cached_tokens(cache: Any) -> int | None:
     """How many tokens a cache has read, prefixes aside; None of a recurrence's, if they were not counted."""
     try:
         length = int(cache.get_seq_length())

@@ -18,12 +18,12 @@ from peftcore.prompts.backbone import (
     IN_MASK,
     Backbone,
     Positions,
-    arguments,
+    arguments_by_name,
     cache_argument,
-    entry,
+    decoder_path,
+    forward_arguments,
     input_embedding,
     is_causal,
-    named,
     seen,
     text_config,
 )
@@ -41,10 +41,10 @@ _COUNTS_PADDING = (
 def place_prefix(
     model: nn.Module, architecture: Architecture, adapter: nn.Module, shape: tuple[int, ...]
 ) -> list[Around]:
-    path = entry(model, architecture)
+    path = decoder_path(model, architecture)
     attentions = _attentions(model.get_submodule(path), path)
     outer = model.get_submodule(architecture.backbone)
-    blocks = path != architecture.backbone and "token_type_ids" in arguments(outer)
+    blocks = path != architecture.backbone and "token_type_ids" in forward_arguments(outer)
     if blocks:  # it makes the masks, from its tokens' types
         path = architecture.backbone
     backbone = model.get_submodule(path)
@@ -237,11 +237,11 @@ class PrefixLayer(nn.Module):
         self._window = window
         self._adapter = (adapter,)  # its owner is the adapter around the backbone: no parameters here
         self._layer = _layer(module)
-        self._names = arguments(module)
+        self._names = forward_arguments(module)
         self._cache_argument = cache_argument(module)
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        call: dict[Any, Any] = named(self._names, args, kwargs)
+        call: dict[Any, Any] = arguments_by_name(self._names, args, kwargs)
         cache = call.get(self._cache_argument)
         if any(call.get(name) is not None for name in _CROSS_ARGUMENTS) or not (
             cache is None or isinstance(cache, _Stateless)

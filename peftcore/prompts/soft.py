@@ -17,9 +17,9 @@ from peftcore.prompts.backbone import (
     IN_MASK,
     SOFT,
     Backbone,
-    arguments,
     cache_argument,
-    entry,
+    decoder_path,
+    forward_arguments,
     input_embedding,
     is_causal,
     prepend,
@@ -52,13 +52,15 @@ def place_soft_prompt(
             # The head pools a bidirectional encoder's output, by position 0 or by the mask: it must see the whole.
             path, keeps = "", True
     backbone = model.get_submodule(path)
-    names = arguments(backbone)
+    names = forward_arguments(backbone)
     if "input_ids" not in names and "inputs_embeds" not in names:
         raise PeftcoreError(
             f"a soft prompt stands before tokens, and '{path}' ({type(backbone).__name__}) takes none: "
             f"{', '.join(names[:3])}. A prefix or a method for linear layers works"
         )
-    cached = None if keeps else cache_argument(model.get_submodule(entry(model, architecture)))  # some pass it on
+    cached = (
+        None if keeps else cache_argument(model.get_submodule(decoder_path(model, architecture)))
+    )  # some pass it on
     if getattr(text_config(backbone), "model_type", None) in _ADDS_SOUND:
         raise PeftcoreError(
             f"{type(model).__name__} adds a piece of sound to each token, and a soft prompt has none. A prefix or a "
@@ -85,12 +87,12 @@ def place_soft_prompt(
 
 def _entry(model: nn.Module, architecture: Architecture) -> tuple[str, bool]:
     """Path of the module that is called with tokens, and whether it is called with images or sound, too."""
-    path = entry(model, architecture)
+    path = decoder_path(model, architecture)
     backbone = model.get_submodule(architecture.backbone)
-    others = set(arguments(backbone)) - set(arguments(model.get_submodule(path)))
+    others = set(forward_arguments(backbone)) - set(forward_arguments(model.get_submodule(path)))
     senses = any(part in name for name in others for part in ("pixel", "image", "video", "audio", "feature"))
     has_head = architecture.backbone == "" and architecture.output_head is not None
-    if senses and "input_ids" in arguments(backbone) and not has_head:
+    if senses and "input_ids" in forward_arguments(backbone) and not has_head:
         return architecture.backbone, True
     return path, False
 

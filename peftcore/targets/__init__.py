@@ -16,6 +16,7 @@ from peftcore.targets.experts import (
     weight_named,
 )
 from peftcore.targets.names import is_inside, matches
+from peftcore.targets.patterns import compiled
 from peftcore.targets.selection import (
     biases,
     conv1d_paths,
@@ -40,6 +41,7 @@ __all__ = [
     "base_modules",
     "base_parameters",
     "biases",
+    "compiled",
     "conv1d_paths",
     "drop_unmatched",
     "expert_weights",

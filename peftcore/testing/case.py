@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.engine import adapter_parameters
 from peftcore.engine.first_values import initializer
+from peftcore.method import Method
 from peftcore.observation import detect, known_as
 from peftcore.registry import registry
 from peftcore.testing.families import Family
@@ -33,7 +34,7 @@ class Case:
     first: Case | None = None
 
     @property
-    def method(self) -> peftcore.Method:
+    def method(self) -> Method:
         return registry.method_of_config(self.config)
 
     def base(self, dtype: torch.dtype = torch.float32, *, quantized: bool = False) -> nn.Module:

@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftcore
+from peftcore import targets
+from peftcore.architecture import Architecture
+from peftcore.engine import apply
+from peftcore.hookspecs import hookimpl
+from peftcore.method import Around, Method, StateRules
 from peftcore.registry import registry
 from peftcore.testing.case import disturb
 
@@ -37,15 +41,15 @@ class Other(nn.Module):
         return weight * self.gain[:, None], None if bias is None else bias * self.gain
 
 
-def _place(model: nn.Module, config: OtherConfig, architecture: peftcore.Architecture) -> list[Any]:
-    layers = peftcore.targets.select(model, architecture, target_modules=peftcore.targets.ALL_LINEAR)
-    return [peftcore.Around(path, Other(peftcore.targets.sizes(layer)[1])) for path, layer in layers.items()]
+def _place(model: nn.Module, config: OtherConfig, architecture: Architecture) -> list[Any]:
+    layers = targets.select(model, architecture, target_modules=targets.ALL_LINEAR)
+    return [Around(path, Other(targets.sizes(layer)[1])) for path, layer in layers.items()]
 
 
 class _Plugin:
-    @peftcore.hookimpl
-    def peftcore_methods(self) -> list[peftcore.Method]:
-        return [peftcore.Method(NAME, OtherConfig, _place, peftcore.StateRules(peft_type="THE_SUITES_OTHER"))]
+    @hookimpl
+    def peftcore_methods(self) -> list[Method]:
+        return [Method(NAME, OtherConfig, _place, StateRules(peft_type="THE_SUITES_OTHER"))]
 
 
 @contextmanager
@@ -60,5 +64,5 @@ def other_method() -> Iterator[None]:
 
 def add_other(model: nn.Module) -> None:
     """Apply it to `model`, as the adapter `other`, and let it compute something."""
-    peftcore.apply(model, OtherConfig(), adapter="other")
+    apply(model, OtherConfig(), adapter="other")
     disturb(model, "other", 3)

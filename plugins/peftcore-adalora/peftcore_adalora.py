@@ -19,7 +19,17 @@ from peftcore_lora.layers import LoraLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import Architecture, Around, Method, PeftcoreError, StateRules, hookimpl, targets, tensor_name, validation
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    Method,
+    PeftcoreError,
+    StateRules,
+    hookimpl,
+    targets,
+    tensor_name,
+    validation,
+)
 
 peftcore_api = 2
 

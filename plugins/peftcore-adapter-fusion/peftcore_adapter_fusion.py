@@ -22,10 +22,20 @@ from peftcore_adapter.hub import sublayer_at
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import engine, validation
-from peftcore.adaptation.outputs import first_of, with_first
-from peftcore.observation import detect
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    ForeignFormat,
+    Method,
+    PeftcoreError,
+    StateRules,
+    detect,
+    first_of,
+    hookimpl,
+    other_adapter,
+    validation,
+    with_first,
+)
 
 peftcore_api = 2
 
@@ -144,21 +154,19 @@ def bottlenecks(model: nn.Module, name: str) -> dict[str, Bottleneck]:
     Raises:
         PeftcoreError: there is no such adapter, or it is none of bottlenecks behind sublayers.
     """
-    there = engine.state_of(model) is not None
-    validation.require(there, f"the adapter '{name}' is not there: first apply or load it, adapter='{name}'")
+    other = other_adapter(model, name)
     found: dict[str, Bottleneck] = {}
-    for path, adapter in engine.adapter_modules(model, name):
+    for path, adapter in other.modules.items():
         if not isinstance(adapter, (Series, BehindNorm)):
-            method = engine.applied(model, name).method
-            raise peftcore.PeftcoreError(
-                f"'{name}' ({method}) has at '{path}' a {type(adapter).__name__}, and what is fused are bottlenecks "
-                "behind sublayers (is_parallel=False, inv_adapter=None)"
+            raise PeftcoreError(
+                f"'{name}' ({other.method}) has at '{path}' a {type(adapter).__name__}, and what is fused are "
+                "bottlenecks behind sublayers (is_parallel=False, inv_adapter=None)"
             )
         found[path] = adapter
     return found
 
 
-def place(model: nn.Module, config: AdapterFusionConfig, architecture: peftcore.Architecture) -> list[peftcore.Around]:
+def place(model: nn.Module, config: AdapterFusionConfig, architecture: Architecture) -> list[Around]:
     each = {name: bottlenecks(model, name) for name in config.adapters}
     first = each[config.adapters[0]]
     for name, found in each.items():
@@ -175,7 +183,7 @@ def place(model: nn.Module, config: AdapterFusionConfig, architecture: peftcore.
         kind = FusedBehindNorm if isinstance(adapter, BehindNorm) else FusedSeries
         return kind(config, adapter.width)
 
-    return [peftcore.Around(path, fusion(f), branches=tuple(config.adapters)) for path, f in first.items()]
+    return [Around(path, fusion(f), branches=tuple(config.adapters)) for path, f in first.items()]
 
 
 def loss(adapters: Mapping[str, Any], config: AdapterFusionConfig) -> Tensor | None:
@@ -202,7 +210,7 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
     for key, tensor in tensors.items():
         match = KEY.fullmatch(key)
         if match is None:
-            raise peftcore.PeftcoreError(f"its tensor '{key}' belongs to no fusion")
+            raise PeftcoreError(f"its tensor '{key}' belongs to no fusion")
         sublayer = sublayer_at(match["place"], known)
         path = next((p for p in (sublayer.norm, sublayer.stream, sublayer.output) if p in standing), None)
         validation.require(path is not None, f"'{names[0]}' has no bottleneck at its place '{match['place']}'")
@@ -215,9 +223,9 @@ def matches(fields: dict[str, Any]) -> bool:
     return isinstance(fields.get("config"), dict) and isinstance(fields.get("name"), str)
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    foreign = peftcore.ForeignFormat(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    foreign = ForeignFormat(
         "the library adapters",
         "model_adapter_fusion.safetensors",
         matches,
@@ -225,5 +233,5 @@ def peftcore_methods() -> list[peftcore.Method]:
         lambda fields: dict(fields["config"]),
         config="adapter_fusion_config.json",
     )
-    rules = peftcore.StateRules(peft_type="ADAPTER_FUSION", foreign=(foreign,))
-    return [peftcore.Method("adapter-fusion", AdapterFusionConfig, place, rules, loss=loss, learning_rate=1e-3)]
+    rules = StateRules(peft_type="ADAPTER_FUSION", foreign=(foreign,))
+    return [Method("adapter-fusion", AdapterFusionConfig, place, rules, loss=loss, learning_rate=1e-3)]

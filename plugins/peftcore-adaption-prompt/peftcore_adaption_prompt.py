@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import ranks, targets, validation
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, ranks, targets, validation
 
 peftcore_api = 2
 
@@ -50,7 +49,7 @@ class AdaptionPromptConfig:
         if self.adapter_layers is not None:
             validation.positive_whole(adapter_layers=self.adapter_layers)
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> AdaptionPromptConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> AdaptionPromptConfig:
         """The attention's name and the number of layers made explicit."""
         found = attentions(model, self.target_modules)
         name = next(iter(found), "").rpartition(".")[2]
@@ -130,7 +129,7 @@ class AdaptionPrompt(nn.Module):
         return (y, *rest) if rest else y
 
 
-def place(model: nn.Module, config: AdaptionPromptConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: AdaptionPromptConfig, architecture: Architecture) -> list[Any]:
     found = list(attentions(model, config.target_modules).items())
     count = config.adapter_layers or len(found)
     there = f"adapter_layers={count}, and the model has {len(found)}. Take fewer, or None for all"
@@ -144,7 +143,7 @@ def place(model: nn.Module, config: AdaptionPromptConfig, architecture: peftcore
         )
         rotary = kind(module) is _ROTARY
         width, _ = targets.sizes(module.k_proj if rotary else module.c_attn)
-        placed.append(peftcore.Around(path, AdaptionPrompt(config, width, rotation(module) if rotary else None)))
+        placed.append(Around(path, AdaptionPrompt(config, width, rotation(module) if rotary else None)))
     return placed
 
 
@@ -153,9 +152,7 @@ def unreadable(model: Any, paths: Sequence[str]) -> Sequence[str]:
     return () if getattr(model.config, "model_type", None) in _IN_PEFT else paths
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
-        peft_type="ADAPTION_PROMPT", own_fields=frozenset({"modules_to_save"}), unreadable=unreadable
-    )
-    return [peftcore.Method("adaption-prompt", AdaptionPromptConfig, place, rules, learning_rate=1e-2)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="ADAPTION_PROMPT", own_fields=frozenset({"modules_to_save"}), unreadable=unreadable)
+    return [Method("adaption-prompt", AdaptionPromptConfig, place, rules, learning_rate=1e-2)]

@@ -25,9 +25,7 @@ from peftcore_lora.placing import wrapped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import validation
-from peftcore.prompts.counting import held
+from peftcore.plugin import Architecture, Around, Call, Method, cached_tokens, current_call, hookimpl, validation
 
 peftcore_api = 2
 
@@ -74,22 +72,22 @@ class Invocation(nn.Module):
 
     def acts(self) -> Tensor:
         """`[batch, tokens]`: does the adapter act?"""
-        call = peftcore.current_call()
+        call = current_call()
         known = vars(call).setdefault("alora", {})
         if self.tokens not in known:
             known[self.tokens] = self.offset(call) if call.get("alora_offsets") is not None else self.found(call)
         return cast(Tensor, known[self.tokens])
 
-    def offset(self, call: peftcore.Call) -> Tensor:
+    def offset(self, call: Call) -> Tensor:
         rows, count = (call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]).shape[:2]
         last = torch.as_tensor(call["alora_offsets"]).reshape(rows, 1)
         return torch.arange(count, device=last.device) >= count - last
 
-    def found(self, call: peftcore.Call) -> Tensor:
+    def found(self, call: Call) -> Tensor:
         ids, say = call.get("input_ids"), "Give alora_offsets: how many of each row's last tokens, 0 for none"
         validation.require(ids is not None, f"activated LoRA reads input_ids, and the call has none. {say}")
         cache: Any = next((value for value in call.values() if "Cache" in type(value).__name__), None)
-        past = 0 if cache is None else held(cache)
+        past = 0 if cache is None else cached_tokens(cache)
         before = None if past == 0 else vars(cache).get("alora", {}).get(self.tokens)
         if past is None:  # a recurrence's cache, which counts no tokens: any number serves, if nothing was noted
             past = 1 if before is None else before.length
@@ -136,7 +134,7 @@ class Alora(nn.Module):
         return y + (self.lora.scale * F.linear(s, b)).to(y.dtype)
 
 
-def place(model: nn.Module, config: AloraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: AloraConfig, architecture: Architecture) -> list[Any]:
     decoder = architecture.task_type in (None, "CAUSAL_LM") and architecture.embedding is not None
     message = f"activated LoRA is of decoders of text, in PEFT, too, and {type(model).__name__} is none. Choose LoRA"
     validation.require(decoder, message)
@@ -146,11 +144,11 @@ def place(model: nn.Module, config: AloraConfig, architecture: peftcore.Architec
         return Alora(lora, invocation) if isinstance(lora, LoraLinear) and not isinstance(lora, LoraOnWeight) else None
 
     layers = wrapped(place_lora(model, config, architecture), wrap, "activated LoRA")
-    return [peftcore.Around(architecture.backbone or "", invocation), *layers]
+    return [Around(architecture.backbone or "", invocation), *layers]
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
+@hookimpl
+def peftcore_methods() -> list[Method]:
     own = "alora_invocation_tokens"
     rules = dataclasses.replace(
         RULES,
@@ -160,4 +158,4 @@ def peftcore_methods() -> list[peftcore.Method]:
         scaled=None,
         files={},  # nobody invokes an image
     )
-    return [peftcore.Method("alora", AloraConfig, place, rules, learning_rate=1e-3)]
+    return [Method("alora", AloraConfig, place, rules, learning_rate=1e-3)]

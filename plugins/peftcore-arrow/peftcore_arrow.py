@@ -19,8 +19,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import engine, validation
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    Factors,
+    Method,
+    PeftcoreError,
+    StateRules,
+    hookimpl,
+    other_adapter,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -77,26 +86,24 @@ class ArrowRouter(nn.Module):
         return mixed if base.is_own else base(x) + (mixed - base.own(x))
 
 
-def factors_of(model: nn.Module, expert: str) -> dict[str, peftcore.Factors]:
+def factors_of(model: nn.Module, expert: str) -> dict[str, Factors]:
     """The factors of an expert at each linear layer, by path.
 
     Raises:
         PeftcoreError: there is no such adapter, or it is none of linear layers with factors.
     """
-    found: dict[str, peftcore.Factors] = {}
+    found: dict[str, Factors] = {}
+    other = other_adapter(model, expert)
     adapter: Any
-    if engine.state_of(model) is None:
-        raise peftcore.PeftcoreError(f"the expert '{expert}' is not there: first apply or load it, adapter='{expert}'")
-    for path, adapter in engine.adapter_modules(model, expert):
+    for path, adapter in other.modules.items():
         factors = adapter.factors() if hasattr(adapter, "factors") else []
         if len(factors) != 1 or factors[0].transposed or factors[0].a.dim() != 2:
-            method = engine.applied(model, expert).method
-            raise peftcore.PeftcoreError(f"'{expert}' ({method}) is at '{path}' no product B A of a linear layer")
+            raise PeftcoreError(f"'{expert}' ({other.method}) is at '{path}' no product B A of a linear layer")
         found[path] = factors[0]
     return found
 
 
-def direction(factors: peftcore.Factors, seed: int | None) -> Tensor:
+def direction(factors: Factors, seed: int | None) -> Tensor:
     """The top right singular vector `[in]` of B A, fp32, by power iteration."""
     a, b = factors.a.float(), factors.b.float()
     if a.is_meta:
@@ -108,16 +115,16 @@ def direction(factors: peftcore.Factors, seed: int | None) -> Tensor:
     return v
 
 
-def place(model: nn.Module, config: ArrowConfig, architecture: peftcore.Architecture) -> list[peftcore.Around]:
+def place(model: nn.Module, config: ArrowConfig, architecture: Architecture) -> list[Around]:
     experts = {name: factors_of(model, name) for name in config.experts}
     layers = experts[config.experts[0]]
     for name, found in experts.items():
         if apart := sorted(found.keys() ^ layers.keys()):
-            raise peftcore.PeftcoreError(
+            raise PeftcoreError(
                 f"experts are at the same modules: '{config.experts[0]}' or '{name}' alone is at {apart[:3]}"
             )
     routers = {path: ArrowRouter(config, factors.a.shape[1]) for path, factors in layers.items()}
-    return [peftcore.Around(path, router, branches=tuple(config.experts)) for path, router in routers.items()]
+    return [Around(path, router, branches=tuple(config.experts)) for path, router in routers.items()]
 
 
 def initialize(
@@ -128,7 +135,7 @@ def initialize(
             adapters[path].prototypes[place] = direction(factors, config.rng_seed)
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="ARROW")
-    return [peftcore.Method("arrow", ArrowConfig, place, rules, initialize=initialize, learning_rate=1e-3)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="ARROW")
+    return [Method("arrow", ArrowConfig, place, rules, initialize=initialize, learning_rate=1e-3)]

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets
 
 peftcore_api = 2
 
@@ -49,16 +48,16 @@ class Beft(nn.Module):
         return {"beft_bias": torch.zeros_like(self.beft_bias)}
 
 
-def place(model: nn.Module, config: BeftConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: BeftConfig, architecture: Architecture) -> list[Any]:
     layers = config.selected(model, architecture).items()
-    return [peftcore.Around(path, Beft(targets.sizes(layer)[1], config.init_weights)) for path, layer in layers]
+    return [Around(path, Beft(targets.sizes(layer)[1], config.init_weights)) for path, layer in layers]
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="BEFT",
         own_fields=BeftConfig.not_in_peft,
         unreadable=targets.conv1d_paths,
     )
-    return [peftcore.Method("beft", BeftConfig, place, rules, learning_rate=3e-3)]
+    return [Method("beft", BeftConfig, place, rules, learning_rate=3e-3)]

@@ -24,9 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.experts import expert_biases
+from peftcore.plugin import (
+    After,
+    Architecture,
+    Method,
+    PeftcoreError,
+    StateRules,
+    Train,
+    expert_biases,
+    hookimpl,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -58,7 +67,7 @@ class BitFitConfig:
     def __post_init__(self) -> None:
         validation.check_types(self)
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> BitFitConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> BitFitConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
         if self.target_modules != QUERY_INTERMEDIATE:
             return self
@@ -88,7 +97,7 @@ def bias_names(module: nn.Module) -> list[str]:
     ]
 
 
-def selected(model: nn.Module, config: BitFitConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
+def selected(model: nn.Module, config: BitFitConfig, architecture: Architecture) -> dict[str, nn.Module]:
     """The modules that the config means, by path: each has a bias or is to get one."""
     pattern = wanted = config.target_modules
     if pattern == ALL:
@@ -109,7 +118,7 @@ def selected(model: nn.Module, config: BitFitConfig, architecture: peftcore.Arch
         dropped = heads & missing.keys() if config.add_missing else missing.keys()
         chosen = {path: module for path, module in chosen.items() if path not in dropped}
     if not chosen or (missing and not config.add_missing and pattern != ALL):
-        raise peftcore.PeftcoreError(
+        raise PeftcoreError(
             f"{type(model).__name__} lacks biases to train: target_modules={pattern!r} means {len(missing)} linear "
             f"layers without one, such as '{next(iter(missing), None)}'. add_missing=True gives them one that starts "
             "at zero"
@@ -118,7 +127,7 @@ def selected(model: nn.Module, config: BitFitConfig, architecture: peftcore.Arch
     return chosen
 
 
-def query_and_intermediate(model: nn.Module, architecture: peftcore.Architecture) -> list[str]:
+def query_and_intermediate(model: nn.Module, architecture: Architecture) -> list[str]:
     """The paths of the paper's subset."""
     attention = [sublayer for sublayer in architecture.sublayers if sublayer.kind == "attention"]
     queries = [sublayer.query for sublayer in attention if sublayer.query is not None]
@@ -126,25 +135,23 @@ def query_and_intermediate(model: nn.Module, architecture: peftcore.Architecture
     fused = len(queries) < len(attention)
     if not queries or not inner or fused:
         why = "queries share a layer with keys and values" if fused else "the layers' parts are not known"
-        raise peftcore.PeftcoreError(
+        raise PeftcoreError(
             f"target_modules='{QUERY_INTERMEDIATE}' cannot be told apart in {type(model).__name__}: {why}. "
             "Name the modules, as in target_modules=['q_proj', 'fc1'] (GPT-2: ['c_attn', 'c_fc'])"
         )
     return [*queries, *inner]
 
 
-def place(model: nn.Module, config: BitFitConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: BitFitConfig, architecture: Architecture) -> list[Any]:
     chosen = selected(model, config, architecture)
     trained = [f"{path}.{name}" if path else name for path, module in chosen.items() for name in bias_names(module)]
     placements: list[Any] = [
-        peftcore.After(path, AddedBias(targets.sizes(module)[1]))
-        for path, module in chosen.items()
-        if not bias_names(module)
+        After(path, AddedBias(targets.sizes(module)[1])) for path, module in chosen.items() if not bias_names(module)
     ]
-    placements.append(peftcore.Train(tuple(trained)))
+    placements.append(Train(tuple(trained)))
     return placements
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    return [peftcore.Method("bitfit", BitFitConfig, place, peftcore.StateRules(peft_type="BITFIT"), learning_rate=3e-3)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    return [Method("bitfit", BitFitConfig, place, StateRules(peft_type="BITFIT"), learning_rate=3e-3)]

@@ -20,7 +20,7 @@ import torch
 from peftcore_oft import cayley, turned
 from torch import Tensor, nn
 
-from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 

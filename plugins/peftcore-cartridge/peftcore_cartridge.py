@@ -17,8 +17,7 @@ import torch
 from peftcore_prefix_tuning import Prefix, PrefixTuningConfig
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import validation
+from peftcore.plugin import Architecture, Method, PrefixKV, StateRules, hookimpl, prompt_tensor_name, validation
 
 peftcore_api = 2
 
@@ -54,7 +53,7 @@ class CartridgeConfig:
         fields = {name: value for name, value in vars(self).items() if name != "num_frozen_tokens"}
         return PrefixTuningConfig(**fields)
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> CartridgeConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> CartridgeConfig:
         """The sizes of the model's attention made explicit."""
         found = self.prefix().resolved(model, architecture)
         return replace(self, **{name: getattr(found, name) for name in vars(self) if hasattr(found, name)})
@@ -76,8 +75,8 @@ class Cartridge(Prefix):
         return torch.cat([self.frozen_embedding, self.trainable_embedding])
 
 
-def place(model: nn.Module, config: CartridgeConfig, architecture: peftcore.Architecture) -> list[peftcore.PrefixKV]:
-    return [peftcore.PrefixKV(Cartridge(config))]
+def place(model: nn.Module, config: CartridgeConfig, architecture: Architecture) -> list[PrefixKV]:
+    return [PrefixKV(Cartridge(config))]
 
 
 def initialize(model: Any, adapters: Mapping[str, Any], config: CartridgeConfig, batches: Iterable[Any] | None) -> None:
@@ -124,12 +123,12 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
     return {**rest, "frozen_embedding": rows[:first].clone(), "trainable_embedding": rows[first:].clone()}
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="CARTRIDGE",
-        tensor_name=peftcore.prompt_tensor_name,
+        tensor_name=prompt_tensor_name,
         write_tensors=write_tensors,
         read_tensors=read_tensors,
     )
-    return [peftcore.Method("cartridge", CartridgeConfig, place, rules, initialize, learning_rate=1e-2)]
+    return [Method("cartridge", CartridgeConfig, place, rules, initialize, learning_rate=1e-2)]

@@ -20,8 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import ranks, validation
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    Method,
+    SoftPrompt,
+    StateRules,
+    current_call,
+    hookimpl,
+    prompt_tensor_name,
+    ranks,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -74,7 +84,7 @@ class CptConfig:
             value = getattr(self, name)
             validation.require(value >= 0, f"{name} must not be negative, found {value}")
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> CptConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> CptConfig:
         """Lists of one length, and the model's sizes."""
         tokens = [0] if self.cpt_token_ids is None else list(self.cpt_token_ids)
         embedding: Any = None if architecture.embedding is None else model.get_submodule(architecture.embedding)
@@ -115,7 +125,7 @@ class ContextPrompt(nn.Module):
 
     def in_output(self) -> bool:
         """Its outputs are labels where the input has some."""
-        return peftcore.current_call().get("labels") is not None
+        return current_call().get("labels") is not None
 
 
 class ContextLoss(nn.Module):
@@ -129,7 +139,7 @@ class ContextLoss(nn.Module):
         self.decay = config.opt_loss_decay_factor if config.opt_weighted_loss_type == "decay" else 1.0
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        call = peftcore.current_call()
+        call = current_call()
         if call.get("labels") is None:
             return base(*args, **kwargs)
         validation.require("labels" in kwargs, "CPT reads labels: give them by name, model(..., labels=labels)")
@@ -172,7 +182,7 @@ class ContextLoss(nn.Module):
         return (each * weights.flatten()).sum() / counts.sum()
 
 
-def place(model: nn.Module, config: CptConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: CptConfig, architecture: Architecture) -> list[Any]:
     decoder = architecture.task_type == "CAUSAL_LM" and architecture.embedding is not None
     message = f"CPT is of decoders of text that have a head, in PEFT, too, and {type(model).__name__} is none"
     validation.require(decoder, f"{message}. Choose prompt-tuning")
@@ -180,7 +190,7 @@ def place(model: nn.Module, config: CptConfig, architecture: peftcore.Architectu
     rows, tokens = embedding.num_embeddings, config.cpt_token_ids or ()
     largest = f"cpt_token_ids has {max(tokens)}, and the model {rows} tokens, from 0"
     validation.require(max(tokens) < rows, f"{largest}. Take the ids that its own tokenizer gives")
-    return [peftcore.SoftPrompt(ContextPrompt(config)), peftcore.Around("", ContextLoss(config))]
+    return [SoftPrompt(ContextPrompt(config)), Around("", ContextLoss(config))]
 
 
 def prompts(adapters: Mapping[str, Any]) -> list[Any]:
@@ -215,10 +225,8 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
     return {**tensors, "embedding": rows, "delta_embedding": torch.zeros_like(rows)}
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
-        peft_type="CPT", tensor_name=peftcore.prompt_tensor_name, exported=exported, read_tensors=read_tensors
-    )
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="CPT", tensor_name=prompt_tensor_name, exported=exported, read_tensors=read_tensors)
     hooks: dict[str, Any] = {"initialize": initialize, "after_step": after_step}
-    return [peftcore.Method("cpt", CptConfig, place, rules, **hooks, learning_rate=1e-3)]
+    return [Method("cpt", CptConfig, place, rules, **hooks, learning_rate=1e-3)]

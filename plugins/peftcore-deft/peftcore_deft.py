@@ -17,9 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.adaptation.adapted import inside_at
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, inside_at, targets, validation
 
 peftcore_api = 2
 
@@ -87,9 +85,9 @@ class Deft(nn.Module):
         return weight + q @ inner, bias
 
 
-def place(model: nn.Module, config: DeftConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: DeftConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    placements: list[Any] = [peftcore.Around(path, Deft(config, *sizes)) for path, sizes in layers.items()]
+    placements: list[Any] = [Around(path, Deft(config, *sizes)) for path, sizes in layers.items()]
     return placements + targets.trained_biases(model, config.bias, layers)
 
 
@@ -100,8 +98,8 @@ def initialize(model: nn.Module, adapters: Mapping[str, Any], config: DeftConfig
         adapter.deft_R.copy_(adapter.directions()[1].float().T @ weight / adapter.scale)
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="DEFT")
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="DEFT")
     needed = lambda config: config.init_weights and not config.para  # noqa: E731
-    return [peftcore.Method("deft", DeftConfig, place, rules, initialize, initializes=needed, learning_rate=1e-3)]
+    return [Method("deft", DeftConfig, place, rules, initialize, initializes=needed, learning_rate=1e-3)]

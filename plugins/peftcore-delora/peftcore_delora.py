@@ -16,8 +16,7 @@ import torch
 from peftcore_lora.layers import ThinLinear
 from torch import Tensor, nn
 
-from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
-from peftcore.adaptation.adapted import inside_at
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, inside_at, targets, validation
 
 peftcore_api = 2
 

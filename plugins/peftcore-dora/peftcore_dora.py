@@ -29,9 +29,8 @@ from peftcore_lora.placing import place as place_lora
 from peftcore_lora.placing import wrapped
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import ops, validation
-from peftcore.adaptation.adapted import inside_at
+from peftcore import ops
+from peftcore.plugin import Architecture, Method, hookimpl, inside_at, validation
 
 peftcore_api = 2
 
@@ -101,7 +100,7 @@ class WithoutBias:
         return operands and (operands[0], None)
 
 
-def place(model: nn.Module, config: DoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: DoraConfig, architecture: Architecture) -> list[Any]:
     placed = place_lora(model, config, architecture)
     grouped = next((p.path for p in placed if isinstance(getattr(p, "adapter", None), LoraGroupedConv)), None)
     validation.require(
@@ -120,8 +119,8 @@ def initialize(model: nn.Module, adapters: Any, config: DoraConfig, batches: Any
         m.copy_(dora.norms(inside_at(model, path).weight()).view_as(m))
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
+@hookimpl
+def peftcore_methods() -> list[Method]:
     rules = dataclasses.replace(
         RULES,
         matches=lambda fields: bool(fields.get("use_dora")),
@@ -131,4 +130,4 @@ def peftcore_methods() -> list[peftcore.Method]:
         scaled=None,
         layouts={},  # in which experts are LoRA's
     )
-    return [peftcore.Method("dora", DoraConfig, place, rules, initialize, learning_rate=1e-3)]
+    return [Method("dora", DoraConfig, place, rules, initialize, learning_rate=1e-3)]

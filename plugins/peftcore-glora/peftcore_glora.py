@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -121,13 +120,13 @@ class Glora(nn.Module):
         return {f"{name}.{own}": t for name, path in paths.items() for own, t in path.neutral().items()}
 
 
-def place(model: nn.Module, config: GloraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: GloraConfig, architecture: Architecture) -> list[Any]:
     layers, placed = config.selected(model, architecture), []
     for path, layer in layers.items():
         has_bias = getattr(layer, "bias", None) is not None
         trains = config.config_A_B != "none" or has_bias
         validation.require(trains, f"'{path}' has no bias, and config_A_B is 'none': nothing would train. Leave it out")
-        placed.append(peftcore.Around(path, Glora(config, *targets.sizes(layer), has_bias)))
+        placed.append(Around(path, Glora(config, *targets.sizes(layer), has_bias)))
     return placed + targets.trained_biases(model, config.bias, layers)
 
 
@@ -136,12 +135,12 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
     return {name: t for name, t in tensors.items() if not name.endswith(".zeros") or t.any()}
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="GLORA",
         own_fields=GloraConfig.not_in_peft,
         unreadable=targets.conv1d_paths,
         read_tensors=read_tensors,
     )
-    return [peftcore.Method("glora", GloraConfig, place, rules, learning_rate=1e-3)]
+    return [Method("glora", GloraConfig, place, rules, learning_rate=1e-3)]

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -115,13 +114,13 @@ def kaiming(*shape: int) -> Tensor:
     return drawn
 
 
-def place(model: nn.Module, config: GraloraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: GraloraConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    placements = [peftcore.Around(path, Gralora(config, *sizes)) for path, sizes in layers.items()]
+    placements = [Around(path, Gralora(config, *sizes)) for path, sizes in layers.items()]
     return [*placements, *targets.trained_biases(model, config.bias, layers)]
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="GRALORA", own_fields=GraloraConfig.not_in_peft)
-    return [peftcore.Method("gralora", GraloraConfig, place, rules, learning_rate=1e-3)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="GRALORA", own_fields=GraloraConfig.not_in_peft)
+    return [Method("gralora", GraloraConfig, place, rules, learning_rate=1e-3)]

@@ -18,9 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.merging.lookup import odd_embedding
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, odd_embedding, targets, validation
 
 peftcore_api = 2
 
@@ -129,9 +127,9 @@ class HiraEmbedding(nn.Module):
         return {"hira_embedding_A": torch.zeros_like(self.hira_embedding_A)}
 
 
-def place(model: nn.Module, config: HiraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: HiraConfig, architecture: Architecture) -> list[Any]:
     layers = config.selected(model, architecture)
-    return [peftcore.Around(path, of_layer(config, path, module)) for path, module in layers.items()]
+    return [Around(path, of_layer(config, path, module)) for path, module in layers.items()]
 
 
 def of_layer(config: HiraConfig, path: str, module: nn.Module) -> nn.Module:
@@ -152,8 +150,8 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str
     return f"its rank_pattern is not that of its tensors, whose ranks are {r}. Take it out of adapter_config.json"
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
+@hookimpl
+def peftcore_methods() -> list[Method]:
     filled = lambda fields: {**fields, "rank_pattern": fields["rank_pattern"] or {}}  # noqa: E731
-    rules = peftcore.StateRules(peft_type="HIRA", write_config=filled, refused=refused)
-    return [peftcore.Method("hira", HiraConfig, place, rules, learning_rate=1e-2)]
+    rules = StateRules(peft_type="HIRA", write_config=filled, refused=refused)
+    return [Method("hira", HiraConfig, place, rules, learning_rate=1e-2)]

@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.targets.patterns import compiled
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -50,7 +48,7 @@ class IA3Config:
     def __post_init__(self) -> None:
         validation.check_types(self)
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> IA3Config:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> IA3Config:
         """The choices that depend on the model made explicit."""
         chosen = selected(model, self, architecture)
         config = replace(self, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
@@ -89,7 +87,7 @@ class IA3(nn.Module):
         return weight * groups.view(*weight.shape[:2], *(1 for _ in weight.shape[2:])), bias
 
 
-def selected(model: nn.Module, config: IA3Config, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
+def selected(model: nn.Module, config: IA3Config, architecture: Architecture) -> dict[str, nn.Module]:
     """The layers that the config means, by path, of those that can be scaled."""
     fields = {name: getattr(config, name) for name in ("target_modules", "exclude_modules", "modules_to_save")}
     kinds = (nn.Conv2d, nn.Conv3d)
@@ -100,10 +98,12 @@ def selected(model: nn.Module, config: IA3Config, architecture: peftcore.Archite
 def scales_input(config: IA3Config, path: str) -> bool:
     """Is it one of `feedforward_modules`?"""
     named = config.feedforward_modules or []
-    return compiled(named, "feedforward_modules")(path) if isinstance(named, str) else path.endswith(tuple(named))
+    if isinstance(named, str):
+        return targets.compiled(named, "feedforward_modules")(path)
+    return path.endswith(tuple(named))
 
 
-def leads_back(model: nn.Module, path: str, module: nn.Module, architecture: peftcore.Architecture) -> bool:
+def leads_back(model: nn.Module, path: str, module: nn.Module, architecture: Architecture) -> bool:
     """Does a linear layer lead a feed-forward from its inner to the hidden size?"""
     if targets.weight_named(model, path) != path:
         return path.endswith(".down_proj")  # an expert's
@@ -115,7 +115,7 @@ def leads_back(model: nn.Module, path: str, module: nn.Module, architecture: pef
     return False
 
 
-def place(model: nn.Module, config: IA3Config, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: IA3Config, architecture: Architecture) -> list[Any]:
     placements = []
     for path, module in selected(model, config, architecture).items():
         layer: Any = module
@@ -125,10 +125,10 @@ def place(model: nn.Module, config: IA3Config, architecture: peftcore.Architectu
             shape = [1, width] if of_input else [out_width, 1]
         else:
             shape = [1, layer.in_channels if of_input else layer.out_channels, *(1 for _ in layer.kernel_size)]
-        placements.append(peftcore.Around(path, IA3(shape, of_input, config.init_ia3_weights)))
+        placements.append(Around(path, IA3(shape, of_input, config.init_ia3_weights)))
     return placements
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    return [peftcore.Method("ia3", IA3Config, place, peftcore.StateRules(peft_type="IA3"), learning_rate=1e-2)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    return [Method("ia3", IA3Config, place, StateRules(peft_type="IA3"), learning_rate=1e-2)]

@@ -20,10 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.prompts.backbone import arguments, cache_argument, entry, named
-from peftcore.prompts.counting import held
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    Method,
+    StateRules,
+    arguments_by_name,
+    cache_argument,
+    cached_tokens,
+    decoder_path,
+    forward_arguments,
+    hookimpl,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -84,12 +94,12 @@ class Notice(nn.Module):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self._names, self._cache_argument = arguments(module), cache_argument(module)
+        self._names, self._cache_argument = forward_arguments(module), cache_argument(module)
         self._left = {"padding", "cache"}  # to be said
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         if self._left and not torch.compiler.is_compiling():
-            self.look(named(self._names, args, kwargs))
+            self.look(arguments_by_name(self._names, args, kwargs))
         return base(*args, **kwargs)
 
     def look(self, call: dict[str, Any]) -> None:
@@ -101,7 +111,7 @@ class Notice(nn.Module):
                 f"{mean}, padding included: a row is computed otherwise than alone. Give rows of one length",
                 stacklevel=2,
             )
-        if "cache" in self._left and cache is not None and held(cache) != 0:
+        if "cache" in self._left and cache is not None and cached_tokens(cache) != 0:
             self._left.remove("cache")
             how = "generate with use_cache=False computes each step as a forward over the whole text does"
             warnings.warn(f"{mean}, and those in a cache are not among them: {how}", stacklevel=2)
@@ -116,7 +126,7 @@ def sharing(layers: Mapping[str, tuple[int, int]], named: str | Sequence[str]) -
     return list(groups.values())
 
 
-def place(model: nn.Module, config: LilyConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: LilyConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     placements = {}
     for group in sharing(layers, config.target_modules):
@@ -125,9 +135,9 @@ def place(model: nn.Module, config: LilyConfig, architecture: peftcore.Architect
         for index, path in enumerate(group):
             if index % config.stride_A == 0:
                 a = weight(config.r, width)
-            placements[path] = peftcore.Around(path, Lily(config, a, b))
-    called = entry(model, architecture) if not architecture.is_encoder_decoder else architecture.backbone
-    notice = peftcore.Around(called, Notice(model.get_submodule(called)))
+            placements[path] = Around(path, Lily(config, a, b))
+    called = decoder_path(model, architecture) if not architecture.is_encoder_decoder else architecture.backbone
+    notice = Around(called, Notice(model.get_submodule(called)))
     return [notice, *(placements[path] for path in layers)]
 
 
@@ -149,12 +159,12 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
     return found
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="LILY",
         own_fields=LilyConfig.not_in_peft,
         unreadable=targets.conv1d_paths,
         read_tensors=read_tensors,
     )
-    return [peftcore.Method("lily", LilyConfig, place, rules, learning_rate=1e-3)]
+    return [Method("lily", LilyConfig, place, rules, learning_rate=1e-3)]

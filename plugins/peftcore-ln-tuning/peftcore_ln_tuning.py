@@ -13,11 +13,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.adaptation.adapted import base_parameters
-from peftcore.adaptation.class_swap import original_class
-from peftcore.targets.patterns import compiled
+from peftcore import plugin
+from peftcore.plugin import (
+    Architecture,
+    Method,
+    StateRules,
+    Train,
+    base_parameters,
+    hookimpl,
+    original_class,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -43,7 +50,7 @@ class LNTuningConfig:
     def __post_init__(self) -> None:
         validation.check_types(self)
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LNTuningConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> LNTuningConfig:
         """Name the norms, so that a saved config means the same anywhere, and of nested modules the outermost.
 
         PEFT refuses a config that chooses a module and one inside it.
@@ -59,7 +66,7 @@ class LNTuningConfig:
 def matcher(patterns: str | Sequence[str]) -> Callable[[str], bool]:
     """Return whether a regular expression, or one of a list of suffixes, means a path, as a function of the path."""
     if isinstance(patterns, str):
-        return compiled(patterns, "target_modules")
+        return targets.compiled(patterns, "target_modules")
     return lambda path: any(targets.matches(pattern, path) for pattern in patterns)
 
 
@@ -76,7 +83,7 @@ def is_norm(module: nn.Module) -> bool:
     return is_one and bool(own) and all(p.dim() == 1 for p in own) and not module._buffers and not module._modules
 
 
-def selected(model: nn.Module, config: LNTuningConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
+def selected(model: nn.Module, config: LNTuningConfig, architecture: Architecture) -> dict[str, nn.Module]:
     """The modules that the config means, by path."""
     every = config.target_modules == ALL_NORMS
     chosen = targets.select(
@@ -91,17 +98,17 @@ def selected(model: nn.Module, config: LNTuningConfig, architecture: peftcore.Ar
     return chosen
 
 
-def place(model: nn.Module, config: LNTuningConfig, architecture: peftcore.Architecture) -> list[peftcore.Train]:
+def place(model: nn.Module, config: LNTuningConfig, architecture: Architecture) -> list[Train]:
     chosen = selected(model, config, architecture)
-    return [peftcore.Train([f"{p}.{name}" for p, module in chosen.items() for name, _ in base_parameters(module)])]
+    return [Train([f"{p}.{name}" for p, module in chosen.items() for name, _ in base_parameters(module)])]
 
 
 def tensor_name(placement: Any, name: str) -> str:
     """`PATH.ln_tuning_layers.NAME`, of a module inside a chosen one, too; see `write_tensors`."""
     if placement.saved:  # a `Train`
-        return peftcore.tensor_name(placement, name)
+        return plugin.tensor_name(placement, name)
     path, _, parameter = name.rpartition(".")
-    return peftcore.tensor_name(placement, f"{path}{COPY}{parameter}")
+    return plugin.tensor_name(placement, f"{path}{COPY}{parameter}")
 
 
 def write_tensors(tensors: dict[str, Tensor], config: LNTuningConfig) -> dict[str, Tensor]:
@@ -130,9 +137,9 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], _fields: Mapping[
     return found
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="LN_TUNING", tensor_name=tensor_name, read_tensors=read_tensors, write_tensors=write_tensors
     )
-    return [peftcore.Method("ln-tuning", LNTuningConfig, place, rules, learning_rate=1e-3)]
+    return [Method("ln-tuning", LNTuningConfig, place, rules, learning_rate=1e-3)]

@@ -21,7 +21,7 @@ from peftcore_lora.layers import ThinLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 

@@ -22,7 +22,7 @@ from peftcore_loha import has_core, kept, mixed, uniform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 

@@ -18,8 +18,17 @@ from peftcore_prompt_tuning import PromptTuningConfig, first_values, token_embed
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import validation
+from peftcore.plugin import (
+    Architecture,
+    Method,
+    PeftcoreError,
+    SoftPrompt,
+    StateRules,
+    current_call,
+    hookimpl,
+    prompt_tensor_name,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -60,10 +69,10 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
             f"prompt_tuning_init='{kind}' starts one target task: num_tasks must be 1, found {self.num_tasks}",
         )
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> Any:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> Any:
         """Before an encoder's input alone, as PEFT generates; in training PEFT's default of 2 is the decoder's, too."""
         if architecture.is_encoder_decoder and self.num_transformer_submodules not in (None, 1):
-            raise peftcore.PeftcoreError("a multitask prompt stands before the encoder: num_transformer_submodules=1")
+            raise PeftcoreError("a multitask prompt stands before the encoder: num_transformer_submodules=1")
         return replace(super().resolved(model, architecture), num_transformer_submodules=1)
 
 
@@ -81,10 +90,10 @@ class MultitaskPrompt(nn.Module):
         self.prefix_task_rows = nn.Parameter(torch.empty(tasks, ranks, self.hidden).normal_(std=0.02))
 
     def forward(self) -> Tensor:
-        tasks = peftcore.current_call().get("task_ids")
+        tasks = current_call().get("task_ids")
         if tasks is None:
             if len(self.prefix_task_cols) > 1:
-                raise peftcore.PeftcoreError(
+                raise PeftcoreError(
                     f"the prompt is of {len(self.prefix_task_cols)} tasks, and the call names none: model(..., "
                     "task_ids=t). transformers' Trainer drops that column unless remove_unused_columns=False"
                 )
@@ -100,7 +109,7 @@ def start_from_source(prompt: MultitaskPrompt, config: MultitaskPromptTuningConf
     path = Path(config.prompt_tuning_init_state_dict_path or "")
     path = path / "adapter_model.safetensors" if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
-        raise peftcore.PeftcoreError(f"prompt_tuning_init_state_dict_path='{path}' is no safetensors file")
+        raise PeftcoreError(f"prompt_tuning_init_state_dict_path='{path}' is no safetensors file")
     source, kind, task = load_file(path), config.prompt_tuning_init, config.prompt_tuning_init_task
     for name, own in prompt.named_parameters():
         if name != "prompt_embeddings" and kind == "ONLY_SOURCE_SHARED":
@@ -109,25 +118,25 @@ def start_from_source(prompt: MultitaskPrompt, config: MultitaskPromptTuningConf
         if name != "prompt_embeddings":
             value = value[task : task + 1] if kind == "EXACT_SOURCE_TASK" else value.mean(0, keepdim=True)
         if own.shape != value.shape:
-            raise peftcore.PeftcoreError(f"'{name}' of '{path}' is {list(value.shape)}, and here {list(own.shape)}")
+            raise PeftcoreError(f"'{name}' of '{path}' is {list(value.shape)}, and here {list(own.shape)}")
         own.data.copy_(value)
 
 
-def place(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[peftcore.SoftPrompt]:
+def place(model: nn.Module, config: Any, architecture: Architecture) -> list[SoftPrompt]:
     from_source = config.prompt_tuning_init in _SOURCES
     plain = replace(config, prompt_tuning_init="RANDOM") if from_source else config
     prompt = MultitaskPrompt(first_values(plain, token_embedding(model, architecture)), config)
     if from_source and config.initialize and not prompt.prompt_embeddings.is_meta:
         start_from_source(prompt, config)
-    return [peftcore.SoftPrompt(prompt)]
+    return [SoftPrompt(prompt)]
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="MULTITASK_PROMPT_TUNING",
-        tensor_name=peftcore.prompt_tensor_name,
+        tensor_name=prompt_tensor_name,
         write_config=lambda fields: {name: value for name, value in fields.items() if name != "initialize"},
         read_config=lambda fields: {**fields, "initialize": False},
     )
-    return [peftcore.Method("multitask-prompt-tuning", MultitaskPromptTuningConfig, place, rules, learning_rate=3e-2)]
+    return [Method("multitask-prompt-tuning", MultitaskPromptTuningConfig, place, rules, learning_rate=3e-2)]

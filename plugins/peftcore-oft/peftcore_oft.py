@@ -21,8 +21,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import Architecture, Around, Method, PeftcoreError, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -128,7 +127,7 @@ class OFTConv(OFT):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if weight.shape[1] != self.oft_R.width:
-            raise peftcore.PeftcoreError(
+            raise PeftcoreError(
                 f"OFT of a convolution in groups (weight {list(weight.shape)}) reaches across the groups, so it cannot "
                 "be merged, in PEFT neither. Keep the adapter beside the base, or apply it with that layer in "
                 "exclude_modules"
@@ -250,7 +249,7 @@ def after_step(adapters: Mapping[str, Any], config: OFTConfig, step: int, total_
 def refuse_old(fields: dict[str, Any]) -> dict[str, Any]:
     """Files of PEFT before 0.14 have other blocks."""
     if "oft_block_size" not in fields:
-        raise peftcore.PeftcoreError("it is an OFT of PEFT before 0.14, whose blocks are others. Train it again")
+        raise PeftcoreError("it is an OFT of PEFT before 0.14, whose blocks are others. Train it again")
     return fields
 
 

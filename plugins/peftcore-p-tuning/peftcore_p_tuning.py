@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import validation
+from peftcore.plugin import Architecture, Method, SoftPrompt, StateRules, hookimpl, prompt_tensor_name, validation
 
 peftcore_api = 2
 
@@ -55,7 +54,7 @@ class PTuningConfig:
         )
         validation.probability(encoder_dropout=self.encoder_dropout)
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PTuningConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> PTuningConfig:
         """The choices that depend on the model made explicit."""
         embedding: Any = None if architecture.embedding is None else model.get_submodule(architecture.embedding)
         width = self.token_dim or getattr(embedding, "embedding_dim", None)
@@ -95,11 +94,11 @@ class PromptEncoder(nn.Module):
         return self.rows()[: self.tokens]
 
 
-def place(model: nn.Module, config: PTuningConfig, architecture: peftcore.Architecture) -> list[peftcore.SoftPrompt]:
-    return [peftcore.SoftPrompt(PromptEncoder(config))]
+def place(model: nn.Module, config: PTuningConfig, architecture: Architecture) -> list[SoftPrompt]:
+    return [SoftPrompt(PromptEncoder(config))]
 
 
-def exported(placement: peftcore.SoftPrompt) -> dict[str, Tensor]:
+def exported(placement: SoftPrompt) -> dict[str, Tensor]:
     """P, for those who know no network; without dropout."""
     encoder: Any = placement.adapter
     training = encoder.training
@@ -119,13 +118,13 @@ def write_config(fields: dict[str, Any]) -> dict[str, Any]:
     return {**fields, "encoder_reparameterization_type": "MLP" if kind == "NONE" else kind}
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="P_TUNING",
-        tensor_name=peftcore.prompt_tensor_name,
+        tensor_name=prompt_tensor_name,
         exported=exported,
         config_on_disk=config_on_disk,
         write_config=write_config,
     )
-    return [peftcore.Method("p-tuning", PTuningConfig, place, rules, learning_rate=1e-3)]
+    return [Method("p-tuning", PTuningConfig, place, rules, learning_rate=1e-3)]

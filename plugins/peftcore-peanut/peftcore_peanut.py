@@ -15,8 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -81,16 +80,16 @@ class Peanut(nn.Module):
         return weight + self.scale * (self.peanut_B.weight.float() @ self.inner(weight).T), bias
 
 
-def place(model: nn.Module, config: PeanutConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: PeanutConfig, architecture: Architecture) -> list[Any]:
     layers = config.selected(model, architecture).items()
-    return [peftcore.Around(path, Peanut(config, targets.sizes(layer)[1])) for path, layer in layers]
+    return [Around(path, Peanut(config, targets.sizes(layer)[1])) for path, layer in layers]
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="PEANUT",
         own_fields=PeanutConfig.not_in_peft,
         unreadable=targets.conv1d_paths,
     )
-    return [peftcore.Method("peanut", PeanutConfig, place, rules, learning_rate=1e-3)]
+    return [Method("peanut", PeanutConfig, place, rules, learning_rate=1e-3)]

@@ -18,8 +18,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets, validation
+from peftcore.plugin import Architecture, Around, Method, StateRules, current_call, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -91,7 +90,7 @@ class Poly(nn.Module):
         return a, b / a.shape[-1]
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
-        call, count = peftcore.current_call(), len(self.poly_router.module_logits)
+        call, count = current_call(), len(self.poly_router.module_logits)
         tasks = call.get("task_ids")
         if tasks is None:
             why = f"the adapter is of {count} tasks, and the call names none: model(..., task_ids=t)"
@@ -120,15 +119,15 @@ class Poly(nn.Module):
         return {"poly_lora_B": torch.zeros_like(self.poly_lora_B)}
 
 
-def place(model: nn.Module, config: PolyConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: PolyConfig, architecture: Architecture) -> list[Any]:
     sizes = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     for path, both in sizes.items():
         fits = all(size % config.n_splits == 0 for size in both)
         validation.require(fits, f"n_splits={config.n_splits} does not divide inputs and outputs of '{path}', {both}")
-    return [peftcore.Around(path, Poly(config, *both)) for path, both in sizes.items()]
+    return [Around(path, Poly(config, *both)) for path, both in sizes.items()]
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="POLY", own_fields=PolyConfig.not_in_peft, unreadable=targets.conv1d_paths)
-    return [peftcore.Method("poly", PolyConfig, place, rules, learning_rate=1e-3)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="POLY", own_fields=PolyConfig.not_in_peft, unreadable=targets.conv1d_paths)
+    return [Method("poly", PolyConfig, place, rules, learning_rate=1e-3)]

@@ -18,8 +18,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import validation
+from peftcore.plugin import (
+    Architecture,
+    Method,
+    PeftcoreError,
+    PrefixKV,
+    StateRules,
+    hookimpl,
+    prompt_tensor_name,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -56,7 +64,7 @@ class PrefixTuningConfig:
             validation.positive_whole(encoder_hidden_size=self.encoder_hidden_size)
         validation.one_of((None, 1, 2), num_transformer_submodules=self.num_transformer_submodules)
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PrefixTuningConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> PrefixTuningConfig:
         """The sizes of the model's attention made explicit."""
         heads, head_dim = architecture.num_kv_heads, architecture.head_dim
         layers = architecture.num_layers
@@ -64,14 +72,14 @@ class PrefixTuningConfig:
             config = getattr(model.get_submodule(architecture.decoder or ""), "config", model.config)
             layers = getattr(config, "decoder_layers", None) or getattr(config, "num_hidden_layers", None)
         if not (heads and head_dim and layers):
-            raise peftcore.PeftcoreError(
+            raise PeftcoreError(
                 f"{type(model).__name__} does not say how many layers and heads it has. A plugin's "
                 "peftcore_architecture hook can"
             )
         found = {"token_dim": heads * head_dim, "num_attention_heads": heads, "num_layers": layers}
         for name, value in found.items():
             if getattr(self, name) not in (None, value):
-                raise peftcore.PeftcoreError(
+                raise PeftcoreError(
                     f"{name}={getattr(self, name)} does not fit {type(model).__name__}, which has {value} "
                     f"({layers} layers, {heads} key-value heads of {head_dim}). Leave it out"
                 )
@@ -116,11 +124,11 @@ class Prefix(nn.Module):
         return prefix if self.layers is None else prefix[self.layers]
 
 
-def place(model: nn.Module, config: PrefixTuningConfig, architecture: peftcore.Architecture) -> list[peftcore.PrefixKV]:
-    return [peftcore.PrefixKV(Prefix(config))]
+def place(model: nn.Module, config: PrefixTuningConfig, architecture: Architecture) -> list[PrefixKV]:
+    return [PrefixKV(Prefix(config))]
 
 
-def exported(placement: peftcore.PrefixKV) -> dict[str, Tensor]:
+def exported(placement: PrefixKV) -> dict[str, Tensor]:
     """P, for those who know no projection."""
     adapter: Any = placement.adapter
     return {"prompt_embeddings": adapter.rows()} if hasattr(adapter, "projection") else {}
@@ -131,12 +139,12 @@ def config_on_disk(config: PrefixTuningConfig, tensors: Mapping[str, Tensor]) ->
     return config if "embedding" in tensors else replace(config, prefix_projection=False)
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="PREFIX_TUNING",
-        tensor_name=peftcore.prompt_tensor_name,
+        tensor_name=prompt_tensor_name,
         exported=exported,
         config_on_disk=config_on_disk,
     )
-    return [peftcore.Method("prefix-tuning", PrefixTuningConfig, place, rules, learning_rate=1e-2)]
+    return [Method("prefix-tuning", PrefixTuningConfig, place, rules, learning_rate=1e-2)]

@@ -20,8 +20,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import validation
+from peftcore.plugin import (
+    Architecture,
+    Method,
+    PeftcoreError,
+    SoftPrompt,
+    StateRules,
+    hookimpl,
+    prompt_tensor_name,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -62,7 +70,7 @@ class PromptTuningConfig:
             f"{self.prompt_tuning_init_text!r} and {self.tokenizer_name_or_path!r}",
         )
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> PromptTuningConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> PromptTuningConfig:
         """The choices that depend on the model made explicit."""
         embedding = token_embedding(model, architecture)
         return replace(
@@ -86,7 +94,7 @@ class Prompt(nn.Module):
         return self.prompt_embeddings[: self.tokens]
 
 
-def token_embedding(model: nn.Module, architecture: peftcore.Architecture) -> Any:
+def token_embedding(model: nn.Module, architecture: Architecture) -> Any:
     """An `nn.Embedding` or what takes its place; None where none is known, which the core refuses."""
     return None if architecture.embedding is None else model.get_submodule(architecture.embedding)
 
@@ -114,32 +122,30 @@ def text_tokens(config: PromptTuningConfig) -> list[int]:
 
     kwargs = dict(config.tokenizer_kwargs or {})
     if kwargs.pop("trust_remote_code", False):
-        raise peftcore.PeftcoreError("tokenizer_kwargs asks for trust_remote_code: a config must not run code")
+        raise PeftcoreError("tokenizer_kwargs asks for trust_remote_code: a config must not run code")
     try:
         tokenizer = AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, trust_remote_code=False, **kwargs)
     except (OSError, ValueError) as error:
-        raise peftcore.PeftcoreError(
+        raise PeftcoreError(
             f"the tokenizer '{config.tokenizer_name_or_path}' of prompt_tuning_init='TEXT' cannot be loaded: {error}"
         ) from error
     tokens = tokenizer(config.prompt_tuning_init_text)["input_ids"]
     if not tokens:
-        raise peftcore.PeftcoreError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens")
+        raise PeftcoreError(f"prompt_tuning_init_text={config.prompt_tuning_init_text!r} has no tokens")
     return tokens
 
 
-def place(
-    model: nn.Module, config: PromptTuningConfig, architecture: peftcore.Architecture
-) -> list[peftcore.SoftPrompt]:
+def place(model: nn.Module, config: PromptTuningConfig, architecture: Architecture) -> list[SoftPrompt]:
     rows = first_values(config, token_embedding(model, architecture))
-    return [peftcore.SoftPrompt(Prompt(rows, config.num_virtual_tokens))]
+    return [SoftPrompt(Prompt(rows, config.num_virtual_tokens))]
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="PROMPT_TUNING",
-        tensor_name=peftcore.prompt_tensor_name,
+        tensor_name=prompt_tensor_name,
         write_config=lambda fields: {name: value for name, value in fields.items() if name != "initialize"},
         read_config=lambda fields: {**fields, "initialize": False},
     )
-    return [peftcore.Method("prompt-tuning", PromptTuningConfig, place, rules, learning_rate=3e-2)]
+    return [Method("prompt-tuning", PromptTuningConfig, place, rules, learning_rate=3e-2)]

@@ -19,8 +19,7 @@ from peftcore_oft import cayley, neumann, skew
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import Architecture, Around, Method, StateRules, hookimpl, targets, validation
-from peftcore.weight_formats import weight_format
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation, weight_format
 
 peftcore_api = 2
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
+from peftcore import plugin
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -104,10 +104,10 @@ class Pvera(nn.Module):
         return weight + (self.pvera_lambda_b.float()[:, None] * b) @ (d * a[: b.shape[1]]), bias
 
 
-def place(model: nn.Module, config: PveraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: PveraConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     shared = Projections(config, *(max(sizes) for sizes in zip(*layers.values(), strict=True)))
-    placements: list[Any] = [peftcore.Around(path, Pvera(config, shared, *sizes)) for path, sizes in layers.items()]
+    placements: list[Any] = [Around(path, Pvera(config, shared, *sizes)) for path, sizes in layers.items()]
     return placements + targets.trained_biases(model, config.bias, layers)
 
 
@@ -115,7 +115,7 @@ def tensor_name(placement: Any, name: str) -> str:
     """A and B stand once in a file."""
     if name.startswith("projections."):
         return f"base_model.{name.removeprefix('projections.')}"
-    return peftcore.tensor_name(placement, name)
+    return plugin.tensor_name(placement, name)
 
 
 def read_config(fields: dict[str, Any]) -> dict[str, Any]:
@@ -125,9 +125,9 @@ def read_config(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name != "generator_seed"}
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="PVERA", tensor_name=tensor_name, own_fields=PveraConfig.not_in_peft, read_config=read_config
     )
-    return [peftcore.Method("pvera", PveraConfig, place, rules, learning_rate=3e-2)]
+    return [Method("pvera", PveraConfig, place, rules, learning_rate=3e-2)]

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore import quantization, validation
+from peftcore.plugin import Method, default_skip, hookimpl, quantized_layers, validation
 
 peftcore_api = 2
 
@@ -54,10 +54,10 @@ class QLoraConfig(peftcore_lora.LoraConfig):
 
 def prepare(model: nn.Module, config: QLoraConfig) -> None:
     """Quantize the base, unless it is quantized."""
-    if next(quantization.quantized_layers(model), None) is not None:
+    if next(quantized_layers(model), None) is not None:
         return
     skip = [
-        *(quantization.default_skip(model) if config.skip is None else config.skip),
+        *(default_skip(model) if config.skip is None else config.skip),
         *(config.modules_to_save or ()),
     ]
     peftcore.quantize(
@@ -76,8 +76,8 @@ def as_lora(config: QLoraConfig) -> peftcore_lora.LoraConfig:
     return peftcore_lora.LoraConfig(**{name: getattr(config, name) for name in names})
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
+@hookimpl
+def peftcore_methods() -> list[Method]:
     (lora,) = peftcore_lora.peftcore_methods()
     more: dict[str, Any] = {"prepare": prepare, "recorded_as": as_lora, "learning_rate": lora.learning_rate}
-    return [peftcore.Method("qlora", QLoraConfig, lora.place, lora.state, **more)]
+    return [Method("qlora", QLoraConfig, lora.place, lora.state, **more)]

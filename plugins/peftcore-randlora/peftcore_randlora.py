@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
+from peftcore import plugin
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -129,16 +129,16 @@ class RandLora(nn.Module):
         return weight + self.scale * (second.float() @ first.float()), bias
 
 
-def place(model: nn.Module, config: RandLoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: RandLoraConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     bases = Bases(config, *sorted(max(sizes) for sizes in zip(*layers.values(), strict=True)))
-    placements: list[Any] = [peftcore.Around(path, RandLora(config, bases, *sizes)) for path, sizes in layers.items()]
+    placements: list[Any] = [Around(path, RandLora(config, bases, *sizes)) for path, sizes in layers.items()]
     return placements + targets.trained_biases(model, config.bias, layers)
 
 
 def tensor_name(placement: Any, name: str) -> str:
     """A and B stand once in a file."""
-    return f"base_model.{name.removeprefix('bases.')}" if "bases." in name else peftcore.tensor_name(placement, name)
+    return f"base_model.{name.removeprefix('bases.')}" if "bases." in name else plugin.tensor_name(placement, name)
 
 
 def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -151,12 +151,12 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
     return found
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="RANDLORA",
         tensor_name=tensor_name,
         own_fields=RandLoraConfig.not_in_peft,
         read_tensors=read_tensors,
     )
-    return [peftcore.Method("randlora", RandLoraConfig, place, rules, learning_rate=1e-3)]
+    return [Method("randlora", RandLoraConfig, place, rules, learning_rate=1e-3)]

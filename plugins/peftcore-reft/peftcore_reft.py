@@ -24,11 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.observation import detect
-from peftcore.prompts.backbone import entry
-from peftcore.prompts.counting import TokenCounter
+from peftcore.plugin import (
+    After,
+    Architecture,
+    Around,
+    ForeignFormat,
+    Method,
+    StateRules,
+    TokenCounter,
+    current_call,
+    decoder_path,
+    detect,
+    hookimpl,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -146,7 +156,7 @@ class Reft(nn.Module):
         """`[batch, tokens]` each: is it one of the first tokens, of the last?"""
         config, places = self.config, self.counter.places(y)
         place, length = places.place, places.length
-        call = peftcore.current_call()
+        call = current_call()
         given = call.get("prompt_lengths")
         if given is not None:
             message = "prompt_lengths are of rows, and the positions of this call begin several texts in one"
@@ -159,7 +169,7 @@ class Reft(nn.Module):
         return first & places.is_text, last & places.is_text
 
 
-def layers(model: nn.Module, config: ReftConfig, architecture: peftcore.Architecture) -> dict[str, tuple[int, int]]:
+def layers(model: nn.Module, config: ReftConfig, architecture: Architecture) -> dict[str, tuple[int, int]]:
     """{module that gives what a layer gives: (index of the layer, width)}."""
     kinds = {"attention", "cross_attention", "feed_forward"}
     last: dict[str, Any] = {}
@@ -174,7 +184,7 @@ def layers(model: nn.Module, config: ReftConfig, architecture: peftcore.Architec
     return {s.norm or s.stream: (s.layer, s.width) for s in last.values()}
 
 
-def place(model: nn.Module, config: ReftConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: ReftConfig, architecture: Architecture) -> list[Any]:
     if config.target_modules is None:
         found = {path: width for path, (_, width) in layers(model, config, architecture).items()}
     else:
@@ -187,10 +197,10 @@ def place(model: nn.Module, config: ReftConfig, architecture: peftcore.Architect
             (name for name in ("encoder", "decoder") if path.startswith(f"{getattr(architecture, name)}.")), ""
         )
         if stack not in counters:
-            at = getattr(architecture, stack) if stack else entry(model, architecture)
+            at = getattr(architecture, stack) if stack else decoder_path(model, architecture)
             counters[stack] = at, TokenCounter(model.get_submodule(at), stack, "ReFT")
-        placements.append(peftcore.After(path, Reft(config, path, width, counters[stack][1])))
-    return [*(peftcore.Around(*each) for each in counters.values()), *placements]
+        placements.append(After(path, Reft(config, path, width, counters[stack][1])))
+    return [*(Around(*each) for each in counters.values()), *placements]
 
 
 KEY = re.compile(r"(?P<stack>.*?)\.?(?P<layer>\d+)\.reft_layer\.refts\.[^.]+\.units\.(?P<unit>\d)\.(?P<tensor>.+)")
@@ -266,8 +276,8 @@ def about(fields: dict[str, Any]) -> dict[str, Any]:
     return {"base_model_name_or_path": fields.get("model_name") or None, **fields["config"]}
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    foreign = peftcore.ForeignFormat("the library adapters", "adapter.safetensors", matches, read, about)
-    rules = peftcore.StateRules(peft_type="REFT", foreign=(foreign,))
-    return [peftcore.Method("reft", ReftConfig, place, rules, learning_rate=3e-3)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    foreign = ForeignFormat("the library adapters", "adapter.safetensors", matches, read, about)
+    rules = StateRules(peft_type="REFT", foreign=(foreign,))
+    return [Method("reft", ReftConfig, place, rules, learning_rate=3e-3)]

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
+from peftcore.plugin import Architecture, Around, Method, PeftcoreError, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -98,24 +97,24 @@ def drawn(config: ShiraConfig, width: int, out_width: int) -> Tensor:
     return torch.stack([chosen // width, chosen % width]).int()
 
 
-def place(model: nn.Module, config: ShiraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: ShiraConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(layer) for path, layer in config.selected(model, architecture).items()}
     places = {sizes: drawn(config, *sizes) for sizes in set(layers.values())}
-    return [peftcore.Around(p, Shira(places[sizes], sizes, config.init_weights)) for p, sizes in layers.items()]
+    return [Around(p, Shira(places[sizes], sizes, config.init_weights)) for p, sizes in layers.items()]
 
 
 def refuse(model: nn.Module, adapters: Any, config: ShiraConfig, batches: Any) -> None:
     """Of a new adapter whose places cannot be drawn here."""
     what = "is a function that PEFT's user gave: its places are read from files. Draw them: mask_type='random'"
-    raise peftcore.PeftcoreError(f"mask_type={config.mask_type!r} {what}")
+    raise PeftcoreError(f"mask_type={config.mask_type!r} {what}")
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="SHIRA",
         own_fields=ShiraConfig.not_in_peft,
         unreadable=targets.conv1d_paths,
     )
     foreign = lambda config: config.mask_type != "random"  # noqa: E731
-    return [peftcore.Method("shira", ShiraConfig, place, rules, refuse, initializes=foreign, learning_rate=5e-4)]
+    return [Method("shira", ShiraConfig, place, rules, refuse, initializes=foreign, learning_rate=5e-4)]

@@ -19,9 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.weight_formats import weight_format
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation, weight_format
 
 peftcore_api = 2
 
@@ -59,7 +57,7 @@ class SupertuningConfig(targets.LayersConfig):
         alone = self.lora_alpha is not None and self.r is None
         validation.require(not alone, "lora_alpha is that of the LoRA of rank r: give r, too")
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> Any:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> Any:
         """With the LoRA's scale."""
         found = super().resolved(model, architecture)
         return replace(found, lora_alpha=2.0 * self.r) if self.r and self.lora_alpha is None else found
@@ -120,10 +118,10 @@ def places_of(module: nn.Module, config: SupertuningConfig, path: str) -> Tensor
     return weight.topk(count, largest=config.select_top)[1].int()
 
 
-def place(model: nn.Module, config: SupertuningConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: SupertuningConfig, architecture: Architecture) -> list[Any]:
     layers = config.selected(model, architecture)
     return [
-        peftcore.Around(path, Supertuning(config, places_of(module, config, path), *targets.sizes(module)))
+        Around(path, Supertuning(config, places_of(module, config, path), *targets.sizes(module)))
         for path, module in layers.items()
     ]
 
@@ -145,13 +143,13 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
     return found
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(
         peft_type="SUPERTUNING",
         own_fields=SupertuningConfig.not_in_peft,
         unreadable=targets.conv1d_paths,
         write_tensors=write_tensors,
         read_tensors=read_tensors,
     )
-    return [peftcore.Method("supertuning", SupertuningConfig, place, rules, learning_rate=5e-4)]
+    return [Method("supertuning", SupertuningConfig, place, rules, learning_rate=5e-4)]

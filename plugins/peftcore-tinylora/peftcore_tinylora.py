@@ -19,10 +19,18 @@ from peftcore_lora.layers import ThinLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.adaptation.adapted import inside_at
-from peftcore.merging.lookup import odd_embedding
+from peftcore import plugin
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    Method,
+    StateRules,
+    hookimpl,
+    inside_at,
+    odd_embedding,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -113,7 +121,7 @@ class TinyLoraEmbedding(TinyLora):
         return y + (s @ a).to(y.dtype)
 
 
-def place(model: nn.Module, config: TinyLoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: TinyLoraConfig, architecture: Architecture) -> list[Any]:
     layers = config.selected(model, architecture)
     count = max(1, round(len(layers) * (1 - config.weight_tying)))
     size = max(1, len(layers) // count)
@@ -123,7 +131,7 @@ def place(model: nn.Module, config: TinyLoraConfig, architecture: peftcore.Archi
         group, sizes = groups[min(index // size, count - 1)], targets.sizes(module)
         embeds = isinstance(module, nn.Embedding)
         adapter = (TinyLoraEmbedding if embeds else TinyLora)(config, group, index, *(sizes[::-1] if embeds else sizes))
-        placements.append(peftcore.Around(path, adapter))
+        placements.append(Around(path, adapter))
     return [*placements, *targets.trained_biases(model, config.bias, layers)]
 
 
@@ -140,10 +148,10 @@ def tensor_name(placement: Any, name: str) -> str:
     """v of a group stands once in a file."""
     if name == "group.v":
         return f"base_model.tinylora_v.{placement.adapter.group.number}"
-    return peftcore.tensor_name(placement, name)
+    return plugin.tensor_name(placement, name)
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="TINYLORA", tensor_name=tensor_name, own_fields=TinyLoraConfig.not_in_peft)
-    return [peftcore.Method("tinylora", TinyLoraConfig, place, rules, initialize, learning_rate=3e-3)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="TINYLORA", tensor_name=tensor_name, own_fields=TinyLoraConfig.not_in_peft)
+    return [Method("tinylora", TinyLoraConfig, place, rules, initialize, learning_rate=3e-3)]

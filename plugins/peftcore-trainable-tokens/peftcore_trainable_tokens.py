@@ -20,11 +20,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import ranks, targets, validation
-from peftcore.adaptation.class_swap import original_class
-from peftcore.engine.trained import modules_tied_to
-from peftcore.merging import lookup
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    Method,
+    StateRules,
+    embed_scale,
+    hookimpl,
+    looks_up,
+    modules_tied_to,
+    original_class,
+    ranks,
+    targets,
+    tensor_name,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -46,7 +56,7 @@ class TrainableTokensConfig:
     def __post_init__(self) -> None:
         validation.check_types(self)
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> TrainableTokensConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> TrainableTokensConfig:
         named = self.target_modules or ([architecture.embedding] if architecture.embedding else None)
         validation.require(named is not None, "where the embedding is is not known. Name it: target_modules=[...]")
         return replace(self, target_modules=by_embedding(model, architecture, named))
@@ -69,7 +79,7 @@ class TokenRows(nn.Module):
         if copy and not weight.is_meta and not rows.is_meta:
             rows.copy_(ranks.whole(weight)[list(ids)])
         self.trainable_tokens_delta, self.path = nn.Parameter(rows), path
-        self.is_table = isinstance(module, nn.Embedding) and lookup.looks_up(module)
+        self.is_table = isinstance(module, nn.Embedding) and looks_up(module)
         padding: Any = getattr(module, "padding_idx", None)  # it gets no gradient, in `nn.Embedding` neither
         self.padding = list(ids).index(padding) if padding in ids else None
         self.register_buffer("ids", torch.tensor(sorted(ids)), persistent=False)
@@ -80,7 +90,7 @@ class TokenRows(nn.Module):
         if isinstance(module, nn.Embedding) and self.is_table and not x.is_floating_point():
             y, at = base(x), torch.searchsorted(self.ids, x.contiguous()).clamp(max=len(self.ids) - 1)
             rows = F.embedding(self.places[at], self.trainable_tokens_delta, self.padding).to(y.dtype)
-            return torch.where((self.ids[at] == x)[..., None], rows * lookup.embed_scale(module), y)
+            return torch.where((self.ids[at] == x)[..., None], rows * embed_scale(module), y)
         if original_class(module).forward is not nn.Linear.forward:
             return base.on_weights({"weight": self.replaced})(x)
         y, bias = base(x), None if module.bias is None else module.bias[self.ids]
@@ -105,13 +115,13 @@ def token_rows(model: nn.Module, path: str, ids: Sequence[int], copy: bool = Tru
     others = modules_tied_to(model, path) if together else []
     targets.refuse_bypassed(model, others)
     rows = TokenRows(path, module, ids, copy)
-    return [peftcore.Around(each, rows) for each in (path, *others)]
+    return [Around(each, rows) for each in (path, *others)]
 
 
-def exported(placement: peftcore.Around) -> dict[str, Tensor]:
+def exported(placement: Around) -> dict[str, Tensor]:
     """T once more for each module that is tied, as PEFT writes it."""
     rows: Any = placement.adapter
-    name = peftcore.tensor_name(placement, "trainable_tokens_delta")
+    name = tensor_name(placement, "trainable_tokens_delta")
     return {} if placement.path == rows.path else {name: rows.trainable_tokens_delta}
 
 
@@ -135,13 +145,13 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], _fields: Mapping[st
     )
 
 
-def selected(model: nn.Module, architecture: peftcore.Architecture, named: Any) -> list[str]:
+def selected(model: nn.Module, architecture: Architecture, named: Any) -> list[str]:
     """Return the paths of the embeddings and linear layers that `named` means."""
     kinds = (nn.Embedding, nn.Linear)
     return list(targets.select(model, architecture, target_modules=named, supported=lambda m: isinstance(m, kinds)))
 
 
-def by_embedding(model: nn.Module, architecture: peftcore.Architecture, named: Any) -> Any:
+def by_embedding(model: nn.Module, architecture: Architecture, named: Any) -> Any:
     """Return `named` with the token embedding in place of modules tied to it.
 
     The rows are one parameter either way. PEFT adapts the head along with a named embedding, but not the embedding
@@ -155,7 +165,7 @@ def by_embedding(model: nn.Module, architecture: peftcore.Architecture, named: A
     return [embedding, *(path for path in chosen if path != embedding and path not in tied)]
 
 
-def place(model: nn.Module, config: TrainableTokensConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: TrainableTokensConfig, architecture: Architecture) -> list[Any]:
     chosen = selected(model, architecture, config.target_modules or [])
     there = dict(model.named_modules())
     placed: dict[str, Any] = {}  # what is tied to one of them is placed with that
@@ -167,7 +177,7 @@ def place(model: nn.Module, config: TrainableTokensConfig, architecture: peftcor
     return list(placed.values())
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules("TRAINABLE_TOKENS", exported=exported, unreadable=biased_heads, refused=refused)
-    return [peftcore.Method("trainable-tokens", TrainableTokensConfig, place, rules, learning_rate=1e-3)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules("TRAINABLE_TOKENS", exported=exported, unreadable=biased_heads, refused=refused)
+    return [Method("trainable-tokens", TrainableTokensConfig, place, rules, learning_rate=1e-3)]

@@ -18,8 +18,8 @@ import torch
 from peftcore_lora.layers import ThinLinear
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets, validation
+from peftcore import plugin
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -99,7 +99,7 @@ def drawn(config: UniLoraConfig, count: int) -> Tensor:
     return torch.as_tensor(columns, dtype=torch.int64, device="cpu")
 
 
-def place(model: nn.Module, config: UniLoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: UniLoraConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     counts = [config.r * sum(sizes) for sizes in layers.values()]
     columns, theta = drawn(config, sum(counts)), Theta(config)
@@ -108,16 +108,16 @@ def place(model: nn.Module, config: UniLoraConfig, architecture: peftcore.Archit
     )
     scales, placements = often.rsqrt()[columns], []
     for path, ours, by in zip(layers, columns.split(counts), scales.split(counts), strict=True):
-        placements.append(peftcore.Around(path, UniLora(config, theta, ours, by, layers[path])))
+        placements.append(Around(path, UniLora(config, theta, ours, by, layers[path])))
     return [*placements, *targets.trained_biases(model, config.bias, layers)]
 
 
 def tensor_name(placement: Any, name: str) -> str:
     """The vector stands once in a file."""
-    return f"base_model.{name.removeprefix('theta.')}" if "theta." in name else peftcore.tensor_name(placement, name)
+    return f"base_model.{name.removeprefix('theta.')}" if "theta." in name else plugin.tensor_name(placement, name)
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="UNILORA", tensor_name=tensor_name, own_fields=UniLoraConfig.not_in_peft)
-    return [peftcore.Method("unilora", UniLoraConfig, place, rules, learning_rate=5e-3)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="UNILORA", tensor_name=tensor_name, own_fields=UniLoraConfig.not_in_peft)
+    return [Method("unilora", UniLoraConfig, place, rules, learning_rate=5e-3)]

@@ -22,8 +22,8 @@ from peftcore_lora.layers import ThinLinear
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
-import peftcore
-from peftcore import targets, validation
+from peftcore import plugin
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -68,7 +68,7 @@ class VBLoRAConfig(targets.LayersConfig):
         ways = f"Choose {common}, or leave it out" if common >= SHORTEST else "Choose another length, or leave it out"
         return None if common == self.vector_length else f"{divides}. {ways}: exclude_modules=[...]"
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> VBLoRAConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> VBLoRAConfig:
         """Return the config with a length that divides the sizes of the layers of `all-linear`."""
         config = self
         if self.target_modules == "all-linear":
@@ -118,10 +118,10 @@ class VBLoRA(ThinLinear):
         return (largest.softmax(-1)[..., None] * bank[which]).sum(-2)
 
 
-def place(model: nn.Module, config: VBLoRAConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: VBLoRAConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     bank = Bank(config)
-    placements = [peftcore.Around(path, VBLoRA(config, bank, *sizes)) for path, sizes in layers.items()]
+    placements = [Around(path, VBLoRA(config, bank, *sizes)) for path, sizes in layers.items()]
     return [*placements, *targets.trained_biases(model, config.bias, layers)]
 
 
@@ -134,9 +134,7 @@ def parameter_groups(adapters: Mapping[str, Any], config: Any, lr: float, weight
 def tensor_name(placement: Any, name: str) -> str:
     """The bank stands once in a file."""
     return (
-        f"base_model.{name.removeprefix('bank.')}"
-        if name.startswith("bank.")
-        else peftcore.tensor_name(placement, name)
+        f"base_model.{name.removeprefix('bank.')}" if name.startswith("bank.") else plugin.tensor_name(placement, name)
     )
 
 
@@ -168,10 +166,8 @@ def read_tensors(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[s
     return found
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(
-        peft_type="VBLORA", tensor_name=tensor_name, write_tensors=thinned, read_tensors=read_tensors
-    )
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="VBLORA", tensor_name=tensor_name, write_tensors=thinned, read_tensors=read_tensors)
     groups = parameter_groups
-    return [peftcore.Method("vblora", VBLoRAConfig, place, rules, parameter_groups=groups, learning_rate=1e-2)]
+    return [Method("vblora", VBLoRAConfig, place, rules, parameter_groups=groups, learning_rate=1e-2)]

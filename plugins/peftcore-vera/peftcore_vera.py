@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import targets, validation
+from peftcore import plugin
+from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -55,7 +55,7 @@ class VeraConfig:
         validation.positive_whole(r=self.r)
         validation.probability(vera_dropout=self.vera_dropout)
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> VeraConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> VeraConfig:
         """The choices that depend on the model made explicit."""
         chosen, config = selected(model, self, architecture), self
         if self.target_modules == targets.ALL_LINEAR:
@@ -106,16 +106,16 @@ class Vera(nn.Module):
         return weight + (self.vera_lambda_b.float()[:, None] * b) @ (self.vera_lambda_d.float()[:, None] * a), bias
 
 
-def selected(model: nn.Module, config: VeraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
+def selected(model: nn.Module, config: VeraConfig, architecture: Architecture) -> dict[str, nn.Module]:
     """The linear layers that the config means, by path."""
     fields = ("target_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     return targets.select(model, architecture, **{name: getattr(config, name) for name in fields})
 
 
-def place(model: nn.Module, config: VeraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: VeraConfig, architecture: Architecture) -> list[Any]:
     layers = {path: targets.sizes(module) for path, module in selected(model, config, architecture).items()}
     shared = Projections(config, *(max(sizes) for sizes in zip(*layers.values(), strict=True)))
-    placements: list[Any] = [peftcore.Around(path, Vera(config, shared, *sizes)) for path, sizes in layers.items()]
+    placements: list[Any] = [Around(path, Vera(config, shared, *sizes)) for path, sizes in layers.items()]
     return placements + targets.trained_biases(model, config.bias, layers)
 
 
@@ -123,10 +123,10 @@ def tensor_name(placement: Any, name: str) -> str:
     """A and B stand once in a file."""
     if name.startswith("projections."):
         return f"base_model.{name.removeprefix('projections.')}"
-    return peftcore.tensor_name(placement, name)
+    return plugin.tensor_name(placement, name)
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="VERA", tensor_name=tensor_name)
-    return [peftcore.Method("vera", VeraConfig, place, rules, learning_rate=3e-2)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="VERA", tensor_name=tensor_name)
+    return [Method("vera", VeraConfig, place, rules, learning_rate=3e-2)]

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore.adaptation.enclosing import lock_of
+from peftcore.plugin import Around, current_call
 
 A, B = torch.tensor([0, 1]), torch.tensor([2, 1])
 
@@ -32,7 +33,7 @@ class ByTask(nn.Module):
         self.gain = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 5.0]))
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
-        tasks = peftcore.current_call().get("task_ids")
+        tasks = current_call().get("task_ids")
         y = base(x)
         return y * self.gain[0] if tasks is None else y * self.gain[tasks].view(-1, *[1] * (y.dim() - 1))
 
@@ -47,7 +48,7 @@ class Reads(nn.Module):
         self.seen: list[dict[str, Any]] = []
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
-        self.seen.append(dict(peftcore.current_call()))
+        self.seen.append(dict(current_call()))
         return base(*args, **kwargs)
 
 
@@ -57,7 +58,7 @@ class Asks(Reads):
 
 def place(kind: type[nn.Module]) -> Any:
     return lambda model, config, _: [
-        peftcore.Around(path, kind()) for path, m in model.named_modules() if path in config.target_modules
+        Around(path, kind()) for path, m in model.named_modules() if path in config.target_modules
     ]
 
 
@@ -122,13 +123,13 @@ def test_a_part_called_alone_has_its_own() -> None:
 def test_the_call_is_read_only_and_ends() -> None:
     model, _ = reader()
     kept: list[Any] = []
-    model.second[0].register_forward_hook(lambda *_: kept.append(peftcore.current_call()))
+    model.second[0].register_forward_hook(lambda *_: kept.append(current_call()))
     model(X)
     assert "x" in kept[0] and len(kept[0]) == 1 and list(kept[0]) == ["x"] and kept[0].get("y", 3) == 3
     with pytest.raises(TypeError):
         kept[0]["x"] = 1
     with pytest.raises(peftcore.PeftcoreError, match="while their model is called"):
-        peftcore.current_call()
+        current_call()
 
 
 def test_an_adapter_that_did_not_say_so_is_told() -> None:

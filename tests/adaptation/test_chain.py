@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.plugin import Around
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -33,7 +34,7 @@ class Normed(nn.Module):
 
 @pytest.fixture
 def normed() -> Any:
-    with tiny.installed(tiny.method("normed", lambda model, *_: [peftcore.Around("0", Normed())])):
+    with tiny.installed(tiny.method("normed", lambda model, *_: [Around("0", Normed())])):
         yield
 
 
@@ -86,7 +87,7 @@ def test_adapters_inside_change_it_and_get_gradients(inside: str, normed: None) 
 def test_an_adapter_inside_that_is_no_change_of_a_weight_is_named(normed: None) -> None:
     model = tiny.llama()
     path = "model.layers.0.self_attn"
-    place = lambda *_: [peftcore.Around(path, Normed())]  # noqa: E731
+    place = lambda *_: [Around(path, Normed())]  # noqa: E731
     with tiny.installed(tiny.method("reads", place)):
         peftcore.apply(model, "after", adapter="inner")
         peftcore.apply(model, "reads", adapter="outer")
@@ -103,7 +104,7 @@ def test_it_is_compiled_whole(normed: None) -> None:
         model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 2))
         if packed:
             peftcore.quantize(model, skip=["1"])
-        place = lambda *_: [peftcore.Around("0", Divided())]  # noqa: E731
+        place = lambda *_: [Around("0", Divided())]  # noqa: E731
         with tiny.installed(tiny.method("divided", place)):
             peftcore.apply(model, "around", target_modules=("0",), adapter="inner")
             peftcore.apply(model, "divided", adapter="outer")
@@ -135,7 +136,7 @@ class Told(nn.Module):
 
 def test_an_adapter_knows_those_that_act_before_it() -> None:
     def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
-        return [peftcore.Around("0", Told())]
+        return [Around("0", Told())]
 
     model = nn.Sequential(nn.Linear(64, 32))
     with tiny.installed(tiny.method("told", place)):

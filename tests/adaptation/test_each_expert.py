@@ -21,6 +21,7 @@ import peftcore
 from peftcore import targets
 from peftcore.checkpoint.tensors import tensors_on_disk
 from peftcore.engine import applied
+from peftcore.plugin import Around
 from peftcore.registry import registry
 from peftcore.testing import check_method, disturb
 
@@ -197,7 +198,7 @@ def test_what_authors_of_methods_miss_is_said(left_out: str | None, read: Any, m
     def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
         layers = targets.select(model, architecture, target_modules=["experts"])
         sizes = {path: targets.sizes(read(model, path))[1] for path in layers}
-        return [peftcore.Around(path, Gain(size)) for path, size in sizes.items() if not path.endswith(f"{left_out}")]
+        return [Around(path, Gain(size)) for path, size in sizes.items() if not path.endswith(f"{left_out}")]
 
     model = new("qwen3_moe")
     with (

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.plugin import After
 
 X = torch.randn(2, 4, 16)
 PADDING = torch.tensor([[0, 0, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
@@ -30,7 +31,7 @@ class Grown(nn.Module):
 
 def behind(path: str) -> Any:
     def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
-        return [peftcore.After(path, Grown())]
+        return [After(path, Grown())]
 
     return place
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.adaptation.adapted import adapters_at
+from peftcore.plugin import OnWeight
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -215,7 +216,7 @@ def test_what_a_forward_notes_on_its_module_is_there() -> None:
     ],
 )
 def test_what_cannot_be_is_refused(names: tuple[str, ...], message: str) -> None:
-    place = lambda *_: [peftcore.OnWeight(*each.split(":"), tiny.LowRank(4, 16)) for each in names]  # noqa: E731
+    place = lambda *_: [OnWeight(*each.split(":"), tiny.LowRank(4, 16)) for each in names]  # noqa: E731
     with (
         tiny.installed(tiny.method("wrong", place)),
         pytest.raises(peftcore.PeftcoreError, match=message),
@@ -224,7 +225,7 @@ def test_what_cannot_be_is_refused(names: tuple[str, ...], message: str) -> None
 
 
 def test_codes_are_no_numbers() -> None:
-    place = lambda *_: [peftcore.OnWeight("0", "codes", nn.Identity())]  # noqa: E731
+    place = lambda *_: [OnWeight("0", "codes", nn.Identity())]  # noqa: E731
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].codes = nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     with (
@@ -237,7 +238,7 @@ def test_codes_are_no_numbers() -> None:
 def test_a_child_with_adapters_of_its_own_is_refused() -> None:
     model = nn.Sequential(nn.Sequential(nn.Linear(16, 4)))
     peftcore.apply(model, "around", target_modules=("0.0",), adapter="inner")
-    place = lambda *_: [peftcore.OnWeight("0", "0.weight", tiny.LowRank(4, 16))]  # noqa: E731
+    place = lambda *_: [OnWeight("0", "0.weight", tiny.LowRank(4, 16))]  # noqa: E731
     with tiny.installed(tiny.method("outer", place)):
         peftcore.apply(model, "outer")
         with pytest.raises(peftcore.PeftcoreError, match="'0' has adapters of its own"):

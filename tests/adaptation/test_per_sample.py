@@ -10,6 +10,7 @@ from torch import nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
+from peftcore.plugin import Around
 from peftcore.testing import disturb
 
 NAMES = ["a", None, "b", "a"]
@@ -132,7 +133,7 @@ class ScaledOfTwo(tiny.Scaled):
 
 def test_what_all_samples_share_is_shared():
     def place(model, config, architecture):
-        return [peftcore.Around("0", ScaledOfTwo(config.value))]
+        return [Around("0", ScaledOfTwo(config.value))]
 
     x = torch.randn(3, 4)
     with tiny.installed(tiny.method("two", place)):

@@ -11,18 +11,19 @@ import tiny
 
 import peftcore
 from peftcore.engine import applied
+from peftcore.plugin import Method, StateRules
 
 FIELDS = "peftcore_fields"
 
 
-def gated(name: str = "gated", **rules: object) -> peftcore.Method:
+def gated(name: str = "gated", **rules: object) -> Method:
     """A method of the same files as `plain`, but for fields of its own."""
-    return tiny.method(name, state=peftcore.StateRules("SAME", own_fields=frozenset({"value", "names"}), **rules))
+    return tiny.method(name, state=StateRules("SAME", own_fields=frozenset({"value", "names"}), **rules))
 
 
 @pytest.fixture
 def plain() -> Iterator[None]:
-    with tiny.installed(tiny.method("plain", state=peftcore.StateRules("SAME"))):
+    with tiny.installed(tiny.method("plain", state=StateRules("SAME"))):
         yield
 
 
@@ -106,6 +107,6 @@ def test_a_field_in_both_places_says_one_thing(tmp_path: Path) -> None:
 
 
 def test_a_field_that_the_config_does_not_have_is_refused() -> None:
-    method = tiny.method("gated", state=peftcore.StateRules("SAME", own_fields=frozenset({"valeu"})))
+    method = tiny.method("gated", state=StateRules("SAME", own_fields=frozenset({"valeu"})))
     with pytest.raises(peftcore.PluginError, match=r"own_fields names 'valeu', .* ToyGatedConfig \(nearest: 'value'"):
         tiny.installed(method).__enter__()

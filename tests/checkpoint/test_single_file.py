@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore import checkpoint
 from peftcore.engine import adapter_parameters, state_of
+from peftcore.plugin import FileFormat
 
 FILE = "toys.safetensors"
 
@@ -42,7 +43,7 @@ def write(contents: Mapping[str, Any]) -> Any:
     return {f"{part}/{name}": t for part, (_, tensors, _) in contents.items() for name, t in tensors.items()}, {}
 
 
-FORMAT = peftcore.FileFormat(FILE, lambda names: all("gain" in name for name in names), parts, split, read, write)
+FORMAT = FileFormat(FILE, lambda names: all("gain" in name for name in names), parts, split, read, write)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import tiny
 import torch
 
 import peftcore
+from peftcore.plugin import Method, StateRules
 
 NAME = "base_model.model.model.layers.0.self_attn.q_proj.gain"
 
@@ -33,8 +34,8 @@ def halving(model, tensors, fields):
     return {name.removesuffix(".doubled"): tensor / 2 for name, tensor in tensors.items()}
 
 
-def method_of(write, **changes) -> peftcore.Method:
-    return tiny.method("losing", state=peftcore.StateRules(peft_type="LOSING", write_tensors=write, **changes))
+def method_of(write, **changes) -> Method:
+    return tiny.method("losing", state=StateRules(peft_type="LOSING", write_tensors=write, **changes))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import peftcore
 from peftcore.cli import app as application
+from peftcore.plugin import hookimpl
 from peftcore.registry import Plugin, registry
 
 
@@ -139,7 +140,7 @@ def test_info_of_experts(run: Run, tmp_path: Path) -> None:
 
 def test_a_plugin_adds_a_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Greeter:
-        @peftcore.hookimpl
+        @hookimpl
         def peftcore_commands(self, app: Any) -> None:
             @app.command("greet")
             def greet(name: str) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.composing.arithmetic import Pruning, pruned_sum
 from peftcore.engine import adapter_modules, adapter_parameters
+from peftcore.plugin import Around, Factors
 from peftcore.testing import disturb
 
 LLAMA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -199,9 +200,7 @@ class Gain(nn.Module):
 
 
 def gains(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
-    return [
-        peftcore.Around(f"model.layers.{i}.self_attn.{n}", Gain(config.value)) for i in range(2) for n in config.names
-    ]
+    return [Around(f"model.layers.{i}.self_attn.{n}", Gain(config.value)) for i in range(2) for n in config.names]
 
 
 def test_adapters_that_are_linear_in_their_tensors_are_summed() -> None:
@@ -265,8 +264,8 @@ class Magnitude(nn.Module):
     def forward(self, base: Any, x: Tensor) -> Tensor:
         return base(x)
 
-    def factors(self) -> list[peftcore.Factors]:
-        return [peftcore.Factors(self.a, self.b, 1.0)]
+    def factors(self) -> list[Factors]:
+        return [Factors(self.a, self.b, 1.0)]
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return 2 * (weight + self.b @ self.a), bias
@@ -275,7 +274,7 @@ class Magnitude(nn.Module):
 @pytest.mark.parametrize(("tensor", "why"), [(True, "it holds 'magnitude', too"), (False, "is not its factors' prod")])
 def test_factors_that_are_not_all_are_not_believed(tensor: bool, why: str) -> None:
     def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
-        return [peftcore.Around("model.layers.0.self_attn.q_proj", Magnitude(tensor))]
+        return [Around("model.layers.0.self_attn.q_proj", Magnitude(tensor))]
 
     with tiny.installed(tiny.method("more", place)):
         model = peftcore.apply(tiny.llama(), "more", adapter="a")

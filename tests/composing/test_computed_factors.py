@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.method import Factors
+from peftcore.plugin import Architecture, Around, Method
 
 
 class Mixed(nn.Module):
@@ -43,10 +44,10 @@ class Gated(Mixed):
         return super().merged(weight * self.gate, bias)
 
 
-def method_of(kind: type[Mixed]) -> peftcore.Method:
-    def place(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
+def method_of(kind: type[Mixed]) -> Method:
+    def place(model: nn.Module, config: Any, architecture: Architecture) -> list[Any]:
         layers = peftcore.targets.select(model, architecture, target_modules=config.target_modules)
-        return [peftcore.Around(path, kind(*peftcore.targets.sizes(layer))) for path, layer in layers.items()]
+        return [Around(path, kind(*peftcore.targets.sizes(layer))) for path, layer in layers.items()]
 
     return tiny.method("mixed", place)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.engine import adapter_modules, adapter_parameters, applied
 from peftcore.merging.layers import worked_in
+from peftcore.plugin import Around, Factors, OnWeight
 from peftcore.testing import disturb
 from peftcore.weight_formats import find_weight_format
 
@@ -126,7 +127,7 @@ def test_a_factor_is_converted_with_the_change_and_a_packed_base_stays() -> None
 
 def test_a_change_of_a_parameter_is_converted_where_that_is_the_weight() -> None:
     def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
-        return [peftcore.OnWeight(Q, "weight", tiny.LowRank(32, 32))]
+        return [OnWeight(Q, "weight", tiny.LowRank(32, 32))]
 
     with tiny.installed(tiny.method("changes", place)):
         model = adapted("changes")
@@ -231,8 +232,8 @@ class Twice(nn.Module):
     def forward(self, base: Any, x: Tensor) -> Tensor:
         return base(x) + 2 * x @ self.a.T @ self.b.T
 
-    def factors(self) -> list[peftcore.Factors]:
-        return [peftcore.Factors(2 * self.a, 1 * self.b, 1.0)]
+    def factors(self) -> list[Factors]:
+        return [Factors(2 * self.a, 1 * self.b, 1.0)]
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + 2 * self.b @ self.a, bias
@@ -240,7 +241,7 @@ class Twice(nn.Module):
 
 def test_adapters_of_different_methods_are_summed_as_products() -> None:
     def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
-        return [peftcore.Around(f"model.layers.{i}.self_attn.q_proj", Twice()) for i in range(2)]
+        return [Around(f"model.layers.{i}.self_attn.q_proj", Twice()) for i in range(2)]
 
     with tiny.installed(tiny.method("twice", place)):
         model = adapted("lora", r=2, target_modules=["q_proj", "v_proj"])

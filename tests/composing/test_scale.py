@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules, applied
+from peftcore.plugin import Around
 from peftcore.testing import disturb
 
 FIELDS: dict[str, Any] = {"r": 4, "lora_alpha": 6, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}
@@ -161,7 +162,7 @@ class Gain(nn.Module):
 
 
 def gain(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
-    return [peftcore.Around("model.layers.0.self_attn.q_proj", Gain())]
+    return [Around("model.layers.0.self_attn.q_proj", Gain())]
 
 
 def test_what_has_no_factor_is_refused() -> None:

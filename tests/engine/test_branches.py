@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters, set_trainable
+from peftcore.plugin import Around
 
 
 class Combined(nn.Module):
@@ -36,7 +37,7 @@ class Astray(Combined):
 
 def place(kind: type[nn.Module]) -> Any:
     return lambda model, config, _: [
-        peftcore.Around(path, kind(config.names), branches=config.names) for path in config.target_modules
+        Around(path, kind(config.names), branches=config.names) for path in config.target_modules
     ]
 
 

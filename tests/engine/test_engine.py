@@ -7,6 +7,7 @@ from torch import nn
 
 import peftcore
 from peftcore.engine import adapter_parameters, set_trainable
+from peftcore.plugin import After, Around
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -200,7 +201,7 @@ def test_unknown_adapters_are_named_with_the_nearest() -> None:
 
 def test_two_adapters_at_one_path_are_refused() -> None:
     def twice(model, config, architecture):
-        return [peftcore.Around("lm_head", tiny.Scaled(1.0)), peftcore.After("lm_head", tiny.Shifted(1.0))]
+        return [Around("lm_head", tiny.Scaled(1.0)), After("lm_head", tiny.Shifted(1.0))]
 
     with tiny.installed(tiny.method("twice", twice)), pytest.raises(peftcore.PeftcoreError, match="two adapters at"):
         peftcore.apply(tiny.llama(), "twice")

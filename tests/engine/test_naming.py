@@ -8,6 +8,7 @@ import tiny
 import torch
 
 import peftcore
+from peftcore.plugin import Around, OnWeight, StateRules
 from peftcore.registry import registry
 
 
@@ -57,7 +58,7 @@ def test_functions_that_training_calls(function: str) -> None:
 
 @pytest.mark.parametrize("function", ["write_config", "write_tensors", "exported", "tensor_name"])
 def test_functions_that_save_calls(tmp_path, function: str) -> None:
-    state = peftcore.StateRules(peft_type="FAULTY", **{function: raising})
+    state = StateRules(peft_type="FAULTY", **{function: raising})
     with tiny.installed(tiny.method("faulty", state=state)):
         model = peftcore.apply(tiny.llama(), "faulty")
         with pytest.raises(peftcore.PluginError, match=named(function)):
@@ -81,7 +82,7 @@ class FaultyFactors(tiny.Scaled):
 
 
 def placing(adapter: type[tiny.Scaled]):
-    return lambda model, config, architecture: [peftcore.Around("model.layers.0.self_attn.q_proj", adapter(1.5))]
+    return lambda model, config, architecture: [Around("model.layers.0.self_attn.q_proj", adapter(1.5))]
 
 
 def test_merging() -> None:
@@ -102,7 +103,7 @@ def test_merging_of_a_changed_parameter() -> None:
 
     def place(model, config, architecture):
         path = "model.layers.0.self_attn.q_proj"
-        return [peftcore.OnWeight(path, "weight", Change(*model.get_submodule(path).weight.shape))]
+        return [OnWeight(path, "weight", Change(*model.get_submodule(path).weight.shape))]
 
     with tiny.installed(tiny.method("faulty", place)):
         model = peftcore.apply(tiny.llama(), "faulty")
@@ -114,7 +115,7 @@ def test_merging_of_experts_one_by_one() -> None:
     def place(model, config, architecture):
         experts = model.get_submodule("model.layers.0.mlp.experts")
         paths = [f"model.layers.0.mlp.experts.{i}.down_proj" for i in range(len(experts.down_proj))]
-        return [peftcore.Around(path, Faulty(1.5)) for path in paths]
+        return [Around(path, Faulty(1.5)) for path in paths]
 
     with tiny.installed(tiny.method("faulty", place)):
         model = peftcore.apply(mixtures.mixture("mixtral"), "faulty")

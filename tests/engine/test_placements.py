@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import peftcore
+from peftcore.plugin import Around, Method, SoftPrompt
 
 PATH = "model.layers.0.self_attn.q_proj"
 
@@ -51,8 +52,8 @@ def keeps_buffer(model: nn.Module) -> nn.Module:
     return KeepsIn(model.model.rotary_emb.inv_freq)
 
 
-def method_of(make: Callable[[nn.Module], Any]) -> peftcore.Method:
-    return tiny.method("keeping", lambda model, config, architecture: [peftcore.Around(PATH, make(model))])
+def method_of(make: Callable[[nn.Module], Any]) -> Method:
+    return tiny.method("keeping", lambda model, config, architecture: [Around(PATH, make(model))])
 
 
 @pytest.mark.parametrize(
@@ -93,8 +94,8 @@ def test_copies_are_an_adapters_own() -> None:
     [
         ([None], r"`place` of odd must return placements \(Around, After, .*Train\), found None"),
         (["q_proj"], r"must return placements .*found 'q_proj'"),
-        ([peftcore.Around(PATH, len)], r"the adapter of Around must be an nn.Module, found builtin_function"),
-        ([peftcore.SoftPrompt(torch.zeros(2, 32))], r"the adapter of SoftPrompt must be an nn.Module, found Tensor"),
+        ([Around(PATH, len)], r"the adapter of Around must be an nn.Module, found builtin_function"),
+        ([SoftPrompt(torch.zeros(2, 32))], r"the adapter of SoftPrompt must be an nn.Module, found Tensor"),
         (
             None,
             r"`place` of the plugin 'odd' \(peftcore-odd 1.0\) failed: TypeError: 'NoneType' object is not iterable",

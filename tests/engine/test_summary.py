@@ -9,6 +9,7 @@ from mixtures import mixture
 
 import peftcore
 from peftcore.engine.mixtures import Mixture
+from peftcore.plugin import OnWeight
 
 pytestmark = pytest.mark.usefixtures("toys")
 
@@ -92,7 +93,7 @@ def test_experts_and_four_bits_are_told_of() -> None:
     found = peftcore.plan(model, "around", target_modules=("q_proj",)).experts
     assert found == Mixture(2, 6, 2, experts, packed=0, adapted=0, idle=experts * 4 // 6)
     peftcore.quantize(model, double_quant=False, skip=["layers.0.mlp.experts", "lm_head", "self_attn"])
-    place = lambda *_: [peftcore.OnWeight("model.layers.1.mlp.experts", "down_proj", tiny.LowRank(6, 64, 32))]  # noqa: E731
+    place = lambda *_: [OnWeight("model.layers.1.mlp.experts", "down_proj", tiny.LowRank(6, 64, 32))]  # noqa: E731
     with tiny.installed(tiny.method("down", place)):
         plan = peftcore.plan(model, "down")
         peftcore.apply(model, "down")

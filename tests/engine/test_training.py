@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules, adapter_parameters, method_modules
+from peftcore.plugin import After, Architecture, SoftPrompt
 
 
 def test_modules_of_a_method_are_its_own_by_path(toys: None) -> None:
@@ -32,8 +33,8 @@ def test_a_prompt_is_the_methods_module_and_not_what_stands_around_the_backbone(
 
 
 def test_a_prompt_beside_an_adapter_around_the_model_has_a_key_of_its_own() -> None:
-    def place(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
-        return [peftcore.SoftPrompt(tiny.Vectors(2, architecture.hidden_size)), peftcore.After("", nn.Identity())]
+    def place(model: nn.Module, config: Any, architecture: Architecture) -> list[Any]:
+        return [SoftPrompt(tiny.Vectors(2, architecture.hidden_size)), After("", nn.Identity())]
 
     with tiny.installed(tiny.method("several", place)):
         found = method_modules(peftcore.apply(tiny.llama(), "several"), "default")

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.plugin import Around
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -45,12 +46,12 @@ class Clipped(nn.Linear):
 
 def reads_weight(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
     paths = peftcore.targets.select(model, architecture, target_modules=config.target_modules)
-    return [peftcore.Around(path, ReadsWeight()) for path in paths]
+    return [Around(path, ReadsWeight()) for path in paths]
 
 
 def forgets_bias(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
     paths = peftcore.targets.select(model, architecture, target_modules=config.target_modules)
-    return [peftcore.Around(path, ForgetsBias(config.value)) for path in paths]
+    return [Around(path, ForgetsBias(config.value)) for path in paths]
 
 
 def refused(model: nn.Module, message: str = CHANGES, **arguments: Any) -> None:
@@ -208,7 +209,7 @@ class InPlace(nn.Module):
 
 @pytest.mark.parametrize("gives", ["weight", "shape", "nothing", "alone", "a bias"])
 def test_a_plugin_that_breaks_the_contract(gives: str) -> None:
-    with tiny.installed(tiny.method("loose", lambda *_: [peftcore.Around("0", InPlace(gives))])):
+    with tiny.installed(tiny.method("loose", lambda *_: [Around("0", InPlace(gives))])):
         model, x = nn.Sequential(nn.Linear(8, 4, bias=False)), torch.randn(3, 8)
         base = model(x).detach()
         peftcore.apply(model, "loose")

@@ -8,6 +8,7 @@ from torch import nn
 import peftcore
 from peftcore.architecture import Architecture
 from peftcore.observation import detect
+from peftcore.plugin import hookimpl
 from peftcore.registry import registry
 
 
@@ -86,7 +87,7 @@ def test_an_adapted_model_is_read_like_its_base() -> None:
 
 def test_a_plugin_answers_first() -> None:
     class Mine:
-        @peftcore.hookimpl
+        @hookimpl
         def peftcore_architecture(self, model: nn.Module) -> Architecture | None:
             return Architecture(output_head="out") if isinstance(model, nn.Sequential) else None
 

@@ -11,12 +11,11 @@ import torch
 import peftcore
 from peftcore.engine import adapter_parameters, applied
 from peftcore.peft_fields import method_of_fields
-
-Method = peftcore.Method
+from peftcore.plugin import ForeignFormat, Method, StateRules
 
 
 def same(name: str, **rules: object) -> Method:
-    return tiny.method(name, state=peftcore.StateRules("SAME", **rules))
+    return tiny.method(name, state=StateRules("SAME", **rules))
 
 
 def read_by(**fields: object) -> str:
@@ -131,8 +130,8 @@ def test_two_that_read_one_foreign_format(tmp_path: Path) -> None:
         raise KeyError("kind")
 
     def foreign(name: str, matches, **more) -> Method:
-        form = peftcore.ForeignFormat("theirs", "their.safetensors", matches, read, **more)
-        return tiny.method(name, state=peftcore.StateRules(name, foreign=(form,)))
+        form = ForeignFormat("theirs", "their.safetensors", matches, read, **more)
+        return tiny.method(name, state=StateRules(name, foreign=(form,)))
 
     (tmp_path / "adapter_config.json").write_text(json.dumps({"kind": "zz"}))
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "their.safetensors")

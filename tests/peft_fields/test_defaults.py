@@ -8,6 +8,7 @@ import tiny
 import peftcore
 from peftcore.peft_fields import config_of_fields, defaults, peft_version, says_something
 from peftcore.peft_fields.defaults import FILE
+from peftcore.plugin import StateRules
 
 
 def test_the_file_is_what_the_installed_peft_says() -> None:
@@ -29,7 +30,7 @@ def test_what_says_something() -> None:
 
 def test_a_default_that_the_method_does_not_know_is_ignored() -> None:
     fields = {"peft_type": "VERA", "peft_version": "0.21.2", "save_projection": True, "d_initial": 0.1, "value": 2.0}
-    method = tiny.method("knows-little", state=peftcore.StateRules(peft_type="VERA"))
+    method = tiny.method("knows-little", state=StateRules(peft_type="VERA"))
     assert config_of_fields("a file", method, fields).value == 2.0
     for changed in ({"d_initial": 0.2}, {"save_projection": False}, {"unheard_of": 1}):
         with pytest.raises(peftcore.CheckpointError, match=rf"a file uses {next(iter(changed))}=.* 'knows-little'"):

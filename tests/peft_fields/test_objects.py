@@ -16,6 +16,7 @@ from mixtures import INPUTS, mixture
 
 import peftcore
 from peftcore.engine import adapter_parameters, applied
+from peftcore.plugin import StateRules
 
 OBJECTS = {
     "what PEFT does by default": peft.LoraConfig(),
@@ -201,7 +202,7 @@ def test_fields_beside_it_are_refused() -> None:
 
 
 def test_two_methods_that_may_read_it_are_named() -> None:
-    state = peftcore.StateRules(peft_type="LORA")
+    state = StateRules(peft_type="LORA")
     with (
         tiny.installed(tiny.method("another", state=state)),
         pytest.raises(peftcore.PluginError, match=r"'another' .*, 'lora' .*Say which: peftcore.apply\(.*'NAME'"),

@@ -11,6 +11,7 @@ from tiny import TOKENS
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.plugin import SoftPrompt, current_call
 
 TASKS = torch.tensor([2, 1])
 
@@ -27,7 +28,7 @@ class ByTask(nn.Module):
         self.vectors = nn.Parameter(torch.randn(3, N, hidden))
 
     def forward(self) -> Tensor:
-        return self.vectors[peftcore.current_call().get("task_ids", slice(1))]
+        return self.vectors[current_call().get("task_ids", slice(1))]
 
 
 class Unsized(ByTask):
@@ -35,7 +36,7 @@ class Unsized(ByTask):
 
 
 def place(kind: type[nn.Module]) -> Any:
-    return lambda model, config, architecture: [peftcore.SoftPrompt(kind(architecture.hidden_size))]
+    return lambda model, config, architecture: [SoftPrompt(kind(architecture.hidden_size))]
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from tiny import TOKENS
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.plugin import Architecture, SoftPrompt, current_call
 
 
 class Kept(nn.Module):
@@ -28,11 +29,11 @@ class Kept(nn.Module):
         return self.vectors
 
     def in_output(self) -> bool:
-        return bool(peftcore.current_call().get("whole"))
+        return bool(current_call().get("whole"))
 
 
-def place(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[peftcore.SoftPrompt]:
-    return [peftcore.SoftPrompt(Kept(architecture.hidden_size or 0))]
+def place(model: nn.Module, config: Any, architecture: Architecture) -> list[SoftPrompt]:
+    return [SoftPrompt(Kept(architecture.hidden_size or 0))]
 
 
 @pytest.fixture(autouse=True)

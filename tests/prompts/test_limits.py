@@ -14,6 +14,7 @@ from torch import nn
 import peftcore
 from peftcore import PeftcoreError, prompts
 from peftcore.observation import detect
+from peftcore.plugin import PrefixKV, SoftPrompt
 from peftcore.prompts.backbone import learned_context
 
 pytestmark = pytest.mark.usefixtures("toys")
@@ -36,12 +37,12 @@ def test_input_that_leaves_no_room(make: Callable[[], nn.Module], kind: str) -> 
 @pytest.mark.parametrize(
     ("placement", "message"),
     [
-        (lambda: peftcore.SoftPrompt(Vectors(64, 32)), "64 tokens leaves no room for input: the context of GPT2LMHead"),
-        (lambda: peftcore.SoftPrompt(Vectors(4, 31)), "the prompt's vectors have 31 numbers, the token embedding 32"),
-        (lambda: peftcore.SoftPrompt(Vectors(1, 4, 32)), r"returns \[tokens, hidden\], found a tensor of shape \[1, 4"),
-        (lambda: peftcore.PrefixKV(Vectors(2, 2, 4, 64, 8)), "64 tokens leaves no room for input"),
-        (lambda: peftcore.PrefixKV(Vectors(3, 2, 4, 5, 8)), r"for 3 layers, .* with a cache in 2: \[0, 1\]"),
-        (lambda: peftcore.PrefixKV(Vectors(4, 5, 8)), r"returns \[layers, 2, kv_heads, tokens, head_dim\], found"),
+        (lambda: SoftPrompt(Vectors(64, 32)), "64 tokens leaves no room for input: the context of GPT2LMHead"),
+        (lambda: SoftPrompt(Vectors(4, 31)), "the prompt's vectors have 31 numbers, the token embedding 32"),
+        (lambda: SoftPrompt(Vectors(1, 4, 32)), r"returns \[tokens, hidden\], found a tensor of shape \[1, 4"),
+        (lambda: PrefixKV(Vectors(2, 2, 4, 64, 8)), "64 tokens leaves no room for input"),
+        (lambda: PrefixKV(Vectors(3, 2, 4, 5, 8)), r"for 3 layers, .* with a cache in 2: \[0, 1\]"),
+        (lambda: PrefixKV(Vectors(4, 5, 8)), r"returns \[layers, 2, kv_heads, tokens, head_dim\], found"),
     ],
 )
 def test_wrong_shapes(placement: Callable[[], Any], message: str) -> None:
@@ -55,7 +56,7 @@ def test_models_that_cannot() -> None:
 
     distilbert = DistilBertModel(DistilBertConfig(vocab_size=96, dim=32, n_layers=2, n_heads=4, hidden_dim=48))
     with pytest.raises(PeftcoreError, match="needs attention that takes a cache; that of DistilBertModel takes none"):
-        prompts.compiled(distilbert, detect(distilbert), peftcore.PrefixKV(Vectors(2, 2, 4, 3, 8)))
+        prompts.compiled(distilbert, detect(distilbert), PrefixKV(Vectors(2, 2, 4, 3, 8)))
     assert torch.isfinite(peftcore.apply(distilbert, "soft")(tiny.TOKENS)[0]).all()
     with pytest.raises(PeftcoreError, match="DeepseekV3ForCausalLM has latent attention"):
         peftcore.apply(deepseek(), "prefix")

@@ -12,6 +12,7 @@ from quantized import gpt2, llama, logits
 from torch import nn
 
 import peftcore
+from peftcore.plugin import OnWeight
 from peftcore.quantization import QuantizedLinear, quantized_experts, quantized_layers
 from peftcore.testing import disturb
 
@@ -195,7 +196,7 @@ def on_experts(kind="mixtral", names=("gate_up_proj", "down_proj"), **quantizati
     """A mixture in 4 bits, with a change of all its experts' weights."""
     model = peftcore.quantize(mixture(kind), **quantization)
     placed = [(path, module, name) for path, module in quantized_experts(model) for name in names]
-    place = lambda *_: [peftcore.OnWeight(p, n, tiny.LowRank(*m.packings[n].shape)) for p, m, n in placed]  # noqa: E731
+    place = lambda *_: [OnWeight(p, n, tiny.LowRank(*m.packings[n].shape)) for p, m, n in placed]  # noqa: E731
     torch.manual_seed(0)
     with tiny.installed(tiny.method("on_experts", place)):
         peftcore.apply(model, "on_experts")

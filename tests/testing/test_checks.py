@@ -9,6 +9,7 @@ from faulty import Gain, check, failed, method_of
 from torch import Tensor, nn
 
 import peftcore
+from peftcore.plugin import Architecture, Around
 from peftcore.testing import COMPILE, IDENTITY, MERGE
 from peftcore.testing.suite import APPLIES
 
@@ -175,9 +176,9 @@ def test_a_base_that_does_not_compile_is_no_fault_of_the_method() -> None:
 def test_layers_that_are_left_out_in_silence() -> None:
     """Of experts the matrices are no linear layers; of T5 one of the two stacks is forgotten."""
 
-    def linear(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
+    def linear(model: nn.Module, config: Any, architecture: Architecture) -> list[Any]:
         paths = [path for path, module in peftcore.targets.base_modules(model) if isinstance(module, nn.Linear)]
-        return [peftcore.Around(path, Gain(config.value)) for path in paths if not path.startswith("decoder")]
+        return [Around(path, Gain(config.value)) for path in paths if not path.startswith("decoder")]
 
     method = tiny.method("silent", linear)
     assert failed(method, LEFT_OUT, families=["Llama", "Qwen3-MoE"])[f"FAILED          {LEFT_OUT}"]
@@ -185,7 +186,7 @@ def test_layers_that_are_left_out_in_silence() -> None:
         failed(method, LEFT_OUT, families=["Llama", "T5"])
     )
 
-    def said(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
+    def said(model: nn.Module, config: Any, architecture: Architecture) -> list[Any]:
         import warnings
 
         warnings.warn("experts are left out", stacklevel=1)
@@ -218,11 +219,11 @@ def test_an_after_step_that_does_not_resume() -> None:
 # What is excused
 
 
-def only_llama(model: nn.Module, config: Any, architecture: peftcore.Architecture) -> list[Any]:
+def only_llama(model: nn.Module, config: Any, architecture: Architecture) -> list[Any]:
     if model.config.model_type != "llama":
         raise peftcore.PeftcoreError("it is for Llama alone")
     layers = peftcore.targets.select(model, architecture, target_modules="all-linear")
-    return [peftcore.Around(path, Gain(config.value)) for path in layers]
+    return [Around(path, Gain(config.value)) for path in layers]
 
 
 def test_a_family_that_the_method_refuses_is_excused_with_a_reason() -> None:

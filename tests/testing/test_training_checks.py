@@ -11,6 +11,7 @@ from peftcore_lora import LoraConfig
 from torch import Tensor
 
 import peftcore
+from peftcore.plugin import StateRules, tensor_name
 from peftcore.testing import check_sharded
 from peftcore.testing.suite import APPLIES
 
@@ -109,7 +110,7 @@ def test_an_error_of_first_values_is_what_is_reported() -> None:
 
 
 def test_exported_names_that_collide() -> None:
-    rules = peftcore.StateRules(peft_type="TOY_FAULTY", exported=lambda placement: {"gain": placement.adapter.gain})
+    rules = StateRules(peft_type="TOY_FAULTY", exported=lambda placement: {"gain": placement.adapter.gain})
     assert failed(method_of(Gain, state=rules), FILES)
 
 
@@ -117,9 +118,9 @@ def test_two_names_of_a_part_that_export_loses() -> None:
     """What is exported in place of an adapter's own tensors must compute the same."""
 
     def exported(placement: Any) -> dict[str, Tensor]:
-        return {peftcore.tensor_name(placement, "gain"): torch.ones_like(placement.adapter.gain)}
+        return {tensor_name(placement, "gain"): torch.ones_like(placement.adapter.gain)}
 
-    rules = peftcore.StateRules(peft_type="TOY_FAULTY", exported=exported)
+    rules = StateRules(peft_type="TOY_FAULTY", exported=exported)
     assert failed(method_of(Gain, state=rules), FILES)
 
 

@@ -12,6 +12,7 @@ from typing_extensions import assert_type
 
 import peftcore
 from peftcore.engine.summary import Plan, Summary
+from peftcore.plugin import Architecture, Around, Method, StateRules, WeightFormat, hookimpl, targets
 
 
 class Net(nn.Module):
@@ -40,11 +41,11 @@ def train_and_keep(folder: Path) -> None:
     assert_type(optimizer, peftcore.optim.PagedAdamW8bit)
 
 
-def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> list[peftcore.Around]:
+def place(model: nn.Module, config: LoraConfig, architecture: Architecture) -> list[Around]:
     assert_type(architecture.hidden_size, int | None)
-    chosen = peftcore.targets.select(model, architecture, target_modules=config.target_modules)
+    chosen = targets.select(model, architecture, target_modules=config.target_modules)
     assert_type(chosen, dict[str, nn.Module])
-    return [peftcore.Around(path, Net()) for path in chosen]
+    return [Around(path, Net()) for path in chosen]
 
 
 def read(module: nn.Linear) -> Tensor:
@@ -55,19 +56,19 @@ def write(module: nn.Linear, weight: Tensor) -> dict[str, Tensor]:
     return {"weight": weight.to(module.weight.dtype)}
 
 
-def exported(placement: peftcore.Around) -> Mapping[str, Tensor]:
+def exported(placement: Around) -> Mapping[str, Tensor]:
     return {"w": placement.adapter.get_parameter("weight")}
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="MINE", exported=exported)
-    return [peftcore.Method("mine", LoraConfig, place, rules, learning_rate=1e-3)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="MINE", exported=exported)
+    return [Method("mine", LoraConfig, place, rules, learning_rate=1e-3)]
 
 
-@peftcore.hookimpl
-def peftcore_weight_formats() -> list[peftcore.WeightFormat]:
-    return [peftcore.WeightFormat("mine", lambda module: isinstance(module, nn.Linear), read, write)]
+@hookimpl
+def peftcore_weight_formats() -> list[WeightFormat]:
+    return [WeightFormat("mine", lambda module: isinstance(module, nn.Linear), read, write)]
 
 
 def wrong(net: Net) -> None:
@@ -77,7 +78,7 @@ def wrong(net: Net) -> None:
     peftcore.save(net)  # E: Missing positional argument "path"
     peftcore.load(net, "folder", trainable="no")  # E: incompatible type "str"; expected "bool | None"
     peftcore.shard(net, adapters="both")  # E: incompatible type "Literal['both']"
-    peftcore.Around("path", 3)  # E: incompatible type "int"; expected Module
+    Around("path", 3)  # E: incompatible type "int"; expected Module
     LoraConfig(r="8")  # E: incompatible type "str"; expected "int"
     LoraConfig(bias="some")  # E: incompatible type "Literal['some']"
     print(peftcore.summary(net).trainable)  # E: has no attribute "trainable"

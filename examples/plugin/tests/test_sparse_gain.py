@@ -3,7 +3,7 @@
 from peftcore_sparse_gain import SparseGainConfig
 
 import peftcore
-from peftcore.testing import FAMILIES, check_method
+from peftcore.plugin import FAMILIES, check_method
 
 
 def test_conformance() -> None:

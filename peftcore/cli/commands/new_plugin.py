@@ -107,7 +107,7 @@ _TEST = '''\
 
 from $module import ${title}Config
 
-from peftcore.testing import check_method
+from peftcore.plugin import check_method
 
 # Checks that this method cannot pass, each with its reason.
 NOT_APPLICABLE = {
@@ -129,7 +129,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftcore
+from peftcore.plugin import {names}
 
 peftcore_api = 2
 
@@ -142,10 +142,10 @@ class ${title}Config:
 
 _HOOK = """
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="$peft_type")
-    return [peftcore.Method("$name", ${title}Config, place, rules)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="$peft_type")
+    return [Method("$name", ${title}Config, place, rules)]
 """
 
 _TARGETS = '''\
@@ -162,7 +162,7 @@ _RANK = '''\
 
     def __post_init__(self) -> None:
         if self.r <= 0:
-            raise peftcore.PeftcoreError(f"r must be positive, found {self.r}")
+            raise PeftcoreError(f"r must be positive, found {self.r}")
 '''
 
 _TOKENS = '''\
@@ -172,18 +172,18 @@ _TOKENS = '''\
 
     def __post_init__(self) -> None:
         if self.num_virtual_tokens <= 0:
-            raise peftcore.PeftcoreError(f"num_virtual_tokens must be positive, found {self.num_virtual_tokens}")
+            raise PeftcoreError(f"num_virtual_tokens must be positive, found {self.num_virtual_tokens}")
 '''
 
 _SELECT = """\
-def place(model: nn.Module, config: ${title}Config, architecture: peftcore.Architecture) -> list[Any]:
-    layers = peftcore.targets.select(model, architecture, target_modules=config.target_modules)
+def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Any]:
+    layers = targets.select(model, architecture, target_modules=config.target_modules)
 """
 
 _MODULES = {
-    "around": _HEAD.replace("{formula}", "y = gain · base(x), one learned gain for each output.").replace(
-        "{fields}", _TARGETS
-    )
+    "around": _HEAD.replace("{names}", "Architecture, Around, Method, StateRules, hookimpl, targets")
+    .replace("{formula}", "y = gain · base(x), one learned gain for each output.")
+    .replace("{fields}", _TARGETS)
     + '''\
 class $title(nn.Module):
     def __init__(self, size: int) -> None:
@@ -200,11 +200,11 @@ class $title(nn.Module):
 
 '''
     + _SELECT
-    + "    return [peftcore.Around(path, $title(peftcore.targets.sizes(layer)[1])) for path, layer in layers.items()]\n"
+    + "    return [Around(path, $title(targets.sizes(layer)[1])) for path, layer in layers.items()]\n"
     + _HOOK,
-    "after": _HEAD.replace("{formula}", "y -> y + shift, one learned shift for each output.").replace(
-        "{fields}", _TARGETS
-    )
+    "after": _HEAD.replace("{names}", "After, Architecture, Method, StateRules, hookimpl, targets")
+    .replace("{formula}", "y -> y + shift, one learned shift for each output.")
+    .replace("{fields}", _TARGETS)
     + """\
 class $title(nn.Module):
     def __init__(self, size: int) -> None:
@@ -217,11 +217,13 @@ class $title(nn.Module):
 
 """
     + _SELECT
-    + "    return [peftcore.After(path, $title(peftcore.targets.sizes(layer)[1])) for path, layer in layers.items()]\n"
+    + "    return [After(path, $title(targets.sizes(layer)[1])) for path, layer in layers.items()]\n"
     + _HOOK,
-    "on-weight": _HEAD.replace("{formula}", "W + B A, a change of low rank of the chosen weights.").replace(
-        "{fields}", _RANK
+    "on-weight": _HEAD.replace(
+        "{names}", "Architecture, Method, OnWeight, PeftcoreError, StateRules, hookimpl, targets"
     )
+    .replace("{formula}", "W + B A, a change of low rank of the chosen weights.")
+    .replace("{fields}", _RANK)
     + """\
 class $title(nn.Module):
     def __init__(self, rows: int, columns: int, rank: int) -> None:
@@ -238,16 +240,16 @@ class $title(nn.Module):
     + """\
     placements = []
     for path, layer in layers.items():
-        columns, rows = peftcore.targets.sizes(layer)
-        if peftcore.targets.is_conv1d(layer):  # GPT-2 stores its weights [in, out]
+        columns, rows = targets.sizes(layer)
+        if targets.is_conv1d(layer):  # GPT-2 stores its weights [in, out]
             rows, columns = columns, rows
-        placements.append(peftcore.OnWeight(path, "weight", $title(rows, columns, config.r)))
+        placements.append(OnWeight(path, "weight", $title(rows, columns, config.r)))
     return placements
 """
     + _HOOK,
-    "soft-prompt": _HEAD.replace("{formula}", "learned vectors [tokens, hidden] before the input.").replace(
-        "{fields}", _TOKENS
-    )
+    "soft-prompt": _HEAD.replace("{names}", "Architecture, Method, PeftcoreError, SoftPrompt, StateRules, hookimpl")
+    .replace("{formula}", "learned vectors [tokens, hidden] before the input.")
+    .replace("{fields}", _TOKENS)
     + """\
 class $title(nn.Module):
     def __init__(self, tokens: int, hidden_size: int) -> None:
@@ -258,13 +260,13 @@ class $title(nn.Module):
         return self.prompt
 
 
-def place(model: nn.Module, config: ${title}Config, architecture: peftcore.Architecture) -> list[Any]:
-    return [peftcore.SoftPrompt($title(config.num_virtual_tokens, architecture.hidden_size))]
+def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Any]:
+    return [SoftPrompt($title(config.num_virtual_tokens, architecture.hidden_size))]
 """
     + _HOOK,
-    "prefix": _HEAD.replace("{formula}", "learned keys and values before those of the input, in every layer.").replace(
-        "{fields}", _TOKENS
-    )
+    "prefix": _HEAD.replace("{names}", "Architecture, Method, PeftcoreError, PrefixKV, StateRules, hookimpl")
+    .replace("{formula}", "learned keys and values before those of the input, in every layer.")
+    .replace("{fields}", _TOKENS)
     + """\
 class $title(nn.Module):
     def __init__(self, *shape: int) -> None:
@@ -275,12 +277,13 @@ class $title(nn.Module):
         return self.prefix
 
 
-def place(model: nn.Module, config: ${title}Config, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Any]:
     a = architecture
-    return [peftcore.PrefixKV($title(a.num_layers, 2, a.num_kv_heads, config.num_virtual_tokens, a.head_dim))]
+    return [PrefixKV($title(a.num_layers, 2, a.num_kv_heads, config.num_virtual_tokens, a.head_dim))]
 """
     + _HOOK,
-    "train": _HEAD.replace("{formula}", "some parameters of the base are trained themselves.")
+    "train": _HEAD.replace("{names}", "Architecture, Method, PeftcoreError, StateRules, Train, hookimpl, targets")
+    .replace("{formula}", "some parameters of the base are trained themselves.")
     .replace("import torch\nfrom torch import Tensor, nn\n", "from torch import nn\n")
     .replace(
         "{fields}",
@@ -291,12 +294,12 @@ def place(model: nn.Module, config: ${title}Config, architecture: peftcore.Archi
 ''',
     )
     + """\
-def place(model: nn.Module, config: ${title}Config, architecture: peftcore.Architecture) -> list[Any]:
-    vectors = [name for name, parameter in peftcore.targets.base_parameters(model) if parameter.dim() == 1]
+def place(model: nn.Module, config: ${title}Config, architecture: Architecture) -> list[Any]:
+    vectors = [name for name, parameter in targets.base_parameters(model) if parameter.dim() == 1]
     names = [name for name in vectors if name.endswith(config.ending)]
     if not names:
-        raise peftcore.PeftcoreError(f"no vector's name ends with '{config.ending}'")
-    return [peftcore.Train(names)]
+        raise PeftcoreError(f"no vector's name ends with '{config.ending}'")
+    return [Train(names)]
 """
     + _HOOK,
 }

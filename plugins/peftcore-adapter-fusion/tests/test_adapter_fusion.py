@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 FOLDERS = Path(__file__).parent / "adapterhub"
 spec = importlib.util.spec_from_file_location("fusion_make", FOLDERS / "make.py")
@@ -168,7 +168,7 @@ def test_the_term_of_the_loss() -> None:
 
 def test_what_cannot_be_fused() -> None:
     model = tiny.llama()
-    with pytest.raises(peftcore.PeftcoreError, match="the adapter 'a' is not there: first apply or load it"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter 'a'. First apply or load it"):
         peftcore.apply(model, "adapter-fusion", adapters=["a"])
     peftcore.apply(model, "adapter", adapter="a", bottleneck_size=4)
     peftcore.apply(model, "adapter", adapter="fewer", bottleneck_size=4, placement="pfeiffer")

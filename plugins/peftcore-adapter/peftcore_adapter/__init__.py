@@ -20,7 +20,7 @@ of Kronecker products (Compacter, `phm`), f may stand behind the norm for good (
 
 from __future__ import annotations
 
-import peftcore
+from peftcore.plugin import Method, StateRules, hookimpl
 from peftcore_adapter import hub
 from peftcore_adapter.bottleneck import BehindNorm, Bottleneck, Series, behind_norm
 from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
@@ -31,7 +31,7 @@ peftcore_api = 2
 __all__ = ["ACTIVATIONS", "AdapterConfig", "BehindNorm", "Bottleneck", "Series", "behind_norm", "peftcore_methods"]
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
-    rules = peftcore.StateRules(peft_type="BOTTLENECK_ADAPTER", foreign=(hub.FORMAT,))
-    return [peftcore.Method("adapter", AdapterConfig, place, rules, learning_rate=3e-3)]
+@hookimpl
+def peftcore_methods() -> list[Method]:
+    rules = StateRules(peft_type="BOTTLENECK_ADAPTER", foreign=(hub.FORMAT,))
+    return [Method("adapter", AdapterConfig, place, rules, learning_rate=3e-3)]

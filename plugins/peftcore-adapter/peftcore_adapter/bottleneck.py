@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import validation
-from peftcore.adaptation.outputs import first_of, with_first
+from peftcore.plugin import first_of, validation, with_first
 from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
 from peftcore_adapter.phm import PHMLinear, Shared
 

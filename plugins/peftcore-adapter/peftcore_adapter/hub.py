@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-import peftcore
-from peftcore.observation import detect
+from peftcore.plugin import Architecture, ForeignFormat, PeftcoreError, detect, tensor_name
 from peftcore_adapter.config import AdapterConfig
 from peftcore_adapter.placing import place
 
@@ -75,23 +74,21 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
     matched = {key: match for key in tensors if key not in common and (match := _KEY.fullmatch(key)) is not None}
     strange = next((key for key in tensors if key not in matched and key not in common), None)
     if strange is not None or not matched:
-        raise peftcore.PeftcoreError(
-            f"its tensor '{strange}' belongs to no bottleneck" if strange else "it has no tensor"
-        )
+        raise PeftcoreError(f"its tensor '{strange}' belongs to no bottleneck" if strange else "it has no tensor")
     facts = detect(model)
     used = {match["place"]: sublayer_at(match["place"], facts.sublayers) for match in matched.values()}
     inverts = any(match["what"] == "invertible_adapters" for match in common.values())
     if theirs.get("inv_adapter") and not inverts and fields.get("type") != "text_task":  # which named it in vain
-        raise peftcore.PeftcoreError("it uses inv_adapter='nice', and the file lacks that adapter's tensors")
+        raise PeftcoreError("it uses inv_adapter='nice', and the file lacks that adapter's tensors")
     shared = any(match["what"] == "shared_parameters" for match in common.values())
     if theirs.get("phm_layer") and not shared and (theirs.get("shared_phm_rule", True) or theirs.get("shared_W_phm")):
-        raise peftcore.PeftcoreError(
+        raise PeftcoreError(
             "its layers share parameters that are not in the file: `adapters` writes shared_parameters of models with "
             "a head alone. Save it again from such a model"
         )
     config = _config(theirs, fields, facts.sublayers, used, inverts)
     if config.is_parallel and any(sublayer.norm is None for sublayer in used.values()):
-        raise peftcore.PeftcoreError(
+        raise PeftcoreError(
             f"a parallel adapter of `adapters` reads what comes before the norm of {type(model).__name__}; "
             "here it reads what comes behind it"
         )
@@ -101,7 +98,7 @@ def read(model: nn.Module, fields: dict[str, Any], tensors: dict[str, Tensor]) -
 def _settings(theirs: dict[str, Any]) -> dict[str, Any]:
     """Those of the library, checked."""
     if "reduction_factor" not in theirs:
-        raise peftcore.PeftcoreError(
+        raise PeftcoreError(
             f"it is no bottleneck adapter (architecture: {theirs.get('architecture')!r}), and only these can be read"
         )
     older = theirs.get("invertible_adapter")
@@ -115,26 +112,24 @@ def _settings(theirs: dict[str, Any]) -> dict[str, Any]:
         theirs = {name: value for name, value in theirs.items() if name != "inv_adapter_reduction_factor"}
     for name, allowed in _WANTED.items():
         if theirs.get(name, allowed[0]) not in allowed:
-            raise peftcore.PeftcoreError(
+            raise PeftcoreError(
                 f"it uses {name}={theirs[name]!r}, which a bottleneck here does not have; without it the adapter "
                 "would compute something else"
             )
     for names, types, what in _TYPES:
         for name in names:
             if name in theirs and type(theirs[name]) not in types:
-                raise peftcore.PeftcoreError(f"it uses {name}={theirs[name]!r}; only {what} can be read")
+                raise PeftcoreError(f"it uses {name}={theirs[name]!r}; only {what} can be read")
     if theirs["reduction_factor"] <= 0:
-        raise peftcore.PeftcoreError(f"it uses reduction_factor={theirs['reduction_factor']!r}, which must be above 0")
+        raise PeftcoreError(f"it uses reduction_factor={theirs['reduction_factor']!r}, which must be above 0")
     if type(theirs.get("scaling", 1.0)) not in (int, float) and theirs["scaling"] not in ("learned", "channel"):
-        raise peftcore.PeftcoreError(
-            f"it uses scaling={theirs['scaling']!r}; only a number, 'learned' or 'channel' can be read"
-        )
+        raise PeftcoreError(f"it uses scaling={theirs['scaling']!r}; only a number, 'learned' or 'channel' can be read")
     if "non_linearity" not in theirs:
-        raise peftcore.PeftcoreError("it does not say its non_linearity")
+        raise PeftcoreError("it does not say its non_linearity")
     before, after = theirs.get("original_ln_before", False), theirs.get("original_ln_after", True)
     residual = theirs.get("residual_before_ln", True) if before and not theirs.get("is_parallel") else after
     if not (after is residual and (after or before)):
-        raise peftcore.PeftcoreError(
+        raise PeftcoreError(
             f"it uses original_ln_before={before}, original_ln_after={after} and "
             f"residual_before_ln={theirs.get('residual_before_ln', True)!r}, which add the residual twice, or lose it"
         )
@@ -188,7 +183,7 @@ def _config(
 def _renamed(
     model: nn.Module,
     config: AdapterConfig,
-    facts: peftcore.Architecture,
+    facts: Architecture,
     tensors: Mapping[str, Tensor],
     used: Mapping[str, Any],
     matched: Mapping[str, re.Match[str]],
@@ -203,7 +198,7 @@ def _renamed(
     for key, match in matched.items():
         name = _name(match["tensor"], config)
         if name is not None:
-            found[peftcore.tensor_name(at[id(used[match["place"]])], name)] = tensors[key]
+            found[tensor_name(at[id(used[match["place"]])], name)] = tensors[key]
     for key, match in common.items():
         name, first = match["tensor"], bottlenecks[0]
         if match["what"] == "invertible_adapters":
@@ -213,7 +208,7 @@ def _renamed(
             name = f"adapter_{side}.factors.{half}"
         else:
             name = f"adapter_down.{_OURS.get(name, name)}"
-        found[peftcore.tensor_name(first, name)] = tensors[key]
+        found[tensor_name(first, name)] = tensors[key]
     return found
 
 
@@ -252,11 +247,11 @@ def sublayer_at(place: str, known: Iterable[Any]) -> Any:
                 continue
             if sublayer.kind == kind if kind else (own["rest"] or "").startswith(f"{rest}."):
                 return sublayer
-    raise peftcore.PeftcoreError(f"its place '{place}' is no known sublayer of this model")
+    raise PeftcoreError(f"its place '{place}' is no known sublayer of this model")
 
 
 def _in_decoder(stack: str) -> bool:
     return "decoder" in stack.split(".")
 
 
-FORMAT = peftcore.ForeignFormat("the library adapters", "adapter.safetensors", matches, read, about)
+FORMAT = ForeignFormat("the library adapters", "adapter.safetensors", matches, read, about)

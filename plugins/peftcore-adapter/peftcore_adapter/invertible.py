@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import validation
+from peftcore.plugin import After, Architecture, Around, PeftcoreError, validation
 from peftcore_adapter.bottleneck import linear
 from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
 
@@ -68,12 +67,12 @@ class Inverse(nn.Module):
         return base(self.of.inverse(y))
 
 
-def placements(model: nn.Module, config: AdapterConfig, architecture: peftcore.Architecture) -> list[Any]:
+def placements(model: nn.Module, config: AdapterConfig, architecture: Architecture) -> list[Any]:
     """Behind what the embedding gives to the first layer, and before the head."""
     tokens, name = architecture.embedding, type(model).__name__
     if tokens is None or architecture.is_encoder_decoder:
         why = "its encoder and decoder share it" if tokens else "an image has no tokens"
-        raise peftcore.PeftcoreError(
+        raise PeftcoreError(
             f"inv_adapter stands behind the embedding of tokens, of which {name} has none of one stack alone: {why}. "
             "Choose inv_adapter=None"
         )
@@ -81,7 +80,7 @@ def placements(model: nn.Module, config: AdapterConfig, architecture: peftcore.A
     alone = whole and not any(sublayer.output.startswith(f"{whole}.") for sublayer in architecture.sublayers)
     embedding: Any = model.get_submodule(tokens)
     adapter = Nice(config, getattr(embedding, "embedding_dim", None) or embedding.weight.shape[-1])
-    found: list[Any] = [peftcore.After(whole if alone and whole != architecture.backbone else tokens, adapter)]
+    found: list[Any] = [After(whole if alone and whole != architecture.backbone else tokens, adapter)]
     if architecture.output_head is not None and config.inv_adapter_output:
-        found.append(peftcore.Around(architecture.output_head, Inverse(adapter)))
+        found.append(Around(architecture.output_head, Inverse(adapter)))
     return found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore import validation
+from peftcore.plugin import validation
 from peftcore_adapter.config import AdapterConfig
 
 

@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import nn
 
-import peftcore
-from peftcore import targets, validation
+from peftcore.plugin import After, Architecture, Around, targets, validation
 from peftcore_adapter import invertible
 from peftcore_adapter.bottleneck import BehindNorm, BesideResidual, Parallel, Series
 from peftcore_adapter.config import AdapterConfig
@@ -23,8 +22,8 @@ SUBLAYERS = {
 def at_module(model: nn.Module, path: str, config: AdapterConfig, widths: tuple[int, int], shared: Shared) -> Any:
     """The placement beside or behind a module of these widths."""
     if config.is_parallel:
-        return peftcore.Around(path, Parallel(config, path, model.get_submodule(path), widths, shared))
-    return peftcore.After(path, Series(config, path, widths[1], shared=shared))
+        return Around(path, Parallel(config, path, model.get_submodule(path), widths, shared))
+    return After(path, Series(config, path, widths[1], shared=shared))
 
 
 def of_sublayer(model: nn.Module, sublayer: Any, config: AdapterConfig, shared: Shared) -> Any:
@@ -36,22 +35,22 @@ def of_sublayer(model: nn.Module, sublayer: Any, config: AdapterConfig, shared: 
         "before it read to what they give. Use is_parallel=False, or name a module: target_modules=[...]",
     )
     if config.is_parallel and sublayer.adds_residual:
-        return peftcore.Around(sublayer.whole, BesideResidual(config, sublayer.whole, width, shared=shared))
+        return Around(sublayer.whole, BesideResidual(config, sublayer.whole, width, shared=shared))
     if not config.original_ln_before:
         path = sublayer.whole if config.is_parallel else sublayer.output
         return at_module(model, path, config, (width, width), shared)
     if sublayer.norm is not None and config.original_ln_after:
-        return peftcore.Around(sublayer.norm, BehindNorm(config, sublayer.norm, width, shared=shared))
+        return Around(sublayer.norm, BehindNorm(config, sublayer.norm, width, shared=shared))
     behind = sublayer.norm or sublayer.stream
     validation.require(
         behind is not None,
         f"original_ln_before: no module of {type(model).__name__} gives what comes behind the residual of "
         f"'{sublayer.output}'. Use placement='pfeiffer', or original_ln_before=False",
     )
-    return peftcore.After(behind, Series(config, behind, width, shared=shared))
+    return After(behind, Series(config, behind, width, shared=shared))
 
 
-def place(model: nn.Module, config: AdapterConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: AdapterConfig, architecture: Architecture) -> list[Any]:
     shared = Shared(config)
     around = invertible.placements(model, config, architecture) if config.inv_adapter else []
     if config.target_modules is None:

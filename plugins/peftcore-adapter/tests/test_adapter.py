@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules, adapter_parameters, applied
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 
 def f(adapter: nn.Module, x: Tensor) -> Tensor:

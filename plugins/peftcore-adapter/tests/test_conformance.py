@@ -4,7 +4,7 @@ import matrix
 import pytest
 from peftcore_adapter import AdapterConfig
 
-from peftcore.testing import CHECKS, COMPILE, MERGE, check_method
+from peftcore.plugin import CHECKS, COMPILE, MERGE, check_method
 
 EXCUSED = {MERGE: "a non-linearity stands between the two projections: it is no change of a weight"}
 PFEIFFER = AdapterConfig(placement="pfeiffer", original_ln_before=True, reduction_factor=4, non_linearity="gelu")

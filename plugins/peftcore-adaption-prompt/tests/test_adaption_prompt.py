@@ -14,7 +14,7 @@ from beside_peft import both_ways
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 96}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}

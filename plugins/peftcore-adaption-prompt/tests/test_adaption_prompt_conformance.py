@@ -3,7 +3,7 @@
 import matrix
 from peftcore_adaption_prompt import AdaptionPromptConfig
 
-from peftcore.testing import MERGE
+from peftcore.plugin import MERGE
 
 OTHER = "its attention is another, as in PEFT"
 EXCUSED = {

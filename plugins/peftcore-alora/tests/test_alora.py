@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj", "down_proj"]}
 TOKENS = torch.tensor([[5, 17, 3, 60, 41, 17, 3, 9], [8, 4, 17, 3, 2, 50, 63, 7], [8, 4, 77, 31, 2, 50, 63, 7]])

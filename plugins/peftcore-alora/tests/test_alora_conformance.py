@@ -4,7 +4,7 @@ import matrix
 from peftcore_alora import AloraConfig
 from torch import nn
 
-from peftcore.testing import MERGE
+from peftcore.plugin import MERGE
 from peftcore.testing.families import tokens
 
 EXCUSED = {

@@ -8,7 +8,7 @@ from torch import nn
 
 import peftcore
 from peftcore import testing
-from peftcore.testing import IDENTITY, MERGE, disturb
+from peftcore.plugin import IDENTITY, MERGE, disturb
 
 EXPERTS = ("maths", "code", "poems")
 EXCUSED = {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters, applied
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 
 def trained(model: nn.Module, adapter: str = "default") -> list[str]:

@@ -12,7 +12,7 @@ from torch import nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 
 def gpt_oss(quantized: bool) -> nn.Module:

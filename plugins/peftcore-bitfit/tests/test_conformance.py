@@ -3,7 +3,7 @@
 import matrix
 from peftcore_bitfit import BitFitConfig
 
-from peftcore.testing import CHECKS, COMPILE, MERGE, check_method
+from peftcore.plugin import CHECKS, COMPILE, MERGE, check_method
 
 BARE = dict.fromkeys(("Llama", "Gemma", "T5", "Qwen3-MoE"), "a model without biases; add_missing=True gives it some")
 

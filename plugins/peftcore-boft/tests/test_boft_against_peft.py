@@ -15,7 +15,7 @@ from beside_peft import both_ways, logits, moved, quiet, same_start
 from peft.tuners.boft import layer as peft_layer
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 TARGETS = {"llama": ["k_proj", "v_proj", "down_proj"], "bert": ["key", "output.dense"], "t5": ["k", "v", "wo"]}
 TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}

@@ -15,7 +15,7 @@ from peft.tuners.boft import layer as peft_layer
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "of one number": lambda: nn.Conv2d(16, 6, 1),

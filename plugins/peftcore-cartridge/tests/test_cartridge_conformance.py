@@ -3,7 +3,7 @@
 import matrix
 from peftcore_cartridge import CartridgeConfig
 
-from peftcore.testing import IDENTITY, MERGE, PEFT_READS, PEFT_WRITES
+from peftcore.plugin import IDENTITY, MERGE, PEFT_READS, PEFT_WRITES
 
 EXCUSED = {
     IDENTITY: "keys and values in the cache change the output, whatever they are",

@@ -15,7 +15,7 @@ from torch import nn
 from trainers import trainer
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 IDS = [5, 17, 40, 8, 21, 33, 9, 11]
 TYPES = [1, 2, 3, 4, 5, 6, 0, 8]

@@ -3,7 +3,7 @@
 import matrix
 from peftcore_cpt import CptConfig
 
-from peftcore.testing import IDENTITY, MERGE
+from peftcore.plugin import IDENTITY, MERGE
 
 NO_DECODER = "its loss is that of a decoder, in PEFT, too"
 EXCUSED = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore import ops
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 
 def layer(bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Sequential:

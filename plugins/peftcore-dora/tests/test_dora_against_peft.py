@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to", "ignore:Model has `tie_word_embeddings=True`"

@@ -12,7 +12,7 @@ import torch
 from beside_peft import TASKS, both_ways, quiet
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 TARGETS = {
     "llama": ["k_proj", "v_proj", "down_proj"],

@@ -3,7 +3,7 @@
 import matrix
 from peftcore_hra import HRAConfig
 
-from peftcore.testing import IDENTITY
+from peftcore.plugin import IDENTITY
 
 ROUNDED = "two reflections that undo one another do so up to rounding"
 

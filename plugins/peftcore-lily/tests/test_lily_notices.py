@@ -10,7 +10,7 @@ import tiny
 import torch
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 MASK = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
 GREEDY: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}

@@ -12,7 +12,7 @@ from beside_peft import TASKS, both_ways, moved, quiet
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 
 class Attention(nn.Module):

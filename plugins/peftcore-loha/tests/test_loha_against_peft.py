@@ -12,7 +12,7 @@ import torch
 from beside_peft import both_ways, same_start
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 TARGETS = {"llama": ["k_proj", "v_proj", "down_proj"], "bert": ["key", "output.dense"], "t5": ["k", "v", "wo"]}
 TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}

@@ -13,7 +13,7 @@ from beside_peft import Layer, same_layer
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 SIGNAL, IMAGE = torch.randn(2, 8, 9), torch.randn(2, 8, 7, 6)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {

@@ -16,7 +16,7 @@ from peft.tuners.lokr.layer import factorization
 from peftcore_lokr import divided
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 TARGETS = {"llama": ["k_proj", "v_proj", "down_proj"], "bert": ["key", "output.dense"], "t5": ["k", "v", "wo"]}
 TASKS = {"llama": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}

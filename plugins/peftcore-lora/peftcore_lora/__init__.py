@@ -20,7 +20,7 @@ Trained: r · (in + out) numbers instead of in · out. `merged` adds scale · B 
 
 from __future__ import annotations
 
-import peftcore
+from peftcore.plugin import Method, hookimpl
 from peftcore_lora.config import LoraConfig, of_ranks
 from peftcore_lora.files import RULES
 from peftcore_lora.placing import place
@@ -33,10 +33,10 @@ peftcore_api = 2
 __all__ = ["LoraConfig", "peftcore_methods", "replicate_layers"]
 
 
-@peftcore.hookimpl
-def peftcore_methods() -> list[peftcore.Method]:
+@hookimpl
+def peftcore_methods() -> list[Method]:
     return [
-        peftcore.Method(
+        Method(
             "lora",
             LoraConfig,
             place,

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore import targets, validation
+from peftcore.plugin import targets, validation
 from peftcore_lora.config import LoraConfig, nested
 from peftcore_lora.layers import LoraLinear
 

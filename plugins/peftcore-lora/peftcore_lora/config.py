@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 from torch import nn
 
-import peftcore
-from peftcore import targets, validation
+from peftcore.plugin import Architecture, PeftcoreError, targets, validation
 from peftcore_lora.experts import is_adaptable, with_experts
 
 Kind = TypeVar("Kind")
@@ -28,7 +27,7 @@ def nested(kind: type[Kind], field_name: str, values: Mapping[str, Any] | None) 
     known = [each.name for each in fields(kind)]  # type: ignore[arg-type]  # a dataclass
     for name in values or {}:
         if name not in known:
-            raise peftcore.PeftcoreError(f"{field_name} has no field '{name}'. Its fields: {', '.join(known)}")
+            raise PeftcoreError(f"{field_name} has no field '{name}'. Its fields: {', '.join(known)}")
     return kind(**(values or {}))
 
 
@@ -133,7 +132,7 @@ class LoraConfig:
         fields += ["use_bdlora"] if self.use_bdlora else []
         return f"{fields[0]}={getattr(self, fields[0])!r}" if fields else None
 
-    def resolved(self, model: nn.Module, architecture: peftcore.Architecture) -> LoraConfig:
+    def resolved(self, model: nn.Module, architecture: Architecture) -> LoraConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
         chosen, config = selected(model, self, architecture), with_experts(model, self)
         if self.target_modules == targets.ALL_LINEAR:
@@ -183,7 +182,7 @@ def refuse_fields(config: LoraConfig, method: str) -> None:
     validation.one_of((True, False, "gaussian"), init_lora_weights=config.init_lora_weights)
 
 
-def selected(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> dict[str, nn.Module]:
+def selected(model: nn.Module, config: LoraConfig, architecture: Architecture) -> dict[str, nn.Module]:
     """The layers that the config means, by path, of those that LoRA can adapt."""
     modules, experts = config.target_modules, list[str]()
     if config.reaches_experts:

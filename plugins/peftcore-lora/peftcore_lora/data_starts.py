@@ -15,9 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import observation, validation
-from peftcore.weight_formats import weight_format
+from peftcore.plugin import PeftcoreError, gradients_of, inputs_of, targets, validation, weight_format
 from peftcore_lora.config import nested
 
 AT_ONCE = 16  # layers whose X'X or G are held at a time
@@ -71,7 +69,7 @@ def corda(
             sums[path] = product if path not in sums else sums[path].add_(product)
             counts[path] += 1
 
-        observation.inputs_of(model, paths[first : first + AT_ONCE], batches, add)
+        inputs_of(model, paths[first : first + AT_ONCE], batches, add)
         for path, total in sums.items():
             module, r = model.get_submodule(path), len(adapters[path].lora_A)
             weight = weight_format(module).read(module).detach().float()
@@ -92,7 +90,7 @@ def invertible(path: str, product: Tensor) -> tuple[Tensor, Tensor]:
         if not failed and (damped @ inverse - eye).norm() < 0.05:
             return damped, inverse
         damp *= 2
-    raise peftcore.PeftcoreError(f"init_lora_weights='corda': the inputs of '{path}' are zero, or not finite")
+    raise PeftcoreError(f"init_lora_weights='corda': the inputs of '{path}' are zero, or not finite")
 
 
 def lora_ga(
@@ -105,10 +103,10 @@ def lora_ga(
         path = name.removesuffix(".weight")
         module = model.get_submodule(path)
         weight = weight_format(module).read(module).detach().float()
-        transposed = gradient.shape != weight.shape or peftcore.targets.is_conv1d(module)
+        transposed = gradient.shape != weight.shape or targets.is_conv1d(module)
         found[path] = of_gradient(gradient.T if transposed else gradient, weight, adapters[path], config)
 
-    observation.gradients_of(model, [f"{path}.weight" for path in adapters], list(batches), take, at_once=AT_ONCE)
+    gradients_of(model, [f"{path}.weight" for path in adapters], list(batches), take, at_once=AT_ONCE)
     for path, (a, b) in found.items():
         yield path, a, b
 

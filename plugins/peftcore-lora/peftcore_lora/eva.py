@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import observation, validation
+from peftcore.plugin import inputs_of, validation
 from peftcore_lora.config import LoraConfig, nested
 
 _FOLLOWED = 64  # components of a layer, at least
@@ -146,7 +146,7 @@ def follow(model: nn.Module, found: Mapping[str, Components], eva: EvaConfig, ba
             done[id(x)] = x, found[path]
         return found[path].settled
 
-    observation.inputs_of(model, found, batches, take)
+    inputs_of(model, found, batches, take)
 
 
 def counted(batch: Any, eva: EvaConfig) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from peftcore import targets, validation
+from peftcore.plugin import targets, validation
 
 if TYPE_CHECKING:
     from peftcore_lora.config import LoraConfig

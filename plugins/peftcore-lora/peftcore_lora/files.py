@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets
+from peftcore import plugin
+from peftcore.plugin import Around, FileLayout, PeftcoreError, StateRules, targets
 from peftcore_lora import per_expert, starts
 from peftcore_lora.config import LoraConfig, scaled
 from peftcore_lora.layer_facts import Convolution, adds_to_product, is_undilated
@@ -35,15 +35,15 @@ def tensor_name(placement: Any, name: str) -> str:
         name = name.replace("lora_", "lora_embedding_")
     elif name == "lora_bias":
         name = "lora_B.bias"
-    elif isinstance(placement, peftcore.Around):
+    elif isinstance(placement, Around):
         name = f"base_layer.{name}.weight" if name.startswith("out_proj.") else f"{name}.weight"
-    return peftcore.tensor_name(placement, name)
+    return plugin.tensor_name(placement, name)
 
 
 def name_inside(placement: Any, name: str) -> str:
     """The same of an adapter that has a LoRA inside, `lora`, and is one on disk."""
     if not name.startswith("lora."):
-        return peftcore.tensor_name(placement, name)
+        return plugin.tensor_name(placement, name)
     of_lora = replace(placement, adapter=placement.adapter.lora)
     return tensor_name(of_lora, name.removeprefix("lora."))
 
@@ -120,7 +120,7 @@ def refused(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[str
 def read_config(fields: dict[str, Any]) -> dict[str, Any]:
     """The fields of plain LoRA, where that is what the file's adapter computes; no module, where PEFT has None."""
     if why := why_not(fields):
-        raise peftcore.PeftcoreError(why)
+        raise PeftcoreError(why)
     chosen = {name: fields.get(name) or [] for name in ("target_modules", "target_parameters")}
     return {**plain_fields(fields), **chosen}
 
@@ -151,7 +151,7 @@ def config_on_disk(config: LoraConfig, tensors: Mapping[str, Tensor]) -> LoraCon
     return replace(config, target_modules=[*config.target_modules, *heads])
 
 
-RULES = peftcore.StateRules(
+RULES = StateRules(
     peft_type="LORA",
     tensor_name=tensor_name,
     own_fields=frozenset({"frozen_start", "lora_plus_ratio", "lora_fa", "expert_r", "kept_dropout"}),
@@ -163,6 +163,6 @@ RULES = peftcore.StateRules(
     unreadable=unreadable,
     refused=refused,
     scaled=scaled,
-    layouts={"per_expert": peftcore.FileLayout(per_expert.read, per_expert.write)},
+    layouts={"per_expert": FileLayout(per_expert.read, per_expert.write)},
     files=FILES,
 )

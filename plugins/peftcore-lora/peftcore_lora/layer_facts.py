@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from peftcore.adaptation.class_swap import original_class
-from peftcore.merging import probe
+from peftcore.plugin import original_class, own_output
 
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
@@ -17,7 +16,7 @@ def adds_to_product(module: nn.Module) -> bool:
     """Does a linear layer give one tensor `[..., out]`? Of packed weights every layer does."""
     if not isinstance(module, nn.Linear) or has_forward_of(module, nn.Linear) or not is_dense(module.weight):
         return True
-    found = probe.own_output(module, module.weight.new_ones(2, module.in_features))
+    found = own_output(module, module.weight.new_ones(2, module.in_features))
     return isinstance(found, Tensor) and found.shape == (2, module.out_features)
 
 
@@ -27,7 +26,7 @@ def is_linear_in_weight(module: Convolution) -> bool:
     weight, shape = module.weight, [1, module.in_channels, *spatial]
     for axes in (shape, [shape[0], *shape[2:], shape[1]]):  # channels last, as some heads have it
         x = torch.linspace(-1, 1, math.prod(axes), device=weight.device).view(axes).to(weight.dtype)
-        outputs = [probe.own_output(module, x, weight=factor * weight.detach()) for factor in (0, 1, 2)]
+        outputs = [own_output(module, x, weight=factor * weight.detach()) for factor in (0, 1, 2)]
         if all(output is not None for output in outputs):
             zero, one, two = (output[0] if isinstance(output, tuple) else output for output in outputs)
             return module.weight.is_meta or torch.allclose(two - zero, 2 * (one - zero), rtol=0.05, atol=1e-4)

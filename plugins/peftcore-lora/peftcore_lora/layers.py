@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import peftcore
-from peftcore import ops, targets
-from peftcore.adaptation.light import LightModule
-from peftcore.merging.lookup import embed_scale
+from peftcore import ops
+from peftcore.plugin import Factors, LightModule, PeftcoreError, embed_scale, targets
 from peftcore_lora.config import LoraConfig
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by spatial dimensions
@@ -84,8 +82,8 @@ class Lora(LightModule):
             return parameters["lora_A"], parameters["lora_B"]
         return self.lora_A, self.lora_B
 
-    def factors(self) -> list[peftcore.Factors]:
-        return [peftcore.Factors(*self.pair(), self.scale)]
+    def factors(self) -> list[Factors]:
+        return [Factors(*self.pair(), self.scale)]
 
     def delta(self) -> Tensor:
         """scale · B A in the layout of the layer's weight, fp32."""
@@ -204,7 +202,7 @@ class LoraGroupedConv(LoraConv):
         return self.mixed(y, s, layer.groups)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        raise peftcore.PeftcoreError(
+        raise PeftcoreError(
             f"LoRA of a convolution in groups (weight {list(weight.shape)}) reaches across the groups, so it cannot be "
             "merged, in PEFT neither. Keep the adapter beside the base, or apply it with that layer in exclude_modules"
         )
@@ -227,8 +225,8 @@ class LoraEmbedding(Lora):
     def delta(self) -> Tensor:
         return super().delta().T  # [vocabulary, dim]
 
-    def factors(self) -> list[peftcore.Factors]:
-        return [peftcore.Factors(self.lora_A, self.lora_B, self.scale, transposed=True)]
+    def factors(self) -> list[Factors]:
+        return [Factors(self.lora_A, self.lora_B, self.scale, transposed=True)]
 
 
 class LoraOnWeight(Lora):
@@ -269,7 +267,7 @@ class LoraAttention(LoraOnWeight):
         changes = {"in_proj_weight": self.changed, "out_proj.weight": self.out_proj.changed}
         return base.on_weights(changes)(*args, **kwargs)
 
-    def factors(self) -> list[peftcore.Factors]:
+    def factors(self) -> list[Factors]:
         return [*super().factors(), *self.out_proj.factors()]
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -24,13 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.adaptation.adapted import base_modules, has_forward_of_instance
-from peftcore.errors import nearest
-from peftcore.experts import Thin, experts_layout
-from peftcore.layers import shape_of
-from peftcore.weight_formats import format_in_few_bits
+from peftcore.plugin import (
+    Factors,
+    OnWeight,
+    PeftcoreError,
+    Thin,
+    base_modules,
+    experts_layout,
+    format_in_few_bits,
+    has_forward_of_instance,
+    nearest,
+    shape_of,
+    targets,
+    validation,
+)
 from peftcore_lora.config import LoraConfig
 from peftcore_lora.layers import Lora
 
@@ -66,11 +73,11 @@ class LoraParameter(Lora):
         p = self.dropout.p if self.training else 0.0
         return None if self.experts is None else Thin(self.lora_A, self.lora_B, self.scale, p)
 
-    def factors(self) -> list[peftcore.Factors]:
+    def factors(self) -> list[Factors]:
         if self.experts is None:
             return super().factors()
         pairs = zip(self.lora_A, self.lora_B, strict=True)
-        return [peftcore.Factors(a, b, self.scale, self.transposed) for a, b in pairs]
+        return [Factors(a, b, self.scale, self.transposed) for a, b in pairs]
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.training and self.dropout.p and self.drops and torch.is_grad_enabled():
@@ -90,7 +97,7 @@ def by_expert(b: Tensor, experts: int) -> Tensor:
     return b.view(len(b), -1, experts).permute(2, 0, 1).contiguous()
 
 
-def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[peftcore.OnWeight]:
+def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[OnWeight]:
     """A LoRA for each parameter that the config names."""
     validation.require(
         not config.lora_bias,
@@ -122,7 +129,7 @@ def place_parameters(model: nn.Module, config: LoraConfig) -> Iterator[peftcore.
             layout, transposed = experts_layout(module), getattr(module, "is_transposed", False)
             drops = layout is not None and name in layout.names
             adapter = LoraParameter(config, whole, shape, transposed, len(names) - 1 - place, drops)
-            yield peftcore.OnWeight(path, name, adapter)
+            yield OnWeight(path, name, adapter)
 
 
 def named(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
@@ -134,9 +141,7 @@ def named(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
     for pattern in patterns:
         if not any(targets.matches(pattern, f"{path}.{name}") for path, name in there):
             known = {end for path, name in there for end in (f"{path}.{name}", f"{path.rpartition('.')[2]}.{name}")}
-            raise peftcore.PeftcoreError(
-                f"target_parameters: '{pattern}' matches no parameter{nearest(pattern, sorted(known))}"
-            )
+            raise PeftcoreError(f"target_parameters: '{pattern}' matches no parameter{nearest(pattern, sorted(known))}")
     for path, name in there:
         is_there = model.get_submodule(path)._parameters[name] is not None
         if is_there and any(targets.matches(pattern, f"{path}.{name}") for pattern in patterns):
@@ -144,7 +149,7 @@ def named(model: nn.Module, patterns: Sequence[str]) -> dict[str, list[str]]:
     return found
 
 
-def name_on_disk(placement: peftcore.OnWeight, name: str) -> str:
+def name_on_disk(placement: OnWeight, name: str) -> str:
     """PEFT's name; of experts' factors, which have another shape there, one that `write_experts` turns into it."""
     adapter: Any = placement.adapter
     end = "weight" if adapter.experts is None else BY_EXPERT

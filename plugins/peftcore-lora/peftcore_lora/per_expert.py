@@ -18,9 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.experts import ExpertsLayout, experts_layout
+from peftcore.plugin import CheckpointError, ExpertsLayout, experts_layout, targets, validation
 from peftcore_lora.experts import is_adaptable
 from peftcore_lora.parameters import BY_EXPERT, named, read_experts, stem_on_disk
 
@@ -227,7 +225,7 @@ def _part(
     beyond = [key for key in has if key[1] >= layout.count]
     if lacking or beyond:
         what = f"has expert {beyond[0][1]}" if beyond else f"lacks lora_{lacking[0][1]} of expert {lacking[0][0]}"
-        raise peftcore.CheckpointError(
+        raise CheckpointError(
             f"the file {what} for {part} of '{path}', which has {layout.count} experts. It is not whole, or of another "
             "model"
         )

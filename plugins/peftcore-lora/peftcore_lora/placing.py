@@ -9,10 +9,7 @@ from typing import Any
 
 from torch import nn
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.adaptation.class_swap import original_class
-from peftcore.merging.lookup import looks_up
+from peftcore.plugin import Architecture, Around, looks_up, original_class, targets, validation
 from peftcore_lora.blocks import in_blocks
 from peftcore_lora.config import LoraConfig, selected
 from peftcore_lora.layer_facts import (
@@ -53,14 +50,12 @@ def wrapped(placed: list[Any], wrap: Callable[[Any], nn.Module | None], method: 
     return placed
 
 
-def place(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place(model: nn.Module, config: LoraConfig, architecture: Architecture) -> list[Any]:
     if config.layer_replication:
         check_replicated(model, config.layer_replication)
     chosen = selected(model, config, architecture)
     with one_dropout(config.lora_dropout):
-        placements: list[Any] = [
-            peftcore.Around(path, adapter_for(path, module, config)) for path, module in chosen.items()
-        ]
+        placements: list[Any] = [Around(path, adapter_for(path, module, config)) for path, module in chosen.items()]
     parameters = list(place_parameters(model, config)) if config.target_parameters else []
     both_named = bool(config.use_bdlora and parameters)
     validation.require(not both_named, "use_bdlora is not known with target_parameters. Leave one of the two out")

@@ -13,8 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore import engine, validation
-from peftcore.errors import PeftcoreError
+from peftcore.plugin import PeftcoreError, has_adapters, validation
 
 
 def replicate_layers(model: Any, layer_map: Sequence[Sequence[int]]) -> Any:
@@ -26,7 +25,7 @@ def replicate_layers(model: Any, layer_map: Sequence[Sequence[int]]) -> Any:
         PeftcoreError: adapters stand on it, where its layers are is not known, or one that is named is not there.
     """
     validation.require(
-        engine.state_of(model) is None, "the model has adapters already. Replicate its layers before apply or load"
+        not has_adapters(model), "the model has adapters already. Replicate its layers before apply or load"
     )
     owner, name = _layers(model)
     layers = getattr(owner, name)

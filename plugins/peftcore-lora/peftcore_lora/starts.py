@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore import validation
-from peftcore.targets import pattern_value
-from peftcore.weight_formats import weight_format
+from peftcore.plugin import targets, validation, weight_format
 from peftcore_lora import data_starts, eva
 from peftcore_lora.config import LoraConfig, is_subtracted
 from peftcore_lora.layers import LoraFromStart, LoraLinear
@@ -169,7 +167,7 @@ def read_start(model: nn.Module, tensors: dict[str, Tensor], fields: Mapping[str
             path = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
             if name.endswith(".lora_A.weight"):
                 module, r = model.get_submodule(path), len(tensor)
-                alpha = pattern_value(fields.get("alpha_pattern") or {}, path, fields.get("lora_alpha", 8))
+                alpha = targets.pattern_value(fields.get("alpha_pattern") or {}, path, fields.get("lora_alpha", 8))
                 scale = alpha / (r**0.5 if fields.get("use_rslora") else r)
                 weight = weight_format(module).read(module).detach().float()
                 a, b = STARTS[start](weight, r, scale, start)

@@ -7,11 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets, validation
-from peftcore.adaptation.adapted import base_modules
-from peftcore.engine.trained import modules_tied_to
-from peftcore.errors import nearest
+from peftcore.plugin import Architecture, base_modules, modules_tied_to, nearest, targets, validation
 from peftcore_lora.config import LoraConfig
 
 try:
@@ -33,7 +29,7 @@ def misread_heads(model: nn.Module, paths: Iterable[str]) -> list[str]:
     return [path for path in heads if any(isinstance(m, TokenRows) for m in model.get_submodule(path).modules())]
 
 
-def place_tokens(model: nn.Module, config: LoraConfig, architecture: peftcore.Architecture) -> list[Any]:
+def place_tokens(model: nn.Module, config: LoraConfig, architecture: Architecture) -> list[Any]:
     """The rows that the config names. Those of what is tied to the embedding are the same, where none are named for it.
 
     Different ones are refused with ensure_weight_tying, and else trained apart.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {"r": 4, "lora_alpha": 16}) for name in tiny.MODELS},

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 X, MEMORY = torch.randn(3, 5, 16), torch.randn(3, 4, 16)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 BLOCKS: dict[str, Any] = {"target_modules_bd_a": ["o_proj"], "target_modules_bd_b": ["q_proj"], "nblocks": 2}
 FIELDS: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "o_proj"]}

@@ -4,7 +4,7 @@ import matrix
 import pytest
 from peftcore_lora import LoraConfig
 
-from peftcore.testing import COMPILE, check_method
+from peftcore.plugin import COMPILE, check_method
 
 
 def test_conformance() -> None:

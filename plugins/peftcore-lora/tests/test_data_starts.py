@@ -18,7 +18,7 @@ from torch import Tensor
 
 import peftcore
 from peftcore.engine import adapter_modules
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 TARGETS = ["q_proj", "down_proj"]
 

@@ -15,7 +15,7 @@ from torch import nn
 import peftcore
 from peftcore.adaptation.adapted import adapters_at
 from peftcore.engine import applied
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 
 def config_of(model: nn.Module) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 IDS = torch.tensor([[1, 2, 3, 5], [4, 19, 0, 5]])
 ROWS, SIGNAL, IMAGE = torch.randn(6, 8), torch.randn(2, 8, 9), torch.randn(2, 8, 9, 9)

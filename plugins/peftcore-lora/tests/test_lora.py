@@ -19,7 +19,7 @@ from torch import nn
 
 import peftcore
 from peftcore.engine import adapter_parameters
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 LAYERS: dict[str, tuple[Any, Any]] = {
     "linear": (lambda: nn.Linear(6, 4), lambda: torch.randn(3, 5, 6)),

@@ -15,7 +15,7 @@ from beside_peft import both_ways, logits
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 MOE = {**SIZES, "num_key_value_heads": 2, "num_experts_per_tok": 2}

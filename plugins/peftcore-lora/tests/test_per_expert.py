@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import peftcore
 from peftcore.engine import applied
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 TENSORS = "adapter_model.safetensors"
 NAMES = {

@@ -13,7 +13,7 @@ from beside_peft import logits, moved, quiet
 
 import peftcore
 from peftcore.engine import adapter_modules
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 TARGETS = {"llama": ["q_proj", "down_proj"], "gpt2": ["c_attn"]}
 STARTS = ["pissa", "pissa_niter_4", "olora", "mica", "orthogonal"]

@@ -13,7 +13,7 @@ from beside_peft import moved, quiet
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 NAME = "multitask-prompt-tuning"
 TASKS = torch.tensor([2, 1])

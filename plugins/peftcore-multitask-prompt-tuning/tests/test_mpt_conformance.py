@@ -3,7 +3,7 @@
 import matrix
 from peftcore_multitask_prompt_tuning import MultitaskPromptTuningConfig
 
-from peftcore.testing import IDENTITY, MERGE, PEFT_READS, PEFT_WRITES
+from peftcore.plugin import IDENTITY, MERGE, PEFT_READS, PEFT_WRITES
 
 TASKS = "PEFT asks for task_ids in every call; compared in its tests"
 EXCUSED = {

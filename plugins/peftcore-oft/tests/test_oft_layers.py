@@ -14,7 +14,7 @@ from beside_peft import Layer, both_ways, moved, quiet, same_layer
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 IDS, IMAGE = torch.tensor([[1, 2, 3, 5], [4, 19, 0, 5]]), torch.randn(2, 8, 4, 5)
 LAYERS: dict[str, tuple[Callable[[], nn.Module], torch.Tensor]] = {

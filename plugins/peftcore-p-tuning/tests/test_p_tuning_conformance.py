@@ -3,7 +3,7 @@
 import matrix
 from peftcore_p_tuning import PTuningConfig
 
-from peftcore.testing import IDENTITY, MERGE
+from peftcore.plugin import IDENTITY, MERGE
 
 EXCUSED = {
     IDENTITY: "vectors before the input change the output, whatever their values",

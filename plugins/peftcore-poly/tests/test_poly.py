@@ -13,7 +13,7 @@ from beside_peft import TASKS, moved, quiet, same_start
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 ROWS = torch.tensor([2, 1])
 TARGETS = {"llama": ["k_proj", "down_proj"], "bert": ["key", "output.dense"], "t5": ["k", "v", "wo"]}

@@ -3,7 +3,7 @@
 import matrix
 from peftcore_poly import PolyConfig
 
-from peftcore.testing import PEFT_READS, PEFT_WRITES
+from peftcore.plugin import PEFT_READS, PEFT_WRITES
 
 TASKS = "PEFT asks for task_ids in every call; compared in its tests"
 

@@ -15,7 +15,7 @@ from beside_peft import compare_padded, logits, quiet
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 
 def deep_t5() -> nn.Module:

@@ -5,7 +5,7 @@ import pytest
 import tiny
 from peftcore_prefix_tuning import PrefixTuningConfig
 
-from peftcore.testing import CHECKS, COMPILE, IDENTITY, MERGE, PEFT_READS, PEFT_WRITES, check_method
+from peftcore.plugin import CHECKS, COMPILE, IDENTITY, MERGE, PEFT_READS, PEFT_WRITES, check_method
 
 EXCUSED = {
     IDENTITY: "keys before those of the input take part of the attention, whatever their values",

@@ -14,7 +14,7 @@ from torch import nn
 import peftcore
 from peftcore import PeftcoreError
 from peftcore.engine import adapter_parameters
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 PROJECTION = {"num_virtual_tokens": 4, "prefix_projection": True, "encoder_hidden_size": 7}
 

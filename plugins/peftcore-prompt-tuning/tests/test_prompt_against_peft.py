@@ -14,7 +14,7 @@ from beside_peft import compare_padded, logits, quiet
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 
 def distilbert_classifier() -> nn.Module:

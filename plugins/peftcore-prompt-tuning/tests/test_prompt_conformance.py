@@ -5,7 +5,7 @@ import pytest
 import tiny
 from peftcore_prompt_tuning import PromptTuningConfig
 
-from peftcore.testing import CHECKS, COMPILE, IDENTITY, MERGE, check_method
+from peftcore.plugin import CHECKS, COMPILE, IDENTITY, MERGE, check_method
 
 CONFIG = PromptTuningConfig(num_virtual_tokens=4)
 EXCUSED = {

@@ -17,8 +17,8 @@ from torch import nn
 
 import peftcore
 from peftcore.engine import adapter_parameters, applied
+from peftcore.plugin import disturb
 from peftcore.quantization import QuantizedLinear, quantized_layers
-from peftcore.testing import disturb
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -3,7 +3,7 @@
 import matrix
 from peftcore_qlora import QLoraConfig
 
-from peftcore.testing import MERGE
+from peftcore.plugin import MERGE
 
 
 def test_conformance() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules, applied
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 FOLDERS = Path(__file__).parent / "adapterhub"
 spec = importlib.util.spec_from_file_location("reft_make", FOLDERS / "make.py")

@@ -13,7 +13,7 @@ import transformers
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "num_hidden_layers": 2}

@@ -4,7 +4,7 @@ import matrix
 import pytest
 from peftcore_reft import ReftConfig
 
-from peftcore.testing import CHECKS, COMPILE, MERGE, check_method
+from peftcore.plugin import CHECKS, COMPILE, MERGE, check_method
 
 NO_WEIGHT = "it edits what layers give, for some tokens"
 

@@ -13,7 +13,7 @@ from beside_peft import TASKS, both_ways, quiet
 from safetensors.torch import load_file
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 TARGETS = {"llama": ["k_proj", "v_proj", "down_proj"], "bert": ["key", "output.dense"], "t5": ["k", "v", "wo"]}
 CASES: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from beside_peft import Layer, both_ways, same_layer
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 from peftcore.testing.families import FAMILIES
 
 IDS = torch.tensor([[1, 2, 3, 5], [4, 19, 0, 5]])

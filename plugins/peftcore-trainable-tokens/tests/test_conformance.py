@@ -4,7 +4,7 @@ import matrix
 import torch
 from peftcore_trainable_tokens import TrainableTokensConfig
 
-from peftcore.testing import IDENTITY
+from peftcore.plugin import IDENTITY
 
 TOKENS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(3)).flatten()  # those of the suite
 APART = "may differ: rows of a tied head are a product of their own, which some processors round apart"

@@ -14,7 +14,7 @@ from peftcore_trainable_tokens import TrainableTokensConfig
 from torch import nn
 
 import peftcore
-from peftcore.testing import disturb
+from peftcore.plugin import disturb
 
 IDS = [60, 3, 41, 5]
 

@@ -17,8 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets, validation
+from peftcore.plugin import CheckpointError, FileFormat, targets, validation
 from peftcore_lora.pipelines.layer_changes import (
     Change,
     complete,
@@ -83,7 +82,7 @@ def read(
         names[path] = match["path"]
     if unknown or not found:
         what = ", ".join(f"'{name}'" for name in unknown[:5]) or "none"
-        raise peftcore.CheckpointError(
+        raise CheckpointError(
             f"{len(unknown)} of its tensors fit no layer of {type(model).__name__}, or are no LoRA's: {what}"
         )
     fields = _header(metadata, part)
@@ -132,9 +131,9 @@ def _header(metadata: Mapping[str, str], part: str) -> dict[str, Any] | None:
     try:
         fields = json.loads(metadata[HEADER])
     except (ValueError, RecursionError) as error:
-        raise peftcore.CheckpointError(f"its {HEADER} is no JSON: {error}") from error
+        raise CheckpointError(f"its {HEADER} is no JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise peftcore.CheckpointError(f"its {HEADER} is no table")
+        raise CheckpointError(f"its {HEADER} is no table")
     prefix = f"{part}." if part else ""
     own = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
     return own or None
@@ -168,4 +167,4 @@ def write(
     return found, {HEADER: json.dumps(header, indent=2, sort_keys=True)}
 
 
-FORMAT = peftcore.FileFormat(FILE, matches, parts, split, read, write)
+FORMAT = FileFormat(FILE, matches, parts, split, read, write)

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import validation
+from peftcore.plugin import CheckpointError, FileFormat, PeftcoreError, validation
 from peftcore_lora.pipelines.diffusers_file import FILE
 from peftcore_lora.pipelines.kohya_names import Name, is_flux, names_of, written_names
 from peftcore_lora.pipelines.layer_changes import Change, complete, from_peft, layers, number, outputs, to_peft
@@ -69,14 +68,14 @@ def read(
         found.setdefault(stem, {})[KINDS.get(kind, kind)] = tensor
     strange = [f"{stem}.{kind}" for stem, each in found.items() for kind in each if kind not in KINDS.values()]
     if strange:
-        raise peftcore.CheckpointError(
+        raise CheckpointError(
             f"{len(strange)} of its tensors are no LoRA's, such as '{strange[0]}': of LoCon, LoHa, LoKr and the like "
             f"only {', '.join(KINDS)} are read"
         )
     unknown = [stem for stem in found if stem not in known]
     if unknown:
         what = ", ".join(f"'{stem}'" for stem in unknown[:5])
-        raise peftcore.CheckpointError(f"{len(unknown)} of its names mean no layer of {type(model).__name__}: {what}")
+        raise CheckpointError(f"{len(unknown)} of its names mean no layer of {type(model).__name__}: {what}")
     changes: dict[str, Change] = {}
     for stem, each in found.items():
         alpha = number(f"{stem}.alpha", each["alpha"]) if "alpha" in each else None
@@ -94,9 +93,7 @@ def _apart(
     """LoRA of each layer that a name means."""
     rows = [outputs(there[path]) for path in name.paths]
     if sum(rows) != change.b.shape[0]:
-        raise peftcore.CheckpointError(
-            f"'{stem}' has B {list(change.b.shape)}, and the model {sum(rows)} outputs there"
-        )
+        raise CheckpointError(f"'{stem}' has B {list(change.b.shape)}, and the model {sum(rows)} outputs there")
     if name.swapped:
         change.b = torch.cat(change.b.chunk(2)[::-1])
     if dora_scale is not None:
@@ -121,7 +118,7 @@ def _magnitude(stem: str, scale: Tensor, change: Change) -> Tensor:
     """DoRA's, as PEFT has it. LyCORIS' older ones are of inputs, which is another change."""
     out, kernel = change.b.shape[0], [1] * (change.a.dim() - 2)
     if list(scale.shape) != [out, 1, *kernel]:
-        raise peftcore.CheckpointError(
+        raise CheckpointError(
             f"'{stem}.dora_scale' has shape {list(scale.shape)}, and DoRA has a number for each output here, "
             f"{[out, 1, *kernel]}. One of each input (LyCORIS without wd_on_output) is another change of the weight"
         )
@@ -158,7 +155,7 @@ def write(
             found[f"{prefix}_{stem}.lora_up.weight"] = _times(each.b, each.scale * each.r / alphas[stem])
             found[f"{prefix}_{stem}.alpha"] = torch.tensor(alphas[stem])
         if changes:
-            raise peftcore.PeftcoreError(
+            raise PeftcoreError(
                 f"diffusers reads no kohya name of {len(changes)} layers of {type(model).__name__}, such as "
                 f"'{next(iter(changes))}'. Choose layout='diffusers', or leave them out: exclude_modules=[...]"
             )
@@ -200,4 +197,4 @@ def _times(b: Tensor, ratio: float) -> Tensor:
     return b if ratio == 1 else b * ratio if exact else b.float() * ratio
 
 
-FORMAT = peftcore.FileFormat(FILE, matches, parts, split, read, write)
+FORMAT = FileFormat(FILE, matches, parts, split, read, write)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from peftcore.adaptation.class_swap import original_class
+from peftcore.plugin import original_class
 from peftcore_lora.pipelines.layer_changes import layers
 from peftcore_lora.pipelines.parts import has_flat_clip
 

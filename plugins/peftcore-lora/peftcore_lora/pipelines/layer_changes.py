@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import peftcore
-from peftcore import targets
+from peftcore.plugin import CheckpointError, PeftcoreError, targets
 from peftcore_lora.blocks import without_blocks
 from peftcore_lora.layer_facts import Convolution
 
@@ -66,7 +65,7 @@ def from_peft(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[s
         owner = modules.get(path.rpartition(".")[0])
         fused = getattr(owner, "fused_projections", False) is True and path.endswith(FUSED)
         if match is None or path not in there or fused:
-            raise peftcore.PeftcoreError(
+            raise PeftcoreError(
                 f"'{name.removeprefix('base_model.model.')}' has no place in a file for pipelines, which holds LoRA of "
                 "linear layers and convolutions. Leave its module out, or choose layout='peft'"
             )
@@ -101,7 +100,7 @@ def to_peft(
         ("the magnitude of DoRA", [path for path, change in changes.items() if change.magnitude is None]),
     ):
         if whose and len(whose) < len(changes):
-            raise peftcore.CheckpointError(f"some layers have {what}, and '{whose[0]}' has none: all or none must")
+            raise CheckpointError(f"some layers have {what}, and '{whose[0]}' has none: all or none must")
     first = next(iter(changes.values()))
     return tensors, {
         **others,
@@ -137,10 +136,10 @@ def complete(path: str, found: Mapping[str, Tensor], alpha: float | None, rs: bo
     """The change of the tensors "a", "b", "bias", "magnitude" that a file has of a layer; alpha None: r."""
     for name, other in (("a", "lora_A (down)"), ("b", "lora_B (up)")):
         if name not in found:
-            raise peftcore.CheckpointError(f"{other} of '{path}' is missing. The file is not whole")
+            raise CheckpointError(f"{other} of '{path}' is missing. The file is not whole")
     a, b = found["a"], found["b"]
     if a.dim() < 2 or b.dim() < 2 or a.shape[0] != b.shape[1] or not a.shape[0]:
-        raise peftcore.CheckpointError(
+        raise CheckpointError(
             f"'{path}' has A {list(a.shape)} and B {list(b.shape)}, which are no [r, in, ...] and [out, r, ...]"
         )
     return Change(a, b, float(a.shape[0]) if alpha is None else alpha, found.get("bias"), found.get("magnitude"), rs)
@@ -149,8 +148,8 @@ def complete(path: str, found: Mapping[str, Tensor], alpha: float | None, rs: bo
 def number(name: str, tensor: Tensor) -> float:
     """An alpha, which is one finite number that is not 0 (to sd-scripts 0 means r, to diffusers 0)."""
     if tensor.numel() != 1 or (not tensor.is_floating_point() and tensor.dtype.itemsize == 1):
-        raise peftcore.CheckpointError(f"'{name}' is {tensor.dtype} {list(tensor.shape)}, where one number belongs")
+        raise CheckpointError(f"'{name}' is {tensor.dtype} {list(tensor.shape)}, where one number belongs")
     value = float(tensor.item())
     if value == 0 or value != value or abs(value) == float("inf"):
-        raise peftcore.CheckpointError(f"'{name}' is {value}, which is no alpha")
+        raise CheckpointError(f"'{name}' is {value}, which is no alpha")
     return value

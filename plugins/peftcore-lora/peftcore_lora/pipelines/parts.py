@@ -6,8 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-import peftcore
-from peftcore.adaptation.class_swap import original_class
+from peftcore.plugin import PeftcoreError, original_class
 
 UNET, TRANSFORMER, TEXT_ENCODER = "unet", "transformer", "text_encoder"
 ONE_OF_TEXT = (TEXT_ENCODER, f"{TEXT_ENCODER}_2")
@@ -30,7 +29,7 @@ def parts(model: nn.Module, called: str | None) -> list[str]:
         if called
         else f"a {kind} is no part of a pipeline whose LoRA is read"
     )
-    raise peftcore.PeftcoreError(f"{what}. {known}")
+    raise PeftcoreError(f"{what}. {known}")
 
 
 def _parts(model: nn.Module) -> list[str]:

@@ -1,0 +1,96 @@
+"""`peftcore.plugin` is the whole contract: plugins import it, `peftcore` and `peftcore.ops`, and nothing else."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from imports import ROOT, dotted
+
+import peftcore
+import peftcore.plugin
+
+USERS = {*peftcore.__all__, "__version__"}
+NAMESPACES = ("targets", "validation", "ranks")  # modules of the contract, whose public names are part of it
+
+
+def sources() -> Iterator[Path]:
+    for plugin in [*ROOT.glob("plugins/*"), ROOT / "examples/plugin"]:
+        yield from sorted(file for file in plugin.rglob("peftcore_*/**/*.py") if "tests" not in file.parts)
+        yield from sorted(plugin.glob("peftcore_*.py"))
+
+
+def outside_of_the_contract(code: str) -> list[str]:
+    """Return the names of peftcore's inner modules that a plugin's source uses."""
+    allowed = {f"peftcore.{name}" for name in (*USERS, "ops", "plugin")}
+    allowed |= {f"peftcore.plugin.{name}" for name in peftcore.plugin.__all__}
+    found: set[str] = set()
+    bound: dict[str, str] = {}  # by local name
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("peftcore."):
+            bound |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            inside = f"{node.module}.".startswith("peftcore.ops.")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if not inside} - allowed
+        elif isinstance(node, ast.Import):
+            names = {alias.name for alias in node.names if f"{alias.name}.".startswith("peftcore.")}
+            bound |= {"peftcore": "peftcore"} if names else {}
+            found |= names - {"peftcore", "peftcore.plugin", "peftcore.ops"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            first, _, rest = dotted(node).partition(".")
+            full = f"{bound.get(first, '')}.{rest}".removeprefix("peftcore.plugin.")
+            namespace, _, name = full.partition(".")
+            if full.startswith("peftcore.") and full.count(".") == 1:
+                found |= {full} - allowed
+            elif namespace in NAMESPACES and name and "." not in name:
+                module = getattr(peftcore.plugin, namespace)
+                public = getattr(module, "__all__", [each for each in vars(module) if not each.startswith("_")])
+                found |= {full} - {f"{namespace}.{each}" for each in public}
+    return sorted(found)
+
+
+@pytest.mark.parametrize("file", list(sources()), ids=lambda file: str(file.relative_to(ROOT)))
+def test_plugins_import_the_contract_and_nothing_else(file: Path) -> None:
+    assert outside_of_the_contract(file.read_text()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("from peftcore.plugin import Around, targets\ntargets.select", []),
+        ("from peftcore import PeftcoreError, ops\nimport peftcore\npeftcore.apply(peftcore.ops.x)", []),
+        ("from peftcore.adaptation.adapted import inside_at", ["peftcore.adaptation.adapted.inside_at"]),
+        ("from peftcore import engine", ["peftcore.engine"]),
+        ("def f():\n    import peftcore\n    peftcore.engine.state_of(1)", ["peftcore.engine"]),
+        ("import peftcore.engine.state", ["peftcore.engine.state"]),
+        ("from peftcore.plugin import targets\ntargets.selection", ["targets.selection"]),
+        ("from peftcore.plugin import State", ["peftcore.plugin.State"]),
+    ],
+)
+def test_every_kind_of_import_is_seen(code: str, found: list[str]) -> None:
+    assert outside_of_the_contract(code) == found
+
+
+def test_the_docstring_names_the_contract() -> None:
+    documented = set(peftcore.plugin.__doc__.replace(",", " ").replace(";", " ").replace(":", " ").split())
+    assert {name for name in peftcore.plugin.__all__ if name not in documented} == set()
+    assert all(getattr(peftcore.plugin, name) is not None for name in peftcore.plugin.__all__)
+
+
+def test_users_of_models_see_no_name_of_the_contract() -> None:
+    errors = {"PeftcoreError", "PluginError", "CheckpointError"}
+    assert USERS & {*peftcore.plugin.__all__} == errors
+
+
+def test_the_suite_is_imported_when_it_is_used() -> None:
+    code = (
+        "import peftcore.plugin, sys; print('peftcore.testing' in sys.modules); "
+        "peftcore.plugin.check_method; print('peftcore.testing' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False", "True"]
+    with pytest.raises(AttributeError, match=r"module 'peftcore.plugin' has no attribute 'nonsense'"):
+        _ = peftcore.plugin.nonsense
