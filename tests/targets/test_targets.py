@@ -79,7 +79,7 @@ def test_exclusions_and_layers() -> None:
             {"target_modules": r".*(q_proj|embed_tokens)"},
             r"also matches Embedding \(such as 'model.embed_tokens'\), which this method cannot adapt. Name it in excl",
         ),
-        ({"target_modules": "(["}, r"'\(\[' is no regular expression"),
+        ({"target_modules": "(["}, r"'\(\[' cannot be used as a regular expression"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["k_pro"]}, r"exclude_modules: 'k_pro' matches no module"),
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"leaves nothing after exclude_modules"),
         (
