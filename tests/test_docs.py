@@ -58,7 +58,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def no_line(_prompt: str) -> str:
         raise EOFError
 
+    def no_picture(_what: str, _draw: object) -> str:
+        return ""
+
     monkeypatch.setattr("builtins.input", no_line)
+    monkeypatch.setattr("peftcore.cli.training_report._pictured", no_picture)  # a third of a training this short
     return tmp_path
 
 

@@ -1,4 +1,4 @@
-"""Adapters of a model: apply, activate, disable and remove, and the record of them on the model."""
+"""Apply, activate, disable and remove adapters, and keep the record of them on the model."""
 
 from peftcore.engine.activating import activate, disabled, set_active, set_trainable
 from peftcore.engine.alone import alone

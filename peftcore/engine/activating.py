@@ -1,4 +1,4 @@
-"""Which adapters act, and train: activate, disable, and what follows from it."""
+"""Activation of adapters: `activate`, `disabled`, and which parameters train."""
 
 from __future__ import annotations
 
@@ -39,9 +39,10 @@ from peftcore.method import Model
 
 @alone("activate adapters", base=True)
 def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample: bool = False) -> None:
-    """Let the adapters `names` act, in this order, and train; all others rest and are frozen.
+    """Activate the adapters `names`, in this order, and make them trainable; deactivate and freeze all others.
 
-    Those that rest on disk (`load(..., resident=False)`) come, and others go where `set_resident_limit` says so.
+    Adapters on disk (`load(..., resident=False)`) are read, and others leave memory if `set_resident_limit` requires
+    it.
 
     Args:
         per_sample: `names` has an adapter, or None, for each sample of a batch, and each sample passes through its
@@ -49,8 +50,8 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
             for beams and for several answers. For inference: the fused operator is used without gradients.
 
     Raises:
-        PeftcoreError: a name is unknown, two of them train one parameter, or the model is merged. With per_sample
-            an adapter that acts on a whole batch: prompts, prefixes and parameters of the base.
+        PeftcoreError: a name is unknown, two adapters train the same parameter, or the model is merged. With
+            per_sample, an adapter acts on a whole batch: prompts, prefixes and parameters of the base.
     """
     state = require_state(model)
     given = _names(names, per_sample)
@@ -62,7 +63,7 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
             applied(model, name)
     if len(set(chosen)) < len(chosen):
         raise PeftcoreError(
-            f"activate: an adapter is named twice in {list(chosen)}. For a name for each sample of a batch: "
+            f"activate: an adapter is named twice in {list(chosen)}. To name one for each sample of a batch, pass "
             "per_sample=True"
         )
     refuse_changed(model)
@@ -78,11 +79,10 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
 
 @contextmanager
 def disabled(model: Model) -> Iterator[Model]:
-    """Within the block the model computes what its base computes; afterwards its adapters act again.
+    """Compute with the base alone inside the block; its adapters are active again afterwards.
 
-    As with `torch.no_grad`, that holds in the thread (and asyncio task) that entered the block, and in no other. Where
-    active adapters train parameters of the base, which the block must exchange, calls of other threads wait for its
-    end.
+    As with `torch.no_grad`, this affects the thread (and asyncio task) that entered the block, and no other. If active
+    adapters train parameters of the base, which the block must swap, calls of other threads wait until it ends.
 
     Raises:
         PeftcoreError: no adapter is applied, the model is merged, or another thread keeps changing it.
@@ -110,7 +110,7 @@ def disabled(model: Model) -> Iterator[Model]:
 
 
 def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParameters]:
-    """What adapters have of their own that stands in the base's place now."""
+    """Yield the adapter-owned tensors that are in the base's place now."""
     for name in state.applied:
         own = TrainedParameters.of(model, name)
         if own is not None and (own.active or own.held):
@@ -119,7 +119,7 @@ def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParamet
 
 @alone("set what trains")
 def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
-    """Let `adapter` train when active, or keep it frozen."""
+    """Set whether `adapter` trains while it is active."""
     refuse_changed(model)
     applied(model, adapter).trainable = bool(trainable)
     state = require_state(model)
@@ -135,14 +135,14 @@ def set_active(
     *,
     base_exchanged: bool = False,
 ) -> None:
-    """Let `names` act and train in this order, and what combiners among them combine.
+    """Activate `names` in order, with the branches that combiners among them use, and let them train.
 
-    It costs what changes: adapters that rested and go on resting are not looked at, and where `names` begin with all
-    that act, only the modules of those behind them.
+    The cost is that of what changes: adapters that stay inactive are not visited, and if `names` starts with all active
+    adapters, only the modules of the new ones are.
 
     Args:
-        base_exchanged: other tensors are in place of the base's than when the chains were built, so how each module
-            stores its weight is looked up again.
+        base_exchanged: the base's tensors have been exchanged since the chains were built, so how each module stores
+            its weight is looked up again.
     """
     state = require_state(model)
     names, before, mixed_before = with_branches(state, names), state.active, state.samples is not None
@@ -153,7 +153,7 @@ def set_active(
         and len(names) > len(before)
         and names[: len(before)] == before
     )
-    # Those that come to rest first: two may have trained one parameter.
+    # Deactivated ones first: they may have trained a parameter that a new one trains.
     touched = names[len(before) :] if grows else tuple(dict.fromkeys((*(n for n in before if n not in names), *names)))
     own = {name: tensors for name in touched if (tensors := TrainedParameters.of(model, name)) is not None}
     take_own_parameters_off(model, state)
@@ -186,7 +186,7 @@ def set_active(
 def _let_act(
     model: nn.Module, state: State, acting: Sequence[str], touched: Sequence[str] | None, *, same_base: bool
 ) -> None:
-    """Build the chains of the modules to which adapters `touched` are attached; None: of all."""
+    """Build the chains of the modules to which adapters `touched` are attached, or of all modules if None."""
     known = intact(model, state)
     modules: Iterable[nn.Module]
     if touched is None:
@@ -201,7 +201,7 @@ def _let_act(
 
 
 def _let_samples_choose(model: nn.Module, state: State) -> None:
-    """Let all modules ask at their calls which adapter a sample has; where they do so already nothing is done."""
+    """Make all modules look up each sample's adapter when they are called."""
     known = intact(model, state)
     if known is not None and known.per_sample:
         return
@@ -214,14 +214,14 @@ def _let_samples_choose(model: nn.Module, state: State) -> None:
 
 
 def _all_modules(model: nn.Module, state: State) -> list[nn.Module]:
-    """Those at which adapters stand."""
+    """Return the modules to which adapters are attached."""
     if state.intact is not None:
         return list(state.intact.modules.values())
     return list(dict.fromkeys(module for name in state.applied for _, module in modules_with(model, state, name)))
 
 
 def _let_train(model: nn.Module, state: State, touched: Iterable[str], training: Collection[str]) -> None:
-    """Let the parameters of those adapters ask for gradients that train, and of others among `touched` not."""
+    """Set `requires_grad` on the adapters that train; clear it on the others in `touched`."""
     for name in touched:
         entry, trains = state.applied[name], name in training
         if trains or not entry.frozen:
@@ -231,7 +231,7 @@ def _let_train(model: nn.Module, state: State, touched: Iterable[str], training:
 
 
 def _parameters(model: nn.Module, state: State, name: str) -> Iterator[nn.Parameter]:
-    """As `adapter_parameters`, without their names, in a third of its time."""
+    """Yield the parameters of an adapter, like `adapter_parameters` without names, three times faster."""
     for _, module in modules_with(model, state, name):
         for part in parts(adapted.adapters_at(module)[name]):
             yield from (parameter for parameter in part._parameters.values() if parameter is not None)
@@ -243,10 +243,10 @@ def _parameters(model: nn.Module, state: State, name: str) -> Iterator[nn.Parame
 def _names(names: Any, per_sample: bool) -> tuple[str | None, ...]:
     names = (names,) if isinstance(names, str) else names
     if not isinstance(names, Sequence) or not all(name is None or isinstance(name, str) for name in names):
-        raise PeftcoreError(f"activate takes a name or a list of names, found {names!r}. To let none act: []")
+        raise PeftcoreError(f"activate takes a name or a list of names, found {names!r}. Pass [] to activate none")
     if None in names and not per_sample:
         raise PeftcoreError(
-            f"activate: None in {list(names)} leaves a sample of a batch without an adapter, with per_sample=True. "
-            "For the whole batch leave it out"
+            f"activate: None in {list(names)} means a sample without an adapter, which needs per_sample=True. For the "
+            "whole batch, leave None out"
         )
     return tuple(names)

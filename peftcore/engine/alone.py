@@ -1,4 +1,4 @@
-"""What changes a model does so alone: no thread calls it or changes it meanwhile."""
+"""Exclusive access for functions that change a model: no other thread calls or changes it meanwhile."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def alone(what: str, *, base: bool = False) -> Callable[[Function], Function]:
-    """For functions that change a model, their first argument: other threads neither call nor change it meanwhile.
+    """Decorate a function that changes a model, its first argument, to run without calls or changes by other threads.
 
     Args:
-        what: for messages, such as `merge`.
-        base: the base is changed too, which `disabled` shows, so open blocks of other threads are waited for.
+        what: what the function does, for messages, such as `merge`.
+        base: the base changes, too, so the function waits for open `disabled` blocks of other threads.
     """
 
     def decorate(function: Function) -> Function:

@@ -1,4 +1,4 @@
-"""Apply and remove adapters."""
+"""Application and removal of adapters."""
 
 from __future__ import annotations
 
@@ -61,25 +61,25 @@ def apply(
     batches: Iterable[Any] | None = None,
     **fields: Any,
 ) -> Model:
-    """Fine-tune `model` by `method`: freeze its parameters and give it a trainable, active adapter.
+    """Freeze the parameters of `model` and attach a trainable, active adapter of `method`.
 
     Args:
-        method: name of an installed method, with the fields of its config as keywords, or a config object: its own, or
-            one of Hugging Face PEFT's, which means what it would mean in a file.
-        adapter: name of the new adapter. Adapters that stand already stay, active and trainable.
-        dtype: of the adapter's parameters; by default float32 beside a 16-bit or quantized base, so that
-            small updates are not rounded away, else the dtype of the layer.
-        batches: for methods whose first values depend on data. Each is what the model is called with: a mapping of
-            keyword arguments (with `labels`, where a method asks for gradients), a tuple of others, or a tensor. They
-            are read while adapters that act already do, and this one rests.
+        method: name of an installed method, with the fields of its config as keywords, or a config object of the method
+            or of Hugging Face PEFT, which means what it would mean in a file.
+        adapter: name of the new adapter. Existing adapters stay active and trainable.
+        dtype: dtype of the adapter's parameters; by default float32 on a 16-bit or quantized base, so that small
+            updates are not rounded away, else the dtype of the layer.
+        batches: data for methods that initialise from data. Each batch is a mapping of keyword arguments for the model
+            (with `labels` if the method needs gradients), a tuple of positional arguments, or a tensor. The model
+            runs them with the adapters that are already active, without the new one.
 
     Returns:
-        The same model, changed in place.
+        `model`, changed in place.
 
     Raises:
         PluginError: the method is not installed or broken.
-        PeftcoreError: a field, pattern or name is wrong, or first values cannot be found. The model is then as it was
-            but for what the method has prepared, such as a base in 4 bits.
+        PeftcoreError: a field, pattern or name is wrong, or the adapter cannot be initialised. The model is then
+            unchanged except for what the method has prepared, such as a base in 4 bits.
     """
     return _apply(model, method, fields, adapter, dtype, batches, first_values=True)
 
@@ -94,12 +94,12 @@ def apply_to_fill(
     acts: bool = True,
     trainable: bool = True,
 ) -> Model:
-    """As `apply`, for an adapter whose values are there already and will be filled in.
+    """Attach an adapter like `apply`, without initialising it: its values will be filled in.
 
     Args:
-        config: or what it places, on the meta device: the adapter's tensors are then made without first values.
-        acts: False: it rests, and what acts is left alone, though each sample of a batch have its own.
-        trainable: False: it is frozen, as by `set_trainable`.
+        config: the config, or a `Placed` on the meta device, whose tensors are then allocated without values.
+        acts: activate the adapter. If False, the active adapters stay as they are, also with one for each sample.
+        trainable: whether the adapter trains, as in `set_trainable`.
     """
     return _apply(model, config, {}, adapter, dtype, None, first_values=False, acts=acts, trainable=trainable)
 
@@ -132,7 +132,7 @@ def _apply(
         initialize, its_config = initializer(placed.method, placed.config) if first_values else (None, None)
         if batches is not None and initialize is None:
             here = "" if placed.method.initialize is None else " with these fields"
-            raise PeftcoreError(f"{placed.method.name} takes no first values from data{here}. Leave batches out")
+            raise PeftcoreError(f"{placed.method.name} does not initialise from data{here}. Leave batches out")
         check_branches(model, state, adapter, placed.around)
         refuse_without_gradient(model, placed, trains=first_values)
         refuse_divided(model, placed)
@@ -197,9 +197,10 @@ def _apply(
 def _settle(
     adapter: nn.Module, device: torch.device | None, dtype: torch.dtype, training: bool, made: dict[Any, Any]
 ) -> None:
-    """`adapter.to(device, dtype).train(training).requires_grad_(False)`, of which most is done already.
+    """Do `adapter.to(device, dtype).train(training).requires_grad_(False)`, skipping what is already so.
 
-    What is on the meta device is given memory, and no values; `made` has what was, which adapters may share.
+    Tensors on the meta device are allocated without values. `made` maps them to the allocated ones, which adapters may
+    share.
     """
     fits, is_set, gets_memory = True, True, device is not None and device.type != "meta"
     for module in parts(adapter):
@@ -229,7 +230,7 @@ def _settle(
 
 
 def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[str]) -> list[str]:
-    """The model, and every module in which something is placed: calls of them are calls of the model."""
+    """Return the paths of the model and of every ancestor of an adapted module, whose calls take the model's lock."""
     owners = {name.rpartition(".")[0] for name in (*trained, *tied_to(model, trained))}
     inner = [*paths, *(f"{owner}.parameter" for owner in owners)]
     enclosing_paths = {""}
@@ -242,7 +243,7 @@ def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[s
 
 @alone("remove adapters", base=True)
 def remove(model: Model, adapter: str = "default") -> Model:
-    """Take an adapter off. With the last one gone the model is, bit for bit, what it was before `apply`."""
+    """Remove an adapter. Removing the last one restores the model bit for bit to what it was before `apply`."""
     state = require_state(model)
     if not isinstance(adapter, str) or adapter not in state.resting:
         applied(model, adapter)
@@ -260,10 +261,10 @@ def remove(model: Model, adapter: str = "default") -> Model:
 
 
 def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
-    """Take an adapter off that is in memory, though it may rest on disk and come again.
+    """Detach an adapter that is in memory; one that is also on disk can be read again.
 
     Returns:
-        By path, what has become of modules that were changed meanwhile, and are left as they are.
+        By path, how modules were changed after `apply`; these are left as they are.
     """
     state = require_state(model)
     refuse_needed(state, adapter, "remove")
@@ -288,13 +289,13 @@ def take_off(model: nn.Module, adapter: str) -> dict[str, str]:
     inside = set(_enclosing_paths(model, state.sites, tuple(trained))) if state.applied else set()
     for path, module in adapted.base_modules(model):
         if path in inside and module in there:
-            enclosing.enclose(module, state.lock)  # what has lost this adapter holds those of others
+            enclosing.enclose(module, state.lock)  # it has lost this adapter, and contains others
     _let_base_go(model, state)
     return left
 
 
 def _let_base_go(model: nn.Module, state: State) -> dict[str, str]:
-    """With no adapter left, in memory or on disk, the base is what it was before the first."""
+    """Restore the base if no adapter is left in memory or on disk."""
     if not state.applied and not state.resting:
         for name, parameter in adapted.base_parameters(model):
             parameter.requires_grad_(state.requires_grad.get(name, parameter.requires_grad))
@@ -307,12 +308,12 @@ def _let_base_go(model: nn.Module, state: State) -> dict[str, str]:
 
 
 def refuse_resting(model: nn.Module, adapter: str) -> None:
-    """Raise a PeftcoreError if an adapter of this name rests on disk."""
+    """Raise a PeftcoreError if an adapter with this name is registered on disk."""
     state = state_of(model)
     if state is not None and adapter in state.resting:
         raise PeftcoreError(
-            f"an adapter '{adapter}' rests on disk already ('{state.resting[adapter].folder}'). Give another name "
-            f"(adapter=...), or forget it first: peftcore.remove(model, '{adapter}')"
+            f"an adapter '{adapter}' is registered on disk already ('{state.resting[adapter].folder}'). Choose another "
+            f"name (adapter=...), or remove it first: peftcore.remove(model, '{adapter}')"
         )
 
 
@@ -340,11 +341,11 @@ def _check_new(adapter: str, state: State) -> None:
     if adapter in state.applied:
         raise PeftcoreError(
             f"an adapter '{adapter}' is applied already ({state.applied[adapter].method}). "
-            f"Give another name (adapter=...), or take it off first: peftcore.remove(model, '{adapter}')"
+            f"Choose another name (adapter=...), or remove it first: peftcore.remove(model, '{adapter}')"
         )
 
 
 def check_dtype(dtype: Any) -> None:
-    """Raise a PeftcoreError unless `dtype` is None or one that an adapter can have."""
+    """Raise a PeftcoreError unless `dtype` is None or a floating-point dtype."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise PeftcoreError(f"dtype must be a floating torch.dtype such as torch.bfloat16, found {dtype!r}")

@@ -1,7 +1,7 @@
 """Combiners: adapters that call others of their module as branches (`Around(..., branches=...)`).
 
-While a combiner is active so are those that it combines, but they act through it alone. It freezes them when it is
-applied; `set_trainable` lets them train with it.
+While a combiner is active, so are its branches, but only through it. Applying a combiner freezes its branches;
+`set_trainable` lets them train with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peftcore.method import After, Around
 
 
 def check_branches(model: nn.Module, state: State, adapter: str, around: Iterable[Around | After]) -> None:
-    """Raise a PeftcoreError unless each branch of the new `adapter` stands where it is to be combined."""
+    """Raise a PeftcoreError unless each branch of the new `adapter` is attached where it is to be combined."""
     for placement in around:
         names = placement.branches if isinstance(placement, Around) else ()
         for name in names:
@@ -27,19 +27,19 @@ def check_branches(model: nn.Module, state: State, adapter: str, around: Iterabl
             if name not in state.applied:
                 there = f"applied: {', '.join(state.applied)}" if state.applied else "none is applied"
                 raise PeftcoreError(
-                    f"'{adapter}' combines the adapter '{name}', which is not there ({there}). First apply or load it: "
+                    f"'{adapter}' combines '{name}', which is not applied ({there}). Apply or load it first: "
                     f"peftcore.load(model, folder, adapter='{name}')"
                 )
             entry, own = state.applied[name], TrainedParameters.of(model, name)
             why = f"combines others itself ({', '.join(entry.branches)})" if entry.branches else None
             if entry.trained or (own is not None and own.has_moved(model)):
-                why = "trains parameters of the base, which are no branch of a call"
+                why = "trains parameters of the base, which cannot be a branch of a call"
             if why:
                 raise PeftcoreError(f"'{adapter}' cannot combine '{name}' ({entry.method}): it {why}")
             if name not in (adapters_of(model.get_submodule(placement.path)) or ()):
                 raise PeftcoreError(
-                    f"'{adapter}' combines '{name}' at '{placement.path}', where '{name}' ({entry.method}) does not "
-                    f"stand. It stands at {', '.join(map(repr, entry.paths[:3]))}"
+                    f"'{adapter}' combines '{name}' at '{placement.path}', where '{name}' ({entry.method}) is not "
+                    f"attached. It is attached to {', '.join(map(repr, entry.paths[:3]))}"
                 )
 
 
@@ -58,13 +58,13 @@ def release_branches(state: State, adapter: str) -> None:
 
 
 def with_branches(state: State, names: Sequence[str]) -> tuple[str, ...]:
-    """`names`, and before each combiner among them what it combines and they do not name."""
+    """Return `names` with the branches of each combiner before it, unless they are named themselves."""
     every = (each for name in names for each in (*(b for b in state.applied[name].branches if b not in names), name))
     return tuple(dict.fromkeys(every))
 
 
 def combined(state: State, names: Sequence[str]) -> set[str]:
-    """Those that combiners among the active `names` combine, so that they do not act by themselves."""
+    """Return the branches of the combiners among the active `names`, which are not active by themselves."""
     return {branch for name in names for branch in state.applied[name].branches}
 
 

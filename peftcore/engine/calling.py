@@ -1,4 +1,4 @@
-"""What adapters are told of a call of their model beside its own arguments."""
+"""Call arguments that are passed to adapters rather than to the model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from peftcore.errors import PeftcoreError, nearest
 
 @contextmanager
 def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
-    """Within the block each call of `model` gives its adapters `values`, such as task_ids, too.
+    """Pass `values`, such as task_ids, to the adapters in each call of `model` inside the block.
 
-    As `model(..., task_ids=t)` does for one call, which comes before. It holds in the thread (and asyncio task) that
-    entered the block. `generate` repeats tensors for each row's beams.
+    `model(..., task_ids=t)` does it for one call, and takes precedence. The block affects the thread (and asyncio task)
+    that entered it. `generate` repeats tensors for the beams of each row.
 
     Raises:
         PeftcoreError: no adapter is applied, or none reads an argument of that name.
@@ -27,8 +27,8 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
     names = context.names if context is not None else frozenset()
     for name in values:
         if name not in names:
-            there = f"They read: {', '.join(sorted(names))}" if names else "They read none"
-            raise PeftcoreError(f"no adapter of the model reads an argument '{name}'{nearest(name, names)}. {there}")
+            there = f"They read: {', '.join(sorted(names))}" if names else "They read no arguments"
+            raise PeftcoreError(f"no adapter of the model reads the argument '{name}'{nearest(name, names)}. {there}")
     if context is None:
         yield
         return
@@ -37,7 +37,7 @@ def call_arguments(model: nn.Module, **values: Any) -> Iterator[None]:
 
 
 def ask_of_calls(state: State) -> None:
-    """Let calls of `model` be noted for adapters that read them, active or not, and where samples have their own."""
+    """Record calls of the model if an adapter, active or not, reads them, or if samples have their own adapters."""
     before = state.lock.context
     reads = [entry.reads for entry in state.applied.values() if entry.reads is not None]
     state.lock.context = context_for(reads, before)
@@ -46,6 +46,6 @@ def ask_of_calls(state: State) -> None:
 
 
 def note_calls(state: State) -> None:
-    """Let calls of the model be noted, which tell how many tokens a sample has."""
+    """Record calls of the model, which have the number of tokens of each sample."""
     if state.lock.context is None:
         state.lock.context = CallContext()

@@ -1,7 +1,7 @@
-"""What has become of a model since adapters were applied: modules that were replaced, resized or parametrized.
+"""Detection of modules that were replaced, resized or parametrized after adapters were applied.
 
-An adapter at such a module is not called any more, or does not fit it. Nothing is repaired: whoever reads or changes
-adapters is told which module it is, and `remove` takes off what is still there.
+An adapter of such a module is not called any more, or does not fit it. Nothing is repaired: functions that read or
+change adapters raise an error that names the module, and `remove` detaches what is still attached.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Site:
     """A module that has adapters.
 
     Args:
-        facts: what it was before the first one.
-        adapters: how many stand there.
+        facts: the shapes of its parameters before the first adapter.
+        adapters: how many adapters it has.
     """
 
     facts: Facts
@@ -34,8 +34,8 @@ class Site:
 
 
 def facts(module: nn.Module) -> Facts:
-    """The shape of each parameter of `module` itself, by name; of one that is parametrized an empty one."""
-    # Of other classes, such as bitsandbytes' or DTensor, the shape may change with the device. ZeRO-3 empties its own.
+    """Return the shape of each of the module's own parameters by name; empty for a parametrized one."""
+    # Other classes, such as bitsandbytes' or DTensor, may change shape with the device. ZeRO-3 empties its parameters.
     plain = {name: p for name, p in module._parameters.items() if p is not None}
     found = {n: tuple(getattr(p, "ds_shape", p.shape)) if type(p) is nn.Parameter else () for n, p in plain.items()}
     return {**found, **{f"parametrizations.{name}": () for name in getattr(module, "parametrizations", ())}}
@@ -49,12 +49,12 @@ def changes(
     adapter: str | None = None,
     shapes: bool = True,
 ) -> Iterator[tuple[str, str]]:
-    """(path, what has become of it) of every module of `sites` that is not as it was.
+    """Yield (path, how it changed) for every module of `sites` that has changed.
 
     Args:
-        lock: of the model.
-        adapter: the one that must stand there; None: all that did.
-        shapes: compare the parameters, too; not while the model is merged.
+        lock: the lock of the model.
+        adapter: the adapter that must be attached, or None for all that were.
+        shapes: compare parameters, too; False while the model is merged.
     """
     for path, site in sites:
         module = _there(model, path)
@@ -70,7 +70,7 @@ def changes(
 
 
 def changes_of_trained(model: nn.Module, adapter: str, lock: ModelLock) -> Iterator[tuple[str, str]]:
-    """The same of the parameters that `adapter` trains, by their slots, and of the modules that hold them."""
+    """Yield (path, how it changed) for the parameters that `adapter` trains and the modules that own them."""
     own = TrainedParameters.of(model, adapter)
     if own is None:
         return
@@ -82,7 +82,7 @@ def changes_of_trained(model: nn.Module, adapter: str, lock: ModelLock) -> Itera
 
 
 def standing(model: nn.Module, adapter: str, paths: Iterable[str], lock: ModelLock) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of those at which `adapter` still stands."""
+    """Yield (path, module) where `adapter` is still attached."""
     for path in paths:
         module = _there(model, path)
         if module is not None and _replaced(module, lock) is None and adapter in adapters_at(module):
@@ -90,7 +90,7 @@ def standing(model: nn.Module, adapter: str, paths: Iterable[str], lock: ModelLo
 
 
 def with_adapter(model: nn.Module, adapter: str, paths: Iterable[str]) -> Iterator[nn.Module]:
-    """What has `adapter` at these paths, copies and modules of another class included."""
+    """Yield the modules at `paths` that have `adapter`, including copies and modules of another class."""
     for path in paths:
         module = _there(model, path)
         if module is not None and CHILD in module._modules and adapter in adapters_at(module):
@@ -120,7 +120,7 @@ def _differs(module: nn.Module, was: Facts) -> str | None:
 
 
 def submodule(model: nn.Module, path: str) -> nn.Module:
-    """That of `get_submodule`, in a fifth of its time where every step is a child."""
+    """Return the module at `path`, like `get_submodule` and usually five times faster."""
     module = model
     for name in path.split(".") if path else ():
         child = module._modules.get(name)

@@ -1,4 +1,4 @@
-"""Refusals of models whose computation is divided over ranks: tensor and pipeline parallelism."""
+"""Refusals of models under tensor or pipeline parallelism."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from peftcore.method import PrefixKV, SoftPrompt
 
 
 def refuse_stage(model: nn.Module) -> None:
-    """Raise a PeftcoreError where this rank has some of the model's layers only, a stage of a pipeline."""
+    """Raise a PeftcoreError if this rank has only a pipeline stage of the model."""
     if getattr(model, "_pp_stage", None) is not None:  # of transformers, for pp_size > 1
         raise PeftcoreError(
-            "the model is divided into stages of a pipeline (pp_size), and this rank has some of its layers only: an "
-            "adapter would be of these alone, and no gradient crosses the stages. Load the model without pp_size, "
-            "apply, and share it out by peftcore.shard(model), or load it by peftcore.load_sharded(folder)"
+            "the model is divided into stages of a pipeline (pp_size), and this rank has only some of its layers: an "
+            "adapter would cover these alone, and no gradient crosses the stages. Load the model without pp_size, "
+            "apply, and call peftcore.shard(model), or load it with peftcore.load_sharded(folder)"
         )
 
 
 def refuse_divided(model: nn.Module, placed: Placed) -> None:
-    """Raise a PeftcoreError where an adapter would act on a weight of which each rank computes with a part.
+    """Raise a PeftcoreError if tensor parallelism splits a layer that an adapter would change.
 
-    So it is in tensor parallelism. What is outside such layers is whole on every rank, and so are their gradients.
+    Other layers, and their gradients, are whole on every rank.
     """
     if not ranks.is_sharded(model):
         return
@@ -57,5 +57,5 @@ def refuse_divided(model: nn.Module, placed: Placed) -> None:
 
 
 def submodule_parameters(model: nn.Module, path: str) -> list[str]:
-    """Names of the parameters that the module at `path` itself has."""
+    """Return the names of the own parameters of the module at `path`."""
     return [name for name, parameter in model.get_submodule(path)._parameters.items() if parameter is not None]

@@ -1,4 +1,4 @@
-"""Adapters that a method places at layers of single experts, `experts.3.down_proj`, joined to one of their module."""
+"""Adapters of single experts (`experts.3.down_proj`), joined into one adapter of the module of experts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from peftcore.method import After, Around
 
 
 def each_expert(model: nn.Module, method: str, path: str, placements: Sequence[Around | After]) -> WeightChanges:
-    """What stands at the module of experts at `path`: an adapter for each expert of each of its weights.
+    """Return the adapter of the module of experts at `path`: one for each expert of each of its weights.
 
     Raises:
-        PeftcoreError: some experts of a weight have none, or their adapters cannot tell what an expert is given.
+        PeftcoreError: some experts of a weight have none, or an adapter must know which sample a row belongs to.
     """
     layout: Any = experts_layout(model.get_submodule(path))
     by_name: dict[str, dict[int, Around | After]] = {}
@@ -27,7 +27,7 @@ def each_expert(model: nn.Module, method: str, path: str, placements: Sequence[A
         _, name, expert = split_expert_path(model, placement.path) or ("", "", 0)
         if expert in by_name.setdefault(name, {}):
             raise PeftcoreError(
-                f"{method} places two adapters at '{placement.path}'; one module takes one of each name"
+                f"{method} places two adapters at '{placement.path}'; a module takes one adapter of each name"
             )
         by_name[name][expert] = placement
     changes: dict[str, nn.Module] = {}
@@ -45,24 +45,24 @@ def each_expert(model: nn.Module, method: str, path: str, placements: Sequence[A
 
 
 def weight_of_expert(path: str, placement: Any) -> str | None:
-    """The full name of the stacked weight, of the module at `path`, at one expert of which `placement` is; or None."""
+    """Return the full name of the stacked weight if `placement` is at one of its experts, else None."""
     own = getattr(placement, "path", path)
     return f"{path}.{own.rpartition('.')[2]}" if own != path else None
 
 
 def one_by_one(placements: Mapping[str, Sequence[Any]]) -> bool:
-    """Do some of these, by the path of their module, stand at single experts?"""
+    """Return whether some of the placements, by the path of their module, are at single experts."""
     return any(weight_of_expert(path, each) is not None for path, placed in placements.items() for each in placed)
 
 
 def _refuse_unfit(method: str, path: str, placement: Around | After) -> None:
-    """Of adapters that ask what the model was called with, or treat all rows of a call as one batch."""
+    """Raise a PeftcoreError if the adapter reads the call, mixes the rows of a call, or combines others."""
     asks = asked([placement.adapter]) is not None
     whole = any(getattr(module, "whole_batch", False) for module in placement.adapter.modules())
     branches = isinstance(placement, Around) and placement.branches
     if asks or whole or branches:
         why = "reads the call of the model" if asks else "mixes the rows of a call" if whole else "combines others"
         raise PeftcoreError(
-            f"{method} {why}, and the experts of '{path}' are given rows of which it is not known whose they are. "
-            "Leave them out of target_modules"
+            f"{method} {why}, but the experts of '{path}' do not know which sample a row belongs to. Leave them out of "
+            "target_modules"
         )

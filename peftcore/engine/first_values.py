@@ -1,4 +1,4 @@
-"""First values of an adapter, from the base's weights or from data: `Method.initialize`."""
+"""Initialisation of an adapter from the base's weights or from data: `Method.initialize`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peftcore.registry import registry
 
 
 def initializer(method: Method, config: Any) -> tuple[Any, Any]:
-    """(`initialize` of `method`, or of the one that it is recorded as; its config); None where nothing is to do."""
+    """Return (`initialize`, config) of `method` or of the one that it is recorded as; None if nothing is to be done."""
     if method.initialize is None and method.recorded_as is not None:
         config = method.recorded_as(config)
         method = registry.method_of_config(config)
@@ -30,21 +30,22 @@ def initializer(method: Method, config: Any) -> tuple[Any, Any]:
 
 
 def takes_batches(method: str, fields: dict[str, Any]) -> bool:
-    """Has the method `method`, with these fields, first values for its adapters, which it may take from data?"""
+    """Return whether `method` with these fields has an `initialize`, which may use data."""
     chosen = registry.method(method)
     try:
         return initializer(chosen, chosen.config_class(**fields))[0] is not None
-    except TypeError:  # of a field that is not known, which `apply` names
+    except TypeError:  # an unknown field, which `apply` reports
         return False
 
 
 def give_first_values(
     model: nn.Module, adapter: str, initialize: Any, method: str, config: Any, batches: Iterable[Any] | None
 ) -> None:
-    """Let `initialize` give the resting `adapter` its values; nothing else of the model is changed by it.
+    """Initialise the inactive `adapter`, and check that nothing else of the model changes.
 
     Raises:
-        PluginError: it has changed the base, or its values are not finite.
+        PluginError: `initialize` changed the base.
+        PeftcoreError: the values are not finite.
     """
     before = _base(model)
     try:
@@ -63,22 +64,24 @@ def give_first_values(
         changed = next((name for name, facts in _base(model).items() if before.get(name) != facts), None)
         if changed is not None:
             raise PluginError(
-                f"{method} has changed '{changed}' of the base while it gave its adapter first values. It may change "
-                "the adapter alone. Load the base anew, and tell the plugin's author"
+                f"{method} has changed '{changed}' of the base while initialising its adapter. It may change only the "
+                "adapter. Load the base again, and report this to the plugin's author"
             )
     for path, module in adapter_modules(model, adapter):
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
                 raise PeftcoreError(
-                    f"the first values that {method} gives '{name}' at '{path}' are not finite. The base, or what it "
-                    "makes of the batches, is not, or they are too few"
+                    f"{method} initialises '{name}' at '{path}' with values that are not finite. Check the base and "
+                    "the batches for NaN and Inf, or pass more batches"
                 )
 
 
 @contextmanager
 def as_it_was(model: nn.Module, adapters: Iterable[str]) -> Iterator[None]:
-    """Within the block the base and `adapters` evaluate. Behind it their mode, their gradients, moving buffers, and
-    PyTorch's random numbers, are what they were before."""
+    """Put the base and `adapters` into evaluation mode inside the block.
+
+    Afterwards their mode, their gradients, moving buffers and PyTorch's random state are as before.
+    """
     trees = [top for name in adapters for _, top in adapter_modules(model, name)]
     modules = [*(module for _, module in base_modules(model)), *(module for top in trees for module in top.modules())]
     modes = {module: module.training for module in modules}
@@ -108,7 +111,7 @@ def as_it_was(model: nn.Module, adapters: Iterable[str]) -> Iterator[None]:
 
 
 def _base(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """By name, which tensor of the base it is and how often it was written; without those that training moves."""
+    """Return {name: (identity, version)} of the base's tensors, without buffers that training moves."""
     moving = {id(buffer) for _, buffer in moving_buffers(model)}
     found: dict[str, tuple[int, int]] = {}
     for path, module in base_modules(model):

@@ -1,4 +1,4 @@
-"""Where adapters would get no gradient, or a wrong one, for what the frozen model does to it on its way."""
+"""Detection of adapters that would get no gradient, or a wrong one, because of how the frozen model computes."""
 
 from __future__ import annotations
 
@@ -17,33 +17,32 @@ from peftcore.observation import observe
 
 
 def refuse_without_gradient(model: nn.Module, placed: Placed, trains: bool) -> None:
-    """Raise if what is trained there would not learn, or learn something else.
+    """Raise a PeftcoreError if adapters would get no gradient, or a wrong one.
 
     Args:
-        trains: False: adapters are only read, so that a warning is enough where a gradient is cut off.
+        trains: whether the adapters are to be trained; if not, a gradient that is cut off is only a warning.
 
     Raises:
-        PeftcoreError: adapters would lie in a `torch.autograd.Function` whose input asks for no gradient, or the
-            product with a weight that another library has wrapped lets none through to its input.
+        PeftcoreError: adapters would be inside a `torch.autograd.Function` whose input requires no gradient, or the
+            product with a weight that another library has wrapped passes none to its input.
     """
     _refuse_in_function(model, placed)
     cut = _cut_off(model)
     if cut is not None:
         path, weight = cut
         what = (
-            f"the product with '{path}.weight' ({type(weight).__name__}) gives its input no gradient, so that what "
-            "lies before it learns nothing, or from a part of what it does"
+            f"the product with '{path}.weight' ({type(weight).__name__}) gives its input no gradient, so adapters "
+            "before it learn nothing, or only from a part of their effect"
         )
         if trains:
             raise PeftcoreError(
-                f"{what}. Quantize weights alone, and not what they are multiplied with, or take 4 bits of "
-                "peftcore's own: peftcore.quantize"
+                f"{what}. Quantize the weights without the inputs, or use 4 bits of peftcore: peftcore.quantize"
             )
-        warnings.warn(f"{what}: it can be used, and not be trained", stacklevel=5)
+        warnings.warn(f"{what}: it can be used but not trained", stacklevel=5)
 
 
 def _refuse_in_function(model: nn.Module, placed: Placed) -> None:
-    """Layers in a `torch.autograd.Function` (Reformer's reversible ones) learn only where its input asks for it."""
+    """Refuse layers in a `torch.autograd.Function` (Reformer's), which learn only if its input requires gradients."""
     inside = observe(model).in_function
     if not inside or getattr(model, "_require_grads_hooks", None):
         return
@@ -54,13 +53,13 @@ def _refuse_in_function(model: nn.Module, placed: Placed) -> None:
     what = f"{type(model).__name__} runs '{lost}' inside a torch.autograd.Function, so what is trained there gets no "
     if hasattr(model, "enable_input_require_grads"):
         raise PeftcoreError(
-            f"{what}gradient while no input asks for one. Before apply: model.enable_input_require_grads()"
+            f"{what}gradient unless an input requires one. Before apply, call model.enable_input_require_grads()"
         )
     warnings.warn(f"{what}gradient unless the inputs have requires_grad=True", stacklevel=5)
 
 
 def _cut_off(model: nn.Module) -> tuple[str, Tensor] | None:
-    """(path, weight) of a linear layer whose wrapped weight lets no gradient through; one of each kind is run."""
+    """Return (path, weight) of a linear layer whose wrapped weight passes no gradient; one of each kind is run."""
     seen = set()
     for path, module in base_modules(model):
         weight: Any = module._parameters.get("weight")
@@ -79,8 +78,8 @@ def _lets_through(module: nn.Module, weight: Tensor) -> bool:
         try:
             y = original_forward(module)(module, x)
         except Exception:
-            return True  # the model's own calls say why
+            return True  # a call of the model raises the error
         try:
             return bool(torch.autograd.grad(y.float().sum(), x)[0].isfinite().any())
-        except (RuntimeError, NotImplementedError):  # it is no function of x, or its derivative is not known
+        except (RuntimeError, NotImplementedError):  # not a function of x, or without a derivative
             return False

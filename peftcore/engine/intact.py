@@ -1,7 +1,7 @@
-"""Whether the modules that have adapters are still what they were: objects compared, without a walk in Python.
+"""Fast check that modules with adapters are unchanged: objects are compared, without a walk in Python.
 
-`changes` says what has become of each module. That takes longer than what else a change of adapters costs, so it is
-asked only where something here differs.
+`changes` finds out how a module changed. It takes longer than everything else in a change of adapters, so it runs only
+if this check fails.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _shape = attrgetter("shape")
 
 
 class Intact:
-    """The modules that have adapters, each as it was when nothing had become of it.
+    """Snapshot of the modules that have adapters, while they are unchanged.
 
     Args:
-        sites: by path of the module. modules: likewise.
-        per_sample: each sample of a batch has its own adapter at all of them.
+        sites, modules: by path of the module.
+        per_sample: whether all of them look up the adapter of each sample.
     """
 
     def __init__(self, model: nn.Module, sites: Mapping[str, Site], modules: Mapping[str, nn.Module], lock: ModelLock):
@@ -47,7 +47,7 @@ class Intact:
 
     @staticmethod
     def of(model: nn.Module, sites: Mapping[str, Site], lock: ModelLock) -> Intact | None:
-        """The modules `sites` of `model`; None where something has become of one, or one is not found by its path."""
+        """Return a snapshot of the modules `sites`; None if one has changed or is not found by its path."""
         modules = {path: _at(model, path) for path in sites}
         found = {path: module for path, module in modules.items() if module is not None}
         if not sites or len(found) < len(sites) or next(changes(model, sites.items(), lock), None) is not None:
@@ -55,7 +55,7 @@ class Intact:
         return Intact(model, sites, found, lock)
 
     def still(self, sites: Mapping[str, Site]) -> bool:
-        """Are all modules with adapters, `sites`, these, and as they were? Nothing of the base is trained, either."""
+        """Return whether `sites` are exactly these modules, unchanged, and no parameter of the base is trained."""
         return (
             len(sites) == len(self.sites)
             and TRAINED not in self._model
@@ -67,13 +67,13 @@ class Intact:
         )
 
     def _facts(self) -> tuple[list[type], list[Any]]:
-        """(class of each parameter, shapes of the plain ones)."""
+        """Return (class of each parameter, shapes of the plain ones)."""
         now = [table.get(name) for table, name in self._slots]
         return list(map(type, now)), [_shape(each) for each in now if type(each) is nn.Parameter]
 
 
 def _way(model: nn.Module, path: str) -> list[tuple[dict[str, Any], str, nn.Module]]:
-    """(children of a module, name of one, it) on the way to `path`."""
+    """Return (children of a module, name of a child, the child) for each step to `path`."""
     found = []
     module: Any = model
     for name in path.split(".") if path else ():
@@ -83,7 +83,7 @@ def _way(model: nn.Module, path: str) -> list[tuple[dict[str, Any], str, nn.Modu
 
 
 def _at(model: nn.Module, path: str) -> nn.Module | None:
-    """The module at `path`, where each step there is a child."""
+    """Return the module at `path`; None if a step is not a child."""
     module: nn.Module | None = model
     for name in path.split(".") if path else ():
         module = None if module is None else module._modules.get(name)

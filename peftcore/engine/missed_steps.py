@@ -1,4 +1,4 @@
-"""Notice of training that does not call `after_step`, on which the methods of some adapters depend.
+"""Warning about training loops that do not call `after_step`, on which some methods depend.
 
 PyTorch calls a hook after each step of any optimizer. It is registered while an adapter waits for its first
 `after_step`; at the second optimizer step without one, a warning says so once.
@@ -21,7 +21,7 @@ from peftcore.events import adapter_applied
 from peftcore.registry import registry
 
 _waiting: WeakSet[nn.Module] = WeakSet()  # models with an adapter that waits for its first `after_step`
-_handles: list[RemovableHandle] = []  # of the hook, while it is registered
+_handles: list[RemovableHandle] = []  # the hook's handle while it is registered
 
 
 def watch(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""What is known of a model's experts before anything runs: how many, how they are kept, what of them a token meets."""
+"""Facts about a model's experts: how many there are, how they are stored, and how many a token uses."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Mixture:
     """The experts of a model, whose weights are parameters `[experts, out, in]`.
 
     Args:
-        modules: that hold such. count: experts in each; the most, where that differs.
-        per_token: how many of them a token passes through.
-        weights: in all of them. packed, adapted: how many of these are in 4 bits, and have an adapter.
-        idle: of the weights, those that do not act on a token.
-        unfused: why experts with an adapter or in 4 bits run on dense copies of their weights, where some do.
-        one_by_one: some have adapters of their own, within which they run one after the other.
+        modules: the number of modules of experts.
+        count: experts in each module; the maximum if they differ.
+        per_token: experts that a token passes through.
+        weights, packed, adapted, idle: weights of all experts, in 4 bits, with an adapter, and unused for a token.
+        unfused: why experts with an adapter or in 4 bits run on dense copies of their weights, if some do.
+        one_by_one: whether some experts have their own adapters, and so run one after the other.
     """
 
     modules: int
@@ -39,7 +39,7 @@ class Mixture:
     one_by_one: bool = False
 
     def described(self, base_parameters: int) -> str:
-        """A line, beside how many parameters the base has in all."""
+        """Return a line about the experts of a base with this many parameters."""
 
         def percent(part: int, whole: int) -> str:
             return f"{100 * part / whole:.3g} %" if whole else "0 %"
@@ -59,12 +59,12 @@ class Mixture:
 def mixture_of(
     model: nn.Module, reached: Collection[str] = (), copied: Collection[str] = (), one_by_one: bool = False
 ) -> Mixture | None:
-    """The experts of `model`, if it has some.
+    """Return facts about the experts of `model`; None if it has none.
 
     Args:
-        reached: what adapters stand at: paths of modules, and full names of parameters.
-        copied: of the parameters, those that adapters change by more than a thin product.
-        one_by_one: some experts have adapters of their own.
+        reached: paths of modules and full names of parameters that have adapters.
+        copied: names of parameters whose change is not a low-rank product.
+        one_by_one: whether some experts have their own adapters.
     """
     found = expert_weights(model)
     if not found:
@@ -87,16 +87,16 @@ def mixture_of(
             packed += size if is_packed else 0
             adapted += size if is_adapted else 0
             reason = why_not_fused(module, original_forward(module)) if is_packed or is_adapted else None
-            reason = "its adapter is no thin product" if not reason and f"{path}.{name}" in copied else reason
+            reason = "its adapter is not a low-rank product" if not reason and f"{path}.{name}" in copied else reason
             reasons += [f"{original_class(module).__name__}: {reason}"] if reason else []
     unfused = "; ".join(dict.fromkeys(reasons)) or None
     return Mixture(len(found), max(counts), max(used), weights, packed, adapted, idle, unfused, one_by_one)
 
 
 def bits_of(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """(weights, bytes with all that scales them) of each parameter of a module's own that is in 4 bits, by name."""
+    """Return {name: (weights, bytes with scales)} of the module's own parameters that are in 4 bits."""
     found: dict[str, tuple[int, int]] = {}
-    for name, packing in getattr(module, "packings", {}).items():  # of `quantization.parameters.PackedParameters`
+    for name, packing in getattr(module, "packings", {}).items():  # `quantization.parameters.PackedParameters`
         parameter = module._parameters[name]
         if parameter is not None and not parameter.is_floating_point():
             buffers = (module._buffers[buffer] for buffer in packing.buffers)

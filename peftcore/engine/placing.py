@@ -1,4 +1,4 @@
-"""What a method would put where on a model: its placements, with all choices of its config explicit, checked."""
+"""Placements of a method on a model, checked, with every choice of the config explicit."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from peftcore.weight_formats import format_in_few_bits
 
 @dataclass(frozen=True)
 class Placed:
-    """A method's placements on one model: adapters at modules, and names of parameters that are trained."""
+    """Placements of a method on one model: adapters of modules, and names of trained parameters."""
 
     method: Method
     config: Any
     around: tuple[Around | After, ...]
-    placements: dict[str, tuple[AdapterPlacement, ...]]  # by the paths of `around`: what the method itself placed
+    placements: dict[str, tuple[AdapterPlacement, ...]]  # what the method placed, by the paths of `around`
     trained: tuple[str, ...]
-    apart: tuple[str, ...] = ()  # of those trained: apart from the parameters that they are tied to
-    names_modules: bool = True  # rather than to ask for all of a kind
+    apart: tuple[str, ...] = ()  # trained separately from the parameters they are tied to
+    names_modules: bool = True  # rather than select all of a kind
 
 
 def placements_for(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Placed:
-    """What a method would put where on `model`, checked; the model is left alone."""
+    """Return the checked placements of a method on `model`, which is not changed."""
     check_model(model)
     if hasattr(model, "_orig_mod"):
         raise PeftcoreError("the model is compiled. Apply to the model itself, then torch.compile it")
@@ -104,7 +104,7 @@ def _placed(model: nn.Module, method: str | Any, fields: dict[str, Any]) -> Plac
 
 
 def _asked(method: Method, model: nn.Module, config: Any, architecture: Architecture) -> Sequence[Any]:
-    """What `place` gives; where it ends for it takes an expert's path for that of a module, that is said."""
+    """Call `place`; explain the error if it took the path of an expert for that of a module."""
     try:
         with registry.naming(method.name, "place"):
             return list(method.place(model, config, architecture))
@@ -124,11 +124,11 @@ def _asked(method: Method, model: nn.Module, config: Any, architecture: Architec
 
 
 def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight]) -> WeightChanges:
-    """What a method changes of the parameters of one module, as one adapter around it."""
+    """Return one adapter for all parameters of a module that a method changes."""
     path = placements[0].path
     modules = dict(adapted.base_modules(model))
     if path not in modules:
-        raise PeftcoreError(f"{method} places an adapter at '{path}', which is no module{nearest(path, modules)}")
+        raise PeftcoreError(f"{method} places an adapter at '{path}', which is not a module{nearest(path, modules)}")
     parameters = dict(adapted.base_parameters(modules[path]))
     for placement in placements:
         parameter, inside = parameters.get(placement.name), placement.name.rpartition(".")[0]
@@ -141,7 +141,7 @@ def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight
         if not is_read and not (parameter.is_floating_point() or parameter.is_complex()):
             raise PeftcoreError(
                 f"{method} changes the parameter '{placement.name}' of '{path}', which is stored as {parameter.dtype}: "
-                "no weight format says what numbers these are. Leave that module dense, or exclude it"
+                "no weight format can decode. Leave that module dense, or exclude it"
             )
     names = [placement.name for placement in placements]
     if len(set(names)) < len(names):
@@ -150,7 +150,7 @@ def _weight_changes(model: nn.Module, method: str, placements: Sequence[OnWeight
 
 
 def reached_by(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
-    """The paths of modules, and the full names of parameters, at which adapters that hold something stand."""
+    """Yield the paths of modules and full names of parameters whose adapters have parameters."""
     for path, placed in placements.items():
         for each in (each for each in placed if next(each.adapter.parameters(), None) is not None):
             if isinstance(each, OnWeight):
@@ -160,7 +160,7 @@ def reached_by(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
 
 
 def not_thin(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
-    """The full names of parameters of which adapters make changed copies: their changes are no thin products."""
+    """Yield the full names of parameters whose change is not a low-rank product, so adapters copy them."""
     for path, placed in placements.items():
         for each in placed:
             if isinstance(each, OnWeight) and not hasattr(each.adapter, "thin"):
@@ -168,7 +168,7 @@ def not_thin(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
 
 
 def covered(model: nn.Module, placed: Placed) -> Coverage:
-    """What share of the weight in layers has an adapter beside or around it, or a trained parameter with it."""
+    """Return what share of the weight in layers has an adapter or a trained parameter."""
     reached = list(reached_by(placed.placements))
     reached += dict.fromkeys(f"{name.rpartition('.')[0]}." for name in placed.trained)
     lacking = "not selected" if placed.around else "without a trained parameter"
@@ -176,7 +176,7 @@ def covered(model: nn.Module, placed: Placed) -> Coverage:
 
 
 def tell_if_little(model: nn.Module, placed: Placed) -> None:
-    """A selection of all there is that leaves most of the weight out is told of, or experts, of which nobody spoke."""
+    """Warn if a selection of everything leaves out most of the weight, or experts that the config does not exclude."""
     if placed.names_modules:
         return
     found, reached = covered(model, placed), set(reached_by(placed.placements))
@@ -191,9 +191,9 @@ def tell_if_little(model: nn.Module, placed: Placed) -> None:
 
 
 def with_memory(model: nn.Module) -> AbstractContextManager[Any]:
-    """Adapters have values, though the caller be under `torch.device("meta")` to build models without memory.
+    """Return a context in which adapters are allocated, even if the caller is under `torch.device("meta")`.
 
-    Those of a model that has none itself would lose theirs: they are made without, and nothing is drawn for them.
+    Adapters of a model that is on the meta device itself are made there, and no random numbers are drawn.
     """
     if next(model.parameters(), torch.empty(0, device="cpu")).is_meta and all(p.is_meta for p in model.parameters()):
         return torch.device("meta")
@@ -201,10 +201,10 @@ def with_memory(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _saved_modules(model: nn.Module, config: Any, architecture: Architecture) -> tuple[Any, Train, tuple[str, ...]]:
-    """(config with all that `modules_to_save` means, its parameters, those of them that are trained apart).
+    """Return (config with `modules_to_save` made explicit, its parameters, those trained separately).
 
-    A module that is tied to one of them (the head to the embedding) is trained with it, as one parameter, unless
-    the config says `ensure_weight_tying=False`.
+    A module that is tied to one of them (the head to the embedding) is trained with it, as one parameter, unless the
+    config has `ensure_weight_tying=False`.
     """
     saved = getattr(config, "modules_to_save", ())
     if saved is None and architecture.task_heads:
@@ -223,7 +223,7 @@ def _saved_modules(model: nn.Module, config: Any, architecture: Architecture) ->
 
 
 def device_and_dtype(module: nn.Module, dtype: torch.dtype | None) -> tuple[torch.device | None, torch.dtype]:
-    """Where an adapter of `module` lives, and in what dtype, by `apply`'s rule."""
+    """Return the device and dtype of an adapter of `module`, by the rule of `apply`."""
     device, own = None, torch.float32
     for _, parameter in adapted.base_parameters(module):
         device = device or parameter.device
@@ -258,7 +258,7 @@ def _method_and_config(model: nn.Module, method: str | Any, fields: dict[str, An
 
 
 def recorded(placed: Placed) -> tuple[Method, Any]:
-    """The method whose adapter this is, and its config."""
+    """Return the method that the adapter is recorded as, and its config."""
     if placed.method.recorded_as is None:
         return placed.method, placed.config
     with registry.naming(placed.method.name, "recorded_as"):
@@ -267,7 +267,7 @@ def recorded(placed: Placed) -> tuple[Method, Any]:
 
 
 def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) -> None:
-    """Raise a PluginError unless all placements hold modules of their own, with tensors of their own."""
+    """Raise a PluginError unless every placement has its own modules and tensors."""
     for placement in placements:
         if not isinstance(placement, Placement):
             kinds = ", ".join(kind.__name__ for kind in get_args(Placement))
@@ -284,7 +284,7 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
             if tensor is not None:
                 tensors.add(id(tensor))
                 addresses.add(_address(tensor))
-    addresses.discard(0)  # of tensors without memory
+    addresses.discard(0)  # tensors without memory
     seen: set[int] = set()
     for placement in placements:
         ahead = [] if isinstance(placement, Train) else [placement.adapter]
@@ -302,7 +302,7 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
 
 
 def _address(tensor: Tensor) -> int:
-    """Return where a plain tensor's memory begins, which a parameter made of another one has in common with it."""
+    """Return where a plain tensor's memory begins, the same for a parameter made from another tensor."""
     return tensor.data_ptr() if type(tensor) in (nn.Parameter, Tensor) else 0
 
 
@@ -332,16 +332,18 @@ def _check_placed(model: nn.Module, placed: Placed) -> None:
     seen: set[str] = set()
     for path in (placement.path for placement in placed.around):
         if path not in modules:
-            raise PeftcoreError(f"{method} places an adapter at '{path}', which is no module{nearest(path, modules)}")
+            raise PeftcoreError(
+                f"{method} places an adapter at '{path}', which is not a module{nearest(path, modules)}"
+            )
         if path in seen:
-            raise PeftcoreError(f"{method} places two adapters at '{path}'; one module takes one of each name")
+            raise PeftcoreError(f"{method} places two adapters at '{path}'; a module takes one adapter of each name")
         seen.add(path)
     if not placed.around and not placed.trained:
         raise PeftcoreError(f"{method} places nothing on {type(model).__name__}")
     parameters = dict(adapted.base_parameters(model))
     for name in placed.trained:
         if name not in parameters:
-            raise PeftcoreError(f"{method} trains '{name}', which is no parameter{nearest(name, parameters)}")
+            raise PeftcoreError(f"{method} trains '{name}', which is not a parameter{nearest(name, parameters)}")
         dtype = parameters[name].dtype
         if not dtype.is_floating_point:
             raise PeftcoreError(f"{method} trains '{name}' of dtype {dtype}, which has no gradient")
@@ -351,20 +353,20 @@ def _check_placed(model: nn.Module, placed: Placed) -> None:
                 "Adapt its module (target_modules), or leave it dense where the model is quantized"
             )
     state = state_of(model) or State()
-    entry = Applied(method, None, trained=placed.trained)  # it joins the active ones
+    entry = Applied(method, None, trained=placed.trained)  # the new one is active with the others
     refuse_shared(State({**state.applied, "(new)": entry}), (*state.active, "(new)"))
 
 
 def refuse_shared(state: State, active: Sequence[str]) -> None:
-    """Raise a PeftcoreError if two of the adapters `active` train one parameter."""
+    """Raise a PeftcoreError if two of the adapters `active` train the same parameter."""
     owner: dict[str, str] = {}
     for name in active:
         for parameter in state.applied[name].trained:
             other = owner.setdefault(parameter, name)
             if other != name:
                 raise PeftcoreError(
-                    f"'{parameter}' is trained by the active adapter '{other}' already. Two at a time cannot train "
-                    f"one parameter: let '{other}' rest first, with peftcore.activate(model, [...])"
+                    f"'{parameter}' is trained by the active adapter '{other}' already, and two active adapters cannot "
+                    f"train the same parameter. Deactivate '{other}' first: peftcore.activate(model, [...])"
                 )
 
 
@@ -375,7 +377,7 @@ def _refuse_lazy(model: nn.Module) -> None:
 
 
 def _refuse_offloaded(model: nn.Module) -> None:
-    """Where accelerate keeps weights elsewhere between calls, adapters would be made on meta, without values."""
+    """Refuse weights that accelerate offloads between calls: adapters would be on the meta device, without values."""
     for path, module in adapted.base_modules(model):
         on_meta = any(parameter is not None and parameter.is_meta for parameter in module._parameters.values())
         if on_meta and hasattr(module, "_hf_hook"):
@@ -386,7 +388,7 @@ def _refuse_offloaded(model: nn.Module) -> None:
 
 
 def refuse_adapters_of_others(model: nn.Module) -> None:
-    """Adapters in adapters: another library's, or those of a model that this is a part of, or that is a part of it."""
+    """Raise a PeftcoreError if the model, a part or an ancestor of it has adapters of another library or model."""
     state = state_of(model)
     for path, module in adapted.base_modules(model):
         if any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__):

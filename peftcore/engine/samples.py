@@ -1,4 +1,4 @@
-"""Adapters by sample: where samples lie at each adapted module, and PEFT's `adapter_names` of one call."""
+"""Adapters per sample: where samples are in each adapted module's tensors, and PEFT's `adapter_names` of a call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _BASE = "__base__"  # PEFT's name for no adapter
 
 
 def observe_rows(model: nn.Module, state: State) -> None:
-    """Note at each module with adapters where samples lie in its tensors."""
+    """Record at each module with adapters where samples are in its tensors."""
     modules = modules_by_sample(model, state)
     found = {} if all(ROWS in module.__dict__ for _, module in modules) else rows_of(model)
     for path, module in modules:
@@ -36,7 +36,7 @@ def observe_rows(model: nn.Module, state: State) -> None:
 
 
 def modules_by_sample(model: nn.Module, state: State) -> list[tuple[str, nn.Module]]:
-    """Return (path, module) of those at which adapters act, or parameters of their own."""
+    """Return (path, module) of modules with attached adapters or with adapter-owned parameters."""
     attached: Iterable[tuple[str, nn.Module]]
     if state.intact is not None:
         attached = state.intact.modules.items()
@@ -47,16 +47,16 @@ def modules_by_sample(model: nn.Module, state: State) -> list[tuple[str, nn.Modu
 
 
 class OwnParameters(nn.Module):
-    """The values that an adapter trains of one module's parameters, for the samples that have it.
+    """The values that an adapter trains for one module's parameters, used for the samples that have the adapter.
 
     Args:
-        own: what the adapter has of its own.
-        names: by name of the parameter in its module, the name under which `own` has it.
+        own: the adapter's own parameters.
+        names: {name of a parameter in the module: its name in `own`}.
     """
 
     def __init__(self, own: TrainedParameters, names: dict[str, str]) -> None:
         super().__init__()
-        self.__dict__["own"] = own  # no child: its values are in the state dict already
+        self.__dict__["own"] = own  # not a child: its values are in the state dict already
         self.names = names
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
@@ -69,7 +69,7 @@ class OwnParameters(nn.Module):
 
 
 def place_own_parameters(model: nn.Module, state: State, names: Iterable[str]) -> None:
-    """Let modules whose parameters some of the adapters `names` train compute with each sample's own."""
+    """Make modules whose parameters some of the adapters `names` train compute with each sample's own values."""
     for name in names:
         own = TrainedParameters.of(model, name)
         for path, keys in ({} if own is None else own.by_module()).items():
@@ -81,7 +81,7 @@ def place_own_parameters(model: nn.Module, state: State, names: Iterable[str]) -
 
 
 def take_own_parameters_off(model: nn.Module, state: State) -> None:
-    """Let the modules of `place_own_parameters` be what they were."""
+    """Undo `place_own_parameters`."""
     while state.own_parameters:
         path, name = state.own_parameters.pop()
         module = submodule(model, path)
@@ -103,14 +103,14 @@ def refuse_whole_batch(model: nn.Module, names: Iterable[str]) -> None:
 
 
 def _not_by_sample(model: nn.Module, own: TrainedParameters, adapted_paths: Collection[str]) -> str | None:
-    """Return why parameters that an adapter trains cannot be another's for other samples of a batch."""
+    """Return why trained parameters cannot differ between the samples of a batch; None if they can."""
     if own.has_moved(model):
         return "it has buffers of its own, such as statistics"
     rows, read = (rows_of(model), observe(model).read) if own.slots else ({}, set())
     for path in own.by_module():
-        known = rows.get(path, "it is not there")
+        known = rows.get(path, "the module is missing")
         if isinstance(known, str):
-            return f"it trains parameters of '{path}', and which of its input is whose is not known: {known}"
+            return f"it trains parameters of '{path}', whose input cannot be divided into samples: {known}"
         if path in read or not path:
             return f"it trains parameters of '{path}', which are read without a call of that module"
         if path in adapted_paths:
@@ -119,7 +119,7 @@ def _not_by_sample(model: nn.Module, own: TrainedParameters, adapted_paths: Coll
 
 
 def _choose(model: nn.Module, names: Any, use: Callable[[Activation], object]) -> None:
-    """Give `use` the activation that `model(..., adapter_names=names)` asks for."""
+    """Call `use` with the activation for `model(..., adapter_names=names)`."""
     state = require_state(model)
     is_list = isinstance(names, Sequence) and not isinstance(names, str) and len(names) > 0
     if not is_list or not all(isinstance(name, str) for name in names):
@@ -128,7 +128,9 @@ def _choose(model: nn.Module, names: Any, use: Callable[[Activation], object]) -
             f"{names!r:.200}"
         )
     if model.training:
-        raise PeftcoreError("adapter_names are for inference, and the model is in training mode. First: model.eval()")
+        raise PeftcoreError(
+            "adapter_names are for inference, but the model is in training mode. Call model.eval() first"
+        )
     samples = tuple(None if name == _BASE else name for name in names)
     wanted = tuple(name for name in dict.fromkeys(samples) if name is not None)
     refuse_changed(model)
@@ -139,8 +141,8 @@ def _choose(model: nn.Module, names: Any, use: Callable[[Activation], object]) -
         own = TrainedParameters.of(model, name)
         if own is not None and (own.active or own.held):
             raise PeftcoreError(
-                f"the active adapter '{name}' has parameters of its own in place of the base's, which all samples "
-                "would share. Let it rest first: peftcore.activate(model, [])"
+                f"the active adapter '{name}' trains parameters of the base, which all samples would share. Deactivate "
+                "it first: peftcore.activate(model, [])"
             )
     place_own_parameters(model, state, wanted)
     observe_rows(model, state)

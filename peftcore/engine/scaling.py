@@ -1,4 +1,4 @@
-"""An adapter's change, multiplied: its adapters have a `multiplier`, which the record of the adapter knows, too."""
+"""Scaling of an adapter's change by a `multiplier`, which is kept in its modules and in its record."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ from peftcore.registry import registry
 
 @alone("scale an adapter")
 def scale(model: Model, adapter: str, factor: float) -> Model:
-    """Multiply the change that `adapter` makes by `factor`, in place of the factor that was set before.
+    """Multiply the change that `adapter` makes by `factor`, which replaces an earlier factor.
 
-    It holds wherever the adapter acts: in forward, training, `merge`, batches with `per_sample`, copies, and files,
-    where it is worked into the config as Hugging Face PEFT reads it. `scale(model, adapter, 1.0)` gives back, bit for
-    bit, what the adapter computed before.
+    The factor applies in forward, training, `merge`, batches with `per_sample`, copies, and files, whose config
+    includes it as Hugging Face PEFT reads it. `scale(model, adapter, 1.0)` restores the original output bit for bit.
 
     Raises:
-        PeftcoreError: the adapter's change has no factor (prompts, parameters of the base), or is merged.
+        PeftcoreError: the adapter cannot be scaled (prompts, parameters of the base), or is merged.
     """
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not math.isfinite(factor):
         raise PeftcoreError(f"scale takes a finite number, found {factor!r}")
@@ -37,7 +36,7 @@ def scale(model: Model, adapter: str, factor: float) -> Model:
 
 
 def set_multiplier(model: nn.Module, adapter: str, factor: float) -> None:
-    """As `scale`, of an adapter that can be scaled, or with the factor that it has."""
+    """Set the factor of an adapter, like `scale` without its checks."""
     entry = applied(model, adapter)
     if entry.multiplier == factor:
         return
@@ -50,7 +49,7 @@ def set_multiplier(model: nn.Module, adapter: str, factor: float) -> None:
 
 
 def scaled_config(model: nn.Module, adapter: str) -> Any:
-    """The config of an applied adapter, with its multiplier worked in."""
+    """Return the config of an applied adapter, with its multiplier folded in."""
     entry = applied(model, adapter)
     scaled = registry.method(entry.method).state.scaled
     return entry.config if entry.multiplier == 1.0 or scaled is None else scaled(entry.config, entry.multiplier)
@@ -61,11 +60,11 @@ def _refuse_unscalable(model: nn.Module, adapter: str) -> None:
     placed = dict(adapter_modules(model, adapter))
     whole = next((path for path, module in placed.items() if not hasattr(module, "multiplier")), None)
     if entry.trained:
-        why = f"it trains '{entry.trained[0]}' of the base, whose change has no factor"
+        why = f"it trains '{entry.trained[0]}' of the base, which cannot be scaled"
     elif whole is not None:
-        why = f"what it does at '{whole}' has no factor" if whole else "what it does has no factor"
+        why = f"its effect at '{whole}' cannot be scaled" if whole else "its effect cannot be scaled"
     elif registry.method(entry.method).state.scaled is None:
-        why = "its files have no place for a factor"
+        why = "its files cannot store a factor"
     else:
         return
     linear = all(hasattr(module, "neutral") for module in placed.values())

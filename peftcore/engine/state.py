@@ -1,7 +1,4 @@
-"""What is applied to a model: the record of its adapters, kept on the model itself, and where they stand.
-
-A deep copy or a pickle of the model carries it along.
-"""
+"""Record of the adapters of a model, kept on the model itself, so that deep copies and pickles include it."""
 
 from __future__ import annotations
 
@@ -27,19 +24,19 @@ STATE = "_peftcore_state"
 
 @dataclass
 class Applied:
-    """One adapter on a model: its method, its config with all choices explicit, and where it stands.
+    """One adapter of a model: its method, its config with every choice explicit, and its placements.
 
     Args:
-        placements: what the method placed, by the path of the module that carries it; a prompt has several modules, and
-            several changes of parameters may stand on one.
-        trained: parameters of the base, by name.
-        multiplier: of its change, as `peftcore.scale` sets it.
-        reads: the arguments of calls that its adapters read; None: they ask for none.
-        whole_batch: one of its adapters does not treat the samples of a batch apart.
-        frozen: since it came to rest, or trains no more, none of its parameters asks for gradients.
-        froze: the branches that it froze, which are trainable again once it is removed.
-        missed_steps: optimizer steps on it without `after_step`; None: its method needs none, it had one, or a warning
-            was given.
+        placements: what the method placed, by the path of the module that carries it. A prompt has several modules, and
+            several changes of parameters may be on one module.
+        trained: names of trained parameters of the base.
+        multiplier: the factor of its change, set by `peftcore.scale`.
+        reads: the arguments of calls that its modules read, or None.
+        whole_batch: whether one of its modules mixes the samples of a batch.
+        frozen: whether `requires_grad` has been cleared on all its parameters.
+        froze: the branches that it froze, which become trainable again when it is removed.
+        missed_steps: optimizer steps without `after_step`; None if the method does not need it, it has been called, or
+            the warning has been given.
     """
 
     method: str
@@ -56,7 +53,7 @@ class Applied:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        """Of the modules at which it stands."""
+        """Paths of the modules to which it is attached."""
         return tuple(self.placements)
 
     @cached_property
@@ -68,9 +65,9 @@ class Applied:
 
 @dataclass
 class State:
-    """What is applied to a model, the active adapters in the order of their chain, and what the base was.
+    """Adapters of a model, the active ones in the order of their chain, and the original state of the base.
 
-    What is asked at each change costs what that change touches: `sites` are there so that nobody walks all adapters.
+    `sites` exists so that a change of adapters need not walk all of them.
     """
 
     applied: dict[str, Applied] = field(default_factory=dict)
@@ -78,32 +75,32 @@ class State:
     active: tuple[str, ...] = ()
     requires_grad: dict[str, bool] = field(default_factory=dict)
     merged: Any = None  # peftcore.merging.merge.Merged
-    samples: tuple[str | None, ...] | None = None  # with activate(..., per_sample=True): whose each sample is
+    samples: tuple[str | None, ...] | None = None  # each sample's adapter, with activate(..., per_sample=True)
     lock: ModelLock = field(default_factory=ModelLock)
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
-    resting: dict[str, Any] = field(default_factory=dict)  # `checkpoint.resident.Resting` by name, the last used last
-    limit: int | None = None  # bytes of those of them that are in memory
-    intact: Intact | None = None  # of `sites`, when they were last found to be what they were
+    resting: dict[str, Any] = field(default_factory=dict)  # `checkpoint.resident.Resting` by name, most recent last
+    limit: int | None = None  # bytes of adapters of `resting` that may be in memory
+    intact: Intact | None = None  # snapshot of `sites` when they were last unchanged
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "intact": None}  # of a copy, whose modules are others
+        return {**self.__dict__, "intact": None}  # a copy has other modules
 
 
 def state_of(model: nn.Module) -> State | None:
-    """What is applied to `model`, or None."""
+    """Return the record of the adapters of `model`, or None."""
     return getattr(model, "__dict__", {}).get(STATE)
 
 
 def require_state(model: nn.Module) -> State:
-    """What is applied to `model`.
+    """Return the record of the adapters of `model`.
 
     Raises:
-        PeftcoreError: nothing is, or it is no model.
+        PeftcoreError: no adapter is applied, or `model` is not a module.
     """
     check_model(model)
     state = state_of(model)
     if state is None:
-        for attribute in ("_orig_mod", "module"):  # of torch.compile; of DistributedDataParallel and its kin
+        for attribute in ("_orig_mod", "module"):  # torch.compile; DistributedDataParallel and others
             inner = getattr(model, attribute, None)
             if isinstance(inner, nn.Module) and state_of(inner) is not None:
                 raise PeftcoreError(f"the adapters are applied to the model inside: give model.{attribute}")
@@ -123,7 +120,7 @@ def applied(model: nn.Module, adapter: str) -> Applied:
     if adapter not in state.applied:
         if adapter in state.resting:
             raise PeftcoreError(
-                f"the adapter '{adapter}' rests on disk ('{state.resting[adapter].folder}'). It comes into memory with "
+                f"the adapter '{adapter}' is on disk ('{state.resting[adapter].folder}'). Read it into memory with "
                 f"peftcore.activate(model, '{adapter}')"
             )
         there = ", ".join(state.applied)
@@ -133,28 +130,28 @@ def applied(model: nn.Module, adapter: str) -> Applied:
 
 
 def call_in(model: nn.Module, *adapters: str) -> None:
-    """Have those of `adapters` in memory that rest on disk, beside those that act."""
+    """Read those of `adapters` that are on disk, and keep the active ones in memory."""
     state = state_of(model)
     if state is not None and state.resting:
         adapters_wanted.announce(model, adapters, state.active)
 
 
 def adapter_modules(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Module]]:
-    """(path of the adapted module, adapter) for every placement of `adapter` that is still there."""
+    """Yield (path of the adapted module, adapter) for every placement of `adapter` that is still attached."""
     applied(model, adapter)
     for path, module in modules_with(model, require_state(model), adapter):
         yield path, adapted.adapters_at(module)[adapter]
 
 
 def placements(model: nn.Module, adapter: str) -> list[AdapterPlacement]:
-    """Each placement of `adapter` that is still there, once, in the order in which they were placed."""
+    """Return each placement of `adapter` that is still attached, once, in the order of placing."""
     entry = applied(model, adapter)
     standing = (each for path, _ in adapter_modules(model, adapter) for each in entry.placements[path])
     return list({id(placement): placement for placement in standing}.values())
 
 
 def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-    """(name, parameter) of all that `adapter` trains, those of the base included."""
+    """Yield (name, parameter) of everything that `adapter` trains, including parameters of the base."""
     for path, module in adapter_modules(model, adapter):
         for name, parameter in module.named_parameters():
             yield (f"{path}.{name}" if path else name), parameter
@@ -164,7 +161,7 @@ def adapter_parameters(model: nn.Module, adapter: str) -> Iterator[tuple[str, nn
 
 
 def changed(model: nn.Module) -> dict[str, str]:
-    """By path, what has become of modules with adapters since `apply`."""
+    """Return {path: how it changed} of modules with adapters that changed after `apply`."""
     state = state_of(model)
     if state is None:
         return {}
@@ -186,13 +183,13 @@ def refuse_changed(model: nn.Module) -> None:
         if modules:
             raise PeftcoreError(
                 f"the model was changed after the adapter '{name}' was applied: {in_words(modules)}. "
-                f"Undo the change, or take the adapter off, peftcore.remove(model, '{name}'), and apply it to the "
+                f"Undo the change, or remove the adapter, peftcore.remove(model, '{name}'), and apply it to the "
                 "changed model"
             )
 
 
 def intact(model: nn.Module, state: State) -> Intact | None:
-    """The modules with adapters, where nothing has become of one, and no adapter has something of the base's own."""
+    """Return the snapshot of the modules with adapters; None if one changed or an adapter owns base parameters."""
     if state.intact is None or not state.intact.still(state.sites):
         state.intact = None
         if TRAINED not in model._modules and state.merged is None:
@@ -201,27 +198,27 @@ def intact(model: nn.Module, state: State) -> Intact | None:
 
 
 def changes_of(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, str]]:
-    """(path, what has become of it) of the modules of `adapter` that are not what they were."""
+    """Yield (path, how it changed) of the modules of `adapter` that changed."""
     sites = ((path, state.sites[path]) for path in state.applied[adapter].paths)
     yield from changes(model, sites, state.lock, adapter=adapter, shapes=state.merged is None)
     yield from changes_of_trained(model, adapter, state.lock)
 
 
 def modules_with(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of those at which `adapter` still stands."""
+    """Return (path, module) for each module to which `adapter` is still attached."""
     if state.intact is not None and state.intact.still(state.sites):
         return ((path, state.intact.modules[path]) for path in state.applied[adapter].paths)
     return standing(model, adapter, state.applied[adapter].paths, state.lock)
 
 
 def in_words(changes: dict[str, str], most: int = 3) -> str:
-    """The first of these changes, in words."""
+    """Return the first `most` changes as text."""
     parts = [f"'{path}' {what}" for path, what in list(changes.items())[:most]]
     return "; ".join(parts) + (f"; and {len(changes) - most} more" if len(changes) > most else "")
 
 
 def refuse_merged(state: State, what: str) -> None:
-    """Raise a PeftcoreError if adapters are merged. `what`: what cannot be done then, such as `save`."""
+    """Raise a PeftcoreError if adapters are merged; `what` names what is refused, such as `save`."""
     if state.merged is not None:
         raise PeftcoreError(f"cannot {what}: adapters are merged into the base. First peftcore.unmerge(model)")
 
@@ -230,7 +227,7 @@ def refuse_per_sample(state: State, what: str) -> None:
     """Raise a PeftcoreError if each sample of a batch has an adapter of its own."""
     if state.samples is not None:
         raise PeftcoreError(
-            f"cannot {what} while each sample has its own. First let some act on all: peftcore.activate(model, [...])"
+            f"cannot {what} while each sample has its own adapter. First call peftcore.activate(model, [...])"
         )
 
 

@@ -1,4 +1,4 @@
-"""What is trainable, and what it weighs: of a model with adapters, and of one before `apply`."""
+"""Summaries of a model with adapters (`summary`) and of what `apply` would do (`plan`)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class Plan:
     """What `apply` would place.
 
     Args:
-        rows: (path or parameter name, kind, parameters, bytes) of every placement. What several share the first has.
-        matches: per pattern of `target_modules`, after resolving, how many modules it matches.
-        coverage: what share of the weight in layers it reaches, and what it leaves out.
-        buffers, buffer_bytes: numbers that adapters keep beside and do not train.
-        experts: those of the model, if it has some.
+        rows: (path or parameter name, kind, parameters, bytes) of every placement; shared parameters count once.
+        matches: how many modules each resolved pattern of `target_modules` matches.
+        coverage: the share of the weight in layers that is reached, and what is left out.
+        buffers, buffer_bytes: untrained numbers in the adapters.
+        experts: facts about the model's experts, if it has any.
     """
 
     method: str
@@ -68,11 +68,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class AdapterSummary:
-    """One adapter: its method, how many modules it stands at, and its size; what modules share is counted once.
+    """One adapter: its method, the number of its modules, and its size, with shared parameters counted once.
 
     Args:
         trained: how many parameters of the base it trains.
-        buffers, buffer_bytes: numbers that it keeps beside and does not train.
+        buffers, buffer_bytes: its untrained numbers.
     """
 
     name: str
@@ -88,15 +88,15 @@ class AdapterSummary:
 
 @dataclass(frozen=True)
 class Summary:
-    """What is applied to a model.
+    """Adapters of a model, and what is trainable.
 
     Args:
         trainable_parameters: how many an optimizer would change now.
-        base_bytes: with what scales weights in 4 bits.
+        base_bytes: size of the base, with the scales of 4-bit weights.
         changed: by path, modules with adapters that were replaced, resized or parametrized since `apply`.
-        experts: those of the model, if it has some.
-        on_disk: by name, the folders of adapters that rest there and not in memory.
-        packed_parameters, packed_bytes: those of the base that are in 4 bits, and their size with what scales them.
+        experts: facts about the model's experts, if it has any.
+        on_disk: by name, the folders of adapters that are on disk and not in memory.
+        packed_parameters, packed_bytes: parameters of the base in 4 bits, and their size with scales.
     """
 
     adapters: tuple[AdapterSummary, ...]
@@ -122,21 +122,21 @@ class Summary:
             part = share(self.packed_parameters, self.base_parameters)
             lines.insert(1, f"in 4 bits: {self.packed_parameters:,} of them ({part}), {bits:.3f} bits each with scales")
         lines += [
-            f"  {a.name}: {a.method}, {'active' if a.active else 'resting'}, {a.modules} modules"
+            f"  {a.name}: {a.method}, {'active' if a.active else 'inactive'}, {a.modules} modules"
             + (f", {a.trained} parameters of the base" if a.trained else "")
             + f", {a.parameters:,} parameters, {megabytes(a.bytes)}"
             + in_buffers(a.buffers, a.buffer_bytes)
             for a in self.adapters
         ]
-        lines += [f"  {name}: rests on disk, '{folder}'" for name, folder in self.on_disk.items()]
+        lines += [f"  {name}: on disk, '{folder}'" for name, folder in self.on_disk.items()]
         lines += [f"  changed since: '{path}' {what}" for path, what in self.changed.items()]
         return "\n".join(lines)
 
 
 def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = None, **fields: Any) -> Plan:
-    """What `apply` with the same arguments would place, and what it would cost.
+    """Return what `apply` with the same arguments would place, and its size.
 
-    The model is left alone, and the adapters are made on the meta device: nothing is allocated.
+    The model is not changed. The adapters are made on the meta device, so nothing is allocated.
     """
     check_dtype(dtype)
     with torch.device("meta"):
@@ -177,7 +177,7 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
 
 
 def summary(model: nn.Module) -> Summary:
-    """What is applied to `model`, what of it is trainable, and what it weighs. Works on any model."""
+    """Return the adapters of `model`, what is trainable, and the sizes. Works on any model."""
     check_model(model)
     state = state_of(model)
     base = _base_of(model)
@@ -234,27 +234,27 @@ def summary(model: nn.Module) -> Summary:
 
 
 def described(found: Plan | Summary) -> list[str]:
-    """The line on experts, where there are some."""
+    """Return the line about experts, if there are any."""
     return [] if found.experts is None else [found.experts.described(found.base_parameters)]
 
 
 def in_buffers(count: int, size: int) -> str:
-    """`, and 1,024 numbers in buffers, 4.1 kB`, where there are any."""
+    """Return `, and 1,024 numbers in buffers, 4.1 kB`, or an empty string if there are none."""
     return f", and {count:,} numbers in buffers, {megabytes(size)}" if count else ""
 
 
 def share(part: int, whole: int) -> str:
-    """`1.23 %`."""
+    """Return a percentage such as `1.23 %`."""
     return f"{100 * part / whole:.2f} %" if whole else "-"
 
 
 def megabytes(count: float) -> str:
-    """`12.3 MB` (decimal), or kB below one."""
+    """Return a size such as `12.3 MB` (decimal), or in kB below 1 MB."""
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 def _base_of(model: nn.Module) -> dict[int, tuple[nn.Parameter, int]]:
-    """(parameter of the base, how many weights it stands for), by its identity."""
+    """Return {identity: (parameter of the base, how many weights it represents)}."""
     return {
         id(parameter): (parameter, weights_in(module, name))
         for _, module in base_modules(model)

@@ -1,13 +1,13 @@
-"""What an adapter has of its own in place of the base's: parameters that it trains, and state that it keeps.
+"""Adapter-owned copies of base parameters and buffers.
 
-The module's slot holds the adapter's tensor while the adapter is active and the base's while it rests;
-this module holds the other one. Keys of the base stay, several adapters may own one parameter in turn,
-and removing restores the very same tensors.
+A slot of the model holds the adapter's tensor while the adapter is active and the base's tensor otherwise; the other
+one is stored here. Keys of the base stay the same, several adapters may own one parameter in turn, and removing an
+adapter restores the original tensor objects.
 
-    trained   `Train` placements. Two active adapters cannot train one parameter.
-    kept      what is not trained and changes all the same: buffers that training moves, such as the statistics of a
-              BatchNorm, which a frozen model in training mode moves too. Of several active adapters the last one
-              has its own in the model.
+    trained   parameters of `Train` placements. Two active adapters cannot train the same parameter.
+    kept      tensors that change without being trained: buffers that training moves, such as the statistics of a
+              BatchNorm, which a frozen model in training mode moves, too. Those of the last active adapter are in
+              the model.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from peftcore.observation.heads import mark_as_loaded
 
 
 class TrainedParameters(nn.Module):
-    """What one adapter has of its own.
+    """Adapter-owned copies of base parameters and buffers of one adapter.
 
     Args:
-        slots: per name of a trained parameter, all slots that share it (tied weights).
-        kept: the same of tensors that are kept.
+        slots: {name of a trained parameter: all slots that share it (tied weights)}.
+        kept: {name of a kept tensor: all slots that share it}.
     """
 
     def __init__(self, slots: dict[str, list[str]], kept: dict[str, list[str]]) -> None:
@@ -38,14 +38,14 @@ class TrainedParameters(nn.Module):
         self.slots = slots
         self.kept = kept
         self.active = False
-        self.held: set[str] = set()  # which of the kept tensors stand in the model
+        self.held: set[str] = set()  # which of the kept tensors are in the model
 
     @staticmethod
     def attach(model: nn.Module, adapter: str, names: Iterable[str], apart: Collection[str] = ()) -> None:
-        """Give `model` resting copies of the parameters `names`, and of its moving buffers.
+        """Add inactive copies of the parameters `names`, and of the moving buffers, to `model`.
 
         Args:
-            apart: those of `names` that are trained apart from the parameters they are tied to.
+            apart: those of `names` that are trained separately from the parameters they are tied to.
         """
         names = list(names)
         base = base_tensors(model) if names else {}
@@ -57,7 +57,7 @@ class TrainedParameters(nn.Module):
                 raise PeftcoreError(f"'{name}' is sharded and cannot be trained from here on. Apply first, then shard")
             if name in apart:
                 slots[name] = [name]
-            elif id(parameter) not in taken:  # a tied parameter, named twice, is one
+            elif id(parameter) not in taken:  # tied parameters count once
                 taken.add(id(parameter))
                 slots[name] = [name, *(other for other, p in base.items() if p is parameter and other != name)]
         kept = _shared(moving_buffers(model))
@@ -73,10 +73,10 @@ class TrainedParameters(nn.Module):
 
     @staticmethod
     def keep(model: nn.Module, adapter: str, values: dict[str, Tensor]) -> None:
-        """Let `adapter` keep parameters of its own, frozen, in place of those of the base; they do not act yet.
+        """Give `adapter` its own frozen, still inactive values of base parameters.
 
         Args:
-            values: by name in the base, one of those that are tied.
+            values: by name in the base; one name for tied parameters.
         """
         base, owned = base_tensors(model), TrainedParameters.of(model, adapter)
         if owned is None:
@@ -84,13 +84,15 @@ class TrainedParameters(nn.Module):
         for name, value in values.items():
             like = base[name]
             if ranks.is_part(like):
-                raise PeftcoreError(f"the adapter has a '{name}' of its own, and the base's is sharded. First load")
+                raise PeftcoreError(
+                    f"the adapter has its own '{name}', but that of the base is sharded. Load before sharding"
+                )
             owned.kept[name] = [name, *tied_to(model, [name])]
             owned._parameters[_key(name)] = nn.Parameter(value.to(like.device, like.dtype).clone(), requires_grad=False)
 
     @staticmethod
     def detach(model: nn.Module, adapter: str) -> None:
-        """Forget a resting adapter's copies."""
+        """Drop the copies of an inactive adapter."""
         if TrainedParameters.of(model, adapter) is None:
             return
         adapters = cast(Adapters, model._modules[TRAINED])
@@ -100,12 +102,12 @@ class TrainedParameters(nn.Module):
 
     @staticmethod
     def of(model: nn.Module, adapter: str) -> TrainedParameters | None:
-        """What `adapter` has of its own; None where that is nothing."""
+        """Return the adapter-owned copies of `adapter`, or None."""
         adapters = model._modules.get(TRAINED)
         return None if adapters is None else cast("TrainedParameters | None", adapters._modules.get(adapter))
 
     def activate(self, model: nn.Module, active: bool) -> None:
-        """Put the parameters that the adapter trains into the model, or the base's back."""
+        """Put the adapter's trained parameters into the model, or those of the base back."""
         if active == self.active:
             return
         if any(ranks.is_dtensor(parameter) for _, parameter in self.originals(model)):
@@ -115,14 +117,14 @@ class TrainedParameters(nn.Module):
         self.active = active
 
     def hold(self, model: nn.Module, names: Collection[str]) -> None:
-        """Put the kept tensors `names` into the model, and the base's back in place of the others."""
+        """Put the kept tensors `names` into the model, and those of the base back for the others."""
         for name, slots in self.kept.items():
             if (name in names) != (name in self.held):
                 self._exchange(model, name, slots)
         self.held = set(names)
 
     def by_module(self) -> dict[str, dict[str, str]]:
-        """Return, by path of a module, the names there of parameters that are trained -> their names here."""
+        """Return {path of a module: {name of a trained parameter there: its name here}}."""
         found: dict[str, dict[str, str]] = {}
         for name, slots in self.slots.items():
             for slot in slots:
@@ -131,37 +133,37 @@ class TrainedParameters(nn.Module):
         return found
 
     def aside(self, name: str) -> Tensor:
-        """Return the tensor `name` that stands aside: the adapter's own while it rests."""
+        """Return the tensor `name` that is not in the model: the adapter's own while it is inactive."""
         return self._aside(_key(name))
 
     def values(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, the adapter's parameter) of those that are trained."""
+        """Yield (name, the adapter's parameter) of trained parameters."""
         for name in self.slots:
             yield name, cast(nn.Parameter, _slot(model, name) if self.active else self._aside(_key(name)))
 
     def originals(self, model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-        """(name, the base's parameter) of those that are trained."""
+        """Yield (name, the base's parameter) of trained parameters."""
         for name in self.slots:
             yield name, cast(nn.Parameter, self._aside(_key(name)) if self.active else _slot(model, name))
 
     def kept_values(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """(name, the adapter's tensor) of those that are kept."""
+        """Yield (name, the adapter's tensor) of kept tensors."""
         for name in self.kept:
             yield name, _slot(model, name) if name in self.held else self._aside(_key(name))
 
     def has_moved(self, model: nn.Module) -> bool:
-        """Does a kept tensor differ from the base's?"""
+        """Return whether a kept tensor differs from that of the base."""
         base = base_tensors(model)
         return any(not torch.equal(tensor, base[name]) for name, tensor in self.kept_values(model))
 
     def standing(self, model: nn.Module) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-        """(slots, the adapter's tensor in them, the base's) of all that stands in the model now."""
+        """Yield (slots, the adapter's tensor, the base's tensor) of adapter-owned tensors that are in the model now."""
         here = {**(self.slots if self.active else {}), **{name: self.kept[name] for name in self.held}}
         for name, slots in here.items():
             yield slots, _slot(model, name), self._aside(_key(name))
 
     def changes(self, model: nn.Module) -> Iterator[tuple[str, str]]:
-        """(slot, what has become of it) where the tensor is gone or has another shape."""
+        """Yield (slot, how it changed) where the tensor is missing or has another shape."""
         for name, slots in {**self.slots, **self.kept}.items():
             was = list(ranks.shape_of(self._aside(_key(name))))
             for slot in slots:
@@ -173,14 +175,14 @@ class TrainedParameters(nn.Module):
         return self._tensors_aside(key)[key]
 
     def _tensors_aside(self, key: str) -> dict[str, Any]:
-        """Parameters or buffers: tensors that are no parameters may take the place of some."""
+        """Return the table that holds `key`: a plain tensor may take the place of a parameter."""
         return self._parameters if key in self._parameters else self._buffers
 
     def _exchange(self, model: nn.Module, name: str, slots: Sequence[str]) -> None:
         key = _key(name)
         here = self._tensors_aside(key)
         aside = here[key]
-        slots = [slot for slot in slots if _shape(model, slot) == list(ranks.shape_of(aside))]  # what was resized stays
+        slots = [slot for slot in slots if _shape(model, slot) == list(ranks.shape_of(aside))]  # resized ones stay
         if not slots:
             return
         here[key] = _slot(model, slots[0])
@@ -190,7 +192,7 @@ class TrainedParameters(nn.Module):
 
 
 def hold_of_last(model: nn.Module, active: Sequence[str]) -> None:
-    """Let each kept tensor in the model be that of the last of the `active` adapters that has it, or the base's."""
+    """Put the kept tensors of the last of the `active` adapters into the model, or those of the base."""
     owner: dict[str, str] = {}
     for name in active:
         owned = TrainedParameters.of(model, name)
@@ -204,16 +206,16 @@ def hold_of_last(model: nn.Module, active: Sequence[str]) -> None:
 
 
 def all_of(model: nn.Module) -> list[tuple[str, TrainedParameters]]:
-    """(adapter, what it has of its own) of all that have something."""
+    """Return (adapter, its owned copies) of all adapters that have some."""
     adapters = model._modules.get(TRAINED)
     return [] if adapters is None else [(name, cast(TrainedParameters, own)) for name, own in adapters._modules.items()]
 
 
 def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """(name, buffer) of the base's buffers that training may move, a shared one under each of its names.
+    """Return (name, buffer) of the base's buffers that training may move; a shared one under each of its names.
 
-    These are the floating ones that `state_dict()` holds, and counters. Layers whose weights are packed keep them, and
-    their scales, in buffers, too: those are passed over.
+    These are the persistent floating-point ones and counters. Layers that keep packed weights and scales in buffers are
+    skipped.
     """
     moving = []
     for path, module in base_modules(model):
@@ -232,7 +234,7 @@ def moving_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 @contextmanager
 def unmoved_buffers(model: nn.Module) -> Iterator[None]:
-    """What training moves within the block, while the base's buffers stand in the model, is as before behind it."""
+    """Restore the base's moving buffers after the block."""
     before = [(buffer, buffer.clone()) for _, buffer in moving_buffers(model)]
     try:
         yield
@@ -244,7 +246,7 @@ def unmoved_buffers(model: nn.Module) -> Iterator[None]:
 
 
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and moving buffers of the base by name; where an adapter's own stand in their place, the base's."""
+    """Return the parameters and moving buffers of the base by name, also where an adapter's own are in their place."""
     tensors = dict([*base_parameters(model), *moving_buffers(model)])
     for _, own in all_of(model):
         for slots, _, original in own.standing(model):
@@ -253,7 +255,7 @@ def base_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """The names of the base's parameters that are tied to those of `names`, these left out."""
+    """Return the names of base parameters that are tied to `names`, without `names`."""
     names = set(names)
     base = base_tensors(model) if names else {}
     tensors = {id(base[name]) for name in names}
@@ -261,7 +263,7 @@ def tied_to(model: nn.Module, names: Iterable[str]) -> list[str]:
 
 
 def modules_tied_to(model: nn.Module, path: str) -> list[str]:
-    """The modules whose weight is that of the module at `path`, unless the model's config says that none is."""
+    """Return the modules that share the weight of the module at `path`, unless the model's config unties them."""
     untied = getattr(getattr(model, "config", None), "tie_word_embeddings", True) is False
     names = [] if untied else tied_to(model, [f"{path}.weight"])
     return [name.rpartition(".")[0] for name in names if name.endswith(".weight")]
@@ -275,7 +277,7 @@ def _add(model: nn.Module, adapter: str, own: TrainedParameters) -> TrainedParam
 
 
 def _shared(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, list[str]]:
-    """The names of each tensor, by the first of them."""
+    """Return {first name: all names} of each tensor."""
     first: dict[int, str] = {}
     found: dict[str, list[str]] = {}
     for name, tensor in tensors:
@@ -288,7 +290,7 @@ def _key(name: str) -> str:
 
 
 def _tensors(model: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """(parameters or buffers of the module that has the tensor `name`, its name there)."""
+    """Return (parameters or buffers of the module with the tensor `name`, its name there)."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     return (module._parameters if attribute in module._parameters else module._buffers), attribute

@@ -1,4 +1,4 @@
-"""What the methods of the active adapters say to training."""
+"""Parts of training that methods contribute: loss terms, parameter groups, and `after_step`."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from peftcore.registry import registry
 
 
 def method_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
-    """The modules that the method of `adapter` has placed and that are still there, each once.
+    """Return the adapter modules of `adapter` that are still attached, each once.
 
-    They are by the path of their module, of an `OnWeight` by that and its parameter's name, of a prompt or prefix by
-    `""`; further ones by `#1`, `#2`, in the order in which they were placed.
+    Keys are the path of the adapted module; for `OnWeight`, path and parameter name; for a prompt or prefix `""`, then
+    `#1`, `#2`, in the order of placing.
 
     Raises:
         PeftcoreError: no such adapter is applied, or its method placed two at one path.
@@ -38,7 +38,7 @@ def method_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
                 continue
         if path in found:
             raise PeftcoreError(
-                f"{applied(model, adapter).method} has two adapters at '{path}'; make one module of them"
+                f"{applied(model, adapter).method} has two adapters at '{path}'; combine them into one module"
             )
         found[path] = placement.adapter
     free = (key for key in ("", *(f"#{number}" for number in range(1, len(prompts) + 1))) if key not in found)
@@ -46,20 +46,22 @@ def method_modules(model: nn.Module, adapter: str) -> dict[str, nn.Module]:
 
 
 def after_step(model: nn.Module, step: int, total_steps: int) -> None:
-    """Tell the methods of the active adapters that an optimizer step is done; trainers call this.
+    """Run the `after_step` of the methods of the active adapters; trainers call this after each optimizer step.
 
-    Gradients still stand: it is called between `optimizer.step()` and `optimizer.zero_grad()`.
+    Call it between `optimizer.step()` and `optimizer.zero_grad()`, while the gradients exist.
 
     Args:
-        step: which one it was, from 1.
-        total_steps: how many there will be.
+        step: number of the step, from 1.
+        total_steps: total number of steps.
 
     Raises:
-        PeftcoreError: no adapter is applied, or these are no such numbers.
+        PeftcoreError: no adapter is applied, or the numbers are invalid.
     """
     require_state(model)
     if not (isinstance(step, int) and isinstance(total_steps, int)) or step < 1:
-        raise PeftcoreError(f"after_step takes the number of the step, from 1, and how many there are, found {step!r}")
+        raise PeftcoreError(
+            f"after_step takes the number of the step, from 1, and the total number of steps, found {step!r}"
+        )
     for name, entry, method in _training(model):
         entry.missed_steps = None
         if method.after_step is not None:
@@ -70,17 +72,17 @@ def after_step(model: nn.Module, step: int, total_steps: int) -> None:
 
 
 def extra_loss(model: nn.Module) -> Tensor:
-    """What the methods of the adapters that train add to the loss: a scalar, 0 where none adds anything.
+    """Return the sum of the loss terms of the adapters that train: a scalar, 0 if there are none.
 
-    In a loop of one's own it is added once for each optimizer step, or 1/n of it to the loss of each of n batches:
+    In your own loop, add it once per optimizer step, or 1/n of it to the loss of each of n batches:
 
         (model(**batch).loss + peftcore.extra_loss(model)).backward()
 
-    It is computed from the adapters as they are now, so call it anew each time, after the forward. `Trainer`, what is
-    made of it, and the command line add it by themselves. Collective where adapters are sharded.
+    It is computed from the current adapters, so call it again each time, after the forward. `Trainer`, its subclasses
+    and the command line add it themselves. Collective if adapters are sharded.
 
     Raises:
-        PeftcoreError: no adapter is applied, or a method's term is no scalar, or has no gradient.
+        PeftcoreError: no adapter is applied, or a method's term is not a scalar or has no gradient.
     """
     terms = loss_terms(model)
     if not terms:
@@ -92,13 +94,13 @@ def extra_loss(model: nn.Module) -> Tensor:
 
 
 def loss_terms(model: nn.Module) -> dict[str, Tensor]:
-    """The terms that :func:`extra_loss` adds up, by the adapter's name. Where a method adds nothing there is none."""
+    """Return the terms that :func:`extra_loss` sums, by the adapter's name; adapters without a term are left out."""
     terms = {}
     for name, entry, method in _training(model):
         if method.loss is None:
             continue
         modules = method_modules(model, name)
-        ranks.reshard(model)  # else whole parameters may stand in the slots, whose gradients nobody would collect
+        ranks.reshard(model)  # or whole parameters may be in the slots, whose gradients would be lost
         of_parts = any(ranks.is_part(p) for module in modules.values() for p in module.parameters())
         of_modules = partial(method.loss, modules, entry.config)
         with registry.naming(method.name, "loss"):
@@ -107,34 +109,35 @@ def loss_terms(model: nn.Module) -> dict[str, Tensor]:
             continue
         if not isinstance(term, Tensor) or term.dim() or not term.is_floating_point():
             found = f"a tensor {list(term.shape)} of {term.dtype}" if isinstance(term, Tensor) else repr(term)
-            raise PeftcoreError(f"the loss of {method.name} is a scalar or None, found {found:.200}")
+            raise PeftcoreError(f"the loss of {method.name} must be a scalar or None, found {found:.200}")
         if torch.is_grad_enabled() and not term.requires_grad:
             raise PeftcoreError(
-                f"the term that {method.name} adds to the loss has no gradient, so it would change nothing. Compute it "
-                "from the adapters' parameters, without detach() or .data; None means that there is no term"
+                f"the term that {method.name} adds to the loss has no gradient, so it would have no effect. Compute it "
+                "from the adapters' parameters, without detach() or .data, or return None"
             )
         terms[name] = term.float() if term.dtype.itemsize < 4 else term
     return terms
 
 
 def has_loss(model: nn.Module) -> bool:
-    """Has the method of any adapter, active or not, a term for the loss?"""
+    """Return whether the method of any adapter, active or not, has a loss term."""
     return any(registry.method(entry.method).loss for entry in require_state(model).applied.values())
 
 
 def has_parameter_groups(model: nn.Module) -> bool:
-    """Has the method of an adapter that trains groups of its own?"""
+    """Return whether the method of an adapter that trains has its own parameter groups."""
     return any(method.parameter_groups for _, _, method in _training(model))
 
 
 def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> list[dict[str, Any]]:
-    """All that trains, for an optimizer: `AdamW(peftcore.parameter_groups(model, lr=2e-4, weight_decay=0.01))`.
+    """Return everything that trains as groups: `AdamW(peftcore.parameter_groups(model, lr=2e-4, weight_decay=0.01))`.
 
-    The groups of the methods stand first. What no method names has `lr`, and `weight_decay` where it is a matrix:
-    vectors, such as biases, norms and scales, are not drawn to zero.
+    The groups of methods come first. All other parameters have `lr`; matrices also have `weight_decay`, and vectors,
+    such as biases, norms and scales, do not.
 
     Raises:
-        PeftcoreError: two groups name one parameter, or one names what is no parameter of the model.
+        PeftcoreError: two groups contain the same parameter, or one contains a tensor that is not a parameter of the
+            model.
     """
     check_model(model)
     groups = method_groups(model, lr, weight_decay)
@@ -147,7 +150,7 @@ def parameter_groups(model: nn.Module, lr: float, weight_decay: float = 0.0) -> 
 
 
 def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The groups of the methods whose adapters train, each with `lr` and `weight_decay`; empty where none has any."""
+    """Return the parameter groups of the methods whose adapters train, each with `lr` and `weight_decay`."""
     if state_of(model) is None:
         return []
     there = {id(p): name for name, p in model.named_parameters()}
@@ -164,14 +167,16 @@ def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict
             given = group["params"] if isinstance(group, dict) and "params" in group else None
             given = [given] if isinstance(given, Tensor) else given
             if not isinstance(given, Iterable):
-                raise PeftcoreError(f"{by} are dicts with 'params', found {group!r:.200}")
+                raise PeftcoreError(f"{by} must be dicts with 'params', found {group!r:.200}")
             parameters = [each[1] if isinstance(each, tuple) else each for each in given]  # torch takes named ones, too
             for parameter in parameters:
                 name = there.get(id(parameter))
                 if name is None:
-                    raise PeftcoreError(f"{by} name {type(parameter).__name__} that is no parameter of the model")
+                    raise PeftcoreError(
+                        f"{by} contain a {type(parameter).__name__} that is not a parameter of the model"
+                    )
                 if id(parameter) in named:
-                    raise PeftcoreError(f"{by} name '{name}', which {named[id(parameter)]} name already")
+                    raise PeftcoreError(f"{by} contain '{name}', which {named[id(parameter)]} contain already")
                 named[id(parameter)] = by
             trained = [p for p in parameters if p.requires_grad]
             if trained:
@@ -180,13 +185,13 @@ def method_groups(model: nn.Module, lr: float, weight_decay: float) -> list[dict
 
 
 def not_in(groups: Iterable[dict[str, Any]], parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, nn.Parameter]:
-    """Those of the `parameters` that are trained and that no group names, by name."""
+    """Return the trained ones of `parameters` that are in no group, by name."""
     named = {id(p) for group in groups for p in group["params"]}
     return {name: p for name, p in parameters if p.requires_grad and id(p) not in named}
 
 
 def _training(model: nn.Module) -> Iterator[tuple[str, Applied, Method]]:
-    """(name, record, method) of the adapters that train now."""
+    """Yield (name, record, method) of the adapters that train now."""
     state = require_state(model)
     for name in state.active:
         entry = state.applied[name]

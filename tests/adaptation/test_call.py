@@ -160,7 +160,7 @@ def test_with_another_adapter_left_the_names_go_with_the_adapter() -> None:
     peftcore.remove(model)
     with pytest.raises(TypeError, match="task_ids"):
         model(X, task_ids=A)
-    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter of the model reads an argument 'task_ids'\. They"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter of the model reads the argument 'task_ids'\. They"):
         peftcore.call_arguments(model, task_ids=A).__enter__()
 
 
@@ -175,7 +175,7 @@ def test_call_arguments_hold_for_the_calls_within() -> None:
             twin = copy.deepcopy(model)
         assert torch.equal(twin(X), model(X, task_ids=torch.zeros(2).long()))
     assert torch.equal(model(X), model(X, task_ids=torch.zeros(2).long()))
-    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter .* reads an argument 'task_id'.*'task_ids'"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"no adapter .* reads the argument 'task_id'.*'task_ids'"):
         peftcore.call_arguments(model, task_id=A).__enter__()
 
 

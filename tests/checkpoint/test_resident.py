@@ -213,7 +213,7 @@ def test_names_and_what_cannot_rest(saved: dict[str, Path], tmp_path: Path) -> N
         lambda: peftcore.load(model, saved["a"], adapter="a"),
         lambda: peftcore.apply(model, "lora", r=2, adapter="a"),
     ):
-        with pytest.raises(peftcore.PeftcoreError, match="an adapter 'a' rests on disk already"):
+        with pytest.raises(peftcore.PeftcoreError, match="an adapter 'a' is registered on disk already"):
             call()
     with pytest.raises(peftcore.PeftcoreError, match=r"no adapter 'e' is applied"):
         peftcore.activate(model, ["a", "e"])

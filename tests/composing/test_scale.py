@@ -167,7 +167,7 @@ def gain(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
 
 def test_what_has_no_factor_is_refused() -> None:
     cases = {
-        "prompt-tuning": ({"num_virtual_tokens": 2}, "what it does.* has no factor"),
+        "prompt-tuning": ({"num_virtual_tokens": 2}, "its effect.* cannot be scaled"),
         "bitfit": ({}, r"it trains '.*' of the base.*peftcore.combine\(model"),
         "lora": ({"bias": "all", "target_modules": ["q_proj"]}, "it trains '.*bias' of the base"),
     }
@@ -183,7 +183,7 @@ def test_what_has_no_factor_is_refused() -> None:
             peftcore.scale(model, "a", 0.5)
     with tiny.installed(tiny.method("gain", gain)):
         model = peftcore.apply(tiny.llama(), "gain", adapter="a")
-        with pytest.raises(peftcore.PeftcoreError, match=r"has no factor\. peftcore\.combine\(model, \['a'\]"):
+        with pytest.raises(peftcore.PeftcoreError, match=r"cannot be scaled\. peftcore\.combine\(model, \['a'\]"):
             peftcore.scale(model, "a", 0.5)
 
 

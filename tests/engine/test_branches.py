@@ -173,7 +173,7 @@ def test_saved_together_and_alone(tmp_path: Path) -> None:
     assert out(fresh) == 16.0
     assert out(peftcore.load(two_and_three(), tmp_path / "both", adapter="both")) == 16.0
     plain = layers(2, nn.Linear)
-    with pytest.raises(peftcore.PeftcoreError, match=r"combines the adapter 'two', which is not there.*peftcore\.load"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"combines 'two', which is not applied.*peftcore\.load"):
         peftcore.load(plain, tmp_path / "both", adapter="both")
     assert out(plain) == 1.0 and not hasattr(plain[0], "peftcore")
 
@@ -184,12 +184,12 @@ def refusing(match: str) -> Any:
 
 def test_what_is_no_branch_is_refused() -> None:
     model = two_and_three()
-    with refusing(r"combines the adapter 'four', which is not there \(applied: two, three\)"):
+    with refusing(r"combines 'four', which is not applied \(applied: two, three\)"):
         combined(model, ("two", "four"))
     with refusing("'both' names itself"):
         combined(model, ("two", "both"))
     peftcore.apply(model, "around", target_modules=("0",), adapter="first")
-    with refusing(r"combines 'first' at '1', where 'first' \(around\) does not stand. It stands at '0'"):
+    with refusing(r"combines 'first' at '1', where 'first' \(around\) is not attached. It is attached to '0'"):
         combined(model, ("first",))
     peftcore.apply(model, "train", names=("0.bias",), adapter="biases")
     with refusing(r"cannot combine 'biases' \(train\): it trains parameters of the base"):

@@ -136,10 +136,10 @@ def greedy(model: nn.Module, adapters: Any, config: Any, batches: Any) -> None:
         (from_data, None, "needs batches"),
         (from_data, [], "there is no batch"),
         (from_data, ["text"], "a batch is a mapping .* found 'text'"),
-        (broken, None, r"first values that it gives 'gain' at 'model.layers.0.self_attn.q_proj' are not finite"),
+        (broken, None, r"it initialises 'gain' at 'model.layers.0.self_attn.q_proj' with values that are not finite"),
         (greedy, None, "it has changed 'model.norm.weight' of the base"),
         (greedy, BATCHES, "it has changed 'model.norm.weight' of the base"),
-        (None, BATCHES, "it takes no first values from data. Leave batches out"),
+        (None, BATCHES, "it does not initialise from data. Leave batches out"),
     ],
 )
 def test_what_is_wrong_is_said(initialize: Any, batches: Any, match: str) -> None:

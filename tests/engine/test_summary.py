@@ -99,7 +99,7 @@ def test_experts_and_four_bits_are_told_of() -> None:
         peftcore.apply(model, "down")
     summary = peftcore.summary(model)
     sizes = 2, 6, 2, experts, experts // 2, experts // 6, experts * 4 // 6
-    assert plan.experts == summary.experts == Mixture(*sizes, "Qwen3MoeExperts: its adapter is no thin product")
+    assert plan.experts == summary.experts == Mixture(*sizes, "Qwen3MoeExperts: its adapter is not a low-rank product")
     assert str(plan).count("; on dense copies of all, without dropout: Qwen3MoeExperts: its adapter is no") == 1
     assert summary.base_parameters == count and summary.packed_parameters == experts // 2
     assert summary.packed_bytes == experts // 4 + 4 * experts // 2 // 64 + 2 * 64

@@ -187,9 +187,9 @@ def test_groups_of_a_model_without_adapters_are_all_that_trains() -> None:
     [
         (
             lambda adapters, *_: [{"params": [a.gain]} for a in [*adapters.values()] * 2],
-            "name 'model.*which .* already",
+            "contain 'model.*which .* already",
         ),
-        (lambda adapters, *_: [{"params": [nn.Parameter(torch.ones(1))]}], "no parameter of the model"),
+        (lambda adapters, *_: [{"params": [nn.Parameter(torch.ones(1))]}], "not a parameter of the model"),
         (lambda adapters, *_: [[a.gain for a in adapters.values()]], "dicts with 'params'"),
     ],
 )

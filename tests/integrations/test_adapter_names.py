@@ -113,7 +113,7 @@ def test_what_is_refused(model: Any) -> None:
             model(input_ids=tokens(), adapter_names=names)
     with pytest.raises(peftcore.PeftcoreError, match="Give them to that model"):
         model.model(input_ids=tokens(), adapter_names=NAMES)
-    with pytest.raises(peftcore.PeftcoreError, match=r"First: model\.eval\(\)"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"Call model\.eval\(\)"):
         model.train()(input_ids=tokens(), adapter_names=NAMES)
     model.eval()
     peftcore.apply(model, "prompt-tuning", adapter="p", num_virtual_tokens=2)
@@ -128,5 +128,5 @@ def test_values_of_the_base_that_an_active_adapter_trains_are_no_base() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).eval()
     peftcore.apply(model, "lora", adapter="a", target_modules=["0"])
     peftcore.apply(model, "bitfit", adapter="biases")
-    with pytest.raises(peftcore.PeftcoreError, match=r"'biases' has parameters of its own in place"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"'biases' trains parameters of the base"):
         model(torch.randn(2, 4), adapter_names=["a", "__base__"])

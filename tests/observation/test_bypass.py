@@ -159,7 +159,7 @@ def test_weights_that_the_model_changes_in_place_are_left_alone() -> None:
 def test_layers_in_a_function_need_inputs_that_ask_for_gradients() -> None:
     model = instances.build("ReformerForMaskedLM")
     assert "reformer.encoder.layers.0.feed_forward" in peftcore.observation.observe(model).in_function
-    with pytest.raises(peftcore.PeftcoreError, match=r"Before apply: model\.enable_input_require_grads\(\)"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"Before apply, call model\.enable_input_require_grads\(\)"):
         peftcore.apply(model, "bitfit")
     model.enable_input_require_grads()
     peftcore.apply(model, "adapter")

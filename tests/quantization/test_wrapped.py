@@ -105,7 +105,7 @@ def test_a_product_without_a_gradient_cannot_be_trained_through(tmp_path: Path) 
     model = wrap(tiny.llama(), WithoutGradient)
     with pytest.raises(peftcore.PeftcoreError, match=r"q_proj.weight' .WithoutGradient. gives its input no gradient"):
         peftcore.apply(model, "lora")
-    with pytest.warns(UserWarning, match="it can be used, and not be trained"):
+    with pytest.warns(UserWarning, match="it can be used but not trained"):
         peftcore.load(model, tmp_path)
     torch.testing.assert_close(output(model), output(peftcore.load(wrap(tiny.llama()), tmp_path)))
 
