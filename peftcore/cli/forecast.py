@@ -17,7 +17,7 @@ from peftcore.cli.options import FULL
 from peftcore.cli.progress import current_memory, gigabytes
 from peftcore.cli.settings import Settings
 from peftcore.errors import PeftcoreError
-from peftcore.estimating import memory_here
+from peftcore.estimating import Range, memory_here
 from peftcore.estimating.searching import PAGED, PLAIN
 from peftcore.estimating.step import MIXED
 
@@ -44,20 +44,29 @@ class Forecast:
     def needed(self) -> float:
         """Beside what the processes have."""
         found = self.estimate
-        return self.together * (found.reserved - (found.peak - found.least) if self.on_card else found.needed)
+        if self.on_card:
+            return found.reserved - (found.peak - found.least)
+        return self.together * (found.needed + self.libraries - self.before)
 
     @property
-    def peak(self) -> int:
-        """Of the process."""
-        return self.estimate.reserved if self.on_card else self.before + self.estimate.resident
+    def peak(self) -> Range:
+        """Bytes of the process at its peak; on a card, of the card."""
+        if self.on_card:
+            return Range(self.estimate.reserved, self.estimate.reserved)
+        return self.estimate.beyond_libraries.plus(self.libraries)
+
+    @property
+    def libraries(self) -> int:
+        """Bytes of Python and its libraries, with what these load in the first step."""
+        return 0 if self.on_card else self.before + self.estimate.overhead.first_step
 
     def __str__(self) -> str:
         parts = sorted(self.estimate.parts.items(), key=lambda part: -part[1])
         most = ", ".join(f"{kind} {gigabytes(size)}" for kind, size in parts[:4])
         each = f" in each of {self.estimate.step.ranks} processes" if self.estimate.step.ranks > 1 else ""
         return (
-            f"predicted: {gigabytes(self.peak)} at most{each}, {gigabytes(self.before)} of them Python and its "
-            f"libraries ({most}); {gigabytes(self.room)} free"
+            f"predicted peak: {self.peak}{each}, {gigabytes(self.libraries)} of it Python and its libraries ({most}); "
+            f"{gigabytes(self.room)} free"
         )
 
 

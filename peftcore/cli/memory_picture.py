@@ -63,12 +63,13 @@ def picture(said: Forecast, was: Trace | None, width: float = 9.0) -> bytes:
     places, sizes = stacked(said.estimate)
     order = sorted(range(len(places)), key=lambda n: places[n])
     x = [places[n] for n in order]
-    below = {"Python and libraries": [said.before] * len(x)} if said.before else {}
+    below = {"Python and libraries": [said.libraries] * len(x)} if said.libraries else {}
     layers = {**below, **{name: [values[n] for n in order] for name, values in sizes.items() if any(values)}}
     colours = [PALE if name in below else _LAYERS[name][1] for name in layers]
     heights = [[size / 1e9 for size in values] for values in layers.values()]
     axes.stackplot(x, heights, labels=[*layers], colors=colours, step="post")
-    axes.axhline(said.peak / 1e9, color=INK, linewidth=1, linestyle="--", label="predicted peak")
+    low, high = said.peak.low / 1e9, said.peak.high / 1e9
+    axes.axhspan(low, max(high, 1.002 * low), color=INK, alpha=0.25, linewidth=0, label="predicted peak")
     phases = [name for _, name in said.estimate.phases]
     measured = was.by_phase(len(phases)) if was is not None else []
     if measured:
@@ -80,7 +81,7 @@ def picture(said: Forecast, was: Trace | None, width: float = 9.0) -> bytes:
             axes.axvline(number, color=GREY, linewidth=0.8)
         short = name.partition(" of ")[0] if len(phases) <= 9 else name[:1]
         axes.text(number + 0.5, 1.01, short, transform=axes.get_xaxis_transform(), ha="center", fontsize=8.5, color=INK)
-    top = max([said.peak, *(size for _, size in measured)]) / 1e9
+    top = max([high, *(size / 1e9 for _, size in measured)])
     axes.set(xlim=(0, len(phases)), ylim=(0, 1.08 * top), ylabel="GB", xticks=[])
     axes.spines[["top", "right"]].set_visible(False)
     handles, names = axes.get_legend_handles_labels()

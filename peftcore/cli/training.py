@@ -104,7 +104,7 @@ class Result:
             "tokens_per_second": round(self.tokens_per_second, 1),
             "peak": self.peak,
             "peak_of_steps": self.trace.peak if self.trace is not None else None,
-            "predicted_peak": self.predicted.peak if self.predicted is not None else None,
+            "predicted_peak": list(self.predicted.peak) if self.predicted is not None else None,
             "adapter_bytes": self.adapter_bytes,
             "validation": self.validation and self.validation.as_dict(),
             "other": self.other and [found.as_dict() for found in self.other],

@@ -1,4 +1,4 @@
-"""Which ways of training fit into a memory, and how long each takes (`searching` says how they are found)."""
+"""Search for ways of training that fit into a memory, with their time (see `searching` for the algorithm)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from peftcore.errors import PeftcoreError
-from peftcore.estimating.devices import CARDS, Device, device_of, usable, usable_here
+from peftcore.estimating.devices import CARDS, Device, device_of, libraries_of_command, usable
 from peftcore.estimating.following import NotFollowed
 from peftcore.estimating.loop import ADAPTERS, BASE, STATE
 from peftcore.estimating.prediction import Estimate, step_of
+from peftcore.estimating.ranges import Range
 from peftcore.estimating.searching import ALIKE, LARGEST_BATCH, PAGED, PLAIN, Choice, Search, Sized, front
 from peftcore.estimating.standing import config_of
 from peftcore.estimating.step import Step
@@ -25,18 +26,19 @@ from peftcore.optim.paging import bytes_of
 from peftcore.registry import registry
 
 _LOOKED_FOR = ("batch_size", "gradient_checkpointing", "optimizer")
-NEARLY = 1.2  # what a line says to need so much more than there is may fit, and is followed whole before it is left out
-SHORTEST = 64  # tokens of an example, of those that are offered where nothing fits
+NEARLY = 1.2  # a way whose line needs up to so many times the memory may fit: it is followed before it is left out
+SHORTEST = 64  # tokens of the shortest examples that an error suggests
 
 
 @dataclass(frozen=True)
 class Way:
-    """A way to train that fits.
+    """A way of training that fits.
 
     Args:
-        hours: of all examples once.
-        next_need: bytes that twice the batch would need, about.
-        alike: other methods that need as much memory and time, and train fewer parameters.
+        hours: Hours of one epoch.
+        next_need: Bytes, of the same kind as `memory`, for a batch of twice the size.
+        libraries: Bytes of `memory` that Python and its libraries take; 0 on a card.
+        alike: Other methods with equal memory and time and fewer trainable parameters.
     """
 
     method: str
@@ -47,15 +49,19 @@ class Way:
     estimate: Estimate
     hours: float
     next_need: float
+    libraries: float = 0.0
     alike: tuple[str, ...] = ()
 
     @property
-    def memory(self) -> float:
-        """Bytes that it needs."""
-        return self.estimate.needed
+    def memory(self) -> Range:
+        """Bytes of the process on this machine; on a card, of the card."""
+        found = self.estimate
+        low = self.libraries + found.beyond_libraries.low - (found.peak - found.least)
+        high = self.libraries + found.needed
+        return Range(low if self.libraries else high, high)
 
     def options(self) -> list[str]:
-        """As `peftcore train` takes them."""
+        """Return the options of `peftcore train` for this way."""
         chosen = ["--method", self.method]
         for name, value in self.fields.items():
             chosen += ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
@@ -65,9 +71,10 @@ class Way:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What fits into `memory` bytes, the fastest first; of those alike in time the one whose base is not in 4 bits.
+    """Ways of training that fit into `memory` bytes, the fastest first.
 
-    A slower one needs less memory, or keeps the base dense.
+    Each slower way needs less memory, or keeps the base dense. Among the fastest, a way with a dense base comes before
+    one with a base in 4 bits.
     """
 
     memory: float
@@ -76,16 +83,18 @@ class Suggestion:
 
     def __str__(self) -> str:
         ranks = self.ways[0].estimate.step.ranks
-        each = f" for each of {ranks} processes, without what they wait for" if ranks > 1 else ""
-        lines = [f"into {self.memory / 1e9:,.1f} GB on {self.device.name}{each}, fastest first:"]
+        each = f" for each of {ranks} processes, without waiting for one another" if ranks > 1 else ""
+        with_libraries = " with Python and its libraries" if self.device.measured else ""
+        where = f"{self.device.name}{with_libraries}{each}"
+        lines = [f"fits into {self.memory / 1e9:,.1f} GB on {where}, fastest first:"]
         for way in self.ways:
-            why = "" if way.next_need <= self.memory else ", and so does not fit"
+            verdict = "" if way.next_need <= self.memory else " and does not fit"
             lines += [
-                f"  {way.memory / 1e9:8,.2f} GB{way.hours:10,.2f} h an epoch   {shlex.join(way.options())}",
-                f"  {'':8}   twice the batch would need about {way.next_need / 1e9:,.2f} GB{why}",
+                f"  {way.memory!s:>15}{way.hours:10,.2f} h an epoch   {shlex.join(way.options())}",
+                f"  {'':15}   twice the batch needs about {way.next_need / 1e9:,.2f} GB{verdict}",
             ]
             if way.alike:
-                lines += [f"  {'':8}   alike in both, with fewer parameters to train: {', '.join(way.alike)}"]
+                lines += [f"  {'':15}   equal in both, with fewer trainable parameters: {', '.join(way.alike)}"]
         return "\n".join(lines)
 
 
@@ -104,27 +113,27 @@ def suggest(
     step: Step | None = None,
     **options: Any,
 ) -> Suggestion:
-    """Look for ways to train `model` in so much memory: method, rank, recomputed activations, batch, paged optimizer.
+    """Suggest ways to train `model` in so much memory: method, batch, gradient checkpointing, optimizer.
 
     Args:
-        model: a config of transformers, a folder with a `config.json`, a hub id, or a model that has a config.
-        memory: of a process, in bytes, also as text ("24GB"); None: what the device has.
-        device: `cpu`, which is this machine, or a card, as `estimate` takes it.
-        examples: how many there are.
-        methods: their names; None: of those installed that have a rank `r` and need no field beside it, each that is
-            smaller or faster than the others.
-        r: ranks of methods that have one.
-        dtype: of the base.
-        most: ways to answer at most.
-        fields: of every method's config, such as target_modules.
-        step: how a step is run, apart from what is looked for; None: as `Step()` says.
-        options: fields of `Step`, such as length=2048, ranks=8 or mixed_precision="bf16", before those of `step`.
+        model: A transformers config, a folder with a `config.json`, a hub id, or a model that has a config.
+        memory: Memory of the process or the card, in bytes or as text ("24GB"); None: what the device has free.
+        device: `cpu`, which is this machine, or a card, as in `estimate`.
+        examples: Number of training examples, for the time of an epoch.
+        methods: Names of methods; None: the installed methods that have a rank `r` and need no other field, each that
+            is smaller or faster than the others.
+        r: Ranks to try.
+        dtype: Dtype of the base.
+        most: Largest number of ways to return.
+        fields: Fields of every method's config, such as target_modules.
+        step: How a step is run, apart from what is searched; None: `Step()`.
+        options: Fields of `Step`, such as length=2048, ranks=8 or mixed_precision="bf16", which override `step`.
 
     Returns:
-        The front of memory against time.
+        The Pareto front of memory and time.
 
     Raises:
-        PeftcoreError: nothing fits, with the least that was found, or an argument is wrong.
+        PeftcoreError: Nothing fits, with the smallest need that was found, or an argument is wrong.
     """
     where = device_of(device)
     room = _room(memory, where)
@@ -132,9 +141,9 @@ def suggest(
     step = step_of(step, options)
     if wanted or options:
         raise PeftcoreError(
-            f"suggest looks for {', '.join(_LOOKED_FOR)} itself: leave out {', '.join(wanted)}"
+            f"suggest chooses {', '.join(_LOOKED_FOR)} itself: leave out {', '.join(wanted)}"
             if wanted
-            else f"suggest takes no {', '.join(options)}. A method's fields: fields={{...}}"
+            else f"suggest has no argument {', '.join(options)}. Pass fields of a method's config as fields={{...}}"
         )
     if memory is None and where.measured:
         room /= step.ranks
@@ -143,23 +152,24 @@ def suggest(
     firsts = {Choice(method, tuple(its.items()), False, PLAIN): () for method, its in named}
     alike: Mapping[Choice, tuple[str, ...]] = search.contenders([*firsts]) if methods is None else firsts
     if not alike:
-        raise PeftcoreError("no method with a rank is installed that applies to this model. Name some: methods=[...]")
+        raise PeftcoreError("no installed method with a rank applies to this model. Name some: methods=[...]")
     choices = []
     for first in alike:
-        search.line(first)  # what it refuses, it says itself
+        search.line(first)  # raises if the method refuses the model
         choices.append(first)
         for optimizer in (PLAIN, PAGED):
             again = replace(first, gradient_checkpointing=True, optimizer=optimizer)
-            with suppress(NotFollowed):  # not every model can compute activations again
+            with suppress(NotFollowed):  # some models have no gradient checkpointing
                 search.line(again)
                 choices.append(again)
     found = _search(search, choices, room, most)
     if not found:
         raise PeftcoreError(_why_nothing(search, choices, room))
     ways = []
+    libraries = libraries_of_command() if where.measured else 0.0
     for each in found:
         followed, choice = each.found, each.choice
-        assert followed is not None  # all that is answered was followed whole
+        assert followed is not None  # `_search` returns only ways that were followed
         ways.append(
             Way(
                 choice.method,
@@ -169,35 +179,36 @@ def suggest(
                 choice.optimizer,
                 followed,
                 hours=(followed.seconds or 0.0) * math.ceil(examples / (each.batch * step.ranks)) / 3600,
-                next_need=search.needs(choice, 2 * each.batch),
+                next_need=libraries + search.needs(choice, 2 * each.batch),
+                libraries=libraries,
                 alike=alike[replace(choice, gradient_checkpointing=False, optimizer=PLAIN)],
             )
         )
     ways.sort(key=lambda way: way.hours)
     near = [way for way in ways if way.hours <= (1 + ALIKE) * ways[0].hours]
     best = next((way for way in near if not way.estimate.summary.packed_parameters), ways[0])
-    return Suggestion(room, where, (best, *(way for way in ways if way is not best)))
+    return Suggestion(room + libraries, where, (best, *(way for way in ways if way is not best)))
 
 
 def _room(memory: int | str | None, where: Device) -> float:
-    """Bytes of `memory` that there are for a step on this device."""
+    """Return the bytes of `memory` that a step on this device can use."""
     if memory is None:
         return where.memory
     try:
         given = float(bytes_of(memory) or 0)
     except ValueError as error:
-        raise PeftcoreError(f"memory is bytes, or text such as '24GB', found {memory!r}") from error
+        raise PeftcoreError(f"memory must be bytes or text such as '24GB', found {memory!r}") from error
     if given < 1e6:
-        raise PeftcoreError(f"memory is bytes, or text such as '24GB', found {memory!r}: no model fits into that")
-    room = usable_here(given) if where.measured else usable(given)
+        raise PeftcoreError(f"memory must be bytes or text such as '24GB', found {memory!r}: no model fits into that")
+    room = given - libraries_of_command() if where.measured else usable(given)
     if room < 1e6:
-        what = "Python and its libraries take" if where.measured else "its context takes"
-        raise PeftcoreError(f"memory={memory!r} on {where.name} is no more than {what}: give at least 1GB")
+        what = "Python and its libraries take" if where.measured else "the CUDA context takes"
+        raise PeftcoreError(f"memory={memory!r} on {where.name} is no more than {what}. Give at least 1GB")
     return room
 
 
 def _search(search: Search, choices: Sequence[Choice], room: float, most: int) -> list[Sized]:
-    """The front of what fits, at most so many of it, each followed whole."""
+    """Return the front of what fits, with at most `most` ways, each followed with all layers."""
     known: dict[tuple[Choice, int], Estimate] = {}
     while True:
         sized = []
@@ -218,7 +229,7 @@ def _search(search: Search, choices: Sequence[Choice], room: float, most: int) -
 
 
 def _spread(found: list[Sized], most: int) -> list[Sized]:
-    """Of the front so many: the fastest, the fastest with a dense base, the smallest, and others between."""
+    """Return `most` of the front: the fastest, the fastest with a dense base, the smallest, and others between."""
     if len(found) <= most:
         return found
     dense = next((each for each in found if not each.is_packed), found[0])
@@ -229,29 +240,30 @@ def _spread(found: list[Sized], most: int) -> list[Sized]:
 
 
 def _why_nothing(search: Search, choices: Sequence[Choice], room: float) -> str:
-    """What the least way needs, what for, and what would help."""
+    """Return an error text with the smallest need, what it is for, and what would need less."""
     choice = min(choices, key=lambda each: search.line(each).at(1)[0])
     step = search.whole(choice, 1)
     lasting = step.parts[BASE] + step.parts[ADAPTERS] + (0 if step.paged else step.parts[STATE])
-    again = " and recomputed activations" if choice.gradient_checkpointing else ""
+    again = " and gradient checkpointing" if choice.gradient_checkpointing else ""
+    beyond = " beyond Python and its libraries" if search.device.measured else ""
     text = (
-        f"nothing fits into {_size(room)}: the least is {_size(step.needed)}, {choice.method} with one example at a "
-        f"time{again}, {_size(step.parts[BASE])} of it the base"
+        f"nothing fits into {_size(room)}{beyond}: the least is {_size(step.needed)}, {choice.method} with one example "
+        f"at a time{again}, {_size(step.parts[BASE])} of it the base"
     )
     ways = []
     if lasting < room:
         length = search.step.length // 2
         while length >= SHORTEST:
             if search.whole(choice, 1, length).needed <= room:
-                ways.append(f"with examples of at most {length} tokens this would fit (--max-length {length})")
+                ways.append(f"examples of at most {length} tokens would fit (--max-length {length})")
                 break
             length //= 2
     if not step.summary.packed_parameters:
         ways.append("a method with a base in 4 bits needs less")
     cards = [card.name for card in CARDS.values() if card.memory >= step.needed]
     if not search.device.measured and cards:
-        ways.append(f"cards with enough: {', '.join(cards)}")
-    return f"{text}. {_sentence(ways or ['A smaller model is needed, or more memory'])}"
+        ways.append(f"cards with enough memory: {', '.join(cards)}")
+    return f"{text}. {_sentence(ways or ['Use a smaller model, or more memory'])}"
 
 
 def _sentence(parts: Sequence[str]) -> str:

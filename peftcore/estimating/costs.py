@@ -1,6 +1,7 @@
-"""What an operator costs: floating-point operations, and memory beside its inputs and its output.
+"""Cost of an operator: floating-point operations, and memory besides its inputs and its output.
 
-What PyTorch's libraries take inside a product is measured (`libraries`); what peftcore's operators keep is known.
+The memory that PyTorch's libraries take inside a product is measured (`overhead`); what peftcore's operators keep is
+known.
 """
 
 from __future__ import annotations
@@ -14,27 +15,26 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from peftcore import ops
-from peftcore.estimating.libraries import OUTER, PLAIN, TRANSPOSED, Libraries
+from peftcore.estimating.overhead import OUTER, PLAIN, TRANSPOSED, Overhead
 from peftcore.ops._extension import extension
 from peftcore.ops.linear_4bit import PANEL_BYTES
 from peftcore.ops.weight import PackedWeight
 
-_ONEDNN_SHAPES = 1024  # whose code is kept: ONEDNN_PRIMITIVE_CACHE_CAPACITY
-
 
 class Cost(NamedTuple):
-    """Of one operator.
+    """Cost of one call of an operator.
 
     Args:
-        flops: a multiplication and an addition are two.
-        narrow: of a product the least of rows, inner dimension and columns.
-        thin: of them those of adapters, with the least dimension of their products.
-        unpacked: values of a weight in 4 bits that are read.
-        widened: a CPU multiplies by this frozen weight with `ops.dense_linear`, which is not reached on meta tensors.
-        scratch: bytes that are taken and given back.
-        kept: bytes that stay with the thread, of which the largest of all operators counts.
+        flops: Floating-point operations; a multiplication and an addition are two.
+        scratch: Bytes that are taken and given back.
+        kept: Bytes that stay with the thread, which keeps the largest of all operators.
         product: (rows, inner, columns, layout) of a product that a library computes, in the type `dtype`.
-        products: how many of them; those of experts are unlike one another.
+        products: Number of such products; those of experts differ in their shapes.
+        narrow: Smallest of a product's rows, inner dimension and columns.
+        low_rank: Floating-point operations of adapters within `flops`, with the smallest dimension of their products.
+        unpacked: Number of values of a 4-bit weight that are read.
+        widened: Whether a CPU multiplies by this frozen weight with `ops.dense_linear`, which meta tensors do not
+            reach.
     """
 
     flops: float = 0.0
@@ -44,7 +44,7 @@ class Cost(NamedTuple):
     products: int = 1
     dtype: str = ""
     narrow: int = 0
-    thin: tuple[float, int] = (0.0, 0)
+    low_rank: tuple[float, int] = (0.0, 0)
     unpacked: int = 0
     widened: bool = False
 
@@ -52,11 +52,11 @@ class Cost(NamedTuple):
 FREE = Cost()
 
 
-def cost(operator: Any, args: tuple[Any, ...], output: Any, libraries: Libraries) -> Cost:
-    """What an operator costs with these libraries."""
+def cost(operator: Any, args: tuple[Any, ...], output: Any, overhead: Overhead) -> Cost:
+    """Return the cost of an operator on a machine with this overhead."""
     name = operator._schema.name
     if name.startswith("peftcore::"):
-        return _with_scratch(_ours(operator, args), libraries)
+        return _with_scratch(_ours(operator, args), overhead)
     if name.startswith("aten::_scaled_dot_product_flash_attention_for_cpu"):
         return Cost(_attention(operator, args))
     formula = flop_registry.get(operator.overloadpacket)
@@ -68,44 +68,30 @@ def cost(operator: Any, args: tuple[Any, ...], output: Any, libraries: Libraries
         layout = OUTER if _transposed(left) else TRANSPOSED if _transposed(right) else PLAIN
         found = _product(left.shape[0], left.shape[1], right.shape[1], left.dtype, layout)
         widened = left.dtype in ops.WIDENED and layout != OUTER and not right.requires_grad
-        return _with_scratch(found, libraries)._replace(flops=flops, widened=widened)
+        return _with_scratch(found, overhead)._replace(flops=flops, widened=widened)
     if name in ("aten::bmm", "aten::baddbmm"):
         left, right = args[-2:] if name == "aten::bmm" else args[1:3]
         return Cost(flops, narrow=min(*left.shape[1:], right.shape[2]))
     return Cost(flops)
 
 
-class Kept(NamedTuple):
-    """Bytes that stay when a step is over: `allocated`, of which so many were `touched`."""
-
-    allocated: int
-    touched: int
-
-
-def kept(costs: Sequence[Cost], libraries: Libraries) -> Kept:
-    """What operators of these costs keep, and PyTorch's libraries with them."""
-    columns = 0
+def kept(costs: Sequence[Cost], overhead: Overhead) -> int:
+    """Return the bytes that operators with these costs keep after the step."""
     shapes: dict[str, set[tuple[int, int, int, str]]] = defaultdict(set)
     unlike: dict[str, int] = defaultdict(int)
     for each in costs:
         if each.product is None:
             continue
-        if each.dtype not in libraries.code:
-            columns = max(columns, each.product[2])
-        elif each.products == 1:
+        if each.products == 1:
             shapes[each.dtype].add(each.product)
-        elif extension is None:  # its kernels compute experts' products
+        elif extension is None:  # with the extension, its kernels compute the products of experts
             unlike[each.dtype] += each.products
-    ours = max(each.kept for each in costs)
-    allocated, touched = libraries.of_columns(columns) if columns else (0, 0)
-    for dtype, (code, of_it) in libraries.code.items():
-        count = min(_ONEDNN_SHAPES, len(shapes[dtype]) + unlike[dtype])
-        allocated, touched = allocated + count * code, touched + count * of_it
-    return Kept(ours + allocated, ours + touched)
+    counts = {dtype: len(shapes[dtype]) + unlike[dtype] for dtype in {*shapes, *unlike}}
+    return max((each.kept for each in costs), default=0) + overhead.for_shapes(counts)
 
 
 def _attention(operator: Any, args: tuple[Any, ...]) -> float:
-    """Operations of attention as a CPU computes it: scores and their product with values, or their three gradients."""
+    """Return the operations of attention on a CPU: scores and their product with values, or the three gradients."""
     given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
     query, key, value = (given[name] for name in ("query", "key", "value"))
     forward = 2.0 * query[..., 0].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
@@ -118,21 +104,21 @@ def _transposed(matrix: Tensor) -> bool:
 
 
 def _product(rows: int, inner: int, columns: int, dtype: torch.dtype, layout: str) -> Cost:
-    """[rows, inner] times [inner, columns]."""
+    """Return the cost of [rows, inner] times [inner, columns]."""
     narrow = min(rows, inner, columns)
     found = Cost(2.0 * rows * inner * columns, dtype=str(dtype).removeprefix("torch."), narrow=narrow)
     return found._replace(product=(rows, inner, columns, layout)) if dtype.itemsize in (2, 4) else found
 
 
-def _with_scratch(found: Cost, libraries: Libraries) -> Cost:
+def _with_scratch(found: Cost, overhead: Overhead) -> Cost:
     if found.product is None:
         return found
     rows, _, columns, layout = found.product
-    return found._replace(scratch=int(rows * columns * libraries.scratch.get(f"{found.dtype} {layout}", 0.0)))
+    return found._replace(scratch=int(rows * columns * overhead.scratch.get(f"{found.dtype} {layout}", 0.0)))
 
 
 def _frozen(rows: int, weight: list[Tensor], packing: list[int], dtype: torch.dtype, backward: bool = False) -> Cost:
-    """x Wᵀ, or with `backward` dy W, by panels of a weight in 4 bits."""
+    """Return the cost of x Wᵀ, or with `backward` of dy W, which unpacks a 4-bit weight panel by panel."""
     out, inner = packing[-2:] if packing else weight[0].shape[-2:]
     if not packing:
         return _product(rows, out, inner, dtype, PLAIN) if backward else _product(rows, inner, out, dtype, TRANSPOSED)
@@ -148,7 +134,7 @@ def _frozen(rows: int, weight: list[Tensor], packing: list[int], dtype: torch.dt
 
 
 def _ours(operator: Any, args: tuple[Any, ...]) -> Cost:
-    """Of an operator of `peftcore.ops`, by what its arguments are called there: all write them alike."""
+    """Return the cost of an operator of `peftcore.ops`, whose arguments have the same names in all operators."""
     given = dict(zip((argument.name for argument in operator._schema.arguments), args, strict=False))
     grad = given.get("grad")
     rows_of = given.get("x") if grad is None else grad
@@ -160,8 +146,8 @@ def _ours(operator: Any, args: tuple[Any, ...]) -> Cost:
     weight, packing, needs = given["weight"], given["packing"], given.get("needs", (True, True, True))
     rows = rows_of[..., 0].numel()
     factors = [given[name] for name in ("a", "b") if name in given] or list(given.get("factors", ()))[:2]
-    factors = [factor[0] if isinstance(factor, list) else factor for factor in factors]  # of samples, all of one size
-    if "offsets" in given:  # each row meets one expert
+    factors = [factor[0] if isinstance(factor, list) else factor for factor in factors]  # equal in all samples
+    if "offsets" in given:  # each row goes to one expert
         experts = given["offsets"].numel()
         out, inner = packing[-2:] if packing else weight[0].shape[-2:]
         found = _product(-(-rows // experts), inner, out, rows_of.dtype, TRANSPOSED)
@@ -173,6 +159,6 @@ def _ours(operator: Any, args: tuple[Any, ...]) -> Cost:
     if not needs[0]:
         found = FREE
     again = (0, 0) if grad is None else needs[1:]
-    thin = sum((1 + more) * factor.numel() for factor, more in zip(factors, again, strict=False))
+    size = sum((1 + more) * factor.numel() for factor, more in zip(factors, again, strict=False))
     narrow = min([rows, *(min(factor.shape) for factor in factors)])
-    return found._replace(flops=found.flops + 2.0 * rows * thin, thin=(2.0 * rows * thin, narrow))
+    return found._replace(flops=found.flops + 2.0 * rows * size, low_rank=(2.0 * rows * size, narrow))

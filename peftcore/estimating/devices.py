@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from peftcore.errors import PeftcoreError, nearest
+from peftcore.estimating.calibration import here
 from peftcore.estimating.following import Operation
-from peftcore.estimating.libraries import FromFile
+from peftcore.estimating.measurements import Measurement
 from peftcore.estimating.rates import Rates, measure, read
 from peftcore.ops.build_info import build_info
 
@@ -71,9 +74,9 @@ def usable(memory: float) -> float:
     return 0.94 * memory - 0.5e9
 
 
-def usable_here(memory: float) -> float:
-    """Bytes of a memory that is given to one process of this machine, beside Python and its libraries in `train`."""
-    return memory - 0.7e9  # 0.56 to 0.62 GB were seen when training began
+def libraries_of_command() -> float:
+    """Return the bytes that Python and its libraries take in `peftcore train` on this machine."""
+    return here(torch.get_num_threads()).libraries + _OF_COMMAND
 
 
 def _card(name: str, gigabytes: float, half: float, single: float, bandwidth: float) -> Device:
@@ -147,9 +150,10 @@ def _kernels() -> str:
     return f"{build.cpu_level} {build.commit}".strip()
 
 
-_FILE = FromFile("rates.json", read, measure, Rates._asdict, _kernels)
+_OF_COMMAND = 0.1e9  # bytes of what `peftcore train` imports besides transformers' Trainer
+_RATES = Measurement("rates.json", read, measure, Rates._asdict, _kernels)
 
 
 def this_machine() -> Device:
     """This machine, with its rates as they were measured when that was first asked; kept in a file of the user's."""
-    return Device("this machine", memory_here(), _FILE.found())
+    return Device("this machine", memory_here(), _RATES.get())

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftcore.estimating.libraries import FromFile
+from peftcore.estimating.measurements import Measurement
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FAST = 0.5  # of fp32's rate, from which on a dtype of half the memory is worth it
@@ -119,15 +119,15 @@ def read(found: Mapping[str, Any]) -> DtypeRates:
     return rates
 
 
-_FILE = FromFile("dtypes.json", read, measure, DtypeRates._asdict)
+_RATES = Measurement("dtypes.json", read, measure, DtypeRates._asdict)
 
 
 @functools.cache
 def here() -> DtypeRates:
     """Return this machine's rates: from its file, else measured, once a process."""
-    return _FILE.found()
+    return _RATES.get()
 
 
 def measured_again() -> DtypeRates:
     """Measure the rates now, and keep them in place of those in the file."""
-    return _FILE.measured()
+    return _RATES.measured_again()

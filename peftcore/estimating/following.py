@@ -1,7 +1,7 @@
-"""A run without values, followed: every storage from when it is made until nothing holds it any more.
+"""A training step run on meta tensors, with every storage followed from its creation until nothing refers to it.
 
 Floats are on the meta device and small integers real (`observation.meta`). Where PyTorch chooses between algorithms by
-the device, the choice is the CPU's.
+device, the CPU's choice is taken.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,11 @@ from torch.utils._pytree import tree_leaves
 
 from peftcore.errors import PeftcoreError
 from peftcore.estimating.costs import FREE, Cost, cost
-from peftcore.estimating.libraries import Libraries
+from peftcore.estimating.overhead import Overhead
 from peftcore.observation.meta import MetaFloats
 
-MADE, GONE, TENSOR_MADE, VIEW_MADE, TENSOR_GONE = "made", "gone", "tensor made", "view made", "tensor gone"
-NODE, SCRATCH, NODES_GONE, STEPS, AGAIN_GONE = "node", "scratch", "nodes gone", "steps", "nodes again gone"
-_LOOKUPS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}  # of what they read little is used
-LARGEST_INDEX = 1 << 22  # integers with more values than this are not real
+_LOOKUPS = {"aten::embedding", "aten::index", "aten::index_select", "aten::gather"}  # use few of the values they read
+LARGEST_INDEX = 1 << 22  # integer tensors with more values than this are on meta
 
 
 class NotFollowed(PeftcoreError):
@@ -36,12 +34,12 @@ class NotFollowed(PeftcoreError):
 
 @dataclass(slots=True)
 class Storage:
-    """Memory from operation `born` to operation `died`; None: it stays.
+    """Memory that exists from operation `born` to operation `died`; None: until the end.
 
     Args:
-        shape: of the first tensor that was seen in it.
-        kind: what it is for, as far as that is known.
-        module: path of the module in which it was made.
+        shape: Shape of the first tensor seen in it.
+        kind: Purpose, as far as it is known.
+        module: Path of the module that was running when it was created.
     """
 
     bytes: int
@@ -54,16 +52,17 @@ class Storage:
 
 @dataclass(slots=True)
 class Operation:
-    """One operator.
+    """One call of an operator.
 
     Args:
-        name: its schema's.
-        module: path of the module in whose forward it ran, or if none does of that whose results it read.
-        phase: part of the step.
-        moved: bytes that it reads and writes. elements: of the largest tensor among these.
-        halves: does it compute in 16 bits?
-        recomputed: in a forward that a backward runs again.
-        times: it stands for so many, which are not followed one by one.
+        name: Name in the operator's schema.
+        module: Path of the module whose forward called it; outside of all modules, of the module whose results it read.
+        phase: Part of the step.
+        moved: Bytes read and written.
+        elements: Number of elements of the largest tensor read or written.
+        halves: Whether it computes in 16 bits.
+        recomputed: Whether it belongs to a forward that the backward runs again.
+        times: Number of calls that this one represents.
     """
 
     name: str
@@ -77,26 +76,8 @@ class Operation:
     times: float = 1.0
 
 
-class Event(NamedTuple):
-    """What a process does with its heap, in the order in which it does it.
-
-    Args:
-        kind: a storage is `MADE` or `GONE`; so are a tensor's objects, those of a view being others; an operator gets a
-            node of autograd (`NODE`) or takes memory of its own (`SCRATCH`); all nodes are given back (`NODES_GONE`),
-            or those of a forward that a backward ran again (`AGAIN_GONE`); the optimizer `STEPS`.
-        number: of the storage, the tensor or the operation.
-        edges: of a node, the tensors that its operator takes; of a tensor, those of them that need a gradient.
-        leaves: of a node, those tensors that are parameters and need one.
-    """
-
-    kind: str
-    number: int = 0
-    edges: int = 0
-    leaves: int = 0
-
-
 def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]], dict[int, list[int]], list[int]]:
-    """By operation the numbers of the storages that it makes, and that are gone before it; and of those that stay."""
+    """Return the numbers of storages created by each operation, freed before it, and present throughout."""
     born, died, stay = defaultdict(list), defaultdict(list), []
     for number, storage in enumerate(storages):
         if storage.born == 0 and storage.died is None:
@@ -109,97 +90,78 @@ def births_and_deaths(storages: Sequence[Storage]) -> tuple[dict[int, list[int]]
 
 
 class Following:
-    """Follows what is done within `with following.running(model):`. `libraries`: what is taken inside operators."""
+    """Recorder of what runs within `with following.running(model):`. `overhead`: memory taken inside operators."""
 
-    def __init__(self, libraries: Libraries) -> None:
-        self.libraries = libraries
+    def __init__(self, overhead: Overhead) -> None:
+        self.overhead = overhead
         self.storages: list[Storage] = []
         self.operations: list[Operation] = []
-        self.events: list[Event] = []
         self.phase = ""
-        self.times = 1.0  # how often what runs now does, of which it is followed once
-        self._tensors = 0
+        self.times = 1.0  # number of calls that each call represents now
         self._ended = False
-        self._modules: list[str] = []  # those whose forward is running
+        self._modules: list[str] = []  # modules whose forward is running
         self._live: dict[int, Storage] = {}
-        self._numbers: dict[int, int] = {}  # of those, in `storages`
 
     @contextmanager
     def running(self, model: nn.Module) -> Iterator[None]:
-        """Within the block everything is followed, and known by the paths of `model`'s modules."""
+        """Record everything that runs within the block, by the paths of `model`'s modules."""
         paths = {id(module): path for path, module in model.named_modules()}
 
         def enter(module: nn.Module, _: Any) -> None:
             if id(module) in paths:
-                if not self._modules:
-                    self._nodes_of_again_gone()  # of what the older kind of checkpointing has computed before
                 self._modules.append(paths[id(module)])
 
-        def leave(module: nn.Module, _: Any, output: Any) -> None:
+        def leave(module: nn.Module, *_: Any) -> None:
             if id(module) in paths and self._modules:
                 self._modules.pop()
-                if not self._modules and output is None:  # it was stopped when all was there that is needed
-                    self._nodes_of_again_gone()
 
         for hook in (enter, leave):
-            vars(hook)["only_looks"] = True  # for code that takes another way where a hook could change something
+            vars(hook)["only_looks"] = True  # for code that takes another path where a hook could change something
 
         with ExitStack() as stack:
             hooks = torch.nn.modules.module
             stack.callback(hooks.register_module_forward_pre_hook(enter).remove)
             stack.callback(hooks.register_module_forward_hook(leave, always_call=True).remove)
-            stack.enter_context(_attention_of_cpu())
+            stack.enter_context(_attention_as_on_cpu())
             stack.enter_context(MetaFloats(self._record, LARGEST_INDEX))
             yield
 
-    def _nodes_of_again_gone(self) -> None:
-        if self.phase.startswith("backward"):
-            self.events.append(Event(AGAIN_GONE))
-
     def see(self, tensor: Tensor, kind: str | None = None, *, only_new: bool = False) -> None:
-        """Note the tensor's storage; with `kind`, what it is for, unless that is known and `only_new`."""
+        """Record the tensor's storage and its purpose, `kind`; with `only_new` a known purpose stays."""
         if tensor.layout is not torch.strided:
-            raise NotFollowed(f"a tensor of layout {tensor.layout} is made, whose memory is not followed")
+            raise NotFollowed(
+                f"the step creates a tensor of layout {tensor.layout}, whose memory is not followed. Use dense tensors"
+            )
         storage = tensor.untyped_storage()
         key = storage._cdata
         known = self._live.get(key)
         if known is None:
             module = self._modules[-1] if self._modules else ""
             known = Storage(storage.nbytes(), tuple(tensor.shape), len(self.operations), None, kind, module)
-            self._live[key], self._numbers[key] = known, len(self.storages)
-            self.events.append(Event(MADE, len(self.storages)))
-            weakref.finalize(storage, self._gone, key, known, len(self.storages)).atexit = False
+            self._live[key] = known
+            weakref.finalize(storage, self._gone, key, known).atexit = False
             self.storages.append(known)
         elif kind is not None and not (only_new and known.kind):
             known.kind = kind
 
     def release(self, tensor: Tensor) -> None:
-        """Note that the tensor's memory is given back, though the tensor stays; `see` has it come again."""
+        """Record that the tensor's memory is freed although the tensor stays; `see` allocates it again."""
         key = tensor.untyped_storage()._cdata
-        self._gone(key, self._live[key], self._numbers[key])
+        self._gone(key, self._live[key])
 
     def pass_by(self, name: str, moved: int) -> None:
-        """Note an operation that takes place on other memory than tensors': so many bytes are moved."""
+        """Record an operation that moves `moved` bytes of memory outside of tensors."""
         inside = self._modules[-1] if self._modules else ""
         self.operations.append(Operation(name, inside, self.phase, moved=moved))
 
-    def note(self, kind: str) -> None:
-        """Note what is done in between: `NODES_GONE` or `STEPS`."""
-        self.events.append(Event(kind))
-
     def end(self) -> None:
-        """Follow no more: what is there now stays, though the stand-in is about to go."""
+        """Stop recording: tensors that still exist stay in the record when the stand-in is deleted."""
         self._ended = True
 
-    def _tensor_gone(self, number: int) -> None:
-        if not self._ended:
-            self.events.append(Event(TENSOR_GONE, number))
-
-    def _gone(self, key: int, storage: Storage, number: int) -> None:
+    def _gone(self, key: int, storage: Storage) -> None:
         if self._ended or storage.died is not None:
             return
         storage.died = len(self.operations)
-        self.events.append(Event(GONE, number))
         if self._live.get(key) is storage:
             del self._live[key]
 
@@ -212,37 +174,24 @@ class Following:
                     inside = known.module
         again = bool(self._modules) and self.phase.startswith("backward")
         operation = Operation(operator._schema.name, inside, self.phase, recomputed=again, times=self.times)
-        made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        is_forward = again or self.phase.startswith("forward")
-        ours = operator.namespace == "peftcore" and is_forward  # within a Function's forward
-        needing = [t for t in tensors if t.requires_grad] if torch.is_grad_enabled() or ours else []
-        if needing:
-            leaves = sum(t.is_leaf for t in needing)
-            self.events.append(Event(NODE, len(self.operations), len(tensors), leaves))
         if not operator.is_view:
+            made = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
             touched = made if operation.name in _LOOKUPS else [*tensors, *made]
             operation.moved = sum(t.nbytes for t in touched)
             operation.elements = max((t.numel() for t in touched), default=0)
             operation.halves = any(t.dtype in (torch.float16, torch.bfloat16) for t in made)
-            operation.cost = cost(operator, args, output, self.libraries)
-            if operation.cost.scratch:
-                self.events.append(Event(SCRATCH, len(self.operations)))
+            operation.cost = cost(operator, args, output, self.overhead)
             for tensor in made:
                 self.see(tensor)
-        for tensor in made:
-            if not any(tensor is given for given in tensors):
-                self.events.append(Event(VIEW_MADE if operator.is_view else TENSOR_MADE, self._tensors, len(needing)))
-                weakref.finalize(tensor, self._tensor_gone, self._tensors).atexit = False
-                self._tensors += 1
         self.operations.append(operation)
 
 
 @contextmanager
-def _attention_of_cpu() -> Iterator[None]:
-    """Within the block attention on meta tensors takes the algorithm that a CPU takes for such shapes.
+def _attention_as_on_cpu() -> Iterator[None]:
+    """Make attention on meta tensors take the algorithm that a CPU takes for such shapes, within the block.
 
-    The function is replaced in its module, since a function mode does not reach what a backward computes again; on
-    other tensors it is what it was.
+    The function is replaced in its module because a function mode does not reach what a backward computes again; on
+    other tensors it is unchanged.
     """
     original = F.scaled_dot_product_attention
 
@@ -272,14 +221,14 @@ def _flash(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    if mask is not None and mask.dtype is torch.bool:  # as on a CPU, which adds 0 or -inf
+    if mask is not None and mask.dtype is torch.bool:  # a CPU adds 0 or -inf
         mask = torch.empty(mask.shape, dtype=query.dtype, device="meta").masked_fill_(mask.to("meta"), 0)
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     return attend(query, key, value, dropout_p, is_causal, attn_mask=mask, scale=scale)[0]
 
 
 def _takes_flash(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any) -> bool:
-    """PyTorch's own choice, by tensors of the CPU that have the shapes and take no memory."""
+    """Return whether PyTorch chooses flash attention, asked with CPU tensors of these shapes that take no memory."""
 
     def like(t: Tensor) -> Tensor:
         made = torch.empty(t.shape[-1:], dtype=t.dtype, device="cpu").expand(t.shape)

@@ -14,7 +14,7 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.engine import after_step, extra_loss, state_of
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.estimating.following import NODES_GONE, STEPS, Following, NotFollowed
+from peftcore.estimating.following import Following, NotFollowed
 from peftcore.estimating.kernels import kernels_of_cpu
 from peftcore.estimating.losses import Own, loss_of, rows_of, tiles_in_place
 from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
@@ -146,11 +146,9 @@ def _follow(
             following.phase = BACKWARD if batches == 1 else f"{BACKWARD} of batch {batch + 1}"
             loss.backward()
             del loss
-            following.note(NODES_GONE)
             processes.after_backward()
         following.phase = UPDATE
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        following.note(STEPS)
         firsts = {*_firsts(parameters).values()}
         following.times = sum(p.numel() for p in parameters) / max(1, sum(p.numel() for p in firsts))
         _update(parameters, optimizer)

@@ -1,4 +1,4 @@
-"""What a training step takes: memory by what it is for, where in the step its peak falls, operations and bytes."""
+"""Prediction of a training step: memory by purpose, the operation at its peak, operations and time."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from torch import nn
 from peftcore.engine import activate, apply, apply_to_fill, state_of, takes_batches
 from peftcore.engine.summary import Summary, summary
 from peftcore.errors import PeftcoreError
+from peftcore.estimating.calibration import here
 from peftcore.estimating.checkpointing import checkpoint
 from peftcore.estimating.costs import kept
 from peftcore.estimating.devices import Device, device_of
-from peftcore.estimating.following import Event, Following, NotFollowed, Operation, Storage
-from peftcore.estimating.heap import Held, held_by_process
-from peftcore.estimating.libraries import OF_A_CARD
-from peftcore.estimating.libraries import here as libraries_here
+from peftcore.estimating.following import Following, NotFollowed, Operation, Storage
 from peftcore.estimating.loop import ADAPTERS, BACKWARD, BASE, FORWARD, INPUTS, STATE, follow, is_paged
 from peftcore.estimating.losses import rows_of
+from peftcore.estimating.overhead import NONE, Overhead
+from peftcore.estimating.peaks import LARGE, held, peaks
 from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES
+from peftcore.estimating.ranges import Range
 from peftcore.estimating.segments import peak_reserved
 from peftcore.estimating.standing import apply_again, stand_in
 from peftcore.estimating.step import Step
@@ -41,28 +42,26 @@ KINDS = (
     BASE, GATHERED, ADAPTERS, GRADIENTS, STATE, INPUTS, ACTIVATIONS, LOGITS, TEMPORARIES, KERNELS, MESSAGES, KEPT,
 )  # fmt: skip
 _OF_STEP = {each.name for each in dataclass_fields(Step)}
-NOT_COUNTED = (
-    "Not in it: Python with its libraries (0.4 GB and more), a trainer's own (log, examples), evaluation and loading; "
-    "on CUDA its context."
-)
+NOT_COUNTED = "Not included: loading, evaluation, and what a trainer keeps (logs, examples); on CUDA the context."
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A step's memory, by what it is for. Sizes in bytes.
+    """Prediction of a training step. Sizes in bytes.
 
     Args:
-        parts: at the peak, by the names of `KINDS`.
-        where: what runs at the peak.
+        parts: Memory at the peak, by the names in `KINDS`.
+        where: Operation at the peak.
         timeline: (operation, bytes of each of `KINDS` after it), in the order of the step.
         phases: (first operation, name) of each part of the step.
-        summary: of the model with its adapters.
-        step: how it is run.
-        operations: all of the step, in their order.
-        storages: all memory of the step. events: what a process does with its heap.
-        untouched: bytes of `kept by operators` that are never written.
-        device: where it runs, for the time.
-        paged: is the optimizer's state in pages? All of it is in `parts`; where memory is short, a page stays of it.
+        summary: Summary of the model with its adapters.
+        step: How the step is run.
+        operations: All operations, in order.
+        storages: All memory of the step.
+        overhead: What a process takes beyond tensors.
+        device: Device for the time and for `fits`.
+        paged: Whether the optimizer's state is in pages. `parts` has all of it; where memory is short, a single page
+            stays in memory.
     """
 
     title: str
@@ -76,17 +75,17 @@ class Estimate:
     paged: bool = False
     device: Device | None = None
     storages: tuple[Storage, ...] = field(default=(), repr=False)
-    events: tuple[Event, ...] = field(default=(), repr=False)
-    untouched: int = 0
+    overhead: Overhead = field(default=NONE, repr=False)
 
     @cached_property
-    def resident(self) -> int:
-        """Bytes that a process has for all of it, with what glibc's malloc keeps of what was freed (`heap`)."""
-        return self._held.most + self.parts[KEPT] - self.untouched
+    def beyond_libraries(self) -> Range:
+        """Bytes at the peak of a process of this machine, beyond Python and its libraries."""
+        return held(peaks(self.storages, self.operations), self.overhead.allowance).plus(self.parts[KEPT])
 
-    @cached_property
-    def _held(self) -> Held:
-        return held_by_process(self.storages, self.operations, self.events, STATE)
+    @property
+    def process(self) -> Range:
+        """Bytes at the peak of a process of this machine."""
+        return self.beyond_libraries.plus(self.overhead.libraries)
 
     @property
     def peak(self) -> int:
@@ -95,12 +94,12 @@ class Estimate:
 
     @cached_property
     def reserved(self) -> int:
-        """Bytes of a card that PyTorch's allocator has for all of it (`segments`)."""
+        """Bytes that PyTorch's allocator reserves on a card (see `segments`)."""
         return peak_reserved(self.storages, self.operations)
 
     @property
     def least(self) -> int:
-        """Bytes at the peak with as much of the optimizer's state as can be outside of memory."""
+        """Bytes of tensors at the peak with as much of the optimizer's state as possible on disk."""
         return self.peak - max(0, self.parts[STATE] - PAGE_BYTES) if self.paged else self.peak
 
     @property
@@ -110,20 +109,21 @@ class Estimate:
 
     @property
     def seconds(self) -> float | None:
-        """Of a step, where it is known on which device."""
+        """Seconds of a step, or None without a device."""
         if self.device is None:
             return None
-        return self.device.seconds(self.operations, self._held.fresh if self.device.measured else 0)
+        mapped = sum(each.bytes for each in self.storages if each.born and each.bytes >= LARGE)
+        return self.device.seconds(self.operations, mapped if self.device.measured else 0)
 
     @property
     def needed(self) -> float:
-        """Bytes that must be free: for a process of this machine, or for tensors on a card."""
+        """Bytes that must be free: on this machine beyond the libraries, at the upper end; on a card reserved ones."""
         on_card = self.device is not None and not self.device.measured
-        return (self.reserved if on_card else self.resident) - (self.peak - self.least)
+        return (self.reserved if on_card else self.beyond_libraries.high) - (self.peak - self.least)
 
     @property
     def fits(self) -> bool | None:
-        """Is the device's memory enough? On this machine what is free of it now, for all ranks together."""
+        """Whether the device has enough memory, on this machine for all ranks together; None without a device."""
         if self.device is None:
             return None
         return self.needed * (self.step.ranks if self.device.measured else 1) <= self.device.memory
@@ -131,20 +131,21 @@ class Estimate:
     def __str__(self) -> str:
         lines = [self.title, *(line for line in str(self.summary).splitlines() if not line.startswith(" "))]
         lines += [f"  {kind:<18}{size / 1e6:>12,.1f} MB" for kind, size in self.parts.items() if size]
-        lines += [f"  {'peak':<18}{self.peak / 1e6:>12,.1f} MB, {self.where}"]
+        lines += [f"  {'tensors at peak':<18}{self.peak / 1e6:>12,.1f} MB, {self.where}"]
         if self.device is None or self.device.measured:
-            ranks = f"; {self.step.ranks} of them here" if self.step.ranks > 1 else ""
-            lines += [f"  {'of a process':<18}{self.resident / 1e6:>12,.1f} MB beside its libraries{ranks}"]
+            ranks = f", each of {self.step.ranks} on this machine" if self.step.ranks > 1 else ""
+            libraries = f"{self.overhead.libraries / 1e9:.2f} GB of it Python and its libraries"
+            lines += [f"  {'process':<18}{self.process!s:>15}, {libraries}{ranks}"]
         else:
-            lines += [f"  {'of the card':<18}{self.reserved / 1e6:>12,.1f} MB in segments of PyTorch's allocator"]
+            lines += [f"  {'card':<18}{self.reserved / 1e6:>12,.1f} MB in segments of PyTorch's allocator"]
         if self.paged:
-            lines += [f"  {'with state paged':<18}{self.least / 1e6:>12,.1f} MB"]
+            lines += [f"  {'with state paged':<18}{self.least / 1e6:>12,.1f} MB of tensors"]
         lines += [f"{self.flops / 1e12:,.2f} T floating-point operations"]
         if self.device is not None and self.seconds is not None:
-            room = f"{'fits' if self.fits else 'does not fit'} into {self.device.memory / 1e9:,.1f} GB"
-            how = "at rates measured here" if self.device.measured else "by its data sheet, half of its rates, untested"
-            how += ", without what ranks wait for" if self.step.ranks > 1 else ""
-            lines[-1] += f": about {self.seconds:.2g} s a step on {self.device.name} ({how}); {room}"
+            verdict = f"{'fits' if self.fits else 'does not fit'} into {self.device.memory / 1e9:,.1f} GB"
+            how = "at rates measured here" if self.device.measured else "at half the rates of its data sheet, untested"
+            how += ", without waiting for other ranks" if self.step.ranks > 1 else ""
+            lines[-1] += f": about {self.seconds:.2g} s a step on {self.device.name} ({how}); {verdict}"
         lines += [NOT_COUNTED]
         return "\n".join(lines)
 
@@ -160,35 +161,35 @@ def estimate(
     device: str | Device | None = None,
     **options: Any,
 ) -> Estimate:
-    """Estimate a training step by running it without memory: no weight is read, and the model is left alone.
+    """Predict a training step by running it on meta tensors. No weight is read and the model is not changed.
 
     Args:
-        model: a module, a config of transformers, a folder with a `config.json`, or a hub id.
-        method: as `peftcore.apply` takes it, next to the adapters that the model has: `adapter=` names another one.
-            None: these adapters are trained as they are, or, where there are none, every parameter is.
-        step: how it is run; None: as `Step()` says.
-        quantize: `nf4` or `fp4`: the base in 4 bits.
-        dtype: of the base; None: the module's, or what the config says.
-        device: for the time, and whether it fits: `cpu`, which is this machine, or a card of `CARDS`, such as `h100`.
-        options: fields of `Step` (batch_size=4, length=2048, ranks=8, ...), before those of `step`; all others are of
-            the method's config.
+        model: A module, a transformers config, a folder with a `config.json`, or a hub id.
+        method: As in `peftcore.apply`. The model keeps the adapters that it has; `adapter=` names the new one. None
+            trains the model's adapters as they are, or every parameter of a model without adapters.
+        step: How the step is run; None: `Step()`.
+        quantize: `nf4` or `fp4` for a base in 4 bits.
+        dtype: Dtype of the base; None: the module's, or the config's.
+        device: Device for the time and for `fits`: `cpu`, which is this machine, or a card of `CARDS` such as `h100`.
+        options: Fields of `Step` (batch_size=4, length=2048, ranks=8, ...), which override those of `step`; all others
+            are fields of the method's config.
 
     Raises:
-        NotFollowed: the model cannot be built or run without values, or has no loss.
-        PeftcoreError: an argument is wrong, or the method refuses the model.
+        NotFollowed: The model cannot be built or run without values, or has no loss.
+        PeftcoreError: An argument is wrong, or the method refuses the model.
     """
     step = step_of(step, options)
     _refuse_doubtful(method)
     where = device_of(device) if isinstance(device, str) else device
     there: tuple[str, ...] = ()
     on_card = where is not None and not where.measured
-    following = Following(OF_A_CARD if on_card else libraries_here())
+    following = Following(NONE if on_card else here(torch.get_num_threads()))
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=[]))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")  # `apply` gives them when it is called for good
+        warnings.simplefilter("ignore")  # the user sees them when `apply` runs on the model itself
         made = stand_in(model, dtype)
         try:
             if quantize is not None:
@@ -201,7 +202,7 @@ def estimate(
                 follow(following, made.train(), step, on_card=on_card)
         except PeftcoreError:
             raise
-        except Exception as error:  # anything may go wrong in a forward, or in a method that looks at values
+        except Exception as error:  # a forward, or a method that reads values, may raise anything
             raise NotFollowed(
                 f"a step of {type(made).__name__} does not run without values: {type(error).__name__}: "
                 f"{str(error).partition(chr(10))[0]}"
@@ -220,24 +221,24 @@ def estimate(
 
 
 def step_of(step: Step | None, options: dict[str, Any]) -> Step:
-    """The step with those `options` that are fields of one, which are taken out of them."""
+    """Return the step changed by those `options` that are fields of `Step`, and remove these from `options`."""
     return replace(step or Step(), **{name: options.pop(name) for name in _OF_STEP & options.keys()})
 
 
 def _refuse_doubtful(method: Any) -> None:
-    """Raise where a name is one of the step's and of the method's config."""
+    """Raise PeftcoreError if a field of `Step` is also a field of the method's config."""
     if isinstance(method, str):
         both = _OF_STEP & {each.name for each in dataclass_fields(registry.method(method).config_class)}
         if both:
             raise PeftcoreError(
-                f"{', '.join(sorted(both))}: of a step and of {method}'s config. Give the config itself, and "
-                "step=peftcore.Step(...)"
+                f"{', '.join(sorted(both))}: fields of both Step and the config of {method}. Pass the config object as "
+                "method and step=peftcore.Step(...)"
             )
 
 
 def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) -> None:
     if step.per_sample and method is None:
-        raise PeftcoreError("per_sample is of a method's adapters, and every parameter is trained: name a method")
+        raise PeftcoreError("per_sample needs a method: without one, every parameter is trained. Name a method")
     if step.per_sample:
         names = [f"adapter {number}" for number in range(step.per_sample)]
         for name in names:
@@ -249,10 +250,10 @@ def _place(model: nn.Module, method: Any, fields: dict[str, Any], step: Step) ->
     elif method is None:
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise PeftcoreError(
-                "no active adapter of the model is trainable. Activate one that is, peftcore.activate(model, 'NAME'), "
-                "or name a method"
+                "no active adapter of the model is trainable. Activate a trainable one, "
+                "peftcore.activate(model, 'NAME'), or name a method"
             )
-    elif isinstance(method, str) and takes_batches(method, fields):  # none are needed for its size
+    elif isinstance(method, str) and takes_batches(method, fields):  # its size depends on no batch
         apply_to_fill(model, registry.method(method).config_class(**fields))
     else:
         apply(model, method, **fields)
@@ -271,8 +272,7 @@ def _estimate(title: str, following: Following, vocabulary: int | None, about: S
         if operation.cost.scratch:
             changes[number][KINDS.index(KERNELS)] += operation.cost.scratch
             changes[number + 1][KINDS.index(KERNELS)] -= operation.cost.scratch
-    stays = kept([operation.cost for operation in operations], following.libraries)
-    changes[0][KINDS.index(KEPT)] += stays.allocated
+    changes[0][KINDS.index(KEPT)] += kept([operation.cost for operation in operations], following.overhead)
     now, timeline = [0] * len(KINDS), []
     for number in sorted(changes):
         for kind, change in changes[number].items():
@@ -296,13 +296,12 @@ def _estimate(title: str, following: Following, vocabulary: int | None, about: S
         step,
         is_paged(step.optimizer),
         storages=tuple(storages),
-        events=tuple(following.events),
-        untouched=stays.allocated - stays.touched,
+        overhead=following.overhead,
     )
 
 
 def _ends_of_forwards(operations: list[Operation]) -> list[int]:
-    """The operations behind the last one of each forward."""
+    """Return the number of the operation after each forward."""
     phases = [operation.phase for operation in operations]
     pairs = itertools.pairwise(phases)
     return [number + 1 for number, (one, other) in enumerate(pairs) if one.startswith(FORWARD) and one != other]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftcore.estimating.libraries import OUTER, PLAIN, TRANSPOSED
+from peftcore.estimating.overhead import OUTER, PLAIN, TRANSPOSED
 from peftcore.ops.probes import over_dense
 
 if TYPE_CHECKING:
@@ -79,15 +79,15 @@ class Rates(NamedTuple):
                 worked = max(worked, cost.flops / self.attention[kind][backward])
             elif cost.unpacked:
                 of_a_value, rate = self.packed[kind]
-                worked = max(worked, (cost.flops - cost.thin[0]) / rate + cost.unpacked * of_a_value)
+                worked = max(worked, (cost.flops - cost.low_rank[0]) / rate + cost.unpacked * of_a_value)
             else:
                 layout = cost.product[3] if cost.product is not None else TRANSPOSED
                 rate = _between(self.products[kind][layout], cost.narrow or _NARROW[-1])
                 if mine or cost.widened:
                     rate *= self.dense[kind][backward] / self.products[kind][layout][-1][1]
-                worked = max(worked, (cost.flops - cost.thin[0]) / rate)
-            if cost.thin[0]:  # computed in 32 bits
-                worked += cost.thin[0] / _between(self.products[SINGLE][TRANSPOSED], cost.thin[1])
+                worked = max(worked, (cost.flops - cost.low_rank[0]) / rate)
+            if cost.low_rank[0]:  # computed in 32 bits
+                worked += cost.low_rank[0] / _between(self.products[SINGLE][TRANSPOSED], cost.low_rank[1])
         else:
             worked = max(worked, operation.elements * elements.get(name, elements[_OTHERS]))
         return operation.times * (worked + call)

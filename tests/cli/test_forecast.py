@@ -16,7 +16,7 @@ def test_plan_says_what_a_step_takes(run: Run, llama: Path) -> None:
     assert "a training step of LlamaForCausalLM, lora, batch 2 x 12" in here
     assert "peak" in here and "this machine (at rates measured here); fits into" in here
     card = run("plan", "-m", llama, *METHOD, "--max-length", 12, "--device", "rtx4090").output
-    assert "on rtx4090 (by its data sheet, half of its rates, untested); fits into 22.1 GB" in card
+    assert "on rtx4090 (at half the rates of its data sheet, untested); fits into 22.1 GB" in card
     wrong = run("plan", "-m", llama, *METHOD, "--device", "rtx4091", code=1).output
     assert "there is no card 'rtx4091'" in wrong and "nearest: 'rtx4090'" in wrong
 
@@ -31,10 +31,11 @@ def test_what_will_not_fit_is_refused_before_it_loads(
     assert "--batch-size 1 --grad-accum 4 or --gradient-checkpointing or --optim paged_adamw_8bit" in error
     assert "predicted peak" in run(*arguments, "--force").output
     found = json.loads((tmp_path / "run/result.json").read_text())
-    assert found["predicted_peak"] == pytest.approx(found["peak_of_steps"], rel=0.2)
+    low, high = found["predicted_peak"]
+    assert 0.9 * low < found["peak_of_steps"] < 1.1 * high and high < 1.3 * low
     assert 0 < found["peak_of_steps"] < 1.01 * found["peak"]["memory"]  # of which the kernel keeps two counts
     page = (tmp_path / "run/report.html").read_text()
-    assert "<h2>Memory over a step</h2>" in page and "of what it was in a step" in page
+    assert "<h2>Memory over a step</h2>" in page and "<td>peak in a step</td>" in page
 
 
 def test_what_is_not_known_is_said(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
@@ -61,7 +62,8 @@ def test_the_head_of_train_knows_how_it_runs(
     assert (mixed.mixed_precision, mixed.loss) == ("bf16", None) and mixed.length == plain.length
     assert dpo.loss == "dpo" and dpo.length > len("say 0:") / 4
     found = json.loads((tmp_path / "dpo/result.json").read_text())
-    assert found["predicted_peak"] == pytest.approx(found["peak_of_steps"], rel=0.3)
+    low, high = found["predicted_peak"]
+    assert 0.8 * low < found["peak_of_steps"] < 1.2 * high
 
 
 def test_plan_of_several_processes_and_mixed_precision(run: Run, llama: Path) -> None:

@@ -31,10 +31,10 @@ def test_ways_lie_on_the_front_and_fit() -> None:
             device="t4",
             **way.fields,
         )
-        assert again.parts == way.estimate.parts and way.estimate.needed == way.memory <= found.memory
-    hours, needs = [way.hours for way in found.ways], [way.memory for way in found.ways]
+        assert again.parts == way.estimate.parts and way.estimate.needed == way.memory.high <= found.memory
+    hours, needs = [way.hours for way in found.ways], [way.memory.high for way in found.ways]
     assert hours == sorted(hours) and needs == sorted(needs, reverse=True)
-    assert found.ways[0].next_need >= found.ways[0].memory  # segments hold more than is used of them
+    assert found.ways[0].next_need >= found.ways[0].memory.high  # segments hold more than is used of them
     assert f"--batch-size {found.ways[0].batch_size}" in str(found)
 
 
@@ -46,7 +46,7 @@ def test_layers_that_differ_are_followed_whole() -> None:
         **experts, v_head_dim=16, qk_nope_head_dim=16, num_hidden_layers=6, vocab_size=64, topk_group=1,
     )  # fmt: skip
     (way,) = peftcore.suggest(config, memory="850MB", device="t4", length=16, methods=METHODS, most=1).ways
-    assert 100e6 < way.memory <= usable(850e6)
+    assert 100e6 < way.memory.high <= usable(850e6)
 
 
 def test_a_language_model_inside_another_and_fields_that_are_lists() -> None:
@@ -64,18 +64,18 @@ def test_a_language_model_inside_another_and_fields_that_are_lists() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"memory": "much"}, "memory is bytes, or text such as '24GB', found 'much'"),
+        ({"memory": "much"}, "memory must be bytes or text such as '24GB', found 'much'"),
         ({"memory": 0}, "no model fits into that"),
-        ({"memory": "lots"}, "memory is bytes, or text such as '24GB', found 'lots'"),
-        ({"memory": "-3GB"}, "memory is bytes, or text such as '24GB', found '-3GB'"),
+        ({"memory": "lots"}, "memory must be bytes or text such as '24GB', found 'lots'"),
+        ({"memory": "-3GB"}, "memory must be bytes or text such as '24GB', found '-3GB'"),
         ({"memory": "1MB"}, "memory='1MB' on this machine is no more than Python and its libraries take"),
         ({"memory": "535MB", "device": "t4"}, "nothing fits into 2.9 MB: the least is [0-9.]+ MB, lora with one exam"),
-        ({"memory": "400MB", "device": "t4"}, "is no more than its context takes: give at least 1GB"),
+        ({"memory": "400MB", "device": "t4"}, "is no more than the CUDA context takes. Give at least 1GB"),
         (
             {"batch_size": 4},
-            "suggest looks for batch_size, .*, optimizer itself: leave out batch_size",
+            "suggest chooses batch_size, .*, optimizer itself: leave out batch_size",
         ),
-        ({"alpha": 4}, "suggest takes no alpha. A method's fields: fields="),
+        ({"alpha": 4}, "suggest has no argument alpha. Pass fields of a method's config as fields="),
         ({"ranks": 0}, "ranks must be a whole number from 1, found 0"),
         ({"device": "h1000"}, "there is no card 'h1000' in the table"),
     ],
@@ -103,7 +103,7 @@ def test_what_would_help_where_nothing_fits() -> None:
     wide = LlamaConfig(
         **{**SIZES, "hidden_size": 512, "intermediate_size": 1024}, num_hidden_layers=4, vocab_size=32000
     )
-    with pytest.raises(PeftcoreError, match=r"With examples of at most \d+ tokens this would fit \(--max-length"):
+    with pytest.raises(PeftcoreError, match=r"Examples of at most \d+ tokens would fit \(--max-length"):
         peftcore.suggest(wide, memory="900MB", device="t4", length=4096, methods=METHODS)
     with pytest.raises(PeftcoreError, match=r"of it the base. A method with a base in 4 bits needs less; cards with"):
         peftcore.suggest(wide, memory="560MB", device="t4", length=64, methods=METHODS)

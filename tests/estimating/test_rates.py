@@ -3,17 +3,16 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from peftcore import ops
-from peftcore.estimating import costs, libraries, rates
+from peftcore.estimating import costs, overhead, rates
 from peftcore.estimating.costs import Cost
 from peftcore.estimating.devices import Device
 from peftcore.estimating.following import Operation
-from peftcore.estimating.libraries import OUTER, PLAIN, TRANSPOSED
+from peftcore.estimating.overhead import OUTER, PLAIN, TRANSPOSED
 
 HALVES, SINGLES = ((8, 10.0), (512, 1000.0)), ((8, 1.0), (512, 100.0))
 MADE = rates.Rates(
@@ -52,7 +51,7 @@ def of(name: str, cost: Cost | None = None, phase: str = "forward", **more: int)
         (of("aten::mm", Cost(1000.0, narrow=4), "backward"), 1000.0 + 0.0625),
         (of("aten::attention", Cost(1000.0)), 200.0 + 0.125),
         (of("aten::attention_backward", Cost(1000.0), "backward"), 250.0 + 0.0625),
-        (of("peftcore::linear", Cost(1100.0, narrow=512, thin=(100.0, 8))), 10.0 + 100.0 + 0.5),
+        (of("peftcore::linear", Cost(1100.0, narrow=512, low_rank=(100.0, 8))), 10.0 + 100.0 + 0.5),
         (of("peftcore::linear_4bit", Cost(1000.0, narrow=512, unpacked=7)), 10.0 + 21.0 + 0.5),
     ],
 )
@@ -75,13 +74,13 @@ def test_a_dtype_without_instructions_is_slow_by_how_the_matrices_lie() -> None:
     assert MADE.seconds(transposed) == pytest.approx(1000 / 1000 + 0.125)
     ours = replace(product, name="peftcore::lora_linear_backward", phase="backward")
     assert MADE.seconds(ours) == pytest.approx(1000 / 80 + 0.5)
-    thin = replace(ours, cost=Cost(1000.0, narrow=8, product=(512, 8, 512, PLAIN)))
-    assert MADE.seconds(thin) == pytest.approx(1000 / (10 * 80 / 20) + 0.5)
+    narrow = replace(ours, cost=Cost(1000.0, narrow=8, product=(512, 8, 512, PLAIN)))
+    assert MADE.seconds(narrow) == pytest.approx(1000 / (10 * 80 / 20) + 0.5)
 
 
 def test_an_output_head_of_peftcore_s_is_a_product() -> None:
     x, weight = torch.empty(2, 3, 8), torch.empty(20, 8)
-    found = costs.cost(torch.ops.peftcore.dense_linear.default, (x, weight), x @ weight.T, libraries.OF_A_CARD)
+    found = costs.cost(torch.ops.peftcore.dense_linear.default, (x, weight), x @ weight.T, overhead.NONE)
     assert found == Cost(2 * 6 * 20 * 8, narrow=6)
     operation = Operation("peftcore::dense_linear", "", "forward", found._replace(narrow=512), moved=8, halves=True)
     assert MADE.seconds(operation) == pytest.approx(1920 / 500 + 0.5)
@@ -94,7 +93,7 @@ def test_frozen_weights_are_widened_where_the_processor_does_so(monkeypatch: pyt
     trained = frozen.clone().requires_grad_()
 
     def widened(left: torch.Tensor, right: torch.Tensor) -> bool:
-        return costs.cost(mm, (left, right), left @ right, libraries.OF_A_CARD).widened
+        return costs.cost(mm, (left, right), left @ right, overhead.NONE).widened
 
     monkeypatch.setattr(ops, "WIDENED", frozenset())
     assert not widened(x, frozen.t())
@@ -154,21 +153,3 @@ def test_what_is_measured_is_kept_in_json(monkeypatch: pytest.MonkeyPatch) -> No
 def test_others_are_refused(kept: dict[str, object]) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
         rates.read(kept)
-
-
-def test_other_kernels_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    measured = []
-
-    def measure() -> list[int]:
-        measured.append(len(measured))
-        return measured
-
-    kernels = "avx2 one"
-    file = libraries.FromFile("any.json", list, measure, list, lambda: kernels)
-    assert [file.found(), file.found()] == [[0], [0]]
-    kernels = "avx2 other"
-    assert file.found() == [0, 1]
-    assert len(json.loads((tmp_path / "peftcore/any.json").read_text())) == 2
-    (tmp_path / "peftcore/any.json").write_text("[")
-    assert file.found() == [0, 1, 2]

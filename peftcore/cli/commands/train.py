@@ -205,12 +205,8 @@ def _predicted(result: Result) -> list[tuple[str, str]]:
 
     if result.predicted is None:
         return []
-    said, was, where = result.predicted.peak, result.peak.get("CUDA memory", result.peak["memory"]), "was"
-    rows = []
-    if result.trace is not None:
-        was, where = result.trace.peak, "was in a step"
-        rows = [("peak in a step", gigabytes(was))]
-    return [*rows, ("predicted peak", f"{gigabytes(said)} ({said / was - 1:+.1%} of what it {where})")]
+    rows = [] if result.trace is None else [("peak in a step", gigabytes(result.trace.peak))]
+    return [*rows, ("predicted peak", str(result.predicted.peak))]
 
 
 def _commands(settings: Settings, result: Result) -> list[str]:

@@ -16,11 +16,12 @@ ONE = ("--method", "lora", "--rank", 4, "--max-length", 12)
 
 def test_prints_a_command_that_trains(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     output = run("suggest", "-m", llama, "--memory", "1GB", *ONE, "--dtype", "bf16").output
-    assert "into 0.3 GB on this machine, fastest first:" in output and "h an epoch" in output
+    assert "fits into 1.0 GB on this machine with Python and its libraries, fastest first:" in output
+    assert "h an epoch" in output
     command = shlex.split(output.strip().splitlines()[-1])
     assert command[:4] == ["peftcore", "train", "-m", str(llama)] and command[-2:] == ["--dtype", "bf16"]
     given = [{"DATA": str(reviews), "RUN": str(tmp_path / "run")}.get(word, word) for word in command[1:]]
-    assert "predicted: " in run(*given, "--steps", 1).output
+    assert "predicted peak: " in run(*given, "--steps", 1).output
     settings = json.loads((tmp_path / "run/run.json").read_text())
     assert (settings["method"], settings["fields"], settings["dtype"]) == ("lora", {"r": 4}, "bf16")
 
@@ -35,10 +36,10 @@ def test_on_a_card(run: Run, llama: Path) -> None:
     [
         (("--device", "rtx4091"), "there is no card 'rtx4091' in the table (nearest: 'rtx4090'"),
         (("--memory", "0"), "found '0': no model fits into that"),
-        (("--memory", "-3GB"), "memory is bytes, or text such as '24GB', found '-3GB'"),
-        (("--memory", "lots"), "memory is bytes, or text such as '24GB', found 'lots'"),
-        (("--memory", "24"), "memory is bytes, or text such as '24GB', found '24': no model fits into that"),
-        (("--memory", "500MB"), "is no more than Python and its libraries take: give at least 1GB"),
+        (("--memory", "-3GB"), "memory must be bytes or text such as '24GB', found '-3GB'"),
+        (("--memory", "lots"), "memory must be bytes or text such as '24GB', found 'lots'"),
+        (("--memory", "24"), "memory must be bytes or text such as '24GB', found '24': no model fits into that"),
+        (("--memory", "500MB"), "is no more than Python and its libraries take. Give at least 1GB"),
         (("--memory", "1GB", "--dtype", "fp8"), "fp8"),
         (("--memory", "1GB", "--method", "loro"), "nearest: 'lora'"),
     ],
@@ -104,5 +105,6 @@ def test_train_says_what_does_not_fit_before_it_loads(
     monkeypatch.setattr(forecast, "memory_here", lambda: 2e5)
     arguments = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora", "--max-length", 12)
     output = run(*arguments, "--fit", code=1).output
-    assert "nothing fits into 0.2 MB: the least is" in output and "loading" not in output
+    assert "nothing fits into 0.2 MB beyond Python and its libraries: the least is" in output
+    assert "loading" not in output
     assert not (tmp_path / "run").exists()
