@@ -219,9 +219,9 @@ class StateRules:
     Args:
         peft_type: the key by which a file's method is known, that of Hugging Face PEFT where it has the method.
         older_types: peft_types under which older versions of PEFT wrote such files, which are read all the same.
-        matches: (fields on disk) -> is a file of this peft_type one of this method? Of several methods with one
-            peft_type those that say so come before those that do not ask, or that take a file in which nothing is set
-            as well. Two that are left are an error that names both; a file that was saved here names its method.
+        flag: field on disk, such as `use_dora`, that marks the files of this method among those of its peft_type. A
+            file in which it is set is read by this method, any other by the method without a flag. A file that was
+            saved here names its method; where several methods are left, an error names them.
         tensor_name: (placement, name of the tensor in its adapter) -> name on disk. Names must be distinct.
             For `Train` the name is the parameter's; `P.base_layer.bias` where the same adapter stands around P. A
             tensor of a module that several adapters share is written once, under the name that it has in the first.
@@ -252,7 +252,7 @@ class StateRules:
     """
 
     peft_type: str
-    matches: Callable[[Mapping[str, Any]], bool] | None = None
+    flag: str | None = None
     tensor_name: Callable[[Placement, str], str] = tensor_name
     own_fields: frozenset[str] = frozenset()
     ignored_fields: frozenset[str] = frozenset()

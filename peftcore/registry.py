@@ -74,7 +74,7 @@ class Registry:
         if not self._discovered:
             self._discovered = True
             self._discover()
-        return sorted(self._plugins.values(), key=lambda plugin: plugin.name)
+        return [self._plugins[name] for name in sorted(self._plugins)]
 
     def methods(self) -> dict[str, Method]:
         """The usable methods by name."""
@@ -87,6 +87,8 @@ class Registry:
             PluginError: it is not installed, or its plugin is broken.
         """
         methods = self.methods()
+        if name in methods:
+            return methods[name]
         for known, method in methods.items():
             if canonical(known) == canonical(name):
                 return method

@@ -187,6 +187,8 @@ def _method(opened: Folder, named: str | None, say: str) -> Method:
 
 def _foreign(opened: Folder, named: str | None = None) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:
     """(method, format, fields) where the folder is another library's, by a config without peft_type."""
+    if _is_of_peft(opened):
+        return None
     chosen = None if named is None else registry.method(named)
     found: dict[str, tuple[Method, ForeignFormat, dict[str, Any], Plugin]] = {}
     configs: dict[str, dict[str, Any] | None] = {}
@@ -209,6 +211,15 @@ def _foreign(opened: Folder, named: str | None = None) -> tuple[Method, ForeignF
             "PEFTCORE_PLUGINS=NAME,NAME"
         )
     return next(((method, foreign, fields) for method, foreign, fields, _ in found.values()), None)
+
+
+def _is_of_peft(opened: Folder) -> bool:
+    """Return whether the folder's config is in PEFT's format, so that no other format is tried."""
+    try:
+        fields = parse_json(opened.content(CONFIG, JSON_BYTES), opened.path / CONFIG)
+    except (FileNotFoundError, CheckpointError):
+        return False
+    return isinstance(fields, dict) and "peft_type" in fields
 
 
 def _fields_of_others(opened: Folder, config: str) -> dict[str, Any] | None:

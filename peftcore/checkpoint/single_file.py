@@ -30,10 +30,11 @@ ENDING = ".safetensors"
 def formats() -> dict[str, tuple[FileFormat, Method]]:
     """Those that installed methods have, by the names by which `save` knows them, each with one method that has it.
 
-    Of several with the same one that is a method which reads any file of its type.
+    Of several methods with the same format that is the method without a flag.
     """
+    methods = registry.methods().values()
     found: dict[str, tuple[FileFormat, Method]] = {}
-    for method in sorted(registry.methods().values(), key=lambda method: method.state.matches is not None):
+    for method in [m for m in methods if m.state.flag is None] + [m for m in methods if m.state.flag is not None]:
         for name, form in method.state.files.items() if method.recorded_as is None else ():
             found.setdefault(name, (form, method))
     return found

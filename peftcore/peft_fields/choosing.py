@@ -1,14 +1,13 @@
-"""Which of the installed methods reads a file: several may have one peft_type, and no plugin displaces another.
+"""Choice of the installed method that reads a file, by the file's own fields; no method is asked.
 
-Of the methods of the file's peft_type come first those whose `StateRules.matches` takes it, then those that do not ask;
-those whose `matches` declines are out. One that takes a file in which nothing is set (PEFT's defaults) asks for
-nothing, and comes with those that do not ask. A file that was saved here names its method.
+A file that was saved here names its method. Any other has a `peft_type`, and perhaps a field that some method of this
+peft_type declares as its flag (`StateRules.flag`): the method whose flag is set reads it, or else the method without a
+flag. No plugin displaces another: where several methods are left, an error names them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -52,26 +51,28 @@ def method_of_fields(
         all_methods = [m for m in registry.methods().values() if m.recorded_as is None]
         known = ", ".join(f"{m.state.peft_type} ({m.name})" for m in all_methods) or "none"
         raise PluginError(f"no installed method reads peft_type {peft_type!r} (installed: {known}). {HOW_TO_INSTALL}")
-    levels = {m.name: _level(m, plugin, fields, own or {}) for m, plugin in offered}
-    left = [(m, plugin) for m, plugin in offered if levels[m.name] is not None]
     if written_by is not None:
-        writer = next((m for m, _ in left if canonical(m.name) == canonical(written_by)), None)
-        if writer is not None:
+        writer = next((m for m, _ in offered if canonical(m.name) == canonical(written_by)), None)
+        if writer is not None and _is_flagged(writer, fields, own or {}) is not False:
             return writer
+    flagged = {m.name: _is_flagged(m, fields, own or {}) for m, _ in offered}
+    wanted = True if True in flagged.values() else None
+    left = [(m, plugin) for m, plugin in offered if flagged[m.name] is wanted]
     if not left:
-        raise PluginError(
-            f"no installed method reads {where}, {_set_in(fields, own or {})}: {_in_words(offered)} "
-            f"{'says that it is not its own' if len(offered) == 1 else 'say that it is not theirs'}. {HOW_TO_INSTALL}"
+        flags = ", ".join(
+            f"'{m.name}' ({plugin.distribution} {plugin.version}) {m.state.flag}" for m, plugin in offered
         )
-    highest = max(levels[m.name] or 0 for m, _ in left)
-    best = [(m, plugin) for m, plugin in left if levels[m.name] == highest]
-    if len(best) > 1:
         raise PluginError(
-            f"{where}, {_set_in(fields, own or {})}, may be read by any of {len(best)} installed methods: "
-            f"{_in_words(best)}. Say which: {say.format('NAME')}; or name the plugins to use without the "
+            f"no installed method reads {where}, {_set_in(fields, own or {})}, without a field that marks its method: "
+            f"{flags}. {HOW_TO_INSTALL}"
+        )
+    if len(left) > 1:
+        raise PluginError(
+            f"{where}, {_set_in(fields, own or {})}, may be read by any of {len(left)} installed methods: "
+            f"{_in_words(left)}. Say which: {say.format('NAME')}; or name the plugins to use without the "
             "others: PEFTCORE_PLUGINS=NAME,NAME"
         )
-    chosen = best[0][0]
+    chosen = left[0][0]
     if written_by is not None:
         there = canonical(written_by) in map(canonical, registry.methods())
         what = "which does not read it" if there else "which is not installed"
@@ -101,17 +102,13 @@ def why_unknown(method: Method, name: str, value: Any) -> str:
 
 
 def refuse_not_its_own(method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise a PluginError if the method's `matches` declines the fields that are written for it."""
-    if method.state.matches is None:
-        return
-    fields, own = (json.loads(json.dumps(each)) for each in (fields, own))  # as they are read
-    for candidate, plugin in of_peft_type(fields["peft_type"]):
-        if candidate is method and _level(method, plugin, fields, own) is None:
-            raise PluginError(
-                f"StateRules.matches of '{method.name}' ({plugin.distribution} {plugin.version}) does not take the "
-                f"file that would be written, {_set_in(fields, own)}: another would read it. Upgrade the plugin; "
-                "the adapter's values are in model.state_dict() meanwhile"
-            )
+    """Raise a PluginError if the fields that are written for a method lack its flag."""
+    if _is_flagged(method, fields, own) is False:
+        raise PluginError(
+            f"the file of '{method.name}' would not have {method.state.flag!r} set, the StateRules.flag that marks it, "
+            f"{_set_in(fields, own)}, and another method would read it. Upgrade the plugin; the adapter's values are "
+            "in model.state_dict() meanwhile"
+        )
 
 
 def of_peft_type(peft_type: str) -> list[Offered]:
@@ -126,10 +123,12 @@ def of_peft_type(peft_type: str) -> list[Offered]:
 
 def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: Mapping[str, Any], name: str) -> Method:
     method = registry.method(name)
-    for candidate, plugin in offered:
+    for candidate, _ in offered:
         if candidate is method:
-            if _level(method, plugin, fields, own) is None:
-                raise PluginError(f"'{method.name}' says that {where}, {_set_in(fields, own)}, is not its own")
+            if _is_flagged(method, fields, own) is False:
+                raise PluginError(
+                    f"'{method.name}' reads files with {method.state.flag} set, found {where}, {_set_in(fields, own)}"
+                )
             return method
     if method.recorded_as is not None:
         raise PluginError(f"'{method.name}' has no files: its adapters are those of another method. Name that one")
@@ -138,20 +137,10 @@ def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: M
     )
 
 
-def _level(method: Method, plugin: Plugin, fields: Mapping[str, Any], own: Mapping[str, Any]) -> int | None:
-    """1: its `matches` takes these fields for what is set in them; 0: it takes any; None: it does not take them."""
-    if method.state.matches is None:
-        return 0
-    try:
-        if not method.state.matches({**fields, **own_of(method, own)}):
-            return None
-    except (Exception, SystemExit) as error:
-        registry.go_on_without(f"StateRules.matches of '{method.name}'", plugin, error)
-        return None
-    peft_type = method.state.peft_type
-    with contextlib.suppress(Exception, SystemExit):  # of fields that are not there
-        return int(not method.state.matches({**defaults(peft_type), "peft_type": peft_type}))
-    return 1
+def _is_flagged(method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> bool | None:
+    """Return whether the flag of the method is set; None if it has none."""
+    flag = method.state.flag
+    return None if flag is None else bool({**fields, **own_of(method, own)}.get(flag))
 
 
 def _in_words(offered: list[Offered]) -> str:

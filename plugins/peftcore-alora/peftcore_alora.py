@@ -152,7 +152,7 @@ def peftcore_methods() -> list[Method]:
     own = "alora_invocation_tokens"
     rules = dataclasses.replace(
         RULES,
-        matches=lambda fields: bool(fields.get(own)),
+        flag=own,
         tensor_name=name_inside,
         read_config=lambda fields: {**RULES.read_config({**fields, own: None}), own: fields.get(own) or ()},
         scaled=None,

@@ -123,7 +123,7 @@ def initialize(model: nn.Module, adapters: Any, config: DoraConfig, batches: Any
 def peftcore_methods() -> list[Method]:
     rules = dataclasses.replace(
         RULES,
-        matches=lambda fields: bool(fields.get("use_dora")),
+        flag="use_dora",
         tensor_name=name_inside,
         write_config=lambda fields: {**RULES.write_config(fields), "use_dora": True},
         read_config=lambda fields: RULES.read_config({n: value for n, value in fields.items() if n != "use_dora"}),

@@ -40,7 +40,7 @@ def set_metadata(folder: Path, **changes: str) -> None:
 
 
 def test_they_lie_beside_the_tensors_and_come_back(tmp_path: Path, plain: None) -> None:
-    with tiny.installed(gated(matches=lambda fields: "value" in fields)):
+    with tiny.installed(gated(flag="value")):
         peftcore.save(peftcore.apply(tiny.llama(), "gated", value=3.0, names=("a", "b")), tmp_path)
         config = json.loads((tmp_path / "adapter_config.json").read_text())
         assert "value" not in config and "names" not in config and "target_modules" in config
@@ -63,9 +63,9 @@ def test_defaults_are_not_written(tmp_path: Path, plain: None) -> None:
 
 
 def test_a_method_that_would_not_take_its_own_file_does_not_write_it(tmp_path: Path, plain: None) -> None:
-    with tiny.installed(gated(matches=lambda fields: "value" in fields)):  # which a default leaves out
+    with tiny.installed(gated(flag="value")):  # which a default leaves out
         model = peftcore.apply(tiny.llama(), "gated")
-        with pytest.raises(peftcore.PluginError, match=r"matches of 'gated' \(.*\) does not take the file"):
+        with pytest.raises(peftcore.PluginError, match=r"of 'gated' would not have 'value' set, the StateRules.flag"):
             peftcore.save(model, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

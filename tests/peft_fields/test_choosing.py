@@ -22,32 +22,27 @@ def read_by(**fields: object) -> str:
     return method_of_fields("'the file'", {"peft_type": "SAME", **fields}).name
 
 
-def flagged(fields) -> bool:
-    return bool(fields.get("use_flag"))
-
-
 @pytest.mark.parametrize("names", [("aa", "bb"), ("bb", "aa")], ids="-".join)
-def test_the_one_that_matches_comes_before_the_one_that_does_not_ask(names: tuple[str, str]) -> None:
+def test_the_method_whose_flag_is_set_reads_and_the_method_without_one_any_other_file(names: tuple[str, str]) -> None:
     general, special = names
-    with tiny.installed(same(general), same(special, matches=flagged)):
+    with tiny.installed(same(general), same(special, flag="use_flag")):
         assert read_by() == general
         assert read_by(use_flag=True) == special
-    with tiny.installed(same(special, matches=flagged)):
+    with tiny.installed(same(special, flag="use_flag")):
         assert read_by(use_flag=True) == special
         with pytest.raises(
             peftcore.PluginError,
-            match=rf"no installed method reads 'the file', of peft_type 'SAME' with r set: '{special}' "
-            rf"\(peftcore-{special} 1.0\) says that it is not its own. A method is a package",
+            match=r"no installed method reads 'the file', of peft_type 'SAME' with r set, without a field that marks "
+            rf"its method: '{special}' \(peftcore-{special} 1.0\) use_flag. A method is a package",
         ):
             read_by(r=3)
 
 
 @pytest.mark.parametrize("names", [("aa", "bb"), ("bb", "aa")], ids="-".join)
-@pytest.mark.parametrize("matches", [None, lambda fields: True], ids=["does not ask", "takes all"])
-def test_a_strangers_claim_leaves_a_method_whole(names: tuple[str, str], matches, tmp_path: Path) -> None:
+def test_a_strangers_claim_leaves_a_method_whole(names: tuple[str, str], tmp_path: Path) -> None:
     """It applies, saves and loads its files, whoever else claims their peft_type; others' files are asked for."""
     mine, strangers = names
-    with tiny.installed(same(mine), same(strangers, matches=matches)):
+    with tiny.installed(same(mine), same(strangers)):
         for name in names:
             peftcore.save(peftcore.apply(tiny.llama(), name, value=3.0), tmp_path / name)
         for name in names:
@@ -72,7 +67,7 @@ def test_a_strangers_claim_leaves_a_method_whole(names: tuple[str, str], matches
 
 
 def test_two_that_match_are_named() -> None:
-    with tiny.installed(same("aa", matches=flagged), same("bb", matches=flagged), same("cc")):
+    with tiny.installed(same("aa", flag="use_flag"), same("bb", flag="use_flag"), same("cc")):
         assert read_by() == "cc"
         with pytest.raises(peftcore.PluginError, match=r"any of 2 installed methods: 'aa' .*, 'bb' .*method='NAME'"):
             read_by(use_flag=True)
@@ -82,10 +77,12 @@ def test_the_method_that_is_named() -> None:
     def named(name: str, **fields: object) -> str:
         return method_of_fields("'f'", {"peft_type": "SAME", **fields}, method=name).name
 
-    with tiny.installed(same("aa"), same("bb", matches=flagged), tiny.method("other")):
+    with tiny.installed(same("aa"), same("bb", flag="use_flag"), tiny.method("other")):
         assert named("aa", use_flag=True) == "aa"  # whose config then refuses the field
         assert named("BB", use_flag=True) == "bb"
-        with pytest.raises(peftcore.PluginError, match="'bb' says that 'f', of peft_type 'SAME', is not its own"):
+        with pytest.raises(
+            peftcore.PluginError, match="'bb' reads files with use_flag set, found 'f', of peft_type 'SAME'"
+        ):
             named("bb")
         with pytest.raises(peftcore.PluginError, match="'other' reads peft_type 'TOY_OTHER', 'f' has 'SAME'"):
             named("other")
@@ -97,7 +94,7 @@ def test_the_writer_reads_unless_it_declines() -> None:
     def read(written_by: str, **fields: object) -> str:
         return method_of_fields("'f'", {"peft_type": "SAME", **fields}, written_by=written_by).name
 
-    with tiny.installed(same("aa"), same("bb", matches=flagged), same("cc", matches=flagged), tiny.method("other")):
+    with tiny.installed(same("aa"), same("bb", flag="use_flag"), same("cc", flag="use_flag"), tiny.method("other")):
         assert read("aa", use_flag=True) == "aa"
         assert read("cc", use_flag=True) == "cc"
         for name in ("cc", "other"):  # of which the one declines, the other has another peft_type
@@ -107,17 +104,28 @@ def test_the_writer_reads_unless_it_declines() -> None:
             assert read("gone") == "aa"
 
 
-def test_matches_that_fails_is_named_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(fields) -> bool:
-        return fields["use_flag"]
+def test_one_method_reads_a_file_and_no_other_is_called(tmp_path: Path) -> None:
+    """Others of the same peft_type, and formats of other libraries, are not asked about a file that names its own."""
 
-    with tiny.installed(same("aa"), same("bb", matches=fails)):
-        assert read_by(use_flag=True) == "bb"
-        with pytest.warns(UserWarning, match=r"matches of 'bb' of the plugin 'bb' \(.* 1.0\) failed: KeyError"):
-            assert read_by() == "aa"
-        monkeypatch.setenv("PEFTCORE_STRICT_PLUGINS", "1")
-        with pytest.raises(peftcore.PluginError, match=r"failed: KeyError: 'use_flag'. Upgrade or uninstall it"):
-            read_by()
+    def fails(*_):
+        raise AssertionError("it is called")
+
+    with tiny.installed(same("bb")):
+        peftcore.save(peftcore.apply(tiny.llama(), "bb", value=3.0), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    safetensors.torch.save_file(safetensors.torch.load_file(file), file)  # as PEFT writes it
+    (tmp_path / "peftcore_manifest.json").unlink()
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "use_bb": True}))
+    form = ForeignFormat("theirs", "their.safetensors", fails, fails)
+    others = [same(name, flag=f"use_{name}", read_config=fails, read_tensors=fails) for name in ("aa", "cc")]
+    others += [
+        same("dd", read_config=fails, foreign=(form,)),
+        tiny.method("zz", state=StateRules("Z", foreign=(form,))),
+    ]
+    read_config = lambda fields: {name: value for name, value in fields.items() if name != "use_bb"}  # noqa: E731
+    with tiny.installed(same("bb", flag="use_bb", read_config=read_config), *others):
+        assert applied(peftcore.load(tiny.llama(), tmp_path), "default").method == "bb"
 
 
 def test_two_that_read_one_foreign_format(tmp_path: Path) -> None:
