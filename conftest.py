@@ -9,6 +9,7 @@ files. With PEFTCORE_LATE=skip they are skipped, and named as well.
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import time
@@ -20,6 +21,7 @@ from whole import WHOLE
 
 ROOT = Path(__file__).parent
 UNTIL = pytest.StashKey[float]()
+FILE = pytest.StashKey[Path]()
 TIME_IS_UP = "time is up (PEFTCORE_SECONDS): not run"
 # A minute and more each, on a slow machine.
 LONGEST = (
@@ -52,6 +54,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("PEFTCORE_LATE") == "skip":
             pytest.skip(TIME_IS_UP)
         pytest.fail(TIME_IS_UP, pytrace=False)
+    if item.config.stash.get(FILE, None) != item.path:
+        # What is imported by now stays. A collection that walks all of PyTorch takes 0.3 s, and accelerate asks for two in
+        # every training.
+        gc.collect()
+        gc.freeze()
+        item.config.stash[FILE] = item.path
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

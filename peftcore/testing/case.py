@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -94,9 +94,10 @@ class Case:
             for batch in batches
         ]
 
-    @cached_property
+    @property
     def _made(self) -> nn.Module:
-        return self.family.make()
+        """One model of the family, of which whatever is observed is known of all the others."""
+        return _made(self.family)
 
     @cached_property
     def _base(self) -> nn.Module:
@@ -120,6 +121,11 @@ class Case:
     def prompts(self) -> dict[str, Tensor]:
         """Tokens and mask, two rows of one length."""
         return {name: self.inputs()[name] for name in ("input_ids", "attention_mask")}
+
+
+@cache
+def _made(family: Family) -> nn.Module:
+    return family.make()
 
 
 def disturb(model: nn.Module, adapter: str, seed: int, std: float = 0.2) -> None:
