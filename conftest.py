@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import os
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ from whole import WHOLE
 
 ROOT = Path(__file__).parent
 UNTIL = pytest.StashKey[float]()
-FILE = pytest.StashKey[Path]()
+FROZEN = pytest.StashKey[tuple[Path, int]]()
 TIME_IS_UP = "time is up (PEFTCORE_SECONDS): not run"
 # A minute and more each, on a slow machine.
 LONGEST = (
@@ -54,12 +55,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if os.environ.get("PEFTCORE_LATE") == "skip":
             pytest.skip(TIME_IS_UP)
         pytest.fail(TIME_IS_UP, pytrace=False)
-    if item.config.stash.get(FILE, None) != item.path:
-        # What is imported by now stays. A collection that walks all of PyTorch takes 0.3 s, and accelerate asks for two in
-        # every training.
+    _freeze(item)
+
+
+def _freeze(item: pytest.Item) -> None:
+    """Leave what is alive out of later garbage collections: for each file, and where many modules were imported.
+
+    A collection that walks PyTorch and transformers takes 0.3 s, and accelerate asks for one in every training.
+    """
+    path, modules = item.config.stash.get(FROZEN, (None, 0))
+    if path != item.path or len(sys.modules) > modules + 50:
         gc.collect()
         gc.freeze()
-        item.config.stash[FILE] = item.path
+        item.config.stash[FROZEN] = item.path, len(sys.modules)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

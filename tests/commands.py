@@ -32,6 +32,28 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 Run = Callable[..., Result]
 
 
+def invoke(*arguments: Any) -> Result:
+    """Run `peftcore` with these arguments in this process. What it raises, but for SystemExit, is raised here."""
+    from typer.testing import CliRunner
+
+    from peftcore.cli.app import build
+
+    words = [str(argument) for argument in arguments]
+    result = CliRunner().invoke(build(words), words)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def printed(*arguments: Any) -> tuple[int, str]:
+    """Run a command as `invoke`, with lines of 200 characters, and return its exit status and what it printed."""
+    from peftcore.cli import console
+
+    console.out.width = 200
+    result = invoke(*arguments)
+    return result.exit_code, result.output
+
+
 def save_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

@@ -5,10 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import socket
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -20,20 +22,27 @@ _CONTEXT.set_forkserver_preload(
         "transformers.models.gpt2.modeling_gpt2",
         "torch.distributed.checkpoint.state_dict",
         "torch.distributed.fsdp",
-        "accelerate",
+        "transformers.trainer",
+        "peftcore.cli.app",
         "peftcore.parallel",
     ]
 )
 
 
-def run(work: Callable[..., Any], *arguments: Any, ranks: int = 2, seconds: float = 120) -> list[Any]:
-    """What `work(*arguments)` returns on each rank. It and its arguments are pickled, so it stands in a module.
+def run(
+    work: Callable[..., Any], *arguments: Any, ranks: int = 2, seconds: float = 120, joined: bool = True
+) -> list[Any]:
+    """Return what `work(*arguments)` returns on each rank. `work` and its arguments are pickled: it is in a module.
+
+    Args:
+        joined: the ranks are a process group. False: they have torchrun's variables, and join by themselves.
 
     Raises:
         AssertionError: a rank failed, with what it raised; or they did not end in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = _started(_rank, ranks, folder, work, arguments)
+        start = partial(_begin, folder) if joined else partial(_as_under_torchrun, _free_port())
+        pipes, processes = _started(_rank, ranks, start, work, arguments)
         found: dict[int, Any] = {}
         try:
             while len(found) < ranks:
@@ -59,7 +68,7 @@ def run(work: Callable[..., Any], *arguments: Any, ranks: int = 2, seconds: floa
 def kill_one(work: Callable[..., Any], *arguments: Any, after: float, ranks: int = 2) -> None:
     """SIGKILL rank 0 some seconds after every rank's `work(pipe, *arguments)`, which never ends, has sent a word."""
     with tempfile.TemporaryDirectory() as folder:
-        pipes, processes = _started(_endless, ranks, folder, work, arguments)
+        pipes, processes = _started(_endless, ranks, partial(_begin, folder), work, arguments)
         for pipe in pipes:
             assert pipe.poll(60) and pipe.recv_bytes()
         time.sleep(after)
@@ -70,12 +79,16 @@ def kill_one(work: Callable[..., Any], *arguments: Any, after: float, ranks: int
 
 
 def _started(
-    target: Callable[..., None], ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]
+    target: Callable[..., None],
+    ranks: int,
+    start: Callable[[int, int], None],
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> tuple[list[Connection], list[Any]]:
     pipes, processes = [], []
     for rank in range(ranks):
         here, there = _CONTEXT.Pipe(duplex=False)
-        process = _CONTEXT.Process(target=target, args=(there, folder, rank, ranks, work, arguments))
+        process = _CONTEXT.Process(target=target, args=(there, partial(start, rank, ranks), work, arguments))
         process.start()
         there.close()
         pipes.append(here)
@@ -92,22 +105,32 @@ def _begin(folder: str, rank: int, ranks: int) -> None:
     distributed.barrier()  # a rank that ends while another one connects makes that one fail
 
 
-def _endless(
-    pipe: Connection, folder: str, rank: int, ranks: int, work: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _as_under_torchrun(port: int, rank: int, ranks: int) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
+
+
+def _endless(pipe: Connection, start: Callable[[], None], work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     with open(os.devnull, "w") as nothing:  # what a rank says when the other one dies
         os.dup2(nothing.fileno(), 2)
-    _begin(folder, rank, ranks)
+    start()
     work(pipe, *arguments)
 
 
-def _rank(
-    pipe: Connection, folder: str, rank: int, ranks: int, work: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _rank(pipe: Connection, start: Callable[[], None], work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     from torch import distributed
 
     try:
-        _begin(folder, rank, ranks)
+        start()
         found = (False, work(*arguments))
     except BaseException:
         found = (True, traceback.format_exc())

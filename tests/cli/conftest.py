@@ -8,8 +8,14 @@ from typing import Any
 import pytest
 import torch
 from click.testing import Result
-from commands import SPECIAL, WORDS, Run, save_tokenizer, write_jsonl
-from typer.testing import CliRunner
+from commands import SPECIAL, WORDS, Run, invoke, save_tokenizer, write_jsonl
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make every picture an empty file, except in tests marked `pictures`: a training draws four, 0.1 s each."""
+    if request.node.get_closest_marker("pictures") is None:
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, *arguments, **options: None)
 
 
 @pytest.fixture(scope="session")
@@ -77,15 +83,11 @@ def labelled(tmp_path: Path) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """`run("train", ...)`: run a command in this process; by default it must succeed."""
     from peftcore.cli import console
-    from peftcore.cli.app import build
 
     monkeypatch.setattr(console.out, "width", 200)
 
     def call(*arguments: Any, code: int = 0) -> Result:
-        words = [str(argument) for argument in arguments]
-        result = CliRunner().invoke(build(words), words)
-        if result.exception is not None and not isinstance(result.exception, SystemExit):
-            raise result.exception
+        result = invoke(*arguments)
         assert result.exit_code == code, result.output
         return result
 

@@ -2,6 +2,7 @@
 
 import struct
 
+import pytest
 from transformers import LlamaConfig
 
 import peftcore
@@ -24,6 +25,7 @@ def test_the_stack_is_the_estimate() -> None:
     assert sizes["weights"] == [found.parts["base"]] * len(places)
 
 
+@pytest.mark.pictures
 def test_a_png_of_that_width() -> None:
     found = peftcore.estimate(CONFIG, "lora", batch_size=2, length=16)
     said = Forecast(found, before=500_000_000, room=1e10)

@@ -1,4 +1,8 @@
-"""`peftcore train --parallel` under torchrun: rank 0 speaks, a run goes on, a dead rank ends all with its reason."""
+"""`peftcore train --parallel`: rank 0 prints, a run is resumed, a dead rank ends all ranks with its reason.
+
+Ranks are forks with the variables of torchrun, since starting Python with transformers takes most of such a test. One
+test begins with torchrun itself, and the others do so in `make test-all`.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +13,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
-from commands import Run
+from commands import Run, printed
 from safetensors.torch import load_file
+from whole import WHOLE
 
 METHOD = ("--method", "lora", "--set", "r=4", "--set", "lora_alpha=8")
 STEPS = ("--steps", 4, "--lr", "0.02", "--save-every", 2, "--eval-every", 4)
@@ -28,6 +34,16 @@ def torchrun(*arguments: Any, code: int = 0) -> str:
     return done.stdout + done.stderr
 
 
+def on_two_ranks(*arguments: Any) -> str:
+    """Run a command on two ranks, and return what both printed."""
+    if WHOLE:
+        return torchrun(*arguments)
+    ended = processes.run(printed, *map(str, arguments), joined=False)
+    text = "".join(output for _, output in ended)
+    assert [code for code, _ in ended] == [0, 0], text
+    return text
+
+
 def losses(output: Path) -> tuple[float, float]:
     found = json.loads((output / "result.json").read_text())
     return found["before"]["loss"], found["after"]["loss"]
@@ -39,8 +55,8 @@ def test_two_ranks_train_what_one_trains(run: Run, llama: Path, reviews: Path, t
     run(*common, "-o", tmp_path / "alone", "--batch-size", 4)
     found = {}
     for parallel in ("ddp", "fsdp2"):
-        told = torchrun(*common, "-o", tmp_path / parallel, "--batch-size", 2, "--parallel", parallel)
-        assert told.count("before training") == 1 and told.count("at most in each of 2 processes") == 1, told
+        text = on_two_ranks(*common, "-o", tmp_path / parallel, "--batch-size", 2, "--parallel", parallel)
+        assert text.count("before training") == 1 and text.count("at most in each of 2 processes") == 1, text
         found[parallel] = load_file(tmp_path / parallel / "adapter" / "adapter_model.safetensors")
         before, after = losses(tmp_path / parallel)
         assert before == pytest.approx(losses(tmp_path / "alone")[0], abs=1e-5) and after < 0.9 * before
@@ -54,8 +70,8 @@ def test_two_ranks_train_what_one_trains(run: Run, llama: Path, reviews: Path, t
     output = tmp_path / "fsdp2"
     for path in (output / "checkpoints" / "checkpoint-4").iterdir():
         path.unlink()
-    told = torchrun(*common, "-o", output, "--batch-size", 2, "--parallel", "fsdp2", "--resume")
-    assert "checkpoint-4' was cut off" in told and "resuming from" in told
+    text = on_two_ranks(*common, "-o", output, "--batch-size", 2, "--parallel", "fsdp2", "--resume")
+    assert "checkpoint-4' was cut off" in text and "resuming from" in text
     again = load_file(output / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(again[name], tensor) for name, tensor in found["fsdp2"].items())
 
@@ -67,7 +83,7 @@ def test_two_ranks_go_on_from_an_adapter(run: Run, llama: Path, reviews: Path, t
     found = {}
     for parallel in ("ddp", "fsdp2"):
         output = tmp_path / parallel
-        torchrun("train", "-a", first, *data, *STEPS, "-o", output, "--batch-size", 2, "--parallel", parallel)
+        on_two_ranks("train", "-a", first, *data, *STEPS, "-o", output, "--batch-size", 2, "--parallel", parallel)
         before, after = losses(output)
         assert before == pytest.approx(losses(first)[1], abs=1e-5) and after < 0.9 * before
         found[parallel] = load_file(output / "adapter" / "adapter_model.safetensors")
@@ -78,8 +94,8 @@ def test_two_ranks_go_on_from_an_adapter(run: Run, llama: Path, reviews: Path, t
 @pytest.mark.slow
 def test_a_dead_rank_ends_all_with_its_reason(llama: Path, reviews: Path, tmp_path: Path) -> None:
     common = ("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora")
-    told = torchrun(*common, "--set", "r=nonsense", "--parallel", "ddp", code=1)
-    assert "error: " in told and "nonsense" in told
+    text = torchrun(*common, "--set", "r=nonsense", "--parallel", "ddp", code=1)
+    assert "error: " in text and "nonsense" in text
 
 
 def test_parallel_and_torchrun_go_together(

@@ -38,6 +38,7 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
+@pytest.mark.pictures
 def test_rows_failures_and_what_is_kept(
     run: Run, in_this_process: list[str], bert: Path, labelled: Path, tmp_path: Path
 ) -> None:
@@ -224,6 +225,7 @@ def fake(accuracy: float, before: float = 0.5, **changes: Any) -> dict[str, Any]
     return {"before": {"accuracy": before}, "after": {"accuracy": accuracy}, "seconds": 3.0, **figures, **changes}
 
 
+@pytest.mark.pictures
 def test_mean_and_spread() -> None:
     found = ComparisonReport(Settings("m", "d.jsonl", "classification", ""), [("a", 1e-3), ("b", 0.3), ("late", 1.0)])
     values = (0.8, 0.9, 0.85)
