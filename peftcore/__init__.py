@@ -14,10 +14,10 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
     from peftcore.checkpoint import load as load
     from peftcore.checkpoint import save as save
     from peftcore.checkpoint import set_resident_limit as set_resident_limit
+    from peftcore.composing.adapter_state import set_state_dict as set_state_dict
+    from peftcore.composing.adapter_state import state_dict as state_dict
     from peftcore.composing.combining import combine as combine
     from peftcore.composing.converting import convert as convert
-    from peftcore.composing.swapping import state_dict as state_dict
-    from peftcore.composing.swapping import swap as swap
     from peftcore.engine import activate as activate
     from peftcore.engine import after_step as after_step
     from peftcore.engine import apply as apply

@@ -20,7 +20,7 @@ class Around:
     dense weight as adapters inside change it. An adapter with `merged(weight, bias) -> (weight, bias)` can be merged: a
     pure function of float32 tensors in the layout of :class:`WeightFormat`, the bias None where the module has none.
 
-    For `combine`, `scale`, `convert` and `swap` it may also have, each without the others:
+    For `combine`, `scale`, `convert` and `set_state_dict` it may also have, each without the others:
 
         factors() -> [Factors]    the thin products that `merged` adds to the weight, where it does nothing else
         neutral() -> {name: t}    for each of its tensors the value at which it changes nothing, where the change is

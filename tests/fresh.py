@@ -121,8 +121,8 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "apply prefix-tuning": applying("prefix-tuning", num_virtual_tokens=2),
     "apply prompt-tuning": applying("prompt-tuning", num_virtual_tokens=2),
     "apply qlora": applying("qlora", init_lora_weights=False),
-    "combine": of_adapted(lambda model: peftcore.combine(model, ["default"], weights=[0.5], name="mixed")),
-    "convert": of_adapted(lambda model: peftcore.convert(model, "default", to="lora", r=2, name="other")),
+    "combine": of_adapted(lambda model: peftcore.combine(model, ["default"], weights=[0.5], adapter="mixed")),
+    "convert": of_adapted(lambda model: peftcore.convert(model, "default", method="lora", r=2, adapter="other")),
     "dequantize": lambda: peftcore.dequantize(peftcore.quantize(llama())),
     "disabled": disabled,
     "estimate": lambda: [float(peftcore.estimate(llama(), "lora", batch_size=2, length=5).peak)],
@@ -143,7 +143,9 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "save": written(peftcore.save),
     "scale": of_adapted(lambda model: peftcore.scale(model, "default", 0.5)),
     "state_dict": of_adapted(lambda model: peftcore.state_dict(model, "default")),
-    "swap": of_adapted(lambda model: peftcore.swap(model, "default", peftcore.state_dict(model, "default"))),
+    "set_state_dict": of_adapted(
+        lambda model: peftcore.set_state_dict(model, "default", peftcore.state_dict(model, "default"))
+    ),
     "summary": lambda: [float(peftcore.summary(lora()).trainable_parameters)],
     "unmerge": lambda: peftcore.unmerge(merged()),
 }

@@ -1,1 +1,1 @@
-"""Adapters made of adapters: weighted sums of several, thin products from any change of weights, values exchanged."""
+"""Adapters made from adapters: weighted sums, low-rank approximations, and values replaced in place."""

@@ -1,8 +1,8 @@
-"""Sums of tensors that adapters trained, as the literature on merging models has them.
+"""Sums of trained tensors, after the literature on model merging.
 
 task arithmetic   Σ w_i t_i                                            (Ilharco et al. 2023, arXiv 2212.04089)
-ties              trim, elect a sign, the mean of those that have it   (Yadav et al. 2023, arXiv 2306.01708)
-dare              drop at random, scale what is left by 1 / density    (Yu et al. 2024, arXiv 2311.03099)
+ties              trim, elect a sign, average the values that have it   (Yadav et al. 2023, arXiv 2306.01708)
+dare              drop at random, scale the rest by 1 / density        (Yu et al. 2024, arXiv 2311.03099)
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Majority = Literal["total", "frequency"]
 
 @dataclass(frozen=True)
 class Pruning:
-    """How `pruned_sum` thins tensors out, and sums them.
+    """Options of `pruned_sum`.
 
     Args:
-        random: drop entries at random and scale those that are left; else keep those of the largest size.
-        elects: sum, of each entry, those tensors alone that have the sign of most, and divide by their number.
-        density: the share of entries that is kept, more than 0 and at most 1.
-        majority: by which `elects` finds a sign: "total" of the sum of values, "frequency" of the sum of signs.
-        generator: of the entries that are dropped; None: PyTorch's own.
+        random: drop entries at random and rescale the rest; otherwise keep the entries of largest magnitude.
+        elects: for each entry, average only the tensors that have the majority sign.
+        density: fraction of entries kept, in (0, 1].
+        majority: how the majority sign is found: "total" sums values, "frequency" sums signs.
+        generator: random generator for dropping entries; None for PyTorch's default.
     """
 
     random: bool
@@ -37,7 +37,7 @@ class Pruning:
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Σ w_i t_i, of equal shapes."""
+    """Return Σ w_i t_i of tensors of equal shape."""
     total = torch.zeros_like(tensors[0])
     for tensor, weight in zip(tensors, weights, strict=True):
         total.add_(tensor, alpha=weight)
@@ -45,7 +45,7 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def pruned_sum(tensors: Sequence[Tensor], weights: Sequence[float], how: Pruning) -> Tensor:
-    """The sum of what is left of each; signs are elected among the tensors as they are, before they are weighted."""
+    """Return the weighted sum of pruned tensors. Signs are elected before the weights are applied."""
     prune: Callable[[Tensor, Pruning], Tensor] = _drop if how.random else _trim
     left = [prune(tensor, how) for tensor in tensors]
     if not how.elects:
@@ -58,7 +58,7 @@ def pruned_sum(tensors: Sequence[Tensor], weights: Sequence[float], how: Pruning
 
 
 def _trim(tensor: Tensor, how: Pruning) -> Tensor:
-    """The entries of the largest size, `density` of all; zero elsewhere."""
+    """Keep the fraction `density` of entries with the largest magnitude; zero the rest."""
     if how.density == 1:
         return tensor
     flat = tensor.reshape(-1)
@@ -67,7 +67,7 @@ def _trim(tensor: Tensor, how: Pruning) -> Tensor:
 
 
 def _drop(tensor: Tensor, how: Pruning) -> Tensor:
-    """Each entry with the probability `density`, divided by it; zero elsewhere."""
+    """Keep each entry with probability `density` and divide it by `density`; zero the rest."""
     if how.density == 1:
         return tensor
     mask = torch.bernoulli(torch.full_like(tensor, how.density), generator=how.generator)

@@ -1,8 +1,8 @@
 """`combine`: a new adapter that is a weighted sum of others.
 
-products   adapters with `factors` (method.py), module by module; where one does not stand it adds nothing
-tensors    of adapters whose change is linear in them (`neutral`), and of parameters of the base that are trained:
-           t = t0 + Σ w_i (t_i - t0), with t0 the value at which nothing is changed
+products   adapters with `factors` (method.py), module by module; an adapter without a factor at a module adds nothing
+tensors    adapters whose change is linear in their tensors (`neutral`), and trained parameters of the base:
+           t = t0 + Σ w_i (t_i - t0), where t0 is the value at which the adapter changes nothing
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from peftcore import engine, ranks
 from peftcore.adaptation.light import own_tensors
 from peftcore.composing import low_rank
 from peftcore.composing.arithmetic import Majority, Pruning, pruned_sum, weighted_sum
-from peftcore.composing.likeness import difference
+from peftcore.composing.compatibility import difference
 from peftcore.composing.products import dense, of_matrix, of_product
 from peftcore.engine.trained import TrainedParameters, base_tensors
 from peftcore.errors import PeftcoreError, nearest
@@ -47,123 +47,137 @@ def combine(
     model: Model,
     adapters: Sequence[str],
     *,
-    name: str,
+    adapter: str,
     weights: Sequence[float] | None = None,
-    method: How = "cat",
+    how: How = "cat",
     density: float | None = None,
     majority_sign_method: Majority = "total",
     r: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Model:
-    """Give `model` the new adapter `name`, made of others, as PEFT's `add_weighted_adapter` makes it. It rests.
+    """Add a new, inactive adapter that is a weighted sum of others, like PEFT's `add_weighted_adapter`.
 
-    With ΔW_i = s_i B_i A_i what adapter i adds to a weight, s_i its scale and w_i its weight, the new one adds
+    If adapter i adds ΔW_i = s_i B_i A_i to a weight, with scale s_i and weight w_i, the new adapter adds
 
-        "cat"     Σ w_i ΔW_i, exactly: the factors one beside the other. Its rank is the sum of theirs.
-        "svd"     of all of rank `r` the nearest to that sum: exact where its rank is no larger.
+        "cat"     Σ w_i ΔW_i, exactly, by concatenating the factors. The rank is the sum of the ranks.
+        "svd"     the nearest matrix of rank `r` to that sum; exact if the sum's rank is at most `r`.
         "linear"  (Σ c_i B_i) (Σ ±c_i A_i), c_i = sqrt|w_i s_i|, with the sign of w_i s_i, as in PEFT. This is *not*
-                  the sum: products of one adapter's B with another's A are in it. Of equal ranks only.
+                  the sum: it contains products of one adapter's B and another's A. Needs equal ranks.
         "ties", "dare_linear", "dare_ties", "magnitude_prune"
-                  the same, of factors that are thinned out first (arithmetic.py): needs `density`.
+                  like "linear", on factors that are pruned first (arithmetic.py). Needs `density`.
         "ties_svd", ...
-                  ΔW_i are thinned out themselves and summed, and the nearest of rank `r` is taken.
+                  prunes and sums the ΔW_i themselves, then takes the nearest matrix of rank `r`.
 
-    Adapters whose change is linear in their tensors, and parameters of the base that they train, are summed as they
-    are with "cat" or "linear", which are then both exact.
+    Adapters whose change is linear in their tensors, and trained parameters of the base, are summed directly by "cat"
+    and "linear", and both are exact.
 
     Args:
-        adapters: names of applied adapters, active or not. A module that only some of them stand at gets theirs.
-        weights: one for each, of any sign; by default 1.
-        density: the share of entries that is kept, more than 0, at most 1.
-        majority_sign_method: "total" (of values) or "frequency" (of signs), for ties.
-        r: rank for "svd" and those that end so; by default the largest of the given adapters.
-        generator: of what is dropped at random; by default PyTorch's own.
+        model: the model the adapters are on.
+        adapters: names of applied adapters, active or not. A module that only some of them change gets their sum.
+        adapter: name of the new adapter.
+        weights: one number of any sign for each adapter; 1 by default.
+        how: how the sum is formed, see above.
+        density: fraction of entries kept by pruning, in (0, 1].
+        majority_sign_method: "total" (of values) or "frequency" (of signs), for "ties".
+        r: rank for "svd" and "..._svd"; by default the largest rank among the adapters.
+        generator: random generator for "dare"; PyTorch's default if None.
+
+    Returns:
+        The model.
 
     Raises:
-        PeftcoreError: an adapter cannot be combined, or not so. The model is then as it was.
+        PeftcoreError: an adapter cannot be combined in this way. The model is left unchanged.
     """
     state = engine.require_state(model)
     engine.refuse_merged(state, "combine adapters")
     engine.refuse_changed(model)
     ranks.refuse_sharded(model, "combine adapters")
     names, given = _sources(model, adapters, weights)
-    pruning = _pruning(method, density, majority_sign_method, generator)
+    pruning = _pruning(how, density, majority_sign_method, generator)
     if r is not None:
         positive_whole(r=r)
-        if not method.endswith("svd"):
-            raise PeftcoreError(f"r={r} says nothing to '{method}', whose rank is that of what it sums")
+        if not how.endswith("svd"):
+            raise PeftcoreError(
+                f"r={r} has no effect with how='{how}', which takes its rank from the adapters. Leave it out"
+            )
     if any(low_rank.has_factors(model, each) for each in names):
-        _combine_products(model, names, given, name, method, pruning, r)
-    elif method in ("cat", "linear"):
-        _combine_tensors(model, names, given, name)
+        _combine_products(model, names, given, adapter, how, pruning, r)
+    elif how in ("cat", "linear"):
+        _combine_tensors(model, names, given, adapter)
     else:
-        for each in names:  # says what is in the way
-            low_rank.factors_of(model, each, f"be combined by '{method}'")
+        for each in names:  # raises with the reason
+            low_rank.factors_of(model, each, f"be combined by '{how}'")
     return model
 
 
 def _combine_products(
-    model: nn.Module, names: list[str], weights: list[float], name: str, method: str, how: Pruning | None, r: int | None
+    model: nn.Module,
+    names: list[str],
+    weights: list[float],
+    adapter: str,
+    how: str,
+    pruning: Pruning | None,
+    r: int | None,
 ) -> None:
     sources = [low_rank.factors_of(model, each, "be combined") for each in names]
     makers = [(registry.method(entry.method), entry.config) for entry in (engine.applied(model, n) for n in names)]
     maker = next((each for each in makers if each[0].low_rank is not None), None)
     if maker is None:
         raise PeftcoreError(
-            f"no adapter is made of a sum of those of {makers[0][0].name}. "
-            + low_rank.ways(f"peftcore.convert(model, '{names[0]}', to=...)")
+            f"a sum of adapters of {makers[0][0].name} is not an adapter of {makers[0][0].name}. "
+            + low_rank.ways(f"peftcore.convert(model, '{names[0]}', method=...)")
         )
     largest = max(f.a.shape[0] for source in sources for pairs in source.values() for f in pairs)
     products: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for path in dict.fromkeys(path for source in sources for path in source):
         here = [(source[path], w) for source, w in zip(sources, weights, strict=True) if path in source]
-        lists, own = [pairs for pairs, _ in here], [w for _, w in here]
+        lists, used = [pairs for pairs, _ in here], [w for _, w in here]
         if len({tuple((f.a.shape[1:], f.b.shape[0], f.transposed) for f in pairs) for pairs in lists}) > 1:
-            raise PeftcoreError(f"the adapters {names} change the weight of '{path}' in products of different shapes")
-        products[path] = [_product(path, each, own, method, how, r or largest) for each in zip(*lists, strict=True)]
+            raise PeftcoreError(f"adapters {names} have factors of different shapes for '{path}'")
+        products[path] = [_product(path, each, used, how, pruning, r or largest) for each in zip(*lists, strict=True)]
     first = next(iter(sources[0].values()))[0].a
-    low_rank.add(model, name, *maker, products, first.dtype)
+    low_rank.add(model, adapter, *maker, products, first.dtype)
 
 
 @torch.no_grad()
 def _product(
-    path: str, factors: Sequence[Factors], weights: Sequence[float], method: str, how: Pruning | None, r: int
+    path: str, factors: Sequence[Factors], weights: Sequence[float], how: str, pruning: Pruning | None, r: int
 ) -> tuple[Tensor, Tensor]:
-    """(b, a) of what stands at one weight, fp32, in the shapes of its factors."""
+    """Return the combined (b, a) of one weight, fp32, in the shapes of its factors."""
     first = factors[0]
     a, b = [f.a.float().flatten(1) for f in factors], [f.b.float().flatten(1) for f in factors]
     scaled = [weight * f.scale for f, weight in zip(factors, weights, strict=True)]
-    if method.endswith("svd"):
-        if how is None:
+    if how.endswith("svd"):
+        if pruning is None:
             product = of_product(torch.cat(b, 1), torch.cat([c * t for c, t in zip(scaled, a, strict=True)]), r)
         else:
-            product = of_matrix(pruned_sum([dense(f) for f in factors], weights, how), r)
+            product = of_matrix(pruned_sum([dense(f) for f in factors], weights, pruning), r)
         left, right = product.b, product.a
-    elif method == "cat":
+    elif how == "cat":
         left, right = torch.cat(b, 1), torch.cat([c * t for c, t in zip(scaled, a, strict=True)])
     else:
         found = sorted({t.shape[0] for t in a})
         if len(found) > 1:
             raise PeftcoreError(
-                f"'{method}' adds A to A and B to B, which needs equal ranks, and at '{path}' they are {found}. "
-                "Of different ranks: method='cat' (exact, its rank is their sum) or 'svd'"
+                f"how='{how}' adds A to A and B to B, which needs equal ranks, found {found} at '{path}'. "
+                "For different ranks use how='cat' (exact, adds the ranks up) or how='svd'"
             )
         with_sign = [math.copysign(math.sqrt(abs(c)), c) for c in scaled]
         roots = [abs(c) for c in with_sign]
-        if how is None:
+        if pruning is None:
             right, left = weighted_sum(a, with_sign), weighted_sum(b, roots)
         else:
-            right, left = pruned_sum(a, with_sign, how), pruned_sum(b, roots, how)
+            right, left = pruned_sum(a, with_sign, pruning), pruned_sum(b, roots, pruning)
     rank = right.shape[0]
     return left.reshape(-1, rank, *first.b.shape[2:]), right.reshape(rank, *first.a.shape[1:])
 
 
-def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], name: str) -> None:
+def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], adapter: str) -> None:
     entries = [engine.applied(model, each) for each in names]
     parts = [_linear_parts(model, each) for each in names]
     first = dict(engine.adapter_modules(model, names[0]))
     for other, entry, there in zip(names[1:], entries[1:], parts[1:], strict=True):
-        why = "their tensors are not of the same modules and shapes"
+        why = "their tensors belong to different modules or have different shapes"
         if entry.method == entries[0].method and _shapes(there) == _shapes(parts[0]):
             unlike = (difference(first[path], each) for path, each in engine.adapter_modules(model, other))
             why = next(filter(None, unlike), "")
@@ -176,22 +190,22 @@ def _combine_tensors(model: nn.Module, names: list[str], weights: list[float], n
         for key, (_, neutral) in parts[0].items()
     }
     dtype = next((tensor.dtype for (kind, _), (tensor, _) in parts[0].items() if kind), None)
-    with low_rank.resting(model, name, entries[0].config, dtype):
-        made = _linear_parts(model, name)
+    with low_rank.inactive(model, adapter, entries[0].config, dtype):
+        made = _linear_parts(model, adapter)
         if _shapes(made) != _shapes(parts[0]):
-            raise PeftcoreError(f"{entries[0].method} places something else than at '{names[0]}'")
+            raise PeftcoreError(f"{entries[0].method} places '{adapter}' differently from '{names[0]}'")
         with torch.no_grad():
             for key, (tensor, _) in made.items():
                 tensor.copy_(sums[key])
                 if not bool(tensor.isfinite().all()):
-                    raise PeftcoreError(f"'{name}' would hold values in '{key[1]}' that are not finite")
+                    raise PeftcoreError(f"'{adapter}' would contain NaN or Inf in '{key[1]}'. Use smaller weights")
 
 
 Parts = Mapping[tuple[str, str], tuple[Tensor, Tensor]]
 
 
 def _linear_parts(model: nn.Module, adapter: str) -> Parts:
-    """{(type of the adapter, name): (tensor, its value where it changes nothing)}; no type: a parameter of the base."""
+    """Return {(adapter type, name): (tensor, neutral value)}. Parameters of the base have an empty adapter type."""
     entry, what = engine.applied(model, adapter), "be combined"
     low_rank.refuse_saved(model, adapter, what)
     parts: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
@@ -201,9 +215,8 @@ def _linear_parts(model: nn.Module, adapter: str) -> Parts:
         neutral = placed.neutral() if hasattr(placed, "neutral") else None
         if neutral is None or own.keys() != neutral.keys():
             raise PeftcoreError(
-                f"'{adapter}' ({entry.method}) cannot {what}: what it does at '{path}' is no sum, for it does not "
-                f"follow its tensors in proportion. "
-                + low_rank.ways(f"peftcore.convert(model, '{adapter}', to=...)", is_mergeable(placed))
+                f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' is not linear in its tensors. "
+                + low_rank.ways(f"peftcore.convert(model, '{adapter}', method=...)", is_mergeable(placed))
             )
         for key, tensor in own.items():
             parts[type(placed).__qualname__, f"{path}.{key}"] = tensor.detach(), neutral[key].to(tensor.device)
@@ -224,7 +237,7 @@ def _sources(
     model: nn.Module, adapters: Sequence[str], weights: Sequence[float] | None
 ) -> tuple[list[str], list[float]]:
     if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
-        raise PeftcoreError(f"combine takes a list of names of adapters, found {adapters!r}")
+        raise PeftcoreError(f"combine takes a list of adapter names, found {adapters!r}")
     engine.call_in(model, *adapters)
     for name in adapters:
         engine.applied(model, name)
@@ -235,24 +248,22 @@ def _sources(
     return list(adapters), [float(w) for w in given]
 
 
-def _pruning(
-    method: str, density: float | None, majority: Majority, generator: torch.Generator | None
-) -> Pruning | None:
-    """How tensors are thinned out by `method`, or None where they are not."""
-    if method not in get_args(How):
+def _pruning(how: str, density: float | None, majority: Majority, generator: torch.Generator | None) -> Pruning | None:
+    """Return the pruning that `how` asks for, or None."""
+    if how not in get_args(How):
         raise PeftcoreError(
-            f"method={method!r} is not known{nearest(str(method), get_args(How))}. Known: {', '.join(get_args(How))}"
+            f"how={how!r} is not known{nearest(str(how), get_args(How))}. Known: {', '.join(get_args(How))}"
         )
     if majority not in get_args(Majority):
         raise PeftcoreError(f"majority_sign_method must be one of {list(get_args(Majority))}, found {majority!r}")
-    kind = method.removesuffix("_svd")
+    kind = how.removesuffix("_svd")
     if kind in ("cat", "svd", "linear"):
         if density is not None:
-            raise PeftcoreError(f"density={density} says nothing to '{method}', which keeps every entry")
+            raise PeftcoreError(
+                f"density={density} has no effect with how='{how}', which keeps every entry. Leave it out"
+            )
         return None
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
-        raise PeftcoreError(
-            f"'{method}' needs density, the share of entries that it keeps, above 0 and at most 1, found {density!r}"
-        )
+        raise PeftcoreError(f"how='{how}' needs density, the fraction of entries to keep, in (0, 1], found {density!r}")
     random, elects = kind.startswith("dare"), kind.endswith("ties")
     return Pruning(random, elects, float(density), majority, generator)

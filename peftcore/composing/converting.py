@@ -1,6 +1,6 @@
-"""`convert`: the change of weights that any adapter makes, as thin products of a given rank.
+"""`convert`: a low-rank approximation of any adapter's change of weights.
 
-B A = the nearest to W' - W of rank r, where (W', b) = merged(W, b)
+B A = the matrix of rank r nearest to W' - W, where (W', b) = merged(W, b)
 """
 
 from __future__ import annotations
@@ -21,60 +21,62 @@ from peftcore.registry import registry
 from peftcore.validation import positive_whole
 from peftcore.weight_formats import DENSE, find_weight_format, weight_format
 
-Change = Tensor | tuple[Tensor, Tensor]  # of a weight as it lies, [rows, columns], or as b [rows, R] · a [R, columns]
+Change = Tensor | tuple[Tensor, Tensor]  # dense [rows, columns] as stored, or b [rows, R] · a [R, columns]
 Refusal = Callable[[str], PeftcoreError]
 
 
 @engine.alone("convert an adapter", base=True)
 def convert(
-    model: nn.Module, adapter: str, *, to: str, r: int | None = 16, name: str | None = None
+    model: nn.Module, source: str, *, method: str, r: int | None = 16, adapter: str | None = None
 ) -> dict[str, float]:
-    """Give `model` a new adapter, of the method `to`, that is the nearest of rank `r` to what `adapter` does. It rests.
+    """Add a new, inactive adapter of `method` that approximates `source` with rank `r`.
 
-    A rank as large as the layer's smaller width is exact, as is one of at least its own for what is a thin product
-    already. What the new adapter loses is said, not hidden: see what is returned.
+    The approximation is exact if `r` is at least the rank of the change, and so if it is the smaller width of the
+    layer.
 
     Args:
-        to: a method whose adapters are thin products, such as those that `peftcore.methods()` lists with `low_rank`.
-        r: None: in each layer the smallest that keeps 99 % of the change.
-        name: of the new adapter; by default `adapter-to`.
+        model: the model the adapter is on.
+        source: name of the adapter to approximate.
+        method: a method with low-rank adapters: one whose entry in `peftcore.methods()` has `low_rank`.
+        r: rank; None for the smallest rank in each layer that keeps 99 % of the change.
+        adapter: name of the new adapter, by default `SOURCE-METHOD`.
 
     Returns:
-        The share of each weight's change that its rank keeps, |B A| / |W' - W| (Frobenius; of experts over them all),
-        by path: where it is k, the error is sqrt(1 - k²) of the change. 1 where nothing is changed.
+        The fraction of each weight's change that is kept, |B A| / |W' - W| (Frobenius norm; over all experts of a
+        layer), by path. Where it is k, the relative error is sqrt(1 - k²). It is 1 where nothing is changed.
 
     Raises:
-        PeftcoreError: the adapter is no change of weights alone (prompts, bottlenecks, biases, modules trained whole).
-            The model is then as it was.
+        PeftcoreError: the adapter does more than change weights (prompts, bottlenecks, biases, `modules_to_save`).
+            The model is left unchanged.
     """
-    engine.call_in(model, adapter)
-    state, entry = engine.require_state(model), engine.applied(model, adapter)
+    engine.call_in(model, source)
+    state, entry = engine.require_state(model), engine.applied(model, source)
     engine.refuse_merged(state, "convert an adapter")
     engine.refuse_changed(model)
     ranks.refuse_sharded(model, "convert an adapter")
     if r is not None:
         positive_whole(r=r)
-    method = registry.method(to)
-    if method.low_rank is None:
+    target = registry.method(method)
+    if target.low_rank is None:
         able = [other for other, each in registry.methods().items() if each.low_rank is not None]
-        raise PeftcoreError(f"to={to!r}: its adapters are no thin products. Those of {able} are")
-    low_rank.refuse_trained(model, adapter, "be converted")
+        raise PeftcoreError(f"method={method!r} has no low-rank adapters. Methods that have: {able}")
+    low_rank.refuse_trained(model, source, "be converted")
     found: dict[str, list[Product]] = {}
     seen: set[Any] = set()
-    for path, placed in engine.adapter_modules(model, adapter):
-        changes = _changes(model, adapter, path, placed, seen)
+    for path, placed in engine.adapter_modules(model, source):
+        changes = _changes(model, source, path, placed, seen)
         found |= {weight: _nearest(each, r) for weight, each in changes.items()}
-    template = entry.config if entry.method == to else None
-    like = next((p.dtype for _, p in engine.adapter_parameters(model, adapter) if p.is_floating_point()), None)
-    new = f"{adapter}-{to}" if name is None else name
+    template = entry.config if entry.method == method else None
+    like = next((p.dtype for _, p in engine.adapter_parameters(model, source) if p.is_floating_point()), None)
+    new = f"{source}-{method}" if adapter is None else adapter
     products = {path: [(each.b, each.a) for each in own] for path, own in found.items()}
-    low_rank.add(model, new, method, template, products, like, of_weights=True)
+    low_rank.add(model, new, target, template, products, like, of_weights=True)
     return {path: kept_of(own) for path, own in found.items()}
 
 
 @torch.no_grad()
 def _nearest(changes: Sequence[Change], r: int | None) -> list[Product]:
-    """Of each a product, all of one rank: without `r`, of the largest that one of them needs."""
+    """Return a product for each change, all of one rank: `r`, or the largest that any of them needs."""
 
     def of(change: Change, r: int | None) -> Product:
         return of_matrix(change, r) if isinstance(change, Tensor) else of_product(*change, r)
@@ -86,14 +88,14 @@ def _nearest(changes: Sequence[Change], r: int | None) -> list[Product]:
 
 @torch.no_grad()
 def _changes(model: nn.Module, adapter: str, path: str, placed: Any, seen: set[Any]) -> dict[str, list[Change]]:
-    """What `placed` changes of the weights at `path`, by the path of each: of experts one change for each."""
+    """Return the changes that `placed` makes to the weights at `path`, by path; one for each expert."""
     module, method = model.get_submodule(path), engine.applied(model, adapter).method
 
     def refuse(why: str) -> PeftcoreError:
-        return PeftcoreError(f"'{adapter}' ({method}) cannot be converted: what it does at '{path}' {why}")
+        return PeftcoreError(f"'{adapter}' ({method}) cannot be converted: its change at '{path}' {why}")
 
     if not is_mergeable(placed):
-        raise refuse("is no change of a weight")
+        raise refuse("is not a change of a weight")
     by_name = placed.changes if isinstance(placed, WeightChanges) and "weight" not in placed.changes else {}
     sites = {_joined(path, name): (low_rank.Site(module, name), each) for name, each in by_name.items()}
     sites = sites or {path: (low_rank.Site(module), placed)}
@@ -105,7 +107,7 @@ def _changes(model: nn.Module, adapter: str, path: str, placed: Any, seen: set[A
     worked = worked_in(path, module, {adapter: method}, chosen)
     changes = _of_parameters(worked, list(by_name), refuse) if by_name else {"": _of_layer(module, worked, refuse)}
     if not all(bool(each.isfinite().all()) for each in changes.values()):
-        raise refuse("gives a weight that is not finite")
+        raise refuse("gives a weight with NaN or Inf")
     return {
         _joined(path, name): [*each] if name and each.ndim == 3 else [each.flatten(1)] for name, each in changes.items()
     }
@@ -122,11 +124,11 @@ def _products(adapter: Any) -> list[Change]:
 
 def _of_layer(module: nn.Module, worked: Worked, refuse: Refusal) -> Tensor:
     form = weight_format(module)
-    dense = form if form.decode is None else DENSE  # what is kept in few bits is dense in the copies
+    dense = form if form.decode is None else DENSE  # quantized weights are dense in the copies
     before, after = dense.read(worked.base).float(), dense.read(worked.merged).float()
     biases = [dense.read_bias(copy) for copy in (worked.base, worked.merged)]
     if biases[0] is not None and not torch.equal(*cast(list[Tensor], biases)):
-        raise refuse("changes the bias, too, which products of weights cannot. Combine or merge it as it is")
+        raise refuse("also changes the bias, which a low-rank product cannot. Combine or merge it as it is")
     _refuse_more(worked, dense.write(worked.merged, after).keys() | {"bias"}, refuse)
     return after - before
 
@@ -139,4 +141,4 @@ def _of_parameters(worked: Worked, names: Sequence[str], refuse: Refusal) -> dic
 def _refuse_more(worked: Worked, known: Set[str], refuse: Refusal) -> None:
     others = worked.changed.keys() - known
     if others:
-        raise refuse(f"changes '{min(others)}', too, which is not a weight that products are added to")
+        raise refuse(f"also changes '{min(others)}', which is not a weight of the layer")

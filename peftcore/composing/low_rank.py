@@ -1,4 +1,4 @@
-"""Adapters whose change of a weight is a thin product: read as factors, checked to be that, and made from such."""
+"""Adapters that add low-rank products to weights: read their factors, check them, and make new adapters from them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from peftcore.weight_formats import weight_format
 
 
 class Site(NamedTuple):
-    """A module at which an adapter stands, and the parameter of it whose change it is, if it is one."""
+    """Module an adapter is attached to, and the name of the parameter if it changes a single one."""
 
     module: nn.Module
     name: str | None = None
 
 
 def has_factors(model: nn.Module, adapter: str) -> bool:
-    """Says every adapter of that name what its factors are?"""
+    """Return whether every adapter with this name exposes `factors()`."""
     placed = [each for _, _, each in sites(model, adapter)]
     return bool(placed) and all(hasattr(each, "factors") for each in placed)
 
 
 def sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, Site, Any]]:
-    """(path, what it stands at, what it placed); of a change of a parameter, its own path."""
+    """Yield (path, site, adapter); changes of a parameter have the parameter's path."""
     for path, placed in engine.adapter_modules(model, adapter):
         module = model.get_submodule(path)
         if isinstance(placed, WeightChanges):
@@ -48,13 +48,15 @@ def sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, Site, Any]]:
 
 
 def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[Factors]]:
-    """The factors of an applied adapter, by path.
+    """Return the factors of an applied adapter, by path.
 
     Args:
-        what: for messages, such as `be combined`.
+        model: the model.
+        adapter: name of the adapter.
+        what: what the caller does, for messages, such as `be combined`.
 
     Raises:
-        PeftcoreError: at some module it does something else than add a thin product to a weight.
+        PeftcoreError: at some module the adapter does more than add a low-rank product to a weight.
     """
     entry = engine.applied(model, adapter)
     refuse_trained(model, adapter, what)
@@ -65,65 +67,69 @@ def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[Fact
         why = why_not(site, placed, seen, entry.method)
         if why:
             raise PeftcoreError(
-                f"'{adapter}' ({entry.method}) cannot {what}: what it does at '{path}' {why}. "
-                + ways(f"peftcore.convert(model, '{adapter}', to=...)", site.name is None and is_mergeable(placed))
+                f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' {why}. "
+                + ways(f"peftcore.convert(model, '{adapter}', method=...)", site.name is None and is_mergeable(placed))
             )
         found[path] = list(placed.factors())
     return found
 
 
 def why_not(site: Site, adapter: Any, seen: set[Any], method: str) -> str:
-    """Why an adapter at `site` is not the thin products that its `factors` tell of, in words; empty: it is.
+    """Describe why an adapter is not the low-rank products that its `factors()` return; empty if it is.
 
     Args:
-        seen: kinds of adapter, by class and shapes, whose `merged` was compared with their factors; its own is added.
+        site: where the adapter is attached.
+        adapter: the adapter.
+        seen: kinds of adapters, by class and shapes, whose `merged` was compared with their factors already; updated.
+        method: name of the adapter's method, for messages.
     """
     if not hasattr(adapter, "factors"):
-        return "is no thin product that is added to a weight"
+        return "is not a low-rank product added to a weight"
     with registry.naming(method, "factors"):
         factors = list(adapter.factors())
     why = _more(adapter, factors)
     kind = type(adapter), type(site.module), site.name, tuple((f.a.shape, f.b.shape, f.transposed) for f in factors)
     if not why and kind not in seen:
         why = _other(site, adapter, factors, method)
-        if not _are_mixed(adapter, factors):  # else another layer's further tensors may do more
+        if not _are_mixed(adapter, factors):  # otherwise the other tensors of another layer may do more
             seen.add(kind)
     return why
 
 
 def ways(call: str, possible: bool = True) -> str:
-    """What makes an adapter of thin products, in a sentence."""
+    """Return a sentence with the call that makes a low-rank adapter."""
     able = [f"'{name}'" for name, method in registry.methods().items() if method.low_rank is not None]
     if not possible or not able:
-        return "It is no change of a weight, of which such products could be made"
-    return f"{call.replace('to=...', f'to={able[0]}')} makes an adapter of such products of it"
+        return "It does not change a weight, so it cannot be converted to a low-rank adapter"
+    return f"{call.replace('method=...', f'method={able[0]}')} makes a low-rank adapter of it"
 
 
 def refuse_trained(model: nn.Module, adapter: str, what: str) -> None:
-    """Raise a PeftcoreError if an adapter trains or keeps parameters of the base beside what it places."""
+    """Raise a PeftcoreError if an adapter also trains parameters of the base or has its own copies of them."""
     entry, own = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
     refuse_saved(model, adapter, what)
     if entry.trained:
         raise PeftcoreError(
-            f"'{adapter}' ({entry.method}) cannot {what}: it trains '{entry.trained[0]}' of the base too, which has no "
-            "factors. Possible are adapters that were trained without"
+            f"'{adapter}' ({entry.method}) cannot {what}: it also trains the base parameter "
+            f"'{entry.trained[0]}', which "
+            "has no factors. Use an adapter that was trained without it"
         )
     if own is not None and own.has_moved(model):
         raise PeftcoreError(
-            f"'{adapter}' ({entry.method}) cannot {what}: it has tensors of the base's of its own, such as statistics "
-            "of a norm or rows of a vocabulary, which are no sum"
+            f"'{adapter}' ({entry.method}) cannot {what}: it has its own copies of base tensors, such as "
+            "statistics of a "
+            "norm or rows of an embedding, which cannot be summed"
         )
 
 
 def refuse_saved(model: nn.Module, adapter: str, what: str) -> None:
-    """Raise a PeftcoreError if an adapter trains modules whole."""
+    """Raise a PeftcoreError if an adapter trains whole modules (`modules_to_save`)."""
     entry = engine.applied(model, adapter)
     saved = getattr(entry.config, "modules_to_save", None)
     if saved:
         raise PeftcoreError(
-            f"'{adapter}' ({entry.method}) cannot {what}: it trains {', '.join(map(repr, saved))} whole "
-            "(modules_to_save), a module of its own and no change of the base's. Possible are adapters that were "
-            "trained with modules_to_save=[]"
+            f"'{adapter}' ({entry.method}) cannot {what}: it trains whole modules "
+            f"(modules_to_save={list(saved)}). Use an adapter that was trained with modules_to_save=[]"
         )
 
 
@@ -137,32 +143,39 @@ def add(
     *,
     of_weights: bool = False,
 ) -> None:
-    """Apply a resting adapter `name` of these products b `[out, r, ...]` · a `[r, ...]`, by path.
+    """Apply an inactive adapter made of the products b `[out, r, ...]` · a `[r, ...]`, by path.
 
     Args:
-        template: a config of the method, of which the new one's has what does not depend on modules and ranks.
-        of_weights: they are laid out as the weights are, `[rows, r]` · `[r, ...]`, rather than as the method's factors.
+        model: the model.
+        name: name of the new adapter.
+        method: its method.
+        template: a config of the method whose fields are kept, except those that depend on modules and ranks; or None.
+        products: (b, a) of each weight, by path.
+        dtype: of the new adapter's parameters; None for the method's default.
+        of_weights: the products have the shape of the weights, `[rows, r]` · `[r, ...]`, not of the method's factors.
 
     Raises:
-        PeftcoreError: the method does not place them as it is asked to. The model is then as it was.
+        PeftcoreError: the method does not place the products as asked. The model is left unchanged.
     """
     assert method.low_rank is not None
     ranks = {path: pairs[0][0].shape[1] for path, pairs in products.items()}
     config = method.low_rank(model, template, ranks)
-    with resting(model, name, config, dtype):
+    with inactive(model, name, config, dtype):
         placed = {path: (site, each) for path, site, each in sites(model, name)}
         if placed.keys() != products.keys() or engine.applied(model, name).trained:
-            raise PeftcoreError(f"{method.name} places something else than it was asked for: {sorted(placed)}")
+            raise PeftcoreError(
+                f"{method.name} was asked to place adapters at {sorted(products)}, and placed them at {sorted(placed)}"
+            )
         adapter: Any
         seen: set[Any] = set()
         for path, (site, adapter) in placed.items():
             if why := why_not(site, adapter, seen, method.name):
-                raise PeftcoreError(f"{method.name} places an adapter at '{path}' that {why}")
+                raise PeftcoreError(f"{method.name} placed an adapter at '{path}' that {why}")
             own, given = set(map(id, adapter.parameters())), products[path]
             factors = list(adapter.factors())
             if len(factors) != len(given) or not {_owner(t) for f in factors for t in (f.a, f.b)} <= own:
                 raise PeftcoreError(
-                    f"at '{path}' {method.name} has {len(factors)} products, not {len(given)} to be filled"
+                    f"{method.name} placed {len(factors)} products at '{path}', and {len(given)} were given"
                 )
             for f, (b, a) in zip(factors, given, strict=True):
                 if of_weights:
@@ -172,15 +185,15 @@ def add(
 
 
 @contextmanager
-def resting(model: nn.Module, name: str, config: Any, dtype: torch.dtype | None) -> Iterator[None]:
-    """Within the block a new adapter stands on the model and nothing acts; behind it, what acted before acts again.
+def inactive(model: nn.Module, name: str, config: Any, dtype: torch.dtype | None) -> Iterator[None]:
+    """Apply a new adapter and keep all adapters inactive within the block; restore the active ones afterwards.
 
-    An error in the block takes the adapter off.
+    If the block raises, the new adapter is removed.
     """
     active = engine.require_state(model).active
-    engine.set_active(model, ())  # two that train one parameter may stand side by side
+    engine.set_active(model, ())  # two inactive adapters may train the same parameter
     try:
-        with warnings.catch_warnings():  # what there is to say of such a config was said of the first
+        with warnings.catch_warnings():  # the source adapters' configs already warned
             warnings.simplefilter("ignore")
             engine.apply(model, config, adapter=name, dtype=dtype)
         try:
@@ -204,23 +217,24 @@ def _fill(factors: Factors, b: Tensor, a: Tensor, name: str, path: str) -> None:
     for tensor in (factors.a, factors.b):
         if not bool(tensor.float().isfinite().all()):
             raise PeftcoreError(
-                f"'{name}' would hold values at '{path}' that are not finite in {tensor.dtype}. What it is made of "
-                "holds NaN or infinity, or the weights are too large"
+                f"'{name}' would contain NaN or Inf in {tensor.dtype} at '{path}'. Check the "
+                "source adapters for NaN and "
+                "Inf, or use smaller weights"
             )
 
 
 def _more(adapter: nn.Module, factors: Sequence[Factors]) -> str:
-    """Describe what an adapter whose own tensors are its factors holds besides them; empty where some are computed."""
+    """Name a tensor that an adapter has besides its factors; empty if there is none or factors are computed."""
     own = dict(chain(adapter.named_parameters(), adapter.named_buffers()))
     if _are_computed(own.values(), factors):
         return ""
     known = {_owner(tensor) for each in factors for tensor in (each.a, each.b)}
     more = [name for name, tensor in own.items() if id(tensor) not in known]
-    return f"is more than a thin product: it holds '{more[0]}', too" if more else ""
+    return f"is more than a low-rank product: it also has the tensor '{more[0]}'" if more else ""
 
 
 def _are_computed(own: Iterable[Tensor], factors: Sequence[Factors]) -> bool:
-    """Return whether a factor is computed, rather than one of an adapter's `own` tensors."""
+    """Return whether a factor is computed rather than one of the tensors in `own`."""
     known = set(map(id, own))
     return any(_owner(tensor) not in known for each in factors for tensor in (each.a, each.b))
 
@@ -233,26 +247,26 @@ def _are_mixed(adapter: nn.Module, factors: Sequence[Factors]) -> bool:
 
 
 def _owner(tensor: Tensor) -> int:
-    """The identity of the parameter that a factor is, or is a part of."""
+    """Return the id of the parameter that the factor is, or is a view of."""
     return id(tensor if tensor._base is None else tensor._base)
 
 
 def _other(site: Site, adapter: Any, factors: Sequence[Factors], method: str) -> str:
-    """How a weight that the adapter changes differs from one to which the products are added, in words.
+    """Describe how the adapter's change of a weight differs from adding its products; empty if it does not.
 
-    Seen on random values in place of the weight.
+    The two are compared on a random weight.
     """
     device = factors[0].a.device
     if site.name is not None:
         shape, bias = torch.Size(shape_of(site.module, site.name)), None
     elif not hasattr(adapter, "merged"):
-        return "is no change of a weight"
+        return "is not a change of a weight"
     else:
         form = weight_format(site.module)
         shape, bias = form.read(site.module).shape, form.read_bias(site.module)
     numbers = sum(f.b.shape[0] * f.a[0].numel() for f in factors)
     if numbers != shape.numel() or any(f.b.shape[1] != f.a.shape[0] for f in factors):
-        return "is no product of its factors"
+        return "does not have the shape of its factors' product"
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(device)
     with torch.no_grad():
         zeros = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
@@ -263,11 +277,11 @@ def _other(site: Site, adapter: Any, factors: Sequence[Factors], method: str) ->
         change = as_weight(factors, shape)
     off = (changed - weight - change).norm() / (change.norm() + weight.norm())
     if moved is not None and (bias is None or moved.any()):
-        return "changes a bias, too"
-    return "" if off < 1e-5 else "is not its factors' product alone"
+        return "also changes a bias"
+    return "" if off < 1e-5 else "is not just the product of its factors"
 
 
 def as_weight(factors: Sequence[Factors], shape: torch.Size) -> Tensor:
-    """The change of a weight `shape` that products make, fp32."""
+    """Return the change that the products make to a weight of this shape, fp32."""
     changes = [dense(each).T if each.transposed else dense(each) for each in factors]
     return torch.cat(changes).reshape(shape)

@@ -1,4 +1,4 @@
-"""Thin products B A: that of a given rank which is nearest to a matrix, or to another product (Eckart, Young 1936).
+"""Low-rank products B A nearest to a matrix or to another product (Eckart, Young 1936).
 
 kept = |B A| / |M|      (Frobenius), so |M - B A| / |M| = sqrt(1 - kept²)
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 
 from peftcore.method import Factors
 
-ENOUGH = 0.99  # of a change, where no rank is asked for
+ENOUGH = 0.99  # fraction of a change to keep if no rank is given
 
 
 class Product(NamedTuple):
-    """B `[out, r]`, A `[r, in]`, and the share of what was asked for that they keep."""
+    """B `[out, r]`, A `[r, in]`, and the fraction of the original matrix that B A keeps."""
 
     b: Tensor
     a: Tensor
@@ -26,18 +26,21 @@ class Product(NamedTuple):
 
 
 def dense(factors: Factors) -> Tensor:
-    """The product with its scale, `[out, in]`, fp32."""
+    """Return the product times its scale, `[out, in]`, fp32."""
     return (factors.scale * factors.b.detach().flatten(1).float()) @ factors.a.detach().flatten(1).float()
 
 
 def of_matrix(matrix: Tensor, r: int | None) -> Product:
-    """The nearest product of rank `r` to an fp32 matrix `[out, in]`; None: of the smallest rank that keeps `ENOUGH`."""
+    """Return the product of rank `r` nearest to an fp32 matrix `[out, in]`.
+
+    If `r` is None, the rank is the smallest that keeps `ENOUGH`.
+    """
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
     return _cut(u, s, v, r)
 
 
 def of_product(b: Tensor, a: Tensor, r: int | None) -> Product:
-    """The same of b `[out, R]` · a `[R, in]`, fp32, without the matrix itself."""
+    """Like `of_matrix`, for the product b `[out, R]` · a `[R, in]`, fp32, without computing the matrix."""
     q_b, r_b = torch.linalg.qr(b)
     q_a, r_a = torch.linalg.qr(a.T)
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
@@ -45,7 +48,7 @@ def of_product(b: Tensor, a: Tensor, r: int | None) -> Product:
 
 
 def kept_of(products: Sequence[Product]) -> float:
-    """The share that several keep of all that they are nearest to."""
+    """Return the fraction that several products together keep of the matrices they approximate."""
     norms = [((each.b.T @ each.b) * (each.a @ each.a.T)).sum().clamp(min=0).sqrt().item() for each in products]
     asked = math.hypot(*(norm / each.kept for norm, each in zip(norms, products, strict=True)))
     return math.hypot(*norms) / asked if asked else 1.0

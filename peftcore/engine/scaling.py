@@ -68,5 +68,5 @@ def _refuse_unscalable(model: nn.Module, adapter: str) -> None:
     else:
         return
     linear = all(hasattr(module, "neutral") for module in placed.values())
-    other = f". peftcore.combine(model, ['{adapter}'], weights=[...], name=...) makes one with a share of its change"
+    other = f". peftcore.combine(model, ['{adapter}'], weights=[...], adapter=...) makes one with a share of its change"
     raise PeftcoreError(f"'{adapter}' ({entry.method}) cannot be scaled: {why}{other if linear else ''}")

@@ -303,7 +303,7 @@ def test_copied_pickled_and_switched() -> None:
         assert torch.equal(model(**INPUTS).logits, new("qwen3_moe")(**INPUTS).logits)
     other = applied_to(new("qwen3_moe"), "dora")
     disturb(other, "default", seed=5)
-    peftcore.swap(model, "default", peftcore.state_dict(other, "default"))
+    peftcore.set_state_dict(model, "default", peftcore.state_dict(other, "default"))
     assert torch.equal(model(**INPUTS).logits, other(**INPUTS).logits)
 
 
@@ -320,7 +320,7 @@ def test_what_cannot_be_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         peftcore.apply(new("gpt_oss"), "vera", r=4, target_modules=["experts"], bias="all")
     model = applied_to(new("qwen3_moe"), "dora")
     with pytest.raises(peftcore.PeftcoreError, match="cannot be combined"):
-        peftcore.combine(model, ["default"], name="sum", method="cat")
+        peftcore.combine(model, ["default"], adapter="sum", how="cat")
     model.config._experts_implementation = "twice"
     ALL_EXPERTS_FUNCTIONS.register("twice", lambda module, x, index, weights: 2 * x)
     with pytest.raises(peftcore.PeftcoreError, match="Dora acts on experts one by one, for which transformers'"):

@@ -129,7 +129,7 @@ def test_a_file_that_is_not_what_it_was_is_named(folders: dict[str, Path], harm:
     peftcore.activate(model, "d")
 
 
-@pytest.mark.parametrize("how", ["in place", "data", "gradients", "trainable", "swap"])
+@pytest.mark.parametrize("how", ["in place", "data", "gradients", "trainable", "set_state_dict"])
 def test_one_that_was_changed_stays(folders: dict[str, Path], how: str) -> None:
     model = resting(folders, SIZE)
     peftcore.activate(model, "a")
@@ -143,7 +143,7 @@ def test_one_that_was_changed_stays(folders: dict[str, Path], how: str) -> None:
     elif how == "trainable":
         set_trainable(model, "a", True)
     else:
-        peftcore.swap(model, "a", folders["b"])
+        peftcore.set_state_dict(model, "a", folders["b"])
     changed = model(X).detach()
     with pytest.warns(UserWarning, match="the adapter 'a' was changed since it came from .*, so it stays in memory"):
         peftcore.activate(model, "c")
@@ -171,7 +171,7 @@ def test_what_else_names_an_adapter_calls_it(saved: dict[str, Path], tmp_path: P
     peftcore.save(model, tmp_path / "one", adapter="a")
     assert torch.equal(peftcore.load(base(), tmp_path / "one")(X), wanted["a"])
     assert list(peftcore.state_dict(model, "b")) == list(peftcore.state_dict(model, "a"))
-    peftcore.combine(model, ["c", "d"], name="sum")
+    peftcore.combine(model, ["c", "d"], adapter="sum")
     peftcore.activate(model, "sum")
     torch.testing.assert_close(model(X), _sum_of(saved))
     assert sorted(here(model)) == ["a", "b", "c", "d", "sum"]
@@ -185,7 +185,7 @@ def _sum_of(saved: dict[str, Path]) -> Tensor:
     model = base()
     for name in "cd":
         peftcore.load(model, saved[name], adapter=name)
-    peftcore.combine(model, ["c", "d"], name="sum")
+    peftcore.combine(model, ["c", "d"], adapter="sum")
     peftcore.activate(model, "sum")
     return model(X)
 

@@ -63,7 +63,7 @@ def compare(ours: nn.Module, theirs: nn.Module, folder: Path, weights: list[floa
     theirs_too = {"svd_rank" if key == "r" else key: value for key, value in fields.items()}
     quiet(theirs.add_weighted_adapter, ["a", "b"], weights, "c", combination_type=method, **theirs_too)
     theirs.set_adapter("c")
-    assert peftcore.combine(ours, ["a", "b"], weights=weights, method=method, name="c", **fields) is ours
+    assert peftcore.combine(ours, ["a", "b"], weights=weights, how=method, adapter="c", **fields) is ours
     peftcore.activate(ours, "c")
     wanted = output(theirs)
     torch.testing.assert_close(output(ours), wanted, rtol=0, atol=1e-5)
@@ -88,7 +88,7 @@ def test_adapters_of_other_ranks_are_those_of_peft(kind: str, method: str, tmp_p
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "embedding"])
-@pytest.mark.parametrize("fields", [{"method": "cat"}, {"method": "svd", "r": 3}], ids=lambda f: f["method"])
+@pytest.mark.parametrize("fields", [{"how": "cat"}, {"how": "svd", "r": 3}], ids=lambda f: f["how"])
 def test_layouts_are_those_of_peft(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
     ours, theirs = both(EQUAL[kind], tmp_path)
     compare(ours, theirs, tmp_path / "c", [0.7, -0.4], **fields)
@@ -143,7 +143,7 @@ def two(make: Any = tiny.llama, **fields: Any) -> nn.Module:
 def test_the_exact_ones_compute_the_sum_of_the_changes(method: str) -> None:
     model = two()
     together = tiny.logits(model)
-    peftcore.combine(model, ["a", "b"], method=method, name="c", **({"r": 6} if method == "svd" else {}))
+    peftcore.combine(model, ["a", "b"], how=method, adapter="c", **({"r": 6} if method == "svd" else {}))
     assert torch.equal(tiny.logits(model), together)  # it rests, the others act
     peftcore.activate(model, "c")
     torch.testing.assert_close(tiny.logits(model), together, rtol=0, atol=2e-6)
@@ -157,7 +157,7 @@ def test_a_combined_adapter_has_the_dtype_of_the_first_and_loads_as_any() -> Non
     model = tiny.llama().bfloat16()
     peftcore.apply(model, "lora", adapter="a", r=4, dtype=torch.bfloat16, lora_dropout=0.1)
     disturb(model, "a", seed=0)
-    peftcore.combine(model, ["a"], weights=[0.5], name="c")
+    peftcore.combine(model, ["a"], weights=[0.5], adapter="c")
     assert {p.dtype for _, p in adapter_parameters(model, "c")} == {torch.bfloat16}
     config = peftcore.engine.applied(model, "c").config
     assert (config.r, config.lora_alpha, config.lora_dropout) == (4, 4, 0.1)
@@ -167,7 +167,7 @@ def test_a_combined_adapter_has_the_dtype_of_the_first_and_loads_as_any() -> Non
 def test_a_scale_by_the_root_of_the_rank_is_not_taken_twice() -> None:
     model = two(use_rslora=True)
     together = tiny.logits(model)
-    peftcore.combine(model, ["a", "b"], name="c")
+    peftcore.combine(model, ["a", "b"], adapter="c")
     peftcore.activate(model, "c")
     torch.testing.assert_close(tiny.logits(model), together, rtol=0, atol=2e-6)
 
@@ -179,7 +179,7 @@ def test_attention_has_two_products() -> None:
         peftcore.apply(layer, "lora", adapter=name, r=2, target_modules=["self_attn"])
         disturb(layer, name, seed=ord(name))
     together = layer(x)
-    peftcore.combine(layer, ["a", "b"], name="c")
+    peftcore.combine(layer, ["a", "b"], adapter="c")
     peftcore.activate(layer, "c")
     torch.testing.assert_close(layer(x), together, rtol=0, atol=2e-6)
 
@@ -208,17 +208,17 @@ def test_adapters_that_are_linear_in_their_tensors_are_summed() -> None:
         model = tiny.llama()
         for name, value in (("a", 1.5), ("b", 0.25)):
             peftcore.apply(model, "gains", adapter=name, value=value, names=("q_proj",))
-        peftcore.combine(model, ["a", "b"], weights=[2, -1], name="c", method="linear")
+        peftcore.combine(model, ["a", "b"], weights=[2, -1], adapter="c", how="linear")
         assert [m.gain.item() for _, m in adapter_modules(model, "c")] == [2.75, 2.75]  # 1 + 2 · 0.5 - (-0.75)
         peftcore.apply(model, "gains", adapter="d", value=1.5, names=("k_proj",))
-        with pytest.raises(peftcore.PeftcoreError, match="tensors are not of the same modules"):
-            peftcore.combine(model, ["a", "d"], name="e")
+        with pytest.raises(peftcore.PeftcoreError, match="their tensors belong to different modules"):
+            peftcore.combine(model, ["a", "d"], adapter="e")
         peftcore.remove(model, "d")
         peftcore.apply(model, "gains", adapter="d", value=-1.5, names=("q_proj",))
         with pytest.raises(peftcore.PeftcoreError, match=r"'a' .*and 'd' .*cannot be combined: sign=-1, here 1"):
-            peftcore.combine(model, ["a", "d"], name="e")
-        with pytest.raises(peftcore.PeftcoreError, match=r"'a' .gains. cannot be combined by 'ties': what it does at"):
-            peftcore.combine(model, ["a", "b"], name="e", method="ties", density=0.5)
+            peftcore.combine(model, ["a", "d"], adapter="e")
+        with pytest.raises(peftcore.PeftcoreError, match=r"'a' .gains. cannot be combined by 'ties': its change at"):
+            peftcore.combine(model, ["a", "b"], adapter="e", how="ties", density=0.5)
         assert list(peftcore.engine.state_of(model).applied) == ["a", "b", "c", "d"]
 
 
@@ -227,9 +227,11 @@ def test_adapters_whose_tensors_mean_something_else_are_not_summed() -> None:
     for name, seed in (("a", 1), ("b", 2), ("c", 1)):
         peftcore.apply(model, "fourierft", adapter=name, n_frequency=20, random_loc_seed=seed)
         disturb(model, name, seed=seed)
-    with pytest.raises(peftcore.PeftcoreError, match=r"cannot be combined: other values of '\w+', which no file has"):
-        peftcore.combine(model, ["a", "b"], name="d", method="linear")
-    peftcore.combine(model, ["a", "c"], name="d", method="linear")
+    with pytest.raises(
+        peftcore.PeftcoreError, match=r"cannot be combined: different values of the non-persistent buffer"
+    ):
+        peftcore.combine(model, ["a", "b"], adapter="d", how="linear")
+    peftcore.combine(model, ["a", "c"], adapter="d", how="linear")
 
 
 def test_trained_parameters_of_the_base_are_summed_as_changes() -> None:
@@ -242,8 +244,8 @@ def test_trained_parameters_of_the_base_are_summed_as_changes() -> None:
         with torch.no_grad():
             for _, p in adapter_parameters(model, name):
                 p.add_(moved)
-    peftcore.combine(model, ["a", "b"], weights=[2, 4], name="c")
-    peftcore.combine(model, ["a"], weights=[0.5], name="less")
+    peftcore.combine(model, ["a", "b"], weights=[2, 4], adapter="c")
+    peftcore.combine(model, ["a"], weights=[0.5], adapter="less")
     biases = dict(adapter_parameters(model, "c"))
     assert {n.rpartition(".")[2] for n in biases} == {"bias"}
     for name, found in biases.items():
@@ -271,7 +273,9 @@ class Magnitude(nn.Module):
         return 2 * (weight + self.b @ self.a), bias
 
 
-@pytest.mark.parametrize(("tensor", "why"), [(True, "it holds 'magnitude', too"), (False, "is not its factors' prod")])
+@pytest.mark.parametrize(
+    ("tensor", "why"), [(True, "it also has the tensor 'magnitude'"), (False, "is not just the product of its factors")]
+)
 def test_factors_that_are_not_all_are_not_believed(tensor: bool, why: str) -> None:
     def place(model: nn.Module, config: Any, architecture: Any) -> list[Any]:
         return [Around("model.layers.0.self_attn.q_proj", Magnitude(tensor))]
@@ -279,26 +283,26 @@ def test_factors_that_are_not_all_are_not_believed(tensor: bool, why: str) -> No
     with tiny.installed(tiny.method("more", place)):
         model = peftcore.apply(tiny.llama(), "more", adapter="a")
         with pytest.raises(peftcore.PeftcoreError, match=rf"'model.layers.0.self_attn.q_proj' .*{why}.*convert"):
-            peftcore.combine(model, ["a"], name="c")
+            peftcore.combine(model, ["a"], adapter="c")
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"method": "mean"}, "method='mean' is not known"),
-        ({"method": "ties"}, "'ties' needs density, .* found None"),
-        ({"method": "ties", "density": 1.5}, "found 1.5"),
-        ({"method": "cat", "density": 0.5}, "density=0.5 says nothing to 'cat'"),
-        ({"method": "cat", "r": 4}, "r=4 says nothing to 'cat'"),
-        ({"method": "svd", "r": 0}, "r must be"),
+        ({"how": "mean"}, "how='mean' is not known"),
+        ({"how": "ties"}, "how='ties' needs density, .* found None"),
+        ({"how": "ties", "density": 1.5}, "found 1.5"),
+        ({"how": "cat", "density": 0.5}, "density=0.5 has no effect with how='cat'"),
+        ({"how": "cat", "r": 4}, "r=4 has no effect with how='cat'"),
+        ({"how": "svd", "r": 0}, "r must be"),
         ({"weights": [1.0]}, "weights must be 2 finite numbers"),
         ({"weights": [1.0, float("nan")]}, "weights must be 2 finite numbers"),
-        ({"name": "a"}, "an adapter 'a' is applied already"),
-        ({"method": "linear"}, r"needs equal ranks, and at 'model.layers.0.self_attn.q_proj' they are \[2, 4\]"),
+        ({"adapter": "a"}, "an adapter 'a' is applied already"),
+        ({"how": "linear"}, r"needs equal ranks, found \[2, 4\] at 'model.layers.0.self_attn.q_proj'"),
         ({"adapters": ["a", "x"]}, "no adapter 'x' is applied"),
-        ({"adapters": "ab"}, "combine takes a list of names"),
-        ({"weights": [1e38, 1e38]}, "not finite in torch.float32"),
-        ({"method": "ties", "density": 0.5, "majority_sign_method": "most"}, "majority_sign_method must be one of"),
+        ({"adapters": "ab"}, "combine takes a list of adapter names"),
+        ({"weights": [1e38, 1e38]}, "NaN or Inf in torch.float32"),
+        ({"how": "ties", "density": 0.5, "majority_sign_method": "most"}, "majority_sign_method must be one of"),
     ],
     ids=str,
 )
@@ -308,7 +312,7 @@ def test_what_cannot_be_is_refused_and_leaves_the_model(fields: dict[str, Any], 
         next(p for _, p in adapter_parameters(model, "a")).mul_(1e3)
     before = tiny.logits(model)
     with pytest.raises(peftcore.PeftcoreError, match=message):
-        peftcore.combine(model, **{"adapters": ["a", "b"], "name": "c", **fields})
+        peftcore.combine(model, **{"adapters": ["a", "b"], "adapter": "c", **fields})
     assert peftcore.engine.state_of(model).active == ("a", "b")
     assert list(peftcore.engine.state_of(model).applied) == ["a", "b"]
     assert torch.equal(tiny.logits(model), before)
@@ -321,13 +325,13 @@ def test_modules_that_are_trained_whole_and_biases_are_refused() -> None:
     ):
         model = peftcore.apply(qwen2(), "lora", adapter="a", target_modules=["q_proj"], **fields)
         with pytest.raises(peftcore.PeftcoreError, match=message):
-            peftcore.combine(model, ["a"], name="c")
+            peftcore.combine(model, ["a"], adapter="c")
 
 
 def test_other_changes_say_what_works() -> None:
     model = peftcore.apply(tiny.llama(), "prompt-tuning", adapter="a", num_virtual_tokens=2)
-    with pytest.raises(peftcore.PeftcoreError, match=r"cannot be combined: .*no change of a weight"):
-        peftcore.combine(model, ["a"], name="c")
+    with pytest.raises(peftcore.PeftcoreError, match=r"cannot be combined: .*not a change of a weight"):
+        peftcore.combine(model, ["a"], adapter="c")
     merged = peftcore.merge(two())
     with pytest.raises(peftcore.PeftcoreError, match="cannot combine adapters: adapters are merged"):
-        peftcore.combine(merged, ["a", "b"], name="c")
+        peftcore.combine(merged, ["a", "b"], adapter="c")

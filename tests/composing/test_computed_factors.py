@@ -62,7 +62,7 @@ def model_of(kind: type[Mixed]) -> nn.Module:
 def test_cat_is_exact() -> None:
     with tiny.installed(method_of(Mixed)):
         model = model_of(Mixed)
-        peftcore.combine(model, ["mixed", "lora"], name="sum", weights=[1.0, 1.0])
+        peftcore.combine(model, ["mixed", "lora"], adapter="sum", weights=[1.0, 1.0])
         wanted = tiny.logits(model)
         peftcore.activate(model, "sum")
         assert torch.allclose(tiny.logits(model), wanted, atol=1e-5)  # sums of float32 in another order
@@ -75,6 +75,8 @@ def test_what_is_more_than_the_product_is_refused_at_any_layer() -> None:
     with tiny.installed(method_of(Gated)):
         Gated.count = 0
         model = model_of(Gated)
-        message = r"'mixed' .* cannot be combined: .*layers\.1\.self_attn\.q_proj' is not its factors' product alone"
+        message = (
+            r"'mixed' .* cannot be combined: .*layers\.1\.self_attn\.q_proj' is not just the product of its factors"
+        )
         with pytest.raises(peftcore.PeftcoreError, match=message):
-            peftcore.combine(model, ["mixed", "lora"], name="sum")
+            peftcore.combine(model, ["mixed", "lora"], adapter="sum")

@@ -1,4 +1,4 @@
-"""Any change of weights as thin products: exact, or with the share that a rank keeps, or refused."""
+"""Any change of weights approximated by low-rank adapters: exact, with the fraction that a rank keeps, or refused."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_rank_that_is_large_enough_is_exact(case: str) -> None:
     method, make, fields = CASES[case]
     model = adapted(method, make, **fields)
     wanted = output(model)
-    kept = peftcore.convert(model, "a", to="lora", r=64)
+    kept = peftcore.convert(model, "a", method="lora", r=64)
     assert kept.keys() == dict(adapter_modules(model, "a")).keys() == dict(adapter_modules(model, "a-lora")).keys()
     assert all(share == pytest.approx(1, abs=1e-6) for share in kept.values())
     assert torch.equal(output(model), wanted)  # the new one rests
@@ -69,7 +69,7 @@ def changes(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 def test_a_smaller_one_is_the_nearest_and_its_share_is_told() -> None:
     model = adapted("ia3", target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
-    kept = peftcore.convert(model, "a", to="lora", r=5, name="b")
+    kept = peftcore.convert(model, "a", method="lora", r=5, adapter="b")
     whole, part = changes(model, "a"), changes(model, "b")
     for path, share in kept.items():
         s = torch.linalg.svdvals(whole[path].double())
@@ -87,7 +87,7 @@ def test_without_a_rank_each_layer_has_the_smallest_that_keeps_enough() -> None:
         (_, first), (_, second), *_ = adapter_modules(model, "a")
         first.lora_B[:, 2:] = 0
         second.lora_B.zero_()
-    kept = peftcore.convert(model, "a", to="lora", r=None, name="b")
+    kept = peftcore.convert(model, "a", method="lora", r=None, adapter="b")
     ranks = {path: module.lora_A.shape[0] for path, module in adapter_modules(model, "b")}
     for path, change in changes(model, "a").items():
         s = torch.linalg.svdvals(change.double())
@@ -99,7 +99,7 @@ def test_without_a_rank_each_layer_has_the_smallest_that_keeps_enough() -> None:
 
 def test_it_is_a_file_as_any_and_peft_reads_it(tmp_path: Path) -> None:
     model = adapted("vera", r=4, target_modules=["q_proj", "v_proj"])
-    peftcore.convert(model, "a", to="lora", r=None, name="b")
+    peftcore.convert(model, "a", method="lora", r=None, adapter="b")
     peftcore.activate(model, "b")
     wanted = output(model)
     peftcore.save(model, tmp_path, adapter="b")
@@ -112,7 +112,7 @@ def test_a_factor_is_converted_with_the_change_and_a_packed_base_stays() -> None
     model = adapted("lora", r=3, target_modules=["q_proj"])
     peftcore.scale(model, "a", 0.5)
     wanted = output(model)
-    peftcore.convert(model, "a", to="lora", r=3, name="b")
+    peftcore.convert(model, "a", method="lora", r=3, adapter="b")
     peftcore.activate(model, "b")
     torch.testing.assert_close(output(model), wanted, rtol=0, atol=2e-6)
     packed = tiny.llama()
@@ -120,7 +120,7 @@ def test_a_factor_is_converted_with_the_change_and_a_packed_base_stays() -> None
     quiet(peftcore.apply, packed, "ia3", adapter="a", target_modules=["q_proj"], feedforward_modules=[])
     disturb(packed, "a", seed=1)
     wanted = output(packed)
-    peftcore.convert(packed, "a", to="lora", r=64, name="b")
+    peftcore.convert(packed, "a", method="lora", r=64, adapter="b")
     peftcore.activate(packed, "b")
     torch.testing.assert_close(output(packed), wanted, rtol=0, atol=1e-5)
 
@@ -132,15 +132,15 @@ def test_a_change_of_a_parameter_is_converted_where_that_is_the_weight() -> None
     with tiny.installed(tiny.method("changes", place)):
         model = adapted("changes")
         wanted = output(model)
-        assert peftcore.convert(model, "a", to="lora", r=2, name="b") == {Q: pytest.approx(1)}
+        assert peftcore.convert(model, "a", method="lora", r=2, adapter="b") == {Q: pytest.approx(1)}
         peftcore.activate(model, "b")
         torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
 
 
 def test_a_change_of_the_bias_is_refused() -> None:
     model = adapted("ia3", qwen2, target_modules=["q_proj"], feedforward_modules=[])
-    with pytest.raises(peftcore.PeftcoreError, match=r"cannot be converted: .*q_proj' changes the bias, too"):
-        peftcore.convert(model, "a", to="lora")
+    with pytest.raises(peftcore.PeftcoreError, match=r"cannot be converted: .*q_proj' also changes the bias"):
+        peftcore.convert(model, "a", method="lora")
     assert list(peftcore.engine.state_of(model).applied) == ["a"]
 
 
@@ -152,7 +152,7 @@ def test_experts_have_a_product_each(kind: str, method: str, bits: int) -> None:
         peftcore.quantize(model)
     model = adapted(method, lambda: model, target_modules=["experts", "q_proj"])
     wanted = output(model)
-    kept = peftcore.convert(model, "a", to="lora", r=64)
+    kept = peftcore.convert(model, "a", method="lora", r=64)
     peftcore.activate(model, "a-lora")
     torch.testing.assert_close(output(model), wanted, rtol=0, atol=2e-5)
     experts = [f"model.layers.{i}.mlp.experts.{name}" for i in range(2) for name in ("gate_up_proj", "down_proj")]
@@ -164,7 +164,7 @@ def test_experts_have_a_product_each(kind: str, method: str, bits: int) -> None:
 @pytest.mark.parametrize("r", [3, None])
 def test_experts_of_a_smaller_rank_keep_what_is_told_of_them_all(r: int | None) -> None:
     model = adapted("dora", lambda: mixture("qwen3_moe"), r=6, target_modules=["experts"])
-    kept = peftcore.convert(model, "a", to="lora", r=r, name="b")
+    kept = peftcore.convert(model, "a", method="lora", r=r, adapter="b")
     experts = model.get_submodule("model.layers.1.mlp.experts")
     whole, part = (worked_in("", experts, {name: "ours"}, None) for name in "ab")
     for name in ("gate_up_proj", "down_proj"):
@@ -182,31 +182,31 @@ def test_experts_of_a_smaller_rank_keep_what_is_told_of_them_all(r: int | None) 
 
 def test_a_change_of_experts_biases_is_refused() -> None:
     model = adapted("ia3", lambda: mixture("gpt_oss"), target_modules=["experts"], feedforward_modules=[])
-    with pytest.raises(peftcore.PeftcoreError, match=r"at 'model.layers.0.mlp.experts' changes 'down_proj_bias', too"):
-        peftcore.convert(model, "a", to="lora")
+    with pytest.raises(peftcore.PeftcoreError, match=r"at 'model.layers.0.mlp.experts' also changes 'down_proj_bias'"):
+        peftcore.convert(model, "a", method="lora")
 
 
 @pytest.mark.parametrize(
     ("method", "fields", "message"),
     [
-        ("prompt-tuning", {"num_virtual_tokens": 2}, "is no change of a weight"),
-        ("adapter", {}, "is no change of a weight"),
+        ("prompt-tuning", {"num_virtual_tokens": 2}, "is not a change of a weight"),
+        ("adapter", {}, "is not a change of a weight"),
         ("lora", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "it trains 'lm_head' whole"),
     ],
 )
 def test_what_is_no_change_of_a_weight_is_refused(method: str, fields: dict[str, Any], message: str) -> None:
     model = adapted(method, **fields)
     with pytest.raises(peftcore.PeftcoreError, match=f"'a' .{method}. cannot be converted: .*{message}"):
-        peftcore.convert(model, "a", to="lora")
+        peftcore.convert(model, "a", method="lora")
 
 
 def test_names_methods_and_ranks_are_checked() -> None:
     model = adapted("lora", r=2, target_modules=["q_proj"])
     for fields, message in (
-        ({"to": "bitfit"}, "to='bitfit': its adapters are no thin products. Those of .*'lora'"),
-        ({"to": "nonsense"}, "nonsense"),
-        ({"to": "lora", "r": 0}, "r must be"),
-        ({"to": "lora", "name": "a"}, "'a' is applied already"),
+        ({"method": "bitfit"}, "method='bitfit' has no low-rank adapters. Methods that have: .*'lora'"),
+        ({"method": "nonsense"}, "nonsense"),
+        ({"method": "lora", "r": 0}, "r must be"),
+        ({"method": "lora", "adapter": "a"}, "'a' is applied already"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):
             peftcore.convert(model, "a", **fields)
@@ -215,7 +215,7 @@ def test_names_methods_and_ranks_are_checked() -> None:
 def test_tensors_of_ia3_are_summed() -> None:
     model = adapted("ia3", target_modules=["q_proj", "down_proj"], feedforward_modules=["down_proj"])
     once = changes(model, "a")
-    peftcore.combine(model, ["a"], weights=[-0.5], name="c")
+    peftcore.combine(model, ["a"], weights=[-0.5], adapter="c")
     for path, change in changes(model, "c").items():
         torch.testing.assert_close(change, -0.5 * once[path], rtol=1e-4, atol=1e-6)
     assert applied(model, "c").method == "ia3"
@@ -248,8 +248,10 @@ def test_adapters_of_different_methods_are_summed_as_products() -> None:
         peftcore.apply(model, "twice", adapter="b")
         disturb(model, "b", seed=2)
         wanted = output(model)
-        peftcore.combine(model, ["b", "a"], name="c")
+        peftcore.combine(model, ["b", "a"], adapter="c")
         peftcore.activate(model, "c")
         torch.testing.assert_close(output(model), wanted, rtol=0, atol=1e-5)
-        with pytest.raises(peftcore.PeftcoreError, match=r"no adapter is made of a sum of those of twice\. peftcore"):
-            peftcore.combine(model, ["b"], name="d")
+        with pytest.raises(
+            peftcore.PeftcoreError, match=r"a sum of adapters of twice is not an adapter of twice\. peftcore"
+        ):
+            peftcore.combine(model, ["b"], adapter="d")

@@ -93,7 +93,7 @@ def test_merging() -> None:
             with pytest.raises(peftcore.PluginError, match=named("merged")):
                 merge(model)
         with pytest.raises(peftcore.PluginError, match=named("merged")):
-            peftcore.convert(model, "default", to="lora", r=2)
+            peftcore.convert(model, "default", method="lora", r=2)
         assert torch.equal(tiny.logits(model), wanted)
 
 
@@ -127,7 +127,7 @@ def test_factors() -> None:
     with tiny.installed(tiny.method("faulty", placing(FaultyFactors))):
         model = peftcore.apply(tiny.llama(), "faulty")
         with pytest.raises(peftcore.PluginError, match=named("factors")):
-            peftcore.convert(model, "default", to="lora", r=2)
+            peftcore.convert(model, "default", method="lora", r=2)
 
 
 def test_a_methods_own_refusal_is_its_word() -> None:

@@ -176,6 +176,6 @@ def _converted(model: PreTrainedModel, rank: int | None) -> str:
     if rank is None:
         return name
     method = next(key for key, each in registry.methods().items() if each.low_rank is not None)
-    kept = peftcore.convert(model, name, to=method, r=rank, name="converted")
+    kept = peftcore.convert(model, name, method=method, r=rank, adapter="converted")
     say(f"rank {rank} keeps at least {min(kept.values()):.1%} of the adapter's change in every layer")
     return "converted"

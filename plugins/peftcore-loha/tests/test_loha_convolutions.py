@@ -54,7 +54,7 @@ def test_it_becomes_a_lora(fields: dict[str, Any]) -> None:
     model = Layer(nn.Conv2d(8, 6, 3))
     disturb(peftcore.apply(model, "loha", target_modules=["layer"], **fields), "default", seed=1)
     wanted = model(IMAGE).detach()
-    peftcore.convert(model, "default", to="lora", r=6, name="thin")
+    peftcore.convert(model, "default", method="lora", r=6, adapter="thin")
     peftcore.activate(model, ["thin"])
     torch.testing.assert_close(model(IMAGE).detach(), wanted, rtol=0, atol=1e-4)
 

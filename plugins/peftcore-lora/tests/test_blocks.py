@@ -81,7 +81,7 @@ def test_training_keeps_what_is_beside_the_blocks_at_zero_and_merges() -> None:
     wanted = tiny.logits(model)
     torch.testing.assert_close(tiny.logits(peftcore.merge(model)), wanted, rtol=0, atol=1e-5)
     peftcore.unmerge(model)
-    peftcore.convert(model, "default", to="lora", r=4, name="whole")
+    peftcore.convert(model, "default", method="lora", r=4, adapter="whole")
     peftcore.activate(model, ["whole"])
     torch.testing.assert_close(tiny.logits(model), wanted, rtol=0, atol=1e-4)
 

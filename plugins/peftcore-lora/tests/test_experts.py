@@ -197,7 +197,7 @@ def test_swapped() -> None:
     """Tensors by their names on disk, of experts whose in and out are equal, too (64 and 2 · 32)."""
     model, other = (peftcore.apply(mixture("qwen3_moe"), "lora", r=4) for _ in range(2))
     disturb(other, "default", seed=1)
-    peftcore.swap(model, "default", peftcore.state_dict(other, "default"))
+    peftcore.set_state_dict(model, "default", peftcore.state_dict(other, "default"))
     assert torch.equal(logits(model), logits(other))
 
 
@@ -210,8 +210,8 @@ def test_combined_and_scaled(family: str, tmp_path: Path) -> None:
     peftcore.scale(model, "a", 0.5)
     peftcore.activate(model, ["a", "b"])
     wanted = logits(model)
-    peftcore.combine(model, ["a", "b"], name="sum", method="cat")
-    peftcore.combine(model, ["a", "b"], name="nearest", method="svd", r=6)
+    peftcore.combine(model, ["a", "b"], adapter="sum", how="cat")
+    peftcore.combine(model, ["a", "b"], adapter="nearest", how="svd", r=6)
     for name in ("sum", "nearest"):
         peftcore.activate(model, [name])
         torch.testing.assert_close(logits(model), wanted, rtol=0, atol=5e-5)
@@ -222,6 +222,6 @@ def test_combined_and_scaled(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(peftcore.load(mixture(family), tmp_path)), wanted, rtol=0, atol=5e-5)
     peftcore.activate(model, ["b"])
     wanted = logits(model)
-    assert min(peftcore.convert(model, "b", to="lora", r=2).values()) > 0.9999  # as it is one of this rank
+    assert min(peftcore.convert(model, "b", method="lora", r=2).values()) > 0.9999  # as it is one of this rank
     peftcore.activate(model, ["b-lora"])
     torch.testing.assert_close(logits(model), wanted, rtol=0, atol=5e-5)

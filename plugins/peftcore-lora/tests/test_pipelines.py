@@ -193,7 +193,7 @@ def test_swapped_in_place(tmp_path: Path) -> None:
     wanted = output(unet)
     peftcore.save(unet, tmp_path, layout="kohya")
     other = peftcore.apply(pipeline("sd").unet, "lora", r=4, target_modules=["to_q"])
-    peftcore.swap(other, "default", tmp_path / FILE)
+    peftcore.set_state_dict(other, "default", tmp_path / FILE)
     torch.testing.assert_close(output(other), wanted, rtol=1e-6, atol=1e-6)
 
 

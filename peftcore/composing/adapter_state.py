@@ -1,7 +1,7 @@
-"""`state_dict` and `swap`: the values of an adapter that stands, taken out and exchanged, with nothing else changed.
+"""`state_dict` and `set_state_dict`: read and replace the values of an applied adapter.
 
-Tensors are filled in place and no attribute of a module is set, so a compiled model is not compiled again. Where the
-other adapter has another scale, B takes it; where its rank is smaller, the last rows of A and columns of B are zero.
+Tensors are filled in place and no attribute of a module is set, so a compiled model is not recompiled. If the other
+adapter has a different scale, B absorbs it; if its rank is smaller, the last rows of A and columns of B are zero.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from peftcore import checkpoint, engine, ranks
 from peftcore.checkpoint.fitting import config_on, refuse_other_base
 from peftcore.checkpoint.reading import ties_partly
 from peftcore.checkpoint.tensors import fill, kept_on_disk, tensors_on_disk
-from peftcore.composing.likeness import difference, has_values_of_its_config
+from peftcore.composing.compatibility import difference, has_nonpersistent_buffers
 from peftcore.engine.scaling import scaled_config, set_multiplier
 from peftcore.errors import CheckpointError
 from peftcore.method import Factors, Method, Model
 from peftcore.peft_fields import guarded, peft_version
 from peftcore.registry import registry
 
-_OWN = "peftcore"  # in the dictionary's `_metadata`, where PyTorch keeps what it knows of a state
+_OWN = "peftcore"  # key in the dictionary's `_metadata`, which PyTorch uses for versions of modules
 
 
 def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
-    """The tensors of `adapter` under the names that `save` writes them by, copies, on their devices.
+    """Return copies of the tensors of `adapter`, by the names that `save` gives them, on their devices.
 
-    As PyTorch's it has `_metadata`, in which the adapter's config lies for `swap`. Of a sharded model the tensors are
-    whole; every rank must then call this.
+    `_metadata` of the dictionary holds the adapter's config for `set_state_dict`. If the model is sharded, the tensors
+    are whole and every rank must call this function.
 
     Raises:
-        PeftcoreError: no such adapter is applied, or adapters are merged.
+        PeftcoreError: no adapter with this name is applied, or adapters are merged.
     """
     engine.refuse_merged(engine.require_state(model), "read an adapter's state")
     engine.call_in(model, adapter)
@@ -53,41 +53,46 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
     return found
 
 
-@engine.alone("swap an adapter's values", base=True)
-def swap(
+@engine.alone("set an adapter's values", base=True)
+def set_state_dict(
     model: Model, adapter: str, source: str | os.PathLike[str] | Mapping[str, Tensor], *, check_base: bool = True
 ) -> Model:
-    """Give the applied `adapter` the values of another one, in place: a model that is compiled is not compiled again.
+    """Replace the values of an applied adapter by those of another, in place; a compiled model is not recompiled.
 
-    It then computes what the other computes where that is loaded, under the name and in the dtype that it has; a factor
-    that `scale` has set is 1 again. Thin products (`factors`) may be of another scale and of a smaller rank, and where
-    the other has none B is 0.
+    `adapter` then computes what the other adapter would compute if it were loaded. It keeps its name and dtype, and a
+    factor set by `scale` becomes 1 again. Low-rank adapters may differ in scale and have a smaller rank; at modules
+    that the other adapter does not change, B becomes 0.
 
     Args:
-        source: a folder as `load` takes it, or what `state_dict` gives. Tensors from elsewhere, by their names on disk,
-            are taken to be of an adapter with the config that this one has.
-        check_base: as for `load`; a state dict has no fingerprint.
+        model: the model the adapter is on.
+        adapter: name of the adapter whose values are replaced.
+        source: a folder as `load` takes it, or a dictionary from `state_dict`. Other dictionaries of tensors, by their
+            names on disk, must come from an adapter with the same config.
+        check_base: compare fingerprints of the base, as in `load`. Dictionaries have none.
+
+    Returns:
+        The model.
 
     Raises:
-        CheckpointError: it is of another method, a larger rank or other modules, or cannot be read. Nothing was
-            changed.
+        CheckpointError: the source is of another method, has a larger rank or other modules, or cannot be read.
+            Nothing is changed.
     """
     engine.call_in(model, adapter)
     state, entry = engine.require_state(model), engine.applied(model, adapter)
-    engine.refuse_merged(state, f"swap '{adapter}'")
+    engine.refuse_merged(state, f"set the values of '{adapter}'")
     engine.refuse_changed(model)
-    ranks.refuse_sharded(model, f"swap '{adapter}'")
+    ranks.refuse_sharded(model, f"set the values of '{adapter}'")
     before = entry.multiplier
     set_multiplier(model, adapter, 1.0)
     try:
-        _swap(model, adapter, source, check_base)
+        _set(model, adapter, source, check_base)
     except BaseException:
         set_multiplier(model, adapter, before)
         raise
     return model
 
 
-def _swap(model: nn.Module, adapter: str, source: Any, check_base: bool) -> None:
+def _set(model: nn.Module, adapter: str, source: Any, check_base: bool) -> None:
     entry = engine.applied(model, adapter)
     method, partly_tied, config = registry.method(entry.method), False, entry.config
     if isinstance(source, Mapping):
@@ -106,7 +111,7 @@ def _swap(model: nn.Module, adapter: str, source: Any, check_base: bool) -> None
         other, config, tensors, metadata = checkpoint.read(where, model, applied=method.name)
         _refuse_other(method, other, adapter, where)
         if check_base:
-            refuse_other_base(model, where, metadata, f"peftcore.swap(model, {adapter!r}, ...")
+            refuse_other_base(model, where, metadata, f"peftcore.set_state_dict(model, {adapter!r}, ...")
         config, partly_tied = config_on(model, method, config, tensors, metadata), ties_partly(metadata)
     if not _same(config, entry.config):
         tensors = _fitted(model, adapter, method, config, tensors, where)
@@ -116,8 +121,9 @@ def _swap(model: nn.Module, adapter: str, source: Any, check_base: bool) -> None
 def _refuse_other(method: Method, other: Method, adapter: str, where: Path) -> None:
     if other.name != method.name:
         raise CheckpointError(
-            f"'{where}' holds {other.name}, the adapter '{adapter}' is {method.name}. Load it beside, by "
-            f"peftcore.load(model, folder, adapter=...), activate that, and remove '{adapter}'"
+            f"'{where}' is an adapter of {other.name}, but '{adapter}' is of {method.name}. Load "
+            "it as another adapter: "
+            f"peftcore.load(model, folder, adapter=...), then activate it and remove '{adapter}'"
         )
 
 
@@ -125,54 +131,56 @@ def _refuse_other_shapes(model: nn.Module, adapter: str, tensors: Mapping[str, T
     for name, here in tensors_on_disk(model, adapter).items():
         if name in tensors and tensors[name].shape != here.shape:
             raise CheckpointError(
-                f"'{name}' has shape {list(tensors[name].shape)}, here {list(here.shape)}, and tensors alone do not "
-                "say their scale. Give the folder that they lie in, or what peftcore.state_dict gave"
+                f"'{name}' has shape {list(tensors[name].shape)}, here {list(here.shape)}. "
+                "Tensors of another shape need "
+                "their config: pass the adapter's folder, or a dictionary from peftcore.state_dict"
             )
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Say two configs the same? Lists may be in another order."""
+    """Return whether two configs are equal, ignoring the order of lists."""
 
-    def said(config: Any) -> dict[str, Any]:
+    def comparable(config: Any) -> dict[str, Any]:
         fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
         return {n: sorted(map(str, v)) or None if isinstance(v, (list, tuple, set)) else v for n, v in fields.items()}
 
-    return said(one) == said(other)
+    return comparable(one) == comparable(other)
 
 
 def _fitted(
     model: nn.Module, adapter: str, method: Method, config: Any, tensors: dict[str, Tensor], where: Path
 ) -> dict[str, Tensor]:
-    """The tensors of an adapter with another config, as the one that stands would have them."""
+    """Return the tensors of an adapter with another config, in the shapes of the applied one."""
 
     def refuse(why: str) -> CheckpointError:
         return CheckpointError(
-            f"'{where}' cannot be swapped into '{adapter}': {why}. Beside it: peftcore.load(model, folder, adapter=...)"
+            f"'{adapter}' cannot take the values of '{where}': {why}. Load it as another adapter: "
+            "peftcore.load(model, folder, adapter=...)"
         )
 
     entry = engine.applied(model, adapter)
     if entry.trained:
-        raise refuse(f"both train parameters of the base, such as '{entry.trained[0]}', and their configs differ")
+        raise refuse(f"it trains parameters of the base, such as '{entry.trained[0]}', and the configs differ")
     with torch.device("meta"), guarded(method, f"'{where}'"):
         placed = engine.placements_for(model, config, {})
-    if any(has_values_of_its_config(placement.adapter) for placement in placed.around):
+    if any(has_nonpersistent_buffers(placement.adapter) for placement in placed.around):
         with torch.random.fork_rng(devices=[]), guarded(method, f"'{where}'"):
             placed = engine.placements_for(model, config, {})
     wanted = {placement.path: placement.adapter for placement in placed.around}
-    standing = dict(engine.adapter_modules(model, adapter))
-    more = next((path for path in wanted if path not in standing), None)
+    applied = dict(engine.adapter_modules(model, adapter))
+    more = next((path for path in wanted if path not in applied), None)
     if more is not None or placed.trained:
-        raise refuse(f"it has '{more or placed.trained[0]}', and here nothing stands there")
+        raise refuse(f"it changes '{more or placed.trained[0]}', and '{adapter}' does not")
     tensors, rules = dict(tensors), method.state
     for path, placements in entry.placements.items():
-        if path not in standing:
+        if path not in applied:
             continue
-        here, other = standing[path], wanted.get(path)
+        here, other = applied[path], wanted.get(path)
         own, theirs = _own_factors(here), None if other is None else _own_factors(other)
         thin = own is not None and (other is None or theirs is not None)
-        why = difference(here, other, numbers=not thin) if other is not None else None if thin else "it has nothing"
+        why = difference(here, other, numbers=not thin) if other is not None else None if thin else "nothing is there"
         if why:
-            raise refuse(f"at '{path}' it is another: {why}")
+            raise refuse(f"it differs at '{path}': {why}")
         if own is None or not thin:
             continue
         names = {
@@ -182,13 +190,13 @@ def _fitted(
             a, b = names[id(factors.a)], names[id(factors.b)]
             if theirs is None:
                 tensors[a], tensors[b] = factors.a.detach(), torch.zeros_like(factors.b)
-            elif a in tensors and b in tensors:  # else `fill` says what is missing
+            elif a in tensors and b in tensors:  # otherwise `fill` raises for the missing tensor
                 _fit(tensors, a, b, factors, theirs[number], where)
     return tensors
 
 
 def _fit(tensors: dict[str, Tensor], a: str, b: str, here: Factors, there: Factors, where: Path) -> None:
-    """Let the tensors named a and b have the rank of `here`, and B its scale."""
+    """Bring the tensors named `a` and `b` to the rank and scale of `here`."""
     for name, wanted in ((a, there.a), (b, there.b)):
         if tensors[name].shape != wanted.shape:
             raise CheckpointError(
@@ -197,8 +205,8 @@ def _fit(tensors: dict[str, Tensor], a: str, b: str, here: Factors, there: Facto
     r, most = there.a.shape[0], here.a.shape[0]
     if r > most:
         raise CheckpointError(
-            f"'{where}' has rank {r} at '{a}', and what stands there {most}, which cannot grow in place. Apply with "
-            f"r={r} or more before the model is compiled, and swap smaller ranks into that"
+            f"'{where}' has rank {r} at '{a}', and the applied adapter has {most}, which cannot grow in place. Apply "
+            f"with r={r} or more before compiling the model; smaller ranks fit into that"
         )
     ratio = there.scale / here.scale
     tensors[a] = _padded(tensors[a], 0, most)
@@ -214,7 +222,7 @@ def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
 
 
 def _own_factors(adapter: Any) -> list[Factors] | None:
-    """The factors of an adapter that holds those and nothing else, or None."""
+    """Return the factors of an adapter that has no other tensors, or None."""
     if not hasattr(adapter, "factors"):
         return None
     factors = list(adapter.factors())

@@ -1,5 +1,7 @@
-"""Do two adapters compute the same of the same tensors? What differs in configs need not matter, and what is alike in
-modules is all that does."""
+"""Compatibility of two adapters: whether they compute the same from the same tensors.
+
+Modules are compared, not configs, because fields that differ need not matter.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +10,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What a module has besides, that its forward does not read, or that is compared on its own.
+# Attributes that forward does not read, or that are compared separately.
 _APART = {"training", "multiplier", *vars(nn.Module())}
 
 
 def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str | None:
-    """The first of what tells two adapters apart, in words, or None.
+    """Describe the first difference between two adapters, or return None.
 
-    The values of their tensors are left out, but for buffers that no file has: those follow from a config.
+    Values of parameters and persistent buffers are ignored. Non-persistent buffers follow from the config, so their
+    values are compared.
 
     Args:
-        numbers: attributes that are numbers must be the same, too (a scale, a rank, a probability).
+        one: the adapter on the model.
+        other: the adapter compared with it.
+        numbers: also compare attributes that are numbers, such as a scale, a rank, or a probability.
     """
     if type(one) is not type(other):
-        return f"a {type(other).__name__} is no {type(one).__name__}"
+        return f"a {type(other).__name__} is not a {type(one).__name__}"
     mine, theirs = _attributes(one), _attributes(other)
     for name in dict.fromkeys([*mine, *theirs]):
         here, there = mine.get(name), theirs.get(name)
         if not _equal(here, there) and (numbers or not (_is_number(here) and _is_number(there))):
             return f"{name}={there!r}, here {here!r}"
     for kind in ("_parameters", "_buffers"):
-        own, beside = ({n for n, t in vars(m)[kind].items() if t is not None} for m in (one, other))
-        if own != beside:
-            return f"the tensors {sorted(beside)}, here {sorted(own)}"
+        mine_, theirs_ = ({n for n, t in vars(m)[kind].items() if t is not None} for m in (one, other))
+        if mine_ != theirs_:
+            return f"the tensors {sorted(theirs_)}, here {sorted(mine_)}"
     for name in one._non_persistent_buffers_set:
         if not _equal_values(one._buffers[name], other._buffers[name]):
-            return f"other values of '{name}', which no file has"
+            return f"different values of the non-persistent buffer '{name}'"
     if one._modules.keys() != other._modules.keys():
         return f"the modules {sorted(other._modules)}, here {sorted(one._modules)}"
     for name, child in one._modules.items():
@@ -44,8 +49,8 @@ def difference(one: nn.Module, other: nn.Module, *, numbers: bool = True) -> str
     return None
 
 
-def has_values_of_its_config(module: nn.Module) -> bool:
-    """Has it buffers that no file has?"""
+def has_nonpersistent_buffers(module: nn.Module) -> bool:
+    """Return whether the adapter has non-persistent buffers."""
     return any(each._non_persistent_buffers_set for each in module.modules())
 
 
@@ -66,5 +71,5 @@ def _is_number(value: Any) -> bool:
 def _equal(one: Any, other: Any) -> bool:
     try:
         return one is other or bool(one == other)
-    except (RuntimeError, ValueError, TypeError):  # tensors, and what compares entry by entry
+    except (RuntimeError, ValueError, TypeError):  # tensors and other values that compare elementwise
         return False

@@ -63,7 +63,7 @@ def test_it_computes_what_load_does(case: str, kind: str, tmp_path: Path) -> Non
     else:
         source = peftcore.state_dict(other, "a")
     assert (output(model) - wanted).abs().max() > 1e-3
-    assert peftcore.swap(model, "a", source) is model
+    assert peftcore.set_state_dict(model, "a", source) is model
     exact = case in ("same", "head", "prompt", "bitfit", "ia3")
     torch.testing.assert_close(output(model), wanted, rtol=0, atol=0 if exact else 5e-6)
     assert all(parameter is parameters[name] for name, parameter in adapter_parameters(model, "a"))
@@ -78,13 +78,13 @@ def test_it_takes_the_folders_of_peft(tmp_path: Path) -> None:
         peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=False),
     ).eval()
     quiet(theirs.save_pretrained, tmp_path)
-    model = peftcore.swap(adapted(r=8), "a", tmp_path)
+    model = peftcore.set_state_dict(adapted(r=8), "a", tmp_path)
     torch.testing.assert_close(output(model), output(theirs), rtol=0, atol=1e-5)
     tensors = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     same = adapted(r=3, lora_alpha=5, target_modules=["q_proj"])
-    torch.testing.assert_close(output(peftcore.swap(same, "a", tensors)), output(theirs), rtol=0, atol=1e-5)
-    with pytest.raises(peftcore.CheckpointError, match=r"has shape \[3, 32\], here \[4, 32\].* do not say their scale"):
-        peftcore.swap(adapted(target_modules=["q_proj"]), "a", tensors)
+    torch.testing.assert_close(output(peftcore.set_state_dict(same, "a", tensors)), output(theirs), rtol=0, atol=1e-5)
+    with pytest.raises(peftcore.CheckpointError, match=r"has shape \[3, 32\], here \[4, 32\].* need their config"):
+        peftcore.set_state_dict(adapted(target_modules=["q_proj"]), "a", tensors)
 
 
 def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_compiled_model_is_not_compiled_again(tmp_path: Path) -> None:
         compiled(tiny.IMAGES)
         with torch._dynamo.config.patch(error_on_recompile=True):
             for folder, found in zip(folders, wanted, strict=True):
-                peftcore.swap(model, "a", folder)
+                peftcore.set_state_dict(model, "a", folder)
                 torch.testing.assert_close(compiled(tiny.IMAGES), found, rtol=0, atol=5e-6)
             peftcore.scale(model, "a", 0.5)
             with pytest.raises(torch._dynamo.exc.RecompileError):  # so the check is one
@@ -127,13 +127,13 @@ def test_a_state_is_that_of_a_file_a_copy_and_safe_to_load(start: bool | str, tm
     kept = io.BytesIO()
     torch.save(state, kept)
     kept.seek(0)
-    assert torch.equal(output(peftcore.swap(model, "a", torch.load(kept, weights_only=True))), wanted)
+    assert torch.equal(output(peftcore.set_state_dict(model, "a", torch.load(kept, weights_only=True))), wanted)
 
 
 def test_a_state_knows_its_scale_and_rank() -> None:
     other = adapted(seed=3, r=6, lora_alpha=1)
     model = adapted()
-    found = output(peftcore.swap(other, "a", peftcore.state_dict(model, "a")))
+    found = output(peftcore.set_state_dict(other, "a", peftcore.state_dict(model, "a")))
     torch.testing.assert_close(found, output(model), rtol=0, atol=5e-6)
 
 
@@ -143,7 +143,7 @@ def test_factors_of_either_side_are_worked_in(tmp_path: Path) -> None:
     peftcore.save(other, tmp_path)
     for source in (tmp_path, peftcore.state_dict(other, "a")):
         model = peftcore.scale(adapted(), "a", 0.0)
-        peftcore.swap(model, "a", source)
+        peftcore.set_state_dict(model, "a", source)
         torch.testing.assert_close(output(model), wanted, rtol=0, atol=5e-6)
         assert applied(model, "a").multiplier == 1
 
@@ -153,15 +153,15 @@ def test_it_rests_acts_and_is_given_to_samples_as_before(tmp_path: Path) -> None
     peftcore.save(adapted(seed=2), tmp_path)
     model = adapted()
     peftcore.activate(model, [])
-    peftcore.swap(model, "a", tmp_path)
+    peftcore.set_state_dict(model, "a", tmp_path)
     assert torch.equal(output(model), base)
     peftcore.activate(model, ["a", None], per_sample=True)
-    peftcore.swap(model, "a", peftcore.state_dict(adapted(seed=2), "a"))
+    peftcore.set_state_dict(model, "a", peftcore.state_dict(adapted(seed=2), "a"))
     torch.testing.assert_close(output(model)[0], wanted[0], rtol=0, atol=1e-6)
     assert state_of(model).samples == ("a", None)
     merged = peftcore.merge(adapted())
-    with pytest.raises(peftcore.PeftcoreError, match="cannot swap 'a': adapters are merged"):
-        peftcore.swap(merged, "a", tmp_path)
+    with pytest.raises(peftcore.PeftcoreError, match="cannot set the values of 'a': adapters are merged"):
+        peftcore.set_state_dict(merged, "a", tmp_path)
 
 
 def nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -171,10 +171,13 @@ def nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 6}, r"has rank 6 at '.*q_proj.lora_A.weight', and what stands there 4.* Apply with r=6 or more before"),
-        ({"target_modules": [*LINEAR, "v_proj"]}, r"it has 'model.layers.0.self_attn.v_proj', and here nothing stands"),
-        ({"modules_to_save": ["lm_head"]}, r"it has 'lm_head.weight', and here nothing stands there"),
-        ({"lora_bias": True}, "at 'model.layers.0.self_attn.q_proj' it is another: the tensors"),
+        (
+            {"r": 6},
+            r"has rank 6 at '.*q_proj.lora_A.weight', and the applied adapter has 4.* Apply with r=6 or more before",
+        ),
+        ({"target_modules": [*LINEAR, "v_proj"]}, r"it changes 'model.layers.0.self_attn.v_proj', and 'a' does not"),
+        ({"modules_to_save": ["lm_head"]}, r"it changes 'lm_head.weight', and 'a' does not"),
+        ({"lora_bias": True}, "it differs at 'model.layers.0.self_attn.q_proj': the tensors"),
     ],
     ids=str,
 )
@@ -183,7 +186,7 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(fields: dict[str, Any]
     model = peftcore.scale(adapted(), "a", 0.5)
     before = output(model)
     with pytest.raises(peftcore.CheckpointError, match=message):
-        peftcore.swap(model, "a", tmp_path)
+        peftcore.set_state_dict(model, "a", tmp_path)
     assert torch.equal(output(model), before)
 
 
@@ -198,29 +201,30 @@ def test_other_methods_bases_and_damaged_values_are_refused_and_nothing_changes(
         other.model.embed_tokens.weight.mul_(2)
     peftcore.save(adapted(make=lambda: other, seed=2), tmp_path)
     cases: list[tuple[Any, str]] = [
-        (prompt, r"holds prompt-tuning, the adapter 'a' is lora. Load it beside, by peftcore.load\("),
+        (prompt, r"is an adapter of prompt-tuning, but 'a' is of lora. Load it as another adapter: peftcore.load\("),
         ({**state, last: state[last] * float("nan")}, "not finite"),
         ({name: tensor for name, tensor in state.items() if name != last}, "1 tensors are missing"),
         ({**state, "more": state[last]}, "1 tensors have no place, such as 'more'"),
         (
             tmp_path,
-            r"was trained on another base: .*embed_tokens.*peftcore\.swap\(model, 'a', \.\.\., check_base=False",
+            r"was trained on another base: .*embed_tokens.*peftcore\.set_state_dict\(model, 'a', \.\.\., "
+            r"check_base=False",
         ),
         (tmp_path / "none", "none"),
     ]
     for source, message in cases:
         with pytest.raises(peftcore.CheckpointError, match=message):
-            peftcore.swap(model, "a", source)
+            peftcore.set_state_dict(model, "a", source)
         assert torch.equal(output(model), before)
-    peftcore.swap(model, "a", tmp_path, check_base=False)
+    peftcore.set_state_dict(model, "a", tmp_path, check_base=False)
     assert not torch.equal(output(model), before)
 
 
 def test_configs_that_compute_otherwise_are_refused() -> None:
     model = adapted("adapter", non_linearity="relu", reduction_factor=4)
     other = adapted("adapter", non_linearity="gelu", reduction_factor=4)
-    with pytest.raises(peftcore.CheckpointError, match=r"at '.*' it is another: .*Beside it: peftcore\.load"):
-        peftcore.swap(model, "a", peftcore.state_dict(other, "a"))
+    with pytest.raises(peftcore.CheckpointError, match=r"it differs at '.*': .*as another adapter: peftcore\.load"):
+        peftcore.set_state_dict(model, "a", peftcore.state_dict(other, "a"))
 
 
 @pytest.mark.parametrize(
@@ -236,9 +240,9 @@ def test_what_follows_from_a_config_and_is_in_no_file_is_compared(
 ) -> None:
     model, state = adapted(method, **fields), peftcore.state_dict(adapted(method, **{**fields, **other}), "a")
     before = torch.random.get_rng_state()
-    with pytest.raises(peftcore.CheckpointError, match=r"it is another: other values of '\w+', which no file has"):
-        peftcore.swap(model, "a", state)
+    with pytest.raises(peftcore.CheckpointError, match=r"it differs at '.*': different values of the non-persistent"):
+        peftcore.set_state_dict(model, "a", state)
     assert torch.equal(torch.random.get_rng_state(), before)
     same = adapted(method, seed=3, **fields)
-    peftcore.swap(model, "a", peftcore.state_dict(same, "a"))
+    peftcore.set_state_dict(model, "a", peftcore.state_dict(same, "a"))
     assert torch.equal(output(model), output(same))
