@@ -251,8 +251,8 @@ def beside_llama_cpp(shape, options):
         folder = Path(name)
         dense = llama(shape, copied=shared_copy)  # 7 billion numbers take 13 GB, the file 4
         tokenizer = byte_level(SHAPES[shape]["vocab_size"])
-        model = peftcore.export(dense, folder / "model.gguf", to="gguf", tokenizer=tokenizer, kind="q4_0")
-        lora = peftcore.export(with_lora(dense), folder / "lora.gguf", to="gguf", adapter="default")
+        model = peftcore.export(dense, folder / "model.gguf", format="gguf", tokenizer=tokenizer, gguf_type="q4_0")
+        lora = peftcore.export(with_lora(dense), folder / "lora.gguf", format="gguf", adapter="default")
         jobs = {
             "model": str(model),
             "lora": str(lora),

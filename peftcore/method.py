@@ -178,7 +178,7 @@ class FileLayout:
 
     Args:
         read: of a file in this form what is in PEFT's; a file in any other it gives back as it is.
-        write: the other way round, for `save(..., layout=...)`. It raises a PeftcoreError for what has no place there.
+        write: the other way round, for `save(..., format=...)`. It raises a PeftcoreError for what has no place there.
     """
 
     read: Callable[[nn.Module, dict[str, Tensor], Mapping[str, Any]], tuple[dict[str, Tensor], dict[str, Any]]]
@@ -248,7 +248,7 @@ class StateRules:
         scaled: (config, factor) -> config of an adapter with the same tensors and `factor` times the change, for
             methods whose adapters have a `multiplier`: what others read of one that `peftcore.scale` has scaled.
         layouts: other forms of the files by name, each of which is tried when one is read.
-        files: formats of single files by name, for `save(..., layout=...)`; `load` knows them by their tensors' names.
+        files: formats of single files by name, for `save(..., format=...)`; `load` knows them by their tensors' names.
     """
 
     peft_type: str

@@ -126,7 +126,7 @@ FUNCTIONS: dict[str, Callable[[], nn.Module | list[float]]] = {
     "dequantize": lambda: peftcore.dequantize(peftcore.quantize(llama())),
     "disabled": disabled,
     "estimate": lambda: [float(peftcore.estimate(llama(), "lora", batch_size=2, length=5).peak)],
-    "export": written(lambda model, folder: peftcore.export(model, folder, to="vllm")),
+    "export": written(lambda model, folder: peftcore.export(model, folder, format="vllm")),
     "suggest": lambda: [suggested()],
     "extra_loss": of_adapted(lambda model: peftcore.extra_loss(model)),
     "set_resident_limit": lambda: saved(resting, lora()),

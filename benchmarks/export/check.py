@@ -83,12 +83,12 @@ def write_files(folder: Path) -> dict[str, tuple[Path, Path | None]]:
     found: dict[str, tuple[Path, Path | None]] = {}
     exported = folder / "exported"
     for name, options in {
-        "base-f32": ["--model", WRITER, "--type", "f32"],
+        "base-f32": ["--model", WRITER, "--gguf-type", "f32"],
         "adapter": ["--adapter", RUN, "--only", "adapter"],
-        **{f"merged-{kind}": ["--adapter", RUN, "--only", "model", "--type", kind] for kind in TYPES},
+        **{f"merged-{kind}": ["--adapter", RUN, "--only", "model", "--gguf-type", kind] for kind in TYPES},
     }.items():
         if not (exported / name).exists():
-            command(folder, "export", "--to", "gguf", *options, "--output", f"exported/{name}")
+            command(folder, "export", "--format", "gguf", *options, "--output", f"exported/{name}")
     base, adapter = exported / "base-f32/model-f32.gguf", exported / "adapter/adapter.gguf"
     found["base, f32"] = base, None
     found["base, f32 + adapter"] = base, adapter
@@ -105,7 +105,7 @@ def write_tokenizers(folder: Path, tokenizer: Any) -> dict[str, tuple[Path, Any]
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes))
     for name, cut in {**byte_level(tokenizer), **sentencepiece(folder)}.items():
         file = folder / "exported/cuts" / f"{name}.gguf"
-        made[name] = peftcore.export(model, file, to="gguf", tokenizer=cut), cut
+        made[name] = peftcore.export(model, file, format="gguf", tokenizer=cut), cut
     return made
 
 

@@ -86,13 +86,13 @@ def write(name: str, folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
     model, place = made(name), folder / name.replace(", ", "-").replace("'", "").replace(" ", "-")
     place.mkdir(parents=True, exist_ok=True)
     ours = {"base": logits(model)}
-    base = peftcore.export(model, place / "base.gguf", to="gguf", tokenizer=tokenizer(), kind="f32")
+    base = peftcore.export(model, place / "base.gguf", format="gguf", tokenizer=tokenizer(), gguf_type="f32")
     targets = [each for each in TARGETS if any(path.endswith(each) for path, _ in model.named_modules())]
     apply(model, r=4, target_modules=targets, rank_pattern={"q_proj": 8}, alpha_pattern={"v_proj": 3}, std=0.2)
     ours["adapter"] = ours["merged"] = logits(model)
-    lora = peftcore.export(model, place / "adapter.gguf", to="gguf", adapter="default")
+    lora = peftcore.export(model, place / "adapter.gguf", format="gguf", adapter="default")
     peftcore.merge(model)
-    merged = peftcore.export(model, place / "merged.gguf", to="gguf", tokenizer=tokenizer(), kind="f32")
+    merged = peftcore.export(model, place / "merged.gguf", format="gguf", tokenizer=tokenizer(), gguf_type="f32")
     files = {"base": (base, None), "adapter": (base, lora), "merged": (merged, None)}
     jobs = {
         what: {"model": str(file), "lora": beside and str(beside), "out": str(place / f"{what}.npz")}

@@ -29,7 +29,7 @@ from peftcore.observation import detect
 from peftcore.peft_fields import peft_version, refuse_not_its_own
 from peftcore.registry import registry
 
-PEFT = "peft"  # the layout of files
+PEFT = "peft"  # the default format
 
 
 def save(
@@ -39,7 +39,7 @@ def save(
     adapter: str | None = None,
     dtype: torch.dtype | None = None,
     resumable: bool = True,
-    layout: str = PEFT,
+    format: str = PEFT,
 ) -> Path:
     """Write an adapter to the folder `path`, or all of a model's adapters.
 
@@ -47,35 +47,35 @@ def save(
     files are there; else the other ranks return at once.
 
     Args:
-        model: or, in a layout of one file for several, models by their names, such as `pipe.components`, of which those
-            that have adapters are saved.
+        model: the model. For single-file formats also models by name, such as `pipe.components`; those with adapters
+            are saved.
         adapter: which one. Left out: all. Of several, `default` lies in the folder itself and the others in folders
             of their name, as in PEFT; `load` finds them together, in the order in which they act.
         dtype: of the floating tensors on disk; by default theirs.
         resumable: False leaves out what only further training needs (`StateRules.exported`).
-        layout: "peft", or another that the method knows (`StateRules.layouts`): with "per_expert" factors of experts
-            are written one by one, as vLLM and SGLang read them. Those of `StateRules.files`, such as "diffusers" and
-            "kohya", are one file: in the folder, or `path` itself, if that ends in `.safetensors`. `load` takes any.
+        format: "peft", or another that the method declares: "per_expert" writes the factors of experts one by one, as
+            vLLM and SGLang read them; "diffusers" and "kohya" write a single file into the folder, or to `path` itself
+            if it ends in `.safetensors`. `load` reads all formats.
 
     Returns:
         `path`.
 
     Raises:
         CheckpointError: the files cannot be written, or a value is not finite. What lay there is unharmed.
-        PeftcoreError: the adapter has no such layout, or the layout no place for it.
+        PeftcoreError: the adapter does not have this format, or cannot be expressed in it.
     """
-    if layout in single_file.formats():
-        return _save_single(model, Path(path), adapter, dtype, layout)
+    if format in single_file.formats():
+        return _save_single(model, Path(path), adapter, dtype, format)
     if not isinstance(model, nn.Module):
         raise PeftcoreError(
-            f"layout={layout!r} is of one model, found {type(model).__name__}. Save each to a folder of its own, or "
-            f"choose a layout of one file for several: {', '.join(single_file.formats()) or 'none is installed'}"
+            f"format={format!r} takes one model, found {type(model).__name__}. Save each model to its own folder, or "
+            f"use a single-file format: {', '.join(single_file.formats()) or 'none is installed'}"
         )
     names = _names(model, adapter)
     state = engine.require_state(model)
     together = {} if len(names) == 1 else {TOGETHER: json.dumps({"adapters": names, "active": state.active})}
     inside = {name_inside(name) if together else "": name for name in names}
-    return _save(model, Path(path), inside, dtype, resumable, together, layout)
+    return _save(model, Path(path), inside, dtype, resumable, together, format)
 
 
 def _names(model: nn.Module, adapter: str | None) -> list[str]:
@@ -93,7 +93,7 @@ def _names(model: nn.Module, adapter: str | None) -> list[str]:
 
 
 def _save_single(
-    model: nn.Module | Mapping[str, Any], path: Path, adapter: str | None, dtype: torch.dtype | None, layout: str
+    model: nn.Module | Mapping[str, Any], path: Path, adapter: str | None, dtype: torch.dtype | None, format: str
 ) -> Path:
     """Write an adapter of each model to one file."""
     models: dict[str | None, nn.Module] = {None: model} if isinstance(model, nn.Module) else {}
@@ -108,14 +108,14 @@ def _save_single(
         state = engine.require_state(each)
         if len(names) != 1:
             raise PeftcoreError(
-                f"layout={layout!r} has one adapter of a model, found {', '.join(names)}. Say adapter='NAME'"
+                f"format={format!r} has one adapter of a model, found {', '.join(names)}. Say adapter='NAME'"
             )
         engine.refuse_merged(state, "save")
         engine.refuse_changed(each)
         _tell_of_others_trained(each)
         method = registry.method(engine.applied(each, names[0]).method)
-        if layout not in method.state.files:
-            raise PeftcoreError(f"layout={layout!r} is not known of '{names[0]}' ({method.name})")
+        if format not in method.state.files:
+            raise PeftcoreError(f"format={format!r} is not known of '{names[0]}' ({method.name})")
         chosen[called] = each, names[0]
     sharded = any(ranks.is_sharded(each) for each, _ in chosen.values())
     if sharded:
@@ -123,7 +123,7 @@ def _save_single(
             _refuse_drifted(each, name)
     if sharded or ranks.rank() == 0:
         contents = {called: (each, _content(each, name, dtype, False, {})) for called, (each, name) in chosen.items()}
-        ranks.once(lambda: single_file.write(layout, path, contents), together=sharded)
+        ranks.once(lambda: single_file.write(format, path, contents), together=sharded)
     return path
 
 
@@ -139,7 +139,7 @@ def _save(
     dtype: torch.dtype | None,
     resumable: bool,
     metadata: dict[str, str],
-    layout: str = PEFT,
+    format: str = PEFT,
 ) -> Path:
     """Write adapters, by the place that each has inside of `folder`."""
     engine.refuse_merged(engine.require_state(model), "save")
@@ -150,7 +150,7 @@ def _save(
         _refuse_drifted(model, name)
     if inside and (sharded or ranks.rank() == 0):
         contents = {
-            place: _laid_out(model, name, layout, _content(model, name, dtype, resumable, metadata))
+            place: _laid_out(model, name, format, _content(model, name, dtype, resumable, metadata))
             for place, name in inside.items()
         }
         ranks.once(lambda: adapter_files.write(folder, contents), together=sharded)
@@ -244,15 +244,15 @@ def _refuse_unreadable(
             )
 
 
-def _laid_out(model: nn.Module, adapter: str, layout: str, content: Content) -> Content:
-    if layout == PEFT:
+def _laid_out(model: nn.Module, adapter: str, format: str, content: Content) -> Content:
+    if format == PEFT:
         return content
     method = registry.method(engine.applied(model, adapter).method)
-    if layout not in method.state.layouts:
+    if format not in method.state.layouts:
         known = ", ".join(map(repr, [PEFT, *method.state.layouts, *method.state.files]))
-        raise PeftcoreError(f"layout={layout!r} is not known of '{adapter}' ({method.name}). Known: {known}")
-    with registry.naming(method.name, f"layouts[{layout!r}].write"):
-        tensors, fields = method.state.layouts[layout].write(model, content.tensors, content.fields)
+        raise PeftcoreError(f"format={format!r} is not known of '{adapter}' ({method.name}). Known: {known}")
+    with registry.naming(method.name, f"layouts[{format!r}].write"):
+        tensors, fields = method.state.layouts[format].write(model, content.tensors, content.fields)
     return Content(fields, tensors, content.metadata)
 
 

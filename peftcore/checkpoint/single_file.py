@@ -164,26 +164,26 @@ def _parts_or_none(form: FileFormat, model: Any, called: str) -> list[str]:
         return []
 
 
-def write(layout: str, path: Path, contents: Mapping[str | None, tuple[nn.Module, Content]]) -> None:
+def write(format: str, path: Path, contents: Mapping[str | None, tuple[nn.Module, Content]]) -> None:
     """Write adapters to one file in `path`, or to the file `path` itself, by what the user calls their models.
 
     Raises:
         CheckpointError: it cannot be written, or would take the place of what it does not hold.
         PeftcoreError: a model, or a tensor, has no place in the format.
     """
-    form, method = formats()[layout]
+    form, method = formats()[format]
     parts: dict[str, tuple[nn.Module, Content]] = {}
     for called, (model, content) in contents.items():
         names = form.parts(model, called)
         if len(names) != 1:
-            example = f"peftcore.save({{'{names[0]}': model}}, ..., layout='{layout}')"
+            example = f"peftcore.save({{'{names[0]}': model}}, ..., format='{format}')"
             raise PeftcoreError(
                 f"a {type(model).__name__} may be {' or '.join(map(repr, names))} of a pipeline. Say which: {example}"
             )
         parts[names[0]] = model, content
     file = path if path.suffix == ENDING and not path.is_dir() else path / form.file
     _refuse_loss(file, path, parts)
-    with guarded(method, f"layout='{layout}'", PeftcoreError):
+    with guarded(method, f"format='{format}'", PeftcoreError):
         tensors, metadata = form.write(
             {part: (model, dict(content.tensors), dict(content.fields)) for part, (model, content) in parts.items()}
         )
@@ -195,7 +195,7 @@ def _refuse_loss(file: Path, path: Path, parts: Mapping[str, Any]) -> None:
     """Raise a CheckpointError where parts of other models would be lost, or two adapters lie in one folder."""
     beside = next((name for name in (CONFIG, TENSORS) if path != file and os.path.lexists(path / name)), None)
     if beside is not None:
-        raise CheckpointError(f"'{path}' holds an adapter in another layout ('{beside}'). Save to another folder")
+        raise CheckpointError(f"'{path}' holds an adapter in another format ('{beside}'). Save to another folder")
     if not os.path.lexists(file):
         return
     try:

@@ -1,5 +1,5 @@
 """Models and adapters for other programs: llama.cpp and Ollama, vLLM and SGLang, ONNX."""
 
-from peftcore.exporting.export import TARGETS, export
+from peftcore.exporting.export import FORMATS, export
 
-__all__ = ["TARGETS", "export"]
+__all__ = ["FORMATS", "export"]

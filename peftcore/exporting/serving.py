@@ -36,7 +36,7 @@ def write(model: nn.Module, folder: Path, adapter: str | None) -> Path:
     engine.call_in(model, name)
     if _has_experts(model, name):
         low_rank.refuse_trained(model, name, WHAT)
-        return checkpoint.save(model, folder, adapter=name, layout=PER_EXPERT, resumable=False)
+        return checkpoint.save(model, folder, adapter=name, format=PER_EXPERT, resumable=False)
     found = products(model, name, WHAT)
     rank, scale = max(each.rank for each in found.values()), next(iter(found.values())).scale or 1.0
     tensors: dict[str, Tensor] = {}

@@ -23,7 +23,7 @@ from peftcore.engine import require_state, state_of
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.teaching import teach
 
-LAYOUT = "diffusers"  # of `save`
+FORMAT = "diffusers"  # `save(format=)`
 _CHOOSE = "Choose with peftcore.activate(model, NAME), peftcore.disabled(model), peftcore.scale(model, NAME, 0.5)"
 _REMOVE = "Take adapters off with peftcore.remove(model)"
 _MERGE = "Merge adapters into the weights with peftcore.merge(model), and take them out with peftcore.unmerge(model)"
@@ -75,7 +75,7 @@ def _save_pretrained(model: Any, own: Callable[..., Any], *args: Any, **kwargs: 
     if require_state(model).merged is None:
         raise PeftcoreError(
             f"save_pretrained would write the weights of {type(model).__name__} without what its adapters do. Save "
-            f"those with peftcore.save(model, folder, layout={LAYOUT!r}), or merge them first: peftcore.merge(model)"
+            f"those with peftcore.save(model, folder, format={FORMAT!r}), or merge them first: peftcore.merge(model)"
         )
     plain = {name: t for name, t in model.state_dict().items() if not {CHILD, TRAINED} & set(name.split("."))}
     model.__dict__["state_dict"] = lambda: plain

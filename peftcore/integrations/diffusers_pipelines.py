@@ -22,7 +22,7 @@ def _save_pretrained(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         if state is not None and state.merged is None:
             raise PeftcoreError(
                 f"save_pretrained has no place for the adapters of '{name}' ({type(model).__name__}). Save those with "
-                f"peftcore.save(pipe.components, folder, layout={_models.LAYOUT!r}), or merge them first: "
+                f"peftcore.save(pipe.components, folder, format={_models.FORMAT!r}), or merge them first: "
                 f"peftcore.merge(pipe.{name})"
             )
     return _own(pipe, *args, **kwargs)

@@ -65,7 +65,7 @@ def saved(folder: Path) -> Path:
     models = pair()
     for value, name in ((2.0, "left"), (3.0, "right")):
         peftcore.apply(models[name], "filed", value=value)
-    return peftcore.save(models, folder, layout="toys")
+    return peftcore.save(models, folder, format="toys")
 
 
 def test_each_model_is_given_its_part(tmp_path: Path) -> None:
@@ -98,21 +98,21 @@ def test_what_a_save_would_lose(tmp_path: Path) -> None:
     before = (tmp_path / FILE).read_bytes()
     one = peftcore.apply(tiny.llama(), "filed")
     with pytest.raises(peftcore.PeftcoreError, match=r"may be 'left' or 'right' of a pipeline. Say which"):
-        peftcore.save(one, tmp_path, layout="toys")
+        peftcore.save(one, tmp_path, format="toys")
     with pytest.raises(peftcore.CheckpointError, match=r"holds right \(\d+ tensors\), too, which this would overwrite"):
-        peftcore.save({"left": one}, tmp_path, layout="toys")
+        peftcore.save({"left": one}, tmp_path, format="toys")
     assert (tmp_path / FILE).read_bytes() == before
     (tmp_path / FILE).write_bytes(b"what")
     with pytest.raises(peftcore.CheckpointError, match="is not known here"):
-        peftcore.save({"left": one}, tmp_path, layout="toys")
-    with pytest.raises(peftcore.PeftcoreError, match="layout='peft' is of one model"):
+        peftcore.save({"left": one}, tmp_path, format="toys")
+    with pytest.raises(peftcore.PeftcoreError, match="format='peft' takes one model"):
         peftcore.save({"left": one}, tmp_path)
     peftcore.apply(one, "filed", adapter="b")
     with pytest.raises(
         peftcore.PeftcoreError, match=r"has one adapter of a model, found default, b. Say adapter='NAME'"
     ):
-        peftcore.save({"left": one}, tmp_path / "new", layout="toys")
-    peftcore.save({"left": one}, tmp_path / "new.safetensors", adapter="b", layout="toys")
+        peftcore.save({"left": one}, tmp_path / "new", format="toys")
+    peftcore.save({"left": one}, tmp_path / "new.safetensors", adapter="b", format="toys")
     assert (tmp_path / "new.safetensors").is_file()
 
 
@@ -136,7 +136,7 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
         peftcore.CheckpointError, match=r"If 'model.safetensors' is one, give that file: '.*model.safeten"
     ):
         peftcore.load(model, tmp_path)
-    for call in (lambda: peftcore.load(object(), folder), lambda: peftcore.save(object(), folder, layout="toys")):
+    for call in (lambda: peftcore.load(object(), folder), lambda: peftcore.save(object(), folder, format="toys")):
         with pytest.raises(peftcore.PeftcoreError, match="found a object, where a model belongs"):
             call()
 

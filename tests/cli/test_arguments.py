@@ -50,7 +50,7 @@ def test_a_path_that_names_no_folder(
     words = {
         "train": (*TRAIN, "-m", llama, "-d", reviews, "-o", path),
         "merge": ("merge", "-a", path, "-o", tmp_path / "out"),
-        "export": ("export", "--to", "gguf", "-a", path, "-o", tmp_path / "out"),
+        "export": ("export", "--format", "gguf", "-a", path, "-o", tmp_path / "out"),
         "info": ("info", path),
         "generate": ("generate", "-a", path, "-p", "the"),
         "chat": ("chat", "-a", path),

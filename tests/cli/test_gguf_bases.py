@@ -19,7 +19,7 @@ from peftcore.cli import models
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
     return peftcore.export(
-        exported.llama(), folder / "model.gguf", to="gguf", tokenizer=exported.tokenizer(), kind="f32"
+        exported.llama(), folder / "model.gguf", format="gguf", tokenizer=exported.tokenizer(), gguf_type="f32"
     )
 
 

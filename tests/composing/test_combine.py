@@ -58,12 +58,12 @@ def both(case: tuple[Any, dict[str, Any], dict[str, Any]], folder: Path) -> tupl
     return ours, theirs
 
 
-def compare(ours: nn.Module, theirs: nn.Module, folder: Path, weights: list[float], method: str, **fields: Any) -> None:
+def compare(ours: nn.Module, theirs: nn.Module, folder: Path, weights: list[float], how: str, **fields: Any) -> None:
     """The same output of both, and of what PEFT loads from our file."""
     theirs_too = {"svd_rank" if key == "r" else key: value for key, value in fields.items()}
-    quiet(theirs.add_weighted_adapter, ["a", "b"], weights, "c", combination_type=method, **theirs_too)
+    quiet(theirs.add_weighted_adapter, ["a", "b"], weights, "c", combination_type=how, **theirs_too)
     theirs.set_adapter("c")
-    assert peftcore.combine(ours, ["a", "b"], weights=weights, how=method, adapter="c", **fields) is ours
+    assert peftcore.combine(ours, ["a", "b"], weights=weights, how=how, adapter="c", **fields) is ours
     peftcore.activate(ours, "c")
     wanted = output(theirs)
     torch.testing.assert_close(output(ours), wanted, rtol=0, atol=1e-5)
@@ -80,11 +80,11 @@ def test_linear_is_that_of_peft(kind: str, weights: list[float], tmp_path: Path)
     compare(ours, theirs, tmp_path / "c", weights, "linear")
 
 
-@pytest.mark.parametrize("method", ["cat", "svd"])
+@pytest.mark.parametrize("how", ["cat", "svd"])
 @pytest.mark.parametrize("kind", list(RANKS))
-def test_adapters_of_other_ranks_are_those_of_peft(kind: str, method: str, tmp_path: Path) -> None:
+def test_adapters_of_other_ranks_are_those_of_peft(kind: str, how: str, tmp_path: Path) -> None:
     ours, theirs = both(RANKS[kind], tmp_path)
-    compare(ours, theirs, tmp_path / "c", [0.7, -0.4], method)
+    compare(ours, theirs, tmp_path / "c", [0.7, -0.4], how)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "embedding"])

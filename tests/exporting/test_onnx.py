@@ -17,7 +17,7 @@ from peftcore import PeftcoreError
 
 def test_it_computes_the_same_for_any_batch(tmp_path: Path) -> None:
     model = apply(llama(num_hidden_layers=1), r=4, lora_dropout=0.5, target_modules=["q_proj", "down_proj"]).train()
-    file = peftcore.export(model, tmp_path / "model.onnx", to="onnx")
+    file = peftcore.export(model, tmp_path / "model.onnx", format="onnx")
     assert model.training
     session = onnxruntime.InferenceSession(file)
     for batch, length in ((1, 1), (3, 11)):
@@ -32,4 +32,4 @@ def test_it_computes_the_same_for_any_batch(tmp_path: Path) -> None:
 
 def test_only_models_of_text(tmp_path: Path) -> None:
     with pytest.raises(PeftcoreError, match="takes no input_ids: only models of text"):
-        peftcore.export(convnet(), tmp_path / "model.onnx", to="onnx")
+        peftcore.export(convnet(), tmp_path / "model.onnx", format="onnx")

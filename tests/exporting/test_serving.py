@@ -33,7 +33,7 @@ def test_one_rank_and_one_scale(fields: dict[str, Any], rank: int, tmp_path: Pat
 
     model = apply(llama(), **fields)
     expected = logits(model)
-    peftcore.export(model, tmp_path / "served", to="vllm")
+    peftcore.export(model, tmp_path / "served", format="vllm")
     config = json.loads((tmp_path / "served" / "adapter_config.json").read_text())
     assert config["r"] == rank and config["peft_type"] == "LORA" and config["bias"] == "none"
     assert not {"rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save"} & config.keys()
@@ -45,7 +45,7 @@ def test_one_rank_and_one_scale(fields: dict[str, Any], rank: int, tmp_path: Pat
 
 def test_modules_are_named_shortly_where_all_of_a_name_are_meant(tmp_path: Path) -> None:
     def targets(name: str, modules: list[str]) -> list[str]:
-        peftcore.export(apply(llama(), r=4, target_modules=modules), tmp_path / name, to="vllm")
+        peftcore.export(apply(llama(), r=4, target_modules=modules), tmp_path / name, format="vllm")
         return json.loads((tmp_path / name / "adapter_config.json").read_text())["target_modules"]
 
     assert targets("all", ["q_proj", "up_proj"]) == ["q_proj", "up_proj"]
@@ -54,7 +54,7 @@ def test_modules_are_named_shortly_where_all_of_a_name_are_meant(tmp_path: Path)
 
 def test_what_has_to_be_said(tmp_path: Path) -> None:
     def said(name: str, **fields: Any) -> list[str]:
-        return remarks(peftcore.export(apply(llama(), **fields), tmp_path / name, to="vllm"))
+        return remarks(peftcore.export(apply(llama(), **fields), tmp_path / name, format="vllm"))
 
     assert said("16", r=16, target_modules=["q_proj"]) == []
     assert "--max" not in commands(tmp_path / "16", "base")[0]
@@ -69,7 +69,7 @@ def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
     fields = {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["gate_up_proj", "down_proj"]}
     model = apply(mixture("mixtral"), **fields)
     expected = logits(model)
-    folder = peftcore.export(model, tmp_path / "served", to="vllm")
+    folder = peftcore.export(model, tmp_path / "served", format="vllm")
     assert any("Experts" in remark for remark in remarks(folder))
     back = peftcore.load(mixture("mixtral"), folder).eval()
     assert torch.allclose(logits(back), expected, atol=2e-5)
@@ -86,5 +86,5 @@ def test_experts_are_written_one_by_one(tmp_path: Path) -> None:
 )
 def test_what_they_cannot_compute_is_refused(make: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(PeftcoreError, match=message):
-        peftcore.export(make(), tmp_path / "served", to="vllm")
+        peftcore.export(make(), tmp_path / "served", format="vllm")
     assert not (tmp_path / "served").exists()

@@ -339,7 +339,7 @@ def main(folder: str, count: str, step: str = "1", seed: str = "0") -> None:
 
     torch.set_num_threads(1)
     original, file = Path(folder) / "original.gguf", Path(folder) / "mutated.gguf"
-    peftcore.export(exported.llama(), original, to="gguf", tokenizer=exported.tokenizer(), kind="f32")
+    peftcore.export(exported.llama(), original, format="gguf", tokenizer=exported.tokenizer(), gguf_type="f32")
     file.write_bytes(Content(original).written())
     models.quiet_transformers()
     wanted = models.load_model(str(original), "causal-lm", dtype="fp32", device="cpu").state_dict()

@@ -58,7 +58,7 @@ def test_the_text_encoder_alone() -> None:
 def test_a_file_beside_adapters_of_ours(tmp_path: Path) -> None:
     pipe = pipeline("sd")
     peftcore.apply(pipe.unet, "lora", target_modules=["to_q"])
-    peftcore.save(pipe.unet, tmp_path, layout="diffusers")
+    peftcore.save(pipe.unet, tmp_path, format="diffusers")
     with pytest.raises(peftcore.PeftcoreError, match="PEFT cannot adapt UNet2DConditionModel"):
         pipe.load_lora_weights(tmp_path)
     other = pipeline("sd")
@@ -83,7 +83,7 @@ def test_projections_that_were_fused(kind: str) -> None:
         model.unfuse_qkv_projections()
     assert torch.equal(output(model), changed)
     with pytest.raises(peftcore.PeftcoreError, match="has no place in a file for pipelines"):
-        peftcore.save(model, "nowhere", layout="diffusers")
+        peftcore.save(model, "nowhere", format="diffusers")
     peftcore.remove(model)
     model.unfuse_qkv_projections()
     peftcore.apply(model, "lora", target_modules=["to_q"], init_lora_weights=False)
@@ -122,7 +122,7 @@ def test_offloading_comes_after_adapters(tmp_path: Path) -> None:
     model, plain = pipeline("sd").text_encoder, pipeline("sd").text_encoder
     peftcore.apply(model, "lora", target_modules=["q_proj"], init_lora_weights=False)
     wanted = output(model)
-    peftcore.save(model, tmp_path, layout="diffusers")
+    peftcore.save(model, tmp_path, format="diffusers")
     for each in (model, plain):
         accelerate.cpu_offload(each, execution_device=torch.device("cpu"))
     assert torch.equal(output(model), wanted)

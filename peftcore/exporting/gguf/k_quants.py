@@ -1,4 +1,4 @@
-"""K-quants, which llama.cpp makes of a file in 16 or 32 bits: by its library, where llama-cpp-python is installed."""
+"""K-quants, made by llama.cpp's library (llama-cpp-python) from a file in 16 or 32 bits."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from peftcore.errors import PeftcoreError
 FILE_TYPES = {"q6_k": 18, "q5_k_m": 17, "q5_k_s": 16, "q4_k_m": 15, "q4_k_s": 14, "q3_k_m": 12, "q2_k": 10}  # llama.h
 
 
-def library(kind: str) -> Any:
-    """llama.cpp's functions.
+def library(gguf_type: str) -> Any:
+    """Return llama.cpp's library.
 
     Raises:
-        PeftcoreError: they are not here.
+        PeftcoreError: llama-cpp-python cannot be imported.
     """
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:
         raise PeftcoreError(
-            f"{kind} is quantized to by llama.cpp itself, whose Python package, llama-cpp-python, cannot be imported "
-            f"({error}). Its program does it, too: write f16, then llama-quantize model-f16.gguf model.gguf {kind}"
+            f"{gguf_type} needs llama-cpp-python, which cannot be imported ({error}). Install it, "
+            "or export f16 and run: "
+            f"llama-quantize model-f16.gguf model.gguf {gguf_type}"
         ) from error
     return llama_cpp
 
 
-def quantize(source: Path, path: Path, kind: str) -> None:
-    """Write `path`, whole or not at all, of the file at `source`.
+def quantize(source: Path, path: Path, gguf_type: str) -> None:
+    """Quantize the file at `source` into `path`; on error nothing is written.
 
     Raises:
-        PeftcoreError: llama.cpp could not.
+        PeftcoreError: llama.cpp reported an error.
     """
-    llama = library(kind)
+    llama = library(gguf_type)
     part = path.with_name(f"{path.name}.part")
     parameters = llama.llama_model_quantize_default_params()
-    parameters.ftype = FILE_TYPES[kind]
+    parameters.ftype = FILE_TYPES[gguf_type]
     try:
         if llama.llama_model_quantize(str(source).encode(), str(part).encode(), parameters) != 0:
-            raise PeftcoreError(f"llama.cpp could not quantize the model to {kind}; what it printed above says why")
+            raise PeftcoreError(f"llama.cpp could not quantize the model to {gguf_type}. See its output above")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

@@ -108,7 +108,7 @@ def write(
             validation.require(
                 layout is not None and name in layout.names,
                 f"'{path}.{name}' is no weight of experts that transformers' interface runs, which alone are written "
-                "one by one. Save it in PEFT's layout: layout='peft'",
+                "one by one. Save it in PEFT's layout: format='peft'",
             )
             assert layout is not None
             stem = stem_on_disk(path, inside)

@@ -34,7 +34,7 @@ def config_of(model: torch.nn.Module) -> Any:
 def written(family: str, folder: Path, **fields: object) -> torch.nn.Module:
     model = peftcore.apply(mixture(family), "lora", r=4, **fields)
     disturb(model, "default", seed=1)
-    peftcore.save(model, folder, layout="per_expert")
+    peftcore.save(model, folder, format="per_expert")
     return model
 
 
@@ -108,8 +108,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     plain(tmp_path, {name: tensor for name, tensor in tensors.items() if "1.mlp.experts.2.up_proj.lora_B" not in name})
     with pytest.raises(peftcore.CheckpointError, match=r"lacks lora_B of expert 2 for up of 'model.layers.1.mlp.exp"):
         peftcore.load(mixture("qwen3_moe"), tmp_path)
-    with pytest.raises(peftcore.PeftcoreError, match=r"layout='vllm' is not known of 'default'.*'peft', 'per_expert'"):
-        peftcore.save(model, tmp_path, layout="vllm")
+    with pytest.raises(peftcore.PeftcoreError, match=r"format='vllm' is not known of 'default'.*'peft', 'per_expert'"):
+        peftcore.save(model, tmp_path, format="vllm")
     llama = peftcore.apply(mixture("llama4_text"), "lora", r=4)
     with pytest.raises(peftcore.PeftcoreError, match="no weight of experts that transformers' interface runs"):
-        peftcore.save(llama, tmp_path, layout="per_expert")
+        peftcore.save(llama, tmp_path, format="per_expert")

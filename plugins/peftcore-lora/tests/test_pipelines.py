@@ -62,7 +62,7 @@ BLOCKS = {"target_modules_bd_a": ["out"], "target_modules_bd_b": ["_q", "_k", "_
 def test_what_is_written_is_read(kind: str, layout: str, method: str, fields: dict[str, Any], tmp_path: Path) -> None:
     pipe = pipeline(kind)
     wanted = apply(pipe, method, **fields)
-    assert peftcore.save(pipe.components, tmp_path, layout=layout) == tmp_path
+    assert peftcore.save(pipe.components, tmp_path, format=layout) == tmp_path
     assert [file.name for file in tmp_path.iterdir()] == [FILE]
     theirs, ours = pipeline(kind), pipeline(kind)
     theirs.load_lora_weights(tmp_path)
@@ -74,20 +74,20 @@ def test_what_is_written_is_read(kind: str, layout: str, method: str, fields: di
 def test_names_in_the_file(tmp_path: Path) -> None:
     pipe = pipeline("sd")
     apply(pipe, targets=("to_q", "fc1", "out_proj"), lora_alpha=2)
-    peftcore.save(pipe.components, tmp_path / "a", layout="diffusers")
+    peftcore.save(pipe.components, tmp_path / "a", format="diffusers")
     names, header = load_file(tmp_path / "a" / FILE), _header(tmp_path / "a" / FILE)
     block = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     assert f"unet.{block}.lora_A.weight" in names
     assert "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.down.weight" in names
     about = json.loads(header["lora_adapter_metadata"])
     assert (about["unet.r"], about["unet.lora_alpha"], about["unet.target_modules"]) == (4, 2, ["to_q"])
-    peftcore.save(pipe.components, tmp_path / "b.safetensors", layout="kohya")
+    peftcore.save(pipe.components, tmp_path / "b.safetensors", format="kohya")
     names = load_file(tmp_path / "b.safetensors")
     assert names[f"lora_unet_{block.replace('.', '_')}.alpha"] == 2
     assert "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight" in names
     both = pipeline("sdxl")
     apply(both, targets=("to_q", "out_proj"))
-    peftcore.save(both.components, tmp_path / "c.safetensors", layout="kohya")
+    peftcore.save(both.components, tmp_path / "c.safetensors", format="kohya")
     assert {name.partition("_text_model")[0] for name in load_file(tmp_path / "c.safetensors") if "_te" in name} == {
         "lora_te1",
         "lora_te2",
@@ -182,7 +182,7 @@ def test_in_16_bits(layout: str, tmp_path: Path) -> None:
     fields = {"lora_alpha": 5, "alpha_pattern": {"to_k": 7}, "init_lora_weights": False}
     peftcore.apply(unet, "lora", r=4, target_modules=["to_q", "to_k", "conv1"], **fields)
     wanted = output(unet)
-    peftcore.save(unet, tmp_path, layout=layout)
+    peftcore.save(unet, tmp_path, format=layout)
     other = pipelines.unet().bfloat16()
     other.load_state_dict({n: t for n, t in unet.state_dict().items() if "peftcore" not in n}, strict=False)
     torch.testing.assert_close(output(peftcore.load(other, tmp_path)), wanted, rtol=0.02, atol=0.02)
@@ -191,7 +191,7 @@ def test_in_16_bits(layout: str, tmp_path: Path) -> None:
 def test_swapped_in_place(tmp_path: Path) -> None:
     unet = peftcore.apply(pipeline("sd").unet, "lora", r=4, target_modules=["to_q"], init_lora_weights=False)
     wanted = output(unet)
-    peftcore.save(unet, tmp_path, layout="kohya")
+    peftcore.save(unet, tmp_path, format="kohya")
     other = peftcore.apply(pipeline("sd").unet, "lora", r=4, target_modules=["to_q"])
     peftcore.set_state_dict(other, "default", tmp_path / FILE)
     torch.testing.assert_close(output(other), wanted, rtol=1e-6, atol=1e-6)
@@ -218,7 +218,7 @@ def test_on_a_base_in_4_bits(layout: str, tmp_path: Path) -> None:
     models = [peftcore.quantize(pipeline("flux").transformer, "nf4") for _ in range(2)]
     fields = {"target_modules": r"(single_)?transformer_blocks.*(to_q|to_v|proj_mlp)", "init_lora_weights": False}
     peftcore.apply(models[0], "lora", r=4, **fields)
-    peftcore.save(models[0], tmp_path, layout=layout)
+    peftcore.save(models[0], tmp_path, format=layout)
     peftcore.load(models[1], tmp_path)
     torch.testing.assert_close(output(models[1]), output(models[0]), rtol=1e-5, atol=1e-5)
 
@@ -230,7 +230,7 @@ def test_the_command_line_says_what_is_in_it(tmp_path: Path) -> None:
 
     pipe = pipeline("sd")
     apply(pipe)
-    peftcore.save(pipe.components, tmp_path / "a.safetensors", layout="kohya")
+    peftcore.save(pipe.components, tmp_path / "a.safetensors", format="kohya")
     words = ["info", str(tmp_path / "a.safetensors")]
     printed = CliRunner().invoke(build(words), words).output
     assert "kohya" in printed and "24 tensors, float32" in printed

@@ -18,7 +18,7 @@ pytestmark = [*pipelines.QUIET, pytest.mark.filterwarnings("ignore:.* reaches ")
 def test_each_model_takes_its_part(tmp_path: Path) -> None:
     pipe = pipeline("sdxl")
     wanted = apply(pipe)
-    peftcore.save(pipe.components, tmp_path, layout="diffusers")
+    peftcore.save(pipe.components, tmp_path, format="diffusers")
     ours = pipeline("sdxl")
     with pytest.warns(
         UserWarning, match=r"also holds text_encoder \(16 tensors\), text_encoder_2 \(16 tensors\), left for"
@@ -41,7 +41,7 @@ def test_each_model_takes_its_part(tmp_path: Path) -> None:
 def test_all_models_or_none(tmp_path: Path) -> None:
     pipe = pipeline("sd")
     apply(pipe)
-    peftcore.save(pipe.components, tmp_path, layout="diffusers")
+    peftcore.save(pipe.components, tmp_path, format="diffusers")
     ours = pipeline("sd")
     ours.unet = pipelines.unet(cross_attention_dim=16)
     with pytest.raises(peftcore.CheckpointError, match="has shape"):
@@ -52,16 +52,16 @@ def test_all_models_or_none(tmp_path: Path) -> None:
 def test_no_part_is_lost(tmp_path: Path) -> None:
     pipe = pipeline("sd")
     apply(pipe)
-    peftcore.save(pipe.components, tmp_path / "a", layout="diffusers")
+    peftcore.save(pipe.components, tmp_path / "a", format="diffusers")
     for layout in ("diffusers", "kohya"):
         with pytest.raises(
             peftcore.CheckpointError, match=r"holds text_encoder \(16 tensors\), too, which this would ov"
         ):
-            peftcore.save(pipe.unet, tmp_path / "a", layout=layout)
-    peftcore.save(pipe.components, tmp_path / "a", layout="kohya")
+            peftcore.save(pipe.unet, tmp_path / "a", format=layout)
+    peftcore.save(pipe.components, tmp_path / "a", format="kohya")
     peftcore.save(pipe.unet, tmp_path / "b")
-    with pytest.raises(peftcore.CheckpointError, match="holds an adapter in another layout"):
-        peftcore.save(pipe.unet, tmp_path / "b", layout="diffusers")
+    with pytest.raises(peftcore.CheckpointError, match="holds an adapter in another format"):
+        peftcore.save(pipe.unet, tmp_path / "b", format="diffusers")
     shutil.copy(tmp_path / "a" / FILE, tmp_path / "b" / FILE)
     with pytest.raises(peftcore.CheckpointError, match="holds two adapters"):
         peftcore.load(pipeline("sd").unet, tmp_path / "b")
@@ -70,29 +70,29 @@ def test_no_part_is_lost(tmp_path: Path) -> None:
 def test_what_has_no_place_is_refused(tmp_path: Path) -> None:
     pipe = pipeline("sd3")
     with pytest.raises(peftcore.PeftcoreError, match="none of the models has adapters"):
-        peftcore.save(pipe.components, tmp_path, layout="diffusers")
+        peftcore.save(pipe.components, tmp_path, format="diffusers")
     peftcore.apply(pipe.text_encoder, "lora", target_modules=["q_proj", "text_projection"], modules_to_save=())
     with pytest.raises(
         peftcore.PeftcoreError, match=r"may be 'text_encoder' or 'text_encoder_2' of a pipeline. Say which"
     ):
-        peftcore.save(pipe.text_encoder, tmp_path, layout="diffusers")
+        peftcore.save(pipe.text_encoder, tmp_path, format="diffusers")
     with pytest.raises(peftcore.PeftcoreError, match="attention of a text encoder without out_proj"):
-        peftcore.save({"text_encoder": pipe.text_encoder}, tmp_path, layout="kohya")
+        peftcore.save({"text_encoder": pipe.text_encoder}, tmp_path, format="kohya")
     peftcore.apply(pipe.transformer, "lora", target_modules=["to_q"])
     with pytest.raises(
         peftcore.PeftcoreError, match="diffusers reads no kohya name of 2 layers of SD3Transformer2DModel"
     ):
-        peftcore.save(pipe.transformer, tmp_path, layout="kohya")
+        peftcore.save(pipe.transformer, tmp_path, format="kohya")
     unet = peftcore.apply(pipelines.unet(), "lora", target_modules=["to_q"], modules_to_save=["conv_norm_out"])
     with pytest.raises(peftcore.PeftcoreError, match=r"'conv_norm_out.weight' has no place in a file for pipelines"):
-        peftcore.save(unet, tmp_path, layout="diffusers")
-    with pytest.raises(peftcore.PeftcoreError, match=r"layout='peft' is of one model, found dict"):
+        peftcore.save(unet, tmp_path, format="diffusers")
+    with pytest.raises(peftcore.PeftcoreError, match=r"format='peft' takes one model, found dict"):
         peftcore.save({"unet": unet}, tmp_path)
     dora = peftcore.apply(pipelines.unet(), "dora", target_modules=["to_q"])
     with pytest.raises(peftcore.PeftcoreError, match="has DoRA, which diffusers does not read of a kohya file"):
-        peftcore.save(dora, tmp_path, layout="kohya")
-    with pytest.raises(peftcore.PeftcoreError, match="layout='kohya' is not known of 'default' \\(ia3\\)"):
-        peftcore.save(peftcore.apply(pipelines.text_encoder(), "ia3"), tmp_path, layout="kohya")
+        peftcore.save(dora, tmp_path, format="kohya")
+    with pytest.raises(peftcore.PeftcoreError, match="format='kohya' is not known of 'default' \\(ia3\\)"):
+        peftcore.save(peftcore.apply(pipelines.text_encoder(), "ia3"), tmp_path, format="kohya")
     assert not list(tmp_path.iterdir())
 
 
@@ -144,7 +144,7 @@ def test_hostile_files(change: dict[str, Tensor | None], message: str, tmp_path:
 )
 def test_hostile_headers(header: str, message: str | None, tmp_path: Path) -> None:
     unet = peftcore.apply(pipelines.unet(), "lora", r=4, target_modules=["to_q"])
-    peftcore.save(unet, tmp_path, layout="diffusers")
+    peftcore.save(unet, tmp_path, format="diffusers")
     save_file(load_file(tmp_path / FILE), tmp_path / FILE, {"lora_adapter_metadata": header})
     if message is None:
         peftcore.load(pipelines.unet(), tmp_path)
@@ -155,7 +155,7 @@ def test_hostile_headers(header: str, message: str | None, tmp_path: Path) -> No
 
 def test_of_another_base(tmp_path: Path) -> None:
     unet = peftcore.apply(pipeline("sd").unet, "lora", target_modules=["to_q"])
-    peftcore.save(unet, tmp_path, layout="diffusers")
+    peftcore.save(unet, tmp_path, format="diffusers")
     with pytest.raises(peftcore.CheckpointError, match="was trained on another base"):
         peftcore.load(pipeline("sd", 1).unet, tmp_path)
     peftcore.load(pipeline("sd", 1).unet, tmp_path, check_base=False)

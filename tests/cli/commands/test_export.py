@@ -44,13 +44,13 @@ def adapter_of(base: Path, folder: Path, method: Any = "lora", **fields: Any) ->
 
 def test_gguf(run: Run, base: Path, tmp_path: Path) -> None:
     expected = adapter_of(base, tmp_path / "run", r=4)
-    told = run("export", "--to", "gguf", "--adapter", tmp_path / "run", "--type", "f32").output
+    told = run("export", "--format", "gguf", "--adapter", tmp_path / "run", "--gguf-type", "f32").output
     folder = tmp_path / "run" / "gguf"
     assert sorted(file.name for file in folder.iterdir()) == ["adapter.gguf", "model-f32.gguf"]
     assert "llama-cli -m BASE.gguf --lora" in told and "model-f32.gguf" in told
     assert exported.keys(folder / "model-f32.gguf")["tokenizer.chat_template"] == "{{ ours }}"
 
-    run("export", "--to", "gguf", "--model", base, "--type", "f32", "--output", tmp_path / "bare")
+    run("export", "--format", "gguf", "--model", base, "--gguf-type", "f32", "--output", tmp_path / "bare")
     before, after = tensors(tmp_path / "bare/model-f32.gguf"), tensors(folder / "model-f32.gguf")
     pairs = tensors(folder / "adapter.gguf")
     for name in (name.removesuffix(".lora_a") for name in pairs if name.endswith("a")):
@@ -60,7 +60,7 @@ def test_gguf(run: Run, base: Path, tmp_path: Path) -> None:
 
     # the file is a base in its turn, and its tokenizer goes on to the next one
     again = tmp_path / "again"
-    run("export", "--to", "gguf", "--model", folder / "model-f32.gguf", "--type", "f16", "--output", again)
+    run("export", "--format", "gguf", "--model", folder / "model-f32.gguf", "--gguf-type", "f16", "--output", again)
     facts = exported.keys(again / "model-f16.gguf")
     assert facts["tokenizer.chat_template"] == "{{ ours }}" and facts["tokenizer.ggml.pre"] == "gpt-2"
     from transformers import AutoModelForCausalLM
@@ -71,11 +71,11 @@ def test_gguf(run: Run, base: Path, tmp_path: Path) -> None:
 
 def test_parts_of_gguf_and_what_is_made_thin(run: Run, base: Path, tmp_path: Path) -> None:
     adapter_of(base, tmp_path / "run", "dora", r=4, target_modules=["q_proj"])
-    given = ("export", "--to", "gguf", "--adapter", tmp_path / "run", "--output")
+    given = ("export", "--format", "gguf", "--adapter", tmp_path / "run", "--output")
     refused = run(*given, tmp_path / "x", "--only", "adapter", code=1).output
     assert "cannot be written as an adapter of llama.cpp" in refused and not (tmp_path / "x").exists()
     told = run(*given, tmp_path / "merged").output.replace("\n", " ")
-    assert "No adapter.gguf is written; with --convert RANK it is" in told
+    assert "adapter.gguf was not written. --convert RANK makes" in told
     assert [file.name for file in (tmp_path / "merged").iterdir()] == ["model-f16.gguf"]
     told = run(*given, tmp_path / "thin", "--only", "adapter", "--convert", 64).output
     assert "rank 64 keeps at least 100.0% of the adapter's change" in told
@@ -88,7 +88,7 @@ def test_a_tokenizer_beside_the_adapter_is_the_one_it_was_trained_with(run: Run,
     theirs = exported.tokenizer(additional_special_tokens=["<|call|>"])
     theirs.chat_template = "{{ theirs }}"
     theirs.save_pretrained(tmp_path / "adapter")
-    run("export", "--to", "gguf", "--adapter", tmp_path, "--only", "model")
+    run("export", "--format", "gguf", "--adapter", tmp_path, "--only", "model")
     facts = exported.keys(tmp_path / "gguf" / "model-f16.gguf")
     assert facts["tokenizer.chat_template"] == "{{ theirs }}" and "<|call|>" in facts["tokenizer.ggml.tokens"]
 
@@ -96,14 +96,14 @@ def test_a_tokenizer_beside_the_adapter_is_the_one_it_was_trained_with(run: Run,
 def test_vllm_and_peft(run: Run, base: Path, tmp_path: Path) -> None:
     ranks = {"r": 20, "rank_pattern": {"v_proj": 24}, "target_modules": ["q_proj", "v_proj"]}
     expected = adapter_of(base, tmp_path / "run", **ranks)
-    told = run("export", "--to", "vllm", "--adapter", tmp_path / "run").output.replace("\n", " ")
+    told = run("export", "--format", "vllm", "--adapter", tmp_path / "run").output.replace("\n", " ")
     folder = tmp_path / "run" / "vllm"
     assert f"vllm serve {base} --enable-lora --max-lora-rank 32 --lora-modules mine={folder}" in told
     assert f"sglang.launch_server --model-path {base} --lora-paths mine={folder}" in told
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == 24
     from transformers import AutoModelForCausalLM
 
-    run("export", "--to", "peft", "--adapter", folder, "--output", tmp_path / "peft")
+    run("export", "--format", "peft", "--adapter", folder, "--output", tmp_path / "peft")
     assert (
         load_file(tmp_path / "peft/adapter_model.safetensors").keys()
         == load_file(folder / "adapter_model.safetensors").keys()
@@ -114,14 +114,14 @@ def test_vllm_and_peft(run: Run, base: Path, tmp_path: Path) -> None:
 
 def test_asked_for_wrongly(run: Run, base: Path, llama: Path, tmp_path: Path) -> None:
     adapter_of(base, tmp_path / "run", r=4)
-    given = ("export", "--adapter", tmp_path / "run", "--to")
-    assert "--to is one of gguf, vllm, peft, onnx, found 'ggml'" in run(*given, "ggml", code=1).output
+    given = ("export", "--adapter", tmp_path / "run", "--format")
+    assert "--format must be one of gguf, vllm, peft, onnx, found 'ggml'" in run(*given, "ggml", code=1).output
     assert "--only is one of adapter, model, found 'base'" in run(*given, "gguf", "--only", "base", code=1).output
-    assert "name the adapter: --adapter FOLDER" in run("export", "--to", "vllm", "--model", base, code=1).output
-    assert "name the adapter" in run("export", "--to", "gguf", code=1).output
+    assert "Pass --adapter FOLDER" in run("export", "--format", "vllm", "--model", base, code=1).output
+    assert "Pass --adapter FOLDER" in run("export", "--format", "gguf", code=1).output
     assert "exists already" in run(*given, "peft", "--output", tmp_path / "run", code=1).output
     adapter_of(gpt2_in(tmp_path / "gpt2"), tmp_path / "other", r=4)
-    output = run("export", "--to", "gguf", "--adapter", tmp_path / "other", code=1).output.replace("\n", " ")
+    output = run("export", "--format", "gguf", "--adapter", tmp_path / "other", code=1).output.replace("\n", " ")
     assert "GPT2LMHeadModel is not written as GGUF here" in output and "--convert" not in output
-    output = run("export", "--to", "gguf", "--model", llama, "--output", tmp_path / "words", code=1).output
+    output = run("export", "--format", "gguf", "--model", llama, "--output", tmp_path / "words", code=1).output
     assert "its model is WordLevel" in output.replace("\n", " ") and not list(tmp_path.glob("words/*"))

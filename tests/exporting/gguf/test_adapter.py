@@ -17,7 +17,7 @@ EVERYWHERE = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 
 def write(model: Any, file: Path) -> Path:
-    return peftcore.export(model, file, to="gguf", adapter="default")
+    return peftcore.export(model, file, format="gguf", adapter="default")
 
 
 @pytest.mark.parametrize(
@@ -89,5 +89,5 @@ def test_what_llama_cpp_cannot_add_is_refused(make: Any, message: str, tmp_path:
 def test_any_change_of_weights_by_its_products(tmp_path: Path) -> None:
     model = apply(llama(), "dora", r=4, target_modules=["q_proj"])
     peftcore.convert(model, "default", method="lora", r=64, adapter="thin")
-    found = tensors(peftcore.export(model, tmp_path / "adapter.gguf", to="gguf", adapter="thin"))
+    found = tensors(peftcore.export(model, tmp_path / "adapter.gguf", format="gguf", adapter="thin"))
     assert found["blk.1.attn_q.weight.lora_a"].shape == (64, 64)

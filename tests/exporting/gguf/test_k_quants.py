@@ -33,7 +33,7 @@ class Library(SimpleNamespace):
 
 
 def write(file: Path, model: Any, kind: str) -> None:
-    peftcore.export(model, file, to="gguf", tokenizer=tokenizer(), kind=kind)
+    peftcore.export(model, file, format="gguf", tokenizer=tokenizer(), gguf_type=kind)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from peftcore import PeftcoreError
 
 
 def write(model: Any, file: Path, kind: str = "f32", **options: Any) -> Path:
-    return peftcore.export(model, file, to="gguf", tokenizer=tokenizer(), kind=kind, **options)
+    return peftcore.export(model, file, format="gguf", tokenizer=tokenizer(), gguf_type=kind, **options)
 
 
 def read(file: Path) -> Any:
@@ -172,8 +172,8 @@ def test_a_window_is_the_length_of_the_context(tmp_path: Path) -> None:
         (lambda: gemma3(attn_logit_softcapping=9.0), "attn_logit_softcapping=9.0"),
         (lambda: gemma3(hidden_activation="gelu"), "hidden_act='gelu'"),
         (lambda: gemma3(attention_bias=True), "attention_bias or use_bidirectional_attention"),
-        (lambda: apply(llama()), r"the adapters 'default' act beside the weights.*peftcore.merge\(model\)"),
-        (lambda: peftcore.quantize(llama()), "is kept as torch.uint8. First: peftcore.dequantize"),
+        (lambda: apply(llama()), r"adapters 'default' are active.*peftcore.merge\(model\)"),
+        (lambda: peftcore.quantize(llama()), "has dtype torch.uint8. Call peftcore.dequantize"),
     ],
 )
 def test_what_llama_cpp_would_compute_in_another_way_is_refused(make: Any, message: str, tmp_path: Path) -> None:
@@ -196,10 +196,10 @@ def test_a_value_too_large_for_the_type_is_refused(tmp_path: Path) -> None:
 
 def test_asked_for_wrongly(tmp_path: Path) -> None:
     model = llama()
-    with pytest.raises(PeftcoreError, match=r"'q4_k' is not written here. Known: f32, f16.*, q4_k_m"):
+    with pytest.raises(PeftcoreError, match=r"gguf_type='q4_k' is not known. Known: f32, f16.*, q4_k_m"):
         write(model, tmp_path / "model.gguf", "q4_k")
     with pytest.raises(PeftcoreError, match="tokenizer=tokenizer"):
-        peftcore.export(model, tmp_path / "model.gguf", to="gguf")
-    with pytest.raises(PeftcoreError, match=r"to='ggml' is not known. Known: gguf, vllm, onnx"):
-        peftcore.export(model, tmp_path / "model.gguf", to="ggml")
+        peftcore.export(model, tmp_path / "model.gguf", format="gguf")
+    with pytest.raises(PeftcoreError, match=r"format='ggml' is not known. Known: gguf, vllm, onnx"):
+        peftcore.export(model, tmp_path / "model.gguf", format="ggml")
     assert model(TOKENS) is not None

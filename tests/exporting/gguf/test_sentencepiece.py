@@ -74,7 +74,7 @@ MADE = {
 
 
 def write(tokenizer: Any, file: Path) -> dict[str, Any]:
-    return keys(peftcore.export(llama(vocab_size=300), file, to="gguf", tokenizer=tokenizer))
+    return keys(peftcore.export(llama(vocab_size=300), file, format="gguf", tokenizer=tokenizer))
 
 
 def llama_cpp(facts: dict[str, Any], text: str) -> list[int]:

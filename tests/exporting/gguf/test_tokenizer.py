@@ -17,7 +17,7 @@ from peftcore.exporting.gguf.tokenizer import CUTS
 
 
 def write(given: Any, file: Path, **options: Any) -> dict[str, Any]:
-    return keys(peftcore.export(llama(), file, to="gguf", tokenizer=given, **options))
+    return keys(peftcore.export(llama(), file, format="gguf", tokenizer=given, **options))
 
 
 def sequence(*steps: Any) -> Any:
@@ -89,9 +89,9 @@ def test_a_template_in_place_of_the_tokenizer_s_and_a_tokenizer_of_another_file(
     third = write(tmp_path / "first.gguf", tmp_path / "third.gguf", chat_template="{{ third }}")
     assert third == {**first, "tokenizer.chat_template": "{{ third }}"}
     with pytest.raises(PeftcoreError, match="the tokenizer has 262 tokens, the model 100 rows for them"):
-        peftcore.export(llama(vocab_size=100), tmp_path / "x.gguf", to="gguf", tokenizer=tmp_path / "first.gguf")
+        peftcore.export(llama(vocab_size=100), tmp_path / "x.gguf", format="gguf", tokenizer=tmp_path / "first.gguf")
     with pytest.raises(PeftcoreError, match="has 262 tokens, the model 300 rows"):
-        peftcore.export(llama(vocab_size=300), tmp_path / "x.gguf", to="gguf", tokenizer=tmp_path / "first.gguf")
+        peftcore.export(llama(vocab_size=300), tmp_path / "x.gguf", format="gguf", tokenizer=tmp_path / "first.gguf")
 
 
 def words() -> Any:

@@ -135,13 +135,13 @@ def write(
             validation.require(
                 change.bias is None and change.magnitude is None,
                 f"'{path}' has {'lora_bias' if change.magnitude is None else 'DoRA'}, which diffusers does not read of "
-                "a kohya file. Choose layout='diffusers'",
+                "a kohya file. Choose format='diffusers'",
             )
         projections = {path.rpartition(".")[2] for path in changes if ".self_attn." in path}
         validation.require(
             part == UNET or not projections or "out_proj" in projections,
             "diffusers does not know a kohya file's attention of a text encoder without out_proj. Add it to "
-            "target_modules, or choose layout='diffusers'",
+            "target_modules, or choose format='diffusers'",
         )
         prefix, named = _prefix(part, contents), dict[str, Change]()
         for stem, paths in written_names(model).items():
@@ -157,7 +157,7 @@ def write(
         if changes:
             raise PeftcoreError(
                 f"diffusers reads no kohya name of {len(changes)} layers of {type(model).__name__}, such as "
-                f"'{next(iter(changes))}'. Choose layout='diffusers', or leave them out: exclude_modules=[...]"
+                f"'{next(iter(changes))}'. Choose format='diffusers', or leave them out: exclude_modules=[...]"
             )
     return found, {}
 

@@ -67,7 +67,7 @@ def from_peft(model: nn.Module, tensors: Mapping[str, Tensor], fields: Mapping[s
         if match is None or path not in there or fused:
             raise PeftcoreError(
                 f"'{name.removeprefix('base_model.model.')}' has no place in a file for pipelines, which holds LoRA of "
-                "linear layers and convolutions. Leave its module out, or choose layout='peft'"
+                "linear layers and convolutions. Leave its module out, or choose format='peft'"
             )
         found.setdefault(path, {})[match[2]] = tensor
     if fields.get("use_bdlora"):

@@ -23,7 +23,7 @@ def parts(model: nn.Module, called: str | None) -> list[str]:
     if called is None and may_be:
         return may_be
     kind = original_class(model).__name__
-    known = f"It may be {' or '.join(map(repr, may_be))}" if may_be else "Save it in PEFT's layout: layout='peft'"
+    known = f"It may be {' or '.join(map(repr, may_be))}" if may_be else "Save it in PEFT's layout: format='peft'"
     what = (
         f"a {kind} is not read as '{called}' of a pipeline"
         if called
