@@ -86,7 +86,7 @@ def load(
     return model
 
 
-@engine.alone("load adapters", base=True)
+@engine.exclusive("load adapters", base=True)
 def _load_all(
     model: nn.Module,
     folder: Path,

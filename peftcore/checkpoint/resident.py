@@ -68,7 +68,7 @@ def read_with_stamp(
     return adapter_files.read(folder, look)
 
 
-@engine.alone("load adapters", base=True)
+@engine.exclusive("load adapters", base=True)
 def rest(
     model: nn.Module, folder: Path, adapter: str | None, dtype: torch.dtype | None, check_base: bool, method: str | None
 ) -> None:
@@ -97,7 +97,7 @@ def rest(
             raise
 
 
-@engine.alone("limit adapters that rest on disk", base=True)
+@engine.exclusive("limit adapters that rest on disk", base=True)
 def set_resident_limit(model: nn.Module, limit: int | None) -> None:
     """Let the adapters that were loaded with `resident=False` take at most `limit` bytes of memory at a time.
 
@@ -123,7 +123,7 @@ def set_resident_limit(model: nn.Module, limit: int | None) -> None:
 
 
 @limited()
-@engine.alone("bring adapters into memory", base=True)
+@engine.exclusive("bring adapters into memory", base=True)
 def bring(model: nn.Module, names: Sequence[str], keep: Sequence[str]) -> None:
     """Have those of `names` in memory that rest on disk. Of the others any may go that are not among `keep`.
 

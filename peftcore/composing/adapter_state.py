@@ -53,7 +53,7 @@ def state_dict(model: nn.Module, adapter: str) -> OrderedDict[str, Tensor]:
     return found
 
 
-@engine.alone("set an adapter's values", base=True)
+@engine.exclusive("set an adapter's values", base=True)
 def set_state_dict(
     model: Model, adapter: str, source: str | os.PathLike[str] | Mapping[str, Tensor], *, check_base: bool = True
 ) -> Model:

@@ -42,7 +42,7 @@ How = Literal[
 ]
 
 
-@engine.alone("combine adapters", base=True)
+@engine.exclusive("combine adapters", base=True)
 def combine(
     model: Model,
     adapters: Sequence[str],

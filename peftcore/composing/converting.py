@@ -25,7 +25,7 @@ Change = Tensor | tuple[Tensor, Tensor]  # dense [rows, columns] as stored, or b
 Refusal = Callable[[str], PeftcoreError]
 
 
-@engine.alone("convert an adapter", base=True)
+@engine.exclusive("convert an adapter", base=True)
 def convert(
     model: nn.Module, source: str, *, method: str, r: int | None = 16, adapter: str | None = None
 ) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """Apply, activate, disable and remove adapters, and keep the record of them on the model."""
 
 from peftcore.engine.activating import activate, disabled, set_active, set_trainable
-from peftcore.engine.alone import alone
 from peftcore.engine.applying import apply, apply_to_fill, check_dtype, check_name, refuse_resting, remove, take_off
 from peftcore.engine.branches import refuse_needed
 from peftcore.engine.changes import with_adapter
+from peftcore.engine.exclusive import exclusive
 from peftcore.engine.expert_layers import weight_of_expert
 from peftcore.engine.first_values import takes_batches
 from peftcore.engine.missed_steps import watch
@@ -47,7 +47,6 @@ __all__ = [
     "adapter_modules",
     "adapter_parameters",
     "after_step",
-    "alone",
     "applied",
     "apply",
     "apply_to_fill",
@@ -57,6 +56,7 @@ __all__ = [
     "check_model",
     "check_name",
     "disabled",
+    "exclusive",
     "extra_loss",
     "has_loss",
     "has_parameter_groups",

@@ -11,9 +11,9 @@ from torch import nn
 from peftcore.adaptation import adapted
 from peftcore.adaptation.concurrency import Activation, Block
 from peftcore.adaptation.light import parts
-from peftcore.engine.alone import alone
 from peftcore.engine.branches import combined, with_branches
 from peftcore.engine.calling import ask_of_calls
+from peftcore.engine.exclusive import exclusive
 from peftcore.engine.placing import refuse_shared
 from peftcore.engine.samples import (
     modules_by_sample,
@@ -37,7 +37,7 @@ from peftcore.events import adapters_wanted
 from peftcore.method import Model
 
 
-@alone("activate adapters", base=True)
+@exclusive("activate adapters", base=True)
 def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample: bool = False) -> None:
     """Activate the adapters `names`, in this order, and make them trainable; deactivate and freeze all others.
 
@@ -117,7 +117,7 @@ def _in_place_of_base(model: nn.Module, state: State) -> Iterator[TrainedParamet
             yield own
 
 
-@alone("set what trains")
+@exclusive("set what trains")
 def set_trainable(model: nn.Module, adapter: str, trainable: bool) -> None:
     """Set whether `adapter` trains while it is active."""
     refuse_changed(model)

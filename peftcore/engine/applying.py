@@ -14,11 +14,11 @@ from peftcore.adaptation import adapted, enclosing, fast_path, folding
 from peftcore.adaptation.call import asked
 from peftcore.adaptation.light import parts
 from peftcore.engine.activating import set_active
-from peftcore.engine.alone import alone
 from peftcore.engine.branches import check_branches, freeze_branches, refuse_needed, release_branches
 from peftcore.engine.calling import ask_of_calls
 from peftcore.engine.changes import Site, facts, submodule, with_adapter
 from peftcore.engine.divided import refuse_divided, refuse_stage
+from peftcore.engine.exclusive import exclusive
 from peftcore.engine.first_values import give_first_values, initializer
 from peftcore.engine.gradients import refuse_without_gradient
 from peftcore.engine.placing import (
@@ -50,7 +50,7 @@ from peftcore.observation import detect, left_as_it_is
 from peftcore.registry import registry
 
 
-@alone("apply another adapter", base=True)
+@exclusive("apply another adapter", base=True)
 def apply(
     model: Model,
     method: str | Any,
@@ -84,7 +84,7 @@ def apply(
     return _apply(model, method, fields, adapter, dtype, batches, first_values=True)
 
 
-@alone("apply another adapter", base=True)
+@exclusive("apply another adapter", base=True)
 def apply_to_fill(
     model: Model,
     config: Any,
@@ -241,7 +241,7 @@ def _enclosing_paths(model: nn.Module, paths: Iterable[str], trained: Sequence[s
     return sorted(enclosing_paths)
 
 
-@alone("remove adapters", base=True)
+@exclusive("remove adapters", base=True)
 def remove(model: Model, adapter: str = "default") -> Model:
     """Remove an adapter. Removing the last one restores the model bit for bit to what it was before `apply`."""
     state = require_state(model)

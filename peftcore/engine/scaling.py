@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.engine.alone import alone
+from peftcore.engine.exclusive import exclusive
 from peftcore.engine.state import adapter_modules, applied, call_in, refuse_changed, refuse_merged, require_state
 from peftcore.errors import PeftcoreError
 from peftcore.method import Model
 from peftcore.registry import registry
 
 
-@alone("scale an adapter")
+@exclusive("scale an adapter")
 def scale(model: Model, adapter: str, factor: float) -> Model:
     """Multiply the change that `adapter` makes by `factor`, which replaces an earlier factor.
 

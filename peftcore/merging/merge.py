@@ -40,7 +40,7 @@ class Merged:
     written: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # what stands in their place
 
 
-@engine.alone("merge", base=True)
+@engine.exclusive("merge", base=True)
 def merge(
     model: Model,
     *,
@@ -126,7 +126,7 @@ def merge(
     return model
 
 
-@engine.alone("measure")
+@engine.exclusive("measure")
 def merge_error(model: nn.Module) -> dict[str, float]:
     """What of the active adapters' change `merge` would lose in each quantized layer, by path; the model is left alone.
 
@@ -139,7 +139,7 @@ def merge_error(model: nn.Module) -> dict[str, float]:
     return measured_loss(model, state.active, None)
 
 
-@engine.alone("unmerge", base=True)
+@engine.exclusive("unmerge", base=True)
 def unmerge(model: Model) -> Model:
     """Put the base's own weights back, bit for bit, and let the merged adapters act again.
 

@@ -36,7 +36,7 @@ def tokens():
     return torch.randint(3, 90, (4, 6), generator=torch.Generator().manual_seed(2))
 
 
-def alone(model, batch):
+def exclusive(model, batch):
     """Logits of each sample with its adapter alone."""
     found = []
     for sample, name in zip(batch, NAMES, strict=True):

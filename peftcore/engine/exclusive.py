@@ -14,7 +14,7 @@ from peftcore.engine.state import check_model, state_of
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def alone(what: str, *, base: bool = False) -> Callable[[Function], Function]:
+def exclusive(what: str, *, base: bool = False) -> Callable[[Function], Function]:
     """Decorate a function that changes a model, its first argument, to run without calls or changes by other threads.
 
     Args:
