@@ -38,8 +38,8 @@ def observe_rows(model: nn.Module, state: State) -> None:
 def modules_by_sample(model: nn.Module, state: State) -> list[tuple[str, nn.Module]]:
     """Return (path, module) of modules with attached adapters or with adapter-owned parameters."""
     attached: Iterable[tuple[str, nn.Module]]
-    if state.intact is not None:
-        attached = state.intact.modules.items()
+    if state.snapshot is not None:
+        attached = state.snapshot.modules.items()
     else:
         attached = (each for name in state.applied for each in modules_with(model, state, name))
     own = ((path, model.get_submodule(path)) for path, _ in state.own_parameters)
