@@ -17,7 +17,7 @@ from typing import Any
 from peftcore.events import adapter_applied
 from peftcore.integrations.late_import import when_imported
 
-_TEACHERS = {  # by the module of others that each teaches
+_PATCHES = {  # by the module of others that each teaches
     "transformers": "peftcore.integrations.pretrained",
     "transformers.trainer": "peftcore.integrations.transformers",
     "peft": "peftcore.integrations.peft",
@@ -25,12 +25,12 @@ _TEACHERS = {  # by the module of others that each teaches
 }
 
 
-def _teach(model: Any) -> None:
+def _patch(model: Any) -> None:
     if "transformers" in sys.modules and hasattr(model, "save_pretrained"):
-        for theirs, ours in _TEACHERS.items():
+        for theirs, ours in _PATCHES.items():
             when_imported(theirs, partial(import_module, ours))
     if any(cls.__module__.startswith("diffusers.") for cls in type(model).__mro__):
-        import_module("peftcore.integrations.diffusers").teach_model(model)
+        import_module("peftcore.integrations.diffusers").patch_model(model)
 
 
-adapter_applied.subscribe(_teach)
+adapter_applied.subscribe(_patch)

@@ -4,7 +4,7 @@
     save_pretrained                    would write the base, beside tensors that no load of it takes
     fuse_qkv_projections, unfuse_...   make new layers of the old ones' weights, past their adapters
 
-Importing this module teaches diffusers; `teach_model` the class of one, which are many.
+Importing this module teaches diffusers; `patch_model` the class of one, which are many.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from peftcore.adaptation.adapted import CHILD, TRAINED, is_adapted
 from peftcore.engine import require_state, state_of
 from peftcore.errors import PeftcoreError
-from peftcore.integrations.teaching import teach
+from peftcore.integrations.patching import patch
 
 FORMAT = "diffusers"  # `save(format=)`
 _CHOOSE = "Choose with peftcore.activate(model, NAME), peftcore.disabled(model), peftcore.scale(model, NAME, 0.5)"
@@ -85,7 +85,7 @@ def _save_pretrained(model: Any, own: Callable[..., Any], *args: Any, **kwargs: 
         del model.__dict__["state_dict"]
 
 
-def teach_model(model: nn.Module) -> None:
+def patch_model(model: nn.Module) -> None:
     """Let the class of `model` refuse to fuse projections that have adapters, and to take fused ones apart."""
     for name in ("fuse_qkv_projections", "unfuse_qkv_projections"):
         owner = next((cls for cls in type(model).__mro__ if name in vars(cls)), None)
@@ -121,5 +121,5 @@ for _instead, _names in (
     (_CHOOSE, ("set_adapter", "disable_adapters", "enable_adapters")),
 ):
     for _name in _names:
-        teach(PeftAdapterMixin, _name, functools.partial(_refuse, _instead), lambda model: model)
-teach(ModelMixin, "save_pretrained", _save_pretrained, lambda model: model)
+        patch(PeftAdapterMixin, _name, functools.partial(_refuse, _instead), lambda model: model)
+patch(ModelMixin, "save_pretrained", _save_pretrained, lambda model: model)

@@ -15,7 +15,7 @@ from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
 
 
-def _teach(cls: Any) -> None:
+def _patch(cls: Any) -> None:
     own = cls.__init__
 
     @functools.wraps(own)
@@ -33,4 +33,4 @@ def _teach(cls: Any) -> None:
 
 
 for _cls in (PeftModel, PeftMixedModel, BaseTuner):
-    _teach(_cls)
+    _patch(_cls)

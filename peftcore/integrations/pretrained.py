@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from peftcore import checkpoint, ranks
 from peftcore.adaptation.adapted import CHILD, TRAINED
 from peftcore.engine import require_state
-from peftcore.integrations.teaching import teach
+from peftcore.integrations.patching import patch
 
 
 def save_pretrained(
@@ -42,4 +42,4 @@ def save_pretrained(
     return None
 
 
-teach(PreTrainedModel, "save_pretrained", save_pretrained, lambda model: model)
+patch(PreTrainedModel, "save_pretrained", save_pretrained, lambda model: model)

@@ -107,21 +107,21 @@ def _view_class(cls: type[nn.Module]) -> type[nn.Module]:
     return metaclass(cls.__name__, (_View, cls), names)
 
 
-def teach_trainers() -> None:
+def patch_trainers() -> None:
     """Teach all classes of trainers, those that are yet to be defined too."""
 
     def init_subclass(cls: Any, /, **kwargs: Any) -> None:
         super(Trainer, cls).__init_subclass__(**kwargs)
-        _teach(cls)
+        _patch(cls)
 
     Trainer.__init_subclass__ = classmethod(init_subclass)
     classes = Trainer.__subclasses__()
     for cls in classes:
-        _teach(cls)
+        _patch(cls)
         classes += cls.__subclasses__()
 
 
-def _teach(cls: type[Trainer]) -> None:
+def _patch(cls: type[Trainer]) -> None:
     own = cls.__dict__.get("__init__")
     if own is None or hasattr(own, _TAUGHT):
         return

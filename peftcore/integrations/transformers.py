@@ -34,8 +34,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from peftcore import checkpoint, engine, ranks
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.integrations.reference_model import reference_of, refuse_bypassed, refuse_wrapped, teach_trainers
-from peftcore.integrations.teaching import teach
+from peftcore.integrations.patching import patch
+from peftcore.integrations.reference_model import patch_trainers, reference_of, refuse_bypassed, refuse_wrapped
 from peftcore.integrations.trainer_loss import add_extra_loss, logged
 from peftcore.integrations.trainer_optimizer import optimizer_of, with_groups
 from peftcore.parallel import check_ranks, give_adapters, refuse_between_blocks
@@ -336,7 +336,7 @@ def _training(model: nn.Module) -> list[str]:
     return [name for name in state.active if state.applied[name].trainable] if state else []
 
 
-def _teach_trainer() -> None:
+def _patch_trainer() -> None:
     own = Trainer.__init__
 
     @functools.wraps(own)
@@ -358,8 +358,8 @@ def _teach_trainer() -> None:
         _log,
     ):
         name = ours.__name__ if hasattr(Trainer, ours.__name__) else ours.__name__[1:]
-        teach(Trainer, name, ours, _model_of)
-    teach_trainers()
+        patch(Trainer, name, ours, _model_of)
+    patch_trainers()
 
 
-_teach_trainer()
+_patch_trainer()

@@ -12,7 +12,7 @@ from typing import Any
 from peftcore.engine import state_of
 
 
-def teach(cls: type, name: str, ours: Callable[..., Any], model_of: Callable[[Any], Any]) -> None:
+def patch(cls: type, name: str, ours: Callable[..., Any], model_of: Callable[[Any], Any]) -> None:
     """Let `cls.name` be `ours(self, own, *args, **kwargs)` where `model_of(self)` has adapters; `own` is its own."""
     own = getattr(cls, name)
 
