@@ -17,10 +17,10 @@ from peftcore.errors import CheckpointError, nearest
 from peftcore.layers import is_linear
 from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.parallel.sharding import check_running, shard
+from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert_dense
 from peftcore.quantization.experts import pack_experts
 from peftcore.quantization.format import PARTS, from_tensors
-from peftcore.quantization.noted import note_in_config
 from peftcore.quantization.parameters import PackedParameters, check_experts, joined_experts, refuse_non_finite
 from peftcore.quantization.selection import selected, selected_experts
 
@@ -91,7 +91,7 @@ def load_sharded(
     device = torch.device("cpu") if offload else _device(model)
     _materialize(model, device)
     _read(model, tensors)
-    note_in_config(model)
+    sync_config(model)
     return model.eval()
 
 

@@ -23,11 +23,11 @@ from peftcore.observation import detect
 from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight, quantize_4bit
 from peftcore.ops.weight import DTYPES
+from peftcore.quantization.config_sync import packed_names, sync_config
 from peftcore.quantization.experts import pack_experts, unpack_experts
 from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors
 from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
-from peftcore.quantization.noted import note_in_config, packed_names
 from peftcore.quantization.parameters import PackedParameters, refuse_non_finite
 from peftcore.quantization.selection import selected, selected_experts, warn_of_dense
 from peftcore.targets import is_conv1d
@@ -104,7 +104,7 @@ def quantize(
             convert(module, cast(QuantizedLinear, first).packed, compute_dtype)
     for path, blocksizes in experts.items():
         pack_experts(model.get_submodule(path), blocksizes, quant_type, double_quant, compute_dtype)
-    note_in_config(model)
+    sync_config(model)
     guard_quantized(model)
     fold_frozen(model, head=None)  # what stays dense
     if before - _held_by(model) >= _WORTH:
@@ -149,7 +149,7 @@ def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
         else:
             make_plain(module, cast(nn.Parameter, first.weight))
     guard_quantized(model)
-    note_in_config(model)
+    sync_config(model)
     return model
 
 

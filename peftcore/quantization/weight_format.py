@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from peftcore import ops
 from peftcore.method import WeightFormat
+from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import make_plain
 from peftcore.quantization.experts import forget_dense
 from peftcore.quantization.linear import QuantizedLinear
-from peftcore.quantization.noted import note_in_config
 from peftcore.quantization.parameters import BUFFERS, PackedParameters
 from peftcore.registry import registry
 
@@ -47,7 +47,7 @@ def four_bits(name: str) -> WeightFormat:
         write=write,
         decode=decode,
         plain=_plain,
-        update_config=note_in_config,
+        update_config=sync_config,
         for_parameter=four_bits,
     )
 

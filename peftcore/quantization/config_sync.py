@@ -51,7 +51,7 @@ def config_fields(model: nn.Module) -> dict[str, Any] | None:
     }
 
 
-def note_in_config(model: nn.Module) -> None:
+def sync_config(model: nn.Module) -> None:
     """Keep a transformers model's `config.quantization_config` true to its layers, and its files to its experts."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "save_pretrained"):
@@ -61,10 +61,10 @@ def note_in_config(model: nn.Module) -> None:
         config.quantization_config = fields
     elif hasattr(config, "quantization_config"):
         del config.quantization_config
-    _note_conversions(model)
+    _sync_conversions(model)
 
 
-def _note_conversions(model: Any) -> None:
+def _sync_conversions(model: Any) -> None:
     """Let `save_pretrained` write what is in 4 bits under the names that it has in the model.
 
     transformers would split it, or join it to others, as it does with dense weights: experts into the tensors of each.
