@@ -22,7 +22,6 @@ from transformers import PrinterCallback, TrainingArguments, set_seed
 import peftcore
 from peftcore import ranks
 from peftcore.cli import (
-    continuing,
     conversations,
     data,
     dtype_choice,
@@ -33,6 +32,7 @@ from peftcore.cli import (
     progress,
     tasks,
     trainers,
+    warm_start,
 )
 from peftcore.cli import forecast as forecasts
 from peftcore.cli.console import require, say, warn
@@ -147,7 +147,7 @@ def run(
     labels: tuple[str, ...] = ()
     if settings.task in data.LABELLED:
         seen = [*train_rows, *validation_rows]
-        labels = tuple(data.labels_of(seen)) if start is None else continuing.labels_of(start, settings.labels)
+        labels = tuple(data.labels_of(seen)) if start is None else warm_start.labels_of(start, settings.labels)
     tokenizer = models.load_tokenizer(settings.model, start)
     of_adapter = models.adapter_task(start).chat_template if start is not None else None
     conversations.set_template(tokenizer, settings.chat_template, of_adapter)
@@ -188,7 +188,7 @@ def run(
     if settings.method == FULL:
         model.requires_grad_(True)
     elif start is not None:
-        continuing.load(model, settings)
+        warm_start.load(model, settings)
     else:
         batches = first_batches(settings, rows, tokenizer)
         peftcore.apply(model, settings.method, batches=batches, **settings.fields)

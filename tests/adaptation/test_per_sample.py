@@ -36,7 +36,7 @@ def tokens():
     return torch.randint(3, 90, (4, 6), generator=torch.Generator().manual_seed(2))
 
 
-def exclusive(model, batch):
+def alone(model, batch):
     """Logits of each sample with its adapter alone."""
     found = []
     for sample, name in zip(batch, NAMES, strict=True):

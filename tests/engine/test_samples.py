@@ -33,7 +33,7 @@ def classifier(build: Any = tiny.bert_classifier, method: str = "lora", **fields
     return model
 
 
-def exclusive(model: Any) -> Tensor:
+def alone(model: Any) -> Tensor:
     found = []
     for sample, name in zip(tokens(), NAMES, strict=True):
         peftcore.activate(model, name or [])

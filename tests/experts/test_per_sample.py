@@ -23,7 +23,7 @@ def tokens(samples=4, length=6):
     return torch.randint(3, 90, (samples, length), generator=torch.Generator().manual_seed(2))
 
 
-def exclusive(model, batch, names=NAMES):
+def alone(model, batch, names=NAMES):
     """Logits of each sample with its adapter alone."""
     found = []
     for sample, name in zip(batch, names, strict=True):

@@ -59,8 +59,8 @@ def train(
     With --adapter training goes on from an adapter that is there, of this or another library, on its base and with its
     method; what it is compared with, before and in DPO, is that adapter as it was.
     """
-    from peftcore.cli import continuing, models
     from peftcore.cli import data as examples
+    from peftcore.cli import models, warm_start
     from peftcore.cli import precision as precisions
     from peftcore.cli.data_files import parsed_columns
 
@@ -74,7 +74,7 @@ def train(
             raise PeftcoreError("--labels names those of an adapter's outputs (--adapter); a new one has the examples'")
         start, task = None, task or examples.guess_task(data, names)
     else:
-        start = continuing.start_of(adapter, output, model=model, method=method, labels=given.labels)
+        start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
         task = start.task_of(task, data, names)
     examples.check_task(task)
     if display.sample is not None and task in examples.LABELLED:

@@ -14,7 +14,7 @@ from commands import Run, save_tokenizer, write_jsonl
 from safetensors.torch import load_file
 
 import peftcore
-from peftcore.cli import continuing
+from peftcore.cli import warm_start
 from peftcore.cli.settings import Settings
 
 METHOD = ("--method", "lora", "--set", "r=4", "--set", "target_modules=all-linear")
@@ -216,7 +216,7 @@ def test_a_strangers_run_is_not_trusted(tmp_path: Path, kind: str) -> None:
     folder.mkdir()
     good = Settings("m", "d", "causal-lm", "lora").to_json()
     file.write_text(json.dumps(good))
-    assert continuing.made_by(folder) == Settings("m", "d", "causal-lm", "lora")
+    assert warm_start.made_by(folder) == Settings("m", "d", "causal-lm", "lora")
     if kind == "pipe":
         file.unlink()
         os.mkfifo(file)
@@ -224,4 +224,4 @@ def test_a_strangers_run_is_not_trusted(tmp_path: Path, kind: str) -> None:
         deep = "[" * 50_000
         texts = {"nested": deep, "list": "[]", "types": json.dumps({**good, "method": ["lora"]})}
         file.write_text({**texts, "rate": json.dumps({**good, "lr": "x"})}[kind])
-    assert continuing.made_by(folder) is None
+    assert warm_start.made_by(folder) is None
