@@ -20,7 +20,7 @@ from peftcore.estimating.loop import ADAPTERS, BASE, STATE
 from peftcore.estimating.prediction import Estimate, step_of
 from peftcore.estimating.ranges import Range
 from peftcore.estimating.searching import ALIKE, LARGEST_BATCH, PAGED, PLAIN, Choice, Search, Sized, front
-from peftcore.estimating.standing import config_of
+from peftcore.estimating.stand_in import config_of
 from peftcore.estimating.step import Step
 from peftcore.optim.paging import bytes_of
 from peftcore.registry import registry

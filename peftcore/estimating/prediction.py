@@ -29,7 +29,7 @@ from peftcore.estimating.peaks import LARGE, held, peaks
 from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES
 from peftcore.estimating.ranges import Range
 from peftcore.estimating.segments import peak_reserved
-from peftcore.estimating.standing import apply_again, stand_in
+from peftcore.estimating.stand_in import apply_again, stand_in
 from peftcore.estimating.step import Step
 from peftcore.observation.config import text_config
 from peftcore.optim.paging import PAGE_BYTES

@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 import peftcore
 from peftcore.errors import PeftcoreError
 from peftcore.estimating import Step
-from peftcore.estimating.standing import stand_in
+from peftcore.estimating.stand_in import stand_in
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIG = LlamaConfig(**SIZES, num_hidden_layers=2, vocab_size=320)
