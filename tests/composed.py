@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import tiny
 import torch
-from beside_peft import quiet
+from against_peft import quiet
 from torch import Tensor, nn
 
 

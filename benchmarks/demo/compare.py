@@ -123,9 +123,9 @@ def run_tasks(folder: Path, output: Path, sizes: dict[str, Size], chosen: argpar
     if len(tasks) == 1:
         run_task(folder, output / tasks[0], tasks[0], sizes[tasks[0]], chosen.method)
         if not chosen.no_peft:
-            from compare_beside import beside_peft
+            from compare_with_peft import against_peft
 
-            beside_peft(output / tasks[0])
+            against_peft(output / tasks[0])
         return
     more = [word for name in chosen.method or () for word in ("--method", name)]
     more += [option for option in ("--reduced", "--no-peft") if option in sys.argv]

@@ -12,7 +12,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import quiet
+from against_peft import quiet
 from mixtures import INPUTS, mixture
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS

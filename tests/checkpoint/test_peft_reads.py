@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import beside_peft
+import against_peft
 import peft
 import pytest
 import tiny
@@ -52,7 +52,7 @@ def made(name: str) -> nn.Module:
 
 def output(model: nn.Module, base: nn.Module) -> Tensor:
     with torch.no_grad():
-        return beside_peft.quiet(model, **example_inputs(base))[0]
+        return against_peft.quiet(model, **example_inputs(base))[0]
 
 
 PROMPT, PREFIX = ("prompt-tuning", {"num_virtual_tokens": 3}), ("prefix-tuning", {"num_virtual_tokens": 3})
@@ -84,7 +84,7 @@ def test_peft_computes_the_same(
     assert (wanted - output(made(name), model)).abs().max() > 1e-4
     peftcore.save(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] == task
-    found = output(beside_peft.quiet(peft.PeftModel.from_pretrained, made(name), tmp_path).eval(), model)
+    found = output(against_peft.quiet(peft.PeftModel.from_pretrained, made(name), tmp_path).eval(), model)
     torch.testing.assert_close(found[:, -wanted.shape[1] :], wanted, rtol=0, atol=1e-5)
 
 
@@ -94,5 +94,5 @@ def test_prompts_of_which_peft_makes_the_base_are_told(name: str, method, tmp_pa
     disturb(model, "default", seed=1)
     with pytest.warns(UserWarning, match="Hugging Face PEFT computes the base from this file"):
         peftcore.save(model, tmp_path)
-    theirs = beside_peft.quiet(peft.PeftModel.from_pretrained, made(name), tmp_path).eval()
+    theirs = against_peft.quiet(peft.PeftModel.from_pretrained, made(name), tmp_path).eval()
     assert torch.equal(output(theirs, model), output(made(name), model))

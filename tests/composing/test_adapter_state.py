@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from beside_peft import quiet
+from against_peft import quiet
 from composed import Images, output
 from torch import Tensor, nn
 

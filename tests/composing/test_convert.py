@@ -10,7 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import quiet
+from against_peft import quiet
 from composed import Images, output, qwen2
 from mixtures import mixture
 from torch import Tensor, nn

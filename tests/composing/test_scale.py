@@ -11,7 +11,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import quiet
+from against_peft import quiet
 from torch import Tensor, nn
 
 import peftcore

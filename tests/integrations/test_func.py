@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from beside_peft import quiet
+from against_peft import quiet
 from torch import Tensor, nn
 
 import peftcore

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import beside_peft
+import against_peft
 import peft
 import pytest
 import tiny
@@ -173,7 +173,7 @@ def test_a_head_that_is_not_in_the_file_is_another_base(tmp_path: Path) -> None:
 
 def test_a_file_of_peft_without_a_head(tmp_path: Path) -> None:
     config = peft.LoraConfig(target_modules=["query"], r=2, init_lora_weights=False)
-    theirs = beside_peft.quiet(peft.get_peft_model, tiny.bert_classifier(), config).eval()
-    beside_peft.quiet(theirs.save_pretrained, tmp_path)
+    theirs = against_peft.quiet(peft.get_peft_model, tiny.bert_classifier(), config).eval()
+    against_peft.quiet(theirs.save_pretrained, tmp_path)
     model = peftcore.load(tiny.bert_classifier(), tmp_path)
-    torch.testing.assert_close(tiny.logits(model), beside_peft.logits(theirs), rtol=0, atol=1e-6)
+    torch.testing.assert_close(tiny.logits(model), against_peft.logits(theirs), rtol=0, atol=1e-6)

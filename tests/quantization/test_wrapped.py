@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from beside_peft import quiet
+from against_peft import quiet
 from composed import output
 from torch import Tensor, nn
 from wrapped import Int8, WithoutGradient, unwrapped, wrap

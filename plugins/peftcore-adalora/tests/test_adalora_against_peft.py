@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import TASKS, both_ways, logits, moved, quiet
+from against_peft import TASKS, both_ways, logits, moved, quiet
 
 import peftcore
 from peftcore.engine import adapter_parameters

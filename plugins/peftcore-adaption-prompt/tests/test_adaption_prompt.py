@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from beside_peft import both_ways
+from against_peft import both_ways
 from torch import nn
 
 import peftcore

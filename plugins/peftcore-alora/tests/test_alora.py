@@ -11,7 +11,7 @@ import prompted
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways, quiet
+from against_peft import both_ways, quiet
 from torch import Tensor, nn
 from transformers import DynamicCache
 

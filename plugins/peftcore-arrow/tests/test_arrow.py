@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import quiet
+from against_peft import quiet
 from peft.tuners.lora import create_arrow_model
 
 import peftcore

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import tiny
-from beside_peft import both_ways
+from against_peft import both_ways
 
 import peftcore
 

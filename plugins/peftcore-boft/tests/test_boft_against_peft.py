@@ -11,7 +11,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways, logits, moved, quiet, same_start
+from against_peft import both_ways, logits, moved, quiet, same_start
 from peft.tuners.boft import layer as peft_layer
 
 import peftcore

@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways, quiet, same_start
+from against_peft import both_ways, quiet, same_start
 from hypothesis import given
 from hypothesis import strategies as st
 from peftcore_c3a import C3A, C3AConfig

@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import TASKS, both_ways, quiet
+from against_peft import TASKS, both_ways, quiet
 
 import peftcore
 from peftcore.plugin import disturb

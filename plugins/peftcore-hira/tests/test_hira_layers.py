@@ -10,7 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import Layer, both_ways, quiet, same_layer
+from against_peft import Layer, both_ways, quiet, same_layer
 from torch import nn
 
 import peftcore

@@ -8,7 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import TASKS, both_ways
+from against_peft import TASKS, both_ways
 
 import peftcore
 from peftcore.plugin import disturb

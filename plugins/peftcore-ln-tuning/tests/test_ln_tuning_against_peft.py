@@ -8,7 +8,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import TASKS, both_ways, moved, quiet
+from against_peft import TASKS, both_ways, moved, quiet
 from torch import Tensor, nn
 
 import peftcore

@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways, same_start
+from against_peft import both_ways, same_start
 
 import peftcore
 from peftcore.plugin import disturb

@@ -12,7 +12,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import logits, quiet
+from against_peft import logits, quiet
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import logits, quiet
+from against_peft import logits, quiet
 from peftcore_lora.eva import Components
 from torch import Tensor
 

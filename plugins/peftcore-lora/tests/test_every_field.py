@@ -17,7 +17,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import logits, moved, quiet
+from against_peft import logits, moved, quiet
 from peftcore_lora import replicate_layers
 from peftcore_lora.variants import PLAIN
 from torch import nn

@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from beside_peft import logits, moved, quiet
+from against_peft import logits, moved, quiet
 from mixtures import FAMILIES, mixture
 from torch import nn
 
@@ -97,7 +97,7 @@ OTHERS = {
 
 @pytest.mark.filterwarnings("ignore:lora_dropout=0.1 does not act at 2 of")  # Llama 4's experts
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_beside_peft(family: str, tmp_path: Path) -> None:
+def test_against_peft(family: str, tmp_path: Path) -> None:
     out = [f"{block}.{name}" for block in OTHERS.get(family, ()) for name in ("gate_proj", "up_proj", "down_proj")]
     ours = peftcore.apply(mixture(family), "lora", r=4, lora_dropout=0.1, exclude_modules=out or None)
     disturb(ours, "default", seed=1)

@@ -11,7 +11,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
-from beside_peft import both_ways, logits
+from against_peft import both_ways, logits
 from torch import nn
 
 import peftcore
@@ -64,7 +64,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_beside_peft_and_merged(case: str, tmp_path: Path) -> None:
+def test_against_peft_and_merged(case: str, tmp_path: Path) -> None:
     make, fields = CASES[case]
     ours = peftcore.apply(make(), "lora", r=2, **fields)
     both_ways(make, tmp_path, ours, peft.LoraConfig(task_type="CAUSAL_LM", r=2, **fields))

@@ -10,7 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from beside_peft import logits, quiet
+from against_peft import logits, quiet
 from mixtures import mixture
 from safetensors.torch import load_file, save_file
 

@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import logits, moved, quiet
+from against_peft import logits, moved, quiet
 
 import peftcore
 from peftcore.engine import adapter_modules

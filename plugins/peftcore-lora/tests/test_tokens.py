@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways, logits
+from against_peft import both_ways, logits
 
 import peftcore
 
@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("case", list(CASES))
-def test_beside_peft_and_merged(case: str, tmp_path: Path) -> None:
+def test_against_peft_and_merged(case: str, tmp_path: Path) -> None:
     kind, fields = CASES[case]
     if case == "alone":  # of which PEFT makes no adapter
         model = peftcore.apply(tiny.MODELS[kind](), "lora", **fields)

@@ -10,7 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import logits, quiet
+from against_peft import logits, quiet
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer
 from peftcore_lora import replicate_layers
 from torch import Tensor, nn

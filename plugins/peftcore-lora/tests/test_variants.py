@@ -8,7 +8,7 @@ from typing import Any
 import peft
 import pytest
 import tiny
-from beside_peft import moved, quiet
+from against_peft import moved, quiet
 
 import peftcore
 

@@ -10,7 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways, quiet, same_start
+from against_peft import both_ways, quiet, same_start
 from safetensors.torch import load_file, save_file
 
 import peftcore

@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import moved, quiet
+from against_peft import moved, quiet
 from torch import nn
 
 import peftcore

@@ -11,7 +11,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways, same_start
+from against_peft import both_ways, same_start
 from peftcore_oft import OFTConfig, Rotation, nearest_divisor
 
 import peftcore

@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import TASKS, moved, quiet, same_start
+from against_peft import TASKS, moved, quiet, same_start
 from torch import nn
 
 import peftcore

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import beside_peft
+import against_peft
 import peft
 import pytest
 import tiny
 import torch
-from beside_peft import compare_padded, logits, quiet
+from against_peft import compare_padded, logits, quiet
 from torch import nn
 
 import peftcore
@@ -60,7 +60,7 @@ def compare(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 def trained_by_peft(model: nn.Module, **fields: Any) -> nn.Module:
-    return beside_peft.trained_by_peft(model, peft.PrefixTuningConfig, **fields)
+    return against_peft.trained_by_peft(model, peft.PrefixTuningConfig, **fields)
 
 
 PROJECTION = {"prefix_projection": True, "encoder_hidden_size": 7}

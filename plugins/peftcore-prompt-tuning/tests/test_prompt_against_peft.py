@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import beside_peft
+import against_peft
 import peft
 import pytest
 import tiny
 import torch
-from beside_peft import compare_padded, logits, quiet
+from against_peft import compare_padded, logits, quiet
 from torch import nn
 
 import peftcore
@@ -67,7 +67,7 @@ def compare(ours: nn.Module, theirs: nn.Module) -> None:
 def trained_by_peft(model: nn.Module) -> nn.Module:
     # PEFT does not find the sizes of DistilBERT.
     sizes = {"token_dim": 32, "num_attention_heads": 4} if model.config.model_type == "distilbert" else {}
-    return beside_peft.trained_by_peft(model, peft.PromptTuningConfig, **sizes)
+    return against_peft.trained_by_peft(model, peft.PromptTuningConfig, **sizes)
 
 
 def test_peft_reads_ours(bases: tuple[nn.Module, nn.Module], tmp_path: Path) -> None:

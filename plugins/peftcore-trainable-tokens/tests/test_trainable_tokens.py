@@ -9,7 +9,7 @@ import peft
 import pytest
 import tiny
 import torch
-from beside_peft import both_ways, logits, moved, quiet
+from against_peft import both_ways, logits, moved, quiet
 from peftcore_trainable_tokens import TrainableTokensConfig
 from torch import nn
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import peft
 import pytest
 import tiny
-from beside_peft import TASKS, both_ways
+from against_peft import TASKS, both_ways
 from safetensors.torch import load_file
 
 import peftcore

@@ -14,7 +14,7 @@ from compare_collect import PEFT_RESULT, rows_of
 KINDS = {"classification": "SEQ_CLS", "causal-lm": "CAUSAL_LM"}
 
 
-def beside_peft(output: Path) -> None:
+def against_peft(output: Path) -> None:
     """Run PEFT for every row of a comparison whose method it has."""
     from peftcore.cli import training_process
 
