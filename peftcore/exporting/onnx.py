@@ -1,4 +1,4 @@
-"""A text model as ONNX, by PyTorch's own exporter: adapters that act are in the graph, merged or not."""
+"""Write a text model as ONNX with PyTorch's exporter. Active adapters are part of the graph, merged or not."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from peftcore.adaptation.class_swap import original_forward
 from peftcore.errors import PeftcoreError
 
 INPUTS = ("input_ids", "attention_mask")
-PROTOBUF_BYTES = 1_900_000_000  # a file holds two gigabytes at most; more lies in a file beside it
+PROTOBUF_BYTES = 1_900_000_000  # a protobuf holds at most two gigabytes; larger weights go to a second file
 
 
 def write(model: nn.Module, path: Path) -> Path:
-    """Write the file: from `input_ids` and `attention_mask`, `[batch, length]` of any sizes, to logits.
+    """Write the file: a graph from `input_ids` and `attention_mask`, `[batch, length]` of any size, to logits.
 
-    Of a model without a head, to the last hidden state. There is no cache: each call computes the whole text.
+    A model without a head returns its last hidden state. There is no cache: each call computes the whole text.
 
     Raises:
         PeftcoreError: the packages `onnx` and `onnxscript` are not installed, or the model cannot be exported.
@@ -31,7 +31,9 @@ def write(model: nn.Module, path: Path) -> Path:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
-        raise PeftcoreError(f"this needs '{error.name}', which is not installed: pip install peftcore[onnx]") from error
+        raise PeftcoreError(
+            f"exporting to ONNX needs '{error.name}', which is not installed: pip install peftcore[onnx]"
+        ) from error
     _refuse(model)
     device = next(model.parameters()).device
     example = torch.ones(2, 8, dtype=torch.long, device=device)
@@ -40,12 +42,12 @@ def write(model: nn.Module, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     was_training, verbosity = model.training, logging.root.manager.disable
     try:
-        logging.disable(logging.WARNING)  # of operators of libraries that are not there
+        logging.disable(logging.WARNING)  # warnings about operators of missing libraries
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             torch.onnx.export(
                 _Plain(model.eval()).eval(),
-                (example, example.clone()),  # one tensor twice would be one input
+                (example, example.clone()),  # the same tensor twice would become one input
                 path,
                 input_names=[*INPUTS],
                 output_names=["logits" if _gives(model, "logits") else "last_hidden_state"],
@@ -54,10 +56,10 @@ def write(model: nn.Module, path: Path) -> Path:
                 external_data=size > PROTOBUF_BYTES,
                 verbose=False,
             )
-    except Exception as error:  # whatever the exporter raises
+    except Exception as error:  # the exporter raises many types of errors
         raise PeftcoreError(
-            f"{type(model).__name__} cannot be exported as it is: {str(error).strip().splitlines()[0]}. "
-            "Merging first makes a plain model: peftcore.merge(model)"
+            f"{type(model).__name__} cannot be exported: {str(error).strip().splitlines()[0]}. Merging first may "
+            "help: peftcore.merge(model)"
         ) from error
     finally:
         logging.disable(verbosity)
@@ -66,14 +68,14 @@ def write(model: nn.Module, path: Path) -> Path:
 
 
 class _Plain(nn.Module):
-    """Two tensors in, one out."""
+    """Wrapper that takes two tensors and returns one."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits, or the last hidden state."""
+        """Return the logits, or the last hidden state."""
         cache: dict[str, Any] = {"use_cache": False} if hasattr(self.model, "generate") else {}
         found = self.model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **cache)
         return found.logits if "logits" in found else found.last_hidden_state
@@ -93,4 +95,6 @@ def _refuse(model: nn.Module) -> None:
     taken = inspect.signature(original_forward(model)).parameters
     missing = [name for name in INPUTS if name not in taken]
     if missing:
-        raise PeftcoreError(f"{type(model).__name__} takes no {missing[0]}: only models of text are exported")
+        raise PeftcoreError(
+            f"{type(model).__name__} does not take {missing[0]}. Only text models can be exported to ONNX"
+        )

@@ -1,9 +1,9 @@
-"""An adapter's folder as vLLM and SGLang read it.
+"""An adapter's folder for vLLM and SGLang.
 
-They read PEFT's format, but not all of it (vLLM's vllm/lora/peft_helper.py and lora_model.py, SGLang's
-srt/lora/lora_config.py and lora.py): no DoRA, no biases, no modules trained whole; and older ones pass over
-`rank_pattern`, `alpha_pattern` and, SGLang, `use_rslora` without a word. So the file has none of these: one rank, to
-which smaller ones are filled up with zeros, and one scale, by which B is multiplied.
+They read a subset of PEFT's format (vLLM's vllm/lora/peft_helper.py and lora_model.py, SGLang's srt/lora/lora_config.py
+and lora.py): no DoRA, no biases, no whole modules. Older versions silently ignore `rank_pattern`, `alpha_pattern` and,
+in SGLang, `use_rslora`. So the file avoids these: it has one rank, smaller ones padded with zeros, and one scale, by
+which B is multiplied.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from peftcore.exporting.thin import Thin, padded, products
 from peftcore.registry import registry
 
 WHAT = "be written for vLLM and SGLang"
-RANKS = (8, 16, 32, 64, 128, 256, 512)  # that vLLM takes as --max-lora-rank, 16 if nothing is said
-PER_EXPERT = "per_expert"  # the layout of files in which both read experts
+RANKS = (8, 16, 32, 64, 128, 256, 512)  # values of vLLM's --max-lora-rank, 16 by default
+PER_EXPERT = "per_expert"  # format of files that both read for experts
 
 
 def write(model: nn.Module, folder: Path, adapter: str | None) -> Path:
     """Write the folder.
 
     Raises:
-        PeftcoreError: they do not know what the adapter does.
+        PeftcoreError: vLLM and SGLang do not support what the adapter does.
     """
     name = adapter if adapter is not None else _only(model)
     engine.call_in(model, name)
@@ -47,7 +47,7 @@ def write(model: nn.Module, folder: Path, adapter: str | None) -> Path:
 
 
 def commands(folder: Path, base: str) -> list[str]:
-    """What serves it with vLLM, and with SGLang."""
+    """Return commands that serve the folder with vLLM and SGLang."""
     named, rank = f"mine={folder}", checkpoint.about(folder)[0]["r"]
     told = ["--max-lora-rank", str(next((each for each in RANKS if each >= rank), rank))] if rank > RANKS[1] else []
     return [
@@ -57,22 +57,25 @@ def commands(folder: Path, base: str) -> list[str]:
 
 
 def remarks(folder: Path) -> list[str]:
-    """What may not work there of a folder that `write` wrote, in sentences."""
+    """Return sentences about what may not work there with a folder that `write` wrote."""
     fields, tensors = checkpoint.about(folder)[0], adapter_files.read_tensors(folder)[0]
     rank, said = fields["r"], []
     if rank > RANKS[-1]:
-        said.append(f"vLLM takes ranks up to {RANKS[-1]}, and this is {rank}.")
+        said.append(f"vLLM supports ranks up to {RANKS[-1]}, and the adapter has rank {rank}.")
     paths = {name.rpartition(".lora_")[0].removeprefix("base_model.model.") for name in tensors}
     outside = sorted(path for path in paths if not any(part.isdigit() for part in path.split(".")))
     if outside:
         said.append(
-            f"{', '.join(outside)} lie outside of the layers, where these programs read adapters for some "
+            f"{', '.join(outside)} are outside the layers; vLLM and SGLang support adapters there for some "
             "architectures only."
         )
     if any(".experts." in path for path in paths):
-        said.append("Experts are read by versions of vLLM and SGLang that say so for the architecture.")
+        said.append("Only versions of vLLM and SGLang that support experts of this architecture load the adapter.")
         if fields.get("rank_pattern") or fields.get("alpha_pattern"):
-            said.append("The adapter has ranks or scales of its own for some modules, which older versions pass over.")
+            said.append(
+                "The adapter has different ranks or scales for some modules, which older versions of "
+                "vLLM and SGLang ignore."
+            )
     return said
 
 
@@ -80,7 +83,7 @@ def _only(model: nn.Module) -> str:
     state = engine.require_state(model)
     names = list({**state.applied, **state.resting})
     if len(names) != 1:
-        raise PeftcoreError(f"the model has the adapters {names}. Say which: export(..., adapter=NAME)")
+        raise PeftcoreError(f"the model has the adapters {names}. Choose one: export(..., adapter=NAME)")
     return names[0]
 
 
@@ -100,7 +103,7 @@ def _tensors(model: nn.Module, adapter: str, path: str, thin: Thin) -> dict[str,
         }
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     if sizes != (len(thin.b), thin.a.shape[1]):
-        raise PeftcoreError(f"'{adapter}' cannot {WHAT}: it changes '{path}', no linear layer and no embedding")
+        raise PeftcoreError(f"'{adapter}' cannot {WHAT}: it changes '{path}', which is not a linear layer or embedding")
     return {f"{stem}.lora_A.weight": thin.a.contiguous(), f"{stem}.lora_B.weight": thin.b.contiguous()}
 
 

@@ -1,4 +1,4 @@
-"""An adapter as one thin product a module, as other programs hold them: W + scale · B A."""
+"""An adapter as one low-rank product per module, as other programs store it: W + scale · B A."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftcore.method import Factors
 
 
 class Thin(NamedTuple):
-    """B `[out, r]` and A `[r, in]`, fp32, laid out as the weight is."""
+    """B `[out, r]` and A `[r, in]`, fp32, in the layout of the weight."""
 
     b: Tensor
     a: Tensor
@@ -26,36 +26,40 @@ class Thin(NamedTuple):
 
 
 def products(model: nn.Module, adapter: str, what: str) -> dict[str, Thin]:
-    """The products of an applied adapter by the path of their module.
+    """Return the products of an applied adapter by the path of their module.
 
     Args:
-        what: for messages, such as `be written as an adapter of llama.cpp`.
+        model: the model.
+        adapter: name of the adapter.
+        what: what the caller does, for messages, such as `be written as an adapter of llama.cpp`.
 
     Raises:
-        PeftcoreError: it does something else at some module, or none are finite.
+        PeftcoreError: the adapter does more than add low-rank products, or contains NaN or Inf.
     """
     engine.refuse_merged(engine.require_state(model), "export")
     engine.refuse_changed(model)
     ranks.refuse_sharded(model, "export")
     found = low_rank.factors_of(model, adapter, what)
     if not found:
-        raise PeftcoreError(f"'{adapter}' cannot {what}: it changes no weight")
+        raise PeftcoreError(f"'{adapter}' cannot {what}: it changes no weights")
     return {path: _one(model, adapter, path, factors, what) for path, factors in found.items()}
 
 
 def _one(model: nn.Module, adapter: str, path: str, factors: list[Factors], what: str) -> Thin:
-    is_module = path in dict(model.named_modules())  # else it is the path of a parameter, such as that of experts
+    is_module = path in dict(model.named_modules())  # otherwise it is the path of a parameter, such as that of experts
     if len(factors) > 1 or factors[0].a.ndim != 2 or not is_module:
-        raise PeftcoreError(f"'{adapter}' cannot {what}: it changes '{path}', no linear layer and no embedding")
+        raise PeftcoreError(f"'{adapter}' cannot {what}: it changes '{path}', which is not a linear layer or embedding")
     (each,) = factors
     a, b = each.a.detach().float().cpu(), each.b.detach().float().cpu()
     if not bool(a.isfinite().all() and b.isfinite().all()):
-        raise PeftcoreError(f"'{adapter}' holds NaN or infinity at '{path}': training has diverged")
+        raise PeftcoreError(
+            f"'{adapter}' contains NaN or Inf at '{path}'. Training has diverged; export an earlier checkpoint"
+        )
     return Thin(a.T, b.T, each.scale) if each.transposed else Thin(b, a, each.scale)
 
 
 def padded(thin: Thin, rank: int, scale: float) -> Thin:
-    """The same product with this rank, by zeros, and this scale."""
+    """Return an equal product with this rank, padded with zeros, and this scale."""
     more = rank - thin.rank
     b = torch.nn.functional.pad(thin.b * (thin.scale / scale), (0, more))
     return Thin(b, torch.nn.functional.pad(thin.a, (0, 0, 0, more)), scale)

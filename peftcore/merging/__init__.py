@@ -1,1 +1,1 @@
-"""Adapters worked into the weights, exactly or not at all, and taken out again."""
+"""Merge adapters into the weights, exactly or not at all, and unmerge them."""

@@ -1,9 +1,9 @@
-"""Each adapted module with its adapters worked into its parameters, checked, and what its format loses of them.
+"""Adapted modules merged one by one: the merged parameters, checked, and the error of quantizing them again.
 
-lost = |stored - wanted| / |wanted - before|     (Frobenius norms)
+error = |stored - wanted| / |wanted - before|     (Frobenius norms)
 
-It is done on a shallow copy in float32: first what adapters make of single parameters (`OnWeight`), which the module's
-own forward reads, then `merged` of those around it and behind it, each in the order in which they act.
+Merging works on a shallow copy in float32: first changes of single parameters (`OnWeight`), which the module's own
+forward reads, then `merged` of adapters around and after the module, each in order of activation.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from peftcore.weight_formats import DENSE, find_weight_format, format_in_few_bit
 
 @dataclass
 class MergedLayer:
-    """One adapted module, merged: what is to be stored, and what of the adapters that loses (None: nothing)."""
+    """One merged module: the tensors to store, and the error of storing them (None if there is none)."""
 
     path: str
     tensors: dict[str, Tensor]
     lost: float | None
-    unpacked: WeightFormat | None = None  # its format, where a dense weight takes the place of what that stores
+    unpacked: WeightFormat | None = None  # format of a dense weight that replaces a quantized one
 
     def named(self) -> Iterator[tuple[str, Tensor]]:
         for attribute, tensor in self.tensors.items():
@@ -44,11 +44,11 @@ class MergedLayer:
 
 @dataclass
 class Worked:
-    """Two copies of a module in float32, with the base's parameters and with the adapters worked into them.
+    """Two float32 copies of a module: one with the base's parameters, one with merged parameters.
 
     Args:
         changed: names of the parameters that may differ.
-        weight, bias: what stands in the second, in the layout of the module's format, where that was asked for them.
+        weight, bias: those of the merged copy, in the layout of the module's format, if they were asked for.
     """
 
     base: nn.Module
@@ -58,12 +58,12 @@ class Worked:
     bias: Tensor | None = None
 
     def differs(self) -> bool:
-        """Does an adapter change anything?"""
+        """Return whether an adapter changes anything."""
         return any(not torch.equal(_get(self.base, name), _get(self.merged, name)) for name in self.changed)
 
 
 def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Raise a PeftcoreError if one of the adapters is no change of a weight."""
+    """Raise a PeftcoreError if one of the adapters does more than change weights."""
     cannot = {
         name: path
         for name in names
@@ -76,25 +76,25 @@ def refuse_unmergeable(model: nn.Module, names: tuple[str, ...]) -> None:
     can = [name for name in names if name not in cannot]
     name, path = next(iter(cannot.items()))
     raise PeftcoreError(
-        f"the adapter '{name}' ({method[name]}) cannot be merged: at '{path}' it is no change of a weight. "
+        f"adapter '{name}' ({method[name]}) cannot be merged: its change at '{path}' is not a change of a weight. "
         + (
-            f"Of the active ones {', '.join(f'{other} ({method[other]})' for other in can)} can: "
-            f"peftcore.activate(model, {can}), then merge"
+            f"These active adapters can be: {', '.join(f'{other} ({method[other]})' for other in can)}. Call "
+            f"peftcore.activate(model, {can}) first"
             if can
-            else "No active adapter can"
+            else "No active adapter can be merged"
         )
     )
 
 
 def is_mergeable(adapter: nn.Module) -> bool:
-    """Is it a change of weights?"""
+    """Return whether the adapter only changes weights."""
     if isinstance(adapter, WeightChanges):
         return all(change.is_mergeable() for change in adapter.changes.values() if isinstance(change, EachExpert))
     return hasattr(adapter, "merged")
 
 
 def mergeable(model: nn.Module) -> bool:
-    """Are all of the active adapters changes of weights?"""
+    """Return whether all active adapters only change weights."""
     active = engine.require_state(model).active
     return all(is_mergeable(adapter) for name in active for _, adapter in engine.adapter_modules(model, name))
 
@@ -102,11 +102,13 @@ def mergeable(model: nn.Module) -> bool:
 def merged_layers(
     model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None, checked: bool = False
 ) -> Iterator[MergedLayer]:
-    """Every adapted module, merged, and checked to be finite and to compute what its adapters do.
+    """Yield every adapted module, merged and checked: values are finite, and outputs are those of the adapters.
 
     Args:
-        dtype: of a dense weight in place of one in few bits; None: it is stored in its format again.
-        checked: what it computes was compared before.
+        model: the model.
+        names: the adapters, in order of activation.
+        dtype: of a dense weight that replaces a quantized one; None to quantize again.
+        checked: outputs were compared before.
     """
     paths = dict.fromkeys(path for name in names for path in engine.applied(model, name).paths)
     for path in paths:
@@ -125,8 +127,8 @@ def merged_layers(
             if bad or not math.isfinite(layer.lost or 0):
                 where = bad[0] if bad or chosen is None else chosen.name
                 raise PeftcoreError(
-                    f"merging {list(names)} into '{path}' gives values that are not finite in {where}. "
-                    "The adapter holds NaN or infinity, or the sum overflows; nothing was changed"
+                    f"merging {list(names)} into '{path}' gives NaN or Inf in {where}. The adapter contains NaN "
+                    "or Inf, or the sum overflows; nothing was changed"
                 )
             if not checked:
                 refuse_inexact(path, module, list(acting), worked.base, worked.merged, worked.changed)
@@ -134,10 +136,13 @@ def merged_layers(
 
 
 def worked_in(path: str, module: nn.Module, methods: Mapping[str, str], chosen: WeightFormat | None) -> Worked:
-    """Merge adapters of a module into a copy of it. Its own tensors are left alone.
+    """Merge adapters of a module into a copy of it. The module's own tensors are not changed.
 
     Args:
-        methods: the method of each adapter, by the adapter's name, in the order in which they act.
+        path: path of the module.
+        module: the module.
+        methods: {adapter name: method name}, in order of activation.
+        chosen: the module's weight format; None if only single parameters are merged.
 
     Raises:
         PluginError: `merged` of an adapter fails.
@@ -165,7 +170,7 @@ def worked_in(path: str, module: nn.Module, methods: Mapping[str, str], chosen: 
         return worked
     chosen = chosen or weight_format(module)
     before = _with_values(path, chosen.read(worked.merged))
-    weight, bias = before.clone(), chosen.read_bias(worked.merged)  # a plugin's `merged` may change what it is given
+    weight, bias = before.clone(), chosen.read_bias(worked.merged)  # a plugin's `merged` may modify its arguments
     for name, adapter in around.items():
         given = None if bias is None else bias.clone()
         with registry.naming(methods[name], "merged"):
@@ -184,7 +189,7 @@ def worked_in(path: str, module: nn.Module, methods: Mapping[str, str], chosen: 
 
 
 def _work_in_each(module: nn.Module, worked: Worked, name: str, change: EachExpert, weight: Tensor) -> None:
-    """Adapters of experts one by one, which may change their biases, too."""
+    """Merge adapters of single experts, which may also change their biases."""
     layout = experts_layout(module)
     bias_name = None if layout is None else layout.bias_name(name)
     before = None if bias_name is None else _get(worked.merged, bias_name)
@@ -196,22 +201,22 @@ def _work_in_each(module: nn.Module, worked: Worked, name: str, change: EachExpe
 
 
 def _checked(path: str, name: str, found: Any, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """What `merged` of the adapter `name` gives, if that is a weight and a bias that can take the place of the old."""
+    """Return the result of `merged` if it is a weight and bias that can replace the old ones."""
     is_pair = isinstance(found, tuple) and len(found) == 2
     weight, new_bias = found if is_pair else (found, None)
     who = f"'merged' of the adapter '{name}' at '{path}'"
     if not is_pair or not isinstance(weight, Tensor) or weight.shape != shape:
         raise PeftcoreError(
-            f"{who} gives {_shown(weight)}{'' if is_pair else ' alone'}, for a weight {list(shape)}. It returns "
-            "(weight, bias), the bias None where it is given None"
+            f"{who} returned {_shown(weight)}{'' if is_pair else ' alone'} for a weight {list(shape)}. It must "
+            "return (weight, bias), with bias None if it was None"
         )
     if bias is None and new_bias is not None:
         raise PeftcoreError(
-            f"{who} gives a bias, and {path or 'the module'!r} has none that could take it. Nothing was changed. Keep "
-            "the adapters beside the base, or take them off that module"
+            f"{who} returned a bias, but {path or 'the module'!r} has no bias. Nothing was changed. Keep the "
+            "adapters unmerged, or exclude the module from them"
         )
     if bias is not None and (not isinstance(new_bias, Tensor) or new_bias.shape != bias.shape):
-        raise PeftcoreError(f"{who} gives {_shown(new_bias)} for a bias {list(bias.shape)}")
+        raise PeftcoreError(f"{who} returned {_shown(new_bias)} for a bias {list(bias.shape)}")
     return weight, new_bias
 
 
@@ -220,7 +225,7 @@ def _shown(found: Any) -> str:
 
 
 def _stored(module: nn.Module, worked: Worked, chosen: WeightFormat | None) -> dict[str, Tensor]:
-    """What is to be stored of a module without few bits, in the dtypes that stand there."""
+    """Return the tensors to store for an unquantized module, in their dtypes."""
     stored = {name: _get(worked.merged, name).to(_get(module, name).dtype) for name in worked.changed}
     if worked.weight is not None and chosen is not None:
         stored |= chosen.write(module, worked.weight)
@@ -232,7 +237,7 @@ def _stored(module: nn.Module, worked: Worked, chosen: WeightFormat | None) -> d
 def _packed(
     path: str, module: nn.Module, worked: Worked, packed: dict[str, WeightFormat], dtype: torch.dtype | None
 ) -> MergedLayer:
-    """The same of a module that keeps these of the changed parameters in few bits; it loses what the worst does."""
+    """Merge a module whose parameters `packed` are quantized; its error is that of the worst parameter."""
     tensors: dict[str, Tensor] = {}
     losses: list[float] = []
     for name in worked.changed:
@@ -241,7 +246,7 @@ def _packed(
             tensors[name] = weight.to(_get(module, name).dtype)
         elif dtype is not None:
             tensors[name] = weight.to(dtype)
-        elif not torch.equal(weight, before):  # else quantizing again could only round the base anew
+        elif not torch.equal(weight, before):  # quantizing an unchanged weight again would only round it again
             written = chosen.write(module, weight)
             assert chosen.decode is not None
             losses.append(((chosen.decode(module, written) - weight).norm() / (weight - before).norm()).item())
@@ -252,7 +257,10 @@ def _packed(
 
 def _with_values(path: str, tensor: Tensor) -> Tensor:
     if tensor.is_meta:
-        raise PeftcoreError(f"the weight of '{path}' is on the meta device, so it has no values to merge into")
+        raise PeftcoreError(
+            f"the weight of '{path}' is on the meta device and has no values to merge into. Load "
+            "the model's weights first"
+        )
     return tensor
 
 
@@ -262,16 +270,16 @@ def _get(module: nn.Module, name: str) -> Tensor:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor))  # NaN passes through
+    return not tensor.numel() or all(bound.isfinite() for bound in torch.aminmax(tensor))  # NaN is kept
 
 
-def measured_loss(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> dict[str, float]:
-    """What each layer that is stored in few bits loses of the adapters, by path."""
+def measured_error(model: nn.Module, names: tuple[str, ...], dtype: torch.dtype | None) -> dict[str, float]:
+    """Return the error of merging into each quantized layer, by path."""
     return {layer.path: layer.lost for layer in merged_layers(model, names, dtype) if layer.lost is not None}
 
 
 def changes_nothing(model: nn.Module, adapter: str) -> bool:
-    """Is every weight, with `adapter` merged, what it was? False also where that cannot be known from weights."""
+    """Return whether merging `adapter` leaves every weight unchanged; False if weights cannot tell."""
     own = TrainedParameters.of(model, adapter)
     if own is not None:
         pairs = zip(own.values(model), own.originals(model), strict=True)

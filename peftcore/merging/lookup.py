@@ -1,4 +1,4 @@
-"""What an embedding does beside looking up: seen on the layer, since classes are many."""
+"""What an embedding does besides the lookup, observed on the layer because there are many classes."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from peftcore.merging import probe
 
 
 def embed_scale(module: nn.Embedding) -> Tensor | float:
-    """The factor of an embedding's output, in the dtype in which the layer multiplies by it."""
+    """Return the factor of an embedding's output, in the dtype that the layer multiplies in."""
     scale = getattr(module, "embed_scale", None)
     return 1.0 if scale is None else scale.to(module.weight.dtype) if isinstance(scale, Tensor) else scale
 
 
 def odd_embedding(path: str, module: nn.Module) -> str | None:
-    """Return the error for an embedding that a method cannot adapt as PEFT does, or None, also for other layers."""
+    """Return the error message for an embedding that a method cannot adapt like PEFT, or None."""
     if not isinstance(module, nn.Embedding):
         return None
     kind, scale = original_class(module).__name__, embed_scale(module)
     if not looks_up(module):
-        why = "does more than look its input up"
+        why = "does more than look up its input"
     elif isinstance(scale, Tensor) or scale != 1:
-        why = "multiplies its output by embed_scale, where PEFT does not multiply what an adapter adds"
+        why = "multiplies its output by embed_scale, which PEFT does not apply to the adapter's output"
     else:
         return None
-    return f"'{path}' ({kind}) {why}, which this method cannot adapt. Train without it: exclude_modules=['{path}']"
+    return f"'{path}' ({kind}) {why}, so this method cannot adapt it. Exclude it: exclude_modules=['{path}']"
 
 
 def looks_up(module: nn.Embedding) -> bool:
-    """Does it give rows of its weight, times `embed_scale`?"""
+    """Return whether the module's output is rows of its weight times `embed_scale`."""
     if module.max_norm is not None or len(list(base_modules(module))) > 1:
         return False
     if original_class(module).forward is nn.Embedding.forward or module.weight.is_meta:

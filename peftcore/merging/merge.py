@@ -1,10 +1,10 @@
 """Merging: one loop for every method and every weight format.
 
-The weight is read through its format in fp32, each active adapter's pure `merged(weight, bias)` is applied,
-and the result is rounded once to the stored dtype. The base's parameters are put aside, not
-overwritten, so `unmerge` is bit exact. Before anything is written each layer is run both ways (probe.py).
+The weight is read through its format in fp32, each active adapter's pure `merged(weight, bias)` is applied, and the
+result is rounded once to the stored dtype. The base's parameters are kept, not overwritten, so `unmerge` is bit exact.
+Before anything is written, each layer is run both ways (probe.py).
 
-What a format of few bits loses of the adapters is measured per layer (layers.py), and refused above a limit.
+The error of merging into a quantized weight is measured per layer (layers.py), and refused above a limit.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peftcore.adaptation.chain import WeightChanges
 from peftcore.engine.changes import facts
 from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError
-from peftcore.merging.layers import MergedLayer, measured_loss, merged_layers, refuse_unmergeable
+from peftcore.merging.layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
 from peftcore.method import Model, WeightFormat
 from peftcore.observation.heads import mark_as_loaded
 from peftcore.weight_formats import find_weight_format
@@ -31,13 +31,13 @@ from peftcore.weight_formats import find_weight_format
 
 @dataclass
 class Merged:
-    """What `unmerge` needs: the adapters that acted, and the tensors that were put aside, by name."""
+    """State for `unmerge`: the adapters that were active, and the original tensors by name."""
 
     active: tuple[str, ...]
     aside: dict[str, Tensor] = field(default_factory=dict)
-    tied: bool | None = None  # the model config's tie_word_embeddings, where merging untied them
-    lost: dict[str, float] = field(default_factory=dict)  # by path, where a weight has few bits
-    written: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # what stands in their place
+    tied: bool | None = None  # the model config's tie_word_embeddings, if merging untied them
+    lost: dict[str, float] = field(default_factory=dict)  # by path, for quantized weights
+    written: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)  # the merged tensors
 
 
 @engine.exclusive("merge", base=True)
@@ -49,21 +49,28 @@ def merge(
     dtype: torch.dtype | None = None,
     max_error: float = 0.1,
 ) -> Model:
-    """Work the active adapters into the base's weights.
+    """Merge the active adapters into the base's weights.
 
     Args:
-        keep_adapters: keep the base's own weights aside for `unmerge`. With False the adapters are taken
-            off for good, and nothing is kept: the model is a plain one with new weights.
-        untie: a weight that another module shares (tied embeddings) is refused, since merging would change
-            that module too; with True the adapted module gets a weight of its own.
-        dtype: quantized weights that adapters change become dense ones of this dtype. For good (`keep_adapters` is
-            False) the whole model is cast to it. None: they are quantized again, see `max_error`.
-        max_error: the share of the adapters' change that quantizing again may lose, in any layer; see `merge_error`.
+        model: the model.
+        keep_adapters: keep the original weights for `unmerge`. If False, the adapters are removed and nothing is kept:
+            the
+            model is a plain model with new weights.
+        untie: merge into a weight that another module shares (tied embeddings) by giving the adapted module its own
+            copy.
+            By default such a weight is an error, because merging would change the other module too.
+        dtype: replace quantized weights that adapters change by dense ones of this dtype. With `keep_adapters=False`
+            the
+            whole model is cast to it. By default they are quantized again, see `max_error`.
+        max_error: largest fraction of the adapters' change that quantizing again may lose in any layer, see
+            `merge_error`.
+
+    Returns:
+        The model.
 
     Raises:
-        PeftcoreError: an adapter cannot be merged, or would compute something else in the weight than beside it, a
-            weight is tied, a result is not finite, or quantizing again would lose more than `max_error`. The model is
-            then as it was.
+        PeftcoreError: an adapter cannot be merged, or the merged weight would not compute the same; a weight is tied; a
+            result is NaN or Inf; or quantizing again would lose more than `max_error`. The model is left unchanged.
     """
     state = engine.require_state(model)
     engine.refuse_merged(state, "merge")
@@ -71,22 +78,22 @@ def merge(
     ranks.refuse_sharded(model, "merge")
     engine.refuse_per_sample(state, "merge")
     if not state.active:
-        raise PeftcoreError("no adapter is active. Choose what to merge: peftcore.activate(model, [...])")
+        raise PeftcoreError("no adapter is active. Activate the adapters to merge: peftcore.activate(model, [...])")
     refuse_unmergeable(model, state.active)
     for name in () if keep_adapters else state.active:
-        engine.refuse_needed(state, name, "take off for good")
+        engine.refuse_needed(state, name, "remove")
     tied = _tied(model, state.active)
     if tied and not untie:
         raise PeftcoreError(
-            f"the weight of '{tied[0][0]}' is tied to '{tied[0][1]}', which merging would change too. "
-            "merge(model, untie=True) gives the adapted module a weight of its own"
+            f"the weight of '{tied[0][0]}' is tied to '{tied[0][1]}', which merging would change too. Call "
+            "merge(model, untie=True) to give the adapted module its own weight"
         )
     layers: Iterable[MergedLayer]
     if keep_adapters:
         layers = kept = list(merged_layers(model, state.active, dtype))
         lost = {layer.path: layer.lost for layer in kept if layer.lost is not None}
-    else:  # every result is checked before the first is written, and none is kept meanwhile
-        lost = measured_loss(model, state.active, dtype)
+    else:  # every result is checked before the first is written, and none is kept in between
+        lost = measured_error(model, state.active, dtype)
         layers = merged_layers(model, state.active, dtype, checked=True)
     _check_lost(lost, max_error)
 
@@ -95,7 +102,7 @@ def merge(
         _merge_trained(model, name, merged)
     unpacked: dict[str, WeightFormat] = {}
     first = {slot: slots[0] for slots in _changed_alike(model, state.active) for slot in slots}
-    written: dict[str, Tensor] = {}  # under the first name of what stays tied
+    written: dict[str, Tensor] = {}  # under the first name of a parameter that stays tied
     for layer in layers:
         for name, tensor in layer.named():
             if name in first:
@@ -112,7 +119,7 @@ def merge(
         merged.written = {name: (t.shape, t.dtype) for name in merged.aside for t in [_there(model, name)]}
         state.merged = merged
     else:
-        for path, site in state.sites.items():  # a weight that was packed has another shape now
+        for path, site in state.sites.items():  # a weight that was packed has a different shape now
             site.facts = facts(model.get_submodule(path))
         for name in merged.active:
             engine.remove(model, name)
@@ -128,41 +135,46 @@ def merge(
 
 @engine.exclusive("measure")
 def merge_error(model: nn.Module) -> dict[str, float]:
-    """What of the active adapters' change `merge` would lose in each quantized layer, by path; the model is left alone.
+    """Return the fraction of the active adapters' change that `merge` would lose in each quantized layer, by path.
 
-    0 is nothing, 1 means that the error is as large as the change itself. Dense layers are not listed.
+    0 means no loss, 1 means that the error is as large as the change itself. Dense layers are not listed. The model is
+    not
+    changed.
     """
     state = engine.require_state(model)
     engine.refuse_merged(state, "measure")
     engine.refuse_per_sample(state, "measure")
     refuse_unmergeable(model, state.active)
-    return measured_loss(model, state.active, None)
+    return measured_error(model, state.active, None)
 
 
 @engine.exclusive("unmerge", base=True)
 def unmerge(model: Model) -> Model:
-    """Put the base's own weights back, bit for bit, and let the merged adapters act again.
+    """Restore the original weights, bit for bit, and activate the merged adapters again.
 
-    Where the model was cast meanwhile, they are cast with it.
+    If the model was moved or cast since, the weights are moved and cast with it.
+
+    Returns:
+        The model.
 
     Raises:
-        PeftcoreError: nothing is merged, or a merged weight has another size now. The model is then as it was.
+        PeftcoreError: nothing is merged, or a merged weight has a different size now. The model is left unchanged.
     """
     state = engine.require_state(model)
     if state.merged is None:
-        raise PeftcoreError("nothing is merged into this model")
+        raise PeftcoreError("nothing is merged into this model. Call peftcore.merge(model) first")
     for name, (shape, _) in state.merged.written.items():
         found = _get(model, name)
         if found is None or found.shape != shape:
             now = "gone" if found is None else f"of shape {list(found.shape)}"
             raise PeftcoreError(
-                f"'{name}' is {now} and was {list(shape)} when it was merged (resized?): what was put aside does not "
-                "fit any more. Undo that first, or keep the model merged"
+                f"'{name}' is {now} and was {list(shape)} when it was merged (resized?), so the original does "
+                "not fit. Undo the resize first, or keep the model merged"
             )
     merged, state.merged = state.merged, None
     config: Any = getattr(model, "config", None)
     for name, tensor in merged.aside.items():
-        there = _there(model, name)  # the model may have moved, or been cast, meanwhile
+        there = _there(model, name)  # the model may have been moved or cast since
         is_cast = there.dtype is not merged.written[name][1] and tensor.is_floating_point()
         tensor.data = tensor.data.to(there.device, there.dtype if is_cast else tensor.dtype)
         _exchange(model, name, tensor)
@@ -186,19 +198,19 @@ def _check_lost(lost: dict[str, float], max_error: float) -> None:
     worst = max(lost, key=lambda path: lost[path])
     mean = sum(lost.values()) / len(lost)
     what = (
-        f"quantized again, {len(lost)} merged layers lose {mean:.0%} of what the adapters change on average, "
-        f"at worst {lost[worst]:.0%} ('{worst}')"
+        f"{len(lost)} merged layers are quantized again, which loses {mean:.0%} of the adapters' change on "
+        f"average, at worst {lost[worst]:.0%} ('{worst}')"
     )
     if lost[worst] > max_error:
         raise PeftcoreError(
             f"{what}; max_error={max_error:g} allows {max_error:.0%}. Nothing was changed. Merge into 16 bits: "
-            "peftcore.merge(model, dtype=torch.bfloat16). Layer by layer: peftcore.merge_error(model)"
+            "peftcore.merge(model, dtype=torch.bfloat16). For each layer's error: peftcore.merge_error(model)"
         )
     warnings.warn(what, stacklevel=4)
 
 
 def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
-    """Tensors that an adapter has of its own are merged by value: the base's slots get a copy of them."""
+    """Merge an adapter's own copies of base tensors: the base's slots get a copy of their values."""
     own = TrainedParameters.of(model, name)
     if own is None:
         return
@@ -214,7 +226,7 @@ def _merge_trained(model: nn.Module, name: str, merged: Merged) -> None:
 
 
 def _tied(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str]]:
-    """(adapted module, another name of its parameter) for every adapted weight that is shared."""
+    """Return (adapted module, another name of its parameter) for every adapted weight that is shared."""
     paths = {path for name in names for path in _changed_modules(model, name)}
     alike = _changed_alike(model, names)
     shared = [slots for slots in _shared(model) if slots not in alike]
@@ -233,7 +245,7 @@ def _tied(model: nn.Module, names: tuple[str, ...]) -> list[tuple[str, str]]:
 
 
 def _shared(model: nn.Module) -> list[list[str]]:
-    """The names of each parameter that has several."""
+    """Return the names of each parameter that has several."""
     by_parameter: dict[int, list[str]] = {}
     for name, parameter in base_parameters(model):
         by_parameter.setdefault(id(parameter), []).append(name)
@@ -241,7 +253,7 @@ def _shared(model: nn.Module) -> list[list[str]]:
 
 
 def _changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
-    """Of these those that the very same adapters change under each name: merged, they stay one parameter."""
+    """Return the shared parameters that the same adapters change under each name; merged, they stay shared."""
     changed_by: dict[str, list[int]] = {}
     for name in names:
         for path, adapter in engine.adapter_modules(model, name):
@@ -250,7 +262,7 @@ def _changed_alike(model: nn.Module, names: tuple[str, ...]) -> list[list[str]]:
 
 
 def _changed_modules(model: nn.Module, name: str) -> Iterator[str]:
-    """The paths of modules whose parameters an adapter changes."""
+    """Yield the paths of modules whose parameters an adapter changes."""
     for path, adapter in engine.adapter_modules(model, name):
         yield path
         for changed in adapter.changes if isinstance(adapter, WeightChanges) else ():
@@ -259,7 +271,9 @@ def _changed_modules(model: nn.Module, name: str) -> Iterator[str]:
 
 
 def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(module, another name of its parameter) where an adapter trains it apart from what it is tied to."""
+    """Yield (module, another name of its parameter) if an adapter trains it separately from the parameter it is tied
+    to.
+    """
     for name in names:
         own = TrainedParameters.of(model, name)
         for slot, slots in own.slots.items() if own is not None else ():
@@ -269,11 +283,11 @@ def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[s
 
 
 def _untie_config(model: nn.Module, tied: list[tuple[str, str]]) -> bool | None:
-    warnings.warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}': the model has one more weight now", stacklevel=4)
+    warnings.warn(f"merge untied '{tied[0][0]}' from '{tied[0][1]}', so the model has one more weight", stacklevel=4)
     config: Any = getattr(model, "config", None)
     before = getattr(config, "tie_word_embeddings", None)
     if before:
-        config.tie_word_embeddings = False  # else saving drops the new weight
+        config.tie_word_embeddings = False  # otherwise saving drops the new weight
     return before
 
 
@@ -283,12 +297,12 @@ def _get(model: nn.Module, name: str) -> Tensor | None:
 
 
 def _there(model: nn.Module, name: str) -> Tensor:
-    """What is known to be there."""
+    """Return a parameter or buffer that is known to exist."""
     return cast(Tensor, _get(model, name))
 
 
 def _exchange(model: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """Put `tensor` in place of the parameter or buffer `name`, and return what stood there."""
+    """Replace the parameter or buffer `name` by `tensor`, and return the old one."""
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
     before = getattr(module, attribute)

@@ -1,10 +1,10 @@
-"""Does a merged weight compute what the adapters compute? Both are run on random input in float32, and compared.
+"""Check that a merged weight computes what the adapters compute, by running both on random input in float32.
 
     chain(x; W)  =  forward(x; merged W)        within 1e-4 of each output feature's largest value
 
-One check for adapters and layers that nobody listed: an adapter that moves a bias, two that do not commute, a subclass
-that scales, clips or normalises. The module itself is left alone. What runs is a shallow copy of it in evaluation mode,
-without hooks, whose parameters are float32 ones of its own.
+One check covers adapters and layers that nobody listed: an adapter that moves a bias, two that do not commute, a
+subclass that scales, clips, or normalises. The module is not changed. A shallow copy runs in evaluation mode, without
+hooks, with its own float32 parameters.
 """
 
 from __future__ import annotations
@@ -26,31 +26,34 @@ from peftcore.experts import experts_layout
 from peftcore.layers import is_linear, is_wrapped, shape_of, sizes
 
 TOLERANCE = 1e-4
-TOLERANCE_TF32 = 4e-3  # where products in float32 may round their factors
+TOLERANCE_TF32 = 4e-3  # dtypes in which float32 products may round their factors
 _ROWS = 4
-_LARGE = 1000.0  # half of the input is as large, for layers that clip
+_LARGE = 1000.0  # scale of half of the input, for layers that clip
 
 
 def refuse_inexact(
     path: str, module: nn.Module, names: Sequence[str], base: nn.Module, merged: nn.Module, changed: Iterable[str]
 ) -> None:
-    """Raise a PeftcoreError unless the module `merged` computes what the adapters compute around `base`.
+    """Raise a PeftcoreError unless `merged` computes what the adapters compute around `base`.
 
     Args:
-        module: of which these two are evaluated copies. Not under autocast.
-        names: the adapters, in the order in which they act.
-        changed: the names of the parameters in which the copies differ.
+        path: path of the module.
+        module: the module that `base` and `merged` are evaluated copies of. Must not run under autocast.
+        names: the adapters, in order of activation.
+        base: copy with the original parameters.
+        merged: copy with the merged parameters.
+        changed: names of the parameters that differ.
     """
 
     def refuse(why: str) -> PeftcoreError:
         kind = original_class(module).__name__
         return PeftcoreError(
-            f"merging {list(names)} into '{path}' ({kind}) would change what the model computes: {why}. Nothing "
-            "was changed. Keep the adapters beside the base, or take them off that module"
+            f"merging {list(names)} into '{path}' ({kind}) would change the model's output: {why}. Nothing was "
+            "changed. Keep the adapters unmerged, or exclude the module from them"
         )
 
     if adapted.has_forward_of_instance(module):
-        raise refuse("it has a forward of this one instance, of which it is not known what that does with the weight")
+        raise refuse("it has its own `forward` on the instance, so how it uses the weight is not known")
     with torch.no_grad():
         tensors = [tensor for name in changed if (tensor := _tensor(merged, name)).is_floating_point()]
         if not tensors:
@@ -61,25 +64,28 @@ def refuse_inexact(
         inputs, wanted = _first_that_runs(_inputs(module, tensors[0]), lambda *args: forward(merged, *args))
         if inputs is None:
             if all(isinstance(adapted.adapters_at(module)[name], WeightChanges) for name in names):
-                return  # what the forward reads with them is what stands there without
-            raise refuse("what the module takes is not known, so that it cannot be compared")
+                return  # the adapted forward must read the same parameters as the plain one
+            raise refuse("its inputs are not known, so it cannot be compared")
         try:
             found = type(base).forward(base, *inputs)
         except Exception as error:
-            raise refuse(f"the adapters do not run on {[list(x.shape) for x in inputs]}: {error!r}") from error
+            raise refuse(
+                f"the adapters do not run on inputs of shape {[list(x.shape) for x in inputs]}: {error!r}"
+            ) from error
         found, wanted = _floating(found), _floating(wanted)
         if [y.shape for y in found] != [y.shape for y in wanted]:
-            raise refuse("its output has another shape with the adapters than without")
+            raise refuse("its output has a different shape with the adapters than without")
         off = max((_difference(y, z, module) for y, z in zip(found, wanted, strict=True)), default=0.0)
         if not off <= tolerance:
-            raise refuse(f"on random input a feature of its output is off by {off:.2g} of its size")
+            raise refuse(f"on random input a feature of its output differs by {off:.2g} of its size")
 
 
 def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None) -> Any:
-    """What the forward of the module's class gives in evaluation mode; None where it takes no such input.
+    """Return the output of the class's forward in evaluation mode, or None if it does not take such an input.
 
     Args:
-        weight: to be read in place of the module's own.
+        module: the module.
+        weight: used in place of the module's weight.
     """
     device = cast(Tensor, module.weight).device
     autocast = torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else None
@@ -91,7 +97,9 @@ def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None)
 
 
 def evaluated(module: nn.Module, floats: torch.dtype | None = torch.float32) -> nn.Module:
-    """A shallow copy of `module` and all in it, in evaluation mode, without hooks, floating tensors as `floats`."""
+    """Return a shallow copy of `module` and its children in evaluation mode, without hooks, with floating tensors
+    `floats`.
+    """
     copy: nn.Module = object.__new__(type(module))
     copy.__dict__.update(module.__dict__, training=False, _compiled_call_impl=None)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -109,7 +117,7 @@ def evaluated(module: nn.Module, floats: torch.dtype | None = torch.float32) -> 
 
 
 def put(copy: nn.Module, name: str, tensor: Tensor) -> None:
-    """Give an evaluated copy another tensor in place of a parameter or buffer."""
+    """Replace a parameter or buffer of an evaluated copy."""
     path, _, attribute = name.rpartition(".")
     owner = copy.get_submodule(path)
     owner.__dict__["_parameters" if attribute in owner._parameters else "_buffers"][attribute] = tensor
@@ -126,7 +134,7 @@ def _rounding(device: torch.device) -> float:
 
 
 def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """What a module of this kind may take, the likeliest first."""
+    """Yield inputs that a module of this kind may take, the most likely first."""
     generator, layout = torch.Generator().manual_seed(0), experts_layout(module)
 
     def normal(*shape: int) -> Tensor:
@@ -136,17 +144,17 @@ def _inputs(module: nn.Module, weight: Tensor) -> Iterator[tuple[Tensor, ...]]:
     if isinstance(module, nn.Embedding):
         ids = torch.randint(module.num_embeddings, (16 * _ROWS,), generator=generator, device="cpu").tolist()
         named = [i for i in vars(module).values() if type(i) is int and 0 <= i < module.num_embeddings]
-        yield (torch.tensor([ids + named], device=weight.device),)  # it may treat some in a way of their own
+        yield (torch.tensor([ids + named], device=weight.device),)  # the module may treat some tokens specially
     elif is_linear(module):
         width = sizes(module)[0]
         yield (normal(_ROWS, width),)
         yield (normal(1, _ROWS, width),)
-        yield (normal(16 * _ROWS, width),)  # in groups
+        yield (normal(16 * _ROWS, width),)  # grouped convolutions
     elif isinstance(module, _ConvNd):
         spatial = [d * (k - 1) + 2 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
         x = normal(1, module.in_channels, *spatial)
         yield (x,)
-        yield (x.transpose(1, 2),)  # channels last, as some heads have it
+        yield (x.transpose(1, 2),)  # channels last, as some heads use
     elif isinstance(module, nn.MultiheadAttention):
         yield tuple(normal(2, 3, width)[:2] for width in (module.embed_dim, module.kdim, module.vdim))
     elif layout is not None:
@@ -172,7 +180,7 @@ def _first_that_runs(
 
 
 def _floating(output: Any) -> list[Tensor]:
-    """The floating tensors of an output."""
+    """Return the floating-point tensors of an output."""
     if isinstance(output, Tensor):
         return [output.float().reshape(output.shape or (1,))] if output.is_floating_point() else []
     if isinstance(output, dict):
@@ -183,10 +191,12 @@ def _floating(output: Any) -> list[Tensor]:
 
 
 def _difference(found: Tensor, wanted: Tensor, module: nn.Module) -> float:
-    """The largest difference, as a share of the largest value of its feature; small and large inputs apart."""
+    """Return the largest difference relative to the largest value of its feature, separately for small and large
+    inputs.
+    """
     if isinstance(module, _ConvNd):
         found, wanted = found.movedim(1, -1), wanted.movedim(1, -1)
-    off = torch.where(found == wanted, 0.0, found - wanted).abs()  # two infinities are equal
+    off = torch.where(found == wanted, 0.0, found - wanted).abs()  # equal infinities
     size = torch.maximum(found.abs(), wanted.abs()).nan_to_num(posinf=0.0)
     return max((_relative(*half) for half in zip(off.chunk(2), size.chunk(2), strict=True)), default=0.0)
 

@@ -1,4 +1,4 @@
-"""Optimizers whose step is one call for all parameters, with state in 32 or 8 bits, resident or paged.
+"""Fused optimizers: one call per step for all parameters, with state in 32 or 8 bits, in memory or paged.
 
     optimizer = peftcore.optim.PagedAdamW8bit(model.parameters(), lr=2e-4, budget="256MB")
 
@@ -8,7 +8,7 @@ They are ordinary `torch.optim.Optimizer`s: parameter groups, schedulers, closur
 from peftcore.optim.optimizers import SGD, AdamW, AdamW8bit, Lion, PagedAdamW, PagedAdamW8bit, PagedLion, PagedSGD
 from peftcore.optim.paging import Paging
 
-# The names by which transformers' Trainer and `peftcore train` know them.
+# Names used by transformers' Trainer and `peftcore train`.
 NAMES = {
     "adamw_8bit": AdamW8bit,
     "paged_adamw_32bit": PagedAdamW,

@@ -1,7 +1,7 @@
-"""What all optimizers here share: they gather a step's tensors and hand them to one operator call.
+"""Base of all optimizers: gather the tensors of a step and pass them to one operator call.
 
-State lies in tensors of `self.state`, or in pages (`paging.py`); `state_dict` has the same form either way,
-torch's own: `step` as an fp32 tensor and moments in the parameter's shape.
+State is kept in tensors of `self.state`, or in pages (`paging.py`). `state_dict` has torch's form either way: `step` as
+an fp32 tensor and moments in the parameter's shape.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from peftcore.optim.batch import Batch, local, sharded_as
 
 
 class FusedOptimizer(Optimizer):
-    """One operator call a step and device. A subclass has a `rule` and the scalars of its updates.
+    """Optimizer with one operator call per step and device. Subclasses define `rule` and the scalars of an update.
 
     Args:
-        maximize: as torch's optimizers have it.
+        maximize: as in torch's optimizers.
         stochastic_rounding: round 16-bit parameters up or down at random, so that small updates are not lost.
-        seed: of that rounding, which depends on it, the parameter's number and the step alone.
+        seed: seed of that rounding, which depends only on it, the parameter's number, and the step.
 
     Raises:
-        TypeError: a parameter that is not float32, float16 or bfloat16.
-        RuntimeError: a sparse gradient.
+        TypeError: a parameter is not float32, float16 or bfloat16.
+        RuntimeError: a gradient is sparse.
     """
 
     rule: Rule
@@ -50,7 +50,7 @@ class FusedOptimizer(Optimizer):
         super().__init__(params, {**defaults, **options})
 
     def _scalars(self, group: dict[str, Any], step: int, factor: float) -> tuple[float, ...]:
-        """Those of the rule, for the `step`-th update of parameters of a group."""
+        """Return the rule's scalars for the `step`-th update of a group's parameters."""
         raise NotImplementedError
 
     # --- state: in tensors here, in pages in PagedOptimizer
@@ -67,7 +67,7 @@ class FusedOptimizer(Optimizer):
             self.state[param][name] = value.to(local(param).device, copy=True).contiguous()
 
     def _update_of(self, batch: Batch) -> Callable[[], None]:
-        """Return the operator's call for `batch`, with nothing left to do but to run it."""
+        """Return a function that calls the operator on `batch` and does nothing else."""
         states = [self.state[owner] for owner in batch.owners]
         state = [values[name] for name in self.rule.plane_names for values in states]
         return partial(ops.optim_step_, batch.params, batch.grads, state, self.rule.name, *batch.updates())
@@ -76,7 +76,7 @@ class FusedOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Returns what `closure` returns."""
+        """Update every parameter that has a gradient. Return the result of `closure`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -86,28 +86,28 @@ class FusedOptimizer(Optimizer):
             return loss
         batches = self._batches(1.0 if scale is None else 1.0 / float(scale))
         updates = [self._update_of(batch) for batch in batches]
-        # Counted before it runs: Python raises KeyboardInterrupt where the operator returns, when the step is done.
+        # Counted before it runs: Python raises KeyboardInterrupt when the operator returns, after the step is done.
         self._count(batches, 1)
         try:
             for batch, update in zip(batches, updates, strict=True):
                 try:
                     update()
                 finally:
-                    batch.copy_back()  # after a fault, too: of pages that are done
+                    batch.copy_back()  # after an error too, for pages that are done
         except Exception:
             self._count(batches, -1)
             raise
         return loss
 
     def _count(self, batches: list[Batch], steps: int) -> None:
-        """Add to the number of steps of all parameters in `batches`: 1, or -1 of a step that failed."""
+        """Add `steps` to the step counts of all parameters in `batches`: 1, or -1 for a step that failed."""
         for batch in batches:
             for owner in batch.owners:
                 self.state[owner]["step"] += steps
 
     def _batches(self, unscale: float) -> list[Batch]:
         batches: dict[torch.device, Batch] = {}
-        ordinal = 0  # of a parameter among those of all groups
+        ordinal = 0  # index among the parameters of all groups
         for group in self.param_groups:
             factor = -unscale if group["maximize"] else unscale
             seed = int(group["seed"]) << 32 if group["stochastic_rounding"] else None
@@ -118,7 +118,9 @@ class FusedOptimizer(Optimizer):
                 if grad is None:
                     continue
                 if grad.layout is not torch.strided:
-                    raise RuntimeError(f"{type(self).__name__} takes no sparse gradients; use torch.optim.SparseAdam")
+                    raise RuntimeError(
+                        f"{type(self).__name__} does not support sparse gradients. Use torch.optim.SparseAdam"
+                    )
                 if not self.state.get(param):
                     self._admit(param)
                 step = self.state[param]["step"] + 1
@@ -135,7 +137,7 @@ class FusedOptimizer(Optimizer):
     def _admit(self, param: Tensor) -> None:
         if param.dtype not in DTYPES:
             raise TypeError(
-                f"{type(self).__name__} updates float32, float16 and bfloat16 parameters, found {param.dtype}"
+                f"{type(self).__name__} supports float32, float16 and bfloat16 parameters, found {param.dtype}"
             )
         try:
             self._new_state(param)
@@ -153,38 +155,40 @@ class FusedOptimizer(Optimizer):
         values = self._get_state(param)
         if param is not local(param):
             if any(plane.coded for plane in self.rule.planes):
-                raise NotImplementedError("8-bit state of a sharded parameter cannot be saved; use 32 bits")
+                raise NotImplementedError("8-bit state of a sharded parameter cannot be saved. Use a 32-bit optimizer")
             values = {name: sharded_as(param, value) for name, value in values.items()}
         return {"step": torch.tensor(float(self.state[param]["step"])), **values}
 
     def _read(self, param: Tensor, saved: dict[str, Any]) -> dict[str, Tensor]:
-        """The saved state of one parameter, of 32 or 8 bits, as this optimizer has it.
+        """Return the saved state of one parameter, in 32 or 8 bits, in the form of this optimizer.
 
         Raises:
-            ValueError: it does not fit the parameter.
+            ValueError: the state does not fit the parameter.
         """
         own = local(param)
         values: dict[str, Tensor] = {}
         if saved.get("max_exp_avg_sq") is not None:
-            raise ValueError(f"{type(self).__name__} has no amsgrad, and the saved state has")
+            raise ValueError(f"{type(self).__name__} does not support amsgrad, and the saved state has it")
         for plane in self.rule.planes:
             if plane.elements != 1:
-                continue  # scales, which are made or read with their codes
+                continue  # scales are made or read with their codes
             name, scales = plane.name, f"{plane.name}_absmax"
             value = saved.get(name)
             absmax: Any = saved.get(scales)
             if not isinstance(value, Tensor):
-                raise ValueError(f"the saved state lacks the tensor '{name}' (it has: {', '.join(map(str, saved))})")
+                raise ValueError(f"the saved state has no tensor '{name}' (it has: {', '.join(map(str, saved))})")
             value = local(value)
             if value.numel() != own.numel():
-                raise ValueError(f"saved '{name}' has shape {list(value.shape)}, its parameter has {list(own.shape)}")
+                raise ValueError(
+                    f"saved '{name}' has shape {list(value.shape)}, but the parameter has {list(own.shape)}"
+                )
             if absmax is not None and absmax.numel() != blocks_of(own.numel()):
                 raise ValueError(
-                    f"saved '{scales}' has {absmax.numel()} scales, {own.numel()} elements need "
+                    f"saved '{scales}' has {absmax.numel()} scales, but {own.numel()} elements need "
                     f"{blocks_of(own.numel())}"
                 )
             if absmax is not None and value.dtype != torch.uint8:
-                raise ValueError(f"saved '{name}' is {value.dtype}; with '{scales}' beside it belongs torch.uint8")
+                raise ValueError(f"saved '{name}' is {value.dtype}, but state with '{scales}' must be torch.uint8")
             if plane.coded and absmax is None:
                 value, absmax = encode(value.float().flatten(), plane.map)
             elif not plane.coded and absmax is not None:
@@ -201,7 +205,9 @@ class FusedOptimizer(Optimizer):
         self.state[param]["step"] = step
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's form: `state` by number of the parameter, `param_groups`. Paged state is read whole into memory."""
+        """Return the state in torch's form: `state` by number of the parameter, and `param_groups`. Paged state is read
+        in full.
+        """
         packed = super().state_dict()
         owners = dict(self._owners())
         packed["state"] = {
@@ -210,19 +216,19 @@ class FusedOptimizer(Optimizer):
         return packed
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """State and groups as `state_dict` gives them: ours in 32 or 8 bits, or that of torch's optimizer.
+        """Load state and groups from `state_dict`, in 32 or 8 bits, or from torch's optimizer.
 
         Raises:
-            ValueError: they do not fit these parameters. The state is then as it was.
+            ValueError: they do not fit these parameters. The state is left unchanged.
         """
         groups = state_dict["param_groups"]
         for group in groups:
             if group.get("amsgrad"):
-                raise ValueError(f"{type(self).__name__} has no amsgrad, and the saved state has")
+                raise ValueError(f"{type(self).__name__} does not support amsgrad, and the saved state has it")
         sizes = [[len(group["params"]) for group in among] for among in (groups, self.param_groups)]
         if sizes[0] != sizes[1]:
             raise ValueError(
-                f"the saved state is of groups of {sizes[0]} parameters, this optimizer has groups of {sizes[1]}"
+                f"the saved state has groups of {sizes[0]} parameters, but this optimizer has groups of {sizes[1]}"
             )
         keys = [key for group in groups for key in group["params"]]
         owners = {key: param for key, (_, param) in zip(keys, self._owners(), strict=True)}
@@ -233,7 +239,7 @@ class FusedOptimizer(Optimizer):
                     read[owners[key]] = self._read(owners[key], saved), int(saved.get("step", 0))
                 except ValueError as error:
                     raise ValueError(f"the state of parameter {key} does not fit: {error}") from None
-        super().load_state_dict({**state_dict, "state": {}})  # which would cast moments to the parameter's dtype
+        super().load_state_dict({**state_dict, "state": {}})  # torch would cast moments to the parameter's dtype
         for param, (values, step) in read.items():
             self._take_over(param, values, step)
 

@@ -1,4 +1,4 @@
-"""The tensors of one device that a step updates, as an operator takes them."""
+"""The tensors of one device that a step updates, in the form an operator takes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def local(t: Any) -> Any:
-    """A DTensor's own shard; any other tensor itself."""
+    """Return a DTensor's local shard; return any other tensor unchanged."""
     return t if type(t) in _PLAIN or not hasattr(t, "to_local") else t.to_local()
 
 
 def sharded_as(param: Any, shard: Tensor) -> Tensor:
-    """A tensor whose own shard is `shard`, placed as the DTensor `param`."""
+    """Return a tensor with the local shard `shard`, placed like the DTensor `param`."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -30,24 +30,24 @@ class Batch:
 
     def __init__(self) -> None:
         self.owners: list[Tensor] = []  # the optimizer's parameters
-        self.params: list[Tensor] = []  # what is updated: their shards, or contiguous copies
+        self.params: list[Tensor] = []  # the tensors to update: shards, or contiguous copies
         self.grads: list[Tensor] = []
         self.rows: list[int] = []
         self.streams: list[int] = []
-        self.steps: list[int] = []  # of each row
+        self.steps: list[int] = []  # for each row
         self.scalars: list[float] = []
         self.row_numbers: dict[tuple[int, int], int] = {}  # by group and step
         self.copies: list[tuple[Tensor, Tensor]] = []  # (parameter, its contiguous copy)
 
     def add_row(self, group: int, step: int, scalars: tuple[float, ...]) -> int:
-        """A row of scalars, for the parameters of a group that have had as many updates."""
+        """Add a row of scalars for the parameters of a group with the same number of updates, and return its index."""
         row = self.row_numbers[group, step] = len(self.steps)
         self.steps.append(step)
         self.scalars += scalars
         return row
 
     def add(self, owner: Tensor, grad: Tensor, row: int, stream: int) -> None:
-        """A parameter with its gradient."""
+        """Add a parameter with its gradient."""
         param = owner
         if type(owner) not in _PLAIN:
             param, grad = local(owner), local(grad)
@@ -61,11 +61,11 @@ class Batch:
         self.streams.append(stream)
 
     def updates(self) -> Updates:
-        """What the operator is told beside the tensors."""
+        """Return the operator's arguments other than the tensors."""
         at_random = any(stream >= 0 for stream in self.streams)
         return Updates(self.scalars, self.steps, self.rows, self.streams if at_random else [])
 
     def copy_back(self) -> None:
-        """Strided parameters take what was computed in their copies."""
+        """Copy results back into parameters that are not contiguous."""
         for param, copy in self.copies:
             param.copy_(copy)

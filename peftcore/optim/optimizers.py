@@ -1,4 +1,4 @@
-"""AdamW in 32 and 8 bits, Lion and SGD with momentum: each resident, and paged.
+"""AdamW in 32 and 8 bits, Lion, and SGD with momentum, each in memory and paged.
 
 Sources: Loshchilov and Hutter, arXiv 1711.05101 (AdamW); Dettmers et al., arXiv 2110.02861 (8-bit state);
 Dettmers et al., arXiv 2305.14314, section 3 (paged optimizers); Chen et al., arXiv 2302.06675 (Lion).
@@ -22,12 +22,12 @@ def _check(lr: float, weight_decay: float, **shares: float) -> None:
 
 
 class AdamW(FusedOptimizer):
-    """AdamW with state in 32 bits. On CPU its bits are those of `torch.optim.AdamW(fused=True)`.
+    """AdamW with state in 32 bits. On CPU the results are bit-identical to `torch.optim.AdamW(fused=True)`.
 
     Args:
         params: parameters or groups of them, float32, float16 or bfloat16.
-        lr, betas, eps, weight_decay: as `torch.optim.AdamW` has them. `amsgrad` is refused.
-        options: of all optimizers here (`FusedOptimizer`), and of pages (`PagedOptimizer`).
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. `amsgrad` is not supported.
+        options: options of all optimizers (`FusedOptimizer`) and of pages (`PagedOptimizer`).
     """
 
     rule = RULES["adamw"]
@@ -46,7 +46,7 @@ class AdamW(FusedOptimizer):
         if not eps >= 0:
             raise ValueError(f"eps must not be negative, found {eps}")
         if amsgrad:
-            raise ValueError("amsgrad is not supported; use torch.optim.AdamW(amsgrad=True)")
+            raise ValueError("amsgrad is not supported. Use torch.optim.AdamW(amsgrad=True)")
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, **options)
 
@@ -56,24 +56,24 @@ class AdamW(FusedOptimizer):
 
 
 class AdamW8bit(AdamW):
-    """`AdamW` with state in 8 bits: the dynamic map, one scale for every 256 elements of a parameter.
+    """`AdamW` with state in 8 bits: the dynamic map, with one scale for every 256 elements of a parameter.
 
-    Parameters of any size have their state in 8 bits (bitsandbytes keeps those below 4,096 elements in 32).
+    Parameters of any size have 8-bit state; bitsandbytes keeps those below 4,096 elements in 32 bits.
     """
 
     rule = RULES["adamw_8bit"]
 
 
 class PagedAdamW(AdamW, PagedOptimizer):
-    """`AdamW` with its state in pages, of which `budget` bytes are resident (see `PagedOptimizer`)."""
+    """`AdamW` with paged state, of which `budget` bytes are resident (see `PagedOptimizer`)."""
 
 
 class PagedAdamW8bit(AdamW8bit, PagedOptimizer):
-    """`AdamW8bit` with its state in pages, of which `budget` bytes are resident (see `PagedOptimizer`)."""
+    """`AdamW8bit` with paged state, of which `budget` bytes are resident (see `PagedOptimizer`)."""
 
 
 class Lion(FusedOptimizer):
-    """Lion: the sign of an average of gradients, one moment of state in 32 bits. Arguments as `AdamW`'s."""
+    """Lion: the sign of an average of gradients, with one moment of state in 32 bits. Arguments as for `AdamW`."""
 
     rule = RULES["lion"]
 
@@ -93,11 +93,11 @@ class Lion(FusedOptimizer):
 
 
 class PagedLion(Lion, PagedOptimizer):
-    """`Lion` with its state in pages."""
+    """`Lion` with paged state."""
 
 
 class SGD(FusedOptimizer):
-    """SGD with momentum, as `torch.optim.SGD` has it."""
+    """SGD with momentum, as `torch.optim.SGD`."""
 
     rule = RULES["momentum"]
 
@@ -113,7 +113,7 @@ class SGD(FusedOptimizer):
     ) -> None:
         _check(lr, weight_decay, momentum=momentum)
         if nesterov and (momentum == 0 or dampening != 0):
-            raise ValueError("nesterov needs momentum and no dampening")
+            raise ValueError("nesterov needs momentum > 0 and dampening = 0")
         defaults = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "nesterov": nesterov}, **options)
 
@@ -123,4 +123,4 @@ class SGD(FusedOptimizer):
 
 
 class PagedSGD(SGD, PagedOptimizer):
-    """`SGD` with its state in pages."""
+    """`SGD` with paged state."""

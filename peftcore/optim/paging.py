@@ -1,7 +1,7 @@
-"""State in pages: a budget of bytes is resident, the rest lies in a file without a name, or beside a card in memory.
+"""Paged state: a budget of bytes is resident, the rest is in an unnamed file or, for a GPU, in host memory.
 
-All parameters of a device share one pool, so a thousand small factors page as well as one large matrix. The step walks
-the pages forward and backward by turns; csrc/optim/pool.h says what moves when.
+All parameters of a device share one pool, so a thousand small factors page as well as one large matrix. Steps alternate
+between walking the pages forward and backward; csrc/optim/pool.h describes what moves when.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 @dataclass(frozen=True)
 class Paging:
-    """Where state lies, and what moving it has cost so far. Bytes and seconds."""
+    """Where state is, and the cost of moving it so far, in bytes and seconds."""
 
     resident: int
     paged: int
@@ -43,10 +43,10 @@ class Paging:
 
 
 def bytes_of(budget: int | str) -> int | None:
-    """A number of bytes, also as text with a unit ("256MB", "2GiB"); None for "auto".
+    """Return a number of bytes, given as a number or as text with a unit ("256MB", "2GiB"); None for "auto".
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the budget is none of these.
     """
     if budget == "auto":
         return None
@@ -57,13 +57,13 @@ def bytes_of(budget: int | str) -> int | None:
 
 
 def default_directory() -> str:
-    """Where temporary files may be large: $TMPDIR, /var/tmp, or where Python puts them."""
+    """Return a directory for large temporary files: $TMPDIR, /var/tmp, or Python's default."""
     named = os.environ.get("TMPDIR") or "/var/tmp"
     return named if os.path.isdir(named) else tempfile.gettempdir()
 
 
 def _margin(device: torch.device) -> int:
-    """Memory to leave free under budget="auto": a sixteenth of all."""
+    """Return the memory to leave free with budget="auto": a sixteenth of all."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1] // 16
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 16
@@ -71,7 +71,7 @@ def _margin(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter's state lies: the device, the slot in its pages, and for how many elements it was made."""
+    """Location of a parameter's state: device, slot in its pages, and number of elements."""
 
     device: torch.device
     slot: int
@@ -79,18 +79,18 @@ class _Place:
 
 
 class PagedOptimizer(FusedOptimizer):
-    """A `FusedOptimizer` with state in pages.
+    """A `FusedOptimizer` with paged state.
 
     Args:
-        budget: bytes of state that may be resident on each device (at least a page), or "auto": as much as leaves a
-            sixteenth of the memory free, looked at before every step.
-        directory: where the page file of the CPU's state is made. It has no name and is gone with the process.
-        page_bytes: a page, a multiple of 4,096.
-        options: of all optimizers here (`FusedOptimizer`).
+        budget: bytes of state that may be resident on each device (at least one page), or "auto": as much as leaves a
+            sixteenth of the memory free, checked before every step.
+        directory: where the page file for CPU state is made. It has no name and disappears with the process.
+        page_bytes: size of a page, a multiple of 4,096.
+        options: options of all optimizers (`FusedOptimizer`).
 
     Raises:
-        RuntimeError: the extension is missing; the disk has no room for all state (before anything is lost); a page
-            cannot be written or read. Then nothing is lost, and `step()` called again completes the step.
+        RuntimeError: the extension is missing; the disk has no space for all state (before anything is lost); or a page
+            cannot be written or read. Nothing is lost then, and calling `step()` again completes the step.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class PagedOptimizer(FusedOptimizer):
         missing = ops.why_no_pages()
         if missing is not None:
             raise RuntimeError(
-                f"{type(self).__name__} pages through the compiled extension: {missing}. "
+                f"{type(self).__name__} needs the compiled extension: {missing}. "
                 f"{type(self).__name__.removeprefix('Paged')} works without it"
             )
         self._budget, self._directory = bytes_of(budget), os.fspath(directory or default_directory())
@@ -141,10 +141,10 @@ class PagedOptimizer(FusedOptimizer):
         # Pages begin as zeros; the signed map's code of 0 needs none written, since its scale is 0.
 
     def _slot(self, param: Tensor) -> int:
-        """Where the state of `param` lies.
+        """Return the slot of the state of `param`.
 
         Raises:
-            RuntimeError: the parameter is no longer what it was: its pages are others' beyond its former size.
+            RuntimeError: the parameter was resized or moved since its state was made.
         """
         place, own = self._places[param], local(param)
         if (place.device, place.elements) != (own.device, own.numel()):
@@ -183,11 +183,11 @@ class PagedOptimizer(FusedOptimizer):
         super()._count(batches, steps)
         self._sweep += steps
 
-    # --- what a user may ask
+    # --- public methods
 
     @property
     def budget(self) -> int | None:
-        """Bytes that may be resident on each device, None for "auto". Set it to another at any time."""
+        """Bytes that may be resident on each device, None for "auto". It can be changed at any time."""
         return self._budget
 
     @budget.setter
@@ -199,12 +199,12 @@ class PagedOptimizer(FusedOptimizer):
         self._budget = wanted
 
     def evict(self) -> None:
-        """Let all state leave now; it comes back when it is needed."""
+        """Move all state out of memory; it is read back when needed."""
         for pages in list(self._pages.values()):
             pages.evict()
 
     def paging(self) -> Paging:
-        """Where state lies now, and what moving it has cost."""
+        """Return where state is now, and the cost of moving it."""
         devices = list(self._pages.values())
 
         def total(name: str) -> Any:
@@ -214,7 +214,7 @@ class PagedOptimizer(FusedOptimizer):
         moved = (total("bytes_in"), total("bytes_out"), float(total("seconds_waiting")))
         return Paging(resident, max(0, whole - resident), total("peak_bytes"), *moved)
 
-    # --- copies and pickles hold the state itself
+    # --- copies and pickles contain the state itself
 
     def __getstate__(self) -> dict[str, Any]:
         options = {"budget": self._budget, "directory": self._directory, "page_bytes": self._page_bytes}

@@ -191,7 +191,7 @@ def test_a_change_of_experts_biases_is_refused() -> None:
     [
         ("prompt-tuning", {"num_virtual_tokens": 2}, "is not a change of a weight"),
         ("adapter", {}, "is not a change of a weight"),
-        ("lora", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "it trains 'lm_head' whole"),
+        ("lora", {"modules_to_save": ["lm_head"], "target_modules": ["q_proj"]}, "modules_to_save=\\['lm_head'\\]"),
     ],
 )
 def test_what_is_no_change_of_a_weight_is_refused(method: str, fields: dict[str, Any], message: str) -> None:

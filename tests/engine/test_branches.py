@@ -209,7 +209,7 @@ def test_a_branch_stays_while_it_is_combined() -> None:
     with refusing("cannot be merged"):
         peftcore.merge(model)
     peftcore.activate(model, "two")
-    with refusing("cannot take off for good 'two': 'both' combines it"):
+    with refusing("cannot remove 'two': 'both' combines it"):
         peftcore.merge(model, keep_adapters=False)
     peftcore.merge(model)
     assert out(model) == 4.0

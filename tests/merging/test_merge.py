@@ -77,9 +77,7 @@ def test_values_that_are_not_finite_are_refused_and_nothing_changes(keep_adapter
     bad = model.model.layers[1].self_attn.q_proj.peftcore["default"].gain
     with torch.no_grad():
         bad.fill_(float("nan"))
-    with pytest.raises(
-        peftcore.PeftcoreError, match=r"into 'model.layers.1.self_attn.q_proj' gives values that are not"
-    ):
+    with pytest.raises(peftcore.PeftcoreError, match=r"into 'model.layers.1.self_attn.q_proj' gives NaN or Inf"):
         peftcore.merge(model, keep_adapters=keep_adapters)
     for name, parameter in model.named_parameters():
         assert parameter is bad or torch.equal(parameter, before[name]), name
@@ -87,7 +85,7 @@ def test_values_that_are_not_finite_are_refused_and_nothing_changes(keep_adapter
 
 def test_overflow_in_half_precision_is_refused() -> None:
     model = peftcore.apply(tiny.llama().half(), "around", value=1e7)
-    with pytest.raises(peftcore.PeftcoreError, match=r"not finite in torch.float16"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"NaN or Inf in torch.float16"):
         peftcore.merge(model)
 
 

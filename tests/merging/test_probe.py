@@ -16,7 +16,7 @@ from peftcore.plugin import Around
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")
-CHANGES = r"would change what the model computes: on random input a feature of its output is off by [\d.]+ of its size"
+CHANGES = r"would change the model's output: on random input a feature of its output differs by [\d.]+ of its size"
 
 
 class ReadsWeight(nn.Module):
@@ -217,8 +217,8 @@ def test_a_plugin_that_breaks_the_contract(gives: str) -> None:
             torch.testing.assert_close(peftcore.merge(model)(x), 2 * base)
             peftcore.unmerge(model)
         else:
-            what = r"(\[1, 8\]|NoneType alone|\[4, 8\] alone), for a weight \[4, 8\]|a bias, and '0' has none"
-            refused(model, rf"'merged' of the adapter 'default' at '0' gives ({what})")
+            what = r"(\[1, 8\]|NoneType alone|\[4, 8\] alone) for a weight \[4, 8\]|a bias, but '0' has no bias"
+            refused(model, rf"'merged' of the adapter 'default' at '0' returned ({what})")
         peftcore.remove(model)
         assert torch.equal(model(x), base)
 
@@ -228,7 +228,7 @@ def test_a_forward_of_one_instance_is_refused() -> None:
     model[0].forward = lambda x: 3 * nn.Linear.forward(model[0], x)
     peftcore.apply(model, "lora", target_modules=["0"])
     disturb(model, "default", seed=1)
-    refused(model, "it has a forward of this one instance")
+    refused(model, "it has its own `forward` on the instance")
 
 
 def test_accelerates_hooks_only_move() -> None:

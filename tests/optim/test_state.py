@@ -39,11 +39,11 @@ def _shorter(state):
         (lambda saved: _shorter(saved["state"][2]), "the state of parameter 2 does not fit: saved 'exp_avg"),
         (
             lambda saved: saved["state"][1].pop("exp_avg_sq"),
-            "parameter 1 does not fit: .* lacks the tensor 'exp_avg_sq'",
+            "parameter 1 does not fit: .* has no tensor 'exp_avg_sq'",
         ),
         (
             lambda saved: saved["state"][0].update(exp_avg=3.0),
-            "parameter 0 does not fit: .* lacks the tensor 'exp_avg'",
+            "parameter 0 does not fit: .* has no tensor 'exp_avg'",
         ),
         (lambda saved: saved["param_groups"][0]["params"].pop(), r"groups of \[2\] parameters, .* has groups of \[3\]"),
     ],

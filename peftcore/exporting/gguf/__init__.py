@@ -1,4 +1,4 @@
-"""GGUF, the files of llama.cpp: a model's weights with its tokenizer, and low-rank adapters beside such a file."""
+"""GGUF files for llama.cpp: models with their tokenizers, and low-rank adapters."""
 
 from peftcore.exporting.gguf.adapter import command, write_adapter
 from peftcore.exporting.gguf.model import TYPES, write_model

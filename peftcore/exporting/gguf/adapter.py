@@ -1,7 +1,7 @@
-"""A low-rank adapter as the GGUF file that llama.cpp puts beside a model (`--lora`), and Ollama (`ADAPTER`).
+"""A low-rank adapter as a GGUF file that llama.cpp (`--lora`) and Ollama (`ADAPTER`) load with a model.
 
-W x + (alpha / r) B (A x), one alpha in a file and r the rank of each pair (llama.cpp's src/llama-adapter.cpp); so a
-scale s of its own becomes B' = (s r / alpha) B. Of an embedding it reads A transposed.
+W x + (alpha / r) B (A x), with one alpha for the file and r the rank of each pair (llama.cpp's src/llama-adapter.cpp),
+so a scale s is folded into B' = (s r / alpha) B. A of an embedding is transposed.
 """
 
 from __future__ import annotations
@@ -20,16 +20,18 @@ from peftcore.exporting.thin import products
 
 
 def command(model: str | Path, adapter: Path | None = None) -> str:
-    """What runs a GGUF file, with an adapter beside it."""
+    """Return the command that runs a GGUF file, with an adapter if one is given."""
     beside = [] if adapter is None else ["--lora", str(adapter)]
     return shlex.join(["llama-cli", "-m", str(model), *beside])
 
 
 def write_adapter(model: nn.Module, path: Path, adapter: str) -> Path:
-    """Write the file, in fp32, for a GGUF file of the model's base of any type.
+    """Write the file, in fp32, for a GGUF file of the base of any type.
 
     Raises:
-        PeftcoreError: it does something else than add thin products to weights, or stands where llama.cpp reads none.
+        PeftcoreError: the adapter does more than add low-rank products to weights, or changes modules that llama.cpp
+            does
+            not adapt.
     """
     names = Names(model)
     found = products(model, adapter, "be written as an adapter of llama.cpp")
@@ -37,11 +39,12 @@ def write_adapter(model: nn.Module, path: Path, adapter: str) -> Path:
         tied = modules_tied_to(model, place)
         if tied:
             raise PeftcoreError(
-                f"'{adapter}' cannot be written as an adapter of llama.cpp: it changes '{place}', whose weight "
-                f"'{tied[0]}' shares, and llama.cpp has one tensor for both. Merge it (untie=True) and write the model"
+                f"'{adapter}' cannot be written as an adapter of llama.cpp: it changes '{place}', which shares "
+                f"its weight with '{tied[0]}', and llama.cpp has one tensor for both. Merge it (untie=True) and "
+                "export the model"
             )
     first = next(iter(found.values()))
-    alpha = first.scale * first.rank or 1.0  # 0 is read as: no scale
+    alpha = first.scale * first.rank or 1.0  # 0 would mean no scale
     with writing(path, names.family.architecture) as writer:
         import gguf
 
@@ -52,7 +55,7 @@ def write_adapter(model: nn.Module, path: Path, adapter: str) -> Path:
         for place, (b, a, scale) in found.items():
             name = names.of(f"{place}.weight")
             b = names.rows(place, b) * (scale * b.shape[1] / alpha)
-            if name == EMBEDDING:  # its rows are looked up: A'[token] for each token, then B'
+            if name == EMBEDDING:  # rows are looked up: A'[token] for each token, then B'
                 a, b = b, a.T
             for end, tensor in (("lora_a", a), ("lora_b", b)):
                 entries.append(Entry(f"{name}.{end}", tensor, gguf.GGMLQuantizationType.F32))

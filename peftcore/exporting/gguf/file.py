@@ -1,4 +1,4 @@
-"""A GGUF file is written whole or not at all, one tensor after the other."""
+"""Write a GGUF file atomically, one tensor after the other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peftcore.errors import PeftcoreError
 
 
 class Entry(NamedTuple):
-    """A tensor to be written: its name in the file, what it is made of, and the type of ggml it gets there."""
+    """A tensor to write: its name in the file, its values, and its ggml type."""
 
     name: str
     tensor: Tensor
@@ -23,7 +23,7 @@ class Entry(NamedTuple):
 
 @contextmanager
 def writing(path: Path, architecture: str) -> Iterator[Any]:
-    """A writer of the file at `path`; behind the block the file stands there, or, after an error, what was there.
+    """Yield a writer for `path`. The file appears when the block ends; after an error the old file is unchanged.
 
     Raises:
         PeftcoreError: the package `gguf` is not installed, or the file cannot be written.
@@ -31,7 +31,9 @@ def writing(path: Path, architecture: str) -> Iterator[Any]:
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise PeftcoreError(f"this needs '{error.name}', which is not installed: pip install peftcore[gguf]") from error
+        raise PeftcoreError(
+            f"exporting to GGUF needs '{error.name}', which is not installed: pip install peftcore[gguf]"
+        ) from error
     part = path.with_name(f"{path.name}.part")
     writer = gguf.GGUFWriter(part, architecture)
     try:
@@ -47,7 +49,7 @@ def writing(path: Path, architecture: str) -> Iterator[Any]:
 
 
 def write_tensors(writer: Any, entries: list[Entry]) -> None:
-    """Behind the keys, which must be complete: the list of the tensors, and each of them."""
+    """Write the list of tensors and their values. All keys must have been added before."""
     import gguf
     import numpy as np
 
@@ -66,6 +68,7 @@ def write_tensors(writer: Any, entries: list[Entry]) -> None:
             data = gguf.quantize(values, kind)
         if not np.isfinite(values).all() or (kind.name == "F16" and not np.isfinite(data).all()):
             raise PeftcoreError(
-                f"'{name}' holds {abs(values).max():.3g}, which {kind.name} cannot. Take a type of a larger range: bf16"
+                f"'{name}' contains {abs(values).max():.3g}, which {kind.name} cannot represent. Use a type with "
+                "a larger range: bf16"
             )
         writer.write_tensor_data(data)

@@ -1,4 +1,4 @@
-"""A model's sizes and constants as keys of GGUF. What llama.cpp would compute in another way is refused.
+"""A model's sizes and constants as GGUF keys. Models that llama.cpp would compute differently are refused.
 
 Facts from llama.cpp's conversion/base.py and src/models.
 """
@@ -14,32 +14,37 @@ from torch import Tensor, nn
 from peftcore.errors import PeftcoreError
 from peftcore.exporting.gguf.names import WAY_ROUND, Family, family_of
 
-ROPE = {  # by kind: the keys that are understood
+ROPE = {  # supported keys by type
     "default": {"rope_theta"},
     "linear": {"rope_theta", "factor"},
     "yarn": {"rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"},
     "llama3": {"rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
 }
 ROPE_FREQUENCIES = "rope_freqs.weight"
-LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}  # by which llama.cpp knows those whose scores have another scale
+LAYERS_OF_27B = {
+    "gemma2": 46,
+    "gemma3": 62,
+}  # number of layers by which llama.cpp recognizes models with another attention scale
 
 
 def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str, Tensor]:
-    """Add the keys, and return tensors that llama.cpp wants beside the weights.
+    """Add the keys, and return the additional tensors that llama.cpp needs.
 
     Args:
-        rows: of the vocabulary.
+        writer: the GGUF writer.
+        model: the model.
+        rows: size of the vocabulary.
 
     Raises:
-        PeftcoreError: the model does something that llama.cpp's of this kind does not.
+        PeftcoreError: llama.cpp would compute something else for this model.
     """
     config: Any = model.config
     family = family_of(model)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for what in [*_odd(config, family, head), *_odd_of_gemma(config, family, head)]:
-        raise PeftcoreError(f"{what}, which llama.cpp's '{family.architecture}' does not know. {WAY_ROUND}")
+        raise PeftcoreError(f"{what}, which llama.cpp's '{family.architecture}' does not support. {WAY_ROUND}")
     length, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
-    cut = window and not family.all_seen_every  # within the window all is attended to
+    cut = window and not family.all_seen_every  # within the window everything is attended to
     writer.add_context_length(min(length, window) if cut else length)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
@@ -71,7 +76,7 @@ def write_hyperparameters(writer: Any, model: nn.Module, rows: int) -> dict[str,
 
 
 def _odd(config: Any, family: Family, head: int) -> Iterator[str]:
-    """What llama.cpp does not do in a model of this kind."""
+    """Yield properties of the model that llama.cpp does not support."""
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     types = getattr(config, "layer_types", None) or ()
     if activation != family.activation:
@@ -79,7 +84,7 @@ def _odd(config: Any, family: Family, head: int) -> Iterator[str]:
     if getattr(config, "use_sliding_window", False) and "sliding_attention" in types:
         yield "some of the model's layers have a sliding window"
     if family.architecture == "qwen2" and head * config.num_attention_heads != config.hidden_size:
-        yield f"the model's heads have {head} dimensions, {config.num_attention_heads} of them not hidden_size"
+        yield f"the model's {config.num_attention_heads} heads of {head} dimensions do not add up to hidden_size"
     if family.experts and not config.norm_topk_prob:
         yield "the weights of a token's experts do not sum to one (norm_topk_prob)"
 
@@ -95,7 +100,7 @@ def _odd_of_gemma(config: Any, family: Family, head: int) -> Iterator[str]:
     scale = config.hidden_size // config.num_attention_heads if big else head
     capped = config.attn_logit_softcapping is not None
     if list(config.layer_types) != types:
-        yield f"the model's layers do not have a sliding window but every {every}th"
+        yield f"the model's layers with full attention are not every {every}th"
     if config.query_pre_attn_scalar != scale:
         yield f"the model has query_pre_attn_scalar={config.query_pre_attn_scalar}, not {scale}"
     if config.attention_bias or getattr(config, "use_bidirectional_attention", False):
@@ -111,7 +116,7 @@ def _refuse_rope(given: dict[str, Any], kinds: tuple[str, ...]) -> None:
     known = {"rope_type"} | ({"partial_rotary_factor"} if given.get("partial_rotary_factor") == 1.0 else set())
     odd = {key for key, value in given.items() if value is not None} - known - ROPE.get(kind, set())
     if odd or kind not in kinds:
-        raise PeftcoreError(f"the model's rotary embedding is {given}, not written here. {WAY_ROUND}")
+        raise PeftcoreError(f"the model's rotary embedding {given} is not supported. {WAY_ROUND}")
 
 
 def _write_rope(writer: Any, model: nn.Module, given: dict[str, Any], length: int, head: int) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""What llama.cpp calls a model's tensors, and in which order it has the rows of them.
+"""Names of a model's tensors in llama.cpp's files, and the order of their rows.
 
-Facts from llama.cpp's conversion/llama.py, qwen.py and gemma.py: its `llama` turns neighbouring dimensions of a head
-(rotary embedding), transformers' turn those that lie half a head apart; so rows of q and k change places.
+Facts from llama.cpp's conversion/llama.py, qwen.py and gemma.py: the rotary embedding of its `llama` rotates adjacent
+dimensions of a head, transformers' rotates dimensions half a head apart, so rows of q and k are permuted.
 """
 
 from __future__ import annotations
@@ -15,18 +15,19 @@ from peftcore.adaptation.class_swap import original_class
 from peftcore.errors import PeftcoreError
 
 WAY_ROUND = (
-    "llama.cpp's own convert_hf_to_gguf.py reads more: give it the folder of `peftcore merge`, or of save_pretrained"
+    "llama.cpp's convert_hf_to_gguf.py supports more models: run it on the output of `peftcore merge` or "
+    "save_pretrained"
 )
 
 
 class Family(NamedTuple):
-    """A kind of model as llama.cpp knows it."""
+    """An architecture in llama.cpp."""
 
     architecture: str
-    neighbours: bool = False  # its rotary embedding turns neighbouring dimensions
+    neighbours: bool = False  # the rotary embedding rotates adjacent dimensions
     activation: str = "silu"
-    norms_from_one: bool = False  # norms multiply by one more than their weight, and by what the file has
-    all_seen_every: int = 0  # so many layers one attends to all, the others within a sliding window
+    norms_from_one: bool = False  # norms multiply by weight + 1; the file stores weight + 1
+    all_seen_every: int = 0  # every n-th layer has full attention, the others a sliding window
     experts: bool = False
 
 
@@ -43,15 +44,19 @@ FAMILIES = {
 
 
 def family_of(model: nn.Module) -> Family:
-    """Raises a PeftcoreError for a model that is none of those."""
+    """Return the model's family.
+
+    Raises:
+        PeftcoreError: the model's class is not supported.
+    """
     name = original_class(model).__name__
     if name not in FAMILIES:
-        raise PeftcoreError(f"{name} is not written as GGUF here, which knows {', '.join(FAMILIES)}. {WAY_ROUND}")
+        raise PeftcoreError(f"{name} cannot be exported to GGUF. Supported: {', '.join(FAMILIES)}. {WAY_ROUND}")
     return FAMILIES[name]
 
 
 class Names:
-    """Names and rows in llama.cpp's files of a model's tensors."""
+    """Names and row order of a model's tensors in llama.cpp's files."""
 
     def __init__(self, model: nn.Module) -> None:
         import gguf
@@ -63,15 +68,17 @@ class Names:
         self._map = gguf.get_tensor_name_map(number, config.num_hidden_layers)
 
     def of(self, name: str) -> str:
-        """The name of a parameter, `model.layers.0.self_attn.q_proj.weight`, in the file."""
+        """Return the name in the file of a parameter such as `model.layers.0.self_attn.q_proj.weight`."""
         found = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise PeftcoreError(f"'{name}' has no place in a GGUF file of '{self.family.architecture}'. {WAY_ROUND}")
+            raise PeftcoreError(
+                f"'{name}' has no counterpart in a GGUF file of '{self.family.architecture}'. {WAY_ROUND}"
+            )
         return found
 
     def stored(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """What the file has of a parameter, by its names there."""
-        if name.endswith(".experts.gate_up_proj"):  # [experts, gates and then the others, in]
+        """Return the tensors in the file for one parameter, by their names there."""
+        if name.endswith(".experts.gate_up_proj"):  # [experts, gate rows then up rows, in]
             place = name.removesuffix("gate_up_proj")
             gate, up = tensor.chunk(2, dim=1)
             return {self.of(f"{place}gate_proj.weight"): gate, self.of(f"{place}up_proj.weight"): up}
@@ -82,7 +89,7 @@ class Names:
         return {self.of(name): self.rows(name.rpartition(".")[0], tensor)}
 
     def rows(self, path: str, tensor: Tensor) -> Tensor:
-        """The rows of what belongs to the module at `path`, `[rows, ...]`, in the file's order."""
+        """Return `[rows, ...]` of the module at `path` in the file's row order."""
         heads = self.heads.get(path.rpartition(".")[2])
         if heads is None or not self.family.neighbours:
             return tensor

@@ -1,8 +1,8 @@
-"""SentencePiece's BPE as keys of GGUF: a text whole, spaces as ▁, what has no token in bytes (Llama 2, Mistral, Gemma).
+"""SentencePiece BPE as GGUF keys: whole texts, spaces as ▁, bytes for unknown characters (Llama 2, Mistral, Gemma).
 
-transformers merges the pair of the lowest rank, llama.cpp the two whose token scores highest, and of equals the first
-(src/llama-vocab.cpp, llm_tokenizer_spm). Both are the same where every pair that makes a token is a merge, and the
-ranks of a token's pairs lie together; a token's score is then -rank.
+transformers merges the pair of lowest rank, llama.cpp the pair whose token has the highest score, the first of equals
+(src/llama-vocab.cpp, llm_tokenizer_spm). Both agree if every pair that makes a token is a merge and the ranks of a
+token's pairs are contiguous; a token's score is then -rank.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TWICE = {
     "type": "Replace",
     "pattern": {"Regex": r"\A▁"},
     "content": SPACE * 2,
-}  # since Metaspace spares a text with one
+}  # because Metaspace skips a text that begins with one
 
 
 def _metaspace(scheme: str) -> dict[str, Any]:
@@ -34,16 +34,16 @@ def _metaspace(scheme: str) -> dict[str, Any]:
 
 _AT_SPACES = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
 _SPACES = "llama.cpp puts a space before a text that begins with one, and"
-_ALWAYS = f"{_SPACES} before a part of it behind a special token that does. This tokenizer puts none there"
+_ALWAYS = f"{_SPACES} before a part of it after a special token that does. This tokenizer does not"
 _FIRST = (
-    f'{_SPACES} behind each special token in it. This tokenizer puts none there ("legacy": true in the base\'s '
-    "tokenizer_config.json, before training, has it put those behind special tokens)"
+    f'{_SPACES} after each special token in it. This tokenizer does not (set "legacy": true in the base\'s '
+    "tokenizer_config.json before training to change that)"
 )
-WAYS: list[tuple[Steps, Steps, bool, str]] = [  # normalizer, pre-tokenizer, a space before the text, what differs
+WAYS: list[tuple[Steps, Steps, bool, str]] = [  # normalizer, pre-tokenizer, whether a space is prepended, difference
     ([_PREPEND, _ESCAPE], [], True, ""),
     ([_ESCAPE, _TWICE], [_metaspace("always")], True, ""),
     ([_ESCAPE], [], False, ""),
-    ([_ESCAPE], [_AT_SPACES], False, ""),  # of which none are left
+    ([_ESCAPE], [_AT_SPACES], False, ""),  # no character is left for merges
     ([], [_metaspace("never")], False, ""),
     ([], [_metaspace("always")], True, _ALWAYS),
     ([], [_metaspace("first")], True, _FIRST),
@@ -51,43 +51,43 @@ WAYS: list[tuple[Steps, Steps, bool, str]] = [  # normalizer, pre-tokenizer, a s
 
 
 def is_sentencepiece(parts: dict[str, Any]) -> bool:
-    """Whether the tokenizer.json is one of those."""
+    """Return whether the tokenizer.json is a SentencePiece BPE tokenizer."""
     return parts["model"]["type"] == "BPE" and bool(parts["model"].get("byte_fallback"))
 
 
 def byte_of(token: str) -> str | None:
-    """The token of the byte that a character is; llama.cpp writes it so where the character has none."""
+    """Return the byte token of a character, which llama.cpp uses if the character has no token."""
     return BYTES[ord(token)] if len(token) == 1 and token.isascii() else None
 
 
 def space_before(parts: dict[str, Any]) -> bool:
-    """Whether a text gets a space before it, which llama.cpp then puts behind special tokens, too.
+    """Return whether a space is prepended to a text; llama.cpp then also puts one after special tokens.
 
     Raises:
-        ValueError: spaces are treated in another way; what is odd.
+        ValueError: spaces are handled differently; the message says how.
     """
     normalizer, before = _steps(parts["normalizer"], "normalizers"), _steps(parts["pre_tokenizer"], "pretokenizers")
     way = next((way for way in WAYS if way[:2] == (normalizer, before)), None)
     if way is None:
         found = ", ".join(step["type"] for step in [*normalizer, *before]) or "nothing"
-        raise ValueError(f"it treats spaces in another way than SentencePiece ({found})")
+        raise ValueError(f"it handles spaces differently from SentencePiece ({found})")
     space, differs = way[2:]
     if differs:
-        warnings.warn(f"{differs}: such texts get other tokens in llama.cpp", stacklevel=2)
+        warnings.warn(f"{differs}: such texts would be tokenized differently by llama.cpp", stacklevel=2)
     for each in parts["added_tokens"]:
         if normalizer and each["normalized"] and (space or {" ", SPACE} & set(each["content"])):
             raise ValueError(
-                f"its token {each['content']!r} is looked for behind what the normalizer makes of a text. Add it as "
-                "AddedToken(..., normalized=False)"
+                f"its token {each['content']!r} is searched for after normalization. Add it as AddedToken(..., "
+                "normalized=False)"
             )
     return space
 
 
 def scores(parts: dict[str, Any], vocabulary: dict[str, int]) -> dict[str, float]:
-    """{token: its score}, of those that are made of two.
+    """Return {token: score} for tokens made by merging two others.
 
     Raises:
-        ValueError: llama.cpp would merge in another order; what is odd.
+        ValueError: llama.cpp would merge in another order; the message says why.
     """
     model = parts["model"]
     odd = [key for key, value in PLAIN.items() if (model.get(key) or value) != value]
@@ -95,7 +95,7 @@ def scores(parts: dict[str, Any], vocabulary: dict[str, int]) -> dict[str, float
         raise ValueError(f"its BPE has {', '.join(odd)}")
     missing = set(BYTES) - vocabulary.keys()
     if missing:
-        raise ValueError(f"it has no token for {len(missing)} of the 256 bytes, as {min(missing)}")
+        raise ValueError(f"it has no token for {len(missing)} of the 256 bytes, such as {min(missing)}")
     merges = [_pair(each) for each in model["merges"]]
     ranks = {merge: rank for rank, merge in enumerate(merges)}
     _refuse_unlike(parts, vocabulary, ranks)
@@ -116,19 +116,19 @@ def _pair(merge: str | list[str]) -> Merge:
 
 
 def _refuse_unlike(parts: dict[str, Any], vocabulary: dict[str, int], ranks: dict[Merge, int]) -> None:
-    """A pair that llama.cpp would merge is no merge."""
-    apart = {each["content"] for each in parts["added_tokens"]}  # cut out of a text before
+    """Raise a ValueError if a pair that llama.cpp would merge is not a merge."""
+    apart = {each["content"] for each in parts["added_tokens"]}  # split off before merging
     for token in vocabulary:
         if token in apart and SPACE not in token:
             continue
         for i in range(1, len(token)):
             pair = token[:i], token[i:]
             if pair not in ranks and all(len(part) == 1 or part in vocabulary for part in pair):
-                raise ValueError(f"{pair[0]!r} and {pair[1]!r} are no merge, though {token!r} is a token")
+                raise ValueError(f"{pair[0]!r} and {pair[1]!r} are not a merge, though {token!r} is a token")
 
 
 def _groups(merges: list[Merge]) -> list[list[Merge]]:
-    """The merges in their order, those together whose tokens must have one score."""
+    """Return the merges in order, grouped by those whose tokens must share a score."""
     last = {left + right: rank for rank, (left, right) in enumerate(merges)}
     groups: list[list[Merge]] = []
     end = -1
@@ -141,7 +141,7 @@ def _groups(merges: list[Merge]) -> list[list[Merge]]:
 
 
 def _refuse_ambiguous(groups: list[list[Merge]], ranks: dict[Merge, int], found: dict[str, float]) -> None:
-    """Of equal scores llama.cpp merges the first, transformers that of the lower rank: do they end in the same?"""
+    """Raise a ValueError if equal scores lead llama.cpp to other tokens than ranks lead transformers to."""
     for group in groups:
         behind = defaultdict(list)
         for left, right in group:
@@ -150,11 +150,11 @@ def _refuse_ambiguous(groups: list[list[Merge]], ranks: dict[Merge, int], found:
             for right in behind[middle]:
                 text = left + middle + right
                 if ranks[middle, right] < ranks[left, middle] and _merged(text, found, {}) != _merged(text, {}, ranks):
-                    raise ValueError(f"its merges of {text!r} have an order that no scores have")
+                    raise ValueError(f"its merges of {text!r} have an order that scores cannot express")
 
 
 def _merged(text: str, found: dict[str, float], ranks: dict[Merge, int]) -> list[str]:
-    """The tokens of a short text by scores, or by ranks."""
+    """Return the tokens of a short text, merged by scores or by ranks."""
     tokens = list(text)
     while True:
         pairs = list(enumerate(pairwise(tokens)))

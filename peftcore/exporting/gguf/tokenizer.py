@@ -1,7 +1,7 @@
-"""A tokenizer as keys of GGUF: byte-level BPE, SentencePiece's BPE, or what another GGUF file has.
+"""A tokenizer as GGUF keys: byte-level BPE, SentencePiece BPE, or a copy from another GGUF file.
 
-How a text is cut before byte-level merges is known to llama.cpp by a name. The cuts by these names are those of
-src/llama-vocab.cpp, compared here with what the tokenizer's own file says, exactly.
+llama.cpp knows by name how a text is split before byte-level merges. The splits by these names are those of
+src/llama-vocab.cpp, and must match the tokenizer's own file exactly.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ CUTS: dict[str, list[dict[str, Any]]] = {
     "qwen2": [_split(r"\p{N}"), _BYTES],
     "llama-bpe": [_split(r"\p{N}{1,3}"), _BYTES],
 }
-WHOLE_WORDS_FIRST = {"llama-bpe"}  # a word that is a token is not merged together
+WHOLE_WORDS_FIRST = {"llama-bpe"}  # a word that is itself a token is not merged
 SPECIAL = ("bos", "eos", "unk", "pad")
 
 
 def write_tokenizer(writer: Any, tokenizer: Any, rows: int, template: str | None = None) -> None:
-    """Add the keys of a tokenizer of transformers, or of the GGUF file at a path.
+    """Add the keys of a transformers tokenizer, or of the GGUF file at a path.
 
     Args:
-        rows: of the model's vocabulary, which may be longer.
-        template: of chats, in place of the tokenizer's own.
+        writer: the GGUF writer.
+        tokenizer: a transformers tokenizer, or a path.
+        rows: size of the model's vocabulary, which may be larger.
+        template: chat template in place of the tokenizer's.
 
     Raises:
-        PeftcoreError: llama.cpp would cut texts in another way.
+        PeftcoreError: llama.cpp would tokenize differently.
     """
     if isinstance(tokenizer, str | Path):
         _copy(writer, Path(tokenizer), rows, template)
@@ -62,7 +64,7 @@ def write_tokenizer(writer: Any, tokenizer: Any, rows: int, template: str | None
 
 
 def _write_bytes(writer: Any, parts: dict[str, Any], rows: int) -> None:
-    """Byte-level BPE."""
+    """Write a byte-level BPE tokenizer."""
     cut = _cut(parts)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in parts["model"]["merges"]]
     if not merges:
@@ -91,7 +93,7 @@ def _vocabulary(parts: dict[str, Any]) -> dict[str, int]:
 
 
 def _cut(parts: dict[str, Any]) -> str:
-    """The name of the way in which the tokenizer cuts texts."""
+    """Return llama.cpp's name for the way the tokenizer splits texts."""
     model, before = parts["model"], parts["pre_tokenizer"]
     plain = {"dropout": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
     odd = [key for key, value in plain.items() if (model.get(key) or value) != value]
@@ -101,29 +103,33 @@ def _cut(parts: dict[str, Any]) -> str:
         raise _refused(f"it has a normalizer, {parts['normalizer']['type']}")
     steps = before["pretokenizers"] if before and before["type"] == "Sequence" else [before or {"type": "none"}]
     if any(step.get("add_prefix_space") for step in steps):
-        raise _refused("it puts a space before a text")
+        raise _refused("it prepends a space to texts")
     cuts = [{k: v for k, v in s.items() if k not in ("add_prefix_space", "trim_offsets")} for s in steps]
     name = next((name for name, known in CUTS.items() if cuts == known), None)
     if name is None:
-        raise _refused(f"it cuts texts in another way ({', '.join(step['type'] for step in steps)})")
+        raise _refused(f"it splits texts differently ({', '.join(step['type'] for step in steps)})")
     if bool(model.get("ignore_merges")) != (name in WHOLE_WORDS_FIRST):
         raise _refused(f"it has ignore_merges={model.get('ignore_merges')}")
     return name
 
 
 def _refuse_added(added: list[dict[str, Any]]) -> None:
-    """llama.cpp looks for the longest token first, transformers, from left to right, for the longest that begins."""
+    """Raise a PeftcoreError if added tokens match differently.
+
+    llama.cpp searches for the longest token first; transformers goes from left to right and takes the longest that
+    begins.
+    """
     odd = [each["content"] for each in added if each["lstrip"] or each["rstrip"] or each["single_word"]]
     if odd:
-        raise _refused(f"its token {odd[0]!r} takes spaces beside it along")
+        raise _refused(f"its token {odd[0]!r} strips adjacent spaces")
     longest: dict[str, str] = {}
     for token in sorted((each["content"] for each in added), key=len):
         longest.update((token[:i], token) for i in range(1, len(token)))
     for token in (each["content"] for each in added):
         for i in range(1, len(token)):
             other = longest.get(token[i:], "")
-            if len(other) > len(token) and len(set(token + other)) > 1:  # runs of one character come out the same
-                raise _refused(f"where its token {token!r} ends, {other!r} may begin")
+            if len(other) > len(token) and len(set(token + other)) > 1:  # runs of one character give the same result
+                raise _refused(f"its tokens {token!r} and {other!r} may overlap")
 
 
 def _write_tokens(writer: Any, parts: dict[str, Any], rows: int, unknown: int | None = None) -> list[str]:
@@ -146,7 +152,7 @@ def _write_tokens(writer: Any, parts: dict[str, Any], rows: int, unknown: int | 
         token for token in vocabulary.keys() - set(tokens) if sentencepiece.byte_of(token) != tokens[vocabulary[token]]
     }
     if twice:
-        raise _refused(f"its tokens {min(twice)!r} and {tokens[vocabulary[min(twice)]]!r} are one")
+        raise _refused(f"its tokens {min(twice)!r} and {tokens[vocabulary[min(twice)]]!r} have the same id")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     return tokens
@@ -155,8 +161,8 @@ def _write_tokens(writer: Any, parts: dict[str, Any], rows: int, unknown: int | 
 def _write_special(writer: Any, tokenizer: Any) -> None:
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     if ids["eos"] is None:
-        raise _refused("it has no token for the end, as which llama.cpp then takes one of its own choice")
-    if ids["pad"] == ids["eos"]:  # put there for batches
+        raise _refused("it has no end-of-text token, and llama.cpp would choose one")
+    if ids["pad"] == ids["eos"]:  # set for padding batches
         ids["pad"] = None
     for name, i in ids.items():
         if i is not None:
@@ -165,7 +171,7 @@ def _write_special(writer: Any, tokenizer: Any) -> None:
     whole = tokenizer("a")["input_ids"]
     first, last = whole[:1] == [ids["bos"]] and whole[:1] != bare[:1], whole[-1:] == [ids["eos"]] != bare[-1:]
     if whole != [*whole[:1] * first, *bare, *whole[-1:] * last]:
-        raise _refused(f"it puts the tokens {whole} for {bare}")
+        raise _refused(f"it returns {whole} for {bare}")
     writer.add_add_bos_token(first)
     writer.add_add_eos_token(last)
 
@@ -181,10 +187,10 @@ def _copy(writer: Any, file: Path, rows: int, template: str | None) -> None:
     fields = gguf.GGUFReader(file).fields
     tokens = fields.get(gguf.Keys.Tokenizer.LIST)
     if tokens is None:
-        raise PeftcoreError(f"'{file}' has no tokenizer")
+        raise PeftcoreError(f"'{file}' has no tokenizer. Pass a transformers tokenizer")
     _refuse_longer(len(tokens.data), rows)
     if len(tokens.data) < rows:
-        raise PeftcoreError(f"the vocabulary of '{file}' has {len(tokens.data)} tokens, the model {rows} rows for it")
+        raise PeftcoreError(f"the vocabulary of '{file}' has {len(tokens.data)} tokens, but the model's has {rows}")
     for key, field in fields.items():
         if not key.startswith("tokenizer.") or (template and key == gguf.Keys.Tokenizer.CHAT_TEMPLATE):
             continue
@@ -196,11 +202,14 @@ def _copy(writer: Any, file: Path, rows: int, template: str | None) -> None:
 
 def _refuse_longer(tokens: int, rows: int) -> None:
     if tokens > rows:
-        raise PeftcoreError(f"the tokenizer has {tokens} tokens, the model {rows} rows for them: it is another model's")
+        raise PeftcoreError(
+            f"the tokenizer has {tokens} tokens, but the model's vocabulary has {rows} rows. "
+            "Pass the model's own tokenizer"
+        )
 
 
 def _refused(why: str) -> PeftcoreError:
     return PeftcoreError(
-        f"the tokenizer is not one that is written as GGUF here: {why}. Known are byte-level BPE that cuts texts as "
-        f"{', '.join(CUTS)} do, and SentencePiece's BPE with bytes for what has no token. {WAY_ROUND}"
+        f"the tokenizer cannot be written as GGUF: {why}. Supported are byte-level BPE that splits texts like "
+        f"{', '.join(CUTS)}, and SentencePiece BPE with byte fallback. {WAY_ROUND}"
     )

@@ -344,7 +344,11 @@ def test_merging_says_that_it_cannot_and_what_can() -> None:
     with pytest.raises(peftcore.PeftcoreError, match=r"'default' \(adapter\) cannot be merged.*No active adapter can"):
         peftcore.merge(model)
     peftcore.apply(model, "lora", adapter="low-rank", r=2)
-    with pytest.raises(peftcore.PeftcoreError, match=r"Of the active ones low-rank \(lora\) can.*\['low-rank'\]\)"):
+    with pytest.raises(
+        peftcore.PeftcoreError,
+        match=r"These active adapters can be: low-rank "
+        r"\(lora\).*\['low-rank'\]\)",
+    ):
         peftcore.merge(model)
     peftcore.activate(model, ["low-rank"])
     peftcore.merge(model)

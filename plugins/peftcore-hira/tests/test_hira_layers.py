@@ -73,9 +73,9 @@ def test_ranks_that_peft_wrote_and_did_not_use_are_refused(tmp_path: Path) -> No
 def test_what_peft_computes_otherwise_is_refused() -> None:
     for layer, message in (
         (nn.Conv2d(8, 6, 3, groups=2), "in 2 groups, where PEFT computes something else"),
-        (nn.Embedding(20, 8, max_norm=1.0), r"'layer' \(Embedding\) does more than look its input up, which"),
+        (nn.Embedding(20, 8, max_norm=1.0), r"'layer' \(Embedding\) does more than look up its input, so"),
     ):
         with pytest.raises(peftcore.PeftcoreError, match=message):
             peftcore.apply(Layer(layer), "hira", target_modules=["layer"])
-    with pytest.raises(peftcore.PeftcoreError, match="multiplies its output by embed_scale, where PEFT does not"):
+    with pytest.raises(peftcore.PeftcoreError, match="multiplies its output by embed_scale, which PEFT does not"):
         peftcore.apply(FAMILIES["Gemma"].make(), "hira", target_modules=["embed_tokens"])

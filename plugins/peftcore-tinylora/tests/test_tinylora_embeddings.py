@@ -41,5 +41,5 @@ def test_numbers_of_the_subspace_are_dropped_in_training() -> None:
 
 
 def test_a_scaled_embedding_is_refused() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="multiplies its output by embed_scale, where PEFT does not"):
+    with pytest.raises(peftcore.PeftcoreError, match="multiplies its output by embed_scale, which PEFT does not"):
         peftcore.apply(FAMILIES["Gemma"].make(), "tinylora", target_modules=["embed_tokens"])

@@ -116,12 +116,12 @@ def test_asked_for_wrongly(run: Run, base: Path, llama: Path, tmp_path: Path) ->
     adapter_of(base, tmp_path / "run", r=4)
     given = ("export", "--adapter", tmp_path / "run", "--format")
     assert "--format must be one of gguf, vllm, peft, onnx, found 'ggml'" in run(*given, "ggml", code=1).output
-    assert "--only is one of adapter, model, found 'base'" in run(*given, "gguf", "--only", "base", code=1).output
+    assert "--only must be one of adapter, model, found 'base'" in run(*given, "gguf", "--only", "base", code=1).output
     assert "Pass --adapter FOLDER" in run("export", "--format", "vllm", "--model", base, code=1).output
     assert "Pass --adapter FOLDER" in run("export", "--format", "gguf", code=1).output
     assert "exists already" in run(*given, "peft", "--output", tmp_path / "run", code=1).output
     adapter_of(gpt2_in(tmp_path / "gpt2"), tmp_path / "other", r=4)
     output = run("export", "--format", "gguf", "--adapter", tmp_path / "other", code=1).output.replace("\n", " ")
-    assert "GPT2LMHeadModel is not written as GGUF here" in output and "--convert" not in output
+    assert "GPT2LMHeadModel cannot be exported to GGUF" in output and "--convert" not in output
     output = run("export", "--format", "gguf", "--model", llama, "--output", tmp_path / "words", code=1).output
     assert "its model is WordLevel" in output.replace("\n", " ") and not list(tmp_path.glob("words/*"))

@@ -31,7 +31,7 @@ def write(model: Any, file: Path) -> Path:
 )
 def test_the_products_are_the_change(make: Any, fields: dict[str, Any], tmp_path: Path) -> None:
     model = make()
-    options = {"to": "gguf", "tokenizer": tokenizer(), "kind": "f32"}
+    options = {"format": "gguf", "tokenizer": tokenizer(), "gguf_type": "f32"}
     before = tensors(peftcore.export(model, tmp_path / "base.gguf", **options))
     apply(model, **fields)
     file = write(model, tmp_path / "adapter.gguf")
@@ -66,17 +66,17 @@ def test_a_scale_of_nothing_is_no_scale_of_one(tmp_path: Path) -> None:
     [
         (
             lambda: apply(llama(), "dora", r=4),
-            r"\(dora\) cannot be written.*peftcore.convert\(model, 'default', to='lora'",
+            r"\(dora\) cannot be written.*peftcore.convert\(model, 'default', method='lora'",
         ),
         (lambda: apply(llama(), "ia3"), "ia3.* cannot be written as an adapter of llama.cpp.*peftcore.convert"),
-        (lambda: apply(qwen2(), r=4, bias="all"), r"\(lora\).* trains '.*bias' of the base too"),
-        (lambda: apply(llama(), r=4, modules_to_save=["lm_head"]), "trains 'lm_head' whole"),
-        (lambda: apply(llama(), "prompt-tuning", num_virtual_tokens=3), "no change of a weight"),
+        (lambda: apply(qwen2(), r=4, bias="all"), r"\(lora\).* also trains the base parameter '.*bias'"),
+        (lambda: apply(llama(), r=4, modules_to_save=["lm_head"]), "modules_to_save=\\['lm_head'\\]"),
+        (lambda: apply(llama(), "prompt-tuning", num_virtual_tokens=3), "does not change a weight"),
         (
             lambda: apply(llama(tie_word_embeddings=True), r=4, target_modules=["lm_head"]),
-            r"changes 'lm_head', whose weight 'model.embed_tokens' shares.*untie=True",
+            r"changes 'lm_head', which shares its weight with 'model.embed_tokens'.*untie=True",
         ),
-        (lambda: apply(mixture("mixtral"), r=4), "MixtralForCausalLM is not written as GGUF here"),
+        (lambda: apply(mixture("mixtral"), r=4), "MixtralForCausalLM cannot be exported to GGUF"),
     ],
 )
 def test_what_llama_cpp_cannot_add_is_refused(make: Any, message: str, tmp_path: Path) -> None:

@@ -152,23 +152,23 @@ def test_a_window_is_the_length_of_the_context(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (gpt2, "GPT2LMHeadModel is not written as GGUF here, which knows LlamaForCausalLM, .* convert_hf_to_gguf.py"),
+        (gpt2, "GPT2LMHeadModel cannot be exported to GGUF. Supported: LlamaForCausalLM, .* convert_hf_to_gguf.py"),
         (lambda: llama(hidden_act="gelu"), "hidden_act='gelu', which llama.cpp's 'llama' does not know"),
         (
             lambda: llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-            "rotary embedding is .*dynamic.*, not written here",
+            "rotary embedding .*dynamic.* is not supported",
         ),
         (
             lambda: qwen2(use_sliding_window=True, sliding_window=8, max_window_layers=0),
             "some of the model's layers have a sliding window",
         ),
         (lambda: qwen3moe(norm_topk_prob=False), "do not sum to one .norm_topk_prob."),
-        (lambda: qwen3moe(mlp_only_layers=[0]), "layers.0.mlp.gate_proj.weight' has no place in a GGUF"),
+        (lambda: qwen3moe(mlp_only_layers=[0]), "layers.0.mlp.gate_proj.weight' has no counterpart in a GGUF"),
         (lambda: gemma2(query_pre_attn_scalar=64), "query_pre_attn_scalar=64, not 32"),
         (lambda: gemma2(attn_logit_softcapping=None), "attn_logit_softcapping=None"),
         (lambda: gemma2(final_logit_softcapping=None), "no final_logit_softcapping"),
-        (lambda: gemma2(tie_word_embeddings=False), "'lm_head.weight' has no place in a GGUF file of 'gemma2'"),
-        (lambda: gemma2(layer_types=["full_attention"] * 2), "do not have a sliding window but every 2th"),
+        (lambda: gemma2(tie_word_embeddings=False), "'lm_head.weight' has no counterpart in a GGUF file of 'gemma2'"),
+        (lambda: gemma2(layer_types=["full_attention"] * 2), "with full attention are not every 2th"),
         (lambda: gemma3(attn_logit_softcapping=9.0), "attn_logit_softcapping=9.0"),
         (lambda: gemma3(hidden_activation="gelu"), "hidden_act='gelu'"),
         (lambda: gemma3(attention_bias=True), "attention_bias or use_bidirectional_attention"),

@@ -77,7 +77,7 @@ def test_tokens_at_the_ends_of_a_text(tmp_path: Path) -> None:
     found = write(given, tmp_path / "model.gguf")
     assert found["tokenizer.ggml.add_bos_token"] and found["tokenizer.ggml.add_eos_token"]
     given.backend_tokenizer.post_processor = processors.TemplateProcessing("<|im_end|> $A", None, ends[1:])
-    with pytest.raises(PeftcoreError, match=r"it puts the tokens \[259, \d+\] for \[\d+\]"):
+    with pytest.raises(PeftcoreError, match=r"it returns \[259, \d+\] for \[\d+\]"):
         write(given, tmp_path / "model.gguf")
 
 
@@ -88,7 +88,7 @@ def test_a_template_in_place_of_the_tokenizer_s_and_a_tokenizer_of_another_file(
     assert second == first
     third = write(tmp_path / "first.gguf", tmp_path / "third.gguf", chat_template="{{ third }}")
     assert third == {**first, "tokenizer.chat_template": "{{ third }}"}
-    with pytest.raises(PeftcoreError, match="the tokenizer has 262 tokens, the model 100 rows for them"):
+    with pytest.raises(PeftcoreError, match="the tokenizer has 262 tokens, but the model's vocabulary has 100 rows"):
         peftcore.export(llama(vocab_size=100), tmp_path / "x.gguf", format="gguf", tokenizer=tmp_path / "first.gguf")
     with pytest.raises(PeftcoreError, match="has 262 tokens, the model 300 rows"):
         peftcore.export(llama(vocab_size=300), tmp_path / "x.gguf", format="gguf", tokenizer=tmp_path / "first.gguf")
@@ -115,18 +115,19 @@ def greedy() -> Any:
     [
         (
             words,
-            "its model is WordLevel. Known are byte-level BPE that cuts texts as gpt-2, smollm, qwen2, llama-bpe do",
+            "its model is WordLevel. Supported are byte-level BPE that splits texts like "
+            "gpt-2, smollm, qwen2, llama-bpe",
         ),
         (lowercase, "it has a normalizer, Lowercase"),
-        (greedy, "its token '<m>' takes spaces beside it along"),
+        (greedy, "its token '<m>' strips adjacent spaces"),
         (
             lambda: tokenizer(pre_tokenizers.Whitespace()),
-            r"cuts texts in another way \(Whitespace\).*convert_hf_to_gguf",
+            r"splits texts differently \(Whitespace\).*convert_hf_to_gguf",
         ),
         (lambda: tokenizer(pre_tokenizers.ByteLevel()), "puts a space before a text"),
         (lambda: tokenizer(split("llama-bpe")), "it has ignore_merges=False"),
         (lambda: tokenizer(sequence(pre_tokenizers.Split(Regex("x"), "isolated"))), "in another way"),
-        (lambda: tokenizer(eos_token=None), "no token for the end"),
+        (lambda: tokenizer(eos_token=None), "no end-of-text token"),
         (object, "object has no tokenizer.json"),
     ],
 )
