@@ -59,7 +59,7 @@ _PUBLIC = {
     "peftcore.checkpoint": ("load", "save", "set_resident_limit"),
     "peftcore.composing.combining": ("combine",),
     "peftcore.composing.converting": ("convert",),
-    "peftcore.composing.swapping": ("state_dict", "swap"),
+    "peftcore.composing.adapter_state": ("state_dict", "swap"),
     "peftcore.engine": (
         "activate",
         "after_step",

@@ -1,10 +1,11 @@
-"""Other libraries are taught of adapters when the first one is applied to a model of theirs, or is already there when
-they are imported. Who never does either pays for none of them.
+"""Patches for other libraries, applied when the first adapter is applied to one of their models.
+
+If a library is imported later, it is patched on import. Without adapters nothing is patched.
 
     transformers            `pretrained`: `save_pretrained`
-    transformers.trainer    `transformers`: `Trainer`, and what is made of it
+    transformers.trainer    `transformers`: `Trainer` and its subclasses
     peft                    `peft`: refuses a model with adapters
-    diffusers               `diffusers`, `diffusers_pipelines`: refuse what would pass adapters over
+    diffusers               `diffusers`, `diffusers_pipelines`: refuse calls that would ignore adapters
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from peftcore.events import adapter_applied
 from peftcore.integrations.late_import import when_imported
 
-_PATCHES = {  # by the module of others that each teaches
+_PATCHES = {  # by the module that each patches
     "transformers": "peftcore.integrations.pretrained",
     "transformers.trainer": "peftcore.integrations.transformers",
     "peft": "peftcore.integrations.peft",

@@ -1,10 +1,10 @@
-"""diffusers on a model with adapters: what would pass them over is refused, with what to do instead.
+"""diffusers on a model with adapters: calls that would ignore the adapters raise an error that says what to do instead.
 
-    scale in attention kwargs, set_adapters, disable_lora, fuse_lora, ...    mean layers of PEFT
-    save_pretrained                    would write the base, beside tensors that no load of it takes
-    fuse_qkv_projections, unfuse_...   make new layers of the old ones' weights, past their adapters
+    scale in attention kwargs, set_adapters, disable_lora, fuse_lora, ...    address layers of PEFT
+    save_pretrained                    would write the base, with tensors that cannot be loaded
+    fuse_qkv_projections, unfuse_...   would make new layers without adapters
 
-Importing this module teaches diffusers; `patch_model` the class of one, which are many.
+Importing this module patches diffusers; `patch_model` patches the class of a model.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from peftcore.errors import PeftcoreError
 from peftcore.integrations.patching import patch
 
 FORMAT = "diffusers"  # `save(format=)`
-_CHOOSE = "Choose with peftcore.activate(model, NAME), peftcore.disabled(model), peftcore.scale(model, NAME, 0.5)"
-_REMOVE = "Take adapters off with peftcore.remove(model)"
-_MERGE = "Merge adapters into the weights with peftcore.merge(model), and take them out with peftcore.unmerge(model)"
+_CHOOSE = "Use peftcore.activate(model, NAME), peftcore.disabled(model), or peftcore.scale(model, NAME, 0.5)"
+_REMOVE = "Remove adapters with peftcore.remove(model)"
+_MERGE = "Merge adapters with peftcore.merge(model), and unmerge them with peftcore.unmerge(model)"
 _PARTS = {"to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"}
 _FUSED = {"to_qkv", "to_kv", "to_added_qkv", "to_added_kv"}
 _OF_MODELS = {  # functions of diffusers whose first argument is a model
-    "scale_lora_layers": "Give no scale: peftcore.scale(model, NAME, 0.5)",
+    "scale_lora_layers": "Do not pass scale; use peftcore.scale(model, NAME, 0.5)",
     "set_adapter_layers": _CHOOSE,
     "set_weights_and_activate_adapters": _CHOOSE,
     "delete_adapter_layers": _REMOVE,
@@ -42,8 +42,8 @@ _OF_MODELS = {  # functions of diffusers whose first argument is a model
 
 def _refusal(model: Any, instead: str) -> PeftcoreError:
     return PeftcoreError(
-        f"diffusers means layers of PEFT here, and would pass over the adapters of peftcore on {type(model).__name__}: "
-        f"{', '.join(require_state(model).applied)}. {instead}"
+        "this call of diffusers addresses layers of PEFT and would ignore peftcore's adapters on "
+        f"{type(model).__name__}: {', '.join(require_state(model).applied)}. {instead}"
     )
 
 
@@ -59,7 +59,7 @@ def _refusing(own: Callable[..., Any], instead: str) -> Callable[..., Any]:
 
 
 def _replace(name: str, instead: str) -> None:
-    """A function of diffusers, wherever it was imported to."""
+    """Replace a function of diffusers in every module that imported it."""
     there = [module for key, module in sys.modules.items() if key.startswith("diffusers.") and name in vars(module)]
     if there:
         ours = _refusing(vars(there[0])[name], instead)
@@ -74,8 +74,8 @@ def _refuse(instead: str, model: Any, own: Callable[..., Any], *args: Any, **kwa
 def _save_pretrained(model: Any, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if require_state(model).merged is None:
         raise PeftcoreError(
-            f"save_pretrained would write the weights of {type(model).__name__} without what its adapters do. Save "
-            f"those with peftcore.save(model, folder, format={FORMAT!r}), or merge them first: peftcore.merge(model)"
+            f"save_pretrained would write the weights of {type(model).__name__} without its adapters. Save the "
+            f"adapters with peftcore.save(model, folder, format={FORMAT!r}), or merge them first: peftcore.merge(model)"
         )
     plain = {name: t for name, t in model.state_dict().items() if not {CHILD, TRAINED} & set(name.split("."))}
     model.__dict__["state_dict"] = lambda: plain
@@ -86,7 +86,7 @@ def _save_pretrained(model: Any, own: Callable[..., Any], *args: Any, **kwargs: 
 
 
 def patch_model(model: nn.Module) -> None:
-    """Let the class of `model` refuse to fuse projections that have adapters, and to take fused ones apart."""
+    """Make the class of `model` refuse to fuse or unfuse projections that have adapters."""
     for name in ("fuse_qkv_projections", "unfuse_qkv_projections"):
         owner = next((cls for cls in type(model).__mro__ if name in vars(cls)), None)
         if owner is not None and owner.__module__.startswith("diffusers.") and not _is_ours(vars(owner)[name]):
@@ -101,8 +101,8 @@ def _fusing(own: Callable[..., Any]) -> Callable[..., Any]:
         for path, module in self.named_modules():
             if path.rpartition(".")[2] in concerned and is_adapted(module):
                 raise PeftcoreError(
-                    f"{own.__name__} would put other layers in the place of '{path}' and the like, past their "
-                    "adapters. Call it before adapters are applied, or take them off first: peftcore.remove(model)"
+                    f"{own.__name__} would replace '{path}' and other layers by new ones without adapters. Call "
+                    "it before applying adapters, or remove them first: peftcore.remove(model)"
                 )
         return own(self, *args, **kwargs)
 

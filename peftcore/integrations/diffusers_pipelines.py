@@ -1,4 +1,4 @@
-"""A pipeline of diffusers is not saved without its models' adapters, which its folder has no place for."""
+"""Pipelines of diffusers refuse to be saved without their models' adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from peftcore.engine import state_of
 from peftcore.errors import PeftcoreError
-from peftcore.integrations import diffusers as _models  # which is taught as well
+from peftcore.integrations import diffusers as _models  # which is patched as well
 
 _own = DiffusionPipeline.save_pretrained
 
@@ -21,9 +21,9 @@ def _save_pretrained(pipe: Any, *args: Any, **kwargs: Any) -> Any:
         state = state_of(model) if isinstance(model, nn.Module) else None
         if state is not None and state.merged is None:
             raise PeftcoreError(
-                f"save_pretrained has no place for the adapters of '{name}' ({type(model).__name__}). Save those with "
-                f"peftcore.save(pipe.components, folder, format={_models.FORMAT!r}), or merge them first: "
-                f"peftcore.merge(pipe.{name})"
+                f"save_pretrained cannot write the adapters of '{name}' ({type(model).__name__}). Save the "
+                f"adapters with peftcore.save(pipe.components, folder, format={_models.FORMAT!r}), or merge them "
+                f"first: peftcore.merge(pipe.{name})"
             )
     return _own(pipe, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Do something when a module is imported, now or later."""
+"""Run a function when a module is imported, now or later."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _awaited: set[str] = set()
 
 
 def when_imported(name: str, act: Callable[[], Any]) -> None:
-    """Call `act` as soon as the module `name` has been imported: at once, where it is there. Once a name."""
+    """Call `act` once the module `name` has been imported: immediately if it already is. Once for each name."""
     if name in _awaited:
         return
     _awaited.add(name)
@@ -21,7 +21,7 @@ def when_imported(name: str, act: Callable[[], Any]) -> None:
 
 
 class _Finder:
-    """On `sys.meta_path`: finds the module as the others do, and lets `act` follow; to ask for a spec is no import."""
+    """Finder on `sys.meta_path` that delegates to the others and calls `act` after the import."""
 
     def __init__(self, name: str, act: Callable[[], Any]) -> None:
         self.name, self.act = name, act

@@ -1,6 +1,6 @@
-"""How a class of another library is taught of adapters.
+"""Patching of methods of other libraries' classes.
 
-Each method that is taught asks first whether adapters stand on the model, and is the library's own where none does.
+A patched method behaves as the original if the model has no adapters.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from peftcore.engine import state_of
 
 
 def patch(cls: type, name: str, ours: Callable[..., Any], model_of: Callable[[Any], Any]) -> None:
-    """Let `cls.name` be `ours(self, own, *args, **kwargs)` where `model_of(self)` has adapters; `own` is its own."""
+    """Replace `cls.name` by `ours(self, original, *args, **kwargs)` for objects whose `model_of(self)` has adapters."""
     own = getattr(cls, name)
 
     @functools.wraps(own)

@@ -1,5 +1,6 @@
-"""Hugging Face PEFT refuses a model that has adapters of peftcore: it would freeze them, rename what they stand at, and
-save its own as if they were none of the base's.
+"""Hugging Face PEFT refuses a model that has peftcore's adapters.
+
+It would freeze them, rename the modules they are attached to, and save its own adapter without them.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ def _patch(cls: Any) -> None:
         state = state_of(model) if isinstance(model, nn.Module) else None
         if state is not None:
             raise PeftcoreError(
-                f"PEFT cannot adapt {type(model).__name__}, which has adapters of peftcore: "
-                f"{', '.join(state.applied)}. Add another with peftcore.apply(model, ..., adapter='NAME'), "
-                "or take them off first: peftcore.remove(model)"
+                f"PEFT cannot adapt {type(model).__name__}, which has peftcore's adapters "
+                f"{', '.join(state.applied)}. Add another with peftcore.apply(model, ..., adapter='NAME'), or "
+                "remove them first: peftcore.remove(model)"
             )
         own(self, model, *args, **kwargs)
 

@@ -2,7 +2,7 @@
 
     model.save_pretrained(folder)     the adapters, in Hugging Face PEFT's format; after `merge` the merged model
 
-Importing this module teaches `PreTrainedModel`.
+Importing this module patches `PreTrainedModel`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def save_pretrained(
     push_to_hub: bool = False,
     **options: Any,
 ) -> Any:
-    """`PreTrainedModel.save_pretrained` of a model with adapters. `state_dict` is not needed for the adapters."""
+    """Implement `PreTrainedModel.save_pretrained` for a model with adapters; `state_dict` is not used for them."""
     if require_state(model).merged is not None:
         held = model.state_dict() if state_dict is None else state_dict
         held = {name: t for name, t in held.items() if not {CHILD, TRAINED} & set(name.split("."))}

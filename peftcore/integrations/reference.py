@@ -1,12 +1,12 @@
-"""A model as it is now, to compare with while it trains: its adapters' values are kept, its base is shared.
+"""A frozen reference of a model that trains: the adapters' values are kept, the base is shared.
 
     reference = Reference(model)
     optimizer.step()
     with reference.acting():
         model(...)  # computes what it computed before
 
-Preference training and reinforcement learning measure how far the policy has gone from where it began. Where no
-active adapter changes anything yet, that is the model with its adapters disabled, and nothing is kept.
+Preference optimization and reinforcement learning measure how far the policy has moved from its start. If no active
+adapter changes anything yet, the reference is the model with adapters disabled, and nothing is kept.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ _IS_BASE = "peftcore_reference_is_base"
 
 
 class Reference:
-    """What `model` computes when this is made.
+    """The function that `model` computes at construction.
 
     Args:
-        model: with adapters. Its base is taken for frozen.
+        model: a model with adapters. Its base must be frozen.
 
     Attributes:
-        kept: copies of the active adapters' tensors by `ADAPTER.NAME`; None where the reference is the base itself.
+        kept: copies of the active adapters' tensors by `ADAPTER.NAME`; None if the reference is the base.
 
     Raises:
-        PeftcoreError: the adapters are merged or sharded, or each sample of a batch has one of its own.
+        PeftcoreError: the adapters are merged or sharded, or each sample of a batch has its own.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,8 +54,8 @@ class Reference:
         tensors = dict(self._tensors())
         if any(map(ranks.is_part, tensors.values())):
             raise PeftcoreError(
-                "cannot keep the adapters as a reference: they are sharded. "
-                "Replicate them: peftcore.shard(model, adapters='replicate')"
+                "adapters cannot be kept as a reference because they are sharded. Replicate them: "
+                "peftcore.shard(model, adapters='replicate')"
             )
         self.kept: dict[str, Tensor] | None = None
         if ranks.is_sharded(model) or not all(changes_nothing(model, name) for name in self.active):
@@ -63,10 +63,10 @@ class Reference:
 
     @contextmanager
     def acting(self) -> Iterator[nn.Module]:
-        """Within the block the model computes what it computed then. For forwards without gradients.
+        """Make the model compute the reference within the block, for forward passes without gradients.
 
         Raises:
-            PeftcoreError: other adapters are active now, or none acts (`disabled`).
+            PeftcoreError: other adapters are active now, or adapters are `disabled`.
         """
         if self.is_acting:
             yield self.model
@@ -75,8 +75,8 @@ class Reference:
         active = state.active
         if active != self.active:
             raise PeftcoreError(
-                f"the reference was kept with the adapters {list(self.active)} active, now {list(active)} are. "
-                f"First peftcore.activate(model, {list(self.active)})"
+                f"the reference was made with adapters {list(self.active)} active, but {list(active)} are active "
+                f"now. Call peftcore.activate(model, {list(self.active)}) first"
             )
         self.is_acting = True
         try:
@@ -84,7 +84,7 @@ class Reference:
                 with engine.disabled(self.model):
                     yield self.model
             else:
-                with state.lock.changing("let the reference act"):
+                with state.lock.changing("use the reference"):
                     self._exchange()
                     try:
                         yield self.model
@@ -94,19 +94,19 @@ class Reference:
             self.is_acting = False
 
     def holds(self, tensor: Tensor) -> bool:
-        """Has this a value of its own for `tensor` of the model?"""
+        """Return whether the reference has its own value for `tensor` of the model."""
         return any(tensor is own for _, own in self._tensors())
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write it to `reference.safetensors` in `folder`, from where a run that goes on takes it again."""
+        """Write the reference to `reference.safetensors` in `folder`, for `restore` by a resumed run."""
         tensors = {name: tensor.cpu().contiguous() for name, tensor in (self.kept or {}).items()}
         save_file(tensors, Path(folder) / FILE, {_IS_BASE: str(self.kept is None)})
 
     def restore(self, folder: str | os.PathLike[str]) -> bool:
-        """Take what `save` wrote. Was it something else?
+        """Load what `save` wrote. Return whether it differed.
 
         Raises:
-            CheckpointError: it is not there, or of other adapters.
+            CheckpointError: the file is missing, or belongs to other adapters.
         """
         before = self.kept
         try:
@@ -115,8 +115,8 @@ class Reference:
                 found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
         except (OSError, SafetensorError) as error:
             raise CheckpointError(
-                f"'{folder}' says nothing of the model that the run compares with ({error}): it was written by a run "
-                f"without one, or by an older version. Begin anew from its adapter: peftcore.load(model, '{folder}')"
+                f"'{folder}' has no reference model ({error}): it was written by a run without one, or by an "
+                f"older version. Start a new run from its adapter: peftcore.load(model, '{folder}')"
             ) from error
         if is_base:
             self.kept = None
@@ -124,7 +124,7 @@ class Reference:
         own = dict(self._tensors())
         wrong = sorted(own.keys() ^ found.keys()) or [n for n in own if own[n].shape != found[n].shape]
         if wrong:
-            raise CheckpointError(f"'{Path(folder) / FILE}' is of other adapters, for example at '{wrong[0]}'")
+            raise CheckpointError(f"'{Path(folder) / FILE}' belongs to other adapters, for example at '{wrong[0]}'")
         self.kept = {name: value.to(own[name].device, own[name].dtype) for name, value in found.items()}
         return before is None or any(not torch.equal(before[name], value) for name, value in self.kept.items())
 
@@ -140,7 +140,7 @@ class Reference:
                 yield f"{adapter}.{name}", buffer
 
     def _exchange(self) -> None:
-        """Let each tensor hold what is kept of it, and the kept one what it held."""
+        """Swap the values of the model's tensors with the kept ones."""
         values = self.kept or {}
         for name, tensor in self._tensors():
             kept = values[name]

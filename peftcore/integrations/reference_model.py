@@ -1,10 +1,10 @@
-"""Trainers that compare a model with what it was when training began: TRL's DPO, KTO, GRPO, RLOO and their kin.
+"""Reference models for trainers: TRL's DPO, KTO, GRPO, RLOO and others compare a model with its initial state.
 
-Left alone they load the model's checkpoint a second time, without adapters and without its quantization. Here they get
-the model itself, by `ref_model=` where they have it, else in place of what they would load: with its adapters disabled
-where these change nothing yet, else with a frozen copy of their values (`reference.py`).
+By themselves they would load the checkpoint a second time, without adapters and quantization. Instead they get the
+model itself, through `ref_model=` if they have it, otherwise in place of what they would load: with adapters disabled
+if these change nothing yet, otherwise with a frozen copy of their values (`reference.py`).
 
-The constructor of every class of trainers is taught. What it cannot do rightly with adapters, it refuses.
+The constructor of every trainer class is patched. Options that would give wrong results with adapters are refused.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from peftcore.integrations.reference import Reference
 from peftcore.registry import registry
 
 _TAUGHT = "_peftcore_taught"
-_REFERENCE = "_peftcore_reference"  # on a trainer: what it compares with; on a view: what it shows
-_GIVEN = "_peftcore_given"  # on a trainer: the models that its constructor got
-_LOADS = "create_model_from_path"  # TRL's functions, by which trainers without `ref_model=` make one
+_REFERENCE = "_peftcore_reference"  # on a trainer: its reference; on a view: the reference it shows
+_GIVEN = "_peftcore_given"  # on a trainer: the models passed to its constructor
+_LOADS = "create_model_from_path"  # TRL's functions that make a reference in trainers without `ref_model=`
 _COPIES = "create_reference_model"
 
 
 def reference_of(trainer: Any) -> Reference | None:
-    """What `trainer` compares its model with, where that is the model itself."""
+    """Return the reference that `trainer` compares its model with, if it is the model itself."""
     return trainer.__dict__.get(_REFERENCE)
 
 
 if TYPE_CHECKING:
-    _Over = nn.Module  # `_View` is laid over subclasses of it alone
+    _Over = nn.Module  # `_View` is only mixed into subclasses of it
 else:
     _Over = object
 
 
 def view(reference: Reference, module: nn.Module) -> nn.Module:
-    """`module`, which is the reference's model or a part of it, as it was: same parameters, forwards of the reference.
+    """Return a view of `module`, the reference's model or a part of it: same parameters, with the reference's outputs.
 
-    It stays in evaluation mode, gives no gradients, and can be given a forward of its own.
+    It stays in evaluation mode, gives no gradients, and may be given its own forward.
     """
     shown: nn.Module = object.__new__(_view_class(type(module)))
     shown.__dict__ = {k: v for k, v in module.__dict__.items() if k != STATE}
@@ -58,7 +58,7 @@ def view(reference: Reference, module: nn.Module) -> nn.Module:
 
 
 class _View(_Over):
-    """What `view` lays over the class of a module."""
+    """Mixin that `view` adds to the class of a module."""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,12 +80,12 @@ class _View(_Over):
             return value
         if isinstance(value, Tensor) and reference.holds(value):
             raise PeftcoreError(
-                f"'{name}' of the reference is read outside of its forward, where it is that of the trained model"
+                f"'{name}' of the reference is read outside its forward, where it has the value of the trained model"
             )
         return view(reference, value) if isinstance(value, nn.Module) else value
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """Copies of the reference's own; also what is no tensor and yet changes it, for those who hash this."""
+        """Return copies of the reference's values, including non-tensor state, for code that hashes them."""
         reference: Reference = self.__dict__[_REFERENCE]
         with torch.no_grad(), reference.acting():
             found = {name: t.detach().clone() for name, t in super().state_dict(*args, **kwargs).items()}
@@ -108,7 +108,7 @@ def _view_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def patch_trainers() -> None:
-    """Teach all classes of trainers, those that are yet to be defined too."""
+    """Patch all trainer classes, including those defined later."""
 
     def init_subclass(cls: Any, /, **kwargs: Any) -> None:
         super(Trainer, cls).__init_subclass__(**kwargs)
@@ -133,7 +133,7 @@ def _patch(cls: type[Trainer]) -> None:
         try:
             bound = signature.bind(trainer, *args, **kwargs)
         except TypeError:
-            return own(trainer, *args, **kwargs)  # its own message
+            return own(trainer, *args, **kwargs)  # raises its own message
         given = {**bound.arguments, **bound.arguments.get(rest, {})}
         trainer.__dict__.setdefault(_GIVEN, []).extend(v for v in given.values() if isinstance(v, nn.Module))
         model = given.get("model")
@@ -147,7 +147,7 @@ def _patch(cls: type[Trainer]) -> None:
             with _given_when_made(own, trainer, model):
                 own(*bound.args, **bound.kwargs)
             for parameter, value in values:
-                if parameter.dtype != value.dtype:  # TRL rounds what trains beside a base in 4 bits
+                if parameter.dtype != value.dtype:  # TRL rounds trainable parameters on a 4-bit base
                     parameter.data = value.to(parameter.device)
         else:
             own(trainer, *args, **kwargs)
@@ -173,10 +173,10 @@ def _initial_model(trainer: Any, model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _given_when_made(own: Callable[..., None], trainer: Any, model: nn.Module) -> Iterator[None]:
-    """While `own` runs, its module gets the initial model where it would load or copy `model` itself."""
+    """Give `own`'s module the initial model while it runs, where it would load or copy `model`."""
     names = inspect.unwrap(own).__globals__
     before = {name: names[name] for name in (_LOADS, _COPIES) if name in names}
-    if "teacher_model" in inspect.signature(own).parameters:  # the same checkpoint may be meant, without adapters
+    if "teacher_model" in inspect.signature(own).parameters:  # it may name the same checkpoint, without adapters
         before.pop(_LOADS, None)
 
     def load(path: str, *args: Any, **kwargs: Any) -> nn.Module:
@@ -195,13 +195,13 @@ def _given_when_made(own: Callable[..., None], trainer: Any, model: nn.Module) -
 
 
 def refuse_wrapped(trainer: Any) -> None:
-    """Raise a PeftcoreError where a reference would be spread once more over what spreads the model itself."""
+    """Raise a PeftcoreError if a reference would be sharded again although it shares the model's weights."""
     wrapped = [name for name in ("fsdp", "deepspeed") if getattr(trainer, f"is_{name}_enabled", False)]
     if reference_of(trainer) is not None and wrapped:
         raise PeftcoreError(
-            f"{type(trainer).__name__} would spread the reference, which shares its weights with the model, by itself "
-            f"({wrapped[0]}). Shard the model beforehand: peftcore.shard(model, adapters='replicate'), and start "
-            f"without {wrapped[0]}. Or give a model of its own: ref_model=..."
+            f"{type(trainer).__name__} would shard the reference separately ({wrapped[0]}), although it shares "
+            "its weights with the model. Shard the model first with peftcore.shard(model, adapters='replicate') "
+            f"and start without {wrapped[0]}, or pass a separate model: ref_model=..."
         )
 
 
@@ -209,7 +209,7 @@ def _refuse_config_of_ours(config: Any) -> None:
     method = next((m.name for m in registry.methods().values() if type(config) is m.config_class), None)
     if method is not None:
         raise PeftcoreError(
-            f"peft_config=... takes the configs of PEFT, not that of {method}. Apply it beforehand: "
+            f"peft_config=... takes a config of PEFT, not of {method}. Apply it first: "
             "Trainer(model=peftcore.apply(model, config))"
         )
 
@@ -217,19 +217,19 @@ def _refuse_config_of_ours(config: Any) -> None:
 def _refuse_settings(given: dict[str, Any]) -> None:
     if given.get("peft_config") is not None:
         raise PeftcoreError(
-            "peft_config=... would let PEFT wrap a model that has adapters already. "
-            "Leave it out to train these, or give a model without: peftcore.remove(model)"
+            "peft_config=... would wrap a model that already has adapters. Leave it out to train these, or pass "
+            "a model without adapters: peftcore.remove(model)"
         )
     args = given.get("args")
     if getattr(args, "sync_ref_model", False):
         raise PeftcoreError(
-            "sync_ref_model=True moves the weights of a reference towards those of the model, which with adapters "
-            "share one base. Set sync_ref_model=False; to move the reference, begin a new run from the saved adapter"
+            "sync_ref_model=True moves the weights of the reference towards the model, but with adapters both "
+            "share one base. Set sync_ref_model=False; to move the reference, start a new run from the saved adapter"
         )
     if getattr(args, "use_vllm", hasattr(args, "vllm_server_base_url")):
         raise PeftcoreError(
-            "vLLM would be sent the base's weights without the adapters, and generate with those. "
-            "Set use_vllm=False, so that the model itself generates; trainers that always use vLLM cannot have adapters"
+            "vLLM would get the base's weights without the adapters and generate with those. Set use_vllm=False "
+            "to generate with the model itself; trainers that always use vLLM cannot be used with adapters"
         )
 
 
@@ -242,21 +242,20 @@ def _check(trainer: Any) -> None:
         moves = any(cls.__name__ == "SyncRefModelCallback" for cls in type(callback).__mro__)
         if moves or getattr(callback, "update_ref_model", False):
             raise PeftcoreError(
-                f"{type(callback).__name__} writes averages into the weights of a reference or teacher, which with "
-                "adapters shares them with the model. Leave it out, or switch it off in the arguments"
+                f"{type(callback).__name__} writes averages into the weights of a reference or teacher, which "
+                "shares them with the model. Leave the callback out, or disable it in the arguments"
             )
     for name, value in vars(trainer).items():
-        teacher = name.startswith("teacher")  # may be asked for by its path, without adapters
+        teacher = name.startswith("teacher")  # it may be named by its path, without adapters
         if not teacher and _is_second_base(value, trainer.model) and not any(value is other for other in given):
             raise PeftcoreError(
-                f"{type(trainer).__name__} has loaded '{trainer.model.config._name_or_path}' once more "
-                f"(trainer.{name}), without the adapters and the quantization of the model. "
-                "Give it the model that it shall compare with"
+                f"{type(trainer).__name__} loaded '{trainer.model.config._name_or_path}' again (trainer.{name}), "
+                "without the model's adapters and quantization. Pass it the model to compare with"
             )
 
 
 def refuse_bypassed(trainer: Any, model: nn.Module) -> None:
-    """Where TRL or Liger multiply by the weight of the head themselves, adapters around the head would be left out."""
+    """Raise a PeftcoreError if TRL or Liger read the weight of an adapted head, bypassing the adapter."""
     forward = getattr(model.__dict__.get("forward"), "__func__", None)
     fused = forward is not None and "fused_lm_head" in inspect.signature(forward, follow_wrapped=False).parameters
     if not fused and not getattr(trainer.args, "use_liger_kernel", False):
@@ -265,8 +264,8 @@ def refuse_bypassed(trainer: Any, model: nn.Module) -> None:
     for module, what, leave_out in ((head, "output head", "exclude_modules=['lm_head']"), (model, "whole model", "")):
         if isinstance(module, nn.Module) and adapters_of(module) is not None:
             raise PeftcoreError(
-                f"{type(trainer).__name__} reads the head's weight without calling the {what}, so the adapter around "
-                f"it would neither act nor train. Place none there{': ' + leave_out if leave_out else ''}"
+                f"{type(trainer).__name__} reads the head's weight without calling the {what}, so its adapter "
+                f"would neither be used nor trained. Do not adapt it{': ' + leave_out if leave_out else ''}"
             )
 
 

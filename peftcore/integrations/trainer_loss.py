@@ -1,9 +1,9 @@
-"""What methods add to the loss, in transformers' `Trainer` and what is made of it.
+"""Methods' additional loss terms in transformers' `Trainer` and its subclasses.
 
-    accelerator.backward(loss)    of each of the n batches of a step adds 1/n of the terms to it
+    accelerator.backward(loss)    adds 1/n of the terms to the loss of each of the n batches of a step
 
-Their gradients are thus scaled, averaged over the ranks and clipped as those of the loss. The log has their means as
-`extra_loss/<adapter>` beside `loss`, which is without them, as are evaluations.
+Their gradients are thus scaled, averaged over ranks and clipped like those of the loss. The log has their means as
+`extra_loss/<adapter>`; the logged loss and evaluations do not include them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from peftcore.errors import PeftcoreError
 
 
 class ExtraLoss(TrainerCallback):
-    """Of one trainer: adds the terms once to each batch of a step, and keeps their means for the log."""
+    """Adds the terms of one trainer once to each batch of a step, and averages them for the log."""
 
     def __init__(self, trainer: Any, model: nn.Module) -> None:
         self.trainer = trainer
         self.model = model
-        self.waits = True  # this batch has had none yet
+        self.waits = True  # not added to this batch yet
         self.added = 0
         self.steps = 0
         self.sums: dict[str, Tensor] = {}  # since the last log
@@ -38,7 +38,7 @@ class ExtraLoss(TrainerCallback):
         accelerator.backward = backward
 
     def with_terms(self, loss: Tensor) -> Tensor:
-        """The loss of a batch with its share of the terms, if it has not had it."""
+        """Return the loss of a batch plus its share of the terms, if it has not been added yet."""
         if not self.waits:
             return loss
         self.waits = False
@@ -50,7 +50,7 @@ class ExtraLoss(TrainerCallback):
         return loss
 
     def means(self) -> dict[str, float]:
-        """Of each adapter's terms over the steps since it was last asked, by the name in the log."""
+        """Return the means of each adapter's terms since the last call, by their names in the log."""
         means = {f"extra_loss/{name}": total.item() / max(1, self.steps) for name, total in self.sums.items()}
         self.steps, self.sums = 0, {}
         return means
@@ -70,14 +70,14 @@ class ExtraLoss(TrainerCallback):
     ) -> None:
         if not self.added and (terms := engine.loss_terms(self.model)):
             raise PeftcoreError(
-                f"{list(terms)} add a term to the loss, and training_step of {type(self.trainer).__name__} went past "
-                "it. Let it call self.accelerator.backward(loss) in place of loss.backward()"
+                f"{list(terms)} add a term to the loss, but training_step of {type(self.trainer).__name__} "
+                "bypassed it. Make it call self.accelerator.backward(loss) instead of loss.backward()"
             )
         self.steps += 1
 
 
 def add_extra_loss(trainer: Any, model: nn.Module) -> None:
-    """Let `trainer`, which is about to train `model`, add the terms of the methods that have any."""
+    """Make `trainer`, which is about to train `model`, add the loss terms of methods that have any."""
     for callback in list(trainer.callback_handler.callbacks):
         if isinstance(callback, ExtraLoss):
             trainer.remove_callback(callback)
@@ -86,7 +86,7 @@ def add_extra_loss(trainer: Any, model: nn.Module) -> None:
 
 
 def logged(trainer: Any) -> dict[str, float]:
-    """The means to log beside a training loss."""
+    """Return the means to log with a training loss."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, ExtraLoss):
             return callback.means()

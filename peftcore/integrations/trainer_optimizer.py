@@ -1,8 +1,8 @@
 """The optimizer that transformers' `Trainer` makes for a model with adapters.
 
-`optim="paged_adamw_8bit"` and the other names of `peftcore.optim.NAMES` mean the optimizers of that package, whose
-arguments stand in `optim_args` ("budget=256MB,directory=/data"). Where the method of an adapter that trains has
-parameter groups, any optimizer is given these; schedulers keep the ratios of their learning rates.
+`optim="paged_adamw_8bit"` and the other names of `peftcore.optim.NAMES` select that package's optimizers, with
+arguments in `optim_args` ("budget=256MB,directory=/data"). If the method of a trainable adapter defines parameter
+groups, every optimizer gets them; schedulers keep the ratios of their learning rates.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from peftcore.errors import PeftcoreError
 
 
 def optimizer_of(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
-    """What `args.optim` and `args.optim_args` mean, if it is an optimizer of peftcore's, for a plain `Trainer`:
-    `Trainer(..., optimizer_cls_and_kwargs=optimizer_of(args))`.
+    """Return the optimizer of peftcore that `args` select and its arguments, or None.
+
+    For a plain Trainer: `Trainer(..., optimizer_cls_and_kwargs=optimizer_of(args))`.
 
     Raises:
         PeftcoreError: `optim_args` is not NAME=VALUE, separated by commas.
@@ -36,7 +37,7 @@ def optimizer_of(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
     for setting in re.findall(r"(?:[^,(]|\([^)]*\))+", args.optim_args or ""):
         name, equals, text = setting.strip().partition("=")
         if not equals:
-            raise PeftcoreError(f"optim_args: expected NAME=VALUE separated by commas, found '{setting}'")
+            raise PeftcoreError(f"optim_args must be NAME=VALUE separated by commas, found '{setting}'")
         try:
             options[name.strip()] = ast.literal_eval(text.strip())
         except (ValueError, SyntaxError):
@@ -45,24 +46,25 @@ def optimizer_of(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
 
 
 def with_groups(trainer: Any, adapted: nn.Module, model: nn.Module | None) -> tuple[Any, dict[str, Any]]:
-    """The optimizer that `trainer` would make and its arguments, with the groups of the methods.
+    """Return the optimizer that `trainer` would make and its arguments, with the methods' parameter groups.
 
-    What they do not name Trainer groups by its own rule: no decay of what is called a bias or a norm.
+    Parameters in no group are grouped by Trainer's rule: no weight decay for biases and norms.
 
     Args:
+        trainer: the trainer.
         adapted: the model with the adapters.
-        model: what the trainer makes the optimizer for, if that is not `trainer.model`.
+        model: the model the trainer makes the optimizer for, if it is not `trainer.model`.
 
     Raises:
         PeftcoreError: the optimizer chooses the groups itself.
     """
     model = trainer.model if model is None else model
     kind, options = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(trainer.args, model)
-    is_factory = getattr(transformers_trainer, "is_optimizer_factory", lambda _kind: False)  # of later releases
+    is_factory = getattr(transformers_trainer, "is_optimizer_factory", lambda _kind: False)  # in later releases
     if {"params", "model", "optimizer_dict"} & set(options) or is_factory(kind):
         raise PeftcoreError(
-            f"optim='{getattr(trainer.args.optim, 'value', trainer.args.optim)}' groups the parameters itself, and the "
-            "method of an adapter that trains has groups of its own. Choose another optim, such as 'adamw_torch'"
+            f"optim='{getattr(trainer.args.optim, 'value', trainer.args.optim)}' groups parameters itself, but "
+            "an adapter's method defines its own groups. Choose another optim, such as 'adamw_torch'"
         )
     lr, decay = options.get("lr") or trainer.args.learning_rate, trainer.args.weight_decay
     groups = engine.method_groups(adapted, lr, decay)

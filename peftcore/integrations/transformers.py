@@ -1,16 +1,15 @@
-"""transformers' `Trainer` and what is made of it (TRL's `SFTTrainer`), unchanged, on a model with adapters.
+"""transformers' `Trainer` and its subclasses (TRL's `SFTTrainer`) on a model with adapters.
 
     trainer = Trainer(model=peftcore.apply(model, ...), args=..., train_dataset=...)
     trainer.train(resume_from_checkpoint=True)
 
-A checkpoint is Trainer's own folder (optimizer, scheduler, RNG, trainer state) with the adapter in
-Hugging Face PEFT's format in place of the model; an adapter that is not named `default` lies in a
-folder of its name, as in PEFT. The file `complete.json`, written last, lists every other file with
-its size: a checkpoint without it, or whose files differ, was cut off.
+A checkpoint is Trainer's own folder (optimizer, scheduler, RNG, trainer state) with the adapter in Hugging Face PEFT's
+format instead of the model; an adapter not named `default` is in a folder of its name, as in PEFT. The file
+`complete.json`, written last, lists every other file with its size: a checkpoint without it, or whose files differ, is
+incomplete.
 
-Importing this module teaches `Trainer` (see `pretrained.py`). A model that `peftcore.shard` has
-sharded is trained as it is, with replicated adapters; of one that accelerate shards (FSDP2), the
-optimizer's state is saved by accelerate.
+Importing this module patches `Trainer` (see `pretrained.py`). A model sharded by `peftcore.shard` is trained as it is,
+with replicated adapters; for one that accelerate shards (FSDP2), accelerate saves the optimizer's state.
 """
 
 from __future__ import annotations
@@ -45,26 +44,28 @@ _QUANTIZED_WITH_ADAPTERS = "_hf_peft_config_loaded"
 
 
 class AfterStep(TrainerCallback):
-    """Tells the methods of the active adapters that an optimizer step is done, while gradients still stand."""
+    """Callback that calls `after_step` of the active adapters' methods while gradients still exist."""
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not getattr(kwargs.get("optimizer"), "step_was_skipped", False):  # by a scaler: gradients were not finite
+        if not getattr(
+            kwargs.get("optimizer"), "step_was_skipped", False
+        ):  # skipped by a scaler because of NaN or Inf gradients
             model = kwargs["model"]
-            if engine.state_of(model) is None:  # within DDP or torch.compile; asking accelerate takes a millisecond
+            if engine.state_of(model) is None:  # inside DDP or torch.compile; asking accelerate takes a millisecond
                 model = extract_model_from_parallel(model, keep_torch_compile=False)
             engine.after_step(model, state.global_step + 1, state.max_steps)
 
 
 class TellsPaging(TrainerCallback):
-    """Says at the end where a paged optimizer's state lay, and what moving it cost."""
+    """Callback that reports at the end where a paged optimizer's state was, and the cost of moving it."""
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         optimizer: Any = kwargs.get("optimizer")
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # out of accelerate's
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # unwrapped from accelerate's
         if hasattr(optimizer, "paging") and state.is_world_process_zero:
             print(f"optimizer state: {optimizer.paging()}", flush=True)
 
@@ -85,12 +86,12 @@ def _create_optimizer(trainer: Trainer, own: Callable[..., Any], *args: Any, **k
 
 
 def bare_model(trainer: Trainer) -> nn.Module:
-    """The model that `trainer` trains, out of what compiles it or spreads it."""
+    """Return the model that `trainer` trains, without wrappers."""
     return trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
 
 
 def _model_of(trainer: Trainer) -> nn.Module | None:
-    """The same, or None of a trainer that has none yet."""
+    """Like `bare_model`, but None if the trainer has no model yet."""
     return None if getattr(trainer, "model", None) is None else bare_model(trainer)
 
 
@@ -112,7 +113,7 @@ def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any)
                 "Trainer keeps the optimizer's state on rank 0 and cannot keep that of sharded adapters. "
                 "Replicate them: peftcore.shard(model, adapters='replicate')"
             )
-        # What transformers itself shards is neither wrapped nor moved; the state of replicated adapters can be saved.
+        # Models that transformers shards are neither wrapped nor moved; replicated adapters' state can be saved.
         trainer.is_distributed_loading_by_transformers = True
 
 
@@ -125,7 +126,7 @@ def _add_callbacks(trainer: Trainer) -> None:
 
 @contextlib.contextmanager
 def _adapters_on_quantized(model: nn.Module) -> Iterator[None]:
-    """Trainer refuses a quantized model unless adapters stand on it, and knows those of PEFT by this attribute."""
+    """Mark the model as having adapters: Trainer refuses a quantized model unless it has PEFT's attribute."""
     before = model.__dict__.get(_QUANTIZED_WITH_ADAPTERS)
     model.__dict__[_QUANTIZED_WITH_ADAPTERS] = True
     try:
@@ -138,8 +139,8 @@ def _adapters_on_quantized(model: nn.Module) -> Iterator[None]:
 
 def _prepare_for_training(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not ranks.is_sharded(bare_model(trainer)):
-        check_ranks(bare_model(trainer))  # DDP's own message names no adapter
-        if trainer.is_fsdp_enabled and ranks.count() > 1:  # DDP gives them itself
+        check_ranks(bare_model(trainer))  # DDP's own message does not name the adapter
+        if trainer.is_fsdp_enabled and ranks.count() > 1:  # DDP sets them itself
             refuse_between_blocks(bare_model(trainer))
             give_adapters(bare_model(trainer))
     add_extra_loss(trainer, bare_model(trainer))
@@ -157,14 +158,14 @@ def _train(
 ) -> Any:
     if not any(p.requires_grad for p in bare_model(trainer).parameters()):
         raise PeftcoreError(
-            "nothing of the model trains: its adapters are frozen, rest or are merged. "
-            "Let one act: peftcore.unmerge(model), peftcore.activate(model, 'NAME')"
+            "no parameter of the model trains: its adapters are frozen, inactive, or merged. Activate one: "
+            "peftcore.unmerge(model), peftcore.activate(model, 'NAME')"
         )
-    _add_callbacks(trainer)  # where `model_init` applied the first adapter of this process, it was not taught yet
+    _add_callbacks(trainer)  # Trainer was not patched yet if `model_init` applied the first adapter of this process
     if resume_from_checkpoint is True:
         resume_from_checkpoint = latest_checkpoint(trainer.args.output_dir)
         if resume_from_checkpoint is None:
-            raise CheckpointError(f"'{trainer.args.output_dir}' holds no whole checkpoint to resume from")
+            raise CheckpointError(f"'{trainer.args.output_dir}' has no complete checkpoint to resume from")
     return own(resume_from_checkpoint, *args, **kwargs)
 
 
@@ -173,7 +174,7 @@ def _save_model(
 ) -> None:
     if not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
         return own(output_dir, _internal_call)
-    trainer._save(output_dir)  # own would gather the whole model first
+    trainer._save(output_dir)  # the original would gather the whole model first
     if trainer.args.push_to_hub and not _internal_call:
         trainer.push_to_hub(commit_message="Model save")
     return None
@@ -199,7 +200,7 @@ def _save_checkpoint(trainer: Trainer, own: Callable[..., Any], model: nn.Module
     folder = run / f"{PREFIX_CHECKPOINT_DIR}-{trainer.state.global_step}"
     if trainer.args.should_save:
         (folder / COMPLETE).unlink(missing_ok=True)
-    # Older checkpoints go when this one is whole, not before.
+    # Older checkpoints are deleted after this one is complete.
     limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
     try:
         own(model, trial)
@@ -208,7 +209,7 @@ def _save_checkpoint(trainer: Trainer, own: Callable[..., Any], model: nn.Module
     reference = reference_of(trainer)
     if trainer.args.should_save and reference is not None:
         reference.save(folder)
-    trainer.accelerator.wait_for_everyone()  # each rank writes the state of its RNG
+    trainer.accelerator.wait_for_everyone()  # each rank writes its RNG state
     if trainer.args.should_save:
         mark_complete(folder)
         transformers_trainer.rotate_checkpoints(
@@ -222,7 +223,7 @@ def _save_checkpoint(trainer: Trainer, own: Callable[..., Any], model: nn.Module
 def _save_optimizer_and_scheduler(trainer: Trainer, own: Callable[..., Any], output_dir: str) -> None:
     if not trainer.is_fsdp_enabled:
         return own(output_dir)
-    from accelerate.utils import save_fsdp_optimizer  # own would save the whole model beside it
+    from accelerate.utils import save_fsdp_optimizer  # the original would also save the whole model
 
     accelerator = trainer.accelerator
     save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, trainer.optimizer, trainer.model, output_dir)
@@ -237,8 +238,8 @@ def _load_from_checkpoint(
     wrong = _what_is_wrong(Path(resume_from_checkpoint))
     if wrong is not None:
         raise CheckpointError(
-            f"the checkpoint '{resume_from_checkpoint}' was cut off while it was written ({wrong}). "
-            "train(resume_from_checkpoint=True) takes the newest whole one"
+            f"checkpoint '{resume_from_checkpoint}' is incomplete ({wrong}). train(resume_from_checkpoint=True) "
+            "uses the newest complete one"
         )
     restore_adapters(bare_model(trainer), resume_from_checkpoint)
     reference = reference_of(trainer)
@@ -247,9 +248,9 @@ def _load_from_checkpoint(
     was_another = reference.restore(resume_from_checkpoint)
     if was_another and getattr(trainer.args, "precompute_ref_log_probs", False):
         raise CheckpointError(
-            f"the reference's log-probabilities were computed beforehand, with other adapters than those with which "
-            f"the run of '{resume_from_checkpoint}' began. Give the trainer the model as it was then, from the same "
-            "seed or files, or set precompute_ref_log_probs=False"
+            "the reference's log-probabilities were precomputed with other adapters than the run of "
+            f"'{resume_from_checkpoint}' started with. Pass the model as it was then, from the same seed or "
+            "files, or set precompute_ref_log_probs=False"
         )
 
 
@@ -258,13 +259,13 @@ def _load_best_model(trainer: Trainer, own: Callable[..., Any]) -> None:
 
 
 def _create_model_card(trainer: Trainer, own: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-    """Trainer's own card, which then says that the folder holds an adapter, of which base and method."""
+    """Write Trainer's model card, which then states that the folder contains an adapter, its base, and its method."""
     if not trainer.is_world_process_zero():
         return
     from huggingface_hub import ModelCard
 
     file = Path(trainer.args.output_dir) / "README.md"
-    file.unlink(missing_ok=True)  # one that says `peft` makes Trainer ask the model for PEFT's own card
+    file.unlink(missing_ok=True)  # with `peft` Trainer would ask the model for PEFT's own card
     own(*args, **kwargs)
     model = bare_model(trainer)
     card = ModelCard.load(file)
@@ -278,22 +279,22 @@ def _create_model_card(trainer: Trainer, own: Callable[..., Any], *args: Any, **
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write every adapter that trains: `default` into `folder` itself, others into `folder/NAME`."""
+    """Save every trainable adapter: `default` to `folder`, others to `folder/NAME`."""
     checkpoint.save_each(model, folder, _training(model))
 
 
 def restore_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Give every adapter that trains the values that `save_adapters` wrote.
+    """Load into every trainable adapter the values that `save_adapters` wrote.
 
     Raises:
-        CheckpointError: one is not there, or does not fit.
+        CheckpointError: an adapter is missing or does not fit.
     """
     for name in _training(model):
         checkpoint.restore(model, checkpoint.adapter_folder(Path(folder), name), adapter=name)
 
 
 def mark_complete(folder: Path) -> None:
-    """Write `complete.json`, once every other file of the checkpoint has reached the disk."""
+    """Write `complete.json`, after every other file of the checkpoint has reached the disk."""
     sizes = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE):
         with open(file, "rb") as content:
@@ -305,7 +306,7 @@ def mark_complete(folder: Path) -> None:
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
-    """The newest complete checkpoint in `folder`, or None; newer ones that were cut off are named in a warning."""
+    """Return the newest complete checkpoint in `folder`, or None. Newer incomplete ones are named in a warning."""
     found = {
         int(path.name.rpartition("-")[2]): path
         for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -315,7 +316,7 @@ def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:
         wrong = _what_is_wrong(path)
         if wrong is None:
             return str(path)
-        warnings.warn(f"the checkpoint '{path}' was cut off while it was written ({wrong}); skipped", stacklevel=2)
+        warnings.warn(f"checkpoint '{path}' is incomplete ({wrong}) and was skipped", stacklevel=2)
     return None
 
 

@@ -3,11 +3,11 @@
     SoftPrompt      p_1 … p_n  x_1 … x_m   before the first layer      mask  1 … 1  mask
     PrefixKV        k_1 … k_n  k(x_1) …    in every layer's attention  positions of x: n, n + 1, …
 
-Both enter at prefill only, while the cache is empty; afterwards the cache holds them, and only the mask
-and given positions grow. A soft prompt is cut off the output again, so labels, losses and heads above
-the backbone need to know nothing, and a loss with it is over the same tokens as one without: the input's first,
-which the prompt's last vector predicts, is not among them. Several may be active: soft prompts stand in the order
-of activation, `[first, …, last, tokens]`, prefixes likewise in the cache, in front of the soft prompts.
+Both are inserted at prefill only, while the cache is empty; afterwards the cache holds them, and only the mask and
+given positions grow. A soft prompt is removed from the output again, so labels, losses and heads above the backbone
+need not know of it. The loss is over the same tokens as without a prompt: the first input token, which the prompt's
+last vector predicts, is not included. Several may be active: soft prompts come in order of activation,
+`[first, …, last, tokens]`, and prefixes likewise in the cache, before the soft prompts.
 """
 
 from __future__ import annotations
@@ -29,27 +29,28 @@ __all__ = ["compiled"]
 
 
 def compiled(model: nn.Module, architecture: Architecture, placement: SoftPrompt | PrefixKV) -> list[Around]:
-    """The placement as adapters around modules of `model`.
+    """Return the placement as adapters around modules of `model`.
 
     Raises:
-        PeftcoreError: the model has no token embedding or no cache, shapes do not fit, or no room is left for input.
+        PeftcoreError: the model has no token embedding or no cache, shapes do not fit, or no position is left for
+            input.
     """
     kind = type(placement).__name__
     if architecture.embedding is None:
         raise PeftcoreError(
-            f"{kind} needs a model with a token embedding; {type(model).__name__} names none. A plugin's "
-            f"peftcore_architecture hook can"
+            f"{kind} needs a token embedding, and {type(model).__name__} declares none. A plugin's "
+            "peftcore_architecture hook can name it"
         )
     shape = _shape(placement)
     wanted = "[tokens, hidden]" if isinstance(placement, SoftPrompt) else "[layers, 2, kv_heads, tokens, head_dim]"
     if len(shape) != wanted.count(",") + 1:
-        raise PeftcoreError(f"the adapter of a {kind} returns {wanted}, found a tensor of shape {list(shape)}")
+        raise PeftcoreError(f"the adapter of a {kind} must return {wanted}, found a tensor of shape {list(shape)}")
     tokens = shape[0] if isinstance(placement, SoftPrompt) else shape[3]
     context = getattr(text_config(model), "max_position_embeddings", None)
     if isinstance(context, int) and 0 < context <= tokens:
         raise PeftcoreError(
-            f"a prompt of {tokens} tokens leaves no room for input: the context of {type(model).__name__} is "
-            f"{context} tokens. Take fewer"
+            f"a prompt of {tokens} tokens leaves no room for input: {type(model).__name__} has a context of "
+            f"{context} tokens. Use fewer"
         )
     if isinstance(placement, SoftPrompt):
         return place_soft_prompt(model, architecture, placement.adapter, *shape)
@@ -57,14 +58,14 @@ def compiled(model: nn.Module, architecture: Architecture, placement: SoftPrompt
 
 
 def _shape(placement: SoftPrompt | PrefixKV) -> tuple[int, ...]:
-    """The shape of what the adapter returns; a soft prompt's for one row."""
+    """Return the shape of the adapter's result; for a soft prompt that of one row."""
     adapter = placement.adapter
     if isinstance(placement, SoftPrompt) and asked([adapter]) is not None:
         shape = getattr(adapter, "tokens", None), getattr(adapter, "hidden", None)
         if not all(isinstance(size, int) for size in shape):
             raise PeftcoreError(
-                f"{type(adapter).__name__} reads the call (needs_call), so its shape is not known before one: give it "
-                "attributes `tokens` and `hidden`, the numbers of its vectors for a row and of the numbers in each"
+                f"{type(adapter).__name__} depends on the call (needs_call), so its shape is unknown beforehand. "
+                "Give it the attributes `tokens` and `hidden`: the number of vectors per row and their width"
             )
         return cast(tuple[int, int], shape)
     with torch.no_grad():

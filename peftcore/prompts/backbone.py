@@ -1,4 +1,4 @@
-"""What soft prompts and prefixes share: where a backbone is, how it is called, and room in its mask and positions."""
+"""Base of soft prompts and prefixes: where the backbone is, how it is called, and how mask and positions grow."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.observation import config
 
-# The names under which attention modules take the cache.
+# argument names of attention modules for the cache
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
 IN_CACHE = "_peftcore_prefix"  # attribute of a cache: how many of its tokens are prefixes
-IN_MASK = "_peftcore_masked"  # attribute of a cache: how many columns of this call's mask are of prefixes
-SOFT = "soft_prompt"  # attribute of a call in which a soft prompt stands before the input
+IN_MASK = "_peftcore_masked"  # attribute of a cache: how many columns of this call's mask belong to prefixes
+SOFT = "soft_prompt"  # attribute of a call with a soft prompt before the input
 
 
 class Backbone(nn.Module):
-    """An adapter around a backbone, which reads the call by the backbone's own argument names.
+    """Adapter around a backbone that reads the call by the backbone's argument names.
 
     Args:
-        tokens: how many the adapter puts before the input.
-        cache_argument: name of the backbone's argument that is the attention cache.
-        causal: positions are computed for padded batches, as `generate` does; an encoder counts from its start.
+        tokens: how many tokens the adapter puts before the input.
+        cache_argument: name of the backbone's argument for the attention cache.
+        causal: compute positions for padded batches, as `generate` does; an encoder counts from its start.
     """
 
     whole_batch = True
@@ -43,7 +43,7 @@ class Backbone(nn.Module):
         causal: bool = False,
     ) -> None:
         super().__init__()
-        self.adapter: Any = adapter  # None around what only makes room
+        self.adapter: Any = adapter  # None if it only extends the mask and positions
         self.tokens = tokens
         self._names = forward_arguments(module)
         self._cache_argument = cache_argument
@@ -58,39 +58,41 @@ class Backbone(nn.Module):
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         call = arguments_by_name(self._names, args, kwargs)
         old = [name for name in _CACHE_ARGUMENTS if name in call and name not in self._names]
-        if old and self._cache_argument and call.get(self._cache_argument) is None:  # which the module still takes
+        if (
+            old and self._cache_argument and call.get(self._cache_argument) is None
+        ):  # arguments that the module still takes
             call[self._cache_argument] = call.pop(old[0])
         return call
 
     def _cached(self, call: dict[str, Any]) -> tuple[Any, int]:
-        """(cache or None, how many tokens it holds beside prefixes)."""
+        """Return (cache or None, number of tokens it holds without prefixes)."""
         cache = call.get(self._cache_argument) if self._cache_argument else None
         length = 0 if cache is None else seen(cache)
         return cache, length - getattr(cache, IN_CACHE, 0) if length else 0
 
     def _make_room(self, call: dict[str, Any], past: int) -> int:
-        """Extend the mask by the adapter's tokens, and shift positions behind them; how many tokens are given."""
+        """Extend the mask by the adapter's tokens and shift positions after them; return the number of given tokens."""
         given = call.get("inputs_embeds")
         given = call.get("input_ids") if given is None else given
         if given is None:
-            raise PeftcoreError("a prompt stands before tokens, and the model was called without: no input_ids")
+            raise PeftcoreError("a prompt needs input tokens, and the model was called without input_ids")
         if given.dim() != (2 if given is call.get("input_ids") else 3):
-            raise PeftcoreError(f"a prompt stands before tokens [batch, length], found a tensor of {list(given.shape)}")
+            raise PeftcoreError(f"a prompt needs tokens [batch, length], found a tensor of shape {list(given.shape)}")
         length = given.shape[1]
         if self._context and past + self.tokens + length > self._context:
             raise PeftcoreError(
-                f"{past + length} tokens of input and a prompt of {self.tokens} are more than the "
-                f"{self._context} positions that this model has learned. Shorten the input"
+                f"{past + length} input tokens and a prompt of {self.tokens} exceed the {self._context} "
+                "positions that this model has learned. Shorten the input"
             )
         mask, positions = call.get("attention_mask"), call.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise PeftcoreError(
-                "a prompt needs a 2-d attention mask [batch, tokens] to extend, found "
-                f"{list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__} (static caches make those; "
-                "generate with the dynamic one)"
+                "a prompt needs a 2-d attention mask [batch, tokens] to extend, found {list(mask.shape) if "
+                "isinstance(mask, Tensor) else type(mask).__name__} (static caches use another; generate with "
+                "the dynamic one)"
             )
         if positions is None and mask is not None and self.counts:
-            counted = (mask.long().cumsum(-1) - 1).clamp(min=0)  # tokens count, padding does not
+            counted = (mask.long().cumsum(-1) - 1).clamp(min=0)  # positions count tokens, not padding
             positions = counted[:, -length:] + self._first
         if positions is not None:
             call["position_ids"] = positions + self.tokens
@@ -100,9 +102,9 @@ class Backbone(nn.Module):
 
 
 class Positions(Backbone):
-    """Around a backbone that makes positions for the decoder inside, of places and the length of the cache.
+    """Adapter around a backbone that computes the decoder's positions from the input and the length of the cache.
 
-    Here tokens are counted, neither padding nor prefixes: the adapter around the decoder adds its own.
+    It counts tokens, neither padding nor prefixes: the adapter around the decoder adds its own.
     """
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,10 +121,10 @@ class Positions(Backbone):
 
 
 def decoder_path(model: nn.Module, architecture: Architecture) -> str:
-    """Path of the module that is called with tokens, at prefill and at each step.
+    """Return the path of the module that is called with tokens, at prefill and at each step.
 
-    Heads of some models (OPT, models with images) call a decoder inside the backbone, not the backbone; and some
-    models do not name their backbone.
+    Heads of some models (OPT, models with images) call a decoder inside the backbone instead of the backbone, and some
+    models do not declare their backbone.
     """
     if architecture.is_encoder_decoder:
         return stacks(model, architecture)[1]
@@ -139,39 +141,39 @@ def decoder_path(model: nn.Module, architecture: Architecture) -> str:
 
 
 def stacks(model: nn.Module, architecture: Architecture) -> tuple[str, str]:
-    """Paths of the encoder and the decoder of an encoder-decoder.
+    """Return the paths of the encoder and the decoder of an encoder-decoder.
 
     Raises:
-        PeftcoreError: the model does not name them.
+        PeftcoreError: the model does not declare them.
     """
     if architecture.encoder is None or architecture.decoder is None:
         raise PeftcoreError(
-            f"prompts and prefixes need the encoder and the decoder, and {type(model).__name__} does not name both. A "
-            "plugin's peftcore_architecture hook can"
+            f"prompts and prefixes need the encoder and the decoder, and {type(model).__name__} does not declare "
+            "both. A plugin's peftcore_architecture hook can name them"
         )
     return architecture.encoder, architecture.decoder
 
 
 def arguments_by_name(names: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by name."""
+    """Return the arguments of a call by name."""
     return {**dict(zip(names, args)), **kwargs}  # noqa: B905  # PyTorch 2.9 traces strict=False as True
 
 
 def forward_arguments(module: nn.Module) -> tuple[str, ...]:
-    """The names of what `module` is called with."""
+    """Return the names of the module's arguments."""
     return tuple(inspect.signature(original_forward(module)).parameters)[1:]
 
 
 def cache_argument(module: nn.Module) -> str | None:
-    """The name under which `module` takes the attention cache."""
+    """Return the name of the module's argument for the attention cache."""
     return next((name for name in _CACHE_ARGUMENTS if name in forward_arguments(module)), None)
 
 
 def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
-    """Does it read from left to right? Its attention says so, or its config, or that it takes a cache."""
+    """Return whether the backbone is causal, by its attention, its config, or because it takes a cache."""
     config = text_config(backbone)
     said = [getattr(module, "is_causal", None) for module in backbone.modules()] + [getattr(config, "causal", None)]
-    if hasattr(config, "add_cross_attention"):  # of a family of encoders that may be decoders
+    if hasattr(config, "add_cross_attention"):  # encoder families that can be decoders
         said.append(getattr(config, "is_decoder", None))
     said = [each for each in said if isinstance(each, bool)]
     if getattr(config, "is_decoder", None) is True:
@@ -180,12 +182,12 @@ def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
 
 
 def text_config(model: nn.Module) -> Any:
-    """The config of the language model in `model`."""
+    """Return the config of the language model in `model`."""
     return config.text_config(getattr(model, "config", None))
 
 
 def input_embedding(module: Any) -> Any:
-    """What `module` names as its embedding, an `nn.Embedding` or what takes its place; None if it names none."""
+    """Return the embedding that `module` declares, an `nn.Embedding` or a replacement; None if it declares none."""
     try:
         return module.get_input_embeddings()
     except (AttributeError, NotImplementedError):
@@ -193,28 +195,30 @@ def input_embedding(module: Any) -> Any:
 
 
 def learned_context(backbone: nn.Module) -> int | None:
-    """How many positions a table of learned ones has; None where positions are computed."""
+    """Return the size of the table of learned positions; None if positions are computed."""
     context = getattr(text_config(backbone), "max_position_embeddings", None)
     tokens = input_embedding(backbone)
     if not isinstance(context, int) or tokens is None:
         return None
     for module in backbone.modules():
         if isinstance(module, nn.Embedding) and module is not tokens:
-            offset = getattr(module, "offset", 0)  # OPT and BART keep 2 free in addition, RoBERTa within
+            offset = getattr(
+                module, "offset", 0
+            )  # OPT and BART reserve 2 additional positions, RoBERTa 2 within the table
             if module.num_embeddings == context + offset:
                 return context - (0 if module.padding_idx is None or offset else module.padding_idx + 1)
     return None
 
 
 def first_position(backbone: nn.Module) -> int:
-    """The position of the first token: in families that began with RoBERTa's code, the one behind padding's."""
+    """Return the position of the first token: the one after padding's in families derived from RoBERTa."""
     counting = (m for m in backbone.modules() if hasattr(m, "create_position_ids_from_input_ids"))
     padding = next((getattr(module, "padding_idx", None) for module in counting), None)
     return 0 if padding is None else padding + 1
 
 
 def seen(cache: Any) -> int:
-    """How many tokens a cache holds; of one with recurrent states only, whether it holds any."""
+    """Return the number of tokens in a cache; for one with recurrent states only, whether it holds any."""
     try:
         return cache.get_seq_length()
     except ValueError:
@@ -222,6 +226,6 @@ def seen(cache: Any) -> int:
 
 
 def prepend(tensor: Tensor, fill: Any, tokens: int) -> Tensor:
-    """`tensor [batch, n]` with `tokens` columns made by `fill` (torch.ones, torch.zeros) before it."""
+    """Return `tensor [batch, n]` with `tokens` columns made by `fill` (torch.ones, torch.zeros) before it."""
     head = fill(tensor.shape[0], tokens, dtype=tensor.dtype, device=tensor.device)
     return torch.cat([head, tensor], dim=-1)

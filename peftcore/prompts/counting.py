@@ -1,11 +1,11 @@
-"""Which token of its text each token of a call is: padding and prefixes are not counted, what a cache holds is.
+"""Count which token of its text each token of a call is, without padding and prefixes, but with cached tokens.
 
-    Around(path, TokenCounter(...))      around the model, or a stack of an encoder-decoder: looks at a call before any
+    Around(path, TokenCounter(...))      around the model, or a stack of an encoder-decoder: sees a call before any
                                          layer adds to its cache
     counter.places(y)                    for an adapter behind a layer, y [batch, tokens, width]
 
-A recurrence's cache holds no tokens, so what was counted is noted on the cache. Where a call has neither a mask nor a
-cache, its positions say where texts begin.
+The cache of a recurrence holds no tokens, so the count is stored on the cache. If a call has neither a mask nor a
+cache, its positions show where texts begin.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from peftcore.adaptation.call import current_call
 from peftcore.errors import PeftcoreError
 from peftcore.prompts.backbone import IN_CACHE, IN_MASK, SOFT, arguments_by_name, first_position, forward_arguments
 
-# What models keep of earlier calls, and is no `Cache` of transformers: how many tokens that has read is not known.
+# State of earlier calls that is not a transformers `Cache`: how many tokens it has read is not known.
 _OTHER_CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")
 _COUNTED = "_peftcore_counted"  # attribute of a cache: `_Counted`
 
 
 class Places(NamedTuple):
-    """`[batch, tokens]` each.
+    """Positions of tokens in their texts, `[batch, tokens]` each.
 
     Args:
-        place: of each token in its text, from 1.
+        place: position of each token in its text, from 1.
         is_text: False for padding.
-        length: tokens of the text, as far as this call has them; 0 of a text that began in an earlier call.
-        begins: at which tokens but the first a further text begins; None where each row is one.
+        length: tokens of the text, as far as this call has them; 0 for a text that began in an earlier call.
+        begins: tokens, except the first, at which another text begins; None if each row is one text.
     """
 
     place: Tensor
@@ -54,7 +54,7 @@ class _Counted(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What a call says of its tokens. past: how many its cache has read, None where that is not known."""
+    """What a call says of its tokens. past: how many its cache has read, None if unknown."""
 
     mask: Any
     positions: Any
@@ -63,11 +63,11 @@ class _Given(NamedTuple):
 
 
 class TokenCounter(nn.Module):
-    """An adapter that changes nothing.
+    """Adapter that changes nothing and counts tokens.
 
     Args:
-        module: what it is around.
-        stack: "encoder" or "decoder", whose own arguments are read; "": those of the whole call.
+        module: the module it is around.
+        stack: "encoder" or "decoder", whose own arguments are read; "" for those of the whole call.
         subject: whose adapters ask, for errors.
     """
 
@@ -94,19 +94,21 @@ class TokenCounter(nn.Module):
         return output
 
     def places(self, y: Tensor) -> Places:
-        """The tokens of `y [batch, tokens, width]`, which a layer inside gives.
+        """Return the positions of the tokens of `y [batch, tokens, width]`, an output of a layer inside.
 
         Raises:
-            PeftcoreError: a prompt stands before the input, or the call does not say which of its tokens are text.
+            PeftcoreError: a prompt is before the input, or the call does not show which of its tokens are text.
         """
         call = current_call()
-        self._require(not vars(call).get(SOFT), "a soft prompt is before the input. Activate one of the two alone")
+        self._require(
+            not vars(call).get(SOFT), "a soft prompt is before the input. Activate only one of the two adapters"
+        )
         counted: dict[str, tuple[_Given, dict[Any, Places]]] = vars(call).get("counted", {})
         if self.stack in counted:
             given, known = counted[self.stack]
         else:
             given, known = self._given(call), {}
-            if given.past != 0:  # a part was called alone, whose layers may have added this call's tokens
+            if given.past != 0:  # a part was called directly, and its layers may have added this call's tokens
                 given = given._replace(past=None, noted=None)
         key = y.shape[1], y.device
         if key not in known:
@@ -114,7 +116,7 @@ class TokenCounter(nn.Module):
         return known[key]
 
     def _given(self, call: Mapping[str, Any]) -> _Given:
-        """Of the arguments of a call of the model, or of a stack."""
+        """Return what the arguments of a call of the model, or of a stack, say."""
         cache = None if self.stack == "encoder" else _cache(call.values())
         past, noted = (0, None) if cache is None else (cached_tokens(cache), getattr(cache, _COUNTED, None))
         if any(call.get(name) is not None and call[name] is not cache for name in _OTHER_CACHES):
@@ -132,9 +134,7 @@ class TokenCounter(nn.Module):
         if noted is not None and noted.tokens != past:  # the cache was cropped
             noted = None
         if mask is None:
-            unknown = (
-                "what the call goes on with does not say how many tokens it has read. Give the whole attention_mask"
-            )
+            unknown = "the cache does not say how many tokens it has read. Pass the whole attention_mask"
             self._require(past is not None and (noted is None or len(noted.text) == rows), unknown)
             return self._without_mask(y, given.positions, cast(int, past), noted)
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -144,12 +144,12 @@ class TokenCounter(nn.Module):
         is_text = mask.to(y.device) != 0
         place = is_text.long().cumsum(1)[:, -tokens:]
         is_text = is_text[:, -tokens:]
-        if width == tokens and past != 0:  # of this call alone
-            found = f"the mask is of these {width} alone. Give one of those before them as well"
+        if width == tokens and past != 0:  # for this call only
+            found = f"the mask covers only these {width} tokens. Pass one that also covers those before them"
             self._require(noted is not None and len(noted.text) == rows, found)
             place = place + cast(_Counted, noted).text[:, None].to(y.device)
         else:
-            found = f"{past} tokens are in the cache, {tokens} are new, and the mask is of {width}"
+            found = f"{past} tokens are in the cache, {tokens} are new, and the mask has {width}"
             self._require(past is None or width == past + tokens, found)
         length = torch.zeros_like(place) if past != 0 or width > tokens else place[:, -1:].expand_as(place)
         return Places(place, is_text, length, None)
@@ -178,10 +178,10 @@ class TokenCounter(nn.Module):
 
 
 def cached_tokens(cache: Any) -> int | None:
-    """How many tokens a cache has read, prefixes aside; None of a recurrence's, if they were not counted."""
+    """Return how many tokens a cache has read, without prefixes; None for a recurrence that did not count them."""
     try:
         length = int(cache.get_seq_length())
-    except (ValueError, AttributeError):  # recurrent layers alone
+    except (ValueError, AttributeError):  # only recurrent layers
         if hasattr(cache, "has_previous_state") and not cache.has_previous_state():
             return 0
         noted = getattr(cache, _COUNTED, None)

@@ -1,4 +1,4 @@
-"""A prefix: keys and values that stand first in the attention cache of every layer."""
+"""A prefix: keys and values at the start of every layer's attention cache."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from peftcore.prompts.backbone import (
     text_config,
 )
 
-# What only cross-attention is given.
+# arguments that only cross-attention gets
 _CROSS_ARGUMENTS = ("key_value_states", "encoder_hidden_states")
-_TOKEN_BY_TOKEN = ("prophetnet",)  # families that read one token at a time as soon as the cache is not empty
+_TOKEN_BY_TOKEN = ("prophetnet",)  # families that read one token at a time if the cache is not empty
 _COUNTS_PADDING = (
     "mpt",
     "cpmant",
     "roformer",
-)  # families whose attention takes its distances from places, padding included
+)  # families whose attention computes distances from places, including padding
 
 
 def place_prefix(
@@ -45,34 +45,34 @@ def place_prefix(
     attentions = _attentions(model.get_submodule(path), path)
     outer = model.get_submodule(architecture.backbone)
     blocks = path != architecture.backbone and "token_type_ids" in forward_arguments(outer)
-    if blocks:  # it makes the masks, from its tokens' types
+    if blocks:  # it makes the masks, from token types
         path = architecture.backbone
     backbone = model.get_submodule(path)
     argument = cache_argument(backbone)
     if argument is None or not attentions:
         raise PeftcoreError(
-            f"PrefixKV needs attention that takes a cache; that of {type(model).__name__} takes none. "
-            "A soft prompt needs none"
+            f"PrefixKV needs attention with a cache, and that of {type(model).__name__} has none. Use a soft prompt"
         )
     if isinstance(input_embedding(backbone), nn.ModuleList):
         raise PeftcoreError(
-            f"'{path}' of {type(model).__name__} reads several rows of codes for each sequence, and PrefixKV gives "
-            "each row a prefix. A method for linear layers works"
+            f"'{path}' of {type(model).__name__} reads several rows of codes for each sequence, and PrefixKV "
+            "would give each row a prefix. Use a method for linear layers"
         )
     if getattr(text_config(backbone), "model_type", None) in _TOKEN_BY_TOKEN:
         raise PeftcoreError(
-            f"{type(model).__name__} reads one token at a time where its cache is not empty, and a prefix fills it"
+            f"{type(model).__name__} reads one token at a time if its cache is not empty, and a prefix fills it. "
+            "Use a soft prompt"
         )
     if getattr(text_config(backbone), "kv_lora_rank", None):
         raise PeftcoreError(
-            f"{type(model).__name__} has latent attention, whose keys and values differ in width: PrefixKV gives both "
-            "the same. A soft prompt works"
+            f"{type(model).__name__} has latent attention, with keys and values of different widths, but "
+            "PrefixKV gives both the same. Use a soft prompt"
         )
     there: set[Any] = {_layer(module) for module in attentions.values()}
     if there != set(range(shape[0])):
         raise PeftcoreError(
-            f"the prefix has keys and values for {shape[0]} layers, {type(model).__name__} has attention with a cache "
-            f"in {len(there)}: {sorted(there)}"
+            f"the prefix has keys and values for {shape[0]} layers, but {type(model).__name__} has attention "
+            f"with a cache in {len(there)}: {sorted(there)}"
         )
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -82,13 +82,13 @@ def place_prefix(
     other = [i for i, layer in enumerate(kept) if type(layer) not in plain and not _is_shared(layer)]
     if other:
         raise PeftcoreError(
-            f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, which has no keys and "
-            "values for PrefixKV. A soft prompt needs none"
+            f"layers {other} of {type(model).__name__} keep a recurrent or compressed state, which has no keys "
+            "and values for PrefixKV. Use a soft prompt"
         )
     if kept and len(kept) != shape[0]:
         raise PeftcoreError(
-            f"{type(model).__name__} keeps keys and values of {len(kept)} layers, and runs {shape[0]}: what PrefixKV "
-            "gives to which is not known. A soft prompt works"
+            f"{type(model).__name__} keeps keys and values of {len(kept)} layers but runs {shape[0]}, so "
+            "PrefixKV cannot assign its parts to layers. Use a soft prompt"
         )
     widths: set[Any] = {
         getattr(module, name, None) for module in attentions.values() for name in ("head_dim", "v_head_dim")
@@ -96,8 +96,8 @@ def place_prefix(
     widths -= {None, shape[4]}
     if widths:
         raise PeftcoreError(
-            f"layers of {type(model).__name__} have heads of {sorted({shape[4], *widths})} numbers, and PrefixKV gives "
-            "all the same. A soft prompt works"
+            f"layers of {type(model).__name__} have heads of different widths {sorted({shape[4], *widths})}, but "
+            "PrefixKV gives all the same. Use a soft prompt"
         )
     numbers = shape[2] * shape[4]
     for at, module in attentions.items():
@@ -105,8 +105,8 @@ def place_prefix(
         odd = {name: made[name] for name in ("k_proj", "v_proj") if made.get(name, numbers) != numbers}
         if odd:
             raise PeftcoreError(
-                f"PrefixKV gives each layer {shape[2]} heads of {shape[4]} numbers, {numbers} in all; "
-                f"'{at}' of {type(model).__name__} makes {odd}. A soft prompt works"
+                f"PrefixKV gives each layer {shape[2]} heads of width {shape[4]}, {numbers} numbers in all, but "
+                f"'{at}' of {type(model).__name__} produces {odd}. Use a soft prompt"
             )
     around = PrefixAround(
         adapter,
@@ -130,12 +130,12 @@ def place_prefix(
 
 
 class PrefixAround(Backbone):
-    """`adapter() -> [layers, 2, kv_heads, tokens, head_dim]`, put into the empty cache before the first token.
+    """Adapter `adapter() -> [layers, 2, kv_heads, tokens, head_dim]` whose result fills the empty cache at prefill.
 
     Args:
-        window: how many tokens back the narrowest layer looks; None for all.
-        blocks: images attend in both directions, if the cache is empty.
-        crosses: it is the decoder of an encoder-decoder, whatever its own config says.
+        window: how many tokens back the layer with the smallest window looks; None for all.
+        blocks: images attend in both directions if the cache is empty.
+        crosses: the backbone is the decoder of an encoder-decoder, whatever its config says.
     """
 
     def __init__(
@@ -157,20 +157,20 @@ class PrefixAround(Backbone):
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         call: dict[Any, Any] = self._call(args, kwargs)
         if self._cache_argument and not self._causal:
-            call[self._cache_argument] = None  # what reads in both directions keeps nothing for later calls
+            call[self._cache_argument] = None  # bidirectional backbones keep nothing for later calls
         cache, past = self._cached(call)
         self._refuse_padding(base.module, call.get("attention_mask"))
         if self._blocks and any(value is not None and "pixel" in name for name, value in call.items()):
             raise PeftcoreError(
-                f"the images of {type(base.module).__name__} attend in both directions while the cache is empty, and a "
-                "prefix fills it. A soft prompt works"
+                f"the images of {type(base.module).__name__} attend in both directions while the cache is empty, "
+                "and a prefix fills it. Use a soft prompt"
             )
         length = self._make_room(call, past)
         mask = call.get("attention_mask")
         if not self._causal and mask is not None and mask.shape[1] != length + self.tokens:
             raise PeftcoreError(
-                f"{type(base.module).__name__} reads in both directions and keeps no cache, but was given {length} "
-                f"tokens and a mask of {mask.shape[1] - self.tokens}. To generate: is_decoder=True in its config"
+                f"{type(base.module).__name__} is bidirectional and keeps no cache, but was called with {length} "
+                f"tokens and a mask of {mask.shape[1] - self.tokens}. To generate, set is_decoder=True in its config"
             )
         own = cache is None
         if own:
@@ -190,26 +190,26 @@ class PrefixAround(Backbone):
         if (embedding := input_embedding(module)) is not None:
             dtype = embedding.weight.dtype
         layers = getattr(cache, "self_attention_cache", cache)
-        before = getattr(cache, IN_CACHE, 0) if seen(cache) else 0  # another prefix's
+        before = getattr(cache, IN_CACHE, 0) if seen(cache) else 0  # of another prefix
         for layer, (key, value) in enumerate(self.adapter().to(dtype).unbind(0)):  # [kv_heads, tokens, head_dim] each
             if layer < len(layers.layers) and _is_shared(layers.layers[layer]):
                 continue
             shape = (given.shape[0], *key.shape)
             layers.update(key.expand(shape), value.expand(shape), layer)
-            if key.requires_grad:  # tensors inside a graph have no deep copy of their own
+            if key.requires_grad:  # tensors inside a graph cannot be deep-copied
                 layers.layers[layer].__deepcopy__ = _DeepCopy(layers.layers[layer])
         setattr(cache, IN_CACHE, before + self.tokens)
 
     def _refuse_padding(self, module: nn.Module, mask: Any) -> None:
-        """Padding stands between prefix and input: where places are counted, it must not be there."""
+        """Raise a PeftcoreError if padding between prefix and input would change distances."""
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             return
         narrow = self._window is not None and mask.shape[1] + self.tokens > self._window
         if (self._counts_padding or narrow) and not mask[:, 0].all():
             why = "counts padding in its distances" if self._counts_padding else f"looks {self._window} tokens back"
             raise PeftcoreError(
-                f"{type(module).__name__} {why}, so that padding would part the prefix from the input: pad rows on the "
-                "right, or give rows of one length. A soft prompt takes padding on either side"
+                f"{type(module).__name__} {why}, so padding would separate the prefix from the input. Pad on the "
+                "right, or use rows of one length. A soft prompt supports padding on either side"
             )
 
     def _wants_cache(self, module: nn.Module, call: dict[str, Any]) -> bool:
@@ -221,13 +221,14 @@ class PrefixAround(Backbone):
 
 
 class PrefixLayer(nn.Module):
-    """One attention module, where activation checkpointing takes the cache away from its layer.
+    """Adapter around one attention module, for activation checkpointing, which takes the cache away from its layer.
 
-    The layer runs again in the backward pass, so it must not write into a cache; here it gets one that stores
-    nothing and holds this layer's part of the prefix, computed anew so that every run has its own graph.
+    The layer runs again in the backward pass, so it must not write into a cache. Here it gets one that stores nothing
+    and
+    holds this layer's part of the prefix, recomputed so that every run has its own graph.
 
     Args:
-        window: how many tokens the layer sees, its own included; None for all.
+        window: how many tokens the layer sees, including its own; None for all.
     """
 
     whole_batch = True
@@ -235,7 +236,7 @@ class PrefixLayer(nn.Module):
     def __init__(self, adapter: nn.Module, module: Any, window: int | None) -> None:
         super().__init__()
         self._window = window
-        self._adapter = (adapter,)  # its owner is the adapter around the backbone: no parameters here
+        self._adapter = (adapter,)  # owned by the adapter around the backbone, so no parameters here
         self._layer = _layer(module)
         self._names = forward_arguments(module)
         self._cache_argument = cache_argument(module)
@@ -253,11 +254,11 @@ class PrefixLayer(nn.Module):
 
 
 class _Stateless:
-    """A cache of one layer that stores nothing: keys and values come back with the prefix before them.
+    """Cache of one layer that stores nothing: it returns keys and values with the prefix before them.
 
     Args:
-        window: of the layer. As in transformers' cache, and its mask, no token sees more than the last `window - 1` of
-            the prefix; None: all of it.
+        window: window of the layer. As in transformers' cache and mask, no token sees more than the last `window - 1`
+            tokens of the prefix; None for all.
     """
 
     is_compileable = False
@@ -280,7 +281,7 @@ class _Stateless:
 
 
 def _attentions(backbone: nn.Module, prefix: str) -> dict[str, Any]:
-    """The innermost modules that take a cache and know their layer, by path: the attention modules."""
+    """Return the innermost modules that take a cache and know their layer, by path: the attention modules."""
     found = {
         path: module
         for path, module in base_modules(backbone, prefix)
@@ -290,14 +291,14 @@ def _attentions(backbone: nn.Module, prefix: str) -> dict[str, Any]:
 
 
 def _layer(module: nn.Module) -> int | None:
-    """Which layer's part of the cache an attention module takes; GPT-Neo calls it otherwise."""
-    its_own = getattr(getattr(module, "config", None), "model_type", None) == "gpt_neo"  # Flaubert's is no place in it
+    """Return which layer's part of the cache an attention module uses; GPT-Neo has another name for it."""
+    its_own = getattr(getattr(module, "config", None), "model_type", None) == "gpt_neo"  # Flaubert's is not an index
     index = getattr(module, "layer_idx", getattr(module, "layer_id", None) if its_own else None)
     return index if isinstance(index, int) else None
 
 
 def _new_cache(backbone: Any, crosses: bool) -> Any:
-    from transformers.cache_utils import DynamicCache, EncoderDecoderCache  # no lazy module, which cannot be traced
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache  # lazy modules cannot be traced
 
     cache = DynamicCache(config=backbone.config)
     if crosses or any(getattr(backbone.config, name, False) for name in ("is_encoder_decoder", "add_cross_attention")):
@@ -306,7 +307,7 @@ def _new_cache(backbone: Any, crosses: bool) -> Any:
 
 
 def _is_shared(layer: Any) -> bool:
-    """Does a layer of the model take keys and values, and so the prefix, of an earlier one (Gemma 3n)?
+    """Return whether a layer of the model uses the keys and values, and so the prefix, of an earlier one (Gemma 3n).
 
     Its own part of the prefix then has no effect.
     """
@@ -314,9 +315,9 @@ def _is_shared(layer: Any) -> bool:
 
 
 class _DeepCopy:
-    """A deep copy of a cache's layer in which the prefix keeps its graph: a model that runs layers again copies it.
+    """Deep copy of a cache's layer that keeps the prefix's graph, for models that run layers again on a copy.
 
-    It is the layer's `__deepcopy__`, and must not hold the layer: its keys would outlive a step.
+    It is the layer's `__deepcopy__` and must not hold the layer, or its keys would outlive a step.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -325,7 +326,10 @@ class _DeepCopy:
     def __call__(self, memo: dict[int, Any]) -> Any:
         layer = self._layer()
         if layer is None:
-            raise PeftcoreError("a shallow copy of a cache's layer, whose original is gone: deepcopy the original")
+            raise PeftcoreError(
+                "a shallow copy of a cache's layer cannot be deep-copied after the original is "
+                "gone. Deep-copy the original"
+            )
         new = copy.copy(layer)
         for name, value in vars(layer).items():
             if isinstance(value, Tensor):
@@ -338,7 +342,7 @@ class _DeepCopy:
 
 
 def _without(output: Any, name: str | None) -> Any:
-    """A model output without the entry `name`, which the caller did not ask for."""
+    """Return a model output without the entry `name`, which the caller did not ask for."""
     if isinstance(output, tuple) or name not in output:
         return output
     return type(output)(**{key: value for key, value in output.items() if key != name})

@@ -28,17 +28,17 @@ from peftcore.prompts.backbone import (
 )
 from peftcore.prompts.stand_ins import StandIns, entering, ordinary_token, places
 
-_ADDS_SOUND = ("voxtral_realtime", "voxtral_realtime_text")  # families whose tokens and pieces of sound go together
+_ADDS_SOUND = ("voxtral_realtime", "voxtral_realtime_text")  # families that pair tokens with pieces of sound
 
 
 def place_soft_prompt(
     model: nn.Module, architecture: Architecture, adapter: nn.Module, tokens: int, hidden: int
 ) -> list[Around]:
-    """The adapters around the backbone, or around encoder and decoder, for a prompt `[tokens, hidden]`."""
+    """Return the adapters around the backbone, or around encoder and decoder, for a prompt `[tokens, hidden]`."""
     embedding = model.get_submodule(architecture.embedding or "")
     width = getattr(embedding, "embedding_dim", hidden)
     if hidden != width:
-        raise PeftcoreError(f"the prompt's vectors have {hidden} numbers, the token embedding {width}")
+        raise PeftcoreError(f"the prompt's vectors have width {hidden}, but the token embedding has width {width}")
     after: list[Around] = []
     keeps = causal = senses = False
     if architecture.is_encoder_decoder:
@@ -49,22 +49,22 @@ def place_soft_prompt(
         path, senses = _entry(model, architecture)
         causal = is_causal(model.get_submodule(path), architecture)
         if architecture.task_type == "SEQ_CLS" and not causal:
-            # The head pools a bidirectional encoder's output, by position 0 or by the mask: it must see the whole.
+            # The head pools a bidirectional encoder's output, at position 0 or by the mask, so it must see all of it.
             path, keeps = "", True
     backbone = model.get_submodule(path)
     names = forward_arguments(backbone)
     if "input_ids" not in names and "inputs_embeds" not in names:
         raise PeftcoreError(
-            f"a soft prompt stands before tokens, and '{path}' ({type(backbone).__name__}) takes none: "
-            f"{', '.join(names[:3])}. A prefix or a method for linear layers works"
+            f"a soft prompt needs tokens, and '{path}' ({type(backbone).__name__}) takes none: "
+            f"{', '.join(names[:3])}. Use a prefix or a method for linear layers"
         )
     cached = (
         None if keeps else cache_argument(model.get_submodule(decoder_path(model, architecture)))
     )  # some pass it on
     if getattr(text_config(backbone), "model_type", None) in _ADDS_SOUND:
         raise PeftcoreError(
-            f"{type(model).__name__} adds a piece of sound to each token, and a soft prompt has none. A prefix or a "
-            "method for linear layers works"
+            f"{type(model).__name__} adds a piece of sound to each token, and a soft prompt has none. Use a "
+            "prefix or a method for linear layers"
         )
     own = input_embedding(backbone) or embedding
     needs_tokens = senses or "inputs_embeds" not in names or _reads_tokens(backbone, own)
@@ -79,14 +79,14 @@ def place_soft_prompt(
         stand_in=ordinary_token(model.config),
         needs_tokens=needs_tokens,
         embedding=own,
-        counts=not senses,  # images have positions that are the model's own business
+        counts=not senses,  # the model computes positions of images itself
     )
     at = next(name for name, module in base_modules(model) if module is own)
     return [Around(path, around), *after, Around(at, StandIns(backbone))]
 
 
 def _entry(model: nn.Module, architecture: Architecture) -> tuple[str, bool]:
-    """Path of the module that is called with tokens, and whether it is called with images or sound, too."""
+    """Return the path of the module that is called with tokens, and whether it also gets images or sound."""
     path = decoder_path(model, architecture)
     backbone = model.get_submodule(architecture.backbone)
     others = set(forward_arguments(backbone)) - set(forward_arguments(model.get_submodule(path)))
@@ -98,9 +98,9 @@ def _entry(model: nn.Module, architecture: Architecture) -> tuple[str, bool]:
 
 
 def _reads_tokens(backbone: nn.Module, embedding: nn.Module) -> bool:
-    """Has it other tables with a row for each token (Gemma 4, DeepSeek-V4), or of positions with one for padding?
+    """Return whether the backbone has other tables indexed by token (Gemma 4, DeepSeek-V4), or positions with padding.
 
-    RoBERTa finds padding in its tokens, and counts positions without it.
+    RoBERTa finds padding by token and does not count it in positions.
     """
     config = text_config(backbone)
     sizes = {value for name, value in vars(config).items() if name.startswith("vocab_size")} if config else set()
@@ -111,15 +111,15 @@ def _reads_tokens(backbone: nn.Module, embedding: nn.Module) -> bool:
 
 
 class SoftPromptAround(Backbone):
-    """`adapter() -> [tokens, hidden]` or `[batch or 1, tokens, hidden]` before the input.
+    """Adapter `adapter() -> [tokens, hidden]` or `[batch or 1, tokens, hidden]` whose vectors precede the input.
 
     Args:
-        hidden: numbers in each vector.
-        keeps: leave them in the output (an encoder's).
-        stand_in: a token that stands in for them until the embedding, if the call has tokens.
-        embedding: of tokens.
-        needs_tokens: in a graph, too, where else they stand before the embedded input.
-        counts: compute positions for padded batches, if it is causal.
+        hidden: width of the vectors.
+        keeps: leave the vectors in the output, for an encoder.
+        stand_in: token that stands in for them until the embedding, if the call has tokens.
+        embedding: the token embedding.
+        needs_tokens: use stand-ins also in a graph, where vectors are otherwise put before the embedded input.
+        counts: compute positions for padded batches, if causal.
     """
 
     def __init__(
@@ -139,11 +139,11 @@ class SoftPromptAround(Backbone):
         self._hidden = hidden
         self._keeps = keeps
         self._stand_in = stand_in
-        self._embedding = (embedding,)  # no child of this one
+        self._embedding = (embedding,)  # not a child of this module
         self._needs_tokens = needs_tokens
         self.counts = self.counts and counts
         rope = getattr(text_config(backbone), "rope_parameters", None) or {}
-        self._has_coordinates = len(rope.get("mrope_section", ())) > 3  # beside the place in the text
+        self._has_coordinates = len(rope.get("mrope_section", ())) > 3  # besides the position in the text
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
@@ -151,8 +151,8 @@ class SoftPromptAround(Backbone):
         told = (name for name, value in call.items() if value is not None and name.startswith("past_"))
         if (unknown := next((name for name in told if name != self._cache_argument), None)) is not None:
             raise PeftcoreError(
-                f"{type(base.module).__name__} keeps what it has read in '{unknown}', and whether a soft prompt is in "
-                "it is not known. Generate with use_cache=False"
+                f"{type(base.module).__name__} keeps what it has read in '{unknown}', which may or may not "
+                "contain a soft prompt. Generate with use_cache=False"
             )
         if (frame := current_frame()) is not None:
             vars(frame.call)[SOFT] = True
@@ -160,12 +160,12 @@ class SoftPromptAround(Backbone):
         positions = call.get("position_ids")
         length = self._make_room(call, past)
         if self._has_coordinates and isinstance(positions, Tensor) and positions.dim() == 3:
-            # Of an image's tokens only the first axis counts along with the text.
+            # Of an image's positions only the first axis grows with the text.
             coordinates = (positions != positions[:1]).any(0)
             call["position_ids"][1:] = torch.where(coordinates, positions[1:], call["position_ids"][1:])
         order = back = None
         if mask is not None:
-            # Padding must not part prompt and input: windows and ALiBi count it, recurrences run over it.
+            # Padding must not separate prompt and input: windows and ALiBi count it, recurrences read it.
             prefixes = getattr(cache, IN_MASK, 0)
             order, back = orders(mask[:, prefixes:], self.tokens)
             grown = call["attention_mask"]
@@ -195,14 +195,14 @@ class SoftPromptAround(Backbone):
         return {**call, "input_ids": None, "inputs_embeds": rows if order is None else _taken(rows, order)}
 
     def _vectors(self, batch: int) -> Tensor:
-        """`[tokens, hidden]`, or `[batch or 1, tokens, hidden]`."""
+        """Return the vectors, `[tokens, hidden]` or `[batch or 1, tokens, hidden]`."""
         vectors: Tensor = self.adapter()
         fits = vectors.shape[-2:] == (self.tokens, self._hidden)
         if not fits or vectors.dim() > 3 or (vectors.dim() == 3 and vectors.shape[0] not in (1, batch)):
             raise PeftcoreError(
-                f"a soft prompt is [{self.tokens}, {self._hidden}], or [{batch} or 1, {self.tokens}, {self._hidden}] "
-                f"in a batch of {batch}; {type(self.adapter).__name__} returned {list(vectors.shape)}. What it reads "
-                "of the call has as many rows as the batch"
+                f"a soft prompt must be [{self.tokens}, {self._hidden}], or [{batch} or 1, {self.tokens}, "
+                f"{self._hidden}] in a batch of {batch}; {type(self.adapter).__name__} returned "
+                f"{list(vectors.shape)}. If it reads the call, check that it uses all rows"
             )
         return vectors
 
@@ -212,7 +212,7 @@ class SoftPromptAround(Backbone):
         own[:, : self.tokens] = self._stand_in
         call["input_ids"] = _reordered(own, order)
         with entering(base.module) as waiting:
-            # An outer prompt's vectors were put before this one's.
+            # vectors of an outer prompt precede this one's
             moved = places(order, own.shape[1], len(own), own.device)[:, self.tokens :]
             waiting.prompts[:] = [(moved.gather(1, at), vectors) for at, vectors in waiting.prompts]
             waiting.prompts.append((places(order, self.tokens, len(own), own.device), self._vectors(len(own))))
@@ -220,12 +220,12 @@ class SoftPromptAround(Backbone):
             return base(**call)
 
     def _grow(self, call: dict[str, Any], order: Tensor | None) -> None:
-        """Positions and all else that has a number for each token get some for the prompt."""
+        """Extend positions and all other arguments with an entry for each token by entries for the prompt."""
         positions = call.get("position_ids")
         if positions is not None:
             own = torch.arange(-self.tokens, 0, device=positions.device, dtype=positions.dtype)
             counted = positions[:1] if self._has_coordinates and positions.dim() == 3 else positions
-            own = counted.amin(-1, keepdim=True) + own  # the places just before the first token
+            own = counted.amin(-1, keepdim=True) + own  # the positions just before the first token
             own = own.expand(*positions.shape[:-1], -1)
             call["position_ids"] = _reordered(torch.cat([own, positions], dim=-1), order)
         given = call.get("inputs_embeds")
@@ -238,7 +238,7 @@ class SoftPromptAround(Backbone):
 
 
 class CrossMask(Backbone):
-    """A decoder whose encoder's output begins with a prompt: the cross-attention mask grows with it."""
+    """Adapter around a decoder whose encoder output begins with a prompt: extends the cross-attention mask."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(None, module)
@@ -254,19 +254,19 @@ class CrossMask(Backbone):
 
 
 _NOT_GROWN = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels")
-# of as many as there are tokens, by chance
+# if it happens to have as many as there are tokens
 _OF_IMAGES = re.compile("pixel|image_(sizes|attention)|grid|aspect_ratio|shapes|video|audio|feature")
 
 
 def _is_per_token(name: str, value: Tensor) -> bool:
-    """Has an argument of the tokens' sizes something for each of them: a type, a box, a mask of what it sees?"""
+    """Return whether an argument of the tokens' size has an entry for each token: a type, a box, or a mask."""
     if value.dim() > 2:
         return name.endswith(("bbox", "attention_mask", "token_type_ids"))
     return re.sub("^(en|de)coder_", "", name) not in _NOT_GROWN and not _OF_IMAGES.search(name)
 
 
 def orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Indices that put a prompt from the front behind each row's left padding, and those of the input in the result."""
+    """Return indices that move a prompt behind each row's left padding, and the input's places in the result."""
     padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)  # [batch, 1]
     place = torch.arange(tokens + mask.shape[-1], device=mask.device)
     order = torch.where(place < padding, place + tokens, torch.where(place < padding + tokens, place - padding, place))
@@ -275,7 +275,7 @@ def orders(mask: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def _reordered(values: Tensor, order: Tensor | None) -> Tensor:
-    """`values [..., batch, tokens]` in the order of each row."""
+    """Return `values [..., batch, tokens]` in the order of each row."""
     if order is None:
         return values
     shape = (*values.shape[:-2], *order.shape)
@@ -283,19 +283,19 @@ def _reordered(values: Tensor, order: Tensor | None) -> Tensor:
 
 
 def _taken(states: Tensor, order: Tensor) -> Tensor:
-    """`states [batch, tokens, ...]` in the order of each row."""
+    """Return `states [batch, tokens, ...]` in the order of each row."""
     index = order.view(*order.shape, *[1] * (states.dim() - 2))
     return states.gather(1, index.expand(*order.shape, *states.shape[2:]))
 
 
 def _without_prompt(output: Any, tokens: int, columns: int, back: Tensor | None = None) -> Any:
-    """The output at the input's tokens: behind the prompt, or at the places `back`, of `columns` in all."""
+    """Return the output at the input's tokens: after the prompt, or at the places `back`, of `columns` in all."""
 
     def cut(states: Tensor) -> Tensor:
         if states.shape[1] != columns:
             raise PeftcoreError(
-                f"the model gave {states.shape[1]} states for {columns} tokens, {tokens} of them a soft prompt's: "
-                "which states are the prompt's is not known. A method for linear layers works"
+                f"the model returned {states.shape[1]} states for {columns} tokens, {tokens} of them a soft "
+                "prompt's, so the prompt's states are not known. Use a method for linear layers"
             )
         return states[:, tokens:] if back is None else _taken(states, back)
 
@@ -303,8 +303,8 @@ def _without_prompt(output: Any, tokens: int, columns: int, back: Tensor | None 
         return (cut(output[0]), *output[1:])
     if getattr(output, "last_hidden_state", None) is None:
         raise PeftcoreError(
-            f"a soft prompt cannot be taken out of a {type(output).__name__}, which has no last_hidden_state. Give the "
-            "part of the model that reads text its prompt, or choose another method"
+            f"a soft prompt cannot be removed from a {type(output).__name__}, which has no last_hidden_state. "
+            "Apply it to the part of the model that reads text, or use another method"
         )
     output.last_hidden_state = cut(output.last_hidden_state)
     if getattr(output, "hidden_states", None) is not None:

@@ -1,11 +1,11 @@
-"""Tokens stand in for a soft prompt, and the token embedding puts its vectors in their place.
+"""Stand-in tokens for a soft prompt, which the token embedding replaces by the prompt's vectors.
 
     input_ids   s …  s   x_1 …        s is an ordinary token
     embedded    p_1 … p_n  E(x_1) …
 
-So whatever else a model makes of its tokens fits the prompt: masks and positions of images, tables for each layer,
-routes, the place of padding. A compiled graph, which cannot hold this, takes the prompt before the embedded input,
-where that is the same.
+So everything else a model computes from its tokens fits the prompt: masks and positions of images, tables for each
+layer, routing, the place of padding. A compiled graph, which cannot express this, puts the prompt before the embedded
+input if that is equivalent.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError
 
-_ENTERED = threading.local()  # {id of a backbone: prompts that wait for its token embedding}, in each thread
+_ENTERED = threading.local()  # {id of a backbone: prompts waiting for its token embedding}, in each thread
 
 
 @dataclass
 class Waiting:
-    """Prompts on their way from a backbone's call to its token embedding, and the number of columns they are in."""
+    """Prompts between a backbone's call and its token embedding, and the number of columns they are in."""
 
     prompts: list[tuple[Tensor, Tensor]]  # places [batch, tokens], vectors [tokens, hidden] or [batch or 1, ...]
     columns: int = 0
@@ -34,10 +34,10 @@ class Waiting:
 
 @contextmanager
 def entering(backbone: nn.Module) -> Iterator[Waiting]:
-    """Within the block the token embedding of `backbone` puts in place what is added; prompts may be nested.
+    """Make the token embedding of `backbone` insert the prompts added within the block; blocks may be nested.
 
     Raises:
-        PeftcoreError: the token embedding was not called with the columns that wait.
+        PeftcoreError: the token embedding was not called with the expected columns.
     """
     entered: dict[Any, Waiting] = _ENTERED.__dict__
     if id(backbone) in entered:
@@ -50,19 +50,19 @@ def entering(backbone: nn.Module) -> Iterator[Waiting]:
         del entered[id(backbone)]
     if waiting.prompts:
         raise PeftcoreError(
-            f"{type(backbone).__name__} did not call its token embedding with its tokens, so a soft prompt had no "
-            "effect. Give the model inputs_embeds, or choose another method"
+            f"{type(backbone).__name__} did not call its token embedding with its tokens, so a soft prompt had "
+            "no effect. Pass inputs_embeds to the model, or use another method"
         )
 
 
 class StandIns(nn.Module):
-    """Around the token embedding: vectors of the prompts that wait come in the place of their stand-ins."""
+    """Adapter around the token embedding that replaces stand-ins by the vectors of waiting prompts."""
 
     whole_batch = True
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
-        self._backbone = (backbone,)  # no child of this one
+        self._backbone = (backbone,)  # not a child of this module
 
     def forward(self, base: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         embedded = base(tokens, *args, **kwargs)
@@ -78,7 +78,7 @@ class StandIns(nn.Module):
 
 
 def ordinary_token(config: Any) -> int:
-    """The first token that no config inside `config` names, such as padding or an image."""
+    """Return the first token id that no config inside `config` names, such as padding or an image."""
     special: set[int] = set()
     queue = [config]
     while queue:
@@ -91,6 +91,6 @@ def ordinary_token(config: Any) -> int:
 
 
 def places(order: Tensor | None, tokens: int, batch: int, device: torch.device) -> Tensor:
-    """`[batch, tokens]`: where the first `tokens` columns are in rows of the order `order`."""
+    """Return `[batch, tokens]`: where the first `tokens` columns are in rows of the order `order`."""
     first = torch.arange(tokens, device=device).expand(batch, -1)
     return first if order is None else order.argsort(-1)[:, :tokens]

@@ -1,4 +1,4 @@
-"""Linear layers and experts whose weights are kept in 4 bits: whole models, files in bitsandbytes' format."""
+"""4-bit weights: quantized linear layers, experts and whole models, and files in bitsandbytes' format."""
 
 from __future__ import annotations
 
@@ -34,25 +34,34 @@ __all__ = [
 
 
 def load(path: str | os.PathLike[str], quant_type: str = "nf4", **options: Any) -> nn.Module:
-    """A transformers model from a folder or hub id, quantized weight by weight as it is read.
+    """Load a transformers model from a folder or hub id, quantizing each weight as it is read.
 
-    In memory at once are the quantized model and one dense weight. A checkpoint that is in bitsandbytes' 4-bit
-    format already keeps its bits.
+    Memory holds the quantized model and one dense weight at a time. A checkpoint in bitsandbytes' 4-bit format keeps
+    its
+    bits.
 
     Args:
-        quant_type: `nf4`, or `fp4`.
+        path: folder or hub id.
+        quant_type: `nf4` or `fp4`.
         options: `double_quant`, `skip`, `compute_dtype` and `blocksize` as for `quantize`; `dtype` of what stays dense
-            (by default the checkpoint's); `model_class`, by default the class that the checkpoint names; the rest
-            goes to its `from_pretrained`.
+            (by
+            default the checkpoint's); `model_class`, by default the class that the checkpoint names. Other options are
+            passed to its `from_pretrained`.
+
+    Returns:
+        The model.
 
     Raises:
-        PeftcoreError: the checkpoint is quantized in another way, or an argument is wrong.
+        PeftcoreError: the checkpoint is quantized in another format, or an argument is wrong.
         CheckpointError: 4-bit tensors in it are damaged.
     """
     if importlib.util.find_spec("transformers") is None:
-        raise PeftcoreError("loading a model needs transformers. Try: pip install transformers")
+        raise PeftcoreError("loading a model needs transformers. Install it: pip install transformers")
     if torch.get_default_device().type == "meta":
-        raise PeftcoreError("a model cannot be loaded under torch.device('meta'), where tensors have no values")
+        raise PeftcoreError(
+            "a model cannot be loaded under torch.device('meta'), where tensors have no values. "
+            "Load it outside that block"
+        )
     from peftcore.quantization import huggingface
 
     return huggingface.load(path, quant_type, **options)

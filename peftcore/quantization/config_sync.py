@@ -1,4 +1,4 @@
-"""What a transformers model says of its 4 bits: its config, and under which names its weights are saved."""
+"""Keep a transformers model's config and weight conversions consistent with its quantized layers."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from peftcore.quantization.parameters import PackedParameters
 from peftcore.quantization.selection import expert_parameters
 from peftcore.targets import is_linear
 
-_CONVERSIONS = "_weight_conversions"  # of transformers: how the names on disk become those of the model
+_CONVERSIONS = "_weight_conversions"  # transformers' attribute: how names on disk are converted to names in the model
 _OWN_CONVERSIONS = "_peftcore_own_conversions"
 
 
 def packed_names(model: nn.Module) -> Iterator[tuple[str, PackedParameters, str]]:
-    """(path, module, name) of every parameter in 4 bits."""
+    """Yield (path, module, name) of every 4-bit parameter."""
     for path, module in base_modules(model):
         if isinstance(module, PackedParameters):
             yield from ((path, module, name) for name in module.packings if module.packed_parameter(name) is not None)
 
 
 def config_fields(model: nn.Module) -> dict[str, Any] | None:
-    """The `quantization_config` by which transformers loads the model with bitsandbytes; None for a dense model."""
+    """Return the `quantization_config` for loading the model with bitsandbytes; None if it is dense."""
     packed = list(packed_names(model))
     if not packed:
         return None
@@ -52,7 +52,7 @@ def config_fields(model: nn.Module) -> dict[str, Any] | None:
 
 
 def sync_config(model: nn.Module) -> None:
-    """Keep a transformers model's `config.quantization_config` true to its layers, and its files to its experts."""
+    """Update a transformers model's `quantization_config` and weight conversions after its layers changed."""
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "save_pretrained"):
         return
@@ -65,9 +65,9 @@ def sync_config(model: nn.Module) -> None:
 
 
 def _sync_conversions(model: Any) -> None:
-    """Let `save_pretrained` write what is in 4 bits under the names that it has in the model.
+    """Make `save_pretrained` write 4-bit weights under their names in the model.
 
-    transformers would split it, or join it to others, as it does with dense weights: experts into the tensors of each.
+    transformers would split or join them as it does dense weights, such as experts into one tensor each.
     """
     packed = [f"{path}.{name}" for path, _, name in packed_names(model)]
     if _OWN_CONVERSIONS in model.__dict__:
@@ -86,14 +86,14 @@ def _sync_conversions(model: Any) -> None:
         reverse = conversion.reverse_transform()
         return any(reverse.rename_source_key(name)[1] is not None for name in packed)
 
-    # As transformers has them for a model that it did not load.
+    # as transformers makes them for a model that it did not load
     found = get_model_conversion_mapping(model, add_legacy=False)
     found = [each for each in found if not isinstance(each, loading.PrefixChange)]
     own = getattr(model, _CONVERSIONS, None)
     kept = [each for each in (found if own is None else own) if not splits(each)]
     if not any(map(splits, own or found)):
         return
-    if own is not None:  # of a file that had them as they are here, it lacks what splits them
+    if own is not None:  # conversions of a file that had the model's names lack those that split them
         own = [*kept, *filter(splits, found)]
     model.__dict__[_OWN_CONVERSIONS] = own
     model.__dict__[_CONVERSIONS] = kept

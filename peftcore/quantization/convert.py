@@ -1,4 +1,4 @@
-"""A whole model to 4 bits and back, layer by layer: what a layer held is freed before the next one is converted."""
+"""Quantize a whole model to 4 bits and back, layer by layer, freeing each dense weight before the next."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from peftcore.quantization.selection import selected, selected_experts, warn_of_
 from peftcore.targets import is_conv1d
 from peftcore.targets.coverage import LITTLE, coverage
 
-_WORTH = 16 << 20  # bytes of dense weights for which it is worth a walk through all that is free
+_WORTH = 16 << 20  # bytes of dense weights from which returning free memory to the system is worth the time
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
@@ -46,43 +46,50 @@ def quantize(
     compute_dtype: torch.dtype | None = None,
     blocksize: int = 64,
 ) -> Model:
-    """Keep the weights of `model`'s linear layers (transformers' Conv1D too) and experts in 4 bits (arXiv 2305.14314).
+    """Quantize the weights of linear layers (including transformers' Conv1D) and experts to 4 bits (arXiv 2305.14314).
 
-    The layers stay where they are and become `QuantizedLinear`, an `nn.Linear`; modules that hold experts as parameters
-    `[experts, .., ..]` get a class with `PackedParameters`. Left dense are embeddings, a weight that such a module
-    shares (a tied output head), and experts' biases; with a warning also subclasses of `nn.Linear` that compute
-    something else, `nn.MultiheadAttention`, and layers whose weight, or its dtype, other code reads or changes
-    (`observation.bypassed`, `rewritten`). Layers that are quantized already, by bitsandbytes too, keep their bits.
+    Layers stay in place and become `QuantizedLinear`, a subclass of `nn.Linear`; modules with experts as parameters
+    `[experts, .., ..]` get a subclass with `PackedParameters`. Embeddings, weights shared with them (a tied output
+    head)
+    and experts' biases stay dense. Also left dense, with a warning, are subclasses of `nn.Linear` that compute
+    something
+    else, `nn.MultiheadAttention`, and layers whose weight or its dtype is read or changed by other code
+    (`observation.bypassed`, `rewritten`). Layers that are quantized already, also by bitsandbytes, keep their bits.
 
     Args:
-        quant_type: `nf4`, or `fp4`.
-        double_quant: keep the scales in 8 bits: 4.127 bits a weight instead of 4.5.
-        skip: paths, or their ends after a dot, of modules to leave dense with all in them, or of experts' parameters.
-            None: the output head, a task's heads, routers, and what the model class asks to keep in float32.
-        compute_dtype: of the products; None: that of their input.
-        blocksize: weights that share a scale, a power of two from 32 to 4096. Experts that are no whole blocks take
-            smaller ones, or stay dense; a warning says so.
+        model: the model.
+        quant_type: `nf4` or `fp4`.
+        double_quant: store the scales in 8 bits: 4.127 bits per weight instead of 4.5.
+        skip: paths, or their last parts, of modules to leave dense with their children, or of experts' parameters. None
+            for the output head, task heads, routers, and modules the model class keeps in float32.
+        compute_dtype: dtype of the products; None for the input's.
+        blocksize: number of weights that share a scale, a power of two from 32 to 4096. Experts that do not divide into
+            blocks get smaller ones or stay dense, with a warning.
 
     Returns:
-        The same model, changed in place. A transformers model's config says what bitsandbytes must know to load it.
-            Experts, and subclasses of `nn.Linear` (Falcon's), are read by `peftcore.quantization.load` only.
+        The model, changed in place. The config of a transformers model contains what bitsandbytes needs to load it.
+        Experts
+        and subclasses of `nn.Linear` (Falcon's) can be loaded by `peftcore.quantization.load` only.
 
     Raises:
-        PeftcoreError: an argument is wrong, a weight is no floating one or holds NaN or infinity, or adapters are
-            applied already. The model is then as it was.
+        PeftcoreError: an argument is wrong, a weight is not floating point or contains NaN or Inf, or adapters are
+            applied.
+            The model is left unchanged.
     """
     check_quant_type(quant_type)
     check_blocksize(blocksize)
     if hasattr(model, "_orig_mod"):
-        raise PeftcoreError("the model is compiled. Quantize the model itself, then torch.compile it")
-    if any(map(lock_of, model.modules())):  # of a part of the model too, or of one that it is a part of
+        raise PeftcoreError("the model is compiled. Quantize the original model, then call torch.compile on it")
+    if any(map(lock_of, model.modules())):  # also of a submodule, or of a model that contains this one
         state = state_of(model)
         applied = ", ".join(state.applied) if state is not None else "to a part of the model"
-        raise PeftcoreError(f"quantize before adapters are applied (applied: {applied}), or after peftcore.remove")
+        raise PeftcoreError(
+            f"quantize needs a model without adapters, found {applied}. Quantize first, or call peftcore.remove"
+        )
     chosen, experts = selected(model, skip), selected_experts(model, skip, blocksize)
     theirs = [path for path, module in base_modules(model) if _is_bnb(module)]
     if not chosen and not experts and not theirs and not any(packed_names(model)):
-        raise PeftcoreError(f"found no linear layer to quantize in {type(model).__name__} (skip={skip!r})")
+        raise PeftcoreError(f"{type(model).__name__} has no linear layer to quantize (skip={skip!r})")
     for path, module in chosen.items():
         _check_parameter(path, module, "weight")
     for path, names in experts.items():
@@ -113,14 +120,14 @@ def quantize(
 
 
 def _held_by(model: nn.Module) -> int:
-    """Bytes of its parameters."""
+    """Return the bytes of a model's parameters."""
     return sum(parameter.nbytes for parameter in model.parameters() if not parameter.is_meta)
 
 
 def give_back_freed() -> None:
-    """Give back to the system what lies free between weights that stay, which glibc keeps otherwise."""
+    """Return free memory between remaining weights to the system, which glibc would keep."""
     if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries do not have malloc_trim
         if trim is not None:
             trim(0)
 
@@ -132,13 +139,17 @@ def _tell_if_little(model: nn.Module, quantized: Sequence[str]) -> None:
 
 
 def dequantize(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Make every quantized layer a plain `nn.Linear` again, and experts what they were, with their 4 bits' values.
+    """Turn quantized layers into plain `nn.Linear`s and experts into dense parameters, with the values of the 4 bits.
 
     Args:
-        dtype: of the weights; None: the one they had.
+        model: the model.
+        dtype: dtype of the weights; None for the original dtype.
+
+    Returns:
+        The model.
     """
     if any(map(lock_of, model.modules())):
-        raise PeftcoreError("dequantize before adapters are applied, or after peftcore.remove")
+        raise PeftcoreError("dequantize needs a model without adapters. Dequantize first, or call peftcore.remove")
     for _, experts in list(quantized_experts(model)):
         unpack_experts(experts, dtype)
     layers = [module for _, module in base_modules(model) if isinstance(module, QuantizedLinear)]
@@ -164,18 +175,18 @@ def convert_dense(
 
 
 def convert(module: Any, weight: PackedWeight, compute_dtype: torch.dtype | None) -> QuantizedLinear:
-    """Make a linear layer or a Conv1D a `QuantizedLinear` in place, with this weight."""
-    for attribute in ("nf", "nx"):  # of Conv1D
+    """Turn a linear layer or Conv1D into a `QuantizedLinear` with this weight, in place."""
+    for attribute in ("nf", "nx"):  # Conv1D's
         module.__dict__.pop(attribute, None)
     module.out_features, module.in_features = weight.shape
     dense = module._parameters.get("weight")
     module.__class__ = QuantizedLinear
     module.compute_dtype = compute_dtype
-    if isinstance(weight.codes, nn.Parameter):  # of a layer that shares its weight
+    if isinstance(weight.codes, nn.Parameter):  # for a layer that shares its weight
         module.weight = weight.codes
     module.set_packed_parameter("weight", weight._replace(codes=weight.codes.detach()))
     mark_as_loaded(module.weight, dense)
-    module._is_hf_initialized = True  # transformers must not draw new values
+    module._is_hf_initialized = True  # transformers must not initialise it again
     return module
 
 
@@ -191,14 +202,14 @@ def make_plain(module: Any, weight: nn.Parameter) -> None:
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    """(path, layer) of every linear layer whose weight is in 4 bits."""
+    """Yield (path, layer) of every linear layer with a 4-bit weight."""
     for path, module in base_modules(model):
         if isinstance(module, QuantizedLinear) and module.is_quantized:
             yield path, module
 
 
 def quantized_experts(model: nn.Module) -> Iterator[tuple[str, PackedParameters]]:
-    """(path, module) of every module of experts of which parameters are in 4 bits."""
+    """Yield (path, module) of every module of experts with 4-bit parameters."""
     for path, module in base_modules(model):
         if isinstance(module, QuantizedLinear) or not isinstance(module, PackedParameters):
             continue
@@ -207,7 +218,7 @@ def quantized_experts(model: nn.Module) -> Iterator[tuple[str, PackedParameters]
 
 
 def _with_first(modules: Iterable[Layer]) -> list[tuple[Layer, Layer]]:
-    """(module, the first module with the same weight), all looked up before any weight is freed."""
+    """Return (module, first module with the same weight) pairs, computed before any weight is freed."""
     modules = list(modules)
     first: dict[int, Layer] = {}
     for module in modules:
@@ -220,22 +231,22 @@ def _check_parameter(path: str, module: nn.Module, parameter: str) -> None:
     name = f"{path}.{parameter}" if path else parameter
     if ranks.is_part(weight):
         raise PeftcoreError(
-            f"'{name}' is sharded, and no rank holds the whole weight. Quantize first and shard the quantized model, "
-            "or load it in 4 bits: peftcore.load_sharded(folder, 'nf4')"
+            f"'{name}' is sharded, and no rank has the whole weight. Quantize before sharding, or load in 4 "
+            "bits: peftcore.load_sharded(folder, 'nf4')"
         )
     if is_wrapped(weight):
         raise PeftcoreError(
-            f"'{name}' is quantized already, by another library ({type(weight).__name__}). Quantize the model as it "
-            f"was before, or leave the layer as it is: skip=['{path}']"
+            f"'{name}' is quantized already, by another library ({type(weight).__name__}). Quantize the original "
+            f"model, or skip the layer: skip=['{path}']"
         )
     if weight.dtype not in DTYPES:
         raise PeftcoreError(
-            f"'{name}' is {weight.dtype}; 4-bit weights are made of float32, float16 or bfloat16. "
-            f"Cast the model first, or leave the layer as it is: skip=['{path}']"
+            f"'{name}' is {weight.dtype}; only float32, float16 and bfloat16 can be quantized. Cast the model "
+            f"first, or skip the layer: skip=['{path}']"
         )
     if "forward" in module.__dict__:
         raise PeftcoreError(
-            f"'{path}' has a forward of its own (accelerate's hooks, say), which reads the dense weight. "
+            f"'{path}' has its own `forward` (such as accelerate's hooks), which reads the dense weight. "
             "Quantize before the model is dispatched"
         )
     if not weight.is_meta:
@@ -248,7 +259,7 @@ def _is_bnb(module: nn.Module) -> bool:
 
 
 def _adopt(module: Any, path: str) -> None:
-    """Make a layer of bitsandbytes one of ours, with the same bits."""
+    """Turn a layer of bitsandbytes into a `QuantizedLinear` with the same bits."""
     parts = {name.removeprefix("weight."): t for name, t in module.state_dict().items() if name.startswith("weight.")}
     if not parts:
         raise PeftcoreError(

@@ -1,6 +1,6 @@
-"""Experts as files have them, one by one, and how transformers makes one parameter `[experts, .., ..]` of them.
+"""Experts stored one by one in files, and transformers' conversions to one parameter `[experts, .., ..]`.
 
-Its conversions stack all and join gate and up. What they do to each expert apart is done here to one at a time.
+The conversions stack all experts and join gate and up projections. Here they are applied to one expert at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _APART = {1, 2, -1, -2}  # dimensions of one expert
 
 
 def is_by_expert(converter: Any) -> bool:
-    """Is all that this conversion does done to each expert apart?"""
+    """Return whether the conversion treats each expert separately."""
     merges = [operation for operation in converter.operations if isinstance(operation, MergeModulelist)]
     others = [operation for operation in converter.operations if not isinstance(operation, MergeModulelist)]
 
@@ -30,7 +30,7 @@ def is_by_expert(converter: Any) -> bool:
 
 
 def expert_of(converter: Any, tensors: Mapping[str, Tensor], name: str, model: nn.Module) -> Tensor:
-    """What a conversion `is_by_expert` makes of one expert's tensors, by its source patterns, for the parameter."""
+    """Return one expert of a parameter, converted from its tensors by source pattern (see `is_by_expert`)."""
     found: dict[str, Any] = {pattern: [tensor] for pattern, tensor in tensors.items()}
     for operation in converter.operations:
         found = operation.convert(

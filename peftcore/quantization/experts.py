@@ -1,7 +1,7 @@
-"""Experts whose weights are kept in 4 bits: the module's class becomes one with `PackedParameters`.
+"""Experts with 4-bit weights: the module's class is replaced by a subclass with `PackedParameters`.
 
-Where its forward is that of transformers' experts interface, it becomes `experts_forward`, which reads the packed
-weights as they lie. One that is written by hand runs its own, on dense weights that are made for the call.
+If its forward is that of transformers' experts interface, it becomes `experts_forward`, which reads packed weights. A
+hand-written forward runs on weights that are dequantized for the call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _UNPACKED = "_peftcore_unpacked"
 
 
 def pack_parameter(module: Any, name: str, weight: PackedWeight, compute_dtype: torch.dtype | None) -> None:
-    """Keep the parameter `name` of a module of experts as `weight`, in place."""
+    """Store `weight` as the parameter `name` of a module of experts, in place."""
     if not isinstance(module, PackedParameters):
         module.__class__ = packed_class(type(module))
         module.compute_dtype = compute_dtype
@@ -40,7 +40,7 @@ def pack_experts(
     double_quant: bool,
     compute_dtype: torch.dtype | None,
 ) -> None:
-    """Quantize these parameters of a module in place, one after the other, expert by expert."""
+    """Quantize parameters of a module in place, expert by expert."""
     for name, blocksize in blocksizes.items():
         weight = module.get_parameter(name).detach()
         packed = quantized_by_expert(weight, quant_type, double_quant, blocksize)
@@ -49,7 +49,7 @@ def pack_experts(
 
 
 def unpack_experts(module: PackedParameters, dtype: torch.dtype | None = None) -> None:
-    """Make all parameters dense ones with the values that their 4 bits stand for."""
+    """Dequantize all parameters of a module."""
     for name in module.packings:
         parameter = nn.Parameter(module.dequantized_parameter(name, dtype), requires_grad=False)
         mark_as_loaded(parameter, module._parameters[name])
@@ -58,7 +58,7 @@ def unpack_experts(module: PackedParameters, dtype: torch.dtype | None = None) -
 
 
 def forget_dense(module: PackedParameters) -> None:
-    """Let parameters that are dense by now be ordinary ones, and with the last the module what it was."""
+    """Make parameters that are dense again ordinary ones; restore the module's class after the last."""
     for name in list(module.packings):
         if module.packed_parameter(name) is None:
             module.forget_packing(name)
@@ -70,7 +70,7 @@ def forget_dense(module: PackedParameters) -> None:
 
 @one_for_each_class
 def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """`cls` with `PackedParameters`."""
+    """Return a subclass of `cls` with `PackedParameters`."""
 
     def forward(self: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         if has_interface_forward(self, cls.forward):
@@ -89,7 +89,7 @@ def packed_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _unpacked(module: PackedParameters, dtype: torch.dtype) -> nn.Module:
-    """A shallow copy with dense parameters."""
+    """Return a shallow copy with dense parameters."""
     copy: nn.Module = object.__new__(type(module))
     parameters: dict[str, Any] = dict(module._parameters)
     for name in module.packings:

@@ -1,4 +1,4 @@
-"""The tensors under which bitsandbytes keeps a 4-bit weight.
+"""Tensors of a 4-bit weight in bitsandbytes' format.
 
 X.weight                                 uint8 [n / 2, 1]; bitsandbytes may view these bytes as another dtype
 X.weight.absmax                          fp32 [blocks], or uint8 with double quantization
@@ -26,26 +26,32 @@ from peftcore.validation import shown
 QUANT_TYPES = ("nf4", "fp4")
 STATE_KEY = "quant_state.bitsandbytes__"
 PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *(STATE_KEY + kind for kind in QUANT_TYPES))
-STORAGE = (torch.uint8, torch.int8, torch.float16, torch.bfloat16, torch.float32)  # as which packed bytes are viewed
+STORAGE = (
+    torch.uint8,
+    torch.int8,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+)  # dtypes that packed bytes are viewed as
 _STATE_BYTES = 1 << 16
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
 def check_blocksize(blocksize: Any, name: str = "blocksize") -> None:
-    """Raise a PeftcoreError unless it is a power of two from 32 to 4096."""
+    """Raise a PeftcoreError unless the block size is a power of two from 32 to 4096."""
     fits = isinstance(blocksize, int) and not isinstance(blocksize, bool) and 32 <= blocksize <= 4096
     if not fits or blocksize & (blocksize - 1):
         raise PeftcoreError(f"{name} must be a power of two from 32 to 4096, found {shown(blocksize)}")
 
 
 def check_quant_type(quant_type: Any) -> None:
-    """Raise a PeftcoreError unless it is one of `QUANT_TYPES`."""
+    """Raise a PeftcoreError unless the type is one of `QUANT_TYPES`."""
     if quant_type not in QUANT_TYPES:
-        raise PeftcoreError(f"there is no 4-bit type {shown(quant_type)}. Choose one of: {', '.join(QUANT_TYPES)}")
+        raise PeftcoreError(f"quant_type={shown(quant_type)} is not known. Choose one of: {', '.join(QUANT_TYPES)}")
 
 
 def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
-    """What lies beside `X.weight` on disk, by the part of the name behind `X.weight.`."""
+    """Return the tensors stored with `X.weight` on disk, by the part of the name after `X.weight.`."""
     facts: dict[str, Any] = {
         "quant_type": weight.quant_type,
         "blocksize": weight.blocksize,
@@ -68,24 +74,24 @@ def to_tensors(weight: PackedWeight) -> dict[str, Tensor]:
 
 
 def _facts(tensor: Tensor, name: str) -> dict[str, Any]:
-    """What the JSON text in a state's tensor says."""
+    """Parse the JSON text in a state's tensor."""
     if tensor.dtype != torch.uint8 or tensor.dim() != 1 or tensor.numel() > _STATE_BYTES:
-        raise PeftcoreError(f"it is {tensor.dtype} {list(tensor.shape)}, where the bytes of a short text belong")
+        raise PeftcoreError(f"it is {tensor.dtype} {list(tensor.shape)}, expected the bytes of a short text")
     facts = parse_json(bytes(tensor.tolist()), name)
     if not isinstance(facts, dict):
-        raise PeftcoreError(f"it is {shown(facts)}, no table")
+        raise PeftcoreError(f"it is {shown(facts)}, expected a JSON object")
     return facts
 
 
 def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> PackedWeight:
-    """The weight `name`, of its bytes and the tensors beside it, checked against each other.
+    """Build the weight `name` from its bytes and tensors, checked against each other.
 
     Raises:
-        CheckpointError: a part is missing or does not fit; the file is damaged or not in this format.
+        CheckpointError: a part is missing or does not fit: the file is damaged or has another format.
     """
 
     def wrong(what: str) -> CheckpointError:
-        return CheckpointError(f"the 4-bit state of '{name}' {what}. The checkpoint is damaged, or of another format")
+        return CheckpointError(f"the 4-bit state of '{name}' {what}. The checkpoint is damaged or has another format")
 
     keys = [key for key in tensors if key.startswith(STATE_KEY)]
     if len(keys) != 1:
@@ -103,16 +109,16 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
     if quant_type != keys[0].removeprefix(STATE_KEY):
         raise wrong(f"has quant_type={quant_type!r} in '{keys[0]}'")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise wrong(f"has dtype={shown(dtype)}, where {', '.join(DTYPES)} are known")
+        raise wrong(f"has dtype={shown(dtype)}, expected one of {', '.join(DTYPES)}")
     if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 1 << 31 for size in shape):
-        raise wrong(f"has shape={shown(shape)}, which is no shape of a weight")
+        raise wrong(f"has shape={shown(shape)}, which is not the shape of a weight")
     shape, dtype, count = tuple(shape), DTYPES[dtype], math.prod(shape)
     blocks = -(-count // blocksize)
     nested = "nested_absmax" in tensors
     wanted = {"absmax": (torch.uint8 if nested else torch.float32, blocks), "quant_map": (torch.float32, 16)}
     if nested:
         if type(offset) not in (int, float) or not abs(offset) <= torch.finfo(torch.float32).max:
-            raise wrong(f"has nested_offset={shown(offset)}, which is no finite number of float32")
+            raise wrong(f"has nested_offset={shown(offset)}, which is not a finite float32")
         wanted["nested_absmax"] = (torch.float32, -(-blocks // nested_blocksize))
         wanted["nested_quant_map"] = (torch.float32, 256)
     for part, (part_dtype, size) in wanted.items():
@@ -120,15 +126,15 @@ def from_tensors(codes: Tensor, tensors: Mapping[str, Tensor], name: str) -> Pac
         if found is None:
             raise wrong(f"lacks '{name}.{part}'")
         if found.dtype != part_dtype or found.shape != (size,):
-            raise wrong(f"has '{part}' {found.dtype} {list(found.shape)}, where {part_dtype} [{size}] belongs")
+            raise wrong(f"has '{part}' {found.dtype} {list(found.shape)}, expected {part_dtype} [{size}]")
         if found.is_floating_point() and not found.isfinite().all():
-            raise wrong(f"has values in '{part}' that are not finite")
+            raise wrong(f"has NaN or Inf in '{part}'")
     if codes.dtype not in STORAGE or codes.dim() != 2 or codes.shape[1] != 1:
-        raise wrong(f"has bytes {codes.dtype} {list(codes.shape)}, where {torch.uint8} [{(count + 1) // 2}, 1] belongs")
+        raise wrong(f"has bytes {codes.dtype} {list(codes.shape)}, expected {torch.uint8} [{(count + 1) // 2}, 1]")
     data = codes.detach().contiguous().reshape(-1).view(torch.uint8)
     if data.numel() != (count + 1) // 2:
-        raise wrong(f"has {data.numel()} bytes, where shape {list(shape)} takes {(count + 1) // 2}")
-    # Copies: a file that is mapped into memory must not stay mapped for the small parts.
+        raise wrong(f"has {data.numel()} bytes, but shape {list(shape)} needs {(count + 1) // 2}")
+    # Copies, so that small parts do not keep a memory-mapped file open.
     parts: dict[str, Any] = {key: tensors[key].detach().clone() for key in wanted}
     if nested:
         offset = torch.tensor(float(offset), dtype=torch.float32, device=parts["absmax"].device)

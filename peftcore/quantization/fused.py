@@ -1,6 +1,6 @@
-"""PyTorch's fused paths of `nn.TransformerEncoder`, which would read the bytes of quantized layers as dense weights.
+"""Guard for PyTorch's fused paths of `nn.TransformerEncoder`, which would read quantized bytes as dense weights.
 
-In evaluation without gradients a layer, or all of them at once, passes its linear layers by. Both ask a flag of the
+In evaluation mode without gradients, a layer or the whole encoder bypasses its linear layers. Both check a flag of the
 module first, which is off while a layer inside is quantized.
 """
 
@@ -15,11 +15,11 @@ _FLAGS: dict[type[nn.Module], tuple[str, int]] = {
     nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
     nn.TransformerEncoder: ("use_nested_tensor", False),
 }
-_KEPT = "_peftcore_fused"  # the flag as it was
+_KEPT = "_peftcore_fused"  # the original flag
 
 
 def guard_quantized(model: nn.Module) -> None:
-    """Switch the fused paths around quantized layers off, and others that were switched off on again."""
+    """Disable the fused paths around quantized layers; enable those that were disabled and need it no longer."""
     for _, module in base_modules(model):
         for kind, (name, off) in _FLAGS.items():
             if not isinstance(module, kind):

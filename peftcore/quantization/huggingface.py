@@ -1,8 +1,8 @@
 """4 bits for transformers: `from_pretrained(..., quantization_config=FourBitConfig())`, and `load`.
 
-transformers reads a checkpoint tensor by tensor and hands each weight to the quantizer below, so what is in memory at
-once is the quantized model and one dense weight; of experts that lie in the checkpoint one by one, the weights of one.
-Importing this module registers the quantizer.
+transformers reads a checkpoint tensor by tensor and passes each weight to the quantizer below, so memory holds the
+quantized model and one dense weight at a time, or the weights of one expert if the checkpoint stores experts one by
+one. Importing this module registers the quantizer.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ from peftcore.quantization.selection import expert_parameters, selected, selecte
 from peftcore.targets import is_linear, sizes
 
 METHOD = "peftcore_4bit"
-_WHOLE = r"(?<!\w)"  # before a name in a pattern: the `weight` of `inject_weight.weight.absmax` is the second
-_failures: list[PeftcoreError] = []  # what transformers, while it loads, turns into a line of its log
+_WHOLE = r"(?<!\w)"  # prefix of a pattern: matches the last `weight` of `inject_weight.weight.absmax` only
+_failures: list[PeftcoreError] = []  # errors that transformers only logs while it loads
 
 
 @register_quantization_config(METHOD)
 class FourBitConfig(QuantizationConfigMixin):
-    """How `from_pretrained` quantizes a dense checkpoint; the arguments are those of `peftcore.quantize`.
+    """Config for quantizing a dense checkpoint in `from_pretrained`, with the arguments of `peftcore.quantize`.
 
-    For a checkpoint that bitsandbytes quantized, transformers takes bitsandbytes' config only and raises ValueError:
-    read it with `peftcore.quantization.load`.
+    For a checkpoint quantized by bitsandbytes, transformers accepts only bitsandbytes' config and raises ValueError:
+    load
+    it with `peftcore.quantization.load`.
     """
 
     def __init__(
@@ -72,10 +73,10 @@ class FourBitConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class FourBitQuantizer(HfQuantizer):
-    """Quantizes dense checkpoints on the way in, and reads those that bitsandbytes' format keeps in 4 bits."""
+    """Quantizer that quantizes dense checkpoints while loading, and loads those in bitsandbytes' 4-bit format."""
 
     quantization_config: FourBitConfig
-    # transformers' Trainer takes a quantized model without PEFT's wrapper for one that has nothing to train.
+    # Without this, Trainer refuses a quantized model that is not wrapped by PEFT.
     is_qat_trainable = True
     is_trainable = True
     quantized_element_size = 0.5
@@ -84,7 +85,7 @@ class FourBitQuantizer(HfQuantizer):
     def __init__(self, quantization_config: FourBitConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.weights: set[str] = set()
-        self.blocksizes: dict[str, int] = {}  # of experts, by the parameter's name
+        self.blocksizes: dict[str, int] = {}  # of experts, by parameter name
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -154,7 +155,7 @@ class _Quantize(ConversionOps):
         return done
 
     def experts(self, model: Any, name: str, experts: Iterable[Tensor]) -> dict[str, nn.Parameter]:
-        """Quantize the parameter `name` expert by expert, as they come."""
+        """Quantize the parameter `name` expert by expert as they arrive."""
         config, blocksize = self.hf_quantizer.quantization_config, self.hf_quantizer.blocksizes[name]
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
@@ -165,11 +166,12 @@ class _Quantize(ConversionOps):
             for count, expert in enumerate(experts, 1):
                 if tuple(expert.shape) != shape[1:] or count > shape[0]:
                     raise CheckpointError(
-                        f"'{name}' holds {list(expert.shape)} at expert {count - 1}, this model takes {list(shape)}"
+                        f"'{name}' has shape {list(expert.shape)} at expert {count - 1}, but the model needs "
+                        f"{list(shape)}"
                     )
                 yield expert
             if count != shape[0]:
-                raise CheckpointError(f"'{name}' holds {count} experts, this model takes {list(shape)}")
+                raise CheckpointError(f"'{name}' has {count} experts, but the model needs {list(shape)}")
 
         with _noted():
             packed = joined_experts(checked(), shape, config.quant_type, config.double_quant, blocksize)
@@ -178,7 +180,7 @@ class _Quantize(ConversionOps):
 
 
 class _ByExpert(WeightConverter):
-    """Makes a parameter of single experts' tensors, one expert at a time, where it is quantized."""
+    """Conversion that makes a parameter from experts' tensors, one expert at a time, if it is quantized."""
 
     __slots__ = ()
 
@@ -201,7 +203,7 @@ class _ByExpert(WeightConverter):
 
 
 def _by_expert(converter: Any) -> Any:
-    """The same converter, one expert at a time, if all that it does is done to each expert apart."""
+    """Return the converter, changed to convert one expert at a time if it treats each expert separately."""
     if not is_by_expert(converter):
         return converter
     found = copy.copy(converter)
@@ -223,13 +225,15 @@ class _Deserialize(ConversionOps):
         tensors = {name.removeprefix(_WHOLE): t[0] if isinstance(t, list) else t for name, t in input_dict.items()}
         path, _, attribute = full_layer_name.rpartition(".")
         module: Any = model.get_submodule(path)
-        if len(tensors) == 1:  # a dense weight, which comes as the file has it
+        if len(tensors) == 1:  # a dense weight, as the file has it
             like = getattr(module, attribute)
             return {name: t.to(like.dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         parts = {name.removeprefix(f"{attribute}."): value for name, value in tensors.items() if name != attribute}
         with _noted():
             if attribute not in tensors:
-                raise CheckpointError(f"the checkpoint lacks '{full_layer_name}', whose 4-bit state it has")
+                raise CheckpointError(
+                    f"the checkpoint has the 4-bit state of '{full_layer_name}' but not its weight. Download it again"
+                )
             packed = from_tensors(tensors[attribute], parts, full_layer_name)
             is_weight = attribute == "weight" and is_linear(module)
             check_shape(packed, sizes(module)[::-1] if is_weight else shape_of(module, attribute), full_layer_name)
@@ -249,7 +253,7 @@ class _Deserialize(ConversionOps):
 
 
 class _AsItIs(ConversionOps):
-    """Saving: the state dict has the keys of the format already."""
+    """Conversion for saving that changes nothing: the state dict already has the format's keys."""
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         return input_dict
@@ -276,7 +280,7 @@ def load(
     model_class: Any = None,
     **options: Any,
 ) -> nn.Module:
-    """See `peftcore.quantization.load`."""
+    """Implement `peftcore.quantization.load`."""
     import transformers
 
     where = os.fspath(path)
@@ -290,8 +294,8 @@ def load(
         config.quantization_config = ours.to_dict()
     else:
         raise PeftcoreError(
-            f"'{where}' is quantized by {told.get('quant_method')!r}, which is not read here. Give a dense checkpoint, "
-            "or one of bitsandbytes in 4 bits"
+            f"'{where}' is quantized with {told.get('quant_method')!r}, which is not supported. Use a dense "
+            "checkpoint, or one in bitsandbytes' 4-bit format"
         )
     if model_class is None:
         named = (config.architectures or [None])[0]
@@ -301,7 +305,9 @@ def load(
         with _not_mapped():
             model: nn.Module = model_class.from_pretrained(where, config=config, dtype=dtype, **options)
         for parameter in model.parameters():
-            if parameter.untyped_storage().filename is not None:  # mapped all the same: it would hold the whole file
+            if (
+                parameter.untyped_storage().filename is not None
+            ):  # memory-mapped anyway: reading it would hold the whole file
                 parameter.data = parameter.data.clone()
         give_back_freed()
         if told is not None:
@@ -315,10 +321,10 @@ def load(
 
 @contextlib.contextmanager
 def _not_mapped() -> Iterator[None]:
-    """Within the block transformers reads weights from files that it would map.
+    """Make transformers read weights instead of memory-mapping files within the block.
 
-    What was read of a mapped file stays with the process until the file is closed: at the end of loading all of the
-    dense checkpoint would be counted beside the packed model. Other threads that load meanwhile get the same values.
+    Pages read from a mapped file stay in memory until it is closed, so at the end of loading the whole dense checkpoint
+    would be resident in addition to the quantized model. Other threads that load at the same time get the same values.
     """
     import transformers.modeling_utils as reader
 
@@ -338,7 +344,7 @@ def _not_mapped() -> Iterator[None]:
 
 
 def _tell_of_dense(model: nn.Module, where: str, skipped: Sequence[str]) -> None:
-    """Of experts, which transformers with bitsandbytes leaves dense."""
+    """Warn of experts that are dense because bitsandbytes in transformers does not quantize them."""
     dense = [
         f"{path}.{name}"
         for path, module in base_modules(model)
@@ -347,7 +353,7 @@ def _tell_of_dense(model: nn.Module, where: str, skipped: Sequence[str]) -> None
     ]
     if dense:
         warnings.warn(
-            f"{len(dense)} weights of experts ('{dense[0]}') are dense in '{where}': peftcore.quantize(model) packs "
-            "them, too",
+            f"{len(dense)} weights of experts ('{dense[0]}') are dense in '{where}'. peftcore.quantize(model) "
+            "quantizes them too",
             stacklevel=4,
         )

@@ -1,6 +1,6 @@
-"""A linear layer whose weight is kept in 4 bits: y = x Wᵀ + b, W dequantized on the way (`ops.linear_4bit`).
+"""Linear layer with a 4-bit weight: y = x Wᵀ + b, with W dequantized on the fly (`ops.linear_4bit`).
 
-An `nn.Linear` whose `weight` is one of `PackedParameters`.
+It is an `nn.Linear` whose `weight` is one of `PackedParameters`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from peftcore.quantization.parameters import PackedParameters
 
 
 class QuantizedLinear(PackedParameters, nn.Linear):
-    """See the module. Made from a dense layer by `peftcore.quantize`, or empty, to be filled by `load_state_dict`.
+    """Linear layer with a 4-bit weight, made by `peftcore.quantize`, or empty and filled by `load_state_dict`.
 
     Args:
-        compute_dtype: of the product; the input is cast to it and the output back. None: the input's.
+        compute_dtype: dtype of the product; the input is cast to it and the output back. None for the input's dtype.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class QuantizedLinear(PackedParameters, nn.Linear):
 
     @property
     def is_quantized(self) -> bool:
-        """False where merging has put a dense weight in."""
+        """Whether the weight is quantized; False after merging put a dense one in its place."""
         return self.weight.dtype is torch.uint8
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight in 4 bits, where it lies."""
-        # Past `nn.Module.__getattr__`, which costs more than what is called with them.
+        """Return the 4-bit weight, without copying."""
+        # bypasses `nn.Module.__getattr__`, which costs more than the call
         parameters: dict[str, Any] = self._parameters
         buffers: dict[str, Any] = self._buffers
         shape, blocksize, dtype, quant_type, nested_blocksize, _ = self.packings["weight"]
@@ -73,16 +73,16 @@ class QuantizedLinear(PackedParameters, nn.Linear):
 
     @property
     def quant_type(self) -> str:
-        """`nf4` or `fp4`."""
+        """Type of the codes: `nf4` or `fp4`."""
         return self.packings["weight"].quant_type
 
     @property
     def blocksize(self) -> int:
-        """Weights that share a scale."""
+        """Number of weights that share a scale."""
         return self.packings["weight"].blocksize
 
     def dequantized(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight `[out, in]`, by default in the dtype that it had."""
+        """Return the dense weight `[out, in]`, by default in its original dtype."""
         return ops.dequantize_4bit(self.packed, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,8 +95,8 @@ class QuantizedLinear(PackedParameters, nn.Linear):
         return ops.linear_4bit(x.to(dtype), self.packed, self.bias).to(x.dtype)
 
     def linear_operands(self, x: Tensor) -> tuple[PackedWeight, Tensor | None] | None:
-        """What an adapter may multiply by itself: see `peftcore.adaptation.adapted.Base`."""
-        parameters: dict[str, Any] = self._parameters  # as in `packed`
+        """Return what an adapter may multiply by itself, see `peftcore.adaptation.adapted.Base`."""
+        parameters: dict[str, Any] = self._parameters  # see `packed`
         if parameters["weight"].dtype is not torch.uint8 or self.compute_dtype not in (None, x.dtype):
             return None
         return self.packed, parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401  # looked up when needed

@@ -1,10 +1,10 @@
-"""Modules that keep parameters in 4 bits, by name: the bytes in the parameter's place, what scales them in buffers.
+"""Modules with 4-bit parameters: bytes in the parameter's place, scales in buffers.
 
     weight         uint8 [ceil(n / 2), 1], frozen      absmax, quant_map, nested_absmax, ..
     gate_up_proj   likewise                            gate_up_proj_absmax, gate_up_proj_quant_map, ..
 
-`state_dict()` has bitsandbytes' keys (see format.py). Casts of the module (`.to(dtype)`, `.half()`) change what is
-dense and leave quantized parameters as they are. Merging may put a dense parameter in the place of a quantized one.
+`state_dict()` has bitsandbytes' keys (see format.py). Casts of the module (`.to(dtype)`, `.half()`) change dense
+tensors only. Merging may replace a quantized parameter by a dense one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BUFFERS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "nested_o
 
 
 class Packing(NamedTuple):
-    """What of a `PackedWeight` is no tensor, and the names of the buffers that hold the tensors beside its bytes."""
+    """Metadata of a `PackedWeight` and the names of the buffers that hold its tensors."""
 
     shape: tuple[int, ...]
     blocksize: int
@@ -35,17 +35,17 @@ class Packing(NamedTuple):
 
 
 class PackedParameters(nn.Module):
-    """See the module. `packings` has every parameter that is or was in 4 bits, by name.
+    """Mixin for modules with 4-bit parameters. `packings` has every parameter that is or was quantized, by name.
 
     Args:
-        compute_dtype: of the products; the input is cast to it and the output back. None: the input's.
+        compute_dtype: dtype of the products; the input is cast to it and the output back. None for the input's dtype.
     """
 
     packings: Mapping[str, Packing] = {}
     compute_dtype: torch.dtype | None = None
 
     def packed_parameter(self, name: str) -> PackedWeight | None:
-        """The parameter in 4 bits, where it lies; None where it is dense."""
+        """Return the 4-bit parameter without copying, or None if it is dense."""
         packing, codes = self.packings.get(name), self._parameters.get(name)
         if packing is None or codes is None or codes.dtype is not torch.uint8:
             return None
@@ -56,11 +56,11 @@ class PackedParameters(nn.Module):
         return PackedWeight(codes, absmax, quant_map, *facts, nested, values, offset, nested_blocksize)
 
     def set_packed_parameter(self, name: str, weight: PackedWeight) -> None:
-        """Take another weight of the parameter's shape."""
+        """Replace the parameter by another quantized weight of its shape."""
         prefix = "" if name == "weight" else f"{name}_"
         names = tuple(prefix + part for part in BUFFERS)
         facts = weight.blocksize, weight.dtype, weight.quant_type, weight.nested_blocksize
-        # A new table: a shallow copy of this module keeps its own.
+        # A new dictionary, because shallow copies of this module share the old one.
         self.packings = {**self.packings, name: Packing(weight.shape, *facts, names)}
         held = self._parameters.get(name)
         if held is not None and held.dtype is torch.uint8 and not held.is_meta:
@@ -73,7 +73,7 @@ class PackedParameters(nn.Module):
             self.register_buffer(buffer, getattr(weight, part))
 
     def dequantized_parameter(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense values of a parameter, in 4 bits or dense; None: in the dtype that it had."""
+        """Return the dense values of a parameter, quantized or not; by default in its original dtype."""
         packed = self.packed_parameter(name)
         if packed is not None:
             return ops.dequantize_4bit(packed, dtype)
@@ -81,19 +81,19 @@ class PackedParameters(nn.Module):
         return parameter if dtype is None else parameter.to(dtype)
 
     def quantized_parameter(self, name: str, weight: Tensor) -> PackedWeight:
-        """A dense weight in 4 bits, as this module keeps its own."""
+        """Quantize a dense weight with this parameter's settings."""
         packing = self.packings[name]
         double_quant = self._buffers[packing.buffers[2]] is not None
         return quantized_by_expert(weight, packing.quant_type, double_quant, packing.blocksize)
 
     def forget_packing(self, name: str) -> None:
-        """Let the parameter, which is dense by now, be an ordinary one."""
+        """Turn the parameter, which is dense by now, into an ordinary one."""
         for buffer in self.packings[name].buffers:
             del self._buffers[buffer]
         self.packings = {other: packing for other, packing in self.packings.items() if other != name}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedParameters:
-        # A cast to half precision would round the scales, and `type(dtype)` read bytes as numbers.
+        # A cast to half precision would round the scales, and `type(dtype)` would read bytes as numbers.
         kept = {id(self._buffers[name]) for packing in self.packings.values() for name in packing.buffers}
         kept |= {
             id(p) for name in self.packings if (p := self._parameters[name]) is not None and p.dtype is torch.uint8
@@ -122,7 +122,7 @@ class PackedParameters(nn.Module):
         error_msgs: list[str],
     ) -> None:
         buffers = [buffer for packing in self.packings.values() for buffer in packing.buffers]
-        # `set_model_state_dict` of torch.distributed.checkpoint adds the buffers themselves.
+        # `set_model_state_dict` of torch.distributed.checkpoint adds the buffers itself.
         taken = {prefix + key for key in buffers if state_dict.get(prefix + key, 0) is self._buffers.get(key)}
         for name in self.packings:
             full = prefix + name
@@ -152,7 +152,7 @@ class PackedParameters(nn.Module):
         device = weight.device if there.is_meta else there.device
         if not parts and weight.is_floating_point():
             if tuple(weight.shape) != shape:
-                raise PeftcoreError(f"'{full}' has shape {list(weight.shape)}, this layer {list(shape)}")
+                raise PeftcoreError(f"'{full}' has shape {list(weight.shape)}, but the layer needs {list(shape)}")
             refuse_non_finite(weight, full)
             packed = self.quantized_parameter(name, weight.to(device))
         else:
@@ -171,7 +171,7 @@ class PackedParameters(nn.Module):
         return "; ".join(filter(None, parts))
 
     def _fqn_modifiers(self) -> dict[str, str]:
-        """What torch.distributed.checkpoint asks: where it finds what a key such as `weight.absmax` names."""
+        """Map names for torch.distributed.checkpoint, so that it finds keys such as `weight.absmax`."""
         return dict.fromkeys(self.packings, "_any_path")
 
     @property
@@ -180,7 +180,7 @@ class PackedParameters(nn.Module):
 
 
 class _AnyPath:
-    """It has every attribute, as keys below a parameter have no modules behind them."""
+    """Object that has every attribute, because keys below a parameter have no modules."""
 
     def __getattr__(self, name: str) -> _AnyPath:
         if name.startswith("_"):
@@ -189,7 +189,7 @@ class _AnyPath:
 
 
 def quantized_by_expert(weight: Tensor, quant_type: str, double_quant: bool, blocksize: int) -> PackedWeight:
-    """`ops.quantize_4bit`, the same bits, with no more in memory than one expert takes, of `[experts, .., ..]`."""
+    """Quantize `[experts, .., ..]` like `ops.quantize_4bit`, bit for bit, with temporary memory for one expert only."""
     experts = weight.shape[0] if weight.dim() > 2 and not weight.is_meta else 1
     each = weight.numel() // max(experts, 1)
     if experts < 2 or each % blocksize:
@@ -200,7 +200,7 @@ def quantized_by_expert(weight: Tensor, quant_type: str, double_quant: bool, blo
 def joined_experts(
     experts: Iterable[Tensor], shape: tuple[int, ...], quant_type: str, double_quant: bool, blocksize: int
 ) -> PackedWeight:
-    """The packed weight `[experts, ..]` of dense ones, each of whole blocks, that are made one after the other."""
+    """Return the packed weight `[experts, ..]` of dense experts produced one by one, in whole blocks."""
     codes = absmax = None
     for i, expert in enumerate(experts):
         one = ops.quantize_4bit(expert.detach(), quant_type, blocksize=blocksize)
@@ -215,30 +215,30 @@ def joined_experts(
 def check_shape(weight: PackedWeight, shape: tuple[int, ...], name: str) -> None:
     """Raise a CheckpointError unless the weight `name` has this shape."""
     if weight.shape != shape:
-        raise CheckpointError(f"'{name}' has shape {list(weight.shape)}, this layer {list(shape)}")
+        raise CheckpointError(f"'{name}' has shape {list(weight.shape)}, but the layer needs {list(shape)}")
 
 
 def check_experts(weight: PackedWeight, name: str) -> None:
-    """Raise a CheckpointError if a block of the experts `name` straddles two of them, which no kernel takes."""
+    """Raise a CheckpointError if a block of the experts `name` straddles two of them, which no kernel supports."""
     if len(weight.shape) == 3 and weight.shape[1] * weight.shape[2] % weight.blocksize:
         raise CheckpointError(
-            f"'{name}' has blocks of {weight.blocksize} values over experts of {list(weight.shape[1:])}: they straddle "
-            "experts, which is not read here. Quantize the dense model again"
+            f"'{name}' has blocks of {weight.blocksize} values that straddle experts of shape "
+            f"{list(weight.shape[1:])}, which is not supported. Quantize the dense model again"
         )
 
 
 def refuse_non_finite(weight: Tensor, name: str) -> None:
-    """Raise a PeftcoreError that names the first value of `weight` that is NaN or infinite."""
+    """Raise a PeftcoreError that names the first NaN or Inf in `weight`."""
     if weight.numel() and not all(bound.isfinite() for bound in torch.aminmax(weight)):
         index = (~weight.isfinite()).nonzero()[0].tolist()
         raise PeftcoreError(
-            f"'{name}' holds {weight[tuple(index)].item()} at index {index}: a block with it cannot be quantized. "
-            "Repair the weight, or leave the layer dense: skip=[...]"
+            f"'{name}' contains {weight[tuple(index)].item()} at index {index} and cannot be quantized. Repair "
+            "the weight, or leave the layer dense: skip=[...]"
         )
 
 
 def _moved(tensor: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    """`fn`, which moves or casts, on the bytes of `tensor`; where it changes their dtype, only the move is kept."""
+    """Apply `fn`, which moves or casts, to the bytes of `tensor`, but keep only the move if the dtype would change."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     found = fn(flat)
     if found is flat:

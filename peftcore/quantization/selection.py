@@ -1,4 +1,4 @@
-"""What of a model is kept in 4 bits: its linear layers, and the parameters of its experts."""
+"""Selection of the linear layers and experts that are quantized."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from peftcore.targets.experts import routers
 
 
 def default_skip(model: nn.Module) -> list[str]:
-    """What `quantize` leaves dense unless told otherwise, by path: heads, routers, what the class keeps in float32."""
+    """Return the paths left dense by default: heads, routers, modules that the class keeps in float32."""
     architecture = detect(model)
     kept = getattr(model, "_keep_in_fp32_modules", None) or ()
     paths = [path for path, _ in base_modules(model) if any(matches(name, path) for name in kept)]
@@ -35,17 +35,17 @@ def default_skip(model: nn.Module) -> list[str]:
 
 
 def expert_parameters(module: nn.Module) -> tuple[str, ...]:
-    """The names of a module's own weights `[experts, .., ..]`, if its forward reads them."""
+    """Return the names of a module's weights `[experts, .., ..]`, if its forward reads them."""
     names = stacked_weights(module)
     if not names or experts_layout(module) is not None:
         return names
-    # Written by hand. What its own forward does not name may be read by others.
+    # Hand-written forward. Parameters it does not name may be read by other code.
     code = getattr(inspect.unwrap(original_class(module).forward), "__code__", None)
     return names if code is not None and {*names} <= {*code.co_names} else ()
 
 
 def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Module]:
-    """The layers that `quantize` converts, by path: of layers that share a weight all or none."""
+    """Return the layers that `quantize` converts, by path; of layers that share a weight, all or none."""
     modules, skipped = dict(base_modules(model)), _left_dense(model, skip)
     owners = _owners(model)
     chosen = {}
@@ -61,10 +61,10 @@ def selected(model: nn.Module, skip: Sequence[str] | None) -> dict[str, nn.Modul
 def warn_of_dense(model: nn.Module, skip: Sequence[str] | None, stacklevel: int) -> None:
     """Warn of linear layers that are neither skipped nor quantized, with the reasons.
 
-    Layers that share their weight with one that stays dense, such as a tied head, are left out.
+    Layers that share their weight with a layer that stays dense, such as a tied head, are not mentioned.
     """
     skipped, modules = _skipped(model, skip), dict(base_modules(model))
-    why = {**dict.fromkeys(asked_for_dtype(model), "code asks for the dtype of the weight")}
+    why = {**dict.fromkeys(asked_for_dtype(model), "other code reads the dtype of the weight")}
     why |= {**rewritten(model), **bypassed(model)}
     found: dict[str, list[str]] = {}
     for path, module in modules.items():
@@ -80,10 +80,10 @@ def warn_of_dense(model: nn.Module, skip: Sequence[str] | None, stacklevel: int)
             if reasons:
                 found.setdefault(reasons[0], []).append(path)
     if found:
-        parts = [f"{_listed(paths)}, since {reason}" for reason, paths in found.items()]
+        parts = [f"{_listed(paths)}, because {reason}" for reason, paths in found.items()]
         warnings.warn(
-            f"quantize leaves layers of {type(model).__name__} dense: {'; '.join(parts)}. Name them in skip to do so "
-            "without this warning",
+            f"quantize leaves layers of {type(model).__name__} dense: {'; '.join(parts)}. To leave them dense "
+            "without this warning, name them in skip",
             stacklevel=stacklevel,
         )
 
@@ -93,14 +93,14 @@ def _listed(paths: Sequence[str]) -> str:
 
 
 def selected_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: int) -> dict[str, dict[str, int]]:
-    """The experts' parameters that `quantize` converts, and their blocksizes, by path and name.
+    """Return the experts' parameters that `quantize` converts and their block sizes, by path and name.
 
-    Of whole blocks for each expert: with smaller blocks than `blocksize`, or not at all, where that does not divide
-    them. A warning says which.
+    Blocks must not straddle experts: if `blocksize` does not divide an expert, a smaller block is used or the parameter
+    stays dense, with a warning.
     """
     skipped, owners = _left_dense(model, skip), _owners(model)
     chosen: dict[str, dict[str, int]] = {}
-    other: dict[int, list[str]] = {}  # names by the blocksize that they take in place of that; 0: none
+    other: dict[int, list[str]] = {}  # names by the block size used instead; 0 for dense
     for path, module in base_modules(model):
         for name in expert_parameters(module):
             parameter, full = module._parameters[name], f"{path}.{name}" if path else name
@@ -116,15 +116,15 @@ def selected_experts(model: nn.Module, skip: Sequence[str] | None, blocksize: in
     for found, names in other.items():
         how = f"quantized in blocks of {found}" if found else "left dense"
         warnings.warn(
-            f"{len(names)} weights of experts ('{names[0]}') are {how}: an expert of theirs is no whole number of "
-            f"blocks of {blocksize if found else MIN_BLOCKSIZE}",
+            f"{len(names)} weights of experts ('{names[0]}') are {how}, because an expert is not a multiple of "
+            f"{blocksize if found else MIN_BLOCKSIZE} values",
             stacklevel=4,
         )
     return chosen
 
 
 def _dividing(count: int, blocksize: int) -> int:
-    """The largest power of two up to `blocksize` that divides `count`; 0 where that would be too small a block."""
+    """Return the largest power of two up to `blocksize` that divides `count`, or 0 if that is too small."""
     while blocksize >= MIN_BLOCKSIZE:
         if count % blocksize == 0:
             return blocksize
@@ -133,7 +133,7 @@ def _dividing(count: int, blocksize: int) -> int:
 
 
 def _owners(model: nn.Module) -> dict[int, set[str]]:
-    """The paths of the modules that hold a parameter, by its identity."""
+    """Return the paths of the modules that hold a parameter, by its id."""
     owners: dict[int, set[str]] = {}
     for name, parameter in base_parameters(model):
         owners.setdefault(id(parameter), set()).add(name.rpartition(".")[0])
@@ -200,7 +200,7 @@ def _computes_linear(module: nn.Module) -> bool:
         try:
             with torch.no_grad():
                 found = original_class(module).forward(probe, x.to(dtype))
-        except Exception:  # it needs more than an input
+        except Exception:  # it needs more than one input
             return False
         if not isinstance(found, Tensor) or found.dtype != dtype or found.shape != wanted.shape:
             return False
@@ -219,7 +219,7 @@ def _left_dense(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
 
 def _skipped(model: nn.Module, skip: Sequence[str] | None) -> list[str]:
     if isinstance(skip, str):
-        raise PeftcoreError(f"skip is a list of module names, found the string {skip!r}. Try: skip=[{skip!r}]")
+        raise PeftcoreError(f"skip must be a list of module names, found the string {skip!r}. Use skip=[{skip!r}]")
     if skip is None:
         return default_skip(model)
     names = []

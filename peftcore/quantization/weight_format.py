@@ -1,4 +1,4 @@
-"""How merging reads and writes a parameter that is kept in 4 bits. The registry has it once this is imported."""
+"""Weight format for merging into 4-bit parameters. Importing this module registers it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from peftcore.registry import registry
 
 @cache
 def four_bits(name: str) -> WeightFormat:
-    """The format of the parameter `name` of a module with `PackedParameters`."""
+    """Return the format of the parameter `name` of a module with `PackedParameters`."""
 
     def matches(module: nn.Module) -> bool:
         return isinstance(module, PackedParameters) and module.packed_parameter(name) is not None
 
     def names_of(module: PackedParameters) -> dict[str, str]:
-        """The names of what a packed weight consists of, by the part's name."""
+        """Return the names of a packed weight's tensors, by part."""
         return {"codes": name, **dict(zip(BUFFERS, module.packings[name].buffers, strict=True))}
 
     def write(module: PackedParameters, weight: Tensor) -> dict[str, Tensor]:

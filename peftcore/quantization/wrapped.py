@@ -1,7 +1,7 @@
-"""Weights that another library has quantized and keeps in a tensor of its own class, such as torchao's and quanto's.
+"""Weights that another library quantized and stores in a tensor of its own class, such as torchao's and quanto's.
 
-The layer stays that library's: its forward runs, adapters act around it, and what asks for the dense weight is given
-one. The registry has this format once this is imported.
+The layer remains that library's: its forward runs with adapters around it, and code that asks for the dense weight gets
+a dequantized one. Importing this module registers the format.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from peftcore.layers import is_linear, is_wrapped
 from peftcore.method import WeightFormat
 from peftcore.registry import registry
 
-_TOLD = (
-    "_peftcore_told_of_wrapped"  # attribute: (quantization_config, hf_quantizer) that a transformers model came with
-)
+_ORIGINAL = "_peftcore_original_quantization"  # attribute: (quantization_config, hf_quantizer) as the model was loaded
 
 
 def _weight(module: nn.Module) -> Any:
@@ -29,16 +27,16 @@ def _weight(module: nn.Module) -> Any:
 def _refuse_to_write(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
     kind = type(_weight(module))
     raise PeftcoreError(
-        f"{kind.__module__}.{kind.__name__} holds a weight that its library made by options which it does not tell, so "
-        "that nothing can be written there. Merge into dense weights, peftcore.merge(model, dtype=torch.bfloat16), and "
-        "quantize the model again"
+        f"{kind.__module__}.{kind.__name__} was made with options that cannot be read from it, so merged values "
+        "cannot be quantized again. Merge into dense weights with peftcore.merge(model, dtype=torch.bfloat16), "
+        "then quantize the model again"
     )
 
 
 def _note_in_config(model: Any) -> None:
-    """Let a transformers model say which layers are dense, once adapters were merged: it reads its files by that."""
+    """Record in a transformers model's config which layers are dense after merging; loading depends on it."""
     config: Any = getattr(model, "config", None)
-    told, quantizer = model.__dict__.get(_TOLD) or (
+    told, quantizer = model.__dict__.get(_ORIGINAL) or (
         getattr(config, "quantization_config", None),
         getattr(model, "hf_quantizer", None),
     )
@@ -46,7 +44,7 @@ def _note_in_config(model: Any) -> None:
         return
     weights = {path: _weight(module) for path, module in base_modules(model) if is_linear(module)}
     wrapped = {path for path, weight in weights.items() if weight is not None and is_wrapped(weight)}
-    model.__dict__[_TOLD] = told, quantizer
+    model.__dict__[_ORIGINAL] = told, quantizer
     if wrapped:
         config.quantization_config = copy.copy(told)
         config.quantization_config.modules_to_not_convert = sorted(weights.keys() - wrapped)

@@ -93,7 +93,7 @@ def test_a_classifier_on_a_base_in_4_bits(run: Run, bert: Path, labelled: Path, 
 
 def test_an_unknown_4_bit_type(run: Run, llama: Path, tmp_path: Path) -> None:
     output = run("generate", "-m", llama, "--quantize", "int4", "-p", "the", code=1).output
-    assert "there is no 4-bit type 'int4'. Choose one of: nf4, fp4" in " ".join(output.split())
+    assert "quant_type='int4' is not known. Choose one of: nf4, fp4" in " ".join(output.split())
 
 
 def test_a_classifier(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_draws_nothing() -> None:
         ({"shard": {"adapters": "both"}}, "shard: adapters is one of .* found 'both'"),
         ({"mixed_precision": "fp8"}, "mixed_precision is None or one of bf16, fp16, found 'fp8'"),
         ({"loss": "dpp"}, "loss is None or one of sft, dpo, kto, found 'dpp' .nearest: 'dpo'"),
-        ({"quantize": "int3"}, "no 4-bit type 'int3'"),
+        ({"quantize": "int3"}, "quant_type='int3' is not known"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:

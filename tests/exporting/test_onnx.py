@@ -31,5 +31,5 @@ def test_it_computes_the_same_for_any_batch(tmp_path: Path) -> None:
 
 
 def test_only_models_of_text(tmp_path: Path) -> None:
-    with pytest.raises(PeftcoreError, match="does not take input_ids. Only text models"):
+    with pytest.raises(PeftcoreError, match=r"does not take input_ids\. Only text models"):
         peftcore.export(convnet(), tmp_path / "model.onnx", format="onnx")

@@ -167,7 +167,7 @@ def test_checkpoints_that_were_cut_off_are_skipped(tmp_path: Path) -> None:
             mark_complete(folder.parent)
     (tmp_path / "checkpoint-best").mkdir()
     assert json.loads((tmp_path / "checkpoint-1" / "complete.json").read_text()) == {"inner/file": 5}
-    with pytest.warns(UserWarning, match=r"checkpoint-20' was cut off .*complete.json is missing"):
+    with pytest.warns(UserWarning, match=r"checkpoint-20' is incomplete .*complete.json is missing"):
         assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     (tmp_path / "checkpoint-10" / "inner" / "file").write_bytes(b"123")
     mark_complete(tmp_path / "checkpoint-20")
@@ -198,13 +198,13 @@ def test_it_goes_on_from_the_newest_whole_checkpoint(toys: None, tmp_path: Path)
     (tmp_path / "run" / "checkpoint-4" / "optimizer.pt").write_bytes(b"cut off")
     resumed = peftcore.apply(tiny.llama(), "around", value=1.5)
     again = trainer(resumed, tmp_path / "run")
-    with pytest.raises(peftcore.CheckpointError, match=r"checkpoint-4' was cut off .*optimizer.pt has 7 of"):
+    with pytest.raises(peftcore.CheckpointError, match=r"checkpoint-4' is incomplete .*optimizer.pt has 7 of"):
         again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
     with pytest.warns(UserWarning, match="checkpoint-4' was cut off"):
         again.train(resume_from_checkpoint=True)
     assert all(torch.equal(a, b) for a, b in zip(values(whole), values(resumed), strict=True))
     nothing = trainer(peftcore.apply(tiny.llama(), "around"), tmp_path / "nothing")
-    with pytest.raises(peftcore.CheckpointError, match="holds no whole checkpoint"):
+    with pytest.raises(peftcore.CheckpointError, match="has no complete checkpoint"):
         nothing.train(resume_from_checkpoint=True)
 
 

@@ -42,7 +42,7 @@ def test_every_method_under_tensor_parallelism(folder: str) -> None:
 def test_what_is_refused(folder: str) -> None:
     for told in run(rank_bases.refused, folder):
         assert "stages of a pipeline (pp_size)" in told["stage"] and "peftcore.shard(model)" in told["stage"]
-        assert "is sharded, and no rank holds the whole weight. Quantize first" in told["quantize"]
+        assert "is sharded, and no rank has the whole weight. Quantize before" in told["quantize"]
         assert told["merge"].startswith("cannot merge: the model is sharded")
 
 

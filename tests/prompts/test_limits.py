@@ -30,15 +30,18 @@ def test_input_that_leaves_no_room(make: Callable[[], nn.Module], kind: str) -> 
     applied(model, kind)
     tokens = torch.full((1, context - N), 5)
     assert logits(model, tokens).isfinite().all()
-    with pytest.raises(PeftcoreError, match=f"{context - 2} tokens of input and a prompt of {N} are more than the"):
+    with pytest.raises(PeftcoreError, match=f"{context - 2} input tokens and a prompt of {N} exceed the"):
         logits(model, torch.full((1, context - N + 1), 5))
 
 
 @pytest.mark.parametrize(
     ("placement", "message"),
     [
-        (lambda: SoftPrompt(Vectors(64, 32)), "64 tokens leaves no room for input: the context of GPT2LMHead"),
-        (lambda: SoftPrompt(Vectors(4, 31)), "the prompt's vectors have 31 numbers, the token embedding 32"),
+        (lambda: SoftPrompt(Vectors(64, 32)), "64 tokens leaves no room for input: GPT2LMHead"),
+        (
+            lambda: SoftPrompt(Vectors(4, 31)),
+            "the prompt's vectors have width 31, but the token embedding has width 32",
+        ),
         (lambda: SoftPrompt(Vectors(1, 4, 32)), r"returns \[tokens, hidden\], found a tensor of shape \[1, 4"),
         (lambda: PrefixKV(Vectors(2, 2, 4, 64, 8)), "64 tokens leaves no room for input"),
         (lambda: PrefixKV(Vectors(3, 2, 4, 5, 8)), r"for 3 layers, .* with a cache in 2: \[0, 1\]"),
@@ -55,7 +58,7 @@ def test_models_that_cannot() -> None:
     from transformers import DistilBertConfig, DistilBertModel, ViTConfig, ViTModel
 
     distilbert = DistilBertModel(DistilBertConfig(vocab_size=96, dim=32, n_layers=2, n_heads=4, hidden_dim=48))
-    with pytest.raises(PeftcoreError, match="needs attention that takes a cache; that of DistilBertModel takes none"):
+    with pytest.raises(PeftcoreError, match="needs attention with a cache, and that of DistilBertModel has none"):
         prompts.compiled(distilbert, detect(distilbert), PrefixKV(Vectors(2, 2, 4, 3, 8)))
     assert torch.isfinite(peftcore.apply(distilbert, "soft")(tiny.TOKENS)[0]).all()
     with pytest.raises(PeftcoreError, match="DeepseekV3ForCausalLM has latent attention"):

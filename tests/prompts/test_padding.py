@@ -32,7 +32,7 @@ def test_a_prefix_and_padding_beyond_a_window() -> None:
     tokens = tiny.TOKENS[:1, :3]
     rows, mask = padded(tokens, 5)
     close(logits(model, rows, mask)[1:, -3:], logits(model, tokens))
-    with pytest.raises(PeftcoreError, match="looks 8 tokens back, so that padding would part the prefix"):
+    with pytest.raises(PeftcoreError, match="looks 8 tokens back, so padding would separate the prefix"):
         logits(model, *padded(tokens, 6))
 
 

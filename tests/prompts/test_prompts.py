@@ -199,7 +199,7 @@ def test_a_cache_with_a_graph_is_copied_and_pickled() -> None:
     shallow = copy.copy(cache.layers[0])
     del cache, twin
     gc.collect()
-    with pytest.raises(peftcore.PeftcoreError, match="deepcopy the original"):
+    with pytest.raises(peftcore.PeftcoreError, match="Deep-copy the original"):
         copy.deepcopy(shallow)
 
 

@@ -27,15 +27,19 @@ def refused(name: str, method: str, message: str, **inputs: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Gemma4ForCausalLM", r"have heads of \[8, 16\] numbers, and PrefixKV gives all the same. A soft prompt works"),
+        (
+            "Gemma4ForCausalLM",
+            r"have heads of different widths \[8, 16\], but PrefixKV gives all the "
+            r"same. Use a soft prompt",
+        ),
         ("MiMoV2FlashModel", r"2 heads of 8 numbers, 16 in all; .* makes \{'k_proj': 32, 'v_proj': 32\}"),
         ("BambaModel", r"layers \[0\] of BambaModel keep a recurrent or compressed state"),
         ("HrmTextModel", r"keys and values for 16 layers, HrmTextModel has attention with a cache in 2: \[0, 1\]"),
-        ("ProphetNetForCausalLM", "reads one token at a time where its cache is not empty, and a prefix fills it"),
+        ("ProphetNetForCausalLM", "reads one token at a time if its cache is not empty, and a prefix fills it"),
         ("ParakeetForRNNT", "does not say how many layers and heads it has. A plugin's"),
-        ("SpeechT5ForTextToSpeech", "a prompt stands before tokens, and the model was called without: no input_ids"),
+        ("SpeechT5ForTextToSpeech", "a prompt needs input tokens, and the model was called without input_ids"),
         ("MusicgenForConditionalGeneration", "reads several rows of codes for each sequence"),
-        ("SpeechT5ForSpeechToText", "a prompt stands before tokens, and the model was called without: no input_ids"),
+        ("SpeechT5ForSpeechToText", "a prompt needs input tokens, and the model was called without input_ids"),
     ],
 )
 def test_a_prefix(name: str, message: str) -> None:
@@ -47,7 +51,7 @@ def test_a_prefix_before_images_that_attend_in_both_directions() -> None:
     peftcore.apply(model, "prefix-tuning", num_virtual_tokens=3)
     tokens = {"input_ids": tiny.TOKENS, "token_type_ids": torch.zeros_like(tiny.TOKENS)}
     assert model(**tokens).logits.isfinite().all()
-    with pytest.raises(PeftcoreError, match=r"attend in both directions while the cache is empty.*A soft prompt works"):
+    with pytest.raises(PeftcoreError, match=r"attend in both directions while the cache is empty.*Use a soft prompt"):
         model(**tokens, pixel_values=torch.zeros(2, 3, 8, 8))
 
 
@@ -55,7 +59,11 @@ def test_a_prefix_and_a_mask_of_more_than_the_tokens_where_nothing_is_kept() -> 
     model = instances.build("RobertaForCausalLM")
     assert not model.config.is_decoder
     peftcore.apply(model, "prefix-tuning", num_virtual_tokens=3)
-    with pytest.raises(PeftcoreError, match=r"given 1 tokens and a mask of 7\. To generate: is_decoder=True in"):
+    with pytest.raises(
+        PeftcoreError,
+        match=r"called with 1 tokens and a mask of 7\. To generate, set "
+        r"is_decoder=True in",
+    ):
         model(input_ids=tiny.TOKENS[:, -1:], attention_mask=torch.ones_like(tiny.TOKENS))
 
 
@@ -83,12 +91,12 @@ def test_a_prefix_before_padding_that_is_counted() -> None:
     [
         (
             "CohereAsrModel",
-            r"stands before tokens, and 'encoder' \(ParakeetEncoder\) takes none: input_features, atten",
+            r"a soft prompt needs tokens, and 'encoder' \(ParakeetEncoder\) takes none: input_features, atten",
         ),
-        ("BlipModel", "cannot be taken out of a BlipOutput, which has no last_hidden_state. Give the part"),
+        ("BlipModel", "cannot be removed from a BlipOutput, which has no last_hidden_state. Apply it to the part"),
         ("CpmAntModel", "CpmAntModel did not call its token embedding with its tokens, so a soft prompt had no effect"),
         ("FunnelBaseModel", "the model gave 3 states for 10 tokens, 3 of them a soft prompt's"),
-        ("ViTModel", "SoftPrompt needs a model with a token embedding; ViTModel names none"),
+        ("ViTModel", "SoftPrompt needs a token embedding, and ViTModel declares none"),
     ],
 )
 def test_a_soft_prompt(name: str, message: str) -> None:
@@ -100,10 +108,10 @@ def test_what_is_no_batch_of_tokens(method: str) -> None:
     refused(
         "LlamaModel",
         method,
-        r"before tokens \[batch, length\], found a tensor of \[1, 2, 7\]",
+        r"needs tokens \[batch, length\], found a tensor of shape \[1, 2, 7\]",
         input_ids=tiny.TOKENS[None],
     )
-    refused("LlamaModel", method, "called without: no input_ids", attention_mask=torch.ones(2, 7))
+    refused("LlamaModel", method, "called without input_ids", attention_mask=torch.ones(2, 7))
 
 
 def test_a_prefix_for_a_cache_of_another_length(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,7 +122,7 @@ def test_a_prefix_for_a_cache_of_another_length(monkeypatch: pytest.MonkeyPatch)
     longer = copy.deepcopy(model.config)
     longer.num_hidden_layers = 3
     monkeypatch.setattr(prefix, "_new_cache", lambda *_: transformers.DynamicCache(config=longer))
-    with pytest.raises(PeftcoreError, match="keeps keys and values of 3 layers, and runs 2: what PrefixKV gives to"):
+    with pytest.raises(PeftcoreError, match="keeps keys and values of 3 layers but runs 2, so PrefixKV cannot"):
         peftcore.apply(model, "prefix-tuning")
 
 
@@ -122,5 +130,5 @@ def test_a_prefix_for_a_cache_of_another_length(monkeypatch: pytest.MonkeyPatch)
 def test_an_encoder_decoder_that_names_no_decoder(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.t5()
     monkeypatch.setattr(type(model), "get_decoder", lambda _: None)
-    with pytest.raises(PeftcoreError, match=r"need the encoder and the decoder, and T5ForCond.* does not name both"):
+    with pytest.raises(PeftcoreError, match=r"need the encoder and the decoder, and T5ForCond.* does not declare both"):
         peftcore.apply(model, method)

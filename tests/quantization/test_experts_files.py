@@ -80,11 +80,11 @@ def test_damage_is_named(tmp_path):
     tensors = load_file(file)
     key = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
     save_file({**tensors, key: torch.full_like(tensors[key], torch.nan)}, file, {"format": "pt"})
-    with pytest.raises(peftcore.PeftcoreError, match=r"experts.gate_up_proj\[2\]' holds nan at index \[64, 0\]"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"experts.gate_up_proj\[2\]' contains nan at index \[64, 0\]"):
         peftcore.quantization.load(tmp_path)
     rest = {name: t for name, t in tensors.items() if "layers.1" not in name or "experts.3" not in name}
     save_file(rest, file, {"format": "pt"})
-    with pytest.raises(peftcore.CheckpointError, match=r"experts.*_proj' holds 3 experts, this model takes \[4, "):
+    with pytest.raises(peftcore.CheckpointError, match=r"experts.*_proj' has 3 experts, but the model needs \[4, "):
         peftcore.quantization.load(tmp_path)
     peftcore.quantize(mixture("mixtral")).save_pretrained(tmp_path)
     tensors = load_file(file)

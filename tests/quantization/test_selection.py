@@ -169,8 +169,9 @@ def test_attention_of_pytorch_stays_dense_with_a_warning() -> None:
         peftcore.quantize(model)
     assert kinds(model) == {"first"}
     assert str(found[-1].message) == (
-        "quantize leaves layers of ModuleDict dense: 'attention', since nn.MultiheadAttention reads the weights of its "
-        "layers itself. Name them in skip to do so without this warning"
+        "quantize leaves layers of ModuleDict dense: 'attention', because nn.MultiheadAttention reads the "
+        "weights of its "
+        "layers itself. To leave them dense without this warning, name them in skip"
     )
 
 

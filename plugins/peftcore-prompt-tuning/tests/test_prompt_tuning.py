@@ -88,8 +88,8 @@ def test_planning_allocates_nothing_and_needs_no_tokenizer() -> None:
             "needs prompt_tuning_init_text and tokenizer_name_or_path, found None and None",
         ),
         ({"virtual_tokens": 4}, "has no field 'virtual_tokens' \\(nearest: 'num_virtual_tokens'"),
-        ({"token_dim": 48}, "the prompt's vectors have 48 numbers, the token embedding 32"),
-        ({"num_virtual_tokens": 2048}, "2048 tokens leaves no room for input: the context of LlamaForCausalLM is 2048"),
+        ({"token_dim": 48}, "the prompt's vectors have width 48, but the token embedding has width 32"),
+        ({"num_virtual_tokens": 2048}, "2048 tokens leaves no room for input: LlamaForCausalLM has a context of 2048"),
     ],
 )
 def test_wrong_fields(fields: dict[str, Any], message: str) -> None:
@@ -114,7 +114,7 @@ def test_wrong_texts(changes: dict[str, Any], message: str, tokenizer: str) -> N
 
 
 def test_a_model_without_tokens() -> None:
-    with pytest.raises(PeftcoreError, match="needs a model with a token embedding; Sequential names none"):
+    with pytest.raises(PeftcoreError, match="needs a token embedding, and Sequential declares none"):
         peftcore.apply(tiny.convnet(), "prompt-tuning", token_dim=4)
 
 
@@ -126,5 +126,5 @@ def test_merging_is_refused() -> None:
 
 @pytest.mark.parametrize("start", ["RANDOM", "SAMPLE_VOCAB"])
 def test_a_model_without_a_token_embedding_is_refused(start: str) -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="needs a model with a token embedding; Sequential names none"):
+    with pytest.raises(peftcore.PeftcoreError, match="needs a token embedding, and Sequential declares none"):
         peftcore.apply(nn.Sequential(nn.Linear(4, 4)), "prompt-tuning", prompt_tuning_init=start)

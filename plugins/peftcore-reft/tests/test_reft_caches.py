@@ -153,7 +153,7 @@ def test_a_recurrence_that_read_before_the_adapter_came() -> None:
     with torch.no_grad():
         before = model(input_ids=TOKENS, use_cache=True).cache
         edited(model)
-        with pytest.raises(peftcore.PeftcoreError, match=r"ReFT counts .* Give the whole attention_mask"):
+        with pytest.raises(peftcore.PeftcoreError, match=r"ReFT counts .* Pass the whole attention_mask"):
             model(input_ids=TOKENS, cache=before)
 
 
@@ -202,5 +202,5 @@ def test_last_tokens_that_would_move_are_said() -> None:
 def test_a_mask_of_more_tokens_than_there_are() -> None:
     """Such as that of frames of sound, of which an encoder makes half as many."""
     model: Any = edited(tiny.llama())
-    with pytest.raises(peftcore.PeftcoreError, match="0 tokens are in the cache, 7 are new, and the mask is of 14"):
+    with pytest.raises(peftcore.PeftcoreError, match="0 tokens are in the cache, 7 are new, and the mask has 14"):
         model(input_ids=tiny.TOKENS, attention_mask=torch.ones(2, 14))
