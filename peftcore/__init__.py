@@ -57,9 +57,9 @@ if TYPE_CHECKING:  # type checkers read the public names here, programs in `_PUB
 # {module: its public names}; `tests/test_public_names.py` compares the names with the imports above.
 _PUBLIC = {
     "peftcore.checkpoint": ("load", "save", "set_resident_limit"),
+    "peftcore.composing.adapter_state": ("set_state_dict", "state_dict"),
     "peftcore.composing.combining": ("combine",),
     "peftcore.composing.converting": ("convert",),
-    "peftcore.composing.adapter_state": ("state_dict", "swap"),
     "peftcore.engine": (
         "activate",
         "after_step",
