@@ -6,11 +6,11 @@ import sys
 
 
 def main() -> None:
-    """Run the command line; where its libraries are not installed, say how to install them."""
+    """Run the command line; if its libraries are not installed, print how to install them."""
     try:
         from peftcore.cli.app import run
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich", "click"):
             raise
-        sys.exit(f"peftcore: the command line needs '{error.name}'. Try: pip install peftcore[train]")
+        sys.exit(f"peftcore: the command line needs '{error.name}'. Install it: pip install peftcore[train]")
     run()

@@ -1,6 +1,6 @@
-"""The tokenizer that came with an adapter: a stranger's files, read by transformers, which runs no code of theirs.
+"""The tokenizer saved with an adapter: untrusted files, read by transformers without running their code.
 
-Trainers put their tokenizer next to the adapter, since it may have tokens that the base's lacks.
+Trainers save their tokenizer with the adapter, because it may have tokens that the base's lacks.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _PROBE = "A text, 1 or 2."
 
 
 def load(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in an adapter's folder; its end-of-text pads, where it has no other token.
+    """Return the tokenizer in an adapter's folder; if it has no padding token, its end-of-text token is used.
 
     Raises:
-        PeftcoreError: a file is not what a tokenizer needs, or asks for code that came with it.
+        PeftcoreError: a file is not part of a valid tokenizer, or asks for code that came with it.
     """
     from transformers import AutoTokenizer
 
@@ -45,7 +45,7 @@ def load(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_files(folder: Path) -> None:
-    """Raise a CheckpointError for a pipe or a device, for a file that is too large, or for JSON that is not a table."""
+    """Raise a CheckpointError for pipes and devices, files that are too large, and JSON that is not an object."""
     try:
         there = [folder / name for name in os.listdir(folder)]
         templates = folder / "additional_chat_templates"
@@ -56,35 +56,37 @@ def _check_files(folder: Path) -> None:
             status = os.stat(file)
             require_regular(file, status.st_mode)
             if status.st_size > _BYTES:
-                raise CheckpointError(f"'{file}' has {status.st_size:,} bytes, at most {_BYTES:,} are read")
+                raise CheckpointError(f"'{file}' has {status.st_size:,} bytes; at most {_BYTES:,} are read")
     except OSError as error:
         raise CheckpointError(f"'{folder}' cannot be read: {error.strerror or error}") from error
     for name in _TABLES:
         if os.path.lexists(folder / name) and not isinstance(_value(folder / name), dict):
-            raise CheckpointError(f"'{folder / name}' is not a table. Delete the tokenizer's files to use the base's")
+            raise CheckpointError(
+                f"'{folder / name}' is not a JSON object. Delete the tokenizer's files to use the base's"
+            )
 
 
 def _value(file: Path) -> Any:
     try:
         return parse_json(read_bytes(file, JSON_BYTES), file)
-    except FileNotFoundError as error:  # a link that leads nowhere
-        raise CheckpointError(f"'{file}' cannot be read: it is a link that leads nowhere") from error
+    except FileNotFoundError as error:  # a broken link
+        raise CheckpointError(f"'{file}' cannot be read: it is a broken link") from error
 
 
 def _check(tokenizer: Any) -> None:
-    """Raise a ValueError for values of other types than a tokenizer has."""
+    """Raise a ValueError for values with types that a tokenizer does not have."""
     template = getattr(tokenizer, "chat_template", None)
     texts = template.values() if isinstance(template, dict) else [] if template is None else [template]
     for each in texts:
         if not isinstance(each, str):
-            raise ValueError(f"chat_template is a {type(each).__name__}, where text belongs")
+            raise ValueError(f"chat_template must be text, found {type(each).__name__}")
     if not isinstance(tokenizer.model_max_length, (int, float)):
-        raise ValueError(f"model_max_length is a {type(tokenizer.model_max_length).__name__}, where a number belongs")
+        raise ValueError(f"model_max_length must be a number, found {type(tokenizer.model_max_length).__name__}")
 
 
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Turn whatever transformers and tokenizers raise on files of other types into a PeftcoreError."""
+    """Turn any error that transformers and tokenizers raise on invalid files into a PeftcoreError."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, PeftcoreError):
@@ -92,7 +94,7 @@ def _explained(folder: Path) -> Iterator[None]:
     except BaseException as error:  # tokenizers' Rust code panics with a BaseException
         what = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())[:400]
         asks = "trust_remote_code" in str(error)
-        why = "it asks for code that came with it, and an adapter's folder names no code" if asks else what
+        why = "it asks for code that came with it, which is never run" if asks else what
         raise PeftcoreError(
             f"the tokenizer in '{folder}' cannot be loaded: {why or type(error).__name__}. "
             "Delete the tokenizer's files there to use the base's"

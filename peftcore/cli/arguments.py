@@ -1,4 +1,4 @@
-"""Checks of what the command line gives to any command, and sentences for what the operating system refuses."""
+"""Checks of options shared by all commands, and messages for errors of the operating system."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from peftcore.errors import PeftcoreError
 
-_LARGEST = 1 << 62  # a whole number: counts of steps and tokens are added up
+_LARGEST = 1 << 62  # whole numbers are counts of steps and tokens, which are added up
 _SEEDS = 1 << 32
 _WITHOUT_A_FILE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -46,7 +46,7 @@ def _check_text(option: str, text: str) -> None:
 
 
 def refusal(error: OSError) -> str | None:
-    """Return what the operating system refused, as a sentence; None for an error that is not about a file."""
+    """Return a message for an error of the operating system about a file; None for other errors."""
     if error.errno == errno.EPIPE or (error.filename is None and error.errno not in _WITHOUT_A_FILE):
         return None
     if error.filename is None:

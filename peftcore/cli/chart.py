@@ -1,4 +1,4 @@
-"""A comparison as a picture: one row a method, one panel a question."""
+"""A comparison as a chart: one row per method, one panel per question."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ BLUE, GREY, ORANGE, PALE, INK = "#2457a6", "#8a94a6", "#c2521a", "#e3e7ee", "#1c
 
 @dataclass(frozen=True)
 class Panel:
-    """A question and its answers, one a row.
+    """A question and its answers, one per row.
 
     Args:
         title: the question, with its unit.
-        values: a number for each row; texts: as it is written beside the mark.
-        spreads: half the length of an error bar, one a row; given, rows are points and not bars.
+        values: one number per row. texts: how each is written next to its mark.
+        spreads: half the length of each row's error bar; if given, rows are points instead of bars.
         lines: values to compare with, and their names.
-        log: a logarithmic axis.
+        log: whether the axis is logarithmic.
     """
 
     title: str
@@ -34,7 +34,7 @@ class Panel:
 
 
 def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: str, title: str) -> bytes:
-    """The panels side by side as a PNG, rows from the top; the row `reference` is grey."""
+    """Return a PNG of panels side by side, with rows from the top; the row `reference` is grey."""
     from matplotlib.figure import Figure
 
     height = 1.3 + 0.38 * len(labels)
@@ -46,7 +46,7 @@ def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: s
     colours = [GREY if label == reference else BLUE for label in labels]
     for axes, panel in zip(grid, panels, strict=True):
         axes.set_title(panel.title, fontsize=10, color=INK, loc="left")
-        if panel.log:  # a bar would need a zero
+        if panel.log:  # a bar needs a zero
             axes.scatter(panel.values, rows, color=colours, s=36)
         elif panel.spreads is None:
             axes.barh(rows, panel.values, height=0.55, color=colours)
@@ -70,7 +70,7 @@ def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: s
                 va="top",
                 fontsize=8.5,
                 color=ORANGE,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # another line may run behind it
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},  # another line may pass behind it
             )
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.spines["bottom"].set_color(GREY)
@@ -78,14 +78,14 @@ def small_multiples(labels: Sequence[str], panels: Sequence[Panel], reference: s
         axes.set_axisbelow(True)
         axes.grid(axis="x", color=PALE)
     grid[0].set_yticks(rows, labels, fontsize=10, color=INK)
-    grid[0].set_ylim(len(labels) - 0.4, -0.9)  # the first row on top
+    grid[0].set_ylim(len(labels) - 0.4, -0.9)  # first row on top
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
 def _limits(axes: Axes, panel: Panel) -> None:
-    """Room on the right for the texts."""
+    """Leave space for the texts on the right."""
     if panel.log:
         axes.set_xscale("log")
         low, high = min(panel.values), max(panel.values)

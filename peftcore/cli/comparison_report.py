@@ -1,4 +1,4 @@
-"""What a comparison found: as a table, as Markdown, as JSON, and as a chart of small multiples."""
+"""Results of a comparison as a table, Markdown, JSON, and a chart."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ _COSTS = ("trained", "size", "peak memory", "step")
 
 @dataclass
 class MethodRuns:
-    """One method's runs: results by seed, as `training.Result.to_json` has them or {"error": reason}.
+    """Runs of one method, with results by seed as in `training.Result.to_json`, or {"error": reason}.
 
     Args:
-        lr: the rate of these runs.
-        tried: of a search, the first seed's results by rate; `lr` has the lowest loss on the validation part.
+        lr: learning rate of these runs.
+        tried: results of the first seed by learning rate, if rates were searched; `lr` has the lowest validation loss.
     """
 
     label: str
@@ -42,13 +42,13 @@ class MethodRuns:
     tried: dict[float, dict[str, Any]] = field(default_factory=dict)
 
     def add_tried(self, lr: float, seed: int, result: dict[str, Any]) -> None:
-        """Note a run of the search, and choose again."""
+        """Add a run of the search and choose the best rate again."""
         self.tried[lr] = result
         self.lr = min(self.tried, key=self.validation_loss)
         self.runs[seed] = self.tried[self.lr]
 
     def validation_loss(self, lr: float) -> float:
-        """Of a rate that was tried; infinite where the run failed."""
+        """Return the validation loss at a learning rate that was tried; infinite if the run failed."""
         if "error" in self.tried[lr]:
             return math.inf
         loss = self.tried[lr]["validation"]["loss"]
@@ -60,21 +60,21 @@ class MethodRuns:
 
     @property
     def error(self) -> str | None:
-        """The reason of the first run that failed."""
+        """Reason of the first failed run, or None."""
         return next((run["error"] for run in self.runs.values() if "error" in run), None)
 
     def values(self, metric: str, when: str = "after") -> list[float]:
-        """A held-out metric, one value a seed."""
+        """Return a held-out metric, one value per seed."""
         return [run[when][metric] for run in self.finished]
 
     def median(self, name: str) -> float:
-        """The median over the seeds of another figure; "peak" is that of the device."""
+        """Return the median of another figure over the seeds; "peak" is the peak memory of the device."""
         values = [run[name] if name != "peak" else list(run["peak"].values())[-1] for run in self.finished]
         return statistics.median(values)
 
 
 class ComparisonReport:
-    """Rows in the order of the command; what is missing yet is left out."""
+    """Results by method, in the order of the command; missing runs are left out."""
 
     files = ("report.json", "table.md", "compare.png")
 
@@ -84,11 +84,11 @@ class ComparisonReport:
         self.methods = [MethodRuns(label, lr) for label, lr in rows]
 
     def row(self, label: str) -> MethodRuns:
-        """A method's runs."""
+        """Return a method's runs."""
         return next(method for method in self.methods if method.label == label)
 
     def add(self, label: str, seed: int, result: dict[str, Any], lr: float | None = None) -> None:
-        """Note the result of a run; `lr`: its rate, where it is one of a search's."""
+        """Add the result of a run; `lr` is its learning rate if rates are searched."""
         row = self.row(label)
         if self.rates and lr is not None and seed == 0:
             row.add_tried(lr, seed, result)
@@ -96,30 +96,30 @@ class ComparisonReport:
             row.runs[seed] = result
 
     def sentence(self, result: dict[str, Any]) -> str:
-        """One run in a few words."""
+        """Describe one run in a few words."""
         if "error" in result:
             return f"failed: {result['error']}"
         value = self.format_metric([result["after"][self.metric]])
         return f"{metrics.title(self.metric)} {value}, {result['seconds']:.0f} s"
 
     def format_metric(self, values: Sequence[float], name: str | None = None) -> str:
-        """Mean ± standard deviation of a figure over seeds, by default of the task's main one."""
+        """Return the mean ± standard deviation of a figure over seeds; by default the task's main figure."""
         scale, digits, unit = (100, 1, " %") if (name or self.metric) in metrics.SHARES else (1, 3, "")
         mean = f"{scale * statistics.mean(values):.{digits}f}"
         deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
         return mean + deviation + unit
 
     def failures(self) -> list[tuple[str, str]]:
-        """(label, reason) of methods with a run that failed."""
+        """Return (label, reason) of methods with a failed run."""
         return [(method.label, method.error) for method in self.methods if method.error]
 
     def figures(self) -> list[str]:
-        """Names of what was measured: the main one, then the task's others."""
+        """Return the names of the figures: the task's main one first."""
         measured: dict[str, float] = next((run["after"] for method in self.methods for run in method.finished), {})
         return [self.metric, *(name for name in measured if name not in (self.metric, "loss", "perplexity"))]
 
     def more(self) -> list[str]:
-        """Names of what only some comparisons have."""
+        """Return the names of figures that only some comparisons have."""
         finished = [run for method in self.methods for run in method.finished]
         forgets = [_FORGETTING] if any(run.get("other") for run in finished) else []
         merges = [_MERGES] if any(run.get("merges") is not None for run in finished) else []
@@ -137,7 +137,7 @@ class ComparisonReport:
                 yield ("+" if statistics.mean(rises) >= 0 else "") + self.format_metric(rises, "loss")
 
     def cells(self) -> list[tuple[str, ...]]:
-        """The table, without its heading; first the model before training, and an answer that is always the same."""
+        """Return the rows of the table: the untrained model, the baseline, and the methods."""
         names = self.figures()
         costs = ("",) * (len(_COSTS) + len(self.more()))
         rows: list[tuple[str, ...]] = []
@@ -166,15 +166,15 @@ class ComparisonReport:
         return rows
 
     def baseline(self) -> tuple[str, float] | None:
-        """(name, value) of the main figure of an answer that is always the same, where there is one.
+        """Return (name, value) of the baseline's main figure, averaged over seeds; None if there is no baseline.
 
-        The mean over the seeds, whose held-out examples may differ.
+        Seeds may have different held-out examples.
         """
         found = [run["baseline"] for method in self.methods for run in method.finished if run.get("baseline")]
         return (found[0][0], statistics.mean(value for _, value in found)) if found else None
 
     def before(self, name: str | None = None) -> list[float]:
-        """A figure of the untrained model, by default the main one; one value a seed."""
+        """Return a figure of the untrained model, one value per seed; by default the main figure."""
         return max((method.values(name or self.metric, "before") for method in self.methods), key=len, default=[])
 
     def show(self) -> None:
@@ -182,21 +182,21 @@ class ComparisonReport:
         table(self.cells(), self.columns())
 
     def markdown(self) -> str:
-        """The table as Markdown; below it reasons of failures, and what each method answers to each label."""
+        """Return the table as Markdown, with reasons of failures and each classifier's confusion matrix."""
         parts = [_markdown([self.columns(), *self.cells()])]
         if self.rates:
-            parts += ["Loss on the validation part at each learning rate, first seed:", _markdown(self.search_cells())]
+            parts += ["Validation loss at each learning rate, first seed:", _markdown(self.search_cells())]
         parts += [f"{label} failed: {reason}" for label, reason in self.failures()]
         for method in self.methods:
             counted = [run for run in method.finished if run.get("confusion")]
             if counted:
                 summed = torch.tensor([run["confusion"] for run in counted]).sum(0).tolist()
-                title = f"Answers of {method.label} (across) to each label (down), all seeds together:"
+                title = f"Answers of {method.label} (across) for each label (down), all seeds together:"
                 parts.append(f"{title}\n\n{_markdown(metrics.confusion_rows(summed, counted[0]['labels']))}")
         return "\n\n".join(parts) + "\n"
 
     def search_cells(self) -> list[tuple[str, ...]]:
-        """What each rate of the search gave, with its heading; the lowest in bold."""
+        """Return the rows of the learning rate search; the lowest loss is bold."""
         rows: list[tuple[str, ...]] = [("method", *(f"{rate:g}" for rate in self.rates))]
         for method in self.methods:
             losses = [method.validation_loss(rate) if rate in method.tried else None for rate in self.rates]
@@ -221,12 +221,12 @@ class ComparisonReport:
         (folder / "table.md").write_text(self.markdown(), encoding="utf-8")
 
     def write_picture(self, folder: Path) -> None:
-        """Write the chart, where there is something to draw."""
+        """Write the chart if there is anything to draw."""
         if any(method.finished for method in self.methods):
             (folder / "compare.png").write_bytes(self.picture())
 
     def picture(self) -> bytes:
-        """The chart as a PNG."""
+        """Return the chart as a PNG."""
         methods = [method for method in self.methods if method.finished]
         scale = 100 if self.metric in metrics.SHARES else 1
         values = [[scale * value for value in method.values(self.metric)] for method in methods]
@@ -259,13 +259,13 @@ class ComparisonReport:
 
 
 def _markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table whose first row is its heading."""
+    """Return a Markdown table; the first row is its heading."""
     rows = [rows[0], ("---",) * len(rows[0]), *rows[1:]]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows)
 
 
 def _short(count: int) -> str:
-    """`1.2 M`."""
+    """Format a count like `1.2 M`."""
     for unit, name in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if count >= unit:
             return f"{count / unit:.3g} {name}"

@@ -1,4 +1,4 @@
-"""What the shell offers at Tab: methods, adapters and runs. Nothing is imported for it that takes time."""
+"""Shell completion of methods, adapters and runs, without slow imports."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
 
-_DEPTH = 3  # folders within folders that are looked through
-_MOST = 2000  # folders that are looked at, at most: Tab must answer at once
+_DEPTH = 3  # depth of folders searched
+_MOST = 2000  # number of folders searched at most, so that Tab answers at once
 
 
 def mentions(entry_point: EntryPoint, hook: str) -> bool:
-    """May this plugin have the hook? Read off its source, without running it; where that fails, yes."""
+    """Return whether a plugin's source mentions the hook, without importing it; True if it cannot be read."""
     try:
         spec = find_spec(entry_point.module)
         return spec is None or spec.origin is None or hook in Path(spec.origin).read_text(encoding="utf-8")
-    except Exception:  # whatever a broken plugin does; the registry reports it
+    except Exception:  # a broken plugin may raise anything; the registry reports it
         return True
 
 
 def methods(incomplete: str) -> list[str]:
-    """Installed methods that begin so: a method bears the name of its entry point."""
+    """Return the installed methods with this prefix: a method has the name of its entry point."""
     found = {point.name for point in entry_points(group="peftcore") if mentions(point, "peftcore_methods")}
     return sorted(name for name in found if name.startswith(incomplete))
 
 
 def adapters(incomplete: str) -> list[str]:
-    """Folders of adapters, and of the runs that made them, that begin so. `NAME=FOLDER` completes the folder."""
+    """Return folders of adapters and runs with this prefix. `NAME=FOLDER` completes the folder."""
     name, equals, path = incomplete.rpartition("=")
     folder, _, _ = path.rpartition("/")
     start = Path(folder or ("/" if path.startswith("/") else "."))
@@ -37,7 +37,7 @@ def adapters(incomplete: str) -> list[str]:
 
 
 def _folders_of_adapters(start: Path) -> Iterator[Path]:
-    """Those within `start`; of a run the run's own folder, in which every command finds the adapter."""
+    """Yield folders of adapters in `start`; for a run, the run's folder, in which every command finds the adapter."""
     level, seen = [start], 0
     for _ in range(_DEPTH):
         below: list[Path] = []
@@ -45,7 +45,7 @@ def _folders_of_adapters(start: Path) -> Iterator[Path]:
             try:
                 with os.scandir(folder) as entries:
                     names = sorted(each.name for each in entries if not each.name.startswith(".") and each.is_dir())
-            except OSError:  # of another user, or gone
+            except OSError:  # another user's, or deleted
                 continue
             for inside in (folder / name for name in names):
                 seen += 1
@@ -59,7 +59,7 @@ def _folders_of_adapters(start: Path) -> Iterator[Path]:
 
 
 def _as_typed(folder: Path, path: str) -> str:
-    """The folder as the shell has to write it: with a home that was written `~`, and `./` where that was."""
+    """Return the folder as the shell has to write it: with `~` for home and `./` if they were typed."""
     text = str(folder)
     if path.startswith("~/"):
         text = text.replace(str(Path.home()), "~", 1)

@@ -1,7 +1,7 @@
-"""`--config run.toml`: a command's options from a file; and the file of a run, from which it can be repeated.
+"""`--config run.toml`: options of a command from a file, and the file that a run writes to be repeated.
 
-A key is an option's name, `batch_size` or `batch-size`; the table `[set]` has the fields of the method's config. What
-the command line says holds before what the file says; of `[set]` that is field by field.
+Keys are option names, `batch_size` or `batch-size`; the table `[set]` has fields of the method's config. The command
+line takes precedence over the file, for `[set]` field by field.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from peftcore.cli.fields import text_of
 from peftcore.errors import nearest
 
 NAME = "run.toml"
-_FIELDS = "peftcore.cli.fields"  # of the context: the file's `[set]`
+_FIELDS = "peftcore.cli.fields"  # key in the context: the file's `[set]`
 _NOT_IN_FILES = {"config", "help"}
-# Where the command line names the first, the file's second, which would overrule it, does not hold.
+# If the command line gives the first option, the file's second, which would override it, is ignored.
 _OVERRULED = {"epochs": "steps", "holdout": "eval_data"}
 _Given = TypeVar("_Given", bound=Any)  # a dataclass
 
 
 def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) -> Path | None:
-    """The callback of `--config`: what the file says becomes the defaults of the command.
+    """Use the file's options as defaults of the command (callback of `--config`).
 
     Raises:
-        typer.BadParameter: the file cannot be read, or a key is no option, or not of its type.
+        typer.BadParameter: the file cannot be read, a key is not an option, or a value has the wrong type.
     """
     if file is None or context.resilient_parsing:
         return file
@@ -53,7 +53,7 @@ def use(context: typer.Context, _param: typer.CallbackParam, file: Path | None) 
 
 
 def fields(context: typer.Context, settings: list[str] | None) -> list[str]:
-    """The fields of `--set`, NAME=VALUE, with those of the file that the command line does not give."""
+    """Return the fields of `--set`, NAME=VALUE, including the file's that the command line does not give."""
     settings = settings or []
     said = {setting.partition("=")[0].strip() for setting in settings}
     from_file: dict[str, str] = context.meta.get(_FIELDS, {})
@@ -61,7 +61,7 @@ def fields(context: typer.Context, settings: list[str] | None) -> list[str]:
 
 
 def in_force(context: typer.Context, given: _Given) -> _Given:
-    """Return `given` without the options of the file that the command line overrules by another option."""
+    """Return `given` without options of the file that the command line overrides through another option."""
 
     def source(name: str) -> str:
         return getattr(context.get_parameter_source(name), "name", "")
@@ -73,15 +73,15 @@ def in_force(context: typer.Context, given: _Given) -> _Given:
 
 
 def write(file: Path, options: Mapping[str, Any]) -> None:
-    """Write options as a file that `--config` reads; those that are None are left out. `set` becomes a table."""
+    """Write options as a file for `--config`, leaving out those that are None. `set` becomes a table."""
     shown = {name: value for name, value in options.items() if value is not None and name != "set"}
     lines = [f"{name} = {_toml(value)}" for name, value in shown.items()]
     if options.get("set"):
         lines += ["", "[set]", *(f"{_toml_key(name)} = {_toml(value)}" for name, value in options["set"].items())]
     try:
         text = "\n".join(lines).encode() + b"\n"
-    except UnicodeEncodeError as error:  # a path that is no UTF-8, which TOML has no place for
-        warn(f"'{file}' is not written: {error.object[error.start : error.end]!r} is no text")
+    except UnicodeEncodeError as error:  # a path that is not UTF-8, which TOML cannot represent
+        warn(f"'{file}' is not written: {error.object[error.start : error.end]!r} is not UTF-8")
         return
     file.write_bytes(text)
 
@@ -91,24 +91,26 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         tomllib = importlib.import_module(name)
     except ModuleNotFoundError as error:
-        raise typer.BadParameter(f"TOML files need '{name}' before Python 3.11. Try: pip install {name}") from error
+        raise typer.BadParameter(
+            f"TOML files need '{name}' before Python 3.11. Install it: pip install {name}"
+        ) from error
     try:
         return tomllib.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise typer.BadParameter(f"'{file}' cannot be read: {error.strerror or error}") from error
     except RecursionError as error:
         raise typer.BadParameter(f"'{file}' cannot be used: it is nested too deeply") from error
-    except ValueError as error:  # of TOML, or of UTF-8
+    except ValueError as error:  # not TOML, or not UTF-8
         raise typer.BadParameter(f"'{file}' is not TOML: {error}") from error
 
 
 def _key(option: Any) -> str:
-    """As a file names it: the option's long name."""
+    """Return the option's long name, as a file spells it."""
     return max(option.opts, key=len).lstrip("-").replace("-", "_")
 
 
 def _default(what: str, context: typer.Context, option: Any, value: Any) -> Any:
-    """A value of the file as the option takes it: converted from text, so that 8.5 is no whole number."""
+    """Convert a value of the file to the option's type, through text, so that 8.5 is not a whole number."""
     scalar: tuple[type, ...] = (bool,) if option.is_flag else (str, int, float)
     values = value if option.multiple and isinstance(value, list) else [value]
     for each in values:
@@ -119,13 +121,13 @@ def _default(what: str, context: typer.Context, option: Any, value: Any) -> Any:
     default = values if option.multiple else values[0]
     try:
         option.process_value(context, default)
-    except Exception as error:  # click's, of which typer may have a copy of its own
+    except Exception as error:  # click's exception; typer may bundle its own copy
         raise typer.BadParameter(f"{what}: {getattr(error, 'message', error)}") from error
     return default
 
 
 def _toml(value: Any) -> str:
-    """A value as TOML writes it; None, which TOML has not, as --set writes it."""
+    """Format a value as TOML; None, which TOML does not have, as for --set."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):

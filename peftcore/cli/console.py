@@ -1,4 +1,4 @@
-"""What the commands print with."""
+"""Console output of the commands."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from peftcore.errors import PeftcoreError
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
-NO_METHOD = "no method is installed. A method is a package of its own, such as those in the source's folder plugins/"
+NO_METHOD = "no method is installed. Methods are separate packages, such as those in the source folder plugins/"
 
-_speaker = ""  # which process errors are of, where there are several
+_speaker = ""  # name of this process in errors, if there are several
 
 
 def silence(name: str) -> None:
-    """Print nothing but errors from here on, and those under this name."""
+    """Print only errors from now on, prefixed with this name."""
     global _speaker
     out.quiet, _speaker = True, f"{name}: "
 
 
 def say(message: str, style: str | None = None) -> None:
-    """Print a line as it is: no markup, no wrapping."""
+    """Print a line without markup or wrapping."""
     out.print(Text(message, style=style or ""), soft_wrap=True)
 
 
@@ -42,7 +42,7 @@ def warn(message: str) -> None:
 
 
 def note(message: str) -> None:
-    """Print a remark to standard error, where it is in no answer's way."""
+    """Print a remark to standard error, so that standard output has answers only."""
     if not out.quiet:
         err.print(Text(message, style="dim"), soft_wrap=True)
 
@@ -54,7 +54,7 @@ def fail(message: str) -> NoReturn:
 
 
 def command(*, resume: bool = False) -> str:
-    """The command at hand; with `resume` as one that goes on."""
+    """Return the current command line; with `resume`, as one that resumes."""
     arguments = sys.argv[1:]
     if resume:
         arguments = [*(each for each in arguments if each not in ("--resume", "--overwrite")), "--resume"]
@@ -64,7 +64,7 @@ def command(*, resume: bool = False) -> str:
 
 
 def table(rows: Iterable[Iterable[Any]], columns: Iterable[str] = ("", ""), title: str | None = None) -> None:
-    """Print a table. Cells are text, never markup."""
+    """Print a table. Cells are plain text."""
     columns = list(columns)
     grid = Table(
         title=title, title_justify="left", show_header=any(columns), box=None, pad_edge=False, padding=(0, 2, 0, 0)
@@ -87,5 +87,5 @@ def require(*modules: str, extra: str = "train") -> None:
             importlib.import_module(module)
         except ModuleNotFoundError as error:
             raise PeftcoreError(
-                f"this needs '{error.name}', which is not installed. Try: pip install peftcore[{extra}]"
+                f"'{error.name}' is needed and not installed. Install it: pip install peftcore[{extra}]"
             ) from error

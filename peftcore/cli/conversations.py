@@ -1,9 +1,9 @@
-"""Conversations as tokens, by the tokenizer's chat template; of them the assistant's turns are learned.
+"""Conversations as tokens, by the tokenizer's chat template; the assistant's turns are learned.
 
-Where a turn begins and ends is found by differences: what the conversation up to a turn adds to the conversation before
-it, with the beginning of an answer that the template writes for the model (`add_generation_prompt`). So what is learned
-is what the model is to write, the mark that ends its turn included. A template that writes earlier turns in another way
-once later ones follow (Qwen3 leaves their thoughts out) makes an example of each turn, as it is when the model answers.
+A turn is found by difference: what the conversation including the turn adds to the conversation before it, with the
+generation prompt that the template writes (`add_generation_prompt`). So what is learned is what the model has to write,
+including the mark that ends its turn. If a template changes earlier turns once later ones follow (Qwen3 removes their
+thinking), each turn becomes an example, as it is when the model answers.
 """
 
 from __future__ import annotations
@@ -24,18 +24,19 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 BUILT_IN = {"chatml": CHATML}
-IGNORED = -100  # a label that the loss passes over
+IGNORED = -100  # label that the loss ignores
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None, of_adapter: str | None = None) -> None:
-    """Give the tokenizer a chat template.
+    """Set the tokenizer's chat template.
 
     Args:
-        template: the user's: `chatml`, a file with a template, or the text of one.
-        of_adapter: what an adapter's folder has, which counts where the user names none: `chatml`, or text.
+        tokenizer: the tokenizer.
+        template: the user's: `chatml`, a file with a template, or its text.
+        of_adapter: the adapter's, used if the user gives none: `chatml`, or text.
 
     Raises:
-        PeftcoreError: there is no such file.
+        PeftcoreError: the file does not exist.
     """
     if template is None or template == of_adapter:
         if of_adapter is not None:
@@ -48,7 +49,9 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str | None, of_ad
         try:
             template = Path(os.path.expanduser(template)).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise PeftcoreError(f"--chat-template '{template}' cannot be read: {error}. Or: chatml") from error
+            raise PeftcoreError(
+                f"--chat-template '{template}' cannot be read: {error}. Pass a file, or chatml"
+            ) from error
     tokenizer.chat_template = template
     template_process.mark(tokenizer, foreign=False)
 
@@ -60,16 +63,16 @@ def has_template(tokenizer: PreTrainedTokenizerBase) -> bool:
 def rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, tools: Any = None, *, begins_answer: bool = False
 ) -> str:
-    """The text that the template makes of a conversation; `begins_answer`: up to where the model is to write.
+    """Return the text that the template makes of a conversation, with a generation prompt if `begins_answer`.
 
     Raises:
-        PeftcoreError: there is no template, or it refuses the conversation.
+        PeftcoreError: there is no template, or it rejects the conversation.
     """
     if not has_template(tokenizer):
         name = os.path.basename(str(tokenizer.name_or_path))
         raise PeftcoreError(
-            f"the tokenizer of '{name}' has no chat template, which says how messages become text. "
-            "Give one: --chat-template chatml, or a file"
+            f"the tokenizer of '{name}' has no chat template to turn messages into text. Pass one: "
+            "--chat-template chatml, or a file"
         )
     is_rendered_by_transformers = type(tokenizer).apply_chat_template is PreTrainedTokenizerBase.apply_chat_template
     try:
@@ -79,17 +82,17 @@ def rendered(
     except PeftcoreError:
         raise
     except RecursionError as error:
-        raise PeftcoreError("the chat template is nested too deeply. Give another: --chat-template chatml") from error
-    except Exception as error:  # whatever a template does
-        raise PeftcoreError(f"the chat template refuses the conversation: {str(error)[:400]}") from error
+        raise PeftcoreError("the chat template is nested too deeply. Pass another: --chat-template chatml") from error
+    except Exception as error:  # a template may raise anything
+        raise PeftcoreError(f"the chat template rejects the conversation: {str(error)[:400]}") from error
     return str(text)
 
 
 def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
-    """A conversation as `input_ids` and `labels`, all of it, in one example or one for each turn.
+    """Return a conversation as `input_ids` and `labels`, in one example, or one for each turn.
 
     Raises:
-        PeftcoreError: the template refuses it, or does not let a turn be told from what came before.
+        PeftcoreError: the template rejects it, or turns cannot be separated from what came before.
     """
     messages = row.messages or []
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= row.learned_from]
@@ -106,11 +109,11 @@ def encode(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]
 
 
 def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, whole: str) -> None:
-    """Raise a PeftcoreError if `whole`, what the template writes, lacks the tools or a call of one."""
+    """Raise a PeftcoreError if `whole`, the template's text, lacks the tools or a tool call."""
     messages = row.messages or []
     if row.tools and rendered(tokenizer, messages) == whole:
         raise PeftcoreError(
-            "the chat template does not write the tools. Give one that does: --chat-template FILE; or take 'tools' out"
+            "the chat template does not write the tools. Pass one that does: --chat-template FILE; or remove 'tools'"
         )
     for index, message in enumerate(messages):
         if not message.get("tool_calls"):
@@ -118,34 +121,34 @@ def _refuse_what_vanishes(tokenizer: PreTrainedTokenizerBase, row: Row, whole: s
         without = {"content": "", **{name: value for name, value in message.items() if name != "tool_calls"}}
         if rendered(tokenizer, [*messages[:index], without, *messages[index + 1 :]], row.tools) == whole:
             raise PeftcoreError(
-                f"the chat template does not write the tool_calls of messages[{index}]. Give one that does: "
+                f"the chat template does not write the tool_calls of messages[{index}]. Pass one that does: "
                 "--chat-template FILE; or write the calls as content"
             )
 
 
 def _span(tokenizer: PreTrainedTokenizerBase, row: Row, turn: int) -> tuple[str, int]:
-    """(the conversation up to and with `turn`, where in it that begins)."""
+    """Return (conversation up to and including `turn`, index in it where the turn begins)."""
     messages = row.messages or []
     if turn == 0:
-        raise PeftcoreError("the first turn is the assistant's. Begin with what the user, or the system, says")
+        raise PeftcoreError("the first turn is the assistant's. Start with a turn of the user or the system")
     text = rendered(tokenizer, messages[: turn + 1], row.tools)
     before = rendered(tokenizer, messages[:turn], row.tools, begins_answer=True)
     begin = next((i for i, (one, other) in enumerate(zip(text, before, strict=False)) if one != other), len(before))
     begin = min(begin, len(text))
     if begin < len(before) and begin < len(rendered(tokenizer, messages[:turn], row.tools)):
         raise PeftcoreError(
-            f"the chat template writes what came before messages[{turn}] in another way once that follows, so it "
-            "cannot be told what is learned. Give another: --chat-template chatml, or a file"
+            f"the chat template changes what came before messages[{turn}] when that turn follows, so the learned "
+            "part cannot be determined. Pass another: --chat-template chatml, or a file"
         )
     return text, begin
 
 
 def _example(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[int, int]]) -> dict[str, Any]:
-    """Tokens of `text`, of which those within the spans are learned, up to the mark that ends each turn."""
+    """Return tokens of `text`, of which those in the spans are learned, up to the mark that ends each turn."""
     if tokenizer.is_fast:
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, places = list(encoded["input_ids"]), [begin for begin, _ in encoded["offset_mapping"]]
-    else:  # piece by piece, which no token then spans
+    else:  # in pieces, so that no token spans two
         ids, places, edges = [], [], sorted({0, len(text), *(edge for span in spans for edge in span)})
         for begin, end in itertools.pairwise(edges):
             piece = tokenizer(text[begin:end], add_special_tokens=False)["input_ids"]
@@ -160,6 +163,6 @@ def _example(tokenizer: PreTrainedTokenizerBase, text: str, spans: list[tuple[in
             if not marks or i <= marks[-1]:
                 labels[i] = ids[i]
         if not marks and end == len(text) and tokenizer.eos_token_id is not None:
-            ids.append(tokenizer.eos_token_id)  # a template without a mark: the model must learn to stop
+            ids.append(tokenizer.eos_token_id)  # a template without an end mark: the model must learn to stop
             labels.append(tokenizer.eos_token_id)
     return {"input_ids": ids, "labels": labels}

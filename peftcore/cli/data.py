@@ -1,11 +1,11 @@
-"""Examples of files (`data_files`) as rows; every error names the file and the line.
+"""Examples from files (`data_files`) as rows; every error names the file and the line.
 
-Language modelling: `{"text": ...}`; `{"prompt": ..., "completion": ...}`, where only the completion is learned, or
+Language modelling: `{"text": ...}`; `{"prompt": ..., "completion": ...}`, of which only the completion is learned;
 Alpaca's `{"instruction": ..., "input": ..., "output": ...}`, where the first two are the prompt; or a conversation,
-`{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`, where the assistant's turns are learned, but those
-with `"weight": 0` or `"train": false`. `prompt` and `completion` may be lists of messages, too, and `conversations`
-with `from` and `value` is ShareGPT's way to write a conversation. Labels: `{"text": ..., "label": ...}`, where the
-label is a name (classification), a number (regression) or a list of names (multi-label).
+`{"messages": [{"role": ..., "content": ...}, ...], "tools": [...]}`, of which the assistant's turns are learned, except
+those with `"weight": 0` or `"train": false`. `prompt` and `completion` may also be lists of messages; `conversations`
+with `from` and `value` is ShareGPT's form of a conversation. Labels: `{"text": ..., "label": ...}`, where the label is
+a name (classification), a number (regression) or a list of names (multi-label).
 """
 
 from __future__ import annotations
@@ -46,18 +46,20 @@ _SHOWN |= {CLASSIFICATION: "text/label", REGRESSION: "text/label", PREFERENCES: 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _ROLES |= {"tool": "tool", "observation": "tool", "function": "tool"}
 
-_MARKS = ("weight", "train")  # of a turn: is it learned?
+_MARKS = ("weight", "train")  # keys that mark whether a turn is learned
 
 Messages = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One example. `where` is `FILE:LINE`; `text` is the prompt where there is a completion.
+    """One example. `where` is `FILE:LINE`; `text` is the prompt if there is a completion.
 
-    Of a conversation there are messages as chat templates take them, of which the assistant's from `learned_from` on,
-    but those with the indices `not_learned`, are learned, and the tools that it may call. Of a preference `completion`
-    is chosen and `rejected` not; of one among conversations `messages` are what both answer, and these a message each.
+    A conversation has messages as chat templates take them, and the tools that may be called; the assistant's turns
+    from
+    `learned_from` on are learned, except the indices `not_learned`. In a preference `completion` is chosen and
+    `rejected`
+    is not; if it is a conversation, `messages` are the prompt and the two answers are one message each.
     """
 
     where: str
@@ -72,7 +74,7 @@ class Row:
 
     @property
     def kind(self) -> str:
-        """What its fields are called."""
+        """Name of the example's fields."""
         if self.messages is not None:
             return "messages"
         return "text" if self.completion is None else "prompt/completion"
@@ -81,18 +83,19 @@ class Row:
 def check_task(task: str) -> None:
     """Raise a PeftcoreError unless `task` is one of :data:`TASKS`."""
     if task not in TASKS:
-        raise PeftcoreError(f"--task is one of {', '.join(TASKS)}, found '{task}'")
+        raise PeftcoreError(f"--task must be one of {', '.join(TASKS)}, found '{task}'")
 
 
 Paths = str | os.PathLike[str] | Sequence[str]
 
 
 def read_rows(path: Paths, task: str, columns: Mapping[str, str] | None = None) -> list[Row]:
-    """Return all examples of a file, a folder of files or a dataset of the hub, or of several, one after the other.
+    """Return all examples of a file, a folder of files or a hub dataset, or of several.
 
     Args:
-        path: of the file or folder, or the dataset's id, or a list of these.
-        columns: the file's names of fields, by ours.
+        path: file, folder, or dataset id, or a list of these.
+        task: the task.
+        columns: {our field name: the file's}.
 
     Raises:
         PeftcoreError: a file is missing, empty or of another kind, or a line is wrong.
@@ -102,17 +105,16 @@ def read_rows(path: Paths, task: str, columns: Mapping[str, str] | None = None) 
     for each in _paths(path):
         found = [_row(where, fields, task) for where, fields in records(each, columns)]
         if not found:
-            raise PeftcoreError(f"'{each}' holds no example")
+            raise PeftcoreError(f"'{each}' has no examples")
         odd = next((row for row in found if row.kind != found[0].kind), None)
         if odd is not None and task == LANGUAGE_MODEL:
             raise PeftcoreError(
-                f"{odd.where}: {found[0].kind} and {odd.kind} are mixed in one file; the first line has "
-                f"{found[0].kind}. Split the file in two"
+                f"{odd.where}: this line has {odd.kind}, but the first line has {found[0].kind}. Split the file in two"
             )
         if rows and found[0].kind != rows[0].kind and task == LANGUAGE_MODEL:
             raise PeftcoreError(
-                f"{found[0].where}: {found[0].kind}, and {rows[0].where} is {rows[0].kind}. Write one as the other, or "
-                "train on them one after the other: --adapter"
+                f"{found[0].where} has {found[0].kind}, but {rows[0].where} has {rows[0].kind}. Convert one to "
+                "the other, or train on them one after the other: --adapter"
             )
         rows += found
     return rows
@@ -123,10 +125,11 @@ def _paths(path: Paths) -> list[str]:
 
 
 def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
-    """Return the task that files have examples of.
+    """Return the task that files have examples for.
 
-    It is known by the fields of the first line, or where that has a label, by all labels: lists are of several labels;
-    numbers of which one is not whole are regression's; all else are names.
+    It is determined by the fields of the first line. If it has a label, all labels decide: lists mean multi-label;
+    numbers
+    of which at least one is not whole mean regression; everything else is classification.
     """
     found: list[Any] = []
     for _, fields in itertools.chain.from_iterable(records(each, columns) for each in _paths(path)):
@@ -135,7 +138,7 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
             return PREFERENCES if {"chosen", "rejected"} <= fields.keys() else LANGUAGE_MODEL
         found.append(fields.get(name or "label"))
     if not found:
-        raise PeftcoreError(f"'{path}' holds no example")
+        raise PeftcoreError(f"'{path}' has no examples")
     if labels.names(found[0]) is not None:
         return MULTI_LABEL
     numbers = [labels.number(label) for label in found]
@@ -145,15 +148,15 @@ def guess_task(path: Paths, columns: Mapping[str, str] | None = None) -> str:
 
 
 def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(rest, held-out) by a random choice that depends on `seed` alone.
+    """Return (rest, held-out), chosen at random depending on `seed` only.
 
     Raises:
-        PeftcoreError: `share` is not within (0, 1), or there are fewer than two rows.
+        PeftcoreError: `share` is not in (0, 1), or there are fewer than two rows.
     """
     if not 0 < share < 1:
         raise PeftcoreError(f"the share to hold out must be between 0 and 1, found {share:g}")
     if len(rows) < 2:
-        raise PeftcoreError("one example cannot be split. Give another file to evaluate on: --eval-data FILE")
+        raise PeftcoreError("a single example cannot be split. Pass a file to evaluate on: --eval-data FILE")
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
@@ -162,10 +165,10 @@ def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[
 
 
 def labels_of(rows: list[Row]) -> list[str]:
-    """The distinct names of labels, numbers in numeric order, else alphabetically; of regression none.
+    """Return the distinct label names, numbers in numeric order, otherwise alphabetically; none for regression.
 
     Raises:
-        PeftcoreError: a classifier has only one, or no row has any.
+        PeftcoreError: a classifier has only one label, or no row has any.
     """
     if isinstance(rows[0].label, float):
         return []
@@ -173,25 +176,24 @@ def labels_of(rows: list[Row]) -> list[str]:
     for row in rows:
         found.update((row.label,) if isinstance(row.label, str) else row.label if isinstance(row.label, tuple) else ())
     if len(found) < 2 and isinstance(rows[0].label, str):
-        raise PeftcoreError(f"{rows[0].where}: every example has the label {found}; a classifier needs two or more")
+        raise PeftcoreError(f"{rows[0].where}: every example has the label {found}; a classifier needs at least two")
     if not found:
         raise PeftcoreError(f"{rows[0].where}: no example has a label")
     return sorted(found, key=int) if all(each.removeprefix("-").isdecimal() for each in found) else sorted(found)
 
 
 def targets(rows: list[Row], known: list[str]) -> list[int] | list[float] | list[tuple[float, ...]]:
-    """What a model is to answer to each row: its label's index in `known`, its number, or for each label one or zero.
+    """Return each row's target: the index of its label in `known`, its number, or zeros and ones for all labels.
 
     Raises:
-        PeftcoreError: a label is not among them.
+        PeftcoreError: a label is not known.
     """
     index = {label: i for i, label in enumerate(known)}
     for row in rows:
         for name in row.label if isinstance(row.label, tuple) else (row.label,):
             if isinstance(name, str) and name not in index:
                 raise PeftcoreError(
-                    f"{row.where}: the label '{name}' is unknown{nearest(name, known)}. "
-                    f"The model knows: {', '.join(known)}"
+                    f"{row.where}: label '{name}' is unknown{nearest(name, known)}. The model knows: {', '.join(known)}"
                 )
     if isinstance(rows[0].label, float):
         return [row.label for row in rows if isinstance(row.label, float)]
@@ -206,8 +208,8 @@ def _row(where: str, fields: dict[str, Any], task: str) -> Row:
         keys = next((keys for keys in _KEYS[task] if all(key in fields for key in keys)), None)
     if keys is None:
         raise PeftcoreError(
-            f"{where}: {task} needs the keys {_SHOWN[task]}, found {listed(fields) or 'none'}. "
-            "Where they have other names: --columns prompt=question,completion=answer"
+            f"{where}: {task} needs the keys {_SHOWN[task]}, found {listed(fields) or 'none'}. If they have "
+            "other names: --columns prompt=question,completion=answer"
         )
     if task == PREFERENCES:
         return _preference(where, fields)
@@ -256,18 +258,16 @@ def _compared_turns(where: str, fields: dict[str, Any]) -> Row:
     answers = {key: _messages(where, key, fields[key]) for key in ("chosen", "rejected")}
     if fields.get("prompt") is not None:
         asked = _messages(where, "prompt", fields["prompt"])
-    else:  # both hold the whole conversation
+    else:  # both contain the whole conversation
         pairs = zip(answers["chosen"], answers["rejected"], strict=False)
         asked = [one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]
         answers = {key: messages[len(asked) :] for key, messages in answers.items()}
         if not asked:
-            raise PeftcoreError(f"{where}: 'chosen' and 'rejected' must begin alike: that is what both answer")
+            raise PeftcoreError(f"{where}: 'chosen' and 'rejected' must begin with the same prompt")
     for key, answer in answers.items():
         if [message["role"] for message in answer] != ["assistant"]:
             found = ", ".join(message["role"] for message in answer) or "nothing"
-            raise PeftcoreError(
-                f"{where}: '{key}' must be one answer of the assistant to the same prompt, found {found}"
-            )
+            raise PeftcoreError(f"{where}: '{key}' must be one assistant answer to the same prompt, found {found}")
     answers = {key: _without_marks(answer) for key, answer in answers.items()}
     whole = _conversation(where, [*asked, *answers["chosen"]], len(asked), fields)
     return Row(where, "", answers["chosen"], answers["rejected"], messages=_without_marks(asked), tools=whole.tools)
@@ -279,15 +279,15 @@ def _conversation(where: str, messages: Messages, learned_from: int, fields: dic
     learned = [i for i, m in enumerate(messages) if m["role"] == "assistant" and i >= learned_from]
     learned = [i for i in learned if i not in not_learned]
     if not learned:
-        raise PeftcoreError(f"{where}: no turn of the assistant, of which the model would learn")
+        raise PeftcoreError(f"{where}: no assistant turn to learn")
     says_nothing = next((i for i in learned if not _says_something(messages[i])), None)
     if says_nothing is not None:
         raise PeftcoreError(
-            f"{where}: messages[{says_nothing}] is an empty turn of the assistant, from which the model would learn to "
-            'say nothing. Take it out, or mark it as not to be learned: "weight": 0'
+            f"{where}: messages[{says_nothing}] is an empty assistant turn, which would teach the model to say "
+            'nothing. Remove it, or exclude it from learning: "weight": 0'
         )
     tools = fields.get("tools")
-    if isinstance(tools, str):  # datasets keeps what differs from row to row as JSON text
+    if isinstance(tools, str):  # datasets stores fields that differ between rows as JSON text
         try:
             tools = json.loads(tools)
         except (ValueError, RecursionError) as error:
@@ -299,7 +299,7 @@ def _conversation(where: str, messages: Messages, learned_from: int, fields: dic
 
 
 def _is_learned(place: str, message: Mapping[str, Any]) -> bool:
-    """Return False for a turn that is marked as not to be learned: `"weight": 0` (OpenAI), `"train": false`."""
+    """Return False for a turn marked as not learned: `"weight": 0` (OpenAI), `"train": false`."""
     weight, train = message.get("weight", 1), message.get("train", True)
     if not isinstance(weight, (int, float)) or weight not in (0, 1):
         raise PeftcoreError(f"{place}: 'weight' must be 0 or 1, found {labels.short(weight)}")
@@ -309,12 +309,12 @@ def _is_learned(place: str, message: Mapping[str, Any]) -> bool:
 
 
 def _without_marks(messages: Messages) -> Messages:
-    """Return the messages without what says whether they are learned, which no chat template knows."""
+    """Return the messages without the marks of what is learned, which chat templates do not know."""
     return [{name: value for name, value in message.items() if name not in _MARKS} for message in messages]
 
 
 def _says_something(message: Mapping[str, Any]) -> bool:
-    """Return whether there is more to a turn than its role."""
+    """Return whether a turn has anything besides its role."""
     return any(value.strip() if isinstance(value, str) else value for name, value in message.items() if name != "role")
 
 
@@ -328,10 +328,12 @@ def _messages(where: str, key: str, found: Any) -> Messages:
             raise PeftcoreError(f'{place} must be {{"role": ..., "content": ...}}, found {str(message)[:80]}')
         content = message.get("content")
         if isinstance(content, list):
-            raise PeftcoreError(f"{place} has content in parts (images or audio?), which no command reads. Give text")
+            raise PeftcoreError(
+                f"{place} has content in parts (such as images or audio), which is not supported. Use text"
+            )
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise PeftcoreError(f"{place} has no text as its content, found {str(content)[:80]}")
-    # What a table of rows (Parquet, datasets) fills in where a message lacks a field.
+            raise PeftcoreError(f"{place} has no text content, found {str(content)[:80]}")
+    # tables (Parquet, datasets) fill missing fields of a message with this
     return [{name: value for name, value in message.items() if value is not None} for message in found]
 
 
@@ -343,7 +345,7 @@ def _of_sharegpt(where: str, found: Any) -> Messages:
     for index, each in enumerate(found):
         if each.get("from") not in _ROLES:
             raise PeftcoreError(
-                f"{where}: conversations[{index}] is from {each.get('from')!r}; known are {', '.join(_ROLES)}"
+                f"{where}: conversations[{index}] is from {each.get('from')!r}, expected one of {', '.join(_ROLES)}"
             )
     turns = [
         {"role": _ROLES[each["from"]], "content": each.get("value"), **{n: each[n] for n in _MARKS if n in each}}

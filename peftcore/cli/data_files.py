@@ -1,6 +1,7 @@
-"""Files of examples as records, a table of fields each: JSON lines, a JSON array, CSV, TSV, Parquet, folders of them.
+"""Files of examples as records: JSON lines, a JSON array, CSV, TSV, Parquet, and folders of these.
 
-A name that is no path is that of a dataset on Hugging Face's hub, whose split `train` the library `datasets` fetches.
+A name that is not a path is a dataset id on the Hugging Face hub, whose split `train` is loaded by the library
+`datasets`.
 """
 
 from __future__ import annotations
@@ -18,23 +19,24 @@ from peftcore.cli.console import require
 from peftcore.errors import PeftcoreError, nearest
 
 Record = tuple[str, dict[str, Any]]  # FILE:LINE or FILE:INDEX, and the fields
-_FIELD = (1 << 31) - 1  # characters; the largest that the csv module takes on every system
-_SHOWN = 20  # names of columns in a message
+_FIELD = (1 << 31) - 1  # characters; the largest value that csv accepts on every system
+_SHOWN = 20  # number of column names in a message
 CONVERSIONS = {
-    ".txt": 'Write a line {"text": ...} for each example: .jsonl',
+    ".txt": 'Write one {"text": ...} per line: .jsonl',
     ".xlsx": "Export the sheet as CSV",
     ".xls": "Export the sheet as CSV",
     ".gz": "Unpack it first: gunzip",
     ".zip": "Unpack it first",
-    ".yaml": "Write a JSON object on a line for each example: .jsonl",
+    ".yaml": "Write one JSON object per line: .jsonl",
 }
 
 
 def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Record]:
-    """Every example of `path`, in its order, with where it stands.
+    """Yield every example of `path` in order, with its place.
 
     Args:
-        columns: names of fields by the names that the file has for them, see `parsed_columns`.
+        path: file, folder, or dataset id.
+        columns: {field: the file's name for it}, see `parsed_columns`.
 
     Raises:
         PeftcoreError: it is missing, of another kind, or damaged. The message names the file and the line.
@@ -43,7 +45,7 @@ def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Rec
     if os.path.isdir(where):
         files = sorted(file for file in where.iterdir() if file.suffix.lower() in READERS)
         if not files:
-            raise PeftcoreError(f"the folder '{path}' holds no file of examples ({', '.join(READERS)})")
+            raise PeftcoreError(f"folder '{path}' has no file of examples ({', '.join(READERS)})")
         found: Iterator[Record] = (record for file in files for record in _of_file(file))
     elif not os.path.exists(where) and _is_hub_id(path):
         found = _of_hub(path)
@@ -53,31 +55,31 @@ def records(path: str, columns: Mapping[str, str] | None = None) -> Iterator[Rec
 
 
 def parsed_columns(text: str | None) -> dict[str, str]:
-    """`prompt=question,completion=answer` as {field: the file's name for it}.
+    """Parse `prompt=question,completion=answer` into {field: the file's name for it}.
 
     Raises:
-        PeftcoreError: it is not of that form.
+        PeftcoreError: it has another form.
     """
     columns = {}
     for part in filter(None, (text or "").split(",")):
         name, equals, theirs = (word.strip() for word in part.partition("="))
         if not (name and equals and theirs):
             raise PeftcoreError(
-                f"--columns says which column of the file is which field, found {part!r}. "
-                "Try: --columns prompt=question,completion=answer"
+                f"--columns must be FIELD=COLUMN pairs, found {part!r}. For example: --columns "
+                "prompt=question,completion=answer"
             )
         columns[name] = theirs
     return columns
 
 
 def listed(names: Iterable[str]) -> str:
-    """Return names for a message, of which there may be thousands."""
+    """Return names for a message, shortened if there are many."""
     first = list(itertools.islice(names, _SHOWN + 1))
     return ", ".join(map(str, first[:_SHOWN])) + (", ..." if len(first) > _SHOWN else "")
 
 
 def alpaca_prompt(instruction: str, more: Any) -> str:
-    """Return the prompt of an example of Alpaca's: what to do, and where there is any, the text to do it with."""
+    """Return the prompt of an Alpaca example: the instruction, and the input if there is one."""
     return f"{instruction}\n\n{more}" if isinstance(more, str) and more.strip() else instruction
 
 
@@ -86,12 +88,13 @@ def _renamed(record: Record, columns: Mapping[str, str]) -> Record:
     for name, theirs in columns.items():
         if theirs not in fields:
             raise PeftcoreError(
-                f"{where}: --columns says that {name} is '{theirs}', which is not there{nearest(theirs, fields)}"
+                f"{where}: --columns names the column '{theirs}' for {name}, which does not "
+                f"exist{nearest(theirs, fields)}"
             )
     taken = set(columns.values())
     rest = {name: value for name, value in fields.items() if name not in taken and name not in columns}
     found = {name: fields[theirs] for name, theirs in columns.items()}
-    if columns.get("prompt") == "instruction" and isinstance(found["prompt"], str):  # of Alpaca's, which has an `input`
+    if columns.get("prompt") == "instruction" and isinstance(found["prompt"], str):  # Alpaca's, which has an `input`
         found["prompt"] = alpaca_prompt(found["prompt"], rest.pop("input", None))
     return where, rest | found
 
@@ -106,10 +109,10 @@ def _of_hub(name: str) -> Iterator[Record]:
 
     try:
         loaded = datasets.load_dataset(name, split="train")
-    except Exception as error:  # of a network, a script, a file: whatever it is, the user named this data
+    except Exception as error:  # loading may fail anywhere (network, script, file), on data that the user named
         reason = str(error).partition("\n")[0]
         raise PeftcoreError(
-            f"'{name}' is no file or folder, and no dataset of the hub could be read: {reason}"
+            f"'{name}' is not a file or folder, and no hub dataset of that name could be read: {reason}"
         ) from error
     for index, fields in enumerate(loaded):
         yield f"{name}:{index}", dict(fields)
@@ -120,7 +123,7 @@ def _of_file(path: Path) -> Iterator[Record]:
     if suffix not in READERS:
         known = ", ".join(READERS)
         raise PeftcoreError(
-            f"'{path}': examples are read from {known}, found '{suffix}'. "
+            f"'{path}' must be one of {known}, found '{suffix}'. "
             f"{CONVERSIONS.get(suffix, 'Convert it to one of these')}"
         )
     try:
@@ -132,7 +135,7 @@ def _of_file(path: Path) -> Iterator[Record]:
     except ValueError as error:
         if isinstance(error, PeftcoreError):
             raise
-        raise PeftcoreError(f"'{path}' cannot be read: {error}") from error  # its name has a NUL character
+        raise PeftcoreError(f"'{path}' cannot be read: {error}") from error  # the name has a NUL character
 
 
 def _text(path: Path) -> Any:
@@ -151,8 +154,8 @@ def _json(path: Path) -> Iterator[Record]:
         found = _parsed(file.read(), str(path))
     if not isinstance(found, list):
         raise PeftcoreError(
-            f"{path}: expected a JSON array of examples, found {type(found).__name__}. Where each line is an object, "
-            "name the file .jsonl"
+            f"{path}: expected a JSON array of examples, found {type(found).__name__}. If each line is an "
+            "object, name the file .jsonl"
         )
     for index, fields in enumerate(found):
         yield _object(f"{path}:[{index}]", fields)
@@ -166,7 +169,7 @@ def _parsed(text: str, where: str) -> Any:
         raise PeftcoreError(f"{where}: not JSON: {error.msg} at {place}") from error
     except RecursionError as error:
         raise PeftcoreError(f"{where}: not JSON of examples: it is nested too deeply") from error
-    except ValueError as error:  # a whole number of thousands of digits
+    except ValueError as error:  # an integer with thousands of digits
         raise PeftcoreError(f"{where}: not JSON of examples: {error}") from error
 
 
@@ -177,12 +180,12 @@ def _object(where: str, fields: Any) -> Record:
 
 
 def _read_long_fields() -> None:
-    """Let the csv module read fields of any length: a document is one. Its own limit is 131,072 characters."""
+    """Allow the csv module to read fields of any length, such as documents. Its own limit is 131,072 characters."""
     csv.field_size_limit(_FIELD)
 
 
 def _tsv(path: Path) -> Iterator[Record]:
-    # Quotes have no meaning: reviews and tweets are full of single ones.
+    # Quotes have no meaning: reviews and tweets are full of unpaired ones.
     _read_long_fields()
     with _text(path) as file:
         yield from _table(path, csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
@@ -195,7 +198,7 @@ def _csv(path: Path) -> Iterator[Record]:
 
 
 def _table(path: Path, lines: Any) -> Iterator[Record]:
-    """A first line names the columns."""
+    """Yield the rows of a table whose first line names the columns."""
     try:
         header = next(lines, None)
         if header is None:
@@ -210,12 +213,12 @@ def _table(path: Path, lines: Any) -> Iterator[Record]:
             is_empty = False
             if len(values) != len(header):
                 raise PeftcoreError(
-                    f"{path}:{lines.line_num}: {len(values)} columns, the first line names {len(header)}"
+                    f"{path}:{lines.line_num}: {len(values)} columns, but the first line names {len(header)}"
                 )
             yield f"{path}:{lines.line_num}", dict(zip(header, values, strict=True))
         if is_empty:
             raise PeftcoreError(
-                f"{path}:1: the first line names the columns, here {listed(header)}, and no line follows"
+                f"{path}:1: the first line names the columns, found {listed(header)}, and no line follows"
             )
     except csv.Error as error:
         raise PeftcoreError(f"{path}:{lines.line_num}: {error}") from error
@@ -231,7 +234,7 @@ def _parquet(path: Path) -> Iterator[Record]:
             for fields in group.to_pylist():
                 yield f"{path}:[{row}]", fields
                 row += 1
-    except ValueError as error:  # of every kind of damage
+    except ValueError as error:  # damage may raise anything
         raise PeftcoreError(f"'{path}' cannot be read as Parquet: {str(error).partition(chr(10))[0]}") from error
 
 

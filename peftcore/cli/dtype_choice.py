@@ -1,12 +1,12 @@
-"""`--dtype`: in what a base computes, and what is said of it.
+"""`--dtype`: the dtype a base computes in, and the message about it.
 
-    CUDA    auto is bf16 where the card has it, else fp32
-    CPU     auto is the dtype that `config.json` names; in place of 16 bits it is fp32 where PyTorch multiplies them at
-            less than half of fp32's rate on this processor, where parameters of the base are trained, whose small
-            updates bf16 would round away, and in place of fp16, whose gradients underflow unless they are scaled
+    CUDA    auto is bf16 if the GPU supports it, else fp32
+    CPU     auto is the dtype in `config.json`, except that 16 bits become fp32 if PyTorch multiplies them at less than
+            half of fp32's rate on this processor, if parameters of the base are trained, whose small updates bf16 would
+            round away, and in place of fp16, whose gradients underflow unless they are scaled
 
-A line says what auto chooses in place of the checkpoint's dtype, and what a named dtype costs on a processor without
-its instructions. Commands that write weights (`merge`, `export`) or compare methods take fp32 for auto on a CPU.
+A message says what auto uses instead of the checkpoint's dtype, and what a given dtype costs on a processor without
+instructions for it. Commands that write weights (`merge`, `export`) or compare methods use fp32 for auto on a CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.estimating.step import MIXED
 
 AUTO, WIDE = "auto", "fp32"
-TRAINED = "parameters of the base are trained, whose small updates {dtype} would round away"
+TRAINED = "parameters of the base are trained, and {dtype} would round away small updates"
 RECORDED = "its adapter was trained with the base in fp32"
 
 
@@ -36,8 +36,8 @@ class Choice:
 
     Args:
         dtype: as `--dtype` names it, never auto.
-        instead_of: the 16 bits of the checkpoint that auto avoids; None: it has its own dtype, or the user named one.
-        line: what is said of it; None: nothing. `is_warning`: of a dtype that the user named.
+        instead_of: the checkpoint's 16-bit dtype that auto avoids; None if the dtype is the checkpoint's or the user's.
+        line: message about the choice, or None. `is_warning`: it is about a dtype that the user chose.
     """
 
     dtype: str
@@ -46,7 +46,7 @@ class Choice:
     is_warning: bool = False
 
     def say(self) -> str:
-        """Print the line, and return the dtype."""
+        """Print the message and return the dtype."""
         if self.line is not None:
             (warn if self.is_warning else note)(self.line)
         return self.dtype
@@ -56,9 +56,10 @@ def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | Non
     """Choose the dtype of a base.
 
     Args:
-        dtype: of `--dtype`.
-        stored: the checkpoint's, see `stored_dtype`; None: it is not known, which counts as fp32.
-        needs_fp32: why auto is fp32 all the same; `{dtype}` in it stands for `stored`.
+        dtype: value of `--dtype`.
+        device: where the base runs.
+        stored: the checkpoint's dtype, see `stored_dtype`; None, if unknown, counts as fp32.
+        needs_fp32: why auto has to be fp32; `{dtype}` in it is replaced by `stored`.
 
     Raises:
         PeftcoreError: dtype or device is unknown.
@@ -80,7 +81,7 @@ def choose(dtype: str, device: str, stored: str | None, *, needs_fp32: str | Non
 
 
 def slow_line(dtype: str, otherwise: str = "--dtype auto") -> str | None:
-    """Say what a dtype that the user named costs, where this processor multiplies it slowly; else None."""
+    """Return a message if the user's dtype is slow on this processor, else None."""
     slow = _slow(dtype)
     if slow is None:
         return None
@@ -96,7 +97,7 @@ def _slow(dtype: str) -> str | None:
 
 
 def stored_dtype(config: Any) -> str | None:
-    """The dtype that a transformers config says its checkpoint has, as `--dtype` names it; None: it does not."""
+    """Return the dtype that a transformers config states for its checkpoint, as `--dtype` names it, or None."""
     from peftcore.estimating.dtype_rates import DTYPES
     from peftcore.observation.config import text_config
 
@@ -107,17 +108,22 @@ def stored_dtype(config: Any) -> str | None:
 def of_base(
     model: str, task: str, dtype: str, device: str, labels: tuple[str, ...] = (), trained_in: str | None = None
 ) -> Choice:
-    """Choose the dtype of a base that is to answer or to be measured.
+    """Choose the dtype of a base for generation or evaluation.
 
     Args:
-        trained_in: the dtype that it had when its adapter was trained, as the adapter's task says.
+        model: folder or hub id.
+        task: its task.
+        dtype: value of `--dtype`.
+        device: where it runs.
+        labels: a classifier's labels.
+        trained_in: the base's dtype when its adapter was trained, if the adapter's task file has it.
     """
     needs = RECORDED if trained_in == WIDE or (trained_in is None and task in data.LABELLED) else None
     return choose(dtype, device, _stored(model, task, labels, dtype), needs_fp32=needs)
 
 
 def of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
-    """Choose the dtype of a training run's base; of several processes the first one chooses. Collective."""
+    """Choose the dtype of a training run's base; with several processes the first one chooses. Collective."""
     chosen: list[Choice] = []
     ranks.once(lambda: chosen.append(_of_run(settings, labels)), together=True)
     (first,) = ranks.of_first(chosen)
@@ -141,26 +147,26 @@ def _of_run(settings: Settings, labels: tuple[str, ...]) -> Choice:
 
 
 def _trains_base(settings: Settings, labels: tuple[str, ...]) -> bool:
-    """Whether the run trains parameters of the base themselves, such as biases or a head."""
+    """Return whether the run trains parameters of the base, such as biases or a head."""
     import peftcore
 
     if settings.method == FULL or settings.task in data.LABELLED:
         return True
-    if not settings.method:  # several are asked about
+    if not settings.method:  # several are asked
         return False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `apply` gives them
+        warnings.simplefilter("ignore")  # `apply` raises them
         try:
             planned = peftcore.plan(
                 models.empty_model(settings.model, settings.task, labels), settings.method, **settings.fields
             )
         except PeftcoreError:
-            return False  # what is wrong, the run itself says
+            return False  # the run itself reports what is wrong
     return any(kind == "trained parameter" for _, kind, _, _ in planned.rows)
 
 
 def _stored(model: str, task: str, labels: tuple[str, ...], dtype: str) -> str | None:
-    """What the checkpoint has, where that decides; a .gguf file's types are its own, and are read as fp32."""
+    """Return the checkpoint's dtype if it matters; .gguf files have their own types and are read as fp32."""
     if dtype != AUTO or Path(model).suffix == ".gguf":
         return None
     return stored_dtype(models.load_config(model, task, labels))

@@ -1,9 +1,8 @@
-"""`--set NAME=VALUE`: fields of a method's config from text, by the types that its dataclass declares.
+"""`--set NAME=VALUE`: fields of a method's config from text, by the types of its dataclass.
 
-`none`, `true`/`false` and numbers read as such where the type allows them; sequences are separated by
-commas (`q_proj,v_proj`), mappings are `name:value` pairs; both may be JSON. Where a field takes text or
-a sequence, text with the special characters of a regular expression stays text, and one bare name is a
-sequence of one.
+`none`, `true`/`false` and numbers are converted if the type allows them; sequences are separated by commas
+(`q_proj,v_proj`), mappings are `name:value` pairs; both may be JSON. If a field takes text or a sequence, text with
+special characters of a regular expression stays text, and a single bare name is a sequence of one.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", 
 
 
 def parse(config_class: type, settings: list[str]) -> dict[str, Any]:
-    """The fields that `settings` (`NAME=VALUE` each) give to `config_class`.
+    """Return the fields that `settings` (`NAME=VALUE` each) set on `config_class`.
 
     Raises:
-        PeftcoreError: a setting has no `=`, names no field, is given twice, or is not of the field's type.
+        PeftcoreError: a setting has no `=`, names no field, is given twice, or has the wrong type.
     """
     hints = typing.get_type_hints(config_class)
     known = [field.name for field in dataclasses.fields(config_class) if field.init]
@@ -53,10 +52,10 @@ def parse(config_class: type, settings: list[str]) -> dict[str, Any]:
 
 
 def convert(text: str, hint: Any) -> Any:
-    """`text` as a value of the type `hint`.
+    """Convert `text` to the type `hint`.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it cannot be converted.
     """
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
@@ -81,14 +80,14 @@ def convert(text: str, hint: Any) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """A value as `convert` takes it: what it has made of a text it makes of this one, too."""
+    """Return a value as text that `convert` turns back into the value."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def describe(hint: Any) -> str:
-    """The type `hint` in words."""
+    """Describe the type `hint` in words."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(map(describe, arguments))
@@ -105,7 +104,7 @@ def describe(hint: Any) -> str:
 
 
 def _order(text: str, member: Any) -> int:
-    """In what order the members of a union are tried."""
+    """Return the order in which members of a union are tried."""
     kind = get_origin(member) or member
     if kind in _SEQUENCES:
         return 5 if _looks_like_sequence(text) else 8

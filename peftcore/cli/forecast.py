@@ -1,4 +1,4 @@
-"""What a run will take, said before anything is loaded, and set beside what it took."""
+"""Forecast of a run's memory, printed before anything is loaded and compared with the measured peak."""
 
 from __future__ import annotations
 
@@ -71,17 +71,17 @@ class Forecast:
 
 
 def how(task: str, precision: str, parallel: str | None, processes: int) -> dict[str, Any]:
-    """What options say of how a step is run, as `peftcore.Step` takes it.
+    """Return the arguments of `peftcore.Step` that options determine.
 
     Raises:
-        PeftcoreError: one is unknown, or `parallel` and the number of processes do not go together.
+        PeftcoreError: an option is unknown, or `parallel` and the number of processes do not fit together.
     """
     if precision not in precisions.PRECISIONS:
-        raise PeftcoreError(f"--precision is one of {', '.join(precisions.PRECISIONS)}, found '{precision}'")
+        raise PeftcoreError(f"--precision must be one of {', '.join(precisions.PRECISIONS)}, found '{precision}'")
     if parallel is not None and parallel not in torchrun.WAYS:
-        raise PeftcoreError(f"--parallel is one of {', '.join(torchrun.WAYS)}, found '{parallel}'")
+        raise PeftcoreError(f"--parallel must be one of {', '.join(torchrun.WAYS)}, found '{parallel}'")
     if parallel is None and processes > 1:
-        raise PeftcoreError(f"say how {processes} processes share the work: --parallel ddp, or fsdp2")
+        raise PeftcoreError(f"{processes} processes need a way to share the work: --parallel ddp, or fsdp2")
     return {
         "loss": "dpo" if task == data.PREFERENCES else None,
         "mixed_precision": precision if precision in MIXED else None,
@@ -91,7 +91,7 @@ def how(task: str, precision: str, parallel: str | None, processes: int) -> dict
 
 
 def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dtype:
-    """Return a base's dtype on this machine (`cpu`), or on a card of the table, which it has bf16 for auto."""
+    """Return a base's dtype on this machine (`cpu`) or on a GPU of the table, for which auto is bf16."""
     if settings.device != "cpu":
         found = precisions.base_dtype(settings.precision, settings.dtype)
         return models.torch_dtype("bf16" if found == "auto" else found, "cpu")
@@ -111,7 +111,7 @@ def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Foreca
     dtype = models.torch_dtype(precisions.base_dtype(settings.precision, settings.dtype), settings.device)
     try:
         found = _estimate(settings, length, labels, dtype)
-    except PeftcoreError as error:  # what the run itself will refuse, it says itself
+    except PeftcoreError as error:  # the run itself reports what it refuses
         say(f"memory is not predicted: {error}")
         return None
     on_cuda = models.torch_device(settings.device).type == "cuda"
@@ -129,7 +129,7 @@ def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: t
             length=length,
             optimizer=settings.optim,
             gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_accumulation=min(2, settings.grad_accum),  # the second one takes what all others take
+            gradient_accumulation=min(2, settings.grad_accum),  # the second step takes what later steps take
             **how(settings.task, settings.precision, settings.parallel, settings.ranks),
         ),
         **settings.fields,
@@ -137,7 +137,7 @@ def _estimate(settings: Settings, length: int, labels: tuple[str, ...], dtype: t
 
 
 def refuse_if_too_large(found: Forecast, settings: Settings) -> None:
-    """Raise a PeftcoreError where a run needs more memory than is free, with what would need less."""
+    """Raise a PeftcoreError if a run needs more memory than is free, with options that need less."""
     if found.needed <= found.room:
         return
     ways = [
@@ -147,20 +147,19 @@ def refuse_if_too_large(found: Forecast, settings: Settings) -> None:
         *found.lighter,
     ]
     raise PeftcoreError(
-        f"this run needs about {gigabytes(found.needed)}, and {gigabytes(found.room)} are free. Less would be needed "
-        f"with {' or '.join(ways) or 'a smaller model'}; --force goes on all the same"
+        f"this run needs about {gigabytes(found.needed)}, and {gigabytes(found.room)} are free. Use less with "
+        f"{' or '.join(ways) or 'a smaller model'}, or run anyway with --force"
     )
 
 
 def fitted(settings: Settings) -> Settings:
-    """The same with the batch, recomputed activations and the optimizer of the fastest way that fits into what is free.
+    """Return the settings with the batch size, gradient checkpointing and optimizer of the fastest way that fits.
 
-    The examples of a step stay as many: what the batch loses is accumulated.
-
-    Of several processes the first one chooses for all. Collective.
+    The number of examples per step stays the same through gradient accumulation. With several processes the first one
+    chooses for all. Collective.
 
     Raises:
-        PeftcoreError: none fits, or of such a run it is not known.
+        PeftcoreError: nothing fits, or the run cannot be predicted.
     """
     chosen = [settings]
 
@@ -173,13 +172,13 @@ def fitted(settings: Settings) -> Settings:
 
 def _fitted(settings: Settings) -> Settings:
     if models.torch_device(settings.device).type != "cpu":
-        raise PeftcoreError("--fit is for training on a CPU. For a card: peftcore suggest --device NAME --memory 24GB")
+        raise PeftcoreError("--fit is for training on a CPU. For a GPU: peftcore suggest --device NAME --memory 24GB")
     why = _why_not(settings)
     if why is not None:
         raise PeftcoreError(f"--fit cannot choose: {why}")
     if settings.optim != PLAIN:
-        raise PeftcoreError(f"--fit chooses the optimizer, of {PLAIN} and {PAGED}: leave out --optim {settings.optim}")
-    dtype = dtype_choice.of_run(settings, ()).dtype  # `train` says it
+        raise PeftcoreError(f"--fit chooses the optimizer ({PLAIN} or {PAGED}). Leave out --optim {settings.optim}")
+    dtype = dtype_choice.of_run(settings, ()).dtype  # `train` prints it
     (way,) = peftcore.suggest(
         models.load_config(settings.model, settings.task),
         methods=[settings.method],

@@ -1,4 +1,4 @@
-"""Labels of examples as files have them: names (classification), numbers (regression), lists of names (multi-label)."""
+"""Labels of examples: names (classification), numbers (regression), lists of names (multi-label)."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ REGRESSION = "regression"
 MULTI_LABEL = "multi-label"
 KINDS = (CLASSIFICATION, REGRESSION, MULTI_LABEL)
 
-Label = str | float | tuple[str, ...]  # of each of them
+Label = str | float | tuple[str, ...]  # of each
 
 
 def parsed(where: str, key: str, value: Any, task: str) -> Label:
-    """A label as the file has it, for `task`.
+    """Return the label as the file has it, checked for `task`.
 
     Raises:
-        PeftcoreError: it is none; the message begins with `where`.
+        PeftcoreError: it is not a label; the message begins with `where`.
     """
     if task == REGRESSION:
         found = number(value)
@@ -34,8 +34,8 @@ def parsed(where: str, key: str, value: Any, task: str) -> Label:
         twice = next((name for name in several if several.count(name) > 1), None)
         if twice is not None:
             raise PeftcoreError(
-                f"{where}: '{key}' names {twice} twice: {short(value)}. It is a list of the labels that apply, not of "
-                "zeros and ones for all of them"
+                f"{where}: '{key}' names {twice} twice: {short(value)}. List the labels that apply, not zeros "
+                "and ones for all of them"
             )
         return several
     if not isinstance(value, (int, str)):
@@ -46,7 +46,7 @@ def parsed(where: str, key: str, value: Any, task: str) -> Label:
 
 
 def number(value: Any) -> float | None:
-    """A finite number, also one that is written as text, as in CSV files; else None."""
+    """Return a finite number, also from text as in CSV files; else None."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
@@ -57,7 +57,7 @@ def number(value: Any) -> float | None:
 
 
 def names(value: Any) -> tuple[str, ...] | None:
-    """A list of names or whole numbers, also one that is written as JSON text, as in CSV files; else None."""
+    """Return a list of names or whole numbers, also from JSON text as in CSV files; else None."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
@@ -70,5 +70,5 @@ def names(value: Any) -> tuple[str, ...] | None:
 
 
 def short(value: Any) -> str:
-    """A value for a message."""
+    """Return a value for a message, shortened."""
     return json.dumps(value, ensure_ascii=False, default=str)[:80]

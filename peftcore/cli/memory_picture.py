@@ -1,4 +1,4 @@
-"""Memory over one step of training as a picture: what was predicted, by what it is for, and what was measured."""
+"""A picture of memory over one training step: predicted, by purpose, and measured."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peftcore.estimating.processes import GATHERED, GRADIENTS, MESSAGES
 if TYPE_CHECKING:
     from peftcore import Estimate
 
-# What is drawn as one, from below, with its colour.
+# Groups drawn as one, from below, with their colour.
 _LAYERS = {
     "weights": ((BASE, GATHERED), "#c9d3e3"),
     "adapters": ((ADAPTERS,), "#7c9ccb"),
@@ -28,14 +28,14 @@ _LAYERS = {
     "logits and loss": ((LOGITS,), "#d98a6a"),
     "temporaries": ((TEMPORARIES, KERNELS, MESSAGES, KEPT), "#e9dcc9"),
 }
-# Of no machine: only how long operations take beside one another matters here.
+# Of no particular machine: only the relative time of operations matters here.
 _RATES = Sheet(half=2e11, single=1e11, bandwidth=1e10, call=1e-5)
 
 
 def stacked(found: Estimate) -> tuple[list[float], dict[str, list[int]]]:
-    """(places in the step, bytes of each layer of the picture there).
+    """Return (places in the step, bytes of each layer of the picture at these places).
 
-    A place is a number of phases that are through, as 1.5 in the middle of the second by what operations cost.
+    A place counts completed phases: 1.5 is the middle of the second phase, by the cost of operations.
     """
     firsts = [first for first, _ in found.phases]
     count = len(found.operations)
@@ -54,7 +54,7 @@ def stacked(found: Estimate) -> tuple[list[float], dict[str, list[int]]]:
 
 
 def picture(said: Forecast, was: Trace | None, width: float = 9.0) -> bytes:
-    """A PNG. `was`: the step that was measured; None: there is none. `width`: in inches."""
+    """Return a PNG. `was`: the measured step, or None. `width`: in inches."""
     from matplotlib.figure import Figure
 
     wide = width > 6

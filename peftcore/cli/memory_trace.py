@@ -1,4 +1,4 @@
-"""What memory a step of training really has while it goes: samples beside the moments at which its phases end."""
+"""Memory during a training step: samples and the times at which phases end."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ EVERY = 0.004  # seconds between samples
 
 @dataclass
 class Trace:
-    """One step.
+    """Samples of one step.
 
     Args:
-        samples: (second, bytes), seconds from anywhere.
-        ends: when each of its phases ended, the first entry when the step began: forward and backward of each batch,
-            then the optimizer.
+        samples: (second, bytes), with any origin of time.
+        ends: the start of the step, then the end of each phase: forward and backward of each batch, then the optimizer.
     """
 
     samples: list[tuple[float, int]] = field(default_factory=list)
@@ -32,15 +31,16 @@ class Trace:
 
     @property
     def peak(self) -> int:
-        """The most bytes that were seen."""
+        """Most bytes of any sample."""
         return max((size for _, size in self.samples), default=0)
 
     def by_phase(self, count: int) -> list[tuple[float, int]]:
-        """(phases that were through, as 1.5 in the middle of the second; bytes) of each sample.
+        """Return (number of completed phases, with fractions; bytes) of each sample, or None.
 
         Args:
-            count: of phases to tell of: where there were more, of more batches, the first two and the last ones. None
-                where there were fewer.
+            count: number of phases to show. If a step had more, from more batches, the first two and the last ones are
+                used;
+                if it had fewer, None is returned.
         """
         more = len(self.ends) - 1 - count
         if more < 0:
@@ -56,11 +56,11 @@ class Trace:
 
 
 class MemoryTrace(TrainerCallback):
-    """Keeps of all steps but the first, in which the optimizer's state is made, the one with the most memory.
+    """Keeps the step with the most memory, except the first, in which the optimizer's state is made.
 
     Args:
-        model: what is trained, the end of whose forward is the end of a phase.
-        memory: bytes that are taken now.
+        model: the trained model; the end of its forward ends a phase.
+        memory: function that returns the bytes in use.
     """
 
     def __init__(self, model: nn.Module, memory: Callable[[], int] = current_memory) -> None:
@@ -72,13 +72,13 @@ class MemoryTrace(TrainerCallback):
         self._hook = model.register_forward_hook(lambda m, *_: self._phase_ends() if m.training else None)
 
     def sample(self) -> None:
-        """Note what is taken now, where a step is running."""
+        """Take a sample, if a step is running."""
         now = self._now
         if now is not None:
             now.samples.append((time.perf_counter(), self._memory()))
 
     def close(self) -> None:
-        """Take no more samples."""
+        """Stop taking samples."""
         self._over.set()
         self._hook.remove()
 

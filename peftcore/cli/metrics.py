@@ -1,8 +1,8 @@
-"""What is measured on held-out examples: a mean loss, and of predictions the figures that their task has.
+"""Metrics on held-out examples: a mean loss, and the task's figures.
 
-F1 of a label is 2 TP / (2 TP + FP + FN); macro F1 is its mean over the labels that occur or are predicted, micro F1
-that of all labels' counts together (van Rijsbergen 1979; Yang 1999). Correlations are Pearson's, and Spearman's, which
-is Pearson's of ranks, where equal values share the mean of theirs.
+F1 of a label is 2 TP / (2 TP + FP + FN); macro F1 is its mean over the labels that occur or are predicted, micro F1 is
+that of all labels' counts together (van Rijsbergen 1979; Yang 1999). Correlations are Pearson's and Spearman's, which
+is Pearson's on ranks, where equal values share their mean rank.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MAIN = {
     labels.CLASSIFICATION: "accuracy",
     labels.MULTI_LABEL: "micro_f1",
     labels.REGRESSION: "pearson",
-}  # else the loss
+}  # otherwise the loss
 TITLES = {
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",
@@ -32,12 +32,12 @@ SHARES = ("accuracy", "macro_f1", "micro_f1", "exact_match", "told_right")  # sh
 
 @dataclass(frozen=True)
 class Metrics:
-    """Mean loss over `count` predictions (tokens, or examples), and what else the task has.
+    """Mean loss over `count` predictions (tokens or examples), and the task's other figures.
 
     Args:
-        figures: by name, `accuracy` and the like; empty for a language model.
-        baseline: (its name, what the accuracy, or the loss of numbers, is of an answer that is always the same).
-        confusion: of classes, [label][answer] -> how many examples.
+        figures: by name, such as `accuracy`; empty for a language model.
+        baseline: (name, accuracy or, for numbers, loss) of a constant answer.
+        confusion: [label][answer] -> number of examples, for classes.
     """
 
     loss: float
@@ -51,7 +51,7 @@ class Metrics:
         return math.exp(min(self.loss, 700.0))
 
     def as_dict(self) -> dict[str, float]:
-        """`loss`, and `perplexity` or the task's figures."""
+        """Return `loss`, and `perplexity` or the task's figures."""
         return {"loss": self.loss, **(self.figures or {"perplexity": self.perplexity})}
 
     def __str__(self) -> str:
@@ -59,19 +59,19 @@ class Metrics:
 
 
 def title(name: str) -> str:
-    """A figure's name as it is printed."""
+    """Return a figure's printed name."""
     return TITLES.get(name, name)
 
 
 def shown(name: str, value: float) -> str:
-    """A figure as it is printed."""
+    """Return a figure's printed value."""
     if name in SHARES:
         return f"{100 * value:.1f} %"
     return f"{value:.2f}" if name == "perplexity" else f"{value:.4f}"
 
 
 def rows(before: Metrics, after: Metrics) -> list[tuple[str, str, str]]:
-    """(name, before, after) of every figure, as tables show them; the baseline last."""
+    """Return (name, before, after) of every figure, as tables show them; the baseline last."""
     later = after.as_dict()
     found = [(title(name), f"{value:.4f}", f"{later[name]:.4f}") for name, value in before.as_dict().items()]
     if after.baseline is not None:
@@ -81,15 +81,15 @@ def rows(before: Metrics, after: Metrics) -> list[tuple[str, str, str]]:
 
 
 def confusion_rows(confusion: list[list[int]], names: Sequence[str]) -> list[tuple[str, ...]]:
-    """The matrix as a table whose first row are the answers, and whose first column are the labels."""
+    """Return the matrix as a table: answers in the first row, labels in the first column."""
     counts = [(name, *map(str, row)) for name, row in zip(names, confusion, strict=True)]
     return [("", *names), *counts]
 
 
 def of_classes(answers: Tensor, wanted: Tensor, classes: int) -> Metrics:
-    """Figures of the classes `answers` [n] where `wanted` [n] are right; the loss is left at zero.
+    """Return figures of predicted classes `answers` [n] against `wanted` [n]; the loss is zero.
 
-    The baseline always answers the class that is most frequent among these examples.
+    The baseline always answers the most frequent class of these examples.
     """
     confusion = torch.bincount(wanted * classes + answers, minlength=classes * classes).view(classes, classes)
     right, real, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
@@ -99,7 +99,7 @@ def of_classes(answers: Tensor, wanted: Tensor, classes: int) -> Metrics:
 
 
 def of_label_sets(answers: Tensor, wanted: Tensor) -> Metrics:
-    """The same of sets of labels, [n, labels] of zeros and ones: each label is right or wrong for itself."""
+    """Like `of_classes` for sets of labels, [n, labels] of zeros and ones: each label counts separately."""
     answers, wanted = answers.bool(), wanted.bool()
     right, real, predicted = (answers & wanted).sum(0), wanted.sum(0), answers.sum(0)
     counted = int(real.sum() + predicted.sum())
@@ -112,7 +112,7 @@ def of_label_sets(answers: Tensor, wanted: Tensor) -> Metrics:
 
 
 def of_numbers(answers: Tensor, wanted: Tensor) -> Metrics:
-    """The same of numbers [n]; the loss is the mean squared error, the baseline that of always answering the mean."""
+    """Like `of_classes` for numbers [n]; the loss is the mean squared error, the baseline always answers the mean."""
     answers, wanted = answers.double(), wanted.double()
     error = float((answers - wanted).square().mean())
     figures = {"pearson": pearson(answers, wanted), "spearman": pearson(ranks(answers), ranks(wanted))}
@@ -120,14 +120,14 @@ def of_numbers(answers: Tensor, wanted: Tensor) -> Metrics:
 
 
 def pearson(a: Tensor, b: Tensor) -> float:
-    """The correlation of two vectors; 0 where one of them is constant."""
+    """Return the correlation of two vectors; 0 if one is constant."""
     a, b = a - a.mean(), b - b.mean()
     norm = float(a.norm() * b.norm())
     return float(a @ b) / norm if norm > 0 else 0.0
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Ranks from 0; equal values share their mean."""
+    """Return ranks from 0; equal values share their mean."""
     _, group, counts = values.unique(return_inverse=True, return_counts=True)
     return (counts.cumsum(0) - (counts + 1) / 2)[group].double()
 

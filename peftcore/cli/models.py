@@ -1,4 +1,4 @@
-"""Base models and tokenizers (a hub id, a folder, a .gguf file) and adapter folders, as the commands name them."""
+"""Base models and tokenizers (a hub id, a folder, a .gguf file) and adapter folders, as commands name them."""
 
 from __future__ import annotations
 
@@ -24,40 +24,41 @@ if TYPE_CHECKING:
 
 TASK_FILE = "peftcore_task.json"
 DTYPES = ("auto", "fp32", "bf16")
-_LABELS = 1_000  # beyond them the adapter's head is looked at before the base is given one
+_LABELS = 1_000  # above this, the adapter's head is checked before the base gets one
 _MODULES = 1_000
-NEW_ROWS = "the adapter's vocabulary is larger than its base's, whose rows for the new tokens are drawn at random here"
+NEW_ROWS = "the adapter's vocabulary is larger than its base's, whose rows for the new tokens are initialised at random"
 
 
 @dataclass(frozen=True)
 class AdapterTask:
-    """What an adapter was trained for; lies beside it as `peftcore_task.json`, which PEFT passes over."""
+    """What an adapter was trained for, stored with it as `peftcore_task.json`, which PEFT ignores."""
 
     task: str
     max_length: int
     labels: tuple[str, ...] = ()
-    chat: bool | None = None  # was it trained on conversations? None: not known
-    chat_template: str | None = None  # where it is not the tokenizer's own
-    beta: float | None = None  # of preferences, where it is not the default
+    chat: bool | None = None  # whether it was trained on conversations; None if unknown
+    chat_template: str | None = None  # if it is not the tokenizer's own
+    beta: float | None = None  # of preferences, if it is not the default
     dtype: str | None = None  # of the base in training
-    seed: int | None = None  # by which a classifier's new head was drawn
+    seed: int | None = None  # seed of a classifier's new head
 
     def write(self, folder: Path) -> None:
-        """Write it into the adapter's folder, in place of a link that leads out of it."""
+        """Write the file into the adapter's folder, replacing a link."""
         if (folder / TASK_FILE).is_symlink():
             (folder / TASK_FILE).unlink()
         (folder / TASK_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
-    """What the adapter in `folder` is for; where no file of ours says so (PEFT wrote it), read off the adapter.
+    """Return the task of the adapter in `folder`; without our task file (written by PEFT), determined from the adapter.
 
     Args:
-        labels: a classifier's labels in the order of its outputs, separated by commas. An adapter of a foreign format
-            is a classifier's where they are given.
+        folder: folder of the adapter.
+        labels: a classifier's labels in the order of its outputs, separated by commas. An adapter in another library's
+            format is taken to be a classifier's if they are given.
 
     Raises:
-        PeftcoreError: the folder holds no adapter, or one for a task that no command runs.
+        PeftcoreError: the folder has no adapter, or one for a task that no command runs.
     """
     from peftcore import checkpoint
     from peftcore.adapter_files.content import JSON_BYTES, parse_json, read_bytes
@@ -67,61 +68,61 @@ def adapter_task(folder: Path, labels: str | None = None) -> AdapterTask:
     try:
         stored = parse_json(read_bytes(folder / TASK_FILE, JSON_BYTES), folder / TASK_FILE)
         if not isinstance(stored, dict):
-            raise TypeError(f"it is not a table, found {shown(stored)}")
-        # A file without `chat` is of before there were conversations.
+            raise TypeError(f"it must be a JSON object, found {shown(stored)}")
+        # Files without `chat` are older than conversations.
         chat, template = stored.get("chat", False), stored.get("chat_template")
         more = {name: stored.get(name) for name in ("beta", "dtype", "seed")}
         task = AdapterTask(stored["task"], stored["max_length"], tuple(stored["labels"]), chat, template, **more)
         if type(stored["labels"]) is not list:
-            raise TypeError(f"labels={shown(stored['labels'])} is no list")
+            raise TypeError(f"labels must be a list, found {shown(stored['labels'])}")
         if task.task not in data.TASKS:
-            raise ValueError(f"task={shown(task.task)} is none of {', '.join(data.TASKS)}")
+            raise ValueError(f"task must be one of {', '.join(data.TASKS)}, found {shown(task.task)}")
         check_types(task)
         if template is not None and "{" not in template and template != "chatml":
             raise ValueError(
-                f"chat_template={shown(template)} is neither a template's text nor 'chatml', and is not opened as a "
-                "path (a file of yours is given by --chat-template FILE)"
+                f"chat_template={shown(template)} is neither a template nor 'chatml', and is not opened as a "
+                "path (to use a file, pass --chat-template FILE)"
             )
         _refuse_labels_without_outputs(folder, task)
     except FileNotFoundError:
-        if foreign is not None:  # it does not say; heads lie elsewhere, and are the base's own
+        if foreign is not None:  # not stated; heads are elsewhere and belong to the base
             return AdapterTask(data.CLASSIFICATION if given else data.LANGUAGE_MODEL, 512, given)
         task = _task_of_peft(folder, fields)
     except KeyError as error:
-        raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: it lacks {error}. It may be deleted") from error
+        raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: it lacks {error}. It can be deleted") from error
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: {error}. It may be deleted") from error
+        raise CheckpointError(f"'{folder / TASK_FILE}' cannot be read: {error}. It can be deleted") from error
     if given and len(given) != len(task.labels):
-        raise PeftcoreError(f"--labels names {len(given)} labels, the adapter has {len(task.labels)}")
+        raise PeftcoreError(f"--labels names {len(given)} labels, but the adapter has {len(task.labels)}")
     return replace(task, labels=given or task.labels)
 
 
 def _refuse_labels_without_outputs(folder: Path, task: AdapterTask) -> None:
-    """Raise a ValueError for very many labels of which the adapter has no head, since the base is given one first."""
+    """Raise a ValueError for very many labels without a head in the adapter, before the base gets one of that size."""
     from peftcore import adapter_files
 
     count = len(task.labels)
     if task.task in data.LABELLED and count > _LABELS:
         tensors, _ = adapter_files.read_tensors(folder)
         if not any(tensor.shape[:1] == (count,) for tensor in tensors.values()):
-            raise ValueError(f"it names {count:,} labels, and no tensor of the adapter has as many rows")
+            raise ValueError(f"it names {count:,} labels, but no tensor of the adapter has as many rows")
 
 
 def base_of(folder: Path, model: str | None) -> str:
-    """The base of an adapter: `model` if given, else what the adapter names."""
+    """Return the base of an adapter: `model` if given, otherwise the one the adapter names."""
     from peftcore import checkpoint
 
     named = model or checkpoint.about(folder)[0].get("base_model_name_or_path")
     if not named or not isinstance(named, str):
-        raise PeftcoreError(f"'{folder}' does not say what base it was trained on. Name it: --model MODEL")
+        raise PeftcoreError(f"'{folder}' does not name the base it was trained on. Pass it: --model MODEL")
     return named
 
 
 def resolve(model: str) -> str:
-    """A path as an absolute one, so that an adapter finds its base from anywhere; a hub id as it is.
+    """Return a path as an absolute one, so that an adapter finds its base from anywhere; a hub id unchanged.
 
     Raises:
-        PeftcoreError: it is a path, and nothing lies there.
+        PeftcoreError: it is a path that does not exist.
     """
     path = Path(os.path.expanduser(model))
     if os.path.exists(path):
@@ -132,12 +133,12 @@ def resolve(model: str) -> str:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Does one lie beside the adapter? Trainers put theirs there, which may have tokens that the base's has not."""
+    """Return whether a tokenizer is saved with the adapter, as trainers do; it may have more tokens than the base's."""
     return os.path.exists(folder / "tokenizer_config.json")
 
 
 def load_tokenizer(model: str, adapter: Path | None = None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer next to the adapter, else the base's; its end-of-text pads, where it has no other token.
+    """Return the adapter's tokenizer, else the base's; if it has no padding token, its end-of-text token is used.
 
     Raises:
         PeftcoreError: the tokenizer cannot be loaded.
@@ -162,10 +163,15 @@ def load_model(
     labels: tuple[str, ...] = (),
     quantize: str | Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """A base for `task`, in evaluation mode on its device.
+    """Return a base for `task`, in evaluation mode on its device.
 
     Args:
-        quantize: its linear layers are in 4 bits of this type, or as these arguments of `quantization.load` say.
+        model: folder, hub id, or .gguf file.
+        task: the task.
+        dtype: value of `--dtype`.
+        device: value of `--device`.
+        labels: a classifier's labels.
+        quantize: 4-bit type of the linear layers, or arguments of `quantization.load`; None for dense weights.
     """
     quiet_transformers()
     packing = {"quant_type": quantize} if isinstance(quantize, str) else quantize
@@ -175,14 +181,14 @@ def load_model(
         from peftcore import quantization
 
         quantization.check_quant_type(packing["quant_type"])
-        if not is_gguf:  # transformers reads such a file whole
+        if not is_gguf:  # transformers reads the whole file
             loader, options = quantization.load, {**options, **packing, "model_class": _auto_class(task)}
     if packing is None or is_gguf:
         loaded, info = _load(loader, model, "model", output_loading_info=True, **options)
         _check_whole(loaded, info["missing_keys"], model, task)
     else:
         loaded = _load(loader, model, "model", **options)
-    loaded.config._name_or_path = model  # for a .gguf file transformers would note its folder alone
+    loaded.config._name_or_path = model  # for a .gguf file transformers would record its folder only
     if is_gguf and getattr(loaded, "hf_quantizer", None) is not None:
         loaded.hf_quantizer.remove_quantization_config(loaded)  # loading has dequantized it: a plain model
     if is_gguf and packing is not None:
@@ -194,10 +200,13 @@ def load_model(
 
 
 def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, task: str) -> None:
-    """Warn of weights that transformers drew at random, as the checkpoint lacks them; refuse a .gguf file.
+    """Warn of weights that the checkpoint lacks and transformers initialised at random; refuse a .gguf file.
 
     Args:
+        loaded: the model.
         missing: names of these weights. Those of a classifier's head are expected.
+        model: its name, for messages.
+        task: the task.
     """
     backbone = f"{loaded.base_model_prefix}." if task in data.LABELLED else ""
     names = sorted(name for name in missing if name.startswith(backbone))
@@ -206,14 +215,14 @@ def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, 
     lacks = f"lacks {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
     if model.endswith(".gguf"):
         raise PeftcoreError(f"the model of '{model}' cannot be loaded: the file {lacks}. Download it again")
-    warn(f"the checkpoint '{model}' {lacks}: these weights are drawn at random")
+    warn(f"checkpoint '{model}' {lacks}: these weights are initialised at random")
 
 
 def _compute_in_fp32(loaded: PreTrainedModel, device: str) -> None:
-    """Let what a checkpoint has in 4 bits compute in fp32 where this processor multiplies the named 16 bits slowly.
+    """Make a 4-bit checkpoint compute in fp32 if this processor is slow in its 16-bit dtype.
 
-    Such a checkpoint names a dtype of computation, which is that of the card for which it was made; bitsandbytes'
-    layers and ours keep it as `compute_dtype`.
+    The checkpoint's dtype of computation is that of the GPU it was made for; layers of bitsandbytes and ours keep it as
+    `compute_dtype`.
     """
     import torch
 
@@ -234,7 +243,7 @@ def _compute_in_fp32(loaded: PreTrainedModel, device: str) -> None:
 
 
 def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrainedModel:
-    """A base without its weights, on the meta device: shapes only."""
+    """Return a base without weights, on the meta device."""
     import torch
 
     config = load_config(model, task, labels)
@@ -243,7 +252,7 @@ def empty_model(model: str, task: str, labels: tuple[str, ...] = ()) -> PreTrain
 
 
 def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> PretrainedConfig:
-    """A base's configuration, which names the class that `load_model` makes of it for this task."""
+    """Return a base's config, which names the class that `load_model` makes for this task."""
     quiet_transformers()
     from transformers import AutoConfig
 
@@ -257,9 +266,9 @@ def load_config(model: str, task: str, labels: tuple[str, ...] = ()) -> Pretrain
 def packing_by(
     method: str, fields: Mapping[str, Any], model: str, task: str, labels: tuple[str, ...]
 ) -> dict[str, Any] | None:
-    """How a method packs the base before it places anything, as `load_model` takes it; None: it does not.
+    """Return how a method quantizes the base before it places adapters, as `load_model` takes it, or None.
 
-    Known by letting it prepare a base without weights. A base that is loaded so is never dense as a whole.
+    The method prepares a base without weights to find out. A base loaded that way is never dense as a whole.
     """
     from peftcore.quantization import quantized_experts, quantized_layers
     from peftcore.quantization.selection import selected, selected_experts
@@ -270,7 +279,7 @@ def packing_by(
         return None
     config, empty = found.config_class(**fields), empty_model(model, task, labels)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # `apply` gives them
+        warnings.simplefilter("ignore")  # `apply` raises them
         could = {*selected(empty, ())}
         could |= {f"{path}.{name}" for path, names in selected_experts(empty, (), 64).items() for name in names}
         found.prepare(empty, config)
@@ -295,10 +304,10 @@ def packing_by(
 
 
 def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
-    """Give the base as many rows of vocabulary as the adapter in `folder` was trained with. Has it others now?
+    """Resize the base's vocabulary to that of the adapter in `folder`. Return whether it changed.
 
     Raises:
-        PeftcoreError: the tokenizer beside the adapter has tokens for which there are no rows.
+        PeftcoreError: the adapter's tokenizer has tokens without rows.
     """
     from peftcore import checkpoint
 
@@ -307,19 +316,20 @@ def fit_vocabulary(model: PreTrainedModel, folder: Path) -> bool:
         return False
     rows = checkpoint.vocabulary_rows(model, folder) or before
     if rows != before:
-        model.resize_token_embeddings(rows)  # the new rows are the adapter's
+        model.resize_token_embeddings(rows)  # the new rows come from the adapter
     if has_tokenizer(folder) and (tokens := _tokens(adapter_tokenizer.load(folder))) > rows:
         base = str(getattr(model.config, "_name_or_path", ""))
         if tokens > _tokens(load_tokenizer(base)):
             raise PeftcoreError(
-                f"the tokenizer beside '{folder}' has {tokens:,} tokens, the model rows for {rows:,}, and the adapter "
-                "brings no others. Have its author save it with its embedding (in PEFT: save_embedding_layers=True)"
+                f"the tokenizer in '{folder}' has {tokens:,} tokens, but the model has {rows:,} rows and the "
+                "adapter brings no others. Ask its author to save it with its embedding (in PEFT: "
+                "save_embedding_layers=True)"
             )
     return rows != before
 
 
 def vocabulary(model: PreTrainedModel) -> int | None:
-    """The rows of the embedding of tokens; None: the model has none, as those that read characters."""
+    """Return the number of rows of the token embedding; None for models without one, which read characters."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
@@ -342,7 +352,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, name: str | None = None) 
 def merge_adapter(
     model: PreTrainedModel, *, untie: bool, quantize: str | None, dtype: str, device: str
 ) -> PreTrainedModel:
-    """Work the adapter into the weights for good; what is in 4 bits becomes dense. Warnings are the commands' own."""
+    """Merge the adapter for good; 4-bit weights become dense. Warnings are worded for the commands."""
     import peftcore
 
     dense = torch_dtype(dtype, device) if quantize else None
@@ -350,21 +360,21 @@ def merge_adapter(
         warnings.simplefilter("always")
         peftcore.merge(model, keep_adapters=False, untie=untie, dtype=dense)
     if quantize:
-        peftcore.quantization.dequantize(model, dense)  # layers that the adapter leaves alone
+        peftcore.quantization.dequantize(model, dense)  # layers without adapters
     for warning in caught:
         warn(str(warning.message))
     return model
 
 
 def adapter_folder(folder: Path) -> Path:
-    """The adapter's folder, where `folder` may be that of the run that made it."""
+    """Return the adapter's folder; `folder` may be that of the run that made it."""
     inside = folder / "adapter"
     here, there = (os.path.exists(each / "adapter_config.json") for each in (folder, inside))
     return inside if there and not here else folder
 
 
 def torch_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one."""
+    """Return the device; `auto` is CUDA if there is one."""
     import torch
 
     if device == "auto":
@@ -372,18 +382,18 @@ def torch_device(device: str) -> torch.device:
     try:
         named = torch.device(device)
     except RuntimeError as error:
-        raise PeftcoreError(f"'{device}' is no device. Try: auto, cpu, cuda, cuda:1") from error
+        raise PeftcoreError(f"device '{device}' is not known. Use auto, cpu, cuda, or cuda:1") from error
     if named.type == "cuda" and not torch.cuda.is_available():
-        raise PeftcoreError(f"device '{device}': this PyTorch ({torch.__version__}) sees no CUDA device")
+        raise PeftcoreError(f"device '{device}' is not available: PyTorch {torch.__version__} finds no CUDA device")
     return named
 
 
 def torch_dtype(dtype: str, device: str) -> torch.dtype:
-    """`auto` is bf16 on a CUDA device that has it, else fp32. Which dtype is fast on a CPU: `dtype_choice`."""
+    """Return the dtype; `auto` is bf16 on a CUDA device that supports it, else fp32. For CPUs see `dtype_choice`."""
     import torch
 
     if dtype not in DTYPES:
-        raise PeftcoreError(f"--dtype is one of {', '.join(DTYPES)}, found '{dtype}'")
+        raise PeftcoreError(f"--dtype must be one of {', '.join(DTYPES)}, found '{dtype}'")
     on_cuda = torch_device(device).type == "cuda"
     if dtype == "bf16" or (dtype == "auto" and on_cuda and torch.cuda.is_bf16_supported()):
         return torch.bfloat16
@@ -391,7 +401,7 @@ def torch_dtype(dtype: str, device: str) -> torch.dtype:
 
 
 def quiet_transformers() -> None:
-    """Import transformers; its progress bars and notices give way to the commands' own.
+    """Import transformers without its progress bars and notices; the commands print their own.
 
     Raises:
         PeftcoreError: it is not installed.
@@ -410,21 +420,21 @@ def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
     if model.endswith(".gguf"):
         require("gguf", extra="gguf")
         where, options["gguf_file"] = str(Path(model).parent), Path(model).name
-        hidden = contextlib.redirect_stderr(io.StringIO())  # a bar that no setting of transformers turns off
+        hidden = contextlib.redirect_stderr(io.StringIO())  # a progress bar that no setting of transformers disables
     from huggingface_hub.errors import StrictDataclassError
 
     try:
         with hidden:
             return loader(where, **options)
     except Exception as error:
-        # Readers of GGUF raise whatever a strange byte leads to.
+        # GGUF readers may raise anything on invalid bytes
         expected = (OSError, ValueError, KeyError, ImportError, StrictDataclassError)
         mismatched = isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
         if not (isinstance(error, expected) or mismatched or "gguf_file" in options):
             raise
-        told = error.__cause__ if isinstance(error, StrictDataclassError) else None  # what is wrong with the field
+        told = error.__cause__ if isinstance(error, StrictDataclassError) else None  # the error of the field
         reason = str(told or error).strip().partition("\n")[0] or type(error).__name__
-        reason = "its tensors have other shapes than its config says" if mismatched else reason
+        reason = "its tensors and its config have different shapes" if mismatched else reason
         raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {reason}") from error
 
 
@@ -437,7 +447,7 @@ def _auto_class(task: str) -> Any:
 
 
 def _head(task: str, labels: tuple[str, ...]) -> dict[str, Any]:
-    """What the config has to say of the head, for the model to have its outputs and its loss."""
+    """Return the config fields of the head, for the model to have its outputs and its loss."""
     if task not in data.LABELLED:
         return {}
     if task == data.REGRESSION:
@@ -448,7 +458,7 @@ def _head(task: str, labels: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _set_padding(loaded: PreTrainedModel, model: str) -> None:
-    """Classifiers on decoders find the last token by it."""
+    """Set the padding token, by which classifiers on decoders find the last token."""
     if getattr(loaded.config, "pad_token_id", None) is None:
         loaded.config.pad_token_id = load_tokenizer(model).pad_token_id
 
@@ -459,7 +469,9 @@ def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
     if fields.get("task_type") in (None, "CAUSAL_LM"):
         return AdapterTask(data.LANGUAGE_MODEL, 512)
     if fields["task_type"] != "SEQ_CLS":
-        raise PeftcoreError(f"'{folder}' is for the task {fields['task_type']}, which no command runs. Use the library")
+        raise PeftcoreError(
+            f"'{folder}' is for the task {fields['task_type']}, which no command supports. Use the library"
+        )
     tensors, _ = adapter_files.read_tensors(folder)
     saved = fields.get("modules_to_save") or ["classifier", "score"]
     if not isinstance(saved, list) or len(saved) > _MODULES or not all(isinstance(each, str) for each in saved):
@@ -467,7 +479,7 @@ def _task_of_peft(folder: Path, fields: dict[str, Any]) -> AdapterTask:
     held = [tensor for name, tensor in tensors.items() if any(f".{module}." in name for module in saved)]
     heads = [tensor for tensor in held if tensor.dim()]
     if not heads:
-        raise CheckpointError(f"'{folder}' holds no classification head among its tensors")
+        raise CheckpointError(f"'{folder}' has no classification head among its tensors")
     outputs = heads[-1].shape[0]
     if outputs == 1:
         return AdapterTask(data.REGRESSION, 512)

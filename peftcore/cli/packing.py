@@ -1,8 +1,8 @@
-"""`--pack`: several short examples in one row, which do not see one another.
+"""`--pack`: several short examples in one row, without attention between them.
 
-A row says by positions that begin anew at 0 where an example begins. transformers makes of these a mask that is block
-diagonal where the model's attention has one; a first label of an example is not learned, since what would predict it is
-the example before. Whether a model, with its adapters, really keeps examples apart is found by trying (`check`).
+A row has positions that start again at 0 with each example. transformers makes a block-diagonal mask from these if the
+model's attention supports it; the first label of an example is not learned, because the example before would predict
+it. Whether a model with its adapters really separates examples is tested (`check`).
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from peftcore.cli.conversations import IGNORED
 from peftcore.errors import PeftcoreError
 
 Example = dict[str, Any]
-_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}  # of the norm; leaks are of the order of 1
+_CLOSE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-3}  # relative to the norm; leaks are of order 1
 
 
 def packed(examples: Sequence[Example], length: int) -> list[Example]:
-    """Rows of at most `length` tokens, with `position_ids`. The longest example first, each where it leaves least room.
+    """Return rows of at most `length` tokens, with `position_ids`, filled best-fit from the longest example.
 
     Args:
-        examples: with `input_ids` and `labels` of one length each.
+        examples: with `input_ids` and `labels` of equal length.
+        length: of a row.
     """
     rows: list[list[Example]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), in order
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
     for example in sorted(examples, key=lambda each: -len(each["input_ids"])):
         size = len(example["input_ids"])
         place = bisect.bisect_left(room, (size, -1))
@@ -45,27 +46,29 @@ def packed(examples: Sequence[Example], length: int) -> list[Example]:
 
 
 def collate(rows: list[Example], padding: int) -> dict[str, Any]:
-    """Packed rows as one batch, without an attention mask: each token of padding is an example of its own."""
+    """Return packed rows as one batch, without an attention mask: each padding token is its own example."""
     length = max(len(row["input_ids"]) for row in rows)
     values = {"input_ids": padding, "labels": IGNORED, "position_ids": 0}
     batch = {
         name: torch.tensor([row[name] + [value] * (length - len(row[name])) for row in rows])
         for name, value in values.items()
     }
-    return {**batch, "use_cache": False}  # with a cache positions say nothing of examples
+    return {**batch, "use_cache": False}  # with a cache, positions do not mark examples
 
 
 def check(model: nn.Module, examples: Sequence[Example], what: str) -> None:
-    """Raise a PeftcoreError unless `model` computes of an example in a row what it computes of it alone.
+    """Raise a PeftcoreError unless `model` computes the same for an example in a row as for it alone.
 
-    Values that are trained are moved a little for that time: a fresh adapter may act on nothing yet.
+    Trained values are perturbed meanwhile, because a new adapter may have no effect yet.
 
     Args:
-        what: of which the message is, such as `the model`.
+        model: the model.
+        examples: what to try it on.
+        what: subject of the message, such as `the model`.
     """
     first, second = examples[0], examples[min(1, len(examples) - 1)]
     other = {**first, "input_ids": first["input_ids"][::-1][1:] + second["input_ids"][:1]}
-    why = "it refuses positions that begin anew"
+    why = "it rejects positions that start again"
     try:
         with _tried(model):
             alone = torch.cat([_logits(model, [each]) for each in (first, second)])
@@ -79,8 +82,8 @@ def check(model: nn.Module, examples: Sequence[Example], what: str) -> None:
         close = _CLOSE.get(next(model.parameters()).dtype, 3e-2)
         if apart <= close and leak <= close:
             return
-        why = f"it computes other values of them than alone, by {100 * max(apart, leak):.2g} %"
-    raise PeftcoreError(f"--pack: {what} does not keep apart the examples of a row: {why}. Leave out --pack")
+        why = f"their outputs differ from those alone by {100 * max(apart, leak):.2g} %"
+    raise PeftcoreError(f"--pack: {what} does not separate the examples of a row: {why}. Leave out --pack")
 
 
 def _joined(examples: Sequence[Example]) -> Example:
@@ -93,7 +96,7 @@ def _joined(examples: Sequence[Example]) -> Example:
 
 
 def _logits(model: nn.Module, examples: Sequence[Example]) -> Tensor:
-    """[tokens, vocabulary] of one row."""
+    """Return the logits of one row, [tokens, vocabulary]."""
     batch = collate([_joined(examples)], 0)
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "position_ids")}
@@ -106,7 +109,7 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
 
 @contextlib.contextmanager
 def _tried(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation, without gradients, its trained values moved by noise; all is afterwards as it was."""
+    """Run the model in evaluation mode without gradients, with noise on trained values; restore it afterwards."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kept, was_training = [copy.deepcopy(parameter.data) for parameter in trained], model.training
     draw = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
-"""`--precision`: in what the products of training are computed.
+"""`--precision`: the precision of products in training.
 
-auto is the base's own dtype; fp32 is fp32 for both; bf16 and fp16 are mixed precision: a base in fp32 unless `--dtype`
-says another, whose products PyTorch's autocast rounds to 16 bits (Micikevicius et al. 2018, arXiv 1710.03740).
+auto is the base's dtype; fp32 is fp32 for both; bf16 and fp16 are mixed precision: a base in fp32 unless `--dtype` says
+otherwise, whose products PyTorch's autocast rounds to 16 bits (Micikevicius et al. 2018, arXiv 1710.03740).
 """
 
 from __future__ import annotations
@@ -20,33 +20,34 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
 def check(precision: str, dtype: str, device: str) -> None:
-    """Raise a PeftcoreError unless this machine can train so, and the base's dtype goes with it."""
+    """Raise a PeftcoreError unless this machine supports the precision and the base's dtype fits it."""
     if precision not in PRECISIONS:
-        raise PeftcoreError(f"--precision is one of {', '.join(PRECISIONS)}, found '{precision}'")
+        raise PeftcoreError(f"--precision must be one of {', '.join(PRECISIONS)}, found '{precision}'")
     if precision == "fp32" and dtype == "bf16":
-        raise PeftcoreError("--precision fp32 is not what a base in bf16 computes in. Leave out --dtype bf16")
+        raise PeftcoreError("--precision fp32 contradicts a base in bf16. Leave out --dtype bf16")
     if precision == "fp16" and models.torch_device(device).type != "cuda":
         raise PeftcoreError(
-            "--precision fp16 scales its gradients, which PyTorch does on CUDA only. On a CPU: --precision bf16"
+            "--precision fp16 scales gradients, which PyTorch does on CUDA only. On a CPU use --precision bf16"
         )
 
 
 def base_dtype(precision: str, dtype: str) -> str:
-    """The dtype of the base, as `--dtype` names it."""
+    """Return the dtype of the base, as `--dtype` names it."""
     return "fp32" if precision != "auto" and dtype == "auto" else dtype
 
 
 def arguments(precision: str) -> dict[str, bool]:
-    """Of transformers' `TrainingArguments`."""
+    """Return arguments for transformers' `TrainingArguments`."""
     return {name: precision == name for name in ("bf16", "fp16")}
 
 
 @contextlib.contextmanager
 def own(model: nn.Module) -> Iterator[None]:
-    """Within the block the model computes in its own dtype.
+    """Make the model compute in its own dtype within the block.
 
-    Mixed precision is a `forward` of the instance's own, which accelerate puts in place; what is measured would be
-    another figure than before training, and than that of `peftcore eval`.
+    accelerate sets a mixed-precision `forward` on the instance, with which metrics would differ from those before
+    training
+    and from those of `peftcore eval`.
     """
     mixed = model.__dict__.pop("forward", None) if "_original_forward" in model.__dict__ else None
     try:

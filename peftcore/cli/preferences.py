@@ -1,10 +1,11 @@
-"""Preference pairs, for `--task dpo`: which of two answers to a prompt is the better one (Rafailov et al. 2023,
-arXiv 2305.18290).
+"""Preference pairs for `--task dpo`: which of two answers to a prompt is better.
+
+Rafailov et al. 2023, arXiv 2305.18290:
 
     loss = -log sigmoid(m),   m = beta ((log p(chosen) - log q(chosen)) - (log p(rejected) - log q(rejected)))
 
-p is the model with its adapter, q the frozen base, or the adapter as it was where a run goes on with one; m is the
-margin, which is above 0 where the pair is told right.
+p is the model with its adapter; q is the frozen base, or the initial adapter if a run starts from one. The margin m is
+positive if the model prefers the chosen answer.
 """
 
 from __future__ import annotations
@@ -31,17 +32,17 @@ BETA = 0.1
 
 
 def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int) -> Encoded:
-    """Rows as `prompt_ids`, `chosen_ids` and `rejected_ids`; a prompt that is too long loses its beginning.
+    """Return rows as `prompt_ids`, `chosen_ids` and `rejected_ids`; long prompts are cut at the beginning.
 
     Raises:
-        PeftcoreError: a row gives no token, or both answers give the same.
+        PeftcoreError: a row has no tokens, or both answers have the same tokens.
     """
     examples, truncated = [], 0
     for row in rows:
         chosen, rejected = (_answered(row, answer, tokenizer) for answer in (row.completion, row.rejected))
         begin = min(_first_learned(chosen), _first_learned(rejected))
         ids, others = chosen["input_ids"], rejected["input_ids"]
-        prompt = next((i for i in range(begin) if ids[i] != others[i]), begin)  # tokens may merge across its end
+        prompt = next((i for i in range(begin) if ids[i] != others[i]), begin)  # tokens may merge across the boundary
         pair = (_learned(chosen, prompt), _learned(rejected, prompt))
         if pair[0] == pair[1]:
             raise PeftcoreError(f"{row.where}: 'chosen' and 'rejected' are the same")
@@ -50,27 +51,27 @@ def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: 
         kept = min(prompt, max_length - max(map(len, pair)))
         before = ids[prompt - kept : prompt]
         if not before:
-            raise PeftcoreError(f"{row.where}: the prompt gives no token")
+            raise PeftcoreError(f"{row.where}: the prompt has no tokens")
         examples.append({"prompt_ids": before, "chosen_ids": pair[0], "rejected_ids": pair[1]})
     return Encoded(examples, truncated)
 
 
 def as_texts(examples: Sequence[Example]) -> list[Example]:
-    """The chosen answers as examples of a language model; for first values that a method draws from data."""
+    """Return the chosen answers as examples of a language model, for methods that initialise from data."""
     return [_joined(each, "chosen_ids") for each in examples]
 
 
 def lengths(examples: Sequence[Example]) -> list[int]:
-    """Tokens of the longer answer with its prompt."""
+    """Return the number of tokens of the prompt with the longer answer."""
     return [len(e["prompt_ids"]) + max(len(e["chosen_ids"]), len(e["rejected_ids"])) for e in examples]
 
 
 def pairs_at_once(batch_size: int, longest: int) -> int:
-    """How many are measured together, by what training has at once: their logits are whole, a step's are not."""
+    """Return how many pairs to measure together, given a training batch: measuring needs whole logits."""
     return max(1, min(8, batch_size, 512 // longest))
 
 
-Likelihoods = list[Tensor]  # of a batch each: log p of the chosen answers, then of the rejected ones
+Likelihoods = list[Tensor]  # per batch: log p of the chosen answers, then of the rejected ones
 
 
 def measure(
@@ -81,10 +82,15 @@ def measure(
     beta: float = BETA,
     reference: Likelihoods | None = None,
 ) -> Metrics:
-    """Loss over every pair, how many are told right, and the mean margin.
+    """Return the loss over all pairs, the accuracy, and the mean margin.
 
     Args:
-        reference: `likelihoods` of what the model is compared with, in the same batches; None: its base.
+        model: the model with its adapter.
+        examples: the pairs.
+        tokenizer: the tokenizer.
+        batch_size: pairs per batch.
+        beta: DPO's beta.
+        reference: `likelihoods` of the reference model in the same batches; None for the base.
     """
     if reference is None:
         with peftcore.disabled(model) if state_of(model) is not None else contextlib.nullcontext():
@@ -102,7 +108,7 @@ def measure(
 def likelihoods(
     model: nn.Module, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, batch_size: int = 8
 ) -> Likelihoods:
-    """What the model gives to both answers of every pair, by batches of like lengths."""
+    """Return the log-likelihoods of both answers of every pair, in batches of similar lengths."""
     was_training = model.training
     model.eval()
     ordered = sorted(examples, key=lambda each: sum(map(len, each.values())))  # little padding
@@ -118,19 +124,19 @@ def likelihoods(
 
 
 def log_likelihoods(model: nn.Module, examples: list[Example], tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """log p of the learned tokens of each example, [examples], in float32."""
+    """Return log p of the learned tokens of each example, [examples], in float32."""
     batch = tasks.collator(tokenizer)(examples)
     device = next(model.parameters()).device
     inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "labels")}
     logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, :-1]
     wanted = inputs["labels"][:, 1:]
-    # Row by row: copies of all logits would need more memory than a step of training, which has none of them.
+    # Row by row: copies of all logits would need more memory than a training step, which has none.
     rows = zip(logits, wanted, strict=True)
     return -torch.stack([F.cross_entropy(x.float(), y, ignore_index=IGNORED, reduction="sum") for x, y in rows]).cpu()
 
 
 def _answered(row: Row, answer: Any, tokenizer: PreTrainedTokenizerBase) -> Example:
-    """The prompt with one of its answers, as language modelling learns it."""
+    """Return the prompt with one of its answers, as an example for language modelling."""
     if row.messages is not None:
         begins = len(row.messages)
         asked = Row(row.where, "", messages=[*row.messages, *answer], learned_from=begins, tools=row.tools)
@@ -145,7 +151,7 @@ def _first_learned(example: Example) -> int:
 
 
 def _learned(example: Example, begin: int) -> list[int]:
-    """Tokens from `begin` to the last that is learned: what a template writes behind the answer's end is none."""
+    """Return the tokens from `begin` to the last learned one, without what a template writes after the answer."""
     end = max(i for i, label in enumerate(example["labels"]) if label != IGNORED)
     return list(example["input_ids"][begin : end + 1])
 

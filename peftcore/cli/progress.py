@@ -1,7 +1,7 @@
-"""What a training run shows while it goes: a bar with loss, tokens a second and memory, and a line per evaluation.
+"""Progress of a training run: a bar with loss, tokens per second and memory, and a line per evaluation.
 
-Also the orderly stop: the first Ctrl-C (or SIGTERM) ends the run after the step at hand with a
-checkpoint, the second one at once.
+Also the orderly stop: the first Ctrl-C (or SIGTERM) ends the run after the current step with a checkpoint, the second
+one immediately.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Meter(TrainerCallback):
-    """Counts training time and tokens, and shows them. Steps count from where this process began."""
+    """Counts and shows training time and tokens. Steps count from the start of this process."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []  # seconds of each
@@ -37,7 +37,7 @@ class Meter(TrainerCallback):
         self._tokens_before = 0
         self._began = 0.0
         self._loss = float("nan")
-        self._extra: list[float] = []  # what the method adds to it
+        self._extra: list[float] = []  # the method's additional loss
         self._progress: Progress | None = None
         self._bar: Any = None
 
@@ -47,7 +47,7 @@ class Meter(TrainerCallback):
 
     @property
     def step_seconds(self) -> float:
-        """Of the median step."""
+        """Return the duration of the median step."""
         return statistics.median(self.steps) if self.steps else 0.0
 
     @property
@@ -85,10 +85,10 @@ class Meter(TrainerCallback):
             self._extra = [value for name, value in logs.items() if name.startswith("extra_loss/")]
             if not math.isfinite(self._loss):
                 raise PeftcoreError(
-                    f"the loss is {self._loss} at step {state.global_step}: training has diverged. Start anew with a "
-                    "lower learning rate (--lr LR --overwrite)"
+                    f"the loss is {self._loss} at step {state.global_step}: training has diverged. Start again "
+                    "with a lower learning rate (--lr LR --overwrite)"
                 )
-            every = max(1, state.max_steps // 20)  # lines, where no bar can move
+            every = max(1, state.max_steps // 20)  # lines, if the output is not a terminal
             if self._progress is None and state.global_step % every == 0:
                 say(f"step {state.global_step}/{state.max_steps}  {self._facts()}")
 
@@ -96,7 +96,7 @@ class Meter(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the bar."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
@@ -107,14 +107,14 @@ class Meter(TrainerCallback):
 
 
 class OrderlyStop(TrainerCallback):
-    """Within the block, the first SIGINT or SIGTERM asks for a checkpoint and a stop at the next step's end."""
+    """Makes the first SIGINT or SIGTERM within the block request a checkpoint and a stop after the step."""
 
     def __init__(self) -> None:
         self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> OrderlyStop:
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers in the main thread only
             self._before = {number: signal.signal(number, self._request) for number in _SIGNALS}
         return self
 
@@ -126,7 +126,7 @@ class OrderlyStop(TrainerCallback):
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        warn("stopping after this step, with a checkpoint; once more to stop at once")
+        warn("stopping after this step, with a checkpoint; press Ctrl-C again to stop immediately")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.requested = ranks.any_of(self.requested)  # the signal may reach ranks at different steps
@@ -136,7 +136,7 @@ class OrderlyStop(TrainerCallback):
 
 
 def current_memory() -> int:
-    """Bytes that this process has resident, or on CUDA has allocated there."""
+    """Return resident bytes of this process; on CUDA, allocated bytes."""
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
     import psutil
@@ -145,8 +145,8 @@ def current_memory() -> int:
 
 
 def peak_memory() -> dict[str, int]:
-    """The most bytes that this process has had, resident and where there is CUDA also allocated there."""
-    if sys.platform == "linux":  # ru_maxrss would begin with what the parent held
+    """Return the peak resident bytes of this process, and on CUDA the peak allocated bytes."""
+    if sys.platform == "linux":  # ru_maxrss would include the parent's memory
         status = Path("/proc/self/status").read_text()
         (peak,) = re.findall(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
         memory = 1024 * int(peak)
@@ -165,5 +165,5 @@ def peak_memory() -> dict[str, int]:
 
 
 def gigabytes(count: float) -> str:
-    """`1.23 GB` (decimal)."""
+    """Format bytes like `1.23 GB` (decimal)."""
     return f"{count / 1e9:.2f} GB"

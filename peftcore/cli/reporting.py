@@ -1,4 +1,4 @@
-"""`--report-to`: services that Trainer writes its log to, such as tensorboard and wandb."""
+"""`--report-to`: services that receive Trainer's log, such as tensorboard and wandb."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from peftcore.errors import PeftcoreError, nearest
 
 
 def services(text: str | None) -> list[str]:
-    """The names in `text`, separated by commas.
+    """Return the names in `text`, separated by commas.
 
     Raises:
-        PeftcoreError: transformers knows no such service, or the library that speaks to it is not installed.
+        PeftcoreError: transformers does not know a service, or its library is not installed.
     """
     from transformers.integrations import integration_utils
 
@@ -17,7 +17,7 @@ def services(text: str | None) -> list[str]:
     known = integration_utils.INTEGRATION_TO_CALLBACK
     for name in names:
         if name not in known:
-            raise PeftcoreError(f"--report-to {name}: no such service{nearest(name, known)}. Known: {', '.join(known)}")
+            raise PeftcoreError(f"--report-to {name}: unknown service{nearest(name, known)}. Known: {', '.join(known)}")
         try:
             known[name]()  # before a model is loaded
         except (RuntimeError, ImportError) as error:

@@ -1,4 +1,4 @@
-"""The order of the examples: random, but batches hold examples of like length, so that little is padding."""
+"""Sampler in random order that groups examples of similar length, to reduce padding."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
-_BATCHES = 50  # are filled from one random draw, sorted by length
+_BATCHES = 50  # batches drawn at random together, then sorted by length
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """Indices in an order that depends on the seed and the epoch alone, which is what makes resuming exact.
+    """Yields indices in an order that depends only on the seed and the epoch, so resuming is exact.
 
     Args:
         lengths: tokens of each example.
-        batch_size: as the data loader's, which takes the indices in turn.
+        batch_size: the data loader's, which takes indices in order.
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch."""
+        """Set the epoch; called by the data loader."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The tasks: how rows become tensors, and what is measured."""
+"""Tasks: how rows become tensors, and what is measured."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Example = dict[str, Any]
 
 @dataclass(frozen=True)
 class Encoded:
-    """Examples as token ids; how many rows were longer than allowed, and how many of these lost all that is learned."""
+    """Examples as token ids; how many rows were truncated, and how many were left with no token to train on."""
 
     examples: list[Example]
     truncated: int
@@ -31,13 +31,13 @@ class Encoded:
 def encode(
     rows: Sequence[Row], task: str, tokenizer: PreTrainedTokenizerBase, max_length: int, labels: Sequence[str] = ()
 ) -> Encoded:
-    """Rows as `input_ids` and `labels`.
+    """Return rows as `input_ids` and `labels`.
 
-    A text longer than `max_length` tokens is divided; of a prompt with its completion the prompt's
-    beginning is dropped; what is to be classified, and a conversation, is cut at its end.
+    A text longer than `max_length` tokens is split; a prompt with a completion loses the prompt's beginning; texts to
+    classify, and conversations, are cut at the end.
 
     Raises:
-        PeftcoreError: a row gives no token, or its label is unknown.
+        PeftcoreError: a row has no tokens, or its label is unknown.
     """
     if max_length < 2:
         raise PeftcoreError(f"the length must be at least 2 tokens, found {max_length}")
@@ -53,7 +53,7 @@ def encode(
             ids = ids + end
             truncated += len(ids) > max_length
             pieces = [ids[i : i + max_length] for i in range(0, len(ids), max_length)]
-            # One token alone has nothing to predict.
+            # A single token has nothing to predict.
             parts = [{"input_ids": piece, "labels": list(piece)} for piece in pieces if len(piece) > 1]
         else:
             answer = tokenizer(row.completion, add_special_tokens=False)["input_ids"] + end
@@ -63,15 +63,16 @@ def encode(
             ids = ids or (answer[:1] and [_start(tokenizer)])
             parts = [{"input_ids": ids + answer, "labels": [IGNORED] * len(ids) + answer}] if answer else []
         if not parts:
-            raise PeftcoreError(f"{row.where}: nothing to learn here after tokenizing")
+            raise PeftcoreError(f"{row.where}: no tokens to train on after tokenizing")
         examples += parts
     return Encoded(examples, truncated)
 
 
 def collator(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[Example]], dict[str, Any]]:
-    """Examples as one padded batch: `input_ids`, `attention_mask` [batch, length]; packed rows as `packing` has them.
+    """Return a function that makes one padded batch; packed rows are collated by `packing`.
 
-    `labels` likewise for a language model; else [batch] of classes or numbers, or [batch, labels] of zeros and ones.
+    `input_ids` and `attention_mask` are [batch, length]. `labels` have that shape for a language model; otherwise
+    [batch] for classes or numbers, or [batch, labels] of zeros and ones.
     """
     padding = tokenizer.pad_token_id or 0
 
@@ -104,10 +105,14 @@ def measure(
     batch_size: int = 16,
     tokens: int | None = None,
 ) -> Metrics:
-    """Loss over every predicted token or example, each counted once, whatever the batches; no randomness is drawn.
+    """Return the loss over every predicted token or example, independent of batching; no random numbers are drawn.
 
     Args:
-        tokens: of a batch at most, with padding; None: any number.
+        model: the model.
+        examples: what to measure it on.
+        tokenizer: the tokenizer.
+        batch_size: examples per batch.
+        tokens: tokens per batch at most, including padding; None for no limit.
     """
     batch = collator(tokenizer)
     device = next(model.parameters()).device
@@ -135,7 +140,7 @@ def measure(
 
 
 def batches_of(examples: Sequence[Example], batch_size: int, tokens: int | None = None) -> Iterator[list[Example]]:
-    """Examples of like lengths, at most so many together, and unless one alone has more, of so many tokens padded."""
+    """Yield batches of similar lengths, with at most `tokens` padded tokens unless a single example has more."""
     batch: list[Example] = []
     for example in sorted(examples, key=lambda example: len(example["input_ids"])):
         is_full = len(batch) == batch_size or (
@@ -150,7 +155,7 @@ def batches_of(examples: Sequence[Example], batch_size: int, tokens: int | None 
 
 
 def _figures(answers: Tensor, labels: Tensor) -> Metrics:
-    """Of logits [n, outputs], by what the labels are: classes [n], zeros and ones [n, outputs], or numbers [n]."""
+    """Return the figures of logits by labels: classes [n], zeros and ones [n, outputs], or numbers [n]."""
     if labels.dim() == 2:
         return metrics.of_label_sets(answers > 0, labels)
     if labels.is_floating_point():
@@ -169,11 +174,16 @@ def generate_text(
     seed: int = 0,
     streamer: Any = None,
 ) -> str:
-    """What a language model writes after `prompt`: its likeliest tokens, or with a temperature drawn ones.
+    """Return a language model's answer to `prompt`: greedy, or sampled if a temperature is given.
 
     Args:
-        prompt: a text, or a conversation, which the tokenizer's chat template turns into one.
-        streamer: one of transformers', which is given the tokens as they come.
+        model: the model.
+        tokenizer: the tokenizer.
+        prompt: a text, or a conversation for the tokenizer's chat template.
+        max_new_tokens: at most.
+        temperature: of sampling; None for greedy.
+        seed: of sampling.
+        streamer: a streamer of transformers that receives the tokens.
     """
     if isinstance(prompt, str):
         inputs = tokenizer(prompt, return_tensors="pt")
@@ -203,7 +213,7 @@ def generate_text(
 def classify(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, text: str, labels: Sequence[str], max_length: int, task: str
 ) -> str:
-    """The likeliest label of `text` with its probability, all labels that are likelier than not, or a number."""
+    """Return the most likely label of `text` with its probability, all labels above one half, or a number."""
     inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=max_length)
     inputs = {name: inputs[name].to(next(model.parameters()).device) for name in ("input_ids", "attention_mask")}
     logits = model(**inputs).logits[0].float()
@@ -225,7 +235,7 @@ def _encode_labelled(
     shortened = tokenizer([row.text for row in rows], truncation=True, max_length=max_length)["input_ids"]
     for row, tokens in zip(rows, shortened, strict=True):
         if not tokens:
-            raise PeftcoreError(f"{row.where}: the text gives no token")
+            raise PeftcoreError(f"{row.where}: the text has no tokens")
     examples = [{"input_ids": tokens, "labels": label} for tokens, label in zip(shortened, targets, strict=True)]
     return Encoded(examples, sum(len(tokens) > max_length for tokens in encoded))
 
@@ -241,22 +251,20 @@ def _encode_conversations(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBas
             else:
                 left_out += 1
     if not examples:
-        raise PeftcoreError(
-            f"every conversation is so long that no answer begins within {max_length} tokens. Allow more: --max-length"
-        )
+        raise PeftcoreError(f"no answer begins within {max_length} tokens in any conversation. Increase --max-length")
     return Encoded(examples, truncated, left_out)
 
 
 def ends(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """The tokens that end an answer: the tokenizer's, and those that the model's own settings name (a turn's end)."""
+    """Return the tokens that end an answer: the tokenizer's, and the generation config's (end of turn)."""
     named = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = [tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])]
     return sorted({end for end in ends if end is not None}) or None
 
 
 def _start(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token to begin with where the prompt is empty."""
+    """Return a token to begin with if the prompt is empty."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
         if token is not None:
             return token
-    raise PeftcoreError("the prompt is empty, and the tokenizer has no token to begin with")
+    raise PeftcoreError("the prompt is empty, and the tokenizer has no token to begin with. Pass a prompt")

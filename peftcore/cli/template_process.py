@@ -1,11 +1,11 @@
-"""Chat templates of strangers, rendered in a process of their own, with limits of time, memory and output.
+"""Untrusted chat templates, rendered in a separate process with limits of time, memory and output.
 
-A template is a program: loops in loops, `'x' * 10**10` or `'%1000000000d' % 1` never end or take all memory, and
-nothing in Python stops them within a process. The other process imports transformers' renderer, no torch, and answers
-one line of JSON with one. It starts with the first conversation that needs it (0.6 s), and serves all that follow
-(0.2 ms more than here).
+A template is a program: nested loops, `'x' * 10**10` or `'%1000000000d' % 1` never end or take all memory, and nothing
+in Python can stop them within a process. The other process imports transformers' renderer, not torch, and answers one
+line of JSON with one. It starts with the first conversation that needs it (0.6 s) and serves all that follow (0.2 ms
+more than in this process).
 
-Templates that the user names, and the base's own, are rendered in this process.
+Templates given by the user, and the base's own, are rendered in this process.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from typing import Any
 from peftcore.errors import PeftcoreError
 
 SECONDS = 10.0  # for one conversation; usual templates take a millisecond
-MEGABYTES = 512  # beyond what the process has when it starts
+MEGABYTES = 512  # beyond what the process has at its start
 TEMPLATE = 1_000_000  # characters; the longest known have 30,000
 OUTPUT = 20_000_000  # characters
-_STARTING = 120.0  # seconds, on a machine under load
-_ADVICE = "Give another: --chat-template chatml, or a file"
+_STARTING = 120.0  # seconds, on a busy machine
+_ADVICE = "Pass another: --chat-template chatml, or a file"
 
 _foreign: weakref.WeakSet[Any] = weakref.WeakSet()
 
-# The program of the other process. Its first line keeps the folder where it starts from being imported from.
+# Program of the other process. Its first line prevents imports from the folder it is started in.
 _PROGRAM = """
 import sys; sys.path[:] = sys.argv[4].split(chr(10))
 import json, os
@@ -83,7 +83,7 @@ for line in sys.stdin.buffer:
 
 
 def mark(tokenizer: Any, foreign: bool) -> None:
-    """Note whether the tokenizer's chat template came with an adapter, or is the user's or the base's."""
+    """Record whether the tokenizer's chat template came with an adapter."""
     (_foreign.add if foreign else _foreign.discard)(tokenizer)
 
 
@@ -93,15 +93,15 @@ def is_foreign(tokenizer: Any) -> bool:
 
 
 def render(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, begins_answer: bool) -> str:
-    """Return what `tokenizer.apply_chat_template` does, of a template that may never end.
+    """Return the result of `tokenizer.apply_chat_template`, for a template that may never end.
 
     Raises:
-        PeftcoreError: the template refuses the conversation, or takes too much time or memory.
+        PeftcoreError: the template rejects the conversation, or takes too much time or memory.
     """
     template = tokenizer.get_chat_template(None, tools)
     if not isinstance(template, str) or len(template) > TEMPLATE:
         what = f"has {len(template):,} characters" if isinstance(template, str) else f"is a {type(template).__name__}"
-        raise PeftcoreError(f"the chat template {what}, where text of at most {TEMPLATE:,} belongs. {_ADVICE}")
+        raise PeftcoreError(f"the chat template {what}, expected text of at most {TEMPLATE:,} characters. {_ADVICE}")
     request = {
         **tokenizer.special_tokens_map,
         "conversations": [messages],
@@ -109,22 +109,22 @@ def render(tokenizer: Any, messages: list[dict[str, Any]], tools: Any, begins_an
         "chat_template": template,
         "add_generation_prompt": begins_answer,
         "documents": None,
-        "continue_final_message": False,  # named, so that no special token of this name is taken for it
+        "continue_final_message": False,  # by name, so that no special token is mistaken for it
         "return_assistant_tokens_mask": False,
     }
     answer = _process().ask(json.dumps(request, default=lambda value: f"<{type(value).__name__}>").encode())
     if "text" in answer:
         if _is_text(answer["text"]):
             return str(answer["text"])
-        why = "makes half a surrogate pair, which is not text"
+        why = "produces half a surrogate pair, which is not text"
     elif "memory" in answer:
         why = f"takes more than {MEGABYTES} MB of memory for one conversation"
     elif "nested" in answer:
         why = "is nested too deeply"
     elif "long" in answer:
-        why = f"makes a text of {answer['long']:,} characters of one conversation, at most {OUTPUT:,} are read"
+        why = f"produces a text of {answer['long']:,} characters for one conversation; at most {OUTPUT:,} are read"
     else:
-        why = f"refuses the conversation: {answer['error']}"
+        why = f"rejects the conversation: {answer['error']}"
     raise PeftcoreError(f"the chat template {why}. {_ADVICE}")
 
 
@@ -137,11 +137,11 @@ def _is_text(text: str) -> bool:
 
 
 class _Ended(Exception):
-    """The process gave no answer."""
+    """Raised if the process gave no answer."""
 
 
 class _Process:
-    """The process that renders, and a thread that reads its answers, so that waiting for one can end."""
+    """The rendering process, and a thread that reads its answers so that waiting can time out."""
 
     def __init__(self) -> None:
         self.owner = os.getpid()
@@ -174,7 +174,7 @@ class _Process:
             try:
                 self.child.stdin.write(request + b"\n")
                 self.child.stdin.flush()
-            except OSError:  # it has ended, as the missing answer says
+            except OSError:  # it has ended; the missing answer reports that
                 pass
             try:
                 return self._answer(SECONDS)
@@ -187,7 +187,7 @@ class _Process:
         except queue.Empty:
             self.end()
             raise _Ended(f"took more than {seconds:g} s for one conversation, and was stopped") from None
-        except BaseException:  # Ctrl-C: the answer that comes is to a question that nobody asks any more
+        except BaseException:  # after Ctrl-C, the pending answer belongs to an abandoned request
             self.end()
             raise
         if not line:

@@ -1,4 +1,4 @@
-"""A command on several processes, which torchrun has started: rank 0 speaks, and every rank can end them all."""
+"""A command on several processes started by torchrun: rank 0 prints, and every rank can end them all."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ WAYS = ("ddp", "fsdp2")
 
 
 def join(parallel: str | None, device: str) -> None:
-    """Join the run that torchrun has started, if it has.
+    """Join the run that torchrun started, if any.
 
     Raises:
-        PeftcoreError: `parallel` is no way to share the work, or it and torchrun do not go together.
+        PeftcoreError: `parallel` is unknown, or does not fit the number of processes.
     """
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if parallel is None:
         if started > 1:
             raise PeftcoreError(
-                f"torchrun has started {started} processes. Say how they share the work: --parallel ddp"
+                f"torchrun has started {started} processes, which need a way to share the work: --parallel ddp"
             )
         return
     if parallel not in WAYS:
-        raise PeftcoreError(f"--parallel is one of {', '.join(WAYS)}, found '{parallel}'")
+        raise PeftcoreError(f"--parallel must be one of {', '.join(WAYS)}, found '{parallel}'")
     if "RANK" not in os.environ:
         raise PeftcoreError(
             f"--parallel needs several processes: torchrun --nproc-per-node 2 -m peftcore {' '.join(sys.argv[1:2])} ..."
@@ -43,7 +43,7 @@ def join(parallel: str | None, device: str) -> None:
 
 
 def leave() -> None:
-    """End this process's part in the run, if there is one."""
+    """Leave the distributed run, if there is one."""
     if distributed.is_available() and distributed.is_initialized():
         from peftcore.parallel import finish
 

@@ -1,4 +1,4 @@
-"""Trainers of the command line: transformers' Trainer and TRL's DPOTrainer, whose examples and figures are ours."""
+"""Trainers of the command line: transformers' Trainer and TRL's DPOTrainer with our examples and metrics."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from peftcore.cli.metrics import Metrics
 from peftcore.cli.sampler import LengthGroupedSampler
 from peftcore.integrations.transformers import bare_model
 
-_Base: Any = Trainer if TYPE_CHECKING else object  # it stands before one of several trainers
+_Base: Any = Trainer if TYPE_CHECKING else object  # mixin before one of several trainers
 
 
 class Measuring(_Base):
-    """Batches of like lengths; evaluates with `measure`, so that every figure is the same kind of mean.
+    """Mixin with batches of similar lengths that evaluates with `measure`, so that all figures are comparable.
 
     Args:
-        measure: (model) -> what is measured on held-out examples.
-        lengths: tokens of each example of training.
+        measure: (model) -> metrics on held-out examples.
+        lengths: tokens of each training example.
     """
 
     def __init__(
@@ -54,14 +54,14 @@ class MeasuringTrainer(Measuring, Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if not isinstance(self.train_dataset[0]["labels"], list):
-            # Their loss is a mean, whatever the model is told of the size of a step's batches: Trainer has to divide.
+            # Their loss is a mean whatever batch size the model is given, so Trainer has to divide.
             self.model_accepts_loss_kwargs = False
 
 
 def dpo_trainer(**arguments: Any) -> Measuring:
-    """TRL's DPOTrainer on examples with `prompt_ids`, `chosen_ids` and `rejected_ids`, as `preferences` makes them.
+    """Return TRL's DPOTrainer for examples with `prompt_ids`, `chosen_ids` and `rejected_ids` (see `preferences`).
 
-    The reference is the model as it is now, of which no second one is loaded (`integrations.reference_model`).
+    The reference is the current model; no second one is loaded (`integrations.reference_model`).
     """
     require("trl", extra="dpo")
     from datasets import Dataset
@@ -69,7 +69,7 @@ def dpo_trainer(**arguments: Any) -> Measuring:
 
     class MeasuringDPOTrainer(Measuring, DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *_args: Any, **_kwargs: Any) -> Any:
-            return dataset  # tokens already, with the answer's end where it is learned
+            return dataset  # already tokens, with the end of the answer if it is learned
 
     for name in ("train_dataset", "eval_dataset"):
         arguments[name] = Dataset.from_list(arguments[name])

@@ -1,4 +1,4 @@
-"""One training run: settings in; an adapter folder, checkpoints and facts for the report out.
+"""One training run: from settings to an adapter folder, checkpoints, and facts for the report.
 
 OUTPUT/checkpoints/   adapter, optimizer, scheduler, RNG and trainer state
 OUTPUT/adapter/       the result, in Hugging Face PEFT's format
@@ -53,12 +53,13 @@ from peftcore.quantization import QuantizedLinear
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run found. `samples`: (what wrote it, text); `quantize`: the 4-bit type of the base, if any.
+    """Results of a finished run. `samples`: (writer, text); `quantize`: 4-bit type of the base, or None.
 
-    `predicted`: what was said of the memory, if it was; `trace`: of the step that took the most.
-    `validation`: of examples that were kept to choose by; `other`: of texts of another domain, before and after.
-    `merges`: every change is one of weights; None of the whole model.
-    `is_chat`: the examples are conversations; `labels`: their names, in the order of the model's outputs.
+    `predicted`: the memory forecast, or None; `trace`: the step with the most memory.
+    `validation`: metrics of the examples kept to choose among runs; `other`: of texts of another domain, before and
+    after.
+    `merges`: whether every change can be merged; None for full training.
+    `is_chat`: whether examples are conversations; `labels`: their names, in the order of the model's outputs.
     """
 
     before: Metrics
@@ -86,7 +87,7 @@ class Result:
     merges: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as JSON keeps them; the history is in the checkpoints."""
+        """Return the figures for JSON; the history is in the checkpoints."""
         return {
             "before": self.before.as_dict(),
             "after": self.after.as_dict(),
@@ -114,7 +115,7 @@ class Result:
 
 
 class Stopped(Exception):
-    """The run was asked to stop; it can be resumed from its checkpoint."""
+    """Raised when the run was stopped on request; it can be resumed from its checkpoint."""
 
     def __init__(self, step: int, steps: int) -> None:
         super().__init__(f"stopped at step {step} of {steps}")
@@ -133,13 +134,17 @@ def run(
     """Train, evaluate before and after, and save the adapter.
 
     Args:
-        sample: a prompt to answer before and after, in `sample_tokens` tokens at most.
-        report_to: services that Trainer writes its log to, see `reporting`.
-        force: go on where memory will not be enough, as it is predicted.
+        settings: of the run.
+        output: folder of the run.
+        resume: continue from the latest checkpoint.
+        sample: prompt to answer before and after, in at most `sample_tokens` tokens.
+        sample_tokens: see `sample`.
+        report_to: services that receive Trainer's log, see `reporting`.
+        force: run even if the predicted memory is not available.
 
     Raises:
-        PeftcoreError: the data, the model or a setting is wrong, or the memory will not be enough.
-        Stopped: Ctrl-C; a checkpoint is there.
+        PeftcoreError: the data, the model or a setting is wrong, or there is not enough memory.
+        Stopped: Ctrl-C; a checkpoint has been written.
     """
     began = time.perf_counter()
     train_rows, eval_rows, validation_rows = read_splits(settings)
@@ -173,12 +178,12 @@ def run(
             predicted = replace(predicted, lighter=("--dtype bf16",))
         say(str(predicted))
         if not force:
-            said = predicted  # of several processes the first one decides, since what is free changes
+            said = predicted  # with several processes the first one decides, because free memory changes
             ranks.once(lambda: forecasts.refuse_if_too_large(said, settings), together=True)
     packed = None
     if settings.method != FULL and start is None:
         packed = models.packing_by(settings.method, settings.fields, settings.model, settings.task, labels)
-    set_seed(settings.seed)  # also draws a classifier's new head
+    set_seed(settings.seed)  # also initialises a classifier's new head
     say(f"loading {settings.model} for {settings.task}")
     model = models.load_model(
         settings.model, settings.task, dtype=settings.dtype, device=settings.device, labels=labels, quantize=packed
@@ -202,14 +207,14 @@ def run(
         with precision.own(model):
             return tasks.generate_text(model.eval(), tokenizer, prompt, max_new_tokens=sample_tokens)
 
-    first: dict[int, Any] = {}  # what preferences are measured against
+    first: dict[int, Any] = {}  # the reference of preferences
     pairs = preferences.pairs_at_once(settings.batch_size, longest)
 
     def measure(model: Any, examples: list[tasks.Example] = held_out) -> Metrics:
         if settings.task == data.PREFERENCES:
             beta, reference = settings.beta or preferences.BETA, first[id(examples)]
             return preferences.measure(model, examples, tokenizer, pairs, beta=beta, reference=reference)
-        # No more tokens at once than in training: what was made to fit fits.
+        # Not more tokens at once than in training, so that measuring fits too.
         return tasks.measure(model, examples, tokenizer, tokens=settings.batch_size * longest)
 
     with peftcore.disabled(model) if settings.method != FULL and start is None else contextlib.nullcontext():
@@ -302,7 +307,7 @@ def run(
 
 
 def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any) -> DataLoader[Any] | None:
-    """The examples of training as a method reads them that draws first values from data; None for the others."""
+    """Return the training batches for methods that initialise from data; None for others."""
     if not takes_batches(settings.method, settings.fields):
         return None
     if settings.task == data.PREFERENCES:
@@ -312,7 +317,7 @@ def first_batches(settings: Settings, train: list[tasks.Example], tokenizer: Any
 
 
 def read_splits(settings: Settings) -> tuple[list[data.Row], list[data.Row], list[data.Row]]:
-    """(examples to train on, held-out ones, those kept to choose among runs by)."""
+    """Return (training examples, held-out examples, examples kept to choose among runs)."""
     names = parsed_columns(settings.columns)
     rows = data.read_rows(settings.data, settings.task, names)
     if settings.eval_data is not None:
@@ -326,32 +331,32 @@ def read_splits(settings: Settings) -> tuple[list[data.Row], list[data.Row], lis
 
 
 def other_rows(settings: Settings) -> list[data.Row]:
-    """Texts of another domain, by whose loss the run tells what is forgotten; none where it names none."""
+    """Return texts of another domain, whose loss shows what is forgotten; empty if there are none."""
     return [] if settings.other_data is None else data.read_rows(settings.other_data, settings.task)
 
 
 def encode_examples(
     what: str, rows: list[data.Row], settings: Settings, tokenizer: Any, labels: tuple[str, ...]
 ) -> list[tasks.Example]:
-    """Rows as token ids; `what` they are, for the warning that some are too long."""
+    """Return rows as token ids; `what` describes them in the warning about truncation."""
     if settings.task == data.PREFERENCES:
         encoded = preferences.encode(rows, tokenizer, settings.max_length)
     else:
         encoded = tasks.encode(rows, settings.task, tokenizer, settings.max_length, labels)
     if encoded.truncated:
         warn(
-            f"{encoded.truncated:,} of {len(rows):,} {what} examples are longer than {settings.max_length} tokens "
-            "(--max-length) and were cut or divided"
+            f"{encoded.truncated:,} of {len(rows):,} {what} examples are longer than {settings.max_length} "
+            "tokens (--max-length) and were truncated or split"
         )
     if encoded.left_out:
-        warn(f"of {encoded.left_out:,} of them nothing that is learned is left, and they are left out")
+        warn(f"{encoded.left_out:,} of them have no tokens to train on within that length and are left out")
     return encoded.examples
 
 
 def training_arguments(
     settings: Settings, output: Path, examples: int, report_to: Sequence[str] = ()
 ) -> TrainingArguments:
-    """Trainer's settings for so many examples."""
+    """Return Trainer's arguments for this many examples."""
     per_epoch = math.ceil(math.ceil(examples / (settings.batch_size * settings.ranks)) / settings.grad_accum)
     steps = settings.steps or math.ceil(per_epoch * settings.epochs)
     often = max(1, math.ceil(steps / 5))
@@ -380,11 +385,11 @@ def training_arguments(
             **{**more, **_gradient_checkpointing(settings.gradient_checkpointing)},
             eval_strategy="steps",
             eval_steps=settings.eval_every or often,
-            save_strategy="no" if settings.method == FULL else "steps",  # a checkpoint holds adapters only
+            save_strategy="no" if settings.method == FULL else "steps",  # a checkpoint contains adapters only
             save_steps=settings.save_every or often,
-            save_total_limit=max(2, settings.keep),  # the last complete one stays while the next is written
+            save_total_limit=max(2, settings.keep),  # the last complete one remains while the next is written
             logging_steps=max(1, steps // 100),
-            logging_nan_inf_filter=False,  # a loss that is not finite must be seen
+            logging_nan_inf_filter=False,  # NaN and Inf losses must be visible
             include_num_input_tokens_seen="non_padding",
             use_cpu=models.torch_device(settings.device).type == "cpu",
             dataloader_pin_memory=models.torch_device(settings.device).type == "cuda",
@@ -395,11 +400,11 @@ def training_arguments(
             remove_unused_columns=False,
         )
     except (ValueError, ImportError) as error:
-        raise PeftcoreError(f"transformers' Trainer refuses these settings: {error}") from error
+        raise PeftcoreError(f"transformers' Trainer rejects these settings: {error}") from error
 
 
 def _gradient_checkpointing(wanted: bool) -> dict[str, Any]:
-    """Trainer's settings for gradient checkpointing, by the name that this release gives it."""
+    """Return Trainer's arguments for gradient checkpointing, by their name in this release."""
     if not wanted:
         return {}
     names = {known.name for known in fields(TrainingArguments)}
@@ -414,7 +419,7 @@ def _checkpoint_to_resume(output: Path) -> str | None:
     for warning in caught:
         warn(str(warning.message))
     if checkpoint is None:
-        warn(f"'{output}' holds no complete checkpoint; starting from the beginning")
+        warn(f"'{output}' has no complete checkpoint; starting from the beginning")
     else:
         say(f"resuming from {checkpoint}")
     return checkpoint

@@ -1,4 +1,4 @@
-"""`report.html`: one file with the loss and the memory of a step as embedded pictures, and a table of the run."""
+"""`report.html`: one file with plots of the loss and of a step's memory, and a table of the run."""
 
 from __future__ import annotations
 
@@ -47,11 +47,14 @@ def write(
     """Write the report.
 
     Args:
-        history: Trainer's log: dicts with `step` and `loss`, `eval_loss`, `eval_accuracy` or the like.
+        path: the file.
+        title: heading.
+        note: subtitle.
+        history: Trainer's log: dicts with `step` and `loss`, `eval_loss`, `eval_accuracy` and others.
         before: the base's metrics, drawn at step 0.
-        sections: (heading, rows of a table) in the order of the page.
+        sections: (heading, rows of a table) in order.
         commands: how to use the adapter.
-        memory: a PNG of memory over a step, so many inches wide.
+        memory: function from a width in inches to a PNG of memory over a step.
     """
     body = [_pictured("Loss over the steps of training", lambda width: curve(history, before, width))]
     if memory is not None:
@@ -66,7 +69,7 @@ def write(
 
 
 def _pictured(what: str, draw: Callable[[float], bytes]) -> str:
-    """A picture in two widths, of which the page shows the one that its width asks for."""
+    """Return a picture in two widths; the page shows the one that fits."""
     wide, narrow = (base64.b64encode(draw(inches)).decode() for inches in (WIDE, NARROW))
     return (
         f'<picture><source media="(max-width: 40rem)" srcset="data:image/png;base64,{narrow}">'
@@ -75,7 +78,7 @@ def _pictured(what: str, draw: Callable[[float], bytes]) -> str:
 
 
 def curve(history: Sequence[dict[str, Any]], before: Metrics, width: float = WIDE) -> bytes:
-    """The loss curve as a PNG: training loss with its running mean, held-out loss, and the task's first figure."""
+    """Return the loss curve as a PNG: training loss, its running mean, held-out loss, and the main figure."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -117,7 +120,7 @@ def curve(history: Sequence[dict[str, Any]], before: Metrics, width: float = WID
 
 
 def running_mean(values: Sequence[float], share: float = 0.9) -> list[float]:
-    """The exponential mean of what has come so far, without the bias of its start."""
+    """Return the exponential mean of the values so far, bias-corrected."""
     total, weight, means = 0.0, 0.0, []
     for value in values:
         total, weight = share * total + (1 - share) * value, share * weight + (1 - share)

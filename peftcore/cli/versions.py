@@ -1,4 +1,4 @@
-"""What a run was made with: versions, the extension and its SIMD level, the machine."""
+"""Versions of libraries, the extension with its SIMD level, and the machine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LIBRARIES = ("peftcore", "torch", "transformers")
 
 
 def versions() -> list[tuple[str, str]]:
-    """(what, its version): the libraries, and the extension with its level."""
+    """Return (name, version) of the libraries, and of the extension with its SIMD level."""
     from peftcore.ops.build_info import build_info
 
     build = build_info()
@@ -24,7 +24,7 @@ def versions() -> list[tuple[str, str]]:
 
 
 def machine() -> list[tuple[str, str]]:
-    """(what, which it is): Python and its system, the processor, and CUDA's devices."""
+    """Return (name, value) of Python and its system, the processor, and CUDA devices."""
     import torch
 
     processor = f"{_processor()}, {os.cpu_count()} CPUs, {torch.get_num_threads()} threads"
@@ -40,7 +40,7 @@ def _version(name: str) -> str:
     if name == "torch":
         import torch
 
-        return str(torch.__version__)  # with what it was built for, such as 2.13.0+cpu
+        return str(torch.__version__)  # with its build, such as 2.13.0+cpu
     try:
         return version(name)
     except PackageNotFoundError:
@@ -48,7 +48,7 @@ def _version(name: str) -> str:
 
 
 def _processor() -> str:
-    """Its name as the system has it; Python's own word for it is often empty."""
+    """Return the processor's name from the system; Python's own is often empty."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

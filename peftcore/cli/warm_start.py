@@ -1,7 +1,7 @@
-"""`train --adapter`: what an adapter that is there says of the run that goes on with it, and what contradicts that.
+"""`train --adapter`: start a run from an existing adapter, and refuse options that contradict it.
 
-The base, the method and the task are the adapter's own. A run on a base that its method has prepared (in 4 bits) has
-written so beside its adapter, whose file does not tell.
+The base, the method and the task are the adapter's. A run on a base prepared by its method (in 4 bits) records that in
+its settings, because the adapter's file does not.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from peftcore.validation import check_types
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_WRITERS = (data.LANGUAGE_MODEL, data.PREFERENCES)  # a model that learned one may go on with the other
+_WRITERS = (data.LANGUAGE_MODEL, data.PREFERENCES)  # a model that learned one of them can learn the other
 _ADAPTER = "default"
 
 
 @dataclass(frozen=True)
 class Start:
-    """An adapter to go on from. `fields` are those of a method that has prepared its base."""
+    """An adapter to start from. `fields` are config fields of a method that prepares its base."""
 
     folder: Path
     task: AdapterTask
@@ -38,10 +38,10 @@ class Start:
     fields: dict[str, Any] = field(default_factory=dict)
 
     def task_of(self, task: str | None, files: Sequence[str], columns: Mapping[str, str] | None) -> str:
-        """The task of the run: the one that is named, else the adapter's, or of a language model what the file is for.
+        """Return the run's task: the given one, otherwise the adapter's; for a language model, the task of the files.
 
         Raises:
-            PeftcoreError: the adapter is for another.
+            PeftcoreError: the adapter is for another task.
         """
         own = self.task.task
         if own in _WRITERS:
@@ -52,9 +52,9 @@ class Start:
             fits = found == own or (found == data.MULTI_LABEL and not self._says_task() and bool(self.task.labels))
         data.check_task(found)
         if not fits:
-            what = f"--task {found} is another" if task else f"{', '.join(map(repr, files))} is for {found}"
+            what = f"--task {found} is different" if task else f"{', '.join(map(repr, files))} is for {found}"
             raise PeftcoreError(
-                f"the adapter in '{self.folder}' is for {own}, and {what}. Begin a new adapter: leave out --adapter"
+                f"the adapter in '{self.folder}' is for {own}, and {what}. To train a new adapter, leave out --adapter"
             )
         return found
 
@@ -63,18 +63,18 @@ class Start:
 
 
 def start_of(folder: Path, output: Path, *, model: str | None, method: str | None, labels: str | None) -> Start:
-    """What the adapter in `folder` says of a run that goes on with it, into the folder `output`.
+    """Return what the adapter in `folder` determines about a run that starts from it and writes to `output`.
 
     Raises:
-        PeftcoreError: there is none, `method` does not read it, or it lies in `output`.
+        PeftcoreError: there is no adapter, `method` does not read it, or it is in `output`.
     """
     from peftcore import checkpoint
     from peftcore.registry import registry
 
     if folder.resolve().is_relative_to(output.resolve()):
         raise PeftcoreError(
-            f"--adapter names the adapter of the run in '{output}' itself. To go on with that run where it was cut "
-            "off: --resume, without --adapter. To train its adapter on new data: another folder, --output FOLDER"
+            f"--adapter is the adapter of the run in '{output}' itself. To resume that run use --resume without "
+            "--adapter; to train its adapter on new data use another folder: --output FOLDER"
         )
     task, base = models.adapter_task(folder, labels), models.base_of(folder, model)
     before = made_by(folder)
@@ -88,14 +88,14 @@ def start_of(folder: Path, output: Path, *, model: str | None, method: str | Non
 
 
 def labels_of(folder: Path, labels: str | None) -> tuple[str, ...]:
-    """The names of a classifier's outputs, which stay what they are; `labels` are those that the user gives."""
+    """Return the names of a classifier's outputs, which do not change; `labels` are those given by the user."""
     return models.adapter_task(folder, labels).labels
 
 
 def made_by(folder: Path) -> Settings | None:
-    """Return the settings of the run that made the adapter in `folder`, if it is in one that can be read.
+    """Return the settings of the run that made the adapter in `folder`, or None if they cannot be read.
 
-    The run may be a stranger's.
+    The settings are untrusted.
     """
     where = folder.resolve()
     if where.name != "adapter":
@@ -110,10 +110,10 @@ def made_by(folder: Path) -> Settings | None:
 
 
 def load(model: PreTrainedModel, settings: Settings) -> None:
-    """Put the adapter of `settings` on its base, trainable.
+    """Load the adapter of `settings` on its base, trainable.
 
     Raises:
-        PeftcoreError: it is not of this base, or a field that is given is not as the adapter has it.
+        PeftcoreError: it belongs to another base, or a given field differs from the adapter's.
     """
     import torch
 
@@ -130,19 +130,19 @@ def load(model: PreTrainedModel, settings: Settings) -> None:
     asked: Any = None
     if settings.fields or method.prepare is not None:
         wanted = {**{name: value for name, value in shared.items() if name in names}, **settings.fields}
-        with torch.device("meta"):  # what it would place is not needed
+        with torch.device("meta"):  # placements are not needed
             asked = engine.placements_for(model, method.name, wanted).config
     if method.prepare is not None:
         method.prepare(model, asked)
     peftcore.load(model, folder, method=named)
     applied = [each.name for each in peftcore.summary(model).adapters]
     if applied != [_ADAPTER]:
-        raise PeftcoreError(f"'{folder}' holds the adapters {', '.join(applied)}. Name the folder of one of them")
+        raise PeftcoreError(f"'{folder}' contains the adapters {', '.join(applied)}. Pass the folder of one of them")
     _refuse_other_fields(folder, settings, engine.applied(model, _ADAPTER).config, asked)
 
 
 def _refuse_other_fields(folder: Path, settings: Settings, config: Any, asked: Any) -> None:
-    """`config` is what the adapter has, `asked` what the fields that are given mean on this model."""
+    """Raise a PeftcoreError if given fields, as `asked` on this model, differ from the adapter's `config`."""
     before = made_by(folder)
     known = before.fields if before is not None and before.method == settings.method else {}
     for name, value in settings.fields.items():
@@ -157,7 +157,7 @@ def _refuse_other_fields(folder: Path, settings: Settings, config: Any, asked: A
         if _plain(there) not in (_plain(value), _plain(getattr(asked, name))):
             raise PeftcoreError(
                 f"--set {name}={text_of(value)} contradicts the adapter in '{folder}', which has "
-                f"{name}={text_of(_plain(there))}. Leave it out, or begin a new adapter without --adapter"
+                f"{name}={text_of(_plain(there))}. Leave it out, or train a new adapter without --adapter"
             )
 
 
@@ -166,7 +166,7 @@ def _default(config: Any, name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it; of names the order does not count."""
+    """Return a value as JSON has it, with names in sorted order."""
     if isinstance(value, (set, frozenset, list, tuple)):
         items = [_plain(each) for each in value]
         return sorted(items) if all(isinstance(each, str) for each in items) else items

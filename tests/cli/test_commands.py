@@ -200,7 +200,7 @@ def test_without_typer_the_command_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('No module named typer', name='typer')\n")
     done = command("--help", path=tmp_path)
     assert done.returncode == 1
-    assert done.stderr.strip() == "peftcore: the command line needs 'typer'. Try: pip install peftcore[train]"
+    assert done.stderr.strip() == "peftcore: the command line needs 'typer'. Install it: pip install peftcore[train]"
 
 
 def test_without_transformers_train_says_what_to_install(
@@ -208,7 +208,7 @@ def test_without_transformers_train_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "accelerate", None)
     error = run("train", "-m", "x", "-d", reviews, "-o", tmp_path / "run", code=1).output
-    assert "this needs 'accelerate', which is not installed. Try: pip install peftcore[train]" in error
+    assert "'accelerate' is needed and not installed. Install it: pip install peftcore[train]" in error
 
 
 def test_which_method_must_be_said_where_there_are_several(run: Run, llama: Path, toys: None) -> None:

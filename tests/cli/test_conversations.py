@@ -76,7 +76,7 @@ def test_a_template_without_a_mark_at_the_end_is_given_one(tokenizer: Any) -> No
 
 
 def test_a_template_that_rewrites_what_came_before_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(PeftcoreError, match=r"f:1: the chat template writes what came before messages\[1\] in another"):
+    with pytest.raises(PeftcoreError, match=r"f:1: the chat template changes what came before messages\[1\]"):
         learned(tokenizer, REWRITES)
 
 
@@ -110,7 +110,7 @@ def test_no_template_is_an_error_that_names_one(tokenizer: Any) -> None:
 
 def test_what_a_template_refuses_is_told(tokenizer: Any) -> None:
     tokenizer.chat_template = "{{ raise_exception('only two turns') }}"
-    with pytest.raises(PeftcoreError, match="f:1: the chat template refuses the conversation: only two turns"):
+    with pytest.raises(PeftcoreError, match="f:1: the chat template rejects the conversation: only two turns"):
         conversations.encode(Row("f:1", "", messages=TALK), tokenizer)
 
 
@@ -120,7 +120,11 @@ def test_a_conversation_too_long_is_cut_or_left_out(tokenizer: Any) -> None:
     found = tasks.encode(rows, LANGUAGE_MODEL, tokenizer, 60)
     assert (found.truncated, found.left_out, len(found.examples)) == (2, 1, 1)
     assert len(found.examples[0]["input_ids"]) == 60
-    with pytest.raises(PeftcoreError, match=r"no answer begins within 8 tokens\. Allow more: --max-length"):
+    with pytest.raises(
+        PeftcoreError,
+        match=r"no answer begins within 8 tokens in any conversation\. Increase "
+        r"--max-length",
+    ):
         tasks.encode(rows, LANGUAGE_MODEL, tokenizer, 8)
 
 
@@ -139,7 +143,7 @@ KNOWS = (
 
 def test_tools_that_a_template_does_not_write_are_refused(tokenizer: Any) -> None:
     assert learned(tokenizer, KNOWS, tools=CALL) == ["Hello, you.<|im_end|>Fine.<|im_end|>"]
-    with pytest.raises(PeftcoreError, match=r"f:1: the chat template does not write the tools\. Give one that does"):
+    with pytest.raises(PeftcoreError, match=r"f:1: the chat template does not write the tools\. Pass one that does"):
         learned(tokenizer, "chatml", tools=CALL)
 
 

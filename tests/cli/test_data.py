@@ -56,20 +56,20 @@ def test_tsv_keeps_quotes(tmp_path: Path) -> None:
             "a.jsonl",
             '{"text": "a"}\n{"prompt": "a", "completion": "b"}\n',
             LANGUAGE_MODEL,
-            "a.jsonl:2: text and prompt/completion are mixed in one file; the first line has text",
+            "a.jsonl:2: this line has prompt/completion, but the first line has text",
         ),
-        ("a.jsonl", "", LANGUAGE_MODEL, "a.jsonl' holds no example"),
-        ("a.jsonl", "\n \n", LANGUAGE_MODEL, "a.jsonl' holds no example"),
-        ("a.tsv", "", CLASSIFICATION, "a.tsv' holds no example"),
+        ("a.jsonl", "", LANGUAGE_MODEL, "a.jsonl' has no examples"),
+        ("a.jsonl", "\n \n", LANGUAGE_MODEL, "a.jsonl' has no examples"),
+        ("a.tsv", "", CLASSIFICATION, "a.tsv' has no examples"),
         ("a.tsv", "good\tpos\nbad\tneg\n", CLASSIFICATION, "a.tsv:2: classification needs the keys text/label, found"),
         (
             "a.tsv",
             "good\tpos\n",
             CLASSIFICATION,
-            "a.tsv:1: the first line names the columns, here good, pos, and no line follows",
+            "a.tsv:1: the first line names the columns, found good, pos, and no line follows",
         ),
-        ("a.tsv", "text\tlabel\na\tb\na\n", CLASSIFICATION, "a.tsv:3: 1 columns, the first line names 2"),
-        ("a.xml", "<a/>", CLASSIFICATION, "a.xml': examples are read from .jsonl, .json, .csv, .tsv, .parquet, found"),
+        ("a.tsv", "text\tlabel\na\tb\na\n", CLASSIFICATION, "a.tsv:3: 1 columns, but the first line names 2"),
+        ("a.xml", "<a/>", CLASSIFICATION, "a.xml' must be one of .jsonl, .json, .csv, .tsv, .parquet, found"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, name: str, content: str, task: str, message: str) -> None:
@@ -81,7 +81,7 @@ def test_errors_name_file_and_line(tmp_path: Path, name: str, content: str, task
 
 def test_a_task_is_one_that_there_is(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(PeftcoreError, match=r"--task is one of causal-lm, classification, .*, found 'chat'"):
+    with pytest.raises(PeftcoreError, match=r"--task must be one of causal-lm, classification, .*, found 'chat'"):
         data.read_rows(tmp_path / "d.jsonl", "chat")
 
 
@@ -91,7 +91,7 @@ def test_a_file_that_is_missing_or_no_text(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "\xff"}')
     with pytest.raises(PeftcoreError, match=r"b.jsonl' is not UTF-8 text: invalid start byte at byte 10"):
         data.read_rows(tmp_path / "b.jsonl", LANGUAGE_MODEL)
-    with pytest.raises(PeftcoreError, match="holds no example"):
+    with pytest.raises(PeftcoreError, match="has no examples"):
         (tmp_path / "c.jsonl").write_text("")
         data.guess_task(tmp_path / "c.jsonl")
 
@@ -106,7 +106,7 @@ def test_hold_out_divides(count: int, share: float, seed: int) -> None:
 
 
 def test_hold_out_refuses() -> None:
-    with pytest.raises(PeftcoreError, match="one example cannot be split"):
+    with pytest.raises(PeftcoreError, match="a single example cannot be split"):
         data.hold_out([Row("f:1", "a")], 0.5, 0)
     with pytest.raises(PeftcoreError, match="between 0 and 1, found 0"):
         data.hold_out([Row("f:1", "a")] * 3, 0, 0)
@@ -119,7 +119,7 @@ def test_labels() -> None:
     assert data.labels_of([Row("f", "t", label=label) for label in ("pos", "neg")]) == ["neg", "pos"]
     with pytest.raises(PeftcoreError, match=r"f:0: the label '10' is unknown"):
         data.targets(rows, ["9", "11"])
-    with pytest.raises(PeftcoreError, match=r"every example has the label {'9'}; a classifier needs two"):
+    with pytest.raises(PeftcoreError, match=r"every example has the label {'9'}; a classifier needs at least two"):
         data.labels_of(rows[1:])
 
 
@@ -153,8 +153,8 @@ def test_conversations(fields: dict[str, object], learned_from: int, tmp_path: P
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"messages": MESSAGES[:1]}, "no turn of the assistant"),
-        ({"prompt": MESSAGES, "completion": MESSAGES[:1]}, "no turn of the assistant"),
+        ({"messages": MESSAGES[:1]}, "no assistant turn"),
+        ({"prompt": MESSAGES, "completion": MESSAGES[:1]}, "no assistant turn"),
         ({"messages": "hi"}, "'messages' must be a list of messages, found str"),
         ({"messages": []}, "'messages' must be a list of messages, found an empty list"),
         ({"messages": [{"content": "hi"}]}, r"messages\[0\] must be"),
@@ -180,11 +180,11 @@ def test_several_files_are_read_one_after_the_other(tmp_path: Path) -> None:
     assert [row.text for row in data.read_rows([str(b), str(a)], LANGUAGE_MODEL)] == ["3", "1", "2"]
     assert data.guess_task([str(a), str(b)]) == LANGUAGE_MODEL
     with pytest.raises(
-        PeftcoreError, match=r"c.jsonl:1: prompt/completion, and .*a.jsonl:1 is text\. Write one as the"
+        PeftcoreError, match=r"c.jsonl:1 has prompt/completion, but .*a.jsonl:1 has text\. Convert one to the"
     ):
         data.read_rows([str(a), str(c)], LANGUAGE_MODEL)
     b.write_text("")
-    with pytest.raises(PeftcoreError, match=r"b.jsonl' holds no example"):
+    with pytest.raises(PeftcoreError, match=r"b.jsonl' has no examples"):
         data.read_rows([str(a), str(b)], LANGUAGE_MODEL)
     a.write_text('{"text": "1", "label": 1}\n')
     b.write_text('{"text": "2", "label": 0.5}\n')
@@ -215,7 +215,7 @@ def test_turns_that_are_marked_are_not_learned(tmp_path: Path, key: str, mark: d
     row = conversation(tmp_path, {}, mark, {}, {"weight": 1}, key=key)
     assert row.not_learned == (1,) and row.messages == TURNS  # without the marks
     assert conversation(tmp_path, {}, {"weight": None}, {}, {"train": True}, key=key).not_learned == ()
-    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: no turn of the assistant, of which the model would learn"):
+    with pytest.raises(PeftcoreError, match=r"rows.jsonl:1: no assistant turn to learn"):
         conversation(tmp_path, {}, mark, {}, mark, key=key)
 
 
@@ -225,7 +225,7 @@ def test_turns_that_are_marked_are_not_learned(tmp_path: Path, key: str, mark: d
         ({"weight": 0.5}, r"messages\[1\]: 'weight' must be 0 or 1, found 0.5"),
         ({"weight": "0"}, r"messages\[1\]: 'weight' must be 0 or 1, found \"0\""),
         ({"train": 0}, r"messages\[1\]: 'train' must be true or false, found 0"),
-        ({"content": " "}, r"messages\[1\] is an empty turn of the assistant, .*mark it as not .*: \"weight\": 0"),
+        ({"content": " "}, r"messages\[1\] is an empty assistant turn, .*exclude it from learning: \"weight\": 0"),
     ],
 )
 def test_marks_and_turns_that_mean_nothing(tmp_path: Path, mark: dict[str, object], message: str) -> None:

@@ -71,9 +71,9 @@ def test_plan_of_several_processes_and_mixed_precision(run: Run, llama: Path) ->
     several = run(*arguments, "--parallel", "fsdp2", "--ranks", 4, "--precision", "bf16").output
     assert "batch 2 x 12, mixed bf16, one of 4 ranks (FSDP2)" in several and "gathered weights" in several
     assert "batch 2 x 12, dpo" in run(*arguments, "--task", "dpo").output
-    assert "say how 2 processes share the work: --parallel ddp" in run(*arguments, "--ranks", 2, code=1).output
-    assert "--parallel is one of ddp, fsdp2, found 'tp'" in run(*arguments, "--parallel", "tp", code=1).output
+    assert "2 processes need a way to share the work: --parallel ddp" in run(*arguments, "--ranks", 2, code=1).output
+    assert "--parallel must be one of ddp, fsdp2, found 'tp'" in run(*arguments, "--parallel", "tp", code=1).output
     assert (
-        "--precision is one of auto, fp32, bf16, fp16, found 'fp8'"
+        "--precision must be one of auto, fp32, bf16, fp16, found 'fp8'"
         in run(*arguments, "--precision", "fp8", code=1).output
     )

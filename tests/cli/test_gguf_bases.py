@@ -42,7 +42,7 @@ def reshape(content: Content) -> None:
     [
         (drop, r"the file lacks model\.layers\.0\.self_attn\.v_proj\.weight\. Download it again"),
         (rename, r"the file lacks model\.layers\.1\..*, .*, .* and 1 more\. Download it again"),
-        (reshape, "its tensors have other shapes than its config says"),
+        (reshape, "its tensors and its config have different shapes"),
     ],
 )
 def test_what_is_not_whole_is_refused(

@@ -51,7 +51,7 @@ def test_the_task_is_read_off_all_labels(tmp_path: Path, labels: tuple[Any, ...]
         (
             MULTI_LABEL,
             [0, 1, 1],
-            "'label' names 1 twice: [0, 1, 1]. It is a list of the labels that apply, not of zeros",
+            "'label' names 1 twice: [0, 1, 1]. List the labels that apply, not zeros",
         ),
         (MULTI_LABEL, ["a", " "], "'label' must be a list of names"),
     ],

@@ -99,7 +99,7 @@ def test_the_loss_of_packed_rows_is_that_of_the_examples(model: Any, attention: 
 @pytest.mark.parametrize("kind", ["a state", "biases of distance"])
 def test_a_model_that_cannot_is_refused(kind: str) -> None:
     torch.manual_seed(0)
-    with pytest.raises(peftcore.PeftcoreError, match="--pack: Model does not keep apart the examples of a row"):
+    with pytest.raises(peftcore.PeftcoreError, match="--pack: Model does not separate the examples of a row"):
         packing.check(models()[kind](), EXAMPLES, "Model")
 
 
@@ -121,7 +121,7 @@ def test_a_method_that_acts_on_a_whole_row_is_refused(method: str, fields: dict[
     made = models()["rotary"]()
     peftcore.apply(made, method, **fields)
     before = {name: parameter.clone() for name, parameter in made.named_parameters()}
-    with pytest.raises(peftcore.PeftcoreError, match=f"--pack: {method} does not keep apart"):
+    with pytest.raises(peftcore.PeftcoreError, match=f"--pack: {method} does not separate"):
         packing.check(made, EXAMPLES, method)
     assert all(torch.equal(before[name], parameter) for name, parameter in made.named_parameters())
     assert made.training

@@ -50,12 +50,12 @@ def test_how_files_have_them(tmp_path: Path) -> None:
         ({"prompt": "a", "chosen": "b", "rejected": 3}, "'rejected' must be text, found 3"),
         ({"chosen": "b", "rejected": "c"}, "'prompt' must be text, found null"),
         ({"prompt": ASKED, "chosen": [GOOD], "rejected": "c"}, "'rejected' must be a list of messages, found str"),
-        ({"chosen": [GOOD], "rejected": [BAD]}, "'chosen' and 'rejected' must begin alike"),
+        ({"chosen": [GOOD], "rejected": [BAD]}, "'chosen' and 'rejected' must begin with the same prompt"),
         (
             {"prompt": ASKED, "chosen": [GOOD, *ASKED], "rejected": [BAD]},
-            "'chosen' must be one answer of the assistant",
+            "'chosen' must be one assistant answer",
         ),
-        ({"chosen": [*ASKED, GOOD], "rejected": ASKED}, "'rejected' must be one answer .* found nothing"),
+        ({"chosen": [*ASKED, GOOD], "rejected": ASKED}, "'rejected' must be one assistant answer .* found nothing"),
     ],
 )
 def test_errors_name_file_and_line(tmp_path: Path, fields: dict[str, Any], message: str) -> None:

@@ -72,7 +72,7 @@ def test_values_that_are_not_json(tokenizer: Any) -> None:
             "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
             "took more than 0.5 s for one",
         ),
-        ("{{ 10 ** (10 ** 9) }}", "took more than 0.5 s for one conversation, and was stopped. Give another"),
+        ("{{ 10 ** (10 ** 9) }}", "took more than 0.5 s for one conversation, and was stopped. Pass another"),
         ("{{ '%1000000000d' % 1 }}", "takes more than 512 MB of memory"),
         ("{{ 'x' * 10**10 }}", "takes more than 512 MB of memory"),
         ("{{ 'x'.ljust(10**10) }}", "takes more than 512 MB of memory"),
@@ -81,13 +81,13 @@ def test_values_that_are_not_json(tokenizer: Any) -> None:
         ("{% if 1 %}" * 3000 + "{% endif %}" * 3000, "is nested too deeply"),
         ("{% for i in [1] %}" * 30 + "{% endfor %}" * 30, "too many statically nested blocks"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "is nested too deeply"),
-        ("{{ nothing.here }}", "refuses the conversation: UndefinedError: 'nothing' is undefined"),
-        ("{{ 1 / 0 }}", "refuses the conversation: ZeroDivisionError"),
-        ("{{ ''.__class__.__mro__ }}", "refuses the conversation: SecurityError"),
-        ("{% include '/etc/passwd' %}", "refuses the conversation: TypeError: no loader"),
-        ("{{", "refuses the conversation: TemplateSyntaxError"),
-        ("{{ '\\ud800' }}", "makes half a surrogate pair, which is not text"),
-        ("{# " + "x" * 2_000_000 + " #}", "has 2,000,006 characters, where text of at most 1,000,000 belongs"),
+        ("{{ nothing.here }}", "rejects the conversation: UndefinedError: 'nothing' is undefined"),
+        ("{{ 1 / 0 }}", "rejects the conversation: ZeroDivisionError"),
+        ("{{ ''.__class__.__mro__ }}", "rejects the conversation: SecurityError"),
+        ("{% include '/etc/passwd' %}", "rejects the conversation: TypeError: no loader"),
+        ("{{", "rejects the conversation: TemplateSyntaxError"),
+        ("{{ '\\ud800' }}", "produces half a surrogate pair, which is not text"),
+        ("{# " + "x" * 2_000_000 + " #}", "has 2,000,006 characters, expected text of at most 1,000,000"),
     ],
     ids=lambda value: value[:30],
 )
@@ -123,7 +123,7 @@ def test_a_process_that_is_gone_is_started_again(tokenizer: Any) -> None:
 def test_a_template_of_the_users_ends_in_a_sentence_too(tokenizer: Any, template: str) -> None:
     conversations.set_template(tokenizer, template)
     assert not template_process.is_foreign(tokenizer)
-    with pytest.raises(PeftcoreError, match=r"the chat template (refuses the conversation|is nested)"):
+    with pytest.raises(PeftcoreError, match=r"the chat template (rejects the conversation|is nested)"):
         conversations.rendered(tokenizer, TALK)
 
 
@@ -150,7 +150,7 @@ def test_a_folder_names_no_file_as_its_template(tmp_path: Path, template: Any) -
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
     fields = {"task": "causal-lm", "max_length": 7, "labels": [], "chat_template": template}
     (tmp_path / TASK_FILE).write_text(json.dumps(fields))
-    with pytest.raises(CheckpointError, match=rf"{TASK_FILE}' cannot be read: chat_template.*It may be deleted"):
+    with pytest.raises(CheckpointError, match=rf"{TASK_FILE}' cannot be read: chat_template.*It can be deleted"):
         adapter_task(tmp_path)
     for right in (None, "chatml", "{{ 1 }}"):
         (tmp_path / TASK_FILE).write_text(json.dumps({**fields, "chat_template": right}))

@@ -104,9 +104,9 @@ def test_resume_goes_on_with_such_a_run_too(run: Run, first: Path, more: Path, t
         (("--set", "target_modules=q_proj"), "which has target_modules="),
         (("--task", "classification"), "is for causal-lm, and --task classification is another"),
         (("--model", "{other}"), "was trained on another base: the values of"),
-        (("--output", "{first}"), "--resume, without --adapter. To train its adapter on new data"),
-        (("--output", "{first}", "--overwrite"), "--resume, without --adapter. To train its adapter on new data"),
-        (("--data", "{labelled}"), "labelled.jsonl' is for classification. Begin a new adapter"),
+        (("--output", "{first}"), "--resume without --adapter; to train its adapter on new data"),
+        (("--output", "{first}", "--overwrite"), "--resume without --adapter; to train its adapter on new data"),
+        (("--data", "{labelled}"), "labelled.jsonl' is for classification. To train a new adapter"),
     ],
 )
 def test_what_contradicts_the_adapter(
@@ -134,7 +134,7 @@ def test_what_is_missing(run: Run, llama: Path, more: Path, tmp_path: Path) -> N
     labels = run("train", "-m", llama, "-d", more, "-o", tmp_path / "a", "--labels", "a,b", code=1).output
     assert "--labels names those of an adapter's outputs" in labels
     missing = run("train", "-m", llama, "-d", tmp_path / "no", "-o", tmp_path / "a", "--precision", "bf8", code=1)
-    assert "--precision is one of auto" in missing.output, "told before data are read"
+    assert "--precision must be one of auto" in missing.output, "told before data are read"
 
 
 def test_a_classifier_keeps_its_labels(run: Run, bert: Path, labelled: Path, tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_several_in_one_folder_are_none(run: Run, llama: Path, more: Path, tmp_p
         peftcore.apply(model, "lora", r=2, adapter=name)
     peftcore.save(model, tmp_path / "both")
     error = run("train", "-a", tmp_path / "both", "-d", more, "-o", tmp_path / "run", "--steps", 1, code=1).output
-    assert "holds the adapters default, other. Name the folder of one of them" in error
+    assert "contains the adapters default, other. Pass the folder of one of them" in error
 
 
 @pytest.mark.parametrize("kind", ["pipe", "nested", "list", "types", "rate"])

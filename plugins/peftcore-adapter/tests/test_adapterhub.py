@@ -166,7 +166,7 @@ def test_a_folder_that_names_no_base(tmp_path: Path) -> None:
     from peftcore.cli import models
 
     assert models.base_of(FOLDERS / "bert-seq_bn", "some/base") == "some/base"
-    with pytest.raises(peftcore.PeftcoreError, match="does not say what base it was trained on"):
+    with pytest.raises(peftcore.PeftcoreError, match="does not name the base it was trained on"):
         models.base_of(FOLDERS / "bert-seq_bn", None)
     shutil.copytree(FOLDERS / "bert-seq_bn", tmp_path / "a")
     fields = json.loads((tmp_path / "a" / "adapter_config.json").read_text())

@@ -69,7 +69,7 @@ def test_chat_answers_with_the_adapter_or_the_base(trained: Path, run: Run, monk
         ([], "name an adapter (--adapter FOLDER), a model (--model MODEL), or both"),
         (["--adapter", "{run}", "--adapter", "{run}"], "two adapters would be called 'run'"),
         (["--adapter", "base={run}"], "two adapters would be called 'base'"),
-        (["--model", "{llama}"], "has no chat template, which says how messages become text"),
+        (["--model", "{llama}"], "has no chat template to turn messages into text"),
     ],
 )
 def test_what_cannot_be_talked_with(trained: Path, llama: Path, run: Run, arguments: list[str], message: str) -> None:

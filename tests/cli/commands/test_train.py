@@ -186,7 +186,7 @@ def test_what_peft_wrote(run: Run, bert: Path, labelled: Path, tmp_path: Path) -
     answer = run("generate", "-a", tmp_path / "theirs", "-p", "good", "--labels", "down,up").output
     assert re.match(r"(down|up) \(\d", answer)
     error = run("generate", "-a", tmp_path / "theirs", "-p", "good", "--labels", "down", code=1).output
-    assert "--labels names 1 labels, the adapter has 2" in error
+    assert "--labels names 1 labels, but the adapter has 2" in error
 
 
 # Stopping and going on
@@ -271,7 +271,7 @@ def test_resume_with_other_settings_is_refused(run: Run, writer: Path, llama: Pa
 
 def test_resume_without_a_checkpoint_starts_anew(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     output = run(*train_arguments(llama, reviews, tmp_path / "run"), "--resume").output
-    assert "holds no complete checkpoint; starting from the beginning" in output
+    assert "has no complete checkpoint; starting from the beginning" in output
 
 
 def test_a_folder_that_is_no_run_is_left_alone(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
@@ -365,9 +365,9 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
         (("--set", "r=0"), "r must be a positive whole number, found 0"),
         (("--set", "target_modules=q_prj"), "'q_prj' matches no module"),
         (("--method", "lorra"), "no PEFT method 'lorra' is installed"),
-        (("--dtype", "fp8"), "--dtype is one of auto, fp32, bf16, found 'fp8'"),
-        (("--precision", "bf8"), "--precision is one of auto, fp32, bf16, fp16, found 'bf8'"),
-        (("--precision", "fp16", "--device", "cpu"), "PyTorch does on CUDA only. On a CPU: --precision bf16"),
+        (("--dtype", "fp8"), "--dtype must be one of auto, fp32, bf16, found 'fp8'"),
+        (("--precision", "bf8"), "--precision must be one of auto, fp32, bf16, fp16, found 'bf8'"),
+        (("--precision", "fp16", "--device", "cpu"), "PyTorch does on CUDA only. On a CPU use --precision bf16"),
         (("--precision", "fp32", "--dtype", "bf16"), "Leave out --dtype bf16"),
         (("--optim", "adamm"), "adamm"),
         (("--holdout", "1.5"), "must be between 0 and 1, found 1.5"),
@@ -375,10 +375,10 @@ def test_bf16_and_optimizer_passthrough(run: Run, llama: Path, reviews: Path, tm
         (("--lr", "1e30", "--warmup", "0", "--steps", "9"), "the loss is nan at step"),
         (
             ("--task", "poetry"),
-            "--task is one of causal-lm, classification, regression, multi-label, dpo, found 'poetry'",
+            "--task must be one of causal-lm, classification, regression, multi-label, dpo, found 'poetry'",
         ),
         (("--model", "./nowhere"), "there is no model at './nowhere'"),
-        (("--device", "tpu9"), "'tpu9' is no device"),
+        (("--device", "tpu9"), "device 'tpu9' is not known"),
     ],
 )
 def test_wrong_settings(

@@ -153,7 +153,7 @@ def test_a_window_is_the_length_of_the_context(tmp_path: Path) -> None:
     ("make", "message"),
     [
         (gpt2, "GPT2LMHeadModel cannot be exported to GGUF. Supported: LlamaForCausalLM, .* convert_hf_to_gguf.py"),
-        (lambda: llama(hidden_act="gelu"), "hidden_act='gelu', which llama.cpp's 'llama' does not know"),
+        (lambda: llama(hidden_act="gelu"), "hidden_act='gelu', which llama.cpp's 'llama' does not support"),
         (
             lambda: llama(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
             "rotary embedding .*dynamic.* is not supported",

@@ -90,7 +90,7 @@ def test_a_template_in_place_of_the_tokenizer_s_and_a_tokenizer_of_another_file(
     assert third == {**first, "tokenizer.chat_template": "{{ third }}"}
     with pytest.raises(PeftcoreError, match="the tokenizer has 262 tokens, but the model's vocabulary has 100 rows"):
         peftcore.export(llama(vocab_size=100), tmp_path / "x.gguf", format="gguf", tokenizer=tmp_path / "first.gguf")
-    with pytest.raises(PeftcoreError, match="has 262 tokens, the model 300 rows"):
+    with pytest.raises(PeftcoreError, match="has 262 tokens, but the model's has 300"):
         peftcore.export(llama(vocab_size=300), tmp_path / "x.gguf", format="gguf", tokenizer=tmp_path / "first.gguf")
 
 
