@@ -62,7 +62,7 @@ def test_methods_for_a_model(run: Run, llama: Path, monkeypatch: pytest.MonkeyPa
     assert f"{trained.trainable_parameters:,}" in lines["lora"]
     assert "lacks biases to train" in lines["bitfit"] and lines["bitfit"].split()[1] == "-"
     both = run("methods", "lora", "--for", str(llama), code=1).output
-    assert "--for tries every method: leave out 'lora'" in both
+    assert "--for tries every method. Leave out 'lora'" in both
 
 
 def test_doctor(run: Run) -> None:
@@ -85,7 +85,7 @@ def test_doctor_names_the_kernels_that_this_machine_cannot_run(run: Run, monkeyp
     )
     monkeypatch.setattr(build_info, "build_info", lambda: old)
     output = run("doctor").output
-    assert re.search(r"kernels out of reach +avx512, avx512bf16, amx\b", output), output
+    assert re.search(r"unavailable kernels +avx512, avx512bf16, amx\b", output), output
     assert "32 KiB, 1,024 KiB, 32,768 KiB" in output
 
 

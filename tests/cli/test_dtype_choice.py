@@ -18,7 +18,7 @@ from peftcore.estimating.dtype_rates import DtypeRate, DtypeRates
 
 AVX2 = DtypeRates(DtypeRate(53e9, 53e9), DtypeRate(8e9, 0.65e9), DtypeRate(8e9, 0.65e9))
 ZEN4 = DtypeRates(DtypeRate(70e9, 95e9), DtypeRate(116e9, 190e9), DtypeRate(70e9, 95e9))
-SLOW = "at 0.023 of fp32's rate on this processor (1.2 of 53 GFLOP/s a core)"
+SLOW = "at 0.023 of fp32's rate on this processor (1.2 of 53 GFLOP/s per core)"
 INSTEAD = f"--dtype auto: fp32, not the checkpoint's bf16: PyTorch multiplies bf16 {SLOW}. "
 INSTEAD += "Dense weights take twice the memory of bf16"
 NAMED = f"PyTorch multiplies bf16 {SLOW}. --dtype auto would choose fp32"
@@ -249,8 +249,8 @@ def test_4_bit_weights_of_a_checkpoint_compute_in_what_is_fast(
 def test_doctor_prints_what_each_dtype_is_multiplied_at(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dtype_rates, "measured_again", lambda: AVX2)
     output = said(run("doctor").output)
-    assert "products in fp32 53 GFLOP/s a core (x Wᵀ 53, dy W 53)" in output
-    row = "products in bf16 1.2 GFLOP/s a core (x Wᵀ 8, dy W 0.65), 0.023 of fp32's rate: --dtype auto computes in fp32"
+    assert "products in fp32 53 GFLOP/s per core (x Wᵀ 53, dy W 53)" in output
+    row = "products in bf16 1.2 GFLOP/s per core (x Wᵀ 8, dy W 0.65), 0.023 of fp32's rate: --dtype auto uses fp32"
     assert row in output
     monkeypatch.setattr(dtype_rates, "measured_again", lambda: ZEN4)
     assert "1.8 of fp32's rate products in fp16" in said(run("doctor").output)

@@ -149,9 +149,9 @@ def test_dpo_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
     assert f"{found['after']['loss']:.4f}" in shown and "pairs told right" in shown
     run("generate", "-a", output, "-p", "the film is", "--max-new-tokens", 2)
     wrong = run("train", *arguments, "-o", tmp_path / "no", "--pack", code=1).output
-    assert "--pack is for causal-lm; dpo has one answer for a whole row" in wrong
+    assert "--pack is for causal-lm, found task dpo" in wrong
 
 
 def test_beta_is_of_dpo(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:
     error = run("train", "-m", llama, "-d", reviews, "-o", tmp_path / "run", "--method", "lora", "--beta", 1, code=1)
-    assert "--beta is of --task dpo, and above 0; found 1 for causal-lm" in error.output
+    assert "--beta is for --task dpo and must be above 0, found 1 for causal-lm" in error.output

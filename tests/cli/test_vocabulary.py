@@ -139,7 +139,7 @@ def test_vocabularies_that_do_not_go_together(run: Run, base: Path, theirs: Any,
     model = peftcore.apply(AutoModelForCausalLM.from_pretrained(base), "lora", r=2)
     peftcore.save(model, tmp_path / "plain")
     error = run("chat", "-a", folder, "-a", tmp_path / "plain", code=1).output
-    assert "'tuned' 272, 'plain' 262 tokens. Talk with one at a time" in error
+    assert "'tuned' 272, 'plain' 262 tokens. Load one at a time" in error
     for file in folder.glob("*token*"):
         shutil.copy(file, tmp_path / "plain")
     error = run("merge", "-a", tmp_path / "plain", "-o", tmp_path / "merged", code=1).output

@@ -129,10 +129,10 @@ def test_what_contradicts_the_adapter(
 
 def test_what_is_missing(run: Run, llama: Path, more: Path, tmp_path: Path) -> None:
     assert (
-        "name a model (--model MODEL), or an adapter" in run("train", "-d", more, "-o", tmp_path / "a", code=1).output
+        "Pass a model (--model MODEL), or an adapter" in run("train", "-d", more, "-o", tmp_path / "a", code=1).output
     )
     labels = run("train", "-m", llama, "-d", more, "-o", tmp_path / "a", "--labels", "a,b", code=1).output
-    assert "--labels names those of an adapter's outputs" in labels
+    assert "--labels names the outputs of an existing adapter" in labels
     missing = run("train", "-m", llama, "-d", tmp_path / "no", "-o", tmp_path / "a", "--precision", "bf8", code=1)
     assert "--precision must be one of auto" in missing.output, "told before data are read"
 

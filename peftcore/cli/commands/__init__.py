@@ -1,1 +1,1 @@
-"""The commands of the core, one file each; what several of them use lies a folder higher."""
+"""Commands of the core, one file each; code shared by several is one folder up."""

@@ -1,4 +1,4 @@
-"""`peftcore chat`: talk with a model and its adapters, in the terminal."""
+"""`peftcore chat`: talk with a model and its adapters in the terminal."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ EXAMPLES = (
 )
 
 BASE = "base"
-HELP = """/use NAME       answer with this adapter, or with: /use base
-/adapters       those that are loaded
-/system TEXT    what the system says first; begins anew
-/reset          begin anew
+HELP = """/use NAME       answer with this adapter; /use base for the base
+/adapters       list the loaded adapters
+/system TEXT    set the system message and start again
+/reset          start again
 /quit           end (also Ctrl-D)"""
 
 
@@ -33,39 +33,41 @@ def chat(
             "-a",
             metavar="[NAME=]FOLDER",
             autocompletion=completion.adapters,
-            help="An adapter or a run. Repeatable.",
+            help="Adapter or run to load. Repeatable.",
         ),
     ] = None,
     model: options.BaseModel = None,
-    system: Annotated[str | None, typer.Option(help="What the system says first.")] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 for greedy decoding.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, for a temperature above 0.")] = 0,
     chat_template: options.ChatTemplate = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Talk with a model; /help lists what can be said to the program itself.
+    """Talk with a model; /help lists the commands of the chat itself.
 
-    Several adapters of one base may be loaded, and answer in turn: /use NAME.
+    Several adapters of one base may be loaded; switch between them with /use NAME.
     """
     from peftcore.cli import data, dtype_choice, models
 
     folders = _named(adapter or [])
     if not folders and model is None:
-        raise PeftcoreError("name an adapter (--adapter FOLDER), a model (--model MODEL), or both")
+        raise PeftcoreError(
+            "nothing to talk with. Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"
+        )
     about = {name: models.adapter_task(folder) for name, folder in folders.items()}
     classifier = next((name for name, task in about.items() if task.task in data.LABELLED), None)
     if classifier is not None:
-        raise PeftcoreError(f"'{folders[classifier]}' is a classifier's, which writes nothing. Try: peftcore generate")
+        raise PeftcoreError(f"'{folders[classifier]}' is a classifier and cannot write text. Use peftcore generate")
     bases = {name: models.base_of(folder, model) for name, folder in folders.items()}
     base = next(iter(bases.values()), model)
     other = next((name for name, named in bases.items() if named != base), None)
     if other is not None:
         raise PeftcoreError(
-            f"'{other}' was trained on '{bases[other]}', and '{next(iter(bases))}' on '{base}'. Name one base for all: "
-            "--model MODEL"
+            f"'{other}' was trained on '{bases[other]}', but '{next(iter(bases))}' on '{base}'. Name one base "
+            "for all: --model MODEL"
         )
     base = models.resolve(str(base))
     wide = any(task.dtype == "fp32" for task in about.values())
@@ -77,26 +79,26 @@ def chat(
     from peftcore.cli import conversations
 
     tokenizers = {name: models.load_tokenizer(base, folder) for name, folder in folders.items()}
-    if not grown:  # else the base has no rows for some tokens
+    if not grown:  # otherwise the base has no rows for some tokens
         tokenizers[BASE] = models.load_tokenizer(base)
     for name, tokenizer in tokenizers.items():
         own = about[name].chat_template if name in about else None
         first = next((task.chat_template for task in about.values() if task.chat_template), None)
         conversations.set_template(tokenizer, chat_template, own or (first if name == BASE else None))
     start = next(reversed(folders), BASE)
-    conversations.rendered(tokenizers[start], [{"role": "user", "content": "."}])  # is there one at all?
+    conversations.rendered(tokenizers[start], [{"role": "user", "content": "."}])  # check that there is one
     talk = Talk(loaded, tokenizers, system, max_new_tokens, temperature, seed)
     talk.use(start)
-    say("/help says what can be said to the program; Ctrl-D ends", "dim")
+    say("/help lists the commands; Ctrl-D ends", "dim")
     while (line := _read()) is not None:
         if line.strip() and not talk.hear(line.strip()):
             break
 
 
 class Talk:
-    """A conversation: what was said, and which adapter answers.
+    """A conversation: the messages, and the adapter that answers.
 
-    `tokenizers`: of each adapter, and of the base, by name.
+    `tokenizers`: by name, of each adapter and of the base.
     """
 
     def __init__(
@@ -114,11 +116,11 @@ class Talk:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was said."""
+        """Forget the messages."""
         self.messages = [] if self.system is None else [{"role": "system", "content": self.system}]
 
     def use(self, name: str) -> None:
-        """Let the adapter `name`, or the base, answer."""
+        """Switch to the adapter `name`, or to the base."""
         import peftcore
 
         if name not in self.tokenizers:
@@ -126,7 +128,7 @@ class Talk:
             why = f"no adapter '{name}' is loaded{nearest(name, there)}"
             if name == BASE:
                 why = "the base has no rows for the new tokens of the adapter's vocabulary"
-            warn(f"{why}. There are: {', '.join(there)}")
+            warn(f"{why}. Loaded: {', '.join(there)}")
             return
         if self.tokenizers.keys() != {BASE}:
             peftcore.activate(self.model, [] if name == BASE else name)
@@ -135,7 +137,7 @@ class Talk:
         say(f"{name} answers", "dim")
 
     def hear(self, line: str) -> bool:
-        """Answer, or do what a line that begins with a slash says; False: the end."""
+        """Answer a message, or run a command that begins with a slash; return False to end."""
         command, _, rest = line.partition(" ")
         if not command.startswith("/"):
             self.answer(line)
@@ -168,7 +170,7 @@ class Talk:
         try:
             answer = tasks.generate_text(self.model, self.tokenizer, asked, streamer=streamer, **self.how)  # type: ignore[arg-type]
         except KeyboardInterrupt:
-            say("\n(stopped: what was asked is forgotten)", "dim")
+            say("\n(stopped; the last message is forgotten)", "dim")
             return
         except PeftcoreError as error:
             warn(str(error))
@@ -177,7 +179,7 @@ class Talk:
 
 
 def _fit_vocabulary(model: Any, folders: dict[str, Path]) -> bool:
-    """Give the model the rows of vocabulary that all its adapters want. Are they others than the base's?"""
+    """Resize the model's vocabulary for all adapters. Return whether it differs from the base's."""
     from peftcore import checkpoint
     from peftcore.cli import models
 
@@ -185,12 +187,12 @@ def _fit_vocabulary(model: Any, folders: dict[str, Path]) -> bool:
     wanted = {name: checkpoint.vocabulary_rows(model, folder) or before for name, folder in folders.items()}
     if len(set(wanted.values())) > 1:
         which = ", ".join(f"'{name}' {rows}" for name, rows in wanted.items())
-        raise PeftcoreError(f"these adapters have vocabularies of their own: {which} tokens. Talk with one at a time")
+        raise PeftcoreError(f"these adapters have different vocabularies: {which} tokens. Load one at a time")
     return any([models.fit_vocabulary(model, folder) for folder in folders.values()])
 
 
 def _named(texts: list[str]) -> dict[str, Path]:
-    """Folders by name: the one that is given, or the last part of the path."""
+    """Return folders by name: the given name, or the last part of the path."""
     from peftcore.cli.models import adapter_folder
 
     folders: dict[str, Path] = {}
@@ -200,13 +202,13 @@ def _named(texts: list[str]) -> dict[str, Path]:
         where = Path(path if is_named else text)
         name = name if is_named else where.resolve().name
         if name in folders or name == BASE:
-            raise PeftcoreError(f"two adapters would be called '{name}'. Give them names: --adapter NAME=FOLDER")
+            raise PeftcoreError(f"two adapters have the name '{name}'. Name them: --adapter NAME=FOLDER")
         folders[name] = adapter_folder(where)
     return folders
 
 
 def _read() -> str | None:
-    """What the user types; None at the end."""
+    """Return what the user types; None at the end."""
     try:
         return input("> ")
     except (EOFError, KeyboardInterrupt):

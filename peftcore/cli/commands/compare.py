@@ -1,9 +1,9 @@
 """`peftcore compare`: several methods on one model and one set of examples.
 
-OUTPUT/report.json, table.md, compare.png    what was found, the first two written anew after every run
-OUTPUT/compare.toml                          the options: `peftcore compare --config` repeats it
-OUTPUT/runs/METHOD/seed-N/                   one run, in a process of its own
-OUTPUT/runs/METHOD/lr-RATE/seed-N/           the same with --search
+OUTPUT/report.json, table.md, compare.png    the results, the first two rewritten after every run
+OUTPUT/compare.toml                          the options: `peftcore compare --config` repeats the comparison
+OUTPUT/runs/METHOD/seed-N/                   one run, in its own process
+OUTPUT/runs/METHOD/lr-RATE/seed-N/           one run with --search
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ _OPTIONS = (
 
 @dataclass(frozen=True, kw_only=True)
 class ComparedOptions(RunOptions):
-    """Options of the runs that are compared."""
+    """Options of the compared runs."""
 
     other_data: Annotated[
         str | None,
-        typer.Option(help="Texts of another domain; the rise of their loss shows what a method forgets (causal-lm)."),
+        typer.Option(help="Texts of another domain, whose rise in loss shows what a method forgets (causal-lm)."),
     ] = None
     dtype: options.WrittenDtype = "auto"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method with its settings. `label` is what the user wrote, without lr unless rows differ in it alone."""
+    """A method with its settings. `label` is the user's text, without lr unless rows differ in lr only."""
 
     label: str
     method: str
@@ -75,7 +75,7 @@ class Candidate:
 
     @property
     def folder(self) -> str:
-        """The name of its folder under `runs`; file systems take 255 bytes at most."""
+        """Name of the candidate's folder under `runs`, at most 255 bytes."""
         name = re.sub(r"[^\w=.,-]+", " ", self.label)
         return name if len(name) <= 60 else f"{name[:50]} {hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
@@ -95,26 +95,28 @@ def compare(
             help="A method with fields of its config and lr=RATE. Repeatable; default: every installed method.",
         ),
     ] = None,
-    full: Annotated[bool, typer.Option(help="Train the whole model, too, where it fits.")] = True,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with the seeds 0, 1, ...")] = 3,
+    full: Annotated[bool, typer.Option(help="Also train the whole model, if it fits.")] = True,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of runs of each method, with seeds 0, 1, ...")] = 3,
     search: Annotated[
         str | None,
         typer.Option(
             metavar="lr=RATE,RATE,...",
-            help="Rates that each method is tried with, first seed; the lowest loss on a part of the training examples "
-            "that is kept from training (--holdout of them) chooses.",
+            help="Learning rates to try for each method with the first seed; the lowest loss on a part of the "
+            "training examples kept from training (--holdout of them) decides.",
         ),
     ] = None,
     task: options.Task = None,
     given: Annotated[ComparedOptions, _OPTIONS],
-    resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs, and go on.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where a comparison lies.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the comparison, keeping finished runs.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Start again, replacing the comparison in --output.")
+    ] = False,
 ) -> None:
-    """Compare methods: held-out accuracy or loss, parameters, size on disk, peak memory and time of a step.
+    """Compare methods: held-out accuracy or loss, parameters, size on disk, peak memory and time per step.
 
-    Each run is one of `peftcore train` with the learning rate of its method, unless lr=RATE says another, or --search
-    finds one, from rates that are the same for all.
-    A run that fails is a row with its reason. `--method full` is the whole model.
+    Each run is one of `peftcore train` with the learning rate of its method, unless lr=RATE gives another, or --search
+    finds one among rates that are the same for all.
+    A run that fails is shown with its reason. `--method full` is full fine-tuning.
     """
     from peftcore.cli import data as examples
     from peftcore.cli import models
@@ -124,11 +126,11 @@ def compare(
     names = parsed_columns(given.columns)
     task = task or examples.guess_task(data, names)
     for file in filter(None, (data, given.eval_data)):
-        examples.read_rows(file, task, names)  # wrong lines show before anything is loaded
+        examples.read_rows(file, task, names)  # show wrong lines before anything is loaded
     if given.epochs <= 0:
         raise PeftcoreError(f"--epochs must be above 0, found {given.epochs:g}")
     if given.other_data is not None and task != examples.LANGUAGE_MODEL:
-        raise PeftcoreError(f"--other-data is of language models (causal-lm), whose loss any text has; found {task}")
+        raise PeftcoreError(f"--other-data is for causal-lm, found task {task}. Leave it out")
     if given.other_data is not None:
         examples.read_rows(given.other_data, task)
     rates = parse_search(search, method)
@@ -154,37 +156,37 @@ def compare(
 
 
 def _one_dtype(dtype: str, device: str) -> str:
-    """The dtype of all runs, whatever each method would choose: auto is bf16 on CUDA, else fp32."""
+    """Return the dtype of all runs: auto is bf16 on CUDA, else fp32, whatever each method would choose."""
     from peftcore.cli import dtype_choice
 
     return dtype_choice.choose(dtype, device, None).dtype
 
 
 def parse_search(text: str | None, methods: list[str] | None) -> list[float]:
-    """The rates of `--search lr=RATE,RATE,...`, in rising order; none without it.
+    """Return the sorted rates of `--search lr=RATE,RATE,...`; empty without it.
 
     Raises:
-        PeftcoreError: it searches something else, a rate is wrong or there twice, or a method has a rate of its own.
+        PeftcoreError: the text has another form, a rate is wrong or repeated, or a method has its own rate.
     """
     if text is None:
         return []
     name, _, values = text.partition("=")
     if name.strip() != "lr":
-        raise PeftcoreError(f"--search tries learning rates, as lr=1e-4,1e-3; found '{text}'")
+        raise PeftcoreError(f"--search must be learning rates such as lr=1e-4,1e-3, found '{text}'")
     try:
         rates = sorted(float(value) for value in values.split(","))
     except ValueError:
         rates = []
     if not rates or not all(0 < rate < float("inf") for rate in rates) or len(set(rates)) < len(rates):
-        raise PeftcoreError(f"--search lr=RATE,RATE,... takes different numbers above 0, found '{values}'")
+        raise PeftcoreError(f"--search lr=RATE,RATE,... must be different numbers above 0, found '{values}'")
     own = next((each for each in methods or () if re.search(r"(^|\s)lr=", each)), None)
     if own is not None:
-        raise PeftcoreError(f"--search tries the same rates for every method: leave out the rate of --method '{own}'")
+        raise PeftcoreError(f"--search tries the same rates for every method. Leave out the rate of --method '{own}'")
     return rates
 
 
 def parse_candidates(texts: list[str] | None, full: bool) -> list[Candidate]:
-    """What `--method` names, each `NAME FIELD=VALUE ...`, by default every installed method; the whole model last.
+    """Return the candidates of `--method`, each `NAME FIELD=VALUE ...`, by default every installed method; `full` last.
 
     Raises:
         PeftcoreError: a method is not installed, a field or rate is wrong, or two rows are the same.
@@ -221,11 +223,11 @@ def _candidate(text: str) -> Candidate:
     except ValueError:
         lr = 0.0
     if lr is not None and not lr > 0:
-        raise PeftcoreError(f"--method '{text}': lr takes a number above 0, found '{rates[-1]}'")
+        raise PeftcoreError(f"--method '{text}': lr must be a number above 0, found '{rates[-1]}'")
     label = " ".join([name, *settings])
     if name == options.FULL:
         if settings:
-            raise PeftcoreError(f"--method '{text}': the whole model has no field but lr, found '{settings[0]}'")
+            raise PeftcoreError(f"--method '{text}': full fine-tuning has no field but lr, found '{settings[0]}'")
         return Candidate(label, name, lr or FULL_LEARNING_RATE)
     name, fields = options.resolve_method(name, settings)
     return Candidate(label, name, lr or registry.method(name).learning_rate, fields)
@@ -233,19 +235,21 @@ def _candidate(text: str) -> Candidate:
 
 def _prepare_folder(output: Path, resume: bool, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
-        raise PeftcoreError(f"'{output}' is a file. Give a folder: --output FOLDER")
+        raise PeftcoreError(f"'{output}' is a file. Pass a folder: --output FOLDER")
     runs = output / "runs"
     if output.is_dir() and any(output.iterdir()) and not (resume and runs.is_dir()):
         if not (overwrite and runs.is_dir()):
             what = "a comparison" if runs.is_dir() else "something else"
-            hint = "--resume keeps what is finished, --overwrite starts anew" if runs.is_dir() else "Give another"
-            raise PeftcoreError(f"'{output}' holds {what} already. {hint}")
+            hint = (
+                "Use --resume to keep finished runs, or --overwrite to start again" if runs.is_dir() else "Give another"
+            )
+            raise PeftcoreError(f"'{output}' already contains {what}. {hint}")
         shutil.rmtree(runs)
     runs.mkdir(parents=True, exist_ok=True)
 
 
 def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: Sequence[float], output: Path) -> None:
-    """All runs, and the report after each of them."""
+    """Run everything, and write the report after each run."""
     from peftcore.cli import training_process
     from peftcore.cli.comparison_report import ComparisonReport
 
@@ -270,12 +274,12 @@ def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: S
                     result = training_process.run(folder, settings, show)
             except KeyboardInterrupt:
                 report.write_picture(output)
-                say(f"stopped; finished runs are in {output}. To go on:\n  {command(resume=True)}", "bold")
+                say(f"stopped; finished runs are in {output}. To continue:\n  {command(resume=True)}", "bold")
                 raise typer.Exit(130) from None
             report.add(candidate.label, seed, result, lr)
             report.write(output)
             say(f"{name}: {report.sentence(result)}")
-    report.write_picture(output)  # takes a second, which after every run is much where runs are short
+    report.write_picture(output)  # takes a second, which is long compared with short runs
     out.print()
     report.show()
     for label, reason in report.failures():
@@ -286,9 +290,9 @@ def _run_all(common: Settings, candidates: list[Candidate], seeds: int, rates: S
 def _runs(
     report: ComparisonReport, candidates: Sequence[Candidate], seeds: int, rates: Sequence[float]
 ) -> Iterator[tuple[Candidate, int, float]]:
-    """(method, seed, rate) of each run: every method with the first seed, then with the next.
+    """Yield (method, seed, rate) of each run: every method with the first seed, then with the next.
 
-    So what is there early compares all of them. What a search found by then is the rate of the later seeds.
+    So early results compare all methods. Later seeds use the rate found with the first.
     """
     for seed in range(seeds):
         for candidate in candidates:
@@ -301,7 +305,9 @@ def _runs(
 
 
 def _does_not_fit(common: Settings) -> str | None:
-    """Why the whole model is not trained here, if its weights, gradients and AdamW's two moments need too much."""
+    """Return why the whole model is not trained: its weights, gradients and AdamW's moments do not fit; None if they
+    do.
+    """
     import psutil
     import torch
 
@@ -314,4 +320,4 @@ def _does_not_fit(common: Settings) -> str | None:
     if needed <= free:
         return None
     what = "weights, gradients and AdamW's moments"
-    return f"{what} alone need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return f"{what} need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"

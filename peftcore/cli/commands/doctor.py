@@ -1,4 +1,4 @@
-"""`peftcore doctor`: what this installation has, what it lacks, what that costs and how to get it."""
+"""`peftcore doctor`: what this installation has, what it lacks, what that costs, and how to install it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from peftcore.cli.console import NO_METHOD, out, say, table, warn
 
 EXAMPLES = ("peftcore doctor",)
 
-# What each optional library is for, and the extra that brings it.
+# What each optional library is for, and its extra.
 LIBRARIES = {
     "transformers": ("train, eval, generate, merge, plan", "train"),
     "accelerate": ("train", "train"),
@@ -22,7 +22,7 @@ LIBRARIES = {
 
 
 def doctor() -> None:
-    """Look at the installation. Nothing is changed."""
+    """Check the installation. Nothing is changed."""
     import torch
 
     from peftcore.ops.build_info import build_info
@@ -45,7 +45,10 @@ def doctor() -> None:
             ("  built with PyTorch", build.torch_built_with),
             ("  SIMD level", f"{build.cpu_level} (this CPU can: {', '.join(build.cpu_levels)})"),
             ("  CUDA", ", ".join(build.cuda_architectures) or f"none: {build.cuda_missing_because}"),
-            ("  kernels out of reach", ", ".join(build.out_of_reach) or "none: this machine runs all that were built"),
+            (
+                "  unavailable kernels",
+                ", ".join(build.out_of_reach) or "none: this machine runs all kernels that were built",
+            ),
             ("  caches", ", ".join(f"{size >> 10:,} KiB" for size in build.caches)),
         ]
     missing = []
@@ -53,9 +56,11 @@ def doctor() -> None:
         try:
             importlib.import_module(name)
             rows.append((name, version(name)))
-        except Exception as error:  # a library that fails to import is as good as missing, whatever it raises
+        except Exception as error:  # a library that fails to import counts as missing, whatever it raises
             rows.append((name, f"missing: {error}"))
-            missing.append(f"'{name}' is missing; it is needed for {used_for}. Try: pip install peftcore[{extra}]")
+            missing.append(
+                f"'{name}' is missing; it is needed for {used_for}. Install it: pip install peftcore[{extra}]"
+            )
     rows += [("experts", _experts(build.available, build.cpu_level)), *_plugins(missing)]
     table(rows)
     out.print()
@@ -72,29 +77,29 @@ def doctor() -> None:
 
 
 def _products() -> list[tuple[str, str]]:
-    """Measure how fast PyTorch multiplies in each dtype; `--dtype auto` goes by these rates from here on."""
+    """Measure how fast PyTorch multiplies in each dtype; `--dtype auto` uses these rates from then on."""
     from peftcore.estimating import dtype_rates
 
     rates, rows = dtype_rates.measured_again(), []
     for name in dtype_rates.DTYPES:
         rate = rates.of(name)
         forward, backward = dtype_rates.gigaflops(rate.forward), dtype_rates.gigaflops(rate.backward)
-        text = f"{dtype_rates.gigaflops(rate.both)} GFLOP/s a core (x Wᵀ {forward}, dy W {backward})"
+        text = f"{dtype_rates.gigaflops(rate.both)} GFLOP/s per core (x Wᵀ {forward}, dy W {backward})"
         if name != "fp32":
-            slow = "" if rates.is_fast(name) else ": --dtype auto computes in fp32"
+            slow = "" if rates.is_fast(name) else ": --dtype auto uses fp32"
             text += f", {rates.share(name):.2g} of fp32's rate{slow}"
         rows.append((f"products in {name}", text))
     return rows
 
 
 def _experts(has_kernels: bool, level: str | None) -> str:
-    """How mixtures of experts run here."""
+    """Describe how mixtures of experts run here."""
     try:
         importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS  # noqa: B018
     except Exception:
-        return "no interface to them: transformers 5 has it. Each model runs its own forward on changed weights"
+        return "no interface to experts (needs transformers 5). Each model runs its own forward on changed weights"
     return (
-        f"fused, kernels of {level}" if has_kernels else "fused, but without the extension expert by expert in PyTorch"
+        f"fused, {level} kernels" if has_kernels else "fused, but without the extension one expert at a time in PyTorch"
     )
 
 
@@ -104,7 +109,7 @@ def _plugins(missing: list[str]) -> list[tuple[str, str]]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found = registry.plugins()
-    missing += [f"the plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in found if p.error]
+    missing += [f"plugin '{p.name}' ({p.distribution}) is broken: {p.error}" for p in found if p.error]
     if not any(p.methods for p in found):
         missing.append(NO_METHOD)
     return [("methods", ", ".join(method.name for p in found for method in p.methods) or "none")]

@@ -1,4 +1,4 @@
-"""`peftcore eval`: what is measured of a base and its adapter on a file of examples."""
+"""`peftcore eval`: metrics of a base and its adapter on a file of examples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def evaluate(
     labels: options.Labels = None,
     columns: options.Columns = None,
     chat_template: options.ChatTemplate = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Tokens of an example; default as trained.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Maximum tokens per example; default: as in training.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 16,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
@@ -31,8 +33,9 @@ def evaluate(
 ) -> None:
     """Measure a base and its adapter on a file of examples.
 
-    A classifier's base has a random head, the one that training began with where the adapter says which: its figures
-    say what chance gives.
+    A classifier's base has a randomly initialised head, the one that training started with if the adapter records it,
+    so
+    its figures show chance level.
     """
     from peftcore.cli import data as examples
     from peftcore.cli import dtype_choice, models
@@ -58,7 +61,7 @@ def evaluate(
     if task.seed is not None:
         from transformers import set_seed
 
-        set_seed(task.seed % (1 << 32))  # draws the head that training began with
+        set_seed(task.seed % (1 << 32))  # initialises the head as in training
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     if models.fit_vocabulary(loaded, adapter):
         warn(models.NEW_ROWS)
@@ -69,4 +72,4 @@ def evaluate(
     if after.confusion is not None:
         out.print()
         cells = metrics.confusion_rows(after.confusion, task.labels)
-        table(cells[1:], cells[0], title="with the adapter: labels down, answers across")
+        table(cells[1:], cells[0], title="with the adapter: labels (down), answers (across)")

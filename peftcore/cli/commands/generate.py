@@ -1,4 +1,4 @@
-"""`peftcore generate`: what a model with an adapter answers to a prompt; a classifier answers with a label."""
+"""`peftcore generate`: answer a prompt with a model and an adapter; classifiers answer with a label."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ EXAMPLES = ('peftcore generate -a run -p "Is it good?" --compare',)
 
 
 def generate(
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to answer to.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Prompt to answer.")],
     adapter: options.MaybeAdapter = None,
     model: options.BaseModel = None,
     chat: Annotated[
         bool | None,
-        typer.Option(help="Put the prompt into the chat template; default as trained, else where there is one."),
+        typer.Option(help="Use the chat template; default: as in training, or if the tokenizer has one."),
     ] = None,
     chat_template: options.ChatTemplate = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also show what the base answers.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also show the base's answer.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0: the likeliest tokens.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 for greedy decoding.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, for a temperature above 0.")] = 0,
     labels: options.Labels = None,
     quantize: options.Quantize = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Answer a prompt with an adapter's model, and with --compare also with its base."""
+    """Answer a prompt with an adapter, and with --compare also with its base."""
     from peftcore.cli import data, dtype_choice, models
 
     if adapter is None and model is None:
-        raise PeftcoreError("name an adapter (--adapter FOLDER), a model (--model MODEL), or both")
+        raise PeftcoreError(
+            "nothing to generate with. Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"
+        )
     if adapter is None:
         task, base = models.AdapterTask(data.LANGUAGE_MODEL, 512), models.resolve(str(model))
     else:

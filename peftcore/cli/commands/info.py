@@ -1,4 +1,4 @@
-"""`peftcore info`: what lies in an adapter folder, ours, PEFT's or another library's; its base is not needed."""
+"""`peftcore info`: the contents of an adapter folder, ours, PEFT's or another library's; the base is not needed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def info(
     adapter: Annotated[
         Path,
         typer.Argument(
-            help="Adapter folder, that of a run, or one file.",
+            help="Folder of an adapter or a run, or a single file.",
             callback=options.in_run,
             autocompletion=completion.adapters,
         ),
@@ -76,7 +76,7 @@ def _counts(tensors: Mapping[str, Tensor]) -> str:
 
 
 def of_experts(fields: dict[str, Any], tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
-    """What is of parameters `[experts, out, in]`, which are adapted by their names: A is `[experts · r, in]`."""
+    """Return rows about parameters `[experts, out, in]`, which are adapted by name: A is `[experts · r, in]`."""
     from peftcore.targets import pattern_value
 
     given = fields.get("target_parameters")

@@ -1,4 +1,4 @@
-"""`peftcore merge`: a plain transformers folder with an adapter worked into the weights."""
+"""`peftcore merge`: merge an adapter and write a plain transformers folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="New folder for the merged model.")],
     model: options.BaseModel = None,
     labels: options.Labels = None,
-    shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most, such as 5GB.")] = "5GB",
+    shard_size: Annotated[str, typer.Option(help="Maximum size of a file of weights, such as 5GB.")] = "5GB",
     untie: Annotated[bool, typer.Option("--untie", help="Give an adapted tied embedding its own weight.")] = False,
     quantize: options.Quantize = None,
     dtype: options.WrittenDtype = "auto",
@@ -27,12 +27,12 @@ def merge(
 ) -> None:
     """Write the merged model and its tokenizer: a folder that transformers loads without peftcore.
 
-    A tokenizer that lies beside the adapter is the one that is written.
+    If a tokenizer is saved with the adapter, it is used.
 
-    With --quantize the adapter is merged into the values that the 4 bits stand for, and those are written.
+    With --quantize the adapter is merged into the dequantized values of the 4-bit weights.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise PeftcoreError(f"'{output}' exists already. Give a new folder: --output FOLDER")
+        raise PeftcoreError(f"'{output}' exists already. Pass a new folder: --output FOLDER")
     from peftcore.cli import models, tasks
 
     task, base = models.adapter_task(adapter, labels), models.base_of(adapter, model)
@@ -40,7 +40,7 @@ def merge(
     loaded = models.load_model(base, task.task, dtype=dtype, device=device, labels=task.labels, quantize=quantize)
     models.load_adapter(loaded, adapter)
     models.merge_adapter(loaded, untie=untie, quantize=quantize, dtype=dtype, device=device)
-    if models.has_tokenizer(adapter) and loaded.can_generate():  # its answers may end by another token
+    if models.has_tokenizer(adapter) and loaded.can_generate():  # its answers may end with another token
         loaded.generation_config.eos_token_id = tasks.ends(loaded, tokenizer)
     try:
         loaded.save_pretrained(output, max_shard_size=shard_size)

@@ -1,4 +1,4 @@
-"""`peftcore methods`: the installed methods, which of them work on a model, and the fields of one's config."""
+"""`peftcore methods`: the installed methods, which of them work on a model, and the fields of a method's config."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ EXAMPLES = (
 
 def methods(
     name: Annotated[
-        str | None, typer.Argument(help="Show this method's fields.", autocompletion=completion.methods)
+        str | None, typer.Argument(help="Method whose fields to show.", autocompletion=completion.methods)
     ] = None,
     for_: Annotated[
         str | None,
-        typer.Option("--for", metavar="MODEL", help="What each trains on this model, or why it cannot."),
+        typer.Option(
+            "--for", metavar="MODEL", help="Model to try every method on, showing what each trains or why it cannot."
+        ),
     ] = None,
     task: options.Task = None,
 ) -> None:
-    """List the installed methods, those that work on a model, or with a name the fields that --set can give."""
+    """List the installed methods, those that work on a model, or the fields of one for --set."""
     from peftcore.registry import registry
 
     if name is not None and for_ is not None:
-        fail(f"--for tries every method: leave out '{name}', or see what it does to a model with `peftcore plan`")
+        fail(f"--for tries every method. Leave out '{name}', or use `peftcore plan` for a single method")
     if name is None:
         found = {method.name: method for plugin in registry.plugins() for method in plugin.methods}
         if not found:
@@ -59,7 +61,7 @@ def methods(
 
 
 def _tried(folder: str, task: str | None, names: list[str]) -> Iterator[tuple[str, str, str, str]]:
-    """Of each method with its defaults: parameters and bytes that it would train, or the error that says why not."""
+    """Yield each method's trainable parameters and bytes with its defaults, or the error."""
     import peftcore
     from peftcore.cli import data, models
     from peftcore.engine.summary import megabytes

@@ -1,4 +1,4 @@
-"""`peftcore new-plugin`: a complete package of a method, which installs, passes its test and trains at once."""
+"""`peftcore new-plugin`: write the package of a new method, which installs, passes its test, and trains."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EXAMPLES = ("peftcore new-plugin gain --kind around",)
 
 
 class Kind(str, Enum):
-    """Which placement the new method uses."""
+    """Placement of the new method."""
 
     around = "around"
     after = "after"
@@ -28,9 +28,9 @@ class Kind(str, Enum):
 
 
 def new_plugin(
-    name: Annotated[str, typer.Argument(help="The method's name: small letters, digits and hyphens.")],
-    kind: Annotated[Kind, typer.Option("--kind", help="What the method places.")] = Kind.around,
-    folder: Annotated[Path, typer.Option("--folder", help="Where the package's folder is made.")] = Path("."),
+    name: Annotated[str, typer.Argument(help="Name of the method: lowercase letters, digits and hyphens.")],
+    kind: Annotated[Kind, typer.Option("--kind", help="Placement of the method.")] = Kind.around,
+    folder: Annotated[Path, typer.Option("--folder", help="Folder to create the package in.")] = Path("."),
 ) -> None:
     """Write the package of a new method: pyproject.toml, README.md, a module and its test."""
     package = write(name, kind.value, folder)
@@ -43,13 +43,13 @@ def write(name: str, kind: str, folder: Path) -> Path:
     """Write the package `peftcore-NAME` to `folder`, and return its folder.
 
     Raises:
-        PeftcoreError: the name cannot be a method's, or the folder is there already.
+        PeftcoreError: the name is not valid, or the folder exists.
     """
     if not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise PeftcoreError(f"a method's name has small letters, digits and single hyphens, found '{name}'")
+        raise PeftcoreError(f"a method's name must be lowercase letters, digits and single hyphens, found '{name}'")
     package = folder / f"peftcore-{name}"
     if package.exists():
-        raise PeftcoreError(f"'{package}' is there already. Choose another name or folder")
+        raise PeftcoreError(f"'{package}' exists already. Choose another name or folder")
     module = f"peftcore_{name.replace('-', '_')}"
     words = {
         "name": name,

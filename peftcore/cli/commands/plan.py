@@ -1,4 +1,4 @@
-"""`peftcore plan`: what a method would place on a model, and what it would weigh; no weight is loaded."""
+"""`peftcore plan`: what a method would place on a model, and its memory, without loading weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peftcore.cli.settings import RunOptions, Settings
 
 EXAMPLES = ("peftcore plan -m MODEL --method METHOD --set FIELD=VALUE --full",)
 
-# Options of `train` that change what a step takes.
+# Options of `train` that change a step's memory or time.
 _OPTIONS = (
     "batch_size",
     "grad_accum",
@@ -31,13 +31,15 @@ def plan(
     method: options.MethodName = None,
     fields: options.Fields = None,
     task: options.Task = None,
-    labels: Annotated[str | None, typer.Option(help="For classification: the labels, separated by commas.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Labels of a classifier, separated by commas.")] = None,
     given: Annotated[RunOptions, _OPTIONS],
     ranks: options.Ranks = 1,
-    device: Annotated[str, typer.Option(help="cpu, this machine, or a card: t4, rtx4090, a100, h100, ...")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Device: cpu (this machine), or a GPU: t4, rtx4090, a100, h100, ...")
+    ] = "cpu",
     full: Annotated[bool, typer.Option("--full", help="List every placement.")] = False,
 ) -> None:
-    """Show what would be trained, before anything is, and what a step of training would take."""
+    """Show what would be trained, and what a training step would need, before training."""
     import peftcore
     from peftcore.cli import data, forecast, models
     from peftcore.engine.summary import megabytes
@@ -72,7 +74,7 @@ def plan(
         )
         say(f"\n{found}")
     except NotFollowed as error:
-        say(f"\nwhat a step takes is not predicted: {error}")
+        say(f"\nmemory and time of a step are not predicted: {error}")
     if full:
         table(
             ((path, kind, f"{count:,}", megabytes(size)) for path, kind, count, size in planned.rows),

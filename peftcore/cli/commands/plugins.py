@@ -1,4 +1,4 @@
-"""`peftcore plugins`: what is installed, what it offers, and what is broken and why."""
+"""`peftcore plugins`: installed plugins, what they provide, and errors of broken ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def plugins() -> None:
     """List the installed plugins; broken ones with the reason."""
     from peftcore.registry import STRICT, registry
 
-    # The list shows what is broken; it must not break of it.
+    # The list shows broken plugins and must not fail because of them.
     strict = os.environ.pop(STRICT, None)
     try:
         with warnings.catch_warnings():

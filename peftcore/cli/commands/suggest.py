@@ -1,4 +1,4 @@
-"""`peftcore suggest`: which ways of training fit into a memory, and how long each takes; no weight is loaded."""
+"""`peftcore suggest`: ways of training that fit into a memory budget, and their times; no weights are loaded."""
 
 from __future__ import annotations
 
@@ -20,23 +20,29 @@ EXAMPLES = (
 def suggest(
     model: options.Model,
     memory: Annotated[
-        str | None, typer.Option(help="Such as 24GB; default the device's, of this machine what is free.")
+        str | None,
+        typer.Option(help="Memory budget, such as 24GB; default: the device's, or what is free on this machine."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, this machine, or a card: t4, rtx4090, a100, h100, ...")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Device: cpu (this machine), or a GPU: t4, rtx4090, a100, h100, ...")
+    ] = "cpu",
     method: Annotated[
-        list[str] | None, typer.Option("--method", help="Repeatable; default those installed that have a rank.")
+        list[str] | None,
+        typer.Option("--method", help="Method to consider. Repeatable; default: installed methods with a rank."),
     ] = None,
-    rank: Annotated[list[int] | None, typer.Option("--rank", min=1, help="Repeatable; default 16.")] = None,
+    rank: Annotated[
+        list[int] | None, typer.Option("--rank", min=1, help="Rank to consider. Repeatable; default: 16.")
+    ] = None,
     *,
     task: options.Task = None,
-    labels: Annotated[str | None, typer.Option(help="For classification: the labels, separated by commas.")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="How many there are, for the time of an epoch.")] = 1000,
+    labels: Annotated[str | None, typer.Option(help="Labels of a classifier, separated by commas.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Number of training examples, for the time of an epoch.")] = 1000,
     given: Annotated[RunOptions, ("max_length", "dtype", "precision", "parallel")],
     ranks: options.Ranks = 1,
 ) -> None:
-    """Look for ways to train a model in so much memory, and print the commands for them.
+    """Suggest ways to train a model within a memory budget, and print the commands for them.
 
-    Each way is a step of training that was run without memory. Times on cards are guesses from their data sheets.
+    Each way is a training step that was simulated without memory. Times on GPUs are estimates from data sheets.
     """
     import peftcore
     from peftcore.cli import data, forecast, models

@@ -1,4 +1,4 @@
-"""`peftcore train`: an adapter from a model and a file of examples."""
+"""`peftcore train`: train an adapter from a model and a file of examples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EXAMPLES = (
 def train(
     context: typer.Context,
     data: options.Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run; the adapter lies in it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the run and its adapter.")],
     *,
     model: options.MaybeModel = None,
     config: options.Config = None,
@@ -37,27 +37,31 @@ def train(
     method: options.MethodName = None,
     fields: options.Fields = None,
     given: RunOptions,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on exactly from the newest whole checkpoint.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew where a run lies.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue exactly from the latest complete checkpoint.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start again, replacing the run in --output.")] = False,
     fit: Annotated[
         bool,
-        typer.Option("--fit", help="Choose batch, checkpointing and optimizer so that it fits into what is free."),
+        typer.Option("--fit", help="Choose batch size, checkpointing and optimizer to fit into free memory."),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Go on where memory will not be enough, as it is predicted.")
+        bool, typer.Option("--force", help="Train even if the predicted memory is not available.")
     ] = False,
     display: Display,
 ) -> None:
     """Fine-tune a model on a file of examples.
 
     Language modelling learns from {"text": ...}, from {"prompt": ..., "completion": ...} (only the completion is
-    learned) or from conversations {"messages": [{"role": ..., "content": ...}, ...]} (only the assistant's turns are,
-    through the tokenizer's chat template). {"text": ..., "label": ...} is classification, regression where labels are
-    numbers that are not all whole, and multi-label where they are lists. {"prompt": ..., "chosen": ..., "rejected":
-    ...}, texts or messages, is learned by DPO, with the frozen base as the reference.
+    learned),
+    or from conversations {"messages": [{"role": ..., "content": ...}, ...]} (only the assistant's turns are learned,
+    through the tokenizer's chat template). {"text": ..., "label": ...} is classification, regression if labels are
+    numbers
+    that are not all whole, and multi-label if they are lists. {"prompt": ..., "chosen": ..., "rejected": ...}, texts or
+    messages, is learned by DPO, with the frozen base as the reference.
 
-    With --adapter training goes on from an adapter that is there, of this or another library, on its base and with its
-    method; what it is compared with, before and in DPO, is that adapter as it was.
+    With --adapter training starts from an existing adapter, of this or another library, with its base and method; the
+    initial adapter is what results are compared with, also in DPO.
     """
     from peftcore.cli import data as examples
     from peftcore.cli import models, warm_start
@@ -69,24 +73,29 @@ def train(
     names = parsed_columns(given.columns)
     if adapter is None:
         if model is None:
-            raise PeftcoreError("name a model (--model MODEL), or an adapter to go on from (--adapter FOLDER)")
+            raise PeftcoreError(
+                "nothing to train. Pass a model (--model MODEL), or an adapter to start from (--adapter FOLDER)"
+            )
         if given.labels is not None:
-            raise PeftcoreError("--labels names those of an adapter's outputs (--adapter); a new one has the examples'")
+            raise PeftcoreError(
+                "--labels names the outputs of an existing adapter (--adapter); a new one takes "
+                "them from the examples. Leave it out"
+            )
         start, task = None, task or examples.guess_task(data, names)
     else:
         start = warm_start.start_of(adapter, output, model=model, method=method, labels=given.labels)
         task = start.task_of(task, data, names)
     examples.check_task(task)
     if display.sample is not None and task in examples.LABELLED:
-        raise PeftcoreError("--sample is a prompt for a language model; a classifier writes nothing")
+        raise PeftcoreError("--sample is a prompt for a language model; a classifier writes no text. Leave it out")
     if given.pack and task != examples.LANGUAGE_MODEL:
-        raise PeftcoreError(f"--pack is for causal-lm; {task} has one answer for a whole row")
+        raise PeftcoreError(f"--pack is for causal-lm, found task {task}. Leave it out")
     if given.beta is not None and (task != examples.PREFERENCES or given.beta <= 0):
-        raise PeftcoreError(f"--beta is of --task dpo, and above 0; found {given.beta:g} for {task}")
+        raise PeftcoreError(f"--beta is for --task dpo and must be above 0, found {given.beta:g} for {task}")
     if given.epochs <= 0 or (given.lr is not None and given.lr <= 0):
         raise PeftcoreError(f"--lr and --epochs must be above 0, found {given.lr} and {given.epochs:g}")
     for file in filter(None, (data, given.eval_data)):
-        examples.read_rows(file, task, names)  # wrong lines show before anything is loaded
+        examples.read_rows(file, task, names)  # show wrong lines before anything is loaded
     require("transformers", "accelerate", "matplotlib", "psutil")
     if task == examples.PREFERENCES:
         require("trl", extra="dpo")
@@ -133,7 +142,7 @@ def train(
             force=force,
         )
     except training.Stopped as stopped:
-        say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To go on:\n  {command(resume=True)}", "bold")
+        say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To continue:\n  {command(resume=True)}", "bold")
         torchrun.leave()
         raise typer.Exit(130) from None
     if ranks.rank() == 0:
@@ -142,7 +151,7 @@ def train(
 
 
 def _show(settings: Settings, result: Result, output: Path) -> None:
-    """Print the result, and write `report.html` and, for programs, `result.json`."""
+    """Print the result, and write `report.html` and `result.json`."""
     from peftcore.cli import memory_picture, metrics, training_report, versions
 
     said = result.predicted
@@ -151,7 +160,7 @@ def _show(settings: Settings, result: Result, output: Path) -> None:
     confusion: list[tuple[str, Any]] = []
     if result.after.confusion is not None:
         cells = metrics.confusion_rows(result.after.confusion, result.labels)
-        confusion = [("Answers (across) to each label (down), after training", cells)]
+        confusion = [("Answers (across) for each label (down), after training", cells)]
     (output / "result.json").write_text(json.dumps(result.to_json(), indent=2) + "\n", encoding="utf-8")
     rows = metrics.rows(result.before, result.after)
     training_report.write(
@@ -191,9 +200,9 @@ def _facts(result: Result) -> list[tuple[str, str]]:
     return [
         ("trainable parameters", f"{trainable:,} of {base:,} ({share(trainable, base)})"),
         ("adapter", f"{result.adapter} ({megabytes(result.adapter_bytes)})"),
-        ("examples", f"{result.train_rows:,} to train, {result.eval_rows:,} held out"),
+        ("examples", f"{result.train_rows:,} for training, {result.eval_rows:,} held out"),
         ("steps", f"{result.steps:,}"),
-        ("time", f"{result.seconds:.0f} s, of it {result.training_seconds:.0f} s in training steps"),
+        ("time", f"{result.seconds:.0f} s, {result.training_seconds:.0f} s of them in training steps"),
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s"),
         *((f"peak {name}", gigabytes(count)) for name, count in result.peak.items()),
         *_predicted(result),

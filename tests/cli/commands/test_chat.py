@@ -66,9 +66,9 @@ def test_chat_answers_with_the_adapter_or_the_base(trained: Path, run: Run, monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name an adapter (--adapter FOLDER), a model (--model MODEL), or both"),
-        (["--adapter", "{run}", "--adapter", "{run}"], "two adapters would be called 'run'"),
-        (["--adapter", "base={run}"], "two adapters would be called 'base'"),
+        ([], "Pass an adapter (--adapter FOLDER), a model (--model MODEL), or both"),
+        (["--adapter", "{run}", "--adapter", "{run}"], "two adapters have the name 'run'"),
+        (["--adapter", "base={run}"], "two adapters have the name 'base'"),
         (["--model", "{llama}"], "has no chat template to turn messages into text"),
     ],
 )

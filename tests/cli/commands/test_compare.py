@@ -64,7 +64,7 @@ def test_rows_failures_and_what_is_kept(
     assert sum(int(cell) for row in answers for cell in row.split("|")[2:-1]) == 32, "sixteen examples, two seeds"
     assert (output / "runs" / "lora r=2" / "seed-0" / "adapter" / "adapter_model.safetensors").exists()
 
-    assert "holds a comparison already. --resume keeps what is finished" in run(*arguments, *methods, code=1).output
+    assert "already contains a comparison. Use --resume" in run(*arguments, *methods, code=1).output
     in_this_process.clear()
     run(*arguments, "--method", "lora r=2 lr=1e-2", "--method", "bitfit", "--no-full", "--seeds", 2, "--resume")
     assert in_this_process == ["bitfit/seed-0", "bitfit/seed-1"]
@@ -125,11 +125,11 @@ def test_a_search_tries_the_same_rates_for_all_and_chooses_by_examples_that_none
 @pytest.mark.parametrize(
     ("search", "methods", "message"),
     [
-        ("r=4,8", None, "--search tries learning rates, as lr=1e-4,1e-3; found 'r=4,8'"),
-        ("lr=fast", None, "takes different numbers above 0, found 'fast'"),
-        ("lr=", None, "takes different numbers above 0, found ''"),
-        ("lr=1e-3,nan", None, "takes different numbers above 0, found '1e-3,nan'"),
-        ("lr=1e-3,0.001", None, "takes different numbers above 0, found '1e-3,0.001'"),
+        ("r=4,8", None, "--search must be learning rates such as lr=1e-4,1e-3, found 'r=4,8'"),
+        ("lr=fast", None, "must be different numbers above 0, found 'fast'"),
+        ("lr=", None, "must be different numbers above 0, found ''"),
+        ("lr=1e-3,nan", None, "must be different numbers above 0, found '1e-3,nan'"),
+        ("lr=1e-3,0.001", None, "must be different numbers above 0, found '1e-3,0.001'"),
         ("lr=1e-3", ["lora r=4", "ia3 lr=1e-2"], "leave out the rate of --method 'ia3 lr=1e-2'"),
     ],
 )
@@ -169,7 +169,7 @@ def test_what_a_language_model_forgets(
     assert f" | {after - before:+.3f} | yes |" in table and table.count(" | no |") == 1
     assert f'other_data = "{other}"' in (output / "compare.toml").read_text(), "a repeated comparison measures it, too"
     classes = ("compare", "-m", llama, "-d", labelled, "-o", tmp_path / "no", "--other-data", other)
-    assert "--other-data is of language models" in run(*classes, code=1).output
+    assert "--other-data is for causal-lm" in run(*classes, code=1).output
 
 
 def test_a_cut_off_comparison_goes_on(
@@ -259,10 +259,10 @@ def test_every_installed_method_and_the_whole_model_by_default() -> None:
         (["lorra"], "no PEFT method 'lorra' is installed"),
         (["lora rank=4"], "LoraConfig has no field 'rank'"),
         (["lora r=four"], "'r' takes a whole number, found 'four'"),
-        (["lora lr=fast"], "lr takes a number above 0, found 'fast'"),
-        (["lora lr=-1"], "lr takes a number above 0, found '-1'"),
+        (["lora lr=fast"], "lr must be a number above 0, found 'fast'"),
+        (["lora lr=-1"], "lr must be a number above 0, found '-1'"),
         (["lora r=4", "lora r=4"], "'lora r=4 lr=0.001' is given twice"),
-        (["full r=4"], "the whole model has no field but lr, found 'r=4'"),
+        (["full r=4"], "full fine-tuning has no field but lr, found 'r=4'"),
         (["lora 'r=4"], "expected 'NAME FIELD=VALUE ...' .No closing quotation"),
         ([""], "expected 'NAME FIELD=VALUE ...'"),
     ],

@@ -43,14 +43,14 @@ def test_each_kind_passes_the_suite(kind: str, tmp_path: Path, monkeypatch) -> N
 
 @pytest.mark.parametrize("name", ["Gain", "two--hyphens", "9lives", "a.b", "../x", "-x", ""])
 def test_names_that_no_method_can_have(name: str, tmp_path: Path) -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="small letters, digits and single hyphens"):
+    with pytest.raises(peftcore.PeftcoreError, match="lowercase letters, digits and single hyphens"):
         write(name, "around", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "peftcore-gain").mkdir()
-    with pytest.raises(peftcore.PeftcoreError, match="is there already"):
+    with pytest.raises(peftcore.PeftcoreError, match="exists already"):
         write("gain", "around", tmp_path)
 
 
