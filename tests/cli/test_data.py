@@ -117,7 +117,7 @@ def test_labels() -> None:
     assert data.labels_of(rows) == ["9", "10"]
     assert data.targets(rows, ["9", "10"]) == [1, 0, 0]
     assert data.labels_of([Row("f", "t", label=label) for label in ("pos", "neg")]) == ["neg", "pos"]
-    with pytest.raises(PeftcoreError, match=r"f:0: the label '10' is unknown"):
+    with pytest.raises(PeftcoreError, match=r"f:0: label '10' is unknown"):
         data.targets(rows, ["9", "11"])
     with pytest.raises(PeftcoreError, match=r"every example has the label {'9'}; a classifier needs at least two"):
         data.labels_of(rows[1:])

@@ -68,7 +68,7 @@ def test_targets(tmp_path: Path) -> None:
     rows = data.read_rows(file_of(tmp_path, ["b", "a"], [], ["c"], name="labels"), MULTI_LABEL)
     assert data.labels_of(rows) == ["a", "b", "c"]
     assert data.targets(rows, ["a", "b", "c"]) == [(1.0, 1.0, 0.0), (0.0, 0.0, 0.0), (0.0, 0.0, 1.0)]
-    with pytest.raises(PeftcoreError, match=r":3: the label 'c' is unknown"):
+    with pytest.raises(PeftcoreError, match=r":3: label 'c' is unknown"):
         data.targets(rows, ["a", "b"])
     rows = data.read_rows(file_of(tmp_path, 1.5, 2), REGRESSION)
     assert data.labels_of(rows) == [] and data.targets(rows, []) == [1.5, 2.0]

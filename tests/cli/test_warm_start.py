@@ -148,7 +148,7 @@ def test_a_classifier_keeps_its_labels(run: Run, bert: Path, labelled: Path, tmp
     assert found["before"] == pytest.approx(result_of(tmp_path / "a")["after"]) and found["labels"] == ["down", "up"]
     strange = write_jsonl(tmp_path / "strange.jsonl", [{"text": "a", "label": "upp"}] * 2)
     error = run("train", "-a", tmp_path / "a", "-d", strange, "-o", tmp_path / "c", code=1).output
-    assert "the label 'upp' is unknown (nearest: 'up'). The model knows: down, up" in error
+    assert "label 'upp' is unknown (nearest: 'up'). The model knows: down, up" in error
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # read by peft

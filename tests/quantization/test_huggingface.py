@@ -192,7 +192,7 @@ def test_another_quantization_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"quant_type": "int4"}, "no 4-bit type"),
+        ({"quant_type": "int4"}, "is not known"),
         ({"blocksize": 3}, "a power of two"),
         ({"compute_dtype": "int8"}, "compute_dtype must be one of"),
     ],

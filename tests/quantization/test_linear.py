@@ -191,14 +191,14 @@ def broken(change):
         (lambda s, f: f.update(blocksize=64.5), r"blocksize must be a power of two from 32 to 4096, found 64\.5"),
         (lambda s, f: f.update(blocksize=None), "blocksize must be a power of two"),
         (lambda s, f: f.update(quant_type="fp4"), "has quant_type='fp4' in 'quant_state.bitsandbytes__nf4'"),
-        (lambda s, f: f.update(quant_type=["nf4"]), "no 4-bit type"),
+        (lambda s, f: f.update(quant_type=["nf4"]), "is not known"),
         (lambda s, f: f.update(shape=["48", 128]), r"has shape=\['48', 128\], which is not the shape"),
         (lambda s, f: f.update(shape=[-48, -128]), "which is not the shape"),
         (lambda s, f: f.update(shape=6144), "has shape=6144"),
-        (lambda s, f: s.update({"weight.absmax": s["weight.absmax"].view(2, 48)}), r"torch.uint8 \[2, 48\], where"),
-        (lambda s, f: s.update({"weight.quant_map": s["weight.quant_map"].view(4, 4)}), r"\[4, 4\], where .* \[16\]"),
-        (lambda s, f: s.update({"weight": s["weight"].view(1536, 2)}), r"has bytes torch.uint8 \[1536, 2\], where"),
-        (lambda s, f: s.update({"weight": s["weight"].view(-1)}), r"has bytes torch.uint8 \[3072\], where"),
+        (lambda s, f: s.update({"weight.absmax": s["weight.absmax"].view(2, 48)}), r"torch.uint8 \[2, 48\], expected"),
+        (lambda s, f: s.update({"weight.quant_map": s["weight.quant_map"].view(4, 4)}), r"\[4, 4\], expected .* \[16\]"),
+        (lambda s, f: s.update({"weight": s["weight"].view(1536, 2)}), r"has bytes torch.uint8 \[1536, 2\], expected"),
+        (lambda s, f: s.update({"weight": s["weight"].view(-1)}), r"has bytes torch.uint8 \[3072\], expected"),
         (
             lambda s, f: s.update({"weight": s["weight"].view(-1).view(torch.int32).view(-1, 1)}),
             "has bytes torch.int32",
@@ -207,7 +207,7 @@ def broken(change):
         (lambda s, f: s["weight.nested_absmax"].fill_(torch.inf), "NaN or Inf in 'nested_absmax'"),
         (
             lambda s, f: s.update({"weight": torch.ones(48, 127)}),
-            r"has bytes torch.float32 \[48, 127\], where torch.uint8",
+            r"has bytes torch.float32 \[48, 127\], expected torch.uint8",
         ),
     ],
 )

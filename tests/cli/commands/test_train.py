@@ -126,7 +126,7 @@ def test_classifier_end_to_end(run: Run, bert: Path, labelled: Path, tmp_path: P
 
     strange = write_jsonl(tmp_path / "strange.jsonl", [{"text": "a", "label": "up"}, {"text": "a", "label": "upp"}])
     error = run("eval", "--adapter", output / "adapter", "-d", strange, code=1).output
-    assert f"{strange}:2: the label 'upp' is unknown (nearest: 'up')" in error
+    assert f"{strange}:2: label 'upp' is unknown (nearest: 'up')" in error
     assert "The model knows: down, up" in error
 
 
