@@ -160,7 +160,11 @@ def test_conversations(fields: dict[str, object], learned_from: int, tmp_path: P
         ({"messages": [{"content": "hi"}]}, r"messages\[0\] must be"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, r"messages\[0\] has content in parts"),
         ({"messages": [{"role": "user", "content": None}]}, r"messages\[0\] has no text"),
-        ({"conversations": [{"from": "bot", "value": "hi"}]}, r"conversations\[0\] is from 'bot'; known are human"),
+        (
+            {"conversations": [{"from": "bot", "value": "hi"}]},
+            r"conversations\[0\] is from "
+            r"'bot', expected one of human",
+        ),
         ({"messages": MESSAGES, "tools": "{"}, "'tools' is not JSON"),
         ({"messages": MESSAGES, "tools": {}}, "'tools' must be a list, found dict"),
     ],

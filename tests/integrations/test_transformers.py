@@ -188,7 +188,7 @@ def test_a_save_that_fails_leaves_no_complete_checkpoint(
     monkeypatch.setattr(run, "_save_rng_state", killed)
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    with pytest.warns(UserWarning, match="was cut off"):
+    with pytest.warns(UserWarning, match="is incomplete"):
         assert latest_checkpoint(tmp_path) is None
 
 
@@ -200,7 +200,7 @@ def test_it_goes_on_from_the_newest_whole_checkpoint(toys: None, tmp_path: Path)
     again = trainer(resumed, tmp_path / "run")
     with pytest.raises(peftcore.CheckpointError, match=r"checkpoint-4' is incomplete .*optimizer.pt has 7 of"):
         again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-4"))
-    with pytest.warns(UserWarning, match="checkpoint-4' was cut off"):
+    with pytest.warns(UserWarning, match="checkpoint-4' is incomplete"):
         again.train(resume_from_checkpoint=True)
     assert all(torch.equal(a, b) for a, b in zip(values(whole), values(resumed), strict=True))
     nothing = trainer(peftcore.apply(tiny.llama(), "around"), tmp_path / "nothing")
@@ -258,7 +258,7 @@ def test_the_limit_of_checkpoints_counts_whole_ones(
     monkeypatch.setattr(run, "_save_rng_state", killed)
     with pytest.raises(KeyboardInterrupt):
         run.train()
-    with pytest.warns(UserWarning, match="checkpoint-4' was cut off"):
+    with pytest.warns(UserWarning, match="checkpoint-4' is incomplete"):
         assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 

@@ -149,7 +149,9 @@ def test_weights_that_the_model_changes_in_place_are_left_alone() -> None:
     assert {path.rpartition(".")[2] for path in rewritten(instances.build("Gemma3nTextModel"))} == {"prediction_coefs"}
     with pytest.raises(peftcore.PeftcoreError, match="would not be changed with the layer: code of RwkvModel"):
         peftcore.apply(model, "lora", target_modules=["attention.output"])
-    with pytest.warns(UserWarning, match="'blocks.0.attention.output' and 3 more, since code of RwkvModel changes its"):
+    with pytest.warns(
+        UserWarning, match="'blocks.0.attention.output' and 3 more, because code of RwkvModel changes its"
+    ):
         peftcore.quantize(model)
     assert not {path for path, _ in quantized_layers(model)} & parts
     peftcore.apply(model, "lora", target_modules="all-linear")

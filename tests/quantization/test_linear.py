@@ -178,7 +178,7 @@ def broken(change):
         (lambda s, f: f.update(shape=[128, 48]), r"has shape \[128, 48\], but the layer needs \[48, 128\]"),
         (lambda s, f: f.update(blocksize=48), "blocksize must be a power of two from 32 to 4096, found 48"),
         (lambda s, f: f.update(quant_type="nf5"), "quant_type='nf5' is not known"),
-        (lambda s, f: f.update(dtype="float8"), "has dtype='float8', where float32, float16, bfloat16 are known"),
+        (lambda s, f: f.update(dtype="float8"), "has dtype='float8', expected one of float32, float16, bfloat16"),
         (lambda s, f: f.update(dtype=["float32"]), "has dtype="),
         (lambda s, f: f.update(nested_offset=float("nan")), "it holds NaN, which is no number of JSON"),
         (lambda s, f: f.update(nested_offset=10**400), "has nested_offset=1000"),
@@ -196,7 +196,11 @@ def broken(change):
         (lambda s, f: f.update(shape=[-48, -128]), "which is not the shape"),
         (lambda s, f: f.update(shape=6144), "has shape=6144"),
         (lambda s, f: s.update({"weight.absmax": s["weight.absmax"].view(2, 48)}), r"torch.uint8 \[2, 48\], expected"),
-        (lambda s, f: s.update({"weight.quant_map": s["weight.quant_map"].view(4, 4)}), r"\[4, 4\], expected .* \[16\]"),
+        (
+            lambda s, f: s.update({"weight.quant_map": s["weight.quant_map"].view(4, 4)}),
+            r"\[4, "
+            r"4\], expected .* \[16\]",
+        ),
         (lambda s, f: s.update({"weight": s["weight"].view(1536, 2)}), r"has bytes torch.uint8 \[1536, 2\], expected"),
         (lambda s, f: s.update({"weight": s["weight"].view(-1)}), r"has bytes torch.uint8 \[3072\], expected"),
         (
