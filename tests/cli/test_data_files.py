@@ -115,7 +115,7 @@ def test_thousands_of_columns_take_time_by_their_number_alone(tmp_path: Path) ->
     assert [len(fields) for _, fields in records(str(path))] == [20_000]
     with pytest.raises(PeftcoreError, match=r"found column0, column1, .*column19, \.\.\.\. If they have other"):
         data.read_rows(path, LANGUAGE_MODEL)
-    with pytest.raises(PeftcoreError, match=r"which is not there \(nearest: 'column7"):
+    with pytest.raises(PeftcoreError, match=r"which does not exist \(nearest: 'column7"):
         data.read_rows(path, LANGUAGE_MODEL, {"text": "colum7"})
     path.write_text(",".join(names) + "\n")
     with pytest.raises(PeftcoreError, match=r"here column0, .*column19, \.\.\., and no line follows"):
