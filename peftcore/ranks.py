@@ -218,7 +218,7 @@ def of_whole(modules: Sequence[nn.Module], compute: Callable[[], Tensor | None],
     if any(id(leaf) not in here for leaf in _leaves(value)):
         raise PeftcoreError(
             f"the loss of {what} depends on a forward, not on its parameters alone, and they are sharded. Keep them "
-            "whole: peftcore.shard(model, adapters='replicate')"
+            "whole: peftcore.shard(model, adapter_placement='replicate')"
         )
     trained = [pair for pair in here.values() if pair[0].requires_grad]
     gradients = torch.autograd.grad(value, [leaf for leaf, _ in trained], allow_unused=True)

@@ -123,7 +123,7 @@ def against_one_process(case: str, how: str) -> tuple[float, float]:
         if how == "offload":
             peftcore.shard(spread, offload=True)
         else:
-            peftcore.shard(spread, adapters=how.partition(" ")[0])
+            peftcore.shard(spread, adapter_placement=how.partition(" ")[0])
         frozen = [p for p in bare.parameters() if not p.requires_grad and p.numel() > 1000]
         assert frozen and all(isinstance(p, DTensor) for p in frozen)
     if "checkpointing" in how:
@@ -147,7 +147,7 @@ def all_against_one_process(hows: list[str]) -> dict[str, tuple[float, float]]:
 def saved(case: str, how: str, folder: str) -> dict[str, Tensor]:
     """Save a sharded adapter, and load it again onto the sharded base it came from."""
     found = adapted(case)
-    peftcore.shard(found, adapters=how)
+    peftcore.shard(found, adapter_placement=how)
     optimizer = optimizer_of(found)
     step(found, mine(), optimizer)
     wanted = values(found)
@@ -207,8 +207,8 @@ def refused() -> list[str]:
     calls = [
         lambda: peftcore.merge(found),
         lambda: peftcore.remove(adapted_root),
-        lambda: peftcore.shard(found, adapters="both"),
-        lambda: peftcore.shard(peftcore.apply(base, "lora"), adapters="shard"),
+        lambda: peftcore.shard(found, adapter_placement="both"),
+        lambda: peftcore.shard(peftcore.apply(base, "lora"), adapter_placement="shard"),
         lambda: peftcore.apply(base, "lora", adapter="other", modules_to_save=["norm"]),
     ]
     adapted_root = peftcore.shard(peftcore.apply(model().model, "prompt-tuning", num_virtual_tokens=2))
@@ -231,7 +231,7 @@ def curve(how: str, folder: str, begin: int, end: int, case: str = "lora") -> li
     if how == "ddp":
         spread = nn.parallel.DistributedDataParallel(found)
     elif how != "alone":
-        peftcore.shard(found, adapters=how)
+        peftcore.shard(found, adapter_placement=how)
     optimizer = optimizer_of(found)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
     state = {"training": peftcore.TrainingState(spread, optimizer, scheduler=scheduler)}
@@ -291,7 +291,7 @@ def saving(pipe: Any, folder: str) -> None:
         with torch.no_grad():
             for _, parameter in adapter_parameters(found, "default"):
                 parameter.fill_(value)
-        pair.append(peftcore.shard(found, adapters="shard"))
+        pair.append(peftcore.shard(found, adapter_placement="shard"))
     peftcore.save(pair[0], folder)
     pipe.send_bytes(b"ready")
     while True:
@@ -334,7 +334,7 @@ def reference(how: str) -> tuple[float, float] | str:
     from peftcore.integrations.reference import Reference
 
     found = adapted("lora")
-    peftcore.shard(found, adapters=how)
+    peftcore.shard(found, adapter_placement=how)
     optimizer = optimizer_of(found)
     step(found, mine(), optimizer)
 

@@ -57,7 +57,7 @@ def against_one_process(method: str, how: str) -> tuple[float, ...] | str:
         case ["ddp"]:
             spread = nn.parallel.DistributedDataParallel(spread)
         case [adapters, *keeping]:
-            peftcore.shard(spread, adapters=adapters, reshard_after_forward=not keeping)
+            peftcore.shard(spread, adapter_placement=adapters, reshard_after_forward=not keeping)
     found = []
     for _ in range(2):
         (rank_work.loss(alone, rank_work.TOKENS) + peftcore.extra_loss(alone)).backward()
@@ -94,7 +94,7 @@ def awakened(how: str, trained_before: bool) -> float:
         peftcore.activate(found, "default")
         return found
 
-    alone, spread = two(), peftcore.shard(two(), adapters=how)
+    alone, spread = two(), peftcore.shard(two(), adapter_placement=how)
     if trained_before:
         rank_work.loss(spread, rank_work.mine()).backward()
     for found in (alone, spread):

@@ -29,6 +29,7 @@ from peftcore.engine.scaling import set_multiplier
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import CheckpointError, PeftcoreError
 from peftcore.events import adapters_wanted
+from peftcore.method import Model
 from peftcore.observation import left_as_it_is
 from peftcore.targets.patterns import limited
 
@@ -98,17 +99,21 @@ def rest(
 
 
 @engine.exclusive("limit adapters that rest on disk", base=True)
-def set_resident_limit(model: nn.Module, limit: int | None) -> None:
-    """Let the adapters that were loaded with `resident=False` take at most `limit` bytes of memory at a time.
+def set_resident_limit(model: Model, limit: int | None) -> Model:
+    """Limit the memory of adapters loaded with `resident=False` to `limit` bytes.
 
-    Those that were not used for longest go first; one that acts never goes. Adapters that were loaded without it, or
-    applied, and those that were changed since they came, are not counted.
+    The least recently used adapters are dropped first, active adapters never. Other adapters, and those changed since
+    they were read, are not counted.
 
     Args:
-        limit: bytes; None, as at first: all that were asked for stay.
+        model: the model the adapters are on.
+        limit: bytes; None, the default, for no limit.
+
+    Returns:
+        The model.
 
     Raises:
-        PeftcoreError: those that act now take more, or no adapter is on the model.
+        PeftcoreError: the active adapters exceed the limit, or the model has no adapters.
     """
     state = engine.require_state(model)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
@@ -120,6 +125,7 @@ def set_resident_limit(model: nn.Module, limit: int | None) -> None:
     except BaseException:
         state.limit = before
         raise
+    return model
 
 
 @limited()

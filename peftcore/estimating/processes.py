@@ -81,7 +81,7 @@ class Shards(Alone):
         options = {} if isinstance(step.shard, bool) else dict(step.shard)
         self.ranks = step.ranks
         self.reshards = options.get("reshard_after_forward", True)
-        self.averaged, whole = divided(model, options.get("adapters", "replicate"))
+        self.averaged, whole = divided(model, options.get("adapter_placement", "replicate"))
         self.nothing = torch.empty((), device="meta")
         self.last: Tensor | None = None  # the message of the forward's last gather, which the next one gives back
         self.reduced: list[Tensor] = []  # the messages of gradients that are under way

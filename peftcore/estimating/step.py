@@ -11,7 +11,7 @@ from peftcore.errors import PeftcoreError, nearest
 MIXED = ("bf16", "fp16")
 LOSSES = ("sft", "dpo", "kto")
 CHECKPOINTING = ("reentrant", "non-reentrant")
-_OF_SHARD = {"adapters": ("replicate", "shard"), "reshard_after_forward": (True, False)}
+_OF_SHARD = {"adapter_placement": ("replicate", "shard"), "reshard_after_forward": (True, False)}
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class Reference:
         if any(map(ranks.is_part, tensors.values())):
             raise PeftcoreError(
                 "adapters cannot be kept as a reference because they are sharded. Replicate them: "
-                "peftcore.shard(model, adapters='replicate')"
+                "peftcore.shard(model, adapter_placement='replicate')"
             )
         self.kept: dict[str, Tensor] | None = None
         if ranks.is_sharded(model) or not all(changes_nothing(model, name) for name in self.active):

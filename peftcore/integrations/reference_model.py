@@ -200,7 +200,8 @@ def refuse_wrapped(trainer: Any) -> None:
     if reference_of(trainer) is not None and wrapped:
         raise PeftcoreError(
             f"{type(trainer).__name__} would shard the reference separately ({wrapped[0]}), although it shares "
-            "its weights with the model. Shard the model first with peftcore.shard(model, adapters='replicate') "
+            "its weights with the model. Shard the model first with peftcore.shard(model, "
+            "adapter_placement='replicate') "
             f"and start without {wrapped[0]}, or pass a separate model: ref_model=..."
         )
 

@@ -111,7 +111,7 @@ def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any)
         if any(ranks.is_dtensor(p) for p in model.parameters() if p.requires_grad):
             raise PeftcoreError(
                 "Trainer keeps the optimizer's state on rank 0 and cannot keep that of sharded adapters. "
-                "Replicate them: peftcore.shard(model, adapters='replicate')"
+                "Replicate them: peftcore.shard(model, adapter_placement='replicate')"
             )
         # Models that transformers shards are neither wrapped nor moved; replicated adapters' state can be saved.
         trainer.is_distributed_loading_by_transformers = True

@@ -37,7 +37,7 @@ def shard(
     model: Model,
     mesh: DeviceMesh | None = None,
     *,
-    adapters: Literal["replicate", "shard"] = "replicate",
+    adapter_placement: Literal["replicate", "shard"] = "replicate",
     mixed_precision: MixedPrecisionPolicy | None = None,
     offload: bool = False,
     reshard_after_forward: bool = True,
@@ -46,9 +46,8 @@ def shard(
 
     Args:
         mesh: a `DeviceMesh` of one dimension, or of two for replicas of shards; None: all ranks.
-        adapters: `replicate` keeps them whole on every rank, as plain parameters that any optimizer takes and any
-            number of ranks resumes; `shard` divides them, too, where they are large. What blocks share stays
-            whole.
+        adapter_placement: "replicate" keeps adapters whole on every rank, as plain parameters for any optimizer and any
+            number of ranks to resume; "shard" also shards large adapters. Parameters that blocks share stay whole.
         mixed_precision: a `torch.distributed.fsdp.MixedPrecisionPolicy`. 4-bit weights keep their bytes.
         offload: keep the shards in the host's memory (`CPUOffloadPolicy`).
         reshard_after_forward: give a block's whole weights back before the backward pass needs them again.
@@ -62,16 +61,20 @@ def shard(
     """
     from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    if adapters not in CHOICES:
-        raise PeftcoreError(f"adapters must be one of {', '.join(CHOICES)}, found {adapters!r}")
+    if adapter_placement not in CHOICES:
+        raise PeftcoreError(f"adapter_placement must be one of {', '.join(CHOICES)}, found {adapter_placement!r}")
     check_running()
     state = state_of(model)
     if state is not None and state.merged is not None:
         raise PeftcoreError("adapters are merged into the base. Shard after peftcore.unmerge, or a plain merged model")
     check_ranks(model)
-    if adapters == "shard" and isinstance(model, FSDPModule) and not all(map(ranks.is_part, _of_adapters(model))):
+    if (
+        adapter_placement == "shard"
+        and isinstance(model, FSDPModule)
+        and not all(map(ranks.is_part, _of_adapters(model)))
+    ):
         raise PeftcoreError("the base is sharded already: adapters that come afterwards can only be replicated")
-    replicated, whole = divided(model, adapters)
+    replicated, whole = divided(model, adapter_placement)
     give_adapters(model)
     if not isinstance(model, FSDPModule):
         options: dict[str, Any] = {
@@ -127,14 +130,14 @@ def check_ranks(model: nn.Module) -> None:
     ranks.agree(facts, "adapters")
 
 
-def divided(model: nn.Module, adapters: str) -> tuple[list[nn.Parameter], set[nn.Parameter]]:
+def divided(model: nn.Module, adapter_placement: str) -> tuple[list[nn.Parameter], set[nn.Parameter]]:
     """(adapters' parameters that are replicated, all that is on no shard): the rest of the model is sharded.
 
     What a trained parameter has replaced takes no part in any forward: to gather it would be idle work.
     """
     between = _between_blocks(model)
     plain = [p for p in _of_adapters(model) if not ranks.is_part(p)]
-    replicated = [p for p in plain if adapters == "replicate" or p in between]
+    replicated = [p for p in plain if adapter_placement == "replicate" or p in between]
     return replicated, {*_aside(model), *between, *replicated}
 
 
@@ -169,7 +172,7 @@ def refuse_between_blocks(model: nn.Module) -> None:
             raise PeftcoreError(
                 f"'{adapter}' ({entry.method}) trains '{name}' in several blocks, which FSDP2 as accelerate sets it up "
                 "cannot shard. Leave fsdp out of the arguments, and shard before Trainer is made: "
-                "peftcore.shard(model, adapters='replicate')"
+                "peftcore.shard(model, adapter_placement='replicate')"
             )
 
 

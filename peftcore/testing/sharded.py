@@ -76,7 +76,7 @@ def _work(folder: str, config: Any, family: str, adapters: Shards) -> None:
     inputs = case.inputs(rows=2 * COUNT)
     mine = {name: each.chunk(COUNT)[ranks.rank()] for name, each in inputs.items()}
     alone, spread = case.model().train(), case.model().train()
-    peftcore.shard(spread, adapters=adapters)
+    peftcore.shard(spread, adapter_placement=adapters)
     for model, batch in ((alone, inputs), (spread, mine)):
         (loss_of(model, batch) + peftcore.extra_loss(model)).backward()
         torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, foreach=False).step()

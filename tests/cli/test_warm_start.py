@@ -102,7 +102,7 @@ def test_resume_goes_on_with_such_a_run_too(run: Run, first: Path, more: Path, t
         (("--method", "ia3"), "'ia3' reads peft_type 'IA3'"),
         (("--set", "r=8"), "--set r=8 contradicts the adapter in"),
         (("--set", "target_modules=q_proj"), "which has target_modules="),
-        (("--task", "classification"), "is for causal-lm, and --task classification is another"),
+        (("--task", "classification"), "is for causal-lm, and --task classification is different"),
         (("--model", "{other}"), "was trained on another base: the values of"),
         (("--output", "{first}"), "--resume without --adapter; to train its adapter on new data"),
         (("--output", "{first}", "--overwrite"), "--resume without --adapter; to train its adapter on new data"),

@@ -157,7 +157,7 @@ def test_draws_nothing() -> None:
             "shard is True .FSDP2., False .DDP., or a dict of arguments of .* found .full.",
         ),
         ({"shard": {"adapter": "shard"}}, "shard: 'adapter' is not followed. .*nearest: 'adapters'"),
-        ({"shard": {"adapters": "both"}}, "shard: adapters is one of .* found 'both'"),
+        ({"shard": {"adapter_placement": "both"}}, "shard: adapter_placement is one of .* found 'both'"),
         ({"mixed_precision": "fp8"}, "mixed_precision is None or one of bf16, fp16, found 'fp8'"),
         ({"loss": "dpp"}, "loss is None or one of sft, dpo, kto, found 'dpp' .nearest: 'dpo'"),
         ({"quantize": "int3"}, "quant_type='int3' is not known"),

@@ -20,11 +20,11 @@ CASES: dict[str, tuple[Any, Step, dict[str, Any]]] = {
     "ddp, checkpointing": ("lora", Step(**ON_TWO, gradient_checkpointing=True), {}),
     "ddp, two batches": ("lora", Step(**ON_TWO, gradient_accumulation=2), {}),
     "fsdp2": ("lora", Step(**ON_TWO, shard=True), {}),
-    "fsdp2, adapters in shards": ("lora", Step(**ON_TWO, shard={"adapters": "shard"}), {}),
+    "fsdp2, adapters in shards": ("lora", Step(**ON_TWO, shard={"adapter_placement": "shard"}), {}),
     "fsdp2, whole until the backward": ("lora", Step(**ON_TWO, shard={"reshard_after_forward": False}), {}),
     "fsdp2, checkpointing": ("lora", Step(**ON_TWO, shard=True, gradient_checkpointing=True), {}),
     "fsdp2, older checkpointing": ("lora", Step(**ON_TWO, shard=True, gradient_checkpointing="reentrant"), {}),
-    "fsdp2, two batches": ("lora", Step(**ON_TWO, shard={"adapters": "shard"}, gradient_accumulation=2), {}),
+    "fsdp2, two batches": ("lora", Step(**ON_TWO, shard={"adapter_placement": "shard"}, gradient_accumulation=2), {}),
     "fsdp2, 4 bits": ("lora", Step(**ON_TWO, shard=True), {"quantize": "nf4"}),
     "fsdp2, every parameter": (None, Step(**ON_TWO, shard=True), {}),
 }

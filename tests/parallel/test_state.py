@@ -72,7 +72,7 @@ def test_what_a_sharded_model_refuses() -> None:
         merging, removing, wrong, late, trained = told
         assert merging.startswith("cannot merge: the model is sharded")
         assert removing.startswith("cannot remove 'default': the model is sharded")
-        assert wrong == "adapters must be one of replicate, shard, found 'both'"
+        assert wrong == "adapter_placement must be one of replicate, shard, found 'both'"
         assert late.startswith("the base is sharded already")
         assert trained.endswith("is sharded and cannot be trained from here on. Apply first, then shard")
 

@@ -36,7 +36,7 @@ def train_and_keep(folder: Path) -> None:
     assert_type(peftcore.merge_error(net), dict[str, float])
     assert_type(peftcore.unmerge(peftcore.merge(net)), Net)
     assert_type(peftcore.remove(net), Net)
-    assert_type(peftcore.shard(net, adapters="shard"), Net)
+    assert_type(peftcore.shard(net, adapter_placement="shard"), Net)
     optimizer = peftcore.optim.PagedAdamW8bit(net.parameters(), lr=1e-3)
     assert_type(optimizer, peftcore.optim.PagedAdamW8bit)
 
@@ -77,7 +77,7 @@ def wrong(net: Net) -> None:
     peftcore.apply(net, "lora", adapter=1)  # E: incompatible type "int"; expected "str"
     peftcore.save(net)  # E: Missing positional argument "path"
     peftcore.load(net, "folder", trainable="no")  # E: incompatible type "str"; expected "bool | None"
-    peftcore.shard(net, adapters="both")  # E: incompatible type "Literal['both']"
+    peftcore.shard(net, adapter_placement="both")  # E: incompatible type "Literal['both']"
     Around("path", 3)  # E: incompatible type "int"; expected Module
     LoraConfig(r="8")  # E: incompatible type "str"; expected "int"
     LoraConfig(bias="some")  # E: incompatible type "Literal['some']"

@@ -130,7 +130,7 @@ def test_a_search_tries_the_same_rates_for_all_and_chooses_by_examples_that_none
         ("lr=", None, "must be different numbers above 0, found ''"),
         ("lr=1e-3,nan", None, "must be different numbers above 0, found '1e-3,nan'"),
         ("lr=1e-3,0.001", None, "must be different numbers above 0, found '1e-3,0.001'"),
-        ("lr=1e-3", ["lora r=4", "ia3 lr=1e-2"], "leave out the rate of --method 'ia3 lr=1e-2'"),
+        ("lr=1e-3", ["lora r=4", "ia3 lr=1e-2"], "Leave out the rate of --method 'ia3 lr=1e-2'"),
     ],
 )
 def test_wrong_searches(search: str, methods: list[str] | None, message: str) -> None:
