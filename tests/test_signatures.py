@@ -1,12 +1,14 @@
-"""Signatures that a reader can hold: few parameters, and none that repeats another's."""
+"""Signatures that a reader can remember: few parameters, none repeated, and public functions that agree."""
 
 import ast
+import inspect
 import re
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import pytest
 import torch
 
 import peftcore.ops
@@ -151,3 +153,62 @@ def test_no_signature_repeats_another() -> None:
 
 def test_a_weight_has_three_types() -> None:
     assert weight_types(ROOT) <= WEIGHT_TYPES
+
+
+FUNCTIONS = {name: value for name in peftcore.__all__ if inspect.isfunction(value := getattr(peftcore, name))}
+WITHOUT_MODEL = {"load_sharded", "methods"}  # the first makes a model; the other asks about the installation
+CHANGE_THE_MODEL = {
+    *("activate", "apply", "combine", "dequantize", "load", "merge", "quantize", "remove", "scale"),
+    *("set_resident_limit", "set_state_dict", "shard", "unmerge"),
+}
+REPORTS = {
+    "estimate": "Estimate",
+    "plan": "Plan",
+    "suggest": "Suggestion",
+    "summary": "Summary",
+    "merge_error": "dict[str, float]",
+    "convert": "dict[str, float]",
+    "save": "Path",
+    "export": "Path",
+    "after_step": "None",
+}
+# What an argument is about, by its name: each is text, of the same annotation wherever it is named so.
+SUBJECTS = {"method", "adapter", "adapters", "source", "path"}
+POSITIONAL = {
+    *("model", *SUBJECTS),
+    *("quant_type", "dtype", "mesh", "factor", "limit"),  # the value that the function sets
+    *("step", "total_steps", "lr", "weight_decay"),  # numbers of a training loop
+}
+MISNAMED = {"name", "names", "adapter_name", "layout", "to", "kind", "type", "target", "folder"}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_public_functions_follow_the_conventions(name: str) -> None:  # docs/conventions.md
+    signature = inspect.signature(FUNCTIONS[name])
+    parameters = list(signature.parameters.values())
+    by_position = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if name not in WITHOUT_MODEL:
+        assert by_position[0] == "model"
+    assert set(by_position) <= POSITIONAL and len(by_position) <= 3, "other options go by keyword"
+    assert not [each for each in by_position[2:] if each in SUBJECTS - {"source"}], "what the call is about is second"
+    assert not MISNAMED & signature.parameters.keys()
+    if name in CHANGE_THE_MODEL:
+        assert signature.return_annotation == parameters[0].annotation  # the type that was given
+    elif name in REPORTS:
+        assert signature.return_annotation == REPORTS[name]
+
+
+def test_the_conventions_name_functions_that_exist() -> None:
+    text = (ROOT / "docs" / "conventions.md").read_text()
+    named = set(re.findall(r"`([a-z_]+)`", text)) & {*CHANGE_THE_MODEL, *REPORTS}
+    assert named == {*CHANGE_THE_MODEL, *REPORTS} and named <= FUNCTIONS.keys()
+
+
+@pytest.mark.parametrize("argument", ["adapter", "format"])
+def test_arguments_of_one_name_have_one_type(argument: str) -> None:
+    found: dict[Any, list[str]] = {}
+    for name, function in FUNCTIONS.items():
+        parameter = inspect.signature(function).parameters.get(argument)
+        if parameter is not None:
+            found.setdefault(str(parameter.annotation).removesuffix(" | None"), []).append(name)
+    assert found.keys() == {"str"}
