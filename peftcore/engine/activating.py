@@ -25,11 +25,11 @@ from peftcore.engine.samples import (
 from peftcore.engine.state import (
     State,
     applied,
-    intact,
     modules_with,
     refuse_changed,
     refuse_merged,
     require_state,
+    unchanged,
 )
 from peftcore.engine.trained import TrainedParameters, hold_of_last, unmoved_buffers
 from peftcore.errors import PeftcoreError
@@ -38,23 +38,29 @@ from peftcore.method import Model
 
 
 @exclusive("activate adapters", base=True)
-def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample: bool = False) -> None:
-    """Activate the adapters `names`, in this order, and make them trainable; deactivate and freeze all others.
+def activate(model: Model, adapters: str | Sequence[str | None], *, per_sample: bool = False) -> Model:
+    """Activate `adapters`, in this order, and make them trainable; deactivate and freeze all others.
 
     Adapters on disk (`load(..., resident=False)`) are read, and others leave memory if `set_resident_limit` requires
     it.
 
     Args:
-        per_sample: `names` has an adapter, or None, for each sample of a batch, and each sample passes through its
-            own. The batch, dimension 0 of every input, must then be as long as `names`; `generate` may repeat samples
-            for beams and for several answers. For inference: the fused operator is used without gradients.
+        model: the model the adapters are on.
+        adapters: name or names of adapters; an empty list for the base alone. With `per_sample`, an adapter or None
+            for each sample of a batch.
+        per_sample: pass each sample through its own adapter. The batch, dimension 0 of every input, must be as long as
+            `adapters`; `generate` may repeat samples for beams and for several answers. For inference: the fused
+            operator is used without gradients.
+
+    Returns:
+        The model.
 
     Raises:
         PeftcoreError: a name is unknown, two adapters train the same parameter, or the model is merged. With
             per_sample, an adapter acts on a whole batch: prompts, prefixes and parameters of the base.
     """
     state = require_state(model)
-    given = _names(names, per_sample)
+    given = _names(adapters, per_sample)
     chosen = tuple(name for name in given if name is not None)
     if per_sample:
         chosen = tuple(dict.fromkeys(chosen))
@@ -75,6 +81,7 @@ def activate(model: nn.Module, names: str | Sequence[str | None], *, per_sample:
     else:
         refuse_shared(state, chosen)
     set_active(model, chosen, given if per_sample else None)
+    return model
 
 
 @contextmanager
@@ -187,7 +194,7 @@ def _let_act(
     model: nn.Module, state: State, acting: Sequence[str], touched: Sequence[str] | None, *, same_base: bool
 ) -> None:
     """Build the chains of the modules to which adapters `touched` are attached, or of all modules if None."""
-    known = intact(model, state)
+    known = unchanged(model, state)
     modules: Iterable[nn.Module]
     if touched is None:
         modules = _all_modules(model, state)
@@ -202,7 +209,7 @@ def _let_act(
 
 def _let_samples_choose(model: nn.Module, state: State) -> None:
     """Make all modules look up each sample's adapter when they are called."""
-    known = intact(model, state)
+    known = unchanged(model, state)
     if known is not None and known.per_sample:
         return
     observe_rows(model, state)
@@ -215,8 +222,8 @@ def _let_samples_choose(model: nn.Module, state: State) -> None:
 
 def _all_modules(model: nn.Module, state: State) -> list[nn.Module]:
     """Return the modules to which adapters are attached."""
-    if state.intact is not None:
-        return list(state.intact.modules.values())
+    if state.snapshot is not None:
+        return list(state.snapshot.modules.values())
     return list(dict.fromkeys(module for name in state.applied for _, module in modules_with(model, state, name)))
 
 

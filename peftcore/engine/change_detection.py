@@ -20,7 +20,7 @@ from peftcore.engine.changes import Site, changes
 _shape = attrgetter("shape")
 
 
-class Intact:
+class Snapshot:
     """Snapshot of the modules that have adapters, while they are unchanged.
 
     Args:
@@ -46,15 +46,15 @@ class Intact:
         self._kinds, self._shapes = self._facts()
 
     @staticmethod
-    def of(model: nn.Module, sites: Mapping[str, Site], lock: ModelLock) -> Intact | None:
+    def of(model: nn.Module, sites: Mapping[str, Site], lock: ModelLock) -> Snapshot | None:
         """Return a snapshot of the modules `sites`; None if one has changed or is not found by its path."""
         modules = {path: _at(model, path) for path in sites}
         found = {path: module for path, module in modules.items() if module is not None}
         if not sites or len(found) < len(sites) or next(changes(model, sites.items(), lock), None) is not None:
             return None
-        return Intact(model, sites, found, lock)
+        return Snapshot(model, sites, found, lock)
 
-    def still(self, sites: Mapping[str, Site]) -> bool:
+    def matches(self, sites: Mapping[str, Site]) -> bool:
         """Return whether `sites` are exactly these modules, unchanged, and no parameter of the base is trained."""
         return (
             len(sites) == len(self.sites)

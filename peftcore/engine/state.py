@@ -12,8 +12,8 @@ from torch import nn
 from peftcore.adaptation import adapted
 from peftcore.adaptation.adapted import TRAINED
 from peftcore.adaptation.concurrency import ModelLock
+from peftcore.engine.change_detection import Snapshot
 from peftcore.engine.changes import Site, changes, changes_of_trained, standing
-from peftcore.engine.intact import Intact
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.events import adapters_wanted
@@ -80,10 +80,10 @@ class State:
     own_parameters: list[tuple[str, str]] = field(default_factory=list)  # (path, adapter) of `OwnParameters`
     resting: dict[str, Any] = field(default_factory=dict)  # `checkpoint.resident.Resting` by name, most recent last
     limit: int | None = None  # bytes of adapters of `resting` that may be in memory
-    intact: Intact | None = None  # snapshot of `sites` when they were last unchanged
+    snapshot: Snapshot | None = None  # snapshot of `sites` when they were last unchanged
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "intact": None}  # a copy has other modules
+        return {**self.__dict__, "snapshot": None}  # a copy has other modules
 
 
 def state_of(model: nn.Module) -> State | None:
@@ -171,7 +171,7 @@ def changed(model: nn.Module) -> dict[str, str]:
 def refuse_changed(model: nn.Module) -> None:
     """Raise a PeftcoreError if modules with adapters were replaced, resized or parametrized since `apply`."""
     state = require_state(model)
-    if intact(model, state) is not None:
+    if unchanged(model, state) is not None:
         return
     anything = next(changes(model, state.sites.items(), state.lock, shapes=state.merged is None), None)
     for name in state.applied:
@@ -188,13 +188,13 @@ def refuse_changed(model: nn.Module) -> None:
             )
 
 
-def intact(model: nn.Module, state: State) -> Intact | None:
+def unchanged(model: nn.Module, state: State) -> Snapshot | None:
     """Return the snapshot of the modules with adapters; None if one changed or an adapter owns base parameters."""
-    if state.intact is None or not state.intact.still(state.sites):
-        state.intact = None
+    if state.snapshot is None or not state.snapshot.matches(state.sites):
+        state.snapshot = None
         if TRAINED not in model._modules and state.merged is None:
-            state.intact = Intact.of(model, state.sites, state.lock)
-    return state.intact
+            state.snapshot = Snapshot.of(model, state.sites, state.lock)
+    return state.snapshot
 
 
 def changes_of(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, str]]:
@@ -206,8 +206,8 @@ def changes_of(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[s
 
 def modules_with(model: nn.Module, state: State, adapter: str) -> Iterator[tuple[str, nn.Module]]:
     """Return (path, module) for each module to which `adapter` is still attached."""
-    if state.intact is not None and state.intact.still(state.sites):
-        return ((path, state.intact.modules[path]) for path in state.applied[adapter].paths)
+    if state.snapshot is not None and state.snapshot.matches(state.sites):
+        return ((path, state.snapshot.modules[path]) for path in state.applied[adapter].paths)
     return standing(model, adapter, state.applied[adapter].paths, state.lock)
 
 
