@@ -55,15 +55,15 @@ def test_no_part_is_lost(tmp_path: Path) -> None:
     peftcore.save(pipe.components, tmp_path / "a", layout="diffusers")
     for layout in ("diffusers", "kohya"):
         with pytest.raises(
-            peftcore.CheckpointError, match=r"holds text_encoder \(16 tensors\), too, which this would ov"
+            peftcore.CheckpointError, match=r"also contains text_encoder \(16 tensors\), which this would ov"
         ):
             peftcore.save(pipe.unet, tmp_path / "a", layout=layout)
     peftcore.save(pipe.components, tmp_path / "a", layout="kohya")
     peftcore.save(pipe.unet, tmp_path / "b")
-    with pytest.raises(peftcore.CheckpointError, match="holds an adapter in another layout"):
+    with pytest.raises(peftcore.CheckpointError, match="contains an adapter in another layout"):
         peftcore.save(pipe.unet, tmp_path / "b", layout="diffusers")
     shutil.copy(tmp_path / "a" / FILE, tmp_path / "b" / FILE)
-    with pytest.raises(peftcore.CheckpointError, match="holds two adapters"):
+    with pytest.raises(peftcore.CheckpointError, match="contains two adapters"):
         peftcore.load(pipeline("sd").unet, tmp_path / "b")
 
 
