@@ -1,4 +1,4 @@
-"""Save and load adapters: the whole, the config, the tensors, the base that they belong to, what PEFT makes of them."""
+"""Saving and loading of adapters: config, tensors, the fingerprint of the base, and compatibility with PEFT."""
 
 from peftcore.checkpoint.loading import load, restore
 from peftcore.checkpoint.reading import about, adapter_folder, method_of, own_fields, read

@@ -1,4 +1,4 @@
-"""The fields of `adapter_config.json` of an applied adapter."""
+"""Fields of the `adapter_config.json` of an applied adapter."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from peftcore.registry import registry
 
 
 def fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the fields of an applied adapter's `adapter_config.json`, those of its method that PEFT does not know).
+    """Return (fields of an applied adapter's `adapter_config.json`, fields of its method that PEFT does not know).
 
-    Of the latter only what is not the default. Where PEFT cannot read the file, a warning says so.
+    The latter contain only values that differ from the default. If PEFT cannot read the file, a warning says so.
     """
-    # asdict makes lists of tuples only at the encoder; JSON has no sets, tuples or dtypes.
+    # asdict keeps tuples, and JSON has no sets, tuples or dtypes.
     own_fields = dataclasses.asdict(scaled_config(model, adapter))
     with registry.naming(method.name, "write_config"):
         fields = method.state.write_config(own_fields)
@@ -46,12 +46,12 @@ def fields_of_config(model: nn.Module, method: Method, adapter: str) -> tuple[di
 
 
 def _as_json(value: Any) -> str | None:
-    """The text of a value on disk; None for what a dataclass has where there is no default."""
+    """Return the JSON text of a value, or None for a dataclass's marker of a missing default."""
     return None if isinstance(value, type(dataclasses.MISSING)) else json.dumps(value, sort_keys=True)
 
 
 def _task_type(model: nn.Module, adapter: str) -> str | None:
-    """PEFT's task type of an adapter."""
+    """Return PEFT's task type of an adapter."""
     entry = engine.applied(model, adapter)
     kinds = {type(placement) for placement in engine.placements(model, adapter)}
     placement = next((kind for kind in (SoftPrompt, PrefixKV) if kind in kinds), None)
@@ -77,9 +77,9 @@ def _task_type(model: nn.Module, adapter: str) -> str | None:
 
 
 def _is_tied_by_peft(model: nn.Module, adapter: str) -> bool:
-    """Does PEFT's `ensure_weight_tying` tie what this adapter trains tied? Else PEFT keeps equal weights, untied.
+    """Return whether PEFT's `ensure_weight_tying` ties what this adapter trains tied; if not, PEFT keeps equal copies.
 
-    It makes a linear layer without a bias of whatever is tied to the embedding.
+    PEFT turns whatever is tied to the embedding into a linear layer without a bias.
     """
     owned, embedding = TrainedParameters.of(model, adapter), detect(model).embedding
     groups = [slots for slots in owned.slots.values() if len(slots) > 1] if owned is not None else []

@@ -1,8 +1,8 @@
-"""A fingerprint of the base: the shapes of its tensors and a few of their values, so that an adapter is not loaded onto
-another model, or onto one with a head or rows of a vocabulary that were drawn anew.
+"""Fingerprint of the base: shapes and a few values of its tensors.
 
-Two dtypes of one model agree (values are compared within 2 %), another model of the same shape does not.
-Quantized weights, which have no values to sample, are passed over.
+It keeps an adapter from being loaded onto another model, or onto one with a re-initialised head or vocabulary. Two
+dtypes of one model match (values are compared within 2 %), another model of the same shape does not. Quantized weights,
+which have no values to sample, are skipped.
 
     {"version": 2, "tensors": {name: [shape, values]}}      values: 4 spread over the tensor and its last 4; none, if
                                                             the tensor was sharded and not among those chosen
@@ -31,9 +31,9 @@ _TOLERANCE = 0.02
 
 
 def fingerprint(tensors: dict[str, Tensor], important: Collection[str] = ()) -> str:
-    """JSON of the shapes and some values of all floating tensors.
+    """Return JSON with the shapes and some values of all floating-point tensors.
 
-    Where they are sharded it is collective, and has values of 16 of them and of the `important` ones, since each is
+    Collective if tensors are sharded; it then has values of 16 of them and of the `important` ones only, since each is
     gathered whole.
     """
     names = [name for name, t in tensors.items() if _has_values(t)]
@@ -48,10 +48,10 @@ def fingerprint(tensors: dict[str, Tensor], important: Collection[str] = ()) -> 
 
 
 def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
-    """What shows that `tensors` are of another base than the fingerprint's, or None.
+    """Return how `tensors` differ from the base of the fingerprint, or None.
 
     Raises:
-        CheckpointError: it is no fingerprint.
+        CheckpointError: the fingerprint is invalid.
     """
     record = _parsed(expected)
     positions_of = _positions if record["version"] == _VERSION else _positions_of_version_1
@@ -73,7 +73,7 @@ def difference(tensors: dict[str, Tensor], expected: str) -> str | None:
         sampled[name] = _sample(tensor, positions)
     for name, found in _as_lists(sampled):
         error = _error(found, record["tensors"][name][1])
-        if not error <= _TOLERANCE:  # NaN is no agreement
+        if not error <= _TOLERANCE:  # also for NaN
             return f"the values of '{name}' differ by {100 * error:.0f} %"
     return None
 
@@ -83,7 +83,7 @@ def _has_values(tensor: Tensor) -> bool:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    """{version, tensors: {name: [shape, values]}} of a fingerprint, which may come from a stranger's file."""
+    """Parse and check a fingerprint, which may come from an untrusted file."""
     try:
         record = json.loads(text)
         if not isinstance(record.get("version"), int):
@@ -95,14 +95,14 @@ def _parsed(text: str) -> dict[str, Any]:
         raise CheckpointError(f"the fingerprint of the base (peftcore_base) cannot be read: {error!r}") from error
     if record["version"] > _VERSION:
         raise CheckpointError(
-            f"the fingerprint of the base (peftcore_base) is of version {record['version']}, and this peftcore reads "
+            f"the fingerprint of the base (peftcore_base) has version {record['version']}, but this peftcore reads "
             f"{_VERSION}. Upgrade peftcore"
         )
     return {"version": record["version"], "tensors": tensors}
 
 
 def _error(found: list[float], wanted: list[float]) -> float:
-    """|found - wanted| / |wanted|; values that are infinite in both agree. As tensors they take ten times as long."""
+    """Return |found - wanted| / |wanted|; infinite values match each other. Tensors would take ten times as long."""
     away = math.hypot(*(0.0 if one == other else one - other for one, other in zip(found, wanted, strict=True)))
     return away / max(math.hypot(*filter(math.isfinite, wanted)), 1e-12)
 
@@ -118,14 +118,14 @@ def _positions_of_version_1(count: int) -> tuple[int, ...]:
 
 
 def _sample(tensor: Tensor, positions: tuple[int, ...]) -> Tensor:
-    """The values at those positions, on the tensor's device and in its dtype."""
+    """Return the values at those positions, on the tensor's device and in its dtype."""
     flat = ranks.whole(tensor).reshape(-1)
     index = _index(positions)
     return flat.index_select(0, index if flat.is_cpu else index.to(flat.device))
 
 
 def _as_lists(samples: dict[str, Tensor]) -> Iterator[tuple[str, list[float]]]:
-    """The values of each tensor; those of one dtype and device are fetched together."""
+    """Yield the values of each tensor; those of one dtype and device are fetched together."""
     kinds: dict[Any, list[str]] = {}
     for name, sample in samples.items():
         kinds.setdefault((sample.dtype, sample.device), []).append(name)
@@ -137,7 +137,7 @@ def _as_lists(samples: dict[str, Tensor]) -> Iterator[tuple[str, list[float]]]:
             yield name, values[begin:end]
 
 
-@lru_cache(1024)  # of layers that are alike
+@lru_cache(1024)  # many layers have the same size
 def _index(positions: tuple[int, ...]) -> Tensor:
     return torch.tensor(positions, dtype=torch.long, device="cpu")
 

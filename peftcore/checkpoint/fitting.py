@@ -1,4 +1,4 @@
-"""Whether the files of an adapter fit a model: what its config places there, of which base it is, what it brings."""
+"""Checks that an adapter's files fit a model: its placements, its base, and its tensors."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Content = tuple[Method, Any, dict[str, Tensor], dict[str, str]]  # what `reading
 
 
 def fitting(model: nn.Module, folder: Path, content: Content, check_base: bool) -> tuple[Placed, Any, float]:
-    """What a file's config places on `model`, on the meta device; that config, and the factor that `scale` had set.
+    """Return (placements of a file's config on the meta device, the config, the factor set by `scale`).
 
     Raises:
-        CheckpointError: it does not fit, or is of another base.
+        CheckpointError: the file does not fit, or belongs to another base.
     """
     method, config, tensors, metadata = content
     config, multiplier = without(method, config, metadata)
@@ -45,23 +45,23 @@ def fitting(model: nn.Module, folder: Path, content: Content, check_base: bool) 
 
 
 def fill_applied(model: nn.Module, adapter: str, folder: Path, content: Content) -> None:
-    """Give the applied `adapter` the values of a file."""
+    """Set the values of the applied `adapter` to those of a file."""
     fill(model, adapter, content[2], folder, partly_tied=ties_partly(content[3]))
 
 
 def config_on(
     model: nn.Module, method: Method, config: Any, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> Any:
-    """A file's config, of modules that are in `model` alone, with the heads that its tensors bring.
+    """Return a file's config, restricted to modules of `model`, with the heads that the file's tensors contain.
 
-    Others than ours do not mean experts by their names in `target_modules`.
+    In files of other libraries, names in `target_modules` do not select experts.
     """
     changes: dict[str, Any] = {
         name: drop_unmatched(model, value, experts="peftcore_version" in metadata)
         for name in ("target_modules", "modules_to_save", "exclude_modules")
         if isinstance(value := getattr(config, name, None), (list, tuple)) and value
     }
-    if hasattr(config, "modules_to_save"):  # None: no other heads than those that the file holds
+    if hasattr(config, "modules_to_save"):  # None would add heads that the file does not have
         named = changes.get("modules_to_save", config.modules_to_save) or []
         changes["modules_to_save"] = [*named, *_unnamed(model, method, named, tensors)]
     saved = changes.get("modules_to_save")
@@ -71,21 +71,21 @@ def config_on(
 
 
 def refuse_other_base(model: nn.Module, folder: Path, metadata: dict[str, str], call: str) -> None:
-    """Raise a CheckpointError if the file's fingerprint is of another base. `call`: what would take it all the same."""
+    """Raise a CheckpointError if the file's fingerprint is of another base; `call` loads it anyway, for the message."""
     why = difference(base_tensors(model), metadata["peftcore_base"]) if "peftcore_base" in metadata else None
     if why:
         raise CheckpointError(
-            f"'{folder}' was trained on another base: {why}. If each load of the base draws that anew (a head, "
-            "new rows of a vocabulary), have its module trained along: modules_to_save. "
-            f"To load it all the same: {call}, check_base=False)"
+            f"'{folder}' was trained on another base: {why}. If each load of the base re-initialises that (a head, new "
+            "rows of a vocabulary), train its module, too: modules_to_save=[...]. To load the adapter anyway: "
+            f"{call}, check_base=False)"
         )
 
 
 def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str, Tensor], folder: Path) -> Placed:
-    """What the config places, on the meta device.
+    """Return the placements of the config on the meta device.
 
     Raises:
-        CheckpointError: it cannot be applied, or asks for more numbers than the file holds.
+        CheckpointError: it cannot be applied, or needs more numbers than the file has.
     """
     try:
         with torch.device("meta"), Unfilled(), guarded(method, f"'{folder}'"):
@@ -98,15 +98,15 @@ def _check_fits(model: nn.Module, method: Method, config: Any, tensors: dict[str
     kept = (tensor for each in placed.around for tensor in own_tensors(each.adapter).values())
     wanted = sum(tensor.numel() for tensor in {id(tensor): tensor for tensor in kept}.values())  # shared ones once
     there = sum(tensor.numel() for tensor in tensors.values())
-    if wanted > 2 * there + 1_000_000:  # a small difference is named tensor by tensor
+    if wanted > 2 * there + 1_000_000:  # a small difference is reported tensor by tensor
         raise CheckpointError(
-            f"'{folder / CONFIG}' asks for an adapter of {wanted:,} numbers, '{TENSORS}' holds {there:,}"
+            f"'{folder / CONFIG}' needs an adapter of {wanted:,} numbers, but '{TENSORS}' has {there:,}"
         )
     return placed
 
 
 class Unfilled(TorchFunctionMode):
-    """Within the block nothing on the meta device is given values, which takes longer than to make it."""
+    """Mode that skips initialisation of meta tensors, which takes longer than making them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -126,7 +126,7 @@ _CONSTANTS = {torch.zeros, torch.ones}
 
 
 def brings_all(placed: Placed, tensors: Mapping[str, Tensor]) -> bool:
-    """Does a file hold every tensor of these adapters, so that they need no first values, and no second placing?"""
+    """Return whether a file has every tensor of these adapters, so that none must be initialised."""
     rules, brought = placed.method.state, set[int]()
     for placement in {id(each): each for placements in placed.placements.values() for each in placements}.values():
         for name, tensor in own_tensors(placement.adapter).items():
@@ -145,7 +145,7 @@ _OF_ANY_MODULE = nn.Module().__dict__.keys()
 
 
 def _is_plain(value: Any) -> bool:
-    """Is it no place for a tensor that nobody names?"""
+    """Return whether `value` cannot hide a tensor."""
     if isinstance(value, (list, tuple, set)):
         return all(map(_is_plain, value))
     if isinstance(value, dict):
@@ -154,7 +154,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _unnamed(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> list[str]:
-    """Heads, and modules that PEFT finds by the end of their path, that the file holds and its config does not name."""
+    """Return heads, and modules that PEFT finds by their suffix, that are in the file but not in its config."""
 
     def in_file(path: str) -> bool:
         names = [f"{path}.{name}" for name, _ in base_parameters(model.get_submodule(path))]

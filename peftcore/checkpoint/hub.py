@@ -1,4 +1,4 @@
-"""An adapter on Hugging Face's hub, `ORG/NAME`: the files that `load` reads, fetched into the hub's cache here."""
+"""Download of an adapter `ORG/NAME` from Hugging Face's hub into its cache."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _OWN = [CONFIG, TENSORS, MANIFEST]
 
 
 def folder_of(path: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The folder `path`; where there is none and it has the form of a hub's id, that of its files in the cache.
+    """Return the folder `path`, or the cache folder of the hub's adapter with this id if there is no such folder.
 
     Args:
-        revision: a branch, tag or commit of the hub's.
+        revision: branch, tag or commit on the hub.
 
     Raises:
-        CheckpointError: the hub does not give it, or a folder here is asked for a revision.
+        CheckpointError: the hub does not provide it, or a revision is given for a local folder.
     """
     folder = Path(path)
     if isinstance(path, str) and not os.path.lexists(folder) and _ID.fullmatch(path):
         return _fetched(path, revision)
     if revision is not None:
-        what = f"'{path}' is a folder here" if os.path.isdir(folder) else f"'{path}' is no id ORG/NAME of the hub"
-        raise CheckpointError(f"revision={revision!r} is one of an adapter on Hugging Face's hub, {what}. Leave it out")
+        what = f"'{path}' is a local folder" if os.path.isdir(folder) else f"'{path}' is not an id ORG/NAME of the hub"
+        raise CheckpointError(f"revision={revision!r} is for adapters on Hugging Face's hub, but {what}. Leave it out")
     return folder
 
 
@@ -42,14 +42,14 @@ def _fetched(name: str, revision: str | None) -> Path:
         folder = _fetch(name, revision, files) if files else folder
         if any(os.path.exists(folder / file) for file in files):
             return folder
-        raise CheckpointError(f"'{name}' on Hugging Face's hub holds no adapter: {CONFIG} is missing")
+        raise CheckpointError(f"'{name}' on Hugging Face's hub does not contain an adapter: {CONFIG} is missing")
     more = _more(folder)
-    # Both at once, so that a commit between the two is none between an adapter's files.
+    # Both in one call, so that no commit can come between an adapter's files.
     return _fetch(name, revision, [*_OWN, *more]) if more else folder
 
 
 def _more(folder: Path) -> list[str]:
-    """Files beside those of an adapter itself: of others that were saved together, or of another library's format."""
+    """Return further files: of adapters saved together, or of another library's format."""
     try:
         opened = Folder.opened(folder)
         if opened.manifest is not None:
@@ -58,7 +58,7 @@ def _more(folder: Path) -> list[str]:
             return [f"*/{CONFIG}", f"*/{TENSORS}"]
         if not opened.holds(TENSORS) and opened.holds(CONFIG):
             return [form.tensors for method in registry.methods().values() for form in method.state.foreign]
-    except CheckpointError:  # which reading it says in its own words
+    except CheckpointError:  # reading it raises the proper error
         pass
     return []
 
@@ -68,9 +68,9 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise CheckpointError(
-            f"there is no folder '{name}'. To fetch an adapter of this name from Hugging Face's hub the library "
-            "huggingface_hub is needed, which is not installed (it comes with transformers). Or give the folder into "
-            "which you have downloaded it"
+            f"there is no folder '{name}', and downloading an adapter of this name from Hugging Face's hub needs the "
+            "library huggingface_hub, which is not installed (it comes with transformers). Install it, or pass the "
+            "folder into which you have downloaded the adapter"
         ) from None
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(files)))
@@ -78,7 +78,7 @@ def _fetch(name: str, revision: str | None, files: Sequence[str]) -> Path:
         why = " ".join(str(error).split())
         of = f" (revision {revision!r})" if revision is not None else ""
         raise CheckpointError(
-            f"there is no folder '{name}', and Hugging Face's hub gives no adapter of this name{of}: "
-            f"{type(error).__name__}: {why[:400]}. A folder of yours is found by its whole path; to an adapter that is "
-            "private or gated the hub must know you; without a network only what is in its cache is there"
+            f"there is no folder '{name}', and Hugging Face's hub does not provide an adapter of this name{of}: "
+            f"{type(error).__name__}: {why[:400]}. Check the path if you mean a local folder; log in for a private or "
+            "gated adapter; without a network, only adapters in the cache can be loaded"
         ) from error

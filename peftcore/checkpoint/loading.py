@@ -1,4 +1,4 @@
-"""Load adapters strictly: what does not fit the model is an error."""
+"""Strict loading of adapters: what does not fit the model is an error."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ def load(
     revision: str | None = None,
     resident: bool = True,
 ) -> Models:
-    """Apply the adapter that lies in the folder `path`, or those that were saved there together.
+    """Apply the adapter in the folder `path`, or all adapters that were saved there together.
 
-    The folder was written here, by Hugging Face PEFT, or in a foreign format that a plugin reads. Where there is no
-    folder `path` it may be an id on Hugging Face's hub, `ORG/NAME`, whose files are fetched by huggingface_hub. It may
-    also be a single file for one model or several (`StateRules.files`), or its folder: a model is given its part.
+    The folder was written by peftcore, by Hugging Face PEFT, or in a foreign format that a plugin reads. If there is no
+    such folder, `path` may be an id on Hugging Face's hub, `ORG/NAME`, which huggingface_hub downloads. It may also be
+    a single file for one model or several (`StateRules.files`), or the folder of one; a model gets its part.
 
     Args:
-        model: or models by their names, such as `pipe.components`, each of which is given its part of such a file.
-        adapter: the name of the folder's own adapter on this model, `default` if left out. Adapters that were saved
-            together are all loaded if it is left out, under the names they had.
-        trainable: False freezes it. By default it trains, but with `resident=False`.
-        dtype: of its parameters, as for `apply`.
-        check_base: compare the fingerprint of the base that the adapter was trained on, where the file has one.
-        method: the installed method that reads it. Needed only where several may, and an error names them.
-        revision: a branch, tag or commit, on the hub.
+        model: the model, or models by name, such as `pipe.components`, each of which gets its part of a single file.
+        adapter: the name of the adapter on this model; by default `default`, or for adapters saved together all of
+            them, under their saved names.
+        trainable: whether it trains; by default True, except with `resident=False`.
+        dtype: dtype of its parameters, as in `apply`.
+        check_base: compare the fingerprint of the base that the adapter was trained on, if the file has one.
+        method: the installed method that reads it. Needed only if several can, which an error reports.
+        revision: branch, tag or commit on the hub.
         resident: if False, check that the adapter fits the model, then keep it on disk, frozen. It is read when
             `activate` or another function names it, and the least recently used is dropped when `set_resident_limit`
             is exceeded. The files must not change.
 
     Raises:
         PluginError: no installed method reads it, or several may and none is named.
-        CheckpointError: the files cannot be read, or do not fit the model. The model is then as it was.
+        CheckpointError: the files cannot be read, or do not fit the model, which is then unchanged.
     """
-    folder = folder_of(path, revision)  # which may take its time, in which the model may be called
+    folder = folder_of(path, revision)  # may take long, so outside the lock: the model can be called meanwhile
     if not resident:
         if not isinstance(model, nn.Module) or trainable:
             found = type(model).__name__
@@ -97,7 +97,7 @@ def _load_all(
     method: str | None,
     called: str | None = None,
 ) -> None:
-    engine.refuse_adapters_of_others(model)  # in which a file's names mean nothing
+    engine.refuse_adapters_of_others(model)  # where a file's names match nothing
     together, contents = adapter_files.read(folder, lambda opened: read_saved(opened, model, adapter, method, called))
     with left_as_it_is(model):
         before = engine.state_of(model)
@@ -106,7 +106,7 @@ def _load_all(
         try:
             for name, content in contents.items():
                 if together and engine.state_of(model):
-                    engine.activate(model, [])  # two that train one parameter may lie together
+                    engine.activate(model, [])  # two of them may train the same parameter
                 inside = adapter_folder(folder, name) if together else folder
                 _load(model, inside, content, name, dtype, check_base, trainable)
                 done.append(name)
@@ -122,7 +122,7 @@ def _load_all(
 
 @limited()
 def restore(model: nn.Module, path: str | os.PathLike[str], *, adapter: str = "default") -> None:
-    """Give the applied `adapter` the values that lie in the folder `path`, which must be of the same method."""
+    """Set the values of the applied `adapter` to those in the folder `path`, which must be of the same method."""
     folder = Path(path)
     entry = engine.applied(model, adapter)
     method, _, tensors, metadata = read(folder, model, applied=entry.method)

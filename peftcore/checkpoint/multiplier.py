@@ -1,5 +1,7 @@
-"""An adapter that `scale` has scaled, on disk: its config is that of the scaled one, which anyone reads, and the file's
-metadata has the factor and the fields that were there without it, from which `load` gives back both.
+"""Storage of the factor set by `scale`.
+
+The config on disk is that of the scaled adapter, which any library reads. The file's metadata has the factor and the
+fields without it, from which `load` restores both.
 
     {"multiplier": 0.5, "fields": {name: value without the factor}}
 """
@@ -22,7 +24,7 @@ MULTIPLIER = "peftcore_multiplier"
 
 
 def in_metadata(model: nn.Module, adapter: str) -> dict[str, str]:
-    """What the metadata say of an applied adapter's factor; nothing where it is 1."""
+    """Return the metadata for an applied adapter's factor; empty if it is 1."""
     entry = engine.applied(model, adapter)
     if entry.multiplier == 1.0:
         return {}
@@ -33,16 +35,16 @@ def in_metadata(model: nn.Module, adapter: str) -> dict[str, str]:
 
 
 def multiplier_in(metadata: dict[str, str]) -> float:
-    """The factor that metadata tell of, else 1.
+    """Return the factor in the metadata, or 1.
 
     Raises:
-        CheckpointError: it is no number.
+        CheckpointError: it is not a number.
     """
     return _parsed(metadata)[0]
 
 
 def without(method: Method, config: Any, metadata: dict[str, str]) -> tuple[Any, float]:
-    """(config without the factor, the factor), or the config as it is and 1 where it was changed since."""
+    """Return (config without the factor, factor), or the config as it is and 1 if it was edited."""
     multiplier, fields = _parsed(metadata)
     if multiplier == 1.0 or method.state.scaled is None:
         return config, 1.0

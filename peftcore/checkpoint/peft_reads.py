@@ -1,7 +1,7 @@
-"""What Hugging Face PEFT needs of a file: the task type under which it passes a call on to the model.
+"""Task type under which Hugging Face PEFT passes a call on to the model.
 
-PEFT wraps a model by the file's `task_type`. Each wrapper calls the model by names of its own, and only those
-of a task put prompts and prefixes in; without one PEFT computes the base.
+PEFT wraps a model by the file's `task_type`. Each wrapper passes its own argument names, and only wrappers with a task
+insert prompts and prefixes; without a task PEFT computes the base.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from peftcore.architecture import Architecture
 from peftcore.method import PrefixKV
 
 _TEXT = ("input_ids", "attention_mask", "inputs_embeds", "output_attentions", "output_hidden_states", "return_dict")
-# What a wrapper passes on beside these, whether the caller gives it or not.
+# Further arguments that a wrapper always passes on.
 _PASSED = {
     "CAUSAL_LM": ("labels",),
     "SEQ_2_SEQ_LM": ("labels", "decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds"),
@@ -27,10 +27,10 @@ _PASSED = {
 
 
 def task_type(model: nn.Module, architecture: Architecture, placement: type | None = None) -> str | None:
-    """The `task_type` with which PEFT computes what is computed here; None: without one.
+    """Return the `task_type` with which PEFT computes the same as peftcore; None: no task type.
 
     Args:
-        placement: SoftPrompt or PrefixKV, if the adapter is one. None then means that PEFT would compute the base.
+        placement: SoftPrompt or PrefixKV, if the adapter has one. None then means that PEFT would compute the base.
     """
     choices = [architecture.task_type]
     if placement is not None and architecture.task_type is None:
@@ -44,7 +44,7 @@ def task_type(model: nn.Module, architecture: Architecture, placement: type | No
 
 
 def _passes(model: nn.Module, task: str) -> bool:
-    """Does the model's forward take what PEFT's wrapper for `task` passes on?"""
+    """Return whether the model's forward accepts what PEFT's wrapper for `task` passes on."""
     arguments = inspect.signature(original_forward(model)).parameters
     takes_all = any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments.values())
     names = (*_TEXT, *_PASSED.get(task, ()))

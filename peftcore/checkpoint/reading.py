@@ -1,4 +1,4 @@
-"""What the folder of an adapter holds, or of several that were saved together; PEFT's, ours or another library's."""
+"""Reading of adapter folders written by peftcore, PEFT or another library, with one adapter or several."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from peftcore.targets.patterns import limited
 from peftcore.validation import shown
 
 TOGETHER = "peftcore_together"  # in a file's metadata: which adapters were saved with it
-METHOD = "peftcore_method"  # likewise: the method whose adapter it is
-OWN_FIELDS = "peftcore_fields"  # likewise: fields of the method's config that PEFT does not know
-TIED = "peftcore_tied"  # likewise: is what is tied in the base trained tied?
+METHOD = "peftcore_method"  # in the metadata: the adapter's method
+OWN_FIELDS = "peftcore_fields"  # in the metadata: fields of the method's config that PEFT does not know
+TIED = "peftcore_tied"  # in the metadata: whether parameters tied in the base are trained tied
 
 
 def adapter_folder(folder: Path, adapter: str) -> Path:
-    """Where an adapter lies in the folder of several, as in PEFT: `default` in it, others in folders of their name."""
+    """Return the folder of an adapter: `folder` itself for `default`, else a subfolder of its name, as in PEFT."""
     return folder / name_inside(adapter)
 
 
 def name_inside(adapter: str) -> str:
-    """The name of an adapter's folder in that of several; empty: it is that folder itself."""
+    """Return the name of an adapter's subfolder; empty for the folder itself."""
     return "" if adapter == "default" else adapter
 
 
@@ -39,11 +39,11 @@ def name_inside(adapter: str) -> str:
 def read(
     folder: Path, model: nn.Module, method: str | None = None, applied: str | None = None
 ) -> tuple[Method, Any, dict[str, Tensor], dict[str, str]]:
-    """(method, config, tensors by today's names, metadata) of an adapter folder.
+    """Return (method, config, tensors by today's names, metadata) of an adapter folder.
 
     Args:
-        method: that reads it; None: the one whose file it is.
-        applied: the method of the adapter that the file is for; it reads a file that names none, and that it may read.
+        method: the method that reads it; None: the method that wrote the file.
+        applied: the method of the adapter that the file is for, which reads files that name no method.
     """
     return adapter_files.read(folder, lambda opened: _read(opened, model, method, applied))
 
@@ -51,10 +51,10 @@ def read(
 def read_saved(
     opened: Folder, model: nn.Module, adapter: str | None, method: str | None = None, called: str | None = None
 ) -> tuple[dict[str, list[str]] | None, dict[str, Any]]:
-    """({adapters, active} of those that were saved together, or None; what each adapter's files hold).
+    """Return ({adapters, active} of adapters saved together, or None; the content of each).
 
     Args:
-        called: what the user calls the model, whose part is read of a file for several.
+        called: the user's name of the model, whose part of a file for several models is read.
     """
     together = _saved_together(opened) if adapter is None and opened.only is None else None
     if together is None:
@@ -63,7 +63,7 @@ def read_saved(
 
 
 def _saved_together(opened: Folder) -> dict[str, list[str]] | None:
-    """{adapters, active} of the adapters that were saved to a folder in one call, or None."""
+    """Return {adapters, active} of the adapters that were saved to a folder in one call, or None."""
     inside = [opened] if opened.holds(TENSORS) else map(opened.inside, opened.folders())
     text = next((text for each in inside if (text := each.metadata().get(TOGETHER))), None)
     if text is None:
@@ -75,13 +75,13 @@ def _saved_together(opened: Folder) -> dict[str, list[str]] | None:
         if not isinstance(names, list) or not isinstance(active, list):
             raise TypeError(f"adapters={names!r}, active={active!r}")
         if not names:
-            raise ValueError("it names none")
+            raise ValueError("no names are given")
         for name in (*names, *active):
             engine.check_name(name)  # it becomes a part of a path
         if not set(active) <= set(names) or len({*names}) < len(names) or len({*active}) < len(active):
-            raise ValueError(f"it lets {active} act, but holds {names}")
+            raise ValueError(f"{active} are active, but the folder has {names}")
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"'{folder}' does not say which adapters it holds ({TOGETHER}): {error}") from error
+        raise CheckpointError(f"the list of adapters in '{folder}' ({TOGETHER}) is invalid: {error}") from error
     return together if all(_of_several(opened, name).holds(TENSORS) for name in names) else None
 
 
@@ -107,7 +107,7 @@ def _read(
         tensors, metadata = opened.tensors()
         fields = opened.config()
         where = f"'{opened.path / CONFIG}'"
-    # torch compares no numbers of 8 bits with others; float32 holds them all.
+    # torch cannot compare 8-bit floats with others; float32 represents them all.
     tensors = {n: t.float() if t.is_floating_point() and t.dtype.itemsize == 1 else t for n, t in tensors.items()}
     own = own_fields(opened.path, metadata)
     method = method_of_fields(where, fields, own, written_by=metadata.get(METHOD, applied), method=named)
@@ -116,7 +116,7 @@ def _read(
     tied = metadata.get(TIED) != "false" if "peftcore_version" in metadata else fields.get("ensure_weight_tying")
     fields["ensure_weight_tying"] = False if tied is None else tied
     if "peftcore_version" in metadata:
-        fields.setdefault("peft_version", peft_version())  # it is as that release has it
+        fields.setdefault("peft_version", peft_version())  # the fields are those of that release
     with guarded(method, f"'{opened.path}'"):
         for layout in method.state.layouts.values():
             tensors, fields = layout.read(model, tensors, fields)
@@ -128,28 +128,28 @@ def _read(
 
 
 def own_fields(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """The fields that a file keeps beside its tensors.
+    """Return the config fields that a file has in its metadata.
 
     Raises:
-        CheckpointError: they are no table of a config's fields.
+        CheckpointError: they are not a table of fields.
     """
     file = f"{folder / TENSORS}: {OWN_FIELDS}"
     own = parse_json(metadata.get(OWN_FIELDS, "{}").encode(errors="surrogatepass"), file)
     if not isinstance(own, dict):
-        raise CheckpointError(f"'{file}' is no table of fields, found {shown(own)}")
+        raise CheckpointError(f"'{file}' must be a table of fields, found {shown(own)}")
     return own
 
 
 def ties_partly(metadata: dict[str, str]) -> bool:
-    """Was the file written by a peftcore that wrote a tied parameter under one of its names?"""
+    """Return whether the file is from a peftcore that wrote tied parameters under one of their names."""
     return "peftcore_version" in metadata and TIED not in metadata
 
 
 def about(folder: Path) -> tuple[dict[str, Any], ForeignFormat | None]:
-    """What an adapter folder says of itself: the fields of its config as PEFT names them, and its foreign format.
+    """Return the config fields of an adapter folder by PEFT's names, and its foreign format.
 
     Raises:
-        CheckpointError: it holds no adapter.
+        CheckpointError: the folder does not contain an adapter.
     """
     return adapter_files.read(folder, _about)
 
@@ -164,14 +164,14 @@ def _about(opened: Folder) -> tuple[dict[str, Any], ForeignFormat | None]:
 
 
 def method_of(folder: Path, method: str | None = None, say: str = "peftcore.load(..., method='{}')") -> Method:
-    """The installed method that reads an adapter folder, or `method`, if it does; the base is not needed.
+    """Return the installed method that reads an adapter folder, or `method`, if it can; the base is not needed.
 
     Args:
-        say: how the user names one, for messages.
+        say: how the user names a method, for messages.
 
     Raises:
-        PluginError: none does, several may, or the named one does not.
-        CheckpointError: the folder holds no adapter.
+        PluginError: no method can read it, several can, or the named one cannot.
+        CheckpointError: the folder does not contain an adapter.
     """
     return adapter_files.read(folder, lambda opened: _method(opened, method, say))
 
@@ -186,7 +186,7 @@ def _method(opened: Folder, named: str | None, say: str) -> Method:
 
 
 def _foreign(opened: Folder, named: str | None = None) -> tuple[Method, ForeignFormat, dict[str, Any]] | None:
-    """(method, format, fields) where the folder is another library's, by a config without peft_type."""
+    """Return (method, format, fields) of another library's folder, whose config has no peft_type."""
     if _is_of_peft(opened):
         return None
     chosen = None if named is None else registry.method(named)
@@ -206,9 +206,8 @@ def _foreign(opened: Folder, named: str | None = None) -> tuple[Method, ForeignF
     if len(found) > 1:
         names = ", ".join(f"'{name}' ({p.distribution} {p.version})" for name, (*_, p) in found.items())
         raise PluginError(
-            f"'{opened.path}' may be read by any of {len(found)} installed methods: {names}. Say which: "
-            f"peftcore.load(..., method='NAME'); or name the plugins to use without the others: "
-            "PEFTCORE_PLUGINS=NAME,NAME"
+            f"'{opened.path}' may be read by any of {len(found)} installed methods: {names}. Choose one: "
+            f"peftcore.load(..., method='NAME'); or restrict the plugins: PEFTCORE_PLUGINS=NAME,NAME"
         )
     return next(((method, foreign, fields) for method, foreign, fields, _ in found.values()), None)
 
@@ -223,7 +222,7 @@ def _is_of_peft(opened: Folder) -> bool:
 
 
 def _fields_of_others(opened: Folder, config: str) -> dict[str, Any] | None:
-    """The fields of a config that is not PEFT's, or None."""
+    """Return the fields of a config that is not PEFT's, or None."""
     try:
         fields = parse_json(opened.content(config, JSON_BYTES), opened.path / config)
     except (FileNotFoundError, CheckpointError):

@@ -33,18 +33,20 @@ from peftcore.method import Model
 from peftcore.observation import left_as_it_is
 from peftcore.targets.patterns import limited
 
-Stamp = dict[str, str]  # of the files of an adapter, by name: a hash of what is in each
+Stamp = dict[str, str]  # {name of a file of the adapter: hash of its content}
 
 
 @dataclass
 class Resting:
-    """Where an adapter lies that need not be in memory, and what it was when it was read.
+    """An adapter that may be on disk only, and its state when it was read.
 
     Args:
-        folder: absolute. method, dtype, check_base: as `load` was given them.
-        stamp: of its files. size: in memory, in bytes.
-        multiplier: that `scale` has set.
-        digest: of its values as they came last, by which is seen whether they were changed.
+        folder: absolute path.
+        method, dtype, check_base: arguments of `load`.
+        stamp: hashes of its files.
+        size: bytes in memory.
+        multiplier: the factor set by `scale`.
+        digest: hash of the values as last read, to detect changes.
     """
 
     folder: str
@@ -60,7 +62,7 @@ class Resting:
 def read_with_stamp(
     folder: Path, model: nn.Module, adapter: str | None, method: str | None
 ) -> tuple[dict[str, list[str]] | None, dict[str, Content], Stamp]:
-    """What `read_saved` finds, and the hash of each file that it has read."""
+    """Return the result of `read_saved` and the hash of each file that was read."""
 
     def look(opened: Folder) -> tuple[dict[str, list[str]] | None, dict[str, Content], Stamp]:
         together, contents = read_saved(opened, model, adapter, method)
@@ -73,7 +75,7 @@ def read_with_stamp(
 def rest(
     model: nn.Module, folder: Path, adapter: str | None, dtype: torch.dtype | None, check_base: bool, method: str | None
 ) -> None:
-    """Load what lies in `folder` to see that it fits, and note where it lies; nothing of it stays in memory."""
+    """Check that the adapters in `folder` fit, and register them without keeping them in memory."""
     _refuse_sharded(model)
     engine.refuse_adapters_of_others(model)
     together, contents, stamp = read_with_stamp(folder, model, adapter, method)
@@ -100,20 +102,19 @@ def rest(
 
 @engine.exclusive("limit adapters that rest on disk", base=True)
 def set_resident_limit(model: Model, limit: int | None) -> Model:
-    """Limit the memory of adapters loaded with `resident=False` to `limit` bytes.
+    """Limit the memory of adapters that were loaded with `resident=False` to `limit` bytes.
 
-    The least recently used adapters are dropped first, active adapters never. Other adapters, and those changed since
-    they were read, are not counted.
+    The least recently used ones are dropped first; active ones never are. Other adapters, and those that were changed
+    after they were read, do not count.
 
     Args:
-        model: the model the adapters are on.
-        limit: bytes; None, the default, for no limit.
+        limit: bytes; None, the default, keeps everything that has been read.
 
     Returns:
         The model.
 
     Raises:
-        PeftcoreError: the active adapters exceed the limit, or the model has no adapters.
+        PeftcoreError: the active adapters take more, or the model has no adapter.
     """
     state = engine.require_state(model)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
@@ -131,9 +132,9 @@ def set_resident_limit(model: Model, limit: int | None) -> Model:
 @limited()
 @engine.exclusive("bring adapters into memory", base=True)
 def bring(model: nn.Module, names: Sequence[str], keep: Sequence[str]) -> None:
-    """Have those of `names` in memory that rest on disk. Of the others any may go that are not among `keep`.
+    """Read those of `names` that are on disk; adapters outside `keep` may be dropped to make room.
 
-    All that can be wrong with their files is found before anything is changed.
+    All files are checked before anything is changed.
     """
     state = engine.state_of(model)
     wanted = [name for name in dict.fromkeys(names) if name in state.resting] if state is not None else []
@@ -159,7 +160,7 @@ adapters_wanted.subscribe(bring)
 
 
 def _come(model: nn.Module, name: str, record: Resting, content: Content) -> None:
-    """Give `model` the adapter, resting and frozen, and note what it is."""
+    """Attach the adapter to `model`, inactive and frozen, and record its values."""
     folder = Path(record.folder)
     placed, config, multiplier = fitting(model, folder, content, record.check_base)
     if placed.trained:
@@ -173,8 +174,8 @@ def _come(model: nn.Module, name: str, record: Resting, content: Content) -> Non
         fill_applied(model, name, folder, content)
         if TrainedParameters.of(model, name) is not None:
             raise PeftcoreError(
-                f"'{folder}' cannot be loaded with resident=False: it keeps tensors of the base beside its own, such "
-                "as buffers that training moves, or a resized vocabulary. Load it without"
+                f"'{folder}' cannot be loaded with resident=False: it has its own copies of base tensors, such as "
+                "buffers that training moves, or a resized vocabulary. Load it with resident=True"
             )
         set_multiplier(model, name, record.multiplier if record.digest else multiplier)
         record.multiplier = engine.applied(model, name).multiplier
@@ -186,33 +187,33 @@ def _come(model: nn.Module, name: str, record: Resting, content: Content) -> Non
 
 
 def _read_again(model: nn.Module, name: str, record: Resting) -> Content:
-    again = f"Put it back, or forget the adapter: peftcore.remove(model, '{name}')"
+    again = f"Restore it, or remove the adapter: peftcore.remove(model, '{name}')"
     try:
         _, contents, stamp = read_with_stamp(Path(record.folder), model, name, record.method)
     except CheckpointError as error:
-        raise CheckpointError(f"the adapter '{name}' rests on disk, and cannot be read: {error}. {again}") from error
+        raise CheckpointError(f"the adapter '{name}' is on disk and cannot be read: {error}. {again}") from error
     if stamp != record.stamp:
         raise CheckpointError(
-            f"the adapter '{name}' rests on disk, and '{record.folder}' is not what it was when it was loaded. "
+            f"the adapter '{name}' is on disk, and '{record.folder}' has changed since it was loaded. "
             f"{again}, and load it again"
         )
     return contents[name]
 
 
 def _check_room(state: engine.State, wanted: Sequence[str], keep: Sequence[str], limit: int | None) -> None:
-    """Raise a PeftcoreError if those that must be there at a time take more than the limit."""
+    """Raise a PeftcoreError if the adapters that are needed at the same time exceed the limit."""
     needed = dict.fromkeys(name for name in (*wanted, *keep) if name in state.resting)
     size = sum(state.resting[name].size for name in needed)
     if limit is not None and size > limit:
         raise PeftcoreError(
-            f"{len(needed)} of the adapters that rest on disk are needed at a time ({', '.join(list(needed)[:3])}"
-            f"{', ...' if len(needed) > 3 else ''}), which take {size:,} bytes, and the limit is {limit:,}. Let fewer "
-            "act in a batch, or raise it: peftcore.set_resident_limit(model, BYTES)"
+            f"{len(needed)} adapters on disk are needed at the same time ({', '.join(list(needed)[:3])}"
+            f"{', ...' if len(needed) > 3 else ''}) and take {size:,} bytes, but the limit is {limit:,}. Use fewer "
+            "adapters per batch, or raise the limit: peftcore.set_resident_limit(model, BYTES)"
         )
 
 
 def _make_room(model: nn.Module, state: engine.State, coming: int, keep: Sequence[str]) -> None:
-    """Let the least recently used go until there is room for so many bytes."""
+    """Drop the least recently used adapters until `coming` bytes fit."""
     here = {name: record.size for name, record in state.resting.items() if name in state.applied}
     total = coming + sum(here.values())
     needed = {branch for entry in state.applied.values() for branch in entry.branches}
@@ -226,8 +227,8 @@ def _make_room(model: nn.Module, state: engine.State, coming: int, keep: Sequenc
         if _was_changed(model, name, record):
             del state.resting[name]
             warnings.warn(
-                f"the adapter '{name}' was changed since it came from '{record.folder}', so it stays in memory, beside "
-                "the limit. Save it, and load that with resident=False",
+                f"the adapter '{name}' was changed after it was read from '{record.folder}', so it stays in memory and "
+                "does not count for the limit. Save it, and load that folder with resident=False",
                 stacklevel=4,
             )
         else:
@@ -235,8 +236,8 @@ def _make_room(model: nn.Module, state: engine.State, coming: int, keep: Sequenc
             engine.take_off(model, name)
     if state.limit is not None and total > state.limit:
         raise PeftcoreError(
-            f"adapters that rest on disk would take {total:,} bytes, and the limit is {state.limit:,}: others combine "
-            "some of those that are there. Raise it: peftcore.set_resident_limit(model, BYTES)"
+            f"adapters from disk would take {total:,} bytes, but the limit is {state.limit:,}, and the ones in memory "
+            "are combined by others. Raise the limit: peftcore.set_resident_limit(model, BYTES)"
         )
 
 
@@ -247,7 +248,7 @@ def _was_changed(model: nn.Module, name: str, record: Resting) -> bool:
 
 
 def _tensors(model: nn.Module, name: str) -> Iterator[Tensor]:
-    """The adapter's parameters and buffers, each once."""
+    """Yield the adapter's parameters and buffers, each once."""
     seen: set[int] = set()
     for _, adapter in engine.adapter_modules(model, name):
         for module in parts(adapter):
@@ -272,6 +273,6 @@ def _hash(content: bytearray) -> Any:
 def _refuse_sharded(model: nn.Module) -> None:
     if any(ranks.is_part(parameter) for _, parameter in base_parameters(model)):
         raise PeftcoreError(
-            "the model is sharded, to which adapters that rest on disk cannot come: all ranks would have to read them "
-            "together. Load them with resident=True, before peftcore.shard"
+            "the model is sharded, so adapters cannot stay on disk: all ranks would have to read them together. Load "
+            "them with resident=True, before peftcore.shard"
         )

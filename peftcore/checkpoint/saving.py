@@ -1,4 +1,4 @@
-"""Save adapters, in Hugging Face PEFT's format."""
+"""Saving of adapters in Hugging Face PEFT's format."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def save(
     resumable: bool = True,
     format: str = PEFT,
 ) -> Path:
-    """Write an adapter to the folder `path`, or all of a model's adapters.
+    """Write one or all of a model's adapters to the folder `path`.
 
-    In a distributed run rank 0 writes. Where the model is sharded every rank must call this, and returns when the
-    files are there; else the other ranks return at once.
+    In a distributed run rank 0 writes. If the model is sharded, every rank must call this, and returns when the files
+    exist; otherwise the other ranks return at once.
 
     Args:
         model: the model. For single-file formats also models by name, such as `pipe.components`; those with adapters
             are saved.
-        adapter: which one. Left out: all. Of several, `default` lies in the folder itself and the others in folders
-            of their name, as in PEFT; `load` finds them together, in the order in which they act.
-        dtype: of the floating tensors on disk; by default theirs.
+        adapter: the adapter to save; by default all. Of several, `default` is in the folder itself and the others are
+            in subfolders of their name, as in PEFT; `load` finds them together, in the order of activation.
+        dtype: dtype of the floating-point tensors on disk; by default their own.
         resumable: False leaves out what only further training needs (`StateRules.exported`).
         format: "peft", or another that the method declares: "per_expert" writes the factors of experts one by one, as
             vLLM and SGLang read them; "diffusers" and "kohya" write a single file into the folder, or to `path` itself
@@ -61,7 +61,7 @@ def save(
         `path`.
 
     Raises:
-        CheckpointError: the files cannot be written, or a value is not finite. What lay there is unharmed.
+        CheckpointError: the files cannot be written, or a value is not finite. Existing files are unchanged.
         PeftcoreError: the adapter does not have this format, or cannot be expressed in it.
     """
     if format in single_file.formats():
@@ -79,12 +79,12 @@ def save(
 
 
 def _names(model: nn.Module, adapter: str | None) -> list[str]:
-    """The adapters to save, which are in memory then."""
+    """Return the names of the adapters to save, and read those that are on disk."""
     state = engine.require_state(model)
     left_out = [name for name in state.resting if name not in state.applied]
     if adapter is None and left_out:
         raise PeftcoreError(
-            f"{len(left_out)} adapters rest on disk, such as '{left_out[0]}', and would be left out. Name the one to "
+            f"{len(left_out)} adapters are on disk, such as '{left_out[0]}', and would be left out. Name the one to "
             "save: save(model, folder, adapter='NAME')"
         )
     if adapter is not None:
@@ -101,7 +101,7 @@ def _save_single(
         there = {name: each for name, each in single_file.by_name(model).items() if isinstance(each, nn.Module)}
         models = {name: each for name, each in there.items() if engine.state_of(each) is not None}
         if not models:
-            raise PeftcoreError(f"none of the models has adapters: {', '.join(there) or 'there is none'}")
+            raise PeftcoreError(f"none of the models has adapters: {', '.join(there) or 'no models were given'}")
     chosen: dict[str | None, tuple[nn.Module, str]] = {}
     for called, each in models.items():
         names = _names(each, adapter)
@@ -128,7 +128,7 @@ def _save_single(
 
 
 def save_each(model: nn.Module, path: str | os.PathLike[str], adapters: Sequence[str]) -> Path:
-    """Write these adapters to their places in the folder `path`, all or none, for `restore`."""
+    """Write these adapters to the folder `path` and its subfolders, all or none, for `restore`."""
     return _save(model, Path(path), {name_inside(name): name for name in adapters}, None, True, {})
 
 
@@ -141,7 +141,7 @@ def _save(
     metadata: dict[str, str],
     format: str = PEFT,
 ) -> Path:
-    """Write adapters, by the place that each has inside of `folder`."""
+    """Write adapters, by subfolder of `folder`."""
     engine.refuse_merged(engine.require_state(model), "save")
     engine.refuse_changed(model)
     _tell_of_others_trained(model)
@@ -158,26 +158,26 @@ def _save(
 
 
 def _refuse_drifted(model: nn.Module, adapter: str) -> None:
-    """Raise a PeftcoreError on every rank where one of them has trained the adapter by itself. Collective."""
+    """Raise a PeftcoreError on every rank if the adapter differs between ranks. Collective."""
     found = ranks.difference(dict(engine.adapter_parameters(model, adapter)))
     if found is not None:
         name, number, off = found
         raise PeftcoreError(
-            f"adapter '{adapter}' was not saved: '{name}' on rank {number} is off by {off:.2g} from rank 0. The ranks "
-            "have trained without averaging their gradients. After apply, call peftcore.shard(model), which averages "
+            f"adapter '{adapter}' was not saved: '{name}' on rank {number} differs by {off:.2g} from rank 0. The ranks "
+            "have trained without averaging their gradients. Call peftcore.shard(model) after apply, which averages "
             "them in every backward pass"
         )
 
 
 def _tell_of_others_trained(model: nn.Module) -> None:
-    """Warn of parameters of the base that somebody has let train, which are in no adapter's file."""
+    """Warn about parameters of the base with requires_grad=True, which no adapter's file contains."""
     of_adapters = {id(parameter) for _, own in all_of(model) for _, parameter in own.values(model)}
     others = [name for name, p in base_parameters(model) if p.requires_grad and id(p) not in of_adapters]
     if others:
         warnings.warn(
-            f"{len(others)} parameters of the base ask for gradients, such as '{others[0]}', and belong to no adapter: "
-            "what they learn is not saved. Name what is to be trained along to apply, modules_to_save=[...], or keep "
-            "them frozen: requires_grad_(False)",
+            f"{len(others)} base parameters have requires_grad=True, such as '{others[0]}', but belong to no adapter, "
+            "so they are not saved. To train and save them, pass modules_to_save=[...] to apply; otherwise freeze "
+            "them: requires_grad_(False)",
             stacklevel=4,
         )
 
@@ -199,11 +199,12 @@ def _gathered_content(
     for name, tensor in own.items():
         if tensor.is_floating_point() and not bool(ranks.whole(tensor).float().isfinite().all()):
             raise CheckpointError(
-                f"adapter '{adapter}': '{name}' holds NaN or infinity, which no load takes: training has diverged. Go "
-                "on from an earlier checkpoint, with a smaller learning rate or a dtype of a larger range"
+                f"adapter '{adapter}': '{name}' contains NaN or Inf and could not be loaded again: training has "
+                "diverged. Continue from an earlier checkpoint, with a smaller learning rate or a dtype with a larger "
+                "range"
             )
     tensors = {**own, **kept_on_disk(model, adapter)}
-    # What the adapter has a copy of may be anything in the base, such as a head that is drawn anew by every load.
+    # Tensors that the adapter owns may differ in the base, such as a head that every load re-initialises.
     base = {
         name: tensor
         for name, tensor in base_tensors(model).items()
@@ -257,14 +258,14 @@ def _laid_out(model: nn.Module, adapter: str, format: str, content: Content) -> 
 
 
 def _important(model: nn.Module, names: Iterable[str]) -> set[str]:
-    """Those of `names` that a load of the same base may draw anew: heads and the embedding."""
+    """Return those of `names` that a load of the same base may re-initialise: heads and the embedding."""
     architecture = detect(model)
     paths = [p for p in (architecture.embedding, architecture.output_head, *architecture.task_heads) if p]
     return {name for name in names if any(name.startswith(f"{path}.") for path in paths)}
 
 
 def _for_disk(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Whole tensors on the CPU, each with a memory of its own."""
+    """Return whole tensors on the CPU that share no memory."""
     whole: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         tensor = ranks.whole(tensor)
@@ -280,10 +281,10 @@ def _for_disk(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another floating dtype, unless a value is too large for it."""
+    """Return the tensor in another floating-point dtype; raise a CheckpointError if a value is too large for it."""
     cast = tensor.to(dtype)
     if not bool((cast.isfinite() | ~tensor.isfinite()).all()):
         raise CheckpointError(
-            f"'{name}' holds {tensor.abs().max().item():.3g}, which is too large for {dtype}. Take another dtype"
+            f"'{name}' holds {tensor.abs().max().item():.3g}, which is too large for {dtype}. Choose another dtype"
         )
     return cast

@@ -1,6 +1,7 @@
-"""One file, without a config beside it, for one model or several at once: its format, and which part is whose.
+"""Single files without a config, for one model or several: their formats, and which part belongs to which model.
 
-Such files are for exchange: they hold what an adapter computes, the fingerprint of its base, and nothing for training.
+Such files are for exchange: they contain what an adapter computes and the fingerprint of its base, and nothing for
+training.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from peftcore.method import FileFormat, Method
 from peftcore.peft_fields import guarded
 from peftcore.registry import registry
 
-PARTS = "peftcore_parts"  # in a file's metadata: {part: what a folder's tensors would say of themselves}
-KEPT = ("peftcore_base",)  # of that; the rest is of training, or would be wrong once another tool has changed the file
+PARTS = "peftcore_parts"  # in a file's metadata: {part: metadata of its tensors}
+KEPT = ("peftcore_base",)  # the rest is for training, or wrong once another tool has changed the file
 ENDING = ".safetensors"
 
 
 def formats() -> dict[str, tuple[FileFormat, Method]]:
-    """Those that installed methods have, by the names by which `save` knows them, each with one method that has it.
+    """Return {name for `save`: (format, method)} of all installed methods.
 
-    Of several methods with the same format that is the method without a flag.
+    If several methods have a format, the method is the one without a flag.
     """
     methods = registry.methods().values()
     found: dict[str, tuple[FileFormat, Method]] = {}
@@ -41,22 +42,22 @@ def formats() -> dict[str, tuple[FileFormat, Method]]:
 
 
 def file_names() -> list[str]:
-    """The names under which files of these formats lie in folders."""
+    """Return the file names of these formats in folders."""
     return sorted({form.file for form, _ in formats().values()})
 
 
 def named_in(opened: Folder) -> str | None:
-    """The name of the single file that is meant: that was asked for, or is a known one in a folder without another.
+    """Return the name of the single file: the requested one, or the only known one in a folder.
 
     Raises:
-        CheckpointError: a folder holds an adapter beside it, which may be another.
+        CheckpointError: the folder also contains an adapter, which may be another one.
     """
     if opened.only is not None:
         return opened.only
     there = [name for name in file_names() if opened.holds(name)]
     if there and (opened.holds(CONFIG) or opened.holds(TENSORS)):
         raise CheckpointError(
-            f"'{opened.path}' holds two adapters, '{TENSORS}' and '{there[0]}', which may differ. Say which: give the "
+            f"'{opened.path}' contains two adapters, '{TENSORS}' and '{there[0]}', which may differ. Pass the "
             f"file itself, '{opened.path / there[0]}', or move it into a folder of its own"
         )
     return there[0] if there else None
@@ -65,13 +66,13 @@ def named_in(opened: Folder) -> str | None:
 def read(
     opened: Folder, file: str, model: nn.Module, called: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, str]]:
-    """(tensors, fields, metadata) of the part of `model`, as a folder in PEFT's layout holds them.
+    """Return (tensors, fields, metadata) of the part of `model`, as in a folder in PEFT's format.
 
     Args:
-        called: what the user calls the model; None: nothing, and a warning says what is left for others.
+        called: the user's name of the model; if None, a warning lists the parts for other models.
 
     Raises:
-        CheckpointError: the file cannot be read, or holds no such part, or several.
+        CheckpointError: the file cannot be read, or has no such part, or several.
     """
     where = opened.path / file
     if file in (CONFIG, TENSORS):
@@ -101,7 +102,7 @@ def read(
 
 
 def contents(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]] | None:
-    """(name of the format, {part: its tensors}) of a single file, or of its folder; None of any other folder.
+    """Return (name of the format, {part: its tensors}) of a single file or its folder; None for any other folder.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -116,26 +117,26 @@ def contents(path: Path) -> tuple[str, dict[str, dict[str, Tensor]]] | None:
 
 
 def by_name(models: Any) -> Mapping[str, Any]:
-    """Models by their names. Raises a PeftcoreError for anything else."""
+    """Return `models` if it maps names to models, else raise a PeftcoreError."""
     if not isinstance(models, Mapping):
         raise PeftcoreError(
-            f"found a {type(models).__name__}, where a model belongs, or models by name: of a pipeline its components, "
+            f"expected a model or models by name, found a {type(models).__name__}. For a pipeline pass its components: "
             "peftcore.save(pipe.components, ...), peftcore.load(pipe.components, ...)"
         )
     return models
 
 
 def owners(file: Path, models: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """Those of the models of a pipeline that a file has a part for, by what the user calls them.
+    """Return the models for which a file has a part, by the user's names.
 
     Raises:
-        CheckpointError: a part has none, or none that can be told.
+        CheckpointError: a part belongs to none of the models, or it is unclear to which.
     """
     opened = Folder.opened(file)
     name = named_in(opened)
     if name is None:
         raise CheckpointError(
-            f"'{file}' holds one adapter, and {len(models)} models are given. Give one: load(model, ...)"
+            f"'{file}' contains one adapter, but {len(models)} models are given. Pass one: load(model, ...)"
         )
     tensors, _ = opened.tensors(name)
     form, _ = _format_of(opened.path / name, tensors)
@@ -149,8 +150,8 @@ def owners(file: Path, models: Mapping[str, Any]) -> dict[str, nn.Module]:
     if parts:
         what = _counted({part: len(names) for part, names in parts.items()})
         raise CheckpointError(
-            f"'{opened.path / name}' holds {what}, for which no model is given (found: {', '.join(models)}). Give it, "
-            "by its name in the pipeline, or load the others one by one: peftcore.load(model, ...)"
+            f"'{opened.path / name}' holds {what}, for which no model is given (found: {', '.join(models)}). Pass it "
+            "under its name in the pipeline, or load the others one by one: peftcore.load(model, ...)"
         )
     return found
 
@@ -165,11 +166,11 @@ def _parts_or_none(form: FileFormat, model: Any, called: str) -> list[str]:
 
 
 def write(format: str, path: Path, contents: Mapping[str | None, tuple[nn.Module, Content]]) -> None:
-    """Write adapters to one file in `path`, or to the file `path` itself, by what the user calls their models.
+    """Write adapters, by the user's names of their models, to one file in `path`, or to the file `path` itself.
 
     Raises:
-        CheckpointError: it cannot be written, or would take the place of what it does not hold.
-        PeftcoreError: a model, or a tensor, has no place in the format.
+        CheckpointError: it cannot be written, or would overwrite parts that it does not contain.
+        PeftcoreError: the format cannot represent a model or a tensor.
     """
     form, method = formats()[format]
     parts: dict[str, tuple[nn.Module, Content]] = {}
@@ -192,10 +193,10 @@ def write(format: str, path: Path, contents: Mapping[str | None, tuple[nn.Module
 
 
 def _refuse_loss(file: Path, path: Path, parts: Mapping[str, Any]) -> None:
-    """Raise a CheckpointError where parts of other models would be lost, or two adapters lie in one folder."""
+    """Raise a CheckpointError if parts of other models would be lost, or a folder would have two adapters."""
     beside = next((name for name in (CONFIG, TENSORS) if path != file and os.path.lexists(path / name)), None)
     if beside is not None:
-        raise CheckpointError(f"'{path}' holds an adapter in another format ('{beside}'). Save to another folder")
+        raise CheckpointError(f"'{path}' contains an adapter in another format ('{beside}'). Save to another folder")
     if not os.path.lexists(file):
         return
     try:
@@ -203,12 +204,12 @@ def _refuse_loss(file: Path, path: Path, parts: Mapping[str, Any]) -> None:
         there = _format_of(file, names)[0].split(names)
     except CheckpointError as error:
         raise CheckpointError(
-            f"what lies at '{file}' is not known here: {error}. Save elsewhere, or delete it"
+            f"the existing file '{file}' is not in a known format: {error}. Save elsewhere, or delete it"
         ) from error
     lost = {part: len(names) for part, names in there.items() if part not in parts}
     if lost:
         raise CheckpointError(
-            f"'{file}' holds {_counted(lost)}, too, which this would overwrite. Save the models together: "
+            f"'{file}' also contains {_counted(lost)}, which this would overwrite. Save the models together: "
             "peftcore.save(pipe.components, ...); or elsewhere, or delete the file"
         )
 

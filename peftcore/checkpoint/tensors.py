@@ -1,8 +1,8 @@
-"""The tensors of an applied adapter under their names on disk: which to write, and how a file's are taken in.
+"""Tensors of an applied adapter under their names on disk: which to write, and how to read those of a file.
 
 own        what the adapter trains, once each
-exported   what others read in addition: another form of the own ones, and a tied parameter under each of its names
-kept       buffers that training has moved, and all of those in modules that are trained whole
+exported   what other libraries read in addition: another form of the own ones, and each name of a tied parameter
+kept       buffers that training has moved, and all buffers in modules that are trained as a whole
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from peftcore.registry import registry
 
 
 def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exported: bool = False) -> dict[str, Tensor]:
-    """The tensors of an applied adapter under their names on disk, without those that it keeps.
+    """Return the tensors of an applied adapter under their names on disk, without the kept ones.
 
     Args:
-        own: also those of modules that have exported ones.
-        exported: with the ones for other readers.
+        own: include those of modules that have exported ones.
+        exported: include those for other readers.
     """
     entry = engine.applied(model, adapter)
     rules = registry.method(entry.method).state
     tensors: dict[str, Tensor] = {}
-    written: set[int] = set()  # of a module that several adapters share the first one writes the tensors
+    written: set[int] = set()  # the first adapter writes the tensors of a module that several share
 
     def add(on_disk: str, tensor: Tensor, said_by: str = "tensor_name") -> None:
         if tensors.get(on_disk, tensor) is not tensor:
@@ -67,9 +67,10 @@ def tensors_on_disk(model: nn.Module, adapter: str, *, own: bool = True, exporte
 
 
 def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The tensors to write of those that an applied adapter keeps, or that another load of the base would not have.
+    """Return the kept tensors to write: those that another load of the base would not have.
 
-    These are those that differ from the base's, buffers in modules that are trained whole, and a resized vocabulary.
+    These are tensors that differ from the base, buffers in modules that are trained as a whole, and a resized
+    vocabulary.
     """
     entry = engine.applied(model, adapter)
     rules, base = registry.method(entry.method).state, base_tensors(model)
@@ -92,15 +93,15 @@ def kept_on_disk(model: nn.Module, adapter: str) -> dict[str, Tensor]:
 
 
 def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Path, *, partly_tied: bool = True) -> None:
-    """Copy `tensors` into the applied `adapter`: none missing, none too many, no shape that differs.
+    """Copy `tensors` into the applied `adapter`; none may be missing, unexpected or of another shape.
 
     Args:
-        partly_tied: a parameter that is tied may lie in the file under one of its names only.
+        partly_tied: a tied parameter may be in the file under only one of its names.
     """
     ranks.reshard(model)
     expected = exported = tensors_on_disk(model, adapter)
     if registry.method(engine.applied(model, adapter).method).state.exports or own_slots(model, adapter):
-        exported = tensors_on_disk(model, adapter, exported=True)  # where the adapter's own tensors say the same
+        exported = tensors_on_disk(model, adapter, exported=True)  # equal to the adapter's own tensors
     tensors = _untied(tensors, expected, exported, folder, type(model).__name__, partly_tied)
     embeddings = _take_embeddings(model, adapter, tensors, expected, folder)
     kept = _take_kept(model, adapter, tensors)
@@ -138,7 +139,7 @@ def fill(model: nn.Module, adapter: str, tensors: dict[str, Tensor], folder: Pat
 
 
 def for_training(model: nn.Module, adapter: str) -> set[str]:
-    """The names of tensors that a file may lack: those of adapters whose exported tensors are some of their own."""
+    """Return the names of tensors that a file may lack: those of modules that can be read from exported ones."""
     rules = registry.method(engine.applied(model, adapter).method).state
     found: set[str] = set()
     for placement in engine.placements(model, adapter) if rules.exports else ():
@@ -150,7 +151,7 @@ def for_training(model: nn.Module, adapter: str) -> set[str]:
 
 
 def _check_values(name: str, tensor: Tensor, target: Tensor, folder: Path) -> None:
-    """Raise a CheckpointError unless `target` can hold the values: numbers of its kind, finite ones."""
+    """Raise a CheckpointError unless `target` can represent the values, which must be finite."""
     floating = target.is_floating_point()
     if tensor.is_floating_point() != floating or not (floating or tensor.dtype is target.dtype):
         raise CheckpointError(f"'{folder}': '{name}' is {tensor.dtype}, the model needs {target.dtype}")
@@ -163,7 +164,7 @@ def _check_values(name: str, tensor: Tensor, target: Tensor, folder: Path) -> No
 
 
 def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
-    """The name on disk of a tensor of the base that an adapter has of its own."""
+    """Return the name on disk of an adapter-owned base tensor."""
     path, _, attribute = name.rpartition(".")
     saved = any(targets.is_inside(pattern, path) for pattern in getattr(entry.config, "modules_to_save", None) or ())
     on_disk = f"{path}.base_layer.{attribute}" if path in entry.paths else name
@@ -171,7 +172,7 @@ def _base_name(rules: StateRules, entry: engine.Applied, name: str) -> str:
 
 
 def is_tied_in(model: nn.Module, method: Method, saved: Sequence[str], tensors: Mapping[str, Tensor]) -> bool:
-    """Does a file hold what is tied to the modules `saved` too, with the same values?"""
+    """Return whether a file also has what is tied to the modules `saved`, with equal values."""
     names = targets.trained_modules(model, saved).names
     base = base_tensors(model)
     for name in tied_to(model, names):
@@ -190,7 +191,7 @@ def _untied(
     model: str,
     partly_tied: bool,
 ) -> dict[str, Tensor]:
-    """The tensors with each tied parameter under one name, that under which it is expected."""
+    """Return the tensors with each tied parameter under the one name that is expected."""
     first = {id(tensor): name for name, tensor in expected.items()}
     groups: dict[str, list[str]] = {}
     for name, tensor in exported.items():
@@ -206,8 +207,8 @@ def _untied(
         if differing or (lacking and not partly_tied):
             raise CheckpointError(
                 f"'{folder}' does not fit {model}: "
-                + (f"'{differing}' differs from" if differing else f"'{lacking}' is not there beside")
-                + f" '{there[0]}', and the two are one parameter here. It was trained with them apart, "
+                + (f"'{differing}' differs from" if differing else f"'{lacking}' is missing next to")
+                + f" '{there[0]}', and the two are one parameter here. It was trained with separate parameters, "
                 "so load it on a model that is not tied (tie_word_embeddings=False)"
             )
         value = tensors[there[0]]
@@ -220,7 +221,7 @@ def _untied(
 def _take_embeddings(
     model: nn.Module, adapter: str, tensors: dict[str, Tensor], expected: dict[str, Tensor], folder: Path
 ) -> dict[str, Tensor]:
-    """Embedding and head that the file brings and that are not the base's, by name there, taken out of `tensors`."""
+    """Take embedding and head that differ from the base out of `tensors`, and return them by base name."""
     entry, base = engine.applied(model, adapter), base_tensors(model)
     rules, owned = registry.method(entry.method).state, TrainedParameters.of(model, adapter)
     mine, values = owned.kept if owned is not None else {}, _values_of_base(model)
@@ -237,26 +238,28 @@ def _take_embeddings(
         if value.shape != base[name].shape:
             raise CheckpointError(
                 f"'{folder}' does not fit {type(model).__name__}: '{on_disk}' has shape {list(value.shape)}, the model "
-                f"{list(base[name].shape)}. Its vocabulary was resized; do the same before loading: "
+                f"{list(base[name].shape)}. Its vocabulary was resized; resize it before loading, too: "
                 f"model.resize_token_embeddings({len(value)})"
             )
         tied = next((other for other in resized if base[other] is base[name]), None)
         if tied is not None and not torch.equal(resized[tied], value):
-            raise CheckpointError(f"'{folder}' has two values of '{tied}' and '{name}', which are one parameter here")
+            raise CheckpointError(
+                f"'{folder}' has different values for '{tied}' and '{name}', which are one parameter here"
+            )
         del tensors[on_disk]
         if tied is None and not _is_copy_of_base(values, on_disk, value):
             resized[name] = value
     lacking = [name for name in lacking if all(base[other] is not base[name] for other in resized)]
     if resized and lacking:
         raise CheckpointError(
-            f"'{folder}' holds '{next(iter(resized))}' for a resized vocabulary and not '{lacking[0]}', whose new rows "
-            "were drawn at random. Have its author save it with both (in PEFT: save_embedding_layers=True)"
+            f"'{folder}' has '{next(iter(resized))}' for a resized vocabulary but not '{lacking[0]}', whose new rows "
+            "were random. Ask its author to save both (in PEFT: save_embedding_layers=True)"
         )
     return resized
 
 
 def _take_kept(model: nn.Module, adapter: str, tensors: dict[str, Tensor]) -> list[tuple[str, Tensor, Tensor]]:
-    """(name, value, the adapter's tensor) of what it keeps, taken out of `tensors`. What they lack is the base's."""
+    """Take kept tensors out of `tensors`; return (name, value, the adapter's tensor), missing ones from the base."""
     entry, owned = engine.applied(model, adapter), TrainedParameters.of(model, adapter)
     if owned is None:
         return []
@@ -283,12 +286,12 @@ def _is_copy_of_base(base: Callable[[], Mapping[str, Tensor]], name: str, tensor
 
 
 def own_slots(model: nn.Module, adapter: str) -> set[str]:
-    """The names of the base's tensors that `adapter` has a copy of, in whose place it is written."""
+    """Return the names of the base's tensors that `adapter` owns a copy of."""
     owned = TrainedParameters.of(model, adapter)
     return {slot for slots in owned.slots.values() for slot in slots} if owned is not None else set()
 
 
 def name_of_base(model: nn.Module, adapter: str, name: str) -> str:
-    """The name on disk that the base's tensor `name` has where an applied adapter brings its own."""
+    """Return the name on disk of the adapter-owned copy of the base's tensor `name`."""
     entry = engine.applied(model, adapter)
     return _base_name(registry.method(entry.method).state, entry, name)

@@ -1,4 +1,4 @@
-"""Was the vocabulary resized since the base was loaded? Each load draws its new rows anew, so files hold them."""
+"""Detection of a resized vocabulary, whose new rows every load of the base re-initialises, so files store them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from peftcore.observation.config import text_config
 
 
 def resized(model: nn.Module) -> list[str]:
-    """Names of the parameters of the embedding and the output head, if the base's checkpoint has others.
+    """Return the names of the parameters of embedding and output head if their size differs from the checkpoint's.
 
-    By PEFT's rule: `vocab_size` in the model's config and in the checkpoint's `config.json`, which is looked for in the
-    folder that the model was loaded from or in Hugging Face's cache, and never on the net.
+    The rule is PEFT's: `vocab_size` in the model's config and in the checkpoint's `config.json`, which is read from the
+    folder that the model was loaded from or from Hugging Face's cache, never from the network.
     """
     config = getattr(model, "config", None)
     now, then = _vocabulary(config), _vocabulary(_config_of_checkpoint(config))
@@ -30,14 +30,14 @@ def resized(model: nn.Module) -> list[str]:
 
 
 def embedding_parameters(model: nn.Module) -> list[str]:
-    """Names of the parameters of the token embedding and the output head."""
+    """Return the names of the parameters of the token embedding and the output head."""
     architecture = detect(model)
     paths = {path for path in (architecture.embedding, architecture.output_head) if path}
     return [name for name, _ in base_parameters(model) if name.rpartition(".")[0] in paths]
 
 
 def vocabulary_rows(model: nn.Module, folder: Path) -> int | None:
-    """How many rows the embedding, or the output head, has in the adapter's file; None: it holds neither."""
+    """Return the number of rows of the embedding or output head in the adapter's file; None if it has neither."""
     own = set(embedding_parameters(model))
 
     def rows(opened: adapter_files.Folder) -> int | None:
@@ -49,7 +49,7 @@ def vocabulary_rows(model: nn.Module, folder: Path) -> int | None:
 
 
 def _vocabulary(config: Any) -> int | None:
-    """`vocab_size`, of the part that is a language model."""
+    """Return `vocab_size` of the language model."""
     config = text_config(config)
     if isinstance(config, dict):
         size = config.get("vocab_size")
@@ -64,7 +64,7 @@ def _config_of_checkpoint(config: Any) -> dict[str, Any] | None:
     if not name:
         return None
     file: Any = Path(name) / "config.json"
-    with suppress(OSError, ValueError, ImportError):  # also what is no name of a repository
+    with suppress(OSError, ValueError, ImportError):  # also for an invalid repository name
         if not file.is_file() and not os.path.isdir(name):
             from huggingface_hub import try_to_load_from_cache
 

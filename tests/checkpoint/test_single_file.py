@@ -99,11 +99,13 @@ def test_what_a_save_would_lose(tmp_path: Path) -> None:
     one = peftcore.apply(tiny.llama(), "filed")
     with pytest.raises(peftcore.PeftcoreError, match=r"may be 'left' or 'right' of a pipeline. Say which"):
         peftcore.save(one, tmp_path, format="toys")
-    with pytest.raises(peftcore.CheckpointError, match=r"holds right \(\d+ tensors\), too, which this would overwrite"):
+    with pytest.raises(
+        peftcore.CheckpointError, match=r"also contains right \(\d+ tensors\), which this would overwrite"
+    ):
         peftcore.save({"left": one}, tmp_path, format="toys")
     assert (tmp_path / FILE).read_bytes() == before
     (tmp_path / FILE).write_bytes(b"what")
-    with pytest.raises(peftcore.CheckpointError, match="is not known here"):
+    with pytest.raises(peftcore.CheckpointError, match="is not in a known format"):
         peftcore.save({"left": one}, tmp_path, format="toys")
     with pytest.raises(peftcore.PeftcoreError, match="format='peft' takes one model"):
         peftcore.save({"left": one}, tmp_path)
@@ -129,7 +131,7 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     folder = peftcore.save(peftcore.apply(tiny.llama(), "filed"), tmp_path / "folder")
     with pytest.raises(peftcore.CheckpointError, match=r"is one of an adapter's files. Give the folder"):
         peftcore.load(model, folder / "adapter_model.safetensors")
-    with pytest.raises(peftcore.CheckpointError, match="holds one adapter, and 2 models are given"):
+    with pytest.raises(peftcore.CheckpointError, match="contains one adapter, but 2 models are given"):
         peftcore.load({"left": model, "right": model}, folder)
     (tmp_path / "adapter.bin").unlink()
     with pytest.raises(
@@ -137,7 +139,7 @@ def test_what_is_no_such_file(tmp_path: Path) -> None:
     ):
         peftcore.load(model, tmp_path)
     for call in (lambda: peftcore.load(object(), folder), lambda: peftcore.save(object(), folder, format="toys")):
-        with pytest.raises(peftcore.PeftcoreError, match="found a object, where a model belongs"):
+        with pytest.raises(peftcore.PeftcoreError, match="expected a model or models by name, found a object"):
             call()
 
 

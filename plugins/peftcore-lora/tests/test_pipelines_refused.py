@@ -55,15 +55,15 @@ def test_no_part_is_lost(tmp_path: Path) -> None:
     peftcore.save(pipe.components, tmp_path / "a", format="diffusers")
     for layout in ("diffusers", "kohya"):
         with pytest.raises(
-            peftcore.CheckpointError, match=r"holds text_encoder \(16 tensors\), too, which this would ov"
+            peftcore.CheckpointError, match=r"also contains text_encoder \(16 tensors\), which this would ov"
         ):
             peftcore.save(pipe.unet, tmp_path / "a", format=layout)
     peftcore.save(pipe.components, tmp_path / "a", format="kohya")
     peftcore.save(pipe.unet, tmp_path / "b")
-    with pytest.raises(peftcore.CheckpointError, match="holds an adapter in another format"):
+    with pytest.raises(peftcore.CheckpointError, match="contains an adapter in another format"):
         peftcore.save(pipe.unet, tmp_path / "b", format="diffusers")
     shutil.copy(tmp_path / "a" / FILE, tmp_path / "b" / FILE)
-    with pytest.raises(peftcore.CheckpointError, match="holds two adapters"):
+    with pytest.raises(peftcore.CheckpointError, match="contains two adapters"):
         peftcore.load(pipeline("sd").unet, tmp_path / "b")
 
 
