@@ -262,7 +262,7 @@ def packing_by(
     Known by letting it prepare a base without weights. A base that is loaded so is never dense as a whole.
     """
     from peftcore.quantization import quantized_experts, quantized_layers
-    from peftcore.quantization.selection import selected, selected_experts
+    from peftcore.quantization.quantizable import selected, selected_experts
     from peftcore.registry import registry
 
     found = registry.method(method)

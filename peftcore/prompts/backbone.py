@@ -13,7 +13,7 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
-from peftcore.observation import config
+from peftcore.observation import language_config
 
 # The names under which attention modules take the cache.
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
@@ -181,7 +181,7 @@ def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
 
 def text_config(model: nn.Module) -> Any:
     """The config of the language model in `model`."""
-    return config.text_config(getattr(model, "config", None))
+    return language_config.text_config(getattr(model, "config", None))
 
 
 def input_embedding(module: Any) -> Any:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from peftcore import ops
 from peftcore.method import WeightFormat
 from peftcore.quantization.convert import make_plain
-from peftcore.quantization.experts import forget_dense
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.noted import note_in_config
+from peftcore.quantization.packed_experts import forget_dense
 from peftcore.quantization.parameters import BUFFERS, PackedParameters
 from peftcore.registry import registry
 
