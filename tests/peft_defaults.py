@@ -9,8 +9,8 @@ from typing import Any
 import peft
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from peftcore.peft_fields.config import COMMON
 from peftcore.peft_fields.defaults import EMPTY, FILE
+from peftcore.peft_fields.method_config import COMMON
 
 
 def of_installed() -> dict[str, Any]:

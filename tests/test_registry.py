@@ -12,7 +12,7 @@ import torch
 
 import peftcore
 from peftcore import registry as registry_module
-from peftcore.peft_fields import choosing
+from peftcore.peft_fields import method_choice
 from peftcore.plugin import Architecture, Method, StateRules, WeightFormat, hookimpl
 from peftcore.registry import ARGUMENTS_OF_APPLY, Registry
 
@@ -219,9 +219,9 @@ def test_a_message_never_names_a_package_that_may_be_a_strangers(discover, monke
     registry = discover(("scale", tiny.Plugin(tiny.method("scale")), "peftcore-scale"))
     with pytest.raises(peftcore.PluginError) as unknown:
         registry.method("scael")
-    monkeypatch.setattr(choosing, "registry", registry)
+    monkeypatch.setattr(method_choice, "registry", registry)
     with pytest.raises(peftcore.PluginError) as foreign:
-        choosing.method_of_fields("a file", {"peft_type": "EVIL_NAME"})
+        method_choice.method_of_fields("a file", {"peft_type": "EVIL_NAME"})
     assert "no PEFT method 'scael' is installed (installed: scale) (nearest: 'scale')" in str(unknown.value)
     assert "no installed method reads peft_type 'EVIL_NAME' (installed: TOY_SCALE (scale))" in str(foreign.value)
     for error in (unknown, foreign):
@@ -283,28 +283,28 @@ def test_a_hook_that_fails_is_named_and_stops_no_other(discover, monkeypatch) ->
 
 
 def test_detect_goes_on_without_a_plugin_that_fails(discover, monkeypatch) -> None:
-    from peftcore.observation import architecture
+    from peftcore.observation import detecting
 
-    monkeypatch.setattr(architecture, "registry", discover(("fails", Failing(), "peftcore-fails")))
+    monkeypatch.setattr(detecting, "registry", discover(("fails", Failing(), "peftcore-fails")))
     with pytest.warns(UserWarning, match="peftcore goes on without it"):
-        assert architecture.detect(tiny.llama()).hidden_size == tiny.llama().config.hidden_size
+        assert detecting.detect(tiny.llama()).hidden_size == tiny.llama().config.hidden_size
 
 
 @pytest.mark.parametrize("answer", ["text", 7, {"hidden_size": 8}])
 def test_an_architecture_of_another_type_is_refused(discover, monkeypatch, answer: object) -> None:
-    from peftcore.observation import architecture
+    from peftcore.observation import detecting
 
     class Wrong:
         @hookimpl
         def peftcore_architecture(self, model):
             return answer
 
-    monkeypatch.setattr(architecture, "registry", discover(("wrong", Wrong(), "peftcore-wrong")))
+    monkeypatch.setattr(detecting, "registry", discover(("wrong", Wrong(), "peftcore-wrong")))
     with pytest.raises(
         peftcore.PluginError,
         match=rf"'wrong' .* must return a peftcore.plugin.Architecture or None, found {type(answer).__name__}",
     ):
-        architecture.detect(tiny.llama())
+        detecting.detect(tiny.llama())
 
 
 @pytest.mark.parametrize(("answer", "found"), [("text", "str"), ([1], "int"), (None, "NoneType")])

@@ -114,7 +114,7 @@ def family(settings: dict) -> str | None:
     from peftcore.cli.options import FULL
     from peftcore.engine.placing import placements_for
     from peftcore.errors import PeftcoreError
-    from peftcore.merging.layers import is_mergeable
+    from peftcore.merging.merged_layers import is_mergeable
     from peftcore.method import PrefixKV, SoftPrompt
 
     if settings["method"] == FULL:

@@ -59,15 +59,15 @@ def train(run: Path) -> dict:
     from transformers import PrinterCallback, set_seed
 
     import peftcore
-    from peftcore.cli import data, models, progress, settings, tasks, trainers, training
+    from peftcore.cli import data, models, progress, settings, tasks, trainers, training_run
 
     warnings.simplefilter("ignore")
     chosen = settings.Settings(**json.loads((run / settings.RUN_FILE).read_text()))
-    train_rows, eval_rows, validation = training.read_splits(chosen)
+    train_rows, eval_rows, validation = training_run.read_splits(chosen)
     labels = tuple(data.labels_of([*train_rows, *validation])) if chosen.task in data.LABELLED else ()
     tokenizer = models.load_tokenizer(chosen.model)
     rows, held_out = (
-        training.encode_examples(what, part, chosen, tokenizer, labels)
+        training_run.encode_examples(what, part, chosen, tokenizer, labels)
         for what, part in (("training", train_rows), ("held-out", eval_rows))
     )
 
@@ -76,7 +76,7 @@ def train(run: Path) -> dict:
         return models.load_model(chosen.model, chosen.task, dtype=chosen.dtype, device="cpu", labels=labels)
 
     ours = peftcore.apply(
-        fresh(), chosen.method, batches=training.first_batches(chosen, rows, tokenizer), **chosen.fields
+        fresh(), chosen.method, batches=training_run.first_batches(chosen, rows, tokenizer), **chosen.fields
     )
     trainable = peftcore.summary(ours).trainable_parameters
     peftcore.save(ours, run / "start")
@@ -89,7 +89,7 @@ def train(run: Path) -> dict:
     else:
         model = peft.PeftModel.from_pretrained(fresh(), run / "start", config=config, is_trainable=True)
     meter = progress.Meter()
-    arguments = training.training_arguments(chosen, run / "peft", len(rows))
+    arguments = training_run.training_arguments(chosen, run / "peft", len(rows))
     arguments.save_strategy = "no"
     trainer = trainers.MeasuringTrainer(
         model=model,

@@ -68,7 +68,7 @@ def write_files(folder: Path) -> None:
 
 def train(folder: Path, task: str, method: str, rate: float) -> dict:
     """Held-out metrics before and after one run."""
-    from peftcore.cli import console, models, settings, training
+    from peftcore.cli import console, models, settings, training_run
     from peftcore.errors import PeftcoreError
 
     console.out.quiet = True
@@ -89,7 +89,7 @@ def train(folder: Path, task: str, method: str, rate: float) -> dict:
     )
     output = Path(tempfile.mkdtemp())
     try:
-        result = training.run(made, output, resume=False)
+        result = training_run.run(made, output, resume=False)
     except PeftcoreError as error:
         return {"error": str(error)}
     finally:

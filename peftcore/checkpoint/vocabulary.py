@@ -13,7 +13,7 @@ from torch import nn
 from peftcore import adapter_files
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.observation import detect
-from peftcore.observation.config import text_config
+from peftcore.observation.language_config import text_config
 
 
 def resized(model: nn.Module) -> list[str]:

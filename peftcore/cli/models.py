@@ -271,7 +271,7 @@ def packing_by(
     The method prepares a base without weights to find out. A base loaded that way is never dense as a whole.
     """
     from peftcore.quantization import quantized_experts, quantized_layers
-    from peftcore.quantization.selection import selected, selected_experts
+    from peftcore.quantization.quantizable import selected, selected_experts
     from peftcore.registry import registry
 
     found = registry.method(method)

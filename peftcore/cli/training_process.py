@@ -30,7 +30,7 @@ STOPPED = 130
 
 
 def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[str, Any]:
-    """The result of a run, as `training.Result.to_json` has it, or {"error": why there is none}.
+    """The result of a run, as `training_run.Result.to_json` has it, or {"error": why there is none}.
 
     A finished run is kept, one that was cut off goes on from its checkpoint. `show` gets each line that it prints.
 
@@ -86,7 +86,7 @@ def _context() -> Any:
     if sys.platform != "linux" or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["peftcore.cli.training"])
+    context.set_forkserver_preload(["peftcore.cli.training_run"])
     return context
 
 
@@ -112,13 +112,13 @@ def _failure(folder: Path, status: int) -> str:
 
 def main(folder: Path) -> int:
     """Train as `folder` says; the exit status."""
-    from peftcore.cli import training
+    from peftcore.cli import training_run
 
     settings = Settings(**json.loads((folder / RUN_FILE).read_text(encoding="utf-8")))
     (folder / _ERROR).unlink(missing_ok=True)
     try:
-        result = training.run(settings, folder, resume=(folder / "checkpoints").is_dir())
-    except training.Stopped:
+        result = training_run.run(settings, folder, resume=(folder / "checkpoints").is_dir())
+    except training_run.Stopped:
         return STOPPED
     except Exception as error:
         reason = str(error) if isinstance(error, PeftcoreError) else f"{type(error).__name__}: {error}"

@@ -22,7 +22,7 @@ from peftcore.composing.compatibility import difference
 from peftcore.composing.products import dense, of_matrix, of_product
 from peftcore.engine.trained import TrainedParameters, base_tensors
 from peftcore.errors import PeftcoreError, nearest
-from peftcore.merging.layers import is_mergeable
+from peftcore.merging.merged_layers import is_mergeable
 from peftcore.method import Factors, Model
 from peftcore.registry import registry
 from peftcore.validation import positive_whole

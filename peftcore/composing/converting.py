@@ -16,7 +16,7 @@ from peftcore.adaptation.chain import WeightChanges
 from peftcore.composing import low_rank
 from peftcore.composing.products import Product, kept_of, of_matrix, of_product
 from peftcore.errors import PeftcoreError
-from peftcore.merging.layers import Worked, is_mergeable, worked_in
+from peftcore.merging.merged_layers import Worked, is_mergeable, worked_in
 from peftcore.registry import registry
 from peftcore.validation import positive_whole
 from peftcore.weight_formats import DENSE, find_weight_format, weight_format

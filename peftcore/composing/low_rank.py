@@ -17,7 +17,7 @@ from peftcore.composing.products import dense
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.layers import shape_of
-from peftcore.merging.layers import is_mergeable
+from peftcore.merging.merged_layers import is_mergeable
 from peftcore.method import Factors, Method
 from peftcore.registry import registry
 from peftcore.weight_formats import weight_format

@@ -27,7 +27,7 @@ from peftcore.engine.state import (
     require_state,
     state_of,
 )
-from peftcore.engine.training import (
+from peftcore.engine.training_hooks import (
     after_step,
     extra_loss,
     has_loss,

@@ -14,7 +14,7 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.engine.placing import with_memory
 from peftcore.engine.state import adapter_modules, applied, require_state
 from peftcore.engine.trained import moving_buffers, unmoved_buffers
-from peftcore.engine.training import method_modules
+from peftcore.engine.training_hooks import method_modules
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.method import Method
 from peftcore.registry import registry

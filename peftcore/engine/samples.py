@@ -18,7 +18,7 @@ from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.events import adapter_names_given
 from peftcore.observation import observe
-from peftcore.observation.rows import rows_of
+from peftcore.observation.sample_rows import rows_of
 
 _BASE = "__base__"  # PEFT's name for no adapter
 

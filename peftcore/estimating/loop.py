@@ -20,8 +20,8 @@ from peftcore.estimating.losses import Own, loss_of, rows_of, tiles_in_place
 from peftcore.estimating.mixed_precision import asked_of_cpu, autocast, on_meta, to_single
 from peftcore.estimating.processes import GRADIENTS, Alone, processes_of
 from peftcore.estimating.step import Step
-from peftcore.observation.config import text_config
 from peftcore.observation.inputs import BATCH, LENGTH, example_inputs
+from peftcore.observation.language_config import text_config
 from peftcore.observation.meta import MetaFloats
 from peftcore.optim import NAMES
 from peftcore.optim.paging import PagedOptimizer

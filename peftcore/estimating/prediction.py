@@ -31,7 +31,7 @@ from peftcore.estimating.ranges import Range
 from peftcore.estimating.segments import peak_reserved
 from peftcore.estimating.stand_in import apply_again, stand_in
 from peftcore.estimating.step import Step
-from peftcore.observation.config import text_config
+from peftcore.observation.language_config import text_config
 from peftcore.optim.paging import PAGE_BYTES
 from peftcore.quantization import quantize as to_4_bits
 from peftcore.registry import registry

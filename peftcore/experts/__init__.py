@@ -1,6 +1,7 @@
 """Mixtures of experts whose weights are parameters `[experts, out, in]`: what is known of them, and their forward."""
 
 from peftcore.experts.each import EachExpert
+from peftcore.experts.expert_linear import PackedExpert, expert_linear, expert_path, split_expert_path
 from peftcore.experts.forward import Thin, expert_changes, experts_forward
 from peftcore.experts.layout import (
     ExpertsLayout,
@@ -10,7 +11,6 @@ from peftcore.experts.layout import (
     stacked_weights,
     why_not_fused,
 )
-from peftcore.experts.linear import PackedExpert, expert_linear, expert_path, split_expert_path
 
 __all__ = [
     "EachExpert",

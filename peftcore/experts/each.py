@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError
+from peftcore.experts.expert_linear import expert_linear, operand
 from peftcore.experts.layout import experts_layout
-from peftcore.experts.linear import expert_linear, operand
 from peftcore.ops.weight import autocast_device
 
 Around = Callable[[nn.Linear, Sequence[Any], int], Callable[[Tensor], Tensor]]  # a layer, changes, whose -> with them

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from peftcore import ops
 from peftcore.experts.each import Around, EachExpert, product_by_expert
+from peftcore.experts.expert_linear import operand
 from peftcore.experts.layout import experts_layout
-from peftcore.experts.linear import operand
 from peftcore.ops.routing import combined, gathered, routed
 from peftcore.ops.swiglu import swiglu
 from peftcore.ops.weight import autocast_device

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from peftcore import engine, ranks
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import CheckpointError, PeftcoreError
-from peftcore.merging.layers import changes_nothing
+from peftcore.merging.merged_layers import changes_nothing
 
 FILE = "reference.safetensors"
 _IS_BASE = "peftcore_reference_is_base"

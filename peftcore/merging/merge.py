@@ -23,7 +23,7 @@ from peftcore.adaptation.chain import WeightChanges
 from peftcore.engine.changes import facts
 from peftcore.engine.trained import TrainedParameters, tied_to
 from peftcore.errors import PeftcoreError
-from peftcore.merging.layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
+from peftcore.merging.merged_layers import MergedLayer, measured_error, merged_layers, refuse_unmergeable
 from peftcore.method import Model, WeightFormat
 from peftcore.observation.heads import mark_as_loaded
 from peftcore.weight_formats import find_weight_format

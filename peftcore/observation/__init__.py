@@ -1,8 +1,8 @@
 """Facts of a model: read off it, or seen in one forward with small inputs that it takes."""
 
-from peftcore.observation.architecture import detect
 from peftcore.observation.batches import gradients_of, inputs_of, run
 from peftcore.observation.bypass import asked_for_dtype, bypassed, rewritten
+from peftcore.observation.detecting import detect
 from peftcore.observation.inputs import example_inputs
 from peftcore.observation.tracing import Trace, known_as, left_as_it_is, observe, once_a_model, trace
 

@@ -9,9 +9,9 @@ from peftcore.ops.dense_linear import WIDENED, dense_linear
 from peftcore.ops.dropout import keep_mask
 from peftcore.ops.grouped import grouped_linear, grouped_lora_linear
 from peftcore.ops.linear_4bit import free_workspace, linear_4bit
+from peftcore.ops.linear_per_sample import lora_linear_per_sample
 from peftcore.ops.lora import lora_linear
 from peftcore.ops.optim import optim_step_
-from peftcore.ops.per_sample import lora_linear_per_sample
 from peftcore.ops.quant4 import dequantize_4bit, quantize_4bit, with_nested_scales
 from peftcore.ops.row_norms import row_norms
 from peftcore.ops.scaled import scaled

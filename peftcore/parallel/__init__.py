@@ -1,9 +1,9 @@
 """More than one process, on PyTorch's own engines: FSDP2 for the base, averaged or sharded adapters, DCP for state."""
 
 from peftcore.parallel.ending import finish
-from peftcore.parallel.loading import load_sharded
+from peftcore.parallel.sharded_loading import load_sharded
 from peftcore.parallel.sharding import blocks, check_ranks, divided, give_adapters, refuse_between_blocks, shard
-from peftcore.parallel.state import TrainingState
+from peftcore.parallel.training_state import TrainingState
 
 __all__ = [
     "TrainingState",

@@ -17,8 +17,8 @@ from peftcore.errors import PeftcoreError
 from peftcore.experts import experts_layout
 from peftcore.method import Method
 from peftcore.observation import detect
-from peftcore.peft_fields.choosing import method_of_fields, of_peft_type
-from peftcore.peft_fields.config import config_of_fields
+from peftcore.peft_fields.method_choice import method_of_fields, of_peft_type
+from peftcore.peft_fields.method_config import config_of_fields
 
 _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose heads PEFT trains, whatever else it trains
 

@@ -13,7 +13,7 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
-from peftcore.observation import config
+from peftcore.observation import language_config
 
 # argument names of attention modules for the cache
 _CACHE_ARGUMENTS = ("cache", "past_key_values", "layer_past")
@@ -183,7 +183,7 @@ def is_causal(backbone: nn.Module, architecture: Architecture) -> bool:
 
 def text_config(model: nn.Module) -> Any:
     """Return the config of the language model in `model`."""
-    return config.text_config(getattr(model, "config", None))
+    return language_config.text_config(getattr(model, "config", None))
 
 
 def input_embedding(module: Any) -> Any:

@@ -14,7 +14,7 @@ from peftcore.quantization.convert import dequantize, quantize, quantized_expert
 from peftcore.quantization.format import check_quant_type
 from peftcore.quantization.linear import QuantizedLinear
 from peftcore.quantization.parameters import PackedParameters
-from peftcore.quantization.selection import default_skip
+from peftcore.quantization.quantizable import default_skip
 from peftcore.quantization.weight_format import QUANTIZED
 from peftcore.quantization.wrapped import WRAPPED
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.quantization.parameters import PackedParameters
-from peftcore.quantization.selection import expert_parameters
+from peftcore.quantization.quantizable import expert_parameters
 from peftcore.targets import is_linear
 
 _CONVERSIONS = "_weight_conversions"  # transformers' attribute: how names on disk are converted to names in the model

@@ -24,12 +24,12 @@ from peftcore.observation.heads import mark_as_loaded
 from peftcore.ops import PackedWeight, quantize_4bit
 from peftcore.ops.weight import DTYPES
 from peftcore.quantization.config_sync import packed_names, sync_config
-from peftcore.quantization.experts import pack_experts, unpack_experts
 from peftcore.quantization.format import check_blocksize, check_quant_type, from_tensors
 from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
+from peftcore.quantization.packed_experts import pack_experts, unpack_experts
 from peftcore.quantization.parameters import PackedParameters, refuse_non_finite
-from peftcore.quantization.selection import selected, selected_experts, warn_of_dense
+from peftcore.quantization.quantizable import selected, selected_experts, warn_of_dense
 from peftcore.targets import is_conv1d
 from peftcore.targets.coverage import LITTLE, coverage
 

@@ -27,12 +27,12 @@ from peftcore.layers import shape_of
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert, convert_dense, give_back_freed
 from peftcore.quantization.expert_files import expert_of, is_by_expert
-from peftcore.quantization.experts import pack_parameter
 from peftcore.quantization.format import DTYPES, PARTS, check_blocksize, check_quant_type, from_tensors
 from peftcore.quantization.fused import guard_quantized
 from peftcore.quantization.linear import QuantizedLinear
+from peftcore.quantization.packed_experts import pack_parameter
 from peftcore.quantization.parameters import check_experts, check_shape, joined_experts, refuse_non_finite
-from peftcore.quantization.selection import expert_parameters, selected, selected_experts, warn_of_dense
+from peftcore.quantization.quantizable import expert_parameters, selected, selected_experts, warn_of_dense
 from peftcore.targets import is_linear, sizes
 
 METHOD = "peftcore_4bit"

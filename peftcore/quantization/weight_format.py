@@ -12,8 +12,8 @@ from peftcore import ops
 from peftcore.method import WeightFormat
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import make_plain
-from peftcore.quantization.experts import forget_dense
 from peftcore.quantization.linear import QuantizedLinear
+from peftcore.quantization.packed_experts import forget_dense
 from peftcore.quantization.parameters import BUFFERS, PackedParameters
 from peftcore.registry import registry
 

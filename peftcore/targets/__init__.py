@@ -2,9 +2,8 @@
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.layers import is_conv1d, is_linear, sizes
-from peftcore.targets.config import LayersConfig
 from peftcore.targets.convolutions import odd_convolution
-from peftcore.targets.experts import (
+from peftcore.targets.expert_selection import (
     ALL_LINEAR,
     expert_weights,
     experts_per_token,
@@ -15,6 +14,7 @@ from peftcore.targets.experts import (
     select_experts,
     weight_named,
 )
+from peftcore.targets.layers_config import LayersConfig
 from peftcore.targets.names import is_inside, matches
 from peftcore.targets.patterns import compiled
 from peftcore.targets.selection import (

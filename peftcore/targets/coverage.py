@@ -19,7 +19,7 @@ from peftcore.adaptation.class_swap import original_class
 from peftcore.architecture import Architecture
 from peftcore.layers import is_unknown_linear, shape_of, sizes
 from peftcore.observation import bypassed
-from peftcore.targets.experts import is_read_by_itself
+from peftcore.targets.expert_selection import is_read_by_itself
 
 LITTLE = 0.5  # of the weight; a selection of all there is that reaches less is told of
 

@@ -21,7 +21,7 @@ from peftcore.experts import expert_biases
 from peftcore.layers import is_conv1d, is_linear, sizes, unknown_layers
 from peftcore.method import Train
 from peftcore.observation import bypassed, rewritten
-from peftcore.targets.experts import (
+from peftcore.targets.expert_selection import (
     ALL_LINEAR,
     expert_layers,
     expert_weights,

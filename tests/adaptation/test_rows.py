@@ -13,7 +13,7 @@ from census.images import with_images
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.observation.rows import rows_of
+from peftcore.observation.sample_rows import rows_of
 from peftcore.testing import disturb
 
 NAMES = ["a", None, "b"]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules, adapter_parameters, applied
-from peftcore.merging.layers import worked_in
+from peftcore.merging.merged_layers import worked_in
 from peftcore.plugin import Around, Factors, OnWeight
 from peftcore.testing import disturb
 from peftcore.weight_formats import find_weight_format

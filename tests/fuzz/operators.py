@@ -19,7 +19,7 @@ import torch
 from fuzz.memory import LAYOUTS, laid_out
 
 from peftcore import ops
-from peftcore.ops import grouped, lora, optim, per_sample, quant4, routing, swiglu
+from peftcore.ops import grouped, linear_per_sample, lora, optim, quant4, routing, swiglu
 from peftcore.ops import optim_rules as rules
 from peftcore.ops.dense_linear import DenseLinear
 from peftcore.ops.linear_4bit import Linear4bit, Linear4bitBackward
@@ -306,7 +306,7 @@ OPERATORS = {
     "linear_4bit_backward": (_linear_4bit_backward, by_reference(Linear4bitBackward)),
     "lora_linear": (_lora_linear, by_reference(lora.LoraLinear)),
     "lora_linear_backward": (_lora_linear_backward, by_reference(lora.LoraLinearBackward)),
-    "lora_linear_per_sample": (_lora_linear_per_sample, by_reference(per_sample.LoraLinearPerSample)),
+    "lora_linear_per_sample": (_lora_linear_per_sample, by_reference(linear_per_sample.LoraLinearPerSample)),
     "grouped_linear": (_grouped_linear, by_reference(grouped.GroupedLinear)),
     "grouped_linear_backward": (_grouped_linear_backward, by_reference(grouped.GroupedLinearBackward)),
     "routed": (_routed, by_reference(routing.Routed)),

@@ -15,7 +15,7 @@ from peftcore.cli.settings import Display, RunOptions, Settings, prepare_folder,
 from peftcore.errors import PeftcoreError
 
 if TYPE_CHECKING:
-    from peftcore.cli.training import Result
+    from peftcore.cli.training_run import Result
 
 EXAMPLES = (
     "peftcore train -m HuggingFaceTB/SmolLM2-135M-Instruct -d chat.jsonl --method METHOD -o run",
@@ -101,7 +101,7 @@ def train(
         require("trl", extra="dpo")
     models.quiet_transformers()
     from peftcore import ranks
-    from peftcore.cli import reporting, torchrun, training
+    from peftcore.cli import reporting, torchrun, training_run
     from peftcore.registry import registry
 
     services = reporting.services(display.report_to)
@@ -132,7 +132,7 @@ def train(
 
     ranks.once(prepare, together=True)
     try:
-        result = training.run(
+        result = training_run.run(
             settings,
             output,
             resume=resume,
@@ -141,7 +141,7 @@ def train(
             report_to=services,
             force=force,
         )
-    except training.Stopped as stopped:
+    except training_run.Stopped as stopped:
         say(f"{stopped}; a checkpoint is in {output / 'checkpoints'}. To continue:\n  {command(resume=True)}", "bold")
         torchrun.leave()
         raise typer.Exit(130) from None

@@ -2,6 +2,6 @@
 
 from peftcore.exporting.gguf.adapter import command, write_adapter
 from peftcore.exporting.gguf.model import TYPES, write_model
-from peftcore.exporting.gguf.names import family_of
+from peftcore.exporting.gguf.tensor_names import family_of
 
 __all__ = ["TYPES", "command", "family_of", "write_adapter", "write_model"]

@@ -15,7 +15,7 @@ from peftcore.engine.trained import modules_tied_to
 from peftcore.errors import PeftcoreError
 from peftcore.exporting.gguf.file import Entry, write_tensors, writing
 from peftcore.exporting.gguf.model import EMBEDDING
-from peftcore.exporting.gguf.names import Names
+from peftcore.exporting.gguf.tensor_names import Names
 from peftcore.exporting.thin import products
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.errors import PeftcoreError
-from peftcore.exporting.gguf.names import WAY_ROUND, Family, family_of
+from peftcore.exporting.gguf.tensor_names import WAY_ROUND, Family, family_of
 
 ROPE = {  # supported keys by type
     "default": {"rope_theta"},

@@ -14,7 +14,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.exporting.gguf import k_quants
 from peftcore.exporting.gguf.file import Entry, write_tensors, writing
 from peftcore.exporting.gguf.hyperparameters import write_hyperparameters
-from peftcore.exporting.gguf.names import Names
+from peftcore.exporting.gguf.tensor_names import Names
 from peftcore.exporting.gguf.tokenizer import write_tokenizer
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")  # types the package `gguf` quantizes to

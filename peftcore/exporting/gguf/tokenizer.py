@@ -12,7 +12,7 @@ from typing import Any
 
 from peftcore.errors import PeftcoreError
 from peftcore.exporting.gguf import sentencepiece
-from peftcore.exporting.gguf.names import WAY_ROUND
+from peftcore.exporting.gguf.tensor_names import WAY_ROUND
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -18,7 +18,7 @@ from torch import nn
 import peftcore
 from peftcore.engine import adapter_modules, adapter_parameters
 from peftcore.quantization import quantized_experts
-from peftcore.quantization.experts import unpack_experts
+from peftcore.quantization.packed_experts import unpack_experts
 from peftcore.testing.case import Case, close, differs, disturb, logits, same
 from peftcore.testing.checks.register import check
 

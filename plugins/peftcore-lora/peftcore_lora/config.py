@@ -1,8 +1,9 @@
-"""The config, and which modules it means."""
+"""The config of LoRA, and the modules, parameters and experts that it means."""
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
@@ -10,11 +11,17 @@ from typing import Any, ClassVar, Literal, TypeVar
 from torch import nn
 
 from peftcore.plugin import Architecture, PeftcoreError, targets, validation
-from peftcore_lora.experts import is_adaptable, with_experts
 
 Kind = TypeVar("Kind")
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "mica", "eva")
+CHOICE = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
 SUBTRACTED = ("pissa", "olora", "corda", "lora_ga")  # starts that change the model, and are subtracted from it
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    """Return whether LoRA can adapt this layer."""
+    others = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+    return targets.is_linear(module) or isinstance(module, others)
 
 
 def is_subtracted(start: bool | str) -> bool:
@@ -134,11 +141,61 @@ class LoraConfig:
 
     def resolved(self, model: nn.Module, architecture: Architecture) -> LoraConfig:
         """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
-        chosen, config = selected(model, self, architecture), with_experts(model, self)
+        chosen, config = selected(model, self, architecture), _with_experts(model, self)
         if self.target_modules == targets.ALL_LINEAR:
             config = replace(config, target_modules=targets.minimal_suffixes(model, chosen))
         starts = is_subtracted(self.init_lora_weights) or self.frozen_start
         return replace(config, frozen_start=starts, fan_in_fan_out=any(map(targets.is_conv1d, chosen.values())))
+
+
+def _with_experts(model: nn.Module, config: LoraConfig) -> LoraConfig:
+    """Return the config with all experts that it means in target_parameters, and their ranks and scales in patterns."""
+    given, found = list(config.target_parameters or ()), _reached_experts(model, config)
+    weights = {f"{path}.{name}": path for path, names in targets.expert_weights(model).items() for name in names}
+    named = [name for name in weights if any(targets.matches(pattern, name) for pattern in given)]
+    validation.require(
+        config.expert_r is None or bool(found or named), f"expert_r={config.expert_r}: no weight of experts is reached"
+    )
+    ranks: dict[int, list[str]] = {}
+    for name in dict.fromkeys([*found, *named]) if config.expert_r else (n for n in found if n not in named):
+        share = config.r // targets.experts_per_token(model.get_submodule(weights[name]), model)
+        ranks.setdefault(config.expert_r or max(1, share), []).append(name)
+    rank_pattern, alpha_pattern = dict(config.rank_pattern), dict(config.alpha_pattern)
+    for r, names in ranks.items():
+        names = [name for name in names if r != config.r and not _pattern_of(config.rank_pattern, name)]
+        rank_pattern |= dict.fromkeys(_suffixes(model, names), r)
+        names = [name for name in names if not config.use_rslora and not _pattern_of(config.alpha_pattern, name)]
+        alpha_pattern |= dict.fromkeys(_suffixes(model, names), config.lora_alpha * r / config.r)
+    modules = targets.name_experts(model, config.target_modules, is_adaptable)[0] if found else config.target_modules
+    return replace(
+        config,
+        target_modules=modules,
+        target_parameters=list(dict.fromkeys([*given, *_suffixes(model, found)])),
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        expert_r=None,
+    )
+
+
+def _reached_experts(model: nn.Module, config: LoraConfig) -> list[str]:
+    """Return the full names of the experts' weights that target_modules means."""
+    every = config.target_modules == targets.ALL_LINEAR
+    if not config.reaches_experts or (every and config.target_parameters is not None):
+        return []
+    choice = {name: getattr(config, name) for name in CHOICE}
+    found = targets.select_experts(model, supported=is_adaptable, **choice)
+    if found and every and config.linear_alone:
+        warnings.warn(f"{config.linear_alone} is known for linear layers: experts are left out", stacklevel=4)
+        return []
+    return found
+
+
+def _pattern_of(patterns: dict[str, int] | dict[str, float], name: str) -> bool:
+    return targets.pattern_value(patterns, name, None) is not None
+
+
+def _suffixes(model: nn.Module, names: list[str]) -> list[str]:
+    return targets.parameter_suffixes(model, names) if names else []
 
 
 def of_ranks(model: nn.Module, config: LoraConfig | None, ranks: Mapping[str, int]) -> LoraConfig:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.plugin import CheckpointError, ExpertsLayout, experts_layout, targets, validation
-from peftcore_lora.experts import is_adaptable
+from peftcore_lora.config import is_adaptable
 from peftcore_lora.parameters import BY_EXPERT, named, read_experts, stem_on_disk
 
 PARTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up", "down_proj": "down", "w2": "down"}

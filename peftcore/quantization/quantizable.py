@@ -21,7 +21,7 @@ from peftcore.observation import asked_for_dtype, bypassed, detect, rewritten
 from peftcore.ops.weight import DTYPES, MIN_BLOCKSIZE
 from peftcore.quantization.parameters import PackedParameters
 from peftcore.targets import matches
-from peftcore.targets.experts import routers
+from peftcore.targets.expert_selection import routers
 
 
 def default_skip(model: nn.Module) -> list[str]:

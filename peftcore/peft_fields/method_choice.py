@@ -14,8 +14,8 @@ from typing import Any
 
 from peftcore.errors import PeftcoreError, PluginError
 from peftcore.method import Method
-from peftcore.peft_fields.config import COMMON, own_of
 from peftcore.peft_fields.defaults import defaults, says_something
+from peftcore.peft_fields.method_config import COMMON, own_of
 from peftcore.registry import HOW_TO_INSTALL, Plugin, canonical, registry
 from peftcore.validation import shown
 

@@ -15,8 +15,8 @@ from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_forward
 from peftcore.architecture import Architecture
 from peftcore.errors import PluginError
-from peftcore.observation.config import text_config
 from peftcore.observation.heads import task_heads
+from peftcore.observation.language_config import text_config
 from peftcore.observation.sublayers import Observed
 from peftcore.registry import registry
 

@@ -19,10 +19,10 @@ from peftcore.ops.weight import MIN_BLOCKSIZE
 from peftcore.parallel.sharding import check_running, shard
 from peftcore.quantization.config_sync import sync_config
 from peftcore.quantization.convert import convert_dense
-from peftcore.quantization.experts import pack_experts
 from peftcore.quantization.format import PARTS, from_tensors
+from peftcore.quantization.packed_experts import pack_experts
 from peftcore.quantization.parameters import PackedParameters, check_experts, joined_experts, refuse_non_finite
-from peftcore.quantization.selection import selected, selected_experts
+from peftcore.quantization.quantizable import selected, selected_experts
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

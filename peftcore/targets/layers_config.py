@@ -13,7 +13,7 @@ from torch import nn
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.layers import is_conv1d, is_linear, sizes
-from peftcore.targets.experts import ALL_LINEAR
+from peftcore.targets.expert_selection import ALL_LINEAR
 from peftcore.targets.selection import minimal_suffixes, select_by
 from peftcore.validation import check_types, require
 

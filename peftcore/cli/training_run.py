@@ -47,7 +47,7 @@ from peftcore.engine import takes_batches
 from peftcore.engine.summary import Summary
 from peftcore.errors import PeftcoreError
 from peftcore.integrations.transformers import latest_checkpoint
-from peftcore.merging.layers import mergeable
+from peftcore.merging.merged_layers import mergeable
 from peftcore.quantization import QuantizedLinear
 
 

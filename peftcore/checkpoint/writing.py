@@ -17,11 +17,11 @@ from peftcore import adapter_files, engine, ranks
 from peftcore.adaptation.adapted import base_parameters
 from peftcore.adapter_files import Content
 from peftcore.checkpoint import single_file
-from peftcore.checkpoint.config import fields_of_config
 from peftcore.checkpoint.fingerprint import fingerprint
 from peftcore.checkpoint.multiplier import in_metadata
 from peftcore.checkpoint.reading import METHOD, OWN_FIELDS, TIED, TOGETHER, name_inside
 from peftcore.checkpoint.tensors import for_training, kept_on_disk, name_of_base, tensors_on_disk
+from peftcore.checkpoint.written_config import fields_of_config
 from peftcore.engine.trained import all_of, base_tensors
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError
 from peftcore.method import StateRules
