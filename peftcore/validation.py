@@ -36,10 +36,10 @@ def check_types(config: Any, fields: Mapping[str, Any] | None = None) -> None:
     if fields is None:
         fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for name, value in fields.items():
-        if name in hints and not _fits(value, hints[name]):
+        if name in hints and not fits(value, hints[name]):
             known = [each for each in _literals(hints[name]) if isinstance(each, str)]
             hint = nearest(value, known) if isinstance(value, str) else ""
-            raise PeftcoreError(f"{name} must be {_in_words(hints[name])}, found {shown(value)}{hint}")
+            raise PeftcoreError(f"{name} must be {in_words(hints[name])}, found {shown(value)}{hint}")
 
 
 def shown(value: Any) -> str:
@@ -59,10 +59,11 @@ def _hints(config_class: type) -> dict[str, Any]:
         return {}
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """Return whether a value is of the type that an annotation names, as `check_types` says."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, each) for each in inside)
+        return any(fits(value, each) for each in inside)
     if origin is Literal:
         return any(type(value) is type(allowed) and value == allowed for allowed in inside)
     if hint in (bool, str, type(None)):
@@ -78,8 +79,8 @@ def _fits(value: Any, hint: Any) -> bool:
         if not (issubclass(kind, Mapping) and isinstance(value, Mapping)):
             return False
         pairs = zip(inside, (list(value.keys()), list(value.values())), strict=False)
-        return all(_fits(each, hint) for hint, values in pairs for each in values)
-    return not inside or all(_fits(each, inside[0]) for each in value)
+        return all(fits(each, hint) for hint, values in pairs for each in values)
+    return not inside or all(fits(each, inside[0]) for each in value)
 
 
 def _literals(hint: Any) -> list[Any]:
@@ -92,17 +93,18 @@ def _is_number(value: int | float) -> bool:
     return -(1 << 63) <= value < 1 << 63 if isinstance(value, int) else math.isfinite(value)
 
 
-def _in_words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
+    """Return the type that an annotation names, such as `a whole number or None`."""
     origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_in_words(each) for each in inside)
+        return " or ".join(in_words(each) for each in inside)
     if origin is Literal:
         *first, last = map(repr, inside)
         return f"{', '.join(first)} or {last}" if first else last
     kind = origin or hint
     if kind not in _WORDS and isinstance(kind, type) and issubclass(kind, Collection):
         what = "table" if issubclass(kind, Mapping) else "list"
-        of = [_in_words(each).removeprefix("a ") for each in inside if each not in (Any, Ellipsis)]
+        of = [in_words(each).removeprefix("a ") for each in inside if each not in (Any, Ellipsis)]
         return f"a {what}" + (f" ({' to '.join(of)})" if of else "")
     return _WORDS.get(hint, str(hint))
 

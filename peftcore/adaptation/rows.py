@@ -2,8 +2,8 @@
 
 A model is called with samples in dimension 0 of its inputs. Inside it they may lie elsewhere: as `[tokens, samples,
 width]`, as `[samples · tokens, width]`, or nowhere, as in a bias that depends on positions alone. Sizes do not tell
-(there may be as many tokens as samples), so `observation.rows` watches the model with batches of different sizes, and
-what it finds is kept on each adapted module.
+(there may be as many tokens as samples), so `observation.sample_rows` watches the model with batches of different
+sizes, and what it finds is kept on each adapted module.
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ def why_not_fused(module: Any, forward: Any) -> str | None:
     A subclass may have one that computes something else, and what the interface looks up by the config may be one that
     a user has registered.
     """
-    forward = getattr(forward, "over_dense", forward)  # of weights in 4 bits (`quantization.experts`)
+    forward = getattr(forward, "over_dense", forward)  # of weights in 4 bits (`quantization.packed_experts`)
     names = getattr(getattr(forward, "__code__", None), "co_freevars", ())
     if "experts_interface" not in names or forward.__globals__.get("__name__") != "transformers.integrations.moe":
         return "its forward is written by hand, not one of transformers' experts interface"
