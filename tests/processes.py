@@ -5,10 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import runpy
 import socket
+import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -35,7 +38,7 @@ def run(
     """Return what `work(*arguments)` returns on each rank. `work` and its arguments are pickled: it is in a module.
 
     Args:
-        joined: the ranks are a process group. False: they have torchrun's variables, and join by themselves.
+        joined: the ranks are a process group. False: several ranks have torchrun's variables, and join by themselves.
 
     Raises:
         AssertionError: a rank failed, with what it raised; or they did not end in time.
@@ -63,6 +66,13 @@ def run(
                 process.join()
                 process.close()
     return [found[rank] for rank in range(ranks)]
+
+
+def run_script(path: str, *arguments: str) -> None:
+    """Run a script in this process, in its directory, as `python path arguments` would."""
+    sys.argv = [path, *arguments]
+    warnings.simplefilter("ignore")
+    runpy.run_path(path, run_name="__main__")
 
 
 def kill_one(work: Callable[..., Any], *arguments: Any, after: float, ranks: int = 2) -> None:
@@ -115,6 +125,9 @@ def _as_under_torchrun(port: int, rank: int, ranks: int) -> None:
     import torch
 
     torch.set_num_threads(1)
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if ranks == 1:
+        return
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in numbers.items()}, MASTER_ADDR="127.0.0.1")
 

@@ -1,4 +1,8 @@
-"""The example scripts run as they stand, each in under 40 lines, and leave an adapter that loads."""
+"""The example scripts run as they are, each in under 40 lines, and write an adapter that loads.
+
+`make test` runs them in forks of a process that has imported transformers, `make test-all` by the command in their first
+line.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from commands import SPECIAL, WORDS, save_tokenizer, write_jsonl
+from whole import WHOLE
 
 import peftcore
 
@@ -18,12 +24,12 @@ PYTHON = [sys.executable, "-W", "ignore"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
 ACCELERATE += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-RUNS = {  # how each is started, and where its adapter lies
-    "own_loop": (PYTHON, ""),
-    "trainer": (PYTHON, "adapter"),
-    "sft": (PYTHON, "adapter"),
-    "accelerate_ddp": (ACCELERATE, ""),
-    "fsdp2_qlora": (TORCHRUN, "adapter"),
+RUNS = {  # how each is started, on how many ranks, and where it writes its adapter
+    "own_loop": (PYTHON, 1, ""),
+    "trainer": (PYTHON, 1, "adapter"),
+    "sft": (PYTHON, 1, "adapter"),
+    "accelerate_ddp": (ACCELERATE, 2, ""),
+    "fsdp2_qlora": (TORCHRUN, 2, "adapter"),
 }
 
 
@@ -51,12 +57,16 @@ def test_every_example_is_run_and_short() -> None:
 def test_example(name: str, base: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    start, place = RUNS[name]
+    launcher, ranks, place = RUNS[name]
     data = write_jsonl(tmp_path / "data.jsonl", [{"text": f"the film is {word} and {word}"} for word in WORDS])
-    command = [*start, str(EXAMPLES / f"{name}.py"), str(base), str(data), str(tmp_path / "out")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
+    script = [str(EXAMPLES / f"{name}.py"), str(base), str(data), str(tmp_path / "out")]
+    if WHOLE:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+        command = [*launcher, *script]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        processes.run(processes.run_script, *script, ranks=ranks, joined=False)
     model = AutoModelForCausalLM.from_pretrained(base)
     if name == "fsdp2_qlora":
         peftcore.quantize(model)
