@@ -1,7 +1,7 @@
 """The example scripts run as they are, each in under 40 lines, and write an adapter that loads.
 
-`make test` runs them in forks of a process that has imported transformers, `make test-all` by the command in their first
-line.
+`make test` runs them in forks of a process that has imported transformers, `make test-all` by the commands in their
+first lines.
 """
 
 from __future__ import annotations
