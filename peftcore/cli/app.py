@@ -64,7 +64,7 @@ def run(words: list[str] | None = None) -> None:
 
 
 def build(words: list[str]) -> typer.Typer:
-    """The application. Plugins are asked for commands unless `words` name one of the core's."""
+    """Return the application. Plugins are asked for commands unless `words` name one of the core's."""
     app = typer.Typer(
         help="Parameter-efficient fine-tuning: an adapter from a model and a file of examples.",
         epilog=_epilog(["peftcore methods", "peftcore train --help"]),

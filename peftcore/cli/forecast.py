@@ -24,13 +24,13 @@ from peftcore.estimating.step import MIXED
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes of a run's peak.
+    """Predicted peak memory of a run, in bytes.
 
     Args:
-        before: what the process had, with its libraries, when it was made.
-        room: bytes that were free then.
-        together: processes of the run that take of this room.
-        lighter: options that need less, beside those of every run.
+        before: resident bytes of the process, with its libraries, at the time of the forecast.
+        room: free bytes at that time.
+        together: number of processes of the run that share this memory.
+        lighter: options of this run that need less, in addition to those of every run.
     """
 
     estimate: peftcore.Estimate
@@ -42,7 +42,7 @@ class Forecast:
 
     @property
     def needed(self) -> float:
-        """Beside what the processes have."""
+        """Bytes needed in addition to what the processes have."""
         found = self.estimate
         if self.on_card:
             return found.reserved - (found.peak - found.least)
@@ -99,10 +99,12 @@ def dtype_of_base(settings: Settings, labels: tuple[str, ...] = ()) -> torch.dty
 
 
 def forecast(settings: Settings, length: int, labels: tuple[str, ...]) -> Forecast | None:
-    """What a run will take, or None with a line that says why that is not known.
+    """Return the forecast of a run, or print why there is none and return None.
 
     Args:
+        settings: of the run.
         length: tokens of the longest example.
+        labels: a classifier's labels.
     """
     why = _why_not(settings)
     if why is not None:

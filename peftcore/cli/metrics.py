@@ -25,9 +25,9 @@ TITLES = {
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",
     "exact_match": "exact match",
-    "told_right": "pairs told right",
+    "preference_accuracy": "preference accuracy",
 }
-SHARES = ("accuracy", "macro_f1", "micro_f1", "exact_match", "told_right")  # shown as percentages
+SHARES = ("accuracy", "macro_f1", "micro_f1", "exact_match", "preference_accuracy")  # shown as percentages
 
 
 @dataclass(frozen=True)

@@ -432,8 +432,8 @@ def _load(loader: Any, model: str, what: str, **options: Any) -> Any:
         mismatched = isinstance(error, RuntimeError) and "ignore_mismatched_sizes" in str(error)
         if not (isinstance(error, expected) or mismatched or "gguf_file" in options):
             raise
-        told = error.__cause__ if isinstance(error, StrictDataclassError) else None  # the error of the field
-        reason = str(told or error).strip().partition("\n")[0] or type(error).__name__
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else None  # the error of the field
+        reason = str(cause or error).strip().partition("\n")[0] or type(error).__name__
         reason = "its tensors and its config have different shapes" if mismatched else reason
         raise PeftcoreError(f"the {what} of '{model}' cannot be loaded: {reason}") from error
 

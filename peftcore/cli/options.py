@@ -12,11 +12,11 @@ import typer
 from peftcore.cli import completion, config_file
 from peftcore.errors import PluginError
 
-FULL = "full"  # stands for a method: every parameter of the model is trained, the reference of a comparison
+FULL = "full"  # in place of a method: full fine-tuning, as the reference of a comparison
 
 
 def in_run(folder: Path | None) -> Path | None:
-    """An adapter may be named by the run that made it."""
+    """Return the adapter's folder, which may be named by the run that made it."""
     from peftcore.cli.models import adapter_folder
 
     return None if folder is None else adapter_folder(folder)
@@ -128,10 +128,10 @@ Labels = Annotated[
 
 
 def resolve_method(name: str | None, settings: list[str] | None) -> tuple[str, dict[str, Any]]:
-    """The method meant, and the fields that `--set` gives to it.
+    """Return the method's name and the fields that `--set` gives to it.
 
     Raises:
-        PeftcoreError: it is not installed, none is named and several are, or a field is wrong.
+        PeftcoreError: the method is not installed, is not named although several are, or a field is wrong.
     """
     from peftcore.cli.fields import parse
     from peftcore.registry import registry
@@ -139,21 +139,21 @@ def resolve_method(name: str | None, settings: list[str] | None) -> tuple[str, d
     if name is None:
         installed = registry.methods()
         if len(installed) != 1:
-            names = ", ".join(installed) or "none; look at: peftcore plugins"
-            raise PluginError(f"say which method: --method NAME (installed: {names})")
+            names = ", ".join(installed) or "none; see peftcore plugins"
+            raise PluginError(f"no method is given. Pass --method NAME (installed: {names})")
         name = next(iter(installed))
     method = registry.method(name)
     return method.name, parse(method.config_class, settings or [])
 
 
 def absolute_data(paths: Sequence[str]) -> str | list[str]:
-    """Return what `--data` names as it is found from any folder: one as text, several as a list."""
+    """Return the paths of `--data` as absolute ones: one as text, several as a list."""
     found = [absolute(path) for path in paths]
     return found[0] if len(found) == 1 else found
 
 
 def absolute(path: str) -> str:
-    """A path as it is found from any folder; what is none (a hub's id, `chatml`) as it is."""
+    """Return a path as an absolute one; anything else (a hub id, `chatml`) unchanged."""
     if "{" in path:  # the text of a template
         return path
     where = Path(os.path.expanduser(path))

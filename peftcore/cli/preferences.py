@@ -100,7 +100,7 @@ def measure(
         chosen, rejected = (found - its).chunk(2)
         margins.append(beta * (chosen - rejected))
     margin = torch.cat(margins)
-    figures = {"told_right": float((margin > 0).double().mean()), "margin": float(margin.mean())}
+    figures = {"preference_accuracy": float((margin > 0).double().mean()), "margin": float(margin.mean())}
     return Metrics(float(-F.logsigmoid(margin).mean()), len(examples), figures)
 
 

@@ -1,7 +1,7 @@
-"""What decides the course of a run, and the run's folder, which keeps it.
+"""Settings that determine a run, and the run's folder, which stores them.
 
-OUTPUT/run.json       the settings; --resume refuses others
-OUTPUT/run.toml       the same as options: `peftcore train --config OUTPUT/run.toml --output OTHER` repeats the run
+OUTPUT/run.json       the settings; --resume refuses different ones
+OUTPUT/run.toml       the settings as options: `peftcore train --config OUTPUT/run.toml --output OTHER` repeats it
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from peftcore.errors import PeftcoreError
 
 RUN_FILE = "run.json"
 _NOT_THE_SAME = (
-    ". --resume goes on with the run that lies in --output, where it was cut off; --adapter begins another from an "
-    "adapter that is there"
+    ". --resume continues an interrupted run in --output; --adapter starts a new run from an existing adapter"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Options of the command line that decide the course of a run, as the user gave them.
+    """Command-line options that determine a run, as given by the user.
 
     An option is defined here and nowhere else: `train` has an option for each field; `compare`, `plan` and `suggest`
     have those that they name; `run.json`, `run.toml` and `--resume` follow.
@@ -103,7 +102,7 @@ class Display:
 
 @dataclass(frozen=True)
 class Settings(RunOptions):
-    """All that decides the course of a run: its options, with those resolved that have no value of their own.
+    """Everything that determines a run: its options, with defaults resolved.
 
     `data`: a path or a dataset's id, or several, whose examples are read together.
     `fields`: of the method's config.
@@ -125,7 +124,7 @@ class Settings(RunOptions):
 
     @classmethod
     def of(cls, given: RunOptions, **resolved: Any) -> Settings:
-        """Return the settings of a run with the options `given`, and with what `resolved` has beyond or in place."""
+        """Return the settings of a run: the options `given`, overridden and completed by `resolved`."""
         values = {**vars(given), **resolved}
         if values["lr"] is None:  # nothing is trained
             del values["lr"]
@@ -143,39 +142,43 @@ class Settings(RunOptions):
             raise PeftcoreError(f"lr and epochs must be above 0, found lr={self.lr:g}, epochs={self.epochs:g}")
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """Return the settings as JSON stores them."""
         return json.loads(json.dumps(asdict(self)))
 
 
 def prepare_folder(output: Path, settings: Settings, *, resume: bool, overwrite: bool) -> None:
-    """Make the run's folder and note the settings there.
+    """Create the run's folder and write the settings.
 
     Raises:
-        PeftcoreError: it holds something already, or a run with other settings is to be resumed.
+        PeftcoreError: the folder is not empty, or the run to resume has different settings.
     """
     run_file = output / RUN_FILE
     if resume and run_file.exists():
         try:
             before = json.loads(run_file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start anew: --overwrite") from error
+            raise PeftcoreError(f"'{run_file}' cannot be read: {error}. Start again: --overwrite") from error
         now = settings.to_json()
         for name in sorted(before.keys() | now.keys(), key=lambda name: (name != "adapter", name)):
             if before.get(name) != now.get(name):
                 raise PeftcoreError(
                     f"the run in '{output}' had {name}={before.get(name)!r}, now it is {now.get(name)!r}. "
-                    "To continue exactly, resume with the same settings; to start anew: --overwrite"
+                    "To continue exactly, resume with the same settings; to start again: --overwrite"
                     f"{_NOT_THE_SAME if name == 'adapter' else ''}"
                 )
         return
     if output.exists() and not output.is_dir():
-        raise PeftcoreError(f"'{output}' is a file. Give a folder: --output FOLDER")
-    # Settings alone are of a run that failed before it made anything: nothing is lost.
+        raise PeftcoreError(f"'{output}' is a file. Pass a folder: --output FOLDER")
+    # Settings alone belong to a run that failed before it made anything.
     if output.is_dir() and any(path.name not in (RUN_FILE, config_file.NAME) for path in output.iterdir()):
         if not (overwrite and run_file.exists()):
             what = "a run" if run_file.exists() else "something else"
-            hint = "--resume continues it, --overwrite starts anew" if run_file.exists() else "Give another folder"
-            raise PeftcoreError(f"'{output}' holds {what} already. {hint}")
+            hint = (
+                "Use --resume to continue it, or --overwrite to start again"
+                if run_file.exists()
+                else "Pass another folder"
+            )
+            raise PeftcoreError(f"'{output}' already contains {what}. {hint}")
         for name in ("checkpoints", "adapter"):
             shutil.rmtree(output / name, ignore_errors=True)
     output.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""One training run in a process of its own, so that its peak memory is its own and its failure no one else's.
+"""One training run in its own process, so that peak memory and failures are separate.
 
 FOLDER/run.json       the settings; run.toml as options
-FOLDER/log.txt        what it printed
-FOLDER/result.json    what it found, or
-FOLDER/error.txt      why it found nothing
+FOLDER/log.txt        its output
+FOLDER/result.json    its results, or
+FOLDER/error.txt      why there are none
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ STOPPED = 130
 
 
 def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[str, Any]:
-    """The result of a run, as `training_run.Result.to_json` has it, or {"error": why there is none}.
+    """Return the result of a run as in `training_run.Result.to_json`, or {"error": reason}.
 
-    A finished run is kept, one that was cut off goes on from its checkpoint. `show` gets each line that it prints.
+    A finished run is kept, an interrupted one continues from its checkpoint. `show` gets each line of its output.
 
     Raises:
-        PeftcoreError: a run with other settings lies there.
+        PeftcoreError: the folder contains a run with different settings.
         KeyboardInterrupt: Ctrl-C; the run has stopped, with a checkpoint.
     """
     prepare_folder(folder, settings, resume=True, overwrite=False)
-    if settings.method != FULL:  # which `train` does not know
+    if settings.method != FULL:  # `train` does not have it
         write_options(folder, settings, Display())
     if not (folder / _RESULT).exists():
         status = run_child(folder, show)
@@ -51,14 +51,14 @@ def run(folder: Path, settings: Settings, show: Callable[[str], None]) -> dict[s
 
 
 def run_child(folder: Path, show: Callable[[str], None]) -> int:
-    """The exit status of `main` in a process of its own."""
+    """Return the exit status of `main` in its own process."""
     return in_process(main, folder, show)
 
 
 def in_process(work: Callable[[Path], int], folder: Path, show: Callable[[str], None]) -> int:
-    """Do `work(folder)`, a function of a module, in a process of its own; its status, or minus the signal it died of.
+    """Run `work(folder)`, a function of a module, in its own process. Return its status, or minus the signal.
 
-    What it prints is added to FOLDER/log.txt; `show` gets each line.
+    Its output is appended to FOLDER/log.txt; `show` gets each line.
     """
     child: Any = _context().Process(target=_work, args=(work, folder))
     with open(folder / "log.txt", "a+", encoding="utf-8", errors="replace") as log:
@@ -82,7 +82,7 @@ def in_process(work: Callable[[Path], int], folder: Path, show: Callable[[str], 
 
 
 def _context() -> Any:
-    """How processes begin: off one that has the libraries imported, which saves seconds, where a fork of it is safe."""
+    """Return how processes start: forked, if safe, from one with the libraries imported, which saves seconds."""
     if sys.platform != "linux" or torch.cuda.is_available():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -92,7 +92,7 @@ def _context() -> Any:
 
 def _work(work: Callable[[Path], int], folder: Path) -> None:
     if hasattr(os, "setsid"):
-        os.setsid()  # Ctrl-C is for the process that began this one, and asks it for an orderly stop
+        os.setsid()  # Ctrl-C is for the parent process, which requests an orderly stop
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
@@ -105,7 +105,7 @@ def _failure(folder: Path, status: int) -> str:
     if (folder / _ERROR).exists():
         return (folder / _ERROR).read_text(encoding="utf-8").strip()
     if status == -signal.SIGKILL:
-        return "it was killed: the memory did not suffice, or someone did it"
+        return "it was killed, probably because memory ran out"
     last = (folder / "log.txt").read_text(encoding="utf-8").strip().rpartition("\n")[2]
     return f"it ended with status {status}: {last}"
 

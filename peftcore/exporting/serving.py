@@ -49,9 +49,11 @@ def write(model: nn.Module, folder: Path, adapter: str | None) -> Path:
 def commands(folder: Path, base: str) -> list[str]:
     """Return commands that serve the folder with vLLM and SGLang."""
     named, rank = f"mine={folder}", checkpoint.about(folder)[0]["r"]
-    told = ["--max-lora-rank", str(next((each for each in RANKS if each >= rank), rank))] if rank > RANKS[1] else []
+    rank_option = (
+        ["--max-lora-rank", str(next((each for each in RANKS if each >= rank), rank))] if rank > RANKS[1] else []
+    )
     return [
-        shlex.join(["vllm", "serve", base, "--enable-lora", *told, "--lora-modules", named]),
+        shlex.join(["vllm", "serve", base, "--enable-lora", *rank_option, "--lora-modules", named]),
         shlex.join(["python", "-m", "sglang.launch_server", "--model-path", base, "--lora-paths", named]),
     ]
 

@@ -300,9 +300,9 @@ def mark_complete(folder: Path) -> None:
         with open(file, "rb") as content:
             os.fsync(content.fileno())
         sizes[file.relative_to(folder).as_posix()] = file.stat().st_size
-    beside = folder / f".{COMPLETE}.tmp"
-    beside.write_text(json.dumps(sizes, indent=2) + "\n")
-    os.replace(beside, folder / COMPLETE)
+    partial = folder / f".{COMPLETE}.tmp"
+    partial.write_text(json.dumps(sizes, indent=2) + "\n")
+    os.replace(partial, folder / COMPLETE)
 
 
 def latest_checkpoint(folder: str | os.PathLike[str]) -> str | None:

@@ -271,9 +271,7 @@ def _changed_modules(model: nn.Module, name: str) -> Iterator[str]:
 
 
 def _trained_apart(model: nn.Module, names: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """Yield (module, another name of its parameter) if an adapter trains it separately from the parameter it is tied
-    to.
-    """
+    """Yield (module, another name of its parameter) for tied parameters that an adapter trains separately."""
     for name in names:
         own = TrainedParameters.of(model, name)
         for slot, slots in own.slots.items() if own is not None else ():

@@ -97,9 +97,7 @@ def own_output(module: nn.Module, *inputs: Tensor, weight: Tensor | None = None)
 
 
 def evaluated(module: nn.Module, floats: torch.dtype | None = torch.float32) -> nn.Module:
-    """Return a shallow copy of `module` and its children in evaluation mode, without hooks, with floating tensors
-    `floats`.
-    """
+    """Return a shallow copy of `module` in evaluation mode, without hooks, with floating tensors cast to `floats`."""
     copy: nn.Module = object.__new__(type(module))
     copy.__dict__.update(module.__dict__, training=False, _compiled_call_impl=None)
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
@@ -191,9 +189,7 @@ def _floating(output: Any) -> list[Tensor]:
 
 
 def _difference(found: Tensor, wanted: Tensor, module: nn.Module) -> float:
-    """Return the largest difference relative to the largest value of its feature, separately for small and large
-    inputs.
-    """
+    """Return the largest difference relative to its feature's largest value, for small and large inputs apart."""
     if isinstance(module, _ConvNd):
         found, wanted = found.movedim(1, -1), wanted.movedim(1, -1)
     off = torch.where(found == wanted, 0.0, found - wanted).abs()  # equal infinities

@@ -205,8 +205,9 @@ class FusedOptimizer(Optimizer):
         self.state[param]["step"] = step
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state in torch's form: `state` by number of the parameter, and `param_groups`. Paged state is read
-        in full.
+        """Return the state in torch's form: `state` by parameter number, and `param_groups`.
+
+        Paged state is read in full.
         """
         packed = super().state_dict()
         owners = dict(self._owners())

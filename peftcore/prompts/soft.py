@@ -148,8 +148,8 @@ class SoftPromptAround(Backbone):
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
         call = self._call(args, kwargs)
         cache, past = self._cached(call)
-        told = (name for name, value in call.items() if value is not None and name.startswith("past_"))
-        if (unknown := next((name for name in told if name != self._cache_argument), None)) is not None:
+        cached = (name for name, value in call.items() if value is not None and name.startswith("past_"))
+        if (unknown := next((name for name in cached if name != self._cache_argument), None)) is not None:
             raise PeftcoreError(
                 f"{type(base.module).__name__} keeps what it has read in '{unknown}', which may or may not "
                 "contain a soft prompt. Generate with use_cache=False"

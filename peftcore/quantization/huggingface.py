@@ -287,14 +287,14 @@ def load(
     ours = FourBitConfig(quant_type, double_quant, skip, compute_dtype, blocksize)
     config, _ = transformers.AutoConfig.from_pretrained(where, return_unused_kwargs=True, **options)
     options = {name: value for name, value in options.items() if not hasattr(config, name)}
-    told = getattr(config, "quantization_config", None)
-    if told is None:
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
         options["quantization_config"] = ours
-    elif told.get("quant_method") == "bitsandbytes" and told.get("load_in_4bit"):
+    elif stored.get("quant_method") == "bitsandbytes" and stored.get("load_in_4bit"):
         config.quantization_config = ours.to_dict()
     else:
         raise PeftcoreError(
-            f"'{where}' is quantized with {told.get('quant_method')!r}, which is not supported. Use a dense "
+            f"'{where}' is quantized with {stored.get('quant_method')!r}, which is not supported. Use a dense "
             "checkpoint, or one in bitsandbytes' 4-bit format"
         )
     if model_class is None:
@@ -310,8 +310,8 @@ def load(
             ):  # memory-mapped anyway: reading it would hold the whole file
                 parameter.data = parameter.data.clone()
         give_back_freed()
-        if told is not None:
-            _tell_of_dense(model, where, told.get("llm_int8_skip_modules") or ())
+        if stored is not None:
+            _tell_of_dense(model, where, stored.get("llm_int8_skip_modules") or ())
         return model
     except RuntimeError as error:
         if _failures:

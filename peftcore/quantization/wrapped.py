@@ -36,17 +36,17 @@ def _refuse_to_write(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
 def _note_in_config(model: Any) -> None:
     """Record in a transformers model's config which layers are dense after merging; loading depends on it."""
     config: Any = getattr(model, "config", None)
-    told, quantizer = model.__dict__.get(_ORIGINAL) or (
+    original, quantizer = model.__dict__.get(_ORIGINAL) or (
         getattr(config, "quantization_config", None),
         getattr(model, "hf_quantizer", None),
     )
-    if not hasattr(told, "modules_to_not_convert"):
+    if not hasattr(original, "modules_to_not_convert"):
         return
     weights = {path: _weight(module) for path, module in base_modules(model) if is_linear(module)}
     wrapped = {path for path, weight in weights.items() if weight is not None and is_wrapped(weight)}
-    model.__dict__[_ORIGINAL] = told, quantizer
+    model.__dict__[_ORIGINAL] = original, quantizer
     if wrapped:
-        config.quantization_config = copy.copy(told)
+        config.quantization_config = copy.copy(original)
         config.quantization_config.modules_to_not_convert = sorted(weights.keys() - wrapped)
         model.hf_quantizer = quantizer
     else:

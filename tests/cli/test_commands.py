@@ -213,7 +213,7 @@ def test_without_transformers_train_says_what_to_install(
 
 def test_which_method_must_be_said_where_there_are_several(run: Run, llama: Path, toys: None) -> None:
     error = run("plan", "-m", llama, code=1).output
-    assert "say which method: --method NAME (installed: " in error and "around" in error
+    assert "Pass --method NAME (installed: " in error and "around" in error
 
 
 def command(*arguments: str, path: Path, **environment: str) -> subprocess.CompletedProcess[str]:

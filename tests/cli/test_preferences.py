@@ -116,7 +116,7 @@ def test_loss_and_margin_by_hand(llama: Path, tokenizer: Any, tmp_path: Path) ->
         found = preferences.measure(model, examples, tokenizer, size, beta=0.5)
         assert found.loss == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 2, rel=1e-4)
         assert found.figures["margin"] == pytest.approx(sum(margins) / 2, rel=1e-4)
-        assert found.figures["told_right"] == sum(m > 0 for m in margins) / 2
+        assert found.figures["preference_accuracy"] == sum(m > 0 for m in margins) / 2
 
 
 @torch.no_grad()
@@ -140,13 +140,15 @@ def test_dpo_end_to_end(run: Run, llama: Path, tmp_path: Path) -> None:
     arguments = ("-m", llama, "-d", path, "--eval-data", path, "--method", "lora", "--set", "r=4", "--lr", "0.02")
     run("train", *arguments, "-o", output, "--steps", 8, "--batch-size", 4, "--beta", "0.2", "--save-every", 4)
     found = json.loads((output / "result.json").read_text())
-    assert found["before"] == {"loss": pytest.approx(math.log(2)), "told_right": 0.0, "margin": 0.0}
-    assert found["after"]["loss"] < 0.3 and found["after"]["told_right"] == 1.0 and found["after"]["margin"] > 1
+    assert found["before"] == {"loss": pytest.approx(math.log(2)), "preference_accuracy": 0.0, "margin": 0.0}
+    assert (
+        found["after"]["loss"] < 0.3 and found["after"]["preference_accuracy"] == 1.0 and found["after"]["margin"] > 1
+    )
     state = json.loads((output / "checkpoints" / "checkpoint-8" / "trainer_state.json").read_text())
     first = next(entry for entry in state["log_history"] if "loss" in entry)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5), "the reference is the base"
     shown = run("eval", "-a", output, "-d", path).output
-    assert f"{found['after']['loss']:.4f}" in shown and "pairs told right" in shown
+    assert f"{found['after']['loss']:.4f}" in shown and "preference accuracy" in shown
     run("generate", "-a", output, "-p", "the film is", "--max-new-tokens", 2)
     wrong = run("train", *arguments, "-o", tmp_path / "no", "--pack", code=1).output
     assert "--pack is for causal-lm, found task dpo" in wrong

@@ -181,7 +181,7 @@ def test_preferences_are_measured_against_the_adapter_as_it_was(run: Run, first:
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     run("train", "-a", first, "-d", data, "--eval-data", data, "-o", tmp_path / "run", *STEPS, 4)
     found = result_of(tmp_path / "run")
-    assert found["before"] == {"loss": pytest.approx(math.log(2)), "told_right": 0.0, "margin": 0.0}
+    assert found["before"] == {"loss": pytest.approx(math.log(2)), "preference_accuracy": 0.0, "margin": 0.0}
     state = json.loads((tmp_path / "run/checkpoints/checkpoint-4/trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-5), "Trainer's reference is the same one"

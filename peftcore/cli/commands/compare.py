@@ -305,9 +305,7 @@ def _runs(
 
 
 def _does_not_fit(common: Settings) -> str | None:
-    """Return why the whole model is not trained: its weights, gradients and AdamW's moments do not fit; None if they
-    do.
-    """
+    """Return why the whole model cannot be trained (weights, gradients and AdamW's moments do not fit), or None."""
     import psutil
     import torch
 

@@ -70,14 +70,14 @@ def _tried(folder: str, task: str | None, names: list[str]) -> Iterator[tuple[st
     data.check_task(task)
     base = models.empty_model(models.resolve(folder), task, ())
     for name in names:
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
                 planned = peftcore.plan(base, name)
             except peftcore.PeftcoreError as error:
                 yield name, "-", "-", str(error)
                 continue
-        notes = "; ".join(str(each.message) for each in told)
+        notes = "; ".join(str(each.message) for each in warned)
         yield name, f"{planned.trainable_parameters:,}", megabytes(planned.trainable_bytes), notes
 
 

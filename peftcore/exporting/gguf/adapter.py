@@ -21,8 +21,8 @@ from peftcore.exporting.thin import products
 
 def command(model: str | Path, adapter: Path | None = None) -> str:
     """Return the command that runs a GGUF file, with an adapter if one is given."""
-    beside = [] if adapter is None else ["--lora", str(adapter)]
-    return shlex.join(["llama-cli", "-m", str(model), *beside])
+    lora = [] if adapter is None else ["--lora", str(adapter)]
+    return shlex.join(["llama-cli", "-m", str(model), *lora])
 
 
 def write_adapter(model: nn.Module, path: Path, adapter: str) -> Path:

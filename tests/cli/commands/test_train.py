@@ -265,7 +265,7 @@ def test_resume_with_other_settings_is_refused(run: Run, writer: Path, llama: Pa
     error = run(*same, *STEPS, "--seed", 1, "--resume", code=1).output
     assert "had seed=0, now it is 1" in error
     error = run(*same, *STEPS, code=1).output
-    assert "holds a run already. --resume continues it, --overwrite starts anew" in error
+    assert "already contains a run. Use --resume to continue it, or --overwrite to start again" in error
     run(*same, *STEPS, "--overwrite")
 
 
@@ -279,7 +279,7 @@ def test_a_folder_that_is_no_run_is_left_alone(run: Run, llama: Path, reviews: P
     other.mkdir()
     (other / "precious").write_text("here")
     error = run(*train_arguments(llama, reviews, other), "--overwrite", code=1).output
-    assert "holds something else already" in error and (other / "precious").read_text() == "here"
+    assert "already contains something else" in error and (other / "precious").read_text() == "here"
 
 
 # Settings
@@ -400,6 +400,6 @@ def test_a_run_that_failed_before_it_made_anything_does_not_block_its_folder(tmp
     for _ in range(2):
         prepare_folder(tmp_path / "run", Noted(), resume=False, overwrite=False)
     (tmp_path / "run" / "checkpoints").mkdir()
-    with pytest.raises(peftcore.PeftcoreError, match="holds a run already"):
+    with pytest.raises(peftcore.PeftcoreError, match="already contains a run"):
         prepare_folder(tmp_path / "run", Noted(), resume=False, overwrite=False)
     assert (tmp_path / "run" / RUN_FILE).exists()
