@@ -60,9 +60,9 @@ class DtypeRates(NamedTuple):
         return self.share(dtype) >= FAST
 
     def sentence(self, dtype: str) -> str:
-        """Compare the dtype with fp32: `at 0.02 of fp32's rate on this processor (1.2 of 53 GFLOP/s a core)`."""
+        """Compare the dtype with fp32: `at 0.02 of fp32's rate on this processor (1.2 of 53 GFLOP/s per core)`."""
         own, wide = (gigaflops(self.of(name).both) for name in (dtype, "fp32"))
-        return f"at {self.share(dtype):.2g} of fp32's rate on this processor ({own} of {wide} GFLOP/s a core)"
+        return f"at {self.share(dtype):.2g} of fp32's rate on this processor ({own} of {wide} GFLOP/s per core)"
 
 
 def gigaflops(rate: float) -> str:

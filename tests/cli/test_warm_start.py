@@ -93,7 +93,7 @@ def test_resume_goes_on_with_such_a_run_too(run: Run, first: Path, more: Path, t
     assert same(whole, parts)
     plain = ("-m", json.loads((parts / "run.json").read_text())["model"], "--method", "lora")
     error = run("train", *plain, "-d", more, "-o", parts, "--resume", code=1).output
-    assert "--resume goes on with the run that lies in --output" in error and "--adapter begins another" in error
+    assert "--resume continues an interrupted run in --output" in error and "--adapter starts a new run" in error
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def test_a_dtype_is_fast_at_half_of_the_rate_of_fp32() -> None:
 def test_both_products_count_by_their_time() -> None:
     assert AVX2.bf16.both == pytest.approx(2 / (1 / 8e9 + 1 / 0.7e9))
     assert AVX2.share("bf16") == pytest.approx(1.287 / 54.545, rel=1e-3)
-    assert AVX2.sentence("bf16") == "at 0.024 of fp32's rate on this processor (1.3 of 55 GFLOP/s a core)"
+    assert AVX2.sentence("bf16") == "at 0.024 of fp32's rate on this processor (1.3 of 55 GFLOP/s per core)"
     assert dtype_rates.gigaflops(2345e9) == "2,345"
 
 

@@ -42,10 +42,10 @@ def test_input_that_leaves_no_room(make: Callable[[], nn.Module], kind: str) -> 
             lambda: SoftPrompt(Vectors(4, 31)),
             "the prompt's vectors have width 31, but the token embedding has width 32",
         ),
-        (lambda: SoftPrompt(Vectors(1, 4, 32)), r"returns \[tokens, hidden\], found a tensor of shape \[1, 4"),
+        (lambda: SoftPrompt(Vectors(1, 4, 32)), r"must return \[tokens, hidden\], found a tensor of shape \[1, 4"),
         (lambda: PrefixKV(Vectors(2, 2, 4, 64, 8)), "64 tokens leaves no room for input"),
         (lambda: PrefixKV(Vectors(3, 2, 4, 5, 8)), r"for 3 layers, .* with a cache in 2: \[0, 1\]"),
-        (lambda: PrefixKV(Vectors(4, 5, 8)), r"returns \[layers, 2, kv_heads, tokens, head_dim\], found"),
+        (lambda: PrefixKV(Vectors(4, 5, 8)), r"must return \[layers, 2, kv_heads, tokens, head_dim\], found"),
     ],
 )
 def test_wrong_shapes(placement: Callable[[], Any], message: str) -> None:

@@ -32,9 +32,9 @@ def refused(name: str, method: str, message: str, **inputs: Any) -> None:
             r"have heads of different widths \[8, 16\], but PrefixKV gives all the "
             r"same. Use a soft prompt",
         ),
-        ("MiMoV2FlashModel", r"2 heads of 8 numbers, 16 in all; .* makes \{'k_proj': 32, 'v_proj': 32\}"),
+        ("MiMoV2FlashModel", r"2 heads of width 8, 16 numbers in all, but .* produces \{'k_proj': 32, 'v_proj': 32\}"),
         ("BambaModel", r"layers \[0\] of BambaModel keep a recurrent or compressed state"),
-        ("HrmTextModel", r"keys and values for 16 layers, HrmTextModel has attention with a cache in 2: \[0, 1\]"),
+        ("HrmTextModel", r"keys and values for 16 layers, but HrmTextModel has attention with a cache in 2: \[0, 1\]"),
         ("ProphetNetForCausalLM", "reads one token at a time if its cache is not empty, and a prefix fills it"),
         ("ParakeetForRNNT", "does not say how many layers and heads it has. A plugin's"),
         ("SpeechT5ForTextToSpeech", "a prompt needs input tokens, and the model was called without input_ids"),
@@ -95,7 +95,7 @@ def test_a_prefix_before_padding_that_is_counted() -> None:
         ),
         ("BlipModel", "cannot be removed from a BlipOutput, which has no last_hidden_state. Apply it to the part"),
         ("CpmAntModel", "CpmAntModel did not call its token embedding with its tokens, so a soft prompt had no effect"),
-        ("FunnelBaseModel", "the model gave 3 states for 10 tokens, 3 of them a soft prompt's"),
+        ("FunnelBaseModel", "the model returned 3 states for 10 tokens, 3 of them a soft prompt's"),
         ("ViTModel", "SoftPrompt needs a token embedding, and ViTModel declares none"),
     ],
 )

@@ -210,7 +210,7 @@ def with_backend(**changes: Any) -> Any:
             lambda: with_backend(normalizer=None, pre_tokenizer=pre_tokenizers.Metaspace(split=True)),
             r"handles spaces differently .*\(Metaspace\)",
         ),
-        (lambda: added(AddedToken("word", normalized=True)), r"its token 'word' is looked for .*normalized=False"),
+        (lambda: added(AddedToken("word", normalized=True)), r"its token 'word' is searched for .*normalized=False"),
         (lambda: added(plain("xab"), plain("abcd")), "its tokens 'xab' and 'abcd' may overlap"),
         (no_end, "no end-of-text token"),
     ],
