@@ -24,7 +24,8 @@ import torch
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.experts import Thin, experts_forward
+from peftcore.adapter import LowRank
+from peftcore.experts import experts_forward
 
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
@@ -55,7 +56,7 @@ def factors(module, rank):
     def change(weight):
         count, out, width = weight.shape
         a = (torch.randn(count, rank, width) * width**-0.5).requires_grad_()
-        return Thin(a, (torch.randn(count, out, rank) * rank**-0.5).requires_grad_(), 0.5)
+        return LowRank(a, (torch.randn(count, out, rank) * rank**-0.5).requires_grad_(), 0.5)
 
     return {name: [change(weight)] for name, weight in module.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""A method turns a config into placements: what stands where in the model. The core knows these six and no method."""
+"""Placements, which say where in a model each adapter is attached, and `Method`, which turns a config into them."""
 
 from __future__ import annotations
 
@@ -14,22 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Around:
-    """`adapter(base, *args, **kwargs) -> output` in place of the forward of the module at `path`.
+    """`adapter(base, *args, **kwargs) -> output` replaces the forward of the module at `path`.
 
-    `base(*args, **kwargs)` runs what the adapter stands around, `base.module` is the module itself, `base.weight()` its
-    dense weight as adapters inside change it. An adapter with `merged(weight, bias) -> (weight, bias)` can be merged: a
-    pure function of float32 tensors in the layout of :class:`WeightFormat`, the bias None where the module has none.
-
-    For `combine`, `scale`, `convert` and `set_state_dict` it may also have, each without the others:
-
-        factors() -> [Factors]    the thin products that `merged` adds to the weight, where it does nothing else
-        neutral() -> {name: t}    for each of its tensors the value at which it changes nothing, where the change is
-                                  linear in them: change(t0 + w (t - t0)) = w · change(t)
-        multiplier = 1.0          by which its forward and `merged` multiply the change, see `StateRules.scaled`
+    `base` is a :class:`Base`: `base(*args, **kwargs)` calls the module with the adapters inside this one. The adapter
+    can be merged where it has `merged`, see :class:`Adapter`.
 
     Args:
-        branches: names of other adapters of the module that this one combines. `base.branch(name)(*args, **kwargs)`
-            runs one of them, alone, around the module's own forward (`base.own`); they do not act by themselves.
+        path: path of the module; "" for the model itself.
+        adapter: the adapter.
+        branches: names of other adapters of the module that this one combines. Its `base` is a :class:`BranchedBase`:
+            `base.branch(name)(*args, **kwargs)` runs one of them alone around the module's own forward (`base.own`).
+            While this adapter is active, they act only through it.
     """
 
     path: str
@@ -37,26 +32,9 @@ class Around:
     branches: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Factors:
-    """A change of a weight that is a thin product: scale · `b.flatten(1) @ a.flatten(1)`.
-
-    Of several, for weights that one module holds, the products stand one below the other.
-
-    Args:
-        a: `[r, ...]`. b: `[out, r, ...]`. Parameters of the adapter, which may be filled, or computed from such.
-        transposed: the weight's change is the product transposed, as that of an embedding, `[vocabulary, dim]`.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    transposed: bool = False
-
-
 @dataclass(frozen=True, slots=True)
 class After:
-    """`adapter(y) -> y` behind the module at `path`; of a tuple output it sees and replaces the first element."""
+    """`adapter(y) -> y` follows the module at `path`; of a tuple output it gets and replaces the first element."""
 
     path: str
     adapter: nn.Module
@@ -64,17 +42,14 @@ class After:
 
 @dataclass(frozen=True, slots=True)
 class OnWeight:
-    """`adapter(weight) -> weight`: what the forward of the module at `path` reads of its parameter `name`.
+    """`adapter(weight) -> weight` changes what the forward of the module at `path` reads of its parameter `name`.
 
-    Of any module: convolutions, embeddings, `nn.MultiheadAttention` (`in_proj_weight`), experts `[E, out, in]`. A
-    dotted name (`out_proj.weight`) is of a module inside whose weight is read past its forward. The adapter is called
-    once a call of the module, on the parameter as it is stored; on a packed one, on the dense weight that it stands
-    for. It is a pure function, and so it merges.
+    It works for any module: convolutions, embeddings, `nn.MultiheadAttention` (`in_proj_weight`), experts
+    `[E, out, in]`. A dotted name (`out_proj.weight`) is a parameter of a submodule whose weight is read past the
+    submodule's forward. The adapter is called once in each call of the module, with the parameter as it is stored, or
+    with the dense weight where it is quantized. It is a pure function, so it merges without `merged`.
 
-    An adapter of experts' weights whose change is a thin product for each expert may have `thin()`, which gives a
-    `peftcore.experts.Thin` of the factors, or None. Where all changes of a module of transformers' experts interface
-    have it, their products join those of the weights, and none as large as the weight is made. Only there can they
-    drop inputs.
+    An adapter of experts' weights that is a low-rank product for each expert may have `Adapter.expert_low_rank`.
     """
 
     path: str
@@ -84,33 +59,37 @@ class OnWeight:
 
 @dataclass(frozen=True)
 class SoftPrompt:
-    """`adapter() -> [tokens, hidden]`, vectors that stand before the embedded input of the backbone.
+    """`adapter() -> [tokens, hidden]` returns vectors that precede the embedded input of the backbone.
 
-    `[batch, tokens, hidden]`, or `[1, tokens, hidden]` for all rows, where they depend on the call, which the adapter
-    reads from `current_call()` (`needs_call`). It then has attributes `tokens` and `hidden`, since it is not called
-    without a call.
+    An adapter that depends on the call (`Adapter.needs_call`) returns `[batch, tokens, hidden]`, or
+    `[1, tokens, hidden]` for all rows.
 
-    What the model gives at the prompt's places is taken off its output. An adapter for which it counts, as in a loss of
-    the prompt's own tokens, says so for each call: `in_output() -> bool`. It then stands first, before the input's, up
-    to the model's output, and an `Around("", ...)` of the method takes it off.
+    The output at the prompt's positions is removed. Where the adapter's `in_output` returns True, the prompt is first,
+    before padding too, and its states stay in the output of the model: an `Around("", ...)` of the method removes them.
+
+    Args:
+        adapter: the adapter.
+        shape: (tokens, hidden). Required where the adapter depends on the call, since it is not called without one.
     """
 
     adapter: nn.Module
+    shape: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
 class PrefixKV:
-    """`adapter() -> [layers, 2, kv_heads, tokens, head_dim]`: keys and values that stand first in the cache."""
+    """`adapter() -> [layers, 2, kv_heads, tokens, head_dim]` returns keys and values that come first in the cache."""
 
     adapter: nn.Module
 
 
 @dataclass(frozen=True)
 class Train:
-    """Parameters of the base, by full name, that are trained themselves. The base's own values are kept aside.
+    """Train parameters of the base themselves. Their original values are kept, and `remove` restores them.
 
     Args:
-        saved: `tensor_name` is asked for a tensor of `modules_to_save`, not for one that the method chose itself.
+        names: full names of the parameters.
+        saved: only in `tensor_name`: the tensor belongs to `modules_to_save`, the method did not choose it.
     """
 
     names: Sequence[str]
@@ -314,7 +293,7 @@ class Method:
         recorded_as: (config) -> config of another method, for one that only prepares the base: the adapter is then
             the other's in every respect, on disk too, and `state` is not asked.
         low_rank: (model, config or None, {path: rank}) -> config of adapters at these modules and no other, each with
-            :class:`Factors` of this rank; the rest is as `config` has it. `combine` and `convert` make such adapters.
+            :class:`LowRank` changes of this rank; the rest is as `config` has it. For `combine` and `convert`.
         learning_rate: of AdamW, with which training starts where nobody says another.
     """
 

@@ -1,26 +1,27 @@
 """The contract of a plugin: all that the author of a method imports, next to `peftcore` and `peftcore.ops`.
 
-    from peftcore.plugin import Adapter, Around, Base, LayersConfig, Method, StateRules, hookimpl
+    from peftcore.plugin import Adapter, Around, Base, LayersConfig, Method, Placement, StateRules, hookimpl, override
 
 A plugin is a module with the hook `peftcore_methods`, which returns `Method` objects. A method's `place` turns a config
 into placements, which say where in the model each adapter is attached. docs/plugins.md explains the contract with
 examples. The names by subject:
 
     placements            Around, After, OnWeight, SoftPrompt, PrefixKV, Train; Placement, AdapterModules
+    adapters              Adapter, LightAdapter, LowRank, Base, BranchedBase; override, of typing_extensions
     method and hooks      Method, hookimpl, WeightFormat
     files                 StateRules, ForeignFormat, FileLayout, FileFormat, tensor_name, prompt_tensor_name
     configs               LayersConfig; validation: checks of fields
     layers                targets: choosing modules; sizes, shape_of, layer_at, is_linear, is_conv1d, base_modules,
                           base_parameters, original_class, has_forward_of_instance, modules_tied_to
-    weights               weight_format, format_in_few_bits, inside_at, Factors; embed_scale, looks_up, odd_embedding,
+    weights               weight_format, format_in_few_bits, inside_at; embed_scale, looks_up, odd_embedding,
                           own_output; quantized_layers, default_skip
-    mixtures of experts   Thin, ExpertsLayout, experts_layout, expert_biases
+    mixtures of experts   ExpertsLayout, experts_layout, expert_biases
     the model             Architecture, Sublayer, ATTENTION, CROSS_ATTENTION, FEED_FORWARD, detect; run, inputs_of,
                           gradients_of: forward passes over batches
     a call                Call, current_call, TokenCounter, cached_tokens, decoder_path, forward_arguments,
                           arguments_by_name, cache_argument; first_of, with_first
     other adapters        OtherAdapter, other_adapter, has_adapters
-    modules               LightModule; ranks: parameters that are sharded over ranks
+    distributed training  ranks: parameters that are sharded over ranks
     errors                PeftcoreError, CheckpointError, PluginError, nearest
     the conformance suite check_method, check_sharded, Family, FAMILIES, CHECKS, IDENTITY, MERGE, COMPILE, PEFT_READS,
                           PEFT_WRITES, disturb
@@ -29,17 +30,20 @@ examples. The names by subject:
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from typing_extensions import override
+
 from peftcore import ranks, targets, validation
 from peftcore.adaptation.adapted import base_modules, base_parameters, has_forward_of_instance, inside_at
 from peftcore.adaptation.call import Call, current_call
 from peftcore.adaptation.class_swap import original_class
-from peftcore.adaptation.light import LightModule
+from peftcore.adaptation.light import LightAdapter
 from peftcore.adaptation.outputs import first_of, with_first
+from peftcore.adapter import Adapter, Base, BranchedBase, LowRank
 from peftcore.architecture import ATTENTION, CROSS_ATTENTION, FEED_FORWARD, Architecture, Sublayer
 from peftcore.engine.other_adapters import OtherAdapter, has_adapters, other_adapter
 from peftcore.engine.trained import modules_tied_to
 from peftcore.errors import CheckpointError, PeftcoreError, PluginError, nearest
-from peftcore.experts import ExpertsLayout, Thin, expert_biases, experts_layout
+from peftcore.experts import ExpertsLayout, expert_biases, experts_layout
 from peftcore.hookspecs import hookimpl
 from peftcore.layers import is_conv1d, is_linear, shape_of, sizes
 from peftcore.merging.lookup import embed_scale, looks_up, odd_embedding
@@ -48,7 +52,6 @@ from peftcore.method import (
     AdapterModules,
     After,
     Around,
-    Factors,
     FileFormat,
     FileLayout,
     ForeignFormat,
@@ -101,20 +104,23 @@ __all__ = [
     "MERGE",
     "PEFT_READS",
     "PEFT_WRITES",
+    "Adapter",
     "AdapterModules",
     "After",
     "Architecture",
     "Around",
+    "Base",
+    "BranchedBase",
     "Call",
     "CheckpointError",
     "ExpertsLayout",
-    "Factors",
     "Family",
     "FileFormat",
     "FileLayout",
     "ForeignFormat",
     "LayersConfig",
-    "LightModule",
+    "LightAdapter",
+    "LowRank",
     "Method",
     "OnWeight",
     "OtherAdapter",
@@ -125,7 +131,6 @@ __all__ = [
     "SoftPrompt",
     "StateRules",
     "Sublayer",
-    "Thin",
     "TokenCounter",
     "Train",
     "WeightFormat",
@@ -162,6 +167,7 @@ __all__ = [
     "odd_embedding",
     "original_class",
     "other_adapter",
+    "override",
     "own_output",
     "prompt_tensor_name",
     "quantized_layers",

@@ -11,7 +11,7 @@ from imports import CORE, MODULES, ROOT, imports, private_names
 
 # Each room may import those above it, and none beside or below it.
 ORDER = [
-    {"errors", "requirement", "architecture", "hookspecs", "events", "layers", "ops"},
+    {"adapter", "errors", "requirement", "architecture", "hookspecs", "events", "layers", "ops"},
     {"validation", "ranks", "method", "adapter_files", "optim", "experts"},
     {"registry"},
     {"weight_formats"},
@@ -142,7 +142,7 @@ def test_the_core_names_no_method(file: Path) -> None:
     operators = ("lora", "dropout", "grouped", "grouped_operators", "linear_per_sample", "probes", "weight", "__init__")
     if file.parent == CORE / "ops" and file.stem in operators:
         pytest.skip("an operator")
-    if file.parent.name in ("exporting", "gguf") and file.stem in ("serving", "adapter"):
+    if file.parent.name in ("exporting", "gguf") and file.stem in ("serving", "adapter_file"):
         pytest.skip("writes others' formats, which bear such names")
     text = file.read_text().lower()
     for method in METHODS:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-USER = Path(__file__).parent / "typed" / "user.py"
+TYPED = Path(__file__).parent / "typed"
 
 
 def mypy(*arguments: object) -> str:
@@ -25,15 +25,13 @@ def mypy(*arguments: object) -> str:
 
 
 @pytest.mark.slow
-def test_a_users_script_is_understood() -> None:
-    wanted = {
-        number: line.partition("# E: ")[2]
-        for number, line in enumerate(USER.read_text().splitlines(), 1)
-        if "# E: " in line
-    }
+@pytest.mark.parametrize("script", ["user.py", "author.py"])
+def test_a_script_is_understood(script: str) -> None:
+    lines = enumerate((TYPED / script).read_text().splitlines(), 1)
+    wanted = {number: line.partition("# E: ")[2] for number, line in lines if "# E: " in line}
     found: dict[int, str] = {}
-    for line in mypy(USER).splitlines():
-        match = re.match(r"tests/typed/user\.py:(\d+): error: (.*)", line)
+    for line in mypy(TYPED / script).splitlines():
+        match = re.match(rf"tests/typed/{re.escape(script)}:(\d+): error: (.*)", line)
         if match is not None:
             found[int(match[1])] = match[2]
     assert found.keys() == wanted.keys(), found

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.plugin import (
+    Adapter,
     After,
     Architecture,
     Around,
@@ -118,7 +119,7 @@ class ToyConfig:
     names: tuple[str, ...] = ()
 
 
-class Scaled(nn.Module):
+class Scaled(Adapter):
     """y = gain · base(x)."""
 
     def __init__(self, value: float) -> None:

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+)
 
 peftcore_api = 2
 
@@ -44,7 +55,7 @@ class SparseGainConfig:
             raise peftcore.PeftcoreError(f"penalty must not be negative, found {self.penalty}")
 
 
-class SparseGain(nn.Module):
+class SparseGain(Adapter):
     """g and b of one layer, and m."""
 
     left: Tensor
@@ -55,11 +66,12 @@ class SparseGain(nn.Module):
         self.shift = nn.Parameter(torch.zeros(size)) if has_bias else None
         self.register_buffer("left", torch.ones(size))
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         y: Tensor = base(x)
         y = y * (1 + self.left * self.gain).to(y.dtype)
         return y if self.shift is None else y + (self.left * self.shift).to(y.dtype)
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor = 1 + self.left * self.gain
         if bias is not None:
@@ -68,7 +80,7 @@ class SparseGain(nn.Module):
         return weight * factor[:, None], bias
 
 
-def place(model: nn.Module, config: SparseGainConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: SparseGainConfig, architecture: Architecture) -> list[Placement]:
     layers = targets.select(model, architecture, target_modules=config.target_modules)
     return [
         Around(path, SparseGain(targets.sizes(layer)[1], getattr(layer, "bias", None) is not None))

@@ -23,7 +23,7 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.call import Frame
-from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Base, Branched, expert_link, own_forward
+from peftcore.adaptation.chain import OWN_FORWARD, AfterLink, AroundLink, Branched, OwnForward, expert_link, own_forward
 from peftcore.adaptation.class_swap import BUILT, one_for_each_class, original_forward, subclass, take_off
 from peftcore.adaptation.concurrency import ModelLock, rests_in_thread
 from peftcore.adaptation.enclosing import LOCK, adapter_for_each_sample, is_enclosing, takes_adapter_names
@@ -158,16 +158,16 @@ def inside_at(model: nn.Module, path: str) -> Any:
     return expert_link(module, inside(module), *found[1:])
 
 
-def _base_of(module: nn.Module) -> Base:
+def _base_of(module: nn.Module) -> OwnForward:
     forward = own_forward if OWN_FORWARD in module.__dict__ else original_forward(module)
     try:
         weights = find_weight_format(module)
     except PeftcoreError:  # of a plugin's format: it concerns those who read weights, and is raised when they do
         weights = None
-    return Base(module, forward, weights)
+    return OwnForward(module, forward, weights)
 
 
-def _chain_of(module: nn.Module, base: Base) -> Any:
+def _chain_of(module: nn.Module, base: OwnForward) -> Any:
     adapters, names = adapters_at(module), module.__dict__[_ACTIVE]
     if names is None:
         return _by_sample(module, base)
@@ -177,7 +177,7 @@ def _chain_of(module: nn.Module, base: Base) -> Any:
     return chain
 
 
-def _by_sample(module: nn.Module, base: Base) -> PerSample:
+def _by_sample(module: nn.Module, base: OwnForward) -> PerSample:
     """The chain in which each sample of a batch has its adapter."""
     adapters = adapters_at(module)
     link = partial(_around, adapters, inside=base, own=base)
@@ -191,7 +191,7 @@ def _acting(module: Any, lock: ModelLock) -> Any:
     return module._peftcore_chain
 
 
-def _around(adapters: Adapters, name: str, *, inside: Any, own: Base) -> AroundLink:
+def _around(adapters: Adapters, name: str, *, inside: Any, own: OwnForward) -> AroundLink:
     """The adapter `name`, or what it combines of the module's, around what stands inside."""
     if name in adapters.branches:
         inside = Branched(inside, own, {branch: _link(adapters, branch, own) for branch in adapters.branches[name]})

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.light import parts
+from peftcore.adapter import Adapter
 from peftcore.errors import PeftcoreError
 
 
@@ -282,9 +283,9 @@ def current_frame() -> Frame | None:
 
 def asked(adapters: Iterable[nn.Module]) -> frozenset[str] | None:
     """The arguments that these adapters read of calls of their model; None where none asks for its calls."""
-    modules = dict.fromkeys(module for adapter in adapters for module in parts(adapter))
-    needs = [need for module in modules if (need := getattr(module, "needs_call", False))]
-    return frozenset(name for need in needs if need is not True for name in need) if needs else None
+    modules = dict.fromkeys(module for adapter in adapters for module in parts(adapter) if isinstance(module, Adapter))
+    needs = [module.needs_call for module in modules if module.needs_call]
+    return frozenset(name for need in needs if not isinstance(need, bool) for name in need) if needs else None
 
 
 def context_for(names: Iterable[frozenset[str]], before: CallContext | None) -> CallContext | None:

@@ -17,23 +17,29 @@ from torch.compiler import is_dynamo_compiling
 
 from peftcore.adaptation.class_swap import BUILT, original_class, original_forward
 from peftcore.adaptation.outputs import first_of, with_first
+from peftcore.adapter import Adapter, Change, LowRank, implements
 from peftcore.errors import PeftcoreError
-from peftcore.experts import PackedExpert, expert_changes, expert_linear, experts_forward, has_interface_forward
+from peftcore.experts import (
+    EachExpert,
+    PackedExpert,
+    adapter_of_expert,
+    expert_changes,
+    expert_linear,
+    experts_forward,
+    has_interface_forward,
+)
 from peftcore.method import WeightFormat
 from peftcore.weight_formats import DENSE, ONE_EXPERT, format_in_few_bits, weight_format
 
 if TYPE_CHECKING:
-    from peftcore.experts import EachExpert, Thin
     from peftcore.ops import PackedWeight
-
-Change = Callable[[Tensor], Tensor]  # a parameter -> what is read in its place
 
 EXPERTS_ARGUMENTS = {"hidden_states", "top_k_index", "top_k_weights"}  # of transformers' experts interface
 OWN_FORWARD = "_peftcore_own_forward"  # attribute: the forward of this one instance
 
 
-class Base:
-    """The module's own forward, as the innermost adapter sees it."""
+class OwnForward:
+    """The `Base` of the innermost adapter: the module's own forward."""
 
     __slots__ = ("_changes", "_forward", "_operands", "_weights", "module")
     adapter: nn.Module | None = None  # none stands inside
@@ -83,18 +89,20 @@ class Base:
             output = self._changed(forward, *args, **kwargs)
         return hook.post_forward(self.module, output)
 
-    def _expert_changes(self, forward: Any, arguments: Mapping[str, Any]) -> dict[str, list[Thin | EachExpert]] | None:
+    def _expert_changes(
+        self, forward: Any, arguments: Mapping[str, Any]
+    ) -> dict[str, list[LowRank | EachExpert]] | None:
         """What changes the weights of experts, where their forward need not read changed copies of all."""
         if not has_interface_forward(self.module, forward) or not arguments.keys() <= EXPERTS_ARGUMENTS:
             return None
         return expert_changes(self.module, self._changes)
 
-    def on_weights(self, changes: Mapping[str, Change]) -> Base:
+    def on_weights(self, changes: Mapping[str, Change]) -> OwnForward:
         """The same forward, which reads changed parameters: by name (`weight`, `out_proj.weight`), what becomes of it.
 
         For modules that read weights past the layers that hold them, and layers that do more than their product.
         """
-        return Base(self.module, self._forward, self._weights, (changes, *self._changes))
+        return OwnForward(self.module, self._forward, self._weights, (changes, *self._changes))
 
     def linear_operands(self, x: Tensor) -> tuple[Tensor | PackedWeight, Tensor | None] | None:
         """(weight `[out, in]`, bias) where calling this with x is x Wᵀ + b and no more, W frozen; else None."""
@@ -161,14 +169,14 @@ class AroundLink:
         """None: an adapter stands between."""
 
     def weight(self) -> Tensor:
-        """See `Base.weight`."""
+        """See `OwnForward.weight`."""
         return self.weight_and_bias()[0]
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """See `Base.weight_and_bias`."""
+        """See `OwnForward.weight_and_bias`."""
         if isinstance(self._adapter, WeightChanges):
             return self._base.on_weights(self._adapter.changes).weight_and_bias()
-        if not hasattr(self._adapter, "merged"):
+        if not implements(self._adapter, Adapter.merged):
             raise PeftcoreError(
                 f"an adapter reads the weight of a {original_class(self.module).__name__} at which '{self._name}' "
                 f"({type(self._adapter).__name__}) stands, which is no change of a weight. Let that one act after it, "
@@ -183,7 +191,7 @@ class Branched:
 
     __slots__ = ("_base", "_branches", "module", "own")
 
-    def __init__(self, base: Any, own: Base, branches: Mapping[str, AroundLink]) -> None:
+    def __init__(self, base: Any, own: OwnForward, branches: Mapping[str, AroundLink]) -> None:
         self.module = base.module
         self.own = own  # the module's own forward
         self._base = base
@@ -226,11 +234,11 @@ class Branched:
         return self._base.linear_operands(x)
 
     def weight(self) -> Tensor:
-        """See `Base.weight`."""
+        """See `OwnForward.weight`."""
         return self._base.weight()
 
     def weight_and_bias(self) -> tuple[Tensor, Tensor | None]:
-        """See `Base.weight_and_bias`."""
+        """See `OwnForward.weight_and_bias`."""
         return self._base.weight_and_bias()
 
 
@@ -244,7 +252,7 @@ class AfterLink(AroundLink):
         return with_first(output, self._adapter(first_of(output)))
 
 
-class WeightChanges(nn.Module):
+class WeightChanges(Adapter):
     """The adapters that one name has on parameters of one module (`OnWeight`), by the parameter's name."""
 
     def __init__(self, adapters: Mapping[str, nn.Module]) -> None:
@@ -258,13 +266,13 @@ class WeightChanges(nn.Module):
         return {key.replace("/", "."): adapter for key, adapter in self._modules.items()}
 
     @property
-    def multiplier(self) -> float:
-        """That of all its adapters, where they have one, which is set at each of them."""
-        each = [float(cast(Any, adapter).multiplier) for adapter in self._modules.values()]  # all have one
-        return each[0]
+    def multiplier(self) -> float | None:
+        """The factor of all adapters inside, each of which is set by itself; None where one has none."""
+        each = [adapter.multiplier if isinstance(adapter, Adapter) else None for adapter in self._modules.values()]
+        return None if None in each else each[0]
 
     @multiplier.setter
-    def multiplier(self, factor: float) -> None:
+    def multiplier(self, factor: float | None) -> None:
         pass
 
     def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
@@ -273,10 +281,11 @@ class WeightChanges(nn.Module):
 
 def _with_changes(layer: nn.Linear, changes: Sequence[Any], expert: int) -> Any:
     """The layer of an expert with what changes do to it, the first innermost."""
-    link: Any = Base(layer, type(layer).forward, ONE_EXPERT if isinstance(layer, PackedExpert) else DENSE)
+    link: Any = OwnForward(layer, type(layer).forward, ONE_EXPERT if isinstance(layer, PackedExpert) else DENSE)
     for change in changes:
-        adapter = change.of_expert(expert)
-        link = (AfterLink if getattr(change, "behind", False) else AroundLink)(type(adapter).__name__, adapter, link)
+        adapter = adapter_of_expert(change, expert)
+        behind = isinstance(change, EachExpert) and change.behind
+        link = (AfterLink if behind else AroundLink)(type(adapter).__name__, adapter, link)
     return link
 
 
@@ -287,7 +296,7 @@ def expert_link(module: nn.Module, base: Any, name: str, expert: int) -> Any:
         base: the chain of the module of experts as it is.
     """
     inside: list[Mapping[str, Any]] = []
-    while not isinstance(base, Base):
+    while not isinstance(base, OwnForward):
         if not isinstance(base.adapter, WeightChanges):
             raise PeftcoreError(
                 f"an adapter of experts' weights is placed where another, {type(base.adapter).__name__}, stands around "

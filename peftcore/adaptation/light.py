@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftcore.adapter import Adapter
+
 
 class _Table:
     """An attribute that a module has from the first time it is read; what is set in its place is read from then on."""
@@ -24,11 +26,8 @@ class _Table:
         return self if module is None else module.__dict__.setdefault(self.name, self.kind())
 
 
-class LightModule(nn.Module):
-    """An `nn.Module`, to be used as such, that takes a third of the memory. For adapters of which there are many."""
-
-    whole_batch: bool = False  # what is asked of each adapter, and takes long to look for in vain
-    needs_call: Any = False
+class LightAdapter(Adapter):
+    """An `Adapter` that takes a third of the memory, for adapters of which there are many."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +37,7 @@ class LightModule(nn.Module):
 
 _TABLES = {name: type(value) for name, value in vars(nn.Module()).items() if type(value) in (OrderedDict, set)}
 for _name, _kind in _TABLES.items():
-    setattr(LightModule, _name, _Table(_name, _kind))
+    setattr(LightAdapter, _name, _Table(_name, _kind))
 
 
 def parts(module: nn.Module) -> Iterator[nn.Module]:

@@ -25,6 +25,7 @@ from peftcore.adaptation.call import Call, Frame, as_if_called, current_frame
 from peftcore.adaptation.concurrency import ModelLock
 from peftcore.adaptation.outputs import first_of, with_first
 from peftcore.adaptation.rows import ROWS, UNKNOWN, Rows, Samples, first_in, joined, taken
+from peftcore.adapter import Adapter
 from peftcore.errors import PeftcoreError
 
 
@@ -55,7 +56,7 @@ class Chosen:
         number: dict[str | None, int] = {name: i for i, name in enumerate(self.names)}
         self.samples = [number.get(name, -1) for name in samples]
         kinds = {type(adapter) for adapter in self.adapters}
-        self.together = getattr(next(iter(kinds)), "per_sample", None) if len(kinds) == 1 else None
+        self.together = _together_of(next(iter(kinds))) if len(kinds) == 1 else None
         self._index: Tensor | None = None
 
     def index(self, device: torch.device) -> Tensor:
@@ -70,6 +71,12 @@ class Chosen:
             (which, Group(tuple(i for i, other in enumerate(self.samples) if other == which), device))
             for which in sorted(set(self.samples))
         ]
+
+
+def _together_of(kind: type[nn.Module]) -> Callable[..., Any] | None:
+    """Return `per_sample` of a class of adapters, or None where it has none."""
+    own = kind.per_sample if issubclass(kind, Adapter) else None
+    return None if own is Adapter.per_sample else own
 
 
 class PerSample:

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import checkpoint, engine, ranks
+from peftcore.adapter import Adapter, LowRank, implements
 from peftcore.checkpoint.fitting import config_on, refuse_other_base
 from peftcore.checkpoint.reading import ties_partly
 from peftcore.checkpoint.tensors import fill, kept_on_disk, tensors_on_disk
 from peftcore.composing.compatibility import difference, has_nonpersistent_buffers
 from peftcore.engine.scaling import scaled_config, set_multiplier
 from peftcore.errors import CheckpointError
-from peftcore.method import Factors, Method, Model
+from peftcore.method import Method, Model
 from peftcore.peft_fields import guarded, peft_version
 from peftcore.registry import registry
 
@@ -195,7 +196,7 @@ def _fitted(
     return tensors
 
 
-def _fit(tensors: dict[str, Tensor], a: str, b: str, here: Factors, there: Factors, where: Path) -> None:
+def _fit(tensors: dict[str, Tensor], a: str, b: str, here: LowRank, there: LowRank, where: Path) -> None:
     """Bring the tensors named `a` and `b` to the rank and scale of `here`."""
     for name, wanted in ((a, there.a), (b, there.b)):
         if tensors[name].shape != wanted.shape:
@@ -221,11 +222,11 @@ def _padded(tensor: Tensor, dim: int, size: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(shape)], dim)
 
 
-def _own_factors(adapter: Any) -> list[Factors] | None:
+def _own_factors(adapter: Any) -> list[LowRank] | None:
     """Return the factors of an adapter that has no other tensors, or None."""
-    if not hasattr(adapter, "factors"):
+    if not implements(adapter, Adapter.low_rank):
         return None
-    factors = list(adapter.factors())
+    factors = list(adapter.low_rank())
     known = {id(tensor) for each in factors for tensor in (each.a, each.b)}
     return factors if {id(tensor) for _, tensor in _tensors(adapter)} == known else None
 

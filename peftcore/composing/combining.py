@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftcore import engine, ranks
 from peftcore.adaptation.light import own_tensors
+from peftcore.adapter import Adapter, LowRank, implements
 from peftcore.composing import low_rank
 from peftcore.composing.arithmetic import Majority, Pruning, pruned_sum, weighted_sum
 from peftcore.composing.compatibility import difference
@@ -23,7 +24,7 @@ from peftcore.composing.products import dense, of_matrix, of_product
 from peftcore.engine.trained import TrainedParameters, base_tensors
 from peftcore.errors import PeftcoreError, nearest
 from peftcore.merging.merged_layers import is_mergeable
-from peftcore.method import Factors, Model
+from peftcore.method import Model
 from peftcore.registry import registry
 from peftcore.validation import positive_whole
 
@@ -141,7 +142,7 @@ def _combine_products(
 
 @torch.no_grad()
 def _product(
-    path: str, factors: Sequence[Factors], weights: Sequence[float], how: str, pruning: Pruning | None, r: int
+    path: str, factors: Sequence[LowRank], weights: Sequence[float], how: str, pruning: Pruning | None, r: int
 ) -> tuple[Tensor, Tensor]:
     """Return the combined (b, a) of one weight, fp32, in the shapes of its factors."""
     first = factors[0]
@@ -149,9 +150,9 @@ def _product(
     scaled = [weight * f.scale for f, weight in zip(factors, weights, strict=True)]
     if how.endswith("svd"):
         if pruning is None:
-            product = of_product(torch.cat(b, 1), torch.cat([c * t for c, t in zip(scaled, a, strict=True)]), r)
+            product = of_product(torch.cat(b, 1), torch.cat([c * t for c, t in zip(scaled, a, strict=True)]), r).product
         else:
-            product = of_matrix(pruned_sum([dense(f) for f in factors], weights, pruning), r)
+            product = of_matrix(pruned_sum([dense(f) for f in factors], weights, pruning), r).product
         left, right = product.b, product.a
     elif how == "cat":
         left, right = torch.cat(b, 1), torch.cat([c * t for c, t in zip(scaled, a, strict=True)])
@@ -212,7 +213,7 @@ def _linear_parts(model: nn.Module, adapter: str) -> Parts:
     placed: Any
     for path, placed in engine.adapter_modules(model, adapter):
         own = own_tensors(placed)
-        neutral = placed.neutral() if hasattr(placed, "neutral") else None
+        neutral = placed.neutral() if implements(placed, Adapter.neutral) else None
         if neutral is None or own.keys() != neutral.keys():
             raise PeftcoreError(
                 f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' is not linear in its tensors. "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftcore import engine, ranks
 from peftcore.adaptation.chain import WeightChanges
 from peftcore.composing import low_rank
-from peftcore.composing.products import Product, kept_of, of_matrix, of_product
+from peftcore.composing.products import Approximation, kept_of, of_matrix, of_product
 from peftcore.errors import PeftcoreError
 from peftcore.merging.merged_layers import Worked, is_mergeable, worked_in
 from peftcore.registry import registry
@@ -61,7 +61,7 @@ def convert(
         able = [other for other, each in registry.methods().items() if each.low_rank is not None]
         raise PeftcoreError(f"method={method!r} has no low-rank adapters. Methods that have: {able}")
     low_rank.refuse_trained(model, source, "be converted")
-    found: dict[str, list[Product]] = {}
+    found: dict[str, list[Approximation]] = {}
     seen: set[Any] = set()
     for path, placed in engine.adapter_modules(model, source):
         changes = _changes(model, source, path, placed, seen)
@@ -69,20 +69,20 @@ def convert(
     template = entry.config if entry.method == method else None
     like = next((p.dtype for _, p in engine.adapter_parameters(model, source) if p.is_floating_point()), None)
     new = f"{source}-{method}" if adapter is None else adapter
-    products = {path: [(each.b, each.a) for each in own] for path, own in found.items()}
+    products = {path: [(each.product.b, each.product.a) for each in own] for path, own in found.items()}
     low_rank.add(model, new, target, template, products, like, of_weights=True)
     return {path: kept_of(own) for path, own in found.items()}
 
 
 @torch.no_grad()
-def _nearest(changes: Sequence[Change], r: int | None) -> list[Product]:
+def _nearest(changes: Sequence[Change], r: int | None) -> list[Approximation]:
     """Return a product for each change, all of one rank: `r`, or the largest that any of them needs."""
 
-    def of(change: Change, r: int | None) -> Product:
+    def of(change: Change, r: int | None) -> Approximation:
         return of_matrix(change, r) if isinstance(change, Tensor) else of_product(*change, r)
 
     if r is None:
-        r = max(of(change, None).b.shape[1] for change in changes)
+        r = max(of(change, None).product.b.shape[1] for change in changes)
     return [of(change, r) for change in changes]
 
 
@@ -118,7 +118,7 @@ def _joined(path: str, name: str) -> str:
 
 
 def _products(adapter: Any) -> list[Change]:
-    pairs = ((f.scale * f.b.float().flatten(1), f.a.float().flatten(1), f.transposed) for f in adapter.factors())
+    pairs = ((f.scale * f.b.float().flatten(1), f.a.float().flatten(1), f.transposed) for f in adapter.low_rank())
     return [(a.T, b.T) if transposed else (b, a) for b, a, transposed in pairs]
 
 

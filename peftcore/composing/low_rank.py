@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from peftcore import engine
 from peftcore.adaptation.chain import WeightChanges
+from peftcore.adapter import Adapter, LowRank, implements
 from peftcore.composing.products import dense
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.layers import shape_of
 from peftcore.merging.merged_layers import is_mergeable
-from peftcore.method import Factors, Method
+from peftcore.method import Method
 from peftcore.registry import registry
 from peftcore.weight_formats import weight_format
 
@@ -31,9 +32,9 @@ class Site(NamedTuple):
 
 
 def has_factors(model: nn.Module, adapter: str) -> bool:
-    """Return whether every adapter with this name exposes `factors()`."""
+    """Return whether every adapter with this name exposes `low_rank()`."""
     placed = [each for _, _, each in sites(model, adapter)]
-    return bool(placed) and all(hasattr(each, "factors") for each in placed)
+    return bool(placed) and all(implements(each, Adapter.low_rank) for each in placed)
 
 
 def sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, Site, Any]]:
@@ -47,7 +48,7 @@ def sites(model: nn.Module, adapter: str) -> Iterator[tuple[str, Site, Any]]:
             yield path, Site(module), placed
 
 
-def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[Factors]]:
+def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[LowRank]]:
     """Return the factors of an applied adapter, by path.
 
     Args:
@@ -60,7 +61,7 @@ def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[Fact
     """
     entry = engine.applied(model, adapter)
     refuse_trained(model, adapter, what)
-    found: dict[str, list[Factors]] = {}
+    found: dict[str, list[LowRank]] = {}
     seen: set[Any] = set()
     placed: Any
     for path, site, placed in sites(model, adapter):
@@ -70,12 +71,12 @@ def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[Fact
                 f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' {why}. "
                 + ways(f"peftcore.convert(model, '{adapter}', method=...)", site.name is None and is_mergeable(placed))
             )
-        found[path] = list(placed.factors())
+        found[path] = list(placed.low_rank())
     return found
 
 
 def why_not(site: Site, adapter: Any, seen: set[Any], method: str) -> str:
-    """Describe why an adapter is not the low-rank products that its `factors()` return; empty if it is.
+    """Describe why an adapter is not the low-rank products that its `low_rank()` return; empty if it is.
 
     Args:
         site: where the adapter is attached.
@@ -83,10 +84,10 @@ def why_not(site: Site, adapter: Any, seen: set[Any], method: str) -> str:
         seen: kinds of adapters, by class and shapes, whose `merged` was compared with their factors already; updated.
         method: name of the adapter's method, for messages.
     """
-    if not hasattr(adapter, "factors"):
+    if not implements(adapter, Adapter.low_rank):
         return "is not a low-rank product added to a weight"
-    with registry.naming(method, "factors"):
-        factors = list(adapter.factors())
+    with registry.naming(method, "low_rank"):
+        factors = list(adapter.low_rank())
     why = _more(adapter, factors)
     kind = type(adapter), type(site.module), site.name, tuple((f.a.shape, f.b.shape, f.transposed) for f in factors)
     if not why and kind not in seen:
@@ -172,7 +173,7 @@ def add(
             if why := why_not(site, adapter, seen, method.name):
                 raise PeftcoreError(f"{method.name} placed an adapter at '{path}' that {why}")
             own, given = set(map(id, adapter.parameters())), products[path]
-            factors = list(adapter.factors())
+            factors = list(adapter.low_rank())
             if len(factors) != len(given) or not {_owner(t) for f in factors for t in (f.a, f.b)} <= own:
                 raise PeftcoreError(
                     f"{method.name} placed {len(factors)} products at '{path}', and {len(given)} were given"
@@ -206,7 +207,7 @@ def inactive(model: nn.Module, name: str, config: Any, dtype: torch.dtype | None
 
 
 @torch.no_grad()
-def _fill(factors: Factors, b: Tensor, a: Tensor, name: str, path: str) -> None:
+def _fill(factors: LowRank, b: Tensor, a: Tensor, name: str, path: str) -> None:
     if factors.a.shape != a.shape or factors.b.shape != b.shape:
         raise PeftcoreError(
             f"'{path}' has factors {list(factors.b.shape)} and {list(factors.a.shape)}, which cannot be filled with "
@@ -223,7 +224,7 @@ def _fill(factors: Factors, b: Tensor, a: Tensor, name: str, path: str) -> None:
             )
 
 
-def _more(adapter: nn.Module, factors: Sequence[Factors]) -> str:
+def _more(adapter: nn.Module, factors: Sequence[LowRank]) -> str:
     """Name a tensor that an adapter has besides its factors; empty if there is none or factors are computed."""
     own = dict(chain(adapter.named_parameters(), adapter.named_buffers()))
     if _are_computed(own.values(), factors):
@@ -233,13 +234,13 @@ def _more(adapter: nn.Module, factors: Sequence[Factors]) -> str:
     return f"is more than a low-rank product: it also has the tensor '{more[0]}'" if more else ""
 
 
-def _are_computed(own: Iterable[Tensor], factors: Sequence[Factors]) -> bool:
+def _are_computed(own: Iterable[Tensor], factors: Sequence[LowRank]) -> bool:
     """Return whether a factor is computed rather than one of the tensors in `own`."""
     known = set(map(id, own))
     return any(_owner(tensor) not in known for each in factors for tensor in (each.a, each.b))
 
 
-def _are_mixed(adapter: nn.Module, factors: Sequence[Factors]) -> bool:
+def _are_mixed(adapter: nn.Module, factors: Sequence[LowRank]) -> bool:
     """Return whether some factors are the adapter's own tensors and others are computed."""
     own = [*adapter.parameters(), *adapter.buffers()]
     owners = {_owner(tensor) for each in factors for tensor in (each.a, each.b)}
@@ -251,7 +252,7 @@ def _owner(tensor: Tensor) -> int:
     return id(tensor if tensor._base is None else tensor._base)
 
 
-def _other(site: Site, adapter: Any, factors: Sequence[Factors], method: str) -> str:
+def _other(site: Site, adapter: Any, factors: Sequence[LowRank], method: str) -> str:
     """Describe how the adapter's change of a weight differs from adding its products; empty if it does not.
 
     The two are compared on a random weight.
@@ -259,7 +260,7 @@ def _other(site: Site, adapter: Any, factors: Sequence[Factors], method: str) ->
     device = factors[0].a.device
     if site.name is not None:
         shape, bias = torch.Size(shape_of(site.module, site.name)), None
-    elif not hasattr(adapter, "merged"):
+    elif not implements(adapter, Adapter.merged):
         return "is not a change of a weight"
     else:
         form = weight_format(site.module)
@@ -281,7 +282,7 @@ def _other(site: Site, adapter: Any, factors: Sequence[Factors], method: str) ->
     return "" if off < 1e-5 else "is not just the product of its factors"
 
 
-def as_weight(factors: Sequence[Factors], shape: torch.Size) -> Tensor:
+def as_weight(factors: Sequence[LowRank], shape: torch.Size) -> Tensor:
     """Return the change that the products make to a weight of this shape, fp32."""
     changes = [dense(each).T if each.transposed else dense(each) for each in factors]
     return torch.cat(changes).reshape(shape)

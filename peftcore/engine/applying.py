@@ -13,6 +13,7 @@ from peftcore import ranks
 from peftcore.adaptation import adapted, enclosing, fast_path, folding
 from peftcore.adaptation.call import asked
 from peftcore.adaptation.light import parts
+from peftcore.adapter import Adapter
 from peftcore.engine.activating import set_active
 from peftcore.engine.branches import check_branches, freeze_branches, refuse_needed, release_branches
 from peftcore.engine.calling import ask_of_calls
@@ -167,7 +168,8 @@ def _apply(
     TrainedParameters.attach(model, adapter, placed.trained, placed.apart)
     fast_path.guard(model)
     reads = asked(placement.adapter for placement in placed.around)
-    whole_batch = any(getattr(placement.adapter, "whole_batch", False) for placement in placed.around)
+    adapters = (placement.adapter for placement in placed.around)
+    whole_batch = any(each.whole_batch for each in adapters if isinstance(each, Adapter))
     entry = Applied(
         of_method.name,
         config,

@@ -9,6 +9,7 @@ from torch import nn
 
 from peftcore.adaptation.call import asked
 from peftcore.adaptation.chain import WeightChanges
+from peftcore.adapter import Adapter
 from peftcore.errors import PeftcoreError
 from peftcore.experts import EachExpert, experts_layout, split_expert_path
 from peftcore.method import After, Around
@@ -58,7 +59,7 @@ def one_by_one(placements: Mapping[str, Sequence[Any]]) -> bool:
 def _refuse_unfit(method: str, path: str, placement: Around | After) -> None:
     """Raise a PeftcoreError if the adapter reads the call, mixes the rows of a call, or combines others."""
     asks = asked([placement.adapter]) is not None
-    whole = any(getattr(module, "whole_batch", False) for module in placement.adapter.modules())
+    whole = any(each.whole_batch for each in placement.adapter.modules() if isinstance(each, Adapter))
     branches = isinstance(placement, Around) and placement.branches
     if asks or whole or branches:
         why = "reads the call of the model" if asks else "mixes the rows of a call" if whole else "combines others"

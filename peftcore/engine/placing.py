@@ -17,6 +17,7 @@ from peftcore import prompts
 from peftcore.adaptation import adapted
 from peftcore.adaptation.chain import WeightChanges
 from peftcore.adaptation.enclosing import lock_of
+from peftcore.adapter import Adapter, implements, unseen_member
 from peftcore.architecture import Architecture
 from peftcore.engine.expert_layers import each_expert, weight_of_expert
 from peftcore.engine.state import Applied, State, check_model, state_of
@@ -163,7 +164,7 @@ def not_thin(placements: Mapping[str, Sequence[Any]]) -> Iterator[str]:
     """Yield the full names of parameters whose change is not a low-rank product, so adapters copy them."""
     for path, placed in placements.items():
         for each in placed:
-            if isinstance(each, OnWeight) and not hasattr(each.adapter, "thin"):
+            if isinstance(each, OnWeight) and not implements(each.adapter, Adapter.expert_low_rank):
                 yield f"{path}.{each.name}" if path else each.name
 
 
@@ -286,6 +287,7 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
                 addresses.add(_address(tensor))
     addresses.discard(0)  # tensors without memory
     seen: set[int] = set()
+    classes: dict[type[nn.Module], bool] = {}  # False: only inside of adapters
     for placement in placements:
         ahead = [] if isinstance(placement, Train) else [placement.adapter]
         while ahead:
@@ -293,12 +295,21 @@ def _check_adapters(model: nn.Module, method: str, placements: Sequence[Any]) ->
             if part is None or id(part) in seen:
                 continue
             seen.add(id(part))
+            classes[type(part)] = classes.get(type(part), False) or part is placement.adapter
             if id(part) in modules:
                 _refuse_registered(model, method, placement, part)
             for tensor in (*part._parameters.values(), *part._buffers.values()):
                 if tensor is not None and (id(tensor) in tensors or _address(tensor) in addresses):
                     _refuse_registered(model, method, placement, tensor)
             ahead += part._modules.values()
+    for kind, is_placed in classes.items():
+        unseen = unseen_member(kind, inside=not is_placed)
+        if unseen is not None:
+            raise PluginError(
+                f"{method} places a {kind.__name__} that has `{unseen}` and does not derive from "
+                "peftcore.plugin.Adapter, without which it is not called. Write: class "
+                f"{kind.__name__}(Adapter)"
+            )
 
 
 def _address(tensor: Tensor) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from peftcore.adapter import Adapter, implements
 from peftcore.engine.exclusive import exclusive
 from peftcore.engine.state import adapter_modules, applied, call_in, refuse_changed, refuse_merged, require_state
 from peftcore.errors import PeftcoreError
@@ -41,10 +42,9 @@ def set_multiplier(model: nn.Module, adapter: str, factor: float) -> None:
     if entry.multiplier == factor:
         return
     entry.multiplier = factor
-    module: Any
     for _, placed in adapter_modules(model, adapter):
         for module in placed.modules():
-            if hasattr(module, "multiplier"):
+            if isinstance(module, Adapter) and module.multiplier is not None:
                 module.multiplier = factor
 
 
@@ -55,10 +55,14 @@ def scaled_config(model: nn.Module, adapter: str) -> Any:
     return entry.config if entry.multiplier == 1.0 or scaled is None else scaled(entry.config, entry.multiplier)
 
 
+def _has_multiplier(adapter: nn.Module) -> bool:
+    return isinstance(adapter, Adapter) and adapter.multiplier is not None
+
+
 def _refuse_unscalable(model: nn.Module, adapter: str) -> None:
     entry = applied(model, adapter)
     placed = dict(adapter_modules(model, adapter))
-    whole = next((path for path, module in placed.items() if not hasattr(module, "multiplier")), None)
+    whole = next((path for path, module in placed.items() if not _has_multiplier(module)), None)
     if entry.trained:
         why = f"it trains '{entry.trained[0]}' of the base, which cannot be scaled"
     elif whole is not None:
@@ -67,6 +71,6 @@ def _refuse_unscalable(model: nn.Module, adapter: str) -> None:
         why = "its files cannot store a factor"
     else:
         return
-    linear = all(hasattr(module, "neutral") for module in placed.values())
+    linear = all(implements(module, Adapter.neutral) for module in placed.values())
     other = f". peftcore.combine(model, ['{adapter}'], weights=[...], adapter=...) makes one with a share of its change"
     raise PeftcoreError(f"'{adapter}' ({entry.method}) cannot be scaled: {why}{other if linear else ''}")

@@ -2,7 +2,7 @@
 
 from peftcore.experts.each import EachExpert
 from peftcore.experts.expert_linear import PackedExpert, expert_linear, expert_path, split_expert_path
-from peftcore.experts.forward import Thin, expert_changes, experts_forward
+from peftcore.experts.forward import adapter_of_expert, expert_changes, experts_forward
 from peftcore.experts.layout import (
     ExpertsLayout,
     expert_biases,
@@ -16,7 +16,7 @@ __all__ = [
     "EachExpert",
     "ExpertsLayout",
     "PackedExpert",
-    "Thin",
+    "adapter_of_expert",
     "expert_biases",
     "expert_changes",
     "expert_linear",

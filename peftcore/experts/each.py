@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.adapter import Adapter, implements
 from peftcore.errors import PeftcoreError
 from peftcore.experts.expert_linear import expert_linear, operand
 from peftcore.experts.layout import experts_layout
@@ -21,7 +22,7 @@ from peftcore.ops.weight import autocast_device
 Around = Callable[[nn.Linear, Sequence[Any], int], Callable[[Tensor], Tensor]]  # a layer, changes, whose -> with them
 
 
-class EachExpert(nn.Module):
+class EachExpert(Adapter):
     """What a method changes of one stacked weight: an adapter for each expert.
 
     Args:
@@ -37,13 +38,13 @@ class EachExpert(nn.Module):
             self.add_module(str(expert), adapter)
 
     @property
-    def multiplier(self) -> float:
-        """That of all its adapters, where they have one, which is set at each of them."""
-        first: Any = self.of_expert(0)
-        return float(first.multiplier)
+    def multiplier(self) -> float | None:
+        """The factor of all adapters inside, each of which is set by itself; None where they have none."""
+        first = self.of_expert(0)
+        return first.multiplier if isinstance(first, Adapter) else None
 
     @multiplier.setter
-    def multiplier(self, factor: float) -> None:
+    def multiplier(self, factor: float | None) -> None:
         pass
 
     def of_expert(self, expert: int) -> Any:
@@ -51,7 +52,7 @@ class EachExpert(nn.Module):
         return self._modules[str(expert)]
 
     def is_mergeable(self) -> bool:
-        return all(hasattr(adapter, "merged") for adapter in self._modules.values())
+        return all(implements(adapter, Adapter.merged) for adapter in self._modules.values())
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(weight, bias) of all experts with their adapters in them, fp32; bias `[experts, out]` or None."""
@@ -85,7 +86,7 @@ def product_by_expert(
 
     Args:
         offsets: int32 `[experts]`, where the rows of each end. On the meta device all rows are the first one's.
-        changes: `Thin`s and `EachExpert`s, the first innermost.
+        changes: `LowRank`s and `EachExpert`s, the first innermost.
         around: puts these around the layer of one expert.
     """
     layout: Any = experts_layout(module)

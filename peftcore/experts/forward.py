@@ -9,12 +9,13 @@ included. Where an adapter changes experts one by one, it is that of one expert 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftcore import ops
+from peftcore.adapter import Adapter, Base, LowRank, implements
 from peftcore.experts.each import Around, EachExpert, product_by_expert
 from peftcore.experts.expert_linear import operand
 from peftcore.experts.layout import experts_layout
@@ -25,32 +26,21 @@ from peftcore.ops.weight import autocast_device
 _PLAIN_GATE = "transformers.integrations.moe", "_default_apply_gate"  # act(gate) * up, one behind the other
 
 
-class Thin(NamedTuple):
-    """A change of a weight that is a thin product for each expert: scale · B_e A_e.
-
-    Args:
-        a: `[experts, r, in]`. b: `[experts, out, r]`, whatever the layout of the weight.
-        dropout_p: of what A reads.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    dropout_p: float = 0.0
-
-    def of_expert(self, expert: int) -> OneThin:
-        """The same of one expert, as an adapter of its layer."""
-        return OneThin(self.a[expert], self.b[expert], self.scale, self.dropout_p)
+def adapter_of_expert(change: LowRank | EachExpert, expert: int) -> Any:
+    """Return the adapter of one expert's layer that makes the part of `change` for this expert."""
+    if isinstance(change, EachExpert):
+        return change.of_expert(expert)
+    return _OneExpert(change.a[expert], change.b[expert], change.scale, change.dropout_p)
 
 
-class OneThin(nn.Module):
-    """scale · B A beside a linear layer: see `Thin`."""
+class _OneExpert(Adapter):
+    """scale · B A next to a linear layer."""
 
     def __init__(self, a: Tensor, b: Tensor, scale: float, dropout_p: float) -> None:
         super().__init__()
         self.a, self.b, self.scale, self.dropout_p = a, b, scale, dropout_p
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         a, b = (t.to(x.dtype) for t in (self.a, self.b))
         dropped = nn.functional.dropout(x, self.dropout_p) if self.dropout_p else x
         y: Tensor = base(x)
@@ -66,7 +56,7 @@ def experts_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     *,
-    changes: Mapping[str, Sequence[Thin | EachExpert]] | None = None,
+    changes: Mapping[str, Sequence[LowRank | EachExpert]] | None = None,
     around: Around = lambda layer, _changes, _expert: layer,
 ) -> Tensor:
     """What `module` computes, a module that has an `experts_layout`.
@@ -95,7 +85,7 @@ def experts_forward(
         if isinstance(weight, Tensor) and not torch.is_autocast_enabled(autocast_device(x)):
             x = x.to(weight.dtype)  # as transformers' grouped_mm does
         own = changes.get(name, ())
-        thin = [each for each in own if isinstance(each, Thin)]
+        thin = [each for each in own if isinstance(each, LowRank)]
         trains = isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled()
         if len(thin) < len(own) or trains:
             return product_by_expert(module, x, routing.offsets, name, own, around)
@@ -145,7 +135,7 @@ def _is_silu(act: Any) -> bool:
 
 def expert_changes(
     module: nn.Module, changes: Sequence[Mapping[str, Any]]
-) -> dict[str, list[Thin | EachExpert]] | None:
+) -> dict[str, list[LowRank | EachExpert]] | None:
     """What is added to the weights, or done to each expert's, by name; None where a change is neither.
 
     None, too, where weights get gradients and all changes are thin. Of a module with an `experts_layout`, else None.
@@ -153,13 +143,17 @@ def expert_changes(
     layout = experts_layout(module)
     if layout is None:
         return None
-    found: dict[str, list[Thin | EachExpert]] = {}
+    found: dict[str, list[LowRank | EachExpert]] = {}
     trains = False
     for each in changes:
         for name, change in each.items():
-            if name not in layout.names or not (isinstance(change, EachExpert) or hasattr(change, "thin")):
+            if name not in layout.names:
                 return None
-            weight, one = module._parameters[name], change if isinstance(change, EachExpert) else change.thin()
+            if isinstance(change, EachExpert):
+                one: LowRank | EachExpert | None = change
+            else:
+                one = change.expert_low_rank() if implements(change, Adapter.expert_low_rank) else None
+            weight = module._parameters[name]
             if one is None:
                 return None
             trains |= weight is not None and weight.requires_grad and torch.is_grad_enabled()
@@ -168,20 +162,20 @@ def expert_changes(
     return None if trains and not alone else found
 
 
-def _together(changes: Sequence[Thin]) -> list[Thin]:
+def _together(changes: Sequence[LowRank]) -> list[LowRank]:
     """Those with one dropout as one, of the sum of their ranks."""
-    by_dropout: dict[float, list[Thin]] = {}
+    by_dropout: dict[float, list[LowRank]] = {}
     for each in changes:
         by_dropout.setdefault(each.dropout_p, []).append(each)
     return [
         same[0]
         if len(same) == 1
-        else Thin(torch.cat([t.a for t in same], 1), torch.cat([t.scale * t.b for t in same], 2), 1.0, p)
+        else LowRank(torch.cat([t.a for t in same], 1), torch.cat([t.scale * t.b for t in same], 2), dropout_p=p)
         for p, same in by_dropout.items()
     ]
 
 
-def _thin(x: Tensor, offsets: Tensor, change: Thin) -> Tensor:
+def _thin(x: Tensor, offsets: Tensor, change: LowRank) -> Tensor:
     """scale · (dropout(x_i) A_eᵀ) B_eᵀ in fp32, of an adapter with another dropout than the first.
 
     The operator adds a thin product to a base's: here two bases of zeros, as narrow as the factors, beside which one

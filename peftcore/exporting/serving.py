@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftcore import adapter_files, checkpoint, engine
+from peftcore.adapter import LowRank
 from peftcore.adapter_files import Content
 from peftcore.composing import low_rank
 from peftcore.errors import PeftcoreError
-from peftcore.exporting.thin import Thin, padded, products
+from peftcore.exporting.one_product import padded, products
 from peftcore.registry import registry
 
 WHAT = "be written for vLLM and SGLang"
@@ -38,10 +39,10 @@ def write(model: nn.Module, folder: Path, adapter: str | None) -> Path:
         low_rank.refuse_trained(model, name, WHAT)
         return checkpoint.save(model, folder, adapter=name, format=PER_EXPERT, resumable=False)
     found = products(model, name, WHAT)
-    rank, scale = max(each.rank for each in found.values()), next(iter(found.values())).scale or 1.0
+    rank, scale = max(len(each.a) for each in found.values()), next(iter(found.values())).scale or 1.0
     tensors: dict[str, Tensor] = {}
-    for path, thin in found.items():
-        tensors.update(_tensors(model, name, path, padded(thin, rank, scale)))
+    for path, product in found.items():
+        tensors.update(_tensors(model, name, path, padded(product, rank, scale)))
     adapter_files.write(folder, {"": Content(_fields(model, found, rank, scale), tensors, {"format": "pt"})})
     return folder
 
@@ -95,21 +96,21 @@ def _has_experts(model: nn.Module, adapter: str) -> bool:
     return any(name is not None for name in changed) and PER_EXPERT in method.state.layouts
 
 
-def _tensors(model: nn.Module, adapter: str, path: str, thin: Thin) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, adapter: str, path: str, product: LowRank) -> dict[str, Tensor]:
     module: Any = model.get_submodule(path)
     stem = f"base_model.model.{path}"
     if isinstance(module, nn.Embedding):
         return {
-            f"{stem}.lora_embedding_A": thin.b.T.contiguous(),
-            f"{stem}.lora_embedding_B": thin.a.T.contiguous(),
+            f"{stem}.lora_embedding_A": product.b.T.contiguous(),
+            f"{stem}.lora_embedding_B": product.a.T.contiguous(),
         }
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    if sizes != (len(thin.b), thin.a.shape[1]):
+    if sizes != (len(product.b), product.a.shape[1]):
         raise PeftcoreError(f"'{adapter}' cannot {WHAT}: it changes '{path}', which is not a linear layer or embedding")
-    return {f"{stem}.lora_A.weight": thin.a.contiguous(), f"{stem}.lora_B.weight": thin.b.contiguous()}
+    return {f"{stem}.lora_A.weight": product.a.contiguous(), f"{stem}.lora_B.weight": product.b.contiguous()}
 
 
-def _fields(model: nn.Module, found: dict[str, Thin], rank: int, scale: float) -> dict[str, Any]:
+def _fields(model: nn.Module, found: dict[str, LowRank], rank: int, scale: float) -> dict[str, Any]:
     ends = {path.rpartition(".")[2] for path in found}
     all_of_them = {path for path, _ in model.named_modules() if path.rpartition(".")[2] in ends}
     config = getattr(model, "config", None)

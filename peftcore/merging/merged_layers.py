@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from peftcore import engine
 from peftcore.adaptation.adapted import adapters_at
 from peftcore.adaptation.chain import WeightChanges
+from peftcore.adapter import Adapter, implements
 from peftcore.engine.trained import TrainedParameters
 from peftcore.errors import PeftcoreError
 from peftcore.experts import EachExpert, experts_layout
@@ -90,7 +91,7 @@ def is_mergeable(adapter: nn.Module) -> bool:
     """Return whether the adapter only changes weights."""
     if isinstance(adapter, WeightChanges):
         return all(change.is_mergeable() for change in adapter.changes.values() if isinstance(change, EachExpert))
-    return hasattr(adapter, "merged")
+    return implements(adapter, Adapter.merged)
 
 
 def mergeable(model: nn.Module) -> bool:

@@ -12,8 +12,6 @@ last vector predicts, is not included. Several may be active: soft prompts come 
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import nn
 
@@ -61,12 +59,11 @@ def _shape(placement: SoftPrompt | PrefixKV) -> tuple[int, ...]:
     """Return the shape of the adapter's result; for a soft prompt that of one row."""
     adapter = placement.adapter
     if isinstance(placement, SoftPrompt) and asked([adapter]) is not None:
-        shape = getattr(adapter, "tokens", None), getattr(adapter, "hidden", None)
-        if not all(isinstance(size, int) for size in shape):
+        if placement.shape is None:
             raise PeftcoreError(
                 f"{type(adapter).__name__} depends on the call (needs_call), so its shape is unknown beforehand. "
-                "Give it the attributes `tokens` and `hidden`: the number of vectors per row and their width"
+                "Give it to the placement: SoftPrompt(adapter, shape=(tokens, hidden))"
             )
-        return cast(tuple[int, int], shape)
+        return placement.shape
     with torch.no_grad():
         return tuple(adapter().shape)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.class_swap import original_forward
+from peftcore.adapter import Adapter
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.observation import language_config
@@ -22,7 +23,7 @@ IN_MASK = "_peftcore_masked"  # attribute of a cache: how many columns of this c
 SOFT = "soft_prompt"  # attribute of a call with a soft prompt before the input
 
 
-class Backbone(nn.Module):
+class Backbone(Adapter):
     """Adapter around a backbone that reads the call by the backbone's argument names.
 
     Args:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.adaptation.call import current_call
+from peftcore.adapter import Adapter
 from peftcore.errors import PeftcoreError
 from peftcore.prompts.backbone import IN_CACHE, IN_MASK, SOFT, arguments_by_name, first_position, forward_arguments
 
@@ -62,7 +63,7 @@ class _Given(NamedTuple):
     noted: _Counted | None
 
 
-class TokenCounter(nn.Module):
+class TokenCounter(Adapter):
     """Adapter that changes nothing and counts tokens.
 
     Args:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
+from peftcore.adapter import Adapter
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around
@@ -220,7 +221,7 @@ class PrefixAround(Backbone):
         return bool(asked) and not (module.training and getattr(module, "gradient_checkpointing", False))
 
 
-class PrefixLayer(nn.Module):
+class PrefixLayer(Adapter):
     """Adapter around one attention module, for activation checkpointing, which takes the cache away from its layer.
 
     The layer runs again in the backward pass, so it must not write into a cache. Here it gets one that stores nothing

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftcore.adaptation.adapted import base_modules
 from peftcore.adaptation.call import current_frame
+from peftcore.adapter import Adapter
 from peftcore.architecture import Architecture
 from peftcore.errors import PeftcoreError
 from peftcore.method import Around
@@ -180,7 +181,7 @@ class SoftPromptAround(Backbone):
             output = base(**self._embedded(call, order))
         if self._keeps:
             return output
-        if not getattr(self.adapter, "in_output", bool)():
+        if not (isinstance(self.adapter, Adapter) and self.adapter.in_output()):
             return _without_prompt(output, self.tokens, self.tokens + length, back)
         if back is not None:
             back = torch.cat([places(order, self.tokens, len(back), back.device), back], dim=1)

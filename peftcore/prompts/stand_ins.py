@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.adapter import Adapter
 from peftcore.errors import PeftcoreError
 
 _ENTERED = threading.local()  # {id of a backbone: prompts waiting for its token embedding}, in each thread
@@ -55,7 +56,7 @@ def entering(backbone: nn.Module) -> Iterator[Waiting]:
         )
 
 
-class StandIns(nn.Module):
+class StandIns(Adapter):
     """Adapter around the token embedding that replaces stand-ins by the vectors of waiting prompts."""
 
     whole_batch = True

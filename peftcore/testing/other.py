@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import targets
+from peftcore.adapter import Adapter, Base
 from peftcore.architecture import Architecture
 from peftcore.engine import apply
 from peftcore.hookspecs import hookimpl
@@ -26,14 +27,14 @@ class OtherConfig:
     """The other method has no choices."""
 
 
-class Other(nn.Module):
+class Other(Adapter):
     """A gain for each output."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(size))
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         y: Tensor = base(x)
         return y * self.gain.to(y.dtype)
 

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.plugin import (
+    Adapter,
     Architecture,
     Around,
+    Base,
     Method,
     PeftcoreError,
+    Placement,
     StateRules,
     hookimpl,
     targets,
@@ -105,7 +108,7 @@ class AdaLora(LoraLinear):
 class AdaLoraConv(AdaLora):
     """The same of a convolution: A `[r, in · k]`."""
 
-    per_sample = None  # type: ignore[assignment]  # which is of linear layers
+    per_sample = staticmethod(Adapter.per_sample)  # which is of linear layers
 
     def __init__(self, config: AdaLoraConfig, r: int, layer: nn.Conv2d) -> None:
         super().__init__(config, r, *targets.sizes(layer))
@@ -114,13 +117,13 @@ class AdaLoraConv(AdaLora):
     def delta(self) -> Tensor:
         return super().delta().view(self.shape)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout.p, self.training)
         y: Tensor = base(x) + base.module._conv_forward(dropped, self.delta().to(x.dtype), None)
         return y
 
 
-def place(model: nn.Module, config: AdaLoraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: AdaLoraConfig, architecture: Architecture) -> list[Placement]:
     left = {name.partition(".lora_E")[0]: sum(which) for name, which in (config.rank_pattern or {}).items()}
     layers = config.selected(model, architecture)
     placed = [Around(p, of_layer(config, left.get(p, config.init_r), module)) for p, module in layers.items()]

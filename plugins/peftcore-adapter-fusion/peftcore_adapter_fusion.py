@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.plugin import (
+    Adapter,
     Architecture,
     Around,
+    BranchedBase,
     ForeignFormat,
     Method,
     PeftcoreError,
+    Placement,
     StateRules,
     detect,
     first_of,
@@ -87,7 +90,7 @@ class Projection(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class Fusion(nn.Module):
+class Fusion(Adapter):
     """x `[..., width]` -> the change `[..., width]` that takes the place of those of its adapters."""
 
     def __init__(self, config: AdapterFusionConfig, width: int) -> None:
@@ -108,9 +111,9 @@ class Fusion(nn.Module):
                 with torch.no_grad():
                     self.value.weight.fill_diagonal_(1.0)
 
-    def change(self, x: Tensor, base: Any) -> Tensor:
+    def change(self, x: Tensor, base: BranchedBase) -> Tensor:
         """Of what is read, x; base: the link that has the branches."""
-        adapters: list[Bottleneck] = [base.branch(name).adapter for name in self.names]
+        adapters: list[Bottleneck] = [cast(Bottleneck, base.branch(name).adapter) for name in self.names]
         if self.config.how == "average":
             return torch.stack([w * f.change(x) for w, f in zip(self.weights, adapters, strict=True)]).sum(0)
         if self.config.how == "split":
@@ -133,7 +136,7 @@ class Fusion(nn.Module):
 class FusedSeries(Fusion):
     """Around a module behind which the adapters stand."""
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: BranchedBase, *args: Any, **kwargs: Any) -> Any:
         output = base(*args, **kwargs)
         x = first_of(output)
         return with_first(output, x + self.change(x, base))
@@ -144,7 +147,7 @@ class FusedBehindNorm(Fusion):
 
     stands_behind_norm = True
 
-    def forward(self, base: Any, z: Tensor) -> Any:
+    def forward(self, base: BranchedBase, z: Tensor) -> Any:
         return behind_norm(self, base, z)
 
 
@@ -166,7 +169,7 @@ def bottlenecks(model: nn.Module, name: str) -> dict[str, Bottleneck]:
     return found
 
 
-def place(model: nn.Module, config: AdapterFusionConfig, architecture: Architecture) -> list[Around]:
+def place(model: nn.Module, config: AdapterFusionConfig, architecture: Architecture) -> list[Placement]:
     each = {name: bottlenecks(model, name) for name in config.adapters}
     first = each[config.adapters[0]]
     for name, found in each.items():

@@ -19,7 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, ranks, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    ranks,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -100,7 +112,7 @@ def attentions(model: nn.Module, name: str | None) -> dict[str, Any]:
     return found
 
 
-class AdaptionPrompt(nn.Module):
+class AdaptionPrompt(Adapter):
     """P `[1, n, hidden]` and g `[1]` of an attention module; hidden states `[batch, tokens, hidden]`, and back."""
 
     def __init__(self, config: AdaptionPromptConfig, width: int, rotate: Callable[..., Any] | None) -> None:
@@ -109,7 +121,7 @@ class AdaptionPrompt(nn.Module):
         self.adaption_gate = nn.Parameter(torch.zeros(1))
         self.rotate = rotate
 
-    def forward(self, base: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         output, rest = base(hidden_states, *args, **kwargs), []
         if isinstance(output, tuple):
             output, *rest = output
@@ -129,12 +141,12 @@ class AdaptionPrompt(nn.Module):
         return (y, *rest) if rest else y
 
 
-def place(model: nn.Module, config: AdaptionPromptConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: AdaptionPromptConfig, architecture: Architecture) -> list[Placement]:
     found = list(attentions(model, config.target_modules).items())
     count = config.adapter_layers or len(found)
     there = f"adapter_layers={count}, and the model has {len(found)}. Take fewer, or None for all"
     validation.require(count <= len(found), there)
-    placed = []
+    placed: list[Placement] = []
     for path, module in found[-count:]:
         validation.require(
             not ranks.has_divided(module),

@@ -25,7 +25,19 @@ from peftcore_lora.placing import wrapped
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Call, Method, cached_tokens, current_call, hookimpl, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Call,
+    Method,
+    Placement,
+    cached_tokens,
+    current_call,
+    hookimpl,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -57,7 +69,7 @@ class Text(NamedTuple):
     length: int
 
 
-class Invocation(nn.Module):
+class Invocation(Adapter):
     """Where the tokens stand in a call's input: found around the backbone, before any layer adds to the cache."""
 
     needs_call = ("alora_offsets",)
@@ -66,7 +78,7 @@ class Invocation(nn.Module):
         super().__init__()
         self.tokens = tuple(tokens)
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         self.acts()
         return base(*args, **kwargs)
 
@@ -112,7 +124,7 @@ class Invocation(nn.Module):
         return (starts >= 0)[:, None] & (torch.arange(ids.shape[1], device=ids.device) + past >= starts[:, None])
 
 
-class Alora(nn.Module):
+class Alora(Adapter):
     """The LoRA of a linear layer; x `[batch, tokens, in]`, or `[batch · tokens, in]`."""
 
     needs_call = Invocation.needs_call
@@ -121,7 +133,7 @@ class Alora(nn.Module):
         super().__init__()
         self.lora, self.invocation = lora, invocation
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         acts = self.invocation.acts().to(x.device)
         acts = acts[:, -x.shape[1] :] if x.dim() == 3 else acts  # a head sees the last tokens alone
         fits = x.shape[:-1] == acts.shape or x.shape[:-1] == (acts.numel(),)
@@ -134,7 +146,7 @@ class Alora(nn.Module):
         return y + (self.lora.scale * F.linear(s, b)).to(y.dtype)
 
 
-def place(model: nn.Module, config: AloraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: AloraConfig, architecture: Architecture) -> list[Placement]:
     decoder = architecture.task_type in (None, "CAUSAL_LM") and architecture.embedding is not None
     message = f"activated LoRA is of decoders of text, in PEFT, too, and {type(model).__name__} is none. Choose LoRA"
     validation.require(decoder, message)

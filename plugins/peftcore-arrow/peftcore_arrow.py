@@ -20,11 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.plugin import (
+    Adapter,
     Architecture,
     Around,
-    Factors,
+    BranchedBase,
+    LowRank,
     Method,
     PeftcoreError,
+    Placement,
     StateRules,
     hookimpl,
     other_adapter,
@@ -65,7 +68,7 @@ class ArrowConfig:
         )
 
 
-class ArrowRouter(nn.Module):
+class ArrowRouter(Adapter):
     """`prototypes [experts, in]`: the v of each expert."""
 
     def __init__(self, config: ArrowConfig, width: int) -> None:
@@ -80,30 +83,30 @@ class ArrowRouter(nn.Module):
         scores = torch.full_like(scores, -torch.inf).scatter(-1, index, top)
         return (scores / self.temperature).softmax(-1)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: BranchedBase, x: Tensor) -> Tensor:
         shares = self.shares(x).to(x.dtype).unbind(-1)  # their sum is 1, and so W x need not be taken out of each
         mixed: Any = sum(w[..., None] * base.branch(name)(x) for w, name in zip(shares, self.experts, strict=True))
         return mixed if base.is_own else base(x) + (mixed - base.own(x))
 
 
-def factors_of(model: nn.Module, expert: str) -> dict[str, Factors]:
+def factors_of(model: nn.Module, expert: str) -> dict[str, LowRank]:
     """The factors of an expert at each linear layer, by path.
 
     Raises:
         PeftcoreError: there is no such adapter, or it is none of linear layers with factors.
     """
-    found: dict[str, Factors] = {}
+    found: dict[str, LowRank] = {}
     other = other_adapter(model, expert)
     adapter: Any
     for path, adapter in other.modules.items():
-        factors = adapter.factors() if hasattr(adapter, "factors") else []
+        factors = adapter.low_rank() if hasattr(adapter, "factors") else []
         if len(factors) != 1 or factors[0].transposed or factors[0].a.dim() != 2:
             raise PeftcoreError(f"'{expert}' ({other.method}) is at '{path}' no product B A of a linear layer")
         found[path] = factors[0]
     return found
 
 
-def direction(factors: Factors, seed: int | None) -> Tensor:
+def direction(factors: LowRank, seed: int | None) -> Tensor:
     """The top right singular vector `[in]` of B A, fp32, by power iteration."""
     a, b = factors.a.float(), factors.b.float()
     if a.is_meta:
@@ -115,7 +118,7 @@ def direction(factors: Factors, seed: int | None) -> Tensor:
     return v
 
 
-def place(model: nn.Module, config: ArrowConfig, architecture: Architecture) -> list[Around]:
+def place(model: nn.Module, config: ArrowConfig, architecture: Architecture) -> list[Placement]:
     experts = {name: factors_of(model, name) for name in config.experts}
     layers = experts[config.experts[0]]
     for name, found in experts.items():

@@ -7,12 +7,22 @@ to be worth most: `target_modules=["v_proj"]`. It merges into b, where a layer h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+)
 
 peftcore_api = 2
 
@@ -30,25 +40,27 @@ class BeftConfig(targets.LayersConfig):
     not_in_peft = frozenset({"exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"})
 
 
-class Beft(nn.Module):
+class Beft(Adapter):
     """d `[1, out]` of a linear layer."""
 
     def __init__(self, out_width: int, start: bool) -> None:
         super().__init__()
         self.beft_bias = nn.Parameter((torch.zeros if start else torch.randn)(1, out_width))
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         return base(x) + self.beft_bias[0].to(x.dtype)
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         d = self.beft_bias[0].float()
         return weight, d if bias is None else bias + d
 
+    @override
     def neutral(self) -> dict[str, Tensor]:
         return {"beft_bias": torch.zeros_like(self.beft_bias)}
 
 
-def place(model: nn.Module, config: BeftConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: BeftConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture).items()
     return [Around(path, Beft(targets.sizes(layer)[1], config.init_weights)) for path, layer in layers]
 

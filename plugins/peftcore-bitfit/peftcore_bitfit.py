@@ -25,10 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.plugin import (
+    Adapter,
     After,
     Architecture,
     Method,
     PeftcoreError,
+    Placement,
     StateRules,
     Train,
     expert_biases,
@@ -75,7 +77,7 @@ class BitFitConfig:
         return replace(self, target_modules=targets.minimal_suffixes(model, chosen))
 
 
-class AddedBias(nn.Module):
+class AddedBias(Adapter):
     """y + b for a layer that has no b; y `[..., out]`, or `[..., groups, out / groups]` of a grouped layer."""
 
     def __init__(self, size: int) -> None:
@@ -142,7 +144,7 @@ def query_and_intermediate(model: nn.Module, architecture: Architecture) -> list
     return [*queries, *inner]
 
 
-def place(model: nn.Module, config: BitFitConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: BitFitConfig, architecture: Architecture) -> list[Placement]:
     chosen = selected(model, config, architecture)
     trained = [f"{path}.{name}" if path else name for path, module in chosen.items() for name in bias_names(module)]
     placements: list[Any] = [

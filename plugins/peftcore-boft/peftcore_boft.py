@@ -14,13 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peftcore_oft import cayley, turned
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -72,7 +84,7 @@ class Butterflies(nn.Module):
         self.register_buffer("orders", orders, persistent=False)
 
 
-class BOFT(nn.Module):
+class BOFT(Adapter):
     """`boft_R` `[rotations, blocks, b, b]` and `boft_s` `[out, 1]` of a linear layer."""
 
     def __init__(self, config: BOFTConfig, butterflies: Butterflies, blocks: int, out_width: int) -> None:
@@ -100,7 +112,7 @@ class BOFT(nn.Module):
             turns = turns * ~(one[:, None] & dropped)[:, :, None, None]
         return turns
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         turns = self.kept()
         operands = base.linear_operands(x)
         bias = base.weight_and_bias()[1] if operands is None else operands[1]
@@ -117,6 +129,7 @@ class BOFT(nn.Module):
             return x + turned(x, rotation)
         return x + torch.zeros_like(x).index_copy(-1, order, turned(x.index_select(-1, order), rotation))
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.changed(weight, self.turns()), bias
 
@@ -135,7 +148,7 @@ class BOFTConv(BOFT):
         super().__init__(config, butterflies, blocks, out_width)
         self.boft_s = nn.Parameter(self.boft_s.detach().T)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         weight = base.weight().float()
         change = self.changed(weight, self.kept()) - weight
         y: Tensor = base(x) + base.module._conv_forward(x, change.to(x.dtype), None)
@@ -149,9 +162,9 @@ def butterfly(i: int, blocks: int, block_size: int) -> Tensor:
     return (order[:, None] * width + torch.arange(width)).flatten() if i else torch.arange(blocks * block_size)
 
 
-def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: BOFTConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture)
-    placed: list[Any] = []
+    placed: list[Placement] = []
     butterflies: dict[int, Butterflies] = {}
     for path, module in layers.items():
         width, out_width = targets.sizes(module)

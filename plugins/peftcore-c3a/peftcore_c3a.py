@@ -16,7 +16,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -114,7 +126,7 @@ def blocks_of(spectra: Tensor, x: Tensor, kernel: Tensor) -> Tensor:
     return torch.fft.irfft(spectra, n=kernel.shape[-1]).flatten(-2).to(x.dtype)
 
 
-class C3A(nn.Module):
+class C3A(Adapter):
     """`c3a_kernel` `[out / b, in / b, b]` of a linear layer."""
 
     def __init__(self, config: C3AConfig, block_size: int, width: int, out_width: int) -> None:
@@ -128,21 +140,23 @@ class C3A(nn.Module):
             bound = math.sqrt(1 / width) if kaiming else math.sqrt(6 / (width + out_width))
             nn.init.uniform_(self.c3a_kernel, -bound, bound)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         return base(x) + Correlation.apply(x, self.c3a_kernel.to(wide_enough(x)) / self.width)  # type: ignore[no-untyped-call]
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         steps = torch.arange(self.block_size, device=weight.device)
         circulant = self.c3a_kernel.float()[:, :, (steps - steps[:, None]) % self.block_size]  # [m, n, b out, b in]
         return weight + circulant.transpose(1, 2).reshape(weight.shape) / self.width, bias
 
+    @override
     def neutral(self) -> dict[str, Tensor]:
         return {"c3a_kernel": torch.zeros_like(self.c3a_kernel)}
 
 
-def place(model: nn.Module, config: C3AConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: C3AConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    placed: list[Any] = []
+    placed: list[Placement] = []
     for path, (width, out_width) in layers.items():
         placed.append(Around(path, C3A(config, config.block_of(path), width, out_width)))
     return placed + targets.trained_biases(model, config.bias, layers)

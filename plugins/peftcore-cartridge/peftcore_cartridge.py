@@ -17,7 +17,16 @@ import torch
 from peftcore_prefix_tuning import Prefix, PrefixTuningConfig
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Method, PrefixKV, StateRules, hookimpl, prompt_tensor_name, validation
+from peftcore.plugin import (
+    Architecture,
+    Method,
+    Placement,
+    PrefixKV,
+    StateRules,
+    hookimpl,
+    prompt_tensor_name,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -75,7 +84,7 @@ class Cartridge(Prefix):
         return torch.cat([self.frozen_embedding, self.trainable_embedding])
 
 
-def place(model: nn.Module, config: CartridgeConfig, architecture: Architecture) -> list[PrefixKV]:
+def place(model: nn.Module, config: CartridgeConfig, architecture: Architecture) -> list[Placement]:
     return [PrefixKV(Cartridge(config))]
 
 

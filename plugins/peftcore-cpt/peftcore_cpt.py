@@ -21,13 +21,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.plugin import (
+    Adapter,
     Architecture,
     Around,
+    Base,
     Method,
+    Placement,
     SoftPrompt,
     StateRules,
     current_call,
     hookimpl,
+    override,
     prompt_tensor_name,
     ranks,
     validation,
@@ -96,7 +100,7 @@ class CptConfig:
         return replace(self, **missing)
 
 
-class ContextPrompt(nn.Module):
+class ContextPrompt(Adapter):
     """`embedding [n, hidden]`, of the tokens, and d, `delta_embedding [n, hidden]`; it gives P."""
 
     needs_call = ("input_type_mask",)
@@ -123,12 +127,13 @@ class ContextPrompt(nn.Module):
         )  # the gradient is that of d where it may move, as if it lay there
         return self.embedding + torch.where(moves, d, d.detach()) + onto
 
+    @override
     def in_output(self) -> bool:
         """Its outputs are labels where the input has some."""
         return current_call().get("labels") is not None
 
 
-class ContextLoss(nn.Module):
+class ContextLoss(Adapter):
     """Around the model: the loss of prompt and input, from the logits of both."""
 
     needs_call = ContextPrompt.needs_call
@@ -138,7 +143,7 @@ class ContextLoss(nn.Module):
         self.token_ids, self.types = list(config.cpt_token_ids or ()), list(config.cpt_tokens_type_mask or ())
         self.decay = config.opt_loss_decay_factor if config.opt_weighted_loss_type == "decay" else 1.0
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         call = current_call()
         if call.get("labels") is None:
             return base(*args, **kwargs)
@@ -182,7 +187,7 @@ class ContextLoss(nn.Module):
         return (each * weights.flatten()).sum() / counts.sum()
 
 
-def place(model: nn.Module, config: CptConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: CptConfig, architecture: Architecture) -> list[Placement]:
     decoder = architecture.task_type == "CAUSAL_LM" and architecture.embedding is not None
     message = f"CPT is of decoders of text that have a head, in PEFT, too, and {type(model).__name__} is none"
     validation.require(decoder, f"{message}. Choose prompt-tuning")
@@ -190,7 +195,8 @@ def place(model: nn.Module, config: CptConfig, architecture: Architecture) -> li
     rows, tokens = embedding.num_embeddings, config.cpt_token_ids or ()
     largest = f"cpt_token_ids has {max(tokens)}, and the model {rows} tokens, from 0"
     validation.require(max(tokens) < rows, f"{largest}. Take the ids that its own tokenizer gives")
-    return [SoftPrompt(ContextPrompt(config)), Around("", ContextLoss(config))]
+    prompt = ContextPrompt(config)
+    return [SoftPrompt(prompt, (prompt.tokens, prompt.hidden)), Around("", ContextLoss(config))]
 
 
 def prompts(adapters: Mapping[str, Any]) -> list[Any]:

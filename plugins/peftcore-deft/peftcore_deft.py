@@ -17,7 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, inside_at, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    inside_at,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -49,7 +62,7 @@ class DeftConfig(targets.LayersConfig):
         validation.probability(deft_dropout=self.deft_dropout)
 
 
-class Deft(nn.Module):
+class Deft(Adapter):
     """P and R of a linear layer; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: DeftConfig, width: int, out_width: int) -> None:
@@ -61,7 +74,7 @@ class Deft(nn.Module):
         drawn = 0.02 * config.init_scale * torch.randn(r, width)
         self.deft_R = None if config.para else nn.Parameter(drawn)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         y, bias = base(x), base.weight_and_bias()[1]
         q, p = (t.to(y.dtype) for t in self.directions())
         u = -(y if bias is None else y - bias.to(y.dtype)) @ p
@@ -76,6 +89,7 @@ class Deft(nn.Module):
             return q, q
         return self.deft_P, self.deft_P.relu()
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         q, p = self.directions()
         q, p = q.to(weight.dtype), p.to(weight.dtype)
@@ -85,7 +99,7 @@ class Deft(nn.Module):
         return weight + q @ inner, bias
 
 
-def place(model: nn.Module, config: DeftConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: DeftConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     placements: list[Any] = [Around(path, Deft(config, *sizes)) for path, sizes in layers.items()]
     return placements + targets.trained_biases(model, config.bias, layers)

@@ -16,7 +16,17 @@ import torch
 from peftcore_lora.layers import ThinLinear
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, inside_at, targets, validation
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    inside_at,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -68,9 +78,9 @@ class Delora(ThinLinear):
         return a * factor[:, None] * self.get_buffer("delora_w_norm").float(), b
 
 
-def place(model: nn.Module, config: DeloraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: DeloraConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    placed: list[Any] = [Around(path, Delora(config, path, *sizes)) for path, sizes in layers.items()]
+    placed: list[Placement] = [Around(path, Delora(config, path, *sizes)) for path, sizes in layers.items()]
     return placed + targets.trained_biases(model, config.bias, layers)
 
 

@@ -30,7 +30,18 @@ from peftcore_lora.placing import wrapped
 from torch import Tensor, nn
 
 from peftcore import ops
-from peftcore.plugin import Architecture, Method, hookimpl, inside_at, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    hookimpl,
+    inside_at,
+    override,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -49,7 +60,7 @@ class DoraConfig(peftcore_lora.LoraConfig):
         refuse_fields(self, "DoRA")
 
 
-class Dora(nn.Module):
+class Dora(Adapter):
     """The LoRA of a layer, and the magnitudes of its outputs: `[out]`, of a convolution `[1, out, 1...]` as in PEFT."""
 
     def __init__(self, lora: Any) -> None:
@@ -61,7 +72,7 @@ class Dora(nn.Module):
         m = lora.lora_B.new_ones(lora.lora_B.shape[0])
         self.lora_magnitude_vector = nn.Parameter(m.view(1, -1, *self.axes) if self.axes else m)
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         if self.on_weight:
             return base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(*args, **kwargs)
         operands = base.linear_operands(args[0]) if isinstance(self.lora, LoraLinear) else None
@@ -78,6 +89,7 @@ class Dora(nn.Module):
         a, b = self.lora.lora_A.flatten(1), self.lora.lora_B.flatten(1)
         return ops.row_norms(weight, a, b, self.lora.scale).clamp(min=1e-30)  # a row of zeros stays one
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         gain = self.lora_magnitude_vector.flatten() / self.norms(weight)
         return (weight + self.lora.delta()) * (gain if self.transposed else gain.view(-1, 1, *self.axes)), bias
@@ -100,9 +112,9 @@ class WithoutBias:
         return operands and (operands[0], None)
 
 
-def place(model: nn.Module, config: DoraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: DoraConfig, architecture: Architecture) -> list[Placement]:
     placed = place_lora(model, config, architecture)
-    grouped = next((p.path for p in placed if isinstance(getattr(p, "adapter", None), LoraGroupedConv)), None)
+    grouped = next((p.path for p in placed if isinstance(p, Around) and isinstance(p.adapter, LoraGroupedConv)), None)
     validation.require(
         grouped is None,
         f"'{grouped}' is a convolution in groups, where B A reaches across the groups and is no change of the weight, "

@@ -16,7 +16,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -120,7 +132,7 @@ class Places(nn.Module):
         self.register_buffer("columns", at % width, persistent=False)
 
 
-class FourierFT(nn.Module):
+class FourierFT(Adapter):
     """`fourierft_spectrum` `[n]` of a linear layer, and where its entries stand."""
 
     def __init__(self, config: FourierFTConfig, at: Places, out_width: int) -> None:
@@ -129,23 +141,25 @@ class FourierFT(nn.Module):
         n = len(at.rows)
         self.fourierft_spectrum = nn.Parameter(torch.zeros(n) if config.init_weights else torch.randn(n))
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         entries = self.scaling * self.fourierft_spectrum.to(torch.promote_types(x.dtype, torch.float32))
         rows, columns = self.at.rows.to(x.device), self.at.columns.to(x.device)
         return base(x) + Update.apply(x, entries, rows, columns, self.out_width)  # type: ignore[no-untyped-call]
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         spectrum, at = self.fourierft_spectrum.float(), (self.at.rows, self.at.columns)
         dense = spectrum.new_zeros(weight.shape).index_put(tuple(t.to(weight.device) for t in at), spectrum)
         return weight + self.scaling * torch.fft.ifft2(dense).real, bias
 
+    @override
     def neutral(self) -> dict[str, Tensor]:
         return {"fourierft_spectrum": torch.zeros_like(self.fourierft_spectrum)}
 
 
-def place(model: nn.Module, config: FourierFTConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: FourierFTConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    placed: list[Any] = []
+    placed: list[Placement] = []
     at: dict[Any, Places] = {}
     for path, (width, out_width) in layers.items():
         n = targets.pattern_value(config.n_frequency_pattern, path, config.n_frequency)

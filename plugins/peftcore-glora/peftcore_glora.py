@@ -20,7 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -83,7 +95,7 @@ class Path(nn.Module):
         return {name: torch.zeros_like(getattr(self, name))} if name else {}
 
 
-class Glora(nn.Module):
+class Glora(Adapter):
     """The five of a linear layer."""
 
     def __init__(self, config: GloraConfig, width: int, out_width: int, has_bias: bool) -> None:
@@ -104,24 +116,27 @@ class Glora(nn.Module):
         shift = bias * self.glora_D() + self.glora_E()
         return change, shift if self.glora_C.form == "none" else shift + (weight.float() @ self.glora_C())[:, 0]
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         weight, bias = base.linear_operands(x) or (None, None)
         if isinstance(weight, Tensor) and weight.dtype == torch.float32:
             return F.linear(x, *self.merged(weight, bias))
         change, shift = self.changes(*base.weight_and_bias())
         return base(x) + F.linear(x, change.to(x.dtype), None if shift is None else shift.to(x.dtype))
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         change, shift = self.changes(weight, bias)
         return weight + change, bias if bias is None or shift is None else bias + shift
 
+    @override
     def neutral(self) -> dict[str, Tensor]:
         paths: dict[str, Any] = dict(self.named_children())
         return {f"{name}.{own}": t for name, path in paths.items() for own, t in path.neutral().items()}
 
 
-def place(model: nn.Module, config: GloraConfig, architecture: Architecture) -> list[Any]:
-    layers, placed = config.selected(model, architecture), []
+def place(model: nn.Module, config: GloraConfig, architecture: Architecture) -> list[Placement]:
+    layers = config.selected(model, architecture)
+    placed: list[Placement] = []
     for path, layer in layers.items():
         has_bias = getattr(layer, "bias", None) is not None
         trains = config.config_A_B != "none" or has_bias

@@ -14,13 +14,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -60,7 +72,7 @@ class GraloraConfig(targets.LayersConfig):
         return f"{divides}. Choose another k, or leave it out: exclude_modules=[...]" if odd else None
 
 
-class Gralora(nn.Module):
+class Gralora(Adapter):
     """A `[k, in / k, r]` and B `[k, r, out / k]`; of the plain product `[hybrid_r, in]` and `[out, hybrid_r]`."""
 
     def __init__(self, config: GraloraConfig, width: int, out_width: int) -> None:
@@ -79,7 +91,7 @@ class Gralora(nn.Module):
             if not drawn:
                 nn.init.zeros_(self.gralora_B_general.weight)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         y, x = base(x), self.dropout(x)
         k, a, b = len(self.gralora_A), self.gralora_A.to(x.dtype), self.gralora_B.to(x.dtype)
         u = torch.einsum("...ni,nir->...nr", x.unflatten(-1, (k, -1)), a)
@@ -90,6 +102,7 @@ class Gralora(nn.Module):
             change = change + F.linear(F.linear(x, first.to(x.dtype)), second.to(x.dtype))
         return y + self.scale * change
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         k = len(self.gralora_A)
         a = self.gralora_A.float().unflatten(-1, (k, -1))  # [n, in / k, j, r / k]
@@ -114,7 +127,7 @@ def kaiming(*shape: int) -> Tensor:
     return drawn
 
 
-def place(model: nn.Module, config: GraloraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: GraloraConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     placements = [Around(path, Gralora(config, *sizes)) for path, sizes in layers.items()]
     return [*placements, *targets.trained_biases(model, config.bias, layers)]

@@ -18,7 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, odd_embedding, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    odd_embedding,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -50,7 +63,7 @@ class HiraConfig(targets.LayersConfig):
         return odd_embedding(path, module) or targets.odd_convolution(path, module, grouped=False)
 
 
-class Hira(nn.Module):
+class Hira(Adapter):
     """A and B of a linear layer; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: HiraConfig, r: int, width: int, out_width: int) -> None:
@@ -63,7 +76,7 @@ class Hira(nn.Module):
         elif config.init_weights:
             nn.init.normal_(self.hira_A, std=1 / r)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         weight, bias = base.linear_operands(x) or (None, None)
         drops = self.training and self.dropout.p > 0
         if isinstance(weight, Tensor) and weight.dtype == torch.float32 and not drops:
@@ -77,9 +90,11 @@ class Hira(nn.Module):
     def change(self, weight: Tensor) -> Tensor:
         return weight * self.product()
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.change(weight), bias
 
+    @override
     def neutral(self) -> dict[str, Tensor]:
         return {"hira_B": torch.zeros_like(self.hira_B)}
 
@@ -97,13 +112,13 @@ class HiraConv(Hira):
     def product(self) -> Tensor:
         return (self.hira_B.float().flatten(1) @ self.hira_A.float().flatten(1)).unflatten(1, self.hira_A.shape[1:])
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         change = self.change(base.weight()).to(x.dtype)
         y: Tensor = base(x) + base.module._conv_forward(self.dropout(x), change, None)
         return y
 
 
-class HiraEmbedding(nn.Module):
+class HiraEmbedding(Adapter):
     """`hira_embedding_A` `[r, tokens]` and `hira_embedding_B` `[width, r]`."""
 
     def __init__(self, config: HiraConfig, r: int, layer: nn.Embedding) -> None:
@@ -112,7 +127,7 @@ class HiraEmbedding(nn.Module):
         self.hira_embedding_A = nn.Parameter((torch.zeros if config.init_weights else torch.randn)(r, tokens))
         self.hira_embedding_B = nn.Parameter(torch.randn(width, r))
 
-    def forward(self, base: Any, tokens: Tensor) -> Tensor:
+    def forward(self, base: Base, tokens: Tensor) -> Tensor:
         if tokens.is_floating_point():  # shares of each entry, as Ovis has them
             mixed: Tensor = base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(tokens)
             return mixed
@@ -120,14 +135,16 @@ class HiraEmbedding(nn.Module):
         product = F.linear(F.embedding(tokens, self.hira_embedding_A.T), self.hira_embedding_B)  # of these tokens
         return (y + y * product).to(y.dtype)
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + weight * (self.hira_embedding_B.float() @ self.hira_embedding_A.float()).T, bias
 
+    @override
     def neutral(self) -> dict[str, Tensor]:
         return {"hira_embedding_A": torch.zeros_like(self.hira_embedding_A)}
 
 
-def place(model: nn.Module, config: HiraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: HiraConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture)
     return [Around(path, of_layer(config, path, module)) for path, module in layers.items()]
 

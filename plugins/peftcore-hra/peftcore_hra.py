@@ -19,7 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -51,7 +63,7 @@ class HRAConfig(targets.LayersConfig):
         return targets.odd_convolution(path, module, alike=True, grouped=False)
 
 
-class HRA(nn.Module):
+class HRA(Adapter):
     """`hra_u` `[in, r]` of a linear layer."""
 
     def __init__(self, config: HRAConfig, width: int) -> None:
@@ -71,10 +83,11 @@ class HRA(nn.Module):
         inverse = (u.T @ u).triu(1) + 0.5 * torch.eye(u.shape[1], device=u.device)
         return u, torch.linalg.solve_triangular(inverse, u, upper=True, left=False)
 
-    def forward(self, base: Any, x: Tensor) -> Any:
+    def forward(self, base: Base, x: Tensor) -> Any:
         u, ut = (each.to(x.dtype) for each in self.pair())
         return base(x - F.linear(x @ u, ut))
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.change(weight), bias
 
@@ -87,12 +100,12 @@ class HRA(nn.Module):
 class HRAConv(HRA):
     """`hra_u` `[in · k, r]` of a convolution."""
 
-    def forward(self, base: Any, x: Tensor) -> Any:
+    def forward(self, base: Base, x: Tensor) -> Any:
         change = self.change(base.weight().float())
         return base(x) + base.module._conv_forward(x, change.to(x.dtype), None)
 
 
-def place(model: nn.Module, config: HRAConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: HRAConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture)
     widths = {path: targets.sizes(module)[0] for path, module in layers.items()}
     if config.r > min(widths.values()):
@@ -102,7 +115,7 @@ def place(model: nn.Module, config: HRAConfig, architecture: Architecture) -> li
         why = "apply_GS=True" if config.apply_GS else f"r={config.r} is odd"
         warnings.warn(f"{why}: reflections do not undo one another at the start, which changes the model", stacklevel=2)
     kinds = {path: HRAConv if isinstance(module, nn.Conv2d) else HRA for path, module in layers.items()}
-    placed: list[Any] = [Around(path, kinds[path](config, width)) for path, width in widths.items()]
+    placed: list[Placement] = [Around(path, kinds[path](config, width)) for path, width in widths.items()]
     return placed + targets.trained_biases(model, config.bias, layers)
 
 

@@ -19,7 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -64,7 +76,7 @@ class IA3Config:
         return replace(config, target_modules=named, feedforward_modules=last)  # PEFT wants these among those
 
 
-class IA3(nn.Module):
+class IA3(Adapter):
     """`ia3_l`: `[out, 1]`, or of an input `[1, in]`; of a convolution `[1, channels, 1, ..]`."""
 
     def __init__(self, shape: Sequence[int], scales_input: bool, start: bool) -> None:
@@ -72,13 +84,15 @@ class IA3(nn.Module):
         self.ia3_l = nn.Parameter(torch.ones(*shape) if start else torch.randn(*shape))
         self.scales_input = scales_input
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         factor = self.ia3_l if self.ia3_l.dim() > 2 else self.ia3_l.flatten()
         return base(x * factor.to(x.dtype)) if self.scales_input else base(x) * factor.to(x.dtype)
 
+    @override
     def neutral(self) -> dict[str, Tensor]:
         return {"ia3_l": torch.ones_like(self.ia3_l)}
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         factor = self.ia3_l.float().flatten()
         if not self.scales_input:
@@ -115,8 +129,8 @@ def leads_back(model: nn.Module, path: str, module: nn.Module, architecture: Arc
     return False
 
 
-def place(model: nn.Module, config: IA3Config, architecture: Architecture) -> list[Any]:
-    placements = []
+def place(model: nn.Module, config: IA3Config, architecture: Architecture) -> list[Placement]:
+    placements: list[Placement] = []
     for path, module in selected(model, config, architecture).items():
         layer: Any = module
         of_input = scales_input(config, targets.weight_named(model, path))

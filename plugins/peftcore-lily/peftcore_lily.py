@@ -21,9 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.plugin import (
+    Adapter,
     Architecture,
     Around,
+    Base,
     Method,
+    Placement,
     StateRules,
     arguments_by_name,
     cache_argument,
@@ -69,7 +72,7 @@ def weight(rows: int, columns: int, drawn: bool = True) -> nn.Linear:
     return layer
 
 
-class Lily(nn.Module):
+class Lily(Adapter):
     """A `[r, in]`, B `[n · r, out]` and the router `[n, r]`; x `[..., in]` -> y `[..., out]`."""
 
     whole_batch = True
@@ -79,7 +82,7 @@ class Lily(nn.Module):
         self.scale, self.lily_A, self.lily_B = config.scaling, a, b
         self.lily_router = weight(config.num_B, config.r)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         a, b, router = (m.weight.to(x.device, x.dtype) for m in (self.lily_A, self.lily_B, self.lily_router))
         h = F.linear(x, a)
         p = F.linear(h, router).softmax(-1).flatten(0, -2).mean(0)  # [n]
@@ -87,7 +90,7 @@ class Lily(nn.Module):
         return base(x) + self.scale * (h @ mixed)
 
 
-class Notice(nn.Module):
+class Notice(Adapter):
     """Around the backbone: warns of what the mean over all tokens makes of padding and of a cache, once each."""
 
     whole_batch = True
@@ -97,7 +100,7 @@ class Notice(nn.Module):
         self._names, self._cache_argument = forward_arguments(module), cache_argument(module)
         self._left = {"padding", "cache"}  # to be said
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         if self._left and not torch.compiler.is_compiling():
             self.look(arguments_by_name(self._names, args, kwargs))
         return base(*args, **kwargs)
@@ -126,7 +129,7 @@ def sharing(layers: Mapping[str, tuple[int, int]], named: str | Sequence[str]) -
     return list(groups.values())
 
 
-def place(model: nn.Module, config: LilyConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: LilyConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     placements = {}
     for group in sharing(layers, config.target_modules):

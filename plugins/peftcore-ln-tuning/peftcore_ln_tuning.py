@@ -17,6 +17,7 @@ from peftcore import plugin
 from peftcore.plugin import (
     Architecture,
     Method,
+    Placement,
     StateRules,
     Train,
     base_parameters,
@@ -98,7 +99,7 @@ def selected(model: nn.Module, config: LNTuningConfig, architecture: Architectur
     return chosen
 
 
-def place(model: nn.Module, config: LNTuningConfig, architecture: Architecture) -> list[Train]:
+def place(model: nn.Module, config: LNTuningConfig, architecture: Architecture) -> list[Placement]:
     chosen = selected(model, config, architecture)
     return [Train([f"{p}.{name}" for p, module in chosen.items() for name, _ in base_parameters(module)])]
 

@@ -21,7 +21,18 @@ from peftcore_lora.layers import ThinLinear
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -61,7 +72,7 @@ class LoHaConfig(targets.LayersConfig):
 class LoHa(ThinLinear):
     """`hada_w1_a` `[out, r]`, `hada_w1_b` `[r, in]` and the second pair, of a linear layer."""
 
-    per_sample = None  # type: ignore[assignment]  # what is dropped is dropped of a whole call
+    per_sample = staticmethod(Adapter.per_sample)  # what is dropped is dropped of a whole call
 
     def __init__(self, config: LoHaConfig, path: str, width: int, out_width: int) -> None:
         r = targets.pattern_value(config.rank_pattern, path, config.r)
@@ -87,7 +98,7 @@ class LoHa(ThinLinear):
         (b1, a1), (b2, a2) = self.products()
         return self.scale * (b1.float() @ a1.float()) * (b2.float() @ a2.float())
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         if self.is_thin and not (self.training and any(self.drops)):
             return super().forward(base, x)
         update = F.linear(x, self.delta().to(x.dtype))
@@ -104,7 +115,7 @@ class LoHaConv(LoHa):
     def delta(self) -> Tensor:
         return super().delta().view(self.shape)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         update = base.module._conv_forward(x, self.delta().to(x.dtype), None)
         return base(x) + (kept(update, *self.drops, axes=len(self.shape) - 2) if self.training else update)
 
@@ -158,7 +169,7 @@ def kept(update: Tensor, rank_dropout: float, module_dropout: float, rescaled: b
     return update * (torch.rand((), device=update.device) > module_dropout) if module_dropout else update
 
 
-def place(model: nn.Module, config: LoHaConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: LoHaConfig, architecture: Architecture) -> list[Placement]:
     return [
         Around(path, of_layer(config, path, module)) for path, module in config.selected(model, architecture).items()
     ]

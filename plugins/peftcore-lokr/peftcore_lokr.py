@@ -22,7 +22,19 @@ from peftcore_loha import has_core, kept, mixed, uniform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -66,7 +78,7 @@ class LoKrConfig(targets.LayersConfig):
         return targets.odd_convolution(path, module)
 
 
-class LoKr(nn.Module):
+class LoKr(Adapter):
     """`lokr_w1` `[l, m]` and `lokr_w2` `[k, n]`, or for each `lokr_w1_a` `[l, r]`, `lokr_w1_b` `[r, m]`."""
 
     def __init__(
@@ -98,7 +110,7 @@ class LoKr(nn.Module):
         """The matrices whose product W1, or W2, is."""
         return [getattr(self, each) for each in (name, f"{name}_a", f"{name}_b") if hasattr(self, each)]
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         first, second = ([part.to(x.dtype) for part in self.parts(name)] for name in ("lokr_w1", "lokr_w2"))
         u = x.unflatten(-1, (first[-1].shape[1], second[-1].shape[1]))  # [..., m, n]
         for part in reversed(second):
@@ -116,6 +128,7 @@ class LoKr(nn.Module):
             w1 = w1[:, :, None, None]
         return self.scale * torch.kron(w1.contiguous(), w2.contiguous())
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.delta().view_as(weight), bias
 
@@ -139,7 +152,7 @@ class LoKrConv(LoKr):
             return [found[0].T, mixed(core, found[1])]
         return found
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         update = base.module._conv_forward(x, self.delta().view(self.shape).to(x.dtype), None)
         return base(x) + (kept(update, *self.drops, axes=len(self.shape) - 2) if self.training else update)
 
@@ -153,7 +166,7 @@ def divided(size: int, factor: int) -> tuple[int, int]:
     return p, size // p
 
 
-def place(model: nn.Module, config: LoKrConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: LoKrConfig, architecture: Architecture) -> list[Placement]:
     return [
         Around(path, of_layer(config, path, module)) for path, module in config.selected(model, architecture).items()
     ]

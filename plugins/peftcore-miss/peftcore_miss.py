@@ -21,7 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -55,7 +67,7 @@ class MissConfig(targets.LayersConfig):
         )
 
 
-class Miss(nn.Module):
+class Miss(Adapter):
     """`miss_block` of a linear layer: `[r, out]`, "mini" `[r, mini_r]`, "bat" `[out / r, r, r]`."""
 
     def __init__(self, config: MissConfig, out_width: int) -> None:
@@ -66,7 +78,7 @@ class Miss(nn.Module):
         if not self.variant:
             nn.init.kaiming_uniform_(self.miss_block, a=math.sqrt(5))
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         if self.variant == "bat":
             weight, bias = base.weight_and_bias()
             weight, bias = self.merged(weight.float(), bias)
@@ -77,6 +89,7 @@ class Miss(nn.Module):
         repeats = y.shape[-1] // update.shape[-1]
         return y + (update if repeats == 1 else update.repeat(*(1 for _ in y.shape[1:]), repeats))
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         block, (out, width) = self.miss_block.float(), weight.shape
         if self.variant == "bat":
@@ -87,7 +100,7 @@ class Miss(nn.Module):
         return weight + change, bias
 
 
-def place(model: nn.Module, config: MissConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: MissConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     for path, (width, out_width) in layers.items():
         sizes, r = f"'{path}' has {width} inputs and {out_width} outputs", config.r
@@ -96,7 +109,7 @@ def place(model: nn.Module, config: MissConfig, architecture: Architecture) -> l
         validation.require(whole, f"init_weights='bat' wants blocks of r={r} by {r}: {sizes}")
         repeats = config.init_weights != "mini" or out_width % config.mini_r == 0
         validation.require(repeats, f"mini_r={config.mini_r} does not divide the outputs: {sizes}")
-    placed: list[Any] = [Around(path, Miss(config, out_width)) for path, (_, out_width) in layers.items()]
+    placed: list[Placement] = [Around(path, Miss(config, out_width)) for path, (_, out_width) in layers.items()]
     return placed + targets.trained_biases(model, config.bias, layers)
 
 

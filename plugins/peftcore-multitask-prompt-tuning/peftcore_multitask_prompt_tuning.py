@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peftcore.plugin import (
+    Adapter,
     Architecture,
     Method,
     PeftcoreError,
+    Placement,
     SoftPrompt,
     StateRules,
     current_call,
@@ -76,7 +78,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         return replace(super().resolved(model, architecture), num_transformer_submodules=1)
 
 
-class MultitaskPrompt(nn.Module):
+class MultitaskPrompt(Adapter):
     """P, and C and R of all tasks; it gives `[batch or 1, n, hidden]` for the tasks that the call names."""
 
     needs_call = ("task_ids",)
@@ -122,13 +124,13 @@ def start_from_source(prompt: MultitaskPrompt, config: MultitaskPromptTuningConf
         own.data.copy_(value)
 
 
-def place(model: nn.Module, config: Any, architecture: Architecture) -> list[SoftPrompt]:
+def place(model: nn.Module, config: Any, architecture: Architecture) -> list[Placement]:
     from_source = config.prompt_tuning_init in _SOURCES
     plain = replace(config, prompt_tuning_init="RANDOM") if from_source else config
     prompt = MultitaskPrompt(first_values(plain, token_embedding(model, architecture)), config)
     if from_source and config.initialize and not prompt.prompt_embeddings.is_meta:
         start_from_source(prompt, config)
-    return [SoftPrompt(prompt)]
+    return [SoftPrompt(prompt, (prompt.tokens, prompt.hidden))]
 
 
 @hookimpl

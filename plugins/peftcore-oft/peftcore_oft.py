@@ -21,7 +21,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Around, Method, PeftcoreError, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    PeftcoreError,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -105,16 +118,17 @@ class Rotation(nn.Module):
         return x + turned(x, turns)
 
 
-class OFT(nn.Module):
+class OFT(Adapter):
     """`oft_R`, what turns the inputs of a linear layer."""
 
     def __init__(self, config: OFTConfig, blocks: int, block_size: int) -> None:
         super().__init__()
         self.oft_R = Rotation(config, blocks, block_size)
 
-    def forward(self, base: Any, x: Tensor) -> Any:
+    def forward(self, base: Base, x: Tensor) -> Any:
         return base(self.oft_R(x))
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + turned(weight, self.oft_R.turns().transpose(1, 2)), bias
 
@@ -122,9 +136,10 @@ class OFT(nn.Module):
 class OFTConv(OFT):
     """The same of a convolution with a kernel of one number: the channels of each pixel are turned, of all groups."""
 
-    def forward(self, base: Any, x: Tensor) -> Any:
+    def forward(self, base: Base, x: Tensor) -> Any:
         return base(self.oft_R(x.movedim(-3, -1)).movedim(-1, -3))
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if weight.shape[1] != self.oft_R.width:
             raise PeftcoreError(
@@ -135,16 +150,17 @@ class OFTConv(OFT):
         return super().merged(weight.flatten(1), bias)[0].view_as(weight), bias
 
 
-class OFTEmbedding(nn.Module):
+class OFTEmbedding(Adapter):
     """`oft_embedding_R`, what turns the outputs of an embedding."""
 
     def __init__(self, config: OFTConfig, blocks: int, block_size: int) -> None:
         super().__init__()
         self.oft_embedding_R = Rotation(config, blocks, block_size)
 
-    def forward(self, base: Any, tokens: Tensor) -> Any:
+    def forward(self, base: Base, tokens: Tensor) -> Any:
         return self.oft_embedding_R(base(tokens))
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + turned(weight, self.oft_embedding_R.turns()), bias
 
@@ -210,7 +226,7 @@ def nearest_divisor(size: int, wanted: int) -> int:
     return min((d for d in range(1, size + 1) if size % d == 0), key=lambda d: (abs(d - wanted), d))
 
 
-def place(model: nn.Module, config: OFTConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: OFTConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture)
     widths = {path: turned_width(module) for path, module in layers.items()}
     given = config.r or config.oft_block_size
@@ -219,7 +235,7 @@ def place(model: nn.Module, config: OFTConfig, architecture: Architecture) -> li
         what = "r" if config.r else "oft_block_size"
         others = ", ".join(f"{d} of {width} inputs" for width, d in divisors.items() if d != given)
         warnings.warn(f"{what}={given} does not divide all layers' inputs: it is taken for {others}", stacklevel=2)
-    placed: list[Any] = []
+    placed: list[Placement] = []
     for path, width in widths.items():
         other = width // divisors[width]
         blocks, block_size = (divisors[width], other) if config.r else (other, divisors[width])

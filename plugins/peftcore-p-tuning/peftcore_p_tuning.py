@@ -16,7 +16,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Method, SoftPrompt, StateRules, hookimpl, prompt_tensor_name, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Method,
+    Placement,
+    SoftPrompt,
+    StateRules,
+    hookimpl,
+    prompt_tensor_name,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -64,7 +74,7 @@ class PTuningConfig:
         return replace(self, **{name: getattr(self, name) or value for name, value in found.items()})
 
 
-class PromptEncoder(nn.Module):
+class PromptEncoder(Adapter):
     """E `[n · submodules, hidden]` and the network, or P itself; it gives the first n rows of P."""
 
     def __init__(self, config: PTuningConfig) -> None:
@@ -94,7 +104,7 @@ class PromptEncoder(nn.Module):
         return self.rows()[: self.tokens]
 
 
-def place(model: nn.Module, config: PTuningConfig, architecture: Architecture) -> list[SoftPrompt]:
+def place(model: nn.Module, config: PTuningConfig, architecture: Architecture) -> list[Placement]:
     return [SoftPrompt(PromptEncoder(config))]
 
 

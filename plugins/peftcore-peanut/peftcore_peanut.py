@@ -10,12 +10,23 @@ D = B Hᵀ with H [in, r], so that D itself is never made: y = base(x) + s · B 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -47,7 +58,7 @@ class PeanutConfig(targets.LayersConfig):
         validation.one_of(sorted(ACT2FN), act_fn=self.act_fn)
 
 
-class Peanut(nn.Module):
+class Peanut(Adapter):
     """The network of a linear layer; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: PeanutConfig, out_width: int) -> None:
@@ -62,7 +73,7 @@ class Peanut(nn.Module):
         if config.init_weights:
             nn.init.zeros_(self.peanut_B.weight)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         h = self.inner(base.weight()).to(x.dtype)
         return base(x) + self.scale * F.linear(x @ h, self.peanut_B.weight.to(x.dtype))
 
@@ -76,11 +87,12 @@ class Peanut(nn.Module):
             h = self.act(decoder(h)) + before.pop()
         return h
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.scale * (self.peanut_B.weight.float() @ self.inner(weight).T), bias
 
 
-def place(model: nn.Module, config: PeanutConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: PeanutConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture).items()
     return [Around(path, Peanut(config, targets.sizes(layer)[1])) for path, layer in layers]
 

@@ -13,12 +13,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, current_call, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    current_call,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -67,7 +80,7 @@ class Router(nn.Module):
         return z / (z.sum(-1, keepdim=True) + 1e-12)
 
 
-class Poly(nn.Module):
+class Poly(Adapter):
     """A `[splits, skills, in / splits, r]`, B `[splits, skills, r, out / splits]` and Z of a linear layer."""
 
     needs_call = ("task_ids",)
@@ -89,7 +102,7 @@ class Poly(nn.Module):
         b = torch.einsum("bqs,qsrd->brqd", w, self.poly_lora_B.float()).flatten(2)
         return a, b / a.shape[-1]
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         call, count = current_call(), len(self.poly_router.module_logits)
         tasks = call.get("task_ids")
         if tasks is None:
@@ -108,6 +121,7 @@ class Poly(nn.Module):
         y = base(x)
         return y + change.reshape(y.shape)
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         count = len(self.poly_router.module_logits)
         message = f"Poly changes the weights in another way for each of {count} tasks, so it cannot be merged"
@@ -115,11 +129,12 @@ class Poly(nn.Module):
         a, b = self.factors_of(torch.zeros(1, dtype=torch.long, device=weight.device), draws=False)
         return weight + (a[0] @ b[0]).T, bias
 
+    @override
     def neutral(self) -> dict[str, Tensor]:
         return {"poly_lora_B": torch.zeros_like(self.poly_lora_B)}
 
 
-def place(model: nn.Module, config: PolyConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: PolyConfig, architecture: Architecture) -> list[Placement]:
     sizes = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     for path, both in sizes.items():
         fits = all(size % config.n_splits == 0 for size in both)

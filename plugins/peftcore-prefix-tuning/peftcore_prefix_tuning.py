@@ -19,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.plugin import (
+    Adapter,
     Architecture,
     Method,
     PeftcoreError,
+    Placement,
     PrefixKV,
     StateRules,
     hookimpl,
@@ -93,7 +95,7 @@ class PrefixTuningConfig:
         )
 
 
-class Prefix(nn.Module):
+class Prefix(Adapter):
     """The prefix of all layers: P itself, or E and the network that makes P of it."""
 
     def __init__(self, config: PrefixTuningConfig) -> None:
@@ -124,7 +126,7 @@ class Prefix(nn.Module):
         return prefix if self.layers is None else prefix[self.layers]
 
 
-def place(model: nn.Module, config: PrefixTuningConfig, architecture: Architecture) -> list[PrefixKV]:
+def place(model: nn.Module, config: PrefixTuningConfig, architecture: Architecture) -> list[Placement]:
     return [PrefixKV(Prefix(config))]
 
 

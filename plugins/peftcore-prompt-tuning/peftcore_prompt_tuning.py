@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.plugin import (
+    Adapter,
     Architecture,
     Method,
     PeftcoreError,
+    Placement,
     SoftPrompt,
     StateRules,
     hookimpl,
@@ -82,7 +84,7 @@ class PromptTuningConfig:
         )
 
 
-class Prompt(nn.Module):
+class Prompt(Adapter):
     """`prompt_embeddings [n · submodules, hidden]`, of which the first n are the prompt."""
 
     def __init__(self, rows: Tensor, tokens: int) -> None:
@@ -135,7 +137,7 @@ def text_tokens(config: PromptTuningConfig) -> list[int]:
     return tokens
 
 
-def place(model: nn.Module, config: PromptTuningConfig, architecture: Architecture) -> list[SoftPrompt]:
+def place(model: nn.Module, config: PromptTuningConfig, architecture: Architecture) -> list[Placement]:
     rows = first_values(config, token_embedding(model, architecture))
     return [SoftPrompt(Prompt(rows, config.num_virtual_tokens))]
 

@@ -19,7 +19,18 @@ from peftcore_oft import cayley, neumann, skew
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation, weight_format
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    targets,
+    validation,
+    weight_format,
+)
 
 peftcore_api = 2
 
@@ -119,7 +130,7 @@ class Psoft(ThinLinear):
     def pair(self) -> tuple[Tensor, Tensor]:
         return self.psoft_R() @ self.a.float(), self.b
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         """A x, of r numbers, is all that the gradient of R needs."""
         y, u = base(x), F.linear(self.dropout(x), self.a.to(x.dtype))
         return y + F.linear(F.linear(u, (self.scale * self.psoft_R()).to(x.dtype)), self.b.to(x.dtype))
@@ -140,8 +151,8 @@ def principal(weight: Tensor, config: PsoftConfig, scale: float) -> tuple[Tensor
     return (in_a[:, None] * vh).contiguous(), (u * in_b).contiguous()
 
 
-def place(model: nn.Module, config: PsoftConfig, architecture: Architecture) -> list[Any]:
-    placed: list[Any] = []
+def place(model: nn.Module, config: PsoftConfig, architecture: Architecture) -> list[Placement]:
+    placed: list[Placement] = []
     for path, module in config.selected(model, architecture).items():
         width, out_width = targets.sizes(module)
         stored: Any = module

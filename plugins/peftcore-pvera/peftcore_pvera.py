@@ -20,7 +20,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import plugin
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -69,7 +81,7 @@ class Projections(nn.Module):
             self.register_buffer(name, values, persistent=config.save_projection)
 
 
-class Pvera(nn.Module):
+class Pvera(Adapter):
     """b and d of a linear layer; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: PveraConfig, projections: Projections, width: int, out_width: int) -> None:
@@ -80,7 +92,7 @@ class Pvera(nn.Module):
         d = torch.full((2 * config.r,), config.d_initial) if config.init_weights else torch.randn(2 * config.r)
         self.pvera_lambda_d = nn.Parameter(d)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         y, (a, b) = base(x), self.shared(x.device, x.dtype)
         d, scale = self.pvera_lambda_d.to(x.dtype), self.pvera_lambda_b.to(x.dtype)
         if self.training or self.always_draws:
@@ -96,6 +108,7 @@ class Pvera(nn.Module):
         a, b = self.projections.pvera_A[:, : self.width], self.projections.pvera_B[: self.out_width]
         return a.to(device, dtype), b.to(device, dtype)
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         drawn = "sample_at_inference draws at every call, which no weight does. Load it without to merge its mean"
         validation.require(not self.always_draws, drawn)
@@ -104,7 +117,7 @@ class Pvera(nn.Module):
         return weight + (self.pvera_lambda_b.float()[:, None] * b) @ (d * a[: b.shape[1]]), bias
 
 
-def place(model: nn.Module, config: PveraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: PveraConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     shared = Projections(config, *(max(sizes) for sizes in zip(*layers.values(), strict=True)))
     placements: list[Any] = [Around(path, Pvera(config, shared, *sizes)) for path, sizes in layers.items()]

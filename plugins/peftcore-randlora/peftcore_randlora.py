@@ -22,7 +22,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import plugin
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -100,7 +112,7 @@ class Scaled(torch.autograd.Function):
         return torch.einsum("rns,ns->rn", of_a, gamma), None, torch.einsum("rns,rn->ns", of_a, by)
 
 
-class RandLora(nn.Module):
+class RandLora(Adapter):
     """lambda `[r, n]` and gamma `[n, small]` of a linear layer; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: RandLoraConfig, bases: Bases, width: int, out_width: int) -> None:
@@ -113,7 +125,7 @@ class RandLora(nn.Module):
         size = max(count, self.small) if start else self.large
         self.randlora_gamma = nn.Parameter(torch.full((count, self.small), 1 / size))
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         first, second = (t.to(x.dtype) for t in self.pair(x.device))
         return base(x) + self.scale * F.linear(F.linear(self.dropout(x), first), second)
 
@@ -124,12 +136,13 @@ class RandLora(nn.Module):
         a = Scaled.apply(self.randlora_lambda, a, self.randlora_gamma).flatten(0, 1)  # type: ignore[no-untyped-call]
         return (a, b) if self.of_input else (b.T, a.T)
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         first, second = self.pair(weight.device)
         return weight + self.scale * (second.float() @ first.float()), bias
 
 
-def place(model: nn.Module, config: RandLoraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: RandLoraConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     bases = Bases(config, *sorted(max(sizes) for sizes in zip(*layers.values(), strict=True)))
     placements: list[Any] = [Around(path, RandLora(config, bases, *sizes)) for path, sizes in layers.items()]

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.plugin import (
+    Adapter,
     After,
     Architecture,
     Around,
     ForeignFormat,
     Method,
+    Placement,
     StateRules,
     TokenCounter,
     current_call,
@@ -131,7 +133,7 @@ class Unit(nn.Module):
         return F.dropout(h + source @ r.to(h.dtype), self.config.dropout, self.training)
 
 
-class Reft(nn.Module):
+class Reft(Adapter):
     """Behind a layer: y `[batch, tokens, d]`. units: `first` and `last`, as far as there are such tokens, or `both`."""
 
     needs_call = ("prompt_lengths",)
@@ -184,7 +186,7 @@ def layers(model: nn.Module, config: ReftConfig, architecture: Architecture) -> 
     return {s.norm or s.stream: (s.layer, s.width) for s in last.values()}
 
 
-def place(model: nn.Module, config: ReftConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: ReftConfig, architecture: Architecture) -> list[Placement]:
     if config.target_modules is None:
         found = {path: width for path, (_, width) in layers(model, config, architecture).items()}
     else:

@@ -13,12 +13,24 @@ Trained: t, zero at the start, and g, one. What is added to y is (R - 1) y, so t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -49,7 +61,7 @@ class RoadConfig(targets.LayersConfig):
         return unlike if width % self.group_size else None
 
 
-class Road(nn.Module):
+class Road(Adapter):
     """`road_theta` and `road_alpha` of a linear layer: half as many as its outputs, as many, or twice as many."""
 
     def __init__(self, config: RoadConfig, out_width: int) -> None:
@@ -75,14 +87,15 @@ class Road(nn.Module):
         partners = y.unflatten(-1, (-1, 2, self.span)).flip(-2).flatten(-3)
         return torch.addcmul(torch.addcmul(y, y, own), partners, other)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         return self.turned(base(x))
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.turned(weight.T).T, None if bias is None else self.turned(bias)
 
 
-def place(model: nn.Module, config: RoadConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: RoadConfig, architecture: Architecture) -> list[Placement]:
     widths = {path: targets.sizes(module)[1] for path, module in config.selected(model, architecture).items()}
     return [Around(path, Road(config, width)) for path, width in widths.items()]
 

@@ -17,7 +17,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, PeftcoreError, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    PeftcoreError,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -51,7 +64,7 @@ class ShiraConfig(targets.LayersConfig):
         return f"r={self.r} asks for {count} numbers of '{path}', whose weight has {whole}" if count > whole else None
 
 
-class Shira(nn.Module):
+class Shira(Adapter):
     """`shira_weight` `[n]` are the numbers, `shira_indices` `[2, n]` their rows and columns in W `[out, in]`."""
 
     shira_indices: Tensor
@@ -62,7 +75,7 @@ class Shira(nn.Module):
         self.shira_weight = nn.Parameter((torch.zeros if start else torch.randn)(places.shape[1]))
         self.register_buffer("shira_indices", places.clone())
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         weight, bias = base.linear_operands(x) or (None, None)
         if isinstance(weight, Tensor) and weight.dtype == torch.float32:
             return F.linear(x, self.merged(weight, bias)[0], bias)
@@ -73,9 +86,11 @@ class Shira(nn.Module):
         empty = self.shira_weight.new_zeros(self.out_width, self.width, dtype=dtype)
         return empty.index_put(self.places(), self.shira_weight.to(dtype))
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight.index_put(self.places(), self.shira_weight.to(weight), accumulate=True), bias
 
+    @override
     def neutral(self) -> dict[str, Tensor]:
         return {"shira_weight": torch.zeros_like(self.shira_weight)}
 
@@ -97,7 +112,7 @@ def drawn(config: ShiraConfig, width: int, out_width: int) -> Tensor:
     return torch.stack([chosen // width, chosen % width]).int()
 
 
-def place(model: nn.Module, config: ShiraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: ShiraConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(layer) for path, layer in config.selected(model, architecture).items()}
     places = {sizes: drawn(config, *sizes) for sizes in set(layers.values())}
     return [Around(p, Shira(places[sizes], sizes, config.init_weights)) for p, sizes in layers.items()]

@@ -19,7 +19,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation, weight_format
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+    weight_format,
+)
 
 peftcore_api = 2
 
@@ -63,7 +76,7 @@ class SupertuningConfig(targets.LayersConfig):
         return replace(found, lora_alpha=2.0 * self.r) if self.r and self.lora_alpha is None else found
 
 
-class Supertuning(nn.Module):
+class Supertuning(Adapter):
     """`supertuning_values` `[n]`, their places in the flat W `[out · in]`, and A, B where there is a LoRA."""
 
     supertuning_indices: Tensor
@@ -86,7 +99,7 @@ class Supertuning(nn.Module):
         values = self.supertuning_values.to(weight.dtype)
         return weight.reshape(-1).index_add(0, self.supertuning_indices.long(), values).view(self.sizes)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         weight, bias = base.linear_operands(x) or (None, None)
         if isinstance(weight, Tensor) and weight.dtype == torch.float32:
             y = F.linear(x, self.with_sparse(weight), bias)
@@ -97,6 +110,7 @@ class Supertuning(nn.Module):
             y = y + (self.scale * self.supertuning_lora_B(low)).to(y.dtype)
         return y
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         changed = self.with_sparse(weight)
         if self.scale:
@@ -118,7 +132,7 @@ def places_of(module: nn.Module, config: SupertuningConfig, path: str) -> Tensor
     return weight.topk(count, largest=config.select_top)[1].int()
 
 
-def place(model: nn.Module, config: SupertuningConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: SupertuningConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture)
     return [
         Around(path, Supertuning(config, places_of(module, config, path), *targets.sizes(module)))

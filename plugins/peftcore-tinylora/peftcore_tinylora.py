@@ -21,9 +21,12 @@ from torch.nn import functional as F
 
 from peftcore import plugin
 from peftcore.plugin import (
+    Adapter,
     Architecture,
     Around,
+    Base,
     Method,
+    Placement,
     StateRules,
     hookimpl,
     inside_at,
@@ -110,9 +113,9 @@ class TinyLora(ThinLinear):
 class TinyLoraEmbedding(TinyLora):
     """A `[r, width]`, B `[tokens, r]`, whose rows are looked up."""
 
-    per_sample = None  # type: ignore[assignment]  # which is of linear layers
+    per_sample = staticmethod(Adapter.per_sample)  # which is of linear layers
 
-    def forward(self, base: Any, tokens: Tensor) -> Tensor:
+    def forward(self, base: Base, tokens: Tensor) -> Tensor:
         if tokens.is_floating_point():  # shares of each entry, as Ovis has them
             mixed: Tensor = base.on_weights({"weight": lambda weight: self.merged(weight, None)[0]})(tokens)
             return mixed
@@ -121,12 +124,12 @@ class TinyLoraEmbedding(TinyLora):
         return y + (s @ a).to(y.dtype)
 
 
-def place(model: nn.Module, config: TinyLoraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: TinyLoraConfig, architecture: Architecture) -> list[Placement]:
     layers = config.selected(model, architecture)
     count = max(1, round(len(layers) * (1 - config.weight_tying)))
     size = max(1, len(layers) // count)
     groups = [Group(config, number) for number in range(count)]
-    placements: list[Any] = []
+    placements: list[Placement] = []
     for index, (path, module) in enumerate(layers.items()):
         group, sizes = groups[min(index // size, count - 1)], targets.sizes(module)
         embeds = isinstance(module, nn.Embedding)

@@ -21,15 +21,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.plugin import (
+    Adapter,
     Architecture,
     Around,
+    Base,
     Method,
+    Placement,
     StateRules,
     embed_scale,
     hookimpl,
     looks_up,
     modules_tied_to,
     original_class,
+    override,
     ranks,
     targets,
     tensor_name,
@@ -62,7 +66,7 @@ class TrainableTokensConfig:
         return replace(self, target_modules=by_embedding(model, architecture, named))
 
 
-class TokenRows(nn.Module):
+class TokenRows(Adapter):
     """T `[n, dim]` for the module at `path`; its ids in order, and where each stands in T."""
 
     ids: Tensor
@@ -85,7 +89,7 @@ class TokenRows(nn.Module):
         self.register_buffer("ids", torch.tensor(sorted(ids)), persistent=False)
         self.register_buffer("places", torch.tensor(ids).argsort(), persistent=False)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         module = base.module
         if isinstance(module, nn.Embedding) and self.is_table and not x.is_floating_point():
             y, at = base(x), torch.searchsorted(self.ids, x.contiguous()).clamp(max=len(self.ids) - 1)
@@ -100,6 +104,7 @@ class TokenRows(nn.Module):
     def replaced(self, weight: Tensor) -> Tensor:
         return weight.index_copy(0, self.ids, self.trainable_tokens_delta[self.places].to(weight.dtype))
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return self.replaced(weight), bias
 
@@ -165,7 +170,7 @@ def by_embedding(model: nn.Module, architecture: Architecture, named: Any) -> An
     return [embedding, *(path for path in chosen if path != embedding and path not in tied)]
 
 
-def place(model: nn.Module, config: TrainableTokensConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: TrainableTokensConfig, architecture: Architecture) -> list[Placement]:
     chosen = selected(model, architecture, config.target_modules or [])
     there = dict(model.named_modules())
     placed: dict[str, Any] = {}  # what is tied to one of them is placed with that

@@ -19,7 +19,7 @@ from peftcore_lora.layers import ThinLinear
 from torch import Tensor, nn
 
 from peftcore import plugin
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import Architecture, Around, Method, Placement, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -99,7 +99,7 @@ def drawn(config: UniLoraConfig, count: int) -> Tensor:
     return torch.as_tensor(columns, dtype=torch.int64, device="cpu")
 
 
-def place(model: nn.Module, config: UniLoraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: UniLoraConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     counts = [config.r * sum(sizes) for sizes in layers.values()]
     columns, theta = drawn(config, sum(counts)), Theta(config)

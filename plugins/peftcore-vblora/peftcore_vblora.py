@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 
 from peftcore import plugin
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import Architecture, Around, Method, Placement, StateRules, hookimpl, targets, validation
 
 peftcore_api = 2
 
@@ -118,7 +118,7 @@ class VBLoRA(ThinLinear):
         return (largest.softmax(-1)[..., None] * bank[which]).sum(-2)
 
 
-def place(model: nn.Module, config: VBLoRAConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: VBLoRAConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
     bank = Bank(config)
     placements = [Around(path, VBLoRA(config, bank, *sizes)) for path, sizes in layers.items()]

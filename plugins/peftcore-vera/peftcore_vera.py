@@ -16,7 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import plugin
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -80,7 +92,7 @@ class Projections(nn.Module):
             self.register_buffer(name, values, persistent=config.save_projection)
 
 
-class Vera(nn.Module):
+class Vera(Adapter):
     """b and d of a linear layer; x `[..., in]` -> y `[..., out]`."""
 
     def __init__(self, config: VeraConfig, projections: Projections, width: int, out_width: int) -> None:
@@ -91,7 +103,7 @@ class Vera(nn.Module):
         d = torch.full((config.r,), config.d_initial) if config.init_weights else torch.randn(config.r)
         self.vera_lambda_d = nn.Parameter(d)
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         y, (a, b) = base(x), self.shared(x.device, x.dtype)
         d, scale = self.vera_lambda_d.to(x.dtype), self.vera_lambda_b.to(x.dtype)
         return y + scale * F.linear(d * F.linear(self.dropout(x), a), b)
@@ -101,6 +113,7 @@ class Vera(nn.Module):
         a, b = self.projections.vera_A[:, : self.width], self.projections.vera_B[: self.out_width]
         return a.to(device, dtype), b.to(device, dtype)
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         a, b = self.shared(weight.device, weight.dtype)
         return weight + (self.vera_lambda_b.float()[:, None] * b) @ (self.vera_lambda_d.float()[:, None] * a), bias
@@ -112,7 +125,7 @@ def selected(model: nn.Module, config: VeraConfig, architecture: Architecture) -
     return targets.select(model, architecture, **{name: getattr(config, name) for name in fields})
 
 
-def place(model: nn.Module, config: VeraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: VeraConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in selected(model, config, architecture).items()}
     shared = Projections(config, *(max(sizes) for sizes in zip(*layers.values(), strict=True)))
     placements: list[Any] = [Around(path, Vera(config, shared, *sizes)) for path, sizes in layers.items()]

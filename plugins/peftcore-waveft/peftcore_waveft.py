@@ -20,7 +20,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import Architecture, Around, Method, StateRules, hookimpl, targets, validation
+from peftcore.plugin import (
+    Adapter,
+    Architecture,
+    Around,
+    Base,
+    Method,
+    Placement,
+    StateRules,
+    hookimpl,
+    override,
+    targets,
+    validation,
+)
 
 peftcore_api = 2
 
@@ -199,7 +211,7 @@ class Patches(nn.Module):
         self.register_buffer("high", high, persistent=False)
 
 
-class WaveFT(nn.Module):
+class WaveFT(Adapter):
     """`waveft_spectrum` `[n]` of a linear layer, and the patches that it weighs."""
 
     def __init__(self, config: WaveFTConfig, patches: Patches, width: int, out_width: int) -> None:
@@ -222,22 +234,25 @@ class WaveFT(nn.Module):
         dense = patches.new_zeros(height * width).index_add(0, at.flatten(), patches.flatten()).view(height, width)
         return dense[margin : margin + self.out_width, margin : margin + self.width]
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         weight, bias = base.linear_operands(x) or (None, None)
         if isinstance(weight, Tensor) and weight.dtype == torch.float32:
             return F.linear(x, weight + self.delta(), bias)
         return base(x) + F.linear(x, self.delta().to(x.dtype))
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.delta(), bias
 
+    @override
     def neutral(self) -> dict[str, Tensor]:
         return {"waveft_spectrum": torch.zeros_like(self.waveft_spectrum)}
 
 
-def place(model: nn.Module, config: WaveFTConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: WaveFTConfig, architecture: Architecture) -> list[Placement]:
     layers = {path: targets.sizes(module) for path, module in config.selected(model, architecture).items()}
-    total, placed = sum(width * out_width for width, out_width in layers.values()), []
+    total = sum(width * out_width for width, out_width in layers.values())
+    placed: list[Placement] = []
     patches: dict[Any, Patches] = {}
     for path, (width, out_width) in layers.items():
         n = targets.pattern_value(config.n_frequency_pattern, path, config.n_frequency)

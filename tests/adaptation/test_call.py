@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 import peftcore
 from peftcore.adaptation.enclosing import lock_of
-from peftcore.plugin import Around, current_call
+from peftcore.plugin import Adapter, Around, current_call
 
 A, B = torch.tensor([0, 1]), torch.tensor([2, 1])
 
 
-class ByTask(nn.Module):
+class ByTask(Adapter):
     """y = gain[task] · base(x), and gain[0] where the call says no task."""
 
     needs_call = ("task_ids",)
@@ -38,7 +38,7 @@ class ByTask(nn.Module):
         return y * self.gain[0] if tasks is None else y * self.gain[tasks].view(-1, *[1] * (y.dim() - 1))
 
 
-class Reads(nn.Module):
+class Reads(Adapter):
     """Keeps what the call says."""
 
     needs_call = True

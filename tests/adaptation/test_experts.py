@@ -14,8 +14,9 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from peftcore.adaptation import chain
 from peftcore.adaptation.adapted import activate, attach
 from peftcore.adaptation.chain import WeightChanges
+from peftcore.adapter import LowRank
 from peftcore.errors import PeftcoreError
-from peftcore.experts import Thin
+from peftcore.plugin import Adapter
 
 
 class Config:
@@ -23,14 +24,14 @@ class Config:
     _experts_implementation = "grouped_mm"
 
 
-class ThinChange(nn.Module):
+class ThinChange(Adapter):
     def __init__(self, out: int, width: int, dropout_p: float = 0.0) -> None:
         super().__init__()
         self.a, self.b = nn.Parameter(torch.randn(4, 3, width) / 5), nn.Parameter(torch.randn(4, out, 3) / 5)
         self.dropout_p = dropout_p
 
-    def thin(self) -> Thin:
-        return Thin(self.a, self.b, 0.5, self.dropout_p if self.training else 0.0)
+    def expert_low_rank(self) -> LowRank:
+        return LowRank(self.a, self.b, 0.5, dropout_p=self.dropout_p if self.training else 0.0)
 
     def forward(self, weight: Tensor) -> Tensor:
         return weight + 0.5 * self.b @ self.a

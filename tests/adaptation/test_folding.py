@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import peftcore
 from peftcore import ops
 from peftcore.adaptation import folding
-from peftcore.adaptation.chain import Base
+from peftcore.adaptation.chain import OwnForward
 
 
 class Operators(TorchDispatchMode):
@@ -180,7 +180,7 @@ def test_copies_give_the_class_back(copied: Callable[[nn.Module], Any]) -> None:
 def test_adapters_of_the_head_itself_are_fused() -> None:
     model = peftcore.apply(tiny.llama(), "lora", target_modules=["q_proj"])
     peftcore.apply(model, "lora", target_modules=["lm_head"], adapter="head")
-    base: Base = model.lm_head._peftcore_base
+    base: OwnForward = model.lm_head._peftcore_base
     assert base.linear_operands(torch.randn(2, 32)) is not None
     peftcore.remove(model, "head")
     peftcore.remove(model, "default")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftcore.adaptation.light import LightModule, own_tensors, parts
+from peftcore.adaptation.light import LightAdapter, own_tensors, parts
 
 
-class Double(LightModule):
+class Double(LightAdapter):
     def __init__(self) -> None:
         super().__init__()
         self.register_parameter("weight", nn.Parameter(torch.full((2,), 2.0)))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.composing.arithmetic import Pruning, pruned_sum
 from peftcore.engine import adapter_modules, adapter_parameters
-from peftcore.plugin import Around, Factors
+from peftcore.plugin import Adapter, Around, LowRank
 from peftcore.testing import disturb
 
 LLAMA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
@@ -184,7 +184,7 @@ def test_attention_has_two_products() -> None:
     torch.testing.assert_close(layer(x), together, rtol=0, atol=2e-6)
 
 
-class Gain(nn.Module):
+class Gain(Adapter):
     """y = gain · base(x), whose change is linear in the gain."""
 
     def __init__(self, value: float) -> None:
@@ -254,8 +254,8 @@ def test_trained_parameters_of_the_base_are_summed_as_changes() -> None:
         torch.testing.assert_close(found, base[name] + 0.25)
 
 
-class Magnitude(nn.Module):
-    """Factors that are not all there is."""
+class Magnitude(Adapter):
+    """LowRank that are not all there is."""
 
     def __init__(self, tensor: bool) -> None:
         super().__init__()
@@ -266,8 +266,8 @@ class Magnitude(nn.Module):
     def forward(self, base: Any, x: Tensor) -> Tensor:
         return base(x)
 
-    def factors(self) -> list[Factors]:
-        return [Factors(self.a, self.b, 1.0)]
+    def low_rank(self) -> list[LowRank]:
+        return [LowRank(self.a, self.b, 1.0)]
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return 2 * (weight + self.b @ self.a), bias

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.method import Factors
-from peftcore.plugin import Architecture, Around, Method
+from peftcore.adapter import LowRank
+from peftcore.plugin import Adapter, Architecture, Around, Method
 
 
-class Mixed(nn.Module):
+class Mixed(Adapter):
     """W + 2 exp(log_b) a, by its own a `[2, in]` and a computed b `[out, 2]`."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
@@ -20,8 +20,8 @@ class Mixed(nn.Module):
         self.a = nn.Parameter(0.1 * torch.randn(2, inputs))
         self.log_b = nn.Parameter(0.1 * torch.randn(outputs, 2))
 
-    def factors(self) -> list[Factors]:
-        return [Factors(self.a, self.log_b.exp(), 2.0)]
+    def low_rank(self) -> list[LowRank]:
+        return [LowRank(self.a, self.log_b.exp(), 2.0)]
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + 2 * self.log_b.exp() @ self.a, bias

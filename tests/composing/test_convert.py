@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import peftcore
 from peftcore.engine import adapter_modules, adapter_parameters, applied
 from peftcore.merging.merged_layers import worked_in
-from peftcore.plugin import Around, Factors, OnWeight
+from peftcore.plugin import Adapter, Around, LowRank, OnWeight
 from peftcore.testing import disturb
 from peftcore.weight_formats import find_weight_format
 
@@ -222,7 +222,7 @@ def test_tensors_of_ia3_are_summed() -> None:
     assert {p.dtype for _, p in adapter_parameters(model, "c")} == {torch.float32}
 
 
-class Twice(nn.Module):
+class Twice(Adapter):
     """y = base(x) + 2 · B A x, whose factors are computed."""
 
     def __init__(self) -> None:
@@ -232,8 +232,8 @@ class Twice(nn.Module):
     def forward(self, base: Any, x: Tensor) -> Tensor:
         return base(x) + 2 * x @ self.a.T @ self.b.T
 
-    def factors(self) -> list[Factors]:
-        return [Factors(2 * self.a, 1 * self.b, 1.0)]
+    def low_rank(self) -> list[LowRank]:
+        return [LowRank(2 * self.a, 1 * self.b, 1.0)]
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + 2 * self.b @ self.a, bias

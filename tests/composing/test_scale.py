@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules, applied
-from peftcore.plugin import Around
+from peftcore.plugin import Adapter, Around
 from peftcore.testing import disturb
 
 FIELDS: dict[str, Any] = {"r": 4, "lora_alpha": 6, "alpha_pattern": {"layers.1.self_attn.q_proj": 3}}
@@ -149,7 +149,7 @@ def biased() -> nn.Module:
     return model
 
 
-class Gain(nn.Module):
+class Gain(Adapter):
     def __init__(self) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.tensor(2.0))

@@ -77,7 +77,7 @@ class Faulty(tiny.Scaled):
 
 
 class FaultyFactors(tiny.Scaled):
-    def factors(self):
+    def low_rank(self):
         raising()
 
 
@@ -126,7 +126,7 @@ def test_merging_of_experts_one_by_one() -> None:
 def test_factors() -> None:
     with tiny.installed(tiny.method("faulty", placing(FaultyFactors))):
         model = peftcore.apply(tiny.llama(), "faulty")
-        with pytest.raises(peftcore.PluginError, match=named("factors")):
+        with pytest.raises(peftcore.PluginError, match=named("low_rank")):
             peftcore.convert(model, "default", method="lora", r=2)
 
 

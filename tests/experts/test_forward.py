@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from peftcore.experts import Thin, experts_forward, experts_layout
+from peftcore.adapter import LowRank
+from peftcore.experts import experts_forward, experts_layout
 
 SIZES = {
     "hidden_size": 32,
@@ -111,7 +112,8 @@ def test_an_adapter_with_a_dropout_of_its_own_is_added_to_the_first():
     name, out = "gate_up_proj", experts.gate_up_proj.shape[1]
     factors = [(torch.randn(4, r, 32) / 6, torch.randn(4, out, r) / 6) for r in (3, 5)]
     leaves = [t.requires_grad_() for pair in factors for t in pair]
-    first, other = (Thin(a, b, 0.5, p) for (a, b), p in zip(factors, (0.0, 1e-9), strict=True))  # drops none
+    drops_none = 1e-9
+    first, other = (LowRank(*pair, 0.5, dropout_p=p) for pair, p in zip(factors, (0.0, drops_none), strict=True))
     y = experts_forward(experts, *arguments, changes={name: [first, other]})
     dense = experts_of("mixtral")
     del dense.gate_up_proj
@@ -127,10 +129,11 @@ def test_what_it_drops():
     experts = experts_of("mixtral")
     experts.down_proj.zero_()
     arguments = torch.randn(40, 32), torch.randint(0, 3, (40, 1)), torch.ones(40, 1)
-    none = Thin(torch.zeros(4, 1, 48), torch.zeros(4, 32, 1), 1.0)
+    none = LowRank(torch.zeros(4, 1, 48), torch.zeros(4, 32, 1), 1.0)
     a, b = torch.eye(32, 48).expand(4, 32, 48), torch.arange(1.0, 5)[:, None, None] * torch.eye(32)
     kept, found = (
-        experts_forward(experts, *arguments, changes={"down_proj": [none, Thin(a, b, 3.0, p)]}) for p in (1e-9, 0.5)
+        experts_forward(experts, *arguments, changes={"down_proj": [none, LowRank(a, b, 3.0, dropout_p=p)]})
+        for p in (1e-9, 0.5)
     )
     is_kept = found != 0
     torch.testing.assert_close(found, (2 * kept).where(is_kept, 0))

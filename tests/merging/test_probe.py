@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.plugin import Around
+from peftcore.plugin import Adapter, Around
 from peftcore.testing import disturb
 
 pytestmark = pytest.mark.usefixtures("toys")
 CHANGES = r"would change the model's output: on random input a feature of its output differs by [\d.]+ of its size"
 
 
-class ReadsWeight(nn.Module):
+class ReadsWeight(Adapter):
     """y = base(x) + x Wᵀ, of the module's own W: what stands between is not seen."""
 
     def forward(self, base: Any, x: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ def test_any_stack_is_exact(kind: str, methods: list[str], train: bool, seed: in
     torch.testing.assert_close(tiny.logits(model.eval()), acting, rtol=0, atol=1e-4 * acting.abs().max().item())
 
 
-class InPlace(nn.Module):
+class InPlace(Adapter):
     """y = 2 base(x); `merged` breaks its contract, and changes the weight that it is given."""
 
     def __init__(self, gives: str = "weight") -> None:

@@ -11,12 +11,12 @@ from tiny import TOKENS
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.plugin import SoftPrompt, current_call
+from peftcore.plugin import Adapter, Architecture, Placement, SoftPrompt, current_call
 
 TASKS = torch.tensor([2, 1])
 
 
-class ByTask(nn.Module):
+class ByTask(Adapter):
     """The vectors of each row's task, `[batch, tokens, hidden]`; without tasks those of task 0, `[1, ...]`."""
 
     needs_call = ("task_ids",)
@@ -31,17 +31,17 @@ class ByTask(nn.Module):
         return self.vectors[current_call().get("task_ids", slice(1))]
 
 
-class Unsized(ByTask):
-    tokens = None  # type: ignore[assignment]
+def place(*tokens: int) -> Any:
+    def placed(model: nn.Module, config: Any, architecture: Architecture) -> list[Placement]:
+        hidden = architecture.hidden_size
+        return [SoftPrompt(ByTask(hidden), (*tokens, hidden) if tokens else None)]
 
-
-def place(kind: type[nn.Module]) -> Any:
-    return lambda model, config, architecture: [SoftPrompt(kind(architecture.hidden_size))]
+    return placed
 
 
 @pytest.fixture(autouse=True)
 def toys() -> Iterator[None]:
-    with tiny.installed(tiny.method("bytask", place(ByTask)), tiny.method("unsized", place(Unsized))):
+    with tiny.installed(tiny.method("bytask", place(N)), tiny.method("unsized", place())):
         yield
 
 
@@ -113,5 +113,5 @@ def test_another_number_of_rows_is_refused() -> None:
 
 
 def test_the_shape_is_said_beforehand() -> None:
-    with pytest.raises(peftcore.PeftcoreError, match="attributes `tokens` and `hidden`"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"SoftPrompt\(adapter, shape=\(tokens, hidden\)\)"):
         peftcore.apply(tiny.llama(), "unsized")

@@ -11,10 +11,10 @@ from tiny import TOKENS
 from torch import Tensor, nn
 
 import peftcore
-from peftcore.plugin import Architecture, SoftPrompt, current_call
+from peftcore.plugin import Adapter, Architecture, SoftPrompt, current_call
 
 
-class Kept(nn.Module):
+class Kept(Adapter):
     """Random vectors, whose outputs the call asks for."""
 
     needs_call = ("whole",)
@@ -33,7 +33,7 @@ class Kept(nn.Module):
 
 
 def place(model: nn.Module, config: Any, architecture: Architecture) -> list[SoftPrompt]:
-    return [SoftPrompt(Kept(architecture.hidden_size or 0))]
+    return [SoftPrompt(Kept(architecture.hidden_size or 0), (N, architecture.hidden_size or 0))]
 
 
 @pytest.fixture(autouse=True)

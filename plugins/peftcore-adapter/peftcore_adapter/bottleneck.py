@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftcore.plugin import first_of, validation, with_first
+from peftcore.plugin import Adapter, Base, first_of, validation, with_first
 from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
 from peftcore_adapter.phm import PHMLinear, Shared
 
@@ -26,7 +26,7 @@ def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Adapter):
     """f. Subclasses say what it reads and where its output goes; x `[..., width]`."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Bottleneck(nn.Module):
             z = z * (torch.bernoulli(kept) / kept).to(z.dtype)
         return z * (self.scaling.to(z.dtype) if isinstance(config.scaling, str) else config.scaling)
 
-    def change(self, x: Tensor, base: Any = None) -> Tensor:
+    def change(self, x: Tensor, base: Base | None = None) -> Tensor:
         """What is added where x is read. An adapter of another kind that stands so may ask base, what is inside."""
         z = self.dropout(self.up(x))
         if self.config.use_gating:
@@ -98,7 +98,7 @@ class Series(Bottleneck):
 class BehindNorm(Bottleneck):
     """Around the norm of z = h + x: norm(z + f(norm(z)))."""
 
-    def forward(self, base: Any, z: Tensor) -> Any:
+    def forward(self, base: Base, z: Tensor) -> Any:
         return behind_norm(self, base, z)
 
 
@@ -109,7 +109,7 @@ class Parallel(Bottleneck):
         super().__init__(config, path, *widths, shared=shared)
         self.argument = next(iter(inspect.signature(module.forward).parameters))
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else kwargs[self.argument]
         output = base(*args, **kwargs)
         return with_first(output, first_of(output) + self.change(x))
@@ -118,11 +118,11 @@ class Parallel(Bottleneck):
 class BesideResidual(Bottleneck):
     """Around a module that takes (h, x) and adds them: it gets x + f(x) for x."""
 
-    def forward(self, base: Any, h: Tensor, x: Tensor) -> Any:
+    def forward(self, base: Base, h: Tensor, x: Tensor) -> Any:
         return base(h, x + self.change(x))
 
 
-def behind_norm(adapter: Any, base: Any, z: Tensor) -> Any:
+def behind_norm(adapter: Any, base: Base, z: Tensor) -> Any:
     """norm(z + f(norm(z))), after what others that stand so have added to z: the first named is the first to add.
 
     Args:

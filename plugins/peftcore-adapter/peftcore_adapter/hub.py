@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peftcore.plugin import Architecture, ForeignFormat, PeftcoreError, detect, tensor_name
+from peftcore.plugin import Architecture, ForeignFormat, PeftcoreError, Train, detect, tensor_name
 from peftcore_adapter.config import AdapterConfig
 from peftcore_adapter.placing import place
 
@@ -191,7 +191,7 @@ def _renamed(
 ) -> dict[str, Tensor]:
     """The tensors by their names here."""
     placements = place(model, config, facts)
-    bottlenecks = [p for p in placements if hasattr(p.adapter, "adapter_down")]
+    bottlenecks: list[Any] = [p for p in placements if not isinstance(p, Train) and hasattr(p.adapter, "adapter_down")]
     known = [s for s in facts.sublayers if any(s is u for u in used.values())]
     at = dict(zip(map(id, known), bottlenecks, strict=True))
     found: dict[str, Tensor] = {}

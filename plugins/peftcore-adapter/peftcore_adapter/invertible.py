@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.plugin import After, Architecture, Around, PeftcoreError, validation
+from peftcore.plugin import Adapter, After, Architecture, Around, Base, PeftcoreError, validation
 from peftcore_adapter.bottleneck import linear
 from peftcore_adapter.config import ACTIVATIONS, AdapterConfig
 
@@ -56,14 +56,14 @@ class Nice(nn.Module):
         return torch.cat([first - self._of(self.F, second), second], -1)
 
 
-class Inverse(nn.Module):
+class Inverse(Adapter):
     """Around the head of tokens: it reads what the embedding gave before the adapter."""
 
     def __init__(self, of: Nice) -> None:
         super().__init__()
         self.of = of
 
-    def forward(self, base: Any, y: Tensor) -> Any:
+    def forward(self, base: Base, y: Tensor) -> Any:
         return base(self.of.inverse(y))
 
 

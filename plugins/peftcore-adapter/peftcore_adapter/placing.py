@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.plugin import After, Architecture, Around, targets, validation
+from peftcore.plugin import After, Architecture, Around, Placement, targets, validation
 from peftcore_adapter import invertible
 from peftcore_adapter.bottleneck import BehindNorm, BesideResidual, Parallel, Series
 from peftcore_adapter.config import AdapterConfig
@@ -50,7 +50,7 @@ def of_sublayer(model: nn.Module, sublayer: Any, config: AdapterConfig, shared: 
     return After(behind, Series(config, behind, width, shared=shared))
 
 
-def place(model: nn.Module, config: AdapterConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: AdapterConfig, architecture: Architecture) -> list[Placement]:
     shared = Shared(config)
     around = invertible.placements(model, config, architecture) if config.inv_adapter else []
     if config.target_modules is None:

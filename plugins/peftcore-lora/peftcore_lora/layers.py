@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import ops
-from peftcore.plugin import Factors, LightModule, PeftcoreError, embed_scale, targets
+from peftcore.plugin import Adapter, Base, LightAdapter, LowRank, PeftcoreError, embed_scale, override, targets
 from peftcore_lora.config import LoraConfig
 
 CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}  # by spatial dimensions
@@ -32,7 +32,7 @@ def one_dropout(probability: float) -> Iterator[None]:
         _DROPOUT.reset(token)
 
 
-class Lora(LightModule):
+class Lora(LightAdapter):
     """What the kinds of layer share: two factors, their scale, their dropout. Subclasses say how B A acts."""
 
     multiplier = 1.0  # what `peftcore.scale` sets
@@ -82,8 +82,9 @@ class Lora(LightModule):
             return parameters["lora_A"], parameters["lora_B"]
         return self.lora_A, self.lora_B
 
-    def factors(self) -> list[Factors]:
-        return [Factors(*self.pair(), self.scale)]
+    @override
+    def low_rank(self) -> list[LowRank]:
+        return [LowRank(*self.pair(), self.scale)]
 
     def delta(self) -> Tensor:
         """scale · B A in the layout of the layer's weight, fp32."""
@@ -97,6 +98,7 @@ class Lora(LightModule):
         own = self.scale * self.lora_bias
         return own if bias is None else bias + own
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + self.delta(), self.with_bias(bias)
 
@@ -104,7 +106,7 @@ class Lora(LightModule):
 class LoraLinear(Lora):
     """nn.Linear and transformers' Conv1D. A `[r, in]`, B `[out, r]`; x `[..., in]` -> y `[..., out]`."""
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         p = self.dropout.p if self.training else 0.0
         operands, (a, b) = None if x.is_nested else base.linear_operands(x), self.pair()
         if operands is not None:
@@ -116,8 +118,10 @@ class LoraLinear(Lora):
         return y + F.linear(s, b.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     @staticmethod
-    def per_sample(adapters: list[LoraLinear], index: Tensor, base: Any, x: Tensor) -> Tensor:
+    @override
+    def per_sample(adapters: Sequence[LoraLinear], index: Tensor, base: Base, *args: Any, **kwargs: Any) -> Any:
         """Without gradients: one pass over the base for all."""
+        (x,) = args
         operands, (a, b) = base.linear_operands(x), zip(*(m.pair() for m in adapters), strict=True)
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *a, *b))
         apart = any((m.training and m.dropout.p) or m.lora_bias is not None for m in adapters)
@@ -134,7 +138,7 @@ class ThinLinear(LoraLinear):
     """
 
     def __init__(self, scale: float = 1.0, dropout: float = 0.0) -> None:
-        LightModule.__init__(self)
+        LightAdapter.__init__(self)
         self.full_scale, self.dropout, self.lora_bias = scale, nn.Dropout(dropout), None
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -172,7 +176,7 @@ class LoraFrozenB(LoraLinear):
 class LoraConv(Lora):
     """nn.Conv1d, 2d and 3d: A convolves with the layer's kernel to r channels, B mixes them pointwise."""
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         y = base(x)
         x = F.dropout(x, self.dropout.p, self.training)  # of which other layers may have been told otherwise
         s = base.module._conv_forward(x, self.lora_A.to(x.dtype), None)  # as the layer strides, pads and dilates
@@ -194,13 +198,14 @@ class LoraGroupedConv(LoraConv):
     So PEFT has it. B A reaches from each input to each output, which a weight in groups cannot hold.
     """
 
-    def forward(self, base: Any, x: Tensor) -> Tensor:
+    def forward(self, base: Base, x: Tensor) -> Tensor:
         y, layer = base(x), base.module
         x = F.dropout(x, self.dropout.p, self.training)  # of which other layers may have been told otherwise
         convolve = CONVOLUTIONS[self.lora_A.dim() - 2]
         s = convolve(x, self.lora_A.to(x.dtype), None, layer.stride, layer.padding)
         return self.mixed(y, s, layer.groups)
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise PeftcoreError(
             f"LoRA of a convolution in groups (weight {list(weight.shape)}) reaches across the groups, so it cannot be "
@@ -214,7 +219,7 @@ class LoraEmbedding(Lora):
     Subclasses that multiply what they look up by their `embed_scale` (Gemma, BART) do so with B A, too.
     """
 
-    def forward(self, base: Any, tokens: Tensor) -> Tensor:
+    def forward(self, base: Base, tokens: Tensor) -> Tensor:
         y, scale = base(tokens), embed_scale(base.module)
         if tokens.is_floating_point():  # shares of each entry, as Ovis has them
             s = F.linear(tokens, self.lora_A.to(tokens.dtype)).to(self.lora_B.dtype)
@@ -225,16 +230,17 @@ class LoraEmbedding(Lora):
     def delta(self) -> Tensor:
         return super().delta().T  # [vocabulary, dim]
 
-    def factors(self) -> list[Factors]:
-        return [Factors(self.lora_A, self.lora_B, self.scale, transposed=True)]
+    @override
+    def low_rank(self) -> list[LowRank]:
+        return [LowRank(self.lora_A, self.lora_B, self.scale, transposed=True)]
 
 
 class LoraOnWeight(Lora):
     """For layers that do more than their product: their own forward, which reads W + scale · B A. Without dropout."""
 
-    per_sample = None
+    per_sample = staticmethod(Adapter.per_sample)
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         changes: dict[str, Any] = {"weight": self.changed}
         if self.lora_bias is not None:
             changes["bias"] = lambda bias: (bias + self.with_bias(None)).to(bias.dtype)
@@ -244,7 +250,7 @@ class LoraOnWeight(Lora):
         return weight + self.delta().to(weight.dtype)
 
 
-class LoraLinearOnWeight(LoraOnWeight, LoraLinear):  # type: ignore[misc]  # without LoraLinear's per_sample
+class LoraLinearOnWeight(LoraOnWeight, LoraLinear):
     """A router that gives a choice beside its logits, a product in groups."""
 
 
@@ -263,12 +269,14 @@ class LoraAttention(LoraOnWeight):
         self.out_proj = LoraOnWeight(config, path, [width], [width])
         self.out_proj.full_scale *= 2
 
-    def forward(self, base: Any, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, base: Base, *args: Any, **kwargs: Any) -> Any:
         changes = {"in_proj_weight": self.changed, "out_proj.weight": self.out_proj.changed}
         return base.on_weights(changes)(*args, **kwargs)
 
-    def factors(self) -> list[Factors]:
-        return [*super().factors(), *self.out_proj.factors()]
+    @override
+    def low_rank(self) -> list[LowRank]:
+        return [*super().low_rank(), *self.out_proj.low_rank()]
 
+    @override
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return weight + torch.cat([self.delta(), self.out_proj.delta()]), bias  # [4 E, E]

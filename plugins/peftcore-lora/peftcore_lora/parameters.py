@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.plugin import (
-    Factors,
+    LowRank,
     OnWeight,
     PeftcoreError,
-    Thin,
     base_modules,
     experts_layout,
     format_in_few_bits,
     has_forward_of_instance,
     nearest,
+    override,
     shape_of,
     targets,
     validation,
@@ -69,15 +69,17 @@ class LoraParameter(Lora):
     def extra_repr(self) -> str:
         return f"r={self.lora_A.shape[-2]}, scale={self.scale:g}"
 
-    def thin(self) -> Thin | None:
+    @override
+    def expert_low_rank(self) -> LowRank | None:
         p = self.dropout.p if self.training else 0.0
-        return None if self.experts is None else Thin(self.lora_A, self.lora_B, self.scale, p)
+        return None if self.experts is None else LowRank(self.lora_A, self.lora_B, self.scale, dropout_p=p)
 
-    def factors(self) -> list[Factors]:
+    @override
+    def low_rank(self) -> list[LowRank]:
         if self.experts is None:
-            return super().factors()
+            return super().low_rank()
         pairs = zip(self.lora_A, self.lora_B, strict=True)
-        return [Factors(a, b, self.scale, self.transposed) for a, b in pairs]
+        return [LowRank(a, b, self.scale, self.transposed) for a, b in pairs]
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.training and self.dropout.p and self.drops and torch.is_grad_enabled():
@@ -162,7 +164,7 @@ def stem_on_disk(path: str, inside: int) -> str:
 
 
 def write_experts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Factors of experts under the names and in the shapes of PEFT's file."""
+    """LowRank of experts under the names and in the shapes of PEFT's file."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         stem, _, end = name.rpartition(".")

@@ -9,7 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.plugin import Architecture, Around, looks_up, original_class, targets, validation
+from peftcore.plugin import (
+    Architecture,
+    Around,
+    OnWeight,
+    PeftcoreError,
+    Placement,
+    looks_up,
+    original_class,
+    targets,
+    validation,
+)
 from peftcore_lora.blocks import in_blocks
 from peftcore_lora.config import LoraConfig, selected
 from peftcore_lora.layer_facts import (
@@ -39,18 +49,23 @@ from peftcore_lora.tokens import place_tokens
 from peftcore_lora.training import LoraFrozenA
 
 
-def wrapped(placed: list[Any], wrap: Callable[[Any], nn.Module | None], method: str) -> list[Any]:
-    """LoRA's placements, each adapter inside `wrap(lora)`, which is None for a layer that the method does not know."""
-    for i, (path, lora) in enumerate((getattr(p, "path", ""), getattr(p, "adapter", None)) for p in placed):
-        outer = None if lora is None else wrap(lora)
-        message = f"'{path}' is a layer that {method} does not know, in PEFT neither: {type(lora).__name__}. Exclude it"
-        known = lora is None or outer is not None
-        validation.require(known, f"{message}: exclude_modules=['{path}']; or choose LoRA")
-        placed[i] = placed[i] if outer is None else replace(placed[i], adapter=outer)
+def wrapped(placed: list[Placement], wrap: Callable[[Any], nn.Module | None], method: str) -> list[Placement]:
+    """Wrap each of LoRA's adapters in `wrap(lora)`, which is None for a kind of layer that the method cannot adapt."""
+    for i, placement in enumerate(placed):
+        if not isinstance(placement, (Around, OnWeight)):
+            continue
+        path, lora = placement.path, placement.adapter
+        outer = wrap(lora)
+        if outer is None:
+            raise PeftcoreError(
+                f"'{path}' is a layer that {method} cannot adapt, and PEFT cannot either: {type(lora).__name__}. "
+                f"Exclude it: exclude_modules=['{path}']; or choose LoRA"
+            )
+        placed[i] = replace(placement, adapter=outer)
     return placed
 
 
-def place(model: nn.Module, config: LoraConfig, architecture: Architecture) -> list[Any]:
+def place(model: nn.Module, config: LoraConfig, architecture: Architecture) -> list[Placement]:
     if config.layer_replication:
         check_replicated(model, config.layer_replication)
     chosen = selected(model, config, architecture)

@@ -16,7 +16,7 @@ from peftcore.errors import PeftcoreError
 from peftcore.exporting.gguf.file import Entry, write_tensors, writing
 from peftcore.exporting.gguf.model import EMBEDDING
 from peftcore.exporting.gguf.tensor_names import Names
-from peftcore.exporting.thin import products
+from peftcore.exporting.one_product import products
 
 
 def command(model: str | Path, adapter: Path | None = None) -> str:
@@ -44,7 +44,7 @@ def write_adapter(model: nn.Module, path: Path, adapter: str) -> Path:
                 "export the model"
             )
     first = next(iter(found.values()))
-    alpha = first.scale * first.rank or 1.0  # 0 would mean no scale
+    alpha = first.scale * len(first.a) or 1.0  # 0 would mean no scale
     with writing(path, names.family.architecture) as writer:
         import gguf
 
@@ -52,9 +52,9 @@ def write_adapter(model: nn.Module, path: Path, adapter: str) -> Path:
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
         entries: list[Entry] = []
-        for place, (b, a, scale) in found.items():
-            name = names.of(f"{place}.weight")
-            b = names.rows(place, b) * (scale * b.shape[1] / alpha)
+        for place, product in found.items():
+            name, a = names.of(f"{place}.weight"), product.a
+            b = names.rows(place, product.b) * (product.scale * len(a) / alpha)
             if name == EMBEDDING:  # rows are looked up: A'[token] for each token, then B'
                 a, b = b, a.T
             for end, tensor in (("lora_a", a), ("lora_b", b)):

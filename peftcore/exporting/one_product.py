@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from peftcore import engine, ranks
+from peftcore.adapter import LowRank
 from peftcore.composing import low_rank
 from peftcore.errors import PeftcoreError
-from peftcore.method import Factors
 
 
-class Thin(NamedTuple):
-    """B `[out, r]` and A `[r, in]`, fp32, in the layout of the weight."""
-
-    b: Tensor
-    a: Tensor
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.b.shape[1]
-
-
-def products(model: nn.Module, adapter: str, what: str) -> dict[str, Thin]:
+def products(model: nn.Module, adapter: str, what: str) -> dict[str, LowRank]:
     """Return the products of an applied adapter by the path of their module.
 
     Args:
@@ -45,7 +31,7 @@ def products(model: nn.Module, adapter: str, what: str) -> dict[str, Thin]:
     return {path: _one(model, adapter, path, factors, what) for path, factors in found.items()}
 
 
-def _one(model: nn.Module, adapter: str, path: str, factors: list[Factors], what: str) -> Thin:
+def _one(model: nn.Module, adapter: str, path: str, factors: list[LowRank], what: str) -> LowRank:
     is_module = path in dict(model.named_modules())  # otherwise it is the path of a parameter, such as that of experts
     if len(factors) > 1 or factors[0].a.ndim != 2 or not is_module:
         raise PeftcoreError(f"'{adapter}' cannot {what}: it changes '{path}', which is not a linear layer or embedding")
@@ -55,11 +41,11 @@ def _one(model: nn.Module, adapter: str, path: str, factors: list[Factors], what
         raise PeftcoreError(
             f"'{adapter}' contains NaN or Inf at '{path}'. Training has diverged; export an earlier checkpoint"
         )
-    return Thin(a.T, b.T, each.scale) if each.transposed else Thin(b, a, each.scale)
+    return LowRank(b.T, a.T, each.scale) if each.transposed else LowRank(a, b, each.scale)
 
 
-def padded(thin: Thin, rank: int, scale: float) -> Thin:
+def padded(product: LowRank, rank: int, scale: float) -> LowRank:
     """Return an equal product with this rank, padded with zeros, and this scale."""
-    more = rank - thin.rank
-    b = torch.nn.functional.pad(thin.b * (thin.scale / scale), (0, more))
-    return Thin(b, torch.nn.functional.pad(thin.a, (0, 0, 0, more)), scale)
+    more = rank - len(product.a)
+    b = torch.nn.functional.pad(product.b * (product.scale / scale), (0, more))
+    return LowRank(torch.nn.functional.pad(product.a, (0, 0, 0, more)), b, scale)
