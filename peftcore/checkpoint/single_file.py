@@ -194,9 +194,9 @@ def write(format: str, path: Path, contents: Mapping[str | None, tuple[nn.Module
 
 def _refuse_loss(file: Path, path: Path, parts: Mapping[str, Any]) -> None:
     """Raise a CheckpointError if parts of other models would be lost, or a folder would have two adapters."""
-    beside = next((name for name in (CONFIG, TENSORS) if path != file and os.path.lexists(path / name)), None)
-    if beside is not None:
-        raise CheckpointError(f"'{path}' contains an adapter in another format ('{beside}'). Save to another folder")
+    existing = next((name for name in (CONFIG, TENSORS) if path != file and os.path.lexists(path / name)), None)
+    if existing is not None:
+        raise CheckpointError(f"'{path}' contains an adapter in another format ('{existing}'). Save to another folder")
     if not os.path.lexists(file):
         return
     try:

@@ -1,9 +1,8 @@
-"""`--set NAME=VALUE`: fields of a method's config from text, by the types that its dataclass declares.
+"""`--set NAME=VALUE`: fields of a method's config from text, by the types of its dataclass.
 
-`none`, `true`/`false` and numbers read as such where the type allows them; sequences are separated by
-commas (`q_proj,v_proj`), mappings are `name:value` pairs; both may be JSON. Where a field takes text or
-a sequence, text with the special characters of a regular expression stays text, and one bare name is a
-sequence of one.
+`none`, `true`/`false` and numbers are converted if the type allows them; sequences are separated by commas
+(`q_proj,v_proj`), mappings are `name:value` pairs; both may be JSON. If a field takes text or a sequence, text with
+special characters of a regular expression stays text, and a single bare name is a sequence of one.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ _WORDS = {"none": None, "null": None, "true": True, "false": False}
 
 
 def parse(config_class: type, settings: list[str]) -> dict[str, Any]:
-    """The fields that `settings` (`NAME=VALUE` each) give to `config_class`.
+    """Return the fields that `settings` (`NAME=VALUE` each) set on `config_class`.
 
     Raises:
-        PeftcoreError: a setting has no `=`, names no field, is given twice, or is not of the field's type.
+        PeftcoreError: a setting has no `=`, names no field, is given twice, or has the wrong type.
     """
     hints = typing.get_type_hints(config_class)
     known = [field.name for field in dataclasses.fields(config_class) if field.init]
@@ -64,7 +63,7 @@ def convert(text: str, hint: Any) -> Any:
 
 
 def text_of(value: Any) -> str:
-    """A value as `convert` takes it: what it has made of a text it makes of this one, too."""
+    """Return a value as text that `convert` turns back into the value."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return value if isinstance(value, str) else json.dumps(value, default=str)
@@ -78,7 +77,7 @@ def describe(hint: Any) -> str:
 
 
 def _readings(text: str, hint: Any) -> Iterator[Any]:
-    """Return what `text` may mean, the most particular meaning first."""
+    """Yield the possible values of `text`, the most specific first."""
     yield from _scalars(text)
     if hint is Any:
         yield text
@@ -96,7 +95,7 @@ def _readings(text: str, hint: Any) -> Iterator[Any]:
 
 
 def _scalars(text: str) -> Iterator[Any]:
-    """Return what `text` may mean by itself, other than a text."""
+    """Yield the possible scalar values of `text`, other than text."""
     if text.lower() in _WORDS:
         yield _WORDS[text.lower()]
     for kind in (int, float):
@@ -109,7 +108,7 @@ def _scalar(text: str) -> Any:
 
 
 def _looks_like_names(text: str) -> bool:
-    """Return whether text is rather a list of names than a text, where a field takes both."""
+    """Return whether text is a list of names rather than text, for fields that take both."""
     if re.search(r"[\\()\[\]{}*+?|^$]", text):
         return False
     return "," in text or re.fullmatch(r"[A-Za-z_][\w.]*", text) is not None

@@ -204,7 +204,7 @@ def _check_whole(loaded: PreTrainedModel, missing: Collection[str], model: str, 
 
     Args:
         loaded: the model.
-        missing: names of these weights. Those of a classifier's head are expected.
+        missing: names of these weights. A classifier's head is expected to be among them.
         model: its name, for messages.
         task: the task.
     """

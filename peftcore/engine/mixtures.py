@@ -100,6 +100,6 @@ def bits_of(module: nn.Module) -> dict[str, tuple[int, int]]:
         parameter = module._parameters[name]
         if parameter is not None and not parameter.is_floating_point():
             buffers = (module._buffers[buffer] for buffer in packing.buffers)
-            beside = sum(buffer.nbytes for buffer in buffers if buffer is not None)
-            found[name] = math.prod(packing.shape), parameter.nbytes + beside
+            buffer_bytes = sum(buffer.nbytes for buffer in buffers if buffer is not None)
+            found[name] = math.prod(packing.shape), parameter.nbytes + buffer_bytes
     return found

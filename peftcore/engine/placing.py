@@ -186,8 +186,8 @@ def tell_if_little(model: nn.Module, placed: Placed) -> None:
     lacks = any(path not in trained and name not in reached for path, name in experts)
     spoken = any(getattr(placed.config, field, None) for field in ("exclude_modules", "layers_to_transform"))
     if found.share < LITTLE or (lacks and not spoken):
-        told = ". Methods that know linear layers adapt experts one by one where they are named: target_modules=[..., "
-        more = f"{told}'experts']" if lacks else ""
+        hint = ". Methods that know linear layers adapt experts one by one where they are named: target_modules=[..., "
+        more = f"{hint}'experts']" if lacks else ""
         warnings.warn(f"{placed.method.name} on {type(model).__name__} {found}{more}", stacklevel=4)
 
 

@@ -43,7 +43,7 @@ def refuse_resize(model: nn.Module, modules: Iterable[nn.Module]) -> None:
 
 
 def _adapters(model: nn.Module, module: nn.Module) -> Iterator[str]:
-    """The names of adapters that are attached to `module` or own parameters in it."""
+    """Yield the names of adapters that are attached to `module` or own parameters in it."""
     attached = adapters_of(module)
     yield from () if attached is None else attached._modules
     for name, own in all_of(model):

@@ -109,7 +109,7 @@ def require_state(model: nn.Module) -> State:
 
 
 def applied(model: nn.Module, adapter: str) -> Applied:
-    """The record of one adapter.
+    """Return the record of one adapter.
 
     Raises:
         PeftcoreError: no such adapter is applied.

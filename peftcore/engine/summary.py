@@ -147,15 +147,15 @@ def plan(model: nn.Module, method: str | Any, /, *, dtype: torch.dtype | None = 
     for placement in placed.around:
         _, kept = device_and_dtype(model.get_submodule(placement.path), dtype)
         own = [p for p in placement.adapter.parameters() if p not in counted]
-        beside = [b for b in placement.adapter.buffers() if b not in counted]
-        counted.update(own, beside)
+        others = [b for b in placement.adapter.buffers() if b not in counted]
+        counted.update(own, others)
         count = sum(p.numel() for p in own)
         inside = placed.placements[placement.path]
         changes = [p.adapter for p in inside if isinstance(p, OnWeight) or weight_of_expert(placement.path, p)]
         kind = " and ".join(dict.fromkeys(type(each).__name__ for each in changes or [placement.adapter]))
         rows.append((placement.path, kind, count, count * kept.itemsize))
-        buffers += sum(b.numel() for b in beside)
-        buffer_bytes += sum(b.numel() * (kept if b.is_floating_point() else b.dtype).itemsize for b in beside)
+        buffers += sum(b.numel() for b in others)
+        buffer_bytes += sum(b.numel() * (kept if b.is_floating_point() else b.dtype).itemsize for b in others)
     rows += [(name, "trained parameter", parameters[name].numel(), parameters[name].nbytes) for name in placed.trained]
     target_modules = getattr(placed.config, "target_modules", None)
     return Plan(

@@ -6,7 +6,7 @@ adapter restores the original tensor objects.
 
     trained   parameters of `Train` placements. Two active adapters cannot train the same parameter.
     kept      tensors that change without being trained: buffers that training moves, such as the statistics of a
-              BatchNorm, which a frozen model in training mode moves, too. Those of the last active adapter are in
+              BatchNorm, which a frozen model in training mode moves, too. The buffers of the last active adapter are in
               the model.
 """
 

@@ -304,7 +304,7 @@ def place(model: nn.Module, config: ${title}Config, architecture: Architecture) 
     + _HOOK,
 }
 
-_NO_WEIGHT = {"merge equals forward, unmerge is bit exact": "it is no change of a weight"}
+_NO_WEIGHT = {"merge equals forward, unmerge is bit exact": "it does not change a weight"}
 _PROMPT = {
     **_NO_WEIGHT,
     "identity at the start": "the vectors act from the start",
