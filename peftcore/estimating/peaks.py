@@ -1,10 +1,11 @@
-"""Peak memory of a process on this machine: a range, from the tensors of a step and the allocator's allowance.
+"""Peak memory of a process on this machine: a range, from the tensors of a step and the holes of the allocator's heap.
 
-    low    tensors at their peak, and some of the holes
-    high   large tensors at their peak, small tensors at theirs, and most of the holes
+    low    tensors + a fifth of the holes that passing tensors leave
+    high   large tensors + small tensors, each at its own peak, + holes of passing tensors, gradients, the largest one
 
-Large tensors are returned to the system when they are freed. Small ones come from a heap that does not shrink, so that
-its peak adds to that of the large ones whenever the two fall. `overhead` measures the holes of the heap.
+A C library returns a large tensor to the system when it is freed. Small ones come from a heap that does not shrink, so
+its peak adds to that of the large ones even where the two fall at different times. A hole is used again only by what
+fits into it; `calibration` measures on this machine how much that leaves unused.
 """
 
 from __future__ import annotations
@@ -14,45 +15,60 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from peftcore.estimating.following import Operation, Storage
+from peftcore.estimating.processes import GRADIENTS
 from peftcore.estimating.ranges import Range
 
 LARGE = 32 << 20  # bytes of a tensor that the C library returns to the system when it is freed
-# Shares of the calibrated holes, and bytes, that hold 95 % of the 107 configurations in docs/will-it-fit.md.
-_HOLES, _UNKNOWN = (0.15, 0.7), (10e6, 30e6)
+# Weights of the holes, and bytes, that hold 130 of 135 configurations (docs/will-it-fit.md says which were unseen).
+_LEAST_HOLES, _PASSING, _OF_GRADIENTS, _OF_LARGEST = 0.2, 0.85, 1.4, 4.0
+_BELOW, _ABOVE = 10e6, 30e6
 
 
 class Peaks(NamedTuple):
-    """Peaks of a step in bytes: of all tensors, of large ones, of small ones, of small ones made within the step."""
+    """Peaks of a step in bytes.
+
+    Args:
+        tensors: All tensors at once.
+        large, small: Tensors of at least and of less than `LARGE` bytes, each at their own peak.
+        passing: Part of `small` that is created within the step.
+        gradients: Gradients in small tensors.
+        largest: Largest small tensor that is created within the step.
+    """
 
     tensors: int
     large: int
     small: int
     passing: int
+    gradients: int
+    largest: int
 
 
 def peaks(storages: Sequence[Storage], operations: Sequence[Operation]) -> Peaks:
     """Return the peaks of a step's tensors and of the memory inside its operators."""
     count = len(operations)
     small, large = [0] * (count + 2), [0] * (count + 2)
-    throughout = 0
+    throughout = gradients = largest = 0
     for storage in storages:
         changes = large if storage.bytes >= LARGE else small
         changes[storage.born] += storage.bytes
+        stays = storage.born == 0 and storage.died is None
         if storage.died is not None:
             changes[storage.died] -= storage.bytes
-        elif storage.born == 0 and changes is small:
-            throughout += storage.bytes
+        if changes is small:
+            throughout += storage.bytes * stays
+            gradients += storage.bytes * (storage.kind == GRADIENTS)
+            largest = max(largest, storage.bytes * (not stays))
     for number, operation in enumerate(operations):
         changes = large if operation.cost.scratch >= LARGE else small
         changes[number] += operation.cost.scratch
         changes[number + 1] -= operation.cost.scratch
     smalls, larges = [*accumulate(small)], [*accumulate(large)]
     both = max(one + other for one, other in zip(smalls, larges, strict=True))
-    return Peaks(both, max(larges), max(smalls), max(smalls) - throughout)
+    return Peaks(both, max(larges), max(smalls), max(smalls) - throughout, gradients, largest)
 
 
 def held(found: Peaks, allowance: float) -> Range:
-    """Return how many bytes a process holds at the peak of a step."""
-    holes = allowance * found.passing
-    least = found.tensors + _HOLES[0] * holes - _UNKNOWN[0]
-    return Range(max(0.0, least), found.large + found.small + _HOLES[1] * holes + _UNKNOWN[1])
+    """Return how many bytes a process holds at the peak of a step, by the measured `allowance` for holes."""
+    low = found.tensors + allowance * _LEAST_HOLES * found.passing - _BELOW
+    holes = _PASSING * found.passing + _OF_GRADIENTS * found.gradients + _OF_LARGEST * found.largest
+    return Range(max(0.0, low), found.large + found.small + allowance * holes + _ABOVE)

@@ -1,4 +1,4 @@
-"""Facts of a model: read off it, or seen in one forward with small inputs that it takes."""
+"""Facts about a model, read from it or observed in a forward pass with small example inputs."""
 
 from peftcore.observation.batches import gradients_of, inputs_of, run
 from peftcore.observation.bypass import asked_for_dtype, bypassed, rewritten

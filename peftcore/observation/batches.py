@@ -1,6 +1,6 @@
-"""What is seen of a model on data: the inputs of its layers, and the gradients of its weights, one after the other.
+"""Observation of a model on data: inputs of its layers and gradients of its weights.
 
-A batch is what the model is called with: a mapping of keyword arguments, a tuple of others, or a tensor, the only one.
+A batch is the arguments of a call: a mapping of keyword arguments, a tuple of positional ones, or a single tensor.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from peftcore.errors import PeftcoreError
 
 
 def run(model: nn.Module, batch: Any) -> Any:
-    """What `model` answers to `batch`, whose tensors are brought to the model's device.
+    """Return the output of `model` for `batch`, whose tensors are moved to the model's device.
 
     Raises:
-        PeftcoreError: it is no batch.
+        PeftcoreError: `batch` is not a batch.
     """
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
     moved = partial(_moved, device=device)
@@ -40,14 +40,14 @@ def run(model: nn.Module, batch: Any) -> Any:
 def inputs_of(
     model: nn.Module, paths: Iterable[str], batches: Iterable[Any], visit: Callable[[str, Tensor, Any], bool | None]
 ) -> None:
-    """Run `model` on `batches`, and show what the modules at `paths` are called with as it comes.
+    """Run `model` on `batches`, and pass the inputs of the modules at `paths` to `visit`.
 
     Args:
-        visit: (path, first tensor that the module is called with, batch) -> True, where the module needs no more. When
-            none does, the other batches are left.
+        visit: (path, first tensor argument, batch) -> True if the module needs no more inputs. Once all modules are
+            done, the remaining batches are skipped.
 
     Raises:
-        PeftcoreError: a path is no module, there is no batch, or a module was not called with a tensor.
+        PeftcoreError: a path is not a module, there is no batch, or a module was not called with a tensor.
     """
     now: list[Any] = []
     seen: set[str] = set()
@@ -85,19 +85,20 @@ def gradients_of(
     loss: Callable[[Any, Any], Tensor] | None = None,
     at_once: int = 16,
 ) -> None:
-    """The mean gradient of the loss over `batches` with respect to weights of the base, in float32.
+    """Pass the mean gradient of the loss over `batches` with respect to base weights, in float32, to `visit`.
 
-    Of one batch each is shown as soon as a single backward pass has it. Of more, as many as `at_once` are summed up,
-    and the batches run again for the next ones.
+    With one batch, each gradient is passed on as soon as the backward pass has it. With more, `at_once` gradients are
+    summed at a time, and the batches run again for the next ones.
 
     Args:
-        names: of parameters.
-        visit: (name, gradient), in no order.
-        loss: (what the model answers, batch) -> a scalar; by default the answer's `loss`, for batches with labels.
-        at_once: how many gradients of the weights' sizes are held.
+        names: names of parameters.
+        visit: (name, gradient), in any order.
+        loss: (output, batch) -> a scalar; by default the output's `loss`, for batches with labels.
+        at_once: how many gradients are in memory at a time.
 
     Raises:
-        PeftcoreError: a name is no parameter with a gradient, there is no batch, no loss, or it does not depend on one.
+        PeftcoreError: a name is not a parameter with a gradient, there is no batch or no loss, or the loss does not
+            depend on a parameter.
     """
     held = [dict(batch) if isinstance(batch, Mapping) else batch for batch in _some(batches)]
     chosen = {name: _parameter(model, name) for name in names}
@@ -122,7 +123,7 @@ def gradients_of(
                 value = loss(answer, batch) if loss is not None else getattr(answer, "loss", None)
                 if not isinstance(value, Tensor):
                     raise PeftcoreError(
-                        "the model gave no loss: batches need labels, or give loss=(answer, batch) -> ..."
+                        "the model returned no loss: add labels to the batches, or pass loss=(output, batch) -> ..."
                     )
                 value.backward()
         unseen += [name for name in part if name not in sums]
@@ -133,7 +134,7 @@ def gradients_of(
 
 @contextmanager
 def _asked(model: nn.Module, chosen: dict[str, nn.Parameter], take: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Within the block the parameters `chosen`, and no others, have gradients, each of which `take` is given."""
+    """Compute gradients of the parameters `chosen` only inside the block, and pass each to `take`."""
     before = {parameter: parameter.requires_grad for parameter in model.parameters()}
     gradients = {parameter: parameter.grad for parameter in chosen.values()}
     with ExitStack() as stack:
@@ -158,7 +159,7 @@ def _some(batches: Iterable[Any]) -> Iterator[Any]:
         empty = False
         yield batch
     if empty:
-        raise PeftcoreError("there is no batch: an iterator that was read before is empty, give a list or a DataLoader")
+        raise PeftcoreError("there is no batch. If it is an iterator that was read before, pass a list or a DataLoader")
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -169,18 +170,18 @@ def _submodule(model: nn.Module, path: str) -> nn.Module:
     try:
         return model.get_submodule(path)
     except AttributeError:
-        raise PeftcoreError(f"'{path}' is no module of {type(model).__name__}") from None
+        raise PeftcoreError(f"'{path}' is not a module of {type(model).__name__}") from None
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter:
     try:
         parameter = model.get_parameter(name)
     except AttributeError:
-        raise PeftcoreError(f"'{name}' is no parameter of {type(model).__name__}") from None
+        raise PeftcoreError(f"'{name}' is not a parameter of {type(model).__name__}") from None
     if not parameter.is_floating_point():
         raise PeftcoreError(f"'{name}' is stored as {parameter.dtype}, which has no gradient. Observe a dense base")
     if ranks.is_part(parameter):
-        raise PeftcoreError(f"'{name}' is sharded. Observe its gradient before the model is")
+        raise PeftcoreError(f"'{name}' is sharded. Observe its gradient before the model is sharded")
     return parameter
 
 

@@ -1,9 +1,9 @@
-"""Layers whose weight is read while they are not called: what stands around or behind them would never run.
+"""Detection of bypassed layers, whose weight is read without calling them, so that an adapter would never run.
 
-    fused(x, self.out_proj.weight)        and not        self.out_proj(x)
+    fused(x, self.out_proj.weight)        instead of        self.out_proj(x)
 
-Such a read is seen in a forward, and in the code that a forward may run: a kernel for another device, another mode.
-Code under a condition that is ruled out (`if self.slow_but_exact:`) is not such code: see conditions.py.
+Such reads are found in a forward pass, and in code that a forward may run on another device or in another mode. Code
+under a condition that is ruled out (`if self.slow_but_exact:`) does not count: see conditions.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from peftcore.adaptation.class_swap import original_class
 from peftcore.observation.conditions import Conditions, Knowledge, Known, Source, codes_of, function_of, source
 from peftcore.observation.tracing import observe, once_a_model
 
-# What one may ask of a weight without using its values.
+# Attributes of a weight that do not use its values.
 _FACTS = {"dtype", "device", "shape", "ndim", "requires_grad", "is_meta", "is_cuda", "is_quantized", "numel", "size",
           "requires_grad_", "register_hook"}  # fmt: skip
 
@@ -32,7 +32,7 @@ Answer = TypeVar("Answer")
 
 
 def _of_reads(find: Callable[[nn.Module, list[_ReadOf]], Answer]) -> Callable[[nn.Module], Answer]:
-    """Return `find` with the reads in a model's code; remembered while modules and fields of configs stay the same."""
+    """Return `find` applied to the reads in a model's code, cached while modules and config fields stay the same."""
 
     def made(model: nn.Module) -> tuple[Answer, Known]:
         reads, asked = _reads(model)
@@ -52,9 +52,9 @@ def _of_reads(find: Callable[[nn.Module, list[_ReadOf]], Answer]) -> Callable[[n
 
 
 def bypassed(model: nn.Module) -> dict[str, str]:
-    """{path: why} of the layers with a weight that are bypassed. What is not reached is not known, and left out.
+    """Return {path: why} of bypassed layers; layers that the forward pass did not reach are left out.
 
-    Those of `nn.MultiheadAttention` are not among them: it is adapted as a whole.
+    Layers of `nn.MultiheadAttention` are not included, since it is adapted as a whole.
     """
     return {**_bypassed_in_code(model), **dict(_fused(dict(base_modules(model))))}
 
@@ -74,7 +74,7 @@ def _bypassed_in_code(model: nn.Module, reads: list[_ReadOf]) -> dict[str, str]:
     return {path: why for path, why in found.items() if path in modules and _has_matrix(modules[path])}
 
 
-# Projections that diffusers' attentions have made one of, by its name, once their `fused_projections` is True.
+# {fused projection: its parts} of diffusers' attentions with `fused_projections=True`.
 _FUSED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
@@ -84,13 +84,15 @@ _FUSED = {
 
 
 def _fused(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
-    """(path, why) of projections in whose place a fused one is called, or of one that was taken apart and stays."""
+    """Yield (path, why) of projections replaced by a fused one, or of a fused one that was split again."""
     for path, module in modules.items():
         if "fused_projections" not in module.__dict__ and not hasattr(type(module), "fused_projections"):
-            continue  # a module that has none looks for it long
+            continue  # a failing attribute lookup is slow
         if getattr(module, "fused_projections", False) is not True:
             continue
-        processor = type(getattr(module, "processor", None)).__name__  # which alone changes where there is no method
+        processor = type(
+            getattr(module, "processor", None)
+        ).__name__  # only the processor changes if the class has no method for it
         is_used = hasattr(module, "unfuse_projections") or processor.startswith("Fused")
         for whole, parts in _FUSED.items():
             if _join(path, whole) in modules and is_used:
@@ -101,7 +103,7 @@ def _fused(modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
 
 @_of_reads
 def rewritten(model: nn.Module, reads: list[_ReadOf]) -> dict[str, str]:
-    """{path: why} of the layers whose weight the model itself changes in place: RWKV's, halved for evaluation."""
+    """Return {path: why} of layers whose weight the model changes in place, as RWKV does for evaluation."""
     modules = dict(base_modules(model))
     found: dict[str, str] = {}
     for path, cls, read in reads:
@@ -113,7 +115,7 @@ def rewritten(model: nn.Module, reads: list[_ReadOf]) -> dict[str, str]:
 
 @_of_reads
 def asked_for_dtype(model: nn.Module, reads: list[_ReadOf]) -> list[str]:
-    """The layers whose weight's dtype code of the model asks for, to bring an input to it (ColPali)."""
+    """Return the layers whose weight dtype is read by code of the model to cast an input (ColPali)."""
     return [_join(path, read.path) for path, _, read in reads if read.of_self and read.then[:1] == ("dtype",)]
 
 
@@ -128,7 +130,7 @@ def _has_matrix(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Read:
-    """`self.path.weight.then`, or `of another name.path.weight.then`, in the code of a class."""
+    """A read `self.path.weight.then`, or `other.path.weight.then`, in the code of a class."""
 
     path: str
     then: tuple[str, ...]
@@ -141,7 +143,7 @@ class _Read:
 
     @property
     def is_change(self) -> bool:
-        """Is it `weight.mul_(...)`, or `weight.data.mul_(...)`?"""
+        """Return whether it is `weight.mul_(...)` or `weight.data.mul_(...)`."""
         last = self.then[-1] if self.then else ""
         return last.endswith("_") and last.strip("_") != "" and last not in _FACTS and not self.is_fact
 
@@ -150,7 +152,7 @@ _ReadOf = tuple[str, type[nn.Module], _Read]  # path, class, what its code takes
 
 
 def _reads(model: nn.Module) -> tuple[list[_ReadOf], Known]:
-    """Return what the code of all modules takes of weights, and the fields of configs that decided it.
+    """Return the reads of weights in the code of all modules, and the config fields that decided them.
 
     Code that counts is in the forwards, and in the methods whose names that code uses, on whichever module.
     """
@@ -171,9 +173,9 @@ def _reads(model: nn.Module) -> tuple[list[_ReadOf], Known]:
 def _read_under(
     known: Knowledge, alike: Mapping[Any, Sequence[tuple[str, nn.Module]]]
 ) -> tuple[dict[str, dict[_Read, None]], bool]:
-    """Return {path: what its code takes of weights} where `known` does not rule it out, and add its calls to that.
+    """Return {path: reads of weights} that `known` does not rule out, and whether some depend on arguments.
 
-    And whether some of it depends on arguments.
+    Calls in the code are added to `known`.
     """
     found: dict[str, dict[_Read, None]] = defaultdict(dict)
     seen, queue, depends = {"forward"}, ["forward"], False
@@ -196,7 +198,7 @@ def _read_under(
 
 @dataclass(frozen=True)
 class _Part:
-    """What code of a method does under conditions that all must hold: names it uses, reads of weights.
+    """Code of a method under a set of conditions: the names it uses and its reads of weights.
 
     Args:
         depends: the reads depend on arguments.
@@ -231,7 +233,7 @@ def _parts(cls: Any, name: str) -> tuple[_Part, ...]:
                 names[read.under(line)].add(step.argval)
         for weight, line in _weights(code):
             reads[read.under(line)].append(weight)
-    may_depend = name == "forward"  # what other methods are given is not followed
+    may_depend = name == "forward"  # arguments of other methods are not followed
     return tuple(
         _Part(
             read,

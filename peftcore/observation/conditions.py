@@ -1,4 +1,4 @@
-"""Conditions in the code of a method, and what is known of them: settings of the module, arguments that nobody passes.
+"""Conditions in the code of a method, and what is known about them from settings and from arguments never passed.
 
 if self.pieces > 1:                     a plain attribute, set once, in `__init__`
 if self.config.pretraining_tp > 1:      a field of the config
@@ -84,7 +84,7 @@ class Source:
             yield call, call.func.id if isinstance(call.func, ast.Name) and is_outside else None
 
     def _through(self, name: str) -> Iterator[Pass]:
-        """Yield what the function `name` passes on to modules: values of its own, which are not known."""
+        """Yield what the function `name` passes on to modules; the values are unknown."""
         called = self._function.__globals__.get(name)
         if "checkpoint" in getattr(called, "__name__", ""):
             yield Pass(ANY, False, ANY)
@@ -156,7 +156,7 @@ def _conditions(body: list[ast.stmt]) -> list[tuple[int, Conditions]]:
 
 
 def _passes(call: ast.Call) -> Iterator[Pass]:
-    """Yield what a call passes, by the attribute that is called."""
+    """Yield the arguments of a call, by the attribute that is called."""
     callee, of_self = ANY, False
     if isinstance(call.func, ast.Attribute) and call.func.attr not in ("forward", "__call__"):
         callee = call.func.attr
@@ -190,7 +190,7 @@ def _stores(definition: ast.FunctionDef) -> Iterator[tuple[int, str, int]]:
 
 
 class Knowledge:
-    """What is known of the conditions in a model's code.
+    """Knowledge about the conditions in a model's code.
 
     By default only plain settings are known. With `follows_arguments`, every parameter is assumed to keep its default
     until `called` or `stored` shows another value. Pass all code that is not ruled out to both, and repeat while
@@ -224,7 +224,7 @@ class Knowledge:
         cls: Any = original_class(module)
         held = inspect.getattr_static(cls, passed.callee, None) if passed.of_self else None
         if inspect.isfunction(held):
-            return  # a method, whose own calls are seen
+            return  # a method, whose own calls are visible
         callee = ANY if held is not None else passed.callee
         if passed.keyword is None:
             if passed.positional > self._positional[callee]:
@@ -252,7 +252,7 @@ class Knowledge:
         return True
 
     def _is_called_by_torch(self, path: str) -> bool:
-        """Return whether the module lies in one of PyTorch's that calls what it holds, such as `nn.Sequential`."""
+        """Return whether the module is inside a PyTorch container that calls its children, such as `nn.Sequential`."""
         parent = path.rpartition(".")[0]
         while isinstance(self._modules.get(parent), nn.ModuleList | nn.ModuleDict):
             parent = parent.rpartition(".")[0]
@@ -260,7 +260,7 @@ class Knowledge:
         return bool(cls.__module__.startswith("torch."))
 
     def _value(self, test: ast.expr, within: Source, path: str, module: nn.Module) -> Any:
-        """Return what `test` is, or `UNKNOWN`."""
+        """Return the value of `test`, or `UNKNOWN`."""
 
         def value_of(each: ast.expr) -> Any:
             return self._value(each, within, path, module)
@@ -290,7 +290,7 @@ class Knowledge:
         return UNKNOWN
 
     def _setting(self, attribute: ast.Attribute, module: nn.Module) -> Any:
-        """Return the value of `self.name` or `self.config.name`, or `UNKNOWN` where a forward may find another."""
+        """Return the value of `self.name` or `self.config.name`, or `UNKNOWN` if a forward may see another one."""
         name, owner = attribute.attr, attribute.value
         cls: Any = original_class(module)
         if name.startswith(("_", "output_")) or name in _CHANGING or _assigns(cls, name):
@@ -336,7 +336,7 @@ def _assigns(cls: type, name: str) -> bool:
 
 @cache
 def function_of(cls: type, name: str) -> Any:
-    """Return the method of a class that is not PyTorch's, without its decorators, or None."""
+    """Return a method of a class outside PyTorch without its decorators, or None."""
     owner = next((c for c in cls.__mro__ if name in c.__dict__), None)
     if owner is None or owner.__module__.split(".")[0] == "torch" or name == "__init__":
         return None

@@ -1,7 +1,7 @@
-"""The architecture of a model: what it is for, and where its backbone, embedding and heads are.
+"""Detection of a model's architecture: its task, and where its backbone, embedding and heads are.
 
-Read off the model itself (transformers' models all say these things); a plugin's
-`peftcore_architecture` hook answers first.
+It is read from the model itself, as transformers' models provide it; a plugin's `peftcore_architecture` hook takes
+precedence.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from peftcore.observation.language_config import text_config
 from peftcore.observation.sublayers import Observed
 from peftcore.registry import registry
 
-# The argument by which a model takes its attention cache: transformers names it by release.
+# Names of the argument for the attention cache, which differ between releases of transformers.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 # PEFT's task types, by the ending of a class's name.
@@ -32,7 +32,7 @@ _TASKS = {
 
 
 def detect(model: nn.Module) -> Architecture:
-    """The architecture of `model`, from a plugin's hook or the model's own words."""
+    """Return the architecture of `model`, from a plugin's hook or from the model itself."""
     for plugin, answer in registry.answers("peftcore_architecture", contain=True, model=model):
         if not isinstance(answer, Architecture):
             raise PluginError(
@@ -79,7 +79,7 @@ def _read(model: nn.Module) -> Architecture:
 
 
 def _size(config: Any, name: str) -> int | None:
-    """A size of the whole model; None where the config has none, or one for each layer or stage."""
+    """Return a size of the whole model; None if the config has none, or one for each layer or stage."""
     try:
         value = getattr(config, name, None)
     except RuntimeError:  # transformers refuses to give one value for layers that differ
@@ -88,13 +88,13 @@ def _size(config: Any, name: str) -> int | None:
 
 
 def _token_embedding(model: nn.Module) -> nn.Module | None:
-    """What `get_input_embeddings` names, unless it embeds patches or waves."""
+    """Return the result of `get_input_embeddings`, unless it embeds patches or waves."""
     module = _call(model, "get_input_embeddings")
     return module if isinstance(getattr(module, "embedding_dim", None), int) else None
 
 
 def _falcon_heads(config: Any) -> int | None:
-    """Falcon caches one head where all queries share it, and else as many as there are queries."""
+    """Return the number of heads that Falcon caches: one if all queries share it, else one for each query."""
     one = getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", True)
     return 1 if one else None
 

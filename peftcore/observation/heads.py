@@ -1,10 +1,10 @@
-"""Heads: the modules of a model that pre-training did not train, read off the model itself.
+"""Detection of heads: modules that pre-training did not train.
 
-    loaded by from_pretrained   what the checkpoint did not have, which transformers marks, wherever it stands
-    of a class for a task       and all that stands beside the backbone, whether the checkpoint has it or not
+    loaded by from_pretrained   parameters that the checkpoint did not have, which transformers marks
+    class for a task            and everything outside the backbone, whether the checkpoint has it or not
 
-A task's class is one that transformers lists for classification, detection, segmentation and the like, which it gives
-labels or a vocabulary of the user's. Heads of language models are not new, nor is what is tied to the embedding.
+A class for a task is one that transformers lists for classification, detection, segmentation and similar tasks, with
+the user's labels or vocabulary. Heads of language models do not count, nor does what is tied to the embedding.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ def task_heads(model: nn.Module, backbone: str, output_head: str | None) -> tupl
 
 
 def mark_as_loaded(parameter: Tensor, like: Tensor | None) -> None:
-    """Let `parameter`, which stands for `like`, be one that a checkpoint gave if `like` is."""
+    """Mark `parameter`, a copy of `like`, as loaded from a checkpoint if `like` was."""
     if getattr(like, _LOADED, False):
         setattr(parameter, _LOADED, True)
 
 
 def _beside_backbone(model: nn.Module, backbone: str) -> list[str]:
-    """The children of the model that have parameters and are no backbone, nor hold one."""
+    """Return the children of the model that have parameters and neither are nor contain the backbone."""
     paths = {id(module): path for path, module in base_modules(model)}
     children = [(name, child) for name, child in model.named_children() if id(child) in paths and name not in _OURS]
     if backbone:
         backbones = {backbone.split(".")[0]}
-    else:  # the class names a prefix that it has not, as CLIP's classifier does, whose vision model is one of its own
+    else:  # the class has a prefix without such a child, like CLIP's classifier with its own vision model
         backbones = {name for name, child in children if hasattr(child, "base_model_prefix")}
     if not backbones:
         return []
-    return [  # a module that the backbone holds, too, bears its name there
+    return [  # a module that is also in the backbone has its name there
         paths[id(child)]
         for name, child in children
         if name not in backbones and any(True for _ in base_parameters(child))
@@ -74,7 +74,7 @@ def _beside_backbone(model: nn.Module, backbone: str) -> list[str]:
 
 
 def _missing(model: nn.Module, beside: list[str], output_head: str | None) -> Iterator[str]:
-    """Paths of modules whose parameters the checkpoint did not have.
+    """Yield paths of modules whose parameters the checkpoint did not have.
 
     Not the output head, which may be one that was made longer. In the backbone they must be few: layers that were
     replaced after loading bear no mark, too.
@@ -98,7 +98,7 @@ def _is_inside(path: str, others: list[str]) -> bool:
 
 @cache
 def _kinds() -> dict[str, set[str]]:
-    """{class: what transformers' auto classes offer it for}, such as `IMAGE_CLASSIFICATION`."""
+    """Return {class: tasks of transformers' auto classes}, such as `IMAGE_CLASSIFICATION`."""
     from transformers.models.auto import modeling_auto
 
     found: dict[str, set[str]] = {}

@@ -44,13 +44,13 @@ def example_inputs(
     length: int = LENGTH,
     decoder_length: int | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments for one small forward of `model`.
+    """Return keyword arguments for a small forward pass of `model`.
 
-    A model that takes text as well as images or sound gets text alone, if its config names a token that stands for
-    the others (`image_token_id`), since it then runs without them; and all it takes if not (CLIP).
+    A model that takes text as well as images or sound gets only text if its config has a placeholder token for the
+    others (`image_token_id`), since it then runs without them; otherwise it gets everything (CLIP).
 
     Args:
-        device: of the tensors; by default the model's.
+        device: device of the tensors; by default the model's.
         batch: number of samples.
         length: number of tokens of each sample.
         decoder_length: number of tokens of each sample for the decoder of an encoder-decoder; by default `length`.
@@ -66,7 +66,7 @@ def example_inputs(
 
 
 def argument(*names: str) -> Callable[[Callable[[Facts], Any]], Callable[[Facts], Any]]:
-    """Register a builder of the arguments `names`; it returns None where it cannot tell."""
+    """Register a builder of the arguments `names`; it returns None if it does not know a value."""
 
     def register(build: Callable[[Facts], Any]) -> Callable[[Facts], Any]:
         BUILDERS.update(dict.fromkeys(names, build))
@@ -92,7 +92,7 @@ class Facts:
 
     @property
     def configs(self) -> Iterator[Any]:
-        """The model's config, that of its text part, then all inside them."""
+        """Yield the model's config, that of its text part, then all nested ones."""
         config = getattr(self.model, "config", None)
         if config is None:
             return
@@ -106,7 +106,7 @@ class Facts:
                 queue += [value for name, value in vars(config).items() if hasattr(value, "to_dict")]
 
     def find(self, *names: str, default: Any = None, inside: str | None = None) -> Any:
-        """The first of the fields `names` that a config has, those of the sub-config `inside` before others."""
+        """Return the first of the fields `names` that a config has, first in the sub-config `inside`."""
         configs = list(self.configs)
         if inside is not None:
             configs.sort(key=lambda config: inside not in type(config).__name__.lower())
@@ -117,7 +117,7 @@ class Facts:
         return default
 
     def has(self, name: str) -> bool:
-        """Does the forward take this argument?"""
+        """Return whether the forward takes this argument."""
         return name in self.parameters
 
     def tokens(self, *shape: int, vocabulary: int | None = None) -> Tensor:
@@ -144,7 +144,7 @@ class Facts:
         return values.view(shape).to(dtype)
 
     def whole(self, value: int, *shape: int) -> Tensor:
-        """The same integer everywhere."""
+        """Return a tensor filled with an integer."""
         return torch.full(shape, value, dtype=torch.long, device=self.device)
 
 
@@ -157,7 +157,7 @@ def _whole(value: Any) -> bool:
 
 
 def _wanted(facts: Facts) -> list[str]:
-    """The arguments to fill: those without a default, the main one, and what these need beside them."""
+    """Return the arguments to fill: those without a default, the main one, and further ones that these need."""
     kinds = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     required = [
         name for name, p in facts.parameters.items() if p.default is inspect.Parameter.empty and p.kind not in kinds
@@ -180,7 +180,7 @@ def _wanted(facts: Facts) -> list[str]:
 
 
 def _has_placeholders(facts: Facts) -> bool:
-    """Has the text of this model tokens in whose place images or sound are put?"""
+    """Return whether the model's text has placeholder tokens for images or sound."""
     return facts.has("input_ids") and any(
         facts.find(*(f"{kind}_token{end}" for end in ("_id", "_index"))) is not None
         for kind in ("image", "audio", "video")
@@ -219,7 +219,7 @@ def _embeddings(facts: Facts) -> Tensor:
     return facts.floats(facts.batch, facts.length, facts.find("hidden_size", "d_model", "n_embd", "dim", default=32))
 
 
-# Models of one's own, whose only argument goes to their first layer
+# Other models, whose only argument goes to their first layer
 
 
 @argument("input", "x", "src")

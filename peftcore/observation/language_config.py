@@ -6,7 +6,7 @@ from typing import Any
 
 
 def text_config(config: Any) -> Any:
-    """The part of a transformers config that describes the language model, or `config` where it names no part.
+    """Return the part of a transformers config that describes the language model, or `config` if it has no parts.
 
     Of two, such as MusicGen's encoder of text and decoder of sound, the one that generates.
     """
@@ -14,5 +14,5 @@ def text_config(config: Any) -> Any:
         return config
     try:
         return config.get_text_config()
-    except ValueError:  # transformers does not say which of several
+    except ValueError:  # ambiguous: there are several
         return config.get_text_config(decoder=True)

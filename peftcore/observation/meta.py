@@ -1,8 +1,8 @@
-"""A forward that takes no memory: floats without values, integers with theirs.
+"""Forward passes without memory: floats are meta tensors, integers are real.
 
-Shapes, indices and masks decide which way a forward goes, and they are integers: these stay real tensors on the CPU.
-Weights and activations are meta tensors. An integer made of them is 0, the experts that a router chose are the first
-ones, a truth is False, a number read off them 0.0: any valid value shows where it goes. Nothing random is drawn.
+Shapes, indices and masks decide the control flow, and they are integers: these stay real tensors on the CPU. Weights
+and activations are meta tensors. An integer computed from them is 0, the experts that a router chooses are the first
+ones, a boolean is False and a number 0.0: any valid value shows where it goes. No random numbers are drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from peftcore.adaptation.class_swap import original_class
 from peftcore.adaptation.rows import ROWS
 
 _STATE = "_peftcore_state"  # of the engine: what is applied to a model
-_SMALL = 1 << 16  # an integer tensor with more values than this is no index: it is packed weights
+_SMALL = 1 << 16  # an integer tensor with more values is packed weights, not an index
 _COMPOSABLE = "__composable_api_state_key"  # of PyTorch: what fully_shard keeps at a module, process groups with it
 _LARGEST = 1 - 2**-24  # what every random number is: layers that are dropped at random stay
 aten = torch.ops.aten
@@ -111,7 +111,7 @@ _MOST_KNOWN = 1 << 15
 
 
 def _shaped(operator: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """The operator's output on meta, where one with arguments of the same kind was there before without running it."""
+    """Return the operator's output on meta, cached for arguments of the same kind."""
     key = None
     if not operator.is_view and not operator._schema.is_mutable:
         key = operator, _kind_of(args), _kind_of(tuple(kwargs.items())), torch.get_default_dtype()
@@ -142,7 +142,7 @@ def _made(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> Ten
 
 
 def _kind_of(value: Any) -> Any:
-    """What of an argument decides the form of an output: of a tensor its own form, of others type and value."""
+    """Return what determines the form of an output: a tensor's own form, the type and value of anything else."""
     if isinstance(value, Tensor):
         return value.shape, value.stride(), value.dtype
     if isinstance(value, (list, tuple)):
@@ -151,12 +151,12 @@ def _kind_of(value: Any) -> Any:
 
 
 def _in_backward() -> bool:
-    """Is a gradient being computed, and not a forward once more? Gradients are on meta, those of zeros as well."""
+    """Return whether a gradient is being computed rather than a forward; gradients are on meta, also of zeros."""
     return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()
 
 
 def _tensors(*values: Any) -> list[Tensor]:
-    """Those among arguments, also in lists."""
+    """Return the tensors among arguments, also in lists."""
     found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -167,7 +167,7 @@ def _tensors(*values: Any) -> list[Tensor]:
 
 
 def _grouped_mm(x: Tensor, weight: Tensor, offs: Any = None, *_: Any, **__: Any) -> Tensor:
-    """`aten::_grouped_mm`, whose own meta kernel takes bfloat16 only."""
+    """Compute `aten::_grouped_mm`, whose own meta kernel takes bfloat16 only."""
     if x.dim() == 2 and weight.dim() == 2:
         return x.new_empty(offs.shape[0], x.shape[0], weight.shape[1])
     return x.new_empty(*(x.shape[:-1] if x.dim() == 2 else x.shape[:2]), weight.shape[-1])
@@ -185,7 +185,7 @@ def _on_meta(tensor: Tensor) -> Tensor:
 
 
 def _without_values(operator: Any, args: Any, kwargs: dict[str, Any], value: float = _LARGEST) -> Any:
-    """The output as a real tensor of the right shape, filled with `value`, or 0 where it is of integers."""
+    """Return the output as a real tensor of the right shape, filled with `value`, or 0 for integers."""
     written = _written(operator, args)
     if written is not None:
         return written
@@ -201,7 +201,7 @@ def _without_values(operator: Any, args: Any, kwargs: dict[str, Any], value: flo
 
 
 def _written(operator: Any, args: Any) -> Tensor | None:
-    """The argument that an in-place operator writes to."""
+    """Return the argument that an in-place operator writes to."""
     if operator._schema.is_mutable and args and isinstance(args[0], Tensor):
         first = operator._schema.arguments[0]
         if first.alias_info is not None and first.alias_info.is_write:
@@ -220,7 +220,7 @@ def _indices(indices: list[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-# Operators whose output is real, as are other tensors that a forward makes from nothing: its value by their arguments.
+# Operators with a real output, as for other tensors made from nothing: its value by their arguments.
 _FILLED: dict[Any, Callable[[Any], float]] = {
     aten.new_zeros.default: lambda args: 0,
     aten.zeros_like.default: lambda args: 0,
@@ -264,12 +264,12 @@ def _copied(tensor: Tensor) -> Tensor:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of `model` without memory: same modules and configs, meta tensors, no adapters, no hooks.
+    """Return a copy of `model` on the meta device, with the same modules and configs, without adapters and hooks.
 
-    Linear layers whose weight is packed become plain ones. What happens to the copy leaves the model alone.
+    Linear layers with a packed weight become plain ones. Changes of the copy do not affect the model.
     """
     memo: dict[int, Any] = {}
-    for _, module in base_modules(model):  # a parameter has a way of its own to copy itself
+    for _, module in base_modules(model):  # parameters define their own copying
         for name in (CHILD, TRAINED):
             adapters = module._modules.get(name)
             if adapters is not None:

@@ -29,7 +29,7 @@ _SCALES = {"mul", "div", "_to_copy", "clone", "view"}
 
 @dataclass(frozen=True)
 class Branch:
-    """`call` gave h, made from `stream`, to which, or a multiple of it, it was added inside `adder`: `out`."""
+    """A residual branch: `call` computes h from `stream`, and `adder` adds h to it, or to a multiple, giving `out`."""
 
     call: Call
     h: int
@@ -39,11 +39,11 @@ class Branch:
 
 
 class Residuals:
-    """Reads a trace. `branches` are all that were found, `streams` the values to which something was added."""
+    """Residual `branches` found in a trace, and `streams`, the values to which something was added."""
 
     def __init__(self, trace: Trace) -> None:
         self.trace, self.values = trace, trace.values
-        self.returned: dict[int, list[Call]] = defaultdict(list)  # a value's calls that gave it, from the innermost
+        self.returned: dict[int, list[Call]] = defaultdict(list)  # {value: calls that returned it, innermost first}
         for call in trace.calls:
             if call.output is not None and call.output not in call.arguments.values():
                 self.returned[call.output].insert(0, call)
@@ -63,14 +63,16 @@ class Residuals:
             if call.output is not None
         ]
         adders = {around for branch in found for around in self._around(branch.adder)}
-        self.branches = [branch for branch in found if branch.call not in adders]  # no blocks that have some inside
+        self.branches = [
+            branch for branch in found if branch.call not in adders
+        ]  # without blocks that contain branches
 
     def views(self, value: int) -> list[int]:
-        """Return `value` and it with other leading dimensions, such as OPT's rows in batches again."""
+        """Return `value` and its views with other leading dimensions, such as OPT's rows back in batches."""
         return [value, *(view for each in self._views.get(value, ()) for view in self.views(each))]
 
     def region(self, value: int, since: int) -> set[int]:
-        """The values from which `value` was made, none older than `since`."""
+        """Return the values from which `value` was computed, none older than `since`."""
         seen, queue = {value}, [value]
         while queue:
             for number in self.values[queue.pop()].inputs:
@@ -80,14 +82,14 @@ class Residuals:
         return seen
 
     def comes_from(self, value: int, root: int) -> bool:
-        """Was `value` made from `root`?"""
+        """Return whether `value` was computed from `root`."""
         return value > root and root in self.region(value, root)
 
     def is_norm(self, call: Call) -> bool:
         return call in self._norms and self.is_plain(call)
 
     def is_plain(self, call: Call) -> bool:
-        """Does the call treat all tokens alike and mix no features (norm, dropout, scale, activation)?"""
+        """Return whether the call mixes neither tokens nor features (norm, dropout, scale, activation)."""
         return call not in self._mixing and not any(p.dim() > 1 for p in call.module.parameters())
 
     def _calls_with(self, operators: set[str]) -> set[Call]:
@@ -99,7 +101,7 @@ class Residuals:
             yield from call.around()
 
     def _find_additions(self) -> dict[int, tuple[int, int, int]]:
-        """out -> (s, h, what s was when h was made from it)."""
+        """Return {out: (s, h, the value of s from which h was computed)}."""
         found: dict[int, tuple[int, int, int]] = {}
 
         for out, value in enumerate(self.values):
@@ -116,7 +118,7 @@ class Residuals:
         return found
 
     def _givers(self, value: int, oldest: int, around: set[Call]) -> Iterator[Call]:
-        """The outermost calls that gave `value`, seen through norms, dropout, scales, views and sums of branches."""
+        """Yield the outermost calls that returned `value`, ignoring norms, dropout, scales, views and sums."""
         seen: set[int] = set()
 
         def back(value: int) -> Iterator[Call]:
@@ -144,7 +146,7 @@ class Residuals:
         return back(value)
 
     def _before(self, value: int, additions: dict[int, tuple[int, int, int]]) -> Iterator[int]:
-        """A stream's value, and what it was before: x + attn(x) + mlp(x) has one of two additions, a · x a scale."""
+        """Yield a stream's value and its earlier ones: x + attn(x) + mlp(x) has two additions, a · x a scale."""
         while True:
             yield value
             made = self.values[value]
@@ -157,7 +159,7 @@ class Residuals:
                 return
 
     def _by_depth(self, values: list[int], oldest: int) -> list[int]:
-        """Those that more products led to first: of a gate and what it gates the second."""
+        """Sort values by the number of products that led to them, most first: a gated value before its gate."""
         if len(values) < 2:
             return values
 

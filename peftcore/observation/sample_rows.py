@@ -1,8 +1,8 @@
-"""Where the samples of a batch lie in what each module gets and returns, seen in forwards with batches of two sizes.
+"""Detection of the batch dimension of each module's inputs and outputs, by forward passes with two batch sizes.
 
-A dimension whose size grows with the batch, and with nothing else, holds the samples. Where samples and tokens share a
-dimension, `[samples · tokens, width]`, the operators that lead there must keep the rows in their order: an expert of a
-mixture, for example, gets a choice of them.
+A dimension whose size grows with the batch, and with nothing else, contains the samples. If samples and tokens share a
+dimension, `[samples · tokens, width]`, the operators before it must keep the order of rows: an expert of a mixture, for
+example, receives a selection of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SHORT, _LONG = (7, 5), (11, 13)  # tokens of each sample, of the encoder (or on
 _TOKENS = ("input_ids", "inputs_embeds", "hidden_states")
 _DECODER_TOKENS = ("decoder_input_ids", "decoder_inputs_embeds", "labels", *_TOKENS)
 
-# Operators that change no order along dimension 0, where that keeps its size.
+# Operators that keep the order along dimension 0 if its size stays the same.
 _BY_ROW = {
     "_softmax", "_to_copy", "add", "addmm", "alias", "baddbmm", "bmm", "cat", "clamp", "clone", "convolution", "detach",
     "div", "exp", "expand", "gelu", "lift_fresh", "linear", "masked_fill", "mean", "mm", "mul", "native_dropout",
@@ -39,9 +39,9 @@ _RESHAPING = {"view", "_unsafe_view", "_reshape_alias", "unsqueeze", "squeeze"}
 
 @once_a_model
 def rows_of(model: nn.Module) -> dict[str, Rows | str]:
-    """Return, by path of each module, where samples lie in its tensors, or in words why that is not known.
+    """Return {path: where samples are in the module's tensors, or why that is not known}.
 
-    It takes two forwards on a copy without memory, and a third where samples and tokens share a dimension.
+    It takes two forward passes on a meta copy, and a third if samples and tokens share a dimension.
     """
     few, more = trace(model, inputs=_inputs(_FEW, *_SHORT)), trace(model, inputs=_inputs(_MORE, *_SHORT))
     calls, others = _by_path(few), _by_path(more)
@@ -71,7 +71,7 @@ def rows_of(model: nn.Module) -> dict[str, Rows | str]:
 
 
 def _inputs(batch: int, length: int, decoder_length: int) -> Inputs:
-    """Return what makes example inputs of this size, padded, so that a model makes the masks that it makes of those."""
+    """Return a builder of example inputs of this size, padded, so that the model makes masks for padding."""
 
     def make(model: nn.Module) -> dict[str, Any]:
         made = example_inputs(model, device="cpu", batch=batch, length=length, decoder_length=decoder_length)
@@ -96,7 +96,7 @@ def _firsts(seen: Trace, calls: list[Call]) -> list[tuple[int, ...]]:
 
 
 def _rows(seen: Trace, seen_more: Trace, few: Call, more: Call, longer: Call) -> Rows | str:
-    """Return where samples lie in one call of a module, as three forwards show.
+    """Return where samples are in one call of a module, from three forward passes.
 
     Args:
         seen, seen_more: the forwards of `few` and `more`.
@@ -108,7 +108,7 @@ def _rows(seen: Trace, seen_more: Trace, few: Call, more: Call, longer: Call) ->
         return "it is called without a tensor"
     where = arguments[first]
     if where in (SHARED, BROADCAST):
-        return "what it is called with is the same for all samples"
+        return "its inputs are the same for all samples"
     if not isinstance(where, Samples):
         return "its input grows with the number of samples in another way than by a dimension"
     if (where.each > 1 or where.tokens) and not (where.dim == 0 and _in_order(seen, seen_more, few.arguments[first])):
@@ -117,7 +117,7 @@ def _rows(seen: Trace, seen_more: Trace, few: Call, more: Call, longer: Call) ->
 
 
 def _compared(few: Any, more: Any, longer: Any) -> Any:
-    """Return where samples lie in each of the tensors of these shapes, in the same containers."""
+    """Return where samples are in tensors of these shapes, in the same containers."""
     if isinstance(few, torch.Size):
         if not isinstance(more, torch.Size) or not isinstance(longer, torch.Size):
             return UNKNOWN
@@ -145,7 +145,7 @@ def _compared(few: Any, more: Any, longer: Any) -> Any:
 
 
 def _grown(few: tuple[int, ...], more: tuple[int, ...]) -> Samples | str:
-    """Return the dimension that is larger with more samples, and with how many entries of each."""
+    """Return the dimension that grows with the samples, and its number of entries per sample."""
     if len(few) != len(more):
         return UNKNOWN
     grown = [dim for dim in range(len(few)) if few[dim] != more[dim]]
@@ -171,7 +171,7 @@ def _in_order(few: Trace, more: Trace, number: int) -> bool:
         number = ahead.pop()
         value = few.values[number]
         if value.shape[:1] == (_FEW,) and more.values[number].shape[:1] == (_MORE,):
-            continue  # a sample for each entry: where its order comes from is the model's business
+            continue  # one entry per sample: the model decides its order
         if value.operator in _RESHAPING:  # the order of all elements stays
             inputs = value.inputs[:1]
         elif value.operator in _BY_ROW or value.operator.startswith("_scaled_dot_product"):
@@ -198,7 +198,7 @@ def _agreed(calls: list[Rows | str]) -> Rows | str:
         if isinstance(first, str) or isinstance(other, str) or other.first != first.first:
             if first == other:
                 continue
-            return "it is called in several ways: with samples, and with what they share, or samples lie elsewhere"
+            return "its calls differ: samples are in different places, or missing from some"
         if other != first:
             merged = {name: _same(where, other.arguments.get(name)) for name, where in first.arguments.items()}
             first = Rows(first.first, merged, _same(first.output, other.output))

@@ -1,7 +1,7 @@
-"""Where the sublayers of a model lie: attention, cross-attention and feed-forward, as one forward shows them.
+"""Detection of attention, cross-attention and feed-forward sublayers in one forward pass.
 
-A sublayer is a branch F beside the residual stream: s + F(s). It is found by what is added to what, and never by a
-class's name (`observation`); see `residuals` for how.
+A sublayer is a branch F of the residual stream: s + F(s). It is found by what is added to what, never by the name of a
+class; see `residuals`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from peftcore.observation.tracing import SKIPPED, Call, Trace, observe, once_a_m
 
 
 class Observed(Sequence[Sublayer]):
-    """The sublayers of a model, found when they are first asked for."""
+    """The sublayers of a model, found on first use."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
@@ -46,9 +46,9 @@ class Observed(Sequence[Sublayer]):
 
 @once_a_model
 def find(model: nn.Module) -> tuple[Sublayer, ...]:
-    """The sublayers of all numbered layers of `model`, in the order of its forward.
+    """Return the sublayers of all numbered layers of `model`, in the order of its forward.
 
-    None where its forward cannot be observed: it fails with example inputs; or where the model scales what they add.
+    The result is empty if the forward fails with example inputs, or if the model scales the residual stream.
     """
     reader = _Reader(model, observe(model))
     if reader.looks_into_skipped_layers():
@@ -56,17 +56,17 @@ def find(model: nn.Module) -> tuple[Sublayer, ...]:
     if reader.trace.error is not None and not _whole_stacks(model, reader.trace):
         return ()
     found = reader.sublayers()
-    if any(sublayer.output in bypassed(model) for sublayer in found):  # called in evaluation: is it in training?
+    if any(sublayer.output in bypassed(model) for sublayer in found):  # it may be called in evaluation only
         training = trace(model, training=True)
         past = training.read - training.called
         found = tuple(sublayer for sublayer in found if sublayer.output not in past)
     if any(f"{path}.".startswith(f"{sublayer.output}.") for path in rewritten(model) for sublayer in found):
-        return ()  # the stream has another scale in evaluation than in training, and what is added to it with it (RWKV)
+        return ()  # the stream is scaled differently in evaluation and training (RWKV)
     return found
 
 
 def _whole_stacks(model: nn.Module, trace: Trace) -> bool:
-    """Did a forward that failed leave no list of layers half-way?"""
+    """Return whether a failed forward ran every list of layers completely or not at all."""
     if any(_numbers(path) for path in trace.failed):
         return False
     lists = [(path, module) for path, module in base_modules(model) if isinstance(module, nn.ModuleList)]
@@ -74,7 +74,7 @@ def _whole_stacks(model: nn.Module, trace: Trace) -> bool:
 
 
 class _Reader:
-    """Turns branches of a trace into sublayers."""
+    """Converter of the branches of a trace into sublayers."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.trace, self.values = trace, trace.values
@@ -83,7 +83,7 @@ class _Reader:
         self.called = trace.called
 
     def looks_into_skipped_layers(self) -> bool:
-        """Is a layer's work added outside of it?"""
+        """Return whether the output of a layer is added outside of it."""
         return any(
             self.values[v].operator == SKIPPED for branch in self.residuals.branches for v in self._region(branch)
         )
@@ -93,7 +93,7 @@ class _Reader:
         for branch in self.residuals.branches:
             if _numbers(branch.call.path) and self._has_features_last(branch.call):
                 branches.setdefault(branch.call.path, branch)
-        twins = {path: [path] for path in branches}  # those of the layers that are like the one that was watched
+        twins = {path: [path] for path in branches}  # in layers like the one that was traced
         for path, like in self.trace.alike:
             for known in [known for known in twins if known.startswith(f"{like}.")]:
                 twins[known].append(path + known[len(like) :])
@@ -124,17 +124,17 @@ class _Reader:
                 kinds.append(FEED_FORWARD)
             elif not any(attends):
                 kinds.append(ATTENTION)
-            else:  # a convolution inside the feed-forward, or a module of its own beside one (Conformer)
+            else:  # a convolution inside the feed-forward, or a separate module next to one (Conformer)
                 others = sum(not a and not m for a, m in zip(attends, mixes, strict=True))
                 kinds.append(None if others else FEED_FORWARD)
         return kinds
 
     def _region(self, branch: Branch) -> list[int]:
-        """The values between the stream and h, in order, made inside the call that gave h or before it."""
+        """Return the values between the stream and h, in order, made inside the call that returned h or before it."""
         return sorted(self.residuals.region(branch.h, branch.stream) - {branch.stream})
 
     def _product(self, branch: Branch) -> tuple[int, int] | None:
-        """The factors of the first product of two activations: queries and keys."""
+        """Return the factors of the first product of two activations: queries and keys."""
         for number in self._region(branch):
             value = self.values[number]
             if value.operator in FUSED_ATTENTION:
@@ -183,12 +183,12 @@ class _Reader:
         return None, False
 
     def _is_input(self, value: int, branch: Branch) -> bool:
-        """Is it what the sublayer reads: the stream, or the stream behind a norm?"""
+        """Return whether it is the sublayer's input: the stream, or the normed stream."""
         region = self.residuals.region(value, branch.stream)
         return branch.stream in region and not any(self.values[v].operator in MATRIX for v in region - {branch.stream})
 
     def _has_features_last(self, call: Call) -> bool:
-        """Is the last dimension of the output that of the features? Not behind a convolution, which has them second."""
+        """Return whether the output has features in its last dimension, unlike that of a convolution."""
         value = call.output
         while value is not None:
             operator = self.values[value].operator
@@ -205,7 +205,7 @@ class _Reader:
         return leaf and weight is not None and weight.dim() == 2 and call in self.residuals.multiplies
 
     def _linear_behind(self, value: int, since: int) -> list[Call]:
-        """The linear layers that one meets first, going back from `value`."""
+        """Return the nearest linear layers before `value`."""
         found: dict[str, Call] = {}
         seen, queue = {value}, [value]
         while queue:
@@ -232,11 +232,11 @@ class _Reader:
         read = [call.first for call in last if call.first is not None]
         inner = {call.path for value in read for call in self._linear_behind(value, branch.stream)}
         if any(not self._all_called(path) for path in inner):
-            return ()  # experts of which this forward took a few
+            return ()  # experts, of which this forward used only some
         return tuple(path for path in self.modules if path in inner)
 
     def _all_called(self, path: str) -> bool:
-        """Were all modules called that stand in one list with this one?"""
+        """Return whether all modules in the same list were called."""
         parts = path.split(".")
         for i, part in enumerate(parts):
             if part.isdigit():
@@ -248,7 +248,7 @@ class _Reader:
 
 
 def _moved(sublayer: Sublayer, layer: str, to: str) -> Sublayer:
-    """The same sublayer in another layer."""
+    """Return the corresponding sublayer of another layer."""
 
     def moved(path: str) -> str:
         return to + path[len(layer) :] if path == layer or path.startswith(f"{layer}.") else path
@@ -259,13 +259,13 @@ def _moved(sublayer: Sublayer, layer: str, to: str) -> Sublayer:
 
 
 def _numbers(path: str) -> list[str]:
-    """The paths on the way to `path` that end in a number: `layers.3`, `layers.3.mlps.0`."""
+    """Return the prefixes of `path` that end in a number: `layers.3`, `layers.3.mlps.0`."""
     parts = path.split(".")
     return [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
 
 
 def _layers(paths: list[str]) -> dict[str, str]:
-    """The layer of each sublayer: the outermost numbered module, unless it has numbered ones with several inside."""
+    """Return the layer of each sublayer: the outermost numbered module without several numbered ones inside."""
     inside: dict[str, set[str]] = defaultdict(set)
     for path in paths:
         for number in _numbers(path):
@@ -277,7 +277,7 @@ def _layers(paths: list[str]) -> dict[str, str]:
 
 
 def _indices(layers: list[str]) -> dict[str, int]:
-    """The index of each layer in its stack: its number, or where lists stand in lists (stages) its place in order."""
+    """Return the index of each layer in its stack: its number, or its position if lists are nested (stages)."""
     counts: Counter[str] = Counter()
     indices = {}
     for layer in layers:

@@ -1,6 +1,6 @@
-"""One forward of a model, watched: which modules were called with what, and where each value came from.
+"""Trace of one forward pass: which modules were called with what, and where each value came from.
 
-Values are numbered in the order in which they came to be; an in-place operator makes a new value of the same tensor.
+Values are numbered in the order of creation; an in-place operator makes a new value of the same tensor.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from peftcore.observation.meta import MetaFloats, meta_copy
 
 Inputs = Callable[[nn.Module], dict[str, Any]]
 
-SKIPPED = "layer"  # the operator of what a layer gave that was not watched
-# Operators after which a value is no longer a weight in another form.
+SKIPPED = "layer"  # the operator of the output of a layer that was not traced
+# Operators whose output is not a weight in another form any more.
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "embedding", "native_layer_norm", "_grouped_mm"}
 
 
@@ -43,8 +43,8 @@ class Call:
     Args:
         arguments: value of each argument that is a tensor, by name.
         output: value of the output, a tensor or a tuple's first.
-        given: shapes of all tensors in the arguments, by name, in the same containers; None for what is no tensor.
-        gave: the same of the output.
+        given: shapes of all tensors in the arguments, by name, in the same containers; None for non-tensors.
+        gave: shapes of all tensors in the output.
     """
 
     path: str
@@ -56,7 +56,7 @@ class Call:
     gave: Any = None
 
     def around(self) -> Iterator[Call]:
-        """The calls inside which this one ran, from the innermost."""
+        """Yield the calls inside which this one ran, innermost first."""
         call = self.parent
         while call is not None:
             yield call
@@ -64,35 +64,36 @@ class Call:
 
     @property
     def first(self) -> int | None:
-        """The value of the first argument."""
+        """Return the value of the first argument."""
         return next(iter(self.arguments.values()), None)
 
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor at a time: the operator that made it, of which values, inside which call."""
+    """A tensor at one time: the operator that made it, from which values, inside which call."""
 
     operator: str
     inputs: tuple[int, ...]
     call: Call | None
     shape: tuple[int, ...]
     is_weight: bool  # a parameter, buffer or constant, also transposed, cast or sliced
-    turned: bool = False  # the last dimension of its input is another one here
+    turned: bool = False  # the last dimension of its input is another dimension here
     moved: bool = False  # and the first
 
 
 @dataclass
 class Trace:
-    """What one forward did.
+    """Record of one forward pass.
 
     Args:
         values, calls: in their order.
         called: paths of the modules whose forward was called.
         read: paths of the modules of which an operator took a parameter while their forward was not running.
         in_function: paths of the modules that the forward of a `torch.autograd.Function` called (RevNet's layers).
-        alike: (path, path of the one that was watched in its place) of layers that do the same; `called`, `read`
-            and `in_function` have their modules too.
-        error: what ended the forward early, else None; failed: paths of the modules in which it did.
+        alike: (path, path of the traced layer) of layers that do the same; `called`, `read` and `in_function` include
+            their modules.
+        error: the exception that ended the forward early, or None.
+        failed: paths of the modules in which it was raised.
     """
 
     values: list[Value] = field(default_factory=list)
@@ -113,7 +114,7 @@ _HELD = threading.local()  # .model: (the model that this thread leaves as it is
 
 @contextmanager
 def left_as_it_is(model: nn.Module) -> Iterator[None]:
-    """Within the block nothing of `model` changes, so that it is compared with what is remembered of it once."""
+    """Promise that `model` does not change inside the block, so that caches are validated only once."""
     before = getattr(_HELD, "model", None)
     if before is None or before[0] is not model:
         _HELD.model = model, likeness(model)
@@ -125,7 +126,7 @@ def left_as_it_is(model: nn.Module) -> Iterator[None]:
 
 
 def once_a_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
-    """Remember what a function found out about a model, while its modules stay as they are."""
+    """Cache the result of a function of a model while its modules stay the same."""
 
     @functools.wraps(find)
     def remembered(model: nn.Module) -> Any:
@@ -143,7 +144,7 @@ def once_a_model(find: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]
 
 
 def known_as(model: nn.Module, other: nn.Module) -> None:
-    """`model` has the weights and parts of `other`: what is found out about one of them is known of both."""
+    """Share cached facts between `model` and `other`, which have the same weights and parts."""
     if other not in _REMEMBERED:
         _REMEMBERED[other] = likeness(other), {}
     _REMEMBERED[model] = _REMEMBERED[other]
@@ -151,21 +152,21 @@ def known_as(model: nn.Module, other: nn.Module) -> None:
 
 @once_a_model
 def observe(model: nn.Module) -> Trace:
-    """`trace` of a forward in evaluation mode, made once."""
+    """Return the cached trace of a forward in evaluation mode."""
     return trace(model)
 
 
 def trace(
     model: nn.Module, *, training: bool = False, every_layer: bool = False, inputs: Inputs | None = None
 ) -> Trace:
-    """Watch a forward of `model` with its example inputs, on a copy without memory; the model is left alone.
+    """Trace a forward pass of `model` with example inputs on a meta copy; the model is not changed.
 
-    A forward that fails (on an input that no builder makes, say) is watched up to there.
+    A forward that fails, for example because of a missing input, is traced up to there.
 
     Args:
         training: whether the copy is in training mode.
-        every_layer: watch layers too that are like one that was watched.
-        inputs: (model) -> what it is called with, on the CPU; by default `example_inputs`.
+        every_layer: also trace layers that are like a traced one.
+        inputs: (model) -> keyword arguments on the CPU; by default `example_inputs`.
     """
     try:
         copied = meta_copy(model).train(training)
@@ -256,7 +257,7 @@ class _Watch:
             self._running[id(call.module)] -= 1
 
     def _again(self, call: Call, path: str, before: Any, output: Any, args: Any, kwargs: Any) -> Any:
-        """What the layer at `call` gives, since it is like the one at `path`, which was watched."""
+        """Return the output of the layer at `call`, which is like the traced one at `path`."""
         for seen in (self.trace.called, self.trace.read, self.trace.in_function):
             seen.update([call.path + name[len(path) :] for name in seen if name == path or name.startswith(f"{path}.")])
         self.trace.alike.append((call.path, path))
@@ -309,7 +310,7 @@ class _Watch:
         for tensor in tree_leaves(output):
             if isinstance(tensor, Tensor):
                 number = self._new(tensor, name, inputs, is_weight, turned, moved)
-        if operator._schema.is_mutable and tensors and inputs:  # what it was a view of has changed too
+        if operator._schema.is_mutable and tensors and inputs:  # the tensor that it is a view of has changed, too
             of = inputs[0]
             while values[of].operator in _VIEWS:
                 of = values[of].inputs[0]
@@ -321,7 +322,7 @@ _VIEWS = {
     "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view", "_unsafe_view",
 }  # fmt: skip
 
-# Whether an operator puts a dimension, the first (0) or the last (-1), elsewhere.
+# Whether an operator moves the first (0) or the last (-1) dimension.
 _TURNS: dict[str, Callable[..., bool]] = {
     "t": lambda which, x: x.dim() > 1,
     "transpose": lambda which, x, a, b: a % x.dim() != b % x.dim() and which % x.dim() in (a % x.dim(), b % x.dim()),
@@ -330,7 +331,7 @@ _TURNS: dict[str, Callable[..., bool]] = {
 
 
 def likeness(module: nn.Module) -> Any:
-    """Equal for modules of the same parts, sizes and settings, whatever their index is."""
+    """Return a value that is equal for modules with the same parts, sizes and settings, whatever their index is."""
 
     is_setting: Callable[[Any], bool] = _is_setting  # to mypy a class is not hashable
 
@@ -361,7 +362,7 @@ def _is_index(name: str) -> bool:
 
 
 def _in_function() -> bool:
-    """Is the forward of a `torch.autograd.Function` running?"""
+    """Return whether the forward of a `torch.autograd.Function` is running."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
@@ -372,12 +373,12 @@ def _in_function() -> bool:
 
 
 def shapes_of(value: Any) -> Any:
-    """The shape of each tensor in nested tuples, lists and dictionaries; None for anything else."""
+    """Return the shape of each tensor in nested tuples, lists and dictionaries; None for anything else."""
     return tree_map(lambda leaf: leaf.shape if isinstance(leaf, Tensor) else None, value)
 
 
 def _kind(args: Any, kwargs: Any) -> Any:
-    """Equal for calls that differ in the values of tensors only."""
+    """Return a value that is equal for calls that differ only in the values of tensors."""
     leaves, structure = tree_flatten((args, kwargs))
     return str(structure), tuple(
         (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf if isinstance(leaf, _SETTINGS) else type(leaf)

@@ -1,4 +1,4 @@
-"""The fields of an `adapter_config.json`, in Hugging Face PEFT's format: which method reads them, and what it reads."""
+"""Fields of an `adapter_config.json` in Hugging Face PEFT's format: which method reads them, and its config."""
 
 from peftcore.peft_fields.defaults import defaults, peft_version, says_something
 from peftcore.peft_fields.method_choice import method_of_fields, refuse_not_its_own, why_unknown

@@ -1,4 +1,4 @@
-"""What Hugging Face PEFT fills a config with where its user says nothing, by peft_type: `peft_defaults.json`.
+"""Defaults of Hugging Face PEFT's configs by peft_type, from `peft_defaults.json`.
 
 `python tests/peft_defaults.py` writes the file from the installed PEFT. Values that are empty anyway are left out.
 """
@@ -20,20 +20,19 @@ def _content() -> dict[str, Any]:
 
 
 def peft_version() -> str:
-    """The PEFT that the defaults are of."""
+    """Return the version of PEFT that the defaults come from."""
     return str(_content()["peft"])
 
 
 def defaults(peft_type: str) -> dict[str, Any]:
-    """{field: PEFT's default} where that is not empty; nothing for a type that PEFT does not have."""
+    """Return {field: PEFT's default} for non-empty defaults; nothing for a type that PEFT does not have."""
     return dict(_content()["defaults"].get(peft_type, {}))
 
 
 def says_something(peft_type: str, name: str, value: Any) -> bool:
-    """Is the value of a field another than PEFT's default, and more than nothing?
+    """Return whether the value of a field differs from PEFT's default and is not empty.
 
-    None, and where PEFT's default is empty any empty value, say nothing. `False` or 0 in place of a default that is
-    not is something.
+    None, and any empty value if PEFT's default is empty, do not count. `False` or 0 count if the default is not empty.
     """
     known = defaults(peft_type)
     if name in known:

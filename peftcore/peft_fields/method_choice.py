@@ -1,8 +1,8 @@
-"""Choice of the installed method that reads a file, by the file's own fields; no method is asked.
+"""Choice of the installed method that reads a file, by the file's fields alone.
 
-A file that was saved here names its method. Any other has a `peft_type`, and perhaps a field that some method of this
+A file saved by peftcore names its method. Any other has a `peft_type`, and perhaps a field that a method of this
 peft_type declares as its flag (`StateRules.flag`): the method whose flag is set reads it, or else the method without a
-flag. No plugin displaces another: where several methods are left, an error names them.
+flag. If several methods remain, an error names them.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ def method_of_fields(
     method: str | None = None,
     say: str = "peftcore.load(..., method='{}')",
 ) -> Method:
-    """The method that reads these fields.
+    """Return the method that reads these fields.
 
     Args:
-        where: they stand, for messages.
+        where: where the fields are, for messages.
         own: fields that PEFT does not know (`StateRules.own_fields`); each method sees its own.
-        written_by: the method that wrote them, if that is known; it reads them where it is installed.
-        method: the one that the user names.
-        say: how the user names one, for messages.
+        written_by: the method that wrote them, if known; it reads them if it is installed.
+        method: the method that the user names.
+        say: how the user names a method, for messages.
 
     Raises:
-        PluginError: none reads them, or several do; or the one that is named does not.
+        PluginError: no method reads them, several do, or the named one does not.
     """
     peft_type = fields["peft_type"]
     offered = of_peft_type(peft_type)
@@ -69,8 +69,8 @@ def method_of_fields(
     if len(left) > 1:
         raise PluginError(
             f"{where}, {_set_in(fields, own or {})}, may be read by any of {len(left)} installed methods: "
-            f"{_in_words(left)}. Say which: {say.format('NAME')}; or name the plugins to use without the "
-            "others: PEFTCORE_PLUGINS=NAME,NAME"
+            f"{_in_words(left)}. Choose one: {say.format('NAME')}; or restrict the plugins: "
+            "PEFTCORE_PLUGINS=NAME,NAME"
         )
     chosen = left[0][0]
     if written_by is not None:
@@ -85,24 +85,24 @@ def method_of_fields(
 
 
 def why_unknown(method: Method, name: str, value: Any) -> str:
-    """` ..`, of a field that the method's config does not have and PEFT's has: whose it is, or why it is refused."""
+    """Explain a field that PEFT's config has and the method's does not: which method has it, or why it is refused."""
     peft_type = method.state.peft_type
     if not says_something(peft_type, name, value):
         return ""
-    with contextlib.suppress(Exception), warnings.catch_warnings():  # of a plugin, which may want more fields
+    with contextlib.suppress(Exception), warnings.catch_warnings():  # a plugin may need more fields
         warnings.simplefilter("ignore")
         other = method_of_fields("", {**defaults(peft_type), "peft_type": peft_type, name: value})
         if other is not method:
-            return f". It is of the method '{other.name}': peftcore.apply(model, '{other.name}', ...)"
+            return f". It belongs to the method '{other.name}': peftcore.apply(model, '{other.name}', ...)"
         try:
             method.state.read_config({name: value})
         except PeftcoreError as error:
-            return f". A file of PEFT's with it is refused: {error}"
+            return f". Files of PEFT with this field are refused: {error}"
     return ""
 
 
 def refuse_not_its_own(method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise a PluginError if the fields that are written for a method lack its flag."""
+    """Raise a PluginError if the fields written by a method lack its flag."""
     if _is_flagged(method, fields, own) is False:
         raise PluginError(
             f"the file of '{method.name}' would not have {method.state.flag!r} set, the StateRules.flag that marks it, "
@@ -112,7 +112,7 @@ def refuse_not_its_own(method: Method, fields: Mapping[str, Any], own: Mapping[s
 
 
 def of_peft_type(peft_type: str) -> list[Offered]:
-    """The installed methods that read files of this `peft_type`, each with its plugin."""
+    """Return the installed methods that read files of this `peft_type`, each with its plugin."""
     return [
         (method, plugin)
         for plugin in registry.plugins()
@@ -131,7 +131,9 @@ def _named(where: str, offered: list[Offered], fields: Mapping[str, Any], own: M
                 )
             return method
     if method.recorded_as is not None:
-        raise PluginError(f"'{method.name}' has no files: its adapters are those of another method. Name that one")
+        raise PluginError(
+            f"'{method.name}' has no files: its adapters are recorded as those of another method. Name that method"
+        )
     raise PluginError(
         f"'{method.name}' reads peft_type {method.state.peft_type!r}, {where} has {shown(fields['peft_type'])}"
     )
@@ -148,7 +150,7 @@ def _in_words(offered: list[Offered]) -> str:
 
 
 def _set_in(fields: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """`of peft_type 'X' with r, use_rslora set`."""
+    """Return a phrase such as `of peft_type 'X' with r, use_rslora set`."""
     peft_type = str(fields["peft_type"])
     said = {**fields, **own}.items()
     found = sorted(n for n, value in said if n not in COMMON and says_something(peft_type, n, value))

@@ -1,4 +1,4 @@
-"""A method's config from fields that a file, or an object of Hugging Face PEFT's, has."""
+"""Conversion of the fields of a file, or of a config object of Hugging Face PEFT, to a method's config."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ COMMON = frozenset(
 def config_of_fields(
     where: str, method: Method, fields: Mapping[str, Any], kind: type[PeftcoreError] = CheckpointError
 ) -> Any:
-    """The method's config that the fields mean.
+    """Return the method's config for the fields.
 
     Args:
-        where: they stand, for messages.
-        kind: of the errors.
+        where: where the fields are, for messages.
+        kind: the class of errors.
 
     Raises:
-        PeftcoreError: a field is not known, or has a value that the method refuses.
+        PeftcoreError: a field is unknown, or has a value that the method refuses.
     """
     peft_type = str(fields.get("peft_type", method.state.peft_type))
     with guarded(method, where, kind):
@@ -44,7 +44,7 @@ def config_of_fields(
         except PeftcoreError as error:
             raise kind(f"{where} cannot be read: {error}") from error
     known = {f.name for f in dataclasses.fields(method.config_class)}
-    ignored = {*method.state.ignored_fields, "ensure_weight_tying"}  # a method may lack it: then the tensors tell
+    ignored = {*method.state.ignored_fields, "ensure_weight_tying"}  # a method may lack it: the tensors show it
     for name, value in read.items():
         if name not in known and name not in ignored and says_something(peft_type, name, value):
             raise _unknown(where, method, name, value, kind)
@@ -53,43 +53,43 @@ def config_of_fields(
         check_types(method.config_class, read)
         return method.config_class(**read)
     except (TypeError, PeftcoreError) as error:
-        raise kind(f"{where} is no valid config of '{method.name}': {error}") from error
+        raise kind(f"{where} is not a valid config of '{method.name}': {error}") from error
 
 
 def own_of(method: Method, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the fields beside a config that are the method's."""
+    """Return those of the fields outside a config that belong to the method."""
     return {name: value for name, value in own.items() if name in method.state.own_fields}
 
 
 def with_own(where: str, method: Method, fields: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config with those beside it (`StateRules.own_fields`), which stand `where`.
+    """Return the fields of a config combined with those outside it (`StateRules.own_fields`), found at `where`.
 
     Raises:
-        CheckpointError: one of the latter is not the method's, or stands in the config as well.
+        CheckpointError: one of the latter is not the method's, or is also in the config.
     """
     for name, value in own.items():
         if name not in method.state.own_fields:
             raise _unknown(where, method, name, value, CheckpointError)
         if name in fields and fields[name] != value:
-            raise CheckpointError(f"{where} says {name}={shown(value)}, its config {name}={shown(fields[name])}")
+            raise CheckpointError(f"{where} has {name}={shown(value)}, but its config {name}={shown(fields[name])}")
     return {**fields, **own_of(method, own)}
 
 
 def _unknown(where: str, method: Method, name: str, value: Any, kind: type[PeftcoreError]) -> PeftcoreError:
     return kind(
         f"{where} uses {name}={shown(value)}, which the installed plugin '{method.name}' does not "
-        "know. Without it the adapter would compute something else, so it is not loaded"
+        "support. Without it the adapter would compute something else, so it is not loaded"
     )
 
 
 @contextlib.contextmanager
 def guarded(method: Method, where: str, kind: type[PeftcoreError] = CheckpointError) -> Iterator[None]:
-    """Within the block a plugin works on what `where` holds: what it did not expect there is an error in that."""
+    """Turn exceptions of a plugin inside the block into errors about the content of `where`."""
     try:
         yield
     except PeftcoreError:
         raise
     except Exception as error:
         raise kind(
-            f"{where} holds something that the plugin '{method.name}' cannot use: {type(error).__name__}: {error}"
+            f"{where} contains something that the plugin '{method.name}' cannot use: {type(error).__name__}: {error}"
         ) from error

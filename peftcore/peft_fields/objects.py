@@ -1,4 +1,4 @@
-"""A config object of Hugging Face PEFT's in place of a file's fields: what the one may say, the other may say."""
+"""Config objects of Hugging Face PEFT, which are read like the fields of a file."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ _WITH_HEADS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")  # tasks whose heads PEFT
 
 
 def is_of_peft(config: Any) -> bool:
-    """Is it one of PEFT's configs? PEFT is not imported for the answer."""
+    """Return whether `config` is one of PEFT's configs, without importing PEFT."""
     return any(f"{cls.__module__}.{cls.__name__}" == "peft.config.PeftConfigMixin" for cls in type(config).__mro__)
 
 
 def config_of_peft(model: nn.Module, config: Any) -> tuple[Method, Any]:
-    """(the method that reads an object of PEFT's, its config), by the way of an `adapter_config.json`.
+    """Return (method, config) for an object of PEFT, as if read from an `adapter_config.json`.
 
-    What PEFT fills in for a kind of model, such as `target_modules`, it fills in here.
+    PEFT fills in what it fills in for a model type, such as `target_modules`.
 
     Raises:
         PluginError: no installed method reads it, or several do.
-        PeftcoreError: it says something that the method does not know.
+        PeftcoreError: it has a field or value that the method does not support.
     """
     where = f"peft.{type(config).__name__}"
     peft_type = _plain(getattr(config, "peft_type", None))
     if isinstance(peft_type, str) and not of_peft_type(peft_type):
-        method_of_fields(where, {"peft_type": peft_type})  # which says so, before PEFT looks for what it would fill in
+        method_of_fields(where, {"peft_type": peft_type})  # raises the proper error before PEFT fills in fields
     config = _completed(where, model, config)
     fields = {name: _plain(value) for name, value in config.to_dict().items()}
-    for name, value in vars(config).items():  # what PEFT writes to no file, where it has been set
+    for name, value in vars(config).items():  # fields that PEFT does not write to files, if they are set
         if name not in fields and value is not None and not _is_as_made(config, name, value):
             fields[name] = _plain(value)
     if not isinstance(fields.get("peft_type"), str):
@@ -53,14 +53,14 @@ def config_of_peft(model: nn.Module, config: Any) -> tuple[Method, Any]:
 
 
 def _completed(where: str, model: nn.Module, config: Any) -> Any:
-    """A copy in which PEFT has filled in what it takes from its tables of models."""
+    """Return a copy in which PEFT has filled in fields from its tables of models."""
     config = copy.deepcopy(config)
     if getattr(config, "modules_to_save", None):
         heads = detect(model).task_heads if _plain(config.task_type) in _WITH_HEADS else ()
         config.modules_to_save = [*config.modules_to_save, *ends_within_a_name(model, config.modules_to_save), *heads]
     tuner: Any = getattr(sys.modules["peft"], "PEFT_TYPE_TO_TUNER_MAPPING", {}).get(config.peft_type)
     prepare = None if tuner is None else getattr(tuner.__new__(tuner), "_prepare_adapter_config", None)
-    if prepare is None:  # of prompts, or another PEFT's
+    if prepare is None:  # prompts, or another version of PEFT
         if getattr(config, "target_modules", ()) is None:
             raise PeftcoreError(f"{where} names no target_modules. Name them, or 'all-linear'")
         return config
@@ -72,15 +72,15 @@ def _completed(where: str, model: nn.Module, config: Any) -> Any:
         return prepare(config, {"model_type": "custom", **known})
     except ValueError as error:
         raise PeftcoreError(
-            f"{where} does not say which modules, and PEFT has no table for {type(model).__name__} ({error})"
+            f"{where} has no target_modules, and PEFT has no defaults for {type(model).__name__} ({error})"
         ) from error
 
 
 def _name_experts(where: str, model: nn.Module, config: Any) -> None:
-    """Let `target_modules` of layers that transformers 5 made parameters `[experts, out, in]` mean these, as in PEFT.
+    """Make `target_modules` select layers that transformers 5 stacked into `[experts, out, in]`, as PEFT does.
 
-    By its own table of models: `gate_proj` and `up_proj` together are `gate_up_proj`, of twice the rank, and all that
-    is linear is they and the router. What is in no table, `all-linear` leaves out.
+    PEFT has a table of models: `gate_proj` and `up_proj` together become `gate_up_proj` with twice the rank, and
+    `all-linear` includes them and the router. For other models `all-linear` leaves experts out.
     """
     try:
         conversion: Any = importlib.import_module("peft.utils.transformers_weight_conversion")
@@ -94,7 +94,7 @@ def _name_experts(where: str, model: nn.Module, config: Any) -> None:
 
 
 def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
-    """Of an entry that means no module, which PEFT passes over beside others, and which means experts here."""
+    """Refuse an entry that PEFT ignores because it matches no module, and that would select experts here."""
     named = getattr(config, "target_modules", None)
     if not named or isinstance(named, str) or hasattr(config, "target_parameters"):
         return
@@ -105,20 +105,21 @@ def _refuse_experts(where: str, model: nn.Module, config: Any) -> None:
         means_module = any(f".{path}".endswith(f".{entry}") for path in modules)
         if not means_module and any(weight.endswith(f".{entry}") for weight in weights):
             raise PeftcoreError(
-                f"{where} names '{entry}' in target_modules, which is no layer of {type(model).__name__}: PEFT passes "
-                "over it, and here it would mean experts. Leave it out, or apply the method by name with these fields"
+                f"{where} names '{entry}' in target_modules, which is not a layer of {type(model).__name__}. PEFT "
+                "ignores it, but here it would select experts. Leave it out, or apply the method by name with these "
+                "fields"
             )
 
 
 def ends_within_a_name(model: nn.Module, modules_to_save: Iterable[str]) -> list[str]:
-    """What PEFT finds by the end of a path, and others do not: for it `norm` means `input_layernorm`, too."""
+    """Return what PEFT matches by any suffix, and peftcore does not: for PEFT `norm` matches `input_layernorm`, too."""
     named = tuple(modules_to_save)
     whole = tuple(f".{name}" for name in named)
     return [path for path, _ in base_modules(model) if path.endswith(named) and not f".{path}".endswith(whole)]
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """Return the value as JSON represents it."""
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (set, frozenset)):
@@ -131,7 +132,7 @@ def _plain(value: Any) -> Any:
 
 
 def _is_as_made(config: Any, name: str, value: Any) -> bool:
-    """Return whether an attribute that no file holds has the value that every object has from the start."""
+    """Return whether an attribute that is not saved has its initial value."""
     if (
         name in vars(type(config)) and vars(type(config))[name] is value
     ):  # a constant of the class, such as `is_prompt_learning`
@@ -140,12 +141,12 @@ def _is_as_made(config: Any, name: str, value: Any) -> bool:
         return bool(value == type(value)())
     try:
         return bool(getattr(type(config)(), name) == value)
-    except Exception:  # there is no object without arguments
+    except Exception:  # an object cannot be made without arguments
         return False
 
 
 def _as_fresh(where: str, method: Method, config: Any) -> Any:
-    """The config with the defaults of fields that no file holds: reading sets them, as for values that are there."""
+    """Return the config with the defaults of fields that are not saved, which reading a file sets otherwise."""
     on_disk = method.state.write_config(dataclasses.asdict(config))
     for field in dataclasses.fields(config):
         if field.name in on_disk or field.default is dataclasses.MISSING:

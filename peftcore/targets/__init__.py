@@ -1,4 +1,4 @@
-"""Which modules a config means: selection, patterns, and how much of the weight they reach."""
+"""Selection of the modules that a config names, pattern matching, and coverage of the weight."""
 
 from peftcore.adaptation.adapted import base_modules, base_parameters
 from peftcore.layers import is_conv1d, is_linear, sizes

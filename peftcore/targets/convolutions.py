@@ -1,4 +1,4 @@
-"""Convolutions at which PEFT computes something else than the layer does with a changed weight."""
+"""Detection of convolutions that PEFT adapts differently from a change of the weight."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def odd_convolution(path: str, module: nn.Module, *, alike: bool = False, groupe
     why = _oddity(module, alike, grouped) if isinstance(module, Convolution) else None
     return why and (
         f"'{path}' is a convolution {why}, where PEFT computes something else, or nothing, from the same adapter. "
-        f"Train without it: exclude_modules=['{path}']"
+        f"Exclude it: exclude_modules=['{path}']"
     )
 
 

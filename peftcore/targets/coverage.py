@@ -1,7 +1,7 @@
-"""What share of a model's weight a method reaches, and what is left out, and why.
+"""Share of a model's weight that a method reaches, and what is left out and why.
 
-Counted are the matrices of layers: linear ones, convolutions, experts. Embeddings and heads are not, since methods
-leave them alone unless they are named.
+The matrices of linear layers, convolutions and experts count. Embeddings and heads do not, since methods adapt them
+only if they are named.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from peftcore.layers import is_unknown_linear, shape_of, sizes
 from peftcore.observation import bypassed
 from peftcore.targets.expert_selection import is_read_by_itself
 
-LITTLE = 0.5  # of the weight; a selection of all there is that reaches less is told of
+LITTLE = 0.5  # share of the weight; a selection of everything that reaches less is warned about
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Weights reached and in all; `left_out`: {what, with the reason: weights}."""
+    """Weights reached and in total; `left_out` is {what, with the reason: weights}."""
 
     reached: int
     total: int
@@ -46,12 +46,12 @@ class Coverage:
 def coverage(
     model: nn.Module, architecture: Architecture, reached: Collection[str], *, lacking: str = "not selected"
 ) -> Coverage:
-    """How much of the weight in layers lies in the modules `reached`.
+    """Return how much of the weight in layers is in the modules `reached`.
 
     Args:
-        reached: paths; a module reaches what is inside it, and a path that ends in `.` reaches its own weight alone.
-            And full names of parameters.
-        lacking: why a linear layer is left out where nothing else is known.
+        reached: paths of modules and full names of parameters. A module includes what is inside it; a path that ends in
+            `.` means its own weight alone.
+        lacking: the default reason for a linear layer that is left out.
     """
     heads = [head for head in (architecture.output_head, *architecture.task_heads) if head]
     past, wanted = dict(bypassed(model)), set(reached)
@@ -76,12 +76,12 @@ def coverage(
 
 
 def weights_in(module: nn.Module, name: str) -> int:
-    """How many weights the parameter `name` of `module` itself stands for; it may be packed."""
+    """Return how many weights the module's own parameter `name` represents, also if it is packed."""
     return math.prod(shape_of(module, name))
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, str, int, int]]:
-    """(name, what it is, its identity, how many weights) of each of a module's own."""
+    """Yield (name, description, identity, number of weights) of each of a module's own matrices."""
     if is_unknown_linear(module):
         yield (
             "",
@@ -116,7 +116,7 @@ def _reason(what: str, lacking: str, is_bypassed: bool) -> str:
 
 
 def _ways_to(path: str) -> Iterator[str]:
-    """`path`, and the paths of all modules in which it lies."""
+    """Yield `path` and the paths of all its ancestors."""
     while path:
         yield path
         path = path.rpartition(".")[0]

@@ -1,7 +1,8 @@
-"""Which weights of experts a config means: parameters `[experts, out, in]`, which no linear layer holds.
+"""Selection of experts' weights: parameters `[experts, out, in]` that do not belong to linear layers.
 
-`all-linear` means them all, where the method knows them. An entry of `target_modules` that means no module that the
-method adapts may mean a module of experts (`experts`) or a weight of one (`gate_up_proj`, `mlp.experts.down_proj`).
+`all-linear` selects all of them if the method supports them. An entry of `target_modules` that matches no module that
+the method adapts may match a module of experts (`experts`) or a weight of one (`gate_up_proj`,
+`mlp.experts.down_proj`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ ALL_LINEAR = "all-linear"
 
 @once_a_model
 def expert_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """The names of the weights of each module of experts, by its path."""
+    """Return {path of a module of experts: names of its weights}."""
     found = {}
     for path, module in base_modules(model):
         names = stacked_weights(module) if path else ()
@@ -46,9 +47,9 @@ def expert_weights(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def is_read_by_itself(module: nn.Module, name: str) -> bool:
-    """Does a method of the module's class name its parameter `name`? One that none names is read by other modules.
+    """Return whether a method of the module's class reads its parameter `name`.
 
-    Past its forward, so that a change of what that reads would do nothing (DBRX's experts).
+    Otherwise other modules read it past the module's forward, so an adapter would have no effect (DBRX's experts).
     """
     own = takewhile(lambda cls: cls is not nn.Module, original_class(module).__mro__)
     methods = (each for cls in own for key, each in vars(cls).items() if key not in ("__init__", "reset_parameters"))
@@ -63,7 +64,7 @@ def is_read_by_itself(module: nn.Module, name: str) -> bool:
 
 
 def routers(model: nn.Module) -> set[str]:
-    """The paths of linear layers beside experts that choose among them: which experts a token gets is their output."""
+    """Return the paths of linear layers that choose among experts."""
     found: set[str] = set()
     for path, names in expert_weights(model).items():
         block = path.rpartition(".")[0]
@@ -78,12 +79,12 @@ def routers(model: nn.Module) -> set[str]:
 def name_experts(
     model: nn.Module, target_modules: str | Sequence[str], supported: Callable[[nn.Module], bool]
 ) -> tuple[str | list[str], list[str]]:
-    """(what of `target_modules` means modules that the method adapts, the full names of experts' weights it means)."""
+    """Split `target_modules` into (entries for modules that the method adapts, full names of experts' weights)."""
     modules = [path for path, module in base_modules(model) if supported(module)]
     weights = [(path, f"{path}.{name}") for path, names in expert_weights(model).items() for name in names]
 
     def meant(test: Callable[[str], bool]) -> list[str]:
-        """Weights, where no module is meant."""
+        """Return the weights that match, unless a module does."""
         return [] if any(map(test, modules)) else [name for path, name in weights if test(path) or test(name)]
 
     if isinstance(target_modules, str):
@@ -97,18 +98,16 @@ def name_experts(
 
 
 def expert_layers(model: nn.Module, path: str, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The layers of single experts, by paths as of a list of them, of the weights `names` of the module at `path`.
+    """Return the layers of single experts of the weights `names` of the module at `path`, by paths as in a list.
 
     Raises:
-        PeftcoreError: the module is not run by transformers' experts interface, in this process alone.
+        PeftcoreError: transformers' experts interface does not run the module, or runs it on several processes.
     """
     module = model.get_submodule(path)
     layout = experts_layout(module)
-    why = (
-        why_not_fused(module, original_forward(module)) if layout is not None else "its weights are laid out otherwise"
-    )
+    why = why_not_fused(module, original_forward(module)) if layout is not None else "its weights have another layout"
     if has_forward_of_instance(module) or getattr(module, "_is_expert_parallel", False):
-        why = "they are spread over processes (tensor or expert parallelism), or have a forward of their own"
+        why = "they are distributed over processes (tensor or expert parallelism), or have their own forward"
     if layout is None or why is not None:
         raise PeftcoreError(
             f"the experts at '{path}' cannot be adapted one by one: {why}. Leave them out, "
@@ -122,13 +121,13 @@ def expert_layers(model: nn.Module, path: str, names: Iterable[str]) -> dict[str
 
 
 def layer_at(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path, which may be that of one expert's layer."""
+    """Return the module at a path, which may be that of one expert's layer."""
     found = split_expert_path(model, path)
     return model.get_submodule(path) if found is None else expert_linear(model.get_submodule(found[0]), *found[1:])
 
 
 def weight_named(model: nn.Module, path: str) -> str:
-    """The full name of the stacked weight of which the layer of an expert is a part; any other path as it is."""
+    """Return the full name of the stacked weight that an expert's layer belongs to; other paths unchanged."""
     found = split_expert_path(model, path)
     return path if found is None else f"{found[0]}.{found[1]}"
 
@@ -143,7 +142,7 @@ def select_experts(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
 ) -> list[str]:
-    """The full names of the experts' weights meant, in the model's order. The arguments are those of `select`."""
+    """Return the full names of the selected experts' weights in the model's order, with the arguments of `select`."""
     weights = {f"{path}.{name}": path for path, names in expert_weights(model).items() for name in names}
     if target_modules == ALL_LINEAR:
         past = bypassed(model) if weights else {}
@@ -163,14 +162,14 @@ def select_experts(
 
 
 def parameter_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
-    """The shortest list of suffixes, with their modules', that selects the parameters `chosen` and no others."""
+    """Return the shortest list of suffixes, including module names, that selects exactly the parameters `chosen`."""
     chosen = set(chosen)
     names: list[str] = [name for name, _ in base_parameters(model)] + [path for path, _ in base_modules(model)]
     return shortest_suffixes(chosen, [name for name in names if name not in chosen], parts=2)
 
 
 def experts_per_token(module: Any, model: Any) -> int:
-    """How many of a module's experts a token passes through, as its config or the model's says; 1 where none does."""
+    """Return the number of experts per token from the module's or the model's config; 1 if neither has it."""
     configs: list[Any] = [getattr(module, "config", None), getattr(model, "config", None)]
     configs += [each.get_text_config() for each in configs if hasattr(each, "get_text_config")]
     names = ("num_experts_per_tok", "moe_topk", "moe_k", "moe_top_k", "top_k_experts", "num_selected_experts")

@@ -1,4 +1,4 @@
-"""The fields by which a config chooses linear layers, for methods to inherit."""
+"""Config fields that choose layers, for methods to inherit."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from peftcore.targets.selection import minimal_suffixes, select_by
 from peftcore.validation import check_types, require
 
 Config = TypeVar("Config", bound="LayersConfig")
-LEFT_OUT = 0.1  # of the weight that `all-linear` selects; misfits that hold more are an error
+LEFT_OUT = 0.1  # share of the weight selected by `all-linear`; misfits with more are an error
 
 
 @dataclass(frozen=True)
 class LayersConfig:
-    """Which layers a method adapts: linear ones, and those of `kinds`.
+    """Choice of the layers that a method adapts: linear ones, and those of `kinds`.
 
-    The fields bear the names of Hugging Face PEFT's configs.
+    The fields have the names of Hugging Face PEFT's configs.
 
     Args:
         target_modules, exclude_modules, layers_to_transform, layers_pattern: see `peftcore.targets.select`.
-        modules_to_save: modules trained whole. None: a classifier's head, which pre-training did not train.
-        fan_in_fan_out: written for PEFT, which wants it True for GPT-2; here a layer's layout is read off the layer.
+        modules_to_save: modules trained as a whole. None: a classifier's head, which pre-training did not train.
+        fan_in_fan_out: written for PEFT, which needs True for GPT-2; peftcore reads the layout from the layer.
     """
 
     target_modules: str | Sequence[str] = ALL_LINEAR
@@ -40,10 +40,10 @@ class LayersConfig:
     modules_to_save: Sequence[str] | None = None
     fan_in_fan_out: bool = False
 
-    # Of these fields those that PEFT's config of the method lacks. They are worked into target_modules, so that PEFT
-    # adapts the same layers; a method has them in `StateRules.own_fields`, too.
+    # Fields that PEFT's config of the method lacks. They are folded into target_modules, so that PEFT adapts the same
+    # layers; a method has them in `StateRules.own_fields`, too.
     not_in_peft: ClassVar[frozenset[str]] = frozenset()
-    kinds: ClassVar[tuple[type[nn.Module], ...]] = ()  # other layers that the method adapts where they are named
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = ()  # other layers that the method adapts if they are named
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -53,9 +53,9 @@ class LayersConfig:
         )
 
     def selected(self, model: nn.Module, architecture: Architecture) -> dict[str, nn.Module]:
-        """Return the layers that are meant, by path.
+        """Return the selected layers by path.
 
-        `all-linear` leaves out misfits that hold little of the weight, such as gates of one row, and warns.
+        `all-linear` leaves out misfits with little of the weight, such as gates with one row, and warns.
 
         Raises:
             PeftcoreError: a named layer, or much of the weight, does not fit the config.
@@ -85,7 +85,7 @@ class LayersConfig:
         return None
 
     def resolved(self: Config, model: nn.Module, architecture: Architecture) -> Config:
-        """The choices that depend on the model made explicit, so that a saved config means the same anywhere."""
+        """Return the config with model-dependent choices made explicit, so that its meaning is fixed when saved."""
         chosen = self.selected(model, architecture)
         choices = ("exclude_modules", "layers_to_transform", "layers_pattern")
         worked_in = {n: None for n in choices if n in self.not_in_peft and getattr(self, n) is not None}

@@ -1,4 +1,4 @@
-"""How names of modules and parameters are matched: suffixes, exclusions, indices of layers."""
+"""Matching of module and parameter names: suffixes, exclusions, layer indices."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from peftcore.targets.patterns import compiled
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Is `path` the module that a list entry means: the path itself, or its end after a dot?"""
+    """Return whether a list entry matches `path`: the path itself, or its end after a dot."""
     return path == pattern or path.endswith(f".{pattern}")
 
 
 def is_inside(saved: str, path: str) -> bool:
-    """Is `path` a module that the entry `saved` of `modules_to_save` means, or inside one?"""
+    """Return whether `path` is, or is inside, a module that the entry `saved` of `modules_to_save` matches."""
     return f".{saved}." in f".{path}."
 
 
 def excluded(names: Collection[str], patterns: str | Sequence[str] | None) -> set[str]:
-    """Those of `names`, of modules or parameters, that `exclude_modules` means.
+    """Return those of `names`, of modules or parameters, that `exclude_modules` matches.
 
     Raises:
-        PeftcoreError: a pattern matches none.
+        PeftcoreError: a pattern matches nothing.
     """
     if not patterns:
         return set()
@@ -39,7 +39,7 @@ def excluded(names: Collection[str], patterns: str | Sequence[str] | None) -> se
 
 
 def layer_indices(paths: Iterable[str], pattern: str | Sequence[str] | None) -> dict[str, int | None]:
-    """The layer of each path by `layers_pattern`: the first number behind a list of layers."""
+    """Return the layer index of each path by `layers_pattern`: the first number after a list of layers."""
     names = [pattern] if isinstance(pattern, str) else list(pattern or [r"[^.]*"])
     lists = [compiled(rf"(?:.*\.)?(?:{name})", "layers_pattern") for name in names]
 
@@ -52,7 +52,7 @@ def layer_indices(paths: Iterable[str], pattern: str | Sequence[str] | None) -> 
 
 
 def nearest_path(pattern: str, paths: Iterable[str]) -> str:
-    """For messages: the names that come nearest, or those that there are."""
+    """Return the nearest names, or those that exist, for messages."""
     names = {part for path in paths for part in (path, path.rpartition(".")[2]) if part and not part.isdigit()}
     return (
         nearest(pattern, sorted(names))
@@ -61,7 +61,7 @@ def nearest_path(pattern: str, paths: Iterable[str]) -> str:
 
 
 def shortest_suffixes(chosen: Collection[str], others: Collection[str], parts: int = 1) -> list[str]:
-    """The shortest list of suffixes, each of so many parts or more, that means `chosen` and none of `others`."""
+    """Return the shortest list of suffixes, each of at least `parts` parts, that matches `chosen` and not `others`."""
     selects_other = lru_cache(lambda suffix: any(matches(suffix, other) for other in others))
     suffixes: set[str] = set()
     for path in sorted(chosen):

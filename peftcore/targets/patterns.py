@@ -1,10 +1,10 @@
-"""Regular expressions for module paths, matched in bounded time: a pattern may come from a stranger's file.
+"""Regular expressions for module paths, matched in bounded time: a pattern may come from an untrusted file.
 
-`re` cannot be interrupted, and `(a|ab?)*X` has it try 2ⁿ ways on a path of n characters. The `regex` package, which
-transformers requires, has a timeout. It matches whatever repeats, branches or groups; `re` matches the rest, which it
-follows in one way. `re` also compiles each pattern first, so that syntax which only `regex` knows is refused.
+`re` cannot be interrupted, and `(a|ab?)*X` makes it try 2ⁿ ways on a path of n characters. The `regex` package, which
+transformers requires, has a timeout. It matches patterns with repeats, branches or groups; `re` matches the rest, which
+it can follow in one way only. `re` also compiles each pattern first, so syntax that only `regex` knows is refused.
 
-A config may have thousands of patterns for a model of thousands of modules. `limited` bounds what they take together.
+A config may have thousands of patterns for a model of thousands of modules. `limited` bounds their total time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FullMatch = Callable[[str], bool]
 
 
 class _Budget:
-    """What the patterns of one load may take together: processor time, their number and their length."""
+    """Limits for all patterns of one load: processor time, number and length."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -69,10 +69,10 @@ _BUDGET: ContextVar[_Budget | None] = ContextVar("peftcore_patterns", default=No
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Bound the time that all patterns take together that are compiled within the block; blocks inside belong to it.
+    """Bound the total time of all patterns that are compiled inside the block; nested blocks share its limits.
 
     Raises:
-        PeftcoreError: in the block, where they take too long or are too many.
+        PeftcoreError: inside the block, if patterns take too long or are too many.
     """
     if _BUDGET.get() is not None:
         yield
@@ -85,13 +85,13 @@ def limited() -> Iterator[None]:
 
 
 def compiled(pattern: str, field: str) -> FullMatch:
-    """Return `re.compile(pattern).fullmatch` as a yes or no, in bounded time.
+    """Return a function that tests `re.compile(pattern).fullmatch` in bounded time.
 
     A pattern of the user's own call, outside of `limited`, is matched by `re` where `regex` is not installed.
 
     Args:
-        pattern: a regular expression, which may come from a stranger's file.
-        field: of the config, for messages.
+        pattern: a regular expression, which may come from an untrusted file.
+        field: the config field, for messages.
 
     Raises:
         PeftcoreError: `pattern` is not a regular expression, or cannot be matched in bounded time.
@@ -145,7 +145,9 @@ def _full_match(pattern: str) -> tuple[Callable[..., Any], bool]:
         return plain.fullmatch, False
     differing = re.search(r"\{(?!\d+\}|\d*,\d*\})|\[:", pattern)  # to `regex`: approximate matches, POSIX classes
     if differing:
-        raise ValueError(f"'{differing[0]}' at position {differing.start()} has other meanings elsewhere. Leave it out")
+        raise ValueError(
+            f"'{differing[0]}' at position {differing.start()} means something else in other libraries. Leave it out"
+        )
     if math.prod(max(1, int(count)) for count in re.findall(r"\{(?:\d*,)?(\d+),?\}", pattern)) > _COPIES:
         raise ValueError(f"its counted repeats make more than {_COPIES:,} copies of a part")
     import regex

@@ -1,4 +1,4 @@
-"""Which modules a config means: suffix lists, regular expressions, `all-linear`, exclusions and layer choices.
+"""Selection of modules by suffix lists, regular expressions, `all-linear`, exclusions and layer choices.
 
 Matching is Hugging Face PEFT's, so that one config selects the same modules there and here, but a
 pattern that matches nothing is an error.
@@ -38,7 +38,7 @@ _EXPRESSIONS = 1_000  # among the keys of a pattern; others are plain names
 
 
 def widths(model: nn.Module, path: str, architecture: Architecture) -> tuple[int, int]:
-    """(input, output) of any module: its own sizes if it is linear, else the model's hidden size twice.
+    """Return (input, output) sizes of a module: its own if it is linear, else the model's hidden size twice.
 
     Raises:
         PeftcoreError: the model names no hidden size.
@@ -66,19 +66,19 @@ def select(
     supported: Any = is_linear,
     own_parameters: bool = False,
 ) -> dict[str, nn.Module]:
-    """The modules meant, by path, in the model's order.
+    """Return the selected modules by path, in the model's order.
 
     Args:
         target_modules: list of suffixes, a regular expression that matches the whole path, or `all-linear`:
             every linear layer but the output head, the task's heads, routers, and those that are bypassed. A
-            `nn.MultiheadAttention` stands for its projections where `supported`, else they are left out. What means no
-            module that the method adapts may mean experts, `experts` or a weight of theirs: their layers are found one
-            by one, at paths as of a list of experts (`experts.3.down_proj`).
-        exclude_modules: list of suffixes or a regular expression, taken away from the selection.
+            `nn.MultiheadAttention` replaces its projections if `supported`, else they are left out. An entry that
+            matches no module that the method adapts may match experts, `experts` or a weight of theirs: their layers
+            are returned one by one, at paths as in a list of experts (`experts.3.down_proj`).
+        exclude_modules: list of suffixes or a regular expression, removed from the selection.
         layers_to_transform: layer indices; `layers_pattern` names the list of layers (`layers`, `h`), by
             default the first numbered part of a path counts.
-        modules_to_save: modules trained whole; nothing in them is selected.
-        supported: (module) -> can the method adapt it?
+        modules_to_save: modules trained as a whole; nothing in them is selected.
+        supported: (module) -> whether the method can adapt it.
         own_parameters: the method trains the modules' own parameters, so it does not matter whether their
             forward is called (see `refuse_bypassed`).
 
@@ -133,7 +133,7 @@ def select(
         if missing:
             there = sorted({i for i in indices.values() if i is not None})
             raise PeftcoreError(
-                f"layers_to_transform: no targeted module lies in layer {sorted(missing)} "
+                f"layers_to_transform: no targeted module is in layer {sorted(missing)} "
                 f"(layers found: {there if there else f'none by layers_pattern={layers_pattern!r}'})"
             )
         chosen = [path for path in chosen if indices[path] in wanted]
@@ -150,7 +150,7 @@ def select(
 def _in_order(
     model: nn.Module, modules: Mapping[str, nn.Module], chosen: Collection[str], weights: Collection[str]
 ) -> dict[str, nn.Module]:
-    """The modules `chosen`, and the layers of the experts whose weights are named, in the model's order."""
+    """Return the modules `chosen`, and the layers of experts whose weights are named, in the model's order."""
     if not weights:
         return {path: modules[path] for path in chosen}
     found: dict[str, nn.Module] = {}
@@ -164,7 +164,7 @@ def _in_order(
 
 
 def select_by(config: Any, model: nn.Module, architecture: Architecture, **others: Any) -> dict[str, nn.Module]:
-    """`select` with the fields of a config that bear the names of its arguments; `others` come first."""
+    """Call `select` with the fields of a config that have the names of its arguments; `others` take precedence."""
     fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
     return select(model, architecture, **{**{name: getattr(config, name) for name in fields}, **others})
 
@@ -172,7 +172,7 @@ def select_by(config: Any, model: nn.Module, architecture: Architecture, **other
 def sublayers(
     model: nn.Module, architecture: Architecture, kinds: Collection[str], layers: int | Sequence[int] | None = None
 ) -> list[Sublayer]:
-    """The known sublayers of these kinds, in all layers or those with the indices `layers`.
+    """Return the known sublayers of these kinds, in all layers or those with the indices `layers`.
 
     Raises:
         PeftcoreError: the kind of layer is not known, or an index is none.
@@ -193,7 +193,7 @@ def sublayers(
 
 
 def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, int]:
-    """How many modules each pattern of `target_modules` matches."""
+    """Return how many modules each pattern of `target_modules` matches."""
     paths = [path for path, _ in base_modules(model)]
     if isinstance(target_modules, str):
         return {target_modules: sum(map(compiled(target_modules, "target_modules"), paths))}
@@ -203,7 +203,7 @@ def match_counts(model: nn.Module, target_modules: str | Iterable[str]) -> dict[
 
 
 def minimal_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
-    """The shortest list of suffixes that selects the modules `chosen` and no other: what a saved config says."""
+    """Return the shortest list of suffixes that selects exactly the modules `chosen`, for a saved config."""
     paths, named = [path for path, _ in base_modules(model)], {weight_named(model, path) for path in chosen}
     layers = named.intersection(paths)
     suffixes = shortest_suffixes(layers, [path for path in paths if path not in layers])
@@ -211,12 +211,12 @@ def minimal_suffixes(model: nn.Module, chosen: Iterable[str]) -> list[str]:
 
 
 def conv1d_paths(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Those of `paths` that are transformers' Conv1D, which PEFT refuses for many methods (`StateRules.unreadable`)."""
+    """Return those of `paths` that are transformers' Conv1D, which PEFT refuses for many methods."""
     return [path for path in paths if is_conv1d(model.get_submodule(path))]
 
 
 def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
-    """The parameters of the modules that `modules_to_save` means, to be trained themselves.
+    """Return the parameters of the modules that `modules_to_save` selects, to be trained themselves.
 
     Raises:
         PeftcoreError: an entry matches no module with parameters.
@@ -236,7 +236,7 @@ def trained_modules(model: nn.Module, modules_to_save: Sequence[str]) -> Train:
 
 
 def refuse_targeted(target_modules: Any, paths: Iterable[str], why: str) -> None:
-    """Raise a PeftcoreError if `target_modules` means one of the modules `paths`, which are trained whole."""
+    """Raise a PeftcoreError if `target_modules` selects one of the modules `paths`, which are trained as a whole."""
     if not target_modules or target_modules == ALL_LINEAR:
         return
     for path in paths:
@@ -246,13 +246,13 @@ def refuse_targeted(target_modules: Any, paths: Iterable[str], why: str) -> None
             named = any(matches(pattern, path) for pattern in target_modules)
         if named:
             raise PeftcoreError(
-                f"target_modules={target_modules!r} means '{path}', whose weight is {why}, which modules_to_save "
-                "trains whole. Take it out of target_modules, or train the two apart: ensure_weight_tying=False"
+                f"target_modules={target_modules!r} selects '{path}', whose weight is {why}, which modules_to_save "
+                "trains as a whole. Remove it from target_modules, or untie the two: ensure_weight_tying=False"
             )
 
 
 def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
-    """The parameters named `bias`, of the whole model or of the modules `paths`."""
+    """Return the parameters named `bias` of the whole model or of the modules `paths`."""
     names = [name for name, _ in base_parameters(model) if name.rpartition(".")[2] == "bias"]
     if paths is not None:
         paths = set(paths)
@@ -261,13 +261,13 @@ def biases(model: nn.Module, paths: Iterable[str] | None = None) -> Train:
 
 
 def trained_biases(model: nn.Module, bias: str, paths: Iterable[str]) -> list[Train]:
-    """What PEFT's field `bias` trains: "none", "all" biases of the model, or, with any other word, those of `paths`."""
+    """Return what PEFT's field `bias` trains: "none", "all" biases of the model, or otherwise those of `paths`."""
     if bias == "none":
         return []
     of_experts = next((path for path in paths if weight_named(model, path) != path), None)
     if of_experts is not None and any(expert_biases(module) for _, module in base_modules(model)):
         raise PeftcoreError(
-            f"bias={bias!r} is not known beside '{of_experts}', an expert, whose biases are parameters of other names. "
+            f"bias={bias!r} is not supported for the expert '{of_experts}', whose biases have other names. "
             "Choose bias='none'"
         )
     return [biases(model, None if bias == "all" else paths)]
@@ -296,10 +296,10 @@ def matched_keys(patterns: Iterable[str], paths: Iterable[str]) -> set[str]:
 
 
 class _Keys:
-    """The keys of a pattern, found in time that depends on their kinds, not on their number.
+    """The keys of a pattern, with a lookup whose time depends on their kinds rather than their number.
 
-    A plain key, of names and dots, means the end of a path, where a dot is any character. Keys whose names have the
-    same lengths are in one table, by their names.
+    A plain key of names and dots matches the end of a path, with a dot matching any character. Keys whose names have
+    the same lengths are in one table.
     """
 
     def __init__(self, keys: tuple[str, ...]) -> None:
@@ -358,7 +358,7 @@ def _keys(keys: tuple[str, ...]) -> _Keys:
 
 
 def drop_unmatched(model: nn.Module, entries: Sequence[str], experts: bool = False) -> list[str]:
-    """The entries that match a module of `model`, or a weight of `experts`.
+    """Return the entries that match a module of `model`, or a weight of `experts`.
 
     Files of PEFT name modules that a model may lack (`classifier` and `score` for every classifier).
     Reading one, the tensors decide what must be there; the list need not.
@@ -398,7 +398,7 @@ def refuse_bypassed(model: nn.Module, chosen: Iterable[str]) -> None:
 
 
 def _attention_over(modules: Mapping[str, nn.Module], path: str) -> str | None:
-    """The path of the `nn.MultiheadAttention` whose projection `path` is."""
+    """Return the path of the `nn.MultiheadAttention` that the projection `path` belongs to."""
     parent = path.rpartition(".")[0]
     is_attention = path and parent in modules and issubclass(original_class(modules[parent]), nn.MultiheadAttention)
     return parent if is_attention else None
@@ -432,7 +432,7 @@ def _by_regex(modules: dict[str, nn.Module], pattern: str, supported: Any) -> li
 
 
 def _refuse_other_layers(modules: dict[str, nn.Module], pattern: str, supported: Any) -> None:
-    """Of a regular expression that also matches layers which the method would leave as they are."""
+    """Raise a PeftcoreError if a regular expression also matches layers that the method cannot adapt."""
     matched = filter(compiled(pattern, "target_modules"), modules)
     other = [path for path in matched if not supported(modules[path]) and _is_layer(modules[path])]
     if other:
@@ -443,7 +443,7 @@ def _refuse_other_layers(modules: dict[str, nn.Module], pattern: str, supported:
 
 
 def _is_layer(module: nn.Module) -> bool:
-    """Has it a matrix, or a kernel, of its own?"""
+    """Return whether the module has its own matrix or kernel."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() > 1 and not any(True for _ in module.children())
 

@@ -70,7 +70,7 @@ def test_a_model_that_turns_its_samples_to_dimension_1() -> None:
 def test_a_bias_of_positions_is_nobodys() -> None:
     model = with_two(tiny.t5(), target_modules=["relative_attention_bias"])
     peftcore.activate(model, NAMES, per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match=r"Embedding belongs .* not known: at '.*', what it is"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"Embedding belongs .* not known: at '.*', its inputs are"):
         model(input_ids=tokens(), decoder_input_ids=tokens())
 
 
@@ -138,7 +138,7 @@ def test_one_projection_of_tokens_and_of_distances() -> None:
         peftcore.remove(model, name)
     with_two(model, target_modules=["query_proj"])
     peftcore.activate(model, NAMES, per_sample=True)
-    with pytest.raises(peftcore.PeftcoreError, match="it is called in several ways"):
+    with pytest.raises(peftcore.PeftcoreError, match="its calls differ"):
         model(input_ids=tokens())
 
 

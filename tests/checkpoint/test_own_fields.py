@@ -76,7 +76,7 @@ def test_a_method_that_would_not_take_its_own_file_does_not_write_it(tmp_path: P
         ('{"value": "3"}', "value must be a finite number, found '3'"),
         ('{"value": NaN}', "peftcore_fields' cannot be read as JSON: it holds NaN"),
         ("[3]", r"peftcore_fields' must be a table of fields, found \[3\]"),
-        ('{"valeu": 3}', "uses valeu=3, which the installed plugin 'gated' does not know"),
+        ('{"valeu": 3}', "uses valeu=3, which the installed plugin 'gated' does not support"),
         (
             '{"target_modules": ["k_proj"]}',
             r"uses target_modules=\['k_proj'\], which the installed plugin 'gated'",
@@ -102,7 +102,7 @@ def test_a_field_in_both_places_says_one_thing(tmp_path: Path) -> None:
             file.write_text(json.dumps({**json.loads(file.read_text()), "value": value}))
             if value == 3.0:
                 peftcore.load(tiny.llama(), tmp_path)
-        with pytest.raises(peftcore.CheckpointError, match=r"says value=3.0, its config value=4.0"):
+        with pytest.raises(peftcore.CheckpointError, match=r"has value=3.0, but its config value=4.0"):
             peftcore.load(tiny.llama(), tmp_path)
 
 

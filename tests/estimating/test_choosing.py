@@ -1,4 +1,7 @@
-"""What fits: the search against estimates of each way, and what is said where nothing does."""
+"""Ways that fit: the search compared with estimates of each way, and errors where nothing fits."""
+
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -6,18 +9,26 @@ from transformers import DeepseekV3Config, Gemma3Config, LlamaConfig
 
 import peftcore
 from peftcore.errors import PeftcoreError
-from peftcore.estimating.devices import usable
+from peftcore.estimating.devices import Device, usable
+from peftcore.estimating.rates import Rates
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
 CONFIG = LlamaConfig(**SIZES, num_hidden_layers=4, vocab_size=320)
 WIDE = {**SIZES, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4}
-METHODS = ("lora",)
+ONE: dict[str, Any] = {
+    "device": "t4",
+    "methods": ("lora",),
+    "fields": {"target_modules": ["q_proj"]},
+    "most": 1,
+}  # few operators
 
 
-def test_ways_lie_on_the_front_and_fit() -> None:
-    found = peftcore.suggest(
-        CONFIG, memory="600MB", device="t4", length=32, examples=100, methods=METHODS, r=(4,), most=2
-    )
+@pytest.fixture(scope="module")
+def found() -> peftcore.Suggestion:
+    return peftcore.suggest(CONFIG, memory="600MB", length=32, examples=1000, r=(4,), **{**ONE, "most": 2})
+
+
+def test_ways_are_on_the_front_and_fit(found: peftcore.Suggestion) -> None:
     assert found.memory == pytest.approx(64e6) and found.ways
     for way in found.ways:
         again = peftcore.estimate(
@@ -31,21 +42,31 @@ def test_ways_lie_on_the_front_and_fit() -> None:
             device="t4",
             **way.fields,
         )
-        assert again.parts == way.estimate.parts and way.estimate.needed == way.memory.high <= found.memory
+        assert again.parts == way.estimate.parts and again.needed == way.memory.high <= found.memory
     hours, needs = [way.hours for way in found.ways], [way.memory.high for way in found.ways]
     assert hours == sorted(hours) and needs == sorted(needs, reverse=True)
     assert found.ways[0].next_need >= found.ways[0].memory.high  # segments hold more than is used of them
     assert f"--batch-size {found.ways[0].batch_size}" in str(found)
+    assert "--set 'target_modules=[\"q_proj\"]'" in str(found)
+
+
+def test_on_this_machine_the_process_is_a_range_with_its_libraries(found: peftcore.Suggestion) -> None:
+    way = replace(found.ways[0], libraries=5e8)
+    assert way.memory.low < way.memory.high == 5e8 + way.estimate.needed
+    here = replace(found, ways=(way,), device=Device("this machine", 1e9, Rates({}, {}, {}, {}, {}, (), 0.0, {})))
+    assert "with Python and its libraries, fastest first:" in str(here) and str(way.memory) in str(here)
 
 
 def test_layers_that_differ_are_followed_whole() -> None:
-    """Experts stand behind three dense layers, of which the shallow models of the search see only those."""
+    """The experts follow three dense layers; the shallow models of the search have only the dense ones."""
     experts = {"n_routed_experts": 64, "moe_intermediate_size": 256, "first_k_dense_replace": 3, "n_group": 1}
     config = DeepseekV3Config(
         **{**SIZES, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8},
         **experts, v_head_dim=16, qk_nope_head_dim=16, num_hidden_layers=6, vocab_size=64, topk_group=1,
     )  # fmt: skip
-    (way,) = peftcore.suggest(config, memory="850MB", device="t4", length=16, methods=METHODS, most=1).ways
+    (way,) = peftcore.suggest(
+        config, memory="850MB", length=16, **{**ONE, "fields": {"target_modules": ["o_proj"]}}
+    ).ways
     assert 100e6 < way.memory.high <= usable(850e6)
 
 
@@ -56,7 +77,7 @@ def test_a_language_model_inside_another_and_fields_that_are_lists() -> None:
         text_config=text, vision_config={**vision, "image_size": 32, "patch_size": 8}, mm_tokens_per_image=4
     )
     fields = {"target_modules": ["q_proj"]}
-    found = peftcore.suggest(config, memory="800MB", device="t4", length=16, methods=METHODS, fields=fields, most=1)
+    found = peftcore.suggest(config, memory="800MB", length=16, **{**ONE, "fields": fields})
     assert found.ways[0].fields == {"target_modules": ["q_proj"], "r": 16}
     assert "--set 'target_modules=[\"q_proj\"]'" in str(found)
 
@@ -85,9 +106,9 @@ def test_what_cannot_be_answered(arguments: dict[str, object], message: str) -> 
         peftcore.suggest(CONFIG, length=16, methods=["lora"], **{"device": "cpu", **arguments})  # type: ignore[arg-type]
 
 
-def test_ranks_share_the_examples_and_the_base() -> None:
-    kept = {"memory": "600MB", "device": "t4", "length": 32, "examples": 1000, "methods": METHODS, "most": 1}
-    alone, eight = (peftcore.suggest(CONFIG, **kept, **more).ways[0] for more in ({}, {"ranks": 8, "shard": True}))
+def test_ranks_share_the_examples_and_the_base(found: peftcore.Suggestion) -> None:
+    shared = {"ranks": 8, "shard": True, "examples": 1000, "length": 32}
+    alone, eight = found.ways[0], peftcore.suggest(CONFIG, memory="600MB", r=(4,), **shared, **ONE).ways[0]
     assert eight.estimate.step.ranks == 8 and eight.estimate.parts["base"] < 0.2 * alone.estimate.parts["base"]
     for way, ranks in ((alone, 1), (eight, 8)):
         steps = 3600 * way.hours / (way.estimate.seconds or 1)
@@ -100,10 +121,8 @@ def test_no_config() -> None:
 
 
 def test_what_would_help_where_nothing_fits() -> None:
-    wide = LlamaConfig(
-        **{**SIZES, "hidden_size": 512, "intermediate_size": 1024}, num_hidden_layers=4, vocab_size=32000
-    )
+    wide = LlamaConfig(**WIDE, vocab_size=32000)
     with pytest.raises(PeftcoreError, match=r"Examples of at most \d+ tokens would fit \(--max-length"):
-        peftcore.suggest(wide, memory="900MB", device="t4", length=4096, methods=METHODS)
+        peftcore.suggest(wide, memory="900MB", length=4096, **ONE)
     with pytest.raises(PeftcoreError, match=r"of it the base. A method with a base in 4 bits needs less; cards with"):
-        peftcore.suggest(wide, memory="560MB", device="t4", length=64, methods=METHODS)
+        peftcore.suggest(wide, memory="560MB", length=64, **ONE)

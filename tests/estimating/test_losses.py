@@ -8,6 +8,7 @@ import pytest
 import torch
 from step_memory import allocated_by, predicted, real
 from transformers import BertConfig, LlamaConfig, PreTrainedTokenizerFast, TrainingArguments
+from whole import nightly_but
 
 import peftcore
 from peftcore.errors import PeftcoreError
@@ -57,7 +58,7 @@ def trainer(name: str, model: torch.nn.Module, folder: Path, watch: Any, **chang
     )
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", nightly_but(ROWS, ("sft",)))
 def test_is_what_a_step_of_the_trainer_takes(name: str, tmp_path: Path) -> None:
     step = Step(**RUN, loss=name)
     found = peftcore.estimate(CONFIG, "lora", step=step)

@@ -8,6 +8,7 @@ import torch
 from step_memory import allocated_by, predicted, real
 from torch.nn import functional as F
 from transformers import LlamaConfig, Trainer, TrainingArguments
+from whole import nightly_but
 
 import peftcore
 from peftcore import ops
@@ -26,7 +27,7 @@ CASES: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", nightly_but(CASES, ("adapters", "checkpointing")))
 def test_is_what_a_step_of_trainer_takes(case: str, tmp_path: Path) -> None:
     method, more, fields = CASES[case]
     step = Step(**RUN, mixed_precision="bf16", **more)

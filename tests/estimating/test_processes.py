@@ -6,6 +6,7 @@ import pytest
 from processes import run
 from step_memory import on_a_rank, predicted
 from transformers import LlamaConfig
+from whole import WHOLE, nightly_but
 
 import peftcore
 from peftcore.errors import PeftcoreError
@@ -28,6 +29,7 @@ CASES: dict[str, tuple[Any, Step, dict[str, Any]]] = {
     "fsdp2, 4 bits": ("lora", Step(**ON_TWO, shard=True), {"quantize": "nf4"}),
     "fsdp2, every parameter": (None, Step(**ON_TWO, shard=True), {}),
 }
+DAILY = ("ddp", "fsdp2", "fsdp2, checkpointing")
 
 
 def all_on_a_rank(config: Any, cases: dict[str, tuple[Any, Step, dict[str, Any]]]) -> dict[str, tuple[int, int]]:
@@ -37,10 +39,11 @@ def all_on_a_rank(config: Any, cases: dict[str, tuple[Any, Step, dict[str, Any]]
 @pytest.fixture(scope="module")
 def measured() -> dict[str, tuple[int, int]]:
     """Of the first rank, which has the largest shards."""
-    return run(all_on_a_rank, CONFIG, CASES)[0]
+    cases = CASES if WHOLE else {name: CASES[name] for name in DAILY}
+    return run(all_on_a_rank, CONFIG, cases)[0]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", nightly_but(CASES, DAILY))
 def test_is_what_the_allocator_of_a_rank_reports(case: str, measured: dict[str, tuple[int, int]]) -> None:
     method, step, fields = CASES[case]
     found = peftcore.estimate(CONFIG, method, step=step, **fields)

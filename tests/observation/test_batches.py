@@ -83,11 +83,11 @@ def test_gradients_of_16_bits_are_summed_in_32_and_of_a_loss_that_is_given() -> 
 @pytest.mark.parametrize(
     ("observe", "match"),
     [
-        (lambda m: inputs_of(m, ["nothing"], BATCHES, print), "'nothing' is no module"),
+        (lambda m: inputs_of(m, ["nothing"], BATCHES, print), "'nothing' is not a module"),
         (lambda m: inputs_of(m, ["model.layers"], BATCHES, print), "'model.layers' was not called"),
         (lambda m: inputs_of(m, PATHS, iter([]), print), "there is no batch"),
-        (lambda m: gradients_of(m, ["nothing"], BATCHES, print), "'nothing' is no parameter"),
-        (lambda m: gradients_of(m, ["lm_head.weight"], [tiny.TOKENS], print), "the model gave no loss"),
+        (lambda m: gradients_of(m, ["nothing"], BATCHES, print), "'nothing' is not a parameter"),
+        (lambda m: gradients_of(m, ["lm_head.weight"], [tiny.TOKENS], print), "the model returned no loss"),
         (lambda m: gradients_of(m, ["idle", "lm_head.weight"], BATCHES, print), "'idle' has no gradient"),
         (lambda m: gradients_of(m, ["packed"], BATCHES, print), "'packed' is stored as torch.uint8"),
     ],

@@ -55,7 +55,7 @@ def test_a_strangers_claim_leaves_a_method_whole(names: tuple[str, str], tmp_pat
         with pytest.raises(
             peftcore.PluginError,
             match=r"adapter_config.json', of peft_type 'SAME' with .*value set, may be read by any of 2 installed "
-            r"methods: 'aa' \(peftcore-aa 1.0\), 'bb' \(peftcore-bb 1.0\). Say which: peftcore.load\(.*method='NAME'\)",
+            r"methods: 'aa' \(peftcore-aa 1.0\), 'bb' \(peftcore-bb 1.0\). Choose one: peftcore.load\(.*'NAME'\)",
         ):
             peftcore.load(tiny.llama(), tmp_path / mine)
         for spelling in (mine, mine.upper()):

@@ -176,10 +176,10 @@ def with_code() -> Any:
     ("config", "message"),
     [
         (peft.LoraConfig(megatron_config={"a": 1}), "peft.LoraConfig .*megatron_config"),
-        (with_code(), "peft.LoraConfig uses _custom_modules=.* 'lora' does not know"),
+        (with_code(), "peft.LoraConfig uses _custom_modules=.* 'lora' does not support"),
         (peft.LoraConfig(runtime_config=peft.LoraRuntimeConfig(ephemeral_gpu_offload=True)), "uses runtime_config="),
         (peft.LoraConfig(target_modules=["k_porj"]), "'k_porj' matches no module"),
-        (peft.LoraConfig(r=0.5), "peft.LoraConfig is no valid config of 'lora': r must be"),
+        (peft.LoraConfig(r=0.5), "peft.LoraConfig is not a valid config of 'lora': r must be"),
         (peft.OSFConfig(), "no installed method reads peft_type 'OSF'"),
         (peft.PeftConfig(), "peft.PeftConfig names no peft_type"),
     ],
@@ -191,7 +191,7 @@ def test_what_a_file_may_not_say_it_may_not_say(config: Any, message: str) -> No
 
 def test_modules_that_peft_has_no_table_for_are_asked_for() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3))
-    with pytest.raises(peftcore.PeftcoreError, match=r"peft.LoraConfig does not say which modules, .* for Sequential"):
+    with pytest.raises(peftcore.PeftcoreError, match=r"peft.LoraConfig has no target_modules, .* for Sequential"):
         peftcore.apply(model, peft.LoraConfig())
     peftcore.apply(model, peft.LoraConfig(target_modules=["0"]))
 
@@ -205,7 +205,7 @@ def test_two_methods_that_may_read_it_are_named() -> None:
     state = StateRules(peft_type="LORA")
     with (
         tiny.installed(tiny.method("another", state=state)),
-        pytest.raises(peftcore.PluginError, match=r"'another' .*, 'lora' .*Say which: peftcore.apply\(.*'NAME'"),
+        pytest.raises(peftcore.PluginError, match=r"'another' .*, 'lora' .*Choose one: peftcore.apply\(.*'NAME'"),
     ):
         peftcore.apply(tiny.llama(), peft.LoraConfig())
 

@@ -37,7 +37,7 @@ GROUPED = [(nn.Conv2d(4, 6, 3, groups=2), "in 2 groups")]
 def test_a_convolution_that_does_not_fit(layer: nn.Module, why: str, asked: dict[str, Any]) -> None:
     message = targets.odd_convolution("features.0", layer, **asked)
     assert message is not None and message.startswith(f"'features.0' is a convolution {why}, where PEFT computes")
-    assert message.endswith("Train without it: exclude_modules=['features.0']")
+    assert message.endswith("Exclude it: exclude_modules=['features.0']")
 
 
 @pytest.mark.parametrize("layer", [each for each, _ in (*UNLESS_ALIKE, *GROUPED)])

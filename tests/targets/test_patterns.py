@@ -107,8 +107,8 @@ def test_every_field_of_a_config_is_bounded(field: str, pattern: str) -> None:
         ("(", r"target_modules='\(' cannot be used as a regular expression: missing \)"),
         ("(" * 5000 + ")" * 5000, "nested too deeply"),
         ("(?:(?:(?:a{100}){100}){100}){100}", "counted repeats make more than 100,000 copies"),
-        ("(?:q_proj){e<=1}", r"'\{' at position 10 has other meanings"),  # approximate matching for `regex`
-        ("[[:alpha:]]+", r"'\[:' at position 1 has other meanings"),
+        ("(?:q_proj){e<=1}", r"'\{' at position 10 means something else"),  # approximate matching for `regex`
+        ("[[:alpha:]]+", r"'\[:' at position 1 means something else"),
         (r"\p{L}+", r"bad escape \\p"),
         ("a" * 200_000, r"it has 200,000 characters"),
     ],

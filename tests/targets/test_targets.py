@@ -84,7 +84,7 @@ def test_exclusions_and_layers() -> None:
         ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"leaves nothing after exclude_modules"),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": [0, 7]},
-            r"lies in layer \[7\] \(layers found: \[0, 1\]\)",
+            r"is in layer \[7\] \(layers found: \[0, 1\]\)",
         ),
         (
             {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "h"},

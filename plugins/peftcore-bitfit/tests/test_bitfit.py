@@ -193,7 +193,7 @@ def test_two_active_ones_cannot_train_one_bias() -> None:
         ("gpt2", {"target_modules": "query-intermediate"}, r"queries share a layer.*GPT-2: \['c_attn', 'c_fc'\]"),
         ("gpt2", {"target_modules": ["c_atn"]}, "'c_atn' matches no module .nearest: 'c_attn'"),
         ("gpt2", {"target_modules": ["wte"]}, "'wte' matches Embedding .such as 'transformer.wte'., which this method"),
-        ("gpt2", {"layers_to_transform": [9]}, r"no targeted module lies in layer \[9\]"),
+        ("gpt2", {"layers_to_transform": [9]}, r"no targeted module is in layer \[9\]"),
         ("bert", {"modules_to_save": ["scores"]}, "'scores' matches no module with parameters"),
         ("gpt2", {"add_mising": True}, "no field 'add_mising' .nearest: 'add_missing'"),
     ],

@@ -196,7 +196,7 @@ def test_tied_weights_that_differ_are_refused(tmp_path: Path) -> None:
 
 def test_a_target_that_is_tied_to_a_saved_module_is_refused() -> None:
     with pytest.raises(
-        peftcore.PeftcoreError, match=r"means 'lm_head', whose weight is tied .*ensure_weight_tying=False"
+        peftcore.PeftcoreError, match=r"selects 'lm_head', whose weight is tied .*ensure_weight_tying=False"
     ):
         peftcore.apply(tied_llama(), "lora", target_modules=["q_proj", "lm_head"], modules_to_save=["embed_tokens"])
 
