@@ -115,4 +115,4 @@ def __dir__() -> list[str]:
     return ["__version__", *sorted(_HOMES)]
 
 
-import_module("peftcore.integrations")  # they subscribe to events of rooms below, and import no library yet
+import_module("peftcore.integrations")  # they subscribe to events and import no library yet

@@ -89,8 +89,8 @@ def private_names(file: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and module_of(f"{node.module}"):
             for alias in node.names:
                 modules[alias.asname or alias.name] = f"{node.module}.{alias.name}"
-                room = file.parent == MODULES[module_of(f"{node.module}.{alias.name}")].parent
-                if _is_private(alias.name) and not (room and f"{node.module}.{alias.name}" in MODULES):
+                same_package = file.parent == MODULES[module_of(f"{node.module}.{alias.name}")].parent
+                if _is_private(alias.name) and not (same_package and f"{node.module}.{alias.name}" in MODULES):
                     yield f"{node.module}.{alias.name}"
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and _is_private(node.attr):

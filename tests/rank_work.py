@@ -349,7 +349,7 @@ def reference(how: str) -> tuple[float, float] | str:
         return str(error)
     step(found, mine(), optimizer)
     after = outputs()
-    with kept.acting():
+    with kept.activated():
         again = outputs()
     return (after - before).abs().max().item(), (again - before).abs().max().item()
 

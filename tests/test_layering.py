@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from imports import CORE, MODULES, ROOT, imports, private_names
 
-# Each room may import those above it, and none beside or below it.
+# Each package may import packages of the lines above its own, and no others.
 ORDER = [
     {"adapter", "errors", "requirement", "architecture", "hookspecs", "events", "layers", "ops"},
     {"validation", "ranks", "method", "adapter_files", "optim", "experts"},
@@ -30,19 +30,19 @@ ORDER = [
 FILES = sorted(file for file in CORE.rglob("*.py") if file != CORE / "__init__.py")
 
 
-def layer(room: str) -> int:
-    return next(i for i, rooms in enumerate(ORDER) if room in rooms)
+def layer(package: str) -> int:
+    return next(i for i, packages in enumerate(ORDER) if package in packages)
 
 
-def rooms(file: Path) -> set[str]:
+def packages(file: Path) -> set[str]:
     return {module.split(".")[1] for module in imports(file)}
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(CORE)))
 def test_direction_of_imports(file: Path) -> None:
-    room = file.relative_to(CORE).parts[0].removesuffix(".py")
-    for imported in rooms(file) - {room}:
-        assert layer(imported) < layer(room), f"{room} must not import {imported}"
+    package = file.relative_to(CORE).parts[0].removesuffix(".py")
+    for imported in packages(file) - {package}:
+        assert layer(imported) < layer(package), f"{package} must not import {imported}"
 
 
 def test_no_circle() -> None:
@@ -131,7 +131,7 @@ def test_private_names_are_seen(code: str, tmp_path: Path) -> None:
 
 def test_ops_import_only_torch() -> None:
     for file in (CORE / "ops").glob("*.py"):
-        assert rooms(file) <= {"ops"}, file
+        assert packages(file) <= {"ops"}, file
 
 
 METHODS = [path.name.removeprefix("peftcore-") for path in (ROOT / "plugins").iterdir() if path.is_dir()]

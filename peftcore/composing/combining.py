@@ -126,7 +126,7 @@ def _combine_products(
     if maker is None:
         raise PeftcoreError(
             f"a sum of adapters of {makers[0][0].name} is not an adapter of {makers[0][0].name}. "
-            + low_rank.ways(f"peftcore.convert(model, '{names[0]}', method=...)")
+            + low_rank.conversion_hint(f"peftcore.convert(model, '{names[0]}', method=...)")
         )
     largest = max(f.a.shape[0] for source in sources for pairs in source.values() for f in pairs)
     products: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -217,7 +217,7 @@ def _linear_parts(model: nn.Module, adapter: str) -> Parts:
         if neutral is None or own.keys() != neutral.keys():
             raise PeftcoreError(
                 f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' is not linear in its tensors. "
-                + low_rank.ways(f"peftcore.convert(model, '{adapter}', method=...)", is_mergeable(placed))
+                + low_rank.conversion_hint(f"peftcore.convert(model, '{adapter}', method=...)", is_mergeable(placed))
             )
         for key, tensor in own.items():
             parts[type(placed).__qualname__, f"{path}.{key}"] = tensor.detach(), neutral[key].to(tensor.device)

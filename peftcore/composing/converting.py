@@ -16,7 +16,7 @@ from peftcore.adaptation.chain import WeightChanges
 from peftcore.composing import low_rank
 from peftcore.composing.products import Approximation, kept_of, of_matrix, of_product
 from peftcore.errors import PeftcoreError
-from peftcore.merging.merged_layers import Worked, is_mergeable, worked_in
+from peftcore.merging.merged_layers import MergedCopies, is_mergeable, merged_copies
 from peftcore.registry import registry
 from peftcore.validation import positive_whole
 from peftcore.weight_formats import DENSE, find_weight_format, weight_format
@@ -104,8 +104,8 @@ def _changes(model: nn.Module, adapter: str, path: str, placed: Any, seen: set[A
         if by_name or len(found[path]) == 1:
             return found
     chosen = find_weight_format(module) if by_name else weight_format(module)
-    worked = worked_in(path, module, {adapter: method}, chosen)
-    changes = _of_parameters(worked, list(by_name), refuse) if by_name else {"": _of_layer(module, worked, refuse)}
+    copies = merged_copies(path, module, {adapter: method}, chosen)
+    changes = _of_parameters(copies, list(by_name), refuse) if by_name else {"": _of_layer(module, copies, refuse)}
     if not all(bool(each.isfinite().all()) for each in changes.values()):
         raise refuse("gives a weight with NaN or Inf")
     return {
@@ -122,23 +122,23 @@ def _products(adapter: Any) -> list[Change]:
     return [(a.T, b.T) if transposed else (b, a) for b, a, transposed in pairs]
 
 
-def _of_layer(module: nn.Module, worked: Worked, refuse: Refusal) -> Tensor:
+def _of_layer(module: nn.Module, copies: MergedCopies, refuse: Refusal) -> Tensor:
     form = weight_format(module)
     dense = form if form.decode is None else DENSE  # quantized weights are dense in the copies
-    before, after = dense.read(worked.base).float(), dense.read(worked.merged).float()
-    biases = [dense.read_bias(copy) for copy in (worked.base, worked.merged)]
+    before, after = dense.read(copies.base).float(), dense.read(copies.merged).float()
+    biases = [dense.read_bias(copy) for copy in (copies.base, copies.merged)]
     if biases[0] is not None and not torch.equal(*cast(list[Tensor], biases)):
         raise refuse("also changes the bias, which a low-rank product cannot. Combine or merge it as it is")
-    _refuse_more(worked, dense.write(worked.merged, after).keys() | {"bias"}, refuse)
+    _refuse_more(copies, dense.write(copies.merged, after).keys() | {"bias"}, refuse)
     return after - before
 
 
-def _of_parameters(worked: Worked, names: Sequence[str], refuse: Refusal) -> dict[str, Tensor]:
-    _refuse_more(worked, set(names), refuse)
-    return {name: (getattr(worked.merged, name) - getattr(worked.base, name)).float() for name in names}
+def _of_parameters(copies: MergedCopies, names: Sequence[str], refuse: Refusal) -> dict[str, Tensor]:
+    _refuse_more(copies, set(names), refuse)
+    return {name: (getattr(copies.merged, name) - getattr(copies.base, name)).float() for name in names}
 
 
-def _refuse_more(worked: Worked, known: Set[str], refuse: Refusal) -> None:
-    others = worked.changed.keys() - known
+def _refuse_more(copies: MergedCopies, known: Set[str], refuse: Refusal) -> None:
+    others = copies.changed.keys() - known
     if others:
         raise refuse(f"also changes '{min(others)}', which is not a weight of the layer")

@@ -69,7 +69,9 @@ def factors_of(model: nn.Module, adapter: str, what: str) -> dict[str, list[LowR
         if why:
             raise PeftcoreError(
                 f"'{adapter}' ({entry.method}) cannot {what}: its change at '{path}' {why}. "
-                + ways(f"peftcore.convert(model, '{adapter}', method=...)", site.name is None and is_mergeable(placed))
+                + conversion_hint(
+                    f"peftcore.convert(model, '{adapter}', method=...)", site.name is None and is_mergeable(placed)
+                )
             )
         found[path] = list(placed.low_rank())
     return found
@@ -97,7 +99,7 @@ def why_not(site: Site, adapter: Any, seen: set[Any], method: str) -> str:
     return why
 
 
-def ways(call: str, possible: bool = True) -> str:
+def conversion_hint(call: str, possible: bool = True) -> str:
     """Return a sentence with the call that makes a low-rank adapter."""
     able = [f"'{name}'" for name, method in registry.methods().items() if method.low_rank is not None]
     if not possible or not able:

@@ -2,7 +2,7 @@
 
     reference = Reference(model)
     optimizer.step()
-    with reference.acting():
+    with reference.activated():
         model(...)  # computes what it computed before
 
 Preference optimization and reinforcement learning measure how far the policy has moved from its start. If no active
@@ -62,7 +62,7 @@ class Reference:
             self.kept = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     @contextmanager
-    def acting(self) -> Iterator[nn.Module]:
+    def activated(self) -> Iterator[nn.Module]:
         """Make the model compute the reference within the block, for forward passes without gradients.
 
         Raises:

@@ -64,7 +64,7 @@ class _View(_Over):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         reference: Reference = self.__dict__[_REFERENCE]
         training = [module for module in self.modules() if module.training]
-        with torch.no_grad(), reference.acting():
+        with torch.no_grad(), reference.activated():
             for module in training:
                 module.training = False
             try:
@@ -87,7 +87,7 @@ class _View(_Over):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """Return copies of the reference's values, including non-tensor state, for code that hashes them."""
         reference: Reference = self.__dict__[_REFERENCE]
-        with torch.no_grad(), reference.acting():
+        with torch.no_grad(), reference.activated():
             found = {name: t.detach().clone() for name, t in super().state_dict(*args, **kwargs).items()}
         applied = engine.require_state(reference.model).applied
         text = repr([(name, applied[name].method, applied[name].config) for name in reference.active])

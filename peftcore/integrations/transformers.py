@@ -58,7 +58,7 @@ class AfterStep(TrainerCallback):
             engine.after_step(model, state.global_step + 1, state.max_steps)
 
 
-class TellsPaging(TrainerCallback):
+class PagingReport(TrainerCallback):
     """Callback that reports at the end where a paged optimizer's state was, and the cost of moving it."""
 
     def on_train_end(
@@ -119,7 +119,7 @@ def _init(own: Callable[..., None], trainer: Trainer, *args: Any, **kwargs: Any)
 
 def _add_callbacks(trainer: Trainer) -> None:
     there = [type(callback) for callback in trainer.callback_handler.callbacks]
-    for callback in (AfterStep, TellsPaging):
+    for callback in (AfterStep, PagingReport):
         if callback not in there:
             trainer.add_callback(callback())
 

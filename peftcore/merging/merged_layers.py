@@ -44,7 +44,7 @@ class MergedLayer:
 
 
 @dataclass
-class Worked:
+class MergedCopies:
     """Two float32 copies of a module: one with the base's parameters, one with merged parameters.
 
     Args:
@@ -118,12 +118,12 @@ def merged_layers(
         kinds = {p.device.type for p in module._parameters.values() if p is not None} - {"meta"}
         with torch.no_grad(), torch.autocast(min(kinds, default="cpu"), enabled=False):
             chosen = find_weight_format(module)
-            worked = worked_in(path, module, acting, chosen)
-            packed = {name: found for name in worked.changed if (found := format_in_few_bits(module, name)) is not None}
+            copies = merged_copies(path, module, acting, chosen)
+            packed = {name: found for name in copies.changed if (found := format_in_few_bits(module, name)) is not None}
             if packed:
-                layer = _packed(path, module, worked, packed, dtype)
+                layer = _packed(path, module, copies, packed, dtype)
             else:
-                layer = MergedLayer(path, _stored(module, worked, chosen), None)
+                layer = MergedLayer(path, _stored(module, copies, chosen), None)
             bad = [t.dtype for t in layer.tensors.values() if t.is_floating_point() and not _is_finite(t)]
             if bad or not math.isfinite(layer.lost or 0):
                 where = bad[0] if bad or chosen is None else chosen.name
@@ -132,11 +132,13 @@ def merged_layers(
                     "or Inf, or the sum overflows; nothing was changed"
                 )
             if not checked:
-                refuse_inexact(path, module, list(acting), worked.base, worked.merged, worked.changed)
+                refuse_inexact(path, module, list(acting), copies.base, copies.merged, copies.changed)
         yield layer
 
 
-def worked_in(path: str, module: nn.Module, methods: Mapping[str, str], chosen: WeightFormat | None) -> Worked:
+def merged_copies(
+    path: str, module: nn.Module, methods: Mapping[str, str], chosen: WeightFormat | None
+) -> MergedCopies:
     """Merge adapters of a module into a copy of it. The module's own tensors are not changed.
 
     Args:
@@ -155,50 +157,50 @@ def worked_in(path: str, module: nn.Module, methods: Mapping[str, str], chosen: 
         if found is not None:
             put(base, name, _with_values(path, found.read(module).detach()).float())
             chosen = DENSE if name == "weight" else chosen
-    worked = Worked(base, evaluated(base))
+    copies = MergedCopies(base, evaluated(base))
     for adapter_name, adapter in adapters.items():
         for name, change in adapter.changes.items() if isinstance(adapter, WeightChanges) else ():
-            before = _with_values(path, _get(worked.merged, name)).clone()
+            before = _with_values(path, _get(copies.merged, name)).clone()
             is_of_each = isinstance(change, EachExpert)
             with registry.naming(methods[adapter_name], "merged" if is_of_each else "forward"):
                 if is_of_each:
-                    _work_in_each(module, worked, name, change, before)
+                    _merge_into_experts(module, copies, name, change, before)
                 else:
-                    put(worked.merged, name, change(before).float())
-            worked.changed[name] = None
+                    put(copies.merged, name, change(before).float())
+            copies.changed[name] = None
     around = {name: adapter for name, adapter in adapters.items() if not isinstance(adapter, WeightChanges)}
     if not around:
-        return worked
+        return copies
     chosen = chosen or weight_format(module)
-    before = _with_values(path, chosen.read(worked.merged))
-    weight, bias = before.clone(), chosen.read_bias(worked.merged)  # a plugin's `merged` may modify its arguments
+    before = _with_values(path, chosen.read(copies.merged))
+    weight, bias = before.clone(), chosen.read_bias(copies.merged)  # a plugin's `merged` may modify its arguments
     for name, adapter in around.items():
         given = None if bias is None else bias.clone()
         with registry.naming(methods[name], "merged"):
             found = adapter.merged(weight, given)
         weight, bias = _checked(path, name, found, before.shape, bias)
-    worked.weight, worked.bias = weight, bias
-    written = chosen.write(worked.merged, weight)
-    if bias is not None and not torch.equal(bias, cast(Tensor, chosen.read_bias(worked.merged))):
-        written |= chosen.write_bias(worked.merged, bias)
+    copies.weight, copies.bias = weight, bias
+    written = chosen.write(copies.merged, weight)
+    if bias is not None and not torch.equal(bias, cast(Tensor, chosen.read_bias(copies.merged))):
+        written |= chosen.write_bias(copies.merged, bias)
     else:
-        worked.bias = None
+        copies.bias = None
     for name, tensor in written.items():
-        put(worked.merged, name, tensor)
-        worked.changed[name] = None
-    return worked
+        put(copies.merged, name, tensor)
+        copies.changed[name] = None
+    return copies
 
 
-def _work_in_each(module: nn.Module, worked: Worked, name: str, change: EachExpert, weight: Tensor) -> None:
+def _merge_into_experts(module: nn.Module, copies: MergedCopies, name: str, change: EachExpert, weight: Tensor) -> None:
     """Merge adapters of single experts, which may also change their biases."""
     layout = experts_layout(module)
     bias_name = None if layout is None else layout.bias_name(name)
-    before = None if bias_name is None else _get(worked.merged, bias_name)
+    before = None if bias_name is None else _get(copies.merged, bias_name)
     weight, bias = change.merged(weight, before)
-    put(worked.merged, name, weight)
+    put(copies.merged, name, weight)
     if bias_name is not None and bias is not None and before is not None and not torch.equal(bias, before):
-        put(worked.merged, bias_name, bias)
-        worked.changed[bias_name] = None
+        put(copies.merged, bias_name, bias)
+        copies.changed[bias_name] = None
 
 
 def _checked(path: str, name: str, found: Any, shape: torch.Size, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -225,24 +227,24 @@ def _shown(found: Any) -> str:
     return str(list(found.shape)) if isinstance(found, Tensor) else type(found).__name__
 
 
-def _stored(module: nn.Module, worked: Worked, chosen: WeightFormat | None) -> dict[str, Tensor]:
+def _stored(module: nn.Module, copies: MergedCopies, chosen: WeightFormat | None) -> dict[str, Tensor]:
     """Return the tensors to store for an unquantized module, in their dtypes."""
-    stored = {name: _get(worked.merged, name).to(_get(module, name).dtype) for name in worked.changed}
-    if worked.weight is not None and chosen is not None:
-        stored |= chosen.write(module, worked.weight)
-        if worked.bias is not None:
-            stored |= chosen.write_bias(module, worked.bias)
+    stored = {name: _get(copies.merged, name).to(_get(module, name).dtype) for name in copies.changed}
+    if copies.weight is not None and chosen is not None:
+        stored |= chosen.write(module, copies.weight)
+        if copies.bias is not None:
+            stored |= chosen.write_bias(module, copies.bias)
     return stored
 
 
 def _packed(
-    path: str, module: nn.Module, worked: Worked, packed: dict[str, WeightFormat], dtype: torch.dtype | None
+    path: str, module: nn.Module, copies: MergedCopies, packed: dict[str, WeightFormat], dtype: torch.dtype | None
 ) -> MergedLayer:
     """Merge a module whose parameters `packed` are quantized; its error is that of the worst parameter."""
     tensors: dict[str, Tensor] = {}
     losses: list[float] = []
-    for name in worked.changed:
-        before, weight, chosen = _get(worked.base, name), _get(worked.merged, name), packed.get(name)
+    for name in copies.changed:
+        before, weight, chosen = _get(copies.base, name), _get(copies.merged, name), packed.get(name)
         if chosen is None:
             tensors[name] = weight.to(_get(module, name).dtype)
         elif dtype is not None:
@@ -291,6 +293,6 @@ def changes_nothing(model: nn.Module, adapter: str) -> bool:
             return False
         adapted, methods = model.get_submodule(path), {adapter: engine.applied(model, adapter).method}
         with torch.no_grad():
-            if worked_in(path, adapted, methods, find_weight_format(adapted)).differs():
+            if merged_copies(path, adapted, methods, find_weight_format(adapted)).differs():
                 return False
     return True

@@ -311,7 +311,7 @@ def load(
                 parameter.data = parameter.data.clone()
         give_back_freed()
         if stored is not None:
-            _tell_of_dense(model, where, stored.get("llm_int8_skip_modules") or ())
+            _warn_of_dense_experts(model, where, stored.get("llm_int8_skip_modules") or ())
         return model
     except RuntimeError as error:
         if _failures:
@@ -343,7 +343,7 @@ def _not_mapped() -> Iterator[None]:
         reader.safe_open = opened
 
 
-def _tell_of_dense(model: nn.Module, where: str, skipped: Sequence[str]) -> None:
+def _warn_of_dense_experts(model: nn.Module, where: str, skipped: Sequence[str]) -> None:
     """Warn of experts that are dense because bitsandbytes in transformers does not quantize them."""
     dense = [
         f"{path}.{name}"

@@ -33,7 +33,7 @@ def _refuse_to_write(module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
     )
 
 
-def _note_in_config(model: Any) -> None:
+def _sync_config(model: Any) -> None:
     """Record in a transformers model's config which layers are dense after merging; loading depends on it."""
     config: Any = getattr(model, "config", None)
     original, quantizer = model.__dict__.get(_ORIGINAL) or (
@@ -60,6 +60,6 @@ WRAPPED = WeightFormat(
     read=lambda module: _weight(module).dequantize().float(),
     write=_refuse_to_write,
     decode=lambda _module, tensors: tensors["weight"].float(),
-    update_config=_note_in_config,
+    update_config=_sync_config,
 )
 registry.add_weight_format(WRAPPED)

@@ -44,7 +44,7 @@ def test_what_is_written_is_read(options: dict[str, Any], fields: dict[str, Any]
 
 def test_a_path_that_is_no_text_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config_file.write(tmp_path / "run.toml", {"data": "a\udcff"})
-    assert not (tmp_path / "run.toml").exists() and "is not written: '\\udcff' is no text" in capsys.readouterr().err
+    assert not (tmp_path / "run.toml").exists() and "is not written: '\\udcff' is not UTF-8" in capsys.readouterr().err
 
 
 def test_a_run_is_repeated_from_its_file(run: Run, llama: Path, reviews: Path, tmp_path: Path) -> None:

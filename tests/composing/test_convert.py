@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peftcore
 from peftcore.engine import adapter_modules, adapter_parameters, applied
-from peftcore.merging.merged_layers import worked_in
+from peftcore.merging.merged_layers import merged_copies
 from peftcore.plugin import Adapter, Around, LowRank, OnWeight
 from peftcore.testing import disturb
 from peftcore.weight_formats import find_weight_format
@@ -62,8 +62,8 @@ def changes(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     for path, _ in adapter_modules(model, adapter):
         module = model.get_submodule(path)
         with torch.no_grad():
-            worked = worked_in(path, module, {adapter: "ours"}, find_weight_format(module))
-            found[path] = worked.merged.weight - worked.base.weight
+            copies = merged_copies(path, module, {adapter: "ours"}, find_weight_format(module))
+            found[path] = copies.merged.weight - copies.base.weight
     return found
 
 
@@ -166,7 +166,7 @@ def test_experts_of_a_smaller_rank_keep_what_is_told_of_them_all(r: int | None) 
     model = adapted("dora", lambda: mixture("qwen3_moe"), r=6, target_modules=["experts"])
     kept = peftcore.convert(model, "a", method="lora", r=r, adapter="b")
     experts = model.get_submodule("model.layers.1.mlp.experts")
-    whole, part = (worked_in("", experts, {name: "ours"}, None) for name in "ab")
+    whole, part = (merged_copies("", experts, {name: "ours"}, None) for name in "ab")
     for name in ("gate_up_proj", "down_proj"):
         before = getattr(whole.base, name)
         wanted, found = getattr(whole.merged, name) - before, getattr(part.merged, name) - before

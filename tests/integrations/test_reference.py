@@ -39,7 +39,7 @@ def test_it_is_what_the_model_was(method: str, loaded: bool, quantize: bool) -> 
     reference = Reference(found)
     after = logits(moved(found))
     assert not torch.equal(after, before)
-    with reference.acting() as acting, reference.acting():
+    with reference.activated() as acting, reference.activated():
         assert acting is found
         torch.testing.assert_close(logits(found), before)
     assert torch.equal(logits(found), after)
@@ -63,11 +63,11 @@ def test_a_frozen_adapter_below_stays() -> None:
     peftcore.apply(found, "lora", adapter="second", r=2)
     reference = Reference(found)
     moved(found)
-    with reference.acting():
+    with reference.activated():
         torch.testing.assert_close(logits(found), before)
     peftcore.activate(found, "second")
     with pytest.raises(peftcore.PeftcoreError, match=r"made with adapters \['default', 'second'\] active, but"):
-        reference.acting().__enter__()
+        reference.activated().__enter__()
 
 
 def test_gradients_and_optimizer_do_not_notice(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_gradients_and_optimizer_do_not_notice(tmp_path: Path) -> None:
         for _ in range(3):
             loss = each(**quantized.INPUTS, labels=quantized.INPUTS["input_ids"]).loss
             if each is found:
-                with reference.acting():
+                with reference.activated():
                     logits(found)
             loss.backward()
             optimizer.step()
@@ -94,7 +94,7 @@ def test_save_and_restore(tmp_path: Path, loaded: bool) -> None:
     other = Reference(moved(found))
     assert other.restore(tmp_path)
     assert not other.restore(tmp_path)
-    with other.acting():
+    with other.activated():
         torch.testing.assert_close(logits(found), before)
 
 
@@ -128,5 +128,5 @@ def test_statistics_that_training_moves(loaded: bool) -> None:
     reference = Reference(found)
     moved(found.train())(x + 2)
     assert not torch.allclose(found.eval()(x), before)
-    with reference.acting():
+    with reference.activated():
         torch.testing.assert_close(found(x), before)
