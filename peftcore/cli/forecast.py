@@ -186,7 +186,7 @@ def _fitted(settings: Settings) -> Settings:
         methods=[settings.method],
         fields=settings.fields,
         dtype=models.torch_dtype(dtype, settings.device),
-        most=1,
+        max_ways=1,
         length=settings.max_length,
         **how(settings.task, settings.precision, settings.parallel, settings.ranks),
     ).ways

@@ -108,7 +108,7 @@ def suggest(
     methods: Sequence[str] | None = None,
     r: Sequence[int] = (16,),
     dtype: torch.dtype = torch.bfloat16,
-    most: int = 4,
+    max_ways: int = 4,
     fields: Mapping[str, Any] | None = None,
     step: Step | None = None,
     **options: Any,
@@ -124,7 +124,7 @@ def suggest(
             is smaller or faster than the others.
         r: Ranks to try.
         dtype: Dtype of the base.
-        most: Largest number of ways to return.
+        max_ways: Largest number of ways to return.
         fields: Fields of every method's config, such as target_modules.
         step: How a step is run, apart from what is searched; None: `Step()`.
         options: Fields of `Step`, such as length=2048, ranks=8 or mixed_precision="bf16", which override `step`.
@@ -162,7 +162,7 @@ def suggest(
             with suppress(NotFollowed):  # some models have no gradient checkpointing
                 search.line(again)
                 choices.append(again)
-    found = _search(search, choices, room, most)
+    found = _search(search, choices, room, max_ways)
     if not found:
         raise PeftcoreError(_why_nothing(search, choices, room))
     ways = []
@@ -207,8 +207,8 @@ def _room(memory: int | str | None, where: Device) -> float:
     return room
 
 
-def _search(search: Search, choices: Sequence[Choice], room: float, most: int) -> list[Sized]:
-    """Return the front of what fits, with at most `most` ways, each followed with all layers."""
+def _search(search: Search, choices: Sequence[Choice], room: float, max_ways: int) -> list[Sized]:
+    """Return the front of what fits, with at most `max_ways` ways, each followed with all layers."""
     known: dict[tuple[Choice, int], Estimate] = {}
     while True:
         sized = []
@@ -219,7 +219,7 @@ def _search(search: Search, choices: Sequence[Choice], room: float, most: int) -
                 memory, seconds = line.at(2**power) if step is None else (step.needed, step.seconds or 0.0)
                 sized.append(Sized(choice, 2**power, memory, seconds, line.trained, line.is_packed, step))
         limits = ((each, room if each.found is not None else NEARLY * room) for each in sized)
-        chosen = _spread(front([each for each, limit in limits if each.memory <= limit]), most)
+        chosen = _spread(front([each for each, limit in limits if each.memory <= limit]), max_ways)
         unseen = next((each for each in chosen if each.found is None), None)
         if unseen is None:
             return chosen
@@ -228,14 +228,14 @@ def _search(search: Search, choices: Sequence[Choice], room: float, most: int) -
         search.line(unseen.choice).correct(unseen.batch, step)
 
 
-def _spread(found: list[Sized], most: int) -> list[Sized]:
-    """Return `most` of the front: the fastest, the fastest with a dense base, the smallest, and others between."""
-    if len(found) <= most:
+def _spread(found: list[Sized], max_ways: int) -> list[Sized]:
+    """Return `max_ways` ways of the front: the fastest, the fastest with a dense base, the smallest, and others between."""
+    if len(found) <= max_ways:
         return found
     dense = next((each for each in found if not each.is_packed), found[0])
-    between = [found[round(i * (len(found) - 1) / most)] for i in range(1, most)]
+    between = [found[round(i * (len(found) - 1) / max_ways)] for i in range(1, max_ways)]
     order = [found[0], dense, min(found, key=lambda each: each.memory), *between, *found]
-    chosen = list(dict.fromkeys(map(id, order)))[:most]
+    chosen = list(dict.fromkeys(map(id, order)))[:max_ways]
     return [each for each in found if id(each) in chosen]
 
 

@@ -19,13 +19,13 @@ ONE: dict[str, Any] = {
     "device": "t4",
     "methods": ("lora",),
     "fields": {"target_modules": ["q_proj"]},
-    "most": 1,
+    "max_ways": 1,
 }  # few operators
 
 
 @pytest.fixture(scope="module")
 def found() -> peftcore.Suggestion:
-    return peftcore.suggest(CONFIG, memory="600MB", length=32, examples=1000, r=(4,), **{**ONE, "most": 2})
+    return peftcore.suggest(CONFIG, memory="600MB", length=32, examples=1000, r=(4,), **{**ONE, "max_ways": 2})
 
 
 def test_ways_are_on_the_front_and_fit(found: peftcore.Suggestion) -> None:
