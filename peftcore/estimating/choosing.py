@@ -229,7 +229,7 @@ def _search(search: Search, choices: Sequence[Choice], room: float, max_ways: in
 
 
 def _spread(found: list[Sized], max_ways: int) -> list[Sized]:
-    """Return `max_ways` ways of the front: the fastest, the fastest with a dense base, the smallest, and others between."""
+    """Return at most `max_ways` of the front: the fastest, the fastest dense one, the smallest, and others between."""
     if len(found) <= max_ways:
         return found
     dense = next((each for each in found if not each.is_packed), found[0])
