@@ -33,7 +33,7 @@ _CONTEXT.set_forkserver_preload(
 
 
 def run(
-    work: Callable[..., Any], *arguments: Any, ranks: int = 2, seconds: float = 120, joined: bool = True
+    work: Callable[..., Any], *arguments: Any, ranks: int = 2, seconds: float = 300, joined: bool = True
 ) -> list[Any]:
     """Return what `work(*arguments)` returns on each rank. `work` and its arguments are pickled: it is in a module.
 

@@ -40,7 +40,7 @@ def calls_of(work: Callable[[], object]) -> int:
     return count
 
 
-@pytest.mark.parametrize("case", nightly_but(DENSE, rank_cases.KINDS))
+@pytest.mark.parametrize("case", nightly_but(DENSE, ("lora", "dora", "prefix-tuning")))
 def test_apply_is_linear_in_the_layers(case: str) -> None:
     """On a model without memory, as in benchmarks/apply.py: in calls, which no clock disturbs."""
     sizes = {"hidden_size": 36, "intermediate_size": 45, "num_attention_heads": 2, "num_key_value_heads": 2}

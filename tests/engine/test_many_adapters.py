@@ -109,25 +109,12 @@ def test_a_layer_of_an_adapter_is_few_objects() -> None:
     assert 0 < added[1] - added[0] < empty
 
 
-def test_adding_one_calls_so_many_functions_a_layer() -> None:
-    CHANGES["apply"](model_with(2))
-    few, many = model_with(2), model_with(2, 10 + LAYERS)
-    added = [calls(lambda model=model: CHANGES["apply"](model)) for model in (few, many)]  # type: ignore[misc]
-    assert (added[1] - added[0]) / 10 < 290
-
-
-def test_loading_one_calls_so_many_functions_a_layer_and_leaves_no_table_of_hooks(tmp_path: Path) -> None:
-    """With all that is checked of the file, and of the base by its fingerprint: a half more than adding one."""
-    found = []
-    for layers in (LAYERS, 10 + LAYERS):
-        saved = peftcore.save(model_with(1, layers), tmp_path / str(layers), adapter="a0")
-        model, again = model_with(2, layers), model_with(2, layers)
-        peftcore.load(again, saved, adapter="new")  # what is found once for a kind of model
-        found.append(calls(lambda m=model, s=saved: peftcore.load(m, s, adapter="new", trainable=False)))  # type: ignore[misc]
-        for _, adapter in peftcore.engine.adapter_modules(model, "new"):
-            tables = [name for name in adapter.__dict__ if name.endswith("_hooks") or name.endswith("_set")]
-            assert not tables and not any(p.requires_grad for p in adapter.parameters())
-    assert (found[1] - found[0]) / 10 < 470
+def test_what_is_loaded_frozen_has_no_tables_of_hooks(folder: Path) -> None:
+    model = model_with(2)
+    peftcore.load(model, folder, adapter="new", trainable=False)
+    for _, adapter in peftcore.engine.adapter_modules(model, "new"):
+        tables = [name for name in adapter.__dict__ if name.endswith("_hooks") or name.endswith("_set")]
+        assert not tables and not any(p.requires_grad for p in adapter.parameters())
 
 
 def test_what_is_loaded_frozen_trains_when_it_is_let(folder: Path) -> None:
